@@ -1,0 +1,25 @@
+"""vllmd turns a Linux box with GPUs into a shared model server.
+
+The rooms of the house, and who may enter whom (``tests/test_house.py`` holds
+this table against the imports)::
+
+    errors      one tree of errors, each with its HTTP status     imports nothing
+    core/       decides everything about models and memory: pure  core
+    config/     one table of settings, the loader                 core.types, errors
+    gpu         NVML, or the devices that the configuration says  core.types, config, errors
+    engines/    an engine kind: spec -> argv, probes, sleep calls core.types, config, errors
+    systemd/    socket activation, notify, journal                errors
+    launcher/   the privileged helper and its client; the only
+                room that knows pystemd                           systemd, errors
+    proxy/      h11 heads, byte relay, the accept loop            core.types, errors
+    admin/      model list, health, admin and metrics endpoints   proxy's HTTP types, core.types, errors
+    daemon      the event queue; executes the core's commands     all but cli and client
+    client/     the Python library                                errors
+    cli/        vllmctl, one file per verb                        client, errors, config
+    simulate    the core under a virtual clock over a trace       core, config, errors
+    simengine   the stand-in engine                               nothing of ours
+
+``core/design.md`` tells why, and draws the lifecycle.
+"""
+
+__version__ = "0.1.0"

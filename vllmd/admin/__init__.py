@@ -1,0 +1,1 @@
+"""The endpoints that answer from snapshots: models, health, admin, metrics."""

@@ -1,0 +1,1 @@
+"""vllmctl: one file per verb."""

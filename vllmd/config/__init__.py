@@ -1,0 +1,1 @@
+"""The configuration: one table of settings, and the loader."""

@@ -1,0 +1,125 @@
+"""The configuration as frozen dataclasses. Memory in bytes, time in seconds.
+
+``settings.py`` is the table from which these are filled, checked and documented.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vllmd.core.types import IdleRules
+
+
+@dataclass(frozen=True, slots=True)
+class ScopeLimits:
+    """systemd properties of a model's scope. ``None``: systemd's default."""
+
+    memory_max: int | None = None
+    memory_high: int | None = None
+    memory_swap_max: int | None = None
+    cpu_weight: int | None = None
+    cpu_quota: float | None = None  # 1.0 is one core
+    tasks_max: int | None = None
+    oom_policy: str | None = None  # continue | stop | kill
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """One model as configured (defaults already applied)."""
+
+    name: str
+    engine: str = "vllm"
+    model: str = ""  # path or repository id; "" means the name
+    command: tuple[str, ...] = ()  # instead of the engine's own, e.g. ("/opt/vllm/bin/vllm",)
+    aliases: tuple[str, ...] = ()
+    devices: tuple[int, ...] = ()  # () is auto
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    gpu_memory: float | int | None = None  # a fraction (float), bytes (int), or None for auto
+    memory_asleep: int | None = None
+    host_memory: int | None = None
+    max_model_len: int | None = None
+    dtype: str | None = None
+    trust_remote_code: bool = False
+    param_count: float | None = None  # in billions, for estimates
+    precision: str | None = None
+    extra_args: tuple[str, ...] = ()  # already argv
+    env: Mapping[str, str] = field(default_factory=dict)
+    hf_token: str | None = field(default=None, repr=False)
+    sleep_mode: bool | None = None  # None: where the platform has it
+    idle: IdleRules = IdleRules()
+    pin: bool = False
+    preload: bool = False
+    warm_up: bool = False
+    priority: float = 1.0
+    concurrency: int | None = None
+    on_busy: str = "wait"
+    queue_limit: int = 512
+    queue_timeout: float | None = 600.0
+    drain_limit: float | None = None
+    preempt: bool = False
+    start_timeout: float = 600.0
+    stop_timeout: float = 30.0
+    max_restarts: int = 3
+    restart_backoff: float = 5.0
+    log_file: bool = False
+    limits: ScopeLimits = ScopeLimits()
+    options: Mapping[str, object] = field(default_factory=dict)  # the engine kind's own
+    where: str = ""  # file:line, for errors
+
+    @property
+    def source(self) -> str:
+        """What the engine is given to load: a path or a repository id."""
+        return self.model or self.name
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceConfig:
+    """A declared device, for machines without NVML and for rehearsal."""
+
+    memory: int
+    name: str = "declared"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """The HTTP side. Sizes in bytes, times in seconds."""
+
+    listen: tuple[str, ...] = ("127.0.0.1:33258", "[::1]:33258")  # used only without socket activation
+    idle_exit: float | None = 60.0  # the daemon exits after so long with nothing loaded and nobody connected
+    max_body: int = 64 << 20
+    max_head: int = 64 << 10
+    head_timeout: float = 30.0
+    keepalive_timeout: float = 75.0
+    max_connections: int = 10_000
+    max_connections_per_address: int | None = None
+    drain_timeout: float = 60.0  # at shutdown, for requests in flight
+    queue_limit: int = 4096
+    loading_comment_interval: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDefaults:
+    """What holds for all engines: where they run and as whom is the launcher's business."""
+
+    run_dir: Path | None = None  # None: by the mode (system, user, by hand)
+    home: Path | None = None
+    port_start: int = 33300
+    port_end: int = 34300
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Everything."""
+
+    server: ServerConfig = ServerConfig()
+    devices: tuple[DeviceConfig, ...] | None = None  # None: ask NVML
+    reserve: int = 512 << 20  # bytes per device never promised
+    host_memory: int | None = None  # budget for level-1 sleepers; None: half of the host's
+    policy: str = "adaptive"
+    log_level: str = "info"
+    engines: EngineDefaults = EngineDefaults()
+    models: Mapping[str, ModelConfig] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()

@@ -1,0 +1,90 @@
+"""What is to be done. Imperative; the daemon executes these, each slow one as a task that posts its event."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllmd.core.types import Decision, Placement
+
+
+@dataclass(frozen=True, slots=True)
+class StartEngine:
+    """Start the model's engine on ``placement`` with ``memory`` bytes per device.
+
+    Answered by EngineReady or EngineStartFailed.
+    """
+
+    model: str
+    placement: Placement
+    memory: int
+
+
+@dataclass(frozen=True, slots=True)
+class WakeEngine:
+    """Wake it from ``level``. Answered by EngineAwake or EngineWakeFailed."""
+
+    model: str
+    level: int
+
+
+@dataclass(frozen=True, slots=True)
+class SleepEngine:
+    """Put it to sleep; ``freeze`` its running requests instead of having none.
+
+    Answered by EngineAsleep or EngineSleepFailed.
+    """
+
+    model: str
+    level: int
+    freeze: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StopEngine:
+    """Stop it: SIGTERM to its main process, then its cgroup; ``kill`` skips the polite part.
+
+    Answered by EngineStopped.
+    """
+
+    model: str
+    reason: str
+    kill: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """Relay the request to the model's engine now."""
+
+    request: str
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """Answer the request with an error; nothing more is owed for it.
+
+    ``error`` is the name of a class in ``vllmd.errors``; ``retry_after`` in seconds.
+    """
+
+    request: str
+    error: str
+    message: str
+    retry_after: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CutRequest:
+    """Break off an admitted request (its drain limit has passed); RequestFinished is still owed for it."""
+
+    request: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Write the decision to the journal."""
+
+    decision: Decision
+
+
+Command = StartEngine | WakeEngine | SleepEngine | StopEngine | Admit | Reject | CutRequest | Record

@@ -1,0 +1,225 @@
+"""What happened. Past tense; the daemon posts these to the scheduler.
+
+The daemon owes the core exactly one ``RequestFinished`` (if it was admitted) or
+``RequestGone`` (if it left before) per ``RequestArrived`` that was not rejected,
+and exactly one closing event per command to an engine; an event about an engine
+always speaks of the model's present engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from vllmd.core.types import Footprint, ModelSpec, Placement, State
+
+
+@dataclass(frozen=True, slots=True)
+class RequestArrived:
+    """A client asked for ``model``. ``request`` is unique; ``key`` names the API key, for fairness."""
+
+    request: str
+    model: str
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFinished:
+    """An admitted request ended, however it did."""
+
+    request: str
+    tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestGone:
+    """The client of a waiting request left."""
+
+    request: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReady:
+    """Answers ``StartEngine``: it serves. ``footprint`` if it was measured."""
+
+    model: str
+    footprint: Footprint | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStartFailed:
+    """Answers ``StartEngine``: it is gone, nothing is left of it.
+
+    ``memory``: it failed for lack of device memory; ``needed``: bytes per device it said it wanted.
+    ``permanent``: no retry will help (no such command, no such model).
+    """
+
+    model: str
+    reason: str
+    memory: bool = False
+    needed: int | None = None
+    permanent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EngineAsleep:
+    """Answers ``SleepEngine``. ``freed``: bytes that came back per device index, if measured."""
+
+    model: str
+    level: int
+    freed: Mapping[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSleepFailed:
+    """Answers ``SleepEngine``: its state is unknown; the core stops it."""
+
+    model: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineAwake:
+    """Answers ``WakeEngine``: it serves again."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineWakeFailed:
+    """Answers ``WakeEngine``: its state is unknown; the core stops it."""
+
+    model: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStopped:
+    """Answers ``StopEngine``: every process is gone. ``missing``: bytes per device that did not come back."""
+
+    model: str
+    missing: Mapping[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineExited:
+    """The engine died unasked, in whatever state; every process of it is gone. It answers a pending command too."""
+
+    model: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineAdopted:
+    """A running engine was found when the daemon started. ``state`` is READY or SLEEPING (with ``level``)."""
+
+    model: str
+    placement: Placement
+    state: State
+    level: int = 0
+    idle: float = 0.0  # seconds since its last request ended
+    footprint: Footprint | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FreezeProved:
+    """A request frozen by ``SleepEngine(freeze=True)`` completed correctly after the wake (or did not)."""
+
+    model: str
+    survived: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySampled:
+    """NVML's word, bytes: per device index what strangers hold, and per (model, index) what its processes hold."""
+
+    strangers: Mapping[int, int]
+    models: Mapping[tuple[str, int], int]
+    failed: Mapping[int, str] = field(default_factory=dict)  # devices that could not be read, and why
+
+
+@dataclass(frozen=True, slots=True)
+class LoadAsked:
+    """An operator wants the model loaded, or woken."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class SleepAsked:
+    """An operator wants it asleep at level 1 or 2; 3 stops it. Drained first."""
+
+    model: str
+    level: int
+
+
+@dataclass(frozen=True, slots=True)
+class StopAsked:
+    """An operator wants it stopped and a failure forgotten. Drained first unless ``force``."""
+
+    model: str
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PinSet:
+    """An operator pinned or unpinned the model."""
+
+    model: str
+    pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseTaken:
+    """Somebody keeps the model until ``deadline`` (in the core's clock; None: until released). Replaces its own."""
+
+    lease: str
+    model: str
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseReleased:
+    """The lease ended. ``stop``: the last one to go stops the model at once instead of by its idle rules."""
+
+    lease: str
+    stop: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelsChanged:
+    """The configuration was reloaded. Models whose spec is in ``restart`` or that are gone are drained and stopped."""
+
+    models: tuple[ModelSpec, ...]
+    restart: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class TimePassed:
+    """A moment that ``Scheduler.next_timer`` asked for has come."""
+
+
+Event = (
+    RequestArrived
+    | RequestFinished
+    | RequestGone
+    | EngineReady
+    | EngineStartFailed
+    | EngineAsleep
+    | EngineSleepFailed
+    | EngineAwake
+    | EngineWakeFailed
+    | EngineStopped
+    | EngineExited
+    | EngineAdopted
+    | FreezeProved
+    | MemorySampled
+    | LoadAsked
+    | SleepAsked
+    | StopAsked
+    | PinSet
+    | LeaseTaken
+    | LeaseReleased
+    | ModelsChanged
+    | TimePassed
+)

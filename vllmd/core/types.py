@@ -1,0 +1,165 @@
+"""The nouns of the core, all frozen. Memory is in bytes, time in seconds."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+GiB = 1 << 30
+
+
+class State(enum.Enum):
+    """The life of a model's engine; ``lifecycle.py`` holds the transition table."""
+
+    STOPPED = "stopped"
+    STARTING = "starting"
+    READY = "running"
+    DRAINING = "draining"
+    FALLING_ASLEEP = "falling_asleep"
+    SLEEPING = "sleeping"  # with a level, 1 or 2
+    WAKING = "waking"
+    STOPPING = "stopping"
+    FAILED = "error"
+
+
+class Source(enum.IntEnum):
+    """How a figure was come by; a higher one wins."""
+
+    ESTIMATED = 0
+    CONFIGURED = 1
+    MEASURED = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What a model takes, in bytes: on each of its devices, and of the host when asleep at level 1."""
+
+    starting: int
+    awake: int
+    asleep: int = 0
+    host: int = 0
+    source: Source = Source.ESTIMATED
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A GPU. ``index`` is the number users write; ``id`` is NVML's UUID, or ``str(index)`` where declared."""
+
+    index: int
+    id: str
+    memory: int
+    reserve: int = 0
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class IdleRules:
+    """When an unused model sleeps and stops. ``None``: never. Ages count from the last request's end."""
+
+    sleep_after: float | None = 300.0
+    level: int = 1
+    deepen_after: float | None = 900.0  # level 1 -> 2
+    stop_after: float | None = 1800.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What the core knows of a configured model.
+
+    ``devices``: indices it may use, empty for any; it takes ``device_count`` of them.
+    ``sleep_levels``: subset of {1, 2} that the engine supports; without any it stops instead.
+    ``concurrency``: requests at a time, ``None`` unlimited. ``queue_timeout``: longest wait.
+    ``drain_limit``: after so long a drain the running requests are cut; ``None``: never.
+    ``preempt``: running requests may be frozen by a sleep (only after one proved to survive it).
+    """
+
+    name: str
+    footprint: Footprint
+    weights: int = 0
+    device_count: int = 1
+    devices: tuple[int, ...] = ()
+    sleep_levels: frozenset[int] = frozenset()
+    idle: IdleRules = IdleRules()
+    pinned: bool = False
+    preload: bool = False
+    priority: float = 1.0
+    concurrency: int | None = None
+    on_busy: str = "wait"  # wait | reject | evict
+    queue_limit: int = 512
+    queue_timeout: float | None = 600.0
+    drain_limit: float | None = None
+    preempt: bool = False
+    max_restarts: int = 3
+    restart_backoff: float = 5.0  # doubles with each failure in a row
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where an engine runs: device indices, in tensor-parallel order."""
+
+    devices: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the core is told about the machine's policy."""
+
+    policy: str = "adaptive"  # adaptive | lru | a simulator's baseline
+    host_memory: int = 0  # budget for level-1 sleepers, bytes; 0: level 1 is never chosen by the policy
+    queue_limit: int = 4096  # waiting requests over all models
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One decision with its numbers: a journal record, a line of ``vllmctl why``."""
+
+    at: float
+    what: str  # start, wake, sleep, stop, evict, refuse, restart, ...
+    model: str
+    why: str  # one readable sentence
+    numbers: Mapping[str, float | int | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """A snapshot of one model for ``ps``, metrics and the admin API."""
+
+    name: str
+    state: State
+    level: int  # 0 awake or not loaded, 1 or 2 asleep
+    devices: tuple[int, ...]
+    memory: int  # bytes per device as the ledger has it now
+    in_flight: int
+    queued: int
+    oldest_wait: float | None
+    idle: float | None  # seconds since the last request ended; None while busy or not loaded
+    since: float  # seconds in this state
+    pinned: bool
+    leases: tuple[str, ...]
+    waiting_for: str  # why queued requests wait, readable; "" if none do
+    failure: str  # the last failure's reason; "" if none
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceView:
+    """A snapshot of one device, bytes."""
+
+    index: int
+    memory: int
+    reserve: int
+    promised: int  # what the ledger has promised to models
+    strangers: int  # memory held by others, as last sampled
+    wedged: str  # why it is avoided; "" if it is not
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What the core shows others; never a reference into its state."""
+
+    at: float
+    models: tuple[ModelView, ...]
+    devices: tuple[DeviceView, ...]
+    host_memory: int
+    host_promised: int
+    decisions: tuple[Decision, ...]

@@ -1,0 +1,115 @@
+"""What an engine kind is: a spec becomes argv, environment, probes, sleep calls.
+
+An engine never does anything itself: it says what to run and which HTTP calls
+mean what, the daemon carries it out. Third parties register theirs in the
+entry-point group ``vllmd.engines``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from vllmd.config.types import ModelConfig
+from vllmd.core.types import Footprint
+
+
+@dataclass(frozen=True, slots=True)
+class Listen:
+    """Where an engine listens: a Unix socket path, or a loopback host and port."""
+
+    uds: str = ""
+    host: str = "127.0.0.1"
+    port: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One HTTP call of a protocol; anything but ``expect`` (a status) is a failure. ``timeout`` in seconds."""
+
+    method: str
+    path: str
+    json: object = None
+    timeout: float = 60.0
+    expect: int = 200
+    optional: bool = False  # a failure is logged and passed over
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What to start. ``env`` is added to the launcher's clean base environment."""
+
+    argv: tuple[str, ...]
+    listen: Listen
+    env: Mapping[str, str] = field(default_factory=dict)
+    cwd: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A phase of a start, read from a log line: ``weights``, ``compile``, ``graphs``, ``download``, ..."""
+
+    phase: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What a failed start's log lines say. ``needed``: bytes per device it wanted, where it said so."""
+
+    reason: str
+    memory: bool = False
+    permanent: bool = False
+    needed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an engine is put: its private run directory, its devices (ids for CUDA_VISIBLE_DEVICES) and memory."""
+
+    run_dir: Path
+    device_ids: tuple[str, ...] = ()
+    memory: int = 0  # bytes per device promised to it; 0: not limited
+    device_memory: int = 0  # bytes the smallest of its devices has in all
+    port: int = 0  # reserved for engines without Unix sockets
+
+
+class Engine(Protocol):
+    """One kind of engine. Stateless; every method is a pure function of its arguments."""
+
+    kind: str
+
+    def sleep_levels(self, model: ModelConfig) -> frozenset[int]:
+        """The sleep levels (of 1 and 2) that it supports on this platform with these settings."""
+
+    def launch(self, model: ModelConfig, place: Place) -> Launch:
+        """argv, environment and listen address. Raises ConfigError if the settings cannot work."""
+
+    def ready(self, model: ModelConfig) -> Call:
+        """The probe whose success means that requests are served."""
+
+    def sleep(self, level: int, *, freeze: bool) -> Sequence[Call]:
+        """The ordered calls that put it to sleep; ``freeze`` keeps running requests."""
+
+    def wake(self, level: int) -> Sequence[Call]:
+        """The ordered calls that wake it from ``level``."""
+
+    def asleep(self) -> Call | None:
+        """The probe that tells (JSON ``is_sleeping``) whether it sleeps; None where it cannot be asked."""
+
+    def routes(self, model: ModelConfig) -> frozenset[str]:
+        """The public paths it serves, such as ``/v1/chat/completions``."""
+
+    def served_name(self, model: ModelConfig) -> str:
+        """The name that the engine knows its model by."""
+
+    def progress(self, line: str) -> Progress | None:
+        """What a log line says of a start, if it does."""
+
+    def failure(self, lines: Sequence[str]) -> Failure:
+        """What the last log lines of a failed start say."""
+
+    def footprint(self, lines: Sequence[str]) -> Footprint | None:
+        """A footprint that the log of a successful start tells, if it does."""

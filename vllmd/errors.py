@@ -1,0 +1,133 @@
+"""One tree of errors, each with the HTTP status and OpenAI error type it becomes.
+
+Foreign exceptions are translated into these at one seam per room, so that
+whoever catches one knows whose fault it is and what to answer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class VllmdError(Exception):
+    """Base of all errors of vllmd.
+
+    ``message`` says what was wrong, where, and what would be right.
+    ``param`` names the offending request field, ``retry_after`` is in seconds.
+    """
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str | None] = None
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after = retry_after
+
+    def to_openai(self) -> dict[str, Any]:
+        """The body OpenAI's clients expect: ``{"error": {message, type, param, code}}``."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+class ConfigError(VllmdError):
+    """The configuration is wrong; the message names file:line, key path and accepted values."""
+
+    code = "invalid_configuration"
+
+
+class BadRequest(VllmdError):
+    """The client's request is malformed."""
+
+    status, type, code = 400, "invalid_request_error", None
+
+
+class Unauthorized(VllmdError):
+    """No key, or a wrong one."""
+
+    status, type, code = 401, "invalid_request_error", "invalid_api_key"
+
+
+class Forbidden(VllmdError):
+    """The key is good but does not allow this."""
+
+    status, type, code = 403, "invalid_request_error", "insufficient_permissions"
+
+
+class NotFound(VllmdError):
+    """No such route."""
+
+    status, type, code = 404, "invalid_request_error", "not_found"
+
+
+class UnknownModel(NotFound):
+    """No configured model has this name; the message names the close matches."""
+
+    code = "model_not_found"
+
+
+class MethodNotAllowed(VllmdError):
+    """The route exists, the method does not."""
+
+    status, type, code = 405, "invalid_request_error", "method_not_allowed"
+
+
+class Conflict(VllmdError):
+    """The thing asked for contradicts the present state."""
+
+    status, type, code = 409, "invalid_request_error", "conflict"
+
+
+class TooLarge(VllmdError):
+    """The body is larger than the limit."""
+
+    status, type, code = 413, "invalid_request_error", "request_too_large"
+
+
+class RequestTimeout(VllmdError):
+    """The client took too long to send its request."""
+
+    status, type, code = 408, "invalid_request_error", "request_timeout"
+
+
+class HeadTooLarge(VllmdError):
+    """The request's head is larger than the limit."""
+
+    status, type, code = 431, "invalid_request_error", "header_too_large"
+
+
+class TooManyRequests(VllmdError):
+    """A limit on number (queue, key, address) is reached; come back later."""
+
+    status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
+
+
+class Unavailable(VllmdError):
+    """The model cannot be served now; the message says why and for how long."""
+
+    status, type, code = 503, "server_error", "model_unavailable"
+
+
+class EngineFailed(Unavailable):
+    """The engine did not start, or died; the message ends with its last log lines."""
+
+    code = "engine_failed"
+
+
+class UpstreamFailed(VllmdError):
+    """The engine broke off before it answered anything."""
+
+    status, type, code = 502, "server_error", "upstream_failed"
+
+
+class LauncherFailed(VllmdError):
+    """The launcher refused or could not do what was asked."""
+
+    code = "launcher_failed"
+
+
+class ModelTooLarge(VllmdError):
+    """The model can never fit on this machine's devices; the message has the arithmetic."""
+
+    status, type, code = 400, "invalid_request_error", "model_too_large"
