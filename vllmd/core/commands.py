@@ -43,7 +43,8 @@ class SleepEngine:
 class StopEngine:
     """Stop it: SIGTERM to its main process, then its cgroup; ``kill`` skips the polite part.
 
-    Answered by EngineStopped.
+    Answered by EngineStopped. It may be given while another command to the same engine
+    is outstanding: it supersedes that one, and only EngineStopped answers both.
     """
 
     model: str

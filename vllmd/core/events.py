@@ -111,7 +111,10 @@ class EngineExited:
 
 @dataclass(frozen=True, slots=True)
 class EngineAdopted:
-    """A running engine was found when the daemon started. ``state`` is READY or SLEEPING (with ``level``)."""
+    """A running engine was found when the daemon started.
+
+    ``state`` is READY, SLEEPING (with ``level``) or STARTING (EngineReady or EngineStartFailed follows).
+    """
 
     model: str
     placement: Placement
