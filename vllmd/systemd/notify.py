@@ -1,0 +1,62 @@
+"""What the service tells its manager: sd_notify, silent where nobody listens."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import sdnotify
+
+
+class Notifier:
+    """Thin over ``sdnotify``; every call is one datagram and returns at once.
+
+    Make one per process, early: it remembers ``$NOTIFY_SOCKET`` and the watchdog's
+    interval and removes both from the environment, so that no child speaks for us.
+    """
+
+    def __init__(self) -> None:
+        self.enabled = "NOTIFY_SOCKET" in os.environ
+        self._notifier = sdnotify.SystemdNotifier()
+        self.watchdog_interval = _watchdog_interval()
+        for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"):
+            os.environ.pop(name, None)
+
+    def ready(self, status: str = "") -> None:
+        """Started, or a reload is finished."""
+        self._send("READY=1", f"STATUS={_line(status)}" if status else "")
+
+    def status(self, text: str) -> None:
+        """The line that ``systemctl status`` shows."""
+        self._send(f"STATUS={_line(text)}")
+
+    def stopping(self, status: str = "") -> None:
+        """The service has begun to shut down."""
+        self._send("STOPPING=1", f"STATUS={_line(status)}" if status else "")
+
+    def reloading(self) -> None:
+        """A reload has begun; ``ready`` ends it."""
+        self._send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+
+    def watchdog(self) -> None:
+        """Alive; owed at least every ``watchdog_interval`` seconds."""
+        self._send("WATCHDOG=1")
+
+    def extend_timeout(self, seconds: float) -> None:
+        """Ask for this much more time to start or stop, counted from now."""
+        self._send(f"EXTEND_TIMEOUT_USEC={int(seconds * 1_000_000)}")
+
+    def _send(self, *assignments: str) -> None:
+        self._notifier.notify("\n".join(line for line in assignments if line))
+
+
+def _line(text: str) -> str:
+    """A status is one line: a newline in it would begin another assignment."""
+    return " ".join(text.split())
+
+
+def _watchdog_interval() -> float | None:
+    """Seconds between signs of life: half of the limit, as sd_watchdog_enabled(3) advises; None where not asked for."""
+    limit = os.environ.get("WATCHDOG_USEC", "")
+    for_us = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+    return int(limit) / 2_000_000 if limit.isdecimal() and int(limit) and for_us else None
