@@ -1,1 +1,12 @@
-"""The configuration: one table of settings, and the loader."""
+"""The configuration: one table of settings, and the loader.
+
+nodes      YAML as nodes that know file, line and column
+kinds      kinds of values: parser, words, JSON Schema
+types      the configuration as frozen dataclasses
+settings   THE TABLE; everything else is drawn from it
+loader     files, environment and command line -> Config
+checks     what spans several settings
+secrets    keys and tokens kept in files
+schema     the table as JSON Schema
+names      model names made safe for units and files
+"""

@@ -49,7 +49,7 @@ class ModelConfig:
     env: Mapping[str, str] = field(default_factory=dict)
     hf_token: str | None = field(default=None, repr=False)
     sleep_mode: bool | None = None  # None: where the platform has it
-    idle: IdleRules = IdleRules()
+    idle: IdleRules = field(default_factory=IdleRules)
     pin: bool = False
     preload: bool = False
     warm_up: bool = False
@@ -111,10 +111,36 @@ class EngineDefaults:
 
 
 @dataclass(frozen=True, slots=True)
+class KeyConfig:
+    """One API key. Its text is not kept: ``digest`` is the SHA-256 of it in hex.
+
+    ``models`` it may use (empty: all); limits of ``None`` are none.
+    """
+
+    name: str
+    digest: str = field(repr=False)
+    scopes: tuple[str, ...] = ("models",)  # of models, admin
+    models: tuple[str, ...] = ()
+    concurrency: int | None = None
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AuthConfig:
+    """Who may ask. Without keys everybody who reaches the address may."""
+
+    keys: tuple[KeyConfig, ...] = ()
+    public: tuple[str, ...] = ("health", "metrics")  # what needs no key, of health, metrics
+    allow_anonymous: bool = False  # listen beyond loopback without keys all the same
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
-    """Everything."""
+    """Everything. ``warnings``: what was accepted, but should be looked at, each with its file:line."""
 
     server: ServerConfig = ServerConfig()
+    auth: AuthConfig = AuthConfig()
     devices: tuple[DeviceConfig, ...] | None = None  # None: ask NVML
     reserve: int = 512 << 20  # bytes per device never promised
     host_memory: int | None = None  # budget for level-1 sleepers; None: half of the host's
@@ -123,3 +149,4 @@ class Config:
     engines: EngineDefaults = EngineDefaults()
     models: Mapping[str, ModelConfig] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
+    warnings: tuple[str, ...] = ()

@@ -1,0 +1,167 @@
+"""What spans several settings: names that clash, devices that do not exist, models that cannot fit.
+
+A finding is (where, path, what). ``check`` finds what is impossible, ``doubts`` what
+is possible but hardly meant.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import itertools
+from collections.abc import Iterator
+
+from vllmd.config.kinds import show_duration, show_size
+from vllmd.config.nodes import Where
+from vllmd.config.types import Config, ModelConfig
+
+Finding = tuple[Where, str, str]
+
+
+def check(config: Config) -> Iterator[Finding]:
+    """Everything that cannot work."""
+    yield from _names(config)
+    yield from _ports(config)
+    yield from _keys(config)
+    for model in config.models.values():
+        yield from _model(model, config)
+        yield from _idle(model)
+
+
+def doubts(config: Config) -> Iterator[Finding]:
+    """Everything that works, but hardly as meant."""
+    yield from _pins(config)
+    for key in config.auth.keys:
+        for name in key.models:
+            if not _known(name, config):
+                yield _auth(config), f"auth.keys.{key.name}.models", f"there is no model {name!r}"
+
+
+def good_name(name: str) -> bool:
+    return 0 < len(name) <= 200 and name.isprintable() and name == name.strip()
+
+
+def _place(model: ModelConfig) -> Where:
+    source, _, line = model.where.rpartition(":")
+    return Where(source, int(line)) if line.isdigit() else Where(model.where)
+
+
+def _auth(config: Config) -> Where:
+    return Where(str(config.files[0]) if config.files else "configuration")
+
+
+def _known(name: str, config: Config) -> bool:
+    return name in config.models or any(name in model.aliases for model in config.models.values())
+
+
+def _names(config: Config) -> Iterator[Finding]:
+    owner: dict[str, str] = {}
+    for model in config.models.values():
+        for alias in model.aliases:
+            what = ""
+            if alias == model.name:
+                what = f"{alias!r} is the model's own name"
+            elif alias in config.models:
+                what = f"{alias!r} is the name of a model"
+            elif alias in owner:
+                what = f"{alias!r} is an alias of {owner[alias]!r} already"
+            if what:
+                yield _place(model), f"models.{model.name}.aliases", what
+            owner.setdefault(alias, model.name)
+
+
+def _ports(config: Config) -> Iterator[Finding]:
+    engines = config.engines
+    if engines.port_start > engines.port_end:
+        what = f"the last port, {engines.port_end}, is before the first, {engines.port_start}"
+        yield _auth(config), "engines.port_end", what
+
+
+def _keys(config: Config) -> Iterator[Finding]:
+    seen: dict[str, str] = {}
+    for key in config.auth.keys:
+        if key.digest in seen:
+            yield _auth(config), "auth.keys", f"{key.name!r} and {seen[key.digest]!r} are the same key"
+        seen.setdefault(key.digest, key.name)
+    if not config.auth.keys and not config.auth.allow_anonymous:
+        for address in config.server.listen:
+            if not is_loopback(address):
+                what = (
+                    f"{address} can be reached by others and there is no key; add one to auth.keys, "
+                    "or set auth.allow_anonymous if everybody may use it"
+                )
+                yield _auth(config), "server.listen", what
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine reaches a listen address."""
+    host = address.rpartition(":")[0].strip("[]")
+    if address.startswith("/") or not host or host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _model(model: ModelConfig, config: Config) -> Iterator[Finding]:
+    where, path = _place(model), f"models.{model.name}"
+    count = model.tensor_parallel_size * model.pipeline_parallel_size
+    declared = len(config.devices) if config.devices is not None else None
+    if declared is not None:
+        for index in model.devices:
+            if index >= declared:
+                yield where, f"{path}.devices", f"there is no device {index}; {_declared(declared)}"
+    have = len(model.devices) or declared
+    if have is not None and count > have:
+        what = f"it takes {count} devices (tensor_parallel_size times pipeline_parallel_size), but may use {have} only"
+        yield where, f"{path}.tensor_parallel_size", what
+    yield from _fits(model, config)
+
+
+def _declared(number: int) -> str:
+    if not number:
+        return "no device is declared"
+    return "the only declared device is 0" if number == 1 else f"the declared devices are 0 to {number - 1}"
+
+
+def _fits(model: ModelConfig, config: Config) -> Iterator[Finding]:
+    if not config.devices or not isinstance(model.gpu_memory, int):
+        return
+    own = [config.devices[i] for i in model.devices if i < len(config.devices)] or list(config.devices)
+    room = max(device.memory for device in own) - config.reserve
+    if model.gpu_memory > room:
+        what = f"{show_size(model.gpu_memory)} does not fit: {show_size(max(device.memory for device in own))} "
+        what += f"less the reserve of {show_size(config.reserve)} leaves {show_size(max(0, room))}"
+        yield _place(model), f"models.{model.name}.gpu_memory", what
+
+
+def _idle(model: ModelConfig) -> Iterator[Finding]:
+    idle, path = model.idle, f"models.{model.name}.idle"
+    stages = (("sleep_after", idle.sleep_after), ("deepen_after", idle.deepen_after), ("stop_after", idle.stop_after))
+    given = [(name, age) for name, age in stages if age is not None]
+    if idle.level == 2:
+        given = [stage for stage in given if stage[0] != "deepen_after"]
+    for (first, earlier), (second, later) in itertools.pairwise(given):
+        if later < earlier and second == "stop_after":
+            what = f"{second} ({show_duration(later)}) comes before {first} ({show_duration(earlier)})"
+            yield _place(model), path, what
+
+
+def _pins(config: Config) -> Iterator[Finding]:
+    """A device whose pinned models leave no room for any other."""
+    if not config.devices:
+        return
+    for index, device in enumerate(config.devices):
+        pinned = [m for m in config.models.values() if m.pin and (m.devices == (index,) or len(config.devices) == 1)]
+        total = sum(memory_of(model, device.memory) for model in pinned)
+        room = device.memory - config.reserve
+        if total > room:
+            names = ", ".join(model.name for model in pinned)
+            what = f"the pinned models {names} take {show_size(total)} of device {index}, which has {show_size(room)}"
+            yield _place(pinned[-1]), f"models.{pinned[-1].name}.pin", what
+
+
+def memory_of(model: ModelConfig, device: int) -> int:
+    """Bytes on a device of ``device`` bytes, as far as the configuration says; 0 for auto."""
+    memory = model.gpu_memory
+    return int(memory * device) if isinstance(memory, float) else memory or 0

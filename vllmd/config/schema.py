@@ -1,0 +1,55 @@
+"""The table of settings as JSON Schema, for editors (``# yaml-language-server: $schema=...``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllmd.config.settings import LEGACY, ROOT, Group, Leaf, Setting
+
+
+def json_schema() -> dict[str, Any]:
+    """The schema of vllmd.yaml (draft 2020-12)."""
+    root = group_schema(ROOT)
+    root["properties"].update(_legacy())
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "vllmd.yaml(5)",
+        "description": ROOT.doc,
+        **root,
+    }
+
+
+def group_schema(group: Group) -> dict[str, Any]:
+    """A mapping with exactly the group's keys, in every spelling."""
+    properties = {name: _row(group, row) for row in group.rows for name in (row.name, *row.also)}
+    return {"type": "object", "additionalProperties": False, "properties": properties}
+
+
+def _row(group: Group, row: Setting) -> dict[str, Any]:
+    kind = row.kind
+    if isinstance(kind, Group):
+        return {"description": kind.doc, **_nested(row, kind)}
+    text = Leaf(row.name, group, row).default_text()
+    about = f"{row.doc} Accepted: {kind.accepts}." + (f" Default: {text}." if text else "")
+    return {"description": about, **kind.schema}
+
+
+def _nested(row: Setting, group: Group) -> dict[str, Any]:
+    schema = group_schema(group)
+    if row.many == "list":
+        return {"type": ["array", "null"], "items": schema}
+    if row.many == "map":
+        return {"type": ["object", "null"], "additionalProperties": {"anyOf": [schema, {"type": "null"}]}}
+    word = [{"enum": ["never", "off"]}] if "never" in group.accepts else []
+    return {"anyOf": [schema, *word, {"type": "null"}]}
+
+
+def _legacy() -> dict[str, Any]:
+    sections: dict[str, Any] = {}
+    for row in LEGACY:
+        if row.key:
+            section, key = row.key.split(".")
+            empty = {"type": "object", "additionalProperties": False, "properties": {}, "deprecated": True}
+            about = {"description": f"Another system's name of {row.path}."}
+            sections.setdefault(section, empty)["properties"][key] = about
+    return sections

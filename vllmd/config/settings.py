@@ -1,0 +1,427 @@
+"""The table of settings: the one source of the loader, the schema, the manual, the environment and the flags.
+
+A row's default is the default of the dataclass field that it fills, so it stands
+once. Groups nest: ``kind`` is a ``Kind`` of value or another ``Group``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, dataclass, fields, replace
+from functools import cache
+from typing import Any
+
+from vllmd.config import kinds as k
+from vllmd.config.kinds import Kind
+from vllmd.config.nodes import Node
+from vllmd.config.types import (
+    AuthConfig,
+    Config,
+    DeviceConfig,
+    EngineDefaults,
+    KeyConfig,
+    ModelConfig,
+    ScopeLimits,
+    ServerConfig,
+)
+from vllmd.core.types import IdleRules
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Setting:
+    """One row. ``field`` of the target it fills ("": its own name; None: read by the loader itself).
+
+    ``also``: other spellings, the documents' own. ``many``: "list" or "map" of the group.
+    """
+
+    name: str
+    kind: Kind | Group
+    doc: str
+    field: str | None = ""
+    also: tuple[str, ...] = ()
+    many: str = ""
+    flag: str = ""
+    secret: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """Settings that fill one dataclass. ``short``: what a scalar in the group's place stands for."""
+
+    target: type[Any]
+    doc: str
+    rows: tuple[Setting, ...]
+    short: Callable[[Node], Node | None] = lambda node: None
+    accepts: str = "a mapping"
+
+    def row(self, name: str) -> Setting | None:
+        """The row of this name or other spelling."""
+        return _rows(self).get(name)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(row.name for row in self.rows)
+
+
+@cache
+def _rows(group: Group) -> dict[str, Setting]:
+    return {name: row for row in group.rows for name in (row.name, *row.also)}
+
+
+def default(group: Group, row: Setting) -> Any:
+    """The value when nobody says anything."""
+    if row.field is None:
+        return None
+    found = next(f for f in fields(group.target) if f.name == (row.field or row.name))
+    if found.default_factory is not MISSING:
+        return found.default_factory()
+    return None if found.default is MISSING else found.default
+
+
+def never(node: Node) -> Node | None:
+    """``idle: never``: no stage of it ever comes."""
+    if node.text.lower() not in ("never", "off"):
+        return None
+    word = replace(node, value="never", text="never")
+    return replace(node, value={"sleep_after": word, "deepen_after": word, "stop_after": word})
+
+
+def parse_level(node: Node) -> int:
+    """Sleep level 1 or 2, or 3 for a full stop; the documents' words are understood."""
+    words = {"sleep1": 1, "sleep2": 2, "stop": 3}
+    return words.get(node.text) or k.integer(1, 3)(node)
+
+
+def parse_cores(node: Node) -> float:
+    """Cores, from ``1.5`` or systemd's ``150%``."""
+    text = node.text.removesuffix("%")
+    cores = float(k.real(0, 102400)(replace(node, text=text, value=text)))
+    return cores / 100 if node.text.endswith("%") else cores
+
+
+LEVEL = Kind("1, 2, or 3 (stop)", parse_level, {"enum": [1, 2, 3, "sleep1", "sleep2", "stop"]})
+CORES = Kind(
+    "cores such as 1.5 or 150%, or none", k.or_none(parse_cores, "none"), {"type": ["number", "string", "null"]}
+)
+ON_BUSY = k.choice("wait", "reject", "evict")
+
+IDLE = Group(
+    IdleRules,
+    "When an unused model sleeps and stops. Ages count from the end of its last request. "
+    "The word never in place of the mapping switches every stage off.",
+    (
+        Setting("sleep_after", k.OR_NEVER, "Put an unused model to sleep after this time."),
+        Setting(
+            "level",
+            LEVEL,
+            "How deep it sleeps at first: 1 keeps the weights in host memory, 2 discards them, "
+            "3 stops the engine. An engine that cannot sleep is stopped.",
+        ),
+        Setting("deepen_after", k.OR_NEVER, "From level 1 go on to level 2 when it has been unused for this time."),
+        Setting("stop_after", k.OR_NEVER, "Stop the engine when it has been unused for this time."),
+    ),
+    never,
+    "a mapping, or never",
+)
+
+LIMITS = Group(
+    ScopeLimits,
+    "Resource limits of the model's scope, see systemd.resource-control(5).",
+    (
+        Setting("memory_max", k.LIMIT_SIZE, "MemoryMax=: host memory it may use; beyond it the OOM killer acts."),
+        Setting("memory_high", k.LIMIT_SIZE, "MemoryHigh=: host memory beyond which it is slowed down."),
+        Setting("memory_swap_max", k.LIMIT_SIZE, "MemorySwapMax=: swap it may use."),
+        Setting("cpu_weight", k.count(1, 10000, "none"), "CPUWeight=: its share of the CPU against others."),
+        Setting("cpu_quota", CORES, "CPUQuota=: the cores it may use at most."),
+        Setting("tasks_max", k.count(1, 2**31, "none"), "TasksMax=: processes and threads it may have."),
+        Setting(
+            "oom_policy", k.choice("continue", "stop", "kill"), "OOMPolicy=: what follows when the OOM killer acted."
+        ),
+    ),
+)
+
+MODEL = Group(
+    ModelConfig,
+    "A model. Its key is the name that clients ask for, such as Qwen/Qwen3-0.6B.",
+    (
+        Setting(
+            "engine", k.TEXT, "Kind of engine: vllm, sglang, llamacpp, triton, comfyui, command, remote, simengine."
+        ),
+        Setting(
+            "model",
+            k.TEXT,
+            "What the engine loads: a path or a repository id. Without it the model's own name is used.",
+            also=("model_path",),
+        ),
+        Setting("command", k.COMMAND, "Program that is run instead of the engine's own, such as /opt/vllm/bin/vllm."),
+        Setting("aliases", k.NAMES, "Other names that clients may ask for."),
+        Setting("devices", k.DEVICES, "Devices it may use; auto leaves the choice to vllmd.", also=("gpu_id",)),
+        Setting("tensor_parallel_size", k.count(1, 1024), "Devices that each layer is split over."),
+        Setting("pipeline_parallel_size", k.count(1, 1024), "Devices that the layers are spread over."),
+        Setting(
+            "gpu_memory",
+            k.SHARE,
+            "Memory on each of its devices: a share is passed to the engine literally, "
+            "auto lets vllmd estimate and then measure it.",
+            also=("gpu_memory_utilization",),
+        ),
+        Setting(
+            "memory_asleep", k.AUTO_SIZE, "Device memory that it keeps while it sleeps, until it has been measured."
+        ),
+        Setting("host_memory", k.AUTO_SIZE, "Host memory that it takes asleep at level 1, until it has been measured."),
+        Setting("max_model_len", k.count(1, 2**31, "auto", "none"), "Longest context, in tokens."),
+        Setting("dtype", k.TEXT, "Type of weights and activations, such as auto, bfloat16 or half."),
+        Setting("trust_remote_code", k.BOOL, "Run Python code that comes with the model. Dangerous."),
+        Setting(
+            "param_count",
+            Kind(
+                "billions of parameters such as 7 or 0.6", k.real(0, 100000), {"type": "number", "exclusiveMinimum": 0}
+            ),
+            "Parameters in billions, for the estimate of memory where the model's files are not at hand.",
+        ),
+        Setting("precision", k.TEXT, "Precision of the weights for the estimate, such as fp16, fp8, int4."),
+        Setting(
+            "extra_args",
+            k.ARGS,
+            "The engine's own flags. In a mapping true becomes --flag, false --no-flag, a list several values "
+            "after one flag, a mapping JSON; null leaves the flag out.",
+        ),
+        Setting("env", k.ENV, "Environment variables of the engine."),
+        Setting("hf_token", k.SECRET, "Hugging Face token for gated models, given to this engine only.", secret=True),
+        Setting(
+            "hf_token_file",
+            k.FILE,
+            "File that holds the token; a relative path names a systemd credential or a file beside the configuration.",
+            field=None,
+        ),
+        Setting("sleep_mode", k.BOOL, "Start the engine so that it can sleep; by default where the platform can."),
+        Setting("idle", IDLE, "This model's own idle rules; what is not said here is taken from defaults and idle."),
+        Setting("pin", k.BOOL, "Never evict it and never let it sleep for others."),
+        Setting("preload", k.BOOL, "Load it when the daemon starts."),
+        Setting("warm_up", k.BOOL, "Send one short request after each load, before clients are let in."),
+        Setting(
+            "priority",
+            Kind("a number above 0", k.real(0, 1e6), {"type": "number", "exclusiveMinimum": 0}),
+            "Weight of its waiting requests against those of other models.",
+        ),
+        Setting("concurrency", k.count(1, 2**31, "unlimited", "none"), "Requests at a time."),
+        Setting(
+            "on_busy",
+            ON_BUSY,
+            "When there is no room: wait by the policy, reject at once, or evict idle models without waiting.",
+        ),
+        Setting("queue_limit", k.count(0), "Requests that may wait for it; more are answered 503."),
+        Setting("queue_timeout", k.OR_NEVER, "Longest wait of a request."),
+        Setting("drain_limit", k.OR_NEVER, "Longest wait for running requests when it is to sleep or stop."),
+        Setting(
+            "preempt", k.BOOL, "Running requests may be frozen when others need the room and the engine can do so."
+        ),
+        Setting("start_timeout", k.DURATION_KIND, "Longest start, downloads not counted."),
+        Setting("stop_timeout", k.DURATION_KIND, "Time the engine has to end before it is killed."),
+        Setting("max_restarts", k.count(0, 1000), "Restarts in a row after crashes while requests wait."),
+        Setting("restart_backoff", k.PAUSE, "Pause before the first restart; it doubles with each failure."),
+        Setting("log_file", k.BOOL, "Write the engine's output to a rotating file, too, not only to the journal."),
+        Setting("limits", LIMITS, "Resource limits of its scope."),
+        Setting("options", k.MAP, "Settings of the engine kind, see its section."),
+        Setting(
+            "api_key",
+            k.SECRET,
+            "Another system's key: a value that begins with hf_ is taken as hf_token (with a warning), "
+            "any other is a client key for this model only.",
+            field=None,
+            secret=True,
+        ),
+    ),
+    accepts="a mapping of settings",
+)
+
+NOT_IN_DEFAULTS = frozenset({"model", "aliases", "api_key"})
+DEFAULTS = replace(
+    MODEL,
+    doc="Settings of all models that do not say otherwise. env, idle, limits, options and a mapping in extra_args "
+    "are combined entry by entry.",
+    rows=tuple(row for row in MODEL.rows if row.name not in NOT_IN_DEFAULTS),
+)
+
+DEVICE = Group(
+    DeviceConfig,
+    "A device declared by hand.",
+    (
+        Setting("memory", k.SIZE_KIND, "Its memory."),
+        Setting("name", k.TEXT, "What it is called in tables."),
+    ),
+)
+
+SCOPES = Kind("models, admin", k.list_of(k.choice("models", "admin").parse), {"type": "array"}, lambda v: ", ".join(v))
+PUBLIC = Kind(
+    "a list of health, metrics",
+    k.list_of(k.choice("health", "metrics").parse),
+    {"type": "array", "items": {"enum": ["health", "metrics"]}},
+    lambda value: ", ".join(value) or "nothing",
+)
+
+KEY = Group(
+    KeyConfig,
+    "A client's key. One of key and key_file is needed.",
+    (
+        Setting("name", k.TEXT, "Who it belongs to, for the log and the metrics."),
+        Setting("key", k.SECRET, "The key itself, or sha256: and the hexadecimal SHA-256 of it.", None, secret=True),
+        Setting("key_file", k.FILE, "File that holds the key; a relative path as in hf_token_file.", None),
+        Setting("scopes", SCOPES, "What it opens: models, admin."),
+        Setting("models", k.NAMES, "Models it may use; all if none are named."),
+        Setting("concurrency", k.count(1, 2**31, "unlimited"), "Requests at a time."),
+        Setting("requests_per_minute", k.count(1, 2**31, "unlimited"), "Requests per minute."),
+        Setting("tokens_per_minute", k.count(1, 2**31, "unlimited"), "Tokens in and out per minute."),
+    ),
+)
+
+AUTH = Group(
+    AuthConfig,
+    "Who may use the HTTP side. As soon as there is one key, every request needs one.",
+    (
+        Setting("keys", KEY, "The keys.", many="list"),
+        Setting("public", PUBLIC, "What needs no key all the same."),
+        Setting("allow_anonymous", k.BOOL, "Allow listening beyond loopback without any key."),
+    ),
+)
+
+SERVER = Group(
+    ServerConfig,
+    "The HTTP side. Under systemd the addresses are those of vllmd.socket, whatever is said here.",
+    (
+        Setting("listen", k.LISTEN, "Addresses to listen on when not activated by systemd.", flag="--listen"),
+        Setting("host", k.HOST, "Short for listen, with port.", field=None, flag="--host"),
+        Setting("port", k.count(0, 65535), "Short for listen, with host; 0 picks a free one.", None, flag="--port"),
+        Setting("idle_exit", k.OR_NEVER, "Exit when nothing is loaded and nobody is connected for this time."),
+        Setting("max_body", k.SMALL_SIZE, "Largest request body."),
+        Setting("max_head", k.SMALL_SIZE, "Largest request head."),
+        Setting("head_timeout", k.DURATION_KIND, "Time a client has to send a request's head."),
+        Setting("keepalive_timeout", k.DURATION_KIND, "How long an idle connection is kept."),
+        Setting("max_connections", k.count(1), "Connections in all."),
+        Setting("max_connections_per_address", k.count(1, 2**31, "unlimited"), "Connections from one address."),
+        Setting("drain_timeout", k.PAUSE, "Time running requests have to end at shutdown."),
+        Setting("queue_limit", k.count(0), "Waiting requests over all models."),
+        Setting("loading_comment_interval", k.DURATION_KIND, "Pause between comments to a stream that waits."),
+    ),
+)
+
+ENGINES = Group(
+    EngineDefaults,
+    "Where engines live.",
+    (
+        Setting("run_dir", k.PATH, "Directory of the engines' sockets."),
+        Setting("home", k.PATH, "Engines' home directory, with the cache of models."),
+        Setting("port_start", k.count(1024, 65535), "First port for engines without Unix sockets."),
+        Setting("port_end", k.count(1024, 65535), "Last port for engines without Unix sockets."),
+    ),
+)
+
+ROOT = Group(
+    Config,
+    "The file /etc/vllmd/vllmd.yaml.",
+    (
+        Setting("server", SERVER, "The HTTP side."),
+        Setting("auth", AUTH, "Keys."),
+        Setting("devices", DEVICE, "Devices, when NVML is not to be asked.", many="list"),
+        Setting("reserve", k.RESERVE, "Memory of each device that is never promised to models."),
+        Setting(
+            "host_memory",
+            k.AUTO_SIZE,
+            "Host memory for models asleep at level 1, over all of them; auto is half of the machine's.",
+        ),
+        Setting("idle", IDLE, "When unused models sleep and stop.", field=None),
+        Setting(
+            "policy",
+            k.choice("adaptive", "lru"),
+            "How room is made: adaptive weighs what is lost against what is gained, lru takes the least recently used.",
+        ),
+        Setting("log_level", k.choice("debug", "info", "warning", "error"), "What is logged.", flag="--log-level"),
+        Setting("engines", ENGINES, "Where engines live."),
+        Setting("defaults", DEFAULTS, "Settings of all models.", field=None),
+        Setting("models", MODEL, "The models, by name.", many="map"),
+    ),
+    accepts="a mapping of sections",
+)
+
+
+# ---- other systems' names --------------------------------------------------------------------------------------
+
+
+def mebibytes(node: Node) -> Node:
+    """A bare number of MiB as a size."""
+    if isinstance(node.value, bool) or not node.text.isdigit() or node.text == "0":
+        return node
+    return replace(node, value=f"{node.text}MiB", text=f"{node.text}MiB")
+
+
+@dataclass(frozen=True, slots=True)
+class Legacy:
+    """A setting under another system's name, in the file (``key``) or the environment (``env``)."""
+
+    path: str
+    key: str = ""
+    env: str = ""
+    convert: Callable[[Node], Node] = lambda node: node
+
+
+LEGACY = (
+    Legacy("defaults.devices", "gpu.gpu_id", "GPU_ID"),
+    Legacy("reserve", "gpu.reserved_memory_mb", "RESERVED_MEMORY_MB", mebibytes),
+    Legacy("defaults.gpu_memory", "gpu.memory_utilization"),
+    Legacy("server.host", "proxy.host"),
+    Legacy("server.port", "proxy.port", "PROXY_PORT"),
+    Legacy("idle.sleep_after", "proxy.idle_timeout_seconds", "IDLE_TIMEOUT"),
+    Legacy("auth.keys", "proxy.api_key"),
+    Legacy("log_level", "", "LOG_LEVEL"),
+)
+LEGACY_SECTIONS = tuple(dict.fromkeys(row.key.split(".")[0] for row in LEGACY if row.key))
+
+COMBINED = frozenset({"idle", "env", "limits", "options", "extra_args"})  # merged entry by entry
+
+
+# ---- views of the table ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A row with its full path; the path of a group within a list or map holds ``[]`` or ``NAME``."""
+
+    path: str
+    group: Group
+    row: Setting
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """Its environment variables, the documents' own last."""
+        if "[]" in self.path or "NAME" in self.path or isinstance(self.row.kind, Group):
+            return ()
+        own = "VLLMD_" + self.path.upper().replace(".", "_")
+        return (own, *(legacy.env for legacy in LEGACY if legacy.env and legacy.path == self.path))
+
+    def default_text(self) -> str:
+        """The default as it would be written in the file."""
+        kind, value = self.row.kind, default(self.group, self.row)
+        if isinstance(kind, Group) or self.row.field is None:
+            return ""
+        return kind.none if value is None else (kind.show(value) or "none")
+
+
+def leaves(group: Group = ROOT, prefix: str = "") -> Iterator[Leaf]:
+    """Every row of the table, groups before what is in them."""
+    for row in group.rows:
+        path = f"{prefix}{row.name}"
+        yield Leaf(path, group, row)
+        if isinstance(row.kind, Group):
+            yield from leaves(row.kind, path + {"": ".", "list": "[].", "map": ".NAME."}[row.many])
+
+
+@cache
+def variables() -> dict[str, str]:
+    """Every environment variable with the path of its setting; the documents' own before ours, which win."""
+    table = [(name, leaf.path) for leaf in leaves() for name in leaf.variables]
+    return dict(sorted(table, key=lambda entry: entry[0].startswith("VLLMD_")))
+
+
+@cache
+def flags() -> dict[str, Leaf]:
+    """Every command line flag with its setting."""
+    return {leaf.row.flag: leaf for leaf in leaves() if leaf.row.flag}
