@@ -1,0 +1,71 @@
+"""What all tests share: where subprocesses find vllmd, what a skip means, and the machines."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.machine import container
+from tests.machine.container import CannotBoot, Machine
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# Programs that tests start (python -m vllmd ...) find the package whatever their working directory.
+os.environ["PYTHONPATH"] = str(REPOSITORY)
+
+
+def _fail_in_ci(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Under CI=true everything must run: what would be skipped has failed."""
+    if os.environ.get("CI") == "true" and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"{report.nodeid} was skipped, which counts as a failure under CI=true. {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    _fail_in_ci(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _fail_in_ci(report)
+    return report
+
+
+@contextlib.contextmanager
+def _booted_or_skip(suite: str = "bookworm") -> Iterator[Machine]:
+    with contextlib.ExitStack() as stack:
+        try:
+            machine = stack.enter_context(container.booted(suite, container.vllm_binds()))
+        except CannotBoot as reason:
+            pytest.skip(f"no container: {reason}")
+        yield machine
+
+
+@pytest.fixture(scope="session")
+def machine() -> Iterator[Machine]:
+    """A booted Debian 12 with vllmd's dependencies but without vllmd, shared by the whole run."""
+    with _booted_or_skip() as machine:
+        yield machine
+
+
+@pytest.fixture(scope="module")
+def fresh_machine() -> Iterator[Machine]:
+    """A booted Debian 12 of this test module's own."""
+    with _booted_or_skip() as machine:
+        yield machine
+
+
+@pytest.fixture
+def boot_machine() -> Iterator[Callable[..., Machine]]:
+    """Boots as many machines as a test wants: `boot_machine(suite="trixie")`."""
+    with contextlib.ExitStack() as stack:
+        yield lambda suite="bookworm": stack.enter_context(_booted_or_skip(suite))
