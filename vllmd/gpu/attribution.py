@@ -1,0 +1,118 @@
+"""Whose memory it is: a model's, told by its processes, or a stranger's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from vllmd.gpu.sample import DeviceSample, Sample
+
+TINY = 16 << 20  # bytes in use that no process owns: below this it is rounding, not a stranger
+CGROUP_ROOTS = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified"))
+_NONE: Mapping[tuple[str, int], int] = {}
+
+Attribution = tuple[dict[int, int], dict[tuple[str, int], int]]
+
+
+def attribute(
+    sample: Sample, pids: Mapping[str, Iterable[int]], expected: Mapping[tuple[str, int], int] = _NONE
+) -> Attribution:
+    """``({index: bytes of strangers}, {(model, index): bytes})`` for every device that could be read.
+
+    Strangers' is what their processes hold and what no process owns (the driver's
+    own memory, and what a dead process left behind), since nobody can be given
+    either. A model without memory on a device is left out of it.
+
+    Where the device hides sizes or processes, ``expected`` (bytes that the
+    ledger has each model at) is taken off what nobody owns before it counts as
+    strangers'; otherwise our own engines would be charged twice. It never
+    becomes a model's measured figure.
+    """
+    owner = {pid: model for model, its in pids.items() for pid in its}
+    strangers: dict[int, int] = {}
+    models: dict[tuple[str, int], int] = {}
+    for index, device in sample.devices.items():
+        held = _held(device, owner)
+        models.update({(model, index): size for model, size in held.items()})
+        hidden = _hidden(device, owner, held, {model: size for (model, at), size in expected.items() if at == index})
+        rest = device.used - sum(held.values()) - hidden
+        strangers[index] = rest if rest > TINY else 0
+    return strangers, models
+
+
+def _held(device: DeviceSample, owner: Mapping[int, str]) -> dict[str, int]:
+    """Bytes by model; one with a process of unknown size is left out: its sum would be wrong."""
+    held: dict[str, int] = {}
+    for pid, size in device.processes.items():
+        if pid in owner:
+            held[owner[pid]] = held.get(owner[pid], 0) + size
+    unknown = {owner[pid] for pid in device.unsized if pid in owner}
+    return {model: size for model, size in held.items() if model not in unknown}
+
+
+def _hidden(
+    device: DeviceSample, owner: Mapping[int, str], held: Mapping[str, int], expected: Mapping[str, int]
+) -> int:
+    """Bytes that our models hold, as far as the ledger knows, on a device that does not show it."""
+    unknown = {owner[pid] for pid in device.unsized if pid in owner}
+    if device.hides_processes:
+        unknown |= set(owner.values()) - held.keys()
+    return sum(size for model, size in expected.items() if model in unknown)
+
+
+def pids_of(cgroup: Path | str | None, main_pid: int | None = None, proc: Path = Path("/proc")) -> frozenset[int]:
+    """An engine's processes: those in its cgroup and below, else its main process's session and descendants.
+
+    ``cgroup``: a folder, or a path as in ``/proc/PID/cgroup``; "" or None where the engine has none of its own.
+    """
+    folder = _folder(cgroup)
+    if folder is not None:
+        return frozenset(_in_cgroup(folder))
+    return frozenset() if main_pid is None else _family(main_pid, proc)
+
+
+def _folder(cgroup: Path | str | None) -> Path | None:
+    if not cgroup:
+        return None
+    relative = str(cgroup).lstrip("/")
+    for candidate in (Path(cgroup), *(root / relative for root in CGROUP_ROOTS)):
+        if (candidate / "cgroup.procs").is_file():
+            return candidate
+    return None
+
+
+def _in_cgroup(folder: Path) -> Iterable[int]:
+    for path in (folder / "cgroup.procs", *folder.rglob("cgroup.procs")):
+        try:
+            yield from (int(line) for line in path.read_text().split() if line != "0")  # 0: not of our pid namespace
+        except OSError:
+            continue  # it went away while we looked
+
+
+def _family(main: int, proc: Path) -> frozenset[int]:
+    """The session that ``main`` leads and all its descendants, so that an orphaned worker still counts as its own."""
+    children: dict[int, list[int]] = {}
+    family: set[int] = set()
+    for pid, (parent, session) in _processes(proc).items():
+        children.setdefault(parent, []).append(pid)
+        if main in (pid, session):
+            family.add(pid)
+    unseen = list(family)
+    while unseen:
+        new = [child for child in children.get(unseen.pop(), ()) if child not in family]
+        family.update(new)
+        unseen.extend(new)
+    return frozenset(family)
+
+
+def _processes(proc: Path) -> dict[int, tuple[int, int]]:
+    """pid -> (parent, session) of every process that can be seen."""
+    found: dict[int, tuple[int, int]] = {}
+    for folder in proc.iterdir():
+        if folder.name.isdecimal():
+            try:
+                fields = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
+                found[int(folder.name)] = (int(fields[1]), int(fields[3]))
+            except (OSError, IndexError, ValueError):
+                continue  # it went away while we looked
+    return found

@@ -1,0 +1,82 @@
+"""Devices that the configuration declares: for machines without NVML, and for rehearsals.
+
+A declared device may name a stand-in's device file (``vllmd.simengine.device``);
+then it is read like a real one. Without a file only the ledger knows what is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from vllmd.config.types import DeviceConfig
+from vllmd.core.types import Device
+from vllmd.gpu.sample import DeviceSample, Sample, absurdity
+from vllmd.simengine.device import device_usage
+
+
+class DeclaredDevices:
+    """The devices of the configuration, numbered from 0 in its order. ``reserve`` in bytes for each."""
+
+    source = "declared"
+
+    def __init__(self, devices: Sequence[DeviceConfig], reserve: int) -> None:
+        self._files: dict[int, Path] = {index: each.file for index, each in enumerate(devices) if each.file}
+        self._inventory = tuple(
+            Device(index, str(index), each.memory, reserve, each.name) for index, each in enumerate(devices)
+        )
+        self.readable = bool(self._files)
+        self.notes = ("as the configuration says",)
+
+    @property
+    def note(self) -> str:
+        """The notes as one line."""
+        return "; ".join(self.notes)
+
+    def inventory(self) -> tuple[Device, ...]:
+        """The declared devices."""
+        return self._inventory
+
+    def sample(self) -> Sample:
+        """Read those that have a file; the others are in neither ``devices`` nor ``failed``."""
+        devices: dict[int, DeviceSample] = {}
+        failed: dict[int, str] = {}
+        for index, path in self._files.items():
+            try:
+                devices[index] = _read(path, self._inventory[index])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                failed[index] = f"{path}: {error}"
+        return Sample(devices, failed)
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+class NoDevices:
+    """A machine without any: engines run on the CPU, and only host memory counts."""
+
+    source = "none"
+    readable = False
+
+    def __init__(self, why: str) -> None:
+        self.notes = (why,)
+        self.note = why
+
+    def inventory(self) -> tuple[Device, ...]:
+        """Nothing."""
+        return ()
+
+    def sample(self) -> Sample:
+        """Nothing."""
+        return Sample()
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def _read(path: Path, device: Device) -> DeviceSample:
+    usage = device_usage(path)
+    wrong = absurdity(usage.memory, usage.used, usage.memory - usage.used, device.memory)
+    if wrong:
+        raise ValueError(wrong)
+    return DeviceSample(usage.memory, usage.used, usage.free, usage.processes, name=device.name)

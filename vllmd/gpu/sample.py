@@ -1,0 +1,56 @@
+"""One reading of the devices. Memory in bytes, power in watts, utilisation in per cent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+GiB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSample:
+    """What one device says of itself.
+
+    ``processes``: pid -> bytes. ``unsized``: processes on it whose share it does not tell.
+    ``hides_processes``: memory is in use and no process can be seen, because we are in
+    another pid namespace than the driver: then nothing can be concluded from a pid's absence.
+    """
+
+    total: int
+    used: int
+    free: int
+    processes: Mapping[int, int] = field(default_factory=dict)
+    unsized: frozenset[int] = frozenset()
+    hides_processes: bool = False
+    name: str = ""
+    power: float | None = None
+    utilisation: float | None = None
+
+    @property
+    def ownerless(self) -> int:
+        """Bytes in use beyond what its processes are said to hold: the driver's own, or unaccounted for."""
+        return max(0, self.used - sum(self.processes.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Per device index its figures, or in ``failed`` why it could not be read. No index is in both."""
+
+    devices: Mapping[int, DeviceSample] = field(default_factory=dict)
+    failed: Mapping[int, str] = field(default_factory=dict)
+
+
+def absurdity(total: int, used: int, free: int, known_total: int) -> str:
+    """What is wrong with a device's figures; "" if they can be true."""
+    if total <= 0 or used < 0 or free < 0:
+        return f"it reports impossible figures: {_gib(used)} used and {_gib(free)} free of {_gib(total)}"
+    if used > total or free > total:
+        return f"it reports more memory than it has: {_gib(used)} used and {_gib(free)} free of {_gib(total)}"
+    if total != known_total:
+        return f"its size changed from {_gib(known_total)} to {_gib(total)} (MIG reconfigured?); restart vllmd"
+    return ""
+
+
+def _gib(size: int) -> str:
+    return f"{size / GiB:.2f} GiB"
