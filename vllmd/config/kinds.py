@@ -142,10 +142,11 @@ def reserve_size(node: Node) -> int:
 
 
 def show_size(size: int) -> str:
+    """In the largest unit of which it is a whole number, or at least a round half; to a tenth of a GiB if in none."""
     for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if size and size % 1024**power == 0:
-            return f"{size // 1024**power}{unit}"
-    return str(size)
+        if size and size * 2 % 1024**power == 0 and size >= 1024**power:
+            return f"{size / 1024**power:g}{unit}"
+    return f"{size / 1024**3:.1f}GiB" if size >= 1024**3 else str(size)
 
 
 DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|sec|m|min|h|d|w|)\s*", re.I)

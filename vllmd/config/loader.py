@@ -237,7 +237,7 @@ class _Reader:
         """Whether the legacy setting may take the place, that is, unless ours is given too."""
         ours = find(tree, path)
         if ours is not None:
-            self.complain(value.key or value.where, legacy, f"{path} says the same on {ours.where}; keep one of them")
+            self.complain(value.key or value.where, legacy, f"{path} is the same setting, given in {ours.where}")
         return ours is None
 
     def canonical(self, group: Group, node: Node, path: str) -> Node:
@@ -249,7 +249,7 @@ class _Reader:
                 self.unknown(value, full, name, spellings(group), self.advice(group, name, value))
             elif row.name in entries:
                 other = entries[row.name].where
-                what = f"{row.name} says the same on {other}; keep one of them"
+                what = f"{row.name} is the same setting, given in {other}"
                 self.complain(value.key or value.where, full, what)
             else:
                 entries[row.name] = self.canonical_value(row, value, join(path, row.name))
@@ -293,7 +293,7 @@ class _Reader:
     def unknown(self, value: Node, path: str, name: str, known: tuple[str, ...], advice: str = "") -> None:
         import difflib
 
-        near = difflib.get_close_matches(name.replace("-", "_"), known, 1, 0.7)
+        near = difflib.get_close_matches(name.replace("-", "_"), known, 1, 0.6)
         what = "there is no such setting" + (f"; {advice}" if advice and not near else "")
         self.complain(value.key or value.where, path, what, ", ".join(known), near[0] if near else "")
 
@@ -408,6 +408,7 @@ class _Reader:
         values = self.values(AUTH, node, "auth", skip=("keys",))
         listed = node.value.get("keys")
         nodes = listed.value if listed is not None and listed.is_list else []
+        self.origins["auth.keys"] = listed.where if listed is not None else node.where
         keys = [self.key(item, f"auth.keys[{index}]", index) for index, item in enumerate(nodes)]
         return AuthConfig(**values, keys=tuple(key for key in keys if key is not None))
 

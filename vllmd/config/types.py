@@ -77,10 +77,14 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class DeviceConfig:
-    """A declared device, for machines without NVML and for rehearsal."""
+    """A declared device, for machines without NVML and for rehearsal.
+
+    ``file``: a stand-in's device file (``vllmd.simengine.device``), read for who holds how much.
+    """
 
     memory: int
     name: str = "declared"
+    file: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,223 @@
+"""What an administrator reads when the configuration is wrong: every message, word for word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vllmd.config.loader import load
+from vllmd.errors import ConfigError
+
+GPU = "devices: [{memory: 80GiB}]\n"
+SHARE = "a share such as 0.35 or 35%, a size such as 20GiB, or auto"
+SIZE = "a size such as 20GiB or 512MiB"
+NEVER = "a duration such as 300, 5m or 1h30m, or never"
+SECTIONS = "server, auth, devices, reserve, host_memory, idle, policy, log_level, engines, defaults, models"
+IDLE = "sleep_after, level, deepen_after, stop_after"
+
+GOLDEN = [
+    # ---- YAML itself
+    ("a: [1", "vllmd.yaml:2: this is not valid YAML: did not find expected ',' or ']' (while parsing a flow sequence)"),
+    ("- a", "vllmd.yaml:1: a list is not a mapping; accepted: a mapping of sections"),
+    ("reserve: 1GiB\nreserve: 2GiB", "vllmd.yaml:2: 'reserve' is given twice, first on line 1; keep one of them"),
+    ("models: &a {x: *a}", "vllmd.yaml:1: this anchor contains itself"),
+    ("? [a]\n: 1", "vllmd.yaml:1: a key must be plain text"),
+    # ---- keys
+    ("polcy: lru", f'vllmd.yaml:1: polcy: there is no such setting; accepted: {SECTIONS}; did you mean "policy"?'),
+    (
+        "org/name: {devices: 0}",
+        "vllmd.yaml:1: org/name: there is no such setting; models belong beneath models:; accepted: " + SECTIONS,
+    ),
+    (
+        "idle:\n  sleep-after: 5m",
+        f'vllmd.yaml:2: idle.sleep-after: there is no such setting; accepted: {IDLE}; did you mean "sleep_after"?',
+    ),
+    (
+        "gpu:\n  gpu: 1",
+        "vllmd.yaml:2: gpu.gpu: there is no such setting; accepted: gpu_id, reserved_memory_mb, memory_utilization; "
+        'did you mean "gpu_id"?',
+    ),
+    (
+        "models:\n  m: {gpu_memory: 0.5, gpu_memory_utilization: 0.6}",
+        "vllmd.yaml:2: models.m.gpu_memory_utilization: gpu_memory is the same setting, given in {dir}/vllmd.yaml:2",
+    ),
+    (
+        "reserve: 1GiB\ngpu: {reserved_memory_mb: 5}",
+        "vllmd.yaml:2: gpu.reserved_memory_mb: reserve is the same setting, given in {dir}/vllmd.yaml:1",
+    ),
+    # ---- shapes
+    ("server: 8080", "vllmd.yaml:1: server: 8080 is not a mapping; accepted: a mapping"),
+    ("models: [a]", "vllmd.yaml:1: models: a list is not a mapping; accepted: models by name"),
+    ("models: {m: 3}", "vllmd.yaml:1: models.m: 3 is not a mapping; accepted: a mapping of settings"),
+    ("devices: 80GiB", "vllmd.yaml:1: devices: '80GiB' is not a list; accepted: a list of mappings with memory, name"),
+    ("devices: [{name: a}]", "vllmd.yaml:1: devices[0]: memory is missing; accepted: a size such as 80GiB"),
+    # ---- sizes
+    (
+        "devices: [{memory: 80}]",
+        f"vllmd.yaml:1: devices[0].memory: 80 bytes is too small; write 80GiB if GiB were meant; accepted: {SIZE}",
+    ),
+    ("reserve: -1GiB", "vllmd.yaml:1: reserve: '-1GiB' is not a size; accepted: 0 or a size such as 512MiB"),
+    (
+        "host_memory: 9000PiB",
+        "vllmd.yaml:1: host_memory: 9000PiB is more memory than any machine has; "
+        "accepted: a size such as 20GiB, or auto",
+    ),
+    (
+        "models: {m: {gpu_memory: 1.5}}",
+        f"vllmd.yaml:1: models.m.gpu_memory: 1.5 is not between 0 and 1; accepted: {SHARE}",
+    ),
+    (
+        "models: {m: {gpu_memory: 150%}}",
+        f"vllmd.yaml:1: models.m.gpu_memory: 150% is not between 0 and 100%; accepted: {SHARE}",
+    ),
+    (
+        "models: {m: {gpu_memory: lots}}",
+        f"vllmd.yaml:1: models.m.gpu_memory: 'lots' is not a share of the memory or a size; accepted: {SHARE}",
+    ),
+    (
+        GPU + "reserve: 2GiB\nmodels: {m: {gpu_memory: 79GiB}}",
+        "vllmd.yaml:3: models.m.gpu_memory: 79GiB does not fit: 80GiB less the reserve of 2GiB leaves 78GiB",
+    ),
+    # ---- times
+    ("idle: {sleep_after: -5}", f"vllmd.yaml:1: idle.sleep_after: -5 is negative; accepted: {NEVER}"),
+    ("idle: {sleep_after: 0}", f"vllmd.yaml:1: idle.sleep_after: 0 is too short; accepted: {NEVER}"),
+    ("idle: {sleep_after: 1000d}", f"vllmd.yaml:1: idle.sleep_after: 1000d is more than a year; accepted: {NEVER}"),
+    ("idle: {sleep_after: soon}", f"vllmd.yaml:1: idle.sleep_after: 'soon' is not a duration; accepted: {NEVER}"),
+    ("idle: {level: 4}", "vllmd.yaml:1: idle.level: 4 is out of range; accepted: 1, 2, or 3 (stop)"),
+    (
+        "models:\n  m:\n    idle: {sleep_after: 10m, stop_after: 5m}",
+        "vllmd.yaml:2: models.m.idle: stop_after (5m) comes before deepen_after (20m)",
+    ),
+    # ---- devices
+    (
+        GPU + "models: {m: {devices: 3}}",
+        "vllmd.yaml:2: models.m.devices: there is no device 3; the only declared device is 0",
+    ),
+    (
+        GPU + "models: {m: {tensor_parallel_size: 2}}",
+        "vllmd.yaml:2: models.m.tensor_parallel_size: it takes 2 devices (tensor_parallel_size times "
+        "pipeline_parallel_size), but may use 1 only",
+    ),
+    (
+        "models: {m: {devices: [0, 0]}}",
+        "vllmd.yaml:1: models.m.devices: 0 is listed twice: devices are numbers from 0; "
+        "accepted: auto, or device numbers such as [0, 1]",
+    ),
+    (
+        "models: {m: {devices: gpu0}}",
+        "vllmd.yaml:1: models.m.devices: 'gpu0' is not a number: devices are numbers from 0; "
+        "accepted: auto, or device numbers such as [0, 1]",
+    ),
+    # ---- words and addresses
+    ("policy: best", "vllmd.yaml:1: policy: 'best' is not one of them; accepted: adaptive, lru"),
+    ("models: {m: {pin: maybe}}", "vllmd.yaml:1: models.m.pin: 'maybe' is not a yes or a no; accepted: true or false"),
+    ("server: {port: 70000}", "vllmd.yaml:1: server.port: 70000 is out of range; accepted: a whole number, 0 to 65535"),
+    (
+        "server: {listen: 'localhost'}",
+        "vllmd.yaml:1: server.listen: 'localhost' is not an address with a port from 0 to 65535; "
+        "accepted: addresses such as 127.0.0.1:33258, [::1]:33258 or /run/vllmd.sock",
+    ),
+    (
+        "server: {listen: '::1:8080'}",
+        "vllmd.yaml:1: server.listen: '::1:8080': an IPv6 address is written in brackets; accepted: [::1]:8080",
+    ),
+    ("server: {port: 1, listen: '2'}", "vllmd.yaml:1: server: give either listen or host and port, not both"),
+    (
+        "server:\n  listen: 0.0.0.0:8080",
+        "vllmd.yaml:2: server.listen: 0.0.0.0:8080 can be reached by others and there is no key; add one to "
+        "auth.keys, or set auth.allow_anonymous if everybody may use it",
+    ),
+    (
+        "engines: {port_start: 5000, port_end: 4000}",
+        "vllmd.yaml:1: engines.port_end: the last port, 4000, is before the first, 5000",
+    ),
+    # ---- names
+    ("models: {a: {}, b: {aliases: [a]}}", "vllmd.yaml:1: models.b.aliases: 'a' is the name of a model"),
+    (
+        "models: {a: {aliases: [x]}, b: {aliases: [x]}}",
+        "vllmd.yaml:1: models.b.aliases: 'x' is an alias of 'a' already",
+    ),
+    (
+        "models: {' ': {}}",
+        "vllmd.yaml:1: models. : a model's name has 1 to 200 printable characters without spaces at its ends",
+    ),
+    # ---- secrets
+    ("auth: {keys: [{name: a}]}", "vllmd.yaml:1: auth.keys[0]: the key is missing; accepted: key or key_file"),
+    (
+        "auth: {keys: [{key: 'sha256:12'}]}",
+        "vllmd.yaml:1: auth.keys[0].key: sha256: is followed by 64 hexadecimal digits",
+    ),
+    (
+        "auth: {keys: [{key_file: nothing}]}",
+        "vllmd.yaml:1: auth.keys[0].key_file: {dir}/nothing: No such file or directory; "
+        "accepted: a file that the daemon's user may read, or a systemd credential",
+    ),
+    ("auth: {keys: [{key: a, name: x}, {key: a, name: y}]}", "vllmd.yaml:1: auth.keys: 'y' and 'x' are the same key"),
+    # ---- what engines get
+    (
+        "models: {m: {env: {1A: x}}}",
+        "vllmd.yaml:1: models.m.env: '1A' cannot be the name of an environment variable; "
+        "accepted: a mapping from variable to value",
+    ),
+    (
+        'models: {m: {command: "a \'b"}}',
+        "vllmd.yaml:1: models.m.command: quotes do not match: No closing quotation; "
+        "accepted: a command as a list of words or one line",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), GOLDEN, ids=[text[:40] for text, _ in GOLDEN])
+def test_message(tmp_path: Path, text: str, message: str) -> None:
+    """Each mistake alone gives exactly this line, with file and line, key path and what would be right."""
+    file = tmp_path / "vllmd.yaml"
+    file.write_text(text + "\n")
+    with pytest.raises(ConfigError) as caught:
+        load(file, env={})
+    assert caught.value.message == f"{tmp_path}/" + message.replace("{dir}", str(tmp_path))
+
+
+def test_all_problems_of_a_file_are_reported_in_order(tmp_path: Path) -> None:
+    """Nobody should have to start the daemon once per mistake."""
+    file = tmp_path / "vllmd.yaml"
+    file.write_text("policy: best\nidle:\n  level: 9\nmodels:\n  m:\n    devises: 0\n    dtype: [a]\n")
+    with pytest.raises(ConfigError) as caught:
+        load(file, env={})
+    lines = [line.split(": ")[0].removeprefix(f"{tmp_path}/") for line in caught.value.message.splitlines()]
+    assert lines == ["vllmd.yaml:1", "vllmd.yaml:3", "vllmd.yaml:6", "vllmd.yaml:7"]
+
+
+def test_a_default_that_is_wrong_is_reported_once(tmp_path: Path) -> None:
+    """However many models inherit it."""
+    file = tmp_path / "vllmd.yaml"
+    file.write_text("defaults: {dtype: [a]}\nmodels: {a: {}, b: {}, c: {}}\n")
+    with pytest.raises(ConfigError) as caught:
+        load(file, env={})
+    assert caught.value.message == f"{file}:1: defaults.dtype: a list is not text; accepted: text"
+
+
+def test_a_wrong_environment_variable_is_named(tmp_path: Path) -> None:
+    """The place of a setting from the environment is its variable."""
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path / "no.yaml", env={"PROXY_PORT": "http"}, overrides={"log_level": "loud"})
+    assert caught.value.message.splitlines() == [
+        f"{tmp_path}/no.yaml: there is no such file",
+        "command line --log-level: log_level: 'loud' is not one of them; accepted: debug, info, warning, error",
+        "environment PROXY_PORT: server.port: 'http' is not a number; accepted: a whole number, 0 to 65535",
+    ]
+
+
+def test_a_directory_in_place_of_the_file(tmp_path: Path) -> None:
+    """What the system says of a file that cannot be read is passed on."""
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        load(tmp_path, env={})
+
+
+def test_bytes_that_are_not_utf8_have_a_line(tmp_path: Path) -> None:
+    """A binary slip is found like any other."""
+    file = tmp_path / "vllmd.yaml"
+    file.write_bytes(b"policy: lru\n# \xff\n")
+    with pytest.raises(ConfigError) as caught:
+        load(file, env={})
+    assert caught.value.message == f"{file}:2: this is not UTF-8 text"

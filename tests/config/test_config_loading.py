@@ -1,0 +1,395 @@
+"""The configuration as the daemon gets it: every section, every other system's name, precedence, merging."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllmd.config.loader import load, read
+from vllmd.config.names import unit_name
+from vllmd.config.types import Config, ModelConfig
+from vllmd.core.types import IdleRules
+from vllmd.errors import ConfigError
+
+GiB, MiB = 1 << 30, 1 << 20
+
+
+def of(tmp_path: Path, text: str, env: dict[str, str] | None = None, **overrides: object) -> Config:
+    """The configuration that a file with ``text`` makes."""
+    file = tmp_path / "vllmd.yaml"
+    file.write_text(text)
+    file.chmod(0o640)
+    return load(file, env=env or {}, overrides={key.replace("__", "."): value for key, value in overrides.items()})
+
+
+def model(tmp_path: Path, settings: str) -> ModelConfig:
+    """A single model with these settings."""
+    return of(tmp_path, f"models: {{m: {settings}}}").models["m"]
+
+
+def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
+    """A machine without a line of configuration listens on both loopback addresses and sleeps at 300 s."""
+    config = of(tmp_path, "# nothing\n")
+    assert config.server.listen == ("127.0.0.1:33258", "[::1]:33258")
+    assert config.models == {}
+    assert config.devices is None
+
+
+def test_V_yaml_every_key_of_its_models_file(tmp_path: Path) -> None:
+    """V's keys are understood under their own names."""
+    config = of(
+        tmp_path,
+        """
+models:
+  Qwen/Qwen3-0.6B:
+    gpu_memory_utilization: 0.85
+    max_model_len: 32768
+    devices: [0]
+    tensor_parallel_size: 1
+    trust_remote_code: false
+    dtype: auto
+    extra_args: {}
+""",
+    )
+    found = config.models["Qwen/Qwen3-0.6B"]
+    assert (found.gpu_memory, found.max_model_len, found.devices) == (0.85, 32768, (0,))
+    assert (found.tensor_parallel_size, found.trust_remote_code, found.dtype, found.extra_args) == (
+        1,
+        False,
+        "auto",
+        (),
+    )
+    assert found.source == "Qwen/Qwen3-0.6B"
+
+
+def test_V_flat_file_dropped_into_models_d(tmp_path: Path) -> None:
+    """V's models.yaml works as it is, as a file in models.d."""
+    (tmp_path / "models.d").mkdir()
+    (tmp_path / "models.d" / "vllama.yaml").write_text("Qwen/Qwen3-0.6B:\n  devices: [0]\nBAAI/bge-m3:\n")
+    (tmp_path / "models.d" / "ours.yaml").write_text("models: {m: {pin: true}}\n")
+    assert list(of(tmp_path, "models: {first: }").models) == ["first", "m", "Qwen/Qwen3-0.6B", "BAAI/bge-m3"]
+
+
+def test_P_config_every_section(tmp_path: Path) -> None:
+    """P's document's own example, sections and all."""
+    config = of(
+        tmp_path,
+        """
+gpu: {gpu_id: 1, reserved_memory_mb: 2048, memory_utilization: 0.9}
+proxy: {host: "0.0.0.0", port: 8080, idle_timeout_seconds: 600, api_key: "your-secret-key"}
+models:
+  llama2-7b-chat:
+    model_path: "meta-llama/Llama-2-7b-chat-hf"
+    param_count: 7
+    precision: "fp16"
+    max_model_len: 4096
+    api_key: "hf_xxxx"
+""",
+    )
+    found = config.models["llama2-7b-chat"]
+    assert (found.devices, found.gpu_memory, config.reserve) == ((1,), 0.9, 2048 * MiB)
+    assert config.server.listen == ("0.0.0.0:8080",)
+    assert found.idle.sleep_after == 600
+    assert found.source == "meta-llama/Llama-2-7b-chat-hf"
+    assert (found.param_count, found.precision, found.max_model_len, found.hf_token) == (7.0, "fp16", 4096, "hf_xxxx")
+    assert config.auth.keys[0].digest == hashlib.sha256(b"your-secret-key").hexdigest()
+    assert config.auth.keys[0].scopes == ("models", "admin")
+    assert [warning.split(": ", 1)[1] for warning in config.warnings] == [
+        "models.llama2-7b-chat.api_key: a Hugging Face token is called hf_token here; it is taken as that"
+    ]
+
+
+P_ENVIRONMENT: list[tuple[str, str, Any, Any]] = [
+    ("PROXY_PORT", "8081", lambda c: c.server.listen, ("127.0.0.1:8081", "[::1]:8081")),
+    ("IDLE_TIMEOUT", "60", lambda c: c.models["m"].idle.sleep_after, 60.0),
+    ("GPU_ID", "2", lambda c: c.models["m"].devices, (2,)),
+    ("RESERVED_MEMORY_MB", "1024", lambda c: c.reserve, GiB),
+    ("LOG_LEVEL", "DEBUG", lambda c: c.log_level, "debug"),
+    ("VLLMD_IDLE_STOP_AFTER", "1h", lambda c: c.models["m"].idle.stop_after, 3600.0),
+    ("VLLMD_SERVER_LISTEN", "127.0.0.1:1,[::1]:2", lambda c: c.server.listen, ("127.0.0.1:1", "[::1]:2")),
+    ("VLLMD_DEFAULTS_GPU_MEMORY", "20GiB", lambda c: c.models["m"].gpu_memory, 20 * GiB),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "get", "expected"), P_ENVIRONMENT, ids=[row[0] for row in P_ENVIRONMENT])
+def test_P_env_overrides_the_file(tmp_path: Path, name: str, value: str, get: Any, expected: Any) -> None:
+    """Each variable, the documents' own and ours, wins over the file."""
+    text = (
+        "gpu: {gpu_id: 0, reserved_memory_mb: 512, memory_utilization: 0.5}\nproxy: {port: 9999}\n"
+        "log_level: error\nidle: {sleep_after: 9m, stop_after: 40m}\nmodels: {m: {}}"
+    )
+    assert get(of(tmp_path, text, {name: value})) == expected
+
+
+def test_P_env_equal_to_the_default_still_wins(tmp_path: Path) -> None:
+    """Presence counts, not value."""
+    config = of(tmp_path, "log_level: error\nreserve: 4GiB", {"LOG_LEVEL": "info", "RESERVED_MEMORY_MB": "512"})
+    assert (config.log_level, config.reserve) == ("info", 512 * MiB)
+
+
+def test_precedence_command_line_environment_file(tmp_path: Path) -> None:
+    """A host in the file, a port in the environment and a port on the command line come together."""
+    file = "server: {host: 127.0.0.1, port: 1}"
+    assert of(tmp_path, file).server.listen == ("127.0.0.1:1",)
+    assert of(tmp_path, file, {"PROXY_PORT": "2"}).server.listen == ("127.0.0.1:2",)
+    assert of(tmp_path, file, {"PROXY_PORT": "2"}, server__port=3).server.listen == ("127.0.0.1:3",)
+    listen = of(tmp_path, file, {"VLLMD_SERVER_LISTEN": "[::1]:9"})
+    assert listen.server.listen == ("[::1]:9",)
+    assert of(tmp_path, "server: {listen: '[::1]:9'}", {}, server__port=3).server.listen[0] == "127.0.0.1:3"
+
+
+def test_our_variable_wins_over_another_systems(tmp_path: Path) -> None:
+    """Where both are set, the one that can only mean vllmd counts."""
+    env = {"PROXY_PORT": "1", "VLLMD_SERVER_PORT": "2"}
+    assert of(tmp_path, "", env).server.listen[0] == "127.0.0.1:2"
+
+
+def test_an_empty_variable_counts_as_unset(tmp_path: Path) -> None:
+    """Compose files pass empty variables on."""
+    assert of(tmp_path, "log_level: error", {"LOG_LEVEL": ""}).log_level == "error"
+
+
+SIZES = [("20GiB", 20 * GiB), ("512MiB", 512 * MiB), ("2g", 2 * GiB), ("2G", 2 * GiB),
+         ("1GB", 10**9), ("1.5GiB", 3 * GiB // 2),
+         ("1073741824", GiB), ("1 GiB", GiB), ("0", 0)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "size"), SIZES)
+def test_sizes(tmp_path: Path, text: str, size: int) -> None:
+    """GiB and G are powers of 1024, GB of 1000."""
+    assert of(tmp_path, f"reserve: {text}").reserve == size
+
+
+DURATIONS = [("300", 300.0), ("5m", 300.0), ("1h30m", 5400.0), ("1h 30m", 5400.0), ("90s", 90.0), ("2.5", 2.5),
+             ("500ms", 0.5), ("1d", 86400.0), ("never", None), ("off", None), ("null", None)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "seconds"), DURATIONS)
+def test_durations(tmp_path: Path, text: str, seconds: float | None) -> None:
+    """Seconds, units in a row, or never."""
+    assert of(tmp_path, f"server: {{idle_exit: {text}}}").server.idle_exit == seconds
+
+
+SHARES = [("0.35", 0.35), ("35%", 0.35), ("1", 1.0), ("20GiB", 20 * GiB), ("auto", None), ("21474836480", 20 * GiB)]
+
+
+@pytest.mark.parametrize(("text", "share"), SHARES)
+def test_gpu_memory(tmp_path: Path, text: str, share: float | int | None) -> None:
+    """A share is a float, a size an int, auto None."""
+    found = model(tmp_path, f"{{gpu_memory: {text}}}").gpu_memory
+    assert found == share
+    assert type(found) is type(share)
+
+
+ARGS = [
+    ("{enable-chunked-prefill: true}", ("--enable-chunked-prefill",)),
+    ("{enable_prefix_caching: false}", ("--no-enable-prefix-caching",)),
+    ("{max_num_seqs: 64, O: 3}", ("--max-num-seqs", "64", "-O", "3")),
+    ("{served: [a, b]}", ("--served", "a", "b")),
+    ("{speculative-config: {model: x, n: 2}}", ("--speculative-config", '{"model": "x", "n": 2}')),
+    ("{seed: null}", ()),
+    ("{rope-theta: 1e6, version: 1.10}", ("--rope-theta", "1e6", "--version", "1.10")),
+    ("[--max-num-seqs, 64]", ("--max-num-seqs", "64")),
+    ("'--chat-template \"a b\"'", ("--chat-template", "a b")),
+    ("", ()),
+]
+
+
+@pytest.mark.parametrize(("yaml", "argv"), ARGS)
+def test_V_extra_args_become_argv(tmp_path: Path, yaml: str, argv: tuple[str, ...]) -> None:
+    """Booleans, lists, mappings and numbers are rendered as the engine's command line wants them."""
+    assert model(tmp_path, f"{{extra_args: {yaml}}}").extra_args == argv
+
+
+DEVICES = [("0", (0,)), ("[0, 1]", (0, 1)), ("'0,1'", (0, 1)), ("auto", ()), ("[]", ())]
+
+
+@pytest.mark.parametrize(("yaml", "devices"), DEVICES)
+def test_devices(tmp_path: Path, yaml: str, devices: tuple[int, ...]) -> None:
+    """One number, a list, or the choice left open."""
+    assert model(tmp_path, f"{{devices: {yaml}}}").devices == devices
+
+
+def test_defaults_lie_beneath_every_model(tmp_path: Path) -> None:
+    """A model's own setting wins; mappings are combined entry by entry."""
+    config = of(
+        tmp_path,
+        """
+idle: {sleep_after: 1m, stop_after: 2h}
+defaults:
+  dtype: half
+  env: {A: 1, B: 2}
+  extra_args: {max-num-seqs: 8}
+  idle: {level: 2}
+models:
+  a: {}
+  b: {dtype: auto, env: {B: 3}, extra_args: {seed: 1}, idle: {stop_after: never}}
+""",
+    )
+    a, b = config.models["a"], config.models["b"]
+    assert (a.dtype, a.env, a.extra_args) == ("half", {"A": "1", "B": "2"}, ("--max-num-seqs", "8"))
+    assert a.idle == IdleRules(60.0, 2, 900.0, 7200.0)
+    assert (b.dtype, b.env, b.extra_args) == ("auto", {"A": "1", "B": "3"}, ("--max-num-seqs", "8", "--seed", "1"))
+    assert b.idle == IdleRules(60.0, 2, 900.0, None)
+
+
+IDLES = [
+    ("never", IdleRules(None, 1, None, None)),
+    ("{level: stop, sleep_after: 5m}", IdleRules(None, 1, None, 300.0)),
+    ("{level: sleep2}", IdleRules(300.0, 2, 900.0, 1800.0)),
+    ("{sleep_after: 3600}", IdleRules(3600.0, 1, 4200.0, 5100.0)),
+    ("{sleep_after: never}", IdleRules(None, 1, 900.0, 1800.0)),
+]
+
+
+@pytest.mark.parametrize(("yaml", "rules"), IDLES)
+def test_idle_rules(tmp_path: Path, yaml: str, rules: IdleRules) -> None:
+    """Level 3 stops where others sleep; a later sleep pushes the stages that nobody set."""
+    assert model(tmp_path, f"{{idle: {yaml}}}").idle == rules
+
+
+def test_names_that_yaml_would_read_as_something_else(tmp_path: Path) -> None:
+    """A model may be called no, 1.50 or null; texts keep their spelling."""
+    config = of(tmp_path, "models: {no: , 1.50: {env: {V: 1.10, B: yes}}, null: }")
+    assert list(config.models) == ["no", "1.50", "null"]
+    assert config.models["1.50"].env == {"V": "1.10", "B": "yes"}
+
+
+def test_merge_keys_work(tmp_path: Path) -> None:
+    """YAML's own anchors and << may be used; an overriding key is no duplicate."""
+    config = of(tmp_path, "models:\n  a: &a {dtype: half, pin: true}\n  b:\n    <<: *a\n    dtype: auto\n")
+    assert (config.models["b"].dtype, config.models["b"].pin) == ("auto", True)
+
+
+def test_limits_and_options(tmp_path: Path) -> None:
+    """systemd's limits and the engine kind's own settings."""
+    found = model(tmp_path, "{limits: {memory_max: 64GiB, cpu_quota: 150%, tasks_max: 500}, options: {load_time: 2}}")
+    assert (found.limits.memory_max, found.limits.cpu_quota, found.limits.tasks_max) == (64 * GiB, 1.5, 500)
+    assert found.options == {"load_time": 2}
+
+
+def test_auth_keys(tmp_path: Path) -> None:
+    """Keys inline, hashed, from a file or a systemd credential; their text is not kept."""
+    (tmp_path / "credentials").mkdir()
+    (tmp_path / "credentials" / "ci").write_text("ci-key\n")
+    (tmp_path / "boss").write_text("boss-key\n")
+    digest = hashlib.sha256(b"x").hexdigest()
+    config = of(
+        tmp_path,
+        f"""
+auth:
+  public: health
+  keys:
+    - {{name: alice, key: plain, models: [m], concurrency: 4, requests_per_minute: 60, tokens_per_minute: 90000}}
+    - {{key: "sha256:{digest}"}}
+    - {{name: ci, key_file: ci}}
+    - {{name: boss, key_file: boss, scopes: [models, admin]}}
+models: {{m: {{}}}}
+""",
+        {"CREDENTIALS_DIRECTORY": str(tmp_path / "credentials")},
+    )
+    alice, hashed, ci, boss = config.auth.keys
+    assert (alice.models, alice.concurrency, alice.requests_per_minute, alice.tokens_per_minute) == (
+        ("m",),
+        4,
+        60,
+        90000,
+    )
+    assert (hashed.name, hashed.digest) == ("key2", digest)
+    assert ci.digest == hashlib.sha256(b"ci-key").hexdigest()
+    assert boss.scopes == ("models", "admin")
+    assert config.auth.public == ("health",)
+    assert "plain" not in repr(config)
+
+
+def test_P_per_model_key(tmp_path: Path) -> None:
+    """A model's api_key that is no Hugging Face token is a client key for that model only."""
+    key = of(tmp_path, "models: {m: {api_key: secret}}").auth.keys[0]
+    assert (key.models, key.digest) == (("m",), hashlib.sha256(b"secret").hexdigest())
+
+
+def test_hf_token_file(tmp_path: Path) -> None:
+    """The token is read from a file beside the configuration and shown nowhere."""
+    (tmp_path / "token").write_text("hf_abc\n")
+    found = model(tmp_path, "{hf_token_file: token}")
+    assert found.hf_token == "hf_abc"
+    assert "hf_abc" not in repr(found)
+
+
+def test_a_secret_that_everybody_may_read_is_warned_of(tmp_path: Path) -> None:
+    """It works, but the administrator should know."""
+    file = tmp_path / "vllmd.yaml"
+    file.write_text("models: {m: {hf_token: hf_x}}")
+    file.chmod(0o644)
+    assert "chmod 640" in load(file, env={}).warnings[0]
+
+
+def test_a_model_configured_twice(tmp_path: Path) -> None:
+    """Both places are named."""
+    (tmp_path / "models.d").mkdir()
+    (tmp_path / "models.d" / "a.yaml").write_text("\nm: {}\n")
+    with pytest.raises(ConfigError) as caught:
+        of(tmp_path, "models: {m: {}}")
+    assert caught.value.message == (
+        f"{tmp_path}/models.d/a.yaml:2: models.m: this model is configured already in {tmp_path}/vllmd.yaml:1"
+    )
+
+
+def test_models_d_holds_models_only(tmp_path: Path) -> None:
+    """A section in models.d is refused rather than taken for a model."""
+    (tmp_path / "models.d").mkdir()
+    (tmp_path / "models.d" / "a.yaml").write_text("server: {port: 1}\n")
+    with pytest.raises(ConfigError, match=r"server: a file in models.d holds models only; accepted: models$"):
+        of(tmp_path, "")
+
+
+def test_the_pinned_models_that_leave_no_room_are_warned_of(tmp_path: Path) -> None:
+    """They may be meant to take turns with nobody, so it is no error."""
+    text = "devices: [{memory: 80GiB}]\nmodels: {a: {pin: true, gpu_memory: 50GiB}, b: {pin: true, gpu_memory: 40%}}"
+    assert of(tmp_path, text).warnings == (
+        f"{tmp_path}/vllmd.yaml:2: models.b.pin: "
+        "the pinned models a, b take 82GiB of device 0, which has 79.5GiB to give",
+    )
+
+
+def test_origins_tell_where_a_setting_came_from(tmp_path: Path) -> None:
+    """``vllmctl config show`` says so for each."""
+    file = tmp_path / "vllmd.yaml"
+    file.write_text("policy: lru\nreserve: 1GiB\n")
+    origins = read(file, env={"LOG_LEVEL": "debug"}).origins
+    assert str(origins["policy"]) == f"{file}:1"
+    assert str(origins["log_level"]) == "environment LOG_LEVEL"
+
+
+def test_without_any_file_the_defaults_hold(tmp_path: Path) -> None:
+    """A user who has configured nothing can start it all the same."""
+    reading = read(None, env={"XDG_CONFIG_HOME": str(tmp_path), "VLLMD_CONFIG": ""})
+    assert [p for p in reading.problems if str(tmp_path) in str(p)] == []
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-0.6B", "模型", "..", "a b;c", "x" * 200, "A"])
+def test_unit_names_are_safe_and_distinct(name: str) -> None:
+    """Any model name becomes a name that systemd, a path and a socket bear."""
+    safe = unit_name(name)
+    assert set(safe) <= set("abcdefghijklmnopqrstuvwxyz0123456789.-")
+    assert len(safe) <= 49
+    assert safe[0] not in "-."
+    assert safe != unit_name(name + "x")
+    assert safe != unit_name(name, "second")
+
+
+def test_loading_is_fast(tmp_path: Path) -> None:
+    """The first request waits for this: no module beyond PyYAML and the standard library's basics is imported."""
+    file = tmp_path / "vllmd.yaml"
+    file.write_text("models: {m: {devices: 0, max_model_len: 4096}}")
+    code = (
+        "import sys; from vllmd.config.loader import load; load(sys.argv[1], env={});"
+        "print(sorted(sys.modules.keys() & {'asyncio', 'difflib', 'httpx', 'json', 'socket'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
