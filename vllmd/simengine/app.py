@@ -1,0 +1,151 @@
+"""The route table, and what happens to every request before and after its route."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+
+from vllmd.simengine import control, generate, pooling, realtime
+from vllmd.simengine.context import Context, Refused, error_content
+from vllmd.simengine.http import Connection, Request
+from vllmd.simengine.logs import plain
+from vllmd.simengine.state import CallFailed, die
+
+Route = Callable[[Context, Request, Connection], Awaitable[None]]
+
+# What is served: the routes that vLLM's own key would guard, and their like.
+SERVING: Mapping[tuple[str, str], Route] = {
+    ("POST", "/v1/chat/completions"): generate.chat,
+    ("POST", "/v1/completions"): generate.completions,
+    ("POST", "/v1/responses"): generate.responses,
+    ("GET", "/v1/responses/*"): generate.get_response,
+    ("POST", "/v1/responses/*/cancel"): generate.cancel_response,
+    ("POST", "/v1/messages"): generate.messages,
+    ("POST", "/v1/messages/count_tokens"): generate.count_tokens,
+    ("POST", "/v1/embeddings"): pooling.embeddings,
+    ("POST", "/v2/embed"): pooling.embeddings,
+    ("POST", "/pooling"): pooling.pooling,
+    ("POST", "/classify"): pooling.classify,
+    ("POST", "/score"): pooling.score,
+    ("POST", "/v1/score"): pooling.score,
+    ("POST", "/rerank"): pooling.rerank,
+    ("POST", "/v1/rerank"): pooling.rerank,
+    ("POST", "/v2/rerank"): pooling.rerank,
+    ("POST", "/v1/audio/transcriptions"): pooling.audio,
+    ("POST", "/v1/audio/translations"): pooling.audio,
+    ("GET", "/v1/realtime"): realtime.realtime,
+    ("POST", "/tokenize"): generate.tokenize,
+    ("POST", "/detokenize"): generate.detokenize,
+}
+CONTROL: Mapping[tuple[str, str], Route] = {
+    ("GET", "/v1/models"): control.models,
+    ("GET", "/health"): control.health,
+    ("GET", "/ping"): control.health,
+    ("POST", "/ping"): control.health,
+    ("GET", "/version"): control.version,
+    ("GET", "/load"): control.load,
+    ("GET", "/metrics"): control.metrics,
+}
+DEVELOPMENT: Mapping[tuple[str, str], Route] = {
+    ("POST", "/sleep"): control.sleep,
+    ("POST", "/wake_up"): control.wake_up,
+    ("GET", "/is_sleeping"): control.is_sleeping,
+    ("POST", "/pause"): control.pause,
+    ("POST", "/resume"): control.resume,
+    ("GET", "/is_paused"): control.is_paused,
+    ("POST", "/abort_requests"): control.abort_requests,
+    ("POST", "/collective_rpc"): control.collective_rpc,
+    ("POST", "/reset_prefix_cache"): control.reset_prefix_cache,
+    ("POST", "/reset_mm_cache"): control.nothing,
+    ("POST", "/reset_encoder_cache"): control.nothing,
+    ("GET", "/server_info"): control.server_info,
+}
+
+
+class App:
+    """Finds the route, turns exceptions into vLLM's errors, applies the failures of every request."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._routes = dict(CONTROL) | dict(SERVING)
+        if context.options.dev_mode:
+            self._routes |= dict(DEVELOPMENT)
+
+    async def __call__(self, request: Request, out: Connection) -> None:
+        out.extra_headers = self._echoed_id(request)
+        status = "200"
+        try:
+            await self._dispatch(request, out)
+        except Refused as refused:
+            status = str(refused.status)
+            await out.send_json(refused.status, refused.content)
+        except CallFailed as failed:
+            status = "500"
+            await self._failed(out, failed)
+        finally:
+            if not self._context.options.quiet:
+                plain(f'INFO:     127.0.0.1:0 - "{request.method} {request.target} HTTP/1.1" {status}')
+
+    def _echoed_id(self, request: Request) -> tuple[tuple[str, str], ...]:
+        name = request.get("x-request-id")
+        return (("x-request-id", name),) if name and self._context.options.enable_request_id_headers else ()
+
+    async def _dispatch(self, request: Request, out: Connection) -> None:
+        if echo := request.get("x-sim-echo"):
+            return await _echo(echo, request, out)
+        path = pooling.body_shape(request) if request.path == "/invocations" else request.path
+        route = self._routes.get((request.method, _pattern(path)))
+        if route is None:
+            raise self._unrouted(path)
+        if (request.method, _pattern(path)) in SERVING:
+            return await self._serve(route, request, out)
+        return await route(self._context, request, out)
+
+    def _unrouted(self, path: str) -> Refused:
+        if any(known == _pattern(path) for _, known in self._routes):
+            return Refused(405, "Method Not Allowed", "Method Not Allowed")
+        return Refused(404, "Not Found", "Not Found")
+
+    async def _serve(self, route: Route, request: Request, out: Connection) -> None:
+        """A request to the model: counted, and subject to the failures."""
+        await self._fail_before()
+        self._context.in_flight += 1
+        try:
+            await route(self._context, request, out)
+        finally:
+            self._context.in_flight -= 1
+        self._fail_after()
+
+    async def _fail_before(self) -> None:
+        failures = self._context.state.failures
+        if "hang" in failures:
+            await asyncio.Event().wait()
+        if "dead" in failures:
+            raise CallFailed("EngineCore encountered an issue. See stack trace (above) for the root cause.")
+        if (seconds := failures.get("slow-headers")) is not None:
+            await asyncio.sleep(seconds)
+
+    def _fail_after(self) -> None:
+        self._context.answered += 1
+        limit = self._context.state.failures.get("crash-after")
+        if limit is not None and self._context.answered >= limit:
+            asyncio.get_running_loop().call_soon(die, 1, "told to crash after so many requests")
+
+    async def _failed(self, out: Connection, failed: CallFailed) -> None:
+        if out.streaming:
+            return await generate.stream_failed(out, failed)
+        return await out.send_json(500, error_content(str(failed), "InternalServerError", 500))
+
+
+def _pattern(path: str) -> str:
+    """``/v1/responses/ID...`` with the id replaced by a star."""
+    parts = path.split("/")
+    if parts[:3] == ["", "v1", "responses"] and len(parts) > 3:
+        parts[3] = "*"
+    return "/".join(parts)
+
+
+async def _echo(what: str, request: Request, out: Connection) -> None:
+    """``X-Sim-Echo: body`` or ``head``: the very bytes that came, to compare them."""
+    data = request.body if what == "body" else request.head
+    await out.send(200, data, request.get("content-type") if what == "body" else "application/octet-stream")

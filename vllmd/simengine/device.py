@@ -1,0 +1,138 @@
+"""A pretended GPU: a file that says how much memory there is and who holds how much.
+
+The file is one JSON object, padded with spaces::
+
+    {"memory": 25769803776, "held": [{"pid": 4711, "start": 812345, "bytes": 1073741824}]}
+
+``memory`` and ``bytes`` are bytes; ``start`` is the process's start time (field
+22 of ``/proc/PID/stat``), so that a reused pid is not taken for the holder. What
+a dead process held is free: readers leave it out, the next writer removes it.
+Readers hold a shared flock, writers an exclusive one, and a writer replaces
+the content with one write, so a SIGKILL leaves no torn file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_SIZE = 4096  # one page: a single write of it is never seen half done
+
+
+class OutOfDeviceMemory(Exception):
+    """The device has not enough free memory. Figures in bytes."""
+
+    def __init__(self, wanted: int, free: int, memory: int) -> None:
+        super().__init__(f"{wanted} bytes wanted, {free} of {memory} free")
+        self.wanted, self.free, self.memory = wanted, free, memory
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceUsage:
+    """What a pretended GPU holds now, in bytes; ``processes`` is pid -> bytes."""
+
+    memory: int
+    processes: dict[int, int]
+
+    @property
+    def used(self) -> int:
+        return sum(self.processes.values())
+
+    @property
+    def free(self) -> int:
+        return self.memory - self.used
+
+
+def make_device(path: str | Path, memory: int, mode: int = 0o666) -> Path:
+    """Make a pretended GPU of ``memory`` bytes; ``mode`` lets engines of another user write it."""
+    path = Path(path)
+    with _locked(path, os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX) as fd:
+        os.fchmod(fd, mode)
+        _write(fd, {"memory": memory, "held": []})
+    return path
+
+
+def device_usage(path: str | Path) -> DeviceUsage:
+    """Who holds how much of the pretended GPU now. Raises OSError if there is none, ValueError if it is not one."""
+    with _locked(Path(path), os.O_RDONLY, fcntl.LOCK_SH) as fd:
+        return _usage(_read(fd))
+
+
+class FakeGpu:
+    """One process's hold on a pretended GPU."""
+
+    def __init__(self, path: str | Path, pid: int | None = None) -> None:
+        self.path = Path(path)
+        self.pid = os.getpid() if pid is None else pid
+
+    @property
+    def memory(self) -> int:
+        """Bytes the device has in all."""
+        return device_usage(self.path).memory
+
+    def hold(self, size: int) -> None:
+        """Hold ``size`` bytes from now on, instead of what was held. Raises OutOfDeviceMemory, changing nothing."""
+        with _locked(self.path, os.O_RDWR, fcntl.LOCK_EX) as fd:
+            content = _read(fd)
+            others = [entry for entry in content["held"] if entry["pid"] != self.pid and _alive(entry)]
+            free = content["memory"] - sum(entry["bytes"] for entry in others)
+            if size > free:
+                raise OutOfDeviceMemory(size, free, content["memory"])
+            mine = [{"pid": self.pid, "start": _start_time(self.pid), "bytes": size}] if size else []
+            _write(fd, {"memory": content["memory"], "held": others + mine})
+
+    def check(self, size: int) -> None:
+        """Raise OutOfDeviceMemory if ``size`` bytes could not be held now."""
+        usage = device_usage(self.path)
+        free = usage.free + usage.processes.get(self.pid, 0)
+        if size > free:
+            raise OutOfDeviceMemory(size, free, usage.memory)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, flags: int, lock: int) -> Iterator[int]:
+    fd = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(fd, lock)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _read(fd: int) -> dict[str, Any]:
+    content = json.loads(os.pread(fd, 1 << 20, 0))
+    if not isinstance(content, dict) or not isinstance(content.get("memory"), int):
+        raise ValueError("not a pretended GPU: no object with an integer 'memory'")
+    return content
+
+
+def _write(fd: int, content: dict[str, Any]) -> None:
+    data = json.dumps(content).encode()
+    size = max(_SIZE, os.fstat(fd).st_size, len(data))
+    os.pwrite(fd, data.ljust(size), 0)
+
+
+def _usage(content: dict[str, Any]) -> DeviceUsage:
+    processes: dict[int, int] = {}
+    for entry in filter(_alive, content["held"]):
+        processes[entry["pid"]] = processes.get(entry["pid"], 0) + entry["bytes"]
+    return DeviceUsage(content["memory"], processes)
+
+
+def _alive(entry: dict[str, Any]) -> bool:
+    return bool(_start_time(entry["pid"]) == entry["start"])
+
+
+def _start_time(pid: int) -> int | None:
+    """The process's start time in clock ticks; None if it is gone or a zombie, whose memory is free."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
