@@ -154,6 +154,20 @@ def test_an_empty_variable_counts_as_unset(tmp_path: Path) -> None:
     assert of(tmp_path, "log_level: error", {"LOG_LEVEL": ""}).log_level == "error"
 
 
+LISTENS = [
+    ("8080", ("127.0.0.1:8080", "[::1]:8080")),
+    ("/run/x.sock", ("/run/x.sock",)),
+    ("['unix:/run/x.sock', '0.0.0.0:1']", ("/run/x.sock", "0.0.0.0:1")),
+]
+
+
+@pytest.mark.parametrize(("yaml", "addresses"), LISTENS)
+def test_listen(tmp_path: Path, yaml: str, addresses: tuple[str, ...]) -> None:
+    """A port alone never opens the machine to others."""
+    text = f"auth: {{allow_anonymous: true}}\nserver: {{listen: {yaml}}}"
+    assert of(tmp_path, text).server.listen == addresses
+
+
 SIZES = [("20GiB", 20 * GiB), ("512MiB", 512 * MiB), ("2g", 2 * GiB), ("2G", 2 * GiB),
          ("1GB", 10**9), ("1.5GiB", 3 * GiB // 2),
          ("1073741824", GiB), ("1 GiB", GiB), ("0", 0)]  # fmt: skip

@@ -231,7 +231,7 @@ def choice(*words: str) -> Kind:
 
 
 def parse_listen(node: Node) -> str:
-    """``HOST:PORT``, ``[IPV6]:PORT``, ``PORT`` (both loopback addresses) or ``/PATH`` of a Unix socket."""
+    """``HOST:PORT``, ``[IPV6]:PORT``, ``PORT`` or ``/PATH`` of a Unix socket."""
     text = parse_text(node)
     if text.startswith(("/", "unix:/")):
         return text.removeprefix("unix:")
@@ -243,6 +243,16 @@ def parse_listen(node: Node) -> str:
     if colon and not host:
         raise wrong(node, "an address (use 0.0.0.0 or [::] for every address)")
     return text
+
+
+def parse_listens(node: Node) -> tuple[str, ...]:
+    """Addresses; a port alone means both loopback addresses."""
+    given: tuple[str, ...] = list_of(parse_listen)(node)
+    return tuple(address for text in given for address in (loopback(text) if text.isdigit() else (text,)))
+
+
+def loopback(port: str) -> tuple[str, str]:
+    return f"127.0.0.1:{port}", f"[::1]:{port}"
 
 
 def parse_path(node: Node) -> Any:
@@ -403,7 +413,7 @@ DEVICES = Kind(
 )
 LISTEN = Kind(
     "addresses such as 127.0.0.1:33258, [::1]:33258 or /run/vllmd.sock",
-    list_of(parse_listen),
+    parse_listens,
     {"anyOf": [{"type": ["string", "integer"]}, {"type": "array", "items": {"type": ["string", "integer"]}}]},
     lambda value: ", ".join(value),
 )

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vllmd.config import checks, secrets
-from vllmd.config.kinds import Kind, Wrong, shown
+from vllmd.config.kinds import Kind, Wrong, loopback, shown
 from vllmd.config.nodes import Node, Where, compose, from_plain, from_text, overlay
 from vllmd.config.settings import (
     AUTH,
@@ -564,7 +564,7 @@ def listen_of(host: Node | None, port: Node | None) -> tuple[str, ...]:
     """Addresses from ``host`` and ``port``, each with its default when only the other is given."""
     number = port.text if port is not None else "33258"
     if host is None:
-        return (f"127.0.0.1:{number}", f"[::1]:{number}")
+        return loopback(number)
     name = host.text.strip("[]")
     return (f"[{name}]:{number}",) if ":" in name else (f"{name}:{number}",)
 
