@@ -1,0 +1,39 @@
+# Every recipe is one line; what it calls says more. `make help` lists them.
+SETUP  := packaging/dev/setup
+PYTHON := $(shell $(SETUP) path)/venv/bin/python
+PREFIX ?= /usr/local
+FAST   := not machine and not vllm and not gpu
+
+.PHONY: help check fast demo bench-start bench-proxy bench-schedule gpu-check deb rpm install
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1 - /p' Makefile | column -t -s -
+
+check: ## install what is missing (outside this folder), then run every test
+	@$(SETUP) all && $(PYTHON) -m pytest
+
+fast: ## the tests that need neither a container nor vLLM
+	@$(SETUP) venv && $(PYTHON) -m pytest -m "$(FAST)"
+
+demo: ## wake a model through the socket and watch it; MODEL=path for one of your own
+	@$(SETUP) host venv && PYTHON=$(PYTHON) packaging/demo/demo $(MODEL)
+
+bench-start: ## what waking costs: sockets, daemon, scopes
+	@$(SETUP) all && $(PYTHON) -m tests.bench.start
+
+bench-proxy: ## the proxy beside nginx and HAProxy
+	@$(SETUP) host bench venv && $(PYTHON) -m tests.bench.proxy
+
+bench-schedule: ## the scheduling policies over traces
+	@$(SETUP) venv && $(PYTHON) -m tests.bench.schedule
+
+gpu-check: ## the tests that need an NVIDIA GPU
+	@$(SETUP) venv && $(PYTHON) -m pytest -m gpu tests/gpu
+
+deb: ## out/deb/vllmd_VERSION_all.deb, built in a clean Debian
+	@packaging/dev/build-deb
+
+rpm: ## out/rpm/vllmd-VERSION.noarch.rpm
+	@packaging/dev/build-rpm
+
+install: ## for systems without .deb or .rpm: program, units and manuals under PREFIX
+	@PREFIX=$(PREFIX) packaging/install
