@@ -53,6 +53,17 @@ class StopEngine:
 
 
 @dataclass(frozen=True, slots=True)
+class ProveFreeze:
+    """Show, with a request of the daemon's own, that a frozen request completes correctly after the wake.
+
+    The engine is idle and its gate is closed. Answered by FreezeProved. The daemon asks it a deterministic
+    question twice: once undisturbed, once frozen and woken in mid-stream; equal answers prove it.
+    """
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
 class Admit:
     """Relay the request to the model's engine now."""
 
@@ -88,4 +99,4 @@ class Record:
     decision: Decision
 
 
-Command = StartEngine | WakeEngine | SleepEngine | StopEngine | Admit | Reject | CutRequest | Record
+Command = StartEngine | WakeEngine | SleepEngine | StopEngine | ProveFreeze | Admit | Reject | CutRequest | Record

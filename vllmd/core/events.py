@@ -126,7 +126,10 @@ class EngineAdopted:
 
 @dataclass(frozen=True, slots=True)
 class FreezeProved:
-    """A request frozen by ``SleepEngine(freeze=True)`` completed correctly after the wake (or did not)."""
+    """Answers ``ProveFreeze``: a frozen request completed correctly after the wake, and the engine serves.
+
+    Not ``survived``: its answer differed or never came; the core stops the engine and only ever drains it.
+    """
 
     model: str
     survived: bool

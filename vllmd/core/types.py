@@ -67,7 +67,7 @@ class IdleRules:
 class ModelSpec:
     """What the core knows of a configured model.
 
-    ``devices``: indices it may use, empty for any; it takes ``device_count`` of them.
+    ``devices``: indices it may use, empty for any; it takes ``device_count`` of them (0: none, as remote ones do).
     ``sleep_levels``: subset of {1, 2} that the engine supports; without any it stops instead.
     ``concurrency``: requests at a time, ``None`` unlimited. ``queue_timeout``: longest wait.
     ``drain_limit``: after so long a drain the running requests are cut; ``None``: never.
@@ -92,6 +92,7 @@ class ModelSpec:
     preempt: bool = False
     max_restarts: int = 3
     restart_backoff: float = 5.0  # doubles with each failure in a row
+    keeps_host: bool = True  # once slept at level 1 its host memory stays taken until it stops (vLLM's does)
 
 
 @dataclass(frozen=True, slots=True)

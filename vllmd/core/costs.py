@@ -1,0 +1,157 @@
+"""What things cost, learnt per model from what happened, starting from published figures.
+
+Seconds for starts, wakes, sleeps and requests; arrivals per second; measured
+footprints. The priors are a fit to vLLM 0.11 on one A100 (W: gigabytes of
+weights): cold start 37 + 0.2 W, level 1 wake 0.25 + 0.045 W and sleep
+0.05 + 0.0455 W, level 2 wake 0.55 + 0.245 W and sleep 0.5. Other machines
+differ by an order of magnitude, so the first observation replaces the prior
+and the later ones are averaged in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from vllmd.core.types import Footprint, ModelSpec, Source
+
+GB = 1e9
+NEWEST = 0.3  # the least weight of a new observation
+SHORT, LONG = 60.0, 900.0  # seconds in which the two arrival rates fall by e
+
+_PRIORS: Mapping[str, Callable[[float], float]] = {
+    "start": lambda w: 37 + 0.2 * w,
+    "wake1": lambda w: 0.25 + 0.045 * w,
+    "wake2": lambda w: 0.55 + 0.245 * w,
+    "sleep1": lambda w: 0.05 + 0.0455 * w,
+    "sleep2": lambda w: 0.5,
+    "stop": lambda w: 3.0,
+    "service": lambda w: 5.0,
+}
+KINDS = tuple(_PRIORS)
+
+
+class Rate:
+    """An arrival rate that forgets: each arrival counts 1/tau, and fades by e in tau seconds."""
+
+    __slots__ = ("at", "tau", "value")
+
+    def __init__(self, tau: float, value: float = 0.0, at: float = 0.0) -> None:
+        self.tau, self.value, self.at = tau, value, at
+
+    def arrived(self, now: float) -> None:
+        """Count one arrival."""
+        self.value = self.read(now) + 1.0 / self.tau
+        self.at = now
+
+    def read(self, now: float) -> float:
+        """Arrivals per second, as of ``now``."""
+        return self.value * math.exp(min(0.0, (self.at - now) / self.tau))
+
+
+class Costs:
+    """The figures of one model."""
+
+    __slots__ = ("_known", "_seen", "_weights", "asked", "footprint", "of", "rate", "rate_long")
+
+    def __init__(self, weights: float = 0.0) -> None:
+        self._weights = weights
+        self._known: dict[str, float] = {kind: prior(weights) for kind, prior in _PRIORS.items()}
+        self._seen: dict[str, int] = dict.fromkeys(KINDS, 0)
+        self.rate, self.rate_long = Rate(SHORT), Rate(LONG)
+        self.footprint: Footprint | None = None  # as measured
+        self.asked = 0  # bytes per device that a start was learnt to need beyond the configured
+        self.of = ""  # the specification whose footprint was measured
+
+    def seconds(self, kind: str) -> float:
+        """The expected time of ``kind``, one of KINDS."""
+        return self._known[kind]
+
+    def wake(self, level: int) -> float:
+        """Seconds to have it serve again from sleep ``level``, or from nothing (0)."""
+        return self._known["start" if level == 0 else f"wake{level}"]
+
+    def sleep(self, level: int) -> float:
+        """Seconds to put it to sleep at ``level``, or to stop it (0)."""
+        return self._known["stop" if level == 0 else f"sleep{level}"]
+
+    def observe(self, kind: str, seconds: float) -> None:
+        """Learn from one that took ``seconds``. Absurd times (negative, infinite) are ignored."""
+        if not 0.0 <= seconds < math.inf:
+            return
+        self._seen[kind] += 1
+        weight = max(NEWEST, 1.0 / self._seen[kind])
+        self._known[kind] += weight * (seconds - self._known[kind])
+
+    def arrived(self, now: float) -> None:
+        """Count a request."""
+        self.rate.arrived(now)
+        self.rate_long.arrived(now)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Only what was learnt; arrival rates are not kept (the clock is another one next time)."""
+        seen = {kind: [self._known[kind], count] for kind, count in self._seen.items() if count}
+        learnt: dict[str, Any] = {"seconds": seen, "of": self.of, "asked": self.asked}
+        if self.footprint:
+            f = self.footprint
+            learnt["footprint"] = [f.starting, f.awake, f.asleep, f.host]
+        return learnt
+
+    def restore(self, learnt: Mapping[str, Any]) -> None:
+        """Take back what :meth:`to_dict` gave. Raises ValueError, TypeError or KeyError if it is something else."""
+        for kind, (seconds, count) in learnt["seconds"].items():
+            if kind in self._known and 0 <= float(seconds) < math.inf:
+                self._known[kind], self._seen[kind] = float(seconds), int(count)
+        self.of, self.asked = str(learnt["of"]), int(learnt["asked"])
+        if "footprint" in learnt:
+            starting, awake, asleep, host = (int(n) for n in learnt["footprint"])
+            self.footprint = Footprint(starting, awake, asleep, host, Source.MEASURED)
+
+
+class CostBook:
+    """The learnt figures of all models; the daemon keeps them in its cache between runs."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, Costs] = {}
+        self._learnt: dict[str, Mapping[str, Any]] = {}
+
+    def open(self, spec: ModelSpec) -> Costs:
+        """The figures of a model. What was measured of a differently configured one is forgotten."""
+        costs = self._models.get(spec.name)
+        if costs is None:
+            share = (spec.weights or spec.footprint.awake) / GB
+            costs = self._models[spec.name] = Costs(share)
+            self._restore(spec.name, costs)
+        of = _fingerprint(spec)
+        if costs.of != of:
+            costs.footprint, costs.asked, costs.of = None, 0, of
+        return costs
+
+    def _restore(self, name: str, costs: Costs) -> None:
+        learnt = self._learnt.pop(name, None)
+        if learnt is None:
+            return
+        try:
+            costs.restore(learnt)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            costs.__init__(costs._weights)  # type: ignore[misc]  # a damaged cache is no cache
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._models)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the daemon's cache: plain numbers, strings, lists and dicts."""
+        return {**self._learnt, **{name: costs.to_dict() for name, costs in self._models.items()}}
+
+    @classmethod
+    def from_dict(cls, learnt: Mapping[str, Any]) -> CostBook:
+        """What :meth:`to_dict` gave. Entries that are damaged are passed over: it is only a cache."""
+        book = cls()
+        book._learnt = {name: entry for name, entry in learnt.items() if isinstance(entry, Mapping)}
+        return book
+
+
+def _fingerprint(spec: ModelSpec) -> str:
+    f = spec.footprint
+    return f"{spec.weights}/{spec.device_count}/{f.starting}/{f.awake}/{f.source.name}"

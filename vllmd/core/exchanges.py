@@ -1,0 +1,165 @@
+"""Exchanges: victims drain and leave, then the target starts or wakes. One at a time per device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from vllmd.core.fleet import Fleet
+from vllmd.core.ledger import gib
+from vllmd.core.lifecycle import AWAKE
+from vllmd.core.model import INFINITY, Leave, Model
+from vllmd.core.policy import Plan, Way, drain_time
+from vllmd.core.types import State
+
+
+class Claim(NamedTuple):
+    """What an exchange that is draining or queued means for a device."""
+
+    need: int  # bytes that its target will take there
+    coming: int  # bytes that victims will still free there
+    drain: float  # expected seconds until it can use the device
+
+
+@dataclass(slots=True)
+class Exchange:
+    """A plan under way: ``victims`` that have not left yet, then ``target``."""
+
+    target: str
+    devices: tuple[int, ...]
+    victims: dict[str, Way]
+    deadline: float  # when victims' requests are frozen
+    begun: float
+    why: str
+
+
+class Exchanges:
+    """All exchanges that are draining or queued; once the target's command is out there is nothing left to do."""
+
+    def __init__(self, fleet: Fleet, models: dict[str, Model]) -> None:
+        self.fleet = fleet
+        self.models = models
+        self._by_target: dict[str, Exchange] = {}
+
+    def __contains__(self, target: str) -> bool:
+        return target in self._by_target
+
+    def __len__(self) -> int:
+        return len(self._by_target)
+
+    def get(self, target: str) -> Exchange | None:
+        """The exchange for ``target``, if there is one."""
+        return self._by_target.get(target)
+
+    def begin(self, plan: Plan) -> None:
+        """Close the gates of the awake victims; sleepers are only stopped when their turn comes."""
+        now = self.fleet.now
+        ex = Exchange(
+            plan.target, plan.devices, {v.model: v.way for v in plan.victims}, now + plan.drain, now, plan.why
+        )
+        self._by_target[plan.target] = ex
+        for victim in plan.victims:
+            m = self.models[victim.model]
+            m.exchange = plan.target
+            leave = _leave(m, victim.way, plan, now)
+            if m.state is State.READY:
+                self.fleet.drain(m, leave)
+            else:
+                m.leave = leave
+
+    def left(self, m: Model) -> None:
+        """A victim gave up its memory (or died of it)."""
+        ex = self._by_target.get(m.exchange)
+        if ex:
+            ex.victims.pop(m.name, None)
+        m.exchange = ""
+
+    def cancel(self, target: str) -> list[Model]:
+        """Nobody wants ``target`` any more: victims that still serve stay. Returns them."""
+        ex = self._by_target.pop(target, None)
+        back = []
+        for name in ex.victims if ex else ():
+            m = self.models[name]
+            m.exchange = ""
+            if m.leave and m.leave.cause == "exchange":
+                if m.state is State.DRAINING:
+                    self.fleet.reopen(m)
+                    back.append(m)
+                elif m.state is State.SLEEPING:
+                    m.leave = None
+        return back
+
+    def lapsed(self) -> list[str]:
+        """Targets that need no exchange any more: nobody waits, or they cannot start now."""
+        return [t for t in self._by_target if not _wanted(self.models[t])]
+
+    def advance(self) -> list[Model]:
+        """Start or wake each target whose victims are gone and whose devices are at rest. Returns those targets."""
+        moved = []
+        for target, ex in list(self._by_target.items()):
+            if ex.victims or self.fleet.holder(ex.devices):
+                continue
+            del self._by_target[target]
+            m = self.models[target]
+            moved.append(m)
+            if self.room_for(m, ex.devices):
+                self.bring(m, ex.devices)
+            else:
+                self.fleet.record("replan", target, f"after the exchange {self._shortage(m, ex.devices)}")
+        return moved
+
+    def bring(self, m: Model, devices: tuple[int, ...]) -> None:
+        """Wake it where it sleeps, or start it on ``devices``."""
+        if m.state is State.SLEEPING:
+            self.fleet.wake(m)
+        else:
+            self.fleet.start(m, devices)
+
+    def room_for(self, m: Model, devices: tuple[int, ...]) -> bool:
+        """Whether the ledger has what it needs there."""
+        accounts = self.fleet.ledger.accounts
+        if m.state is State.SLEEPING:
+            devices = m.placement.devices
+        return all(not accounts[i].missing and accounts[i].free >= self.need(m, i) for i in devices)
+
+    def need(self, m: Model, index: int) -> int:
+        """Bytes that it needs on the device beyond what it holds there."""
+        if m.state is State.SLEEPING:
+            return max(0, m.footprint.awake - self.fleet.ledger.held(m.name).get(index, 0))
+        return m.booking
+
+    def _shortage(self, m: Model, devices: tuple[int, ...]) -> str:
+        accounts = self.fleet.ledger.accounts
+        parts = [f"device {i} has {gib(accounts[i].free)} of {gib(self.need(m, i))} needed" for i in devices]
+        return "; ".join(parts)
+
+    def claim(self, index: int) -> Claim | None:
+        """The claim on the device, if an exchange is draining or queued there."""
+        for ex in self._by_target.values():
+            leaving = [self.models[name] for name in ex.victims]
+            if index in ex.devices or any(index in m.placement.devices for m in leaving):
+                return self._claim(ex, leaving, index)
+        return None
+
+    def _claim(self, ex: Exchange, leaving: list[Model], index: int) -> Claim:
+        need = self.need(self.models[ex.target], index) if index in ex.devices else 0
+        coming = sum(ex.victims[m.name].frees for m in leaving if index in m.placement.devices)
+        drains = [self.drain_left(ex, m) for m in leaving if m.state in AWAKE]
+        return Claim(need, coming, max(drains, default=0.0))
+
+    def drain_left(self, ex: Exchange, m: Model) -> float:
+        """Expected seconds until the victim's requests have ended. One that drained long will take long yet."""
+        if not m.running:
+            return 0.0
+        expected = max(drain_time(m.costs.seconds("service"), len(m.running)), self.fleet.now - ex.begun)
+        return min(expected, max(0.0, ex.deadline - self.fleet.now)) if m.freezable else expected
+
+
+def _leave(m: Model, way: Way, plan: Plan, now: float) -> Leave:
+    freeze_at = now + plan.drain if way.level else INFINITY
+    cut_at = now + m.spec.drain_limit if m.spec.drain_limit is not None else INFINITY
+    return Leave(way.level, "exchange", f"to make room for {plan.target}: {plan.why}", freeze_at, cut_at)
+
+
+def _wanted(m: Model) -> bool:
+    return m.demand > 0 and m.state in (State.STOPPED, State.SLEEPING)

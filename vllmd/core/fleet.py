@@ -1,0 +1,235 @@
+"""The engines: each step of a life changes state, ledger and learnt costs together, and says its command.
+
+This is the only file that changes a model's state. It decides nothing; it
+holds two rules: one command is outstanding per model, and one per device.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+
+from vllmd.core.commands import (
+    Admit,
+    Command,
+    CutRequest,
+    ProveFreeze,
+    Record,
+    Reject,
+    SleepEngine,
+    StartEngine,
+    StopEngine,
+    WakeEngine,
+)
+from vllmd.core.ledger import Ledger
+from vllmd.core.lifecycle import LOADED, MOVING, Step, follow
+from vllmd.core.model import Leave, Model, Run
+from vllmd.core.types import Decision, Placement, State
+
+DECISIONS_KEPT = 1000
+
+
+class Fleet:
+    """All engines, the ledger, and the commands of the event being handled."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.now = 0.0
+        self.decisions: deque[Decision] = deque(maxlen=DECISIONS_KEPT)
+        self._out: list[Command] = []
+        self._busy: dict[int, str] = {}  # device -> the model whose command runs there
+
+    # -- what goes out
+
+    def collect(self) -> list[Command]:
+        """The commands since last asked, in order."""
+        out, self._out = self._out, []
+        return out
+
+    def record(self, what: str, model: str, why: str, numbers: Mapping[str, float | int | str] | None = None) -> None:
+        """A decision, for the journal and for ``vllmctl why``."""
+        decision = Decision(self.now, what, model, why, numbers or {})
+        self.decisions.append(decision)
+        self._out.append(Record(decision))
+
+    def admit(self, m: Model, request: str) -> None:
+        """The engine may have this request."""
+        m.running[request] = Run(self.now)
+        self._out.append(Admit(request, m.name))
+
+    def reject(self, request: str, error: str, message: str, retry_after: float | None = None) -> None:
+        """The request gets this error."""
+        self._out.append(Reject(request, error, message, retry_after))
+
+    def cut(self, m: Model, why: str) -> None:
+        """Break off all that runs in the engine."""
+        self._out += [CutRequest(request, why) for request in m.running]
+
+    # -- devices
+
+    def holder(self, devices: Iterable[int]) -> str:
+        """A model whose command is under way on one of ``devices``; empty: none."""
+        for index in devices:
+            if index in self._busy:
+                return self._busy[index]
+        return ""
+
+    def free_to_move(self, m: Model) -> bool:
+        """No other engine is being moved on its devices."""
+        return not any(self._busy.get(index, m.name) != m.name for index in m.placement.devices)
+
+    # -- commands
+
+    def start(self, m: Model, devices: tuple[int, ...]) -> None:
+        """Start it there; its booking is in the ledger from now on."""
+        m.placement = Placement(devices)
+        self._move(m, Step.START)
+        self.ledger.hold(m.name, dict.fromkeys(devices, m.booking))
+        self._out.append(StartEngine(m.name, m.placement, m.told))
+
+    def wake(self, m: Model) -> None:
+        """Wake it where it sleeps; it holds what it holds awake from now on."""
+        self._move(m, Step.WAKE)
+        self.ledger.hold(m.name, dict.fromkeys(m.placement.devices, m.footprint.awake))
+        self._out.append(WakeEngine(m.name, m.level))
+
+    def drain(self, m: Model, leave: Leave) -> None:
+        """Close the gate. Running requests go on; it leaves when they are through."""
+        self._move(m, Step.DRAIN)
+        m.leave = leave
+
+    def reopen(self, m: Model) -> None:
+        """It stays after all."""
+        self._move(m, Step.REOPEN)
+        m.leave, m.exchange = None, ""
+
+    def sleep(self, m: Model, level: int, freeze: bool = False) -> None:
+        """Put it to sleep; it still holds everything."""
+        self._move(m, Step.SLEEP)
+        m.level = level
+        if level == 1:
+            self.ledger.hold_host(m.name, m.footprint.host)
+        for run in m.running.values():
+            run.frozen += 1
+        self._out.append(SleepEngine(m.name, level, freeze))
+
+    def prove(self, m: Model) -> None:
+        """Have it shown, with a request of the daemon's own, that freezing loses nothing."""
+        self._move(m, Step.PROVE)
+        self._out.append(ProveFreeze(m.name))
+
+    def stop(self, m: Model, why: str, kill: bool = False) -> None:
+        """Stop it, whatever it does."""
+        self._move(m, Step.STOP)
+        self._out.append(StopEngine(m.name, why, kill))
+
+    def forgive(self, m: Model) -> None:
+        """A failed one may be started again."""
+        self._move(m, Step.FORGIVE)
+
+    # -- answers
+
+    def ready(self, m: Model) -> None:
+        """It serves: after a start, a wake, or the proof of freezing."""
+        self._learn_time(m)
+        step = {State.STARTING: Step.READY, State.WAKING: Step.AWAKE}.get(m.state, Step.PROVED)
+        if not m.deepen and m.state is not State.FALLING_ASLEEP:  # its idle age counts on through those
+            m.idle_since = self.now
+        self._move(m, step)
+        m.level, m.ready_at, m.leave = 0, self.now, None
+        self.ledger.hold(m.name, dict.fromkeys(m.placement.devices, m.footprint.awake))
+        self.settle_host(m)
+
+    def asleep(self, m: Model, level: int, freed: Mapping[int, int]) -> None:
+        """It sleeps: the ledger has back what came free, as measured or as expected."""
+        self._learn_time(m)
+        self._move(m, Step.ASLEEP)
+        m.level, m.leave = level, None
+        m.slept_shallow = m.slept_shallow or level == 1
+        held = self.ledger.held(m.name)
+        rest = {i: max(0, b - freed[i]) if i in freed else min(b, m.footprint.asleep) for i, b in held.items()}
+        self.ledger.hold(m.name, rest)
+        if freed and rest:
+            m.measured(asleep=max(rest.values()))
+        self.settle_host(m)
+
+    def broke(self, m: Model, step: Step, why: str) -> None:
+        """A sleep, a wake or the proof failed: its state is unknown, so it is stopped in full."""
+        self.cut(m, why)
+        self._move(m, step)
+        self._out.append(StopEngine(m.name, why, False))
+
+    def gone(self, m: Model, step: Step) -> None:
+        """Every process of it is gone, and so is everything it held."""
+        if m.state is State.STOPPING and step is Step.STOPPED:
+            self._learn_time(m)
+        self._move(m, step)
+        m.orphans.update(m.running)
+        m.running.clear()
+        m.level, m.leave, m.placement = 0, None, Placement()
+        m.slept_shallow = m.deepen = False
+        m.asked = None
+        self.ledger.release(m.name)
+
+    def adopt(self, m: Model, placement: Placement, level: int) -> None:
+        """An engine from before this daemon."""
+        m.placement = placement
+        self._move(m, Step.ADOPTED_ASLEEP if level else Step.ADOPTED_AWAKE)
+        m.level, m.ready_at = level, self.now
+        m.slept_shallow = level == 1
+        share = m.footprint.asleep if level else m.footprint.awake
+        self.ledger.hold(m.name, dict.fromkeys(placement.devices, share))
+        self.settle_host(m)
+
+    def rebook(self, m: Model) -> None:
+        """Its footprint is known better than when it was booked."""
+        share = m.footprint.asleep if m.state is State.SLEEPING else m.footprint.awake
+        self.ledger.hold(m.name, dict.fromkeys(m.placement.devices, share))
+        self.settle_host(m)
+
+    def measured(self, m: Model, shares: Mapping[int, int]) -> None:
+        """What its processes were seen to hold, bytes per device. On the move only what exceeds the booking counts."""
+        held = self.ledger.held(m.name)
+        seen = {index: shares.get(index, share) for index, share in held.items()}
+        if not seen or m.state not in LOADED:
+            return
+        if m.state is State.READY:
+            m.measured(awake=max(seen.values()))
+        elif m.state is State.SLEEPING:
+            m.measured(asleep=max(seen.values()))
+        else:
+            seen = {index: max(size, held[index]) for index, size in seen.items()}
+        self.ledger.hold(m.name, seen)
+
+    def too_late(self, m: Model, step: Step) -> None:
+        """The answer to a command that a stop has overtaken."""
+        self._move(m, step)
+
+    def settle_host(self, m: Model) -> None:
+        """Book the host memory of a level-1 sleeper; an engine may keep it after waking, until it stops."""
+        keeps = m.level == 1 or (m.slept_shallow and m.spec.keeps_host)
+        self.ledger.hold_host(m.name, m.footprint.host if keeps else 0)
+
+    # -- underneath
+
+    def _move(self, m: Model, step: Step) -> None:
+        m.state = follow(m.name, m.state, step)
+        m.changed = self.now
+        devices = m.placement.devices
+        if m.state in MOVING:
+            self._busy.update(dict.fromkeys(devices, m.name))
+        else:
+            for index in devices:
+                if self._busy.get(index) == m.name:
+                    del self._busy[index]
+
+    def _learn_time(self, m: Model) -> None:
+        took = self.now - m.changed
+        if m.state is State.STARTING:
+            m.costs.observe("start", took)
+        elif m.state is State.WAKING:
+            m.costs.observe(f"wake{m.level}", took)
+        elif m.state is State.STOPPING:
+            m.costs.observe("stop", took)
+        elif m.state is State.FALLING_ASLEEP and m.leave and m.leave.level:
+            m.costs.observe(f"sleep{m.level}", took)

@@ -1,0 +1,49 @@
+"""What an unused model does as it ages: sleep, sleep deeper, stop. Pure functions of one model and the time."""
+
+from __future__ import annotations
+
+import enum
+
+from vllmd.core.model import INFINITY, Model
+from vllmd.core.types import State
+
+
+class Rest(enum.Enum):
+    """The next thing an unused model does."""
+
+    NONE = enum.auto()
+    SLEEP = enum.auto()
+    DEEPEN = enum.auto()
+    STOP = enum.auto()
+
+
+def rest(m: Model, now: float) -> Rest:
+    """What ``m`` does now, by its idle rules."""
+    if idle_due(m) > now:
+        return Rest.NONE
+    rules, idle = m.spec.idle, now - m.idle_since
+    if rules.stop_after is not None and idle >= rules.stop_after:
+        return Rest.STOP
+    if m.state is State.READY:
+        return Rest.SLEEP if m.spec.sleep_levels and rules.level in (1, 2) else Rest.STOP
+    return Rest.DEEPEN
+
+
+def idle_due(m: Model) -> float:
+    """When its idle rules next want something; infinite while it is used, kept, or about to leave anyway."""
+    if m.running or m.demand or m.kept or m.leave or m.asked or m.exchange or m.deepen:
+        return INFINITY
+    rules, since = m.spec.idle, m.idle_since
+    stop = INFINITY if rules.stop_after is None else since + rules.stop_after
+    if m.state is State.READY:
+        return stop if rules.sleep_after is None else min(stop, since + rules.sleep_after)
+    if m.state is State.SLEEPING:
+        return min(stop, _deepen_due(m))
+    return INFINITY
+
+
+def _deepen_due(m: Model) -> float:
+    after = m.spec.idle.deepen_after
+    if after is None or m.level != 1 or 2 not in m.spec.sleep_levels:
+        return INFINITY
+    return max(m.idle_since + after, m.look_again)

@@ -1,0 +1,111 @@
+"""Who holds how much memory: on each device, and of the host for level-1 sleepers. All in bytes.
+
+The ledger is written before a command goes out (a start is booked at once with
+what it may need) and after an answer came back (memory is released only when
+it is known to be free), so that it never promises the same byte twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from vllmd.core.types import Device, GiB
+
+
+class Account:
+    """One device: what it has, what models were promised, and what others hold."""
+
+    __slots__ = ("device", "missing", "promised", "strangers")
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.promised = 0
+        self.strangers = 0
+        self.missing = 0  # bytes that did not come back after a stop: the device is wedged
+
+    @property
+    def capacity(self) -> int:
+        """What can ever be promised: its memory less the reserve."""
+        return self.device.memory - self.device.reserve
+
+    @property
+    def free(self) -> int:
+        """What can be promised now; negative when strangers or measurements took more than was left."""
+        return self.capacity - self.promised - self.strangers
+
+    @property
+    def wedged(self) -> str:
+        """Why the device is avoided; empty if it is not."""
+        return f"{gib(self.missing)} did not come back after a stop" if self.missing else ""
+
+
+class Ledger:
+    """The accounts of all devices and of the host's memory."""
+
+    def __init__(self, devices: Iterable[Device], host_budget: int) -> None:
+        self.accounts = {device.index: Account(device) for device in devices}
+        self.host_budget = host_budget
+        self.host_promised = 0
+        self._held: dict[str, dict[int, int]] = {}
+        self._host: dict[str, int] = {}
+
+    def hold(self, model: str, shares: Mapping[int, int]) -> None:
+        """``model`` holds these bytes per device index, and no others. Absurd (negative) shares count as none."""
+        self._unbook(model)
+        known = {index: max(0, share) for index, share in shares.items() if index in self.accounts}
+        for index, share in known.items():
+            self.accounts[index].promised += share
+        if known:
+            self._held[model] = known
+
+    def release(self, model: str) -> None:
+        """Every process of ``model`` is gone: it holds nothing any more."""
+        self._unbook(model)
+        self.hold_host(model, 0)
+
+    def _unbook(self, model: str) -> None:
+        for index, share in self._held.pop(model, {}).items():
+            self.accounts[index].promised -= share
+
+    def held(self, model: str) -> Mapping[int, int]:
+        """Bytes that ``model`` holds, per device index."""
+        return self._held.get(model, {})
+
+    def most(self, model: str) -> int:
+        """Bytes that ``model`` holds on the device where it holds most."""
+        return max(self._held.get(model, {}).values(), default=0)
+
+    def hold_host(self, model: str, size: int) -> None:
+        """``model`` keeps ``size`` bytes of host memory; 0: none."""
+        self.host_promised += size - self._host.pop(model, 0)
+        if size:
+            self._host[model] = size
+
+    def host_held(self, model: str) -> int:
+        """Host bytes that ``model`` keeps."""
+        return self._host.get(model, 0)
+
+    def host_free_for(self, model: str) -> int:
+        """Host bytes that ``model`` could have, what it keeps already included."""
+        return self.host_budget - self.host_promised + self._host.get(model, 0)
+
+    def strangers(self, held: Mapping[int, int]) -> None:
+        """Take NVML's word for what strangers hold; what cannot be (negative, more than there is) is cut to size."""
+        for index, size in held.items():
+            account = self.accounts.get(index)
+            if account:
+                account.strangers = min(max(0, size), account.device.memory)
+                if account.strangers < account.missing // 2:
+                    account.missing = 0
+
+    def wedge(self, missing: Mapping[int, int]) -> None:
+        """These bytes did not come back: avoid the devices until a sample shows that they did."""
+        for index, size in missing.items():
+            if index in self.accounts and size > 0:
+                self.accounts[index].missing = size
+                self.accounts[index].strangers = max(self.accounts[index].strangers, size)
+
+
+def gib(size: float) -> str:
+    """Bytes for people: ``23.5 GiB``."""
+    return f"{size / GiB:.1f} GiB"

@@ -1,0 +1,143 @@
+"""What the core remembers of one model: a record without rules; one owner, the scheduler, changes it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from vllmd.core.costs import Costs
+from vllmd.core.lifecycle import AWAKE, LOADED
+from vllmd.core.queues import Queue
+from vllmd.core.types import Footprint, ModelSpec, Placement, Source, State
+
+INFINITY = math.inf
+NOWHERE = Placement()
+
+
+@dataclass(slots=True)
+class Run:
+    """A request in the engine: when it was admitted, and how often it was frozen."""
+
+    began: float
+    frozen: int = 0
+
+
+@dataclass(slots=True)
+class Leave:
+    """Where a model goes once it has drained, and on whose account. ``level`` 0 stops it."""
+
+    level: int
+    cause: str  # "idle", "exchange", "operator", "lease", "config", "proof", "deepen", "moved"
+    why: str
+    freeze_at: float = INFINITY  # running requests are frozen from here on
+    cut_at: float = INFINITY  # running requests are cut from here on
+    kill: bool = False
+
+    @property
+    def yields(self) -> bool:
+        """A new request calls it off."""
+        return self.cause in ("idle", "deepen")
+
+
+@dataclass(slots=True)
+class Model:
+    """One model's engine, its requests, its claims on staying, and its failures."""
+
+    spec: ModelSpec
+    costs: Costs
+    changed: float  # since when it is in this state
+    state: State = State.STOPPED
+    level: int = 0
+    placement: Placement = NOWHERE
+    queue: Queue = field(default_factory=Queue)
+    running: dict[str, Run] = field(default_factory=dict)
+    orphans: set[str] = field(default_factory=set)  # their engine died; RequestFinished is still owed
+    ready_at: float = 0.0  # when it last became ready
+    used: float = -INFINITY  # when a request last came or ended
+    idle_since: float = 0.0
+    leave: Leave | None = None  # why the gate is closed (DRAINING), or what a sleeper still has to do
+    asked: Leave | None = None  # an operator's wish that must wait for the command under way
+    deepen: bool = False  # woken only to sleep deeper
+    exchange: str = ""  # the target of the exchange it is a victim of
+    wanted: float | None = None  # since when an operator wants it loaded
+    pinned: bool = False
+    leases: dict[str, float] = field(default_factory=dict)  # lease -> deadline
+    failures: int = 0  # in a row
+    failure: str = ""
+    given_up: bool = False
+    retry_at: float = 0.0
+    room_retried: bool = False  # a start for lack of memory was tried once more
+    freezes: bool | None = None  # its engine proved that frozen requests survive
+    slept_shallow: bool = False  # at level 1 since it started: its host memory stays taken
+    sleep_failures: int = 0  # sleeps and wakes that ended in a stop
+    look_again: float = -INFINITY  # no earlier look at whether it can sleep deeper
+    removed: bool = False  # the configuration has it no more
+    due: float = INFINITY  # when time alone changes something for it
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.spec.name
+
+    @property
+    def on(self) -> bool:
+        """Its engine serves, gate open or not."""
+        return self.state in AWAKE
+
+    @property
+    def loaded(self) -> bool:
+        """It has an engine."""
+        return self.state in LOADED
+
+    @property
+    def kept(self) -> bool:
+        """It may not be made to leave: pinned, or leased."""
+        return self.pinned or bool(self.leases)
+
+    @property
+    def full(self) -> bool:
+        """Its engine has all the requests it may have at a time."""
+        return self.spec.concurrency is not None and len(self.running) >= self.spec.concurrency
+
+    @property
+    def demand(self) -> int:
+        """How many wait for it to be on: requests queued, requests frozen, a load that was asked for."""
+        frozen = 0 if self.state in AWAKE else len(self.running)
+        return len(self.queue) + frozen + (self.wanted is not None)
+
+    @property
+    def freezable(self) -> bool:
+        """Its running requests may be frozen by a sleep."""
+        return self.spec.preempt and self.freezes is True
+
+    @property
+    def footprint(self) -> Footprint:
+        """Measured before configured before estimated."""
+        return self.costs.footprint or self.spec.footprint
+
+    @property
+    def booking(self) -> int:
+        """Bytes per device that must be free for a start: it must survive both loading and serving."""
+        f = self.footprint
+        return max(f.starting, f.awake, self.costs.asked)
+
+    @property
+    def told(self) -> int:
+        """Bytes per device that its engine is told to take.
+
+        Not the measured figure: an engine that takes a little more than it was told would grow with every start.
+        """
+        return max(self.spec.footprint.awake, self.costs.asked)
+
+    def measured(self, awake: int | None = None, asleep: int | None = None, host: int | None = None) -> None:
+        """Learn what it really takes, bytes per device; what starting takes beyond serving stays as it was."""
+        f = self.footprint
+        extra = max(0, f.starting - f.awake)
+        awake = f.awake if awake is None else awake
+        self.costs.footprint = Footprint(
+            starting=awake + extra,
+            awake=awake,
+            asleep=f.asleep if asleep is None else asleep,
+            host=f.host if host is None else host,
+            source=Source.MEASURED,
+        )

@@ -1,0 +1,52 @@
+"""What can never fit, with the arithmetic, so that nobody waits for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from vllmd.core.ledger import Account, Ledger, gib
+from vllmd.core.model import Model
+
+
+def never_fits(ledger: Ledger, m: Model) -> str:
+    """Why ``m`` cannot fit even with these devices to itself; empty if it can."""
+    count = m.spec.device_count
+    if not ledger.accounts or not count:
+        return ""
+    accounts = _allowed(ledger, m)
+    if len(accounts) < count:
+        return f"{m.name!r} needs {_devices(count)}, and there {_are(len(accounts))} for it"
+    if sum(a.capacity >= m.booking for a in accounts) >= count:
+        return ""
+    sizes = "; ".join(
+        f"device {a.device.index} has {gib(a.device.memory)} less a reserve of {gib(a.device.reserve)}: "
+        f"{gib(a.capacity)}"
+        for a in accounts
+    )
+    return f"{m.name!r} needs {gib(m.booking)} on each of {_devices(count)}; {sizes}"
+
+
+def pinned_out(ledger: Ledger, m: Model, models: Iterable[Model]) -> str:
+    """Why pinned models leave no room for ``m``; empty if they do."""
+    count = m.spec.device_count
+    if not ledger.accounts or not count:
+        return ""
+    pinned = [other for other in models if other.pinned and other.loaded and other is not m]
+    taken = {index: sum(ledger.held(p.name).get(index, 0) for p in pinned) for index in ledger.accounts}
+    if sum(a.capacity - taken[a.device.index] >= m.booking for a in _allowed(ledger, m)) >= count:
+        return ""
+    names = ", ".join(f"{p.name!r}" for p in pinned)
+    return f"{m.name!r} needs {gib(m.booking)} on {_devices(count)}, and pinned models ({names}) leave less"
+
+
+def _allowed(ledger: Ledger, m: Model) -> list[Account]:
+    wanted = m.spec.devices or tuple(ledger.accounts)
+    return [ledger.accounts[index] for index in dict.fromkeys(wanted) if index in ledger.accounts]
+
+
+def _devices(count: int) -> str:
+    return "1 device" if count == 1 else f"{count} devices"
+
+
+def _are(count: int) -> str:
+    return "is 1" if count == 1 else f"are {count or 'none'}"

@@ -1,0 +1,142 @@
+"""The frozen view that a policy gets, drawn from the models and the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from vllmd.core.exchanges import Exchanges
+from vllmd.core.fleet import Fleet
+from vllmd.core.model import Model
+from vllmd.core.policy import HostClaim, Knobs, Resident, Room, Situation, Waiting, Way
+from vllmd.core.types import State
+
+SOON = 0.001  # a transfer that should have ended by now
+
+
+def look(
+    fleet: Fleet, exchanges: Exchanges, waiting: Iterable[Model], models: Iterable[Model], shallow: frozenset[str]
+) -> Situation:
+    """Everything as it is now; ``shallow``: who sleeps at level 1 if it must."""
+    return Situation(
+        fleet.now,
+        sorted((see_waiting(fleet, m) for m in waiting), key=lambda w: (w.oldest, w.model)),
+        [see_resident(fleet, m, shallow) for m in models if may_leave(m)],
+        {index: see_room(fleet, exchanges, index) for index, a in fleet.ledger.accounts.items() if not a.missing},
+        Knobs(),
+    )
+
+
+def may_leave(m: Model) -> bool:
+    """Whether a policy may ask it to: it is on with its gate open, or sleeps without frozen requests."""
+    if m.kept or m.exchange or not m.placement.devices or m.leave is not None:
+        return False
+    return m.state is State.READY or (m.state is State.SLEEPING and not m.running)
+
+
+def see_waiting(fleet: Fleet, m: Model) -> Waiting:
+    """What waits for a model that is not on."""
+    held = fleet.ledger.most(m.name)
+    asleep = m.state is State.SLEEPING
+    frozen = len(m.running)
+    asked = [m.wanted] if m.wanted is not None else []
+    since = [t for t in (m.queue.oldest, m.changed if frozen else None, *asked) if t is not None]
+    any_device = m.spec.devices or tuple(fleet.ledger.accounts)
+    return Waiting(
+        model=m.name,
+        waiters=m.demand,
+        arrived=m.queue.arrived + frozen * m.changed + sum(asked),
+        oldest=min(since, default=fleet.now),
+        load=m.costs.wake(m.level if asleep else 0),
+        sleep=m.costs.sleep(max(m.spec.sleep_levels, default=0)),
+        service=m.costs.seconds("service"),
+        need=max(0, m.footprint.awake - held) if asleep else m.booking,
+        devices=m.placement.devices if asleep else any_device,
+        span=device_count(fleet, m),
+        priority=m.spec.priority,
+        impatient=m.spec.on_busy == "evict",
+    )
+
+
+def device_count(fleet: Fleet, m: Model) -> int:
+    """How many devices it takes; none on a machine without any."""
+    return m.spec.device_count if fleet.ledger.accounts else 0
+
+
+def see_resident(fleet: Fleet, m: Model, shallow: frozenset[str]) -> Resident:
+    """A model that could leave."""
+    rate = m.costs.rate
+    return Resident(
+        model=m.name,
+        devices=m.placement.devices,
+        asleep=m.state is State.SLEEPING,
+        ways=ways(fleet, m, shallow),
+        since=m.ready_at,
+        used=m.used,
+        running=len(m.running),
+        queued=len(m.queue),
+        service=m.costs.seconds("service"),
+        rate=rate.value,
+        rate_at=rate.at,
+        freezable=m.freezable,
+        refrozen=any(run.frozen > 1 for run in m.running.values()),
+        priority=m.spec.priority,
+    )
+
+
+def ways(fleet: Fleet, m: Model, shallow: frozenset[str]) -> tuple[Way, ...]:
+    """How it can leave its devices, the preferred way first, stopping last."""
+    held = min(fleet.ledger.held(m.name).values(), default=0)
+    stop = Way(0, held, m.costs.sleep(0), m.costs.wake(0))
+    if m.state is State.SLEEPING:
+        return (stop,)
+    rest = max(0, held - m.footprint.asleep)
+    return (*(Way(level, rest, m.costs.sleep(level), m.costs.wake(level)) for level in levels(fleet, m, shallow)), stop)
+
+
+def levels(fleet: Fleet, m: Model, shallow: frozenset[str]) -> list[int]:
+    """The sleep levels it can use now, the preferred one first."""
+    usable = sleep_levels(m)
+    if 1 in usable and fleet.ledger.host_free_for(m.name) < m.footprint.host:
+        usable -= {1}
+    return sorted(usable, reverse=m.name not in shallow)
+
+
+def sleep_levels(m: Model) -> frozenset[int]:
+    """What its engine supports; one that failed at it twice is stopped instead."""
+    return m.spec.sleep_levels if m.sleep_failures < 2 else frozenset()
+
+
+def see_room(fleet: Fleet, exchanges: Exchanges, index: int) -> Room:
+    """A device as a newcomer finds it."""
+    free = fleet.ledger.accounts[index].free
+    claim = exchanges.claim(index)
+    if claim is None:
+        return Room(index, free, remaining(fleet, exchanges.models, index), False, 0.0)
+    free = min(free, free + claim.coming - claim.need)
+    return Room(index, free, remaining(fleet, exchanges.models, index), True, claim.drain)
+
+
+def remaining(fleet: Fleet, models: dict[str, Model], index: int) -> float:
+    """Expected seconds until the command under way on the device is answered; 0: none is."""
+    name = fleet.holder((index,))
+    if not name:
+        return 0.0
+    m = models[name]
+    expected = {
+        State.STARTING: m.costs.wake(0),
+        State.WAKING: m.costs.wake(m.level),
+        State.FALLING_ASLEEP: m.costs.sleep(m.level),
+        State.STOPPING: m.costs.sleep(0),
+    }[m.state]
+    return max(SOON, expected + m.changed - fleet.now)
+
+
+def host_claims(fleet: Fleet, models: Iterable[Model]) -> list[HostClaim]:
+    """Who could sleep at level 1, and what it would save."""
+    claims = []
+    for m in models:
+        if 1 in m.spec.sleep_levels:
+            deep = m.costs.wake(2 if 2 in m.spec.sleep_levels else 0)
+            gain = max(0.0, deep - m.costs.wake(1))
+            claims.append(HostClaim(m.name, m.footprint.host, gain, m.costs.rate_long.read(fleet.now)))
+    return claims
