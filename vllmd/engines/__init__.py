@@ -1,1 +1,81 @@
-"""Engine kinds: each a small stateless class that says what to run and which calls mean what."""
+"""Engine kinds: each a small stateless class that says what to run and which calls mean what.
+
+``base`` is the contract, the other modules are the kinds; ``engine_of`` finds a
+model's. Third parties register a class (or an instance) in the entry-point group
+``vllmd.engines``; whatever one of theirs raises becomes a ConfigError that names
+it (``guard``), so a plug-in cannot take the daemon down.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import logging
+from importlib import metadata
+
+from vllmd.config.types import ModelConfig
+from vllmd.engines.base import Engine
+from vllmd.engines.guard import Guarded, missing_methods
+from vllmd.errors import ConfigError
+
+GROUP = "vllmd.engines"
+BUILT_IN = {
+    "vllm": "vllmd.engines.vllm:Vllm",
+    "sim": "vllmd.engines.sim:Sim",
+    "simengine": "vllmd.engines.sim:Sim",
+}
+
+log = logging.getLogger("vllmd.engines")
+
+
+def engine_of(model: ModelConfig) -> Engine:
+    """The engine kind of a model. Raises ConfigError that says where the model is configured."""
+    try:
+        return engine_kind(model.engine)
+    except ConfigError as error:
+        where = f"{model.where}: " if model.where else ""
+        raise ConfigError(f"{where}models.{model.name}.engine: {error.message}") from error
+
+
+@functools.cache
+def engine_kind(name: str) -> Engine:
+    """The engine kind of that name, built in or a plug-in. Raises ConfigError naming close matches."""
+    if name in BUILT_IN:
+        return _built_in(BUILT_IN[name])
+    for entry in metadata.entry_points(group=GROUP):
+        if entry.name == name:
+            return _plug_in(entry)
+    raise ConfigError(_unknown(name))
+
+
+def engine_names() -> list[str]:
+    """The names that ``engine:`` accepts here."""
+    return sorted({*BUILT_IN, *(entry.name for entry in metadata.entry_points(group=GROUP))})
+
+
+def _built_in(path: str) -> Engine:
+    module, _, name = path.partition(":")
+    engine: Engine = getattr(importlib.import_module(module), name)()
+    return engine
+
+
+def _plug_in(entry: metadata.EntryPoint) -> Engine:
+    try:
+        found = entry.load()
+        kind = found() if isinstance(found, type) else found
+    except Exception as error:
+        log.exception("engine plug-in %s (%s) cannot be loaded", entry.name, entry.value)
+        what = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"the engine plug-in {entry.name!r} ({entry.value}) cannot be loaded: {what}") from error
+    if missing := missing_methods(kind):
+        what = f"lacks {', '.join(missing)}; see vllmd.engines.base.Engine"
+        raise ConfigError(f"the engine plug-in {entry.name!r} ({entry.value}) {what}")
+    return Guarded(entry.name, kind)
+
+
+def _unknown(name: str) -> str:
+    known = engine_names()
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"unknown engine {name!r}{hint} (known: {', '.join(known)})"

@@ -1,0 +1,66 @@
+"""Reading a model's ``options``: the settings that only its engine kind knows."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Collection, Sequence
+
+from vllmd.config.types import ModelConfig
+from vllmd.errors import ConfigError
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.I)
+
+
+def wrong(model: ModelConfig, name: str, what: str) -> ConfigError:
+    """The error for a wrong option: where it is, and what would be right."""
+    where = f"{model.where}: " if model.where else ""
+    return ConfigError(f"{where}models.{model.name}.options.{name}: {what}")
+
+
+def unknown(model: ModelConfig, known: Collection[str]) -> None:
+    """Raise ConfigError for an option that the kind does not know."""
+    for name in model.options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise wrong(model, name, f"unknown option{hint} (known: {', '.join(sorted(known))})")
+
+
+def choice(model: ModelConfig, name: str, values: Sequence[str]) -> str:
+    """One of ``values``; the first where nothing is said. Raises ConfigError."""
+    value = model.options.get(name, values[0])
+    if value not in values:
+        raise wrong(model, name, f"{value!r}; right are {', '.join(values)}")
+    return str(value)
+
+
+def size(model: ModelConfig, name: str) -> int | None:
+    """Bytes, from ``8GiB`` or a number; None where nothing is said. Raises ConfigError."""
+    value = model.options.get(name)
+    if value is None:
+        return None
+    match = _SIZE.fullmatch(str(value).strip())
+    if isinstance(value, bool) or not match:
+        raise wrong(model, name, f"{value!r} is no size such as 8GiB or 512MiB")
+    base = 1024 if match[3] else 1000
+    return round(float(match[1]) * math.pow(base, " kmgt".index(match[2].lower() or " ")))
+
+
+def text(model: ModelConfig, name: str, default: str = "") -> str:
+    """A text. Raises ConfigError for anything but one."""
+    value = model.options.get(name, default)
+    if not isinstance(value, str):
+        raise wrong(model, name, f"{value!r} is no text")
+    return value
+
+
+def words(model: ModelConfig, name: str) -> tuple[str, ...]:
+    """A list of texts, or one. Raises ConfigError."""
+    value = model.options.get(name, ())
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list | tuple):
+        raise wrong(model, name, f"{value!r} is no list")
+    return tuple(map(str, value))

@@ -1,0 +1,103 @@
+"""The stand-in as an engine kind: ``engine: sim``, for rehearsals, the demonstration and tests.
+
+Its ``options`` are the flags of ``python -m vllmd.simengine`` with underscores
+(``load_time: 3s``, ``wake_time: "1,4"``, ``fail: [crash-after=3]``), and
+``device_dir``: a directory of pretended GPUs, one file per device id.
+It sleeps, logs and fails as vLLM does, so it shares all that with it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from vllmd.config.types import ModelConfig
+from vllmd.engines.base import Launch, Listen, Place
+from vllmd.engines.options import text, unknown, words
+from vllmd.engines.vllm import Vllm, check_path
+
+FLAGS = (
+    "load_time",
+    "sleep_time",
+    "wake_time",
+    "tokens_per_second",
+    "prompt_overhead",
+    "prompt_tokens_per_second",
+    "max_num_seqs",
+    "memory",
+    "memory_starting",
+    "memory_asleep",
+    "weights",
+    "device_memory",
+    "dimensions",
+    "keep_alive",
+    "created",
+    "fail_file",
+)
+LISTS = ("device_file", "cuda")
+SWITCHES = ("quiet", "enable_request_id_headers")
+
+
+class Sim(Vllm):
+    """vLLM's protocol, another program."""
+
+    kind = "sim"
+    OPTIONS = dict.fromkeys((*FLAGS, *LISTS, *SWITCHES, "fail", "device_dir"), "see python -m vllmd.simengine --help")
+
+    def sleep_levels(self, model: ModelConfig) -> frozenset[int]:
+        """Both, unless ``sleep_mode`` is false."""
+        return frozenset() if model.sleep_mode is False else frozenset({1, 2})
+
+    def launch(self, model: ModelConfig, place: Place) -> Launch:
+        """argv with every option as its flag. Raises ConfigError for an unknown one."""
+        unknown(model, self.OPTIONS)
+        socket = place.run_dir / "engine.sock"
+        check_path(socket, model)
+        command = model.command or (sys.executable, "-m", "vllmd.simengine")
+        flags = ["--model", model.source, "--served-model-name", model.name, "--uds", str(socket)]
+        argv = (*command, *flags, *_memory(model, place), *_options(model), *_devices(model, place), *model.extra_args)
+        return Launch(argv, Listen(uds=str(socket)), _env(model))
+
+
+def _memory(model: ModelConfig, place: Place) -> list[str]:
+    """What was promised is what it takes, unless its options say otherwise."""
+    flags = []
+    if place.memory and "memory" not in model.options:
+        flags += ["--memory", str(place.memory)]
+    if model.memory_asleep is not None and "memory_asleep" not in model.options:
+        flags += ["--memory-asleep", str(model.memory_asleep)]
+    return flags + (["--max-model-len", str(model.max_model_len)] if model.max_model_len else [])
+
+
+def _options(model: ModelConfig) -> list[str]:
+    flags = []
+    for name in FLAGS:
+        if name in model.options:
+            flags += [_flag(name), _value(model.options[name])]
+    for name in LISTS:
+        if values := words(model, name):
+            flags += [_flag(name), *values]
+    flags += [_flag(name) for name in SWITCHES if model.options.get(name)]
+    return flags + [part for failure in words(model, "fail") for part in ("--fail", failure)]
+
+
+def _value(value: object) -> str:
+    """A list is written with commas, as ``--wake-time`` wants its two times."""
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _devices(model: ModelConfig, place: Place) -> list[str]:
+    directory = text(model, "device_dir")
+    if not directory or not place.device_ids:
+        return []
+    return ["--device-file", *(str(Path(directory) / name) for name in place.device_ids)]
+
+
+def _env(model: ModelConfig) -> dict[str, str]:
+    """Where this Python finds us, should we run from a source tree."""
+    root = str(Path(__file__).resolve().parents[2])
+    return {} if model.command else {"PYTHONPATH": root}
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

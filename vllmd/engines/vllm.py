@@ -1,0 +1,208 @@
+"""vLLM: ``vllm serve`` on a private Unix socket, in development mode so that it can sleep.
+
+Facts about 0.32 that shape this file:
+
+- The socket's file must not exist before the start, and its path must fit a
+  ``sockaddr_un``; so must those of the ``ipc://`` sockets in ``VLLM_RPC_BASE_PATH``.
+- ``--enable-sleep-mode`` ends vLLM on a platform without it (a CPU); without the
+  flag ``/sleep`` still pauses and answers 200 but frees nothing.
+- The check of free memory at start uses the utilization even when
+  ``--kv-cache-memory-bytes`` decides the size of the cache: both are passed.
+- After level 2 a plain ``/wake_up`` serves garbage: the weights must be reloaded
+  between the two tags.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from vllmd.config.types import ModelConfig
+from vllmd.core.types import Footprint
+from vllmd.engines import vllm_log
+from vllmd.engines.base import Call, Failure, Launch, Listen, Place, Progress
+from vllmd.engines.options import choice, size, unknown
+from vllmd.errors import ConfigError
+
+SUN_PATH = 107  # bytes of a Unix socket's path, the final NUL not counted
+_IPC_NAME = 37  # "/" and a UUID: the names of vLLM's own sockets in VLLM_RPC_BASE_PATH
+_ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd")  # CUDA, ROCm
+_SLEEP_TIMEOUT = 300.0  # seconds; offloading a large model's weights to host memory takes its time
+_WAKE_TIMEOUT = 600.0  # level 2 reads the weights from disk again
+
+ROUTES = frozenset(
+    {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/v1/embeddings",
+        "/v1/audio/transcriptions",
+        "/v1/audio/translations",
+        "/v1/realtime",
+        "/v1/rerank",
+        "/v1/score",
+        "/v2/embed",
+        "/v2/rerank",
+        "/classify",
+        "/detokenize",
+        "/pooling",
+        "/rerank",
+        "/score",
+        "/tokenize",
+    }
+)
+
+
+def has_accelerator() -> bool:
+    """Whether this machine has a GPU that vLLM's sleep mode knows."""
+    return any(os.path.exists(path) for path in _ACCELERATORS)
+
+
+class Vllm:
+    """The contract of ``base.Engine`` for vLLM 0.32."""
+
+    kind = "vllm"
+    OPTIONS: Mapping[str, str] = {
+        "sleep_flag": "auto, always or never: whether --enable-sleep-mode is passed (auto: where there is a GPU)",
+        "kv_cache_memory": "size of the KV cache per device, such as 8GiB, instead of what profiling leaves",
+        "rpc_dir": "directory of vLLM's own sockets, instead of the run directory",
+    }
+
+    def __init__(self, accelerator: Callable[[], bool] = has_accelerator) -> None:
+        self._accelerator = accelerator
+
+    def sleep_levels(self, model: ModelConfig) -> frozenset[int]:
+        """Both, unless ``sleep_mode`` is false, or is not said and there is no GPU to free."""
+        wanted = self._accelerator() if model.sleep_mode is None else model.sleep_mode
+        return frozenset({1, 2}) if wanted else frozenset()
+
+    def launch(self, model: ModelConfig, place: Place) -> Launch:
+        """argv and environment. Raises ConfigError for a path that is too long or an option that is wrong."""
+        unknown(model, self.OPTIONS)
+        socket = place.run_dir / "engine.sock"
+        check_path(socket, model)
+        argv = (*self._command(model), *self._flags(model, place, socket), *model.extra_args)
+        return Launch(argv, Listen(uds=str(socket)), self._env(model, place))
+
+    def _command(self, model: ModelConfig) -> tuple[str, ...]:
+        """The program and its subcommand, which a command configured in full brings along."""
+        command = model.command or ("vllm",)
+        is_module = len(command) > 1 and "-m" in command
+        return command if is_module or "serve" in command else (*command, "serve")
+
+    def _flags(self, model: ModelConfig, place: Place, socket: Path) -> list[str]:
+        flags = [model.source] if not self._is_module(model) else ["--model", model.source]
+        flags += ["--uds", str(socket), "--served-model-name", self.served_name(model)]
+        return [*flags, *_parallel(model), *_of_model(model), *self._of_memory(model, place), *self._sleep_flag(model)]
+
+    def _is_module(self, model: ModelConfig) -> bool:
+        return "-m" in model.command and "serve" not in model.command
+
+    def _of_memory(self, model: ModelConfig, place: Place) -> list[str]:
+        flags = []
+        share = memory_share(model, place)
+        if share is not None and not _given(model, "--gpu-memory-utilization"):
+            flags += ["--gpu-memory-utilization", f"{share:g}"]
+        cache = size(model, "kv_cache_memory")
+        if cache is not None:
+            flags += ["--kv-cache-memory-bytes", str(cache)]
+        return flags
+
+    def _sleep_flag(self, model: ModelConfig) -> list[str]:
+        when = choice(model, "sleep_flag", ("auto", "always", "never"))
+        auto = bool(self.sleep_levels(model)) and self._accelerator()
+        return ["--enable-sleep-mode"] if when == "always" or (when == "auto" and auto) else []
+
+    def _env(self, model: ModelConfig, place: Place) -> dict[str, str]:
+        rpc = Path(str(model.options.get("rpc_dir", place.run_dir)))
+        check_path(rpc / ("x" * (_IPC_NAME - 1)), model)
+        env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_RPC_BASE_PATH": str(rpc), "VLLM_NO_USAGE_STATS": "1"}
+        if place.device_ids:
+            env |= {"CUDA_VISIBLE_DEVICES": ",".join(place.device_ids), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        if model.hf_token:
+            env["HF_TOKEN"] = model.hf_token
+        return env
+
+    def ready(self, model: ModelConfig) -> Call:
+        """``/health``: refused until it listens, 200 from then on."""
+        return Call("GET", "/health", timeout=5.0)
+
+    def sleep(self, level: int, *, freeze: bool) -> Sequence[Call]:
+        """One call. Requests in flight finish first, or (``freeze``) stay as they are and go on after the wake."""
+        mode = "keep" if freeze else "wait"
+        return (Call("POST", f"/sleep?level={level}&mode={mode}", timeout=_SLEEP_TIMEOUT),)
+
+    def wake(self, level: int) -> Sequence[Call]:
+        """One call from level 1; from level 2 the weights are mapped, read again, and only then the rest."""
+        if level != 2:
+            return (Call("POST", "/wake_up", timeout=_WAKE_TIMEOUT),)
+        return (
+            Call("POST", "/wake_up?tags=weights", timeout=_WAKE_TIMEOUT),
+            Call("POST", "/collective_rpc", json={"method": "reload_weights"}, timeout=_WAKE_TIMEOUT),
+            Call("POST", "/wake_up?tags=kv_cache", timeout=_WAKE_TIMEOUT),
+            Call("POST", "/reset_prefix_cache", timeout=30.0, optional=True),
+        )
+
+    def asleep(self) -> Call | None:
+        """``/is_sleeping``: at which level, it does not tell."""
+        return Call("GET", "/is_sleeping", timeout=5.0)
+
+    def routes(self, model: ModelConfig) -> frozenset[str]:
+        """All that vLLM may serve; which of them it does depends on the model's task, and vLLM says."""
+        return ROUTES
+
+    def served_name(self, model: ModelConfig) -> str:
+        """The configured name."""
+        return model.name
+
+    def progress(self, line: str) -> Progress | None:
+        return vllm_log.progress(line)
+
+    def failure(self, lines: Sequence[str]) -> Failure:
+        return vllm_log.failure(lines)
+
+    def footprint(self, lines: Sequence[str]) -> Footprint | None:
+        return vllm_log.footprint(lines)
+
+
+def memory_share(model: ModelConfig, place: Place) -> float | None:
+    """The share of a device to claim: as configured, else what was promised; None for vLLM's own default.
+
+    Rounded down to four digits, so that it never claims more than was promised.
+    """
+    if not place.device_ids:
+        return None  # on a CPU the flag means host memory
+    if isinstance(model.gpu_memory, float):
+        return model.gpu_memory
+    if not place.memory or not place.device_memory:
+        return None
+    return max(0.0001, math.floor(place.memory / place.device_memory * 10000) / 10000)
+
+
+def check_path(path: Path, model: ModelConfig) -> None:
+    """Raise ConfigError if a Unix socket cannot have this path."""
+    length = len(os.fsencode(path))
+    if length > SUN_PATH:
+        what = f"the socket path {path} has {length} bytes, at most {SUN_PATH} are possible"
+        raise ConfigError(f"{model.where}: {what}; choose a shorter engines.run_dir".removeprefix(": "))
+
+
+def _parallel(model: ModelConfig) -> list[str]:
+    sizes = (("tensor", model.tensor_parallel_size), ("pipeline", model.pipeline_parallel_size))
+    return [part for kind, count in sizes if count > 1 for part in (f"--{kind}-parallel-size", str(count))]
+
+
+def _of_model(model: ModelConfig) -> list[str]:
+    flags = ["--dtype", model.dtype] if model.dtype else []
+    flags += ["--max-model-len", str(model.max_model_len)] if model.max_model_len else []
+    return [*flags, "--trust-remote-code"] if model.trust_remote_code else flags
+
+
+def _given(model: ModelConfig, flag: str) -> bool:
+    return any(argument == flag or argument.startswith(f"{flag}=") for argument in model.extra_args)
+
+

@@ -1,0 +1,128 @@
+"""What vLLM 0.32's log says of a start: its phases, why it failed, what it takes.
+
+The lines are those of the wheel (``v1/worker/gpu_worker.py``, ``v1/worker/utils.py``,
+``v1/core/kv_cache_utils.py``, ``compilation/monitor.py``, ...), with the prefix
+``(EngineCore pid=12) INFO 11-20 19:00:00 [file.py:1]`` and perhaps colours.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from vllmd.core.types import Footprint, GiB, Source
+from vllmd.engines.base import Failure, Progress
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_PREFIX = re.compile(r"^\([^)]*pid=\d+\)\s*(?:[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d (?:\.\d+ )?\[[^\]]*\]\s?)?")
+_CONTEXT = GiB  # what CUDA's context and the allocator keep beside what vLLM lists, roughly
+
+# Phase -> what shows that it has begun. The first match counts.
+PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
+    ("configuring", re.compile(r"vLLM API server version|Initializing a V1 LLM engine")),
+    ("download", re.compile(r"Downloading|Fetching \d+ files")),
+    ("weights", re.compile(r"Starting to load model|Time spent downloading weights|Loading safetensors")),
+    ("profiling", re.compile(r"Model loading took ([\d.]+) GiB")),
+    ("compile", re.compile(r"Dynamo bytecode transform|Compiling a graph|Using cache directory|Starting torch\.comp")),
+    ("profiling", re.compile(r"torch\.compile took|Directly load the compiled graph")),
+    ("graphs", re.compile(r"KV cache size:|Capturing CUDA graphs")),
+    ("warm-up", re.compile(r"Graph capturing finished")),
+    ("serving", re.compile(r"init engine \(profile|Starting vLLM server on|Application startup complete")),
+)
+
+_ERROR = re.compile(r"^(?:[\w.]*\.)?(\w*(?:Error|Exception|Interrupt)): (.+)")
+_CONSEQUENCE = re.compile(r"Engine core initialization failed|Engine process failed to start|See root cause above")
+_FREE_MEMORY = re.compile(r"less than (?:desired GPU memory util|the engine's budget).*?\([\d.]+, ([\d.]+) GiB\)")
+_MEMORY = re.compile(
+    r"less than desired GPU memory utilization|less than the engine's budget|out of memory|OutOfMemoryError"
+    r"|No available memory for the cache blocks|larger than the available KV cache|not enough GPU memory"
+    r"|Error in memory profiling",
+    re.I,
+)
+_PERMANENT = re.compile(
+    r"unrecognized arguments|error: argument|the following arguments are required|invalid choice"
+    r"|Sleep mode is not supported|is not a local folder|is not a valid model identifier|Repo id must be"
+    r"|RepositoryNotFoundError|GatedRepoError|Repository Not Found|gated repo|trust_remote_code"
+    r"|does not appear to have a file named|Unrecognized model|are not supported for now|ModuleNotFoundError"
+    r"|PackageNotFoundError|Invalid repository ID or local directory|No module named|validation errors? for"
+    r"|greater than the derived max_model_len|is not divisible by|must be divisible by",
+)
+
+_SIZES = {
+    "weights": re.compile(r"Model loading took ([\d.]+) GiB"),
+    "graphs": re.compile(r"Graph capturing finished in [\d.]+ secs, took (-?[\d.]+) GiB"),
+    "cache": re.compile(r"Available KV cache memory: ([\d.]+) GiB"),
+}
+_ACTUAL = re.compile(
+    r"Actual usage is ([\d.]+) GiB for consumed memory \(weights \+ non-torch\), ([\d.]+) GiB for peak activation, "
+    r"and ([\d.]+) GiB for CUDAGraph memory\..*Current kv cache memory in use is ([\d.]+) GiB"
+)
+
+
+def clean(line: str) -> str:
+    """A line without colours and vLLM's prefix."""
+    return _PREFIX.sub("", _COLOURS.sub("", line)).rstrip()
+
+
+def progress(line: str) -> Progress | None:
+    """The phase that a line begins, with the line itself as the detail."""
+    text = clean(line)
+    for phase, pattern in PHASES:
+        if pattern.search(text):
+            return Progress(phase, text)
+    return None
+
+
+def failure(lines: Sequence[str]) -> Failure:
+    """The root of a failed start: the last error that is not the consequence of another."""
+    texts = [text for text in map(clean, lines) if text]
+    reason = _reason(texts)
+    needed = _needed(texts)
+    memory = needed is not None or _MEMORY.search(reason) is not None
+    return Failure(reason, memory, permanent=not memory and _any(_PERMANENT, [reason, *texts[-3:]]), needed=needed)
+
+
+def _reason(texts: Sequence[str]) -> str:
+    errors = [text for text in texts if _ERROR.match(text) and not _CONSEQUENCE.search(text)]
+    usage = [text for text in texts if ": error: " in text]
+    return (errors or usage or texts or ["it said nothing"])[-1]
+
+
+def _needed(texts: Iterable[str]) -> int | None:
+    """Bytes per device that vLLM's check of free memory asked for."""
+    for text in texts:
+        if found := _FREE_MEMORY.search(text):
+            return round(float(found[1]) * GiB)
+    return None
+
+
+def _any(pattern: re.Pattern[str], texts: Iterable[str]) -> bool:
+    return any(pattern.search(text) for text in texts)
+
+
+def footprint(lines: Sequence[str]) -> Footprint | None:
+    """What a successful start says that it took per device; None where it does not (on a CPU, say)."""
+    texts = [clean(line) for line in lines]
+    awake = _actual(texts) or _summed(texts)
+    return Footprint(starting=awake, awake=awake, source=Source.MEASURED) if awake else None
+
+
+def _actual(texts: Iterable[str]) -> int | None:
+    for text in texts:
+        if found := _ACTUAL.search(text):
+            return round(sum(map(float, found.groups())) * GiB)
+    return None
+
+
+def _summed(texts: Sequence[str]) -> int | None:
+    """Weights, cache and graphs as listed one by one; only a start that captured graphs ran on a GPU."""
+    sizes = {name: _size(pattern, texts) for name, pattern in _SIZES.items()}
+    weights, cache, graphs = sizes["weights"], sizes["cache"], sizes["graphs"]
+    if weights is None or cache is None or graphs is None:
+        return None
+    return weights + cache + max(graphs, 0) + _CONTEXT
+
+
+def _size(pattern: re.Pattern[str], texts: Iterable[str]) -> int | None:
+    found = [match for text in texts if (match := pattern.search(text))]
+    return round(float(found[-1][1]) * GiB) if found else None
