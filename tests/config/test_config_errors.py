@@ -50,7 +50,10 @@ GOLDEN = [
     ("server: 8080", "vllmd.yaml:1: server: 8080 is not a mapping; accepted: a mapping"),
     ("models: [a]", "vllmd.yaml:1: models: a list is not a mapping; accepted: models by name"),
     ("models: {m: 3}", "vllmd.yaml:1: models.m: 3 is not a mapping; accepted: a mapping of settings"),
-    ("devices: 80GiB", "vllmd.yaml:1: devices: '80GiB' is not a list; accepted: a list of mappings with memory, name"),
+    (
+        "devices: 80GiB",
+        "vllmd.yaml:1: devices: '80GiB' is not a list; accepted: a list of mappings with memory, name, file",
+    ),
     ("devices: [{name: a}]", "vllmd.yaml:1: devices[0]: memory is missing; accepted: a size such as 80GiB"),
     # ---- sizes
     (

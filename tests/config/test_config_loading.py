@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from vllmd.config.loader import load, read
-from vllmd.config.names import unit_name
+from vllmd.config.names import instance_name, unit_pattern
 from vllmd.config.types import Config, ModelConfig
 from vllmd.core.types import IdleRules
 from vllmd.errors import ConfigError
@@ -180,7 +181,7 @@ def test_sizes(tmp_path: Path, text: str, size: int) -> None:
 
 
 DURATIONS = [("300", 300.0), ("5m", 300.0), ("1h30m", 5400.0), ("1h 30m", 5400.0), ("90s", 90.0), ("2.5", 2.5),
-             ("500ms", 0.5), ("1d", 86400.0), ("never", None), ("off", None), ("null", None)]  # fmt: skip
+             ("500ms", 0.5), ("1d", 86400.0), ("never", None), ("off", None)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("text", "seconds"), DURATIONS)
@@ -272,6 +273,12 @@ def test_names_that_yaml_would_read_as_something_else(tmp_path: Path) -> None:
     config = of(tmp_path, "models: {no: , 1.50: {env: {V: 1.10, B: yes}}, null: }")
     assert list(config.models) == ["no", "1.50", "null"]
     assert config.models["1.50"].env == {"V": "1.10", "B": "yes"}
+
+
+def test_null_is_as_if_it_were_not_written(tmp_path: Path) -> None:
+    """A key that is left empty neither fails nor overrides."""
+    config = of(tmp_path, "server:\nidle: {stop_after: }\ndefaults: {dtype: half}\nmodels: {m: {dtype: , env: }}")
+    assert (config.models["m"].dtype, config.models["m"].idle.stop_after) == ("half", 1800.0)
 
 
 def test_merge_keys_work(tmp_path: Path) -> None:
@@ -386,15 +393,15 @@ def test_without_any_file_the_defaults_hold(tmp_path: Path) -> None:
     assert [p for p in reading.problems if str(tmp_path) in str(p)] == []
 
 
-@pytest.mark.parametrize("name", ["Qwen/Qwen3-0.6B", "模型", "..", "a b;c", "x" * 200, "A"])
-def test_unit_names_are_safe_and_distinct(name: str) -> None:
-    """Any model name becomes a name that systemd, a path and a socket bear."""
-    safe = unit_name(name)
-    assert set(safe) <= set("abcdefghijklmnopqrstuvwxyz0123456789.-")
-    assert len(safe) <= 49
-    assert safe[0] not in "-."
-    assert safe != unit_name(name + "x")
-    assert safe != unit_name(name, "second")
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-0.6B", "模型", "..", "a b;c", "x" * 200, "A", "a" * 39 + "/b"])
+def test_instance_names_are_safe(name: str) -> None:
+    """Any model name becomes a name that systemd, a path and a socket bear, another one for each run."""
+    safe = instance_name(name)
+    assert set(safe) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+    assert len(safe) <= 47
+    assert safe[0] != "-"
+    assert safe != instance_name(name)
+    assert fnmatchcase(f"vllmd-model-{safe}.scope", unit_pattern(name))
 
 
 def test_loading_is_fast(tmp_path: Path) -> None:

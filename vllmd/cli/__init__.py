@@ -1,1 +1,43 @@
-"""vllmctl: one file per verb."""
+"""vllmctl: one file per verb in ``verbs/``, found by its name and imported only when it is asked for.
+
+    arguments  the argument parser, built from the verbs
+    admin      the admin API over its Unix socket or a URL
+    failures   what goes wrong, in words, with an exit status of sysexits(3)
+    show       tables, sizes, times, colour
+    completion shell completion, generated from the parser
+
+No httpx, no asyncio: ``vllmctl ps`` is for people who wait for it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; returns an exit status of sysexits(3)."""
+    from vllmd.cli.arguments import parse
+    from vllmd.cli.failures import EX_SOFTWARE, Failure
+
+    try:
+        arguments = parse(list(sys.argv[1:] if argv is None else argv))
+        return int(arguments.run(arguments) or 0)
+    except Failure as failure:
+        print(f"vllmctl: {failure.message}", file=sys.stderr)
+        return failure.status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        _forget_stdout()
+        return 141
+    except OSError as error:
+        print(f"vllmctl: {error}", file=sys.stderr)
+        return EX_SOFTWARE
+
+
+def _forget_stdout() -> None:
+    """Keep the interpreter from complaining, as it ends, of a reader that has gone."""
+    import os
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -423,7 +423,7 @@ NAMES = Kind(
     {"anyOf": [{"type": "string"}, TEXTS]},
     lambda value: ", ".join(value) or "none",
 )
-PATH = Kind("an absolute path", parse_path, {"type": "string"}, none="by the mode")
+PATH = Kind("an absolute path", parse_path, {"type": "string"})
 FILE = Kind("the path of a file", parse_text, {"type": "string"})
 COMMAND = Kind(
     "a command as a list of words or one line",

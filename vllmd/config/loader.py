@@ -100,16 +100,20 @@ def read(
     config_file: str | Path | None = None,
     env: Mapping[str, str] = os.environ,
     overrides: Mapping[str, object] | None = None,
+    texts: Mapping[Path, str] | None = None,
 ) -> Reading:
-    """As ``load``, but problems are returned, with what could be read all the same."""
-    return _Reader(env).read(config_file, overrides or {})
+    """As ``load``, but problems are returned, with what could be read all the same.
+
+    ``texts`` stand for the contents of files that are about to be written.
+    """
+    return _Reader(env, texts or {}).read(config_file, overrides or {})
 
 
 class _Reader:
     """One reading of the configuration: collects problems, warnings and origins on its way."""
 
-    def __init__(self, env: Mapping[str, str]) -> None:
-        self.env = env
+    def __init__(self, env: Mapping[str, str], texts: Mapping[Path, str]) -> None:
+        self.env, self.texts = env, texts
         self.problems: dict[tuple[Where, str], Problem] = {}
         self.warnings: list[Problem] = []
         self.origins: dict[str, Where] = {}
@@ -158,7 +162,7 @@ class _Reader:
     def file(self, path: Path, required: bool) -> Node | None:
         source = str(path)
         try:
-            data = path.read_bytes()
+            data = self.texts[path].encode() if path in self.texts else path.read_bytes()
         except FileNotFoundError:
             if required:
                 self.complain(Where(source), "", "there is no such file")
@@ -251,13 +255,13 @@ class _Reader:
                 other = entries[row.name].where
                 what = f"{row.name} is the same setting, given in {other}"
                 self.complain(value.key or value.where, full, what)
-            else:
+            elif value.value is not None:  # null is as if it were not written
                 entries[row.name] = self.canonical_value(row, value, join(path, row.name))
         return node.with_value(entries)
 
     def canonical_value(self, row: Setting, value: Node, path: str) -> Node:
         group = row.kind
-        if not isinstance(group, Group) or value.value is None:
+        if not isinstance(group, Group):
             return value
         if row.many == "map":
             return self.canonical_map(group, value, path)
@@ -338,7 +342,7 @@ class _Reader:
     def config(self, tree: Node) -> Config:
         values = self.values(ROOT, tree, "", skip=("server", "auth", "devices", "defaults", "models", "idle"))
         idle = tree.value.get("idle") or Node(NOWHERE, {})
-        self.idle(idle, "idle")  # complains under its own path, before any model inherits it
+        values["idle"] = self.idle(idle, "idle")
         values["server"] = self.server(tree.value.get("server"))
         values["auth"], model_keys = self.auth(tree.value.get("auth")), self.model_keys(tree.value.get("models"))
         values["auth"] = replace(values["auth"], keys=(*values["auth"].keys, *model_keys))
@@ -355,8 +359,7 @@ class _Reader:
                 continue
             full = join(path, name)
             if isinstance(row.kind, Group):
-                if value.value is not None:
-                    found[row.field or name] = row.kind.target(**self.values(row.kind, value, full))
+                found[row.field or name] = row.kind.target(**self.values(row.kind, value, full))
             else:
                 parsed = self.parse(row.kind, value, full)
                 if parsed is not FAILED and row.field is not None:
@@ -384,7 +387,7 @@ class _Reader:
         return ServerConfig(**values)
 
     def devices(self, node: Node | None) -> tuple[DeviceConfig, ...] | None:
-        if node is None or node.value is None:
+        if node is None:
             return None
         found = []
         for index, item in enumerate(node.value):

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
+import secrets
+
+RANDOM_DIGITS = 6
 
 
-def unit_name(model: str, salt: str = "") -> str:
-    """A name of [a-z0-9.-], at most 49 characters, for model ``model``: readable, and different for different models.
+def readable(model: str) -> str:
+    """The model's name in [a-z0-9-], at most 40 characters; different models may share it."""
+    return re.sub(r"[^a-z0-9]+", "-", model.lower())[:40].strip("-") or "model"
 
-    ``salt`` makes a further one for the same model, so that a scope's name is not used again too early.
-    """
-    plain = re.sub(r"[^a-z0-9.]+", "-", model.lower()).strip("-.")[:40] or "model"
-    return f"{plain}-{hashlib.sha256(f'{model}/{salt}'.encode()).hexdigest()[:8]}"
+
+def instance_name(model: str) -> str:
+    """A name for one run of a model's engine: readable and never used twice."""
+    return f"{readable(model)}-{secrets.token_hex(RANDOM_DIGITS // 2)}"
+
+
+def unit_pattern(model: str) -> str:
+    """The glob that matches the scopes of all the model's runs, for ``journalctl --unit=``."""
+    return f"vllmd-model-{readable(model)}-{'[0-9a-f]' * RANDOM_DIGITS}.scope"

@@ -248,6 +248,7 @@ DEVICE = Group(
     (
         Setting("memory", k.SIZE_KIND, "Its memory."),
         Setting("name", k.TEXT, "What it is called in tables."),
+        Setting("file", k.PATH, "File in which stand-in engines keep who holds how much of it, for rehearsals."),
     ),
 )
 
@@ -328,7 +329,7 @@ ROOT = Group(
             k.AUTO_SIZE,
             "Host memory for models asleep at level 1, over all of them; auto is half of the machine's.",
         ),
-        Setting("idle", IDLE, "When unused models sleep and stop.", field=None),
+        Setting("idle", IDLE, "When unused models sleep and stop."),
         Setting(
             "policy",
             k.choice("adaptive", "lru"),

@@ -148,6 +148,7 @@ class Config:
     devices: tuple[DeviceConfig, ...] | None = None  # None: ask NVML
     reserve: int = 512 << 20  # bytes per device never promised
     host_memory: int | None = None  # budget for level-1 sleepers; None: half of the host's
+    idle: IdleRules = field(default_factory=IdleRules)  # what models have that say nothing
     policy: str = "adaptive"
     log_level: str = "info"
     engines: EngineDefaults = EngineDefaults()

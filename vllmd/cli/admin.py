@@ -1,0 +1,132 @@
+"""The admin API over its Unix socket, or over a URL with a key."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlencode, urlsplit
+
+from vllmd.cli.failures import EX_USAGE, Failure, of_answer, of_socket, of_url
+
+SYSTEM_SOCKET = "/run/vllmd/admin.sock"
+ANSWER = 30.0  # seconds the daemon has for an answer that it need not wait for
+
+
+def user_socket() -> str:
+    """Where the socket of a daemon under ``systemctl --user`` is."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
+    return f"{runtime}/vllmd/admin.sock"
+
+
+def socket_path(arguments: Namespace) -> str:
+    """--socket, else $VLLMD_ADMIN_SOCKET, else the system's, unless only the user's own is there (or --user)."""
+    given = arguments.socket or os.environ.get("VLLMD_ADMIN_SOCKET")
+    if given:
+        return str(given)
+    own = user_socket()
+    mine = arguments.user or (Path(own).exists() and not Path(SYSTEM_SOCKET).parent.exists())
+    return own if mine else SYSTEM_SOCKET
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, path: str, timeout: float | None) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self.path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self.path)
+
+
+class Admin:
+    """One daemon's admin API. Every method raises Failure where the daemon cannot be reached or says no."""
+
+    def __init__(self, arguments: Namespace) -> None:
+        self.url: str = arguments.url or ""
+        self.path = "" if self.url else socket_path(arguments)
+        self.key: str = arguments.key or os.environ.get("VLLMD_API_KEY", "")
+
+    def get(self, path: str, **query: object) -> Any:
+        """The JSON answer of a GET."""
+        return self._json("GET", path, query, None, ANSWER)
+
+    def post(self, path: str, body: object = None, **query: object) -> Any:
+        """The JSON answer of a POST, waited for as long as it takes."""
+        return self._json("POST", path, query, body, None)
+
+    def delete(self, path: str, **query: object) -> Any:
+        """The JSON answer of a DELETE."""
+        return self._json("DELETE", path, query, None, ANSWER)
+
+    def lines(self, method: str, path: str, accept: str, **query: object) -> Iterator[str]:
+        """The lines of an answer as they come."""
+        answer = self._request(method, path, query, None, None, accept)
+        try:
+            for line in answer:
+                yield line.decode("utf-8", "replace").rstrip("\r\n")
+        except OSError as error:
+            raise self._unreachable(error) from None
+
+    def _json(self, method: str, path: str, query: dict[str, object], body: object, timeout: float | None) -> Any:
+        answer = self._request(method, path, query, body, timeout, "application/json")
+        try:
+            return _decoded(answer.read())
+        except OSError as error:
+            raise self._unreachable(error) from None
+
+    def _request(
+        self, method: str, path: str, query: dict[str, object], body: object, timeout: float | None, accept: str
+    ) -> http.client.HTTPResponse:
+        connection, prefix = self._connection(timeout)
+        asked = {name: _word(value) for name, value in query.items() if value is not None and value is not False}
+        target = prefix + path + ("?" + urlencode(asked) if asked else "")
+        headers = {"Accept": accept, "Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        try:
+            connection.request(method, target, None if body is None else json.dumps(body), headers)
+            answer = connection.getresponse()
+            if answer.status >= 300:
+                raise of_answer(answer.status, _decoded(answer.read()))
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unreachable(error) from None
+        return answer
+
+    def _connection(self, timeout: float | None) -> tuple[http.client.HTTPConnection, str]:
+        if not self.url:
+            return _UnixConnection(self.path, timeout), ""
+        parts = urlsplit(self.url if "//" in self.url else f"http://{self.url}")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise Failure(f"{self.url!r} is no URL; one is http://127.0.0.1:33258", EX_USAGE)
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        return kind(parts.hostname, parts.port, timeout=timeout), parts.path.rstrip("/")
+
+    def _unreachable(self, error: Exception) -> Failure:
+        if not isinstance(error, OSError):
+            error = ConnectionError(f"the answer broke off ({type(error).__name__})")
+        return of_url(self.url, error) if self.url else of_socket(self.path, error)
+
+
+def model_path(model: str, verb: str) -> str:
+    """The path of a verb on a model, whose name may hold slashes."""
+    return f"/admin/models/{quote(model, safe='')}/{verb}"
+
+
+def _word(value: object) -> str:
+    return "true" if value is True else str(value)
+
+
+def _decoded(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError:
+        return {}

@@ -1,0 +1,79 @@
+"""What goes wrong, in words that say what to do next, with an exit status of sysexits(3)."""
+
+from __future__ import annotations
+
+import errno
+import getpass
+from typing import Any
+
+EX_OK = 0
+EX_USAGE = 64  # the command line is wrong
+EX_DATAERR = 65  # what was given is wrong: no such model, a broken file
+EX_NOINPUT = 66  # a file is missing
+EX_UNAVAILABLE = 69  # no daemon, or the engine fails
+EX_SOFTWARE = 70  # vllmd is at fault
+EX_OSERR = 71  # a program that is needed is missing
+EX_CANTCREAT = 73  # a file cannot be written
+EX_TEMPFAIL = 75  # try again later
+EX_NOPERM = 77  # not allowed
+EX_CONFIG = 78  # the configuration is wrong
+
+STATUSES = {
+    400: EX_DATAERR,
+    401: EX_NOPERM,
+    403: EX_NOPERM,
+    404: EX_DATAERR,
+    405: EX_SOFTWARE,
+    408: EX_TEMPFAIL,
+    409: EX_TEMPFAIL,
+    413: EX_DATAERR,
+    429: EX_TEMPFAIL,
+    502: EX_UNAVAILABLE,
+    503: EX_TEMPFAIL,
+    504: EX_TEMPFAIL,
+}
+CODES = {"invalid_configuration": EX_CONFIG, "engine_failed": EX_UNAVAILABLE, "launcher_failed": EX_UNAVAILABLE}
+
+
+class Failure(Exception):
+    """The verb cannot go on. ``message`` is for the person, ``status`` for the shell."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.message, self.status = message, status
+
+
+def of_answer(status: int, body: Any) -> Failure:
+    """The failure that an HTTP answer of the admin API tells."""
+    error = body.get("error") if isinstance(body, dict) else None
+    if not isinstance(error, dict):
+        return Failure(f"vllmd answered {status} without saying why", STATUSES.get(status, EX_SOFTWARE))
+    code = str(error.get("code") or "")
+    message = str(error.get("message") or f"vllmd answered {status}")
+    return Failure(message, CODES.get(code, STATUSES.get(status, EX_SOFTWARE)))
+
+
+def of_socket(path: str, error: OSError) -> Failure:
+    """Why the admin socket cannot be reached, and what helps."""
+    user_mode = path.startswith("/run/user/")
+    systemctl = "systemctl --user" if user_mode else "systemctl"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return Failure(f"vllmd is not running: there is no {path}; {systemctl} start vllmd.socket", EX_UNAVAILABLE)
+    if error.errno == errno.ECONNREFUSED:
+        return Failure(
+            f"vllmd is not running: nobody listens on {path}; {systemctl} start vllmd-admin.socket", EX_UNAVAILABLE
+        )
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return Failure(
+            f"you may not use {path}, which is open to the group vllmd; "
+            f"sudo usermod -aG vllmd {getpass.getuser()}, then log in again",
+            EX_NOPERM,
+        )
+    return of_url(path, error)
+
+
+def of_url(url: str, error: OSError) -> Failure:
+    """Why a URL cannot be reached."""
+    if isinstance(error, TimeoutError):
+        return Failure(f"vllmd at {url} does not answer; see journalctl -u vllmd", EX_TEMPFAIL)
+    return Failure(f"{url} cannot be reached: {error.strerror or error}", EX_UNAVAILABLE)

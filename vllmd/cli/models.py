@@ -1,0 +1,108 @@
+"""What the verbs on models share: their argument, finding one in the status, following a change."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+from vllmd.cli import show
+from vllmd.cli.admin import Admin, model_path
+from vllmd.cli.failures import EX_DATAERR, EX_UNAVAILABLE, Failure
+
+NDJSON = "application/x-ndjson"
+
+
+def argument(parser: argparse.ArgumentParser, many: bool = True) -> None:
+    """MODEL, or several."""
+    about = "name, alias, or the end of a name that only one model has"
+    if many:
+        parser.add_argument("models", nargs="+", metavar="MODEL", help=about)
+    else:
+        parser.add_argument("model", metavar="MODEL", help=about)
+
+
+def find(status: dict[str, Any], name: str) -> dict[str, Any]:
+    """The model's line in the status, by name, alias or unique end."""
+    models: list[dict[str, Any]] = status["models"]
+    exact = [line for line in models if name == line["name"] or name in line.get("config", {}).get("aliases", ())]
+    found = exact or [line for line in models if line["name"].endswith(f"/{name}")]
+    if len(found) == 1:
+        return found[0]
+    names = [line["name"] for line in found or models]
+    if found:
+        raise Failure(f"{name!r} could be any of: {', '.join(names)}", EX_DATAERR)
+    near = difflib.get_close_matches(name, names, 3, 0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else "vllmctl models lists them"
+    raise Failure(f"there is no model {name!r}; {hint}", EX_DATAERR)
+
+
+def each(arguments: Namespace, act: Callable[[Admin, str], Any]) -> int:
+    """``act`` on every model named; with --json all answers in one list."""
+    admin = Admin(arguments)
+    answers = [act(admin, model) for model in arguments.models]
+    if arguments.json:
+        print(show.as_json(answers))
+    return 0
+
+
+def follow(arguments: Namespace, verb: str, query: dict[str, object], done: str) -> int:
+    """Post ``verb`` for every model and show how it comes along; ``done`` says what it then is, such as "is asleep"."""
+
+    def act(admin: Admin, model: str) -> Any:
+        if getattr(arguments, "no_wait", False):
+            answer = admin.post(model_path(model, verb), None, **query)
+            return arguments.json or print(f"{model}: asked for") or answer
+        return _await(admin, model, verb, query, done, arguments.json)
+
+    return each(arguments, act)
+
+
+def _await(admin: Admin, model: str, verb: str, query: dict[str, object], done: str, quiet: bool) -> Any:
+    line, began = show.StatusLine(quiet), time.monotonic()
+    usual, last = usual_start(admin, model) if verb in ("load", "wake") else None, {}
+    for text in admin.lines("POST", model_path(model, verb), NDJSON, wait=True, **query):
+        last = _object(text)
+        if "error" in last or last.get("done"):
+            break
+        line.say(progress(model, last, usual), f"{last.get('state')} {last.get('phase')}")
+    line.clear()
+    if "error" in last:
+        raise Failure(f"{model}: {last['error'].get('message', 'failed')}", EX_UNAVAILABLE)
+    if not quiet:
+        print(f"{model} {done.format(state=show.state(str(last.get('state', ''))))} ({_took(last, began)})")
+    return last
+
+
+def _took(last: dict[str, Any], began: float) -> str:
+    return show.age(last.get("seconds", time.monotonic() - began))
+
+
+def progress(model: str, line: dict[str, Any], usual: float | None) -> str:
+    """``qwen: starting: weights 3/8, 12s (last time 44s)``."""
+    parts = [str(line.get("state", "")).replace("_", " ")]
+    if line.get("phase"):
+        parts.append(f"{line['phase']} {line.get('detail') or ''}".strip())
+    last = f" (last time {show.age(usual)})" if usual else ""
+    return f"{model}: {': '.join(parts)}, {show.age(line.get('elapsed', 0.0))}{last}"
+
+
+def usual_start(admin: Admin, model: str) -> float | None:
+    """How long its last start took, in seconds, if it is known."""
+    try:
+        seconds = find(admin.get("/admin/status"), model).get("last_start_seconds")
+    except Failure:
+        return None  # the verb itself will say what is wrong, in the daemon's words
+    return float(seconds) if seconds else None
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        data = json.loads(text) if text else {}
+    except ValueError:
+        return {}
+    return data if isinstance(data, dict) else {}

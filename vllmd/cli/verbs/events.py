@@ -1,0 +1,31 @@
+"""Show decisions as they are made, until interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import Any
+
+from vllmd.cli import show
+from vllmd.cli.admin import Admin
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-m", "--model", help="of this model only")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    for line in Admin(arguments).lines("GET", "/admin/events", "text/event-stream"):
+        if not line.startswith("data: "):
+            continue
+        event = json.loads(line.removeprefix("data: "))
+        if not arguments.model or event.get("model") == arguments.model:
+            print(json.dumps(event) if arguments.json else told(event), flush=True)
+    return 0
+
+
+def told(decision: dict[str, Any]) -> str:
+    """``19:31:02 evict qwen: because ...``."""
+    at = time.strftime("%H:%M:%S", time.localtime(decision["at"]))
+    return f"{show.paint(at, 'grey')} {show.paint(decision['what'], 'bold')} {decision['model']}: {decision['why']}"

@@ -1,0 +1,35 @@
+"""Show the devices: memory promised, reserved, held by strangers."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from vllmd.cli import show
+from vllmd.cli.admin import Admin
+
+HEAD = ("DEVICE", "MEMORY", "PROMISED", "FREE", "RESERVE", "STRANGERS", "MODELS", "NOTE")
+RIGHT = ("DEVICE", "MEMORY", "PROMISED", "FREE", "RESERVE", "STRANGERS")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """It takes none."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    status = Admin(arguments).get("/admin/status")
+    if arguments.json:
+        print(show.as_json(status["devices"]))
+    elif status["devices"]:
+        print(show.table(HEAD, [_row(device, status["models"]) for device in status["devices"]], RIGHT))
+    else:
+        print("there are no devices: NVML found none, and none are declared (devices: in vllmd.yaml(5))")
+    return 0
+
+
+def _row(device: dict[str, Any], models: list[dict[str, Any]]) -> tuple[str, ...]:
+    free = device["memory"] - device["promised"] - device["reserve"] - device["strangers"]
+    held = [line["name"] for line in models if device["index"] in line["devices"]]
+    sizes = (device["memory"], device["promised"], max(0, free), device["reserve"], device["strangers"])
+    note = f"avoided: {device['wedged']}" if device["wedged"] else ""
+    return (str(device["index"]), *map(show.size, sizes), ", ".join(held) or show.EMPTY, note)

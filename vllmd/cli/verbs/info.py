@@ -1,0 +1,45 @@
+"""Show the daemon: version, process, policy, devices, memory, configuration."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from typing import Any
+
+from vllmd.cli import show
+from vllmd.cli.admin import Admin
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """It takes none."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    admin = Admin(arguments)
+    status = admin.get("/admin/status")
+    if arguments.json:
+        print(show.as_json({key: value for key, value in status.items() if key != "models"}))
+    else:
+        print(show.pairs(facts(status, admin.url or admin.path)))
+    return 0
+
+
+def facts(status: dict[str, Any], where: str) -> dict[str, object]:
+    """What is shown, by name."""
+    host, config = status["host_memory"], status.get("configuration", {})
+    states = Counter(line["state"] for line in status["models"])
+    shown = {
+        "version": status["version"],
+        "process": f"{status['pid']}, for {show.age(status['uptime'])}",
+        "admin API": where,
+        "engines run by": status.get("backend") or "(still opening)",
+        "policy": status["policy"],
+        "devices": f"{len(status['devices'])}" + (f", from {status['source']}" if status.get("source") else ""),
+        "host memory": f"{show.size(host['promised'])} of {show.size(host['budget'])} for sleeping models",
+        "models": ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "none",
+        "requests": f"{status.get('requests', 0)} on {status.get('connections', 0)} connections",
+        "configuration": ", ".join(config.get("files", ())) or "no files; the defaults",
+    }
+    if config.get("error"):
+        shown["configuration error"] = config["error"]
+    return shown

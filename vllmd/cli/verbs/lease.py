@@ -1,0 +1,36 @@
+"""Keep a model for a time, or until the lease is given back.
+
+A model with a lease is not evicted and does not sleep. When the deadline passes
+it goes by its idle rules again. The same name again replaces the lease.
+"""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+
+from vllmd.cli import models, show
+from vllmd.cli.admin import Admin, model_path
+from vllmd.cli.values import duration
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    models.argument(parser, many=False)
+    parser.add_argument("--name", default=getpass.getuser(), help="name of the lease (default: your user name)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--for", dest="time", type=duration, metavar="TIME", help="such as 30m (default: until released)")
+    what.add_argument("--release", action="store_true", help="give it back")
+    parser.add_argument("--stop", action="store_true", help="with --release: the last lease to go stops the model")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    admin, path = Admin(arguments), model_path(arguments.model, "lease")
+    if arguments.release:
+        line = admin.delete(path, lease=arguments.name, stop=arguments.stop)
+        said = f"{arguments.model}: lease {arguments.name} is given back"
+    else:
+        line = admin.post(path, {"lease": arguments.name, "deadline_seconds": arguments.time})
+        until = f"for {show.age(arguments.time)}" if arguments.time is not None else "until it is given back"
+        said = f"{arguments.model}: lease {arguments.name} holds {until}"
+    print(show.as_json(line) if arguments.json else said)
+    return 0

@@ -1,0 +1,56 @@
+"""Show what a model's engine wrote, of this run and of earlier ones.
+
+The journal keeps it: this runs journalctl. Where no journal is, or with --url,
+the daemon is asked for the lines it still has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+from typing import Any
+
+from vllmd.cli import models
+from vllmd.cli.admin import Admin, user_socket
+
+ALIASES = ("log",)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    models.argument(parser, many=False)
+    parser.add_argument("-f", "--follow", action="store_true", help="go on with what it writes, until interrupted")
+    parser.add_argument("-n", "--lines", type=int, default=50, metavar="N", help="the last N lines (default: 50)")
+    parser.add_argument("--since", metavar="TIME", help="from then on, as journalctl understands it, such as -1h")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    admin = Admin(arguments)
+    status = admin.get("/admin/status")
+    name = models.find(status, arguments.model)["name"]
+    if admin.url or not shutil.which("journalctl") or not str(status.get("backend", "")).startswith("systemd"):
+        return _from_daemon(admin, name, arguments)
+    command = journalctl(name, arguments, user=status["backend"] == "systemd-user" or admin.path == user_socket())
+    return subprocess.call(command)
+
+
+def journalctl(model: str, arguments: Any, user: bool) -> list[str]:
+    """The command that shows the engine's lines."""
+    from vllmd.config.names import unit_pattern
+
+    unit = f"--user-unit={unit_pattern(model)}" if user else f"--unit={unit_pattern(model)}"
+    command = ["journalctl", "--no-pager", "--output=short-iso", unit, f"--lines={max(0, arguments.lines)}"]
+    if arguments.json:
+        command.append("--output=json")
+    if arguments.since:
+        command.append(f"--since={arguments.since}")
+    return [*command, "--follow"] if arguments.follow else command
+
+
+def _from_daemon(admin: Admin, name: str, arguments: argparse.Namespace) -> int:
+    from urllib.parse import quote
+
+    path, lines = f"/admin/logs/{quote(name, safe='')}", min(10_000, max(0, arguments.lines))
+    for line in admin.lines("GET", path, "text/plain", lines=lines, follow=arguments.follow):
+        print(line, flush=True)
+    return 0

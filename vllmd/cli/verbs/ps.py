@@ -1,0 +1,58 @@
+"""Show the models: state, devices, memory, requests, and why one waits."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from vllmd.cli import show
+from vllmd.cli.admin import Admin
+
+HEAD = ("MODEL", "STATE", "DEVICES", "MEMORY", "ACTIVE", "QUEUED", "IDLE", "NOTE")
+RIGHT = ("MEMORY", "ACTIVE", "QUEUED", "IDLE")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-r", "--running", action="store_true", help="leave out models that are stopped")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    models = Admin(arguments).get("/admin/status")["models"]
+    if arguments.running:
+        models = [line for line in models if line["state"] != "stopped"]
+    if arguments.json:
+        print(show.as_json(models))
+    elif models:
+        print(show.table(HEAD, [row(line) for line in models], RIGHT))
+    else:
+        print("no model is loaded" if arguments.running else "no models are configured; see vllmd.yaml(5)")
+    return 0
+
+
+def row(line: dict[str, Any]) -> tuple[str, ...]:
+    """A model as a row of the table."""
+    return (
+        line["name"],
+        show.state(line["state"]),
+        ",".join(map(str, line["devices"])) or show.EMPTY,
+        show.size(line["memory"]),
+        str(line["in_flight"]),
+        _queue(line),
+        show.age(line["idle"]),
+        note(line),
+    )
+
+
+def _queue(line: dict[str, Any]) -> str:
+    oldest = line.get("oldest_wait")
+    return f"{line['queued']} ({show.age(oldest)})" if line["queued"] and oldest is not None else str(line["queued"])
+
+
+def note(line: dict[str, Any]) -> str:
+    """What is remarkable about it: phase of a start, pin, leases, why its requests wait, why it failed."""
+    parts = [f"{line.get('phase', '')} {line.get('detail') or ''}".strip()]
+    parts.append("pinned" if line["pinned"] else "")
+    parts.append(f"leased to {', '.join(line['leases'])}" if line["leases"] else "")
+    parts.append(str(line["waiting_for"]))
+    parts.append(str(line["failure"]).splitlines()[0] if line["failure"] else "")
+    return "; ".join(part for part in parts if part)

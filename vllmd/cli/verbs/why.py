@@ -1,0 +1,46 @@
+"""Show the decisions about a model, with their numbers, and what it waits for."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from vllmd.cli import models, show
+from vllmd.cli.admin import Admin
+from vllmd.cli.verbs.events import told
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    models.argument(parser, many=False)
+    parser.add_argument("-n", "--lines", type=int, default=20, metavar="N", help="the last N decisions (default: 20)")
+    parser.add_argument("--numbers", action="store_true", help="with all the numbers")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    admin = Admin(arguments)
+    line = models.find(admin.get("/admin/status"), arguments.model)
+    made = admin.get("/admin/decisions", model=line["name"])["decisions"][-max(0, arguments.lines) :]
+    if arguments.json:
+        print(show.as_json({"model": line, "decisions": made}))
+        return 0
+    for decision in made:
+        print(told(decision) + (_numbers(decision) if arguments.numbers else ""))
+    print(now(line, bool(made)))
+    return 0
+
+
+def now(line: dict[str, Any], made: bool) -> str:
+    """How it stands at present, in a sentence."""
+    since = f"{line['name']} is {show.state(line['state'])} since {show.age(line['since'])}"
+    if line["failure"]:
+        since += f"; it failed: {line['failure']}"
+    if line["waiting_for"]:
+        since += f"; {line['queued']} requests wait: {line['waiting_for']}"
+    return since if made else f"{since}; nothing was decided about it yet"
+
+
+def _numbers(decision: dict[str, Any]) -> str:
+    shown = (f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
+             for key, value in decision.get("numbers", {}).items())  # fmt: skip
+    text = " ".join(shown)
+    return f" [{text}]" if text else ""

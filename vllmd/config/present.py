@@ -1,0 +1,90 @@
+"""The configuration as it is in effect, written as YAML with the origin of each setting."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import is_dataclass
+from typing import Any
+
+from vllmd.config import kinds
+from vllmd.config.loader import Reading
+from vllmd.config.nodes import Where
+from vllmd.config.settings import MODEL, ROOT, Group, Setting, default
+
+HIDDEN = "(hidden)"
+PLAIN = re.compile(r"[A-Za-z0-9_/][A-Za-z0-9_./+%-]*( [A-Za-z0-9_./+%-]+)*")
+
+
+def as_yaml(reading: Reading) -> str:
+    """What ``vllmctl config show`` prints: a valid configuration again, secrets apart."""
+    return "".join(_Writer(reading.origins).group(ROOT, reading.config, "", 0))
+
+
+class _Writer:
+    def __init__(self, origins: Mapping[str, Where]) -> None:
+        self.origins = origins
+
+    def group(self, group: Group, values: Any, path: str, depth: int) -> Iterator[str]:
+        """The group's settings, one a line."""
+        for row in group.rows:
+            if row.field is None:
+                continue
+            value, full = getattr(values, row.field or row.name), f"{path}{row.name}"
+            if isinstance(row.kind, Group):
+                yield from self.nested(row, row.kind, value, full, depth)
+            elif value != default(group, row) or (group is not MODEL and value is not None):
+                yield self.line(row, value, full, depth)
+            elif group is not MODEL:
+                yield f"{'  ' * depth}# {row.name}: {row.kind.none}\n"
+
+    def nested(self, row: Setting, group: Group, value: Any, path: str, depth: int) -> Iterator[str]:
+        if row.many == "map":
+            yield from self.models(group, value, depth)
+        elif row.many == "list":
+            yield from self.listed(row, group, value, path, depth)
+        elif is_dataclass(value) and (depth == 0 or value != group.target()):
+            yield f"{'  ' * depth}{row.name}:\n"
+            yield from self.group(group, value, f"{path}.", depth + 1)
+
+    def listed(self, row: Setting, group: Group, values: Any, path: str, depth: int) -> Iterator[str]:
+        if not values:
+            yield f"{'  ' * depth}{row.name}: {'null  # ask NVML' if values is None else '[]'}\n"
+            return
+        yield f"{'  ' * depth}{row.name}:\n"
+        for index, value in enumerate(values):
+            text = "".join(self.group(group, value, f"{path}[{index}].", depth + 2))
+            first = "  " * (depth + 2)
+            yield "  " * (depth + 1) + "- " + text.removeprefix(first)
+
+    def models(self, group: Group, models: Mapping[str, Any], depth: int) -> Iterator[str]:
+        yield "models:\n" if models else "models: {}\n"
+        for name, model in models.items():
+            yield f"{'  ' * (depth + 1)}{key(name)}:  # {model.where}\n"
+            yield from self.group(group, model, f"models.{name}.", depth + 2)
+
+    def line(self, row: Setting, value: Any, path: str, depth: int) -> str:
+        text = HIDDEN if row.secret else written(row, value)
+        origin = self.origins.get(path)
+        return f"{'  ' * depth}{row.name}: {text}{f'  # {origin}' if origin else ''}\n"
+
+
+def written(row: Setting, value: Any) -> str:
+    """A value as it would stand in the file."""
+    kind = row.kind
+    assert not isinstance(kind, Group)
+    if isinstance(value, tuple | Mapping):
+        return json.dumps(list(value) if isinstance(value, tuple) else dict(value), ensure_ascii=False, default=str)
+    if value is None:
+        return kind.none
+    if kind is kinds.SHARE:
+        return kinds.show_size(value) if isinstance(value, int) else f"{value:g}"
+    text = kind.show(value)
+    return text if kind.show is not str or isinstance(value, int | float) else key(text)
+
+
+def key(text: str) -> str:
+    """Text as a YAML scalar that is read as that text."""
+    word = text.lower() not in ("null", "true", "false", "yes", "no", "on", "off") and not text[:1].isdigit()
+    return text if word and PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
