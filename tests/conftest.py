@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
@@ -61,6 +62,25 @@ def machine() -> Iterator[Machine]:
 def fresh_machine() -> Iterator[Machine]:
     """A booted Debian 12 of this test module's own."""
     with _booted_or_skip() as machine:
+        yield machine
+
+
+@pytest.fixture(scope="session")
+def package() -> Path:
+    """The .deb of this working tree, built when its sources have changed."""
+    if os.geteuid() != 0:
+        pytest.skip("building the package needs root")
+    built = subprocess.run([REPOSITORY / "packaging/dev/build-deb"], capture_output=True, text=True)
+    if built.returncode:
+        pytest.fail(f"the package does not build:\n{built.stderr}", pytrace=False)
+    return REPOSITORY / built.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def installed_machine(package: Path) -> Iterator[Machine]:
+    """A booted Debian 12 of this test module's own with vllmd installed from the .deb, as a user would."""
+    with _booted_or_skip() as machine:
+        container.install(machine, package)
         yield machine
 
 

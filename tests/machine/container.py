@@ -366,6 +366,12 @@ def booted(suite: str = "bookworm", binds: Mapping[Path, str] | None = None) -> 
         machine.remove()
 
 
+def install(machine: Machine, package: Path) -> None:
+    """Install a .deb whose dependencies the base tree has."""
+    machine.copy_in(package, "/root/vllmd.deb")
+    machine.run("DEBIAN_FRONTEND=noninteractive dpkg --install /root/vllmd.deb", timeout=120)
+
+
 def vllm_binds() -> dict[Path, str]:
     """Real vLLM and the tiny model, where this computer has them."""
     wanted = {cache() / "vllm": VLLM_INSIDE, cache() / "tiny-model": MODEL_INSIDE}
