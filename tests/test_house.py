@@ -1,0 +1,162 @@
+"""The house rules that hold for every file: who may import whom, style, types, and what the packages say."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import vllmd
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGE = REPOSITORY / "vllmd"
+
+# The third column of the map in vllmd/__init__.py, where it is not simply a list of rooms.
+SPECIAL = {
+    "nothing": "",
+    "nothing of ours": "",
+    "proxy's HTTP types": "proxy",
+    "all but cli and client": "*",
+}
+# Foreign packages that only one room may know.
+ONLY_IN = {"pystemd": "launcher", "pynvml": "gpu", "h11": "proxy", "prometheus_client": "admin", "yaml": "config"}
+
+
+def house_map() -> dict[str, set[str]]:
+    """Room -> what it may import of ours, as vllmd's docstring says: ``{"cli": {"client", "errors", ...}}``."""
+    lines = (vllmd.__doc__ or "").splitlines()
+    third_column = next(line.index("imports nothing") for line in lines if "imports nothing" in line)
+    allowed: dict[str, set[str]] = {}
+    room = ""
+    for line in lines:
+        if found := re.match(r"    (\w+)", line):
+            room = found[1]
+        if line.startswith("    ") and room and len(line) > third_column:
+            allowed[room] = set(_names(line[third_column:].removeprefix("imports ")))
+    return allowed
+
+
+def _names(column: str) -> Iterator[str]:
+    for name in (part.strip() for part in column.split(",")):
+        if name := SPECIAL.get(name, name):
+            yield name
+
+
+def test_the_map_is_read_as_it_is_written() -> None:
+    """The layering test is only as good as what it takes from the docstring."""
+    allowed = house_map()
+    assert allowed["errors"] == set()
+    assert allowed["core"] == {"core"}
+    assert allowed["gpu"] >= {"core.types", "config", "errors"}
+    assert allowed["launcher"] >= {"systemd", "errors"}
+    assert allowed["admin"] >= {"proxy", "core.types", "errors"}
+    assert allowed["daemon"] == {"*"}
+
+
+def rooms() -> list[str]:
+    found = [path for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
+    return sorted(path.stem for path in found if not path.stem.startswith("__"))
+
+
+def test_every_room_is_on_the_map() -> None:
+    """A newcomer finds every room at once."""
+    assert set(rooms()) == set(house_map())
+
+
+def files_of(room: str) -> list[Path]:
+    folder = PACKAGE / room
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and full name of everything that a file imports, wherever in the file, relative or not."""
+    inside = path.relative_to(REPOSITORY).with_suffix("").parts
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = [*inside[: len(inside) - node.level], node.module] if node.level else [node.module]
+            module = ".".join(part for part in base if part)
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+
+
+def may_import(room: str, name: str, allowed: set[str]) -> bool:
+    """Whether a file of ``room`` may import ``name``, such as ``vllmd.core.types.Device``."""
+    if not name.startswith("vllmd."):
+        return name.split(".")[0] not in ONLY_IN or ONLY_IN[name.split(".")[0]] == room
+    inner = name.removeprefix("vllmd.")
+    if inner.split(".")[0] in (room, "__version__"):
+        return True
+    if "*" in allowed:
+        return inner.split(".")[0] not in ("cli", "client")
+    return any(inner == each or inner.startswith(f"{each}.") for each in allowed)
+
+
+@pytest.mark.parametrize("room", rooms())
+def test_imports_stay_within_the_map(room: str) -> None:
+    """What a room may know is decided in one place, so that changing one room does not break another."""
+    allowed = house_map().get(room, set())
+    broken = [
+        f"{path.relative_to(REPOSITORY)}:{line} imports {name}; {room} may import {', '.join(sorted(allowed)) or '-'}"
+        for path in files_of(room)
+        for line, name in imports(path)
+        if not may_import(room, name, allowed)
+    ]
+    assert broken == [], "\n".join(broken)
+
+
+def run_tool(*argv: str) -> str:
+    """What a checker complains of; empty when it is content."""
+    done = subprocess.run([sys.executable, "-m", *argv], cwd=REPOSITORY, capture_output=True, text=True)
+    return "" if done.returncode == 0 else done.stdout + done.stderr
+
+
+def test_ruff_finds_nothing() -> None:
+    """One style, so that differences mean something."""
+    assert run_tool("ruff", "check", ".") == ""
+
+
+def test_formatted_by_ruff() -> None:
+    """Nobody's diff is about white space."""
+    assert run_tool("ruff", "format", "--check", ".") == ""
+
+
+def test_mypy_strict_finds_nothing() -> None:
+    """Types are checked as strictly as mypy can."""
+    assert run_tool("mypy", "--strict", "vllmd") == ""
+
+
+def test_packages_have_the_programs_version() -> None:
+    """An upgrade is told by its version, which stands in three places."""
+    changelog = (REPOSITORY / "packaging/debian/changelog").read_text()
+    spec = (REPOSITORY / "packaging/rpm/vllmd.spec").read_text()
+    assert re.match(r"vllmd \((.*)\)", changelog).group(1) == vllmd.__version__  # type: ignore[union-attr]
+    assert re.search(r"^Version:\s*(\S+)", spec, re.M).group(1) == vllmd.__version__  # type: ignore[union-attr]
+
+
+def test_debian_package_depends_on_what_the_python_package_does() -> None:
+    """pyproject.toml is the source; debian/control repeats it with the same lower bounds."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    control = (REPOSITORY / "packaging/debian/control").read_text()
+    names = {"pyyaml": "yaml"}
+    for name, bound in (dependency.split(">=") for dependency in project["dependencies"]):
+        assert f"python3-{names.get(name, name)} (>= {bound})" in control
+
+
+def shell_scripts() -> list[Path]:
+    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=REPOSITORY, capture_output=True)
+    paths = [REPOSITORY / name for name in tracked.stdout.decode().splitlines()]
+    return [path for path in paths if path.is_file() and re.match(rb"#!/bin/(ba)?sh\b", path.read_bytes()[:20])]
+
+
+@pytest.mark.parametrize("script", shell_scripts(), ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_shell_scripts_parse(script: Path) -> None:
+    """A script that is rarely run is not found broken on the day it is needed."""
+    shell = script.read_text().split("\n", 1)[0].removeprefix("#!").split()[0]
+    assert subprocess.run([shell, "-n", script], capture_output=True, text=True).stderr == ""
