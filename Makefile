@@ -6,7 +6,7 @@ FAST   := not machine and not vllm and not gpu
 
 .PHONY: help check fast demo bench-start bench-proxy bench-schedule gpu-check deb rpm install
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1 - /p' Makefile | column -t -s -
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
 check: ## install what is missing (outside this folder), then run every test
 	@$(SETUP) all && $(PYTHON) -m pytest
