@@ -1,1 +1,16 @@
-"""The relay: h11 for heads, bytes for bodies, and the accept loop."""
+"""The relay: h11 reads heads, bodies pass as bytes between two asyncio Protocols.
+
+From the wire inwards::
+
+    server       accepts on listeners that are open already, counts, drains
+    connection   one client: request after request, limits and deadlines
+    reader       bytes -> heads and bodies (pure), over heads and framing
+    routing      path -> handler; exchange: one request and its answer
+    relay        a model's request: peek (find ``model``), gate (may it go?), loading (SSE comments meanwhile)
+    upstream     connections to engines, their pool, and ``request`` for control calls
+    answer       the engine's answer on its way back; rewrite puts the client's name into it
+    tunnel       WebSockets: bytes both ways
+    models       the table of model routes
+
+What it needs of the daemon is in ``gate``; what it and ``admin`` say to each other is in ``http``.
+"""

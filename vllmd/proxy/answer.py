@@ -1,0 +1,180 @@
+"""The engine's answer on its way to the client.
+
+Mostly the body passes as the bytes it came in, framing and all. It is taken apart and framed anew only where it
+must be: another name goes into it, the client speaks HTTP/1.0, or the client's head was sent early.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from vllmd.proxy.exchange import LAST_CHUNK, Exchange, chunk
+from vllmd.proxy.framing import Chunked, Framing, Length
+from vllmd.proxy.gate import Target
+from vllmd.proxy.heads import RawHeaders, ResponseHead, forwardable, write_fields
+from vllmd.proxy.http import date_line, status_line
+from vllmd.proxy.loading import Loading
+from vllmd.proxy.peek import Asked
+from vllmd.proxy.rewrite import Rewriter
+
+# Of the engine's fields a client never sees these: we write them ourselves.
+OURS = frozenset(b"content-length x-request-id x-accel-buffering server".split())
+EVENT_STREAM = b"text/event-stream"
+MAX_ERROR = 1 << 20  # bytes of an error answer that becomes an event
+
+
+@dataclass(frozen=True, slots=True)
+class Errand:
+    """A request ready to be sent: to whom, with what."""
+
+    target: Target
+    asked: Asked
+    path: str  # at the engine, with the query
+
+    def rewriter(self) -> Rewriter | None:
+        """What puts the client's name back into the answer, where that is needed."""
+        asked, served = self.asked.model, self.target.served_name
+        return Rewriter(served, asked) if asked and asked != served else None
+
+
+class Answer(Protocol):
+    """Takes an answer's body as it comes off the engine's connection."""
+
+    def more(self, data: bytes) -> None:
+        """More of the body, as framed by the engine."""
+
+    def end(self) -> None:
+        """The body is whole."""
+
+
+def answer_for(exchange: Exchange, errand: Errand, loading: Loading, head: ResponseHead) -> Answer:
+    """The way that this answer has to go."""
+    streamed = head.content_type.startswith(EVENT_STREAM)
+    if loading.begun and (head.status != 200 or not streamed):
+        return ErrorEvent(loading, head.framing)
+    loading.relaying = True
+    rewriter = errand.rewriter() if streamed or head.content_type.startswith(b"application/json") else None
+    if rewriter is not None and isinstance(head.framing, Length) and not loading.begun:
+        return Held(exchange, head, rewriter)
+    if loading.begun:
+        if rewriter is None and isinstance(head.framing, Chunked):
+            return AsItIs(exchange, b"")
+        return Reframed(exchange, head.framing, rewriter, b"")
+    chunked = isinstance(head.framing, Chunked)
+    if rewriter is None and (exchange.takes_chunks or not chunked):
+        return AsItIs(exchange, opening(exchange, head, head.framing))
+    return Reframed(exchange, head.framing, rewriter, opening(exchange, head, Chunked()))
+
+
+def opening(exchange: Exchange, head: ResponseHead, framing: Framing) -> bytes:
+    """The head for the client, with the framing that its body is going to have."""
+    fields = forwardable(head.headers, but=OURS)
+    if head.content_type.startswith(EVENT_STREAM):
+        fields.append((b"x-accel-buffering", b"no"))
+    fields.append((b"x-request-id", exchange.request.id.encode("ascii")))
+    fields += _framing_fields(exchange, framing, head.status)
+    if not exchange.keep_alive:
+        fields.append((b"connection", b"close"))
+    date = b"" if any(name == b"date" for name, _ in fields) else date_line()
+    return status_line(head.status) + date + write_fields(fields) + b"\r\n"
+
+
+def _framing_fields(exchange: Exchange, framing: Framing, status: int) -> RawHeaders:
+    if isinstance(framing, Length):
+        return [] if status in (204, 304) else [(b"content-length", b"%d" % framing.left)]
+    if isinstance(framing, Chunked) and exchange.takes_chunks:
+        return [(b"transfer-encoding", b"chunked")]
+    exchange.keep_alive = False  # the body ends with the connection
+    return []
+
+
+class AsItIs:
+    """The body's bytes as they come."""
+
+    def __init__(self, exchange: Exchange, head: bytes) -> None:
+        self._exchange = exchange
+        self._head = head
+
+    def more(self, data: bytes) -> None:
+        """Pass it on, the first piece along with the head."""
+        if self._head:
+            head, self._head = self._head, b""
+            self._exchange.start(int(head[9:12]), head + data)
+        elif data:
+            self._exchange.write(data)
+
+    def end(self) -> None:
+        """Everything has been passed on."""
+        self._exchange.finish()
+
+
+class Reframed:
+    """The payload in chunks of our own (or plain, for HTTP/1.0), with names put right."""
+
+    def __init__(self, exchange: Exchange, framing: Framing, rewriter: Rewriter | None, head: bytes) -> None:
+        self._exchange = exchange
+        self._framing = framing
+        self._rewriter = rewriter
+        self._head = head
+        framing.keep = True
+
+    def more(self, data: bytes) -> None:
+        """Take the payload out of ``data`` and pass it on."""
+        payload = b"".join(self._framing.pieces)
+        self._framing.pieces.clear()
+        self._send(self._rewriter.feed(payload) if self._rewriter is not None else payload)
+
+    def end(self) -> None:
+        """Pass on what was held, and the end."""
+        if self._rewriter is not None:
+            self._send(self._rewriter.rest())
+        if self._exchange.takes_chunks:
+            self._exchange.write(LAST_CHUNK)
+        self._exchange.finish()
+
+    def _send(self, payload: bytes) -> None:
+        framed = chunk(payload) if payload and self._exchange.takes_chunks else payload
+        if self._head:
+            head, self._head = self._head, b""
+            self._exchange.start(int(head[9:12]), head + framed)
+        elif framed:
+            self._exchange.write(framed)
+
+
+class Held:
+    """A JSON answer of known length, kept until it is whole because its length changes with the name."""
+
+    def __init__(self, exchange: Exchange, head: ResponseHead, rewriter: Rewriter) -> None:
+        self._exchange = exchange
+        self._head = head
+        self._rewriter = rewriter
+        head.framing.keep = True
+
+    def more(self, data: bytes) -> None:
+        """The framing keeps it."""
+
+    def end(self) -> None:
+        """Rename, and send all of it."""
+        body = self._rewriter.renamed(b"".join(self._head.framing.pieces))
+        head = opening(self._exchange, self._head, Length(len(body)))
+        self._exchange.start(self._head.status, head + body)
+        self._exchange.finish()
+
+
+class ErrorEvent:
+    """An error that comes after the client's 200: it becomes the stream's last event."""
+
+    def __init__(self, loading: Loading, framing: Framing) -> None:
+        self._loading = loading
+        self._framing = framing
+        framing.keep = True
+
+    def more(self, data: bytes) -> None:
+        """The framing keeps it, up to a sane size."""
+        if sum(map(len, self._framing.pieces)) > MAX_ERROR:
+            self._framing.keep = False
+
+    def end(self) -> None:
+        """Tell it."""
+        self._loading.fail_with(b"".join(self._framing.pieces))

@@ -1,0 +1,392 @@
+"""A client's connection: reads requests one after another, has each answered, and keeps the time."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import itertools
+import logging
+import os
+import re
+import socket
+import struct
+from collections.abc import Callable
+from typing import Protocol, cast
+
+from vllmd.errors import BadRequest, RequestTimeout, Unavailable, VllmdError
+from vllmd.proxy.exchange import Exchange
+from vllmd.proxy.heads import RequestHead
+from vllmd.proxy.http import Headers, Peer, Request
+from vllmd.proxy.limits import Limits
+from vllmd.proxy.reader import RequestReader
+from vllmd.proxy.routing import Handler
+
+log = logging.getLogger(__name__)
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+LINGER = 2.0  # seconds for a refused client to read the refusal before its connection is reset
+_numbers = itertools.count(1)
+
+
+class Phase(enum.Enum):
+    """What the connection's incoming bytes are."""
+
+    HEAD = "a request's head"
+    BODY = "its body"
+    BUSY = "the next request, kept until this one is answered"
+    TUNNEL = "no HTTP any more"
+    CLOSING = "of no interest"
+
+
+class Host(Protocol):
+    """What a connection needs of its server."""
+
+    limits: Limits
+    draining: bool
+
+    def begin(self, request: Request) -> Handler:
+        """Route it. Raises VllmdError."""
+
+    def reserve(self, size: int) -> bool:
+        """Take (or with a negative size give back) memory for bodies; False if there is none."""
+
+    def ended(self, exchange: Exchange) -> None:
+        """An exchange is over."""
+
+    def joined(self, connection: Connection) -> None:
+        """The connection is there."""
+
+    def left(self, connection: Connection) -> None:
+        """The connection is gone."""
+
+
+class Connection(asyncio.Protocol):
+    """One client."""
+
+    def __init__(self, host: Host) -> None:
+        self.peer = Peer()
+        self.served = 0  # requests answered
+        self._host = host
+        self._limits = host.limits
+        self._loop = asyncio.get_running_loop()
+        self._reader = RequestReader(host.limits)
+        self._phase = Phase.HEAD
+        self._transport: asyncio.Transport
+        self._request: Request
+        self._handler: Handler
+        self._exchange: Exchange | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._tunnel: Callable[[bytes], None] | None = None
+        self._held = 0  # bytes of memory reserved for the body
+        self._keep_alive = True
+        self._in_head = False
+        self._gone = False
+        self._half_closed = False
+        self._write_paused = False
+        self._body_began = 0.0
+        self._deadline = 0.0
+        self._late: Callable[[], None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    # -- asyncio's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """A client has come."""
+        self._transport = cast(asyncio.Transport, transport)
+        self.peer = peer_of(transport)
+        self._host.joined(self)
+        self._expect(self._limits.head_timeout, self._close_quietly)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes from the client."""
+        if self._phase is Phase.CLOSING:
+            return
+        if self._tunnel is not None:
+            self._tunnel(data)
+            return
+        self._reader.feed(data)
+        if self._phase is not Phase.BUSY:
+            self._advance()
+        elif self._reader.pending > self._limits.pipeline:
+            self._transport.pause_reading()
+
+    def eof_received(self) -> bool:
+        """The client says no more. While a model or a stream answers it, that means it has left.
+
+        One that only shut its sending side still gets the answer of a local handler, which is short.
+        """
+        self._half_closed = True
+        if self._phase is Phase.TUNNEL:
+            self._transport.abort()
+        elif self._phase is Phase.BUSY and self._exchange is not None:
+            if self._exchange.outlives_eof:
+                return True
+            self._transport.abort()
+        elif self._phase is Phase.BODY or self._in_head:
+            self._refuse(BadRequest("malformed request: the connection ended in the middle of it"))
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client is gone."""
+        self._gone = True
+        self._late = None
+        if self._timer is not None:
+            self._timer.cancel()
+        self._release()
+        if self._task is not None:
+            self._task.cancel()
+        self._host.left(self)
+
+    def pause_writing(self) -> None:
+        """The client does not take its answer fast enough."""
+        self._write_paused = True
+        self._expect(self._limits.send_timeout, self._abort_stalled)
+        if self._exchange is not None:
+            self._exchange.pause(True)
+
+    def resume_writing(self) -> None:
+        """It does again."""
+        self._write_paused = False
+        if self._phase is Phase.HEAD:
+            self._expect(self._limits.keepalive_timeout, self._close_quietly)
+        elif self._phase is not Phase.CLOSING:
+            self._late = None
+        if self._exchange is not None:
+            self._exchange.pause(False)
+
+    # -- reading requests
+
+    def _advance(self) -> None:
+        try:
+            if self._phase is Phase.BODY or self._next_head():
+                self._next_body()
+        except VllmdError as error:
+            self._refuse(error)
+
+    def _next_head(self) -> bool:
+        head = self._reader.head()
+        if head is None:
+            if self._reader.pending and not self._in_head:
+                self._in_head = True
+                self._expect(self._limits.head_timeout, self._head_late)
+            return False
+        self._in_head = False
+        self._keep_alive = head.keep_alive
+        self._request = request = self._requested(head)
+        self._handler = self._host.begin(request)
+        if head.has_body:
+            self._expect_body(head)
+        self._phase = Phase.BODY
+        return True
+
+    def _requested(self, head: RequestHead) -> Request:
+        headers = Headers(head.headers)
+        given = headers.get("x-request-id")
+        request_id = given if REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
+        return Request(
+            head.method,
+            head.target,
+            head.path,
+            head.query,
+            headers,
+            self.peer,
+            head.version,
+            id=request_id,
+            upgrade=head.upgrade,
+        )
+
+    def _expect_body(self, head: RequestHead) -> None:
+        self._body_began = self._loop.time()
+        if not self._host.reserve(head.length or 0):
+            raise Unavailable("too many request bodies are being held; come back later", retry_after=5)
+        self._held = head.length or 0
+        if head.expects_continue and not self._reader.pending:
+            self._transport.write(CONTINUE)
+
+    def _next_body(self) -> None:
+        body = self._reader.body()
+        if body is None:
+            self._hold_more()
+            self._expect(self._body_time(), self._body_late)
+            return
+        self._request.body = body
+        self._phase = Phase.BUSY
+        self._late = None
+        self._serve()
+
+    def _body_time(self) -> float:
+        """Seconds from the head that the body may have taken, counted from now."""
+        allowed = self._limits.body_timeout + self._reader.received / self._limits.min_body_rate
+        return max(0.0, self._body_began + allowed - self._loop.time())
+
+    def _hold_more(self) -> None:
+        """A chunked body's size is known only as it comes."""
+        more = self._reader.received - self._held
+        if more > 0:
+            if not self._host.reserve(more):
+                raise Unavailable("too many request bodies are being held; come back later", retry_after=5)
+            self._held += more
+
+    def _release(self) -> None:
+        self._host.reserve(-self._held)
+        self._held = 0
+
+    # -- answering
+
+    def _serve(self) -> None:
+        keep_alive = self._keep_alive and not self._host.draining
+        ticket = f"{self._request.id}.{next(_numbers)}"
+        self._exchange = exchange = Exchange(self._request, self, ticket, keep_alive=keep_alive)
+        exchange.pause(self._write_paused)
+        self._task = self._loop.create_task(self._run(exchange, self._handler))
+
+    async def _run(self, exchange: Exchange, handler: Handler) -> None:
+        try:
+            await handler(exchange)
+            if not exchange.over:
+                raise RuntimeError("the handler ended without an answer")
+        except VllmdError as error:
+            exchange.fail(error)
+        except asyncio.CancelledError:
+            exchange.error = exchange.error or "ClientGone"
+            exchange.abort()
+        except Exception:
+            log.exception("%s %s failed", exchange.request.method, exchange.request.path)
+            exchange.fail(VllmdError(f"internal error; the log has it under request {exchange.request.id}"))
+        finally:
+            self._host.ended(exchange)
+
+    def write(self, data: bytes) -> None:
+        """Send, or drop it when the client has gone."""
+        if not self._gone:
+            self._transport.write(data)
+
+    def finished(self, *, keep_alive: bool) -> None:
+        """The answer is whole."""
+        self.served += 1
+        self._exchange = self._task = None
+        self._release()
+        if self._gone:
+            return
+        if not keep_alive or self._half_closed or self._tunnel is not None or self._host.draining:
+            self._close()
+            return
+        self._phase = Phase.HEAD
+        if not self._write_paused:
+            self._expect(self._limits.keepalive_timeout, self._close_quietly)
+        if self._reader.pending:
+            self._transport.resume_reading()
+            self._advance()
+
+    def abort(self) -> None:
+        """Close so that the client sees the answer as broken off."""
+        self._exchange = self._task = None
+        if not self._gone:
+            self._phase = Phase.CLOSING
+            self._transport.close()
+            self._expect(self._limits.send_timeout, self._transport.abort)
+
+    def tunnel(self, receive: Callable[[bytes], None]) -> None:
+        """From now on the client's bytes are ``receive``'s, those included that are here already."""
+        self._phase, self._tunnel = Phase.TUNNEL, receive
+        rest = self._reader.take_rest()
+        if rest:
+            receive(rest)
+
+    def hold(self, held: bool) -> None:
+        """Take nothing more from the client, or take on."""
+        if not self._gone:
+            (self._transport.pause_reading if held else self._transport.resume_reading)()
+
+    # -- ending
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is being read or answered."""
+        return self._phase is Phase.HEAD and not self._in_head
+
+    def retire(self, *, fresh_too: bool) -> None:
+        """Close if it is idle; one that has not sent its first request yet only with ``fresh_too``."""
+        if self.idle and (self.served or fresh_too):
+            self._close_quietly()
+
+    def cut(self) -> None:
+        """Close whatever is going on."""
+        self._transport.abort()
+
+    def _refuse(self, error: VllmdError) -> None:
+        """Answer what could not be read to its end, and read no further."""
+        if self._phase is Phase.HEAD or not hasattr(self, "_request"):
+            self._request = Request("", "", "", "", Headers(), self.peer, id=os.urandom(16).hex())
+        exchange = Exchange(self._request, self, self._request.id, keep_alive=False)
+        exchange.fail(error)
+        self._host.ended(exchange)
+        self._release()
+        self._linger()
+
+    def _linger(self) -> None:
+        """Closing with unread bytes would reset the connection and take the answer with it."""
+        if self._gone:
+            return
+        self._phase = Phase.CLOSING
+        if self._transport.is_closing():
+            return
+        if self._transport.can_write_eof() and not self._half_closed:
+            self._transport.write_eof()
+            self._expect(LINGER, self._transport.abort)
+        else:
+            self._transport.close()
+
+    def _close(self) -> None:
+        self._phase = Phase.CLOSING
+        if self._reader.pending and not self._half_closed:
+            self._linger()
+            return
+        self._transport.close()
+        self._expect(self._limits.send_timeout, self._transport.abort)
+
+    def _close_quietly(self) -> None:
+        self._phase = Phase.CLOSING
+        self._transport.close()
+
+    # -- keeping the time: one timer per connection, moved only when it comes too early
+
+    def _expect(self, seconds: float, late: Callable[[], None]) -> None:
+        self._deadline, self._late = self._loop.time() + seconds, late
+        if self._timer is not None and self._timer.when() > self._deadline:
+            self._timer.cancel()
+            self._timer = None
+        if self._timer is None:
+            self._timer = self._loop.call_at(self._deadline, self._check)
+
+    def _check(self) -> None:
+        self._timer = None
+        if self._late is None:
+            return
+        if self._loop.time() < self._deadline:
+            self._timer = self._loop.call_at(self._deadline, self._check)
+            return
+        late, self._late = self._late, None
+        late()
+
+    def _head_late(self) -> None:
+        self._refuse(RequestTimeout(f"the request's head took longer than {self._limits.head_timeout:g} s"))
+
+    def _body_late(self) -> None:
+        self._refuse(RequestTimeout("the request's body comes too slowly"))
+
+    def _abort_stalled(self) -> None:
+        log.info("%s took nothing for %g s: cut off", self.peer, self._limits.send_timeout)
+        self._transport.abort()
+
+
+def peer_of(transport: asyncio.BaseTransport) -> Peer:
+    """Who is at the other end of ``transport``."""
+    sock = transport.get_extra_info("socket")
+    if sock is not None and sock.family == socket.AF_UNIX:
+        size = struct.calcsize("3i")
+        pid, uid, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+        return Peer("", 0, pid, uid, gid)
+    name = transport.get_extra_info("peername")
+    return Peer(name[0], name[1]) if name else Peer()

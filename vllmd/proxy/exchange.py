@@ -1,0 +1,177 @@
+"""One request and its answer, as the handler sees them; ``connection.py`` has the socket."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Protocol
+
+from vllmd.errors import VllmdError
+from vllmd.proxy.heads import write_response_head
+from vllmd.proxy.http import Pairs, Request, Response, error_response
+
+BODYLESS = frozenset({204, 304})
+
+
+class Wire(Protocol):
+    """What an exchange needs of its connection."""
+
+    def write(self, data: bytes) -> None:
+        """Send, or drop it when the client has gone."""
+
+    def finished(self, *, keep_alive: bool) -> None:
+        """The answer is whole: read the next request, or close."""
+
+    def abort(self) -> None:
+        """Close so that the client sees the answer as broken off."""
+
+
+class Exchange:
+    """One request and its answer. ``ticket`` is unique even where clients repeat their request ids.
+
+    An answer is either given whole with ``respond``, or spoken: ``start``, ``write``..., then ``finish`` or
+    ``abort``. ``on_pause(True)`` is called when the client stops taking data, ``on_pause(False)`` when it goes on.
+    """
+
+    def __init__(self, request: Request, wire: Wire, ticket: str, *, keep_alive: bool) -> None:
+        self.request = request
+        self.ticket = ticket
+        self.keep_alive = keep_alive
+        self.began = time.monotonic()
+        self.first_byte: float | None = None  # seconds until the answer began
+        self.status = 0  # 0 until the answer began
+        self.sent = 0  # bytes of the answer, heads and framing included
+        self.model = ""  # which model it was for, once known
+        self.error = ""  # why it failed, if it did
+        self.over = False
+        self.outlives_eof = True  # a client that shut its sending side still waits for this answer
+        self.on_pause: Callable[[bool], None] | None = None
+        self._wire = wire
+        self._writable: asyncio.Future[None] | None = None
+        self._paused = False
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the request was whole."""
+        return time.monotonic() - self.began
+
+    @property
+    def takes_chunks(self) -> bool:
+        """HTTP/1.0 clients do not."""
+        return self.request.version != "1.0"
+
+    # -- speaking
+
+    def start(self, status: int, head: bytes) -> None:
+        """Send the head (and whatever body bytes are in hand already)."""
+        self.status = status
+        self.first_byte = self.elapsed
+        self.write(head)
+
+    def write(self, data: bytes) -> None:
+        """Send ``data`` as it is."""
+        self.sent += len(data)
+        self._wire.write(data)
+
+    def finish(self) -> None:
+        """The answer is whole."""
+        if not self.over:
+            self.over = True
+            self._wire.finished(keep_alive=self.keep_alive)
+
+    def abort(self) -> None:
+        """The answer broke off; the client shall see that it did."""
+        if not self.over:
+            self.over = True
+            self._wire.abort()
+
+    def fail(self, error: VllmdError) -> None:
+        """Answer with the error, or break off if an answer had begun."""
+        self.error = self.error or type(error).__name__
+        if self.over:
+            return
+        if self.status:
+            self.abort()
+            return
+        response = error_response(error)
+        response.headers = (*response.headers, *getattr(error, "headers", ()))
+        self._whole(response, response.body if isinstance(response.body, bytes) else b"")
+
+    # -- answering
+
+    async def respond(self, response: Response) -> None:
+        """Send ``response``, a streamed one to its end. Raises what its iterator raises."""
+        if isinstance(response.body, bytes):
+            self._whole(response, response.body)
+        else:
+            await self._stream(response, response.body)
+
+    def _whole(self, response: Response, body: bytes) -> None:
+        framing: list[tuple[str, str]] = []
+        if response.status not in BODYLESS:
+            framing = [("content-type", response.content_type), ("content-length", str(len(body)))]
+        head = self._head(response, framing)
+        self.start(response.status, head if self.request.method == "HEAD" else head + body)
+        self.finish()
+
+    async def _stream(self, response: Response, pieces: AsyncIterator[bytes]) -> None:
+        self.outlives_eof = False
+        framing = [("content-type", response.content_type)]
+        if self.takes_chunks:
+            framing.append(("transfer-encoding", "chunked"))
+        else:
+            self.keep_alive = False
+        self.start(response.status, self._head(response, framing))
+        if self.request.method != "HEAD":
+            await self._pump(pieces)
+        self.finish()
+
+    async def _pump(self, pieces: AsyncIterator[bytes]) -> None:
+        try:
+            async for piece in pieces:
+                if piece:
+                    self.write(chunk(piece) if self.takes_chunks else piece)
+                    await self.writable()
+        finally:
+            close = getattr(pieces, "aclose", None)
+            if close is not None:
+                await close()
+        if self.takes_chunks:
+            self.write(LAST_CHUNK)
+
+    def _head(self, response: Response, framing: Pairs) -> bytes:
+        extra: list[tuple[str, str]] = [("x-request-id", self.request.id), *framing]
+        if not self.keep_alive:
+            extra.append(("connection", "close"))
+        return write_response_head(response.status, response.headers, extra)
+
+    # -- flow control
+
+    async def writable(self) -> None:
+        """Wait until the client takes more."""
+        if self._paused:
+            self._writable = asyncio.get_running_loop().create_future()
+            await self._writable
+
+    def follow_pauses(self, callback: Callable[[bool], None]) -> None:
+        """Have ``callback(paused)`` called from now on, at once if the client has stopped taking data."""
+        self.on_pause = callback
+        if self._paused:
+            callback(True)
+
+    def pause(self, paused: bool) -> None:
+        """The connection's word that the client stopped, or went on, taking data."""
+        self._paused = paused
+        if not paused and self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+        if self.on_pause is not None:
+            self.on_pause(paused)
+
+
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+def chunk(data: bytes) -> bytes:
+    """``data`` as one chunk of a chunked body."""
+    return b"%x\r\n%b\r\n" % (len(data), data)

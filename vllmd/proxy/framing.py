@@ -1,0 +1,185 @@
+"""Where a message's body ends: by length, by chunks, or by the end of the connection. Pure.
+
+``scan(data)`` is told the bytes as they come and returns the index in ``data`` after the body's last
+byte, or -1 while it goes on. With ``keep`` the payload, free of framing, collects in ``pieces``.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Protocol
+
+SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e]{0,256})?\r\n")
+SIZE_LINE_PREFIX = re.compile(rb"[0-9A-Fa-f]{0,15}(?:(?<=[0-9A-Fa-f])(?:;[\t\x20-\x7e]{0,256})?\r?)?")
+TRAILER_LINE = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*")
+MAX_TRAILERS = 8192
+
+
+class BadFraming(ValueError):
+    """The bytes are no chunked body; the message says what is wrong."""
+
+
+class Framing(Protocol):
+    """One body's end-finder."""
+
+    keep: bool
+    pieces: list[bytes]
+
+    def scan(self, data: bytes) -> int:
+        """The index after the body's last byte, -1 if it goes on. Raises BadFraming."""
+
+    def finished_by_eof(self) -> bool:
+        """Whether the end of the connection is now a clean end of the body."""
+
+
+class Length:
+    """A body of ``length`` bytes."""
+
+    __slots__ = ("keep", "left", "pieces")
+
+    def __init__(self, length: int, *, keep: bool = False) -> None:
+        self.left = length
+        self.keep = keep
+        self.pieces: list[bytes] = []
+
+    def scan(self, data: bytes) -> int:
+        """Count."""
+        size = len(data)
+        if size < self.left:
+            self.left -= size
+            if self.keep:
+                self.pieces.append(data)
+            return -1
+        end, self.left = self.left, 0
+        if self.keep and end:
+            self.pieces.append(data if end == size else data[:end])
+        return end
+
+    def finished_by_eof(self) -> bool:
+        """Not before the last byte."""
+        return False
+
+
+class UntilEof:
+    """A body that ends with its connection."""
+
+    __slots__ = ("keep", "pieces")
+
+    def __init__(self, *, keep: bool = False) -> None:
+        self.keep = keep
+        self.pieces: list[bytes] = []
+
+    def scan(self, data: bytes) -> int:
+        """It always goes on."""
+        if self.keep:
+            self.pieces.append(data)
+        return -1
+
+    def finished_by_eof(self) -> bool:
+        """That is how it ends."""
+        return True
+
+
+class Chunked:
+    """A chunked body (RFC 9112, 7.1), strictly: line ends are CRLF, sizes are plain hex, trailers are well-formed.
+
+    Chunk extensions and trailers are recognised and left out of ``pieces``. ``seen`` counts all bytes and
+    ``payload`` the body's own, so that a reader can refuse a body made of crumbs.
+    """
+
+    __slots__ = ("_held", "_left", "_step", "_trailers", "keep", "payload", "pieces", "seen")
+
+    def __init__(self, *, keep: bool = False) -> None:
+        self.keep = keep
+        self.pieces: list[bytes] = []
+        self.seen = 0
+        self.payload = 0
+        self._held = b""  # a line that has not come whole yet
+        self._left = 0  # bytes of the present chunk still to come
+        self._trailers = 0
+        self._step = self._size
+
+    def scan(self, data: bytes) -> int:
+        """Walk over as many chunks as there are."""
+        self.seen += len(data)
+        held = len(self._held)
+        if held:
+            data, self._held = self._held + data, b""
+        pos, size = self._chunks(data, 0), len(data)
+        while 0 <= pos < size:
+            pos = self._chunks(data, self._step(data, pos))
+            if self._step == self._over:
+                return pos - held
+        return -1
+
+    def finished_by_eof(self) -> bool:
+        """Only the last chunk ends it."""
+        return False
+
+    def _chunks(self, data: bytes, pos: int) -> int:
+        """Skip the chunks that lie whole in ``data``: the common case, in one loop."""
+        if self._step != self._size or pos < 0:
+            return pos
+        size = len(data)
+        while match := SIZE_LINE.match(data, pos):
+            start = match.end()
+            end = start + int(match[1], 16)
+            if end == start or end + 2 > size or data[end : end + 2] != b"\r\n":
+                break
+            if self.keep:
+                self.pieces.append(data[start:end])
+            self.payload += end - start
+            pos = end + 2
+        return pos
+
+    def _size(self, data: bytes, pos: int) -> int:
+        match = SIZE_LINE.match(data, pos)
+        if match is None:
+            if SIZE_LINE_PREFIX.fullmatch(data, pos) is None:
+                raise BadFraming(f"bad chunk size line {data[pos : pos + 20]!r}")
+            return self._hold(data, pos)
+        self._left = int(match[1], 16)
+        self._step = self._data if self._left else self._trailer
+        return match.end()
+
+    def _data(self, data: bytes, pos: int) -> int:
+        end = min(pos + self._left, len(data))
+        if self.keep and end > pos:
+            self.pieces.append(data[pos:end])
+        self._left -= end - pos
+        self.payload += end - pos
+        if self._left:
+            return -1
+        self._step = self._data_end
+        return end
+
+    def _data_end(self, data: bytes, pos: int) -> int:
+        mark = data[pos : pos + 2]
+        if mark == b"\r\n":
+            self._step = self._size
+            return pos + 2
+        if b"\r\n".startswith(mark):
+            return self._hold(data, pos)
+        raise BadFraming(f"a chunk is followed by {mark!r} instead of CRLF")
+
+    def _trailer(self, data: bytes, pos: int) -> int:
+        end = data.find(b"\n", pos)
+        if (len(data) if end < 0 else end) - pos + self._trailers > MAX_TRAILERS:
+            raise BadFraming(f"more than {MAX_TRAILERS} bytes of trailers")
+        if end < 0:
+            return self._hold(data, pos)
+        line = data[pos : end + 1]
+        if line == b"\r\n":
+            self._step = self._over
+            return end + 1
+        if line[-2:] != b"\r\n" or TRAILER_LINE.fullmatch(line, 0, len(line) - 2) is None:
+            raise BadFraming(f"bad trailer line {line[:40]!r}")
+        self._trailers += len(line)
+        return end + 1
+
+    def _over(self, data: bytes, pos: int) -> int:
+        raise BadFraming("the body is over")
+
+    def _hold(self, data: bytes, pos: int) -> int:
+        self._held = data[pos:]
+        return -1

@@ -1,0 +1,101 @@
+"""What the proxy asks of the daemon: who is asked for, may the request go, and where to.
+
+The proxy knows nothing of models, memory or keys. It hands every model request to a
+``Gate`` and tells it, exactly once, when the request is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from vllmd.proxy.http import Request
+
+
+class Address(Protocol):
+    """Where an upstream listens: a Unix socket path, or (when that is "") a host and port.
+
+    ``vllmd.engines.base.Listen`` is one.
+    """
+
+    @property
+    def uds(self) -> str: ...
+    @property
+    def host(self) -> str: ...
+    @property
+    def port(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a client's model name means.
+
+    ``served_name``: what the engine knows the model by; written into the request in place of the
+    client's name, and back into the answer. ``routes``: the public paths it serves, None for any.
+    ``headers``: fields added to the upstream's request (a remote's own key, for one).
+    """
+
+    model: str
+    served_name: str
+    routes: frozenset[str] | None = None
+    headers: Sequence[tuple[str, str]] = field(default=())
+
+
+class Passage(Protocol):
+    """The leave to send one request to ``upstream``."""
+
+    @property
+    def upstream(self) -> Address:
+        """Where to send it."""
+
+    def done(self, tokens: int | None = None) -> None:
+        """The request is over, however it went. Called exactly once. ``tokens``: the answer's usage, if it told."""
+
+    def on_cut(self, callback: Callable[[str], None]) -> None:
+        """Have ``callback(reason)`` called if the daemon breaks the request off; ``done`` is still owed then."""
+
+
+class Gate(Protocol):
+    """The daemon's side, called in its own event loop."""
+
+    def resolve(self, name: str) -> Target:
+        """What ``name`` ("" if the request named none) means.
+
+        Raises UnknownModel, or BadRequest if it is ambiguous or missing.
+        """
+
+    async def enter(self, model: str, key: str, request_id: str) -> Passage:
+        """Wait until the request may go. Cancelled when the client leaves.
+
+        ``request_id`` is the proxy's own and unique, not the client's. Raises a VllmdError when the
+        request is refused. A cancelled or failed ``enter`` owes no ``done``.
+        """
+
+    def loading(self, model: str) -> str:
+        """What a waiting client may be told of the model's progress, such as ``weights``; "" for nothing."""
+
+
+class Doorkeeper(Protocol):
+    """Looks at every request's head before its body is read."""
+
+    def admit(self, request: Request, scope: str) -> str:
+        """The name of the request's API key, "" where none is asked for.
+
+        ``scope`` is the route's: ``open``, ``models`` or ``admin``. Raises Unauthorized, Forbidden, TooManyRequests.
+        """
+
+    def may_use(self, key: str, model: str) -> bool:
+        """Whether the key called ``key`` may use ``model``."""
+
+
+class OpenDoor:
+    """Lets everybody in."""
+
+    def admit(self, request: Request, scope: str) -> str:
+        """Nobody has a key."""
+        return ""
+
+    def may_use(self, key: str, model: str) -> bool:
+        """Everybody may use everything."""
+        return True

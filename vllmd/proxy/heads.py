@@ -1,0 +1,252 @@
+"""Message heads, read strictly through h11 and written by hand.
+
+h11 reads every head; on top of it everything is refused that two readers could take for two
+different messages (RFC 9112, 11): bare line feeds, folded lines, two lengths, a length beside a
+transfer coding, targets that are no plain path. A fresh ``h11.Connection`` reads one head and is
+thrown away: bodies never pass through it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from urllib.parse import unquote_to_bytes
+
+import h11
+
+from vllmd.errors import BadRequest
+from vllmd.proxy.framing import BadFraming, Chunked, Framing, Length, UntilEof
+from vllmd.proxy.http import Pairs, date_line, status_line
+
+RawHeaders = list[tuple[bytes, bytes]]
+
+# Fields that speak of one connection only (RFC 9110, 7.6.1).
+HOP_BY_HOP = frozenset(
+    b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer"
+    b" transfer-encoding upgrade http2-settings".split()
+)
+LENGTH_LINES = re.compile(rb"\ncontent-length[ \t]*:[ \t]*([^\r\n]*)", re.IGNORECASE)
+TRANSFER_LINES = re.compile(rb"\ntransfer-encoding[ \t]*:", re.IGNORECASE)
+BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n)")
+FOLDED_LINE = re.compile(rb"\r\n[ \t]")
+HOST = re.compile(r"(?:[A-Za-z0-9._~%!$&'()*+,;=-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
+ABSOLUTE = re.compile(r"https?://([^/?#@]*)(.*)", re.IGNORECASE)
+TARGET = re.compile(r"/[A-Za-z0-9._~!$&'()*+,;=:@/%-]*")
+QUERY = re.compile(r"[\x21\x24-\x7e]*")  # browsers send more than RFC 3986 allows; no '#', '\"', space or control
+BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
+FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+FIELD_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+
+
+@dataclass(slots=True)
+class RequestHead:
+    """A request's head. ``length`` is its body's, None when ``chunked``. ``path`` is decoded, without dot segments."""
+
+    method: str
+    target: str
+    path: str
+    query: str
+    version: str
+    headers: RawHeaders
+    length: int | None
+    keep_alive: bool
+    expects_continue: bool
+    upgrade: str
+
+    @property
+    def has_body(self) -> bool:
+        """Whether anything follows the head."""
+        return self.length != 0
+
+    def framing(self) -> Length | Chunked:
+        """What finds the end of its body, keeping the payload."""
+        return Chunked(keep=True) if self.length is None else Length(self.length, keep=True)
+
+
+@dataclass(slots=True)
+class ResponseHead:
+    """An upstream's head. ``framing`` finds the end of its body."""
+
+    status: int
+    headers: RawHeaders
+    framing: Framing
+    keep_alive: bool
+    content_type: bytes
+
+
+def parse_request_head(head: bytes) -> RequestHead:
+    """Read ``head``, which ends with its blank line. Raises BadRequest saying what is wrong."""
+    _refuse_ambiguity(head)
+    event = _read(h11.SERVER, head)
+    if not isinstance(event, h11.Request):
+        raise BadRequest("malformed request: no request line")
+    headers = list(event.headers)
+    version = event.http_version.decode("ascii")
+    if version not in ("1.0", "1.1"):
+        raise BadRequest(f"HTTP/{version} is not spoken here; HTTP/1.1 is")
+    fields = _noted(headers)
+    host = fields.get(b"host", b"").decode("latin-1")
+    if HOST.fullmatch(host) is None:
+        raise BadRequest("malformed request: the Host field is no host")
+    target = event.target.decode("latin-1")
+    path, query = split_target(event.method.decode("ascii"), target, host)
+    connection = fields.get(b"connection", b"").lower()
+    expect = fields.get(b"expect", b"").lower()
+    return RequestHead(
+        event.method.decode("ascii"),
+        target,
+        path,
+        query,
+        version,
+        headers,
+        _request_length(head, fields, version),
+        version == "1.1" and b"close" not in connection,
+        expect == b"100-continue" and version == "1.1",
+        fields.get(b"upgrade", b"").decode("latin-1").lower() if b"upgrade" in connection else "",
+    )
+
+
+def parse_response_head(head: bytes, method: str) -> ResponseHead:
+    """Read an upstream's head as the answer to ``method``. Raises BadFraming if it is not sound."""
+    try:
+        event = _read(h11.CLIENT, head)
+    except BadRequest as error:
+        raise BadFraming(error.message) from None
+    if not isinstance(event, h11.Response):
+        raise BadFraming("no final response head")
+    headers = list(event.headers)
+    fields = _noted(headers)
+    framing = _response_framing(event.status_code, fields, method)
+    keep_alive = event.http_version == b"1.1" and b"close" not in fields.get(b"connection", b"").lower()
+    return ResponseHead(
+        event.status_code,
+        headers,
+        framing,
+        keep_alive and not isinstance(framing, UntilEof),
+        fields.get(b"content-type", b"").lower(),
+    )
+
+
+def split_target(method: str, target: str, host: str) -> tuple[str, str]:
+    """The decoded path and the raw query of a request target.
+
+    Absolute-form is accepted if it names the very host of the Host field, asterisk-form for OPTIONS.
+    Raises BadRequest for everything that is not a plain path: dot segments, bad escapes, control characters.
+    """
+    if target == "*" and method == "OPTIONS":
+        return "*", ""
+    if not target.startswith("/"):
+        absolute = ABSOLUTE.fullmatch(target)
+        if absolute is None or absolute[1].lower() != host.lower() or not host:
+            raise BadRequest("the request target is neither a path nor a URL of this host")
+        rest = absolute[2]
+        target = rest if rest.startswith("/") else "/" + rest
+    path, _, query = target.partition("?")
+    if TARGET.fullmatch(path) is None or QUERY.fullmatch(query) is None:
+        raise BadRequest("the request target has characters that do not belong there")
+    return (_decoded(path) if "%" in path else _undotted(path)), query
+
+
+def _decoded(path: str) -> str:
+    if BAD_PERCENT.search(path):
+        raise BadRequest("the request target has a malformed percent escape")
+    try:
+        decoded = unquote_to_bytes(path).decode("utf-8")
+    except UnicodeDecodeError:
+        raise BadRequest("the request target is not UTF-8") from None
+    if any(ord(char) < 0x20 or char in "\x7f\\" for char in decoded):
+        raise BadRequest("the request target has an escaped control character or backslash")
+    return _undotted(decoded)
+
+
+def _undotted(path: str) -> str:
+    if "/." in path and any(part in (".", "..") for part in path.split("/")):
+        raise BadRequest("the request target has dot segments")
+    return path
+
+
+def _read(role: type[h11.CLIENT] | type[h11.SERVER], head: bytes) -> object:
+    connection = h11.Connection(role, max_incomplete_event_size=len(head) + 1)
+    connection.receive_data(head)
+    try:
+        return connection.next_event()
+    except h11.RemoteProtocolError as error:
+        raise BadRequest(f"malformed message: {error}") from None
+
+
+def _refuse_ambiguity(head: bytes) -> None:
+    """What h11 forgives and another reader might not."""
+    if BARE_LINE_END.search(head):
+        raise BadRequest("malformed request: a line that does not end with CRLF")
+    if FOLDED_LINE.search(head):
+        raise BadRequest("malformed request: a folded header line")
+
+
+def _noted(headers: RawHeaders) -> dict[bytes, bytes]:
+    """The fields that decide about the connection; repeated ones joined, as lists are."""
+    noted: dict[bytes, bytes] = {}
+    for name, value in headers:
+        noted[name] = noted[name] + b"," + value if name in noted else value
+    return noted
+
+
+def _request_length(head: bytes, fields: dict[bytes, bytes], version: str) -> int | None:
+    coding = fields.get(b"transfer-encoding")
+    lengths = LENGTH_LINES.findall(head)
+    if coding is not None:
+        if lengths or version == "1.0" or len(TRANSFER_LINES.findall(head)) != 1 or coding.lower() != b"chunked":
+            raise BadRequest("malformed request: Transfer-Encoding must be 'chunked', once, without a Content-Length")
+        return None
+    if not lengths:
+        return 0
+    value = lengths[0].rstrip(b" \t")
+    if len(lengths) > 1 or not value.isdigit() or len(value) > 15:
+        raise BadRequest("malformed request: Content-Length must be one number, once")
+    return int(value)
+
+
+def _response_framing(status: int, fields: dict[bytes, bytes], method: str) -> Framing:
+    if method == "HEAD" or status in (204, 304) or status < 200:
+        return Length(0)
+    coding, length = fields.get(b"transfer-encoding"), fields.get(b"content-length")
+    if coding is not None:
+        if coding.lower() != b"chunked" or length is not None:
+            raise BadFraming("the upstream's Transfer-Encoding is not understood")
+        return Chunked()
+    if length is None:
+        return UntilEof()
+    if not length.isdigit() or len(length) > 15:
+        raise BadFraming("the upstream's Content-Length is no number")
+    return Length(int(length))
+
+
+def forwardable(headers: Iterable[tuple[bytes, bytes]], *, but: frozenset[bytes] = frozenset()) -> RawHeaders:
+    """The fields that may go on to the next hop: none that ``Connection`` names, none in ``but``."""
+    headers = list(headers)
+    barred = HOP_BY_HOP | but
+    for name, value in headers:
+        if name == b"connection":
+            barred |= frozenset(part.strip().lower() for part in value.split(b","))
+    return [pair for pair in headers if pair[0] not in barred]
+
+
+def write_fields(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """``headers``, which were read strictly, as lines."""
+    return b"".join([b"%b: %b\r\n" % pair for pair in headers])
+
+
+def write_request_head(method: str, target: str, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """A request's head with its blank line."""
+    return f"{method} {target} HTTP/1.1\r\n".encode("ascii") + write_fields(headers) + b"\r\n"
+
+
+def write_response_head(status: int, headers: Pairs, framing: Pairs) -> bytes:
+    """Our own answer's head. Raises ValueError if a field could break out of its line."""
+    lines = [status_line(status), date_line()]
+    for name, value in (*headers, *framing):
+        if FIELD_NAME.fullmatch(name) is None or FIELD_VALUE.fullmatch(value) is None:
+            raise ValueError(f"header {name!r} would be malformed")
+        lines.append(f"{name}: {value}\r\n".encode("latin-1"))
+    lines.append(b"\r\n")
+    return b"".join(lines)

@@ -1,0 +1,164 @@
+"""HTTP's nouns: what a request is and what an answer is. ``admin/`` speaks in these too."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from functools import lru_cache
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import parse_qsl
+
+from vllmd.errors import BadRequest, VllmdError
+
+Pairs = Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who is at the other end: an address and port, or on a Unix socket the process, user and group."""
+
+    address: str = ""
+    port: int = 0
+    pid: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+
+    @property
+    def local(self) -> bool:
+        """Whether it came by a Unix socket, so that ``uid`` and ``gid`` can be trusted."""
+        return self.uid is not None
+
+    def __str__(self) -> str:
+        return f"pid {self.pid} uid {self.uid}" if self.local else f"{self.address}:{self.port}"
+
+
+class Headers:
+    """Header fields in their order. Names are lower case, values stripped; both are bytes on the wire."""
+
+    __slots__ = ("raw",)
+
+    def __init__(self, raw: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        self.raw = raw
+
+    def get(self, name: str, default: str = "") -> str:
+        """The first value of ``name`` (any case), or ``default``."""
+        wanted = name.lower().encode("ascii")
+        for key, value in self.raw:
+            if key == wanted:
+                return value.decode("latin-1")
+        return default
+
+    def __contains__(self, name: str) -> bool:
+        wanted = name.lower().encode("ascii")
+        return any(key == wanted for key, _ in self.raw)
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return ((key.decode("latin-1"), value.decode("latin-1")) for key, value in self.raw)
+
+
+@dataclass(slots=True)
+class Request:
+    """One request, whole: ``body`` has been read, up to the limit.
+
+    ``target`` is the request line's, untouched; ``path`` is percent-decoded and free of dot segments;
+    ``params`` are the route pattern's; ``key`` names the API key (never its secret), "" without one;
+    ``upgrade`` is the protocol it wants to change to, "" for none.
+    """
+
+    method: str
+    target: str
+    path: str
+    query_string: str
+    headers: Headers
+    peer: Peer = Peer()
+    version: str = "1.1"
+    body: bytes = b""
+    id: str = ""
+    params: Mapping[str, str] = field(default_factory=dict)
+    key: str = ""
+    upgrade: str = ""
+
+    @property
+    def query(self) -> dict[str, str]:
+        """The query's parameters; of a repeated one the last. Raises BadRequest if there are too many."""
+        try:
+            return dict(parse_qsl(self.query_string, keep_blank_values=True, max_num_fields=100))
+        except ValueError as error:
+            raise BadRequest(f"query string: {error}") from None
+
+    def json(self) -> Any:
+        """The body as JSON. Raises BadRequest saying where it is not."""
+        return parse_json(self.body)
+
+
+def parse_json(body: bytes) -> Any:
+    """``body`` as JSON. Raises BadRequest saying where it is not."""
+    try:
+        return json.loads(body)
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise BadRequest(f"the body is not JSON: {error.msg} at line {error.lineno} column {error.colno}") from None
+    except RecursionError:
+        raise BadRequest("the body is not acceptable JSON: nested too deeply") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise BadRequest(f"the body is not acceptable JSON: {error}") from None
+
+
+@dataclass(slots=True)
+class Response:
+    """An answer. An iterator as ``body`` is sent piece by piece as it comes, each at once."""
+
+    status: int = 200
+    body: bytes | AsyncIterator[bytes] = b""
+    content_type: str = "application/json"
+    headers: Pairs = ()
+
+
+def json_response(value: object, status: int = 200, headers: Pairs = ()) -> Response:
+    """``value`` as compact JSON."""
+    return Response(status, json.dumps(value, separators=(",", ":"), default=str).encode(), headers=headers)
+
+
+def text_response(text: str, status: int = 200, content_type: str = "text/plain; charset=utf-8") -> Response:
+    """``text`` as it is."""
+    return Response(status, text.encode(), content_type)
+
+
+def error_response(error: VllmdError) -> Response:
+    """The error as OpenAI's clients expect it, with ``Retry-After`` in whole seconds where it has one."""
+    headers: list[tuple[str, str]] = []
+    if error.retry_after is not None:
+        headers.append(("retry-after", str(max(1, round(error.retry_after)))))
+    if error.status == 401:
+        headers.append(("www-authenticate", "Bearer"))
+    return json_response(error.to_openai(), error.status, headers)
+
+
+def event_stream(events: AsyncIterator[bytes]) -> Response:
+    """Server-sent events, already framed by the caller, that no proxy shall buffer or cache."""
+    return Response(200, events, "text/event-stream", (("cache-control", "no-store"), ("x-accel-buffering", "no")))
+
+
+@lru_cache(maxsize=128)
+def status_line(status: int) -> bytes:
+    """``HTTP/1.1 404 Not Found`` with its line end."""
+    try:
+        phrase = HTTPStatus(status).phrase
+    except ValueError:
+        phrase = "Unknown"
+    return f"HTTP/1.1 {status} {phrase}\r\n".encode("ascii")
+
+
+@lru_cache(maxsize=2)
+def _date_line(second: int) -> bytes:
+    return b"date: " + formatdate(second, usegmt=True).encode("ascii") + b"\r\n"
+
+
+def date_line() -> bytes:
+    """The ``Date`` field of this second, with its line end."""
+    return _date_line(int(time.time()))

@@ -1,0 +1,37 @@
+"""The limits of the HTTP side. Sizes in bytes, times in seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Beyond these a client gets 4xx or 503, or is cut off.
+
+    ``body_timeout`` is the grace of an upload: after it, it must have kept up ``min_body_rate`` bytes per second.
+    ``send_timeout``: a client that takes nothing for so long is cut off.
+    ``max_buffered``: bytes of request bodies held in all. ``pipeline``: bytes read ahead of a running request.
+    ``upstream_idle``: a pooled connection is dropped after it; engines drop theirs at 5 s.
+    ``loading_comment_interval``: between SSE comments while a model loads; 0 sends none.
+    """
+
+    max_head: int = 64 << 10
+    max_body: int = 64 << 20
+    max_buffered: int = 1 << 30
+    head_timeout: float = 30.0
+    body_timeout: float = 30.0
+    min_body_rate: int = 1024
+    send_timeout: float = 300.0
+    keepalive_timeout: float = 75.0
+    max_connections: int = 10_000
+    max_connections_per_address: int | None = None
+    pipeline: int = 64 << 10
+    upstream_idle: float = 4.0
+    connect_timeout: float = 5.0
+    loading_comment_interval: float = 10.0
+
+    @classmethod
+    def of(cls, config: object) -> Limits:
+        """The fields that ``config`` (``config.types.ServerConfig``) has under the same names, else the defaults."""
+        return cls(**{f.name: getattr(config, f.name) for f in fields(cls) if hasattr(config, f.name)})

@@ -1,0 +1,40 @@
+"""The table of model routes: which public path names its model where.
+
+An engine's development routes (sleep, wake_up, collective_rpc, ...) are not in it and are never reached from outside.
+"""
+
+from __future__ import annotations
+
+from vllmd.proxy.relay import Relay
+from vllmd.proxy.routing import Route, Router
+
+JSON_PATHS = (
+    "/v1/chat/completions",
+    "/v1/chat/completions/batch",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/v1/embeddings",
+    "/v2/embed",
+    "/v1/rerank",
+    "/v2/rerank",
+    "/rerank",
+    "/v1/score",
+    "/score",
+    "/classify",
+    "/pooling",
+    "/tokenize",
+    "/detokenize",
+    "/v1/images/generations",
+    "/v1/audio/speech",
+)
+FORM_PATHS = ("/v1/audio/transcriptions", "/v1/audio/translations", "/v1/images/edits", "/v1/images/variations")
+
+
+def add_model_routes(router: Router, relay: Relay) -> None:
+    """Put all model routes into ``router``."""
+    for path in JSON_PATHS:
+        router.add_raw(Route("POST", path, relay.json, summary="relayed to the engine of the body's 'model'"))
+    for path in FORM_PATHS:
+        router.add_raw(Route("POST", path, relay.form, summary="relayed to the engine of the form's 'model'"))

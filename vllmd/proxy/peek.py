@@ -1,0 +1,191 @@
+"""Find the ``model`` of a request's body, and put another name there without touching any other byte.
+
+JSON is walked member by member at the top level with the standard library's own scanner, so a value is skipped
+at C speed, the whole body is known to be sound JSON, and the place of the name is known. What two readers could
+take for two different models (a repeated ``model``) is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from json.decoder import scanstring  # type: ignore[attr-defined]
+
+from vllmd.errors import BadRequest
+
+# A body costs memory and time by its pieces, not its bytes: so many brackets and commas are taken, no more.
+MAX_PIECES = 4_000_000
+PIECES_CHECKED_FROM = 1 << 20  # bytes; a smaller body cannot have too many
+
+WHITESPACE = re.compile(r"[ \t\n\r]*")
+BOUNDARY = re.compile(r'boundary=(?:"([^"\\]{1,70})"|([A-Za-z0-9\'()+_,./:=?-]{1,70}))\s*(?:;|$)', re.IGNORECASE)
+DISPOSITION = re.compile(rb"\r\ncontent-disposition[ \t]*:([^\r\n]*)", re.IGNORECASE)
+FIELD_OF_DISPOSITION = re.compile(rb'[; \t]name[ \t]*=[ \t]*(?:"([^"]*)"|([^"; \t]+))', re.IGNORECASE)
+
+_scan_once = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a body asks for: ``model`` ("" if it names none) and whether the answer shall be streamed.
+
+    ``before`` and ``after`` are the body around the name.
+    """
+
+    model: str
+    stream: bool
+    before: bytes
+    after: bytes
+    quoted: bool  # the name stands as a JSON string
+
+    def renamed(self, name: str) -> bytes:
+        """The body with ``name`` in the place of the model's; a body without one is left alone."""
+        if not self.model:
+            return self.before + self.after
+        return self.before + (json.dumps(name).encode() if self.quoted else name.encode()) + self.after
+
+
+def in_json(body: bytes) -> Asked:
+    """Read a JSON body. Raises BadRequest if it is no sound JSON object with at most one ``model``, a string."""
+    _refuse_too_many_pieces(body)
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
+    found: tuple[str, int, int] | None = None
+    stream = False
+    for key, value, start, end in _members(text):
+        if key == "model":
+            if found is not None:
+                raise BadRequest("the body has 'model' twice", param="model")
+            found = (_name(value), start, end)
+        elif key == "stream":
+            stream = value is True
+    if found is None:
+        return Asked("", stream, body, b"", True)
+    name, start, end = found
+    if len(text) == len(body):
+        return Asked(name, stream, body[:start], body[end:], True)
+    return Asked(name, stream, text[:start].encode(), text[end:].encode(), True)
+
+
+def _refuse_too_many_pieces(body: bytes) -> None:
+    if len(body) > PIECES_CHECKED_FROM and body.count(b"[") + body.count(b"{") + body.count(b",") > MAX_PIECES:
+        raise BadRequest(f"the body has more than {MAX_PIECES} elements")
+
+
+def _name(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise BadRequest("'model' must be a string that names a model", param="model")
+    if not value.isprintable():
+        raise BadRequest("'model' has characters that no model's name has", param="model")
+    return value
+
+
+def _members(text: str) -> Iterator[tuple[str, object, int, int]]:
+    """The members of the object that ``text`` is: key, value, and where the value starts and ends."""
+    skip = WHITESPACE.match
+    pos = _end(skip(text, 0))
+    if text[pos : pos + 1] != "{":
+        raise BadRequest("the body is not a JSON object")
+    pos = _end(skip(text, pos + 1))
+    if text[pos : pos + 1] == "}":
+        pos, more = pos + 1, False
+    else:
+        more = True
+    try:
+        while more:
+            key, pos = _key(text, pos)
+            start = _end(skip(text, pos))
+            value, pos = _scan_once(text, start)
+            yield key, value, start, pos
+            pos = _end(skip(text, pos))
+            more = _comma(text, pos)
+            pos = _end(skip(text, pos + 1)) if more else pos + 1
+    except StopIteration as error:
+        raise _unsound("a value is missing", text, error.value) from None
+    except json.JSONDecodeError as error:
+        raise _unsound(error.msg, text, error.pos) from None
+    except RecursionError:
+        raise BadRequest("the body is not acceptable JSON: nested too deeply") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise BadRequest(f"the body is not acceptable JSON: {error}") from None
+    if _end(skip(text, pos)) != len(text):
+        raise _unsound("extra data after the object", text, pos)
+
+
+def _end(match: re.Match[str] | None) -> int:
+    return match.end() if match else 0
+
+
+def _key(text: str, pos: int) -> tuple[str, int]:
+    if text[pos : pos + 1] != '"':
+        raise _unsound("a property name in double quotes is missing", text, pos)
+    key, pos = scanstring(text, pos + 1, True)
+    pos = _end(WHITESPACE.match(text, pos))
+    if text[pos : pos + 1] != ":":
+        raise _unsound("a ':' is missing", text, pos)
+    return key, pos + 1
+
+
+def _comma(text: str, pos: int) -> bool:
+    mark = text[pos : pos + 1]
+    if mark not in (",", "}"):
+        raise _unsound("a ',' or '}' is missing", text, pos)
+    return mark == ","
+
+
+def _unsound(what: str, text: str, pos: int) -> BadRequest:
+    line = text.count("\n", 0, pos) + 1
+    return BadRequest(f"the body is not JSON: {what} at line {line} column {pos - text.rfind(chr(10), 0, pos)}")
+
+
+def in_multipart(body: bytes, content_type: str) -> Asked:
+    """Read a multipart/form-data body. Raises BadRequest unless its parts are sound and ``model`` is there once."""
+    boundary = BOUNDARY.search(content_type)
+    if boundary is None:
+        raise BadRequest("the Content-Type of a multipart body must have a boundary")
+    mark = b"--" + (boundary[1] or boundary[2]).encode("latin-1")
+    found: tuple[int, int] | None = None
+    stream = False
+    for name, start, end in _parts(body, mark):
+        if name == b"model":
+            if found is not None:
+                raise BadRequest("the form has 'model' twice", param="model")
+            found = (start, end)
+        elif name == b"stream":
+            stream = body[start:end].strip().lower() in (b"true", b"1")
+    if found is None:
+        return Asked("", stream, body, b"", False)
+    start, end = found
+    try:
+        model = _name(body[start:end].decode("utf-8"))
+    except UnicodeDecodeError:
+        raise BadRequest("'model' is not UTF-8", param="model") from None
+    return Asked(model, stream, body[:start], body[end:], False)
+
+
+def _parts(body: bytes, mark: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """The form's parts: field name, and where the content starts and ends."""
+    if not body.startswith(mark + b"\r\n"):
+        raise BadRequest("the form does not start with its boundary")
+    pos = len(mark)
+    while body[pos : pos + 2] == b"\r\n":
+        head_end = body.find(b"\r\n\r\n", pos)
+        end = body.find(b"\r\n" + mark, head_end + 2)
+        if head_end < 0 or end < 0:
+            raise BadRequest("the form ends in the middle of a part")
+        yield _field(body[pos : head_end + 2]), head_end + 4, max(end, head_end + 4)
+        pos = end + 2 + len(mark)
+    if body[pos : pos + 2] != b"--":
+        raise BadRequest("the form does not end with its boundary")
+
+
+def _field(head: bytes) -> bytes:
+    lines = DISPOSITION.findall(head)
+    names = FIELD_OF_DISPOSITION.findall(lines[0]) if len(lines) == 1 else []
+    if len(names) != 1:
+        raise BadRequest("a part of the form must have one Content-Disposition with one name")
+    return bytes(names[0][0] or names[0][1])

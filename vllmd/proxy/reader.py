@@ -1,0 +1,92 @@
+"""One client connection's bytes in, its requests out, in order. Pure: no socket, no clock."""
+
+from __future__ import annotations
+
+from vllmd.errors import BadRequest, HeadTooLarge, TooLarge
+from vllmd.proxy.framing import BadFraming, Chunked, Length
+from vllmd.proxy.heads import RequestHead, parse_request_head
+from vllmd.proxy.limits import Limits
+
+CRUMBS = 64 << 10  # framing bytes allowed beyond the payload's own number
+
+
+class RequestReader:
+    """``feed`` it, then ask for ``head`` and, when that was accepted, for ``body``, each until it is not None.
+
+    Every error it raises is final: what follows on the connection cannot be told apart.
+    """
+
+    __slots__ = ("_data", "_framing", "_limits", "_scanned", "received")
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._data = bytearray()
+        self._scanned = 0  # bytes of an unfinished head already searched
+        self._framing: Length | Chunked | None = None
+        self.received = 0  # payload bytes of the present body
+
+    @property
+    def pending(self) -> int:
+        """Bytes fed and not yet asked for."""
+        return len(self._data)
+
+    def feed(self, data: bytes) -> None:
+        """More bytes from the client."""
+        self._data += data
+
+    def take_rest(self) -> bytes:
+        """Give up the bytes that follow the last request: they are no longer HTTP."""
+        rest, self._data = bytes(self._data), bytearray()
+        return rest
+
+    def head(self) -> RequestHead | None:
+        """The next request's head. Raises BadRequest, HeadTooLarge, TooLarge."""
+        data = self._data
+        if not self._scanned and data[:2] == b"\r\n":  # one stray line end after a body is forgiven (RFC 9112, 2.2)
+            del data[:2]
+        end = data.find(b"\r\n\r\n", max(0, self._scanned - 3))
+        if end > self._limits.max_head or (end < 0 and len(data) > self._limits.max_head):
+            raise HeadTooLarge(f"the request's head is larger than {self._limits.max_head} bytes")
+        if end < 0:
+            if data.find(b"\n\n", max(0, self._scanned - 1)) >= 0:
+                raise BadRequest("malformed request: a line that does not end with CRLF")
+            self._scanned = len(data)
+            return None
+        head = parse_request_head(bytes(data[: end + 4]))
+        del data[: end + 4]
+        self._scanned = 0
+        self._expect(head)
+        return head
+
+    def _expect(self, head: RequestHead) -> None:
+        if head.length is not None and head.length > self._limits.max_body:
+            raise TooLarge(f"the body is {head.length} bytes; at most {self._limits.max_body} are taken")
+        self._framing = head.framing() if head.has_body else None
+        self.received = 0
+
+    def body(self) -> bytes | None:
+        """The body of the last head. Raises BadRequest, TooLarge."""
+        framing = self._framing
+        if framing is None:
+            return b""
+        data, self._data = bytes(self._data), bytearray()
+        try:
+            end = framing.scan(data)
+        except BadFraming as error:
+            raise BadRequest(f"malformed request: {error}") from None
+        self._check_size(framing, len(data))
+        if end < 0:
+            return None
+        self._data += data[end:]
+        self._framing = None
+        return framing.pieces[0] if len(framing.pieces) == 1 else b"".join(framing.pieces)
+
+    def _check_size(self, framing: Length | Chunked, more: int) -> None:
+        if isinstance(framing, Length):
+            self.received += more
+            return
+        self.received = framing.payload
+        if framing.payload > self._limits.max_body:
+            raise TooLarge(f"the body is larger than {self._limits.max_body} bytes")
+        if framing.seen > 2 * framing.payload + CRUMBS + more:
+            raise BadRequest("malformed request: the body's chunks are too small")

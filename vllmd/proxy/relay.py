@@ -1,0 +1,197 @@
+"""The way of a model request: find the model, wait at the gate, send it on, hand the answer back as bytes.
+
+What a client sees:
+- its connection's end, at whatever time, closes the engine's connection at once, so the engine stops generating;
+- an engine that dies before it answered is a 502, one that dies in the middle is a visible truncation;
+- a request is sent a second time only if a kept connection turned out to be closed before a byte of the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+
+from vllmd.errors import BadRequest, EngineFailed, Forbidden, NotFound, UpstreamFailed, VllmdError
+from vllmd.proxy.answer import Answer, Errand, answer_for
+from vllmd.proxy.exchange import Exchange
+from vllmd.proxy.gate import Doorkeeper, Gate, OpenDoor, Passage, Target
+from vllmd.proxy.heads import RawHeaders, ResponseHead, forwardable, write_request_head
+from vllmd.proxy.http import Request
+from vllmd.proxy.limits import Limits
+from vllmd.proxy.loading import Loading
+from vllmd.proxy.peek import Asked, in_json, in_multipart
+from vllmd.proxy.upstream import Pool, Upstream
+
+# Of the client's fields an engine never sees these: its key, its cookies, and what we write ourselves.
+KEPT_BACK = frozenset(
+    b"host content-length expect authorization x-api-key api-key cookie accept-encoding x-request-id"
+    b" forwarded x-forwarded-for x-forwarded-host x-forwarded-proto x-real-ip".split()
+)
+TOTAL_TOKENS = re.compile(rb'(?<!\\)"total_tokens"\s*:\s*(\d{1,12})')
+TAIL = 1024  # bytes at an answer's end in which its usage is looked for
+
+
+class Relay:
+    """Serves the model routes."""
+
+    def __init__(self, gate: Gate, limits: Limits, doorkeeper: Doorkeeper | None = None) -> None:
+        self.pool = Pool(limits)
+        self._gate = gate
+        self._limits = limits
+        self._doorkeeper = doorkeeper or OpenDoor()
+
+    async def json(self, exchange: Exchange) -> None:
+        """A route whose JSON body names the model."""
+        request = exchange.request
+        content_type = request.headers.get("content-type").partition(";")[0].strip().lower()
+        if content_type != "application/json" and not content_type.endswith("+json"):
+            raise BadRequest("the Content-Type must be application/json")
+        await self.serve(exchange, in_json(request.body))
+
+    async def form(self, exchange: Exchange) -> None:
+        """A route whose multipart form names the model."""
+        request = exchange.request
+        content_type = request.headers.get("content-type")
+        if content_type.partition(";")[0].strip().lower() != "multipart/form-data":
+            raise BadRequest("the Content-Type must be multipart/form-data")
+        await self.serve(exchange, in_multipart(request.body, content_type))
+
+    async def serve(self, exchange: Exchange, asked: Asked, path: str = "") -> None:
+        """Relay the exchange to the model that was ``asked`` for, to the engine's ``path`` (default: the same)."""
+        exchange.outlives_eof = False
+        request = exchange.request
+        path = path or request.path
+        target = self.target(request, asked.model, path)
+        exchange.model = target.model
+        if request.query_string:
+            path = f"{path}?{request.query_string}"
+        loading = Loading(exchange, target.model, asked.stream, self._limits, self._gate)
+        try:
+            passage = await self._enter(exchange, target, loading)
+            await self._pass(exchange, passage, Errand(target, asked, path), loading)
+        except VllmdError as error:
+            loading.fail(error)
+
+    def target(self, request: Request, name: str, route: str) -> Target:
+        """What ``name`` means to this client. Raises UnknownModel, BadRequest, Forbidden, NotFound."""
+        target = self._gate.resolve(name)
+        if not self._doorkeeper.may_use(request.key, target.model):
+            raise Forbidden(f"key {request.key!r} may not use the model {target.model!r}", param="model")
+        if target.routes is not None and route not in target.routes:
+            raise NotFound(f"the model {target.model!r} does not serve {route}")
+        return target
+
+    async def _enter(self, exchange: Exchange, target: Target, loading: Loading) -> Passage:
+        loading.begin()
+        try:
+            return await self._gate.enter(target.model, exchange.request.key, exchange.ticket)
+        finally:
+            loading.end()
+
+    async def _pass(self, exchange: Exchange, passage: Passage, errand: Errand, loading: Loading) -> None:
+        trip = Trip(exchange, errand, loading)
+        try:
+            passage.on_cut(trip.cut)
+            await trip.run(self.pool, passage)
+        finally:
+            trip.close()
+            passage.done(trip.tokens())
+
+
+class Trip:
+    """One request's way to the engine and back; the engine's connection reports to it (``upstream.Sink``)."""
+
+    def __init__(self, exchange: Exchange, errand: Errand, loading: Loading) -> None:
+        self._exchange = exchange
+        self._errand = errand
+        self._loading = loading
+        self._turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._error: VllmdError | None = None
+        self._again = False
+        self._upstream: Upstream | None = None
+        self._answer: Answer | None = None
+        self._tail = b""
+
+    async def run(self, pool: Pool, passage: Passage) -> None:
+        """Send the request and see the answer through. Raises VllmdError, or is cancelled."""
+        request = self._exchange.request
+        body = self._errand.asked.renamed(self._errand.target.served_name)
+        head = write_request_head(request.method, self._errand.path, self._fields(len(body)))
+        upstream = pool.take(passage.upstream) or await pool.connect(passage.upstream)
+        await self._attempt(upstream, head, body)
+        if self._again:
+            self._again = False
+            await self._attempt(await pool.connect(passage.upstream), head, body)
+        if self._error is not None:
+            raise self._error
+
+    async def _attempt(self, upstream: Upstream, head: bytes, body: bytes) -> None:
+        self._upstream = upstream
+        if self._error is not None:  # cut off while it connected
+            return
+        self._turn = asyncio.get_running_loop().create_future()
+        upstream.send(self._exchange.request.method, head, body, self)
+        self._exchange.follow_pauses(self._on_pause)
+        await self._turn
+
+    def close(self) -> None:
+        """Whatever is still open is closed; nothing more reaches the client."""
+        self._exchange.on_pause = None
+        if self._upstream is not None:
+            self._upstream.abort()
+
+    def cut(self, reason: str) -> None:
+        """The daemon breaks the request off."""
+        self._settle(EngineFailed(f"the request was broken off: {reason}"))
+
+    def tokens(self) -> int | None:
+        """What the answer's usage says it took in all, if it does."""
+        totals = TOTAL_TOKENS.findall(self._tail)
+        return int(totals[-1]) if totals else None
+
+    # -- what the engine's connection says
+
+    def head(self, head: ResponseHead) -> None:
+        """The answer begins."""
+        self._answer = answer_for(self._exchange, self._errand, self._loading, head)
+
+    def data(self, data: bytes) -> None:
+        """More of the body."""
+        size = len(data)
+        self._tail = data[-TAIL:] if size >= TAIL else (self._tail + data)[-TAIL:]
+        if self._answer is not None:
+            self._answer.more(data)
+
+    def whole(self) -> None:
+        """The answer is complete: the engine's connection is free again, and the client's request is over."""
+        self._upstream = None
+        self._exchange.on_pause = None
+        if self._answer is not None:
+            self._answer.end()
+        self._settle(None)
+
+    def lost(self, reason: str, *, untouched: bool) -> None:
+        """The engine's connection broke off."""
+        self._again = untouched and self._upstream is not None and self._upstream.reused
+        self._upstream = None
+        self._settle(None if self._again else UpstreamFailed(f"the engine broke off: {reason}"))
+
+    # -- the rest
+
+    def _settle(self, error: VllmdError | None) -> None:
+        self._error = self._error or error
+        if not self._turn.done():
+            self._turn.set_result(None)
+
+    def _on_pause(self, paused: bool) -> None:
+        if self._upstream is not None:
+            (self._upstream.pause if paused else self._upstream.resume)()
+
+    def _fields(self, length: int) -> RawHeaders:
+        """What the engine is sent: the client's fields less what is not its business."""
+        request = self._exchange.request
+        fields = [(b"host", b"localhost"), *forwardable(request.headers.raw, but=KEPT_BACK)]
+        fields.append((b"x-request-id", request.id.encode("ascii")))
+        fields.extend((name.lower().encode(), value.encode("latin-1")) for name, value in self._errand.target.headers)
+        fields.append((b"content-length", b"%d" % length))
+        return fields

@@ -1,0 +1,113 @@
+"""Which handler answers which path.
+
+A pattern is a path in which ``{name}`` stands for one segment and ``{name:path}`` for one or more. Paths are
+matched after percent-decoding, so a model's id may be written with its slash or with ``%2F``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from vllmd.errors import MethodNotAllowed, NotFound
+from vllmd.proxy.exchange import Exchange
+from vllmd.proxy.gate import Doorkeeper, OpenDoor
+from vllmd.proxy.http import Request, Response
+
+LocalHandler = Callable[[Request], Awaitable[Response]]
+Handler = Callable[[Exchange], Awaitable[None]]
+
+PARAMETER = re.compile(r"\\{(\w+)(:path)?\\}")
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One row of the table. ``scope`` says who may: ``open``, ``models`` or ``admin``."""
+
+    method: str
+    pattern: str
+    handler: Handler
+    scope: str = "models"
+    summary: str = ""
+
+
+class NoSuchMethod(MethodNotAllowed):
+    """405 with the ``Allow`` field that it must have."""
+
+    def __init__(self, request: Request, allowed: Sequence[str]) -> None:
+        super().__init__(f"{request.path} does not take {request.method}, but {', '.join(allowed)}")
+        self.headers = [("allow", ", ".join(allowed))]
+
+
+class Router:
+    """The route table; it also has every request's key looked at before the body is read."""
+
+    def __init__(self, doorkeeper: Doorkeeper | None = None) -> None:
+        self._doorkeeper = doorkeeper or OpenDoor()
+        self._fixed: dict[str, dict[str, Route]] = {}
+        self._patterns: list[tuple[re.Pattern[str], dict[str, Route]]] = []
+        self.routes: list[Route] = []
+
+    def add(
+        self, method: str, pattern: str, handler: LocalHandler, scope: str = "models", summary: str = ""
+    ) -> None:
+        """Have ``handler`` answer; a GET's answers HEAD too."""
+
+        async def respond(exchange: Exchange) -> None:
+            await exchange.respond(await handler(exchange.request))
+
+        self.add_raw(Route(method, pattern, respond, scope, summary))
+
+    def add_raw(self, route: Route) -> None:
+        """Have the route's handler speak on the exchange itself."""
+        self.routes.append(route)
+        if "{" not in route.pattern:
+            self._fixed.setdefault(route.pattern, {})[route.method] = route
+            return
+        expression = compiled(route.pattern)
+        for known, methods in self._patterns:
+            if known.pattern == expression.pattern:
+                methods[route.method] = route
+                return
+        self._patterns.append((expression, {route.method: route}))
+
+    def begin(self, request: Request) -> Handler:
+        """The handler for ``request``, whose head alone has been read; fills its ``params`` and ``key``.
+
+        Raises NotFound, MethodNotAllowed and what the doorkeeper raises.
+        """
+        methods = self._find(request)
+        if request.method == "OPTIONS" and "OPTIONS" not in methods:
+            return _options(methods)
+        route = methods.get("GET" if request.method == "HEAD" else request.method)
+        if route is None:
+            raise NoSuchMethod(request, sorted(methods))
+        request.key = self._doorkeeper.admit(request, route.scope)
+        return route.handler
+
+    def _find(self, request: Request) -> dict[str, Route]:
+        fixed = self._fixed.get(request.path)
+        if fixed is not None:
+            return fixed
+        if request.path == "*":
+            return {}
+        for expression, methods in self._patterns:
+            if match := expression.fullmatch(request.path):
+                request.params = match.groupdict()
+                return methods
+        raise NotFound(f"there is no {request.path} here; GET /v1/models lists the models")
+
+
+def compiled(pattern: str) -> re.Pattern[str]:
+    """The regular expression of a route pattern."""
+    return re.compile(PARAMETER.sub(lambda m: f"(?P<{m[1]}>{'.+' if m[2] else '[^/]+'})", re.escape(pattern)))
+
+
+def _options(methods: dict[str, Route]) -> Handler:
+    allowed = ", ".join(sorted({*methods, "OPTIONS"}))
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.respond(Response(204, headers=(("allow", allowed),)))
+
+    return answer

@@ -1,0 +1,212 @@
+"""The accept loop: listeners in, connections kept count of, and the ways to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from vllmd.errors import TooManyRequests, Unavailable, VllmdError
+from vllmd.proxy.connection import Connection
+from vllmd.proxy.exchange import Exchange
+from vllmd.proxy.heads import write_response_head
+from vllmd.proxy.http import Request, error_response
+from vllmd.proxy.limits import Limits
+from vllmd.proxy.routing import Handler, Router
+
+log = logging.getLogger(__name__)
+
+ACCEPTS = 64  # connections taken per turn of the loop, so that those being served get theirs
+OUT_OF_FILES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+BREATH = 0.5  # seconds without accepting after that
+
+
+class Server:
+    """Serves ``router`` on listeners that are open already: systemd's, or the daemon's own.
+
+    It never closes or unlinks a listener, so what it does not accept waits for the next one who does.
+    ``on_exchange`` hears of every request that ended.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        limits: Limits,
+        listeners: Iterable[socket.socket],
+        on_exchange: Callable[[Exchange], None] | None = None,
+    ) -> None:
+        self.limits = limits
+        self.draining = False
+        self._router = router
+        self._listeners = list(listeners)
+        self._on_exchange = on_exchange
+        self._connections: set[Connection] = set()
+        self._opening: set[asyncio.Task[None]] = set()
+        self._by_address: Counter[str] = Counter()
+        self._buffered = 0
+        self._empty = asyncio.Event()
+        self._breath: asyncio.TimerHandle | None = None
+        self._accepting = False
+
+    @property
+    def connections(self) -> int:
+        """How many clients are connected."""
+        return len(self._connections) + len(self._opening)
+
+    # -- accepting
+
+    def start(self) -> None:
+        """Accept (again)."""
+        self._accepting = True
+        for listener in self._listeners:
+            listener.setblocking(False)
+            asyncio.get_running_loop().add_reader(listener.fileno(), self._accept, listener)
+
+    def stop_accepting(self) -> None:
+        """Leave new connections in the listeners' queues; those accepted are served on."""
+        self._accepting = False
+        if self._breath is not None:
+            self._breath.cancel()
+            self._breath = None
+        for listener in self._listeners:
+            asyncio.get_running_loop().remove_reader(listener.fileno())
+
+    def _accept(self, listener: socket.socket) -> None:
+        for _ in range(ACCEPTS):
+            try:
+                sock, address = listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                self._accept_failed(error)
+                return
+            self._take(sock, address)
+
+    def _accept_failed(self, error: OSError) -> None:
+        """Out of file descriptors: some will come free; meanwhile clients wait in the queue."""
+        log.error("cannot accept: %s", error)
+        if error.errno in OUT_OF_FILES:
+            self.stop_accepting()
+            self._breath = asyncio.get_running_loop().call_later(BREATH, self.start)
+
+    def _take(self, sock: socket.socket, address: object) -> None:
+        refusal = self._too_many(address)
+        if refusal is not None:
+            _turn_away(sock, refusal)
+            return
+        sock.setblocking(False)
+        opening = asyncio.get_running_loop().create_task(self._open(sock))
+        self._opening.add(opening)
+        opening.add_done_callback(self._opened)
+
+    def _too_many(self, address: object) -> VllmdError | None:
+        if self.connections >= self.limits.max_connections:
+            return Unavailable("too many connections; come back later", retry_after=5)
+        most = self.limits.max_connections_per_address
+        if most is not None and isinstance(address, tuple) and self._by_address[address[0]] >= most:
+            return TooManyRequests(f"more than {most} connections from {address[0]}", retry_after=5)
+        return None
+
+    async def _open(self, sock: socket.socket) -> None:
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: Connection(self), sock)
+        except OSError as error:
+            log.debug("a connection was gone before it was served: %s", error)
+            sock.close()
+
+    def _opened(self, opening: asyncio.Task[None]) -> None:
+        self._opening.discard(opening)
+        self._check_empty()
+
+    # -- what connections ask and tell
+
+    def begin(self, request: Request) -> Handler:
+        """Route it. Raises VllmdError."""
+        return self._router.begin(request)
+
+    def reserve(self, size: int) -> bool:
+        """Take (or with a negative size give back) memory for bodies; False if there is none."""
+        if size > 0 and self._buffered + size > self.limits.max_buffered:
+            return False
+        self._buffered += size
+        return True
+
+    def ended(self, exchange: Exchange) -> None:
+        """An exchange is over."""
+        if self._on_exchange is not None:
+            self._on_exchange(exchange)
+
+    def joined(self, connection: Connection) -> None:
+        """The connection is there."""
+        self._connections.add(connection)
+        if connection.peer.address:
+            self._by_address[connection.peer.address] += 1
+
+    def left(self, connection: Connection) -> None:
+        """The connection is gone."""
+        self._connections.discard(connection)
+        address = connection.peer.address
+        if address:
+            self._by_address[address] -= 1
+            if not self._by_address[address]:
+                del self._by_address[address]
+        self._check_empty()
+
+    def _check_empty(self) -> None:
+        if not self.connections:
+            self._empty.set()
+
+    # -- stopping
+
+    async def drain(self, limit: float, grace: float = 1.0) -> bool:
+        """Accept no more and let what is under way end, within ``limit`` seconds. Whether all of it did.
+
+        Idle connections are closed at once; one that has never sent a request gets ``grace`` seconds to do so.
+        """
+        self.draining = True
+        self.stop_accepting()
+        await self._wait_empty(0.0)
+        self._retire(fresh_too=False)
+        if not await self._wait_empty(min(grace, limit)):
+            self._retire(fresh_too=True)
+        return await self._wait_empty(max(0.0, limit - grace))
+
+    async def close(self, limit: float = 0.0) -> None:
+        """Drain within ``limit`` seconds, then cut off whoever is left. Listeners stay open."""
+        await self.drain(limit)
+        for connection in list(self._connections):
+            connection.cut()
+        await self._wait_empty(1.0)
+
+    def _retire(self, *, fresh_too: bool) -> None:
+        for connection in list(self._connections):
+            connection.retire(fresh_too=fresh_too)
+
+    async def _wait_empty(self, limit: float) -> bool:
+        self._empty.clear()
+        if not self.connections:
+            return True
+        try:
+            async with asyncio.timeout(limit):
+                await self._empty.wait()
+        except TimeoutError:
+            return not self.connections
+        return True
+
+
+def _turn_away(sock: socket.socket, refusal: VllmdError) -> None:
+    """Say why, as far as that goes without waiting, and hang up."""
+    response = error_response(refusal)
+    body = response.body if isinstance(response.body, bytes) else b""
+    framing = [("content-type", response.content_type), ("content-length", str(len(body))), ("connection", "close")]
+    sock.setblocking(False)
+    try:
+        sock.send(write_response_head(response.status, response.headers, framing) + body)
+        sock.shutdown(socket.SHUT_WR)
+    except OSError:
+        pass
+    finally:
+        sock.close()

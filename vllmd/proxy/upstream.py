@@ -1,0 +1,338 @@
+"""Connections to engines: one request at a time on each, kept a short while for the next one.
+
+A ``Upstream`` reads the answer's head through h11 and hands the body on as the bytes it came in. Foreign
+errors end here: whoever uses it sees ``UpstreamFailed`` or a ``lost`` call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json as json_codec
+import logging
+from collections.abc import Callable
+from typing import Protocol, TypeVar, cast
+
+from vllmd.errors import UpstreamFailed
+from vllmd.proxy.framing import BadFraming, Framing, Length
+from vllmd.proxy.gate import Address
+from vllmd.proxy.heads import RawHeaders, ResponseHead, parse_response_head, write_request_head
+from vllmd.proxy.limits import Limits
+
+log = logging.getLogger(__name__)
+
+MAX_RESPONSE_HEAD = 256 << 10
+WRITE_LIMIT = 256 << 10  # the transport says stop when it holds more than this
+
+
+class Sink(Protocol):
+    """Who takes an answer. After ``whole`` or ``lost`` nothing more comes."""
+
+    def head(self, head: ResponseHead) -> None:
+        """The head; ``data`` follows at once with what came of the body along with it, be it nothing."""
+
+    def data(self, data: bytes) -> None:
+        """More of the body, framing included."""
+
+    def whole(self) -> None:
+        """The body came to its end."""
+
+    def lost(self, reason: str, *, untouched: bool) -> None:
+        """The connection broke off. ``untouched``: before a single byte of the answer."""
+
+
+def describe(address: Address) -> str:
+    """The address as people write it."""
+    return address.uds or f"{address.host}:{address.port}"
+
+
+class Upstream(asyncio.Protocol):
+    """One connection to an engine."""
+
+    def __init__(self, address: Address, pool: Pool | None = None) -> None:
+        self.address = address
+        self.reused = False
+        self.idle_since = 0.0
+        self._pool = pool
+        self._transport: asyncio.Transport
+        self._sink: Sink | None = None
+        self._method = ""
+        self._head = b""
+        self._framing: Framing | None = None
+        self._keep_alive = False
+        self._broken = False
+        self._paused = False
+
+    # -- asyncio's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Connected."""
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of an answer; from an idle connection they are a reason to drop it."""
+        if self._sink is None:
+            self.abort()
+            return
+        try:
+            if self._framing is None:
+                self._read_head(data)
+            else:
+                self._pass_on(self._framing, data)
+        except BadFraming as error:
+            self._break(f"malformed answer: {error}")
+
+    def eof_received(self) -> None:
+        """The engine says no more: asyncio closes, and ``connection_lost`` judges."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Gone: for a body that ends with the connection that is its end, for any other it is a loss."""
+        self._broken = True
+        if self._pool is not None:
+            self._pool.forget(self)
+        if self._sink is None:
+            return
+        if exc is None and self._framing is not None and self._framing.finished_by_eof():
+            self._finish()
+        else:
+            self._break(str(exc) if exc else "closed by the engine")
+
+    def pause_writing(self) -> None:
+        """A large body is on its way; it is in memory already, so there is nobody to hold back."""
+
+    # -- its user's side
+
+    @property
+    def usable(self) -> bool:
+        """Whether another request may be sent on it."""
+        return not self._broken and not self._transport.is_closing()
+
+    def send(self, method: str, head: bytes, body: bytes, sink: Sink) -> None:
+        """Send one request; ``sink`` gets the answer."""
+        self._sink, self._method = sink, method
+        self._head, self._framing = b"", None
+        if len(body) <= WRITE_LIMIT:
+            self._transport.write(head + body)
+        else:
+            self._transport.write(head)
+            self._transport.write(body)
+
+    def pause(self) -> None:
+        """Take nothing more from the engine for now."""
+        if self.usable:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """Take on."""
+        if self.usable:
+            self._paused = False
+            self._transport.resume_reading()
+
+    def abort(self) -> None:
+        """Close at once; the sink hears nothing more."""
+        self._sink = None
+        self._broken = True
+        self._transport.abort()
+
+    # -- reading
+
+    def _read_head(self, data: bytes) -> None:
+        self._head = data = self._head + data if self._head else data
+        while (end := data.find(b"\r\n\r\n") + 4) > 3:
+            if not data.startswith((b"HTTP/1.1 1", b"HTTP/1.0 1")):
+                break
+            self._head = data = data[end:]  # 1xx: meant for a client that waits for one, and ours does not
+        if end < 4:
+            if len(data) > MAX_RESPONSE_HEAD:
+                raise BadFraming(f"the head is larger than {MAX_RESPONSE_HEAD} bytes")
+            return
+        head = parse_response_head(data[:end], self._method)
+        self._framing, self._keep_alive, self._head = head.framing, head.keep_alive, b" "
+        self._first(head, data[end:])
+
+    def _first(self, head: ResponseHead, rest: bytes) -> None:
+        sink = cast(Sink, self._sink)
+        sink.head(head)
+        empty = isinstance(head.framing, Length) and not head.framing.left
+        if rest or empty:
+            self._pass_on(head.framing, rest)
+        else:
+            sink.data(b"")
+
+    def _pass_on(self, framing: Framing, data: bytes) -> None:
+        sink = cast(Sink, self._sink)
+        end = framing.scan(data)
+        if end < 0:
+            sink.data(data)
+            return
+        self._keep_alive &= end == len(data)
+        sink.data(data if end == len(data) else data[:end])
+        self._finish()
+
+    def _finish(self) -> None:
+        sink, self._sink = self._sink, None
+        if sink is None:  # the sink gave up on the last piece
+            return
+        if self._paused:
+            self.resume()
+        if self._pool is None or not self._keep_alive or not self.usable or self._transport.get_write_buffer_size():
+            self.abort()
+        else:
+            self._pool.put(self)
+        sink.whole()
+
+    def _break(self, reason: str) -> None:
+        sink, untouched = self._sink, not self._head
+        self.abort()
+        if sink is not None:
+            sink.lost(reason, untouched=untouched)
+
+
+class Pool:
+    """Idle connections by address, the most recently used one first."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._idle: dict[tuple[str, str, int], list[Upstream]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
+
+    def take(self, address: Address) -> Upstream | None:
+        """An idle connection to ``address``, if there is one young enough."""
+        idle = self._idle.get((address.uds, address.host, address.port))
+        oldest = asyncio.get_running_loop().time() - self._limits.upstream_idle
+        while idle:
+            connection = idle.pop()
+            if connection.usable and connection.idle_since > oldest:
+                connection.reused = True
+                return connection
+            connection.abort()
+        return None
+
+    async def connect(self, address: Address) -> Upstream:
+        """A new connection. Raises UpstreamFailed."""
+        return await connect(address, self._limits.connect_timeout, lambda: Upstream(address, self))
+
+    def put(self, connection: Upstream) -> None:
+        """Keep it for the next request."""
+        if self._closed:
+            connection.abort()
+            return
+        loop = asyncio.get_running_loop()
+        connection.idle_since = loop.time()
+        address = connection.address
+        self._idle.setdefault((address.uds, address.host, address.port), []).append(connection)
+        if self._timer is None:
+            self._timer = loop.call_later(self._limits.upstream_idle, self._sweep)
+
+    def forget(self, connection: Upstream) -> None:
+        """It is gone."""
+        address = connection.address
+        idle = self._idle.get((address.uds, address.host, address.port), [])
+        if connection in idle:
+            idle.remove(connection)
+
+    def idle(self) -> int:
+        """How many connections it keeps."""
+        return sum(map(len, self._idle.values()))
+
+    def close(self) -> None:
+        """Drop all of them and keep no more."""
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for connections in self._idle.values():
+            for connection in list(connections):
+                connection.abort()
+        self._idle.clear()
+
+    def _sweep(self) -> None:
+        """Drop what is too old; look again when the next one will be."""
+        loop, self._timer = asyncio.get_running_loop(), None
+        oldest = loop.time() - self._limits.upstream_idle
+        for address, connections in list(self._idle.items()):
+            for connection in [c for c in connections if c.idle_since <= oldest]:
+                connections.remove(connection)
+                connection.abort()
+            if not connections:
+                del self._idle[address]
+        left = [c.idle_since for connections in self._idle.values() for c in connections]
+        if left:
+            self._timer = loop.call_at(min(left) + self._limits.upstream_idle, self._sweep)
+
+
+P = TypeVar("P", bound=asyncio.BaseProtocol)
+
+
+async def connect(address: Address, limit: float, protocol: Callable[[], P]) -> P:
+    """Connect within ``limit`` seconds. Raises UpstreamFailed saying why not."""
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(limit):
+            if address.uds:
+                return (await loop.create_unix_connection(protocol, address.uds))[1]
+            return (await loop.create_connection(protocol, address.host, address.port))[1]
+    except TimeoutError:
+        raise UpstreamFailed(f"no connection to {describe(address)} within {limit:g} s") from None
+    except OSError as error:
+        raise UpstreamFailed(f"no connection to {describe(address)}: {error.strerror or error}") from None
+
+
+class _Collected:
+    """A sink that keeps the whole answer."""
+
+    def __init__(self, limit: int) -> None:
+        self.over: asyncio.Future[ResponseHead] = asyncio.get_running_loop().create_future()
+        self._head: ResponseHead | None = None
+        self._limit = limit
+        self._size = 0
+
+    def head(self, head: ResponseHead) -> None:
+        """Remember it, and have the payload kept."""
+        self._head = head
+        head.framing.keep = True
+
+    def data(self, data: bytes) -> None:
+        """The framing has kept it."""
+        self._size += len(data)
+        if self._size > self._limit and not self.over.done():
+            self.over.set_exception(UpstreamFailed(f"the answer is larger than {self._limit} bytes"))
+
+    def whole(self) -> None:
+        """Done."""
+        if not self.over.done():
+            self.over.set_result(cast(ResponseHead, self._head))
+
+    def lost(self, reason: str, *, untouched: bool) -> None:
+        """Failed."""
+        if not self.over.done():
+            self.over.set_exception(UpstreamFailed(f"the connection broke off: {reason}"))
+
+
+async def request(  # noqa: ASYNC109 - the limit is for all of it, and callers should not forget it
+    listen: Address, method: str, path: str, json: object = None, timeout: float = 60.0, limit: int = 64 << 20
+) -> tuple[int, RawHeaders, bytes]:
+    """One HTTP request on a connection of its own: status, headers (names in lower case) and body.
+
+    For control calls and probes. Raises UpstreamFailed, also when ``timeout`` (seconds, for all of it) has passed.
+    """
+    body = b"" if json is None else json_codec.dumps(json).encode()
+    headers = [(b"host", b"localhost"), (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
+    if json is not None:
+        headers.append((b"content-type", b"application/json"))
+    sink = _Collected(limit)
+    connection: Upstream | None = None
+    try:
+        async with asyncio.timeout(timeout):
+            connection = await connect(listen, timeout, lambda: Upstream(listen))
+            connection.send(method, write_request_head(method, path, headers), body, sink)
+            head = await sink.over
+    except TimeoutError:
+        raise UpstreamFailed(f"{method} {path} to {describe(listen)} was not answered within {timeout:g} s") from None
+    except UpstreamFailed as error:
+        raise UpstreamFailed(f"{method} {path} to {describe(listen)}: {error.message}") from None
+    finally:
+        if connection is not None:
+            connection.abort()
+    return head.status, head.headers, b"".join(head.framing.pieces)
