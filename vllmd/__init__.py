@@ -6,8 +6,10 @@ this table against the imports)::
     errors      one tree of errors, each with its HTTP status     imports nothing
     core/       decides everything about models and memory: pure  core
     config/     one table of settings, the loader                 core.types, errors
-    gpu         NVML, or the devices that the configuration says  core.types, config, errors
-    engines/    an engine kind: spec -> argv, probes, sleep calls core.types, config, errors
+    gpu/        NVML, or the devices that the configuration says  core.types, config, errors, simengine
+    hub         models in the Hugging Face cache                  nothing of ours
+    engines/    an engine kind: spec -> argv, probes, sleep calls,
+                and what it will take of memory                   core.types, config, errors, hub
     systemd/    socket activation, notify, journal                errors
     launcher/   the privileged helper and its client; the only
                 room that knows pystemd                           systemd, errors

@@ -7,7 +7,7 @@ multi-head latent attention (DeepSeek) (kv_lora_rank + qk_rope_head_dim) · widt
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Raw = Mapping[str, Any]
@@ -35,6 +35,7 @@ class Architecture:
 
     ``heads`` and ``head_dim`` are of keys and values; ``latent`` values per token and layer instead, if not 0.
     ``length``: tokens of its longest context, 0 if not told. ``dtype``: as config.json has it, "" if not told.
+    ``quantised``: the method of an already quantised model, else "".
     """
 
     growing: int
@@ -69,14 +70,16 @@ def architecture(config: Raw) -> Architecture:
     if layers is None:
         raise Odd("config.json does not tell the number of layers")
     growing, windowed, window = _split(text, kind, layers)
-    common = {"length": _length(text), "dtype": _dtype(config, text), "quantised": _quantisation(config, text)}
+    found = Architecture(
+        growing, windowed, window, length=_length(text), dtype=_dtype(config, text), quantised=_method(config, text)
+    )
     if growing + windowed == 0 or _is_encoder(config, kind):
-        return Architecture(0, **common)
+        return replace(found, growing=0, windowed=0)
     rank = _number(text, "kv_lora_rank")
     if rank is not None:
-        return Architecture(growing, windowed, window, latent=rank + (_number(text, "qk_rope_head_dim") or 0), **common)
+        return replace(found, latent=rank + (_number(text, "qk_rope_head_dim") or 0))
     heads, head_dim = _heads(text)
-    return Architecture(growing, windowed, window, heads, head_dim, **common)
+    return replace(found, heads=heads, head_dim=head_dim)
 
 
 def _text_part(config: Raw) -> Raw:
@@ -134,6 +137,9 @@ def _attention_layers(text: Raw, kind: str, layers: int) -> int:
 
 def _full_among(text: Raw, kind: str, layers: int) -> int:
     """Layers without a window in a model that has one."""
+    pattern = text.get("sliding_window_pattern")
+    if isinstance(pattern, str) and pattern:  # such as LLLG: three local layers, one global
+        return layers * pattern.count("G") // len(pattern)
     every = _number(text, "sliding_window_pattern", "_sliding_window_pattern") or _SLIDING_EVERY.get(kind)
     if every:
         return layers // every
@@ -159,9 +165,8 @@ def _length(text: Raw) -> int:
 
 def _is_encoder(config: Raw, kind: str) -> bool:
     """A model that reads a text once and keeps nothing: no cache."""
-    names = [str(name) for name in config.get("architectures") or ()] if isinstance(
-        config.get("architectures"), list
-    ) else []
+    named = config.get("architectures")
+    names = [str(name) for name in named] if isinstance(named, list) else []
     writes = any("CausalLM" in name or "Generation" in name for name in names)
     words = kind.replace("-", "_").split("_")
     return not writes and any(word.endswith(_ENCODERS) for word in words)
@@ -175,7 +180,7 @@ def _dtype(config: Raw, text: Raw) -> str:
     return ""
 
 
-def _quantisation(config: Raw, text: Raw) -> str:
+def _method(config: Raw, text: Raw) -> str:
     for part in (config, text):
         value = part.get("quantization_config") or part.get("compression_config")
         if isinstance(value, dict):

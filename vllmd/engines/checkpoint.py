@@ -6,6 +6,7 @@ or missing file becomes a note and the next best source, never an exception.
 
 from __future__ import annotations
 
+import json
 import re
 import struct
 from collections.abc import Iterable, Mapping
@@ -121,8 +122,6 @@ def _header_sizes(path: Path, notes: list[str]) -> dict[str, int]:
 
 def _header(path: Path, length: int) -> tuple[dict[str, Any], int]:
     """The header and where the data starts. Format: https://huggingface.co/docs/safetensors (8 bytes size, JSON)."""
-    import json
-
     with path.open("rb") as file:
         prefix = file.read(8)
         size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0

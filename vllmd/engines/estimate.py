@@ -1,122 +1,313 @@
-"""What a model will take, before anybody has measured it: from its files, or from what is configured.
+"""How much memory a model will take, before it has ever run: arithmetic on its own files.
 
-weights + KV cache + a margin, as the arithmetic goes for transformers. It is a
-start: the first run's measured footprint replaces it.
+Measured beats configured beats estimated; this module has the last two and the
+merging. The rules, per device:
+
+1. Weights: bytes in the model's files, 32-bit floats halved (vLLM loads them as
+   16-bit unless told otherwise), divided by tensor and pipeline parallelism.
+   Without files: ``param_count`` · ``precision``, else a size in the name (``7B``).
+2. Cache: room for one request of the longest length, or for 16 (``max_num_seqs``
+   if fewer) of 2,048 tokens, whichever is more; only the former where both do
+   not fit into 0.9 of the device. What the user set for it is taken as set.
+3. Overhead: CUDA's context 0.5 GiB, activations and CUDA graphs 1 GiB + 6 % of
+   the weights (0.5 GiB less with ``--enforce-eager``), NCCL 0.5 GiB where
+   several devices work together; at most 4 GiB.
+4. Asleep: 0.9 GiB + 4 % of the weights (0.9 to 1.2 GiB were seen at up to 8 GB
+   of weights, 7 GB at about 125). Host at level 1: all weights.
+5. ``gpu_memory``: a fraction of the device (vLLM's own meaning), or bytes, is
+   taken at its word instead of 1-3's sum.
+6. Nothing known at all: 0.9 of the device, and as much of the host at level 1.
 """
 
 from __future__ import annotations
 
-import json
-import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vllmd.config.types import ModelConfig
-from vllmd.core.types import Footprint, GiB, Source
+from vllmd.core.types import Device, Footprint, GiB, Source
+from vllmd.engines import options
+from vllmd.engines.architecture import Architecture
+from vllmd.engines.facts import Facts, argument, facts_of, is_wide, size, whole
+from vllmd.errors import ConfigError
 
-_MARGIN = 3 * GiB  # activations, graphs, CUDA's context: 2-4 GiB are seen
-_ASLEEP = GiB + GiB // 4  # what stays on the device asleep: 0.9 GiB and more are seen
-_SEQUENCES = 4  # full-length contexts that the cache should hold
-_LONGEST = 32768  # tokens per sequence to plan for where nothing is configured
-_UNKNOWN_SHARE = 0.92  # of the device, where nothing is known: vLLM's own default
-_BYTES = {
-    "fp32": 4.0, "float32": 4.0, "float": 4.0,
-    "fp16": 2.0, "float16": 2.0, "half": 2.0, "bf16": 2.0, "bfloat16": 2.0, "auto": 2.0,
-    "fp8": 1.0, "int8": 1.0, "q8": 1.0, "w8a8": 1.0,
-    "fp4": 0.56, "nvfp4": 0.56, "int4": 0.56, "awq": 0.56, "gptq": 0.56, "q4": 0.56, "w4a16": 0.56,
-}  # fmt: skip
+USABLE = 0.9  # of a device: what a model of which nothing is known is given, and what a guess may take
+REQUESTS, REQUEST_TOKENS = 16, 2048  # rule 2
+DEFAULT_LENGTH = 8192  # tokens, where neither the configuration nor the model tells
+CONTEXT = GiB // 2
+WORKING = GiB
+EAGER_SAVES = GiB // 2
+NCCL = GiB // 2
+MAX_OVERHEAD = 4 * GiB
+RESIDUAL = int(0.9 * GiB)
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """``weights``: bytes of all of them together, 0 if unknown; ``footprint``: per device."""
+    """What a model will take. Bytes.
 
-    weights: int
+    ``weights``: of the whole model, as loaded. ``kv_per_token``: of the whole model, 0 if unknown or none.
+    ``kv_cache``: per device, to be passed to the engine (``Place.kv_cache``); 0 leaves it to the engine.
+    ``why``: the arithmetic. ``notes``: what was odd or had to be guessed.
+    """
+
     footprint: Footprint
+    weights: int
+    kv_per_token: int
+    kv_cache: int
+    why: str
+    notes: tuple[str, ...] = ()
 
 
 def estimate(model: ModelConfig, hf_home: Path, device_memory: int) -> Estimate:
-    """The estimate for devices of ``device_memory`` bytes (0: there is none, so nothing is taken of it)."""
-    directory = model_directory(model.source, hf_home)
-    weights = weights_on_disk(directory) or weights_by_count(model)
-    if not device_memory:
-        return Estimate(weights, Footprint(0, 0, host=model.host_memory or 0))
-    awake, source = _awake(model, directory, weights, device_memory)
-    asleep = model.memory_asleep if model.memory_asleep is not None else min(_ASLEEP, awake // 4)
-    host = model.host_memory if model.host_memory is not None else weights
-    return Estimate(weights, Footprint(awake, awake, min(asleep, awake), host, source))
+    """What ``model`` will take on devices of ``device_memory`` bytes (0: there is none). Never raises.
+
+    Reads the files of the model from a path or the cache under ``hf_home``; downloads nothing.
+    """
+    if model.engine == "remote":
+        return Estimate(Footprint(0, 0), 0, 0, 0, "a remote engine takes nothing here")
+    if model.engine == "sim":
+        return _stand_in(model, device_memory)
+    facts = facts_of(model, hf_home)
+    if not facts.weights:
+        return _unknown(model, facts, device_memory)
+    return _known(model, facts, device_memory)
 
 
-def _awake(model: ModelConfig, directory: Path | None, weights: int, device_memory: int) -> tuple[int, Source]:
-    if isinstance(model.gpu_memory, float):
-        return math.ceil(device_memory * model.gpu_memory), Source.CONFIGURED
+def merged(told: Footprint, measured: Footprint | None) -> Footprint:
+    """``told`` (configured or estimated), with every figure that was measured (is not 0) in its place."""
+    if measured is None:
+        return told
+    return Footprint(
+        measured.starting or max(told.starting, measured.awake),
+        measured.awake or told.awake,
+        measured.asleep or told.asleep,
+        measured.host or told.host,
+        Source.MEASURED if measured.awake else told.source,
+    )
+
+
+def too_large(model: ModelConfig, told: Estimate, devices: Sequence[Device]) -> str:
+    """Why the model can never run on these devices, with the arithmetic; "" if it can."""
+    allowed = [device for device in devices if not model.devices or device.index in model.devices]
+    needed = _ranks(model)
+    if not devices or told.footprint.awake <= 0:
+        return ""
+    if len(allowed) < needed:
+        return f"{model.name} needs {needed} devices, but only {_listed(allowed)} may be used"
+    want = max(told.footprint.awake, told.footprint.starting)
+    fitting = [device for device in allowed if device.memory - device.reserve >= want]
+    if len(fitting) >= needed:
+        return ""
+    return (
+        f"{model.name} needs {size(want)} on each of {needed} device{'s' * (needed > 1)} ({told.why}), "
+        f"but there {'is' if len(allowed) == 1 else 'are'} only {_listed(allowed)}"
+    )
+
+
+def overfull_pins(pinned: Iterable[tuple[ModelConfig, Estimate]], devices: Sequence[Device]) -> str:
+    """Why the pinned models cannot all be loaded, or leave nothing for others; "" if they do. By sums, not by place."""
+    held = [(each.name, told.footprint.awake * _ranks(each)) for each, told in pinned]
+    total = sum(amount for _, amount in held)
+    room = sum(device.memory - device.reserve for device in devices)
+    if not held or not devices or total < 0.95 * room:
+        return ""
+    sums = " + ".join(f"{name} {size(amount)}" for name, amount in held)
+    return f"the pinned models fill the devices: {sums} = {size(total)} of {size(room)}; no other model can be loaded"
+
+
+# ---- the sums ---------------------------------------------------------------------------------
+
+
+def _unknown(model: ModelConfig, facts: Facts, device_memory: int) -> Estimate:
+    budget, how = _budget(model, device_memory)
+    if budget is None:
+        budget = int(USABLE * device_memory)
+        how = f"nothing is known of its size: {USABLE:g} of the device; set gpu_memory or param_count"
+    footprint = _footprint(model, budget, budget, host=budget * _ranks(model))  # at level 1 it may put all of it there
+    return Estimate(footprint, 0, 0, 0, f"{size(budget)} ({how})", facts.notes)
+
+
+def _stand_in(model: ModelConfig, device_memory: int) -> Estimate:
+    """A stand-in takes what it is told to take."""
+    awake = _budget(model, device_memory)[0] or _option(model, "memory") or int(USABLE * device_memory)
+    starting = max(awake, _option(model, "memory_starting"))
+    asleep = _option(model, "memory_asleep") if model.memory_asleep is None else model.memory_asleep
+    weights = (_option(model, "weights") or awake // 2) * _ranks(model)
+    host = weights if model.host_memory is None else model.host_memory
+    footprint = Footprint(starting, awake, min(asleep, awake), host, Source.CONFIGURED)
+    return Estimate(footprint, weights, 0, 0, f"{size(awake)}: a stand-in takes what it is told to")
+
+
+def _option(model: ModelConfig, name: str) -> int:
+    """Bytes that an option says, 0 if it does not. A wrong one is refused where it is used, not here."""
+    try:
+        return options.size(model, name) or 0
+    except ConfigError:
+        return 0
+
+
+def _ranks(model: ModelConfig) -> int:
+    """Devices that it takes."""
+    return model.tensor_parallel_size * model.pipeline_parallel_size
+
+
+def _known(model: ModelConfig, facts: Facts, device_memory: int) -> Estimate:
+    ranks = _ranks(model)
+    weights = -(-facts.weights // ranks)
+    fixed = weights + _overhead(model, weights)
+    budget, budget_how = _budget(model, device_memory)
+    if budget is None:
+        kv = _kv(model, facts, int(USABLE * device_memory) - fixed)
+    else:
+        kv = _kv_left(model, facts, budget, fixed)
+    awake = fixed + kv.size if budget is None else budget
+    why = _why(
+        facts, ranks, (weights, kv.size, fixed - weights), kv.why, f"{size(awake)} {budget_how}" if budget else ""
+    )
+    footprint = _footprint(model, awake, weights, facts.weights)
+    return Estimate(footprint, facts.weights, kv.per_token, kv.told, why, (*facts.notes, *kv.notes))
+
+
+def _why(facts: Facts, ranks: int, parts: tuple[int, int, int], kv_why: str, budget: str) -> str:
+    weights, kv_cache, overhead = parts
+    divided = f" / {ranks} devices" if ranks > 1 else ""
+    arithmetic = (
+        f"weights {size(facts.weights)}{divided} ({facts.how}) + cache {size(kv_cache)} ({kv_why}) "
+        f"+ overhead {size(overhead)}"
+    )
+    return f"{budget}: {arithmetic}" if budget else f"{arithmetic} = {size(weights + kv_cache + overhead)}"
+
+
+def _footprint(model: ModelConfig, awake: int, weights: int, host: int) -> Footprint:
+    """``weights`` per device; ``host`` is what level 1 puts into host memory."""
+    asleep = model.memory_asleep if model.memory_asleep is not None else RESIDUAL + weights // 25
+    source = Source.ESTIMATED if _asked(model) is None else Source.CONFIGURED
+    kept = model.host_memory if model.host_memory is not None else host
+    return Footprint(awake, awake, min(asleep, awake), kept, source)
+
+
+def _asked(model: ModelConfig) -> float | int | None:
+    """What the user said about device memory: a fraction (float), bytes (int) or nothing."""
     if model.gpu_memory is not None:
-        return model.gpu_memory, Source.CONFIGURED
-    if not weights:
-        return int(device_memory * _UNKNOWN_SHARE), Source.ESTIMATED
-    devices = model.tensor_parallel_size * model.pipeline_parallel_size
-    return (weights + cache_bytes(model, directory)) // devices + _MARGIN, Source.ESTIMATED
-
-
-def model_directory(source: str, hf_home: Path) -> Path | None:
-    """Where the model's files lie: the path itself, or the newest snapshot in the Hugging Face cache."""
-    path = Path(source)
-    if path.exists():
-        return path
-    snapshots = hf_home / "hub" / f"models--{source.replace('/', '--')}" / "snapshots"
+        return model.gpu_memory
     try:
-        return max(snapshots.iterdir(), key=lambda snapshot: snapshot.stat().st_mtime, default=None)
-    except OSError:
+        share = float(argument(model, "gpu-memory-utilization"))
+    except ValueError:
         return None
+    return share if 0 < share <= 1 else None
 
 
-def weights_on_disk(path: Path | None) -> int:
-    """Bytes of the weights' files, of the best format that is there; 0 if none can be seen."""
-    if path is None:
-        return 0
-    try:
-        if path.is_file():
-            return path.stat().st_size
-        for pattern in ("*.safetensors", "*.bin", "*.gguf"):
-            if files := [file for file in path.glob(pattern) if not file.name.startswith("consolidated")]:
-                return sum(file.stat().st_size for file in files)
-    except OSError:
-        return 0
-    return 0
+def _budget(model: ModelConfig, device_memory: int) -> tuple[int | None, str]:
+    """Bytes per device that the user set, and how; None where it is left to us, or is a fraction of no device."""
+    asked = _asked(model)
+    if asked is None or (isinstance(asked, float) and not device_memory):
+        return None, ""
+    if isinstance(asked, float):
+        return int(asked * device_memory), f"{asked:g} of {size(device_memory)} as configured"
+    return asked, "as configured"
 
 
-def weights_by_count(model: ModelConfig) -> int:
-    """Bytes by the number of parameters (in billions) and their precision; 0 if not configured."""
-    if not model.param_count:
-        return 0
-    return round(model.param_count * 1e9 * _BYTES.get((model.precision or model.dtype or "auto").lower(), 2.0))
+def _overhead(model: ModelConfig, weights: int) -> int:
+    """Bytes per device beside weights and cache (rule 3)."""
+    total = CONTEXT + WORKING + weights * 6 // 100
+    if argument(model, "enforce-eager") == "true":
+        total -= EAGER_SAVES
+    if model.tensor_parallel_size > 1:
+        total += NCCL
+    return min(total, MAX_OVERHEAD)
 
 
-def cache_bytes(model: ModelConfig, directory: Path | None) -> int:
-    """Bytes of a useful KV cache, all devices together; 0 where the model's shape is unknown."""
-    config = _config(directory)
-    tokens = (model.max_model_len or min(_number(config, "max_position_embeddings", 8192), _LONGEST)) * _SEQUENCES
-    heads = _number(config, "num_attention_heads", 0)
-    width = _number(config, "head_dim", _number(config, "hidden_size", 0) // max(heads, 1))
-    per_token = 2 * 2 * _number(config, "num_hidden_layers", 0) * _number(config, "num_key_value_heads", heads) * width
-    return tokens * per_token
+@dataclass(frozen=True, slots=True)
+class _Kv:
+    """The cache: bytes per device, why, bytes a token of the whole model, and what the engine is told (0: nothing)."""
+
+    size: int
+    why: str
+    per_token: int
+    told: int
+    notes: tuple[str, ...] = ()
 
 
-def _config(directory: Path | None) -> dict[str, Any]:
-    """The model's config.json, the text part of it where there are several; empty if it cannot be read."""
-    if directory is None:
-        return {}
-    try:
-        config = json.loads((directory / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(config, dict):
-        return {}
-    text = config.get("text_config")
-    return text if isinstance(text, dict) else config
+def _kv(model: ModelConfig, facts: Facts, room: int) -> _Kv:
+    """By rule 2; ``room`` bytes per device are left for it (not above 0: no device, or no room whatever is done)."""
+    per_token = _per_token(model, facts)
+    asked, why = _kv_asked(model)
+    if asked is not None:
+        return _Kv(asked, why, per_token, asked)
+    length = _length(model, facts.cache)
+    requests = min(REQUESTS, whole(argument(model, "max-num-seqs")) or REQUESTS)
+    tokens = max(length, requests * min(length, REQUEST_TOKENS))
+    wanted, least = _kv_size(model, facts, tokens, requests), _kv_size(model, facts, length, 1)
+    if not wanted:
+        return _Kv(0, "it keeps none", 0, 0)
+    if wanted > room >= least:
+        return _Kv(room, f"what 0.9 of the device leaves; {size(wanted)} wanted", per_token, room)
+    about = "" if facts.cache else "about "
+    return _Kv(wanted, f"{tokens} tokens of {about}{size(per_token)}", per_token, wanted)
 
 
-def _number(config: dict[str, Any], name: str, default: int) -> int:
-    value = config.get(name)
-    return value if isinstance(value, int) and value > 0 else default
+def _kv_left(model: ModelConfig, facts: Facts, budget: int, fixed: int) -> _Kv:
+    """What a configured budget leaves. Of a fraction the engine itself makes what it can, so it is told nothing."""
+    per_token = _per_token(model, facts)
+    asked, why = _kv_asked(model)
+    if asked is not None:
+        return _Kv(asked, why, per_token, asked)
+    left = budget - fixed
+    least = _kv_size(model, facts, _length(model, facts.cache), 1)
+    notes: tuple[str, ...] = ()
+    if left < least:
+        need = f"{size(fixed)} for weights and overhead and {size(least)} for one request of the longest length"
+        notes = (f"gpu_memory gives {size(budget)}, but it needs about {need}",)
+    told = max(0, left) if isinstance(_asked(model), int) and least else 0
+    return _Kv(max(0, left), "what is left", per_token, told, notes)
+
+
+def _kv_asked(model: ModelConfig) -> tuple[int | None, str]:
+    """Bytes that the user set for the cache, if so."""
+    asked = _option(model, "kv_cache_memory") or whole(argument(model, "kv-cache-memory-bytes", "kv-cache-memory"))
+    return asked or None, "as configured"
+
+
+def _kv_size(model: ModelConfig, facts: Facts, tokens: int, requests: int) -> int:
+    """Bytes per device for so many tokens of so many requests."""
+    cache = facts.cache
+    if cache is None:
+        return -(-tokens * _per_token(model, facts) // _ranks(model))
+    length = _length(model, cache)
+    windowed = cache.windowed * min(tokens, requests * min(cache.window, length))
+    layer = cache.layer_token(_kv_width(model), model.tensor_parallel_size)
+    return -(-layer * (cache.growing * tokens + windowed) // model.pipeline_parallel_size)
+
+
+def _per_token(model: ModelConfig, facts: Facts) -> int:
+    """Bytes of one more token in the whole model: in its growing layers, or in all if each has a window."""
+    if facts.cache is None:
+        return _guessed_per_token(facts.weights) * _kv_width(model) // 2
+    return facts.cache.layer_token(_kv_width(model)) * (facts.cache.growing or facts.cache.windowed)
+
+
+def _guessed_per_token(weights: int) -> int:
+    """16-bit cache bytes a token for a model of this size: 96 KiB + 3 KiB per GB, as Qwen3 and Llama 3 have it."""
+    return (96 << 10) + (3 << 10) * (weights // 2_000_000_000)
+
+
+def _length(model: ModelConfig, cache: Architecture | None) -> int:
+    asked = model.max_model_len or whole(argument(model, "max-model-len", "ctx-size", "c", "context-length"))
+    return asked or (cache.length if cache else 0) or DEFAULT_LENGTH
+
+
+def _kv_width(model: ModelConfig) -> int:
+    """Bytes of a value in the cache."""
+    told = argument(model, "kv-cache-dtype")
+    if "8" in told:
+        return 1
+    return 4 if told in ("", "auto") and is_wide(model) else 2
+
+
+def _listed(devices: Sequence[Device]) -> str:
+    if not devices:
+        return "none"
+    each = (f"device {device.index} with {size(device.memory - device.reserve)}" for device in devices)
+    return ", ".join(each) + " (less the reserve)"

@@ -108,6 +108,8 @@ class Vllm:
         if share is not None and not _given(model, "--gpu-memory-utilization"):
             flags += ["--gpu-memory-utilization", f"{share:g}"]
         cache = size(model, "kv_cache_memory")
+        if cache is None and place.device_ids and not _given(model, "--kv-cache-memory-bytes"):
+            cache = place.kv_cache or None
         if cache is not None:
             flags += ["--kv-cache-memory-bytes", str(cache)]
         return flags
