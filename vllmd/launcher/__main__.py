@@ -1,0 +1,124 @@
+"""``vllmd-launcher``: argv, backend, loop, exit status.
+
+With systemd it is started by its socket and named the users on its command line;
+``--fd`` makes it the private launcher of the process at the other end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+
+from vllmd.launcher.engines import Supervisor
+from vllmd.launcher.loop import Callback, Loop
+from vllmd.launcher.service import Service, own_uid_and
+from vllmd.launcher.sessions import Sessions
+from vllmd.launcher.spawn import User, allowed_users
+from vllmd.systemd.activation import take_listeners
+from vllmd.systemd.journal import setup_logging
+from vllmd.systemd.notify import Notifier
+
+log = logging.getLogger("vllmd.launcher")
+END_LIMIT = 10.0  # seconds for the engines of a private launcher to be gone
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run until not needed any more. 2 for a wrong command line, 1 where it cannot work."""
+    options = _parse(sys.argv[1:] if argv is None else argv)
+    setup_logging(options.log_level, identifier="vllmd-launcher")
+    try:
+        users = allowed_users(tuple(options.user))
+        if options.fd is None:
+            _run_with_systemd(options, users)
+        else:
+            _run_privately(options, users)
+    except (ValueError, OSError) as error:
+        log.critical("%s", error)
+        return 1
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="vllmd-launcher", description="Starts vllmd's engines and watches over them.")
+    parser.add_argument(
+        "--user",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="engines may run as this user; may be repeated, the first is the default (needed when started as root)",
+    )
+    parser.add_argument("--client-user", default="", metavar="NAME", help="the daemon's user, who may connect")
+    parser.add_argument("--user-bus", action="store_true", help="make scopes in the user's own systemd")
+    parser.add_argument(
+        "--fd",
+        type=int,
+        metavar="N",
+        help="serve this connected socket only, without systemd, and kill every engine when it closes",
+    )
+    parser.add_argument("--session", default="", metavar="TOKEN", help="with --fd: marks the engines of one daemon")
+    parser.add_argument("--no-cgroups", action="store_true", help="with --fd: make no control groups")
+    parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    return parser.parse_args(argv)
+
+
+def _run_with_systemd(options: argparse.Namespace, users: dict[str, User]) -> None:
+    """Scopes; clients by the socket named ``launcher``. Engines outlive us."""
+    if os.geteuid() == 0 and not users:
+        raise ValueError("started as root: --user NAME must say whom engines run as")
+    if os.geteuid() != 0 and users:
+        raise ValueError("--user NAME needs root")
+    listeners = take_listeners("launcher").get("launcher", [])
+    if not listeners:
+        raise ValueError("no socket named `launcher` was passed: start vllmd-launcher.socket, or use --fd")
+    from vllmd.launcher.scopes import Scopes  # pystemd is not needed without systemd
+
+    notifier, loop = Notifier(), Loop()
+    backend = Scopes(loop, user=options.user_bus, stop_requested=lambda instance: supervisor.stop_requested(instance))
+    service = Service(loop, backend, own_uid_and(options.client_user))
+    supervisor = service.supervisor = Supervisor(loop, backend, users, service.report)
+    loop.on_signals(dict.fromkeys((signal.SIGTERM, signal.SIGINT), loop.stop))
+    supervisor.adopt()
+    for listener in listeners:
+        service.listen(listener)
+    notifier.ready(backend.detail)
+    loop.run()
+    notifier.stopping()
+
+
+def _run_privately(options: argparse.Namespace, users: dict[str, User]) -> None:
+    """Sessions, for one client; nothing outlives its connection."""
+    loop = Loop()
+    backend = Sessions(loop, token=options.session or str(os.getpid()), use_cgroups=not options.no_cgroups)
+    service = Service(loop, backend, ())
+    supervisor = service.supervisor = Supervisor(loop, backend, users, service.report)
+    finish = _finisher(loop, supervisor)
+    loop.on_signals({signal.SIGTERM: finish, signal.SIGINT: lambda: None, signal.SIGCHLD: backend.reap_orphans})
+    service.serve(socket.socket(fileno=options.fd), finish)
+    loop.run()
+    backend.kill_strays()
+
+
+def _finisher(loop: Loop, supervisor: Supervisor) -> Callback:
+    """Kills all engines and ends when the last one is gone, or after ``END_LIMIT``."""
+
+    def finish() -> None:
+        supervisor.kill_all()
+        loop.later(END_LIMIT, loop.stop)
+        wait()
+
+    def wait() -> None:
+        if len(supervisor):
+            loop.later(0.01, wait)
+        else:
+            loop.stop()
+
+    return finish
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""A control group (v2): who is in it, whether anybody is, how to kill them all, and what is written on it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from vllmd.launcher.loop import Loop
+
+_XATTR = "user.vllmd."
+_IN_MODIFY = 0x2
+
+
+class Cgroup:
+    """The group at ``path``. systemd removes it as soon as it is empty: a missing one is an empty one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._oom_kills = 0
+
+    def empty(self) -> bool:
+        """No process in it or below. A zombie does not count."""
+        try:
+            return "populated 0" in (self.path / "cgroup.events").read_text()
+        except OSError:
+            return True
+
+    def pids(self) -> list[int]:
+        """The processes in it and below."""
+        found = []
+        for folder, _, _ in os.walk(self.path):
+            with contextlib.suppress(OSError):
+                found += [int(line) for line in Path(folder, "cgroup.procs").read_text().split()]
+        return found
+
+    def kill(self) -> None:
+        """SIGKILL to all of them at once; before Linux 5.14, to each until none is left."""
+        try:
+            (self.path / "cgroup.kill").write_text("1")
+        except OSError:
+            self._kill_each()
+
+    def _kill_each(self) -> None:
+        for _ in range(10):  # those that fork meanwhile are met in the next round
+            for pid in self.pids():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def oom_killed(self) -> bool:
+        """Whether the kernel has killed one of them for memory, as far as it was seen before the group went."""
+        with contextlib.suppress(OSError, ValueError):
+            lines = (self.path / "memory.events").read_text().splitlines()
+            self._oom_kills = int(dict(line.split() for line in lines).get("oom_kill", 0))
+        return self._oom_kills > 0
+
+    def annotate(self, values: Mapping[str, str]) -> None:
+        """Write extended attributes ``user.vllmd.KEY``. Raises OSError (before Linux 5.7 there are none)."""
+        for key, value in values.items():
+            os.setxattr(self.path, _XATTR + key, value.encode())
+
+    def annotations(self) -> dict[str, str]:
+        """What was written; empty where it cannot be read."""
+        found = {}
+        with contextlib.suppress(OSError):
+            for name in os.listxattr(self.path):
+                if name.startswith(_XATTR):
+                    found[name.removeprefix(_XATTR)] = os.getxattr(self.path, name).decode(errors="replace")
+        return found
+
+
+def hierarchy() -> Path | None:
+    """Where cgroup v2 is mounted, also beside v1 on a hybrid system; None if nowhere."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        mount, _, kind = line.partition(" - ")
+        if kind.startswith("cgroup2 "):
+            return Path(mount.split()[4])
+    return None
+
+
+def cgroup_of(pid: int | str) -> Cgroup | None:
+    """The group that a process is in now; None if it is gone or there is no cgroup v2."""
+    root = hierarchy()
+    try:
+        lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    paths = [line.removeprefix("0::/") for line in lines if line.startswith("0::/")]
+    return Cgroup(root / paths[0]) if root and paths else None
+
+
+class Watcher:
+    """inotify on the groups' event files: they change when a group becomes empty, or loses a process to OOM."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._fd = int(self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
+        if self._fd < 0:
+            raise OSError(ctypes.get_errno(), "inotify_init1")
+        self._callbacks: dict[int, Callable[[], None]] = {}
+        loop.watch(self._fd, self._read)
+
+    def add(self, cgroup: Cgroup, changed: Callable[[], None]) -> list[int]:
+        """Call ``changed`` at every change. Returns what ``remove`` takes; of a group that is gone, nothing."""
+        watches = []
+        for name in ("cgroup.events", "memory.events"):
+            path = os.fsencode(cgroup.path / name)
+            if (watch := int(self._libc.inotify_add_watch(self._fd, path, _IN_MODIFY))) >= 0:
+                self._callbacks[watch] = changed
+                watches.append(watch)
+        return watches
+
+    def remove(self, watches: list[int]) -> None:
+        """No more calls; the kernel may have removed the watch with the file."""
+        for watch in watches:
+            self._callbacks.pop(watch, None)
+            self._libc.inotify_rm_watch(self._fd, watch)
+
+    def _read(self) -> None:
+        data, offset = os.read(self._fd, 65536), 0
+        changed = []
+        while offset < len(data):
+            watch, _, _, length = struct.unpack_from("iIII", data, offset)
+            offset += 16 + length
+            changed.append(self._callbacks.get(watch))
+        for callback in {callback for callback in changed if callback}:
+            callback()
+
+
+class WatchedCgroup(Cgroup):
+    """A group that tells when it changes: the ``Group`` of both backends."""
+
+    def __init__(self, path: Path, watcher: Watcher) -> None:
+        super().__init__(path)
+        self._watcher = watcher
+        self._watches: list[int] = []
+
+    def location(self) -> str:
+        """Its path."""
+        return str(self.path)
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        """Call at every change of its event files."""
+        self._watches = self._watcher.add(self, changed)
+
+    def close(self) -> None:
+        """No more calls."""
+        self._watcher.remove(self._watches)
+        self._watches = []

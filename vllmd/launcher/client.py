@@ -1,0 +1,383 @@
+"""The daemon's end of the launcher's socket; asyncio, knows neither systemd nor pystemd.
+
+The launcher may die at any time without an engine being harmed. The client then
+calls ``on_lost``, connects again (which starts the next launcher), asks what is
+running, and reports what ended meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vllmd.errors import LauncherFailed as LauncherError
+from vllmd.launcher import protocol
+from vllmd.launcher.protocol import (
+    Annotate,
+    Done,
+    Engines,
+    Exited,
+    ExitReport,
+    Failed,
+    Follow,
+    Info,
+    Kill,
+    LauncherInfo,
+    Lines,
+    List,
+    Logged,
+    Message,
+    ProtocolError,
+    Reply,
+    Request,
+    Running,
+    Signal,
+    Start,
+    Started,
+    StartOrder,
+    Tail,
+    Unfollow,
+)
+
+__all__ = ["ExitReport", "LauncherClient", "LauncherFailed", "LauncherInfo", "Running", "StartOrder"]
+
+log = logging.getLogger(__name__)
+
+ANSWER_LIMIT = 30.0  # seconds: pystemd may freeze the launcher for 25 when PID 1 does not answer
+FIRST_RETRY, LAST_RETRY = 0.05, 2.0  # seconds between attempts to connect again
+
+R = TypeVar("R", bound=Reply)
+OnExit = Callable[[ExitReport], None]
+OnLog = Callable[[str, list[str]], None]
+OnLost = Callable[[], None]
+
+
+class LauncherFailed(LauncherError):
+    """The launcher refused or could not. ``permanent``: the same order will fail again (no such command)."""
+
+    def __init__(self, message: str, *, permanent: bool = False, answered: bool = False) -> None:
+        super().__init__(message)
+        self.permanent = permanent
+        self.answered = answered  # these were the launcher's own words
+
+
+class LauncherClient:
+    """Made by ``connect`` or ``spawn_private``. All callbacks are called in the event loop, and must be quick."""
+
+    def __init__(self, dial: Callable[[], socket.socket], on_exit: OnExit, on_log: OnLog, on_lost: OnLost) -> None:
+        self._dial = dial
+        self._reap: Callable[[], None] | None = None
+        self._on_exit, self._on_log, self._on_lost = on_exit, on_log, on_lost
+        self._socket: socket.socket | None = None
+        self._connected = asyncio.Event()
+        self._last_id = 0
+        self._pending: dict[int, _Pending] = {}
+        self._known: dict[str, Running] = {}
+        self._doubtful: set[str] = set()
+        self._followed: set[str] = set()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @classmethod
+    async def connect(
+        cls,
+        address: str | Path | socket.socket,
+        on_exit: OnExit = lambda report: None,
+        on_log: OnLog = lambda instance, lines: None,
+        on_lost: OnLost = lambda: None,
+    ) -> LauncherClient:
+        """Connect to a launcher's socket by path, or use a connected one (which cannot be connected again).
+
+        Raises LauncherFailed if nobody is there.
+        """
+        given = [address] if isinstance(address, socket.socket) else []
+
+        def dial() -> socket.socket:
+            if isinstance(address, socket.socket):
+                if not given:
+                    raise ConnectionError("the connection was given and is closed")
+                return given.pop()
+            return _connect_path(address)
+
+        return await cls(dial, on_exit, on_log, on_lost)._open()
+
+    @classmethod
+    async def spawn_private(
+        cls,
+        on_exit: OnExit = lambda report: None,
+        on_log: OnLog = lambda instance, lines: None,
+        on_lost: OnLost = lambda: None,
+        options: tuple[str, ...] = (),
+    ) -> LauncherClient:
+        """Start a launcher of our own, without systemd. Its engines die with it, and it dies with us."""
+        private = _PrivateLauncher(options)
+        client = cls(private.dial, on_exit, on_log, on_lost)
+        client._reap = private.reap
+        return await client._open()
+
+    async def close(self) -> None:
+        """Leave. A private launcher kills its engines and ends."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._hang_up("the connection to the launcher was closed")
+        if self._reap:
+            await asyncio.to_thread(self._reap)
+
+    # --- what one may ask; each raises LauncherFailed ---
+
+    async def start(self, order: StartOrder) -> Running:
+        """Start an engine; returns when its command has been executed."""
+        answered = False
+        try:
+            started = await self._ask(Start(order), Started, limit=order.timeout + ANSWER_LIMIT)
+            answered = True
+        except LauncherFailed as error:
+            answered = error.answered
+            raise
+        finally:
+            if not answered:  # cancelled, timed out, or the connection was lost
+                self._abandon(order.instance)
+        return started.engine
+
+    async def signal(self, instance: str, signum: int) -> None:
+        """To the main process only."""
+        await self._ask(Signal(instance, signum), Done)
+
+    async def kill(self, instance: str) -> None:
+        """SIGKILL to every process; ``on_exit`` follows."""
+        await self._ask(Kill(instance), Done)
+
+    async def list(self) -> list[Running]:
+        """Everything that runs, also what an earlier launcher or daemon started."""
+        found: list[Running] = []
+        await self._ask(List(), Engines, lambda part: found.extend(part.engines))
+        self._known |= {engine.instance: engine for engine in found}
+        return found
+
+    async def annotate(self, instance: str, metadata: Mapping[str, str]) -> None:
+        """Set these keys of the metadata, which survive launcher and daemon."""
+        await self._ask(Annotate(instance, metadata), Done)
+
+    async def follow(self, instance: str, lines: int = 50) -> None:
+        """``on_log`` gets the last lines and all further ones."""
+        self._followed.add(instance)
+        await self._ask(Follow(instance, lines), Done)
+
+    async def unfollow(self, instance: str) -> None:
+        """No more of them."""
+        self._followed.discard(instance)
+        await self._ask(Unfollow(instance), Done)
+
+    async def tail(self, instance: str, lines: int = 50) -> builtins.list[str]:
+        """The last lines, those written just now included; also of an engine that has ended."""
+        found: list[str] = []
+        await self._ask(Tail(instance, lines), Lines, lambda part: found.extend(part.lines))
+        return found
+
+    async def info(self) -> LauncherInfo:
+        """What the launcher is."""
+        return await self._ask(Info(), LauncherInfo)
+
+    # --- requests and answers ---
+
+    async def _ask(
+        self,
+        request: Request,
+        kind: type[R],
+        part: Callable[[R], None] = lambda _: None,
+        limit: float = ANSWER_LIMIT,
+    ) -> R:
+        """Send it and wait for the last part of the answer, which must be of this kind."""
+        self._last_id += 1
+        id, pending = self._last_id, _Pending(asyncio.get_running_loop().create_future(), part)
+        try:
+            async with asyncio.timeout(limit):
+                await self._connected.wait()
+                self._pending[id] = pending
+                await self._send(protocol.encode(request, id))
+                answer = await pending.future
+        except TimeoutError:
+            raise LauncherFailed(f"the launcher did not answer a {type(request).__name__} in {limit:g} s") from None
+        except (OSError, ProtocolError) as error:
+            raise LauncherFailed(f"cannot ask the launcher: {error}") from None
+        finally:
+            self._pending.pop(id, None)
+        if isinstance(answer, Failed):
+            raise LauncherFailed(answer.message, permanent=answer.permanent, answered=True)
+        if not isinstance(answer, kind):
+            raise LauncherFailed(f"the launcher answered a {type(request).__name__} with {type(answer).__name__}")
+        return answer
+
+    async def _send(self, packet: bytes) -> None:
+        if self._socket is None:
+            raise ConnectionError("the connection is lost")
+        await asyncio.get_running_loop().sock_sendall(self._socket, packet)
+
+    def _received(self, packet: bytes) -> None:
+        try:
+            id, message = protocol.decode(packet)
+        except ProtocolError as error:
+            log.error("a malformed packet from the launcher: %s", error)
+            return
+        match message:
+            case Exited(report):
+                # Soon, not now: a caller of `start` hears of the start before it hears of the end.
+                asyncio.get_running_loop().call_soon(self._ended, report)
+            case Logged(instance, lines):
+                if instance in self._followed:
+                    self._on_log(instance, list(lines))
+            case _:
+                self._answered(id, message)
+
+    def _answered(self, id: int, message: Message) -> None:
+        if isinstance(message, Started):
+            self._known[message.engine.instance] = message.engine
+        pending = self._pending.get(id)
+        if pending is None:
+            return  # whoever asked has given up
+        if isinstance(message, Engines | Lines):
+            pending.part(message)
+            if message.more:
+                return
+        if not pending.future.done():
+            pending.future.set_result(message)
+
+    def _ended(self, report: ExitReport) -> None:
+        self._followed.discard(report.instance)
+        if self._known.pop(report.instance, None):
+            self._on_exit(report)
+
+    # --- the connection ---
+
+    async def _open(self) -> LauncherClient:
+        try:
+            self._take(await asyncio.to_thread(self._dial))
+        except OSError as error:
+            raise LauncherFailed(f"cannot connect to the launcher: {error}") from None
+        self._tasks.append(asyncio.create_task(self._stay_connected()))
+        return self
+
+    def _take(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self._socket = connection
+        self._connected.set()
+
+    async def _stay_connected(self) -> None:
+        while True:
+            await self._read_packets()
+            self._hang_up("the connection to the launcher was lost")
+            self._on_lost()
+            await self._connect_again()
+            self._tasks[1:] = [asyncio.create_task(self._resume())]
+
+    async def _read_packets(self) -> None:
+        """Until the end of the connection."""
+        assert self._socket
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(OSError):
+            while packet := await loop.sock_recv(self._socket, protocol.MAX_PACKET + 1):
+                self._received(packet)
+
+    def _hang_up(self, why: str) -> None:
+        """What was asked and not answered fails; whether it was done, nobody knows."""
+        self._connected.clear()
+        if self._socket:
+            self._socket.close()
+            self._socket = None
+        for pending in self._pending.values():
+            if not pending.future.done():
+                pending.future.set_exception(LauncherFailed(why))
+
+    async def _connect_again(self) -> None:
+        delay = FIRST_RETRY
+        while True:
+            try:
+                return self._take(await asyncio.to_thread(self._dial))
+            except OSError as error:
+                log.warning("cannot connect to the launcher: %s; trying again in %.2f s", error, delay)
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, LAST_RETRY)
+
+    async def _resume(self) -> None:
+        """Catch up with what happened while the connection was lost."""
+        before, followed = set(self._known), set(self._followed)
+        try:
+            running = {engine.instance for engine in await self.list()}
+            for instance in running & self._doubtful:
+                await self.kill(instance)
+            for instance in before & self._known.keys() - running:
+                self._ended(ExitReport(instance))
+            for instance in followed & running:
+                await self._ask(Follow(instance, 0), Done)
+        except LauncherFailed as error:
+            log.warning("lost the launcher again: %s", error)
+            return
+        self._doubtful.clear()
+
+    def _abandon(self, instance: str) -> None:
+        """A start whose outcome nobody will hear: if it succeeds after all, the engine must not live on unknown."""
+        self._doubtful.add(instance)
+        if self._connected.is_set():
+            self._tasks.append(asyncio.create_task(self._kill_doubtful(instance)))
+
+    async def _kill_doubtful(self, instance: str) -> None:
+        with contextlib.suppress(LauncherFailed):
+            await self.kill(instance)
+            self._doubtful.discard(instance)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A request on its way."""
+
+    future: asyncio.Future[Message]
+    part: Callable[[Any], None]
+
+
+class _PrivateLauncher:
+    """Starts launchers of one session; the next one kills what the last one left."""
+
+    def __init__(self, options: tuple[str, ...]) -> None:
+        self._options = options
+        self._token = secrets.token_hex(8)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def dial(self) -> socket.socket:
+        """Start one at the other end of a new connection. Raises OSError."""
+        if self._process:
+            self._process.wait()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            fd = str(theirs.fileno())
+            argv = [sys.executable, "-m", "vllmd.launcher", "--fd", fd, "--session", self._token, *self._options]
+            package = str(Path(__file__).resolve().parents[2])
+            path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
+            environment = {**os.environ, "PYTHONPATH": path}
+            self._process = subprocess.Popen(argv, pass_fds=[theirs.fileno()], env=environment)
+        return ours
+
+    def reap(self) -> None:
+        """Wait for it: it ends by itself when the connection is closed."""
+        if self._process:
+            self._process.wait()
+
+
+def _connect_path(path: str | Path) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        connection.connect(str(path))
+    except OSError as error:
+        connection.close()
+        raise OSError(error.errno, f"{error.strerror}: {path}") from None
+    return connection

@@ -1,0 +1,375 @@
+"""The life of every engine, from the order to the report of its end.
+
+    PLACING    forked, waiting at its gate; systemd is making the scope
+      | the start job is `done`: metadata written, gate opened
+    EXECUTING  the child executes the command
+      | the error pipe is closed by the exec: answer Started
+    RUNNING
+      | the main process ended
+    ENDING     the rest gets GRACE seconds, then SIGKILL; when the group is empty the
+               unit is retired, the log's tail read, and the end reported
+
+A failure or the time limit leads from PLACING and EXECUTING to ENDING as well,
+with SIGKILL at once; the answer is then Failed, after everything is gone.
+Nothing is let through the gate unless the job's result was `done`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import logging
+import os
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from vllmd.launcher.backend import Backend, Group
+from vllmd.launcher.loop import Loop, Timer
+from vllmd.launcher.process import Ending, Process
+from vllmd.launcher.protocol import (
+    ExitReport,
+    Failed,
+    Running,
+    Started,
+    StartOrder,
+    unit_of,
+)
+from vllmd.launcher.spawn import Child, User, read_failure, spawn
+
+log = logging.getLogger(__name__)
+
+GRACE = 0.5  # seconds between the main process's end and SIGKILL for what it left behind
+KILL_LIMIT = 20.0  # seconds for the kernel to end killed processes; a stuck driver can hold them
+RETIRE_LIMIT = 10.0  # seconds for systemd to forget the unit
+STATUS_TRIES, STATUS_WAIT = 20, 0.01  # for the exit status of one that is not our child
+TAIL_LINES = 50
+
+# Ours, next to the daemon's metadata; the dot keeps them apart from every metadata key.
+PID, START = "launcher.pid", "launcher.start"
+Answer = Callable[[Started | Failed], None]
+
+
+class Phase(enum.Enum):
+    """See the picture above."""
+
+    PLACING = enum.auto()
+    EXECUTING = enum.auto()
+    RUNNING = enum.auto()
+    ENDING = enum.auto()
+
+
+@dataclass(slots=True)
+class Engine:
+    """What is known of one. ``answer`` is still owed to whoever ordered it, until it runs or is gone."""
+
+    instance: str
+    phase: Phase
+    process: Process | None
+    group: Group | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+    child: Child | None = None
+    answer: Answer | None = None
+    failure: Failed | None = None
+    ending: Ending | None = None
+    retiring: bool = False
+    timer: Timer | None = None
+
+    def running(self) -> Running:
+        """As the daemon sees it."""
+        pid = self.process.pid if self.process else 0
+        return Running(
+            self.instance,
+            pid,
+            unit_of(self.instance),
+            self.group.location() if self.group else "",
+            dict(self.metadata),
+        )
+
+
+class Supervisor:
+    """Owns the engines. ``report`` is called once for every one that had run and is gone."""
+
+    def __init__(
+        self, loop: Loop, backend: Backend, users: Mapping[str, User], report: Callable[[ExitReport], None]
+    ) -> None:
+        self._loop = loop
+        self._backend = backend
+        self._users = users
+        self._report = report
+        self._engines: dict[str, Engine] = {}
+
+    def __len__(self) -> int:
+        return len(self._engines)
+
+    # --- what is asked of it ---
+
+    def start(self, order: StartOrder, answer: Answer) -> None:
+        """Start an engine. ``answer`` is called once, now or later."""
+        try:
+            user = self._user(order.user)
+            self._check_free(order.instance)
+            child = self._spawn(order, user)
+        except ValueError as error:
+            return answer(Failed(str(error), permanent=True))
+        except OSError as error:
+            return answer(Failed(f"cannot start a process: {error.strerror}"))
+        engine = Engine(order.instance, Phase.PLACING, child.process, child=child, answer=answer)
+        engine.metadata.update(order.metadata)
+        self._engines[order.instance] = engine
+        self._warn_of_limits(order)
+        self._loop.watch(child.process.fd, lambda: self._main_ended(engine))
+        self._loop.watch(child.errors, lambda: self._child_spoke(engine))
+        engine.timer = self._loop.later(order.timeout, lambda: self._too_slow(engine, order.timeout))
+        return self._backend.place(order, child.process, lambda group, why: self._placed(engine, group, why))
+
+    def signal(self, instance: str, number: int) -> None:
+        """To the main process only. Raises KeyError if there is no such engine."""
+        if process := self._engines[instance].process:
+            process.signal(number)
+
+    def kill(self, instance: str) -> None:
+        """Every process, now. Raises KeyError if there is no such engine."""
+        engine = self._engines[instance]
+        if engine.process:
+            engine.process.signal(signal.SIGKILL)
+        if engine.group:
+            engine.group.kill()
+
+    def kill_all(self) -> None:
+        """Every process of every engine."""
+        for instance in self._engines:
+            self.kill(instance)
+
+    def stop_requested(self, instance: str) -> None:
+        """systemd is stopping the scope and leaves the polite part to us: SIGTERM to the main process alone."""
+        with contextlib.suppress(KeyError):
+            self.signal(instance, signal.SIGTERM)
+
+    def annotate(self, instance: str, metadata: Mapping[str, str]) -> None:
+        """Add to the metadata. Raises KeyError if there is no such engine."""
+        engine = self._engines[instance]
+        engine.metadata.update(metadata)
+        _write(engine, metadata)
+
+    def list(self) -> list[Running]:
+        """Those that run, or whose end has yet to be reported; one that is still starting is not among them."""
+        return [engine.running() for engine in self._engines.values() if engine.process and not engine.answer]
+
+    def adopt(self) -> None:
+        """Take over what an earlier launcher left: main processes by number and start time, the rest to be ended."""
+        for found in self._backend.adopt():
+            notes = found.group.annotations()
+            engine = Engine(found.instance, Phase.RUNNING, _process_of(notes), found.group)
+            engine.metadata = {key: value for key, value in notes.items() if "." not in key}
+            self._engines[found.instance] = engine
+            found.group.watch(lambda engine=engine: self._group_changed(engine))  # type: ignore[misc]
+            if engine.process:
+                self._loop.watch(engine.process.fd, lambda engine=engine: self._main_ended(engine))  # type: ignore[misc]
+            else:
+                engine.ending = Ending()
+                self._end(engine)
+            log.info("found %s again, main process %s", unit_of(found.instance), engine.running().pid or "gone")
+
+    # --- starting ---
+
+    def _user(self, name: str) -> User | None:
+        """Whom to become; the first allowed one by default, None where engines stay what we are."""
+        if not self._users and not name:
+            return None
+        wanted = name or next(iter(self._users))
+        if wanted not in self._users:
+            raise ValueError(f"user {wanted!r} is not allowed; allowed are: {', '.join(self._users) or 'none'}")
+        return self._users[wanted]
+
+    def _check_free(self, instance: str) -> None:
+        if instance in self._engines:
+            raise ValueError(f"{unit_of(instance)} is in use or has not gone yet; take another instance name")
+
+    def _spawn(self, order: StartOrder, user: User | None) -> Child:
+        output = self._backend.logs.open(order.instance)
+        try:
+            marked = dataclasses.replace(order, env={**order.env, **self._backend.marks})
+            return spawn(marked, user, output, die_with_us=self._backend.dies_with_us)
+        finally:
+            os.close(output)
+
+    def _warn_of_limits(self, order: StartOrder) -> None:
+        if without := order.limits.keys() - set(self._backend.limits):
+            log.warning("%s: no effect here: %s (%s)", order.instance, ", ".join(sorted(without)), self._backend.detail)
+
+    def _placed(self, engine: Engine, group: Group | None, why: str) -> None:
+        """The start job has ended. Later than the time limit it changes nothing: the unit is being retired."""
+        if engine.phase is not Phase.PLACING:
+            return None
+        if group is None:
+            return self._fail(engine, Failed(why))
+        engine.group = group
+        group.watch(lambda: self._group_changed(engine))
+        if engine.ending or engine.process is None:
+            return self._fail(engine, Failed("the process died before it was let through its gate"))
+        start_time = str(engine.process.start_time)
+        _write(engine, {**engine.metadata, PID: str(engine.process.pid), START: start_time})
+        engine.phase = Phase.EXECUTING
+        return self._open_gate(engine)
+
+    def _open_gate(self, engine: Engine) -> None:
+        assert engine.child
+        with contextlib.suppress(BrokenPipeError):  # it died just now; its pidfd tells
+            os.write(engine.child.gate, b"G")
+
+    def _child_spoke(self, engine: Engine) -> None:
+        """Words: it failed. The end of the pipe: the command has been executed, or the child was killed."""
+        assert engine.child
+        data = os.read(engine.child.errors, 4096)
+        self._loop.unwatch(engine.child.errors)
+        if data:
+            return self._fail(engine, read_failure(data))
+        if engine.phase is not Phase.EXECUTING or engine.process is None:
+            return None  # killed at the gate: the pidfd tells
+        engine.phase = Phase.RUNNING
+        _forget_start(self._loop, engine)
+        return _answer(engine, Started(engine.running()))
+
+    def _too_slow(self, engine: Engine, limit: float) -> None:
+        what = "systemd did not make the scope" if engine.phase is Phase.PLACING else "the command was not executed"
+        self._fail(engine, Failed(f"{what} within {limit:g} s; the process was never let go and has been killed"))
+
+    # --- ending ---
+
+    def _fail(self, engine: Engine, failure: Failed) -> None:
+        """A start failed: everything goes at once, then the answer."""
+        engine.failure = engine.failure or failure
+        if engine.process:
+            engine.process.signal(signal.SIGKILL)
+        if engine.group:
+            engine.group.kill()
+        self._end(engine)
+
+    def _main_ended(self, engine: Engine, tries: int = STATUS_TRIES) -> None:
+        assert engine.process
+        self._loop.unwatch(engine.process.fd)
+        engine.ending = engine.process.ending()
+        if engine.ending is None and tries:
+            self._loop.later(STATUS_WAIT, lambda: self._main_ended(engine, tries - 1))
+            return
+        engine.ending = engine.ending or Ending()
+        if engine.group:
+            engine.group.oom_killed()  # systemd removes the group soon: read it now
+        if engine.phase is Phase.EXECUTING:
+            self._child_spoke(engine)  # its words, or the command was executed and has ended already
+        elif engine.phase is Phase.PLACING and engine.child:
+            engine.failure = _last_words(engine.child.errors, engine.ending)
+        self._end(engine)
+
+    def _group_changed(self, engine: Engine) -> None:
+        if engine.group:
+            engine.group.oom_killed()
+        self._check_gone(engine)
+
+    def _end(self, engine: Engine) -> None:
+        """Begin the end, or go on with it."""
+        if engine.phase is not Phase.ENDING:
+            engine.phase = Phase.ENDING
+            _forget_start(self._loop, engine)
+            grace = 0.0 if engine.failure else GRACE
+            engine.timer = self._loop.later(grace, lambda: self._kill_rest(engine))
+        self._check_gone(engine)
+
+    def _kill_rest(self, engine: Engine) -> None:
+        if engine.group and not engine.group.empty():
+            if not engine.failure:
+                log.info("%s: killing what its main process left behind", engine.instance)
+            engine.group.kill()
+        engine.timer = self._loop.later(KILL_LIMIT, lambda: self._retire(engine))
+        self._check_gone(engine)
+
+    def _check_gone(self, engine: Engine) -> None:
+        if engine.phase is Phase.ENDING and engine.ending and (engine.group is None or engine.group.empty()):
+            self._retire(engine)
+
+    def _retire(self, engine: Engine) -> None:
+        """Every process is gone (or cannot be killed): free the unit's name, then tell."""
+        if engine.retiring:
+            return
+        engine.retiring = True
+        _cancel(engine)
+        engine.timer = self._loop.later(RETIRE_LIMIT, lambda: self._retired(engine))
+        self._backend.retire(engine.instance, lambda: self._retired(engine))
+
+    def _retired(self, engine: Engine) -> None:
+        if self._engines.get(engine.instance) is not engine or engine.timer is None:
+            return  # told already: systemd was later than the limit
+        _cancel(engine)
+        try:
+            self._backend.logs.tail(engine.instance, TAIL_LINES, lambda lines: self._gone(engine, lines))
+        except OSError as error:
+            log.warning("%s: cannot read its log: %s", engine.instance, error)
+            self._gone(engine, ())
+
+    def _gone(self, engine: Engine, log_tail: tuple[str, ...]) -> None:
+        del self._engines[engine.instance]
+        ending = engine.ending or Ending()
+        empty = engine.group is None or engine.group.empty()
+        oom = engine.group is not None and engine.group.oom_killed()
+        self._release(engine)
+        if engine.answer:
+            _answer(engine, engine.failure or Failed("it ended before it was started"))
+        else:
+            self._report(ExitReport(engine.instance, ending.status, ending.signal, empty, oom, log_tail))
+
+    def _release(self, engine: Engine) -> None:
+        if engine.process:
+            self._loop.unwatch(engine.process.fd)
+            engine.process.close()
+        if engine.group:
+            engine.group.close()
+        self._backend.logs.forget(engine.instance)
+
+
+def _process_of(notes: Mapping[str, str]) -> Process | None:
+    """The main process that an earlier launcher wrote down; None if it is gone."""
+    try:
+        return Process(int(notes[PID]), int(notes[START]))
+    except (KeyError, ValueError, OSError):
+        return None
+
+
+def _write(engine: Engine, values: Mapping[str, str]) -> None:
+    try:
+        if engine.group:
+            engine.group.annotate(values)
+    except OSError as error:
+        log.warning("%s: metadata will not survive the launcher: %s", engine.instance, error)
+
+
+def _forget_start(loop: Loop, engine: Engine) -> None:
+    """The gate and the error pipe have served; a child still at the gate exits."""
+    _cancel(engine)
+    if engine.child:
+        loop.unwatch(engine.child.errors)
+        os.close(engine.child.gate)
+        os.close(engine.child.errors)
+        engine.child = None
+
+
+def _cancel(engine: Engine) -> None:
+    if engine.timer:
+        engine.timer.cancel()
+        engine.timer = None
+
+
+def _last_words(errors: int, ending: Ending) -> Failed:
+    """Why a child ended before its exec: in its own words if it had any left."""
+    with contextlib.suppress(BlockingIOError):
+        if data := os.read(errors, 4096):
+            return read_failure(data)
+    how = f"signal {ending.signal}" if ending.signal else f"status {ending.status}"
+    return Failed(f"the process ended with {how} before the command was executed")
+
+
+def _answer(engine: Engine, reply: Started | Failed) -> None:
+    answer, engine.answer = engine.answer, None
+    if answer:
+        answer(reply)

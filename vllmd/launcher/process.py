@@ -1,0 +1,94 @@
+"""A main process: a pidfd for its life, its start time for its identity, its status when it has ended."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import signal
+import struct
+from dataclasses import dataclass
+
+_PIDFD_INFO_EXIT = 1 << 3
+_PIDFD_INFO_SIZE = 64  # struct pidfd_info up to and with exit_code
+_PIDFD_GET_INFO = (3 << 30) | (_PIDFD_INFO_SIZE << 16) | (0xFF << 8) | 11  # _IOWR(PIDFS_IOCTL_MAGIC, 11, size)
+_EXIT_CODE_OFFSET = 8 + 8 + 11 * 4  # after mask, cgroupid and eleven ids
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a process ended; both None where nobody can know."""
+
+    status: int | None = None
+    signal: int | None = None
+
+
+class Process:
+    """A process that is signalled only through its pidfd, so never another of the same number."""
+
+    def __init__(self, pid: int, start_time: int | None = None) -> None:
+        """Raises ProcessLookupError if it is gone, or if ``start_time`` (clock ticks) tells that it is another."""
+        self.pid = pid
+        self.fd = os.pidfd_open(pid)
+        self.start_time = start_time_of(pid) or 0
+        if start_time is not None and self.start_time != start_time:
+            os.close(self.fd)
+            raise ProcessLookupError(f"process {pid} is not the one that was started")
+
+    def signal(self, number: int) -> None:
+        """Send it a signal; harmless when it has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.fd, number)
+
+    def ending(self) -> Ending | None:
+        """Reap it, or ask the kernel if it is not our child; None while it runs or the kernel does not tell (yet)."""
+        try:
+            result = os.waitid(os.P_PIDFD, self.fd, os.WEXITED | os.WNOHANG)
+        except ChildProcessError:
+            return self._ending_of_stranger()
+        if result is None:
+            return None
+        return Ending(result.si_status) if result.si_code == os.CLD_EXITED else Ending(signal=result.si_status)
+
+    def _ending_of_stranger(self) -> Ending | None:
+        """PIDFD_GET_INFO (the exit code since Linux 6.15), once the parent has reaped it."""
+        buffer = bytearray(_PIDFD_INFO_SIZE)
+        struct.pack_into("<Q", buffer, 0, _PIDFD_INFO_EXIT)
+        try:
+            fcntl.ioctl(self.fd, _PIDFD_GET_INFO, buffer, True)
+        except OSError:
+            return None
+        if not struct.unpack_from("<Q", buffer)[0] & _PIDFD_INFO_EXIT:
+            return None
+        code = os.waitstatus_to_exitcode(struct.unpack_from("<i", buffer, _EXIT_CODE_OFFSET)[0])
+        return Ending(code) if code >= 0 else Ending(signal=-code)
+
+    def close(self) -> None:
+        """Forget it."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def start_time_of(pid: int) -> int | None:
+    """Clock ticks after boot at which it started; None if there is no such process."""
+    fields = stat_of(pid)
+    return int(fields[19]) if fields else None
+
+
+def stat_of(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the third (state, ppid, pgrp, session, ...) on; empty if it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def prctl(option: int, argument: int) -> None:
+    """prctl(2); raises OSError."""
+    if ctypes.CDLL(None, use_errno=True).prctl(option, argument, 0, 0, 0):
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))

@@ -1,0 +1,393 @@
+"""What the daemon and the launcher say to each other: one JSON packet per message on AF_UNIX SOCK_SEQPACKET.
+
+A packet is ``{"id": 7, "type": "Signal", "body": {...}}``. The client numbers its
+requests from 1; the answer has the same number; what nobody asked for has 0.
+Types, sizes and names are checked on both sides: a wrong packet is answered with
+``Failed`` and changes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_PACKET = 128 << 10  # bytes; the kernel's default send buffer takes 208 KiB
+MAX_LINE = 8 << 10  # bytes of a log line that are passed on
+LINES_PER_PACKET = MAX_PACKET // 2
+
+INSTANCE = re.compile(r"[a-z0-9][a-z0-9.-]{0,127}\Z")
+METADATA_KEY = re.compile(r"[a-z][a-z0-9_]{0,62}\Z")
+MAX_METADATA_VALUE = 4 << 10
+LIMITS: Mapping[str, tuple[type, ...]] = {
+    "memory_max": (int,),  # bytes
+    "memory_high": (int,),
+    "memory_swap_max": (int,),
+    "cpu_weight": (int,),  # 1 to 10000
+    "cpu_quota": (int, float),  # 1.0 is one core
+    "tasks_max": (int,),
+    "oom_policy": (str,),
+}
+OOM_POLICIES = ("continue", "stop", "kill")
+SIGNALS = frozenset({1, 2, 3, 9, 10, 12, 15, 18, 19})  # HUP INT QUIT KILL USR1 USR2 TERM CONT STOP
+UNIT_PREFIX, UNIT_SUFFIX = "vllmd-model-", ".scope"
+
+
+def unit_of(instance: str) -> str:
+    """The name of an instance's scope."""
+    return f"{UNIT_PREFIX}{instance}{UNIT_SUFFIX}"
+
+
+def instance_of(unit: str) -> str | None:
+    """The instance whose scope this is; None for any other unit."""
+    if not (unit.startswith(UNIT_PREFIX) and unit.endswith(UNIT_SUFFIX)):
+        return None
+    instance = unit[len(UNIT_PREFIX) : -len(UNIT_SUFFIX)]
+    return instance if INSTANCE.match(instance) else None
+
+
+class ProtocolError(Exception):
+    """A packet is malformed; the message says how. ``id`` is its number, 0 if it could not be read."""
+
+    def __init__(self, message: str, id: int = 0) -> None:
+        super().__init__(message)
+        self.id = id
+
+
+# --- the nouns ---
+
+
+@dataclass(frozen=True, slots=True)
+class StartOrder:
+    """What to run. Times in seconds; raises ProtocolError for what could never work.
+
+    ``instance`` is unique for ever (``qwen3-1a2b``); the unit is ``vllmd-model-INSTANCE.scope``.
+    ``env`` is added to the launcher's base environment. ``run_dir`` is made by the engine's user.
+    ``listen_uds``: a stale socket file that is unlinked first. ``user``: "" is the launcher's default.
+    ``limits``: fields of ``config.types.ScopeLimits`` that are set. ``metadata`` survives launcher and daemon.
+    ``timeout``: for the scope to be made and the command executed. ``stop_timeout``: between SIGTERM
+    and SIGKILL when systemd itself stops the scope.
+    """
+
+    instance: str
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+    cwd: str = ""
+    run_dir: str = ""
+    listen_uds: str = ""
+    user: str = ""
+    description: str = ""
+    limits: Mapping[str, int | float | str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    timeout: float = 10.0
+    stop_timeout: float = 30.0
+
+    def __post_init__(self) -> None:
+        check_instance(self.instance)
+        check_metadata(self.metadata)
+        check_limits(self.limits)
+        if not self.argv or not self.argv[0]:
+            raise ProtocolError("argv is empty: there is no command to run")
+        for name in ("cwd", "run_dir", "listen_uds"):
+            if (path := getattr(self, name)) and not path.startswith("/"):
+                raise ProtocolError(f"{name} {path!r} is not an absolute path")
+        if any("\0" in text for text in (*self.argv, *self.env, *self.env.values(), self.cwd, self.run_dir)):
+            raise ProtocolError("a NUL character in argv, env or a path")
+        if any(not name or "=" in name for name in self.env):
+            raise ProtocolError("a name in env is empty or has '='")
+        if not (0 < self.timeout <= 600 and 0 < self.stop_timeout <= 3600):
+            raise ProtocolError("timeout must be in (0, 600] and stop_timeout in (0, 3600] seconds")
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """An engine that was started, or found again. ``cgroup`` is a path, "" where it has none of its own."""
+
+    instance: str
+    pid: int
+    unit: str
+    cgroup: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ExitReport:
+    """An engine's end. ``status`` and ``signal`` are None where nobody can know them.
+
+    ``empty``: no process of it is left (False only after every attempt to kill them failed).
+    ``oom``: the kernel killed one of its processes for memory. ``log_tail``: its last lines.
+    """
+
+    instance: str
+    status: int | None = None
+    signal: int | None = None
+    empty: bool = True
+    oom: bool = False
+    log_tail: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LauncherInfo:
+    """Which backend runs engines: ``systemd``, ``systemd-user`` or ``sessions``; which limits have effect there."""
+
+    backend: str
+    detail: str
+    limits: tuple[str, ...] = ()
+
+
+# --- requests ---
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Start an engine. Answered by Started when the command has been executed, or Failed."""
+
+    order: StartOrder
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """Send a signal to the main process only. Answered by Done."""
+
+    instance: str
+    signum: int
+
+    def __post_init__(self) -> None:
+        if self.signum not in SIGNALS:
+            raise ProtocolError(f"signal {self.signum} is not one of {', '.join(map(str, sorted(SIGNALS)))}")
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """SIGKILL every process of the engine. Answered by Done; Exited follows."""
+
+    instance: str
+
+
+@dataclass(frozen=True, slots=True)
+class Annotate:
+    """Set these keys of the metadata. Answered by Done."""
+
+    instance: str
+    metadata: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        check_metadata(self.metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class Follow:
+    """Send the last ``lines`` and all further ones as Logged. Answered by Done."""
+
+    instance: str
+    lines: int = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Unfollow:
+    """No more of them. Answered by Done."""
+
+    instance: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """The last lines of a running or ended engine. Answered by Lines."""
+
+    instance: str
+    lines: int = 50
+
+    def __post_init__(self) -> None:
+        check_instance(self.instance)
+
+
+@dataclass(frozen=True, slots=True)
+class List:
+    """Everything that runs. Answered by Engines."""
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """What this launcher is. Answered by LauncherInfo."""
+
+
+# --- answers, and what comes unasked ---
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """It was done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """It was refused or did not work. ``permanent``: trying again cannot help."""
+
+    message: str
+    permanent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The command has been executed."""
+
+    engine: Running
+
+
+@dataclass(frozen=True, slots=True)
+class Engines:
+    """A part of the list; ``more`` follows under the same number."""
+
+    engines: tuple[Running, ...]
+    more: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """A part of the lines; ``more`` follows under the same number."""
+
+    lines: tuple[str, ...]
+    more: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """An engine has ended."""
+
+    report: ExitReport
+
+
+@dataclass(frozen=True, slots=True)
+class Logged:
+    """A followed engine wrote these lines."""
+
+    instance: str
+    lines: tuple[str, ...]
+
+
+Request = Start | Signal | Kill | Annotate | Follow | Unfollow | Tail | List | Info
+Reply = Done | Failed | Started | Engines | Lines | LauncherInfo
+Message = Request | Reply | Exited | Logged
+_TYPES: dict[str, type[Any]] = {kind.__name__: kind for kind in typing.get_args(Message)}
+
+
+# --- to and from packets ---
+
+
+def encode(message: Message, id: int = 0) -> bytes:
+    """The packet. Raises ProtocolError if it would be too large."""
+    body = dataclasses.asdict(message)
+    packet = json.dumps({"id": id, "type": type(message).__name__, "body": body}, separators=(",", ":")).encode()
+    if len(packet) > MAX_PACKET:
+        raise ProtocolError(f"a {type(message).__name__} of {len(packet)} bytes; at most {MAX_PACKET} fit a packet", id)
+    return packet
+
+
+def decode(packet: bytes) -> tuple[int, Message]:
+    """The number and the message. Raises ProtocolError, with the number where it could be read."""
+    if len(packet) > MAX_PACKET:
+        raise ProtocolError(f"a packet of more than {MAX_PACKET} bytes")
+    try:
+        value = json.loads(packet)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"not JSON: {error}") from None
+    id = value.get("id") if isinstance(value, dict) else None
+    if not isinstance(id, int) or isinstance(id, bool):
+        raise ProtocolError("a packet must be an object with a number `id`")
+    kind = value.get("type")
+    if not isinstance(kind, str) or kind not in _TYPES:
+        raise ProtocolError(f"unknown type {kind!r}; known are {', '.join(_TYPES)}", id)
+    try:
+        message: Message = _build(_TYPES[kind], value.get("body"), kind)
+    except ProtocolError as error:
+        raise ProtocolError(str(error), id) from None
+    return id, message
+
+
+def pack_lines(lines: Iterable[str]) -> Iterator[tuple[str, ...]]:
+    """The lines in groups that fit a packet each; an overlong line is cut and says so."""
+    group: list[str] = []
+    size = 0
+    for line in lines:
+        shown = clip(line)
+        cost = len(json.dumps(shown)) + 1
+        if group and size + cost > LINES_PER_PACKET:
+            yield tuple(group)
+            group, size = [], 0
+        group.append(shown)
+        size += cost
+    yield tuple(group)
+
+
+def clip(line: str) -> str:
+    """The line, or its beginning and how long it was."""
+    return line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}... [{len(line)} characters]"
+
+
+def check_instance(instance: str) -> None:
+    """Raises ProtocolError unless the name can be a part of a unit's name, unescaped."""
+    if not INSTANCE.match(instance):
+        raise ProtocolError(
+            f"instance {instance!r} must be 1 to 128 of a-z, 0-9, '.' and '-', the first a letter or digit"
+        )
+
+
+def check_metadata(metadata: Mapping[str, str]) -> None:
+    """Raises ProtocolError unless every pair can be an extended attribute of a cgroup."""
+    for key, value in metadata.items():
+        if not METADATA_KEY.match(key):
+            raise ProtocolError(f"metadata key {key!r} must be 1 to 63 of a-z, 0-9 and '_', beginning with a letter")
+        if len(value.encode()) > MAX_METADATA_VALUE:
+            raise ProtocolError(f"the metadata {key!r} is longer than {MAX_METADATA_VALUE} bytes")
+
+
+def check_limits(limits: Mapping[str, int | float | str]) -> None:
+    """Raises ProtocolError for a limit that is not in the table: nothing else becomes a property of a scope."""
+    for name, value in limits.items():
+        if name not in LIMITS:
+            raise ProtocolError(f"limit {name!r} is not one of {', '.join(LIMITS)}")
+        if type(value) not in LIMITS[name] or (not isinstance(value, str) and not 0 <= value < 1 << 63):
+            raise ProtocolError(f"limit {name} cannot be {value!r}")
+    if (policy := limits.get("oom_policy", "stop")) not in OOM_POLICIES:
+        raise ProtocolError(f"limit oom_policy must be {', '.join(OOM_POLICIES)}, not {policy!r}")
+
+
+def _build(kind: type[Any], body: object, where: str) -> Any:
+    """A dataclass from a JSON object: every field known, typed, and there unless it has a default."""
+    if not isinstance(body, dict):
+        raise ProtocolError(f"{where} must be an object, not {type(body).__name__}")
+    hints = typing.get_type_hints(kind)
+    if unknown := body.keys() - hints.keys():
+        raise ProtocolError(f"{where} has no field {', '.join(map(repr, sorted(unknown)))}")
+    values = {name: _convert(hints[name], value, f"{where}.{name}") for name, value in body.items()}
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ProtocolError(f"{where}: {error}") from None
+
+
+def _convert(hint: Any, value: object, where: str) -> Any:
+    """A JSON value as the annotation says; ProtocolError if it is something else."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type[Any], hint), value, where)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_convert(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if origin is Mapping and isinstance(value, dict):
+        return {key: _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if origin is types.UnionType or origin is typing.Union:
+        return _plain(arguments, value, where)
+    return _plain((hint,), value, where)
+
+
+def _plain(kinds: tuple[Any, ...], value: object, where: str) -> object:
+    """A number, text, truth or nothing; whole numbers are fine where floats are wanted."""
+    accepted = (*kinds, int) if float in kinds else kinds
+    if type(value) in accepted:
+        return value
+    raise ProtocolError(f"{where} must be {' or '.join(kind.__name__ for kind in kinds)}, not {type(value).__name__}")

@@ -1,0 +1,301 @@
+"""The launcher as a service: who may connect, what each message does, when it may end.
+
+One thread. A client is a connection on which packets are answered in their own
+time; every client hears of every exit. A client that does not read is dropped
+rather than waited for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import pwd
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable, Collection
+from typing import assert_never
+
+from vllmd.launcher import protocol
+from vllmd.launcher.backend import Backend
+from vllmd.launcher.engines import Supervisor
+from vllmd.launcher.loop import Loop, Timer
+from vllmd.launcher.protocol import (
+    Annotate,
+    Done,
+    Engines,
+    Exited,
+    ExitReport,
+    Failed,
+    Follow,
+    Info,
+    Kill,
+    LauncherInfo,
+    Lines,
+    List,
+    Logged,
+    Message,
+    ProtocolError,
+    Reply,
+    Request,
+    Running,
+    Signal,
+    Start,
+    Started,
+    Tail,
+    Unfollow,
+)
+
+log = logging.getLogger(__name__)
+
+IDLE_EXIT = 30.0  # seconds with neither clients nor engines
+MAX_CLIENTS = 64
+MAX_QUEUED = 4096  # packets for a client that does not read; then it is dropped
+MAX_QUEUED_LOGS = 256  # log lines are dropped earlier
+ENGINES_PER_PACKET = 8  # each has metadata of a few KiB at most, so that they surely fit
+
+
+class Service:
+    """Accepts clients on ``listener`` (or has the one given), and ends by itself when it is not needed."""
+
+    def __init__(self, loop: Loop, backend: Backend, uids: Collection[int]) -> None:
+        self._loop = loop
+        self._backend = backend
+        self._uids = frozenset(uids)
+        self._clients: list[Client] = []
+        self._idle: Timer | None = None
+        self._listeners: list[socket.socket] = []
+        self.supervisor: Supervisor
+
+    # --- connections ---
+
+    def listen(self, listener: socket.socket) -> None:
+        """Serve whoever may connect there."""
+        listener.setblocking(False)
+        self._listeners.append(listener)
+        self._loop.watch(listener.fileno(), lambda: self._accept(listener))
+        self.consider_idle()
+
+    def serve(self, connection: socket.socket, gone: Callable[[], None] | None = None) -> None:
+        """Serve this one; ``gone`` is called when it leaves."""
+        connection.setblocking(False)
+        client = Client(self._loop, connection, self._handle, self._left)
+        client.gone = gone
+        self._clients.append(client)
+        self.consider_idle()
+
+    def _accept(self, listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        pid, uid, _ = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if uid not in self._uids or len(self._clients) >= MAX_CLIENTS:
+            log.warning("refused a connection of process %d, user id %d", pid, uid)
+            connection.close()
+            return
+        self.serve(connection)
+
+    def _left(self, client: Client) -> None:
+        self._clients.remove(client)
+        self.consider_idle()
+
+    def report(self, report: ExitReport) -> None:
+        """Tell everybody of an engine's end."""
+        log.info("%s", _sentence(report), extra={"journal": {"MODEL_INSTANCE": report.instance}})
+        for client in tuple(self._clients):
+            client.send(Exited(_fitting(report)))
+        self.consider_idle()
+
+    def consider_idle(self) -> None:
+        """End after a while of nothing. A connection that arrives meanwhile stays in the listener's queue,
+        which is systemd's, and starts the next launcher."""
+        if self._idle:
+            self._idle.cancel()
+        self._idle = None
+        if self._listeners and not self._clients and not len(self.supervisor):
+            self._idle = self._loop.later(IDLE_EXIT, self._loop.stop)
+
+    # --- messages ---
+
+    def _handle(self, client: Client, id: int, message: Message) -> None:
+        """Answer one request. What is wrong with it is the answer."""
+
+        def reply(answer: Reply) -> None:
+            client.send(answer, id)
+
+        try:
+            if not isinstance(message, Request):
+                raise ProtocolError("this is an answer, not a request")
+            self._dispatch(client, message, reply)
+        except KeyError:
+            reply(Failed(f"no engine {getattr(message, 'instance', '')!r} is running here"))
+        except (ProtocolError, OSError) as error:
+            reply(Failed(f"{type(message).__name__}: {error}"))
+
+    def _dispatch(self, client: Client, request: Request, reply: Callable[[Reply], None]) -> None:
+        match request:
+            case Start(order):
+                self._start(order, reply)
+            case Signal() | Kill() | Annotate():
+                self._act(request)
+                reply(Done())
+            case Follow(instance, lines):
+                client.follow(instance, lambda take: self._backend.logs.follow(instance, lines, take))
+                reply(Done())
+            case Unfollow(instance):
+                client.unfollow(instance)
+                reply(Done())
+            case Tail(instance, lines):
+                self._backend.logs.tail(instance, lines, lambda found: _reply_lines(reply, found))
+            case List():
+                _reply_engines(reply, self.supervisor.list())
+            case Info():
+                reply(LauncherInfo(self._backend.name, self._backend.detail, self._backend.limits))
+            case _:
+                assert_never(request)
+
+    def _act(self, request: Signal | Kill | Annotate) -> None:
+        match request:
+            case Signal(instance, signum):
+                self.supervisor.signal(instance, signum)
+            case Kill(instance):
+                self.supervisor.kill(instance)
+            case Annotate(instance, metadata):
+                self.supervisor.annotate(instance, metadata)
+
+    def _start(self, order: protocol.StartOrder, reply: Callable[[Reply], None]) -> None:
+        def answer(outcome: Started | Failed) -> None:
+            what = "started" if isinstance(outcome, Started) else f"not started: {outcome.message}"
+            log.info("%s %s", order.instance, what, extra={"journal": {"MODEL_INSTANCE": order.instance}})
+            reply(outcome)
+            self.consider_idle()
+
+        self.supervisor.start(order, answer)
+        self.consider_idle()
+
+
+class Client:
+    """One connection: packets in, packets out, the logs it follows."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        connection: socket.socket,
+        handle: Callable[[Client, int, Message], None],
+        left: Callable[[Client], None],
+    ) -> None:
+        self.gone: Callable[[], None] | None = None
+        self._loop, self._connection, self._handle, self._left = loop, connection, handle, left
+        self._queue: deque[bytes] = deque()
+        self._follows: dict[str, Callable[[], None]] = {}
+        loop.watch(connection.fileno(), self._read)
+
+    def send(self, message: Message, id: int = 0) -> None:
+        """Queue it and send what can be sent now."""
+        if self._connection.fileno() < 0:
+            return
+        try:
+            self._queue.append(protocol.encode(message, id))
+        except ProtocolError as error:
+            self._queue.append(protocol.encode(Failed(str(error)), id))
+        if len(self._queue) > MAX_QUEUED:
+            log.warning("a client does not read its answers: dropped")
+            self.close()
+        else:
+            self._flush()
+
+    def follow(self, instance: str, begin: Callable[[Callable[[tuple[str, ...]], None]], Callable[[], None]]) -> None:
+        """Send this log from now on; once per instance."""
+        self.unfollow(instance)
+        self._follows[instance] = begin(lambda lines: self._send_lines(instance, lines))
+
+    def unfollow(self, instance: str) -> None:
+        """Send it no more."""
+        self._follows.pop(instance, lambda: None)()
+
+    def _send_lines(self, instance: str, lines: tuple[str, ...]) -> None:
+        if len(self._queue) < MAX_QUEUED_LOGS:
+            for group in protocol.pack_lines(lines):
+                self.send(Logged(instance, group))
+
+    def _read(self) -> None:
+        try:
+            packet = self._connection.recv(protocol.MAX_PACKET + 1)
+        except BlockingIOError:
+            return
+        except OSError:
+            packet = b""
+        if not packet:
+            self.close()
+            return
+        try:
+            id, message = protocol.decode(packet)
+        except ProtocolError as error:
+            log.warning("a malformed packet: %s", error)
+            self.send(Failed(f"malformed packet: {error}", permanent=True), error.id)
+        else:
+            self._handle(self, id, message)
+
+    def _flush(self) -> None:
+        try:
+            while self._queue:
+                self._connection.send(self._queue[0])
+                self._queue.popleft()
+        except BlockingIOError:
+            self._loop.watch_write(self._connection.fileno(), self._flush)
+            return
+        except OSError:
+            self.close()
+            return
+        self._loop.watch_write(self._connection.fileno(), None)
+
+    def close(self) -> None:
+        """It has left, or must."""
+        if self._connection.fileno() < 0:
+            return
+        self._loop.unwatch(self._connection.fileno())
+        for instance in tuple(self._follows):
+            self.unfollow(instance)
+        self._connection.close()
+        self._left(self)
+        if self.gone:
+            self.gone()
+
+
+def own_uid_and(user: str) -> frozenset[int]:
+    """Who may connect: we ourselves and the daemon's user. Raises ValueError if there is no such user."""
+    uids = {os.getuid()}
+    if user:
+        try:
+            uids.add(pwd.getpwnam(user).pw_uid)
+        except KeyError:
+            raise ValueError(f"there is no user {user!r}") from None
+    return frozenset(uids)
+
+
+def _fitting(report: ExitReport) -> ExitReport:
+    """The report with as many of its last lines as fit a packet."""
+    *_, last = protocol.pack_lines(report.log_tail)
+    return dataclasses.replace(report, log_tail=last)
+
+
+def _reply_lines(reply: Callable[[Reply], None], lines: tuple[str, ...]) -> None:
+    groups = list(protocol.pack_lines(lines))
+    for group in groups[:-1]:
+        reply(Lines(group, more=True))
+    reply(Lines(groups[-1]))
+
+
+def _reply_engines(reply: Callable[[Reply], None], engines: list[Running]) -> None:
+    while len(engines) > ENGINES_PER_PACKET:
+        reply(Engines(tuple(engines[:ENGINES_PER_PACKET]), more=True))
+        engines = engines[ENGINES_PER_PACKET:]
+    reply(Engines(tuple(engines)))
+
+
+def _sentence(report: ExitReport) -> str:
+    how = f"status {report.status}" if report.signal is None else f"signal {report.signal}"
+    if report.status is None and report.signal is None:
+        how = "a status that nobody could read"
+    left = "" if report.empty else "; processes of it could not be killed"
+    oom = "; the kernel killed a process of it for memory" if report.oom else ""
+    return f"{report.instance} ended with {how}{oom}{left}"

@@ -1,0 +1,208 @@
+"""Fork a child that makes itself ready, waits at a gate, and becomes the engine only when it is let through.
+
+The gate is a pipe: the letter G opens it; its end (the launcher died, or gave
+up) means exit. What goes wrong in the child comes back, in words, through a
+second pipe, which the successful exec closes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import pwd
+import resource
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NoReturn
+
+from vllmd.launcher.process import PR_SET_PDEATHSIG, Process, prctl
+from vllmd.launcher.protocol import Failed, StartOrder
+
+MARKER = "VLLMD_INSTANCE"
+_PERMANENT = {errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR, errno.E2BIG, errno.EISDIR, errno.ELOOP}
+# What a service manager or we ourselves put into our environment is not for an engine.
+_OURS = (
+    "LISTEN_",
+    "NOTIFY_",
+    "WATCHDOG_",
+    "JOURNAL_",
+    "MAINPID",
+    "INVOCATION_ID",
+    "SYSTEMD_",
+    "VLLMD_",
+    "MEMORY_",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """Whom an engine runs as."""
+
+    name: str
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    home: str
+
+    @classmethod
+    def named(cls, name: str) -> User:
+        """Raises KeyError if there is no such user."""
+        entry = pwd.getpwnam(name)
+        groups = tuple(os.getgrouplist(name, entry.pw_gid))
+        return cls(name, entry.pw_uid, entry.pw_gid, groups, entry.pw_dir)
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A child at its gate. ``errors`` is the pipe on which it says what went wrong; both are the caller's to close."""
+
+    process: Process
+    gate: int
+    errors: int
+
+
+def spawn(order: StartOrder, user: User | None, output: int, *, die_with_us: bool) -> Child:
+    """Fork. ``user``: whom to become, None to stay. ``output`` becomes stdout and stderr. Raises OSError."""
+    gate_reader, gate_writer = os.pipe()
+    error_reader, error_writer = os.pipe()
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        pid = os.fork()
+        if pid == 0:
+            _become_engine(order, user, (gate_reader, error_writer, output), die_with_us)
+    except OSError:
+        os.close(gate_writer)
+        os.close(error_reader)
+        raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        os.close(gate_reader)
+        os.close(error_writer)
+    os.set_blocking(error_reader, False)
+    return Child(Process(pid), gate_writer, error_reader)
+
+
+def read_failure(data: bytes) -> Failed:
+    """What the child said went wrong."""
+    message, permanent = json.loads(data)
+    return Failed(message, permanent)
+
+
+# --- in the child ---
+
+
+def _become_engine(order: StartOrder, user: User | None, fds: tuple[int, int, int], die_with_us: bool) -> NoReturn:
+    gate, errors, output = fds
+    try:
+        _reset_signals()
+        if die_with_us:
+            prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        os.setsid()
+        _redirect(output, keep={gate, errors})
+        if user:
+            _drop_to(user)
+        _prepare_folders(order)
+        _raise_file_limit()
+        if os.read(gate, 1) != b"G":
+            os._exit(125)
+        _execute(order, environment(order, user))
+    except BaseException as error:
+        _report(errors, order, error)
+    finally:
+        os._exit(127)
+
+
+def _reset_signals() -> None:
+    """Python's own handlers would write into the launcher's wake-up pipe; its ignored signals would stay ignored."""
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals():
+        with contextlib.suppress(OSError, ValueError):
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _redirect(output: int, keep: set[int]) -> None:
+    """stdin from nowhere, stdout and stderr to ``output``; other children's gates in particular are closed."""
+    null = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((output, 1), (output, 2), (null, 0)):
+        os.dup2(source, target)
+    low = 3
+    for fd in (*sorted(keep), resource.getrlimit(resource.RLIMIT_NOFILE)[1]):
+        os.closerange(low, fd)
+        low = fd + 1
+
+
+def _drop_to(user: User) -> None:
+    os.setgroups(user.groups)
+    os.setresgid(user.gid, user.gid, user.gid)
+    os.setresuid(user.uid, user.uid, user.uid)
+
+
+def _prepare_folders(order: StartOrder) -> None:
+    """As the engine's user, so that no link in a folder of its own can lead root astray."""
+    os.umask(0o007)
+    if order.run_dir:
+        os.makedirs(order.run_dir, mode=0o750, exist_ok=True)
+    if order.listen_uds:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(order.listen_uds)
+    if order.cwd or order.run_dir:
+        os.chdir(order.cwd or order.run_dir)
+
+
+def _raise_file_limit() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _execute(order: StartOrder, env: Mapping[str, str]) -> NoReturn:
+    try:
+        os.execvpe(order.argv[0], order.argv, env)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror) from None  # without a file name: the last one that was tried
+
+
+def _report(errors: int, order: StartOrder, error: BaseException) -> None:
+    permanent = isinstance(error, OSError) and error.errno in _PERMANENT
+    os.write(errors, json.dumps([_describe(order, error), permanent]).encode()[:4000])
+
+
+def _describe(order: StartOrder, error: BaseException) -> str:
+    command = order.argv[0]
+    if not isinstance(error, OSError):
+        return f"{command} could not be started: {error!r}"
+    if error.filename is not None:  # a folder or a socket, from _prepare_folders
+        return f"{command} could not be started: {error.strerror}: {error.filename}"
+    if error.errno == errno.ENOENT and "/" not in command:
+        path = environment(order, None).get("PATH", os.defpath)
+        return f"there is no command {command!r}: looked in {path}; install it, or give the full path as `command`"
+    if error.errno == errno.ENOENT and os.path.exists(command):
+        return f"{command} cannot be executed: the interpreter that its first line names does not exist"
+    if error.errno == errno.ENOENT:
+        return f"there is no command {command}"
+    return f"{command} cannot be executed: {error.strerror}"
+
+
+def environment(order: StartOrder, user: User | None) -> dict[str, str]:
+    """A clean base under the order's own. Who stays the same user keeps that user's environment, less what is ours."""
+    if user:
+        base = {"PATH": os.defpath, "HOME": user.home, "USER": user.name, "LOGNAME": user.name, "SHELL": "/bin/sh"}
+    else:
+        base = {name: value for name, value in os.environ.items() if not name.startswith(_OURS)}
+    return {"LANG": "C.UTF-8", **base, **order.env, MARKER: order.instance}
+
+
+def allowed_users(names: tuple[str, ...]) -> dict[str, User]:
+    """The users by name. Raises ValueError, in words, for one that does not exist or is root."""
+    users = {}
+    for name in names:
+        try:
+            users[name] = User.named(name)
+        except KeyError:
+            raise ValueError(f"there is no user {name!r}") from None
+        if users[name].uid == 0 or users[name].gid == 0:
+            raise ValueError(f"{name!r} is root, or in root's group: engines are never run as that")
+    return users
