@@ -167,18 +167,14 @@ def _add_behaviour(parser: argparse.ArgumentParser) -> None:
 
 def _parse_as_vllm(argv: Sequence[str], env: Mapping[str, str]) -> Options:
     parser = _parser()
-    parser.add_argument("model_tag", nargs="?")
     parser.add_argument("--enable-sleep-mode", action="store_true", default=False)
-    given, _ignored = parser.parse_known_args([*_vllm_positional(argv), *shlex.split(env.get("VLLMD_SIM_ARGS", ""))])
+    given, _passed_over = parser.parse_known_args([*_tagged(argv), *shlex.split(env.get("VLLMD_SIM_ARGS", ""))])
     given.dev_mode = env.get("VLLM_SERVER_DEV_MODE") == "1"
-    tag = vars(given).pop("model_tag", None)
-    if tag:
-        given.model = tag
     return _options(given)
 
 
-def _vllm_positional(argv: Sequence[str]) -> list[str]:
-    """The model tag moved behind ``--model``: unknown flags' values must not be taken for it."""
+def _tagged(argv: Sequence[str]) -> list[str]:
+    """The model's tag, vLLM's one positional argument, moved behind ``--model``."""
     if argv and not argv[0].startswith("-"):
         return ["--model", argv[0], *argv[1:]]
     return list(argv)

@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from vllmd.simengine.app import App
@@ -49,7 +50,9 @@ async def _main(options: Options) -> int:
     log(f"vLLM API server version {VERSION} (stand-in)", source="api_utils.py:339")
     listener = _bind(options)
     _fork_grandchildren(options)
-    state = EngineState(options, _devices(options))
+    devices = _devices(options)
+    options = _share(options, devices)
+    state = EngineState(options, devices)
     loading = asyncio.ensure_future(_load(options, state))
     stopping = asyncio.ensure_future(stop.wait())
     await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -95,6 +98,13 @@ def _devices(options: Options) -> Sequence[FakeGpu | CudaMemory]:
         return [*map(FakeGpu, options.device_file), *map(CudaMemory, options.cuda)]
     except NoCuda as error:
         raise StartFailed(f"RuntimeError: {error}") from error
+
+
+def _share(options: Options, devices: Sequence[FakeGpu | CudaMemory]) -> Options:
+    """``--gpu-memory-utilization`` as bytes of the smallest device, unless the memory is said outright."""
+    if options.memory or options.gpu_memory_utilization is None or not devices:
+        return options
+    return replace(options, memory=int(min(device.memory for device in devices) * options.gpu_memory_utilization))
 
 
 # The load

@@ -1,0 +1,106 @@
+"""The pretended GPU: exact, shared between processes, and never holding for the dead."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllmd.simengine.cuda import CudaMemory, NoCuda
+from vllmd.simengine.device import FakeGpu, OutOfDeviceMemory, device_usage, make_device
+
+HOLD_AND_WAIT = """
+import sys
+from vllmd.simengine.device import FakeGpu
+FakeGpu(sys.argv[1]).hold(int(sys.argv[2]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def _holder(path: Path, size: int) -> subprocess.Popen[str]:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD_AND_WAIT, str(path), str(size)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    return holder
+
+
+def test_what_one_holds_another_cannot_have(tmp_path: Path) -> None:
+    """The error says how much was free, and nothing has changed."""
+    path = make_device(tmp_path / "gpu", 100)
+    FakeGpu(path).hold(60)
+    other = FakeGpu(path, pid=1)
+    with pytest.raises(OutOfDeviceMemory) as error:
+        other.hold(41)
+    assert (error.value.wanted, error.value.free, error.value.memory) == (41, 40, 100)
+    assert device_usage(path).used == 60
+    other.hold(40)
+    assert device_usage(path).free == 0
+
+
+def test_a_hold_replaces_the_one_before(tmp_path: Path) -> None:
+    """An engine says what it holds, not what it adds."""
+    gpu = FakeGpu(make_device(tmp_path / "gpu", 100))
+    gpu.hold(90)
+    gpu.hold(95)
+    gpu.check(100)
+    assert device_usage(gpu.path).processes == {gpu.pid: 95}
+    gpu.hold(0)
+    assert device_usage(gpu.path).processes == {}
+
+
+def test_the_dead_hold_nothing(tmp_path: Path) -> None:
+    """Killed, not even reaped: its memory is free, as the driver would have it."""
+    path = make_device(tmp_path / "gpu", 100)
+    holder = _holder(path, 80)
+    assert device_usage(path).processes == {holder.pid: 80}
+    holder.kill()
+    holder.communicate()
+    assert device_usage(path).free == 100
+    FakeGpu(path).hold(100)
+
+
+def test_a_reused_pid_is_not_the_holder(tmp_path: Path) -> None:
+    """The start time tells two processes of one number apart."""
+    path = tmp_path / "gpu"
+    path.write_text('{"memory": 100, "held": [{"pid": 1, "start": 999999999, "bytes": 50}]}')
+    assert device_usage(path).free == 100
+
+
+def test_what_is_no_device_is_refused(tmp_path: Path) -> None:
+    """Rather than read as an empty GPU."""
+    (tmp_path / "other").write_text("[]")
+    with pytest.raises(ValueError, match="not a pretended GPU"):
+        device_usage(tmp_path / "other")
+
+
+@given(holds=st.lists(st.tuples(st.sampled_from([os.getpid(), os.getppid()]), st.integers(0, 120)), max_size=20))
+def test_never_more_is_held_than_there_is(
+    tmp_path_factory: pytest.TempPathFactory, holds: list[tuple[int, int]]
+) -> None:
+    """Whatever is tried in whatever order."""
+    path = make_device(tmp_path_factory.mktemp("gpu") / "0", 100)
+    for pid, size in holds:
+        try:
+            FakeGpu(path, pid=pid).hold(size)
+        except OutOfDeviceMemory:
+            continue
+        assert device_usage(path).processes.get(pid, 0) == size
+        assert device_usage(path).used <= 100
+
+
+def test_without_torch_cuda_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--cuda`` on a machine without it ends with a sentence, not a traceback."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(NoCuda, match="needs torch"):
+        CudaMemory(0)
