@@ -29,11 +29,11 @@ bench-schedule: ## the scheduling policies over traces
 gpu-check: ## the tests that need an NVIDIA GPU
 	@$(SETUP) venv && $(PYTHON) -m pytest -m gpu tests/gpu
 
-deb: ## out/deb/vllmd_VERSION_all.deb, built in a clean Debian
-	@packaging/dev/build-deb
+deb: ## out/deb-bookworm/vllmd_VERSION_all.deb, built in a clean Debian
+	@packaging/dev/build deb
 
-rpm: ## out/rpm/vllmd-VERSION.noarch.rpm
-	@packaging/dev/build-rpm
+rpm: ## out/rpm-bookworm/vllmd-VERSION-1.noarch.rpm
+	@packaging/dev/build rpm
 
 install: ## for systems without .deb or .rpm: program, units and manuals under PREFIX
 	@PREFIX=$(PREFIX) packaging/install

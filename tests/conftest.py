@@ -70,7 +70,7 @@ def package() -> Path:
     """The .deb of this working tree, built when its sources have changed."""
     if os.geteuid() != 0:
         pytest.skip("building the package needs root")
-    built = subprocess.run([REPOSITORY / "packaging/dev/build-deb"], capture_output=True, text=True)
+    built = subprocess.run([REPOSITORY / "packaging/dev/build", "deb"], capture_output=True, text=True)
     if built.returncode:
         pytest.fail(f"the package does not build:\n{built.stderr}", pytrace=False)
     return REPOSITORY / built.stdout.strip()
