@@ -15,7 +15,7 @@ fast: ## the tests that need neither a container nor vLLM
 	@$(SETUP) venv && $(PYTHON) -m pytest -m "$(FAST)"
 
 demo: ## wake a model through the socket and watch it; MODEL=path for one of your own
-	@$(SETUP) host venv && PYTHON=$(PYTHON) packaging/demo/demo $(MODEL)
+	@$(SETUP) host venv && $(PYTHON) packaging/demo $(if $(MODEL),--model "$(MODEL)")
 
 bench-start: ## what waking costs: sockets, daemon, scopes
 	@$(SETUP) all && $(PYTHON) -m tests.bench.start

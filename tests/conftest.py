@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,22 @@ def fresh_machine() -> Iterator[Machine]:
     """A booted Debian 12 of this test module's own."""
     with _booted_or_skip() as machine:
         yield machine
+
+
+@dataclass(frozen=True)
+class RealVllm:
+    """A real vLLM for the CPU on this computer, outside of any container."""
+
+    command: Path
+    model: Path
+
+
+@pytest.fixture(scope="session")
+def real_vllm() -> RealVllm:
+    """Where vLLM and the tiny model are; inside a machine they are at container.VLLM_INSIDE and MODEL_INSIDE."""
+    if len(container.vllm_binds()) < 2:
+        pytest.skip("no vLLM here: packaging/dev/setup vllm model")
+    return RealVllm(container.cache() / "vllm/bin/vllm", container.cache() / "tiny-model")
 
 
 @pytest.fixture(scope="session")

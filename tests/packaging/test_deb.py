@@ -1,0 +1,134 @@
+"""The .deb on a booted Debian 12: what installing, upgrading, removing and purging do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.machine import container
+from tests.machine.container import REPOSITORY, Machine
+
+pytestmark = pytest.mark.machine
+
+SOCKETS = ("vllmd.socket", "vllmd-admin.socket", "vllmd-launcher.socket")
+SERVICES = ("vllmd.service", "vllmd-launcher.service")
+MODELS = "models:\n  rehearsal: {engine: sim, idle: never}\n"
+ASK = (
+    "curl -sSf --max-time 60 http://127.0.0.1:33258/v1/chat/completions -H 'Content-Type: application/json' "
+    """-d '{"model": "rehearsal", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3}'"""
+)
+
+
+def states(machine: Machine, verb: str, *units: str) -> list[str]:
+    """What `systemctl is-active` or `is-enabled` says of units."""
+    return machine.run(["systemctl", verb, *units], check=False).stdout.split()
+
+
+def engine_pids(machine: Machine) -> list[str]:
+    return machine.run("pgrep -f vllmd.simengine", check=False).stdout.split()
+
+
+def test_listens_without_running(installed_machine: Machine) -> None:
+    """A machine at rest pays for nothing but sockets."""
+    assert states(installed_machine, "is-active", *SOCKETS) == ["active"] * 3
+    assert states(installed_machine, "is-enabled", *SOCKETS) == ["enabled"] * 3
+    assert states(installed_machine, "is-active", *SERVICES) == ["inactive"] * 2
+    assert "127.0.0.1:33258" in installed_machine.out("ss -ltn")
+    assert "[::1]:33258" in installed_machine.out("ss -ltn")
+
+
+def test_listens_again_after_a_boot(boot_machine: Callable[..., Machine], package: Path) -> None:
+    """Enabled means: also tomorrow."""
+    machine = boot_machine()
+    container.install(machine, package)
+    machine.reboot()
+    assert states(machine, "is-active", *SOCKETS) == ["active"] * 3
+    assert states(machine, "is-active", *SERVICES) == ["inactive"] * 2
+
+
+def test_makes_its_users(installed_machine: Machine) -> None:
+    """The daemon and the engines run as nobody important; only the daemon reaches engines' sockets."""
+    assert "vllmd-engine" in installed_machine.out("id -Gn vllmd").split()
+    assert "vllmd" not in installed_machine.out("id -Gn vllmd-engine").split()
+    assert installed_machine.out("stat -c '%U %G %a' /run/vllmd-engine") == "vllmd-engine vllmd-engine 750"
+
+
+def test_configuration_is_the_administrators(installed_machine: Machine) -> None:
+    """dpkg asks before it touches an edited file: it is a conffile."""
+    assert "/etc/vllmd/vllmd.yaml" in installed_machine.out("dpkg-query -W -f='${Conffiles}' vllmd")
+    assert installed_machine.run("test -d /etc/vllmd/models.d").returncode == 0
+    assert installed_machine.run("vllmd --check").returncode == 0
+
+
+def test_units_are_valid(installed_machine: Machine) -> None:
+    """systemd itself has nothing to complain of, and neither has it logged anything about them."""
+    files = installed_machine.out("dpkg -L vllmd | grep -E '^(/usr)?/lib/systemd/system/.*[.](socket|service|slice)$'")
+    assert installed_machine.run(["systemd-analyze", "verify", "--man=no", *files.split()]).stderr == ""
+
+
+def test_the_packages_own_test_passes(installed_machine: Machine) -> None:
+    """The autopkgtest that a distribution would run: the first request wakes everything."""
+    script = REPOSITORY / "packaging/debian/tests/wakes-on-request"
+    installed_machine.copy_in(script, "/root/wakes-on-request")
+    installed_machine.run("sh /root/wakes-on-request", timeout=180)
+
+
+HAMMER = """
+import http.client, sys, time
+asked = failed = 0
+while True:
+    try:
+        connection = http.client.HTTPConnection("127.0.0.1", 33258, timeout=60)
+        connection.request("GET", "/v1/models")
+        failed += connection.getresponse().status != 200
+    except OSError as error:
+        failed += 1
+        print(error, file=sys.stderr)
+    asked += 1
+    print(asked, failed, flush=True)
+    time.sleep(0.01)
+"""
+
+
+def test_upgrade_under_load_refuses_nobody_and_reloads_no_model(installed_machine: Machine) -> None:
+    """Administrators upgrade in the daytime."""
+    installed_machine.write("/etc/vllmd/models.d/test.yaml", MODELS)
+    installed_machine.run("systemctl stop vllmd.service")
+    installed_machine.run(ASK, timeout=90)
+    engines = engine_pids(installed_machine)
+    daemon = installed_machine.show("vllmd.service", "MainPID")
+    hammer = installed_machine.popen(["/usr/bin/python3", "-c", HAMMER])
+    assert hammer.stdout is not None
+    hammer.stdout.readline()
+    installed_machine.run("dpkg --install /root/vllmd.deb", timeout=120)
+    installed_machine.run(ASK, timeout=90)
+    installed_machine.run("pkill -f http.clien[t]")
+    out, err = hammer.communicate()
+    asked, failed = out.splitlines()[-1].split()
+    assert (int(asked) > 10, failed, err) == (True, "0", "")
+    assert installed_machine.show("vllmd.service", "MainPID") != daemon
+    assert engine_pids(installed_machine) == engines
+
+
+def test_removal_stops_everything_and_purge_forgets(installed_machine: Machine) -> None:
+    """What was installed can be got rid of; only the users stay. (The last test of this machine.)"""
+    installed_machine.run(ASK, timeout=90)
+    installed_machine.run("dpkg --remove vllmd", timeout=120)
+    assert engine_pids(installed_machine) == []
+    assert installed_machine.run("pgrep -u vllmd", check=False).stdout == ""
+    assert installed_machine.run("curl -s http://127.0.0.1:33258/", check=False).returncode == 7
+    assert "vllmd.yaml" in installed_machine.out("ls /etc/vllmd")
+    installed_machine.run("dpkg --purge vllmd", timeout=120)
+    left = "find / -xdev -path /proc -prune -o -path /opt -prune -o -name '*vllmd*' -print"
+    assert (
+        installed_machine.out(f"{left} | grep -vE '^/(root/vllmd.deb|[.]vllmd-stamp|var/lib/dpkg/)|systemd/timers'")
+        == ""
+    )
+    assert installed_machine.out("id -un vllmd") == "vllmd"
+
+
+def test_lintian_finds_nothing(package: Path) -> None:
+    """Debian's own checker, of the build that made this package."""
+    assert (package.parent / "lintian.txt").read_text() == ""
