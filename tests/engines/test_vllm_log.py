@@ -109,10 +109,10 @@ def test_the_summary_line_gives_the_footprint() -> None:
     """Weights, activations, graphs and cache."""
     found = footprint([
         f"{CORE}Free memory on device (78.00/79.25 GiB) on startup. Desired GPU memory utilization is "
-        "(0.9, 71.33 GiB). Actual usage is 16.00 GiB for consumed memory (weights + non-torch), 1.50 GiB for peak activation, and 0.50 "
-        "GiB for CUDAGraph memory. Replace gpu_memory_utilization config with `--kv-cache-memory=1` (0.0 GiB) to fit "
-        "into requested memory, or `--kv-cache-memory=2` (0.0 GiB) to fully utilize gpu memory. Current kv cache "
-        "memory in use is 50.00 GiB."
+        "(0.9, 71.33 GiB). Actual usage is 16.00 GiB for consumed memory (weights + non-torch), 1.50 GiB for peak "
+        "activation, and 0.50 GiB for CUDAGraph memory. Replace gpu_memory_utilization config with "
+        "`--kv-cache-memory=1` (0.0 GiB) to fit into requested memory, or `--kv-cache-memory=2` (0.0 GiB) to fully "
+        "utilize gpu memory. Current kv cache memory in use is 50.00 GiB."
     ])  # fmt: skip
     assert found is not None
     assert (found.awake, found.source) == (68 * GiB, Source.MEASURED)
