@@ -67,9 +67,9 @@ class Admin:
         """The JSON answer of a DELETE."""
         return self._json("DELETE", path, query, None, ANSWER)
 
-    def lines(self, method: str, path: str, accept: str, **query: object) -> Iterator[str]:
+    def lines(self, method: str, path: str, accept: str, body: object = None, **query: object) -> Iterator[str]:
         """The lines of an answer as they come."""
-        answer = self._request(method, path, query, None, None, accept)
+        answer = self._request(method, path, query, body, None, accept)
         try:
             for line in answer:
                 yield line.decode("utf-8", "replace").rstrip("\r\n")

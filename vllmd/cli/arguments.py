@@ -2,8 +2,9 @@
 
 A verb is a module there: its name is the file's (``_`` for ``-``), its help the
 first line of its docstring, the rest of the docstring its description; it has
-``arguments(parser)`` and ``run(arguments)``, and may have ``ALIASES``. Only the
-verb that was asked for is imported; all of them for help and for the manual.
+``arguments(parser)`` and ``run(arguments)``, and may have ``ALIASES`` or, to
+read all its arguments itself, ``TAKES_ALL``. Only the verb that was asked for is
+imported; all of them for help and for the manual.
 """
 
 from __future__ import annotations
@@ -51,7 +52,11 @@ def module(verb: str) -> ModuleType:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments, with ``run`` of the verb; exits with EX_USAGE if they are wrong."""
-    arguments = build(wanted(argv)).parse_args(argv)
+    names = wanted(argv)
+    if len(names) == 1 and getattr(module(names[0]), "TAKES_ALL", False):
+        rest = list(argv[argv.index(names[0]) + 1 :])
+        return argparse.Namespace(run=module(names[0]).run, rest=rest)
+    arguments = build(names).parse_args(argv)
     for name, value in (("socket", None), ("url", None), ("key", None), ("user", False), ("json", False)):
         arguments.__dict__.setdefault(name, value)
     return arguments

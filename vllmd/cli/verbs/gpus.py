@@ -21,13 +21,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(show.as_json(status["devices"]))
     elif status["devices"]:
-        print(show.table(HEAD, [_row(device, status["models"]) for device in status["devices"]], RIGHT))
+        print(show.table(HEAD, [row(device, status["models"]) for device in status["devices"]], RIGHT))
     else:
         print("there are no devices: NVML found none, and none are declared (devices: in vllmd.yaml(5))")
     return 0
 
 
-def _row(device: dict[str, Any], models: list[dict[str, Any]]) -> tuple[str, ...]:
+def row(device: dict[str, Any], models: list[dict[str, Any]]) -> tuple[str, ...]:
     free = device["memory"] - device["promised"] - device["reserve"] - device["strangers"]
     held = [line["name"] for line in models if device["index"] in line["devices"]]
     sizes = (device["memory"], device["promised"], max(0, free), device["reserve"], device["strangers"])

@@ -1,0 +1,147 @@
+"""Wrong usage and absent daemons: each message says what to do next, each status is of sysexits."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.fake_daemon import fake_daemon, model, status
+from vllmd.cli import main
+
+
+def said(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
+    """Exit status and the first line of stderr."""
+    try:
+        code = main(argv)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    lines = capsys.readouterr().err.splitlines()
+    return code, lines[0] if lines else ""
+
+
+USAGE = [
+    (["pss"], "vllmctl: there is no verb 'pss'; did you mean 'ps'?"),
+    (["zzz"], "vllmctl: there is no verb 'zzz'; vllmctl --help lists them"),
+    ([], "vllmctl: the following arguments are required: VERB"),
+    (["ps", "extra"], "vllmctl: unrecognized arguments: extra"),
+    (["start"], "vllmctl start: the following arguments are required: MODEL"),
+    (["stop"], "vllmctl stop: the following arguments are required: MODEL"),
+    (["sleep", "m", "--level", "4"], "vllmctl sleep: argument -l/--level: invalid choice: 4 (choose from 1, 2, 3)"),
+    (["sleep", "m", "--level"], "vllmctl sleep: argument -l/--level: expected one argument"),
+    (["lease", "m", "--for", "soon"], "vllmctl lease: argument --for: 'soon' is not a duration; "
+     "accepted: a duration such as 0, 300, 5m or 1h30m"),
+    (["lease", "m", "--for", "5m", "--release"], "vllmctl lease: argument --release: not allowed with argument --for"),
+    (["logs", "a", "b"], "vllmctl: unrecognized arguments: b"),
+    (["logs", "a", "-n", "x"], "vllmctl logs: argument -n/--lines: invalid int value: 'x'"),
+    (["why"], "vllmctl why: the following arguments are required: MODEL"),
+    (["config"], "vllmctl config: the following arguments are required: check|show|schema"),
+    (["assign", "m"], "vllmctl: say what to assign: --devices or --gpu-memory"),
+    (["assign", "m", "--devices", "x"], "vllmctl: --devices: 'x' is not a number: devices are numbers from 0; "
+     "accepted: auto, or device numbers such as [0, 1]"),
+    (["bench", "m", "-n", "0"], "vllmctl: --requests and --clients must be at least 1"),
+    (["--url", "ftp://x", "ps"], "vllmctl: 'ftp://x' is no URL; one is http://127.0.0.1:33258"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("argv", "message"), USAGE, ids=[" ".join(row[0]) or "nothing" for row in USAGE])
+def test_wrong_usage(capsys: pytest.CaptureFixture[str], argv: list[str], message: str) -> None:
+    """Status 64, and the verb's own name."""
+    assert said(capsys, *argv) == (64, message)
+
+
+NEEDING = ["ps", "info", "models", "gpus", "events", "reload", "top", "start m", "stop m", "sleep m", "wake-up m",
+           "pin m", "unpin m", "lease m", "why m", "logs m"]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", NEEDING)
+def test_no_daemon(capsys: pytest.CaptureFixture[str], tmp_path: Path, line: str) -> None:
+    """Every verb that needs the daemon says how to start it."""
+    path = tmp_path / "admin.sock"
+    message = f"vllmctl: vllmd is not running: there is no {path}; systemctl start vllmd.socket"
+    assert said(capsys, "--socket", str(path), *line.split()) == (69, message)
+
+
+def test_a_socket_that_nobody_listens_on(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Left over by a daemon that was killed."""
+    path = tmp_path / "admin.sock"
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+    code, message = said(capsys, "--socket", str(path), "ps")
+    assert code == 69
+    assert message.endswith(f"nobody listens on {path}; systemctl start vllmd-admin.socket")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become nobody")
+def test_a_socket_that_is_not_for_us(tmp_path: Path) -> None:
+    """Says which group is meant, and how to join it."""
+    tmp_path.parent.chmod(0o755)
+    tmp_path.chmod(0o700)
+    code = (
+        "import getpass, os, pwd, sys; from vllmd.cli import main; ask = ['--socket', sys.argv[1], 'ps'];"
+        "main(ask); sys.stderr.flush(); os.setuid(65534); raise SystemExit(main(ask))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, f"{tmp_path}/s"], capture_output=True, text=True)
+    assert done.returncode == 77
+    assert done.stderr.splitlines()[1] == (
+        f"vllmctl: you may not use {tmp_path}/s, which is open to the group vllmd; "
+        "sudo usermod -aG vllmd nobody, then log in again"
+    )
+
+
+def test_a_url_that_cannot_be_reached(capsys: pytest.CaptureFixture[str]) -> None:
+    """The system's own word is passed on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    message = f"vllmctl: http://127.0.0.1:{port} cannot be reached: Connection refused"
+    assert said(capsys, "--url", f"http://127.0.0.1:{port}", "ps") == (69, message)
+
+
+ANSWERS = [
+    (404, {"error": {"message": "model 'x' does not exist; did you mean 'y'?", "code": "model_not_found"}}, 65),
+    (401, {"error": {"message": "a key is needed", "code": "invalid_api_key"}}, 77),
+    (403, {"error": {"message": "this key may not", "code": "insufficient_permissions"}}, 77),
+    (409, {"error": {"message": "it is leased", "code": "conflict"}}, 75),
+    (503, {"error": {"message": "no room", "code": "model_unavailable"}}, 75),
+    (503, {"error": {"message": "it died", "code": "engine_failed"}}, 69),
+    (500, {"error": {"message": "oops"}}, 70),
+]
+
+
+@pytest.mark.parametrize(("http", "body", "code"), ANSWERS, ids=[str(row[1]["error"]["message"]) for row in ANSWERS])
+def test_the_daemon_says_no(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, http: int, body: Any, code: int
+) -> None:
+    """Its own message is shown; the status tells scripts whether to try again."""
+    with fake_daemon({"POST /admin/models/x/pin": (http, body)}, tmp_path / "s"):
+        assert said(capsys, "--socket", str(tmp_path / "s"), "pin", "x") == (
+            code,
+            f"vllmctl: {body['error']['message']}",
+        )
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Iterator[str]:
+    """The socket of a daemon with two models that share an end."""
+    models = (model("a/m"), model("b/m"), model("qwen"))
+    with fake_daemon({"GET /admin/status": (200, status(*models))}, tmp_path / "s"):
+        yield str(tmp_path / "s")
+
+
+NAMES = [
+    ("m", "vllmctl: 'm' could be any of: a/m, b/m"),
+    ("qwn", "vllmctl: there is no model 'qwn'; did you mean qwen?"),
+    ("zzz", "vllmctl: there is no model 'zzz'; vllmctl models lists them"),
+]
+
+
+@pytest.mark.parametrize(("name", "message"), NAMES)
+def test_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str], two: str, name: str, message: str) -> None:
+    """The close ones are named."""
+    assert said(capsys, "--socket", two, "why", name) == (65, message)

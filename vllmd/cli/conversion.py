@@ -1,0 +1,128 @@
+"""Other systems' configurations as files for models.d; nothing is dropped without a word."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from typing import Any
+
+import yaml
+
+from vllmd.config.settings import LEGACY, MODEL
+
+Converted = tuple[dict[str, Any], list[str]]  # models, and what has no counterpart
+
+
+def convert(system: str, text: str, source: str) -> tuple[str, list[str]]:
+    """The text of a models.d file, and a line for each thing that was left out. Raises ValueError."""
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise ValueError(f"line {mark.line + 1}: not valid YAML" if mark else "not valid YAML") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"this is no configuration of {system}: it is not a mapping")
+    models, left = CONVERTERS[system](data)
+    if not models:
+        raise ValueError("there are no models in it")
+    notes = "".join(f"# not taken over: {line}\n" for line in left)
+    body = yaml.safe_dump({"models": models}, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
+    return f"# Imported from {system}'s {source} by vllmctl import.\n{notes}{body}", left
+
+
+def from_vllama(data: dict[str, Any]) -> Converted:
+    """A flat mapping from model to settings, whose names are known here."""
+    return _known_settings(data, "")
+
+
+def from_vllm_proxy(data: dict[str, Any]) -> Converted:
+    """Its models; its sections gpu and proxy concern the whole daemon."""
+    models, left = _known_settings(data.get("models") or {}, "models.")
+    paths = {row.key: row.path for row in LEGACY}
+    for section, entries in data.items():
+        if section == "models":
+            continue
+        for name, value in entries.items() if isinstance(entries, dict) else [("", entries)]:
+            key = f"{section}.{name}".rstrip(".")
+            advice = f"; in vllmd.yaml it is {paths[key]}" if key in paths else ""
+            left.append(f"{key}: {'(hidden)' if 'key' in key else value}{advice}")
+    return models, left
+
+
+def _known_settings(data: Any, prefix: str) -> Converted:
+    models: dict[str, Any] = {}
+    left = []
+    if not isinstance(data, dict):
+        raise ValueError("the models are not a mapping")
+    for name, settings in data.items():
+        models[str(name)] = kept = {}
+        for key, value in (settings or {}).items() if isinstance(settings or {}, dict) else ():
+            if MODEL.row(str(key)) and value not in (None, {}, []):
+                kept[str(key)] = value
+            elif not MODEL.row(str(key)):
+                left.append(f"{prefix}{name}.{key}: {value}")
+    return models, left
+
+
+def from_llama_swap(data: dict[str, Any]) -> Converted:
+    """Its models are commands; those that run vLLM become vllm models, others the engine ``command``."""
+    models: dict[str, Any] = {}
+    left = [f"{key}: {data[key]}" for key in data if key not in ("models", "macros", "healthCheckTimeout")]
+    macros = {str(key): str(value) for key, value in (data.get("macros") or {}).items()}
+    for name, settings in (data.get("models") or {}).items():
+        if not isinstance(settings, dict) or not settings.get("cmd"):
+            raise ValueError(f"models.{name}: cmd is missing")
+        model = models[str(name)] = _command(_expand(str(settings["cmd"]), macros))
+        if data.get("healthCheckTimeout"):
+            model["start_timeout"] = data["healthCheckTimeout"]
+        left += [f"models.{name}.{line}" for line in _swap_settings(model, settings)]
+    return models, left
+
+
+def _swap_settings(model: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    left = []
+    for key, value in settings.items():
+        if key == "aliases":
+            model["aliases"] = value
+        elif key == "ttl":
+            model["idle"] = {"level": 3, "sleep_after": value} if value and value > 0 else "never"
+        elif key == "env":
+            model["env"] = dict(str(entry).partition("=")[::2] for entry in value)
+        elif key == "concurrencyLimit":
+            model["concurrency"] = value or None
+        elif key != "cmd":
+            left.append(f"{key}: {value}")
+    return left
+
+
+def _expand(text: str, macros: dict[str, str]) -> str:
+    for name, value in macros.items():
+        text = text.replace("${" + name + "}", value)
+    return text
+
+
+def _command(line: str) -> dict[str, Any]:
+    words = shlex.split(line.replace("\\\n", " "), comments=True)
+    if len(words) > 2 and words[0].rpartition("/")[2] == "vllm" and words[1] == "serve":
+        rest = _without(words[3:], ("--port", "--host", "--uds"))
+        return {"model": words[2], "command": [words[0]], **({"extra_args": rest} if rest else {})}
+    return {"engine": "command", "command": [word.replace("${PORT}", "{port}") for word in words]}
+
+
+def _without(words: list[str], flags: tuple[str, ...]) -> list[str]:
+    kept, skip = [], False
+    for word in words:
+        if skip:
+            skip = False
+        elif word in flags:
+            skip = True
+        elif not word.startswith(tuple(f"{flag}=" for flag in flags)):
+            kept.append(word)
+    return kept
+
+
+CONVERTERS: dict[str, Callable[[dict[str, Any]], Converted]] = {
+    "vllama": from_vllama,
+    "vllm-proxy": from_vllm_proxy,
+    "llama-swap": from_llama_swap,
+}

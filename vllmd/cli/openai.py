@@ -1,0 +1,40 @@
+"""Asking a model as any client would, over HTTP and with the standard library only."""
+
+from __future__ import annotations
+
+import json
+import os
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Any
+
+from vllmd.cli.admin import Admin
+from vllmd.cli.failures import EX_UNAVAILABLE, Failure
+
+DEFAULT_URL = "http://127.0.0.1:33258"
+
+
+def client(arguments: Namespace) -> Admin:
+    """The HTTP side: --url, else $VLLMD_URL, else the standard address."""
+    url = arguments.url or os.environ.get("VLLMD_URL") or DEFAULT_URL
+    return Admin(Namespace(**{**vars(arguments), "url": url}))
+
+
+def stream(http: Admin, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The chunks of a streamed chat completion. Raises Failure for an error in the stream, too."""
+    body = {**request, "stream": True}
+    for line in http.lines("POST", "/v1/chat/completions", "text/event-stream", body):
+        data = line.removeprefix("data:").strip()
+        if not line.startswith("data:") or data == "[DONE]":
+            continue
+        chunk = json.loads(data)
+        if "error" in chunk:
+            raise Failure(str(chunk["error"].get("message", chunk["error"])), EX_UNAVAILABLE)
+        yield chunk
+
+
+def delta(chunk: dict[str, Any]) -> tuple[str, str]:
+    """The text that a chunk adds, and the reasoning."""
+    choices = chunk.get("choices") or [{}]
+    added = choices[0].get("delta") or {}
+    return added.get("content") or "", added.get("reasoning_content") or added.get("reasoning") or ""

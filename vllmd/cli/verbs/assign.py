@@ -1,0 +1,110 @@
+"""Write a model's devices and memory to its YAML file; comments stay.
+
+Takes effect with vllmctl reload, or at once with --restart.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from vllmd.cli import files, models, show
+from vllmd.cli.admin import Admin, model_path
+from vllmd.cli.failures import EX_CONFIG, EX_DATAERR, EX_USAGE, Failure
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    models.argument(parser, many=False)
+    parser.add_argument("--devices", metavar="D", help="such as 0 or 0,1, or auto")
+    parser.add_argument("--gpu-memory", metavar="M", help="such as 0.35, 20GiB or auto")
+    parser.add_argument("--restart", action="store_true", help="reload the configuration and start the model anew")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="instead of the standard place")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    settings = wanted(arguments.devices, arguments.gpu_memory)
+    path, name = write(arguments.model, settings, arguments.config)
+    said: dict[str, object] = {"model": name, "file": str(path), **settings}
+    if arguments.restart:
+        said["restarted"] = restart(Admin(arguments), name)
+    if arguments.json:
+        print(show.as_json(said))
+    else:
+        print(f"{name}: {', '.join(f'{key}: {value}' for key, value in settings.items())} written to {path}")
+        print("it runs with that" if arguments.restart else "vllmctl reload puts it into force")
+    return 0
+
+
+def wanted(devices: str | None, memory: str | None) -> dict[str, str]:
+    """The settings as YAML. Raises Failure where a value is wrong, or none is given."""
+    from vllmd.config import kinds
+
+    found = {}
+    if devices is not None:
+        _check(kinds.DEVICES, "--devices", devices)
+        found["devices"] = devices if devices == "auto" else f"[{', '.join(devices.strip('[]').split(','))}]"
+    if memory is not None:
+        _check(kinds.SHARE, "--gpu-memory", memory)
+        found["gpu_memory"] = memory
+    if not found:
+        raise Failure("say what to assign: --devices or --gpu-memory", EX_USAGE)
+    return found
+
+
+def _check(kind: Any, flag: str, text: str) -> None:
+    from vllmd.cli.values import parse
+
+    try:
+        parse(kind, text)
+    except argparse.ArgumentTypeError as error:
+        raise Failure(f"{flag}: {error}", EX_USAGE) from None
+
+
+def write(model: str, settings: dict[str, str], config_file: Path | None) -> tuple[Path, str]:
+    """Change the file that configures the model (else the main one), if the whole is valid then. Its path and name."""
+    from vllmd.config import edit
+    from vllmd.config.loader import default_file, read
+
+    main = config_file or default_file()
+    config = read(main).config
+    name = resolve(model, {known.name: known.aliases for known in config.models.values()})
+    path, flat = place(name, config.files, main)
+    old = files.read(path)
+    try:
+        new = edit.assign(old, name, settings, flat)
+    except edit.CannotEdit as error:
+        raise Failure(f"{path}: {error}", EX_DATAERR) from None
+    problems = read(main, texts={path: new}).problems
+    if problems:
+        raise Failure("nothing was changed, for it would not be valid:\n" + "\n".join(map(str, problems)), EX_CONFIG)
+    files.replace(path, new)
+    return path, name
+
+
+def resolve(model: str, known: dict[str, tuple[str, ...]]) -> str:
+    """The model's configured name, or the name as given for a new one."""
+    found = [name for name, aliases in known.items() if model == name or model in aliases]
+    found = found or [name for name in known if name.endswith(f"/{model}")]
+    return found[0] if len(found) == 1 else model
+
+
+def place(name: str, read_files: tuple[Path, ...], main: Path) -> tuple[Path, bool]:
+    """The file that configures the model, and whether its models stand at the top."""
+    from vllmd.config import edit
+
+    for path in read_files:
+        text = files.read(path)
+        flat = path.parent.name == "models.d" and edit.is_flat(text)
+        if edit.has_model(text, name, flat):
+            return path, flat
+    return main, False
+
+
+def restart(admin: Admin, name: str) -> bool:
+    """Reload, and start the model if it was loaded."""
+    loaded = models.find(admin.get("/admin/status"), name)["state"] not in ("stopped", "error")
+    admin.post("/admin/reload")
+    if loaded:
+        admin.post(model_path(name, "load"), wait=True)
+    return loaded

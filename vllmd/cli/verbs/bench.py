@@ -1,0 +1,84 @@
+"""Measure a model: time to the first token, tokens per second, under so many clients."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from vllmd.cli import openai, show
+from vllmd.cli.admin import Admin
+from vllmd.cli.failures import EX_UNAVAILABLE, EX_USAGE, Failure
+
+PROMPT = "Tell a long story about a machine that slept until it was needed."
+
+
+class Shot(NamedTuple):
+    """One request: seconds to its first token and to its end, tokens of the answer."""
+
+    first: float
+    whole: float
+    tokens: int
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="the model's name")
+    parser.add_argument("-n", "--requests", type=int, default=16, metavar="N", help="requests in all (default: 16)")
+    parser.add_argument("-c", "--clients", type=int, default=4, metavar="N", help="requests at a time (default: 4)")
+    parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="tokens per answer (default: 128)")
+    parser.add_argument("--prompt", default=PROMPT, metavar="TEXT", help="what is asked")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.requests < 1 or arguments.clients < 1:
+        raise Failure("--requests and --clients must be at least 1", EX_USAGE)
+    http = openai.client(arguments)
+    request = {
+        "model": arguments.model,
+        "max_tokens": arguments.max_tokens,
+        "messages": [{"role": "user", "content": arguments.prompt}],
+        "stream_options": {"include_usage": True},
+    }
+    loading = shoot(http, {**request, "max_tokens": 1})  # loads the model, which is not what is measured
+    began = time.monotonic()
+    with ThreadPoolExecutor(arguments.clients) as pool:
+        shots = list(pool.map(lambda _: shoot(http, request), range(arguments.requests)))
+    figures = summary(shots, time.monotonic() - began, loading)
+    print(
+        show.as_json(figures) if arguments.json else show.pairs({key: f"{value:.4g}" for key, value in figures.items()})
+    )
+    return 0
+
+
+def shoot(http: Admin, request: dict[str, Any]) -> Shot:
+    """One request, timed."""
+    began, first, tokens, chunks = time.monotonic(), 0.0, 0, 0
+    for chunk in openai.stream(http, request):
+        if any(openai.delta(chunk)):
+            first, chunks = first or time.monotonic() - began, chunks + 1
+        tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
+    whole = time.monotonic() - began
+    if not first and not tokens:
+        raise Failure("the model answered without a single token", EX_UNAVAILABLE)
+    return Shot(first or whole, whole, tokens or chunks)
+
+
+def summary(shots: list[Shot], wall: float, loading: Shot) -> dict[str, float]:
+    """The figures, seconds and tokens per second."""
+    firsts, wholes = sorted(s.first for s in shots), sorted(s.whole for s in shots)
+    pace = sorted((s.tokens - 1) / (s.whole - s.first) for s in shots if s.whole > s.first and s.tokens > 1)
+    return {
+        "first request, loading included (s)": loading.first,
+        "first token, median (s)": quantile(firsts, 0.5),
+        "first token, 95th percentile (s)": quantile(firsts, 0.95),
+        "whole answer, median (s)": quantile(wholes, 0.5),
+        "tokens/s of a stream, median": quantile(pace, 0.5),
+        "tokens/s in all": sum(s.tokens for s in shots) / wall,
+        "requests/s": len(shots) / wall,
+    }
+
+
+def quantile(ordered: list[float], share: float) -> float:
+    """The value below which ``share`` of them lie; 0 if there are none."""
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
