@@ -113,7 +113,7 @@ def _model(model: ModelConfig, config: Config) -> Iterator[Finding]:
             if index >= declared:
                 yield where, f"{path}.devices", f"there is no device {index}; {_declared(declared)}"
     have = len(model.devices) or declared
-    if have is not None and count > have:
+    if have and count > have:  # none declared: engines run on the CPU
         what = f"it takes {count} devices (tensor_parallel_size times pipeline_parallel_size), but may use {have} only"
         yield where, f"{path}.tensor_parallel_size", what
     yield from _fits(model, config)

@@ -18,13 +18,14 @@ time limit. One thread at a time: a ``Devices`` has no lock.
 from vllmd.gpu.attribution import attribute, pids_of
 from vllmd.gpu.figures import GpuInfo, GpuProcess, gpu_infos
 from vllmd.gpu.sample import DeviceSample, Sample
-from vllmd.gpu.sources import Devices, open_devices
+from vllmd.gpu.sources import Devices, NoDevices, open_devices
 
 __all__ = [
     "DeviceSample",
     "Devices",
     "GpuInfo",
     "GpuProcess",
+    "NoDevices",
     "Sample",
     "attribute",
     "gpu_infos",

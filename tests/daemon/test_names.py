@@ -1,0 +1,53 @@
+"""What a client may call a model."""
+
+import pytest
+
+from vllmd.config.types import ModelConfig
+from vllmd.daemon.names import Names
+from vllmd.errors import BadRequest, UnknownModel
+
+NAMES = Names([
+    ModelConfig("Qwen/Qwen3-0.6B", aliases=("fast",)),
+    ModelConfig("meta/llama-3"),
+    ModelConfig("other/llama-3"),
+])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("asked", "model"),
+    [
+        ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+        ("fast", "Qwen/Qwen3-0.6B"),
+        ("Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+        ("meta/llama-3", "meta/llama-3"),
+    ],
+)
+def test_exact_alias_and_unique_suffix(asked: str, model: str) -> None:
+    """Clients write names in the ways that are not ambiguous."""
+    assert NAMES.resolve(asked) == model
+
+
+def test_an_ambiguous_suffix_names_the_candidates() -> None:
+    """Guessing would send a request to the wrong model."""
+    with pytest.raises(BadRequest, match="meta/llama-3, other/llama-3") as error:
+        NAMES.resolve("llama-3")
+    assert error.value.param == "model"
+
+
+@pytest.mark.parametrize("asked", ["qwen3-0.6b", "Qwen/Qwen3-0.6", "Qwen3"])
+def test_an_unknown_name_suggests_the_close_one(asked: str) -> None:
+    """A typo should cost one look at the error, not a search."""
+    with pytest.raises(UnknownModel, match=r"did you mean .*Qwen/Qwen3-0\.6B"):
+        NAMES.resolve(asked)
+
+
+def test_a_name_like_no_other_points_to_the_list() -> None:
+    """With nothing close, the list is the best help."""
+    with pytest.raises(UnknownModel, match="GET /v1/models"):
+        NAMES.resolve("zzzzzz")
+
+
+def test_without_models_it_says_so() -> None:
+    """A fresh installation has none configured."""
+    with pytest.raises(UnknownModel, match="no models are configured"):
+        Names([]).resolve("x")

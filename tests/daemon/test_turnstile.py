@@ -1,0 +1,153 @@
+"""A request is told to the core exactly twice, whatever happens in between."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from vllmd.config.types import ModelConfig
+from vllmd.core import commands, events
+from vllmd.daemon.turnstile import Turnstile
+from vllmd.engines.base import Listen
+from vllmd.errors import EngineFailed, Unavailable, UpstreamFailed
+
+SOCKET = Listen(uds="/run/x/engine.sock")
+
+
+class Rig:
+    """A turnstile whose core is this test."""
+
+    def __init__(self) -> None:
+        self.posted: list[events.Event] = []
+        self.engine: Listen | None = SOCKET
+        opened = asyncio.Event()
+        opened.set()
+        self.gate = Turnstile(self.posted.append, lambda model: self.engine, lambda model: None, opened)  # type: ignore[arg-type,return-value]
+        self.gate.configure({"m": ModelConfig("m")})
+
+    async def arrive(self) -> asyncio.Task[object]:
+        task: asyncio.Task[object] = asyncio.ensure_future(self.gate.enter("m", "key", "id"))
+        await asyncio.sleep(0)
+        return task
+
+    def kinds(self) -> list[str]:
+        return [type(event).__name__ for event in self.posted]
+
+
+def script(test: Callable[[Rig], Awaitable[None]]) -> Callable[[], None]:
+    """Run the test in an event loop of its own."""
+
+    def run() -> None:
+        async def main() -> None:
+            await asyncio.wait_for(test(Rig()), 5)
+
+        asyncio.run(main())
+
+    run.__doc__, run.__name__ = test.__doc__, test.__name__
+    return run
+
+
+@script
+async def test_admitted_and_done(rig: Rig) -> None:
+    """The plain course: it arrives, is admitted, is done; being done twice counts once."""
+    task = await rig.arrive()
+    rig.gate.admit(commands.Admit("1", "m"))
+    passage = await task
+    assert passage.upstream == SOCKET
+    passage.done(7)
+    passage.done(7)
+    assert rig.posted == [events.RequestArrived("1", "m", "key"), events.RequestFinished("1", 7)]
+    assert rig.gate.open == 0
+
+
+@script
+async def test_a_client_that_leaves_while_waiting_is_gone(rig: Rig) -> None:
+    """Nobody must load a model for a client that left."""
+    task = await rig.arrive()
+    task.cancel()
+    await asyncio.wait({task})
+    assert rig.kinds() == ["RequestArrived", "RequestGone"]
+
+
+@script
+async def test_a_client_that_leaves_as_it_is_admitted_is_finished(rig: Rig) -> None:
+    """The core has counted it as running: it must hear that it is not."""
+    task = await rig.arrive()
+    rig.gate.admit(commands.Admit("1", "m"))
+    task.cancel()
+    await asyncio.wait({task})
+    assert rig.kinds() == ["RequestArrived", "RequestFinished"]
+
+
+@script
+async def test_admission_after_the_client_left_in_the_same_moment(rig: Rig) -> None:
+    """The cancellation is on its way when the core admits: still exactly one ending."""
+    task = await rig.arrive()
+    task.cancel()
+    rig.gate.admit(commands.Admit("1", "m"))
+    await asyncio.wait({task})
+    assert rig.kinds() == ["RequestArrived", "RequestFinished"]
+
+
+@script
+async def test_a_rejection_is_the_named_error(rig: Rig) -> None:
+    """The core speaks of errors by name; the client sees the status and the reason."""
+    task = await rig.arrive()
+    rig.gate.reject(commands.Reject("1", "EngineFailed", "it broke", retry_after=3))
+    with pytest.raises(EngineFailed, match="it broke") as error:
+        await task
+    assert error.value.retry_after == 3
+    assert rig.kinds() == ["RequestArrived"]
+
+
+@script
+async def test_rejection_after_the_client_left_in_the_same_moment(rig: Rig) -> None:
+    """A rejected request owes the core nothing, also when its client has just gone."""
+    task = await rig.arrive()
+    task.cancel()
+    rig.gate.reject(commands.Reject("1", "EngineFailed", "it broke"))
+    await asyncio.wait({task})
+    assert rig.kinds() == ["RequestArrived"]
+    assert rig.gate.open == 0
+
+
+@script
+async def test_admitted_to_an_engine_that_is_gone(rig: Rig) -> None:
+    """Between decision and deed the engine may have died: the client hears it, the core its ending."""
+    task = await rig.arrive()
+    rig.engine = None
+    rig.gate.admit(commands.Admit("1", "m"))
+    with pytest.raises(UpstreamFailed):
+        await task
+    assert rig.kinds() == ["RequestArrived", "RequestFinished"]
+
+
+@script
+async def test_a_cut_reaches_the_relay_whenever_it_asks(rig: Rig) -> None:
+    """The drain limit may pass before the relay has said how it wants to be told."""
+    task = await rig.arrive()
+    rig.gate.admit(commands.Admit("1", "m"))
+    rig.gate.cut(commands.CutRequest("1", "too long"))
+    passage, heard = await task, []
+    passage.on_cut(heard.append)
+    assert heard == ["too long"]
+    passage.done()
+    rig.gate.cut(commands.CutRequest("1", "again"))
+    assert heard == ["too long"]
+
+
+@script
+async def test_shutdown_refuses_those_who_wait_and_lets_the_others_end(rig: Rig) -> None:
+    """A restart must not lose a running stream, nor keep a waiter hanging."""
+    running, waiting = await rig.arrive(), await rig.arrive()
+    rig.gate.admit(commands.Admit("1", "m"))
+    passage = await running
+    rig.gate.reject_waiting("shutting down")
+    with pytest.raises(Unavailable, match="shutting down"):
+        await waiting
+    assert not await rig.gate.emptied(0.01)
+    passage.done()
+    assert await rig.gate.emptied(0.01)
+    assert rig.kinds() == ["RequestArrived", "RequestArrived", "RequestGone", "RequestFinished"]

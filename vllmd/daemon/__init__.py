@@ -1,0 +1,15 @@
+"""The daemon: the only meeting point of all rooms.
+
+::
+
+    main        argv -> configuration -> listeners -> Daemon -> exit status
+    loop        the inbox: events to the core, its commands to whoever does them
+    turnstile   the proxy's gate: one arrival, one ending, whatever happens between
+    fleet       engines: start, wake, sleep, stop, each a task that posts its event
+    adoption    what is found running when the daemon starts
+    memory      samples of the devices, and whether freed memory came back
+    specs       a configured model as the core sees it
+    names       what a client calls a model -> the model
+    control     what the admin endpoints may ask
+    learnt      footprints and costs kept over restarts
+"""

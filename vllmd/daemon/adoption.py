@@ -1,0 +1,158 @@
+"""What is found running when the daemon starts: an engine is taken over in the state it is really in, or stopped.
+
+The launcher knows which engines there are and what an earlier daemon noted
+beside each; the engine itself knows whether it sleeps. Where the two do not make
+sense together the engine is stopped: a full stop is always right.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllmd.config.types import ModelConfig
+from vllmd.core import events
+from vllmd.core.types import Placement, State
+from vllmd.daemon.fleet import Fleet, Member, fingerprint
+from vllmd.engines.base import Engine, Listen
+from vllmd.errors import VllmdError
+from vllmd.launcher.client import Running
+from vllmd.proxy.upstream import request
+
+log = logging.getLogger("vllmd.adoption")
+
+RESOLVE_LIMIT = 10.0  # seconds for a half-done sleep or wake to come to its end
+RESOLVE_POLL = 0.1
+
+
+@dataclass(frozen=True)
+class Found:
+    """A running engine and the state it turned out to be in; ``state`` None: it has to go."""
+
+    member: Member
+    state: State | None
+    level: int = 0
+    idle: float = 0.0
+    why: str = ""
+
+
+async def adopt_all(
+    fleet: Fleet,
+    running: list[Running],
+    models: Mapping[str, ModelConfig],
+    engine_of: Callable[[ModelConfig], Engine],
+    post: Callable[[events.Event], None],
+) -> None:
+    """Adopt what can be adopted and end the rest, all at once; returns when every engine is accounted for."""
+    await asyncio.gather(*(_adopt(fleet, one, models, engine_of, post) for one in running))
+
+
+async def _adopt(
+    fleet: Fleet,
+    running: Running,
+    models: Mapping[str, ModelConfig],
+    engine_of: Callable[[ModelConfig], Engine],
+    post: Callable[[events.Event], None],
+) -> None:
+    found = await examine(running, models, engine_of)
+    member = found.member
+    if found.state is None or member.model.name in fleet.members:
+        log.warning(
+            "%s: stopped an engine left by an earlier daemon: %s", member.model.name, found.why or "a second one"
+        )
+        await fleet.end_stray(member)
+        return
+    fleet.adopt(member)
+    log.info("%s: adopted pid %d, %s", member.model.name, running.pid, found.state.value)
+    post(events.EngineAdopted(member.model.name, member.placement, found.state, found.level, found.idle))
+    if found.state is State.STARTING:
+        fleet.resume_start(member)
+
+
+async def examine(
+    running: Running, models: Mapping[str, ModelConfig], engine_of: Callable[[ModelConfig], Engine]
+) -> Found:
+    """Find out what state an engine is in, by its notes and by asking it."""
+    noted = running.metadata
+    model = models.get(noted.get("model", ""))
+    if model is None:
+        return Found(_stranger(running), None, why="its model is no longer configured")
+    try:
+        member = _member(running, model, engine_of(model))
+    except (KeyError, TypeError, ValueError, VllmdError) as error:
+        return Found(_stranger(running), None, why=f"its notes are unreadable ({error})")
+    if member.fingerprint != fingerprint(model):
+        return Found(member, None, why="its model's settings have changed")
+    return await _resolve(member, noted)
+
+
+async def _resolve(member: Member, noted: Mapping[str, str]) -> Found:
+    """Compare what was noted with what the engine says."""
+    level, idle = int(noted.get("level") or 0), _idle(noted)
+    match noted.get("state"):
+        case "starting":
+            return Found(member, State.STARTING)
+        case "ready":
+            return await _expect(member, Found(member, State.READY, 0, idle), asleep=False)
+        case "sleeping" | "falling_asleep":
+            return await _expect(member, Found(member, State.SLEEPING, level, idle), asleep=True)
+        case "waking" if level == 1:
+            return await _expect(member, Found(member, State.READY, 0, idle), asleep=False)
+        case state:
+            return Found(member, None, why=f"it was left {state}, at level {level}")
+
+
+async def _expect(member: Member, found: Found, *, asleep: bool) -> Found:
+    """``found`` once the engine confirms it, within the limit; else it has to go."""
+    said: object = None
+    for _ in range(round(RESOLVE_LIMIT / RESOLVE_POLL)):
+        said = await _is_asleep(member)
+        if said is asleep:
+            member.ready_after = 0.0
+            return found
+        await asyncio.sleep(RESOLVE_POLL)
+    return Found(member, None, why=f"expected it {'asleep' if asleep else 'awake'}, it said {said}")
+
+
+async def _is_asleep(member: Member) -> object:
+    """True or False as the engine says; for one that cannot be asked, whether it is unhealthy."""
+    probe = member.engine.asleep() or member.engine.ready(member.model)
+    try:
+        status, _, body = await request(member.listen, probe.method, probe.path, timeout=probe.timeout)
+        if status != probe.expect:
+            return f"status {status}"
+        return json.loads(body)["is_sleeping"] if member.engine.asleep() else False
+    except (OSError, VllmdError, ValueError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _member(running: Running, model: ModelConfig, engine: Engine) -> Member:
+    noted: Mapping[str, Any] = running.metadata
+    return Member(
+        model=model,
+        engine=engine,
+        instance=running.instance,
+        listen=Listen(**json.loads(noted["listen"])),
+        placement=Placement(tuple(json.loads(noted["devices"]))),
+        fingerprint=noted["fingerprint"],
+        running=running,
+    )
+
+
+def _stranger(running: Running) -> Member:
+    """Enough of a member to end an engine that is not ours any more."""
+    name = running.metadata.get("model", running.instance)
+    return Member(ModelConfig(name), None, running.instance, Listen(), Placement(), "", running)  # type: ignore[arg-type]
+
+
+def _idle(noted: Mapping[str, str]) -> float:
+    """Seconds since its last request ended, by the wall clock that was noted."""
+    try:
+        return max(0.0, time.time() - float(noted["idle_since"]))
+    except (KeyError, ValueError):
+        return 0.0

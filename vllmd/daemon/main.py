@@ -1,0 +1,131 @@
+"""argv -> configuration -> listeners -> Daemon -> exit status."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import vllmd
+from vllmd.config.loader import load
+from vllmd.config.settings import flags
+from vllmd.config.types import Config
+from vllmd.daemon.service import Daemon, Surroundings
+from vllmd.errors import ConfigError
+from vllmd.systemd.activation import take_listeners
+from vllmd.systemd.journal import setup_logging
+
+log = logging.getLogger("vllmd")
+
+EX_USAGE, EX_UNAVAILABLE, EX_CONFIG = 64, 69, 78
+BACKLOG = 4096
+Listeners = dict[str, list[socket.socket]]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run vllmd; returns an exit status of sysexits(3)."""
+    arguments = _parser().parse_args(argv)
+    given = {leaf.path: getattr(arguments, flag.lstrip("-").replace("-", "_")) for flag, leaf in flags().items()}
+    overrides = {path: value for path, value in given.items() if value is not None}
+    listeners = take_listeners()
+    config, broken = Config(), ""
+    try:
+        config = load(arguments.config, os.environ, overrides)
+    except ConfigError as error:
+        broken = error.message
+    if broken and (arguments.check or not listeners):
+        print(broken, file=sys.stderr)
+        return EX_CONFIG
+    if arguments.check:
+        return _say_valid(config)
+    setup_logging(config.log_level)
+    for warning in config.warnings:
+        log.warning("%s", warning)
+    return _serve(config, broken, listeners, lambda: load(arguments.config, os.environ, overrides))
+
+
+def _serve(config: Config, broken: str, listeners: Listeners, reload: Any) -> int:
+    """Listen, and live. A broken configuration is served as an error to every client, and repaired by a reload:
+
+    an exit status would soon make systemd close the sockets for good.
+    """
+    activated = bool(listeners)
+    try:
+        listeners = listeners or open_listeners(config.server.listen)
+    except OSError as error:
+        print(f"cannot listen on {', '.join(config.server.listen)}: {error}", file=sys.stderr)
+        return EX_UNAVAILABLE
+    if broken:
+        log.error("the configuration is invalid, every request is answered with this:\n%s", broken)
+    with surroundings(os.environ, activated=activated) as around:
+        asyncio.run(_live(config, broken, around, reload, listeners))
+    return 0
+
+
+async def _live(config: Config, broken: str, around: Surroundings, reload: Any, listeners: Listeners) -> None:
+    daemon = Daemon(config, around, reload)
+    if broken:
+        daemon.refuse(broken)
+    await daemon.run(listeners)
+
+
+def open_listeners(addresses: tuple[str, ...]) -> Listeners:
+    """Sockets of our own, when systemd gives none. ``host:port``, ``[v6]:port`` or a path. Raises OSError."""
+    return {"http": [_listen(address) for address in addresses]}
+
+
+def _listen(address: str) -> socket.socket:
+    if address.startswith("/"):
+        return socket.create_server(address, family=socket.AF_UNIX, backlog=BACKLOG)
+    host, _, port = address.rpartition(":")
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+    listener = socket.create_server((host.strip("[]"), int(port)), family=family, backlog=BACKLOG)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+@contextlib.contextmanager
+def surroundings(environment: Mapping[str, str], *, activated: bool) -> Iterator[Surroundings]:
+    """What the unit file says by environment variables; without a run directory a private one while we live."""
+    own = "" if "VLLMD_ENGINE_RUN_DIR" in environment else tempfile.mkdtemp(prefix="vllmd-")
+    home, cache = environment.get("VLLMD_ENGINE_HOME", ""), environment.get("CACHE_DIRECTORY", "").split(":")[0]
+    try:
+        yield Surroundings(
+            launcher=environment.get("VLLMD_LAUNCHER", ""),
+            run_dir=Path(own or environment["VLLMD_ENGINE_RUN_DIR"]),
+            home=Path(home) if home else None,
+            cache=Path(cache) if cache else None,
+            activated=activated,
+            environment=environment,
+        )
+    finally:
+        if own:
+            shutil.rmtree(own, ignore_errors=True)
+
+
+def _say_valid(config: Config) -> int:
+    files = ", ".join(map(str, config.files)) or "no files"
+    for warning in config.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"valid: {len(config.models)} models ({', '.join(config.models) or 'none'}), read from {files}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("vllmd", description="A shared model server for the GPUs of this machine.")
+    parser.add_argument("verb", nargs="?", choices=["serve"], help="serve is what it does anyway")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="instead of the standard places, see vllmd.yaml(5)")
+    parser.add_argument("--check", action="store_true", help="say whether the configuration is valid, and exit")
+    parser.add_argument("--version", action="version", version=f"vllmd {vllmd.__version__}")
+    for flag, leaf in flags().items():
+        parser.add_argument(flag, help=leaf.row.doc)
+    return parser

@@ -1,0 +1,31 @@
+"""A configured model as the core sees it: sizes, rules and what its engine can do."""
+
+from __future__ import annotations
+
+from vllmd.config.types import ModelConfig
+from vllmd.core.types import Footprint, ModelSpec
+from vllmd.engines.base import Engine
+
+
+def spec_of(model: ModelConfig, engine: Engine, footprint: Footprint, weights: int) -> ModelSpec:
+    """The core's view of ``model``; ``footprint`` and ``weights`` in bytes, estimated, configured or measured."""
+    return ModelSpec(
+        name=model.name,
+        footprint=footprint,
+        weights=weights,
+        device_count=model.tensor_parallel_size * model.pipeline_parallel_size,
+        devices=model.devices,
+        sleep_levels=engine.sleep_levels(model),
+        idle=model.idle,
+        pinned=model.pin,
+        preload=model.preload,
+        priority=model.priority,
+        concurrency=model.concurrency,
+        on_busy=model.on_busy,
+        queue_limit=model.queue_limit,
+        queue_timeout=model.queue_timeout,
+        drain_limit=model.drain_limit,
+        preempt=model.preempt,
+        max_restarts=model.max_restarts,
+        restart_backoff=model.restart_backoff,
+    )
