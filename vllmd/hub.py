@@ -107,7 +107,7 @@ def _snapshot(folder: Path, revision: str) -> Path | None:
     ref = folder / "refs" / revision
     if ".." not in revision and ref.is_file():
         wanted = ref.read_text(errors="replace").strip()
-    if re.fullmatch(r"[\w.-]+", wanted) and (snapshots / wanted).is_dir():
+    if re.fullmatch(r"(?!\.+$)[\w.-]+", wanted) and (snapshots / wanted).is_dir():
         return snapshots / wanted
     there = [path for path in snapshots.iterdir() if path.is_dir()]
     return max(there, key=lambda path: path.stat().st_mtime, default=None) if revision == "main" else None
