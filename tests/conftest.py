@@ -43,10 +43,10 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 
 
 @contextlib.contextmanager
-def _booted_or_skip(suite: str = "bookworm") -> Iterator[Machine]:
+def _booted_or_skip(suite: str = "bookworm", *, build: bool = False) -> Iterator[Machine]:
     with contextlib.ExitStack() as stack:
         try:
-            machine = stack.enter_context(container.booted(suite, container.vllm_binds()))
+            machine = stack.enter_context(container.booted(suite, container.vllm_binds(), build=build))
         except CannotBoot as reason:
             pytest.skip(f"no container: {reason}")
         yield machine
@@ -82,15 +82,26 @@ def real_vllm() -> RealVllm:
     return RealVllm(container.cache() / "vllm/bin/vllm", container.cache() / "tiny-model")
 
 
-@pytest.fixture(scope="session")
-def package() -> Path:
-    """The .deb of this working tree, built when its sources have changed."""
+def build_package(kind: str) -> Path:
+    """The package of this working tree, built when its sources have changed."""
     if os.geteuid() != 0:
         pytest.skip("building the package needs root")
-    built = subprocess.run([REPOSITORY / "packaging/dev/build", "deb"], capture_output=True, text=True)
+    built = subprocess.run([REPOSITORY / "packaging/dev/build", kind], capture_output=True, text=True)
     if built.returncode:
-        pytest.fail(f"the package does not build:\n{built.stderr}", pytrace=False)
+        pytest.fail(f"the .{kind} does not build:\n{built.stderr}", pytrace=False)
     return REPOSITORY / built.stdout.strip()
+
+
+@pytest.fixture(scope="session")
+def package() -> Path:
+    """The .deb of this working tree."""
+    return build_package("deb")
+
+
+@pytest.fixture(scope="session")
+def rpm_package() -> Path:
+    """The .rpm of this working tree."""
+    return build_package("rpm")
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +114,6 @@ def installed_machine(package: Path) -> Iterator[Machine]:
 
 @pytest.fixture
 def boot_machine() -> Iterator[Callable[..., Machine]]:
-    """Boots as many machines as a test wants: `boot_machine(suite="trixie")`."""
+    """Boots as many machines as a test wants: `boot_machine("trixie")`, `boot_machine(build=True)`."""
     with contextlib.ExitStack() as stack:
-        yield lambda suite="bookworm": stack.enter_context(_booted_or_skip(suite))
+        yield lambda suite="bookworm", **options: stack.enter_context(_booted_or_skip(suite, **options))

@@ -58,23 +58,26 @@ def check_host() -> None:
         raise CannotBoot("no cgroup v2 hierarchy is mounted")
 
 
-def base_tree(suite: str) -> Path:
-    """The folder with a minimal Debian, made when missing or outdated."""
-    setup = REPOSITORY / "packaging/dev/setup"
-    made = subprocess.run([setup, "tree"], env={**os.environ, "VLLMD_SUITE": suite}, stderr=subprocess.PIPE, text=True)
+def base_layers(suite: str, build: bool) -> str:
+    """The folders with a minimal Debian, and what building packages needs; made when missing or outdated."""
+    argv = [REPOSITORY / "packaging/dev/setup", "build" if build else "tree"]
+    made = subprocess.run(argv, env={**os.environ, "VLLMD_SUITE": suite}, stderr=subprocess.PIPE, text=True)
     if made.returncode:
         raise CannotBoot(made.stderr.strip())
-    return cache() / f"tree-{suite}"
+    layers = [f"{cache()}/build-{suite}"] if build else []
+    return ":".join([*layers, f"{cache()}/tree-{suite}"])
 
 
 class Machine:
     """One container. Use `booted()` to get one that is certainly taken down again."""
 
-    def __init__(self, suite: str = "bookworm", binds: Mapping[Path, str] | None = None) -> None:
+    def __init__(
+        self, suite: str = "bookworm", binds: Mapping[Path, str] | None = None, *, build: bool = False
+    ) -> None:
         check_host()
         remove_leftovers()
         self.name = f"vllmd-{os.getpid()}-{next(_numbers)}"
-        self.lower = base_tree(suite)
+        self.lower = base_layers(suite, build)
         self.binds = dict(binds or {})
         self.folder = machines_folder() / self.name
         for part in ("upper", "work", "root"):
@@ -312,7 +315,7 @@ _DIES_WITH_US = (
     *("unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--mount-proc"),
 )
 
-# $1 control group, $2 base tree, $3 the machine's folder, then the argv.
+# $1 control group, $2 base layers, $3 the machine's folder, then the argv.
 _MOUNT_AND_EXEC = """
 echo 0 >"$1/cgroup.procs"
 mount -t overlay overlay -o "lowerdir=$2,upperdir=$3/upper,workdir=$3/work" "$3/root"
@@ -355,9 +358,11 @@ def remove_leftovers() -> None:
 
 
 @contextlib.contextmanager
-def booted(suite: str = "bookworm", binds: Mapping[Path, str] | None = None) -> Iterator[Machine]:
-    """A fresh machine, booted; gone without trace at the end."""
-    machine = Machine(suite, binds)
+def booted(
+    suite: str = "bookworm", binds: Mapping[Path, str] | None = None, *, build: bool = False
+) -> Iterator[Machine]:
+    """A fresh machine, booted; gone without trace at the end. ``build``: with compilers, rpm and the like."""
+    machine = Machine(suite, binds, build=build)
     try:
         machine.boot()
         yield machine

@@ -132,3 +132,14 @@ def test_removal_stops_everything_and_purge_forgets(installed_machine: Machine) 
 def test_lintian_finds_nothing(package: Path) -> None:
     """Debian's own checker, of the build that made this package."""
     assert (package.parent / "lintian.txt").read_text() == ""
+
+
+def test_installs_on_debian_13_too(boot_machine: Callable[..., Machine], package: Path) -> None:
+    """The same package on systemd 257, Python 3.13 and newer libraries."""
+    machine = boot_machine("trixie")
+    container.install(machine, package)
+    assert machine.out("systemctl --version").startswith("systemd 257 ")
+    machine.write("/etc/vllmd/models.d/test.yaml", MODELS)
+    assert "assistant" in machine.out(ASK, timeout=90)
+    machine.run("systemctl stop vllmd.service")
+    assert engine_pids(machine) == []
