@@ -21,8 +21,8 @@ def rest(m: Model, now: float) -> Rest:
     """What ``m`` does now, by its idle rules."""
     if idle_due(m) > now:
         return Rest.NONE
-    rules, idle = m.spec.idle, now - m.idle_since
-    if rules.stop_after is not None and idle >= rules.stop_after:
+    rules = m.spec.idle
+    if rules.stop_after is not None and m.idle_since + rules.stop_after <= now:
         return Rest.STOP
     if m.state is State.READY:
         return Rest.SLEEP if m.spec.sleep_levels and rules.level in (1, 2) else Rest.STOP

@@ -39,6 +39,28 @@ def pinned_out(ledger: Ledger, m: Model, models: Iterable[Model]) -> str:
     return f"{m.name!r} needs {gib(m.booking)} on {_devices(count)}, and pinned models ({names}) leave less"
 
 
+def stuck(ledger: Ledger, m: Model, models: Iterable[Model]) -> str:
+    """Why a sleeper cannot wake where it is although it could start elsewhere; empty if that is not so."""
+    room = _room_beside_kept(ledger, m, models)
+    bad = [i for i in m.placement.devices if ledger.accounts[i].missing or room[i] < m.footprint.awake]
+    if not bad:
+        return ""
+    good = [a for a in _allowed(ledger, m) if not a.missing and room[a.device.index] >= m.booking]
+    if len(good) < m.spec.device_count:
+        return ""
+    return f"it cannot wake on device {bad[0]}, and can start elsewhere"
+
+
+def _room_beside_kept(ledger: Ledger, m: Model, models: Iterable[Model]) -> dict[int, int]:
+    """Bytes per device that neither strangers nor models that must stay hold."""
+    room = {index: a.capacity - a.strangers for index, a in ledger.accounts.items()}
+    for other in models:
+        if other.kept and other is not m:
+            for index, share in ledger.held(other.name).items():
+                room[index] -= share
+    return room
+
+
 def _allowed(ledger: Ledger, m: Model) -> list[Account]:
     wanted = m.spec.devices or tuple(ledger.accounts)
     return [ledger.accounts[index] for index in dict.fromkeys(wanted) if index in ledger.accounts]

@@ -55,11 +55,11 @@ class Queue:
         self.remove(request)
         return request, key
 
-    def late(self, since: float) -> list[str]:
-        """Those that came before or at ``since``, oldest first."""
+    def late(self, timeout: float, now: float) -> list[str]:
+        """Those whose ``timeout`` has passed, oldest first."""
         late = []
         for request, (_, arrived) in self._all.items():
-            if arrived > since:
+            if arrived + timeout > now:
                 break
             late.append(request)
         return late

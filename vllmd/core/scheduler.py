@@ -19,7 +19,7 @@ from vllmd.core.ledger import Ledger
 from vllmd.core.lifecycle import LifecycleError, Step
 from vllmd.core.model import INFINITY, Leave, Model
 from vllmd.core.policy import POLICIES, Plan, Policy, Situation, choices, fits
-from vllmd.core.possible import never_fits, pinned_out
+from vllmd.core.possible import never_fits, pinned_out, stuck
 from vllmd.core.situation import host_claims, levels, look, see_waiting, sleep_levels
 from vllmd.core.types import Device, Footprint, ModelSpec, Settings, Snapshot, Source, State
 from vllmd.core.views import snapshot
@@ -275,9 +275,6 @@ class Scheduler:
         grown = max(m.booking, min(largest, m.booking * 11 // 10))
         m.costs.footprint = Footprint(grown, f.awake, f.asleep, f.host, f.source)
         self._fleet.forgive(m)
-        why = never_fits(self._fleet.ledger, m)
-        if why:
-            self._reject_all(m, "ModelTooLarge", why)
         self._fleet.record("retry", m.name, f"it failed for lack of memory: {e.reason}", {"booking": m.booking})
 
     def _give_up(self, m: Model, reason: str) -> None:
@@ -396,13 +393,7 @@ class Scheduler:
             return
         if m.state is State.FAILED:
             self._fleet.forgive(m)
-        why = "" if m.loaded else never_fits(self._fleet.ledger, m)
-        if why:
-            m.failure = why
-            self._fleet.record("refuse", m.name, why)
-        elif m.wanted is None:
-            m.wanted = self._fleet.now
-            self._replan = True
+        m.wanted = self._fleet.now if m.wanted is None else m.wanted
 
     def _sleep(self, e: ev.SleepAsked) -> None:
         if e.level not in (1, 2):
@@ -495,6 +486,7 @@ class Scheduler:
         if m.pinned == m.spec.pinned:
             m.pinned = spec.pinned
         m.spec, m.removed = spec, False
+        self._waiting.pop(m.name, None)
         m.costs = self.costs.open(spec)
         if restart and m.loaded:
             self._ask(m, Leave(0, "config", "its configuration changed", cut_at=self._cut_at(m)))
@@ -543,7 +535,7 @@ class Scheduler:
     def _overdue_requests(self, m: Model) -> None:
         if m.spec.queue_timeout is None:
             return
-        for request in m.queue.late(self._fleet.now - m.spec.queue_timeout):  # 4.1
+        for request in m.queue.late(m.spec.queue_timeout, self._fleet.now):  # 4.1
             self._dequeue(m, request)
             del self._requests[request]
             message = f"{m.name!r} could not be served within {m.spec.queue_timeout:g} s"
@@ -617,8 +609,7 @@ class Scheduler:
             self._review_sleeper(m)
         wants = m.demand and m.state in (State.STOPPED, State.SLEEPING) and not m.leave
         if wants and m.name not in self._waiting:
-            self._waiting[m.name] = m
-            self._replan = True
+            self._wait(m)
         elif not wants:
             self._waiting.pop(m.name, None)
         if m.leave and m.state in (State.DRAINING, State.SLEEPING):
@@ -626,6 +617,17 @@ class Scheduler:
         else:
             self._leaving.pop(m.name, None)
         m.due = self._due_of(m)
+
+    def _wait(self, m: Model) -> None:
+        """It is wanted and not on; who can never be served is told so (5.2)."""
+        why = "" if m.state is State.SLEEPING else never_fits(self._fleet.ledger, m)
+        if why:
+            self._reject_all(m, "ModelTooLarge", why)
+            self._fleet.record("refuse", m.name, why)
+            m.failure = why
+        else:
+            self._waiting[m.name] = m
+            self._replan = True
 
     def _serve(self, m: Model) -> None:
         """5.1: an open gate lets in what waits; then it may have something to do for itself."""
@@ -690,10 +692,11 @@ class Scheduler:
 
     def _drained_late(self, m: Model, leave: Leave) -> None:
         now = self._fleet.now
-        if now >= leave.freeze_at and m.freezable and leave.level and self._fleet.free_to_move(m):  # 6.2
-            numbers = {"frozen": len(m.running), "for": m.exchange}
+        level = self._level(m, leave.level)
+        if now >= leave.freeze_at and m.freezable and level and self._fleet.free_to_move(m):  # 6.2
+            numbers: dict[str, float | int | str] = {"frozen": len(m.running), "for": m.exchange}
             self._fleet.record("freeze", m.name, leave.why, numbers)
-            self._fleet.sleep(m, self._level(m, leave.level) or leave.level, freeze=True)
+            self._fleet.sleep(m, level, freeze=True)
             self._touch(m)
         elif now >= leave.cut_at:  # 6.3
             leave.cut_at = INFINITY
@@ -706,7 +709,7 @@ class Scheduler:
             self._fleet.prove(m)
             return
         level = self._level(m, leave.level) if m.state is State.DRAINING else 0
-        numbers = {"level": level, "idle": round(self._fleet.now - m.idle_since, 3)}
+        numbers: dict[str, float | int | str] = {"level": level, "idle": round(self._fleet.now - m.idle_since, 3)}
         self._fleet.record("sleep" if level else "stop", m.name, leave.why, numbers)
         if level:
             self._fleet.sleep(m, level)
@@ -723,30 +726,38 @@ class Scheduler:
     def _plan(self) -> None:
         """7: ask the policy until it has nothing more to begin."""
         self._looked = self._fleet.now
+        for m in [m for m in self._waiting.values() if m.state is State.SLEEPING and m.name not in self._exchanges]:
+            self._move_house(m)
         for _ in range(len(self._waiting) + 1):
             plan = self._policy.choose(self._look())
             if plan is None:
                 return
             self._begin(plan)
-            self._review_all()
-            self._move()
-            self._review_all()
+
+    def _move_house(self, m: Model) -> None:
+        """7.1: a sleeper that cannot wake where it sleeps is stopped, if it can start elsewhere."""
+        why = "" if m.running else stuck(self._fleet.ledger, m, self._models.values())
+        if why:
+            m.leave = Leave(0, "moved", why)
+            self._touch(m)
 
     def _begin(self, plan: Plan) -> None:
         m = self._models[plan.target]
         self._touch(m)
         verb = "wake" if m.state is State.SLEEPING else "start"
         numbers: dict[str, float | int | str] = {**plan.numbers, "devices": ",".join(map(str, plan.devices))}
-        if not plan.victims:
+        if plan.victims:
+            numbers["victims"] = ",".join(f"{v.model}:{v.way.level or 'stop'}" for v in plan.victims)
+            numbers["drain"] = plan.drain
+            self._fleet.record("exchange", m.name, f"{verb} it: {plan.why}", numbers)
+        else:
             self._fleet.record(verb, m.name, plan.why, numbers)
-            self._exchanges.bring(m, plan.devices)
-            return
-        numbers["victims"] = ",".join(f"{v.model}:{v.way.level or 'stop'}" for v in plan.victims)
-        numbers["drain"] = plan.drain
-        self._fleet.record("exchange", m.name, f"{verb} it: {plan.why}", numbers)
         self._exchanges.begin(plan)
         for victim in plan.victims:
             self._touch(self._models[victim.model])
+        self._review_all()
+        self._move()
+        self._review_all()
 
     def _look(self) -> Situation:
         if self._fleet.now >= self._filled + FILL_AGE:

@@ -1,0 +1,200 @@
+"""Random worlds: whatever happens, in whatever order, the core keeps its promises."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from tests.core.world import World
+from vllmd.core.commands import SleepEngine, StartEngine, WakeEngine
+from vllmd.core.events import (
+    EngineAsleep,
+    EngineExited,
+    EngineSleepFailed,
+    EngineStartFailed,
+    EngineStopped,
+    EngineWakeFailed,
+    FreezeProved,
+    LeaseReleased,
+    LeaseTaken,
+    LoadAsked,
+    MemorySampled,
+    ModelsChanged,
+    PinSet,
+    RequestGone,
+    SleepAsked,
+    StopAsked,
+    TimePassed,
+)
+from vllmd.core.types import Device, Footprint, GiB, IdleRules, ModelSpec, Settings
+
+NAMES = ("a", "b", "c", "d", "e")
+models = st.sampled_from(NAMES)
+sizes = st.sampled_from([0, 5, 20, 35, 60, 79, 100])
+ages = st.sampled_from([None, 0.0, 3.0, 40.0])
+
+
+@st.composite
+def specs(draw: st.DrawFn, name: str) -> ModelSpec:
+    """Any model that a configuration could describe."""
+    size = draw(sizes) * GiB
+    return ModelSpec(
+        name,
+        Footprint(size, size, min(size, GiB), draw(st.sampled_from([0, 10, 40])) * GiB),
+        weights=size // 2,
+        device_count=draw(st.sampled_from([1, 1, 1, 2, 0, 3])),
+        devices=draw(st.sampled_from([(), (), (), (1,), (0, 1)])),
+        sleep_levels=draw(st.sampled_from([frozenset({1, 2}), frozenset({1}), frozenset({2}), frozenset()])),
+        idle=IdleRules(draw(ages), draw(st.sampled_from([1, 2])), draw(ages), draw(ages)),
+        pinned=draw(st.sampled_from([False, False, False, True])),
+        preload=draw(st.booleans()),
+        priority=draw(st.sampled_from([1.0, 5.0])),
+        concurrency=draw(st.sampled_from([None, 1, 2])),
+        on_busy=draw(st.sampled_from(["wait", "wait", "reject", "evict"])),
+        queue_limit=draw(st.sampled_from([2, 512])),
+        queue_timeout=draw(st.sampled_from([None, 600.0, 30.0])),
+        drain_limit=draw(st.sampled_from([None, 10.0])),
+        preempt=draw(st.booleans()),
+        keeps_host=draw(st.booleans()),
+    )
+
+
+def brief(spec: ModelSpec) -> str:
+    """The specification as one would write it: without what is default anyway."""
+    plain = ModelSpec(spec.name, spec.footprint)
+    fields = [f.name for f in dataclasses.fields(spec) if getattr(spec, f.name) != getattr(plain, f.name)]
+    f, rest = spec.footprint, "".join(f", {name}={getattr(spec, name)!r}" for name in fields)
+    return f"ModelSpec({spec.name!r}, Footprint({f.starting}, {f.awake}, {f.asleep}, {f.host}){rest})"
+
+
+class CoreUnderAnything(RuleBasedStateMachine):
+    """``World`` checks every promise after every event; the rules below only think of things that can happen."""
+
+    world: World
+    count = 0
+
+    @initialize(
+        devices=st.integers(0, 3),
+        host=st.sampled_from([0, 50, 200]),
+        policy=st.sampled_from(["adaptive", "adaptive", "lru"]),
+        models=st.tuples(*(specs(name) for name in NAMES)),
+    )
+    def begin(self, devices: int, host: int, policy: str, models: tuple[ModelSpec, ...]) -> None:
+        gpus = [Device(i, str(i), 80 * GiB, GiB) for i in range(devices)]
+        self.specs = models
+        self.world = World(models, gpus, Settings(policy, host * GiB, 20))
+        self.world.script.append(f"s = Scheduler([{', '.join(map(brief, models))}], {gpus!r}, {self.world.settings!r})")
+
+    @rule(model=models, key=st.sampled_from("xyz"))
+    def arrive(self, model: str, key: str) -> None:
+        self.count += 1
+        self.world.ask(f"r{self.count}", model, key)
+
+    @precondition(lambda self: any(r not in self.world.frozen for r in self.world.running))
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        awake = sorted(r for r in self.world.running if r not in self.world.frozen)
+        self.world.finish(data.draw(st.sampled_from(awake)))
+
+    @precondition(lambda self: self.world.queued)
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        self.world.do(RequestGone(data.draw(st.sampled_from(sorted(self.world.queued)))))
+
+    @precondition(lambda self: self.world.pending)
+    @rule(data=st.data())
+    def answer(self, data: st.DataObject) -> None:
+        self.world.answer(data.draw(st.sampled_from(sorted(self.world.pending))))
+
+    @precondition(lambda self: self.world.pending)
+    @rule(data=st.data(), lack=st.booleans(), needed=st.sampled_from([None, 30 * GiB, 500 * GiB]))
+    def fail(self, data: st.DataObject, lack: bool, needed: int | None) -> None:
+        model = data.draw(st.sampled_from(sorted(self.world.pending)))
+        command = self.world.pending[model]
+        if isinstance(command, StartEngine):
+            self.world.do(EngineStartFailed(model, "no", memory=lack, needed=needed))
+        elif isinstance(command, WakeEngine):
+            self.world.do(EngineWakeFailed(model, "no"))
+        elif isinstance(command, SleepEngine):
+            self.world.do(EngineSleepFailed(model, "no"))
+        elif type(command).__name__ == "ProveFreeze":
+            self.world.do(FreezeProved(model, survived=False))
+        else:
+            self.world.do(EngineStopped(model, missing=dict.fromkeys(self.world.placed[model], 7 * GiB)))
+
+    @precondition(lambda self: any(isinstance(c, SleepEngine) for c in self.world.pending.values()))
+    @rule(freed=st.sampled_from([0, 3, 200]))
+    def sleep_measured(self, freed: int) -> None:
+        model = next(m for m, c in self.world.pending.items() if isinstance(c, SleepEngine))
+        level = self.world.pending[model].level  # type: ignore[union-attr]
+        self.world.do(EngineAsleep(model, level, dict.fromkeys(self.world.placed[model], freed * GiB)))
+
+    @precondition(lambda self: self.world.engines)
+    @rule(data=st.data())
+    def crash(self, data: st.DataObject) -> None:
+        self.world.do(EngineExited(data.draw(st.sampled_from(sorted(self.world.engines))), "crashed"))
+
+    @rule(seconds=st.sampled_from([0.0, 0.1, 0.25, 1.0, 7.0, 45.0, 400.0]))
+    def wait(self, seconds: float) -> None:
+        self.world.pass_time(self.world.now + seconds)
+
+    @rule()
+    def ring(self) -> None:
+        self.world.do(TimePassed())
+
+    @rule(model=models, what=st.integers(0, 4))
+    def operate(self, model: str, what: int) -> None:
+        asks = (LoadAsked(model), SleepAsked(model, 1), SleepAsked(model, 2), StopAsked(model), StopAsked(model, True))
+        self.world.do(asks[what])
+
+    @rule(model=models, pinned=st.booleans())
+    def pin(self, model: str, pinned: bool) -> None:
+        self.world.do(PinSet(model, pinned))
+
+    @rule(lease=st.sampled_from(["l1", "l2"]), model=models, seconds=st.sampled_from([None, 0.0, 5.0, 50.0]))
+    def lease(self, lease: str, model: str, seconds: float | None) -> None:
+        self.world.do(LeaseTaken(lease, model, None if seconds is None else self.world.now + seconds))
+
+    @rule(lease=st.sampled_from(["l1", "l2"]), stop=st.booleans())
+    def release(self, lease: str, stop: bool) -> None:
+        self.world.do(LeaseReleased(lease, stop))
+
+    @rule(strangers=st.sampled_from([-5, 0, 10, 70, 500]), model=models, share=st.sampled_from([-1, 0, 15, 90]))
+    def sample(self, strangers: int, model: str, share: int) -> None:
+        self.world.disturbed = self.world.disturbed or strangers > 0 or share > 0
+        self.world.do(MemorySampled({0: strangers * GiB, 9: GiB}, {(model, 0): share * GiB, ("ghost", 0): 1}))
+
+    @rule(data=st.data())
+    def reload(self, data: st.DataObject) -> None:
+        name = data.draw(models)
+        fresh = data.draw(specs(name))
+        restart = frozenset({name}) if data.draw(st.booleans()) else frozenset()
+        self.world.disturbed = True
+        self.specs = tuple(fresh if spec.name == name else spec for spec in self.specs)
+        self.world.do(ModelsChanged(self.specs, restart))
+
+    def teardown(self) -> None:
+        """In the end engines behave and strangers leave: then everybody who still waits is served or told why not."""
+        if not hasattr(self, "world"):
+            return
+        w = self.world
+        w.do(MemorySampled(dict.fromkeys(w.devices, 0), {}))
+        for lease in ("l1", "l2"):
+            w.do(LeaseReleased(lease))
+        for name in NAMES:
+            w.do(PinSet(name, False))
+        w.settle()
+
+
+CoreUnderAnything.TestCase.settings = settings(
+    max_examples=int(os.environ.get("EX", "150")),
+    phases=[Phase.generate],
+    stateful_step_count=60,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+TestCoreUnderAnything = CoreUnderAnything.TestCase

@@ -1,0 +1,264 @@
+"""A world for the core to decide about: engines and clients as data, and every promise of the core checked.
+
+``World`` executes commands as the daemon does, but nothing happens by itself:
+a test says which engine answers when. It keeps its own books, apart from the
+core's, and fails with the whole story as a script that can be pasted into a
+test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from vllmd.core.commands import (
+    Admit,
+    Command,
+    CutRequest,
+    ProveFreeze,
+    Record,
+    Reject,
+    SleepEngine,
+    StartEngine,
+    StopEngine,
+    WakeEngine,
+)
+from vllmd.core.costs import CostBook
+from vllmd.core.events import (
+    EngineAsleep,
+    EngineAwake,
+    EngineReady,
+    EngineStopped,
+    Event,
+    FreezeProved,
+    LeaseReleased,
+    LeaseTaken,
+    RequestArrived,
+    RequestFinished,
+    RequestGone,
+    StopAsked,
+    TimePassed,
+)
+from vllmd.core.policy import Policy
+from vllmd.core.scheduler import Scheduler
+from vllmd.core.types import Device, GiB, ModelSpec, Settings, Snapshot, State
+
+
+def said(commands: Iterable[Command]) -> list[Command]:
+    """The commands without the journal's records."""
+    return [c for c in commands if not isinstance(c, Record)]
+
+
+class World:
+    """The daemon's side of the contract, with a clock that stands still."""
+
+    def __init__(
+        self,
+        models: Iterable[ModelSpec],
+        devices: Iterable[Device],
+        settings: Settings | None = None,
+        costs: CostBook | None = None,
+        policy: Policy | None = None,
+    ) -> None:
+        self.devices = {device.index: device for device in devices}
+        self.settings = settings or Settings(host_memory=64 * GiB)
+        self.scheduler = Scheduler(models, self.devices.values(), self.settings, costs, policy)
+        self.now = 0.0
+        self.script: list[str] = []
+        self.pending: dict[str, Command] = {}  # model -> the command it has to answer
+        self.engines: dict[str, str] = {}  # model -> "on", "asleep" or "moving"
+        self.placed: dict[str, tuple[int, ...]] = {}
+        self.queued: dict[str, str] = {}  # request -> model
+        self.running: dict[str, str] = {}
+        self.cut: set[str] = set()
+        self.frozen: set[str] = set()
+        self.rejected: dict[str, Reject] = {}
+        self.disturbed = False  # measurements contradicted the books: promises may exceed what there is
+        self._forced: set[str] = set()
+
+    # -- events
+
+    def do(self, event: Event) -> list[Command]:
+        """Post one event, execute the commands, check every promise. Returns the commands, records left out."""
+        self.script.append(f"s.handle({event!r}, now={self.now!r})")
+        self._before(event)
+        commands = self.scheduler.handle(event, self.now)
+        try:
+            for command in commands:
+                self._execute(command)
+            self._after(event)
+        except AssertionError as broken:
+            raise AssertionError(f"{broken}\nThe story:\n" + "\n".join(self.script)) from None
+        return said(commands)
+
+    def at(self, now: float, event: Event) -> list[Command]:
+        """Post ``event`` at ``now``."""
+        self.now = now
+        return self.do(event)
+
+    def ask(self, request: str, model: str, key: str = "") -> list[Command]:
+        """A client's request arrives."""
+        return self.do(RequestArrived(request, model, key))
+
+    def finish(self, request: str) -> list[Command]:
+        """A running request ends."""
+        return self.do(RequestFinished(request))
+
+    def answer(self, model: str) -> list[Command]:
+        """The model's engine does what it was told."""
+        return self.do(self.good_answer(model))
+
+    def good_answer(self, model: str) -> Event:
+        """The event by which the outstanding command succeeds."""
+        command = self.pending[model]
+        if isinstance(command, StartEngine):
+            return EngineReady(model)
+        if isinstance(command, WakeEngine):
+            return EngineAwake(model)
+        if isinstance(command, SleepEngine):
+            return EngineAsleep(model, command.level)
+        if isinstance(command, ProveFreeze):
+            return FreezeProved(model, survived=True)
+        return EngineStopped(model)
+
+    def load(self, *models: str) -> None:
+        """Have these serve, with nothing running."""
+        for model in models:
+            self.ask(f"load-{model}", model)
+            self.answer(model)
+            self.finish(f"load-{model}")
+
+    def pass_time(self, until: float) -> list[Command]:
+        """Let the timers ring, as the daemon does, until ``until``. Returns all commands."""
+        commands = []
+        while (due := self.scheduler.next_timer()) is not None and due <= until:
+            commands += self.at(max(due, self.now), TimePassed())
+        self.now = until
+        return commands
+
+    @property
+    def seen(self) -> Snapshot:
+        """The core's snapshot now."""
+        return self.scheduler.snapshot(self.now)
+
+    def state(self, model: str) -> State:
+        """The model's state."""
+        return next(m.state for m in self.seen.models if m.name == model)
+
+    def settle(self, limit: float = 3600.0) -> None:
+        """Everybody behaves: engines answer, requests end, time goes on until nobody waits any more."""
+        end = self.now + limit
+        while self.pending or self.running or self.queued:
+            if self.pending:
+                self.now += 1.0
+                self.answer(next(iter(self.pending)))
+            elif awake := [r for r in self.running if r not in self.frozen]:
+                self.now += 0.5
+                self.finish(awake[0])
+            else:
+                due = self.scheduler.next_timer()
+                assert due is not None and due <= end, self._tell(f"{self.queued or self.running} wait for ever")
+                self.at(max(due, self.now), TimePassed())
+
+    def _tell(self, what: str) -> str:
+        return f"{what}\nThe story:\n" + "\n".join(self.script)
+
+    # -- the daemon's side
+
+    def _before(self, event: Event) -> None:
+        if isinstance(event, RequestArrived):
+            self.queued[event.request] = event.model
+        elif isinstance(event, RequestFinished):
+            self.running.pop(event.request)
+            self.frozen.discard(event.request)
+        elif isinstance(event, RequestGone):
+            self.queued.pop(event.request)
+        elif isinstance(event, StopAsked) and event.force:
+            self._forced.add(event.model)
+        elif hasattr(event, "model") and type(event).__name__.startswith(("Engine", "FreezeProved")):
+            self._engine_told(event, event.model)
+
+    def _engine_told(self, event: Event, model: str) -> None:
+        kind = type(event).__name__
+        self.pending.pop(model, None)
+        if kind in ("EngineReady", "EngineAwake") or (kind == "FreezeProved" and event.survived):  # type: ignore[union-attr]
+            self.engines[model] = "on"
+            self.frozen -= {r for r, m in self.running.items() if m == model}
+        elif kind == "EngineAsleep":
+            self.engines[model] = "asleep"
+        elif kind == "EngineAdopted":
+            self.engines[model] = "asleep" if event.level else "on"  # type: ignore[union-attr]
+            self.placed[model] = event.placement.devices  # type: ignore[union-attr]
+        elif kind in ("EngineSleepFailed", "EngineWakeFailed", "FreezeProved"):
+            self.engines[model] = "broken"
+        else:
+            self.engines.pop(model, None)
+            self.placed.pop(model, None)
+            self._forced.discard(model)
+            self.frozen -= {r for r, m in self.running.items() if m == model}
+
+    def _execute(self, command: Command) -> None:
+        if isinstance(command, Admit):
+            self._admit(command)
+        elif isinstance(command, Reject):
+            assert self.queued.pop(command.request, None) is not None, f"{command} of a request that does not wait"
+            self.rejected[command.request] = command
+        elif isinstance(command, CutRequest):
+            assert command.request in self.running, f"{command} of a request that does not run"
+            self.cut.add(command.request)
+        elif not isinstance(command, Record):
+            self._tell_engine(command)
+
+    def _admit(self, command: Admit) -> None:
+        model = self.queued.pop(command.request, None)
+        assert model == command.model, f"{command} of a request that does not wait for it"
+        assert self.engines.get(model) == "on", f"{command}, but the engine is {self.engines.get(model)}"
+        self.running[command.request] = model
+
+    def _tell_engine(self, command: StartEngine | WakeEngine | SleepEngine | StopEngine | ProveFreeze) -> None:
+        model = command.model
+        if not isinstance(command, StopEngine):
+            assert model not in self.pending, f"{command} while {self.pending[model]} is outstanding"
+        if isinstance(command, StartEngine):
+            assert model not in self.engines, f"{command}, but it runs already"
+            self.placed[model] = command.placement.devices
+        for other in self.pending:
+            shared = set(self.placed.get(other, ())) & set(self.placed[model])
+            assert other == model or not shared, f"{command} while {other} is moved on device {shared}"
+        self._check_state(command)
+        self.pending[model] = command
+        self.engines[model] = "moving"
+
+    def _check_state(self, command: Command) -> None:
+        if isinstance(command, StartEngine | WakeEngine):
+            self._check_books(command)
+        elif isinstance(command, SleepEngine):
+            assert self.engines[command.model] == "on", f"{command} of one that is {self.engines[command.model]}"
+            running = self._runs(command.model)
+            assert command.freeze or not running, f"{command} with {running} in flight"
+            self.frozen.update(running)
+        elif isinstance(command, StopEngine):
+            alive = self._runs(command.model) - self.cut
+            assert not alive or command.kill, f"{command} with {alive} in flight"
+        elif isinstance(command, ProveFreeze):
+            assert not self._runs(command.model), f"{command} with requests in flight"
+
+    def _runs(self, model: str) -> set[str]:
+        return {request for request, m in self.running.items() if m == model}
+
+    def _check_books(self, command: Command) -> None:
+        if not self.disturbed:
+            for d in self.seen.devices:
+                room = d.memory - d.reserve - d.strangers
+                assert d.promised <= room, f"{command}: {d.promised} promised of {room} on device {d.index}"
+
+    def _after(self, event: Event) -> None:
+        seen = self.seen
+        assert seen.host_promised <= seen.host_memory or self.disturbed, "more host memory promised than there is"
+        queued = sum(m.queued for m in seen.models)
+        assert queued == len(self.queued), f"{queued} requests queued in the core, {len(self.queued)} outside"
+        if isinstance(event, TimePassed):
+            due = self.scheduler.next_timer()
+            assert due is None or due > self.now, f"a timer for {due} rings at {self.now} again"
+        if isinstance(event, LeaseTaken | LeaseReleased):
+            held = [lease for m in seen.models for lease in m.leases]
+            assert len(held) == len(set(held)), "a lease is held twice"
