@@ -22,6 +22,7 @@ from vllmd.launcher.process import PR_SET_PDEATHSIG, Process, prctl
 from vllmd.launcher.protocol import Failed, StartOrder
 
 MARKER = "VLLMD_INSTANCE"
+PATH = "/usr/local/bin:/usr/bin:/bin"
 _PERMANENT = {errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR, errno.E2BIG, errno.EISDIR, errno.ELOOP}
 # What a service manager or we ourselves put into our environment is not for an engine.
 _OURS = (
@@ -177,7 +178,7 @@ def _describe(order: StartOrder, error: BaseException) -> str:
     if error.filename is not None:  # a folder or a socket, from _prepare_folders
         return f"{command} could not be started: {error.strerror}: {error.filename}"
     if error.errno == errno.ENOENT and "/" not in command:
-        path = environment(order, None).get("PATH", os.defpath)
+        path = environment(order, None).get("PATH", PATH)
         return f"there is no command {command!r}: looked in {path}; install it, or give the full path as `command`"
     if error.errno == errno.ENOENT and os.path.exists(command):
         return f"{command} cannot be executed: the interpreter that its first line names does not exist"
@@ -189,7 +190,7 @@ def _describe(order: StartOrder, error: BaseException) -> str:
 def environment(order: StartOrder, user: User | None) -> dict[str, str]:
     """A clean base under the order's own. Who stays the same user keeps that user's environment, less what is ours."""
     if user:
-        base = {"PATH": os.defpath, "HOME": user.home, "USER": user.name, "LOGNAME": user.name, "SHELL": "/bin/sh"}
+        base = {"PATH": PATH, "HOME": user.home, "USER": user.name, "LOGNAME": user.name, "SHELL": "/bin/sh"}
     else:
         base = {name: value for name, value in os.environ.items() if not name.startswith(_OURS)}
     return {"LANG": "C.UTF-8", **base, **order.env, MARKER: order.instance}

@@ -1,0 +1,81 @@
+"""A client of a launcher that notes what it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+from vllmd.launcher.client import ExitReport, LauncherClient, Running, StartOrder
+
+LIMIT = 20.0
+_numbers = itertools.count()
+
+
+class Driver:
+    """Starts engines under fresh names, and waits for what should happen."""
+
+    def __init__(self) -> None:
+        self.client: LauncherClient
+        self.exits: asyncio.Queue[ExitReport] = asyncio.Queue()
+        self.lines: asyncio.Queue[str] = asyncio.Queue()
+        self.lost = asyncio.Event()
+
+    def on_log(self, instance: str, lines: list[str]) -> None:
+        """Note each line."""
+        for line in lines:
+            self.lines.put_nowait(line)
+
+    async def start(self, *argv: str, **order: Any) -> Running:
+        """Start an engine; a single argument is a line for the shell."""
+        command = argv if len(argv) > 1 else ("/bin/sh", "-c", *argv)
+        return await self.client.start(StartOrder(order.pop("instance", fresh()), command, **order))
+
+    async def exit(self) -> ExitReport:
+        """The next report of an end."""
+        return await asyncio.wait_for(self.exits.get(), LIMIT)
+
+    async def line(self, wanted: str) -> None:
+        """Wait until this line was logged."""
+        async with asyncio.timeout(LIMIT):
+            while await self.lines.get() != wanted:
+                pass
+
+
+def fresh() -> str:
+    """A name that no engine has had."""
+    return f"t-{os.getpid()}-{next(_numbers)}"
+
+
+@contextlib.asynccontextmanager
+async def connected(address: Path) -> AsyncIterator[Driver]:
+    """A driver on a launcher's socket."""
+    driver = Driver()
+    driver.client = await LauncherClient.connect(address, driver.exits.put_nowait, driver.on_log, driver.lost.set)
+    try:
+        yield driver
+    finally:
+        await driver.client.close()
+
+
+@contextlib.asynccontextmanager
+async def private(*options: str) -> AsyncIterator[Driver]:
+    """A driver with a launcher of its own."""
+    driver = Driver()
+    driver.client = await LauncherClient.spawn_private(driver.exits.put_nowait, driver.on_log, driver.lost.set, options)
+    try:
+        yield driver
+    finally:
+        await driver.client.close()
+
+
+async def until(condition: Callable[[], Any], limit: float = LIMIT) -> Any:
+    """Wait until it is true, and return what it was."""
+    async with asyncio.timeout(limit):
+        while not (value := condition()):
+            await asyncio.sleep(0.01)
+    return value
