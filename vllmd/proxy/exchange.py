@@ -26,6 +26,12 @@ class Wire(Protocol):
     def abort(self) -> None:
         """Close so that the client sees the answer as broken off."""
 
+    def tunnel(self, receive: Callable[[bytes], None]) -> None:
+        """From now on the client's bytes are ``receive``'s."""
+
+    def hold(self, held: bool) -> None:
+        """Take nothing more from the client, or take on."""
+
 
 class Exchange:
     """One request and its answer. ``ticket`` is unique even where clients repeat their request ids.
@@ -85,6 +91,14 @@ class Exchange:
         if not self.over:
             self.over = True
             self._wire.abort()
+
+    def upgrade(self, receive: Callable[[bytes], None]) -> None:
+        """The connection speaks another protocol from now on: hand ``receive`` whatever comes."""
+        self._wire.tunnel(receive)
+
+    def hold(self, held: bool) -> None:
+        """Take nothing more from the client of an upgraded connection, or take on."""
+        self._wire.hold(held)
 
     def fail(self, error: VllmdError) -> None:
         """Answer with the error, or break off if an answer had begun."""

@@ -93,6 +93,8 @@ def parse_request_head(head: bytes) -> RequestHead:
     path, query = split_target(event.method.decode("ascii"), target, host)
     connection = fields.get(b"connection", b"").lower()
     expect = fields.get(b"expect", b"").lower()
+    if expect not in (b"", b"100-continue"):
+        raise BadRequest("nothing but 'Expect: 100-continue' can be expected")
     return RequestHead(
         event.method.decode("ascii"),
         target,
@@ -126,6 +128,21 @@ def parse_response_head(head: bytes, method: str) -> ResponseHead:
         keep_alive and not isinstance(framing, UntilEof),
         fields.get(b"content-type", b"").lower(),
     )
+
+
+def parse_upgrade_head(head: bytes) -> RawHeaders:
+    """Read an upstream's ``101`` to a WebSocket handshake; its fields. Raises BadFraming if it is anything else."""
+    connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=len(head) + 1)
+    connection.send(h11.Request(method="GET", target="/", headers=[("host", "-"), ("upgrade", "websocket")]))
+    connection.receive_data(head)
+    try:
+        event = connection.next_event()
+    except h11.RemoteProtocolError as error:
+        raise BadFraming(str(error)) from None
+    if not isinstance(event, h11.InformationalResponse) or event.status_code != 101:
+        status = event.status_code if isinstance(event, h11.Response | h11.InformationalResponse) else "no status"
+        raise BadFraming(f"it answered {status} instead of 101")
+    return list(event.headers)
 
 
 def split_target(method: str, target: str, host: str) -> tuple[str, str]:

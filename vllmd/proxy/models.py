@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from vllmd.proxy.relay import Relay
 from vllmd.proxy.routing import Route, Router
+from vllmd.proxy.tunnel import Tunnels
 
 JSON_PATHS = (
     "/v1/chat/completions",
@@ -30,6 +31,12 @@ JSON_PATHS = (
     "/v1/audio/speech",
 )
 FORM_PATHS = ("/v1/audio/transcriptions", "/v1/audio/translations", "/v1/images/edits", "/v1/images/variations")
+RESPONSE_PATHS = (
+    ("GET", "/v1/responses/{id}"),
+    ("DELETE", "/v1/responses/{id}"),
+    ("POST", "/v1/responses/{id}/cancel"),
+    ("GET", "/v1/responses/{id}/input_items"),
+)
 
 
 def add_model_routes(router: Router, relay: Relay) -> None:
@@ -38,3 +45,8 @@ def add_model_routes(router: Router, relay: Relay) -> None:
         router.add_raw(Route("POST", path, relay.json, summary="relayed to the engine of the body's 'model'"))
     for path in FORM_PATHS:
         router.add_raw(Route("POST", path, relay.form, summary="relayed to the engine of the form's 'model'"))
+    for method, path in RESPONSE_PATHS:
+        router.add_raw(Route(method, path, relay.response, summary="relayed to the engine that made the response"))
+    for method in ("GET", "POST", "PUT", "DELETE"):
+        router.add_raw(Route(method, "/upstream/{rest:path}", relay.upstream, "admin", "an engine's own API"))
+    router.add_raw(Route("GET", "/v1/realtime", Tunnels(relay).realtime, summary="WebSocket to ?model="))

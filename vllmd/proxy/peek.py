@@ -31,18 +31,19 @@ _scan_once = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 class Asked:
     """What a body asks for: ``model`` ("" if it names none) and whether the answer shall be streamed.
 
-    ``before`` and ``after`` are the body around the name.
+    ``before`` and ``after`` are the body around the name; ``quoted`` tells whether it stands there as a JSON
+    string, None that it does not stand there at all.
     """
 
     model: str
     stream: bool
     before: bytes
     after: bytes
-    quoted: bool  # the name stands as a JSON string
+    quoted: bool | None
 
     def renamed(self, name: str) -> bytes:
         """The body with ``name`` in the place of the model's; a body without one is left alone."""
-        if not self.model:
+        if self.quoted is None:
             return self.before + self.after
         return self.before + (json.dumps(name).encode() if self.quoted else name.encode()) + self.after
 
@@ -64,7 +65,7 @@ def in_json(body: bytes) -> Asked:
         elif key == "stream":
             stream = value is True
     if found is None:
-        return Asked("", stream, body, b"", True)
+        return Asked("", stream, body, b"", None)
     name, start, end = found
     if len(text) == len(body):
         return Asked(name, stream, body[:start], body[end:], True)
@@ -158,7 +159,7 @@ def in_multipart(body: bytes, content_type: str) -> Asked:
         elif name == b"stream":
             stream = body[start:end].strip().lower() in (b"true", b"1")
     if found is None:
-        return Asked("", stream, body, b"", False)
+        return Asked("", stream, body, b"", None)
     start, end = found
     try:
         model = _name(body[start:end].decode("utf-8"))

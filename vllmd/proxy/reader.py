@@ -74,19 +74,19 @@ class RequestReader:
             end = framing.scan(data)
         except BadFraming as error:
             raise BadRequest(f"malformed request: {error}") from None
-        self._check_size(framing, len(data))
+        self._check_size(framing, len(data), whole=end >= 0)
         if end < 0:
             return None
         self._data += data[end:]
         self._framing = None
         return framing.pieces[0] if len(framing.pieces) == 1 else b"".join(framing.pieces)
 
-    def _check_size(self, framing: Length | Chunked, more: int) -> None:
+    def _check_size(self, framing: Length | Chunked, more: int, *, whole: bool) -> None:
         if isinstance(framing, Length):
             self.received += more
             return
         self.received = framing.payload
         if framing.payload > self._limits.max_body:
             raise TooLarge(f"the body is larger than {self._limits.max_body} bytes")
-        if framing.seen > 2 * framing.payload + CRUMBS + more:
+        if not whole and framing.seen > 2 * framing.payload + CRUMBS:
             raise BadRequest("malformed request: the body's chunks are too small")

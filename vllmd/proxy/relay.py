@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections import OrderedDict
+from urllib.parse import quote
 
-from vllmd.errors import BadRequest, EngineFailed, Forbidden, NotFound, UpstreamFailed, VllmdError
+from vllmd.errors import BadRequest, EngineFailed, Forbidden, NotFound, UnknownModel, UpstreamFailed, VllmdError
 from vllmd.proxy.answer import Answer, Errand, answer_for
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.gate import Doorkeeper, Gate, OpenDoor, Passage, Target
@@ -28,6 +30,13 @@ KEPT_BACK = frozenset(
     b" forwarded x-forwarded-for x-forwarded-host x-forwarded-proto x-real-ip".split()
 )
 TOTAL_TOKENS = re.compile(rb'(?<!\\)"total_tokens"\s*:\s*(\d{1,12})')
+RESPONSE_ID = re.compile(rb'"id"\s*:\s*"(resp_[\w-]{1,128})"')
+RESPONSES_KEPT = 10_000
+# Words in the paths that change an engine's state (vllm-facts 1): sleep, wake_up, collective_rpc, pause, ...
+FORBIDDEN = (
+    *("sleep", "wake", "rpc", "pause", "resume", "abort", "reset", "release", "weight", "elastic", "profile"),
+    *("shutdown", "restart", "config", "server_info", "unload", "load_lora", "flush", "update", "free", "interrupt"),
+)
 TAIL = 1024  # bytes at an answer's end in which its usage is looked for
 
 
@@ -36,9 +45,10 @@ class Relay:
 
     def __init__(self, gate: Gate, limits: Limits, doorkeeper: Doorkeeper | None = None) -> None:
         self.pool = Pool(limits)
-        self._gate = gate
-        self._limits = limits
+        self.gate = gate
+        self.limits = limits
         self._doorkeeper = doorkeeper or OpenDoor()
+        self._responses: OrderedDict[str, str] = OrderedDict()  # response id -> model
 
     async def json(self, exchange: Exchange) -> None:
         """A route whose JSON body names the model."""
@@ -56,16 +66,41 @@ class Relay:
             raise BadRequest("the Content-Type must be multipart/form-data")
         await self.serve(exchange, in_multipart(request.body, content_type))
 
-    async def serve(self, exchange: Exchange, asked: Asked, path: str = "") -> None:
-        """Relay the exchange to the model that was ``asked`` for, to the engine's ``path`` (default: the same)."""
-        exchange.outlives_eof = False
+    async def response(self, exchange: Exchange) -> None:
+        """``/v1/responses/{id}`` and below: the engine that made the response is the one that has it."""
         request = exchange.request
-        path = path or request.path
-        target = self.target(request, asked.model, path)
+        model = self._responses.get(request.params["id"])
+        if model is None:
+            raise NotFound(f"no response {request.params['id']!r} is known; it is kept only while its model runs")
+        await self.serve(exchange, Asked(model, False, request.body, b"", None), "/v1/responses")
+
+    async def upstream(self, exchange: Exchange) -> None:
+        """``/upstream/{model}/...``: the rest of an engine's own API, but nothing that changes its state."""
+        request = exchange.request
+        parts = request.params["rest"].split("/")
+        if any(word in part.lower() for word in FORBIDDEN for part in parts):
+            raise Forbidden("vllmd alone may put engines to sleep, pause or change them")
+        for cut in range(len(parts) - 1, 0, -1):
+            try:
+                target = self.gate.resolve("/".join(parts[:cut]))
+            except (UnknownModel, BadRequest):
+                continue
+            path = quote("/" + "/".join(parts[cut:]))
+            await self._send(exchange, Asked("", False, request.body, b"", None), target, path)
+            return
+        raise UnknownModel(f"no model's name begins {request.params['rest']!r}")
+
+    async def serve(self, exchange: Exchange, asked: Asked, route: str = "") -> None:
+        """Relay the exchange to the model that was ``asked`` for, which must serve ``route`` (default: the path)."""
+        target = self.target(exchange.request, asked.model, route or exchange.request.path)
+        await self._send(exchange, asked, target, quote(exchange.request.path))
+
+    async def _send(self, exchange: Exchange, asked: Asked, target: Target, path: str) -> None:
+        exchange.outlives_eof = False
         exchange.model = target.model
-        if request.query_string:
-            path = f"{path}?{request.query_string}"
-        loading = Loading(exchange, target.model, asked.stream, self._limits, self._gate)
+        if exchange.request.query_string:
+            path = f"{path}?{exchange.request.query_string}"
+        loading = Loading(exchange, target.model, asked.stream, self.limits, self.gate)
         try:
             passage = await self._enter(exchange, target, loading)
             await self._pass(exchange, passage, Errand(target, asked, path), loading)
@@ -74,7 +109,7 @@ class Relay:
 
     def target(self, request: Request, name: str, route: str) -> Target:
         """What ``name`` means to this client. Raises UnknownModel, BadRequest, Forbidden, NotFound."""
-        target = self._gate.resolve(name)
+        target = self.gate.resolve(name)
         if not self._doorkeeper.may_use(request.key, target.model):
             raise Forbidden(f"key {request.key!r} may not use the model {target.model!r}", param="model")
         if target.routes is not None and route not in target.routes:
@@ -84,7 +119,7 @@ class Relay:
     async def _enter(self, exchange: Exchange, target: Target, loading: Loading) -> Passage:
         loading.begin()
         try:
-            return await self._gate.enter(target.model, exchange.request.key, exchange.ticket)
+            return await self.gate.enter(target.model, exchange.request.key, exchange.ticket)
         finally:
             loading.end()
 
@@ -95,7 +130,14 @@ class Relay:
             await trip.run(self.pool, passage)
         finally:
             trip.close()
+            self._remember(trip.response_id, errand.target.model)
             passage.done(trip.tokens())
+
+    def _remember(self, response_id: str, model: str) -> None:
+        if response_id:
+            self._responses[response_id] = model
+            if len(self._responses) > RESPONSES_KEPT:
+                self._responses.popitem(last=False)
 
 
 class Trip:
@@ -111,6 +153,8 @@ class Trip:
         self._upstream: Upstream | None = None
         self._answer: Answer | None = None
         self._tail = b""
+        self._names_response = exchange.request.path == "/v1/responses"
+        self.response_id = ""  # of a POST /v1/responses, once the answer has told it
 
     async def run(self, pool: Pool, passage: Passage) -> None:
         """Send the request and see the answer through. Raises VllmdError, or is cancelled."""
@@ -159,6 +203,8 @@ class Trip:
         """More of the body."""
         size = len(data)
         self._tail = data[-TAIL:] if size >= TAIL else (self._tail + data)[-TAIL:]
+        if self._names_response and (named := RESPONSE_ID.search(data)):
+            self._names_response, self.response_id = False, named[1].decode()
         if self._answer is not None:
             self._answer.more(data)
 

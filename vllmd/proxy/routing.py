@@ -49,9 +49,7 @@ class Router:
         self._patterns: list[tuple[re.Pattern[str], dict[str, Route]]] = []
         self.routes: list[Route] = []
 
-    def add(
-        self, method: str, pattern: str, handler: LocalHandler, scope: str = "models", summary: str = ""
-    ) -> None:
+    def add(self, method: str, pattern: str, handler: LocalHandler, scope: str = "models", summary: str = "") -> None:
         """Have ``handler`` answer; a GET's answers HEAD too."""
 
         async def respond(exchange: Exchange) -> None:

@@ -46,7 +46,7 @@ class Server:
         self._connections: set[Connection] = set()
         self._opening: set[asyncio.Task[None]] = set()
         self._by_address: Counter[str] = Counter()
-        self._buffered = 0
+        self.buffered = 0  # bytes of request bodies held now
         self._empty = asyncio.Event()
         self._breath: asyncio.TimerHandle | None = None
         self._accepting = False
@@ -98,6 +98,8 @@ class Server:
             _turn_away(sock, refusal)
             return
         sock.setblocking(False)
+        if sock.family != socket.AF_UNIX:  # asyncio does this only for sockets that were made with proto 6
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         opening = asyncio.get_running_loop().create_task(self._open(sock))
         self._opening.add(opening)
         opening.add_done_callback(self._opened)
@@ -129,9 +131,9 @@ class Server:
 
     def reserve(self, size: int) -> bool:
         """Take (or with a negative size give back) memory for bodies; False if there is none."""
-        if size > 0 and self._buffered + size > self.limits.max_buffered:
+        if size > 0 and self.buffered + size > self.limits.max_buffered:
             return False
-        self._buffered += size
+        self.buffered += size
         return True
 
     def ended(self, exchange: Exchange) -> None:

@@ -310,8 +310,13 @@ class _Collected:
             self.over.set_exception(UpstreamFailed(f"the connection broke off: {reason}"))
 
 
-async def request(  # noqa: ASYNC109 - the limit is for all of it, and callers should not forget it
-    listen: Address, method: str, path: str, json: object = None, timeout: float = 60.0, limit: int = 64 << 20
+async def request(
+    listen: Address,
+    method: str,
+    path: str,
+    json: object = None,
+    timeout: float = 60.0,  # noqa: ASYNC109 - no caller shall forget a limit
+    limit: int = 64 << 20,
 ) -> tuple[int, RawHeaders, bytes]:
     """One HTTP request on a connection of its own: status, headers (names in lower case) and body.
 

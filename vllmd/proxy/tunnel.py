@@ -1,0 +1,155 @@
+"""WebSockets (``/v1/realtime?model=NAME``): after the handshake, bytes both ways and nothing else.
+
+The model is the query's, as OpenAI has it; what the client says inside the socket is not looked at.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import cast
+from urllib.parse import parse_qsl, urlencode
+
+from vllmd.errors import BadRequest, EngineFailed, UpstreamFailed, VllmdError
+from vllmd.proxy.exchange import Exchange
+from vllmd.proxy.framing import BadFraming
+from vllmd.proxy.gate import Passage, Target
+from vllmd.proxy.heads import forwardable, parse_upgrade_head, write_fields, write_request_head
+from vllmd.proxy.http import Request
+from vllmd.proxy.relay import KEPT_BACK, Relay
+from vllmd.proxy.upstream import MAX_RESPONSE_HEAD, connect, describe
+
+SWITCHING = b"HTTP/1.1 101 Switching Protocols\r\n"
+UPGRADE_FIELDS = [(b"connection", b"Upgrade"), (b"upgrade", b"websocket")]
+HANDSHAKE_LIMIT = 30.0  # seconds for the engine to answer the handshake
+
+
+class FarEnd(asyncio.Protocol):
+    """The engine's side of a tunnel."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        loop = asyncio.get_running_loop()
+        self.answered: asyncio.Future[bytes] = loop.create_future()  # the head's bytes
+        self.closed: asyncio.Future[None] = loop.create_future()
+        self._exchange = exchange
+        self._transport: asyncio.Transport
+        self._head = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Connected."""
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        """The handshake's answer, then the client's bytes."""
+        if self.answered.done():
+            self._exchange.write(data)
+            return
+        self._head += data
+        end = self._head.find(b"\r\n\r\n") + 4
+        if end > 3:
+            self.answered.set_result(self._head[:end])
+            self._head = self._head[end:]
+            self._transport.pause_reading()  # until the client has been told
+        elif len(self._head) > MAX_RESPONSE_HEAD:
+            self._transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The tunnel's end."""
+        for future in (self.answered, self.closed):
+            if not future.done():
+                future.cancel()
+
+    def pause_writing(self) -> None:
+        """The engine does not take the client's bytes fast enough."""
+        self._exchange.hold(True)
+
+    def resume_writing(self) -> None:
+        """It does again."""
+        self._exchange.hold(False)
+
+    def send(self, data: bytes) -> None:
+        """Bytes from the client."""
+        if not self._transport.is_closing():
+            self._transport.write(data)
+
+    def open(self) -> None:
+        """The client knows: pass on what came along with the head, and whatever comes."""
+        early, self._head = self._head, b""
+        if early:
+            self._exchange.write(early)
+        self._exchange.follow_pauses(self._on_pause)
+        if not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def close(self) -> None:
+        """End it at once."""
+        self._exchange.on_pause = None
+        self._transport.abort()
+
+    def _on_pause(self, paused: bool) -> None:
+        if not self._transport.is_closing():
+            (self._transport.pause_reading if paused else self._transport.resume_reading)()
+
+
+class Tunnels:
+    """Serves the WebSocket routes."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+
+    async def realtime(self, exchange: Exchange) -> None:
+        """``GET /v1/realtime``."""
+        exchange.outlives_eof = False
+        request = exchange.request
+        if request.upgrade != "websocket" or not request.headers.get("sec-websocket-key"):
+            raise BadRequest(
+                "this is a WebSocket: 'Connection: Upgrade', 'Upgrade: websocket', 'Sec-WebSocket-Key: ...'"
+            )
+        target = self._relay.target(request, request.query.get("model", ""), request.path)
+        exchange.model = target.model
+        passage = await self._relay.gate.enter(target.model, request.key, exchange.ticket)
+        try:
+            await self._through(exchange, passage, target)
+        finally:
+            passage.done()
+
+    async def _through(self, exchange: Exchange, passage: Passage, target: Target) -> None:
+        far = await connect(passage.upstream, self._relay.limits.connect_timeout, lambda: FarEnd(exchange))
+        cut: list[VllmdError] = []
+
+        def on_cut(reason: str) -> None:
+            cut.append(EngineFailed(f"the connection was broken off: {reason}"))
+            far.close()
+
+        try:
+            passage.on_cut(on_cut)
+            far.send(handshake(exchange.request, target))
+            exchange.keep_alive = False
+            exchange.start(101, await self._agreed(far, describe(passage.upstream)))
+            exchange.upgrade(far.send)
+            far.open()
+            await asyncio.wait([far.closed])
+            exchange.finish()
+        except UpstreamFailed as error:
+            raise cut[0] if cut else error from None
+        finally:
+            far.close()
+
+    async def _agreed(self, far: FarEnd, where: str) -> bytes:
+        """The head that tells the client of the engine's consent. Raises UpstreamFailed if there is none."""
+        done, _ = await asyncio.wait([far.answered], timeout=HANDSHAKE_LIMIT)
+        if not done or far.answered.cancelled():
+            raise UpstreamFailed(f"the engine at {where} did not answer the WebSocket handshake")
+        try:
+            fields = parse_upgrade_head(far.answered.result())
+        except BadFraming as error:
+            raise UpstreamFailed(f"the engine at {where} refused the WebSocket: {error}") from None
+        return SWITCHING + write_fields([*UPGRADE_FIELDS, *forwardable(fields)]) + b"\r\n"
+
+
+def handshake(request: Request, target: Target) -> bytes:
+    """The request for the engine, with its own name for the model."""
+    query = [(key, value) for key, value in parse_qsl(request.query_string) if key != "model"]
+    query.append(("model", target.served_name))
+    fields = [(b"host", b"localhost"), *UPGRADE_FIELDS, *forwardable(request.headers.raw, but=KEPT_BACK)]
+    fields.extend((name.lower().encode(), value.encode("latin-1")) for name, value in target.headers)
+    return write_request_head("GET", f"{request.path}?{urlencode(query)}", fields)
