@@ -15,9 +15,9 @@ this table against the imports)::
                 room that knows pystemd                           systemd, errors
     proxy/      h11 heads, byte relay, the accept loop            core.types, errors
     admin/      model list, health, admin and metrics endpoints   proxy's HTTP types, core.types, errors
-    daemon      the event queue; executes the core's commands     all but cli and client
+    daemon/     the event queue; executes the core's commands     all but cli and client
     client/     the Python library                                errors
-    cli/        vllmctl, one file per verb                        client, errors, config
+    cli/        vllmctl, one file per verb                        client, errors, config, simulate
     simulate    the core under a virtual clock over a trace       core, config, errors
     simengine   the stand-in engine                               nothing of ours
 

@@ -77,7 +77,7 @@ def build(names: Sequence[str]) -> Parser:
     """A parser that knows the verbs ``names``."""
     import vllmd
 
-    everywhere = _everywhere()
+    everywhere = common()
     parser = Parser(
         "vllmctl",
         description="Look at and steer the models of vllmd.",
@@ -107,7 +107,7 @@ def add(subparsers: Any, name: str, everywhere: argparse.ArgumentParser) -> None
     parser.set_defaults(run=verb.run)
 
 
-def _everywhere() -> argparse.ArgumentParser:
+def common() -> argparse.ArgumentParser:
     """What may stand before and after the verb."""
     parser = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     where = parser.add_argument_group("which vllmd")

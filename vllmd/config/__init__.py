@@ -8,5 +8,8 @@ loader     files, environment and command line -> Config
 checks     what spans several settings
 secrets    keys and tokens kept in files
 schema     the table as JSON Schema
+conversion other systems' configurations
+edit       a change to a file that a person wrote
+present    what is in effect, as YAML
 names      model names made safe for units and files
 """

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
 from typing import Any
 
+import yaml
+
 from vllmd.config import kinds
 from vllmd.config.loader import Reading
 from vllmd.config.nodes import Where
@@ -20,6 +22,11 @@ PLAIN = re.compile(r"[A-Za-z0-9_/][A-Za-z0-9_./+%-]*( [A-Za-z0-9_./+%-]+)*")
 def as_yaml(reading: Reading) -> str:
     """What ``vllmctl config show`` prints: a valid configuration again, secrets apart."""
     return "".join(_Writer(reading.origins).group(ROOT, reading.config, "", 0))
+
+
+def as_data(reading: Reading) -> Any:
+    """The same as plain data."""
+    return yaml.safe_load(as_yaml(reading))
 
 
 class _Writer:

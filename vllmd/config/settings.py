@@ -144,7 +144,7 @@ MODEL = Group(
     "A model. Its key is the name that clients ask for, such as Qwen/Qwen3-0.6B.",
     (
         Setting(
-            "engine", k.TEXT, "Kind of engine: vllm, sglang, llamacpp, triton, comfyui, command, remote, simengine."
+            "engine", k.TEXT, "Kind of engine: vllm, sim (the stand-in, for rehearsals), or one that a plug-in brings."
         ),
         Setting(
             "model",

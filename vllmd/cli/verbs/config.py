@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from vllmd.cli import show
+from vllmd.cli.arguments import common
 from vllmd.cli.failures import EX_CONFIG
 
 
@@ -22,7 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         ("show", "print what is in effect, and from where", effective),
         ("schema", "print the JSON Schema", schema),
     ):
-        sub = what.add_parser(name, help=about, description=about)
+        sub = what.add_parser(name, help=about, description=about, parents=[common()])
         sub.set_defaults(act=run_)
         if name != "schema":
             sub.add_argument("file", nargs="?", type=Path, metavar="FILE", help="instead of the standard place")
@@ -54,19 +55,14 @@ def check(arguments: argparse.Namespace) -> int:
 
 def effective(arguments: argparse.Namespace) -> int:
     from vllmd.config.loader import read
-    from vllmd.config.present import as_yaml
+    from vllmd.config.present import as_data, as_yaml
 
     reading = read(arguments.file)
     for problem in reading.problems:
         print(problem, file=sys.stderr)
     if reading.problems:
         return EX_CONFIG
-    text = as_yaml(reading)
-    if arguments.json:
-        import yaml
-
-        text = show.as_json(yaml.safe_load(text))
-    print(text.rstrip())
+    print(show.as_json(as_data(reading)) if arguments.json else as_yaml(reading).rstrip())
     return 0
 
 

@@ -24,7 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from vllmd.cli.conversion import convert
+    from vllmd.config.conversion import convert
 
     try:
         text, left = convert(arguments.system, files.existing(arguments.file), str(arguments.file))

@@ -27,6 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
 def facts(status: dict[str, Any], where: str) -> dict[str, object]:
     """What is shown, by name."""
     host, config = status["host_memory"], status.get("configuration", {})
+    promised = show.size(host["promised"]) if host["promised"] else 0
     states = Counter(line["state"] for line in status["models"])
     shown = {
         "version": status["version"],
@@ -35,7 +36,7 @@ def facts(status: dict[str, Any], where: str) -> dict[str, object]:
         "engines run by": status.get("backend") or "(still opening)",
         "policy": status["policy"],
         "devices": f"{len(status['devices'])}" + (f", from {status['source']}" if status.get("source") else ""),
-        "host memory": f"{show.size(host['promised']) if host['promised'] else 0} of {show.size(host['budget'])} for sleeping models",
+        "host memory": f"{promised} of {show.size(host['budget'])} for sleeping models",
         "models": ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "none",
         "requests": f"{status.get('requests', 0)} on {status.get('connections', 0)} connections",
         "configuration": ", ".join(config.get("files", ())) or "no files; the defaults",

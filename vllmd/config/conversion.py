@@ -65,14 +65,18 @@ def _known_settings(data: Any, prefix: str) -> Converted:
 
 
 def from_llama_swap(data: dict[str, Any]) -> Converted:
-    """Its models are commands; those that run vLLM become vllm models, others the engine ``command``."""
+    """Its models are commands; those that run vLLM are taken over."""
     models: dict[str, Any] = {}
     left = [f"{key}: {data[key]}" for key in data if key not in ("models", "macros", "healthCheckTimeout")]
     macros = {str(key): str(value) for key, value in (data.get("macros") or {}).items()}
     for name, settings in (data.get("models") or {}).items():
         if not isinstance(settings, dict) or not settings.get("cmd"):
             raise ValueError(f"models.{name}: cmd is missing")
-        model = models[str(name)] = _command(_expand(str(settings["cmd"]), macros))
+        model = _command(_expand(str(settings["cmd"]), macros))
+        if not model:
+            left.append(f"models.{name}: its command is not vllm serve")
+            continue
+        models[str(name)] = model
         if data.get("healthCheckTimeout"):
             model["start_timeout"] = data["healthCheckTimeout"]
         left += [f"models.{name}.{line}" for line in _swap_settings(model, settings)]
@@ -106,7 +110,7 @@ def _command(line: str) -> dict[str, Any]:
     if len(words) > 2 and words[0].rpartition("/")[2] == "vllm" and words[1] == "serve":
         rest = _without(words[3:], ("--port", "--host", "--uds"))
         return {"model": words[2], "command": [words[0]], **({"extra_args": rest} if rest else {})}
-    return {"engine": "command", "command": [word.replace("${PORT}", "{port}") for word in words]}
+    return {}
 
 
 def _without(words: list[str], flags: tuple[str, ...]) -> list[str]:
