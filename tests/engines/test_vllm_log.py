@@ -29,13 +29,15 @@ def test_the_prefix_and_the_colours_go(line: str) -> None:
 @pytest.mark.parametrize(
     ("line", "phase"),
     [
-        ("vLLM API server version 0.32.0", "configuring"),
+        ("Resolved architecture: Qwen3ForCausalLM", "configuring"),
+        ("model-00001-of-00002.safetensors:  12%|█▏        | 1.2G/9.9G [00:10<01:12, 120MB/s]", "download"),
         ("Starting to load model Qwen/Qwen3-8B...", "weights"),
         ("Loading safetensors checkpoint shards:  50% Completed | 1/2 [00:01<00:01,  1.0s/it]", "weights"),
         ("Model loading took 15.27 GiB memory and 3.100000 seconds", "profiling"),
         ("Dynamo bytecode transform time: 7.50 s", "compile"),
         ("torch.compile took 43.00 s in total", "profiling"),
         ("GPU KV cache size: 81,920 tokens, Maximum concurrency for 32,768 tokens per request: 2.50x", "graphs"),
+        ("CPU KV cache size: 524,288 tokens, Maximum concurrency for 512 tokens per request: 1024.00x", "warm-up"),
         ("Graph capturing finished in 17 secs, took 0.40 GiB", "warm-up"),
         ("Starting vLLM server on unix:/run/x/engine.sock", "serving"),
     ],
@@ -98,6 +100,16 @@ def test_the_root_is_told_not_its_consequence() -> None:
     """vLLM's last error only says that there was one before."""
     found = failure([f"{ERROR}KeyError: 'model.layers'", f"{ERROR}EngineCore failed to start.", CONSEQUENCE])
     assert (found.reason, found.permanent, found.memory) == ("KeyError: 'model.layers'", False, False)
+
+
+def test_pydantics_errors_are_unwrapped() -> None:
+    """As seen of a real vLLM on a CPU: what matters stands in the second line of three."""
+    found = failure([
+        "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig",
+        "  Value error, Sleep mode is not supported on current platform. [type=value_error, input_value=ArgsKwargs(()]",
+        "    For further information visit https://errors.pydantic.dev/2.14/v/value_error",
+    ])  # fmt: skip
+    assert (found.reason, found.permanent) == ("ValueError: Sleep mode is not supported on current platform.", True)
 
 
 def test_a_silent_failure_says_so() -> None:

@@ -44,6 +44,20 @@ def test_a_stream_ends_with_usage_and_done(tmp_path: Path) -> None:
     asyncio.run(script())
 
 
+def test_a_cut_streams_last_token_says_so(tmp_path: Path) -> None:
+    """As seen of a real vLLM: at the limit the last text and the reason share a chunk; an own end has one more."""
+
+    async def script() -> None:
+        async with rig(tmp_path) as sim:
+            cut = (await sim.chat(stream=True, max_tokens=2)).events
+            ended = (await sim.chat(stream=True)).events
+        last = [events[-2]["choices"][0] for events in (cut, ended)]
+        said = [(each["delta"]["content"], each["finish_reason"]) for each in last]
+        assert said == [(" big", "length"), ("", "stop")]
+
+    asyncio.run(script())
+
+
 def test_max_tokens_cuts_and_ignore_eos_fills(tmp_path: Path) -> None:
     """A load generator asks for exact lengths."""
 
@@ -230,7 +244,8 @@ async def _refusals(sim: Rig) -> list[tuple[int, str]]:
         await sim.call("GET", "/v1/completions"),
         await sim.call("GET", "/nowhere"),
     ]
-    return [(reply.status, reply.json["error"]["message"]) for reply in replies]
+    contents = [(reply.status, reply.json) for reply in replies]
+    return [(status, content.get("detail") or content["error"]["message"]) for status, content in contents]
 
 
 def test_what_is_wrong_is_refused_as_vllm_does(tmp_path: Path) -> None:
@@ -240,6 +255,8 @@ def test_what_is_wrong_is_refused_as_vllm_does(tmp_path: Path) -> None:
         async with rig(tmp_path, max_model_len=100, **MODEL) as sim:
             refusals = await _refusals(sim)
         assert [status for status, _ in refusals] == [404, 400, 400, 400, 400, 400, 405, 404]
+        assert [message for _, message in refusals[-2:]] == ["Method Not Allowed", "Not Found"]
+        assert refusals[3][1].startswith("1 validation error:\n  {'type': 'missing', 'loc': 'body.messages'")
         assert refusals[0][1] == "The model `other` does not exist. Valid aliases: m."
         assert "Only 'application/json' is allowed" in refusals[1][1]
         assert "maximum context length is 100 tokens" in refusals[5][1]

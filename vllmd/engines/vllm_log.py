@@ -19,18 +19,19 @@ _CONTEXT = GiB  # what CUDA's context and the allocator keep beside what vLLM li
 
 # Phase -> what shows that it has begun. The first match counts.
 PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("configuring", re.compile(r"vLLM API server version|Initializing a V1 LLM engine")),
-    ("download", re.compile(r"Downloading|Fetching \d+ files")),
+    ("configuring", re.compile(r"non-default args:|Resolved architecture|Initializing a V1 LLM engine")),
+    ("download", re.compile(r"Downloading|Fetching \d+ files|\.(?:safetensors|bin|gguf)[^|]*:\s+\d+%\|")),
     ("weights", re.compile(r"Starting to load model|Time spent downloading weights|Loading safetensors")),
     ("profiling", re.compile(r"Model loading took ([\d.]+) GiB")),
     ("compile", re.compile(r"Dynamo bytecode transform|Compiling a graph|Using cache directory|Starting torch\.comp")),
     ("profiling", re.compile(r"torch\.compile took|Directly load the compiled graph")),
-    ("graphs", re.compile(r"KV cache size:|Capturing CUDA graphs")),
-    ("warm-up", re.compile(r"Graph capturing finished")),
+    ("graphs", re.compile(r"GPU KV cache size:|Capturing CUDA graphs")),
+    ("warm-up", re.compile(r"KV cache size:|Graph capturing finished")),
     ("serving", re.compile(r"init engine \(profile|Starting vLLM server on|Application startup complete")),
 )
 
 _ERROR = re.compile(r"^(?:[\w.]*\.)?(\w*(?:Error|Exception|Interrupt)): (.+)")
+_VALUE_ERROR = re.compile(r"^\s*Value error, (.+?)(?: \[type=.*)?$")  # in pydantic's words, under its own error
 _CONSEQUENCE = re.compile(r"Engine core initialization failed|Engine process failed to start|See root cause above")
 _FREE_MEMORY = re.compile(r"less than (?:desired GPU memory util|the engine's budget).*?\([\d.]+, ([\d.]+) GiB\)")
 _MEMORY = re.compile(
@@ -44,6 +45,7 @@ _PERMANENT = re.compile(
     r"|Sleep mode is not supported|is not a local folder|is not a valid model identifier|Repo id must be"
     r"|RepositoryNotFoundError|GatedRepoError|Repository Not Found|gated repo|trust_remote_code"
     r"|does not appear to have a file named|Unrecognized model|are not supported for now|ModuleNotFoundError"
+    r"|LocalEntryNotFoundError"
     r"|PackageNotFoundError|Invalid repository ID or local directory|No module named|validation errors? for"
     r"|greater than the derived max_model_len|is not divisible by|must be divisible by",
 )
@@ -83,9 +85,16 @@ def failure(lines: Sequence[str]) -> Failure:
 
 
 def _reason(texts: Sequence[str]) -> str:
-    errors = [text for text in texts if _ERROR.match(text) and not _CONSEQUENCE.search(text)]
+    errors = [error for text in texts if (error := _error(text))]
     usage = [text for text in texts if ": error: " in text]
     return (errors or usage or texts or ["it said nothing"])[-1]
+
+
+def _error(text: str) -> str:
+    """The error that a line tells, "" if it tells none or only that there was one."""
+    if found := _VALUE_ERROR.match(text):
+        return f"ValueError: {found[1]}"
+    return text if _ERROR.match(text) and not _CONSEQUENCE.search(text) else ""
 
 
 def _needed(texts: Iterable[str]) -> int | None:

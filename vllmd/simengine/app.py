@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from http import HTTPStatus
 
 from vllmd.simengine import control, generate, pooling, realtime
 from vllmd.simengine.context import Context, Refused, error_content
@@ -62,6 +63,14 @@ DEVELOPMENT: Mapping[tuple[str, str], Route] = {
 }
 
 
+class Unrouted(Exception):
+    """No such route (404), or not by this method (405); FastAPI's answer, not vLLM's."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
 class App:
     """Finds the route, turns exceptions into vLLM's errors, applies the failures of every request."""
 
@@ -73,18 +82,17 @@ class App:
 
     async def __call__(self, request: Request, out: Connection) -> None:
         out.extra_headers = self._echoed_id(request)
-        status = "200"
         try:
             await self._dispatch(request, out)
+        except Unrouted as unrouted:
+            await out.send_json(unrouted.status, {"detail": HTTPStatus(unrouted.status).phrase})
         except Refused as refused:
-            status = str(refused.status)
             await out.send_json(refused.status, refused.content)
         except CallFailed as failed:
-            status = "500"
             await self._failed(out, failed)
         finally:
             if not self._context.options.quiet:
-                plain(f'INFO:     127.0.0.1:0 - "{request.method} {request.target} HTTP/1.1" {status}')
+                plain(f'INFO:      - "{request.method} {request.target} HTTP/1.1" {out.status_line}')
 
     def _echoed_id(self, request: Request) -> tuple[tuple[str, str], ...]:
         name = request.get("x-request-id")
@@ -96,15 +104,10 @@ class App:
         path = pooling.body_shape(request) if request.path == "/invocations" else request.path
         route = self._routes.get((request.method, _pattern(path)))
         if route is None:
-            raise self._unrouted(path)
+            raise Unrouted(405 if any(known == _pattern(path) for _, known in self._routes) else 404)
         if (request.method, _pattern(path)) in SERVING:
             return await self._serve(route, request, out)
         return await route(self._context, request, out)
-
-    def _unrouted(self, path: str) -> Refused:
-        if any(known == _pattern(path) for _, known in self._routes):
-            return Refused(405, "Method Not Allowed", "Method Not Allowed")
-        return Refused(404, "Not Found", "Not Found")
 
     async def _serve(self, route: Route, request: Request, out: Connection) -> None:
         """A request to the model: counted, and subject to the failures."""

@@ -33,8 +33,19 @@ def error_content(message: str, kind: str, code: int, param: str | None = None) 
 
 
 def bad_request(message: str, param: str | None = None) -> Refused:
-    """400, as vLLM words its type."""
+    """400, from vLLM's own checks."""
     return Refused(400, message, "BadRequestError", param)
+
+
+def invalid(what: str, where: str, kind: str = "missing", got: str = "<dict>") -> Refused:
+    """400, from the check of the request's shape, in FastAPI's and vLLM's words."""
+    detail = {"type": kind, "loc": where, "msg": what, "input": got}
+    return Refused(400, f"1 validation error:\n  {detail}", "Bad Request", where)
+
+
+def missing(name: str) -> Refused:
+    """400 for a field that must be there."""
+    return invalid("Field required", f"body.{name}")
 
 
 class Context:
@@ -56,7 +67,8 @@ class Context:
     def body(self, request: Request) -> dict[str, Any]:
         """The JSON body of a request that names a model of ours, or none. Raises Refused as vLLM does."""
         if request.get("content-type").lower().split(";")[0] != "application/json":
-            raise bad_request("['Unsupported Media Type: Only 'application/json' is allowed']")
+            what = "1 validation error:\n  Unsupported Media Type: Only 'application/json' is allowed"
+            raise Refused(400, what, "Bad Request")
         body = parse_json(request.body)
         self.check_model(body.get("model"))
         return body
@@ -71,6 +83,12 @@ class Context:
     def check_length(self, prompt_tokens: int, wanted: int | None) -> None:
         """Raise Refused (400) for a prompt that does not fit, with the answer wanted."""
         limit = self.options.max_model_len
+        if wanted is not None and wanted > limit:
+            raise bad_request(
+                f"max_tokens={wanted} cannot be greater than max_model_len={limit}. Please request fewer output "
+                f"tokens. (parameter=max_tokens, value={wanted})",
+                "max_tokens",
+            )
         if prompt_tokens + (wanted or 1) > limit:
             raise bad_request(
                 f"This model's maximum context length is {limit} tokens. However, you requested {wanted or 1} output "
@@ -85,9 +103,9 @@ class Context:
         return str(body.get("model") or self.options.names[0])
 
     @staticmethod
-    def request_id(request: Request, prefix: str) -> str:
+    def request_id(request: Request, prefix: str, mark: str = "-") -> str:
         """``X-Request-Id`` behind the prefix, or a random one."""
-        return f"{prefix}-{request.get('x-request-id') or uuid.uuid4().hex}"
+        return f"{prefix}{mark}{request.get('x-request-id') or uuid.uuid4().hex}"
 
 
 def parse_json(data: bytes) -> dict[str, Any]:
@@ -95,13 +113,14 @@ def parse_json(data: bytes) -> dict[str, Any]:
     try:
         body = json.loads(data)
     except ValueError as error:
-        raise bad_request(f"[{{'type': 'json_invalid', 'msg': 'JSON decode error', 'ctx': '{error}'}}]") from None
+        raise invalid(f"JSON decode error: {error}", "body.1", "json_invalid") from None
     if not isinstance(body, dict):
-        raise bad_request("[{'type': 'model_attributes_type', 'msg': 'Input should be a valid dictionary'}]")
+        raise invalid("Input should be a valid dictionary", "body", "model_attributes_type", type(body).__name__)
     return body
 
 
 def usage(prompt: int, completion: int | None = None) -> dict[str, Any]:
     """OpenAI's usage object."""
     total = {"prompt_tokens": prompt, "total_tokens": prompt + (completion or 0)}
-    return total | {"completion_tokens": completion or 0, "prompt_tokens_details": None}
+    details = {"prompt_tokens_details": None, "completion_tokens_details": None}
+    return total | {"completion_tokens": completion or 0} | details

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from vllmd.simengine.context import VERSION, Context, bad_request, parse_json
+from vllmd.simengine.context import VERSION, Context, bad_request, invalid, parse_json
 from vllmd.simengine.http import Connection, Request
 from vllmd.simengine.state import CallFailed
 
@@ -104,8 +104,7 @@ async def is_paused(context: Context, request: Request, out: Connection) -> None
 
 async def abort_requests(context: Context, request: Request, out: Connection) -> None:
     """POST /abort_requests: all of them, whatever is named."""
-    context.state.abort_all()
-    await out.send_json(200, {"status": "aborted"})
+    await out.send_json(200, {"status": "aborted", "aborted": context.state.abort_all()})
 
 
 async def collective_rpc(context: Context, request: Request, out: Connection) -> None:
@@ -114,7 +113,8 @@ async def collective_rpc(context: Context, request: Request, out: Connection) ->
     if method is None:
         raise bad_request("Missing 'method' in request body")
     if method != "reload_weights":
-        raise CallFailed(f"Call to collective_rpc method failed: 'Worker' object has no attribute '{method}'")
+        what = f"''Worker' object has no attribute '{method}'', please check the stack trace above for the root cause"
+        raise CallFailed(f"Call to collective_rpc method failed: Worker failed with error {what}")
     await context.state.reload_weights()
     await out.send_json(200, {"results": [None]})
 
@@ -137,15 +137,14 @@ async def server_info(context: Context, request: Request, out: Connection) -> No
 def _level(request: Request) -> int:
     text = request.query.get("level", ["1"])[0]
     if text not in ("0", "1", "2"):
-        raise bad_request(f"[{{'loc': ('query', 'level'), 'msg': 'Input should be 0, 1 or 2', 'input': '{text}'}}]")
+        raise invalid("Input should be 0, 1 or 2", "query.level", "less_than_equal", text)
     return int(text)
 
 
 def _mode(request: Request) -> str:
     mode = request.query.get("mode", ["abort"])[0]
     if mode not in _MODES:
-        message = "Input should be 'abort', 'wait' or 'keep'"
-        raise bad_request(f"[{{'type': 'literal_error', 'loc': ('query', 'mode'), 'msg': \"{message}\"}}]")
+        raise invalid("Input should be 'abort', 'wait' or 'keep'", "query.mode", "literal_error", mode)
     return mode
 
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-from vllmd.simengine.context import Context, Refused, bad_request, error_content, usage
+from vllmd.simengine.context import Context, Refused, bad_request, error_content, missing, usage
 from vllmd.simengine.http import Connection, Request, dump
 from vllmd.simengine.state import CallFailed, Job
 from vllmd.simengine.text import answer, content_text, token_id, token_text, tokens
@@ -100,7 +100,7 @@ async def chat(context: Context, request: Request, out: Connection) -> None:
 def _messages(body: dict[str, Any]) -> list[dict[str, Any]]:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        raise bad_request("[{'type': 'missing', 'loc': ('body', 'messages'), 'msg': 'Field required'}]", "messages")
+        raise missing("messages")
     return messages
 
 
@@ -142,10 +142,12 @@ async def _chat_chunks(context: Context, chat: _Chat, options: dict[str, Any]) -
         if first:
             yield chat.chunk({"role": "assistant", "content": "", **_first_call(chat)})
             first = False
-        yield chat.chunk(_delta(chat, token), counted=bool(options.get("continuous_usage_stats")))
+        finish = chat.finish if chat.job.cut else None
+        yield chat.chunk(_delta(chat, token), finish, counted=bool(options.get("continuous_usage_stats")))
     if first:
         yield chat.chunk({"role": "assistant", "content": ""})
-    yield chat.chunk({}, chat.finish)
+    if not chat.job.cut:
+        yield chat.chunk({"content": ""}, chat.finish)
     if options.get("include_usage"):
         yield chat.usage()
     yield _DONE
@@ -219,8 +221,9 @@ async def _completion_chunks(
 ) -> AsyncIterator[bytes]:
     for index, job in enumerate(jobs):
         async for token in context.state.run(job):
-            yield _data(head | {"choices": [_choice(index, token, None)]})
-        yield _data(head | {"choices": [_choice(index, "", job.finish)]})
+            yield _data(head | {"choices": [_choice(index, token, job.finish if job.cut else None)]})
+        if not job.cut:
+            yield _data(head | {"choices": [_choice(index, "", job.finish)]})
     if options.get("include_usage"):
         yield _data(head | {"choices": [], "usage": _total(jobs)})
     yield _DONE
@@ -234,7 +237,7 @@ async def responses(context: Context, request: Request, out: Connection) -> None
     body = context.body(request)
     text, count = _input(body)
     job = _job(context, body, text, count, _limit(body, "max_output_tokens"))
-    response = _new_response(context, context.request_id(request, "resp"), body)
+    response = _new_response(context, context.request_id(request, "resp", "_"), body)
     if body.get("store", True):
         _keep(context, response)
     if body.get("stream"):
@@ -253,7 +256,7 @@ def _input(body: dict[str, Any]) -> tuple[str, int]:
         return given, len(tokens(given))
     if isinstance(given, list) and given and all(isinstance(item, dict) for item in given):
         return content_text(given[-1].get("content", given[-1].get("output"))), _count(given)
-    raise bad_request("[{'type': 'missing', 'loc': ('body', 'input'), 'msg': 'Field required'}]", "input")
+    raise missing("input")
 
 
 def _new_response(context: Context, name: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -325,7 +328,7 @@ async def _response_events(context: Context, job: Job, response: dict[str, Any])
     yield event("output_text.done", **place, text=text, logprobs=[])
     yield event("content_part.done", **place, part={"type": "output_text", "text": text, "annotations": []})
     yield event("output_item.done", output_index=0, item=_message(response["id"], text))
-    yield event(response["status"], response=response)
+    yield event("completed", response=response)  # also when it is incomplete
 
 
 async def get_response(context: Context, request: Request, out: Connection) -> None:
@@ -346,7 +349,7 @@ async def cancel_response(context: Context, request: Request, out: Connection) -
 
 def _stored(context: Context, name: str) -> dict[str, Any]:
     if name not in context.responses:
-        raise Refused(404, f"Response with id '{name}' not found.", "NotFoundError", "response_id")
+        raise Refused(404, f"Response with id '{name}' not found.", "invalid_request_error", "response_id")
     return context.responses[name]
 
 
@@ -371,7 +374,7 @@ async def messages(context: Context, request: Request, out: Connection) -> None:
 
 def _require_model(body: dict[str, Any]) -> None:
     if not body.get("model"):
-        raise bad_request("[{'type': 'missing', 'loc': ('body', 'model'), 'msg': 'Field required'}]", "model")
+        raise missing("model")
 
 
 def _stop_reason(job: Job) -> str:
@@ -423,6 +426,6 @@ async def detokenize(context: Context, request: Request, out: Connection) -> Non
     body = context.body(request)
     numbers = body.get("tokens")
     if not isinstance(numbers, list) or not all(isinstance(number, int) for number in numbers):
-        raise bad_request("[{'type': 'missing', 'loc': ('body', 'tokens'), 'msg': 'Field required'}]", "tokens")
+        raise missing("tokens")
     await out.send_json(200, {"prompt": "".join(token_text(number) for number in numbers)})
 

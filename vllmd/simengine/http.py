@@ -69,7 +69,8 @@ class Connection(asyncio.Protocol):
         self._request: Request | None = None  # whose body is still to come
         self._chunks: Chunks | None = None
         self._continued = False
-        self._chunked = self._close = self._answered = False
+        self._chunked = self._close = False
+        self.status_line = ""  # of the answer under way or just sent, such as "200 OK"; "" before it
         self.closing = False
         self.gone = asyncio.Event()
         self.extra_headers: tuple[tuple[str, str], ...] = ()
@@ -122,7 +123,7 @@ class Connection(asyncio.Protocol):
         return None
 
     async def _serve(self, request: Request) -> None:
-        self._chunked = self._answered = False
+        self._chunked, self.status_line = False, ""
         self._close = not request.keeps_alive
         try:
             await self._handler(request, self)
@@ -242,17 +243,12 @@ class Connection(asyncio.Protocol):
         self._transport.write(data)
 
     def _head(self, status: int, headers: tuple[tuple[str, str], ...], body: bytes = b"") -> None:
-        self._answered = True
-        lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", "server: uvicorn"]
+        self.status_line = f"{status} {HTTPStatus(status).phrase}"
+        lines = [f"HTTP/1.1 {self.status_line}", "server: uvicorn"]
         lines += [f"{name}: {value}" for name, value in (*headers, *self.extra_headers)]
         if self._close and status != 101:
             lines.append("connection: close")
         self._transport.write("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body)
-
-    @property
-    def answered(self) -> bool:
-        """Whether the head of the answer has gone."""
-        return self._answered
 
     @property
     def streaming(self) -> bool:

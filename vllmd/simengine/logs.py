@@ -16,9 +16,9 @@ def log(message: str, *, level: str = "INFO", process: str = "APIServer", source
     _print("".join(f"{prefix}{line}\n" for line in message.splitlines() or [""]))
 
 
-def plain(message: str, process: str = "APIServer") -> None:
-    """A line that does not come from vLLM's logger (uvicorn's, a traceback's)."""
-    _print("".join(f"({process} pid={os.getpid()}) {line}\n" for line in message.splitlines()))
+def plain(message: str) -> None:
+    """Lines that do not come from vLLM's logger (uvicorn's, a traceback's): without its prefix."""
+    _print(f"{message}\n")
 
 
 def gib(size: float) -> str:

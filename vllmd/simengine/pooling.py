@@ -8,7 +8,7 @@ import email.policy
 import struct
 from typing import Any
 
-from vllmd.simengine.context import Context, bad_request, parse_json, usage
+from vllmd.simengine.context import Context, bad_request, missing, parse_json, usage
 from vllmd.simengine.http import Connection, Request, dump
 from vllmd.simengine.text import similarity, token_text, tokens, vector
 
@@ -60,7 +60,7 @@ async def rerank(context: Context, request: Request, out: Connection) -> None:
     body = context.body(request)
     query = body.get("query")
     if not isinstance(query, str):
-        raise bad_request("[{'type': 'missing', 'loc': ('body', 'query'), 'msg': 'Field required'}]", "query")
+        raise missing("query")
     documents = _texts(body.get("documents"), "documents")
     count = await _pool(context, [query, *documents])
     results = [
@@ -82,7 +82,7 @@ def _texts(given: Any, param: str) -> list[str]:
         if all(isinstance(item, int) for item in given):
             return ["".join(token_text(item) for item in given)]
         return [text for item in given for text in _texts(item, param)]
-    raise bad_request(f"[{{'type': 'missing', 'loc': ('body', '{param}'), 'msg': 'Field required'}}]", param)
+    raise missing(param)
 
 
 async def _pool(context: Context, texts: list[str]) -> int:
@@ -118,7 +118,7 @@ async def audio(context: Context, request: Request, out: Connection) -> None:
     fields = _multipart(request)
     context.check_model(fields.get("model", (b"", ""))[0].decode(errors="replace"))
     if "file" not in fields:
-        raise bad_request("[{'type': 'missing', 'loc': ('body', 'file'), 'msg': 'Field required'}]", "file")
+        raise missing("file")
     data, name = fields["file"]
     await _pool(context, [name])
     text = f"heard {len(data)} bytes of {name}"
@@ -131,7 +131,7 @@ def _multipart(request: Request) -> dict[str, tuple[bytes, str]]:
     """Field name -> content and file name. Raises Refused."""
     kind = request.get("content-type")
     if not kind.lower().startswith("multipart/form-data"):
-        raise bad_request("[{'type': 'missing', 'loc': ('body', 'file'), 'msg': 'Field required'}]", "file")
+        raise missing("file")
     head = f"Content-Type: {kind}\r\n\r\n".encode("latin-1")
     message = email.parser.BytesParser(policy=email.policy.HTTP).parsebytes(head + request.body)
     fields: dict[str, tuple[bytes, str]] = {}

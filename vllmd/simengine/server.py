@@ -47,7 +47,8 @@ def run(options: Options) -> int:
 
 async def _main(options: Options) -> int:
     stop = _stop_event(options)
-    log(f"vLLM API server version {VERSION} (stand-in)", source="api_utils.py:339")
+    log(f"vLLM API server version {VERSION} (stand-in)", source="api_utils.py:347")
+    log(f"non-default args: {{'model': {options.model!r}}}", source="api_utils.py:286")
     listener = _bind(options)
     _fork_grandchildren(options)
     devices = _devices(options)

@@ -50,6 +50,14 @@ class Job:
     sent: int = 0
     turn: asyncio.Future[None] | None = field(default=None, repr=False)  # what it waits for now
 
+    @property
+    def cut(self) -> bool:
+        """Whether the token just sent is the last and ends the answer, as one at the limit of length does.
+
+        An answer that ends by itself has one step more, without text.
+        """
+        return self.finish == "length" and self.sent + 1 >= len(self.answer)
+
     def nudge(self) -> None:
         """Let it look at the state again."""
         if self.turn is not None and not self.turn.done():
@@ -177,12 +185,14 @@ class EngineState:
         if "error-mid-stream" in self.failures:
             raise CallFailed("Internal server error")
 
-    def abort_all(self) -> None:
-        """Finish every request with the reason "abort", the queued ones too."""
-        for job in [*self.waiting, *self.running]:
+    def abort_all(self) -> int:
+        """Finish every request with the reason "abort", the queued ones too; how many."""
+        jobs = [*self.waiting, *self.running]
+        self.waiting.clear()
+        for job in jobs:
             job.aborted = True
             job.nudge()
-        self.waiting.clear()
+        return len(jobs)
 
     # Pause and resume
 
