@@ -83,6 +83,7 @@ class Connection(asyncio.Protocol):
         self._in_head = False
         self._gone = False
         self._half_closed = False
+        self._unread = False  # bytes are on their way that nobody will read
         self._write_paused = False
         self._body_began = 0.0
         self._deadline = 0.0
@@ -319,32 +320,21 @@ class Connection(asyncio.Protocol):
         """Answer what could not be read to its end, and read no further."""
         if self._phase is Phase.HEAD or not hasattr(self, "_request"):
             self._request = Request("", "", "", "", Headers(), self.peer, id=os.urandom(16).hex())
+        self._unread = True
         exchange = Exchange(self._request, self, self._request.id, keep_alive=False)
         exchange.fail(error)
         self._host.ended(exchange)
-        self._release()
-        self._linger()
 
-    def _linger(self) -> None:
-        """Closing with unread bytes would reset the connection and take the answer with it."""
-        if self._gone:
-            return
+    def _close(self) -> None:
+        """Closing with unread bytes would reset the connection and take the answer with it: let the client close."""
         self._phase = Phase.CLOSING
-        if self._transport.is_closing():
-            return
-        if self._transport.can_write_eof() and not self._half_closed:
+        if (self._unread or self._reader.pending) and not self._half_closed:
             self._transport.write_eof()
+            self._transport.resume_reading()
             self._expect(LINGER, self._transport.abort)
         else:
             self._transport.close()
-
-    def _close(self) -> None:
-        self._phase = Phase.CLOSING
-        if self._reader.pending and not self._half_closed:
-            self._linger()
-            return
-        self._transport.close()
-        self._expect(self._limits.send_timeout, self._transport.abort)
+            self._expect(self._limits.send_timeout, self._transport.abort)
 
     def _close_quietly(self) -> None:
         self._phase = Phase.CLOSING
