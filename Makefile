@@ -26,8 +26,8 @@ bench-proxy: ## the proxy beside nginx and HAProxy
 bench-schedule: ## the scheduling policies over traces
 	@$(SETUP) venv && $(PYTHON) -m tests.bench.schedule
 
-gpu-check: ## the tests that need an NVIDIA GPU
-	@$(SETUP) venv && $(PYTHON) -m pytest -m gpu tests/gpu
+gpu-check: ## memory on a real NVIDIA GPU; needs torch and nvidia-ml-py for $GPU_PYTHON; status 77 without a GPU
+	@$(or $(GPU_PYTHON),python3) tests/gpu/gpu_check.py
 
 deb: ## out/deb-bookworm/vllmd_VERSION_all.deb, built in a clean Debian
 	@packaging/dev/build deb
