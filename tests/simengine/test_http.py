@@ -137,6 +137,23 @@ def test_a_client_that_leaves_frees_its_slot(tmp_path: Path, stream: bool) -> No
     asyncio.run(script())
 
 
+def test_a_client_that_does_not_read_holds_its_answer_up(tmp_path: Path) -> None:
+    """Back-pressure reaches the generation; and when that client goes, its slot is free."""
+
+    async def script() -> None:
+        async with rig(tmp_path, max_model_len=1 << 30) as sim:
+            wire = await sim.stream(max_tokens=1_000_000, ignore_eos=True)
+            said = -1
+            while sim.state.generated != said:
+                said = sim.state.generated
+                await asyncio.wait({asyncio.ensure_future(asyncio.sleep(0.05))})
+            assert 0 < said < 100_000
+            wire.writer.transport.abort()
+            await until(lambda: not sim.state.running)
+
+    asyncio.run(script())
+
+
 def test_a_client_that_leaves_the_queue_is_forgotten(tmp_path: Path) -> None:
     """It must not be run when its turn comes."""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,14 +137,15 @@ def _chat_answer(chat: _Chat, content: str) -> dict[str, Any]:
     return head | {"choices": [choice]} | {"usage": usage(chat.job.prompt_tokens, chat.job.sent)} | tail
 
 
-async def _chat_chunks(context: Context, chat: _Chat, options: dict[str, Any]) -> AsyncIterator[bytes]:
+async def _chat_chunks(context: Context, chat: _Chat, options: dict[str, Any]) -> AsyncGenerator[bytes, None]:
     first = True
-    async for token in context.state.run(chat.job):
-        if first:
-            yield chat.chunk({"role": "assistant", "content": "", **_first_call(chat)})
-            first = False
-        finish = chat.finish if chat.job.cut else None
-        yield chat.chunk(_delta(chat, token), finish, counted=bool(options.get("continuous_usage_stats")))
+    async with aclosing(context.state.run(chat.job)) as words:
+        async for token in words:
+            if first:
+                yield chat.chunk({"role": "assistant", "content": "", **_first_call(chat)})
+                first = False
+            finish = chat.finish if chat.job.cut else None
+            yield chat.chunk(_delta(chat, token), finish, counted=bool(options.get("continuous_usage_stats")))
     if first:
         yield chat.chunk({"role": "assistant", "content": ""})
     if not chat.job.cut:
@@ -163,12 +165,13 @@ def _delta(chat: _Chat, token: str) -> dict[str, Any]:
     return {"content": token}
 
 
-async def _stream(out: Connection, chunks: AsyncIterator[bytes]) -> None:
+async def _stream(out: Connection, chunks: AsyncGenerator[bytes, None]) -> None:
     """Send server-sent events as they come. The head waits for the first, so that errors before it have a status."""
-    async for chunk in chunks:
-        if not out.streaming:
-            await out.start(200, "text/event-stream; charset=utf-8")
-        await out.write(chunk)
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            if not out.streaming:
+                await out.start(200, "text/event-stream; charset=utf-8")
+            await out.write(chunk)
     await out.end()
 
 
@@ -218,10 +221,11 @@ def _total(jobs: list[Job]) -> dict[str, Any]:
 
 async def _completion_chunks(
     context: Context, jobs: list[Job], head: dict[str, Any], options: dict[str, Any]
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     for index, job in enumerate(jobs):
-        async for token in context.state.run(job):
-            yield _data(head | {"choices": [_choice(index, token, job.finish if job.cut else None)]})
+        async with aclosing(context.state.run(job)) as words:
+            async for token in words:
+                yield _data(head | {"choices": [_choice(index, token, job.finish if job.cut else None)]})
         if not job.cut:
             yield _data(head | {"choices": [_choice(index, "", job.finish)]})
     if options.get("include_usage"):
@@ -308,7 +312,7 @@ def _message(name: str, text: str, status: str = "completed") -> dict[str, Any]:
     return {"id": f"msg-{name}", "type": "message", "role": "assistant", "status": status, "content": content}
 
 
-async def _response_events(context: Context, job: Job, response: dict[str, Any]) -> AsyncIterator[bytes]:
+async def _response_events(context: Context, job: Job, response: dict[str, Any]) -> AsyncGenerator[bytes, None]:
     number = iter(range(1 << 62))
     place = {"item_id": f"msg-{response['id']}", "output_index": 0, "content_index": 0}
 
@@ -316,14 +320,15 @@ async def _response_events(context: Context, job: Job, response: dict[str, Any])
         return _event({"type": f"response.{kind}", "sequence_number": next(number), **more})
 
     text = ""
-    async for token in context.state.run(job):
-        if not text:
-            yield event("created", response=response)
-            yield event("in_progress", response=response)
-            yield event("output_item.added", output_index=0, item=_message(response["id"], "", "in_progress"))
-            yield event("content_part.added", **place, part={"type": "output_text", "text": "", "annotations": []})
-        text += token
-        yield event("output_text.delta", **place, delta=token, logprobs=[])
+    async with aclosing(context.state.run(job)) as words:
+        async for token in words:
+            if not text:
+                yield event("created", response=response)
+                yield event("in_progress", response=response)
+                yield event("output_item.added", output_index=0, item=_message(response["id"], "", "in_progress"))
+                yield event("content_part.added", **place, part={"type": "output_text", "text": "", "annotations": []})
+            text += token
+            yield event("output_text.delta", **place, delta=token, logprobs=[])
     _complete(response, text, job)
     yield event("output_text.done", **place, text=text, logprobs=[])
     yield event("content_part.done", **place, part={"type": "output_text", "text": text, "annotations": []})
@@ -381,16 +386,17 @@ def _stop_reason(job: Job) -> str:
     return {"stop": "end_turn", "length": "max_tokens"}.get(job.finish, job.finish)
 
 
-async def _message_events(context: Context, job: Job, message: dict[str, Any]) -> AsyncIterator[bytes]:
+async def _message_events(context: Context, job: Job, message: dict[str, Any]) -> AsyncGenerator[bytes, None]:
     counts = {"input_tokens": job.prompt_tokens, "output_tokens": 0}
     block = {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
     started = False
-    async for token in context.state.run(job):
-        if not started:
-            yield _event({"type": "message_start", "message": message | {"usage": counts}})
-            yield _event(block)
-            started = True
-        yield _event({"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": token}})
+    async with aclosing(context.state.run(job)) as words:
+        async for token in words:
+            if not started:
+                yield _event({"type": "message_start", "message": message | {"usage": counts}})
+                yield _event(block)
+                started = True
+            yield _event({"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": token}})
     if not started:
         yield _event({"type": "message_start", "message": message | {"usage": counts}})
         yield _event(block)

@@ -15,7 +15,8 @@ import contextlib
 import os
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -85,12 +86,13 @@ class EngineState:
 
     # Requests
 
-    async def run(self, job: Job) -> AsyncIterator[str]:
-        """The job's tokens as they come; ``job.finish`` is then true. Leaving early frees the slot."""
+    async def run(self, job: Job) -> AsyncGenerator[str, None]:
+        """The job's tokens as they come; ``job.finish`` is then true. Closing it early frees the slot."""
         await self._admission(job)
         try:
-            async for token in self._tokens(job):
-                yield token
+            async with aclosing(self._tokens(job)) as tokens:
+                async for token in tokens:
+                    yield token
         finally:
             self._leave(job)
 
@@ -125,7 +127,7 @@ class EngineState:
         self._admit()
         self._tell_idle()
 
-    async def _tokens(self, job: Job) -> AsyncIterator[str]:
+    async def _tokens(self, job: Job) -> AsyncGenerator[str, None]:
         clock = asyncio.get_running_loop().time
         self.prompted += job.prompt_tokens
         due = clock() + self._prefill(job)
