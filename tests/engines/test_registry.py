@@ -64,7 +64,7 @@ def _plug_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_every_built_in_kind_keeps_the_contract(name: str) -> None:
     """Named in the table, importable, complete."""
-    assert missing_methods(engine_kind(name)) == []
+    assert missing_methods(engine_of(ModelConfig("m", engine=name))) == []
 
 
 def test_an_unknown_engine_names_the_nearest() -> None:

@@ -15,7 +15,7 @@ import logging
 from importlib import metadata
 
 from vllmd.config.types import ModelConfig
-from vllmd.engines.base import Engine
+from vllmd.engines.base import Bindable, Engine
 from vllmd.engines.guard import Guarded, missing_methods
 from vllmd.errors import ConfigError
 
@@ -24,22 +24,27 @@ BUILT_IN = {
     "vllm": "vllmd.engines.vllm:Vllm",
     "sim": "vllmd.engines.sim:Sim",
     "simengine": "vllmd.engines.sim:Sim",
+    "command": "vllmd.engines.command:Command",
 }
 
 log = logging.getLogger("vllmd.engines")
 
 
 def engine_of(model: ModelConfig) -> Engine:
-    """The engine kind of a model. Raises ConfigError that says where the model is configured."""
+    """The engine of a model: its kind, or what the kind makes of the model's own settings.
+
+    Raises ConfigError that says where the model is configured.
+    """
     try:
-        return engine_kind(model.engine)
+        kind = engine_kind(model.engine)
     except ConfigError as error:
         where = f"{model.where}: " if model.where else ""
         raise ConfigError(f"{where}models.{model.name}.engine: {error.message}") from error
+    return kind.bind(model) if isinstance(kind, Bindable) else kind
 
 
 @functools.cache
-def engine_kind(name: str) -> Engine:
+def engine_kind(name: str) -> Engine | Bindable:
     """The engine kind of that name, built in or a plug-in. Raises ConfigError naming close matches."""
     if name in BUILT_IN:
         return _built_in(BUILT_IN[name])
@@ -54,10 +59,10 @@ def engine_names() -> list[str]:
     return sorted({*BUILT_IN, *(entry.name for entry in metadata.entry_points(group=GROUP))})
 
 
-def _built_in(path: str) -> Engine:
+def _built_in(path: str) -> Engine | Bindable:
     module, _, name = path.partition(":")
-    engine: Engine = getattr(importlib.import_module(module), name)()
-    return engine
+    kind: Engine | Bindable = getattr(importlib.import_module(module), name)()
+    return kind
 
 
 def _plug_in(entry: metadata.EntryPoint) -> Engine:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from vllmd.config.types import ModelConfig
 from vllmd.core.types import Footprint
@@ -114,3 +114,13 @@ class Engine(Protocol):
 
     def footprint(self, lines: Sequence[str]) -> Footprint | None:
         """A footprint that the log of a successful start tells, if it does."""
+
+
+@runtime_checkable
+class Bindable(Protocol):
+    """A kind whose calls depend on the model's settings: it makes an engine for each model."""
+
+    kind: str
+
+    def bind(self, model: ModelConfig) -> Engine:
+        """The engine of one model. Raises ConfigError for settings that cannot work."""
