@@ -16,9 +16,10 @@ time limit. One thread at a time: a ``Devices`` has no lock.
 """
 
 from vllmd.gpu.attribution import attribute, pids_of
+from vllmd.gpu.declared import NoDevices
 from vllmd.gpu.figures import GpuInfo, GpuProcess, gpu_infos
 from vllmd.gpu.sample import DeviceSample, Sample
-from vllmd.gpu.sources import Devices, NoDevices, open_devices
+from vllmd.gpu.sources import Devices, open_devices
 
 __all__ = [
     "DeviceSample",
