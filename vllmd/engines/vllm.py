@@ -206,5 +206,3 @@ def _of_model(model: ModelConfig) -> list[str]:
 
 def _given(model: ModelConfig, flag: str) -> bool:
     return any(argument == flag or argument.startswith(f"{flag}=") for argument in model.extra_args)
-
-

@@ -146,5 +146,3 @@ def _mode(request: Request) -> str:
     if mode not in _MODES:
         raise invalid("Input should be 'abort', 'wait' or 'keep'", "query.mode", "literal_error", mode)
     return mode
-
-

@@ -434,4 +434,3 @@ async def detokenize(context: Context, request: Request, out: Connection) -> Non
     if not isinstance(numbers, list) or not all(isinstance(number, int) for number in numbers):
         raise missing("tokens")
     await out.send_json(200, {"prompt": "".join(token_text(number) for number in numbers)})
-

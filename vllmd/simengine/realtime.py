@@ -125,4 +125,3 @@ class _Socket:
         data = bytes(self._buffer[:size])
         del self._buffer[:size]
         return data
-
