@@ -107,7 +107,7 @@ def test_a_stream_arrives_piece_by_piece(site: Site) -> None:
 
 def test_200_requests_over_idle_exits_are_all_answered(site: Site) -> None:
     """The daemon leaves and comes back between requests; nobody is refused or reset."""
-    site.configure(CONFIG.replace("idle_exit: 2s", "idle_exit: 0s"))
+    site.configure(CONFIG.replace("idle_exit: 2s", "idle_exit: 0.05"))
     try:
         result = site.python(
             """
@@ -122,7 +122,7 @@ def test_200_requests_over_idle_exits_are_all_answered(site: Site) -> None:
                     c.close()
                 except OSError as e:
                     outcome[type(e).__name__] += 1
-                time.sleep(random.uniform(0, 0.25))
+                time.sleep(random.uniform(0, 0.2))
             print(json.dumps(outcome))
             """,
             timeout=120,
@@ -167,7 +167,7 @@ def test_stop_leaves_no_process_of_any_engine(site: Site) -> None:
     scope = site.scope("family")
     assert len(site.machine.cgroup_pids(scope)) >= 3
     site.machine.run("systemctl stop vllmd.service")
-    assert site.machine.cgroup_pids("vllmd.slice") == []
+    site.machine.wait_until(lambda: site.machine.cgroup_pids("vllmd.slice") == [])
     assert site.machine.run("pgrep -u vllmd-engine", check=False).stdout == ""
 
 
@@ -235,7 +235,7 @@ def test_an_invalid_configuration_is_told_to_the_administrator_and_to_clients(si
 def test_without_a_gpu_library_it_works_and_says_so(site: Site) -> None:
     """Most laptops have none."""
     site.chat("org/small", "hi")
-    assert "NVML" in site.status()["source"]
+    assert "pynvml is not installed" in site.status()["source"]
 
 
 def test_every_decision_is_in_the_journal_with_its_fields(site: Site) -> None:

@@ -548,11 +548,11 @@ def fingerprint(model: ModelConfig) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-# Settings that take effect without another engine.
-_NOT_THE_ENGINES = frozenset(
-    ("where", "idle", "pin", "preload", "warm_up", "priority", "concurrency", "on_busy", "queue_limit", "queue_timeout",
-     "drain_limit", "preempt", "start_timeout", "stop_timeout", "max_restarts", "restart_backoff", "log_file", "aliases")
-)  # fmt: skip
+_NOT_THE_ENGINES = {  # settings that take effect without another engine
+    *("where", "aliases", "idle", "pin", "preload", "warm_up", "priority", "concurrency", "on_busy", "preempt"),
+    *("queue_limit", "queue_timeout", "drain_limit", "start_timeout", "stop_timeout"),
+    *("max_restarts", "restart_backoff", "log_file"),
+}
 
 
 def how_it_ended(report: ExitReport | None) -> str:

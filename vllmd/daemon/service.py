@@ -39,7 +39,8 @@ from vllmd.systemd.notify import Notifier
 log = logging.getLogger("vllmd")
 
 SAMPLE_INTERVAL = 5.0  # seconds between looks at the devices while an engine is loaded
-STATUS_INTERVAL = 1.0
+STATUS_INTERVAL, SHORTEST_TICK = 1.0, 0.05  # seconds
+SHORTEST_LIFE = 1.0  # seconds; faster activations would look like a crash loop to systemd's start limit
 DEVICES_LIMIT = 30.0  # seconds for the driver to say what there is
 STOP_ENGINES_LIMIT = 60.0
 
@@ -230,7 +231,7 @@ class Daemon:
     # -- chores ----------------------------------------------------------------------------
 
     async def _tick(self) -> None:
-        """Once a second: the watchdog, the status line, the idle exit; now and then a sample."""
+        """Once a second (more often for a shorter idle exit): watchdog, status line, idle exit; now and then a sample."""
         next_sample = 0.0
         while True:
             self.notify.watchdog()
@@ -241,7 +242,7 @@ class Daemon:
             if time.monotonic() >= next_sample and self.opened.is_set() and self.fleet.members:
                 next_sample = time.monotonic() + SAMPLE_INTERVAL
                 await self._sample()
-            await asyncio.sleep(STATUS_INTERVAL)
+            await asyncio.sleep(min(STATUS_INTERVAL, max(self.config.server.idle_exit or 0.0, SHORTEST_TICK)))
 
     async def _sample(self) -> None:
         views = self.heart.scheduler.snapshot(self.heart.now()).models
@@ -278,6 +279,7 @@ class Daemon:
             not self.surroundings.activated
             or after is None
             or not self.opened.is_set()
+            or time.time() - self.started < SHORTEST_LIFE
             or self.fleet.members
             or self.turnstile.open
             or self.doors.connections
