@@ -124,6 +124,7 @@ class Engine:
         self.connections = 0
         self.closed = 0
         self.ended = asyncio.Event()  # a connection was closed by the proxy
+        self.go = asyncio.Event()  # for scripts that wait for the test
         self.listen = Listen()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -148,16 +149,17 @@ class Engine:
         self.asked.append(asked)
         work = asyncio.ensure_future(self.script(self, asked, writer))
         gone = asyncio.ensure_future(reader.read(1))
-        await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
+        try:
+            await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            left = gone.done()
             work.cancel()
+            gone.cancel()
+            results = await asyncio.gather(work, gone, return_exceptions=True)
+        if left or writer.is_closing():
             raise ConnectionResetError
-        gone.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await gone
-        await work
-        if writer.is_closing():
-            raise ConnectionResetError
+        if isinstance(results[0], Exception):
+            raise results[0]
 
 
 def reply(body: bytes, head: str = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n") -> Script:

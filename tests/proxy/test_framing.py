@@ -53,7 +53,9 @@ def test_chunks_are_followed_wherever_they_are_cut(cut: int) -> None:
     assert b"".join(framing.pieces) == PAYLOAD
 
 
-@given(st.lists(st.binary(min_size=1, max_size=40), max_size=8), st.lists(st.integers(0, 400), max_size=12), st.binary())
+@given(
+    st.lists(st.binary(min_size=1, max_size=40), max_size=8), st.lists(st.integers(0, 400), max_size=12), st.binary()
+)
 def test_chunked_bodies_of_any_shape_come_out_whole(chunks: list[bytes], cuts: list[int], after: bytes) -> None:
     """Whatever the chunks and the segments, the payload and the end are the same."""
     body = b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks) + b"0\r\n\r\n"

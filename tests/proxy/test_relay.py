@@ -1,0 +1,549 @@
+"""A model request's way there and back."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+
+import pytest
+
+from tests.proxy.fakes import (
+    EVENTS,
+    Asked,
+    Engine,
+    Stage,
+    chunked,
+    get,
+    post,
+    raw,
+    reply,
+    soon,
+    stage,
+    until,
+)
+from vllmd.engines.base import Listen
+from vllmd.errors import Unavailable
+from vllmd.proxy.gate import Target
+from vllmd.proxy.limits import Limits
+
+ANSWER = b'{"model":"m","choices":[],"usage":{"prompt_tokens":3,"total_tokens":12}}'
+
+
+def test_the_engine_gets_the_body_byte_for_byte() -> None:
+    """Odd spacing, order and escapes are the client's business; only hop-by-hop fields and keys are taken out."""
+    body = b'{ "temperature":1e-1,\t"model" : "m" , "x":"\\u00e4\xc3\xa4" }\n'
+
+    async def play() -> None:
+        async with stage(reply(ANSWER)) as act:
+            client = await act.client()
+            client.post(
+                "/v1/chat/completions?a=1&b=%20",
+                body,
+                "Authorization: Bearer secret",
+                "X-Api-Key: secret",
+                "Cookie: a=b",
+                "Connection: X-Private",
+                "X-Private: 1",
+                "TE: trailers",
+                "traceparent: 00-1-2-01",
+                "X-Request-Id: mine",
+                "Accept: application/json",
+            )
+            answer = await client.answer()
+            assert (answer.status, answer.body) == (200, ANSWER)
+            assert answer.headers["x-request-id"] == "mine"
+            (asked,) = act.engine.asked
+            assert asked.line == "POST /v1/chat/completions?a=1&b=%20 HTTP/1.1"
+            assert asked.body == body
+            assert asked.headers == {
+                "host": "localhost",
+                "traceparent": "00-1-2-01",
+                "accept": "application/json",
+                "content-type": "application/json",
+                "x-request-id": "mine",
+                "content-length": str(len(body)),
+            }
+            assert act.gate.passages[0].endings == [12]
+
+    asyncio.run(play())
+
+
+def test_another_name_is_put_in_and_nothing_else_changes() -> None:
+    """An alias becomes the engine's own name in the request, and the client's again in the answer."""
+
+    async def play() -> None:
+        async with stage(reply(ANSWER)) as act:
+            act.gate.target = Target("m", 'served "m"', headers=(("Authorization", "Bearer remote"),))
+            client = await act.client()
+            client.post("/v1/completions", '{"a": 1, "model" :"m-alias", "ä": "m-alias"}'.encode())
+            await client.answer()
+            assert act.engine.asked[0].body == '{"a": 1, "model" :"served \\"m\\"", "ä": "m-alias"}'.encode()
+            assert act.engine.asked[0].headers["authorization"] == "Bearer remote"
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("path", ["/v1/audio/transcriptions", "/v1/audio/translations"])
+def test_a_form_names_its_model_too(path: str) -> None:
+    """multipart/form-data: the field is replaced, the file's bytes are not touched."""
+    file = b"RIFF\r\n-- x\r\n\x00\xff"
+    form = (
+        b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n%b\r\n'
+        b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\n%b\r\n--x--\r\n'
+    )
+
+    async def play() -> None:
+        async with stage(reply(ANSWER)) as act:
+            act.gate.target = Target("m", "served")
+            client = await act.client()
+            client.post(path, form % (file, b"m-alias"), "Content-Type: multipart/form-data; boundary=x")
+            assert (await client.answer()).status == 200
+            assert act.engine.asked[0].body == form % (file, b"served")
+
+    asyncio.run(play())
+
+
+def test_a_stream_passes_as_it_comes() -> None:
+    """Each event reaches the client before the next one is made; the bytes, framing included, are the engine's."""
+    events = [b"data: {}\n\n", b"data: {1}\n\n" + b": keep-alive\n\n", b"data: [DONE]\n\n"]
+
+    async def play() -> None:
+        taken = asyncio.Event()
+
+        async def script(engine: Engine, asked: Asked, writer: asyncio.StreamWriter) -> None:
+            writer.write(EVENTS)
+            for event in events:
+                writer.write(chunked(event))
+                await soon(taken.wait())
+                taken.clear()
+            writer.write(b"0\r\n\r\n")
+
+        async with stage(script) as act:
+            client = await act.client()
+            client.post(body=b'{"model":"m","stream":true}')
+            status, headers = await client.head()
+            assert (status, headers["content-type"], headers["x-accel-buffering"]) == (200, "text/event-stream", "no")
+            for event in events:
+                assert await soon(client.reader.readexactly(len(chunked(event)))) == chunked(event)
+                taken.set()
+            assert await soon(client.reader.readexactly(5)) == b"0\r\n\r\n"
+
+    asyncio.run(play())
+
+
+STREAM = (
+    EVENTS + b"".join(map(chunked, [b'data: {"model":"served","n":1}\n', b"\n", b"data: [DONE]\n\n"])) + b"0\r\n\r\n"
+)
+
+
+@pytest.mark.parametrize("step", [1, 7, 1000])
+def test_an_alias_is_put_back_into_a_stream(step: int) -> None:
+    """However the engine's bytes are cut, every event has the name that the client asked for."""
+    pieces = [STREAM[pos : pos + step] for pos in range(0, len(STREAM), step)]
+
+    async def play() -> None:
+        async with stage(raw(*pieces)) as act:
+            act.gate.target = Target("m", "served")
+            client = await act.client()
+            client.post(body=b'{"model":"m-alias","stream":true}')
+            answer = await client.answer()
+            assert answer.body == b'data: {"model":"m-alias","n":1}\n\ndata: [DONE]\n\n'
+
+    asyncio.run(play())
+
+
+def test_an_old_client_gets_a_stream_without_chunks() -> None:
+    """HTTP/1.0 has none: the payload comes bare and the connection's end ends it."""
+
+    async def play() -> None:
+        async with stage(raw(STREAM)) as act:
+            client = await act.client()
+            client.send(post(body=b'{"model":"m"}').replace(b"HTTP/1.1", b"HTTP/1.0"))
+            answer = await client.answer()
+            assert "transfer-encoding" not in answer.headers
+            assert answer.body == b'data: {"model":"served","n":1}\n\ndata: [DONE]\n\n'
+
+    asyncio.run(play())
+
+
+def test_a_body_that_ends_with_the_connection_is_passed_and_ended_so() -> None:
+    """Neither length nor chunks: the end of the engine's connection is the end of the client's."""
+
+    async def play() -> None:
+        async with stage(
+            raw(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\n", b"some", b"thing", close=True)
+        ) as act:
+            client = await act.client()
+            client.post()
+            answer = await client.answer()
+            assert (answer.body, answer.headers["connection"]) == (b"something", "close")
+
+    asyncio.run(play())
+
+
+def test_an_engines_error_passes_as_it_is() -> None:
+    """Status, fields and body are the engine's; hop-by-hop fields are not passed on."""
+    head = "HTTP/1.1 404 Not Found\r\nContent-Type: application/json\r\nX-Engine: 1\r\nServer: uvicorn\r\nKeep-Alive: x\r\n"
+
+    async def play() -> None:
+        async with stage(reply(b'{"error":{}}', head)) as act:
+            client = await act.client()
+            client.post()
+            answer = await client.answer()
+            assert (answer.status, answer.body, answer.headers["x-engine"]) == (404, b'{"error":{}}', "1")
+            assert not {"server", "keep-alive"} & answer.headers.keys()
+
+    asyncio.run(play())
+
+
+def test_interim_answers_are_not_the_answer() -> None:
+    """100 and 103 of an engine are passed over."""
+
+    async def play() -> None:
+        early = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
+        async with stage(raw(early + b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")) as act:
+            client = await act.client()
+            client.post()
+            assert (await client.answer()).body == b"ok"
+
+    asyncio.run(play())
+
+
+def test_one_engine_connection_serves_many_requests() -> None:
+    """Kept between requests, and after a complete answer only."""
+
+    async def play() -> None:
+        async with stage(reply(ANSWER)) as act:
+            client = await act.client()
+            for _ in range(5):
+                client.post()
+                assert (await client.answer()).status == 200
+            assert (act.engine.connections, act.relay.pool.idle()) == (1, 1)
+
+    asyncio.run(play())
+
+
+def test_a_kept_connection_expires() -> None:
+    """Engines close theirs after 5 s; ours goes earlier, by itself."""
+
+    async def play() -> None:
+        async with stage(reply(ANSWER), Limits(upstream_idle=0.05)) as act:
+            client = await act.client()
+            client.post()
+            await client.answer()
+            await soon(act.engine.ended.wait())
+            assert act.relay.pool.idle() == 0
+            client.post()
+            assert (await client.answer()).status == 200
+            assert act.engine.connections == 2
+
+    asyncio.run(play())
+
+
+def test_a_kept_connection_that_turns_out_closed_is_replaced_once() -> None:
+    """The race with the engine's own keep-alive limit: nothing was answered, so the request goes again."""
+
+    async def script(engine: Engine, asked: Asked, writer: asyncio.StreamWriter) -> None:
+        if len(engine.asked) == 2:
+            writer.close()  # the request was taken, and the connection is gone without a byte
+            return
+        await reply(ANSWER)(engine, asked, writer)
+
+    async def play() -> None:
+        async with stage(script) as act:
+            client = await act.client()
+            for _ in range(2):
+                client.post()
+                assert (await client.answer()).status == 200
+            assert [asked.line for asked in act.engine.asked] == ["POST /v1/chat/completions HTTP/1.1"] * 3
+            assert len(act.gate.passages) == 2
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        raw(close=True),
+        raw(b"HTTP/1.1 200", close=True),
+        raw(b"nonsense\r\n\r\n"),
+        raw(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n"),
+        raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\n"),
+        raw(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 300_000),
+        raw(b"HTTP/1.1 101 Switching Protocols\r\n\r\n", close=True),
+    ],
+)
+def test_an_engine_that_answers_nothing_sound_is_a_502(script: object) -> None:
+    """Before the first byte for the client the truth can still be told; a fresh connection is not tried twice."""
+
+    async def play() -> None:
+        async with stage(script) as act:  # type: ignore[arg-type]
+            client = await act.client()
+            client.post()
+            answer = await client.answer()
+            assert (answer.status, answer.json()["error"]["code"]) == (502, "upstream_failed")
+            assert len(act.engine.asked) == 1
+            client.send(get("/hello"))
+            assert (await client.answer()).status == 200
+
+    asyncio.run(play())
+
+
+def test_an_engine_that_is_not_there_is_a_502() -> None:
+    """The message says where it was looked for."""
+
+    async def play() -> None:
+        async with stage() as act:
+            act.gate.upstream = Listen(uds="/nowhere/engine.sock")
+            client = await act.client()
+            client.post()
+            answer = await client.answer()
+            assert answer.status == 502
+            assert "/nowhere/engine.sock" in answer.json()["error"]["message"]
+
+    asyncio.run(play())
+
+
+async def nonsense_later(engine: Engine, asked: Asked, writer: asyncio.StreamWriter) -> None:
+    """A chunk, and when the client has it, no chunk."""
+    writer.write(EVENTS + chunked(b"data: 1\n\n"))
+    await soon(engine.go.wait())
+    writer.write(b"nonsense\r\n")
+
+
+@pytest.mark.parametrize(
+    ("script", "came"),
+    [
+        (raw(EVENTS + chunked(b"data: 1\n\n"), close=True), chunked(b"data: 1\n\n")),
+        (raw(EVENTS + chunked(b"data: 1\n\n") + b"5\r\nab", close=True), chunked(b"data: 1\n\n") + b"5\r\nab"),
+        (nonsense_later, chunked(b"data: 1\n\n")),
+        (raw(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", close=True), b"abc"),
+    ],
+)
+def test_a_truncated_answer_looks_truncated(script: object, came: bytes) -> None:
+    """What came is passed on, then the connection ends: no last chunk, no full length, no clean end."""
+
+    async def play() -> None:
+        async with stage(script) as act:  # type: ignore[arg-type]
+            client = await act.client()
+            client.post()
+            assert (await client.head())[0] == 200
+            act.engine.go.set()
+            assert await client.rest() == came
+            await until(lambda: act.ended)
+            assert act.ended[0].error == "UpstreamFailed"
+
+    asyncio.run(play())
+
+
+async def endless(engine: Engine, asked: Asked, writer: asyncio.StreamWriter) -> None:
+    """A stream that goes on as long as somebody takes it."""
+    writer.write(EVENTS)
+    while True:
+        writer.write(chunked(b"data: " + b"x" * 1000 + b"\n\n"))
+        await writer.drain()
+        await asyncio.sleep(0)
+
+
+async def silent(engine: Engine, asked: Asked, writer: asyncio.StreamWriter) -> None:
+    """An engine that takes the request and thinks."""
+    await asyncio.Event().wait()
+
+
+def _leave_by_close(act: Stage) -> None:
+    act.clients[0].close()
+
+
+def _leave_by_reset(act: Stage) -> None:
+    sock = act.clients[0].writer.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    act.clients[0].close()
+
+
+def _leave_by_half_close(act: Stage) -> None:
+    act.clients[0].writer.write_eof()
+
+
+LEAVING = [_leave_by_close, _leave_by_reset, _leave_by_half_close]
+
+
+@pytest.mark.parametrize("leave", LEAVING)
+@pytest.mark.parametrize("script", [endless, silent])
+def test_a_client_that_leaves_frees_the_engine(script: object, leave: object) -> None:
+    """Its engine connection is closed at once, before or in the middle of the answer, so generating stops."""
+
+    async def play() -> None:
+        async with stage(script) as act:  # type: ignore[arg-type]
+            client = await act.client()
+            client.post()
+            await until(lambda: act.engine.asked)
+            if script is endless:
+                await client.head()
+            leave(act)  # type: ignore[operator]
+            await soon(act.engine.ended.wait())
+            await soon(act.gate.passages[0].over.wait())
+            assert act.relay.pool.idle() == 0
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("leave", LEAVING)
+def test_a_client_that_leaves_the_queue_is_taken_off_it(leave: object) -> None:
+    """The gate's wait is cancelled and owes no passage."""
+
+    async def play() -> None:
+        async with stage() as act:
+            act.gate.opened.clear()
+            client = await act.client()
+            client.post()
+            await soon(act.gate.entered.wait())
+            leave(act)  # type: ignore[operator]
+            await until(lambda: act.gate.left == 1)
+            assert (act.gate.passages, act.engine.asked) == ([], [])
+            await until(lambda: act.ended)
+            assert act.ended[0].error == "ClientGone"
+
+    asyncio.run(play())
+
+
+def test_a_slow_reader_holds_up_its_own_engine_and_nobody_else() -> None:
+    """Its engine is not read any more once the buffers are full; another client streams on beside it."""
+    written = 0
+
+    async def script(engine: Engine, asked: Asked, writer: asyncio.StreamWriter) -> None:
+        nonlocal written
+        if b"slow" not in asked.body:
+            await reply(ANSWER)(engine, asked, writer)
+            return
+        writer.write(EVENTS)
+        while True:
+            writer.write(chunked(b"x" * 65536))
+            written += 65536
+            await writer.drain()
+            await asyncio.sleep(0)
+
+    async def settled() -> int:
+        """How much was written when no more was for a while; the kernel's buffers decide."""
+        last = -1
+        while last != written:
+            last = written
+            await asyncio.sleep(0.1)
+        return last
+
+    async def play() -> None:
+        async with stage(script) as act:
+            slow, quick = await act.client(), await act.client()
+            slow.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            slow.post(body=b'{"model":"m","slow":1}')
+            stuck = await soon(settled())
+            assert 0 < stuck < 64 << 20
+            for _ in range(3):
+                quick.post()
+                assert (await quick.answer()).status == 200
+            assert written == stuck
+            slow.writer.transport.resume_reading()  # type: ignore[attr-defined]
+            await soon(slow.reader.readexactly(stuck + (1 << 20)))
+            assert written > stuck
+
+    asyncio.run(play())
+
+
+def test_a_client_that_takes_nothing_is_cut_off_in_the_end() -> None:
+    """An engine is not held for ever by somebody who stopped reading."""
+
+    async def play() -> None:
+        async with stage(endless, Limits(send_timeout=0.2)) as act:
+            client = await act.client()
+            client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            client.post()
+            await soon(act.engine.ended.wait())
+            await soon(act.gate.passages[0].over.wait())
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize(("script", "status"), [(silent, 503), (endless, 200)])
+def test_a_cut_request_ends(script: object, status: int) -> None:
+    """The daemon may break a request off: an error before the answer began, a truncation after."""
+
+    async def play() -> None:
+        async with stage(script) as act:  # type: ignore[arg-type]
+            client = await act.client()
+            client.post()
+            await until(lambda: act.engine.asked)
+            head = asyncio.ensure_future(client.head())
+            if script is endless:
+                await head
+            act.gate.passages[0].cut("its drain limit has passed")
+            assert (await head)[0] == status
+            assert not (await client.rest()).endswith(b"0\r\n\r\n") if script is endless else True
+            await soon(act.engine.ended.wait())
+            await soon(act.gate.passages[0].over.wait())
+            act.gate.passages[0].cut("again")
+
+    asyncio.run(play())
+
+
+def test_a_refusal_comes_with_its_reason() -> None:
+    """What the gate raises is what the client reads, Retry-After included."""
+
+    async def play() -> None:
+        async with stage() as act:
+            act.gate.refusal = Unavailable("the queue is full", retry_after=7)
+            client = await act.client()
+            client.post()
+            answer = await client.answer()
+            assert (answer.status, answer.headers["retry-after"]) == (503, "7")
+            assert answer.json()["error"]["message"] == "the queue is full"
+
+    asyncio.run(play())
+
+
+def test_a_response_is_looked_up_where_it_was_made() -> None:
+    """GET /v1/responses/{id} has no model: the one that answered the POST is remembered."""
+
+    async def play() -> None:
+        async with stage(reply(b'{"id": "resp_1", "model": "m"}')) as act:
+            client = await act.client()
+            client.post("/v1/responses")
+            await client.answer()
+            client.send(get("/v1/responses/resp_1?starting_after=2"))
+            assert (await client.answer("GET")).status == 200
+            assert act.engine.asked[1].line == "GET /v1/responses/resp_1?starting_after=2 HTTP/1.1"
+            assert act.engine.asked[1].body == b""
+            client.send(get("/v1/responses/resp_2"))
+            assert (await client.answer("GET")).status == 404
+
+    asyncio.run(play())
+
+
+def test_the_rest_of_an_engines_api_is_behind_upstream() -> None:
+    """/upstream/{model}/...: the longest model name that fits, with or without its slash escaped."""
+
+    async def play() -> None:
+        async with stage() as act:
+            client = await act.client()
+            client.send(get("/upstream/m-alias/metrics?a=1"))
+            assert (await client.answer("GET")).status == 200
+            assert act.engine.asked[0].line == "GET /metrics?a=1 HTTP/1.1"
+            client.send(get("/upstream/unknown/metrics"))
+            assert (await client.answer("GET")).status == 404
+
+    asyncio.run(play())
+
+
+def test_a_route_that_the_model_does_not_serve_is_a_404() -> None:
+    """Before anything is loaded for it."""
+
+    async def play() -> None:
+        async with stage() as act:
+            act.gate.target = Target("m", "m", frozenset({"/v1/embeddings"}))
+            client = await act.client()
+            client.post()
+            assert (await client.answer()).status == 404
+            client.post("/v1/embeddings")
+            assert (await client.answer()).status == 200
+            assert len(act.gate.passages) == 1
+
+    asyncio.run(play())
