@@ -95,7 +95,7 @@ def test_V_start_waits_and_says_what_happens(daemon: FakeDaemon, capsys: pytest.
     assert main(["start", "Qwen/Qwen3-0.6B"]) == 0
     out, err = capsys.readouterr()
     assert err == ("Qwen/Qwen3-0.6B: starting: weights 1/8, 1.0s\nQwen/Qwen3-0.6B: starting: graphs, 30s\n")
-    assert out == "Qwen/Qwen3-0.6B is running; its output: vllmctl logs (44s)\n"
+    assert out == "Qwen/Qwen3-0.6B is running after 44s; its output: vllmctl logs Qwen/Qwen3-0.6B\n"
     assert daemon.seen[-1][2]["Accept"] == "application/x-ndjson"
 
 

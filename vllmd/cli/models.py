@@ -50,8 +50,8 @@ def each(arguments: Namespace, act: Callable[[Admin, str], Any]) -> int:
     return 0
 
 
-def follow(arguments: Namespace, verb: str, query: dict[str, object], done: str) -> int:
-    """Post ``verb`` for every model and show how it comes along; ``done`` says what it then is, such as "is asleep"."""
+def follow(arguments: Namespace, verb: str, query: dict[str, object], done: str = "") -> int:
+    """Post ``verb`` for every model and show how it comes along; ``done`` ends what is said then."""
 
     def act(admin: Admin, model: str) -> Any:
         if getattr(arguments, "no_wait", False):
@@ -74,12 +74,9 @@ def _await(admin: Admin, model: str, verb: str, query: dict[str, object], done: 
     if "error" in last:
         raise Failure(f"{model}: {last['error'].get('message', 'failed')}", EX_UNAVAILABLE)
     if not quiet:
-        print(f"{model} {done.format(state=show.state(str(last.get('state', ''))))} ({_took(last, began)})")
+        took = show.age(last.get("seconds", time.monotonic() - began))
+        print(f"{model} is {show.state(str(last.get('state', '')))} after {took}{done.format(model=model)}")
     return last
-
-
-def _took(last: dict[str, Any], began: float) -> str:
-    return show.age(last.get("seconds", time.monotonic() - began))
 
 
 def progress(model: str, line: dict[str, Any], usual: float | None) -> str:

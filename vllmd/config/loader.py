@@ -437,7 +437,8 @@ class _Reader:
         if not isinstance(node.value, str | int | float) or not node.text:
             return None
         if not is_file:
-            self.warn_if_readable(node, path)
+            if not node.text.startswith("sha256:"):
+                self.warn_if_readable(node, path)
             return node.text
         try:
             return secrets.read(node.text, Path(node.where.source).parent, self.env)

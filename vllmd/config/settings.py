@@ -264,7 +264,7 @@ KEY = Group(
     KeyConfig,
     "A client's key. One of key and key_file is needed.",
     (
-        Setting("name", k.TEXT, "Who it belongs to, for the log and the metrics."),
+        Setting("name", k.TEXT, "Who it belongs to, for the log and the metrics; without it key1, key2 and so on."),
         Setting("key", k.SECRET, "The key itself, or sha256: and the hexadecimal SHA-256 of it.", None, secret=True),
         Setting("key_file", k.FILE, "File that holds the key; a relative path as in hf_token_file.", None),
         Setting("scopes", SCOPES, "What it opens: models, admin."),
@@ -309,8 +309,8 @@ ENGINES = Group(
     EngineDefaults,
     "Where engines live.",
     (
-        Setting("run_dir", k.PATH, "Directory of the engines' sockets."),
-        Setting("home", k.PATH, "Engines' home directory, with the cache of models."),
+        Setting("run_dir", k.PATH, "Directory of the engines' sockets; without it that of the service."),
+        Setting("home", k.PATH, "Engines' home directory, with the cache of models; without it that of the service."),
         Setting("port_start", k.count(1024, 65535), "First port for engines without Unix sockets."),
         Setting("port_end", k.count(1024, 65535), "Last port for engines without Unix sockets."),
     ),
@@ -398,10 +398,17 @@ class Leaf:
         own = "VLLMD_" + self.path.upper().replace(".", "_")
         return (own, *(legacy.env for legacy in LEGACY if legacy.env and legacy.path == self.path))
 
+    @property
+    def required(self) -> bool:
+        """Whether there is no default because it must be given."""
+        name = self.row.field or self.row.name
+        found = [f for f in fields(self.group.target) if f.name == name and self.row.field is not None]
+        return any(f.default is MISSING and f.default_factory is MISSING for f in found)
+
     def default_text(self) -> str:
         """The default as it would be written in the file."""
         kind, value = self.row.kind, default(self.group, self.row)
-        if isinstance(kind, Group) or self.row.field is None:
+        if isinstance(kind, Group) or self.row.field is None or self.required:
             return ""
         return kind.none if value is None else (kind.show(value) or "none")
 

@@ -46,7 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
         shots = list(pool.map(lambda _: shoot(http, request), range(arguments.requests)))
     figures = summary(shots, time.monotonic() - began, loading)
     print(
-        show.as_json(figures) if arguments.json else show.pairs({key: f"{value:.4g}" for key, value in figures.items()})
+        show.as_json(figures)
+        if arguments.json
+        else show.pairs({name: f"{value:.{0 if value > 1000 else 3}f}" for name, value in figures.items()})
     )
     return 0
 

@@ -18,4 +18,4 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    return models.follow(arguments, "sleep", {"level": arguments.level}, "is {state}")
+    return models.follow(arguments, "sleep", {"level": arguments.level})

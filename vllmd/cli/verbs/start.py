@@ -15,4 +15,4 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    return models.follow(arguments, "load", {}, "is {state}; its output: vllmctl logs")
+    return models.follow(arguments, "load", {}, "; its output: vllmctl logs {model}")

@@ -16,4 +16,4 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    return models.follow(arguments, "unload", {"force": arguments.force}, "is {state}")
+    return models.follow(arguments, "unload", {"force": arguments.force})

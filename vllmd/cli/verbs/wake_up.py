@@ -15,4 +15,4 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    return models.follow(arguments, "wake", {}, "is {state}")
+    return models.follow(arguments, "wake", {})
