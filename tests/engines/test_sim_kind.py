@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
+from tests.engines.driven import LIMIT, Driven
 from vllmd.config.types import ModelConfig
 from vllmd.core.types import GiB
 from vllmd.engines import engine_of
-from vllmd.engines.base import Call, Launch, Place
+from vllmd.engines.base import Launch, Place
 from vllmd.errors import ConfigError
 from vllmd.simengine.device import device_usage, make_device
 from vllmd.simengine.options import Options, parse_options
-
-LIMIT = 20.0
 
 
 def options_of(launch: Launch) -> Options:
@@ -73,62 +68,6 @@ def test_it_sleeps_anywhere_unless_told_not_to() -> None:
     engine = engine_of(sim())
     assert engine.sleep_levels(sim()) == {1, 2}
     assert engine.sleep_levels(ModelConfig("m", engine="sim", sleep_mode=False)) == frozenset()
-
-
-class Driven:
-    """An engine started and called as the contract says, by the plainest daemon there is."""
-
-    def __init__(self, model: ModelConfig, place: Place) -> None:
-        self.model, self.engine = model, engine_of(model)
-        launch = self.engine.launch(model, place)
-        self.log = place.run_dir / "log"
-        with self.log.open("wb") as log:
-            env = os.environ | dict(launch.env)
-            self.popen = subprocess.Popen(launch.argv, stdout=log, stderr=log, env=env)
-        transport = httpx.HTTPTransport(uds=launch.listen.uds)
-        self.http = httpx.Client(transport=transport, base_url="http://engine", timeout=LIMIT)
-
-    def call(self, call: Call) -> httpx.Response:
-        response = self.http.request(call.method, call.path, json=call.json, timeout=call.timeout)
-        assert response.status_code == call.expect
-        return response
-
-    def call_all(self, calls: Sequence[Call]) -> None:
-        for call in calls:
-            self.call(call)
-
-    def wait_ready(self) -> Driven:
-        deadline = time.monotonic() + LIMIT
-        while not self._is_ready():
-            assert self.popen.poll() is None, self.log.read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        return self
-
-    def _is_ready(self) -> bool:
-        try:
-            self.call(self.engine.ready(self.model))
-        except httpx.ConnectError:
-            return False
-        return True
-
-    def is_asleep(self) -> bool:
-        probe = self.engine.asleep()
-        assert probe is not None
-        return bool(self.call(probe).json()["is_sleeping"])
-
-    def chat(self) -> str:
-        body = {"model": self.engine.served_name(self.model), "messages": [{"role": "user", "content": "hello you"}]}
-        reply = self.http.post("/v1/chat/completions", json=body)
-        return str(reply.json()["choices"][0]["message"]["content"])
-
-    def lines(self) -> list[str]:
-        return self.log.read_text().splitlines()
-
-    def close(self) -> None:
-        self.http.close()
-        self.popen.kill()
-        self.popen.wait(LIMIT)
 
 
 @pytest.fixture

@@ -269,7 +269,7 @@ def _new_response(context: Context, name: str, body: dict[str, Any]) -> dict[str
     asked |= {"tool_choice": body.get("tool_choice", "auto"), "tools": body.get("tools") or []}
     asked |= {"temperature": body.get("temperature", 1.0), "top_p": body.get("top_p", 1.0)}
     state: dict[str, Any] = {"status": "in_progress", "output": [], "usage": None}
-    state |= {"incomplete_details": None, "error": None}
+    state |= {"incomplete_details": None}
     return head | asked | {"parallel_tool_calls": True, "background": bool(body.get("background"))} | state
 
 
@@ -369,9 +369,9 @@ async def messages(context: Context, request: Request, out: Connection) -> None:
     text = content_text(given[-1].get("content"))
     job = _job(context, body, text, _count(given), _limit(body, "max_tokens"))
     message: dict[str, Any] = {"id": context.request_id(request, "msg"), "type": "message", "role": "assistant"}
-    message |= {"content": [], "model": context.name(body), "stop_reason": None, "stop_sequence": None}
+    message |= {"content": [], "model": context.name(body)}
     if body.get("stream"):
-        return await _stream(out, _message_events(context, job, message))
+        return await _stream(out, _message_events(context, job, message | {"stop_reason": None, "stop_sequence": None}))
     content = await _whole(context, job)
     message |= {"content": [{"type": "text", "text": content}], "stop_reason": _stop_reason(job)}
     return await out.send_json(200, message | {"usage": {"input_tokens": job.prompt_tokens, "output_tokens": job.sent}})
