@@ -56,6 +56,14 @@ complete -c vllmctl -n '__fish_seen_subcommand_from config' -l key -r -d 'API ke
 complete -c vllmctl -n '__fish_seen_subcommand_from config' -l json -d 'print JSON instead of a table'
 complete -c vllmctl -n '__fish_seen_subcommand_from config' -a 'check show schema'
 complete -c vllmctl -n '__fish_seen_subcommand_from config' -F
+complete -c vllmctl -n __fish_use_subcommand -a doctor -d 'Find what is wrong with this machine, and say what helps'
+complete -c vllmctl -n '__fish_seen_subcommand_from doctor' -s h -l help -d 'show this help message and exit'
+complete -c vllmctl -n '__fish_seen_subcommand_from doctor' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
+complete -c vllmctl -n '__fish_seen_subcommand_from doctor' -l user -d 'the vllmd of systemctl --user'
+complete -c vllmctl -n '__fish_seen_subcommand_from doctor' -l url -r -d 'over HTTP, such as http://gpu1:33258; needs a key with the scope admin'
+complete -c vllmctl -n '__fish_seen_subcommand_from doctor' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
+complete -c vllmctl -n '__fish_seen_subcommand_from doctor' -l json -d 'print JSON instead of a table'
+complete -c vllmctl -n '__fish_seen_subcommand_from doctor' -F
 complete -c vllmctl -n __fish_use_subcommand -a events -d 'Show decisions as they are made, until interrupted'
 complete -c vllmctl -n '__fish_seen_subcommand_from events' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from events' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'

@@ -1,0 +1,151 @@
+"""``vllmctl doctor`` on machines that are ill in known ways."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.fake_daemon import fake_daemon, status
+from vllmd.cli import main
+from vllmd.cli.examine import Host, accounts, configuration, driver, memory, python, systemd, units
+
+
+def machine(root: Path, answers: dict[str, str] | None = None, **over: Any) -> Host:
+    """A machine below ``root`` on which commands answer from a table, by their last words."""
+
+    def run(*command: str) -> str:
+        line = " ".join(command)
+        return next((answer for end, answer in (answers or {}).items() if line.endswith(end)), "")
+
+    settings: dict[str, Any] = {"run": run, "has_module": lambda name: True, "which": lambda name: f"/usr/bin/{name}"}
+    return Host(root=root, **{**settings, **over})
+
+
+def make(root: Path, *paths: str) -> None:
+    """Files, and directories where a path ends with a slash; open to everybody."""
+    for path in paths:
+        target = root / path.strip("/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path.endswith("/"):
+            target.mkdir(exist_ok=True)
+        else:
+            target.write_text("")
+            target.chmod(0o666)
+
+
+WELL = {
+    "systemctl --version": "systemd 252 (252.39-1~deb12u1)",
+    "is-active vllmd.socket": "active",
+    "is-active vllmd-admin.socket": "active",
+    "is-active vllmd-launcher.socket": "active",
+}
+
+
+def test_a_machine_that_is_well(tmp_path: Path) -> None:
+    """Nothing but ok."""
+    make(tmp_path, "/run/systemd/system/", "/sys/fs/cgroup/cgroup.controllers", "/var/lib/vllmd-engine/")
+    make(tmp_path, "/proc/driver/nvidia/version", "/dev/nvidia0", "/dev/nvidiactl", "/dev/nvidia-uvm", "/etc/passwd")
+    (tmp_path / "etc/passwd").write_text("vllmd:x:1:1\nvllmd-engine:x:2:2\n")
+    host = machine(tmp_path, WELL)
+    found = [f for question in (python, systemd, units, accounts, driver) for f in question(host)]
+    assert {verdict for verdict, _, _ in found} == {"ok"}
+
+
+def test_packages_that_are_missing(tmp_path: Path) -> None:
+    """With the command that installs them."""
+    host = machine(tmp_path, has_module=lambda name: name not in ("h11", "pystemd"))
+    assert list(python(host)) == [
+        ("bad", "Python packages are missing: python3-h11, python3-pystemd", "apt install python3-h11 python3-pystemd")
+    ]
+
+
+def test_an_old_systemd_without_unified_control_groups(tmp_path: Path) -> None:
+    """Both are said."""
+    make(tmp_path, "/run/systemd/system/")
+    assert [what for _, what, _ in systemd(machine(tmp_path, {"--version": "systemd 247 (247.3)"}))] == [
+        "systemd is version 247",
+        "control groups are not of version 2",
+    ]
+
+
+def test_no_systemd_is_no_fault(tmp_path: Path) -> None:
+    """A container works, with the fallback."""
+    assert [verdict for verdict, _, _ in systemd(machine(tmp_path))] == ["warning"]
+    assert list(units(machine(tmp_path))) == []
+
+
+def test_sockets_that_do_not_listen_failed_units_and_leftovers(tmp_path: Path) -> None:
+    """Each with the command that helps."""
+    make(tmp_path, "/run/systemd/system/")
+    answers = {
+        **WELL,
+        "is-active vllmd.socket": "inactive",
+        "is-failed vllmd.service": "failed",
+        "vllmd-model-*.scope": "vllmd-model-q-1.scope loaded active running x",
+    }
+    found = [finding for finding in units(machine(tmp_path, answers)) if finding[0] != "ok"]
+    assert found == [
+        ("bad", "vllmd.socket is inactive", "systemctl enable --now vllmd.socket"),
+        ("bad", "vllmd.service has failed", "journalctl -u vllmd.service, then systemctl reset-failed vllmd.service"),
+        ("warning", "1 engines run, but no daemon manages them: vllmd-model-q-1.scope",
+         "the next request or systemctl start vllmd takes them over"),
+    ]  # fmt: skip
+
+
+def test_users_that_are_missing(tmp_path: Path) -> None:
+    """For the system's daemon only; a user's own needs none."""
+    make(tmp_path, "/run/systemd/system/")
+    assert [what for _, what, _ in accounts(machine(tmp_path))] == [
+        "there is no user vllmd",
+        "there is no user vllmd-engine",
+    ]
+    assert list(accounts(machine(tmp_path, user=True))) == []
+
+
+def test_a_driver_without_its_device_nodes(tmp_path: Path) -> None:
+    """The engines may not load the module by themselves."""
+    make(tmp_path, "/proc/driver/nvidia/version", "/dev/nvidia0", "/dev/nvidiactl")
+    (tmp_path / "dev/nvidia0").chmod(0o600)
+    assert [what for verdict, what, _ in driver(machine(tmp_path)) if verdict == "bad"] == [
+        "/dev/nvidia0 is not open to everybody",
+        "/dev/nvidia-uvm is missing",
+    ]
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before a download fails halfway."""
+    make(tmp_path, "/var/lib/vllmd-engine/")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1 << 29}))
+    assert list(memory(machine(tmp_path))) == [
+        ("warning", "only 0.5GiB are free in /var/lib/vllmd-engine", "models are kept there")
+    ]
+
+
+def test_a_configuration_whose_command_and_model_are_missing(tmp_path: Path) -> None:
+    """Found without starting anything."""
+    file = tmp_path / "vllmd.yaml"
+    file.write_text("models: {m: {command: /opt/vllm, model: /srv/m}, h: {model: /home/ann/m}}")
+    make(tmp_path, "/home/ann/m/")
+    host = machine(tmp_path, env={"VLLMD_CONFIG": str(file)}, which=lambda name: None if name == "/opt/vllm" else name)
+    assert [what for verdict, what, _ in configuration(host) if verdict != "ok"] == [
+        "m: there is no command /opt/vllm",
+        "m: there is no /srv/m",
+        "h: /home/ann/m lies in somebody's home",
+    ]
+
+
+def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line each, the daemon last; with anything bad the status says so."""
+    file = tmp_path / "vllmd.yaml"
+    file.write_text("polcy: lru")
+    monkeypatch.setenv("VLLMD_CONFIG", str(file))
+    with fake_daemon({"GET /admin/status": (200, status())}, tmp_path / "s"):
+        assert main(["doctor", "--socket", str(tmp_path / "s")]) == 69
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[-1] == "ok       the daemon answers; engines are run by systemd"
+        assert any(line.startswith(f"bad      {file}:1: polcy: there is no such setting") for line in lines)
+        main(["doctor", "--json", "--socket", str(tmp_path / "s")])
+        assert json.loads(capsys.readouterr().out)[-1]["verdict"] == "ok"

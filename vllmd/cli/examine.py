@@ -1,0 +1,187 @@
+"""What may be wrong with a machine: one function per question, each asks a ``Host`` and yields findings.
+
+A finding is (verdict, what, advice): ``ok``, ``warning`` (works, but) or ``bad``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+Finding = tuple[str, str, str]
+NEEDED = {"h11": "python3-h11", "yaml": "python3-yaml", "sdnotify": "python3-sdnotify", "pystemd": "python3-pystemd"}
+SOCKETS = ("vllmd.socket", "vllmd-admin.socket", "vllmd-launcher.socket")
+GiB = 1 << 30
+
+
+def output(*command: str) -> str:
+    """What a command prints; "" where it fails or is missing."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()
+
+
+def has_module(name: str) -> bool:
+    return find_spec(name) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """The machine; tests give another root and other answers. ``user``: a daemon of systemctl --user is meant."""
+
+    root: Path = Path("/")
+    user: bool = False
+    run: Callable[..., str] = output
+    has_module: Callable[[str], bool] = has_module
+    which: Callable[[str], str | None] = shutil.which
+    env: dict[str, str] = field(default_factory=lambda: dict(os.environ))
+
+    def path(self, absolute: str) -> Path:
+        return self.root / absolute.lstrip("/")
+
+    def systemctl(self, *arguments: str) -> str:
+        return self.run("systemctl", *(["--user"] if self.user else []), *arguments)
+
+
+def python(host: Host) -> Iterator[Finding]:
+    """The packages that it is built on."""
+    missing = [package for module, package in NEEDED.items() if not host.has_module(module)]
+    if missing:
+        yield "bad", f"Python packages are missing: {', '.join(missing)}", f"apt install {' '.join(missing)}"
+    else:
+        yield "ok", "the Python packages are there", ""
+
+
+def systemd(host: Host) -> Iterator[Finding]:
+    """A booted systemd that is new enough, and the unified control groups."""
+    if not host.path("/run/systemd/system").is_dir():
+        yield "warning", "systemd does not run this machine", "vllmd serve works, but its engines end with it"
+        return
+    words = host.run("systemctl", "--version").split()
+    version = int(words[1]) if len(words) > 1 and words[1].isdigit() else 0
+    if version < 252:
+        yield "bad", f"systemd is version {version or 'unknown'}", "252 or newer is needed"
+    else:
+        yield "ok", f"systemd {version}", ""
+    if not host.path("/sys/fs/cgroup/cgroup.controllers").exists():
+        advice = "boot with systemd.unified_cgroup_hierarchy=1"
+        yield "bad", "control groups are not of version 2", advice
+
+
+def units(host: Host) -> Iterator[Finding]:
+    """The sockets listen, no unit has failed, no scope is left over."""
+    if not host.path("/run/systemd/system").is_dir():
+        return
+    for unit in SOCKETS:
+        state = host.systemctl("is-active", unit)
+        if state == "active":
+            yield "ok", f"{unit} listens", ""
+        else:
+            yield "bad", f"{unit} is {state or 'not installed'}", f"systemctl enable --now {unit}"
+    for unit in ("vllmd.service", "vllmd-launcher.service"):
+        if host.systemctl("is-failed", unit) == "failed":
+            yield "bad", f"{unit} has failed", f"journalctl -u {unit}, then systemctl reset-failed {unit}"
+    yield from _leftovers(host)
+
+
+def _leftovers(host: Host) -> Iterator[Finding]:
+    scopes = host.systemctl("list-units", "--no-legend", "--plain", "--state=active", "vllmd-model-*.scope")
+    names = [line.split()[0] for line in scopes.splitlines() if line.strip()]
+    if names and host.systemctl("is-active", "vllmd.service") != "active":
+        what = f"{len(names)} engines run, but no daemon manages them: {', '.join(names)}"
+        yield "warning", what, "the next request or systemctl start vllmd takes them over"
+
+
+def accounts(host: Host) -> Iterator[Finding]:
+    """The users of the system's daemon and engines, and their directories."""
+    if host.user or not host.path("/run/systemd/system").is_dir():
+        return
+    users = _names(host.path("/etc/passwd"))
+    for name in ("vllmd", "vllmd-engine"):
+        if name not in users:
+            yield "bad", f"there is no user {name}", "systemd-sysusers"
+    home = host.path("/var/lib/vllmd-engine")
+    if "vllmd-engine" in users and not home.is_dir():
+        yield "bad", "/var/lib/vllmd-engine is missing", "systemd-tmpfiles --create"
+
+
+def _names(passwd: Path) -> set[str]:
+    try:
+        return {line.partition(":")[0] for line in passwd.read_text().splitlines()}
+    except OSError:
+        return set()
+
+
+def driver(host: Host) -> Iterator[Finding]:
+    """NVIDIA's driver, its device nodes, and NVML."""
+    if not host.path("/proc/driver/nvidia/version").exists():
+        yield "warning", "NVIDIA's driver is not loaded", "devices may be declared (devices: in vllmd.yaml(5))"
+        return
+    yield "ok", "NVIDIA's driver is loaded", ""
+    nodes = sorted(path for path in host.path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit())
+    if not nodes:
+        yield "bad", "there are no /dev/nvidia0, /dev/nvidia1, ...", "nvidia-modprobe -c 0"
+    for path in (*nodes, host.path("/dev/nvidiactl")):
+        if path.exists() and path.stat().st_mode & 0o006 != 0o006:
+            yield "bad", f"/dev/{path.name} is not open to everybody", "vllmd-engine must be able to use it"
+    if nodes and not host.path("/dev/nvidia-uvm").exists():
+        advice = "nvidia-modprobe -u -c 0, or enable nvidia-persistenced; engines may not load it themselves"
+        yield "bad", "/dev/nvidia-uvm is missing", advice
+    if not host.has_module("pynvml"):
+        yield "warning", "memory cannot be read without NVML's Python package", "apt install python3-pynvml"
+
+
+def memory(host: Host) -> Iterator[Finding]:
+    """Room in /dev/shm and on the disk of the engines' home."""
+    for path, least, why in (
+        ("/dev/shm", GiB, "engines exchange tensors there"),
+        ("/var/lib/vllmd-engine", 20 * GiB, "models are kept there"),
+    ):
+        if not host.path(path).is_dir():
+            continue
+        free = shutil.disk_usage(host.path(path)).free
+        if free < least:
+            yield "warning", f"only {free / GiB:.1f}GiB are free in {path}", why
+
+
+def configuration(host: Host) -> Iterator[Finding]:
+    """It is valid, and the engines' commands and files are there."""
+    from vllmd.config.loader import read
+
+    reading = read(env=host.env)
+    for problem in reading.problems:
+        yield "bad", str(problem), "vllmctl config check"
+    for warning in reading.config.warnings:
+        yield "warning", warning, ""
+    if not reading.problems:
+        yield "ok", f"the configuration is valid, with {len(reading.config.models)} models", ""
+    if not reading.problems and not reading.config.models:
+        yield "warning", "no models are configured", "vllmd.yaml(5) has examples"
+    for name, model in reading.config.models.items():
+        yield from _model(host, name, model.command, model.engine, model.source)
+
+
+def _model(host: Host, name: str, command: tuple[str, ...], engine: str, source: str) -> Iterator[Finding]:
+    program = command[0] if command else "vllm" if engine == "vllm" else ""
+    if program and not host.which(program):
+        yield "bad", f"{name}: there is no command {program}", "install it, or say where it is with command:"
+    if source.startswith("/") and not host.path(source).exists():
+        yield "bad", f"{name}: there is no {source}", "say where it is with model:"
+    elif source.startswith(("/root/", "/home/")) and not host.user:
+        advice = "vllmd-engine must be able to read every directory of that path"
+        yield "warning", f"{name}: {source} lies in somebody's home", advice
+
+
+QUESTIONS = (python, systemd, units, accounts, driver, memory, configuration)
+
+
+def examine(host: Host) -> list[Finding]:
+    """Every finding, in the order in which things depend on each other."""
+    return [finding for question in QUESTIONS for finding in question(host)]

@@ -1,0 +1,44 @@
+"""Find what is wrong with this machine, and say what helps.
+
+Looks at Python's packages, systemd, the units, users and directories, the
+driver and its device nodes, free space, the configuration and the daemon.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from vllmd.cli import show
+from vllmd.cli.admin import Admin
+from vllmd.cli.failures import EX_UNAVAILABLE, Failure
+
+COLOURS = {"ok": "green", "warning": "yellow", "bad": "red"}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """It takes none."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from vllmd.cli.examine import Host, examine
+
+    findings = [*examine(Host(user=arguments.user)), daemon(arguments)]
+    if arguments.json:
+        keys = ("verdict", "what", "advice")
+        print(show.as_json([dict(zip(keys, finding, strict=True)) for finding in findings]))
+    else:
+        for verdict, what, advice in findings:
+            print(f"{show.paint(f'{verdict:7}', COLOURS[verdict])}  {what}" + (f"; {advice}" if advice else ""))
+    return EX_UNAVAILABLE if any(verdict == "bad" for verdict, _, _ in findings) else 0
+
+
+def daemon(arguments: argparse.Namespace) -> tuple[str, str, str]:
+    """Whether the daemon answers, and with what configuration it runs."""
+    try:
+        status = Admin(arguments).get("/admin/status")
+    except Failure as failure:
+        return "bad", failure.message, ""
+    broken = status.get("configuration", {}).get("error")
+    if broken:
+        return "bad", f"the daemon runs with an invalid configuration: {broken}", "repair it, then vllmctl reload"
+    return "ok", f"the daemon answers; engines are run by {status.get('backend') or '(still opening)'}", ""
