@@ -191,8 +191,8 @@ class CoreUnderAnything(RuleBasedStateMachine):
 
 
 CoreUnderAnything.TestCase.settings = settings(
-    max_examples=int(os.environ.get("EX", "150")),
-    phases=[Phase.generate],
+    max_examples=int(os.environ.get("VLLMD_RANDOM_WORLDS", "350")),
+    phases=(Phase.generate,) if "VLLMD_RANDOM_WORLDS" in os.environ else tuple(Phase),
     stateful_step_count=60,
     deadline=None,
     suppress_health_check=list(HealthCheck),

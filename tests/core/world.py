@@ -71,6 +71,7 @@ class World:
         self.running: dict[str, str] = {}
         self.cut: set[str] = set()
         self.frozen: set[str] = set()
+        self.orphans: set[str] = set()  # running in an engine that is gone: their end is still to be told
         self.rejected: dict[str, Reject] = {}
         self.disturbed = False  # measurements contradicted the books: promises may exceed what there is
         self._forced: set[str] = set()
@@ -156,7 +157,8 @@ class World:
                 self.finish(awake[0])
             else:
                 due = self.scheduler.next_timer()
-                assert due is not None and due <= end, self._tell(f"{self.queued or self.running} wait for ever")
+                assert due is not None, self._tell(f"{self.queued or self.running} wait, and no timer is set")
+                assert due <= end, self._tell(f"{self.queued or self.running} wait for ever")
                 self.at(max(due, self.now), TimePassed())
 
     def _tell(self, what: str) -> str:
@@ -170,6 +172,7 @@ class World:
         elif isinstance(event, RequestFinished):
             self.running.pop(event.request)
             self.frozen.discard(event.request)
+            self.orphans.discard(event.request)
         elif isinstance(event, RequestGone):
             self.queued.pop(event.request)
         elif isinstance(event, StopAsked) and event.force:
@@ -194,7 +197,8 @@ class World:
             self.engines.pop(model, None)
             self.placed.pop(model, None)
             self._forced.discard(model)
-            self.frozen -= {r for r, m in self.running.items() if m == model}
+            self.orphans |= self._runs(model)
+            self.frozen -= self.orphans
 
     def _execute(self, command: Command) -> None:
         if isinstance(command, Admit):
@@ -243,7 +247,7 @@ class World:
             assert not self._runs(command.model), f"{command} with requests in flight"
 
     def _runs(self, model: str) -> set[str]:
-        return {request for request, m in self.running.items() if m == model}
+        return {request for request, m in self.running.items() if m == model} - self.orphans
 
     def _check_books(self, command: Command) -> None:
         if not self.disturbed:

@@ -36,7 +36,7 @@ class Leave:
     @property
     def yields(self) -> bool:
         """A new request calls it off."""
-        return self.cause in ("idle", "deepen")
+        return self.cause in ("idle", "deepen", "proof")
 
 
 @dataclass(slots=True)
@@ -128,6 +128,17 @@ class Model:
         Not the measured figure: an engine that takes a little more than it was told would grow with every start.
         """
         return max(self.spec.footprint.awake, self.costs.asked)
+
+    def learn(self, seen: Footprint) -> None:
+        """Take a measured footprint; figures it does not have (0) stay as they were."""
+        f = self.footprint
+        self.costs.footprint = Footprint(
+            starting=max(seen.starting, seen.awake),
+            awake=seen.awake,
+            asleep=seen.asleep or f.asleep,
+            host=seen.host or f.host,
+            source=Source.MEASURED,
+        )
 
     def measured(self, awake: int | None = None, asleep: int | None = None, host: int | None = None) -> None:
         """Learn what it really takes, bytes per device; what starting takes beyond serving stays as it was."""

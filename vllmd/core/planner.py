@@ -1,0 +1,103 @@
+"""Asks the policy, and begins what it says (7 in ``design.md``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vllmd.core.common import Core
+from vllmd.core.eviction import fits
+from vllmd.core.model import INFINITY, Leave, Model
+from vllmd.core.policy import Plan, Situation
+from vllmd.core.possible import never_fits, stuck
+from vllmd.core.situation import host_claims, levels, look, see_waiting
+from vllmd.core.types import State
+
+TICK = 0.25  # seconds between two looks while anything waits
+FILL_AGE = 1.0  # seconds for which the choice of level-1 sleepers stands
+
+
+class Planner:
+    """When to ask the policy, what it sees, and what becomes of its plans."""
+
+    def __init__(self, core: Core, settle: Callable[[], None]) -> None:
+        self._core = core
+        self._settle = settle  # carries out what a plan has set in motion
+        self._looked = -INFINITY
+        self._filled = -INFINITY
+        self._shallow: frozenset[str] = frozenset()
+
+    @property
+    def due(self) -> float:
+        """When it wants to look again; infinite while nobody waits without an exchange of his own."""
+        return self._looked + TICK if len(self._core.waiting) > len(self._core.exchanges) else INFINITY
+
+    def plan(self) -> None:
+        """7: at news, and each quarter of a second while anything waits: ask until there is nothing to begin."""
+        core = self._core
+        if not core.waiting or not (core.replan or core.now >= self._looked + TICK):
+            return
+        self._looked = core.now
+        for m in [m for m in core.waiting.values() if m.state is State.SLEEPING and m.name not in core.exchanges]:
+            self._move_house(m)
+        for _ in range(len(core.waiting) + 1):
+            plan = core.policy.choose(self.look())
+            if plan is None:
+                return
+            self.begin(plan)
+
+    def _move_house(self, m: Model) -> None:
+        """7.1: a sleeper that cannot wake where it sleeps is stopped, if it can start elsewhere."""
+        why = "" if m.running else stuck(self._core.fleet.ledger, m, self._core.models.values())
+        if why:
+            m.leave = Leave(0, "moved", why)
+            self._core.touch(m)
+
+    def begin(self, plan: Plan) -> None:
+        """Record the plan, close the gates, and start what can start."""
+        core = self._core
+        m = core.models[plan.target]
+        verb = "wake" if m.state is State.SLEEPING else "start"
+        numbers: dict[str, float | int | str] = {**plan.numbers, "devices": ",".join(map(str, plan.devices))}
+        if plan.victims:
+            numbers["victims"] = ",".join(f"{v.model}:{v.way.level or 'stop'}" for v in plan.victims)
+            numbers["drain"] = plan.drain
+            core.fleet.record("exchange", m.name, f"{verb} it: {plan.why}", numbers)
+        else:
+            core.fleet.record(verb, m.name, plan.why, numbers)
+        core.exchanges.begin(plan)
+        core.touch(m)
+        for victim in plan.victims:
+            core.touch(core.models[victim.model])
+        self._settle()
+
+    def preload(self, todo: dict[str, Model]) -> None:
+        """7.2: load, in order, what fits beside what is there; nobody leaves for it."""
+        core = self._core
+        for m in list(todo.values()):
+            s = self.look()
+            devices = fits(s, see_waiting(core.fleet, m))
+            if m.state is not State.STOPPED or m.demand:
+                del todo[m.name]
+            elif devices is not None and not never_fits(core.fleet.ledger, m):
+                del todo[m.name]
+                self.begin(Plan(m.name, devices, why="it is to be preloaded"))
+            elif not any(room.busy or room.claimed for room in s.rooms.values()):
+                del todo[m.name]
+                core.fleet.record("skip", m.name, "it is to be preloaded, but does not fit beside the others")
+
+    def look(self) -> Situation:
+        """What the policy sees now."""
+        core = self._core
+        if core.now >= self._filled + FILL_AGE:
+            self._filled = core.now
+            claims = host_claims(core.fleet, core.models.values())
+            self._shallow = core.policy.shallow(claims, core.settings.host_memory)
+        waiting = [m for m in core.waiting.values() if m.name not in core.exchanges]
+        return look(core.fleet, core.exchanges, waiting, core.models.values(), self._shallow)
+
+    def level(self, m: Model, wish: int) -> int:
+        """The sleep level wished for, the other one where that cannot be, or 0: stop."""
+        usable = levels(self._core.fleet, m, self._shallow)
+        if wish == 0 or wish in usable:
+            return wish
+        return usable[0] if usable else 0
