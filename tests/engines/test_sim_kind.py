@@ -47,6 +47,7 @@ def test_it_takes_what_it_was_promised() -> None:
     place = Place(Path("/r"), ("0", "1"), 3 * GiB, 8 * GiB)
     honest = launched(sim(device_dir="/dev/sim"), place)
     assert (honest.memory, honest.device_file) == (3 * GiB, ("/dev/sim/0", "/dev/sim/1"))
+    assert honest.device_memory == 8 * GiB
     assert launched(sim(memory="4GiB"), place).memory == 4 * GiB
 
 

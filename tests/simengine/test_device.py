@@ -48,6 +48,13 @@ def test_what_one_holds_another_cannot_have(tmp_path: Path) -> None:
     assert device_usage(path).free == 0
 
 
+def test_making_a_device_again_leaves_what_is_held(tmp_path: Path) -> None:
+    """Two engines that start at once both make sure that it is there."""
+    path = make_device(tmp_path / "gpu", 100)
+    FakeGpu(path).hold(60)
+    assert device_usage(make_device(path, 100)).used == 60
+
+
 def test_a_hold_replaces_the_one_before(tmp_path: Path) -> None:
     """An engine says what it holds, not what it adds."""
     gpu = FakeGpu(make_device(tmp_path / "gpu", 100))

@@ -2,7 +2,7 @@
 
 Its ``options`` are the flags of ``python -m vllmd.simengine`` with underscores
 (``load_time: 3s``, ``wake_time: "1,4"``, ``fail: [crash-after=3]``), and
-``device_dir``: a directory of pretended GPUs, one file per device id.
+``device_dir``: a directory of pretended GPUs, one file per device id, made when missing.
 It sleeps, logs and fails as vLLM does, so it shares all that with it.
 """
 
@@ -90,7 +90,9 @@ def _devices(model: ModelConfig, place: Place) -> list[str]:
     directory = text(model, "device_dir")
     if not directory or not place.device_ids:
         return []
-    return ["--device-file", *(str(Path(directory) / name) for name in place.device_ids)]
+    files = ["--device-file", *(str(Path(directory) / name) for name in place.device_ids)]
+    made = ["--device-memory", str(place.device_memory)] if "device_memory" not in model.options else []
+    return [*files, *made]
 
 
 def _env(model: ModelConfig) -> dict[str, str]:

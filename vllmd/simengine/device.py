@@ -50,11 +50,16 @@ class DeviceUsage:
 
 
 def make_device(path: str | Path, memory: int, mode: int = 0o666) -> Path:
-    """Make a pretended GPU of ``memory`` bytes; ``mode`` lets engines of another user write it."""
+    """Make a pretended GPU of ``memory`` bytes, or leave the one that is there as it is.
+
+    ``mode`` lets engines of another user write it.
+    """
     path = Path(path)
-    with _locked(path, os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX) as fd:
-        os.fchmod(fd, mode)
-        _write(fd, {"memory": memory, "held": []})
+    create = 0 if path.exists() else os.O_CREAT  # O_CREAT on another user's file in /tmp is refused by the kernel
+    with _locked(path, os.O_RDWR | create, fcntl.LOCK_EX) as fd:
+        if os.fstat(fd).st_size == 0:  # looked at under the lock: two engines may come at once
+            os.fchmod(fd, mode)
+            _write(fd, {"memory": memory, "held": []})
     return path
 
 

@@ -92,12 +92,11 @@ def _bind(options: Options) -> socket.socket:
 
 
 def _devices(options: Options) -> Sequence[FakeGpu | CudaMemory]:
-    for path in options.device_file:
-        if options.device_memory and not os.path.exists(path):
-            make_device(path, options.device_memory)
     try:
+        for path in options.device_file if options.device_memory else ():
+            make_device(path, options.device_memory)
         return [*map(FakeGpu, options.device_file), *map(CudaMemory, options.cuda)]
-    except NoCuda as error:
+    except (NoCuda, OSError) as error:
         raise StartFailed(f"RuntimeError: {error}") from error
 
 
