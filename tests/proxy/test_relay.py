@@ -184,7 +184,8 @@ def test_a_body_that_ends_with_the_connection_is_passed_and_ended_so() -> None:
 
 def test_an_engines_error_passes_as_it_is() -> None:
     """Status, fields and body are the engine's; hop-by-hop fields are not passed on."""
-    head = "HTTP/1.1 404 Not Found\r\nContent-Type: application/json\r\nX-Engine: 1\r\nServer: uvicorn\r\nKeep-Alive: x\r\n"
+    fields = ["Content-Type: application/json", "X-Engine: 1", "Server: uvicorn", "Keep-Alive: x", ""]
+    head = "\r\n".join(["HTTP/1.1 404 Not Found", *fields])
 
     async def play() -> None:
         async with stage(reply(b'{"error":{}}', head)) as act:

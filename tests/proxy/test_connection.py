@@ -1,0 +1,296 @@
+"""One client's connection: order, keep-alive, uploads, deadlines."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from tests.proxy.fakes import get, post, reply, soon, stage, until
+from vllmd.proxy.http import Request, Response, event_stream
+from vllmd.proxy.limits import Limits
+
+ANSWER = b'{"model":"m"}'
+
+
+def test_pipelined_requests_are_answered_in_order() -> None:
+    """One after another, whatever came at once: local ones, relayed ones, errors that leave the framing sound."""
+
+    async def play() -> None:
+        async with stage(reply(ANSWER)) as act:
+            client = await act.client()
+            client.send(get("/hello?n=1") + post() + post("/hello", b"x" * 100) + post() + get("/hello?n=2"))
+            assert (await client.answer()).json()["query"] == {"n": "1"}
+            assert (await client.answer()).body == ANSWER
+            assert len((await client.answer()).json()["body"]) == 100
+            assert (await client.answer()).body == ANSWER
+            assert (await client.answer()).json()["query"] == {"n": "2"}
+
+    asyncio.run(play())
+
+
+def test_a_flood_of_pipelined_requests_is_held_back() -> None:
+    """What comes while a request is answered is read up to a limit; the rest waits with the client."""
+
+    async def play() -> None:
+        async with stage(limits=Limits(pipeline=1000)) as act:
+            act.gate.opened.clear()
+            client = await act.client()
+            client.post()
+            await soon(act.gate.entered.wait())
+            client.send(get("/hello") * 400_000)
+            await until(lambda: client.writer.transport.get_write_buffer_size() > 0)
+            act.gate.opened.set()
+            assert (await client.answer()).status == 200
+            for _ in range(1000):
+                assert (await client.answer()).status == 200
+
+    asyncio.run(play())
+
+
+def test_head_is_answered_like_get_without_a_body() -> None:
+    """The length is the GET's; the next answer follows at once."""
+
+    async def play() -> None:
+        async with stage() as act:
+            client = await act.client()
+            client.send(get("/hello", method="HEAD") + get("/hello"))
+            head = await client.answer("HEAD")
+            body = (await client.answer()).body
+            assert (head.status, int(head.headers["content-length"]) - len('{"method":"HEAD"')) == (
+                200,
+                len(body) - len('{"method":"GET"'),
+            )
+
+    asyncio.run(play())
+
+
+def test_a_405_says_what_is_allowed() -> None:
+    """RFC 9110, 15.5.6; OPTIONS says it, too."""
+
+    async def play() -> None:
+        async with stage() as act:
+            client = await act.client()
+            client.send(get("/hello", method="DELETE"))
+            answer = await client.answer()
+            assert (answer.status, answer.headers["allow"]) == (405, "get, post")
+            other = await act.client()
+            other.send(get("/hello", method="OPTIONS"))
+            assert (await other.answer()).headers["allow"] == "get, options, post"
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "kept"),
+    [
+        (get("/hello"), True),
+        (get("/hello", "Connection: close"), False),
+        (get("/hello", "Connection: x, CLOSE"), False),
+        (get("/hello").replace(b"1.1", b"1.0"), False),
+    ],
+)
+def test_a_connection_is_kept_unless_the_client_says_otherwise(request_bytes: bytes, kept: bool) -> None:
+    """And an answer that will be the last one says so."""
+
+    async def play() -> None:
+        async with stage() as act:
+            client = await act.client()
+            client.send(request_bytes)
+            answer = await client.answer()
+            assert answer.headers.get("connection") == (None if kept else "close")
+            if kept:
+                client.send(get("/hello"))
+                assert (await client.answer()).status == 200
+            else:
+                assert await client.closed()
+
+    asyncio.run(play())
+
+
+def test_an_idle_connection_expires() -> None:
+    """After ``keepalive_timeout``, without a word."""
+
+    async def play() -> None:
+        async with stage(limits=Limits(keepalive_timeout=0.1)) as act:
+            client = await act.client()
+            client.send(get("/hello"))
+            await client.answer()
+            assert await client.closed()
+
+    asyncio.run(play())
+
+
+def test_a_body_is_asked_for_only_if_it_will_be_taken() -> None:
+    """Expect: 100-continue is answered by 100, or by the refusal."""
+
+    async def play() -> None:
+        async with stage(reply(ANSWER), Limits(max_body=100)) as act:
+            client = await act.client()
+            head, _, body = post("/v1/completions", ANSWER, "Expect: 100-continue").partition(b"\r\n\r\n")
+            client.send(head + b"\r\n\r\n")
+            assert (await client.answer()).status == 100
+            client.send(body)
+            assert (await client.answer()).status == 200
+            assert "expect" not in act.engine.asked[0].headers
+            client.send(head.replace(b"Length: 13", b"Length: 101") + b"\r\n\r\n")
+            assert (await client.answer()).status == 413
+
+    asyncio.run(play())
+
+
+def test_a_chunked_upload_reaches_the_engine_with_a_length() -> None:
+    """Chunk sizes, extensions and trailers end here."""
+    body = b'4;x=y\r\n{"mo\r\n9\r\ndel":"m"}\r\n0\r\nX-Trailer: 1\r\n\r\n'
+    head = post(body=b"").replace(b"Content-Length: 0", b"Transfer-Encoding: Chunked")
+
+    async def play() -> None:
+        async with stage(reply(ANSWER)) as act:
+            client = await act.client()
+            for request in (head + body) * 2, b"":
+                client.send(request)
+            for _ in range(2):
+                assert (await client.answer()).status == 200
+            assert [asked.body for asked in act.engine.asked] == [b'{"model":"m"}'] * 2
+            assert "x-trailer" not in act.engine.asked[0].headers
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("step", [1, 2, 50])
+def test_a_request_may_come_in_any_pieces(step: int) -> None:
+    """Byte by byte if need be."""
+    request = get("/hello?n=1") + post("/hello", b"hello")
+
+    async def play() -> None:
+        async with stage() as act:
+            client = await act.client()
+            for pos in range(0, len(request), step):
+                client.send(request[pos : pos + step])
+                await asyncio.sleep(0)
+            assert (await client.answer()).json()["query"] == {"n": "1"}
+            assert (await client.answer()).json()["body"] == "hello"
+
+    asyncio.run(play())
+
+
+def test_memory_for_bodies_is_bounded_over_all_connections() -> None:
+    """The sum of what is held has a limit of its own; what was refused and what is over is given back."""
+
+    async def play() -> None:
+        async with stage(limits=Limits(max_buffered=150)) as act:
+            first, second, third = [await act.client() for _ in range(3)]
+            first.send(post("/hello", b"x" * 100)[:-1])
+            await until(lambda: act.server.buffered == 100)
+            second.post("/hello", b"x" * 100)
+            answer = await second.answer()
+            assert (answer.status, "retry-after" in answer.headers) == (503, True)
+            third.send(post("/hello", b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked") + b"50\r\n")
+            third.send(b"x" * 60)
+            assert (await third.answer()).status == 503
+            first.send(b"x")
+            assert (await first.answer()).status == 200
+            assert act.server.buffered == 0
+
+    asyncio.run(play())
+
+
+def test_a_local_stream_is_sent_piece_by_piece_and_ends_with_its_client() -> None:
+    """Each piece at once; when the client leaves, the iterator is closed."""
+
+    async def play() -> None:
+        go, gone = asyncio.Event(), asyncio.Event()
+
+        async def events() -> AsyncIterator[bytes]:
+            try:
+                while True:
+                    yield b"data: x\n\n"
+                    await go.wait()
+                    go.clear()
+            finally:
+                gone.set()
+
+        async def handler(request: Request) -> Response:
+            return event_stream(events())
+
+        async with stage() as act:
+            act.router.add("GET", "/events", handler)
+            client = await act.client()
+            client.send(get("/events"))
+            assert (await client.head())[1]["x-accel-buffering"] == "no"
+            for _ in range(3):
+                assert await soon(client.reader.readexactly(14)) == b"9\r\ndata: x\n\n\r\n"
+                go.set()
+            client.close()
+            await soon(gone.wait())
+
+    asyncio.run(play())
+
+
+def test_a_local_stream_that_fails_looks_broken() -> None:
+    """No last chunk; the daemon lives."""
+
+    async def events() -> AsyncIterator[bytes]:
+        yield b"data: x\n\n"
+        raise RuntimeError("meant by the test")
+
+    async def handler(request: Request) -> Response:
+        return event_stream(events())
+
+    async def play() -> None:
+        async with stage() as act:
+            act.router.add("GET", "/events", handler)
+            client = await act.client()
+            client.send(get("/events"))
+            await client.head()
+            assert await client.rest() == b"9\r\ndata: x\n\n\r\n"
+
+    asyncio.run(play())
+
+
+def test_a_handler_that_fails_is_a_500_without_its_secrets() -> None:
+    """The log has the traceback; the client has the request's id."""
+
+    async def handler(request: Request) -> Response:
+        raise RuntimeError("secret")
+
+    async def play() -> None:
+        async with stage() as act:
+            act.router.add("GET", "/broken", handler)
+            client = await act.client()
+            client.send(get("/broken", "X-Request-Id: r1") + get("/hello"))
+            answer = await client.answer()
+            assert answer.status == 500
+            assert "secret" not in answer.body.decode()
+            assert "r1" in answer.json()["error"]["message"]
+            assert (await client.answer()).status == 200
+
+    asyncio.run(play())
+
+
+def test_a_half_closed_client_gets_a_short_answer() -> None:
+    """``printf ... | nc``: local handlers answer all the same."""
+
+    async def play() -> None:
+        async with stage() as act:
+            client = await act.client()
+            client.send(get("/hello"))
+            client.writer.write_eof()
+            assert (await client.answer()).status == 200
+            assert await client.closed()
+
+    asyncio.run(play())
+
+
+def test_a_strange_request_id_is_replaced() -> None:
+    """What goes into logs and headers is printable and short."""
+
+    async def play() -> None:
+        async with stage() as act:
+            client = await act.client()
+            client.send(get("/hello", "X-Request-Id: a b") + get("/hello", "X-Request-Id: " + "a" * 129))
+            for _ in range(2):
+                assert len((await client.answer()).headers["x-request-id"]) == 32
+
+    asyncio.run(play())

@@ -1,0 +1,135 @@
+"""Finding the model in a body, and putting another name there."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllmd.errors import BadRequest
+from vllmd.proxy import peek
+from vllmd.proxy.peek import in_json, in_multipart
+
+NAMES = st.text(st.characters(categories=["L", "N", "P"]), min_size=1, max_size=20)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text() | st.just("model"), inner, max_size=4),
+    max_leaves=20,
+)
+KEYS = st.text().filter(lambda key: key not in ("model", "stream"))
+
+
+@given(st.dictionaries(KEYS, VALUES, max_size=6), NAMES, NAMES, st.booleans(), st.sampled_from([None, 1, 3]))
+def test_a_name_is_found_and_replaced_and_nothing_else(
+    others: dict[str, object], name: str, other: str, ascii_only: bool, indent: int | None
+) -> None:
+    """For any JSON object in any layout: the rest of the body stays as it was, byte for byte."""
+    items = [*others.items()]
+    middle = len(items) // 2
+    body = dict([*items[:middle], ("model", name), ("stream", True), *items[middle:]])
+    text = json.dumps(body, ensure_ascii=ascii_only, indent=indent).encode("utf-8", "surrogatepass")
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return  # a lone surrogate is no UTF-8
+    asked = in_json(text)
+    assert (asked.model, asked.stream) == (name, True)
+    written = json.dumps(name, ensure_ascii=ascii_only).encode()
+    assert asked.before + written + asked.after == text
+    assert json.loads(asked.renamed(other)) == {**body, "model": other}
+
+
+@given(st.binary(max_size=200) | VALUES.map(lambda value: json.dumps(value).encode()))
+def test_any_body_is_read_as_the_standard_library_does_or_refused(body: bytes) -> None:
+    """No crash, and never another model than json.loads sees."""
+    try:
+        asked = in_json(body)
+    except BadRequest:
+        return
+    assert json.loads(body).get("model", "") == asked.model
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b"", "not a JSON object"),
+        (b"null", "not a JSON object"),
+        (b'{"model":"m",}', "a property name in double quotes is missing at line 1 column 14"),
+        (b'{"model" "m"}', "a ':' is missing"),
+        (b'{"model":}', "a value is missing at line 1 column 10"),
+        (b'{"model":"m" "x":1}', "a ',' or '}' is missing"),
+        (b'{\n"x": tru,\n"model":"m"}', "a value is missing at line 2 column 6"),
+        (b'{"model":"m\n"}', "Invalid control character"),
+        (b'{"model":"m"} x', "extra data"),
+        (b'{"model":"m","x":"\xff"}', "not UTF-8: invalid start byte at byte 18"),
+        (b"\xef\xbb\xbf{}", "not a JSON object"),
+        (b'{"x":' + b"[" * 100_000, "nested too deeply"),
+        (b'{"x":' + b"1" * 5000 + b"}", "not acceptable JSON"),
+        (b'{"model":""}', "must be a string"),
+        (b'{"model":["m"]}', "must be a string"),
+        (b'{"model":"a\\u0000"}', "characters that no model's name has"),
+        (b'{"model":"\\ud800"}', "characters that no model's name has"),
+        (b'{"model":"m","mode\\u006c":"m"}', "twice"),
+    ],
+)
+def test_a_refusal_says_what_and_where(body: bytes, says: str) -> None:
+    """So that it can be put right."""
+    with pytest.raises(BadRequest) as caught:
+        in_json(body)
+    assert says in caught.value.message
+
+
+def test_a_body_of_too_many_pieces_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Millions of empty lists would take a hundred times their bytes in memory."""
+    monkeypatch.setattr(peek, "MAX_PIECES", 1000)
+    monkeypatch.setattr(peek, "PIECES_CHECKED_FROM", 100)
+    assert in_json(b'{"model":"m","x":[' + b"[]," * 300 + b"0]}").model == "m"
+    with pytest.raises(BadRequest, match="more than 1000 elements"):
+        in_json(b'{"model":"m","x":[' + b"[]," * 600 + b"0]}")
+
+
+def form(*parts: bytes, boundary: bytes = b"x-y") -> bytes:
+    """A form of these parts."""
+    return b"".join(b"--%b\r\n%b\r\n" % (boundary, part) for part in parts) + b"--" + boundary + b"--\r\n"
+
+
+def part(name: bytes, content: bytes, more: bytes = b"") -> bytes:
+    """One field."""
+    return b'Content-Disposition: form-data; name="%b"%b\r\n\r\n%b' % (name, more, content)
+
+
+TYPE = "multipart/form-data; boundary=x-y"
+
+
+@given(st.lists(st.binary(max_size=50).filter(lambda data: b"--x-y" not in data), max_size=4), NAMES, NAMES)
+def test_a_forms_name_is_found_and_replaced_and_nothing_else(files: list[bytes], name: str, other: str) -> None:
+    """Whatever bytes the files have."""
+    parts = [part(b"file", file, b'; filename="a\xff"\r\nContent-Type: audio/wav') for file in files]
+    asked = in_multipart(form(*parts, part(b"model", name.encode()), part(b"stream", b"true")), TYPE)
+    assert (asked.model, asked.stream) == (name, True)
+    assert asked.renamed(other) == form(*parts, part(b"model", other.encode()), part(b"stream", b"true"))
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body", "says"),
+    [
+        ("multipart/form-data", form(part(b"model", b"m")), "must have a boundary"),
+        (TYPE, b"", "does not start"),
+        (TYPE, b"preamble\r\n" + form(part(b"model", b"m")), "does not start"),
+        (TYPE, form(part(b"model", b"m"))[:-6], "ends in the middle"),
+        (TYPE, form(part(b"model", b"m"))[:-4] + b"zz\r\n", "does not end"),
+        (TYPE, form(part(b"model", b"m"), part(b"model", b"n")), "twice"),
+        (TYPE, form(part(b"file", b"\r\n--x-yz\r\n"), part(b"model", b"m")), "does not end"),
+        (TYPE, form(b"\r\nno head"), "one Content-Disposition"),
+        (TYPE, form(b'Content-Disposition: form-data; name="model"; name="x"\r\n\r\nm'), "with one name"),
+        (TYPE, form(part(b"model", b"m\r\nX")), "no model's name"),
+        (TYPE, form(part(b"model", b"\xff")), "not UTF-8"),
+    ],
+)
+def test_a_form_that_two_readers_could_read_differently_is_refused(content_type: str, body: bytes, says: str) -> None:
+    """Its model would be a guess."""
+    with pytest.raises(BadRequest) as caught:
+        in_multipart(body, content_type)
+    assert says in caught.value.message

@@ -1,0 +1,102 @@
+"""WebSockets pass as bytes."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.proxy.fakes import Asked, Engine, get, raw, soon, stage, until
+from vllmd.engines.base import Listen
+from vllmd.proxy.gate import Target
+
+UPGRADE = (
+    "Connection: keep-alive, Upgrade",
+    "Upgrade: WebSocket",
+    "Sec-WebSocket-Key: abc",
+    "Sec-WebSocket-Version: 13",
+)
+AGREED = (
+    b"HTTP/1.1 101 Switching Protocols\r\n"
+    b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: xyz\r\n\r\n"
+)
+
+
+class EchoEngine(Engine):
+    """Agrees, greets, then says everything back until it hears ``bye``."""
+
+    def __init__(self) -> None:
+        super().__init__(raw())
+
+    async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        line, *fields = head.rstrip("\r\n").split("\r\n")
+        self.asked.append(Asked(line, dict(field.lower().split(": ", 1) for field in fields), b""))
+        writer.write(AGREED + b"hello")
+        while (data := await reader.read(65536)) and not data.endswith(b"bye"):
+            writer.write(data)
+            await writer.drain()
+        raise ConnectionResetError
+
+
+@pytest.mark.parametrize("end", ["engine", "client", "daemon"])
+def test_bytes_pass_both_ways_until_one_side_ends(end: str) -> None:
+    """The handshake goes to the model of the query under its own name; either end, and the daemon, can end it."""
+
+    async def play() -> None:
+        echo = EchoEngine()
+        async with stage() as act:
+            server = await asyncio.start_server(echo.serve, "127.0.0.1", 0)
+            act.gate.upstream = Listen(port=server.sockets[0].getsockname()[1])
+            act.gate.target = Target("m", "served m")
+            client = await act.client()
+            client.send(get("/v1/realtime?model=m-alias&a=1", *UPGRADE) + b"early")
+            status, headers = await client.head()
+            assert (status, headers["sec-websocket-accept"], headers["upgrade"]) == (101, "xyz", "websocket")
+            assert await soon(client.reader.readexactly(10)) == b"helloearly"
+            assert echo.asked[0].line == "GET /v1/realtime?a=1&model=served+m HTTP/1.1"
+            assert echo.asked[0].headers["sec-websocket-key"] == "abc"
+            client.send(b"\x00\xff" * 500_000)
+            assert await soon(client.reader.readexactly(1_000_000)) == b"\x00\xff" * 500_000
+            if end == "engine":
+                client.send(b"bye")
+                assert await client.closed()
+            elif end == "client":
+                client.close()
+            else:
+                act.gate.passages[0].cut("drained")
+                assert await client.closed()
+            await soon(echo.ended.wait())
+            await soon(act.gate.passages[0].over.wait())
+            server.close()
+            await until(lambda: not act.server.connections)
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize(
+    "script",
+    [raw(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n"), raw(close=True), raw(b"nonsense\r\n\r\n")],
+)
+def test_an_engine_that_refuses_is_a_502(script: object) -> None:
+    """Nothing has been switched, so the client gets HTTP."""
+
+    async def play() -> None:
+        async with stage(script) as act:  # type: ignore[arg-type]
+            client = await act.client()
+            client.send(get("/v1/realtime?model=m", *UPGRADE))
+            assert (await client.answer()).status == 502
+
+    asyncio.run(play())
+
+
+def test_an_unknown_model_is_a_404() -> None:
+    """As everywhere else."""
+
+    async def play() -> None:
+        async with stage() as act:
+            client = await act.client()
+            client.send(get("/v1/realtime?model=n", *UPGRADE))
+            assert (await client.answer()).status == 404
+
+    asyncio.run(play())

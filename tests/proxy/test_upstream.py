@@ -1,0 +1,82 @@
+"""Control calls and probes: one request, one answer, one clear error."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from tests.proxy.fakes import EVENTS, Asked, Engine, chunked, raw, reply, soon, until
+from vllmd.engines.base import Listen
+from vllmd.errors import UpstreamFailed
+from vllmd.proxy.upstream import request
+
+
+async def asked_of(script: object, path: Path, **options: object) -> tuple[int, bytes, Asked]:
+    """Ask an engine on a Unix socket; everything is closed afterwards."""
+    engine = Engine(script)  # type: ignore[arg-type]
+    server = await asyncio.start_unix_server(engine.serve, path)
+    async with server:
+        method, target = str(options.pop("method", "GET")), str(options.pop("target", "/health"))
+        try:
+            status, _, body = await soon(request(Listen(uds=str(path)), method, target, **options))  # type: ignore[arg-type]
+            return status, body, engine.asked[0]
+        finally:
+            await until(lambda: engine.closed == engine.connections)
+
+
+@pytest.mark.parametrize(
+    ("script", "body"),
+    [
+        (reply(b"ok"), b"ok"),
+        (reply(b""), b""),
+        (raw(EVENTS + chunked(b"a") + chunked(b"b") + b"0\r\n\r\n"), b"ab"),
+        (raw(b"HTTP/1.1 200 OK\r\n\r\n", b"to the ", b"end", close=True), b"to the end"),
+        (raw(b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nokand more", close=True), b"ok"),
+    ],
+)
+def test_an_answer_of_any_framing_is_collected(script: object, body: bytes, tmp_path: Path) -> None:
+    """Status and payload."""
+    status, got, asked = asyncio.run(asked_of(script, tmp_path / "s"))
+    assert (status, got) == (200, body)
+    assert asked.line == "GET /health HTTP/1.1"
+    assert asked.headers["connection"] == "close"
+
+
+def test_a_json_body_is_sent_as_such(tmp_path: Path) -> None:
+    """For ``/collective_rpc`` and the like."""
+    options = {"method": "POST", "target": "/collective_rpc", "json": {"method": "reload_weights"}}
+    _, _, asked = asyncio.run(asked_of(reply(b"{}"), tmp_path / "s", **options))
+    assert (asked.body, asked.headers["content-type"]) == (b'{"method": "reload_weights"}', "application/json")
+
+
+async def silent(engine: Engine, asked: Asked, writer: asyncio.StreamWriter) -> None:
+    """Never answers."""
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "says"),
+    [
+        (silent, {"timeout": 0.05}, "not answered within 0.05 s"),
+        (raw(close=True), {}, "broke off"),
+        (raw(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", close=True), {}, "broke off"),
+        (raw(b"nonsense\r\n\r\n"), {}, "malformed answer"),
+        (reply(b"x" * 100), {"limit": 99}, "larger than 99 bytes"),
+    ],
+)
+def test_a_failure_says_what_was_asked_and_what_happened(
+    script: object, options: dict[str, object], says: str, tmp_path: Path
+) -> None:
+    """Foreign errors end here."""
+    with pytest.raises(UpstreamFailed, match=says) as caught:
+        asyncio.run(asked_of(script, tmp_path / "s", **options))
+    assert caught.value.message.startswith("GET /health to /")
+
+
+@pytest.mark.parametrize("listen", [Listen(uds="/nowhere/s"), Listen(port=1)])
+def test_nobody_there_is_told_so(listen: Listen) -> None:
+    """Refused and missing, on both kinds of address."""
+    with pytest.raises(UpstreamFailed, match="no connection to"):
+        asyncio.run(request(listen, "GET", "/health"))
