@@ -96,7 +96,7 @@ TRANSITIONS: Mapping[State, Mapping[Step, State]] = MappingProxyType(
             Step.EXITED: S.STOPPED,
             **dict.fromkeys(_TOO_LATE, S.STOPPING),
         },
-        S.FAILED: {Step.START: S.STARTING, Step.FORGIVE: S.STOPPED},
+        S.FAILED: {Step.FORGIVE: S.STOPPED},
     }
 )
 
