@@ -20,6 +20,7 @@ def test_installs_answers_upgrades_and_goes(boot_machine: Callable[..., Machine]
     assert machine.out("systemctl is-enabled vllmd.socket vllmd-admin.socket").split() == ["enabled"] * 2
     assert machine.run("systemctl is-active vllmd.service", check=False).stdout.strip() == "inactive"
     assert '"data"' in machine.out("curl -sSf --max-time 60 http://127.0.0.1:33258/v1/models")
+    machine.run("man -w vllmd vllmctl vllmd.yaml vllmd-launcher")
     daemon = machine.show("vllmd.service", "MainPID")
     machine.run("rpm --upgrade --replacepkgs --nodeps /root/vllmd.rpm", timeout=120)
     assert machine.show("vllmd.service", "MainPID") != daemon
