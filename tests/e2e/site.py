@@ -78,8 +78,8 @@ class Site:
     def get(self, path: str) -> tuple[int, Any]:
         return self._curl(f"curl -s -w '\\n%{{http_code}}' {BASE}{path}")
 
-    def post(self, path: str, body: object) -> tuple[int, Any]:
-        return self._curl(self._post_command(path, body) + " -w '\\n%{http_code}'")
+    def post(self, path: str, body: object, *, timeout: float = 60.0) -> tuple[int, Any]:
+        return self._curl(self._post_command(path, body) + " -w '\\n%{http_code}'", timeout)
 
     def posts(self, number: int, path: str, body: object) -> list[tuple[int, Any]]:
         """The same request from several clients at once."""
@@ -105,8 +105,12 @@ class Site:
     def _post_command(self, path: str, body: object) -> str:
         return f"curl -s {BASE}{path} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
 
-    def _curl(self, command: str) -> tuple[int, Any]:
-        return _answer(self.machine.run(command, check=False).stdout)
+    def _curl(self, command: str, timeout: float = 60.0) -> tuple[int, Any]:
+        return _answer(self.machine.run(command, check=False, timeout=timeout).stdout)
+
+    @staticmethod
+    def json(text: str) -> dict[str, Any]:
+        return json.loads(text)  # type: ignore[no-any-return]
 
 
 def _answer(text: str) -> tuple[int, Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from vllmd.core import events
 from vllmd.core.types import Device, Placement
-from vllmd.gpu import Devices, Sample, attribute, pids_of
+from vllmd.gpu import Devices, Sample, attribute, in_thread, pids_of
 
 if TYPE_CHECKING:
     from vllmd.daemon.fleet import Member
@@ -52,7 +52,7 @@ class Memory:
             return None
         if self._reading is None or self._reading.done():
             # A reading that hangs is not repeated: one stuck thread is enough.
-            self._reading = asyncio.ensure_future(asyncio.to_thread(self._devices.sample))
+            self._reading = in_thread(self._devices.sample)
         done, _ = await asyncio.wait({self._reading}, timeout=SAMPLE_LIMIT)
         if not done:
             log.error("the devices did not answer within %.0f s", SAMPLE_LIMIT)
@@ -117,7 +117,7 @@ def _unaccounted(sample: Sample, before: Mapping[int, int], ownerless: Mapping[i
     missing = {}
     for index, was in before.items():
         device = sample.devices.get(index)
-        if device is None or device.hides_processes:
+        if device is None or device.hides_processes or device.unsized:
             continue
         left = device.ownerless - ownerless.get(index, 0)
         if left > TOLERANCE:

@@ -32,7 +32,7 @@ from vllmd.engines import engine_of
 from vllmd.engines.base import Listen
 from vllmd.engines.estimate import estimate, merged
 from vllmd.errors import ConfigError, LauncherFailed, Unavailable
-from vllmd.gpu import Devices, NoDevices, open_devices
+from vllmd.gpu import Devices, NoDevices, in_thread, open_devices
 from vllmd.launcher.client import ExitReport, LauncherClient
 from vllmd.systemd.notify import Notifier
 
@@ -137,7 +137,7 @@ class Daemon:
 
     async def _find_devices(self) -> Devices:
         """The devices; a driver that does not answer counts as having none, and is said."""
-        finding = asyncio.to_thread(open_devices, self.config, self.surroundings.environment)
+        finding = in_thread(lambda: open_devices(self.config, self.surroundings.environment))
         try:
             return await asyncio.wait_for(finding, DEVICES_LIMIT)
         except TimeoutError:
