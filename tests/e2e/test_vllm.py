@@ -1,0 +1,141 @@
+"""A real vLLM (on the CPU, with a tiny model) behind vllmd, on a booted systemd 252, from the installed package.
+
+One start of vLLM takes half a minute, so the tests share one engine as far as they can.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.e2e.site import Site
+from tests.machine.container import MODEL_INSIDE, VLLM_INSIDE, Machine, vllm_binds
+
+pytestmark = [pytest.mark.machine, pytest.mark.vllm]
+
+CONFIG = f"""
+server: {{idle_exit: never}}
+idle: {{sleep_after: never, stop_after: never}}
+devices: []
+models:
+  lab/tiny:
+    engine: vllm
+    command: [{VLLM_INSIDE}/bin/vllm]
+    model: {MODEL_INSIDE}
+    max_model_len: 512
+    extra_args: {{enforce_eager: true, max_num_seqs: 8}}
+    env: {{VLLM_CPU_KVCACHE_SPACE: "1", HF_HUB_OFFLINE: "1", VLLM_NO_USAGE_STATS: "1", DO_NOT_TRACK: "1"}}
+    sleep_mode: true
+    start_timeout: 5m
+  lab/wrong:
+    engine: vllm
+    command: [{VLLM_INSIDE}/bin/vllm]
+    model: /no/such/model
+    env: {{HF_HUB_OFFLINE: "1", VLLM_NO_USAGE_STATS: "1", DO_NOT_TRACK: "1"}}
+"""
+
+CHAT_WITH_OPENAI = """
+import json
+from openai import OpenAI
+client = OpenAI(base_url="http://127.0.0.1:33258/v1", api_key="none", timeout=240, max_retries=0)
+stream = client.chat.completions.create(model="lab/tiny", stream=True, max_tokens=12, temperature=0,
+    messages=[{"role": "user", "content": "Hello"}], stream_options={"include_usage": True})
+chunks = list(stream)
+print(json.dumps({"model": chunks[0].model, "chunks": len(chunks), "usage": chunks[-1].usage.completion_tokens,
+    "text": "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)}))
+"""
+
+
+@pytest.fixture(scope="module")
+def site(installed_machine: Machine) -> Iterator[Site]:
+    if not vllm_binds():
+        pytest.skip("no vLLM environment or no tiny model here (packaging/dev/setup vllm model)")
+    site = Site(installed_machine)
+    site.configure(CONFIG)
+    yield site
+    site.machine.run("systemctl stop vllmd.service", check=False)
+
+
+@pytest.fixture(scope="module")
+def loaded(site: Site) -> Site:
+    """vLLM has been started by a first request of the official client."""
+    first = openai_chat(site)
+    assert first["model"] == "lab/tiny"
+    return site
+
+
+def openai_chat(site: Site) -> dict[str, object]:
+    """A chat streamed through vllmd with the official client, which vLLM's own environment has."""
+    argv = [f"{VLLM_INSIDE}/bin/python", "-c", CHAT_WITH_OPENAI]
+    return site.json(site.machine.out(argv, timeout=300))
+
+
+def test_the_official_client_streams_a_chat(loaded: Site) -> None:
+    """The SDK that everybody uses needs nothing but the base URL."""
+    answer = openai_chat(loaded)
+    assert answer["usage"] == 12
+    assert int(str(answer["chunks"])) > 4
+
+
+def test_curl_gets_a_completion_under_the_name_it_asked_for(loaded: Site) -> None:
+    """Any client will do, and a short name that fits one model only is enough."""
+    status, body = loaded.post("/v1/completions", {"model": "tiny", "prompt": "Hello", "max_tokens": 4})
+    assert status == 200
+    assert body["model"] == "tiny"
+    assert body["usage"]["completion_tokens"] == 4
+
+
+def test_its_processes_are_the_engine_users_and_nobody_elses(loaded: Site) -> None:
+    """Three processes of vLLM, all in the scope, none of them root."""
+    scope = loaded.scope("lab/tiny")
+    assert loaded.users(scope) == {"vllmd-engine"}
+    assert len(loaded.machine.cgroup_pids(scope)) >= 3
+
+
+def test_only_the_daemon_may_reach_the_engine(loaded: Site) -> None:
+    """Its development routes would let anybody do anything."""
+    loaded.machine.run("useradd --groups vllmd admin || true")
+    socket = loaded.view("lab/tiny")["socket"]
+    refused = loaded.machine.run(f"curl -s --unix-socket {socket} http://x/health", user="admin", check=False)
+    assert refused.returncode == 7
+    for path in ("/sleep?level=1", "/wake_up", "/collective_rpc"):
+        assert loaded.post(path, {})[0] == 404
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_sleep_and_wake_by_the_real_protocol(loaded: Site, level: int) -> None:
+    """It answers the same after a sleep, and a request is enough to wake it."""
+    before, pid = openai_chat(loaded), loaded.engine_pid("lab/tiny")
+    loaded.machine.run(f"vllmctl sleep lab/tiny --level {level}", timeout=120)
+    assert loaded.state("lab/tiny") == f"sleeping_l{level}"
+    after = openai_chat(loaded)
+    assert after["text"] == before["text"]
+    assert loaded.state("lab/tiny") == "running"
+    assert loaded.engine_pid("lab/tiny") == pid
+
+
+def test_a_restart_of_the_daemon_keeps_it(loaded: Site) -> None:
+    """Half a minute of loading is not repeated for an upgrade."""
+    pid = loaded.engine_pid("lab/tiny")
+    loaded.machine.run("systemctl restart vllmd.service")
+    openai_chat(loaded)
+    assert loaded.engine_pid("lab/tiny") == pid
+
+
+def test_a_model_that_does_not_exist_is_refused_with_vllms_own_words(loaded: Site) -> None:
+    """What vLLM said last is what the user needs."""
+    status, body = loaded.post("/v1/chat/completions", {"model": "lab/wrong", "messages": []}, timeout=200)
+    assert status == 503
+    assert "/no/such/model" in body["error"]["message"]
+
+
+def test_sigkill_of_the_api_server_leaves_nothing(loaded: Site) -> None:
+    """vLLM's engine core and workers outlive their parent (vllm #55510): with us for less than two seconds."""
+    scope, pid = loaded.scope("lab/tiny"), loaded.engine_pid("lab/tiny")
+    assert len(loaded.machine.cgroup_pids(scope)) >= 3
+    loaded.machine.run(["kill", "-9", str(pid)])
+    began = time.monotonic()
+    loaded.machine.wait_until("! pgrep -u vllmd-engine", timeout=10)
+    assert time.monotonic() - began < 2.5  # two seconds, and the time that looking takes
