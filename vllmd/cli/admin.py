@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import socket
+import time
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from urllib.parse import quote, urlencode, urlsplit
 from vllmd.cli.failures import EX_USAGE, Failure, of_answer, of_socket, of_url
 
 SYSTEM_SOCKET = "/run/vllmd/admin.sock"
+OPENING = 10.0  # seconds that a daemon which has just been woken may take to look around
 ANSWER = 30.0  # seconds the daemon has for an answer that it need not wait for
 
 
@@ -54,6 +56,15 @@ class Admin:
         self.url: str = arguments.url or ""
         self.path = "" if self.url else socket_path(arguments)
         self.key: str = arguments.key or os.environ.get("VLLMD_API_KEY", "")
+
+    def status(self) -> dict[str, Any]:
+        """Everything that the daemon shows, once it has found its devices and engines (or after 10 s without)."""
+        until = time.monotonic() + OPENING
+        while True:
+            status: dict[str, Any] = self.get("/admin/status")
+            if status.get("opened", True) or time.monotonic() > until:
+                return status
+            time.sleep(0.05)
 
     def get(self, path: str, **query: object) -> Any:
         """The JSON answer of a GET."""

@@ -91,7 +91,7 @@ def progress(model: str, line: dict[str, Any], usual: float | None) -> str:
 def usual_start(admin: Admin, model: str) -> float | None:
     """How long its last start took, in seconds, if it is known."""
     try:
-        seconds = find(admin.get("/admin/status"), model).get("last_start_seconds")
+        seconds = find(admin.status(), model).get("last_start_seconds")
     except Failure:
         return None  # the verb itself will say what is wrong, in the daemon's words
     return float(seconds) if seconds else None

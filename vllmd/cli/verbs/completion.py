@@ -29,7 +29,7 @@ def names(arguments: argparse.Namespace) -> int:
     from vllmd.cli.admin import Admin
 
     try:
-        models = Admin(arguments).get("/admin/status")["models"]
+        models = Admin(arguments).status()["models"]
     except Failure:
         return 0
     for line in models:

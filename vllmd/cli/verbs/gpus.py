@@ -17,7 +17,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    status = Admin(arguments).get("/admin/status")
+    status = Admin(arguments).status()
     if arguments.json:
         print(show.as_json(status["devices"]))
     elif status["devices"]:

@@ -26,7 +26,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     admin = Admin(arguments)
-    status = admin.get("/admin/status")
+    status = admin.status()
     name = models.find(status, arguments.model)["name"]
     if admin.url or not shutil.which("journalctl") or not str(status.get("backend", "")).startswith("systemd"):
         return _from_daemon(admin, name, arguments)

@@ -16,7 +16,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    models = Admin(arguments).get("/admin/status")["models"]
+    models = Admin(arguments).status()["models"]
     if arguments.json:
         print(show.as_json([{"name": line["name"], "state": line["state"], **line["config"]} for line in models]))
     else:

@@ -17,7 +17,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    models = Admin(arguments).get("/admin/status")["models"]
+    models = Admin(arguments).status()["models"]
     if arguments.running:
         models = [line for line in models if line["state"] != "stopped"]
     if arguments.json:

@@ -23,7 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     admin, shown = Admin(arguments), 0
     while True:
-        status = admin.get("/admin/status")
+        status = admin.status()
         text = show.as_json(status) if arguments.json else screen(status)
         print((CLEAR if sys.stdout.isatty() else "") + text, flush=True)
         shown += 1

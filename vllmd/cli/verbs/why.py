@@ -18,7 +18,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     admin = Admin(arguments)
-    line = models.find(admin.get("/admin/status"), arguments.model)
+    line = models.find(admin.status(), arguments.model)
     made = admin.get("/admin/decisions", model=line["name"])["decisions"][-max(0, arguments.lines) :]
     if arguments.json:
         print(show.as_json({"model": line, "decisions": made}))
