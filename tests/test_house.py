@@ -149,6 +149,12 @@ def test_debian_package_depends_on_what_the_python_package_does() -> None:
         assert f"python3-{names.get(name, name)} (>= {bound})" in control
 
 
+def test_every_folder_of_the_program_is_packaged() -> None:
+    """setuptools leaves out a folder that has no __init__.py, and only the installed program would notice."""
+    folders = {path.parent for path in PACKAGE.rglob("*.py")}
+    assert [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
+
+
 def shell_scripts() -> list[Path]:
     tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=REPOSITORY, capture_output=True)
     paths = [REPOSITORY / name for name in tracked.stdout.decode().splitlines()]
