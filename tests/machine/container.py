@@ -169,8 +169,8 @@ class Machine:
         if hasattr(self, "_nspawn"):
             self._nspawn.wait()
         cgroups.remove(self.cgroup)
+        shutil.rmtree(self.folder)  # while the lock is held: others clean up whatever is free
         self._lock.close()
-        shutil.rmtree(self.folder)
 
     # --- commands in it ---
 
