@@ -17,11 +17,17 @@ def look(
     fleet: Fleet, exchanges: Exchanges, waiting: Iterable[Model], models: Iterable[Model], shallow: frozenset[str]
 ) -> Situation:
     """Everything as it is now; ``shallow``: who sleeps at level 1 if it must."""
+    models = list(models)
+    sleepable = could_sleep(fleet, models)
     return Situation(
         fleet.now,
         sorted((see_waiting(fleet, m) for m in waiting), key=lambda w: (w.oldest, w.model)),
         [see_resident(fleet, m, shallow) for m in models if may_leave(m)],
-        {index: see_room(fleet, exchanges, index) for index, a in fleet.ledger.accounts.items() if not a.missing},
+        {
+            index: see_room(fleet, exchanges, index, sleepable.get(index, 0))
+            for index, a in fleet.ledger.accounts.items()
+            if not a.missing
+        },
         Knobs(),
     )
 
@@ -76,6 +82,7 @@ def see_resident(fleet: Fleet, m: Model, shallow: frozenset[str]) -> Resident:
         queued=len(m.queue),
         service=m.costs.seconds("service"),
         rate=rate.value,
+        rate_long=m.costs.rate_long.value,
         rate_at=rate.at,
         freezable=m.freezable,
         refrozen=any(run.frozen > 1 for run in m.running.values()),
@@ -106,14 +113,26 @@ def sleep_levels(m: Model) -> frozenset[int]:
     return m.spec.sleep_levels if m.sleep_failures < 2 else frozenset()
 
 
-def see_room(fleet: Fleet, exchanges: Exchanges, index: int) -> Room:
-    """A device as a newcomer finds it."""
+def could_sleep(fleet: Fleet, models: Iterable[Model]) -> dict[int, int]:
+    """Bytes per device that would come free if all slept that are awake or on the move, and not kept."""
+    coming: dict[int, int] = {}
+    for m in models:
+        if m.placement.devices and not m.kept and m.state is not State.SLEEPING:
+            rest = m.footprint.asleep if sleep_levels(m) else 0
+            for index, share in fleet.ledger.held(m.name).items():
+                coming[index] = coming.get(index, 0) + max(0, share - rest)
+    return coming
+
+
+def see_room(fleet: Fleet, exchanges: Exchanges, index: int, sleepable: int) -> Room:
+    """A device as a newcomer finds it; ``sleepable``: bytes that could come free there by sleeping."""
     free = fleet.ledger.accounts[index].free
+    sleepable += free
     claim = exchanges.claim(index)
     if claim is None:
-        return Room(index, free, remaining(fleet, exchanges.models, index), False, 0.0)
+        return Room(index, free, sleepable, remaining(fleet, exchanges.models, index), False, 0.0)
     free = min(free, free + claim.coming - claim.need)
-    return Room(index, free, remaining(fleet, exchanges.models, index), True, claim.drain)
+    return Room(index, free, sleepable, remaining(fleet, exchanges.models, index), True, claim.drain)
 
 
 def remaining(fleet: Fleet, models: dict[str, Model], index: int) -> float:

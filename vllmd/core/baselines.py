@@ -1,0 +1,104 @@
+"""What peers do, as policies behind the same interface: for the simulator and the benchmark, not for production.
+
+Each is its owner's rule as read in its source in 2026, given the same sleep
+mechanism, the same memory ledger and the same one exchange per device as ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from vllmd.core.eviction import fits, oldest_first
+from vllmd.core.policies import POLICIES, Lru, plain
+from vllmd.core.policy import HostClaim, Plan, Policy, Resident, Situation, Victim, Waiting, greedy_fill
+
+
+class _Baseline:
+    """Where sleepers are kept is not what these differ in."""
+
+    in_order = False
+
+    def shallow(self, claims: Iterable[HostClaim], budget: int) -> frozenset[str]:
+        """The same greedy fill for all."""
+        return greedy_fill(claims, budget)
+
+
+class LlamaSwap(_Baseline):
+    """llama-swap (``internal/router``): a loaded model is always served; a swap waits until its victims are idle.
+
+    New requests for the loaded model keep overtaking the waiting one, without bound.
+    """
+
+    name = "llama-swap"
+
+    def choose(self, s: Situation) -> Plan | None:
+        """The first in the queue whose victims, least recently used, have nothing in flight."""
+        return plain(s) or next(self._plans(s), None)
+
+    def _plans(self, s: Situation) -> Iterator[Plan]:
+        busy = {r.model for r in s.residents if r.running or r.queued}
+        for w in s.waiting:
+            choice = oldest_first(s, w, s.residents)
+            if choice and busy.isdisjoint(v.model for v in choice.victims):
+                yield Plan(w.model, choice.devices, choice.victims, why="its victims are idle")
+
+
+class Ollama(_Baseline):
+    """Ollama (``server/sched.go``): one queue whose head blocks it; the victim is the first idle one by name.
+
+    Requests for a loaded model bypass the queue, so a busy victim can keep the head waiting without bound.
+    """
+
+    name = "ollama"
+
+    def choose(self, s: Situation) -> Plan | None:
+        """Only the head of the queue; as many idle models leave as it needs."""
+        for w in s.waiting[:1]:
+            devices = fits(s, w)
+            if devices is not None:
+                return Plan(w.model, devices, why="it fits")
+            idle = [r._replace(used=0.0) for r in s.residents if not r.running and not r.queued]
+            choice = oldest_first(s, w, idle)
+            if choice:
+                return Plan(w.model, choice.devices, choice.victims, why="idle ones make room")
+        return None
+
+
+class InOrder(_Baseline):
+    """A naive script: one model at a time, whichever is asked for next; requests strictly in order of arrival."""
+
+    name = "in-order"
+    in_order = True
+
+    def choose(self, s: Situation) -> Plan | None:
+        """Everything else leaves for the oldest request."""
+        for w in s.waiting[:1]:
+            awake = [r for r in s.residents if not r.asleep]
+            devices = fits(s, w)
+            if devices is not None and not awake:
+                return Plan(w.model, devices, why="it is next")
+            return self._swap(s, w, awake)
+        return None
+
+    def _swap(self, s: Situation, w: Waiting, awake: Sequence[Resident]) -> Plan | None:
+        choice = oldest_first(s, w, awake)
+        if choice is None:
+            return None
+        where = set(choice.devices)
+        leaving = tuple(Victim(r.model, r.ways[0]) for r in awake if not where.isdisjoint(r.devices))
+        return Plan(w.model, choice.devices, leaving, why="it is next")
+
+
+class EvictAtOnce(Lru):
+    """LRU that never drains: the victims' requests are frozen at once, where that is possible."""
+
+    name = "lru-at-once"
+
+    def choose(self, s: Situation) -> Plan | None:
+        """As LRU does, with no time to drain."""
+        plan = super().choose(s)
+        return plan and plan._replace(drain=0.0)
+
+
+BASELINES: Mapping[str, Policy] = {p.name: p for p in (LlamaSwap(), Ollama(), InOrder(), EvictAtOnce())}
+ALL: Mapping[str, Policy] = {**POLICIES, **BASELINES}
