@@ -39,6 +39,12 @@ class Driver:
         """The next report of an end."""
         return await asyncio.wait_for(self.exits.get(), LIMIT)
 
+    async def end_all(self) -> None:
+        """Leave nothing to the next test."""
+        while running := await self.client.list():
+            await self.client.kill(running[0].instance)
+            await self.exit()
+
     async def line(self, wanted: str) -> None:
         """Wait until this line was logged."""
         async with asyncio.timeout(LIMIT):
@@ -59,6 +65,7 @@ async def connected(address: Path) -> AsyncIterator[Driver]:
     try:
         yield driver
     finally:
+        await driver.end_all()
         await driver.client.close()
 
 
@@ -76,6 +83,6 @@ async def private(*options: str) -> AsyncIterator[Driver]:
 async def until(condition: Callable[[], Any], limit: float = LIMIT) -> Any:
     """Wait until it is true, and return what it was."""
     async with asyncio.timeout(limit):
-        while not (value := condition()):
+        while not (value := condition()):  # noqa: ASYNC110 - other processes make it true
             await asyncio.sleep(0.01)
     return value

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from vllmd.launcher.engines import Supervisor
 from vllmd.launcher.loop import Callback, Loop
-from vllmd.launcher.service import Service, own_uid_and
+from vllmd.launcher.service import Service, allowed_uids
 from vllmd.launcher.sessions import Sessions
 from vllmd.launcher.spawn import User, allowed_users
 from vllmd.systemd.activation import take_listeners
@@ -62,6 +62,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--session", default="", metavar="TOKEN", help="with --fd: marks the engines of one daemon")
     parser.add_argument("--no-cgroups", action="store_true", help="with --fd: make no control groups")
+    parser.add_argument(
+        "--idle-exit", type=float, default=30.0, metavar="SECONDS", help="end after so long with nothing to do"
+    )
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     return parser.parse_args(argv)
 
@@ -79,7 +82,7 @@ def _run_with_systemd(options: argparse.Namespace, users: dict[str, User]) -> No
 
     notifier, loop = Notifier(), Loop()
     backend = Scopes(loop, user=options.user_bus, stop_requested=lambda instance: supervisor.stop_requested(instance))
-    service = Service(loop, backend, own_uid_and(options.client_user))
+    service = Service(loop, backend, allowed_uids(options.client_user), options.idle_exit)
     supervisor = service.supervisor = Supervisor(loop, backend, users, service.report)
     loop.on_signals(dict.fromkeys((signal.SIGTERM, signal.SIGINT), loop.stop))
     supervisor.adopt()

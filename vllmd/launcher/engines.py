@@ -85,6 +85,7 @@ class Engine:
             unit_of(self.instance),
             self.group.location() if self.group else "",
             dict(self.metadata),
+            self.phase is Phase.ENDING,
         )
 
 
@@ -155,7 +156,7 @@ class Supervisor:
 
     def list(self) -> list[Running]:
         """Those that run, or whose end has yet to be reported; one that is still starting is not among them."""
-        return [engine.running() for engine in self._engines.values() if engine.process and not engine.answer]
+        return [engine.running() for engine in self._engines.values() if not engine.answer]
 
     def adopt(self) -> None:
         """Take over what an earlier launcher left: main processes by number and start time, the rest to be ended."""

@@ -206,6 +206,7 @@ class _Follower:
             self._take(lines)
 
     def stop(self) -> None:
+        """No more lines."""
         if self._process.returncode is None:
             self._loop.unwatch(self._fd)
             _end(self._process)

@@ -106,13 +106,17 @@ class StartOrder:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """An engine that was started, or found again. ``cgroup`` is a path, "" where it has none of its own."""
+    """An engine that was started, or found again. ``cgroup`` is a path, "" where it has none of its own.
+
+    ``ending``: its main process has ended (``pid`` may be 0 then); its Exited follows when the rest is gone.
+    """
 
     instance: str
     pid: int
     unit: str
     cgroup: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
+    ending: bool = False
 
 
 @dataclass(frozen=True, slots=True)

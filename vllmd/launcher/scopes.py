@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from pystemd.dbusexc import DBusError
+from pystemd.dbusexc import DBusBaseError
 from pystemd.dbuslib import DBus
 from pystemd.systemd1 import Manager
 from pystemd.systemd1.unit_signatures import KNOWN_UNIT_SIGNATURES
@@ -85,7 +85,7 @@ class Scopes:
         unit = unit_of(order.instance)
         try:
             job = self._manager.StartTransientUnit(unit.encode(), b"fail", self._properties(order, process.pid))
-        except DBusError as error:
+        except DBusBaseError as error:
             placed(None, f"systemd refused to make {unit}: {_text(error)}")
             return
         self._jobs[job] = lambda result: placed(*self._outcome(unit, process, result))
@@ -94,7 +94,7 @@ class Scopes:
         """Stop the unit if systemd still knows it; its name is free when the job is done."""
         try:
             job = self._manager.StopUnit(unit_of(instance).encode(), b"replace")
-        except DBusError as error:
+        except DBusBaseError as error:
             if "not loaded" not in _text(error):
                 log.warning("cannot stop %s: %s", unit_of(instance), _text(error))
             retired()
@@ -174,7 +174,7 @@ class Scopes:
         try:
             while empty < 3:
                 empty = empty + 1 if self._bus.process().is_empty() else 0
-        except DBusError as error:
+        except DBusBaseError as error:
             log.critical("the connection to systemd is lost (%s); the next launcher finds the engines again", error)
             self._loop.unwatch(self._bus.get_fd())
             self._loop.stop()
@@ -187,7 +187,7 @@ def _connect(user: bool) -> Any:
     bus = DBus(user_mode=user)
     try:
         bus.open()
-    except DBusError as error:
+    except DBusBaseError as error:
         raise OSError(f"cannot reach the {'user' if user else 'system'} bus: {_text(error)}") from None
     return bus
 

@@ -49,7 +49,6 @@ from vllmd.launcher.protocol import (
 
 log = logging.getLogger(__name__)
 
-IDLE_EXIT = 30.0  # seconds with neither clients nor engines
 MAX_CLIENTS = 64
 MAX_QUEUED = 4096  # packets for a client that does not read; then it is dropped
 MAX_QUEUED_LOGS = 256  # log lines are dropped earlier
@@ -59,10 +58,12 @@ ENGINES_PER_PACKET = 8  # each has metadata of a few KiB at most, so that they s
 class Service:
     """Accepts clients on ``listener`` (or has the one given), and ends by itself when it is not needed."""
 
-    def __init__(self, loop: Loop, backend: Backend, uids: Collection[int]) -> None:
+    def __init__(self, loop: Loop, backend: Backend, uids: Collection[int], idle_exit: float = 30.0) -> None:
+        """``uids``: who may connect. ``idle_exit``: seconds with neither clients nor engines."""
         self._loop = loop
         self._backend = backend
         self._uids = frozenset(uids)
+        self._idle_exit = idle_exit
         self._clients: list[Client] = []
         self._idle: Timer | None = None
         self._listeners: list[socket.socket] = []
@@ -112,7 +113,7 @@ class Service:
             self._idle.cancel()
         self._idle = None
         if self._listeners and not self._clients and not len(self.supervisor):
-            self._idle = self._loop.later(IDLE_EXIT, self._loop.stop)
+            self._idle = self._loop.later(self._idle_exit, self._loop.stop)
 
     # --- messages ---
 
@@ -261,9 +262,9 @@ class Client:
             self.gone()
 
 
-def own_uid_and(user: str) -> frozenset[int]:
-    """Who may connect: we ourselves and the daemon's user. Raises ValueError if there is no such user."""
-    uids = {os.getuid()}
+def allowed_uids(user: str) -> frozenset[int]:
+    """Who may connect: root, we ourselves and the daemon's user. Raises ValueError if there is no such user."""
+    uids = {0, os.getuid()}
     if user:
         try:
             uids.add(pwd.getpwnam(user).pw_uid)

@@ -1,0 +1,415 @@
+"""Engines in scopes of a real systemd 252, through the real launcher."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.launcher.conftest import launcher_socket
+from tests.launcher.driver import Driver, connected, fresh, until
+from tests.machine.container import Machine
+from vllmd.launcher.client import ExitReport, LauncherFailed
+from vllmd.launcher.protocol import unit_of
+
+pytestmark = pytest.mark.machine
+
+# Double-forked, in a session of its own: neither a child nor in the process group of the engine.
+ESCAPEE = "setsid sh -c 'setsid sleep 1000 & exit' & wait; "
+
+
+@asynccontextmanager
+async def driving(site: Machine) -> AsyncIterator[Driver]:
+    """A driver on the machine's launcher, with the stand-in daemon running."""
+    site.run("systemctl start vllmd.service")
+    async with connected(launcher_socket(site)) as driver:
+        yield driver
+
+
+def units(site: Machine) -> str:
+    """The scopes that systemd knows."""
+    return site.out("systemctl list-units --all --plain --no-legend 'vllmd-model-*'")
+
+
+def kill_launcher(site: Machine) -> None:
+    """As the OOM killer would."""
+    site.run("systemctl kill --signal=KILL --kill-who=main vllmd-launcher.service")
+
+
+# --- starting ---
+
+
+async def test_an_engine_runs_in_a_scope_of_its_own_as_the_engine_user(site: Machine) -> None:
+    """Whoever breaks into an engine is an unprivileged user without the launcher's descriptors or capabilities."""
+    async with driving(site) as driver:
+        engine = await driver.start(
+            "id -un; umask; ls /proc/self/fd | tr '\\n' ' '; echo; grep CapEff /proc/self/status; exec sleep 1000",
+            run_dir=f"/run/vllmd-engine/{fresh()}",
+        )
+        await driver.client.follow(engine.instance)
+        await driver.line("CapEff:\t0000000000000000")
+        lines = await driver.client.tail(engine.instance)
+        assert lines[:3] == ["vllmd-engine", "0007", "0 1 2 3"]  # 3 is ls's own
+        assert engine.cgroup == f"/sys/fs/cgroup/vllmd.slice/{engine.unit}"
+        assert site.cgroup_pids(engine.unit) == [engine.pid]
+        await driver.client.kill(engine.instance)
+        assert (await driver.exit()).signal == signal.SIGKILL
+
+
+async def test_the_environment_is_clean(site: Machine) -> None:
+    """Nothing of the launcher's environment reaches an engine; what was ordered does."""
+    async with driving(site) as driver:
+        engine = await driver.start("/usr/bin/env", "-u", "none", env={"TOKEN": "secret"})
+        report = await driver.exit()
+        assert sorted(line.split("=")[0] for line in report.log_tail) == [
+            *("HOME", "LANG", "LOGNAME", "PATH", "SHELL", "TOKEN", "USER", "VLLMD_INSTANCE")
+        ]
+        assert f"VLLMD_INSTANCE={engine.instance}" in report.log_tail
+
+
+async def test_the_run_directory_is_the_engines_own(site: Machine) -> None:
+    """Members of the group vllmd-engine (the daemon) may connect to the engine's socket; a stale one is removed."""
+    folder = f"/run/vllmd-engine/{fresh()}"
+    site.run(["install", "-d", "-m", "750", "-o", "vllmd-engine", "-g", "vllmd-engine", folder])
+    site.python("import socket, sys; socket.socket(socket.AF_UNIX).bind(sys.argv[1])", f"{folder}/s")
+    listen = (
+        "import socket, signal; socket.socket(socket.AF_UNIX).bind('s'); print('bound', flush=True); signal.pause()"
+    )
+    async with driving(site) as driver:
+        engine = await driver.start("/usr/bin/python3", "-c", listen, run_dir=folder, listen_uds=f"{folder}/s")
+        await driver.client.follow(engine.instance)
+        await driver.line("bound")
+        assert site.out(f"stat -c '%A %U:%G' {folder} {folder}/s").splitlines() == [
+            "drwxr-x--- vllmd-engine:vllmd-engine",
+            "srwxrwx--- vllmd-engine:vllmd-engine",
+        ]
+
+
+async def test_limits_become_properties_of_the_scope(site: Machine) -> None:
+    """What is configured for a model is what systemd enforces."""
+    limits = {"memory_max": 1 << 30, "memory_swap_max": 0, "cpu_weight": 50, "cpu_quota": 1.5, "tasks_max": 99}
+    async with driving(site) as driver:
+        engine = await driver.start("exec sleep 1000", limits={**limits, "oom_policy": "kill"}, description="a model")
+        wanted = (
+            "MemoryMax",
+            "MemorySwapMax",
+            "CPUWeight",
+            "CPUQuotaPerSecUSec",
+            "TasksMax",
+            "OOMPolicy",
+            "Description",
+        )
+        shown = [site.show(engine.unit, name) for name in wanted]
+        assert shown == ["1073741824", "0", "50", "1.500000s", "99", "kill", "a model"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("nosuch", "x"), "there is no command 'nosuch'"),
+        (("/nosuch", "x"), "there is no command /nosuch"),
+        (("/etc/passwd", "x"), "cannot be executed: Permission denied"),
+    ],
+)
+async def test_a_wrong_command_fails_for_good(site: Machine, argv: tuple[str, str], message: str) -> None:
+    """The answer names the command, comes when all is clean, and says that trying again is no use."""
+    async with driving(site) as driver:
+        with pytest.raises(LauncherFailed, match=message) as failure:
+            await driver.start(*argv)
+        assert failure.value.permanent
+        assert units(site) == ""
+
+
+@pytest.mark.parametrize("user", ["root", "vllmd", "nosuch"])
+async def test_other_users_are_refused(site: Machine, user: str) -> None:
+    """The daemon can have engines run only as whom the administrator allowed."""
+    async with driving(site) as driver:
+        with pytest.raises(LauncherFailed, match="is not allowed; allowed are: vllmd-engine"):
+            await driver.start("true", user=user)
+
+
+async def test_a_scope_that_is_not_made_in_time_releases_nobody(site: Machine) -> None:
+    """A child let go before the job is `done` would run, with all it forks, outside of the scope."""
+    site.write("/etc/systemd/system/slow.service", "[Service]\nType=oneshot\nExecStart=/bin/sleep 5\n")
+    site.write("/etc/systemd/system/vllmd.slice.d/slow.conf", "[Unit]\nWants=slow.service\nAfter=slow.service\n")
+    site.run("systemctl daemon-reload; systemctl stop vllmd.slice; rm -f /tmp/ran")
+    try:
+        async with driving(site) as driver:
+            with pytest.raises(LauncherFailed, match=r"systemd did not make the scope within 0\.3 s"):
+                await driver.start("touch /tmp/ran; sleep 1000", timeout=0.3)
+            assert units(site) == ""
+        site.run("systemctl stop slow.service; test ! -e /tmp/ran")
+    finally:
+        site.run("rm -r /etc/systemd/system/vllmd.slice.d; systemctl daemon-reload")
+
+
+async def test_a_name_in_use_is_refused_and_free_after_the_end(site: Machine) -> None:
+    """The end is reported only when systemd has forgotten the unit, so the name can be taken again at once."""
+    name = fresh()
+    async with driving(site) as driver:
+        for _ in range(10):
+            await driver.start("sleep 1000 & exec sleep 1000", instance=name)
+            with pytest.raises(LauncherFailed, match="is in use"):
+                await driver.start("true", instance=name)
+            await driver.client.kill(name)
+            await driver.exit()
+
+
+# --- ending ---
+
+
+@pytest.mark.parametrize(("command", "status", "number"), [("exit 7", 7, None), ("kill -ABRT $$", None, 6)])
+async def test_the_exit_status_is_reported(site: Machine, command: str, status: int | None, number: int | None) -> None:
+    """Whoever looks for the cause of a crash gets the status and the last lines."""
+    async with driving(site) as driver:
+        engine = await driver.start(f"echo one; echo two >&2; {command}")
+        assert await driver.exit() == ExitReport(engine.instance, status, number, True, False, ("one", "two"))
+
+
+async def test_nothing_survives_the_main_process(site: Machine) -> None:
+    """A crashed API server leaves workers that hold the GPU: they are gone within the 2 s that were promised."""
+    async with driving(site) as driver:
+        engine = await driver.start(f"{ESCAPEE} sleep 1000 & echo forked; wait")
+        await driver.client.follow(engine.instance)
+        await driver.line("forked")
+        await until(lambda: len(site.cgroup_pids(engine.unit)) >= 3)
+        await driver.client.signal(engine.instance, signal.SIGKILL)
+        async with asyncio.timeout(2):
+            report = await driver.exits.get()
+        assert (report.signal, report.empty) == (signal.SIGKILL, True)
+        assert site.run(["pgrep", "-u", "vllmd-engine"], check=False).stdout == ""
+
+
+async def test_a_signal_goes_to_the_main_process_only(site: Machine) -> None:
+    """Workers of vLLM die of SIGTERM at once; only the main process knows how to end."""
+    async with driving(site) as driver:
+        engine = await driver.start(
+            "(trap 'echo worker' TERM; while :; do sleep 0.1; done) & trap 'echo main; exit 0' TERM; echo up; wait"
+        )
+        await driver.client.follow(engine.instance)
+        await driver.line("up")
+        await driver.client.signal(engine.instance, signal.SIGTERM)
+        assert (await driver.exit()).log_tail == ("up", "main")
+
+
+async def test_every_line_of_a_short_life_is_attributed(site: Machine) -> None:
+    """`journalctl -u` on the scope shows why an engine died at once."""
+    async with driving(site) as driver:
+        engines = [await driver.start(f"echo first {number}; exit 1") for number in range(10)]
+        for _ in engines:
+            await driver.exit()
+        shown = [site.journal(engine.unit, "--output=cat", "--identifier", engine.instance) for engine in engines]
+        assert shown == [f"first {number}\n" for number in range(10)]
+
+
+async def test_a_log_is_followed_from_its_beginning(site: Machine) -> None:
+    """Progress of a start is read from the log: no line may be missing, however late one begins to follow."""
+    async with driving(site) as driver:
+        engine = await driver.start("for i in $(seq 100); do echo $i; done; sleep 0.2; echo more; sleep 1000")
+        await driver.client.follow(engine.instance, lines=100)
+        await driver.line("more")
+        assert await driver.client.tail(engine.instance, 3) == ["99", "100", "more"]
+        await driver.client.unfollow(engine.instance)
+
+
+# --- the daemon's life, systemd's commands ---
+
+
+async def test_stop_drains_the_daemon_before_the_engines(site: Machine) -> None:
+    """On `systemctl stop vllmd` streams end properly: the scope is stopped after the service, and gently."""
+    async with driving(site) as driver:
+        engine = await driver.start(
+            "(trap 'echo worker' TERM; while :; do sleep 0.1; done) &"
+            "trap 'echo main $(date +%s.%N); sleep 0.2; exit 0' TERM; echo up; while :; do sleep 0.02; done",
+        )
+        await driver.client.follow(engine.instance)
+        await driver.line("up")
+        site.run("rm -f /run/notes; systemctl stop vllmd.service vllmd.slice")
+        assert units(site) == ""
+        report = await driver.exit()
+        (asked,) = [float(line.split()[1]) for line in report.log_tail if line.startswith("main")]
+        (exited,) = [float(line.split()[0]) for line in site.read("/run/notes").splitlines() if "exits" in line]
+        assert asked > exited
+        assert (report.status, "worker" in report.log_tail) == (0, False)
+
+
+@pytest.mark.parametrize("command", ["systemctl restart vllmd", "systemctl kill --signal=KILL vllmd"])
+async def test_engines_outlive_the_daemon(site: Machine, command: str) -> None:
+    """A package upgrade or a crash of the daemon reloads no model."""
+    async with driving(site) as driver:
+        engine = await driver.start("exec sleep 1000", metadata={"model": "m"})
+        before = site.show("vllmd.service", "MainPID")
+        site.run(command)
+        await until(lambda: site.show("vllmd.service", "MainPID") not in ("0", before))
+        assert site.cgroup_pids(engine.unit) == [engine.pid]
+        assert [(found.pid, found.metadata) for found in await driver.client.list()] == [(engine.pid, {"model": "m"})]
+
+
+async def test_engines_end_when_the_daemon_has_failed_for_good(site: Machine) -> None:
+    """Nothing runs on that nobody manages: OnFailure= is reached when Restart= has given up, not before."""
+    async with driving(site) as driver:
+        engine = await driver.start("exec sleep 1000")
+        site.run("systemctl reset-failed vllmd.service")
+        for _ in range(5):  # StartLimitBurst=
+            site.run("systemctl kill --signal=KILL vllmd; sleep 0.05")
+            site.wait_until("systemctl is-active vllmd")
+            assert site.cgroup_pids(engine.unit) == [engine.pid]
+        site.run("systemctl kill --signal=KILL vllmd")
+        assert (await driver.exit()).empty
+        assert site.show("vllmd.service", "ActiveState") == "failed"
+        site.run("systemctl reset-failed 'vllmd*'; systemctl start vllmd.socket")
+
+
+# --- the launcher's life ---
+
+
+async def test_a_killed_launcher_loses_nothing(site: Machine) -> None:
+    """The next one finds the engines with their metadata, and still hears of their end."""
+    async with driving(site) as driver:
+        engine = await driver.start("trap 'exit 9' TERM; while :; do sleep 0.02; done", metadata={"model": "m"})
+        await driver.client.annotate(engine.instance, {"state": "ready"})
+        kill_launcher(site)
+        await asyncio.wait_for(driver.lost.wait(), 10)
+        (found,) = await driver.client.list()
+        assert (found.pid, found.metadata) == (engine.pid, {"model": "m", "state": "ready"})
+        await driver.client.signal(engine.instance, signal.SIGTERM)
+        report = await driver.exit()
+        assert (report.instance, report.empty) == (engine.instance, True)
+        assert report.status in (9, None)  # kernels before 6.15 do not tell the status of a stranger's child
+
+
+async def test_ends_while_there_was_no_launcher_are_reported(site: Machine) -> None:
+    """What happened in between is found out: the one is gone, of the other only stray children are left."""
+    async with driving(site) as driver:
+        gone, strays = await driver.start("exec sleep 1000"), await driver.start(f"{ESCAPEE} exec sleep 1000")
+        await until(lambda: len(site.cgroup_pids(strays.unit)) == 2)
+        site.run(f"kill -9 $(systemctl show -P MainPID vllmd-launcher) {gone.pid} {strays.pid}")
+        reports = {report.instance: report for report in (await driver.exit(), await driver.exit())}
+        assert reports.keys() == {gone.instance, strays.instance}
+        await until(lambda: units(site) == "")
+        assert site.run(["pgrep", "-u", "vllmd-engine"], check=False).stdout == ""
+
+
+async def test_a_reused_pid_is_never_signalled(site: Machine) -> None:
+    """The number alone does not identify a process: with another start time it counts as gone."""
+    async with driving(site) as driver:
+        engine = await driver.start("exec sleep 1000")
+        bystander = int(site.out("sleep 1000 >/dev/null 2>&1 & echo $!"))
+        change = "import os, sys; os.setxattr(sys.argv[1], 'user.vllmd.launcher.pid', sys.argv[2].encode())"
+        site.python(change, engine.cgroup, str(bystander))
+        kill_launcher(site)
+        assert (await driver.exit()).instance == engine.instance
+        assert units(site) == ""
+        site.run(["kill", str(bystander)])  # it was still there
+
+
+async def test_an_empty_scope_is_removed(site: Machine) -> None:
+    """A scope made around a zombie stays `active` for ever, and nobody else would stop it."""
+    unit = unit_of(fresh())
+    site.python(ZOMBIE_SCOPE, unit)
+    assert "active" in units(site)
+    site.run("systemctl stop vllmd-launcher.service")
+    async with driving(site) as driver:
+        assert all(found.ending for found in await driver.client.list())
+        await until(lambda: units(site) == "")
+
+
+ZOMBIE_SCOPE = """
+import os, sys, time
+from pystemd.systemd1 import Manager
+from pystemd.systemd1.unit_signatures import KNOWN_UNIT_SIGNATURES
+KNOWN_UNIT_SIGNATURES[b"PIDs"] = b"au"
+pid = os.fork()
+if pid == 0:
+    os._exit(0)
+os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+with Manager() as manager:
+    manager.Manager.StartTransientUnit(sys.argv[1].encode(), b"fail", {b"PIDs": [pid]})
+    os.system(f"systemctl is-active --wait {sys.argv[1]} >/dev/null")
+"""
+
+
+async def test_an_idle_launcher_exits_and_no_connection_is_lost(site: Machine) -> None:
+    """At rest nothing runs; whoever connects in that very moment is served by the next one."""
+    site.write(
+        "/etc/systemd/system/vllmd-launcher.service.d/idle.conf",
+        "[Service]\nExecStart=\n"
+        "ExecStart=/usr/bin/vllmd-launcher --user vllmd-engine --client-user vllmd --idle-exit 0.05\n",
+    )
+    site.run("systemctl daemon-reload; systemctl stop vllmd-launcher.service")
+    try:
+        pids = set()
+        for pause in range(12):
+            async with connected(launcher_socket(site)) as driver:
+                assert (await driver.client.info()).backend == "systemd"
+                pids.add(site.show("vllmd-launcher.service", "MainPID"))
+            await asyncio.sleep(pause * 0.01)  # around the moment of its exit
+        assert len(pids) > 1
+        site.wait_until("! systemctl is-active vllmd-launcher.service")
+        assert site.show("vllmd-launcher.service", "Result") == "success"
+    finally:
+        site.run("rm -r /etc/systemd/system/vllmd-launcher.service.d; systemctl daemon-reload")
+
+
+# --- who may talk, and how ---
+
+
+async def test_only_the_daemon_may_connect(site: Machine) -> None:
+    """The socket's mode keeps others out; were it opened up, the launcher still looks at the peer's user."""
+    connect = (
+        "import socket, sys; s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n"
+        'try: s.connect(\'/run/vllmd/launcher.sock\'); s.send(b\'{"id":1,"type":"Info","body":{}}\')\n'
+        "except (PermissionError, BrokenPipeError) as error: sys.exit(repr(error))\n"
+        "print(s.recv(1000).decode() or 'closed')"
+    )
+    attempt = ["/usr/bin/python3", "-c", connect]
+    assert '"backend":"systemd"' in site.run(attempt, user="vllmd").stdout
+    assert "PermissionError" in site.run(attempt, user="vllmd-engine", check=False).stderr
+    site.run("chmod 666 /run/vllmd/launcher.sock")
+    try:
+        refused = site.run(attempt, user="vllmd-engine", check=False)
+        assert refused.stdout == "closed\n" or "Error" in refused.stderr
+    finally:
+        site.run("chmod 600 /run/vllmd/launcher.sock")
+
+
+async def test_malformed_packets_harm_nobody(site: Machine) -> None:
+    """A broken client gets an error for each; engines and other clients do not notice."""
+    async with driving(site) as driver:
+        engine = await driver.start("exec sleep 1000")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as raw:
+            raw.connect(str(launcher_socket(site)))
+            for packet in (
+                b"{",
+                b"[]",
+                b"\xff" * 100,
+                b'{"id": 5, "type": "Start", "body": {"order": {}}}',
+                b"x" * 150_000,
+            ):
+                raw.send(packet)
+                assert b'"Failed"' in raw.recv(10_000)
+        await driver.client.kill(engine.instance)
+        assert (await driver.exit()).instance == engine.instance
+
+
+async def test_a_user_runs_it_without_root(site: Machine) -> None:
+    """`systemctl --user`: the same scopes in the user's own manager, as the same user."""
+    if "ann" not in site.read("/etc/passwd"):
+        site.add_user("ann")
+    uid = site.uid("ann")
+    site.run("systemctl --user start vllmd-launcher.socket", user="ann")
+    address = Path(f"/proc/{site.leader}/root/run/user/{uid}/vllmd/launcher.sock")
+    async with connected(address) as driver:
+        assert (await driver.client.info()).backend == "systemd-user"
+        engine = await driver.start("id -un; exec sleep 1000", run_dir=f"/run/user/{uid}/vllmd/engine/x")
+        await driver.client.follow(engine.instance)
+        await driver.line("ann")
+        assert f"user@{uid}.service" in engine.cgroup
+        await driver.client.kill(engine.instance)
+        report = await driver.exit()
+        assert (report.signal, report.empty, report.log_tail) == (signal.SIGKILL, True, ("ann",))
