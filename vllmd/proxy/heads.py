@@ -4,13 +4,17 @@ h11 reads every head; on top of it everything is refused that two readers could 
 different messages (RFC 9112, 11): bare line feeds, folded lines, two lengths, a length beside a
 transfer coding, targets that are no plain path. A fresh ``h11.Connection`` reads one head and is
 thrown away: bodies never pass through it.
+
+Clients and engines repeat themselves: on one connection the same head comes again and again, with another length
+at most. ``HeadMemo`` remembers the last one, so h11 reads a head once per connection, not once per request.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 from urllib.parse import unquote_to_bytes
 
 import h11
@@ -36,6 +40,8 @@ TARGET = re.compile(r"/[A-Za-z0-9._~!$&'()*+,;=:@/%-]*")
 QUERY = re.compile(r"[\x21\x24-\x7e]*")  # browsers send more than RFC 3986 allows; no '#', '\"', space or control
 BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+PLAIN_LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,15})\r\n")
+MEMO_SIZE = 4096  # bytes of a head worth remembering
 FIELD_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 
 
@@ -53,6 +59,12 @@ class RequestHead:
     keep_alive: bool
     expects_continue: bool
     upgrade: str
+
+    def with_length(self, length: int) -> RequestHead:
+        """The same head with another Content-Length."""
+        digits = b"%d" % length
+        headers = [(name, digits if name == b"content-length" else value) for name, value in self.headers]
+        return replace(self, headers=headers, length=length)
 
     @property
     def has_body(self) -> bool:
@@ -73,6 +85,48 @@ class ResponseHead:
     framing: Framing
     keep_alive: bool
     content_type: bytes
+
+    def with_length(self, length: int) -> ResponseHead:
+        """The same head for another body, of ``length`` bytes unless it is chunked or has none."""
+        framing: Framing = Chunked() if isinstance(self.framing, Chunked) else Length(length)
+        return replace(self, framing=framing)
+
+
+H = TypeVar("H", RequestHead, ResponseHead)
+
+
+class HeadMemo(Generic[H]):
+    """Remembers a connection's last head and what it meant; a head that differs in its length alone means the same.
+
+    ``parse`` reads a head that is new.
+    """
+
+    __slots__ = ("_head", "_parse", "_shape")
+
+    def __init__(self, parse: Callable[[bytes], H]) -> None:
+        self._parse: Callable[[bytes], H] = parse
+        self._shape = b""
+        self._head: H
+
+    def read(self, raw: bytes) -> H:
+        """What ``raw``, which ends with its blank line, says. Raises what ``parse`` raises."""
+        digits = PLAIN_LENGTH.search(raw)
+        shape = raw if digits is None else raw[: digits.start(1)] + raw[digits.end(1) :]
+        if shape == self._shape:
+            return self._head.with_length(int(digits[1])) if digits else self._again()
+        self._head = head = self._parse(raw)
+        self._shape = shape if len(raw) <= MEMO_SIZE and self._plain(head, digits) else b""
+        return head
+
+    def _again(self) -> H:
+        """A head without a length; a response's framing counts, so it is used once."""
+        return self._head.with_length(0) if isinstance(self._head, ResponseHead) else self._head
+
+    def _plain(self, head: H, digits: re.Match[bytes] | None) -> bool:
+        """Whether another length is the only thing that another such head can say."""
+        if isinstance(head, RequestHead):
+            return True
+        return isinstance(head.framing, Chunked) or (isinstance(head.framing, Length) and digits is not None)
 
 
 def parse_request_head(head: bytes) -> RequestHead:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllmd.errors import BadRequest, HeadTooLarge, TooLarge
 from vllmd.proxy.framing import BadFraming, Chunked, Length
-from vllmd.proxy.heads import RequestHead, parse_request_head
+from vllmd.proxy.heads import HeadMemo, RequestHead, parse_request_head
 from vllmd.proxy.limits import Limits
 
 CRUMBS = 64 << 10  # framing bytes allowed beyond the payload's own number
@@ -16,11 +16,13 @@ class RequestReader:
     Every error it raises is final: what follows on the connection cannot be told apart.
     """
 
-    __slots__ = ("_data", "_framing", "_limits", "_scanned", "received")
+    __slots__ = ("_begun", "_data", "_framing", "_heads", "_limits", "_scanned", "received")
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
+        self._heads = HeadMemo(parse_request_head)
         self._data = bytearray()
+        self._begun = False  # bytes of the next head have been seen
         self._scanned = 0  # bytes of an unfinished head already searched
         self._framing: Length | Chunked | None = None
         self.received = 0  # payload bytes of the present body
@@ -42,21 +44,34 @@ class RequestReader:
     def head(self) -> RequestHead | None:
         """The next request's head. Raises BadRequest, HeadTooLarge, TooLarge."""
         data = self._data
-        if not self._scanned and data[:2] == b"\r\n":  # one stray line end after a body is forgiven (RFC 9112, 2.2)
-            del data[:2]
+        if not self._begun and not self._begin():
+            return None
         end = data.find(b"\r\n\r\n", max(0, self._scanned - 3))
         if end > self._limits.max_head or (end < 0 and len(data) > self._limits.max_head):
             raise HeadTooLarge(f"the request's head is larger than {self._limits.max_head} bytes")
+        if data[:2] == b"\r\n":
+            raise BadRequest("malformed request: no request line")
         if end < 0:
             if data.find(b"\n\n", max(0, self._scanned - 1)) >= 0:
                 raise BadRequest("malformed request: a line that does not end with CRLF")
             self._scanned = len(data)
             return None
-        head = parse_request_head(bytes(data[: end + 4]))
+        head = self._heads.read(bytes(data[: end + 4]))
         del data[: end + 4]
         self._scanned = 0
+        self._begun = False
         self._expect(head)
         return head
+
+    def _begin(self) -> bool:
+        """Whether a head has begun; one stray line end before it is forgiven (RFC 9112, 2.2)."""
+        data = self._data
+        if not data or data == b"\r":
+            return False
+        if data[:2] == b"\r\n":
+            del data[:2]
+        self._begun = True
+        return True
 
     def _expect(self, head: RequestHead) -> None:
         if head.length is not None and head.length > self._limits.max_body:

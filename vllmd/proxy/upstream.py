@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar, cast
 from vllmd.errors import UpstreamFailed
 from vllmd.proxy.framing import BadFraming, Framing, Length
 from vllmd.proxy.gate import Address
-from vllmd.proxy.heads import RawHeaders, ResponseHead, parse_response_head, write_request_head
+from vllmd.proxy.heads import HeadMemo, RawHeaders, ResponseHead, parse_response_head, write_request_head
 from vllmd.proxy.limits import Limits
 
 log = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ class Upstream(asyncio.Protocol):
         self._transport: asyncio.Transport
         self._sink: Sink | None = None
         self._method = ""
+        self._heads = HeadMemo(lambda head: parse_response_head(head, "POST"))
         self._head = b""
         self._framing: Framing | None = None
         self._keep_alive = False
@@ -146,7 +147,7 @@ class Upstream(asyncio.Protocol):
             if len(data) > MAX_RESPONSE_HEAD:
                 raise BadFraming(f"the head is larger than {MAX_RESPONSE_HEAD} bytes")
             return
-        head = parse_response_head(data[:end], self._method)
+        head = self._heads.read(data[:end]) if self._method == "POST" else parse_response_head(data[:end], self._method)
         self._framing, self._keep_alive, self._head = head.framing, head.keep_alive, b" "
         self._first(head, data[end:])
 
