@@ -140,7 +140,7 @@ models:
     ttl: 300
     env: ["A=b=c"]
     proxy: http://127.0.0.1:9999
-  other: {cmd: "llama-server --port ${PORT}"}
+  other: {cmd: "llama-server --port ${PORT} -m $HOME/m", checkEndpoint: /ok}
 """
 
 
@@ -171,17 +171,18 @@ def test_import_vllm_proxy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_import_llama_swap(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Commands that run vLLM become models; others are said."""
+    """Commands that run vLLM become vllm models, others the engine ``command``."""
     config = load(imported(tmp_path, "llama-swap", SWAP), env={})
     found = config.models["qwen"]
-    assert list(config.models) == ["qwen"]
+    other = config.models["other"]
+    assert (other.engine, other.options) == ("command", {"health": "/ok"})
+    assert other.command == ("llama-server", "--port", "${PORT}", "-m", "$$HOME/m")
     assert (found.source, found.command, found.aliases) == ("Qwen/Qwen3-0.6B", ("/opt/vllm/bin/vllm",), ("q",))
     assert (found.extra_args, found.env) == (("--max-model-len", "4096"), {"A": "b=c"})
     assert (found.idle.sleep_after, found.idle.stop_after, found.start_timeout) == (None, 300.0, 500.0)
     assert capsys.readouterr().err.splitlines() == [
         "warning: startPort: 5800",
         "warning: models.qwen.proxy: http://127.0.0.1:9999",
-        "warning: models.other: its command is not vllm serve",
     ]
 
 

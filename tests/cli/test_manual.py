@@ -15,6 +15,7 @@ from vllmd.cli.arguments import build, verbs
 from vllmd.cli.completion import script, table
 from vllmd.config.loader import load
 from vllmd.config.settings import leaves
+from vllmd.engines import BUILT_IN
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = ["vllmd.8", "vllmctl.1", "vllmd.yaml.5", "vllmd-launcher.8"]
@@ -50,6 +51,12 @@ def test_every_setting_and_every_verb_is_in_the_manual() -> None:
     assert [verb for verb in verbs() if not re.search(rf"^     {verb}\b", commands, re.M)] == []
 
 
+def test_every_engine_kind_is_in_the_manual() -> None:
+    """With its options."""
+    template = (REPOSITORY / "man/vllmd.yaml.5.in").read_text()
+    assert [name for name in BUILT_IN if not re.search(rf"^\.Ss .*\b{name}\b", template, re.M)] == []
+
+
 def examples(page: str) -> list[str]:
     """The literal blocks of a template."""
     return re.findall(r"^\.Bd -literal.*?\n(.*?)^\.Ed", (REPOSITORY / "man" / f"{page}.in").read_text(), re.M | re.S)
@@ -59,7 +66,7 @@ def test_the_examples_in_the_manual_are_valid(tmp_path: Path) -> None:
     """What people copy works."""
     (tmp_path / "hf-token").write_text("hf_x")
     found = [text for text in examples("vllmd.yaml.5") if "models:" in text]
-    assert len(found) == 2
+    assert len(found) == 3
     for text in found:
         file = tmp_path / "vllmd.yaml"
         file.write_text(text)

@@ -65,7 +65,7 @@ def _known_settings(data: Any, prefix: str) -> Converted:
 
 
 def from_llama_swap(data: dict[str, Any]) -> Converted:
-    """Its models are commands; those that run vLLM are taken over."""
+    """Its models are commands; those that run vLLM become that, others the engine ``command``."""
     models: dict[str, Any] = {}
     left = [f"{key}: {data[key]}" for key in data if key not in ("models", "macros", "healthCheckTimeout")]
     macros = {str(key): str(value) for key, value in (data.get("macros") or {}).items()}
@@ -73,9 +73,6 @@ def from_llama_swap(data: dict[str, Any]) -> Converted:
         if not isinstance(settings, dict) or not settings.get("cmd"):
             raise ValueError(f"models.{name}: cmd is missing")
         model = _command(_expand(str(settings["cmd"]), macros))
-        if not model:
-            left.append(f"models.{name}: its command is not vllm serve")
-            continue
         models[str(name)] = model
         if data.get("healthCheckTimeout"):
             model["start_timeout"] = data["healthCheckTimeout"]
@@ -92,6 +89,10 @@ def _swap_settings(model: dict[str, Any], settings: dict[str, Any]) -> list[str]
             model["idle"] = {"level": 3, "sleep_after": value} if value and value > 0 else "never"
         elif key == "env":
             model["env"] = dict(str(entry).partition("=")[::2] for entry in value)
+        elif key == "checkEndpoint" and "engine" in model:
+            model.setdefault("options", {})["health"] = value
+        elif key == "useModelName" and "engine" in model:
+            model.setdefault("options", {})["served_name"] = value
         elif key == "concurrencyLimit":
             model["concurrency"] = value or None
         elif key != "cmd":
@@ -110,7 +111,13 @@ def _command(line: str) -> dict[str, Any]:
     if len(words) > 2 and words[0].rpartition("/")[2] == "vllm" and words[1] == "serve":
         rest = _without(words[3:], ("--port", "--host", "--uds"))
         return {"model": words[2], "command": [words[0]], **({"extra_args": rest} if rest else {})}
-    return {}
+    return {"engine": "command", "command": [_variables(word) for word in words]}
+
+
+def _variables(word: str) -> str:
+    """llama-swap's variables as those of the engine ``command``; any other dollar sign stands for itself."""
+    plain = word.replace("$", "$$")
+    return plain.replace("$${PORT}", "${PORT}").replace("$${MODEL_ID}", "${NAME}")
 
 
 def _without(words: list[str], flags: tuple[str, ...]) -> list[str]:

@@ -144,7 +144,9 @@ MODEL = Group(
     "A model. Its key is the name that clients ask for, such as Qwen/Qwen3-0.6B.",
     (
         Setting(
-            "engine", k.TEXT, "Kind of engine: vllm, sim (the stand-in, for rehearsals), or one that a plug-in brings."
+            "engine",
+            k.TEXT,
+            "Kind of engine: one of those under ENGINES in vllmd.yaml(5), or a plug-in's.",
         ),
         Setting(
             "model",
@@ -221,7 +223,7 @@ MODEL = Group(
         Setting("restart_backoff", k.PAUSE, "Pause before the first restart; it doubles with each failure."),
         Setting("log_file", k.BOOL, "Write the engine's output to a rotating file, too, not only to the journal."),
         Setting("limits", LIMITS, "Resource limits of its scope."),
-        Setting("options", k.MAP, "Settings of the engine kind, see its section."),
+        Setting("options", k.MAP, "Settings of the engine kind, see ENGINES in vllmd.yaml(5)."),
         Setting(
             "api_key",
             k.SECRET,
