@@ -18,6 +18,7 @@ from vllmd.core.types import Footprint, ModelSpec, Source
 
 GB = 1e9
 NEWEST = 0.3  # the least weight of a new observation
+LEAST = 0.001  # seconds
 SHORT, LONG = 60.0, 900.0  # seconds in which the two arrival rates fall by e
 
 _PRIORS: Mapping[str, Callable[[float], float]] = {
@@ -53,10 +54,9 @@ class Rate:
 class Costs:
     """The figures of one model."""
 
-    __slots__ = ("_known", "_seen", "_weights", "asked", "footprint", "of", "rate", "rate_long")
+    __slots__ = ("_known", "_seen", "asked", "footprint", "of", "rate", "rate_long")
 
     def __init__(self, weights: float = 0.0) -> None:
-        self._weights = weights
         self._known: dict[str, float] = {kind: prior(weights) for kind, prior in _PRIORS.items()}
         self._seen: dict[str, int] = dict.fromkeys(KINDS, 0)
         self.rate, self.rate_long = Rate(SHORT), Rate(LONG)
@@ -77,9 +77,10 @@ class Costs:
         return self._known["stop" if level == 0 else f"sleep{level}"]
 
     def observe(self, kind: str, seconds: float) -> None:
-        """Learn from one that took ``seconds``. Absurd times (negative, infinite) are ignored."""
+        """Learn from one that took ``seconds``. Absurd times (negative, infinite) teach nothing."""
         if not 0.0 <= seconds < math.inf:
             return
+        seconds = max(seconds, LEAST)  # nothing takes no time
         self._seen[kind] += 1
         weight = max(NEWEST, 1.0 / self._seen[kind])
         self._known[kind] += weight * (seconds - self._known[kind])
@@ -120,22 +121,23 @@ class CostBook:
         """The figures of a model. What was measured of a differently configured one is forgotten."""
         costs = self._models.get(spec.name)
         if costs is None:
-            share = (spec.weights or spec.footprint.awake) / GB
-            costs = self._models[spec.name] = Costs(share)
-            self._restore(spec.name, costs)
+            weights = (spec.weights or spec.footprint.awake) / GB
+            costs = self._models[spec.name] = self._restored(spec.name, weights)
         of = _fingerprint(spec)
         if costs.of != of:
             costs.footprint, costs.asked, costs.of = None, 0, of
         return costs
 
-    def _restore(self, name: str, costs: Costs) -> None:
+    def _restored(self, name: str, weights: float) -> Costs:
+        costs = Costs(weights)
         learnt = self._learnt.pop(name, None)
         if learnt is None:
-            return
+            return costs
         try:
             costs.restore(learnt)
         except (ValueError, TypeError, KeyError, AttributeError):
-            costs.__init__(costs._weights)  # type: ignore[misc]  # a damaged cache is no cache
+            return Costs(weights)  # a damaged cache is no cache
+        return costs
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._models)

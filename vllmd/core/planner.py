@@ -49,8 +49,8 @@ class Planner:
         """7.1: a sleeper that cannot wake where it sleeps is stopped, if it can start elsewhere."""
         why = "" if m.running else stuck(self._core.fleet.ledger, m, self._core.models.values())
         if why:
-            m.leave = Leave(0, "moved", why)
-            self._core.touch(m)
+            self._core.leave(m, Leave(0, "moved", why))
+            self._settle()
 
     def begin(self, plan: Plan) -> None:
         """Record the plan, close the gates, and start what can start."""
@@ -80,6 +80,7 @@ class Planner:
                 del todo[m.name]
             elif devices is not None and not never_fits(core.fleet.ledger, m):
                 del todo[m.name]
+                m.wanted = core.now
                 self.begin(Plan(m.name, devices, why="it is to be preloaded"))
             elif not any(room.busy or room.claimed for room in s.rooms.values()):
                 del todo[m.name]

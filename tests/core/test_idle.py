@@ -1,0 +1,130 @@
+"""Unused models: sleep, sleep deeper, stop; the clock starts when the last request ends."""
+
+from __future__ import annotations
+
+from tests.core.helpers import GPU, NEVER, model
+from tests.core.world import World
+from vllmd.core.commands import Admit, SleepEngine, StartEngine, StopEngine, WakeEngine
+from vllmd.core.events import EngineAdopted, PinSet, TimePassed
+from vllmd.core.types import IdleRules, Placement, Settings, State
+
+RULES = IdleRules(sleep_after=300.0, level=1, deepen_after=900.0, stop_after=1800.0)
+
+
+def idle_world(**fields: object) -> World:
+    w = World([model("m", 20, **{"idle": RULES, **fields})], [GPU])
+    w.load("m")
+    return w
+
+
+def test_levels_in_order() -> None:
+    """Asleep at 300 s, deeper (by a wake and a sleep) at 900 s, stopped at 1800 s."""
+    w = idle_world()
+    assert w.pass_time(299.0) == []
+    assert w.pass_time(300.0) == [SleepEngine("m", 1)]
+    w.answer("m")
+    assert w.pass_time(900.0) == [WakeEngine("m", 1)]
+    assert w.answer("m") == [SleepEngine("m", 2)]
+    w.answer("m")
+    assert w.pass_time(1800.0) == [StopEngine("m", "unused for 1800 s")]
+    w.answer("m")
+    assert w.scheduler.next_timer() is None
+
+
+def test_the_clock_starts_when_the_last_request_ends() -> None:
+    """A long stream is not cut, however long it takes."""
+    w = idle_world()
+    w.ask("stream", "m")
+    assert w.pass_time(5000.0) == []
+    w.finish("stream")
+    assert w.pass_time(5299.0) == []
+    assert w.pass_time(5300.0) == [SleepEngine("m", 1)]
+
+
+def test_a_request_calls_off_a_sleep_that_has_not_begun() -> None:
+    """Its device was busy with another model: the gate opens again, nobody waits."""
+    w = World([model("m", 20, idle=RULES), model("other", 20)], [GPU])
+    w.load("m")
+    w.pass_time(299.0)
+    w.ask("r1", "other")
+    w.pass_time(301.0)
+    assert w.state("m") is State.DRAINING
+    assert w.ask("r2", "m") == [Admit("r2", "m")]
+
+
+def test_a_request_ends_the_deepening() -> None:
+    """It was woken only to sleep deeper, but now somebody wants it."""
+    w = idle_world()
+    w.pass_time(300.0)
+    w.answer("m")
+    w.pass_time(900.0)
+    w.ask("r", "m")
+    assert w.answer("m") == [Admit("r", "m")]
+
+
+def test_sleeping_deeper_waits_for_room() -> None:
+    """Nobody leaves for it; it is looked at again every few seconds."""
+    w = World([model("m", 50, idle=RULES), model("big", 60)], [GPU])
+    w.load("m")
+    w.pass_time(300.0)
+    w.answer("m")
+    w.load("big")
+    assert w.pass_time(1700.0) == []
+    assert w.pass_time(1801.0) == [StopEngine("m", "unused for 1800 s")]
+
+
+def test_an_engine_that_cannot_sleep_stops_instead() -> None:
+    """At the time when it should have slept."""
+    w = idle_world(sleep_levels=frozenset())
+    assert w.pass_time(300.0) == [StopEngine("m", "unused for 300 s")]
+
+
+def test_level_three_stops_at_once() -> None:
+    """``unload_mode: 3`` of old configurations: no sleep at all."""
+    w = idle_world(idle=IdleRules(300.0, 3, 900.0, 1800.0))
+    assert w.pass_time(300.0) == [StopEngine("m", "unused for 300 s")]
+
+
+def test_without_host_memory_it_sleeps_at_level_two() -> None:
+    """The budget for level-1 sleepers is never exceeded."""
+    w = World([model("m", 20, idle=RULES)], [GPU], Settings(host_memory=0))
+    w.load("m")
+    assert w.pass_time(300.0) == [SleepEngine("m", 2)]
+
+
+def test_a_pinned_model_has_no_idle_rules() -> None:
+    """Pinned means loaded; unpinned, its age counts from then."""
+    w = idle_world(pinned=True)
+    assert w.pass_time(5000.0) == []
+    w.do(PinSet("m", False))
+    assert w.pass_time(5299.0) == []
+    assert w.pass_time(5300.0) == [SleepEngine("m", 1)]
+
+
+def test_an_adopted_engine_keeps_its_age() -> None:
+    """A restart of the daemon does not make an unused model young."""
+    w = World([model("m", 20, idle=RULES)], [GPU])
+    w.do(EngineAdopted("m", Placement((0,)), State.READY, idle=250.0))
+    assert w.scheduler.next_timer() == 50.0
+    assert w.pass_time(50.0) == [SleepEngine("m", 1)]
+
+
+def test_a_sleeper_may_be_adopted() -> None:
+    """Its level tells how it is woken."""
+    w = World([model("m", 20)], [GPU])
+    w.do(EngineAdopted("m", Placement((0,)), State.SLEEPING, level=2))
+    assert w.ask("r", "m") == [WakeEngine("m", 2)]
+
+
+def test_preloading_loads_what_fits_in_order() -> None:
+    """The third does not fit beside the others: it is left for its first request, and nobody leaves for it."""
+    specs = [model(name, 30, preload=True, idle=NEVER) for name in "abc"]
+    w = World(specs, [GPU])
+    w.do(EngineAdopted("b", Placement((0,)), State.READY))
+    assert w.scheduler.next_timer() == 0.0
+    (start,) = w.do(TimePassed())
+    assert isinstance(start, StartEngine)
+    assert start.model == "a"
+    assert w.answer("a") == []
+    assert w.scheduler.next_timer() is None
+    assert w.state("c") is State.STOPPED

@@ -1,0 +1,107 @@
+"""The small parts: ledger, queue, costs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tests.core.helpers import GPU, PAIR, model
+from vllmd.core.costs import CostBook, Costs, Rate
+from vllmd.core.ledger import Ledger
+from vllmd.core.queues import Queue
+from vllmd.core.types import Device, Footprint, GiB, Source
+
+
+def test_what_is_held_is_not_free() -> None:
+    """Promises, the reserve and strangers are subtracted; a release gives all of it back."""
+    ledger = Ledger([Device(0, "x", 80 * GiB, 2 * GiB)], 0)
+    ledger.hold("m", {0: 50 * GiB})
+    ledger.strangers({0: 5 * GiB})
+    assert ledger.accounts[0].free == 23 * GiB
+    ledger.hold("m", {0: 1 * GiB})
+    assert ledger.accounts[0].free == 72 * GiB
+    ledger.release("m")
+    assert ledger.accounts[0].free == 73 * GiB
+
+
+def test_what_a_model_keeps_of_the_host_counts_for_itself() -> None:
+    """A sleeper may sleep again in the memory that it already has."""
+    ledger = Ledger(PAIR, 64 * GiB)
+    ledger.hold_host("m", 40 * GiB)
+    assert ledger.host_free_for("m") == 64 * GiB
+    assert ledger.host_free_for("other") == 24 * GiB
+    ledger.release("m")
+    assert ledger.host_promised == 0
+
+
+def test_a_wedged_device_recovers_when_its_memory_is_seen_free() -> None:
+    """Half of it is still missing: wedged; less: not."""
+    ledger = Ledger([GPU], 0)
+    ledger.wedge({0: 40 * GiB})
+    ledger.strangers({0: 30 * GiB})
+    assert ledger.accounts[0].missing
+    ledger.strangers({0: 1 * GiB})
+    assert not ledger.accounts[0].missing
+
+
+def test_the_queue_knows_the_sum_of_the_ages() -> None:
+    """What a queue has waited is one multiplication, however long it is."""
+    queue = Queue()
+    for n, at in enumerate((1.0, 3.0, 5.0)):
+        queue.add(f"r{n}", "key", at)
+    assert len(queue) * 10.0 - queue.arrived == 21.0
+    queue.remove("r1")
+    assert len(queue) * 10.0 - queue.arrived == 14.0
+    assert queue.oldest == 1.0
+
+
+def test_the_first_observation_replaces_the_prior() -> None:
+    """Other machines differ by an order of magnitude; later observations are averaged in."""
+    costs = Costs(weights=40.0)
+    assert costs.wake(0) == pytest.approx(45.0)
+    costs.observe("start", 4.0)
+    assert costs.wake(0) == 4.0
+    costs.observe("start", 6.0)
+    assert costs.wake(0) == 5.0
+
+
+@pytest.mark.parametrize("absurd", [-1.0, math.inf, math.nan])
+def test_absurd_times_teach_nothing(absurd: float) -> None:
+    """A clock that jumped must not poison the figures."""
+    costs = Costs(weights=40.0)
+    costs.observe("start", absurd)
+    assert costs.wake(0) == pytest.approx(45.0)
+
+
+def test_a_rate_forgets() -> None:
+    """Sixty arrivals in a minute are about one a second; ten minutes later, none."""
+    rate = Rate(60.0)
+    for second in range(300):
+        rate.arrived(float(second))
+    assert rate.read(300.0) == pytest.approx(1.0, rel=0.05)
+    assert rate.read(900.0) < 0.001
+
+
+def test_what_was_learnt_survives_in_the_cache() -> None:
+    """Times and footprints come back; a model configured otherwise starts anew with its footprint."""
+    book = CostBook()
+    costs = book.open(model("m"))
+    costs.observe("wake1", 0.7)
+    costs.footprint = Footprint(5, 4, 3, 2, Source.MEASURED)
+    again = CostBook.from_dict(book.to_dict())
+    assert again.to_dict() == book.to_dict()
+    assert again.open(model("m")).footprint == Footprint(5, 4, 3, 2, Source.MEASURED)
+    other = CostBook.from_dict(book.to_dict()).open(model("m", 60))
+    assert other.footprint is None
+    assert other.wake(1) == 0.7
+
+
+DAMAGE = [None, "x", {}, {"seconds": 3}, {"seconds": {"start": ["x", 1]}, "of": "", "asked": 0}]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_cache_is_no_cache(damage: object) -> None:
+    """It is safe to delete, so it is safe to ignore."""
+    book = CostBook.from_dict({"m": damage})  # type: ignore[dict-item]
+    assert book.open(model("m")).seconds("start") == CostBook().open(model("m")).seconds("start")
