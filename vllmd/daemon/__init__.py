@@ -3,6 +3,9 @@
 ::
 
     main        argv -> configuration -> listeners -> Daemon -> exit status
+    service     the life of the daemon, from its doors to its shutdown
+    opening     how it gets its devices, launcher and engines, after the doors are open
+    doors       the listeners and their routes; keys says who may what
     loop        the inbox: events to the core, its commands to whoever does them
     turnstile   the proxy's gate: one arrival, one ending, whatever happens between
     fleet       engines: start, wake, sleep, stop, each a task that posts its event

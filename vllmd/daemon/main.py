@@ -26,7 +26,7 @@ from vllmd.systemd.journal import setup_logging
 
 log = logging.getLogger("vllmd")
 
-EX_USAGE, EX_UNAVAILABLE, EX_CONFIG = 64, 69, 78
+EX_USAGE, EX_UNAVAILABLE, EX_SOFTWARE, EX_CONFIG = 64, 69, 70, 78
 BACKLOG = 4096
 Listeners = dict[str, list[socket.socket]]
 
@@ -67,15 +67,15 @@ def _serve(config: Config, broken: str, listeners: Listeners, reload: Any) -> in
     if broken:
         log.error("the configuration is invalid, every request is answered with this:\n%s", broken)
     with surroundings(os.environ, activated=activated) as around:
-        asyncio.run(_live(config, broken, around, reload, listeners))
-    return 0
+        return asyncio.run(_live(config, broken, around, reload, listeners))
 
 
-async def _live(config: Config, broken: str, around: Surroundings, reload: Any, listeners: Listeners) -> None:
+async def _live(config: Config, broken: str, around: Surroundings, reload: Any, listeners: Listeners) -> int:
     daemon = Daemon(config, around, reload)
     if broken:
         daemon.refuse(broken)
     await daemon.run(listeners)
+    return EX_SOFTWARE if daemon.failed else 0
 
 
 def open_listeners(addresses: tuple[str, ...]) -> Listeners:

@@ -1,47 +1,42 @@
-"""The daemon from its first to its last breath, as lists of bounded steps."""
+"""The daemon from its first to its last breath, as lists of bounded steps; ``opening`` has what is in between."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import logging
-import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllmd.config.types import Config, ModelConfig
+from vllmd.config.types import Config
 from vllmd.core import events
-from vllmd.core.costs import CostBook
-from vllmd.core.scheduler import Scheduler
-from vllmd.core.types import Device, ModelSpec, Settings, State
-from vllmd.daemon.adoption import adopt_all
+from vllmd.core.types import State
 from vllmd.daemon.control import DaemonControl
 from vllmd.daemon.doors import Doors
-from vllmd.daemon.fleet import Fleet, Paths, PortPool, fingerprint
 from vllmd.daemon.learnt import Learnt
-from vllmd.daemon.loop import Heart
-from vllmd.daemon.memory import Memory
-from vllmd.daemon.specs import spec_of
 from vllmd.daemon.turnstile import Turnstile
 from vllmd.engines import engine_of
 from vllmd.engines.base import Listen
-from vllmd.engines.estimate import estimate, merged
-from vllmd.errors import ConfigError, LauncherFailed, Unavailable
-from vllmd.gpu import Devices, NoDevices, in_thread, open_devices
-from vllmd.launcher.client import ExitReport, LauncherClient
+from vllmd.errors import ConfigError, Unavailable
 from vllmd.systemd.notify import Notifier
+
+if TYPE_CHECKING:
+    from vllmd.daemon.fleet import Fleet
+    from vllmd.daemon.loop import Heart
+    from vllmd.daemon.memory import Memory
+    from vllmd.launcher.client import LauncherClient
 
 log = logging.getLogger("vllmd")
 
 SAMPLE_INTERVAL = 5.0  # seconds between looks at the devices while an engine is loaded
 STATUS_INTERVAL, SHORTEST_TICK = 1.0, 0.05  # seconds
 SHORTEST_LIFE = 1.0  # seconds; faster activations would look like a crash loop to systemd's start limit
-DEVICES_LIMIT = 30.0  # seconds for the driver to say what there is
 STOP_ENGINES_LIMIT = 60.0
 
 
@@ -75,8 +70,11 @@ class Daemon:
         self.control = DaemonControl(self)
         self.turnstile = Turnstile(self.post, self._where, engine_of, self.opened)
         self._side_tasks: set[asyncio.Task[None]] = set()
+        self._sampling = asyncio.Lock()
         self.doors: Doors
+        self.take: Callable[[Config], Awaitable[dict[str, Any]]]  # goes on with another configuration
         self.backend = ""
+        self.failed = False
         self._reload = reload
         self._stopping = asyncio.Event()
         self._idle_since = time.monotonic()
@@ -101,20 +99,17 @@ class Daemon:
             await asyncio.gather(*chores, return_exceptions=True)
 
     async def _open(self) -> None:
-        """Find the devices, the launcher and what runs already; then let requests through."""
-        self.memory = Memory(await self._find_devices())
-        log.info("devices: %s", self.memory.source)
-        await asyncio.to_thread(self.learnt.load)
-        self.heart = Heart(await self._scheduler())
-        self.launcher = await self._connect_launcher()
-        self.backend = (await self.launcher.info()).backend
-        self.fleet = self._fleet()
-        self.heart.connect(self.fleet, self.turnstile)
-        self.heart.on_decision, self.heart.on_change = self.control.note, self.control.stir
-        running = [] if self.broken else await self.launcher.list()
-        await adopt_all(self.fleet, running, self.config.models, engine_of, self.heart.post)
-        self.opened.set()
-        self.heart.post(events.TimePassed())
+        """Find the devices, the launcher and what runs already; then let requests through.
+
+        The rooms that this takes are entered only now, in a thread: the first client need not wait for them.
+        """
+        try:
+            opening = await asyncio.to_thread(importlib.import_module, "vllmd.daemon.opening")
+            await opening.open_rooms(self)
+        except Exception:  # a defect, and nothing can be served: the next start may fare better
+            log.exception("vllmd cannot open")
+            self.failed = True
+            self.stop()
 
     async def shut_down(self) -> None:
         """Stop, each step bounded; engines under systemd are systemd's to stop, if it wants them stopped."""
@@ -135,103 +130,20 @@ class Daemon:
         """Ask it to shut down."""
         self._stopping.set()
 
-    async def _find_devices(self) -> Devices:
-        """The devices; a driver that does not answer counts as having none, and is said."""
-        finding = in_thread(lambda: open_devices(self.config, self.surroundings.environment))
-        try:
-            return await asyncio.wait_for(finding, DEVICES_LIMIT)
-        except TimeoutError:
-            why = f"the GPU driver did not answer within {DEVICES_LIMIT:.0f} s"
-            log.error("%s: continuing without devices", why)
-            return NoDevices(why)
-
-    # -- opening ---------------------------------------------------------------------------
-
-    async def _scheduler(self) -> Scheduler:
-        specs = await asyncio.to_thread(self.specs, self.config.models)
-        settings = Settings(self.config.policy, self._host_budget(), self.config.server.queue_limit)
-        return Scheduler(specs, self.memory.inventory, settings, CostBook.from_dict(self.learnt.costs))
-
-    def specs(self, models: Mapping[str, ModelConfig]) -> list[ModelSpec]:
-        """What the core knows of the models; reads their files."""
-        return [self._spec(model) for model in models.values()]
-
-    def _spec(self, model: ModelConfig) -> ModelSpec:
-        smallest = min((device.memory for device in self._allowed(model)), default=0)
-        told = estimate(model, self._hf_home(), smallest)
-        footprint = merged(told.footprint, self.learnt.footprints.get(fingerprint(model)))
-        return spec_of(model, engine_of(model), footprint, told.weights)
-
-    def _allowed(self, model: ModelConfig) -> list[Device]:
-        return [device for device in self.memory.inventory if not model.devices or device.index in model.devices]
-
-    def _hf_home(self) -> Path:
-        environment = self.surroundings.environment
-        if "HF_HOME" in environment:
-            return Path(environment["HF_HOME"])
-        home = self.surroundings.home or Path(environment.get("HOME", "/"))
-        return home / ".cache" / "huggingface"
-
-    def _host_budget(self) -> int:
-        if self.config.host_memory is not None:
-            return self.config.host_memory
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-    async def _connect_launcher(self) -> LauncherClient:
-        """The launcher's socket, or one of our own; tried again until it answers, requests wait meanwhile."""
-        while True:
-            try:
-                return await self._launcher_once()
-            except (LauncherFailed, OSError) as error:
-                log.error("cannot reach the launcher at %s: %s", self.surroundings.launcher or "(private)", error)
-                await asyncio.sleep(1.0)
-
-    async def _launcher_once(self) -> LauncherClient:
-        if self.surroundings.launcher:
-            path = self.surroundings.launcher
-            return await LauncherClient.connect(path, self._on_exit, self._on_log, self._on_lost)
-        return await LauncherClient.spawn_private(self._on_exit, self._on_log, self._on_lost)
-
-    def _fleet(self) -> Fleet:
-        ports = PortPool(self.config.engines.port_start, self.config.engines.port_end)
-        paths = Paths(self.config.engines.run_dir or self.surroundings.run_dir,
-                      self.config.engines.home or self.surroundings.home)  # fmt: skip
-        fleet = Fleet(self.launcher, self._post_engine, self.memory, paths, engine_of, ports)
-        fleet.models = self.config.models
-        fleet.on_phase = self.control.stir
-        return fleet
-
     # -- events ----------------------------------------------------------------------------
 
     def post(self, event: events.Event) -> None:
         """Hand an event to the core."""
         self.heart.post(event)
 
-    def _post_engine(self, event: events.Event) -> None:
-        """An engine's event: what it measured is kept."""
-        if isinstance(event, events.EngineReady) and event.footprint:
-            model = self.config.models.get(event.model)
-            if model:
-                self.learnt.footprints[fingerprint(model)] = event.footprint
-        self.heart.post(event)
-
     def _where(self, model: str) -> Listen | None:
         member = self.fleet.members.get(model)
         return member.listen if member else None
 
-    def _on_exit(self, report: ExitReport) -> None:
-        self.fleet.on_exit(report)
-
-    def _on_log(self, instance: str, lines: list[str]) -> None:
-        self.fleet.on_log(instance, lines)
-
-    def _on_lost(self) -> None:
-        log.warning("lost the launcher; engines run on, reconnecting")
-
     # -- chores ----------------------------------------------------------------------------
 
     async def _tick(self) -> None:
-        """Once a second (more often for a shorter idle exit): watchdog, status line, idle exit; now and then a sample."""
+        """Once a second, or as often as the idle exit wants: watchdog, status, idle exit; now and then a sample."""
         next_sample = 0.0
         while True:
             self.notify.watchdog()
@@ -241,10 +153,17 @@ class Daemon:
                 self.stop()
             if time.monotonic() >= next_sample and self.opened.is_set() and self.fleet.members:
                 next_sample = time.monotonic() + SAMPLE_INTERVAL
-                await self._sample()
+                self._side_task(self._sample())
             await asyncio.sleep(min(STATUS_INTERVAL, max(self.config.server.idle_exit or 0.0, SHORTEST_TICK)))
 
     async def _sample(self) -> None:
+        """A side task: neither a stuck driver nor a stuck launcher may hold up the watchdog."""
+        if self._sampling.locked():
+            return
+        async with self._sampling:
+            await self._take_sample()
+
+    async def _take_sample(self) -> None:
         views = self.heart.scheduler.snapshot(self.heart.now()).models
         expected = {(view.name, index): view.memory for view in views for index in view.devices}
         sampled = await self.memory.report(self.fleet.members, expected)
@@ -327,6 +246,12 @@ class Daemon:
 
     # -- signals and reload ----------------------------------------------------------------
 
+    def accept(self, config: Config) -> None:
+        """Serve by this configuration from now on."""
+        self.config, self.broken = config, ""
+        self.turnstile.refusal = None
+        self.turnstile.configure(config.models)
+
     def refuse(self, broken: str) -> None:
         """Answer every request with what is wrong with the configuration, until a reload repairs it."""
         self.broken = broken
@@ -351,27 +276,12 @@ class Daemon:
         self.notify.reloading()
         try:
             config = await asyncio.to_thread(self._reload)
-            specs = await asyncio.to_thread(self.specs, config.models)
+            return await self.take(config)
         except ConfigError as error:
             log.error("not reloaded, the configuration is invalid:\n%s", error.message)
             raise
         finally:
-            self.notify.ready("")
-        return self._take(config, specs)
-
-    def _take(self, config: Config, specs: list[ModelSpec]) -> dict[str, Any]:
-        was = self.config.models
-        kept = config.models.keys() & was.keys()
-        changed = {name for name in kept if fingerprint(config.models[name]) != fingerprint(was[name])}
-        added, removed = sorted(config.models.keys() - was.keys()), sorted(was.keys() - config.models.keys())
-        self.config, self.broken, self.turnstile.refusal = config, "", None
-        self.fleet.models = config.models
-        self.turnstile.configure(config.models)
-        self.heart.post(events.ModelsChanged(tuple(specs), frozenset(changed)))
-        log.info("configuration reloaded: %d models, added %s, removed %s, changed %s",
-                 len(config.models), added or "none", removed or "none", sorted(changed) or "none")  # fmt: skip
-        return {"models": len(config.models), "added": added, "removed": removed, "changed": sorted(changed),
-                "restarted": sorted(changed), "warnings": list(config.warnings)}  # fmt: skip
+            self.notify.ready()
 
     def _side_task(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)

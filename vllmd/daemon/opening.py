@@ -1,0 +1,179 @@
+"""How the daemon gets its rooms: devices, scheduler, launcher, engines. Entered after the first client was let in."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vllmd.config.types import Config, ModelConfig
+from vllmd.core import events
+from vllmd.core.costs import CostBook
+from vllmd.core.scheduler import Scheduler
+from vllmd.core.types import Device, ModelSpec, Settings
+from vllmd.daemon.adoption import adopt_all
+from vllmd.daemon.fleet import Fleet, Paths, PortPool, fingerprint
+from vllmd.daemon.loop import Heart
+from vllmd.daemon.memory import Memory
+from vllmd.daemon.service import Daemon, Surroundings
+from vllmd.daemon.specs import spec_of
+from vllmd.engines import engine_of
+from vllmd.engines.estimate import estimate, merged
+from vllmd.errors import LauncherFailed
+from vllmd.gpu import Devices, NoDevices, in_thread, open_devices
+from vllmd.launcher.client import LauncherClient
+
+log = logging.getLogger("vllmd")
+
+DEVICES_LIMIT = 30.0  # seconds for the driver to say what there is
+LAUNCHER_RETRY = 1.0  # seconds
+
+
+async def open_rooms(daemon: Daemon) -> None:
+    """Find the devices, the launcher and what runs already; then let requests through."""
+    daemon.memory = Memory(await find_devices(daemon.config, daemon.surroundings.environment))
+    log.info("devices: %s", daemon.memory.source)
+    await asyncio.to_thread(daemon.learnt.load)
+    daemon.heart = Heart(await make_scheduler(daemon))
+    daemon.launcher = await connect_launcher(daemon)
+    daemon.backend = (await daemon.launcher.info()).backend
+    daemon.fleet = make_fleet(daemon)
+    daemon.take = lambda config: take(daemon, config)
+    daemon.heart.connect(daemon.fleet, daemon.turnstile)
+    daemon.heart.on_decision, daemon.heart.on_change = daemon.control.note, daemon.control.stir
+    if not daemon.broken:  # with a broken configuration nothing is known about them: a reload will adopt them
+        await adopt_running(daemon)
+    daemon.opened.set()
+    daemon.heart.post(events.TimePassed())
+
+
+async def adopt_running(daemon: Daemon) -> None:
+    """Take over, or end, every engine that an earlier daemon left."""
+    known = {member.instance for member in daemon.fleet.members.values()}
+    running = [engine for engine in await daemon.launcher.list() if engine.instance not in known]
+    await adopt_all(daemon.fleet, running, daemon.config.models, engine_of, daemon.heart.post)
+
+
+async def find_devices(config: Config, environment: Mapping[str, str]) -> Devices:
+    """The devices; a driver that does not answer counts as having none, and is said."""
+    try:
+        return await asyncio.wait_for(in_thread(lambda: open_devices(config, environment)), DEVICES_LIMIT)
+    except TimeoutError:
+        why = f"the GPU driver did not answer within {DEVICES_LIMIT:.0f} s"
+        log.error("%s: continuing without devices", why)
+        return NoDevices(why)
+
+
+async def make_scheduler(daemon: Daemon) -> Scheduler:
+    """The core with the models, the devices and what was learnt."""
+    config = daemon.config
+    specs = await asyncio.to_thread(specs_of, daemon, config.models)
+    settings = Settings(config.policy, host_budget(config), config.server.queue_limit)
+    return Scheduler(specs, daemon.memory.inventory, settings, CostBook.from_dict(daemon.learnt.costs))
+
+
+def specs_of(daemon: Daemon, models: Mapping[str, ModelConfig]) -> list[ModelSpec]:
+    """What the core knows of the models; reads their files."""
+    return [_spec(daemon, model) for model in models.values()]
+
+
+def _spec(daemon: Daemon, model: ModelConfig) -> ModelSpec:
+    smallest = min((device.memory for device in _allowed(daemon, model)), default=0)
+    told = estimate(model, hf_home(daemon.surroundings), smallest)
+    footprint = merged(told.footprint, daemon.learnt.footprints.get(fingerprint(model)))
+    return spec_of(model, engine_of(model), footprint, told.weights)
+
+
+def _allowed(daemon: Daemon, model: ModelConfig) -> list[Device]:
+    return [device for device in daemon.memory.inventory if not model.devices or device.index in model.devices]
+
+
+def hf_home(surroundings: Surroundings) -> Path:
+    """Where the engines' Hugging Face cache is."""
+    environment = surroundings.environment
+    if "HF_HOME" in environment:
+        return Path(environment["HF_HOME"])
+    home = surroundings.home or Path(environment.get("HOME", "/"))
+    return home / ".cache" / "huggingface"
+
+
+def host_budget(config: Config) -> int:
+    """Bytes of host memory for level-1 sleepers: as configured, or half of what there is."""
+    if config.host_memory is not None:
+        return config.host_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+async def connect_launcher(daemon: Daemon) -> LauncherClient:
+    """The launcher's socket, or one of our own; tried again until it answers, requests wait meanwhile."""
+    while True:
+        try:
+            return await _launcher_once(daemon)
+        except (LauncherFailed, OSError) as error:
+            log.error("cannot reach the launcher at %s: %s", daemon.surroundings.launcher or "(private)", error)
+            await asyncio.sleep(LAUNCHER_RETRY)
+
+
+async def _launcher_once(daemon: Daemon) -> LauncherClient:
+    def lost() -> None:
+        log.warning("lost the launcher; engines run on, connecting again")
+
+    def ended(report: Any) -> None:
+        daemon.fleet.on_exit(report)
+
+    def logged(instance: str, lines: list[str]) -> None:
+        daemon.fleet.on_log(instance, lines)
+
+    if daemon.surroundings.launcher:
+        return await LauncherClient.connect(daemon.surroundings.launcher, ended, logged, lost)
+    return await LauncherClient.spawn_private(ended, logged, lost)
+
+
+def make_fleet(daemon: Daemon) -> Fleet:
+    """Who carries out what is decided about engines."""
+    engines, around = daemon.config.engines, daemon.surroundings
+
+    def post(event: events.Event) -> None:
+        remember(daemon, event)
+        daemon.heart.post(event)
+
+    paths = Paths(engines.run_dir or around.run_dir, engines.home or around.home)
+    ports = PortPool(engines.port_start, engines.port_end)
+    fleet = Fleet(daemon.launcher, post, daemon.memory, paths, engine_of, ports)
+    fleet.models = daemon.config.models
+    fleet.on_phase = daemon.control.stir
+    return fleet
+
+
+def remember(daemon: Daemon, event: events.Event) -> None:
+    """Keep what an engine's start measured."""
+    if isinstance(event, events.EngineReady) and event.footprint and event.model in daemon.config.models:
+        daemon.learnt.footprints[fingerprint(daemon.config.models[event.model])] = event.footprint
+
+
+async def take(daemon: Daemon, config: Config) -> dict[str, Any]:
+    """Go on with another configuration; engines are stopped only where their own settings changed."""
+    specs = await asyncio.to_thread(specs_of, daemon, config.models)
+    was, repaired = daemon.config.models, bool(daemon.broken)
+    kept = config.models.keys() & was.keys()
+    changed = {name for name in kept if fingerprint(config.models[name]) != fingerprint(was[name])}
+    added, removed = sorted(config.models.keys() - was.keys()), sorted(was.keys() - config.models.keys())
+    daemon.accept(config)
+    daemon.fleet.models = config.models
+    daemon.heart.post(events.ModelsChanged(tuple(specs), frozenset(changed)))
+    if repaired:
+        await adopt_running(daemon)
+    log.info(
+        *("configuration reloaded: %d models, added %s, removed %s, changed %s", len(config.models)),
+        *(", ".join(names) or "none" for names in (added, removed, sorted(changed))),
+    )
+    return {
+        "models": len(config.models),
+        "added": added,
+        "removed": removed,
+        "changed": sorted(changed),
+        "warnings": list(config.warnings),
+    }
