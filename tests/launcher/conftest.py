@@ -31,7 +31,10 @@ note("daemon ready")
 while True:
     signal.pause()
 """
-STAND_IN = """[Service]
+STAND_IN = """[Unit]
+StartLimitIntervalSec=60
+StartLimitBurst=5
+[Service]
 User=root
 ExecStart=
 ExecStart=/usr/bin/python3 /usr/lib/stand-in-daemon.py

@@ -26,7 +26,7 @@ ESCAPEE = "setsid sh -c 'setsid sleep 1000 & exit' & wait; "
 @asynccontextmanager
 async def driving(site: Machine) -> AsyncIterator[Driver]:
     """A driver on the machine's launcher, with the stand-in daemon running."""
-    site.run("systemctl start vllmd.service")
+    site.run("systemctl reset-failed vllmd.service; systemctl start vllmd.service")
     async with connected(launcher_socket(site)) as driver:
         yield driver
 

@@ -1,0 +1,156 @@
+"""What goes over the launcher's socket is checked, on both sides."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+
+import pytest
+
+from vllmd.launcher import protocol
+from vllmd.launcher.protocol import (
+    Annotate,
+    Done,
+    Engines,
+    Exited,
+    ExitReport,
+    Failed,
+    Follow,
+    Info,
+    Kill,
+    LauncherInfo,
+    Lines,
+    List,
+    Logged,
+    ProtocolError,
+    Running,
+    Signal,
+    Start,
+    Started,
+    StartOrder,
+    Tail,
+    Unfollow,
+    decode,
+    encode,
+    instance_of,
+    pack_lines,
+    unit_of,
+)
+
+ORDER = StartOrder("m-1", ("vllm", "serve"), {"A": "1"}, limits={"memory_max": 1, "cpu_quota": 0.5}, timeout=5)
+MESSAGES = [
+    Start(ORDER),
+    Signal("m-1", 15),
+    Kill("m-1"),
+    Annotate("m-1", {"port": "1"}),
+    Follow("m-1", 3),
+    Unfollow("m-1"),
+    Tail("m-1"),
+    List(),
+    Info(),
+    Done(),
+    Failed("no", permanent=True),
+    Started(Running("m-1", 7, "u", metadata={"port": "1"})),
+    Engines((Running("m-1", 7, "u"),), more=True),
+    Lines(("a", "b")),
+    LauncherInfo("systemd", "x", ("memory_max",)),
+    Exited(ExitReport("m-1", None, 9, True, True, ("last",))),
+    Logged("m-1", ("line",)),
+]
+
+
+def test_every_message_survives_the_journey():
+    """Both ends see the same thing; no type of message is forgotten here."""
+    assert {type(message) for message in MESSAGES} == set(typing.get_args(protocol.Message))
+    for number, message in enumerate(MESSAGES):
+        assert decode(encode(message, number)) == (number, message)
+
+
+@pytest.mark.parametrize(
+    ("packet", "complaint"),
+    [
+        (b"", "not JSON"),
+        (b"\xff", "not JSON"),
+        (b"[" * 10_000, "not JSON"),
+        (b"[]", "an object with a number `id`"),
+        (b'{"id": true, "type": "List"}', "an object with a number `id`"),
+        (b'{"id": 1, "type": "Reboot", "body": {}}', "unknown type 'Reboot'"),
+        (b'{"id": 1, "type": "Kill"}', "Kill must be an object"),
+        (b'{"id": 1, "type": "Kill", "body": {}}', "missing 1 required positional argument: 'instance'"),
+        (b'{"id": 1, "type": "Kill", "body": {"instance": 5}}', r"Kill\.instance must be str, not int"),
+        (b'{"id": 1, "type": "Kill", "body": {"instance": "a", "x": 1}}', "Kill has no field 'x'"),
+        (b'{"id": 1, "type": "Signal", "body": {"instance": "a", "signum": 15.5}}', "must be int, not float"),
+        (b'{"id": 1, "type": "Signal", "body": {"instance": "a", "signum": 64}}', "signal 64 is not one of"),
+        (b"x" * (protocol.MAX_PACKET + 1), "more than"),
+    ],
+)
+def test_malformed_packets_are_named(packet, complaint):
+    """Whoever debugs the other end is told what is wrong with it."""
+    with pytest.raises(ProtocolError, match=complaint):
+        decode(packet)
+
+
+def test_the_number_of_a_malformed_request_is_kept():
+    """So that the error reaches the one who asked."""
+    with pytest.raises(ProtocolError) as error:
+        decode(b'{"id": 12, "type": "Kill", "body": 1}')
+    assert error.value.id == 12
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"instance": "../x"}, "instance"),
+        ({"instance": "a\\x2f"}, "instance"),
+        ({"instance": "-a"}, "instance"),
+        ({"instance": "a" * 129}, "instance"),
+        ({"argv": ()}, "argv is empty"),
+        ({"argv": ("a\0b",)}, "NUL"),
+        ({"cwd": "relative"}, "cwd 'relative' is not an absolute path"),
+        ({"env": {"A=B": "1"}}, "env"),
+        ({"limits": {"ExecStopPost": "rm"}}, "limit 'ExecStopPost' is not one of memory_max"),
+        ({"limits": {"memory_max": "1G"}}, "limit memory_max cannot be '1G'"),
+        ({"limits": {"memory_max": -1}}, "limit memory_max cannot be -1"),
+        ({"limits": {"tasks_max": True}}, "limit tasks_max cannot be True"),
+        ({"limits": {"oom_policy": "no"}}, "must be continue, stop, kill"),
+        ({"metadata": {"launcher.pid": "1"}}, "metadata key 'launcher.pid'"),
+        ({"metadata": {"big": "x" * 5000}}, "longer than"),
+        ({"timeout": 0}, "timeout"),
+    ],
+)
+def test_orders_that_could_never_work_are_refused(change, complaint):
+    """Before a process exists for them; and the launcher checks again what the client has checked."""
+    with pytest.raises(ProtocolError, match=complaint):
+        dataclasses.replace(ORDER, **change)
+    body = {"order": dataclasses.asdict(ORDER) | change}
+    with pytest.raises(ProtocolError):
+        decode(json.dumps({"id": 1, "type": "Start", "body": body}).encode())
+
+
+def test_too_large_an_order_is_an_error_and_not_a_cut_packet():
+    """The kernel would refuse it with a bare EMSGSIZE."""
+    with pytest.raises(ProtocolError, match="at most 131072 fit"):
+        encode(Start(dataclasses.replace(ORDER, env={"A": "x" * protocol.MAX_PACKET})))
+
+
+def test_lines_are_packed_into_packets_that_fit():
+    """A long log arrives in several packets, in order; a monstrous line is cut and says so."""
+    lines = [f"{number} " + "é\x00" * 2000 for number in range(100)] + ["x" * 1_000_000]
+    groups = list(pack_lines(lines))
+    assert [line for group in groups for line in group][:-1] == lines[:-1]
+    assert groups[-1][-1].endswith("... [1000000 characters]")
+    assert all(len(encode(Lines(group))) <= protocol.MAX_PACKET for group in groups)
+    assert list(pack_lines([])) == [()]
+
+
+@pytest.mark.parametrize("unit", ["ssh.service", "vllmd-model-.scope", "vllmd-model-A.scope", "vllmd-model-a.service"])
+def test_only_our_scopes_are_ours(unit):
+    """The launcher, which is root, touches no other unit."""
+    assert instance_of(unit) is None
+
+
+def test_unit_names_are_reversible():
+    """A scope found after a restart tells its instance."""
+    assert unit_of("qwen3-0.6b-1a2b") == "vllmd-model-qwen3-0.6b-1a2b.scope"
+    assert instance_of(unit_of("qwen3-0.6b-1a2b")) == "qwen3-0.6b-1a2b"
