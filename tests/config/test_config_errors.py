@@ -224,3 +224,32 @@ def test_bytes_that_are_not_utf8_have_a_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load(file, env={})
     assert caught.value.message == f"{file}:2: this is not UTF-8 text"
+
+
+def test_anchors_that_multiply_cost_nothing(tmp_path: Path) -> None:
+    """A file whose anchors would unfold to 10**9 entries is read, and refused for what it says."""
+    rows = ["a0: &a0 {x: 1}"] + [
+        f"a{i}: &a{i} {{{', '.join(f'k{j}: *a{i - 1}' for j in range(10))}}}" for i in range(1, 10)
+    ]
+    file = tmp_path / "vllmd.yaml"
+    file.write_text("\n".join(rows))
+    with pytest.raises(ConfigError, match="a9: there is no such setting"):
+        load(file, env={})
+
+
+def test_nesting_without_end(tmp_path: Path) -> None:
+    """No traceback, no crash."""
+    file = tmp_path / "vllmd.yaml"
+    file.write_text("models: " + "[" * 5000 + "]" * 5000)
+    with pytest.raises(ConfigError) as caught:
+        load(file, env={})
+    assert str(file) in caught.value.message
+
+
+def test_models_d_that_is_a_file(tmp_path: Path) -> None:
+    """What cannot be listed is said, not passed over."""
+    (tmp_path / "models.d").write_text("")
+    (tmp_path / "vllmd.yaml").write_text("")
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path / "vllmd.yaml", env={})
+    assert caught.value.message == f"{tmp_path}/models.d: cannot be read: Not a directory"

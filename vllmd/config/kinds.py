@@ -7,7 +7,6 @@ after the key's path; the loader adds the place and what would be right.
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -306,6 +305,8 @@ def parse_command(node: Node) -> tuple[str, ...]:
     if node.is_list:
         words = tuple(parse_text(part) for part in node.value)
     else:
+        import shlex
+
         try:
             words = tuple(shlex.split(parse_text(node)))
         except ValueError as error:
@@ -361,6 +362,12 @@ def _word(node: Node) -> str:
 
         return json.dumps(node.plain())
     return parse_text(node)
+
+
+def command_line(argv: tuple[str, ...]) -> str:
+    import shlex
+
+    return shlex.join(argv) or "none"
 
 
 # ---- the kinds by name ---------------------------------------------------------------------------------------
@@ -429,13 +436,13 @@ COMMAND = Kind(
     "a command as a list of words or one line",
     parse_command,
     {"anyOf": [{"type": "string"}, TEXTS]},
-    lambda value: shlex.join(value) or "none",
+    command_line,
 )
 ARGS = Kind(
     "a mapping from flag to value, or a list of words",
     parse_args,
     {"type": ["object", "array", "string", "null"]},
-    lambda value: shlex.join(value) or "none",
+    command_line,
 )
 ENV = Kind(
     "a mapping from variable to value",

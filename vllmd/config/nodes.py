@@ -71,9 +71,11 @@ def compose(text: str, source: str, complain: Complain) -> Node | None:
         return None if root is None else _Builder(loader, source, complain).build(root)
     except yaml.YAMLError as error:
         complain(*_broken(error, source))
-        return None
+    except RecursionError:
+        complain(Where(source), "this is nested too deeply")
     finally:
         loader.dispose()
+    return None
 
 
 def _broken(error: yaml.YAMLError, source: str) -> tuple[Where, str]:
@@ -90,8 +92,15 @@ class _Builder:
     def __init__(self, loader: Any, source: str, complain: Complain) -> None:
         self.loader, self.source, self.complain = loader, source, complain
         self.open: list[Any] = []
+        self.built: dict[int, Node] = {}
 
     def build(self, node: Any, key: Where | None = None) -> Node:
+        """Each YAML node once, however often it is referred to."""
+        if id(node) not in self.built:
+            self.built[id(node)] = self.convert_once(node, key)
+        return replace(self.built[id(node)], key=key)
+
+    def convert_once(self, node: Any, key: Where | None) -> Node:
         where = self.place(node)
         if any(node is other for other in self.open):
             self.complain(where, "this anchor contains itself")

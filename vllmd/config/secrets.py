@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +36,8 @@ def place(name: str, beside: Path, env: Mapping[str, str]) -> Path:
 def digest(key: str) -> str:
     """SHA-256 in hex of a key; a key written as ``sha256:HEX`` is one already. Raises ValueError if that is not hex."""
     if not key.startswith("sha256:"):
+        import hashlib  # 5 ms that configurations without keys need not pay
+
         return hashlib.sha256(key.encode()).hexdigest()
     value = key.removeprefix("sha256:").lower()
     if not re.fullmatch(r"[0-9a-f]{64}", value):
