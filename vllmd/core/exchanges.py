@@ -75,16 +75,16 @@ class Exchanges:
         m.exchange = ""
 
     def cancel(self, target: str) -> list[Model]:
-        """Nobody wants ``target`` any more: victims that still serve stay. Returns them."""
+        """Nobody wants ``target`` any more: victims that have not left yet stay. Returns its victims."""
         ex = self._by_target.pop(target, None)
         back = []
         for name in ex.victims if ex else ():
             m = self.models[name]
             m.exchange = ""
+            back.append(m)
             if m.leave and m.leave.cause == "exchange":
                 if m.state is State.DRAINING:
                     self.fleet.reopen(m)
-                    back.append(m)
                 elif m.state is State.SLEEPING:
                     m.leave = None
         return back

@@ -8,8 +8,8 @@ from vllmd.core.common import Core
 from vllmd.core.eviction import fits
 from vllmd.core.model import INFINITY, Leave, Model
 from vllmd.core.policy import Plan, Situation
-from vllmd.core.possible import never_fits, stuck
-from vllmd.core.situation import host_claims, levels, look, see_waiting
+from vllmd.core.possible import never_fits, room_beside_kept, stuck
+from vllmd.core.situation import Observer, host_claims, levels, see_waiting
 from vllmd.core.types import State
 
 TICK = 0.25  # seconds between two looks while anything waits
@@ -21,6 +21,7 @@ class Planner:
 
     def __init__(self, core: Core, settle: Callable[[], None]) -> None:
         self._core = core
+        self.observer = Observer(core.fleet, core.exchanges)
         self._settle = settle  # carries out what a plan has set in motion
         self._looked = -INFINITY
         self._filled = -INFINITY
@@ -37,20 +38,25 @@ class Planner:
         if not core.waiting or not (core.replan or core.now >= self._looked + TICK):
             return
         self._looked = core.now
-        for m in [m for m in core.waiting.values() if m.state is State.SLEEPING and m.name not in core.exchanges]:
-            self._move_house(m)
+        self._move_house()
         for _ in range(len(core.waiting) + 1):
             plan = core.policy.choose(self.look())
             if plan is None:
                 return
             self.begin(plan)
 
-    def _move_house(self, m: Model) -> None:
+    def _move_house(self) -> None:
         """7.1: a sleeper that cannot wake where it sleeps is stopped, if it can start elsewhere."""
-        why = "" if m.running else stuck(self._core.fleet.ledger, m, self._core.models.values())
-        if why:
-            self._core.leave(m, Leave(0, "moved", why))
-            self._settle()
+        core = self._core
+        sleepers = [m for m in core.waiting.values() if m.state is State.SLEEPING and not m.running]
+        if not sleepers:
+            return
+        room = room_beside_kept(core.fleet.ledger, core.models.values())
+        for m in sleepers:
+            why = stuck(core.fleet.ledger, m, room) if m.name not in core.exchanges else ""
+            if why:
+                core.leave(m, Leave(0, "moved", why))
+        self._settle()
 
     def begin(self, plan: Plan) -> None:
         """Record the plan, close the gates, and start what can start."""
@@ -94,7 +100,7 @@ class Planner:
             claims = host_claims(core.fleet, core.models.values())
             self._shallow = core.policy.shallow(claims, core.settings.host_memory)
         waiting = [m for m in core.waiting.values() if m.name not in core.exchanges]
-        return look(core.fleet, core.exchanges, waiting, core.models.values(), self._shallow)
+        return self.observer.look(waiting, self._shallow)
 
     def level(self, m: Model, wish: int) -> int:
         """The sleep level wished for, the other one where that cannot be, or 0: stop."""

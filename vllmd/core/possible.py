@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from vllmd.core.ledger import Account, Ledger, gib
 from vllmd.core.model import Model
@@ -39,26 +39,29 @@ def pinned_out(ledger: Ledger, m: Model, models: Iterable[Model]) -> str:
     return f"{m.name!r} needs {gib(m.booking)} on {_devices(count)}, and pinned models ({names}) leave less"
 
 
-def stuck(ledger: Ledger, m: Model, models: Iterable[Model]) -> str:
-    """Why a sleeper cannot wake where it is although it could start elsewhere; empty if that is not so."""
-    room = _room_beside_kept(ledger, m, models)
-    bad = [i for i in m.placement.devices if ledger.accounts[i].missing or room[i] < m.footprint.awake]
+def stuck(ledger: Ledger, m: Model, room: Mapping[int, int]) -> str:
+    """Why a sleeper cannot wake where it is although it could start elsewhere; empty if that is not so.
+
+    ``room``: see room_beside_kept. What it holds itself, if it is kept, counts for it.
+    """
+    mine = ledger.held(m.name) if m.kept else {}
+    bad = [i for i in m.placement.devices if room[i] + mine.get(i, 0) < m.footprint.awake]
     if not bad:
         return ""
-    good = [a for a in _allowed(ledger, m) if not a.missing and room[a.device.index] >= m.booking]
+    good = [a for a in _allowed(ledger, m) if room[a.device.index] + mine.get(a.device.index, 0) >= m.booking]
     if len(good) < m.spec.device_count:
         return ""
     return f"it cannot wake on device {bad[0]}, and can start elsewhere"
 
 
-def _room_beside_kept(ledger: Ledger, m: Model, models: Iterable[Model]) -> dict[int, int]:
-    """Bytes per device that neither strangers nor models that must stay hold."""
+def room_beside_kept(ledger: Ledger, models: Iterable[Model]) -> dict[int, int]:
+    """Bytes per device that neither strangers nor models that must stay hold; none on a wedged device."""
     room = {index: a.capacity - a.strangers for index, a in ledger.accounts.items()}
-    for other in models:
-        if other.kept and other is not m:
-            for index, share in ledger.held(other.name).items():
+    for m in models:
+        if m.kept:
+            for index, share in ledger.held(m.name).items():
                 room[index] -= share
-    return room
+    return {index: -1 if ledger.accounts[index].missing else size for index, size in room.items()}
 
 
 def _allowed(ledger: Ledger, m: Model) -> list[Account]:

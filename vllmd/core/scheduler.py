@@ -183,6 +183,7 @@ class Scheduler:
         elif m.name not in self._core.waiting:
             self._wait(m)
         self._departures.note(m)
+        self._planner.observer.note(m)
         m.due = self._due_of(m)
 
     def _serve(self, m: Model) -> None:
@@ -233,3 +234,4 @@ class Scheduler:
         core.waiting.pop(m.name, None)
         core.exchanges.cancel(m.name)
         self._departures.drop(m)
+        self._planner.observer.note(m)

@@ -10,26 +10,70 @@ from vllmd.core.model import Model
 from vllmd.core.policy import HostClaim, Knobs, Resident, Room, Situation, Waiting, Way
 from vllmd.core.types import State
 
+KNOBS = Knobs()
 SOON = 0.001  # a transfer that should have ended by now
 
 
-def look(
-    fleet: Fleet, exchanges: Exchanges, waiting: Iterable[Model], models: Iterable[Model], shallow: frozenset[str]
-) -> Situation:
-    """Everything as it is now; ``shallow``: who sleeps at level 1 if it must."""
-    models = list(models)
-    sleepable = could_sleep(fleet, models)
-    return Situation(
-        fleet.now,
-        sorted((see_waiting(fleet, m) for m in waiting), key=lambda w: (w.oldest, w.model)),
-        [see_resident(fleet, m, shallow) for m in models if may_leave(m)],
-        {
-            index: see_room(fleet, exchanges, index, sleepable.get(index, 0))
-            for index, a in fleet.ledger.accounts.items()
-            if not a.missing
-        },
-        Knobs(),
-    )
+class Observer:
+    """Keeps the views of models that did not change: a look costs what changed since the last one."""
+
+    def __init__(self, fleet: Fleet, exchanges: Exchanges) -> None:
+        self._fleet = fleet
+        self._exchanges = exchanges
+        self._waiting: dict[str, Waiting] = {}
+        self._residents: dict[str, Resident] = {}
+        self._stale: dict[str, Model] = {}  # may leave, and changed since they were last seen
+        self._coming: dict[str, dict[int, int]] = {}  # bytes per device that would come free if the model slept
+        self._sleepable: dict[int, int] = dict.fromkeys(fleet.ledger.accounts, 0)  # their sums
+        self._host: tuple[int, frozenset[str]] = (0, frozenset())
+
+    def note(self, m: Model) -> None:
+        """``m`` changed, or is known no more."""
+        self._waiting.pop(m.name, None)
+        self._residents.pop(m.name, None)
+        self._stale.pop(m.name, None)
+        if may_leave(m):
+            self._stale[m.name] = m
+        self._sum(self._coming.pop(m.name, {}), -1)
+        coming = could_come(self._fleet, m)
+        if coming:
+            self._coming[m.name] = coming
+            self._sum(coming, 1)
+
+    def _sum(self, coming: dict[int, int], sign: int) -> None:
+        for index, size in coming.items():
+            self._sleepable[index] += sign * size
+
+    def look(self, waiting: Iterable[Model], shallow: frozenset[str]) -> Situation:
+        """Everything as it is now; ``shallow``: who sleeps at level 1 if it must."""
+        fleet = self._fleet
+        host = (fleet.ledger.host_promised, shallow)
+        if host != self._host:  # who can sleep at which level depends on it
+            self._host = host
+            self._stale.update((name, self._exchanges.models[name]) for name in self._residents)
+        for name, m in self._stale.items():
+            self._residents[name] = see_resident(fleet, m, shallow)
+        self._stale.clear()
+        return Situation(
+            fleet.now,
+            sorted((self._see_waiting(m) for m in waiting), key=_age),
+            list(self._residents.values()),
+            {index: self._see_room(index) for index, a in fleet.ledger.accounts.items() if not a.missing},
+            KNOBS,
+        )
+
+    def _see_waiting(self, m: Model) -> Waiting:
+        seen = self._waiting.get(m.name)
+        if seen is None:
+            seen = self._waiting[m.name] = see_waiting(self._fleet, m)
+        return seen
+
+    def _see_room(self, index: int) -> Room:
+        return see_room(self._fleet, self._exchanges, index, self._sleepable[index])
+
+
+def _age(w: Waiting) -> tuple[float, str]:
+    return w.oldest, w.model
 
 
 def may_leave(m: Model) -> bool:
@@ -113,15 +157,12 @@ def sleep_levels(m: Model) -> frozenset[int]:
     return m.spec.sleep_levels if m.sleep_failures < 2 else frozenset()
 
 
-def could_sleep(fleet: Fleet, models: Iterable[Model]) -> dict[int, int]:
-    """Bytes per device that would come free if all slept that are awake or on the move, and not kept."""
-    coming: dict[int, int] = {}
-    for m in models:
-        if m.placement.devices and not m.kept and m.state is not State.SLEEPING:
-            rest = m.footprint.asleep if sleep_levels(m) else 0
-            for index, share in fleet.ledger.held(m.name).items():
-                coming[index] = coming.get(index, 0) + max(0, share - rest)
-    return coming
+def could_come(fleet: Fleet, m: Model) -> dict[int, int]:
+    """Bytes per device that would come free if it slept; of one awake or on the move, and not kept."""
+    if not m.placement.devices or m.kept or m.state is State.SLEEPING:
+        return {}
+    rest = m.footprint.asleep if sleep_levels(m) else 0
+    return {index: max(0, share - rest) for index, share in fleet.ledger.held(m.name).items()}
 
 
 def see_room(fleet: Fleet, exchanges: Exchanges, index: int, sleepable: int) -> Room:
