@@ -17,7 +17,7 @@ from vllmd.errors import BadRequest, RequestTimeout, Unavailable, VllmdError
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.heads import RequestHead
 from vllmd.proxy.http import Headers, Peer, Request
-from vllmd.proxy.limits import Limits
+from vllmd.proxy.limits import Limits, read_small
 from vllmd.proxy.reader import RequestReader
 from vllmd.proxy.routing import Handler
 
@@ -95,6 +95,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client has come."""
         self._transport = cast(asyncio.Transport, transport)
+        read_small(transport)
         self.peer = peer_of(transport)
         self._host.joined(self)
         self._expect(self._limits.head_timeout, self._close_quietly)

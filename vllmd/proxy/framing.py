@@ -80,6 +80,14 @@ class UntilEof:
         return True
 
 
+def plain_size(digits: bytes) -> int:
+    """The size that ``digits`` (hex and nothing else) say; 0 if they are anything that needs a closer look."""
+    try:
+        return int(digits, 16) if digits.isalnum() and digits[0] != 0x30 else 0  # int() takes 0x5 and 1_0, too
+    except ValueError:
+        return 0
+
+
 class Chunked:
     """A chunked body (RFC 9112, 7.1), strictly: line ends are CRLF, sizes are plain hex, trailers are well-formed.
 
@@ -120,11 +128,9 @@ class Chunked:
         """Skip the chunks that lie whole in ``data``: the common case, in one loop."""
         if self._step != self._size or pos < 0:
             return pos
-        size = len(data)
-        while match := SIZE_LINE.match(data, pos):
-            start = match.end()
-            end = start + int(match[1], 16)
-            if end == start or end + 2 > size or data[end : end + 2] != b"\r\n":
+        while (line_end := data.find(b"\r\n", pos, pos + 17)) > pos:
+            start, end = line_end + 2, line_end + 2 + plain_size(data[pos:line_end])
+            if end <= start or not data.startswith(b"\r\n", end):
                 break
             if self.keep:
                 self.pieces.append(data[start:end])

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, fields
+
+# What one recv() may bring. asyncio asks for 256 KiB, and memory of that size comes from mmap and goes back to it
+# at every single read: 40 microseconds instead of 3.
+RECEIVE = 64 << 10
+
+
+def read_small(transport: asyncio.BaseTransport) -> None:
+    """Have ``transport`` ask for ``RECEIVE`` bytes at a time, if it is one that can be told."""
+    if hasattr(transport, "max_size"):
+        transport.max_size = RECEIVE
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from vllmd.proxy.framing import BadFraming
 from vllmd.proxy.gate import Passage, Target
 from vllmd.proxy.heads import forwardable, parse_upgrade_head, write_fields, write_request_head
 from vllmd.proxy.http import Request
+from vllmd.proxy.limits import read_small
 from vllmd.proxy.relay import KEPT_BACK, Relay
 from vllmd.proxy.upstream import MAX_RESPONSE_HEAD, connect, describe
 
@@ -37,6 +38,7 @@ class FarEnd(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Connected."""
         self._transport = cast(asyncio.Transport, transport)
+        read_small(transport)
 
     def data_received(self, data: bytes) -> None:
         """The handshake's answer, then the client's bytes."""

@@ -16,7 +16,7 @@ from vllmd.errors import UpstreamFailed
 from vllmd.proxy.framing import BadFraming, Framing, Length
 from vllmd.proxy.gate import Address
 from vllmd.proxy.heads import HeadMemo, RawHeaders, ResponseHead, parse_response_head, write_request_head
-from vllmd.proxy.limits import Limits
+from vllmd.proxy.limits import Limits, read_small
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ class Upstream(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Connected."""
         self._transport = cast(asyncio.Transport, transport)
+        read_small(transport)
 
     def data_received(self, data: bytes) -> None:
         """Bytes of an answer; from an idle connection they are a reason to drop it."""
