@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from vllmd.core.eviction import Choice, Leaver, cheapest, fits, oldest_first
+from vllmd.core.eviction import Choice, Leaver, cheapest, fits, oldest_first, unclaimed
 from vllmd.core.policy import (
     INFINITY,
     HostClaim,
@@ -29,15 +29,30 @@ def plain(s: Situation) -> Plan | None:
     for w in s.waiting:
         devices = fits(s, w)
         if devices is not None:
-            numbers: NUMBERS = {"waiting": w.waiters, "waited": round(s.now - w.oldest, 3)}
-            return Plan(w.model, devices, why="it fits", numbers=numbers)
+            return Plan(w.model, devices, why="it fits", numbers=_waited(s, w))
     return None
 
 
 def too_early(s: Situation, choice: Choice, drain: float) -> bool:
     """A transfer still under way there outlasts the victims' drain and sleep: closing gates now would idle them."""
     busy = max((s.rooms[index].busy for index in choice.devices), default=0.0)
-    return busy > 0 and drain + sum(leaver.way.takes for leaver in choice.leavers) + 1.0 < busy
+    return busy > 0 and drain + takes(choice) + 1.0 < busy
+
+
+def takes(choice: Choice) -> float:
+    """Seconds to put all to sleep, one after the other."""
+    return sum(leaver.way.takes for leaver in choice.leavers)
+
+
+def without(s: Situation, devices: Iterable[int]) -> Situation:
+    """The same, but for these devices: an older waiter is next there, and nobody may overtake it."""
+    held = frozenset(devices)
+    return s._replace(rooms={index: room for index, room in s.rooms.items() if index not in held}) if held else s
+
+
+def due_there(s: Situation, w: Waiting) -> list[int]:
+    """Devices where ``w`` cannot have its turn just now, but will once others have come to rest."""
+    return [room.device for room in unclaimed(s, w) if room.sleepable >= w.need]
 
 
 def longest_drain(leavers: Sequence[Leaver], budget: float = INFINITY) -> float:
@@ -47,21 +62,24 @@ def longest_drain(leavers: Sequence[Leaver], budget: float = INFINITY) -> float:
 
 
 class Lru:
-    """The least recently used leave first, drained, for the waiter that came first."""
+    """The least recently used leave first, drained, for the waiter that came first; nobody overtakes it."""
 
     name = "lru"
     in_order = False
 
     def choose(self, s: Situation) -> Plan | None:
         """The oldest waiter gets its place; who waits longest can so never be overtaken for ever."""
-        return plain(s) or next((plan for w in s.waiting if (plan := self._plan(s, w))), None)
-
-    def _plan(self, s: Situation, w: Waiting) -> Plan | None:
-        choice = oldest_first(s, w, s.residents)
-        if choice is None or too_early(s, choice, longest_drain(choice.leavers)):
-            return None
-        numbers: NUMBERS = {"waiting": w.waiters, "waited": round(s.now - w.oldest, 3)}
-        return Plan(w.model, choice.devices, choice.victims, INFINITY, "the least recently used make room", numbers)
+        for w in s.waiting:
+            numbers = _waited(s, w)
+            devices = fits(s, w)
+            if devices is not None:
+                return Plan(w.model, devices, why="it fits", numbers=numbers)
+            choice = oldest_first(s, w, s.residents)
+            if choice and not too_early(s, choice, longest_drain(choice.leavers)):
+                why = "the least recently used make room"
+                return Plan(w.model, choice.devices, choice.victims, INFINITY, why, numbers)
+            s = without(s, choice.devices if choice else due_there(s, w))
+        return None
 
     def shallow(self, claims: Iterable[HostClaim], budget: int) -> frozenset[str]:
         """As the adaptive one does: where sleepers are kept is not this policy's difference."""
@@ -79,61 +97,82 @@ class Offer(NamedTuple):
 
 
 class Adaptive:
-    """LRU that drains, with rent or buy, patience, minimum residency and a deadline (the default).
+    """LRU that drains, with rent or buy, patience, order, minimum residency and a deadline (the default).
+
+    The models that are waited for are looked at in the order of their oldest request:
 
     1. What fits is loaded at once.
-    2. Otherwise the models that are waited for are looked at in the order of
-       their oldest request. For each, the victims with the lowest price are
-       sought. A victim's price is its clients' regret, the request-seconds
-       that they will lose; where requests are running it counts ``patience``
-       times. A drain leaves a whole engine idle until the longest of its
-       answers has ended, and a moment at which another model, or the same one,
-       is idle is mostly near: waiting for it is worth a lot.
-    3. The first whose queue has waited ``kappa`` of the price gets its
-       exchange: rent has been paid for long enough, now it is bought. Taking the
-       oldest of those, not the best bargain, is what keeps the longest wait
-       short where exchanges are dear (scarce host memory, cold starts).
+    2. Otherwise the victims with the lowest price are sought. A victim's price
+       is its clients' regret, the request-seconds that they will lose; where
+       requests are running it counts ``patience`` times. A drain leaves a whole
+       engine idle until the longest of its answers has ended, and a moment at
+       which another model, or the same one, is idle is mostly near.
+    3. A queue that has waited ``kappa`` of the price gets its exchange: rent
+       has been paid for long enough, now it is bought.
     4. Who has waited past the deadline asks for no price any more.
-    A busy model that has just been loaded stays for as long as the exchange
-    costs, deadline or not, so that every exchange serves somebody.
+    5. Nobody overtakes one who has waited past the deadline but must wait yet,
+       for a transfer to end or a victim to have served its time: else small
+       models would take what a large one waits for. Where exchanges are dear
+       (all who wait need longer than the shortest deadline: scarce host memory,
+       cold starts) the same holds from the beginning, for there it is what
+       makes the longest waits.
+    6. A busy model that has just been loaded stays for as long as the exchange
+       costs, deadline or not, so that every exchange serves somebody.
     """
 
     name = "adaptive"
     in_order = False
 
     def choose(self, s: Situation) -> Plan | None:
-        """The oldest whose exchange is due."""
+        """The first whose exchange is due."""
         if not s.waiting:
             return None
-        start = plain(s)
-        if start:
-            return start
-        knobs = s.knobs
-        deadline = max(knobs.deadline, knobs.rounds * sum(w.load + w.sleep for w in s.waiting))
+        deadline = max(s.knobs.deadline, s.knobs.rounds * sum(w.load + w.sleep for w in s.waiting))
+        dear = deadline > s.knobs.deadline
         total = sum(w.waiters for w in s.waiting)
-        for w in sorted(s.waiting, key=lambda w: not w.impatient):
-            plan = self._plan(s, w, deadline, total)
-            if plan:
-                return plan
+        here = _by_device(s.residents)
+        for w in sorted(s.waiting, key=lambda w: not w.impatient) if len(s.waiting) > 1 else s.waiting:
+            devices = fits(s, w)
+            if devices is not None:
+                return Plan(w.model, devices, why="it fits", numbers=_waited(s, w))
+            if not unclaimed(s, w):
+                continue
+            urgent = w.impatient or s.now - w.oldest > deadline
+            residents = here.get(w.devices[0], ()) if len(w.devices) == 1 else s.residents
+            offer = _offer(s, w, residents, total, urgent)
+            if offer is None:
+                held = due_there(s, w)
+            elif not urgent and offer.waited < s.knobs.kappa * offer.price:
+                continue
+            elif too_early(s, offer.choice, offer.cost - w.load - takes(offer.choice)):
+                held = list(offer.choice.devices)
+            else:
+                return _bought(w, offer, deadline, urgent)
+            if urgent or dear:
+                s = without(s, held)
         return None
 
     def shallow(self, claims: Iterable[HostClaim], budget: int) -> frozenset[str]:
         """The greedy fill."""
         return greedy_fill(claims, budget)
 
-    def _plan(self, s: Situation, w: Waiting, deadline: float, total: int) -> Plan | None:
-        urgent = w.impatient or s.now - w.oldest > deadline
-        offer = _offer(s, w, total, urgent)
-        if offer is None or too_early(s, offer.choice, offer.cost - w.load - _takes(offer.choice)):
-            return None
-        if not urgent and offer.waited < s.knobs.kappa * offer.price:
-            return None
-        why = "its deadline has passed" if urgent else "the wait is worth the exchange"
-        return Plan(w.model, *offer.choice[:1], offer.choice.victims, offer.budget, why, _numbers(w, offer, deadline))
+
+def _by_device(residents: Sequence[Resident]) -> dict[int, list[Resident]]:
+    here: dict[int, list[Resident]] = {}
+    for r in residents:
+        for device in r.devices:
+            here.setdefault(device, []).append(r)
+    return here
 
 
-def _takes(choice: Choice) -> float:
-    return sum(leaver.way.takes for leaver in choice.leavers)
+def _bought(w: Waiting, offer: Offer, deadline: float, urgent: bool) -> Plan:
+    why = "its deadline has passed" if urgent else "the wait is worth the exchange"
+    numbers = _numbers(w, offer, deadline)
+    return Plan(w.model, offer.choice.devices, offer.choice.victims, offer.budget, why, numbers)
+
+
+def _waited(s: Situation, w: Waiting) -> NUMBERS:
+    return {"waiting": w.waiters, "waited": round(s.now - w.oldest, 3)}
 
 
 def _numbers(w: Waiting, offer: Offer, deadline: float) -> NUMBERS:
@@ -146,13 +185,15 @@ def _numbers(w: Waiting, offer: Offer, deadline: float) -> NUMBERS:
     }
 
 
-def _offer(s: Situation, w: Waiting, total: int, urgent: bool) -> Offer | None:
+def _offer(s: Situation, w: Waiting, residents: Sequence[Resident], total: int, urgent: bool) -> Offer | None:
     """The cheapest victims, and the drain budget that suits them best."""
-    may_leave = [r for r in s.residents if _served_its_time(s, r, w)]
+    may_leave = [r for r in residents if _served_its_time(s, r, w)]
 
     def alone(r: Resident, way: Way) -> float:
         """What it would cost if it were the only one to leave: the sum over a set is near what the set costs."""
         one = (Leaver(0.0, r, way),)
+        if not r.running:
+            return _priced(s, w, one, INFINITY, total)[0]
         return min(_priced(s, w, one, budget, total)[0] for budget in budgets(s.knobs, one, urgent))
 
     choice = cheapest(s, w, may_leave, alone)

@@ -90,8 +90,8 @@ class Knobs(NamedTuple):
 
     deadline: float = 30.0  # D0: a waiter older than this, or than ...
     rounds: float = 1.25  # ... so many times what all who wait need to be loaded, no longer asks what it costs
-    kappa: float = 0.5  # the share of a plan's price that must have been waited
-    patience: float = 8.0  # how many times dearer regret is where running requests must be drained: see Adaptive
+    kappa: float = 0.1  # the share of a plan's price that must have been waited
+    patience: float = 20.0  # how many times dearer regret is where running requests must be drained: see Adaptive
     frozen_patience: float = 2.0  # the same where they are frozen
     residency: float = 1.0  # q: a busy model stays for so many times what the exchange costs
     budgets: tuple[float, ...] = (0.0, 2.0, 5.0)  # drain budgets tried where requests can be frozen
