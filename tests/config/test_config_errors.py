@@ -125,6 +125,11 @@ GOLDEN = [
         "server: {listen: '::1:8080'}",
         "vllmd.yaml:1: server.listen: '::1:8080': an IPv6 address is written in brackets; accepted: [::1]:8080",
     ),
+    (
+        "server: {host: 'localhost:80'}",
+        "vllmd.yaml:1: server.host: 'localhost:80' is not a host name or address (the port goes into port); "
+        "accepted: a host name or address",
+    ),
     ("server: {port: 1, listen: '2'}", "vllmd.yaml:1: server: give either listen or host and port, not both"),
     (
         "server:\n  listen: 0.0.0.0:8080",

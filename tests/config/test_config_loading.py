@@ -144,6 +144,20 @@ def test_precedence_command_line_environment_file(tmp_path: Path) -> None:
     assert of(tmp_path, "server: {listen: '[::1]:9'}", {}, server__port=3).server.listen[0] == "127.0.0.1:3"
 
 
+HOSTS = [
+    ("{host: '::1', port: 1}", ("[::1]:1",)),
+    ("{host: localhost}", ("localhost:33258",)),
+    ("{port: '8080'}", ("127.0.0.1:8080", "[::1]:8080")),
+    ("{port: 0x1F90}", ("127.0.0.1:8080", "[::1]:8080")),
+]
+
+
+@pytest.mark.parametrize(("yaml", "addresses"), HOSTS)
+def test_V_serve_host_and_port(tmp_path: Path, yaml: str, addresses: tuple[str, ...]) -> None:
+    """Either alone has the other's default; any way that YAML writes a number."""
+    assert of(tmp_path, f"server: {yaml}").server.listen == addresses
+
+
 def test_our_variable_wins_over_another_systems(tmp_path: Path) -> None:
     """Where both are set, the one that can only mean vllmd counts."""
     env = {"PROXY_PORT": "1", "VLLMD_SERVER_PORT": "2"}

@@ -4,7 +4,11 @@ nodes      YAML as nodes that know file, line and column
 kinds      kinds of values: parser, words, JSON Schema
 types      the configuration as frozen dataclasses
 settings   THE TABLE; everything else is drawn from it
-loader     files, environment and command line -> Config
+sources    files, environment, command line -> trees of nodes
+shape      the table's shape put upon a tree
+trees      pure functions on trees
+loader     all of that, and parsing -> Config
+findings   problems, warnings, origins
 checks     what spans several settings
 secrets    keys and tokens kept in files
 schema     the table as JSON Schema

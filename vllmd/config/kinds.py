@@ -244,6 +244,19 @@ def parse_listen(node: Node) -> str:
     return text
 
 
+def parse_host(node: Node) -> str:
+    """A host name or an address, without a port."""
+    text = parse_text(node)
+    if ":" in text:
+        import ipaddress
+
+        try:
+            ipaddress.IPv6Address(text.strip("[]"))
+        except ValueError:
+            raise wrong(node, "a host name or address (the port goes into port)") from None
+    return text
+
+
 def parse_listens(node: Node) -> tuple[str, ...]:
     """Addresses; a port alone means both loopback addresses."""
     given: tuple[str, ...] = list_of(parse_listen)(node)
@@ -451,4 +464,4 @@ ENV = Kind(
     lambda value: "none" if not value else str(dict(value)),
 )
 MAP = Kind("a mapping", parse_map, {"type": "object"}, lambda value: "none" if not value else str(dict(value)))
-HOST = Kind("a host name or address", parse_text, {"type": "string"}, none="both loopback addresses")
+HOST = Kind("a host name or address", parse_host, {"type": "string"}, none="both loopback addresses")

@@ -1,0 +1,63 @@
+"""What reading the configuration brings to light: problems, warnings, and where each setting came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from vllmd.config.nodes import Where
+from vllmd.config.types import Config
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong (or, as a warning, doubtful): where, of which key, why, and what would be right."""
+
+    where: Where
+    path: str
+    what: str
+    accepted: str = ""
+    nearest: str = ""
+
+    def __str__(self) -> str:
+        parts = [self.what]
+        if self.accepted:
+            parts.append(f"accepted: {self.accepted}")
+        if self.nearest:
+            parts.append(f'did you mean "{self.nearest}"?')
+        path = f"{self.path}: " if self.path else ""
+        return f"{self.where}: {path}" + "; ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """All that reading brought to light. ``origins``: from where each setting that was given came, by path."""
+
+    config: Config
+    problems: tuple[Problem, ...] = ()
+    origins: Mapping[str, Where] = field(default_factory=dict)
+
+
+class Findings:
+    """Collects them."""
+
+    def __init__(self) -> None:
+        self._problems: dict[tuple[Where, str], Problem] = {}
+        self.warnings: list[Problem] = []
+        self.origins: dict[str, Where] = {}
+
+    def complain(self, where: Where, path: str, what: str, accepted: str = "", nearest: str = "") -> None:
+        """Each place and reason once, however many models inherit it."""
+        self._problems.setdefault((where, what), Problem(where, path, what, accepted, nearest))
+
+    def warn(self, where: Where, path: str, what: str) -> None:
+        """What works, but should be looked at."""
+        self.warnings.append(Problem(where, path, what))
+
+    def problems(self) -> tuple[Problem, ...]:
+        """By file and line, files in the order in which they were found wrong."""
+        order: dict[str, int] = {}
+        for problem in self._problems.values():
+            order.setdefault(problem.where.source, len(order))
+        found = self._problems.values()
+        return tuple(sorted(found, key=lambda p: (order[p.where.source], p.where.line, p.where.column)))

@@ -1,0 +1,125 @@
+"""Where settings come from, each as a tree of nodes: the files, the environment, the command line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from vllmd.config.findings import Findings
+from vllmd.config.kinds import shown
+from vllmd.config.nodes import Node, Where, compose, from_plain, from_text
+from vllmd.config.settings import LEGACY, LEGACY_SECTIONS, ROOT, flags, variables
+from vllmd.config.trees import put
+
+
+def default_file(env: Mapping[str, str] = os.environ) -> Path:
+    """``VLLMD_CONFIG``, else /etc/vllmd/vllmd.yaml for root and system users, else ~/.config/vllmd/vllmd.yaml."""
+    if env.get("VLLMD_CONFIG"):
+        return Path(env["VLLMD_CONFIG"])
+    if os.getuid() < 1000:
+        return Path("/etc/vllmd/vllmd.yaml")
+    own = Path(env.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "vllmd" / "vllmd.yaml"
+    return own if own.exists() or not Path("/etc/vllmd/vllmd.yaml").exists() else Path("/etc/vllmd/vllmd.yaml")
+
+
+class Files:
+    """The main file and those in ``models.d`` beside it. ``texts`` stand for contents about to be written."""
+
+    def __init__(self, findings: Findings, texts: Mapping[Path, str]) -> None:
+        self.findings, self.texts = findings, texts
+        self.read: list[Path] = []
+
+    def tree(self, main: Path, required: bool) -> Node:
+        """All of them as one tree; a missing main file is a problem if it is ``required``."""
+        root = self.file(main, required) or Node(Where(str(main)), {})
+        for extra in self.directory(main.parent / "models.d"):
+            node = self.file(extra, True)
+            if node is not None:
+                root = self.add_models(root, node)
+        return root
+
+    def directory(self, path: Path) -> list[Path]:
+        try:
+            names = sorted(os.listdir(path))
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            self.findings.complain(Where(str(path)), "", f"cannot be read: {error.strerror}")
+            return []
+        return [path / name for name in names if name.endswith((".yaml", ".yml")) and not name.startswith(".")]
+
+    def file(self, path: Path, required: bool) -> Node | None:
+        source = str(path)
+        try:
+            data = self.texts[path].encode() if path in self.texts else path.read_bytes()
+        except FileNotFoundError:
+            if required:
+                self.findings.complain(Where(source), "", "there is no such file")
+            return None
+        except OSError as error:
+            self.findings.complain(Where(source), "", f"cannot be read: {error.strerror}")
+            return None
+        self.read.append(path)
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            line = data[: error.start].count(b"\n") + 1
+            self.findings.complain(Where(source, line), "", "this is not UTF-8 text")
+            return None
+        node = compose(text, source, lambda where, what: self.findings.complain(where, "", what))
+        return self.mapping(node, "", ROOT.accepts) if node is not None and node.value is not None else None
+
+    def mapping(self, node: Node, path: str, accepts: str) -> Node | None:
+        if node.is_map:
+            return node
+        self.findings.complain(node.where, path, f"{shown(node)} is not a mapping", accepts)
+        return None
+
+    def add_models(self, root: Node, extra: Node) -> Node:
+        """A file of models.d: ``models:`` with models, or, flat, nothing but models."""
+        sectioned = "models" in extra.value
+        for name, node in extra.value.items():
+            known = ROOT.row(name) or name in LEGACY_SECTIONS
+            if name != "models" and (sectioned or known):
+                self.findings.complain(node.key or node.where, name, "a file in models.d holds models only", "models")
+        found = extra.value.get("models") if sectioned else extra
+        if found is None or found.value is None or self.mapping(found, "models", "models by name") is None:
+            return root
+        models = root.value.get("models")
+        merged = dict(models.value) if models is not None and models.is_map else {}
+        for name, node in found.value.items():
+            if not sectioned and (ROOT.row(name) or name in LEGACY_SECTIONS):
+                continue
+            if name in merged:
+                first = merged[name].key or merged[name].where
+                self.findings.complain(
+                    node.key or node.where, f"models.{name}", f"this model is configured already in {first}"
+                )
+            merged.setdefault(name, node)
+        return root.with_value({**root.value, "models": (models or found).with_value(merged)})
+
+
+def environment(env: Mapping[str, str]) -> Node:
+    """The settings that environment variables give; an empty variable counts as unset."""
+    convert = {row.env: row.convert for row in LEGACY if row.env}
+    layer = Node(Where("environment"), {})
+    for name, path in variables().items():
+        text = env.get(name, "")
+        if text:
+            node = from_text(text, Where(f"environment {name}"))
+            layer = put(layer, path, convert[name](node) if name in convert else node)
+    return layer
+
+
+def command_line(overrides: Mapping[str, object]) -> Node:
+    """The settings that flags give, by path."""
+    layer = Node(Where("command line"), {})
+    for path, value in overrides.items():
+        layer = put(layer, path, from_plain(value, Where(f"command line {flag_of(path)}")))
+    return layer
+
+
+def flag_of(path: str) -> str:
+    """The flag of a setting, or its path."""
+    return next((flag for flag, leaf in flags().items() if leaf.path == path), path)

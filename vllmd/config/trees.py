@@ -1,0 +1,65 @@
+"""Pure functions on trees of nodes: find, put, overlay, and what the layers of the configuration need."""
+
+from __future__ import annotations
+
+from vllmd.config.kinds import loopback
+from vllmd.config.nodes import Node, overlay
+from vllmd.config.settings import DEFAULTS
+
+
+def join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def put(tree: Node, path: str, value: Node) -> Node:
+    """The tree with ``value`` at ``path``, mappings made on the way."""
+    name, _, rest = path.partition(".")
+    entries = dict(tree.value) if tree.is_map else {}
+    below = entries.get(name)
+    if rest:
+        value = put(below if below is not None and below.is_map else Node(value.where, {}), rest, value)
+    entries[name] = value
+    return tree.with_value(entries)
+
+
+def find(tree: Node, path: str) -> Node | None:
+    """What stands at ``path``, under whichever spelling."""
+    node: Node | None = tree
+    for name in path.split("."):
+        row = DEFAULTS.row(name)
+        names = (name, *row.also) if row else (name,)
+        node = next((node.value[n] for n in names if n in node.value), None) if node and node.is_map else None
+    return node
+
+
+def forget_listen(under: Node, over: Node) -> Node:
+    """A higher layer's ``listen`` replaces ``host`` and ``port`` beneath it, and the other way round."""
+    dropped: set[str] = set()
+    if "listen" in over.value:
+        dropped = {"host", "port"}
+    elif {"host", "port"} & set(over.value):
+        dropped = {"listen"}
+    return under.with_value({name: node for name, node in under.value.items() if name not in dropped})
+
+
+def listen_of(host: Node | None, port: Node | None) -> tuple[str, ...]:
+    """Addresses from ``host`` and ``port``, each with its default when only the other is given."""
+    number = str(port.value if isinstance(port.value, int) else port.text) if port is not None else "33258"
+    if host is None:
+        return loopback(number)
+    name = host.text.strip("[]")
+    return (f"[{name}]:{number}",) if ":" in name else (f"{name}:{number}",)
+
+
+def overlay_layer(under: Node, over: Node) -> Node:
+    """A layer wins where it says something; ``listen`` and ``host`` with ``port`` replace each other."""
+    merged = dict(under.value)
+    for name, node in over.value.items():
+        below = merged.get(name)
+        if below is None or not (below.is_map and node.is_map):
+            merged[name] = node
+        elif name == "models":
+            merged[name] = overlay(below, node, lambda _: True)
+        else:
+            merged[name] = overlay(forget_listen(below, node) if name == "server" else below, node, lambda _: True)
+    return under.with_value(merged)
