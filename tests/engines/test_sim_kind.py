@@ -51,6 +51,15 @@ def test_it_takes_what_it_was_promised() -> None:
     assert launched(sim(memory="4GiB"), place).memory == 4 * GiB
 
 
+def test_devices_declared_with_files_need_no_further_word() -> None:
+    """``devices: [{memory: 8GiB, file: ...}]`` is a rehearsal with exact memory; options go before."""
+    place = Place(Path("/r"), ("0",), 3 * GiB, 8 * GiB, device_files=("/gpus/a",))
+    assert launched(sim(), place).device_file == ("/gpus/a",)
+    assert launched(sim(), place).device_memory == 8 * GiB
+    assert launched(sim(device_dir="/dev/sim"), place).device_file == ("/dev/sim/0",)
+    assert launched(sim(device_file="/other"), place).device_file == ("/other",)
+
+
 def test_what_it_keeps_asleep_is_the_models_setting() -> None:
     """``memory_asleep`` means the same for every engine."""
     model = ModelConfig("m", engine="sim", memory_asleep=GiB, max_model_len=99)

@@ -43,12 +43,26 @@ def test_a_device_file_is_read_like_a_device(tmp_path: Path) -> None:
 
 
 def test_a_broken_device_file_fails_alone(tmp_path: Path) -> None:
-    """A missing, torn or contradicting file is a failed device, never an exception."""
+    """A torn or contradicting file is a failed device, never an exception."""
     torn, other = tmp_path / "torn", make_device(tmp_path / "other", 4 * GiB)
     torn.write_text('{"mem')
-    files = (tmp_path / "missing", torn, other, make_device(tmp_path / "good", 8 * GiB))
+    files = (torn, other, make_device(tmp_path / "good", 8 * GiB))
     sample = open_devices(Config(devices=tuple(DeviceConfig(8 * GiB, file=file) for file in files)), {}).sample()
-    assert set(sample.devices) == {3}
-    assert "missing" in sample.failed[0]
-    assert "torn" in sample.failed[1]
-    assert "its size changed from 8.00 GiB to 4.00 GiB" in sample.failed[2]
+    assert set(sample.devices) == {2}
+    assert "torn" in sample.failed[0]
+    assert "its size changed from 8.00 GiB to 4.00 GiB" in sample.failed[1]
+
+
+def test_a_device_file_that_nobody_made_yet_is_an_empty_device(tmp_path: Path) -> None:
+    """The first stand-in that holds something makes it; until then the device is free, not broken."""
+    sample = open_devices(Config(devices=(DeviceConfig(8 * GiB, file=tmp_path / "later"),)), {}).sample()
+    assert (sample.failed, sample.devices[0].free) == ({}, 8 * GiB)
+
+
+def test_what_belongs_to_nobody_is_in_use(tmp_path: Path) -> None:
+    """As on a device whose driver did not take back what a dead process held."""
+    path = make_device(tmp_path / "gpu", 8 * GiB)
+    FakeGpu(path).hold(3 * GiB)
+    FakeGpu(path).lose(2 * GiB)
+    device = open_devices(Config(devices=(DeviceConfig(8 * GiB, file=path),)), {}).sample().devices[0]
+    assert (device.used, device.ownerless) == (5 * GiB, 2 * GiB)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllmd.simengine import device
 from vllmd.simengine.cuda import CudaMemory, NoCuda
 from vllmd.simengine.device import FakeGpu, OutOfDeviceMemory, device_usage, make_device
 
@@ -82,6 +83,29 @@ def test_a_reused_pid_is_not_the_holder(tmp_path: Path) -> None:
     path = tmp_path / "gpu"
     path.write_text('{"memory": 100, "held": [{"pid": 1, "start": 999999999, "bytes": 50}]}')
     assert device_usage(path).free == 100
+
+
+def test_what_is_lost_nobody_can_have_until_it_is_back(tmp_path: Path) -> None:
+    """A driver that does not take a dead process's memory back, for rehearsals."""
+    gpu = FakeGpu(make_device(tmp_path / "gpu", 100))
+    gpu.lose(30)
+    with pytest.raises(OutOfDeviceMemory):
+        gpu.hold(71)
+    gpu.hold(70)
+    assert (device_usage(gpu.path).used, device_usage(gpu.path).processes) == (100, {gpu.pid: 70})
+    gpu.lose(0)
+    gpu.hold(100)
+
+
+def test_a_process_that_proc_does_not_show_holds_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The daemon runs with ProtectProc=invisible: engines, of another user, are alive all the same."""
+    path = make_device(tmp_path / "gpu", 100)
+    holder = _holder(path, 80)
+    monkeypatch.setattr(device, "PROC", tmp_path / "proc")
+    assert device_usage(path).processes == {holder.pid: 80}
+    holder.kill()
+    holder.communicate()
+    assert device_usage(path).processes == {}
 
 
 def test_what_is_no_device_is_refused(tmp_path: Path) -> None:

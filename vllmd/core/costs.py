@@ -107,6 +107,8 @@ class Costs:
         self.of, self.asked = str(learnt["of"]), int(learnt["asked"])
         if "footprint" in learnt:
             starting, awake, asleep, host = (int(n) for n in learnt["footprint"])
+            if min(starting, awake, asleep, host) < 0:
+                raise ValueError("negative memory")
             self.footprint = Footprint(starting, awake, asleep, host, Source.MEASURED)
 
 
@@ -156,4 +158,4 @@ class CostBook:
 
 def _fingerprint(spec: ModelSpec) -> str:
     f = spec.footprint
-    return f"{spec.weights}/{spec.device_count}/{f.starting}/{f.awake}/{f.source.name}"
+    return f"{spec.settings}/{spec.weights}/{spec.device_count}/{f.starting}/{f.awake}/{f.source.name}"

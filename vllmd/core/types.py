@@ -92,6 +92,7 @@ class ModelSpec:
     preempt: bool = False
     max_restarts: int = 3
     restart_backoff: float = 5.0  # doubles with each failure in a row
+    settings: str = ""  # a digest of what its engine depends on: figures measured under another one are forgotten
     keeps_host: bool = True  # once slept at level 1 its host memory stays taken until it stops (vLLM's does)
 
 

@@ -15,4 +15,6 @@
     names       what a client calls a model -> the model
     control     what the admin endpoints may ask
     learnt      footprints and costs kept over restarts
+    preflight   what models will take, and which of them can never work
+    kinds       each model's engine, or why it has none
 """

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import vllmd
 from vllmd.core import events
 from vllmd.core.types import Decision, ModelView, Snapshot, State
-from vllmd.engines import engine_of
 from vllmd.errors import Unavailable
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ class DaemonControl:
                 "state": states.get(model.name, State.STOPPED.value),
                 "max_model_len": model.max_model_len,
                 "engine": model.engine,
-                "routes": sorted(engine_of(model).routes(model)),
+                "routes": sorted(self._daemon.kinds(model).routes(model)),
             }
             for model in self._daemon.config.models.values()
         ]

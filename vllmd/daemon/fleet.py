@@ -26,7 +26,7 @@ from typing import Any
 from vllmd.config.types import ModelConfig
 from vllmd.core import commands, events
 from vllmd.core.types import Footprint, Placement, Source
-from vllmd.daemon.memory import Memory
+from vllmd.daemon.memory import RETURN_LIMIT, TOLERANCE, Memory
 from vllmd.engines.base import Call, Engine, Launch, Listen, Place, Progress
 from vllmd.errors import ConfigError, LauncherFailed, Unavailable, VllmdError
 from vllmd.launcher.client import ExitReport, LauncherClient, Running, StartOrder
@@ -100,7 +100,8 @@ class Fleet:
         ports: PortPool,
     ) -> None:
         self.members: dict[str, Member] = {}
-        self.models: Mapping[str, ModelConfig] = {}
+        self._models: Mapping[str, ModelConfig] = {}
+        self._kv_caches: Mapping[str, int] = {}
         self.on_phase: Callable[[], None] = lambda: None
         self.last_start: dict[str, float] = {}  # model -> seconds its last start took
         self._launcher = launcher
@@ -112,6 +113,10 @@ class Fleet:
         self._tasks: set[asyncio.Task[None]] = set()
         self._strays: dict[str, Member] = {}  # instance -> an engine being ended that the core does not know
 
+    def configure(self, models: Mapping[str, ModelConfig], kv_caches: Mapping[str, int]) -> None:
+        """Start engines by these settings from now on. ``kv_caches``: bytes per device, by model; 0: its own choice."""
+        self._models, self._kv_caches = models, kv_caches
+
     # -- commands of the core ------------------------------------------------------------
 
     def start(self, command: commands.StartEngine) -> None:
@@ -121,6 +126,11 @@ class Fleet:
         except VllmdError as error:
             permanent = isinstance(error, ConfigError)
             self._post(events.EngineStartFailed(command.model, error.message, permanent=permanent))
+            return
+        except Exception as error:  # a defect must not leave the model starting for ever
+            log.exception("%s: cannot be started", command.model)
+            why = f"{command.model}: internal error: {type(error).__name__}: {error}"
+            self._post(events.EngineStartFailed(command.model, why))
             return
         self.members[command.model] = member
         self._run(member, self._start(member, order), lambda why: events.EngineStartFailed(command.model, why))
@@ -241,8 +251,12 @@ class Fleet:
         if failure:
             return self._ended_or(member, events.EngineSleepFailed(name, failure))
         after = await self._memory.settled(member, before)
-        await self.annotate(member, state="sleeping", level=str(command.level))
         freed = {index: before[index] - after.get(index, 0) for index in before}
+        if freed and max(before.values()) > TOLERANCE > max(freed.values()):
+            held = ", ".join(f"{size >> 20} MiB on device {index}" for index, size in after.items())
+            why = f"it says that it sleeps, but {RETURN_LIMIT:g} s later it still holds {held}"
+            return self._ended_or(member, events.EngineSleepFailed(name, why))
+        await self.annotate(member, state="sleeping", level=str(command.level))
         return events.EngineAsleep(name, command.level, freed)
 
     async def _wake(self, member: Member, level: int) -> events.Event:
@@ -344,7 +358,7 @@ class Fleet:
                 member.running = member.ordered.result()
         before, ownerless = await self._memory.held(member), self._memory.ownerless()
         empty = member.running is None or await self._end(member, kill=kill)
-        missing = await self._memory.missing(before, ownerless) if empty else before
+        missing = await self._memory.missing(before, ownerless) if empty else _stuck(member, before)
         self._forget(member)
         if not empty:
             log.error("%s: its processes could not be ended", member.model.name, extra=of(member))
@@ -450,14 +464,18 @@ class Fleet:
 
     def _muster(self, command: commands.StartEngine) -> tuple[Member, StartOrder]:
         """Everything a start needs, decided before anything is done. Raises ConfigError."""
-        model = self.models[command.model]
+        model = self._models[command.model]
         engine = self._engine_of(model)
         instance = instance_name(model.name)
         run_dir = self._paths.run / instance
         place = self._place(command, run_dir)
-        launch = engine.launch(model, place)
-        if launch.listen.port != place.port:
-            self._ports.release(place.port)
+        port = 0
+        try:
+            launch = engine.launch(model, place)
+            port = launch.listen.port
+        finally:
+            if port != place.port:
+                self._ports.release(place.port)
         member = Member(model, engine, instance, launch.listen, command.placement, fingerprint(model))
         return member, self._order(member, launch, run_dir)
 
@@ -469,6 +487,8 @@ class Fleet:
             memory=command.memory if devices else 0,
             device_memory=min((device.memory for device in devices), default=0),
             port=self._ports.reserve(),
+            device_files=self._memory.files_of(command.placement),
+            kv_cache=self._kv_caches.get(command.model, 0),
         )
 
     def _order(self, member: Member, launch: Launch, run_dir: Path) -> StartOrder:
@@ -584,6 +604,11 @@ async def within(awaitable: Awaitable[Any], seconds: float) -> bool:
     except TimeoutError:
         return False
     return True
+
+
+def _stuck(member: Member, held: Mapping[int, int]) -> dict[int, int]:
+    """What an engine that cannot be killed keeps on its devices; a byte where that cannot be known, to avoid them."""
+    return dict(held) or dict.fromkeys(member.placement.devices, 1)
 
 
 def _measured(told: Footprint | None, held: Mapping[int, int]) -> Footprint | None:

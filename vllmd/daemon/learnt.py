@@ -1,8 +1,7 @@
 """Figures that were learnt, kept over restarts: a cache, safe to delete, never believed blindly.
 
-One JSON file: ``{"footprints": {fingerprint: {...}}, "costs": {...}}``. A
-footprint belongs to a fingerprint of a model's settings, so a changed model is
-measured afresh.
+One JSON file: ``{"costs": {...}}``, as ``vllmd.core.costs.CostBook`` has them.
+It forgets by itself what was measured of a model that is now configured otherwise.
 """
 
 from __future__ import annotations
@@ -10,11 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from vllmd.core.types import Footprint, Source
 
 log = logging.getLogger("vllmd.learnt")
 
@@ -24,7 +20,6 @@ class Learnt:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self.footprints: dict[str, Footprint] = {}
         self.costs: dict[str, Any] = {}
         self._written = ""
 
@@ -33,19 +28,16 @@ class Learnt:
         if self._path is None or not self._path.exists():
             return
         try:
-            kept = json.loads(self._path.read_text())
-            self.footprints = {key: _footprint(value) for key, value in kept["footprints"].items()}
-            self.costs = dict(kept["costs"])
+            self.costs = dict(json.loads(self._path.read_text())["costs"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("ignoring %s, it is damaged (%s); figures are learnt anew", self._path, error)
-            self.footprints, self.costs = {}, {}
+            self.costs = {}
 
     def save(self) -> None:
         """Write it whole or not at all; a full disk is told and costs nothing but the figures."""
         if self._path is None:
             return
-        text = json.dumps({"footprints": {key: asdict(value) for key, value in self.footprints.items()},
-                           "costs": self.costs}, sort_keys=True)  # fmt: skip
+        text = json.dumps({"costs": self.costs}, sort_keys=True)
         if text == self._written:
             return
         part = self._path.with_suffix(".part")
@@ -55,10 +47,3 @@ class Learnt:
             self._written = text
         except OSError as error:
             log.warning("cannot keep learnt figures in %s: %s", self._path, error)
-
-
-def _footprint(kept: dict[str, int]) -> Footprint:
-    figures = {key: int(kept[key]) for key in ("starting", "awake", "asleep", "host")}
-    if min(figures.values()) < 0:
-        raise ValueError("negative memory")
-    return Footprint(**figures, source=Source(kept["source"]))

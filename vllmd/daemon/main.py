@@ -46,7 +46,9 @@ def main(argv: list[str] | None = None) -> int:
         print(broken, file=sys.stderr)
         return EX_CONFIG
     if arguments.check:
-        return _say_valid(config)
+        from vllmd.daemon.check import check  # all that a check needs, nobody else waits for
+
+        return check(config, os.environ)
     setup_logging(config.log_level)
     for warning in config.warnings:
         log.warning("%s", warning)
@@ -110,14 +112,6 @@ def surroundings(environment: Mapping[str, str], *, activated: bool) -> Iterator
     finally:
         if own:
             shutil.rmtree(own, ignore_errors=True)
-
-
-def _say_valid(config: Config) -> int:
-    files = ", ".join(map(str, config.files)) or "no files"
-    for warning in config.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    print(f"valid: {len(config.models)} models ({', '.join(config.models) or 'none'}), read from {files}")
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllmd.core import events
@@ -29,8 +30,9 @@ TOLERANCE = 256 << 20  # bytes; what a sample may differ by without meaning anyt
 class Memory:
     """What the devices say, attributed to models by their processes."""
 
-    def __init__(self, devices: Devices) -> None:
+    def __init__(self, devices: Devices, files: Mapping[int, Path] | None = None) -> None:
         self._devices = devices
+        self._files = files or {}  # of declared devices, for stand-in engines
         self.inventory: tuple[Device, ...] = devices.inventory()
         self._by_index = {device.index: device for device in self.inventory}
         self.readable = devices.readable
@@ -45,6 +47,11 @@ class Memory:
     def devices_of(self, placement: Placement) -> tuple[Device, ...]:
         """The devices of a placement, in its order."""
         return tuple(self._by_index[index] for index in placement.devices)
+
+    def files_of(self, placement: Placement) -> tuple[str, ...]:
+        """The files in which stand-ins keep who holds how much of these devices; none unless all have one."""
+        files = tuple(str(self._files[index]) for index in placement.devices if index in self._files)
+        return files if len(files) == len(placement.devices) else ()
 
     async def sample(self) -> Sample | None:
         """One reading of all devices; None if they cannot be read or do not answer in time."""

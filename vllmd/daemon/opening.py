@@ -13,15 +13,14 @@ from vllmd.config.types import Config, ModelConfig
 from vllmd.core import events
 from vllmd.core.costs import CostBook
 from vllmd.core.scheduler import Scheduler
-from vllmd.core.types import Device, ModelSpec, Settings
+from vllmd.core.types import ModelSpec, Settings
 from vllmd.daemon.adoption import adopt_all
 from vllmd.daemon.fleet import Fleet, Paths, PortPool, fingerprint
 from vllmd.daemon.loop import Heart
 from vllmd.daemon.memory import Memory
+from vllmd.daemon.preflight import Machine, Prospect, look, say
 from vllmd.daemon.service import Daemon, Surroundings
 from vllmd.daemon.specs import spec_of
-from vllmd.engines import engine_of
-from vllmd.engines.estimate import estimate, merged
 from vllmd.errors import LauncherFailed
 from vllmd.gpu import Devices, NoDevices, in_thread, open_devices
 from vllmd.launcher.client import LauncherClient
@@ -34,13 +33,15 @@ LAUNCHER_RETRY = 1.0  # seconds
 
 async def open_rooms(daemon: Daemon) -> None:
     """Find the devices, the launcher and what runs already; then let requests through."""
-    daemon.memory = Memory(await find_devices(daemon.config, daemon.surroundings.environment))
+    files = {index: device.file for index, device in enumerate(daemon.config.devices or ()) if device.file}
+    daemon.memory = Memory(await find_devices(daemon.config, daemon.surroundings.environment), files)
     log.info("devices: %s", daemon.memory.source)
     await asyncio.to_thread(daemon.learnt.load)
-    daemon.heart = Heart(await make_scheduler(daemon))
+    prospects = await asyncio.to_thread(expect, daemon, daemon.config.models)
+    daemon.heart = Heart(make_scheduler(daemon, prospects))
     daemon.launcher = await connect_launcher(daemon)
     daemon.backend = (await daemon.launcher.info()).backend
-    daemon.fleet = make_fleet(daemon)
+    daemon.fleet = make_fleet(daemon, prospects)
     daemon.take = lambda config: take(daemon, config)
     daemon.heart.connect(daemon.fleet, daemon.turnstile)
     daemon.heart.on_decision, daemon.heart.on_change = daemon.control.note, daemon.control.stir
@@ -54,7 +55,7 @@ async def adopt_running(daemon: Daemon) -> None:
     """Take over, or end, every engine that an earlier daemon left."""
     known = {member.instance for member in daemon.fleet.members.values()}
     running = [engine for engine in await daemon.launcher.list() if engine.instance not in known]
-    await adopt_all(daemon.fleet, running, daemon.config.models, engine_of, daemon.heart.post)
+    await adopt_all(daemon.fleet, running, daemon.config.models, daemon.kinds, daemon.heart.post)
 
 
 async def find_devices(config: Config, environment: Mapping[str, str]) -> Devices:
@@ -67,28 +68,26 @@ async def find_devices(config: Config, environment: Mapping[str, str]) -> Device
         return NoDevices(why)
 
 
-async def make_scheduler(daemon: Daemon) -> Scheduler:
+def make_scheduler(daemon: Daemon, prospects: list[Prospect]) -> Scheduler:
     """The core with the models, the devices and what was learnt."""
     config = daemon.config
-    specs = await asyncio.to_thread(specs_of, daemon, config.models)
     settings = Settings(config.policy, host_budget(config), config.server.queue_limit)
-    return Scheduler(specs, daemon.memory.inventory, settings, CostBook.from_dict(daemon.learnt.costs))
+    costs = CostBook.from_dict(daemon.learnt.costs)
+    return Scheduler(specs_of(prospects), daemon.memory.inventory, settings, costs)
 
 
-def specs_of(daemon: Daemon, models: Mapping[str, ModelConfig]) -> list[ModelSpec]:
-    """What the core knows of the models; reads their files."""
-    return [_spec(daemon, model) for model in models.values()]
+def expect(daemon: Daemon, models: Mapping[str, ModelConfig]) -> list[Prospect]:
+    """What the models will take, told to the log as well; reads their files."""
+    run_dir = daemon.config.engines.run_dir or daemon.surroundings.run_dir
+    machine = Machine(daemon.memory.inventory, hf_home(daemon.surroundings), run_dir)
+    prospects = look(models.values(), machine, daemon.kinds)
+    say(prospects, machine)
+    return prospects
 
 
-def _spec(daemon: Daemon, model: ModelConfig) -> ModelSpec:
-    smallest = min((device.memory for device in _allowed(daemon, model)), default=0)
-    told = estimate(model, hf_home(daemon.surroundings), smallest)
-    footprint = merged(told.footprint, daemon.learnt.footprints.get(fingerprint(model)))
-    return spec_of(model, engine_of(model), footprint, told.weights)
-
-
-def _allowed(daemon: Daemon, model: ModelConfig) -> list[Device]:
-    return [device for device in daemon.memory.inventory if not model.devices or device.index in model.devices]
+def specs_of(prospects: list[Prospect]) -> list[ModelSpec]:
+    """What the core knows of the models."""
+    return [spec_of(each.model, each.engine, each.told) for each in prospects]
 
 
 def hf_home(surroundings: Surroundings) -> Path:
@@ -132,38 +131,32 @@ async def _launcher_once(daemon: Daemon) -> LauncherClient:
     return await LauncherClient.spawn_private(ended, logged, lost)
 
 
-def make_fleet(daemon: Daemon) -> Fleet:
+def make_fleet(daemon: Daemon, prospects: list[Prospect]) -> Fleet:
     """Who carries out what is decided about engines."""
     engines, around = daemon.config.engines, daemon.surroundings
-
-    def post(event: events.Event) -> None:
-        remember(daemon, event)
-        daemon.heart.post(event)
-
     paths = Paths(engines.run_dir or around.run_dir, engines.home or around.home)
     ports = PortPool(engines.port_start, engines.port_end)
-    fleet = Fleet(daemon.launcher, post, daemon.memory, paths, engine_of, ports)
-    fleet.models = daemon.config.models
+    fleet = Fleet(daemon.launcher, daemon.heart.post, daemon.memory, paths, daemon.kinds, ports)
+    fleet.configure(daemon.config.models, kv_caches(prospects))
     fleet.on_phase = daemon.control.stir
     return fleet
 
 
-def remember(daemon: Daemon, event: events.Event) -> None:
-    """Keep what an engine's start measured."""
-    if isinstance(event, events.EngineReady) and event.footprint and event.model in daemon.config.models:
-        daemon.learnt.footprints[fingerprint(daemon.config.models[event.model])] = event.footprint
+def kv_caches(prospects: list[Prospect]) -> dict[str, int]:
+    """Bytes per device that each engine is told to use as its cache; as estimated, never as measured."""
+    return {each.model.name: each.told.kv_cache for each in prospects}
 
 
 async def take(daemon: Daemon, config: Config) -> dict[str, Any]:
     """Go on with another configuration; engines are stopped only where their own settings changed."""
-    specs = await asyncio.to_thread(specs_of, daemon, config.models)
+    prospects = await asyncio.to_thread(expect, daemon, config.models)
     was, repaired = daemon.config.models, bool(daemon.broken)
     kept = config.models.keys() & was.keys()
     changed = {name for name in kept if fingerprint(config.models[name]) != fingerprint(was[name])}
     added, removed = sorted(config.models.keys() - was.keys()), sorted(was.keys() - config.models.keys())
     daemon.accept(config)
-    daemon.fleet.models = config.models
-    daemon.heart.post(events.ModelsChanged(tuple(specs), frozenset(changed)))
+    daemon.fleet.configure(config.models, kv_caches(prospects))
+    daemon.heart.post(events.ModelsChanged(tuple(specs_of(prospects)), frozenset(changed)))
     if repaired:
         await adopt_running(daemon)
     log.info(

@@ -19,9 +19,9 @@ from vllmd.core import events
 from vllmd.core.types import State
 from vllmd.daemon.control import DaemonControl
 from vllmd.daemon.doors import Doors
+from vllmd.daemon.kinds import Kinds
 from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.turnstile import Turnstile
-from vllmd.engines import engine_of
 from vllmd.engines.base import Listen
 from vllmd.errors import ConfigError, Unavailable
 from vllmd.systemd.notify import Notifier
@@ -67,8 +67,9 @@ class Daemon:
         self.learnt = Learnt(surroundings.cache and surroundings.cache / "learnt.json")
         self.opened = asyncio.Event()
         self.notify = Notifier()
+        self.kinds = Kinds()
         self.control = DaemonControl(self)
-        self.turnstile = Turnstile(self.post, self._where, engine_of, self.opened)
+        self.turnstile = Turnstile(self.post, self._where, self.kinds, self.opened)
         self._side_tasks: set[asyncio.Task[None]] = set()
         self._sampling = asyncio.Lock()
         self.doors: Doors

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from vllmd.config.types import ModelConfig
-from vllmd.core.types import Footprint, ModelSpec
+from vllmd.core.types import ModelSpec
+from vllmd.daemon.fleet import fingerprint
 from vllmd.engines.base import Engine
+from vllmd.engines.estimate import Estimate
 
 
-def spec_of(model: ModelConfig, engine: Engine, footprint: Footprint, weights: int) -> ModelSpec:
-    """The core's view of ``model``; ``footprint`` and ``weights`` in bytes, estimated, configured or measured."""
+def spec_of(model: ModelConfig, engine: Engine, told: Estimate) -> ModelSpec:
+    """The core's view of ``model``. Its sizes are as configured or estimated; the core learns the real ones."""
     return ModelSpec(
         name=model.name,
-        footprint=footprint,
-        weights=weights,
+        footprint=told.footprint,
+        weights=told.weights,
+        settings=fingerprint(model),
         device_count=model.tensor_parallel_size * model.pipeline_parallel_size,
         devices=model.devices,
         sleep_levels=engine.sleep_levels(model),

@@ -74,6 +74,7 @@ class Place:
     memory: int = 0  # bytes per device promised to it; 0: not limited
     device_memory: int = 0  # bytes the smallest of its devices has in all
     port: int = 0  # reserved for engines without Unix sockets
+    device_files: tuple[str, ...] = ()  # of declared devices: where stand-ins keep who holds how much
     kv_cache: int = 0  # bytes per device for its key-value cache (Estimate.kv_cache); 0: it works that out itself
 
 

@@ -1,8 +1,9 @@
 """The stand-in as an engine kind: ``engine: sim``, for rehearsals, the demonstration and tests.
 
 Its ``options`` are the flags of ``python -m vllmd.simengine`` with underscores
-(``load_time: 3s``, ``wake_time: "1,4"``, ``fail: [crash-after=3]``), and
-``device_dir``: a directory of pretended GPUs, one file per device id, made when missing.
+(``load_time: 3s``, ``wake_time: "1,4"``, ``fail: [crash-after=3]``). Its memory is
+held in the ``file`` of each of its devices where they are declared with one, or in
+``device_dir``: a directory of such files, one per device id. They are made when missing.
 It sleeps, logs and fails as vLLM does, so it shares all that with it.
 """
 
@@ -88,9 +89,10 @@ def _value(value: object) -> str:
 
 def _devices(model: ModelConfig, place: Place) -> list[str]:
     directory = text(model, "device_dir")
-    if not directory or not place.device_ids:
+    paths = [str(Path(directory) / name) for name in place.device_ids] if directory else list(place.device_files)
+    if not paths or "device_file" in model.options:
         return []
-    files = ["--device-file", *(str(Path(directory) / name) for name in place.device_ids)]
+    files = ["--device-file", *paths]
     made = ["--device-memory", str(place.device_memory)] if "device_memory" not in model.options else []
     return [*files, *made]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from vllmd.config.types import DeviceConfig
 from vllmd.core.types import Device
 from vllmd.gpu.sample import DeviceSample, Sample, absurdity
-from vllmd.simengine.device import device_usage
+from vllmd.simengine.device import DeviceUsage, device_usage
 
 
 class DeclaredDevices:
@@ -75,7 +75,7 @@ class NoDevices:
 
 
 def _read(path: Path, device: Device) -> DeviceSample:
-    usage = device_usage(path)
+    usage = device_usage(path) if path.exists() else DeviceUsage(device.memory, {})  # made by the first that holds some
     wrong = absurdity(usage.memory, usage.used, usage.memory - usage.used, device.memory)
     if wrong:
         raise ValueError(wrong)

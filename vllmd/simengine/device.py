@@ -2,11 +2,12 @@
 
 The file is one JSON object, padded with spaces::
 
-    {"memory": 25769803776, "held": [{"pid": 4711, "start": 812345, "bytes": 1073741824}]}
+    {"memory": 25769803776, "held": [{"pid": 4711, "start": 812345, "bytes": 1073741824}], "lost": 0}
 
 ``memory`` and ``bytes`` are bytes; ``start`` is the process's start time (field
 22 of ``/proc/PID/stat``), so that a reused pid is not taken for the holder. What
 a dead process held is free: readers leave it out, the next writer removes it.
+``lost`` bytes belong to nobody, as on a device whose driver did not take them back.
 Readers hold a shared flock, writers an exclusive one, and a writer replaces
 the content with one write, so a SIGKILL leaves no torn file.
 """
@@ -17,11 +18,13 @@ import contextlib
 import fcntl
 import json
 import os
+import select
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+PROC = Path("/proc")
 _SIZE = 4096  # one page: a single write of it is never seen half done
 
 
@@ -35,14 +38,15 @@ class OutOfDeviceMemory(Exception):
 
 @dataclass(frozen=True, slots=True)
 class DeviceUsage:
-    """What a pretended GPU holds now, in bytes; ``processes`` is pid -> bytes."""
+    """What a pretended GPU holds now, in bytes; ``processes`` is pid -> bytes, ``lost`` nobody's."""
 
     memory: int
     processes: dict[int, int]
+    lost: int = 0
 
     @property
     def used(self) -> int:
-        return sum(self.processes.values())
+        return sum(self.processes.values()) + self.lost
 
     @property
     def free(self) -> int:
@@ -86,11 +90,16 @@ class FakeGpu:
         with _locked(self.path, os.O_RDWR, fcntl.LOCK_EX) as fd:
             content = _read(fd)
             others = [entry for entry in content["held"] if entry["pid"] != self.pid and _alive(entry)]
-            free = content["memory"] - sum(entry["bytes"] for entry in others)
+            free = content["memory"] - sum(entry["bytes"] for entry in others) - content.get("lost", 0)
             if size > free:
                 raise OutOfDeviceMemory(size, free, content["memory"])
             mine = [{"pid": self.pid, "start": _start_time(self.pid), "bytes": size}] if size else []
-            _write(fd, {"memory": content["memory"], "held": others + mine})
+            _write(fd, {**content, "held": others + mine})
+
+    def lose(self, size: int) -> None:
+        """Have ``size`` bytes belong to nobody from now on; 0 gives them back."""
+        with _locked(self.path, os.O_RDWR, fcntl.LOCK_EX) as fd:
+            _write(fd, {**_read(fd), "lost": size})
 
     def check(self, size: int) -> None:
         """Raise OutOfDeviceMemory if ``size`` bytes could not be held now."""
@@ -127,17 +136,32 @@ def _usage(content: dict[str, Any]) -> DeviceUsage:
     processes: dict[int, int] = {}
     for entry in filter(_alive, content["held"]):
         processes[entry["pid"]] = processes.get(entry["pid"], 0) + entry["bytes"]
-    return DeviceUsage(content["memory"], processes)
+    return DeviceUsage(content["memory"], processes, content.get("lost", 0))
 
 
 def _alive(entry: dict[str, Any]) -> bool:
-    return bool(_start_time(entry["pid"]) == entry["start"])
+    began = _start_time(entry["pid"])
+    return _hidden(entry["pid"]) if began is None else bool(began == entry["start"])
+
+
+def _hidden(pid: int) -> bool:
+    """Whether it runs although /proc does not show it (hidepid, systemd's ProtectProc=): then its start is unknown."""
+    if (PROC / str(pid)).exists():
+        return False  # a zombie
+    try:
+        fd = os.pidfd_open(pid)
+    except OSError:
+        return False
+    try:
+        return not select.select([fd], [], [], 0)[0]  # a pidfd is readable once its process has ended
+    finally:
+        os.close(fd)
 
 
 def _start_time(pid: int) -> int | None:
     """The process's start time in clock ticks; None if it is gone or a zombie, whose memory is free."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
     return None if fields[0] in "ZX" else int(fields[19])

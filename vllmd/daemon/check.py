@@ -1,0 +1,48 @@
+"""``vllmd --check``: the configuration, and whether each of its models can work on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from vllmd.config.types import Config
+from vllmd.daemon.kinds import Kinds
+from vllmd.daemon.opening import find_devices, hf_home
+from vllmd.daemon.preflight import Machine, doubtful, look, wrong
+from vllmd.daemon.service import Surroundings
+from vllmd.engines.facts import size
+
+EX_CONFIG = 78
+SYSTEM_HOME, SYSTEM_RUN_DIR = Path("/var/lib/vllmd-engine"), Path("/run/vllmd-engine")  # as vllmd.service says
+
+
+def check(config: Config, environment: Mapping[str, str]) -> int:
+    """Print what is wrong, what is doubtful and what each model will take; returns an exit status."""
+    machine = _machine(config, environment)
+    prospects = look(config.models.values(), machine, Kinds(quiet=True))
+    for warning in [*config.warnings, *doubtful(prospects, machine)]:
+        print(f"warning: {warning}", file=sys.stderr)
+    mistakes = wrong(prospects)
+    for mistake in mistakes:
+        print(mistake, file=sys.stderr)
+    if mistakes:
+        return EX_CONFIG
+    files = ", ".join(map(str, config.files)) or "no files"
+    print(f"valid: {len(config.models)} models ({', '.join(config.models) or 'none'}), read from {files}")
+    for each in prospects:
+        if machine.devices:
+            print(f"{each.model.name}: {size(each.told.footprint.awake)} per device: {each.told.why}")
+    return 0
+
+
+def _machine(config: Config, environment: Mapping[str, str]) -> Machine:
+    """This machine as the daemon will find it: of a root without further words, the system's own daemon."""
+    root = os.geteuid() == 0
+    home = environment.get("VLLMD_ENGINE_HOME") or (SYSTEM_HOME if root and SYSTEM_HOME.is_dir() else None)
+    around = Surroundings(home=Path(home) if home else None, environment=environment)
+    run_dir = config.engines.run_dir or Path(environment.get("VLLMD_ENGINE_RUN_DIR") or SYSTEM_RUN_DIR)
+    devices = asyncio.run(find_devices(config, environment))
+    return Machine(devices.inventory(), hf_home(around), run_dir)

@@ -1,0 +1,95 @@
+"""What can be known of models before anything runs: what they will take, and which of them can never work.
+
+The daemon says it in its log at start and at each reload and serves the others;
+``vllmd --check`` says it and fails.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllmd.config.types import ModelConfig
+from vllmd.core.types import Device
+from vllmd.engines.base import Engine, Place
+from vllmd.engines.estimate import Estimate, estimate, overfull_pins, too_large
+from vllmd.engines.facts import size
+from vllmd.errors import ConfigError
+
+log = logging.getLogger("vllmd")
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """A model, its engine and what it is expected to take. ``wrong``: why it can never run; "" if it can."""
+
+    model: ModelConfig
+    engine: Engine
+    told: Estimate
+    wrong: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where models are to run."""
+
+    devices: Sequence[Device]
+    hf_home: Path
+    run_dir: Path
+
+
+def look(models: Iterable[ModelConfig], machine: Machine, engine_of: Callable[[ModelConfig], Engine]) -> list[Prospect]:
+    """Look at each model; reads their files."""
+    return [_prospect(model, machine, engine_of) for model in models]
+
+
+def _prospect(model: ModelConfig, machine: Machine, engine_of: Callable[[ModelConfig], Engine]) -> Prospect:
+    allowed = [device for device in machine.devices if not model.devices or device.index in model.devices]
+    told = estimate(model, machine.hf_home, min((device.memory for device in allowed), default=0))
+    engine = engine_of(model)
+    wrong = _refusal(model, engine, machine) or too_large(model, told, machine.devices)
+    return Prospect(model, engine, told, wrong)
+
+
+def _refusal(model: ModelConfig, engine: Engine, machine: Machine) -> str:
+    """What its engine says against its settings, found by composing a start that is not carried out."""
+    count = model.tensor_parallel_size * model.pipeline_parallel_size
+    devices = machine.devices[:count]
+    place = Place(
+        run_dir=machine.run_dir / "check-000000",
+        device_ids=tuple(device.id for device in devices),
+        memory=min((device.memory for device in devices), default=0),
+        device_memory=min((device.memory for device in devices), default=0),
+        port=1,
+    )
+    try:
+        engine.launch(model, place)
+    except ConfigError as error:
+        return error.message
+    return ""
+
+
+def wrong(prospects: Iterable[Prospect]) -> list[str]:
+    """Everything that can never work, one sentence each."""
+    return [each.wrong for each in prospects if each.wrong]
+
+
+def doubtful(prospects: Sequence[Prospect], machine: Machine) -> list[str]:
+    """What works, but hardly as meant."""
+    pinned = [(each.model, each.told) for each in prospects if each.model.pin]
+    overfull = overfull_pins(pinned, machine.devices)
+    notes = [f"{each.model.name}: {note}" for each in prospects for note in each.told.notes]
+    return [*notes, *([overfull] if overfull else [])]
+
+
+def say(prospects: Sequence[Prospect], machine: Machine) -> None:
+    """Into the log: the arithmetic of every model, then what is doubtful, then what is wrong."""
+    for each in prospects:
+        log.info("%s: expected to take %s per device: %s", each.model.name, size(each.told.footprint.awake),
+                 each.told.why, extra={"journal": {"MODEL": each.model.name}})  # fmt: skip
+    for doubt in doubtful(prospects, machine):
+        log.warning("%s", doubt)
+    for mistake in wrong(prospects):
+        log.error("%s", mistake)
