@@ -465,3 +465,4 @@ ENV = Kind(
 )
 MAP = Kind("a mapping", parse_map, {"type": "object"}, lambda value: "none" if not value else str(dict(value)))
 HOST = Kind("a host name or address", parse_host, {"type": "string"}, none="both loopback addresses")
+PORT = count(0, 65535)

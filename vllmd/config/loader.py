@@ -17,7 +17,7 @@ from typing import Any
 
 from vllmd.config import checks, secrets
 from vllmd.config.findings import Findings, Problem, Reading
-from vllmd.config.kinds import Kind, Wrong
+from vllmd.config.kinds import HOST, PORT, Kind, Wrong
 from vllmd.config.nodes import Node, Where, overlay
 from vllmd.config.settings import AUTH, COMBINED, DEFAULTS, DEVICE, IDLE, KEY, MODEL, ROOT, SERVER, Group
 from vllmd.config.shape import Shape
@@ -120,12 +120,15 @@ class _Parser:
         if node is None or not node.is_map:
             return ServerConfig()
         values = self.values(SERVER, node, "server")
-        short = [node.value[name] for name in ("host", "port") if name in node.value]
+        short = {name: node.value[name] for name in ("host", "port") if name in node.value}
+        kinds = {"host": HOST, "port": PORT}
+        parsed = {name: self.parse(kinds[name], value, f"server.{name}") for name, value in short.items()}
+        where = next((value.where for value in short.values()), node.where)
         if short and "listen" in node.value:
-            self.findings.complain(short[0].where, "server", "give either listen or host and port, not both")
-        elif short:
-            values["listen"] = listen_of(node.value.get("host"), node.value.get("port"))
-            self.findings.origins["server.listen"] = short[0].where
+            self.findings.complain(where, "server", "give either listen or host and port, not both")
+        elif short and FAILED not in parsed.values():
+            values["listen"] = listen_of(**parsed)
+            self.findings.origins["server.listen"] = where
         return ServerConfig(**values)
 
     def devices(self, node: Node | None) -> tuple[DeviceConfig, ...] | None:

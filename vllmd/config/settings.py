@@ -293,7 +293,7 @@ SERVER = Group(
     (
         Setting("listen", k.LISTEN, "Addresses to listen on when not activated by systemd.", flag="--listen"),
         Setting("host", k.HOST, "Short for listen, with port.", field=None, flag="--host"),
-        Setting("port", k.count(0, 65535), "Short for listen, with host; 0 picks a free one.", None, flag="--port"),
+        Setting("port", k.PORT, "Short for listen, with host; 0 picks a free one.", None, flag="--port"),
         Setting("idle_exit", k.OR_NEVER, "Exit when nothing is loaded and nobody is connected for this time."),
         Setting("max_body", k.SMALL_SIZE, "Largest request body."),
         Setting("max_head", k.SMALL_SIZE, "Largest request head."),
@@ -304,6 +304,11 @@ SERVER = Group(
         Setting("drain_timeout", k.PAUSE, "Time running requests have to end at shutdown."),
         Setting("queue_limit", k.count(0), "Waiting requests over all models."),
         Setting("loading_comment_interval", k.DURATION_KIND, "Pause between comments to a stream that waits."),
+        Setting(
+            "cors_origins",
+            k.NAMES,
+            "Origins such as https://chat.example whose web pages may use the HTTP side; * is any.",
+        ),
     ),
 )
 
@@ -340,6 +345,11 @@ ROOT = Group(
         Setting("log_level", k.choice("debug", "info", "warning", "error"), "What is logged.", flag="--log-level"),
         Setting("engines", ENGINES, "Where engines live."),
         Setting("defaults", DEFAULTS, "Settings of all models.", field=None),
+        Setting(
+            "discover",
+            k.BOOL,
+            "Offer every model in the engines' Hugging Face cache as well, with the settings of defaults.",
+        ),
         Setting("models", MODEL, "The models, by name.", many="map"),
     ),
     accepts="a mapping of sections",

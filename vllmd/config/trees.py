@@ -42,13 +42,12 @@ def forget_listen(under: Node, over: Node) -> Node:
     return under.with_value({name: node for name, node in under.value.items() if name not in dropped})
 
 
-def listen_of(host: Node | None, port: Node | None) -> tuple[str, ...]:
+def listen_of(host: str | None = None, port: int = 33258) -> tuple[str, ...]:
     """Addresses from ``host`` and ``port``, each with its default when only the other is given."""
-    number = str(port.value if isinstance(port.value, int) else port.text) if port is not None else "33258"
     if host is None:
-        return loopback(number)
-    name = host.text.strip("[]")
-    return (f"[{name}]:{number}",) if ":" in name else (f"{name}:{number}",)
+        return loopback(str(port))
+    name = host.strip("[]")
+    return (f"[{name}]:{port}",) if ":" in name else (f"{name}:{port}",)
 
 
 def overlay_layer(under: Node, over: Node) -> Node:

@@ -102,6 +102,7 @@ class ServerConfig:
     drain_timeout: float = 60.0  # at shutdown, for requests in flight
     queue_limit: int = 4096
     loading_comment_interval: float = 10.0
+    cors_origins: tuple[str, ...] = ()  # pages of which origins may read our answers; "*": of any
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,5 +154,7 @@ class Config:
     log_level: str = "info"
     engines: EngineDefaults = EngineDefaults()
     models: Mapping[str, ModelConfig] = field(default_factory=dict)
+    discover: bool = False  # offer the models in the Hugging Face cache, too
+    template: ModelConfig = ModelConfig("")  # a model that is configured by the defaults alone
     files: tuple[Path, ...] = ()
     warnings: tuple[str, ...] = ()
