@@ -32,7 +32,7 @@ def socket_path(arguments: Namespace) -> str:
     if given:
         return str(given)
     own = user_socket()
-    mine = arguments.user or (Path(own).exists() and not Path(SYSTEM_SOCKET).parent.exists())
+    mine = arguments.user or (Path(own).exists() and not Path(SYSTEM_SOCKET).exists())
     return own if mine else SYSTEM_SOCKET
 
 
