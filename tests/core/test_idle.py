@@ -116,6 +116,15 @@ def test_a_sleeper_may_be_adopted() -> None:
     assert w.ask("r", "m") == [WakeEngine("m", 2)]
 
 
+def test_a_start_may_be_adopted() -> None:
+    """The daemon was restarted while the engine loaded: its start is joined, not repeated."""
+    w = World([model("m", 20), model("other", 20)], [GPU])
+    w.do(EngineAdopted("m", Placement((0,)), State.STARTING))
+    assert w.ask("r1", "m") == []
+    assert w.ask("r2", "other") == []
+    assert [type(c) for c in w.answer("m")] == [Admit, StartEngine]
+
+
 def test_preloading_loads_what_fits_in_order() -> None:
     """The third does not fit beside the others: it is left for its first request, and nobody leaves for it."""
     specs = [model(name, 30, preload=True, idle=NEVER) for name in "abc"]

@@ -86,6 +86,7 @@ STORIES: dict[tuple[State, Step], tuple[Script, Script]] = {
     (State.STOPPED, Step.START): (do(), asked),
     (State.STOPPED, Step.ADOPTED_AWAKE): (do(), post(EngineAdopted("m", Placement((0,)), State.READY))),
     (State.STOPPED, Step.ADOPTED_ASLEEP): (do(), post(EngineAdopted("m", Placement((0,)), State.SLEEPING, 1))),
+    (State.STOPPED, Step.ADOPTED_STARTING): (do(), post(EngineAdopted("m", Placement((0,)), State.STARTING))),
     (State.STARTING, Step.READY): (starting, answered),
     (State.STARTING, Step.START_FAILED): (starting, post(EngineStartFailed("m", "no such file"))),
     (State.STARTING, Step.EXITED): (starting, post(EngineExited("m", "killed"))),

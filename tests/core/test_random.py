@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from tests.core.world import World
 from vllmd.core.commands import SleepEngine, StartEngine, WakeEngine
 from vllmd.core.events import (
+    EngineAdopted,
     EngineAsleep,
     EngineExited,
     EngineSleepFailed,
@@ -30,7 +31,8 @@ from vllmd.core.events import (
     StopAsked,
     TimePassed,
 )
-from vllmd.core.types import Device, Footprint, GiB, IdleRules, ModelSpec, Settings
+from vllmd.core.situation import Observer
+from vllmd.core.types import Device, Footprint, GiB, IdleRules, ModelSpec, Placement, Settings, State
 
 NAMES = ("a", "b", "c", "d", "e")
 models = st.sampled_from(NAMES)
@@ -82,12 +84,35 @@ class CoreUnderAnything(RuleBasedStateMachine):
         host=st.sampled_from([0, 50, 200]),
         policy=st.sampled_from(["adaptive", "adaptive", "lru"]),
         models=st.tuples(*(specs(name) for name in NAMES)),
+        found=st.lists(st.tuples(models, st.integers(0, 2)), max_size=3, unique_by=lambda one: one[0]),
+        starting=st.booleans(),
     )
-    def begin(self, devices: int, host: int, policy: str, models: tuple[ModelSpec, ...]) -> None:
+    def begin(
+        self,
+        devices: int,
+        host: int,
+        policy: str,
+        models: tuple[ModelSpec, ...],
+        found: list[tuple[str, int]],
+        starting: bool,
+    ) -> None:
         gpus = [Device(i, str(i), 80 * GiB, GiB) for i in range(devices)]
         self.specs = models
         self.world = World(models, gpus, Settings(policy, host * GiB, 20))
         self.world.script.append(f"s = Scheduler([{', '.join(map(brief, models))}], {gpus!r}, {self.world.settings!r})")
+        for name, level in found:
+            self.find(name, level, starting and name == found[0][0])
+
+    def find(self, name: str, level: int, starting: bool) -> None:
+        """An engine of an earlier daemon, if its model can be there at all."""
+        spec = next(spec for spec in self.specs if spec.name == name)
+        count = spec.device_count if self.world.devices else 0
+        allowed = [index for index in spec.devices or self.world.devices if index in self.world.devices]
+        if len(allowed) < count:
+            return
+        self.world.disturbed = True  # whatever it holds, it was there before the ledger
+        state = State.STARTING if starting else State.SLEEPING if level else State.READY
+        self.world.do(EngineAdopted(name, Placement(tuple(allowed[:count])), state, 0 if starting else level))
 
     @rule(model=models, key=st.sampled_from("xyz"))
     def arrive(self, model: str, key: str) -> None:
@@ -167,6 +192,18 @@ class CoreUnderAnything(RuleBasedStateMachine):
     def sample(self, strangers: int, model: str, share: int) -> None:
         self.world.disturbed = self.world.disturbed or strangers > 0 or share > 0
         self.world.do(MemorySampled({0: strangers * GiB, 9: GiB}, {(model, 0): share * GiB, ("ghost", 0): 1}))
+
+    @rule()
+    def look(self) -> None:
+        """What is kept of the policy's view is what a fresh look would see."""
+        planner, core = self.world.scheduler._planner, self.world.scheduler._core
+        fresh = Observer(core.fleet, core.exchanges)
+        for m in core.models.values():
+            fresh.note(m)
+        kept, new = planner.look(), fresh.look(core.waiting.values(), planner._shallow)
+        assert sorted(kept.residents) == sorted(new.residents)
+        assert kept.rooms == new.rooms
+        assert {w for w in new.waiting if w.model not in core.exchanges} == set(kept.waiting)
 
     @rule(data=st.data())
     def reload(self, data: st.DataObject) -> None:

@@ -24,6 +24,7 @@ from vllmd.core.commands import (
 )
 from vllmd.core.costs import CostBook
 from vllmd.core.events import (
+    EngineAdopted,
     EngineAsleep,
     EngineAwake,
     EngineReady,
@@ -189,8 +190,7 @@ class World:
         elif kind == "EngineAsleep":
             self.engines[model] = "asleep"
         elif kind == "EngineAdopted":
-            self.engines[model] = "asleep" if event.level else "on"  # type: ignore[union-attr]
-            self.placed[model] = event.placement.devices  # type: ignore[union-attr]
+            self._engine_found(event, model)  # type: ignore[arg-type]
         elif kind in ("EngineSleepFailed", "EngineWakeFailed", "FreezeProved"):
             self.engines[model] = "broken"
         else:
@@ -199,6 +199,12 @@ class World:
             self._forced.discard(model)
             self.orphans |= self._runs(model)
             self.frozen -= self.orphans
+
+    def _engine_found(self, event: EngineAdopted, model: str) -> None:
+        self.engines[model] = {State.SLEEPING: "asleep", State.STARTING: "moving"}.get(event.state, "on")
+        self.placed[model] = event.placement.devices
+        if event.state is State.STARTING:
+            self.pending[model] = StartEngine(model, event.placement, 0)
 
     def _execute(self, command: Command) -> None:
         if isinstance(command, Admit):

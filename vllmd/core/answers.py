@@ -73,7 +73,7 @@ class Answers:
         """An engine from before this daemon goes on as it was found."""
         core = self._core
         m = core.model(e.model)
-        core.fleet.adopt(m, e.placement, e.level if e.state is State.SLEEPING else 0)
+        core.fleet.adopt(m, e.placement, e.state, e.level if e.state is State.SLEEPING else 0)
         if e.footprint:
             m.learn(e.footprint)
             core.fleet.rebook(m)

@@ -22,11 +22,16 @@ from vllmd.core.commands import (
     WakeEngine,
 )
 from vllmd.core.ledger import Ledger
-from vllmd.core.lifecycle import LOADED, MOVING, Step, follow
+from vllmd.core.lifecycle import LOADED, MOVING, LifecycleError, Step, follow
 from vllmd.core.model import Leave, Model, Run
 from vllmd.core.types import Decision, Placement, State
 
 DECISIONS_KEPT = 1000
+ADOPTIONS = {
+    State.READY: Step.ADOPTED_AWAKE,
+    State.SLEEPING: Step.ADOPTED_ASLEEP,
+    State.STARTING: Step.ADOPTED_STARTING,
+}
 
 
 class Fleet:
@@ -171,19 +176,22 @@ class Fleet:
         m.asked = None
         self.ledger.release(m.name)
 
-    def adopt(self, m: Model, placement: Placement, level: int) -> None:
+    def adopt(self, m: Model, placement: Placement, state: State, level: int) -> None:
         """An engine from before this daemon."""
-        m.placement = placement
-        self._move(m, Step.ADOPTED_ASLEEP if level else Step.ADOPTED_AWAKE)
+        before, m.placement = m.placement, placement
+        try:
+            self._move(m, ADOPTIONS[state])
+        except LifecycleError:
+            m.placement = before
+            raise
         m.level, m.ready_at = level, self.now
         m.slept_shallow = level == 1
-        share = m.footprint.asleep if level else m.footprint.awake
-        self.ledger.hold(m.name, dict.fromkeys(placement.devices, share))
-        self.settle_host(m)
+        self.rebook(m)
 
     def rebook(self, m: Model) -> None:
         """Its footprint is known better than when it was booked."""
-        share = m.footprint.asleep if m.state is State.SLEEPING else m.footprint.awake
+        shares = {State.SLEEPING: m.footprint.asleep, State.STARTING: m.booking}
+        share = shares.get(m.state, m.footprint.awake)
         self.ledger.hold(m.name, dict.fromkeys(m.placement.devices, share))
         self.settle_host(m)
 

@@ -40,6 +40,7 @@ class Step(enum.Enum):
     EXITED = "exited"
     ADOPTED_AWAKE = "adopted awake"
     ADOPTED_ASLEEP = "adopted asleep"
+    ADOPTED_STARTING = "adopted starting"
 
 
 CORE_STEPS = frozenset(
@@ -61,7 +62,12 @@ _TOO_LATE = (
 
 TRANSITIONS: Mapping[State, Mapping[Step, State]] = MappingProxyType(
     {
-        S.STOPPED: {Step.START: S.STARTING, Step.ADOPTED_AWAKE: S.READY, Step.ADOPTED_ASLEEP: S.SLEEPING},
+        S.STOPPED: {
+            Step.START: S.STARTING,
+            Step.ADOPTED_AWAKE: S.READY,
+            Step.ADOPTED_ASLEEP: S.SLEEPING,
+            Step.ADOPTED_STARTING: S.STARTING,
+        },
         S.STARTING: {
             Step.READY: S.READY,
             Step.START_FAILED: S.FAILED,

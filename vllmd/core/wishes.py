@@ -80,7 +80,8 @@ class Wishes:
         """3.5: kept until its deadline."""
         m = self._core.model(e.model)
         for other in self._core.models.values():
-            other.leases.pop(e.lease, None)
+            if other is not m and e.lease in other.leases:
+                self.end_lease(other, e.lease, stop=False)
         m.leases[e.lease] = INFINITY if e.deadline is None else e.deadline
         self._keep(m)
 
