@@ -13,7 +13,7 @@ GPU = "devices: [{memory: 80GiB}]\n"
 SHARE = "a share such as 0.35 or 35%, a size such as 20GiB, or auto"
 SIZE = "a size such as 20GiB or 512MiB"
 NEVER = "a duration such as 300, 5m or 1h30m, or never"
-SECTIONS = "server, auth, devices, reserve, host_memory, idle, policy, log_level, engines, defaults, models"
+SECTIONS = "server, auth, devices, reserve, host_memory, idle, policy, log_level, engines, defaults, discover, models"
 IDLE = "sleep_after, level, deepen_after, stop_after"
 
 GOLDEN = [

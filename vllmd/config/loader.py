@@ -89,7 +89,9 @@ class _Parser:
         values["auth"], model_keys = self.auth(tree.value.get("auth")), self.model_keys(tree.value.get("models"))
         values["auth"] = replace(values["auth"], keys=(*values["auth"].keys, *model_keys))
         values["devices"] = self.devices(tree.value.get("devices"))
-        values["models"] = self.models(tree, idle)
+        base = self.base(tree, idle)
+        values["models"] = self.models(tree, base)
+        values["template"] = self.model("discovered", Node(NOWHERE, {}), base)
         return Config(**values)
 
     def values(self, group: Group, node: Node, path: str, skip: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -216,11 +218,14 @@ class _Parser:
                 keys.append(KeyConfig(f"model {name}", secrets.digest(secret), models=(name,)))
         return keys
 
-    def models(self, tree: Node, idle: Node) -> dict[str, ModelConfig]:
+    def base(self, tree: Node, idle: Node) -> Node:
+        """What lies beneath every model."""
         defaults = tree.value.get("defaults") or Node(NOWHERE, {})
         defaults = defaults if defaults.is_map else Node(NOWHERE, {})
         self.values(DEFAULTS, defaults, "defaults")  # complains under its own path, before any model inherits it
-        base = overlay(Node(NOWHERE, {"idle": idle}), defaults, COMBINED.__contains__)
+        return overlay(Node(NOWHERE, {"idle": idle}), defaults, COMBINED.__contains__)
+
+    def models(self, tree: Node, base: Node) -> dict[str, ModelConfig]:
         models = tree.value.get("models")
         found = models.value if models is not None and models.is_map else {}
         return {name: self.model(name, node, base) for name, node in found.items()}

@@ -73,7 +73,7 @@ class Exchange:
         """Send the head (and whatever body bytes are in hand already)."""
         self.status = status
         self.first_byte = self.elapsed
-        self.write(head)
+        self.write(with_fields(head, self.request.answer_fields) if self.request.answer_fields else head)
 
     def write(self, data: bytes) -> None:
         """Send ``data`` as it is."""
@@ -184,6 +184,13 @@ class Exchange:
 
 
 LAST_CHUNK = b"0\r\n\r\n"
+
+
+def with_fields(head: bytes, fields: Pairs) -> bytes:
+    """``head`` with more fields after its status line."""
+    line, rest = head.split(b"\r\n", 1)
+    more = "".join(f"{name}: {value}\r\n" for name, value in fields).encode("latin-1")
+    return line + b"\r\n" + more + rest
 
 
 def chunk(data: bytes) -> bytes:

@@ -66,7 +66,8 @@ class Request:
 
     ``target`` is the request line's, untouched; ``path`` is percent-decoded and free of dot segments;
     ``params`` are the route pattern's; ``key`` names the API key (never its secret), "" without one;
-    ``upgrade`` is the protocol it wants to change to, "" for none.
+    ``upgrade`` is the protocol it wants to change to, "" for none. ``route`` is the pattern that its path matched;
+    ``answer_fields`` are carried by every answer to it.
     """
 
     method: str
@@ -81,6 +82,8 @@ class Request:
     params: Mapping[str, str] = field(default_factory=dict)
     key: str = ""
     upgrade: str = ""
+    route: str = ""
+    answer_fields: Pairs = ()
 
     @property
     def query(self) -> dict[str, str]:

@@ -7,10 +7,12 @@ matched after percent-decoding, so a model's id may be written with its slash or
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from vllmd.errors import MethodNotAllowed, NotFound
+from vllmd.proxy.cors import Cors
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.gate import Doorkeeper, OpenDoor
 from vllmd.proxy.http import Request, Response
@@ -23,13 +25,18 @@ PARAMETER = re.compile(r"\\{(\w+)(:path)?\\}")
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One row of the table. ``scope`` says who may: ``open``, ``models`` or ``admin``."""
+    """One row of the table.
+
+    ``scope`` says who may: ``models``, ``admin``, ``open`` (anybody), ``health`` or ``metrics`` (anybody, unless
+    the configuration says otherwise). ``doc`` has more of OpenAPI's operation fields.
+    """
 
     method: str
     pattern: str
     handler: Handler
     scope: str = "models"
     summary: str = ""
+    doc: Mapping[str, Any] = field(default_factory=dict)
 
 
 class NoSuchMethod(MethodNotAllowed):
@@ -43,19 +50,28 @@ class NoSuchMethod(MethodNotAllowed):
 class Router:
     """The route table; it also has every request's key looked at before the body is read."""
 
-    def __init__(self, doorkeeper: Doorkeeper | None = None) -> None:
+    def __init__(self, doorkeeper: Doorkeeper | None = None, cors: Cors | None = None) -> None:
         self._doorkeeper = doorkeeper or OpenDoor()
+        self.cors = cors or Cors()
         self._fixed: dict[str, dict[str, Route]] = {}
         self._patterns: list[tuple[re.Pattern[str], dict[str, Route]]] = []
         self.routes: list[Route] = []
 
-    def add(self, method: str, pattern: str, handler: LocalHandler, scope: str = "models", summary: str = "") -> None:
+    def add(
+        self,
+        method: str,
+        pattern: str,
+        handler: LocalHandler,
+        scope: str = "models",
+        summary: str = "",
+        doc: Mapping[str, Any] | None = None,
+    ) -> None:
         """Have ``handler`` answer; a GET's answers HEAD too."""
 
         async def respond(exchange: Exchange) -> None:
             await exchange.respond(await handler(exchange.request))
 
-        self.add_raw(Route(method, pattern, respond, scope, summary))
+        self.add_raw(Route(method, pattern, respond, scope, summary, doc or {}))
 
     def add_raw(self, route: Route) -> None:
         """Have the route's handler speak on the exchange itself."""
@@ -75,12 +91,14 @@ class Router:
 
         Raises NotFound, MethodNotAllowed and what the doorkeeper raises.
         """
+        self.cors.mark(request)
         methods = self._find(request)
         if request.method == "OPTIONS" and "OPTIONS" not in methods:
-            return _options(methods)
+            return _options(self.cors.preflight(request, methods) or _allow(methods))
         route = methods.get("GET" if request.method == "HEAD" else request.method)
         if route is None:
             raise NoSuchMethod(request, sorted(methods))
+        request.route = route.pattern
         request.key = self._doorkeeper.admit(request, route.scope)
         return route.handler
 
@@ -102,10 +120,12 @@ def compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(PARAMETER.sub(lambda m: f"(?P<{m[1]}>{'.+' if m[2] else '[^/]+'})", re.escape(pattern)))
 
 
-def _options(methods: dict[str, Route]) -> Handler:
-    allowed = ", ".join(sorted({*methods, "OPTIONS"}))
+def _allow(methods: Iterable[str]) -> Response:
+    return Response(204, headers=(("allow", ", ".join(sorted({*methods, "OPTIONS"}))),))
 
+
+def _options(response: Response) -> Handler:
     async def answer(exchange: Exchange) -> None:
-        await exchange.respond(Response(204, headers=(("allow", allowed),)))
+        await exchange.respond(response)
 
     return answer

@@ -1,0 +1,58 @@
+"""Pages of other sites read our answers only where the configuration says so."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllmd.proxy.cors import Cors
+from vllmd.proxy.exchange import with_fields
+from vllmd.proxy.http import Headers, Request
+
+PAGE = (b"origin", b"https://chat.example")
+ASKS = (b"access-control-request-method", b"POST")
+WANTS = (b"access-control-request-headers", b"authorization")
+
+
+def request(*fields: tuple[bytes, bytes], method: str = "GET") -> Request:
+    return Request(method, "/v1/models", "/v1/models", "", Headers(fields))
+
+
+@pytest.mark.parametrize(
+    ("origins", "allowed"),
+    [
+        ((), ""),
+        (("https://other.example",), ""),
+        (("https://chat.example",), "https://chat.example"),
+        (("https://CHAT.example/",), "https://chat.example"),
+        (("*",), "*"),
+    ],
+)
+def test_only_named_origins_are_let_read(origins: tuple[str, ...], allowed: str) -> None:
+    """Off by default; an origin is compared without regard to case."""
+    asked = request(PAGE)
+    Cors(origins).mark(asked)
+    assert dict(asked.answer_fields).get("access-control-allow-origin", "") == allowed
+
+
+def test_a_preflight_is_answered_without_a_key() -> None:
+    """Browsers send it without headers of their own, so it must not need any."""
+    cors, asked = Cors(["https://chat.example"]), request(PAGE, ASKS, WANTS, method="OPTIONS")
+    cors.mark(asked)
+    answer = cors.preflight(asked, ["POST"])
+    assert answer is not None
+    assert answer.status == 204
+    assert dict(answer.headers)["access-control-allow-methods"] == "POST"
+    assert dict(answer.headers)["access-control-allow-headers"] == "authorization"
+
+
+def test_a_strangers_preflight_is_a_plain_options() -> None:
+    """Nothing in the answer lets its browser go on."""
+    cors, asked = Cors(["https://other.example"]), request(PAGE, ASKS, method="OPTIONS")
+    cors.mark(asked)
+    assert cors.preflight(asked, ["POST"]) is None
+
+
+def test_fields_go_after_the_status_line() -> None:
+    """Relayed heads are bytes; the fields are put into any."""
+    head = with_fields(b"HTTP/1.1 200 OK\r\ndate: x\r\n\r\nbody", (("vary", "origin"),))
+    assert head == b"HTTP/1.1 200 OK\r\nvary: origin\r\ndate: x\r\n\r\nbody"

@@ -1,0 +1,46 @@
+"""Cross-origin requests: which pages of other sites may read our answers. None, unless the configuration names some.
+
+Credentials in the browser's sense (cookies) are never allowed: a page sends its key itself, in a header.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from vllmd.proxy.http import Request, Response
+
+KEPT = "600"  # seconds for which a browser may remember a preflight's answer
+READABLE = "x-request-id, retry-after"
+
+
+class Cors:
+    """The rule for a set of origins such as ``https://chat.example``; ``*`` is any."""
+
+    def __init__(self, origins: Iterable[str] = ()) -> None:
+        self._origins = frozenset(origin.lower().rstrip("/") for origin in origins)
+
+    def mark(self, request: Request) -> None:
+        """Have every answer to ``request`` say that the page may read it, if it may."""
+        if self._origins and (allowed := self._allowed(request)):
+            request.answer_fields = (
+                ("access-control-allow-origin", allowed),
+                ("access-control-expose-headers", READABLE),
+                ("vary", "origin"),
+            )
+
+    def preflight(self, request: Request, methods: Iterable[str]) -> Response | None:
+        """The answer to a browser that asks beforehand; None if that is not what it asks, or it may not."""
+        if not request.answer_fields or "access-control-request-method" not in request.headers:
+            return None
+        fields = [("access-control-allow-methods", ", ".join(sorted(methods))), ("access-control-max-age", KEPT)]
+        if wanted := request.headers.get("access-control-request-headers"):
+            fields.append(("access-control-allow-headers", wanted))
+        return Response(204, headers=fields)
+
+    def _allowed(self, request: Request) -> str:
+        origin = request.headers.get("origin")
+        if not origin:
+            return ""
+        if "*" in self._origins:
+            return "*"
+        return origin if origin.lower() in self._origins else ""
