@@ -17,7 +17,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tests.bench.scenarios import Scenario, scenarios
 from vllmd.core.baselines import ALL

@@ -68,6 +68,9 @@ class Physics:
         return gigabytes(spec) * tokens / self.prefill
 
 
+A100 = Physics()
+
+
 def gigabytes(spec: ModelSpec) -> float:
     """The weights on each of its devices."""
     return (spec.weights or spec.footprint.awake) / max(1, spec.device_count) / GB

@@ -9,6 +9,7 @@ accepted too), and optionally ``key`` (the API key's name).
 from __future__ import annotations
 
 import csv
+import difflib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -40,8 +41,12 @@ class Row:
     key: str = ""
 
 
-def load_trace(path: str | Path) -> list[Row]:
-    """The requests of a trace in order of time, the first at 0. Raises TraceError."""
+def load_trace(path: str | Path, names: Mapping[str, str] | None = None) -> list[Row]:
+    """The requests of a trace in order of time, the first at 0. Raises TraceError.
+
+    ``names``: what each model may be called, and what it is called in truth;
+    others are errors. Without it every name stands for itself.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -50,7 +55,7 @@ def load_trace(path: str | Path) -> list[Row]:
     except UnicodeDecodeError:
         raise TraceError(f"{path}: the trace is not UTF-8 text") from None
     records = _json_lines(path, text) if text.lstrip().startswith("{") else _csv(path, text)
-    rows = sorted((_row(where, record) for where, record in records), key=lambda row: row.time)
+    rows = sorted((_row(where, record, names) for where, record in records), key=lambda row: row.time)
     if not rows:
         raise TraceError(f"{path}: the trace has no requests")
     return [Row(row.time - rows[0].time, row.model, row.prompt, row.output, row.key) for row in rows]
@@ -94,14 +99,23 @@ def _named(record: Mapping[str, Any]) -> Mapping[str, Any]:
     return {ALIASES.get(name, name): value for name, value in record.items()}
 
 
-def _row(where: str, record: Mapping[str, Any]) -> Row:
+def _row(where: str, record: Mapping[str, Any], names: Mapping[str, str] | None) -> Row:
     model, key = record.get("model"), record.get("key") or ""
     if not isinstance(model, str) or not model.strip():
         raise TraceError(f"{where}: 'model' must be the name of a model, not {model!r}")
     time = _number(where, record, "time")
     if not math.isfinite(time):
         raise TraceError(f"{where}: 'time' must be a finite number of seconds, not {record['time']!r}")
-    return Row(time, model.strip(), _tokens(where, record, "prompt"), _tokens(where, record, "output"), str(key))
+    model = _known(where, model.strip(), names)
+    return Row(time, model, _tokens(where, record, "prompt"), _tokens(where, record, "output"), str(key))
+
+
+def _known(where: str, model: str, names: Mapping[str, str] | None) -> str:
+    if names is None or model in names:
+        return names[model] if names else model
+    near = difflib.get_close_matches(model, names, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(map(repr, names))}"
+    raise TraceError(f"{where}: no model is called {model!r}{hint}")
 
 
 def _tokens(where: str, record: Mapping[str, Any], name: str) -> int:

@@ -18,7 +18,7 @@ from vllmd.core.scheduler import Scheduler
 from vllmd.core.types import Device, ModelSpec, Placement, Settings, State
 from vllmd.errors import VllmdError
 from vllmd.simulate.engine import Engine, Job
-from vllmd.simulate.physics import Physics
+from vllmd.simulate.physics import A100, Physics
 from vllmd.simulate.report import Report, Sample, summary
 from vllmd.simulate.trace import Row
 
@@ -40,7 +40,7 @@ class Machine:
     specs: Sequence[ModelSpec]
     devices: Sequence[Device]
     settings: Settings
-    physics: Physics = Physics()
+    physics: Physics = A100
     warm: Warm = Warm.STOPPED
     costs: CostBook | None = None  # what the scheduler already knows
 
@@ -112,7 +112,7 @@ class World:
         for engine in self._engines.values():
             end = engine.next_end()
             if end < at:
-                at, best = end, lambda engine=engine: self._end(engine)  # type: ignore[misc]
+                at, best = end, lambda engine=engine: self._end(engine)
         if self._planned and self._planned[0][0] < at:
             at, best = self._planned[0][0], self._answer
         timer = self._scheduler.next_timer()
@@ -125,8 +125,8 @@ class World:
     def _pass(self, at: float) -> None:
         """Let time pass, and note which devices worked meanwhile."""
         if at > self.now:
-            working = {i for name, engine in self._engines.items() if engine.on and engine.batch for i in self._at(name)}
-            for index in working:
+            working = [name for name, engine in self._engines.items() if engine.on and engine.batch]
+            for index in {index for name in working for index in self._at(name)}:
                 self.busy[index] += at - self.now
         self.now = at
 

@@ -1,0 +1,100 @@
+"""``vllmctl simulate``: what would this configuration do with that trace?"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from vllmd.core.baselines import ALL
+from vllmd.core.costs import CostBook
+from vllmd.errors import ConfigError, VllmdError
+from vllmd.simulate.physics import Physics
+from vllmd.simulate.planned import machine_of, names_of, read_config
+from vllmd.simulate.plot import plot
+from vllmd.simulate.report import Report
+from vllmd.simulate.show import as_json, text
+from vllmd.simulate.trace import TraceError, load_trace
+from vllmd.simulate.world import Machine, Warm, freezing, simulate
+
+EX_USAGE, EX_DATAERR, EX_UNAVAILABLE, EX_CONFIG = 64, 65, 69, 78
+FREEZE = "+freeze"
+
+EPILOG = f"""
+A trace is CSV (its first line names the columns) or JSON lines with time
+(seconds), model, prompt and output (tokens) and, if wanted, key (the API key).
+Policies: {", ".join(ALL)}. With {FREEZE} appended, running requests may be
+frozen (preempt: true for all that can sleep). Times of starts, wakes and sleeps
+are a fit to vLLM on an A100 by the size of the weights.
+"""
+
+
+def run_cli(argv: Sequence[str]) -> int:
+    """Run, and print; returns an exit status of sysexits(3)."""
+    parser = _parser()
+    try:
+        options = parser.parse_args(argv)
+    except SystemExit as exit_:
+        return EX_USAGE if exit_.code else 0
+    try:
+        reports = _run(options)
+        print(as_json(reports) if options.json else text(reports, options.models))
+        if options.plot:
+            plot(reports, options.plot)
+    except VllmdError as error:
+        print(f"vllmctl simulate: {error.message}", file=sys.stderr)
+        return _status(error)
+    return 0
+
+
+def _status(error: VllmdError) -> int:
+    if isinstance(error, ConfigError):
+        return EX_CONFIG
+    return EX_DATAERR if isinstance(error, TraceError) else EX_UNAVAILABLE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vllmctl simulate",
+        description="Replay a trace through the scheduler under a virtual clock.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("-c", "--config", metavar="FILE", help="the configuration (default: the daemon's)")
+    add("-t", "--trace", metavar="FILE", required=True, help="the requests")
+    add("-p", "--policy", metavar="NAMES", help="one or more, separated by commas (default: the configured one)")
+    add("--devices", metavar="SIZES", default="", help="what if: these devices, such as 80GiB,80GiB")
+    add("--host-memory", metavar="SIZE", default="", help="what if: so much host memory for level-1 sleepers")
+    add("--warm", choices=[each.value for each in Warm], default=Warm.STOPPED.value, help="how engines are at first")
+    add("--seed", type=int, default=0, help="of the noise on the times of starts, wakes and sleeps (default: 0)")
+    add("--no-models", dest="models", action="store_false", help="only the comparison, without a table per policy")
+    add("--json", action="store_true", help="everything as JSON, the memory over time included")
+    add("--plot", metavar="FILE", help="draw memory, queues and waits; the name says the format (.png, .svg, .pdf)")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> list[Report]:
+    config = read_config(options.config, [size for size in options.devices.split(",") if size], options.host_memory)
+    policies = _policies(options.policy or config.policy)
+    machine = machine_of(config, Physics(seed=options.seed), Warm(options.warm))
+    trace = load_trace(options.trace, names_of(config))
+    return [simulate(_as(machine, name), trace, ALL[name.removesuffix(FREEZE)], name) for name in policies]
+
+
+def _policies(names: str) -> list[str]:
+    policies = [name.strip() for name in names.split(",") if name.strip()]
+    for name in policies:
+        if name.removesuffix(FREEZE) not in ALL:
+            near = difflib.get_close_matches(name, ALL, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(ALL)}"
+            raise ConfigError(f"--policy: there is no policy {name!r}; {hint}")
+    return policies
+
+
+def _as(machine: Machine, policy: str) -> Machine:
+    """Each policy learns for itself."""
+    specs = freezing(machine.specs) if policy.endswith(FREEZE) else machine.specs
+    return replace(machine, specs=specs, costs=CostBook())
