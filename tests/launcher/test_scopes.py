@@ -88,6 +88,9 @@ async def test_the_run_directory_is_the_engines_own(site: Machine) -> None:
             "drwxr-x--- vllmd-engine:vllmd-engine",
             "srwxrwx--- vllmd-engine:vllmd-engine",
         ]
+        await driver.client.kill(engine.instance)
+        await driver.exit()
+        site.wait_until(f"test ! -e {folder}", timeout=5)
 
 
 async def test_limits_become_properties_of_the_scope(site: Machine) -> None:
@@ -194,7 +197,8 @@ async def test_a_signal_goes_to_the_main_process_only(site: Machine) -> None:
         await driver.client.follow(engine.instance)
         await driver.line("up")
         await driver.client.signal(engine.instance, signal.SIGTERM)
-        assert (await driver.exit()).log_tail == ("up", "main")
+        await driver.exit()
+        assert await driver.client.tail(engine.instance) == ["up", "main"]
 
 
 async def test_every_line_of_a_short_life_is_attributed(site: Machine) -> None:
@@ -232,10 +236,11 @@ async def test_stop_drains_the_daemon_before_the_engines(site: Machine) -> None:
         site.run("rm -f /run/notes; systemctl stop vllmd.service vllmd.slice")
         assert units(site) == ""
         report = await driver.exit()
-        (asked,) = [float(line.split()[1]) for line in report.log_tail if line.startswith("main")]
+        lines = await driver.client.tail(engine.instance)
+        (asked,) = [float(line.split()[1]) for line in lines if line.startswith("main")]
         (exited,) = [float(line.split()[0]) for line in site.read("/run/notes").splitlines() if "exits" in line]
         assert asked > exited
-        assert (report.status, "worker" in report.log_tail) == (0, False)
+        assert (report.status, "worker" in lines) == (0, False)
 
 
 @pytest.mark.parametrize("command", ["systemctl restart vllmd", "systemctl kill --signal=KILL vllmd"])
@@ -412,4 +417,8 @@ async def test_a_user_runs_it_without_root(site: Machine) -> None:
         assert f"user@{uid}.service" in engine.cgroup
         await driver.client.kill(engine.instance)
         report = await driver.exit()
-        assert (report.signal, report.empty, report.log_tail) == (signal.SIGKILL, True, ("ann",))
+        assert (report.signal, report.empty, await driver.client.tail(engine.instance)) == (
+            signal.SIGKILL,
+            True,
+            ["ann"],
+        )

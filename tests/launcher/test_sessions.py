@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -33,7 +34,11 @@ def alive(pid: int) -> bool:
 
 def children(pid: int) -> list[int]:
     """Those that a process has now."""
-    return [int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()]
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found += map(int, task.read_text().split())
+    return found
 
 
 def launcher_of(client: LauncherClient) -> int:
@@ -147,8 +152,10 @@ async def test_a_stop_of_the_daemon_ends_a_start_in_progress(options: tuple[str,
         start.cancel()
         with pytest.raises(asyncio.CancelledError):
             await start
+        await driver.client.info()  # by now the launcher has begun the start
         launcher = launcher_of(driver.client)
         await until(lambda: not children(launcher))
+        await driver.client.info()
         assert await driver.client.list() == []
 
 
@@ -166,6 +173,19 @@ def test_a_family_remembers_whom_it_has_seen() -> None:
         assert family.members() == members - {main.pid}
         family.kill()
         assert family.empty()
+
+
+async def test_the_run_directory_goes_with_the_engine(tmp_path: Path) -> None:
+    """Sockets of a killed engine are litter; files may be somebody's data."""
+    for name in ("litter", "data"):
+        folder = tmp_path / name
+        bind = f"import socket; socket.socket(socket.AF_UNIX).bind('s'); open('f', 'w') if {name == 'data'} else 0"
+        async with private() as driver:
+            await driver.start(sys.executable, "-c", bind, run_dir=str(folder))
+            assert (await driver.exit()).status == 0
+            await until(lambda folder=folder: not (folder / "s").exists())
+    await until(lambda: not (tmp_path / "litter").exists())
+    assert (tmp_path / "data/f").exists()
 
 
 async def test_what_cannot_work_is_said() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import signal
 import struct
@@ -73,6 +74,7 @@ class Cgroup:
         return found
 
 
+@functools.cache
 def hierarchy() -> Path | None:
     """Where cgroup v2 is mounted, also beside v1 on a hybrid system; None if nowhere."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():

@@ -7,7 +7,7 @@
     RUNNING
       | the main process ended
     ENDING     the rest gets GRACE seconds, then SIGKILL; when the group is empty the
-               unit is retired, the log's tail read, and the end reported
+               unit is retired, the log's tail read unless the end was asked for, and the end reported
 
 A failure or the time limit leads from PLACING and EXECUTING to ENDING as well,
 with SIGKILL at once; the answer is then Failed, after everything is gone.
@@ -36,7 +36,7 @@ from vllmd.launcher.protocol import (
     StartOrder,
     unit_of,
 )
-from vllmd.launcher.spawn import Child, User, read_failure, spawn
+from vllmd.launcher.spawn import Child, User, read_failure, spawn, tidy
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +44,11 @@ GRACE = 0.5  # seconds between the main process's end and SIGKILL for what it le
 KILL_LIMIT = 20.0  # seconds for the kernel to end killed processes; a stuck driver can hold them
 RETIRE_LIMIT = 10.0  # seconds for systemd to forget the unit
 STATUS_TRIES, STATUS_WAIT = 20, 0.01  # for the exit status of one that is not our child
-TAIL_LINES = 50
+TAIL_LINES = 50  # read where the end was not asked for: somebody will want to know why
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGKILL)
 
 # Ours, next to the daemon's metadata; the dot keeps them apart from every metadata key.
-PID, START = "launcher.pid", "launcher.start"
+PID, START, RUN_DIR, USER = "launcher.pid", "launcher.start", "launcher.run_dir", "launcher.user"
 Answer = Callable[[Started | Failed], None]
 
 
@@ -69,11 +70,14 @@ class Engine:
     process: Process | None
     group: Group | None = None
     metadata: dict[str, str] = field(default_factory=dict)
+    run_dir: str = ""
+    user: User | None = None
     child: Child | None = None
     answer: Answer | None = None
     failure: Failed | None = None
     ending: Ending | None = None
     retiring: bool = False
+    asked_to_end: bool = False
     timer: Timer | None = None
 
     def running(self) -> Running:
@@ -118,6 +122,7 @@ class Supervisor:
             return answer(Failed(f"cannot start a process: {error.strerror}"))
         engine = Engine(order.instance, Phase.PLACING, child.process, child=child, answer=answer)
         engine.metadata.update(order.metadata)
+        engine.run_dir, engine.user = order.run_dir, user
         self._engines[order.instance] = engine
         self._warn_of_limits(order)
         self._loop.watch(child.process.fd, lambda: self._main_ended(engine))
@@ -127,12 +132,16 @@ class Supervisor:
 
     def signal(self, instance: str, number: int) -> None:
         """To the main process only. Raises KeyError if there is no such engine."""
-        if process := self._engines[instance].process:
-            process.signal(number)
+        engine = self._engines[instance]
+        # systemd also asks us to stop a scope that it is retiring for us: that is not why the engine ended.
+        engine.asked_to_end |= number in ENDING_SIGNALS and engine.phase is not Phase.ENDING
+        if engine.process:
+            engine.process.signal(number)
 
     def kill(self, instance: str) -> None:
         """Every process, now. Raises KeyError if there is no such engine."""
         engine = self._engines[instance]
+        engine.asked_to_end |= engine.phase is not Phase.ENDING
         if engine.process:
             engine.process.signal(signal.SIGKILL)
         if engine.group:
@@ -164,6 +173,7 @@ class Supervisor:
             notes = found.group.annotations()
             engine = Engine(found.instance, Phase.RUNNING, _process_of(notes), found.group)
             engine.metadata = {key: value for key, value in notes.items() if "." not in key}
+            engine.run_dir, engine.user = notes.get(RUN_DIR, ""), self._users.get(notes.get(USER, ""))
             self._engines[found.instance] = engine
             found.group.watch(lambda engine=engine: self._group_changed(engine))  # type: ignore[misc]
             if engine.process:
@@ -210,8 +220,7 @@ class Supervisor:
         group.watch(lambda: self._group_changed(engine))
         if engine.ending or engine.process is None:
             return self._fail(engine, Failed("the process died before it was let through its gate"))
-        start_time = str(engine.process.start_time)
-        _write(engine, {**engine.metadata, PID: str(engine.process.pid), START: start_time})
+        _write(engine, {**engine.metadata, **_notes_for_the_next(engine, engine.process)})
         engine.phase = Phase.EXECUTING
         return self._open_gate(engine)
 
@@ -301,13 +310,15 @@ class Supervisor:
 
     def _retired(self, engine: Engine) -> None:
         if self._engines.get(engine.instance) is not engine or engine.timer is None:
-            return  # told already: systemd was later than the limit
+            return None  # told already: systemd was later than the limit
         _cancel(engine)
+        if engine.asked_to_end:
+            return self._gone(engine, ())
         try:
             self._backend.logs.tail(engine.instance, TAIL_LINES, lambda lines: self._gone(engine, lines))
         except OSError as error:
             log.warning("%s: cannot read its log: %s", engine.instance, error)
-            self._gone(engine, ())
+            return self._gone(engine, ())
 
     def _gone(self, engine: Engine, log_tail: tuple[str, ...]) -> None:
         del self._engines[engine.instance]
@@ -327,6 +338,23 @@ class Supervisor:
         if engine.group:
             engine.group.close()
         self._backend.logs.forget(engine.instance)
+        if engine.run_dir:
+            self._tidy(engine.run_dir, engine.user)
+
+    def _tidy(self, run_dir: str, user: User | None) -> None:
+        """Remove the run directory, which a killed engine leaves behind with its sockets."""
+        try:
+            child = tidy(run_dir, user)
+        except OSError as error:
+            log.warning("cannot remove %s: %s", run_dir, error.strerror)
+            return
+
+        def reap() -> None:
+            child.ending()
+            self._loop.unwatch(child.fd)
+            child.close()
+
+        self._loop.watch(child.fd, reap)
 
 
 def _process_of(notes: Mapping[str, str]) -> Process | None:
@@ -335,6 +363,12 @@ def _process_of(notes: Mapping[str, str]) -> Process | None:
         return Process(int(notes[PID]), int(notes[START]))
     except (KeyError, ValueError, OSError):
         return None
+
+
+def _notes_for_the_next(engine: Engine, process: Process) -> dict[str, str]:
+    """What another launcher would have to know."""
+    user = engine.user.name if engine.user else ""
+    return {PID: str(process.pid), START: str(process.start_time), RUN_DIR: engine.run_dir, USER: user}
 
 
 def _write(engine: Engine, values: Mapping[str, str]) -> None:

@@ -124,7 +124,8 @@ class ExitReport:
     """An engine's end. ``status`` and ``signal`` are None where nobody can know them.
 
     ``empty``: no process of it is left (False only after every attempt to kill them failed).
-    ``oom``: the kernel killed one of its processes for memory. ``log_tail``: its last lines.
+    ``oom``: the kernel killed one of its processes for memory. ``log_tail``: its last lines,
+    not read where the end was asked for by a signal or kill.
     """
 
     instance: str

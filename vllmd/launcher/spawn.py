@@ -14,6 +14,7 @@ import os
 import pwd
 import resource
 import signal
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NoReturn
@@ -84,6 +85,26 @@ def spawn(order: StartOrder, user: User | None, output: int, *, die_with_us: boo
         os.close(error_writer)
     os.set_blocking(error_reader, False)
     return Child(Process(pid), gate_writer, error_reader)
+
+
+def tidy(run_dir: str, user: User | None) -> Process:
+    """A child that removes what an engine left in its run directory: sockets, and the directory if it is empty then.
+
+    Files are left alone: whoever named a directory with data in it does not lose them. Raises OSError.
+    """
+    pid = os.fork()
+    if pid == 0:
+        try:
+            _reset_signals()
+            if user:
+                _drop_to(user)
+            for entry in os.scandir(run_dir):
+                if stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode):
+                    os.unlink(entry.path)
+            os.rmdir(run_dir)
+        finally:
+            os._exit(0)
+    return Process(pid)
 
 
 def read_failure(data: bytes) -> Failed:
