@@ -90,7 +90,7 @@ GOLDEN = [
     ("idle: {level: 4}", "vllmd.yaml:1: idle.level: 4 is out of range; accepted: 1, 2, or 3 (stop)"),
     (
         "models:\n  m:\n    idle: {sleep_after: 10m, stop_after: 5m}",
-        "vllmd.yaml:2: models.m.idle: stop_after (5m) comes before deepen_after (20m)",
+        "vllmd.yaml:2: models.m.idle: stop_after (5m) comes before sleep_after (10m)",
     ),
     # ---- devices
     (

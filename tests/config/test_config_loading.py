@@ -273,6 +273,8 @@ IDLES = [
     ("{level: sleep2}", IdleRules(300.0, 2, 900.0, 1800.0)),
     ("{sleep_after: 3600}", IdleRules(3600.0, 1, 4200.0, 5100.0)),
     ("{sleep_after: never}", IdleRules(None, 1, 900.0, 1800.0)),
+    ("{stop_after: 1m}", IdleRules(None, 1, None, 60.0)),
+    ("{sleep_after: 2, stop_after: 4}", IdleRules(2.0, 1, None, 4.0)),
 ]
 
 

@@ -28,7 +28,7 @@ models:
 def comparable(config: Config) -> Config:
     """Without what legitimately differs: places, warnings, hidden secrets."""
     models = {name: replace(model, where="", hf_token=None) for name, model in config.models.items()}
-    return replace(config, models=models, files=(), warnings=())
+    return replace(config, models=models, template=ModelConfig(""), files=(), warnings=())
 
 
 def test_what_is_shown_is_a_configuration_that_means_the_same(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_each_setting_shows_its_origin(tmp_path: Path) -> None:
 
 def test_the_table_covers_every_field_of_the_dataclasses() -> None:
     """No setting without a row, no row without its field."""
-    own = {Config: {"files", "warnings"}, ModelConfig: {"name", "where"}}
+    own = {Config: {"files", "warnings", "template"}, ModelConfig: {"name", "where"}}
     seen = {leaf.group.target: leaf.group for leaf in leaves()}
     for target, group in seen.items():
         rows = {row.field or row.name for row in group.rows if row.field is not None}

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from vllmd.config.kinds import show_duration, show_size
 from vllmd.config.nodes import Where
 from vllmd.config.types import Config, ModelConfig
-from vllmd.core.types import IdleRules
 
 Finding = tuple[Where, str, str]
 
@@ -144,8 +143,7 @@ def _idle(model: ModelConfig) -> Iterator[Finding]:
     if idle.level == 2:
         given = [stage for stage in given if stage[0] != "deepen_after"]
     for (first, earlier), (second, later) in itertools.pairwise(given):
-        by_default = earlier == getattr(IdleRules(), first)  # then nobody meant it: it just never comes to that
-        if later < earlier and second == "stop_after" and not by_default:
+        if later < earlier and second == "stop_after":
             what = f"{second} ({show_duration(later)}) comes before {first} ({show_duration(earlier)})"
             yield _place(model), path, what
 

@@ -266,7 +266,10 @@ class _Parser:
 
 
 def settle_idle(values: dict[str, Any]) -> IdleRules:
-    """Level 3 means to stop where others sleep; a stage that is not given keeps its distance to a later sleep."""
+    """Level 3 means to stop where others sleep.
+
+    A stage that is not given keeps its distance to a later sleep, and never comes if the stop is before it.
+    """
     usual = IdleRules()
     if values.get("level") == 3:
         return IdleRules(None, 1, None, values.get("sleep_after", usual.sleep_after))
@@ -275,4 +278,7 @@ def settle_idle(values: dict[str, Any]) -> IdleRules:
     if later > 0:
         unsaid = {name: getattr(usual, name) + later for name in ("deepen_after", "stop_after") if name not in values}
         rules = replace(rules, **unsaid)
-    return rules
+    stop = rules.stop_after if rules.stop_after is not None else float("inf")
+    late = [name for name in ("sleep_after", "deepen_after") if (getattr(rules, name) or 0.0) > stop]
+    never: dict[str, Any] = dict.fromkeys(name for name in late if name not in values)
+    return replace(rules, **never)
