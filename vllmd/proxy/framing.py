@@ -13,6 +13,7 @@ SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e]{0,256})?\r\n")
 SIZE_LINE_PREFIX = re.compile(rb"[0-9A-Fa-f]{0,15}(?:(?<=[0-9A-Fa-f])(?:;[\t\x20-\x7e]{0,256})?\r?)?")
 TRAILER_LINE = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*")
 MAX_TRAILERS = 8192
+HEX = frozenset(b"0123456789abcdefABCDEF")
 
 
 class BadFraming(ValueError):
@@ -80,14 +81,6 @@ class UntilEof:
         return True
 
 
-def plain_size(digits: bytes) -> int:
-    """The size that ``digits`` (hex and nothing else) say; 0 if they are anything that needs a closer look."""
-    try:
-        return int(digits, 16) if digits.isalnum() and digits[0] != 0x30 else 0  # int() takes 0x5 and 1_0, too
-    except ValueError:
-        return 0
-
-
 class Chunked:
     """A chunked body (RFC 9112, 7.1), strictly: line ends are CRLF, sizes are plain hex, trailers are well-formed.
 
@@ -128,14 +121,19 @@ class Chunked:
         """Skip the chunks that lie whole in ``data``: the common case, in one loop."""
         if self._step != self._size or pos < 0:
             return pos
-        while (line_end := data.find(b"\r\n", pos, pos + 17)) > pos:
-            start, end = line_end + 2, line_end + 2 + plain_size(data[pos:line_end])
-            if end <= start or not data.startswith(b"\r\n", end):
+        find, starts, payload = data.find, data.startswith, 0
+        while (line_end := find(b"\r\n", pos, pos + 17)) > pos:
+            digits = data[pos:line_end]
+            if digits[0] == 0x30 or not HEX.issuperset(digits):
+                break  # int() takes 0x5, 1_0 and spaces, too: _size looks closer
+            start, end = line_end + 2, line_end + 2 + int(digits, 16)
+            if not starts(b"\r\n", end):
                 break
             if self.keep:
                 self.pieces.append(data[start:end])
-            self.payload += end - start
+            payload += end - start
             pos = end + 2
+        self.payload += payload
         return pos
 
     def _size(self, data: bytes, pos: int) -> int:

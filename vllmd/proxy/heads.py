@@ -41,6 +41,7 @@ QUERY = re.compile(r"[\x21\x24-\x7e]*")  # browsers send more than RFC 3986 allo
 BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 PLAIN_LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,15})\r\n")
+NO_SHAPE = (b"", b"")
 MEMO_SIZE = 4096  # bytes of a head worth remembering
 FIELD_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 
@@ -105,17 +106,17 @@ class HeadMemo(Generic[H]):
 
     def __init__(self, parse: Callable[[bytes], H]) -> None:
         self._parse: Callable[[bytes], H] = parse
-        self._shape = b""
+        self._shape = NO_SHAPE  # the bytes before and after the length's digits, or all of them and none
         self._head: H
 
     def read(self, raw: bytes) -> H:
         """What ``raw``, which ends with its blank line, says. Raises what ``parse`` raises."""
         digits = PLAIN_LENGTH.search(raw)
-        shape = raw if digits is None else raw[: digits.start(1)] + raw[digits.end(1) :]
+        shape = (raw, b"") if digits is None else (raw[: digits.start(1)], raw[digits.end(1) :])
         if shape == self._shape:
             return self._head.with_length(int(digits[1])) if digits else self._again()
         self._head = head = self._parse(raw)
-        self._shape = shape if len(raw) <= MEMO_SIZE and self._plain(head, digits) else b""
+        self._shape = shape if len(raw) <= MEMO_SIZE and self._plain(head, digits) else NO_SHAPE
         return head
 
     def _again(self) -> H:
@@ -126,7 +127,9 @@ class HeadMemo(Generic[H]):
         """Whether another length is the only thing that another such head can say."""
         if isinstance(head, RequestHead):
             return True
-        return isinstance(head.framing, Chunked) or (isinstance(head.framing, Length) and digits is not None)
+        if isinstance(head.framing, Length):
+            return digits is not None and head.framing.left == int(digits[1])
+        return isinstance(head.framing, Chunked)
 
 
 def parse_request_head(head: bytes) -> RequestHead:

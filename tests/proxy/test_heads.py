@@ -1,0 +1,78 @@
+"""Heads that repeat, and heads that are written."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllmd.errors import BadRequest
+from vllmd.proxy.framing import Chunked, Length
+from vllmd.proxy.heads import HeadMemo, forwardable, parse_request_head, parse_response_head, write_response_head
+from vllmd.proxy.upstream import describe
+
+
+def request(length: object, more: bytes = b"") -> bytes:
+    """A POST's head."""
+    return b"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: %b\r\n%b\r\n" % (str(length).encode(), more)
+
+
+def test_a_head_that_repeats_is_parsed_once() -> None:
+    """Another length is no other head; everything that depends on it is right all the same."""
+    parsed = []
+
+    def parse(head: bytes) -> object:
+        parsed.append(head)
+        return parse_request_head(head)
+
+    memo = HeadMemo(parse)  # type: ignore[type-var,arg-type,var-annotated]
+    for length in (5, 5, 17, 0):
+        head = memo.read(request(length))
+        assert (head.length, head.has_body) == (length, length > 0)
+        assert dict(head.headers)[b"content-length"] == str(length).encode()
+    assert len(parsed) == 1
+    assert memo.read(request(5, b"Expect: 100-continue\r\n")).expects_continue
+    assert not memo.read(request(5)).expects_continue
+    assert len(parsed) == 3
+
+
+@pytest.mark.parametrize("bad", [b"5, 5", b"+5", b"5\r\nContent-Length: 6", b"5\r\nTransfer-Encoding: chunked", b""])
+def test_a_memory_of_good_heads_lets_no_bad_one_pass(bad: bytes) -> None:
+    """What differs in more than plain digits is read from the start."""
+    memo = HeadMemo(parse_request_head)
+    memo.read(request(5))
+    with pytest.raises(BadRequest):
+        memo.read(b"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: %b\r\n\r\n" % bad)
+
+
+def test_an_answers_framing_is_new_every_time() -> None:
+    """It counts down, so it is never shared."""
+    memo = HeadMemo(lambda head: parse_response_head(head, "POST"))
+    plain = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n"
+    framings = [memo.read(plain % length).framing for length in (3, 3, 8)]
+    assert [framing.left for framing in framings if isinstance(framing, Length)] == [3, 3, 8]
+    assert len({id(framing) for framing in framings}) == 3
+    streams = [memo.read(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n").framing for _ in range(2)]
+    assert isinstance(streams[0], Chunked)
+    assert streams[0] is not streams[1]
+    empty = [memo.read(b"HTTP/1.1 204 No Content\r\ncontent-length: %d\r\n\r\n" % length) for length in (0, 5)]
+    assert [head.framing.left for head in empty if isinstance(head.framing, Length)] == [0, 0]
+
+
+def test_our_own_heads_cannot_be_broken_out_of() -> None:
+    """A line end in a value would start a new field."""
+    with pytest.raises(ValueError, match="malformed"):
+        write_response_head(200, [("x-model", "a\r\nset-cookie: b")], [])
+    with pytest.raises(ValueError, match="malformed"):
+        write_response_head(200, [("x model", "a")], [])
+
+
+def test_what_connection_names_is_not_passed_on() -> None:
+    """RFC 9110, 7.6.1."""
+    fields = [(b"connection", b"close, X-Mine"), (b"x-mine", b"1"), (b"x-other", b"2"), (b"te", b"trailers")]
+    assert forwardable(fields) == [(b"x-other", b"2")]
+
+
+def test_an_address_is_described_as_people_write_it() -> None:
+    """Both kinds."""
+    from vllmd.engines.base import Listen
+
+    assert [describe(Listen(uds="/run/x")), describe(Listen(port=5))] == ["/run/x", "127.0.0.1:5"]
