@@ -89,3 +89,13 @@ def test_the_schema_knows_every_key() -> None:
     assert schema["properties"]["reserve"]["description"] == (
         "Memory of each device that is never promised to models. Accepted: 0 or a size such as 512MiB. Default: 512MiB."
     )
+
+
+def test_the_defaults_are_shown_where_models_are_yet_to_be_found(tmp_path: Path) -> None:
+    """Models of the cache get them, so what is shown without them would mean something else."""
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("discover: true\ndefaults: {warm_up: true, priority: 3}\nmodels: {a: {warm_up: false}}\n")
+    second.write_text(as_yaml(read(first, env={})))
+    again = load(second, env={})
+    assert (again.template.warm_up, again.template.priority) == (True, 3)
+    assert again.models["a"].warm_up is False

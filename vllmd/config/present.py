@@ -13,7 +13,8 @@ import yaml
 from vllmd.config import kinds
 from vllmd.config.loader import Reading
 from vllmd.config.nodes import Where
-from vllmd.config.settings import MODEL, ROOT, Group, Setting, default
+from vllmd.config.settings import DEFAULTS, MODEL, ROOT, Group, Setting, default
+from vllmd.config.types import Config
 
 HIDDEN = "(hidden)"
 PLAIN = re.compile(r"[A-Za-z0-9_/][A-Za-z0-9_./+%-]*( [A-Za-z0-9_./+%-]+)*")
@@ -21,7 +22,7 @@ PLAIN = re.compile(r"[A-Za-z0-9_/][A-Za-z0-9_./+%-]*( [A-Za-z0-9_./+%-]+)*")
 
 def as_yaml(reading: Reading) -> str:
     """What ``vllmctl config show`` prints: a valid configuration again, secrets apart."""
-    return "".join(_Writer(reading.origins).group(ROOT, reading.config, "", 0))
+    return "".join(_Writer(reading.origins, reading.config).group(ROOT, reading.config, "", 0))
 
 
 def as_data(reading: Reading) -> Any:
@@ -30,18 +31,22 @@ def as_data(reading: Reading) -> Any:
 
 
 class _Writer:
-    def __init__(self, origins: Mapping[str, Where]) -> None:
+    def __init__(self, origins: Mapping[str, Where], config: Config) -> None:
         self.origins = origins
+        self.defaults = config.template if config.discover else None  # models yet to be found will need them
 
     def group(self, group: Group, values: Any, path: str, depth: int) -> Iterator[str]:
         """The group's settings, one a line."""
         for row in group.rows:
+            if row.name == "defaults" and self.defaults:
+                yield "defaults:\n"
+                yield from self.group(DEFAULTS, self.defaults, "defaults.", 1)
             if row.field is None:
                 continue
             value, full = getattr(values, row.field or row.name), f"{path}{row.name}"
             if isinstance(row.kind, Group):
                 yield from self.nested(row, row.kind, value, full, depth)
-            elif value != default(group, row) or (group is not MODEL and value is not None):
+            elif value != default(group, row) or ((group is not MODEL or self.defaults) and value not in (None, ())):
                 yield self.line(row, value, full, depth)
             elif group is not MODEL:
                 yield f"{'  ' * depth}# {row.name}: {row.kind.none}\n"

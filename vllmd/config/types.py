@@ -155,6 +155,6 @@ class Config:
     engines: EngineDefaults = EngineDefaults()
     models: Mapping[str, ModelConfig] = field(default_factory=dict)
     discover: bool = False  # offer the models in the Hugging Face cache, too
-    template: ModelConfig = ModelConfig("")  # a model that is configured by the defaults alone
+    template: ModelConfig = field(default=ModelConfig(""), compare=False)  # what the defaults make of a model
     files: tuple[Path, ...] = ()
     warnings: tuple[str, ...] = ()
