@@ -14,6 +14,7 @@
     specs       a configured model as the core sees it
     names       what a client calls a model -> the model
     control     what the admin endpoints may ask
+    logfile     an engine's output in a rotating file
     learnt      footprints and costs kept over restarts
     preflight   what models will take, and which of them can never work
     kinds       each model's engine, or why it has none

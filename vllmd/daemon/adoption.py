@@ -68,6 +68,8 @@ async def _adopt(
         await fleet.end_stray(member)
         return
     fleet.adopt(member)
+    if member.model.log_file and found.state is not State.STARTING:
+        fleet.spawn(fleet.follow(member))
     log.info("%s: adopted pid %d, %s", member.model.name, running.pid, found.state.value)
     post(events.EngineAdopted(member.model.name, member.placement, found.state, found.level, found.idle))
     if found.state is State.STARTING:

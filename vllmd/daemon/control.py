@@ -122,7 +122,7 @@ class DaemonControl:
         """The last decisions, oldest first."""
         snapshot = self.snapshot()
         made = snapshot.decisions if snapshot else ()
-        return [self._dated(decision) for decision in made if not model or decision.model == model]
+        return [self._dated(decision) for decision in made if not model or _concerns(decision, model)]
 
     def _dated(self, decision: Decision) -> dict[str, Any]:
         """The decision with Unix time instead of the core's clock."""
@@ -234,6 +234,12 @@ class DaemonControl:
             raise Unavailable(f"{model} has no engine now; 'journalctl -t vllmd' or 'vllmctl logs' shows earlier ones")
         async for line in self._daemon.fleet.log_of(member, lines, follow=follow):
             yield line
+
+
+def _concerns(decision: Decision, model: str) -> bool:
+    """Whether it is about the model, or makes it leave."""
+    victims = str(decision.numbers.get("victims", "")).split(",")
+    return decision.model == model or model in (victim.rpartition(":")[0] for victim in victims)
 
 
 def _at_rest(line: dict[str, Any], elapsed: float) -> dict[str, Any]:

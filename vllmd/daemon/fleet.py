@@ -26,6 +26,7 @@ from typing import Any
 from vllmd.config.types import ModelConfig
 from vllmd.core import commands, events
 from vllmd.core.types import Footprint, Placement, Source
+from vllmd.daemon.logfile import LogFile, path_of
 from vllmd.daemon.memory import RETURN_LIMIT, TOLERANCE, Memory
 from vllmd.engines.base import Call, Engine, Launch, Listen, Place, Progress
 from vllmd.errors import ConfigError, LauncherFailed, Unavailable, VllmdError
@@ -66,6 +67,7 @@ class Member:
     exited: asyncio.Event = field(default_factory=asyncio.Event)
     report: ExitReport | None = None
     task: asyncio.Task[None] | None = None
+    file: LogFile | None = None
     listeners: set[asyncio.Queue[str]] = field(default_factory=set)
 
     def reason(self) -> str:
@@ -81,10 +83,11 @@ class Member:
 
 @dataclass(frozen=True)
 class Paths:
-    """Where engines live: run directories (sockets) and their home (caches)."""
+    """Where engines live: run directories (sockets), their home (caches), log files where configured."""
 
     run: Path
     home: Path | None = None
+    logs: Path | None = None
 
 
 class Fleet:
@@ -103,6 +106,7 @@ class Fleet:
         self._models: Mapping[str, ModelConfig] = {}
         self._kv_caches: Mapping[str, int] = {}
         self.on_phase: Callable[[], None] = lambda: None
+        self.look: Callable[[], Awaitable[None]] = _blind  # has the core told what the devices hold now
         self.last_start: dict[str, float] = {}  # model -> seconds its last start took
         self._launcher = launcher
         self._post = post
@@ -176,7 +180,7 @@ class Fleet:
             self._forget(member)
             return events.EngineStartFailed(name, error.message, permanent=getattr(error, "permanent", False))
         log.info("%s: started as pid %d in %s", name, member.running.pid, member.running.unit, extra=of(member))
-        await self._launcher.follow(member.instance)
+        await self.follow(member)
         return await self.await_ready(member)
 
     async def await_ready(self, member: Member) -> events.Event:
@@ -195,24 +199,26 @@ class Fleet:
         if not member.exited.is_set():
             await self._end(member, kill=True)
             why = f"it was not ready after start_timeout ({limit:g} s), last phase: {member.phase.phase}"
-            return self._start_failed(member, with_last_lines(f"{name}: {why}", member.last_lines()))
-        return self._start_failed(member, f"{name}: {member.reason()}")
+            return await self._start_failed(member, with_last_lines(f"{name}: {why}", member.last_lines()))
+        return await self._start_failed(member, f"{name}: {member.reason()}")
 
     async def _is_ready(self, member: Member) -> events.Event:
         name = member.model.name
         await self._warm_up(member)
         member.ready_after = self.last_start[name] = time.monotonic() - member.started
         member.phase = Progress("ready")
-        if not member.model.log_file:
+        if not member.file:
             await self._launcher.unfollow(member.instance)
         await self.annotate(member, state="ready", level="0")
         held = await self._memory.held(member)
         log.info("%s: ready after %.1f s", name, member.ready_after, extra=of(member))
         return events.EngineReady(name, _measured(member.engine.footprint(list(member.lines)), held))
 
-    def _start_failed(self, member: Member, reason: str) -> events.Event:
-        self._forget(member)
+    async def _start_failed(self, member: Member, reason: str) -> events.Event:
         failure = member.engine.failure(member.last_lines())
+        if failure.memory:  # somebody took it: before more room is made it must be known how much there is
+            await self.look()
+        self._forget(member)
         return events.EngineStartFailed(
             member.model.name,
             reason,
@@ -395,6 +401,8 @@ class Fleet:
         member = self._by_instance(instance)
         if member is None:
             return
+        if member.file:
+            member.file.write(lines)
         for line in lines:
             member.lines.append(line)
             for queue in member.listeners:
@@ -425,8 +433,16 @@ class Fleet:
             lambda why: events.EngineStartFailed(member.model.name, why),
         )
 
-    async def _resume_start(self, member: Member) -> events.Event:
+    async def follow(self, member: Member) -> None:
+        """Have its output come to ``on_log``; into its file, too, where the configuration says so."""
+        if member.model.log_file and self._paths.logs:
+            name = str(member.listen.port or member.instance)
+            member.file = LogFile(path_of(self._paths.logs, member.model.name, name))
+            log.info("%s: its output is also in %s", member.model.name, member.file.path, extra=of(member))
         await self._launcher.follow(member.instance)
+
+    async def _resume_start(self, member: Member) -> events.Event:
+        await self.follow(member)
         return await self.await_ready(member)
 
     async def annotate(self, member: Member, **metadata: str) -> None:
@@ -521,6 +537,8 @@ class Fleet:
         if self.members.get(member.model.name) is member:
             del self.members[member.model.name]
         self._ports.release(member.listen.port)
+        if member.file:
+            member.file.close()
 
 
 class PortPool:
@@ -604,6 +622,10 @@ async def within(awaitable: Awaitable[Any], seconds: float) -> bool:
     except TimeoutError:
         return False
     return True
+
+
+async def _blind() -> None:
+    """Nobody looks."""
 
 
 def _stuck(member: Member, held: Mapping[int, int]) -> dict[int, int]:

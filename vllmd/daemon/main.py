@@ -106,12 +106,20 @@ def surroundings(environment: Mapping[str, str], *, activated: bool) -> Iterator
             run_dir=Path(own or environment["VLLMD_ENGINE_RUN_DIR"]),
             home=Path(home) if home else None,
             cache=Path(cache) if cache else None,
+            logs=_logs(environment),
             activated=activated,
             environment=environment,
         )
     finally:
         if own:
             shutil.rmtree(own, ignore_errors=True)
+
+
+def _logs(environment: Mapping[str, str]) -> Path:
+    """Where engines' log files go: the unit's LogsDirectory=, else the user's state folder."""
+    given = environment.get("LOGS_DIRECTORY", "").split(":")[0]
+    state = environment.get("XDG_STATE_HOME") or f"{environment.get('HOME', '')}/.local/state"
+    return Path(given or f"{state}/vllmd/log")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -47,6 +47,7 @@ async def open_rooms(daemon: Daemon) -> None:
     daemon.heart.on_decision, daemon.heart.on_change = daemon.control.note, daemon.control.stir
     if not daemon.broken:  # with a broken configuration nothing is known about them: a reload will adopt them
         await adopt_running(daemon)
+    await daemon.look()  # before anything is placed it must be known what strangers hold
     daemon.opened.set()
     daemon.heart.post(events.TimePassed())
 
@@ -134,11 +135,11 @@ async def _launcher_once(daemon: Daemon) -> LauncherClient:
 def make_fleet(daemon: Daemon, prospects: list[Prospect]) -> Fleet:
     """Who carries out what is decided about engines."""
     engines, around = daemon.config.engines, daemon.surroundings
-    paths = Paths(engines.run_dir or around.run_dir, engines.home or around.home)
+    paths = Paths(engines.run_dir or around.run_dir, engines.home or around.home, around.logs)
     ports = PortPool(engines.port_start, engines.port_end)
     fleet = Fleet(daemon.launcher, daemon.heart.post, daemon.memory, paths, daemon.kinds, ports)
     fleet.configure(daemon.config.models, kv_caches(prospects))
-    fleet.on_phase = daemon.control.stir
+    fleet.on_phase, fleet.look = daemon.control.stir, daemon.look
     return fleet
 
 

@@ -48,6 +48,7 @@ class Surroundings:
     run_dir: Path = Path("/run/vllmd-engine")
     home: Path | None = None  # of the engines
     cache: Path | None = None
+    logs: Path | None = None
     activated: bool = False  # listeners came from systemd: exit when idle
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -152,7 +153,7 @@ class Daemon:
             if self._may_exit():
                 log.info("nothing is loaded and nobody is connected: exiting until the next connection")
                 self.stop()
-            if time.monotonic() >= next_sample and self.opened.is_set() and self.fleet.members:
+            if time.monotonic() >= next_sample and self.opened.is_set() and self._in_use():
                 next_sample = time.monotonic() + SAMPLE_INTERVAL
                 self._side_task(self._sample())
             await asyncio.sleep(min(STATUS_INTERVAL, max(self.config.server.idle_exit or 0.0, SHORTEST_TICK)))
@@ -162,16 +163,23 @@ class Daemon:
         if self._sampling.locked():
             return
         async with self._sampling:
-            await self._take_sample()
+            await self.look()
+            await self._note_idle()
+            await self._keep_learnt()
 
-    async def _take_sample(self) -> None:
+    async def look(self) -> None:
+        """Tell the core what the devices hold now, if they say."""
         views = self.heart.scheduler.snapshot(self.heart.now()).models
         expected = {(view.name, index): view.memory for view in views for index in view.devices}
         sampled = await self.memory.report(self.fleet.members, expected)
         if sampled:
             self.heart.post(sampled)
-        await self._note_idle()
-        await self._keep_learnt()
+
+    def _in_use(self) -> bool:
+        """Whether it matters what the devices hold: something is loaded or waited for, or has not come back."""
+        if self.fleet.members or self.turnstile.open:
+            return True
+        return any(device.wedged for device in self.heart.scheduler.snapshot(self.heart.now()).devices)
 
     def _say_status(self) -> None:
         status = self.status_line()
