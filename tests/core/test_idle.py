@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from tests.core.helpers import GPU, NEVER, model
+import pytest
+
+from tests.core.helpers import GPU, NEVER, PAIR, model
 from tests.core.world import World
 from vllmd.core.commands import Admit, SleepEngine, StartEngine, StopEngine, WakeEngine
 from vllmd.core.events import EngineAdopted, PinSet, TimePassed
-from vllmd.core.types import IdleRules, Placement, Settings, State
+from vllmd.core.lifecycle import LifecycleError
+from vllmd.core.types import Footprint, GiB, IdleRules, Placement, Settings, State
 
 RULES = IdleRules(sleep_after=300.0, level=1, deepen_after=900.0, stop_after=1800.0)
 
@@ -137,3 +140,19 @@ def test_preloading_loads_what_fits_in_order() -> None:
     assert w.answer("a") == []
     assert w.scheduler.next_timer() is None
     assert w.state("c") is State.STOPPED
+
+
+def test_an_adopted_engine_brings_its_measured_footprint() -> None:
+    """What it was measured to hold is booked, not what was configured."""
+    w = World([model("m", 20)], [GPU])
+    w.do(EngineAdopted("m", Placement((0,)), State.READY, footprint=Footprint(0, 23 * GiB)))
+    assert w.seen.models[0].memory == 23 * GiB
+
+
+def test_no_engine_is_adopted_twice() -> None:
+    """The second report is refused, and the first one's devices stay as they are."""
+    w = World([model("m", 20)], PAIR)
+    w.do(EngineAdopted("m", Placement((0,)), State.READY))
+    with pytest.raises(LifecycleError, match="adopted awake"):
+        w.scheduler.handle(EngineAdopted("m", Placement((1,)), State.READY), 0)
+    assert w.seen.models[0].devices == (0,)

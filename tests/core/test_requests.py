@@ -6,6 +6,7 @@ from tests.core.helpers import GPU, PAIR, model
 from tests.core.world import World
 from vllmd.core.commands import Admit, Reject, SleepEngine, StartEngine
 from vllmd.core.events import EngineAdopted, PinSet, RequestGone, SleepAsked
+from vllmd.core.policies import Lru
 from vllmd.core.types import GiB, Placement, Settings, State
 
 
@@ -169,3 +170,30 @@ def test_a_request_in_an_adopted_engine_needs_no_start() -> None:
     w = World([model("m")], [GPU])
     w.do(EngineAdopted("m", Placement((0,)), State.READY, idle=5.0))
     assert w.ask("r", "m") == [Admit("r", "m")]
+
+
+class InOrder(Lru):
+    """A baseline's vice: strictly first come, first served over all models."""
+
+    in_order = True
+
+
+def test_a_policy_may_insist_on_the_order_of_arrival() -> None:
+    """The simulator's one-at-a-time baseline: a loaded model's request waits behind an older one of another."""
+    w = World([model("a"), model("b")], [GPU], policy=InOrder())
+    w.load("a")
+    w.ask("stays", "a")
+    w.ask("older", "b")
+    assert w.ask("younger", "a") == []
+    w.settle()
+    assert not w.rejected
+
+
+def test_a_client_that_left_in_the_moment_of_admission_is_an_end_like_another() -> None:
+    """The daemon may say gone of a request that was just let in."""
+    w = World([model("m", concurrency=1)], [GPU])
+    w.load("m")
+    w.ask("r1", "m")
+    w.ask("r2", "m")
+    assert w.scheduler.handle(RequestGone("r1"), 1.0) == [Admit("r2", "m")]
+    assert w.scheduler.handle(RequestGone("never seen"), 1.0) == []

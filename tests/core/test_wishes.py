@@ -15,7 +15,7 @@ from vllmd.core.events import (
     SleepAsked,
     StopAsked,
 )
-from vllmd.core.types import GiB, Placement, State
+from vllmd.core.types import GiB, IdleRules, Placement, State
 
 
 def test_loading_starts_it_and_wakes_it() -> None:
@@ -220,3 +220,47 @@ def test_a_stop_of_a_model_with_frozen_requests_wakes_it_first() -> None:
     assert w.pending["m"] == WakeEngine("m", 1)
     w.answer("m")
     assert [type(c) for c in w.finish("inside")] == [StopEngine]
+
+
+def test_a_stop_asked_while_it_falls_asleep_follows_the_sleep() -> None:
+    """One command at a time; the wish is not forgotten."""
+    w = World([model("m")], [GPU])
+    w.load("m")
+    w.do(SleepAsked("m", 1))
+    assert w.do(StopAsked("m")) == []
+    assert w.answer("m") == [StopEngine("m", "an operator asked for it")]
+
+
+def test_a_sleep_asked_while_it_starts_follows_the_start() -> None:
+    """Who waits is served first; then it drains."""
+    w = World([model("m")], [GPU])
+    w.ask("r", "m")
+    w.do(SleepAsked("m", 2))
+    assert w.answer("m") == [Admit("r", "m")]
+    assert w.finish("r") == [SleepEngine("m", 2)]
+
+
+def test_a_pin_saves_a_sleeper_that_was_to_stop() -> None:
+    """Its device was busy when its time came; pinned meanwhile, it stays."""
+    rules = IdleRules(10.0, 2, None, 20.0)
+    w = World([model("m", 20, idle=rules), model("other", 20)], [GPU])
+    w.load("m")
+    w.pass_time(10.0)
+    w.answer("m")
+    w.ask("r", "other")
+    w.pass_time(30.0)
+    w.do(PinSet("m", True))
+    w.answer("other")
+    assert w.state("m") is State.SLEEPING
+    assert not w.pending
+
+
+def test_a_lease_on_another_model_ends_the_first() -> None:
+    """One lease holds one model; the one given up follows its idle rules."""
+    w = World([model("a", 20, idle=IdleRules(10.0, 1, None, None)), model("b", 20)], [GPU])
+    w.load("a")
+    w.do(LeaseTaken("l", "a"))
+    assert w.scheduler.next_timer() is None
+    w.now = 100.0
+    w.do(LeaseTaken("l", "b"))
+    assert w.pass_time(110.0) == [SleepEngine("a", 1)]
