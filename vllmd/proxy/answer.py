@@ -12,7 +12,7 @@ from typing import Protocol
 from vllmd.proxy.exchange import LAST_CHUNK, Exchange, chunk
 from vllmd.proxy.framing import Chunked, Framing, Length
 from vllmd.proxy.gate import Target
-from vllmd.proxy.heads import RawHeaders, ResponseHead, forwardable, write_fields
+from vllmd.proxy.heads import BODYLESS, RawHeaders, ResponseHead, forwardable, write_fields
 from vllmd.proxy.http import date_line, status_line
 from vllmd.proxy.loading import Loading
 from vllmd.proxy.peek import Asked
@@ -82,7 +82,7 @@ def opening(exchange: Exchange, head: ResponseHead, framing: Framing) -> bytes:
 
 def _framing_fields(exchange: Exchange, framing: Framing, status: int) -> RawHeaders:
     if isinstance(framing, Length):
-        return [] if status in (204, 304) else [(b"content-length", b"%d" % framing.left)]
+        return [] if status in BODYLESS else [(b"content-length", b"%d" % framing.left)]
     if isinstance(framing, Chunked) and exchange.takes_chunks:
         return [(b"transfer-encoding", b"chunked")]
     exchange.keep_alive = False  # the body ends with the connection

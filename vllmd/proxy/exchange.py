@@ -8,10 +8,8 @@ from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 from vllmd.errors import VllmdError
-from vllmd.proxy.heads import write_response_head
+from vllmd.proxy.heads import BODYLESS, write_response_head
 from vllmd.proxy.http import Pairs, Request, Response, error_response
-
-BODYLESS = frozenset({204, 304})
 
 
 class Wire(Protocol):

@@ -41,6 +41,7 @@ QUERY = re.compile(r"[\x21\x24-\x7e]*")  # browsers send more than RFC 3986 allo
 BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 PLAIN_LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,15})\r\n")
+BODYLESS = frozenset({204, 304})
 NO_SHAPE = (b"", b"")
 MEMO_SIZE = 4096  # bytes of a head worth remembering
 FIELD_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
@@ -128,7 +129,7 @@ class HeadMemo(Generic[H]):
         if isinstance(head, RequestHead):
             return True
         if isinstance(head.framing, Length):
-            return digits is not None and head.framing.left == int(digits[1])
+            return digits is not None and head.status not in BODYLESS
         return isinstance(head.framing, Chunked)
 
 
@@ -281,7 +282,7 @@ def _request_length(head: bytes, fields: dict[bytes, bytes], version: str) -> in
 
 
 def _response_framing(status: int, fields: dict[bytes, bytes], method: str) -> Framing:
-    if method == "HEAD" or status in (204, 304) or status < 200:
+    if method == "HEAD" or status in BODYLESS or status < 200:
         return Length(0)
     coding, length = fields.get(b"transfer-encoding"), fields.get(b"content-length")
     if coding is not None:
