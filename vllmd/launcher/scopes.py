@@ -40,6 +40,7 @@ from vllmd.launcher.protocol import LIMITS, UNIT_PREFIX, UNIT_SUFFIX, StartOrder
 log = logging.getLogger(__name__)
 
 SERVICE, SLICE = b"vllmd.service", b"vllmd.slice"
+PATIENCE = 0.1  # seconds for systemd to notice by itself that a scope is empty; it takes about one millisecond
 _SYSTEMD, _PATH = b"org.freedesktop.systemd1", b"/org/freedesktop/systemd1"
 _MANAGER, _SCOPE = b"org.freedesktop.systemd1.Manager", b"org.freedesktop.systemd1.Scope"
 # Missing in pystemd's table (0.11 and 0.15); an unknown property is a KeyError there.
@@ -70,6 +71,8 @@ class Scopes:
         self._watcher = Watcher(loop)
         self._stop_requested = stop_requested
         self._jobs: dict[bytes, Callable[[str], None]] = {}
+        self._loaded: set[str] = set()
+        self._retiring: dict[str, Callable[[], None]] = {}
         self._signals: list[Callable[[], None]] = []
         self._calls, self._bus = _connect(user), _connect(user)
         self._own_name: bytes = self._bus.get_unique_name()
@@ -88,23 +91,36 @@ class Scopes:
         except DBusBaseError as error:
             placed(None, f"systemd refused to make {unit}: {_text(error)}")
             return
+        self._loaded.add(unit)
         self._jobs[job] = lambda result: placed(*self._outcome(unit, process, result))
 
     def retire(self, instance: str, retired: Callable[[], None]) -> None:
-        """Stop the unit if systemd still knows it; its name is free when the job is done."""
-        try:
-            job = self._manager.StopUnit(unit_of(instance).encode(), b"replace")
-        except DBusBaseError as error:
-            if "not loaded" not in _text(error):
-                log.warning("cannot stop %s: %s", unit_of(instance), _text(error))
+        """Its processes are gone: systemd will notice and forget the unit, which frees its name; else stop it."""
+        unit = unit_of(instance)
+        if unit not in self._loaded:
             retired()
             return
-        self._jobs[job] = lambda _: retired()
+        self._retiring[unit] = retired
+        self._loop.later(PATIENCE, lambda: self._stop(unit))
+
+    def _stop(self, unit: str) -> None:
+        """Of a scope around a zombie, or one that is still being made, systemd notices nothing by itself."""
+        if unit not in self._retiring:
+            return
+        try:
+            job = self._manager.StopUnit(unit.encode(), b"replace")
+        except DBusBaseError as error:
+            if "not loaded" not in _text(error):
+                log.warning("cannot stop %s: %s", unit, _text(error))
+            self._unit_removed(unit)
+            return
+        self._jobs[job] = lambda _: self._unit_removed(unit)
 
     def adopt(self) -> Sequence[Found]:
         """The scopes of an earlier launcher; even one without processes, which may linger for ever otherwise."""
         pattern = f"{UNIT_PREFIX}*{UNIT_SUFFIX}".encode()
         units = self._manager.ListUnitsByPatterns([], [pattern])
+        self._loaded |= {unit[0].decode() for unit in units}
         found = [(instance_of(unit[0].decode()), self._group(unit[6])) for unit in units]
         return [Found(instance, group) for instance, group in found if instance]
 
@@ -147,12 +163,18 @@ class Scopes:
             _, job, _, result = message.body
             self._signals.append(lambda: self._job_removed(job, result.decode()))
 
+        def unit_removed(message: Any, error: Any = None, userdata: Any = None) -> None:
+            message.process_reply(False)
+            unit = message.body[0].decode()
+            self._signals.append(lambda: self._unit_removed(unit))
+
         def request_stop(message: Any, error: Any = None, userdata: Any = None) -> None:
             path = message.get_path()
             self._signals.append(lambda: self._asked_to_stop(path))
 
-        self._keep = (job_removed, request_stop)  # pystemd does not hold them; a collected one is a crash
+        self._keep = (job_removed, unit_removed, request_stop)  # pystemd does not hold them; a collected one is a crash
         self._bus.match_signal(_SYSTEMD, _PATH, _MANAGER, b"JobRemoved", job_removed)
+        self._bus.match_signal(_SYSTEMD, _PATH, _MANAGER, b"UnitRemoved", unit_removed)
         self._bus.match_signal(_SYSTEMD, None, _SCOPE, b"RequestStop", request_stop)
         manager: Any = Manager(bus=self._bus, _autoload=True).Manager
         manager.Subscribe()
@@ -162,6 +184,11 @@ class Scopes:
     def _job_removed(self, job: bytes, result: str) -> None:
         if finish := self._jobs.pop(job, None):
             finish(result)
+
+    def _unit_removed(self, unit: str) -> None:
+        self._loaded.discard(unit)
+        if retired := self._retiring.pop(unit, None):
+            retired()
 
     def _asked_to_stop(self, path: bytes) -> None:
         instance = instance_of(_unescape(path.rpartition(b"/")[2]))
