@@ -5,6 +5,7 @@
     main        argv -> configuration -> listeners -> Daemon -> exit status
     service     the life of the daemon, from its doors to its shutdown
     opening     how it gets its devices, launcher and engines, after the doors are open
+    listen      sockets of our own, where systemd gives none
     doors       the listeners and their routes; keys says who may what
     loop        the inbox: events to the core, its commands to whoever does them
     turnstile   the proxy's gate: one arrival, one ending, whatever happens between

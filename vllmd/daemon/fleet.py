@@ -12,8 +12,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import re
-import secrets
 import signal
 import socket
 import time
@@ -23,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllmd.config.names import instance_name
 from vllmd.config.types import ModelConfig
 from vllmd.core import commands, events
 from vllmd.core.types import Footprint, Placement, Source
@@ -572,12 +571,6 @@ def _is_free(port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def instance_name(model: str) -> str:
-    """A unit name part that is readable and never used twice."""
-    readable = re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-")[:40] or "model"
-    return f"{readable}-{secrets.token_hex(3)}"
 
 
 def fingerprint(model: ModelConfig) -> str:

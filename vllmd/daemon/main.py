@@ -8,7 +8,6 @@ import contextlib
 import logging
 import os
 import shutil
-import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ import vllmd
 from vllmd.config.loader import load
 from vllmd.config.settings import flags
 from vllmd.config.types import Config
+from vllmd.daemon.listen import Listeners, listeners
 from vllmd.daemon.service import Daemon, Surroundings
 from vllmd.errors import ConfigError
 from vllmd.systemd.activation import take_listeners
@@ -27,8 +27,6 @@ from vllmd.systemd.journal import setup_logging
 log = logging.getLogger("vllmd")
 
 EX_USAGE, EX_UNAVAILABLE, EX_SOFTWARE, EX_CONFIG = 64, 69, 70, 78
-BACKLOG = 4096
-Listeners = dict[str, list[socket.socket]]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,13 +34,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     given = {leaf.path: getattr(arguments, flag.lstrip("-").replace("-", "_")) for flag, leaf in flags().items()}
     overrides = {path: value for path, value in given.items() if value is not None}
-    listeners = take_listeners()
+    given_sockets = take_listeners()
     config, broken = Config(), ""
     try:
         config = load(arguments.config, os.environ, overrides)
     except ConfigError as error:
         broken = error.message
-    if broken and (arguments.check or not listeners):
+    if broken and (arguments.check or not given_sockets):
         print(broken, file=sys.stderr)
         return EX_CONFIG
     if arguments.check:
@@ -52,47 +50,32 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging(config.log_level)
     for warning in config.warnings:
         log.warning("%s", warning)
-    return _serve(config, broken, listeners, lambda: load(arguments.config, os.environ, overrides))
+    return _serve(config, broken, given_sockets, lambda: load(arguments.config, os.environ, overrides))
 
 
-def _serve(config: Config, broken: str, listeners: Listeners, reload: Any) -> int:
+def _serve(config: Config, broken: str, given: Listeners, reload: Any) -> int:
     """Listen, and live. A broken configuration is served as an error to every client, and repaired by a reload:
 
     an exit status would soon make systemd close the sockets for good.
     """
-    activated = bool(listeners)
-    try:
-        listeners = listeners or open_listeners(config.server.listen)
-    except OSError as error:
-        print(f"cannot listen on {', '.join(config.server.listen)}: {error}", file=sys.stderr)
-        return EX_UNAVAILABLE
     if broken:
         log.error("the configuration is invalid, every request is answered with this:\n%s", broken)
-    with surroundings(os.environ, activated=activated) as around:
-        return asyncio.run(_live(config, broken, around, reload, listeners))
+    with contextlib.ExitStack() as stack:
+        try:
+            sockets = given or stack.enter_context(listeners(config.server.listen, os.environ))
+        except OSError as error:
+            print(f"cannot listen on {', '.join(config.server.listen)}: {error}", file=sys.stderr)
+            return EX_UNAVAILABLE
+        around = stack.enter_context(surroundings(os.environ, activated=bool(given)))
+        return asyncio.run(_live(config, broken, around, reload, sockets))
 
 
-async def _live(config: Config, broken: str, around: Surroundings, reload: Any, listeners: Listeners) -> int:
+async def _live(config: Config, broken: str, around: Surroundings, reload: Any, sockets: Listeners) -> int:
     daemon = Daemon(config, around, reload)
     if broken:
         daemon.refuse(broken)
-    await daemon.run(listeners)
+    await daemon.run(sockets)
     return EX_SOFTWARE if daemon.failed else 0
-
-
-def open_listeners(addresses: tuple[str, ...]) -> Listeners:
-    """Sockets of our own, when systemd gives none. ``host:port``, ``[v6]:port`` or a path. Raises OSError."""
-    return {"http": [_listen(address) for address in addresses]}
-
-
-def _listen(address: str) -> socket.socket:
-    if address.startswith("/"):
-        return socket.create_server(address, family=socket.AF_UNIX, backlog=BACKLOG)
-    host, _, port = address.rpartition(":")
-    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
-    listener = socket.create_server((host.strip("[]"), int(port)), family=family, backlog=BACKLOG)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listener
 
 
 @contextlib.contextmanager

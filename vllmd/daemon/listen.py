@@ -1,0 +1,75 @@
+"""Sockets of our own, where systemd gives none: ``vllmd serve`` at a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+log = logging.getLogger("vllmd")
+
+BACKLOG = 4096
+Listeners = dict[str, list[socket.socket]]
+
+
+@contextlib.contextmanager
+def listeners(addresses: tuple[str, ...], environment: Mapping[str, str]) -> Iterator[Listeners]:
+    """``http`` on the addresses (``host:port``, ``[v6]:port`` or a path), ``admin`` where vllmctl looks for it.
+
+    Raises OSError if an address cannot be had. Without an admin socket (somebody
+    else has it, or there is no place for it) everything works but vllmctl.
+    """
+    own = {"http": [_listen(address) for address in addresses]}
+    path = admin_path(environment)
+    admin = _admin(path)
+    try:
+        yield {**own, "admin": [admin]} if admin else own
+    finally:
+        if admin:
+            path.unlink(missing_ok=True)
+
+
+def admin_path(environment: Mapping[str, str]) -> Path:
+    """The first place at which vllmctl looks."""
+    given = environment.get("VLLMD_ADMIN_SOCKET")
+    runtime = environment.get("XDG_RUNTIME_DIR") or ("/run" if os.geteuid() == 0 else f"/run/user/{os.getuid()}")
+    return Path(given) if given else Path(runtime) / "vllmd" / "admin.sock"
+
+
+def _admin(path: Path) -> socket.socket | None:
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        if _alive(path):
+            raise OSError("another vllmd listens there")
+        path.unlink(missing_ok=True)
+        before = os.umask(0o077)
+        try:
+            return _listen(str(path))
+        finally:
+            os.umask(before)
+    except OSError as error:
+        log.warning("no admin socket at %s, vllmctl will not reach this vllmd: %s", path, error)
+        return None
+
+
+def _alive(path: Path) -> bool:
+    """Whether somebody listens on the socket, or it is only left over."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
+def _listen(address: str) -> socket.socket:
+    if address.startswith("/"):
+        return socket.create_server(address, family=socket.AF_UNIX, backlog=BACKLOG)
+    host, _, port = address.rpartition(":")
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+    listener = socket.create_server((host.strip("[]"), int(port)), family=family, backlog=BACKLOG)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
