@@ -128,6 +128,14 @@ def test_a_start_without_memory_is_tried_once_more_with_more_room() -> None:
     assert isinstance(told, Reject)
 
 
+def test_a_permanent_failure_is_not_tried_again() -> None:
+    """No room in the world helps a command that does not exist."""
+    w = World([model("m")], [GPU])
+    w.ask("r", "m")
+    (told,) = w.do(EngineStartFailed("m", "no such command", memory=True, permanent=True))
+    assert isinstance(told, Reject)
+
+
 def test_needing_more_than_the_machine_has_is_said() -> None:
     """The second try is spared when no device could hold it."""
     w = World([model("m", 50)], [GPU])
@@ -228,6 +236,9 @@ def test_a_measured_footprint_replaces_the_configured_one() -> None:
     w.ask("r", "m")
     w.do(EngineReady("m", Footprint(55 * GiB, 54 * GiB)))
     assert w.seen.models[0].memory == 54 * GiB
+    w.do(MemorySampled({0: 0}, {("m", 0): 2 * GiB}))
+    assert w.seen.models[0].memory == 54 * GiB, "a sample from before it was ready"
+    w.now = 10.0
     w.do(MemorySampled({0: 0}, {("m", 0): 53 * GiB}))
     assert w.seen.models[0].memory == 53 * GiB
     w.finish("r")

@@ -102,7 +102,7 @@ class Answers:
         if m:
             self._core.fleet.gone(m, Step.START_FAILED)
             self._settled(m)
-            if e.memory and not m.room_retried:
+            if e.memory and not e.permanent and not m.room_retried:
                 self._more_room(m, e)
             else:
                 self._give_up(m, e.reason)

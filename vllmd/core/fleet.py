@@ -27,6 +27,7 @@ from vllmd.core.model import Leave, Model, Run
 from vllmd.core.types import Decision, Placement, State
 
 DECISIONS_KEPT = 1000
+SETTLED = 2.0  # seconds after a change of state from which a sample surely shows the new one
 ADOPTIONS = {
     State.READY: Step.ADOPTED_AWAKE,
     State.SLEEPING: Step.ADOPTED_ASLEEP,
@@ -196,14 +197,18 @@ class Fleet:
         self.settle_host(m)
 
     def measured(self, m: Model, shares: Mapping[int, int]) -> None:
-        """What its processes were seen to hold, bytes per device. On the move only what exceeds the booking counts."""
+        """What its processes were seen to hold, bytes per device.
+
+        On the move, and just after it (the sample may be from before), only what exceeds the booking counts.
+        """
         held = self.ledger.held(m.name)
         seen = {index: shares.get(index, share) for index, share in held.items()}
         if not seen or m.state not in LOADED:
             return
-        if m.state is State.READY:
+        settled = self.now - m.changed >= SETTLED
+        if m.state is State.READY and settled:
             m.measured(awake=max(seen.values()))
-        elif m.state is State.SLEEPING:
+        elif m.state is State.SLEEPING and settled:
             m.measured(asleep=max(seen.values()))
         else:
             seen = {index: max(size, held[index]) for index, size in seen.items()}

@@ -72,5 +72,8 @@ def _waiting_for_room(fleet: Fleet, exchanges: Exchanges, m: Model) -> str:
     if holder:
         return f"{holder}, which is {exchanges.models[holder].state.value.replace('_', ' ')}"
     accounts = fleet.ledger.accounts.values()
-    strangers = ", ".join(f"{gib(a.strangers)} on device {a.device.index}" for a in accounts if a.strangers)
-    return "room" + (f" (strangers hold {strangers})" if strangers else "")
+    wedged = [f"device {a.device.index} is avoided: {a.wedged}" for a in accounts if a.missing]
+    taken = [
+        f"strangers hold {gib(a.strangers)} on device {a.device.index}" for a in accounts if a.strangers > a.missing
+    ]
+    return "; ".join(["room", *wedged, *taken])

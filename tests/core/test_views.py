@@ -1,0 +1,71 @@
+"""The snapshot: what ``vllmctl ps`` and ``why`` can tell."""
+
+from __future__ import annotations
+
+from tests.core.helpers import GPU, model
+from tests.core.world import World
+from vllmd.core.events import EngineExited, EngineStopped, LeaseTaken, SleepAsked, StopAsked
+from vllmd.core.types import GiB, ModelView, State
+
+
+def view(w: World, name: str = "m") -> ModelView:
+    return next(m for m in w.seen.models if m.name == name)
+
+
+def test_why_a_request_waits_is_told_at_every_stage() -> None:
+    """Start, place, drain of others, falling asleep, wake: each in a few words."""
+    w = World([model("m", concurrency=1), model("other")], [GPU])
+    w.ask("r1", "m")
+    w.now = 12.0
+    assert view(w).waiting_for == "its start (12 of about 48 s)"
+    w.answer("m")
+    w.ask("r2", "m")
+    assert view(w).waiting_for == "a place in the engine (1 run at a time)"
+    w.ask("r3", "other")
+    w.pass_time(400.0)
+    assert view(w, "other").waiting_for == "m to leave (1 requests running there)"
+    w.finish("r1")
+    assert view(w, "other").waiting_for == "m to leave (0 requests running there)"
+    assert view(w).waiting_for == "the end of its falling asleep"
+
+
+def test_a_crashed_models_waiters_are_told_of_the_restart() -> None:
+    """The reason and the seconds left."""
+    w = World([model("m", concurrency=1, restart_backoff=5.0)], [GPU])
+    w.load("m")
+    w.ask("r1", "m")
+    w.ask("r2", "m")
+    w.do(EngineExited("m", "exit status 139"))
+    assert view(w).waiting_for == "a restart in 5 s after: exit status 139"
+
+
+def test_a_wedged_device_is_named() -> None:
+    """Whoever waits for it should know."""
+    w = World([model("m")], [GPU])
+    w.load("m")
+    w.do(StopAsked("m"))
+    w.do(EngineStopped("m", missing={0: 40 * GiB}))
+    w.ask("r", "m")
+    assert view(w).waiting_for == "room; device 0 is avoided: 40.0 GiB did not come back after a stop"
+
+
+def test_a_sleepers_row() -> None:
+    """Level, remainder, age, leases: as ``ps`` prints them."""
+    w = World([model("m")], [GPU])
+    w.load("m")
+    w.do(SleepAsked("m", 2))
+    w.answer("m")
+    w.do(LeaseTaken("l", "m"))
+    w.now = 7.0
+    row = view(w)
+    assert (row.state, row.level, row.devices, row.memory) == (State.SLEEPING, 2, (0,), 1 * GiB)
+    assert (row.idle, row.since, row.leases, row.waiting_for) == (7.0, 7.0, ("l",), "")
+
+
+def test_a_snapshot_is_a_copy() -> None:
+    """What was handed out does not change behind the reader's back."""
+    w = World([model("m")], [GPU])
+    before = w.seen
+    w.load("m")
+    assert before.models[0].state is State.STOPPED
+    assert before.decisions == ()
