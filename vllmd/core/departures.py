@@ -48,7 +48,9 @@ class Departures:
         core = self._core
         level = self._planner.level(m, leave.level)
         if core.now >= leave.freeze_at and m.freezable and level and core.fleet.free_to_move(m):  # 6.2
-            core.fleet.record("freeze", m.name, leave.why, {"frozen": len(m.running), "for": m.exchange})
+            core.fleet.record(
+                "freeze", m.name, leave.why, {"frozen": len(m.running), "for": m.exchange, "cause": leave.cause}
+            )
             core.fleet.sleep(m, level, freeze=True)
             core.touch(m)
         elif core.now >= leave.cut_at:  # 6.3
@@ -64,7 +66,11 @@ class Departures:
             core.fleet.prove(m)
             return
         level = self._planner.level(m, leave.level) if m.state is State.DRAINING else 0
-        numbers = {"level": level, "idle": round(core.now - m.idle_since, 3)}
+        numbers: dict[str, float | str] = {
+            "level": level,
+            "idle": round(core.now - m.idle_since, 3),
+            "cause": leave.cause,
+        }
         core.fleet.record("sleep" if level else "stop", m.name, leave.why, numbers)
         if level:
             core.fleet.sleep(m, level)
