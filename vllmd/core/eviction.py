@@ -40,6 +40,9 @@ def fits(s: Situation, w: Waiting) -> tuple[int, ...] | None:
     """The devices on which ``w`` can be started or woken at once, the emptiest first; None: it does not fit."""
     if not w.span:
         return ()
+    if len(w.devices) == 1:
+        room = s.rooms.get(w.devices[0])
+        return w.devices if room and room.free >= w.need and _usable_at_once(room, w) else None
     good = [room for room in _rooms(s, w) if room.free >= w.need and _usable_at_once(room, w)]
     if len(good) < w.span:
         return None
@@ -83,6 +86,8 @@ def groups(w: Waiting, rooms: Sequence[Room], residents: Sequence[Resident], pri
     Nobody has to stop who only would because the others are not ready to
     leave just now: sleepers hold little and are dear to have back.
     """
+    here = {room.device for room in rooms}
+    residents = [r for r in residents if not here.isdisjoint(r.devices)]
     yield [Leaver(price(r, r.ways[0]), r, r.ways[0]) for r in residents if not r.asleep]
     if sum(room.sleepable >= w.need for room in rooms) >= w.span:
         return

@@ -13,7 +13,8 @@ from vllmd.core.situation import Observer, host_claims, levels, see_waiting
 from vllmd.core.types import State
 
 TICK = 0.25  # seconds between two looks while anything waits
-FILL_AGE = 1.0  # seconds for which the choice of level-1 sleepers stands
+FILL_AGE = 5.0  # seconds for which the choice of level-1 sleepers stands
+HOUSE_AGE = 1.0  # seconds between two looks for sleepers that must move
 
 
 class Planner:
@@ -25,6 +26,7 @@ class Planner:
         self._settle = settle  # carries out what a plan has set in motion
         self._looked = -INFINITY
         self._filled = -INFINITY
+        self._housed = -INFINITY
         self._shallow: frozenset[str] = frozenset()
 
     @property
@@ -49,8 +51,9 @@ class Planner:
         """7.1: a sleeper that cannot wake where it sleeps is stopped, if it can start elsewhere."""
         core = self._core
         sleepers = [m for m in core.waiting.values() if m.state is State.SLEEPING and not m.running]
-        if not sleepers:
+        if not sleepers or core.now < self._housed + HOUSE_AGE:
             return
+        self._housed = core.now
         room = room_beside_kept(core.fleet.ledger, core.models.values())
         for m in sleepers:
             why = stuck(core.fleet.ledger, m, room) if m.name not in core.exchanges else ""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from vllmd.core.eviction import Choice, Leaver, cheapest, fits, oldest_first, unclaimed
+from vllmd.core.eviction import Choice, cheapest, fits, oldest_first, unclaimed
 from vllmd.core.policy import (
     INFINITY,
     HostClaim,
-    Knobs,
     Plan,
     Policy,
     Resident,
@@ -20,6 +18,7 @@ from vllmd.core.policy import (
     drain_time,
     greedy_fill,
 )
+from vllmd.core.pricing import Prices, budgets, longest_drain
 
 NUMBERS = dict[str, float | int | str]
 
@@ -53,12 +52,6 @@ def without(s: Situation, devices: Iterable[int]) -> Situation:
 def due_there(s: Situation, w: Waiting) -> list[int]:
     """Devices where ``w`` cannot have its turn just now, but will once others have come to rest."""
     return [room.device for room in unclaimed(s, w) if room.sleepable >= w.need]
-
-
-def longest_drain(leavers: Sequence[Leaver], budget: float = INFINITY) -> float:
-    """Expected seconds until all have drained, or ``budget`` has passed."""
-    drains = (drain_time(leaver.resident.service, leaver.resident.running) for leaver in leavers)
-    return min(budget, max(drains, default=0.0))
 
 
 class Lru:
@@ -127,34 +120,68 @@ class Adaptive:
         """The first whose exchange is due."""
         if not s.waiting:
             return None
-        deadline = max(s.knobs.deadline, s.knobs.rounds * sum(w.load + w.sleep for w in s.waiting))
-        dear = deadline > s.knobs.deadline
-        total = sum(w.waiters for w in s.waiting)
-        here = _by_device(s.residents)
+        turns = _Turns(s)
         for w in sorted(s.waiting, key=lambda w: not w.impatient) if len(s.waiting) > 1 else s.waiting:
-            devices = fits(s, w)
-            if devices is not None:
-                return Plan(w.model, devices, why="it fits", numbers=_waited(s, w))
-            if not unclaimed(s, w):
-                continue
-            urgent = w.impatient or s.now - w.oldest > deadline
-            residents = here.get(w.devices[0], ()) if len(w.devices) == 1 else s.residents
-            offer = _offer(s, w, residents, total, urgent)
-            if offer is None:
-                held = due_there(s, w)
-            elif not urgent and offer.waited < s.knobs.kappa * offer.price:
-                continue
-            elif too_early(s, offer.choice, offer.cost - w.load - takes(offer.choice)):
-                held = list(offer.choice.devices)
-            else:
-                return _bought(w, offer, deadline, urgent)
-            if urgent or dear:
-                s = without(s, held)
+            plan = turns.next(w)
+            if plan:
+                return plan
         return None
 
     def shallow(self, claims: Iterable[HostClaim], budget: int) -> frozenset[str]:
         """The greedy fill."""
         return greedy_fill(claims, budget)
+
+
+class _Turns:
+    """One look of the adaptive policy: waiters come to :meth:`next` in order, and may hold devices against later ones.
+
+    Most waiters on a crowded machine are passed over, so what decides that is worked out once for all.
+    """
+
+    def __init__(self, s: Situation) -> None:
+        self.deadline = max(s.knobs.deadline, s.knobs.rounds * sum(w.load + w.sleep for w in s.waiting))
+        self.dear = self.deadline > s.knobs.deadline
+        self.prices = Prices(s, sum(w.waiters for w in s.waiting))
+        self.here = _by_device(s.residents)
+        long = [room.device for room in s.rooms.values() if room.busy > _longest(self.here.get(room.device, []))]
+        self.s = s = without(s, long)
+        self.roomiest = max([room.free for room in s.rooms.values() if not room.busy], default=0)
+        self.free_to_begin = {room.device for room in s.rooms.values() if not room.claimed}
+
+    def next(self, w: Waiting) -> Plan | None:
+        """Its plan, if its exchange is due."""
+        devices = fits(self.s, w) if w.need <= self.roomiest or not w.span else None
+        if devices is not None:
+            return Plan(w.model, devices, why="it fits", numbers=_waited(self.s, w))
+        if self.free_to_begin.isdisjoint(w.devices) or not unclaimed(self.s, w):
+            return None
+        urgent = w.impatient or self.s.now - w.oldest > self.deadline
+        residents = self.here.get(w.devices[0], []) if len(w.devices) == 1 else self.s.residents
+        if not urgent and self._surely_too_dear(w, residents):
+            return None
+        return self._bargain(w, _offer(self.s, self.prices, w, residents, urgent), urgent)
+
+    def _surely_too_dear(self, w: Waiting, residents: Iterable[Resident]) -> bool:
+        """What a search for victims would find as well, but at once: all are busy, and the rent paid is too little."""
+        if all(room.sleepable < w.need for room in unclaimed(self.s, w)):
+            return False
+        floor = self.prices.floor(r for r in residents if not r.asleep)
+        return waited_by(w, self.s.now) < self.s.knobs.kappa * floor
+
+    def _bargain(self, w: Waiting, offer: Offer | None, urgent: bool) -> Plan | None:
+        if offer is None:
+            held = due_there(self.s, w)
+        elif not urgent and offer.waited < self.s.knobs.kappa * offer.price:
+            return None
+        elif too_early(self.s, offer.choice, offer.cost - w.load - takes(offer.choice)):
+            held = list(offer.choice.devices)
+        else:
+            why = "its deadline has passed" if urgent else "the wait is worth the exchange"
+            numbers = _numbers(w, offer, self.deadline)
+            return Plan(w.model, offer.choice.devices, offer.choice.victims, offer.budget, why, numbers)
+        if urgent or self.dear:
+            self.s = without(self.s, held)
+        return None
 
 
 def _by_device(residents: Sequence[Resident]) -> dict[int, list[Resident]]:
@@ -165,10 +192,10 @@ def _by_device(residents: Sequence[Resident]) -> dict[int, list[Resident]]:
     return here
 
 
-def _bought(w: Waiting, offer: Offer, deadline: float, urgent: bool) -> Plan:
-    why = "its deadline has passed" if urgent else "the wait is worth the exchange"
-    numbers = _numbers(w, offer, deadline)
-    return Plan(w.model, offer.choice.devices, offer.choice.victims, offer.budget, why, numbers)
+def _longest(residents: Sequence[Resident]) -> float:
+    """Seconds before the end of a transfer from which on an exchange there can be due at all: see too_early."""
+    drain = max([drain_time(r.service, r.running) for r in residents], default=0.0)
+    return 1.0 + drain + sum([r.ways[0].takes for r in residents])
 
 
 def _waited(s: Situation, w: Waiting) -> NUMBERS:
@@ -185,26 +212,28 @@ def _numbers(w: Waiting, offer: Offer, deadline: float) -> NUMBERS:
     }
 
 
-def _offer(s: Situation, w: Waiting, residents: Sequence[Resident], total: int, urgent: bool) -> Offer | None:
+def _offer(s: Situation, prices: Prices, w: Waiting, residents: Sequence[Resident], urgent: bool) -> Offer | None:
     """The cheapest victims, and the drain budget that suits them best."""
     may_leave = [r for r in residents if _served_its_time(s, r, w)]
 
     def alone(r: Resident, way: Way) -> float:
         """What it would cost if it were the only one to leave: the sum over a set is near what the set costs."""
-        one = (Leaver(0.0, r, way),)
-        if not r.running:
-            return _priced(s, w, one, INFINITY, total)[0]
-        return min(_priced(s, w, one, budget, total)[0] for budget in budgets(s.knobs, one, urgent))
+        return prices.alone(w, r, way, urgent)
 
     choice = cheapest(s, w, may_leave, alone)
     if choice is None:
         return None
-    waited = (w.waiters * s.now - w.arrived) * w.priority
+    waited = waited_by(w, s.now)
     offers = []
     for budget in budgets(s.knobs, choice.leavers, urgent):
-        price, cost = _priced(s, w, choice.leavers, budget, total)
+        price, cost = prices.together(w, choice.leavers, budget)
         offers.append(Offer(choice, budget, price, cost, waited))
     return min(offers, key=lambda offer: offer.price + w.waiters * w.priority * offer.cost)
+
+
+def waited_by(w: Waiting, now: float) -> float:
+    """The request-seconds that its queue has waited: the rent paid."""
+    return (w.waiters * now - w.arrived) * w.priority
 
 
 def _served_its_time(s: Situation, r: Resident, w: Waiting) -> bool:
@@ -212,47 +241,6 @@ def _served_its_time(s: Situation, r: Resident, w: Waiting) -> bool:
         return True
     way = r.ways[0]
     return s.now - r.since >= s.knobs.residency * (way.takes + w.load + way.back)
-
-
-def budgets(knobs: Knobs, leavers: Sequence[Leaver], urgent: bool) -> tuple[float, ...]:
-    """How long the victims' requests may be waited for before they are frozen; those who cannot be are waited for."""
-    busy = [leaver for leaver in leavers if leaver.resident.running]
-    if not busy or not all(leaver.resident.freezable and leaver.way.level for leaver in busy):
-        return (INFINITY,)
-    if urgent:
-        return knobs.budgets
-    if any(leaver.resident.refrozen for leaver in busy):
-        return (INFINITY,)
-    return (*knobs.budgets, INFINITY)
-
-
-def _priced(s: Situation, w: Waiting, leavers: Sequence[Leaver], budget: float, total: int) -> tuple[float, float]:
-    """The price (regret in request-seconds, times the patience) and the cost (seconds until ``w`` serves)."""
-    drain = longest_drain(leavers, budget)
-    away = sum(leaver.way.takes for leaver in leavers) + w.load
-    regret = 0.0
-    busy = False
-    for _, r, way in leavers:
-        regret += r.priority * _regret(s.now, r, way, drain, away + w.service + w.sleep + way.back, budget, total)
-        busy = busy or bool(r.running or r.queued)
-    if busy:
-        regret *= s.knobs.patience if budget == INFINITY else s.knobs.frozen_patience
-    return regret, drain + away
-
-
-def _regret(now: float, r: Resident, way: Way, drain: float, away: float, budget: float, total: int) -> float:
-    """The request-seconds that the clients of ``r`` lose if it drains for ``drain`` and is then gone for ``away``."""
-    since = min(0.0, r.rate_at - now)
-    rate = max(r.rate * math.exp(since / 60.0), r.rate_long * math.exp(since / 900.0))
-    left = r.running * math.exp(-drain / r.service) if budget < INFINITY and r.running else 0.0
-    back = 1.0 if r.running or r.queued else 1.0 - math.exp(-rate * away)
-    return (
-        rate * (away + drain) ** 2 / 2  # those who will come
-        + r.queued * away
-        + left * (away + 0.5)  # those who will be frozen
-        + 0.3 * (r.running - left) * drain  # those who have the engine to themselves meanwhile
-        + back * total * (way.takes + way.back)  # everybody who waits, if it has to come back
-    )
 
 
 POLICIES: Mapping[str, Policy] = {policy.name: policy for policy in (Adaptive(), Lru())}

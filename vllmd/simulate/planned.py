@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from vllmd.config.loader import load
@@ -48,7 +48,12 @@ def machine_of(config: Config, physics: Physics, warm: Warm, env: Mapping[str, s
 
 
 def spec_of(model: ModelConfig, devices: Sequence[Device], home: Path) -> ModelSpec:
-    """The core's view of a configured model. Raises ConfigError if it can never fit."""
+    """The core's view of a configured model. Raises ConfigError if it can never fit.
+
+    The devices planned for are GPUs, whether or not this machine has any: so engines sleep unless they are told not to.
+    """
+    if model.sleep_mode is None and devices:
+        model = replace(model, sleep_mode=True)
     told = _estimated(model, devices, home)
     why = too_large(model, told, devices)
     if why:
