@@ -96,5 +96,5 @@ class Departures:
     def can_deepen(self, m: Model) -> bool:
         """An engine cannot go from level 1 to 2 asleep: it must wake in between, and has room to, unasked."""
         core = self._core
-        claimed = any(core.exchanges.claim(index) for index in m.placement.devices)
+        claimed = not core.exchanges.claims().keys().isdisjoint(m.placement.devices)
         return core.fleet.free_to_move(m) and not claimed and core.exchanges.room_for(m, m.placement.devices)

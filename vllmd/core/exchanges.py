@@ -133,13 +133,14 @@ class Exchanges:
         parts = [f"device {i} has {gib(accounts[i].free)} of {gib(self.need(m, i))} needed" for i in devices]
         return "; ".join(parts)
 
-    def claim(self, index: int) -> Claim | None:
-        """The claim on the device, if an exchange is draining or queued there."""
+    def claims(self) -> dict[int, Claim]:
+        """The devices on which an exchange is draining or queued."""
+        claims: dict[int, Claim] = {}
         for ex in self._by_target.values():
             leaving = [self.models[name] for name in ex.victims]
-            if index in ex.devices or any(index in m.placement.devices for m in leaving):
-                return self._claim(ex, leaving, index)
-        return None
+            for index in {*ex.devices, *(index for m in leaving for index in m.placement.devices)}:
+                claims.setdefault(index, self._claim(ex, leaving, index))
+        return claims
 
     def _claim(self, ex: Exchange, leaving: list[Model], index: int) -> Claim:
         need = self.need(self.models[ex.target], index) if index in ex.devices else 0

@@ -58,7 +58,7 @@ class Observer:
             fleet.now,
             sorted((self._see_waiting(m) for m in waiting), key=_age),
             list(self._residents.values()),
-            {index: self._see_room(index) for index, a in fleet.ledger.accounts.items() if not a.missing},
+            self._rooms(),
             KNOBS,
         )
 
@@ -68,8 +68,23 @@ class Observer:
             seen = self._waiting[m.name] = see_waiting(self._fleet, m)
         return seen
 
-    def _see_room(self, index: int) -> Room:
-        return see_room(self._fleet, self._exchanges, index, self._sleepable[index])
+    def _rooms(self) -> dict[int, Room]:
+        fleet, rooms = self._fleet, {}
+        claims = self._exchanges.claims()
+        for index, account in fleet.ledger.accounts.items():
+            if account.missing:
+                continue
+            free = account.free
+            sleepable = free + self._sleepable[index]
+            name = fleet.holder((index,))
+            busy = remaining(self._exchanges.models[name], fleet.now) if name else 0.0
+            claim = claims.get(index)
+            if claim is None:
+                rooms[index] = Room(index, free, sleepable, busy, False, 0.0)
+            else:
+                left = min(free, free + claim.coming - claim.need)
+                rooms[index] = Room(index, left, sleepable, busy, True, claim.drain)
+        return rooms
 
 
 def _age(w: Waiting) -> tuple[float, str]:
@@ -165,30 +180,15 @@ def could_come(fleet: Fleet, m: Model) -> dict[int, int]:
     return {index: max(0, share - rest) for index, share in fleet.ledger.held(m.name).items()}
 
 
-def see_room(fleet: Fleet, exchanges: Exchanges, index: int, sleepable: int) -> Room:
-    """A device as a newcomer finds it; ``sleepable``: bytes that could come free there by sleeping."""
-    free = fleet.ledger.accounts[index].free
-    sleepable += free
-    claim = exchanges.claim(index)
-    if claim is None:
-        return Room(index, free, sleepable, remaining(fleet, exchanges.models, index), False, 0.0)
-    free = min(free, free + claim.coming - claim.need)
-    return Room(index, free, sleepable, remaining(fleet, exchanges.models, index), True, claim.drain)
-
-
-def remaining(fleet: Fleet, models: dict[str, Model], index: int) -> float:
-    """Expected seconds until the command under way on the device is answered; 0: none is."""
-    name = fleet.holder((index,))
-    if not name:
-        return 0.0
-    m = models[name]
-    expected = {
-        State.STARTING: m.costs.wake(0),
-        State.WAKING: m.costs.wake(m.level),
-        State.FALLING_ASLEEP: m.costs.sleep(m.level),
-        State.STOPPING: m.costs.sleep(0),
-    }[m.state]
-    return max(SOON, expected + m.changed - fleet.now)
+def remaining(m: Model, now: float) -> float:
+    """Expected seconds until the command that ``m`` is under is answered."""
+    if m.state is State.WAKING:
+        expected = m.costs.wake(m.level)
+    elif m.state is State.FALLING_ASLEEP:
+        expected = m.costs.sleep(m.level)
+    else:
+        expected = m.costs.wake(0) if m.state is State.STARTING else m.costs.sleep(0)
+    return max(SOON, expected + m.changed - now)
 
 
 def host_claims(fleet: Fleet, models: Iterable[Model]) -> list[HostClaim]:
