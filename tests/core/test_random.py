@@ -228,7 +228,7 @@ class CoreUnderAnything(RuleBasedStateMachine):
 
 
 CoreUnderAnything.TestCase.settings = settings(
-    max_examples=int(os.environ.get("VLLMD_RANDOM_WORLDS", "350")),
+    max_examples=int(os.environ.get("VLLMD_RANDOM_WORLDS", "450")),
     phases=(Phase.generate,) if "VLLMD_RANDOM_WORLDS" in os.environ else tuple(Phase),
     stateful_step_count=60,
     deadline=None,
