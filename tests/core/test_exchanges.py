@@ -181,6 +181,7 @@ def test_every_exchange_is_recorded_with_its_numbers() -> None:
     exchange = next(d for d in w.seen.decisions if d.what == "exchange")
     assert exchange.model == "b"
     assert exchange.numbers["victims"] == "a:1"
+    assert exchange.numbers["drain"] == "unlimited"
     assert {"waiting", "waited", "cost", "devices"} <= set(exchange.numbers)
 
 

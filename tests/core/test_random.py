@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from tests.core.world import World
+from tests.core.world import World, brief
 from vllmd.core.commands import SleepEngine, StartEngine, WakeEngine
 from vllmd.core.events import (
     EngineAdopted,
@@ -63,14 +62,6 @@ def specs(draw: st.DrawFn, name: str) -> ModelSpec:
         preempt=draw(st.booleans()),
         keeps_host=draw(st.booleans()),
     )
-
-
-def brief(spec: ModelSpec) -> str:
-    """The specification as one would write it: without what is default anyway."""
-    plain = ModelSpec(spec.name, spec.footprint)
-    fields = [f.name for f in dataclasses.fields(spec) if getattr(spec, f.name) != getattr(plain, f.name)]
-    f, rest = spec.footprint, "".join(f", {name}={getattr(spec, name)!r}" for name in fields)
-    return f"ModelSpec({spec.name!r}, Footprint({f.starting}, {f.awake}, {f.asleep}, {f.host}){rest})"
 
 
 class CoreUnderAnything(RuleBasedStateMachine):

@@ -8,6 +8,7 @@ test.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
 from vllmd.core.commands import (
@@ -33,6 +34,7 @@ from vllmd.core.events import (
     FreezeProved,
     LeaseReleased,
     LeaseTaken,
+    ModelsChanged,
     RequestArrived,
     RequestFinished,
     RequestGone,
@@ -47,6 +49,21 @@ from vllmd.core.types import Device, GiB, ModelSpec, Settings, Snapshot, State
 def said(commands: Iterable[Command]) -> list[Command]:
     """The commands without the journal's records."""
     return [c for c in commands if not isinstance(c, Record)]
+
+
+def brief(spec: ModelSpec) -> str:
+    """The specification as one would write it: without what is default anyway."""
+    plain = ModelSpec(spec.name, spec.footprint)
+    fields = [f.name for f in dataclasses.fields(spec) if getattr(spec, f.name) != getattr(plain, f.name)]
+    f, rest = spec.footprint, "".join(f", {name}={getattr(spec, name)!r}" for name in fields)
+    return f"ModelSpec({spec.name!r}, Footprint({f.starting}, {f.awake}, {f.asleep}, {f.host}){rest})"
+
+
+def told(event: Event) -> str:
+    """The event as one would write it."""
+    if isinstance(event, ModelsChanged):
+        return f"ModelsChanged(({', '.join(map(brief, event.models))},), {event.restart!r})"
+    return repr(event)
 
 
 class World:
@@ -81,7 +98,7 @@ class World:
 
     def do(self, event: Event) -> list[Command]:
         """Post one event, execute the commands, check every promise. Returns the commands, records left out."""
-        self.script.append(f"s.handle({event!r}, now={self.now!r})")
+        self.script.append(f"s.handle({told(event)}, now={self.now!r})")
         self._before(event)
         commands = self.scheduler.handle(event, self.now)
         try:

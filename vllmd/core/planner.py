@@ -69,7 +69,7 @@ class Planner:
         numbers: dict[str, float | int | str] = {**plan.numbers, "devices": ",".join(map(str, plan.devices))}
         if plan.victims:
             numbers["victims"] = ",".join(f"{v.model}:{v.way.level or 'stop'}" for v in plan.victims)
-            numbers["drain"] = plan.drain
+            numbers["drain"] = "unlimited" if plan.drain == INFINITY else plan.drain
             core.fleet.record("exchange", m.name, f"{verb} it: {plan.why}", numbers)
         else:
             core.fleet.record(verb, m.name, plan.why, numbers)
