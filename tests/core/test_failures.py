@@ -218,12 +218,12 @@ def test_requests_inside_a_broken_engine_are_cut() -> None:
     w.answer("m")  # the proof of freezing
     w.ask("inside", "m")
     w.ask("r", "other")
-    w.pass_time(w.now + 100)
+    w.pass_time(w.now + 400)
     assert w.pending["m"] == SleepEngine("m", 1, freeze=True)
     w.answer("m")
     w.answer("other")
     w.finish("r")
-    w.pass_time(w.now + 60)
+    w.pass_time(w.now + 150)
     while "m" not in w.pending:
         w.answer(next(iter(w.pending)))
     told = w.do(EngineWakeFailed("m", "500"))

@@ -208,13 +208,13 @@ def test_a_stop_of_a_model_with_frozen_requests_wakes_it_first() -> None:
     w.answer("m")
     w.ask("inside", "m")
     w.ask("r", "other")
-    w.pass_time(100.0)
+    w.pass_time(400.0)
     assert w.pending["m"] == SleepEngine("m", 1, freeze=True)
     w.answer("m")
     w.answer("other")
     assert w.do(StopAsked("m")) == []
     w.finish("r")
-    w.pass_time(300.0)
+    w.pass_time(550.0)
     while "m" not in w.pending:
         w.answer(next(iter(w.pending)))
     assert w.pending["m"] == WakeEngine("m", 1)
