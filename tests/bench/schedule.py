@@ -7,7 +7,7 @@ requests per second; every policy is given the same sleep mechanism. At first
 all engines sleep (those that cannot: nothing runs). Idle rules are switched
 off: what is compared is who makes room for whom.
 
-    python -m tests.bench.schedule [--seeds 1-3] [--quick]
+    python -m tests.bench.schedule [--seeds 1-5] [--variant 0]
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tests.bench.scenarios import Scenario, scenarios
+from tests.bench.scenarios import HOUR, Scenario, scenarios
 from vllmd.core.baselines import ALL
 from vllmd.core.types import Device, Footprint, IdleRules, ModelSpec, Settings
 from vllmd.simulate.physics import Physics
@@ -109,11 +109,11 @@ class Line:
         return self.ratios[METRICS.index(metric)]
 
 
-def compare(variant: Variant, policies: Sequence[str], seeds: Iterable[int]) -> list[Line]:
+def compare(variant: Variant, policies: Sequence[str], seeds: Iterable[int], duration: float = HOUR) -> list[Line]:
     """All policies over all scenarios and seeds of a variant."""
     found: dict[str, list[tuple[str, tuple[float, ...], int]]] = {policy: [] for policy in policies}
     for seed in seeds:
-        for scenario in scenarios(seed, variant.rate):
+        for scenario in scenarios(seed, variant.rate, duration):
             base = metrics(run(scenario, variant, "lru", seed))
             for policy in policies:
                 figures = run(scenario, variant, policy, seed)

@@ -109,8 +109,8 @@ class Adaptive:
        (all who wait need longer than the shortest deadline: scarce host memory,
        cold starts) the same holds from the beginning, for there it is what
        makes the longest waits.
-    6. A busy model that has just been loaded stays for as long as the exchange
-       costs, deadline or not, so that every exchange serves somebody.
+    6. A busy model that has just been loaded stays for ``residency`` times what
+       the exchange costs, deadline or not, so that every exchange serves somebody.
     """
 
     name = "adaptive"

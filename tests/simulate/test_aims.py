@@ -1,0 +1,46 @@
+"""The default policy keeps what it promises, on shorter traces than ``make bench-schedule`` has.
+
+Everything here is deterministic, so a change of the core that costs its users
+waiting time fails here.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from tests.bench.schedule import VARIANTS, Line, compare
+
+SEEDS, DURATION = (1, 2), 1800.0
+
+
+@cache
+def line(variant: int, policy: str) -> Line:
+    return compare(VARIANTS[variant], [policy], SEEDS, DURATION)[0]
+
+
+def test_draining_only() -> None:
+    """The safe default against draining LRU."""
+    ours = line(0, "adaptive")
+    assert ours["mean"] <= 0.62
+    assert ours["p95"] <= 0.80
+    assert ours["longest"] <= 1.0
+    assert ours.worst <= 1.1
+
+
+def test_with_freezing() -> None:
+    """Where running requests may be frozen."""
+    ours = line(0, "adaptive+freeze")
+    assert ours["mean"] <= 0.45
+    assert ours["p95"] <= 0.55
+    assert ours["longest"] <= 0.75
+    assert ours["swaps"] <= 1.3
+
+
+def test_scarce_host_memory_makes_nobody_wait_longer_than_lru() -> None:
+    """A weak spot of the published rule, which reached 1.5."""
+    assert line(3, "adaptive").worst <= 1.1
+
+
+def test_engines_without_sleep_make_nobody_wait_longer_than_lru() -> None:
+    """The other one: every exchange costs a cold start."""
+    assert line(4, "adaptive").worst <= 1.1
