@@ -1,0 +1,177 @@
+"""The SDK for asyncio; the same methods as ``Client``."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, cast
+
+import httpx
+
+from vllmd.client import calls
+from vllmd.client.address import Address, check, decoded, request_of
+from vllmd.client.calls import Call, Message
+from vllmd.client.errors import StreamFailed, of_transport
+from vllmd.client.sse import Events, text_of
+
+
+class AsyncClient:
+    """A vllmd, from asyncio.
+
+    ``base_url`` is vllmd's address, or ``unix:/run/vllmd/admin.sock``; ``timeout`` counts in seconds for each wait for
+    more of an answer. Methods raise the classes of ``vllmd.errors`` for what vllmd says, and ``Unreachable``,
+    ``TimedOut`` and ``StreamFailed`` for what happens on the way. Nothing is ever sent twice.
+    """
+
+    def __init__(self, base_url: str, api_key: str | None = None, timeout: float | None = 300) -> None:
+        self.address = Address.of(base_url)
+        transport = httpx.AsyncHTTPTransport(uds=self.address.socket) if self.address.socket else None
+        self._http = httpx.AsyncClient(transport=transport, **self.address.options(api_key, timeout))
+
+    async def aclose(self) -> None:
+        """Close its connections."""
+        await self._http.aclose()
+
+    close = aclose
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    # -- models --------------------------------------------------------------------------------
+
+    async def chat_completion(self, model: str, messages: Sequence[Message], **more: Any) -> dict[str, Any]:
+        """OpenAI's chat completion; ``more`` are its other fields, such as ``max_tokens``."""
+        return await self._object(calls.chat(model, messages, more))
+
+    async def chat_completion_stream(
+        self, model: str, messages: Sequence[Message], **more: Any
+    ) -> AsyncGenerator[str, None]:
+        """The text of a chat completion, piece by piece as it is made."""
+        async for chunk in self.stream(calls.chat(model, messages, more)):
+            if text := text_of(chunk):
+                yield text
+
+    async def text_completion(self, model: str, prompt: str | Sequence[Any], **more: Any) -> dict[str, Any]:
+        """OpenAI's completion."""
+        return await self._object(calls.completion(model, prompt, more))
+
+    async def text_completion_stream(
+        self, model: str, prompt: str | Sequence[Any], **more: Any
+    ) -> AsyncGenerator[str, None]:
+        """The text of a completion, piece by piece."""
+        async for chunk in self.stream(calls.completion(model, prompt, more)):
+            if text := text_of(chunk):
+                yield text
+
+    async def embeddings(self, model: str, input: str | Sequence[Any], **more: Any) -> dict[str, Any]:
+        """OpenAI's embeddings."""
+        return await self._object(calls.embeddings(model, input, more))
+
+    async def rerank(self, model: str, query: str, documents: Sequence[str], **more: Any) -> dict[str, Any]:
+        """How well each document fits the query."""
+        return await self._object(calls.rerank(model, query, documents, more))
+
+    async def score(
+        self, model: str, text_1: str | Sequence[str], text_2: str | Sequence[str], **more: Any
+    ) -> dict[str, Any]:
+        """How alike texts are."""
+        return await self._object(calls.score(model, text_1, text_2, more))
+
+    async def list_models(self) -> list[dict[str, Any]]:
+        """Every model, loaded or not."""
+        return list((await self._object(calls.models()))["data"])
+
+    async def get_model(self, model: str) -> dict[str, Any]:
+        """One model. Raises UnknownModel."""
+        return await self._object(calls.model(model))
+
+    async def health(self) -> dict[str, Any]:
+        """vllmd's state, its devices and models. Raises Unavailable where it is not well."""
+        return await self._object(calls.health())
+
+    # -- what an operator may: an admin key, or the admin socket ---------------------------------
+
+    async def load_model(self, model: str, *, wait: bool = True) -> dict[str, Any]:
+        """Start or wake it. Raises EngineFailed where it was waited for and did not start."""
+        return await self._object(calls.load(model, wait=wait))
+
+    async def unload_model(self, model: str, *, force: bool = False, wait: bool = True) -> dict[str, Any]:
+        """Stop it, after its requests unless ``force``."""
+        return await self._object(calls.unload(model, force=force, wait=wait))
+
+    async def sleep_model(self, model: str, level: int = 1, *, wait: bool = True) -> dict[str, Any]:
+        """Put it to sleep at level 1 or 2, or stop it (3)."""
+        return await self._object(calls.sleep(model, level, wait=wait))
+
+    async def wake_model(self, model: str, *, wait: bool = True) -> dict[str, Any]:
+        """Wake or start it."""
+        return await self._object(calls.wake(model, wait=wait))
+
+    async def pin_model(self, model: str, pinned: bool = True) -> dict[str, Any]:
+        """Keep it loaded once it is, or do so no more."""
+        return await self._object(calls.pin(model, pinned=pinned))
+
+    async def lease_model(self, model: str, lease: str, seconds: float | None = None) -> dict[str, Any]:
+        """Keep it under the name ``lease``; after ``seconds`` the lease ends, and the last one stops the model."""
+        return await self._object(calls.lease(model, lease, seconds))
+
+    async def release_model(self, model: str, lease: str, *, stop: bool = False) -> dict[str, Any]:
+        """Give a lease back; ``stop``: if it was the last, stop the model at once."""
+        return await self._object(calls.release(model, lease, stop=stop))
+
+    async def put_model(self, model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Make a model known with the settings of vllmd.yaml(5), for as long as the daemon lives."""
+        return await self._object(calls.put_model(model, settings))
+
+    async def drop_model(self, model: str) -> dict[str, Any]:
+        """Have a model forgotten that was put."""
+        return await self._object(calls.drop_model(model))
+
+    async def status(self) -> dict[str, Any]:
+        """Everything that vllmctl shows."""
+        return await self._object(calls.status())
+
+    async def decisions(self, model: str = "") -> list[dict[str, Any]]:
+        """The last decisions with their numbers, oldest first."""
+        return list((await self._object(calls.decisions(model)))["decisions"])
+
+    # -- sending -------------------------------------------------------------------------------
+
+    async def stream(self, call: Call) -> AsyncGenerator[dict[str, Any], None]:
+        """The chunks of a streamed answer. Raises StreamFailed if it breaks off, also where a chunk says so."""
+        request = request_of(self._http, Call(call.method, call.path, {**call.body, "stream": True}))
+        events, begun = Events(), False
+        try:
+            answer = await self._http.send(request, stream=True)
+            try:
+                await _raise_error(answer)
+                begun = True
+                async for data in answer.aiter_bytes():
+                    for chunk in events.feed(data):
+                        yield chunk
+            finally:
+                await answer.aclose()
+        except httpx.HTTPError as error:
+            raise of_transport(error, str(self.address), begun=begun) from error
+        events.end()
+
+    async def _object(self, call: Call) -> dict[str, Any]:
+        try:
+            answer = await self._http.send(request_of(self._http, call))
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise of_transport(error, str(self.address)) from error
+        return cast(dict[str, Any], decoded(answer))
+
+
+async def _raise_error(answer: httpx.Response) -> None:
+    if answer.status_code >= 300:
+        await answer.aread()
+        check(answer)
+    elif "text/event-stream" not in answer.headers.get("content-type", ""):
+        await answer.aread()
+        raise StreamFailed(f"a stream was asked for, but the answer is {answer.headers.get('content-type')!r}")

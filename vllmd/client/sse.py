@@ -1,0 +1,61 @@
+"""Server-sent events of OpenAI's streams: bytes in, chunks out; and what text a chunk carries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from vllmd.client.errors import StreamFailed, of_chunk
+
+DONE = "[DONE]"
+
+
+class Events:
+    """Takes an answer's bytes as they come, however they are cut."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._data: list[str] = []
+        self.done = False
+
+    def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
+        """The chunks that are now whole. Raises StreamFailed for one that is an error, or is not JSON."""
+        lines = (self._rest + data).split(b"\n")
+        self._rest = lines.pop()
+        for line in lines:
+            text = line.rstrip(b"\r").decode("utf-8", "replace")
+            if text.startswith("data:"):
+                self._data.append(text[5:].removeprefix(" "))
+            elif not text and self._data:
+                yield from self._event("\n".join(self._data))
+                self._data = []
+
+    def end(self) -> None:
+        """The answer ended. Raises StreamFailed unless it said ``[DONE]``."""
+        if not self.done:
+            raise StreamFailed("the answer broke off: it ended without [DONE]")
+
+    def _event(self, text: str) -> Iterator[dict[str, Any]]:
+        if self.done:
+            return
+        if text == DONE:
+            self.done = True
+            return
+        try:
+            chunk = json.loads(text)
+        except ValueError:
+            raise StreamFailed(f"the answer holds an event that is not JSON: {text[:200]!r}") from None
+        if not isinstance(chunk, dict):
+            raise StreamFailed(f"the answer holds an event that is no object: {text[:200]!r}")
+        if chunk.get("error"):
+            raise of_chunk(chunk["error"])
+        yield chunk
+
+
+def text_of(chunk: dict[str, Any]) -> str:
+    """What a chunk adds to the answer; "" for one without choices, such as the last one with the usage."""
+    for choice in chunk.get("choices") or ():
+        delta = choice.get("delta") or {}
+        return str(delta.get("content") or choice.get("text") or "")
+    return ""

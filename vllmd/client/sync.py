@@ -1,0 +1,174 @@
+"""The SDK for programs that wait."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, cast
+
+import httpx
+
+from vllmd.client import calls
+from vllmd.client.address import Address, check, decoded, request_of
+from vllmd.client.calls import Call, Message
+from vllmd.client.errors import StreamFailed, of_transport
+from vllmd.client.sse import Events, text_of
+
+
+class Client:
+    """A vllmd, from Python.
+
+    ``base_url`` is vllmd's address, or ``unix:/run/vllmd/admin.sock``; ``timeout`` counts in seconds for each wait for
+    more of an answer. Methods raise the classes of ``vllmd.errors`` for what vllmd says, and ``Unreachable``,
+    ``TimedOut`` and ``StreamFailed`` for what happens on the way. Nothing is ever sent twice.
+    """
+
+    def __init__(self, base_url: str, api_key: str | None = None, timeout: float | None = 300) -> None:
+        self.address = Address.of(base_url)
+        transport = httpx.HTTPTransport(uds=self.address.socket) if self.address.socket else None
+        self._http = httpx.Client(transport=transport, **self.address.options(api_key, timeout))
+
+    def close(self) -> None:
+        """Close its connections."""
+        self._http.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- models --------------------------------------------------------------------------------
+
+    def chat_completion(self, model: str, messages: Sequence[Message], **more: Any) -> dict[str, Any]:
+        """OpenAI's chat completion; ``more`` are its other fields, such as ``max_tokens``."""
+        return self._object(calls.chat(model, messages, more))
+
+    def chat_completion_stream(
+        self, model: str, messages: Sequence[Message], **more: Any
+    ) -> Generator[str, None, None]:
+        """The text of a chat completion, piece by piece as it is made."""
+        for chunk in self.stream(calls.chat(model, messages, more)):
+            if text := text_of(chunk):
+                yield text
+
+    def text_completion(self, model: str, prompt: str | Sequence[Any], **more: Any) -> dict[str, Any]:
+        """OpenAI's completion."""
+        return self._object(calls.completion(model, prompt, more))
+
+    def text_completion_stream(
+        self, model: str, prompt: str | Sequence[Any], **more: Any
+    ) -> Generator[str, None, None]:
+        """The text of a completion, piece by piece."""
+        for chunk in self.stream(calls.completion(model, prompt, more)):
+            if text := text_of(chunk):
+                yield text
+
+    def embeddings(self, model: str, input: str | Sequence[Any], **more: Any) -> dict[str, Any]:
+        """OpenAI's embeddings."""
+        return self._object(calls.embeddings(model, input, more))
+
+    def rerank(self, model: str, query: str, documents: Sequence[str], **more: Any) -> dict[str, Any]:
+        """How well each document fits the query."""
+        return self._object(calls.rerank(model, query, documents, more))
+
+    def score(
+        self, model: str, text_1: str | Sequence[str], text_2: str | Sequence[str], **more: Any
+    ) -> dict[str, Any]:
+        """How alike texts are."""
+        return self._object(calls.score(model, text_1, text_2, more))
+
+    def list_models(self) -> list[dict[str, Any]]:
+        """Every model, loaded or not."""
+        return list((self._object(calls.models()))["data"])
+
+    def get_model(self, model: str) -> dict[str, Any]:
+        """One model. Raises UnknownModel."""
+        return self._object(calls.model(model))
+
+    def health(self) -> dict[str, Any]:
+        """vllmd's state, its devices and models. Raises Unavailable where it is not well."""
+        return self._object(calls.health())
+
+    # -- what an operator may: an admin key, or the admin socket ---------------------------------
+
+    def load_model(self, model: str, *, wait: bool = True) -> dict[str, Any]:
+        """Start or wake it. Raises EngineFailed where it was waited for and did not start."""
+        return self._object(calls.load(model, wait=wait))
+
+    def unload_model(self, model: str, *, force: bool = False, wait: bool = True) -> dict[str, Any]:
+        """Stop it, after its requests unless ``force``."""
+        return self._object(calls.unload(model, force=force, wait=wait))
+
+    def sleep_model(self, model: str, level: int = 1, *, wait: bool = True) -> dict[str, Any]:
+        """Put it to sleep at level 1 or 2, or stop it (3)."""
+        return self._object(calls.sleep(model, level, wait=wait))
+
+    def wake_model(self, model: str, *, wait: bool = True) -> dict[str, Any]:
+        """Wake or start it."""
+        return self._object(calls.wake(model, wait=wait))
+
+    def pin_model(self, model: str, pinned: bool = True) -> dict[str, Any]:
+        """Keep it loaded once it is, or do so no more."""
+        return self._object(calls.pin(model, pinned=pinned))
+
+    def lease_model(self, model: str, lease: str, seconds: float | None = None) -> dict[str, Any]:
+        """Keep it under the name ``lease``; after ``seconds`` the lease ends, and the last one stops the model."""
+        return self._object(calls.lease(model, lease, seconds))
+
+    def release_model(self, model: str, lease: str, *, stop: bool = False) -> dict[str, Any]:
+        """Give a lease back; ``stop``: if it was the last, stop the model at once."""
+        return self._object(calls.release(model, lease, stop=stop))
+
+    def put_model(self, model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Make a model known with the settings of vllmd.yaml(5), for as long as the daemon lives."""
+        return self._object(calls.put_model(model, settings))
+
+    def drop_model(self, model: str) -> dict[str, Any]:
+        """Have a model forgotten that was put."""
+        return self._object(calls.drop_model(model))
+
+    def status(self) -> dict[str, Any]:
+        """Everything that vllmctl shows."""
+        return self._object(calls.status())
+
+    def decisions(self, model: str = "") -> list[dict[str, Any]]:
+        """The last decisions with their numbers, oldest first."""
+        return list((self._object(calls.decisions(model)))["decisions"])
+
+    # -- sending -------------------------------------------------------------------------------
+
+    def stream(self, call: Call) -> Generator[dict[str, Any], None, None]:
+        """The chunks of a streamed answer. Raises StreamFailed if it breaks off, also where a chunk says so."""
+        request = request_of(self._http, Call(call.method, call.path, {**call.body, "stream": True}))
+        events, begun = Events(), False
+        try:
+            answer = self._http.send(request, stream=True)
+            try:
+                _raise_error(answer)
+                begun = True
+                for data in answer.iter_bytes():
+                    yield from events.feed(data)
+            finally:
+                answer.close()
+        except httpx.HTTPError as error:
+            raise of_transport(error, str(self.address), begun=begun) from error
+        events.end()
+
+    def _object(self, call: Call) -> dict[str, Any]:
+        try:
+            answer = self._http.send(request_of(self._http, call))
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise of_transport(error, str(self.address)) from error
+        return cast(dict[str, Any], decoded(answer))
+
+
+def _raise_error(answer: httpx.Response) -> None:
+    if answer.status_code >= 300:
+        answer.read()
+        check(answer)
+    elif "text/event-stream" not in answer.headers.get("content-type", ""):
+        answer.read()
+        raise StreamFailed(f"a stream was asked for, but the answer is {answer.headers.get('content-type')!r}")
