@@ -291,6 +291,26 @@ def test_an_engine_that_answers_nothing_sound_is_a_502(script: object) -> None:
     asyncio.run(play())
 
 
+def test_who_finds_nobody_listening_waits_at_the_gate_again() -> None:
+    """Its engine has just died and the gate does not know yet: nothing was sent, so nothing is sent twice."""
+
+    async def play() -> None:
+        async with stage(reply(ANSWER)) as act:
+            listening, act.gate.upstream = act.gate.upstream, Listen(uds="/no/such/engine.sock")
+            client = await act.client()
+            client.post("/v1/completions", b'{"model":"m"}')
+            await until(lambda: len(act.gate.passages) >= 2)
+            act.gate.opened.clear()  # now it knows, and starts another
+            await until(lambda: act.gate.waiting == 1)
+            act.gate.upstream = listening
+            act.gate.opened.set()
+            answer = await client.answer()
+            assert (answer.status, answer.body) == (200, ANSWER)
+            assert len(act.engine.asked) == 1
+
+    asyncio.run(play())
+
+
 def test_an_engine_that_is_not_there_is_a_502() -> None:
     """The message says where it was looked for."""
 

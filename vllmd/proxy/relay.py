@@ -3,7 +3,8 @@
 What a client sees:
 - its connection's end, at whatever time, closes the engine's connection at once, so the engine stops generating;
 - an engine that dies before it answered is a 502, one that dies in the middle is a visible truncation;
-- a request is sent a second time only if a kept connection turned out to be closed before a byte of the answer.
+- a request is sent a second time only if a kept connection turned out to be closed before a byte of the answer;
+- one that finds nobody listening waits at the gate again: its engine has just died, and the gate will hear of it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from vllmd.proxy.http import Request
 from vllmd.proxy.limits import Limits
 from vllmd.proxy.loading import Loading
 from vllmd.proxy.peek import Asked, in_json, in_multipart
-from vllmd.proxy.upstream import Pool, Upstream
+from vllmd.proxy.upstream import Pool, Unreached, Upstream
 
 # Of the client's fields an engine never sees these: its key, its cookies, and what we write ourselves.
 KEPT_BACK = frozenset(
@@ -37,6 +38,7 @@ FORBIDDEN = (
     *("sleep", "wake", "rpc", "pause", "resume", "abort", "reset", "release", "weight", "elastic", "profile"),
     *("shutdown", "restart", "config", "server_info", "unload", "load_lora", "flush", "update", "free", "interrupt"),
 )
+REACH_TRIES, REACH_PAUSE = 20, 0.1  # so often a request finds nobody listening, and seconds between
 TAIL = 1024  # bytes at an answer's end in which its usage is looked for
 
 
@@ -102,8 +104,7 @@ class Relay:
             path = f"{path}?{exchange.request.query_string}"
         loading = Loading(exchange, target.model, asked.stream, self.limits, self.gate)
         try:
-            passage = await self._enter(exchange, target, loading)
-            await self._pass(exchange, passage, Errand(target, asked, path), loading)
+            await self._deliver(exchange, Errand(target, asked, path), loading)
         except VllmdError as error:
             loading.fail(error)
 
@@ -115,6 +116,18 @@ class Relay:
         if target.routes is not None and route not in target.routes:
             raise NotFound(f"the model {target.model!r} does not serve {route}")
         return target
+
+    async def _deliver(self, exchange: Exchange, errand: Errand, loading: Loading) -> None:
+        """Through the gate and on, until an engine has had the request. Raises VllmdError."""
+        for tries_left in reversed(range(REACH_TRIES)):
+            passage = await self._enter(exchange, errand.target, loading)
+            try:
+                await self._pass(exchange, passage, errand, loading)
+                break
+            except Unreached:
+                if not tries_left:
+                    raise
+            await asyncio.sleep(REACH_PAUSE)
 
     async def _enter(self, exchange: Exchange, target: Target, loading: Loading) -> Passage:
         loading.begin()

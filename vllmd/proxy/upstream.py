@@ -24,6 +24,10 @@ MAX_RESPONSE_HEAD = 256 << 10
 WRITE_LIMIT = 256 << 10  # the transport says stop when it holds more than this
 
 
+class Unreached(UpstreamFailed):
+    """Nobody listens there: the engine never saw the request, so it may be sent anew."""
+
+
 class Sink(Protocol):
     """Who takes an answer. After ``whole`` or ``lost`` nothing more comes."""
 
@@ -268,7 +272,7 @@ P = TypeVar("P", bound=asyncio.BaseProtocol)
 
 
 async def connect(address: Address, limit: float, protocol: Callable[[], P]) -> P:
-    """Connect within ``limit`` seconds. Raises UpstreamFailed saying why not."""
+    """Connect within ``limit`` seconds. Raises UpstreamFailed saying why not, Unreached if nobody listens."""
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(limit):
@@ -278,7 +282,7 @@ async def connect(address: Address, limit: float, protocol: Callable[[], P]) -> 
     except TimeoutError:
         raise UpstreamFailed(f"no connection to {describe(address)} within {limit:g} s") from None
     except OSError as error:
-        raise UpstreamFailed(f"no connection to {describe(address)}: {error.strerror or error}") from None
+        raise Unreached(f"no connection to {describe(address)}: {error.strerror or error}") from None
 
 
 class _Collected:
