@@ -210,7 +210,8 @@ async def _serve(
 async def _end(options: Options, state: EngineState, connections: set[Connection]) -> None:
     """vLLM's quick end: requests are aborted, their answers have a moment to leave."""
     plain("INFO:     Shutting down")
-    state.abort_all()
+    if aborted := state.abort_all():
+        log(f"{aborted} requests were aborted by the shutdown", level="WARNING")
     for connection in list(connections):
         connection.finish()
     if leaving := [asyncio.ensure_future(connection.gone.wait()) for connection in connections]:
