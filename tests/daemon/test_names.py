@@ -51,3 +51,10 @@ def test_without_models_it_says_so() -> None:
     """A fresh installation has none configured."""
     with pytest.raises(UnknownModel, match="no models are configured"):
         Names([]).resolve("x")
+
+
+def test_a_request_that_names_no_model_is_told_so() -> None:
+    """An empty name is no typo: suggesting one would mislead."""
+    with pytest.raises(BadRequest, match="names no model") as error:
+        NAMES.resolve("")
+    assert error.value.param == "model"

@@ -198,8 +198,8 @@ class Fleet:
         if not member.exited.is_set():
             await self._end(member, kill=True)
             why = f"it was not ready after start_timeout ({limit:g} s), last phase: {member.phase.phase}"
-            return await self._start_failed(member, with_last_lines(f"{name}: {why}", member.last_lines()))
-        return await self._start_failed(member, f"{name}: {member.reason()}")
+            return await self._start_failed(member, with_last_lines(why, member.last_lines()))
+        return await self._start_failed(member, member.reason())
 
     async def _is_ready(self, member: Member) -> events.Event:
         name = member.model.name
@@ -315,10 +315,22 @@ class Fleet:
             else:
                 for line in await self._launcher.tail(member.instance, lines):
                     yield line
-            while follow and not member.exited.is_set():
-                yield await queue.get()
+            while follow:
+                line = await _next_line(queue, member.exited)
+                if line is None:
+                    return
+                yield line
         finally:
             member.listeners.discard(queue)
+
+    async def kill(self, member: Member, limit: float) -> bool:
+        """SIGKILL to all of an engine, unasked by the core, which hears of its exit. True once it is gone."""
+        try:
+            await self._launcher.kill(member.instance)
+        except LauncherFailed:
+            if not member.exited.is_set():
+                raise
+        return await within(member.exited.wait(), limit)
 
     async def _call_all(self, member: Member, calls: Any) -> str:
         """Carry out the calls in order; the first that fails ends it with what went wrong."""
@@ -606,6 +618,17 @@ def of(member: Member) -> dict[str, dict[str, str]]:
     """The journal fields that say which engine a record is about."""
     unit = {"VLLMD_UNIT": member.running.unit} if member.running else {}
     return {"journal": {"MODEL": member.model.name, **unit}}
+
+
+async def _next_line(queue: asyncio.Queue[str], exited: asyncio.Event) -> str | None:
+    """The next log line; None when the engine has exited and all its lines were read."""
+    line, gone = asyncio.ensure_future(queue.get()), asyncio.ensure_future(exited.wait())
+    try:
+        await asyncio.wait({line, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return line.result() if line.done() else None
+    finally:
+        line.cancel()
+        gone.cancel()
 
 
 async def within(awaitable: Awaitable[Any], seconds: float) -> bool:

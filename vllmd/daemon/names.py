@@ -23,7 +23,9 @@ class Names:
                 self._suffixes.setdefault(suffix, set()).add(model_name)
 
     def resolve(self, name: str) -> str:
-        """The model's configured name. Raises UnknownModel, or BadRequest if it could be several."""
+        """The model's configured name. Raises UnknownModel, or BadRequest if it is missing or could be several."""
+        if not name:
+            raise BadRequest("the request names no model; GET /v1/models lists those there are", param="model")
         if name in self._exact:
             return self._exact[name]
         candidates = sorted(self._suffixes.get(name, ()))

@@ -129,7 +129,8 @@ class Turnstile:
         ticket = self._drop(command.request)
         if ticket and not ticket.admitted.done():
             kind: type[errors.VllmdError] = getattr(errors, command.error)
-            ticket.admitted.set_exception(kind(command.message, retry_after=command.retry_after))
+            message = f"{ticket.model}: {command.message}" if kind is errors.EngineFailed else command.message
+            ticket.admitted.set_exception(kind(message, retry_after=command.retry_after))
             ticket.admitted.exception()  # read once: a client that just left must not make asyncio complain
 
     def cut(self, command: commands.CutRequest) -> None:
