@@ -184,7 +184,7 @@ class Fleet:
 
     async def await_ready(self, member: Member) -> events.Event:
         """The rest of a start, from whenever it is taken up: ready, dead or out of time."""
-        name, limit = member.model.name, member.model.start_timeout
+        limit = member.model.start_timeout
         ready = asyncio.ensure_future(self._probe_until_ready(member))
         gone = asyncio.ensure_future(member.exited.wait())
         clock = asyncio.ensure_future(self._start_limit(member))
@@ -198,8 +198,8 @@ class Fleet:
         if not member.exited.is_set():
             await self._end(member, kill=True)
             why = f"it was not ready after start_timeout ({limit:g} s), last phase: {member.phase.phase}"
-            return await self._start_failed(member, with_last_lines(why, member.last_lines()))
-        return await self._start_failed(member, member.reason())
+            return await self._start_failed(member, why)
+        return await self._start_failed(member, how_it_ended(member.report))
 
     async def _is_ready(self, member: Member) -> events.Event:
         name = member.model.name
@@ -213,8 +213,9 @@ class Fleet:
         log.info("%s: ready after %.1f s", name, member.ready_after, extra=of(member))
         return events.EngineReady(name, _measured(member.engine.footprint(list(member.lines)), held))
 
-    async def _start_failed(self, member: Member, reason: str) -> events.Event:
-        failure = member.engine.failure(member.last_lines())
+    async def _start_failed(self, member: Member, what: str) -> events.Event:
+        failure = member.engine.failure([*member.lines, *member.last_lines()])
+        reason = with_last_lines(with_root(what, failure), member.last_lines())
         if failure.memory:  # somebody took it: before more room is made it must be known how much there is
             await self.look()
         self._forget(member)
@@ -605,6 +606,11 @@ def how_it_ended(report: ExitReport | None) -> str:
     if report.signal is not None:
         return f"the engine was killed by {signal.Signals(report.signal).name}"
     return f"the engine exited with status {report.status}"
+
+
+def with_root(what: str, failure: Failure) -> str:
+    """``what``, and the error in the log that led to it; it may be far above the last lines."""
+    return "; ".join(part for part in (f"{what}: {failure.reason}", failure.hint) if part)
 
 
 def with_last_lines(what: str, lines: list[str]) -> str:
