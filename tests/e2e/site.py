@@ -46,6 +46,15 @@ class Site:
     def status(self) -> dict[str, Any]:
         return json.loads(self.machine.out("curl -sf --unix-socket /run/vllmd/admin.sock http://x/admin/status"))  # type: ignore[no-any-return]
 
+    def admin(self, method: str, path: str, body: object = None) -> Any:
+        """Ask the control socket, and insist on an answer."""
+        status, answer = self._curl(
+            f"curl -s --unix-socket /run/vllmd/admin.sock -X {method} {shlex.quote(f'http://x/admin/{path}')} "
+            f"-H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body or {}))} -w '\\n%{{http_code}}'"
+        )
+        assert 200 <= status < 300, f"{status}: {answer}\n{self.machine.journal('vllmd.service')[-4000:]}"
+        return answer
+
     def view(self, model: str) -> dict[str, Any]:
         """The model's line of the status; it may take a moment until the daemon has found its engines."""
         self.machine.wait_until(lambda: self.status()["opened"])
@@ -93,6 +102,12 @@ class Site:
         status, answer = self.post("/v1/chat/completions", body)
         assert status == 200, answer
         return answer  # type: ignore[no-any-return]
+
+    def curl(self, model: str, words: str) -> str:
+        """The shell line of a client that wants one answer."""
+        return self._post_command(
+            "/v1/chat/completions", {"model": model, "messages": [{"role": "user", "content": words}]}
+        )
 
     def curl_stream(self, model: str, words: str, **more: object) -> str:
         body = {"model": model, "stream": True, "messages": [{"role": "user", "content": words}], **more}
