@@ -121,6 +121,12 @@ class UpstreamFailed(VllmdError):
     status, type, code = 502, "server_error", "upstream_failed"
 
 
+class Unsupported(VllmdError):
+    """This machine cannot do that, whatever is asked: it has no device that can be read, for one."""
+
+    status, type, code = 501, "server_error", "not_supported"
+
+
 class LauncherFailed(VllmdError):
     """The launcher refused or could not do what was asked."""
 

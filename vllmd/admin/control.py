@@ -2,29 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from vllmd.admin.guests import Guests
+from vllmd.admin.tally import Tally
 from vllmd.core.types import Snapshot
 
 
-class Control(Protocol):
-    """The daemon, as the admin endpoints see it. Verbs raise UnknownModel for a name that is none."""
+@dataclass(frozen=True, slots=True)
+class Gauges:
+    """How things stand at the moment of a scrape. ``used`` bytes, ``power`` watts, ``load`` 0 to 1, by device index."""
 
-    def models(self) -> list[dict[str, Any]]:
-        """Every configured model: ``id``, ``aliases``, ``state``, ``max_model_len``, ``routes``, ``engine``."""
+    snapshot: Snapshot | None
+    connections: int = 0
+    requests: int = 0
+    valid: bool = True  # the configuration
+    last_starts: Mapping[str, float] = field(default_factory=dict)  # model -> seconds
+    used: Mapping[int, int] = field(default_factory=dict)
+    power: Mapping[int, float] = field(default_factory=dict)
+    load: Mapping[int, float] = field(default_factory=dict)
+    unreadable: Sequence[int] = ()
+
+
+class Control(Protocol):
+    """The daemon, as the endpoints see it. Verbs raise UnknownModel for a name that is none.
+
+    Whatever needs the devices or the engines waits, or raises Unavailable, while the daemon still looks for them.
+    """
+
+    tally: Tally
+    guests: Guests
+
+    async def opened(self) -> None:
+        """Wait until devices and engines have been found."""
+
+    # -- reading
+
+    async def models(self) -> list[dict[str, Any]]:
+        """Every model: ``id``, ``aliases``, ``state``, ``capabilities``, ``limits``, ...; see the schema ``Model``."""
 
     def health(self) -> dict[str, Any]:
-        """``status`` (``ok`` or what is wrong), devices, and the state of every model."""
+        """``status`` (``ok`` or what is wrong), ``ready``, devices, and the state of every model."""
 
     def status(self) -> dict[str, Any]:
         """Everything that ``vllmctl ps``, ``info`` and ``gpus`` show; bytes and seconds."""
+
+    def line(self, model: str) -> dict[str, Any]:
+        """One model's line of ``status``."""
 
     def snapshot(self) -> Snapshot | None:
         """The core's own words; None until the daemon has found its devices and engines."""
 
     def resolve(self, name: str) -> str:
         """The configured name of what the operator calls a model."""
+
+    def decisions(self, model: str) -> list[dict[str, Any]]:
+        """The last decisions (``at`` in Unix time), oldest first; all of them, or one model's."""
+
+    async def gauges(self) -> Gauges:
+        """How things stand; the devices are read for it."""
+
+    async def gpus(self) -> list[dict[str, Any]]:
+        """``{id, memory_usage, power_draw, processes}`` per device. Raises Unsupported where none can be read."""
+
+    async def scrape(self, model: str) -> bytes:
+        """The engine's own metrics. Raises Unavailable if it has none now."""
+
+    # -- verbs
 
     async def load(self, model: str) -> None:
         """Have it started or woken; returns at once."""
@@ -44,20 +90,28 @@ class Control(Protocol):
     async def release(self, lease: str, *, stop: bool) -> None:
         """Give a lease back; ``stop``: the last one to go stops the model."""
 
+    async def narrow(self, model: str, device: int | None) -> None:
+        """Have its next start use that device only (None: any that it may). Raises BadRequest, Conflict."""
+
+    async def kill(self, pid: int, *, force: bool) -> str:
+        """End the engine that has the process, or with ``force`` a stranger on a GPU; says what was done.
+
+        Raises NotFound, Forbidden.
+        """
+
+    async def reload(self) -> dict[str, Any]:
+        """Take the configuration anew; ``{changed, added, removed, warnings}``. Raises ConfigError."""
+
+    # -- following
+
     def progress(self, model: str) -> AsyncIterator[dict[str, Any]]:
         """``{state, phase, detail, elapsed}`` now and at each change until it has come to rest.
 
         The last one is ``{done: true, state, seconds}`` or ``{error: {message}}``.
         """
 
-    def decisions(self, model: str) -> list[dict[str, Any]]:
-        """The last decisions (``at`` in Unix time), oldest first; all of them, or one model's."""
-
     def watch(self) -> AsyncIterator[dict[str, Any]]:
-        """Decisions as they are made, until the caller stops."""
+        """Decisions and what became of them, as it happens, until the caller stops."""
 
     def log(self, model: str, lines: int, *, follow: bool) -> AsyncIterator[str]:
         """The engine's last log lines, and with ``follow`` what comes."""
-
-    async def reload(self) -> dict[str, Any]:
-        """Take the configuration anew; ``{changed, added, removed, warnings}``. Raises ConfigError."""

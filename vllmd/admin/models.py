@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import vllmd
@@ -14,27 +15,43 @@ _STARTED = int(time.time())
 
 
 class ModelEndpoints:
-    """``/v1/models``, ``/health`` and ``/version``."""
+    """``/v1/models``, ``/health`` and ``/version``. ``may_use(key, model)`` says what a client is shown."""
 
-    def __init__(self, control: Control) -> None:
+    def __init__(self, control: Control, may_use: Callable[[str, str], bool]) -> None:
         self._control = control
+        self._may_use = may_use
 
-    async def list(self, request: Request) -> Response:
-        """``GET /v1/models``: every configured model, loaded or not, as OpenAI lists them."""
-        return json_response({"object": "list", "data": [_card(model) for model in self._control.models()]})
+    async def every(self, request: Request) -> Response:
+        """``GET /v1/models``: every model that the key may use, loaded or not, then their aliases.
+
+        As vLLM lists several served names: an alias is an entry of its own whose
+        ``root`` is the model, so that clients which offer a choice offer it, too.
+        """
+        models = await self._models(request)
+        aliases = (_card(model, alias) for model in models for alias in model["aliases"])
+        return json_response({"object": "list", "data": [*(_card(model, model["id"]) for model in models), *aliases]})
 
     async def one(self, request: Request) -> Response:
-        """``GET /v1/models/{id}``. Raises UnknownModel."""
-        name = self._control.resolve(request.params["model"])
-        for model in self._control.models():
+        """``GET /v1/models/{id}``, by its name, an alias, or its end. Raises UnknownModel."""
+        asked = request.params["model"]
+        name = self._control.resolve(asked)
+        for model in await self._models(request):
             if model["id"] == name:
-                return json_response(_card(model))
-        raise UnknownModel(f"model {name!r} does not exist", param="model")
+                return json_response(_card(model, asked if asked in model["aliases"] else name))
+        raise UnknownModel(f"model {asked!r} does not exist; GET /v1/models lists those that do", param="model")
+
+    async def _models(self, request: Request) -> list[dict[str, Any]]:
+        return [model for model in await self._control.models() if self._may_use(request.key, model["id"])]
 
     async def health(self, request: Request) -> Response:
         """``GET /health``: 200 with ``status: ok``, or 503 with what is wrong."""
         health = self._control.health()
         return json_response(health, 200 if health["status"] == "ok" else 503)
+
+    async def ready(self, request: Request) -> Response:
+        """``GET /health/ready``: 200 once requests need not wait for devices and engines to be found."""
+        health = self._control.health()
+        return json_response(health, 200 if health["ready"] else 503)
 
     async def live(self, request: Request) -> Response:
         """``GET /health/live``: 200 as long as the daemon answers at all."""
@@ -45,7 +62,7 @@ class ModelEndpoints:
         return json_response({"version": vllmd.__version__})
 
 
-def _card(model: dict[str, Any]) -> dict[str, Any]:
-    """OpenAI's model object, and our fields beside its own."""
-    return {"id": model["id"], "object": "model", "created": _STARTED, "owned_by": "vllmd",
-            **{key: value for key, value in model.items() if key != "id"}}  # fmt: skip
+def _card(model: dict[str, Any], name: str) -> dict[str, Any]:
+    """OpenAI's model object under one of its names, and our fields beside its own."""
+    own = {"id": name, "object": "model", "created": _STARTED, "owned_by": "vllmd", "root": model["id"]}
+    return {**model, **own}

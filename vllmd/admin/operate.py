@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
 
+from vllmd.admin import asked
 from vllmd.admin.control import Control
-from vllmd.errors import BadRequest, EngineFailed
+from vllmd.errors import BadRequest, EngineFailed, NotFound
 from vllmd.proxy.http import Request, Response, event_stream, json_response
 
-TRUE, FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"", "0", "false", "no", "off"})
+MOST_LINES = 10_000
+LONGEST_PID = 9  # digits
+FIRST_LINE = 1.0  # seconds that an answer waits for the first line of a log
+KEEP_ALIVE = 15.0  # seconds between comments in a stream of events
 
 
 class OperatorEndpoints:
@@ -39,7 +44,7 @@ class OperatorEndpoints:
     async def unload(self, request: Request) -> Response:
         """``POST /admin/models/{model}/unload``; ``?force=true`` breaks off its requests."""
         model = self._model(request)
-        await self._control.unload(model, force=_flag(request, "force"))
+        await self._control.unload(model, force=asked.flag(request, "force"))
         return await self._follow(request, model)
 
     async def sleep(self, request: Request) -> Response:
@@ -52,30 +57,24 @@ class OperatorEndpoints:
 
     async def pin(self, request: Request) -> Response:
         """``POST /admin/models/{model}/pin`` with ``{"pinned": true}``."""
-        model, body = self._model(request), _object(request)
-        if not isinstance(body.get("pinned", True), bool):
-            raise BadRequest("pinned must be true or false", param="pinned")
-        await self._control.pin(model, body.get("pinned", True))
-        return self._line(model)
+        model = self._model(request)
+        await self._control.pin(model, asked.truth(asked.fields(request, ["pinned"]), "pinned", True))
+        return json_response(self._control.line(model))
 
     async def lease(self, request: Request) -> Response:
         """``POST /admin/models/{model}/lease`` with ``{"lease": NAME, "deadline_seconds": N or null}``."""
-        model, body = self._model(request), _object(request)
-        lease, seconds = body.get("lease"), body.get("deadline_seconds")
-        if not isinstance(lease, str) or not lease:
-            raise BadRequest("lease must be a name of your choice", param="lease")
-        if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds < 0):
-            raise BadRequest("deadline_seconds must be a number of seconds, or null", param="deadline_seconds")
-        await self._control.lease(lease, model, seconds)
-        return self._line(model)
+        model, body = self._model(request), asked.fields(request, ["lease", "deadline_seconds"])
+        lease = asked.text(body, "lease", "a name of your choice, up to 200 characters")
+        await self._control.lease(lease, model, asked.seconds(body, "deadline_seconds"))
+        return json_response(self._control.line(model))
 
     async def release(self, request: Request) -> Response:
         """``DELETE /admin/models/{model}/lease?lease=NAME``; ``&stop=true``: the last to go stops the model at once."""
         model, lease = self._model(request), request.query.get("lease", "")
         if not lease:
             raise BadRequest("say which: ?lease=NAME", param="lease")
-        await self._control.release(lease, stop=_flag(request, "stop"))
-        return self._line(model)
+        await self._control.release(lease, stop=asked.flag(request, "stop"))
+        return json_response(self._control.line(model))
 
     async def decisions(self, request: Request) -> Response:
         """``GET /admin/decisions``; ``?model=`` one model's."""
@@ -88,11 +87,14 @@ class OperatorEndpoints:
 
     async def log(self, request: Request) -> Response:
         """``GET /admin/logs/{model}``; ``?lines=50&follow=true``. Plain text."""
-        lines = request.query.get("lines", "50")
-        if not lines.isdecimal() or int(lines) > 10_000:
-            raise BadRequest("lines must be a number up to 10000", param="lines")
-        text = self._control.log(self._model(request), int(lines), follow=_flag(request, "follow"))
+        lines, follow = asked.number(request, "lines", 50, MOST_LINES), asked.flag(request, "follow")
+        text = await _begun(self._control.log(self._model(request), lines, follow=follow))
         return Response(200, _lines(text), "text/plain; charset=utf-8", (("x-accel-buffering", "no"),))
+
+    async def kill(self, request: Request) -> Response:
+        """``POST /admin/processes/{pid}/kill``; ``?force=true`` a stranger on a GPU, too."""
+        pid = process_id(request)
+        return json_response(killed(pid, await self._control.kill(pid, force=asked.flag(request, "force"))))
 
     async def reload(self, request: Request) -> Response:
         """``POST /admin/reload``: 400 with every error if the configuration is invalid; then nothing changed."""
@@ -101,37 +103,30 @@ class OperatorEndpoints:
     def _model(self, request: Request) -> str:
         return self._control.resolve(request.params["model"])
 
-    def _line(self, model: str) -> Response:
-        return json_response(self._status_of(model))
-
-    def _status_of(self, model: str) -> dict[str, Any]:
-        return next(line for line in self._control.status()["models"] if line["name"] == model)
-
     async def _follow(self, request: Request, model: str) -> Response:
         """What became of it: now, when it has settled, or line by line."""
         if "application/x-ndjson" in request.headers.get("accept"):
             return Response(200, _ndjson(self._control.progress(model)), "application/x-ndjson")
-        if not _flag(request, "wait"):
-            return json_response(self._status_of(model), 202)
+        if not asked.flag(request, "wait"):
+            return json_response(self._control.line(model), 202)
         async for line in self._control.progress(model):
             last = line
         if "error" in last:
             raise EngineFailed(last["error"]["message"])
-        return json_response(self._status_of(model))
+        return json_response(self._control.line(model))
 
 
-def _flag(request: Request, name: str) -> bool:
-    value = request.query.get(name, "").lower()
-    if value not in TRUE | FALSE:
-        raise BadRequest(f"{name} must be true or false, not {value!r}", param=name)
-    return value in TRUE
+def process_id(request: Request) -> int:
+    """The pid in the path. Raises NotFound for what cannot be one."""
+    text = request.params["pid"]
+    if not (text.isascii() and text.isdecimal()) or len(text) > LONGEST_PID:
+        raise NotFound(f"there is no process {text!r}")
+    return int(text)
 
 
-def _object(request: Request) -> dict[str, Any]:
-    body = request.json() if request.body else {}
-    if not isinstance(body, dict):
-        raise BadRequest("the body must be a JSON object")
-    return body
+def killed(pid: int, what: str) -> dict[str, Any]:
+    """The answer when it is gone."""
+    return {"pid": pid, "status": "killed", "message": what}
 
 
 async def _ndjson(lines: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
@@ -140,9 +135,46 @@ async def _ndjson(lines: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
 
 
 async def _framed(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
-    yield b": decisions follow\n\n"
-    async for event in events:
-        yield b"data: " + json.dumps(event, default=str).encode() + b"\n\n"
+    """Server-sent events, and a comment whenever nothing has happened for a while, so that nothing times out."""
+    yield b": decisions and what becomes of them\n\n"
+    coming = asyncio.ensure_future(anext(events))
+    try:
+        while True:
+            done, _ = await asyncio.wait({coming}, timeout=KEEP_ALIVE)
+            if done:
+                yield b"data: " + json.dumps(coming.result(), default=str).encode() + b"\n\n"
+                coming = asyncio.ensure_future(anext(events))
+            else:
+                yield b": still here\n\n"
+    finally:
+        coming.cancel()
+
+
+async def _begun(lines: AsyncIterator[str]) -> AsyncIterator[str]:
+    """``lines`` with the first one fetched, if it comes soon: whatever is wrong is an error and not a broken answer."""
+    first = asyncio.ensure_future(anext(lines, None))
+    await asyncio.wait({first}, timeout=FIRST_LINE)
+    return _from(first, lines) if not first.done() or first.result() is not None else _from(None, lines)
+
+
+async def _from(first: asyncio.Future[str | None] | None, lines: AsyncIterator[str]) -> AsyncIterator[str]:
+    try:
+        line = await first if first else None
+        while line is not None:
+            yield line
+            line = await anext(lines, None)
+    finally:
+        if first and not first.done():
+            first.cancel()
+        else:
+            await _close(lines)
+
+
+async def _close(lines: AsyncIterator[str]) -> None:
+    """Let a generator that is not read to its end leave what it holds."""
+    close = getattr(lines, "aclose", None)
+    if close:
+        await close()
 
 
 async def _lines(text: AsyncIterator[str]) -> AsyncIterator[bytes]:

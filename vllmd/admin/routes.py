@@ -1,40 +1,133 @@
-"""The route tables of the two listeners: ``http`` for everybody, ``admin`` for operators.
+"""The route tables: what any client may read, and what an operator may do.
 
-An operator may use the public routes too, and with an admin key everything over
-TCP; the scope of each row says who may.
+Both are behind every listener; the scope of each row says who may. A row's last
+column is what ``/openapi.json`` says of it. Every verb of an operator leaves a
+record of who used it, and how that went.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+
+from vllmd.admin import schemas
 from vllmd.admin.control import Control
+from vllmd.admin.instances import InstanceEndpoints
+from vllmd.admin.metrics import MetricsEndpoints
 from vllmd.admin.models import ModelEndpoints
+from vllmd.admin.openapi import Documentation
 from vllmd.admin.operate import OperatorEndpoints
-from vllmd.proxy.routing import Router
+from vllmd.admin.schemas import FLAG, TEXT, WAIT, answers, asks, doc, requires, streams, takes
+from vllmd.errors import VllmdError
+from vllmd.proxy.http import Request, Response
+from vllmd.proxy.routing import LocalHandler, Router
+
+log = logging.getLogger("vllmd.admin")
+
+MODEL = "/admin/models/{model:path}"
+LEVEL = {"type": "string", "enum": ["1", "2", "3"], "default": "1"}
+LINES = {"type": "integer", "minimum": 0, "maximum": 10_000, "default": 50}
+FORCE = {"force": (FLAG, "also a process of nobody's that is on a GPU")}
+LINE, CHANGE = answers("ModelLine"), answers("ModelLine", also={202: "ModelLine"})
+PLAIN = streams("text/plain", "Prometheus' text format", {"application/openmetrics-text": {"schema": TEXT}})
 
 
-def add_public(router: Router, control: Control) -> None:
+def add_public(router: Router, control: Control, may_use: Callable[[str, str], bool]) -> None:
     """What any client may read."""
-    models = ModelEndpoints(control)
-    router.add("GET", "/v1/models", models.list, "models", "The models, loaded or not")
-    router.add("GET", "/v1/models/{model:path}", models.one, "models", "One model")
-    router.add("GET", "/health", models.health, "open", "Whether vllmd is well, its devices and models")
-    router.add("GET", "/health/live", models.live, "open", "Whether vllmd answers")
-    router.add("GET", "/health/ready", models.health, "open", "Whether vllmd can serve")
-    router.add("GET", "/version", models.version, "open", "vllmd's version")
+    models, metrics = ModelEndpoints(control, may_use), MetricsEndpoints(control)
+    add = router.add
+    add("GET", "/v1/models", models.every, "models", "The models, loaded or not, and their aliases",
+        answers("ModelList"))  # fmt: skip
+    add("GET", "/v1/models/{model:path}", models.one, "models", "One model", answers("Model"))
+    add("GET", "/health", models.health, "health", "Whether vllmd is well, its devices and models",
+        answers("Health", also={503: "Health"}))  # fmt: skip
+    add("GET", "/health/live", models.live, "open", "Whether vllmd answers", answers("Alive"))
+    add("GET", "/health/ready", models.ready, "health", "Whether vllmd can serve at once",
+        answers("Health", also={503: "Health"}))  # fmt: skip
+    add("GET", "/version", models.version, "open", "vllmd's version", answers("Version"))
+    add("GET", "/metrics", metrics.own, "metrics", "Metrics for Prometheus",
+        doc(PLAIN, asks(model=(TEXT, "that model's engine's own metrics instead"))))  # fmt: skip
+    add("GET", "/metrics/engines", metrics.engines, "metrics", "All engines' own metrics, labelled by model", PLAIN)
+    documentation = Documentation(router)
+    add("GET", "/openapi.json", documentation.schema, "open", "This document", answers({"type": "object"}))
+    add("GET", "/docs", documentation.page, "open", "The same to read", streams("text/html", "a page"))
 
 
 def add_operator(router: Router, control: Control) -> None:
     """What an operator may do."""
     operator = OperatorEndpoints(control)
-    router.add("GET", "/admin/status", operator.status, "admin", "Everything vllmctl shows")
-    router.add("POST", "/admin/models/{model:path}/load", operator.load, "admin", "Start or wake a model")
-    router.add("POST", "/admin/models/{model:path}/wake", operator.wake, "admin", "Wake or start a model")
-    router.add("POST", "/admin/models/{model:path}/unload", operator.unload, "admin", "Stop a model")
-    router.add("POST", "/admin/models/{model:path}/sleep", operator.sleep, "admin", "Put a model to sleep")
-    router.add("POST", "/admin/models/{model:path}/pin", operator.pin, "admin", "Pin or unpin a model")
-    router.add("POST", "/admin/models/{model:path}/lease", operator.lease, "admin", "Keep a model for a time")
-    router.add("DELETE", "/admin/models/{model:path}/lease", operator.release, "admin", "Give a lease back")
-    router.add("GET", "/admin/decisions", operator.decisions, "admin", "The last decisions and their numbers")
-    router.add("GET", "/admin/events", operator.events, "admin", "Decisions as they are made")
-    router.add("GET", "/admin/logs/{model:path}", operator.log, "admin", "An engine's log")
-    router.add("POST", "/admin/reload", operator.reload, "admin", "Take the configuration anew")
+    _add_verbs(router, operator)
+    add = router.add
+    add("GET", "/admin/status", operator.status, "admin", "Everything vllmctl shows", answers("Status"))
+    add("GET", "/admin/decisions", operator.decisions, "admin", "The last decisions and their numbers",
+        doc(answers("Decisions"), asks(model=(TEXT, "of that model only"))))  # fmt: skip
+    add("GET", "/admin/events", operator.events, "admin", "Decisions as they are made, and what becomes of them",
+        streams("text/event-stream", "events whose data is a Decision"))  # fmt: skip
+    add("GET", "/admin/logs/{model:path}", operator.log, "admin", "An engine's log",
+        doc(streams("text/plain", "its lines"),
+            asks(lines=(LINES, "how many of the last"), follow=(FLAG, "and what comes"))))  # fmt: skip
+    add("POST", "/admin/reload", audited(operator.reload), "admin", "Take the configuration anew",
+        answers("Reloaded"))  # fmt: skip
+    add("POST", "/admin/processes/{pid}/kill", audited(operator.kill), "admin", "Kill the engine that has a process",
+        doc(answers("Killed"), asks(**FORCE)))  # fmt: skip
+    _add_instances(router, InstanceEndpoints(control))
+
+
+def _add_verbs(router: Router, operator: OperatorEndpoints) -> None:
+    """The verbs on a model."""
+
+    def add(verb: str, handler: LocalHandler, summary: str, *parts: schemas.Schema, method: str = "POST") -> None:
+        router.add(method, f"{MODEL}/{verb}", audited(handler), "admin", summary, doc(*parts))
+
+    lines = {"application/x-ndjson": {"schema": TEXT}}
+    change = {**CHANGE, "responses": {**CHANGE["responses"]}}
+    change["responses"]["200"] = {**change["responses"]["200"]}
+    change["responses"]["200"]["content"] = {**change["responses"]["200"]["content"], **lines}
+    add("load", operator.load, "Start or wake a model", change, asks(**WAIT))
+    add("wake", operator.wake, "Wake or start a model", change, asks(**WAIT))
+    add("unload", operator.unload, "Stop a model", change, asks(**WAIT, force=(FLAG, "break off its requests")))
+    add("sleep", operator.sleep, "Put a model to sleep", change, asks(**WAIT, level=(LEVEL, "3 stops it")))
+    add("pin", operator.pin, "Pin or unpin a model", LINE, takes("Pin", required=False))
+    add("lease", operator.lease, "Keep a model for a time", LINE, takes("Lease"))
+    add("lease", operator.release, "Give a lease back", LINE, requires(lease=({**TEXT, "minLength": 1}, "its name")),
+        asks(stop=(FLAG, "the last one to go stops the model")), method="DELETE")  # fmt: skip
+
+
+def _add_instances(router: Router, instances: InstanceEndpoints) -> None:
+    """M's API."""
+    add = router.add
+    add("GET", "/api/v1/gpus", instances.gpus, "admin", "The GPUs and the processes on them",
+        answers({"type": "array", "items": schemas.ref("GPUInfo")}, also={501: "Error"}))  # fmt: skip
+    add("DELETE", "/api/v1/processes/{pid}", audited(instances.kill), "admin", "Kill the engine that has a process",
+        doc(answers("KillProcessResponse"), asks(**FORCE)))  # fmt: skip
+    add("POST", "/api/v1/models/start", audited(instances.start), "admin", "Start a model, on a GPU",
+        doc(answers("ModelInstanceInfo", 202), takes("StartRequest")))  # fmt: skip
+    add("POST", "/api/v1/models/stop", audited(instances.stop), "admin", "Stop a model",
+        doc(answers("ModelInstanceInfo"), takes("StopRequest")))  # fmt: skip
+    items = answers({"type": "array", "items": schemas.ref("ModelStatusItem")})
+    add("GET", "/api/v1/models/status", instances.status, "admin", "The instances that are loaded", items)
+    add("GET", "/api/v1/models/status/{name:path}", instances.status_of, "admin", "The instances of a model", items)
+
+
+def audited(handler: LocalHandler) -> LocalHandler:
+    """``handler``, and a record of who asked for it, and how it went."""
+
+    async def handle(request: Request) -> Response:
+        try:
+            response = await handler(request)
+        except VllmdError as error:
+            _record(request, f"refused: {error.message.splitlines()[0]}")
+            raise
+        _record(request, "done" if response.status == 200 else "begun")
+        return response
+
+    return handle
+
+
+def _record(request: Request, outcome: str) -> None:
+    who = f"the key {request.key}" if request.key else str(request.peer)
+    fields = {"VLLMD_VERB": f"{request.method} {request.path}", "VLLMD_BY": who, "REQUEST_ID": request.id}
+    if "model" in request.params:
+        fields["MODEL"] = request.params["model"]
+    query = f"?{request.query_string}" if request.query_string else ""
+    log.info("%s %s%s by %s: %s", request.method, request.path, query, who, outcome, extra={"journal": fields})

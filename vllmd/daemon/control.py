@@ -3,22 +3,43 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
-from collections.abc import AsyncIterator
-from dataclasses import asdict
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import vllmd
+from vllmd.admin.control import Gauges
+from vllmd.admin.tally import Tally
 from vllmd.core import events
-from vllmd.core.types import Decision, ModelView, Snapshot, State
-from vllmd.errors import Unavailable
+from vllmd.core.types import Decision, ModelSpec, ModelView, Snapshot, State
+from vllmd.daemon.discovery import hf_home
+from vllmd.daemon.guests import Guests
+from vllmd.daemon.portrait import card, health, line
+from vllmd.daemon.processes import gpus, kill
+from vllmd.errors import BadRequest, Unavailable, UnknownModel, UpstreamFailed
+from vllmd.proxy.upstream import request
 
 if TYPE_CHECKING:
     from vllmd.daemon.service import Daemon
 
 MOVING = frozenset({State.STARTING, State.WAKING, State.DRAINING, State.FALLING_ASLEEP, State.STOPPING})
-WATCH_BACKLOG = 1000  # decisions kept for a watcher that does not read; then the oldest are lost to it
+WATCH_BACKLOG = 1000  # news kept for a watcher that does not read; then the oldest are lost to it
+SCRAPE_LIMIT = 5.0  # seconds for an engine to tell its metrics
+SCRAPE_SAMPLE = 2.0  # seconds for the devices to be read; without an answer the last reading is shown
+OUTCOMES: dict[type, tuple[str, bool]] = {  # what an engine's event ends, and whether it failed
+    events.EngineReady: ("start", False),
+    events.EngineStartFailed: ("start", True),
+    events.EngineAwake: ("wake", False),
+    events.EngineWakeFailed: ("wake", True),
+    events.EngineAsleep: ("sleep", False),
+    events.EngineSleepFailed: ("sleep", True),
+    events.EngineStopped: ("stop", False),
+    events.EngineExited: ("exit", True),
+}
 
 
 class DaemonControl:
@@ -26,9 +47,18 @@ class DaemonControl:
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
-        self._watchers: set[asyncio.Queue[Decision]] = set()
+        self.tally = Tally()
+        self.guests = Guests(daemon)
+        self._files: dict[str, str] | None = None  # repository -> kind of model, once asked for
+        self._specs: tuple[ModelSpec, ...] = ()
+        self._narrowed: dict[str, int] = {}  # model -> the one device that its next start may use
+        self._watchers: set[asyncio.Queue[dict[str, Any]]] = set()
         self._changed = asyncio.Event()
         self._followed = 0  # how many wait for a change
+
+    async def opened(self) -> None:
+        """Wait until devices and engines have been found."""
+        await self._daemon.opened.wait()
 
     # -- reading ---------------------------------------------------------------------------
 
@@ -39,32 +69,25 @@ class DaemonControl:
         heart = self._daemon.heart
         return heart.scheduler.snapshot(heart.now())
 
-    def models(self) -> list[dict[str, Any]]:
-        """Every configured model for ``/v1/models``."""
-        snapshot = self.snapshot()
-        states = {view.name: _state(view) for view in snapshot.models} if snapshot else {}
-        return [
-            {
-                "id": model.name,
-                "aliases": list(model.aliases),
-                "state": states.get(model.name, State.STOPPED.value),
-                "max_model_len": model.max_model_len,
-                "engine": model.engine,
-                "routes": sorted(self._daemon.kinds(model).routes(model)),
-            }
-            for model in self._daemon.config.models.values()
-        ]
+    async def models(self) -> list[dict[str, Any]]:
+        """Every model for ``/v1/models``."""
+        if self._files is None:
+            self._files = await asyncio.to_thread(_kinds, self.cache())
+        snapshot, kinds, files = self.snapshot(), self._daemon.kinds, self._files
+        views = {view.name: view for view in snapshot.models} if snapshot else {}
+        models = self._daemon.config.models.values()
+        return [card(m, kinds(m).routes(m), views.get(m.name), files.get(m.source, "")) for m in models]
+
+    def cache(self) -> Path:
+        """The engines' HF_HOME."""
+        around, engines = self._daemon.surroundings, self._daemon.config.engines
+        return hf_home(around.environment, engines.home or around.home)
 
     def health(self) -> dict[str, Any]:
         """Whether we are well, with devices and models as P's document has them."""
-        snapshot, broken = self.snapshot(), self._daemon.broken
-        views = snapshot.models if snapshot else ()
-        return {
-            "status": f"the configuration is invalid: {broken}" if broken else "ok",
-            "gpu": [asdict(device) for device in snapshot.devices] if snapshot else [],
-            "loaded_models": [view.name for view in views if view.state not in (State.STOPPED, State.FAILED)],
-            "model_status": {view.name: _state(view) for view in views},
-        }
+        snapshot = self.snapshot()
+        views, devices = (snapshot.models, snapshot.devices) if snapshot else ((), ())
+        return health(views, devices, self._daemon.broken, ready=snapshot is not None)
 
     def status(self) -> dict[str, Any]:
         """Everything that ``vllmctl`` shows."""
@@ -92,27 +115,60 @@ class DaemonControl:
         }
 
     def _line(self, view: ModelView) -> dict[str, Any]:
-        daemon = self._daemon
-        model, member = daemon.config.models.get(view.name), daemon.fleet.members.get(view.name)
-        line = {**asdict(view), "state": _state(view), "pid": None, "unit": "", "socket": ""}
-        line.update(instance="", detail="", phase="")
-        line["last_start_seconds"] = daemon.fleet.last_start.get(view.name)
-        line["config"] = {"engine": model.engine, "model": model.source, "aliases": model.aliases} if model else {}
-        if member:
-            line["instance"] = member.instance
-            if view.state is State.STARTING:
-                line.update(phase=member.phase.phase, detail=member.phase.detail)
-            line["socket"] = member.listen.uds or f"{member.listen.host}:{member.listen.port}"
-        if member and member.running:
-            line.update(pid=member.running.pid, unit=member.running.unit)
-        return line
+        fleet, models = self._daemon.fleet, self._daemon.config.models
+        return line(view, models.get(view.name), fleet.members.get(view.name), fleet.last_start.get(view.name))
 
     def line(self, model: str) -> dict[str, Any]:
-        """One model's line of ``status``. Raises Unavailable while the daemon opens."""
+        """One model's line of ``status``. Raises Unavailable while the daemon opens, UnknownModel."""
+        return self._line(self._view(model))
+
+    def _view(self, model: str) -> ModelView:
+        self._opened()
         snapshot = self.snapshot()
-        if snapshot is None:
+        for view in snapshot.models if snapshot else ():
+            if view.name == model:
+                return view
+        raise UnknownModel(f"the model {model!r} is no longer configured", param="model")
+
+    def _opened(self) -> Daemon:
+        """The daemon, all its rooms open. Raises Unavailable."""
+        if not self._daemon.opened.is_set():
             raise Unavailable("vllmd is still looking for its devices and engines; try again", retry_after=1)
-        return next(self._line(view) for view in snapshot.models if view.name == model)
+        return self._daemon
+
+    async def gauges(self) -> Gauges:
+        """How things stand; the devices are read for it, if they answer soon."""
+        daemon, snapshot = self._daemon, self.snapshot()
+        now = Gauges(snapshot, daemon.doors.connections, daemon.turnstile.open, valid=not daemon.broken)
+        if snapshot is None:
+            return now
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(daemon.memory.sample(), SCRAPE_SAMPLE)
+        sample, fleet = daemon.memory.last, daemon.fleet
+        devices = sample.devices if sample and daemon.memory.readable else {}
+        return replace(
+            now,
+            snapshot=self.snapshot(),
+            last_starts=dict(fleet.last_start),
+            used={index: device.used for index, device in devices.items()},
+            power={index: device.power for index, device in devices.items() if device.power is not None},
+            load={i: device.utilisation / 100 for i, device in devices.items() if device.utilisation is not None},
+        )
+
+    async def gpus(self) -> list[dict[str, Any]]:
+        """M's ``GPUInfo`` of every device."""
+        await self._daemon.opened.wait()
+        return await gpus(self._daemon.memory)
+
+    async def scrape(self, model: str) -> bytes:
+        """The engine's own metrics."""
+        member = self._opened().fleet.members.get(model)
+        if member is None or member.ready_after is None:
+            raise Unavailable(f"{model} has no engine now that could tell its metrics")
+        status, _, body = await request(member.listen, "GET", "/metrics", timeout=SCRAPE_LIMIT)
+        if status != 200:
+            raise UpstreamFailed(f"the engine of {model} answered /metrics with {status}")
+        return body
 
     def resolve(self, name: str) -> str:
         """The configured name of a model."""
@@ -156,6 +212,27 @@ class DaemonControl:
         """Give a lease back."""
         await self._post(events.LeaseReleased(lease, stop))
 
+    async def narrow(self, model: str, device: int | None) -> None:
+        """Have its next start use that device only; lasts until it is taken back, or the next reload."""
+        await self._daemon.opened.wait()
+        spec = next((spec for spec in self._specs if spec.name == model), None)
+        if device is not None and spec:
+            _check(spec, device, [known.index for known in self._daemon.memory.inventory])
+        self._narrowed = {name: at for name, at in self._narrowed.items() if name != model}
+        if device is not None:
+            self._narrowed[model] = device
+        specs = (replace(s, devices=(self._narrowed[s.name],)) if s.name in self._narrowed else s for s in self._specs)
+        self._daemon.post(events.ModelsChanged(tuple(specs)))
+
+    def configure(self, specs: Iterable[ModelSpec]) -> None:
+        """Know what the core was told of the models of a new configuration."""
+        self._specs, self._narrowed, self._files = tuple(specs), {}, None
+
+    async def kill(self, pid: int, *, force: bool) -> str:
+        """End the engine that has the process; with ``force`` a stranger on a GPU."""
+        await self._daemon.opened.wait()
+        return await kill(pid, self._daemon.fleet, self._daemon.memory, force=force)
+
     async def reload(self) -> dict[str, Any]:
         """Take the configuration anew. Raises ConfigError."""
         return await self._daemon.reload()
@@ -167,11 +244,34 @@ class DaemonControl:
     # -- following -------------------------------------------------------------------------
 
     def note(self, decision: Decision) -> None:
-        """Hand a decision to whoever watches."""
+        """Count a decision, and hand it to whoever watches."""
+        self.tally.decided(decision)
+        if self._watchers:
+            self._tell(self._dated(decision))
+
+    def take(self, event: events.Event) -> None:
+        """An engine's event on its way to the core: count it, and say what became of the model."""
+        outcome = OUTCOMES.get(type(event))
+        if outcome is None:
+            self._daemon.post(event)
+            return
+        change, failed = outcome
+        model: str = getattr(event, "model", "")
+        snapshot = self.snapshot()
+        view = next((view for view in snapshot.models if view.name == model), None) if snapshot else None
+        self.tally.changed(model, change, view.since if view else 0.0, failed=failed)
+        self._daemon.post(event)
+        if self._watchers:
+            why = getattr(event, "reason", "") or f"{change} done"
+            state = self.line(model)["state"] if self.snapshot() and view else ""
+            what = f"{change} failed" if failed else change
+            self._tell({"at": time.time(), "what": what, "model": model, "why": why, "numbers": {}, "state": state})
+
+    def _tell(self, news: dict[str, Any]) -> None:
         for queue in self._watchers:
             if queue.full():
                 queue.get_nowait()
-            queue.put_nowait(decision)
+            queue.put_nowait(news)
 
     def stir(self) -> None:
         """Something changed: wake whoever follows a model."""
@@ -181,7 +281,16 @@ class DaemonControl:
 
     async def progress(self, model: str) -> AsyncIterator[dict[str, Any]]:
         """How it comes along, until it has come to rest."""
-        began, shown = time.monotonic(), ("", "", "")
+        began = time.monotonic()
+        try:
+            async for step in self._steps(model, began):
+                yield step
+            yield _at_rest(self.line(model), time.monotonic() - began)
+        except UnknownModel as error:  # a reload removed it meanwhile
+            yield {"error": {"message": error.message}, "done": True, "state": "removed"}
+
+    async def _steps(self, model: str, began: float) -> AsyncIterator[dict[str, Any]]:
+        shown = ("", "", "")
         self._followed += 1
         try:
             while self._moves(model):
@@ -198,7 +307,6 @@ class DaemonControl:
                 await changed.wait()
         finally:
             self._followed -= 1
-        yield _at_rest(self.line(model), time.monotonic() - began)
 
     async def changed(self, limit: float) -> None:
         """Wait until something has happened, at most ``limit`` seconds."""
@@ -218,12 +326,12 @@ class DaemonControl:
         return view is not None and (view.state in MOVING or bool(view.waiting_for))
 
     async def watch(self) -> AsyncIterator[dict[str, Any]]:
-        """Decisions as they are made."""
-        queue: asyncio.Queue[Decision] = asyncio.Queue(WATCH_BACKLOG)
+        """Decisions as they are made, and what became of them."""
+        queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue(WATCH_BACKLOG)
         self._watchers.add(queue)
         try:
             while True:
-                yield self._dated(await queue.get())
+                yield await queue.get()
         finally:
             self._watchers.discard(queue)
 
@@ -232,8 +340,8 @@ class DaemonControl:
         member = self._daemon.fleet.members.get(model) if self._daemon.opened.is_set() else None
         if member is None:
             raise Unavailable(f"{model} has no engine now; 'journalctl -t vllmd' or 'vllmctl logs' shows earlier ones")
-        async for line in self._daemon.fleet.log_of(member, lines, follow=follow):
-            yield line
+        async for text in self._daemon.fleet.log_of(member, lines, follow=follow):
+            yield text
 
 
 def _concerns(decision: Decision, model: str) -> bool:
@@ -249,6 +357,19 @@ def _at_rest(line: dict[str, Any], elapsed: float) -> dict[str, Any]:
     return {"done": True, "state": line["state"], "seconds": elapsed}
 
 
-def _state(view: ModelView) -> str:
-    """``sleeping_l1`` says more than ``sleeping``."""
-    return f"sleeping_l{view.level}" if view.state is State.SLEEPING else view.state.value
+def _check(spec: ModelSpec, device: int, known: Sequence[int]) -> None:
+    """Whether the model can be put on that device alone. Raises BadRequest."""
+    if device not in known:
+        there = f"there are {', '.join(map(str, known))}" if known else "there are none on this machine"
+        raise BadRequest(f"there is no GPU {device}; {there}", param="gpu_id")
+    if spec.devices and device not in spec.devices:
+        raise BadRequest(f"{spec.name} may use the GPUs {', '.join(map(str, spec.devices))} only", param="gpu_id")
+    if spec.device_count != 1:
+        raise BadRequest(f"{spec.name} takes {spec.device_count} GPUs and cannot be put on one", param="gpu_id")
+
+
+def _kinds(cache: Path) -> dict[str, str]:
+    """What each repository in the cache is for; reads their files."""
+    from vllmd.hub import discover
+
+    return {found.name: found.kind for found in discover(cache)}

@@ -27,7 +27,7 @@ from vllmd.core import commands, events
 from vllmd.core.types import Footprint, Placement, Source
 from vllmd.daemon.logfile import LogFile, path_of
 from vllmd.daemon.memory import RETURN_LIMIT, TOLERANCE, Memory
-from vllmd.engines.base import Call, Engine, Launch, Listen, Place, Progress
+from vllmd.engines.base import Call, Engine, Failure, Launch, Listen, Place, Progress
 from vllmd.errors import ConfigError, LauncherFailed, Unavailable, VllmdError
 from vllmd.launcher.client import ExitReport, LauncherClient, Running, StartOrder
 from vllmd.proxy.upstream import request
@@ -215,7 +215,8 @@ class Fleet:
 
     async def _start_failed(self, member: Member, what: str) -> events.Event:
         failure = member.engine.failure([*member.lines, *member.last_lines()])
-        reason = with_last_lines(with_root(what, failure), member.last_lines())
+        lines = member.last_lines()
+        reason = with_last_lines(with_root(what, failure) if lines else what, lines)
         if failure.memory:  # somebody took it: before more room is made it must be known how much there is
             await self.look()
         self._forget(member)
@@ -317,10 +318,10 @@ class Fleet:
                 for line in await self._launcher.tail(member.instance, lines):
                     yield line
             while follow:
-                line = await _next_line(queue, member.exited)
-                if line is None:
+                coming = await _next_line(queue, member.exited)
+                if coming is None:
                     return
-                yield line
+                yield coming
         finally:
             member.listeners.discard(queue)
 

@@ -14,6 +14,7 @@ from vllmd.core import events
 from vllmd.core.costs import CostBook
 from vllmd.core.scheduler import Scheduler
 from vllmd.core.types import ModelSpec, Settings
+from vllmd.daemon import discovery
 from vllmd.daemon.adoption import adopt_all
 from vllmd.daemon.fleet import Fleet, Paths, PortPool, fingerprint
 from vllmd.daemon.loop import Heart
@@ -73,8 +74,9 @@ def make_scheduler(daemon: Daemon, prospects: list[Prospect]) -> Scheduler:
     """The core with the models, the devices and what was learnt."""
     config = daemon.config
     settings = Settings(config.policy, host_budget(config), config.server.queue_limit)
-    costs = CostBook.from_dict(daemon.learnt.costs)
-    return Scheduler(specs_of(prospects), daemon.memory.inventory, settings, costs)
+    costs, specs = CostBook.from_dict(daemon.learnt.costs), specs_of(prospects)
+    daemon.control.configure(specs)
+    return Scheduler(specs, daemon.memory.inventory, settings, costs)
 
 
 def expect(daemon: Daemon, models: Mapping[str, ModelConfig]) -> list[Prospect]:
@@ -93,11 +95,7 @@ def specs_of(prospects: list[Prospect]) -> list[ModelSpec]:
 
 def hf_home(surroundings: Surroundings) -> Path:
     """Where the engines' Hugging Face cache is."""
-    environment = surroundings.environment
-    if "HF_HOME" in environment:
-        return Path(environment["HF_HOME"])
-    home = surroundings.home or Path(environment.get("HOME", "/"))
-    return home / ".cache" / "huggingface"
+    return discovery.hf_home(surroundings.environment, surroundings.home)
 
 
 def host_budget(config: Config) -> int:
@@ -137,7 +135,7 @@ def make_fleet(daemon: Daemon, prospects: list[Prospect]) -> Fleet:
     engines, around = daemon.config.engines, daemon.surroundings
     paths = Paths(engines.run_dir or around.run_dir, engines.home or around.home, around.logs)
     ports = PortPool(engines.port_start, engines.port_end)
-    fleet = Fleet(daemon.launcher, daemon.heart.post, daemon.memory, paths, daemon.kinds, ports)
+    fleet = Fleet(daemon.launcher, daemon.control.take, daemon.memory, paths, daemon.kinds, ports)
     fleet.configure(daemon.config.models, kv_caches(prospects))
     fleet.on_phase, fleet.look = daemon.control.stir, daemon.look
     return fleet
@@ -157,7 +155,9 @@ async def take(daemon: Daemon, config: Config) -> dict[str, Any]:
     added, removed = sorted(config.models.keys() - was.keys()), sorted(was.keys() - config.models.keys())
     daemon.accept(config)
     daemon.fleet.configure(config.models, kv_caches(prospects))
-    daemon.heart.post(events.ModelsChanged(tuple(specs_of(prospects)), frozenset(changed)))
+    specs = specs_of(prospects)
+    daemon.control.configure(specs)
+    daemon.heart.post(events.ModelsChanged(tuple(specs), frozenset(changed)))
     if repaired:
         await adopt_running(daemon)
     log.info(

@@ -18,7 +18,9 @@ from vllmd.config.types import Config
 from vllmd.core import events
 from vllmd.core.types import State
 from vllmd.daemon.control import DaemonControl
+from vllmd.daemon.discovery import with_discovered
 from vllmd.daemon.doors import Doors
+from vllmd.daemon.guests import addresses
 from vllmd.daemon.kinds import Kinds
 from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.turnstile import Turnstile
@@ -86,7 +88,9 @@ class Daemon:
 
     async def run(self, listeners: Mapping[str, Sequence[socket.socket]]) -> None:
         """Serve until told to stop, or until there has been nothing to do for long enough."""
+        self.config = await self._with_discovered(self.config)
         self.turnstile.configure(self.config.models)
+        self.control.guests.listen = addresses(listeners.get("http", ()))
         self.doors = Doors(self.config, self.turnstile, self.control, listeners)
         self._on_signals()
         self.doors.open()
@@ -99,6 +103,10 @@ class Daemon:
             for chore in chores:
                 chore.cancel()
             await asyncio.gather(*chores, return_exceptions=True)
+
+    async def _with_discovered(self, config: Config) -> Config:
+        """``config`` with the models of the cache, if it wants them."""
+        return await asyncio.to_thread(with_discovered, config, self.control.cache()) if config.discover else config
 
     async def _open(self) -> None:
         """Find the devices, the launcher and what runs already; then let requests through.
@@ -260,6 +268,7 @@ class Daemon:
         self.config, self.broken = config, ""
         self.turnstile.refusal = None
         self.turnstile.configure(config.models)
+        self.doors.configure(config)
 
     def refuse(self, broken: str) -> None:
         """Answer every request with what is wrong with the configuration, until a reload repairs it."""
@@ -284,8 +293,9 @@ class Daemon:
         await self.opened.wait()
         self.notify.reloading()
         try:
-            config = await asyncio.to_thread(self._reload)
-            return await self.take(config)
+            config = await self._with_discovered(await asyncio.to_thread(self._reload))
+            async with self.control.guests.changing:
+                return await self.take(self.control.guests.added_to(config))
         except ConfigError as error:
             log.error("not reloaded, the configuration is invalid:\n%s", error.message)
             raise

@@ -17,6 +17,10 @@ class Cors:
     """The rule for a set of origins such as ``https://chat.example``; ``*`` is any."""
 
     def __init__(self, origins: Iterable[str] = ()) -> None:
+        self.configure(origins)
+
+    def configure(self, origins: Iterable[str]) -> None:
+        """Go by these from now on."""
         self._origins = frozenset(origin.lower().rstrip("/") for origin in origins)
 
     def mark(self, request: Request) -> None:

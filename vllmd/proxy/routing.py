@@ -51,7 +51,7 @@ class Router:
     """The route table; it also has every request's key looked at before the body is read."""
 
     def __init__(self, doorkeeper: Doorkeeper | None = None, cors: Cors | None = None) -> None:
-        self._doorkeeper = doorkeeper or OpenDoor()
+        self.doorkeeper = doorkeeper or OpenDoor()
         self.cors = cors or Cors()
         self._fixed: dict[str, dict[str, Route]] = {}
         self._patterns: list[tuple[re.Pattern[str], dict[str, Route]]] = []
@@ -99,7 +99,7 @@ class Router:
         if route is None:
             raise NoSuchMethod(request, sorted(methods))
         request.route = route.pattern
-        request.key = self._doorkeeper.admit(request, route.scope)
+        request.key = self.doorkeeper.admit(request, route.scope)
         return route.handler
 
     def _find(self, request: Request) -> dict[str, Route]:

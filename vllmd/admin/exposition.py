@@ -1,0 +1,152 @@
+"""What ``/metrics`` says, in prometheus_client's terms. Imported at the first scrape, not before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.process_collector import ProcessCollector
+
+import vllmd
+from vllmd.admin.control import Gauges
+from vllmd.admin.tally import Histogram, Tally
+from vllmd.core.types import DeviceView, ModelView, State
+
+Labels = tuple[str, ...]
+STATES = (*(state.value for state in State if state is not State.SLEEPING), "sleeping_l1", "sleeping_l2")
+
+
+def expose(tally: Tally, gauges: Gauges, accept: str) -> tuple[bytes, str]:
+    """The exposition and its content type, in the format that ``accept`` prefers."""
+    registry = CollectorRegistry()
+    registry.register(_Collector(tally, gauges))
+    ProcessCollector(registry=registry)
+    encode, content_type = choose_encoder(accept)
+    return encode(registry), content_type
+
+
+class _Collector:
+    """prometheus_client's collector over what was counted and how things stand."""
+
+    def __init__(self, tally: Tally, gauges: Gauges) -> None:
+        self._tally = tally
+        self._gauges = gauges
+
+    def describe(self) -> list[Metric]:
+        """Nothing beforehand: a registry lives for one scrape."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """Everything."""
+        yield from _counted(self._tally)
+        yield from _standing(self._gauges)
+        snapshot = self._gauges.snapshot
+        if snapshot:
+            yield from _models(snapshot.models, self._gauges)
+            yield from _devices(snapshot.devices, self._gauges)
+
+
+def _counted(tally: Tally) -> Iterator[Metric]:
+    model = ["model"]
+    yield _counter("http_requests", "Requests by route, method and status.", ["route", "method", "code"],
+                   tally.requests)  # fmt: skip
+    yield _histogram("http_request_duration_seconds", "From a whole request to the end of its answer.", ["route"],
+                     tally.durations)  # fmt: skip
+    yield _counter("model_requests", "Requests for a model, by status.", ["model", "code"], tally.model_requests)
+    yield _histogram("model_request_duration_seconds", "The same of requests for a model.", model,
+                     tally.model_durations)  # fmt: skip
+    yield _histogram("model_time_to_first_byte_seconds", "From a whole request to the first byte of its answer.",
+                     model, tally.first_bytes)  # fmt: skip
+    yield _histogram("model_queue_wait_seconds", "From a request's arrival to its admission, loading included.",
+                     model, tally.waits)  # fmt: skip
+    yield _counter("model_received_bytes", "Request bodies relayed to a model.", model, tally.received)
+    yield _counter("model_sent_bytes", "Answers relayed to clients, heads included.", model, tally.sent)
+    yield _counter("model_tokens", "Tokens in and out, where the answer's usage tells them.", model, tally.tokens)
+    yield _counter("errors", "Requests that ended in an error of ours, by its kind.", ["model", "kind"], tally.errors)
+    yield _counter("key_requests", "Requests by the name of their API key.", ["key"], tally.key_requests)
+    yield _counter("key_tokens", "Tokens by the name of the API key.", ["key"], tally.key_tokens)
+    yield _histogram("model_change_duration_seconds", "Starts, wakes, sleeps and stops that succeeded.",
+                     ["model", "change"], tally.changes)  # fmt: skip
+    yield _counter("model_failures", "Starts, wakes, sleeps that failed, and exits that nobody asked for.",
+                   ["model", "change"], tally.failures)  # fmt: skip
+    yield _counter("decisions", "What the scheduler decided.", ["model", "decision"], tally.decisions)
+    yield _counter("model_departures", "Sleeps, stops and freezes by cause; exchange: evicted for another model.",
+                   ["model", "how", "cause"], tally.departures)  # fmt: skip
+
+
+def _standing(gauges: Gauges) -> Iterator[Metric]:
+    yield _gauge("build_info", "The version.", ["version"], {(vllmd.__version__,): 1})
+    yield _gauge("ready", "Whether devices and engines have been found.", [], {(): gauges.snapshot is not None})
+    yield _gauge("configuration_valid", "Whether the last configuration read was usable.", [], {(): gauges.valid})
+    yield _gauge("connections", "Clients and operators who are connected.", [], {(): gauges.connections})
+    yield _gauge("requests_in_progress", "Model requests that wait or run.", [], {(): gauges.requests})
+    snapshot = gauges.snapshot
+    if snapshot:
+        yield _gauge("host_memory_budget_bytes", "Host memory for models asleep at level 1.", [],
+                     {(): snapshot.host_memory})  # fmt: skip
+        yield _gauge("host_memory_promised_bytes", "What of it is promised.", [], {(): snapshot.host_promised})
+
+
+def _models(models: tuple[ModelView, ...], gauges: Gauges) -> Iterator[Metric]:
+    def each(name: str, about: str, value: Callable[[ModelView], float]) -> Metric:
+        return _gauge(f"model_{name}", about, ["model"], {(view.name,): value(view) for view in models})
+
+    yield _gauge("model_state", "1 for the state that the model is in.", ["model", "state"],
+                 {(view.name, state): state == state_of(view) for view in models for state in STATES})  # fmt: skip
+    yield each("queue_length", "Requests that wait.", lambda view: view.queued)
+    yield each("running_requests", "Requests that run.", lambda view: view.in_flight)
+    yield each("oldest_wait_seconds", "How long the first of the waiting has waited.", lambda v: v.oldest_wait or 0.0)
+    yield each("pinned", "Whether it is pinned.", lambda view: view.pinned)
+    yield each("leases", "Leases that keep it.", lambda view: len(view.leases))
+    yield _gauge("model_memory_bytes", "What the ledger has it at, on each device.", ["model", "device"],
+                 {(view.name, str(index)): view.memory for view in models for index in view.devices})  # fmt: skip
+    yield _gauge("model_last_start_seconds", "How long its last start took.", ["model"],
+                 {(name,): took for name, took in gauges.last_starts.items()})  # fmt: skip
+
+
+def _devices(devices: tuple[DeviceView, ...], gauges: Gauges) -> Iterator[Metric]:
+    def each(name: str, about: str, value: Callable[[DeviceView], float]) -> Metric:
+        return _gauge(f"device_{name}", about, ["device"], {(str(view.index),): value(view) for view in devices})
+
+    def read(name: str, about: str, values: Mapping[int, float]) -> Metric:
+        return _gauge(f"device_{name}", about, ["device"], {(str(index),): value for index, value in values.items()})
+
+    yield each("memory_bytes", "The device's memory.", lambda view: view.memory)
+    yield each("memory_reserve_bytes", "Memory that is never promised.", lambda view: view.reserve)
+    yield each("memory_promised_bytes", "Memory that is promised to models.", lambda view: view.promised)
+    yield each("memory_strangers_bytes", "Memory that others hold, as last read.", lambda view: view.strangers)
+    yield each("avoided", "Whether it is avoided: memory did not come back, or it cannot be read.",
+               lambda view: bool(view.wedged))  # fmt: skip
+    yield read("memory_used_bytes", "Memory in use by anybody, as the driver says.", gauges.used)
+    yield read("power_watts", "Power draw.", gauges.power)
+    yield read("utilization_ratio", "Share of time that it computed, as the driver says.", gauges.load)
+
+
+def state_of(view: ModelView) -> str:
+    """``sleeping_l1`` says more than ``sleeping``."""
+    return f"sleeping_l{view.level}" if view.state is State.SLEEPING else view.state.value
+
+
+def _counter(name: str, about: str, labels: list[str], values: Mapping[Labels, float]) -> Metric:
+    return _filled(CounterMetricFamily(f"vllmd_{name}", about, labels=labels), values)
+
+
+def _gauge(name: str, about: str, labels: list[str], values: Mapping[Labels, float]) -> Metric:
+    return _filled(GaugeMetricFamily(f"vllmd_{name}", about, labels=labels), values)
+
+
+def _filled(family: Any, values: Mapping[Labels, float]) -> Metric:
+    for labels, value in values.items():
+        family.add_metric(labels, float(value))
+    metric: Metric = family
+    return metric
+
+
+def _histogram(name: str, about: str, labels: list[str], values: Mapping[Labels, Histogram]) -> Metric:
+    family = HistogramMetricFamily(f"vllmd_{name}", about, labels=labels)
+    for key, histogram in values.items():
+        family.add_metric(list(key), histogram.buckets(), histogram.total)
+    return family

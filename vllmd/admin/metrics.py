@@ -1,0 +1,52 @@
+"""``/metrics``: our own for Prometheus, and the engines' with a label that says whose they are."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+
+from vllmd.admin.control import Control
+from vllmd.admin.relabel import merged
+from vllmd.core.types import State
+from vllmd.errors import Unavailable, UpstreamFailed
+from vllmd.proxy.http import Request, Response
+
+TEXT = "text/plain; version=0.0.4; charset=utf-8"
+UNLOADED = frozenset({State.STOPPED, State.STARTING, State.STOPPING, State.FAILED})
+
+
+class MetricsEndpoints:
+    """``/metrics`` and ``/metrics/engines``."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+
+    async def own(self, request: Request) -> Response:
+        """``GET /metrics``; ``?model=`` the metrics of that model's engine instead."""
+        name = request.query.get("model", "")
+        if name:
+            model = self._control.resolve(name)
+            return _text(merged([(model, (await self._control.scrape(model)).decode("utf-8", "replace"))]))
+        # The client library is a room that only whoever scrapes has to enter.
+        exposition = await asyncio.to_thread(importlib.import_module, "vllmd.admin.exposition")
+        accept, gauges = request.headers.get("accept"), await self._control.gauges()
+        body, content_type = exposition.expose(self._control.tally, gauges, accept)
+        return Response(200, body, content_type)
+
+    async def engines(self, request: Request) -> Response:
+        """``GET /metrics/engines``: those of every loaded engine, each sample labelled with its model."""
+        snapshot = self._control.snapshot()
+        loaded = [view.name for view in snapshot.models if view.state not in UNLOADED] if snapshot else []
+        texts = await asyncio.gather(*(self._scraped(model) for model in loaded))
+        return _text(merged(zip(loaded, texts, strict=True)))
+
+    async def _scraped(self, model: str) -> str:
+        """One engine's; "" from one that does not answer, so that it does not hide the others."""
+        try:
+            return (await self._control.scrape(model)).decode("utf-8", "replace")
+        except (Unavailable, UpstreamFailed):
+            return ""
+
+
+def _text(text: str) -> Response:
+    return Response(200, text.encode(), TEXT)

@@ -1,0 +1,107 @@
+"""``/openapi.json``, made of the route table itself, and ``/docs``, which shows it without anybody else's help."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import vllmd
+from vllmd.admin.page import PAGE
+from vllmd.admin.schemas import ERROR, SCHEMAS
+from vllmd.proxy.http import Request, Response, json_response
+from vllmd.proxy.routing import Route, Router
+
+PARAMETER = re.compile(r"\{(\w+)(:path)?\}")
+SCOPES = {
+    "open": "Anybody may.",
+    "health": "Anybody may, unless auth.public leaves health out.",
+    "metrics": "Anybody may, unless auth.public leaves metrics out.",
+    "models": "Needs a key, if there are any.",
+    "admin": "On the admin socket, or with a key that has the scope admin.",
+}
+SECURITY_HEADERS = (
+    ("content-security-policy", "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"),
+    ("x-content-type-options", "nosniff"),
+)
+ENGINES_OWN: Mapping[str, Any] = {
+    "responses": {"200": {"description": "the engine's answer"}, "default": ERROR},
+    "description": "Relayed as it is; the engine's own documentation says what it takes.",
+}
+
+
+class Documentation:
+    """The two endpoints; the document is made when it is first asked for, of the routes that there are then."""
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+        self._document: dict[str, Any] = {}
+
+    async def schema(self, request: Request) -> Response:
+        """``GET /openapi.json``."""
+        self._document = self._document or document(self._router.routes)
+        return json_response(self._document)
+
+    async def page(self, request: Request) -> Response:
+        """``GET /docs``."""
+        return Response(200, PAGE.encode(), "text/html; charset=utf-8", SECURITY_HEADERS)
+
+
+def document(routes: Iterable[Route]) -> dict[str, Any]:
+    """The OpenAPI 3.1 document of a route table."""
+    paths: dict[str, dict[str, Any]] = {}
+    for route in routes:
+        path = PARAMETER.sub(r"{\1}", route.pattern)
+        paths.setdefault(path, {})[route.method.lower()] = _operation(route)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "vllmd",
+            "version": vllmd.__version__,
+            "description": "A shared model server. Errors are shaped as OpenAI's.",
+        },
+        "security": [{}, {"bearer": []}, {"header": []}],
+        "paths": paths,
+        "components": {
+            "schemas": SCHEMAS,
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
+        },
+    }
+
+
+def _operation(route: Route) -> dict[str, Any]:
+    own = dict(route.doc or ENGINES_OWN)
+    about = " ".join(filter(None, (own.pop("description", ""), SCOPES[route.scope])))
+    parameters = [*_path_parameters(route.pattern), *own.pop("parameters", ())]
+    operation = {
+        "operationId": _identifier(route),
+        "tags": [_tag(route.pattern)],
+        "summary": route.summary,
+        "description": about,
+        **({"parameters": parameters} if parameters else {}),
+        **own,
+    }
+    return {**operation, "security": []} if route.scope == "open" else operation
+
+
+def _path_parameters(pattern: str) -> list[dict[str, Any]]:
+    schemas = {"pid": {"type": "integer", "minimum": 1}}
+    return [
+        {"name": name, "in": "path", "required": True, "schema": schemas.get(name, {"type": "string", "minLength": 1})}
+        for name, _ in PARAMETER.findall(pattern)
+    ]
+
+
+def _identifier(route: Route) -> str:
+    words = re.findall(r"\w+", PARAMETER.sub(r"\1", route.pattern))
+    return "_".join([route.method.lower(), *words])
+
+
+def _tag(pattern: str) -> str:
+    first = pattern.split("/")[1]
+    return {"v1": "models", "v2": "models", "admin": "operation", "api": "instances", "upstream": "operation"}.get(
+        first, "models" if first in ("rerank", "score", "classify", "pooling", "tokenize", "detokenize") else "vllmd"
+    )

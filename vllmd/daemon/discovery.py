@@ -1,0 +1,38 @@
+"""Models that nobody configured: those in the engines' Hugging Face cache, with the settings of ``defaults``.
+
+They are looked for at start and at each reload. A repository that a configured
+model loads already, under whatever name, is not offered twice.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from vllmd.config.types import Config, ModelConfig
+from vllmd.hub import Found, discover
+
+log = logging.getLogger("vllmd.discovery")
+
+
+def hf_home(environment: Mapping[str, str], home: Path | None) -> Path:
+    """Where the engines' Hugging Face cache is; ``home`` is the engines' home directory."""
+    if "HF_HOME" in environment:
+        return Path(environment["HF_HOME"])
+    return (home or Path(environment.get("HOME", "/"))) / ".cache" / "huggingface"
+
+
+def with_discovered(config: Config, cache: Path) -> Config:
+    """``config`` with the models of ``cache`` (a HF_HOME) added, if it asks for them. Reads their files."""
+    if not config.discover:
+        return config
+    taken = {name for model in config.models.values() for name in (model.name, model.source, *model.aliases)}
+    found = {one.name: _model(config, one) for one in discover(cache) if one.name not in taken}
+    log.info("%d models discovered in %s: %s", len(found), cache, ", ".join(found) or "none")
+    return replace(config, models={**config.models, **found})
+
+
+def _model(config: Config, found: Found) -> ModelConfig:
+    return replace(config.template, name=found.name, where=f"found in {found.path}")

@@ -1,0 +1,209 @@
+"""What each API key has used, and its limits: requests at a time, requests and tokens per minute.
+
+A bucket holds a minute's worth and fills steadily. A request takes one from the
+requests' bucket when it arrives; what it took in tokens is known only afterwards,
+so the tokens' bucket may go below zero, and the key waits until it is above again.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from vllmd.config.types import KeyConfig
+from vllmd.daemon.keys import by_name
+from vllmd.errors import TooManyRequests
+from vllmd.proxy.gate import Address, Gate, Passage, Target
+
+MINUTE = 60.0  # seconds
+BYTES_PER_TOKEN = 250  # of a streamed answer that does not tell its usage: about one event's size
+Clock = Callable[[], float]
+
+
+class Bucket:
+    """A minute's worth of something, filling steadily. ``now`` is in seconds, by any clock."""
+
+    def __init__(self, per_minute: int, now: float) -> None:
+        self.capacity = float(per_minute)
+        self._level = self.capacity
+        self._at = now
+
+    def wait(self, now: float, least: float) -> float:
+        """Seconds until it holds ``least``; 0.0 if it does."""
+        self._level = min(self.capacity, self._level + (now - self._at) * self.capacity / MINUTE)
+        self._at = now
+        return max(0.0, (least - self._level) * MINUTE / self.capacity)
+
+    def take(self, amount: float) -> None:
+        """Take it, whether it is there or not."""
+        self._level -= amount
+
+
+@dataclass
+class Meter:
+    """One key's use. Limits that are not set are not kept account of."""
+
+    key: KeyConfig
+    requests: Bucket | None
+    tokens: Bucket | None
+    running: int = 0
+
+    @classmethod
+    def of(cls, key: KeyConfig, now: float) -> Meter:
+        """A fresh one, everything unused."""
+        requests, tokens = key.requests_per_minute, key.tokens_per_minute
+        return cls(key, Bucket(requests, now) if requests else None, Bucket(tokens, now) if tokens else None)
+
+    def begin(self, now: float) -> None:
+        """A request arrives. Raises TooManyRequests; then nothing was taken."""
+        key = self.key
+        if key.concurrency and self.running >= key.concurrency:
+            raise TooManyRequests(_limit(key, f"{key.concurrency} requests at a time"), retry_after=1)
+        for bucket, least, what in ((self.requests, 1.0, "requests"), (self.tokens, 1.0, "tokens")):
+            if bucket and (wait := bucket.wait(now, least)) > 0:
+                text = _limit(key, f"{bucket.capacity:.0f} {what} per minute")
+                raise TooManyRequests(text, retry_after=math.ceil(wait))
+        if self.requests:
+            self.requests.take(1.0)
+        self.running += 1
+
+    def end(self) -> None:
+        """A request that began is over."""
+        self.running -= 1
+
+    def charge(self, tokens: float) -> None:
+        """It took so many tokens, in and out."""
+        if self.tokens:
+            self.tokens.take(tokens)
+
+
+class Meters:
+    """The meters of all keys that have limits."""
+
+    def __init__(self, keys: Sequence[KeyConfig], clock: Clock = time.monotonic) -> None:
+        self.clock = clock
+        self._meters: dict[str, Meter] = {}
+        self.configure(keys)
+
+    def configure(self, keys: Sequence[KeyConfig]) -> None:
+        """Take the keys of a new configuration; one that did not change goes on from where it was."""
+        was, now = self._meters, self.clock()
+        self._meters = {
+            name: was[name] if name in was and was[name].key == key else Meter.of(key, now)
+            for name, key in by_name(keys).items()
+        }
+
+    def of(self, key: str) -> Meter | None:
+        """The meter of the key called ``key``; None if it has no limits."""
+        return self._meters.get(key)
+
+
+class Ledger(Protocol):
+    """Who wants to know what passed (``vllmd.admin.tally.Tally`` does)."""
+
+    def waited(self, model: str, seconds: float) -> None:
+        """A request was admitted after so long."""
+
+    def used(self, model: str, key: str, tokens: int) -> None:
+        """A request's answer told its tokens."""
+
+
+@dataclass
+class _Use:
+    """One admitted request. Its answer's end and its connection's word may come in either order."""
+
+    model: str
+    key: str
+    meter: Meter | None
+    over: bool = False
+    told: int | None = None  # tokens, by the answer's usage
+    sent: int | None = None  # bytes
+
+
+_NONE = _Use("", "", None)
+
+
+class MeteredGate:
+    """Implements ``vllmd.proxy.gate.Gate`` before another gate: a key over its limit does not get as far as that."""
+
+    def __init__(self, gate: Gate, meters: Meters, ledger: Ledger) -> None:
+        self._gate = gate
+        self._meters = meters
+        self._ledger = ledger
+        self._uses: dict[str, _Use] = {}  # those whose key has a limit on tokens
+
+    def resolve(self, name: str) -> Target:
+        """As the other gate says."""
+        return self._gate.resolve(name)
+
+    def loading(self, model: str) -> str:
+        """As the other gate says."""
+        return self._gate.loading(model)
+
+    async def enter(self, model: str, key: str, request_id: str) -> Passage:
+        """As the other gate says. Raises TooManyRequests for a key over its limit."""
+        began, meter = self._meters.clock(), self._meters.of(key)
+        if meter:
+            meter.begin(began)
+        try:
+            passage = await self._gate.enter(model, key, request_id)
+        except BaseException:
+            if meter:
+                meter.end()
+            raise
+        self._ledger.waited(model, self._meters.clock() - began)
+        use = _Use(model, key, meter)
+        if meter and meter.tokens:
+            self._uses[request_id] = use
+        return _Metered(passage, lambda tokens: self._done(request_id, use, tokens))
+
+    def _done(self, request_id: str, use: _Use, tokens: int | None) -> None:
+        if use.over:
+            return
+        use.over, use.told = True, tokens
+        if use.meter:
+            use.meter.end()
+        if tokens is not None:
+            self._ledger.used(use.model, use.key, tokens)
+        self._balance(request_id, use)
+
+    def settle(self, request_id: str, sent: int) -> None:
+        """The answer was ``sent`` bytes, which stand for its tokens if it does not tell them."""
+        use = self._uses.get(request_id)
+        if use:
+            use.sent = sent
+            self._balance(request_id, use)
+
+    def _balance(self, request_id: str, use: _Use) -> None:
+        known = use.told if use.told is not None or use.sent is None else max(1, use.sent // BYTES_PER_TOKEN)
+        if use.over and known is not None and self._uses.pop(request_id, _NONE) is use and use.meter:
+            use.meter.charge(known)
+
+
+class _Metered:
+    """A passage whose end is told."""
+
+    def __init__(self, passage: Passage, done: Callable[[int | None], None]) -> None:
+        self._passage = passage
+        self._done = done
+
+    @property
+    def upstream(self) -> Address:
+        """Where to send it."""
+        return self._passage.upstream
+
+    def done(self, tokens: int | None = None) -> None:
+        """The request is over."""
+        self._done(tokens)
+        self._passage.done(tokens)
+
+    def on_cut(self, callback: Callable[[str], None]) -> None:
+        """As the other passage does."""
+        self._passage.on_cut(callback)
+
+
+def _limit(key: KeyConfig, what: str) -> str:
+    return f"the key {key.name!r} has reached its limit of {what}"

@@ -1,0 +1,98 @@
+"""Processes on the devices: whose they are, and how to be rid of one.
+
+The daemon has no privileges. An engine is killed by the launcher, as a whole:
+one that has lost a worker is of no use. A stranger is killed only if the operator
+insists, only if it is seen on a GPU, and with the daemon's own rights; the
+launcher, which could kill anything, is never asked to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllmd.errors import Conflict, Forbidden, NotFound, Unavailable, Unsupported
+
+if TYPE_CHECKING:
+    from vllmd.daemon.fleet import Fleet, Member
+    from vllmd.daemon.memory import Memory
+
+KILL_LIMIT = 10.0  # seconds for a killed engine's cgroup to become empty
+
+
+async def gpus(memory: Memory) -> list[dict[str, Any]]:
+    """M's ``GPUInfo`` per device that can be read. Raises Unsupported, Unavailable."""
+    from vllmd.gpu import gpu_infos
+
+    if not memory.readable:
+        raise Unsupported(f"the GPUs of this machine cannot be read: {memory.source}")
+    sample = await memory.sample()
+    if sample is None:
+        raise Unavailable("the GPU driver does not answer", retry_after=5)
+    return [info.to_json() for info in await asyncio.to_thread(gpu_infos, sample)]
+
+
+async def kill(pid: int, fleet: Fleet, memory: Memory, *, force: bool) -> str:
+    """End it; says what was done. Raises NotFound, Forbidden, Conflict."""
+    handle = _opened(pid)
+    try:
+        owner = await asyncio.to_thread(_owner, pid, dict(fleet.members))
+        if owner:
+            return await _kill_engine(pid, owner, fleet)
+        return await _kill_stranger(pid, handle, memory, force=force)
+    finally:
+        os.close(handle)
+
+
+def _opened(pid: int) -> int:
+    """A descriptor that goes on meaning this very process."""
+    try:
+        return os.pidfd_open(pid)
+    except (OSError, OverflowError, ValueError):  # EINVAL: a thread, or none at all
+        raise NotFound(f"there is no process {pid}") from None
+
+
+def _owner(pid: int, members: Mapping[str, Member]) -> Member | None:
+    from vllmd.gpu import pids_of
+
+    running = (member for member in members.values() if member.running)
+    return next((m for m in running if m.running and pid in pids_of(m.running.cgroup, m.running.pid)), None)
+
+
+async def _kill_engine(pid: int, member: Member, fleet: Fleet) -> str:
+    name = member.model.name
+    if not await fleet.kill(member, KILL_LIMIT):
+        raise Conflict(f"process {pid} was sent SIGKILL with the engine of {name}, but is still there")
+    return f"killed the engine of {name}, which process {pid} was part of"
+
+
+async def _kill_stranger(pid: int, handle: int, memory: Memory, *, force: bool) -> str:
+    name = _name(pid)
+    if not force:
+        raise Forbidden(f"process {pid} ({name}) is not part of any engine; force=true kills it if it is on a GPU")
+    if not await _on_gpu(pid, memory):
+        raise Forbidden(f"process {pid} ({name}) is neither an engine's nor on a GPU; vllmd does not kill it")
+    try:
+        signal.pidfd_send_signal(handle, signal.SIGKILL)
+    except PermissionError:
+        raise Forbidden(f"process {pid} ({name}) is another user's; as root: kill -9 {pid}") from None
+    except ProcessLookupError:
+        return f"process {pid} ended by itself"
+    return f"killed process {pid} ({name})"
+
+
+async def _on_gpu(pid: int, memory: Memory) -> bool:
+    sample = await memory.sample()
+    devices = sample.devices.values() if sample else ()
+    return pid != os.getpid() and any(pid in device.processes or pid in device.unsized for device in devices)
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
+    except OSError:
+        return "?"
