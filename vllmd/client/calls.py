@@ -109,20 +109,24 @@ def release(name: str, holder: str, *, stop: bool) -> Call:
 
 
 def put_model(name: str, settings: Mapping[str, Any]) -> Call:
-    """``PUT /admin/models/{id}``: a model with the settings of vllmd.yaml(5), for the daemon's life."""
-    return Call("PUT", _path(name), dict(settings))
+    """``PUT /admin/guests/{id}``: a model with the settings of vllmd.yaml(5), for the daemon's life."""
+    return Call("PUT", f"/admin/guests/{_quoted(name)}", dict(settings))
 
 
 def drop_model(name: str) -> Call:
-    """``DELETE /admin/models/{id}``: forget a model that was put."""
-    return Call("DELETE", _path(name))
+    """``DELETE /admin/guests/{id}``: forget a model that was put."""
+    return Call("DELETE", f"/admin/guests/{_quoted(name)}")
 
 
-def _path(name: str, verb: str = "") -> str:
+def _path(name: str, verb: str) -> str:
+    return f"/admin/models/{_quoted(name)}/{verb}"
+
+
+def _quoted(name: str) -> str:
     """A model's name may hold slashes; they are quoted so that no verb can hide in it."""
     if not name:
         raise BadRequest("the model's name is empty", param="model")
-    return f"/admin/models/{quote(name, safe='')}" + (f"/{verb}" if verb else "")
+    return quote(name, safe="")
 
 
 def _flags(**flags: bool) -> dict[str, str]:

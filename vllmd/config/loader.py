@@ -75,6 +75,15 @@ def read(
     return Reading(replace(config, warnings=warnings), findings.problems(), findings.origins)
 
 
+def parse_model(name: str, node: Node, findings: Findings) -> tuple[ModelConfig, frozenset[str]]:
+    """One model by itself, and which settings it gives, each by its canonical name."""
+    shape, parser = Shape(findings), _Parser(findings, {})
+    models = node.with_value({name: node})
+    root = shape.canonical(ROOT, node.with_value({"models": models}), "")
+    found = root.value["models"].value.get(name) or node.with_value({})
+    return parser.model(name, found, node.with_value({"idle": node.with_value({})})), frozenset(found.value)
+
+
 class _Parser:
     """Parses a tree by the table. What cannot be parsed is complained of and left out."""
 
