@@ -40,6 +40,9 @@ USAGE = [
     (["lease", "m", "--for", "5m", "--release"], "vllmctl lease: argument --release: not allowed with argument --for"),
     (["logs", "a", "b"], "vllmctl: unrecognized arguments: b"),
     (["logs", "a", "-n", "x"], "vllmctl logs: argument -n/--lines: invalid int value: 'x'"),
+    (["kill"], "vllmctl kill: the following arguments are required: PID"),
+    (["kill", "vllm"], "vllmctl kill: argument PID: 'vllm' is not the number of a process"),
+    (["kill", "1"], "vllmctl kill: argument PID: '1' is not the number of a process"),
     (["why"], "vllmctl why: the following arguments are required: MODEL"),
     (["config"], "vllmctl config: the following arguments are required: check|show|schema"),
     (["assign", "m"], "vllmctl: say what to assign: --devices or --gpu-memory"),
@@ -57,7 +60,7 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str], argv: list[str], messag
 
 
 NEEDING = ["ps", "info", "models", "gpus", "events", "reload", "top", "start m", "stop m", "sleep m", "wake-up m",
-           "pin m", "unpin m", "lease m", "why m", "logs m"]  # fmt: skip
+           "pin m", "unpin m", "lease m", "why m", "logs m", "kill 99"]  # fmt: skip
 
 
 @pytest.mark.parametrize("line", NEEDING)

@@ -24,7 +24,11 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_config_check(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Valid: how many models, from where. Invalid: every problem, status 78."""
     assert main(["config", "check"]) == 0
-    assert capsys.readouterr().out == f"valid: 1 models, read from {file}\n"
+    out = capsys.readouterr().out.splitlines()
+    assert out == [
+        f"valid: 1 models, read from {file}",
+        "vllmd --check looks at engines, model files and devices as well",
+    ]
     file.write_text("polcy: lru\nreserve: x\n")
     assert main(["config", "check"]) == 78
     assert [line.split(": ")[:2] for line in capsys.readouterr().err.splitlines()] == [

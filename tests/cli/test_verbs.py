@@ -140,6 +140,32 @@ def test_V_verbs_on_a_model(daemon: FakeDaemon, argv: list[str], request_: str, 
     assert asked(daemon) == [(request_, body)]
 
 
+def test_kill_says_what_was_done(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
+    """The daemon's words; a process of nobody it knows takes --force."""
+    killed = {"pid": 77, "status": "killed", "message": "killed big as a whole"}
+    daemon.answers["POST /admin/processes/77/kill"] = (200, killed)
+    daemon.answers["POST /admin/processes/77/kill?force=true"] = (200, killed)
+    assert main(["kill", "77"]) == 0
+    assert capsys.readouterr().out == "killed big as a whole\n"
+    assert main(["kill", "77", "--force", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == killed
+
+
+@pytest.mark.parametrize("argv", [["ps"], ["models"], ["start", "a"], ["why", "a"]])
+def test_a_daemon_without_a_valid_configuration(
+    daemon: FakeDaemon, capsys: pytest.CaptureFixture[str], argv: list[str]
+) -> None:
+    """Nothing is configured then, so an empty table or "no such model" would lead astray."""
+    error = "vllmd.yaml:3: models.a.alias: there is no such setting"
+    daemon.answers["GET /admin/status"] = (200, {**status(), "configuration": {"files": [], "error": error}})
+    daemon.answers["POST /admin/models/a/load?wait=true"] = (
+        503, {"error": {"message": error, "code": "invalid_configuration"}},
+    )  # fmt: skip
+    assert main(argv) == 78
+    assert error in capsys.readouterr().err
+    assert main(["info"]) == 0
+
+
 def test_several_models_at_once(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
     """In the order given; with --json one list."""
     for name in ("a", "b"):

@@ -24,19 +24,19 @@ GOLDEN = [
     ("models: &a {x: *a}", "vllmd.yaml:1: this anchor contains itself"),
     ("? [a]\n: 1", "vllmd.yaml:1: a key must be plain text"),
     # ---- keys
-    ("polcy: lru", f'vllmd.yaml:1: polcy: there is no such setting; accepted: {SECTIONS}; did you mean "policy"?'),
+    ("polcy: lru", f'vllmd.yaml:1: polcy: there is no such setting; did you mean "policy"?; accepted: {SECTIONS}'),
     (
         "org/name: {devices: 0}",
         "vllmd.yaml:1: org/name: there is no such setting; models belong beneath models:; accepted: " + SECTIONS,
     ),
     (
         "idle:\n  sleep-after: 5m",
-        f'vllmd.yaml:2: idle.sleep-after: there is no such setting; accepted: {IDLE}; did you mean "sleep_after"?',
+        f'vllmd.yaml:2: idle.sleep-after: there is no such setting; did you mean "sleep_after"?; accepted: {IDLE}',
     ),
     (
         "gpu:\n  gpu: 1",
-        "vllmd.yaml:2: gpu.gpu: there is no such setting; accepted: gpu_id, reserved_memory_mb, memory_utilization; "
-        'did you mean "gpu_id"?',
+        'vllmd.yaml:2: gpu.gpu: there is no such setting; did you mean "gpu_id"?; '
+        "accepted: gpu_id, reserved_memory_mb, memory_utilization",
     ),
     (
         "models:\n  m: {gpu_memory: 0.5, gpu_memory_utilization: 0.6}",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
-from vllmd.cli.failures import EX_USAGE, Failure, of_answer, of_socket, of_url
+from vllmd.cli.failures import EX_CONFIG, EX_USAGE, Failure, of_answer, of_socket, of_url
 
 SYSTEM_SOCKET = "/run/vllmd/admin.sock"
 OPENING = 10.0  # seconds that a daemon which has just been woken may take to look around
@@ -57,11 +57,18 @@ class Admin:
         self.path = "" if self.url else socket_path(arguments)
         self.key: str = arguments.key or os.environ.get("VLLMD_API_KEY", "")
 
-    def status(self) -> dict[str, Any]:
-        """Everything that the daemon shows, once it has found its devices and engines (or after 10 s without)."""
+    def status(self, *, broken: bool = False) -> dict[str, Any]:
+        """Everything that the daemon shows, once it has found its devices and engines (or after 10 s without).
+
+        Of a daemon whose configuration is invalid there is nothing to show: Failure, unless ``broken``.
+        """
         until = time.monotonic() + OPENING
         while True:
             status: dict[str, Any] = self.get("/admin/status")
+            error = status.get("configuration", {}).get("error")
+            if error and not broken:
+                raise Failure(f"no model is served, the configuration is invalid; vllmctl reload once it is repaired:"
+                              f"\n{error}", EX_CONFIG)  # fmt: skip
             if status.get("opened", True) or time.monotonic() > until:
                 return status
             time.sleep(0.05)

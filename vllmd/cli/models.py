@@ -83,7 +83,7 @@ def progress(model: str, line: dict[str, Any], usual: float | None) -> str:
     """``qwen: starting: weights 3/8, 12s (last time 44s)``."""
     parts = [str(line.get("state", "")).replace("_", " ")]
     if line.get("phase"):
-        parts.append(f"{line['phase']} {line.get('detail') or ''}".strip())
+        parts.append(show.phase(line))
     last = f" (last time {show.age(usual)})" if usual else ""
     return f"{model}: {': '.join(parts)}, {show.age(line.get('elapsed', 0.0))}{last}"
 

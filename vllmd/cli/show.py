@@ -23,6 +23,7 @@ STATES = {
     "stopped": "grey",
 }
 EMPTY = "-"
+PHASE = 60  # characters that a phase may take: it stands in one line with others
 
 
 def coloured(stream: Any = None) -> bool:
@@ -38,6 +39,17 @@ def paint(text: str, colour: str) -> str:
 def state(name: str) -> str:
     """A state in its colour."""
     return paint(name, STATES.get(name, ""))
+
+
+def first_line(text: str | None) -> str:
+    """What a failure says, without the engine's last log lines below it."""
+    return (text or "").partition("\n")[0].removesuffix("; its last log lines:")
+
+
+def phase(line: dict[str, Any]) -> str:
+    """The phase of a start, and the engine's own words as far as they are short."""
+    told = f"{line.get('phase') or ''} {line.get('detail') or ''}".strip()
+    return told if len(told) <= PHASE else told[: PHASE - 3] + "..."
 
 
 def size(number: float | None) -> str:

@@ -21,10 +21,10 @@ class Problem:
 
     def __str__(self) -> str:
         parts = [self.what]
-        if self.accepted:
-            parts.append(f"accepted: {self.accepted}")
         if self.nearest:
             parts.append(f'did you mean "{self.nearest}"?')
+        if self.accepted:
+            parts.append(f"accepted: {self.accepted}")
         path = f"{self.path}: " if self.path else ""
         return f"{self.where}: {path}" + "; ".join(parts)
 

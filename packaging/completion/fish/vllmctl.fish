@@ -101,6 +101,15 @@ complete -c vllmctl -n '__fish_seen_subcommand_from info' -l url -r -d 'over HTT
 complete -c vllmctl -n '__fish_seen_subcommand_from info' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
 complete -c vllmctl -n '__fish_seen_subcommand_from info' -l json -d 'print JSON instead of a table'
 complete -c vllmctl -n '__fish_seen_subcommand_from info' -F
+complete -c vllmctl -n __fish_use_subcommand -a kill -d 'Kill the engine that has a process, as a whole: for one that nothing else ends'
+complete -c vllmctl -n '__fish_seen_subcommand_from kill' -s h -l help -d 'show this help message and exit'
+complete -c vllmctl -n '__fish_seen_subcommand_from kill' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
+complete -c vllmctl -n '__fish_seen_subcommand_from kill' -l user -d 'the vllmd of systemctl --user'
+complete -c vllmctl -n '__fish_seen_subcommand_from kill' -l url -r -d 'over HTTP, such as http://gpu1:33258; needs a key with the scope admin'
+complete -c vllmctl -n '__fish_seen_subcommand_from kill' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
+complete -c vllmctl -n '__fish_seen_subcommand_from kill' -l json -d 'print JSON instead of a table'
+complete -c vllmctl -n '__fish_seen_subcommand_from kill' -s f -l force -d 'also one that is no engines but is on a GPU'
+complete -c vllmctl -n '__fish_seen_subcommand_from kill' -F
 complete -c vllmctl -n __fish_use_subcommand -a lease -d 'Keep a model for a time, or until the lease is given back'
 complete -c vllmctl -n '__fish_seen_subcommand_from lease' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from lease' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'

@@ -50,6 +50,7 @@ def check(arguments: argparse.Namespace) -> int:
     if not problems:
         files = ", ".join(map(str, config.files)) or "no files (the defaults hold)"
         print(f"valid: {len(config.models)} models, read from {files}")
+        print("vllmd --check looks at engines, model files and devices as well")
     return EX_CONFIG if problems else 0
 
 

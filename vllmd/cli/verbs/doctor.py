@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
 def daemon(arguments: argparse.Namespace) -> tuple[str, str, str]:
     """Whether the daemon answers, and with what configuration it runs."""
     try:
-        status = Admin(arguments).status()
+        status = Admin(arguments).status(broken=True)
     except Failure as failure:
         return "bad", failure.message, ""
     broken = status.get("configuration", {}).get("error")

@@ -26,6 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def told(decision: dict[str, Any]) -> str:
-    """``19:31:02 evict qwen: because ...``."""
+    """``19:31:02 evict qwen: because ...``; of a failure what led to it, not the log below it."""
     at = time.strftime("%H:%M:%S", time.localtime(decision["at"]))
-    return f"{show.paint(at, 'grey')} {show.paint(decision['what'], 'bold')} {decision['model']}: {decision['why']}"
+    what, why = show.paint(decision["what"], "bold"), show.first_line(decision["why"])
+    return f"{show.paint(at, 'grey')} {what} {decision['model']}: {why}"

@@ -23,7 +23,8 @@ def run(arguments: argparse.Namespace) -> int:
     elif status["devices"]:
         print(show.table(HEAD, [row(device, status["models"]) for device in status["devices"]], RIGHT))
     else:
-        print("there are no devices: NVML found none, and none are declared (devices: in vllmd.yaml(5))")
+        why = status.get("source") or "NVML found none, and none are declared"
+        print(f"there are no devices ({why}); they may be declared, see devices in vllmd.yaml(5)")
     return 0
 
 

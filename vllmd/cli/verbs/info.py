@@ -16,7 +16,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     admin = Admin(arguments)
-    status = admin.status()
+    status = admin.status(broken=True)
     if arguments.json:
         print(show.as_json({key: value for key, value in status.items() if key != "models"}))
     else:

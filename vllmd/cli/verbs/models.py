@@ -19,8 +19,10 @@ def run(arguments: argparse.Namespace) -> int:
     models = Admin(arguments).status()["models"]
     if arguments.json:
         print(show.as_json([{"name": line["name"], "state": line["state"], **line["config"]} for line in models]))
-    else:
+    elif models:
         print(show.table(("MODEL", "STATE", "ENGINE", "SOURCE", "ALIASES"), [_row(line) for line in models]))
+    else:
+        print("no models are configured; see vllmd.yaml(5)")
     return 0
 
 

@@ -50,9 +50,9 @@ def _queue(line: dict[str, Any]) -> str:
 
 def note(line: dict[str, Any]) -> str:
     """What is remarkable about it: phase of a start, pin, leases, why its requests wait, why it failed."""
-    parts = [f"{line.get('phase', '')} {line.get('detail') or ''}".strip()]
+    parts = [show.phase(line)]
     parts.append("pinned" if line["pinned"] else "")
     parts.append(f"leased to {', '.join(line['leases'])}" if line["leases"] else "")
     parts.append(str(line["waiting_for"]))
-    parts.append(str(line["failure"]).splitlines()[0] if line["failure"] else "")
+    parts.append(show.first_line(line["failure"]))
     return "; ".join(part for part in parts if part)

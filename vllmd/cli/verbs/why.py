@@ -33,7 +33,7 @@ def now(line: dict[str, Any], made: bool) -> str:
     """How it stands at present, in a sentence."""
     since = f"{line['name']} is {show.state(line['state'])} since {show.age(line['since'])}"
     if line["failure"]:
-        since += f"; it failed: {line['failure']}"
+        since += f"; it failed: {line['failure']}\nvllmctl logs {line['name']} shows all of its output"
     if line["waiting_for"]:
         since += f"; {line['queued']} requests wait: {line['waiting_for']}"
     return since if made else f"{since}; nothing was decided about it yet"
