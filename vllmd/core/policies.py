@@ -142,8 +142,9 @@ class _Turns:
         self.deadline = max(s.knobs.deadline, s.knobs.rounds * sum(w.load + w.sleep for w in s.waiting))
         self.dear = self.deadline > s.knobs.deadline
         self.prices = Prices(s, sum(w.waiters for w in s.waiting))
-        self.here = _by_device(s.residents)
-        long = [room.device for room in s.rooms.values() if room.busy > _longest(self.here.get(room.device, []))]
+        self.awake = _by_device([r for r in s.residents if not r.asleep])
+        busy = [room for room in s.rooms.values() if room.busy > 1.0]
+        long = [room.device for room in busy if room.busy > _longest(self.awake.get(room.device, []))]
         self.s = s = without(s, long)
         self.roomiest = max([room.free for room in s.rooms.values() if not room.busy], default=0)
         self.free_to_begin = {room.device for room in s.rooms.values() if not room.claimed}
@@ -156,17 +157,20 @@ class _Turns:
         if self.free_to_begin.isdisjoint(w.devices) or not unclaimed(self.s, w):
             return None
         urgent = w.impatient or self.s.now - w.oldest > self.deadline
-        residents = self.here.get(w.devices[0], []) if len(w.devices) == 1 else self.s.residents
+        residents = self._candidates(w)
         if not urgent and self._surely_too_dear(w, residents):
             return None
         return self._bargain(w, _offer(self.s, self.prices, w, residents, urgent), urgent)
 
+    def _candidates(self, w: Waiting) -> Sequence[Resident]:
+        """Who might leave for it: sleepers only where it would not be enough if all others slept."""
+        if len(w.devices) == 1 and self.s.rooms[w.devices[0]].sleepable >= w.need:
+            return self.awake.get(w.devices[0], ())
+        return self.s.residents
+
     def _surely_too_dear(self, w: Waiting, residents: Iterable[Resident]) -> bool:
         """What a search for victims would find as well, but at once: all are busy, and the rent paid is too little."""
-        if all(room.sleepable < w.need for room in unclaimed(self.s, w)):
-            return False
-        floor = self.prices.floor(r for r in residents if not r.asleep)
-        return waited_by(w, self.s.now) < self.s.knobs.kappa * floor
+        return waited_by(w, self.s.now) < self.s.knobs.kappa * self.prices.floor(residents)
 
     def _bargain(self, w: Waiting, offer: Offer | None, urgent: bool) -> Plan | None:
         if offer is None:
@@ -184,7 +188,7 @@ class _Turns:
         return None
 
 
-def _by_device(residents: Sequence[Resident]) -> dict[int, list[Resident]]:
+def _by_device(residents: Iterable[Resident]) -> dict[int, list[Resident]]:
     here: dict[int, list[Resident]] = {}
     for r in residents:
         for device in r.devices:

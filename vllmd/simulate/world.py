@@ -45,13 +45,15 @@ class Machine:
     costs: CostBook | None = None  # what the scheduler already knows
 
 
-def simulate(machine: Machine, trace: Sequence[Row], policy: Policy, name: str = "") -> Report:
+def simulate(
+    machine: Machine, trace: Sequence[Row], policy: Policy, name: str = "", scheduler: type[Scheduler] = Scheduler
+) -> Report:
     """Run the whole trace, until the last request has ended. Raises VllmdError if the trace names unknown models."""
     known = {spec.name for spec in machine.specs}
     for row in trace:
         if row.model not in known:
             raise VllmdError(f"the trace asks for {row.model!r}, which is not one of the models: {_listed(known)}")
-    world = World(machine, trace, policy)
+    world = World(machine, trace, policy, scheduler)
     world.run()
     return summary(name or policy.name, machine, world.jobs, world.swaps, world.samples, world.busy)
 
@@ -63,14 +65,16 @@ def _listed(names: Iterable[str]) -> str:
 class World:
     """One run. Everything happens at an instant of a virtual clock; ties go in the order they were planned."""
 
-    def __init__(self, machine: Machine, trace: Sequence[Row], policy: Policy) -> None:
+    def __init__(
+        self, machine: Machine, trace: Sequence[Row], policy: Policy, scheduler: type[Scheduler] = Scheduler
+    ) -> None:
         self.machine = machine
         self.jobs = [Job(n, f"r{n}", row.model, row.prompt, row.output, row.time) for n, row in enumerate(trace)]
         self.swaps = dict.fromkeys((spec.name for spec in machine.specs), 0)
         self.samples: list[Sample] = []
         self.busy = dict.fromkeys((device.index for device in machine.devices), 0.0)  # seconds with work
         self._keys = [row.key for row in trace]
-        self._scheduler = Scheduler(machine.specs, machine.devices, machine.settings, machine.costs, policy)
+        self._scheduler = scheduler(machine.specs, machine.devices, machine.settings, machine.costs, policy)
         self._engines = {spec.name: Engine(spec, machine.physics) for spec in machine.specs}
         self._where: dict[str, tuple[int, ...]] = {}
         self._by_id = {job.id: job for job in self.jobs}
