@@ -20,7 +20,8 @@ from vllmd.core import events
 from vllmd.core.types import Placement, State
 from vllmd.daemon.fleet import Fleet, Member, fingerprint
 from vllmd.engines.base import Engine, Listen
-from vllmd.errors import VllmdError
+from vllmd.engines.unusable import Unusable
+from vllmd.errors import ConfigError, VllmdError
 from vllmd.launcher.client import Running
 from vllmd.proxy.upstream import request
 
@@ -28,6 +29,7 @@ log = logging.getLogger("vllmd.adoption")
 
 RESOLVE_LIMIT = 10.0  # seconds for a half-done sleep or wake to come to its end
 RESOLVE_POLL = 0.1
+STRAY_LIMIT = 5.0  # seconds that everybody waits for engines to end that nobody wants; then they end beside the others
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,10 @@ async def adopt_all(
     post: Callable[[events.Event], None],
 ) -> None:
     """Adopt what can be adopted and end the rest, all at once; returns when every engine is accounted for."""
-    await asyncio.gather(*(_adopt(fleet, one, models, engine_of, post) for one in running))
+    strays = await asyncio.gather(*(_adopt(fleet, one, models, engine_of, post) for one in running))
+    ending = [fleet.spawn(fleet.end_stray(stray)) for stray in strays if stray]
+    if ending:
+        await asyncio.wait(ending, timeout=STRAY_LIMIT)
 
 
 async def _adopt(
@@ -58,15 +63,15 @@ async def _adopt(
     models: Mapping[str, ModelConfig],
     engine_of: Callable[[ModelConfig], Engine],
     post: Callable[[events.Event], None],
-) -> None:
+) -> Member | None:
+    """Take one over; returns it if it has to go instead."""
     found = await examine(running, models, engine_of)
     member = found.member
-    if found.state is None or member.model.name in fleet.members:
-        log.warning(
-            "%s: stopped an engine left by an earlier daemon: %s", member.model.name, found.why or "a second one"
-        )
-        await fleet.end_stray(member)
-        return
+    why = found.why or ("" if fleet.has_devices(member.placement) else "its device is not there any more")
+    if found.state is None or why or member.model.name in fleet.members:
+        why = why or "it is a second one of its model"
+        log.warning("%s: stopping an engine left by an earlier daemon: %s", member.model.name, why)
+        return member
     fleet.adopt(member)
     if member.model.log_file and found.state is not State.STARTING:
         fleet.spawn(fleet.follow(member))
@@ -74,6 +79,7 @@ async def _adopt(
     post(events.EngineAdopted(member.model.name, member.placement, found.state, found.level, found.idle))
     if found.state is State.STARTING:
         fleet.resume_start(member)
+    return None
 
 
 async def examine(
@@ -85,17 +91,19 @@ async def examine(
     if model is None:
         return Found(_stranger(running), None, why="its model is no longer configured")
     try:
-        member = _member(running, model, engine_of(model))
-    except (KeyError, TypeError, ValueError, VllmdError) as error:
-        return Found(_stranger(running), None, why=f"its notes are unreadable ({error})")
+        member, level = _member(running, model, engine_of(model)), int(noted.get("level") or 0)
+    except (KeyError, TypeError, ValueError) as error:
+        return Found(_stranger(running), None, why=f"its notes are unreadable ({type(error).__name__}: {error})")
+    if running.ending:
+        return Found(member, None, why="it is ending already")
     if member.fingerprint != fingerprint(model):
         return Found(member, None, why="its model's settings have changed")
-    return await _resolve(member, noted)
+    return await _resolve(member, noted, level)
 
 
-async def _resolve(member: Member, noted: Mapping[str, str]) -> Found:
+async def _resolve(member: Member, noted: Mapping[str, str], level: int) -> Found:
     """Compare what was noted with what the engine says."""
-    level, idle = int(noted.get("level") or 0), _idle(noted)
+    idle = _idle(noted)
     match noted.get("state"):
         case "starting":
             return Found(member, State.STARTING)
@@ -149,7 +157,8 @@ def _member(running: Running, model: ModelConfig, engine: Engine) -> Member:
 def _stranger(running: Running) -> Member:
     """Enough of a member to end an engine that is not ours any more."""
     name = running.metadata.get("model", running.instance)
-    return Member(ModelConfig(name), None, running.instance, Listen(), Placement(), "", running)  # type: ignore[arg-type]
+    engine = Unusable(ConfigError(f"{name} is not configured"))
+    return Member(ModelConfig(name), engine, running.instance, Listen(), Placement(), "", running)
 
 
 def _idle(noted: Mapping[str, str]) -> float:

@@ -35,6 +35,7 @@ from vllmd.proxy.upstream import request
 log = logging.getLogger("vllmd.fleet")
 
 READY_POLL = 0.02  # seconds between probes while starting: the lag after true readiness stays under 50 ms
+LONGEST_STOP = 3600.0  # seconds between SIGTERM and SIGKILL that the launcher accepts
 KILL_LIMIT = 10.0  # seconds for a killed cgroup to become empty before the engine is given up
 LOG_LINES = 200  # kept per engine
 LOG_BACKLOG = 1000  # lines for a reader of the log that does not keep up; the rest it misses
@@ -194,6 +195,7 @@ class Fleet:
             for waiting in (ready, gone, clock):
                 waiting.cancel()
         if ready.done() and not ready.cancelled():
+            ready.result()
             return await self._is_ready(member)
         if not member.exited.is_set():
             await self._end(member, kill=True)
@@ -256,13 +258,13 @@ class Fleet:
         await self.annotate(member, state="falling_asleep", level=str(command.level))
         failure = await self._call_all(member, member.engine.sleep(command.level, freeze=command.freeze))
         if failure:
-            return self._ended_or(member, events.EngineSleepFailed(name, failure))
+            return events.EngineSleepFailed(name, failure)
         after = await self._memory.settled(member, before)
         freed = {index: before[index] - after.get(index, 0) for index in before}
         if freed and max(before.values()) > TOLERANCE > max(freed.values()):
             held = ", ".join(f"{size >> 20} MiB on device {index}" for index, size in after.items())
             why = f"it says that it sleeps, but {RETURN_LIMIT:g} s later it still holds {held}"
-            return self._ended_or(member, events.EngineSleepFailed(name, why))
+            return events.EngineSleepFailed(name, why)
         await self.annotate(member, state="sleeping", level=str(command.level))
         return events.EngineAsleep(name, command.level, freed)
 
@@ -271,7 +273,7 @@ class Fleet:
         await self.annotate(member, state="waking", level=str(level))
         failure = await self._call_all(member, member.engine.wake(level))
         if failure:
-            return self._ended_or(member, events.EngineWakeFailed(name, failure))
+            return events.EngineWakeFailed(name, failure)
         await self.annotate(member, state="ready", level="0")
         return events.EngineAwake(name)
 
@@ -288,8 +290,6 @@ class Fleet:
         answer = None if failure else await frozen
         survived = answer is not None and answer == undisturbed
         log.info("%s: a frozen request %s", name, "survived" if survived else "did not survive", extra=of(member))
-        if member.exited.is_set():
-            return self._ended_or(member, events.FreezeProved(name, survived=False))
         return events.FreezeProved(name, survived)
 
     async def _complete(self, member: Member, body: dict[str, Any]) -> str | None:
@@ -347,25 +347,19 @@ class Fleet:
     async def _call(self, member: Member, call: Call) -> str:
         answer = asyncio.ensure_future(request(member.listen, call.method, call.path, call.json, timeout=call.timeout))
         gone = asyncio.ensure_future(member.exited.wait())
-        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-        gone.cancel()
-        if not answer.done():
-            answer.cancel()
-            return f"{call.method} {call.path}: the engine died"
         try:
+            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                return f"{call.method} {call.path}: the engine died"
             status, _, body = answer.result()
         except (OSError, VllmdError) as error:
             return f"{call.method} {call.path}: {error or type(error).__name__}"
+        finally:  # also when a stop overrules it
+            answer.cancel()
+            gone.cancel()
         if status == call.expect:
             return ""
         return f"{call.method} {call.path} answered {status} instead of {call.expect}: {body[:300]!r}"
-
-    def _ended_or(self, member: Member, event: events.Event) -> events.Event:
-        """A failed call of a dead engine is its exit; of a live one, ``event``."""
-        if not member.exited.is_set():
-            return event
-        self._forget(member)
-        return events.EngineExited(member.model.name, member.reason())
 
     async def _stop(self, member: Member, overruled: asyncio.Task[None] | None, *, kill: bool) -> events.Event:
         if overruled:
@@ -376,7 +370,7 @@ class Fleet:
             if not member.ordered.cancelled() and not member.ordered.exception():
                 member.running = member.ordered.result()
         before, ownerless = await self._memory.held(member), self._memory.ownerless()
-        empty = member.running is None or await self._end(member, kill=kill)
+        empty = member.running is None or (await self._end(member, kill=kill) and _is_empty(member))
         missing = await self._memory.missing(before, ownerless) if empty else _stuck(member, before)
         self._forget(member)
         if not empty:
@@ -435,8 +429,13 @@ class Fleet:
     async def end_stray(self, member: Member) -> None:
         """Stop an engine that is nobody's: not the core's, not in ``members``."""
         self._strays[member.instance] = member
-        await self._end(member, kill=False)
+        if not (await self._end(member, kill=member.running is None or member.running.ending) and _is_empty(member)):
+            log.error("%s: its processes could not be ended", member.model.name, extra=of(member))
         self._strays.pop(member.instance, None)
+
+    def has_devices(self, placement: Placement) -> bool:
+        """Whether all devices of a placement are there."""
+        return all(any(device.index == index for device in self._memory.inventory) for index in placement.devices)
 
     def resume_start(self, member: Member) -> None:
         """Wait on for an adopted engine that is still starting."""
@@ -465,11 +464,12 @@ class Fleet:
         except LauncherFailed as error:
             log.warning("%s: cannot note %s: %s", member.model.name, metadata, error, extra=of(member))
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run a side task, kept alive until it ends."""
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def _run(self, member: Member, work: Awaitable[events.Event], failed: Callable[[str], events.Event]) -> None:
         """Carry out ``work`` as the member's one task; its result is posted, also when it breaks."""
@@ -482,14 +482,26 @@ class Fleet:
             except Exception as error:
                 log.exception("%s: a defect in vllmd", member.model.name, extra=of(member))
                 event = failed(f"internal error: {type(error).__name__}: {error}")
+                if isinstance(event, events.EngineStartFailed | events.EngineStopped):
+                    await self._abandon(member)
             if member.task is asyncio.current_task():
                 member.task = None
+            if member.exited.is_set() and self.members.get(member.model.name) is member:
+                # It died meanwhile, whatever its last call said, and nobody else will tell.
+                self._forget(member)
+                event = events.EngineExited(member.model.name, member.reason())
             self._post(event)
 
         task = asyncio.ensure_future(carry_out())
         member.task = task
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def _abandon(self, member: Member) -> None:
+        """Whatever went wrong, nothing of it may be left when it is said to be gone."""
+        with contextlib.suppress(Exception):
+            await self._end(member, kill=True)
+        self._forget(member)
 
     def _muster(self, command: commands.StartEngine) -> tuple[Member, StartOrder]:
         """Everything a start needs, decided before anything is done. Raises ConfigError."""
@@ -530,6 +542,7 @@ class Fleet:
             run_dir=str(run_dir),
             listen_uds=launch.listen.uds,
             description=f"vllmd model {member.model.name}",
+            stop_timeout=min(max(member.model.stop_timeout, 1.0), LONGEST_STOP),
             limits={key: value for key, value in asdict(member.model.limits).items() if value is not None},
             metadata={
                 "model": member.model.name,
@@ -604,9 +617,18 @@ def how_it_ended(report: ExitReport | None) -> str:
     """``exited with status 1``, ``was killed by SIGKILL``, ..."""
     if report is None or (report.status is None and report.signal is None):
         return "the engine is gone (exit status unknown)"
+    why = ", for lack of host memory" if report.oom else ""
     if report.signal is not None:
-        return f"the engine was killed by {signal.Signals(report.signal).name}"
-    return f"the engine exited with status {report.status}"
+        return f"the engine was killed by {_signal_name(report.signal)}{why}"
+    return f"the engine exited with status {report.status}{why}"
+
+
+def _signal_name(number: int) -> str:
+    """``SIGKILL``; a number where Python has no name (real-time signals)."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def with_root(what: str, failure: Failure) -> str:
@@ -649,6 +671,11 @@ async def within(awaitable: Awaitable[Any], seconds: float) -> bool:
 
 async def _blind() -> None:
     """Nobody looks."""
+
+
+def _is_empty(member: Member) -> bool:
+    """Whether its end was told, and nothing of it withstood every attempt to kill it."""
+    return member.report is None or member.report.empty
 
 
 def _stuck(member: Member, held: Mapping[int, int]) -> dict[int, int]:
