@@ -29,7 +29,7 @@ def test_the_template_is_filled_in() -> None:
     order = launch("serve", "${MODEL}", "--name=$NAME", "-d", "${DEVICES}", "${MEMORY}/${SHARE}", "$$HOME", "-p${PORT}")
     assert order.argv == ("serve", "/w.gguf", "--name=m", "-d", "0,1", f"{GiB}/0.25", "$HOME", "-p33301")
     assert order.listen == Listen(port=33301)
-    assert order.env == {"CUDA_VISIBLE_DEVICES": "0,1"}
+    assert order.env == {"CUDA_VISIBLE_DEVICES": "0,1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
 def test_with_a_socket_it_listens_there() -> None:

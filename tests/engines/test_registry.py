@@ -61,10 +61,17 @@ def _plug_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     sys.modules.pop("plugged", None)
 
 
+NEEDED = {"triton": {"repository": "/models"}, "remote": {"url": "http://127.0.0.1:1"}}
+
+
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_every_built_in_kind_keeps_the_contract(name: str) -> None:
-    """Named in the table, importable, complete."""
-    assert missing_methods(engine_of(ModelConfig("m", engine=name))) == []
+    """Named in the table, importable, complete, with what plug-ins may leave out."""
+    model = ModelConfig("m", engine=name, options=NEEDED.get(name, {}))
+    engine = engine_of(model)
+    assert missing_methods(engine) == []
+    assert (engine.alive(model).method, engine.device_count(model)) == ("GET", 0 if name == "remote" else 1)
+    assert engine.busy() is None or name == "comfyui"
 
 
 def test_an_unknown_engine_names_the_nearest() -> None:

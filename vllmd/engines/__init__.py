@@ -16,7 +16,7 @@ from importlib import metadata
 
 from vllmd.config.types import ModelConfig
 from vllmd.engines.base import Bindable, Engine
-from vllmd.engines.guard import Guarded, missing_methods
+from vllmd.engines.guard import Guarded, GuardedKind, missing_methods
 from vllmd.errors import ConfigError
 
 GROUP = "vllmd.engines"
@@ -24,7 +24,15 @@ BUILT_IN = {
     "vllm": "vllmd.engines.vllm:Vllm",
     "sim": "vllmd.engines.sim:Sim",
     "simengine": "vllmd.engines.sim:Sim",
+    "sglang": "vllmd.engines.sglang:Sglang",
+    "llama.cpp": "vllmd.engines.llama_cpp:LlamaCpp",
+    "llama-server": "vllmd.engines.llama_cpp:LlamaCpp",
+    "triton": "vllmd.engines.triton:Triton",
+    "comfyui": "vllmd.engines.comfyui:Comfyui",
+    "tei": "vllmd.engines.tei:Tei",
+    "transformers": "vllmd.engines.transformers:Transformers",
     "command": "vllmd.engines.command:Command",
+    "remote": "vllmd.engines.remote:Remote",
 }
 
 log = logging.getLogger("vllmd.engines")
@@ -65,14 +73,16 @@ def _built_in(path: str) -> Engine | Bindable:
     return kind
 
 
-def _plug_in(entry: metadata.EntryPoint) -> Engine:
+def _plug_in(entry: metadata.EntryPoint) -> Engine | Bindable:
     try:
         found = entry.load()
         kind = found() if isinstance(found, type) else found
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         log.exception("engine plug-in %s (%s) cannot be loaded", entry.name, entry.value)
         what = f"{type(error).__name__}: {error}"
         raise ConfigError(f"the engine plug-in {entry.name!r} ({entry.value}) cannot be loaded: {what}") from error
+    if callable(getattr(kind, "bind", None)):
+        return GuardedKind(entry.name, kind)
     if missing := missing_methods(kind):
         what = f"lacks {', '.join(missing)}; see vllmd.engines.base.Engine"
         raise ConfigError(f"the engine plug-in {entry.name!r} ({entry.value}) {what}")

@@ -2,11 +2,13 @@
 
 An engine never does anything itself: it says what to run and which HTTP calls
 mean what, the daemon carries it out. Third parties register theirs in the
-entry-point group ``vllmd.engines``.
+entry-point group ``vllmd.engines``; of the contract they may leave out
+``alive``, ``busy`` and ``device_count``, for which ``Plain`` has the defaults.
 """
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +20,17 @@ from vllmd.core.types import Footprint
 
 @dataclass(frozen=True, slots=True)
 class Listen:
-    """Where an engine listens: a Unix socket path, or a loopback host and port."""
+    """Where an engine listens: a Unix socket path, or a host and port (loopback, unless it is remote).
+
+    ``tls``: "" for plain HTTP, else ``system`` or the path of a file with the certificates to trust.
+    ``prefix``: what stands before every path, such as ``/openai``.
+    """
 
     uds: str = ""
     host: str = "127.0.0.1"
     port: int = 0
+    tls: str = ""
+    prefix: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +43,26 @@ class Call:
     timeout: float = 60.0
     expect: int = 200
     optional: bool = False  # a failure is logged and passed over
+    headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # a remote's key, for one
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What to start. ``env`` is added to the launcher's clean base environment."""
+    """What to start. ``env`` is added to the launcher's clean base environment.
+
+    An empty ``argv`` starts nothing: the server is somebody else's, reached at ``listen``.
+    ``stop``: a command that ends it (``podman stop``), instead of a signal.
+    ``stop_signal``: on which it finishes what runs and exits.
+    ``self_managed``: it loads and frees memory as it pleases, so what it holds at one moment is not what it takes.
+    """
 
     argv: tuple[str, ...]
     listen: Listen
     env: Mapping[str, str] = field(default_factory=dict)
     cwd: str = ""
+    stop: tuple[str, ...] = ()
+    stop_signal: int = signal.SIGTERM
+    self_managed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +75,16 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What a failed start's log lines say. ``needed``: bytes per device it wanted, where it said so."""
+    """What a failed start's log lines say. ``needed``: bytes per device it wanted, where it said so.
+
+    ``hint``: what would help, such as the command that installs what is missing.
+    """
 
     reason: str
     memory: bool = False
     permanent: bool = False
     needed: int | None = None
+    hint: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +113,15 @@ class Engine(Protocol):
 
     def ready(self, model: ModelConfig) -> Call:
         """The probe whose success means that requests are served."""
+
+    def alive(self, model: ModelConfig) -> Call:
+        """The probe that tells whether it lives and touches nothing: it may be sent to a sleeper."""
+
+    def busy(self) -> Call | None:
+        """The probe that tells of work which no open request shows: JSON with a list that is not empty."""
+
+    def device_count(self, model: ModelConfig) -> int:
+        """How many devices it takes; 0 for one that needs none."""
 
     def sleep(self, level: int, *, freeze: bool) -> Sequence[Call]:
         """The ordered calls that put it to sleep; ``freeze`` keeps running requests."""

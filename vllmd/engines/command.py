@@ -9,6 +9,12 @@
       sleep: {1: {path: /unload}}
       wake: {1: [{path: /load, json: {"name": "x"}, timeout: 120}]}
 
+A container is stopped by a command of its own, as its processes are not ours:
+
+    command: podman run --rm --name ${INSTANCE} -p 127.0.0.1:${PORT}:8000 image
+    options:
+      stop: podman stop --time 20 ${INSTANCE}
+
 ``${SOCKET}`` makes it listen on a Unix socket, ``${PORT}`` on a loopback port that
 was reserved for it; one of the two must be there, or nobody could find it.
 ``$$`` is a dollar sign.
@@ -16,14 +22,16 @@ was reserved for it; one of the two must be there, or nobody could find it.
 
 from __future__ import annotations
 
+import shlex
+import signal
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vllmd.config.types import ModelConfig
-from vllmd.core.types import Footprint
-from vllmd.engines.base import Call, Engine, Failure, Launch, Listen, Place, Progress
-from vllmd.engines.options import text, unknown, words, wrong
+from vllmd.engines.base import Call, Engine, Launch, Listen, Place
+from vllmd.engines.options import choice, switch, text, unknown, words, wrong
+from vllmd.engines.plain import PROBE, Plain, environment
 from vllmd.engines.vllm import check_path, memory_share
 from vllmd.errors import ConfigError
 
@@ -34,6 +42,12 @@ OPTIONS = {
     "sleep": "by level, 1 or 2: the call or the calls that put it to sleep",
     "wake": "by level: the call or the calls that wake it",
     "asleep": "path whose JSON answer has is_sleeping",
+    "alive": "path that answers 200 while it lives, also asleep (default: that of health)",
+    "busy": "path whose JSON answer has a list that is not empty while it works on what no open request shows",
+    "stop": "command that ends it, such as podman stop ${INSTANCE}; it is run whenever the engine is to go or has gone",
+    "stop_signal": "SIGTERM (the default), SIGINT, SIGQUIT or SIGHUP: on which it finishes what runs and exits",
+    "self_managed": "true: it takes and frees memory as it pleases; what it may take is gpu_memory, never measured",
+    "cpu": "true: it runs on the CPU and takes no device",
     "cwd": "working directory",
 }
 VARIABLES = {
@@ -41,12 +55,14 @@ VARIABLES = {
     "PORT": "loopback port to listen on",
     "MODEL": "what to load",
     "NAME": "the model's name",
+    "INSTANCE": "a name for this run that no other has, fit for a container",
     "DEVICES": "ids of its devices, with commas",
     "MEMORY": "bytes per device promised to it",
     "SHARE": "the same as a share of the device",
     "RUN_DIR": "its private directory",
 }
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models")
+SIGNALS = ("SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP")
 _FIELDS = {"method": str, "path": str, "json": object, "timeout": (int, float), "expect": int, "optional": bool}
 
 
@@ -61,7 +77,7 @@ class Command:
         return CommandOf(model)
 
 
-class CommandOf:
+class CommandOf(Plain):
     """The contract of ``base.Engine``, as one model's options tell it."""
 
     kind = "command"
@@ -72,27 +88,47 @@ class CommandOf:
         if self._sleep.keys() != self._wake.keys():
             raise wrong(model, "sleep", "needs the calls that wake it from the same levels in options.wake")
         self._health = text(model, "health", "/health")
-        self._asleep = text(model, "asleep")
+        self._alive = text(model, "alive", self._health)
+        self._asleep, self._busy = text(model, "asleep"), text(model, "busy")
         self._routes = frozenset(words(model, "routes") or ROUTES)
         self._name = text(model, "served_name", model.name)
         self._cwd = text(model, "cwd")
+        self._stop = _stop_template(model)
+        self._signal = signal.Signals[choice(model, "stop_signal", SIGNALS)]
+        self._self_managed, self._cpu = switch(model, "self_managed"), switch(model, "cpu")
 
     def sleep_levels(self, model: ModelConfig) -> frozenset[int]:
         """Those that have calls."""
         return frozenset() if model.sleep_mode is False else frozenset(self._sleep)
 
+    def device_count(self, model: ModelConfig) -> int:
+        """None on the CPU."""
+        return 0 if self._cpu else super().device_count(model)
+
     def launch(self, model: ModelConfig, place: Place) -> Launch:
-        """The template filled in. Raises ConfigError for an unknown variable or no place to listen."""
+        """The templates filled in. Raises ConfigError for an unknown variable or no place to listen."""
         template = (*model.command, *model.extra_args)
         if not model.command:
-            raise _wrong(model, "is missing: the engine 'command' runs what it says")
-        argv = tuple(_fill(model, part, _values(model, place)) for part in template)
-        devices = {"CUDA_VISIBLE_DEVICES": ",".join(place.device_ids)} if place.device_ids else {}
-        token = {"HF_TOKEN": model.hf_token} if model.hf_token else {}
-        return Launch(argv, _listen(model, place, template), {**devices, **token}, self._cwd)
+            raise _wrong_command(model, "is missing: the engine 'command' runs what it says")
+        values = _values(model, place)
+        return Launch(
+            argv=tuple(_fill(part, values, lambda what: _wrong_command(model, what)) for part in template),
+            listen=_listen(model, place, template),
+            env=environment(model, place),
+            cwd=self._cwd,
+            stop=tuple(_fill(part, values, lambda what: wrong(model, "stop", what)) for part in self._stop),
+            stop_signal=self._signal,
+            self_managed=self._self_managed,
+        )
 
     def ready(self, model: ModelConfig) -> Call:
-        return Call("GET", self._health, timeout=5.0)
+        return Call("GET", self._health, timeout=PROBE)
+
+    def alive(self, model: ModelConfig) -> Call:
+        return Call("GET", self._alive, timeout=PROBE)
+
+    def busy(self) -> Call | None:
+        return Call("GET", self._busy, timeout=PROBE) if self._busy else None
 
     def sleep(self, level: int, *, freeze: bool) -> Sequence[Call]:
         return self._sleep[level]
@@ -101,7 +137,7 @@ class CommandOf:
         return self._wake[level]
 
     def asleep(self) -> Call | None:
-        return Call("GET", self._asleep, timeout=5.0) if self._asleep else None
+        return Call("GET", self._asleep, timeout=PROBE) if self._asleep else None
 
     def routes(self, model: ModelConfig) -> frozenset[str]:
         return self._routes
@@ -109,19 +145,18 @@ class CommandOf:
     def served_name(self, model: ModelConfig) -> str:
         return self._name
 
-    def progress(self, line: str) -> Progress | None:
-        """What it does while it starts, only it knows."""
-        return None
+    def _absent(self, said: Sequence[str]) -> str:
+        """What is missing, whoever wrote the command knows best."""
+        return ""
 
-    def failure(self, lines: Sequence[str]) -> Failure:
-        """Its last words."""
-        said = [line.strip() for line in lines if line.strip()]
-        reason = said[-1] if said else "it said nothing"
-        return Failure(reason, memory="out of memory" in reason.lower())
 
-    def footprint(self, lines: Sequence[str]) -> Footprint | None:
-        """Only the device can tell."""
-        return None
+def _stop_template(model: ModelConfig) -> tuple[str, ...]:
+    """The stop command's words, from a list or one line."""
+    given = model.options.get("stop")
+    try:
+        return tuple(shlex.split(given)) if isinstance(given, str) else words(model, "stop")
+    except ValueError as error:
+        raise wrong(model, "stop", f"{given!r}: {error}") from None
 
 
 def _values(model: ModelConfig, place: Place) -> dict[str, str]:
@@ -131,6 +166,7 @@ def _values(model: ModelConfig, place: Place) -> dict[str, str]:
         "PORT": str(place.port),
         "MODEL": model.source,
         "NAME": model.name,
+        "INSTANCE": place.run_dir.name,
         "DEVICES": ",".join(place.device_ids),
         "MEMORY": str(place.memory),
         "SHARE": "" if share is None else f"{share:g}",
@@ -138,21 +174,21 @@ def _values(model: ModelConfig, place: Place) -> dict[str, str]:
     }
 
 
-def _fill(model: ModelConfig, part: str, values: Mapping[str, str]) -> str:
+def _fill(part: str, values: Mapping[str, str], wrong: Callable[[str], ConfigError]) -> str:
     try:
         return string.Template(part).substitute(values)
     except KeyError as error:
         known = ", ".join(f"${{{name}}}" for name in VARIABLES)
-        raise _wrong(model, f"{part!r}: unknown variable ${{{error.args[0]}}} (known: {known})") from None
+        raise wrong(f"{part!r}: unknown variable ${{{error.args[0]}}} (known: {known})") from None
     except ValueError:
-        raise _wrong(model, f"{part!r}: a single $ means nothing; a dollar sign is $$") from None
+        raise wrong(f"{part!r}: a single $ means nothing; a dollar sign is $$") from None
 
 
 def _listen(model: ModelConfig, place: Place, template: Sequence[str]) -> Listen:
     socket, port = (any(_uses(part, name) for part in template) for name in ("SOCKET", "PORT"))
     if socket == port:
         what = "has both ${SOCKET} and ${PORT}" if socket else "has neither ${SOCKET} nor ${PORT}"
-        raise _wrong(model, f"{what}: it must listen on one of them")
+        raise _wrong_command(model, f"{what}: it must listen on one of them")
     if port:
         return Listen(port=place.port)
     path = place.run_dir / "engine.sock"
@@ -185,6 +221,6 @@ def _call(model: ModelConfig, name: str, given: Any) -> Call:
     return Call(**{"method": "POST", **given})
 
 
-def _wrong(model: ModelConfig, what: str) -> ConfigError:
+def _wrong_command(model: ModelConfig, what: str) -> ConfigError:
     where = f"{model.where}: " if model.where else ""
     return ConfigError(f"{where}models.{model.name}.command {what}")

@@ -1,15 +1,21 @@
-"""A third party's engine behind a seam: what it raises becomes a ConfigError that names it."""
+"""A third party's engine behind a seam: what it raises becomes a ConfigError that names it.
+
+So does an answer of the wrong type; and what it leaves out of the contract has a default.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from vllmd.config.types import ModelConfig
 from vllmd.core.types import Footprint
-from vllmd.engines.base import Call, Engine, Failure, Launch, Place, Progress
+from vllmd.engines.base import Bindable, Call, Engine, Failure, Launch, Place, Progress
+from vllmd.engines.plain import Plain
 from vllmd.errors import ConfigError, VllmdError
+
+T = TypeVar("T")
 
 log = logging.getLogger("vllmd.engines")
 
@@ -33,6 +39,22 @@ def missing_methods(kind: object) -> list[str]:
     return [name for name in _METHODS if not callable(getattr(kind, name, None))]
 
 
+class GuardedKind:
+    """A third party's kind that makes an engine for each model."""
+
+    def __init__(self, name: str, kind: Bindable) -> None:
+        self.kind = name
+        self._kind = kind
+
+    def bind(self, model: ModelConfig) -> Engine:
+        """The engine of one model, guarded as well. Raises ConfigError."""
+        engine = attempt(self.kind, "bind", lambda: self._kind.bind(model))
+        if missing := missing_methods(engine):
+            what = f"bind() gave a {type(engine).__name__}, which lacks {', '.join(missing)}"
+            raise ConfigError(f"the engine plug-in {self.kind!r}: {what}; see vllmd.engines.base.Engine")
+        return Guarded(self.kind, engine)
+
+
 class Guarded:
     """The contract, carried out by somebody else's object."""
 
@@ -41,58 +63,77 @@ class Guarded:
         self._engine = engine
 
     def sleep_levels(self, model: ModelConfig) -> frozenset[int]:
-        return frozenset(self._ask("sleep_levels", model))
+        return self._checked(frozenset[int], "sleep_levels", lambda: frozenset(self._engine.sleep_levels(model)))
 
     def launch(self, model: ModelConfig, place: Place) -> Launch:
-        launch: Launch = self._ask("launch", model, place)
-        return launch
+        return self._checked(Launch, "launch", lambda: self._engine.launch(model, place))
 
     def ready(self, model: ModelConfig) -> Call:
-        call: Call = self._ask("ready", model)
-        return call
+        return self._checked(Call, "ready", lambda: self._engine.ready(model))
+
+    def alive(self, model: ModelConfig) -> Call:
+        if not hasattr(self._engine, "alive"):
+            return self.ready(model)
+        return self._checked(Call, "alive", lambda: self._engine.alive(model))
+
+    def busy(self) -> Call | None:
+        if not hasattr(self._engine, "busy"):
+            return None
+        return attempt(self.kind, "busy", self._engine.busy)
+
+    def device_count(self, model: ModelConfig) -> int:
+        if not hasattr(self._engine, "device_count"):
+            return Plain().device_count(model)
+        return self._checked(int, "device_count", lambda: self._engine.device_count(model))
 
     def sleep(self, level: int, *, freeze: bool) -> Sequence[Call]:
-        return tuple(self._ask("sleep", level, freeze=freeze))
+        return attempt(self.kind, "sleep", lambda: tuple(self._engine.sleep(level, freeze=freeze)))
 
     def wake(self, level: int) -> Sequence[Call]:
-        return tuple(self._ask("wake", level))
+        return attempt(self.kind, "wake", lambda: tuple(self._engine.wake(level)))
 
     def asleep(self) -> Call | None:
-        call: Call | None = self._ask("asleep")
-        return call
+        return attempt(self.kind, "asleep", self._engine.asleep)
 
     def routes(self, model: ModelConfig) -> frozenset[str]:
-        return frozenset(self._ask("routes", model))
+        return attempt(self.kind, "routes", lambda: frozenset(self._engine.routes(model)))
 
     def served_name(self, model: ModelConfig) -> str:
-        return str(self._ask("served_name", model))
+        return str(attempt(self.kind, "served_name", lambda: self._engine.served_name(model)))
 
     def progress(self, line: str) -> Progress | None:
-        progress: Progress | None = self._read("progress", line)
-        return progress
+        return self._read("progress", lambda: self._engine.progress(line))
 
     def failure(self, lines: Sequence[str]) -> Failure:
-        failure: Failure | None = self._read("failure", lines)
+        failure = self._read("failure", lambda: self._engine.failure(lines))
         return failure or Failure(lines[-1] if lines else "it said nothing")
 
     def footprint(self, lines: Sequence[str]) -> Footprint | None:
-        footprint: Footprint | None = self._read("footprint", lines)
-        return footprint
+        return self._read("footprint", lambda: self._engine.footprint(lines))
 
-    def _ask(self, method: str, *args: Any, **more: Any) -> Any:
-        try:
-            return getattr(self._engine, method)(*args, **more)
-        except VllmdError:
-            raise
-        except Exception as error:
-            log.exception("engine plug-in %s: %s failed", self.kind, method)
-            what = f"{type(error).__name__}: {error}"
-            raise ConfigError(f"the engine plug-in {self.kind!r} failed in {method}: {what}") from error
+    def _checked(self, kind: type[T], method: str, ask: Callable[[], T]) -> T:
+        answer = attempt(self.kind, method, ask)
+        if not isinstance(answer, getattr(kind, "__origin__", kind)):
+            what = f"{method} returned {answer!r} instead of a {kind.__name__}"
+            raise ConfigError(f"the engine plug-in {self.kind!r}: {what}; see vllmd.engines.base.Engine")
+        return answer
 
-    def _read(self, method: str, lines: str | Sequence[str]) -> Any:
+    def _read(self, method: str, ask: Callable[[], T]) -> T | None:
         """Reading a log is a courtesy: where it fails, the start goes on without it."""
         try:
-            return getattr(self._engine, method)(lines)
-        except Exception:
+            return ask()
+        except (Exception, SystemExit):
             log.exception("engine plug-in %s: %s failed", self.kind, method)
             return None
+
+
+def attempt(name: str, method: str, ask: Callable[[], T]) -> T:
+    """What the plug-in answers. Raises ConfigError for whatever it raises, an exit of the process included."""
+    try:
+        return ask()
+    except VllmdError:
+        raise
+    except (Exception, SystemExit) as error:
+        log.exception("engine plug-in %s: %s failed", name, method)
+        what = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"the engine plug-in {name!r} failed in {method}: {what}") from error

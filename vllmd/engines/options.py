@@ -15,8 +15,13 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.I)
 
 def wrong(model: ModelConfig, name: str, what: str) -> ConfigError:
     """The error for a wrong option: where it is, and what would be right."""
+    return wrong_setting(model, f"options.{name}", what)
+
+
+def wrong_setting(model: ModelConfig, name: str, what: str) -> ConfigError:
+    """The same for one of the model's settings that all kinds have."""
     where = f"{model.where}: " if model.where else ""
-    return ConfigError(f"{where}models.{model.name}.options.{name}: {what}")
+    return ConfigError(f"{where}models.{model.name}.{name}: {what}")
 
 
 def unknown(model: ModelConfig, known: Collection[str]) -> None:
@@ -64,3 +69,21 @@ def words(model: ModelConfig, name: str) -> tuple[str, ...]:
     if not isinstance(value, list | tuple):
         raise wrong(model, name, f"{value!r} is no list")
     return tuple(map(str, value))
+
+
+def whole(model: ModelConfig, name: str) -> int | None:
+    """A whole number, 0 or more; None where nothing is said. Raises ConfigError."""
+    value = model.options.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not str(value).isdecimal():
+        raise wrong(model, name, f"{value!r} is no whole number")
+    return int(str(value))
+
+
+def switch(model: ModelConfig, name: str, *, default: bool = False) -> bool:
+    """True or false. Raises ConfigError for anything else."""
+    value = model.options.get(name, default)
+    if not isinstance(value, bool):
+        raise wrong(model, name, f"{value!r}; right are true and false")
+    return value

@@ -14,6 +14,7 @@ Facts about 0.32 that shape this file:
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,9 @@ _IPC_NAME = 37  # "/" and a UUID: the names of vLLM's own sockets in VLLM_RPC_BA
 _ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd")  # CUDA, ROCm
 _SLEEP_TIMEOUT = 300.0  # seconds; offloading a large model's weights to host memory takes its time
 _WAKE_TIMEOUT = 600.0  # level 2 reads the weights from disk again
+
+INSTALL = "install it with: pip install vllm, and name it in command, such as /opt/vllm/bin/vllm"
+_ABSENT = ("no command 'vllm'", "No module named 'vllm'", "No module named vllm")
 
 ROUTES = frozenset(
     {
@@ -133,6 +137,18 @@ class Vllm:
         """``/health``: refused until it listens, 200 from then on."""
         return Call("GET", "/health", timeout=5.0)
 
+    def alive(self, model: ModelConfig) -> Call:
+        """``/health`` again: it asks whether the engine's process lives, and wakes nothing."""
+        return self.ready(model)
+
+    def busy(self) -> Call | None:
+        """It works for open requests only."""
+        return None
+
+    def device_count(self, model: ModelConfig) -> int:
+        """As many as it is split over."""
+        return model.tensor_parallel_size * model.pipeline_parallel_size
+
     def sleep(self, level: int, *, freeze: bool) -> Sequence[Call]:
         """One call. Requests in flight finish first, or (``freeze``) stay as they are and go on after the wake."""
         mode = "keep" if freeze else "wait"
@@ -165,7 +181,10 @@ class Vllm:
         return vllm_log.progress(line)
 
     def failure(self, lines: Sequence[str]) -> Failure:
-        return vllm_log.failure(lines)
+        """What its log says; where there is no vLLM, what to do."""
+        found = vllm_log.failure(lines)
+        absent = any(words in found.reason for words in _ABSENT)
+        return dataclasses.replace(found, permanent=True, hint=INSTALL) if absent else found
 
     def footprint(self, lines: Sequence[str]) -> Footprint | None:
         return vllm_log.footprint(lines)

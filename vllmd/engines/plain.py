@@ -1,0 +1,110 @@
+"""What most servers have in common: no sleep, no log that tells much, a program that somebody has to install.
+
+A kind derives from ``Plain``, says what is its own, and lists its settings in ``OPTIONS``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from vllmd.config.types import ModelConfig
+from vllmd.core.types import Footprint
+from vllmd.engines.base import Call, Failure, Place, Progress
+
+PROBE = 5.0  # seconds for an answer of a server that may be busy loading
+_ABSENT = re.compile(r"No module named|not found|No such file or directory|cannot (run|execute|find)", re.I)
+_MEMORY = re.compile(r"out of memory|\bOOM\b|failed to allocate|cudaMalloc failed|CUBLAS_STATUS_ALLOC_FAILED", re.I)
+_WRONG = re.compile(
+    r"unrecognized arguments|no such option|invalid argument|unexpected argument|"
+    r"does not exist|is not a (valid|local)|Permission denied",
+    re.I,
+)
+_TELLING = re.compile(r"\berror\b|exception|fail|fatal|panick|traceback", re.I)
+
+
+class Plain:
+    """The parts of ``base.Engine`` that a server without anything special has."""
+
+    kind = "plain"
+    OPTIONS: ClassVar[Mapping[str, str]] = {}
+    PROGRAM = ""  # the word in "No module named ..." that means that it is not installed
+    INSTALL = ""  # what to do then
+    ROUTES: ClassVar[frozenset[str]] = frozenset()
+
+    def sleep_levels(self, model: ModelConfig) -> frozenset[int]:
+        """None: it is stopped instead."""
+        return frozenset()
+
+    def ready(self, model: ModelConfig) -> Call:
+        """``/health``."""
+        return Call("GET", "/health", timeout=PROBE)
+
+    def alive(self, model: ModelConfig) -> Call:
+        """The same, where that is cheap and wakes nothing."""
+        return self.ready(model)
+
+    def busy(self) -> Call | None:
+        """An open request is all there is."""
+        return None
+
+    def device_count(self, model: ModelConfig) -> int:
+        """As many as the model is split over."""
+        return model.tensor_parallel_size * model.pipeline_parallel_size
+
+    def sleep(self, level: int, *, freeze: bool) -> Sequence[Call]:
+        """Nothing: it has no such level."""
+        return ()
+
+    def wake(self, level: int) -> Sequence[Call]:
+        """Nothing."""
+        return ()
+
+    def asleep(self) -> Call | None:
+        """It cannot be asked."""
+        return None
+
+    def routes(self, model: ModelConfig) -> frozenset[str]:
+        """What the kind serves."""
+        return self.ROUTES
+
+    def served_name(self, model: ModelConfig) -> str:
+        """The configured name."""
+        return model.name
+
+    def progress(self, line: str) -> Progress | None:
+        """Nothing that is worth reading."""
+        return None
+
+    def failure(self, lines: Sequence[str]) -> Failure:
+        """The last line that speaks of an error, else the last one."""
+        said = [line.strip() for line in lines if line.strip()]
+        if not said:
+            return Failure("it said nothing")
+        if absent := self._absent(said):
+            return Failure(absent, permanent=True, hint=self.INSTALL)
+        reason = next((line for line in reversed(said) if _TELLING.search(line)), said[-1])
+        memory = any(_MEMORY.search(line) for line in said)
+        return Failure(reason, memory, permanent=not memory and bool(_WRONG.search(reason)))
+
+    def _absent(self, said: Sequence[str]) -> str:
+        """The line that says that its program is not there; "" if none does."""
+        program = self.PROGRAM or self.kind
+        return next((line for line in reversed(said) if program in line and _ABSENT.search(line)), "")
+
+    def footprint(self, lines: Sequence[str]) -> Footprint | None:
+        """Only the device can tell."""
+        return None
+
+
+def environment(model: ModelConfig, place: Place) -> dict[str, str]:
+    """What every engine gets: its devices by id, and the token for gated models."""
+    devices = {"CUDA_VISIBLE_DEVICES": ",".join(place.device_ids), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    token = {"HF_TOKEN": model.hf_token} if model.hf_token else {}
+    return {**(devices if place.device_ids else {}), **token}
+
+
+def has_flag(model: ModelConfig, *flags: str) -> bool:
+    """Whether the model's own arguments have one of these flags, which then is not added."""
+    return any(argument.partition("=")[0] in flags for argument in model.extra_args)

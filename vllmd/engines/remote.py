@@ -1,0 +1,143 @@
+"""A server that somebody else runs: another vllmd, or anything that speaks OpenAI's protocol.
+
+    engine: remote
+    model: Qwen/Qwen3-8B            # its name over there, where that is another one
+    options:
+      url: https://gpu2.example/v1
+      key_file: gpu2.key
+
+Nothing is started or stopped; it takes no device. It serves as soon as its health
+path answers, and counts as gone when that stops.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+from urllib.parse import SplitResult, urlsplit
+
+from vllmd.config import secrets
+from vllmd.config.types import ModelConfig
+from vllmd.core.types import Footprint
+from vllmd.engines.base import Call, Engine, Failure, Launch, Listen, Place
+from vllmd.engines.options import text, unknown, words, wrong
+from vllmd.engines.plain import PROBE, Plain
+from vllmd.engines.vllm import ROUTES
+
+_PORTS = {"http": 80, "https": 443}
+
+
+class Remote:
+    """The kind; where each model is, its options say, see ``bind``."""
+
+    kind = "remote"
+    OPTIONS: ClassVar[Mapping[str, str]] = {
+        "url": "where it is: http:// or https://, a host, perhaps a port and a path; unix:/path for a Unix socket",
+        "key_file": "file that holds the key it wants; a relative path is a systemd credential or beside this file",
+        "key": "the key itself; it is better kept in a file of its own",
+        "health": "path below the URL that answers 200 while it serves (default /v1/models)",
+        "ca_file": "file with the certificates to trust, instead of the system's",
+        "routes": "the public paths that it serves (default: all that vLLM has)",
+    }
+
+    def bind(self, model: ModelConfig) -> Engine:
+        """The engine of one model. Raises ConfigError for a URL or a key that cannot work."""
+        unknown(model, self.OPTIONS)
+        return RemoteOf(model)
+
+
+class RemoteOf(Plain):
+    """The contract of ``base.Engine`` for one model."""
+
+    kind = "remote"
+
+    def __init__(self, model: ModelConfig) -> None:
+        self._listen = _listen(model)
+        self._headers = _headers(model)
+        self._health = text(model, "health", "/v1/models")
+        self._routes = frozenset(words(model, "routes")) or ROUTES
+
+    def device_count(self, model: ModelConfig) -> int:
+        """None here."""
+        return 0
+
+    def launch(self, model: ModelConfig, place: Place) -> Launch:
+        """Only where it is."""
+        return Launch((), self._listen)
+
+    def ready(self, model: ModelConfig) -> Call:
+        """Its health path, with the key, so that a wrong one shows before a client is let through."""
+        return Call("GET", self._health, timeout=PROBE, headers=self._headers)
+
+    def routes(self, model: ModelConfig) -> frozenset[str]:
+        return self._routes
+
+    def served_name(self, model: ModelConfig) -> str:
+        """Its name over there."""
+        return model.source
+
+    def headers(self) -> tuple[tuple[str, str], ...]:
+        """What every request to it carries: the key."""
+        return self._headers
+
+    def failure(self, lines: Sequence[str]) -> Failure:
+        """What its probe met."""
+        return Failure(lines[-1] if lines else "it does not answer")
+
+    def footprint(self, lines: Sequence[str]) -> Footprint | None:
+        """Nothing here."""
+        return Footprint(0, 0)
+
+
+def _listen(model: ModelConfig) -> Listen:
+    """The address of its URL. Raises ConfigError for anything but HTTP."""
+    url = text(model, "url")
+    if not url:
+        raise wrong(model, "url", "is missing: where the server is, such as http://gpu2.example:33258/v1")
+    if url.startswith("unix:/"):
+        return Listen(uds="/" + url.removeprefix("unix:").lstrip("/"))
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise wrong(model, "url", f"{url!r}: {error}") from None
+    if parts.scheme not in _PORTS or not parts.hostname or parts.query or parts.fragment or parts.username:
+        what = "is no address of an HTTP server; right is one such as http://gpu2.example:33258/v1"
+        raise wrong(model, "url", f"{url!r} {what}")
+    trusted = _trusted(model, parts)
+    return Listen(host=parts.hostname, port=port or _PORTS[parts.scheme], tls=trusted, prefix=_prefix(parts))
+
+
+def _prefix(parts: SplitResult) -> str:
+    """What stands before the paths: base URLs are mostly given with the /v1 that all paths here have."""
+    return parts.path.rstrip("/").removesuffix("/v1")
+
+
+def _trusted(model: ModelConfig, parts: SplitResult) -> str:
+    """``Listen.tls``."""
+    path = text(model, "ca_file")
+    if parts.scheme == "http":
+        if path:
+            raise wrong(model, "ca_file", "means something with https:// only")
+        return ""
+    if path and not Path(path).is_file():
+        raise wrong(model, "ca_file", f"there is no file {path}")
+    return path or "system"
+
+
+def _headers(model: ModelConfig) -> tuple[tuple[str, str], ...]:
+    """The key as a field. Raises ConfigError for one that cannot be read."""
+    key, name = text(model, "key"), text(model, "key_file")
+    if key and name:
+        raise wrong(model, "key", "is given twice: here and in key_file")
+    if name:
+        beside = Path(model.where.rpartition(":")[0] or ".").parent
+        try:
+            key = secrets.read(name, beside, os.environ)
+        except (OSError, ValueError) as error:
+            raise wrong(model, "key_file", f"{name}: {getattr(error, 'strerror', None) or error}") from None
+    if not key.isprintable() or not key.isascii():
+        raise wrong(model, "key", "a key consists of printable ASCII characters")
+    return (("authorization", f"Bearer {key}"),) if key else ()

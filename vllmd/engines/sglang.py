@@ -1,0 +1,117 @@
+"""SGLang: ``sglang.launch_server`` on a loopback port, with the memory saver so that it can sleep.
+
+Facts that shape this file (SGLang's "SGLang for RL Systems" and "Server Arguments"):
+
+- ``/health`` generates a token unless SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION is
+  false; a sleeper could not. It is 503 while starting.
+- Without ``--served-model-name`` the model's name is its path.
+- ``/release_memory_occupation`` and ``/resume_memory_occupation`` need
+  ``--enable-memory-saver``, a JSON body, and that nothing runs.
+- Weights come back from the host with ``--enable-weights-cpu-backup``; without
+  it they come back as garbage and must be read from disk, between weights and cache.
+- ``--mem-fraction-static`` is for weights and cache only: activations and CUDA
+  graphs come on top.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from vllmd.config.types import ModelConfig
+from vllmd.engines.base import Call, Engine, Launch, Listen, Place
+from vllmd.engines.options import switch, unknown
+from vllmd.engines.plain import PROBE, Plain, environment, has_flag
+from vllmd.engines.vllm import has_accelerator
+
+STATIC = 0.88  # of what was promised: the rest is for activations and CUDA graphs
+_RELEASE = Call("POST", "/release_memory_occupation", json={}, timeout=300.0)
+_RESUME = "/resume_memory_occupation"
+
+
+class Sglang:
+    """The kind; what sleep means depends on the model's options, see ``bind``."""
+
+    kind = "sglang"
+    OPTIONS: ClassVar[Mapping[str, str]] = {
+        "weights_backup": "true (the default): asleep, the weights stay in host memory (level 1); "
+        "false: they are read from disk again at each wake (level 2)",
+    }
+
+    def bind(self, model: ModelConfig) -> Engine:
+        """The engine of one model. Raises ConfigError for an option that is wrong."""
+        unknown(model, self.OPTIONS)
+        return SglangOf(model)
+
+
+class SglangOf(Plain):
+    """The contract of ``base.Engine`` for one model."""
+
+    kind = "sglang"
+    INSTALL = "install it with: pip install sglang, and name its Python in command, such as /opt/sglang/bin/python"
+    ROUTES: ClassVar[frozenset[str]] = frozenset(
+        f"/v1/{name}"
+        for name in ("chat/completions", "completions", "embeddings", "responses", "messages", "rerank", "score")
+    ) | {"/classify", "/tokenize", "/detokenize", "/v1/audio/transcriptions"}
+
+    def __init__(self, model: ModelConfig) -> None:
+        self._backup = switch(model, "weights_backup", default=True)
+        self._source = model.source
+
+    def sleep_levels(self, model: ModelConfig) -> frozenset[int]:
+        """The one that its start was prepared for; none without a GPU, or where ``sleep_mode`` is false."""
+        wanted = has_accelerator() if model.sleep_mode is None else model.sleep_mode
+        return frozenset({1 if self._backup else 2}) if wanted else frozenset()
+
+    def launch(self, model: ModelConfig, place: Place) -> Launch:
+        """argv and environment."""
+        command = model.command or ("python3",)
+        program = command if "-m" in command or "serve" in command else (*command, "-m", "sglang.launch_server")
+        name = ("--model-path", model.source, "--served-model-name", self.served_name(model))
+        flags = [*name, "--host", "127.0.0.1", "--port", str(place.port), *_of_model(model), *_memory(model, place)]
+        env = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false", **environment(model, place)}
+        return Launch((*program, *flags, *self._saver(model), *model.extra_args), Listen(port=place.port), env)
+
+    def _saver(self, model: ModelConfig) -> tuple[str, ...]:
+        if not self.sleep_levels(model):
+            return ()
+        return ("--enable-memory-saver", *(("--enable-weights-cpu-backup",) if self._backup else ()))
+
+    def sleep(self, level: int, *, freeze: bool) -> Sequence[Call]:
+        """One call; it fails while requests run, frozen or not."""
+        return (_RELEASE,)
+
+    def wake(self, level: int) -> Sequence[Call]:
+        """One call from level 1; from level 2 weights, their contents from disk, then the cache."""
+        if level != 2:
+            return (Call("POST", _RESUME, json={}, timeout=300.0),)
+        return (
+            Call("POST", _RESUME, json={"tags": ["weights"]}, timeout=300.0),
+            Call("POST", "/update_weights_from_disk", json={"model_path": self._source}, timeout=600.0),
+            Call("POST", _RESUME, json={"tags": ["kv_cache"]}, timeout=300.0),
+        )
+
+    def alive(self, model: ModelConfig) -> Call:
+        """``/health`` as well: told so by its environment, it generates nothing."""
+        return Call("GET", "/health", timeout=PROBE)
+
+
+def _of_model(model: ModelConfig) -> list[str]:
+    flags = ["--dtype", model.dtype] if model.dtype else []
+    flags += ["--context-length", str(model.max_model_len)] if model.max_model_len else []
+    for kind, count in (("tp", model.tensor_parallel_size), ("pp", model.pipeline_parallel_size)):
+        flags += [f"--{kind}-size", str(count)] if count > 1 else []
+    return [*flags, "--trust-remote-code"] if model.trust_remote_code else flags
+
+
+def _memory(model: ModelConfig, place: Place) -> list[str]:
+    """A configured share is passed on as it is; a promise leaves room for what is not static."""
+    if not place.device_ids or has_flag(model, "--mem-fraction-static"):
+        return []
+    if isinstance(model.gpu_memory, float):
+        return ["--mem-fraction-static", f"{model.gpu_memory:g}"]
+    if not place.memory or not place.device_memory:
+        return []
+    share = place.memory / place.device_memory * STATIC
+    return ["--mem-fraction-static", f"{max(0.01, math.floor(share * 1000) / 1000):g}"]

@@ -1,0 +1,83 @@
+"""Text Embeddings Inference: ``text-embeddings-router`` on a loopback port.
+
+It cannot sleep (``--uds-path`` is a socket between its own parts, not a place to
+listen), serves whom it loads, and drains on SIGTERM. Its metrics have a port of
+their own, 9000 unless told otherwise, which a second one could not open: it
+gets a free one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from vllmd.config.types import ModelConfig
+from vllmd.engines.base import Launch, Listen, Place, Progress
+from vllmd.engines.options import choice, switch, unknown, whole, wrong_setting
+from vllmd.engines.plain import Plain, environment
+
+POOLING = ("", "cls", "mean", "splade", "last-token")
+DTYPES = {"float16": "float16", "half": "float16", "fp16": "float16", "float32": "float32", "float": "float32"}
+_PHASES = {
+    "Starting model backend": "weights",
+    "Downloading": "download",
+    "Warming up model": "warm-up",
+    "Starting HTTP server": "serving",
+}
+
+
+class Tei(Plain):
+    """The contract of ``base.Engine`` for TEI."""
+
+    kind = "tei"
+    PROGRAM = "text-embeddings-router"
+    INSTALL = (
+        "install text-embeddings-inference (https://github.com/huggingface/text-embeddings-inference), "
+        "or name its text-embeddings-router in command"
+    )
+    OPTIONS: ClassVar[Mapping[str, str]] = {
+        "pooling": "cls, mean, splade or last-token, instead of the model's own",
+        "max_batch_tokens": "tokens in one batch",
+        "auto_truncate": "true: inputs that are too long are shortened, not refused",
+        "cpu": "true: it runs on the CPU and takes no device",
+    }
+    ROUTES: ClassVar[frozenset[str]] = frozenset(
+        {"/v1/embeddings", "/embed", "/embed_all", "/embed_sparse", "/predict", "/rerank", "/tokenize", "/decode"}
+    )
+
+    def device_count(self, model: ModelConfig) -> int:
+        """One, or none for a build that has no use for it."""
+        return 0 if switch(model, "cpu") else 1
+
+    def launch(self, model: ModelConfig, place: Place) -> Launch:
+        """argv and environment. Raises ConfigError for a dtype that it does not have, or a wrong option."""
+        unknown(model, self.OPTIONS)
+        argv = (
+            *(model.command or ("text-embeddings-router",)),
+            *("--model-id", model.source, "--served-model-name", self.served_name(model)),
+            *("--hostname", "127.0.0.1", "--port", str(place.port)),
+            *_dtype(model),
+            *_options(model),
+            *model.extra_args,
+        )
+        return Launch(argv, Listen(port=place.port), {"PROMETHEUS_PORT": "0", **environment(model, place)})
+
+    def progress(self, line: str) -> Progress | None:
+        """The phases of its start."""
+        found = next((phase for words, phase in _PHASES.items() if words in line), None)
+        return Progress(found, line.strip()) if found else None
+
+
+def _dtype(model: ModelConfig) -> list[str]:
+    if model.dtype is None or model.dtype == "auto":
+        return []
+    if model.dtype not in DTYPES:
+        raise wrong_setting(model, "dtype", f"TEI has no {model.dtype}; right are auto, float16 and float32")
+    return ["--dtype", DTYPES[model.dtype]]
+
+
+def _options(model: ModelConfig) -> list[str]:
+    pooling, tokens = choice(model, "pooling", POOLING), whole(model, "max_batch_tokens")
+    flags = ["--pooling", pooling] if pooling else []
+    flags += ["--max-batch-tokens", str(tokens)] if tokens else []
+    return [*flags, "--auto-truncate"] if switch(model, "auto_truncate") else flags
