@@ -9,14 +9,14 @@ from typing import Any
 from vllmd.errors import BadRequest
 from vllmd.proxy.http import Request
 
-TRUE, FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"", "0", "false", "no", "off"})
+TRUE, FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off"})
 LONGEST_LEASE = 1e9  # seconds; some thirty years
 LONGEST_NAME = 200
 
 
 def flag(request: Request, name: str) -> bool:
     """A query parameter that is true or false (or absent: false)."""
-    value = request.query.get(name, "").lower()
+    value = request.query.get(name, "false").lower()
     if value not in TRUE | FALSE:
         raise BadRequest(f"{name} must be true or false, not {value!r}", param=name)
     return value in TRUE
@@ -52,7 +52,7 @@ def truth(body: dict[str, Any], name: str, default: bool) -> bool:
 def text(body: dict[str, Any], name: str, what: str) -> str:
     """A field that is a word."""
     value = body.get(name)
-    if not isinstance(value, str) or not value or len(value) > LONGEST_NAME:
+    if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= LONGEST_NAME:
         raise BadRequest(f"{name} must be {what}", param=name)
     return value
 

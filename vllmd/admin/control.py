@@ -33,7 +33,10 @@ class Control(Protocol):
     """
 
     tally: Tally
-    guests: Guests
+
+    @property
+    def guests(self) -> Guests:
+        """Models that programs bring along."""
 
     async def opened(self) -> None:
         """Wait until devices and engines have been found."""
@@ -68,7 +71,7 @@ class Control(Protocol):
         """``{id, memory_usage, power_draw, processes}`` per device. Raises Unsupported where none can be read."""
 
     async def scrape(self, model: str) -> bytes:
-        """The engine's own metrics. Raises Unavailable if it has none now."""
+        """The engine's own metrics. Raises Conflict if it has none now."""
 
     # -- verbs
 

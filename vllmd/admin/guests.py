@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from vllmd.admin.schemas import TEXT, answers, doc
 from vllmd.errors import BadRequest
 from vllmd.proxy.http import Request, Response, json_response
-from vllmd.proxy.routing import Router
+from vllmd.proxy.routing import LocalHandler, Router
+
+NAMES = {"type": "array", "items": TEXT}
+SETTINGS = {"type": "object", "description": "settings of one model, as in vllmd.yaml(5)"}
+KNOWN = {
+    "type": "object",
+    "required": ["model", "configured", "differs", "listen"],
+    "properties": {"model": TEXT, "configured": {"type": "boolean"}, "differs": NAMES, "listen": NAMES},
+}
+DROPPED = {
+    "type": "object",
+    "required": ["model", "dropped"],
+    "properties": {"model": TEXT, "dropped": {"type": "boolean"}},
+}
 
 
 class Guests(Protocol):
@@ -45,8 +59,10 @@ class GuestEndpoints:
         return json_response({"model": request.params["model"], "dropped": True})
 
 
-def add_guests(router: Router, guests: Guests) -> None:
+def add_guests(router: Router, guests: Guests, audited: Callable[[LocalHandler], LocalHandler]) -> None:
     """Their rows of the route table."""
-    endpoints = GuestEndpoints(guests)
-    router.add("PUT", "/admin/guests/{model:path}", endpoints.put, "admin", "Make a model known until vllmd ends")
-    router.add("DELETE", "/admin/guests/{model:path}", endpoints.drop, "admin", "Forget such a model")
+    endpoints, add = GuestEndpoints(guests), router.add
+    add("PUT", "/admin/guests/{model:path}", audited(endpoints.put), "admin", "Make a model known until vllmd ends",
+        doc(answers(KNOWN), {"requestBody": {"content": {"application/json": {"schema": SETTINGS}}}}))  # fmt: skip
+    add("DELETE", "/admin/guests/{model:path}", audited(endpoints.drop), "admin", "Forget such a model",
+        answers(DROPPED))  # fmt: skip

@@ -38,7 +38,7 @@ class InstanceEndpoints:
         await self._control.opened()
         body = asked.fields(request, ["model_name", "model_type", "gpu_id", "config"])
         name, gpu = self._named(body), asked.index(body, "gpu_id")
-        if body.get("config"):
+        if body.get("config") not in (None, {}):
             raise BadRequest(f"settings of {name} are changed in the configuration, then reloaded", param="config")
         line = self._control.line(name)
         if line["state"] in UNLOADED:

@@ -8,7 +8,7 @@ import importlib
 from vllmd.admin.control import Control
 from vllmd.admin.relabel import merged
 from vllmd.core.types import State
-from vllmd.errors import Unavailable, UpstreamFailed
+from vllmd.errors import Conflict, UpstreamFailed
 from vllmd.proxy.http import Request, Response
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
@@ -44,7 +44,7 @@ class MetricsEndpoints:
         """One engine's; "" from one that does not answer, so that it does not hide the others."""
         try:
             return (await self._control.scrape(model)).decode("utf-8", "replace")
-        except (Unavailable, UpstreamFailed):
+        except (Conflict, UpstreamFailed):
             return ""
 
 

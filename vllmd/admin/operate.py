@@ -9,7 +9,7 @@ from typing import Any
 
 from vllmd.admin import asked
 from vllmd.admin.control import Control
-from vllmd.errors import BadRequest, EngineFailed, NotFound
+from vllmd.errors import BadRequest, Conflict, EngineFailed, NotFound
 from vllmd.proxy.http import Request, Response, event_stream, json_response
 
 MOST_LINES = 10_000
@@ -48,10 +48,13 @@ class OperatorEndpoints:
         return await self._follow(request, model)
 
     async def sleep(self, request: Request) -> Response:
-        """``POST /admin/models/{model}/sleep?level=1|2|3``."""
+        """``POST /admin/models/{model}/sleep?level=1|2|3``. Raises Conflict for one that is not loaded."""
         model, level = self._model(request), request.query.get("level", "1")
         if level not in ("1", "2", "3"):
             raise BadRequest(f"level {level!r} is none; use 1, 2 or 3 (stop)", param="level")
+        await self._control.opened()
+        if level != "3" and (state := self._control.line(model)["state"]) in ("stopped", "error"):
+            raise Conflict(f"{model} cannot be put to sleep: it is not loaded ({state})")
         await self._control.sleep(model, int(level))
         return await self._follow(request, model)
 
@@ -64,7 +67,7 @@ class OperatorEndpoints:
     async def lease(self, request: Request) -> Response:
         """``POST /admin/models/{model}/lease`` with ``{"lease": NAME, "deadline_seconds": N or null}``."""
         model, body = self._model(request), asked.fields(request, ["lease", "deadline_seconds"])
-        lease = asked.text(body, "lease", "a name of your choice, up to 200 characters")
+        lease = asked.text(body, "lease", "a name of your choice, up to 200 printable characters")
         await self._control.lease(lease, model, asked.seconds(body, "deadline_seconds"))
         return json_response(self._control.line(model))
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from vllmd.admin import schemas
 from vllmd.admin.control import Control
+from vllmd.admin.guests import add_guests
 from vllmd.admin.instances import InstanceEndpoints
 from vllmd.admin.metrics import MetricsEndpoints
 from vllmd.admin.models import ModelEndpoints
@@ -71,6 +72,7 @@ def add_operator(router: Router, control: Control) -> None:
     add("POST", "/admin/processes/{pid}/kill", audited(operator.kill), "admin", "Kill the engine that has a process",
         doc(answers("Killed"), asks(**FORCE)))  # fmt: skip
     _add_instances(router, InstanceEndpoints(control))
+    add_guests(router, control.guests, audited)
 
 
 def _add_verbs(router: Router, operator: OperatorEndpoints) -> None:

@@ -132,7 +132,7 @@ SCHEMAS: dict[str, Schema] = {
     ),
     "Pin": record({}, {"pinned": {**BOOL, "default": True}}, closed=True),
     "Lease": record(
-        {"lease": {**TEXT, "minLength": 1, "maxLength": 200}},
+        {"lease": {**TEXT, "minLength": 1, "maxLength": 200, "pattern": "^[^\\x00-\\x1f\\x7f]+$"}},
         {"deadline_seconds": maybe({**NUMBER, "minimum": 0, "maximum": 1e9})},
         closed=True,
     ),
@@ -194,7 +194,7 @@ SCHEMAS: dict[str, Schema] = {
 }
 
 ERROR = {"description": "what was wrong", "content": {"application/json": {"schema": ref("Error")}}}
-FLAG: Schema = {"type": "string", "enum": ["true", "false"]}
+FLAG: Schema = {"type": "string", "enum": ["true", "false", "1", "0", "yes", "no", "on", "off"]}
 WAIT = {"wait": (FLAG, "answer when it has settled, not at once")}
 
 

@@ -20,7 +20,7 @@ from vllmd.daemon.discovery import hf_home
 from vllmd.daemon.guests import Guests
 from vllmd.daemon.portrait import card, health, line
 from vllmd.daemon.processes import gpus, kill
-from vllmd.errors import BadRequest, Unavailable, UnknownModel, UpstreamFailed
+from vllmd.errors import BadRequest, Conflict, Unavailable, UnknownModel, UpstreamFailed
 from vllmd.proxy.upstream import request
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ class DaemonControl:
         """The engine's own metrics."""
         member = self._opened().fleet.members.get(model)
         if member is None or member.ready_after is None:
-            raise Unavailable(f"{model} has no engine now that could tell its metrics")
+            raise Conflict(f"{model} has no engine now that could tell its metrics")
         status, _, body = await request(member.listen, "GET", "/metrics", timeout=SCRAPE_LIMIT)
         if status != 200:
             raise UpstreamFailed(f"the engine of {model} answered /metrics with {status}")
