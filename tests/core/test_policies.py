@@ -1,0 +1,185 @@
+"""The policies as pure functions: one view in, one plan out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vllmd.core.baselines import ALL, InOrder, LlamaSwap, Ollama
+from vllmd.core.eviction import Leaver, cover
+from vllmd.core.policies import Adaptive, Lru
+from vllmd.core.policy import INFINITY, Knobs, Plan, Policy, Resident, Room, Situation, Waiting, Way
+
+NOW = 1000.0
+NAP = Way(1, 10, 1.0, 1.0)  # frees 10 bytes, a second each way
+STOP = Way(0, 11, 3.0, 40.0)
+
+
+def resident(model: str, **other: Any) -> Resident:
+    """Idle for 100 s, on device 0, 10 bytes; nobody has asked for it lately."""
+    r = Resident(model, (0,), False, (NAP, STOP), 0.0, NOW - 100, 0, 0, 4.0, 0.0, 0.0, NOW, False, False, 1.0)
+    return r._replace(**other)
+
+
+def busy(model: str, **other: Any) -> Resident:
+    return resident(model, **{"running": 2, "used": NOW, "rate": 0.1, "rate_long": 0.1} | other)
+
+
+def waiting(model: str, age: float = 1.0, **other: Any) -> Waiting:
+    """One request, ``age`` seconds old; needs 10 bytes on device 0 and a second to wake."""
+    w = Waiting(model, 1, NOW - age, NOW - age, 1.0, 1.0, 4.0, 10, (0,), 1, 1.0, False)
+    return w._replace(**other)
+
+
+def room(device: int = 0, **other: Any) -> Room:
+    """Full, at rest; 100 bytes could come free by sleeping."""
+    return Room(device, 0, 100, 0.0, False, 0.0)._replace(**other)
+
+
+def see(ws: list[Waiting], rs: list[Resident], *rooms: Room) -> Situation:
+    there = {each.device: each for each in rooms or (room(),)}
+    return Situation(NOW, sorted(ws, key=lambda w: w.oldest), rs, there, Knobs())
+
+
+def victims(plan: Plan | None) -> list[str] | None:
+    return sorted(v.model for v in plan.victims) if plan else None
+
+
+def test_what_fits_is_loaded_at_once() -> None:
+    """Nobody leaves for a model for which there is room."""
+    plan = Adaptive().choose(see([waiting("w")], [resident("a")], room(free=10)))
+    assert plan is not None
+    assert (plan.target, plan.devices, plan.victims) == ("w", (0,), ())
+
+
+def test_an_idle_victim_leaves_before_a_busy_one() -> None:
+    """Even where the busy one was asked for longer ago."""
+    idle = resident("idle", used=NOW - 1, rate=0.01)
+    assert victims(Adaptive().choose(see([waiting("w")], [busy("busy"), idle]))) == ["idle"]
+
+
+def test_a_busy_victim_is_drained_only_at_the_deadline() -> None:
+    """A drain leaves a whole engine idle; past the deadline the price is not asked."""
+    assert Adaptive().choose(see([waiting("w", age=20)], [busy("busy")])) is None
+    plan = Adaptive().choose(see([waiting("w", age=31)], [busy("busy")]))
+    assert victims(plan) == ["busy"]
+    assert plan is not None
+    assert plan.drain == INFINITY
+
+
+def test_a_busy_victim_that_may_be_frozen_leaves_earlier() -> None:
+    """Freezing idles nobody: rent is paid sooner."""
+    plan = Adaptive().choose(see([waiting("w", age=20)], [busy("busy", freezable=True)]))
+    assert victims(plan) == ["busy"]
+    assert plan is not None
+    assert plan.drain < INFINITY
+
+
+def test_a_model_that_was_just_loaded_serves_its_time() -> None:
+    """Else two busy models would only exchange places."""
+    assert Adaptive().choose(see([waiting("w", age=60)], [busy("new", since=NOW - 1)])) is None
+
+
+def test_rent_is_paid_before_a_popular_idle_model_leaves() -> None:
+    """It will soon be back: a moment's wait is cheaper than two exchanges."""
+    popular = resident("popular", rate=1.0)
+    assert Adaptive().choose(see([waiting("w", age=0.1)], [popular])) is None
+    assert victims(Adaptive().choose(see([waiting("w", age=20)], [popular]))) == ["popular"]
+
+
+def test_sleepers_are_not_stopped_for_want_of_patience() -> None:
+    """All that is awake is on the move: waiting for it beats a cold start later on."""
+    sleeper = resident("sleeper", asleep=True, ways=(STOP,))
+    for policy in (Adaptive(), Lru()):
+        assert policy.choose(see([waiting("w", age=60)], [sleeper], room(busy=2.0))) is None
+
+
+@pytest.mark.parametrize("policy", [Adaptive(), Lru()])
+def test_sleepers_are_stopped_where_nothing_else_is_enough(policy: Policy) -> None:
+    """What all sleepers hold can be the difference."""
+    sleeper = resident("sleeper", asleep=True, ways=(STOP,))
+    s = see([waiting("w", age=60, need=20)], [sleeper, resident("a")], room(sleepable=10))
+    assert victims(policy.choose(s)) == ["a", "sleeper"]
+
+
+def test_nobody_overtakes_one_that_is_overdue() -> None:
+    """A large one waits for a busy model to serve its time; a small one may not take the idle one's place meanwhile."""
+    large = waiting("large", age=60, need=20)
+    small = waiting("small", age=5)
+    models = [resident("idle"), busy("new", since=NOW - 1)]
+    assert Adaptive().choose(see([large, small], models)) is None
+    assert victims(Adaptive().choose(see([small], models))) == ["idle"]
+
+
+def test_another_device_is_not_held() -> None:
+    """The order holds only where it is a matter of the same memory."""
+    large = waiting("large", age=60, need=20)
+    small = waiting("small", age=5, devices=(1,))
+    models = [resident("idle"), busy("new", since=NOW - 1), resident("there", devices=(1,))]
+    plan = Adaptive().choose(see([large, small], models, room(0), room(1)))
+    assert plan is not None
+    assert (plan.target, victims(plan)) == ("small", ["there"])
+
+
+def test_gates_are_not_closed_for_a_transfer_that_cannot_begin() -> None:
+    """The device is taken for 20 s yet: the victim may serve until then."""
+    for policy in (Adaptive(), Lru()):
+        assert policy.choose(see([waiting("w", age=60)], [resident("a")], room(busy=20.0))) is None
+        assert policy.choose(see([waiting("w", age=60)], [resident("a")], room(busy=0.5))) is not None
+
+
+def test_lru_takes_the_least_recently_used_for_the_oldest() -> None:
+    """Its two rules, and no other."""
+    models = [resident("recent", used=NOW - 1), resident("old", used=NOW - 50), busy("busy", used=NOW - 70)]
+    plan = Lru().choose(see([waiting("young", 1), waiting("elder", 2)], models))
+    assert plan is not None
+    assert (plan.target, victims(plan)) == ("elder", ["old"])
+
+
+def test_llama_swap_waits_for_idle_victims_and_lets_others_pass() -> None:
+    """Its queue is walked until somebody's victims are idle."""
+    models = [busy("busy"), resident("idle", ways=(NAP._replace(frees=5), STOP))]
+    s = see([waiting("big", 99), waiting("little", 1, need=5)], models)
+    plan = LlamaSwap().choose(s)
+    assert plan is not None
+    assert (plan.target, victims(plan)) == ("little", ["idle"])
+
+
+def test_ollamas_head_of_the_queue_blocks_it() -> None:
+    """Even for a model that would fit."""
+    s = see([waiting("big", 99, need=50), waiting("little", 1, need=5)], [busy("busy")], room(free=7))
+    assert Ollama().choose(s) is None
+
+
+def test_in_order_has_everybody_leave() -> None:
+    """One model at a time."""
+    s = see([waiting("w")], [resident("a"), busy("b")], room(free=5))
+    assert victims(InOrder().choose(s)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_nothing_is_planned_where_nobody_waits(name: str) -> None:
+    """Policies act for somebody."""
+    assert ALL[name].choose(see([], [resident("a")])) is None
+
+
+def leaver(price: float, frees: int) -> Leaver:
+    return Leaver(price, resident(f"{price}/{frees}"), Way(1, frees, 1.0, 1.0))
+
+
+def test_the_cheapest_set_is_found() -> None:
+    """Not the one with the cheapest member, nor the smallest."""
+    group = [leaver(5.0, 10), leaver(1.0, 4), leaver(2.0, 6), leaver(0.5, 1)]
+    chosen = cover(group, 10, most=4)
+    assert chosen is not None
+    assert sorted(each.price for each in chosen) == [1.0, 2.0]
+
+
+def test_more_than_the_usual_number_leave_where_fewer_are_not_enough() -> None:
+    """A large model beside many small ones must not wait for ever."""
+    group = [leaver(float(n), 1) for n in range(8)]
+    chosen = cover(group, 6, most=4)
+    assert chosen is not None
+    assert sum(each.way.frees for each in chosen) == 6
+    assert cover(group, 9, most=4) is None
