@@ -67,7 +67,8 @@ NEEDING = ["ps", "info", "models", "gpus", "events", "reload", "top", "start m",
 def test_no_daemon(capsys: pytest.CaptureFixture[str], tmp_path: Path, line: str) -> None:
     """Every verb that needs the daemon says how to start it."""
     path = tmp_path / "admin.sock"
-    message = f"vllmctl: vllmd is not running: there is no {path}; systemctl start vllmd.socket"
+    message = f"vllmctl: vllmd is not running: there is no {path}; systemctl start vllmd.socket, "
+    message += "and if that is not enough, vllmctl doctor"
     assert said(capsys, "--socket", str(path), *line.split()) == (69, message)
 
 

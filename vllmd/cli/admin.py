@@ -9,7 +9,6 @@ import socket
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
@@ -32,7 +31,7 @@ def socket_path(arguments: Namespace) -> str:
     if given:
         return str(given)
     own = user_socket()
-    mine = arguments.user or (Path(own).exists() and not Path(SYSTEM_SOCKET).exists())
+    mine = arguments.user or (os.path.exists(own) and not os.path.exists(SYSTEM_SOCKET))
     return own if mine else SYSTEM_SOCKET
 
 

@@ -58,7 +58,11 @@ def of_socket(path: str, error: OSError) -> Failure:
     user_mode = path.startswith("/run/user/")
     systemctl = "systemctl --user" if user_mode else "systemctl"
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
-        return Failure(f"vllmd is not running: there is no {path}; {systemctl} start vllmd.socket", EX_UNAVAILABLE)
+        return Failure(
+            f"vllmd is not running: there is no {path}; {systemctl} start vllmd.socket, "
+            "and if that is not enough, vllmctl doctor",
+            EX_UNAVAILABLE,
+        )
     if error.errno == errno.ECONNREFUSED:
         return Failure(
             f"vllmd is not running: nobody listens on {path}; {systemctl} start vllmd-admin.socket", EX_UNAVAILABLE
