@@ -8,6 +8,7 @@ sense together the engine is stopped: a full stop is always right.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -18,12 +19,11 @@ from typing import Any
 from vllmd.config.types import ModelConfig
 from vllmd.core import events
 from vllmd.core.types import Placement, State
-from vllmd.daemon.fleet import Fleet, Member, fingerprint
+from vllmd.daemon.fleet import Fleet, Member, ask, fingerprint
 from vllmd.engines.base import Engine, Listen
 from vllmd.engines.unusable import Unusable
 from vllmd.errors import ConfigError, VllmdError
 from vllmd.launcher.client import Running
-from vllmd.proxy.upstream import request
 
 log = logging.getLogger("vllmd.adoption")
 
@@ -103,15 +103,17 @@ async def examine(
 
 async def _resolve(member: Member, noted: Mapping[str, str], level: int) -> Found:
     """Compare what was noted with what the engine says."""
-    idle = _idle(noted)
+    idle, tells = _idle(noted), member.engine.asleep() is not None
     match noted.get("state"):
         case "starting":
             return Found(member, State.STARTING)
         case "ready":
             return await _expect(member, Found(member, State.READY, 0, idle), asleep=False)
-        case "sleeping" | "falling_asleep":
+        case "sleeping" if not tells:  # it was asleep, and nobody but us wakes it
+            return await _expect(member, Found(member, State.SLEEPING, level, idle), asleep=False)
+        case "sleeping" | "falling_asleep" if tells:
             return await _expect(member, Found(member, State.SLEEPING, level, idle), asleep=True)
-        case "waking" if level == 1:
+        case "waking" if tells and level == 1:
             return await _expect(member, Found(member, State.READY, 0, idle), asleep=False)
         case state:
             return Found(member, None, why=f"it was left {state}, at level {level}")
@@ -130,10 +132,10 @@ async def _expect(member: Member, found: Found, *, asleep: bool) -> Found:
 
 
 async def _is_asleep(member: Member) -> object:
-    """True or False as the engine says; for one that cannot be asked, whether it is unhealthy."""
-    probe = member.engine.asleep() or member.engine.ready(member.model)
+    """True or False as the engine says; False for one that cannot be asked, but lives."""
+    probe = member.engine.asleep() or member.engine.alive(member.model)
     try:
-        status, _, body = await request(member.listen, probe.method, probe.path, timeout=probe.timeout)
+        status, _, body = await ask(member.listen, probe)
         if status != probe.expect:
             return f"status {status}"
         return json.loads(body)["is_sleeping"] if member.engine.asleep() else False
@@ -143,7 +145,7 @@ async def _is_asleep(member: Member) -> object:
 
 def _member(running: Running, model: ModelConfig, engine: Engine) -> Member:
     noted: Mapping[str, Any] = running.metadata
-    return Member(
+    member = Member(
         model=model,
         engine=engine,
         instance=running.instance,
@@ -152,13 +154,25 @@ def _member(running: Running, model: ModelConfig, engine: Engine) -> Member:
         fingerprint=noted["fingerprint"],
         running=running,
     )
+    _take_ending(member, noted)
+    return member
+
+
+def _take_ending(member: Member, noted: Mapping[str, str]) -> None:
+    """How it is to be ended, as noted at its start."""
+    if "ending" in noted:
+        stop, member.stop_signal, member.self_managed = json.loads(noted["ending"])
+        member.stop = tuple(stop)
 
 
 def _stranger(running: Running) -> Member:
     """Enough of a member to end an engine that is not ours any more."""
     name = running.metadata.get("model", running.instance)
     engine = Unusable(ConfigError(f"{name} is not configured"))
-    return Member(ModelConfig(name), engine, running.instance, Listen(), Placement(), "", running)
+    member = Member(ModelConfig(name), engine, running.instance, Listen(), Placement(), "", running)
+    with contextlib.suppress(ValueError, TypeError):
+        _take_ending(member, running.metadata)
+    return member
 
 
 def _idle(noted: Mapping[str, str]) -> float:

@@ -30,7 +30,7 @@ from vllmd.daemon.memory import RETURN_LIMIT, TOLERANCE, Memory
 from vllmd.engines.base import Call, Engine, Failure, Launch, Listen, Place, Progress
 from vllmd.errors import ConfigError, LauncherFailed, Unavailable, VllmdError
 from vllmd.launcher.client import ExitReport, LauncherClient, Running, StartOrder
-from vllmd.proxy.upstream import request
+from vllmd.proxy.upstream import describe, request
 
 log = logging.getLogger("vllmd.fleet")
 
@@ -41,6 +41,8 @@ LOG_LINES = 200  # kept per engine
 LOG_BACKLOG = 1000  # lines for a reader of the log that does not keep up; the rest it misses
 FREEZE_TOKENS = 64
 FREEZE_LIMIT = 120.0  # seconds
+WATCH_PAUSE, WATCH_FAILURES = 2.0, 2  # seconds between probes of a server that is not ours; when it is gone
+BUSY_POLL = 1.0  # seconds
 REASON_LINES = 12  # of them in a failure's reason
 
 STARTING = Progress("starting")
@@ -68,11 +70,16 @@ class Member:
     report: ExitReport | None = None
     task: asyncio.Task[None] | None = None
     file: LogFile | None = None
+    stop: tuple[str, ...] = ()  # Launch.stop
+    stop_signal: int = signal.SIGTERM
+    self_managed: bool = False
+    ending: bool = False  # it was told to go
     listeners: set[asyncio.Queue[str]] = field(default_factory=set)
 
     def reason(self) -> str:
-        """Why it is gone, with its last words."""
-        return with_last_lines(how_it_ended(self.report), self.last_lines())
+        """Why it is gone, with its last words where they are at hand."""
+        lines, how = self.last_lines(), how_it_ended(self.report)
+        return with_last_lines(how, lines) if lines else how
 
     def last_lines(self) -> list[str]:
         """Its last log lines; the launcher's own copy is the complete one."""
@@ -137,7 +144,8 @@ class Fleet:
             self._post(events.EngineStartFailed(command.model, why))
             return
         self.members[command.model] = member
-        self._run(member, self._start(member, order), lambda why: events.EngineStartFailed(command.model, why))
+        work = self._start(member, order) if order.argv else self._reach(member)
+        self._run(member, work, lambda why: events.EngineStartFailed(command.model, why))
 
     def wake(self, command: commands.WakeEngine) -> None:
         """Begin a wake; ends in EngineAwake or EngineWakeFailed."""
@@ -178,10 +186,35 @@ class Fleet:
             member.running = await asyncio.shield(member.ordered)
         except LauncherFailed as error:
             self._forget(member)
-            return events.EngineStartFailed(name, error.message, permanent=getattr(error, "permanent", False))
+            reason = with_hint(error.message, member.engine.failure([error.message]).hint)
+            return events.EngineStartFailed(name, reason, permanent=getattr(error, "permanent", False))
         log.info("%s: started as pid %d in %s", name, member.running.pid, member.running.unit, extra=of(member))
         await self.follow(member)
         return await self.await_ready(member)
+
+    async def _reach(self, member: Member) -> events.Event:
+        """A server that is not ours has started when it answers; from then on it is watched."""
+        name = member.model.name
+        if failure := await self._call(member, member.engine.ready(member.model)):
+            self._forget(member)
+            return events.EngineStartFailed(name, failure)
+        member.phase, member.ready_after = Progress("ready"), time.monotonic() - member.started
+        self.spawn(self._watch(member))
+        log.info("%s: %s answers", name, describe(member.listen), extra=of(member))
+        return events.EngineReady(name, None)
+
+    async def _watch(self, member: Member) -> None:
+        """Tell when a server that is not ours has stopped answering; nobody else would."""
+        failures, name = 0, member.model.name
+        while failures < WATCH_FAILURES:
+            await asyncio.sleep(WATCH_PAUSE)
+            if self.members.get(name) is not member:
+                return
+            failure = await self._call(member, member.engine.alive(member.model))
+            failures = failures + 1 if failure else 0
+        if self.members.get(name) is member and member.task is None:
+            self._forget(member)
+            self._post(events.EngineExited(name, f"{describe(member.listen)} is gone: {failure}"))
 
     async def await_ready(self, member: Member) -> events.Event:
         """The rest of a start, from whenever it is taken up: ready, dead or out of time."""
@@ -211,7 +244,7 @@ class Fleet:
         if not member.file:
             await self._launcher.unfollow(member.instance)
         await self.annotate(member, state="ready", level="0")
-        held = await self._memory.held(member)
+        held = {} if member.self_managed else await self._memory.held(member)
         log.info("%s: ready after %.1f s", name, member.ready_after, extra=of(member))
         return events.EngineReady(name, _measured(member.engine.footprint(list(member.lines)), held))
 
@@ -224,7 +257,7 @@ class Fleet:
         self._forget(member)
         return events.EngineStartFailed(
             member.model.name,
-            reason,
+            with_hint(reason, failure.hint),
             memory=failure.memory,
             needed=failure.needed,
             permanent=failure.permanent,
@@ -238,7 +271,7 @@ class Fleet:
 
     async def _answers(self, listen: Listen, probe: Call) -> bool:
         try:
-            status, _, _ = await request(listen, probe.method, probe.path, timeout=probe.timeout)
+            status, _, _ = await ask(listen, probe)
         except (OSError, VllmdError):
             return False
         return status == probe.expect
@@ -254,6 +287,7 @@ class Fleet:
 
     async def _sleep(self, member: Member, command: commands.SleepEngine) -> events.Event:
         name = member.model.name
+        await self._finish_work(member)
         before = await self._memory.held(member)
         await self.annotate(member, state="falling_asleep", level=str(command.level))
         failure = await self._call_all(member, member.engine.sleep(command.level, freeze=command.freeze))
@@ -261,6 +295,8 @@ class Fleet:
             return events.EngineSleepFailed(name, failure)
         after = await self._memory.settled(member, before)
         freed = {index: before[index] - after.get(index, 0) for index in before}
+        if member.self_managed:  # what it had is not what it may take, so what came back tells nothing
+            freed = {}
         if freed and max(before.values()) > TOLERANCE > max(freed.values()):
             held = ", ".join(f"{size >> 20} MiB on device {index}" for index, size in after.items())
             why = f"it says that it sleeps, but {RETURN_LIMIT:g} s later it still holds {held}"
@@ -345,7 +381,7 @@ class Fleet:
         return ""
 
     async def _call(self, member: Member, call: Call) -> str:
-        answer = asyncio.ensure_future(request(member.listen, call.method, call.path, call.json, timeout=call.timeout))
+        answer = asyncio.ensure_future(ask(member.listen, call))
         gone = asyncio.ensure_future(member.exited.wait())
         try:
             await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -369,6 +405,8 @@ class Fleet:
             await asyncio.wait({member.ordered})
             if not member.ordered.cancelled() and not member.ordered.exception():
                 member.running = member.ordered.result()
+        if not kill:
+            await self._finish_work(member)
         before, ownerless = await self._memory.held(member), self._memory.ownerless()
         empty = member.running is None or (await self._end(member, kill=kill) and _is_empty(member))
         missing = await self._memory.missing(before, ownerless) if empty else _stuck(member, before)
@@ -377,18 +415,67 @@ class Fleet:
             log.error("%s: its processes could not be ended", member.model.name, extra=of(member))
         return events.EngineStopped(member.model.name, missing)
 
+    async def _finish_work(self, member: Member) -> None:
+        """Let it finish what no open request shows, such as a queue of its own; at most for the drain limit."""
+        probe, limit = member.engine.busy(), member.model.drain_limit
+        until = None if limit is None else time.monotonic() + limit
+        # Its queue is its own: no event of ours could tell when it is empty.
+        while probe and await self._is_busy(member, probe) and (until is None or time.monotonic() < until):  # noqa: ASYNC110
+            await asyncio.sleep(BUSY_POLL)
+
+    async def _is_busy(self, member: Member, probe: Call) -> bool:
+        """Whether a list of the answer is not empty; an engine that does not answer has nothing to finish."""
+        try:
+            status, _, body = await ask(member.listen, probe)
+            answer = json.loads(body) if status == probe.expect else {}
+        except (OSError, VllmdError, ValueError):
+            return False
+        return isinstance(answer, dict) and any(isinstance(value, list) and value for value in answer.values())
+
     async def _end(self, member: Member, *, kill: bool) -> bool:
-        """SIGTERM to the main process only, then the whole cgroup. True once nothing is left."""
+        """Its stop command, or a signal to the main process only; then the whole cgroup. True once nothing is left."""
         if not kill:
-            with contextlib.suppress(LauncherFailed):
-                await self._launcher.signal(member.instance, signal.SIGTERM)
+            await self._tell_to_go(member)
             if await within(member.exited.wait(), member.model.stop_timeout):
                 return True
-            log.warning("%s: still there %.0f s after SIGTERM, killing its cgroup", member.model.name,
+            log.warning("%s: still there %.0f s after it was told to end, killing its cgroup", member.model.name,
                         member.model.stop_timeout, extra=of(member))  # fmt: skip
         with contextlib.suppress(LauncherFailed):
             await self._launcher.kill(member.instance)
         return await within(member.exited.wait(), KILL_LIMIT)
+
+    async def _tell_to_go(self, member: Member) -> None:
+        member.ending = True
+        if member.stop:
+            await self._run_stop(member)
+            return
+        with contextlib.suppress(LauncherFailed):
+            await self._launcher.signal(member.instance, member.stop_signal)
+
+    async def _run_stop(self, member: Member) -> None:
+        """Run the stop command as the engine's user; its end is awaited, what went wrong is logged."""
+        helper = Member(member.model, member.engine, f"{member.instance}-stop", Listen(), Placement(), "")
+        self._strays[helper.instance] = helper
+        try:
+            await self._launcher.start(self._stop_order(member, helper.instance))
+            if not await within(helper.exited.wait(), member.model.stop_timeout):
+                await self._launcher.kill(helper.instance)
+            elif helper.report and helper.report.status != 0:
+                log.warning("%s: its stop command: %s", member.model.name, helper.reason(), extra=of(member))
+        except LauncherFailed as error:
+            log.warning("%s: its stop command: %s", member.model.name, error.message, extra=of(member))
+        finally:
+            self._strays.pop(helper.instance, None)
+
+    def _stop_order(self, member: Member, instance: str) -> StartOrder:
+        home = {"HOME": str(self._paths.home)} if self._paths.home else {}
+        return StartOrder(
+            instance=instance,
+            argv=member.stop,
+            env={**home, **member.model.env},
+            run_dir=str(self._paths.run / instance),
+            description=f"vllmd stops {member.model.name}",
+        )
 
     # -- what the launcher tells ---------------------------------------------------------
 
@@ -399,6 +486,9 @@ class Fleet:
             return
         member.report = report
         member.exited.set()
+        if member.stop and not member.ending:  # its processes may be a container's, which outlives its client
+            member.ending = True
+            self.spawn(self._run_stop(member))
         if member.task is None and member.instance not in self._strays:
             self._forget(member)
             self._post(events.EngineExited(member.model.name, member.reason()))
@@ -518,6 +608,7 @@ class Fleet:
             if port != place.port:
                 self._ports.release(place.port)
         member = Member(model, engine, instance, launch.listen, command.placement, fingerprint(model))
+        member.stop, member.stop_signal, member.self_managed = launch.stop, launch.stop_signal, launch.self_managed
         return member, self._order(member, launch, run_dir)
 
     def _place(self, command: commands.StartEngine, run_dir: Path) -> Place:
@@ -552,6 +643,7 @@ class Fleet:
                 "state": "starting",
                 "level": "0",
                 "run_dir": str(run_dir),
+                "ending": json.dumps([member.stop, member.stop_signal, member.self_managed]),
             },
         )
 
@@ -658,6 +750,16 @@ async def _next_line(queue: asyncio.Queue[str], exited: asyncio.Event) -> str | 
     finally:
         line.cancel()
         gone.cancel()
+
+
+def with_hint(what: str, hint: str) -> str:
+    """``what``, and below it what would help."""
+    return f"{what}\n{hint}" if hint else what
+
+
+async def ask(listen: Listen, call: Call) -> tuple[int, Any, bytes]:
+    """Make a call. Raises UpstreamFailed."""
+    return await request(listen, call.method, call.path, call.json, timeout=call.timeout, headers=call.headers)
 
 
 async def within(awaitable: Awaitable[Any], seconds: float) -> bool:

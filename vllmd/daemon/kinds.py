@@ -45,6 +45,10 @@ def _tried(model: ModelConfig) -> Engine:
     engine.routes(model)
     engine.served_name(model)
     engine.asleep()
+    engine.busy()
+    engine.headers()
+    engine.device_count(model)
+    engine.alive(model)
     return engine
 
 

@@ -79,6 +79,9 @@ class Memory:
         if sample is None:
             return None
         strangers, models = attribute(sample, {name: _pids(member) for name, member in members.items()}, expected)
+        for (name, index), size in models.items():
+            if name in members and members[name].self_managed:  # what it does not hold now it may take any time
+                models[name, index] = max(size, expected.get((name, index), 0))
         return events.MemorySampled(strangers, models, dict(sample.failed))
 
     async def held(self, member: Member) -> dict[int, int]:

@@ -55,8 +55,7 @@ def _prospect(model: ModelConfig, machine: Machine, engine_of: Callable[[ModelCo
 
 def _refusal(model: ModelConfig, engine: Engine, machine: Machine) -> str:
     """What its engine says against its settings, found by composing a start that is not carried out."""
-    count = model.tensor_parallel_size * model.pipeline_parallel_size
-    devices = machine.devices[:count]
+    devices = machine.devices[: engine.device_count(model)]
     place = Place(
         run_dir=machine.run_dir / "check-000000",
         device_ids=tuple(device.id for device in devices),

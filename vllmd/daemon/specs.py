@@ -16,7 +16,7 @@ def spec_of(model: ModelConfig, engine: Engine, told: Estimate) -> ModelSpec:
         footprint=told.footprint,
         weights=told.weights,
         settings=fingerprint(model),
-        device_count=model.tensor_parallel_size * model.pipeline_parallel_size,
+        device_count=engine.device_count(model),
         devices=model.devices,
         sleep_levels=engine.sleep_levels(model),
         idle=model.idle,

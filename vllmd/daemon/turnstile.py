@@ -71,7 +71,8 @@ class Turnstile:
         if model not in self._targets:
             config = self._models[model]
             engine = self._engine_of(config)
-            self._targets[model] = Target(model, engine.served_name(config), engine.routes(config))
+            served, routes = engine.served_name(config), engine.routes(config)
+            self._targets[model] = Target(model, served, routes, engine.headers())
         return self._targets[model]
 
     async def enter(self, model: str, key: str, request_id: str) -> Passage:

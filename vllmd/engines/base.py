@@ -3,7 +3,7 @@
 An engine never does anything itself: it says what to run and which HTTP calls
 mean what, the daemon carries it out. Third parties register theirs in the
 entry-point group ``vllmd.engines``; of the contract they may leave out
-``alive``, ``busy`` and ``device_count``, for which ``Plain`` has the defaults.
+``alive``, ``busy``, ``device_count`` and ``headers``, for which ``Plain`` has the defaults.
 """
 
 from __future__ import annotations
@@ -122,6 +122,9 @@ class Engine(Protocol):
 
     def device_count(self, model: ModelConfig) -> int:
         """How many devices it takes; 0 for one that needs none."""
+
+    def headers(self) -> Sequence[tuple[str, str]]:
+        """Fields that every request to it needs: a remote's key."""
 
     def sleep(self, level: int, *, freeze: bool) -> Sequence[Call]:
         """The ordered calls that put it to sleep; ``freeze`` keeps running requests."""

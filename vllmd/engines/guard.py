@@ -86,6 +86,11 @@ class Guarded:
             return Plain().device_count(model)
         return self._checked(int, "device_count", lambda: self._engine.device_count(model))
 
+    def headers(self) -> Sequence[tuple[str, str]]:
+        if not hasattr(self._engine, "headers"):
+            return ()
+        return attempt(self.kind, "headers", lambda: tuple(self._engine.headers()))
+
     def sleep(self, level: int, *, freeze: bool) -> Sequence[Call]:
         return attempt(self.kind, "sleep", lambda: tuple(self._engine.sleep(level, freeze=freeze)))
 

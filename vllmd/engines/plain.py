@@ -53,6 +53,10 @@ class Plain:
         """As many as the model is split over."""
         return model.tensor_parallel_size * model.pipeline_parallel_size
 
+    def headers(self) -> Sequence[tuple[str, str]]:
+        """None."""
+        return ()
+
     def sleep(self, level: int, *, freeze: bool) -> Sequence[Call]:
         """Nothing: it has no such level."""
         return ()

@@ -149,6 +149,10 @@ class Vllm:
         """As many as it is split over."""
         return model.tensor_parallel_size * model.pipeline_parallel_size
 
+    def headers(self) -> Sequence[tuple[str, str]]:
+        """None."""
+        return ()
+
     def sleep(self, level: int, *, freeze: bool) -> Sequence[Call]:
         """One call. Requests in flight finish first, or (``freeze``) stay as they are and go on after the wake."""
         mode = "keep" if freeze else "wait"

@@ -16,7 +16,8 @@ from vllmd.proxy.http import Request
 class Address(Protocol):
     """Where an upstream listens: a Unix socket path, or (when that is "") a host and port.
 
-    ``vllmd.engines.base.Listen`` is one.
+    ``tls``: "" for plain HTTP, ``system`` or the path of a file with the certificates to trust.
+    ``prefix``: what stands before every path. ``vllmd.engines.base.Listen`` is one.
     """
 
     @property
@@ -25,6 +26,10 @@ class Address(Protocol):
     def host(self) -> str: ...
     @property
     def port(self) -> int: ...
+    @property
+    def tls(self) -> str: ...
+    @property
+    def prefix(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +74,8 @@ class Gate(Protocol):
         """Wait until the request may go. Cancelled when the client leaves.
 
         ``request_id`` is the proxy's own and unique, not the client's. Raises a VllmdError when the
-        request is refused. A cancelled or failed ``enter`` owes no ``done``.
+        request is refused. A cancelled or failed ``enter`` owes no ``done``. What it does before it first waits,
+        it does outside any task: no ``asyncio.timeout`` there.
         """
 
     def loading(self, model: str) -> str:
