@@ -7,7 +7,9 @@ Nothing of the daemon is imported here.
 """
 
 from vllmd.client.asynchronous import AsyncClient
+from vllmd.client.engine_args import VLLMEngineArgs
 from vllmd.client.errors import AnswerError, StreamFailed, TimedOut, Unreachable
+from vllmd.client.servers import ServerManager
 from vllmd.client.sync import Client
 from vllmd.errors import VllmdError
 
@@ -18,9 +20,11 @@ __all__ = [
     "AnswerError",
     "AsyncClient",
     "Client",
+    "ServerManager",
     "StreamFailed",
     "TimedOut",
     "Unreachable",
+    "VLLMEngineArgs",
     "VLLMProxyAsyncClient",
     "VLLMProxyClient",
     "VllmdError",

@@ -1,0 +1,304 @@
+"""``ServerManager``: a served model for as long as a program needs it, shared with whoever else needs it."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+import time
+import warnings
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from vllmd.client import locate
+from vllmd.client.address import Address
+from vllmd.client.doorway import Doorway
+from vllmd.client.engine_args import VLLMEngineArgs
+from vllmd.client.errors import TimedOut, Unreachable
+from vllmd.client.holding import Holding
+from vllmd.client.private import HOUSEHOLD, PrivateDaemon
+from vllmd.client.sync import Client
+from vllmd.errors import Conflict, EngineFailed, Unavailable, VllmdError
+
+if TYPE_CHECKING:
+    import openai
+
+log = logging.getLogger("vllmd.client")
+
+MODES = ("delay", "never", "directly")
+LOOK = 0.1  # seconds between looks at a model that is on its way
+STOP_LIMIT = 60.0  # seconds for a model to be gone
+ANSWER = 30.0  # seconds for the daemon to answer what it need not wait for
+GONE = frozenset({"stopped", "error"})
+DELAY = 60.0  # seconds
+
+
+class ServerManager:
+    """Has a model served through the machine's vllmd, or through a private one where none runs.
+
+    With ``auto_terminate`` "delay" the model goes ``resource_timeout`` seconds after the ``with`` block, with
+    "directly" at its end, with "never" at the end of the program; always only if nobody else holds it, and its
+    requests are finished first. ``address`` and ``api_key`` (with the scope admin) name a vllmd instead of looking
+    for one, ``settings`` are more settings of the model and ``daemon_settings`` those of a private vllmd, both as in
+    vllmd.yaml(5).
+    """
+
+    def __init__(
+        self,
+        engine_args: Any,
+        server_name: str | None = None,
+        auto_terminate: str = "delay",
+        verbose: bool = False,
+        resource_timeout: float = DELAY,
+        server_startup_timeout: float = 300,
+        *,
+        address: str | None = None,
+        api_key: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        daemon_settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        if auto_terminate not in MODES:
+            raise ValueError(f"auto_terminate is one of {', '.join(MODES)}, not {auto_terminate!r}")
+        self.engine_args = VLLMEngineArgs.of(engine_args)
+        self.server_name = server_name or self.engine_args.name
+        self.auto_terminate, self.verbose, self.resource_timeout = auto_terminate, verbose, resource_timeout
+        self.failure = ""  # why the last start failed
+        self._settings = {**self.engine_args.settings(), "start_timeout": server_startup_timeout, **(settings or {})}
+        self._startup_timeout = server_startup_timeout
+        self._address = Address.of(address) if address else None
+        self._key = api_key or os.environ.get("VLLMD_API_KEY")
+        self._daemon_settings = daemon_settings or {}
+        self._private: PrivateDaemon | None = None
+        self._client: Client | None = None
+        self._holding: Holding | None = None
+        self._doorway: Doorway | None = None
+        self._listen: list[str] = []
+        self._lock = threading.RLock()
+
+    # -- a life --------------------------------------------------------------------------------
+
+    def start(self) -> bool:
+        """Load the model, and wait until it serves. False if it does not; ``failure`` tells why."""
+        try:
+            self._start()
+        except VllmdError as error:
+            self.failure = error.message
+            log.error("%s does not serve: %s", self.server_name, error.message)
+            self._say(f"does not serve: {error.message}")
+            return False
+        return True
+
+    def stop(self) -> None:
+        """Give the model up now; it is gone on return unless somebody else holds it. Harmless if it was."""
+        with self._lock:
+            atexit.unregister(self._at_exit)
+            holding, self._holding = self._holding, None
+            if holding:
+                self._end(holding)
+            self._close()
+
+    def reset_shutdown_timer(self, seconds: float) -> None:
+        """Give the model up ``seconds`` from now; replaces an earlier countdown. Raises Conflict if it was not started.
+
+        Requests in flight then are finished first.
+        """
+        with self._lock:
+            if self._holding is None:
+                raise Conflict(f"{self.server_name} was not started")
+            self._holding.count_down(seconds)
+
+    @property
+    def remaining_time(self) -> float | None:
+        """Seconds left of a countdown; None if there is none."""
+        return self._holding.remaining if self._holding else None
+
+    @property
+    def running(self) -> bool:
+        """Whether it is served at this moment, awake or asleep."""
+        with self._lock:
+            try:
+                return self._client is not None and self._line()["state"] not in GONE
+            except VllmdError:
+                return False
+
+    def __enter__(self) -> ServerManager:
+        self._start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.auto_terminate == "directly":
+            self.stop()
+        elif self.auto_terminate == "delay" and self._holding and self._holding.kept:
+            self.reset_shutdown_timer(self.resource_timeout)
+
+    # -- its users -----------------------------------------------------------------------------
+
+    @property
+    def base_url(self) -> str:
+        """Where OpenAI's API is, without ``/v1``. Raises Conflict if it was not started."""
+        if self._doorway:
+            return f"http://127.0.0.1:{self._doorway.port}"
+        if self._client is None:
+            raise Conflict(f"{self.server_name} was not started")
+        if not self._client.address.socket:
+            return self._client.address.url
+        if not self._listen:
+            raise Conflict(f"the vllmd at {self._client.address} listens on no TCP address: add one to server.listen")
+        return f"http://{self._listen[0]}"
+
+    def make_client(
+        self, host: str | None = None, port: int | None = None, api_key: str | None = None
+    ) -> openai.OpenAI:
+        """The official client, pointed at the model's server. Raises ImportError if it is not installed."""
+        try:
+            import openai
+        except ImportError:
+            what = "make_client() returns the official client, which is not installed: pip install openai"
+            raise ImportError(what) from None
+        base = f"http://{host or 'localhost'}:{port}" if port else self.base_url
+        return openai.OpenAI(base_url=f"{base}/v1", api_key=api_key or self._key or "EMPTY")
+
+    # -- within --------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        with self._lock:
+            self.failure = ""
+            try:
+                self._connect()
+                self._load(time.monotonic() + self._startup_timeout)
+                self._open_doorway()
+            except BaseException:
+                self.stop()
+                raise
+            atexit.unregister(self._at_exit)
+            atexit.register(self._at_exit)
+
+    def _connect(self) -> None:
+        """Find a daemon, and hold the model there."""
+        if self._private and not self._private.running:
+            self._close()
+            self._holding = None
+        if self._client is None:
+            address = self._address or locate.find()
+            if address is None:
+                self._private = HOUSEHOLD.join(self, self._daemon_settings)
+                address = self._private.address
+                self._say(f"no vllmd runs here: started a private one, pid {self._private.pid}")
+            self._client = Client(f"unix:{address.socket}" if address.socket else address.url, self._key, ANSWER)
+        self._introduce()
+        if self._holding is None:
+            self._holding = Holding(self._client, self.server_name, self._introduce)
+        self._holding.keep()
+
+    def _introduce(self) -> None:
+        """Make the model known; what is not as asked for, since others use it, is said."""
+        try:
+            known = self._asked().put_model(self.server_name, self._settings)
+        except Unreachable:
+            if self._private:
+                self._private.check(within=1.0)
+            raise
+        self._listen = [str(each) for each in known["listen"]]
+        if known["differs"]:
+            by = "is configured" if known["configured"] else "is in use already"
+            what = f"{self.server_name} {by} with other settings, which count: {', '.join(known['differs'])}"
+            warnings.warn(what, stacklevel=2)
+
+    def _load(self, deadline: float) -> None:
+        """Raises EngineFailed, Unavailable, TimedOut."""
+        began, shown = time.monotonic(), ""
+        line = self._asked().load_model(self.server_name, wait=False)
+        while line["state"] != "running":
+            if line["state"] == "error":
+                raise EngineFailed(line["failure"])
+            if line["state"] == "stopped" and not line["waiting_for"]:
+                raise Unavailable(f"{self.server_name} was stopped while it was loaded: {line['failure']}")
+            if time.monotonic() > deadline:
+                raise TimedOut(f"{self.server_name} was not ready within {self._startup_timeout:g} s: {_story(line)}")
+            if _story(line) != shown:
+                shown = _story(line)
+                self._say(shown)
+            time.sleep(LOOK)
+            line = self._line()
+        self._say(f"ready after {time.monotonic() - began:.1f} s")
+
+    def _line(self) -> dict[str, Any]:
+        """The model's line of the daemon's status."""
+        if self._private:
+            self._private.check()
+        for line in self._asked().status()["models"]:
+            if line["name"] == self.server_name or self.server_name in line["config"].get("aliases", ()):
+                return dict(line)
+        raise Unavailable(f"vllmd does not know {self.server_name} any more")
+
+    def _asked(self) -> Client:
+        if self._client is None:
+            raise Conflict(f"{self.server_name} was not started")
+        return self._client
+
+    def _open_doorway(self) -> None:
+        """Answer at the port that was asked for, too."""
+        port = self.engine_args.arguments.get("port")
+        if port is not None and self._doorway is None:
+            self._doorway = Doorway(int(port), self._target())
+            self._say(f"answers at port {port}")
+
+    def _target(self) -> tuple[str, int]:
+        parts = urlsplit(self.base_url)
+        if parts.scheme != "http":
+            raise Conflict(f"port cannot lead to {self.base_url}, which is encrypted: leave port out")
+        return parts.hostname or "localhost", parts.port or 80
+
+    def _end(self, holding: Holding) -> None:
+        try:
+            holding.give_back()
+            self._await_gone(time.monotonic() + STOP_LIMIT)
+        except VllmdError as error:
+            holding.forget()
+            log.warning("%s could not be given up, its lease will run out: %s", self.server_name, error.message)
+
+    def _await_gone(self, deadline: float) -> None:
+        """Wait until it is stopped, unless somebody else holds it."""
+        while time.monotonic() < deadline:
+            line = self._line()
+            if line["state"] in GONE or line["leases"] or line["pinned"]:
+                self._say(f"given up; it is {line['state']}")
+                return
+            time.sleep(LOOK)
+
+    def _close(self) -> None:
+        if self._doorway:
+            self._doorway.close()
+        if self._client:
+            self._client.close()
+        if self._private:
+            HOUSEHOLD.leave(self)
+        self._doorway, self._client, self._private = None, None, None
+
+    def _at_exit(self) -> None:
+        """The program ends: give it up, unless a countdown runs at a daemon that goes on without us."""
+        holding = self._holding
+        if holding and self._private is None and holding.remaining is not None:
+            return
+        try:
+            if holding and self._private is None:
+                holding.give_back()
+        except (VllmdError, RuntimeError):  # its lease runs out by itself
+            pass
+        finally:
+            self._close()
+
+    def _say(self, what: str) -> None:
+        if self.verbose:
+            print(f"{self.server_name}: {what}", flush=True)
+
+
+def _story(line: Mapping[str, Any]) -> str:
+    """``starting: loading weights`` and the like."""
+    parts = (line["state"], line.get("phase"), line.get("detail"), line.get("waiting_for"))
+    return ": ".join(str(part) for part in parts if part)
