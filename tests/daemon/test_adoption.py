@@ -1,0 +1,201 @@
+"""What a new daemon makes of the engines that an old one left, by their notes and by their own word."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from tests.daemon.rig import FakeEngine, Rig, soon, tell
+from vllmd.config.types import ModelConfig
+from vllmd.core import events
+from vllmd.core.types import Placement, State
+from vllmd.daemon import adoption, fleet
+from vllmd.daemon.adoption import Found, adopt_all, examine
+from vllmd.daemon.fleet import fingerprint
+from vllmd.daemon.kinds import Kinds
+from vllmd.engines.base import Listen
+from vllmd.launcher.client import Running
+
+REFUSES = "refuses"
+
+
+@pytest.fixture(autouse=True)
+def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is waited for in vain is not waited for long."""
+    monkeypatch.setattr(adoption, "RESOLVE_LIMIT", 0.2)
+    monkeypatch.setattr(adoption, "RESOLVE_POLL", 0.02)
+    monkeypatch.setattr(adoption, "STRAY_LIMIT", 0.1)
+    monkeypatch.setattr(fleet, "KILL_LIMIT", 0.1)
+
+
+def notes(model: ModelConfig, socket: Path, **more: str) -> dict[str, str]:
+    """What the fleet leaves beside a cgroup."""
+    return {
+        "model": model.name,
+        "listen": json.dumps(asdict(Listen(uds=str(socket)))),
+        "devices": "[0]",
+        "fingerprint": fingerprint(model),
+        "state": "ready",
+        "level": "0",
+        "idle_since": f"{time.time() - 100:.0f}",
+        **more,
+    }
+
+
+async def found(rig: Rig, folder: Path, noted: Mapping[str, str], asleep: bool | str, *, ending: bool = False) -> Found:
+    """What is found of an engine with these notes that says that it sleeps, that it does not, or nothing."""
+    engine = FakeEngine(rig.gpu, str(folder / "e.sock"), asleep=asleep is True)
+    if asleep != REFUSES:
+        await engine.open()
+    noted = {**notes(rig.model, folder / "e.sock"), **noted}
+    running = Running("m-000001", 1, "vllmd-model-m-000001.scope", metadata=noted, ending=ending)
+    try:
+        return await soon(examine(running, {"m": rig.model}, Kinds()))  # type: ignore[no-any-return]
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    ("noted", "asleep", "state", "level"),
+    [
+        ({"state": "starting"}, REFUSES, State.STARTING, 0),
+        ({"state": "ready"}, False, State.READY, 0),
+        ({"state": "sleeping", "level": "1"}, True, State.SLEEPING, 1),
+        ({"state": "sleeping", "level": "2"}, True, State.SLEEPING, 2),
+        ({"state": "falling_asleep", "level": "1"}, True, State.SLEEPING, 1),
+        ({"state": "waking", "level": "1"}, False, State.READY, 0),
+    ],
+)
+def test_notes_and_engine_agree(
+    tmp_path: Path, noted: dict[str, str], asleep: bool | str, state: State, level: int
+) -> None:
+    """It goes on in the state that it is in."""
+
+    async def story(rig: Rig) -> None:
+        what = await found(rig, tmp_path, noted, asleep)
+        assert (what.state, what.level, what.why) == (state, level, "")
+        assert what.member.placement == Placement((0,))
+        if state is not State.STARTING:
+            assert 99 < what.idle < 110  # its idle clock runs on
+
+    tell(story, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("noted", "asleep", "why"),
+    [
+        ({"state": "ready"}, True, "expected it awake, it said True"),
+        ({"state": "ready"}, REFUSES, "expected it awake, it said"),
+        ({"state": "sleeping", "level": "1"}, False, "expected it asleep, it said False"),
+        ({"state": "falling_asleep", "level": "1"}, False, "expected it asleep"),
+        ({"state": "waking", "level": "2"}, False, "it was left waking, at level 2"),
+        ({"state": "dancing"}, False, "it was left dancing"),
+        ({"model": "other"}, False, "no longer configured"),
+        ({"fingerprint": "0"}, False, "settings have changed"),
+        ({"level": "x"}, False, "its notes are unreadable (ValueError"),
+        ({"listen": "{"}, False, "its notes are unreadable"),
+        ({"listen": '{"pipe": 1}'}, False, "its notes are unreadable"),
+        ({"devices": "3"}, False, "its notes are unreadable"),
+    ],
+)
+def test_what_does_not_fit_together_has_to_go(tmp_path: Path, noted: dict[str, str], asleep: bool, why: str) -> None:
+    """A full stop is always right."""
+
+    async def story(rig: Rig) -> None:
+        what = await found(rig, tmp_path, noted, asleep)
+        assert what.state is None
+        assert why in what.why
+
+    tell(story, tmp_path)
+
+
+def test_an_engine_on_its_way_out_is_not_waited_for(tmp_path: Path) -> None:
+    """Its main process has ended already."""
+
+    async def story(rig: Rig) -> None:
+        what = await found(rig, tmp_path, {}, REFUSES, ending=True)
+        assert (what.state, what.why) == (None, "it is ending already")
+
+    tell(story, tmp_path)
+
+
+def test_idle_clocks_survive_nonsense(tmp_path: Path) -> None:
+    """A clock in the future, or no clock: idle since now."""
+
+    async def story(rig: Rig) -> None:
+        for clock in ("x", f"{time.time() + 1000}"):
+            assert (await found(rig, tmp_path, {"idle_since": clock}, False)).idle == 0
+
+    tell(story, tmp_path)
+
+
+async def _left(rig: Rig, **more: str) -> Running:
+    """An engine that an earlier daemon left running."""
+    await rig.ready()
+    rig.fleet.members.clear()
+    noted = {**rig.launcher.notes[rig.instance], **more}
+    return Running(rig.instance, 1, f"vllmd-model-{rig.instance}.scope", metadata=noted)
+
+
+def test_adopted_engines_are_told_to_the_core(tmp_path: Path) -> None:
+    """And answer its commands."""
+
+    async def story(rig: Rig) -> None:
+        running = await _left(rig)
+        await soon(adopt_all(rig.fleet, [running], {"m": rig.model}, Kinds(), rig.posted.put_nowait))
+        adopted = await rig.event()
+        assert isinstance(adopted, events.EngineAdopted)
+        assert (adopted.model, adopted.state) == ("m", State.READY)
+        rig.launcher.exit(rig.instance, 1)
+        assert isinstance(await rig.event(), events.EngineExited)
+
+    tell(story, tmp_path)
+
+
+def test_an_adopted_start_goes_on(tmp_path: Path) -> None:
+    """It becomes ready under the new daemon."""
+
+    async def story(rig: Rig) -> None:
+        running = await _left(rig, state="starting")
+        await soon(adopt_all(rig.fleet, [running], {"m": rig.model}, Kinds(), rig.posted.put_nowait))
+        adopted = await rig.event()
+        assert isinstance(adopted, events.EngineAdopted)
+        assert adopted.state is State.STARTING
+        assert isinstance(await rig.event(), events.EngineReady)
+
+    tell(story, tmp_path)
+
+
+@pytest.mark.parametrize("odd", ["a second one", "no such device"])
+def test_what_cannot_be_kept_is_ended(tmp_path: Path, odd: str) -> None:
+    """Two engines of one model, or one on a device that is gone."""
+
+    async def story(rig: Rig) -> None:
+        running = await _left(rig, **({"devices": "[7]"} if odd == "no such device" else {}))
+        twice = [running, replace(running)] if odd == "a second one" else [running]
+        await soon(adopt_all(rig.fleet, twice, {"m": rig.model}, Kinds(), rig.posted.put_nowait))
+        assert rig.launcher.signals == ["SIGTERM"]
+        assert not rig.launcher.engines
+
+    tell(story, tmp_path)
+
+
+def test_nobody_waits_long_for_an_engine_that_does_not_end(tmp_path: Path) -> None:
+    """The others are served meanwhile; it is killed in the background."""
+
+    async def story(rig: Rig) -> None:
+        running = await _left(rig, fingerprint="another")
+        rig.launcher.deaf = {"SIGTERM"}
+        rig.configure(stop_timeout=0.5)
+        running = replace(running, metadata={**running.metadata})
+        await soon(adopt_all(rig.fleet, [running], {"m": rig.model}, Kinds(), rig.posted.put_nowait))
+        assert rig.launcher.signals == ["SIGTERM"]
+        await rig.nothing_more()
+        assert rig.launcher.signals == ["SIGTERM", "SIGKILL"]
+
+    tell(story, tmp_path)

@@ -1,0 +1,77 @@
+"""The cache of learnt figures: kept whole or not at all, and never believed blindly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vllmd.core.costs import CostBook
+from vllmd.core.types import Footprint, GiB, ModelSpec, Source
+from vllmd.daemon.learnt import Learnt
+
+
+def learnt(path: Path | None) -> Learnt:
+    cache = Learnt(path)
+    cache.load()
+    return cache
+
+
+def test_what_was_learnt_is_there_the_next_time(tmp_path: Path) -> None:
+    """Through the file and the core's own cost book."""
+    spec = ModelSpec("m", Footprint(20 * GiB, 20 * GiB), settings="s")
+    book = CostBook()
+    book.open(spec).footprint = Footprint(22 * GiB, 21 * GiB, GiB, 0, Source.MEASURED)
+    cache = learnt(tmp_path / "learnt.json")
+    cache.costs = book.to_dict()
+    cache.save()
+    again = CostBook.from_dict(learnt(tmp_path / "learnt.json").costs)
+    assert again.open(spec).footprint == Footprint(22 * GiB, 21 * GiB, GiB, 0, Source.MEASURED)
+
+
+def test_other_settings_forget_what_was_measured(tmp_path: Path) -> None:
+    """Else a model made smaller could be refused for ever for what it once took."""
+    book = CostBook()
+    footprint = Footprint(20 * GiB, 20 * GiB)
+    book.open(ModelSpec("m", footprint, settings="long")).footprint = Footprint(90 * GiB, 90 * GiB)
+    again = CostBook.from_dict(book.to_dict())
+    assert again.open(ModelSpec("m", footprint, settings="short")).footprint is None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"costs": 3}', '{"costs": null}', "\x00\xff", '{"other": {}}']
+)
+def test_a_damaged_file_counts_as_none(tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It is said, and everything is learnt anew."""
+    path = tmp_path / "learnt.json"
+    path.write_text(text)
+    cache = learnt(path)
+    assert cache.costs == {}
+    assert "it is damaged" in caplog.text
+    cache.costs = {"m": {}}
+    cache.save()
+    assert learnt(path).costs == {"m": {}}
+
+
+def test_figures_that_cannot_be_are_passed_over() -> None:
+    """Negative memory would make room out of nothing."""
+    damaged = {"m": {"seconds": {}, "of": "", "asked": 0, "footprint": [-1, 5, 0, 0]}}
+    assert CostBook.from_dict(damaged).open(ModelSpec("m", Footprint(1, 1))).footprint is None
+
+
+def test_a_folder_that_cannot_be_written_costs_only_the_figures(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A full or read-only disk must not take the daemon down."""
+    cache = learnt(tmp_path / "absent" / "learnt.json")
+    cache.costs = {"m": {}}
+    cache.save()
+    assert "cannot keep learnt figures" in caplog.text
+
+
+def test_without_a_folder_nothing_is_kept() -> None:
+    """By hand, without systemd, there may be none."""
+    cache = learnt(None)
+    cache.costs = {"m": {}}
+    cache.save()
+    assert learnt(None).costs == {}

@@ -1,0 +1,142 @@
+"""Samples: attributed, bounded in time, and compared after an engine's end."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Iterable
+from pathlib import Path
+
+import pytest
+
+from vllmd.core.types import Device, GiB, Placement
+from vllmd.daemon import memory
+from vllmd.daemon.memory import Memory
+from vllmd.gpu import DeviceSample, Sample
+
+
+class Scripted:
+    """One device whose readings are given; the last one is repeated."""
+
+    source = note = "scripted"
+    notes = ()
+    readable = True
+
+    def __init__(self, readings: Iterable[Sample | Exception | threading.Event]) -> None:
+        self._readings = list(readings)
+        self.reads = 0
+
+    def inventory(self) -> tuple[Device, ...]:
+        return (Device(0, "0", 80 * GiB),)
+
+    def sample(self) -> Sample:
+        self.reads += 1
+        reading = self._readings.pop(0) if len(self._readings) > 1 else self._readings[0]
+        if isinstance(reading, threading.Event):
+            reading.wait(5)
+            return Sample()
+        if isinstance(reading, Exception):
+            raise reading
+        return reading
+
+    def close(self) -> None: ...
+
+
+def used(size: int, *, unsized: frozenset[int] = frozenset(), hides: bool = False) -> Sample:
+    """So much in use, and owned by no process."""
+    return Sample({0: DeviceSample(80 * GiB, size, 80 * GiB - size, {}, unsized, hides)})
+
+
+@pytest.fixture(autouse=True)
+def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is waited for in vain is not waited for long."""
+    monkeypatch.setattr(memory, "SAMPLE_LIMIT", 0.1)
+    monkeypatch.setattr(memory, "RETURN_LIMIT", 0.1)
+    monkeypatch.setattr(memory, "RETURN_POLL", 0.01)
+
+
+def told(story: Callable[[], Awaitable[None]]) -> None:
+    async def run() -> None:
+        await asyncio.wait_for(story(), 10)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("after", "missing"),
+    [
+        ([used(0)], {}),
+        ([used(20 * GiB)], {0: 20 * GiB}),
+        ([used(20 * GiB), used(20 * GiB), used(GiB // 8)], {}),  # it takes a moment
+        ([used(70 * GiB)], {0: 50 * GiB}),  # more than it had is not its own
+        ([used(20 * GiB, unsized=frozenset({7}))], {}),  # somebody's, of unknown size
+        ([used(20 * GiB, hides=True)], {}),  # processes cannot be seen: nothing can be concluded
+        ([Sample(failed={0: "lost"})], {}),
+        ([RuntimeError("driver")], {}),
+    ],
+)
+def test_what_is_missing_after_an_end(after: list[Sample], missing: dict[int, int]) -> None:
+    """Only what nobody owns, that was its own, and that does not come back in time."""
+
+    async def story() -> None:
+        devices = Scripted(after)
+        assert await Memory(devices).missing({0: 50 * GiB}, {0: 0}) == missing
+
+    told(story)
+
+
+def test_what_nobody_owned_before_is_not_missing() -> None:
+    """The driver keeps something for itself."""
+
+    async def story() -> None:
+        assert await Memory(Scripted([used(GiB)])).missing({0: 50 * GiB}, {0: GiB}) == {}
+
+    told(story)
+
+
+def test_what_held_nothing_misses_nothing() -> None:
+    """And the devices are not asked."""
+
+    async def story() -> None:
+        devices = Scripted([used(20 * GiB)])
+        assert await Memory(devices).missing({}, {}) == {}
+        assert devices.reads == 0
+
+    told(story)
+
+
+def test_a_driver_that_hangs_is_given_up_and_not_asked_again(caplog: pytest.LogCaptureFixture) -> None:
+    """One stuck thread is enough; everybody else goes on."""
+
+    async def story() -> None:
+        stuck = threading.Event()
+        devices = Scripted([stuck, used(GiB)])
+        subject = Memory(devices)
+        assert await subject.sample() is None
+        assert await subject.sample() is None
+        assert devices.reads == 1
+        stuck.set()
+        assert subject._reading
+        await asyncio.wait({subject._reading})
+        assert await subject.sample() is not None
+
+    told(story)
+    assert "did not answer" in caplog.text
+
+
+def test_what_cannot_be_read_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever a driver's library throws."""
+
+    async def story() -> None:
+        assert await Memory(Scripted([RuntimeError("NVML: unknown error")])).report({}, {}) is None
+
+    told(story)
+    assert "NVML: unknown error" in caplog.text
+
+
+def test_files_of_a_placement_are_all_or_none() -> None:
+    """A stand-in that holds part of its memory nowhere would be worse than one that holds none."""
+    subject = Memory(Scripted([Sample()]), {0: Path("/gpu0")})
+    assert subject.files_of(Placement((0,))) == ("/gpu0",)
+    assert subject.files_of(Placement((0, 1))) == ()
+    assert subject.files_of(Placement()) == ()
