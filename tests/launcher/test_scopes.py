@@ -152,7 +152,7 @@ async def test_a_scope_that_is_not_made_in_time_releases_nobody(site: Machine) -
 
 
 async def test_a_name_in_use_is_refused_and_free_after_the_end(site: Machine) -> None:
-    """The end is reported only when systemd has forgotten the unit, so the name can be taken again at once."""
+    """A name can be taken again at once: the next start waits until systemd has forgotten the unit."""
     name = fresh()
     async with driving(site) as driver:
         for _ in range(10):

@@ -6,8 +6,8 @@
       | the error pipe is closed by the exec: answer Started
     RUNNING
       | the main process ended
-    ENDING     the rest gets GRACE seconds, then SIGKILL; when the group is empty the
-               unit is retired, the log's tail read unless the end was asked for, and the end reported
+    ENDING     the rest gets GRACE seconds, then SIGKILL; when the group is empty the unit is
+               retired and the end reported: at once if it was asked for, else with the log's tail
 
 A failure or the time limit leads from PLACING and EXECUTING to ENDING as well,
 with SIGKILL at once; the answer is then Failed, after everything is gone.
@@ -78,6 +78,8 @@ class Engine:
     ending: Ending | None = None
     retiring: bool = False
     asked_to_end: bool = False
+    told: bool = False  # its end has been reported; only systemd has not forgotten the unit yet
+    successor: tuple[StartOrder, Answer] | None = None  # ordered meanwhile under the same name
     timer: Timer | None = None
 
     def running(self) -> Running:
@@ -112,6 +114,10 @@ class Supervisor:
 
     def start(self, order: StartOrder, answer: Answer) -> None:
         """Start an engine. ``answer`` is called once, now or later."""
+        namesake = self._engines.get(order.instance)
+        if namesake and namesake.told and not namesake.successor:
+            namesake.successor = (order, answer)
+            return None
         try:
             user = self._user(order.user)
             self._check_free(order.instance)
@@ -165,7 +171,7 @@ class Supervisor:
 
     def list(self) -> list[Running]:
         """Those that run, or whose end has yet to be reported; one that is still starting is not among them."""
-        return [engine.running() for engine in self._engines.values() if not engine.answer]
+        return [engine.running() for engine in self._engines.values() if not engine.answer and not engine.told]
 
     def adopt(self) -> None:
         """Take over what an earlier launcher left: main processes by number and start time, the rest to be ended."""
@@ -297,10 +303,12 @@ class Supervisor:
 
     def _check_gone(self, engine: Engine) -> None:
         if engine.phase is Phase.ENDING and engine.ending and (engine.group is None or engine.group.empty()):
+            if engine.asked_to_end and not engine.answer:
+                self._tell(engine)
             self._retire(engine)
 
     def _retire(self, engine: Engine) -> None:
-        """Every process is gone (or cannot be killed): free the unit's name, then tell."""
+        """Every process is gone (or cannot be killed): free the unit's name."""
         if engine.retiring:
             return
         engine.retiring = True
@@ -322,14 +330,23 @@ class Supervisor:
 
     def _gone(self, engine: Engine, log_tail: tuple[str, ...]) -> None:
         del self._engines[engine.instance]
-        ending = engine.ending or Ending()
-        empty = engine.group is None or engine.group.empty()
-        oom = engine.group is not None and engine.group.oom_killed()
-        self._release(engine)
         if engine.answer:
             _answer(engine, engine.failure or Failed("it ended before it was started"))
         else:
-            self._report(ExitReport(engine.instance, ending.status, ending.signal, empty, oom, log_tail))
+            self._tell(engine, log_tail)
+        self._release(engine)
+        if engine.successor:
+            self.start(*engine.successor)
+
+    def _tell(self, engine: Engine, log_tail: tuple[str, ...] = ()) -> None:
+        """Report the end, once."""
+        if engine.told:
+            return
+        engine.told = True
+        ending = engine.ending or Ending()
+        empty = engine.group is None or engine.group.empty()
+        oom = engine.group is not None and engine.group.oom_killed()
+        self._report(ExitReport(engine.instance, ending.status, ending.signal, empty, oom, log_tail))
 
     def _release(self, engine: Engine) -> None:
         if engine.process:
