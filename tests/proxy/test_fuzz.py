@@ -93,7 +93,7 @@ def test_any_answer_of_an_engine_is_sound_or_refused(data: bytes, method: str) -
     head = b"HTTP/1.1 200 OK\r\n" + data.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
     for candidate in (data, head):
         with contextlib.suppress(BadFraming):
-            framing = parse_response_head(candidate, method).framing
+            framing = parse_response_head(candidate, method).framing()
             framing.scan(data)
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from vllmd.proxy.exchange import LAST_CHUNK, Exchange, chunk
-from vllmd.proxy.framing import Chunked, Framing, Length
+from vllmd.proxy.framing import Framing
 from vllmd.proxy.gate import Target
-from vllmd.proxy.heads import BODYLESS, RawHeaders, ResponseHead, forwardable, write_fields
+from vllmd.proxy.heads import BODYLESS, ResponseHead, forwardable, write_fields
 from vllmd.proxy.http import date_line, status_line
 from vllmd.proxy.loading import Loading
 from vllmd.proxy.peek import Asked
@@ -48,59 +48,66 @@ class Answer(Protocol):
         """The body is whole."""
 
 
-def answer_for(exchange: Exchange, errand: Errand, loading: Loading, head: ResponseHead) -> Answer:
+def answer_for(exchange: Exchange, errand: Errand, loading: Loading, head: ResponseHead, framing: Framing) -> Answer:
     """The way that this answer has to go."""
     streamed = head.content_type.startswith(EVENT_STREAM)
     if loading.begun and (head.status != 200 or not streamed):
-        return ErrorEvent(loading, head.framing)
+        return ErrorEvent(loading, framing)
     loading.relaying = True
     rewriter = errand.rewriter() if streamed or head.content_type.startswith(b"application/json") else None
-    if rewriter is not None and isinstance(head.framing, Length) and not loading.begun:
-        return Held(exchange, head, rewriter)
+    if rewriter is not None and head.length is not None and not loading.begun:
+        return Held(exchange, head, framing, rewriter)
     if loading.begun:
-        if rewriter is None and isinstance(head.framing, Chunked):
-            return AsItIs(exchange, b"")
-        return Reframed(exchange, head.framing, rewriter, b"")
-    chunked = isinstance(head.framing, Chunked)
-    if rewriter is None and (exchange.takes_chunks or not chunked):
-        return AsItIs(exchange, opening(exchange, head, head.framing))
-    return Reframed(exchange, head.framing, rewriter, opening(exchange, head, Chunked()))
+        if rewriter is None and head.chunked:
+            return AsItIs(exchange, 200, b"")
+        return Reframed(exchange, framing, rewriter, 200, b"")
+    if rewriter is None and (exchange.takes_chunks or not head.chunked):
+        return AsItIs(exchange, head.status, opening(exchange, head, head.length, chunked=head.chunked))
+    return Reframed(exchange, framing, rewriter, head.status, opening(exchange, head, None, chunked=True))
 
 
-def opening(exchange: Exchange, head: ResponseHead, framing: Framing) -> bytes:
+def opening(exchange: Exchange, head: ResponseHead, length: int | None, *, chunked: bool) -> bytes:
     """The head for the client, with the framing that its body is going to have."""
-    fields = forwardable(head.headers, but=OURS)
+    framing = b""
+    if length is not None:
+        if head.status not in BODYLESS:
+            framing = b"content-length: %d\r\n" % length
+    elif chunked and exchange.takes_chunks:
+        framing = b"transfer-encoding: chunked\r\n"
+    else:
+        exchange.keep_alive = False  # the body ends with the connection
+    return b"%b%b%bx-request-id: %b\r\n%b%b\r\n" % (
+        status_line(head.status),
+        b"" if head.dated else date_line(),
+        head.headers.onward if head.headers.onward is not None else _onward(head),
+        exchange.request.id.encode("ascii"),
+        framing,
+        b"" if exchange.keep_alive else b"connection: close\r\n",
+    )
+
+
+def _onward(head: ResponseHead) -> bytes:
+    """The engine's fields that a client gets, as lines."""
+    fields = forwardable(head.headers.raw, but=OURS)
     if head.content_type.startswith(EVENT_STREAM):
         fields.append((b"x-accel-buffering", b"no"))
-    fields.append((b"x-request-id", exchange.request.id.encode("ascii")))
-    fields += _framing_fields(exchange, framing, head.status)
-    if not exchange.keep_alive:
-        fields.append((b"connection", b"close"))
-    date = b"" if any(name == b"date" for name, _ in fields) else date_line()
-    return status_line(head.status) + date + write_fields(fields) + b"\r\n"
-
-
-def _framing_fields(exchange: Exchange, framing: Framing, status: int) -> RawHeaders:
-    if isinstance(framing, Length):
-        return [] if status in BODYLESS else [(b"content-length", b"%d" % framing.left)]
-    if isinstance(framing, Chunked) and exchange.takes_chunks:
-        return [(b"transfer-encoding", b"chunked")]
-    exchange.keep_alive = False  # the body ends with the connection
-    return []
+    head.headers.onward = onward = write_fields(fields)
+    return onward
 
 
 class AsItIs:
     """The body's bytes as they come."""
 
-    def __init__(self, exchange: Exchange, head: bytes) -> None:
+    def __init__(self, exchange: Exchange, status: int, head: bytes) -> None:
         self._exchange = exchange
+        self._status = status
         self._head = head
 
     def more(self, data: bytes) -> None:
         """Pass it on, the first piece along with the head."""
         if self._head:
             head, self._head = self._head, b""
-            self._exchange.start(int(head[9:12]), head + data)
+            self._exchange.start(self._status, head + data)
         elif data:
             self._exchange.write(data)
 
@@ -112,10 +119,13 @@ class AsItIs:
 class Reframed:
     """The payload in chunks of our own (or plain, for HTTP/1.0), with names put right."""
 
-    def __init__(self, exchange: Exchange, framing: Framing, rewriter: Rewriter | None, head: bytes) -> None:
+    def __init__(
+        self, exchange: Exchange, framing: Framing, rewriter: Rewriter | None, status: int, head: bytes
+    ) -> None:
         self._exchange = exchange
         self._framing = framing
         self._rewriter = rewriter
+        self._status = status
         self._head = head
         framing.keep = True
 
@@ -137,7 +147,7 @@ class Reframed:
         framed = chunk(payload) if payload and self._exchange.takes_chunks else payload
         if self._head:
             head, self._head = self._head, b""
-            self._exchange.start(int(head[9:12]), head + framed)
+            self._exchange.start(self._status, head + framed)
         elif framed:
             self._exchange.write(framed)
 
@@ -145,19 +155,20 @@ class Reframed:
 class Held:
     """A JSON answer of known length, kept until it is whole because its length changes with the name."""
 
-    def __init__(self, exchange: Exchange, head: ResponseHead, rewriter: Rewriter) -> None:
+    def __init__(self, exchange: Exchange, head: ResponseHead, framing: Framing, rewriter: Rewriter) -> None:
         self._exchange = exchange
         self._head = head
+        self._framing = framing
         self._rewriter = rewriter
-        head.framing.keep = True
+        framing.keep = True
 
     def more(self, data: bytes) -> None:
         """The framing keeps it."""
 
     def end(self) -> None:
         """Rename, and send all of it."""
-        body = self._rewriter.renamed(b"".join(self._head.framing.pieces))
-        head = opening(self._exchange, self._head, Length(len(body)))
+        body = self._rewriter.renamed(b"".join(self._framing.pieces))
+        head = opening(self._exchange, self._head, len(body), chunked=False)
         self._exchange.start(self._head.status, head + body)
         self._exchange.finish()
 

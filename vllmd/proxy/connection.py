@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Protocol, cast
 
 from vllmd.errors import BadRequest, RequestTimeout, Unavailable, VllmdError
+from vllmd.proxy.eager import begin
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.heads import RequestHead
 from vllmd.proxy.http import Headers, Peer, Request
@@ -27,6 +28,8 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 LINGER = 2.0  # seconds for a refused client to read the refusal before its connection is reset
 _numbers = itertools.count(1)
+_ids = (f"{prefix}{number:016x}" for prefix in (os.urandom(8).hex(),) for number in itertools.count(1))
+new_id = _ids.__next__  # for a request that brought none: unique, no secret
 
 
 class Phase(enum.Enum):
@@ -81,6 +84,8 @@ class Connection(asyncio.Protocol):
         self._held = 0  # bytes of memory reserved for the body
         self._keep_alive = True
         self._in_head = False
+        self._headed = False  # its head has been read, and it is not yet decided what to do with it
+        self._advancing = False
         self._gone = False
         self._half_closed = False
         self._unread = False  # bytes are on their way that nobody will read
@@ -160,11 +165,24 @@ class Connection(asyncio.Protocol):
     # -- reading requests
 
     def _advance(self) -> None:
+        """Read on. A request that is answered at once is followed by the next one here, not one within the other."""
+        if self._advancing:
+            return
+        self._advancing = True
         try:
-            if self._phase is Phase.BODY or self._next_head():
-                self._next_body()
+            while self._take_one() and self._reader.pending:
+                pass
         except VllmdError as error:
             self._refuse(error)
+        finally:
+            self._advancing = False
+
+    def _take_one(self) -> bool:
+        """Whether there was a whole request and it has its answer already."""
+        if self._phase is Phase.BODY or (self._phase is Phase.HEAD and self._next_head()):
+            self._next_body()
+            return self._phase is Phase.HEAD
+        return False
 
     def _next_head(self) -> bool:
         head = self._reader.head()
@@ -176,25 +194,24 @@ class Connection(asyncio.Protocol):
         self._in_head = False
         self._keep_alive = head.keep_alive
         self._request = request = self._requested(head)
+        self._headed = True
         self._handler = self._host.begin(request)
         if head.has_body:
             self._expect_body(head)
-        self._phase = Phase.BODY
+        self._phase, self._headed = Phase.BODY, False
         return True
 
     def _requested(self, head: RequestHead) -> Request:
-        headers = Headers(head.headers)
-        given = headers.get("x-request-id")
-        request_id = given if REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
+        given = head.headers.get("x-request-id")
         return Request(
             head.method,
             head.target,
             head.path,
             head.query,
-            headers,
+            head.headers,
             self.peer,
             head.version,
-            id=request_id,
+            id=given if given and REQUEST_ID.fullmatch(given) else new_id(),
             upgrade=head.upgrade,
         )
 
@@ -237,11 +254,16 @@ class Connection(asyncio.Protocol):
     # -- answering
 
     def _serve(self) -> None:
+        if self._transport.is_closing():
+            return  # nobody is there to be answered; ``connection_lost`` is on its way
         keep_alive = self._keep_alive and not self._host.draining
         ticket = f"{self._request.id}.{next(_numbers)}"
         self._exchange = exchange = Exchange(self._request, self, ticket, keep_alive=keep_alive)
-        exchange.pause(self._write_paused)
-        self._task = self._loop.create_task(self._run(exchange, self._handler))
+        if self._write_paused:
+            exchange.pause(True)
+        rest = begin(self._run(exchange, self._handler))
+        if rest is not None:
+            self._task = self._loop.create_task(rest)
 
     async def _run(self, exchange: Exchange, handler: Handler) -> None:
         try:
@@ -319,8 +341,8 @@ class Connection(asyncio.Protocol):
 
     def _refuse(self, error: VllmdError) -> None:
         """Answer what could not be read to its end, and read no further."""
-        if self._phase is Phase.HEAD or not hasattr(self, "_request"):
-            self._request = Request("", "", "", "", Headers(), self.peer, id=os.urandom(16).hex())
+        if self._phase is Phase.HEAD and not self._headed:
+            self._request = Request("", "", "", "", Headers(), self.peer, id=new_id())
         self._unread = True
         exchange = Exchange(self._request, self, self._request.id, keep_alive=False)
         exchange.fail(error)

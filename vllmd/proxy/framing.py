@@ -14,6 +14,8 @@ SIZE_LINE_PREFIX = re.compile(rb"[0-9A-Fa-f]{0,15}(?:(?<=[0-9A-Fa-f])(?:;[\t\x20
 TRAILER_LINE = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*")
 MAX_TRAILERS = 8192
 HEX = frozenset(b"0123456789abcdefABCDEF")
+SIZES_KEPT = 4096
+_sizes: dict[bytes, int] = {}  # what plain size lines say; a stream has but a few different ones
 
 
 class BadFraming(ValueError):
@@ -121,12 +123,13 @@ class Chunked:
         """Skip the chunks that lie whole in ``data``: the common case, in one loop."""
         if self._step != self._size or pos < 0:
             return pos
-        find, starts, payload = data.find, data.startswith, 0
+        find, starts, sizes, payload = data.find, data.startswith, _sizes, 0
         while (line_end := find(b"\r\n", pos, pos + 17)) > pos:
             digits = data[pos:line_end]
-            if digits[0] == 0x30 or not HEX.issuperset(digits):
-                break  # int() takes 0x5, 1_0 and spaces, too: _size looks closer
-            start, end = line_end + 2, line_end + 2 + int(digits, 16)
+            size = sizes.get(digits) or _plain_size(digits)
+            if not size:
+                break  # _size looks closer
+            start, end = line_end + 2, line_end + 2 + size
             if not starts(b"\r\n", end):
                 break
             if self.keep:
@@ -187,3 +190,16 @@ class Chunked:
     def _hold(self, data: bytes, pos: int) -> int:
         self._held = data[pos:]
         return -1
+
+
+def _plain_size(digits: bytes) -> int:
+    """What a size line without extensions says; 0 for the last chunk's and for all that is not plain.
+
+    int() takes 0x5, 1_0 and spaces, too.
+    """
+    if digits[0] == 0x30 or not HEX.issuperset(digits):
+        return 0
+    if len(_sizes) >= SIZES_KEPT:
+        _sizes.clear()
+    _sizes[digits] = size = int(digits, 16)
+    return size

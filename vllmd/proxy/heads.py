@@ -6,14 +6,15 @@ transfer coding, targets that are no plain path. A fresh ``h11.Connection`` read
 thrown away: bodies never pass through it.
 
 Clients and engines repeat themselves: on one connection the same head comes again and again, with another length
-at most. ``HeadMemo`` remembers the last one, so h11 reads a head once per connection, not once per request.
+at most. ``HeadMemo`` remembers the last one, so h11 reads a head once per connection, not once per request, and
+what was worked out from it (``Headers.onward``) holds on.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 from urllib.parse import unquote_to_bytes
 
@@ -21,7 +22,7 @@ import h11
 
 from vllmd.errors import BadRequest
 from vllmd.proxy.framing import BadFraming, Chunked, Framing, Length, UntilEof
-from vllmd.proxy.http import Pairs, date_line, status_line
+from vllmd.proxy.http import Headers, Pairs, date_line, status_line
 
 RawHeaders = list[tuple[bytes, bytes]]
 
@@ -56,7 +57,7 @@ class RequestHead:
     path: str
     query: str
     version: str
-    headers: RawHeaders
+    headers: Headers
     length: int | None
     keep_alive: bool
     expects_continue: bool
@@ -64,9 +65,18 @@ class RequestHead:
 
     def with_length(self, length: int) -> RequestHead:
         """The same head with another Content-Length."""
-        digits = b"%d" % length
-        headers = [(name, digits if name == b"content-length" else value) for name, value in self.headers]
-        return replace(self, headers=headers, length=length)
+        return RequestHead(
+            self.method,
+            self.target,
+            self.path,
+            self.query,
+            self.version,
+            self.headers.with_length(length),
+            length,
+            self.keep_alive,
+            self.expects_continue,
+            self.upgrade,
+        )
 
     @property
     def has_body(self) -> bool:
@@ -80,18 +90,26 @@ class RequestHead:
 
 @dataclass(slots=True)
 class ResponseHead:
-    """An upstream's head. ``framing`` finds the end of its body."""
+    """An upstream's head. ``length`` is its body's; None when that is ``chunked`` or ends with the connection."""
 
     status: int
-    headers: RawHeaders
-    framing: Framing
+    headers: Headers
+    length: int | None
+    chunked: bool
+    dated: bool
     keep_alive: bool
     content_type: bytes
 
     def with_length(self, length: int) -> ResponseHead:
-        """The same head for another body, of ``length`` bytes unless it is chunked or has none."""
-        framing: Framing = Chunked() if isinstance(self.framing, Chunked) else Length(length)
-        return replace(self, framing=framing)
+        """The same head with another Content-Length."""
+        headers = self.headers.with_length(length)
+        return ResponseHead(self.status, headers, length, False, self.dated, self.keep_alive, self.content_type)
+
+    def framing(self) -> Framing:
+        """What finds the end of its body; it counts, so it serves once."""
+        if self.chunked:
+            return Chunked()
+        return UntilEof() if self.length is None else Length(self.length)
 
 
 H = TypeVar("H", RequestHead, ResponseHead)
@@ -103,34 +121,32 @@ class HeadMemo(Generic[H]):
     ``parse`` reads a head that is new.
     """
 
-    __slots__ = ("_head", "_parse", "_shape")
+    __slots__ = ("_head", "_parse", "_raw", "_shape")
 
     def __init__(self, parse: Callable[[bytes], H]) -> None:
         self._parse: Callable[[bytes], H] = parse
-        self._shape = NO_SHAPE  # the bytes before and after the length's digits, or all of them and none
+        self._raw = b""
+        self._shape = NO_SHAPE  # the bytes before and after the length's digits
         self._head: H
 
     def read(self, raw: bytes) -> H:
         """What ``raw``, which ends with its blank line, says. Raises what ``parse`` raises."""
+        if raw == self._raw:
+            return self._head
         digits = PLAIN_LENGTH.search(raw)
-        shape = (raw, b"") if digits is None else (raw[: digits.start(1)], raw[digits.end(1) :])
-        if shape == self._shape:
-            return self._head.with_length(int(digits[1])) if digits else self._again()
-        self._head = head = self._parse(raw)
-        self._shape = shape if len(raw) <= MEMO_SIZE and self._plain(head, digits) else NO_SHAPE
+        shape = NO_SHAPE if digits is None else (raw[: digits.start(1)], raw[digits.end(1) :])
+        if digits is not None and shape == self._shape:
+            head = self._head.with_length(int(digits[1]))
+        else:
+            head = self._parse(raw)
+        if len(raw) <= MEMO_SIZE:
+            self._head, self._raw = head, raw
+            self._shape = shape if digits is not None and self._counts(head) else NO_SHAPE
         return head
 
-    def _again(self) -> H:
-        """A head without a length; a response's framing counts, so it is used once."""
-        return self._head.with_length(0) if isinstance(self._head, ResponseHead) else self._head
-
-    def _plain(self, head: H, digits: re.Match[bytes] | None) -> bool:
-        """Whether another length is the only thing that another such head can say."""
-        if isinstance(head, RequestHead):
-            return True
-        if isinstance(head.framing, Length):
-            return digits is not None and head.status not in BODYLESS
-        return isinstance(head.framing, Chunked)
+    def _counts(self, head: H) -> bool:
+        """Whether a Content-Length says how long the body is."""
+        return isinstance(head, RequestHead) or (head.length is not None and head.status not in BODYLESS)
 
 
 def parse_request_head(head: bytes) -> RequestHead:
@@ -139,11 +155,11 @@ def parse_request_head(head: bytes) -> RequestHead:
     event = _read(h11.SERVER, head)
     if not isinstance(event, h11.Request):
         raise BadRequest("malformed request: no request line")
-    headers = list(event.headers)
+    headers = Headers(list(event.headers))
     version = event.http_version.decode("ascii")
     if version not in ("1.0", "1.1"):
         raise BadRequest(f"HTTP/{version} is not spoken here; HTTP/1.1 is")
-    fields = _noted(headers)
+    fields = _noted(headers.raw)
     host = fields.get(b"host", b"").decode("latin-1")
     if HOST.fullmatch(host) is None:
         raise BadRequest("malformed request: the Host field is no host")
@@ -175,15 +191,17 @@ def parse_response_head(head: bytes, method: str) -> ResponseHead:
         raise BadFraming(error.message) from None
     if not isinstance(event, h11.Response):
         raise BadFraming("no final response head")
-    headers = list(event.headers)
-    fields = _noted(headers)
-    framing = _response_framing(event.status_code, fields, method)
+    headers = Headers(list(event.headers))
+    fields = _noted(headers.raw)
+    length, chunked = _response_length(event.status_code, fields, method)
     keep_alive = event.http_version == b"1.1" and b"close" not in fields.get(b"connection", b"").lower()
     return ResponseHead(
         event.status_code,
         headers,
-        framing,
-        keep_alive and not isinstance(framing, UntilEof),
+        length,
+        chunked,
+        b"date" in fields,
+        keep_alive and (chunked or length is not None),
         fields.get(b"content-type", b"").lower(),
     )
 
@@ -258,7 +276,7 @@ def _refuse_ambiguity(head: bytes) -> None:
         raise BadRequest("malformed request: a folded header line")
 
 
-def _noted(headers: RawHeaders) -> dict[bytes, bytes]:
+def _noted(headers: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
     """The fields that decide about the connection; repeated ones joined, as lists are."""
     noted: dict[bytes, bytes] = {}
     for name, value in headers:
@@ -281,19 +299,20 @@ def _request_length(head: bytes, fields: dict[bytes, bytes], version: str) -> in
     return int(value)
 
 
-def _response_framing(status: int, fields: dict[bytes, bytes], method: str) -> Framing:
+def _response_length(status: int, fields: dict[bytes, bytes], method: str) -> tuple[int | None, bool]:
+    """The body's length, None if it is not told, and whether it is chunked."""
     if method == "HEAD" or status in BODYLESS or status < 200:
-        return Length(0)
+        return 0, False
     coding, length = fields.get(b"transfer-encoding"), fields.get(b"content-length")
     if coding is not None:
         if coding.lower() != b"chunked" or length is not None:
             raise BadFraming("the upstream's Transfer-Encoding is not understood")
-        return Chunked()
+        return None, True
     if length is None:
-        return UntilEof()
+        return None, False
     if not length.isdigit() or len(length) > 15:
         raise BadFraming("the upstream's Content-Length is no number")
-    return Length(int(length))
+    return int(length), False
 
 
 def forwardable(headers: Iterable[tuple[bytes, bytes]], *, but: frozenset[bytes] = frozenset()) -> RawHeaders:

@@ -37,12 +37,22 @@ class Peer:
 
 
 class Headers:
-    """Header fields in their order. Names are lower case, values stripped; both are bytes on the wire."""
+    """Header fields in their order. Names are lower case, values stripped; both are bytes on the wire.
 
-    __slots__ = ("raw",)
+    ``onward`` is what goes on to the next hop, written once for all messages whose fields differ in nothing but
+    their length; ``relay`` and ``answer`` write it.
+    """
 
-    def __init__(self, raw: Sequence[tuple[bytes, bytes]] = ()) -> None:
+    __slots__ = ("onward", "raw")
+
+    def __init__(self, raw: Sequence[tuple[bytes, bytes]] = (), onward: bytes | None = None) -> None:
         self.raw = raw
+        self.onward = onward
+
+    def with_length(self, length: int) -> Headers:
+        """The same with another Content-Length."""
+        digits = b"%d" % length
+        return Headers([(k, digits if k == b"content-length" else v) for k, v in self.raw], self.onward)
 
     def get(self, name: str, default: str = "") -> str:
         """The first value of ``name`` (any case), or ``default``."""

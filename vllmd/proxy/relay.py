@@ -12,13 +12,15 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import OrderedDict
+from functools import lru_cache
 from urllib.parse import quote
 
 from vllmd.errors import BadRequest, EngineFailed, Forbidden, NotFound, UnknownModel, UpstreamFailed, VllmdError
 from vllmd.proxy.answer import Answer, Errand, answer_for
 from vllmd.proxy.exchange import Exchange
+from vllmd.proxy.framing import Framing
 from vllmd.proxy.gate import Doorkeeper, Gate, OpenDoor, Passage, Target
-from vllmd.proxy.heads import RawHeaders, ResponseHead, forwardable, write_request_head
+from vllmd.proxy.heads import ResponseHead, forwardable, write_fields
 from vllmd.proxy.http import Request
 from vllmd.proxy.limits import Limits
 from vllmd.proxy.loading import Loading
@@ -40,6 +42,8 @@ FORBIDDEN = (
 )
 REACH_TRIES, REACH_PAUSE = 20, 0.1  # so often a request finds nobody listening, and seconds between
 TAIL = 1024  # bytes at an answer's end in which its usage is looked for
+
+quoted = lru_cache(maxsize=256)(quote)
 
 
 class Relay:
@@ -87,7 +91,7 @@ class Relay:
                 target = self.gate.resolve("/".join(parts[:cut]))
             except (UnknownModel, BadRequest):
                 continue
-            path = quote("/" + "/".join(parts[cut:]))
+            path = quoted("/" + "/".join(parts[cut:]))
             await self._send(exchange, Asked("", False, request.body, b"", None), target, path)
             return
         raise UnknownModel(f"no model's name begins {request.params['rest']!r}")
@@ -95,7 +99,7 @@ class Relay:
     async def serve(self, exchange: Exchange, asked: Asked, route: str = "") -> None:
         """Relay the exchange to the model that was ``asked`` for, which must serve ``route`` (default: the path)."""
         target = self.target(exchange.request, asked.model, route or exchange.request.path)
-        await self._send(exchange, asked, target, quote(exchange.request.path))
+        await self._send(exchange, asked, target, quoted(exchange.request.path))
 
     async def _send(self, exchange: Exchange, asked: Asked, target: Target, path: str) -> None:
         exchange.outlives_eof = False
@@ -137,14 +141,13 @@ class Relay:
             loading.end()
 
     async def _pass(self, exchange: Exchange, passage: Passage, errand: Errand, loading: Loading) -> None:
-        trip = Trip(exchange, errand, loading)
+        trip = Trip(exchange, errand, loading, passage)
         try:
             passage.on_cut(trip.cut)
-            await trip.run(self.pool, passage)
+            await trip.run(self.pool)
         finally:
             trip.close()
             self._remember(trip.response_id, errand.target.model)
-            passage.done(trip.tokens())
 
     def _remember(self, response_id: str, model: str) -> None:
         if response_id:
@@ -156,11 +159,13 @@ class Relay:
 class Trip:
     """One request's way to the engine and back; the engine's connection reports to it (``upstream.Sink``)."""
 
-    def __init__(self, exchange: Exchange, errand: Errand, loading: Loading) -> None:
+    def __init__(self, exchange: Exchange, errand: Errand, loading: Loading, passage: Passage) -> None:
         self._exchange = exchange
         self._errand = errand
         self._loading = loading
-        self._turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._passage: Passage | None = passage
+        self._where = passage.upstream
+        self._turn: asyncio.Future[None] | None = None
         self._error: VllmdError | None = None
         self._again = False
         self._upstream: Upstream | None = None
@@ -169,16 +174,15 @@ class Trip:
         self._names_response = exchange.request.path == "/v1/responses"
         self.response_id = ""  # of a POST /v1/responses, once the answer has told it
 
-    async def run(self, pool: Pool, passage: Passage) -> None:
+    async def run(self, pool: Pool) -> None:
         """Send the request and see the answer through. Raises VllmdError, or is cancelled."""
-        request = self._exchange.request
         body = self._errand.asked.renamed(self._errand.target.served_name)
-        head = write_request_head(request.method, self._errand.path, self._fields(len(body)))
-        upstream = pool.take(passage.upstream) or await pool.connect(passage.upstream)
+        head = self._head(len(body))
+        upstream = pool.take(self._where) or await pool.connect(self._where)
         await self._attempt(upstream, head, body)
         if self._again:
             self._again = False
-            await self._attempt(await pool.connect(passage.upstream), head, body)
+            await self._attempt(await pool.connect(self._where), head, body)
         if self._error is not None:
             raise self._error
 
@@ -186,36 +190,38 @@ class Trip:
         self._upstream = upstream
         if self._error is not None:  # cut off while it connected
             return
-        self._turn = asyncio.get_running_loop().create_future()
+        self._turn = turn = asyncio.get_running_loop().create_future()
         upstream.send(self._exchange.request.method, head, body, self)
         self._exchange.follow_pauses(self._on_pause)
-        await self._turn
+        await turn
 
     def close(self) -> None:
         """Whatever is still open is closed; nothing more reaches the client."""
         self._exchange.on_pause = None
         if self._upstream is not None:
             self._upstream.abort()
+        self._leave()
 
     def cut(self, reason: str) -> None:
         """The daemon breaks the request off."""
         self._settle(EngineFailed(f"the request was broken off: {reason}"))
 
-    def tokens(self) -> int | None:
-        """What the answer's usage says it took in all, if it does."""
-        totals = TOTAL_TOKENS.findall(self._tail)
-        return int(totals[-1]) if totals else None
+    def _leave(self) -> None:
+        """Tell the gate that the request is over, and what the answer's usage says it took in all, if it does."""
+        passage, self._passage = self._passage, None
+        if passage is not None:
+            totals = TOTAL_TOKENS.findall(self._tail, max(0, len(self._tail) - TAIL))
+            passage.done(int(totals[-1]) if totals else None)
 
     # -- what the engine's connection says
 
-    def head(self, head: ResponseHead) -> None:
+    def head(self, head: ResponseHead, framing: Framing) -> None:
         """The answer begins."""
-        self._answer = answer_for(self._exchange, self._errand, self._loading, head)
+        self._answer = answer_for(self._exchange, self._errand, self._loading, head, framing)
 
     def data(self, data: bytes) -> None:
         """More of the body."""
-        size = len(data)
-        self._tail = data[-TAIL:] if size >= TAIL else (self._tail + data)[-TAIL:]
+        self._tail = data if len(data) >= TAIL else self._tail[-TAIL:] + data
         if self._names_response and (named := RESPONSE_ID.search(data)):
             self._names_response, self.response_id = False, named[1].decode()
         if self._answer is not None:
@@ -225,6 +231,7 @@ class Trip:
         """The answer is complete: the engine's connection is free again, and the client's request is over."""
         self._upstream = None
         self._exchange.on_pause = None
+        self._leave()
         if self._answer is not None:
             self._answer.end()
         self._settle(None)
@@ -239,18 +246,21 @@ class Trip:
 
     def _settle(self, error: VllmdError | None) -> None:
         self._error = self._error or error
-        if not self._turn.done():
+        if self._turn is not None and not self._turn.done():
             self._turn.set_result(None)
 
     def _on_pause(self, paused: bool) -> None:
         if self._upstream is not None:
             (self._upstream.pause if paused else self._upstream.resume)()
 
-    def _fields(self, length: int) -> RawHeaders:
-        """What the engine is sent: the client's fields less what is not its business."""
-        request = self._exchange.request
-        fields = [(b"host", b"localhost"), *forwardable(request.headers.raw, but=KEPT_BACK)]
-        fields.append((b"x-request-id", request.id.encode("ascii")))
-        fields.extend((name.lower().encode(), value.encode("latin-1")) for name, value in self._errand.target.headers)
-        fields.append((b"content-length", b"%d" % length))
-        return fields
+    def _head(self, length: int) -> bytes:
+        """What the engine is sent before the body: the client's fields less what is not its business."""
+        request, target = self._exchange.request, self._errand.target
+        onward = request.headers.onward
+        if onward is None:
+            onward = write_fields(forwardable(request.headers.raw, but=KEPT_BACK))
+            request.headers.onward = onward
+        more = "".join([f"{name.lower()}: {value}\r\n" for name, value in target.headers])
+        line = f"{request.method} {self._errand.path} HTTP/1.1\r\nhost: localhost\r\n"
+        own = f"{more}x-request-id: {request.id}\r\ncontent-length: {length}\r\n\r\n"
+        return line.encode("ascii") + onward + own.encode("latin-1")

@@ -108,6 +108,7 @@ class Tunnels:
             )
         target = self._relay.target(request, request.query.get("model", ""), request.path)
         exchange.model = target.model
+        await asyncio.sleep(0)  # on in a task: the waits below need one
         passage = await self._relay.gate.enter(target.model, request.key, exchange.ticket)
         try:
             await self._through(exchange, passage, target)

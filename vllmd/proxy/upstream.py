@@ -7,13 +7,16 @@ errors end here: whoever uses it sees ``UpstreamFailed`` or a ``lost`` call.
 from __future__ import annotations
 
 import asyncio
+import functools
+import ipaddress
 import json as json_codec
 import logging
-from collections.abc import Callable
+import ssl
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar, cast
 
 from vllmd.errors import UpstreamFailed
-from vllmd.proxy.framing import BadFraming, Framing, Length
+from vllmd.proxy.framing import BadFraming, Framing
 from vllmd.proxy.gate import Address
 from vllmd.proxy.heads import HeadMemo, RawHeaders, ResponseHead, parse_response_head, write_request_head
 from vllmd.proxy.limits import Limits, read_small
@@ -31,7 +34,7 @@ class Unreached(UpstreamFailed):
 class Sink(Protocol):
     """Who takes an answer. After ``whole`` or ``lost`` nothing more comes."""
 
-    def head(self, head: ResponseHead) -> None:
+    def head(self, head: ResponseHead, framing: Framing) -> None:
         """The head; ``data`` follows at once with what came of the body along with it, be it nothing."""
 
     def data(self, data: bytes) -> None:
@@ -46,7 +49,33 @@ class Sink(Protocol):
 
 def describe(address: Address) -> str:
     """The address as people write it."""
-    return address.uds or f"{address.host}:{address.port}"
+    return address.uds or f"{'https://' * bool(address.tls)}{_authority(address)}{address.prefix}"
+
+
+def host_field(address: Address) -> bytes:
+    """The Host of a request: what a server elsewhere knows itself by, and ``localhost`` for one of our own."""
+    if address.uds or (not address.tls and _is_loopback(address.host)):
+        return b"localhost"
+    default = 443 if address.tls else 80
+    return _authority(address).removesuffix(f":{default}").encode("idna" if not address.host.isascii() else "ascii")
+
+
+def _authority(address: Address) -> str:
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    return f"{host}:{address.port}"
+
+
+@functools.lru_cache(1000)
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _key(address: Address) -> tuple[str, str, int, str]:
+    """What two addresses have in common that may share a connection."""
+    return address.uds, address.host, address.port, address.tls
 
 
 class Upstream(asyncio.Protocol):
@@ -153,15 +182,12 @@ class Upstream(asyncio.Protocol):
                 raise BadFraming(f"the head is larger than {MAX_RESPONSE_HEAD} bytes")
             return
         head = self._heads.read(data[:end]) if self._method == "POST" else parse_response_head(data[:end], self._method)
-        self._framing, self._keep_alive, self._head = head.framing, head.keep_alive, b" "
-        self._first(head, data[end:])
-
-    def _first(self, head: ResponseHead, rest: bytes) -> None:
+        self._framing, self._keep_alive, self._head = head.framing(), head.keep_alive, b" "
         sink = cast(Sink, self._sink)
-        sink.head(head)
-        empty = isinstance(head.framing, Length) and not head.framing.left
-        if rest or empty:
-            self._pass_on(head.framing, rest)
+        sink.head(head, self._framing)
+        rest = data[end:]
+        if rest or head.length == 0:
+            self._pass_on(self._framing, rest)
         else:
             sink.data(b"")
 
@@ -199,13 +225,13 @@ class Pool:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._idle: dict[tuple[str, str, int], list[Upstream]] = {}
+        self._idle: dict[tuple[str, str, int, str], list[Upstream]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
 
     def take(self, address: Address) -> Upstream | None:
         """An idle connection to ``address``, if there is one young enough."""
-        idle = self._idle.get((address.uds, address.host, address.port))
+        idle = self._idle.get(_key(address))
         oldest = asyncio.get_running_loop().time() - self._limits.upstream_idle
         while idle:
             connection = idle.pop()
@@ -217,6 +243,7 @@ class Pool:
 
     async def connect(self, address: Address) -> Upstream:
         """A new connection. Raises UpstreamFailed."""
+        await asyncio.sleep(0)  # into a task, if this is a coroutine's first step: the time limit needs one
         return await connect(address, self._limits.connect_timeout, lambda: Upstream(address, self))
 
     def put(self, connection: Upstream) -> None:
@@ -227,14 +254,14 @@ class Pool:
         loop = asyncio.get_running_loop()
         connection.idle_since = loop.time()
         address = connection.address
-        self._idle.setdefault((address.uds, address.host, address.port), []).append(connection)
+        self._idle.setdefault(_key(address), []).append(connection)
         if self._timer is None:
             self._timer = loop.call_later(self._limits.upstream_idle, self._sweep)
 
     def forget(self, connection: Upstream) -> None:
         """It is gone."""
         address = connection.address
-        idle = self._idle.get((address.uds, address.host, address.port), [])
+        idle = self._idle.get(_key(address), [])
         if connection in idle:
             idle.remove(connection)
 
@@ -278,11 +305,21 @@ async def connect(address: Address, limit: float, protocol: Callable[[], P]) -> 
         async with asyncio.timeout(limit):
             if address.uds:
                 return (await loop.create_unix_connection(protocol, address.uds))[1]
-            return (await loop.create_connection(protocol, address.host, address.port))[1]
+            context = tls_context(address.tls) if address.tls else None
+            return (await loop.create_connection(protocol, address.host, address.port, ssl=context))[1]
     except TimeoutError:
         raise UpstreamFailed(f"no connection to {describe(address)} within {limit:g} s") from None
+    except ssl.SSLError as error:
+        why = getattr(error, "verify_message", "") or error.reason or error
+        raise UpstreamFailed(f"no connection to {describe(address)}: TLS: {why}") from None
     except OSError as error:
         raise Unreached(f"no connection to {describe(address)}: {error.strerror or error}") from None
+
+
+@functools.lru_cache(100)
+def tls_context(trusted: str) -> ssl.SSLContext:
+    """How to check a server's certificate: ``system``, or the path of a file with the certificates to trust."""
+    return ssl.create_default_context(cafile=None if trusted == "system" else trusted)
 
 
 class _Collected:
@@ -290,14 +327,15 @@ class _Collected:
 
     def __init__(self, limit: int) -> None:
         self.over: asyncio.Future[ResponseHead] = asyncio.get_running_loop().create_future()
+        self.pieces: list[bytes] = []
         self._head: ResponseHead | None = None
         self._limit = limit
         self._size = 0
 
-    def head(self, head: ResponseHead) -> None:
+    def head(self, head: ResponseHead, framing: Framing) -> None:
         """Remember it, and have the payload kept."""
         self._head = head
-        head.framing.keep = True
+        framing.keep, framing.pieces = True, self.pieces
 
     def data(self, data: bytes) -> None:
         """The framing has kept it."""
@@ -323,21 +361,23 @@ async def request(
     json: object = None,
     timeout: float = 60.0,  # noqa: ASYNC109 - no caller shall forget a limit
     limit: int = 64 << 20,
+    headers: Sequence[tuple[str, str]] = (),
 ) -> tuple[int, RawHeaders, bytes]:
     """One HTTP request on a connection of its own: status, headers (names in lower case) and body.
 
     For control calls and probes. Raises UpstreamFailed, also when ``timeout`` (seconds, for all of it) has passed.
     """
     body = b"" if json is None else json_codec.dumps(json).encode()
-    headers = [(b"host", b"localhost"), (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
+    fields = [(b"host", host_field(listen)), (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
     if json is not None:
-        headers.append((b"content-type", b"application/json"))
+        fields.append((b"content-type", b"application/json"))
+    fields.extend((name.lower().encode(), value.encode("latin-1")) for name, value in headers)
     sink = _Collected(limit)
     connection: Upstream | None = None
     try:
         async with asyncio.timeout(timeout):
             connection = await connect(listen, timeout, lambda: Upstream(listen))
-            connection.send(method, write_request_head(method, path, headers), body, sink)
+            connection.send(method, write_request_head(method, listen.prefix + path, fields), body, sink)
             head = await sink.over
     except TimeoutError:
         raise UpstreamFailed(f"{method} {path} to {describe(listen)} was not answered within {timeout:g} s") from None
@@ -346,4 +386,4 @@ async def request(
     finally:
         if connection is not None:
             connection.abort()
-    return head.status, head.headers, b"".join(head.framing.pieces)
+    return head.status, list(head.headers.raw), b"".join(sink.pieces)
