@@ -34,15 +34,16 @@ async def soon(awaitable: Awaitable[Any]) -> Any:
 
 @dataclass
 class FakeEngine:
-    """An engine's socket. ``answers``: per path, or None to never answer; ``on``: called before it answers."""
+    """An engine's socket. ``answers``: per path, or None to never answer."""
 
     gpu: FakeGpu
     listen: str
     asleep: bool = False
     answers: dict[str, tuple[int, bytes] | None] = field(default_factory=dict)
-    on: dict[str, Callable[[], None]] = field(default_factory=dict)
+    completion: Callable[[], Awaitable[bytes]] | None = None  # the body of an answer to /v1/completions
     asked: list[str] = field(default_factory=list)
     was_asked: asyncio.Event = field(default_factory=asyncio.Event)
+    woken: asyncio.Event = field(default_factory=asyncio.Event)
     left: asyncio.Event = field(default_factory=asyncio.Event)  # somebody hung up without an answer
     server: asyncio.Server | None = None
     connections: set[asyncio.StreamWriter] = field(default_factory=set)
@@ -73,6 +74,8 @@ class FakeEngine:
         answer = self._answer(path)
         self.asked.append(path)
         self.was_asked.set()
+        if self.completion and path == "/v1/completions":
+            answer = 200, await self.completion()
         if answer is None:
             await reader.read()
             self.left.set()
@@ -84,7 +87,6 @@ class FakeEngine:
 
     def _answer(self, path: str) -> tuple[int, bytes] | None:
         name = path.partition("?")[0]
-        self.on.get(name, lambda: None)()
         if name in self.answers:
             return self.answers[name]
         if name == "/sleep":
@@ -92,6 +94,7 @@ class FakeEngine:
             self.gpu.hold(ASLEEP)
         elif name == "/wake_up":
             self.asleep = False
+            self.woken.set()
             self.gpu.hold(AWAKE)
         elif name == "/is_sleeping":
             return 200, b'{"is_sleeping": %s}' % (b"true" if self.asleep else b"false")

@@ -307,6 +307,46 @@ def test_a_step_of_a_wake_that_fails_ends_it(tmp_path: Path) -> None:
     tell(story, tmp_path)
 
 
+# ---- freezing -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("says", "survived"), [("one two", True), ("one !!!", False)])
+def test_freezing_is_proved_in_the_middle_of_an_answer(tmp_path: Path, says: str, survived: bool) -> None:
+    """The same question twice: the second answer comes only after the wake, and must be the same."""
+
+    async def story(rig: Rig) -> None:
+        engine = await rig.ready()
+        answers = iter(["one two", says])
+
+        async def completion() -> bytes:
+            text = next(answers)
+            if engine.asked.count("/v1/completions") == 1:
+                await asyncio.sleep(0.1)  # the length of an answer, so that it has a middle
+            else:
+                await engine.woken.wait()  # frozen
+            return json.dumps({"choices": [{"text": text}]}).encode()
+
+        engine.completion = completion
+        rig.fleet.prove_freeze(commands.ProveFreeze("m"))
+        assert await rig.event() == events.FreezeProved("m", survived)
+        calls = [path for path in engine.asked if path in ("/v1/completions", "/sleep?level=1&mode=keep", "/wake_up")]
+        assert calls == ["/v1/completions", "/v1/completions", "/sleep?level=1&mode=keep", "/wake_up"]
+
+    tell(story, tmp_path)
+
+
+def test_an_answer_that_was_over_before_the_sleep_proves_nothing(tmp_path: Path) -> None:
+    """Then nothing was frozen."""
+
+    async def story(rig: Rig) -> None:
+        engine = await rig.ready()
+        engine.answers["/v1/completions"] = (200, b'{"choices": [{"text": "one"}]}')
+        rig.fleet.prove_freeze(commands.ProveFreeze("m"))
+        assert await rig.event() == events.FreezeProved("m", survived=False)
+
+    tell(story, tmp_path)
+
+
 # ---- stops --------------------------------------------------------------------------------------
 
 

@@ -318,13 +318,16 @@ class Fleet:
         name = member.model.name
         body = {"model": member.engine.served_name(member.model), "prompt": "Count: one, two, three,",
                 "max_tokens": FREEZE_TOKENS, "temperature": 0, "ignore_eos": True}  # fmt: skip
+        began = time.monotonic()
         undisturbed = await self._complete(member, body)
         frozen = asyncio.ensure_future(self._complete(member, body))
-        await asyncio.sleep(0)
+        await asyncio.wait({frozen}, timeout=(time.monotonic() - began) / 2)  # into the middle of its answer
+        amid = not frozen.done()
         asleep = await self._call_all(member, member.engine.sleep(1, freeze=True))
+        amid = amid and not frozen.done()
         failure = asleep or await self._call_all(member, member.engine.wake(1))
         answer = None if failure else await frozen
-        survived = answer is not None and answer == undisturbed
+        survived = amid and answer is not None and answer == undisturbed
         log.info("%s: a frozen request %s", name, "survived" if survived else "did not survive", extra=of(member))
         return events.FreezeProved(name, survived)
 
