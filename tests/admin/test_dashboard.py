@@ -1,0 +1,43 @@
+"""The dashboard asks for what there is."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from vllmd.admin.control import Gauges
+from vllmd.admin.exposition import expose
+from vllmd.admin.tally import Tally
+from vllmd.core.types import DeviceView, ModelView, Snapshot, State
+
+FOLDER = Path(__file__).resolve().parents[2] / "packaging/grafana"
+VIEW = ModelView("m", State.READY, 0, (0,), 1, 0, 0, None, None, 0.0, False, (), "", "")
+SNAPSHOT = Snapshot(0.0, (VIEW,), (DeviceView(0, 1, 0, 0, 0, ""),), 0, 0, ())
+
+
+def known() -> set[str]:
+    """The names of all families, and of the series that a histogram or counter has."""
+    body, _ = expose(Tally(), Gauges(SNAPSHOT), "")
+    names = set()
+    for family in text_string_to_metric_families(body.decode()):
+        suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(family.type, ("",))
+        names |= {family.name + suffix for suffix in suffixes}
+    return names
+
+
+def test_every_metric_on_the_dashboard_exists() -> None:
+    """A renamed metric must not leave an empty panel behind."""
+    dashboard = json.loads((FOLDER / "vllmd.json").read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked = {name for expression in expressions for name in re.findall(r"vllmd_\w+", expression)}
+    assert len(asked) > 15
+    assert asked <= known()
+
+
+def test_it_is_up_to_date() -> None:
+    """The JSON is made from a table beside it."""
+    assert subprocess.run([FOLDER / "make-dashboard", "--check"]).returncode == 0

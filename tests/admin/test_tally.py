@@ -1,0 +1,87 @@
+"""What is counted is what Prometheus reads."""
+
+from __future__ import annotations
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from vllmd.admin.control import Gauges
+from vllmd.admin.exposition import expose
+from vllmd.admin.tally import Histogram, Tally
+from vllmd.core.types import Decision, DeviceView, ModelView, Snapshot, State
+
+VIEW = ModelView("m", State.SLEEPING, 1, (0,), 7 << 30, 2, 3, 1.5, None, 9.0, True, ("l",), "", "")
+DEVICE = DeviceView(0, 80 << 30, 1 << 30, 7 << 30, 2 << 30, "")
+SNAPSHOT = Snapshot(0.0, (VIEW,), (DEVICE,), 64 << 30, 5 << 30, ())
+
+
+def samples(tally: Tally, gauges: Gauges) -> dict[str, float]:
+    """``name{sorted labels}`` -> value, as Prometheus' own parser reads it."""
+    body, content_type = expose(tally, gauges, "text/plain")
+    assert content_type.startswith("text/plain")
+    families = text_string_to_metric_families(body.decode())
+    return {
+        f"{s.name}{{{','.join(f'{k}={v}' for k, v in sorted(s.labels.items()))}}}": s.value
+        for family in families
+        for s in family.samples
+    }
+
+
+def test_a_histogram_is_cumulative_and_ends_with_all() -> None:
+    """A value on a bound counts as below it."""
+    histogram = Histogram((1.0, 2.0))
+    for value in (0.5, 1.0, 1.5, 99.0):
+        histogram.observe(value)
+    assert histogram.buckets() == [("1.0", 2.0), ("2.0", 3.0), ("+Inf", 4.0)]
+    assert histogram.total == 102.0
+
+
+def test_what_is_counted_is_what_is_read() -> None:
+    """Counters end in _total, histograms have their count and sum."""
+    tally = Tally()
+    tally.waited("m", 0.3)
+    tally.used("m", "alice", 12)
+    tally.changed("m", "start", 4.0, failed=False)
+    tally.changed("m", "wake", 1.0, failed=True)
+    tally.decided(Decision(0.0, "sleep", "m", "to make room for x", {"cause": "exchange"}))
+    tally.decided(Decision(0.0, "start", "m", "it fits"))
+    read = samples(tally, Gauges(None))
+    assert read["vllmd_model_queue_wait_seconds_count{model=m}"] == 1
+    assert read["vllmd_model_tokens_total{model=m}"] == 12
+    assert read["vllmd_key_tokens_total{key=alice}"] == 12
+    assert read["vllmd_model_change_duration_seconds_sum{change=start,model=m}"] == 4.0
+    assert read["vllmd_model_failures_total{change=wake,model=m}"] == 1
+    assert read["vllmd_model_departures_total{cause=exchange,how=sleep,model=m}"] == 1
+    assert read["vllmd_decisions_total{decision=start,model=m}"] == 1
+    assert read["vllmd_ready{}"] == 0
+
+
+def test_how_things_stand() -> None:
+    """States are one series each, memory is in bytes and per device."""
+    read = samples(Tally(), Gauges(SNAPSHOT, 4, 5, used={0: 3 << 30}, power={0: 99.5}, load={0: 0.25}))
+    assert read["vllmd_model_state{model=m,state=sleeping_l1}"] == 1
+    assert read["vllmd_model_state{model=m,state=running}"] == 0
+    assert read["vllmd_model_queue_length{model=m}"] == 3
+    assert read["vllmd_model_running_requests{model=m}"] == 2
+    assert read["vllmd_model_memory_bytes{device=0,model=m}"] == 7 << 30
+    assert read["vllmd_device_memory_strangers_bytes{device=0}"] == 2 << 30
+    assert read["vllmd_device_memory_used_bytes{device=0}"] == 3 << 30
+    assert read["vllmd_device_power_watts{device=0}"] == 99.5
+    assert read["vllmd_device_utilization_ratio{device=0}"] == 0.25
+    assert read["vllmd_host_memory_promised_bytes{}"] == 5 << 30
+    assert read["vllmd_connections{}"] == 4
+
+
+def test_openmetrics_for_those_who_ask() -> None:
+    """Prometheus prefers it, and it must end as it must."""
+    body, content_type = expose(Tally(), Gauges(SNAPSHOT), "application/openmetrics-text; version=1.0.0")
+    assert content_type.startswith("application/openmetrics-text")
+    assert body.endswith(b"# EOF\n")
+
+
+def test_every_family_has_help_and_a_conventional_name() -> None:
+    """promtool complains of a missing help text, of a unit that is no base unit, of a counter without _total."""
+    tally = Tally()
+    body, _ = expose(tally, Gauges(SNAPSHOT), "")
+    for family in text_string_to_metric_families(body.decode()):
+        assert family.documentation, family.name
+        assert not family.name.endswith(("_ms", "_milliseconds", "_kb", "_mb", "_percent", "_total_total"))
