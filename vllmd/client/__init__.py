@@ -9,6 +9,7 @@ Nothing of the daemon is imported here.
 from vllmd.client.asynchronous import AsyncClient
 from vllmd.client.engine_args import VLLMEngineArgs
 from vllmd.client.errors import AnswerError, StreamFailed, TimedOut, Unreachable
+from vllmd.client.offline import ModelManager
 from vllmd.client.servers import ServerManager
 from vllmd.client.sync import Client
 from vllmd.errors import VllmdError
@@ -20,6 +21,7 @@ __all__ = [
     "AnswerError",
     "AsyncClient",
     "Client",
+    "ModelManager",
     "ServerManager",
     "StreamFailed",
     "TimedOut",

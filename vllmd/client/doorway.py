@@ -49,7 +49,8 @@ class Doorway:
             writer.close()
             return
         try:
-            await asyncio.gather(_copy(reader, inner_writer), _copy(inner_reader, writer))
+            with contextlib.suppress(asyncio.CancelledError):  # the door closes; asyncio would complain of it
+                await asyncio.gather(_copy(reader, inner_writer), _copy(inner_reader, writer))
         finally:
             writer.close()
             inner_writer.close()

@@ -1,0 +1,290 @@
+"""``ModelManager``: vLLM's offline engine in a process of its own, whose end gives the GPU back whole."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from vllmd.client.engine_args import VLLMEngineArgs, changed_fields
+from vllmd.client.offline_child import RAISED, Channel, descendants
+from vllmd.errors import Conflict, EngineFailed
+
+END_LIMIT = 10.0  # seconds for the engine to end in order; then all of it is killed
+GONE_LIMIT = 30.0  # seconds for killed processes to be gone
+LAST_LINES = 15
+
+
+class ModelManager:
+    """Loads a model into a process of its own with ``vllm.LLM``; what its methods return are vLLM's own objects.
+
+    ``engine_args`` are VLLMEngineArgs, vLLM's EngineArgs or a mapping. ``python`` is the interpreter that has vLLM,
+    this one by default. ``verbose`` lets the engine's log through; otherwise its end is in the error of a failure.
+    """
+
+    def __init__(self, engine_args: Any, verbose: bool = False, *, python: str = sys.executable) -> None:
+        self._arguments = _arguments(engine_args)
+        self.verbose = verbose
+        self._python = python
+        self._child: _Child | None = None
+        self._timer: threading.Timer | None = None
+        self._deadline: float | None = None
+        self._lock = threading.RLock()  # who loads or stops
+        self._calling = threading.Lock()  # one call at a time: the engine's process has one thread for them
+        self.llm = RemoteLLM(self._call)
+
+    def load_model(self) -> None:
+        """Load it, unless it is loaded. Raises EngineFailed with the end of the engine's log."""
+        with self._lock:
+            if self.loaded:
+                return
+            self._stop_child()
+            self._child = _Child(self._python, self.verbose)
+            atexit.register(self.stop)
+            self._say("loading")
+            began = time.monotonic()
+            try:
+                self._child.ask("load", (), self._arguments)
+            except BaseException:
+                self._stop_child()
+                raise
+            self._say(f"loaded after {time.monotonic() - began:.1f} s in process {self._child.pid}")
+
+    @property
+    def loaded(self) -> bool:
+        """Whether its process runs."""
+        return self._child is not None and self._child.running
+
+    @property
+    def pid(self) -> int | None:
+        """The engine's process, if it runs."""
+        return self._child.pid if self._child else None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, a copy in this process."""
+        return self.llm.get_tokenizer()
+
+    @property
+    def remaining_time(self) -> float | None:
+        """Seconds left of a countdown; None if there is none."""
+        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    def reset_shutdown_timer(self, seconds: float) -> None:
+        """Release it ``seconds`` from now, after a call that runs then; replaces an earlier countdown."""
+        with self._lock:
+            if not self.loaded:
+                raise Conflict(f"{self._name} is not loaded")
+            self._end_countdown()
+            self._timer = threading.Timer(seconds, self._time_is_up)
+            self._timer.daemon = True
+            self._deadline = time.monotonic() + seconds
+            self._timer.start()
+
+    def stop(self) -> None:
+        """Release it now: when this returns none of its processes is left. Harmless if it is not loaded."""
+        with self._lock:
+            self._end_countdown()
+            self._stop_child()
+
+    def __enter__(self) -> ModelManager:
+        self.load_model()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    # -- within --------------------------------------------------------------------------------
+
+    @property
+    def _name(self) -> str:
+        return str(self._arguments["model"])
+
+    def _call(self, method: str, arguments: tuple[Any, ...], more: dict[str, Any]) -> Any:
+        with self._calling:
+            child = self._child
+            if child is None:
+                raise Conflict(f"{self._name} is not loaded: call load_model() first")
+            return child.ask(method, arguments, more)
+
+    def _time_is_up(self) -> None:
+        timer = threading.current_thread()
+        with self._calling, self._lock:
+            if self._timer is timer:  # else it was replaced while we waited
+                self._say("its time is up")
+                self.stop()
+
+    def _end_countdown(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+        self._timer, self._deadline = None, None
+
+    def _stop_child(self) -> None:
+        child, self._child = self._child, None
+        if child:
+            child.end()
+            atexit.unregister(self.stop)
+            self._say("released")
+
+    def _say(self, what: str) -> None:
+        if self.verbose:
+            print(f"{self._name}: {what}", flush=True)
+
+
+class RemoteLLM:
+    """Stands for the ``vllm.LLM`` in the other process: every method of it, by its name."""
+
+    def __init__(self, call: Callable[[str, tuple[Any, ...], dict[str, Any]], Any]) -> None:
+        self._call = call
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        if method.startswith("_"):
+            raise AttributeError(method)
+
+        def remote(*arguments: Any, **more: Any) -> Any:
+            return self._call(method, arguments, more)
+
+        return remote
+
+    def generate(self, *arguments: Any, **more: Any) -> Any:
+        """``LLM.generate``: a list of RequestOutput."""
+        return self._call("generate", arguments, more)
+
+    def chat(self, *arguments: Any, **more: Any) -> Any:
+        """``LLM.chat``: a list of RequestOutput."""
+        return self._call("chat", arguments, more)
+
+
+class _Child:
+    """The engine's process and the way to it."""
+
+    def __init__(self, python: str, verbose: bool) -> None:
+        ours, theirs = socket.socketpair()
+        self._log: IO[bytes] | None = None if verbose else tempfile.TemporaryFile()  # noqa: SIM115 (ends with us)
+        script = str(Path(__file__).with_name("offline_child.py"))
+        self._owner = os.getpid()
+        with theirs:
+            self._process = subprocess.Popen(
+                [python, "-P", script, str(theirs.fileno()), str(os.getpid())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log and subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._channel = Channel(ours)
+        with contextlib.suppress(OSError):  # a child that ended at once is noticed when it is asked
+            self._channel.send([path for path in sys.path if path])
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def ask(self, method: str, arguments: tuple[Any, ...], more: dict[str, Any]) -> Any:
+        """The method's result, or what it raised. Raises EngineFailed if the process ended."""
+        try:
+            self._channel.send((method, arguments, more))
+            outcome, value = self._receive()
+        except (EOFError, ConnectionError):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(END_LIMIT)
+            raise EngineFailed(f"the engine's process {self._ended()}{self._last_lines()}") from None
+        except pickle.UnpicklingError as error:
+            raise EngineFailed(f"what {method} returned cannot be read here: {error}") from error
+        if outcome == RAISED:
+            raise _raised(value, method, self._last_lines() if method == "load" else "")
+        return value
+
+    def _receive(self) -> Any:
+        """The answer. Whoever does not wait for it (Ctrl-C) cannot ask again: it would take this one for the next."""
+        try:
+            return self._channel.receive()
+        except pickle.UnpicklingError:
+            raise
+        except BaseException:
+            self._channel.close()
+            raise
+
+    def end(self) -> None:
+        """Let it end in order for a while; then whatever is left of it and of its descendants is killed."""
+        if os.getpid() != self._owner:
+            return
+        pids = {self.pid, *descendants(self.pid)}
+        self._channel.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_LIMIT)
+        pids |= set(descendants(self.pid))
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.wait()
+        deadline = time.monotonic() + GONE_LIMIT
+        while any(map(_alive, pids)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if self._log:
+            self._log.close()
+
+    def _ended(self) -> str:
+        status = self._process.poll()
+        if status is None:
+            return "closed its connection"
+        return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+
+    def _last_lines(self) -> str:
+        if not self._log:
+            return ""
+        self._log.seek(0)
+        lines = self._log.read().decode("utf-8", "replace").splitlines()[-LAST_LINES:]
+        return "; its last lines:\n" + "\n".join(lines) if lines else ""
+
+
+def _raised(value: tuple[BaseException | None, str], method: str, lines: str) -> BaseException:
+    """What the method raised there, with its traceback as a note; a load's is an EngineFailed."""
+    error, trace = value
+    if error is None or method == "load":
+        failed = EngineFailed(f"{method} failed: {trace.strip().splitlines()[-1]}{lines}")
+        failed.__cause__ = error
+        return failed
+    error.add_note(f"in the engine's process:\n{trace}")
+    return error
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
+
+
+def _arguments(given: Any) -> dict[str, Any]:
+    """The keyword arguments of ``vllm.LLM``."""
+    if isinstance(given, VLLMEngineArgs):
+        if given.extra_args:
+            raise TypeError("extra_args are words of a command line; vllm.LLM takes arguments by name only")
+        return {"model": given.source, **{k: v for k, v in given.arguments.items() if k not in _OF_THE_SERVER}}
+    arguments = changed_fields(given) if hasattr(given, "__dataclass_fields__") else dict(given)
+    if not arguments.get("model"):
+        raise TypeError("model must be a path or a repository id such as Qwen/Qwen3-0.6B")
+    return arguments
+
+
+_OF_THE_SERVER = frozenset({"port", "served_model_name", "enable_auto_tool_choice", "tool_call_parser"})
