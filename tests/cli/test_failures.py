@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.cli.fake_daemon import fake_daemon, model, status
-from vllmd.cli import main
+from vllmd.cli import admin, main
 
 
 def said(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
@@ -103,8 +103,23 @@ def test_a_url_that_cannot_be_reached(capsys: pytest.CaptureFixture[str]) -> Non
     """The system's own word is passed on."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    message = f"vllmctl: http://127.0.0.1:{port} cannot be reached: Connection refused"
+    message = f"vllmctl: http://127.0.0.1:{port} cannot be reached: Connection refused; on that machine: "
+    message += "systemctl start vllmd.socket"
     assert said(capsys, "--url", f"http://127.0.0.1:{port}", "ps") == (69, message)
+
+
+def test_a_daemon_that_is_too_busy_to_answer(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It accepts, and says nothing: try again later, and where to look."""
+    monkeypatch.setattr(admin, "ANSWER", 0.1)
+    path = tmp_path / "admin.sock"
+    with socket.socket(socket.AF_UNIX) as busy:
+        busy.bind(str(path))
+        busy.listen()
+        assert said(capsys, "--socket", str(path), "ps") == (
+            75, f"vllmctl: vllmd at {path} does not answer; see journalctl -u vllmd"
+        )  # fmt: skip
 
 
 ANSWERS = [

@@ -80,4 +80,7 @@ def of_url(url: str, error: OSError) -> Failure:
     """Why a URL cannot be reached."""
     if isinstance(error, TimeoutError):
         return Failure(f"vllmd at {url} does not answer; see journalctl -u vllmd", EX_TEMPFAIL)
-    return Failure(f"{url} cannot be reached: {error.strerror or error}", EX_UNAVAILABLE)
+    what = f"{url} cannot be reached: {error.strerror or error}"
+    if isinstance(error, ConnectionRefusedError):
+        what += "; on that machine: systemctl start vllmd.socket"
+    return Failure(what, EX_UNAVAILABLE)

@@ -45,7 +45,7 @@ class Files:
         except FileNotFoundError:
             return []
         except OSError as error:
-            self.findings.complain(Where(str(path)), "", f"cannot be read: {error.strerror}")
+            self.unreadable(path, error)
             return []
         return [path / name for name in names if name.endswith((".yaml", ".yml")) and not name.startswith(".")]
 
@@ -58,7 +58,7 @@ class Files:
                 self.findings.complain(Where(source), "", "there is no such file")
             return None
         except OSError as error:
-            self.findings.complain(Where(source), "", f"cannot be read: {error.strerror}")
+            self.unreadable(path, error)
             return None
         self.read.append(path)
         try:
@@ -69,6 +69,13 @@ class Files:
             return None
         node = compose(text, source, lambda where, what: self.findings.complain(where, "", what))
         return self.mapping(node, "", ROOT.accepts) if node is not None and node.value is not None else None
+
+    def unreadable(self, path: Path, error: OSError) -> None:
+        """It may be for whoever edits it, and closed to whoever runs the daemon: say who that is."""
+        what = f"cannot be read: {error.strerror}"
+        if isinstance(error, PermissionError):
+            what += f"; the user {_user()} must be able to read it"
+        self.findings.complain(Where(str(path)), "", what)
 
     def mapping(self, node: Node, path: str, accepts: str) -> Node | None:
         if node.is_map:
@@ -98,6 +105,15 @@ class Files:
                 )
             merged.setdefault(name, node)
         return root.with_value({**root.value, "models": (models or found).with_value(merged)})
+
+
+def _user() -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
 
 
 def environment(env: Mapping[str, str]) -> Node:

@@ -29,6 +29,7 @@ log = logging.getLogger("vllmd.adoption")
 
 RESOLVE_LIMIT = 10.0  # seconds for a half-done sleep or wake to come to its end
 RESOLVE_POLL = 0.1
+RECENT_LOG = 50  # lines of an adopted engine's output that its log file gets, perhaps again
 STRAY_LIMIT = 5.0  # seconds that everybody waits for engines to end that nobody wants; then they end beside the others
 
 
@@ -74,7 +75,7 @@ async def _adopt(
         return member
     fleet.adopt(member)
     if member.model.log_file and found.state is not State.STARTING:
-        fleet.spawn(fleet.follow(member))
+        fleet.spawn(fleet.follow(member, RECENT_LOG))
     log.info("%s: adopted pid %d, %s", member.model.name, running.pid, found.state.value)
     post(events.EngineAdopted(member.model.name, member.placement, found.state, found.level, found.idle))
     if found.state is State.STARTING:

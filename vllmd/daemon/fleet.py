@@ -43,6 +43,7 @@ FREEZE_TOKENS = 64
 FREEZE_LIMIT = 120.0  # seconds
 WATCH_PAUSE, WATCH_FAILURES = 2.0, 2  # seconds between probes of a server that is not ours; when it is gone
 BUSY_POLL = 1.0  # seconds
+WHOLE_LOG = 1000  # lines asked for of an engine that has just begun: all of them
 REASON_LINES = 12  # of them in a failure's reason
 
 STARTING = Progress("starting")
@@ -538,13 +539,13 @@ class Fleet:
             lambda why: events.EngineStartFailed(member.model.name, why),
         )
 
-    async def follow(self, member: Member) -> None:
+    async def follow(self, member: Member, lines: int = WHOLE_LOG) -> None:
         """Have its output come to ``on_log``; into its file, too, where the configuration says so."""
         if member.model.log_file and self._paths.logs:
             name = str(member.listen.port or member.instance)
             member.file = LogFile(path_of(self._paths.logs, member.model.name, name))
             log.info("%s: its output is also in %s", member.model.name, member.file.path, extra=of(member))
-        await self._launcher.follow(member.instance)
+        await self._launcher.follow(member.instance, lines)
 
     async def _resume_start(self, member: Member) -> events.Event:
         await self.follow(member)

@@ -63,8 +63,11 @@ class Journal:
         _Command(self._loop, ["journalctl", "--sync"], synced)
 
     def follow(self, instance: str, lines: int, take: TakeLines) -> Callable[[], None]:
-        """Give the last lines and all further ones. Returns what ends it."""
-        return _Follower(self._loop, self._journalctl(instance, "--lines", str(lines), "--follow"), take).stop
+        """Give the last lines (``KEPT`` or more: all of them) and all further ones. Returns what ends it."""
+        # --lines looks from the end of the journal: of an engine that has just begun it would miss what is written
+        # meanwhile (seen on 252). From the beginning on nothing is missed.
+        shown = ["--no-tail"] if lines >= KEPT else ["--lines", str(lines)]
+        return _Follower(self._loop, self._journalctl(instance, *shown, "--follow"), take).stop
 
     def _journalctl(self, instance: str, *options: str) -> list[str]:
         identity = [f"SYSLOG_IDENTIFIER={instance}", f"_UID={os.getuid()}"]
