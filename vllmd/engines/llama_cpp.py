@@ -23,11 +23,10 @@ from vllmd.engines.vllm import check_path
 
 ALL_LAYERS = 999  # older versions do not know the word all
 _PHASES = {
+    "load_model: loading model": "weights",
     "load_tensors:": "weights",
-    "llama_context:": "context",
-    "warming up the model": "warm-up",
+    "load_model: initializing": "context",
     "model loaded": "serving",
-    "server is listening": "serving",
     "downloading": "download",
 }
 

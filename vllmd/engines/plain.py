@@ -18,7 +18,7 @@ _ABSENT = re.compile(r"No module named|not found|No such file or directory|canno
 _MEMORY = re.compile(r"out of memory|\bOOM\b|failed to allocate|cudaMalloc failed|CUBLAS_STATUS_ALLOC_FAILED", re.I)
 _WRONG = re.compile(
     r"unrecognized arguments|no such option|invalid argument|unexpected argument|"
-    r"does not exist|is not a (valid|local)|Permission denied",
+    r"does not exist|is not a (valid|local)|Permission denied|You can install it with",
     re.I,
 )
 _TELLING = re.compile(r"\berror\b|exception|fail|fatal|panick|traceback", re.I)

@@ -38,7 +38,9 @@ class TransformersOf(Plain):
     """The contract of ``base.Engine`` for one model."""
 
     kind = "transformers"
-    INSTALL = "install it with: pip install 'transformers[serving]' torch, or name its transformers in command"
+    INSTALL = (
+        "install it with: pip install 'transformers[serving]' accelerate torch, or name its transformers in command"
+    )
     ROUTES: ClassVar[frozenset[str]] = frozenset(
         {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/audio/transcriptions"}
     )

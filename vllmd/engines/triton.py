@@ -49,9 +49,8 @@ class TritonOf(Plain):
     ROUTES: ClassVar[frozenset[str]] = frozenset(
         {
             "/v2/models/{model}",
-            "/v2/models/{model}/ready",
             "/v2/models/{model}/config",
-            "/v2/models/{model}/stats",
+            "/v2/models/{model}/versions/{version}/infer",
             "/v2/models/{model}/infer",
             "/v2/models/{model}/generate",
             "/v2/models/{model}/generate_stream",

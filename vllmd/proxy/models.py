@@ -30,6 +30,17 @@ JSON_PATHS = (
     "/v1/images/generations",
     "/v1/audio/speech",
 )
+# Text Embeddings Inference's own
+EMBEDDING_PATHS = ("/embed", "/embed_all", "/embed_sparse", "/predict", "/decode")
+# KServe's, as Triton serves it; the first that fits is taken
+KSERVE_PATHS = (
+    ("POST", "/v2/models/{model:path}/versions/{version}/infer"),
+    ("POST", "/v2/models/{model:path}/infer"),
+    ("POST", "/v2/models/{model:path}/generate"),
+    ("POST", "/v2/models/{model:path}/generate_stream"),
+    ("GET", "/v2/models/{model:path}/config"),
+    ("GET", "/v2/models/{model:path}"),
+)
 FORM_PATHS = ("/v1/audio/transcriptions", "/v1/audio/translations", "/v1/images/edits", "/v1/images/variations")
 RESPONSE_PATHS = (
     ("GET", "/v1/responses/{id}"),
@@ -41,10 +52,12 @@ RESPONSE_PATHS = (
 
 def add_model_routes(router: Router, relay: Relay) -> None:
     """Put all model routes into ``router``."""
-    for path in JSON_PATHS:
+    for path in (*JSON_PATHS, *EMBEDDING_PATHS):
         router.add_raw(Route("POST", path, relay.json, summary="relayed to the engine of the body's 'model'"))
     for path in FORM_PATHS:
         router.add_raw(Route("POST", path, relay.form, summary="relayed to the engine of the form's 'model'"))
+    for method, path in KSERVE_PATHS:
+        router.add_raw(Route(method, path, relay.kserve, summary="relayed to the engine of the path's model"))
     for method, path in RESPONSE_PATHS:
         router.add_raw(Route(method, path, relay.response, summary="relayed to the engine that made the response"))
     for method in ("GET", "POST", "PUT", "DELETE"):

@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 from vllmd.errors import BadRequest, EngineFailed, Forbidden, NotFound, UnknownModel, UpstreamFailed, VllmdError
 from vllmd.proxy.answer import Answer, Errand, answer_for
+from vllmd.proxy.eager import Begun
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.framing import Framing
 from vllmd.proxy.gate import Doorkeeper, Gate, OpenDoor, Passage, Target
@@ -25,14 +26,14 @@ from vllmd.proxy.http import Request
 from vllmd.proxy.limits import Limits
 from vllmd.proxy.loading import Loading
 from vllmd.proxy.peek import Asked, in_json, in_multipart
-from vllmd.proxy.upstream import Pool, Unreached, Upstream
+from vllmd.proxy.upstream import Pool, Unreached, Upstream, host_field
 
 # Of the client's fields an engine never sees these: its key, its cookies, and what we write ourselves.
 KEPT_BACK = frozenset(
     b"host content-length expect authorization x-api-key api-key cookie accept-encoding x-request-id"
     b" forwarded x-forwarded-for x-forwarded-host x-forwarded-proto x-real-ip".split()
 )
-TOTAL_TOKENS = re.compile(rb'(?<!\\)"total_tokens"\s*:\s*(\d{1,12})')
+TOTAL_TOKENS = re.compile(rb'"total_tokens"\s*:\s*(\d{1,12})')
 RESPONSE_ID = re.compile(rb'"id"\s*:\s*"(resp_[\w-]{1,128})"')
 RESPONSES_KEPT = 10_000
 # Words in the paths that change an engine's state (vllm-facts 1): sleep, wake_up, collective_rpc, pause, ...
@@ -78,7 +79,16 @@ class Relay:
         model = self._responses.get(request.params["id"])
         if model is None:
             raise NotFound(f"no response {request.params['id']!r} is known; it is kept only while its model runs")
-        await self.serve(exchange, Asked(model, False, request.body, b"", None), "/v1/responses")
+        await self.serve(exchange, Asked(model, False, request.body), "/v1/responses")
+
+    async def kserve(self, exchange: Exchange) -> None:
+        """``/v2/models/{model}/...``: KServe's protocol, which Triton speaks, names the model in the path."""
+        request = exchange.request
+        route = request.route.replace(":path}", "}")
+        target = self.target(request, request.params["model"], route)
+        names = {**request.params, "model": target.served_name}
+        path = re.sub(r"\{(\w+)\}", lambda name: quote(names[name[1]], safe=""), route)
+        await self._send(exchange, Asked("", False, request.body), target, path)
 
     async def upstream(self, exchange: Exchange) -> None:
         """``/upstream/{model}/...``: the rest of an engine's own API, but nothing that changes its state."""
@@ -92,7 +102,7 @@ class Relay:
             except (UnknownModel, BadRequest):
                 continue
             path = quoted("/" + "/".join(parts[cut:]))
-            await self._send(exchange, Asked("", False, request.body, b"", None), target, path)
+            await self._send(exchange, Asked("", False, request.body), target, path)
             return
         raise UnknownModel(f"no model's name begins {request.params['rest']!r}")
 
@@ -134,9 +144,11 @@ class Relay:
             await asyncio.sleep(REACH_PAUSE)
 
     async def _enter(self, exchange: Exchange, target: Target, loading: Loading) -> Passage:
-        loading.begin()
+        entering = Begun(self.gate.enter(target.model, exchange.request.key, exchange.ticket))
+        if not entering.over:
+            loading.begin()
         try:
-            return await self.gate.enter(target.model, exchange.request.key, exchange.ticket)
+            return await entering
         finally:
             loading.end()
 
@@ -210,8 +222,7 @@ class Trip:
         """Tell the gate that the request is over, and what the answer's usage says it took in all, if it does."""
         passage, self._passage = self._passage, None
         if passage is not None:
-            totals = TOTAL_TOKENS.findall(self._tail, max(0, len(self._tail) - TAIL))
-            passage.done(int(totals[-1]) if totals else None)
+            passage.done(total_tokens(self._tail))
 
     # -- what the engine's connection says
 
@@ -261,6 +272,16 @@ class Trip:
             onward = write_fields(forwardable(request.headers.raw, but=KEPT_BACK))
             request.headers.onward = onward
         more = "".join([f"{name.lower()}: {value}\r\n" for name, value in target.headers])
-        line = f"{request.method} {self._errand.path} HTTP/1.1\r\nhost: localhost\r\n"
+        path = self._where.prefix + self._errand.path
+        line = f"{request.method} {path} HTTP/1.1\r\nhost: {host_field(self._where)}\r\n"
         own = f"{more}x-request-id: {request.id}\r\ncontent-length: {length}\r\n\r\n"
         return line.encode("ascii") + onward + own.encode("latin-1")
+
+
+def total_tokens(tail: bytes) -> int | None:
+    """What the usage in the last bytes of an answer says it took in all, if it does."""
+    at = tail.rfind(b'"total_tokens"', max(0, len(tail) - TAIL))
+    if at < 0 or tail[at - 1 : at] == b"\\":  # inside a string, the quotes would be escaped
+        return None
+    told = TOTAL_TOKENS.match(tail, at)
+    return int(told[1]) if told else None

@@ -12,12 +12,12 @@ from urllib.parse import parse_qsl, urlencode
 from vllmd.errors import BadRequest, EngineFailed, UpstreamFailed, VllmdError
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.framing import BadFraming
-from vllmd.proxy.gate import Passage, Target
+from vllmd.proxy.gate import Address, Passage, Target
 from vllmd.proxy.heads import forwardable, parse_upgrade_head, write_fields, write_request_head
 from vllmd.proxy.http import Request
 from vllmd.proxy.limits import read_small
 from vllmd.proxy.relay import KEPT_BACK, Relay
-from vllmd.proxy.upstream import MAX_RESPONSE_HEAD, connect, describe
+from vllmd.proxy.upstream import MAX_RESPONSE_HEAD, connect, describe, host_field
 
 SWITCHING = b"HTTP/1.1 101 Switching Protocols\r\n"
 UPGRADE_FIELDS = [(b"connection", b"Upgrade"), (b"upgrade", b"websocket")]
@@ -125,7 +125,7 @@ class Tunnels:
 
         try:
             passage.on_cut(on_cut)
-            far.send(handshake(exchange.request, target))
+            far.send(handshake(exchange.request, target, passage.upstream))
             exchange.keep_alive = False
             exchange.start(101, await self._agreed(far, describe(passage.upstream)))
             exchange.upgrade(far.send)
@@ -149,10 +149,14 @@ class Tunnels:
         return SWITCHING + write_fields([*UPGRADE_FIELDS, *forwardable(fields)]) + b"\r\n"
 
 
-def handshake(request: Request, target: Target) -> bytes:
+def handshake(request: Request, target: Target, address: Address) -> bytes:
     """The request for the engine, with its own name for the model."""
     query = [(key, value) for key, value in parse_qsl(request.query_string) if key != "model"]
     query.append(("model", target.served_name))
-    fields = [(b"host", b"localhost"), *UPGRADE_FIELDS, *forwardable(request.headers.raw, but=KEPT_BACK)]
+    fields = [
+        (b"host", host_field(address).encode()),
+        *UPGRADE_FIELDS,
+        *forwardable(request.headers.raw, but=KEPT_BACK),
+    ]
     fields.extend((name.lower().encode(), value.encode("latin-1")) for name, value in target.headers)
-    return write_request_head("GET", f"{request.path}?{urlencode(query)}", fields)
+    return write_request_head("GET", f"{address.prefix}{request.path}?{urlencode(query)}", fields)

@@ -52,12 +52,11 @@ def describe(address: Address) -> str:
     return address.uds or f"{'https://' * bool(address.tls)}{_authority(address)}{address.prefix}"
 
 
-def host_field(address: Address) -> bytes:
+def host_field(address: Address) -> str:
     """The Host of a request: what a server elsewhere knows itself by, and ``localhost`` for one of our own."""
     if address.uds or (not address.tls and _is_loopback(address.host)):
-        return b"localhost"
-    default = 443 if address.tls else 80
-    return _authority(address).removesuffix(f":{default}").encode("idna" if not address.host.isascii() else "ascii")
+        return "localhost"
+    return _authority(address).removesuffix(":443" if address.tls else ":80")
 
 
 def _authority(address: Address) -> str:
@@ -368,7 +367,7 @@ async def request(
     For control calls and probes. Raises UpstreamFailed, also when ``timeout`` (seconds, for all of it) has passed.
     """
     body = b"" if json is None else json_codec.dumps(json).encode()
-    fields = [(b"host", host_field(listen)), (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
+    fields = [(b"host", host_field(listen).encode()), (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
     if json is not None:
         fields.append((b"content-type", b"application/json"))
     fields.extend((name.lower().encode(), value.encode("latin-1")) for name, value in headers)
