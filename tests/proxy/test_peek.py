@@ -37,7 +37,7 @@ def test_a_name_is_found_and_replaced_and_nothing_else(
     asked = in_json(text)
     assert (asked.model, asked.stream) == (name, True)
     written = json.dumps(name, ensure_ascii=ascii_only).encode()
-    assert asked.before + written + asked.after == text
+    assert text[: asked.start] + written + text[asked.end :] == text
     assert json.loads(asked.renamed(other)) == {**body, "model": other}
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Protocol, cast
 
 from vllmd.errors import BadRequest, RequestTimeout, Unavailable, VllmdError
-from vllmd.proxy.eager import begin
+from vllmd.proxy.eager import Begun
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.heads import RequestHead
 from vllmd.proxy.http import Headers, Peer, Request
@@ -261,9 +261,9 @@ class Connection(asyncio.Protocol):
         self._exchange = exchange = Exchange(self._request, self, ticket, keep_alive=keep_alive)
         if self._write_paused:
             exchange.pause(True)
-        rest = begin(self._run(exchange, self._handler))
-        if rest is not None:
-            self._task = self._loop.create_task(rest)
+        begun = Begun(self._run(exchange, self._handler))
+        if not begun.over:
+            self._task = self._loop.create_task(begun.rest())
 
     async def _run(self, exchange: Exchange, handler: Handler) -> None:
         try:

@@ -7,40 +7,32 @@ very callback that read them. ``asyncio.Task`` can do this itself only since Pyt
 from __future__ import annotations
 
 from collections.abc import Coroutine, Generator
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-Step = Coroutine[Any, Any, None]
+T = TypeVar("T")
 
 
-def begin(coroutine: Step) -> Step | None:
-    """Run it up to where it waits, and return the rest, for a task; None if it came to its end.
+class Begun(Generic[T]):
+    """A coroutine that has run up to where it waits; await it for the rest, in a task. Raises what it raises.
 
-    Raises what it raises. This part runs outside any task: ``asyncio.timeout`` and ``asyncio.current_task`` are not
-    to be had before the first wait. The rest must be begun: a task that is cancelled before its own first step
-    leaves the coroutine where it is.
+    The first part may run outside any task: ``asyncio.timeout`` and ``asyncio.current_task`` are not to be had
+    before the first wait. Whoever begins must go on: cancelled before that, the coroutine stays where it is.
     """
-    try:
-        waits_for = coroutine.send(None)
-    except StopIteration:
-        return None
-    return _rest(_Begun(coroutine, waits_for))
 
+    __slots__ = ("_coroutine", "_value", "_waits_for", "over")
 
-async def _rest(begun: _Begun) -> None:
-    await begun
-
-
-class _Begun:
-    """A coroutine that has taken its first step, and what it waits for."""
-
-    __slots__ = ("_coroutine", "_waits_for")
-
-    def __init__(self, coroutine: Step, waits_for: Any) -> None:
+    def __init__(self, coroutine: Coroutine[Any, Any, T]) -> None:
         self._coroutine = coroutine
-        self._waits_for = waits_for
+        self.over = False  # it waited for nothing and is through
+        try:
+            self._waits_for = coroutine.send(None)
+        except StopIteration as end:
+            self.over, self._value = True, end.value
 
-    def __await__(self) -> Generator[Any, None, None]:
+    def __await__(self) -> Generator[Any, None, T]:
         """The task waits in the coroutine's place; a cancelled wait is the coroutine's to handle."""
+        if self.over:
+            return self._value  # type: ignore[no-any-return]
         waits_for = self._waits_for
         try:
             while True:
@@ -50,5 +42,9 @@ class _Begun:
                     waits_for = self._coroutine.throw(error)
                 else:
                     waits_for = self._coroutine.send(None)
-        except StopIteration:
-            return
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+
+    async def rest(self) -> T:
+        """The rest as a coroutine, for a task."""
+        return await self

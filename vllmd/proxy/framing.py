@@ -15,7 +15,7 @@ TRAILER_LINE = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]
 MAX_TRAILERS = 8192
 HEX = frozenset(b"0123456789abcdefABCDEF")
 SIZES_KEPT = 4096
-_sizes: dict[bytes, int] = {}  # what plain size lines say; a stream has but a few different ones
+_sizes: dict[bytes, int] = {}  # what plain size lines, line end included, say; a stream has but a few of them
 
 
 class BadFraming(ValueError):
@@ -123,18 +123,16 @@ class Chunked:
         """Skip the chunks that lie whole in ``data``: the common case, in one loop."""
         if self._step != self._size or pos < 0:
             return pos
-        find, starts, sizes, payload = data.find, data.startswith, _sizes, 0
-        while (line_end := find(b"\r\n", pos, pos + 17)) > pos:
-            digits = data[pos:line_end]
-            size = sizes.get(digits) or _plain_size(digits)
-            if not size:
+        find, sizes, payload = data.find, _sizes, 0
+        while (start := find(b"\n", pos, pos + 18) + 1) > pos:
+            line = data[pos:start]
+            size = sizes.get(line) or _plain_size(line)
+            end = start + size
+            if not size or data[end : end + 2] != b"\r\n":
                 break  # _size looks closer
-            start, end = line_end + 2, line_end + 2 + size
-            if not starts(b"\r\n", end):
-                break
             if self.keep:
                 self.pieces.append(data[start:end])
-            payload += end - start
+            payload += size
             pos = end + 2
         self.payload += payload
         return pos
@@ -192,14 +190,15 @@ class Chunked:
         return -1
 
 
-def _plain_size(digits: bytes) -> int:
+def _plain_size(line: bytes) -> int:
     """What a size line without extensions says; 0 for the last chunk's and for all that is not plain.
 
     int() takes 0x5, 1_0 and spaces, too.
     """
-    if digits[0] == 0x30 or not HEX.issuperset(digits):
+    digits = line[:-2]
+    if line[-2:] != b"\r\n" or digits[:1] in b"0" or not HEX.issuperset(digits):
         return 0
     if len(_sizes) >= SIZES_KEPT:
         _sizes.clear()
-    _sizes[digits] = size = int(digits, 16)
+    _sizes[line] = size = int(digits, 16)
     return size
