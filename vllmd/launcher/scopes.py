@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 SERVICE, SLICE = b"vllmd.service", b"vllmd.slice"
 PATIENCE = 0.1  # seconds for systemd to notice by itself that a scope is empty; it takes about one millisecond
+NAME_TRIES, NAME_WAIT = 50, 0.02  # seconds between tries for a name that systemd has not let go
 _SYSTEMD, _PATH = b"org.freedesktop.systemd1", b"/org/freedesktop/systemd1"
 _MANAGER, _SCOPE = b"org.freedesktop.systemd1.Manager", b"org.freedesktop.systemd1.Scope"
 # Missing in pystemd's table (0.11 and 0.15); an unknown property is a KeyError there.
@@ -83,12 +84,15 @@ class Scopes:
 
     # --- what a backend does ---
 
-    def place(self, order: StartOrder, process: Process, placed: Placed) -> None:
+    def place(self, order: StartOrder, process: Process, placed: Placed, tries: int = NAME_TRIES) -> None:
         """Make the scope with the process in it."""
         unit = unit_of(order.instance)
         try:
             job = self._manager.StartTransientUnit(unit.encode(), b"fail", self._properties(order, process.pid))
         except DBusBaseError as error:
+            if "already loaded" in _text(error) and tries:  # UnitRemoved can come a moment before the name is free
+                self._loop.later(NAME_WAIT, lambda: self.place(order, process, placed, tries - 1))
+                return
             placed(None, f"systemd refused to make {unit}: {_text(error)}")
             return
         self._loaded.add(unit)
