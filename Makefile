@@ -2,7 +2,7 @@
 SETUP  := packaging/dev/setup
 PYTHON := $(shell $(SETUP) path)/venv/bin/python
 PREFIX ?= /usr/local
-FAST   := not machine and not vllm and not gpu
+FAST   := not machine and not vllm and not gpu and not llama
 
 .PHONY: help check fast demo bench-start bench-proxy bench-schedule gpu-check deb rpm install
 help: ## list the targets

@@ -82,6 +82,24 @@ def real_vllm() -> RealVllm:
     return RealVllm(container.cache() / "vllm/bin/vllm", container.cache() / "tiny-model")
 
 
+@pytest.fixture(scope="session")
+def accelerate(real_vllm: RealVllm) -> Path:
+    """What `transformers serve` needs beside vLLM's environment, as an entry of PYTHONPATH."""
+    folder = container.cache() / "engines"
+    if not (folder / ".vllmd-stamp").exists():
+        pytest.skip("no accelerate here: packaging/dev/setup engines")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama() -> Path:
+    """The folder with a real llama-server and tiny.gguf."""
+    folder = container.cache() / "llama"
+    if not (folder / ".vllmd-stamp").exists():
+        pytest.skip("no llama-server here: packaging/dev/setup llama")
+    return folder
+
+
 def build_package(kind: str) -> Path:
     """The package of this working tree, built when its sources have changed."""
     if os.geteuid() != 0:

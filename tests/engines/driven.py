@@ -26,9 +26,13 @@ class Driven:
         self.log = place.run_dir / "log"
         with self.log.open("wb") as log:
             env = os.environ | dict(launch.env) | dict(model.env)
-            self.popen = subprocess.Popen(launch.argv, stdout=log, stderr=log, env=env, start_new_session=True)
-        transport = httpx.HTTPTransport(uds=launch.listen.uds)
-        self.http = httpx.Client(transport=transport, base_url="http://engine", timeout=limit)
+            self.popen = subprocess.Popen(
+                launch.argv, stdout=log, stderr=log, env=env, cwd=launch.cwd or None, start_new_session=True
+            )
+        self.launch = launch
+        transport = httpx.HTTPTransport(uds=launch.listen.uds or None)
+        base = "http://engine" if launch.listen.uds else f"http://{launch.listen.host}:{launch.listen.port}"
+        self.http = httpx.Client(transport=transport, base_url=base, timeout=limit)
 
     def call(self, call: Call) -> httpx.Response:
         response = self.http.request(call.method, call.path, json=call.json, timeout=call.timeout)
@@ -48,11 +52,11 @@ class Driven:
         return self
 
     def _is_ready(self) -> bool:
+        probe = self.engine.ready(self.model)
         try:
-            self.call(self.engine.ready(self.model))
+            return self.http.request(probe.method, probe.path, timeout=probe.timeout).status_code == probe.expect
         except httpx.ConnectError:
             return False
-        return True
 
     def is_asleep(self) -> bool:
         probe = self.engine.asleep()
@@ -63,6 +67,12 @@ class Driven:
         body = {"model": self.engine.served_name(self.model), "messages": [{"role": "user", "content": "hello you"}]}
         reply = self.http.post("/v1/chat/completions", json=body | {"temperature": 0, "max_tokens": 16})
         return str(reply.json()["choices"][0]["message"]["content"])
+
+    def end(self) -> str:
+        """End it as its kind says; what it logged."""
+        self.popen.send_signal(self.launch.stop_signal)
+        self.popen.wait(self.limit)
+        return self.log.read_text()
 
     def lines(self) -> list[str]:
         return self.log.read_text().splitlines()

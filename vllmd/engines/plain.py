@@ -14,7 +14,9 @@ from vllmd.core.types import Footprint
 from vllmd.engines.base import Call, Failure, Place, Progress
 
 PROBE = 5.0  # seconds for an answer of a server that may be busy loading
-_ABSENT = re.compile(r"No module named|not found|No such file or directory|cannot (run|execute|find)", re.I)
+_ABSENT = re.compile(
+    r"there is no command|No module named|not found|No such file or directory|cannot (run|execute|find)", re.I
+)
 _MEMORY = re.compile(r"out of memory|\bOOM\b|failed to allocate|cudaMalloc failed|CUBLAS_STATUS_ALLOC_FAILED", re.I)
 _WRONG = re.compile(
     r"unrecognized arguments|no such option|invalid argument|unexpected argument|"
