@@ -341,7 +341,10 @@ def test_M_a_model_on_the_gpu_of_choice(site: Site) -> None:
         ({"model_name": "t", "gpu_id": 7}, 400, "GPU 7"),
         ({"model_name": "t", "gpu_id": -1}, 400, "gpu_id"),
         ({"model_name": "wide", "gpu_id": 0}, 400, "takes 2 GPUs"),
-        ({"model_name": "t", "config": {"max_model_len": 1}}, 400, "configuration"),
+        ({"model_name": "org/tiny", "config": {"max_model_len": 1}}, 409, "max_model_len"),
+        ({"model_name": "new", "config": {"max_modl_len": 1}}, 400, "max_model_len"),
+        ({"model_name": "new", "config": ["x"]}, 400, "config"),
+        ({"model_name": "new", "model_type": "teapot", "config": {"max_model_len": 1}}, 400, "teapot"),
         ({"model_name": 5}, 400, "model_name"),
         ({}, 400, "model_name"),
     ],
@@ -351,6 +354,18 @@ def test_M_a_wrong_start_is_refused(site: Site, body: object, status: int, names
     answer = site.ask("POST", "/api/v1/models/start", body, admin=True)
     assert answer.status == status, answer.text
     assert names in answer.error
+
+
+def test_M_a_model_with_a_config_of_its_own(site: Site) -> None:
+    """It need not be known before, and is not written anywhere."""
+    config = {"gpu_memory": "10GiB", "options": {"load_time": "0.1s"}}
+    start = {"model_name": "brought", "model_type": "sim", "gpu_id": 1, "config": config}
+    assert site.ask("POST", "/api/v1/models/start", start, admin=True).status == 202
+    until(lambda: site.operate("GET", "/api/v1/models/status/brought")[0]["status"] == "RUNNING")
+    assert site.line("brought")["devices"] == [1]
+    assert site.chat("brought", "u-secret").status == 200
+    site.operate("DELETE", "/admin/guests/brought")
+    until(lambda: site.ask("GET", "/api/v1/models/status/brought", admin=True).status == 404)
 
 
 def test_M_gpus_and_their_processes(site: Site) -> None:
@@ -433,6 +448,19 @@ def test_V_models_of_the_cache_are_offered_and_start(tmp_path: Path) -> None:
         assert site.chat("org/found").status == 200
         site.reconfigure("defaults: {engine: sim}\nmodels: {mine: {model: org/known}}\n")
         assert site.chat("org/found").status == 404
+
+
+def test_a_broken_configuration_is_unhealthy_and_repaired_by_a_reload(tmp_path: Path) -> None:
+    """A balancer sends nobody there, and nothing restarts it for being alive."""
+    with running(tmp_path, "polcy: lru\n") as site:
+        health = site.ask("GET", "/health")
+        assert (health.status, "polcy" in health.json["status"]) == (503, True)
+        assert site.ask("GET", "/health/ready").status == 503
+        assert site.ask("GET", "/health/live").status == 200
+        assert "vllmd_configuration_valid 0.0" in site.ask("GET", "/metrics").text
+        site.reconfigure("models: {m: {engine: sim}}\n")
+        assert site.ask("GET", "/health").status == 200
+        assert site.chat("m").status == 200
 
 
 def test_an_address_that_others_can_reach_is_not_served_without_keys(tmp_path: Path) -> None:

@@ -1,5 +1,14 @@
-"""The endpoints that answer from snapshots and post events: models, health, admin.
+"""The endpoints that answer from snapshots and post events. They decide nothing.
 
-``control.py`` says what they may ask of the daemon, ``models.py`` holds what any
-client may read, ``operate.py`` what an operator may do. They decide nothing.
+::
+
+    control     what they may ask of the daemon
+    routes      which path is whose, who may, and what /openapi.json says of it
+    models      what any client may read: models, health, version
+    operate     the operator's verbs, logs, events; asked checks what they are given
+    instances   M's API under /api/v1: GPUs, processes, models on GPUs
+    guests      models that programs bring along
+    tally       what is counted as it happens
+    metrics     /metrics; exposition writes it for Prometheus, relabel the engines' own
+    openapi     /openapi.json of the route table; schemas has the words, page is /docs
 """

@@ -61,6 +61,9 @@ class Control(Protocol):
     def resolve(self, name: str) -> str:
         """The configured name of what the operator calls a model."""
 
+    def types(self) -> list[str]:
+        """The kinds of engines that there are."""
+
     def decisions(self, model: str) -> list[dict[str, Any]]:
         """The last decisions (``at`` in Unix time), oldest first; all of them, or one model's."""
 

@@ -1,11 +1,13 @@
 """M's API under ``/api/v1``: GPUs, processes, and models as instances on GPUs.
 
 A model has one engine here. It may be started on a GPU of the caller's choice;
-one that runs elsewhere already is a conflict.
+one that runs elsewhere already is a conflict. A ``config`` of its own makes a
+model known that is not, for as long as the daemon lives.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -37,9 +39,9 @@ class InstanceEndpoints:
         """``POST /api/v1/models/start``: 202 with the ``ModelInstanceInfo`` as it begins."""
         await self._control.opened()
         body = asked.fields(request, ["model_name", "model_type", "gpu_id", "config"])
-        name, gpu = self._named(body), asked.index(body, "gpu_id")
         if body.get("config") not in (None, {}):
-            raise BadRequest(f"settings of {name} are changed in the configuration, then reloaded", param="config")
+            await self._bring(request, body)
+        name, gpu = self._named(body), asked.index(body, "gpu_id")
         line = self._control.line(name)
         if line["state"] in UNLOADED:
             await self._control.narrow(name, gpu)
@@ -76,13 +78,34 @@ class InstanceEndpoints:
         await self._control.opened()
         return json_response(items(self._control.line(self._control.resolve(request.params["name"]))))
 
+    async def _bring(self, request: Request, body: dict[str, Any]) -> None:
+        """Make the model known with the settings of the body, if nobody knows it. Raises Conflict if they differ."""
+        name, settings = asked.text(body, "model_name", "the name of a model"), body["config"]
+        if not isinstance(settings, dict):
+            raise BadRequest("config must be an object with settings as in vllmd.yaml(5), or null", param="config")
+        if kind := self._kind(body):
+            settings = {"engine": kind, **settings}
+        known = await self._control.guests.put(name, settings, trusted=request.peer.uid in (0, os.getuid()))
+        if known["differs"]:
+            where = "is configured" if known["configured"] else "is in use"
+            raise Conflict(f"{name} {where} with another {', '.join(known['differs'])}", param="config")
+
     def _named(self, body: dict[str, Any]) -> str:
         """The model that the body names, which is of the type that it names, if it does."""
         name = self._control.resolve(asked.text(body, "model_name", "the name of a model"))
-        engine, kind = self._control.line(name)["config"].get("engine", ""), body.get("model_type")
-        if kind is not None and (not isinstance(kind, str) or kind.lower() != engine):
+        engine, kind = self._control.line(name)["config"].get("engine", ""), self._kind(body)
+        if kind and kind != engine:
             raise BadRequest(f"{name} is of the type {engine!r}, not {kind!r}", param="model_type")
         return name
+
+    def _kind(self, body: dict[str, Any]) -> str:
+        """The type in the body, "" without one. Raises BadRequest for one that there is not."""
+        if body.get("model_type") is None:
+            return ""
+        kind, types = asked.text(body, "model_type", "a kind of engine").lower(), self._control.types()
+        if kind not in types:
+            raise BadRequest(f"there is no type {kind!r}; there are {', '.join(types)}", param="model_type")
+        return kind
 
 
 def instance(line: dict[str, Any]) -> dict[str, Any]:

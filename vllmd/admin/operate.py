@@ -151,6 +151,8 @@ async def _framed(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]
                 yield b": still here\n\n"
     finally:
         coming.cancel()
+        await asyncio.wait({coming})
+        await _close(events)
 
 
 async def _begun(lines: AsyncIterator[str]) -> AsyncIterator[str]:
@@ -173,7 +175,7 @@ async def _from(first: asyncio.Future[str | None] | None, lines: AsyncIterator[s
             await _close(lines)
 
 
-async def _close(lines: AsyncIterator[str]) -> None:
+async def _close(lines: AsyncIterator[Any]) -> None:
     """Let a generator that is not read to its end leave what it holds."""
     close = getattr(lines, "aclose", None)
     if close:

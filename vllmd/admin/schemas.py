@@ -156,7 +156,7 @@ SCHEMAS: dict[str, Schema] = {
     "KillProcessResponse": record({"pid": COUNT, "status": {"const": "killed"}, "message": TEXT}),
     "StartRequest": record(
         {"model_name": {**TEXT, "minLength": 1}},
-        {"model_type": maybe(TEXT), "gpu_id": maybe(COUNT), "config": maybe({"type": "object", "maxProperties": 0})},
+        {"model_type": maybe(TEXT), "gpu_id": maybe(COUNT), "config": maybe({"type": "object"})},
         closed=True,
     ),
     "StopRequest": record(

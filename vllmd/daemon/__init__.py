@@ -6,7 +6,9 @@
     service     the life of the daemon, from its doors to its shutdown
     opening     how it gets its devices, launcher and engines, after the doors are open
     listen      sockets of our own, where systemd gives none
-    doors       the listeners and their routes; keys says who may what
+    doors       the listeners and their routes
+    keys        who may what: keys, scopes, the admin socket
+    meters      what each key has used, and its limits
     loop        the inbox: events to the core, its commands to whoever does them
     turnstile   the proxy's gate: one arrival, one ending, whatever happens between
     fleet       engines: start, wake, sleep, stop, each a task that posts its event
@@ -15,6 +17,9 @@
     specs       a configured model as the core sees it
     names       what a client calls a model -> the model
     control     what the admin endpoints may ask
+    portrait    how models and devices are shown to clients and operators
+    processes   processes on the devices: whose they are, and how to be rid of one
+    discovery   models of the Hugging Face cache that nobody configured
     logfile     an engine's output in a rotating file
     learnt      footprints and costs kept over restarts
     preflight   what models will take, and which of them can never work

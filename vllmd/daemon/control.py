@@ -174,6 +174,12 @@ class DaemonControl:
         """The configured name of a model."""
         return self._daemon.turnstile.resolve(name).model
 
+    def types(self) -> list[str]:
+        """The kinds of engines that there are."""
+        from vllmd.engines import engine_names
+
+        return engine_names()
+
     def decisions(self, model: str) -> list[dict[str, Any]]:
         """The last decisions, oldest first."""
         snapshot = self.snapshot()
