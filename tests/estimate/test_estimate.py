@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.estimate.files import LLAMA_8B, GiB, cached, gguf, model, safetensors, sparse
 from vllmd.config.types import ModelConfig
 from vllmd.core.types import Device, Footprint, Source
-from vllmd.engines.estimate import Estimate, estimate, merged, overfull_pins, too_large
+from vllmd.engines.estimate import Estimate, estimate, overfull_pins, too_large
 from vllmd.engines.facts import argument, whole
 
 MiB = 1 << 20
@@ -351,15 +351,7 @@ def test_no_configuration_makes_it_raise(tmp_path_factory: pytest.TempPathFactor
     assert found.footprint.awake >= MiB
 
 
-# ---- merging and fitting ----------------------------------------------------------------------
-
-
-def test_measured_beats_told_figure_by_figure() -> None:
-    """What was not measured yet (0) stays as told."""
-    before = Footprint(20, 20, 2, 15, Source.CONFIGURED)
-    assert merged(before, None) == before
-    assert merged(before, Footprint(0, 22, 3, 0)) == Footprint(22, 22, 3, 15, Source.MEASURED)
-    assert merged(before, Footprint(0, 0, 1, 0)) == Footprint(20, 20, 1, 15, Source.CONFIGURED)
+# ---- fitting ----------------------------------------------------------------------------------
 
 
 TWO = (Device(0, "a", 24 * GiB, GiB), Device(1, "b", 24 * GiB, GiB))

@@ -1,7 +1,7 @@
 """How much memory a model will take, before it has ever run: arithmetic on its own files.
 
-Measured beats configured beats estimated; this module has the last two and the
-merging. The rules, per device:
+Measured beats configured beats estimated; this module has the last two, the core
+learns the first. The rules, per device:
 
 1. Weights: bytes in the model's files, 32-bit floats halved (vLLM loads them as
    16-bit unless told otherwise), divided by tensor and pipeline parallelism.
@@ -73,19 +73,6 @@ def estimate(model: ModelConfig, hf_home: Path, device_memory: int) -> Estimate:
     if not facts.weights:
         return _unknown(model, facts, device_memory)
     return _known(model, facts, device_memory)
-
-
-def merged(told: Footprint, measured: Footprint | None) -> Footprint:
-    """``told`` (configured or estimated), with every figure that was measured (is not 0) in its place."""
-    if measured is None:
-        return told
-    return Footprint(
-        measured.starting or max(told.starting, measured.awake),
-        measured.awake or told.awake,
-        measured.asleep or told.asleep,
-        measured.host or told.host,
-        Source.MEASURED if measured.awake else told.source,
-    )
 
 
 def too_large(model: ModelConfig, told: Estimate, devices: Sequence[Device]) -> str:
