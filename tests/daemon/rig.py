@@ -49,7 +49,8 @@ class FakeEngine:
     connections: set[asyncio.StreamWriter] = field(default_factory=set)
 
     async def open(self) -> None:
-        self.server = await asyncio.start_unix_server(self._serve, self.listen)
+        if self.listen:
+            self.server = await asyncio.start_unix_server(self._serve, self.listen)
 
     def close(self) -> None:
         """As when its process ends: nobody listens, and every connection breaks off."""
