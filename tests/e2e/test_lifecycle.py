@@ -185,6 +185,20 @@ def test_the_launcher_may_be_killed(site: Site) -> None:
     assert "new" in site.chat("keeper", "new")["choices"][0]["message"]["content"]
 
 
+def test_when_the_daemon_has_failed_for_good_its_engines_are_stopped(site: Site) -> None:
+    """Nothing survives that nobody manages; and nothing was stopped while it could still come back."""
+    site.chat("keeper", "hi")
+    scope, drop_in = site.scope("keeper"), "/run/systemd/system/vllmd.service.d/broken.conf"
+    site.machine.write(drop_in, "[Service]\nExecStart=\nExecStart=/bin/false\n")
+    site.machine.run("systemctl daemon-reload; systemctl kill -s KILL vllmd.service")
+    try:
+        site.machine.wait_until(lambda: site.active("vllmd.service") == "failed")
+        site.machine.wait_until(lambda: site.machine.cgroup_pids(scope) == [])
+        assert site.machine.journal("vllmd.service").count("Scheduled restart job") >= 5
+    finally:
+        site.machine.run(f"rm {drop_in}; systemctl daemon-reload")
+
+
 def test_an_unknown_model_names_the_close_ones(site: Site) -> None:
     """A typo is answered with what would have been right."""
     status, body = site.post("/v1/chat/completions", {"model": "org/smal", "messages": []})
