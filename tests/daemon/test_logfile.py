@@ -36,3 +36,15 @@ def test_a_file_that_cannot_be_written_is_told_once(tmp_path: Path, caplog: pyte
         file = LogFile(tmp_path / "taken" / "m.log")
         file.write(["a", "b", "c"])
     assert [record.message.count("cannot write") for record in caplog.records] == [1]
+
+
+def test_a_full_disk_is_told_once_and_can_be_closed(caplog: pytest.LogCaptureFixture) -> None:
+    """What could not be written is still in a buffer, which closing tries to write again."""
+    with caplog.at_level(logging.ERROR):
+        file = LogFile(Path("/dev/full"))
+        file.write(["a", "b", "c"])
+        file.close()
+    assert [record.message for record in caplog.records] == [
+        "cannot write /dev/full: [Errno 28] No space left on device; its lines are in the journal only"
+    ]
+    assert caplog.records[0].exc_info is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import sys
 from collections.abc import Iterable
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -29,8 +30,9 @@ class LogFile:
             self._handler.emit(logging.makeLogRecord({"msg": line}))
 
     def close(self) -> None:
-        """No more."""
-        self._handler.close()
+        """No more; what a full disk did not take is lost."""
+        with contextlib.suppress(OSError):
+            self._handler.close()
 
 
 class _Quiet(RotatingFileHandler):
@@ -42,7 +44,8 @@ class _Quiet(RotatingFileHandler):
         """Called in the ``except`` of a failed write."""
         if not self.told:
             self.told = True
-            log.exception("cannot write %s, its lines are in the journal only", self.baseFilename)
+            why = sys.exc_info()[1]
+            log.error("cannot write %s: %s; its lines are in the journal only", self.baseFilename, why)
 
 
 def path_of(folder: Path, model: str, port_or_instance: str) -> Path:
