@@ -14,7 +14,7 @@ pytestmark = pytest.mark.machine
 
 SOCKETS = ("vllmd.socket", "vllmd-admin.socket")
 SERVICES = ("vllmd.service", "vllmd-launcher.service")
-MODELS = "models:\n  rehearsal: {engine: sim, idle: never}\n"
+MODELS = "models:\n  rehearsal: {engine: sim, idle: never, options: {tokens_per_second: 20}}\n"
 ASK = (
     "curl -sSf --max-time 60 http://127.0.0.1:33258/v1/chat/completions -H 'Content-Type: application/json' "
     """-d '{"model": "rehearsal", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3}'"""
@@ -92,8 +92,26 @@ while True:
 """
 
 
+STREAM = (
+    "curl -sSfN --max-time 60 http://127.0.0.1:33258/v1/completions -H 'Content-Type: application/json' "
+    """-d '{"model": "rehearsal", "prompt": "%s", "max_tokens": 80, "stream": true}'""" % ("w " * 80)
+)
+
+
+def newer(machine: Machine) -> str:
+    """The same package under a later version, as the next release would be; its path in there."""
+    machine.run(
+        "dpkg-deb --raw-extract /root/vllmd.deb /root/newer && "
+        "sed -i 's/^Version: .*/Version: 99.0/' /root/newer/DEBIAN/control && "
+        "sed -i 's/^__version__ = .*/__version__ = \"99.0\"/' /root/newer/usr/lib/python3/dist-packages/vllmd/__init__.py && "
+        "sed -i '/vllmd\\/__init__.py/d' /root/newer/DEBIAN/md5sums && "
+        "dpkg-deb --build --root-owner-group /root/newer /root/newer.deb"
+    )
+    return "/root/newer.deb"
+
+
 def test_upgrade_under_load_refuses_nobody_and_reloads_no_model(installed_machine: Machine) -> None:
-    """Administrators upgrade in the daytime."""
+    """Administrators upgrade in the daytime: streams end as they began, new requests meet the new version."""
     installed_machine.write("/etc/vllmd/models.d/test.yaml", MODELS)
     installed_machine.run("systemctl stop vllmd.service")
     installed_machine.run(ASK, timeout=90)
@@ -102,13 +120,18 @@ def test_upgrade_under_load_refuses_nobody_and_reloads_no_model(installed_machin
     hammer = installed_machine.popen(["/usr/bin/python3", "-c", HAMMER])
     assert hammer.stdout is not None
     hammer.stdout.readline()
-    installed_machine.run("dpkg --install /root/vllmd.deb", timeout=120)
+    stream = installed_machine.popen("exec " + STREAM)
+    assert stream.stdout is not None
+    stream.stdout.readline()
+    installed_machine.run(["dpkg", "--install", newer(installed_machine)], timeout=120)
     installed_machine.run(ASK, timeout=90)
+    assert stream.communicate(timeout=60)[0].rstrip().endswith("data: [DONE]")
     installed_machine.run("pkill -f http.clien[t]")
     out, err = hammer.communicate()
     asked, failed = out.splitlines()[-1].split()
     assert (int(asked) > 10, failed, err) == (True, "0", "")
     assert installed_machine.show("vllmd.service", "MainPID") != daemon
+    assert '"99.0"' in installed_machine.out("vllmctl info --json")
     assert engine_pids(installed_machine) == engines
 
 
@@ -122,7 +145,7 @@ def test_removal_stops_everything_and_purge_forgets(installed_machine: Machine) 
     assert "vllmd.yaml" in installed_machine.out("ls /etc/vllmd")
     installed_machine.run("dpkg --purge vllmd", timeout=120)
     left = installed_machine.out("find / -xdev -path /proc -prune -o -path /opt -prune -o -name '*vllmd*' -print")
-    known = ("/root/vllmd.deb", "/.vllmd-stamp", "/var/lib/dpkg/")
+    known = ("/root/", "/.vllmd-stamp", "/var/lib/dpkg/")
     assert [path for path in left.splitlines() if not path.startswith(known)] == []
     assert installed_machine.out("id -un vllmd") == "vllmd"
 
