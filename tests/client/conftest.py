@@ -15,7 +15,7 @@ CONFIG = {
     "models": {
         "org/tiny": {"engine": "sim", "aliases": ["t"], "gpu_memory": "4GiB"},
         "org/embed": {"engine": "sim", "gpu_memory": "4GiB", "options": {"dimensions": 4}},
-        "org/cut": {"engine": "sim", "gpu_memory": "4GiB", "options": {"fail": ["crash-after=1"]}},
+        "org/cut": {"engine": "sim", "gpu_memory": "4GiB", "options": {"fail": ["crash-mid-stream"]}},
         "org/broken": {"engine": "sim", "gpu_memory": "4GiB", "command": "/nonexistent/engine"},
     },
 }

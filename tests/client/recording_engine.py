@@ -24,6 +24,8 @@ ANSWER = {
     ],
 }
 
+SOCKET = Path(sys.argv[sys.argv.index("--uds") + 1])
+
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -34,7 +36,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["content-length"]))
         if self.path == "/v1/chat/completions":
-            Path(sys.argv[2], "body.json").write_bytes(body)
+            SOCKET.with_name("body.json").write_bytes(body)
         self.answer(ANSWER)
 
     def answer(self, value: object) -> None:
@@ -55,4 +57,4 @@ class Server(ThreadingUnixStreamServer):
 
 
 if __name__ == "__main__":
-    Server(sys.argv[sys.argv.index("--uds") + 1], Handler).serve_forever()
+    Server(str(SOCKET), Handler).serve_forever()

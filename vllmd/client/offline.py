@@ -177,6 +177,7 @@ class _Child:
         self._log: IO[bytes] | None = None if verbose else tempfile.TemporaryFile()  # noqa: SIM115 (ends with us)
         script = str(Path(__file__).with_name("offline_child.py"))
         self._owner = os.getpid()
+        self._broken = False  # an answer was not waited for, or never came
         with theirs:
             self._process = subprocess.Popen(
                 [python, "-P", script, str(theirs.fileno()), str(os.getpid())],
@@ -196,14 +197,18 @@ class _Child:
 
     @property
     def running(self) -> bool:
-        return self._process.poll() is None
+        """Whether it can be asked."""
+        return not self._broken and self._process.poll() is None
 
     def ask(self, method: str, arguments: tuple[Any, ...], more: dict[str, Any]) -> Any:
         """The method's result, or what it raised. Raises EngineFailed if the process ended."""
         try:
+            if self._broken:
+                raise EOFError
             self._channel.send((method, arguments, more))
             outcome, value = self._receive()
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):
+            self._broken = True
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(END_LIMIT)
             raise EngineFailed(f"the engine's process {self._ended()}{self._last_lines()}") from None
@@ -220,6 +225,7 @@ class _Child:
         except pickle.UnpicklingError:
             raise
         except BaseException:
+            self._broken = True
             self._channel.close()
             raise
 

@@ -107,7 +107,8 @@ def main() -> None:
             _answer(channel, RAISED, _told(error))
         else:
             _answer(channel, RETURNED, result)
-    del engine
+    del engine  # vLLM's own good order first
+    _kill(descendants(os.getpid()))
 
 
 def _load(arguments: dict[str, Any]) -> Any:
@@ -122,7 +123,7 @@ def _answer(channel: Channel, outcome: str, value: Any) -> None:
     except OSError:
         pass
     except Exception as error:  # a result that cannot be pickled
-        channel.send((RAISED, _told(error)))
+        channel.send((RAISED, (None, f"the result cannot be handed over: {error}")))
 
 
 def _told(error: Exception) -> tuple[Exception | None, str]:
@@ -145,7 +146,11 @@ def _follow(parent: int) -> None:
             poll.poll()
     except ProcessLookupError:
         pass
-    for pid in [*descendants(os.getpid()), os.getpid()]:
+    _kill([*descendants(os.getpid()), os.getpid()])
+
+
+def _kill(pids: list[int]) -> None:
+    for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
