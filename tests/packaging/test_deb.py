@@ -103,8 +103,8 @@ def newer(machine: Machine) -> str:
     machine.run(
         "dpkg-deb --raw-extract /root/vllmd.deb /root/newer && "
         "sed -i 's/^Version: .*/Version: 99.0/' /root/newer/DEBIAN/control && "
-        "sed -i 's/^__version__ = .*/__version__ = \"99.0\"/' /root/newer/usr/lib/python3/dist-packages/vllmd/__init__.py && "
-        "sed -i '/vllmd\\/__init__.py/d' /root/newer/DEBIAN/md5sums && "
+        "sed -i '/vllmd.__init__.py/d' /root/newer/DEBIAN/md5sums && cd /root/newer/usr/lib/python3/dist-packages && "
+        "sed -i 's/^__version__ = .*/__version__ = \"99.0\"/' vllmd/__init__.py && "
         "dpkg-deb --build --root-owner-group /root/newer /root/newer.deb"
     )
     return "/root/newer.deb"
@@ -155,12 +155,31 @@ def test_lintian_finds_nothing(package: Path) -> None:
     assert (package.parent / "lintian.txt").read_text() == ""
 
 
-def test_installs_on_debian_13_too(boot_machine: Callable[..., Machine], package: Path) -> None:
-    """The same package on systemd 257, Python 3.13 and newer libraries."""
+def test_the_whole_path_on_debian_13(boot_machine: Callable[..., Machine], package: Path) -> None:
+    """The same package on systemd 257, Python 3.13 and newer libraries, for the system and for a user."""
     machine = boot_machine("trixie")
     container.install(machine, package)
     assert machine.out("systemctl --version").startswith("systemd 257 ")
+    assert states(machine, "is-active", *SOCKETS, *SERVICES) == ["active"] * 2 + ["inactive"] * 2
     machine.write("/etc/vllmd/models.d/test.yaml", MODELS)
     assert "assistant" in machine.out(ASK, timeout=90)
-    machine.run("systemctl stop vllmd.service")
+    engines = engine_pids(machine)
+    scope = machine.out("systemctl list-units --plain --no-legend 'vllmd-model-rehearsal-*.scope'").split()[0]
+    assert machine.out(f"ps -o user:32= -p {machine.cgroup_pids(scope)[0]}") == "vllmd-engine"
+    machine.run("systemctl restart vllmd.service && systemctl reload vllmd.service")
+    assert "assistant" in machine.out(ASK, timeout=90)
+    assert engine_pids(machine) == engines
+    for level in ("1", "2"):
+        machine.run(["vllmctl", "sleep", "rehearsal", "--level", level])
+        assert "assistant" in machine.out(ASK, timeout=90)
+    assert engine_pids(machine) == engines
+    assert "startup complete" in machine.out("vllmctl logs rehearsal -n 100")
+    machine.run("systemctl stop vllmd.socket vllmd-admin.socket vllmd.service vllmd.slice")
     assert engine_pids(machine) == []
+    machine.add_user("ada")
+    machine.write("/home/ada/.config/vllmd/vllmd.yaml", MODELS)
+    machine.run("systemctl --user start vllmd.socket", user="ada")
+    assert "assistant" in machine.out(ASK, timeout=90)
+    assert machine.out("ps -C vllmd -o user=") == "ada"
+    machine.run("systemctl --user stop vllmd.service", user="ada")
+    machine.wait_until(lambda: not engine_pids(machine))
