@@ -45,13 +45,20 @@ def add_public(router: Router, control: Control, may_use: Callable[[str, str], b
     add("GET", "/health/live", models.live, "open", "Whether vllmd answers", answers("Alive"))
     add("GET", "/health/ready", models.ready, "health", "Whether vllmd can serve at once",
         answers("Health", also={503: "Health"}))  # fmt: skip
-    add("GET", "/version", models.version, "open", "vllmd's version", answers("Version"))
+    add("GET", "/version", models.version, "open", "The version of vllmd", answers("Version"))
     add("GET", "/metrics", metrics.own, "metrics", "Metrics for Prometheus",
         doc(PLAIN, asks(model=(TEXT, "that model's engine's own metrics instead"))))  # fmt: skip
     add("GET", "/metrics/engines", metrics.engines, "metrics", "All engines' own metrics, labelled by model", PLAIN)
     documentation = Documentation(router)
-    add("GET", "/openapi.json", documentation.schema, "open", "This document", answers({"type": "object"}))
-    add("GET", "/docs", documentation.page, "open", "The same to read", streams("text/html", "a page"))
+    add(
+        "GET",
+        "/openapi.json",
+        documentation.schema,
+        "open",
+        "What the paths take and give",
+        answers({"type": "object"}),
+    )
+    add("GET", "/docs", documentation.page, "open", "The same as a page", streams("text/html", "a page"))
 
 
 def add_operator(router: Router, control: Control) -> None:
