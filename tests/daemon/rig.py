@@ -16,9 +16,11 @@ from typing import Any
 from vllmd.config.types import DeviceConfig, ModelConfig
 from vllmd.core import commands, events
 from vllmd.core.types import GiB, Placement
-from vllmd.daemon.fleet import Fleet, Paths, PortPool
+from vllmd.daemon.fleet import Fleet
 from vllmd.daemon.kinds import Kinds
 from vllmd.daemon.memory import Memory
+from vllmd.daemon.orders import Orders, Paths
+from vllmd.daemon.ports import PortPool
 from vllmd.gpu.declared import DeclaredDevices
 from vllmd.launcher.client import ExitReport, LauncherFailed, Running, StartOrder
 from vllmd.simengine.device import FakeGpu, make_device
@@ -179,9 +181,7 @@ class Rig:
             self.launcher,  # type: ignore[arg-type]
             self.posted.put_nowait,
             self.memory,
-            Paths(folder / "run"),
-            Kinds(),
-            self.ports,
+            Orders(self.memory, Paths(folder / "run"), Kinds(), self.ports),
         )
         self.fleet.look = self._look
         self.launcher.on_exit = self.fleet.on_exit

@@ -16,8 +16,8 @@ from vllmd.core import events
 from vllmd.core.types import Placement, State
 from vllmd.daemon import adoption, fleet
 from vllmd.daemon.adoption import Found, adopt_all, examine
-from vllmd.daemon.fleet import fingerprint
 from vllmd.daemon.kinds import Kinds
+from vllmd.daemon.member import fingerprint
 from vllmd.engines.base import Listen
 from vllmd.launcher.client import Running
 

@@ -12,6 +12,8 @@ from tests.daemon.rig import ASLEEP, AWAKE, OK, FakeEngine, Rig, soon, tell
 from vllmd.core import commands, events
 from vllmd.core.types import GiB, Source
 from vllmd.daemon import fleet, memory
+from vllmd.daemon.ports import PortPool
+from vllmd.errors import Unavailable
 from vllmd.launcher.client import LauncherFailed
 
 SLEEP, STOP = commands.SleepEngine("m", 1), commands.StopEngine("m", "because")
@@ -165,7 +167,7 @@ def test_a_probe_that_breaks_leaves_no_engine_behind(tmp_path: Path, monkeypatch
         def broken(*_: object) -> None:
             raise RuntimeError("oops")
 
-        monkeypatch.setattr(rig.fleet, "_answers", broken)
+        monkeypatch.setattr(fleet, "answers", broken)
         await rig.start()
         failed = await rig.event()
         assert isinstance(failed, events.EngineStartFailed)
@@ -504,10 +506,10 @@ def test_a_stray_is_ended_without_a_word_to_the_core(tmp_path: Path) -> None:
 
 def test_ports_go_around() -> None:
     """Each is given once until it comes back; none left is an error that says which were tried."""
-    pool = fleet.PortPool(33390, 33391)
+    pool = PortPool(33390, 33391)
     first, second = pool.reserve(), pool.reserve()
     assert {first, second} == {33390, 33391}
-    with pytest.raises(fleet.Unavailable, match="33390-33391 are in use"):
+    with pytest.raises(Unavailable, match="33390-33391 are in use"):
         pool.reserve()
     pool.release(first)
     pool.release(first)

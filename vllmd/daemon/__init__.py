@@ -12,6 +12,10 @@
     loop        the inbox: events to the core, its commands to whoever does them
     turnstile   the proxy's gate: one arrival, one ending, whatever happens between
     fleet       engines: start, wake, sleep, stop, each a task that posts its event
+      orders      what a start needs: place, launch, the order to the launcher
+      sleeps      to sleep and awake again, by the engine's own calls
+      calls       HTTP calls to engines; words how a failure is told
+      member      one engine and what is known of it; ports for those without Unix sockets
     adoption    what is found running when the daemon starts
     memory      samples of the devices, and whether freed memory came back
     specs       a configured model as the core sees it

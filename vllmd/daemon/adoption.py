@@ -19,7 +19,9 @@ from typing import Any
 from vllmd.config.types import ModelConfig
 from vllmd.core import events
 from vllmd.core.types import Placement, State
-from vllmd.daemon.fleet import Fleet, Member, ask, fingerprint
+from vllmd.daemon.calls import ask
+from vllmd.daemon.fleet import Fleet
+from vllmd.daemon.member import Member, fingerprint
 from vllmd.engines.base import Engine, Listen
 from vllmd.engines.unusable import Unusable
 from vllmd.errors import ConfigError, VllmdError

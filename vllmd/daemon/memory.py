@@ -17,7 +17,7 @@ from vllmd.core.types import Device, Placement
 from vllmd.gpu import Devices, Sample, attribute, in_thread, pids_of
 
 if TYPE_CHECKING:
-    from vllmd.daemon.fleet import Member
+    from vllmd.daemon.member import Member
 
 log = logging.getLogger("vllmd.memory")
 

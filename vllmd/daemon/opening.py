@@ -16,9 +16,12 @@ from vllmd.core.scheduler import Scheduler
 from vllmd.core.types import ModelSpec, Settings
 from vllmd.daemon import discovery
 from vllmd.daemon.adoption import adopt_all
-from vllmd.daemon.fleet import Fleet, Paths, PortPool, fingerprint
+from vllmd.daemon.fleet import Fleet
 from vllmd.daemon.loop import Heart
+from vllmd.daemon.member import fingerprint
 from vllmd.daemon.memory import Memory
+from vllmd.daemon.orders import Orders, Paths
+from vllmd.daemon.ports import PortPool
 from vllmd.daemon.preflight import Machine, Prospect, look, say
 from vllmd.daemon.service import Daemon, Surroundings
 from vllmd.daemon.specs import spec_of
@@ -133,9 +136,9 @@ async def _launcher_once(daemon: Daemon) -> LauncherClient:
 def make_fleet(daemon: Daemon, prospects: list[Prospect]) -> Fleet:
     """Who carries out what is decided about engines."""
     engines, around = daemon.config.engines, daemon.surroundings
-    paths = Paths(engines.run_dir or around.run_dir, engines.home or around.home, around.logs)
-    ports = PortPool(engines.port_start, engines.port_end)
-    fleet = Fleet(daemon.launcher, daemon.control.take, daemon.memory, paths, daemon.kinds, ports)
+    paths = Paths(engines.run_dir or around.run_dir, engines.home or around.home)
+    orders = Orders(daemon.memory, paths, daemon.kinds, PortPool(engines.port_start, engines.port_end))
+    fleet = Fleet(daemon.launcher, daemon.control.take, daemon.memory, orders, around.logs)
     fleet.configure(daemon.config.models, kv_caches(prospects))
     fleet.on_phase, fleet.look = daemon.control.stir, daemon.look
     return fleet

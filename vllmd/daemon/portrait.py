@@ -11,7 +11,7 @@ from vllmd.config.types import ModelConfig
 from vllmd.core.types import DeviceView, ModelView, State
 
 if TYPE_CHECKING:
-    from vllmd.daemon.fleet import Member
+    from vllmd.daemon.member import Member
 
 UNLOADED = frozenset({State.STOPPED, State.FAILED})
 ABILITIES = {

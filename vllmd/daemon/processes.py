@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from vllmd.errors import Conflict, Forbidden, NotFound, Unavailable, Unsupported
 
 if TYPE_CHECKING:
-    from vllmd.daemon.fleet import Fleet, Member
+    from vllmd.daemon.fleet import Fleet
+    from vllmd.daemon.member import Member
     from vllmd.daemon.memory import Memory
 
 KILL_LIMIT = 10.0  # seconds for a killed engine's cgroup to become empty

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllmd.config.types import ModelConfig
 from vllmd.core.types import ModelSpec
-from vllmd.daemon.fleet import fingerprint
+from vllmd.daemon.member import fingerprint
 from vllmd.engines.base import Engine
 from vllmd.engines.estimate import Estimate
 

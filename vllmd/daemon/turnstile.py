@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from vllmd import errors
-from vllmd.config.types import ModelConfig
+from vllmd.config.types import ModelConfig, RequestRules
 from vllmd.core import commands, events
 from vllmd.daemon.names import Names
 from vllmd.engines.base import Engine, Listen
@@ -72,7 +72,8 @@ class Turnstile:
             config = self._models[model]
             engine = self._engine_of(config)
             served, routes = engine.served_name(config), engine.routes(config)
-            self._targets[model] = Target(model, served, routes, engine.headers())
+            rules = config.request if config.request != RequestRules() else None
+            self._targets[model] = Target(model, served, routes, engine.headers(), rules)
         return self._targets[model]
 
     async def enter(self, model: str, key: str, request_id: str) -> Passage:

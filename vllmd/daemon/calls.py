@@ -1,0 +1,101 @@
+"""HTTP calls to engines: bounded, ended by the engine's death, and told in words when they fail."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Iterable
+from typing import Any
+
+from vllmd.daemon.member import Member, of
+from vllmd.engines.base import Call, Listen
+from vllmd.errors import VllmdError
+from vllmd.proxy.upstream import request
+
+log = logging.getLogger("vllmd.fleet")
+
+COMPLETION_LIMIT = 120.0  # seconds for a short completion of our own
+
+
+async def ask(listen: Listen, call: Call) -> tuple[int, Any, bytes]:
+    """Make a call. Raises UpstreamFailed."""
+    return await request(listen, call.method, call.path, call.json, timeout=call.timeout, headers=call.headers)
+
+
+async def answers(listen: Listen, probe: Call) -> bool:
+    """Whether the probe succeeds."""
+    try:
+        status, _, _ = await ask(listen, probe)
+    except (OSError, VllmdError):
+        return False
+    return status == probe.expect
+
+
+async def call_all(member: Member, calls: Iterable[Call]) -> str:
+    """Carry out the calls in order; the first that fails ends it with what went wrong."""
+    for step in calls:
+        failure = await call(member, step)
+        if failure and not step.optional:
+            return failure
+        if failure:
+            log.warning("%s: %s (passed over)", member.model.name, failure, extra=of(member))
+    return ""
+
+
+async def call(member: Member, step: Call) -> str:
+    """Make the call; what went wrong, or "" if nothing did."""
+    answer = asyncio.ensure_future(ask(member.listen, step))
+    gone = asyncio.ensure_future(member.exited.wait())
+    try:
+        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            return f"{step.method} {step.path}: the engine died"
+        status, _, body = answer.result()
+    except (OSError, VllmdError) as error:
+        return f"{step.method} {step.path}: {error or type(error).__name__}"
+    finally:  # also when a stop overrules it
+        answer.cancel()
+        gone.cancel()
+    if status == step.expect:
+        return ""
+    return f"{step.method} {step.path} answered {status} instead of {step.expect}: {body[:300]!r}"
+
+
+async def is_busy(member: Member, probe: Call) -> bool:
+    """Whether a list of the answer is not empty; an engine that does not answer has nothing to finish."""
+    try:
+        status, _, body = await ask(member.listen, probe)
+        answer = json.loads(body) if status == probe.expect else {}
+    except (OSError, VllmdError, ValueError):
+        return False
+    return isinstance(answer, dict) and any(isinstance(value, list) and value for value in answer.values())
+
+
+async def complete(member: Member, body: dict[str, Any]) -> str | None:
+    """The text of a completion; None if it failed."""
+    try:
+        status, _, answer = await request(member.listen, "POST", "/v1/completions", body, timeout=COMPLETION_LIMIT)
+        return str(json.loads(answer)["choices"][0]["text"]) if status == 200 else None
+    except (OSError, VllmdError, ValueError, LookupError):
+        return None
+
+
+async def next_line(queue: asyncio.Queue[str], exited: asyncio.Event) -> str | None:
+    """The next log line; None when the engine has exited and all its lines were read."""
+    line, gone = asyncio.ensure_future(queue.get()), asyncio.ensure_future(exited.wait())
+    try:
+        await asyncio.wait({line, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return line.result() if line.done() else None
+    finally:
+        line.cancel()
+        gone.cancel()
+
+
+async def within(awaitable: Awaitable[Any], seconds: float) -> bool:
+    """True if it completed within ``seconds``."""
+    try:
+        await asyncio.wait_for(awaitable, seconds)
+    except TimeoutError:
+        return False
+    return True

@@ -1,0 +1,41 @@
+"""TCP ports of engines that have no Unix sockets."""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+
+from vllmd.errors import Unavailable
+
+
+class PortPool:
+    """TCP ports for engines that have no Unix sockets: each given once until it comes back."""
+
+    def __init__(self, start: int, end: int) -> None:
+        self._free = deque(range(start, end + 1))
+        self._range = range(start, end + 1)
+
+    def reserve(self) -> int:
+        """A port that no other engine of ours has and nobody listens on. Raises Unavailable when there is none."""
+        for _ in range(len(self._free)):
+            port = self._free.popleft()
+            if _is_free(port):
+                return port
+            self._free.append(port)
+        raise Unavailable(f"all engine ports {self._range.start}-{self._range.stop - 1} are in use")
+
+    def release(self, port: int) -> None:
+        """Give it back, to be used last again."""
+        if port in self._range and port not in self._free:
+            self._free.append(port)
+
+
+def _is_free(port: int) -> bool:
+    """Whether nobody listens on the loopback port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
