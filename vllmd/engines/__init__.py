@@ -2,7 +2,7 @@
 
 ``base`` is the contract, the other modules are the kinds; ``engine_of`` finds a
 model's. Third parties register a class (or an instance) in the entry-point group
-``vllmd.engines``; whatever one of theirs raises becomes a ConfigError that names
+``vllmd.engines``, or a runner (``runner.BaseRunner``); whatever one of theirs raises becomes a ConfigError that names
 it (``guard``), so a plug-in cannot take the daemon down.
 """
 
@@ -13,6 +13,7 @@ import functools
 import importlib
 import logging
 from importlib import metadata
+from typing import Any
 
 from vllmd.config.types import ModelConfig
 from vllmd.engines.base import Bindable, Engine
@@ -76,7 +77,7 @@ def _built_in(path: str) -> Engine | Bindable:
 def _plug_in(entry: metadata.EntryPoint) -> Engine | Bindable:
     try:
         found = entry.load()
-        kind = found() if isinstance(found, type) else found
+        kind = _made(entry, found)
     except (Exception, SystemExit) as error:
         log.exception("engine plug-in %s (%s) cannot be loaded", entry.name, entry.value)
         what = f"{type(error).__name__}: {error}"
@@ -87,6 +88,15 @@ def _plug_in(entry: metadata.EntryPoint) -> Engine | Bindable:
         what = f"lacks {', '.join(missing)}; see vllmd.engines.base.Engine"
         raise ConfigError(f"the engine plug-in {entry.name!r} ({entry.value}) {what}")
     return Guarded(entry.name, kind)
+
+
+def _made(entry: metadata.EntryPoint, found: Any) -> Any:
+    """The kind that an entry point's class, runner or object is."""
+    if not isinstance(found, type):
+        return found
+    from vllmd.engines import runner  # few have one
+
+    return runner.RunnerKind(entry.name, entry.value, found) if runner.is_runner(found) else found()
 
 
 def _unknown(name: str) -> str:

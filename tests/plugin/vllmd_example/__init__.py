@@ -1,0 +1,1 @@
+"""Engines for vllmd that somebody else wrote."""
