@@ -122,7 +122,7 @@ class Site:
 
 
 @contextlib.contextmanager
-def running(folder: Path, config: str, address: str = "127.0.0.1", **env: str) -> Iterator[Site]:
+def running(folder: Path, config: str, address: str = "127.0.0.1", names: str = "http:admin") -> Iterator[Site]:
     """A daemon with this configuration, ready, until the end of the block."""
     (folder / "vllmd.yaml").write_text(config)
     (folder / "vllmd.yaml").chmod(0o640)
@@ -132,8 +132,8 @@ def running(folder: Path, config: str, address: str = "127.0.0.1", **env: str) -
         (folder / "daemon.log").open("w") as log,
     ):
         port, fds = clients.getsockname()[1], (clients.fileno(), operators.fileno())
-        command = [sys.executable, "-c", BOOT, ",".join(map(str, fds)), "http:admin", str(folder / "vllmd.yaml")]
-        environment = {**os.environ, "HOME": str(folder), "HF_HOME": str(folder / "hf"), **env}
+        command = [sys.executable, "-c", BOOT, ",".join(map(str, fds)), names, str(folder / "vllmd.yaml")]
+        environment = {**os.environ, "HOME": str(folder), "HF_HOME": str(folder / "hf")}
         process = subprocess.Popen(command, pass_fds=fds, stdout=log, stderr=log, cwd=REPOSITORY, env=environment)
     site = Site(folder, port, process)
     try:

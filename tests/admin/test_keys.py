@@ -113,9 +113,10 @@ def test_who_may_open_the_admin_socket_may_everything() -> None:
     assert OperatorDoor(anybody_can_connect=False).admit(request(peer=stranger), "admin") == ""
     lax = OperatorDoor(anybody_can_connect=True)
     assert lax.admit(request(peer=root), "admin") == ""
-    assert lax.admit(request(peer=stranger), "models") == ""
-    with pytest.raises(Forbidden):
-        lax.admit(request(peer=stranger), "admin")
+    assert lax.admit(request(peer=stranger), "open") == ""
+    for scope in ("admin", "models", "health"):  # it must not be a way around the keys either
+        with pytest.raises(Forbidden):
+            lax.admit(request(peer=stranger), scope)
 
 
 def test_a_closed_door_says_why() -> None:

@@ -105,7 +105,10 @@ def test_administration_asks_for_the_scope(site: Site) -> None:
     """A client's key is refused by every one of its routes."""
     paths = site.ask("GET", "/openapi.json").json["paths"]
     rows = [
-        (method, path) for path, methods in paths.items() for method in methods if path.startswith(("/admin", "/api"))
+        (method, path)
+        for path, methods in paths.items()
+        for method in methods
+        if path.startswith(("/admin", "/api", "/upstream"))
     ]
     assert len(rows) > 15
     for method, path in rows:
@@ -420,6 +423,15 @@ def processes_on(site: Site, gpu: int) -> list[int]:
 
 
 # -- other daemons
+
+
+def test_a_tcp_address_named_admin_is_no_way_around_the_keys(tmp_path: Path) -> None:
+    """A unit's FileDescriptorName= is no proof of who comes."""
+    config = "auth: {keys: [{key: k-secret}]}\nmodels: {m: {engine: sim}}\n"
+    with running(tmp_path, config, names="admin:admin") as site:
+        assert site.ask("GET", "/v1/models").status == 401
+        assert site.ask("GET", "/admin/status").status == 401
+        assert site.ask("GET", "/v1/models", admin=True).status == 200
 
 
 def test_without_a_gpu_that_can_be_read_gpus_is_501_and_nothing_else_fails(tmp_path: Path) -> None:

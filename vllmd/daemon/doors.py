@@ -53,14 +53,18 @@ class Doors:
         self._shut_or_open(config.auth)
 
     def _open(self, name: str, sockets: Sequence[socket.socket]) -> Iterable[Server]:
-        """The servers of a group of listeners: those that strangers can reach are apart."""
-        if name == ADMIN:
-            door = OperatorDoor(anybody_can_connect=any(map(anybody_can_connect, sockets)))
-            yield self._server(self._router(door), sockets)
-            return
-        reachable = {sock.fileno(): address for sock in sockets if (address := reachable_at(sock))}
-        near = [sock for sock in sockets if sock.fileno() not in reachable]
-        far = [sock for sock in sockets if sock.fileno() in reachable]
+        """The servers of a group of listeners: those that strangers can reach are apart.
+
+        Only a Unix socket is an operators' one, whatever a unit calls a TCP address.
+        """
+        operators = [sock for sock in sockets if name == ADMIN and sock.family == socket.AF_UNIX]
+        if operators:
+            door = OperatorDoor(anybody_can_connect=any(map(anybody_can_connect, operators)))
+            yield self._server(self._router(door), operators)
+        clients = [sock for sock in sockets if sock not in operators]
+        reachable = {sock.fileno(): address for sock in clients if (address := reachable_at(sock))}
+        near = [sock for sock in clients if sock.fileno() not in reachable]
+        far = [sock for sock in clients if sock.fileno() in reachable]
         if near:
             yield self._server(self._router(self._keys), near)
         if far:
