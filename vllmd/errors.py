@@ -30,6 +30,25 @@ class VllmdError(Exception):
         """The body OpenAI's clients expect: ``{"error": {message, type, param, code}}``."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
+    def to_anthropic(self) -> dict[str, Any]:
+        """The body Anthropic's clients expect: ``{"type": "error", "error": {type, message}}``."""
+        kind = ANTHROPIC_TYPES.get(self.status, "api_error")
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
+
+
+ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "invalid_request_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
 
 class ConfigError(VllmdError):
     """The configuration is wrong; the message names file:line, key path and accepted values."""
@@ -119,6 +138,12 @@ class UpstreamFailed(VllmdError):
     """The engine broke off before it answered anything."""
 
     status, type, code = 502, "server_error", "upstream_failed"
+
+
+class TookTooLong(VllmdError):
+    """The request was not answered within the time that requests have."""
+
+    status, type, code = 504, "server_error", "request_timeout"
 
 
 class Unsupported(VllmdError):

@@ -55,6 +55,11 @@ GOLDEN = [
         "vllmd.yaml:1: devices: '80GiB' is not a list; accepted: a list of mappings with memory, name, file",
     ),
     ("devices: [{name: a}]", "vllmd.yaml:1: devices[0]: memory is missing; accepted: a size such as 80GiB"),
+    (
+        "models: {m: {request: {set: {model: x}}}}",
+        "vllmd.yaml:1: models.m.request.set: the member model cannot be set: it says who gets the request; "
+        "accepted: a mapping such as {temperature: 0.7}",
+    ),
     # ---- sizes
     (
         "devices: [{memory: 80}]",

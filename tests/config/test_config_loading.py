@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from vllmd.config.loader import load, read
 from vllmd.config.names import instance_name, unit_pattern
-from vllmd.config.types import Config, ModelConfig
+from vllmd.config.types import Config, ModelConfig, RequestRules, ServerConfig
 from vllmd.core.types import IdleRules
 from vllmd.errors import ConfigError
 
@@ -430,3 +431,54 @@ def test_loading_is_fast(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+V_CONFIG: list[tuple[str, Any, Any]] = [
+    ("", lambda c: c.server.listen, ("127.0.0.1:33258", "[::1]:33258")),
+    ("server: {port: 9}", lambda c: c.server.listen[0], "127.0.0.1:9"),
+    ("", lambda c: (c.engines.port_start, c.engines.port_end), (33300, 34300)),
+    ("engines: {port_start: 5000, port_end: 5009}", lambda c: (c.engines.port_start, c.engines.port_end), (5000, 5009)),
+    ("", lambda c: c.models["m"].idle.stop_after, 1800.0),
+    ("idle: {stop_after: 60}", lambda c: c.models["m"].idle.stop_after, 60.0),
+    ("idle: {level: 1}", lambda c: c.models["m"].idle.level, 1),
+    ("idle: {level: 2}", lambda c: c.models["m"].idle.level, 2),
+    ("idle: {level: 3}", lambda c: c.models["m"].idle.sleep_after, None),
+    ("engines: {home: /srv/cache}", lambda c: c.engines.home, Path("/srv/cache")),
+]
+
+
+@pytest.mark.parametrize(("yaml", "get", "expected"), V_CONFIG)
+def test_V_config_every_setting(tmp_path: Path, yaml: str, get: Any, expected: Any) -> None:
+    """Its port, the engines' ports, when and how deep an unused model sleeps, where models are kept."""
+    assert get(of(tmp_path, f"models: {{m: }}\n{yaml}")) == expected
+
+
+def test_V_config_dir(tmp_path: Path) -> None:
+    """Another directory for the configuration, by a variable or a flag, with the models.d beside it."""
+    (tmp_path / "models.d").mkdir()
+    (tmp_path / "models.d" / "a.yaml").write_text("a: {engine: sim}")
+    (tmp_path / "vllmd.yaml").write_text("log_level: error")
+    config = load(None, {"VLLMD_CONFIG": str(tmp_path / "vllmd.yaml")})
+    assert (config.log_level, list(config.models)) == ("error", ["a"])
+    assert list(load(tmp_path / "vllmd.yaml", {}).models) == ["a"]
+
+
+def test_rules_for_requests(tmp_path: Path) -> None:
+    """Values keep their types, for they go into the engine's JSON."""
+    text = "models: {m: {request: {strip: [user], set: {stop: [a], top_k: 3}, default: {temperature: 0.5}}}}"
+    rules = of(tmp_path, text).models["m"].request
+    assert rules == RequestRules(("user",), {"stop": ["a"], "top_k": 3}, {"temperature": 0.5})
+    assert of(tmp_path, "models: {m: {}}").models["m"].request == RequestRules()
+
+
+def test_the_proxys_limits_are_settings(tmp_path: Path) -> None:
+    """Every limit of the HTTP side has a row of its own, and the same default."""
+    from vllmd.proxy.limits import Limits
+
+    assert Limits.of(ServerConfig()) == Limits()
+    assert not {field.name for field in dataclasses.fields(Limits)} - {
+        field.name for field in dataclasses.fields(ServerConfig)
+    }
+    assert Limits.of(of(tmp_path, "server: {upstream_idle: 2, request_timeout: 5m}").server) == Limits(
+        upstream_idle=2.0, request_timeout=300.0
+    )

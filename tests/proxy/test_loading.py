@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
 
@@ -100,7 +101,8 @@ FAILURES = {
         b'"code": "engine_failed"}}\n\ndata: [DONE]\n\n'
     ),
     "/v1/messages": (
-        b'event: error\ndata: {"type": "error", "error": {"type": "api_error", "message": "it did not start"}}\n\n'
+        b'event: error\ndata: {"type": "error", "error": '
+        b'{"type": "overloaded_error", "message": "it did not start"}}\n\n'
     ),
     "/v1/responses": (
         b'event: error\ndata: {"error": {"message": "it did not start", "type": "server_error", "param": null, '
@@ -167,5 +169,25 @@ def test_a_client_that_leaves_ends_its_comments() -> None:
             client = await act.client()
             client.post(body=STREAM)
             await comments(client, 1)
+
+    asyncio.run(play())
+
+
+def test_chat_clients_may_be_told_as_reasoning() -> None:
+    """Where it is switched on: text that a chat window shows, in the form of the engine's own chunks."""
+    limits = Limits(loading_comment_interval=0.02, loading_as_reasoning=True)
+
+    async def play() -> None:
+        async with stage(raw(EVENTS + chunked(EVENT) + b"0\r\n\r\n"), limits) as act:
+            act.gate.opened.clear()
+            client = await act.client()
+            client.post(body=STREAM)
+            assert (await client.head())[0] == 200
+            act.gate.opened.set()
+            told, *_ = (await client.chunks())[0].split(b"\n\n")
+            event = json.loads(told.removeprefix(b"data: "))
+            assert (event["object"], event["model"]) == ("chat.completion.chunk", "m")
+            delta = event["choices"][0]["delta"]
+            assert delta["reasoning"] == delta["reasoning_content"] == "loading m: weights\n"
 
     asyncio.run(play())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import struct
 
@@ -22,6 +23,7 @@ from tests.proxy.fakes import (
     stage,
     until,
 )
+from vllmd.config.types import RequestRules
 from vllmd.engines.base import Listen
 from vllmd.errors import Unavailable
 from vllmd.proxy.gate import Target
@@ -566,5 +568,114 @@ def test_a_route_that_the_model_does_not_serve_is_a_404() -> None:
             client.post("/v1/embeddings")
             assert (await client.answer()).status == 200
             assert len(act.gate.passages) == 1
+
+    asyncio.run(play())
+
+
+RULES = RequestRules(strip=("user", "logit_bias"), set={"temperature": 0.5, "stop": ["a"]}, default={"top_p": 0.9})
+
+
+def test_a_models_rules_change_the_request() -> None:
+    """Members are taken out, set and filled in; what no rule names keeps its spelling, floats included."""
+    body = b'{"user":"me","model":"m-alias","temperature": 1,"x":1.50,"messages":[{"user":"\\u00e4"}]}'
+
+    async def play() -> None:
+        async with stage(reply(b'{"model":"served"}')) as act:
+            act.gate.target = Target("m", "served", rules=RULES)
+            client = await act.client()
+            client.post("/v1/chat/completions", body)
+            assert (await client.answer()).json() == {"model": "m-alias"}
+            sent = act.engine.asked[0].body
+            assert b'"x":1.50,"messages":[{"user":"\\u00e4"}]' in sent
+            expected = {"model": "served", "temperature": 0.5, "stop": ["a"], "top_p": 0.9}
+            assert {key: value for key, value in json.loads(sent).items() if key not in ("x", "messages")} == expected
+
+    asyncio.run(play())
+
+
+def test_a_rule_about_streaming_is_heeded_by_ourselves() -> None:
+    """A request whose stream was switched off waits for its model in silence, as one that never asked."""
+
+    async def play() -> None:
+        async with stage(reply(ANSWER), Limits(loading_comment_interval=0.01)) as act:
+            act.gate.target = Target("m", "m", rules=RequestRules(set={"stream": False}))
+            act.gate.opened.clear()
+            client = await act.client()
+            client.post(body=b'{"model":"m","stream":true}')
+            await soon(act.gate.entered.wait())
+            await asyncio.sleep(0.05)  # several intervals: a comment would have come
+            act.gate.opened.set()
+            answer = await client.answer()
+            assert (answer.headers["content-type"], answer.body) == ("application/json", ANSWER)
+
+    asyncio.run(play())
+
+
+def test_anthropics_clients_get_errors_in_anthropics_shape() -> None:
+    """Their SDK reads ``type`` and ``error.type``; everybody else gets OpenAI's."""
+
+    async def play() -> None:
+        async with stage(reply(ANSWER)) as act:
+            client = await act.client()
+            client.post("/v1/messages", b'{"model":"nobody"}')
+            answer = await client.answer()
+            told = {"type": "not_found_error", "message": "no model 'nobody'; there is 'm'"}
+            assert (answer.status, answer.json()) == (404, {"type": "error", "error": told})
+            client.post("/v1/messages", b'{"model":')
+            assert (await client.answer()).json()["error"]["type"] == "invalid_request_error"
+            client.post("/v1/completions", b'{"model":"nobody"}')
+            assert (await client.answer()).json()["error"]["code"] == "model_not_found"
+
+    asyncio.run(play())
+
+
+def test_a_request_that_takes_too_long_is_answered_504() -> None:
+    """At the gate or at the engine; its passage ends and the engine's connection is closed, so it stops working."""
+
+    async def never(engine: Engine, asked: Asked, writer: asyncio.StreamWriter) -> None:
+        await asyncio.Event().wait()
+
+    async def play() -> None:
+        async with stage(never, Limits(request_timeout=0.1)) as act:
+            for shut in (True, False):
+                (act.gate.opened.clear if shut else act.gate.opened.set)()
+                client = await act.client()
+                client.post()
+                answer = await client.answer()
+                assert (answer.status, answer.json()["error"]["code"]) == (504, "request_timeout")
+                assert await client.closed()
+            await soon(act.engine.ended.wait())
+            assert [exchange.error for exchange in act.ended] == ["TookTooLong"] * 2
+
+    asyncio.run(play())
+
+
+def test_a_stream_that_takes_too_long_is_broken_off() -> None:
+    """Its 200 has gone out, so the client sees that the body has no end."""
+
+    async def endless(engine: Engine, asked: Asked, writer: asyncio.StreamWriter) -> None:
+        writer.write(EVENTS + chunked(b"data: {}\n\n"))
+        await asyncio.Event().wait()
+
+    async def play() -> None:
+        async with stage(endless, Limits(request_timeout=0.1)) as act:
+            client = await act.client()
+            client.post(body=b'{"model":"m","stream":true}')
+            assert (await client.head())[0] == 200
+            assert await client.rest() == chunked(b"data: {}\n\n")
+
+    asyncio.run(play())
+
+
+def test_many_refused_requests_in_one_piece_are_answered_in_order() -> None:
+    """Each is answered within the very call that read it; that must not pile up one upon the other."""
+
+    async def play() -> None:
+        async with stage(reply(ANSWER), Limits(pipeline=1 << 20)) as act:
+            client = await act.client()
+            client.send(post(body=b'{"model":"nobody"}') * 2000 + post())
+            for _ in range(2000):
+                assert (await client.answer()).status == 404
+            assert (await client.answer()).body == ANSWER
 
     asyncio.run(play())

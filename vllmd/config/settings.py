@@ -21,6 +21,7 @@ from vllmd.config.types import (
     EngineDefaults,
     KeyConfig,
     ModelConfig,
+    RequestRules,
     ScopeLimits,
     ServerConfig,
 )
@@ -102,6 +103,32 @@ LEVEL = Kind("1, 2, or 3 (stop)", parse_level, {"enum": [1, 2, 3, "sleep1", "sle
 CORES = Kind(
     "cores such as 1.5 or 150%, or none", k.or_none(parse_cores, "none"), {"type": ["number", "string", "null"]}
 )
+
+
+def parse_members(node: Node) -> tuple[str, ...]:
+    """Names of members of a request."""
+    names: tuple[str, ...] = k.NAMES.parse(node)
+    if "model" in names:
+        raise k.Wrong("the member model cannot be taken out: it says who gets the request")
+    return names
+
+
+def parse_member_values(node: Node) -> dict[str, Any]:
+    """Members of a request with their values, which must be such as JSON has."""
+    import json  # most configurations have no such rules, and the first request waits for imports
+
+    values = k.parse_map(node)
+    if "model" in values:
+        raise k.Wrong("the member model cannot be set: it says who gets the request")
+    try:
+        json.dumps(values, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise k.Wrong(f"a value is nothing that JSON has: {error}") from None
+    return values
+
+
+MEMBERS = replace(k.NAMES, accepts="a list of names such as [logit_bias, user]", parse=parse_members)
+MEMBER_VALUES = replace(k.MAP, accepts="a mapping such as {temperature: 0.7}", parse=parse_member_values)
 ON_BUSY = k.choice("wait", "reject", "evict")
 
 IDLE = Group(
@@ -121,6 +148,17 @@ IDLE = Group(
     ),
     never,
     "a mapping, or never",
+)
+
+REQUEST = Group(
+    RequestRules,
+    "What becomes of the top-level members of its JSON requests before the engine gets them. "
+    "The member model cannot be changed.",
+    (
+        Setting("strip", MEMBERS, "Members that are taken out."),
+        Setting("set", MEMBER_VALUES, "Members and the values they get, whatever the client says."),
+        Setting("default", MEMBER_VALUES, "Members and the values they get when the client does not send them."),
+    ),
 )
 
 LIMITS = Group(
@@ -223,6 +261,7 @@ MODEL = Group(
         Setting("restart_backoff", k.PAUSE, "Pause before the first restart; it doubles with each failure."),
         Setting("log_file", k.BOOL, "Write the engine's output to a rotating file, too, not only to the journal."),
         Setting("limits", LIMITS, "Resource limits of its scope."),
+        Setting("request", REQUEST, "What becomes of its JSON requests."),
         Setting("options", k.MAP, "Settings of the engine kind, see ENGINES in vllmd.yaml(5)."),
         Setting(
             "api_key",
@@ -297,13 +336,34 @@ SERVER = Group(
         Setting("idle_exit", k.OR_NEVER, "Exit when nothing is loaded and nobody is connected for this time."),
         Setting("max_body", k.SMALL_SIZE, "Largest request body."),
         Setting("max_head", k.SMALL_SIZE, "Largest request head."),
+        Setting("max_buffered", k.SMALL_SIZE, "Request bodies held in all; more are answered 503."),
+        Setting("pipeline", k.SMALL_SIZE, "What is read of a connection's next requests while one is answered."),
         Setting("head_timeout", k.DURATION_KIND, "Time a client has to send a request's head."),
+        Setting("body_timeout", k.DURATION_KIND, "Time a client has to send a body, and more by min_body_rate."),
+        Setting("min_body_rate", k.count(1), "Bytes per second that a longer upload must have kept up."),
+        Setting("send_timeout", k.DURATION_KIND, "A client that takes nothing of its answer for so long is cut off."),
+        Setting(
+            "request_timeout",
+            k.OR_NEVER,
+            "Longest time of a model request, waiting included; then it is answered 504, or a stream is broken off.",
+        ),
+        Setting("connect_timeout", k.DURATION_KIND, "Time to connect to an engine."),
+        Setting(
+            "upstream_idle",
+            k.DURATION_KIND,
+            "How long an idle connection to an engine is kept; less than the engine keeps it, which is 5 s with vLLM.",
+        ),
         Setting("keepalive_timeout", k.DURATION_KIND, "How long an idle connection is kept."),
         Setting("max_connections", k.count(1), "Connections in all."),
         Setting("max_connections_per_address", k.count(1, 2**31, "unlimited"), "Connections from one address."),
         Setting("drain_timeout", k.PAUSE, "Time running requests have to end at shutdown."),
         Setting("queue_limit", k.count(0), "Waiting requests over all models."),
-        Setting("loading_comment_interval", k.DURATION_KIND, "Pause between comments to a stream that waits."),
+        Setting("loading_comment_interval", k.PAUSE, "Pause between comments to a stream that waits; 0 sends none."),
+        Setting(
+            "loading_as_reasoning",
+            k.BOOL,
+            "Tell chat clients of the loading in the reasoning text of a stream, which they show, not in comments.",
+        ),
         Setting(
             "cors_origins",
             k.NAMES,

@@ -26,6 +26,15 @@ class ScopeLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestRules:
+    """What becomes of the top-level members of a JSON request: first ``strip``, then ``set``, then ``default``."""
+
+    strip: tuple[str, ...] = ()
+    set: Mapping[str, object] = field(default_factory=dict)
+    default: Mapping[str, object] = field(default_factory=dict)  # where the request has none of the name
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """One model as configured (defaults already applied)."""
 
@@ -66,6 +75,7 @@ class ModelConfig:
     restart_backoff: float = 5.0
     log_file: bool = False
     limits: ScopeLimits = ScopeLimits()
+    request: RequestRules = field(default_factory=RequestRules)
     options: Mapping[str, object] = field(default_factory=dict)  # the engine kind's own
     where: str = ""  # file:line, for errors
 
@@ -95,13 +105,22 @@ class ServerConfig:
     idle_exit: float | None = 60.0  # the daemon exits after so long with nothing loaded and nobody connected
     max_body: int = 64 << 20
     max_head: int = 64 << 10
+    max_buffered: int = 1 << 30  # of request bodies, over all requests
+    pipeline: int = 64 << 10  # read ahead of a running request
     head_timeout: float = 30.0
+    body_timeout: float = 30.0  # after it, a body must have kept up min_body_rate
+    min_body_rate: int = 1024  # bytes per second
+    send_timeout: float = 300.0  # without a client taking anything
+    request_timeout: float | None = None  # for a model request, from its last byte to its answer's
+    connect_timeout: float = 5.0  # to an engine
+    upstream_idle: float = 4.0  # of a kept connection to an engine; vLLM drops its own at 5 s
     keepalive_timeout: float = 75.0
     max_connections: int = 10_000
     max_connections_per_address: int | None = None
     drain_timeout: float = 60.0  # at shutdown, for requests in flight
     queue_limit: int = 4096
     loading_comment_interval: float = 10.0
+    loading_as_reasoning: bool = False
     cors_origins: tuple[str, ...] = ()  # pages of which origins may read our answers; "*": of any
 
 

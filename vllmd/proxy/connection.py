@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable
 from typing import Protocol, cast
 
-from vllmd.errors import BadRequest, RequestTimeout, Unavailable, VllmdError
+from vllmd.errors import BadRequest, RequestTimeout, TookTooLong, Unavailable, VllmdError
 from vllmd.proxy.eager import Begun
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.heads import RequestHead
@@ -91,6 +91,7 @@ class Connection(asyncio.Protocol):
         self._unread = False  # bytes are on their way that nobody will read
         self._write_paused = False
         self._body_began = 0.0
+        self._expiry: float | None = None  # when the present exchange must be over
         self._deadline = 0.0
         self._late: Callable[[], None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -159,6 +160,7 @@ class Connection(asyncio.Protocol):
             self._expect(self._limits.keepalive_timeout, self._close_quietly)
         elif self._phase is not Phase.CLOSING:
             self._late = None
+            self._keep_time()
         if self._exchange is not None:
             self._exchange.pause(False)
 
@@ -259,6 +261,7 @@ class Connection(asyncio.Protocol):
         keep_alive = self._keep_alive and not self._host.draining
         ticket = f"{self._request.id}.{next(_numbers)}"
         self._exchange = exchange = Exchange(self._request, self, ticket, keep_alive=keep_alive)
+        self._expiry = None
         if self._write_paused:
             exchange.pause(True)
         begun = Begun(self._run(exchange, self._handler))
@@ -322,6 +325,24 @@ class Connection(asyncio.Protocol):
         """Take nothing more from the client, or take on."""
         if not self._gone:
             (self._transport.pause_reading if held else self._transport.resume_reading)()
+
+    def expire(self, seconds: float) -> None:
+        """Give the present exchange so long."""
+        self._expiry = self._loop.time() + seconds
+        if not self._write_paused:
+            self._keep_time()
+
+    def _keep_time(self) -> None:
+        if self._expiry is not None and self._exchange is not None:
+            self._expect(max(0.0, self._expiry - self._loop.time()), self._expired)
+
+    def _expired(self) -> None:
+        exchange, task = self._exchange, self._task
+        if exchange is None or task is None:
+            return
+        exchange.keep_alive = False
+        exchange.fail(TookTooLong(f"the request took longer than it may: {exchange.elapsed:.0f} s"))
+        task.cancel()
 
     # -- ending
 

@@ -30,6 +30,9 @@ class Wire(Protocol):
     def hold(self, held: bool) -> None:
         """Take nothing more from the client, or take on."""
 
+    def expire(self, seconds: float) -> None:
+        """Give the present exchange so long."""
+
 
 class Exchange:
     """One request and its answer. ``ticket`` is unique even where clients repeat their request ids.
@@ -74,7 +77,9 @@ class Exchange:
         self.write(with_fields(head, self.request.answer_fields) if self.request.answer_fields else head)
 
     def write(self, data: bytes) -> None:
-        """Send ``data`` as it is."""
+        """Send ``data`` as it is; after the end, nothing more."""
+        if self.over:
+            return
         self.sent += len(data)
         self._wire.write(data)
 
@@ -98,6 +103,10 @@ class Exchange:
         """Take nothing more from the client of an upgraded connection, or take on."""
         self._wire.hold(held)
 
+    def expire(self, seconds: float) -> None:
+        """If it is not over within ``seconds``, answer 504, or break off, and cancel the handler."""
+        self._wire.expire(seconds)
+
     def fail(self, error: VllmdError) -> None:
         """Answer with the error, or break off if an answer had begun."""
         self.error = self.error or type(error).__name__
@@ -106,7 +115,7 @@ class Exchange:
         if self.status:
             self.abort()
             return
-        response = error_response(error)
+        response = error_response(error, self.request.path)
         response.headers = (*response.headers, *getattr(error, "headers", ()))
         self._whole(response, response.body if isinstance(response.body, bytes) else b"")
 

@@ -6,7 +6,7 @@ The proxy knows nothing of models, memory or keys. It hands every model request 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -32,19 +32,35 @@ class Address(Protocol):
     def prefix(self) -> str: ...
 
 
+class Rules(Protocol):
+    """What becomes of the top-level members of a JSON request: first ``strip``, then ``set``, then ``default``.
+
+    ``vllmd.config.types.RequestRules`` is one.
+    """
+
+    @property
+    def strip(self) -> Sequence[str]: ...
+    @property
+    def set(self) -> Mapping[str, object]: ...
+    @property
+    def default(self) -> Mapping[str, object]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """What a client's model name means.
 
     ``served_name``: what the engine knows the model by; written into the request in place of the
     client's name, and back into the answer. ``routes``: the public paths it serves, None for any.
-    ``headers``: fields added to the upstream's request (a remote's own key, for one).
+    ``headers``: fields added to the upstream's request (a remote's own key, for one). ``rules``: what becomes of
+    the members of a JSON request, None for nothing.
     """
 
     model: str
     served_name: str
     routes: frozenset[str] | None = None
     headers: Sequence[tuple[str, str]] = field(default=())
+    rules: Rules | None = None
 
 
 class Passage(Protocol):

@@ -15,6 +15,7 @@ from urllib.parse import parse_qsl
 from vllmd.errors import BadRequest, VllmdError
 
 Pairs = Sequence[tuple[str, str]]
+ANTHROPIC_PATH = "/v1/messages"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,14 +143,19 @@ def text_response(text: str, status: int = 200, content_type: str = "text/plain;
     return Response(status, text.encode(), content_type)
 
 
-def error_response(error: VllmdError) -> Response:
-    """The error as OpenAI's clients expect it, with ``Retry-After`` in whole seconds where it has one."""
+def error_body(error: VllmdError, path: str) -> dict[str, Any]:
+    """The error as the clients of the API at ``path`` expect it: Anthropic's, or else OpenAI's."""
+    return error.to_anthropic() if path.startswith(ANTHROPIC_PATH) else error.to_openai()
+
+
+def error_response(error: VllmdError, path: str = "") -> Response:
+    """The error as an answer, with ``Retry-After`` in whole seconds where it has one."""
     headers: list[tuple[str, str]] = []
     if error.retry_after is not None:
         headers.append(("retry-after", str(max(1, round(error.retry_after)))))
     if error.status == 401:
         headers.append(("www-authenticate", "Bearer"))
-    return json_response(error.to_openai(), error.status, headers)
+    return json_response(error_body(error, path), error.status, headers)
 
 
 def event_stream(events: AsyncIterator[bytes]) -> Response:

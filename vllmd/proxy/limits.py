@@ -24,7 +24,9 @@ class Limits:
     ``send_timeout``: a client that takes nothing for so long is cut off.
     ``max_buffered``: bytes of request bodies held in all. ``pipeline``: bytes read ahead of a running request.
     ``upstream_idle``: a pooled connection is dropped after it; engines drop theirs at 5 s.
-    ``loading_comment_interval``: between SSE comments while a model loads; 0 sends none.
+    ``request_timeout``: from a model request's last byte to its answer's; None for no limit.
+    ``loading_comment_interval``: between SSE comments while a model loads; 0 sends none. With
+    ``loading_as_reasoning`` chat clients get it as reasoning text instead.
     """
 
     max_head: int = 64 << 10
@@ -40,7 +42,9 @@ class Limits:
     pipeline: int = 64 << 10
     upstream_idle: float = 4.0
     connect_timeout: float = 5.0
+    request_timeout: float | None = None
     loading_comment_interval: float = 10.0
+    loading_as_reasoning: bool = False
 
     @classmethod
     def of(cls, config: object) -> Limits:

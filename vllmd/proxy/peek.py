@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from json.decoder import scanstring  # type: ignore[attr-defined]
 
 from vllmd.errors import BadRequest
+from vllmd.proxy.gate import Rules
 
 # A body costs memory and time by its pieces, not its bytes: so many brackets and commas are taken, no more.
 MAX_PIECES = 4_000_000
@@ -60,7 +61,7 @@ def in_json(body: bytes) -> Asked:
 
 
 def _spelled_once(body: bytes, text: str) -> Asked | None:
-    """The common case: ``"model"`` stands there once and no letter of it can be spelled by number, so no other key is that.
+    """The common case: ``"model"`` stands there once, and no letter is spelled by number, so no other key is that.
 
     The standard library reads it in one go then. None if it is not that case, and also if anything is wrong: whoever
     walks it can say what and where.
@@ -96,6 +97,18 @@ def _walked(body: bytes, text: str) -> Asked:
         return Asked("", stream, body)
     name, start, end = found
     return Asked(name, stream, body, len(text[:start].encode()), len(text[:end].encode()), True)
+
+
+def ruled(body: bytes, rules: Rules) -> bytes:
+    """A sound JSON body after ``rules``; every member that they do not name keeps its bytes."""
+    text = body.decode("utf-8")
+    kept = {
+        key: text[start:end] for key, _, start, end in _members(text) if key not in rules.strip and key not in rules.set
+    }
+    added = {**{key: value for key, value in rules.default.items() if key not in kept}, **rules.set}
+    members = [f"{json.dumps(key)}:{value}" for key, value in kept.items()]
+    members += [f"{json.dumps(key)}:{json.dumps(value)}" for key, value in added.items()]
+    return ("{" + ",".join(members) + "}").encode()
 
 
 def _refuse_too_many_pieces(body: bytes) -> None:

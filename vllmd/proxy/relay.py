@@ -25,7 +25,7 @@ from vllmd.proxy.heads import ResponseHead, forwardable, write_fields
 from vllmd.proxy.http import Request
 from vllmd.proxy.limits import Limits
 from vllmd.proxy.loading import Loading
-from vllmd.proxy.peek import Asked, in_json, in_multipart
+from vllmd.proxy.peek import Asked, in_json, in_multipart, ruled
 from vllmd.proxy.upstream import Pool, Unreached, Upstream, host_field
 
 # Of the client's fields an engine never sees these: its key, its cookies, and what we write ourselves.
@@ -109,6 +109,8 @@ class Relay:
     async def serve(self, exchange: Exchange, asked: Asked, route: str = "") -> None:
         """Relay the exchange to the model that was ``asked`` for, which must serve ``route`` (default: the path)."""
         target = self.target(exchange.request, asked.model, route or exchange.request.path)
+        if target.rules is not None and asked.quoted:
+            asked = in_json(ruled(asked.body, target.rules))
         await self._send(exchange, asked, target, quoted(exchange.request.path))
 
     async def _send(self, exchange: Exchange, asked: Asked, target: Target, path: str) -> None:
@@ -116,6 +118,8 @@ class Relay:
         exchange.model = target.model
         if exchange.request.query_string:
             path = f"{path}?{exchange.request.query_string}"
+        if self.limits.request_timeout is not None:
+            exchange.expire(self.limits.request_timeout)
         loading = Loading(exchange, target.model, asked.stream, self.limits, self.gate)
         try:
             await self._deliver(exchange, Errand(target, asked, path), loading)
