@@ -18,7 +18,7 @@ from vllmd.config.settings import leaves
 from vllmd.engines import BUILT_IN
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PAGES = ["vllmd.8", "vllmctl.1", "vllmd.yaml.5", "vllmd-launcher.8"]
+PAGES = ["vllmd.8", "vllmctl.1", "vllmd.yaml.5", "vllmd-launcher.8", "vllmd-python.3"]
 NOT_OURS = ("referenced manual not found", "outdated mandoc.db")  # of pages that are not installed here
 
 

@@ -36,6 +36,8 @@ def guest(name: str, settings: Mapping[str, Any], config: Config, *, trusted: bo
 
     ``trusted``: whoever asks may run programs as the engines' user anyway. Raises BadRequest with all that is wrong.
     """
+    if not trusted:
+        _refuse_settings(settings)  # before anything is parsed: parsing reads the files that settings name
     where, findings = Where("request"), Findings()
     node = _node(settings, where)
     model, given = parse_model(name, node, findings)
@@ -68,8 +70,15 @@ def _field(setting: str) -> str:
     return row.field or row.name
 
 
+def _refuse_settings(settings: Mapping[str, Any]) -> None:
+    rows = [MODEL.row(str(name)) for name in settings]
+    found = sorted({row.name for row in rows if row is not None} & REFUSED)
+    if found:
+        raise BadRequest("\n".join(f"{name}: only root may say this here; ask your administrator" for name in found))
+
+
 def _refused(model: ModelConfig, given: frozenset[str], config: Config) -> list[str]:
-    wrong = [f"{name}: only root may say this here; let your administrator configure it" for name in given & REFUSED]
+    wrong = []
     if "engine" in given and model.engine not in ("vllm", config.template.engine):
         wrong.append(f"engine: {model.engine!r} must be configured by your administrator")
     own = model.extra_args[len(config.template.extra_args) :] if "extra_args" in given else ()
