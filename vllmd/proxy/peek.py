@@ -80,7 +80,7 @@ def _spelled_once(body: bytes, text: str) -> Asked | None:
     start, stop = key.end(), scanstring(text, key.end() + 1, True)[1]
     if len(text) != len(body):
         start, stop = len(text[:start].encode()), len(text[:stop].encode())
-    return Asked(_name(members["model"]), members.get("stream") is True, body, start, stop, True)
+    return Asked(model_name(members["model"]), members.get("stream") is True, body, start, stop, True)
 
 
 def _walked(body: bytes, text: str) -> Asked:
@@ -90,7 +90,7 @@ def _walked(body: bytes, text: str) -> Asked:
         if key == "model":
             if found is not None:
                 raise BadRequest("the body has 'model' twice", param="model")
-            found = (_name(value), start, end)
+            found = (model_name(value), start, end)
         elif key == "stream":
             stream = value is True
     if found is None:
@@ -116,7 +116,8 @@ def _refuse_too_many_pieces(body: bytes) -> None:
         raise BadRequest(f"the body has more than {MAX_PIECES} elements")
 
 
-def _name(value: object) -> str:
+def model_name(value: object) -> str:
+    """``value`` if it can be a model's name. Raises BadRequest."""
     if not isinstance(value, str) or not value:
         raise BadRequest("'model' must be a string that names a model", param="model")
     if not value.isprintable():
@@ -201,7 +202,7 @@ def in_multipart(body: bytes, content_type: str) -> Asked:
         return Asked("", stream, body)
     start, end = found
     try:
-        model = _name(body[start:end].decode("utf-8"))
+        model = model_name(body[start:end].decode("utf-8"))
     except UnicodeDecodeError:
         raise BadRequest("'model' is not UTF-8", param="model") from None
     return Asked(model, stream, body, start, end)

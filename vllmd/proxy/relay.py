@@ -23,6 +23,7 @@ from vllmd.proxy.framing import Framing
 from vllmd.proxy.gate import Doorkeeper, Gate, OpenDoor, Passage, Target
 from vllmd.proxy.heads import ResponseHead, forwardable, write_fields
 from vllmd.proxy.http import Request
+from vllmd.proxy.large import LARGE, in_large, in_turns
 from vllmd.proxy.limits import Limits
 from vllmd.proxy.loading import Loading
 from vllmd.proxy.peek import Asked, in_json, in_multipart, ruled
@@ -63,7 +64,8 @@ class Relay:
         content_type = request.headers.get("content-type").partition(";")[0].strip().lower()
         if content_type != "application/json" and not content_type.endswith("+json"):
             raise BadRequest("the Content-Type must be application/json")
-        await self.serve(exchange, in_json(request.body))
+        large = len(request.body) > LARGE
+        await self.serve(exchange, await in_turns(in_large(request.body)) if large else in_json(request.body))
 
     async def form(self, exchange: Exchange) -> None:
         """A route whose multipart form names the model."""

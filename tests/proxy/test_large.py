@@ -1,0 +1,103 @@
+"""Large bodies: found what is to be found, without anybody waiting for long."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.proxy.fakes import reply, stage
+from vllmd.errors import BadRequest
+from vllmd.proxy.large import LARGE, Turns, in_large, in_turns
+from vllmd.proxy.peek import Asked, in_json
+
+TEXTS = st.text(alphabet=st.sampled_from('ab"\\{}[]:,ä model'), max_size=12)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | TEXTS, lambda v: st.lists(v) | st.dictionaries(TEXTS, v)
+)
+
+
+def read(body: bytes) -> Asked:
+    """All turns at once."""
+    return asyncio.run(in_turns(in_large(body)))
+
+
+def outcome(way: Callable[[bytes], Asked], body: bytes) -> Asked | str:
+    """What it found, or why it refused."""
+    try:
+        return way(body)
+    except BadRequest as error:
+        return error.message
+
+
+@given(st.dictionaries(TEXTS | st.just("stream"), VALUES), st.none() | TEXTS.filter(bool), st.booleans(), st.booleans())
+def test_it_finds_what_the_small_way_finds(
+    members: dict[str, object], model: str | None, ascii_only: bool, indented: bool
+) -> None:
+    """Quotes, brackets and the word itself inside strings change nothing."""
+    body = {**members, **({} if model is None else {"model": model})}
+    text = json.dumps(body, ensure_ascii=ascii_only, indent=1 if indented else None).encode()
+    assert outcome(read, text) == outcome(in_json, text)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"[1]", "not a JSON object"),
+        (b'{"model":"a","model":"b"}', "twice"),
+        (b'{"model":"a","mod\\u0065l":"b"}', "twice"),
+        (b'{"model":3}', "must be a string"),
+        (b'{"model":{"model":"a"}}', "must be a string"),
+        (b'{"model":"a"', "ends in the middle"),
+        (b'{"model":"a', "ends in the middle|must be"),
+        (b'{"model":"a"}{"model":"b"}', "extra data"),
+        (b'{"model":"\\x"}', "not JSON"),
+    ],
+)
+def test_what_is_refused(body: bytes, message: str) -> None:
+    """All that could name two models, or none that can be told."""
+    with pytest.raises(BadRequest, match=message):
+        read(body)
+
+
+def timed(work: Turns[Asked], times: list[float]) -> Turns[Asked]:
+    """The same work; ``times`` gets the seconds of CPU at the end of each step."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+        times.append(time.process_time())
+        yield
+
+
+@pytest.mark.parametrize(
+    "value", [b'"' + b"A" * (8 << 20) + b'"', b"[" + b"1," * (4 << 20) + b"1]", b'"' + b'\\"' * (1 << 20) + b'"']
+)
+def test_others_have_their_turn_meanwhile(value: bytes) -> None:
+    """However it is made up, no step of the work takes long."""
+    times = [time.process_time()]
+    asked = asyncio.run(in_turns(timed(in_large(b'{"x":' + value + b',"model":"m"}'), times)))
+    assert asked.model == "m"
+    assert len(times) > 10
+    assert max(later - earlier for earlier, later in pairwise(times)) < 0.1
+
+
+def test_a_large_request_is_relayed_byte_for_byte() -> None:
+    """With its name put right, as every other."""
+    body = b'{"x":"' + b"y" * LARGE + b'","model":"m-alias"}'
+
+    async def play() -> None:
+        async with stage(reply(b"{}")) as act:
+            client = await act.client()
+            client.post(body=body)
+            assert (await client.answer()).status == 200
+            assert act.engine.asked[0].body == body.replace(b"m-alias", b"m")
+
+    asyncio.run(play())

@@ -1,0 +1,115 @@
+"""Find the ``model`` of a body that is too large to be read in one go while everybody else waits.
+
+Only its structure is read: where strings begin and end, and how deep the brackets are. What stands between them
+(and whether it is sound JSON) is the engine's to judge; no sound body means anything else to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Generator
+from typing import TypeVar
+
+from vllmd.errors import BadRequest
+from vllmd.proxy.peek import Asked, model_name
+
+LARGE = 1 << 20  # bytes; reading so much takes some ten milliseconds
+SLICE = 256 << 10  # bytes looked at between two turns of the loop
+STEPS = 1000  # strings, escapes and brackets between two turns
+
+STRUCTURE = re.compile(rb'["{}\[\]]')
+IN_STRING = re.compile(rb'["\\]')
+SPACE = re.compile(rb"[ \t\r\n]*")
+COLON = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*")
+NAME = re.compile(rb'"(?:[^"\\]|\\.){1,4096}"')
+LONGEST_KEY = 64  # bytes; "model" with every letter spelled by number has 32
+
+T = TypeVar("T")
+Turns = Generator[None, None, T]  # yields where others may have their turn
+
+
+async def in_turns(work: Turns[T]) -> T:
+    """Do the work, letting everybody else have their turn in between."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+        await asyncio.sleep(0)
+
+
+def in_large(body: bytes) -> Turns[Asked]:
+    """As ``peek.in_json``. Raises BadRequest if it is no JSON object with at most one ``model``, a string."""
+    asked = Asked("", False, body)
+    depth, pos, steps = 0, _opening(body), 0
+    while depth or not steps:
+        steps += 1
+        if steps % STEPS == 0:
+            yield
+        found = yield from _find(STRUCTURE, body, pos)
+        mark, pos = body[found], found + 1
+        if mark != 0x22:
+            depth += 1 if mark in b"{[" else -1
+            continue
+        end = yield from _string_end(body, pos)
+        if depth == 1 and (colon := COLON.match(body, end)):
+            asked = _member(asked, body[found:end], colon.end())
+            if asked.start == colon.end():  # the name just found: whatever is in it, it is no key
+                end = asked.end
+        pos = end
+    if SPACE.match(body, pos).end() != len(body):  # type: ignore[union-attr]
+        raise BadRequest(f"the body is not JSON: extra data after the object, at byte {pos}")
+    return asked
+
+
+def _opening(body: bytes) -> int:
+    start = SPACE.match(body).end()  # type: ignore[union-attr]
+    if body[start : start + 1] != b"{":
+        raise BadRequest("the body is not a JSON object")
+    return start
+
+
+def _find(what: re.Pattern[bytes], body: bytes, pos: int) -> Turns[int]:
+    while pos < len(body):
+        found = what.search(body, pos, pos + SLICE)
+        if found:
+            return found.start()
+        pos += SLICE
+        yield
+    raise BadRequest("the body is not JSON: it ends in the middle")
+
+
+def _string_end(body: bytes, pos: int) -> Turns[int]:
+    """The place after the closing quote of the string whose content starts at ``pos``."""
+    steps = 0
+    while body[found := (yield from _find(IN_STRING, body, pos))] != 0x22:
+        pos = found + 2
+        steps += 1
+        if steps % STEPS == 0:
+            yield
+    return found + 1
+
+
+def _member(asked: Asked, key: bytes, start: int) -> Asked:
+    """``asked`` with what the member of the object says whose value starts at ``start``."""
+    name = _text(key) if len(key) <= LONGEST_KEY else ""
+    if name == "stream":
+        return Asked(
+            asked.model, asked.body[start : start + 4] == b"true", asked.body, asked.start, asked.end, asked.quoted
+        )
+    if name != "model":
+        return asked
+    if asked.end:
+        raise BadRequest("the body has 'model' twice", param="model")
+    value = NAME.match(asked.body, start)
+    model = model_name(_text(value[0]) if value else None)
+    return Asked(model, asked.stream, asked.body, start, value.end() if value else start, True)
+
+
+def _text(string: bytes) -> str:
+    try:
+        return str(json.loads(string))
+    except ValueError as error:
+        raise BadRequest(f"the body is not JSON: {error} in {string[:80]!r}") from None
