@@ -77,6 +77,7 @@ class ServerManager:
         self._doorway: Doorway | None = None
         self._listen: list[str] = []
         self._lock = threading.RLock()
+        self._owner = os.getpid()
 
     # -- a life --------------------------------------------------------------------------------
 
@@ -270,6 +271,7 @@ class ServerManager:
                 self._say(f"given up; it is {line['state']}")
                 return
             time.sleep(LOOK)
+        log.warning("%s still finishes its requests", self.server_name)
 
     def _close(self) -> None:
         if self._doorway:
@@ -283,6 +285,8 @@ class ServerManager:
     def _at_exit(self) -> None:
         """The program ends: give it up, unless a countdown runs at a daemon that goes on without us."""
         holding = self._holding
+        if os.getpid() != self._owner:  # a fork of it ends, which holds nothing
+            return
         if holding and self._private is None and holding.remaining is not None:
             return
         try:
