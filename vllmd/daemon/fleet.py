@@ -85,7 +85,7 @@ class Fleet:
             self._post(events.EngineStartFailed(command.model, why))
             return
         self.members[command.model] = member
-        work = self._start(member, order) if order.argv else self._reach(member)
+        work = self._start(member, order) if order else self._reach(member)
         self._run(member, work, lambda why: events.EngineStartFailed(command.model, why))
 
     def wake(self, command: commands.WakeEngine) -> None:

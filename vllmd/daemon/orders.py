@@ -44,8 +44,11 @@ class Orders:
         """Start engines by these settings from now on. ``kv_caches``: bytes per device, by model; 0: its own choice."""
         self._models, self._kv_caches = models, kv_caches
 
-    def muster(self, command: commands.StartEngine) -> tuple[Member, StartOrder]:
-        """Everything a start needs, decided before anything is done. Raises ConfigError."""
+    def muster(self, command: commands.StartEngine) -> tuple[Member, StartOrder | None]:
+        """Everything a start needs, decided before anything is done. Raises ConfigError.
+
+        No order comes with a server that is not ours to start.
+        """
         model = self._models[command.model]
         engine = self._engine_of(model)
         instance = instance_name(model.name)
@@ -60,7 +63,7 @@ class Orders:
                 self._ports.release(place.port)
         member = Member(model, engine, instance, launch.listen, command.placement, fingerprint(model))
         member.stop, member.stop_signal, member.self_managed = launch.stop, launch.stop_signal, launch.self_managed
-        return member, self._order(member, launch, run_dir)
+        return member, self._order(member, launch, run_dir) if launch.argv else None
 
     def _place(self, command: commands.StartEngine, run_dir: Path) -> Place:
         devices = self._memory.devices_of(command.placement)

@@ -23,6 +23,7 @@ _WRONG = re.compile(
     r"does not exist|is not a (valid|local)|Permission denied|You can install it with",
     re.I,
 )
+_RAISED = re.compile(r"(?:\w+\.)*\w*(?:Error|Exception): ")
 _TELLING = re.compile(r"\berror\b|exception|fail|fatal|panick|traceback", re.I)
 
 
@@ -84,13 +85,14 @@ class Plain:
         return None
 
     def failure(self, lines: Sequence[str]) -> Failure:
-        """The last line that speaks of an error, else the last one."""
+        """The last exception, else the first line that tells of an error (later ones follow from it), else the last."""
         said = [line.strip() for line in lines if line.strip()]
         if not said:
             return Failure("it said nothing")
         if absent := self._absent(said):
             return Failure(absent, permanent=True, hint=self.INSTALL)
-        reason = next((line for line in reversed(said) if _TELLING.search(line)), said[-1])
+        raised = next((line for line in reversed(said) if _RAISED.match(line)), "")
+        reason = raised or next((line for line in said if _TELLING.search(line)), said[-1])
         memory = any(_MEMORY.search(line) for line in said)
         return Failure(reason, memory, permanent=not memory and bool(_WRONG.search(reason)))
 

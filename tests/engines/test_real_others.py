@@ -1,0 +1,132 @@
+"""Other engines for real: transformers serve, vLLM's embeddings, and llama-server where it has been built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import RealVllm
+from tests.engines.driven import Driven
+from tests.engines.test_real_vllm import ARGS, ENV
+from tests.engines.test_stand_ins import free_port
+from vllmd.config.types import ModelConfig
+from vllmd.engines.base import Place
+
+LIMIT = 240.0  # seconds: on two busy cores
+Start = Callable[..., Driven]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a model as its kind says and waits until it is ready."""
+    running: list[Driven] = []
+
+    def begin(**settings: Any) -> Driven:
+        running.append(Driven(ModelConfig("m", **settings), Place(tmp_path, port=free_port()), LIMIT))
+        return running[-1].wait_ready()
+
+    yield begin
+    for one in running:
+        one.close()
+
+
+@pytest.mark.vllm
+def test_transformers_serve_answers_the_same_after_a_sleep(start: Start, real_vllm: RealVllm, accelerate: Path) -> None:
+    """Level 2 drops the weights and loads them again; any name but the one that it is pinned to is refused."""
+    one = start(
+        engine="transformers",
+        model=str(real_vllm.model),
+        command=(str(real_vllm.command.with_name("transformers")),),
+        options={"cpu": True},
+        env={"PYTHONPATH": str(accelerate), "HF_HUB_OFFLINE": "1"},
+    )
+    before = one.chat()
+    one.call(one.engine.alive(one.model))
+    one.call_all(one.engine.sleep(2, freeze=False))
+    one.call(one.engine.alive(one.model))
+    one.call_all(one.engine.wake(2))
+    assert one.chat() == before
+    assert one.http.post("/v1/chat/completions", json={"model": "m", "messages": []}).status_code == 400
+    one.end()
+
+
+@pytest.mark.vllm
+def test_transformers_without_accelerate_says_what_is_missing(real_vllm: RealVllm, tmp_path: Path) -> None:
+    """Its own words, and no retry."""
+    command = (str(real_vllm.command.with_name("transformers")),)
+    model = ModelConfig("m", engine="transformers", model=str(real_vllm.model), command=command,
+                        env={"HF_HUB_OFFLINE": "1"}, options={"cpu": True})  # fmt: skip
+    one = Driven(model, Place(tmp_path, port=free_port()))
+    try:
+        assert one.popen.wait(LIMIT) != 0
+        failure = one.engine.failure(one.lines())
+        assert failure.permanent
+        assert "requires `accelerate`. You can install it with `pip install accelerate`" in failure.reason
+    finally:
+        one.close()
+
+
+@pytest.mark.vllm
+def test_vllm_embeds(start: Start, real_vllm: RealVllm) -> None:
+    """As an embedding server: the same kind with --runner pooling."""
+    one = start(
+        command=(str(real_vllm.command),),
+        model=str(real_vllm.model),
+        max_model_len=512,
+        extra_args=(*ARGS, "--runner", "pooling"),
+        env=ENV,
+    )
+    assert "/v1/embeddings" in one.engine.routes(one.model)
+    answer = one.http.post("/v1/embeddings", json={"model": "m", "input": ["a", "b"]}).json()
+    first, second = (entry["embedding"] for entry in answer["data"])
+    assert len(first) == len(second) > 1
+    assert first != second
+
+
+@pytest.mark.llama
+def test_llama_server_answers_on_its_socket(start: Start, llama: Path) -> None:
+    """Ready when the model is loaded; the phases of its start are read; it ends on SIGTERM."""
+    one = start(
+        engine="llama.cpp",
+        model=str(llama / "tiny.gguf"),
+        command=(str(llama / "llama-server"),),
+        max_model_len=512,
+        options={"gpu_layers": 0, "parallel": 2},
+    )
+    assert one.chat()
+    assert one.http.get("/v1/models").json()["data"][0]["id"] == "m"
+    one.call(one.engine.alive(one.model))
+    phases = [found.phase for line in one.lines() if (found := one.engine.progress(line))]
+    assert list(dict.fromkeys(phases)) == ["weights", "context", "serving"]
+    one.end()
+    assert one.popen.returncode == 0
+
+
+@pytest.mark.llama
+def test_llama_server_that_idles_by_itself_wakes_by_itself(start: Start, llama: Path) -> None:
+    """Asleep it answers probes and stays asleep; a request wakes it."""
+    one = start(
+        engine="llama.cpp",
+        model=str(llama / "tiny.gguf"),
+        command=(str(llama / "llama-server"),),
+        options={"gpu_layers": 0, "sleep_idle": 1},
+    )
+    assert one.launch.self_managed
+    while not one.http.get("/props").json()["is_sleeping"]:
+        one.call(one.engine.alive(one.model))
+    assert one.chat()
+
+
+@pytest.mark.llama
+def test_a_file_that_is_none_is_a_failure_in_its_words(llama: Path, tmp_path: Path) -> None:
+    """The line that tells, not the last one."""
+    model = ModelConfig("m", engine="llama.cpp", model="/nowhere/a.gguf", command=(str(llama / "llama-server"),))
+    one = Driven(model, Place(tmp_path))
+    try:
+        assert one.popen.wait(LIMIT) != 0
+        assert "fail" in one.engine.failure(one.lines()).reason
+    finally:
+        one.close()
