@@ -13,6 +13,8 @@ import pytest
 
 from tests.daemon.rig import Rig, tell
 from tests.engines.installed import Site, daemon
+from vllmd.config.loader import read
+from vllmd.config.present import as_data, as_yaml
 from vllmd.config.types import ModelConfig
 from vllmd.core import commands, events
 from vllmd.daemon import fleet
@@ -79,6 +81,17 @@ def test_its_key_comes_from_a_file_and_is_shown_nowhere(tmp_path: Path) -> None:
     assert engine.ready(model).headers == engine.headers()
     assert "sk-1" not in repr(engine.ready(model))
     assert engine.device_count(model) == 0
+
+
+def test_a_key_written_into_the_configuration_is_not_shown(tmp_path: Path) -> None:
+    """``vllmctl config show`` hides it as every other secret."""
+    file = tmp_path / "vllmd.yaml"
+    file.write_text("models: {m: {engine: remote, options: {url: http://x, key: sk-1}}}")
+    file.chmod(0o600)
+    reading = read(file, env={})
+    shown = as_yaml(reading) + str(as_data(reading))
+    assert "http://x" in shown
+    assert "sk-1" not in shown
 
 
 @dataclass

@@ -86,6 +86,8 @@ def written(row: Setting, value: Any) -> str:
     """A value as it would stand in the file."""
     kind = row.kind
     assert not isinstance(kind, Group)
+    if row.name == "options" and "key" in value:  # a remote's
+        value = {**value, "key": HIDDEN}
     if isinstance(value, tuple | Mapping):
         return json.dumps(list(value) if isinstance(value, tuple) else dict(value), ensure_ascii=False, default=str)
     if value is None:

@@ -113,5 +113,6 @@ class Orders:
         )
 
     def release(self, member: Member) -> None:
-        """The engine is gone: its port is free."""
-        self._ports.release(member.listen.port)
+        """The engine is gone: its port is free, unless it is somebody else's."""
+        if member.ordered or member.running:
+            self._ports.release(member.listen.port)

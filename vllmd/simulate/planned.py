@@ -62,7 +62,7 @@ def spec_of(model: ModelConfig, devices: Sequence[Device], home: Path) -> ModelS
     return ModelSpec(
         footprint=told.footprint,
         weights=told.weights,
-        device_count=model.tensor_parallel_size * model.pipeline_parallel_size,
+        device_count=engine_of(model).device_count(model),
         sleep_levels=engine_of(model).sleep_levels(model),
         pinned=model.pin,
         **{name: getattr(model, name) for name in SAME},
