@@ -391,7 +391,7 @@ def test_L_a_private_daemon_dies_with_its_program(nowhere: Stub, signum: int) ->
 from vllmd.client import ServerManager
 serve = ServerManager({"model": "Qwen/mine"})
 assert serve.start(), serve.failure
-print(serve._private.pid, serve._line()["pid"])
+print(serve._private.pid, serve._line()["pid"], serve._private._folder)
 input()
 """
     program = subprocess.Popen(
@@ -401,11 +401,13 @@ input()
         text=True,
     )
     assert program.stdout
-    daemon, engine = map(int, program.stdout.readline().split())
+    *pids, folder = program.stdout.readline().split()
+    daemon, engine = map(int, pids)
     assert exists(daemon) and exists(engine)
     program.send_signal(signum)
     program.wait(20)
     wait_until(lambda: not exists(daemon) and not exists(engine))
+    assert not Path(folder).exists()
 
 
 def test_L_a_program_that_ends_takes_its_private_daemon_along(nowhere: Stub) -> None:

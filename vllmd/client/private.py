@@ -76,7 +76,8 @@ class PrivateDaemon:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self, fds: list[int]) -> subprocess.Popen[bytes]:
-        tether = [str(Path(__file__).with_name("tether.py")), str(os.getpid()), ",".join(map(str, fds))]
+        script, handed_on = str(Path(__file__).with_name("tether.py")), ",".join(map(str, fds))
+        tether = [script, str(os.getpid()), str(self._folder), handed_on]
         serve = ["vllmd", "--config", str(self._folder / "vllmd.yaml")]
         with (self._folder / "log").open("wb") as log:
             return subprocess.Popen(

@@ -1,6 +1,7 @@
 """A program that ends with the one that started it, however that ends. Run as a script; imports nothing of ours.
 
-``tether.py PARENT FDS MODULE ARGUMENTS...``: FDS are listening sockets, handed on as systemd does it.
+``tether.py PARENT FOLDER FDS MODULE ARGUMENTS...``: FDS are listening sockets, handed on as systemd does it; FOLDER
+is removed at the end if the parent is no more there to do it.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import runpy
 import select
+import shutil
 import signal
 import sys
 import threading
@@ -54,11 +56,15 @@ def hand_on(sockets: list[int]) -> None:
 
 def main() -> None:
     """Become the module, tethered."""
-    parent, sockets, module, *arguments = sys.argv[1:]
+    parent, folder, sockets, module, *arguments = sys.argv[1:]
     hand_on([int(fd) for fd in sockets.split(",")])
     watch(int(parent), end_in_order)
     sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        if os.getppid() != int(parent):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
