@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import KeysView
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -46,6 +47,10 @@ class Exchanges:
 
     def __len__(self) -> int:
         return len(self._by_target)
+
+    def targets(self) -> KeysView[str]:
+        """Who has an exchange of his own."""
+        return self._by_target.keys()
 
     def get(self, target: str) -> Exchange | None:
         """The exchange for ``target``, if there is one."""
@@ -138,15 +143,16 @@ class Exchanges:
         claims: dict[int, Claim] = {}
         for ex in self._by_target.values():
             leaving = [self.models[name] for name in ex.victims]
-            for index in {*ex.devices, *(index for m in leaving for index in m.placement.devices)}:
-                claims.setdefault(index, self._claim(ex, leaving, index))
+            drain = max([self.drain_left(ex, m) for m in leaving if m.state in AWAKE], default=0.0)
+            for index in {*ex.devices, *[index for m in leaving for index in m.placement.devices]}:
+                if index not in claims:
+                    claims[index] = self._claim(ex, leaving, index, drain)
         return claims
 
-    def _claim(self, ex: Exchange, leaving: list[Model], index: int) -> Claim:
+    def _claim(self, ex: Exchange, leaving: list[Model], index: int, drain: float) -> Claim:
         need = self.need(self.models[ex.target], index) if index in ex.devices else 0
-        coming = sum(ex.victims[m.name].frees for m in leaving if index in m.placement.devices)
-        drains = [self.drain_left(ex, m) for m in leaving if m.state in AWAKE]
-        return Claim(need, coming, max(drains, default=0.0))
+        coming = sum([ex.victims[m.name].frees for m in leaving if index in m.placement.devices])
+        return Claim(need, coming, drain)
 
     def drain_left(self, ex: Exchange, m: Model) -> float:
         """Expected seconds until the victim's requests have ended. One that drained long will take long yet."""

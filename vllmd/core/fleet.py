@@ -80,6 +80,11 @@ class Fleet:
                 return self._busy[index]
         return ""
 
+    @property
+    def moving(self) -> Mapping[int, str]:
+        """The devices on which a command is under way, and whose."""
+        return self._busy
+
     def free_to_move(self, m: Model) -> bool:
         """No other engine is being moved on its devices."""
         return not any(self._busy.get(index, m.name) != m.name for index in m.placement.devices)

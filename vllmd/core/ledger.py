@@ -15,18 +15,14 @@ from vllmd.core.types import Device, GiB
 class Account:
     """One device: what it has, what models were promised, and what others hold."""
 
-    __slots__ = ("device", "missing", "promised", "strangers")
+    __slots__ = ("capacity", "device", "missing", "promised", "strangers")
 
     def __init__(self, device: Device) -> None:
         self.device = device
+        self.capacity = device.memory - device.reserve  # what can ever be promised
         self.promised = 0
         self.strangers = 0
         self.missing = 0  # bytes that did not come back after a stop: the device is wedged
-
-    @property
-    def capacity(self) -> int:
-        """What can ever be promised: its memory less the reserve."""
-        return self.device.memory - self.device.reserve
 
     @property
     def free(self) -> int:

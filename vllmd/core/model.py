@@ -44,6 +44,7 @@ class Model:
     """One model's engine, its requests, its claims on staying, and its failures."""
 
     spec: ModelSpec
+    name: str = field(init=False)
     costs: Costs
     changed: float  # since when it is in this state
     state: State = State.STOPPED
@@ -74,10 +75,8 @@ class Model:
     removed: bool = False  # the configuration has it no more
     due: float = INFINITY  # when time alone changes something for it
 
-    @property
-    def name(self) -> str:
-        """The model's name."""
-        return self.spec.name
+    def __post_init__(self) -> None:
+        self.name = self.spec.name
 
     @property
     def on(self) -> bool:
@@ -102,7 +101,7 @@ class Model:
     @property
     def demand(self) -> int:
         """How many wait for it to be on: requests queued, requests frozen, a load that was asked for."""
-        frozen = 0 if self.state in AWAKE else len(self.running)
+        frozen = len(self.running) if self.running and self.state not in AWAKE else 0
         return len(self.queue) + frozen + (self.wanted is not None)
 
     @property

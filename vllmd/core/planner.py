@@ -50,8 +50,10 @@ class Planner:
     def _move_house(self) -> None:
         """7.1: a sleeper that cannot wake where it sleeps is stopped, if it can start elsewhere."""
         core = self._core
+        if core.now < self._housed + HOUSE_AGE:
+            return
         sleepers = [m for m in core.waiting.values() if m.state is State.SLEEPING and not m.running]
-        if not sleepers or core.now < self._housed + HOUSE_AGE:
+        if not sleepers:
             return
         self._housed = core.now
         room = room_beside_kept(core.fleet.ledger, core.models.values())
@@ -102,7 +104,8 @@ class Planner:
             self._filled = core.now
             claims = host_claims(core.fleet, core.models.values())
             self._shallow = core.policy.shallow(claims, core.settings.host_memory)
-        waiting = [m for m in core.waiting.values() if m.name not in core.exchanges]
+        begun = core.exchanges.targets()
+        waiting = [m for name, m in core.waiting.items() if name not in begun]
         return self.observer.look(waiting, self._shallow)
 
     def level(self, m: Model, wish: int) -> int:

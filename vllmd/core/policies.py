@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
-from vllmd.core.eviction import Choice, cheapest, fits, oldest_first, unclaimed
+from vllmd.core.eviction import Choice, cheapest, cheapest_there, enough_there, fits, oldest_first, unclaimed
 from vllmd.core.policy import (
     INFINITY,
     HostClaim,
     Plan,
     Policy,
     Resident,
+    Room,
     Situation,
     Waiting,
-    Way,
     drain_time,
     greedy_fill,
 )
@@ -121,8 +122,8 @@ class Adaptive:
         if not s.waiting:
             return None
         turns = _Turns(s)
-        for w in sorted(s.waiting, key=lambda w: not w.impatient) if len(s.waiting) > 1 else s.waiting:
-            plan = turns.next(w)
+        for w in [w for w in s.waiting if w.impatient] + [w for w in s.waiting if not w.impatient]:
+            plan = None if turns.closed(w) else turns.next(w)
             if plan:
                 return plan
         return None
@@ -135,57 +136,91 @@ class Adaptive:
 class _Turns:
     """One look of the adaptive policy: waiters come to :meth:`next` in order, and may hold devices against later ones.
 
-    Most waiters on a crowded machine are passed over, so what decides that is worked out once for all.
+    Most waiters on a crowded machine are passed over, so what decides that is worked out once for all, and asked
+    before victims are priced. These shortcuts only ever skip a search whose end is known: no decision is another.
     """
 
     def __init__(self, s: Situation) -> None:
-        self.deadline = max(s.knobs.deadline, s.knobs.rounds * sum(w.load + w.sleep for w in s.waiting))
+        self.deadline = max(s.knobs.deadline, s.knobs.rounds * sum([w.load + w.sleep for w in s.waiting]))
         self.dear = self.deadline > s.knobs.deadline
-        self.prices = Prices(s, sum(w.waiters for w in s.waiting))
+        self.prices = Prices(s)
         self.awake = _by_device([r for r in s.residents if not r.asleep])
-        busy = [room for room in s.rooms.values() if room.busy > 1.0]
-        long = [room.device for room in busy if room.busy > _longest(self.awake.get(room.device, []))]
-        self.s = s = without(s, long)
-        self.roomiest = max([room.free for room in s.rooms.values() if not room.busy], default=0)
-        self.free_to_begin = {room.device for room in s.rooms.values() if not room.claimed}
+        self.rooms = {i: room for i, room in s.rooms.items() if room.busy <= 1.0 or not self._outlasts(room)}
+        self.s = s._replace(rooms=self.rooms)  # without those that are held against whoever comes later
+        self.roomiest = max([room.free for room in self.rooms.values() if not room.busy], default=0)
+        self.begin = {room.device for room in self.rooms.values() if not room.claimed}  # where an exchange may begin
+        self._floors: dict[int, float] = {}
+
+    def _outlasts(self, room: Room) -> bool:
+        """The transfer under way there makes any exchange too early."""
+        return room.busy > _longest(self.awake.get(room.device, ()))
+
+    def closed(self, w: Waiting) -> bool:
+        """No room is large enough as it is, and none of its devices free to begin an exchange on."""
+        return w.need > self.roomiest and w.span > 0 and self.begin.isdisjoint(w.devices)
 
     def next(self, w: Waiting) -> Plan | None:
         """Its plan, if its exchange is due."""
         devices = fits(self.s, w) if w.need <= self.roomiest or not w.span else None
         if devices is not None:
             return Plan(w.model, devices, why="it fits", numbers=_waited(self.s, w))
-        if self.free_to_begin.isdisjoint(w.devices) or not unclaimed(self.s, w):
+        if self.begin.isdisjoint(w.devices):
             return None
         urgent = w.impatient or self.s.now - w.oldest > self.deadline
-        residents = self._candidates(w)
-        if not urgent and self._surely_too_dear(w, residents):
+        if len(w.devices) == w.span == 1:
+            return self._there(w, self.rooms[w.devices[0]], urgent)
+        if not unclaimed(self.s, w):
             return None
-        return self._bargain(w, _offer(self.s, self.prices, w, residents, urgent), urgent)
+        return self._anywhere(w, urgent)
 
-    def _candidates(self, w: Waiting) -> Sequence[Resident]:
-        """Who might leave for it: sleepers only where it would not be enough if all others slept."""
-        if len(w.devices) == 1 and self.s.rooms[w.devices[0]].sleepable >= w.need:
-            return self.awake.get(w.devices[0], ())
-        return self.s.residents
+    def _anywhere(self, w: Waiting, urgent: bool) -> Plan | None:
+        """One that may choose its devices."""
+        residents = _may_leave(self.s, w, self.s.residents)
+        choice = cheapest(self.s, w, residents, partial(self.prices.alone, w, urgent))
+        return self._bargain(w, choice, urgent)
 
-    def _surely_too_dear(self, w: Waiting, residents: Iterable[Resident]) -> bool:
-        """What a search for victims would find as well, but at once: all are busy, and the rent paid is too little."""
-        return waited_by(w, self.s.now) < self.s.knobs.kappa * self.prices.floor(residents)
-
-    def _bargain(self, w: Waiting, offer: Offer | None, urgent: bool) -> Plan | None:
-        if offer is None:
-            held = due_there(self.s, w)
-        elif not urgent and offer.waited < self.s.knobs.kappa * offer.price:
+    def _there(self, w: Waiting, room: Room, urgent: bool) -> Plan | None:
+        """One that can only be on this device: a sleeper, mostly."""
+        if room.sleepable < w.need:  # sleepers may have to stop for it as well
+            return self._anywhere(w, urgent)
+        awake = self.awake.get(room.device, ())
+        paid = INFINITY if urgent else waited_by(w, self.s.now) / self.s.knobs.kappa
+        if paid < self._floor(room.device, awake):
+            return None  # all are busy, and it could not pay for draining any: its turn has not come
+        residents = _may_leave(self.s, w, awake)
+        if not enough_there(w, room, residents):
+            return self._bargain(w, None, urgent)
+        if room.free < w.need and paid < min([self.prices.least(r) for r in residents]):
             return None
-        elif too_early(self.s, offer.choice, offer.cost - w.load - takes(offer.choice)):
-            held = list(offer.choice.devices)
+        choice = cheapest_there(w, room, residents, partial(self.prices.alone, w, urgent), self.s.knobs.victims)
+        return self._bargain(w, choice, urgent)
+
+    def _floor(self, device: int, awake: Iterable[Resident]) -> float:
+        floor = self._floors.get(device)
+        if floor is None:
+            floor = self._floors[device] = self.prices.floor(awake)
+        return floor
+
+    def _bargain(self, w: Waiting, choice: Choice | None, urgent: bool) -> Plan | None:
+        if choice is None:
+            held = due_there(self.s, w) if urgent or self.dear else []
         else:
-            why = "its deadline has passed" if urgent else "the wait is worth the exchange"
-            numbers = _numbers(w, offer, self.deadline)
-            return Plan(w.model, offer.choice.devices, offer.choice.victims, offer.budget, why, numbers)
+            offer = _offer(self.s, self.prices, w, choice, urgent)
+            if not urgent and offer.waited < self.s.knobs.kappa * offer.price:
+                return None
+            if not too_early(self.s, choice, offer.cost - w.load - takes(choice)):
+                why = "its deadline has passed" if urgent else "the wait is worth the exchange"
+                numbers = _numbers(w, offer, self.deadline)
+                return Plan(w.model, choice.devices, choice.victims, offer.budget, why, numbers)
+            held = list(choice.devices)
         if urgent or self.dear:
-            self.s = without(self.s, held)
+            self._hold(held)
         return None
+
+    def _hold(self, devices: Iterable[int]) -> None:
+        for device in devices:
+            del self.rooms[device]
+            self.begin.discard(device)
 
 
 def _by_device(residents: Iterable[Resident]) -> dict[int, list[Resident]]:
@@ -216,17 +251,8 @@ def _numbers(w: Waiting, offer: Offer, deadline: float) -> NUMBERS:
     }
 
 
-def _offer(s: Situation, prices: Prices, w: Waiting, residents: Sequence[Resident], urgent: bool) -> Offer | None:
-    """The cheapest victims, and the drain budget that suits them best."""
-    may_leave = [r for r in residents if _served_its_time(s, r, w)]
-
-    def alone(r: Resident, way: Way) -> float:
-        """What it would cost if it were the only one to leave: the sum over a set is near what the set costs."""
-        return prices.alone(w, r, way, urgent)
-
-    choice = cheapest(s, w, may_leave, alone)
-    if choice is None:
-        return None
+def _offer(s: Situation, prices: Prices, w: Waiting, choice: Choice, urgent: bool) -> Offer:
+    """With the drain budget that suits these victims best."""
     waited = waited_by(w, s.now)
     offers = []
     for budget in budgets(s.knobs, choice.leavers, urgent):
@@ -240,11 +266,14 @@ def waited_by(w: Waiting, now: float) -> float:
     return (w.waiters * now - w.arrived) * w.priority
 
 
-def _served_its_time(s: Situation, r: Resident, w: Waiting) -> bool:
-    if r.asleep or not (r.running or r.queued):
-        return True
-    way = r.ways[0]
-    return s.now - r.since >= s.knobs.residency * (way.takes + w.load + way.back)
+def _may_leave(s: Situation, w: Waiting, residents: Iterable[Resident]) -> list[Resident]:
+    """Those that have served their time, or serve nobody."""
+    q, now, load = s.knobs.residency, s.now, w.load
+    return [
+        r
+        for r in residents
+        if r.asleep or not (r.running or r.queued) or now - r.since >= q * (r.ways[0].takes + load + r.ways[0].back)
+    ]
 
 
 POLICIES: Mapping[str, Policy] = {policy.name: policy for policy in (Adaptive(), Lru())}

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from vllmd.core.eviction import Leaver
 from vllmd.core.policy import INFINITY, Knobs, Resident, Situation, Waiting, Way, drain_time
 
+SURELY = 1 - 1e-9  # a bound that is worked out in another order than what it bounds leaves room for rounding
 SHORT, LONG = 60.0, 900.0  # seconds in which the two arrival rates fall by e
 
 
@@ -41,27 +42,24 @@ class Known(NamedTuple):
 
 
 class Prices:
-    """The prices of one look. ``total``: how many requests wait, all of whom a return would hold up."""
+    """The prices of one look."""
 
-    def __init__(self, s: Situation, total: int) -> None:
+    def __init__(self, s: Situation) -> None:
         self.s = s
-        self.total = total
+        self.total = sum([w.waiters for w in s.waiting])  # all of whom a victim's return would hold up
+        self._meanwhile = min([w.load + w.service + w.sleep for w in s.waiting], default=0.0)
         self._known: dict[tuple[str, int], Known] = {}
+        self._least: dict[str, float] = {}
 
-    def alone(self, w: Waiting, r: Resident, way: Way, urgent: bool) -> float:
-        """The price of one that leaves alone, with the best drain budget."""
+    def alone(self, w: Waiting, urgent: bool, r: Resident, way: Way) -> float:
+        """What it would cost if it were the only one to leave: the sum over a set is near what the set costs."""
         if r.running and r.freezable:
             one = (Leaver(0.0, r, way),)
             return min(self.together(w, one, budget)[0] for budget in budgets(self.s.knobs, one, urgent))
-        known = self._know(r, way)
-        away = way.takes + w.load + w.service + w.sleep + way.back
-        regret = known.rate * (away + known.drain) ** 2 / 2 + r.queued * away + known.fixed
-        if known.back:
-            regret += known.back * (1.0 - math.exp(-known.rate * away))
-        return known.weight * regret
+        return self._drained(r, way, w.load + w.service + w.sleep)
 
     def floor(self, residents: Iterable[Resident]) -> float:
-        """No set of them is cheaper, for whomever they leave."""
+        """No set of them is cheaper, for whomever they leave, if all are busy; else 0."""
         lowest = INFINITY
         for r in residents:
             if r.freezable or not (r.running or r.queued):
@@ -69,6 +67,24 @@ class Prices:
             known = self._know(r, r.ways[0])
             lowest = min(lowest, known.weight * known.fixed)
         return lowest if lowest < INFINITY else 0.0
+
+    def least(self, r: Resident) -> float:
+        """No set with this one in it is cheaper, for whomever of the waiting they leave."""
+        least = self._least.get(r.model)
+        if least is None:
+            freezes = r.running and r.freezable
+            least = 0.0 if freezes else self._drained(r, r.ways[0], self._meanwhile) * SURELY
+            self._least[r.model] = least
+        return least
+
+    def _drained(self, r: Resident, way: Way, meanwhile: float) -> float:
+        """The price of one that leaves alone; ``meanwhile``: seconds that the other one needs."""
+        known = self._know(r, way)
+        away = way.takes + meanwhile + way.back
+        regret = known.rate * (away + known.drain) ** 2 / 2 + r.queued * away + known.fixed
+        if known.back:
+            regret += known.back * (1.0 - math.exp(-known.rate * away))
+        return known.weight * regret
 
     def together(self, w: Waiting, leavers: Sequence[Leaver], budget: float) -> tuple[float, float]:
         """The price of a set (regret times the patience), and the cost: seconds until ``w`` serves."""

@@ -49,7 +49,8 @@ class Scheduler:
         self._answers = Answers(self._core, self._admission)
         self._wishes = Wishes(self._core, self._admission)
         self._departures = Departures(self._core, self._planner)
-        self._due = INFINITY
+        self._due = INFINITY  # the least of all models' due
+        self._due_passed = False  # it was that of a model which is due later now, or gone
         self._handlers = self._rooms()
         for spec in models:
             self._wishes.add(spec)
@@ -166,7 +167,9 @@ class Scheduler:
         while core.touched:
             _, m = core.touched.popitem()
             self._review(m)
-        self._due = min((m.due for m in core.models.values()), default=INFINITY)
+        if self._due_passed:
+            self._due_passed = False
+            self._due = min([m.due for m in core.models.values()], default=INFINITY)
 
     def _review(self, m: Model) -> None:
         """Bring everything that hangs on the model's state up to date."""
@@ -184,7 +187,13 @@ class Scheduler:
             self._wait(m)
         self._departures.note(m)
         self._planner.observer.note(m)
-        m.due = self._due_of(m)
+        self._note_due(m, self._due_of(m))
+
+    def _note_due(self, m: Model, due: float) -> None:
+        """Keep the least of all: it is only sought anew where the model that had it has it no more."""
+        self._due_passed = self._due_passed or m.due <= self._due < due
+        self._due = min(self._due, due)
+        m.due = due
 
     def _serve(self, m: Model) -> None:
         """5.1: an open gate lets in what waits; then it may have something to do for itself."""
@@ -230,6 +239,7 @@ class Scheduler:
 
     def _forget(self, m: Model) -> None:
         core = self._core
+        self._note_due(m, INFINITY)
         core.models.pop(m.name, None)
         core.waiting.pop(m.name, None)
         core.exchanges.cancel(m.name)

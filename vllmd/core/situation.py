@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import attrgetter
 
 from vllmd.core.exchanges import Exchanges
 from vllmd.core.fleet import Fleet
@@ -50,22 +51,22 @@ class Observer:
         host = (fleet.ledger.host_promised, shallow)
         if host != self._host:  # who can sleep at which level depends on it
             self._host = host
-            self._stale.update((name, self._exchanges.models[name]) for name in self._residents)
+            self._stale.update(
+                (name, self._exchanges.models[name]) for name, r in self._residents.items() if not r.asleep
+            )
         for name, m in self._stale.items():
             self._residents[name] = see_resident(fleet, m, shallow)
         self._stale.clear()
         return Situation(
             fleet.now,
-            sorted((self._see_waiting(m) for m in waiting), key=_age),
+            sorted([self._waiting.get(m.name) or self._see_waiting(m) for m in waiting], key=_age),
             list(self._residents.values()),
             self._rooms(),
             KNOBS,
         )
 
     def _see_waiting(self, m: Model) -> Waiting:
-        seen = self._waiting.get(m.name)
-        if seen is None:
-            seen = self._waiting[m.name] = see_waiting(self._fleet, m)
+        seen = self._waiting[m.name] = see_waiting(self._fleet, m)
         return seen
 
     def _rooms(self) -> dict[int, Room]:
@@ -76,7 +77,7 @@ class Observer:
                 continue
             free = account.free
             sleepable = free + self._sleepable[index]
-            name = fleet.holder((index,))
+            name = fleet.moving.get(index)
             busy = remaining(self._exchanges.models[name], fleet.now) if name else 0.0
             claim = claims.get(index)
             if claim is None:
@@ -87,8 +88,7 @@ class Observer:
         return rooms
 
 
-def _age(w: Waiting) -> tuple[float, str]:
-    return w.oldest, w.model
+_age = attrgetter("oldest", "model")
 
 
 def may_leave(m: Model) -> bool:
@@ -144,7 +144,7 @@ def see_resident(fleet: Fleet, m: Model, shallow: frozenset[str]) -> Resident:
         rate_long=m.costs.rate_long.value,
         rate_at=rate.at,
         freezable=m.freezable,
-        refrozen=any(run.frozen > 1 for run in m.running.values()),
+        refrozen=m.spec.preempt and any(run.frozen > 1 for run in m.running.values()),
         priority=m.spec.priority,
     )
 
