@@ -7,18 +7,24 @@ requests per second; every policy is given the same sleep mechanism. At first
 all engines sleep (those that cannot: nothing runs). Idle rules are switched
 off: what is compared is who makes room for whom.
 
-    python -m tests.bench.schedule [--seeds 1-5] [--variant 0]
+    python -m tests.bench.schedule [--seeds 1-5] [--variant 0] [--write]
+
+``--write`` keeps the tables in ``tests/bench/schedule.md``.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import math
+import os
+import platform
 import random
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from tests.bench.scenarios import HOUR, SIZES_GB, Scenario, scenarios
@@ -54,6 +60,8 @@ VARIANTS = (
     Variant("96 GB of host memory", host=96),
     Variant("engines without sleep, 0.2 requests/s", rate=0.2, sleeps=False),
 )
+TABLE = Path(__file__).with_name("schedule.md")
+NOTES = "## How to read it\n"
 CONTENDERS = ("adaptive", "adaptive+freeze", "llama-swap", "ollama")
 METRICS = ("swaps", "mean", "p95", "p99", "longest", "lat mean", "lat p95", "lat p99")
 
@@ -155,14 +163,15 @@ def _failures(line: Line) -> str:
 
 
 class Timed(Scheduler):
-    """Notes how long each decision takes, in seconds."""
+    """Notes what each decision takes, in seconds of this process's CPU time: an event handled, and the next timer."""
 
     taken: ClassVar[list[float]] = []
 
     def handle(self, event: Event, now: float) -> list[Command]:
-        begun = time.perf_counter()
+        begun = time.process_time()
         commands = super().handle(event, now)
-        self.taken.append(time.perf_counter() - begun)
+        super().next_timer()
+        self.taken.append(time.process_time() - begun)
         return commands
 
 
@@ -186,20 +195,36 @@ def decision_cost() -> str:
 def main(argv: Sequence[str]) -> int:
     """Print the tables."""
     parser = argparse.ArgumentParser(prog="bench-schedule", description="The scheduling policies over traces.")
-    parser.add_argument("--seeds", default="1-2", help="a range of seeds, such as 1-5 (default: 1-2)")
+    parser.add_argument("--seeds", default="1-3", help="a range of seeds, such as 1-5 (default: 1-3)")
     parser.add_argument("--variant", type=int, help="only one, by number from 0")
+    parser.add_argument("--write", action="store_true", help=f"keep the tables in {TABLE.name}")
     args = parser.parse_args(argv)
     first, _, last = args.seeds.partition("-")
     seeds = range(int(first), int(last or first) + 1)
-    begun = time.monotonic()
-    print("geometric means relative to draining LRU (lower is better); waits are from arrival to an engine")
+    begun, shown = time.process_time(), []
+
+    def show(*lines: str) -> None:
+        print(*lines, sep="\n", flush=True)
+        shown.extend(lines)
+
+    show("geometric means relative to draining LRU (lower is better); waits are from arrival to an engine")
     chosen = VARIANTS if args.variant is None else VARIANTS[args.variant : args.variant + 1]
     for variant in chosen:
         policies = CONTENDERS if variant.sleeps else [p for p in CONTENDERS if "+" not in p]
-        print(*table(variant.name, compare(variant, policies, seeds)), sep="\n", flush=True)
-    print(f"a decision at 100 models and 8 devices: {decision_cost()}")
-    print(f"seeds {args.seeds}; {time.monotonic() - begun:.0f} s")
+        show(*table(variant.name, compare(variant, policies, seeds)))
+    show(f"a decision at 100 models and 8 devices: {decision_cost()}")
+    show(f"seeds {args.seeds}; {time.process_time() - begun:.0f} s of CPU time")
+    if args.write:
+        write(shown)
     return 0
+
+
+def write(lines: Sequence[str]) -> None:
+    """Keep them, with the day and the machine; what stands below the tables is by hand, and stays."""
+    _, _, notes = TABLE.read_text().partition(NOTES) if TABLE.exists() else ("", "", "")
+    load = f"load {os.getloadavg()[0]:.1f} at the end"
+    head = f"## {datetime.date.today()} · {os.cpu_count()} CPUs, Python {platform.python_version()}, {load}"
+    TABLE.write_text("\n".join([head, "", "```", *lines, "```", "", NOTES]) + notes)
 
 
 if __name__ == "__main__":

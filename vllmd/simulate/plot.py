@@ -14,17 +14,19 @@ GB = 1e9
 
 
 def plot(reports: Sequence[Report], path: str) -> None:
-    """Memory over time, waiting requests over time, and waits by policy. Raises VllmdError."""
+    """Memory over time for each policy, then waiting requests over time and waits, side by side. Raises VllmdError."""
     try:
         matplotlib = importlib.import_module("matplotlib")
         matplotlib.use("Agg")
         pyplot = importlib.import_module("matplotlib.pyplot")
     except ImportError:
         raise VllmdError(f"--plot needs matplotlib, which is not installed: {HOW}") from None
-    figure, axes = pyplot.subplots(3, 1, figsize=(11, 11), constrained_layout=True)
-    _memory(axes[0], reports)
-    _queues(axes[1], reports)
-    _waits(axes[2], reports)
+    rows = len(reports) + 2
+    figure, axes = pyplot.subplots(rows, 1, figsize=(11, 2.2 * rows + 2), constrained_layout=True)
+    for number, report in enumerate(reports):
+        _memory(axes[number], report)
+    _queues(axes[-2], reports)
+    _waits(axes[-1], reports)
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:
@@ -33,13 +35,14 @@ def plot(reports: Sequence[Report], path: str) -> None:
         pyplot.close(figure)
 
 
-def _memory(axes: Any, reports: Sequence[Report]) -> None:
-    for report in reports:
-        for index in report.busy:
-            sizes = [sample.promised.get(index, 0) / GB for sample in report.samples]
-            axes.step(_times(report), sizes, where="post", label=f"{report.policy}, device {index}")
-    axes.set(xlabel="minutes", ylabel="GB promised", title="Device memory")
-    axes.legend(fontsize="small")
+def _memory(axes: Any, report: Report) -> None:
+    """Devices on top of each other: lines that cross all the time would hide one another."""
+    sizes = [[sample.promised.get(index, 0) / GB for sample in report.samples] for index in report.busy]
+    labels = [f"device {index}" for index in report.busy]
+    if sizes:
+        axes.stackplot(_times(report), sizes, labels=labels, step="post", alpha=0.6)
+        axes.legend(fontsize="small", loc="lower right", ncols=min(8, len(sizes)))
+    axes.set(xlabel="minutes", ylabel="GB promised", title=f"Device memory, {report.policy}")
 
 
 def _queues(axes: Any, reports: Sequence[Report]) -> None:
