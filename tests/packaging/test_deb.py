@@ -181,5 +181,6 @@ def test_the_whole_path_on_debian_13(boot_machine: Callable[..., Machine], packa
     machine.run("systemctl --user start vllmd.socket", user="ada")
     assert "assistant" in machine.out(ASK, timeout=90)
     assert machine.out("ps -C vllmd -o user=") == "ada"
+    machine.run("systemctl --user reload vllmd.service", user="ada")
     machine.run("systemctl --user stop vllmd.service", user="ada")
     machine.wait_until(lambda: not engine_pids(machine))
