@@ -2,7 +2,8 @@
 
 Each serves one upstream with one worker; wrk (one thread) asks for a JSON answer and for a stream of 64 events,
 at 1 and at 64 connections. Rates are the median of several short rounds taken in turn, so that a busy machine
-is busy for all alike. ``--write`` keeps the table in ``tests/bench/proxy.md``.
+is busy for all alike; the least CPU time per request of any round is what a busy machine distorts least.
+``--write`` keeps the table in ``tests/bench/proxy.md``.
 vllm-router and LiteLLM are put into ``bench-venv`` in the development cache when missing; nginx, haproxy and wrk
 are Debian's.
 """
@@ -284,25 +285,41 @@ CASES = [("JSON", 1), ("JSON", 64), ("SSE", 1), ("SSE", 64)]
 
 @dataclass(frozen=True)
 class Result:
-    """Requests per second, and the median latency in microseconds."""
+    """Requests per second, the median latency, and the server's CPU time per request, both in microseconds."""
 
     rate: float
     latency: float
+    cpu: float
 
 
-def wrk(port: int, kind: str, connections: int, seconds: float, folder: Path) -> Result:
+def cpu_time(runner: Runner) -> float:
+    """Microseconds of CPU that the server, which leads a session of its own, has taken with all its threads so far."""
+    nanoseconds = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(stat.read_text().rpartition(")")[2].split()[3]) == runner.pid:
+                tasks = (stat.parent / "task").glob("*/schedstat")
+                nanoseconds += sum(int(task.read_text().split()[0]) for task in tasks)
+    return nanoseconds / 1e3
+
+
+def wrk(runner: Runner, kind: str, connections: int, seconds: float, folder: Path) -> Result:
     """One round."""
     script = folder / f"{kind}.lua"
     script.write_text(LUA.format(body=BODY % (WORDS, ',"stream":true' if kind == "SSE" else "")))
     argv = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--timeout", "10s", "--latency", "-s", str(script)]
-    out = subprocess.run([*argv, f"http://127.0.0.1:{port}"], capture_output=True, text=True, check=True).stdout
+    before = cpu_time(runner)
+    out = subprocess.run([*argv, f"http://127.0.0.1:{runner.port}"], capture_output=True, text=True, check=True).stdout
+    taken = cpu_time(runner) - before
     if "Non-2xx" in out:
-        raise SystemExit(f"port {port} answered errors:\n{out}")
+        raise SystemExit(f"{runner.name} answered errors:\n{out}")
     rate = re.search(r"Requests/sec:\s*([\d.]+)", out)
     latency = re.search(r"50%\s+([\d.]+)(us|ms|s)", out)
-    if rate is None or latency is None:
+    number = re.search(r"(\d+) requests in", out)
+    if rate is None or latency is None or number is None:
         raise SystemExit(f"wrk said something unexpected:\n{out}")
-    return Result(float(rate[1]), float(latency[1]) * {"us": 1, "ms": 1e3, "s": 1e6}[latency[2]])
+    unit = {"us": 1, "ms": 1e3, "s": 1e6}[latency[2]]
+    return Result(float(rate[1]), float(latency[1]) * unit, taken / max(1, int(number[1])))
 
 
 def first_byte(port: int, rounds: int) -> float:
@@ -352,7 +369,7 @@ def growth(runner: Runner, requests: int, folder: Path) -> tuple[int, int]:
     """Bytes that the server grew by over so many requests, and how many there were."""
     before, done = resident(runner.pid), 0
     while done < requests:
-        done += int(wrk(runner.port, "JSON", 64, 5, folder).rate * 5)
+        done += int(wrk(runner, "JSON", 64, 5, folder).rate * 5)
     return resident(runner.pid) - before, done
 
 
@@ -365,20 +382,28 @@ def measure(runners: list[Runner], rounds: int, seconds: float, folder: Path) ->
     for kind, connections in CASES:
         for _ in range(rounds):
             for runner in runners:
-                result = wrk(runner.port, kind, connections, seconds, folder)
+                result = wrk(runner, kind, connections, seconds, folder)
                 found.setdefault((runner.name, kind, connections), []).append(result)
     return {
-        key: Result(statistics.median(r.rate for r in results), statistics.median(r.latency for r in results))
+        key: Result(
+            statistics.median(r.rate for r in results),
+            statistics.median(r.latency for r in results),
+            min(r.cpu for r in results),
+        )
         for key, results in found.items()
     }
 
 
 def table(names: list[str], results: dict[tuple[str, str, int], Result]) -> str:
-    """The results as Markdown."""
+    """The results as Markdown: rate, median latency, CPU time per request."""
     lines = ["| | " + " | ".join(f"{kind}, {connections}" for kind, connections in CASES) + " |", "|---" * 5 + "|"]
     for name in names:
         cells = [results[name, kind, connections] for kind, connections in CASES]
-        lines.append(f"| {name} | " + " | ".join(f"{c.rate:,.0f}/s · {c.latency:,.0f} µs" for c in cells) + " |")
+        lines.append(
+            f"| {name} | "
+            + " | ".join(f"{c.rate:,.0f}/s · {c.latency:,.0f} µs · {c.cpu:,.0f} µs" for c in cells)
+            + " |"
+        )
     return "\n".join(lines)
 
 
