@@ -28,7 +28,7 @@ _ALL_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl
 
 
 def setup_logging(level: str | int = "info", *, identifier: str = "vllmd", stream: TextIO | None = None) -> None:
-    """Give the root logger the one handler that fits where stderr goes. ``level``: a name of ``logging``, or a number."""
+    """Give the root logger the one handler that fits where stderr goes. ``level``: a name or number of ``logging``."""
     handler = _handler(identifier, sys.stderr if stream is None else stream)
     root = logging.getLogger()
     root.handlers[:] = [handler]
