@@ -71,6 +71,13 @@ def pids(site: Site) -> dict[str, int]:
     return {view["name"]: view["pid"] for view in site.status()["models"]}
 
 
+def killed(site: Site) -> None:
+    """The daemon is killed, and the next one has opened."""
+    daemon = site.status()["pid"]
+    site.machine.run("systemctl kill -s KILL vllmd.service")
+    site.machine.wait_until(lambda: site.status()["pid"] != daemon and site.status()["opened"])
+
+
 def held(site: Site) -> int:
     """GiB that live processes hold on the device."""
     code = f"from vllmd.simengine.device import device_usage; print(device_usage({GPU!r}).used >> 30)"
@@ -348,15 +355,15 @@ def test_the_next_daemon_takes_over_every_state(site: Site) -> None:
     for name in ("ready", "one", "two", "dozing"):
         site.chat(name, "x")
     site.machine.run("vllmctl sleep one --level 1 && vllmctl sleep two --level 2")
-    site.admin("POST", "models/starting/load")
-    site.admin("POST", "models/dozing/sleep?level=1")
-    site.machine.wait_until(lambda: (site.state("starting"), site.state("dozing")) == ("starting", "falling_asleep"))
-    before, daemon = pids(site), site.status()["pid"]
-    site.machine.run("systemctl kill -s KILL vllmd.service")
-    site.machine.wait_until(lambda: site.status()["pid"] != daemon and site.status()["opened"])
+    for name, way, midway in (("starting", "load", "starting"), ("dozing", "sleep?level=1", "falling_asleep")):
+        site.admin("POST", f"models/{name}/{way}")
+        site.machine.wait_until(lambda name=name, midway=midway: site.state(name) == midway)  # type: ignore[misc]
+        before = pids(site)
+        killed(site)
+        assert states(site)["starting"] in ("starting", "running")
+        site.machine.wait_until(lambda: site.state("starting") == "running")  # one change at a time on a device
     now = {"ready": "running", "one": "sleeping_l1", "two": "sleeping_l2", "dozing": "sleeping_l1"}
     assert {name: state for name, state in states(site).items() if name != "starting"} == now
-    assert states(site)["starting"] in ("starting", "running")
     assert site.view("ready")["idle"] > 0
     for name in names:
         assert "again" in site.chat(name, "again")["choices"][0]["message"]["content"]

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-from vllmd.launcher.client import ExitReport, LauncherClient, Running, StartOrder
+from vllmd.launcher.client import ExitReport, LauncherClient, LauncherFailed, Running, StartOrder
 
 LIMIT = 20.0
 _numbers = itertools.count()
@@ -42,7 +42,8 @@ class Driver:
     async def end_all(self) -> None:
         """Leave nothing to the next test."""
         while running := await self.client.list():
-            await self.client.kill(running[0].instance)
+            with contextlib.suppress(LauncherFailed):  # it has just ended by itself
+                await self.client.kill(running[0].instance)
             await self.exit()
 
     async def line(self, wanted: str) -> None:

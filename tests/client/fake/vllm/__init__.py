@@ -63,6 +63,9 @@ class LLM:
     def generate(self, prompts: object, params: object = None) -> list[RequestOutput]:
         if params == "slow":
             time.sleep(1)
+        if params == "interrupt":  # Ctrl-C at the caller, whose pid is the prompt, in the middle of its call
+            os.kill(int(str(prompts)), signal.SIGINT)
+            time.sleep(1)
         if params == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if params == "raise":
