@@ -205,8 +205,7 @@ class _Child:
         try:
             if self._broken:
                 raise EOFError
-            self._channel.send((method, arguments, more))
-            outcome, value = self._receive()
+            outcome, value = self._exchange((method, arguments, more))
         except (EOFError, OSError):
             self._broken = True
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -218,9 +217,10 @@ class _Child:
             raise _raised(value, method, self._last_lines() if method == "load" else "")
         return value
 
-    def _receive(self) -> Any:
+    def _exchange(self, call: tuple[str, tuple[Any, ...], dict[str, Any]]) -> Any:
         """The answer. Whoever does not wait for it (Ctrl-C) cannot ask again: it would take this one for the next."""
         try:
+            self._channel.send(call)
             return self._channel.receive()
         except pickle.UnpicklingError:
             raise
