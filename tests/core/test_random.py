@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -25,13 +26,27 @@ from vllmd.core.events import (
     MemorySampled,
     ModelsChanged,
     PinSet,
+    ReplicaProbed,
+    RequestAnswered,
+    RequestArrived,
+    RequestFinished,
     RequestGone,
     SleepAsked,
     StopAsked,
     TimePassed,
 )
 from vllmd.core.situation import Observer
-from vllmd.core.types import Device, Footprint, GiB, IdleRules, ModelSpec, Placement, Settings, State
+from vllmd.core.types import (
+    Device,
+    Footprint,
+    GiB,
+    IdleRules,
+    ModelSpec,
+    Placement,
+    ReplicaRules,
+    Settings,
+    State,
+)
 
 NAMES = ("a", "b", "c", "d", "e")
 models = st.sampled_from(NAMES)
@@ -64,6 +79,22 @@ def specs(draw: st.DrawFn, name: str) -> ModelSpec:
     )
 
 
+@st.composite
+def some_replicas(draw: st.DrawFn) -> tuple[ModelSpec, ...]:
+    """Models of which the first few may be replicas of one."""
+    models = [draw(specs(name)) for name in NAMES]
+    several = draw(st.sampled_from([0, 0, 2, 3, 4]))
+    rules = ReplicaRules(
+        least=draw(st.sampled_from([1, 2, 4])),
+        busy=draw(st.sampled_from([1, 2])),
+        busy_for=draw(st.sampled_from([0.0, 5.0])),
+        calm_for=draw(st.sampled_from([0.0, 20.0])),
+        probe=draw(st.sampled_from([True, True, False])),
+        retries=draw(st.sampled_from([0, 1, 3])),
+    )
+    return (*(replace(m, replica_of="a", replicas=rules) for m in models[:several]), *models[several:])
+
+
 class CoreUnderAnything(RuleBasedStateMachine):
     """``World`` checks every promise after every event; the rules below only think of things that can happen."""
 
@@ -74,7 +105,7 @@ class CoreUnderAnything(RuleBasedStateMachine):
         devices=st.integers(0, 3),
         host=st.sampled_from([0, 50, 200]),
         policy=st.sampled_from(["adaptive", "adaptive", "lru"]),
-        models=st.tuples(*(specs(name) for name in NAMES)),
+        models=some_replicas(),
         found=st.lists(st.tuples(models, st.integers(0, 2)), max_size=3, unique_by=lambda one: one[0]),
         starting=st.booleans(),
     )
@@ -109,6 +140,24 @@ class CoreUnderAnything(RuleBasedStateMachine):
     def arrive(self, model: str, key: str) -> None:
         self.count += 1
         self.world.ask(f"r{self.count}", model, key)
+
+    @rule(key=st.sampled_from("xyz"), avoid=st.frozensets(models))
+    def arrive_again(self, key: str, avoid: frozenset[str]) -> None:
+        """A request that some replicas have failed already."""
+        self.count += 1
+        self.world.do(RequestArrived(f"r{self.count}", "a", key, avoid))
+
+    @precondition(lambda self: self.world.running)
+    @rule(data=st.data(), failed=st.booleans())
+    def hear(self, data: st.DataObject, failed: bool) -> None:
+        """The first byte of an answer, or that there will be none."""
+        request = data.draw(st.sampled_from(sorted(self.world.running)))
+        if request in self.world.probes:
+            self.world.do(ReplicaProbed(request, None if failed else 0.3, "no answer"))
+        elif not failed:
+            self.world.do(RequestAnswered(request))
+        elif request not in self.world.frozen:
+            self.world.do(RequestFinished(request, failed="the connection broke off"))
 
     @precondition(lambda self: any(r not in self.world.frozen for r in self.world.running))
     @rule(data=st.data())
@@ -199,11 +248,20 @@ class CoreUnderAnything(RuleBasedStateMachine):
     @rule(data=st.data())
     def reload(self, data: st.DataObject) -> None:
         name = data.draw(models)
-        fresh = data.draw(specs(name))
+        was = next(spec for spec in self.specs if spec.name == name)
+        fresh = replace(data.draw(specs(name)), replica_of=was.replica_of, replicas=was.replicas)
         restart = frozenset({name}) if data.draw(st.booleans()) else frozenset()
         self.world.disturbed = True
         self.specs = tuple(fresh if spec.name == name else spec for spec in self.specs)
         self.world.do(ModelsChanged(self.specs, restart))
+
+    @rule(several=st.integers(0, 5))
+    def regroup(self, several: int) -> None:
+        """A model gets replicas, or loses them."""
+        rules = self.specs[0].replicas
+        names = ["a" if index < several > 1 else "" for index in range(len(NAMES))]
+        self.specs = tuple(replace(m, replica_of=of, replicas=rules) for m, of in zip(self.specs, names, strict=True))
+        self.world.do(ModelsChanged(self.specs))
 
     def teardown(self) -> None:
         """In the end engines behave and strangers leave: then everybody who still waits is served or told why not."""

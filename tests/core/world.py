@@ -15,6 +15,7 @@ from vllmd.core.commands import (
     Admit,
     Command,
     CutRequest,
+    ProbeReplica,
     ProveFreeze,
     Record,
     Reject,
@@ -35,6 +36,7 @@ from vllmd.core.events import (
     LeaseReleased,
     LeaseTaken,
     ModelsChanged,
+    ReplicaProbed,
     RequestArrived,
     RequestFinished,
     RequestGone,
@@ -91,6 +93,8 @@ class World:
         self.frozen: set[str] = set()
         self.orphans: set[str] = set()  # running in an engine that is gone: their end is still to be told
         self.rejected: dict[str, Reject] = {}
+        self.probes: dict[str, str] = {}  # the daemon's own requests to replicas -> model; they run, too
+        self.siblings: set[str | None] = set()  # who is, or was, a replica of the one model that has several
         self.disturbed = False  # measurements contradicted the books: promises may exceed what there is
         self._forced: set[str] = set()
 
@@ -101,6 +105,7 @@ class World:
         self.script.append(f"s.handle({told(event)}, now={self.now!r})")
         self._before(event)
         commands = self.scheduler.handle(event, self.now)
+        self.siblings |= {name for name, m in self.scheduler._core.models.items() if m.spec.replica_of}
         try:
             for command in commands:
                 self._execute(command)
@@ -119,8 +124,13 @@ class World:
         return self.do(RequestArrived(request, model, key))
 
     def finish(self, request: str) -> list[Command]:
-        """A running request ends."""
-        return self.do(RequestFinished(request))
+        """A running request ends; a probe passes."""
+        return self.do(ReplicaProbed(request, 0.1) if request in self.probes else RequestFinished(request))
+
+    def probed(self, model: str, seconds: float | None = 0.1) -> list[Command]:
+        """The probe of this replica comes back after so many seconds, or (None) fails."""
+        request = next(request for request, m in self.probes.items() if m == model)
+        return self.do(ReplicaProbed(request, seconds, "" if seconds is not None else "no answer"))
 
     def answer(self, model: str) -> list[Command]:
         """The model's engine does what it was told."""
@@ -187,7 +197,8 @@ class World:
     def _before(self, event: Event) -> None:
         if isinstance(event, RequestArrived):
             self.queued[event.request] = event.model
-        elif isinstance(event, RequestFinished):
+        elif isinstance(event, RequestFinished | ReplicaProbed):
+            self.probes.pop(event.request, None)
             self.running.pop(event.request)
             self.frozen.discard(event.request)
             self.orphans.discard(event.request)
@@ -232,12 +243,16 @@ class World:
         elif isinstance(command, CutRequest):
             assert command.request in self.running, f"{command} of a request that does not run"
             self.cut.add(command.request)
+        elif isinstance(command, ProbeReplica):
+            assert self.engines.get(command.model) == "on", f"{command}, but the engine is not on"
+            assert command.limit > 0
+            self.probes[command.request] = self.running[command.request] = command.model
         elif not isinstance(command, Record):
             self._tell_engine(command)
 
     def _admit(self, command: Admit) -> None:
-        model = self.queued.pop(command.request, None)
-        assert model == command.model, f"{command} of a request that does not wait for it"
+        asked, model = self.queued.pop(command.request, None), command.model
+        assert asked == model or {asked, model} <= self.siblings, f"{command} of a request that does not wait for it"
         assert self.engines.get(model) == "on", f"{command}, but the engine is {self.engines.get(model)}"
         self.running[command.request] = model
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from vllmd.core.common import Core
-from vllmd.core.events import RequestArrived, RequestFinished, RequestGone
+from vllmd.core.events import RequestAnswered, RequestArrived, RequestFinished, RequestGone
 from vllmd.core.eviction import cheapest, fits
+from vllmd.core.group import Group
 from vllmd.core.lifecycle import AWAKE, LifecycleError
 from vllmd.core.model import Model
 from vllmd.core.planner import Planner
 from vllmd.core.possible import never_fits, pinned_out
+from vllmd.core.replicas import Replicas
 from vllmd.core.situation import see_waiting
 from vllmd.core.types import State
 
@@ -26,9 +28,10 @@ class Refusal(NamedTuple):
 class Admission:
     """Every request that is owed an end, and the one place where they are let in or refused."""
 
-    def __init__(self, core: Core, planner: Planner) -> None:
+    def __init__(self, core: Core, planner: Planner, replicas: Replicas) -> None:
         self._core = core
         self._planner = planner
+        self._replicas = replicas
         self._requests: dict[str, Model] = {}
         self._queued = 0
 
@@ -39,23 +42,34 @@ class Admission:
         core = self._core
         if e.request in self._requests:
             raise LifecycleError(f"the daemon reported request {e.request!r} twice")
-        m = core.models.get(e.model)
-        if m is None or m.removed:  # 1.1
-            core.fleet.reject(e.request, "UnknownModel", f"no model is called {e.model!r}")
+        group = core.groups.get(e.model)
+        m = self._chosen(group, e) if group else core.models.get(e.model)
+        if m is None or m.removed:
+            self._refuse(e, self._all_down(group) if group else _unknown(e.model))  # 1.1
             return
         m.costs.arrived(core.now)
         m.used = core.now
         core.touch(m)
-        if m.state is State.READY and not m.full and not len(m.queue) and not core.policy.in_order:  # 1.2
+        if self._open(m) and not len(m.queue) and not core.policy.in_order:  # 1.2
             self._requests[e.request] = m
             core.fleet.admit(m, e.request)
             return
         refusal = self._full(m) or self._failed(m) or self._impossible(m) or self._busy(m)  # 1.3 to 1.7
         if refusal:
-            core.fleet.reject(e.request, *refusal)
-            core.fleet.record("refuse", m.name, refusal.message, {"error": refusal.error})
+            self._refuse(e, refusal)
         else:
             self._enqueue(m, e)  # 1.8
+
+    def _chosen(self, group: Group, e: RequestArrived) -> Model | None:
+        """8.1: the replica that has it, or that it waits for; None: all are down."""
+        now = group.used = self._core.now
+        return group.choose(e.avoid, now) or group.heir(self._core.fleet.ledger, now)
+
+    def answered(self, e: RequestAnswered) -> None:
+        """The first byte of a replica's answer."""
+        m = self._requests.get(e.request)
+        if m:
+            self._replicas.answered(m, e.request)
 
     def finished(self, e: RequestFinished) -> None:
         """An admitted request ended. One that is not known any more was rejected meanwhile."""
@@ -66,7 +80,8 @@ class Admission:
         m.used = core.now
         m.orphans.discard(e.request)
         run = m.running.pop(e.request, None)
-        if run and m.state in AWAKE and not run.frozen:
+        self._replicas.ended(m, e.request, e.failed)
+        if run and m.state in AWAKE and not run.frozen and not e.failed:
             m.costs.observe("service", core.now - run.began)
         if run and not m.running:
             m.idle_since = core.now
@@ -85,18 +100,61 @@ class Admission:
     # -- for the other parts
 
     def admit(self, m: Model) -> None:
-        """Its gate is open: let in what waits, as far as there is a place."""
-        while len(m.queue) and not m.full and not (self._core.policy.in_order and self._older_elsewhere(m)):
-            request, _ = m.queue.take()
+        """Its gate is open: let in what waits, for it or for another replica, as far as there is a place."""
+        while self._open(m) and (queued := self._next(m)):
+            if self._core.policy.in_order and self._older_elsewhere(queued):
+                return
+            request, _ = queued.queue.take()
+            self._requests[request] = m
             self._queued -= 1
             self._core.fleet.admit(m, request)
+            self._core.touch(queued)
 
-    def reject_all(self, m: Model, error: str, message: str, retry_after: float | None = None) -> None:
-        """Everybody who waits for it gets this error, and nobody wants it loaded any more."""
+    def _next(self, m: Model) -> Model | None:
+        """Who has the queue from which ``m`` takes the next one; None: nobody waits."""
+        group = self._core.group_of(m)
+        if len(m.queue) or group is None:
+            return m if len(m.queue) else None
+        return min((o for o in group.members if len(o.queue)), key=lambda o: o.queue.oldest or 0.0, default=None)
+
+    def _open(self, m: Model) -> bool:
+        """A request could go in now."""
+        group = self._core.group_of(m)
+        return m.state is State.READY and not m.full and (group is None or m.removed or group.takes(m))
+
+    def hand_over(self, m: Model) -> None:
+        """8.6: who waits for a replica that does not serve waits for another one that will, or hears that none does."""
+        group, ledger = self._core.group_of(m), self._core.fleet.ledger
+        if group is None:
+            return
+        other = group.better(m, ledger, self._core.now)
+        if other:
+            self._move_queue(m, other)
+        elif group.heir(ledger, self._core.now) is None:
+            self._reject_queue(m, self._all_down(group))
+
+    def _move_queue(self, m: Model, other: Model) -> None:
+        if other.state is State.FAILED:  # its back-off is over
+            self._core.fleet.forgive(other)
+        self._requests.update(dict.fromkeys(m.queue, other))
+        other.queue.absorb(m.queue)
+        self._core.touch(m)
+        self._core.news(other)
+
+    def forsake(self, m: Model, error: str, message: str, retry_after: float | None = None) -> None:
+        """Nobody wants it loaded any more. Who waits for it waits for another replica, or gets this error."""
         m.wanted = None
+        group = self._core.group_of(m)
+        other = group.better(m, self._core.fleet.ledger, self._core.now) if group and len(m.queue) else None
+        if other:
+            self._move_queue(m, other)
+        else:
+            self._reject_queue(m, Refusal(error, message, retry_after))
+
+    def _reject_queue(self, m: Model, refusal: Refusal) -> None:
         for request in list(m.queue):
             self._drop(m, request)
-            self._core.fleet.reject(request, error, message, retry_after)
+            self._core.fleet.reject(request, *refusal)
 
     def expire(self, m: Model) -> None:
         """4.1: those who waited as long as they may."""
@@ -107,6 +165,16 @@ class Admission:
             self._core.fleet.reject(request, "Unavailable", message, self._patience(m))
 
     # -- underneath
+
+    def _refuse(self, e: RequestArrived, refusal: Refusal) -> None:
+        self._core.fleet.reject(e.request, *refusal)
+        self._core.fleet.record("refuse", e.model, refusal.message, {"error": refusal.error})
+
+    def _all_down(self, group: Group) -> Refusal:
+        """8.6: with the reason of each."""
+        again = min((m.retry_at for m in group.members if m.state is State.FAILED), default=0.0)
+        return Refusal("Unavailable", f"no replica of {group.name!r} serves: {group.trouble()}",
+                       max(1.0, again - self._core.now))  # fmt: skip
 
     def _enqueue(self, m: Model, e: RequestArrived) -> None:
         self._requests[e.request] = m
@@ -171,3 +239,7 @@ class Admission:
         if m.on:
             return max(1.0, m.costs.seconds("service"))
         return max(1.0, m.costs.wake(m.level if m.state is State.SLEEPING else 0))
+
+
+def _unknown(name: str) -> Refusal:
+    return Refusal("UnknownModel", f"no model is called {name!r}", None)

@@ -132,6 +132,8 @@ class Answers:
         """2.7: a death during the start is a failed start; during a stop, its end; else a crash."""
         m = self._core.model(e.model)
         before, stable = m.state, self._core.now - m.ready_at >= STABLE
+        if not m.spec.device_count:  # it runs elsewhere, and its connections need not break off by themselves
+            self._core.fleet.cut(m, e.reason)
         self._core.fleet.gone(m, Step.EXITED)
         self._settled(m)
         if before is State.STARTING:
@@ -178,7 +180,7 @@ class Answers:
     def _give_up(self, m: Model, reason: str) -> None:
         left = self._failed(m, reason, given_up=True)
         self._core.fleet.record("fail", m.name, reason, {"failures": m.failures, "retry_after": left})
-        self._admission.reject_all(m, "EngineFailed", reason, left)
+        self._admission.forsake(m, "EngineFailed", reason, left)
 
     def _crashed(self, m: Model, reason: str, stable: bool) -> None:
         if stable:

@@ -64,8 +64,20 @@ class ProveFreeze:
 
 
 @dataclass(frozen=True, slots=True)
+class ProbeReplica:
+    """Ask the replica a short question and take the time. Answered by ReplicaProbed.
+
+    ``limit``: seconds after which the question is given up. It counts among the engine's requests while it runs.
+    """
+
+    request: str
+    model: str
+    limit: float
+
+
+@dataclass(frozen=True, slots=True)
 class Admit:
-    """Relay the request to the model's engine now."""
+    """Relay the request to the engine of ``model`` now: the model that it asked for, or a replica of that."""
 
     request: str
     model: str
@@ -86,7 +98,11 @@ class Reject:
 
 @dataclass(frozen=True, slots=True)
 class CutRequest:
-    """Break off an admitted request (its drain limit has passed); RequestFinished is still owed for it."""
+    """Break off an admitted request; RequestFinished is still owed for it.
+
+    Its drain limit has passed, it was forced, or its replica was found not to answer: then the daemon may send it
+    anew, as another request, if no byte of its answer has come.
+    """
 
     request: str
     reason: str
@@ -99,4 +115,15 @@ class Record:
     decision: Decision
 
 
-Command = StartEngine | WakeEngine | SleepEngine | StopEngine | ProveFreeze | Admit | Reject | CutRequest | Record
+Command = (
+    StartEngine
+    | WakeEngine
+    | SleepEngine
+    | StopEngine
+    | ProveFreeze
+    | ProbeReplica
+    | Admit
+    | Reject
+    | CutRequest
+    | Record
+)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from vllmd.core.costs import CostBook
 from vllmd.core.exchanges import Exchanges
 from vllmd.core.fleet import Fleet
+from vllmd.core.group import Group
 from vllmd.core.ledger import Ledger
 from vllmd.core.lifecycle import LifecycleError
 from vllmd.core.model import INFINITY, Leave, Model
@@ -24,6 +25,8 @@ class Core:
         self.fleet = Fleet(Ledger(devices, settings.host_memory))
         self.models: dict[str, Model] = {}
         self.exchanges = Exchanges(self.fleet, self.models)
+        self.groups: dict[str, Group] = {}  # by the name that clients use
+        self.unkept: dict[str, Group] = {}  # whose upkeep is due: something about a replica changed
         self.touched: dict[str, Model] = {}
         self.waiting: dict[str, Model] = {}  # wanted, and neither on nor on their way
         self.replan = False  # something happened that the policy should see at once
@@ -41,6 +44,10 @@ class Core:
         """Something about ``m`` changed that the policy should see at once."""
         self.touched[m.name] = m
         self.replan = True
+
+    def group_of(self, m: Model) -> Group | None:
+        """The group of a replica."""
+        return self.groups.get(m.spec.replica_of) if m.spec.replica_of else None
 
     def model(self, name: str) -> Model:
         """The model of that name. Raises LifecycleError: the daemon should have known better."""

@@ -16,19 +16,31 @@ from vllmd.core.types import Footprint, ModelSpec, Placement, State
 
 @dataclass(frozen=True, slots=True)
 class RequestArrived:
-    """A client asked for ``model``. ``request`` is unique; ``key`` names the API key, for fairness."""
+    """A client asked for ``model``. ``request`` is unique; ``key`` names the API key, for fairness.
+
+    ``avoid``: replicas that failed it before; another one gets it if one serves.
+    """
 
     request: str
     model: str
     key: str = ""
+    avoid: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class RequestAnswered:
+    """The first byte of an admitted request's answer came. Told of requests to replicas only."""
+
+    request: str
 
 
 @dataclass(frozen=True, slots=True)
 class RequestFinished:
-    """An admitted request ended, however it did."""
+    """An admitted request ended, however it did. ``failed``: why its engine gave no answer, "" if it did."""
 
     request: str
     tokens: int | None = None
+    failed: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +148,15 @@ class FreezeProved:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaProbed:
+    """Answers ``ProbeReplica``: it took so many ``seconds``, or (None) failed, and why."""
+
+    request: str
+    seconds: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class MemorySampled:
     """NVML's word, bytes: per device index what strangers hold, and per (model, index) what its processes hold."""
 
@@ -207,6 +228,7 @@ class TimePassed:
 
 Event = (
     RequestArrived
+    | RequestAnswered
     | RequestFinished
     | RequestGone
     | EngineReady
@@ -219,6 +241,7 @@ Event = (
     | EngineExited
     | EngineAdopted
     | FreezeProved
+    | ReplicaProbed
     | MemorySampled
     | LoadAsked
     | SleepAsked

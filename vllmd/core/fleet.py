@@ -13,6 +13,7 @@ from vllmd.core.commands import (
     Admit,
     Command,
     CutRequest,
+    ProbeReplica,
     ProveFreeze,
     Record,
     Reject,
@@ -61,15 +62,17 @@ class Fleet:
     def admit(self, m: Model, request: str) -> None:
         """The engine may have this request."""
         m.running[request] = Run(self.now)
+        if m.replica:
+            m.replica.unanswered[request] = self.now
         self._out.append(Admit(request, m.name))
 
     def reject(self, request: str, error: str, message: str, retry_after: float | None = None) -> None:
         """The request gets this error."""
         self._out.append(Reject(request, error, message, retry_after))
 
-    def cut(self, m: Model, why: str) -> None:
-        """Break off all that runs in the engine."""
-        self._out += [CutRequest(request, why) for request in m.running]
+    def cut(self, m: Model, why: str, requests: Iterable[str] | None = None) -> None:
+        """Break off all that runs in the engine, or only these ``requests``."""
+        self._out += [CutRequest(request, why) for request in (m.running if requests is None else requests)]
 
     # -- devices
 
@@ -138,6 +141,11 @@ class Fleet:
         """A failed one may be started again."""
         self._move(m, Step.FORGIVE)
 
+    def probe(self, m: Model, request: str, limit: float) -> None:
+        """Ask it a question of the daemon's own, which runs in it as any other request does."""
+        m.running[request] = Run(self.now)
+        self._out.append(ProbeReplica(request, m.name, limit))
+
     # -- answers
 
     def ready(self, m: Model) -> None:
@@ -156,6 +164,8 @@ class Fleet:
         self._learn_time(m)
         self._move(m, Step.ASLEEP)
         m.level, m.leave = level, None
+        if m.replica:
+            m.replica.engine_left()
         m.slept_shallow = m.slept_shallow or level == 1
         held = self.ledger.held(m.name)
         rest = {i: max(0, b - freed[i]) if i in freed else min(b, m.footprint.asleep) for i, b in held.items()}
@@ -180,6 +190,8 @@ class Fleet:
         m.level, m.leave, m.placement = 0, None, Placement()
         m.slept_shallow = m.deepen = False
         m.asked = None
+        if m.replica:
+            m.replica.engine_left()
         self.ledger.release(m.name)
 
     def adopt(self, m: Model, placement: Placement, state: State, level: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from dataclasses import dataclass, field
 
@@ -22,12 +23,44 @@ class Run:
     frozen: int = 0
 
 
+class Standing(enum.Enum):
+    """What its answers have earned a replica."""
+
+    NEW = "new"  # it has not answered a probe since its engine came up
+    SERVING = "serving"
+    SLOW = "slow"  # set aside: others are much faster
+    EJECTED = "ejected"  # it failed, or did not answer
+
+
+@dataclass(slots=True)
+class Replica:
+    """What is remembered of one of several engines of a model."""
+
+    standing: Standing = Standing.NEW
+    latency: float | None = None  # seconds to the first byte of an answer, exponentially weighted
+    seen: float = -INFINITY  # when an answer last changed it
+    took: float | None = None  # seconds, its last probe
+    late: int = 0  # answers in a row that came too late beside the fastest's
+    rounds: int = 0  # how often in a row it was set aside or ejected
+    look_at: float = INFINITY  # when one that was set aside or ejected is probed
+    vouched: float = -INFINITY  # until when a missing answer raises no suspicion
+    probe: str = ""  # the probe under way
+    why: str = ""  # why it is set aside or ejected
+    halted: bool = False  # an operator took it down while others serve
+    unanswered: dict[str, float] = field(default_factory=dict)  # request -> when it was admitted; oldest first
+
+    def engine_left(self) -> None:
+        """Its engine sleeps or is gone: it will have to show itself anew."""
+        self.standing, self.late, self.look_at, self.probe, self.why = Standing.NEW, 0, INFINITY, "", ""
+        self.unanswered.clear()
+
+
 @dataclass(slots=True)
 class Leave:
     """Where a model goes once it has drained, and on whose account. ``level`` 0 stops it."""
 
     level: int
-    cause: str  # "idle", "exchange", "operator", "lease", "config", "proof", "deepen", "moved"
+    cause: str  # "idle", "exchange", "operator", "lease", "config", "proof", "deepen", "moved", "replica"
     why: str
     freeze_at: float = INFINITY  # running requests are frozen from here on
     cut_at: float = INFINITY  # running requests are cut from here on
@@ -73,6 +106,7 @@ class Model:
     sleep_failures: int = 0  # sleeps and wakes that ended in a stop
     look_again: float = -INFINITY  # no earlier look at whether it can sleep deeper
     removed: bool = False  # the configuration has it no more
+    replica: Replica | None = None  # of one of several engines of a model
     due: float = INFINITY  # when time alone changes something for it
 
     def __post_init__(self) -> None:

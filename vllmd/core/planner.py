@@ -81,19 +81,22 @@ class Planner:
             core.touch(core.models[victim.model])
         self._settle()
 
+    def bring(self, m: Model, why: str) -> bool:
+        """Have it serve where it fits beside what is there; nobody leaves for it. Whether that could be begun."""
+        devices = fits(self.look(), see_waiting(self._core.fleet, m))
+        if devices is None or never_fits(self._core.fleet.ledger, m):
+            return False
+        m.wanted = self._core.now
+        self.begin(Plan(m.name, devices, why=why))
+        return True
+
     def preload(self, todo: dict[str, Model]) -> None:
         """7.2: load, in order, what fits beside what is there; nobody leaves for it."""
         core = self._core
         for m in list(todo.values()):
-            s = self.look()
-            devices = fits(s, see_waiting(core.fleet, m))
-            if m.state is not State.STOPPED or m.demand:
+            if m.state is not State.STOPPED or m.demand or self.bring(m, "it is to be preloaded"):
                 del todo[m.name]
-            elif devices is not None and not never_fits(core.fleet.ledger, m):
-                del todo[m.name]
-                m.wanted = core.now
-                self.begin(Plan(m.name, devices, why="it is to be preloaded"))
-            elif not any(room.busy or room.claimed for room in s.rooms.values()):
+            elif not any(room.busy or room.claimed for room in self.look().rooms.values()):
                 del todo[m.name]
                 core.fleet.record("skip", m.name, "it is to be preloaded, but does not fit beside the others")
 

@@ -64,6 +64,16 @@ def room_beside_kept(ledger: Ledger, models: Iterable[Model]) -> dict[int, int]:
     return {index: -1 if ledger.accounts[index].missing else size for index, size in room.items()}
 
 
+def has_room(ledger: Ledger, m: Model) -> bool:
+    """Whether it could start, or wake where it sleeps, with nobody leaving."""
+    held = ledger.held(m.name)
+    if held:
+        need = m.footprint.awake
+        return all(ledger.accounts[index].free + share >= need for index, share in held.items())
+    good = [a for a in _allowed(ledger, m) if a.free >= m.booking and not a.missing]
+    return not ledger.accounts or len(good) >= m.spec.device_count
+
+
 def _allowed(ledger: Ledger, m: Model) -> list[Account]:
     wanted = m.spec.devices or tuple(ledger.accounts)
     return [ledger.accounts[index] for index in dict.fromkeys(wanted) if index in ledger.accounts]

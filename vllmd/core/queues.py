@@ -37,6 +37,14 @@ class Queue:
         self._keys.setdefault(key, {})[request] = None
         self.arrived += now
 
+    def absorb(self, other: Queue) -> None:
+        """Everybody who waits in ``other`` waits here from now on, each since he came."""
+        waiting = sorted([*self._all.items(), *other._all.items()], key=lambda entry: entry[1][1])
+        for queue in (self, other):
+            queue._all, queue._keys, queue.arrived = {}, {}, 0.0
+        for request, (key, arrived) in waiting:
+            self.add(request, key, arrived)
+
     def remove(self, request: str) -> None:
         """``request`` waits no longer. Raises KeyError if it did not wait."""
         key, arrived = self._all.pop(request)

@@ -18,11 +18,12 @@ from vllmd.core.common import Core
 from vllmd.core.costs import CostBook
 from vllmd.core.departures import DEEPEN_RETRY, Departures
 from vllmd.core.idle import idle_due
-from vllmd.core.model import INFINITY, Leave, Model
+from vllmd.core.model import INFINITY, Leave, Model, Replica, Standing
 from vllmd.core.planner import Planner
 from vllmd.core.policies import POLICIES
 from vllmd.core.policy import Policy
 from vllmd.core.possible import never_fits
+from vllmd.core.replicas import Replicas
 from vllmd.core.situation import sleep_levels
 from vllmd.core.types import Device, ModelSpec, Settings, Snapshot, State
 from vllmd.core.views import snapshot
@@ -45,15 +46,15 @@ class Scheduler:
         self.costs = costs or CostBook()
         self._core = Core(devices, settings, self.costs, policy or POLICIES[settings.policy])
         self._planner = Planner(self._core, self._settle)
-        self._admission = Admission(self._core, self._planner)
+        self._replicas = Replicas(self._core, self._planner)
+        self._admission = Admission(self._core, self._planner, self._replicas)
         self._answers = Answers(self._core, self._admission)
-        self._wishes = Wishes(self._core, self._admission)
+        self._wishes = Wishes(self._core, self._admission, self._replicas)
         self._departures = Departures(self._core, self._planner)
         self._due = INFINITY  # the least of all models' due
         self._due_passed = False  # it was that of a model which is due later now, or gone
         self._handlers = self._rooms()
-        for spec in models:
-            self._wishes.add(spec)
+        self._wishes.begin(models)
 
     # -- the public face
 
@@ -68,6 +69,8 @@ class Scheduler:
         self._planner.plan()
         if self._wishes.preload and self._wishes.preloading:
             self._planner.preload(self._wishes.preload)
+        while self._replicas.upkeep():
+            self._settle()
         self._core.replan = False
         return fleet.collect()
 
@@ -75,18 +78,19 @@ class Scheduler:
         """When it wants ``TimePassed`` if nothing else happens before."""
         if self._wishes.preload and not self._wishes.preloading:
             return self._core.now
-        due = min(self._due, self._planner.due)
+        due = min(self._due, self._planner.due, self._replicas.due)
         return None if due == INFINITY else due
 
     def snapshot(self, now: float) -> Snapshot:
         """Everything worth showing, copied."""
         core = self._core
-        return snapshot(core.fleet, core.exchanges, core.models.values(), max(now, core.now))
+        return snapshot(core, max(now, core.now))
 
     def _rooms(self) -> dict[type, Callable[[Any], None]]:
         """Who handles which event."""
         return {
             ev.RequestArrived: self._admission.arrived,
+            ev.RequestAnswered: self._admission.answered,
             ev.RequestFinished: self._admission.finished,
             ev.RequestGone: self._admission.gone,
             ev.EngineReady: self._answers.ready,
@@ -99,6 +103,7 @@ class Scheduler:
             ev.EngineExited: self._answers.exited,
             ev.EngineAdopted: self._answers.adopted,
             ev.FreezeProved: self._answers.proved,
+            ev.ReplicaProbed: self._replicas.probed,
             ev.MemorySampled: self._answers.sampled,
             ev.LoadAsked: self._wishes.load,
             ev.SleepAsked: self._wishes.sleep,
@@ -126,6 +131,7 @@ class Scheduler:
             if m.state is State.FAILED and m.retry_at <= now and m.demand:  # 4.3
                 self._core.fleet.forgive(m)
                 self._core.fleet.record("restart", m.name, f"{m.demand} wait, and the back-off is over")
+            self._replicas.share_age(m)
             self._departures.age(m)  # 4.4
 
     def _due_of(self, m: Model) -> float:
@@ -180,6 +186,8 @@ class Scheduler:
         if m.removed and not m.loaded:
             self._forget(m)
             return
+        if m.replica:
+            self._review_replica(m, m.replica)
         wanted = m.demand and m.state in (State.STOPPED, State.SLEEPING) and not m.leave
         if not wanted:
             self._core.waiting.pop(m.name, None)
@@ -194,6 +202,14 @@ class Scheduler:
         self._due_passed = self._due_passed or m.due <= self._due < due
         self._due = min(self._due, due)
         m.due = due
+
+    def _review_replica(self, m: Model, r: Replica) -> None:
+        """5.5: its group's upkeep is due; who waits for one that does not serve is handed over."""
+        group = self._core.group_of(m)
+        if group:
+            self._core.unkept[group.name] = group
+        if len(m.queue) and (m.state is State.FAILED or r.standing is Standing.EJECTED):
+            self._admission.hand_over(m)
 
     def _serve(self, m: Model) -> None:
         """5.1: an open gate lets in what waits; then it may have something to do for itself."""
@@ -230,7 +246,7 @@ class Scheduler:
         core = self._core
         why = "" if m.state is State.SLEEPING else never_fits(core.fleet.ledger, m)
         if why:
-            self._admission.reject_all(m, "ModelTooLarge", why)
+            self._admission.forsake(m, "ModelTooLarge", why)
             core.fleet.record("refuse", m.name, why)
             m.failure = why
         else:

@@ -64,9 +64,36 @@ class IdleRules:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaRules:
+    """How several engines of one model, its replicas, share its requests. Times in seconds.
+
+    ``least``: so many are brought up, where they fit, while the model is used. One more is wanted when for
+    ``busy_for`` there were more than ``busy`` requests per replica, waiting ones included; one fewer when for
+    ``calm_for`` half as many would have been enough for one fewer.
+    ``probe``: a replica serves once it has answered a short request of the daemon's own. It may take ``growth``
+    times as long as the fastest replica's did, or ``probe_limit`` while nobody's is known; each attempt in a row
+    may take ``growth`` times longer than the one before.
+    A replica whose answers begin ``growth`` times later than the fastest one's is set aside for a while.
+    ``retries``: so many other attempts a request gets that failed before a byte of its answer; a replica that
+    failed so often in a row counts as down.
+    """
+
+    least: int = 1
+    busy: int = 8
+    busy_for: float = 10.0
+    calm_for: float = 60.0
+    probe: bool = True
+    probe_limit: float = 5.0
+    growth: float = 4.0
+    retries: int = 3
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """What the core knows of a configured model.
 
+    ``replica_of``: the model that clients ask for, where this is one of several engines of it ("": it is the only
+    one); the first of them bears its name. They share its requests by ``replicas``, which all of them have alike.
     ``devices``: indices it may use, empty for any; it takes ``device_count`` of them (0: none, as remote ones do).
     ``sleep_levels``: subset of {1, 2} that the engine supports; without any it stops instead.
     ``concurrency``: requests at a time, ``None`` unlimited. ``queue_timeout``: longest wait.
@@ -93,6 +120,8 @@ class ModelSpec:
     max_restarts: int = 3
     restart_backoff: float = 5.0  # doubles with each failure in a row
     settings: str = ""  # a digest of what its engine depends on: figures measured under another one are forgotten
+    replica_of: str = ""
+    replicas: ReplicaRules = ReplicaRules()
     keeps_host: bool = True  # once slept at level 1 its host memory stays taken until it stops (vLLM's does)
 
 
@@ -141,6 +170,9 @@ class ModelView:
     leases: tuple[str, ...]
     waiting_for: str  # why queued requests wait, readable; "" if none do
     failure: str  # the last failure's reason; "" if none
+    replica_of: str = ""  # the model of which it is one of several engines
+    standing: str = ""  # of a replica whose engine is up: new, serving, resting, slow, ejected
+    latency: float | None = None  # of a replica: seconds to the first byte of an answer, the last ones weighing most
 
 
 @dataclass(frozen=True, slots=True)

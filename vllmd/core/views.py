@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
+from vllmd.core.common import Core
 from vllmd.core.exchanges import Exchanges
 from vllmd.core.fleet import Fleet
+from vllmd.core.group import Group, in_flight
 from vllmd.core.ledger import Account, gib
-from vllmd.core.model import Model
+from vllmd.core.model import Model, Standing
 from vllmd.core.types import DeviceView, ModelView, Snapshot, State
 
 
-def snapshot(fleet: Fleet, exchanges: Exchanges, models: Iterable[Model], now: float) -> Snapshot:
+def snapshot(core: Core, now: float) -> Snapshot:
     """All models, all devices, host memory, and the last decisions."""
+    fleet = core.fleet
     return Snapshot(
         at=now,
-        models=tuple(_model(fleet, exchanges, m, now) for m in models),
+        models=tuple(_model(core, m, now) for m in core.models.values()),
         devices=tuple(_device(account) for account in fleet.ledger.accounts.values()),
         host_memory=fleet.ledger.host_budget,
         host_promised=fleet.ledger.host_promised,
@@ -27,8 +28,8 @@ def _device(a: Account) -> DeviceView:
     return DeviceView(a.device.index, a.device.memory, a.device.reserve, a.promised, a.strangers, a.wedged)
 
 
-def _model(fleet: Fleet, exchanges: Exchanges, m: Model, now: float) -> ModelView:
-    oldest = m.queue.oldest
+def _model(core: Core, m: Model, now: float) -> ModelView:
+    fleet, oldest = core.fleet, m.queue.oldest
     resting = m.loaded and not m.running
     return ModelView(
         name=m.name,
@@ -36,16 +37,25 @@ def _model(fleet: Fleet, exchanges: Exchanges, m: Model, now: float) -> ModelVie
         level=m.level if m.state in (State.SLEEPING, State.WAKING, State.FALLING_ASLEEP) else 0,
         devices=m.placement.devices,
         memory=fleet.ledger.most(m.name),
-        in_flight=len(m.running),
+        in_flight=in_flight(m),
         queued=len(m.queue),
         oldest_wait=None if oldest is None else now - oldest,
         idle=now - m.idle_since if resting else None,
         since=now - m.changed,
         pinned=m.pinned,
         leases=tuple(m.leases),
-        waiting_for=_waiting_for(fleet, exchanges, m, now) if m.demand or len(m.queue) else "",
-        failure=m.failure,
+        waiting_for=_waiting_for(fleet, core.exchanges, m, now) if m.demand or len(m.queue) else "",
+        failure=m.failure or (m.replica.why if m.replica else ""),
+        replica_of=m.spec.replica_of,
+        standing=_standing(core.group_of(m), m),
+        latency=m.replica.latency if m.replica else None,
     )
+
+
+def _standing(group: Group | None, m: Model) -> str:
+    if group is None or m.replica is None or not m.on:
+        return ""
+    return "resting" if m in group.resting() else m.replica.standing.value
 
 
 def _waiting_for(fleet: Fleet, exchanges: Exchanges, m: Model, now: float) -> str:
@@ -54,6 +64,8 @@ def _waiting_for(fleet: Fleet, exchanges: Exchanges, m: Model, now: float) -> st
         return f"its start ({now - m.changed:.0f} of about {m.costs.wake(0):.0f} s)"
     if m.state is State.WAKING:
         return f"its wake ({now - m.changed:.1f} of about {m.costs.wake(m.level):.1f} s)"
+    if m.replica and m.state is State.READY and m.replica.standing is not Standing.SERVING:
+        return f"its answer to a probe{' after: ' * bool(m.replica.why)}{m.replica.why}"
     if m.state is State.READY:
         return f"a place in the engine ({len(m.running)} run at a time)"
     if m.state is State.FAILED:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from vllmd.core.admission import Admission
 from vllmd.core.common import Core
 from vllmd.core.events import (
@@ -14,22 +16,30 @@ from vllmd.core.events import (
     StopAsked,
 )
 from vllmd.core.model import INFINITY, Leave, Model
+from vllmd.core.replicas import Replicas
 from vllmd.core.types import ModelSpec, State
 
 
 class Wishes:
     """An operator's word is done, drained first; only force cuts."""
 
-    def __init__(self, core: Core, admission: Admission) -> None:
+    def __init__(self, core: Core, admission: Admission, replicas: Replicas) -> None:
         self._core = core
         self._admission = admission
+        self._replicas = replicas
         self.preload: dict[str, Model] = {}  # to be loaded where they fit, in order
         self.preloading = False  # not before TimePassed: what already runs is adopted first
+
+    def begin(self, specs: Iterable[ModelSpec]) -> None:
+        """The models of the first configuration."""
+        names = [self.add(spec).name for spec in specs]
+        self._replicas.regroup(names)
 
     def load(self, e: LoadAsked) -> None:
         """3.1: wanted, as by a request; a failure's back-off does not count for an operator."""
         m = self._core.model(e.model)
         self._core.touch(m)
+        self._replicas.resume(m)
         m.asked, m.deepen = None, False
         if m.leave and m.leave.cause != "exchange":
             self._core.stay(m)
@@ -45,12 +55,14 @@ class Wishes:
             return
         m = self._core.model(e.model)
         m.wanted = None
+        self._replicas.halt(m)
         self._core.leave(m, Leave(e.level, "operator", "an operator asked for it", cut_at=self._core.cut_at(m)))
 
     def stop(self, e: StopAsked) -> None:
         """3.3: who waits now is told; who comes later starts it anew. A failure is forgotten."""
         m = self._core.model(e.model)
-        self._admission.reject_all(m, "Unavailable", f"{m.name!r} was stopped by an operator", 1.0)
+        self._replicas.halt(m)
+        self._admission.forsake(m, "Unavailable", f"{m.name!r} was stopped by an operator", 1.0)
         m.failures, m.failure, m.given_up, m.room_retried, m.sleep_failures = 0, "", False, False, 0
         if m.state is State.FAILED:
             self._core.fleet.forgive(m)
@@ -118,8 +130,9 @@ class Wishes:
                 self.add(spec)
             else:
                 self._respec(m, spec, name in e.restart)
+        self._replicas.regroup(specs)
 
-    def add(self, spec: ModelSpec) -> None:
+    def add(self, spec: ModelSpec) -> Model:
         """A model nobody knew before."""
         m = Model(spec, self._core.costs.open(spec), self._core.now)
         m.pinned = spec.pinned
@@ -127,6 +140,7 @@ class Wishes:
         if spec.preload:
             self.preload[m.name] = m
             self.preloading = False
+        return m
 
     def _respec(self, m: Model, spec: ModelSpec, restart: bool) -> None:
         if m.pinned == m.spec.pinned:  # an operator's pin outlives a reload
@@ -142,6 +156,6 @@ class Wishes:
         m.removed, m.pinned = True, False
         m.leases.clear()
         self.preload.pop(m.name, None)
-        self._admission.reject_all(m, "UnknownModel", f"{m.name!r} was removed from the configuration")
+        self._admission.forsake(m, "UnknownModel", f"{m.name!r} was removed from the configuration")
         why = "it was removed from the configuration"
         self._core.leave(m, Leave(0, "config", why, cut_at=self._core.cut_at(m)))

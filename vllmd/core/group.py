@@ -1,0 +1,173 @@
+"""The replicas of one model, and which of them is to have a request. Decides; changes nothing."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Iterator
+
+from vllmd.core.ledger import Ledger
+from vllmd.core.lifecycle import AWAKE
+from vllmd.core.model import INFINITY, Model, Standing
+from vllmd.core.possible import has_room, never_fits
+from vllmd.core.situation import remaining
+from vllmd.core.types import ReplicaRules, State
+
+FORGET = 30.0  # seconds in which what is held against a replica falls to a third
+QUICK = 0.1  # seconds; whoever answers sooner is not slow, however fast the others are
+DOUBTFUL = 5  # the outlook of one that was ejected, or is on its way out; that of a failed one is worse
+OFF = frozenset({State.STOPPED, State.SLEEPING, State.FAILED})
+
+
+class Group:
+    """One model's replicas, in the order of the configuration; the first bears the model's name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.members: list[Model] = []
+        self.wanted = 1  # how many of those that take devices are to serve
+        self.used = -INFINITY  # when a request last came
+        self.crowded = INFINITY  # since when there is too much for those who serve
+        self.calm = INFINITY  # since when one fewer would be enough
+        self.tried = -INFINITY  # when one was last looked for room for
+        self.due = INFINITY  # when time alone changes something
+        self._chance = random.Random(0)  # the same events lead to the same decisions
+
+    @property
+    def rules(self) -> ReplicaRules:
+        """What all of them have alike."""
+        return self.members[0].spec.replicas
+
+    # -- who gets a request
+
+    def choose(self, avoid: Iterable[str], now: float) -> Model | None:
+        """Power of two choices: of two open ones, taken at random, the one that will answer sooner. None: none is."""
+        fit = [m for m in self._open() if not m.full and m.name not in avoid]
+        pair = self._chance.sample(fit, 2) if len(fit) > 2 else fit
+        return min(pair, key=lambda m: self.expected(m, now) * (len(m.running) + 1), default=None)
+
+    def takes(self, m: Model) -> bool:
+        """Whether ``m`` is among those who get requests now."""
+        return any(each is m for each in self._open())
+
+    def _open(self) -> list[Model]:
+        """Those in use; else those at rest; else those set aside for being slow: better late than never."""
+        ready = [m for m in self.members if m.state is State.READY]
+        serving = [m for m in ready if standing(m) is Standing.SERVING]
+        resting = self.resting()
+        return [m for m in serving if m not in resting] or serving or [m for m in ready if standing(m) is Standing.SLOW]
+
+    def resting(self) -> list[Model]:
+        """Those who serve beyond what is wanted: they get nothing, so that their idle rules take their course."""
+        up = [m for m in self.members if m.spec.device_count and m.state is State.READY]
+        return up[max(self.wanted, self.rules.least) :]
+
+    def expected(self, m: Model, now: float) -> float:
+        """Seconds to the first byte. What was measured falls towards the fastest's as it ages, and is tried anew."""
+        fastest = self.fastest()
+        r = m.replica
+        if r is None or r.latency is None:
+            return fastest
+        return fastest + (r.latency - fastest) * math.exp(-max(0.0, now - r.seen) / FORGET)
+
+    def fastest(self, but: Model | None = None) -> float:
+        """Seconds to the first byte of the fastest that serves; next to nothing if none is known."""
+        known = [
+            m.replica.latency
+            for m in self.members
+            if m is not but and m.on and m.replica and m.replica.standing is Standing.SERVING and m.replica.latency
+        ]
+        return min(known, default=0.001)
+
+    # -- who may serve yet
+
+    def heir(self, ledger: Ledger, now: float) -> Model | None:
+        """The one that may be the first to serve who waits now; None: all are down."""
+        return self._likeliest(self.members, ledger, now, DOUBTFUL + 1)
+
+    def better(self, m: Model, ledger: Ledger, now: float) -> Model | None:
+        """One to wait for instead of ``m``, which does not serve and is not about to."""
+        return self._likeliest([other for other in self.members if other is not m], ledger, now, DOUBTFUL - 1)
+
+    def _likeliest(self, among: Iterable[Model], ledger: Ledger, now: float, most: int) -> Model | None:
+        outlooks = [(outlook, m) for m in among if (outlook := self._outlook(m, ledger, now)) and outlook[0] <= most]
+        return min(outlooks, key=lambda pair: pair[0], default=(None, None))[1]
+
+    def _outlook(self, m: Model, ledger: Ledger, now: float) -> tuple[int, float] | None:
+        """The smaller the better; None for one that is down."""
+        if self.down(m, now) or never_fits(ledger, m):
+            return None
+        if m.state is State.READY:
+            rank = {Standing.NEW: 1, Standing.EJECTED: DOUBTFUL}.get(standing(m), 0)
+            return rank, len(m.running) + len(m.queue)
+        if m.state in (State.STARTING, State.WAKING):
+            return 1, remaining(m, now)
+        if m.state is State.DRAINING and m.leave and m.leave.yields:
+            return 2, 0.0
+        if m.state in OFF and m.retry_at <= now:
+            return 3 if has_room(ledger, m) else 4, load_time(m)
+        return DOUBTFUL + (m.state is State.FAILED), m.retry_at
+
+    def down(self, m: Model, now: float) -> bool:
+        """It will not serve whoever comes now: it is gone, has failed for good, or failed one probe after another."""
+        if m.removed or (m.replica and m.replica.halted):
+            return True
+        if m.state is State.FAILED:
+            return m.given_up and m.retry_at > now
+        ejected = m.state is State.READY and standing(m) is Standing.EJECTED
+        return ejected and m.replica is not None and m.replica.rounds > self.rules.retries
+
+    def trouble(self) -> str:
+        """What is wrong with each that is down, for whoever is refused."""
+        return "; ".join(f"{m.name}: {why}" for m in self.members if (why := ailment(m)))
+
+    # -- how many are wanted
+
+    @property
+    def local(self) -> list[Model]:
+        """Those that take devices here."""
+        return [m for m in self.members if m.spec.device_count and not m.removed]
+
+    @property
+    def load(self) -> int:
+        """Clients' requests that run or wait."""
+        return sum(in_flight(m) + len(m.queue) for m in self.members)
+
+    @property
+    def up(self) -> list[Model]:
+        """Those with an engine that serves, or is on its way to."""
+        return [m for m in self.members if m.state in AWAKE or m.state in (State.STARTING, State.WAKING)]
+
+    def missing(self, now: float) -> Iterator[Model]:
+        """Those that ought to be brought up: all that take no device, and of the others as many as are wanted."""
+        short = max(self.wanted, self.rules.least) - len([m for m in self.up if m.spec.device_count])
+        off = [m for m in self.members if m.state in OFF and not (m.demand or m.leave or m.asked or m.removed)]
+        able = [m for m in off if m.retry_at <= now and not (m.replica and m.replica.halted)]
+        for m in sorted(able, key=load_time):
+            if not m.spec.device_count:
+                yield m
+            elif short > 0:
+                short -= 1
+                yield m
+
+
+def in_flight(m: Model) -> int:
+    """Clients' requests in its engine: a probe is not one."""
+    return len(m.running) - (m.replica is not None and m.replica.probe in m.running)
+
+
+def load_time(m: Model) -> float:
+    """Seconds until it serves; none for one that runs elsewhere."""
+    return m.costs.wake(m.level if m.state is State.SLEEPING else 0) if m.spec.device_count else 0.0
+
+
+def standing(m: Model) -> Standing:
+    """What its answers have earned it."""
+    return m.replica.standing if m.replica else Standing.SERVING
+
+
+def ailment(m: Model) -> str:
+    """Why a replica does not serve although it should; "" if nothing is wrong with it."""
+    if m.state is State.FAILED:
+        return m.failure
+    return m.replica.why if m.replica and m.state is State.READY else ""

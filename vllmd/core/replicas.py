@@ -1,0 +1,258 @@
+"""Replicas: several engines of one model that share its requests (8 in ``design.md``).
+
+``group`` says who is to have a request; here is what their answers earn them, who
+is probed, and how many are brought up.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+from vllmd.core.common import Core
+from vllmd.core.events import ReplicaProbed
+from vllmd.core.group import QUICK, Group
+from vllmd.core.model import INFINITY, Leave, Model, Replica, Standing
+from vllmd.core.planner import Planner
+from vllmd.core.types import State
+
+NEWEST = 0.2  # weight of the newest answer in a replica's latency
+LATE = 3  # answers in a row that come too late, before a replica is set aside
+PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds until one that was set aside or ejected is probed; doubles each time
+QUICKEST_PROBE = 0.5  # seconds that every probe may take
+LONGEST_PROBE = 120.0
+AGAIN = 5.0  # seconds between two looks for room for another replica
+
+
+class Replicas:
+    """All groups. A model without siblings is in none, and nothing here applies to it."""
+
+    def __init__(self, core: Core, planner: Planner) -> None:
+        self._core = core
+        self._planner = planner
+        self._probes: dict[str, Model] = {}
+        self._numbers = itertools.count(1)
+
+    @property
+    def due(self) -> float:
+        """When time alone changes something for one of them."""
+        return min([group.due for group in self._core.groups.values()], default=INFINITY)
+
+    # -- who belongs together
+
+    def regroup(self, names: Iterable[str]) -> None:
+        """``names``: the models as configured now, in order. What is known of groups and replicas that stay is kept."""
+        core, was = self._core, self._core.groups
+        core.groups = {}
+        for m in core.models.values():
+            m.replica = (m.replica or Replica()) if m.spec.replica_of and not m.removed else None
+        for m in (core.models[name] for name in names):
+            if m.replica:
+                name = m.spec.replica_of
+                if name not in core.groups:
+                    core.groups[name] = was.get(name) or Group(name)
+                    core.groups[name].members = []
+                core.groups[name].members.append(m)
+        core.unkept = dict(core.groups)
+
+    # -- what is heard of them (8.2)
+
+    def answered(self, m: Model, request: str) -> None:
+        """The first byte of an answer came."""
+        r = m.replica
+        began = r.unanswered.pop(request, None) if r else None
+        group = self._core.group_of(m)
+        if r is None or group is None or began is None:
+            return
+        self._learn(r, self._core.now - began)
+        if r.standing is Standing.SERVING and r.latency is not None:
+            bound = max(QUICK, group.rules.growth * group.fastest(but=m))
+            late = self._core.now - began > bound and r.latency > bound
+            r.late = r.late + 1 if late else 0
+            if r.late >= LATE and any(group.takes(other) for other in group.members if other is not m):
+                self._set_aside(m, r, Standing.SLOW, f"its answers begin after {r.latency:.2f} s, others' much sooner")
+        self._core.touch(m)
+
+    def _learn(self, r: Replica, took: float) -> None:
+        r.latency = took if r.latency is None else r.latency + NEWEST * (took - r.latency)
+        r.seen = self._core.now
+
+    def ended(self, m: Model, request: str, failed: str) -> None:
+        """A request is over; ``failed``: why its replica gave no answer."""
+        r = m.replica
+        if r is None:
+            return
+        r.unanswered.pop(request, None)
+        if failed and m.on and r.standing in (Standing.SERVING, Standing.SLOW):
+            self._set_aside(m, r, Standing.EJECTED, failed)
+            self._core.touch(m)
+
+    def probed(self, e: ReplicaProbed) -> None:
+        """A probe came back, or did not."""
+        m = self._probes.pop(e.request, None)
+        if m is None:
+            return
+        m.running.pop(e.request, None)
+        m.orphans.discard(e.request)
+        self._core.news(m)
+        r, group = m.replica, self._core.group_of(m)
+        if r is None or group is None or r.probe != e.request:
+            return
+        r.probe = ""
+        if e.seconds is None:
+            self._probe_failed(m, r, e.reason)
+        else:
+            self._probe_passed(m, r, e.seconds)
+
+    def _probe_passed(self, m: Model, r: Replica, seconds: float) -> None:
+        r.took, r.vouched = seconds, self._core.now + self._suspicion(m, r)
+        if r.standing is Standing.SERVING:
+            return  # only a suspicion, and it was wrong
+        if r.latency is None or r.standing is not Standing.NEW:
+            r.latency, r.seen = seconds, self._core.now
+        r.standing, r.rounds, r.late, r.look_at, r.why = Standing.SERVING, 0, 0, INFINITY, ""
+        self._core.fleet.record("serve", m.name, f"it answered a probe in {seconds:.3f} s", {"seconds": seconds})
+
+    def _probe_failed(self, m: Model, r: Replica, why: str) -> None:
+        if m.state is not State.READY:
+            return
+        self._set_aside(m, r, Standing.EJECTED, f"it failed a probe: {why}")
+        self._core.fleet.cut(m, "its replica does not answer", list(r.unanswered))
+        if r.rounds > m.spec.replicas.retries and m.spec.device_count and len(m.running) == len(r.unanswered):
+            self._core.leave(m, Leave(0, "replica", f"its engine hangs: {r.rounds} probes in a row failed", kill=True))
+
+    def _set_aside(self, m: Model, r: Replica, to: Standing, why: str) -> None:
+        r.rounds += 1
+        pause = min(LONGEST_PAUSE, PAUSE * 2.0 ** (r.rounds - 1))
+        r.standing, r.why, r.late, r.look_at = to, why, 0, self._core.now + pause
+        what = "set aside" if to is Standing.SLOW else "eject"
+        self._core.fleet.record(what, m.name, why, {"pause": pause, "rounds": r.rounds})
+
+    def halt(self, m: Model) -> None:
+        """An operator took it down: it stays down while others serve. With the last of them all are free again."""
+        group = self._core.group_of(m)
+        if group is None or m.replica is None:
+            return
+        m.replica.halted = True
+        if all(other.replica.halted for other in group.members if other.replica):
+            group.used = -INFINITY  # and none comes up before somebody asks
+            for other in group.members:
+                self.resume(other)
+
+    def resume(self, m: Model) -> None:
+        """It may come up again."""
+        if m.replica:
+            m.replica.halted = False
+
+    def share_age(self, m: Model) -> None:
+        """A replica that is wanted is unused since the model's last use, whichever of them had it."""
+        group = self._core.group_of(m)
+        if group and m not in group.resting():
+            busy = any(other.running for other in group.members)
+            m.idle_since = max(m.idle_since, self._core.now if busy else group.used)
+
+    # -- what follows (8.3 to 8.5)
+
+    def upkeep(self) -> bool:
+        """Probe who has to show himself, bring up as many as are wanted. Whether there was a group to look at."""
+        core = self._core
+        groups = {**core.unkept, **{g.name: g for g in core.groups.values() if g.due <= core.now}}
+        core.unkept.clear()
+        for group in groups.values():
+            for m in group.members:
+                self._look_at(group, m)
+            self._scale(group)
+            self._bring_up(group)
+            group.due = self._due(group)
+        return bool(groups)
+
+    def _look_at(self, group: Group, m: Model) -> None:
+        """8.3: who came up, whose time apart is over, or who leaves requests without an answer is probed."""
+        r = m.replica
+        if r is None or r.probe or m.state is not State.READY:
+            return
+        if r.standing is Standing.NEW and not group.rules.probe:
+            r.standing = Standing.SERVING
+            self._core.news(m)
+        elif r.standing is Standing.NEW or min(r.look_at, self._suspicious_at(m, r)) <= self._core.now:
+            self._probe(group, m, r)
+
+    def _probe(self, group: Group, m: Model, r: Replica) -> None:
+        """May take ``growth`` times as long as the fastest's did, and as much longer with each attempt in a row."""
+        if not group.rules.probe and r.standing is not Standing.SERVING:
+            self._probe_passed(m, r, r.took or 0.0)  # its time apart is all that there is to judge by
+            self._core.news(m)
+            return
+        known = [other.replica.took for other in group.members if other is not m and other.replica]
+        fastest = min((took for took in known if took is not None), default=None)
+        limit = group.rules.probe_limit if fastest is None else max(QUICKEST_PROBE, group.rules.growth * fastest)
+        r.probe = f"probe-{next(self._numbers)}"
+        self._probes[r.probe] = m
+        self._core.touch(m)
+        self._core.fleet.probe(m, r.probe, min(LONGEST_PROBE, limit * group.rules.growth ** min(r.rounds, 10)))
+
+    def _suspicion(self, m: Model, r: Replica) -> float:
+        """Seconds without an answer that are suspicious."""
+        rules = m.spec.replicas
+        return max(rules.probe_limit, rules.growth * (r.latency or 0.0))
+
+    def _suspicious_at(self, m: Model, r: Replica) -> float:
+        if r.standing is not Standing.SERVING or not m.spec.replicas.probe:
+            return INFINITY
+        oldest = next(iter(r.unanswered.values()), INFINITY)
+        return max(r.vouched, oldest + self._suspicion(m, r))
+
+    def _scale(self, group: Group) -> None:
+        """8.4: one more or one fewer, when there was too much or too little for long enough."""
+        rules, now = group.rules, self._core.now
+        least, most = max(1, rules.least), len(group.local)
+        group.wanted = max(least, min(group.wanted, most))
+        group.crowded = self._since(group.crowded, group.load > rules.busy * group.wanted and group.wanted < most)
+        fewer = group.wanted > least and group.load * 2 <= rules.busy * (group.wanted - 1)
+        group.calm = self._since(group.calm, fewer)
+        if group.crowded + rules.busy_for <= now:
+            group.wanted, group.crowded, group.tried = group.wanted + 1, INFINITY, -INFINITY
+            self._core.fleet.record("grow", group.name, *self._told(group, "more than", group.wanted - 1))
+        elif group.calm + rules.calm_for <= now:
+            group.wanted, group.calm = group.wanted - 1, INFINITY
+            self._core.fleet.record("shrink", group.name, *self._told(group, "few enough for", group.wanted))
+
+    def _since(self, before: float, holds: bool) -> float:
+        return min(before, self._core.now) if holds else INFINITY
+
+    def _told(self, group: Group, what: str, replicas: int) -> tuple[str, dict[str, float | int | str]]:
+        numbers: dict[str, float | int | str] = {"requests": group.load, "wanted": group.wanted}
+        return f"{group.load} requests are {what} {replicas} of its replicas", numbers
+
+    def _bring_up(self, group: Group) -> None:
+        """8.5: those that are missing, where they fit beside what is there; nobody leaves for them."""
+        core = self._core
+        if not self._in_use(group) or core.now < group.tried + AGAIN:
+            return
+        missing = list(group.missing(core.now))
+        if not missing:
+            return
+        group.tried = core.now
+        for m in missing:
+            if m.state is State.FAILED:
+                core.fleet.forgive(m)
+            self._planner.bring(m, f"{group.name} is to have {max(group.wanted, group.rules.least)} replicas here"
+                                if m.spec.device_count else f"{group.name} is in use")  # fmt: skip
+
+    def _in_use(self, group: Group) -> bool:
+        recently = self._core.now < group.used + group.rules.calm_for
+        return recently or group.load > 0 or any(m.wanted is not None for m in group.members)
+
+    # -- time
+
+    def _due(self, group: Group) -> float:
+        due = min(group.crowded + group.rules.busy_for, group.calm + group.rules.calm_for)
+        for m in group.members:
+            if m.replica and m.state is State.READY and not m.replica.probe:
+                due = min(due, m.replica.look_at, self._suspicious_at(m, m.replica))
+        if self._in_use(group):
+            retries = [m.retry_at for m in group.members if m.state is State.FAILED and m.retry_at > self._core.now]
+            due = min([due, *retries])
+            if any(True for _ in group.missing(self._core.now)):
+                due = min(due, group.tried + AGAIN)
+        return due
