@@ -62,6 +62,11 @@ class Waiting(NamedTuple):
     span: int  # how many of them it takes; 0: none at all
     priority: float
     impatient: bool  # on_busy: evict
+    needs: tuple[int, ...] = ()  # the need on each of ``devices`` where they differ; ``need`` is then the least
+
+    def need_on(self, device: int) -> int:
+        """Bytes that it needs on this one of its devices."""
+        return self.needs[self.devices.index(device)] if self.needs else self.need
 
 
 class Room(NamedTuple):
