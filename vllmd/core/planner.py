@@ -116,6 +116,7 @@ class Planner:
                 m.wanted = core.now
                 core.touch(m)
                 self._settle()
+                self.plan()
             elif not any(room.busy or room.claimed for room in s.rooms.values()):
                 del todo[m.name]
                 core.fleet.record("skip", m.name, "it is to be preloaded, but does not fit beside the others")
