@@ -188,6 +188,9 @@ class Daemon:
         views = self.heart.scheduler.snapshot(self.heart.now()).models
         expected = {(view.name, index): view.memory for view in views for index in view.devices}
         sampled = await self.memory.report(self.fleet.members, expected)
+        if sampled is None and self.memory.readable:  # the driver hangs: nobody knows what others hold
+            unread = {device.index: "no answer" for device in self.memory.inventory}
+            sampled = events.MemorySampled({}, {}, unread)
         if sampled:
             self.heart.post(sampled)
 
