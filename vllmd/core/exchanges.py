@@ -139,9 +139,12 @@ class Exchanges:
         )
 
     def need(self, m: Model, index: int) -> int | None:
-        """Bytes that it needs on the device beyond what it holds there; None: others do not leave that one free."""
+        """Bytes that it needs on the device beyond what it holds there, negative if that is more than it needs.
+
+        None: others do not leave that device free.
+        """
         if m.state is State.SLEEPING:
-            return max(0, m.footprint.awake - self.fleet.ledger.held(m.name).get(index, 0))
+            return m.footprint.awake - self.fleet.ledger.held(m.name).get(index, 0)
         if m.spec.when_free is None:
             return m.booking
         account = self.fleet.ledger.accounts[index]

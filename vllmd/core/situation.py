@@ -132,9 +132,9 @@ def see_waiting(fleet: Fleet, m: Model) -> Waiting:
         load=m.costs.wake(m.level if asleep else 0),
         sleep=m.costs.sleep(max(m.spec.sleep_levels, default=0)),
         service=m.costs.seconds("service"),
-        need=max(0, m.footprint.awake - held) if asleep else m.booking,
+        need=m.footprint.awake - held if asleep else m.booking,
         devices=m.placement.devices if asleep else any_device,
-        span=device_count(fleet, m),
+        span=len(m.placement.devices) if asleep else device_count(fleet, m),
         priority=m.spec.priority,
         impatient=m.spec.on_busy == "evict",
     )
