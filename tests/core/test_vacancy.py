@@ -228,8 +228,8 @@ def test_why_it_waits_and_what_it_took_is_recorded() -> None:
         "it waits for a free device (others use less than 9.8 GiB, at least 0.85 of it free): "
         "strangers hold 23.0 GiB on device 0, 0.713 is free"
     )
-    assert waits.numbers == {"used_below": 10_000 << 20, "used": 23 * GiB}
-    assert takes.why == "others hold 8.0 GiB of device 0, 0.900 is free: it takes 0.7, 56.0 GiB"
+    assert waits.numbers == {"used_below": 10_000 << 20, "used_0": 23 * GiB}
+    assert takes.why == "others hold 8.0 GiB of device 0, 0.900 of it is free: it takes 0.7, 56.0 GiB"
     assert takes.numbers == {"devices": "0", "used": 8 * GiB, "free": 0.9, "share": 0.7, "memory": 56 * GiB}
 
 

@@ -81,10 +81,11 @@ class Grant(NamedTuple):
 
 def grant(m: Model, accounts: Sequence[Account], room: Mapping[int, int]) -> Grant:
     """For a start on vacant devices: the share that the fullest of them allows."""
-    used = max(others_on(a, room) for a in accounts)
-    free = min(_free(a, others_on(a, room)) for a in accounts)
-    devices = ", ".join(str(a.device.index) for a in accounts)
-    why = f"others hold {gib(used)} of device {devices}, {free:.3f} is free"
+    fullest = min(accounts, key=lambda a: _free(a, others_on(a, room)))
+    used, free = others_on(fullest, room), _free(fullest, others_on(fullest, room))
+    why = f"others hold {gib(used)} of device {fullest.device.index}{', the fullest' * (len(accounts) > 1)}"
+    why = f"{why}, {free:.3f} of it is free"
+    devices = ",".join(str(a.device.index) for a in accounts)
     numbers: dict[str, float | int | str] = {"devices": devices, "used": used, "free": round(free, 4)}
     share = m.spec.when_free.share(free) if m.spec.when_free else None
     if share is None:
@@ -111,8 +112,8 @@ def held_back(ledger: Ledger, m: Model, room: Mapping[int, int], since: float) -
     least = f", at least {min(rule.shares):g} of it free" if rule.shares else ""
     reasons = filter(None, (_reason(m, a, others_on(a, room), since) for a in accounts))
     why = f"{devices} (others use less than {gib(rule.used_below)}{least}): {'; '.join(reasons)}"
-    used = min((others_on(a, room) for a in accounts), default=0)
-    return Wait(why, {"used_below": rule.used_below, "used": used}, not all(_read(a, since) for a in accounts))
+    used = {f"used_{a.device.index}": others_on(a, room) for a in accounts}
+    return Wait(why, {"used_below": rule.used_below, **used}, not all(_read(a, since) for a in accounts))
 
 
 def _reason(m: Model, a: Account, others: int, since: float) -> str:
