@@ -14,6 +14,8 @@ SHARE = "a share such as 0.35 or 35%, a size such as 20GiB, or auto"
 SIZE = "a size such as 20GiB or 512MiB"
 NEVER = "a duration such as 300, 5m or 1h30m, or never"
 SECTIONS = "server, auth, devices, reserve, host_memory, idle, policy, log_level, engines, defaults, discover, models"
+WHEN_FREE = "true, false, or a mapping"
+SHARES = "a mapping such as {0.95: 0.80, 0.85: 0.70}, or none"
 IDLE = "sleep_after, level, deepen_after, stop_after"
 
 GOLDEN = [
@@ -154,6 +156,57 @@ GOLDEN = [
     (
         "models: {' ': {}}",
         "vllmd.yaml:1: models. : a model's name has 1 to 200 printable characters without spaces at its ends",
+    ),
+    # ---- waiting for a free device
+    ("models: {m: {when_free: 5}}", "vllmd.yaml:1: models.m.when_free: 5 is not a mapping; accepted: " + WHEN_FREE),
+    (
+        "models: {m: {when_free: {used_above: 5GiB}}}",
+        'vllmd.yaml:1: models.m.when_free.used_above: there is no such setting; did you mean "used_below"?; '
+        "accepted: used_below, shares",
+    ),
+    (
+        "models: {m: {when_free: {used_below: 10000}}}",
+        "vllmd.yaml:1: models.m.when_free.used_below: 10000 bytes is too small; write 10000GiB if GiB were meant; "
+        f"accepted: {SIZE}",
+    ),
+    (
+        "models: {m: {when_free: {shares: {0.95: 0.8, 0.85: 0.9}}}}",
+        f"vllmd.yaml:1: models.m.when_free.shares: where 0.85 is free it cannot take 0.9; accepted: {SHARES}",
+    ),
+    (
+        "models: {m: {when_free: {shares: {0.95: 0.5, 0.85: 0.7}}}}",
+        "vllmd.yaml:1: models.m.when_free.shares: it would take 0.7 where 0.85 is free, and less (0.5) where 0.95 is; "
+        f"accepted: {SHARES}",
+    ),
+    (
+        "models:\n  m:\n    when_free:\n      shares:\n        0.95: 0.8\n        95%: 0.8",
+        f"vllmd.yaml:6: models.m.when_free.shares: the free ratio 0.95 is given twice; accepted: {SHARES}",
+    ),
+    (
+        "models: {m: {when_free: {shares: {1.5: 0.8}}}}",
+        f"vllmd.yaml:1: models.m.when_free.shares: 1.5 is not between 0 and 1; accepted: {SHARES}",
+    ),
+    (
+        "models: {m: {when_free: {shares: {0.9: [1]}}}}",
+        f"vllmd.yaml:1: models.m.when_free.shares: a list is not a ratio; accepted: {SHARES}",
+    ),
+    (
+        "models: {m: {when_free: {shares: {}}}}",
+        f"vllmd.yaml:1: models.m.when_free.shares: it is empty; accepted: {SHARES}",
+    ),
+    (
+        "models: {m: {when_free: {shares: 0.8}}}",
+        f"vllmd.yaml:1: models.m.when_free.shares: 0.8 is not a mapping from free ratio to share; accepted: {SHARES}",
+    ),
+    (
+        "models: {m: {when_free: true, gpu_memory: 0.9}}",
+        "vllmd.yaml:1: models.m.when_free: when_free.shares says how much it takes, and so does gpu_memory; "
+        "drop that, or set the shares to none",
+    ),
+    (
+        "models: {m: {when_free: true, extra_args: {gpu-memory-utilization: 0.9}}}",
+        "vllmd.yaml:1: models.m.when_free: when_free.shares says how much it takes, and so does extra_args "
+        "(--gpu-memory-utilization); drop that, or set the shares to none",
     ),
     # ---- secrets
     ("auth: {keys: [{name: a}]}", "vllmd.yaml:1: auth.keys[0]: the key is missing; accepted: key or key_file"),

@@ -15,7 +15,7 @@ import pytest
 from vllmd.config.loader import load, read
 from vllmd.config.names import instance_name, unit_pattern
 from vllmd.config.types import Config, ModelConfig, RequestRules, ServerConfig
-from vllmd.core.types import IdleRules
+from vllmd.core.types import IdleRules, WhenFree
 from vllmd.errors import ConfigError
 
 GiB, MiB = 1 << 30, 1 << 20
@@ -283,6 +283,25 @@ IDLES = [
 def test_idle_rules(tmp_path: Path, yaml: str, rules: IdleRules) -> None:
     """Level 3 stops where others sleep; a later sleep pushes the stages that nobody set."""
     assert model(tmp_path, f"{{idle: {yaml}}}").idle == rules
+
+
+FREE = [
+    ("true", WhenFree(10_000 << 20, {0.95: 0.8, 0.85: 0.7})),
+    ("{}", WhenFree()),
+    ("{used_below: 10GB}", WhenFree(10**10)),
+    ("{shares: none}", WhenFree(shares={})),
+    ("{shares: {50%: 0.4, 0.9: 85%}}", WhenFree(shares={0.9: 0.85, 0.5: 0.4})),
+    ("false", None),
+    ("off", None),
+    ("", WhenFree(5 * GiB)),
+]
+
+
+@pytest.mark.parametrize(("yaml", "rule"), FREE)
+def test_when_free(tmp_path: Path, yaml: str, rule: WhenFree | None) -> None:
+    """In short or in full; a model can do without what the defaults say."""
+    config = of(tmp_path, f"defaults: {{when_free: {{used_below: 5GiB}}}}\nmodels: {{m: {{when_free: {yaml}}}}}")
+    assert config.models["m"].when_free == rule
 
 
 def test_names_that_yaml_would_read_as_something_else(tmp_path: Path) -> None:

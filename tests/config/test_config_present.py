@@ -10,6 +10,7 @@ from vllmd.config.present import as_yaml
 from vllmd.config.schema import json_schema
 from vllmd.config.settings import LEGACY, ROOT, Group, default, leaves, variables
 from vllmd.config.types import Config, ModelConfig
+from vllmd.core.types import WhenFree
 
 EVERYTHING = """
 server: {host: 127.0.0.1, port: 8080, idle_exit: never}
@@ -21,6 +22,9 @@ defaults: {dtype: half, env: {A: "1"}}
 models:
   Qwen/Qwen3-0.6B: {gpu_memory: 0.35, devices: [0, 1], tensor_parallel_size: 2, aliases: [q, "1.5"], idle: never}
   "no": {gpu_memory: 20GiB, command: /opt/vllm/bin/vllm, extra_args: {a: true, b: "x y"}, limits: {memory_max: 8GiB}}
+  free: {when_free: true}
+  freer: {when_free: {used_below: 4GiB, shares: none}, gpu_memory: 0.5}
+  freest: {when_free: {shares: {60%: 0.5, 0.3: 0.25}}}
   模型: {engine: simengine, options: {load_time: 2.5, list: [1]}, hf_token: hf_secret, priority: 2}
 """
 
@@ -94,8 +98,12 @@ def test_the_schema_knows_every_key() -> None:
 def test_the_defaults_are_shown_where_models_are_yet_to_be_found(tmp_path: Path) -> None:
     """Models of the cache get them, so what is shown without them would mean something else."""
     first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
-    first.write_text("discover: true\ndefaults: {warm_up: true, priority: 3}\nmodels: {a: {warm_up: false}}\n")
+    first.write_text(
+        "discover: true\ndefaults: {warm_up: true, priority: 3, when_free: true}\n"
+        "models: {a: {warm_up: false, when_free: false}}\n"
+    )
     second.write_text(as_yaml(read(first, env={})))
     again = load(second, env={})
     assert (again.template.warm_up, again.template.priority) == (True, 3)
-    assert again.models["a"].warm_up is False
+    assert again.template.when_free == WhenFree()
+    assert (again.models["a"].warm_up, again.models["a"].when_free) == (False, None)

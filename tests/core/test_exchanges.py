@@ -7,7 +7,7 @@ import pytest
 from tests.core.helpers import GPU, PAIR, model
 from tests.core.world import World
 from vllmd.core.commands import Admit, SleepEngine, StartEngine, StopEngine, WakeEngine
-from vllmd.core.events import EngineAsleep, MemorySampled, SleepAsked
+from vllmd.core.events import EngineAdopted, EngineAsleep, MemorySampled, ModelsChanged, SleepAsked
 from vllmd.core.types import Footprint, GiB, Placement, Settings, State
 
 POLICIES = ("adaptive", "lru")
@@ -191,3 +191,24 @@ def test_the_last_thousand_decisions_are_kept() -> None:
     for n in range(1100):
         w.ask(f"r{n}", "huge")
     assert len(w.seen.decisions) == 1000
+
+
+def test_a_sleeper_that_was_seen_to_hold_more_than_there_is_wakes_all_the_same() -> None:
+    """Awake it will hold less than now: nobody has to make room for that."""
+    w = World([model("a", 30, queue_timeout=None)], [GPU])
+    w.do(EngineAdopted("a", Placement((0,)), State.SLEEPING, 2))
+    w.disturbed = True
+    w.do(MemorySampled({}, {("a", 0): 90 * GiB}))
+    assert w.ask("r", "a") == [WakeEngine("a", 2)]
+
+
+def test_a_sleeper_wakes_in_turn_though_it_is_to_have_other_devices() -> None:
+    """Where it sleeps another one moves, whatever the new configuration says of where it is to start next."""
+    w = World([model("a", 30, devices=(0,)), model("b", 20, devices=(0,))], PAIR)
+    w.load("a")
+    w.do(SleepAsked("a", 1))
+    w.answer("a")
+    w.ask("r1", "b")
+    w.do(ModelsChanged((model("a", 30, device_count=0), model("b", 20, devices=(0,)))))
+    assert w.ask("r2", "a") == []
+    assert w.answer("b") == [Admit("r1", "b"), WakeEngine("a", 1)]

@@ -46,11 +46,13 @@ from vllmd.core.types import (
     ReplicaRules,
     Settings,
     State,
+    WhenFree,
 )
 
 NAMES = ("a", "b", "c", "d", "e")
 models = st.sampled_from(NAMES)
 sizes = st.sampled_from([0, 5, 20, 35, 60, 79, 100])
+rules = st.sampled_from([None, None, WhenFree(), WhenFree(60 * GiB, {0.8: 0.5, 0.3: 0.25}), WhenFree(20 * GiB, {})])
 ages = st.sampled_from([None, 0.0, 3.0, 40.0])
 
 
@@ -76,6 +78,7 @@ def specs(draw: st.DrawFn, name: str) -> ModelSpec:
         drain_limit=draw(st.sampled_from([None, 10.0])),
         preempt=draw(st.booleans()),
         keeps_host=draw(st.booleans()),
+        when_free=draw(rules),
     )
 
 
@@ -228,10 +231,18 @@ class CoreUnderAnything(RuleBasedStateMachine):
     def release(self, lease: str, stop: bool) -> None:
         self.world.do(LeaseReleased(lease, stop))
 
-    @rule(strangers=st.sampled_from([-5, 0, 10, 70, 500]), model=models, share=st.sampled_from([-1, 0, 15, 90]))
-    def sample(self, strangers: int, model: str, share: int) -> None:
-        self.world.disturbed = self.world.disturbed or strangers > 0 or share > 0
-        self.world.do(MemorySampled({0: strangers * GiB, 9: GiB}, {(model, 0): share * GiB, ("ghost", 0): 1}))
+    @rule(
+        strangers=st.sampled_from([-5, 0, 4, 8, 10, 30, 70, 500]),
+        beside=st.sampled_from([0, 0, 8, 70]),
+        broken=st.sampled_from([(), (), (), (0,), (1,)]),
+        model=models,
+        share=st.sampled_from([-1, 0, 0, 15, 90]),
+    )
+    def sample(self, strangers: int, beside: int, broken: tuple[int, ...], model: str, share: int) -> None:
+        self.world.disturbed = self.world.disturbed or strangers > 0 or beside > 0 or share > 0
+        held = {0: strangers * GiB, 1: beside * GiB, 9: GiB}
+        failed = dict.fromkeys(broken, "no answer")
+        self.world.do(MemorySampled(held, {(model, 0): share * GiB, ("ghost", 0): 1}, failed))
 
     @rule()
     def look(self) -> None:

@@ -9,6 +9,7 @@ test.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 
 from vllmd.core.commands import (
@@ -35,6 +36,8 @@ from vllmd.core.events import (
     FreezeProved,
     LeaseReleased,
     LeaseTaken,
+    LoadAsked,
+    MemorySampled,
     ModelsChanged,
     ReplicaProbed,
     RequestArrived,
@@ -81,7 +84,8 @@ class World:
     ) -> None:
         self.devices = {device.index: device for device in devices}
         self.settings = settings or Settings(host_memory=64 * GiB)
-        self.scheduler = Scheduler(models, self.devices.values(), self.settings, costs, policy)
+        self.specs = {spec.name: spec for spec in models}
+        self.scheduler = Scheduler(self.specs.values(), self.devices.values(), self.settings, costs, policy)
         self.now = 0.0
         self.script: list[str] = []
         self.pending: dict[str, Command] = {}  # model -> the command it has to answer
@@ -96,6 +100,10 @@ class World:
         self.probes: dict[str, str] = {}  # the daemon's own requests to replicas -> model; they run, too
         self.siblings: set[str | None] = set()  # who is, or was, a replica of the one model that has several
         self.disturbed = False  # measurements contradicted the books: promises may exceed what there is
+        self.strangers: dict[int, int] = {}  # bytes per device, as last sampled
+        self.looked: dict[int, float] = {}
+        self.came: dict[str, float] = {}  # request -> when
+        self.wished = {name for name, spec in self.specs.items() if spec.preload}  # wanted without a request, once
         self._forced: set[str] = set()
 
     # -- events
@@ -197,6 +205,14 @@ class World:
     def _before(self, event: Event) -> None:
         if isinstance(event, RequestArrived):
             self.queued[event.request] = event.model
+            self.came[event.request] = self.now
+        elif isinstance(event, MemorySampled):
+            self._sampled(event)
+        elif isinstance(event, ModelsChanged):
+            self.specs = {spec.name: spec for spec in event.models}
+            self.wished |= {spec.name for spec in event.models if spec.preload}
+        elif isinstance(event, LoadAsked):
+            self.wished.add(event.model)
         elif isinstance(event, RequestFinished | ReplicaProbed):
             self.probes.pop(event.request, None)
             self.running.pop(event.request)
@@ -208,6 +224,12 @@ class World:
             self._forced.add(event.model)
         elif hasattr(event, "model") and type(event).__name__.startswith(("Engine", "FreezeProved")):
             self._engine_told(event, event.model)
+
+    def _sampled(self, event: MemorySampled) -> None:
+        for index, size in event.strangers.items():
+            if index in self.devices and index not in event.failed:
+                self.strangers[index] = min(max(0, size), self.devices[index].memory)
+                self.looked[index] = self.now
 
     def _engine_told(self, event: Event, model: str) -> None:
         kind = type(event).__name__
@@ -273,6 +295,9 @@ class World:
     def _check_state(self, command: Command) -> None:
         if isinstance(command, StartEngine | WakeEngine):
             self._check_books(command)
+            if isinstance(command, StartEngine):
+                self._check_room(command)
+                self._check_vacancy(command)
         elif isinstance(command, SleepEngine):
             assert self.engines[command.model] == "on", f"{command} of one that is {self.engines[command.model]}"
             running = self._runs(command.model)
@@ -292,6 +317,34 @@ class World:
             for d in self.seen.devices:
                 room = d.memory - d.reserve - d.strangers
                 assert d.promised <= room, f"{command}: {d.promised} promised of {room} on device {d.index}"
+
+    def _check_room(self, command: StartEngine) -> None:
+        """However the books stand elsewhere: nothing starts where there is no room for it."""
+        for d in self.seen.devices:
+            if d.index in command.placement.devices:
+                room = d.memory - d.reserve - d.strangers
+                assert d.promised <= room, f"{command}: {d.promised} promised of {room} on device {d.index}"
+
+    def _check_vacancy(self, command: StartEngine) -> None:
+        """``when_free``: no device that others use too much of, and no share that was not free."""
+        rule = self.specs[command.model].when_free
+        if rule is None:
+            return
+        for index in command.placement.devices:
+            others, memory = (
+                self.strangers.get(index, 0) + self._kept_on(index, command.model),
+                self.devices[index].memory,
+            )
+            assert others < rule.used_below, f"{command} where others hold {others}"
+            fit = {math.ceil(share * memory) for free, share in rule.shares.items() if free <= 1 - others / memory}
+            assert not rule.shares or command.memory in fit, f"{command} where others hold {others} of {memory}"
+            came = min((self.came[r] for r, m in self.queued.items() if m == command.model), default=self.now)
+            old = command.model not in self.wished and self.looked.get(index, came) < came
+            assert not old, f"{command} by a sample of {self.looked[index]}, but the first request is from {came}"
+
+    def _kept_on(self, index: int, newcomer: str) -> int:
+        kept = [m for m in self.seen.models if (m.pinned or m.leases) and m.devices == (index,) and m.name != newcomer]
+        return sum(m.memory for m in kept)
 
     def _after(self, event: Event) -> None:
         seen = self.seen

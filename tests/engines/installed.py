@@ -78,6 +78,17 @@ class Site:
             assert time.monotonic() < deadline, f"{model} is {state}, not {states}"
             time.sleep(0.05)
 
+    def decision(self, model: str, what: str) -> dict[str, Any]:
+        """The last decision of that kind about the model, as soon as there is one."""
+        deadline = time.monotonic() + LIMIT
+        while True:
+            made = self.admin.get(f"/admin/decisions?model={model}").json()["decisions"]
+            found = [decision for decision in made if decision["what"] == what]
+            if found:
+                return found[-1]
+            assert time.monotonic() < deadline, f"{model}: no {what!r} in {made}"
+            time.sleep(0.05)
+
     def unload(self, model: str) -> None:
         assert self.admin.post(f"/admin/models/{model}/unload?wait=true", json={}).status_code == 200
         self.wait_for(model, "stopped")

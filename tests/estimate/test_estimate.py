@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.estimate.files import LLAMA_8B, GiB, cached, gguf, model, safetensors, sparse
 from vllmd.config.types import ModelConfig
-from vllmd.core.types import Device, Footprint, Source
+from vllmd.core.types import Device, Footprint, Source, WhenFree
 from vllmd.engines.estimate import Estimate, estimate, overfull_pins, too_large
 from vllmd.engines.facts import argument, whole
 
@@ -186,6 +186,15 @@ def test_a_fraction_has_vllms_meaning(llama: Path) -> None:
     assert found.footprint.awake == found.footprint.starting == 28 * GiB
     assert (found.footprint.source, found.kv_cache) == (Source.CONFIGURED, 0)
     assert found.why.startswith("28 GiB 0.35 of 80 GiB as configured: weights 15 GiB")
+
+
+def test_the_share_of_a_free_device_is_a_fraction_too(llama: Path) -> None:
+    """The most that it may be started with; what is free at that moment decides."""
+    found = told(llama, when_free=WhenFree())
+    assert (found.footprint.awake, found.kv_cache) == (64 * GiB, 0)
+    assert told(llama, when_free=WhenFree(shares={})).footprint == told(llama).footprint
+    (note,) = told(llama, when_free=WhenFree(shares={0.9: 0.1})).notes
+    assert note.startswith("when_free.shares gives 8 GiB, but it needs about")
 
 
 def test_the_engines_own_flag_is_a_fraction_too(llama: Path) -> None:

@@ -53,6 +53,18 @@ def test_what_if_there_were_another_gpu(given: list[str], capsys: pytest.Capture
     assert json.loads(capsys.readouterr().out)[0]["all"]["swaps"] == 2
 
 
+def test_models_that_wait_for_a_free_device(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """There are no strangers in a simulation: they take the share of an empty device, and leave for each other."""
+    file = Path(given[1])
+    file.write_text(
+        CONFIG.replace("gpu_memory: 60GiB", "when_free: true").replace("gpu_memory: 30GiB", "when_free: true")
+    )
+    assert run_cli([*given, "--json"]) == 0
+    (report,) = json.loads(capsys.readouterr().out)
+    assert (report["all"]["requests"], report["all"]["swaps"]) == (3, 3)
+    assert {sample["promised"]["0"] for sample in report["samples"]} >= {64 << 30}
+
+
 @pytest.mark.parametrize(
     ("extra", "status", "told"),
     [

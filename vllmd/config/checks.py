@@ -14,6 +14,7 @@ from vllmd.config.nodes import Where
 from vllmd.config.types import Config, ModelConfig
 
 Finding = tuple[Where, str, str]
+MEMORY_FLAGS = ("--gpu-memory-utilization", "--mem-fraction-static")  # of vLLM and SGLang
 
 
 def check(config: Config) -> Iterator[Finding]:
@@ -117,6 +118,7 @@ def _model(model: ModelConfig, config: Config) -> Iterator[Finding]:
         what = f"it takes {count} devices (tensor_parallel_size times pipeline_parallel_size), but may use {have} only"
         yield where, f"{path}.tensor_parallel_size", what
     yield from _fits(model, config)
+    yield from _shares(model)
 
 
 def _declared(number: int) -> str:
@@ -134,6 +136,15 @@ def _fits(model: ModelConfig, config: Config) -> Iterator[Finding]:
         what = f"{show_size(model.gpu_memory)} does not fit: {show_size(max(device.memory for device in own))} "
         what += f"less the reserve of {show_size(config.reserve)} leaves {show_size(max(0, room))}"
         yield _place(model), f"models.{model.name}.gpu_memory", what
+
+
+def _shares(model: ModelConfig) -> Iterator[Finding]:
+    """``when_free.shares`` says what it takes, and so does another setting."""
+    flags = [word.partition("=")[0] for word in model.extra_args if word.startswith(MEMORY_FLAGS)]
+    said = ["gpu_memory"] * (model.gpu_memory is not None) + [f"extra_args ({flag})" for flag in flags]
+    if model.when_free and model.when_free.shares and said:
+        what = f"when_free.shares says how much it takes, and so does {said[0]}; drop that, or set the shares to none"
+        yield _place(model), f"models.{model.name}.when_free", what
 
 
 def _idle(model: ModelConfig) -> Iterator[Finding]:

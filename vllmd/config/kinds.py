@@ -6,6 +6,7 @@ after the key's path; the loader adds the place and what would be right.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -214,6 +215,39 @@ def _fraction(node: Node, text: str, scale: float) -> float:
     if not 0 < share <= 1:
         raise Wrong(f"{node.text} is not between 0 and {'100%' if scale > 1 else '1'}")
     return share
+
+
+def parse_shares(node: Node) -> dict[float, float]:
+    """From free ratios to shares of a device, the highest ratio first; none: empty."""
+    if node.text.lower() == "none":
+        return {}
+    if not node.is_map or not node.value:
+        raise wrong(node, "a mapping from free ratio to share") if not node.is_map else Wrong("it is empty")
+    found: dict[float, float] = {}
+    for key, value in node.value.items():
+        place = replace(value, where=value.key or value.where)
+        ratio, share = _ratio(replace(place, value=key, text=key)), _ratio(value)
+        if share > ratio:
+            raise Wrong(f"where {ratio:g} is free it cannot take {share:g}", place)
+        if ratio in found:
+            raise Wrong(f"the free ratio {ratio:g} is given twice", place)
+        found[ratio] = share
+    rows = sorted(found.items(), reverse=True)
+    for (more, larger), (less, smaller) in itertools.pairwise(rows):
+        if smaller > larger:
+            raise Wrong(f"it would take {smaller:g} where {less:g} is free, and less ({larger:g}) where {more:g} is")
+    return dict(rows)
+
+
+def _ratio(node: Node) -> float:
+    if node.is_map or node.is_list or node.value is None:
+        raise wrong(node, "a ratio")
+    text = node.text.strip()
+    return _fraction(node, text.removesuffix("%"), 100.0 if text.endswith("%") else 1.0)
+
+
+def show_shares(shares: Mapping[float, float]) -> str:
+    return f"{{{', '.join(f'{ratio:g}: {share:g}' for ratio, share in shares.items())}}}" if shares else "none"
 
 
 def choice(*words: str) -> Kind:

@@ -112,7 +112,8 @@ class _Parser:
                 continue
             full = join(path, name)
             if isinstance(row.kind, Group):
-                found[row.field or name] = row.kind.target(**self.values(row.kind, value, full))
+                inner = self.values(row.kind, value, full) if value.is_map else None
+                found[row.field or name] = None if inner is None else row.kind.target(**inner)
             else:
                 parsed = self.parse(row.kind, value, full)
                 if parsed is not FAILED and row.field is not None:

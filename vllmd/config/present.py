@@ -13,7 +13,7 @@ import yaml
 from vllmd.config import kinds
 from vllmd.config.loader import Reading
 from vllmd.config.nodes import Where
-from vllmd.config.settings import DEFAULTS, MODEL, ROOT, Group, Setting, default
+from vllmd.config.settings import DEFAULTS, MODEL, ROOT, SHARES, Group, Setting, default
 from vllmd.config.types import Config
 
 HIDDEN = "(hidden)"
@@ -56,7 +56,9 @@ class _Writer:
             yield from self.models(group, value, depth)
         elif row.many == "list":
             yield from self.listed(row, group, value, path, depth)
-        elif is_dataclass(value) and (depth == 0 or value != group.target()):
+        elif value is None and self.defaults:
+            yield f"{'  ' * depth}{row.name}: false\n"
+        elif is_dataclass(value) and (depth == 0 or group.optional or value != group.target()):
             yield f"{'  ' * depth}{row.name}:\n"
             yield from self.group(group, value, f"{path}.", depth + 1)
 
@@ -88,6 +90,8 @@ def written(row: Setting, value: Any) -> str:
     assert not isinstance(kind, Group)
     if row.name == "options" and "key" in value:  # a remote's
         value = {**value, "key": HIDDEN}
+    if kind is SHARES:
+        return kind.show(value)
     if isinstance(value, tuple | Mapping):
         return json.dumps(list(value) if isinstance(value, tuple) else dict(value), ensure_ascii=False, default=str)
     if value is None:

@@ -41,7 +41,8 @@ def _nested(row: Setting, group: Group) -> dict[str, Any]:
     if row.many == "map":
         return {"type": ["object", "null"], "additionalProperties": {"anyOf": [schema, {"type": "null"}]}}
     word = [{"enum": ["never", "off"]}] if "never" in group.accepts else []
-    return {"anyOf": [schema, *word, {"type": "null"}]}
+    switch = [{"type": "boolean"}] if group.optional else []
+    return {"anyOf": [schema, *word, *switch, {"type": "null"}]}
 
 
 def _legacy() -> dict[str, Any]:

@@ -25,7 +25,7 @@ from vllmd.config.types import (
     ScopeLimits,
     ServerConfig,
 )
-from vllmd.core.types import IdleRules
+from vllmd.core.types import IdleRules, WhenFree
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,13 +47,17 @@ class Setting:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """Settings that fill one dataclass. ``short``: what a scalar in the group's place stands for."""
+    """Settings that fill one dataclass. ``short``: what a scalar in the group's place stands for.
+
+    ``optional``: false in its place switches it off (its field is None then).
+    """
 
     target: type[Any]
     doc: str
     rows: tuple[Setting, ...]
     short: Callable[[Node], Node | None] = lambda node: None
     accepts: str = "a mapping"
+    optional: bool = False
 
     def row(self, name: str) -> Setting | None:
         """The row of this name or other spelling."""
@@ -84,6 +88,11 @@ def never(node: Node) -> Node | None:
         return None
     word = replace(node, value="never", text="never")
     return replace(node, value={"sleep_after": word, "deepen_after": word, "stop_after": word})
+
+
+def plainly(node: Node) -> Node | None:
+    """``when_free: true``: by the defaults of the group."""
+    return replace(node, value={}) if node.value is True else None
 
 
 def parse_level(node: Node) -> int:
@@ -148,6 +157,33 @@ IDLE = Group(
     ),
     never,
     "a mapping, or never",
+)
+
+SHARES = Kind(
+    "a mapping such as {0.95: 0.80, 0.85: 0.70}, or none",
+    k.parse_shares,
+    {"anyOf": [{"type": "object", "additionalProperties": k.NUMBER_OR_TEXT}, {"enum": ["none"]}]},
+    k.show_shares,
+)
+
+WHEN_FREE = Group(
+    WhenFree,
+    "It starts on devices that others leave free, and waits for them. Others are processes that are not vllmd's, and "
+    "pinned and leased models; models that can make room do not count. It does not matter any more once it runs. "
+    "The word true in place of the mapping takes the defaults, false switches it off.",
+    (
+        Setting("used_below", k.SIZE_KIND, "A device is free while others hold less than this of its memory."),
+        Setting(
+            "shares",
+            SHARES,
+            "What it takes, in place of gpu_memory: from which free ratio of the memory on which share of it. "
+            "Of several devices the fullest decides; below the least ratio it waits. "
+            "With none it takes what gpu_memory says or, if that is auto, what vllmd estimates.",
+        ),
+    ),
+    plainly,
+    "true, false, or a mapping",
+    optional=True,
 )
 
 REQUEST = Group(
@@ -255,6 +291,7 @@ MODEL = Group(
         Setting(
             "preempt", k.BOOL, "Running requests may be frozen when others need the room and the engine can do so."
         ),
+        Setting("when_free", WHEN_FREE, "It starts on devices that others leave free."),
         Setting("start_timeout", k.DURATION_KIND, "Longest start, downloads not counted."),
         Setting("stop_timeout", k.DURATION_KIND, "Time the engine has to end before it is killed."),
         Setting("max_restarts", k.count(0, 1000), "Restarts in a row after crashes while requests wait."),

@@ -82,6 +82,8 @@ class Shape:
         if row.many == "list":
             return self.canonical_list(group, value, path)
         value = group.short(value) or value
+        if group.optional and value.value is False:
+            return value
         checked = self.mapping(value, path, group.accepts)
         return value.with_value({}) if checked is None else self.canonical(group, value, path)
 

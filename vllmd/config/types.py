@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vllmd.core.types import IdleRules
+from vllmd.core.types import IdleRules, WhenFree
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,7 @@ class ModelConfig:
     queue_timeout: float | None = 600.0
     drain_limit: float | None = None
     preempt: bool = False
+    when_free: WhenFree | None = None
     start_timeout: float = 600.0
     stop_timeout: float = 30.0
     max_restarts: int = 3

@@ -9,11 +9,10 @@ from vllmd.core.events import RequestAnswered, RequestArrived, RequestFinished, 
 from vllmd.core.eviction import cheapest, fits
 from vllmd.core.group import Group
 from vllmd.core.lifecycle import AWAKE, LifecycleError
-from vllmd.core.model import Model
+from vllmd.core.model import INFINITY, Model
 from vllmd.core.planner import Planner
 from vllmd.core.possible import never_fits, pinned_out
 from vllmd.core.replicas import Replicas
-from vllmd.core.situation import see_waiting
 from vllmd.core.types import State
 
 
@@ -227,7 +226,9 @@ class Admission:
         if m.spec.on_busy != "reject" or coming:
             return None
         s = self._planner.look()
-        w = see_waiting(self._core.fleet, m)
+        w = self._planner.observer.see_newcomer(m, since=-INFINITY)
+        if w.span and not w.devices:  # it waits for others to leave a device free
+            return None
         idle = [r for r in s.residents if not r.running and not r.queued and r.model != m.name]
         if fits(s, w) is not None or cheapest(s, w, idle, lambda r, way: 1.0) is not None:
             return None

@@ -84,7 +84,8 @@ class Answers:
     def sampled(self, e: MemorySampled) -> None:
         """NVML's word corrects the ledger; a device that could not be read keeps its last figures."""
         core = self._core
-        core.fleet.ledger.strangers({i: size for i, size in e.strangers.items() if i not in e.failed})
+        core.fleet.ledger.strangers({i: size for i, size in e.strangers.items() if i not in e.failed}, core.now)
+        core.fleet.ledger.unread(e.failed)
         shares: dict[str, dict[int, int]] = {}
         for (name, index), size in e.models.items():
             if size > 0 and name in core.models and index not in e.failed:
@@ -174,7 +175,8 @@ class Answers:
         grown = max(m.booking, min(largest, m.booking * 11 // 10))
         m.costs.footprint = Footprint(grown, f.awake, f.asleep, f.host, f.source)
         self._core.fleet.forgive(m)
-        why = f"it failed for lack of memory ({e.reason}); once more with room for {gib(m.booking)} per device"
+        room = "what is free then" if m.spec.when_free else f"room for {gib(m.booking)} per device"
+        why = f"it failed for lack of memory ({e.reason}); once more with {room}"
         self._core.fleet.record("retry", m.name, why, {"booking": m.booking})
 
     def _give_up(self, m: Model, reason: str) -> None:

@@ -43,7 +43,7 @@ def fits(s: Situation, w: Waiting) -> tuple[int, ...] | None:
     if len(w.devices) == 1:
         room = s.rooms.get(w.devices[0])
         return w.devices if room and room.free >= w.need and _usable_at_once(room, w) else None
-    good = [room for room in _rooms(s, w) if room.free >= w.need and _usable_at_once(room, w)]
+    good = [room for room in _rooms(s, w) if room.free >= w.need_on(room.device) and _usable_at_once(room, w)]
     if len(good) < w.span:
         return None
     good.sort(key=lambda room: (-room.free, room.device))
@@ -100,7 +100,7 @@ def groups(w: Waiting, rooms: Sequence[Room], residents: Sequence[Resident], pri
     here = {room.device for room in rooms}
     residents = [r for r in residents if not here.isdisjoint(r.devices)]
     yield [Leaver(price(r, r.ways[0]), r, r.ways[0]) for r in residents if not r.asleep]
-    if sum(room.sleepable >= w.need for room in rooms) >= w.span:
+    if sum(room.sleepable >= w.need_on(room.device) for room in rooms) >= w.span:
         return
     yield [Leaver(price(r, r.ways[0]), r, r.ways[0]) for r in residents]
     yield [Leaver(price(r, r.ways[-1]), r, r.ways[-1]) for r in residents]
@@ -129,7 +129,8 @@ def _extra(
 ) -> tuple[Leaver, ...] | None:
     """Who must leave the device besides those that leave anyway."""
     here = [leaver for leaver in group if room.device in leaver.resident.devices]
-    short = w.need - room.free - sum(leaver.way.frees for leaver in here if leaver.resident.model in leaving)
+    coming = sum(leaver.way.frees for leaver in here if leaver.resident.model in leaving)
+    short = w.need_on(room.device) - room.free - coming
     return cover([leaver for leaver in here if leaver.resident.model not in leaving], short, most)
 
 
@@ -222,5 +223,6 @@ def _in_order(w: Waiting, rooms: Sequence[Room], ordered: Sequence[Leaver]) -> C
 
 
 def _enough(w: Waiting, free: Mapping[int, int]) -> tuple[int, ...]:
-    good = sorted((device for device in free if free[device] >= w.need), key=lambda device: (-free[device], device))
+    enough = [device for device in free if free[device] >= w.need_on(device)]
+    good = sorted(enough, key=lambda device: (-free[device], device))
     return tuple(sorted(good[: w.span])) if len(good) >= w.span else ()

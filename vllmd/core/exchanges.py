@@ -12,6 +12,7 @@ from vllmd.core.lifecycle import AWAKE
 from vllmd.core.model import INFINITY, Leave, Model
 from vllmd.core.policy import Plan, Way, drain_time
 from vllmd.core.types import State
+from vllmd.core.vacancy import grant, others_on, room_beside_kept, size_there
 
 
 class Claim(NamedTuple):
@@ -117,26 +118,46 @@ class Exchanges:
         """Wake it where it sleeps, or start it on ``devices``."""
         if m.state is State.SLEEPING:
             self.fleet.wake(m)
+        elif m.spec.when_free and devices:
+            given = grant(m, [self.fleet.ledger.accounts[index] for index in devices], self._room())
+            self.fleet.record("free", m.name, given.why, given.numbers)
+            self.fleet.start(m, devices, given.size)
         else:
             self.fleet.start(m, devices)
+
+    def _room(self) -> dict[int, int]:
+        return room_beside_kept(self.fleet.ledger, self.models.values())
 
     def room_for(self, m: Model, devices: tuple[int, ...]) -> bool:
         """Whether the ledger has what it needs there."""
         accounts = self.fleet.ledger.accounts
         if m.state is State.SLEEPING:
             devices = m.placement.devices
-        return all(not accounts[i].missing and accounts[i].free >= self.need(m, i) for i in devices)
+        needs = {i: self.need(m, i) for i in devices}
+        return all(
+            not accounts[i].missing and need is not None and accounts[i].free >= need for i, need in needs.items()
+        )
 
-    def need(self, m: Model, index: int) -> int:
-        """Bytes that it needs on the device beyond what it holds there."""
+    def need(self, m: Model, index: int) -> int | None:
+        """Bytes that it needs on the device beyond what it holds there, negative if that is more than it needs.
+
+        None: others do not leave that device free.
+        """
         if m.state is State.SLEEPING:
-            return max(0, m.footprint.awake - self.fleet.ledger.held(m.name).get(index, 0))
-        return m.booking
+            return m.footprint.awake - self.fleet.ledger.held(m.name).get(index, 0)
+        if m.spec.when_free is None:
+            return m.booking
+        account = self.fleet.ledger.accounts[index]
+        return size_there(m, account, others_on(account, self._room()))
 
     def _shortage(self, m: Model, devices: tuple[int, ...]) -> str:
-        accounts = self.fleet.ledger.accounts
-        parts = [f"device {i} has {gib(accounts[i].free)} of {gib(self.need(m, i))} needed" for i in devices]
-        return "; ".join(parts)
+        return "; ".join([self._short(i, self.need(m, i)) for i in devices])
+
+    def _short(self, index: int, need: int | None) -> str:
+        account = self.fleet.ledger.accounts[index]
+        if need is None:
+            return f"others do not leave device {index} free: strangers hold {gib(account.strangers)} there"
+        return f"device {index} has {gib(account.free)} of {gib(need)} needed"
 
     def claims(self) -> dict[int, Claim]:
         """The devices on which an exchange is draining or queued."""
@@ -150,7 +171,7 @@ class Exchanges:
         return claims
 
     def _claim(self, ex: Exchange, leaving: list[Model], index: int, drain: float) -> Claim:
-        need = self.need(self.models[ex.target], index) if index in ex.devices else 0
+        need = (self.need(self.models[ex.target], index) or 0) if index in ex.devices else 0
         coming = sum([ex.victims[m.name].frees for m in leaving if index in m.placement.devices])
         return Claim(need, coming, drain)
 

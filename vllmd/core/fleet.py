@@ -94,12 +94,14 @@ class Fleet:
 
     # -- commands
 
-    def start(self, m: Model, devices: tuple[int, ...]) -> None:
-        """Start it there; its booking is in the ledger from now on."""
+    def start(self, m: Model, devices: tuple[int, ...], size: int | None = None) -> None:
+        """Start it there; its booking, ``size`` if it is not by its footprint, is in the ledger from now on."""
         m.placement = Placement(devices)
         self._move(m, Step.START)
-        self.ledger.hold(m.name, dict.fromkeys(devices, m.booking))
-        self._out.append(StartEngine(m.name, m.placement, m.told))
+        if size is not None:
+            m.granted(size)
+        self.ledger.hold(m.name, dict.fromkeys(devices, m.booking if size is None else size))
+        self._out.append(StartEngine(m.name, m.placement, m.told if size is None else size))
 
     def wake(self, m: Model) -> None:
         """Wake it where it sleeps; it holds what it holds awake from now on."""

@@ -7,6 +7,7 @@ it is known to be free), so that it never promises the same byte twice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 from vllmd.core.types import Device, GiB
@@ -15,13 +16,14 @@ from vllmd.core.types import Device, GiB
 class Account:
     """One device: what it has, what models were promised, and what others hold."""
 
-    __slots__ = ("capacity", "device", "missing", "promised", "strangers")
+    __slots__ = ("capacity", "device", "looked", "missing", "promised", "strangers")
 
     def __init__(self, device: Device) -> None:
         self.device = device
         self.capacity = device.memory - device.reserve  # what can ever be promised
         self.promised = 0
         self.strangers = 0
+        self.looked: float | None = None  # when strangers were last read; None: nobody reads them
         self.missing = 0  # bytes that did not come back after a stop: the device is wedged
 
     @property
@@ -85,14 +87,21 @@ class Ledger:
         """Host bytes that ``model`` could have, what it keeps already included."""
         return self.host_budget - self.host_promised + self._host.get(model, 0)
 
-    def strangers(self, held: Mapping[int, int]) -> None:
+    def strangers(self, held: Mapping[int, int], now: float) -> None:
         """Take NVML's word for what strangers hold; what cannot be (negative, more than there is) is cut to size."""
         for index, size in held.items():
             account = self.accounts.get(index)
             if account:
+                account.looked = now
                 account.strangers = min(max(0, size), account.device.memory)
                 if account.strangers < account.missing // 2:
                     account.missing = 0
+
+    def unread(self, indices: Iterable[int]) -> None:
+        """These could not be read: their last figures stand, but are nobody's word for what is free now."""
+        for index in indices:
+            if index in self.accounts:
+                self.accounts[index].looked = -math.inf
 
     def wedge(self, missing: Mapping[int, int]) -> None:
         """These bytes did not come back: avoid the devices until a sample shows that they did."""

@@ -162,6 +162,11 @@ class Model:
         """
         return max(self.spec.footprint.awake, self.costs.asked)
 
+    def granted(self, size: int) -> None:
+        """It starts with ``size`` bytes per device: what it held when it had another size says nothing of that."""
+        f = self.footprint
+        self.costs.footprint = Footprint(size, size, min(f.asleep, size), f.host, Source.CONFIGURED)
+
     def learn(self, seen: Footprint) -> None:
         """Take a measured footprint; figures it does not have (0) stay as they were."""
         f = self.footprint

@@ -8,9 +8,10 @@ from vllmd.core.common import Core
 from vllmd.core.eviction import fits
 from vllmd.core.model import INFINITY, Leave, Model
 from vllmd.core.policy import Plan, Situation
-from vllmd.core.possible import never_fits, room_beside_kept, stuck
-from vllmd.core.situation import Observer, host_claims, levels, see_waiting
+from vllmd.core.possible import never_fits, stuck
+from vllmd.core.situation import Observer, host_claims, levels, waits_for_others
 from vllmd.core.types import State
+from vllmd.core.vacancy import room_beside_kept
 
 TICK = 0.25  # seconds between two looks while anything waits
 FILL_AGE = 5.0  # seconds for which the choice of level-1 sleepers stands
@@ -28,6 +29,7 @@ class Planner:
         self._filled = -INFINITY
         self._housed = -INFINITY
         self._shallow: frozenset[str] = frozenset()
+        self._held_back: frozenset[str] = frozenset()  # who was recorded to wait for others to leave a device free
 
     @property
     def due(self) -> float:
@@ -37,6 +39,8 @@ class Planner:
     def plan(self) -> None:
         """7: at news, and each quarter of a second while anything waits: ask until there is nothing to begin."""
         core = self._core
+        if not core.waiting:
+            self._held_back = frozenset()
         if not core.waiting or not (core.replan or core.now >= self._looked + TICK):
             return
         self._looked = core.now
@@ -44,8 +48,18 @@ class Planner:
         for _ in range(len(core.waiting) + 1):
             plan = core.policy.choose(self.look())
             if plan is None:
-                return
+                break
             self.begin(plan)
+        self._record_held_back()
+
+    def _record_held_back(self) -> None:
+        """7.3: who waits for others to leave a device free; once, not with each look."""
+        core, before = self._core, self._held_back
+        models = [m for m in core.waiting.values() if m.spec.when_free]
+        held = {m.name: wait for m in models if (wait := waits_for_others(core.fleet, core.models.values(), m))}
+        self._held_back = frozenset(name for name, wait in held.items() if not wait.unread)
+        for name in [name for name in held if name in self._held_back and name not in before]:
+            core.fleet.record("wait", name, f"it waits for {held[name].why}", held[name].numbers)
 
     def _move_house(self) -> None:
         """7.1: a sleeper that cannot wake where it sleeps is stopped, if it can start elsewhere."""
@@ -83,19 +97,32 @@ class Planner:
 
     def bring(self, m: Model, why: str) -> bool:
         """Have it serve where it fits beside what is there; nobody leaves for it. Whether that could be begun."""
-        devices = fits(self.look(), see_waiting(self._core.fleet, m))
+        devices = fits(self.look(), self.observer.see_newcomer(m, since=-INFINITY))
         if devices is None or never_fits(self._core.fleet.ledger, m):
             return False
         m.wanted = self._core.now
         self.begin(Plan(m.name, devices, why=why))
         return True
 
+    def _waits_for_others(self, m: Model) -> bool:
+        w = self.observer.see_newcomer(m, since=-INFINITY)
+        return bool(w.span) and not w.devices
+
     def preload(self, todo: dict[str, Model]) -> None:
-        """7.2: load, in order, what fits beside what is there; nobody leaves for it."""
+        """7.2: load, in order, what fits beside what is there; nobody leaves for it.
+
+        One that starts only on free devices is wanted from now on where others leave it none.
+        """
         core = self._core
         for m in list(todo.values()):
             if m.state is not State.STOPPED or m.demand or self.bring(m, "it is to be preloaded"):
                 del todo[m.name]
+            elif self._waits_for_others(m):
+                del todo[m.name]
+                m.wanted = core.now
+                core.touch(m)
+                self._settle()
+                self.plan()
             elif not any(room.busy or room.claimed for room in self.look().rooms.values()):
                 del todo[m.name]
                 core.fleet.record("skip", m.name, "it is to be preloaded, but does not fit beside the others")

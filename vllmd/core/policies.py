@@ -52,7 +52,7 @@ def without(s: Situation, devices: Iterable[int]) -> Situation:
 
 def due_there(s: Situation, w: Waiting) -> list[int]:
     """Devices where ``w`` cannot have its turn just now, but will once others have come to rest."""
-    return [room.device for room in unclaimed(s, w) if room.sleepable >= w.need]
+    return [room.device for room in unclaimed(s, w) if room.sleepable >= w.need_on(room.device)]
 
 
 class Lru:

@@ -57,11 +57,16 @@ class Waiting(NamedTuple):
     load: float  # seconds to have it serve: a wake or a cold start
     sleep: float  # seconds to put it to sleep again
     service: float  # learnt seconds per request
-    need: int  # bytes it needs on each device beyond what it holds there
+    need: int  # bytes it needs on each device beyond what it holds there; negative if it holds more (a measurement)
     devices: tuple[int, ...]  # where it may go; for a sleeper, where it is
     span: int  # how many of them it takes; 0: none at all
     priority: float
     impatient: bool  # on_busy: evict
+    needs: tuple[int, ...] = ()  # the need on each of ``devices`` where they differ; ``need`` is then the least
+
+    def need_on(self, device: int) -> int:
+        """Bytes that it needs on this one of its devices."""
+        return self.needs[self.devices.index(device)] if self.needs else self.need
 
 
 class Room(NamedTuple):

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from vllmd.core.ledger import Account, Ledger, gib
 from vllmd.core.model import Model
+from vllmd.core.vacancy import allowed, size_there
 
 
 def never_fits(ledger: Ledger, m: Model) -> str:
@@ -13,17 +14,18 @@ def never_fits(ledger: Ledger, m: Model) -> str:
     count = m.spec.device_count
     if not ledger.accounts or not count:
         return ""
-    accounts = _allowed(ledger, m)
+    accounts = allowed(ledger, m)
     if len(accounts) < count:
         return f"{m.name!r} needs {_devices(count)}, and there {_are(len(accounts))} for it"
-    if sum(a.capacity >= m.booking for a in accounts) >= count:
+    if sum(_fits(m, a, 0) for a in accounts) >= count:
         return ""
+    need = max(size_there(m, a, 0) or 0 for a in accounts)
     sizes = "; ".join(
         f"device {a.device.index} has {gib(a.device.memory)} less a reserve of {gib(a.device.reserve)}: "
         f"{gib(a.capacity)}"
         for a in accounts
     )
-    return f"{m.name!r} needs {gib(m.booking)} on each of {_devices(count)}; {sizes}"
+    return f"{m.name!r} needs {gib(need)} on each of {_devices(count)}; {sizes}"
 
 
 def pinned_out(ledger: Ledger, m: Model, models: Iterable[Model]) -> str:
@@ -33,9 +35,11 @@ def pinned_out(ledger: Ledger, m: Model, models: Iterable[Model]) -> str:
         return ""
     pinned = [other for other in models if other.pinned and other.loaded and other is not m]
     taken = {index: sum(ledger.held(p.name).get(index, 0) for p in pinned) for index in ledger.accounts}
-    if sum(a.capacity - taken[a.device.index] >= m.booking for a in _allowed(ledger, m)) >= count:
+    if sum(_fits(m, a, taken[a.device.index]) for a in allowed(ledger, m)) >= count:
         return ""
     names = ", ".join(f"{p.name!r}" for p in pinned)
+    if m.spec.when_free:
+        return f"{m.name!r} starts on devices that others leave free, and pinned models ({names}) do not leave enough"
     return f"{m.name!r} needs {gib(m.booking)} on {_devices(count)}, and pinned models ({names}) leave less"
 
 
@@ -48,20 +52,11 @@ def stuck(ledger: Ledger, m: Model, room: Mapping[int, int]) -> str:
     bad = [i for i in m.placement.devices if room[i] + mine.get(i, 0) < m.footprint.awake]
     if not bad:
         return ""
-    good = [a for a in _allowed(ledger, m) if room[a.device.index] + mine.get(a.device.index, 0) >= m.booking]
+    left = {index: size + mine.get(index, 0) for index, size in room.items()}
+    good = [a for a in allowed(ledger, m) if _fits(m, a, a.capacity - left[a.device.index])]
     if len(good) < m.spec.device_count:
         return ""
     return f"it cannot wake on device {bad[0]}, and can start elsewhere"
-
-
-def room_beside_kept(ledger: Ledger, models: Iterable[Model]) -> dict[int, int]:
-    """Bytes per device that neither strangers nor models that must stay hold; none on a wedged device."""
-    room = {index: a.capacity - a.strangers for index, a in ledger.accounts.items()}
-    for m in models:
-        if m.kept:
-            for index, share in ledger.held(m.name).items():
-                room[index] -= share
-    return {index: -1 if ledger.accounts[index].missing else size for index, size in room.items()}
 
 
 def has_room(ledger: Ledger, m: Model) -> bool:
@@ -70,13 +65,14 @@ def has_room(ledger: Ledger, m: Model) -> bool:
     if held:
         need = m.footprint.awake
         return all(ledger.accounts[index].free + share >= need for index, share in held.items())
-    good = [a for a in _allowed(ledger, m) if a.free >= m.booking and not a.missing]
+    good = [a for a in allowed(ledger, m) if _fits(m, a, a.promised + a.strangers) and not a.missing]
     return not ledger.accounts or len(good) >= m.spec.device_count
 
 
-def _allowed(ledger: Ledger, m: Model) -> list[Account]:
-    wanted = m.spec.devices or tuple(ledger.accounts)
-    return [ledger.accounts[index] for index in dict.fromkeys(wanted) if index in ledger.accounts]
+def _fits(m: Model, a: Account, taken: int) -> bool:
+    """Whether it could start there if ``taken`` bytes were all that others hold."""
+    size = size_there(m, a, taken)
+    return size is not None and a.capacity - taken >= size
 
 
 def _devices(count: int) -> str:

@@ -10,6 +10,7 @@ from vllmd.core.fleet import Fleet
 from vllmd.core.model import Model
 from vllmd.core.policy import HostClaim, Knobs, Resident, Room, Situation, Waiting, Way
 from vllmd.core.types import State
+from vllmd.core.vacancy import Wait, held_back, room_beside_kept, vacant
 
 KNOBS = Knobs()
 SOON = 0.001  # a transfer that should have ended by now
@@ -57,17 +58,34 @@ class Observer:
         for name, m in self._stale.items():
             self._residents[name] = see_resident(fleet, m, shallow)
         self._stale.clear()
+        seen = [self._waiting.get(m.name) or self._see_waiting(m) for m in waiting]
         return Situation(
             fleet.now,
-            sorted([self._waiting.get(m.name) or self._see_waiting(m) for m in waiting], key=_age),
+            sorted([w for w in seen if w.devices or not w.span], key=_age),  # not those that wait for others to leave
             list(self._residents.values()),
             self._rooms(),
             KNOBS,
         )
 
     def _see_waiting(self, m: Model) -> Waiting:
+        if m.spec.when_free:
+            return self.see_newcomer(m)  # that depends on others: it is looked at each time
         seen = self._waiting[m.name] = see_waiting(self._fleet, m)
         return seen
+
+    def see_newcomer(self, m: Model, since: float | None = None) -> Waiting:
+        """What waits for it; for one that starts where others leave devices free, only those, none if too few.
+
+        ``since``: from when the word for that must be; None: from when the oldest came.
+        """
+        w = see_waiting(self._fleet, m)
+        if m.spec.when_free is None or m.state is State.SLEEPING or not w.span:
+            return w
+        room = room_beside_kept(self._fleet.ledger, self._exchanges.models.values())
+        free = vacant(self._fleet.ledger, m, room, w.oldest if since is None else since)
+        if len(free) < w.span:
+            return w._replace(devices=())
+        return w._replace(devices=tuple(free), needs=tuple(free.values()), need=min(free.values()))
 
     def _rooms(self) -> dict[int, Room]:
         fleet, rooms = self._fleet, {}
@@ -114,12 +132,19 @@ def see_waiting(fleet: Fleet, m: Model) -> Waiting:
         load=m.costs.wake(m.level if asleep else 0),
         sleep=m.costs.sleep(max(m.spec.sleep_levels, default=0)),
         service=m.costs.seconds("service"),
-        need=max(0, m.footprint.awake - held) if asleep else m.booking,
+        need=m.footprint.awake - held if asleep else m.booking,
         devices=m.placement.devices if asleep else any_device,
-        span=device_count(fleet, m),
+        span=len(m.placement.devices) if asleep else device_count(fleet, m),
         priority=m.spec.priority,
         impatient=m.spec.on_busy == "evict",
     )
+
+
+def waits_for_others(fleet: Fleet, models: Iterable[Model], m: Model) -> Wait | None:
+    """Who keeps it from starting on a free device, and what would be one; None if nobody does."""
+    if m.spec.when_free is None or m.state is State.SLEEPING or not fleet.ledger.accounts:
+        return None
+    return held_back(fleet.ledger, m, room_beside_kept(fleet.ledger, models), see_waiting(fleet, m).oldest)
 
 
 def device_count(fleet: Fleet, m: Model) -> int:

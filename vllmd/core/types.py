@@ -89,6 +89,22 @@ class ReplicaRules:
 
 
 @dataclass(frozen=True, slots=True)
+class WhenFree:
+    """A start waits for devices that others leave free, and takes what is free enough to take.
+
+    ``used_below``: others must hold less than so many bytes of each. ``shares``: from which free ratio on which
+    share of the device is booked, and told to the engine; below the least ratio it waits. Empty: by its footprint.
+    """
+
+    used_below: int = 10_000 << 20
+    shares: Mapping[float, float] = field(default_factory=lambda: {0.95: 0.80, 0.85: 0.70})
+
+    def share(self, free: float) -> float | None:
+        """Of a device of which the ratio ``free`` is free; None: too little is."""
+        return self.shares[max(reached)] if (reached := [ratio for ratio in self.shares if ratio <= free]) else None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """What the core knows of a configured model.
 
@@ -99,6 +115,7 @@ class ModelSpec:
     ``concurrency``: requests at a time, ``None`` unlimited. ``queue_timeout``: longest wait.
     ``drain_limit``: after so long a drain the running requests are cut; ``None``: never.
     ``preempt``: running requests may be frozen by a sleep (only after one proved to survive it).
+    ``when_free``: it starts only on devices that others leave free; ``None``: wherever its booking fits.
     """
 
     name: str
@@ -123,6 +140,7 @@ class ModelSpec:
     replica_of: str = ""
     replicas: ReplicaRules = ReplicaRules()
     keeps_host: bool = True  # once slept at level 1 its host memory stays taken until it stops (vLLM's does)
+    when_free: WhenFree | None = None
 
 
 @dataclass(frozen=True, slots=True)

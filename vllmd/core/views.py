@@ -8,6 +8,7 @@ from vllmd.core.fleet import Fleet
 from vllmd.core.group import Group, in_flight
 from vllmd.core.ledger import Account, gib
 from vllmd.core.model import Model, Standing
+from vllmd.core.situation import waits_for_others
 from vllmd.core.types import DeviceView, ModelView, Snapshot, State
 
 
@@ -80,6 +81,9 @@ def _waiting_for_room(fleet: Fleet, exchanges: Exchanges, m: Model) -> str:
     if exchange and exchange.victims:
         running = sum(len(exchanges.models[name].running) for name in exchange.victims)
         return f"{', '.join(exchange.victims)} to leave ({running} requests running there)"
+    others = waits_for_others(fleet, exchanges.models.values(), m)
+    if others:
+        return others.why
     holder = fleet.holder(exchange.devices if exchange else m.placement.devices or tuple(fleet.ledger.accounts))
     if holder:
         return f"{holder}, which is {exchanges.models[holder].state.value.replace('_', ' ')}"

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import importlib
 import logging
+import math
 import signal
 import socket
 import time
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("vllmd")
 
 SAMPLE_INTERVAL = 5.0  # seconds between looks at the devices while an engine is loaded
+WAIT_INTERVAL = 1.0  # the same while a model waits for room: strangers may leave any moment
 STATUS_INTERVAL, SHORTEST_TICK = 1.0, 0.05  # seconds
 SHORTEST_LIFE = 1.0  # seconds; faster activations would look like a crash loop to systemd's start limit
 STOP_ENGINES_LIMIT = 60.0
@@ -154,40 +156,55 @@ class Daemon:
 
     async def _tick(self) -> None:
         """Once a second, or as often as the idle exit wants: watchdog, status, idle exit; now and then a sample."""
-        next_sample = 0.0
+        looked = kept = -SAMPLE_INTERVAL
         while True:
             self.notify.watchdog()
             self._say_status()
             if self._may_exit():
                 log.info("nothing is loaded and nobody is connected: exiting until the next connection")
                 self.stop()
-            if time.monotonic() >= next_sample and self.opened.is_set() and self._in_use():
-                next_sample = time.monotonic() + SAMPLE_INTERVAL
-                self._side_task(self._sample())
+            now = time.monotonic()
+            if self.opened.is_set() and now >= looked + self._look_interval():
+                keep, looked = now >= kept + SAMPLE_INTERVAL, now
+                kept = now if keep else kept
+                self._side_task(self._sample(keep=keep))
             await asyncio.sleep(min(STATUS_INTERVAL, max(self.config.server.idle_exit or 0.0, SHORTEST_TICK)))
 
-    async def _sample(self) -> None:
-        """A side task: neither a stuck driver nor a stuck launcher may hold up the watchdog."""
+    async def _sample(self, *, keep: bool) -> None:
+        """A side task: neither a stuck driver nor a stuck launcher may hold up the watchdog.
+
+        ``keep``: what a later daemon must know is written down as well.
+        """
         if self._sampling.locked():
             return
         async with self._sampling:
             await self.look()
-            await self._note_idle()
-            await self._keep_learnt()
+            if keep:
+                await self._note_idle()
+                await self._keep_learnt()
 
     async def look(self) -> None:
         """Tell the core what the devices hold now, if they say."""
         views = self.heart.scheduler.snapshot(self.heart.now()).models
         expected = {(view.name, index): view.memory for view in views for index in view.devices}
         sampled = await self.memory.report(self.fleet.members, expected)
+        if sampled is None and self.memory.readable:  # the driver hangs: nobody knows what others hold
+            unread = {device.index: "no answer" for device in self.memory.inventory}
+            sampled = events.MemorySampled({}, {}, unread)
         if sampled:
             self.heart.post(sampled)
 
-    def _in_use(self) -> bool:
-        """Whether it matters what the devices hold: something is loaded or waited for, or has not come back."""
-        if self.fleet.members or self.turnstile.open:
-            return True
-        return any(device.wedged for device in self.heart.scheduler.snapshot(self.heart.now()).devices)
+    def _look_interval(self) -> float:
+        """How often it matters what the devices hold: something waits for room, is loaded, or has not come back."""
+        seen = self.heart.scheduler.snapshot(self.heart.now())
+        if any(view.waiting_for and view.state in (State.STOPPED, State.SLEEPING) for view in seen.models):
+            return WAIT_INTERVAL
+        in_use = self.fleet.members or self.turnstile.open or any(device.wedged for device in seen.devices)
+        return SAMPLE_INTERVAL if in_use else math.inf
+
+    def _awaited(self) -> bool:
+        """Whether a model is to be loaded, by request or by an operator's word."""
+        return any(view.waiting_for for view in self.heart.scheduler.snapshot(self.heart.now()).models)
 
     def _say_status(self) -> None:
         status = self.status_line()
@@ -219,6 +236,7 @@ class Daemon:
             or self.fleet.members
             or self.turnstile.open
             or self.doors.connections
+            or self._awaited()
         )
         if busy:
             self._idle_since = time.monotonic()

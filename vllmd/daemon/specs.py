@@ -29,6 +29,7 @@ def spec_of(model: ModelConfig, engine: Engine, told: Estimate) -> ModelSpec:
         queue_timeout=model.queue_timeout,
         drain_limit=model.drain_limit,
         preempt=model.preempt,
+        when_free=model.when_free,
         max_restarts=model.max_restarts,
         restart_backoff=model.restart_backoff,
     )

@@ -15,7 +15,7 @@ learns the first. The rules, per device:
 4. Asleep: 0.9 GiB + 4 % of the weights (0.9 to 1.2 GiB were seen at up to 8 GB
    of weights, 7 GB at about 125). Host at level 1: all weights.
 5. ``gpu_memory``: a fraction of the device (vLLM's own meaning), or bytes, is
-   taken at its word instead of 1-3's sum.
+   taken at its word instead of 1-3's sum; the largest of ``when_free.shares`` too.
 6. Nothing known at all: 0.9 of the device, and as much of the host at level 1.
 """
 
@@ -179,6 +179,8 @@ def _asked(model: ModelConfig) -> float | int | None:
     """What the user said about device memory: a fraction (float), bytes (int) or nothing."""
     if model.gpu_memory is not None:
         return model.gpu_memory
+    if model.when_free and model.when_free.shares:
+        return max(model.when_free.shares.values())  # of a device that is all free; the core has the last word
     try:
         share = float(argument(model, "gpu-memory-utilization"))
     except ValueError:
@@ -246,7 +248,8 @@ def _kv_left(model: ModelConfig, facts: Facts, budget: int, fixed: int) -> _Kv:
     notes: tuple[str, ...] = ()
     if left < least:
         need = f"{size(fixed)} for weights and overhead and {size(least)} for one request of the longest length"
-        notes = (f"gpu_memory gives {size(budget)}, but it needs about {need}",)
+        says = "when_free.shares" if model.gpu_memory is None and model.when_free else "gpu_memory"
+        notes = (f"{says} gives {size(budget)}, but it needs about {need}",)
     told = max(0, left) if isinstance(_asked(model), int) and least else 0
     return _Kv(max(0, left), "what is left", per_token, told, notes)
 

@@ -1,0 +1,129 @@
+"""``when_free``: devices that others use, read by NVML or from a device file, until the start is ordered."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from tests.daemon.rig import Rig, soon, tell
+from tests.engines.installed import daemon
+from tests.gpu.fake_nvml import FakeNvml, Gpu
+from vllmd.config.types import ModelConfig
+from vllmd.core.scheduler import Scheduler
+from vllmd.core.types import GiB, WhenFree
+from vllmd.daemon.fleet import Fleet
+from vllmd.daemon.kinds import Kinds
+from vllmd.daemon.loop import Heart
+from vllmd.daemon.memory import Memory
+from vllmd.daemon.opening import specs_of
+from vllmd.daemon.orders import Orders, Paths
+from vllmd.daemon.preflight import Machine, look
+from vllmd.daemon.turnstile import Turnstile
+from vllmd.gpu.nvml import NvmlDevices
+from vllmd.proxy.gate import Passage
+from vllmd.simengine.device import FakeGpu, make_device
+
+
+class Site:
+    """All of the daemon between NVML and the launcher, for one model, ``m``; somebody else's process is 4242."""
+
+    def __init__(self, rig: Rig, folder: Path, model: ModelConfig, *gpus: Gpu) -> None:
+        self.gpus, self.launcher = gpus, rig.launcher
+        self._memory = Memory(NvmlDevices(0, {}, FakeNvml(*gpus)))
+        machine = Machine(self._memory.inventory, folder, folder / "run")
+        self.heart = Heart(Scheduler(specs_of(look([model], machine, Kinds())), machine.devices))
+        self._fleet = Fleet(
+            rig.launcher,  # type: ignore[arg-type]
+            self.heart.post,
+            self._memory,
+            Orders(self._memory, Paths(folder / "run"), Kinds(), rig.ports),
+        )
+        rig.launcher.on_exit = self._fleet.on_exit
+        self._fleet.configure({"m": model}, {})
+        opened = asyncio.Event()
+        opened.set()
+        self._gate = Turnstile(self.heart.post, lambda name: self._fleet.members[name].listen, Kinds(), opened)
+        self._gate.configure({"m": model})
+        self.heart.connect(self._fleet, self._gate)
+
+    async def ask(self) -> asyncio.Task[Passage]:
+        """A client's request, which has arrived."""
+        task = asyncio.ensure_future(self._gate.enter("m", "key", "id"))
+        await asyncio.sleep(0)
+        return task
+
+    async def sample(self, *gib: int) -> None:
+        """The devices are read while 4242 holds so much of each."""
+        for gpu, size in zip(self.gpus, gib, strict=True):
+            gpu.used, gpu.computing = size * GiB, {4242: size * GiB} if size else {}
+        sampled = await self._memory.report({}, {})
+        assert sampled
+        self.heart.post(sampled)
+
+    @property
+    def shares(self) -> list[str]:
+        """The utilization that each engine was started with."""
+        orders = [order.argv for order in self.launcher.orders]
+        return [argv[argv.index("--gpu-memory-utilization") + 1] for argv in orders]
+
+    def waiting_for(self) -> str:
+        (view,) = self.heart.scheduler.snapshot(self.heart.now()).models
+        return view.waiting_for
+
+
+def waits(**settings: object) -> ModelConfig:
+    return ModelConfig("m", when_free=WhenFree(), options={"rpc_dir": "/tmp"}, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("left", "share"), [(0, "0.8"), (4, "0.8"), (5, "0.7"), (9, "0.7")])
+def test_S_is_gpu_free_starts_with_the_share_that_the_free_ratio_picks(tmp_path: Path, left: int, share: str) -> None:
+    """Below 10,000 MB used it is free; 0.80 of the memory from a free ratio of 0.95 on, 0.70 from 0.85 on."""
+
+    async def story(rig: Rig) -> None:
+        site = Site(rig, tmp_path, waits(), Gpu("GPU-a"))
+        await site.sample(0)
+        asked = await site.ask()
+        for used in (23, 60, 10):
+            await site.sample(used)
+            assert site.shares == []
+            assert f"strangers hold {used}.0 GiB on device 0" in site.waiting_for()
+        await site.sample(left)
+        await soon(asked)
+        assert site.shares == [share]
+
+    tell(story, tmp_path)
+
+
+def test_S_is_gpu_free_looks_at_all_gpus_of_a_model(tmp_path: Path) -> None:
+    """The original's check of several asked for one that does not exist. The fullest picks the share."""
+
+    async def story(rig: Rig) -> None:
+        site = Site(rig, tmp_path, waits(tensor_parallel_size=2), Gpu("GPU-a"), Gpu("GPU-b"))
+        await site.sample(0, 0)
+        asked = await site.ask()
+        for used in ((0, 23), (23, 0)):
+            await site.sample(*used)
+            assert site.shares == []
+        await site.sample(0, 8)
+        await soon(asked)
+        assert site.shares == ["0.7"]
+        assert rig.launcher.orders[0].env["CUDA_VISIBLE_DEVICES"] == "GPU-a,GPU-b"
+
+    tell(story, tmp_path)
+
+
+def test_the_daemon_notices_when_a_stranger_leaves(tmp_path: Path) -> None:
+    """Though nothing is loaded and no request is open: an operator's word is enough to have it look."""
+    gpu = FakeGpu(make_device(tmp_path / "gpu0", 80 * GiB))
+    gpu.hold(23 * GiB)
+    model = {"engine": "sim", "when_free": True}
+    config = {"devices": [{"memory": "80GiB", "file": str(gpu.path)}], "models": {"m": model}}
+    with daemon(tmp_path / "site", config) as site:
+        assert site.admin.post("/admin/models/m/load", json={}).status_code == 202
+        assert "strangers hold 23.0 GiB on device 0" in site.decision("m", "wait")["why"]
+        gpu.hold(0)
+        site.wait_for("m", "running")
+        assert site.decision("m", "free")["numbers"]["share"] == 0.8
+        assert f"--memory\0{64 * GiB}\0" in Path(f"/proc/{site.view('m')['pid']}/cmdline").read_text()
