@@ -21,6 +21,7 @@ from vllmd.config.types import (
     EngineDefaults,
     KeyConfig,
     ModelConfig,
+    ReplicaConfig,
     RequestRules,
     ScopeLimits,
     ServerConfig,
@@ -88,6 +89,13 @@ def never(node: Node) -> Node | None:
         return None
     word = replace(node, value="never", text="never")
     return replace(node, value={"sleep_after": word, "deepen_after": word, "stop_after": word})
+
+
+def several(node: Node) -> Node | None:
+    """``replicas: 2`` are two alike; ``replicas: [...]`` is the list of them."""
+    if node.is_list:
+        return replace(node, value={"of": node})
+    return None if node.is_map else replace(node, value={"min": node, "max": node})
 
 
 def plainly(node: Node) -> Node | None:
@@ -213,6 +221,56 @@ LIMITS = Group(
     ),
 )
 
+REPLICAS = Group(
+    ReplicaConfig,
+    "Several engines of the model, which share its requests: of two taken at random the one gets a request that will "
+    "answer sooner. A number in place of the mapping is that many alike, a list is what of would be.",
+    (
+        Setting(
+            "min",
+            k.count(1, 1024, "all"),
+            "So many of those that take devices here are brought up, where they fit, while the model is used.",
+        ),
+        Setting("max", k.count(1, 1024, "none"), "So many alike there may be here, where of does not list them."),
+        Setting(
+            "of",
+            k.MAPPINGS,
+            "Each replica's own settings, beside those of the model: any but aliases, api_key, replicas and request, "
+            "and name, which stands behind the model's name and @ in vllmctl, in place of a number.",
+            field="given",
+        ),
+        Setting(
+            "busy", k.count(1), "Requests per replica, waiting ones included, beyond which another one is brought up."
+        ),
+        Setting("busy_for", k.PAUSE, "How long it must have been so."),
+        Setting("calm_for", k.PAUSE, "How long one fewer must have been enough by far, until one gets nothing more."),
+        Setting(
+            "probe",
+            k.TEXT_OR_NONE,
+            "What a replica is asked when it has come up or comes back, before it serves; none asks nothing.",
+            also=("benchmark_message",),
+        ),
+        Setting("probe_route", k.TEXT, "Where it is asked: /v1/embeddings for a model that embeds."),
+        Setting("probe_limit", k.DURATION_KIND, "Longest answer to it as long as no other replica's is known."),
+        Setting(
+            "growth",
+            Kind("a number above 1", k.real(1, 1000), {"type": "number", "exclusiveMinimum": 1}),
+            "How many times slower than the fastest a replica may be before it is set aside, and by how much that "
+            "grows with each attempt to come back.",
+            also=("latency_growing_rate",),
+        ),
+        Setting(
+            "retries",
+            k.count(0, 1000),
+            "How often a request that failed before a byte of its answer is sent to another replica.",
+            also=("max_retry",),
+        ),
+    ),
+    several,
+    "a number, a list of mappings, or a mapping",
+    optional=True,
+)
+
 MODEL = Group(
     ModelConfig,
     "A model. Its key is the name that clients ask for, such as Qwen/Qwen3-0.6B.",
@@ -298,6 +356,12 @@ MODEL = Group(
         Setting("restart_backoff", k.PAUSE, "Pause before the first restart; it doubles with each failure."),
         Setting("log_file", k.BOOL, "Write the engine's output to a rotating file, too, not only to the journal."),
         Setting("limits", LIMITS, "Resource limits of its scope."),
+        Setting(
+            "host",
+            k.TEXT,
+            "Name or address of the only machine that it is meant for; others that read this file leave it out.",
+        ),
+        Setting("replicas", REPLICAS, "Several engines of it."),
         Setting("request", REQUEST, "What becomes of its JSON requests."),
         Setting("options", k.MAP, "Settings of the engine kind, see ENGINES in vllmd.yaml(5)."),
         Setting(
@@ -312,7 +376,15 @@ MODEL = Group(
     accepts="a mapping of settings",
 )
 
-NOT_IN_DEFAULTS = frozenset({"model", "aliases", "api_key"})
+NOT_IN_DEFAULTS = frozenset({"model", "aliases", "api_key", "host", "replicas"})
+REPLICA = replace(
+    MODEL,
+    doc="A replica's own settings.",
+    rows=(
+        Setting("name", k.TEXT, "What it is called behind the model's name and @."),
+        *(row for row in MODEL.rows if row.name not in {"aliases", "api_key", "replicas", "request"}),
+    ),
+)
 DEFAULTS = replace(
     MODEL,
     doc="Settings of all models that do not say otherwise. env, idle, limits, options and a mapping in extra_args "

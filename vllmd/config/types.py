@@ -35,10 +35,36 @@ class RequestRules:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaConfig:
+    """Several engines of one model. Times in seconds; the rules are those of ``core.types.ReplicaRules``.
+
+    ``min``: how many are brought up while it is used, None: all. ``max``: how many alike there may be here.
+    ``given``: what each entry of the list says, as plain data; ``of``: each one's settings, complete. Their names
+    are the model's and ``@`` and a number, or the ``name`` of the entry.
+    ``probe``: what a replica is asked before it serves, at ``probe_route``; None: nothing.
+    """
+
+    min: int | None = None
+    max: int | None = None
+    given: tuple[Mapping[str, object], ...] = ()
+    of: tuple[ModelConfig, ...] = ()
+    busy: int = 8
+    busy_for: float = 10.0
+    calm_for: float = 60.0
+    probe: str | None = "Say hi."
+    probe_route: str = "/v1/chat/completions"
+    probe_limit: float = 5.0
+    growth: float = 4.0
+    retries: int = 3
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """One model as configured (defaults already applied)."""
+    """One model as configured (defaults already applied), or one of its replicas (``replica_of``)."""
 
     name: str
+    replica_of: str = ""
+    host: str = ""  # the only machine that it is meant for
     engine: str = "vllm"
     model: str = ""  # path or repository id; "" means the name
     command: tuple[str, ...] = ()  # instead of the engine's own, e.g. ("/opt/vllm/bin/vllm",)
@@ -78,6 +104,7 @@ class ModelConfig:
     limits: ScopeLimits = ScopeLimits()
     request: RequestRules = field(default_factory=RequestRules)
     options: Mapping[str, object] = field(default_factory=dict)  # the engine kind's own
+    replicas: ReplicaConfig | None = None
     where: str = ""  # file:line, for errors
 
     @property

@@ -15,6 +15,7 @@ from vllmd.core.vacancy import room_beside_kept
 
 TICK = 0.25  # seconds between two looks while anything waits
 FILL_AGE = 5.0  # seconds for which the choice of level-1 sleepers stands
+RECENT = 10.0  # seconds for which it is believed what others leave free, where nobody waits for it
 HOUSE_AGE = 1.0  # seconds between two looks for sleepers that must move
 
 
@@ -95,9 +96,12 @@ class Planner:
             core.touch(core.models[victim.model])
         self._settle()
 
-    def bring(self, m: Model, why: str) -> bool:
-        """Have it serve where it fits beside what is there; nobody leaves for it. Whether that could be begun."""
-        devices = fits(self.look(), self.observer.see_newcomer(m, since=-INFINITY))
+    def bring(self, m: Model, why: str, since: float) -> bool:
+        """Have it serve where it fits beside what is there; nobody leaves for it. Whether that could be begun.
+
+        ``since``: from when the word must be on what others leave free, if it starts only there.
+        """
+        devices = fits(self.look(), self.observer.see_newcomer(m, since))
         if devices is None or never_fits(self._core.fleet.ledger, m):
             return False
         m.wanted = self._core.now
@@ -115,7 +119,7 @@ class Planner:
         """
         core = self._core
         for m in list(todo.values()):
-            if m.state is not State.STOPPED or m.demand or self.bring(m, "it is to be preloaded"):
+            if m.state is not State.STOPPED or m.demand or self.bring(m, "it is to be preloaded", -INFINITY):
                 del todo[m.name]
             elif self._waits_for_others(m):
                 del todo[m.name]

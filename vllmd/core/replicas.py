@@ -13,7 +13,7 @@ from vllmd.core.common import Core
 from vllmd.core.events import ReplicaProbed
 from vllmd.core.group import QUICK, Group
 from vllmd.core.model import INFINITY, Leave, Model, Replica, Standing
-from vllmd.core.planner import Planner
+from vllmd.core.planner import RECENT, Planner
 from vllmd.core.types import State
 
 NEWEST = 0.2  # weight of the newest answer in a replica's latency
@@ -236,8 +236,9 @@ class Replicas:
         for m in missing:
             if m.state is State.FAILED:
                 core.fleet.forgive(m)
-            self._planner.bring(m, f"{group.name} is to have {max(group.wanted, group.rules.least)} replicas here"
-                                if m.spec.device_count else f"{group.name} is in use")  # fmt: skip
+            number = max(group.wanted, group.rules.least)
+            why = f"{group.name} is to have {number} replicas here" if m.spec.device_count else f"{group.name} is used"
+            self._planner.bring(m, why, core.now - RECENT)
 
     def _in_use(self, group: Group) -> bool:
         recently = self._core.now < group.used + group.rules.calm_for
