@@ -340,7 +340,7 @@ class World:
             fit = {math.ceil(share * memory) for free, share in rule.shares.items() if free <= 1 - others / memory}
             assert not rule.shares or command.memory in fit, f"{command} where others hold {others} of {memory}"
             came = min((self.came[r] for r, m in self.queued.items() if m == command.model), default=self.now)
-            if self.specs[command.model].replica_of:  # brought up beside others, by what was last seen
+            if command.model in self.siblings:  # brought up beside others, by what was last seen
                 came = min([self.now - RECENT, *(self.came[r] for r, m in self.queued.items() if m in self.siblings)])
             old = command.model not in self.wished and self.looked.get(index, came) < came
             assert not old, f"{command} by a sample of {self.looked[index]}, but the first request is from {came}"

@@ -25,6 +25,7 @@ def check(config: Config) -> Iterator[Finding]:
     for model in config.models.values():
         yield from _model(model, config)
         yield from _idle(model)
+        yield from _replicas(model, config)
 
 
 def doubts(config: Config) -> Iterator[Finding]:
@@ -145,6 +146,28 @@ def _shares(model: ModelConfig) -> Iterator[Finding]:
     if model.when_free and model.when_free.shares and said:
         what = f"when_free.shares says how much it takes, and so does {said[0]}; drop that, or set the shares to none"
         yield _place(model), f"models.{model.name}.when_free", what
+
+
+def _replicas(model: ModelConfig, config: Config) -> Iterator[Finding]:
+    """What its list of replicas says beside other settings; then each of them as any model."""
+    rules, path = model.replicas, f"models.{model.name}.replicas"
+    if rules is None:
+        return
+    if rules.given and rules.max is not None:
+        yield _place(model), path, "give either max or of, not both: of lists all that there may be"
+    elif rules.max is not None and rules.min is not None and rules.min > rules.max:
+        yield _place(model), path, f"min is {rules.min}, and max only {rules.max}"
+    if not rules.of:
+        yield _place(model), path, "of lists no replica"
+    names = [one.name for one in rules.of]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield _place(model), path, f"two of them are called {name}"
+    for name in names:
+        if name in config.models or not good_name(name):
+            yield _place(model), path, f"{name!r} is {'another model' if name in config.models else 'no good name'}"
+    for one in rules.of:
+        yield from _model(one, config)
+        yield from _idle(one)
 
 
 def _idle(model: ModelConfig) -> Iterator[Finding]:

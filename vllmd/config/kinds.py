@@ -498,5 +498,12 @@ ENV = Kind(
     lambda value: "none" if not value else str(dict(value)),
 )
 MAP = Kind("a mapping", parse_map, {"type": "object"}, lambda value: "none" if not value else str(dict(value)))
+MAPPINGS = Kind(
+    "a list of mappings",
+    list_of(parse_map),
+    {"type": "array", "items": {"type": "object"}},
+    lambda value: f"{len(value)} of them" if value else "none",
+)
+TEXT_OR_NONE = Kind("text, or none", or_none(parse_text, "none", "off"), {"type": ["string", "null"]}, none="none")
 HOST = Kind("a host name or address", parse_host, {"type": "string"}, none="both loopback addresses")
 PORT = count(0, 65535)

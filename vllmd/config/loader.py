@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vllmd.config import checks, secrets
 from vllmd.config.findings import Findings, Problem, Reading
-from vllmd.config.kinds import HOST, PORT, Kind, Wrong
+from vllmd.config.kinds import HOST, PORT, TEXT, Kind, Wrong
 from vllmd.config.nodes import Node, Where, overlay
-from vllmd.config.settings import AUTH, COMBINED, DEFAULTS, DEVICE, IDLE, KEY, MODEL, ROOT, SERVER, Group
+from vllmd.config.settings import AUTH, COMBINED, DEFAULTS, DEVICE, IDLE, KEY, MODEL, REPLICA, ROOT, SERVER, Group
 from vllmd.config.shape import Shape
 from vllmd.config.sources import Files, command_line, default_file, environment
 from vllmd.config.trees import join, listen_of, overlay_layer
@@ -30,6 +30,7 @@ from vllmd.errors import ConfigError
 __all__ = ["Problem", "Reading", "default_file", "load", "read"]
 
 NOWHERE = Where("defaults")
+ENGINES_OWN = frozenset({"options", "extra_args", "env", "command"})  # mean nothing to another kind of engine
 FAILED: Any = object()
 
 
@@ -252,7 +253,37 @@ class _Parser:
         token = self.token(merged, path)
         if token is not None:
             values["hf_token"] = token
-        return ModelConfig(name=name, **values, where=str(where))
+        model = ModelConfig(name=name, **values, where=str(where))
+        if model.replicas is None:
+            return model
+        return replace(model, replicas=replace(model.replicas, of=tuple(self.replicas(model, merged, path))))
+
+    def replicas(self, model: ModelConfig, node: Node, path: str) -> Iterator[ModelConfig]:
+        """Each replica's settings: those of the model, and over them what the list says, if there is one."""
+        rules, base = model.replicas, replace(model, replicas=None, aliases=(), replica_of=model.name)
+        listed = node.value["replicas"].value.get("of")
+        if rules is None or listed is None:
+            number = (rules and (rules.max or rules.min)) or 1
+            yield from (replace(base, name=f"{model.name}@{index + 1}") for index in range(number))
+            return
+        for index, entry in enumerate(listed.value if listed.is_list else ()):
+            if entry.is_map:
+                yield self.replica(base, node, entry, f"{path}.replicas.of[{index}]", index)
+
+    def replica(self, base: ModelConfig, node: Node, entry: Node, path: str, index: int) -> ModelConfig:
+        entry = Shape(self.findings).canonical(REPLICA, entry, path)
+        if "engine" in entry.value and entry.value["engine"].text != base.engine:
+            node = node.with_value({name: value for name, value in node.value.items() if name not in ENGINES_OWN})
+            base = replace(base, options={}, extra_args=(), env={}, command=())
+        merged = overlay(node, entry, COMBINED.__contains__)
+        own = merged.with_value({name: merged.value[name] for name in entry.value})
+        values = self.values(MODEL, own, path, skip=("idle",))
+        if "idle" in own.value:
+            values["idle"] = self.idle(own.value["idle"], f"{path}.idle")
+        if (token := self.token(own, path)) is not None:
+            values["hf_token"] = token
+        label = self.parse(TEXT, own.value["name"], f"{path}.name") if "name" in own.value else f"{index + 1}"
+        return replace(base, **values, name=f"{base.name}@{label}", where=str(entry.where))
 
     def token(self, node: Node, path: str) -> str | None:
         entries = node.value

@@ -88,8 +88,10 @@ def written(row: Setting, value: Any) -> str:
     """A value as it would stand in the file."""
     kind = row.kind
     assert not isinstance(kind, Group)
-    if row.name == "options" and "key" in value:  # a remote's
-        value = {**value, "key": HIDDEN}
+    if kind is kinds.MAPPINGS:
+        value = tuple(map(hidden, value))
+    if row.name == "options":
+        value = hidden(value)
     if kind is SHARES:
         return kind.show(value)
     if isinstance(value, tuple | Mapping):
@@ -100,6 +102,12 @@ def written(row: Setting, value: Any) -> str:
         return kinds.show_size(value) if isinstance(value, int) else f"{value:g}"
     text = kind.show(value)
     return text if kind.show is not str or isinstance(value, int | float) else key(text)
+
+
+def hidden(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping without the secrets in it: a token, or a remote's key."""
+    plain = {name: hidden(inner) if isinstance(inner, Mapping) else inner for name, inner in value.items()}
+    return plain | dict.fromkeys(plain.keys() & {"key", "hf_token"}, HIDDEN)
 
 
 def key(text: str) -> str:

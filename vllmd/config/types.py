@@ -110,7 +110,7 @@ class ModelConfig:
     @property
     def source(self) -> str:
         """What the engine is given to load: a path or a repository id."""
-        return self.model or self.name
+        return self.model or self.replica_of or self.name
 
 
 @dataclass(frozen=True, slots=True)
