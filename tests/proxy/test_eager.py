@@ -1,4 +1,4 @@
-"""Coroutines whose first step is taken at once."""
+"""Coroutines whose steps are taken at once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from vllmd.proxy.eager import Begun
+from vllmd.proxy.eager import Begun, Bell, Eager
 
 
 def test_what_waits_for_nothing_is_over_at_once() -> None:
@@ -72,5 +72,77 @@ def test_a_cancelled_wait_reaches_the_coroutine(cleans_up: bool) -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         assert seen == ["cancelled"]
+
+    asyncio.run(play())
+
+
+def test_what_waits_for_a_bell_goes_on_as_it_rings() -> None:
+    """Without a turn of the loop, without a task, and any number of times."""
+
+    async def play() -> None:
+        bells = [Bell(), Bell()]
+        steps = []
+
+        async def hear() -> None:
+            for bell in bells:
+                await bell
+                steps.append(asyncio.all_tasks())
+
+        running = Eager(hear(), asyncio.get_running_loop())
+        assert running.waits
+        for bell in bells:
+            bell.ring()
+            bell.ring()
+        assert steps == [{asyncio.current_task()}] * 2
+        assert not running.waits
+
+    asyncio.run(play())
+
+
+def test_any_other_wait_brings_a_task() -> None:
+    """So that time limits can be had after it, and bells are still heard."""
+
+    async def play() -> None:
+        bell, other, over = Bell(), Bell(), asyncio.Event()
+
+        async def hear() -> None:
+            await bell
+            await asyncio.sleep(0)
+            async with asyncio.timeout(10):
+                await other
+            over.set()
+
+        running = Eager(hear(), asyncio.get_running_loop())
+        bell.ring()
+        await asyncio.sleep(0)
+        other.ring()
+        await over.wait()
+        assert not running.waits
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("rung_too", [False, True])
+def test_a_cancelled_wait_for_a_bell_ends_in_the_next_turn(rung_too: bool) -> None:
+    """Whoever cancels goes on first; a bell that rings after that is not heard."""
+
+    async def play() -> None:
+        bell, seen = Bell(), []
+
+        async def hear() -> None:
+            try:
+                await bell
+            except asyncio.CancelledError:
+                seen.append("cancelled")
+
+        running = Eager(hear(), asyncio.get_running_loop())
+        running.cancel()
+        running.cancel()
+        if rung_too:
+            bell.ring()
+        assert not seen
+        await asyncio.sleep(0)
+        assert seen == ["cancelled"]
+        assert not running.waits
 
     asyncio.run(play())

@@ -79,6 +79,13 @@ def test_bad_chunks_are_refused(body: bytes, step: int) -> None:
         scanned(Chunked(), pieces)
 
 
+def test_a_size_line_that_is_known_is_no_end_of_a_chunk() -> None:
+    """What has been learnt of size lines lets none stand where the line end of the chunk before it belongs."""
+    Chunked().scan(b"1234\r\n" + b"x" * 0x1234 + b"\r\n12\r\n" + b"x" * 0x12 + b"\r\n")
+    with pytest.raises(BadFraming):
+        Chunked().scan(b"12\r\n" + b"x" * 0x12 + b"1234\r\n" + b"x" * 0x1234 + b"\r\n")
+
+
 @given(st.lists(st.binary(max_size=20), max_size=10), st.integers(0, 100))
 def test_a_length_is_counted(pieces: list[bytes], length: int) -> None:
     """The body is the first ``length`` bytes, and the end is told once they are there."""

@@ -7,7 +7,7 @@ From the wire inwards::
     reader       bytes -> heads and bodies (pure), over heads and framing
     routing      path -> handler; exchange: one request and its answer
     relay        a model's request: peek (find ``model``; large: in megabytes), gate (may it go?),
-                 loading (SSE comments meanwhile); eager spares it turns of the loop
+                 loading (SSE comments meanwhile); eager spares it turns of the loop and tasks
     upstream     connections to engines, their pool, and ``request`` for control calls
     answer       the engine's answer on its way back; rewrite puts the client's name into it
     tunnel       WebSockets: bytes both ways

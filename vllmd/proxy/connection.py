@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Protocol, cast
 
 from vllmd.errors import BadRequest, RequestTimeout, TookTooLong, Unavailable, VllmdError
-from vllmd.proxy.eager import Begun
+from vllmd.proxy.eager import Eager
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.heads import RequestHead
 from vllmd.proxy.http import Headers, Peer, Request
@@ -79,7 +79,7 @@ class Connection(asyncio.Protocol):
         self._request: Request
         self._handler: Handler
         self._exchange: Exchange | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._running: Eager | None = None
         self._tunnel: Callable[[bytes], None] | None = None
         self._held = 0  # bytes of memory reserved for the body
         self._keep_alive = True
@@ -142,8 +142,8 @@ class Connection(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
         self._release()
-        if self._task is not None:
-            self._task.cancel()
+        if self._running is not None:
+            self._running.cancel()
         self._host.left(self)
 
     def pause_writing(self) -> None:
@@ -264,9 +264,9 @@ class Connection(asyncio.Protocol):
         self._expiry = None
         if self._write_paused:
             exchange.pause(True)
-        begun = Begun(self._run(exchange, self._handler))
-        if not begun.over:
-            self._task = self._loop.create_task(begun.rest())
+        running = Eager(self._run(exchange, self._handler), self._loop)
+        if running.waits:
+            self._running = running
 
     async def _run(self, exchange: Exchange, handler: Handler) -> None:
         try:
@@ -292,7 +292,7 @@ class Connection(asyncio.Protocol):
     def finished(self, *, keep_alive: bool) -> None:
         """The answer is whole."""
         self.served += 1
-        self._exchange = self._task = None
+        self._exchange = self._running = None
         self._release()
         if self._gone:
             return
@@ -308,7 +308,7 @@ class Connection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Close so that the client sees the answer as broken off."""
-        self._exchange = self._task = None
+        self._exchange = self._running = None
         if not self._gone:
             self._phase = Phase.CLOSING
             self._transport.close()
@@ -337,12 +337,12 @@ class Connection(asyncio.Protocol):
             self._expect(max(0.0, self._expiry - self._loop.time()), self._expired)
 
     def _expired(self) -> None:
-        exchange, task = self._exchange, self._task
-        if exchange is None or task is None:
+        exchange, running = self._exchange, self._running
+        if exchange is None or running is None:
             return
         exchange.keep_alive = False
         exchange.fail(TookTooLong(f"the request took longer than it may: {exchange.elapsed:.0f} s"))
-        task.cancel()
+        running.cancel()
 
     # -- ending
 

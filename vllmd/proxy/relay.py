@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from vllmd.errors import BadRequest, EngineFailed, Forbidden, NotFound, UnknownModel, UpstreamFailed, VllmdError
 from vllmd.proxy.answer import Answer, Errand, answer_for
-from vllmd.proxy.eager import Begun
+from vllmd.proxy.eager import Begun, Bell
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.framing import Framing
 from vllmd.proxy.gate import Doorkeeper, Gate, OpenDoor, Passage, Target
@@ -183,7 +183,7 @@ class Trip:
         self._loading = loading
         self._passage: Passage | None = passage
         self._where = passage.upstream
-        self._turn: asyncio.Future[None] | None = None
+        self._over: Bell | None = None
         self._error: VllmdError | None = None
         self._again = False
         self._upstream: Upstream | None = None
@@ -208,10 +208,10 @@ class Trip:
         self._upstream = upstream
         if self._error is not None:  # cut off while it connected
             return
-        self._turn = turn = asyncio.get_running_loop().create_future()
+        self._over = over = Bell(loop=asyncio.get_running_loop())
         upstream.send(self._exchange.request.method, head, body, self)
         self._exchange.follow_pauses(self._on_pause)
-        await turn
+        await over
 
     def close(self) -> None:
         """Whatever is still open is closed; nothing more reaches the client."""
@@ -221,8 +221,9 @@ class Trip:
         self._leave()
 
     def cut(self, reason: str) -> None:
-        """The daemon breaks the request off."""
-        self._settle(EngineFailed(f"the request was broken off: {reason}"))
+        """The daemon breaks the request off, and goes on with what it is at before anything follows from that."""
+        self._error = self._error or EngineFailed(f"the request was broken off: {reason}")
+        asyncio.get_running_loop().call_soon(self._settle, None)
 
     def _leave(self) -> None:
         """Tell the gate that the request is over, and what the answer's usage says it took in all, if it does."""
@@ -263,8 +264,8 @@ class Trip:
 
     def _settle(self, error: VllmdError | None) -> None:
         self._error = self._error or error
-        if self._turn is not None and not self._turn.done():
-            self._turn.set_result(None)
+        if self._over is not None:
+            self._over.ring()
 
     def _on_pause(self, paused: bool) -> None:
         if self._upstream is not None:
