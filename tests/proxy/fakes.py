@@ -71,10 +71,11 @@ class FakeGate:
         self.opened.set()
         self.refusal: VllmdError | None = None
         self.target = Target("m", "m")
+        self.names: tuple[str, ...] = ("m", "m-alias")
 
     def resolve(self, name: str) -> Target:
-        """``m`` under its two names."""
-        if name not in ("m", "m-alias"):
+        """``m`` under any of its names."""
+        if name not in self.names:
             raise UnknownModel(f"no model {name!r}; there is 'm'", param="model")
         return self.target
 

@@ -74,10 +74,10 @@ def test_a_405_says_what_is_allowed() -> None:
             client = await act.client()
             client.send(get("/hello", method="DELETE"))
             answer = await client.answer()
-            assert (answer.status, answer.headers["allow"]) == (405, "get, post")
+            assert (answer.status, answer.headers["allow"]) == (405, "get, head, options, post")
             other = await act.client()
             other.send(get("/hello", method="OPTIONS"))
-            assert (await other.answer()).headers["allow"] == "get, options, post"
+            assert (await other.answer()).headers["allow"] == "get, head, options, post"
 
     asyncio.run(play())
 

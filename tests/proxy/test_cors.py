@@ -52,6 +52,14 @@ def test_a_strangers_preflight_is_a_plain_options() -> None:
     assert cors.preflight(asked, ["POST"]) is None
 
 
+def test_a_cache_is_told_that_the_answer_depends_on_the_page() -> None:
+    """Also by the answers which no page may read; where any may, they are all the same."""
+    for origins, varies in [((), ()), (("*",), ()), (("https://chat.example",), (("vary", "origin"),))]:
+        asked = request()
+        Cors(origins).mark(asked)
+        assert asked.answer_fields == varies
+
+
 def test_fields_go_after_the_status_line() -> None:
     """Relayed heads are bytes; the fields are put into any."""
     head = with_fields(b"HTTP/1.1 200 OK\r\ndate: x\r\n\r\nbody", (("vary", "origin"),))

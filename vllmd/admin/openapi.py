@@ -78,7 +78,7 @@ def _operation(route: Route) -> dict[str, Any]:
     parameters = [*_path_parameters(route.pattern), *own.pop("parameters", ())]
     operation = {
         "operationId": _identifier(route),
-        "tags": [_tag(route.pattern)],
+        "tags": [_tag(route)],
         "summary": route.summary,
         "description": about,
         **({"parameters": parameters} if parameters else {}),
@@ -100,8 +100,8 @@ def _identifier(route: Route) -> str:
     return "_".join([route.method.lower(), *words])
 
 
-def _tag(pattern: str) -> str:
-    first = pattern.split("/")[1]
-    return {"v1": "models", "v2": "models", "admin": "operation", "api": "instances", "upstream": "operation"}.get(
-        first, "models" if first in ("rerank", "score", "classify", "pooling", "tokenize", "detokenize") else "vllmd"
-    )
+def _tag(route: Route) -> str:
+    """The heading it stands under; what an engine answers is without a description of ours."""
+    first = route.pattern.split("/")[1]
+    known = {"v1": "models", "admin": "operation", "api": "instances", "upstream": "operation"}
+    return known.get(first, "vllmd" if route.doc else "models")

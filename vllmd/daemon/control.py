@@ -40,6 +40,7 @@ OUTCOMES: dict[type, tuple[str, bool]] = {  # what an engine's event ends, and w
     events.EngineStopped: ("stop", False),
     events.EngineExited: ("exit", True),
 }
+ENDINGS = frozenset({"stop", "exit"})  # changes after which the engine's process is gone
 
 
 class DaemonControl:
@@ -267,6 +268,8 @@ class DaemonControl:
         view = next((view for view in snapshot.models if view.name == model), None) if snapshot else None
         self.tally.changed(model, change, view.since if view else 0.0, failed=failed)
         self._daemon.post(event)
+        if change in ENDINGS:
+            self._daemon.doors.forget(model)
         if self._watchers:
             why = getattr(event, "reason", "") or f"{change} done"
             state = self.line(model)["state"] if self.snapshot() and view else ""

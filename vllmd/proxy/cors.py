@@ -25,16 +25,19 @@ class Cors:
 
     def mark(self, request: Request) -> None:
         """Have every answer to ``request`` say that the page may read it, if it may."""
-        if self._origins and (allowed := self._allowed(request)):
+        if not self._origins:
+            return
+        if allowed := self._allowed(request):
             request.answer_fields = (
                 ("access-control-allow-origin", allowed),
                 ("access-control-expose-headers", READABLE),
-                ("vary", "origin"),
             )
+        if "*" not in self._origins:  # a cache must not give one page's answer to another
+            request.answer_fields = (*request.answer_fields, ("vary", "origin"))
 
     def preflight(self, request: Request, methods: Iterable[str]) -> Response | None:
         """The answer to a browser that asks beforehand; None if that is not what it asks, or it may not."""
-        if not request.answer_fields or "access-control-request-method" not in request.headers:
+        if not self._origins or not self._allowed(request) or "access-control-request-method" not in request.headers:
             return None
         fields = [("access-control-allow-methods", ", ".join(sorted(methods))), ("access-control-max-age", KEPT)]
         if wanted := request.headers.get("access-control-request-headers"):

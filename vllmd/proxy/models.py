@@ -12,6 +12,7 @@ from vllmd.proxy.tunnel import Tunnels
 JSON_PATHS = (
     "/v1/chat/completions",
     "/v1/chat/completions/batch",
+    "/cohere/v2/chat",
     "/v1/completions",
     "/v1/responses",
     "/v1/messages",
@@ -27,6 +28,9 @@ JSON_PATHS = (
     "/pooling",
     "/tokenize",
     "/detokenize",
+    "/generative_scoring",
+    "/v1/systemone",
+    "/invocations",
     "/v1/images/generations",
     "/v1/audio/speech",
 )

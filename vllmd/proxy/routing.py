@@ -45,7 +45,7 @@ class NoSuchMethod(MethodNotAllowed):
 
     def __init__(self, request: Request, allowed: Sequence[str]) -> None:
         super().__init__(f"{request.path} does not take {request.method}, but {', '.join(allowed)}")
-        self.headers = [("allow", ", ".join(allowed))]
+        self.headers = [("allow", allow_field(allowed))]
 
 
 class Router:
@@ -122,8 +122,13 @@ def compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(PARAMETER.sub(lambda m: f"(?P<{m[1]}>{'.+' if m[2] else '[^/]+'})", re.escape(pattern)))
 
 
+def allow_field(methods: Iterable[str]) -> str:
+    """``Allow`` for a path with these methods: what answers a GET answers a HEAD, and every path OPTIONS."""
+    return ", ".join(sorted({*methods, "OPTIONS", *(["HEAD"] if "GET" in methods else [])}))
+
+
 def _allow(methods: Iterable[str]) -> Response:
-    return Response(204, headers=(("allow", ", ".join(sorted({*methods, "OPTIONS"}))),))
+    return Response(204, headers=(("allow", allow_field(methods)),))
 
 
 def _options(response: Response) -> Handler:
