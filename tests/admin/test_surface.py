@@ -301,6 +301,19 @@ def test_a_followed_log_ends_with_its_engine(site: Site) -> None:
         assert stream.read() is not None  # returns: the answer has an end
 
 
+def test_a_stream_that_waits_hears_how_far_its_model_is(tmp_path: Path) -> None:
+    """Whoever looks at the wire of a client that seems to hang finds the phase of the start in its comments."""
+    model = "engine: sim, options: {load_time: 0.1s, fail: [never-ready]}"
+    with running(tmp_path, f"server: {{loading_comment_interval: 0.05s}}\nmodels: {{m: {{{model}}}}}\n") as site:
+        connection = site.connect()
+        with closing(connection):
+            body = {"model": "m", "prompt": "hello", "stream": True}
+            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+            stream = connection.getresponse()
+            assert stream.status == 200
+            until(lambda: stream.readline() == b": loading m: serving\n")
+
+
 def test_a_response_that_went_with_its_engine_starts_no_other(site: Site) -> None:
     """The answer could only be that the new one does not know it."""
     made = site.ask("POST", "/v1/responses", {"model": "t", "input": "hello"}, key="u-secret").json["id"]
