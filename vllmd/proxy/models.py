@@ -59,11 +59,13 @@ def add_model_routes(router: Router, relay: Relay) -> None:
     for path in (*JSON_PATHS, *EMBEDDING_PATHS):
         router.add_raw(Route("POST", path, relay.json, summary="relayed to the engine of the body's 'model'"))
     for path in FORM_PATHS:
-        router.add_raw(Route("POST", path, relay.form, summary="relayed to the engine of the form's 'model'"))
+        about = "relayed to the engine of the form's 'model'"
+        router.add_raw(Route("POST", path, relay.form, summary=about, unasked=True))
     for method, path in KSERVE_PATHS:
         router.add_raw(Route(method, path, relay.kserve, summary="relayed to the engine of the path's model"))
     for method, path in RESPONSE_PATHS:
         router.add_raw(Route(method, path, relay.response, summary="relayed to the engine that made the response"))
     for method in ("GET", "POST", "PUT", "DELETE"):
         router.add_raw(Route(method, "/upstream/{rest:path}", relay.upstream, "admin", "an engine's own API"))
-    router.add_raw(Route("GET", "/v1/realtime", Tunnels(relay).realtime, summary="WebSocket to ?model="))
+    realtime = Tunnels(relay).realtime
+    router.add_raw(Route("GET", "/v1/realtime", realtime, summary="WebSocket to ?model=", unasked=True))

@@ -29,7 +29,8 @@ class Route:
     """One row of the table.
 
     ``scope`` says who may: ``models``, ``admin``, ``open`` (anybody), ``health`` or ``metrics`` (anybody, unless
-    the configuration says otherwise). ``doc`` has more of OpenAPI's operation fields.
+    the configuration says otherwise). ``doc`` has more of OpenAPI's operation fields. ``unasked``: browsers send such
+    a request for any page without asking us first.
     """
 
     method: str
@@ -38,6 +39,7 @@ class Route:
     scope: str = "models"
     summary: str = ""
     doc: Mapping[str, Any] = field(default_factory=dict)
+    unasked: bool = False
 
 
 class NoSuchMethod(MethodNotAllowed):
@@ -91,7 +93,7 @@ class Router:
     def begin(self, request: Request) -> Handler:
         """The handler for ``request``, whose head alone has been read; fills its ``params`` and ``key``.
 
-        Raises NotFound, MethodNotAllowed and what the doorkeeper raises.
+        Raises NotFound, MethodNotAllowed, Forbidden and what the doorkeeper raises.
         """
         self.cors.mark(request)
         methods = self._find(request)
@@ -100,6 +102,8 @@ class Router:
         route = methods.get("GET" if request.method == "HEAD" else request.method)
         if route is None:
             raise NoSuchMethod(request, sorted(methods))
+        if route.unasked:
+            self.cors.refuse_strangers(request)
         request.route = route.pattern
         request.key = self.doorkeeper.admit(request, route.scope)
         return route.handler
