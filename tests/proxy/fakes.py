@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -209,6 +210,13 @@ class Answer:
         return json.loads(self.body)
 
 
+def reset(writer: asyncio.StreamWriter) -> None:
+    """Close the connection with a reset."""
+    sock = writer.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.close()
+
+
 class Client:
     """A raw client connection."""
 
@@ -263,6 +271,15 @@ class Client:
     async def closed(self) -> bool:
         """Whether the server closes with nothing more to say."""
         return await self.rest() == b""
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that the kernel has not taken yet."""
+        return self.writer.transport.get_write_buffer_size()
+
+    def reset(self) -> None:
+        """Leave with a reset instead of an orderly end."""
+        reset(self.writer)
 
     def close(self) -> None:
         """Leave."""
@@ -331,6 +348,8 @@ async def stage(script: Script | None = None, limits: Limits | None = None) -> A
         router.add(method, "/hello", hello, "open")
     add_model_routes(router, relay)
     ended: list[Exchange] = []
+    unheard: list[dict[str, Any]] = []  # what asyncio would have logged: exceptions that nobody caught, lost tasks
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context))
     with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
         server = Server(router, limits, [listener], ended.append)
         server.start()
@@ -344,3 +363,4 @@ async def stage(script: Script | None = None, limits: Limits | None = None) -> A
             relay.pool.close()
             upstream.close()
             await until(lambda: engine.closed == engine.connections)
+        assert unheard == []

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
-import struct
 
 import pytest
 
@@ -19,6 +17,7 @@ from tests.proxy.fakes import (
     post,
     raw,
     reply,
+    reset,
     soon,
     stage,
     until,
@@ -31,13 +30,6 @@ from vllmd.proxy.limits import Limits
 from vllmd.proxy.relay import total_tokens
 
 ANSWER = b'{"model":"m","choices":[],"usage":{"prompt_tokens":3,"total_tokens":12}}'
-
-
-def _reset(writer: asyncio.StreamWriter) -> None:
-    """Close with a reset instead of an orderly end."""
-    sock = writer.get_extra_info("socket")
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    writer.close()
 
 
 def test_the_engine_gets_the_body_byte_for_byte() -> None:
@@ -350,7 +342,7 @@ async def reset_in_the_middle(engine: Engine, asked: Asked, writer: asyncio.Stre
     """Dies before its answer, which has no length, is over."""
     writer.write(CLOSE_ENDED + b"abc")
     await soon(engine.go.wait())
-    _reset(writer)
+    reset(writer)
 
 
 @pytest.mark.parametrize(
@@ -419,7 +411,7 @@ def _leave_by_close(act: Stage) -> None:
 
 
 def _leave_by_reset(act: Stage) -> None:
-    _reset(act.clients[0].writer)
+    act.clients[0].reset()
 
 
 def _leave_by_half_close(act: Stage) -> None:

@@ -16,7 +16,7 @@ from vllmd.proxy.heads import BODYLESS, ResponseHead, forwardable, write_fields
 from vllmd.proxy.http import date_line, status_line
 from vllmd.proxy.loading import Loading
 from vllmd.proxy.peek import Asked
-from vllmd.proxy.rewrite import Rewriter
+from vllmd.proxy.rewrite import MAX_HELD, Rewriter
 
 # Of the engine's fields a client never sees these: we write them ourselves, or they speak for another origin than ours.
 OURS = frozenset(
@@ -61,7 +61,7 @@ def answer_for(exchange: Exchange, errand: Errand, loading: Loading, head: Respo
     rewriter = errand.rewriter() if streamed or head.content_type.startswith(b"application/json") else None
     if exchange.request.method == "HEAD":
         return AsItIs(exchange, head.status, opening(exchange, head, None, chunked=head.chunked))
-    if rewriter is not None and head.length is not None and not loading.begun:
+    if rewriter is not None and head.length is not None and head.length <= MAX_HELD and not loading.begun:
         return Held(exchange, head, framing, rewriter)
     if loading.begun:
         if rewriter is None and head.chunked:

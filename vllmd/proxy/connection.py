@@ -131,7 +131,7 @@ class Connection(asyncio.Protocol):
             if self._exchange.outlives_eof:
                 return True
             self._transport.abort()
-        elif self._phase is Phase.BODY or self._in_head:
+        elif self._phase is Phase.BODY or (self._phase is Phase.HEAD and self._in_head):
             self._refuse(BadRequest("malformed request: the connection ended in the middle of it"))
         return False
 
@@ -377,7 +377,11 @@ class Connection(asyncio.Protocol):
         """Closing with unread bytes would reset the connection and take the answer with it: let the client close."""
         self._phase = Phase.CLOSING
         if (self._unread or self._reader.pending) and not self._half_closed:
-            self._transport.write_eof()
+            try:
+                self._transport.write_eof()
+            except OSError:  # the client has reset the connection, and asyncio has not heard of it yet
+                self._transport.abort()
+                return
             self._transport.resume_reading()
             self._expect(LINGER, self._transport.abort)
         else:

@@ -54,7 +54,9 @@ class RequestReader:
         if not self._begun and not self._begin():
             return None
         end = data.find(b"\r\n\r\n", max(0, self._scanned - 3))
-        if end > self._limits.max_head or (end < 0 and len(data) > self._limits.max_head):
+        if end > self._limits.max_head or (
+            end < 0 and len(data) > self._limits.max_head + 3
+        ):  # its blank line may come
             raise HeadTooLarge(f"the request's head is larger than {self._limits.max_head} bytes")
         if data[:2] == b"\r\n":
             raise BadRequest("malformed request: no request line")
