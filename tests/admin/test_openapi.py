@@ -50,6 +50,8 @@ def test_it_is_valid_openapi_and_complete(site: Site) -> None:
     assert all(operation["summary"] and operation["description"] for operation in operations)
     identifiers = [operation["operationId"] for operation in operations]
     assert len(set(identifiers)) == len(identifiers)
+    takes = schema["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]
+    assert takes["application/json"]["schema"]["required"] == ["model"]
     assert {"/v1/chat/completions", "/api/v1/gpus", "/metrics", "/admin/models/{model}/load"} <= set(schema["paths"])
 
 

@@ -73,7 +73,7 @@ def document(routes: Iterable[Route]) -> dict[str, Any]:
 
 
 def _operation(route: Route) -> dict[str, Any]:
-    own = dict(route.doc or ENGINES_OWN)
+    own = dict(route.doc) if _answered_here(route) else {**ENGINES_OWN, **route.doc}
     about = " ".join(filter(None, (own.pop("description", ""), SCOPES[route.scope])))
     parameters = [*_path_parameters(route.pattern), *own.pop("parameters", ())]
     operation = {
@@ -101,7 +101,12 @@ def _identifier(route: Route) -> str:
 
 
 def _tag(route: Route) -> str:
-    """The heading it stands under; what an engine answers is without a description of ours."""
+    """The heading it stands under."""
     first = route.pattern.split("/")[1]
     known = {"v1": "models", "admin": "operation", "api": "instances", "upstream": "operation"}
-    return known.get(first, "vllmd" if route.doc else "models")
+    return known.get(first, "vllmd" if _answered_here(route) else "models")
+
+
+def _answered_here(route: Route) -> bool:
+    """An engine's answers are not described."""
+    return "responses" in route.doc
