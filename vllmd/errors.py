@@ -53,7 +53,7 @@ ANTHROPIC_TYPES = {
 class ConfigError(VllmdError):
     """The configuration is wrong; the message names file:line, key path and accepted values."""
 
-    code = "invalid_configuration"
+    status, type, code = 400, "invalid_request_error", "invalid_configuration"
 
 
 class BadRequest(VllmdError):

@@ -50,6 +50,8 @@ def test_it_is_valid_openapi_and_complete(site: Site) -> None:
     assert all(operation["summary"] and operation["description"] for operation in operations)
     identifiers = [operation["operationId"] for operation in operations]
     assert len(set(identifiers)) == len(identifiers)
+    takes = schema["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]
+    assert takes["application/json"]["schema"]["required"] == ["model"]
     assert {"/v1/chat/completions", "/api/v1/gpus", "/metrics", "/admin/models/{model}/load"} <= set(schema["paths"])
 
 
@@ -86,7 +88,15 @@ def test_fuzzed_requests_are_answered_as_documented(site: Site) -> None:
     """schemathesis makes up requests, valid and not: no server errors, and every answer is one that was promised."""
     url, key = f"http://127.0.0.1:{site.port}/openapi.json", "Authorization: Bearer b-secret"
     tool = Path(sys.executable).parent / "schemathesis"
-    command = [tool, "run", url, "-H", key, "--include-path-regex", "^/(admin|api|health|version|metrics|v1/models)"]
+    command = [
+        tool,
+        "run",
+        url,
+        "-H",
+        key,
+        "--include-path-regex",
+        "^/(admin|api|health|ping|version|metrics|v1/models)",
+    ]
     command += ["--exclude-path-regex", LEFT_OUT, "-c", CHECKS, "--phases", "examples,coverage,fuzzing", "-n", "10"]
     command += ["--request-timeout", "20", "--no-color", "--seed", "1", "--suppress-health-check", "all"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=site.folder, timeout=120)

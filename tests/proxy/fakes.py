@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,10 +72,11 @@ class FakeGate:
         self.opened.set()
         self.refusal: VllmdError | None = None
         self.target = Target("m", "m")
+        self.names: tuple[str, ...] = ("m", "m-alias")
 
     def resolve(self, name: str) -> Target:
-        """``m`` under its two names."""
-        if name not in ("m", "m-alias"):
+        """``m`` under any of its names."""
+        if name not in self.names:
             raise UnknownModel(f"no model {name!r}; there is 'm'", param="model")
         return self.target
 
@@ -208,6 +210,13 @@ class Answer:
         return json.loads(self.body)
 
 
+def reset(writer: asyncio.StreamWriter) -> None:
+    """Close the connection with a reset."""
+    sock = writer.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.close()
+
+
 class Client:
     """A raw client connection."""
 
@@ -262,6 +271,15 @@ class Client:
     async def closed(self) -> bool:
         """Whether the server closes with nothing more to say."""
         return await self.rest() == b""
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that the kernel has not taken yet."""
+        return self.writer.transport.get_write_buffer_size()
+
+    def reset(self) -> None:
+        """Leave with a reset instead of an orderly end."""
+        reset(self.writer)
 
     def close(self) -> None:
         """Leave."""
@@ -330,6 +348,8 @@ async def stage(script: Script | None = None, limits: Limits | None = None) -> A
         router.add(method, "/hello", hello, "open")
     add_model_routes(router, relay)
     ended: list[Exchange] = []
+    unheard: list[dict[str, Any]] = []  # what asyncio would have logged: exceptions that nobody caught, lost tasks
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context))
     with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
         server = Server(router, limits, [listener], ended.append)
         server.start()
@@ -343,3 +363,4 @@ async def stage(script: Script | None = None, limits: Limits | None = None) -> A
             relay.pool.close()
             upstream.close()
             await until(lambda: engine.closed == engine.connections)
+        assert unheard == []

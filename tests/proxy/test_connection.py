@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator
 
 import pytest
@@ -66,6 +67,44 @@ def test_head_is_answered_like_get_without_a_body() -> None:
     asyncio.run(play())
 
 
+def test_a_client_that_ends_after_a_refusal_is_just_gone() -> None:
+    """Its head came in pieces and was refused; that it ends in the middle is no news, and nothing can be written."""
+
+    async def play() -> None:
+        async with stage() as act:
+            client = await act.client()
+            client.send(b"GET /hello HTTP/1.1\r\n")
+            await until(lambda: any(not connection.idle for connection in act.server._connections))
+            client.send(b"Host : vllmd\r\n\r\n")
+            assert (await client.answer()).status == 400
+            client.writer.write_eof()
+            assert await client.closed()
+            await until(lambda: not act.server.connections)
+            assert len(act.ended) == 1
+
+    asyncio.run(play())
+
+
+def test_a_client_that_resets_while_it_is_refused_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The refusal's end finds no connection any more; the request before it must be over all the same."""
+
+    def not_connected() -> None:
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+
+    async def play() -> None:
+        async with stage() as act:
+            client = await act.client()
+            await until(lambda: act.server._connections)
+            (connection,) = act.server._connections
+            monkeypatch.setattr(connection._transport, "write_eof", not_connected)
+            client.send(post() + b"GET /hello HTTP/1.1\r\nHost : vllmd\r\n\r\n")
+            await until(lambda: not act.server.connections)
+            await until(lambda: act.gate.passages[0].endings)
+            await until(lambda: len(asyncio.all_tasks()) == 2)  # this one, and the engine's server's connection
+
+    asyncio.run(play())
+
+
 def test_a_405_says_what_is_allowed() -> None:
     """RFC 9110, 15.5.6; OPTIONS says it, too."""
 
@@ -74,10 +113,10 @@ def test_a_405_says_what_is_allowed() -> None:
             client = await act.client()
             client.send(get("/hello", method="DELETE"))
             answer = await client.answer()
-            assert (answer.status, answer.headers["allow"]) == (405, "get, post")
+            assert (answer.status, answer.headers["allow"]) == (405, "get, head, options, post")
             other = await act.client()
             other.send(get("/hello", method="OPTIONS"))
-            assert (await other.answer()).headers["allow"] == "get, options, post"
+            assert (await other.answer()).headers["allow"] == "get, head, options, post"
 
     asyncio.run(play())
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
+from tests.proxy.fakes import reply, stage
 from vllmd.proxy.cors import Cors
 from vllmd.proxy.exchange import with_fields
 from vllmd.proxy.http import Headers, Request
@@ -50,6 +53,44 @@ def test_a_strangers_preflight_is_a_plain_options() -> None:
     cors, asked = Cors(["https://other.example"]), request(PAGE, ASKS, method="OPTIONS")
     cors.mark(asked)
     assert cors.preflight(asked, ["POST"]) is None
+
+
+@pytest.mark.parametrize(
+    ("origin", "origins", "refused"),
+    [
+        ("", (), False),
+        ("https://evil.example", (), True),
+        ("null", (), True),
+        ("https://evil.example", ("https://chat.example",), True),
+        ("https://chat.example", ("https://chat.example",), False),
+        ("https://evil.example", ("*",), False),
+        ("http://vllmd:33258", (), False),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/audio/transcriptions", "/v1/realtime?model=m"])
+def test_strangers_pages_send_no_forms_and_open_no_sockets(
+    path: str, origin: str, origins: tuple[str, ...], *, refused: bool
+) -> None:
+    """Browsers ask before JSON and let a page read nothing; before these they do not ask, and an engine would work."""
+
+    async def play() -> None:
+        async with stage(reply(b"{}")) as act:
+            act.router.cors.configure(origins)
+            fields = ["Host: vllmd:33258", *([f"Origin: {origin}"] if origin else [])]
+            method = "GET" if "realtime" in path else "POST"
+            client = await act.client()
+            client.send("\r\n".join([f"{method} {path} HTTP/1.1", *fields, "", ""]).encode())
+            assert ((await client.answer()).status == 403) is refused
+
+    asyncio.run(play())
+
+
+def test_a_cache_is_told_that_the_answer_depends_on_the_page() -> None:
+    """Also by the answers which no page may read; where any may, they are all the same."""
+    for origins, varies in [((), ()), (("*",), ()), (("https://chat.example",), (("vary", "origin"),))]:
+        asked = request()
+        Cors(origins).mark(asked)
+        assert asked.answer_fields == varies
 
 
 def test_fields_go_after_the_status_line() -> None:

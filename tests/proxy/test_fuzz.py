@@ -10,6 +10,7 @@ import contextlib
 import os
 import time
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -86,6 +87,15 @@ def test_requests_do_not_depend_on_how_they_are_cut(data: bytes, step: int) -> N
     check_reading(data, step)
 
 
+@pytest.mark.parametrize("size", range(LIMITS.max_head, LIMITS.max_head + 8))
+def test_the_largest_head_is_taken_however_it_is_cut(size: int) -> None:
+    """Its blank line does not count, whole or not."""
+    start = b"GET /hello HTTP/1.1\r\nHost: vllmd\r\nX-A: "
+    data = start + b"a" * (size - len(start) - 4) + b"\r\n\r\n"
+    assert len(read([data])[0]) == (size - 4 <= LIMITS.max_head)
+    check_reading(data, 1)
+
+
 @QUICK
 @given(st.binary(max_size=100) | traffic(), st.sampled_from(["GET", "HEAD", "POST"]))
 def test_any_answer_of_an_engine_is_sound_or_refused(data: bytes, method: str) -> None:
@@ -97,13 +107,22 @@ def test_any_answer_of_an_engine_is_sound_or_refused(data: bytes, method: str) -
             framing.scan(data)
 
 
-async def bombard(requests: list[bytes]) -> None:
-    """Send each on a connection of its own, hang up, and see that nothing is left and the next client is served."""
+async def bombard(requests: list[bytes], cut: int) -> None:
+    """Send each on a connection of its own, hang up, and see that nothing is left and the next client is served.
+
+    Each is sent in two pieces, the first of ``cut`` bytes, and every third client hangs up with a reset.
+    """
     async with stage(reply(b"{}"), LIMITS) as act:
         before = len(asyncio.all_tasks())
-        for request in requests:
+        for number, request in enumerate(requests):
             client = await act.client()
-            client.send(request)
+            client.send(request[:cut])
+            await until(lambda: not client.unsent)  # noqa: B023 - awaited here
+            await asyncio.sleep(0)
+            client.send(request[cut:])
+            if number % 3 == 2:
+                client.reset()
+                continue
             client.writer.write_eof()
             await client.rest()
             client.close()
@@ -116,10 +135,10 @@ async def bombard(requests: list[bytes]) -> None:
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.lists(traffic(), min_size=1, max_size=20))
-def test_the_server_outlives_any_traffic(requests: list[bytes]) -> None:
-    """No task, connection or byte of reserved memory is left of it."""
-    asyncio.run(bombard(requests))
+@given(st.lists(traffic(), min_size=1, max_size=20), st.integers(1, 200))
+def test_the_server_outlives_any_traffic(requests: list[bytes], cut: int) -> None:
+    """No task, connection or byte of reserved memory is left of it, and asyncio has nothing to complain of."""
+    asyncio.run(bombard(requests, cut))
 
 
 def test_for_as_long_as_asked() -> None:
@@ -130,7 +149,7 @@ def test_for_as_long_as_asked() -> None:
     def once(requests: list[bytes], step: int) -> None:
         for request in requests:
             check_reading(request, step)
-        asyncio.run(bombard(requests))
+        asyncio.run(bombard(requests, step))
 
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:

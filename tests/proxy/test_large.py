@@ -58,6 +58,7 @@ def test_it_finds_what_the_small_way_finds(
         (b'{"model":"a', "ends in the middle|must be"),
         (b'{"model":"a"}{"model":"b"}', "extra data"),
         (b'{"model":"\\x"}', "not JSON"),
+        (b'{"model":"a","x":' + b"[" * 2000 + b"]" * 2000 + b"}", "nested too deeply"),
     ],
 )
 def test_what_is_refused(body: bytes, message: str) -> None:

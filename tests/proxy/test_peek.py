@@ -115,7 +115,11 @@ def test_a_forms_name_is_found_and_replaced_and_nothing_else(files: list[bytes],
 @pytest.mark.parametrize(
     ("content_type", "body", "says"),
     [
-        ("multipart/form-data", form(part(b"model", b"m")), "must have a boundary"),
+        ("multipart/form-data", form(part(b"model", b"m")), "must have one boundary"),
+        ("multipart/form-data; xboundary=x-y", form(part(b"model", b"m")), "must have one boundary"),
+        (f"{TYPE}; boundary=z", form(part(b"model", b"m")), "must have one boundary"),
+        (f"{TYPE}; boundary*=utf-8''z", form(part(b"model", b"m")), "must have one boundary"),
+        (TYPE, form(b"Content-Disposition: form-data; name=\"x\"; name*=utf-8''model\r\n\r\nm"), "with one name"),
         (TYPE, b"", "does not start"),
         (TYPE, b"preamble\r\n" + form(part(b"model", b"m")), "does not start"),
         (TYPE, form(part(b"model", b"m"))[:-6], "ends in the middle"),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
-import struct
 
 import pytest
 
@@ -19,6 +17,7 @@ from tests.proxy.fakes import (
     post,
     raw,
     reply,
+    reset,
     soon,
     stage,
     until,
@@ -28,6 +27,7 @@ from vllmd.engines.base import Listen
 from vllmd.errors import Unavailable
 from vllmd.proxy.gate import Target
 from vllmd.proxy.limits import Limits
+from vllmd.proxy.relay import total_tokens
 
 ANSWER = b'{"model":"m","choices":[],"usage":{"prompt_tokens":3,"total_tokens":12}}'
 
@@ -335,6 +335,38 @@ async def nonsense_later(engine: Engine, asked: Asked, writer: asyncio.StreamWri
     writer.write(b"nonsense\r\n")
 
 
+CLOSE_ENDED = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\n"
+
+
+async def reset_in_the_middle(engine: Engine, asked: Asked, writer: asyncio.StreamWriter) -> None:
+    """Dies before its answer, which has no length, is over."""
+    writer.write(CLOSE_ENDED + b"abc")
+    await soon(engine.go.wait())
+    reset(writer)
+
+
+@pytest.mark.parametrize(
+    ("script", "version"),
+    [(raw(EVENTS + chunked(b"abc") + b"5\r\nde", close=True), "1.0"), (reset_in_the_middle, "1.1")],
+)
+def test_a_truncated_answer_that_ends_with_the_connection_ends_with_a_reset(script: object, version: str) -> None:
+    """Old clients, and bodies without a length: an orderly close would say that this was all."""
+
+    async def play() -> None:
+        async with stage(script) as act:  # type: ignore[arg-type]
+            client = await act.client()
+            client.send(post().replace(b"HTTP/1.1", f"HTTP/{version}".encode()))
+            assert (await client.head())[0] == 200
+            assert (await soon(client.reader.readexactly(3))) == b"abc"
+            act.engine.go.set()
+            with pytest.raises(ConnectionResetError):
+                await soon(client.reader.read(-1))
+            await until(lambda: act.ended)
+            assert act.ended[0].error == "UpstreamFailed"
+
+    asyncio.run(play())
+
+
 @pytest.mark.parametrize(
     ("script", "came"),
     [
@@ -379,9 +411,7 @@ def _leave_by_close(act: Stage) -> None:
 
 
 def _leave_by_reset(act: Stage) -> None:
-    sock = act.clients[0].writer.get_extra_info("socket")
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    act.clients[0].close()
+    act.clients[0].reset()
 
 
 def _leave_by_half_close(act: Stage) -> None:
@@ -537,6 +567,28 @@ def test_a_response_is_looked_up_where_it_was_made() -> None:
             assert act.engine.asked[1].body == b""
             client.send(get("/v1/responses/resp_2"))
             assert (await client.answer("GET")).status == 404
+            act.relay.forget("another")
+            client.send(get("/v1/responses/resp_1"))
+            assert (await client.answer("GET")).status == 200
+            act.relay.forget("m")  # its engine has ended: to ask would start it in order to hear that it has nothing
+            client.send(get("/v1/responses/resp_1"))
+            assert (await client.answer("GET")).status == 404
+            assert len(act.gate.passages) == 3
+
+    asyncio.run(play())
+
+
+def test_a_response_keeps_the_name_that_it_was_asked_for_by() -> None:
+    """The GET has no name, but its answer has: the one that the POST had."""
+
+    async def play() -> None:
+        async with stage(reply(b'{"id": "resp_1", "model": "served"}')) as act:
+            act.gate.target = Target("m", "served")
+            client = await act.client()
+            client.post("/v1/responses", b'{"model":"m-alias"}')
+            assert (await client.answer()).json()["model"] == "m-alias"
+            client.send(get("/v1/responses/resp_1"))
+            assert (await client.answer("GET")).json()["model"] == "m-alias"
 
     asyncio.run(play())
 
@@ -554,6 +606,78 @@ def test_the_rest_of_an_engines_api_is_behind_upstream() -> None:
             assert (await client.answer("GET")).status == 404
 
     asyncio.run(play())
+
+
+def test_a_models_name_is_no_word_against_it() -> None:
+    """What is never reached is judged by the engine's path alone: a model may be called whatever it is."""
+
+    async def play() -> None:
+        async with stage() as act:
+            act.gate.names = ("lab/sleep-7b",)
+            client = await act.client()
+            for path, status in [
+                ("metrics", 200),
+                ("sleep", 403),
+                ("metrics/SLEEP", 403),
+                ("fault_tolerance/apply", 403),
+            ]:
+                client.send(get(f"/upstream/lab/sleep-7b/{path}"))
+                assert (await client.answer("GET")).status == status
+            assert [asked.line for asked in act.engine.asked] == ["GET /metrics HTTP/1.1"]
+
+    asyncio.run(play())
+
+
+def test_an_engine_does_not_speak_for_our_origin() -> None:
+    """Which pages may read an answer, cookies, other servers: ours to say, so neither side hears of the other's."""
+    ours = ("Access-Control-Allow-Origin: *", "Set-Cookie: a=b", "Alt-Svc: h3", "Strict-Transport-Security: max-age=1")
+    head = "\r\n".join(["HTTP/1.1 200 OK", "Content-Type: application/json", *ours, ""])
+
+    async def play() -> None:
+        async with stage(reply(b"{}", head)) as act:
+            client = await act.client()
+            client.post("/v1/completions", b'{"model":"m"}', "Origin: https://evil.example")
+            answer = await client.answer()
+            assert not {field.split(":")[0].lower() for field in ours} & answer.headers.keys()
+            assert "origin" not in act.engine.asked[0].headers
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("told", ["Content-Length: 7\r\n", "Transfer-Encoding: chunked\r\n"])
+def test_the_head_of_an_answer_tells_what_a_get_would(told: str) -> None:
+    """HEAD is the engine's to answer; a length in it is that of the body which does not come."""
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n{told}\r\n"
+
+    async def play() -> None:
+        async with stage(raw(head.encode())) as act:
+            client = await act.client()
+            for _ in range(2):
+                client.send(get("/upstream/m/version", method="HEAD"))
+                status, headers = await client.head()
+                assert (status, headers.get("content-length")) == (200, "7" if "Length" in told else None)
+
+    asyncio.run(play())
+
+
+USAGES = [
+    (b'{"content":[],"usage":{"input_tokens":11,"output_tokens":3}}', 14),
+    (b'{"usage": {"output_tokens" : 3}}', 3),
+    (b'{"usage":{"input_tokens":11,"input_tokens_details":{"x":1},"output_tokens":4,"total_tokens":15}}', 15),
+    (
+        b'data: {"usage":{"input_tokens":9,"output_tokens":0}}\n\ndata: {"usage":{"input_tokens":9,"output_tokens":3}}',
+        12,
+    ),
+    (b'{"input_tokens":11}', None),
+    (b'{"text":"\\"total_tokens\\": 5, \\"output_tokens\\": 6"}', None),
+    (b'{"usage":null}', None),
+]
+
+
+@pytest.mark.parametrize(("tail", "tokens"), USAGES)
+def test_the_usage_is_read_in_every_apis_words(tail: bytes, tokens: int | None) -> None:
+    """OpenAI's has a total, Anthropic's has not; counting tokens spends none; what a text says is no usage."""
+    assert total_tokens(tail) == tokens
 
 
 def test_a_route_that_the_model_does_not_serve_is_a_404() -> None:
@@ -625,6 +749,8 @@ def test_anthropics_clients_get_errors_in_anthropics_shape() -> None:
             assert (await client.answer()).json()["error"]["type"] == "invalid_request_error"
             client.post("/v1/completions", b'{"model":"nobody"}')
             assert (await client.answer()).json()["error"]["code"] == "model_not_found"
+            client.send(b"POST /v1/messages HTTP/1.1\r\nHost: vllmd\r\nContent-Length: 999999999\r\n\r\n")
+            assert (await client.answer()).json()["error"]["type"] == "request_too_large"
 
     asyncio.run(play())
 

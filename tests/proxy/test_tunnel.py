@@ -50,12 +50,14 @@ def test_bytes_pass_both_ways_until_one_side_ends(end: str) -> None:
             act.gate.upstream = Listen(port=server.sockets[0].getsockname()[1])
             act.gate.target = Target("m", "served m")
             client = await act.client()
-            client.send(get("/v1/realtime?model=m-alias&a=1", *UPGRADE) + b"early")
+            client.send(get("/v1/realtime?model=m-alias&a=1", *UPGRADE, "X-Request-Id: mine") + b"early")
             status, headers = await client.head()
+            assert headers["x-request-id"] == "mine"
             assert (status, headers["sec-websocket-accept"], headers["upgrade"]) == (101, "xyz", "websocket")
             assert await soon(client.reader.readexactly(10)) == b"helloearly"
             assert echo.asked[0].line == "GET /v1/realtime?a=1&model=served+m HTTP/1.1"
             assert echo.asked[0].headers["sec-websocket-key"] == "abc"
+            assert echo.asked[0].headers["x-request-id"] == "mine"
             client.send(b"\x00\xff" * 500_000)
             assert await soon(client.reader.readexactly(1_000_000)) == b"\x00\xff" * 500_000
             if end == "engine":
@@ -86,6 +88,22 @@ def test_an_engine_that_refuses_is_a_502(script: object) -> None:
             client = await act.client()
             client.send(get("/v1/realtime?model=m", *UPGRADE))
             assert (await client.answer()).status == 502
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize(("method", "version"), [("HEAD", "1.1"), ("GET", "1.0")])
+def test_what_cannot_switch_protocols_is_a_400(method: str, version: str) -> None:
+    """Only a GET can become a WebSocket (RFC 6455, 4.1), and HTTP/1.0 has no upgrades."""
+
+    async def play() -> None:
+        async with stage() as act:
+            client = await act.client()
+            client.send(
+                get("/v1/realtime?model=m", *UPGRADE, method=method).replace(b"HTTP/1.1", f"HTTP/{version}".encode())
+            )
+            assert (await client.head())[0] == 400
+            assert not act.engine.connections
 
     asyncio.run(play())
 

@@ -73,12 +73,12 @@ def document(routes: Iterable[Route]) -> dict[str, Any]:
 
 
 def _operation(route: Route) -> dict[str, Any]:
-    own = dict(route.doc or ENGINES_OWN)
+    own = dict(route.doc) if _answered_here(route) else {**ENGINES_OWN, **route.doc}
     about = " ".join(filter(None, (own.pop("description", ""), SCOPES[route.scope])))
     parameters = [*_path_parameters(route.pattern), *own.pop("parameters", ())]
     operation = {
         "operationId": _identifier(route),
-        "tags": [_tag(route.pattern)],
+        "tags": [_tag(route)],
         "summary": route.summary,
         "description": about,
         **({"parameters": parameters} if parameters else {}),
@@ -100,8 +100,13 @@ def _identifier(route: Route) -> str:
     return "_".join([route.method.lower(), *words])
 
 
-def _tag(pattern: str) -> str:
-    first = pattern.split("/")[1]
-    return {"v1": "models", "v2": "models", "admin": "operation", "api": "instances", "upstream": "operation"}.get(
-        first, "models" if first in ("rerank", "score", "classify", "pooling", "tokenize", "detokenize") else "vllmd"
-    )
+def _tag(route: Route) -> str:
+    """The heading it stands under."""
+    first = route.pattern.split("/")[1]
+    known = {"v1": "models", "admin": "operation", "api": "instances", "upstream": "operation"}
+    return known.get(first, "vllmd" if _answered_here(route) else "models")
+
+
+def _answered_here(route: Route) -> bool:
+    """An engine's answers are not described."""
+    return "responses" in route.doc

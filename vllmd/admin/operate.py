@@ -90,7 +90,8 @@ class OperatorEndpoints:
 
     async def log(self, request: Request) -> Response:
         """``GET /admin/logs/{model}``; ``?lines=50&follow=true``. Plain text."""
-        lines, follow = asked.number(request, "lines", 50, MOST_LINES), asked.flag(request, "follow")
+        lines = asked.number(request, "lines", 50, MOST_LINES)
+        follow = asked.flag(request, "follow") and request.method != "HEAD"
         text = await _begun(self._control.log(self._model(request), lines, follow=follow))
         return Response(200, _lines(text), "text/plain; charset=utf-8", (("x-accel-buffering", "no"),))
 

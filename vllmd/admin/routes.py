@@ -45,6 +45,9 @@ def add_public(router: Router, control: Control, may_use: Callable[[str, str], b
     add("GET", "/health/live", models.live, "open", "Whether vllmd answers", answers("Alive"))
     add("GET", "/health/ready", models.ready, "health", "Whether vllmd can serve at once",
         answers("Health", also={503: "Health"}))  # fmt: skip
+    for method in ("GET", "POST"):
+        add(method, "/ping", models.health, "health", "The same as /health, as SageMaker asks it",
+            answers("Health", also={503: "Health"}))  # fmt: skip
     add("GET", "/version", models.version, "open", "The version of vllmd", answers("Version"))
     add("GET", "/metrics", metrics.own, "metrics", "Metrics for Prometheus",
         doc(PLAIN, asks(model=(TEXT, "that model's engine's own metrics instead"))))  # fmt: skip

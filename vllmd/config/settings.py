@@ -476,7 +476,8 @@ SERVER = Group(
         Setting(
             "cors_origins",
             k.NAMES,
-            "Origins such as https://chat.example whose web pages may use the HTTP side; * is any.",
+            "Origins such as https://chat.example whose web pages may use the HTTP side; * is any. "
+            "Forms and WebSockets of other pages, which browsers send without asking, are refused.",
         ),
     ),
 )

@@ -20,13 +20,14 @@ from vllmd.daemon.discovery import hf_home
 from vllmd.daemon.guests import Guests
 from vllmd.daemon.portrait import card, health, line
 from vllmd.daemon.processes import gpus, kill
-from vllmd.errors import BadRequest, Conflict, Unavailable, UnknownModel, UpstreamFailed
+from vllmd.errors import BadRequest, Conflict, Unavailable, UnknownModel, UpstreamFailed, VllmdError
 from vllmd.proxy.upstream import request
 
 if TYPE_CHECKING:
     from vllmd.daemon.service import Daemon
 
 MOVING = frozenset({State.STARTING, State.WAKING, State.DRAINING, State.FALLING_ASLEEP, State.STOPPING})
+LOADING = frozenset({State.STARTING.value, State.WAKING.value})
 WATCH_BACKLOG = 1000  # news kept for a watcher that does not read; then the oldest are lost to it
 SCRAPE_LIMIT = 5.0  # seconds for an engine to tell its metrics
 SCRAPE_SAMPLE = 2.0  # seconds for the devices to be read; without an answer the last reading is shown
@@ -40,6 +41,7 @@ OUTCOMES: dict[type, tuple[str, bool]] = {  # what an engine's event ends, and w
     events.EngineStopped: ("stop", False),
     events.EngineExited: ("exit", True),
 }
+ENDINGS = frozenset({"stop", "exit"})  # changes after which the engine's process is gone
 
 
 class DaemonControl:
@@ -121,6 +123,14 @@ class DaemonControl:
     def line(self, model: str) -> dict[str, Any]:
         """One model's line of ``status``. Raises Unavailable while the daemon opens, UnknownModel."""
         return self._line(self._view(model))
+
+    def phase_of(self, model: str) -> str:
+        """What clients who wait for the model are told: ``weights``, ``waking``, ...; "" while nothing is done."""
+        try:
+            line = self.line(model)
+        except VllmdError:
+            return ""
+        return str(line["phase"] or line["state"]) if line["state"] in LOADING else ""
 
     def _view(self, model: str) -> ModelView:
         self._opened()
@@ -267,6 +277,8 @@ class DaemonControl:
         view = next((view for view in snapshot.models if view.name == model), None) if snapshot else None
         self.tally.changed(model, change, view.since if view else 0.0, failed=failed)
         self._daemon.post(event)
+        if change in ENDINGS:
+            self._daemon.doors.forget(model)
         if self._watchers:
             why = getattr(event, "reason", "") or f"{change} done"
             state = self.line(model)["state"] if self.snapshot() and view else ""

@@ -112,6 +112,10 @@ class Doors:
             log.error("%s", why)
             router.doorkeeper = ClosedDoor(why)
 
+    def forget(self, model: str) -> None:
+        """The model's engine has ended, and what it kept for clients with it."""
+        self._relay.forget(model)
+
     def stop_accepting(self) -> None:
         """Leave new connections in the listeners' queues."""
         for server in self._servers:

@@ -39,6 +39,7 @@ _ABSENT = ("no command 'vllm'", "No module named 'vllm'", "No module named vllm"
 ROUTES = frozenset(
     {
         "/v1/chat/completions",
+        "/v1/chat/completions/batch",
         "/v1/completions",
         "/v1/responses",
         "/v1/messages",
@@ -49,10 +50,14 @@ ROUTES = frozenset(
         "/v1/realtime",
         "/v1/rerank",
         "/v1/score",
+        "/v1/systemone",
         "/v2/embed",
         "/v2/rerank",
         "/classify",
+        "/cohere/v2/chat",
         "/detokenize",
+        "/generative_scoring",
+        "/invocations",
         "/pooling",
         "/rerank",
         "/score",

@@ -16,10 +16,14 @@ from vllmd.proxy.heads import BODYLESS, ResponseHead, forwardable, write_fields
 from vllmd.proxy.http import date_line, status_line
 from vllmd.proxy.loading import Loading
 from vllmd.proxy.peek import Asked
-from vllmd.proxy.rewrite import Rewriter
+from vllmd.proxy.rewrite import MAX_HELD, Rewriter
 
-# Of the engine's fields a client never sees these: we write them ourselves.
-OURS = frozenset(b"content-length x-request-id x-accel-buffering server".split())
+# Of the engine's fields a client never sees these: we write them ourselves, or they speak for another origin than ours.
+OURS = frozenset(
+    b"content-length x-request-id x-accel-buffering server set-cookie alt-svc strict-transport-security"
+    b" access-control-allow-origin access-control-allow-credentials access-control-allow-methods"
+    b" access-control-allow-headers access-control-expose-headers access-control-max-age".split()
+)
 EVENT_STREAM = b"text/event-stream"
 MAX_ERROR = 1 << 20  # bytes of an error answer that becomes an event
 
@@ -55,7 +59,9 @@ def answer_for(exchange: Exchange, errand: Errand, loading: Loading, head: Respo
         return ErrorEvent(loading, framing)
     loading.relaying = True
     rewriter = errand.rewriter() if streamed or head.content_type.startswith(b"application/json") else None
-    if rewriter is not None and head.length is not None and not loading.begun:
+    if exchange.request.method == "HEAD":
+        return AsItIs(exchange, head.status, opening(exchange, head, None, chunked=head.chunked))
+    if rewriter is not None and head.length is not None and head.length <= MAX_HELD and not loading.begun:
         return Held(exchange, head, framing, rewriter)
     if loading.begun:
         if rewriter is None and head.chunked:
@@ -69,13 +75,16 @@ def answer_for(exchange: Exchange, errand: Errand, loading: Loading, head: Respo
 def opening(exchange: Exchange, head: ResponseHead, length: int | None, *, chunked: bool) -> bytes:
     """The head for the client, with the framing that its body is going to have."""
     framing = b""
-    if length is not None:
+    if exchange.request.method == "HEAD":
+        if told := head.headers.get("content-length"):  # what a GET's would be
+            framing = b"content-length: %b\r\n" % told.encode()
+    elif length is not None:
         if head.status not in BODYLESS:
             framing = b"content-length: %d\r\n" % length
     elif chunked and exchange.takes_chunks:
         framing = b"transfer-encoding: chunked\r\n"
     else:
-        exchange.keep_alive = False  # the body ends with the connection
+        exchange.end_with_connection()
     return b"%b%b%bx-request-id: %b\r\n%b%b\r\n" % (
         status_line(head.status),
         b"" if head.dated else date_line(),

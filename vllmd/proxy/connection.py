@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable
 from typing import Protocol, cast
 
-from vllmd.errors import BadRequest, RequestTimeout, TookTooLong, Unavailable, VllmdError
+from vllmd.errors import BadRequest, RequestTimeout, TookTooLong, TooLarge, Unavailable, VllmdError
 from vllmd.proxy.eager import Eager
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.heads import RequestHead
@@ -131,7 +131,7 @@ class Connection(asyncio.Protocol):
             if self._exchange.outlives_eof:
                 return True
             self._transport.abort()
-        elif self._phase is Phase.BODY or self._in_head:
+        elif self._phase is Phase.BODY or (self._phase is Phase.HEAD and self._in_head):
             self._refuse(BadRequest("malformed request: the connection ended in the middle of it"))
         return False
 
@@ -219,6 +219,8 @@ class Connection(asyncio.Protocol):
 
     def _expect_body(self, head: RequestHead) -> None:
         self._body_began = self._loop.time()
+        if head.length is not None and head.length > self._limits.max_body:
+            raise TooLarge(f"the body is {head.length} bytes; at most {self._limits.max_body} are taken")
         if not self._host.reserve(head.length or 0):
             raise Unavailable("too many request bodies are being held; come back later", retry_after=5)
         self._held = head.length or 0
@@ -306,11 +308,13 @@ class Connection(asyncio.Protocol):
             self._transport.resume_reading()
             self._advance()
 
-    def abort(self) -> None:
+    def abort(self, *, reset: bool) -> None:
         """Close so that the client sees the answer as broken off."""
         self._exchange = self._running = None
         if not self._gone:
             self._phase = Phase.CLOSING
+            if reset:
+                reset_at_close(self._transport)
             self._transport.close()
             self._expect(self._limits.send_timeout, self._transport.abort)
 
@@ -373,7 +377,11 @@ class Connection(asyncio.Protocol):
         """Closing with unread bytes would reset the connection and take the answer with it: let the client close."""
         self._phase = Phase.CLOSING
         if (self._unread or self._reader.pending) and not self._half_closed:
-            self._transport.write_eof()
+            try:
+                self._transport.write_eof()
+            except OSError:  # the client has reset the connection, and asyncio has not heard of it yet
+                self._transport.abort()
+                return
             self._transport.resume_reading()
             self._expect(LINGER, self._transport.abort)
         else:
@@ -413,6 +421,12 @@ class Connection(asyncio.Protocol):
     def _abort_stalled(self) -> None:
         log.info("%s took nothing for %g s: cut off", self.peer, self._limits.send_timeout)
         self._transport.abort()
+
+
+def reset_at_close(transport: asyncio.BaseTransport) -> None:
+    """Have a TCP connection end with a reset, once what was written is sent: an error where it stands for the end."""
+    sock = transport.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 def peer_of(transport: asyncio.BaseTransport) -> Peer:

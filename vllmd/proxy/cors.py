@@ -1,5 +1,6 @@
 """Cross-origin requests: which pages of other sites may read our answers. None, unless the configuration names some.
 
+What browsers let any page send without asking first, forms and WebSockets, is refused to the others here.
 Credentials in the browser's sense (cookies) are never allowed: a page sends its key itself, in a header.
 """
 
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from vllmd.errors import Forbidden
 from vllmd.proxy.http import Request, Response
 
 KEPT = "600"  # seconds for which a browser may remember a preflight's answer
@@ -25,16 +27,28 @@ class Cors:
 
     def mark(self, request: Request) -> None:
         """Have every answer to ``request`` say that the page may read it, if it may."""
-        if self._origins and (allowed := self._allowed(request)):
+        if not self._origins:
+            return
+        if allowed := self._allowed(request):
             request.answer_fields = (
                 ("access-control-allow-origin", allowed),
                 ("access-control-expose-headers", READABLE),
-                ("vary", "origin"),
+            )
+        if "*" not in self._origins:  # a cache must not give one page's answer to another
+            request.answer_fields = (*request.answer_fields, ("vary", "origin"))
+
+    def refuse_strangers(self, request: Request) -> None:
+        """Raises Forbidden for a page that is not named. For what browsers send without a preflight, for any page."""
+        origin = request.headers.get("origin")
+        own = origin.partition("://")[2].lower() == request.headers.get("host").lower()
+        if origin and not own and not self._allowed(request):
+            raise Forbidden(
+                f"pages of {origin[:200]!r} may not use this server; server.cors_origins names those that may"
             )
 
     def preflight(self, request: Request, methods: Iterable[str]) -> Response | None:
         """The answer to a browser that asks beforehand; None if that is not what it asks, or it may not."""
-        if not request.answer_fields or "access-control-request-method" not in request.headers:
+        if not self._origins or not self._allowed(request) or "access-control-request-method" not in request.headers:
             return None
         fields = [("access-control-allow-methods", ", ".join(sorted(methods))), ("access-control-max-age", KEPT)]
         if wanted := request.headers.get("access-control-request-headers"):

@@ -21,8 +21,8 @@ class Wire(Protocol):
     def finished(self, *, keep_alive: bool) -> None:
         """The answer is whole: read the next request, or close."""
 
-    def abort(self) -> None:
-        """Close so that the client sees the answer as broken off."""
+    def abort(self, *, reset: bool) -> None:
+        """Close so that the client sees the answer as broken off; ``reset``: an orderly end would look like its end."""
 
     def tunnel(self, receive: Callable[[bytes], None]) -> None:
         """From now on the client's bytes are ``receive``'s."""
@@ -53,6 +53,7 @@ class Exchange:
         self.error = ""  # why it failed, if it did
         self.over = False
         self.outlives_eof = True  # a client that shut its sending side still waits for this answer
+        self.ends_with_connection = False  # the answer's head does not say where its body ends
         self.on_pause: Callable[[bool], None] | None = None
         self._wire = wire
         self._writable: asyncio.Future[None] | None = None
@@ -93,7 +94,12 @@ class Exchange:
         """The answer broke off; the client shall see that it did."""
         if not self.over:
             self.over = True
-            self._wire.abort()
+            self._wire.abort(reset=self.ends_with_connection)
+
+    def end_with_connection(self) -> None:
+        """The answer's body goes on until the connection is closed."""
+        self.ends_with_connection = True
+        self.keep_alive = False
 
     def upgrade(self, receive: Callable[[bytes], None]) -> None:
         """The connection speaks another protocol from now on: hand ``receive`` whatever comes."""
@@ -142,7 +148,7 @@ class Exchange:
         if self.takes_chunks:
             framing.append(("transfer-encoding", "chunked"))
         else:
-            self.keep_alive = False
+            self.end_with_connection()
         self.start(response.status, self._head(response, framing))
         if self.request.method != "HEAD":
             await self._pump(pieces)

@@ -34,6 +34,7 @@ HOP_BY_HOP = frozenset(
 LENGTH_LINES = re.compile(rb"\ncontent-length[ \t]*:[ \t]*([^\r\n]*)", re.IGNORECASE)
 TRANSFER_LINES = re.compile(rb"\ntransfer-encoding[ \t]*:", re.IGNORECASE)
 BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n)")
+CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 FOLDED_LINE = re.compile(rb"\r\n[ \t]")
 HOST = re.compile(r"(?:[A-Za-z0-9._~%!$&'()*+,;=-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 ABSOLUTE = re.compile(r"https?://([^/?#@]*)(.*)", re.IGNORECASE)
@@ -163,6 +164,8 @@ def parse_request_head(head: bytes) -> RequestHead:
     host = fields.get(b"host", b"").decode("latin-1")
     if HOST.fullmatch(host) is None:
         raise BadRequest("malformed request: the Host field is no host")
+    if sum(name == b"content-type" for name, _ in headers.raw) > 1:
+        raise BadRequest("malformed request: more than one Content-Type")
     target = event.target.decode("latin-1")
     path, query = split_target(event.method.decode("ascii"), target, host)
     connection = fields.get(b"connection", b"").lower()
@@ -179,7 +182,7 @@ def parse_request_head(head: bytes) -> RequestHead:
         _request_length(head, fields, version),
         version == "1.1" and b"close" not in connection,
         expect == b"100-continue" and version == "1.1",
-        fields.get(b"upgrade", b"").decode("latin-1").lower() if b"upgrade" in connection else "",
+        fields.get(b"upgrade", b"").decode("latin-1").lower() if b"upgrade" in connection and version == "1.1" else "",
     )
 
 
@@ -274,6 +277,8 @@ def _refuse_ambiguity(head: bytes) -> None:
         raise BadRequest("malformed request: a line that does not end with CRLF")
     if FOLDED_LINE.search(head):
         raise BadRequest("malformed request: a folded header line")
+    if CONTROL.search(head):
+        raise BadRequest("malformed request: a control character")
 
 
 def _noted(headers: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:

@@ -24,6 +24,7 @@ IN_STRING = re.compile(rb'["\\]')
 SPACE = re.compile(rb"[ \t\r\n]*")
 COLON = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*")
 NAME = re.compile(rb'"(?:[^"\\]|\\.){1,4096}"')
+DEEPEST = 500  # brackets within brackets; engines' own readers give up at about twice that, not all of them gracefully
 LONGEST_KEY = 64  # bytes; "model" with every letter spelled by number has 32
 
 T = TypeVar("T")
@@ -52,6 +53,8 @@ def in_large(body: bytes) -> Turns[Asked]:
         mark, pos = body[found], found + 1
         if mark != 0x22:
             depth += 1 if mark in b"{[" else -1
+            if depth > DEEPEST:
+                raise BadRequest("the body is not acceptable JSON: nested too deeply")
             continue
         end = yield from _string_end(body, pos)
         if depth == 1 and (colon := COLON.match(body, end)):

@@ -5,6 +5,9 @@ An engine's development routes (sleep, wake_up, collective_rpc, ...) are not in 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from vllmd.proxy.relay import Relay
 from vllmd.proxy.routing import Route, Router
 from vllmd.proxy.tunnel import Tunnels
@@ -12,6 +15,7 @@ from vllmd.proxy.tunnel import Tunnels
 JSON_PATHS = (
     "/v1/chat/completions",
     "/v1/chat/completions/batch",
+    "/cohere/v2/chat",
     "/v1/completions",
     "/v1/responses",
     "/v1/messages",
@@ -27,6 +31,9 @@ JSON_PATHS = (
     "/pooling",
     "/tokenize",
     "/detokenize",
+    "/generative_scoring",
+    "/v1/systemone",
+    "/invocations",
     "/v1/images/generations",
     "/v1/audio/speech",
 )
@@ -48,18 +55,35 @@ RESPONSE_PATHS = (
     ("POST", "/v1/responses/{id}/cancel"),
     ("GET", "/v1/responses/{id}/input_items"),
 )
+# What of a body is looked at here, in OpenAPI's words.
+MODEL = {"model": {"type": "string"}, "stream": {"type": "boolean"}}
+ASKED: Mapping[str, Any] = {"type": "object", "required": ["model"], "properties": MODEL}
+
+
+def takes(content_type: str) -> Mapping[str, Any]:
+    """A body of this type that names its model."""
+    return {"requestBody": {"required": True, "content": {content_type: {"schema": ASKED}}}}
+
+
+JSON, FORM = takes("application/json"), takes("multipart/form-data")
+QUERY: Mapping[str, Any] = {
+    "parameters": [{"name": "model", "in": "query", "required": True, "schema": {"type": "string"}}],
+}
 
 
 def add_model_routes(router: Router, relay: Relay) -> None:
     """Put all model routes into ``router``."""
     for path in (*JSON_PATHS, *EMBEDDING_PATHS):
-        router.add_raw(Route("POST", path, relay.json, summary="relayed to the engine of the body's 'model'"))
+        about = "relayed to the engine of the body's 'model'"
+        router.add_raw(Route("POST", path, relay.json, summary=about, doc=JSON))
     for path in FORM_PATHS:
-        router.add_raw(Route("POST", path, relay.form, summary="relayed to the engine of the form's 'model'"))
+        about = "relayed to the engine of the form's 'model'"
+        router.add_raw(Route("POST", path, relay.form, summary=about, doc=FORM, unasked=True))
     for method, path in KSERVE_PATHS:
         router.add_raw(Route(method, path, relay.kserve, summary="relayed to the engine of the path's model"))
     for method, path in RESPONSE_PATHS:
         router.add_raw(Route(method, path, relay.response, summary="relayed to the engine that made the response"))
     for method in ("GET", "POST", "PUT", "DELETE"):
         router.add_raw(Route(method, "/upstream/{rest:path}", relay.upstream, "admin", "an engine's own API"))
-    router.add_raw(Route("GET", "/v1/realtime", Tunnels(relay).realtime, summary="WebSocket to ?model="))
+    realtime = Tunnels(relay).realtime
+    router.add_raw(Route("GET", "/v1/realtime", realtime, summary="WebSocket to ?model=", doc=QUERY, unasked=True))

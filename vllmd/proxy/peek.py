@@ -22,8 +22,9 @@ PIECES_CHECKED_FROM = 1 << 20  # bytes; a smaller body cannot have too many
 
 WHITESPACE = re.compile(r"[ \t\n\r]*")
 MODEL_KEY = re.compile(r'"model"[ \t\n\r]*:[ \t\n\r]*(?=")')
-BOUNDARY = re.compile(r'boundary=(?:"([^"\\]{1,70})"|([A-Za-z0-9\'()+_,./:=?-]{1,70}))\s*(?:;|$)', re.IGNORECASE)
+BOUNDARY = re.compile(r';[ \t]*boundary=(?:"([^"\\]{1,70})"|([A-Za-z0-9\'()+_,./:=?-]{1,70}))\s*(?:;|$)', re.IGNORECASE)
 DISPOSITION = re.compile(rb"\r\ncontent-disposition[ \t]*:([^\r\n]*)", re.IGNORECASE)
+EXTENDED_NAME = re.compile(rb"[; \t]name\*", re.IGNORECASE)  # RFC 8187's; forms do not have it (RFC 7578, 4.2)
 FIELD_OF_DISPOSITION = re.compile(rb'[; \t]name[ \t]*=[ \t]*(?:"([^"]*)"|([^"; \t]+))', re.IGNORECASE)
 
 _scan_once = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
@@ -186,8 +187,8 @@ def _unsound(what: str, text: str, pos: int) -> BadRequest:
 def in_multipart(body: bytes, content_type: str) -> Asked:
     """Read a multipart/form-data body. Raises BadRequest unless its parts are sound and ``model`` is there once."""
     boundary = BOUNDARY.search(content_type)
-    if boundary is None:
-        raise BadRequest("the Content-Type of a multipart body must have a boundary")
+    if boundary is None or len(re.findall(r"boundary\*?=", content_type, re.IGNORECASE)) != 1:
+        raise BadRequest("the Content-Type of a multipart body must have one boundary")
     mark = b"--" + (boundary[1] or boundary[2]).encode("latin-1")
     found: tuple[int, int] | None = None
     stream = False
@@ -227,6 +228,6 @@ def _parts(body: bytes, mark: bytes) -> Iterator[tuple[bytes, int, int]]:
 def _field(head: bytes) -> bytes:
     lines = DISPOSITION.findall(head)
     names = FIELD_OF_DISPOSITION.findall(lines[0]) if len(lines) == 1 else []
-    if len(names) != 1:
+    if len(names) != 1 or EXTENDED_NAME.search(lines[0]):
         raise BadRequest("a part of the form must have one Content-Disposition with one name")
     return bytes(names[0][0] or names[0][1])

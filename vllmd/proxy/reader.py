@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import string
+
 from vllmd.errors import BadRequest, HeadTooLarge, TooLarge
 from vllmd.proxy.framing import BadFraming, Chunked, Length
 from vllmd.proxy.heads import HeadMemo, RequestHead, parse_request_head
 from vllmd.proxy.limits import Limits
 
 CRUMBS = 64 << 10  # framing bytes allowed beyond the payload's own number
+TOKEN = frozenset(b"!#$%&'*+-.^_`|~" + string.digits.encode() + string.ascii_letters.encode())
+TLS_HANDSHAKE = 0x16
 
 
 class RequestReader:
@@ -42,18 +46,26 @@ class RequestReader:
         return rest
 
     def head(self) -> RequestHead | None:
-        """The next request's head. Raises BadRequest, HeadTooLarge, TooLarge."""
+        """The next request's head; the length that it announces is the caller's to judge.
+
+        Raises BadRequest, HeadTooLarge.
+        """
         data = self._data
         if not self._begun and not self._begin():
             return None
         end = data.find(b"\r\n\r\n", max(0, self._scanned - 3))
-        if end > self._limits.max_head or (end < 0 and len(data) > self._limits.max_head):
+        if end > self._limits.max_head or (
+            end < 0 and len(data) > self._limits.max_head + 3
+        ):  # its blank line may come
             raise HeadTooLarge(f"the request's head is larger than {self._limits.max_head} bytes")
         if data[:2] == b"\r\n":
             raise BadRequest("malformed request: no request line")
         if end < 0:
             if data.find(b"\n\n", max(0, self._scanned - 1)) >= 0:
                 raise BadRequest("malformed request: a line that does not end with CRLF")
+            if data and data[0] not in TOKEN:  # no method begins like that: nothing good will come of waiting
+                tls = "; this is TLS, and plain HTTP is spoken here" if data[0] == TLS_HANDSHAKE else ""
+                raise BadRequest(f"malformed request: no request line{tls}")
             self._scanned = len(data)
             return None
         head = self._heads.read(bytes(data[: end + 4]))
@@ -74,8 +86,6 @@ class RequestReader:
         return True
 
     def _expect(self, head: RequestHead) -> None:
-        if head.length is not None and head.length > self._limits.max_body:
-            raise TooLarge(f"the body is {head.length} bytes; at most {self._limits.max_body} are taken")
         self._framing = head.framing() if head.has_body else None
         self.received = 0
 

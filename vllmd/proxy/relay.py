@@ -32,15 +32,18 @@ from vllmd.proxy.upstream import Pool, Unreached, Upstream, host_field
 # Of the client's fields an engine never sees these: its key, its cookies, and what we write ourselves.
 KEPT_BACK = frozenset(
     b"host content-length expect authorization x-api-key api-key cookie accept-encoding x-request-id"
-    b" forwarded x-forwarded-for x-forwarded-host x-forwarded-proto x-real-ip".split()
+    b" forwarded x-forwarded-for x-forwarded-host x-forwarded-proto x-real-ip"
+    b" origin access-control-request-method access-control-request-headers".split()
 )
 TOTAL_TOKENS = re.compile(rb'"total_tokens"\s*:\s*(\d{1,12})')
+IN_AND_OUT = [re.compile(rb'"%b_tokens"\s*:\s*(\d{1,12})' % which) for which in (b"input", b"output")]
 RESPONSE_ID = re.compile(rb'"id"\s*:\s*"(resp_[\w-]{1,128})"')
 RESPONSES_KEPT = 10_000
-# Words in the paths that change an engine's state (vllm-facts 1): sleep, wake_up, collective_rpc, pause, ...
+# Words in the paths that change an engine's state, or show it whole: sleep, wake_up, collective_rpc, pause, ...
 FORBIDDEN = (
     *("sleep", "wake", "rpc", "pause", "resume", "abort", "reset", "release", "weight", "elastic", "profile"),
     *("shutdown", "restart", "config", "server_info", "unload", "load_lora", "flush", "update", "free", "interrupt"),
+    *("fault_tolerance", "adapters", "internal_state", "continue_generation", "models/load", "repository/"),
 )
 REACH_TRIES, REACH_PAUSE = 20, 0.1  # so often a request finds nobody listening, and seconds between
 TAIL = 1024  # bytes at an answer's end in which its usage is looked for
@@ -56,11 +59,12 @@ class Relay:
         self.gate = gate
         self.limits = limits
         self._doorkeeper = doorkeeper or OpenDoor()
-        self._responses: OrderedDict[str, str] = OrderedDict()  # response id -> model
+        self._responses: OrderedDict[str, tuple[str, str]] = OrderedDict()  # response id -> model, and as asked for
 
     async def json(self, exchange: Exchange) -> None:
         """A route whose JSON body names the model."""
         request = exchange.request
+        _refuse_coded(request)
         content_type = request.headers.get("content-type").partition(";")[0].strip().lower()
         if content_type != "application/json" and not content_type.endswith("+json"):
             raise BadRequest("the Content-Type must be application/json")
@@ -70,6 +74,7 @@ class Relay:
     async def form(self, exchange: Exchange) -> None:
         """A route whose multipart form names the model."""
         request = exchange.request
+        _refuse_coded(request)
         content_type = request.headers.get("content-type")
         if content_type.partition(";")[0].strip().lower() != "multipart/form-data":
             raise BadRequest("the Content-Type must be multipart/form-data")
@@ -78,10 +83,10 @@ class Relay:
     async def response(self, exchange: Exchange) -> None:
         """``/v1/responses/{id}`` and below: the engine that made the response is the one that has it."""
         request = exchange.request
-        model = self._responses.get(request.params["id"])
-        if model is None:
+        if request.params["id"] not in self._responses:
             raise NotFound(f"no response {request.params['id']!r} is known; it is kept only while its model runs")
-        await self.serve(exchange, Asked(model, False, request.body), "/v1/responses")
+        _, asked = self._responses[request.params["id"]]
+        await self.serve(exchange, Asked(asked, False, request.body), "/v1/responses")
 
     async def kserve(self, exchange: Exchange) -> None:
         """``/v2/models/{model}/...``: KServe's protocol, which Triton speaks, names the model in the path."""
@@ -96,15 +101,15 @@ class Relay:
         """``/upstream/{model}/...``: the rest of an engine's own API, but nothing that changes its state."""
         request = exchange.request
         parts = request.params["rest"].split("/")
-        if any(word in part.lower() for word in FORBIDDEN for part in parts):
-            raise Forbidden("vllmd alone may put engines to sleep, pause or change them")
         for cut in range(len(parts) - 1, 0, -1):
             try:
                 target = self.gate.resolve("/".join(parts[:cut]))
             except (UnknownModel, BadRequest):
                 continue
-            path = quoted("/" + "/".join(parts[cut:]))
-            await self._send(exchange, Asked("", False, request.body), target, path)
+            rest = "/".join(parts[cut:])
+            if any(word in rest.lower() for word in FORBIDDEN):
+                raise Forbidden("vllmd alone may put engines to sleep, pause or change them")
+            await self._send(exchange, Asked("", False, request.body), target, quoted(f"/{rest}"))
             return
         raise UnknownModel(f"no model's name begins {request.params['rest']!r}")
 
@@ -165,13 +170,24 @@ class Relay:
             await trip.run(self.pool)
         finally:
             trip.close()
-            self._remember(trip.response_id, errand.target.model)
+            self._remember(trip.response_id, errand)
 
-    def _remember(self, response_id: str, model: str) -> None:
+    def _remember(self, response_id: str, errand: Errand) -> None:
         if response_id:
-            self._responses[response_id] = model
+            self._responses[response_id] = errand.target.model, errand.asked.model
             if len(self._responses) > RESPONSES_KEPT:
                 self._responses.popitem(last=False)
+
+    def forget(self, model: str) -> None:
+        """Its engine has ended, and the responses that it kept with it: nobody shall start it to be told so."""
+        for response_id in [kept for kept, (of, _) in self._responses.items() if of == model]:
+            del self._responses[response_id]
+
+
+def _refuse_coded(request: Request) -> None:
+    coding = request.headers.get("content-encoding")
+    if coding and coding.lower() != "identity":
+        raise BadRequest(f"the body must be sent as it is, not with the Content-Encoding {coding!r}")
 
 
 class Trip:
@@ -287,8 +303,14 @@ class Trip:
 
 def total_tokens(tail: bytes) -> int | None:
     """What the usage in the last bytes of an answer says it took in all, if it does."""
-    at = tail.rfind(b'"total_tokens"', max(0, len(tail) - TAIL))
-    if at < 0 or tail[at - 1 : at] == b"\\":  # inside a string, the quotes would be escaped
-        return None
+    start = max(0, len(tail) - TAIL)
+    at = tail.rfind(b'"total_tokens"', start)  # inside a string, the quotes would be escaped
+    if at < 0:
+        return _in_and_out(tail, start) if tail.find(b'"output_tokens"', start) >= 0 else None
     told = TOTAL_TOKENS.match(tail, at)
     return int(told[1]) if told else None
+
+
+def _in_and_out(tail: bytes, start: int) -> int:
+    """Anthropic's usage, which has no total; the last one is that of the whole answer."""
+    return sum(int(told[-1]) for which in IN_AND_OUT if (told := which.findall(tail, start)))

@@ -29,7 +29,8 @@ class Route:
     """One row of the table.
 
     ``scope`` says who may: ``models``, ``admin``, ``open`` (anybody), ``health`` or ``metrics`` (anybody, unless
-    the configuration says otherwise). ``doc`` has more of OpenAPI's operation fields.
+    the configuration says otherwise). ``doc`` has more of OpenAPI's operation fields. ``unasked``: browsers send such
+    a request for any page without asking us first.
     """
 
     method: str
@@ -38,6 +39,7 @@ class Route:
     scope: str = "models"
     summary: str = ""
     doc: Mapping[str, Any] = field(default_factory=dict)
+    unasked: bool = False
 
 
 class NoSuchMethod(MethodNotAllowed):
@@ -45,7 +47,7 @@ class NoSuchMethod(MethodNotAllowed):
 
     def __init__(self, request: Request, allowed: Sequence[str]) -> None:
         super().__init__(f"{request.path} does not take {request.method}, but {', '.join(allowed)}")
-        self.headers = [("allow", ", ".join(allowed))]
+        self.headers = [("allow", allow_field(allowed))]
 
 
 class Router:
@@ -91,7 +93,7 @@ class Router:
     def begin(self, request: Request) -> Handler:
         """The handler for ``request``, whose head alone has been read; fills its ``params`` and ``key``.
 
-        Raises NotFound, MethodNotAllowed and what the doorkeeper raises.
+        Raises NotFound, MethodNotAllowed, Forbidden and what the doorkeeper raises.
         """
         self.cors.mark(request)
         methods = self._find(request)
@@ -100,6 +102,8 @@ class Router:
         route = methods.get("GET" if request.method == "HEAD" else request.method)
         if route is None:
             raise NoSuchMethod(request, sorted(methods))
+        if route.unasked:
+            self.cors.refuse_strangers(request)
         request.route = route.pattern
         request.key = self.doorkeeper.admit(request, route.scope)
         return route.handler
@@ -122,8 +126,13 @@ def compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(PARAMETER.sub(lambda m: f"(?P<{m[1]}>{'.+' if m[2] else '[^/]+'})", re.escape(pattern)))
 
 
+def allow_field(methods: Iterable[str]) -> str:
+    """``Allow`` for a path with these methods: what answers a GET answers a HEAD, and every path OPTIONS."""
+    return ", ".join(sorted({*methods, "OPTIONS", *(["HEAD"] if "GET" in methods else [])}))
+
+
 def _allow(methods: Iterable[str]) -> Response:
-    return Response(204, headers=(("allow", ", ".join(sorted({*methods, "OPTIONS"}))),))
+    return Response(204, headers=(("allow", allow_field(methods)),))
 
 
 def _options(response: Response) -> Handler:

@@ -10,7 +10,8 @@ from typing import cast
 from urllib.parse import parse_qsl, urlencode
 
 from vllmd.errors import BadRequest, EngineFailed, UpstreamFailed, VllmdError
-from vllmd.proxy.exchange import Exchange
+from vllmd.proxy.answer import OURS
+from vllmd.proxy.exchange import Exchange, with_fields
 from vllmd.proxy.framing import BadFraming
 from vllmd.proxy.gate import Address, Passage, Target
 from vllmd.proxy.heads import forwardable, parse_upgrade_head, write_fields, write_request_head
@@ -102,7 +103,7 @@ class Tunnels:
         """``GET /v1/realtime``."""
         exchange.outlives_eof = False
         request = exchange.request
-        if request.upgrade != "websocket" or not request.headers.get("sec-websocket-key"):
+        if request.method != "GET" or request.upgrade != "websocket" or not request.headers.get("sec-websocket-key"):
             raise BadRequest(
                 "this is a WebSocket: 'Connection: Upgrade', 'Upgrade: websocket', 'Sec-WebSocket-Key: ...'"
             )
@@ -127,7 +128,8 @@ class Tunnels:
             passage.on_cut(on_cut)
             far.send(handshake(exchange.request, target, passage.upstream))
             exchange.keep_alive = False
-            exchange.start(101, await self._agreed(far, describe(passage.upstream)))
+            agreed = await self._agreed(far, describe(passage.upstream))
+            exchange.start(101, with_fields(agreed, [("x-request-id", exchange.request.id)]))
             exchange.upgrade(far.send)
             far.open()
             await asyncio.wait([far.closed])
@@ -146,7 +148,7 @@ class Tunnels:
             fields = parse_upgrade_head(far.answered.result())
         except BadFraming as error:
             raise UpstreamFailed(f"the engine at {where} refused the WebSocket: {error}") from None
-        return SWITCHING + write_fields([*UPGRADE_FIELDS, *forwardable(fields)]) + b"\r\n"
+        return SWITCHING + write_fields([*UPGRADE_FIELDS, *forwardable(fields, but=OURS)]) + b"\r\n"
 
 
 def handshake(request: Request, target: Target, address: Address) -> bytes:
@@ -157,6 +159,7 @@ def handshake(request: Request, target: Target, address: Address) -> bytes:
         (b"host", host_field(address).encode()),
         *UPGRADE_FIELDS,
         *forwardable(request.headers.raw, but=KEPT_BACK),
+        (b"x-request-id", request.id.encode()),
     ]
     fields.extend((name.lower().encode(), value.encode("latin-1")) for name, value in target.headers)
     return write_request_head("GET", f"{address.prefix}{request.path}?{urlencode(query)}", fields)
