@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from vllmd.client.engine_args import VLLMEngineArgs, changed_fields
-from vllmd.client.offline_child import RAISED, Channel, descendants
+from vllmd.client.offline_child import RAISED, Channel
 from vllmd.errors import Conflict, EngineFailed
 
 END_LIMIT = 10.0  # seconds for the engine to end in order; then all of it is killed
@@ -69,7 +69,7 @@ class ModelManager:
 
     @property
     def pid(self) -> int | None:
-        """The engine's process, if it runs."""
+        """The process that all of the engine's are below, if it runs."""
         return self._child.pid if self._child else None
 
     @property
@@ -230,21 +230,15 @@ class _Child:
             raise
 
     def end(self) -> None:
-        """Let it end in order for a while; then whatever is left of it and of its descendants is killed."""
+        """Let it end in order for a while, then by force; its keeper goes last."""
         if os.getpid() != self._owner:
             return
-        pids = {self.pid, *descendants(self.pid)}
         self._channel.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(END_LIMIT)
-        pids |= set(descendants(self.pid))
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self._process.wait()
-        deadline = time.monotonic() + GONE_LIMIT
-        while any(map(_alive, pids)) and time.monotonic() < deadline:
-            time.sleep(0.02)
+        self._process.terminate()  # if it has not ended
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one of its processes cannot even be killed
+            self._process.wait(GONE_LIMIT)
         if self._log:
             self._log.close()
 
@@ -271,14 +265,6 @@ def _raised(value: tuple[BaseException | None, str], method: str, lines: str) ->
         return failed
     error.add_note(f"in the engine's process:\n{trace}")
     return error
-
-
-def _alive(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except OSError:
-        return False
 
 
 def _arguments(given: Any) -> dict[str, Any]:
