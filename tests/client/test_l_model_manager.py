@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 import threading
@@ -103,6 +104,12 @@ def test_a_model_that_cannot_be_loaded(fake: Any) -> None:
         ModelManager({"model": "dies"}).load_model()
 
 
+def test_L_model_manager_without_vllm() -> None:
+    """What to install, and how to name another Python that has it."""
+    with pytest.raises(errors.EngineFailed, match=r"No module named 'vllm'; .*pip install vllm, .*python="):
+        ModelManager({"model": "m"}).load_model()
+
+
 def test_an_engine_that_dies_or_raises(fake: Any) -> None:
     """Its errors come back as they are, those that cannot travel as text; its death is told as such."""
     with ModelManager({"model": "m"}) as model:
@@ -150,12 +157,22 @@ def test_L_an_engine_that_hangs_is_ended(fake: Any, monkeypatch: pytest.MonkeyPa
     assert told.wait(20)
 
 
+def test_an_argument_that_cannot_travel_harms_nobody(fake: Any) -> None:
+    """It is the caller's mistake, and must not cost him a model that took minutes to load."""
+    with ModelManager({"model": "m"}) as model:
+        running = pids(model)
+        with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
+            model.llm.generate(lambda: "x")
+        assert pids(model) == running
+
+
 def test_an_interrupted_call_is_never_answered_to_the_next(fake: Any) -> None:
     """Ctrl-C in the middle of a call leaves an answer behind that nobody may take for his own."""
     code = """
 import os, signal
 from vllmd import errors
-from vllmd.client import ModelManager
+from vllmd.client import ModelManager, offline
+offline.END_LIMIT = 600.0  # whoever interrupted a call does not wait for its end
 model = ModelManager({"model": "m"})
 model.load_model()
 try:

@@ -37,10 +37,13 @@ class Channel:
         self._file = sock.makefile("rb")
 
     def send(self, value: Any) -> None:
-        """Raises what pickle raises before anything is sent."""
-        data = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
-        self._sock.sendall(LENGTH.pack(len(data)))
-        self._sock.sendall(data)
+        """Raises what ``packed`` raises before anything is sent."""
+        self.write(packed(value))
+
+    def write(self, message: bytes) -> None:
+        """Send what ``packed`` has made."""
+        self._sock.sendall(LENGTH.pack(len(message)))
+        self._sock.sendall(message)
 
     def receive(self) -> Any:
         """Raises EOFError when the other side has closed or ended."""
@@ -63,6 +66,11 @@ class Channel:
         if len(data) < length:
             raise EOFError
         return data
+
+
+def packed(value: Any) -> bytes:
+    """An object as a message. Raises what pickle raises."""
+    return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
 
 
 def descendants(pid: int) -> list[int]:

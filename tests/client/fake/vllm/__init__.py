@@ -66,7 +66,7 @@ class LLM:
             time.sleep(1)
         if params == "interrupt":  # Ctrl-C at the caller, whose pid is the prompt, in the middle of its call
             os.kill(int(str(prompts)), signal.SIGINT)
-            time.sleep(1)
+            time.sleep(600)
         if params == "hang":  # once the file that is the prompt is there
             Path(str(prompts)).touch()
             time.sleep(600)
