@@ -32,6 +32,7 @@ case "$2" in
 *broken*) echo "OSError: no such model"; exit 1 ;;
 *echo*) exec {sys.executable} {HERE}/recording_engine.py "$@" ;;
 *slow*) set -- "$@" --load-time 60 ;;
+*large*) set -- "$@" --memory 48GiB ;;
 esac
 exec {sys.executable} -m vllmd.simengine "$@"
 """

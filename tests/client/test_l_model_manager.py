@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,6 +104,12 @@ def test_a_model_that_cannot_be_loaded(fake: Any) -> None:
         ModelManager({"model": "dies"}).load_model()
 
 
+def test_L_model_manager_without_vllm() -> None:
+    """What to install, and how to name another Python that has it."""
+    with pytest.raises(errors.EngineFailed, match=r"No module named 'vllm'; .*pip install vllm, .*python="):
+        ModelManager({"model": "m"}).load_model()
+
+
 def test_an_engine_that_dies_or_raises(fake: Any) -> None:
     """Its errors come back as they are, those that cannot travel as text; its death is told as such."""
     with ModelManager({"model": "m"}) as model:
@@ -113,9 +121,49 @@ def test_an_engine_that_dies_or_raises(fake: Any) -> None:
             model.llm.no_such()
         assert model.llm.generate("x")
         with pytest.raises(errors.EngineFailed, match="SIGKILL"):
-            model.llm.generate("x", "die")
+            model.llm.generate(pids(model)[0], "kill")
         model.load_model()
         assert model.llm.generate("x")
+
+
+@pytest.mark.parametrize("killed", ["the engine", "its keeper"])
+def test_L_an_engine_that_is_killed_takes_its_core_along(fake: Any, killed: str) -> None:
+    """The core is nobody's child then, and would hold the GPU for ever; in the middle of a call, too."""
+    with ModelManager({"model": "m"}) as model:
+        engine, core = pids(model)
+        victim = engine if killed == "the engine" else model.pid
+        with pytest.raises(errors.EngineFailed, match="SIGKILL"):
+            model.llm.generate(victim, "kill")
+        wait_until(lambda: not exists(engine) and not exists(core), limit=0.0 if killed == "the engine" else 20.0)
+
+
+def test_L_an_engine_that_hangs_is_ended(fake: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In the middle of a call that another thread waits for: it has some time to end in order, no more."""
+    monkeypatch.setattr("vllmd.client.offline.END_LIMIT", 0.2)
+    model = ModelManager({"model": "m"})
+    model.load_model()
+    running = pids(model)
+    hangs, told = tmp_path / "hangs", threading.Event()
+
+    def call() -> None:
+        with pytest.raises(errors.EngineFailed):
+            model.llm.generate(str(hangs), "hang")
+        told.set()
+
+    threading.Thread(target=call).start()
+    wait_until(hangs.exists)
+    model.stop()
+    assert not any(map(exists, running))
+    assert told.wait(20)
+
+
+def test_an_argument_that_cannot_travel_harms_nobody(fake: Any) -> None:
+    """It is the caller's mistake, and must not cost him a model that took minutes to load."""
+    with ModelManager({"model": "m"}) as model:
+        running = pids(model)
+        with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
+            model.llm.generate(lambda: "x")
+        assert pids(model) == running
 
 
 def test_an_interrupted_call_is_never_answered_to_the_next(fake: Any) -> None:
@@ -123,7 +171,8 @@ def test_an_interrupted_call_is_never_answered_to_the_next(fake: Any) -> None:
     code = """
 import os, signal
 from vllmd import errors
-from vllmd.client import ModelManager
+from vllmd.client import ModelManager, offline
+offline.END_LIMIT = 600.0  # whoever interrupted a call does not wait for its end
 model = ModelManager({"model": "m"})
 model.load_model()
 try:

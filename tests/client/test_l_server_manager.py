@@ -18,13 +18,16 @@ from tests.client.site import Stub, Vllmd, exists, script, wait_until
 from vllmd import errors
 from vllmd.client import ServerManager, VLLMEngineArgs
 from vllmd.client import holding as holding_module
+from vllmd.client.doorway import Doorway
 from vllmd.client.holding import Holding
+from vllmd.client.servers import _news, _story
 
 HELLO = [{"role": "user", "content": "Hello to all of you"}]
 
 
-def args(name: str, **more: Any) -> VLLMEngineArgs:
-    return VLLMEngineArgs(model=f"/home/models/Qwen/{name}/", **more)
+def args(name: str, share: float = 0.1, **more: Any) -> VLLMEngineArgs:
+    """A model of which ten fit beside one another."""
+    return VLLMEngineArgs(model=f"/home/models/Qwen/{name}/", **{"gpu_memory_utilization": share, **more})
 
 
 def ask(manager: ServerManager) -> str:
@@ -194,6 +197,25 @@ with ServerManager({"model": "Qwen/shared"}, auto_terminate="directly") as serve
     assert not exists(pid)
 
 
+def test_L_two_models_of_two_users_take_turns_on_one_gpu(here: Vllmd) -> None:
+    """Nobody runs out of memory: who finds no room waits until it is given up, and is told by whom."""
+    code = """
+from vllmd.client import ServerManager
+args = {"model": "Qwen/large-two", "gpu_memory_utilization": 0.6}
+with ServerManager(args, auto_terminate="directly", verbose=True) as serve:
+    print(serve.make_client().chat.completions.create(model="Qwen/large-two",
+        messages=[{"role": "user", "content": "my turn"}]).choices[0].message.content)
+"""
+    with ServerManager(args("large-one", share=0.6), auto_terminate="directly") as first:
+        second = script(code, {})
+        assert second.stdout
+        assert second.stdout.readline() == "Qwen/large-two: waits for room beside Qwen/large-one (leased or pinned)\n"
+        assert ask(first)
+        assert here.state("Qwen/large-two") == "stopped"
+    assert "my turn" in second.communicate(timeout=30)[0]
+    assert here.state("Qwen/large-one") == "stopped"
+
+
 def test_L_a_killed_user_does_not_keep_the_model(here: Vllmd) -> None:
     """A lease that is no longer renewed runs out; one that is, does not."""
     code = """
@@ -295,13 +317,20 @@ def test_L_engine_args_reach_vllm(here: Vllmd, stub: Stub) -> None:
         pass
 
 
-def test_L_a_port_that_is_taken(here: Vllmd) -> None:
-    """It is said, and nothing is left."""
+def test_L_a_port_that_is_taken(here: Vllmd, stub: Stub) -> None:
+    """It is said before the model is loaded, which may take minutes."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         serve = ServerManager(args("port", port=other.getsockname()[1]))
         assert serve.start() is False
-    assert "cannot be had" in serve.failure
+    assert serve.failure.endswith("cannot be had: Address already in use; choose another, or none")
     assert here.state("Qwen/port") == "stopped"
+    assert [argv for argv in stub.calls() if argv[1].endswith("Qwen/port")] == []
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_L_a_port_that_nobody_used_is_closed_without_a_word() -> None:
+    """Its thread ends whether or not there are connections to end."""
+    Doorway(served_port(), ("127.0.0.1", 9)).close()
 
 
 @pytest.mark.parametrize("verbose", [True, False])
@@ -312,6 +341,15 @@ def test_L_verbose(here: Vllmd, capsys: pytest.CaptureFixture[str], verbose: boo
     printed = capsys.readouterr().out
     assert ("ready after" in printed, "given up" in printed) == (verbose, verbose)
     assert verbose or printed == ""
+
+
+def test_L_progress_is_not_a_clock() -> None:
+    """A start of minutes is a line for each phase, not for each second."""
+    line = {"state": "starting", "phase": "weights", "detail": "1/2", "waiting_for": "its start (2 of about 37 s)"}
+    assert _story(line) == "starting: weights: 1/2: its start (2 of about 37 s)"
+    assert _news(line) == _news({**line, "waiting_for": "its start (3 of about 37 s)"})
+    assert _news(line) != _news({**line, "detail": "2/2"})
+    assert _story({**line, "phase": "starting", "detail": ""}) == "starting: its start (2 of about 37 s)"
 
 
 def test_L_multimodal_and_tools_pass_through(here: Vllmd, stub: Stub) -> None:

@@ -49,6 +49,15 @@ def test_a_wedged_device_is_named() -> None:
     assert view(w).waiting_for == "room; device 0 is avoided: 40.0 GiB did not come back after a stop"
 
 
+def test_who_keeps_the_room_is_named() -> None:
+    """One may ask him, and need not wonder why the policy does nothing."""
+    w = World([model("m"), model("other")], [GPU])
+    w.load("m")
+    w.do(LeaseTaken("ada-17", "m"))
+    w.ask("r", "other")
+    assert view(w, "other").waiting_for == "room beside m (leased or pinned)"
+
+
 def test_a_sleepers_row() -> None:
     """Level, remainder, age, leases: as ``ps`` prints them."""
     w = World([model("m")], [GPU])

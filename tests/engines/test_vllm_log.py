@@ -54,6 +54,23 @@ def test_most_lines_say_nothing_of_the_phase() -> None:
     assert progress('(APIServer pid=1) INFO:     127.0.0.1:0 - "GET /health HTTP/1.1" 200') is None
 
 
+def test_a_line_without_end_is_cut() -> None:
+    """vLLM lists its whole configuration in one of them."""
+    found = progress("Initializing a V1 LLM engine (v0.32.0) with config: " + "model=x, " * 500)
+    assert found is not None
+    assert len(found.detail) < 200
+
+
+def test_a_path_that_is_none_is_told_in_our_words() -> None:
+    """As seen of a real vLLM; whoever has the directory before his eyes must learn whose eyes count."""
+    found = failure([
+        "huggingface_hub.errors.HFValidationError: Repo id must be in the form 'repo_name' or 'namespace/repo_name': "
+        "'/home/ada/model'. Use `repo_type` argument if needed."
+    ])  # fmt: skip
+    assert found.permanent
+    assert found.hint == "there is no directory /home/ada/model, or the engine's user may not look into it"
+
+
 def test_the_check_of_free_memory_tells_what_was_needed() -> None:
     """Bytes per device, from vLLM's own arithmetic."""
     found = failure([

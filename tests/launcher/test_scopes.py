@@ -221,6 +221,19 @@ async def test_a_log_is_followed_from_its_beginning(site: Machine) -> None:
         await driver.client.unfollow(engine.instance)
 
 
+async def test_nobody_follows_the_log_of_an_engine_that_has_ended(site: Machine) -> None:
+    """A model that fails at each start would leave a process at each."""
+    async with driving(site) as driver:
+        engine = await driver.start("echo up; read line")
+        await driver.client.follow(engine.instance)
+        await driver.line("up")
+        follower = f"pgrep --full 'journalctl.*--follow.*{engine.instance}'"
+        assert site.run(follower, check=False).stdout
+        await driver.client.kill(engine.instance)
+        await driver.exit()
+        assert site.run(follower, check=False).stdout == ""
+
+
 # --- the daemon's life, systemd's commands ---
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
 import socket
 import threading
 
@@ -21,26 +23,30 @@ class Doorway:
         try:
             self._listener = socket.create_server(("127.0.0.1", port))
         except OSError as error:
-            raise Conflict(f"port {port} cannot be had: {error.strerror}; choose another, or none") from None
+            why = os.strerror(error.errno or errno.EADDRINUSE)
+            raise Conflict(f"port {port} cannot be had: {why}; choose another, or none") from None
         self.port: int = self._listener.getsockname()[1]
-        self._loop = asyncio.new_event_loop()
+        self._loop, self._closed = asyncio.new_event_loop(), asyncio.Event()
         self._thread = threading.Thread(target=self._run, name=f"doorway-{self.port}", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Close the port and its connections."""
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._loop.call_soon_threadsafe(self._closed.set)
         self._thread.join()
 
     def _run(self) -> None:
-        server = self._loop.run_until_complete(asyncio.start_server(self._relay, sock=self._listener))
-        self._loop.run_forever()
-        server.close()
-        tasks = asyncio.all_tasks(self._loop)
-        for task in tasks:
-            task.cancel()
-        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self._loop.run_until_complete(self._serve())
         self._loop.close()
+
+    async def _serve(self) -> None:
+        server = await asyncio.start_server(self._relay, sock=self._listener)
+        await self._closed.wait()
+        server.close()
+        if tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

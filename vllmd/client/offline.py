@@ -19,12 +19,13 @@ from types import TracebackType
 from typing import IO, Any
 
 from vllmd.client.engine_args import VLLMEngineArgs, changed_fields
-from vllmd.client.offline_child import RAISED, Channel, descendants
+from vllmd.client.offline_child import RAISED, Channel, packed
 from vllmd.errors import Conflict, EngineFailed
 
 END_LIMIT = 10.0  # seconds for the engine to end in order; then all of it is killed
 GONE_LIMIT = 30.0  # seconds for killed processes to be gone
 LAST_LINES = 15
+INSTALL = "; install it with: pip install vllm, or name the Python that has it: ModelManager(..., python=...)"
 
 
 class ModelManager:
@@ -69,7 +70,7 @@ class ModelManager:
 
     @property
     def pid(self) -> int | None:
-        """The engine's process, if it runs."""
+        """The process that all of the engine's are below, if it runs."""
         return self._child.pid if self._child else None
 
     @property
@@ -177,7 +178,7 @@ class _Child:
         self._log: IO[bytes] | None = None if verbose else tempfile.TemporaryFile()  # noqa: SIM115 (ends with us)
         script = str(Path(__file__).with_name("offline_child.py"))
         self._owner = os.getpid()
-        self._broken = False  # an answer was not waited for, or never came
+        self._lost = ""  # why it cannot be asked any more
         with theirs:
             self._process = subprocess.Popen(
                 [python, "-P", script, str(theirs.fileno()), str(os.getpid())],
@@ -198,53 +199,48 @@ class _Child:
     @property
     def running(self) -> bool:
         """Whether it can be asked."""
-        return not self._broken and self._process.poll() is None
+        return not self._lost and self._process.poll() is None
 
     def ask(self, method: str, arguments: tuple[Any, ...], more: dict[str, Any]) -> Any:
         """The method's result, or what it raised. Raises EngineFailed if the process ended."""
+        message = packed((method, arguments, more))  # what cannot be sent harms nobody
+        if self._lost:
+            raise EngineFailed(self._lost)
         try:
-            if self._broken:
-                raise EOFError
-            outcome, value = self._exchange((method, arguments, more))
+            outcome, value = self._exchange(message)
         except (EOFError, OSError):
-            self._broken = True
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(END_LIMIT)
-            raise EngineFailed(f"the engine's process {self._ended()}{self._last_lines()}") from None
+            self._lost = f"the engine's process {self._ended()}{self._last_lines()}"
+            raise EngineFailed(self._lost) from None
         except pickle.UnpicklingError as error:
             raise EngineFailed(f"what {method} returned cannot be read here: {error}") from error
         if outcome == RAISED:
             raise _raised(value, method, self._last_lines() if method == "load" else "")
         return value
 
-    def _exchange(self, call: tuple[str, tuple[Any, ...], dict[str, Any]]) -> Any:
+    def _exchange(self, message: bytes) -> Any:
         """The answer. Whoever does not wait for it (Ctrl-C) cannot ask again: it would take this one for the next."""
         try:
-            self._channel.send(call)
+            self._channel.write(message)
             return self._channel.receive()
-        except pickle.UnpicklingError:
+        except (EOFError, OSError, pickle.UnpicklingError):
             raise
         except BaseException:
-            self._broken = True
+            self._lost = "an earlier call of it was interrupted: load_model() loads it anew"
             self._channel.close()
             raise
 
     def end(self) -> None:
-        """Let it end in order for a while; then whatever is left of it and of its descendants is killed."""
+        """Let it end in order for a while, unless a call was given up; then by force. Its keeper goes last."""
         if os.getpid() != self._owner:
             return
-        pids = {self.pid, *descendants(self.pid)}
         self._channel.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(END_LIMIT)
-        pids |= set(descendants(self.pid))
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self._process.wait()
-        deadline = time.monotonic() + GONE_LIMIT
-        while any(map(_alive, pids)) and time.monotonic() < deadline:
-            time.sleep(0.02)
+            self._process.wait(0 if self._lost else END_LIMIT)
+        self._process.terminate()  # if it has not ended
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one of its processes cannot even be killed
+            self._process.wait(GONE_LIMIT)
         if self._log:
             self._log.close()
 
@@ -257,8 +253,11 @@ class _Child:
     def _last_lines(self) -> str:
         if not self._log:
             return ""
-        self._log.seek(0)
-        lines = self._log.read().decode("utf-8", "replace").splitlines()[-LAST_LINES:]
+        try:
+            self._log.seek(0)
+            lines = self._log.read().decode("utf-8", "replace").splitlines()[-LAST_LINES:]
+        except ValueError:  # closed: stop() was called while a call was waiting
+            return ""
         return "; its last lines:\n" + "\n".join(lines) if lines else ""
 
 
@@ -266,19 +265,13 @@ def _raised(value: tuple[BaseException | None, str], method: str, lines: str) ->
     """What the method raised there, with its traceback as a note; a load's is an EngineFailed."""
     error, trace = value
     if error is None or method == "load":
-        failed = EngineFailed(f"{method} failed: {trace.strip().splitlines()[-1]}{lines}")
+        absent = isinstance(error, ModuleNotFoundError) and error.name == "vllm"
+        what = f"{trace.strip().splitlines()[-1]}{INSTALL if absent else lines}"
+        failed = EngineFailed(f"{method} failed: {what}")
         failed.__cause__ = error
         return failed
     error.add_note(f"in the engine's process:\n{trace}")
     return error
-
-
-def _alive(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except OSError:
-        return False
 
 
 def _arguments(given: Any) -> dict[str, Any]:

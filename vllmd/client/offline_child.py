@@ -1,4 +1,7 @@
-"""The process in which ``ModelManager`` has vLLM's offline engine. Run as a script; imports nothing of ours.
+"""The processes in which ``ModelManager`` has vLLM's offline engine. Run as a script; imports nothing of ours.
+
+The first one keeps the second, which has the engine: whichever way that or the program ends, in the middle of a
+call, too, the keeper kills what is left of the engine, and ends as the engine did.
 
 Messages are pickles with their length before them, over one socket: in comes
 ``(method, arguments, more)``, out goes ``(RETURNED, result)`` or ``(RAISED, (error, traceback))``.
@@ -10,6 +13,7 @@ import contextlib
 import ctypes
 import os
 import pickle
+import resource
 import select
 import signal
 import socket
@@ -33,10 +37,13 @@ class Channel:
         self._file = sock.makefile("rb")
 
     def send(self, value: Any) -> None:
-        """Raises what pickle raises before anything is sent."""
-        data = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
-        self._sock.sendall(LENGTH.pack(len(data)))
-        self._sock.sendall(data)
+        """Raises what ``packed`` raises before anything is sent."""
+        self.write(packed(value))
+
+    def write(self, message: bytes) -> None:
+        """Send what ``packed`` has made."""
+        self._sock.sendall(LENGTH.pack(len(message)))
+        self._sock.sendall(message)
 
     def receive(self) -> Any:
         """Raises EOFError when the other side has closed or ended."""
@@ -59,6 +66,11 @@ class Channel:
         if len(data) < length:
             raise EOFError
         return data
+
+
+def packed(value: Any) -> bytes:
+    """An object as a message. Raises what pickle raises."""
+    return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
 
 
 def descendants(pid: int) -> list[int]:
@@ -84,17 +96,68 @@ def _parents() -> Iterator[tuple[int, int]]:
 
 
 def main() -> None:
-    """Answer until the other side is gone."""
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # grandchildren whose parent dies stay ours to kill
-    channel = Channel(socket.socket(fileno=int(sys.argv[1])))
-    threading.Thread(target=_follow, args=(int(sys.argv[2]),), daemon=True).start()
+    """Become the keeper, and have a child with the engine, which answers until the program is gone."""
+    sock, program, keeper = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]), os.getpid()
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # descendants whose parent dies stay ours to kill
+    if engine := os.fork():
+        sock.close()
+        _keep(engine, program)
+    else:
+        threading.Thread(target=_follow, args=(keeper,), daemon=True).start()
+        _answer_calls(Channel(sock))
+        _kill(descendants(os.getpid()))  # what vLLM's own good order has not ended
+
+
+def _keep(engine: int, program: int) -> None:
+    """Wait for the end of either, or for SIGTERM; then end everything that the engine has started."""
+    signal.signal(signal.SIGTERM, lambda number, frame: os.kill(engine, signal.SIGKILL))
+    _await_end(program, engine)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    status = 0
+    while victims := descendants(os.getpid()):
+        _kill(victims)
+        ended, how = os.waitpid(-1, 0)
+        status = how if ended == engine else status
+    _end_as(status)
+
+
+def _await_end(parent: int, *children: int) -> None:
+    """Return when our parent or one of these children has ended."""
+    poll = select.poll()
+    try:
+        for pid in (parent, *children):
+            poll.register(os.pidfd_open(pid), select.POLLIN)
+    except ProcessLookupError:
+        return
+    if os.getppid() == parent:  # else it went before we could look
+        poll.poll()
+
+
+def _end_as(status: int) -> None:
+    """End by the same signal or with the same status, which is what the program then reads."""
+    if not os.WIFSIGNALED(status):
+        sys.exit(os.waitstatus_to_exitcode(status))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the engine's own dump is the one that tells something
+    with contextlib.suppress(OSError):  # SIGKILL is always at its default
+        signal.signal(os.WTERMSIG(status), signal.SIG_DFL)
+    os.kill(os.getpid(), os.WTERMSIG(status))
+
+
+def _follow(keeper: int) -> None:
+    """In the engine's process: should even its keeper be killed, end with what we have started."""
+    _await_end(keeper)
+    _kill([*descendants(os.getpid()), os.getpid()])
+
+
+def _answer_calls(channel: Channel) -> None:
+    """Until the other side has closed; then the engine is let go, and ends in vLLM's own good order."""
     sys.path[:] = dict.fromkeys([*channel.receive(), *sys.path])
     engine: Any = None
     while True:
         try:
             method, arguments, more = channel.receive()
         except EOFError:
-            break
+            return
         except Exception as error:  # what cannot be unpickled here is the caller's to know
             _answer(channel, RAISED, _told(error))
             continue
@@ -107,8 +170,6 @@ def main() -> None:
             _answer(channel, RAISED, _told(error))
         else:
             _answer(channel, RETURNED, result)
-    del engine  # vLLM's own good order first
-    _kill(descendants(os.getpid()))
 
 
 def _load(arguments: dict[str, Any]) -> Any:
@@ -134,19 +195,6 @@ def _told(error: Exception) -> tuple[Exception | None, str]:
     except Exception:
         return None, trace
     return error, trace
-
-
-def _follow(parent: int) -> None:
-    """End with the program that started us, with all our descendants, even in the middle of a call."""
-    try:
-        pidfd = os.pidfd_open(parent)
-        if os.getppid() == parent:
-            poll = select.poll()
-            poll.register(pidfd, select.POLLIN)
-            poll.poll()
-    except ProcessLookupError:
-        pass
-    _kill([*descendants(os.getpid()), os.getpid()])
 
 
 def _kill(pids: list[int]) -> None:

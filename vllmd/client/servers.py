@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import re
 import threading
 import time
 import warnings
@@ -87,8 +88,7 @@ class ServerManager:
             self._start()
         except VllmdError as error:
             self.failure = error.message
-            log.error("%s does not serve: %s", self.server_name, error.message)
-            self._say(f"does not serve: {error.message}")
+            log.error("%s does not serve: %s", self.server_name, error.message)  # without any handler, on stderr
             return False
         return True
 
@@ -171,8 +171,8 @@ class ServerManager:
             self.failure = ""
             try:
                 self._connect()
+                self._open_doorway()  # before the load, which may take minutes: the port may be taken
                 self._load(time.monotonic() + self._startup_timeout)
-                self._open_doorway()
             except BaseException:
                 self.stop()
                 raise
@@ -212,7 +212,7 @@ class ServerManager:
 
     def _load(self, deadline: float) -> None:
         """Raises EngineFailed, Unavailable, TimedOut."""
-        began, shown = time.monotonic(), ""
+        began, shown = time.monotonic(), ("", "")
         line = self._asked().load_model(self.server_name, wait=False)
         while line["state"] != "running":
             if line["state"] == "error":
@@ -221,9 +221,9 @@ class ServerManager:
                 raise Unavailable(f"{self.server_name} was stopped while it was loaded: {line['failure']}")
             if time.monotonic() > deadline:
                 raise TimedOut(f"{self.server_name} was not ready within {self._startup_timeout:g} s: {_story(line)}")
-            if _story(line) != shown:
-                shown = _story(line)
-                self._say(shown)
+            if _news(line) != shown:
+                shown = _news(line)
+                self._say(_story(line))
             time.sleep(LOOK)
             line = self._line()
         self._say(f"ready after {time.monotonic() - began:.1f} s")
@@ -268,7 +268,8 @@ class ServerManager:
         while time.monotonic() < deadline:
             line = self._line()
             if line["state"] in GONE or line["leases"] or line["pinned"]:
-                self._say(f"given up; it is {line['state']}")
+                others = ", ".join(line["leases"])
+                self._say(f"given up; it is {line['state']}{others and f', held by {others}'}")
                 return
             time.sleep(LOOK)
         log.warning("%s still finishes its requests", self.server_name)
@@ -303,6 +304,13 @@ class ServerManager:
 
 
 def _story(line: Mapping[str, Any]) -> str:
-    """``starting: loading weights`` and the like."""
-    parts = (line["state"], line.get("phase"), line.get("detail"), line.get("waiting_for"))
-    return ": ".join(str(part) for part in parts if part)
+    """``starting: weights: Loading safetensors checkpoint shards: its start (2 of about 37 s)`` and the like."""
+    if line["state"] == "stopped" and line["waiting_for"]:
+        return f"waits for {line['waiting_for']}"
+    parts = (line["state"], line.get("phase"), line.get("detail"), line["waiting_for"])
+    return ": ".join(dict.fromkeys(str(part) for part in parts if part))
+
+
+def _news(line: Mapping[str, Any]) -> tuple[str, str]:
+    """What is worth another line when it changes: not how many seconds it has been waiting."""
+    return _story({**line, "waiting_for": ""}), re.sub(r"\d+", "", str(line["waiting_for"]))

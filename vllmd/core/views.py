@@ -92,4 +92,6 @@ def _waiting_for_room(fleet: Fleet, exchanges: Exchanges, m: Model) -> str:
     taken = [
         f"strangers hold {gib(a.strangers)} on device {a.device.index}" for a in accounts if a.strangers > a.missing
     ]
-    return "; ".join(["room", *wedged, *taken])
+    kept = [other.name for other in exchanges.models.values() if other.kept and other.loaded and other is not m]
+    room = f"room beside {', '.join(kept)} (leased or pinned)" if kept else "room"
+    return "; ".join([room, *wedged, *taken])

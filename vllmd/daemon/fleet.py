@@ -202,7 +202,7 @@ class Fleet:
         self._forget(member)
         return events.EngineStartFailed(
             member.model.name,
-            with_hint(reason, failure.hint),
+            reason,
             memory=failure.memory,
             needed=failure.needed,
             permanent=failure.permanent,

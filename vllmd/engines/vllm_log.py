@@ -15,6 +15,8 @@ from vllmd.engines.base import Failure, Progress
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _PREFIX = re.compile(r"^\([^)]*pid=\d+\)\s*(?:[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d (?:\.\d+ )?\[[^\]]*\]\s?)?")
+_DETAIL = 160  # characters of a line that are worth showing: one lists vLLM's whole configuration
+_NO_PATH = re.compile(r"Repo id must be in the form.*?'(/[^']*)'")  # of a path: vLLM saw no directory there
 _CONTEXT = GiB  # what CUDA's context and the allocator keep beside what vLLM lists, roughly
 
 # Phase -> what shows that it has begun. The first match counts.
@@ -67,11 +69,11 @@ def clean(line: str) -> str:
 
 
 def progress(line: str) -> Progress | None:
-    """The phase that a line begins, with the line itself as the detail."""
+    """The phase that a line begins, with the line itself, or its beginning, as the detail."""
     text = clean(line)
     for phase, pattern in PHASES:
         if pattern.search(text):
-            return Progress(phase, text)
+            return Progress(phase, text if len(text) <= _DETAIL else f"{text[:_DETAIL]}...")
     return None
 
 
@@ -81,7 +83,8 @@ def failure(lines: Sequence[str]) -> Failure:
     reason = _reason(texts)
     needed = _needed(texts)
     memory = needed is not None or _MEMORY.search(reason) is not None
-    return Failure(reason, memory, permanent=not memory and _any(_PERMANENT, [reason, *texts[-3:]]), needed=needed)
+    permanent = not memory and _any(_PERMANENT, [reason, *texts[-3:]])
+    return Failure(reason, memory, permanent, needed, _no_path(reason))
 
 
 def _reason(texts: Sequence[str]) -> str:
@@ -95,6 +98,12 @@ def _error(text: str) -> str:
     if found := _VALUE_ERROR.match(text):
         return f"ValueError: {found[1]}"
     return text if _ERROR.match(text) and not _CONSEQUENCE.search(text) else ""
+
+
+def _no_path(reason: str) -> str:
+    """What Hugging Face's words for a path that is none mean."""
+    found = _NO_PATH.search(reason)
+    return f"there is no directory {found[1]}, or the engine's user may not look into it" if found else ""
 
 
 def _needed(texts: Iterable[str]) -> int | None:

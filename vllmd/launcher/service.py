@@ -103,6 +103,7 @@ class Service:
         """Tell everybody of an engine's end."""
         log.info("%s", _sentence(report), extra={"journal": {"MODEL_INSTANCE": report.instance}})
         for client in tuple(self._clients):
+            client.unfollow(report.instance)  # it writes no more; journalctl --follow would stay for ever
             client.send(Exited(_fitting(report)))
         self.consider_idle()
 

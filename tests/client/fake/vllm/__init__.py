@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass
@@ -65,9 +66,13 @@ class LLM:
             time.sleep(1)
         if params == "interrupt":  # Ctrl-C at the caller, whose pid is the prompt, in the middle of its call
             os.kill(int(str(prompts)), signal.SIGINT)
-            time.sleep(1)
-        if params == "die":
-            os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(600)
+        if params == "hang":  # once the file that is the prompt is there
+            Path(str(prompts)).touch()
+            time.sleep(600)
+        if params == "kill":  # the process whose pid is the prompt, in the middle of a call
+            os.kill(int(str(prompts)), signal.SIGKILL)
+            time.sleep(600)
         if params == "raise":
             raise Unpicklable("out", "of luck")
         return [RequestOutput(prompts, [CompletionOutput(f"{os.getpid()} {self.core.pid}")])]
