@@ -10,7 +10,7 @@ import pytest
 from vllmd.config.types import KeyConfig
 from vllmd.daemon.meters import Bucket, MeteredGate, Meters
 from vllmd.engines.base import Listen
-from vllmd.errors import TooManyRequests, Unavailable
+from vllmd.errors import TooManyRequests, Unavailable, VllmdError
 from vllmd.proxy.gate import Passage, Target
 
 
@@ -37,7 +37,7 @@ class OpenGate:
     def loading(self, model: str) -> str:
         return "weights"
 
-    async def enter(self, model: str, key: str, request_id: str) -> Passage:
+    async def enter(self, model: str, key: str, request_id: str, only: str = "") -> Passage:
         if self.refusal:
             raise self.refusal
         return _Passage(self.ended)
@@ -45,12 +45,18 @@ class OpenGate:
 
 class _Passage:
     upstream = Listen(uds="/engine.sock")
+    target = None
 
     def __init__(self, ended: list[int | None]) -> None:
         self._ended = ended
 
-    def done(self, tokens: int | None = None) -> None:
+    def answered(self) -> None: ...
+
+    def done(self, tokens: int | None = None, failed: str = "") -> None:
         self._ended.append(tokens)
+
+    async def again(self, error: VllmdError) -> Passage:
+        return _Passage(self._ended)
 
     def on_cut(self, callback: Callable[[str], None]) -> None:
         callback("cut")

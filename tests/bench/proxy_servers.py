@@ -188,8 +188,9 @@ async def serve_relay(port: int, upstream_port: int) -> None:
 
     class OpenPassage:
         upstream = Listen(port=upstream_port)
+        target = None
 
-        def done(self, tokens: int | None = None) -> None:
+        def done(self, tokens: int | None = None, failed: str = "") -> None:
             """Nobody counts."""
 
         def on_cut(self, callback: Callable[[str], None]) -> None:
@@ -200,7 +201,7 @@ async def serve_relay(port: int, upstream_port: int) -> None:
             """Every name is good."""
             return Target(name, name)
 
-        async def enter(self, model: str, key: str, request_id: str) -> OpenPassage:
+        async def enter(self, model: str, key: str, request_id: str, only: str = "") -> OpenPassage:
             """At once."""
             return OpenPassage()
 

@@ -25,7 +25,7 @@ class Rig:
         opened = asyncio.Event()
         opened.set()
         self.gate = Turnstile(self.posted.append, lambda model: self.engine, lambda model: None, opened)  # type: ignore[arg-type,return-value]
-        self.gate.configure({"m": ModelConfig("m")})
+        self.gate.configure({"m": ModelConfig("m")}, {"m": ModelConfig("m")})
 
     async def arrive(self) -> asyncio.Task[object]:
         task: asyncio.Task[object] = asyncio.ensure_future(self.gate.enter("m", "key", "id"))

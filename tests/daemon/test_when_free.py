@@ -45,7 +45,7 @@ class Site:
         opened = asyncio.Event()
         opened.set()
         self._gate = Turnstile(self.heart.post, lambda name: self._fleet.members[name].listen, Kinds(), opened)
-        self._gate.configure({"m": model})
+        self._gate.configure({"m": model}, {"m": model})
         self.heart.connect(self._fleet, self._gate)
 
     async def ask(self) -> asyncio.Task[Passage]:

@@ -21,6 +21,7 @@ from vllmd.proxy.models import add_model_routes
 from vllmd.proxy.relay import Relay
 from vllmd.proxy.routing import Router
 from vllmd.proxy.server import Server
+from vllmd.proxy.upstream import Unreached
 
 BOUND = 10.0  # seconds that nothing in these tests may take
 
@@ -43,16 +44,29 @@ async def until(condition: Callable[[], object]) -> None:
 class FakePassage:
     """Counts its endings."""
 
-    def __init__(self, upstream: Listen) -> None:
+    def __init__(self, gate: FakeGate, upstream: Listen, target: Target | None) -> None:
+        self.gate = gate
         self.upstream = upstream
+        self.target = target
+        self.begun = 0
+        self.failed = ""
         self.endings: list[int | None] = []
         self.over = asyncio.Event()
         self.cut: Callable[[str], None] = lambda reason: None
 
-    def done(self, tokens: int | None = None) -> None:
+    def answered(self) -> None:
+        """The first byte of a replica's answer."""
+        self.begun += 1
+
+    def done(self, tokens: int | None = None, failed: str = "") -> None:
         """Over."""
         self.endings.append(tokens)
+        self.failed = failed
         self.over.set()
+
+    async def again(self, error: VllmdError) -> FakePassage:
+        """As the gate says."""
+        return await self.gate.again(self, error)
 
     def on_cut(self, callback: Callable[[str], None]) -> None:
         """Remember whom to tell."""
@@ -73,6 +87,8 @@ class FakeGate:
         self.refusal: VllmdError | None = None
         self.target = Target("m", "m")
         self.names: tuple[str, ...] = ("m", "m-alias")
+        self.replicas: list[tuple[Listen, Target]] = []  # where requests go, one after another
+        self.only: list[str] = []
 
     def resolve(self, name: str) -> Target:
         """``m`` under any of its names."""
@@ -80,8 +96,18 @@ class FakeGate:
             raise UnknownModel(f"no model {name!r}; there is 'm'", param="model")
         return self.target
 
-    async def enter(self, model: str, key: str, request_id: str) -> FakePassage:
+    async def again(self, passage: FakePassage, error: VllmdError) -> FakePassage:
+        """Where nobody listened, and to the other replicas one after another."""
+        if self.replicas:
+            return await self.enter("m", "", "")
+        if not isinstance(error, Unreached) or len(self.passages) >= 20:
+            raise error
+        await asyncio.sleep(0.01)
+        return await self.enter("m", "", "")
+
+    async def enter(self, model: str, key: str, request_id: str, only: str = "") -> FakePassage:
         """Through, once it is open."""
+        self.only.append(only)
         self.waiting += 1
         self.entered.set()
         try:
@@ -93,7 +119,8 @@ class FakeGate:
             self.waiting -= 1
         if self.refusal is not None:
             raise self.refusal
-        self.passages.append(FakePassage(self.upstream))
+        upstream, target = self.replicas.pop(0) if self.replicas else (self.upstream, None)
+        self.passages.append(FakePassage(self, upstream, target))
         return self.passages[-1]
 
     def loading(self, model: str) -> str:

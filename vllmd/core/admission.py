@@ -41,13 +41,16 @@ class Admission:
         core = self._core
         if e.request in self._requests:
             raise LifecycleError(f"the daemon reported request {e.request!r} twice")
-        group = core.groups.get(e.model)
-        m = self._chosen(group, e) if group else core.models.get(e.model)
+        group = None if e.only else core.groups.get(e.model)
+        m = self._chosen(group, e) if group else core.models.get(e.only or e.model)
         if m is None or m.removed:
             self._refuse(e, self._all_down(group) if group else _unknown(e.model))  # 1.1
             return
         m.costs.arrived(core.now)
         m.used = core.now
+        if e.only and m.replica:
+            self._only_there(m, e)
+            return
         core.touch(m)
         if self._open(m) and not len(m.queue) and not core.policy.in_order:  # 1.2
             self._requests[e.request] = m
@@ -58,6 +61,15 @@ class Admission:
             self._refuse(e, refusal)
         else:
             self._enqueue(m, e)  # 1.8
+
+    def _only_there(self, m: Model, e: RequestArrived) -> None:
+        """8.1: what one replica alone has is to be had while its engine is up; it does not come back with another."""
+        self._core.touch(m)
+        if m.state is State.READY and not m.full:
+            self._requests[e.request] = m
+            self._core.fleet.admit(m, e.request)
+        else:
+            self._refuse(e, Refusal("Unavailable", f"{m.name!r}, which alone has it, is {m.state.value}", 1.0))
 
     def _chosen(self, group: Group, e: RequestArrived) -> Model | None:
         """8.1: the replica that has it, or that it waits for; None: all are down."""

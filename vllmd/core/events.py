@@ -19,12 +19,14 @@ class RequestArrived:
     """A client asked for ``model``. ``request`` is unique; ``key`` names the API key, for fairness.
 
     ``avoid``: replicas that failed it before; another one gets it if one serves.
+    ``only``: the replica that alone can serve it; "": any.
     """
 
     request: str
     model: str
     key: str = ""
     avoid: frozenset[str] = frozenset()
+    only: str = ""
 
 
 @dataclass(frozen=True, slots=True)

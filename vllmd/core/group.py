@@ -14,6 +14,8 @@ from vllmd.core.situation import remaining
 from vllmd.core.types import ReplicaRules, State
 
 FORGET = 30.0  # seconds in which what is held against a replica falls to a third
+ENOUGH = 3  # answers from which a replica's latency means something
+NOTHING = 0.001  # seconds
 QUICK = 0.1  # seconds; whoever answers sooner is not slow, however fast the others are
 DOUBTFUL = 5  # the outlook of one that was ejected, or is on its way out; that of a failed one is worse
 OFF = frozenset({State.STOPPED, State.SLEEPING, State.FAILED})
@@ -64,20 +66,16 @@ class Group:
 
     def expected(self, m: Model, now: float) -> float:
         """Seconds to the first byte. What was measured falls towards the fastest's as it ages, and is tried anew."""
-        fastest = self.fastest()
-        r = m.replica
+        fastest, r = self.fastest() or NOTHING, m.replica
         if r is None or r.latency is None:
             return fastest
         return fastest + (r.latency - fastest) * math.exp(-max(0.0, now - r.seen) / FORGET)
 
-    def fastest(self, but: Model | None = None) -> float:
-        """Seconds to the first byte of the fastest that serves; next to nothing if none is known."""
-        known = [
-            m.replica.latency
-            for m in self.members
-            if m is not but and m.on and m.replica and m.replica.standing is Standing.SERVING and m.replica.latency
-        ]
-        return min(known, default=0.001)
+    def fastest(self, but: Model | None = None) -> float | None:
+        """Seconds to the first byte of the fastest that serves, by more than a few answers; None if none is known."""
+        serving = [m for m in self.members if m is not but and m.on and standing(m) is Standing.SERVING]
+        known = [m.replica.latency for m in serving if m.replica and m.replica.answers >= ENOUGH]
+        return min([latency for latency in known if latency is not None], default=None)
 
     # -- who may serve yet
 
@@ -137,6 +135,12 @@ class Group:
     def up(self) -> list[Model]:
         """Those with an engine that serves, or is on its way to."""
         return [m for m in self.members if m.state in AWAKE or m.state in (State.STARTING, State.WAKING)]
+
+    def taken(self, m: Model) -> frozenset[int]:
+        """Devices on which another one would not help: those of the others, unless ``m`` is to use certain ones."""
+        if m.spec.devices or m.state is State.SLEEPING:
+            return frozenset()
+        return frozenset(index for other in self.members if other is not m for index in other.placement.devices)
 
     def missing(self, now: float) -> Iterator[Model]:
         """Those that ought to be brought up: all that take no device, and of the others as many as are wanted."""

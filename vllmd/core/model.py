@@ -38,7 +38,8 @@ class Replica:
 
     standing: Standing = Standing.NEW
     latency: float | None = None  # seconds to the first byte of an answer, exponentially weighted
-    seen: float = -INFINITY  # when an answer last changed it
+    answers: int = 0  # how many it was learnt from
+    seen: float = -INFINITY  # when the last of them came
     took: float | None = None  # seconds, its last probe
     late: int = 0  # answers in a row that came too late beside the fastest's
     rounds: int = 0  # how often in a row it was set aside or ejected

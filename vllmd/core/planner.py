@@ -96,12 +96,13 @@ class Planner:
             core.touch(core.models[victim.model])
         self._settle()
 
-    def bring(self, m: Model, why: str, since: float) -> bool:
+    def bring(self, m: Model, why: str, since: float, but: frozenset[int] = frozenset()) -> bool:
         """Have it serve where it fits beside what is there; nobody leaves for it. Whether that could be begun.
 
-        ``since``: from when the word must be on what others leave free, if it starts only there.
+        ``since``: from when the word must be on what others leave free, if it starts only there. ``but``: devices
+        that it shall not use.
         """
-        devices = fits(self.look(), self.observer.see_newcomer(m, since))
+        devices = fits(self.look(), self.observer.see_newcomer(m, since).without(but))
         if devices is None or never_fits(self._core.fleet.ledger, m):
             return False
         m.wanted = self._core.now

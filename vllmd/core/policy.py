@@ -68,6 +68,11 @@ class Waiting(NamedTuple):
         """Bytes that it needs on this one of its devices."""
         return self.needs[self.devices.index(device)] if self.needs else self.need
 
+    def without(self, devices: frozenset[int]) -> Waiting:
+        """The same, not on these."""
+        left = tuple(index for index in self.devices if index not in devices)
+        return self._replace(devices=left, needs=tuple(map(self.need_on, left)) if self.needs else ())
+
 
 class Room(NamedTuple):
     """A device that can be used. Wedged ones are not shown."""

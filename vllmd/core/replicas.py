@@ -7,20 +7,20 @@ is probed, and how many are brought up.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from vllmd.core.common import Core
 from vllmd.core.events import ReplicaProbed
-from vllmd.core.group import QUICK, Group
+from vllmd.core.group import ENOUGH, QUICK, Group
 from vllmd.core.model import INFINITY, Leave, Model, Replica, Standing
 from vllmd.core.planner import RECENT, Planner
 from vllmd.core.types import State
 
 NEWEST = 0.2  # weight of the newest answer in a replica's latency
-LATE = 3  # answers in a row that come too late, before a replica is set aside
 PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds until one that was set aside or ejected is probed; doubles each time
 QUICKEST_PROBE = 0.5  # seconds that every probe may take
 LONGEST_PROBE = 120.0
+NO_NUMBERS: Mapping[str, float] = {}
 AGAIN = 5.0  # seconds between two looks for room for another replica
 
 
@@ -65,17 +65,25 @@ class Replicas:
         if r is None or group is None or began is None:
             return
         self._learn(r, self._core.now - began)
-        if r.standing is Standing.SERVING and r.latency is not None:
-            bound = max(QUICK, group.rules.growth * group.fastest(but=m))
-            late = self._core.now - began > bound and r.latency > bound
-            r.late = r.late + 1 if late else 0
-            if r.late >= LATE and any(group.takes(other) for other in group.members if other is not m):
-                self._set_aside(m, r, Standing.SLOW, f"its answers begin after {r.latency:.2f} s, others' much sooner")
+        if r.standing is Standing.SERVING:
+            self._judge(group, m, r, self._core.now - began)
         self._core.touch(m)
 
     def _learn(self, r: Replica, took: float) -> None:
         r.latency = took if r.latency is None else r.latency + NEWEST * (took - r.latency)
-        r.seen = self._core.now
+        r.answers, r.seen = r.answers + 1, self._core.now
+
+    def _judge(self, group: Group, m: Model, r: Replica, took: float) -> None:
+        """Too late too often beside the fastest of the others: it is set aside."""
+        fastest, latency = group.fastest(but=m), r.latency or 0.0
+        if fastest is None:
+            return
+        bound = max(QUICK, group.rules.growth * fastest)
+        r.late = r.late + 1 if took > bound and latency > bound else 0
+        if r.late >= ENOUGH:
+            numbers = {"latency": round(latency, 3), "fastest": round(fastest, 3), "bound": round(bound, 3)}
+            why = f"its answers begin after {latency:.2f} s, those of the fastest after {fastest:.2f} s"
+            self._set_aside(m, r, Standing.SLOW, why, numbers)
 
     def ended(self, m: Model, request: str, failed: str) -> None:
         """A request is over; ``failed``: why its replica gave no answer."""
@@ -108,8 +116,6 @@ class Replicas:
         r.took, r.vouched = seconds, self._core.now + self._suspicion(m, r)
         if r.standing is Standing.SERVING:
             return  # only a suspicion, and it was wrong
-        if r.latency is None or r.standing is not Standing.NEW:
-            r.latency, r.seen = seconds, self._core.now
         r.standing, r.rounds, r.late, r.look_at, r.why = Standing.SERVING, 0, 0, INFINITY, ""
         self._core.fleet.record("serve", m.name, f"it answered a probe in {seconds:.3f} s", {"seconds": seconds})
 
@@ -121,12 +127,14 @@ class Replicas:
         if r.rounds > m.spec.replicas.retries and m.spec.device_count and len(m.running) == len(r.unanswered):
             self._core.leave(m, Leave(0, "replica", f"its engine hangs: {r.rounds} probes in a row failed", kill=True))
 
-    def _set_aside(self, m: Model, r: Replica, to: Standing, why: str) -> None:
+    def _set_aside(
+        self, m: Model, r: Replica, to: Standing, why: str, numbers: Mapping[str, float] = NO_NUMBERS
+    ) -> None:
         r.rounds += 1
         pause = min(LONGEST_PAUSE, PAUSE * 2.0 ** (r.rounds - 1))
         r.standing, r.why, r.late, r.look_at = to, why, 0, self._core.now + pause
         what = "set aside" if to is Standing.SLOW else "eject"
-        self._core.fleet.record(what, m.name, why, {"pause": pause, "rounds": r.rounds})
+        self._core.fleet.record(what, m.name, why, {**numbers, "pause": pause, "rounds": r.rounds})
 
     def halt(self, m: Model) -> None:
         """An operator took it down: it stays down while others serve. With the last of them all are free again."""
@@ -238,7 +246,7 @@ class Replicas:
                 core.fleet.forgive(m)
             number = max(group.wanted, group.rules.least)
             why = f"{group.name} is to have {number} replicas here" if m.spec.device_count else f"{group.name} is used"
-            self._planner.bring(m, why, core.now - RECENT)
+            self._planner.bring(m, why, core.now - RECENT, group.taken(m))
 
     def _in_use(self, group: Group) -> bool:
         recently = self._core.now < group.used + group.rules.calm_for

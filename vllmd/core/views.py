@@ -31,7 +31,7 @@ def _device(a: Account) -> DeviceView:
 
 def _model(core: Core, m: Model, now: float) -> ModelView:
     fleet, oldest = core.fleet, m.queue.oldest
-    resting = m.loaded and not m.running
+    resting = (m.on or m.state is State.SLEEPING) and not in_flight(m)
     return ModelView(
         name=m.name,
         state=m.state,

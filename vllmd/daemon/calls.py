@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Awaitable, Iterable
 from typing import Any
 
+from vllmd.config.types import ReplicaConfig
 from vllmd.daemon.member import Member, of
 from vllmd.engines.base import Call, Listen
 from vllmd.errors import VllmdError
@@ -15,6 +17,7 @@ from vllmd.proxy.upstream import request
 
 log = logging.getLogger("vllmd.fleet")
 
+PROBE_ANSWERED = frozenset({200, 400, 404, 405, 422})
 COMPLETION_LIMIT = 120.0  # seconds for a short completion of our own
 
 
@@ -60,6 +63,40 @@ async def call(member: Member, step: Call) -> str:
     if status == step.expect:
         return ""
     return f"{step.method} {step.path} answered {status} instead of {step.expect}: {body[:300]!r}"
+
+
+async def asked(member: Member, limit: float) -> tuple[float | None, str]:
+    """Ask a replica its probe: the seconds that it took, or None and why it failed.
+
+    It is answered also where the engine says that it does not serve such questions: it lives, and is as fast.
+    """
+    began, rules = time.monotonic(), member.model.replicas or ReplicaConfig()
+    body = probe_body(rules.probe_route, member.engine.served_name(member.model), rules.probe or "")
+    question = Call("POST", rules.probe_route, body, timeout=limit, headers=tuple(member.engine.headers()))
+    gone = asyncio.ensure_future(member.exited.wait())
+    answer = asyncio.ensure_future(ask(member.listen, question))
+    try:
+        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            return None, "its engine died"
+        status, _, told = answer.result()
+    except (OSError, VllmdError) as error:
+        return None, str(error) or type(error).__name__
+    finally:
+        answer.cancel()
+        gone.cancel()
+    if status in PROBE_ANSWERED:
+        return time.monotonic() - began, ""
+    return None, f"POST {rules.probe_route} answered {status}: {told[:300]!r}"
+
+
+def probe_body(route: str, model: str, message: str) -> dict[str, Any]:
+    """The shortest question of its kind."""
+    if route.endswith("/chat/completions"):
+        return {"model": model, "messages": [{"role": "user", "content": message}], "max_tokens": 1}
+    if route.endswith("/completions"):
+        return {"model": model, "prompt": message, "max_tokens": 1}
+    return {"model": model, "input": message}
 
 
 async def is_busy(member: Member, probe: Call) -> bool:

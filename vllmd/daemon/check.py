@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from vllmd.config.replicas import engines_of, is_this_host, meant_here
 from vllmd.config.types import Config
 from vllmd.daemon.kinds import Kinds
 from vllmd.daemon.opening import find_devices, hf_home
@@ -22,7 +23,10 @@ SYSTEM_HOME, SYSTEM_RUN_DIR = Path("/var/lib/vllmd-engine"), Path("/run/vllmd-en
 def check(config: Config, environment: Mapping[str, str]) -> int:
     """Print what is wrong, what is doubtful and what each model will take; returns an exit status."""
     machine = _machine(config, environment)
-    prospects = look(config.models.values(), machine, Kinds(quiet=True))
+    config, elsewhere = meant_here(config, is_this_host)
+    for name in elsewhere:
+        print(f"{name} is left out: it is meant for another machine", file=sys.stderr)
+    prospects = look(engines_of(config.models).values(), machine, Kinds(quiet=True))
     for warning in [*config.warnings, *doubtful(prospects, machine)]:
         print(f"warning: {warning}", file=sys.stderr)
     mistakes = wrong(prospects)

@@ -18,8 +18,9 @@ from vllmd.core import events
 from vllmd.core.types import Decision, ModelSpec, ModelView, Snapshot, State
 from vllmd.daemon.discovery import hf_home
 from vllmd.daemon.guests import Guests
-from vllmd.daemon.portrait import card, health, line
+from vllmd.daemon.portrait import about, card, health, line, state_of
 from vllmd.daemon.processes import gpus, kill
+from vllmd.daemon.roster import degraded, serves
 from vllmd.errors import BadRequest, Conflict, Unavailable, UnknownModel, UpstreamFailed, VllmdError
 from vllmd.proxy.upstream import request
 
@@ -75,10 +76,13 @@ class DaemonControl:
         """Every model for ``/v1/models``."""
         if self._files is None:
             self._files = await asyncio.to_thread(_kinds, self.cache())
-        snapshot, kinds, files = self.snapshot(), self._daemon.kinds, self._files
-        views = {view.name: view for view in snapshot.models} if snapshot else {}
-        models = self._daemon.config.models.values()
-        return [card(m, kinds(m).routes(m), views.get(m.name), files.get(m.source, "")) for m in models]
+        daemon, snapshot, files = self._daemon, self.snapshot(), self._files
+        views = {view.name: view for view, _ in daemon.roster.together(snapshot.models)} if snapshot else {}
+        kinds, engines, models = daemon.kinds, daemon.engines, daemon.config.models.values()
+        return [
+            card(m, kinds(engines[m.name]).routes(engines[m.name]), views.get(m.name), files.get(m.source, ""))
+            for m in models
+        ]
 
     def cache(self) -> Path:
         """The engines' HF_HOME."""
@@ -88,7 +92,8 @@ class DaemonControl:
     def health(self) -> dict[str, Any]:
         """Whether we are well, with devices and models as P's document has them."""
         snapshot = self.snapshot()
-        views, devices = (snapshot.models, snapshot.devices) if snapshot else ((), ())
+        views = [view for view, _ in self._daemon.roster.together(snapshot.models)] if snapshot else []
+        devices = snapshot.devices if snapshot else ()
         return health(views, devices, self._daemon.broken, ready=snapshot is not None)
 
     def status(self) -> dict[str, Any]:
@@ -113,16 +118,39 @@ class DaemonControl:
             "source": daemon.memory.source,
             "devices": [asdict(device) for device in snapshot.devices],
             "host_memory": {"budget": snapshot.host_memory, "promised": snapshot.host_promised},
-            "models": [self._line(view) for view in snapshot.models],
+            "models": [self._lines(*pair) for pair in daemon.roster.together(snapshot.models)],
         }
 
-    def _line(self, view: ModelView) -> dict[str, Any]:
-        fleet, models = self._daemon.fleet, self._daemon.config.models
-        return line(view, models.get(view.name), fleet.members.get(view.name), fleet.last_start.get(view.name))
+    def _lines(self, view: ModelView, replicas: Sequence[ModelView]) -> dict[str, Any]:
+        """A model's line, with those of its replicas in it."""
+        if not replicas:
+            return self._line(view, view.name)
+        lines = [self._line(each, self._daemon.roster.engines(each.name)[0]) for each in replicas]
+        leading = next((each for each in lines if each["state"] == state_of(view)), lines[0])
+        engine = self._daemon.roster.engines(leading["name"])[0]
+        told = {"replicas": lines, "serving": sum(map(serves, replicas)), "degraded": degraded(replicas)}
+        return {**self._line(view, engine), "config": self._about(view.name), **told}
+
+    def _line(self, view: ModelView, engine: str) -> dict[str, Any]:
+        fleet = self._daemon.fleet
+        found = line(view, self._daemon.engines.get(engine), fleet.members.get(engine), fleet.last_start.get(engine))
+        return {**found, "replicas": [], "serving": int(view.state is State.READY), "degraded": False}
+
+    def _about(self, model: str) -> dict[str, Any]:
+        config = self._daemon.config.models.get(model)
+        return about(config) if config else {}
 
     def line(self, model: str) -> dict[str, Any]:
-        """One model's line of ``status``. Raises Unavailable while the daemon opens, UnknownModel."""
-        return self._line(self._view(model))
+        """One model's line of ``status``, or one replica's. Raises Unavailable while the daemon opens, UnknownModel."""
+        self._opened()
+        snapshot = self.snapshot()
+        for view, replicas in self._daemon.roster.together(snapshot.models if snapshot else ()):
+            if view.name == model:
+                return self._lines(view, replicas)
+            for each in replicas:
+                if each.name == model:
+                    return self._line(each, self._daemon.roster.engines(model)[0])
+        raise UnknownModel(f"the model {model!r} is no longer configured", param="model")
 
     def phase_of(self, model: str) -> str:
         """What clients who wait for the model are told: ``weights``, ``waking``, ...; "" while nothing is done."""
@@ -132,13 +160,9 @@ class DaemonControl:
             return ""
         return str(line["phase"] or line["state"]) if line["state"] in LOADING else ""
 
-    def _view(self, model: str) -> ModelView:
-        self._opened()
+    def _view(self, engine: str) -> ModelView | None:
         snapshot = self.snapshot()
-        for view in snapshot.models if snapshot else ():
-            if view.name == model:
-                return view
-        raise UnknownModel(f"the model {model!r} is no longer configured", param="model")
+        return next((view for view in snapshot.models if view.name == engine), None) if snapshot else None
 
     def _opened(self) -> Daemon:
         """The daemon, all its rooms open. Raises Unavailable."""
@@ -172,7 +196,7 @@ class DaemonControl:
 
     async def scrape(self, model: str) -> bytes:
         """The engine's own metrics."""
-        member = self._opened().fleet.members.get(model)
+        member = self._opened().fleet.members.get(self._only(model))
         if member is None or member.ready_after is None:
             raise Conflict(f"{model} has no engine now that could tell its metrics")
         status, _, body = await request(member.listen, "GET", "/metrics", timeout=SCRAPE_LIMIT)
@@ -181,8 +205,16 @@ class DaemonControl:
         return body
 
     def resolve(self, name: str) -> str:
-        """The configured name of a model."""
-        return self._daemon.turnstile.resolve(name).model
+        """The configured name of a model, or what a replica is called."""
+        return name if self._daemon.roster.is_replica(name) else self._daemon.turnstile.resolve(name).model
+
+    def _only(self, model: str) -> str:
+        """The one engine that is meant. Raises BadRequest if there are several."""
+        engines = self._daemon.roster.engines(model)
+        if len(engines) > 1:
+            names = ", ".join(map(self._daemon.roster.called, engines))
+            raise BadRequest(f"{model} has several engines, name one: {names}", param="model")
+        return engines[0]
 
     def types(self) -> list[str]:
         """The kinds of engines that there are."""
@@ -194,7 +226,8 @@ class DaemonControl:
         """The last decisions, oldest first."""
         snapshot = self.snapshot()
         made = snapshot.decisions if snapshot else ()
-        return [self._dated(decision) for decision in made if not model or _concerns(decision, model)]
+        names = self._daemon.roster.engines(model) if model else ()
+        return [self._dated(each) for each in made if not model or any(_concerns(each, name) for name in names)]
 
     def _dated(self, decision: Decision) -> dict[str, Any]:
         """The decision with Unix time instead of the core's clock."""
@@ -204,25 +237,33 @@ class DaemonControl:
 
     async def load(self, model: str) -> None:
         """Have it started or woken."""
-        await self._post(events.LoadAsked(model))
+        config = self._daemon.config.models.get(model)
+        least = config.replicas.min if config and config.replicas else None
+        for engine in self._daemon.roster.engines(model)[:least]:
+            await self._post(events.LoadAsked(engine))
 
     async def unload(self, model: str, *, force: bool) -> None:
         """Have it stopped; clears a failure."""
-        await self._post(events.StopAsked(model, force))
+        for engine in self._daemon.roster.engines(model):
+            await self._post(events.StopAsked(engine, force))
 
     async def sleep(self, model: str, level: int) -> None:
         """Have it put to sleep, or stopped at 3."""
-        await self._post(events.SleepAsked(model, level))
+        for engine in self._daemon.roster.engines(model):
+            await self._post(events.SleepAsked(engine, level))
 
     async def pin(self, model: str, pinned: bool) -> None:
         """Pin or unpin it."""
-        await self._post(events.PinSet(model, pinned))
+        for engine in self._daemon.roster.engines(model):
+            await self._post(events.PinSet(engine, pinned))
 
     async def lease(self, lease: str, model: str, seconds: float | None) -> None:
-        """Keep it for ``seconds``."""
+        """Keep it for ``seconds``; of several replicas one that serves."""
         await self._daemon.opened.wait()
         deadline = None if seconds is None else self._daemon.heart.now() + seconds
-        await self._post(events.LeaseTaken(lease, model, deadline))
+        engines, snapshot = self._daemon.roster.engines(model), self.snapshot()
+        up = [view.name for view in snapshot.models if serves(view) and view.name in engines] if snapshot else []
+        await self._post(events.LeaseTaken(lease, next(iter(up), engines[0]), deadline))
 
     async def release(self, lease: str, *, stop: bool) -> None:
         """Give a lease back."""
@@ -231,6 +272,10 @@ class DaemonControl:
     async def narrow(self, model: str, device: int | None) -> None:
         """Have its next start use that device only; lasts until it is taken back, or the next reload."""
         await self._daemon.opened.wait()
+        for engine in self._daemon.roster.engines(model):
+            self._narrow(engine, device)
+
+    def _narrow(self, model: str, device: int | None) -> None:
         spec = next((spec for spec in self._specs if spec.name == model), None)
         if device is not None and spec:
             _check(spec, device, [known.index for known in self._daemon.memory.inventory])
@@ -273,15 +318,15 @@ class DaemonControl:
             return
         change, failed = outcome
         model: str = getattr(event, "model", "")
-        snapshot = self.snapshot()
-        view = next((view for view in snapshot.models if view.name == model), None) if snapshot else None
+        view = self._view(model)
         self.tally.changed(model, change, view.since if view else 0.0, failed=failed)
         self._daemon.post(event)
         if change in ENDINGS:
             self._daemon.doors.forget(model)
         if self._watchers:
             why = getattr(event, "reason", "") or f"{change} done"
-            state = self.line(model)["state"] if self.snapshot() and view else ""
+            now = self._view(model)
+            state = state_of(now) if now else ""
             what = f"{change} failed" if failed else change
             self._tell({"at": time.time(), "what": what, "model": model, "why": why, "numbers": {}, "state": state})
 
@@ -339,9 +384,9 @@ class DaemonControl:
 
     def _moves(self, model: str) -> bool:
         """Whether it is on its way somewhere, or about to be."""
-        snapshot = self.snapshot()
-        view = next((view for view in snapshot.models if view.name == model), None) if snapshot else None
-        return view is not None and (view.state in MOVING or bool(view.waiting_for))
+        snapshot, engines = self.snapshot(), self._daemon.roster.engines(model)
+        views = [view for view in snapshot.models if view.name in engines] if snapshot else []
+        return any(view.state in MOVING or bool(view.waiting_for) for view in views)
 
     async def watch(self) -> AsyncIterator[dict[str, Any]]:
         """Decisions as they are made, and what became of them."""
@@ -355,7 +400,7 @@ class DaemonControl:
 
     async def log(self, model: str, lines: int, *, follow: bool) -> AsyncIterator[str]:
         """The engine's last log lines, and what comes."""
-        member = self._daemon.fleet.members.get(model) if self._daemon.opened.is_set() else None
+        member = self._daemon.fleet.members.get(self._only(model)) if self._daemon.opened.is_set() else None
         if member is None:
             raise Unavailable(f"{model} has no engine now; 'journalctl -t vllmd' or 'vllmctl logs' shows earlier ones")
         async for text in self._daemon.fleet.log_of(member, lines, follow=follow):

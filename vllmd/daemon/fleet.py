@@ -18,7 +18,7 @@ from typing import Any
 from vllmd.config.types import ModelConfig
 from vllmd.core import commands, events
 from vllmd.core.types import Footprint, Placement, Source
-from vllmd.daemon.calls import answers, call, complete, next_line, within
+from vllmd.daemon.calls import answers, asked, call, complete, next_line, within
 from vllmd.daemon.logfile import LogFile, path_of
 from vllmd.daemon.member import Member, of
 from vllmd.daemon.memory import Memory
@@ -122,6 +122,14 @@ class Fleet:
             member, self._sleeps.prove_freeze(member), lambda why: events.FreezeProved(command.model, survived=False)
         )
 
+    def probe(self, command: commands.ProbeReplica) -> None:
+        """Ask a replica a short question; ends in ReplicaProbed."""
+        member = self.members.get(command.model)
+        if member is None:
+            self._post(events.ReplicaProbed(command.request, None, "its engine is gone"))
+        else:
+            self.spawn(self._probe(member, command))
+
     # -- the tasks -----------------------------------------------------------------------
 
     async def _start(self, member: Member, order: StartOrder) -> events.Event:
@@ -160,6 +168,10 @@ class Fleet:
         if self.members.get(name) is member and member.task is None:
             self._forget(member)
             self._post(events.EngineExited(name, f"{describe(member.listen)} is gone: {failure}"))
+
+    async def _probe(self, member: Member, command: commands.ProbeReplica) -> None:
+        seconds, why = await asked(member, command.limit)
+        self._post(events.ReplicaProbed(command.request, seconds, why))
 
     async def await_ready(self, member: Member) -> events.Event:
         """The rest of a start, from whenever it is taken up: ready, dead or out of time."""

@@ -44,6 +44,7 @@ class Heart:
             commands.SleepEngine: fleet.sleep,
             commands.StopEngine: fleet.stop,
             commands.ProveFreeze: fleet.prove_freeze,
+            commands.ProbeReplica: fleet.probe,
             commands.Admit: turnstile.admit,
             commands.Reject: turnstile.reject,
             commands.CutRequest: turnstile.cut,

@@ -75,5 +75,5 @@ def fingerprint(model: ModelConfig) -> str:
 _NOT_THE_ENGINES = {  # settings that take effect without another engine
     *("where", "aliases", "idle", "pin", "preload", "warm_up", "priority", "concurrency", "on_busy", "preempt"),
     *("queue_limit", "queue_timeout", "drain_limit", "start_timeout", "stop_timeout"),
-    *("max_restarts", "restart_backoff", "log_file", "when_free"),
+    *("max_restarts", "restart_backoff", "log_file", "when_free", "replicas", "replica_of", "host"),
 }

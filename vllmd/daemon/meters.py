@@ -15,7 +15,7 @@ from typing import Protocol
 
 from vllmd.config.types import KeyConfig
 from vllmd.daemon.keys import by_name
-from vllmd.errors import TooManyRequests
+from vllmd.errors import TooManyRequests, VllmdError
 from vllmd.proxy.gate import Address, Gate, Passage, Target
 
 MINUTE = 60.0  # seconds
@@ -68,6 +68,10 @@ class Meter:
                 raise TooManyRequests(text, retry_after=math.ceil(wait))
         if self.requests:
             self.requests.take(1.0)
+        self.running += 1
+
+    def resume(self) -> None:
+        """A request that failed before its answer goes once more; it was counted already."""
         self.running += 1
 
     def end(self) -> None:
@@ -143,22 +147,30 @@ class MeteredGate:
         """As the other gate says."""
         return self._gate.loading(model)
 
-    async def enter(self, model: str, key: str, request_id: str) -> Passage:
+    async def enter(self, model: str, key: str, request_id: str, only: str = "") -> Passage:
         """As the other gate says. Raises TooManyRequests for a key over its limit."""
         began, meter = self._meters.clock(), self._meters.of(key)
         if meter:
             meter.begin(began)
         try:
-            passage = await self._gate.enter(model, key, request_id)
+            passage = await self._gate.enter(model, key, request_id, only)
         except BaseException:
             if meter:
                 meter.end()
             raise
         self._ledger.waited(model, self._meters.clock() - began)
-        use = _Use(model, key, meter)
-        if meter and meter.tokens:
+        return self._metered(passage, request_id, _Use(model, key, meter))
+
+    def _metered(self, passage: Passage, request_id: str, use: _Use) -> Passage:
+        if use.meter and use.meter.tokens:
             self._uses[request_id] = use
-        return _Metered(passage, lambda tokens: self._done(request_id, use, tokens))
+
+        def resumed(again: Passage) -> Passage:
+            if use.meter:
+                use.meter.resume()
+            return self._metered(again, request_id, _Use(use.model, use.key, use.meter))
+
+        return _Metered(passage, lambda tokens: self._done(request_id, use, tokens), resumed)
 
     def _done(self, request_id: str, use: _Use, tokens: int | None) -> None:
         if use.over:
@@ -186,19 +198,35 @@ class MeteredGate:
 class _Metered:
     """A passage whose end is told."""
 
-    def __init__(self, passage: Passage, done: Callable[[int | None], None]) -> None:
+    def __init__(
+        self, passage: Passage, done: Callable[[int | None], None], resumed: Callable[[Passage], Passage]
+    ) -> None:
         self._passage = passage
         self._done = done
+        self._resumed = resumed
 
     @property
     def upstream(self) -> Address:
         """Where to send it."""
         return self._passage.upstream
 
-    def done(self, tokens: int | None = None) -> None:
+    @property
+    def target(self) -> Target | None:
+        """As the other passage has it."""
+        return self._passage.target
+
+    def answered(self) -> None:
+        """As the other passage does."""
+        self._passage.answered()
+
+    def done(self, tokens: int | None = None, failed: str = "") -> None:
         """The request is over."""
         self._done(tokens)
-        self._passage.done(tokens)
+        self._passage.done(tokens, failed)
+
+    async def again(self, error: VllmdError) -> Passage:
+        """As the other passage does; the key has paid for the request already."""
+        return self._resumed(await self._passage.again(error))
 
     def on_cut(self, callback: Callable[[str], None]) -> None:
         """As the other passage does."""

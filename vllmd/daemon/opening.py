@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vllmd.config.replicas import engines_of
 from vllmd.config.types import Config, ModelConfig
 from vllmd.core import events
 from vllmd.core.costs import CostBook
@@ -41,7 +42,7 @@ async def open_rooms(daemon: Daemon) -> None:
     daemon.memory = Memory(await find_devices(daemon.config, daemon.surroundings.environment), files)
     log.info("devices: %s", daemon.memory.source)
     await asyncio.to_thread(daemon.learnt.load)
-    prospects = await asyncio.to_thread(expect, daemon, daemon.config.models)
+    prospects = await asyncio.to_thread(expect, daemon, daemon.engines)
     daemon.heart = Heart(make_scheduler(daemon, prospects))
     daemon.launcher = await connect_launcher(daemon)
     daemon.backend = (await daemon.launcher.info()).backend
@@ -60,7 +61,7 @@ async def adopt_running(daemon: Daemon) -> None:
     """Take over, or end, every engine that an earlier daemon left."""
     known = {member.instance for member in daemon.fleet.members.values()}
     running = [engine for engine in await daemon.launcher.list() if engine.instance not in known]
-    await adopt_all(daemon.fleet, running, daemon.config.models, daemon.kinds, daemon.heart.post)
+    await adopt_all(daemon.fleet, running, daemon.engines, daemon.kinds, daemon.heart.post)
 
 
 async def find_devices(config: Config, environment: Mapping[str, str]) -> Devices:
@@ -139,7 +140,7 @@ def make_fleet(daemon: Daemon, prospects: list[Prospect]) -> Fleet:
     paths = Paths(engines.run_dir or around.run_dir, engines.home or around.home)
     orders = Orders(daemon.memory, paths, daemon.kinds, PortPool(engines.port_start, engines.port_end))
     fleet = Fleet(daemon.launcher, daemon.control.take, daemon.memory, orders, around.logs)
-    fleet.configure(daemon.config.models, kv_caches(prospects))
+    fleet.configure(daemon.engines, kv_caches(prospects))
     fleet.on_phase, fleet.look = daemon.control.stir, daemon.look
     return fleet
 
@@ -151,13 +152,14 @@ def kv_caches(prospects: list[Prospect]) -> dict[str, int]:
 
 async def take(daemon: Daemon, config: Config) -> dict[str, Any]:
     """Go on with another configuration; engines are stopped only where their own settings changed."""
-    prospects = await asyncio.to_thread(expect, daemon, config.models)
+    engines, before = engines_of(config.models), daemon.engines
+    prospects = await asyncio.to_thread(expect, daemon, engines)
     was, repaired = daemon.config.models, bool(daemon.broken)
-    kept = config.models.keys() & was.keys()
-    changed = {name for name in kept if fingerprint(config.models[name]) != fingerprint(was[name])}
+    kept = engines.keys() & before.keys()
+    changed = {name for name in kept if fingerprint(engines[name]) != fingerprint(before[name])}
     added, removed = sorted(config.models.keys() - was.keys()), sorted(was.keys() - config.models.keys())
     daemon.accept(config)
-    daemon.fleet.configure(config.models, kv_caches(prospects))
+    daemon.fleet.configure(engines, kv_caches(prospects))
     specs = specs_of(prospects)
     daemon.control.configure(specs)
     daemon.heart.post(events.ModelsChanged(tuple(specs), frozenset(changed)))

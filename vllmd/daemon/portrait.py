@@ -69,7 +69,7 @@ def line(view: ModelView, model: ModelConfig | None, member: Member | None, last
     """A model for ``vllmctl``."""
     shown = {**asdict(view), "state": state_of(view), "pid": None, "unit": "", "socket": ""}
     shown.update(instance="", detail="", phase="", last_start_seconds=last_start, started_at=None)
-    shown["config"] = {"engine": model.engine, "model": model.source, "aliases": model.aliases} if model else {}
+    shown["config"] = about(model) if model else {}
     if member:
         shown["instance"] = member.instance
         shown["started_at"] = time.time() - (time.monotonic() - member.started)
@@ -79,6 +79,11 @@ def line(view: ModelView, model: ModelConfig | None, member: Member | None, last
     if member and member.running:
         shown.update(pid=member.running.pid, unit=member.running.unit)
     return shown
+
+
+def about(model: ModelConfig) -> dict[str, Any]:
+    """What of a model's settings is shown beside its state."""
+    return {"engine": model.engine, "model": model.source, "aliases": model.aliases}
 
 
 def health(views: Iterable[ModelView], devices: Iterable[DeviceView], broken: str, *, ready: bool) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllmd.config.types import Config
+from vllmd.config.replicas import engines_of, is_this_host, meant_here
+from vllmd.config.types import Config, ModelConfig
 from vllmd.core import events
 from vllmd.core.types import State
 from vllmd.daemon.control import DaemonControl
@@ -24,6 +25,7 @@ from vllmd.daemon.doors import Doors
 from vllmd.daemon.guests import addresses
 from vllmd.daemon.kinds import Kinds
 from vllmd.daemon.learnt import Learnt
+from vllmd.daemon.roster import Roster
 from vllmd.daemon.turnstile import Turnstile
 from vllmd.engines.base import Listen
 from vllmd.errors import ConfigError, Unavailable
@@ -62,6 +64,8 @@ class Daemon:
 
     def __init__(self, config: Config, surroundings: Surroundings, reload: Callable[[], Config]) -> None:
         self.config = config
+        self.roster = Roster({})
+        self.engines: Mapping[str, ModelConfig] = {}  # of its models, by the name that the core knows each by
         self.surroundings = surroundings
         self.broken = ""  # why the configuration cannot be used, if it cannot
         self.started = time.time()
@@ -91,8 +95,9 @@ class Daemon:
 
     async def run(self, listeners: Mapping[str, Sequence[socket.socket]]) -> None:
         """Serve until told to stop, or until there has been nothing to do for long enough."""
-        self.config = await self._with_discovered(self.config)
-        self.turnstile.configure(self.config.models)
+        self.config = await self._ours(self.config)
+        self.engines, self.roster = engines_of(self.config.models), Roster(self.config.models)
+        self.turnstile.configure(self.config.models, self.engines)
         self.control.guests.listen = addresses(listeners.get("http", ()))
         self.doors = Doors(self.config, self.turnstile, self.control, listeners)
         self._on_signals()
@@ -106,6 +111,13 @@ class Daemon:
             for chore in chores:
                 chore.cancel()
             await asyncio.gather(*chores, return_exceptions=True)
+
+    async def _ours(self, config: Config) -> Config:
+        """``config`` without what is meant for other machines, and with the models of the cache, if it wants them."""
+        config, elsewhere = meant_here(config, is_this_host)
+        if elsewhere:
+            log.info("left out, for they are meant for other machines: %s", ", ".join(elsewhere))
+        return await self._with_discovered(config)
 
     async def _with_discovered(self, config: Config) -> Config:
         """``config`` with the models of the cache, if it wants them."""
@@ -286,7 +298,8 @@ class Daemon:
         """Serve by this configuration from now on."""
         self.config, self.broken = config, ""
         self.turnstile.refusal = None
-        self.turnstile.configure(config.models)
+        self.engines, self.roster = engines_of(config.models), Roster(config.models)
+        self.turnstile.configure(config.models, self.engines)
         self.doors.configure(config)
 
     def refuse(self, broken: str) -> None:
@@ -312,7 +325,7 @@ class Daemon:
         await self.opened.wait()
         self.notify.reloading()
         try:
-            config = await self._with_discovered(await asyncio.to_thread(self._reload))
+            config = await self._ours(await asyncio.to_thread(self._reload))
             async with self.control.guests.changing:
                 return await self.take(self.control.guests.added_to(config))
         except ConfigError as error:

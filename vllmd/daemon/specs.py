@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from vllmd.config.types import ModelConfig
-from vllmd.core.types import ModelSpec
+from vllmd.config.types import ModelConfig, ReplicaConfig
+from vllmd.core.types import ModelSpec, ReplicaRules
 from vllmd.daemon.member import fingerprint
 from vllmd.engines.base import Engine
 from vllmd.engines.estimate import Estimate
@@ -32,4 +32,19 @@ def spec_of(model: ModelConfig, engine: Engine, told: Estimate) -> ModelSpec:
         when_free=model.when_free,
         max_restarts=model.max_restarts,
         restart_backoff=model.restart_backoff,
+        replica_of=model.replica_of,
+        replicas=_rules(model.replicas) if model.replicas else ReplicaRules(),
+    )
+
+
+def _rules(told: ReplicaConfig) -> ReplicaRules:
+    return ReplicaRules(
+        least=told.min or 1,
+        busy=told.busy,
+        busy_for=told.busy_for,
+        calm_for=told.calm_for,
+        probe=told.probe is not None,
+        probe_limit=told.probe_limit,
+        growth=told.growth,
+        retries=told.retries,
     )

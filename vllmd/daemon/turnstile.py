@@ -17,6 +17,9 @@ from vllmd.core import commands, events
 from vllmd.daemon.names import Names
 from vllmd.engines.base import Engine, Listen
 from vllmd.proxy.gate import Passage, Target
+from vllmd.proxy.upstream import Unreached
+
+REACH_TRIES, REACH_PAUSE = 20, 0.1  # so often a request finds nobody listening, and seconds between
 
 
 @dataclass
@@ -25,6 +28,9 @@ class _Ticket:
 
     request: str
     model: str
+    key: str
+    only: str
+    tried: tuple[str, ...]  # the engines that failed it before
     admitted: asyncio.Future[Listen]
     passage: _Passage | None = None
 
@@ -48,11 +54,12 @@ class Turnstile:
         self._tickets: dict[str, _Ticket] = {}
         self._numbers = itertools.count(1)
         self.phase_of: Callable[[str], str] = lambda model: ""
-        self.configure({})
+        self.configure({}, {})
 
-    def configure(self, models: Mapping[str, ModelConfig]) -> None:
-        """Take the models of a new configuration."""
+    def configure(self, models: Mapping[str, ModelConfig], engines: Mapping[str, ModelConfig]) -> None:
+        """Take the models of a new configuration, and their engines: each model's one, or its replicas."""
         self._models = dict(models)
+        self._engines = dict(engines)
         self._names = Names(models.values())
         self._targets: dict[str, Target] = {}
 
@@ -68,27 +75,46 @@ class Turnstile:
         if self.refusal:
             raise self.refusal
         model = self._names.resolve(name)
-        if model not in self._targets:
-            config = self._models[model]
-            engine = self._engine_of(config)
-            served, routes = engine.served_name(config), engine.routes(config)
-            rules = config.request if config.request != RequestRules() else None
-            self._targets[model] = Target(model, served, routes, engine.headers(), rules)
-        return self._targets[model]
+        return self._target(model)  # for what is alike in all replicas, the first one's
 
-    async def enter(self, model: str, key: str, request_id: str) -> Passage:
+    def _target(self, engine: str) -> Target:
+        if engine not in self._targets:
+            config = self._engines[engine]
+            kind = self._engine_of(config)
+            served, routes = kind.served_name(config), kind.routes(config)
+            rules = config.request if config.request != RequestRules() else None
+            self._targets[engine] = Target(engine, served, routes, kind.headers(), rules)
+        return self._targets[engine]
+
+    async def enter(self, model: str, key: str, request_id: str, only: str = "") -> Passage:
         """Wait until the request is admitted. Raises VllmdError; cancelled when the client leaves."""
         await self._opened.wait()
-        ticket = _Ticket(f"{next(self._numbers)}", model, asyncio.get_running_loop().create_future())
+        return await self._admitted(model, key, only)
+
+    async def _admitted(self, model: str, key: str, only: str, tried: tuple[str, ...] = ()) -> Passage:
+        admitted = asyncio.get_running_loop().create_future()
+        ticket = _Ticket(f"{next(self._numbers)}", model, key, only, tried, admitted)
         self._tickets[ticket.request] = ticket
-        self._post(events.RequestArrived(ticket.request, model, key))
+        self._post(events.RequestArrived(ticket.request, model, key, frozenset(tried), only))
         try:
             upstream = await ticket.admitted
         except asyncio.CancelledError:
             self._left(ticket)
             raise
-        ticket.passage = ticket.passage or _Passage(upstream, self._ender(ticket))
+        ticket.passage = ticket.passage or _Passage(self, ticket, upstream, model)
         return ticket.passage
+
+    async def again(self, ticket: _Ticket, engine: str, error: errors.VllmdError) -> Passage:
+        """Once more, to another replica; one that is the only engine only if nobody listened there. Raises ``error``.
+
+        Whoever did not listen has just died, and the core will hear of it.
+        """
+        replicas = self._models[ticket.model].replicas if ticket.model in self._models else None
+        if replicas is None and isinstance(error, Unreached) and len(ticket.tried) < REACH_TRIES:
+            await asyncio.sleep(REACH_PAUSE)
+        elif replicas is None or ticket.only or len(ticket.tried) >= replicas.retries:
+            raise error
+        return await self._admitted(ticket.model, ticket.key, ticket.only, (*ticket.tried, engine))
 
     def loading(self, model: str) -> str:
         """What a waiting client may be told, such as ``loading weights``."""
@@ -117,7 +143,7 @@ class Turnstile:
         """Let it pass; an engine that is no longer there ends it at once."""
         ticket = self._tickets[command.request]
         upstream = self._where(command.model)
-        ticket.passage = _Passage(upstream or Listen(), self._ender(ticket))
+        ticket.passage = _Passage(self, ticket, upstream or Listen(), command.model)
         if ticket.admitted.cancelled():
             return  # the client left in this very moment: enter() ends it
         if upstream is None:
@@ -154,28 +180,47 @@ class Turnstile:
         elif self._drop(ticket.request):
             self._post(events.RequestGone(ticket.request))
 
-    def _ender(self, ticket: _Ticket) -> Callable[[int | None], None]:
-        def end(tokens: int | None) -> None:
-            self._drop(ticket.request)
-            self._post(events.RequestFinished(ticket.request, tokens))
+    def target_of(self, ticket: _Ticket, engine: str) -> Target | None:
+        """What the model's name means to one of several replicas; None for an engine that is the only one."""
+        model = self._models.get(ticket.model)
+        return self._target(engine) if model and model.replicas and engine in self._engines else None
 
-        return end
+    def answered(self, ticket: _Ticket) -> None:
+        """The head of a replica's answer came."""
+        self._post(events.RequestAnswered(ticket.request))
+
+    def ended(self, ticket: _Ticket, tokens: int | None, failed: str) -> None:
+        """An admitted request is over."""
+        self._drop(ticket.request)
+        self._post(events.RequestFinished(ticket.request, tokens, failed))
 
 
 class _Passage:
     """An admitted request; ``done`` may be called again and counts once."""
 
-    def __init__(self, upstream: Listen, end: Callable[[int | None], None]) -> None:
+    def __init__(self, turnstile: Turnstile, ticket: _Ticket, upstream: Listen, engine: str) -> None:
         self.upstream = upstream
-        self._end: Callable[[int | None], None] | None = end
+        self.target = turnstile.target_of(ticket, engine)
+        self._turnstile = turnstile
+        self._ticket = ticket
+        self._engine = engine
+        self._over = False
         self._on_cut: Callable[[str], None] | None = None
         self._cut: str | None = None
 
-    def done(self, tokens: int | None = None) -> None:
+    def answered(self) -> None:
+        """The head of a replica's answer came."""
+        self._turnstile.answered(self._ticket)
+
+    def done(self, tokens: int | None = None, failed: str = "") -> None:
         """The request ended, however it did."""
-        end, self._end = self._end, None
-        if end:
-            end(tokens)
+        if not self._over:
+            self._over = True
+            self._turnstile.ended(self._ticket, tokens, failed)
+
+    async def again(self, error: errors.VllmdError) -> Passage:
+        """Leave to send it once more. Raises ``error`` where that makes no sense."""
+        return await self._turnstile.again(self._ticket, self._engine, error)
 
     def on_cut(self, callback: Callable[[str], None]) -> None:
         """Call ``callback(reason)`` when the daemon breaks the request off (at once if it has)."""

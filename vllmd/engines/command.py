@@ -91,7 +91,7 @@ class CommandOf(Plain):
         self._alive = text(model, "alive", self._health)
         self._asleep, self._busy = text(model, "asleep"), text(model, "busy")
         self._routes = frozenset(words(model, "routes") or ROUTES)
-        self._name = text(model, "served_name", model.name)
+        self._name = text(model, "served_name", model.replica_of or model.name)
         self._cwd = text(model, "cwd")
         self._stop = _stop_template(model)
         self._signal = signal.Signals[choice(model, "stop_signal", SIGNALS)]

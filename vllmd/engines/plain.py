@@ -78,7 +78,7 @@ class Plain:
 
     def served_name(self, model: ModelConfig) -> str:
         """The configured name."""
-        return model.name
+        return model.replica_of or model.name
 
     def progress(self, line: str) -> Progress | None:
         """Nothing that is worth reading."""

@@ -55,7 +55,7 @@ class Sim(Vllm):
         socket = place.run_dir / "engine.sock"
         check_path(socket, model)
         command = model.command or (sys.executable, "-m", "vllmd.simengine")
-        flags = ["--model", model.source, "--served-model-name", model.name, "--uds", str(socket)]
+        flags = ["--model", model.source, "--served-model-name", self.served_name(model), "--uds", str(socket)]
         argv = (*command, *flags, *_memory(model, place), *_options(model), *_devices(model, place), *model.extra_args)
         return Launch(argv, Listen(uds=str(socket)), _env(model))
 

@@ -184,7 +184,7 @@ class Vllm:
 
     def served_name(self, model: ModelConfig) -> str:
         """The configured name."""
-        return model.name
+        return model.replica_of or model.name
 
     def progress(self, line: str) -> Progress | None:
         return vllm_log.progress(line)

@@ -6,9 +6,12 @@ must be: another name goes into it, the client speaks HTTP/1.0, or the client's 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+from vllmd.errors import Unavailable, VllmdError
 from vllmd.proxy.exchange import LAST_CHUNK, Exchange, chunk
 from vllmd.proxy.framing import Framing
 from vllmd.proxy.gate import Target
@@ -35,6 +38,11 @@ class Errand:
     target: Target
     asked: Asked
     path: str  # at the engine, with the query
+    path_at: Callable[[Target], str] | None = None  # where the engine's name for the model is in it
+
+    def at(self, target: Target) -> Errand:
+        """The same for another replica."""
+        return replace(self, target=target, path=self.path_at(target) if self.path_at else self.path)
 
     def rewriter(self) -> Rewriter | None:
         """What puts the client's name back into the answer, where that is needed."""
@@ -180,6 +188,31 @@ class Held:
         head = opening(self._exchange, self._head, len(body), chunked=False)
         self._exchange.start(self._head.status, head + body)
         self._exchange.finish()
+
+
+class Refusal:
+    """A replica's word that it cannot serve just now: kept, for the request may yet be served elsewhere."""
+
+    def __init__(self, status: int, framing: Framing) -> None:
+        self.status = status
+        self._framing = framing
+        framing.keep = True
+
+    def more(self, data: bytes) -> None:
+        """The framing keeps it, up to a sane size."""
+        if sum(map(len, self._framing.pieces)) > MAX_ERROR:
+            self._framing.keep = False
+
+    def end(self) -> None:
+        """It is judged by whoever asked."""
+
+    def error(self) -> VllmdError:
+        """What to tell the client, if nobody else serves it."""
+        try:
+            told = str(json.loads(b"".join(self._framing.pieces))["error"]["message"])
+        except (ValueError, LookupError, TypeError):
+            told = "it said no more"
+        return Unavailable(f"the engine answered {self.status}: {told}", retry_after=1)
 
 
 class ErrorEvent:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from vllmd.errors import VllmdError
 from vllmd.proxy.http import Request
 
 
@@ -70,8 +71,25 @@ class Passage(Protocol):
     def upstream(self) -> Address:
         """Where to send it."""
 
-    def done(self, tokens: int | None = None) -> None:
-        """The request is over, however it went. Called exactly once. ``tokens``: the answer's usage, if it told."""
+    @property
+    def target(self) -> Target | None:
+        """What the client's model name means there, where one of several replicas was chosen; else None."""
+
+    def answered(self) -> None:
+        """The head of a replica's answer came. Only owed where ``target`` is not None."""
+
+    def done(self, tokens: int | None = None, failed: str = "") -> None:
+        """The request is over, however it went. Called exactly once. ``tokens``: the answer's usage, if it told.
+
+        ``failed``: why the engine gave no answer, or broke it off; "" if it is not to blame.
+        """
+
+    async def again(self, error: VllmdError) -> Passage:
+        """The leave to send it once more, to another replica if there are several. ``done`` must have been called.
+
+        Only before the client has had a byte of the answer. Raises ``error``, by which it failed, where there is
+        nothing more to be tried, and what ``enter`` raises.
+        """
 
     def on_cut(self, callback: Callable[[str], None]) -> None:
         """Have ``callback(reason)`` called if the daemon breaks the request off; ``done`` is still owed then."""
@@ -86,9 +104,10 @@ class Gate(Protocol):
         Raises UnknownModel, or BadRequest if it is ambiguous or missing.
         """
 
-    async def enter(self, model: str, key: str, request_id: str) -> Passage:
+    async def enter(self, model: str, key: str, request_id: str, only: str = "") -> Passage:
         """Wait until the request may go. Cancelled when the client leaves.
 
+        ``only``: the replica that alone can serve it (``Target.model`` of an earlier passage).
         ``request_id`` is the proxy's own and unique, not the client's. Raises a VllmdError when the
         request is refused. A cancelled or failed ``enter`` owes no ``done``. What it does before it first waits,
         it does outside any task: no ``asyncio.timeout`` there.

@@ -4,7 +4,8 @@ What a client sees:
 - its connection's end, at whatever time, closes the engine's connection at once, so the engine stops generating;
 - an engine that dies before it answered is a 502, one that dies in the middle is a visible truncation;
 - a request is sent a second time only if a kept connection turned out to be closed before a byte of the answer;
-- one that finds nobody listening waits at the gate again: its engine has just died, and the gate will hear of it.
+- one that failed before a byte of its answer, or found nobody listening, asks the gate whether it may go again:
+  to another replica where there are several, or to an engine that has just died and will be started anew.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import OrderedDict
+from collections.abc import Coroutine
 from functools import lru_cache
+from typing import Any
 from urllib.parse import quote
 
 from vllmd.errors import BadRequest, EngineFailed, Forbidden, NotFound, UnknownModel, UpstreamFailed, VllmdError
-from vllmd.proxy.answer import Answer, Errand, answer_for
+from vllmd.proxy.answer import Answer, Errand, Refusal, answer_for
 from vllmd.proxy.eager import Begun, Bell
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.framing import Framing
@@ -27,7 +30,7 @@ from vllmd.proxy.large import LARGE, in_large, in_turns
 from vllmd.proxy.limits import Limits
 from vllmd.proxy.loading import Loading
 from vllmd.proxy.peek import Asked, in_json, in_multipart, ruled
-from vllmd.proxy.upstream import Pool, Unreached, Upstream, host_field
+from vllmd.proxy.upstream import Pool, Upstream, host_field
 
 # Of the client's fields an engine never sees these: its key, its cookies, and what we write ourselves.
 KEPT_BACK = frozenset(
@@ -45,7 +48,7 @@ FORBIDDEN = (
     *("shutdown", "restart", "config", "server_info", "unload", "load_lora", "flush", "update", "free", "interrupt"),
     *("fault_tolerance", "adapters", "internal_state", "continue_generation", "models/load", "repository/"),
 )
-REACH_TRIES, REACH_PAUSE = 20, 0.1  # so often a request finds nobody listening, and seconds between
+REFUSALS = frozenset({502, 503, 504})  # of a replica: another one may serve
 TAIL = 1024  # bytes at an answer's end in which its usage is looked for
 
 quoted = lru_cache(maxsize=256)(quote)
@@ -59,7 +62,7 @@ class Relay:
         self.gate = gate
         self.limits = limits
         self._doorkeeper = doorkeeper or OpenDoor()
-        self._responses: OrderedDict[str, tuple[str, str]] = OrderedDict()  # response id -> model, and as asked for
+        self._responses: OrderedDict[str, tuple[str, str]] = OrderedDict()  # response id -> engine; model as asked for
 
     async def json(self, exchange: Exchange) -> None:
         """A route whose JSON body names the model."""
@@ -85,17 +88,20 @@ class Relay:
         request = exchange.request
         if request.params["id"] not in self._responses:
             raise NotFound(f"no response {request.params['id']!r} is known; it is kept only while its model runs")
-        _, asked = self._responses[request.params["id"]]
-        await self.serve(exchange, Asked(asked, False, request.body), "/v1/responses")
+        engine, asked = self._responses[request.params["id"]]
+        await self.serve(exchange, Asked(asked, False, request.body), "/v1/responses", only=engine)
 
     async def kserve(self, exchange: Exchange) -> None:
         """``/v2/models/{model}/...``: KServe's protocol, which Triton speaks, names the model in the path."""
         request = exchange.request
         route = request.route.replace(":path}", "}")
         target = self.target(request, request.params["model"], route)
-        names = {**request.params, "model": target.served_name}
-        path = re.sub(r"\{(\w+)\}", lambda name: quote(names[name[1]], safe=""), route)
-        await self._send(exchange, Asked("", False, request.body), target, path)
+
+        def path_at(at: Target) -> str:
+            names = {**request.params, "model": at.served_name}
+            return _with_query(request, re.sub(r"\{(\w+)\}", lambda name: quote(names[name[1]], safe=""), route))
+
+        await self._send(exchange, Errand(target, Asked("", False, request.body), path_at(target), path_at))
 
     async def upstream(self, exchange: Exchange) -> None:
         """``/upstream/{model}/...``: the rest of an engine's own API, but nothing that changes its state."""
@@ -109,27 +115,31 @@ class Relay:
             rest = "/".join(parts[cut:])
             if any(word in rest.lower() for word in FORBIDDEN):
                 raise Forbidden("vllmd alone may put engines to sleep, pause or change them")
-            await self._send(exchange, Asked("", False, request.body), target, quoted(f"/{rest}"))
+            path = _with_query(request, quoted(f"/{rest}"))
+            await self._send(exchange, Errand(target, Asked("", False, request.body), path))
             return
         raise UnknownModel(f"no model's name begins {request.params['rest']!r}")
 
-    async def serve(self, exchange: Exchange, asked: Asked, route: str = "") -> None:
-        """Relay the exchange to the model that was ``asked`` for, which must serve ``route`` (default: the path)."""
+    async def serve(self, exchange: Exchange, asked: Asked, route: str = "", only: str = "") -> None:
+        """Relay the exchange to the model that was ``asked`` for, which must serve ``route`` (default: the path).
+
+        ``only``: the replica that alone can answer.
+        """
         target = self.target(exchange.request, asked.model, route or exchange.request.path)
         if target.rules is not None and asked.quoted:
             asked = in_json(ruled(asked.body, target.rules))
-        await self._send(exchange, asked, target, quoted(exchange.request.path))
+        path = _with_query(exchange.request, quoted(exchange.request.path))
+        await self._send(exchange, Errand(target, asked, path), only)
 
-    async def _send(self, exchange: Exchange, asked: Asked, target: Target, path: str) -> None:
+    async def _send(self, exchange: Exchange, errand: Errand, only: str = "") -> None:
+        target, asked = errand.target, errand.asked
         exchange.outlives_eof = False
         exchange.model = target.model
-        if exchange.request.query_string:
-            path = f"{path}?{exchange.request.query_string}"
         if self.limits.request_timeout is not None:
             exchange.expire(self.limits.request_timeout)
         loading = Loading(exchange, target.model, asked.stream, self.limits, self.gate)
         try:
-            await self._deliver(exchange, Errand(target, asked, path), loading)
+            await self._deliver(exchange, errand, loading, only)
         except VllmdError as error:
             loading.fail(error)
 
@@ -142,20 +152,21 @@ class Relay:
             raise NotFound(f"the model {target.model!r} does not serve {route}")
         return target
 
-    async def _deliver(self, exchange: Exchange, errand: Errand, loading: Loading) -> None:
-        """Through the gate and on, until an engine has had the request. Raises VllmdError."""
-        for tries_left in reversed(range(REACH_TRIES)):
-            passage = await self._enter(exchange, errand.target, loading)
+    async def _deliver(self, exchange: Exchange, errand: Errand, loading: Loading, only: str) -> None:
+        """Through the gate and on, until an engine has answered. Raises VllmdError."""
+        entering = self.gate.enter(errand.target.model, exchange.request.key, exchange.ticket, only)
+        while True:
+            passage = await self._admitted(entering, loading)
             try:
-                await self._pass(exchange, passage, errand, loading)
-                break
-            except Unreached:
-                if not tries_left:
+                await self._pass(exchange, passage, errand.at(passage.target) if passage.target else errand, loading)
+                return
+            except VllmdError as error:
+                if loading.relaying or exchange.over:
                     raise
-            await asyncio.sleep(REACH_PAUSE)
+                entering = passage.again(error)
 
-    async def _enter(self, exchange: Exchange, target: Target, loading: Loading) -> Passage:
-        entering = Begun(self.gate.enter(target.model, exchange.request.key, exchange.ticket))
+    async def _admitted(self, coming: Coroutine[Any, Any, Passage], loading: Loading) -> Passage:
+        entering = Begun(coming)
         if not entering.over:
             loading.begin()
         try:
@@ -182,6 +193,10 @@ class Relay:
         """Its engine has ended, and the responses that it kept with it: nobody shall start it to be told so."""
         for response_id in [kept for kept, (of, _) in self._responses.items() if of == model]:
             del self._responses[response_id]
+
+
+def _with_query(request: Request, path: str) -> str:
+    return f"{path}?{request.query_string}" if request.query_string else path
 
 
 def _refuse_coded(request: Request) -> None:
@@ -245,12 +260,17 @@ class Trip:
         """Tell the gate that the request is over, and what the answer's usage says it took in all, if it does."""
         passage, self._passage = self._passage, None
         if passage is not None:
-            passage.done(total_tokens(self._tail))
+            passage.done(total_tokens(self._tail), self._error.message if self._error is not None else "")
 
     # -- what the engine's connection says
 
     def head(self, head: ResponseHead, framing: Framing) -> None:
         """The answer begins."""
+        if self._passage is not None and self._passage.target is not None:
+            if head.status in REFUSALS:
+                self._answer = Refusal(head.status, framing)
+                return
+            self._passage.answered()
         self._answer = answer_for(self._exchange, self._errand, self._loading, head, framing)
 
     def data(self, data: bytes) -> None:
@@ -265,6 +285,9 @@ class Trip:
         """The answer is complete: the engine's connection is free again, and the client's request is over."""
         self._upstream = None
         self._exchange.on_pause = None
+        if isinstance(self._answer, Refusal):
+            self._settle(self._answer.error())
+            return
         self._leave()
         if self._answer is not None:
             self._answer.end()

@@ -112,7 +112,7 @@ class Tunnels:
         await asyncio.sleep(0)  # on in a task: the waits below need one
         passage = await self._relay.gate.enter(target.model, request.key, exchange.ticket)
         try:
-            await self._through(exchange, passage, target)
+            await self._through(exchange, passage, passage.target or target)
         finally:
             passage.done()
 

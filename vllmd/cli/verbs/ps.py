@@ -23,14 +23,19 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(show.as_json(models))
     elif models:
-        print(show.table(HEAD, [row(line) for line in models], RIGHT))
+        print(show.table(HEAD, [row(line) for model in models for line in (model, *replicas(model))], RIGHT))
     else:
         print("no model is loaded" if arguments.running else "no models are configured; see vllmd.yaml(5)")
     return 0
 
 
+def replicas(model: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lines of its replicas, called by what stands behind the model's name."""
+    return [{**line, "name": f"  {line['name'].removeprefix(model['name'])}"} for line in model.get("replicas", ())]
+
+
 def row(line: dict[str, Any]) -> tuple[str, ...]:
-    """A model as a row of the table."""
+    """A model, or a replica of one, as a row of the table."""
     return (
         line["name"],
         show.state(line["state"]),
@@ -43,6 +48,12 @@ def row(line: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def standing(line: dict[str, Any]) -> str:
+    """What a replica's answers have earned it, and how soon they begin."""
+    latency = f" ({line['latency'] * 1000:.0f} ms to the first byte)" if line["latency"] is not None else ""
+    return f"{line['standing']}{latency}"
+
+
 def _queue(line: dict[str, Any]) -> str:
     oldest = line.get("oldest_wait")
     return f"{line['queued']} ({show.age(oldest)})" if line["queued"] and oldest is not None else str(line["queued"])
@@ -51,6 +62,10 @@ def _queue(line: dict[str, Any]) -> str:
 def note(line: dict[str, Any]) -> str:
     """What is remarkable about it: phase of a start, pin, leases, why its requests wait, why it failed."""
     parts = [show.phase(line)]
+    if line.get("replicas"):
+        parts.append(f"{line['serving']} of {len(line['replicas'])} replicas serve{', degraded' * line['degraded']}")
+    elif line.get("standing"):
+        parts.append(standing(line))
     parts.append("pinned" if line["pinned"] else "")
     parts.append(f"leased to {', '.join(line['leases'])}" if line["leases"] else "")
     parts.append(str(line["waiting_for"]))

@@ -1,0 +1,424 @@
+"""Several engines of one model: who gets a request, who is probed, set aside, ejected, brought up and let go."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from tests.core.helpers import GPU, PAIR, model, replicas
+from tests.core.world import World
+from vllmd.core.commands import Admit, CutRequest, ProbeReplica, SleepEngine, StartEngine
+from vllmd.core.events import (
+    EngineExited,
+    EngineReady,
+    EngineStartFailed,
+    EngineStopped,
+    LoadAsked,
+    ModelsChanged,
+    ReplicaProbed,
+    RequestAnswered,
+    RequestArrived,
+    RequestFinished,
+    StopAsked,
+)
+from vllmd.core.types import Device, GiB, IdleRules, ReplicaRules, State
+
+REMOTE = {"device_count": 0, "sleep_levels": frozenset()}
+
+
+def serving(number: int, *, rules: ReplicaRules | None = None, remote: bool = True, **fields: object) -> World:
+    """A world in which all replicas of ``m`` serve."""
+    kind = REMOTE if remote else {}
+    w = World(replicas(number, rules=rules, **kind, **fields), [Device(i, str(i), 80 * GiB) for i in range(number)])
+    w.ask("first", "m")
+    while w.pending:
+        w.answer(next(iter(w.pending)))
+    for name in dict(w.probes).values():
+        w.probed(name)
+    w.finish("first")
+    assert {m.standing for m in w.seen.models} == {"serving"}
+    return w
+
+
+def serve(w: World, request: str, seconds: float) -> str:
+    """Have one request answered after so long; who did."""
+    (admitted,) = w.ask(request, "m")
+    assert isinstance(admitted, Admit)
+    w.now += seconds
+    w.do(RequestAnswered(request))
+    w.finish(request)
+    return admitted.model
+
+
+def standing(w: World, name: str) -> str:
+    return next(m.standing for m in w.seen.models if m.name == name)
+
+
+# -- coming up
+
+
+def test_all_come_up_with_the_first_request_where_they_fit() -> None:
+    """Two replicas, two devices: one start each, side by side."""
+    w = World(replicas(2), PAIR)
+    first, second = w.ask("r", "m")
+    assert isinstance(first, StartEngine)
+    assert isinstance(second, StartEngine)
+    assert {first.model, second.model} == {"m", "m@2"}
+    assert first.placement != second.placement
+
+
+def test_nobody_leaves_for_a_second_replica_and_none_shares_a_device_with_the_first() -> None:
+    """The first is a request's need, a second one only a wish; two on one GPU would be no gain."""
+    w = World([*replicas(2, 20), model("other", 70)], PAIR)
+    w.load("other")
+    (start,) = w.ask("r", "m")
+    assert isinstance(start, StartEngine)
+    assert w.answer("m") == [ProbeReplica("probe-1", "m", 5.0)]
+    w.pass_time(60.0)
+    assert w.state("m@2") is State.STOPPED
+
+
+def test_a_replica_that_is_to_use_certain_devices_does() -> None:
+    """Whoever lists the same device twice means it."""
+    w = World(replicas(2, 30, devices=(0,)), PAIR)
+    assert [c.model for c in w.ask("r", "m")] == ["m"]
+    w.answer("m")
+    assert w.state("m@2") is State.STARTING or w.pass_time(20.0)
+    assert w.state("m@2") is State.STARTING
+
+
+def test_it_serves_once_it_has_answered_a_probe() -> None:
+    """A server whose health is fine may still hang at the first question."""
+    w = World(replicas(1, **REMOTE), [])
+    w.ask("r", "m")
+    assert w.do(EngineReady("m")) == [ProbeReplica("probe-1", "m", 5.0)]
+    assert w.probed("m", 0.2) == [Admit("r", "m")]
+
+
+def test_without_probes_it_serves_at_once() -> None:
+    """``probe: none``."""
+    w = World(replicas(1, rules=ReplicaRules(probe=False), **REMOTE), [])
+    w.ask("r", "m")
+    assert w.do(EngineReady("m")) == [Admit("r", "m")]
+
+
+def test_whoever_serves_first_takes_all_who_wait() -> None:
+    """They wait for the model, not for one of its engines."""
+    w = World(replicas(2, **REMOTE), [])
+    w.ask("r1", "m")
+    w.ask("r2", "m")
+    w.answer("m")
+    w.answer("m@2")
+    assert w.probed("m@2") == [Admit("r1", "m@2"), Admit("r2", "m@2")]
+
+
+def test_a_probe_is_abandoned_once_it_is_much_slower_than_the_best() -> None:
+    """S's get_fastest_server: the time of the fastest bounds that of the others, but by no less than half a second."""
+    w = serving(2)
+    w.do(EngineExited("m@2", "gone"))
+    w.pass_time(10.0)
+    probe = next(c for c in w.answer("m@2") if isinstance(c, ProbeReplica))
+    assert probe.limit == max(0.5, 4 * 0.1)
+
+
+# -- who gets a request
+
+
+def test_two_choices_of_three_even_out() -> None:
+    """No replica is forgotten, none is flooded."""
+    w = serving(3)
+    who = Counter(c.model for n in range(90) for c in w.ask(f"r{n}", "m") if isinstance(c, Admit))
+    assert set(who) == {"m", "m@2", "m@3"}
+    assert max(who.values()) - min(who.values()) <= 2
+
+
+def test_the_faster_gets_more() -> None:
+    """In flight times latency: one that is three times faster has three times as many at a time."""
+    w = serving(2, rules=ReplicaRules(growth=100.0))
+    speed = {"m": 0.3, "m@2": 0.9}
+    for n in range(20):
+        (admitted,) = w.ask(f"warm{n}", "m")
+        w.now += speed[admitted.model]
+        w.do(RequestAnswered(f"warm{n}"))
+        w.finish(f"warm{n}")
+    who = Counter(c.model for n in range(40) for c in w.ask(f"r{n}", "m") if isinstance(c, Admit))
+    assert 2.0 < who["m"] / who["m@2"] < 4.5
+
+
+def test_one_that_is_full_is_passed_over_and_all_full_wait_for_the_next_place() -> None:
+    """``concurrency`` is each replica's."""
+    w = serving(2, concurrency=1)
+    (a,), (b,) = w.ask("r1", "m"), w.ask("r2", "m")
+    assert {a.model, b.model} == {"m", "m@2"}
+    assert w.ask("r3", "m") == []
+    assert w.finish("r2") == [Admit("r3", b.model)]
+
+
+# -- slow ones
+
+
+def test_S_latency_growing_rate_a_slow_one_is_set_aside_and_comes_back() -> None:
+    """Three answers in a row beyond the bound; after a pause it is asked, and a good answer brings it back."""
+    w = serving(2)
+    for n in range(3):
+        for name, other, seconds in (("m", "m@2", 5.0), ("m@2", "m", 0.2)):
+            assert w.do(RequestArrived(f"{name} {n}", "m", avoid=frozenset({other}))) == [Admit(f"{name} {n}", name)]
+            w.now += seconds
+            w.do(RequestAnswered(f"{name} {n}"))
+            w.finish(f"{name} {n}")
+    assert standing(w, "m") == "serving", "nothing is slow before it is known what is fast"
+    for n in range(3):
+        w.do(RequestArrived(f"later {n}", "m", avoid=frozenset({"m@2"})))
+        w.now += 5.0
+        w.do(RequestAnswered(f"later {n}"))
+        w.finish(f"later {n}")
+    assert standing(w, "m") == "slow"
+    assert {serve(w, f"after{n}", 0.2) for n in range(10)} == {"m@2"}
+    assert list(w.probes.values()) == ["m"]
+    w.probed("m", 0.2)
+    assert standing(w, "m") == "serving"
+
+
+def test_a_slow_one_is_better_than_none() -> None:
+    """When the fast one goes, requests go where they are answered at all."""
+    w = serving(2)
+    w.scheduler._core.models["m"].replica.standing = type(w.scheduler._core.models["m"].replica.standing).SLOW
+    w.do(EngineExited("m@2", "gone"))
+    assert w.ask("r", "m") == [Admit("r", "m")]
+
+
+def test_the_bound_of_a_probe_grows_with_each_attempt() -> None:
+    """S's bound times its growing rate: one that stays slow is accepted in the end."""
+    w = serving(2)
+    w.do(RequestArrived("r", "m", avoid=frozenset({"m@2"})))
+    w.do(RequestFinished("r", failed="the connection broke off"))
+    limits = []
+    for _ in range(3):
+        commands = w.pass_time(w.now + 70.0)
+        limits += [c.limit for c in commands if isinstance(c, ProbeReplica)]
+        w.probed("m", None)
+    assert limits == sorted(limits)
+    assert limits[-1] > limits[0]
+
+
+# -- failing ones
+
+
+def test_S_max_retry_a_failed_request_goes_elsewhere() -> None:
+    """The daemon says who failed it; another one that serves gets it at once."""
+    w = serving(2)
+    (admitted,) = w.ask("r", "m")
+    other = {"m": "m@2", "m@2": "m"}[admitted.model]
+    w.do(RequestFinished("r", failed="nobody listens"))
+    assert standing(w, admitted.model) == "ejected"
+    assert w.do(RequestArrived("r again", "m", avoid=frozenset({admitted.model}))) == [Admit("r again", other)]
+
+
+def test_one_that_was_ejected_is_probed_after_a_pause_that_doubles() -> None:
+    """Not at once, not for ever, and not with a client's request."""
+    w = serving(2)
+    w.do(RequestArrived("r", "m", avoid=frozenset({"m@2"})))
+    w.do(RequestFinished("r", failed="nobody listens"))
+    began = w.now
+    w.pass_time(began + 0.9)
+    assert not w.probes
+    w.pass_time(began + 1.1)
+    assert list(w.probes.values()) == ["m"]
+    w.probed("m", None)
+    failed = w.now
+    w.pass_time(failed + 1.9)
+    assert not w.probes
+    w.pass_time(failed + 2.1)
+    assert list(w.probes.values()) == ["m"]
+
+
+def test_one_that_leaves_requests_unanswered_is_asked_and_cut_off_if_it_does_not_answer() -> None:
+    """A hanging server: its requests are broken off, so that the daemon can send them elsewhere."""
+    w = serving(2)
+    w.do(RequestArrived("r", "m", avoid=frozenset({"m@2"})))
+    commands = w.pass_time(20.0)
+    assert [c.model for c in commands if isinstance(c, ProbeReplica)] == ["m"]
+    assert CutRequest("r", "its replica does not answer") in w.probed("m", None)
+    assert standing(w, "m") == "ejected"
+
+
+def test_one_that_only_takes_its_time_is_left_alone() -> None:
+    """A long answer is no fault: the probe that it inspires comes back."""
+    w = serving(2)
+    w.do(RequestArrived("r", "m", avoid=frozenset({"m@2"})))
+    w.pass_time(20.0)
+    assert w.probed("m", 0.3) == []
+    assert standing(w, "m") == "serving"
+    assert w.running["r"] == "m"
+
+
+def test_a_local_one_that_hangs_is_started_anew() -> None:
+    """Nobody else would: after ``retries`` failed probes its engine is killed, and comes up again."""
+    w = serving(2, rules=ReplicaRules(least=2, retries=1), remote=False)
+    w.do(RequestArrived("r", "m", avoid=frozenset({"m@2"})))
+    w.pass_time(20.0)
+    w.probed("m", None)
+    w.do(RequestFinished("r", failed="its replica does not answer"))
+    w.pass_time(w.now + 5.0)
+    w.probed("m", None)
+    assert w.state("m") is State.STOPPING
+    w.ask("other", "m")
+    w.do(EngineStopped("m"))
+    w.pass_time(w.now + 10.0)
+    assert w.state("m") is State.STARTING
+
+
+def test_a_remote_that_is_gone_has_its_requests_cut() -> None:
+    """Whoever is cut off from us leaves our connections open; nothing else would end them."""
+    w = serving(2)
+    w.do(RequestArrived("r", "m", avoid=frozenset({"m@2"})))
+    assert CutRequest("r", "unreachable") in w.do(EngineExited("m", "unreachable"))
+
+
+def test_who_waits_for_one_that_fails_waits_for_another() -> None:
+    """A start that fails costs its waiters nothing as long as there is another replica."""
+    w = World(replicas(2), PAIR)
+    w.ask("r", "m")
+    w.do(EngineStartFailed("m", "no such model", permanent=True))
+    assert "r" in w.queued
+    w.answer("m@2")
+    assert w.probed("m@2") == [Admit("r", "m@2")]
+
+
+def test_S_turn_off_running_flag_all_down_is_a_clear_503_and_recovers_by_itself() -> None:
+    """With every replica's reason; when the back-off is over somebody's request tries again."""
+    w = World(replicas(2, **REMOTE), [])
+    w.ask("r", "m")
+    w.do(EngineStartFailed("m", "no route to gpu1"))
+    w.do(EngineStartFailed("m@2", "no route to gpu2"))
+    assert w.rejected["r"].error == "EngineFailed"
+    w.ask("again", "m")
+    told = w.rejected["again"]
+    assert told.error == "Unavailable"
+    assert "m: no route to gpu1; m@2: no route to gpu2" in told.message
+    assert told.retry_after is not None
+    w.pass_time(told.retry_after + 1.0)
+    assert w.state("m") is State.STARTING
+    w.answer("m")
+    w.probed("m")
+    assert w.ask("later", "m") == [Admit("later", "m")]
+
+
+def test_one_that_comes_back_is_taken_back_without_a_request() -> None:
+    """As long as the model is used its remotes are tried again when their back-off is over."""
+    w = serving(2)
+    w.do(EngineExited("m@2", "gone"))
+    commands = w.pass_time(w.now + 6.0)
+    assert any(isinstance(c, StartEngine) and c.model == "m@2" for c in commands)
+
+
+# -- more and fewer
+
+
+def crowd(w: World, number: int) -> None:
+    for n in range(number):
+        w.ask(f"crowd{n}", "m")
+
+
+def test_one_more_is_started_when_there_was_too_much_for_long_enough() -> None:
+    """``busy`` requests per replica for ``busy_for``; on a device of its own."""
+    w = World(replicas(2, rules=ReplicaRules(least=1, busy=4, busy_for=10.0)), PAIR)
+    w.ask("r", "m")
+    w.answer("m")
+    w.probed("m")
+    crowd(w, 6)
+    assert not any(isinstance(c, StartEngine) for c in w.pass_time(w.now + 9.0))
+    (start,) = [c for c in w.pass_time(w.now + 2.0) if isinstance(c, StartEngine)]
+    assert (start.model, start.placement.devices) == ("m@2", (1,))
+
+
+def test_one_fewer_gets_requests_when_it_is_calm_and_its_idle_rules_take_it() -> None:
+    """It rests, ready to help again, until its age puts it to sleep; the other one stays."""
+    rules = ReplicaRules(least=1, busy=2, busy_for=1.0, calm_for=20.0)
+    w = World(replicas(2, rules=rules, idle=IdleRules(60.0, 1, None, None)), PAIR)
+    w.ask("r", "m")
+    w.answer("m")
+    w.probed("m")
+    crowd(w, 4)
+    w.pass_time(w.now + 2.0)
+    w.answer("m@2")
+    w.probed("m@2")
+    for request in [r for r in w.running if r not in w.probes]:
+        w.finish(request)
+    w.pass_time(w.now + 21.0)
+    assert standing(w, "m@2") == "resting"
+    commands = []
+    for n in range(9):
+        assert serve(w, f"calm{n}", 0.1) == "m"
+        commands += w.pass_time(w.now + 5.0)
+    assert SleepEngine("m@2", 1) in commands
+    assert w.state("m") is State.READY
+
+
+def test_replicas_that_are_wanted_age_together() -> None:
+    """Chance has one of them unused for long; it is not put to sleep for that while the model is in use."""
+    w = serving(2, remote=False, idle=IdleRules(60.0, 1, None, None))
+    for n in range(30):
+        w.do(RequestArrived(f"r{n}", "m", avoid=frozenset({"m@2"})))
+        w.now += 0.1
+        w.finish(f"r{n}")
+        w.pass_time(w.now + 5.0)
+    assert [m.state for m in w.seen.models] == [State.READY] * 2
+
+
+# -- operators
+
+
+def test_one_that_an_operator_stops_stays_down_while_others_serve() -> None:
+    """Maintenance of one GPU."""
+    w = serving(2, remote=False)
+    w.do(StopAsked("m@2"))
+    w.answer("m@2")
+    for n in range(5):
+        assert serve(w, f"r{n}", 0.1) == "m"
+        w.pass_time(w.now + 5.0)
+    assert w.state("m@2") is State.STOPPED
+    assert [c.model for c in w.do(LoadAsked("m@2")) if isinstance(c, StartEngine)] == ["m@2"]
+
+
+def test_a_model_that_an_operator_stops_comes_back_with_the_next_request() -> None:
+    """As any model; nothing comes up by itself."""
+    w = serving(2, remote=False)
+    for name in ("m", "m@2"):
+        w.do(StopAsked(name))
+        w.answer(name)
+    w.pass_time(w.now + 30.0)
+    assert [m.state for m in w.seen.models] == [State.STOPPED] * 2
+    assert {c.model for c in w.ask("r", "m") if isinstance(c, StartEngine)} == {"m", "m@2"}
+
+
+def test_a_model_that_gets_replicas_keeps_its_engine() -> None:
+    """The first replica bears the model's name: a reload starts only the others."""
+    w = World([model("m")], PAIR)
+    w.load("m")
+    w.do(ModelsChanged(tuple(replicas(2))))
+    assert w.state("m") is State.READY
+    w.probed("m")
+    assert [c for c in w.ask("r", "m") if not isinstance(c, Admit)] == [w.pending["m@2"]]
+
+
+def test_what_one_replica_alone_has_is_not_asked_of_another() -> None:
+    """A stored response: its engine, or a refusal at once."""
+    w = serving(2)
+    assert w.do(RequestArrived("r", "m", only="m@2")) == [Admit("r", "m@2")]
+    w.finish("r")
+    w.do(EngineExited("m@2", "gone"))
+    w.do(RequestArrived("again", "m", only="m@2"))
+    assert "which alone has it" in w.rejected["again"].message
+
+
+def test_an_answer_to_a_probe_of_an_engine_that_is_gone_means_nothing() -> None:
+    """It may come after the engine's successor has begun."""
+    w = World([*replicas(1, **REMOTE)], [GPU])
+    w.ask("r", "m")
+    w.answer("m")
+    (probe,) = w.probes
+    w.do(EngineExited("m", "gone"))
+    assert w.do(ReplicaProbed(probe, 0.1)) == []
+    w.pass_time(10.0)
+    w.answer("m")
+    assert standing(w, "m") == "new"
