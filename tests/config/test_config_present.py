@@ -9,7 +9,7 @@ from vllmd.config.loader import load, read
 from vllmd.config.present import as_yaml
 from vllmd.config.schema import json_schema
 from vllmd.config.settings import LEGACY, ROOT, Group, default, leaves, variables
-from vllmd.config.types import Config, ModelConfig
+from vllmd.config.types import Config, ModelConfig, ReplicaConfig
 from vllmd.core.types import WhenFree
 
 EVERYTHING = """
@@ -57,7 +57,11 @@ def test_each_setting_shows_its_origin(tmp_path: Path) -> None:
 
 def test_the_table_covers_every_field_of_the_dataclasses() -> None:
     """No setting without a row, no row without its field."""
-    own = {Config: {"files", "warnings", "template"}, ModelConfig: {"name", "where"}}
+    own = {
+        Config: {"files", "warnings", "template"},
+        ModelConfig: {"name", "where", "replica_of"},
+        ReplicaConfig: {"of"},
+    }
     seen = {leaf.group.target: leaf.group for leaf in leaves()}
     for target, group in seen.items():
         rows = {row.field or row.name for row in group.rows if row.field is not None}

@@ -60,6 +60,7 @@ def test_an_address_is_what_other_clients_are_given(url: str, address: Listen) -
         ({"url": "http://gpu2", "key_file": "/nowhere/key"}, "options.key_file: /nowhere/key: No such file"),
         ({"url": "http://gpu2", "key": "a", "key_file": "b"}, "is given twice"),
         ({"url": "http://gpu2", "key": "a\nb"}, "printable ASCII"),
+        ({"url": "http://gpu2", "watch": "often"}, "'often' is no time such as 250ms or 2s"),
         ({"url": "http://gpu2", "keys": "a"}, "unknown option; did you mean key?"),
     ],
 )
@@ -131,21 +132,19 @@ async def started(rig: Rig) -> events.Event:
     return await rig.event()
 
 
-def test_it_serves_at_once_when_it_answers_and_is_gone_when_it_does_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_serves_at_once_when_it_answers_and_is_gone_when_it_does_not(tmp_path: Path) -> None:
     """Nothing is launched; the core hears of the end as of any engine's."""
-    monkeypatch.setattr(fleet, "WATCH_PAUSE", 0.01)
 
     async def story(rig: Rig) -> None:
         there = Elsewhere()
         await there.open()
-        configure(rig, f"http://127.0.0.1:{there.port}/deep/v1", key="sk-1")
+        configure(rig, f"http://127.0.0.1:{there.port}/deep/v1", key="sk-1", watch="10ms")
         assert await started(rig) == events.EngineReady("m", None)
         assert there.heads[0].startswith(b"GET /deep/v1/models HTTP/1.1\r\n")
         assert b"authorization: Bearer sk-1\r\n" in there.heads[0]
         assert rig.launcher.orders == []
         await there.close()
+        assert isinstance(await rig.event(), events.ServerSilent)
         gone = await rig.event()
         assert isinstance(gone, events.EngineExited)
         assert f"127.0.0.1:{there.port}/deep is gone" in gone.reason

@@ -42,7 +42,7 @@ def _nested(row: Setting, group: Group) -> dict[str, Any]:
         return {"type": ["object", "null"], "additionalProperties": {"anyOf": [schema, {"type": "null"}]}}
     word = [{"enum": ["never", "off"]}] if "never" in group.accepts else []
     switch = [{"type": "boolean"}] if group.optional else []
-    return {"anyOf": [schema, *word, *switch, {"type": "null"}]}
+    return {"anyOf": [schema, *word, *switch, *group.forms, {"type": "null"}]}
 
 
 def _legacy() -> dict[str, Any]:

@@ -6,7 +6,7 @@ once. Groups nest: ``kind`` is a ``Kind`` of value or another ``Group``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from typing import Any
@@ -50,7 +50,8 @@ class Setting:
 class Group:
     """Settings that fill one dataclass. ``short``: what a scalar in the group's place stands for.
 
-    ``optional``: false in its place switches it off (its field is None then).
+    ``optional``: false in its place switches it off (its field is None then). ``forms``: the JSON Schemas of other
+    short forms.
     """
 
     target: type[Any]
@@ -59,6 +60,7 @@ class Group:
     short: Callable[[Node], Node | None] = lambda node: None
     accepts: str = "a mapping"
     optional: bool = False
+    forms: tuple[Mapping[str, Any], ...] = ()
 
     def row(self, name: str) -> Setting | None:
         """The row of this name or other spelling."""
@@ -95,7 +97,9 @@ def several(node: Node) -> Node | None:
     """``replicas: 2`` are two alike; ``replicas: [...]`` is the list of them."""
     if node.is_list:
         return replace(node, value={"of": node})
-    return None if node.is_map else replace(node, value={"min": node, "max": node})
+    if node.is_map or isinstance(node.value, bool):
+        return None
+    return replace(node, value={"min": node, "max": node})
 
 
 def plainly(node: Node) -> Node | None:
@@ -269,6 +273,7 @@ REPLICAS = Group(
     several,
     "a number, a list of mappings, or a mapping",
     optional=True,
+    forms=({"type": "integer", "minimum": 1}, {"type": "array", "items": {"type": "object"}}),
 )
 
 MODEL = Group(

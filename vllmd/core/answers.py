@@ -24,6 +24,7 @@ from vllmd.core.types import Footprint, State
 
 STABLE = 60.0  # seconds; an engine that served so long has put its failures behind it
 LONGEST_BACKOFF = 300.0
+LONGEST_ELSEWHERE = 5.0  # of one that runs elsewhere: asking costs nothing, and it should be used as soon as it is back
 
 
 class Answers:
@@ -198,7 +199,8 @@ class Answers:
         """One more failure in a row. Returns the seconds until it may be tried again."""
         m.failures += 1
         m.failure, m.given_up = reason, given_up
-        backoff = min(LONGEST_BACKOFF, m.spec.restart_backoff * 2.0 ** min(m.failures - 1, 20))
+        longest = LONGEST_BACKOFF if m.spec.device_count else LONGEST_ELSEWHERE
+        backoff = min(longest, m.spec.restart_backoff * 2.0 ** min(m.failures - 1, 20))
         m.retry_at = self._core.now + backoff
         return backoff
 

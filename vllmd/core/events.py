@@ -124,6 +124,14 @@ class EngineExited:
 
 
 @dataclass(frozen=True, slots=True)
+class ServerSilent:
+    """A server elsewhere missed a look; it may only be slow. EngineExited follows if it does not answer again."""
+
+    model: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class EngineAdopted:
     """A running engine was found when the daemon started.
 
@@ -241,6 +249,7 @@ Event = (
     | EngineWakeFailed
     | EngineStopped
     | EngineExited
+    | ServerSilent
     | EngineAdopted
     | FreezeProved
     | ReplicaProbed

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 
 from vllmd.core.common import Core
-from vllmd.core.events import ReplicaProbed
+from vllmd.core.events import ReplicaProbed, ServerSilent
 from vllmd.core.group import ENOUGH, QUICK, Group
 from vllmd.core.model import INFINITY, Leave, Model, Replica, Standing
 from vllmd.core.planner import RECENT, Planner
@@ -93,6 +93,13 @@ class Replicas:
         r.unanswered.pop(request, None)
         if failed and m.on and r.standing in (Standing.SERVING, Standing.SLOW):
             self._set_aside(m, r, Standing.EJECTED, failed)
+            self._core.touch(m)
+
+    def silent(self, e: ServerSilent) -> None:
+        """It gets nothing more until it has answered a probe."""
+        m = self._core.model(e.model)
+        if m.replica and m.state is State.READY and m.replica.standing is not Standing.EJECTED:
+            self._set_aside(m, m.replica, Standing.EJECTED, e.reason)
             self._core.touch(m)
 
     def probed(self, e: ReplicaProbed) -> None:

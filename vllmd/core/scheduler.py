@@ -101,6 +101,7 @@ class Scheduler:
             ev.EngineWakeFailed: self._answers.wake_failed,
             ev.EngineStopped: self._answers.stopped,
             ev.EngineExited: self._answers.exited,
+            ev.ServerSilent: self._replicas.silent,
             ev.EngineAdopted: self._answers.adopted,
             ev.FreezeProved: self._answers.proved,
             ev.ReplicaProbed: self._replicas.probed,

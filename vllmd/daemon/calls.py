@@ -7,13 +7,14 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from vllmd.config.types import ReplicaConfig
 from vllmd.daemon.member import Member, of
 from vllmd.engines.base import Call, Listen
 from vllmd.errors import VllmdError
-from vllmd.proxy.upstream import request
+from vllmd.proxy.upstream import Unreached, request
 
 log = logging.getLogger("vllmd.fleet")
 
@@ -97,6 +98,18 @@ def probe_body(route: str, model: str, message: str) -> dict[str, Any]:
     if route.endswith("/completions"):
         return {"model": model, "prompt": message, "max_tokens": 1}
     return {"model": model, "input": message}
+
+
+async def looked_at(member: Member, limit: float) -> tuple[str, bool]:
+    """Whether a server that is not ours is there: what went wrong ("" if nothing), and whether nobody listened."""
+    look = replace(member.engine.alive(member.model), timeout=limit)
+    try:
+        status, _, _ = await ask(member.listen, look)
+    except Unreached as error:
+        return error.message, True
+    except (OSError, VllmdError) as error:
+        return str(error) or type(error).__name__, False
+    return "" if status == look.expect else f"{look.method} {look.path} answered {status}", False
 
 
 async def is_busy(member: Member, probe: Call) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 from vllmd.config.types import ModelConfig
 from vllmd.core import commands, events
 from vllmd.core.types import Footprint, Placement, Source
-from vllmd.daemon.calls import answers, asked, call, complete, next_line, within
+from vllmd.daemon.calls import answers, asked, call, complete, looked_at, next_line, within
 from vllmd.daemon.logfile import LogFile, path_of
 from vllmd.daemon.member import Member, of
 from vllmd.daemon.memory import Memory
@@ -26,6 +26,7 @@ from vllmd.daemon.orders import Orders
 from vllmd.daemon.sleeps import Sleeps, finish_work
 from vllmd.daemon.words import how_it_ended, with_hint, with_last_lines, with_root
 from vllmd.engines.base import Listen, Progress
+from vllmd.engines.plain import PROBE
 from vllmd.errors import ConfigError, LauncherFailed, VllmdError
 from vllmd.launcher.client import ExitReport, LauncherClient, StartOrder
 from vllmd.proxy.upstream import describe
@@ -35,7 +36,8 @@ log = logging.getLogger("vllmd.fleet")
 READY_POLL = 0.02  # seconds between probes while starting: the lag after true readiness stays under 50 ms
 KILL_LIMIT = 10.0  # seconds for a killed cgroup to become empty before the engine is given up
 LOG_BACKLOG = 1000  # lines for a reader of the log that does not keep up; the rest it misses
-WATCH_PAUSE, WATCH_FAILURES = 2.0, 2  # seconds between probes of a server that is not ours; when it is gone
+WATCH_FAILURES = 2  # looks at a server that is not ours that must fail before it counts as gone
+SILENCE = 5.0  # seconds that it may leave looks without an answer
 WHOLE_LOG = 1000  # lines asked for of an engine that has just begun: all of them
 
 Post = Callable[[events.Event], None]
@@ -157,17 +159,29 @@ class Fleet:
         return events.EngineReady(name, None)
 
     async def _watch(self, member: Member) -> None:
-        """Tell when a server that is not ours has stopped answering; nobody else would."""
-        failures, name = 0, member.model.name
-        while failures < WATCH_FAILURES:
-            await asyncio.sleep(WATCH_PAUSE)
+        """Tell when a server that is not ours has stopped answering; nobody else would.
+
+        One that nobody listens for is gone at once; one that only does not answer gets ``SILENCE`` seconds.
+        """
+        silent_since, looks, name = 0.0, 0, member.model.name
+        limit = min(PROBE, 2 * member.watch)
+        while True:
+            await asyncio.sleep(member.watch)
             if self.members.get(name) is not member:
                 return
-            failure = await call(member, member.engine.alive(member.model))
-            failures = failures + 1 if failure else 0
+            failure, refused = await looked_at(member, limit)
+            if not failure:
+                looks = 0
+                continue
+            looks, silent_since = looks + 1, silent_since if looks else time.monotonic()
+            why = f"{describe(member.listen)} is gone: {failure}"
+            if looks == 1:
+                self._post(events.ServerSilent(name, why))
+            if looks >= WATCH_FAILURES and (refused or time.monotonic() - silent_since >= SILENCE):
+                break
         if self.members.get(name) is member and member.task is None:
             self._forget(member)
-            self._post(events.EngineExited(name, f"{describe(member.listen)} is gone: {failure}"))
+            self._post(events.EngineExited(name, why))
 
     async def _probe(self, member: Member, command: commands.ProbeReplica) -> None:
         seconds, why = await asked(member, command.limit)

@@ -45,6 +45,7 @@ class Member:
     stop: tuple[str, ...] = ()  # Launch.stop
     stop_signal: int = signal.SIGTERM
     self_managed: bool = False
+    watch: float = 0.0  # Launch.watch
     ending: bool = False  # it was told to go
     listeners: set[asyncio.Queue[str]] = field(default_factory=set)
 

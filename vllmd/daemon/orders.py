@@ -63,6 +63,7 @@ class Orders:
                 self._ports.release(place.port)
         member = Member(model, engine, instance, launch.listen, command.placement, fingerprint(model))
         member.stop, member.stop_signal, member.self_managed = launch.stop, launch.stop_signal, launch.self_managed
+        member.watch = launch.watch
         return member, self._order(member, launch, run_dir) if launch.argv else None
 
     def _place(self, command: commands.StartEngine, run_dir: Path) -> Place:

@@ -53,6 +53,7 @@ class Launch:
     An empty ``argv`` starts nothing: the server is somebody else's, reached at ``listen``.
     ``stop``: a command that ends it (``podman stop``), instead of a signal.
     ``stop_signal``: on which it finishes what runs and exits.
+    ``watch``: seconds between looks at a server that is somebody else's.
     ``self_managed``: it loads and frees memory as it pleases, so what it holds at one moment is not what it takes.
     """
 
@@ -63,6 +64,7 @@ class Launch:
     stop: tuple[str, ...] = ()
     stop_signal: int = signal.SIGTERM
     self_managed: bool = False
+    watch: float = 2.0
 
 
 @dataclass(frozen=True, slots=True)

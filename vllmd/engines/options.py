@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Collection, Sequence
 
+from vllmd.config.kinds import DURATION, SECONDS
 from vllmd.config.types import ModelConfig
 from vllmd.errors import ConfigError
 
@@ -51,6 +52,15 @@ def size(model: ModelConfig, name: str) -> int | None:
         raise wrong(model, name, f"{value!r} is no size such as 8GiB or 512MiB")
     base = 1024 if match[3] else 1000
     return round(float(match[1]) * math.pow(base, " kmgt".index(match[2].lower() or " ")))
+
+
+def seconds(model: ModelConfig, name: str, default: float) -> float:
+    """A time above 0, from ``250ms``, ``2s`` or a number of seconds. Raises ConfigError."""
+    value = model.options.get(name, default)
+    match = DURATION.fullmatch(str(value).strip())
+    if isinstance(value, bool) or not match or not float(match[1]):
+        raise wrong(model, name, f"{value!r} is no time such as 250ms or 2s")
+    return float(match[1]) * SECONDS[match[2].lower()]
 
 
 def text(model: ModelConfig, name: str, default: str = "") -> str:

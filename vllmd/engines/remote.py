@@ -7,7 +7,8 @@
       key_file: gpu2.key
 
 Nothing is started or stopped; it takes no device. It serves as soon as its health
-path answers, and counts as gone when that stops.
+path answers, and counts as gone when that stops. One of several replicas is looked at more often, and gets nothing
+as soon as it misses a look.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from vllmd.config import secrets
 from vllmd.config.types import ModelConfig
 from vllmd.core.types import Footprint
 from vllmd.engines.base import Call, Engine, Failure, Launch, Listen, Place
-from vllmd.engines.options import text, unknown, words, wrong
+from vllmd.engines.options import seconds, text, unknown, words, wrong
 from vllmd.engines.plain import PROBE, Plain
 from vllmd.engines.vllm import ROUTES
 
@@ -39,6 +40,7 @@ class Remote:
         "key": "the key itself; it is better kept in a file of its own",
         "health": "path below the URL that answers 200 while it serves (default /v1/models)",
         "ca_file": "file with the certificates to trust, instead of the system's",
+        "watch": "time between looks whether it is there (default 250ms for one of several replicas, else 2s)",
         "routes": "the public paths that it serves (default: all that vLLM has)",
     }
 
@@ -56,6 +58,7 @@ class RemoteOf(Plain):
     def __init__(self, model: ModelConfig) -> None:
         self._listen = _listen(model)
         self._headers = _headers(model)
+        self._watch = seconds(model, "watch", 0.25 if model.replica_of else 2.0)
         self._health = text(model, "health", "/v1/models")
         self._routes = frozenset(words(model, "routes")) or ROUTES
 
@@ -65,7 +68,7 @@ class RemoteOf(Plain):
 
     def launch(self, model: ModelConfig, place: Place) -> Launch:
         """Only where it is."""
-        return Launch((), self._listen)
+        return Launch((), self._listen, watch=self._watch)
 
     def ready(self, model: ModelConfig) -> Call:
         """Its health path, with the key, so that a wrong one shows before a client is let through."""

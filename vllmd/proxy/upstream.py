@@ -381,7 +381,7 @@ async def request(
     except TimeoutError:
         raise UpstreamFailed(f"{method} {path} to {describe(listen)} was not answered within {timeout:g} s") from None
     except UpstreamFailed as error:
-        raise UpstreamFailed(f"{method} {path} to {describe(listen)}: {error.message}") from None
+        raise type(error)(f"{method} {path} to {describe(listen)}: {error.message}") from None
     finally:
         if connection is not None:
             connection.abort()
