@@ -4,7 +4,8 @@
 
 On uvloop where there is one (LiteLLM brings it). A stream's events are written one after another, each by a system
 call of its own. What the client says in its message decides how: ``pace N MS`` makes it N events, one every MS
-milliseconds, ``idle`` one event and no end; anything else 64 events as fast as they go.
+milliseconds, ``idle`` one event and no end, ``at once`` 64 events in a single write; anything else 64 events as fast
+as they go.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ class UpstreamProtocol(asyncio.Protocol):
             self._paced(int(pace[1]), int(pace[2]) / 1000)
         elif b'"idle"' in body:
             self._transport.write(CHUNK)
+        elif b'"at once"' in body:
+            self._transport.write(CHUNK * EVENTS + LAST_CHUNK)
         else:
             for _ in range(EVENTS):
                 self._transport.write(CHUNK)
