@@ -20,10 +20,10 @@ from vllmd.proxy.answer import Answer, Errand, answer_for
 from vllmd.proxy.eager import Begun, Bell
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.framing import Framing
-from vllmd.proxy.gate import Doorkeeper, Gate, OpenDoor, Passage, Target
+from vllmd.proxy.gate import Doorkeeper, Gate, OpenDoor, Passage, Rules, Target
 from vllmd.proxy.heads import ResponseHead, forwardable, write_fields
 from vllmd.proxy.http import Request
-from vllmd.proxy.large import LARGE, in_large, in_turns
+from vllmd.proxy.large import LARGE, in_large, in_turns, ruled_large
 from vllmd.proxy.limits import Limits
 from vllmd.proxy.loading import Loading
 from vllmd.proxy.peek import Asked, in_json, in_multipart, ruled
@@ -117,7 +117,7 @@ class Relay:
         """Relay the exchange to the model that was ``asked`` for, which must serve ``route`` (default: the path)."""
         target = self.target(exchange.request, asked.model, route or exchange.request.path)
         if target.rules is not None and asked.quoted:
-            asked = in_json(ruled(asked.body, target.rules))
+            asked = await _ruled(asked.body, target.rules)
         await self._send(exchange, asked, target, quoted(exchange.request.path))
 
     async def _send(self, exchange: Exchange, asked: Asked, target: Target, path: str) -> None:
@@ -182,6 +182,13 @@ class Relay:
         """Its engine has ended, and the responses that it kept with it: nobody shall start it to be told so."""
         for response_id in [kept for kept, (of, _) in self._responses.items() if of == model]:
             del self._responses[response_id]
+
+
+async def _ruled(body: bytes, rules: Rules) -> Asked:
+    """What a sound body asks for after ``rules``."""
+    if len(body) > LARGE:
+        return await in_turns(in_large(await in_turns(ruled_large(body, rules))))
+    return in_json(ruled(body, rules))
 
 
 def _refuse_coded(request: Request) -> None:
