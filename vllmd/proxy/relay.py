@@ -127,7 +127,7 @@ class Relay:
             path = f"{path}?{exchange.request.query_string}"
         if self.limits.request_timeout is not None:
             exchange.expire(self.limits.request_timeout)
-        loading = Loading(exchange, target.model, asked.stream, self.limits, self.gate)
+        loading = Loading(exchange, target.model, asked.model, stream=asked.stream, limits=self.limits, gate=self.gate)
         try:
             await self._deliver(exchange, Errand(target, asked, path), loading)
         except VllmdError as error:
