@@ -7,16 +7,21 @@ import json
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from typing import TypeVar
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.proxy.fakes import reply, stage
+from vllmd.config.types import RequestRules
 from vllmd.errors import BadRequest
-from vllmd.proxy.large import LARGE, Turns, in_large, in_turns
-from vllmd.proxy.peek import Asked, in_json
+from vllmd.proxy.gate import Target
+from vllmd.proxy.large import LARGE, Turns, in_large, in_turns, ruled_large
+from vllmd.proxy.peek import Asked, in_json, ruled
 
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
+T = TypeVar("T")
 TEXTS = st.text(alphabet=st.sampled_from('ab"\\{}[]:,ä model'), max_size=12)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | TEXTS, lambda v: st.lists(v) | st.dictionaries(TEXTS, v)
@@ -36,6 +41,7 @@ def outcome(way: Callable[[bytes], Asked], body: bytes) -> Asked | str:
         return error.message
 
 
+@UNHURRIED
 @given(st.dictionaries(TEXTS | st.just("stream"), VALUES), st.none() | TEXTS.filter(bool), st.booleans(), st.booleans())
 def test_it_finds_what_the_small_way_finds(
     members: dict[str, object], model: str | None, ascii_only: bool, indented: bool
@@ -67,7 +73,7 @@ def test_what_is_refused(body: bytes, message: str) -> None:
         read(body)
 
 
-def timed(work: Turns[Asked], times: list[float]) -> Turns[Asked]:
+def timed(work: Turns[T], times: list[float]) -> Turns[T]:
     """The same work; ``times`` gets the seconds of CPU at the end of each step."""
     while True:
         try:
@@ -87,7 +93,31 @@ def test_others_have_their_turn_meanwhile(value: bytes) -> None:
     asked = asyncio.run(in_turns(timed(in_large(b'{"x":' + value + b',"model":"m"}'), times)))
     assert asked.model == "m"
     assert len(times) > 10
+    body = asyncio.run(in_turns(timed(ruled_large(asked.body, RequestRules(set={"y": 1})), times)))
+    assert body == b'{"x":' + value + b',"model":"m","y":1}'
     assert max(later - earlier for earlier, later in pairwise(times)) < 0.1
+
+
+RULES = RequestRules(strip=("user", "a"), set={"temperature": 0.5}, default={"b": [1], "a": 2})
+
+
+@UNHURRIED
+@given(st.dictionaries(TEXTS | st.sampled_from(["user", "temperature", "b"]), VALUES), st.booleans(), st.booleans())
+def test_rules_do_what_they_do_to_a_small_body(members: dict[str, object], ascii_only: bool, indented: bool) -> None:
+    """Whatever the values hold that looks like a member."""
+    text = json.dumps(members, ensure_ascii=ascii_only, indent=1 if indented else None).encode()
+    assert json.loads(asyncio.run(in_turns(ruled_large(text, RULES)))) == json.loads(ruled(text, RULES))
+
+
+def test_no_spelling_of_a_key_is_a_way_around_the_rules() -> None:
+    """Every letter by its number; and a body of nothing but keys is refused before it takes all memory."""
+    name = "chat_template_kwargs"
+    spelled = "".join(f"\\u{ord(letter):04x}" for letter in name)
+    body = f'{{"{spelled}":1 , "model":"m"}}'.encode()
+    assert asyncio.run(in_turns(ruled_large(body, RequestRules(strip=(name,))))) == b'{"model":"m"}'
+    many = b"{" + b",".join(b'"%d":1' % number for number in range(20_000)) + b"}"
+    with pytest.raises(BadRequest, match="more than 10000 members"):
+        asyncio.run(in_turns(ruled_large(many, RULES)))
 
 
 def test_a_large_request_is_relayed_byte_for_byte() -> None:
@@ -100,5 +130,9 @@ def test_a_large_request_is_relayed_byte_for_byte() -> None:
             client.post(body=body)
             assert (await client.answer()).status == 200
             assert act.engine.asked[0].body == body.replace(b"m-alias", b"m")
+            act.gate.target = Target("m", "m", rules=RequestRules(strip=("x",), default={"n": 1}))
+            client.post(body=body)
+            assert (await client.answer()).status == 200
+            assert act.engine.asked[1].body == b'{"model":"m","n":1}'
 
     asyncio.run(play())

@@ -181,12 +181,12 @@ def test_chat_clients_may_be_told_as_reasoning() -> None:
         async with stage(raw(EVENTS + chunked(EVENT) + b"0\r\n\r\n"), limits) as act:
             act.gate.opened.clear()
             client = await act.client()
-            client.post(body=STREAM)
+            client.post(body=STREAM.replace(b'"m"', b'"m-alias"'))
             assert (await client.head())[0] == 200
             act.gate.opened.set()
             told, *_ = (await client.chunks())[0].split(b"\n\n")
             event = json.loads(told.removeprefix(b"data: "))
-            assert (event["object"], event["model"]) == ("chat.completion.chunk", "m")
+            assert (event["object"], event["model"]) == ("chat.completion.chunk", "m-alias")
             delta = event["choices"][0]["delta"]
             assert delta["reasoning"] == delta["reasoning_content"] == "loading m: weights\n"
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TypeVar
 
 from vllmd.errors import BadRequest
-from vllmd.proxy.peek import Asked, model_name
+from vllmd.proxy.gate import Rules
+from vllmd.proxy.peek import Asked, model_name, with_rules
 
 LARGE = 1 << 20  # bytes; reading so much takes some ten milliseconds
 SLICE = 256 << 10  # bytes looked at between two turns of the loop
@@ -25,7 +26,9 @@ SPACE = re.compile(rb"[ \t\r\n]*")
 COLON = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*")
 NAME = re.compile(rb'"(?:[^"\\]|\\.){1,4096}"')
 DEEPEST = 500  # brackets within brackets; engines' own readers give up at about twice that, not all of them gracefully
-LONGEST_KEY = 64  # bytes; "model" with every letter spelled by number has 32
+LONGEST_KEY = 1024  # bytes; with every letter spelled by number a name has six times its letters
+MOST_MEMBERS = 10_000
+QUOTE = 0x22
 
 T = TypeVar("T")
 Turns = Generator[None, None, T]  # yields where others may have their turn
@@ -44,27 +47,59 @@ async def in_turns(work: Turns[T]) -> T:
 def in_large(body: bytes) -> Turns[Asked]:
     """As ``peek.in_json``. Raises BadRequest if it is no JSON object with at most one ``model``, a string."""
     asked = Asked("", False, body)
-    depth, pos, steps = 0, _opening(body), 0
+
+    def look(start: int, end: int, value: int) -> None:
+        nonlocal asked
+        asked = _member(asked, body[start:end], value)
+
+    yield from _walk(body, look)
+    return asked
+
+
+def ruled_large(body: bytes, rules: Rules) -> Turns[bytes]:
+    """As ``peek.ruled``, of a body that ``in_large`` has read. Raises BadRequest if it has too many members."""
+    members: list[tuple[int, int, int]] = []
+
+    def note(start: int, end: int, value: int) -> None:
+        if len(members) == MOST_MEMBERS:
+            raise BadRequest(f"the body has more than {MOST_MEMBERS} members")
+        members.append((start, end, value))
+
+    close = yield from _walk(body, note)
+    ends = [start for start, _, _ in members[1:]] + [close]
+    kept = {
+        _key(body[start:end]): body[start:end] + b":" + body[value:until].rstrip(b" \t\r\n,")
+        for (start, end, value), until in zip(members, ends, strict=False)
+    }
+    return with_rules(kept, rules)
+
+
+def _walk(body: bytes, member: Callable[[int, int, int], None]) -> Turns[int]:
+    """To the object's closing bracket, whose place it returns.
+
+    ``member`` is told of each of its members: where the key starts and ends, and where the value starts.
+    """
+    depth, pos, steps, found = 0, _opening(body), 0, 0
     while depth or not steps:
         steps += 1
         if steps % STEPS == 0:
             yield
         found = yield from _find(STRUCTURE, body, pos)
         mark, pos = body[found], found + 1
-        if mark != 0x22:
+        if mark != QUOTE:
             depth += 1 if mark in b"{[" else -1
             if depth > DEEPEST:
                 raise BadRequest("the body is not acceptable JSON: nested too deeply")
             continue
-        end = yield from _string_end(body, pos)
-        if depth == 1 and (colon := COLON.match(body, end)):
-            asked = _member(asked, body[found:end], colon.end())
-            if asked.start == colon.end():  # the name just found: whatever is in it, it is no key
-                end = asked.end
-        pos = end
+        pos = yield from _string_end(body, pos)
+        if depth == 1 and (colon := COLON.match(body, pos)):
+            member(found, pos, colon.end())
+            pos = colon.end()
+            if body[pos : pos + 1] == b'"':  # a value: whatever is in it, it is no key
+                pos = yield from _string_end(body, pos + 1)
     if SPACE.match(body, pos).end() != len(body):  # type: ignore[union-attr]
         raise BadRequest(f"the body is not JSON: extra data after the object, at byte {pos}")
-    return asked
+    return found
 
 
 def _opening(body: bytes) -> int:
@@ -87,7 +122,7 @@ def _find(what: re.Pattern[bytes], body: bytes, pos: int) -> Turns[int]:
 def _string_end(body: bytes, pos: int) -> Turns[int]:
     """The place after the closing quote of the string whose content starts at ``pos``."""
     steps = 0
-    while body[found := (yield from _find(IN_STRING, body, pos))] != 0x22:
+    while body[found := (yield from _find(IN_STRING, body, pos))] != QUOTE:
         pos = found + 2
         steps += 1
         if steps % STEPS == 0:
@@ -97,7 +132,7 @@ def _string_end(body: bytes, pos: int) -> Turns[int]:
 
 def _member(asked: Asked, key: bytes, start: int) -> Asked:
     """``asked`` with what the member of the object says whose value starts at ``start``."""
-    name = _text(key) if len(key) <= LONGEST_KEY else ""
+    name = _key(key)
     if name == "stream":
         return Asked(
             asked.model, asked.body[start : start + 4] == b"true", asked.body, asked.start, asked.end, asked.quoted
@@ -109,6 +144,11 @@ def _member(asked: Asked, key: bytes, start: int) -> Asked:
     value = NAME.match(asked.body, start)
     model = model_name(_text(value[0]) if value else None)
     return Asked(model, asked.stream, asked.body, start, value.end() if value else start, True)
+
+
+def _key(string: bytes) -> str:
+    """What a key says; an endless one is none that anybody here knows, and is left as it is spelled."""
+    return _text(string) if len(string) <= LONGEST_KEY else string.decode("latin-1")
 
 
 def _text(string: bytes) -> str:

@@ -28,13 +28,14 @@ EARLY_HEAD = (
 
 
 class Loading:
-    """One request's wait at the gate. ``begun``: the client has its 200 already."""
+    """One request's wait at the gate for ``model``, which it called ``asked``. ``begun``: it has its 200 already."""
 
-    def __init__(self, exchange: Exchange, model: str, stream: bool, limits: Limits, gate: Gate) -> None:
+    def __init__(self, exchange: Exchange, model: str, asked: str, *, stream: bool, limits: Limits, gate: Gate) -> None:
         self.begun = False
         self.relaying = False  # the engine's own bytes have reached the client
         self._exchange = exchange
         self._model = model
+        self._asked = asked
         self._gate = gate
         self._interval = limits.loading_comment_interval if stream and exchange.takes_chunks else 0.0
         self._as_reasoning = limits.loading_as_reasoning
@@ -72,7 +73,7 @@ class Loading:
             "id": f"chatcmpl-{request.id}",
             "object": "chat.completion.chunk",
             "created": int(time.time()),
-            "model": self._model,
+            "model": self._asked,
             "choices": [{"index": 0, "delta": delta, "finish_reason": None}],
         }
         return b"data: " + json.dumps(event).encode() + b"\n\n"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from json.decoder import scanstring  # type: ignore[attr-defined]
 
@@ -103,13 +103,16 @@ def _walked(body: bytes, text: str) -> Asked:
 def ruled(body: bytes, rules: Rules) -> bytes:
     """A sound JSON body after ``rules``; every member that they do not name keeps its bytes."""
     text = body.decode("utf-8")
-    kept = {
-        key: text[start:end] for key, _, start, end in _members(text) if key not in rules.strip and key not in rules.set
-    }
-    added = {**{key: value for key, value in rules.default.items() if key not in kept}, **rules.set}
-    members = [f"{json.dumps(key)}:{value}" for key, value in kept.items()]
-    members += [f"{json.dumps(key)}:{json.dumps(value)}" for key, value in added.items()]
-    return ("{" + ",".join(members) + "}").encode()
+    kept = {key: f"{json.dumps(key)}:{text[start:end]}".encode() for key, _, start, end in _members(text)}
+    return with_rules(kept, rules)
+
+
+def with_rules(members: Mapping[str, bytes], rules: Rules) -> bytes:
+    """The object of these members, each whole, after ``rules``."""
+    kept = [member for key, member in members.items() if key not in rules.strip and key not in rules.set]
+    absent = {key: value for key, value in rules.default.items() if key not in members or key in rules.strip}
+    added = [f"{json.dumps(key)}:{json.dumps(value)}".encode() for key, value in {**absent, **rules.set}.items()]
+    return b"{" + b",".join(kept + added) + b"}"
 
 
 def _refuse_too_many_pieces(body: bytes) -> None:

@@ -23,10 +23,10 @@ from vllmd.proxy.answer import Answer, Errand, Refusal, answer_for
 from vllmd.proxy.eager import Begun, Bell
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.framing import Framing
-from vllmd.proxy.gate import Doorkeeper, Gate, OpenDoor, Passage, Target
+from vllmd.proxy.gate import Doorkeeper, Gate, OpenDoor, Passage, Rules, Target
 from vllmd.proxy.heads import ResponseHead, forwardable, write_fields
 from vllmd.proxy.http import Request
-from vllmd.proxy.large import LARGE, in_large, in_turns
+from vllmd.proxy.large import LARGE, in_large, in_turns, ruled_large
 from vllmd.proxy.limits import Limits
 from vllmd.proxy.loading import Loading
 from vllmd.proxy.peek import Asked, in_json, in_multipart, ruled
@@ -127,7 +127,7 @@ class Relay:
         """
         target = self.target(exchange.request, asked.model, route or exchange.request.path)
         if target.rules is not None and asked.quoted:
-            asked = in_json(ruled(asked.body, target.rules))
+            asked = await _ruled(asked.body, target.rules)
         path = _with_query(exchange.request, quoted(exchange.request.path))
         await self._send(exchange, Errand(target, asked, path), only)
 
@@ -137,7 +137,7 @@ class Relay:
         exchange.model = target.model
         if self.limits.request_timeout is not None:
             exchange.expire(self.limits.request_timeout)
-        loading = Loading(exchange, target.model, asked.stream, self.limits, self.gate)
+        loading = Loading(exchange, target.model, asked.model, stream=asked.stream, limits=self.limits, gate=self.gate)
         try:
             await self._deliver(exchange, errand, loading, only)
         except VllmdError as error:
@@ -197,6 +197,13 @@ class Relay:
 
 def _with_query(request: Request, path: str) -> str:
     return f"{path}?{request.query_string}" if request.query_string else path
+
+
+async def _ruled(body: bytes, rules: Rules) -> Asked:
+    """What a sound body asks for after ``rules``."""
+    if len(body) > LARGE:
+        return await in_turns(in_large(await in_turns(ruled_large(body, rules))))
+    return in_json(ruled(body, rules))
 
 
 def _refuse_coded(request: Request) -> None:
