@@ -1,4 +1,4 @@
-"""In docker's place: ``docker run --name NAME -p 127.0.0.1:PORT:PORT IMAGE ARGUMENT...``, ``docker stop NAME``, dockerd.
+"""In the place of docker and dockerd: ``run --name NAME -p 127.0.0.1:PORT:PORT IMAGE ARGUMENT...``, ``stop NAME``.
 
 As with the real one a container is dockerd's child, not the client's: killing the client leaves it
 running, and only ``stop`` ends it. The image is a kind of ``standins.py``.
