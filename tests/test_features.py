@@ -1,4 +1,4 @@
-"""What the documents promise of the command line, the configuration, the scripts, the environment and Docker.
+"""What the documents promise, and what proves it: L the Python library, V, M, S and P the servers, P its client, too.
 
 Each row is a promise and the tests that prove it, as FILE::TEST. A row without a
 test, or with one that is not there any more, fails.
@@ -7,6 +7,7 @@ test, or with one that is not there any more, fails.
 from __future__ import annotations
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
@@ -14,8 +15,206 @@ import pytest
 
 TESTS = Path(__file__).parent
 LOADING, OPERATING = "config/test_config_loading.py", "e2e/test_operating.py"
+MODEL_MANAGER, SERVER_MANAGER = "client/test_l_model_manager.py", "client/test_l_server_manager.py"
+ENGINE_ARGS, TWO_USERS, DOCUMENTS = (
+    "client/test_l_engine_args.py",
+    "client/test_l_two_users.py",
+    "client/test_documents.py",
+)
+SDK, SURFACE, SCHEDULING = "client/test_p_sdk.py", "admin/test_surface.py", "e2e/test_scheduling.py"
+CONTAINERS, THROUGH_THE_DAEMON = "engines/test_containers.py", "engines/test_through_the_daemon.py"
 
 ROWS: dict[str, tuple[str, ...]] = {
+    # ---- L: the offline engine
+    "L: ModelManager loads, generates and releases; with and by hand": (
+        f"{MODEL_MANAGER}::test_L_with_loads_generates_and_releases",
+        f"{MODEL_MANAGER}::test_L_tokenizer",
+        f"{MODEL_MANAGER}::test_L_model_timer_releases",
+        f"{MODEL_MANAGER}::test_L_model_manager_without_vllm",
+        f"{MODEL_MANAGER}::test_L_the_real_vllm",
+        f"{DOCUMENTS}::test_L_model_manager_as_in_the_document",
+    ),
+    "L: its end really frees the GPU": (
+        f"{MODEL_MANAGER}::test_L_an_engine_that_is_killed_takes_its_core_along",
+        f"{MODEL_MANAGER}::test_L_an_engine_that_hangs_is_ended",
+        f"{MODEL_MANAGER}::test_L_a_killed_program_leaves_no_engine",
+    ),
+    "L: load_model() is idempotent": (f"{MODEL_MANAGER}::test_L_load_model_is_idempotent",),
+    # ---- L: the served model
+    "L: ServerManager is ready on enter, and its exit is managed": (
+        f"{SERVER_MANAGER}::test_L_with_is_ready_on_enter",
+        f"{SERVER_MANAGER}::test_L_without_a_daemon_a_private_one_serves",
+        f"{SERVER_MANAGER}::test_L_a_private_daemon_dies_with_its_program",
+        f"{SERVER_MANAGER}::test_L_a_program_that_ends_takes_its_private_daemon_along",
+        f"{DOCUMENTS}::test_L_server_manager_as_in_the_document",
+        f"{DOCUMENTS}::test_L_server_manager_by_hand_as_in_the_document",
+        f"{DOCUMENTS}::test_L_server_manager_with_the_real_vllm",
+    ),
+    "L: start() is True when it serves, False for a bad model, and then no process is left": (
+        f"{SERVER_MANAGER}::test_L_start_is_true_when_it_serves",
+        f"{SERVER_MANAGER}::test_L_start_is_false_for_a_bad_model",
+        f"{SERVER_MANAGER}::test_L_a_start_that_takes_too_long_leaves_nothing",
+        f"{SERVER_MANAGER}::test_L_a_bad_model_leaves_no_private_daemon",
+    ),
+    "L: make_client() is the official client": (
+        f"{SERVER_MANAGER}::test_L_with_is_ready_on_enter",
+        f"{SERVER_MANAGER}::test_L_make_client_without_the_official_client",
+    ),
+    "L: server_name is org/name of the path": (
+        f"{ENGINE_ARGS}::test_L_server_name",
+        f"{ENGINE_ARGS}::test_L_server_name_can_be_given",
+    ),
+    "L: reset_shutdown_timer(5): alive at 4 s, gone at 7 s; reset at 3 s, alive at 7 s": (
+        f"{SERVER_MANAGER}::test_L_reset_shutdown_timer",
+        f"{SERVER_MANAGER}::test_L_a_timer_drains_first",
+        f"{TWO_USERS}::test_L_two_users_share_one_model",
+    ),
+    "L: stop() is immediate, a second one harmless": (
+        f"{SERVER_MANAGER}::test_L_stop_is_immediate_and_harmless_when_repeated",
+    ),
+    "L: auto_terminate delay, never, directly": (
+        f"{SERVER_MANAGER}::test_L_auto_terminate_delay",
+        f"{SERVER_MANAGER}::test_L_auto_terminate_never_lasts_as_long_as_the_program",
+        f"{SERVER_MANAGER}::test_L_with_is_ready_on_enter",
+        f"{SERVER_MANAGER}::test_L_a_mode_that_is_none",
+    ),
+    "L: VLLMEngineArgs reach vLLM, the port answers": (
+        f"{SERVER_MANAGER}::test_L_engine_args_reach_vllm",
+        f"{SERVER_MANAGER}::test_L_a_port_that_is_taken",
+        f"{SERVER_MANAGER}::test_L_a_port_that_nobody_used_is_closed_without_a_word",
+        f"{SERVER_MANAGER}::test_L_other_arguments_are_said_not_ignored",
+        f"{SERVER_MANAGER}::test_L_a_configured_model_is_used_as_configured",
+        f"{ENGINE_ARGS}::test_L_false_lists_mappings_and_none",
+        f"{ENGINE_ARGS}::test_L_a_name_that_vllm_does_not_have",
+        f"{ENGINE_ARGS}::test_L_a_value_of_the_wrong_kind",
+        f"{ENGINE_ARGS}::test_L_the_table_is_vllms_own",
+        "client/test_guests.py::test_L_arguments_of_the_document_are_harmless",
+    ),
+    "L: many models and users on one GPU, without contention": (
+        f"{TWO_USERS}::test_L_two_users_share_one_model",
+        f"{SERVER_MANAGER}::test_L_many_users_share_one_model",
+        f"{SERVER_MANAGER}::test_L_two_models_of_two_users_take_turns_on_one_gpu",
+        f"{SERVER_MANAGER}::test_L_a_killed_user_does_not_keep_the_model",
+    ),
+    "L: verbose prints progress": (
+        f"{SERVER_MANAGER}::test_L_verbose",
+        f"{SERVER_MANAGER}::test_L_progress_is_not_a_clock",
+        f"{MODEL_MANAGER}::test_L_model_verbose",
+    ),
+    "L: multimodal messages and tool calls pass through": (
+        f"{SERVER_MANAGER}::test_L_multimodal_and_tools_pass_through",
+        f"{DOCUMENTS}::test_L_multimodal_as_in_the_document",
+    ),
+    # ---- P: the client
+    "P: VLLMProxyClient and its async twin, with (base_url, api_key, timeout=300)": (
+        f"{SDK}::test_P_the_names_and_the_signature",
+        f"{SDK}::test_P_the_async_client_does_the_same",
+        f"{SDK}::test_P_the_async_client_raises_the_same",
+        f"{DOCUMENTS}::test_P_quick_start_as_in_the_document",
+    ),
+    "P: chat_completion is a dict, chat_completion_stream yields text": (
+        f"{SDK}::test_P_chat_completion_is_a_dict",
+        f"{SDK}::test_P_chat_completion_stream_yields_text",
+        f"{SDK}::test_P_chunks_without_choices_and_comments_are_passed_over",
+    ),
+    "P: text_completion and embeddings; V's rerank and score": (
+        f"{SDK}::test_P_text_completion_and_embeddings",
+        f"{SDK}::test_P_rerank_and_score",
+    ),
+    "P: load, unload, list, get and health of the client": (
+        f"{SDK}::test_P_load_unload_and_the_other_verbs",
+        f"{SDK}::test_P_list_get_health",
+    ),
+    "P: an error chunk raises, and so does every error": (
+        f"{SDK}::test_P_error_chunk_raises",
+        f"{SDK}::test_P_an_answer_that_breaks_off_raises",
+        f"{SDK}::test_P_every_error_answer_has_its_class",
+    ),
+    "P: OpenAI's own client works": (
+        "e2e/test_conformance.py::test_the_openai_client_chats",
+        "e2e/test_vllm.py::test_the_official_client_streams_a_chat",
+    ),
+    # ---- S
+    "S: several servers start at once, where there is room": (
+        "engines/test_several_servers.py::test_S_several_servers_start_at_once_where_there_is_room",
+        "core/test_exchanges.py::test_starts_on_one_device_wait_for_each_other",
+        "daemon/test_fleet.py::test_ports_go_around",
+    ),
+    # ---- M: the API
+    "M: GET /api/v1/gpus": (
+        f"{SURFACE}::test_M_gpus_and_their_processes",
+        f"{SURFACE}::test_without_a_gpu_that_can_be_read_gpus_is_501_and_nothing_else_fails",
+        "gpu/test_nvml.py::test_inventory_has_uuid_size_reserve_and_name",
+    ),
+    "M: DELETE /api/v1/processes/{pid}": (
+        f"{SURFACE}::test_M_killing_an_engines_process_ends_that_engine",
+        f"{SURFACE}::test_M_a_stranger_is_killed_only_by_force_and_only_on_a_gpu",
+    ),
+    "M: POST /api/v1/models/start": (
+        f"{SURFACE}::test_M_a_model_on_the_gpu_of_choice",
+        f"{SURFACE}::test_M_a_wrong_start_is_refused",
+        f"{SURFACE}::test_M_a_model_with_a_config_of_its_own",
+    ),
+    "M: POST /api/v1/models/stop": (f"{SURFACE}::test_M_a_model_on_the_gpu_of_choice",),
+    "M: GET /api/v1/models/status and /{name}": (
+        f"{SURFACE}::test_M_a_model_on_the_gpu_of_choice",
+        f"{SURFACE}::test_M_a_model_with_a_config_of_its_own",
+    ),
+    "M: a runner of somebody else's": (
+        "engines/test_plugin.py::test_M_a_runner_of_a_third_party_is_started_looked_at_and_stopped",
+    ),
+    "M: Triton and ComfyUI are started, stopped and looked at": (
+        f"{CONTAINERS}::test_M_triton_in_a_container_is_started_slept_and_stopped",
+        f"{CONTAINERS}::test_M_a_container_whose_client_is_killed_is_stopped",
+        f"{CONTAINERS}::test_M_a_forced_stop_stops_the_container_too",
+        f"{CONTAINERS}::test_M_a_daemon_that_ends_stops_its_containers",
+        f"{THROUGH_THE_DAEMON}::test_M_triton_is_asked_by_our_name_for_its_model",
+        f"{THROUGH_THE_DAEMON}::test_M_comfyui_finishes_its_job_before_it_sleeps",
+        "engines/test_stand_ins.py::test_triton_unloads_and_loads_one_model_of_a_repository",
+        "engines/test_stand_ins.py::test_comfyui_frees_between_jobs_and_tells_that_it_works",
+    ),
+    "M: /docs and OpenAPI": (
+        "admin/test_openapi.py::test_it_is_valid_openapi_and_complete",
+        "admin/test_openapi.py::test_the_page_needs_nothing_from_elsewhere",
+    ),
+    # ---- V, P: models on demand
+    "V: a model is found by its name, started or woken for a request": (
+        "e2e/test_lifecycle.py::test_the_first_request_wakes_it_all_and_is_answered",
+        f"{SURFACE}::test_one_model_by_any_of_its_names",
+    ),
+    "V: /v1/models has the models of the Hugging Face cache": (
+        f"{SURFACE}::test_V_models_of_the_cache_are_offered_and_start",
+    ),
+    "V: the least recently used leaves, until there is enough room": (
+        f"{SCHEDULING}::test_lru_evicts_the_one_that_was_used_longest_ago",
+        "core/test_exchanges.py::test_the_least_recently_used_leaves_first",
+        "core/test_exchanges.py::test_a_target_takes_as_many_victims_as_it_needs_and_no_more",
+        "core/test_exchanges.py::test_nobody_leaves_for_what_would_not_fit_even_then",
+    ),
+    "V: level 2 wakes in three steps, in order": (
+        "daemon/test_fleet.py::test_a_wake_from_level_2_goes_step_by_step",
+        "daemon/test_fleet.py::test_a_step_of_a_wake_that_fails_ends_it",
+    ),
+    "V: what a sleep freed is recorded and gates the wake": (
+        "daemon/test_fleet.py::test_a_sleep_tells_what_came_free",
+        "core/test_exchanges.py::test_what_sleeping_freed_gates_the_wake",
+    ),
+    "V: engines end with the daemon": (
+        f"{OPERATING}::test_V_serve_binds_host_and_port_and_takes_its_engines_along",
+        "e2e/test_lifecycle.py::test_stop_leaves_no_process_of_any_engine",
+        "launcher/test_sessions.py::test_a_killed_launcher_is_replaced_and_its_engines_are_gone",
+    ),
+    "V: it stops gracefully": ("e2e/test_lifecycle.py::test_a_running_stream_survives_a_restart",),
+    "P: unused models are unloaded; a long stream is not cut": (
+        "e2e/test_lifecycle.py::test_idle_sleeps_then_stops_then_the_daemon_exits_and_the_next_request_works",
+        "core/test_idle.py::test_the_clock_starts_when_the_last_request_ends",
+    ),
+    "P: the reserve of a device is never promised": ("core/test_parts.py::test_what_is_held_is_not_free",),
+    "P: GET /health and /metrics": (
+        f"{SURFACE}::test_P_health",
+        f"{SURFACE}::test_P_metrics_move",
+    ),
+    "P: POST /admin/models/{id}/load and /unload": (f"{SURFACE}::test_P_load_and_unload",),
     # ---- V: command line
     "V: serve --host --port binds there": (
         f"{OPERATING}::test_V_serve_binds_host_and_port_and_takes_its_engines_along",
@@ -151,6 +350,6 @@ def test_each_promise_has_its_tests(row: str, proofs: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("file", sorted({proof.partition("::")[0] for proofs in ROWS.values() for proof in proofs}))
 def test_what_is_named_after_a_document_is_listed(file: str) -> None:
-    """A test called test_V_... or test_P_... proves a promise; here one finds which."""
+    """A test called test_L_..., test_V_... and so on proves a promise; here one finds which."""
     listed = {proof.partition("::")[2] for proofs in ROWS.values() for proof in proofs}
-    assert {name for name in functions(file) if name.startswith(("test_V_", "test_P_"))} <= listed
+    assert {name for name in functions(file) if re.match("test_[LVMSP]_", name)} <= listed

@@ -403,6 +403,8 @@ def test_M_gpus_and_their_processes(site: Site) -> None:
     """Per cent, watts, MiB; the engine's process among them."""
     site.operate("POST", "/admin/models/t/load?wait=true")
     first, second = site.operate("GET", "/api/v1/gpus")
+    assert set(first) >= {"id", "memory_usage", "power_draw", "processes"}
+    assert set(first["processes"][0]) == {"pid", "name", "gpu_memory_usage"}
     assert (first["id"], second["id"], second["processes"]) == (0, 1, [])
     assert 20 < first["memory_usage"] < 40
     process = first["processes"][0]

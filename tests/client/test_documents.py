@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.client.site import HERE, Stub, running
 from tests.conftest import RealVllm
@@ -54,15 +56,50 @@ def test_L_multimodal_as_in_the_document(nowhere: Stub) -> None:
     assert "Choice(" in run("l_multimodal")
 
 
-def test_P_client_as_in_the_document(tmp_path: Path) -> None:
-    """At port 8080, where P was."""
-    config = {"models": {"llama2-7b-chat": {"engine": "sim"}}, "devices": [{"memory": "80GiB"}]}
+QUICK_START = """
+models:
+  llama2-7b-chat:
+    model_path: "meta-llama/Llama-2-7b-chat-hf"
+    param_count: 7
+    precision: "fp16"
+    max_model_len: 4096
+"""
+CURL = """
+curl http://localhost:8080/v1/models
+
+curl http://localhost:8080/v1/chat/completions \\
+  -H "Content-Type: application/json" \\
+  -d '{
+    "model": "llama2-7b-chat",
+    "messages": [{"role": "user", "content": "Hello!"}]
+  }'
+"""
+
+
+def test_P_quick_start_as_in_the_document(tmp_path: Path, stub: Stub) -> None:
+    """Its configuration, its two calls with curl, its client; at port 8080, where P was."""
     try:
         socket.create_server(("127.0.0.1", 8080)).close()
     except OSError:
         pytest.fail("somebody else has port 8080, which the document names")
-    with running(tmp_path, config, port=8080):
+    config = {**yaml.safe_load(QUICK_START), "devices": [{"memory": "80GiB"}]}
+    with running(tmp_path, config, {"PATH": stub.path}, port=8080):
+        models, chat = (json.loads(answer) for answer in curl(CURL))
+        assert [model["id"] for model in models["data"]] == ["llama2-7b-chat"]
+        assert chat["choices"][0]["message"]["content"] == "Hello!"
         assert run("p_client") == "Hello!\n讲个笑话"
+    argv = stub.calls()[-1]
+    assert argv[:2] == ["serve", "meta-llama/Llama-2-7b-chat-hf"]
+    assert "--max-model-len 4096" in " ".join(argv)
+
+
+def curl(script: str) -> list[str]:
+    """The answers of a shell script's calls, one a line."""
+    done = subprocess.run(
+        ["sh", "-euc", script.replace("curl ", "curl -sSf -w '\\n' ")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 @pytest.mark.vllm

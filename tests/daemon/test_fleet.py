@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -506,14 +508,25 @@ def test_a_stray_is_ended_without_a_word_to_the_core(tmp_path: Path) -> None:
 
 def test_ports_go_around() -> None:
     """Each is given once until it comes back; none left is an error that says which were tried."""
-    pool = PortPool(33390, 33391)
+    low = two_free_ports()
+    pool = PortPool(low, low + 1)
     first, second = pool.reserve(), pool.reserve()
-    assert {first, second} == {33390, 33391}
-    with pytest.raises(Unavailable, match="33390-33391 are in use"):
+    assert {first, second} == {low, low + 1}
+    with pytest.raises(Unavailable, match=f"{low}-{low + 1} are in use"):
         pool.reserve()
     pool.release(first)
     pool.release(first)
     assert pool.reserve() == first
+
+
+def two_free_ports() -> int:
+    """The lower of two neighbours that nobody has, nor had a moment ago."""
+    for low in range(33390, 34290, 2):
+        with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as other:
+            one.bind(("127.0.0.1", low))
+            other.bind(("127.0.0.1", low + 1))
+            return low
+    raise AssertionError("all ports are in use")
 
 
 async def asked(engine: FakeEngine, path: str) -> None:

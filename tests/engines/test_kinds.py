@@ -123,6 +123,7 @@ ABSENT = [
     ("triton", "there is no command 'tritonserver': looked in /usr/bin"),
     ("tei", "there is no command /opt/text-embeddings-router"),
     ("transformers", "there is no command 'transformers': looked in /usr/bin"),
+    ("comfyui", "python3 could not be started: No such file or directory: /opt/ComfyUI"),
     ("comfyui", "python3: can't open file '/opt/ComfyUI/main.py': [Errno 2] No such file or directory"),
 ]
 NEEDED = {"triton": {"repository": "/models"}, "comfyui": {"directory": "/opt/ComfyUI"}}

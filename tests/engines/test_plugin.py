@@ -62,7 +62,10 @@ def test_a_kind_may_make_an_engine_of_each_models_options(site: Site) -> None:
     ("model", "what"),
     [
         ("stillborn", "RuntimeError: the toy box is empty"),
-        ("clumsy", "the engine plug-in 'clumsy' failed in sleep_levels: ZeroDivisionError: stumbled in sleep_levels"),
+        (
+            "clumsy",
+            "models.clumsy.engine: the engine plug-in 'clumsy' failed in sleep_levels: ZeroDivisionError: stumbled",
+        ),
         ("quitter", "cannot be loaded: SystemExit: this machine is not supported"),
         ("unknown", "unknown engine 'vlm'; did you mean 'vllm'? (known: "),
         ("template", "unknown variable ${PROT} (known: ${SOCKET}, ${PORT}"),

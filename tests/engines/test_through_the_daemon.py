@@ -48,7 +48,7 @@ def test_sglang_wakes_for_a_request(site: Site) -> None:
     site.unload("org/sg")
 
 
-def test_triton_is_asked_by_our_name_for_its_model(site: Site) -> None:
+def test_M_triton_is_asked_by_our_name_for_its_model(site: Site) -> None:
     """In the path of KServe's protocol, slash and all; asleep, the model alone is unloaded."""
     body = {"inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": [1.5]}]}
     for _ in range(2):
@@ -65,7 +65,7 @@ def test_tei_is_asked_in_its_own_way_as_well(site: Site) -> None:
     site.unload("vectors")
 
 
-def test_comfyui_finishes_its_job_before_it_sleeps(site: Site) -> None:
+def test_M_comfyui_finishes_its_job_before_it_sleeps(site: Site) -> None:
     """The request that began it is long over; its own API is for administrators."""
     reply = site.admin.post("/upstream/drawings/prompt", json={"prompt": {}})
     assert reply.json()["prompt_id"] == "p1"

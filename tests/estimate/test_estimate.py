@@ -48,6 +48,12 @@ def test_auto_is_weights_cache_and_overhead(llama: Path) -> None:
     assert found.notes == ()
 
 
+def test_a_name_that_is_no_models_is_not_looked_for() -> None:
+    """A container's model is in its command: that the cache lacks its name is nothing odd. Of vLLM's it is."""
+    notes = {kind: estimate(ModelConfig("boxed", engine=kind), NOWHERE, DEVICE).notes for kind in ("command", "vllm")}
+    assert notes == {"command": (), "vllm": ("boxed is not in the cache /no/such/cache/hub",)}
+
+
 def test_the_arithmetic_is_readable(llama: Path) -> None:
     """It is shown when a model is refused, so it must add up for a reader."""
     assert told(llama).why == (

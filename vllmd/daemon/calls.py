@@ -56,14 +56,17 @@ async def call(member: Member, step: Call) -> str:
         if not answer.done():
             return f"{step.method} {step.path}: the engine died"
         status, _, body = answer.result()
-    except (OSError, VllmdError) as error:
+    except VllmdError as error:  # which says what was called
+        return error.message
+    except OSError as error:
         return f"{step.method} {step.path}: {error or type(error).__name__}"
     finally:  # also when a stop overrules it
         answer.cancel()
         gone.cancel()
     if status == step.expect:
         return ""
-    return f"{step.method} {step.path} answered {status} instead of {step.expect}: {body[:300]!r}"
+    said = body[:300].decode("utf-8", "replace")
+    return f"{step.method} {step.path} answered {status} instead of {step.expect}: {said}"
 
 
 async def asked(member: Member, limit: float) -> tuple[float | None, str]:

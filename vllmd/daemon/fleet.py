@@ -309,9 +309,13 @@ class Fleet:
                 return True
             log.warning("%s: still there %.0f s after it was told to end, killing its cgroup", member.model.name,
                         member.model.stop_timeout, extra=of(member))  # fmt: skip
+        told, member.ending = member.ending, True
         with contextlib.suppress(LauncherFailed):
             await self._launcher.kill(member.instance)
-        return await within(member.exited.wait(), KILL_LIMIT)
+        gone = await within(member.exited.wait(), KILL_LIMIT)
+        if member.stop and not told:  # a container outlives its client, and holds the device until it is stopped
+            await self._run_stop(member)
+        return gone
 
     async def _tell_to_go(self, member: Member) -> None:
         member.ending = True

@@ -13,6 +13,7 @@ Facts that shape this file (ComfyUI's server.py and main.py):
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -21,6 +22,8 @@ from vllmd.config.types import ModelConfig
 from vllmd.engines.base import Call, Launch, Listen, Place
 from vllmd.engines.options import text, unknown, wrong
 from vllmd.engines.plain import PROBE, Plain, environment
+
+_NO_DIRECTORY = re.compile(r"could not be started: No such file or directory: /")
 
 
 class Comfyui(Plain):
@@ -54,6 +57,10 @@ class Comfyui(Plain):
             stop_signal=signal.SIGINT,
             self_managed=True,
         )
+
+    def _absent(self, said: Sequence[str]) -> str:
+        """Also that it could not even be started, as its directory is missing."""
+        return super()._absent(said) or next((line for line in said if _NO_DIRECTORY.search(line)), "")
 
     def ready(self, model: ModelConfig) -> Call:
         """``/system_stats``."""

@@ -22,7 +22,7 @@ learns the first. The rules, per device:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vllmd.config.types import ModelConfig
@@ -41,6 +41,8 @@ EAGER_SAVES = GiB // 2
 NCCL = GiB // 2
 MAX_OVERHEAD = 4 * GiB
 RESIDUAL = int(0.9 * GiB)
+# Kinds whose models have the names of repositories, unless ``model`` says another.
+BY_NAME = frozenset({"vllm", "sglang", "llama.cpp", "llama-server", "transformers", "tei"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,8 @@ def estimate(model: ModelConfig, hf_home: Path, device_memory: int) -> Estimate:
     if model.engine == "sim":
         return _stand_in(model, device_memory)
     facts = facts_of(model, hf_home)
+    if not model.model and model.engine not in BY_NAME:  # nor need its name be that of any files
+        facts = replace(facts, notes=())
     if not facts.weights:
         return _unknown(model, facts, device_memory)
     return _known(model, facts, device_memory)

@@ -12,6 +12,7 @@ from typing import TypeVar
 from vllmd.config.types import ModelConfig
 from vllmd.core.types import Footprint
 from vllmd.engines.base import Bindable, Call, Engine, Failure, Launch, Place, Progress
+from vllmd.engines.options import wrong_setting
 from vllmd.engines.plain import Plain
 from vllmd.errors import ConfigError, VllmdError
 
@@ -48,10 +49,10 @@ class GuardedKind:
 
     def bind(self, model: ModelConfig) -> Engine:
         """The engine of one model, guarded as well. Raises ConfigError."""
-        engine = attempt(self.kind, "bind", lambda: self._kind.bind(model))
+        engine = attempt(self.kind, "bind", lambda: self._kind.bind(model), model)
         if missing := missing_methods(engine):
-            what = f"bind() gave a {type(engine).__name__}, which lacks {', '.join(missing)}"
-            raise ConfigError(f"the engine plug-in {self.kind!r}: {what}; see vllmd.engines.base.Engine")
+            what = f"made a {type(engine).__name__} in bind, which lacks {', '.join(missing)}"
+            raise _wrong(self.kind, f"{what}; see vllmd.engines.base.Engine", model)
         return Guarded(self.kind, engine)
 
 
@@ -63,18 +64,18 @@ class Guarded:
         self._engine = engine
 
     def sleep_levels(self, model: ModelConfig) -> frozenset[int]:
-        return self._checked(frozenset[int], "sleep_levels", lambda: frozenset(self._engine.sleep_levels(model)))
+        return attempt(self.kind, "sleep_levels", lambda: frozenset(self._engine.sleep_levels(model)), model)
 
     def launch(self, model: ModelConfig, place: Place) -> Launch:
-        return self._checked(Launch, "launch", lambda: self._engine.launch(model, place))
+        return self._checked(Launch, "launch", lambda: self._engine.launch(model, place), model)
 
     def ready(self, model: ModelConfig) -> Call:
-        return self._checked(Call, "ready", lambda: self._engine.ready(model))
+        return self._checked(Call, "ready", lambda: self._engine.ready(model), model)
 
     def alive(self, model: ModelConfig) -> Call:
         if not hasattr(self._engine, "alive"):
             return self.ready(model)
-        return self._checked(Call, "alive", lambda: self._engine.alive(model))
+        return self._checked(Call, "alive", lambda: self._engine.alive(model), model)
 
     def busy(self) -> Call | None:
         if not hasattr(self._engine, "busy"):
@@ -84,7 +85,7 @@ class Guarded:
     def device_count(self, model: ModelConfig) -> int:
         if not hasattr(self._engine, "device_count"):
             return Plain().device_count(model)
-        return self._checked(int, "device_count", lambda: self._engine.device_count(model))
+        return self._checked(int, "device_count", lambda: self._engine.device_count(model), model)
 
     def headers(self) -> Sequence[tuple[str, str]]:
         if not hasattr(self._engine, "headers"):
@@ -101,10 +102,10 @@ class Guarded:
         return attempt(self.kind, "asleep", self._engine.asleep)
 
     def routes(self, model: ModelConfig) -> frozenset[str]:
-        return attempt(self.kind, "routes", lambda: frozenset(self._engine.routes(model)))
+        return attempt(self.kind, "routes", lambda: frozenset(self._engine.routes(model)), model)
 
     def served_name(self, model: ModelConfig) -> str:
-        return str(attempt(self.kind, "served_name", lambda: self._engine.served_name(model)))
+        return str(attempt(self.kind, "served_name", lambda: self._engine.served_name(model), model))
 
     def progress(self, line: str) -> Progress | None:
         return self._read("progress", lambda: self._engine.progress(line))
@@ -116,11 +117,11 @@ class Guarded:
     def footprint(self, lines: Sequence[str]) -> Footprint | None:
         return self._read("footprint", lambda: self._engine.footprint(lines))
 
-    def _checked(self, kind: type[T], method: str, ask: Callable[[], T]) -> T:
-        answer = attempt(self.kind, method, ask)
-        if not isinstance(answer, getattr(kind, "__origin__", kind)):
-            what = f"{method} returned {answer!r} instead of a {kind.__name__}"
-            raise ConfigError(f"the engine plug-in {self.kind!r}: {what}; see vllmd.engines.base.Engine")
+    def _checked(self, kind: type[T], method: str, ask: Callable[[], T], model: ModelConfig) -> T:
+        answer = attempt(self.kind, method, ask, model)
+        if not isinstance(answer, kind):
+            what = f"returned {answer!r} in {method} instead of a {kind.__name__}"
+            raise _wrong(self.kind, f"{what}; see vllmd.engines.base.Engine", model)
         return answer
 
     def _read(self, method: str, ask: Callable[[], T]) -> T | None:
@@ -132,8 +133,11 @@ class Guarded:
             return None
 
 
-def attempt(name: str, method: str, ask: Callable[[], T]) -> T:
-    """What the plug-in answers. Raises ConfigError for whatever it raises, an exit of the process included."""
+def attempt(name: str, method: str, ask: Callable[[], T], model: ModelConfig | None = None) -> T:
+    """What the plug-in answers. Raises ConfigError for whatever it raises, an exit of the process included.
+
+    ``model``: whose setting ``engine`` names the plug-in, where one was asked about.
+    """
     try:
         return ask()
     except VllmdError:
@@ -141,4 +145,9 @@ def attempt(name: str, method: str, ask: Callable[[], T]) -> T:
     except (Exception, SystemExit) as error:
         log.exception("engine plug-in %s: %s failed", name, method)
         what = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"the engine plug-in {name!r} failed in {method}: {what}") from error
+        raise _wrong(name, f"failed in {method}: {what}", model) from error
+
+
+def _wrong(name: str, what: str, model: ModelConfig | None) -> ConfigError:
+    plug_in = f"the engine plug-in {name!r} {what}"
+    return wrong_setting(model, "engine", plug_in) if model else ConfigError(plug_in)

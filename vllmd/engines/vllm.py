@@ -19,12 +19,14 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from vllmd.config.types import ModelConfig
 from vllmd.core.types import Footprint
 from vllmd.engines import vllm_log
 from vllmd.engines.base import Call, Failure, Launch, Listen, Place, Progress
 from vllmd.engines.options import choice, size, unknown
+from vllmd.engines.plain import PROBE, Plain
 from vllmd.errors import ConfigError
 
 SUN_PATH = 107  # bytes of a Unix socket's path, the final NUL not counted
@@ -71,11 +73,16 @@ def has_accelerator() -> bool:
     return any(os.path.exists(path) for path in _ACCELERATORS)
 
 
-class Vllm:
-    """The contract of ``base.Engine`` for vLLM 0.32."""
+class Vllm(Plain):
+    """The contract of ``base.Engine`` for vLLM 0.32.
+
+    ``/health`` is refused until it listens and 200 from then on, asleep too: it only asks whether the engine's
+    process lives. Which of the routes there are depends on the model's task, and vLLM says.
+    """
 
     kind = "vllm"
-    OPTIONS: Mapping[str, str] = {
+    ROUTES = ROUTES
+    OPTIONS: ClassVar[Mapping[str, str]] = {
         "sleep_flag": "auto, always or never: whether --enable-sleep-mode is passed (auto: where there is a GPU)",
         "kv_cache_memory": "size of the KV cache per device, such as 8GiB, instead of what profiling leaves",
         "rpc_dir": "directory of vLLM's own sockets, instead of the run directory",
@@ -138,26 +145,6 @@ class Vllm:
             env["HF_TOKEN"] = model.hf_token
         return env
 
-    def ready(self, model: ModelConfig) -> Call:
-        """``/health``: refused until it listens, 200 from then on."""
-        return Call("GET", "/health", timeout=5.0)
-
-    def alive(self, model: ModelConfig) -> Call:
-        """``/health`` again: it asks whether the engine's process lives, and wakes nothing."""
-        return self.ready(model)
-
-    def busy(self) -> Call | None:
-        """It works for open requests only."""
-        return None
-
-    def device_count(self, model: ModelConfig) -> int:
-        """As many as it is split over."""
-        return model.tensor_parallel_size * model.pipeline_parallel_size
-
-    def headers(self) -> Sequence[tuple[str, str]]:
-        """None."""
-        return ()
-
     def sleep(self, level: int, *, freeze: bool) -> Sequence[Call]:
         """One call. Requests in flight finish first, or (``freeze``) stay as they are and go on after the wake."""
         mode = "keep" if freeze else "wait"
@@ -176,15 +163,7 @@ class Vllm:
 
     def asleep(self) -> Call | None:
         """``/is_sleeping``: at which level, it does not tell."""
-        return Call("GET", "/is_sleeping", timeout=5.0)
-
-    def routes(self, model: ModelConfig) -> frozenset[str]:
-        """All that vLLM may serve; which of them it does depends on the model's task, and vLLM says."""
-        return ROUTES
-
-    def served_name(self, model: ModelConfig) -> str:
-        """The configured name."""
-        return model.replica_of or model.name
+        return Call("GET", "/is_sleeping", timeout=PROBE)
 
     def progress(self, line: str) -> Progress | None:
         return vllm_log.progress(line)

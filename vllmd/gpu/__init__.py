@@ -2,6 +2,7 @@
 
 ::
 
+    inventory    which there are, and notes about them
     sample       one reading: figures per device, and what could not be read
     nvml         NVIDIA's library, through nvidia-ml-py
     visible      which devices CUDA_VISIBLE_DEVICES leaves

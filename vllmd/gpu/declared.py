@@ -11,31 +11,21 @@ from pathlib import Path
 
 from vllmd.config.types import DeviceConfig
 from vllmd.core.types import Device
+from vllmd.gpu.inventory import Inventory
 from vllmd.gpu.sample import DeviceSample, Sample, absurdity
 from vllmd.simengine.device import DeviceUsage, device_usage
 
 
-class DeclaredDevices:
+class DeclaredDevices(Inventory):
     """The devices of the configuration, numbered from 0 in its order. ``reserve`` in bytes for each."""
 
     source = "declared"
 
     def __init__(self, devices: Sequence[DeviceConfig], reserve: int) -> None:
         self._files: dict[int, Path] = {index: each.file for index, each in enumerate(devices) if each.file}
-        self._inventory = tuple(
-            Device(index, str(index), each.memory, reserve, each.name) for index, each in enumerate(devices)
-        )
+        found = (Device(index, str(index), each.memory, reserve, each.name) for index, each in enumerate(devices))
+        super().__init__(tuple(found), ("as the configuration says",))
         self.readable = bool(self._files)
-        self.notes = ("as the configuration says",)
-
-    @property
-    def note(self) -> str:
-        """The notes as one line."""
-        return "; ".join(self.notes)
-
-    def inventory(self) -> tuple[Device, ...]:
-        """The declared devices."""
-        return self._inventory
 
     def sample(self) -> Sample:
         """Read those that have a file; the others are in neither ``devices`` nor ``failed``."""
@@ -48,30 +38,19 @@ class DeclaredDevices:
                 failed[index] = f"{path}: {error}"
         return Sample(devices, failed)
 
-    def close(self) -> None:
-        """Nothing is held open."""
 
-
-class NoDevices:
+class NoDevices(Inventory):
     """A machine without any: engines run on the CPU, and only host memory counts."""
 
     source = "none"
     readable = False
 
     def __init__(self, why: str) -> None:
-        self.notes = (why,)
-        self.note = why
-
-    def inventory(self) -> tuple[Device, ...]:
-        """Nothing."""
-        return ()
+        super().__init__(notes=(why,))
 
     def sample(self) -> Sample:
         """Nothing."""
         return Sample()
-
-    def close(self) -> None:
-        """Nothing is held open."""
 
 
 def _read(path: Path, device: Device) -> DeviceSample:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vllmd.core.types import Device
+from vllmd.gpu.inventory import Inventory
 from vllmd.gpu.sample import DeviceSample, Sample, absurdity
 from vllmd.gpu.visible import visible
 
@@ -35,7 +36,7 @@ class _Found:
     handle: Any = None
 
 
-class NvmlDevices:
+class NvmlDevices(Inventory):
     """The NVIDIA devices of this machine that CUDA_VISIBLE_DEVICES leaves to us.
 
     Raises NoNvml if there is no library, no driver or no right to use it.
@@ -47,20 +48,10 @@ class NvmlDevices:
     def __init__(self, reserve: int, env: Mapping[str, str], pynvml: Any = None, proc: Path = Path("/proc")) -> None:
         self._nvml = load() if pynvml is None else pynvml
         self._hidden = _other_pid_namespace(proc)
-        self._inventory: tuple[Device, ...] = ()
+        super().__init__()
         self._handles: dict[int, Any] = {}
-        self.notes: tuple[str, ...] = ()
         self._init()
         self._enumerate(reserve, env)
-
-    @property
-    def note(self) -> str:
-        """The notes as one line."""
-        return "; ".join(self.notes)
-
-    def inventory(self) -> tuple[Device, ...]:
-        """The devices as they were found at first; never asks the driver."""
-        return self._inventory
 
     def sample(self) -> Sample:
         """Read every device. What cannot be read is in ``failed``; never raises. May block in the driver."""
