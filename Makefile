@@ -2,6 +2,8 @@
 SETUP  := packaging/dev/setup
 PYTHON := $(shell $(SETUP) path)/venv/bin/python
 PREFIX ?= /usr/local
+# Tests run so many files at a time, most of them waiting for something; 0: one after the other, in one process.
+WORKERS ?= 4
 FAST   := not machine and not vllm and not gpu and not llama
 
 .PHONY: help check fast demo bench-start bench-proxy bench-schedule gpu-check deb rpm install
@@ -9,10 +11,10 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
 check: ## install what is missing (outside this folder), then run every test
-	@$(SETUP) all && $(PYTHON) -m pytest
+	@$(SETUP) all && $(PYTHON) -m pytest -n $(WORKERS) --durations=15
 
 fast: ## the tests that need neither a container nor vLLM
-	@$(SETUP) venv && $(PYTHON) -m pytest -m "$(FAST)"
+	@$(SETUP) venv && $(PYTHON) -m pytest -n $(WORKERS) -m "$(FAST)"
 
 demo: ## wake a model through the socket and watch it; MODEL=path for one of your own
 	@$(SETUP) host venv && $(PYTHON) packaging/demo $(if $(MODEL),--model "$(MODEL)")

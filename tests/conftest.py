@@ -8,9 +8,11 @@ import subprocess
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests import side_by_side
 from tests.machine import container
 from tests.machine.container import CannotBoot, Machine
 
@@ -40,6 +42,26 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     report = yield
     _fail_in_ci(report)
     return report
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """A worker's folder gets a shorter name than xdist's: sockets are made in it, and their paths are limited."""
+    if hasattr(config, "workerinput"):
+        folder = Path(config.option.basetemp)
+        config.option.basetemp = str(folder.with_name(folder.name.removeprefix("popen-")))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A worker of several orders its tests as they are to be shared out; whoever runs alone keeps the files' order."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: side_by_side.rank(item.path))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> side_by_side.ByFile:
+    config.option.loadscopereorder = False
+    return side_by_side.ByFile(config, log)
 
 
 @contextlib.contextmanager

@@ -57,8 +57,9 @@ class Site:
 
     def view(self, model: str) -> dict[str, Any]:
         """The model's line of the status; it may take a moment until the daemon has found its engines."""
-        self.machine.wait_until(lambda: self.status()["opened"])
-        return next(view for view in self.status()["models"] if view["name"] == model)
+        status: dict[str, Any] = {}
+        self.machine.wait_until(lambda: status.update(self.status()) or status["opened"])
+        return next(view for view in status["models"] if view["name"] == model)
 
     def state(self, model: str) -> str:
         return str(self.view(model)["state"])

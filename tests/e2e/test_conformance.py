@@ -66,6 +66,10 @@ import openai
 client = openai.OpenAI(base_url=BASE + "/v1", api_key="none", timeout=60, max_retries=0)
 chat = client.chat.completions.create
 """
+ENGINE = """
+import httpx
+engine = httpx.Client(transport=httpx.HTTPTransport(uds=SOCKET), base_url="http://engine")
+"""
 ANTHROPIC = """
 import anthropic
 client = anthropic.Anthropic(base_url=BASE, api_key="none", timeout=60, max_retries=0)
@@ -103,7 +107,7 @@ def loaded(site: Site) -> Loaded:
     lines = [f"curl -sf {BASE}/v1/{path} --json '{json.dumps(body)}'" for path, body in asked]
     for process in [site.machine.popen(line) for line in lines]:
         said, _ = process.communicate(timeout=START_LIMIT)
-        assert process.returncode == 0, said + site.machine.journal("vllmd.service")[-4000:]
+        assert process.returncode == 0, said + site.machine.journal()[-20000:]
     return Loaded(site, open_files_at_rest(site))
 
 
@@ -180,16 +184,19 @@ def test_the_openai_client_gets_json_of_its_schema(loaded: Loaded) -> None:
 
 
 def test_the_openai_client_makes_responses_and_finds_them_again(loaded: Loaded) -> None:
-    """A response's id is all that a later request has; vllmd knows whose it is."""
+    """A response's id is all that a later request has; vllmd knows whose it is. (Paused, the slow one cannot end.)"""
+    socket = loaded.site.view("lab/tiny")["socket"]
     found = loaded.ask(
-        OPENAI,
+        f"SOCKET = {socket!r}" + ENGINE + OPENAI,
         """
         asked = {"model": MODEL, "input": "Hello", "temperature": 0}
         made = client.responses.create(**asked, max_output_tokens=8)
         again = client.responses.retrieve(made.id)
         events = list(client.responses.create(**asked, max_output_tokens=8, stream=True))
+        engine.post("/pause?mode=keep").raise_for_status()
         slow = client.responses.create(**asked, max_output_tokens=400, background=True)
         cancelled = client.responses.cancel(slow.id)
+        engine.post("/resume").raise_for_status()
         try:
             client.responses.retrieve("resp_nobody")
         except openai.NotFoundError as error:

@@ -80,10 +80,11 @@ class Machine:
         self.lower = base_layers(suite, build)
         self.binds = dict(binds or {})
         self.folder = machines_folder() / self.name
-        for part in ("upper", "work", "root"):
-            (self.folder / part).mkdir(parents=True)
-        self._lock = (self.folder / "lock").open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        with _nobody_removes_leftovers():
+            for part in ("upper", "work", "root"):
+                (self.folder / part).mkdir(parents=True)
+            self._lock = (self.folder / "lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
         self.cgroup = cgroups.create(self.name)
         self._started: list[subprocess.Popen[str]] = []
 
@@ -345,16 +346,30 @@ def machines_folder() -> Path:
     return cache() / "machines"
 
 
+@contextlib.contextmanager
+def _nobody_removes_leftovers() -> Iterator[None]:
+    """Other test processes wait here: a new folder is not taken for a leftover, and no leftover is removed twice."""
+    machines_folder().mkdir(parents=True, exist_ok=True)
+    with (machines_folder() / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def remove_leftovers() -> None:
     """Clean up after test processes that died: their lock files are free."""
-    for folder in machines_folder().glob("vllmd-*"):
-        with contextlib.suppress(FileNotFoundError, BlockingIOError), (folder / "lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            group = cgroups.path_of(folder.name)
-            if group.exists():
-                cgroups.kill(group)
-                cgroups.remove(group)
-            shutil.rmtree(folder)
+    with _nobody_removes_leftovers():
+        for folder in machines_folder().glob("vllmd-*"):
+            with contextlib.suppress(FileNotFoundError, BlockingIOError), (folder / "lock").open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove_leftover(folder)
+
+
+def _remove_leftover(folder: Path) -> None:
+    group = cgroups.path_of(folder.name)
+    if group.exists():
+        cgroups.kill(group)
+        cgroups.remove(group)
+    shutil.rmtree(folder)
 
 
 @contextlib.contextmanager

@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.machine.container import REPOSITORY
 
+NOBODY = 65534
 
-def setup(*verbs: str, cache: Path | None = None, **options: int) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **({"VLLMD_DEV_CACHE": str(cache)} if cache else {})}
+
+def setup(
+    *verbs: str, cache: Path | None = None, user: int | None = None, **settings: str
+) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **({"VLLMD_DEV_CACHE": str(cache)} if cache else {}), **settings}
     argv = [REPOSITORY / "packaging/dev/setup", *verbs]
-    return subprocess.run(argv, env=environment, capture_output=True, text=True, **options)  # type: ignore[call-overload, no-any-return]
+    return subprocess.run(argv, env=environment, capture_output=True, text=True, user=user, group=user)
+
+
+@pytest.fixture
+def nobodys_cache() -> Iterator[Path]:
+    """A folder that everybody can reach and write into, which those of tmp_path are not."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root to become nobody")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        yield Path(folder)
 
 
 def test_an_unknown_verb_is_named_with_the_known_ones(tmp_path: Path) -> None:
@@ -29,16 +45,22 @@ def test_help_lists_the_verbs() -> None:
     assert "usage: packaging/dev/setup" in setup("--help").stdout
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become nobody")
-def test_without_root_it_says_what_needs_root(tmp_path: Path) -> None:
+def test_without_root_it_says_what_needs_root(nobodys_cache: Path) -> None:
     """The rest works for everybody; a container tree is made by root only."""
-    nobody = 65534
-    os.chmod(tmp_path, 0o777)
-    for parent in tmp_path.parents[:2]:
-        os.chmod(parent, 0o755)
-    done = setup("tree", cache=tmp_path, user=nobody, group=nobody)
+    done = setup("tree", cache=nobodys_cache, user=NOBODY)
     assert done.returncode == 1
     assert done.stderr.strip() == "setup: 'tree' needs root (debootstrap, chroot)"
+
+
+def test_all_ends_with_what_failed(nobodys_cache: Path) -> None:
+    """Its steps run side by side, so the reasons stand somewhere above; without the venv it has failed as a whole."""
+    done = setup("all", cache=nobodys_cache, user=NOBODY, PYTHON="/bin/false", PIP_NO_INDEX="1", PIP_FIND_LINKS="")
+    assert done.returncode == 1
+    *reasons, last = done.stderr.splitlines()
+    assert last == "setup: failed, for the reasons above: [venv] [tree build] [trixie] [vllm model engines]"
+    assert reasons.count("setup: 'tree' needs root (debootstrap, chroot)") == 2
+    assert "setup: /bin/false is older than 3.11" in reasons
+    assert any(reason.startswith("setup: pip found no CPU build of torch") for reason in reasons)
 
 
 def test_what_is_there_is_not_made_again() -> None:
