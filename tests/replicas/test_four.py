@@ -82,7 +82,7 @@ class Replica:
         for event in EVENTS:
             writer.write(b"%x\r\n%b\r\n" % (len(event), event))
             await writer.drain()
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.003)
         writer.write(b"0\r\n\r\n")
         self.streaming -= 1
 

@@ -113,7 +113,7 @@ class Group:
         if m.state is State.FAILED:
             return m.given_up and m.retry_at > now
         ejected = m.state is State.READY and standing(m) is Standing.EJECTED
-        return ejected and m.replica is not None and m.replica.rounds > self.rules.retries
+        return ejected and m.replica is not None and m.replica.failed > self.rules.retries
 
     def trouble(self) -> str:
         """What is wrong with each that is down, for whoever is refused."""

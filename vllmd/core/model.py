@@ -42,7 +42,9 @@ class Replica:
     seen: float = -INFINITY  # when the last of them came
     took: float | None = None  # seconds, its last probe
     late: int = 0  # answers in a row that came too late beside the fastest's
-    rounds: int = 0  # how often in a row it was set aside or ejected
+    timely: int = 0  # answers in a row that did not
+    rounds: int = 0  # how often it was set aside or ejected, without a few timely answers in between
+    failed: int = 0  # probes in a row that failed
     look_at: float = INFINITY  # when one that was set aside or ejected is probed
     vouched: float = -INFINITY  # until when a missing answer raises no suspicion
     probe: str = ""  # the probe under way
@@ -52,7 +54,8 @@ class Replica:
 
     def engine_left(self) -> None:
         """Its engine sleeps or is gone: it will have to show itself anew."""
-        self.standing, self.late, self.look_at, self.probe, self.why = Standing.NEW, 0, INFINITY, "", ""
+        self.standing, self.look_at, self.probe, self.why = Standing.NEW, INFINITY, "", ""
+        self.late = self.timely = self.rounds = self.failed = 0
         self.unanswered.clear()
 
 

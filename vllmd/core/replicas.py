@@ -76,11 +76,13 @@ class Replicas:
     def _judge(self, group: Group, m: Model, r: Replica, took: float) -> None:
         """Too late too often beside the fastest of the others: it is set aside."""
         fastest, latency = group.fastest(but=m), r.latency or 0.0
-        if fastest is None:
+        bound = INFINITY if fastest is None else max(QUICK, group.rules.growth * fastest)
+        if took <= bound or latency <= bound:
+            r.late, r.timely = 0, r.timely + 1
+            r.rounds = 0 if r.timely >= ENOUGH else r.rounds
             return
-        bound = max(QUICK, group.rules.growth * fastest)
-        r.late = r.late + 1 if took > bound and latency > bound else 0
-        if r.late >= ENOUGH:
+        r.late, r.timely = r.late + 1, 0
+        if r.late >= ENOUGH and fastest is not None:
             numbers = {"latency": round(latency, 3), "fastest": round(fastest, 3), "bound": round(bound, 3)}
             why = f"its answers begin after {latency:.2f} s, those of the fastest after {fastest:.2f} s"
             self._set_aside(m, r, Standing.SLOW, why, numbers)
@@ -120,26 +122,28 @@ class Replicas:
             self._probe_passed(m, r, e.seconds)
 
     def _probe_passed(self, m: Model, r: Replica, seconds: float) -> None:
+        r.failed = 0
         r.took, r.vouched = seconds, self._core.now + self._suspicion(m, r)
         if r.standing is Standing.SERVING:
             return  # only a suspicion, and it was wrong
-        r.standing, r.rounds, r.late, r.look_at, r.why = Standing.SERVING, 0, 0, INFINITY, ""
+        r.standing, r.late, r.look_at, r.why = Standing.SERVING, 0, INFINITY, ""
         self._core.fleet.record("serve", m.name, f"it answered a probe in {seconds:.3f} s", {"seconds": seconds})
 
     def _probe_failed(self, m: Model, r: Replica, why: str) -> None:
         if m.state is not State.READY:
             return
+        r.failed += 1
         self._set_aside(m, r, Standing.EJECTED, f"it failed a probe: {why}")
         self._core.fleet.cut(m, "its replica does not answer", list(r.unanswered))
-        if r.rounds > m.spec.replicas.retries and m.spec.device_count and len(m.running) == len(r.unanswered):
-            self._core.leave(m, Leave(0, "replica", f"its engine hangs: {r.rounds} probes in a row failed", kill=True))
+        if r.failed > m.spec.replicas.retries and m.spec.device_count and len(m.running) == len(r.unanswered):
+            self._core.leave(m, Leave(0, "replica", f"its engine hangs: {r.failed} probes in a row failed", kill=True))
 
     def _set_aside(
         self, m: Model, r: Replica, to: Standing, why: str, numbers: Mapping[str, float] = NO_NUMBERS
     ) -> None:
         r.rounds += 1
         pause = min(LONGEST_PAUSE, PAUSE * 2.0 ** (r.rounds - 1))
-        r.standing, r.why, r.late, r.look_at = to, why, 0, self._core.now + pause
+        r.standing, r.why, r.late, r.timely, r.look_at = to, why, 0, 0, self._core.now + pause
         what = "set aside" if to is Standing.SLOW else "eject"
         self._core.fleet.record(what, m.name, why, {**numbers, "pause": pause, "rounds": r.rounds})
 
@@ -204,7 +208,7 @@ class Replicas:
         r.probe = f"probe-{next(self._numbers)}"
         self._probes[r.probe] = m
         self._core.touch(m)
-        self._core.fleet.probe(m, r.probe, min(LONGEST_PROBE, limit * group.rules.growth ** min(r.rounds, 10)))
+        self._core.fleet.probe(m, r.probe, min(LONGEST_PROBE, limit * group.rules.growth ** min(r.failed, 10)))
 
     def _suspicion(self, m: Model, r: Replica) -> float:
         """Seconds without an answer that are suspicious."""
