@@ -31,6 +31,7 @@ from vllmd.core.events import (
     RequestArrived,
     RequestFinished,
     RequestGone,
+    ServerSilent,
     SleepAsked,
     StopAsked,
     TimePassed,
@@ -205,6 +206,10 @@ class CoreUnderAnything(RuleBasedStateMachine):
     @rule(data=st.data())
     def crash(self, data: st.DataObject) -> None:
         self.world.do(EngineExited(data.draw(st.sampled_from(sorted(self.world.engines))), "crashed"))
+
+    @rule(model=models)
+    def fall_silent(self, model: str) -> None:
+        self.world.do(ServerSilent(model, "no answer"))
 
     @rule(seconds=st.sampled_from([0.0, 0.1, 0.25, 1.0, 7.0, 45.0, 400.0]))
     def wait(self, seconds: float) -> None:
