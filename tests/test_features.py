@@ -77,6 +77,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         f"{SERVER_MANAGER}::test_L_auto_terminate_never_lasts_as_long_as_the_program",
         f"{SERVER_MANAGER}::test_L_with_is_ready_on_enter",
         f"{SERVER_MANAGER}::test_L_a_mode_that_is_none",
+        f"{SERVER_MANAGER}::test_L_a_daemon_that_dies_in_the_block_costs_no_second_error",
     ),
     "L: VLLMEngineArgs reach vLLM, the port answers": (
         f"{SERVER_MANAGER}::test_L_engine_args_reach_vllm",

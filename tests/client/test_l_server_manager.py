@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.client.site import Stub, Vllmd, exists, script, wait_until
+from tests.client.site import Stub, Vllmd, exists, running, script, wait_until
 from vllmd import errors
 from vllmd.client import ServerManager, VLLMEngineArgs
 from vllmd.client import holding as holding_module
@@ -249,6 +249,8 @@ def test_a_daemon_started_anew_is_told_again(monkeypatch: pytest.MonkeyPatch) ->
         def lease_model(self, model: str, lease: str, seconds: float) -> None:
             done.append("lease")
             if done.count("lease") == 2:
+                raise errors.Unavailable("vllmd is shutting down")
+            if done.count("lease") == 3:
                 raise errors.UnknownModel("who?")
 
         def release_model(self, model: str, lease: str, *, stop: bool) -> None:
@@ -256,10 +258,27 @@ def test_a_daemon_started_anew_is_told_again(monkeypatch: pytest.MonkeyPatch) ->
 
     holding = Holding(Daemon(), "m", lambda: done.append("introduce"))  # type: ignore[arg-type]
     holding.keep()
-    wait_until(lambda: len(done) >= 4)
+    wait_until(lambda: len(done) >= 5)
     holding.give_back()
-    assert done[:4] == ["lease", "lease", "introduce", "lease"]
+    assert done[:5] == ["lease", "lease", "lease", "introduce", "lease"]
     assert done[-1] == "release"
+
+
+def test_L_a_daemon_that_dies_in_the_block_costs_no_second_error(
+    stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The block's own error, or its result, is what its writer must see; the lease runs out by itself."""
+
+    def block(daemon: Vllmd) -> None:
+        with ServerManager(args("left"), resource_timeout=1):
+            os.kill(daemon.pid, signal.SIGKILL)
+            wait_until(lambda: not exists(daemon.pid))
+            raise ValueError("of the block")
+
+    with running(tmp_path, {"devices": []}, {"PATH": stub.path}) as daemon:
+        monkeypatch.setenv("VLLMD_ADMIN_SOCKET", daemon.socket)
+        with pytest.raises(ValueError, match="of the block"):
+            block(daemon)
 
 
 def test_L_other_arguments_are_said_not_ignored(here: Vllmd) -> None:

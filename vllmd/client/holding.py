@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import getpass
+import logging
 import os
 import secrets
 import threading
 import time
 from collections.abc import Callable
 
-from vllmd.client.errors import TimedOut, Unreachable
 from vllmd.client.sync import Client
 from vllmd.errors import UnknownModel, VllmdError
+
+log = logging.getLogger("vllmd.client")
 
 KEEP = 60.0  # seconds that a lease outlives its last renewal
 RENEW = 20.0  # seconds between renewals
@@ -81,10 +83,8 @@ class Holding:
                     self._client.lease_model(self._model, self.lease, KEEP)
                 except UnknownModel:
                     self._take_anew()
-                except (Unreachable, TimedOut):  # it may be restarting: the next renewal will tell
-                    pass
-                except VllmdError:
-                    return
+                except VllmdError as error:  # it may be restarting: the next renewal will tell
+                    log.info("%s: its lease was not renewed: %s", self._model, error.message)
 
     def _take_anew(self) -> None:
         try:

@@ -135,7 +135,7 @@ class ServerManager:
         if self.auto_terminate == "directly":
             self.stop()
         elif self.auto_terminate == "delay" and self._holding and self._holding.kept:
-            self.reset_shutdown_timer(self.resource_timeout)
+            self._count_down(self._holding)
 
     # -- its users -----------------------------------------------------------------------------
 
@@ -255,13 +255,23 @@ class ServerManager:
             raise Conflict(f"port cannot lead to {self.base_url}, which is encrypted: leave port out")
         return parts.hostname or "localhost", parts.port or 80
 
+    def _count_down(self, holding: Holding) -> None:
+        """The delay of the block's end, which has its own errors to raise."""
+        try:
+            holding.count_down(self.resource_timeout)
+        except VllmdError as error:
+            self._forget(holding, error)
+
     def _end(self, holding: Holding) -> None:
         try:
             holding.give_back()
             self._await_gone(time.monotonic() + STOP_LIMIT)
         except VllmdError as error:
-            holding.forget()
-            log.warning("%s could not be given up, its lease will run out: %s", self.server_name, error.message)
+            self._forget(holding, error)
+
+    def _forget(self, holding: Holding, error: VllmdError) -> None:
+        holding.forget()
+        log.warning("%s could not be given up, its lease will run out: %s", self.server_name, error.message)
 
     def _await_gone(self, deadline: float) -> None:
         """Wait until it is stopped, unless somebody else holds it."""
