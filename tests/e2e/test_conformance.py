@@ -188,15 +188,20 @@ def test_the_openai_client_makes_responses_and_finds_them_again(loaded: Loaded) 
         made = client.responses.create(**asked, max_output_tokens=8)
         again = client.responses.retrieve(made.id)
         events = list(client.responses.create(**asked, max_output_tokens=8, stream=True))
-        slow = client.responses.create(**asked, max_output_tokens=400, background=True)
-        cancelled = client.responses.cancel(slow.id)
+        def cancel():
+            slow = client.responses.create(**asked, max_output_tokens=400, background=True)
+            try:
+                return client.responses.cancel(slow.id).status
+            except openai.BadRequestError:  # it takes a second, and on a busy machine it was over
+                return ""
+        cancelled = next(filter(None, (cancel() for _ in range(5))), "")
         try:
             client.responses.retrieve("resp_nobody")
         except openai.NotFoundError as error:
             missing = error.status_code
         show(same=again.id == made.id, text=made.output_text, again=again.output_text,
             streamed="".join(e.delta for e in events if e.type == "response.output_text.delta"),
-            types=[events[0].type, events[-1].type], cancelled=cancelled.status, missing=missing)
+            types=[events[0].type, events[-1].type], cancelled=cancelled, missing=missing)
         """,
     )
     assert found["same"]
