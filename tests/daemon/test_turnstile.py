@@ -7,11 +7,13 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from vllmd.config.types import ModelConfig
+from vllmd.config.types import ModelConfig, ReplicaConfig
 from vllmd.core import commands, events
+from vllmd.daemon.kinds import Kinds
 from vllmd.daemon.turnstile import Turnstile
 from vllmd.engines.base import Listen
 from vllmd.errors import EngineFailed, Unavailable, UpstreamFailed
+from vllmd.proxy.upstream import Unreached
 
 SOCKET = Listen(uds="/run/x/engine.sock")
 
@@ -24,13 +26,18 @@ class Rig:
         self.engine: Listen | None = SOCKET
         opened = asyncio.Event()
         opened.set()
-        self.gate = Turnstile(self.posted.append, lambda model: self.engine, lambda model: None, opened)  # type: ignore[arg-type,return-value]
+        self.gate = Turnstile(self.posted.append, lambda model: self.engine, Kinds(), opened)
         self.gate.configure({"m": ModelConfig("m")}, {"m": ModelConfig("m")})
 
     async def arrive(self) -> asyncio.Task[object]:
         task: asyncio.Task[object] = asyncio.ensure_future(self.gate.enter("m", "key", "id"))
         await asyncio.sleep(0)
         return task
+
+    def replicate(self, retries: int) -> None:
+        """``m`` has two replicas from now on."""
+        rules = ReplicaConfig(retries=retries)
+        self.gate.configure({"m": ModelConfig("m", replicas=rules)}, {"m": ModelConfig("m"), "m@2": ModelConfig("m@2")})
 
     def kinds(self) -> list[str]:
         return [type(event).__name__ for event in self.posted]
@@ -151,3 +158,62 @@ async def test_shutdown_refuses_those_who_wait_and_lets_the_others_end(rig: Rig)
     passage.done()
     assert await rig.gate.emptied(0.01)
     assert rig.kinds() == ["RequestArrived", "RequestArrived", "RequestGone", "RequestFinished"]
+
+
+@script
+async def test_a_request_that_a_replica_failed_goes_on_to_another(rig: Rig) -> None:
+    """As a request of its own to the core, which hears who failed it and whom to avoid."""
+    rig.replicate(retries=2)
+    task = await rig.arrive()
+    rig.gate.admit(commands.Admit("1", "m@2"))
+    passage = await task
+    assert passage.target is not None
+    assert passage.target.model == "m@2"
+    passage.done(failed="it broke off")
+    again = asyncio.ensure_future(passage.again(UpstreamFailed("it broke off")))
+    await asyncio.sleep(0)
+    assert rig.posted[1:] == [
+        events.RequestFinished("1", None, "it broke off"),
+        events.RequestArrived("2", "m", "key", frozenset({"m@2"})),
+    ]
+    rig.gate.admit(commands.Admit("2", "m"))
+    second = await again
+    second.answered()
+    second.done(5)
+    assert rig.posted[3:] == [events.RequestAnswered("2"), events.RequestFinished("2", 5)]
+    assert rig.gate.open == 0
+
+
+@script
+async def test_S_max_retry_attempts_are_bounded(rig: Rig) -> None:
+    """After so many it is told by what the last one failed."""
+    rig.replicate(retries=2)
+    coming = await rig.arrive()
+    for number in range(1, 4):
+        rig.gate.admit(commands.Admit(f"{number}", "m"))
+        passage = await coming
+        passage.done(failed="no")
+        coming = asyncio.ensure_future(passage.again(UpstreamFailed(f"failure {number}")))
+        await asyncio.sleep(0)
+    with pytest.raises(UpstreamFailed, match="failure 3"):
+        await coming
+    assert rig.kinds().count("RequestArrived") == 3
+
+
+@script
+async def test_a_model_with_one_engine_has_nowhere_else(rig: Rig) -> None:
+    """Only one that found nobody listening waits for the engine's successor."""
+    task = await rig.arrive()
+    rig.gate.admit(commands.Admit("1", "m"))
+    passage = await task
+    assert passage.target is None
+    passage.done(failed="no")
+    with pytest.raises(UpstreamFailed, match="it broke off"):
+        await passage.again(UpstreamFailed("it broke off"))
+    again = asyncio.ensure_future(passage.again(Unreached("nobody listens")))
+    while len(rig.posted) < 3:  # noqa: ASYNC110 - after a pause
+        await asyncio.sleep(0.01)
+    assert rig.posted[2] == events.RequestArrived("2", "m", "key", frozenset({"m"}))
+    again.cancel()
+    await asyncio.wait({again})
+    assert rig.kinds()[-1] == "RequestGone"

@@ -203,7 +203,7 @@ def test_the_openai_client_makes_responses_and_finds_them_again(loaded: Loaded) 
             missing = error.status_code
         show(same=again.id == made.id, text=made.output_text, again=again.output_text,
             streamed="".join(e.delta for e in events if e.type == "response.output_text.delta"),
-            types=[events[0].type, events[-1].type], cancelled=cancelled, missing=missing)
+            types=[events[0].type, events[-1].type], cancelled=cancelled.status, missing=missing)
         """,
     )
     assert found["same"]

@@ -154,14 +154,14 @@ def _replicas(model: ModelConfig, config: Config) -> Iterator[Finding]:
     if rules is None:
         return
     if rules.given and rules.max is not None:
-        yield _place(model), path, "give either max or of, not both: of lists all that there may be"
+        yield _place(model), f"{path}.max", "give either max or of, not both: of lists all that there may be"
     elif rules.max is not None and rules.min is not None and rules.min > rules.max:
-        yield _place(model), path, f"min is {rules.min}, and max only {rules.max}"
+        yield _place(model), f"{path}.min", f"min is {rules.min}, and max only {rules.max}"
     if not rules.of:
-        yield _place(model), path, "of lists no replica"
+        yield _place(model), f"{path}.of", "it lists no replica"
     names = [one.name for one in rules.of]
     for name in sorted({name for name in names if names.count(name) > 1}):
-        yield _place(model), path, f"two of them are called {name}"
+        yield _place(model), f"{path}.of", f"two of them are called {name}"
     for name in names:
         if name in config.models or not good_name(name):
             yield _place(model), path, f"{name!r} is {'another model' if name in config.models else 'no good name'}"

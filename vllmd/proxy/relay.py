@@ -234,13 +234,20 @@ class Trip:
         """Send the request and see the answer through. Raises VllmdError, or is cancelled."""
         body = self._errand.asked.renamed(self._errand.target.served_name)
         head = self._head(len(body))
-        upstream = pool.take(self._where) or await pool.connect(self._where)
+        upstream = pool.take(self._where) or await self._connect(pool)
         await self._attempt(upstream, head, body)
         if self._again:
             self._again = False
-            await self._attempt(await pool.connect(self._where), head, body)
+            await self._attempt(await self._connect(pool), head, body)
         if self._error is not None:
             raise self._error
+
+    async def _connect(self, pool: Pool) -> Upstream:
+        try:
+            return await pool.connect(self._where)
+        except UpstreamFailed as error:
+            self._error = error  # the passage ends by it
+            raise
 
     async def _attempt(self, upstream: Upstream, head: bytes, body: bytes) -> None:
         self._upstream = upstream
