@@ -66,7 +66,8 @@ async def connected(address: Path) -> AsyncIterator[Driver]:
     try:
         yield driver
     finally:
-        await driver.end_all()
+        if not driver.lost.is_set():
+            await driver.end_all()
         await driver.client.close()
 
 

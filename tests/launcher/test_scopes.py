@@ -224,7 +224,7 @@ async def test_a_log_is_followed_from_its_beginning(site: Machine) -> None:
 async def test_nobody_follows_the_log_of_an_engine_that_has_ended(site: Machine) -> None:
     """A model that fails at each start would leave a process at each."""
     async with driving(site) as driver:
-        engine = await driver.start("echo up; read line")
+        engine = await driver.start("echo up; exec sleep 1000")
         await driver.client.follow(engine.instance)
         await driver.line("up")
         follower = f"pgrep --full 'journalctl.*--follow.*{engine.instance}'"
@@ -254,6 +254,20 @@ async def test_stop_drains_the_daemon_before_the_engines(site: Machine) -> None:
         (exited,) = [float(line.split()[0]) for line in site.read("/run/notes").splitlines() if "exits" in line]
         assert asked > exited
         assert (report.status, "worker" in lines) == (0, False)
+
+
+async def test_the_launcher_outlives_the_engines_that_it_is_to_stop(site: Machine) -> None:
+    """As at a shutdown, where everything stops: systemd leaves SIGTERM to the launcher, which must still be there."""
+    async with driving(site) as driver:
+        engine = await driver.start(
+            "trap 'echo launcher $(systemctl is-active vllmd-launcher.service); exit 0' TERM; "
+            "echo up; while :; do sleep 0.02; done",
+        )
+        await driver.client.follow(engine.instance)
+        await driver.line("up")
+        site.run("systemctl stop vllmd.service vllmd-launcher.service vllmd.slice")
+        await asyncio.wait_for(driver.lost.wait(), 10)
+        assert "launcher active" in site.journal(engine.unit, "--output=cat").splitlines()
 
 
 @pytest.mark.parametrize("command", ["systemctl restart vllmd", "systemctl kill --signal=KILL vllmd"])

@@ -9,6 +9,9 @@ A scope is ``vllmd-model-INSTANCE.scope`` in ``vllmd.slice``, with
   stopped. ``After=`` would SIGTERM the engines first (the streams are cut) and
   would make a scope wait for the daemon's READY=1. Measured on systemd 252: see
   ``units/README.md``;
+* ``After=vllmd-launcher.service``: where both are stopped, as at a shutdown, we
+  stay until the scope is gone. Without it systemd may ask a launcher that is
+  just ending, and the engine learns nothing until it is killed;
 * ``Controller=`` us: systemd asks us (signal RequestStop) instead of sending
   SIGTERM to every process, and we send it to the main process alone, because
   workers of vLLM die of it at once. With us gone it falls back to SIGTERM for all.
@@ -39,7 +42,7 @@ from vllmd.launcher.protocol import LIMITS, UNIT_PREFIX, UNIT_SUFFIX, StartOrder
 
 log = logging.getLogger(__name__)
 
-SERVICE, SLICE = b"vllmd.service", b"vllmd.slice"
+SERVICE, LAUNCHER, SLICE = b"vllmd.service", b"vllmd-launcher.service", b"vllmd.slice"
 PATIENCE = 0.1  # seconds for systemd to notice by itself that a scope is empty; it takes about one millisecond
 NAME_TRIES, NAME_WAIT = 50, 0.02  # seconds between tries for a name that systemd has not let go
 _SYSTEMD, _PATH = b"org.freedesktop.systemd1", b"/org/freedesktop/systemd1"
@@ -138,6 +141,7 @@ class Scopes:
             b"Slice": SLICE,
             b"PartOf": [SERVICE],
             b"Before": [SERVICE],
+            b"After": [LAUNCHER],
             b"Controller": self._own_name,
             b"CollectMode": b"inactive-or-failed",
             b"TimeoutStopUSec": int(order.stop_timeout * 1_000_000),
