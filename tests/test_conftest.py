@@ -51,8 +51,10 @@ def test_after():
 
 def run(folder: Path, text: str, ci: str, *options: str) -> subprocess.CompletedProcess[str]:
     (folder / "test_it.py").write_text(text)
-    argv = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider", "-rs", *options, folder]
-    environment = {**os.environ, "CI": ci, "PYTHONPATH": str(REPOSITORY)}
+    plugins = ["-p", "xdist", "-p", "tests.conftest", "-p", "no:cacheprovider"]
+    argv = [sys.executable, "-m", "pytest", *plugins, "-rs", *options, folder]
+    # The plugins of other packages take seconds to load, in every worker.
+    environment = {**os.environ, "CI": ci, "PYTHONPATH": str(REPOSITORY), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     return subprocess.run(argv, cwd=folder, env=environment, capture_output=True, text=True)
 
 
