@@ -16,6 +16,7 @@ from vllmd.core.types import GiB, Source
 from vllmd.daemon import fleet, memory
 from vllmd.daemon.ports import PortPool
 from vllmd.errors import Unavailable
+from vllmd.gpu import Sample
 from vllmd.launcher.client import LauncherFailed
 
 SLEEP, STOP = commands.SleepEngine("m", 1), commands.StopEngine("m", "because")
@@ -220,6 +221,28 @@ def test_a_sleep_that_frees_nothing_has_failed(tmp_path: Path) -> None:
     async def story(rig: Rig) -> None:
         engine = await rig.ready()
         engine.answers["/sleep"] = OK
+        rig.fleet.sleep(SLEEP)
+        failed = await rig.event()
+        assert isinstance(failed, events.EngineSleepFailed)
+        assert "still holds 51200 MiB on device 0" in failed.reason
+
+    tell(story, tmp_path)
+
+
+def test_a_device_that_cannot_be_read_right_after_a_sleep_is_read_again(tmp_path: Path) -> None:
+    """A busy driver is no proof that everything came free."""
+
+    async def story(rig: Rig) -> None:
+        engine = await rig.ready()
+        engine.answers["/sleep"] = OK
+        sample, busy = rig.memory._devices.sample, iter([False, True])
+
+        def shaky() -> Sample:
+            if next(busy, False):
+                raise RuntimeError("the driver is busy")
+            return sample()
+
+        rig.memory._devices.sample = shaky  # type: ignore[method-assign]
         rig.fleet.sleep(SLEEP)
         failed = await rig.event()
         assert isinstance(failed, events.EngineSleepFailed)

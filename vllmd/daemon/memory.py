@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -94,14 +95,14 @@ class Memory:
         return {index: models.get((name, index), 0) for index in member.placement.devices}
 
     async def settled(self, member: Member, before: Mapping[int, int]) -> dict[int, int]:
-        """What it holds once that has fallen below ``before``, or after the limit."""
-        held = await self.held(member)
-        for _ in range(round(RETURN_LIMIT / RETURN_POLL)):
-            if not before or all(held.get(index, 0) <= max(0, was - TOLERANCE) for index, was in before.items()):
-                break
-            await asyncio.sleep(RETURN_POLL)
+        """What it holds once that has fallen below ``before``, or after the limit; empty if it cannot be known."""
+        end = time.monotonic() + RETURN_LIMIT
+        while True:
             held = await self.held(member)
-        return held
+            back = held and all(held.get(index, 0) <= max(0, was - TOLERANCE) for index, was in before.items())
+            if back or not before or time.monotonic() > end:
+                return held
+            await asyncio.sleep(RETURN_POLL)
 
     def ownerless(self) -> dict[int, int]:
         """Per device, bytes in use that no process owned at the last sample: the driver's own share."""

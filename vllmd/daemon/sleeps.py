@@ -37,7 +37,7 @@ class Sleeps:
         if failure:
             return events.EngineSleepFailed(name, failure)
         after = await self._memory.settled(member, before)
-        freed = {index: before[index] - after.get(index, 0) for index in before}
+        freed = {index: before[index] - after[index] for index in before if index in after}
         if member.self_managed:  # what it had is not what it may take, so what came back tells nothing
             freed = {}
         if freed and max(before.values()) > TOLERANCE > max(freed.values()):
