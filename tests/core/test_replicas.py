@@ -251,6 +251,52 @@ def test_one_that_only_takes_its_time_is_left_alone() -> None:
     assert w.running["r"] == "m"
 
 
+def test_one_that_answers_others_meanwhile_is_busy_and_does_not_hang() -> None:
+    """A full engine has requests wait for longer than any bound: breaking them off would only move them to its like."""
+    w = serving(2)
+    elsewhere = frozenset({"m@2"})
+    w.do(RequestArrived("long", "m", avoid=elsewhere))
+    commands = []
+    for n in range(8):
+        w.do(RequestArrived(f"r{n}", "m", avoid=elsewhere))
+        commands += w.pass_time(w.now + 3.0)
+        w.do(RequestAnswered(f"r{n}"))
+        w.finish(f"r{n}")
+    assert commands == []
+    assert w.running["long"] == "m"
+
+
+def test_a_probe_that_is_lost_while_another_was_answered_proves_nothing() -> None:
+    """It waited in the same queue as everybody; silence from then on does."""
+    w = serving(2)
+    elsewhere = frozenset({"m@2"})
+    w.do(RequestArrived("long", "m", avoid=elsewhere))
+    w.do(RequestArrived("other", "m", avoid=elsewhere))
+    w.pass_time(20.0)
+    w.do(RequestAnswered("other"))
+    assert w.probed("m", None) == []
+    assert standing(w, "m") == "serving"
+    w.pass_time(w.now + 100.0)
+    assert CutRequest("long", "its replica does not answer") in w.probed("m", None)
+
+
+def test_one_that_is_suspected_has_all_the_time_of_a_probe() -> None:
+    """It is not to show how fast it is but that it lives: a model that sleeps over there has to wake first."""
+    w = serving(2)
+    w.do(RequestArrived("r", "m", avoid=frozenset({"m@2"})))
+    assert [c.limit for c in w.pass_time(20.0) if isinstance(c, ProbeReplica)] == [5.0]
+
+
+def test_where_no_other_serves_nobody_is_too_slow() -> None:
+    """All have to load their model first: what they were able to do when it was loaded is no measure now."""
+    w = serving(2)
+    for name in ("m", "m@2"):
+        w.do(EngineExited(name, "gone"))
+    w.pass_time(w.now + 10.0)
+    limits = [c.limit for name in ("m", "m@2") for c in w.answer(name) if isinstance(c, ProbeReplica)]
+    assert limits == [5.0, 5.0]
+
+
 def test_a_local_one_that_hangs_is_started_anew() -> None:
     """Nobody else would: after ``retries`` failed probes its engine is killed, and comes up again."""
     w = serving(2, rules=ReplicaRules(least=2, retries=1), remote=False)

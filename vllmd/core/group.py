@@ -77,6 +77,12 @@ class Group:
         known = [m.replica.latency for m in serving if m.replica and m.replica.answers >= ENOUGH]
         return min([latency for latency in known if latency is not None], default=None)
 
+    def quickest(self, but: Model) -> float | None:
+        """Seconds of the quickest probe of those that serve; None if no other does."""
+        others = [m.replica for m in self.members if m is not but and m.replica and m.state is State.READY]
+        known = [r.took for r in others if r.standing is Standing.SERVING]
+        return min([took for took in known if took is not None], default=None)
+
     # -- who may serve yet
 
     def heir(self, ledger: Ledger, now: float) -> Model | None:
