@@ -330,18 +330,29 @@ def test_who_waits_for_one_that_fails_waits_for_another() -> None:
     assert w.probed("m@2") == [Admit("r", "m@2")]
 
 
+def test_who_waits_for_one_that_fails_waits_for_another_that_may_come_back() -> None:
+    """A failed probe is no verdict yet: whoever waits is refused when there is nobody left to wait for."""
+    w = World(replicas(2, **REMOTE), [])
+    w.ask("r", "m")
+    w.do(EngineReady("m@2"))
+    w.probed("m@2", None)
+    w.do(EngineStartFailed("m", "no route to gpu1"))
+    assert "r" in w.queued
+    w.pass_time(w.now + 2.0)
+    assert Admit("r", "m@2") in w.probed("m@2")
+
+
 def test_S_turn_off_running_flag_all_down_is_a_clear_503_and_recovers_by_itself() -> None:
     """With every replica's reason; when the back-off is over somebody's request tries again."""
     w = World(replicas(2, **REMOTE), [])
     w.ask("r", "m")
     w.do(EngineStartFailed("m", "no route to gpu1"))
     w.do(EngineStartFailed("m@2", "no route to gpu2"))
-    assert w.rejected["r"].error == "EngineFailed"
     w.ask("again", "m")
-    told = w.rejected["again"]
-    assert told.error == "Unavailable"
-    assert "m: no route to gpu1; m@2: no route to gpu2" in told.message
-    assert told.retry_after is not None
+    for told in w.rejected["r"], w.rejected["again"]:
+        assert told.error == "Unavailable"
+        assert "m: no route to gpu1; m@2: no route to gpu2" in told.message
+        assert told.retry_after is not None
     w.pass_time(told.retry_after + 1.0)
     assert w.state("m") is State.STARTING
     w.answer("m")
