@@ -251,6 +251,52 @@ def test_one_that_only_takes_its_time_is_left_alone() -> None:
     assert w.running["r"] == "m"
 
 
+def test_one_that_answers_others_meanwhile_is_busy_and_does_not_hang() -> None:
+    """A full engine has requests wait for longer than any bound: breaking them off would only move them to its like."""
+    w = serving(2)
+    elsewhere = frozenset({"m@2"})
+    w.do(RequestArrived("long", "m", avoid=elsewhere))
+    commands = []
+    for n in range(8):
+        w.do(RequestArrived(f"r{n}", "m", avoid=elsewhere))
+        commands += w.pass_time(w.now + 3.0)
+        w.do(RequestAnswered(f"r{n}"))
+        w.finish(f"r{n}")
+    assert commands == []
+    assert w.running["long"] == "m"
+
+
+def test_a_probe_that_is_lost_while_another_was_answered_proves_nothing() -> None:
+    """It waited in the same queue as everybody; silence from then on does."""
+    w = serving(2)
+    elsewhere = frozenset({"m@2"})
+    w.do(RequestArrived("long", "m", avoid=elsewhere))
+    w.do(RequestArrived("other", "m", avoid=elsewhere))
+    w.pass_time(20.0)
+    w.do(RequestAnswered("other"))
+    assert w.probed("m", None) == []
+    assert standing(w, "m") == "serving"
+    w.pass_time(w.now + 100.0)
+    assert CutRequest("long", "its replica does not answer") in w.probed("m", None)
+
+
+def test_one_that_is_suspected_has_all_the_time_of_a_probe() -> None:
+    """It is not to show how fast it is but that it lives: a model that sleeps over there has to wake first."""
+    w = serving(2)
+    w.do(RequestArrived("r", "m", avoid=frozenset({"m@2"})))
+    assert [c.limit for c in w.pass_time(20.0) if isinstance(c, ProbeReplica)] == [5.0]
+
+
+def test_where_no_other_serves_nobody_is_too_slow() -> None:
+    """All have to load their model first: what they were able to do when it was loaded is no measure now."""
+    w = serving(2)
+    for name in ("m", "m@2"):
+        w.do(EngineExited(name, "gone"))
+    w.pass_time(w.now + 10.0)
+    limits = [c.limit for name in ("m", "m@2") for c in w.answer(name) if isinstance(c, ProbeReplica)]
+    assert limits == [5.0, 5.0]
+
+
 def test_a_local_one_that_hangs_is_started_anew() -> None:
     """Nobody else would: after ``retries`` failed probes its engine is killed, and comes up again."""
     w = serving(2, rules=ReplicaRules(least=2, retries=1), remote=False)
@@ -284,18 +330,29 @@ def test_who_waits_for_one_that_fails_waits_for_another() -> None:
     assert w.probed("m@2") == [Admit("r", "m@2")]
 
 
+def test_who_waits_for_one_that_fails_waits_for_another_that_may_come_back() -> None:
+    """A failed probe is no verdict yet: whoever waits is refused when there is nobody left to wait for."""
+    w = World(replicas(2, **REMOTE), [])
+    w.ask("r", "m")
+    w.do(EngineReady("m@2"))
+    w.probed("m@2", None)
+    w.do(EngineStartFailed("m", "no route to gpu1"))
+    assert "r" in w.queued
+    w.pass_time(w.now + 2.0)
+    assert Admit("r", "m@2") in w.probed("m@2")
+
+
 def test_S_turn_off_running_flag_all_down_is_a_clear_503_and_recovers_by_itself() -> None:
     """With every replica's reason; when the back-off is over somebody's request tries again."""
     w = World(replicas(2, **REMOTE), [])
     w.ask("r", "m")
     w.do(EngineStartFailed("m", "no route to gpu1"))
     w.do(EngineStartFailed("m@2", "no route to gpu2"))
-    assert w.rejected["r"].error == "EngineFailed"
     w.ask("again", "m")
-    told = w.rejected["again"]
-    assert told.error == "Unavailable"
-    assert "m: no route to gpu1; m@2: no route to gpu2" in told.message
-    assert told.retry_after is not None
+    for told in w.rejected["r"], w.rejected["again"]:
+        assert told.error == "Unavailable"
+        assert "m: no route to gpu1; m@2: no route to gpu2" in told.message
+        assert told.retry_after is not None
     w.pass_time(told.retry_after + 1.0)
     assert w.state("m") is State.STARTING
     w.answer("m")

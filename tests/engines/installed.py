@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +95,10 @@ class Site:
 
 
 @contextlib.contextmanager
-def daemon(folder: Path, config: object, *, path: str = "", port: int = 0) -> Iterator[Site]:
-    """A daemon of its own, with ``path`` in PYTHONPATH, ended at the end."""
+def daemon(
+    folder: Path, config: object, *, path: str = "", port: int = 0, inside: Sequence[str] = ()
+) -> Iterator[Site]:
+    """A daemon of its own, with ``path`` in PYTHONPATH, ended at the end. ``inside``: the command that runs it."""
     folder.mkdir(exist_ok=True)
     settings, control, log = folder / "vllmd.yaml", folder / "admin.sock", folder / "log"
     settings.write_text(json.dumps(config))
@@ -108,7 +110,7 @@ def daemon(folder: Path, config: object, *, path: str = "", port: int = 0) -> It
         log.open("w") as output,
     ):
         fds = (http.fileno(), admin.fileno())
-        command = [sys.executable, "-c", BOOT, *map(str, fds), str(settings)]
+        command = [*inside, sys.executable, "-c", BOOT, *map(str, fds), str(settings)]
         process = subprocess.Popen(command, pass_fds=fds, stdout=output, stderr=output, env=env)
         site = Site(http.getsockname()[1], log, process, control)
     try:

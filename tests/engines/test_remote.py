@@ -153,6 +153,39 @@ def test_it_serves_at_once_when_it_answers_and_is_gone_when_it_does_not(tmp_path
     tell(story, tmp_path)
 
 
+def test_nothing_is_noted_beside_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A later daemon finds it by its configuration; there is no control group of ours to write into."""
+
+    async def story(rig: Rig) -> None:
+        there = Elsewhere()
+        await there.open()
+        configure(rig, f"http://127.0.0.1:{there.port}")
+        await started(rig)
+        await rig.fleet.annotate(rig.fleet.members["m"], idle_since="1")
+        assert caplog.text == ""
+        await there.close()
+
+    tell(story, tmp_path)
+
+
+def test_what_a_probe_is_answered_is_told_in_words(tmp_path: Path) -> None:
+    """Another vllmd says why it refuses: operators read that, and not the bytes of its body."""
+    body = b'{"error": {"message": "sim/m: no such file"}}'
+
+    async def story(rig: Rig) -> None:
+        there = Elsewhere()
+        await there.open()
+        configure(rig, f"http://127.0.0.1:{there.port}")
+        await started(rig)
+        there.answer = b"HTTP/1.1 503 X\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+        rig.fleet.probe(commands.ProbeReplica("p", "m", 5.0))
+        failed = await rig.event()
+        assert failed == events.ReplicaProbed("p", None, "POST /v1/chat/completions answered 503: sim/m: no such file")
+        await there.close()
+
+    tell(story, tmp_path)
+
+
 def test_it_is_let_go_without_a_word(tmp_path: Path) -> None:
     """A stop ends our use of it, not it."""
 

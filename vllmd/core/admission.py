@@ -155,10 +155,13 @@ class Admission:
     def forsake(self, m: Model, error: str, message: str, retry_after: float | None = None) -> None:
         """Nobody wants it loaded any more. Who waits for it waits for another replica, or gets this error."""
         m.wanted = None
-        group = self._core.group_of(m)
-        other = group.better(m, self._core.fleet.ledger, self._core.now) if group and len(m.queue) else None
+        group, failed = self._core.group_of(m), m.state is State.FAILED
+        ledger, now = self._core.fleet.ledger, self._core.now
+        other = group.better(m, ledger, now, doubtful=failed) if group and len(m.queue) else None
         if other:
             self._move_queue(m, other)
+        elif group and len(group.members) > 1 and failed:
+            self._reject_queue(m, self._all_down(group))
         else:
             self._reject_queue(m, Refusal(error, message, retry_after))
 

@@ -77,15 +77,22 @@ class Group:
         known = [m.replica.latency for m in serving if m.replica and m.replica.answers >= ENOUGH]
         return min([latency for latency in known if latency is not None], default=None)
 
+    def quickest(self, but: Model) -> float | None:
+        """Seconds of the quickest probe of those that serve; None if no other does."""
+        others = [m.replica for m in self.members if m is not but and m.replica and m.state is State.READY]
+        known = [r.took for r in others if r.standing is Standing.SERVING]
+        return min([took for took in known if took is not None], default=None)
+
     # -- who may serve yet
 
     def heir(self, ledger: Ledger, now: float) -> Model | None:
         """The one that may be the first to serve who waits now; None: all are down."""
         return self._likeliest(self.members, ledger, now, DOUBTFUL + 1)
 
-    def better(self, m: Model, ledger: Ledger, now: float) -> Model | None:
-        """One to wait for instead of ``m``, which does not serve and is not about to."""
-        return self._likeliest([other for other in self.members if other is not m], ledger, now, DOUBTFUL - 1)
+    def better(self, m: Model, ledger: Ledger, now: float, *, doubtful: bool = False) -> Model | None:
+        """One to wait for instead of ``m``, which does not serve and is not about to; perhaps a ``doubtful`` one."""
+        others = [other for other in self.members if other is not m]
+        return self._likeliest(others, ledger, now, DOUBTFUL + 1 if doubtful else DOUBTFUL - 1)
 
     def _likeliest(self, among: Iterable[Model], ledger: Ledger, now: float, most: int) -> Model | None:
         outlooks = [(outlook, m) for m in among if (outlook := self._outlook(m, ledger, now)) and outlook[0] <= most]

@@ -41,6 +41,7 @@ class Replica:
     answers: int = 0  # how many it was learnt from
     seen: float = -INFINITY  # when the last of them came
     took: float | None = None  # seconds, its last probe
+    asked: float = -INFINITY  # when its last probe was sent
     late: int = 0  # answers in a row that came too late beside the fastest's
     timely: int = 0  # answers in a row that did not
     rounds: int = 0  # how often it was set aside or ejected, without a few timely answers in between

@@ -116,10 +116,12 @@ class Replicas:
         if r is None or group is None or r.probe != e.request:
             return
         r.probe = ""
-        if e.seconds is None:
-            self._probe_failed(m, r, e.reason)
-        else:
+        if e.seconds is not None:
             self._probe_passed(m, r, e.seconds)
+        elif r.standing is Standing.SERVING and r.seen > r.asked:
+            r.vouched = self._core.now + self._suspicion(m, r)  # others were answered meanwhile: it is only busy
+        else:
+            self._probe_failed(m, r, e.reason)
 
     def _probe_passed(self, m: Model, r: Replica, seconds: float) -> None:
         r.failed = 0
@@ -197,15 +199,18 @@ class Replicas:
             self._probe(group, m, r)
 
     def _probe(self, group: Group, m: Model, r: Replica) -> None:
-        """May take ``growth`` times as long as the fastest's did, and as much longer with each attempt in a row."""
+        """May take ``growth`` times as long as the fastest's did, and as much longer with each attempt in a row.
+
+        Where no other serves there is nobody to be slower than, and one that is only suspected is to show that it
+        lives: both have ``probe_limit``.
+        """
         if not group.rules.probe and r.standing is not Standing.SERVING:
             self._probe_passed(m, r, r.took or 0.0)  # its time apart is all that there is to judge by
             self._core.news(m)
             return
-        known = [other.replica.took for other in group.members if other is not m and other.replica]
-        fastest = min((took for took in known if took is not None), default=None)
+        fastest = group.quickest(but=m) if r.standing is not Standing.SERVING else None
         limit = group.rules.probe_limit if fastest is None else max(QUICKEST_PROBE, group.rules.growth * fastest)
-        r.probe = f"probe-{next(self._numbers)}"
+        r.probe, r.asked = f"probe-{next(self._numbers)}", self._core.now
         self._probes[r.probe] = m
         self._core.touch(m)
         self._core.fleet.probe(m, r.probe, min(LONGEST_PROBE, limit * group.rules.growth ** min(r.failed, 10)))
@@ -219,7 +224,7 @@ class Replicas:
         if r.standing is not Standing.SERVING or not m.spec.replicas.probe:
             return INFINITY
         oldest = next(iter(r.unanswered.values()), INFINITY)
-        return max(r.vouched, oldest + self._suspicion(m, r))
+        return max(r.vouched, max(oldest, r.seen) + self._suspicion(m, r))
 
     def _scale(self, group: Group) -> None:
         """8.4: one more or one fewer, when there was too much or too little for long enough."""

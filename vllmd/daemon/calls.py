@@ -91,7 +91,15 @@ async def asked(member: Member, limit: float) -> tuple[float | None, str]:
         gone.cancel()
     if status in PROBE_ANSWERED:
         return time.monotonic() - began, ""
-    return None, f"POST {rules.probe_route} answered {status}: {told[:300]!r}"
+    return None, f"POST {rules.probe_route} answered {status}: {in_words(told)}"
+
+
+def in_words(body: bytes) -> str:
+    """The message of an error as OpenAI's API has it; of any other body the beginning."""
+    try:
+        return str(json.loads(body)["error"]["message"])[:300]
+    except (ValueError, LookupError, TypeError):
+        return repr(body[:300])
 
 
 def probe_body(route: str, model: str, message: str) -> dict[str, Any]:

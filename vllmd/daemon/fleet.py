@@ -174,14 +174,13 @@ class Fleet:
                 looks = 0
                 continue
             looks, silent_since = looks + 1, silent_since if looks else time.monotonic()
-            why = f"{describe(member.listen)} is gone: {failure}"
             if looks == 1:
-                self._post(events.ServerSilent(name, why))
+                self._post(events.ServerSilent(name, failure))
             if looks >= WATCH_FAILURES and (refused or time.monotonic() - silent_since >= SILENCE):
                 break
         if self.members.get(name) is member and member.task is None:
             self._forget(member)
-            self._post(events.EngineExited(name, why))
+            self._post(events.EngineExited(name, f"{describe(member.listen)} is gone: {failure}"))
 
     async def _probe(self, member: Member, command: commands.ProbeReplica) -> None:
         seconds, why = await asked(member, command.limit)
@@ -411,7 +410,9 @@ class Fleet:
         return await self.await_ready(member)
 
     async def annotate(self, member: Member, **metadata: str) -> None:
-        """Write what a later daemon must know beside the engine's cgroup."""
+        """Write what a later daemon must know beside the engine's cgroup; one that runs elsewhere has none."""
+        if not member.running:
+            return
         try:
             await self._launcher.annotate(member.instance, metadata)
         except LauncherFailed as error:

@@ -11,6 +11,7 @@ import functools
 import ipaddress
 import json as json_codec
 import logging
+import os
 import ssl
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar, cast
@@ -312,7 +313,13 @@ async def connect(address: Address, limit: float, protocol: Callable[[], P]) -> 
         why = getattr(error, "verify_message", "") or error.reason or error
         raise UpstreamFailed(f"no connection to {describe(address)}: TLS: {why}") from None
     except OSError as error:
-        raise Unreached(f"no connection to {describe(address)}: {error.strerror or error}") from None
+        raise Unreached(f"no connection to {describe(address)}: {_told(error)}") from None
+
+
+def _told(error: OSError) -> str:
+    """asyncio puts the address in the place of what was wrong, and several addresses' errors into one."""
+    number = error.errno or 0
+    return os.strerror(number) if number > 0 else str(error.strerror or error)
 
 
 @functools.lru_cache(100)
