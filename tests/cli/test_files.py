@@ -75,6 +75,16 @@ def test_V_assign_writes_yaml(file: Path, capsys: pytest.CaptureFixture[str]) ->
     )
 
 
+def test_assign_knows_a_replica(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It would be a new model of that name otherwise."""
+    file.write_text("models: {m: {engine: sim, replicas: 2}}\n")
+    assert main(["assign", "m@2", "--devices", "1"]) == 64
+    assert (
+        capsys.readouterr().err
+        == "vllmctl: m@2 is a replica: its settings are those of m, and in its list of replicas\n"
+    )
+
+
 def test_V_assign_finds_the_file_in_models_d(file: Path) -> None:
     """Where the model is configured, there it is changed; a flat file of V's, too."""
     (file.parent / "models.d").mkdir()

@@ -140,6 +140,121 @@ def test_V_verbs_on_a_model(daemon: FakeDaemon, argv: list[str], request_: str, 
     assert asked(daemon) == [(request_, body)]
 
 
+PAIR = model(
+    "org/pair", "running", devices=[0, 1], config={"engine": "vllm", "model": "org/pair", "aliases": ["p"]},
+    serving=1, degraded=True, replicas=[
+        model("org/pair@1", "running", devices=[0], standing="serving", latency=0.0123),
+        model("org/pair@2", "running", devices=[1], standing="ejected", failure="it failed a probe: 503\nbody"),
+    ],
+)  # fmt: skip
+
+
+@pytest.fixture
+def replicated(daemon: FakeDaemon) -> FakeDaemon:
+    """The daemon has one model, of two replicas."""
+    daemon.answers["GET /admin/status"] = (200, status(PAIR, backend="sessions"))
+    return daemon
+
+
+def test_ps_and_top_show_each_replica_below_its_model(
+    replicated: FakeDaemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With what its answers have earned it."""
+    for argv in (["ps"], ["top", "-n", "1"]):
+        assert main(argv) == 0
+        said = capsys.readouterr().out
+        assert "1 of 2 replicas serve, degraded" in said
+        assert "serving (12 ms to the first byte)" in said
+        assert "ejected; it failed a probe: 503\n" in said
+
+
+def test_devices_are_held_by_replicas(replicated: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not by the model as a whole."""
+    assert main(["gpus"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].endswith("org/pair@1")
+
+
+@pytest.mark.parametrize("name", ["org/pair@2", "pair@2", "p@2"])
+def test_a_replica_is_named_as_its_model_is(
+    replicated: FakeDaemon, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """By name, end of the name, or alias."""
+    replicated.answers["GET /admin/decisions?model=org%2Fpair%402"] = (200, {"decisions": []})
+    assert main(["why", name]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("org/pair@2 is running since 5.0s (ejected); it failed: it failed a probe: 503\n")
+
+
+def test_completion_offers_replicas(replicated: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
+    """A name a line."""
+    assert main(["completion", "models"]) == 0
+    names = ["org/pair", "p", "org/pair@1", "p@1", "org/pair@2", "p@2"]
+    assert capsys.readouterr().out.split() == names
+
+
+def test_the_doctor_knows_a_degraded_model(replicated: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which replica, and why."""
+    main(["doctor"])
+    said = "warning  org/pair is degraded, 1 of 2 replicas serve: org/pair@2: it failed a probe: 503"
+    assert capsys.readouterr().out.splitlines()[-1] == f"{said}; vllmctl why org/pair"
+
+
+@pytest.mark.parametrize(
+    ("name", "units"), [("org/pair", ["org-pair", "org-pair-2"]), ("p@1", ["org-pair"]), ("p@2", ["org-pair-2"])]
+)
+def test_logs_of_replicas(replicated: FakeDaemon, monkeypatch: pytest.MonkeyPatch, name: str, units: list[str]) -> None:
+    """The first one's engine bears the model's name; of the model all are meant."""
+    called: list[list[str]] = []
+    replicated.answers["GET /admin/status"] = (200, status(PAIR))
+    monkeypatch.setattr("vllmd.cli.verbs.logs.shutil.which", lambda program: program)
+    monkeypatch.setattr("vllmd.cli.verbs.logs.subprocess.call", lambda argv: called.append(argv) or 0)
+    assert main(["logs", name]) == 0
+    hexes = "[0-9a-f]" * 6
+    assert [word for word in called[0] if "unit=" in word] == [f"--unit=vllmd-model-{u}-{hexes}.scope" for u in units]
+
+
+def test_events_of_a_model_are_those_of_its_replicas(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
+    """``--model`` takes either."""
+    made = [{"at": 0.0, "what": "start", "model": name, "why": "w"} for name in ("m@1", "m@2", "m2")]
+    daemon.answers["GET /admin/events"] = (200, [f"data: {json.dumps(each)}" for each in made])
+    assert main(["events", "-m", "m"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert main(["events", "-m", "m@2"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+PROBED = {
+    "model": "org/pair", "fastest": "org/pair@2", "replicas": [
+        {"name": "org/pair@2", "seconds": 0.2134, "message": ""},
+        {"name": "org/pair@1", "seconds": None, "message": "slower than 0.213 s"},
+    ],
+}  # fmt: skip
+
+
+def test_S_probe_shows_the_fastest_first(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the models that are named."""
+    daemon.answers["POST /admin/models/pair/probe"] = (200, PROBED)
+    assert main(["probe", "pair"]) == 0
+    assert capsys.readouterr().out == (
+        "REPLICA     ANSWER  NOTE\norg/pair@2   213ms\norg/pair@1       -  slower than 0.213 s\n"
+    )
+
+
+def test_probe_of_all_that_serve(replicated: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a name; if nobody answers, scripts hear of it."""
+    silent = {
+        "model": "org/pair",
+        "fastest": None,
+        "replicas": [{"name": "org/pair@1", "seconds": None, "message": "x"}],
+    }
+    replicated.answers["POST /admin/models/org%2Fpair/probe?all=true&limit=2.0"] = (200, silent)
+    assert main(["probe", "--all", "--limit", "2s", "--json"]) == 69
+    assert json.loads(capsys.readouterr().out) == [silent]
+    replicated.answers["GET /admin/status"] = (200, status(BAD))
+    assert main(["probe"]) == 0
+    assert capsys.readouterr().out == "no model serves, and a probe loads none\n"
+
+
 def test_kill_says_what_was_done(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
     """The daemon's words; a process of nobody it knows takes --force."""
     killed = {"pid": 77, "status": "killed", "message": "killed big as a whole"}

@@ -14,10 +14,12 @@ from vllmd.core.events import (
     EngineStopped,
     LoadAsked,
     ModelsChanged,
+    ProbeAsked,
     ReplicaProbed,
     RequestAnswered,
     RequestArrived,
     RequestFinished,
+    SleepAsked,
     StopAsked,
 )
 from vllmd.core.types import Device, GiB, IdleRules, ReplicaRules, State
@@ -75,6 +77,40 @@ def test_nobody_leaves_for_a_second_replica_and_none_shares_a_device_with_the_fi
     assert w.answer("m") == [ProbeReplica("probe-1", "m", 5.0)]
     w.pass_time(60.0)
     assert w.state("m@2") is State.STOPPED
+
+
+def test_an_operator_who_wants_the_model_gets_one_replica_for_sure_and_more_only_where_they_fit() -> None:
+    """None of them puts another one to sleep, nor another model."""
+    w = World(replicas(3), PAIR)
+    w.do(LoadAsked("m"))
+    w.do(LoadAsked("m@2", beside=True))
+    w.do(LoadAsked("m@3", beside=True))
+    assert set(w.pending) == {"m", "m@2"}
+    w.answer("m")
+    w.answer("m@2")
+    w.settle()
+    assert (w.state("m"), w.state("m@2"), w.state("m@3")) == (State.READY, State.READY, State.STOPPED)
+
+
+def test_a_replica_that_was_taken_down_comes_up_again_with_its_model() -> None:
+    """Whoever wants the model wants all of it."""
+    w = serving(2, remote=False)
+    w.do(StopAsked("m@2"))
+    w.answer("m@2")
+    w.pass_time(30.0)
+    assert w.state("m@2") is State.STOPPED
+    w.do(LoadAsked("m", beside=True))
+    assert [type(c) for c in w.do(LoadAsked("m@2", beside=True))] == [StartEngine]
+
+
+def test_an_operators_probe_runs_as_a_request_does_and_earns_nobody_anything() -> None:
+    """It keeps its engine from sleeping; that it fails is for the operator to judge."""
+    w = serving(2, remote=False)
+    w.do(ProbeAsked("p", "m@2"))
+    assert w.do(SleepAsked("m@2", 1)) == []
+    assert [type(c) for c in w.do(ReplicaProbed("p", None, "too late"))] == [SleepEngine]
+    assert standing(w, "m") == "serving"
+    assert w.seen.models[1].failure == ""
 
 
 def test_a_replica_that_is_to_use_certain_devices_does() -> None:

@@ -39,6 +39,7 @@ from vllmd.core.events import (
     LoadAsked,
     MemorySampled,
     ModelsChanged,
+    ProbeAsked,
     ReplicaProbed,
     RequestArrived,
     RequestFinished,
@@ -214,6 +215,8 @@ class World:
             self.wished |= {spec.name for spec in event.models if spec.preload}
         elif isinstance(event, LoadAsked):
             self.wished.add(event.model)
+        elif isinstance(event, ProbeAsked):
+            self.probes[event.request] = self.running[event.request] = event.model
         elif isinstance(event, RequestFinished | ReplicaProbed):
             self.probes.pop(event.request, None)
             self.running.pop(event.request)

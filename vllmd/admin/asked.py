@@ -30,6 +30,20 @@ def number(request: Request, name: str, default: int, most: int) -> int:
     return int(text)
 
 
+def duration(request: Request, name: str, most: float) -> float | None:
+    """A query parameter that is a time in seconds, up to ``most``; None without it."""
+    text = request.query.get(name)
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= most:
+        raise BadRequest(f"{name} must be a number of seconds above 0, up to {most:g}, not {text!r}", param=name)
+    return seconds
+
+
 def fields(request: Request, known: Sequence[str]) -> dict[str, Any]:
     """The JSON object in the body (none: an empty one), which has no other fields than these."""
     body = request.json() if request.body else {}

@@ -99,6 +99,13 @@ class Control(Protocol):
     async def narrow(self, model: str, device: int | None) -> None:
         """Have its next start use that device only (None: any that it may). Raises BadRequest, Conflict."""
 
+    async def probe(self, model: str, limit: float | None, *, everybody: bool) -> dict[str, Any]:
+        """Ask each engine of it that serves its probe, all at the same time; see the schema ``Probed``.
+
+        Unless ``everybody`` is to have ``limit`` seconds (None: as configured), none is waited for once another has
+        answered. Raises Conflict where none of them serves.
+        """
+
     async def kill(self, pid: int, *, force: bool) -> str:
         """End the engine that has the process, or with ``force`` a stranger on a GPU; says what was done.
 

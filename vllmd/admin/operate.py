@@ -15,6 +15,7 @@ from vllmd.proxy.http import Request, Response, event_stream, json_response
 MOST_LINES = 10_000
 LONGEST_PID = 9  # digits
 FIRST_LINE = 1.0  # seconds that an answer waits for the first line of a log
+LONGEST_PROBE = 3600.0  # seconds
 KEEP_ALIVE = 15.0  # seconds between comments in a stream of events
 
 
@@ -78,6 +79,11 @@ class OperatorEndpoints:
             raise BadRequest("say which: ?lease=NAME", param="lease")
         await self._control.release(lease, stop=asked.flag(request, "stop"))
         return json_response(self._control.line(model))
+
+    async def probe(self, request: Request) -> Response:
+        """``POST /admin/models/{model}/probe``; ``?all=true`` waits for everybody, up to ``&limit=`` seconds."""
+        limit, everybody = asked.duration(request, "limit", LONGEST_PROBE), asked.flag(request, "all")
+        return json_response(await self._control.probe(self._model(request), limit, everybody=everybody))
 
     async def decisions(self, request: Request) -> Response:
         """``GET /admin/decisions``; ``?model=`` one model's."""

@@ -17,7 +17,7 @@ from vllmd.admin.instances import InstanceEndpoints
 from vllmd.admin.metrics import MetricsEndpoints
 from vllmd.admin.models import ModelEndpoints
 from vllmd.admin.openapi import Documentation
-from vllmd.admin.operate import OperatorEndpoints
+from vllmd.admin.operate import LONGEST_PROBE, OperatorEndpoints
 from vllmd.admin.schemas import FLAG, TEXT, WAIT, answers, asks, doc, requires, streams, takes
 from vllmd.errors import VllmdError
 from vllmd.proxy.http import Request, Response
@@ -27,6 +27,7 @@ log = logging.getLogger("vllmd.admin")
 
 MODEL = "/admin/models/{model:path}"
 LEVEL = {"type": "string", "enum": ["1", "2", "3"], "default": "1"}
+SECONDS = {"type": "number", "exclusiveMinimum": 0, "maximum": LONGEST_PROBE}
 LINES = {"type": "integer", "minimum": 0, "maximum": 10_000, "default": 50}
 FORCE = {"force": (FLAG, "also a process of nobody's that is on a GPU")}
 LINE, CHANGE = answers("ModelLine"), answers("ModelLine", also={202: "ModelLine"})
@@ -100,6 +101,8 @@ def _add_verbs(router: Router, operator: OperatorEndpoints) -> None:
     add("unload", operator.unload, "Stop a model", change, asks(**WAIT, force=(FLAG, "break off its requests")))
     add("sleep", operator.sleep, "Put a model to sleep", change, asks(**WAIT, level=(LEVEL, "3 stops it")))
     add("pin", operator.pin, "Pin or unpin a model", LINE, takes("Pin", required=False))
+    add("probe", operator.probe, "How soon each of a model's engines answers", answers("Probed", also={409: "Error"}),
+        asks(all=(FLAG, "wait for all, not only for the fastest"), limit=(SECONDS, "how long to wait")))  # fmt: skip
     add("lease", operator.lease, "Keep a model for a time", LINE, takes("Lease"))
     add("lease", operator.release, "Give a lease back", LINE, requires(lease=({**TEXT, "minLength": 1}, "its name")),
         asks(stop=(FLAG, "the last one to go stops the model")), method="DELETE")  # fmt: skip

@@ -17,6 +17,7 @@ STATES = (
     *("stopped", "starting", "running", "draining", "falling_asleep"),
     *("sleeping_l1", "sleeping_l2", "waking", "stopping", "error"),
 )
+STANDINGS = ("new", "serving", "resting", "slow", "ejected")
 
 
 def many(schema: Schema) -> Schema:
@@ -66,6 +67,12 @@ MODEL_LINE = {
     "last_start_seconds": maybe(NUMBER),
     "started_at": maybe({**NUMBER, "description": "Unix time"}),
     "config": record({}, {"engine": TEXT, "model": TEXT, "aliases": many(TEXT)}),
+    "replica_of": {**TEXT, "description": "the model of which it is one of several engines"},
+    "standing": {"type": "string", "enum": ["", *STANDINGS]},
+    "latency": maybe({**NUMBER, "description": "of a replica: seconds to the first byte of its answers"}),
+    "replicas": many(ref("ModelLine")),
+    "serving": {**COUNT, "description": "how many of its engines serve"},
+    "degraded": {**BOOL, "description": "a replica is down that ought to serve"},
 }
 DEVICE = {
     "index": COUNT,
@@ -135,6 +142,21 @@ SCHEMAS: dict[str, Schema] = {
         {"lease": {**TEXT, "minLength": 1, "maxLength": 200, "pattern": "^[^\\x00-\\x1f\\x7f]+$"}},
         {"deadline_seconds": maybe({**NUMBER, "minimum": 0, "maximum": 1e9})},
         closed=True,
+    ),
+    "Probed": record(
+        {
+            "model": TEXT,
+            "fastest": maybe(TEXT),
+            "replicas": many(
+                record(
+                    {
+                        "name": TEXT,
+                        "seconds": maybe({**NUMBER, "description": "until its answer; null if there was none"}),
+                        "message": {**TEXT, "description": "why there are no seconds"},
+                    }
+                )
+            ),
+        }
     ),
     "Decision": record(DECISION),
     "Decisions": record({"decisions": many(ref("Decision"))}),

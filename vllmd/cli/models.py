@@ -7,7 +7,7 @@ import difflib
 import json
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from vllmd.cli import show
@@ -17,28 +17,37 @@ from vllmd.cli.failures import EX_DATAERR, EX_UNAVAILABLE, Failure
 NDJSON = "application/x-ndjson"
 
 
-def argument(parser: argparse.ArgumentParser, many: bool = True) -> None:
-    """MODEL, or several."""
+def argument(parser: argparse.ArgumentParser, many: bool = True, optional: bool = False) -> None:
+    """MODEL, or several, or (``optional``) none."""
     about = "name, alias, or the end of a name that only one model has"
     if many:
-        parser.add_argument("models", nargs="+", metavar="MODEL", help=about)
+        parser.add_argument("models", nargs="*" if optional else "+", metavar="MODEL", help=about)
     else:
         parser.add_argument("model", metavar="MODEL", help=about)
 
 
 def find(status: dict[str, Any], name: str) -> dict[str, Any]:
-    """The model's line in the status, by name, alias or unique end."""
-    models: list[dict[str, Any]] = status["models"]
-    exact = [line for line in models if name == line["name"] or name in line.get("config", {}).get("aliases", ())]
-    found = exact or [line for line in models if line["name"].endswith(f"/{name}")]
+    """The line of a model in the status, or of a replica, by name, alias or unique end."""
+    lines = list(every(status))
+    found = [line for line, names in lines if name in names]
+    found = found or [line for line, (full, *_) in lines if full.endswith(f"/{name}")]
     if len(found) == 1:
         return found[0]
-    names = [line["name"] for line in found or models]
+    names = [line["name"] for line in found or status["models"]]
     if found:
         raise Failure(f"{name!r} could be any of: {', '.join(names)}", EX_DATAERR)
     near = difflib.get_close_matches(name, names, 3, 0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else "vllmctl models lists them"
     raise Failure(f"there is no model {name!r}; {hint}", EX_DATAERR)
+
+
+def every(status: dict[str, Any]) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """The line of every model and replica, with all its names: a replica of ``m``, alias ``a``, is ``a@2`` as well."""
+    for line in status["models"]:
+        names = [line["name"], *line.get("config", {}).get("aliases", ())]
+        yield line, names
+        for replica in line.get("replicas", ()):
+            yield replica, [name + replica["name"].removeprefix(line["name"]) for name in names]
 
 
 def each(arguments: Namespace, act: Callable[[Admin, str], Any]) -> int:

@@ -1,7 +1,7 @@
 """The Python library: a client, and managers that keep a model loaded for as long as a program needs it.
 
 ``sync`` and ``asynchronous`` hold the two clients, ``calls`` the endpoints that
-both send, ``sse`` and ``errors`` what comes back. ``servers`` and ``offline``
+both send, ``sse``, ``figures`` and ``errors`` what comes back. ``servers`` and ``offline``
 are the managers: of a served model, and of one in a process of its own.
 Nothing of the daemon is imported here.
 """

@@ -118,6 +118,12 @@ def drop_model(name: str) -> Call:
     return Call("DELETE", f"/admin/guests/{_quoted(name)}")
 
 
+def probe(name: str, *, everybody: bool, limit: float | None) -> Call:
+    """``POST .../probe``; it may take as long as the slowest of them may, so no read timeout counts."""
+    query = _flags(all=everybody) | ({} if limit is None else {"limit": f"{limit:g}"})
+    return Call("POST", _path(name, "probe"), query=query, patient=True)
+
+
 def _path(name: str, verb: str) -> str:
     return f"/admin/models/{_quoted(name)}/{verb}"
 

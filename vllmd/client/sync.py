@@ -8,11 +8,12 @@ from typing import Any, cast
 
 import httpx
 
-from vllmd.client import calls
+from vllmd.client import calls, figures
 from vllmd.client.address import Address, check, decoded, request_of
 from vllmd.client.calls import Call, Message
 from vllmd.client.errors import StreamFailed, of_transport
 from vllmd.client.sse import Events, text_of
+from vllmd.errors import Conflict
 
 
 class Client:
@@ -137,6 +138,29 @@ class Client:
     def decisions(self, model: str = "") -> list[dict[str, Any]]:
         """The last decisions with their numbers, oldest first."""
         return list((self._object(calls.decisions(model)))["decisions"])
+
+    def probe(self, model: str, all: bool = False, *, limit: float | None = None) -> dict[str, Any]:
+        """Ask each of its engines a short question, all at the same time: ``fastest``, and ``replicas`` with seconds.
+
+        But with ``all``, which gives each of them ``limit`` seconds, nobody is waited for once another has answered.
+        Raises Conflict where none of them serves.
+        """
+        return self._object(calls.probe(model, everybody=all, limit=limit))
+
+    def fastest(self, model: str) -> tuple[str, float] | None:
+        """The engine of it that answers first, and after how many seconds; None if none does, or none serves."""
+        try:
+            return figures.fastest(self.probe(model))
+        except Conflict:
+            return None
+
+    def latencies(self, model: str | None = None) -> dict[str, float | None]:
+        """By replica: seconds to the first byte of its answers, None where none is known. Raises UnknownModel."""
+        return figures.latencies(self.status(), model)
+
+    def running(self) -> list[str]:
+        """The models of which an engine serves now."""
+        return figures.running(self.status())
 
     # -- sending -------------------------------------------------------------------------------
 

@@ -167,6 +167,14 @@ class ReplicaProbed:
 
 
 @dataclass(frozen=True, slots=True)
+class ProbeAsked:
+    """An operator has an engine that serves asked its probe; ReplicaProbed follows. It tells the core nothing of it."""
+
+    request: str
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
 class MemorySampled:
     """NVML's word, bytes: per device index what strangers hold, and per (model, index) what its processes hold."""
 
@@ -177,9 +185,13 @@ class MemorySampled:
 
 @dataclass(frozen=True, slots=True)
 class LoadAsked:
-    """An operator wants the model loaded, or woken."""
+    """An operator wants the model loaded, or woken. ``beside``: only where it fits beside what is there.
+
+    That is for what may come up of a model of which another replica is wanted, or up: nobody leaves for a second one.
+    """
 
     model: str
+    beside: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +265,7 @@ Event = (
     | EngineAdopted
     | FreezeProved
     | ReplicaProbed
+    | ProbeAsked
     | MemorySampled
     | LoadAsked
     | SleepAsked

@@ -10,9 +10,9 @@ import itertools
 from collections.abc import Iterable, Mapping
 
 from vllmd.core.common import Core
-from vllmd.core.events import ReplicaProbed, ServerSilent
+from vllmd.core.events import ProbeAsked, ReplicaProbed, ServerSilent
 from vllmd.core.group import ENOUGH, QUICK, Group
-from vllmd.core.model import INFINITY, Leave, Model, Replica, Standing
+from vllmd.core.model import INFINITY, Leave, Model, Replica, Run, Standing
 from vllmd.core.planner import RECENT, Planner
 from vllmd.core.types import State
 
@@ -102,6 +102,14 @@ class Replicas:
         m = self._core.model(e.model)
         if m.replica and m.state is State.READY and m.replica.standing is not Standing.EJECTED:
             self._set_aside(m, m.replica, Standing.EJECTED, e.reason)
+            self._core.touch(m)
+
+    def asked(self, e: ProbeAsked) -> None:
+        """An operator's probe runs in it as any request does, so that nobody puts it to sleep meanwhile."""
+        m = self._core.model(e.model)
+        if m.state is State.READY:
+            m.running[e.request] = Run(self._core.now)
+            self._probes[e.request] = m
             self._core.touch(m)
 
     def probed(self, e: ReplicaProbed) -> None:

@@ -105,6 +105,7 @@ class Scheduler:
             ev.EngineAdopted: self._answers.adopted,
             ev.FreezeProved: self._answers.proved,
             ev.ReplicaProbed: self._replicas.probed,
+            ev.ProbeAsked: self._replicas.asked,
             ev.MemorySampled: self._answers.sampled,
             ev.LoadAsked: self._wishes.load,
             ev.SleepAsked: self._wishes.sleep,

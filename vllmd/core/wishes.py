@@ -45,7 +45,10 @@ class Wishes:
             self._core.stay(m)
         if m.state is State.FAILED:
             self._core.fleet.forgive(m)
-        if m.state is not State.READY and m.wanted is None:
+        group = self._core.group_of(m)
+        if e.beside and group:
+            group.used, group.tried = self._core.now, -INFINITY
+        elif m.state is not State.READY and m.wanted is None:
             m.wanted = self._core.now
 
     def sleep(self, e: SleepAsked) -> None:

@@ -75,7 +75,8 @@ async def asked(member: Member, limit: float) -> tuple[float | None, str]:
     It is answered also where the engine says that it does not serve such questions: it lives, and is as fast.
     """
     began, rules = time.monotonic(), member.model.replicas or ReplicaConfig()
-    body = probe_body(rules.probe_route, member.engine.served_name(member.model), rules.probe or "")
+    message = rules.probe or ReplicaConfig().probe or ""
+    body = probe_body(rules.probe_route, member.engine.served_name(member.model), message)
     question = Call("POST", rules.probe_route, body, timeout=limit, headers=tuple(member.engine.headers()))
     gone = asyncio.ensure_future(member.exited.wait())
     answer = asyncio.ensure_future(ask(member.listen, question))

@@ -19,6 +19,7 @@ from vllmd.core.types import Decision, ModelSpec, ModelView, Snapshot, State
 from vllmd.daemon.discovery import hf_home
 from vllmd.daemon.guests import Guests
 from vllmd.daemon.portrait import about, card, health, line, state_of
+from vllmd.daemon.probing import probe
 from vllmd.daemon.processes import gpus, kill
 from vllmd.daemon.roster import degraded, serves
 from vllmd.errors import BadRequest, Conflict, Unavailable, UnknownModel, UpstreamFailed, VllmdError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from vllmd.daemon.service import Daemon
 
 MOVING = frozenset({State.STARTING, State.WAKING, State.DRAINING, State.FALLING_ASLEEP, State.STOPPING})
+UP = frozenset({State.READY, State.STARTING, State.WAKING})
 LOADING = frozenset({State.STARTING.value, State.WAKING.value})
 WATCH_BACKLOG = 1000  # news kept for a watcher that does not read; then the oldest are lost to it
 SCRAPE_LIMIT = 5.0  # seconds for an engine to tell its metrics
@@ -42,6 +44,7 @@ OUTCOMES: dict[type, tuple[str, bool]] = {  # what an engine's event ends, and w
     events.EngineStopped: ("stop", False),
     events.EngineExited: ("exit", True),
 }
+OF_ALL = frozenset({"grow", "shrink"})  # decisions about a model as a whole, not about its first replica
 ENDINGS = frozenset({"stop", "exit"})  # changes after which the engine's process is gone
 
 
@@ -206,7 +209,7 @@ class DaemonControl:
 
     def resolve(self, name: str) -> str:
         """The configured name of a model, or what a replica is called."""
-        return name if self._daemon.roster.is_replica(name) else self._daemon.turnstile.resolve(name).model
+        return self._daemon.roster.resolve(name, lambda model: self._daemon.turnstile.resolve(model).model)
 
     def _only(self, model: str) -> str:
         """The one engine that is meant. Raises BadRequest if there are several."""
@@ -230,17 +233,22 @@ class DaemonControl:
         return [self._dated(each) for each in made if not model or any(_concerns(each, name) for name in names)]
 
     def _dated(self, decision: Decision) -> dict[str, Any]:
-        """The decision with Unix time instead of the core's clock."""
-        return {**asdict(decision), "at": time.time() - self._daemon.heart.now() + decision.at}
+        """The decision with Unix time instead of the core's clock, and about a replica as operators call it."""
+        about = decision.model if decision.what in OF_ALL else self._daemon.roster.called(decision.model)
+        return {**asdict(decision), "model": about, "at": time.time() - self._daemon.heart.now() + decision.at}
 
     # -- verbs -----------------------------------------------------------------------------
 
     async def load(self, model: str) -> None:
-        """Have it started or woken."""
-        config = self._daemon.config.models.get(model)
+        """Have it started or woken; of several replicas one whatever it takes, the others where they fit."""
+        await self._daemon.opened.wait()
+        config, engines = self._daemon.config.models.get(model), self._daemon.roster.engines(model)
         least = config.replicas.min if config and config.replicas else None
-        for engine in self._daemon.roster.engines(model)[:least]:
-            await self._post(events.LoadAsked(engine))
+        snapshot = self.snapshot()
+        up = [view.name for view in snapshot.models if view.state in UP and view.name in engines] if snapshot else []
+        surely = next(iter(up), engines[0])
+        for engine in engines[:least]:
+            self._daemon.post(events.LoadAsked(engine, beside=engine != surely))
 
     async def unload(self, model: str, *, force: bool) -> None:
         """Have it stopped; clears a failure."""
@@ -289,6 +297,10 @@ class DaemonControl:
         """Know what the core was told of the models of a new configuration."""
         self._specs, self._narrowed, self._files = tuple(specs), {}, None
 
+    async def probe(self, model: str, limit: float | None, *, everybody: bool) -> dict[str, Any]:
+        """Ask each engine of it that serves its probe, all at the same time."""
+        return await probe(self._daemon, model, limit, everybody=everybody)
+
     async def kill(self, pid: int, *, force: bool) -> str:
         """End the engine that has the process; with ``force`` a stranger on a GPU."""
         await self._daemon.opened.wait()
@@ -328,7 +340,8 @@ class DaemonControl:
             now = self._view(model)
             state = state_of(now) if now else ""
             what = f"{change} failed" if failed else change
-            self._tell({"at": time.time(), "what": what, "model": model, "why": why, "numbers": {}, "state": state})
+            called = self._daemon.roster.called(model)
+            self._tell({"at": time.time(), "what": what, "model": called, "why": why, "numbers": {}, "state": state})
 
     def _tell(self, news: dict[str, Any]) -> None:
         for queue in self._watchers:

@@ -7,11 +7,12 @@ come ``NAME@2`` and so on, or what the configuration calls them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from vllmd.config.types import ModelConfig
 from vllmd.core.types import ModelView, State
+from vllmd.errors import UnknownModel
 
 # Of several replicas' states the model's is the first one here that any of them has.
 BEST_FIRST = (
@@ -37,6 +38,21 @@ class Roster:
         """Whether that is what a replica is called."""
         return name in self._called
 
+    def resolve(self, name: str, model_of: Callable[[str], str]) -> str:
+        """The configured name of a model, or what a replica is called. ``model_of`` knows the names of models.
+
+        A replica may also be called ``ALIAS@2``, or by the end of its model's name.
+        """
+        if name in self._called:
+            return name
+        short, _, label = name.rpartition("@")
+        try:
+            return model_of(name)
+        except UnknownModel:
+            if not short or (called := f"{model_of(short)}@{label}") not in self._called:
+                raise
+            return called
+
     def called(self, engine: str) -> str:
         """What operators call an engine."""
         return self._names.get(engine, engine)
@@ -53,11 +69,16 @@ class Roster:
         for view in views:
             found.setdefault(view.replica_of or view.name, []).append(view)
         return [
-            (merged(name, own), tuple(replace(view, name=self.called(view.name)) for view in own))
+            (merged(name, own), tuple(replace(view, name=self.called(view.name)) for view in self._in_order(name, own)))
             if name in self._replicas
             else (own[0], ())
             for name, own in found.items()
         ]
+
+    def _in_order(self, name: str, views: Iterable[ModelView]) -> list[ModelView]:
+        """As configured; one that a reload took away, and that has not gone yet, comes last."""
+        order = {engine: place for place, engine in enumerate(self._replicas[name].values())}
+        return sorted(views, key=lambda view: order.get(view.name, len(order)))
 
 
 def merged(name: str, views: Sequence[ModelView]) -> ModelView:

@@ -71,7 +71,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from events' -l user -d 'the vllm
 complete -c vllmctl -n '__fish_seen_subcommand_from events' -l url -r -d 'over HTTP, such as http://gpu1:33258; needs a key with the scope admin'
 complete -c vllmctl -n '__fish_seen_subcommand_from events' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
 complete -c vllmctl -n '__fish_seen_subcommand_from events' -l json -d 'print JSON instead of a table'
-complete -c vllmctl -n '__fish_seen_subcommand_from events' -s m -l model -r -d 'of this model only'
+complete -c vllmctl -n '__fish_seen_subcommand_from events' -s m -l model -r -d 'of this model only, or of this replica'
 complete -c vllmctl -n '__fish_seen_subcommand_from events' -a '(vllmctl completion models 2>/dev/null)'
 complete -c vllmctl -n '__fish_seen_subcommand_from events' -F
 complete -c vllmctl -n __fish_use_subcommand -a gpus -d 'Show the devices: memory promised, reserved, held by strangers'
@@ -180,6 +180,17 @@ complete -c vllmctl -n '__fish_seen_subcommand_from pin' -l key -r -d 'API key f
 complete -c vllmctl -n '__fish_seen_subcommand_from pin' -l json -d 'print JSON instead of a table'
 complete -c vllmctl -n '__fish_seen_subcommand_from pin' -a '(vllmctl completion models 2>/dev/null)'
 complete -c vllmctl -n '__fish_seen_subcommand_from pin' -F
+complete -c vllmctl -n __fish_use_subcommand -a probe -d 'Ask the engines of models how soon they answer, all at the same time; the fastest comes first'
+complete -c vllmctl -n '__fish_seen_subcommand_from probe' -s h -l help -d 'show this help message and exit'
+complete -c vllmctl -n '__fish_seen_subcommand_from probe' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
+complete -c vllmctl -n '__fish_seen_subcommand_from probe' -l user -d 'the vllmd of systemctl --user'
+complete -c vllmctl -n '__fish_seen_subcommand_from probe' -l url -r -d 'over HTTP, such as http://gpu1:33258; needs a key with the scope admin'
+complete -c vllmctl -n '__fish_seen_subcommand_from probe' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
+complete -c vllmctl -n '__fish_seen_subcommand_from probe' -l json -d 'print JSON instead of a table'
+complete -c vllmctl -n '__fish_seen_subcommand_from probe' -s a -l all -d 'wait for every engine, not only for the fastest'
+complete -c vllmctl -n '__fish_seen_subcommand_from probe' -l limit -r -d 'how long at most (default: replicas.probe_limit)'
+complete -c vllmctl -n '__fish_seen_subcommand_from probe' -a '(vllmctl completion models 2>/dev/null)'
+complete -c vllmctl -n '__fish_seen_subcommand_from probe' -F
 complete -c vllmctl -n __fish_use_subcommand -a ps -d 'Show the models: state, devices, memory, requests, and why one waits'
 complete -c vllmctl -n '__fish_seen_subcommand_from ps' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from ps' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'

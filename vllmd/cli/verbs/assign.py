@@ -68,6 +68,11 @@ def write(model: str, settings: dict[str, str], config_file: Path | None) -> tup
 
     main = config_file or default_file()
     config = read(main).config
+    for known in config.models.values():
+        if known.replicas and model in (one.name for one in known.replicas.of):
+            raise Failure(
+                f"{model} is a replica: its settings are those of {known.name}, and in its list of replicas", EX_USAGE
+            )
     name = resolve(model, {known.name: known.aliases for known in config.models.values()})
     path, flat = place(name, config.files, main)
     old = files.read(path)

@@ -26,12 +26,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def names(arguments: argparse.Namespace) -> int:
     """What completes MODEL: a name a line; silence where the daemon cannot be asked."""
+    from vllmd.cli import models
     from vllmd.cli.admin import Admin
 
     try:
-        models = Admin(arguments).status()["models"]
+        status = Admin(arguments).status()
     except Failure:
         return 0
-    for line in models:
-        print("\n".join([line["name"], *line["config"].get("aliases", ())]))
+    for _, known_as in models.every(status):
+        print("\n".join(known_as))
     return 0

@@ -7,10 +7,12 @@ driver and its device nodes, free space, the configuration and the daemon.
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from vllmd.cli import show
 from vllmd.cli.admin import Admin
 from vllmd.cli.failures import EX_UNAVAILABLE, Failure
+from vllmd.cli.verbs import ps
 
 COLOURS = {"ok": "green", "warning": "yellow", "bad": "red"}
 
@@ -22,7 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from vllmd.cli.examine import Host, examine
 
-    findings = [*examine(Host(user=arguments.user)), daemon(arguments)]
+    findings = [*examine(Host(user=arguments.user)), *daemon(arguments)]
     if arguments.json:
         keys = ("verdict", "what", "advice")
         print(show.as_json([dict(zip(keys, finding, strict=True)) for finding in findings]))
@@ -32,13 +34,21 @@ def run(arguments: argparse.Namespace) -> int:
     return EX_UNAVAILABLE if any(verdict == "bad" for verdict, _, _ in findings) else 0
 
 
-def daemon(arguments: argparse.Namespace) -> tuple[str, str, str]:
-    """Whether the daemon answers, and with what configuration it runs."""
+def daemon(arguments: argparse.Namespace) -> list[tuple[str, str, str]]:
+    """Whether the daemon answers, with what configuration it runs, and whose replicas are not well."""
     try:
         status = Admin(arguments).status(broken=True)
     except Failure as failure:
-        return "bad", failure.message, ""
+        return [("bad", failure.message, "")]
     broken = status.get("configuration", {}).get("error")
     if broken:
-        return "bad", f"the daemon runs with an invalid configuration: {broken}", "repair it, then vllmctl reload"
-    return "ok", f"the daemon answers; engines are run by {status.get('backend') or '(still opening)'}", ""
+        return [("bad", f"the daemon runs with an invalid configuration: {broken}", "repair it, then vllmctl reload")]
+    answers = f"the daemon answers; engines are run by {status.get('backend') or '(still opening)'}"
+    degraded = [line for line in status["models"] if line.get("degraded")]
+    return [("ok", answers, ""), *(("warning", troubles(line), f"vllmctl why {line['name']}") for line in degraded)]
+
+
+def troubles(line: dict[str, Any]) -> str:
+    """What is wrong with the replicas of a model."""
+    told = [f"{each['name']}: {show.first_line(each['failure'])}" for each in line["replicas"] if each["failure"]]
+    return f"{line['name']} is degraded, {ps.replicas_of(line).partition(',')[0]}: {'; '.join(told)}"

@@ -12,7 +12,7 @@ from vllmd.cli.admin import Admin
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-m", "--model", help="of this model only")
+    parser.add_argument("-m", "--model", help="of this model only, or of this replica")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -20,9 +20,15 @@ def run(arguments: argparse.Namespace) -> int:
         if not line.startswith("data: "):
             continue
         event = json.loads(line.removeprefix("data: "))
-        if not arguments.model or event.get("model") == arguments.model:
+        if not arguments.model or concerns(event, arguments.model):
             print(json.dumps(event) if arguments.json else told(event), flush=True)
     return 0
+
+
+def concerns(event: dict[str, Any], model: str) -> bool:
+    """Whether it is about the model, or about a replica of it."""
+    name = str(event.get("model"))
+    return name == model or name.startswith(f"{model}@")
 
 
 def told(decision: dict[str, Any]) -> str:

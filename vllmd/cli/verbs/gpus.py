@@ -30,7 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def row(device: dict[str, Any], models: list[dict[str, Any]]) -> tuple[str, ...]:
     free = device["memory"] - device["promised"] - device["reserve"] - device["strangers"]
-    held = [line["name"] for line in models if device["index"] in line["devices"]]
+    engines = [line for model in models for line in model.get("replicas") or [model]]
+    held = [line["name"] for line in engines if device["index"] in line["devices"]]
     sizes = (device["memory"], device["promised"], max(0, free), device["reserve"], device["strangers"])
     note = f"avoided: {device['wedged']}" if device["wedged"] else ""
     return (str(device["index"]), *map(show.size, sizes), ", ".join(held) or show.EMPTY, note)

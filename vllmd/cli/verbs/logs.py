@@ -27,19 +27,27 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     admin = Admin(arguments)
     status = admin.status()
-    name = models.find(status, arguments.model)["name"]
+    line = models.find(status, arguments.model)
     if admin.url or not shutil.which("journalctl") or not str(status.get("backend", "")).startswith("systemd"):
-        return _from_daemon(admin, name, arguments)
-    command = journalctl(name, arguments, user=status["backend"] == "systemd-user" or admin.path == user_socket())
+        return _from_daemon(admin, line["name"], arguments)
+    command = journalctl(
+        engines(status, line), arguments, user=status["backend"] == "systemd-user" or admin.path == user_socket()
+    )
     return subprocess.call(command)
 
 
-def journalctl(model: str, arguments: Any, user: bool) -> list[str]:
-    """The command that shows the engine's lines."""
+def engines(status: dict[str, Any], line: dict[str, Any]) -> list[str]:
+    """Whose lines are meant: the first of several replicas has an engine by the model's name."""
+    first = {model["replicas"][0]["name"]: model["name"] for model in status["models"] if model.get("replicas")}
+    return [first.get(each["name"], each["name"]) for each in line.get("replicas") or [line]]
+
+
+def journalctl(names: list[str], arguments: Any, user: bool) -> list[str]:
+    """The command that shows the engines' lines."""
     from vllmd.config.names import unit_pattern
 
-    unit = f"--user-unit={unit_pattern(model)}" if user else f"--unit={unit_pattern(model)}"
-    command = ["journalctl", "--no-pager", "--output=short-iso", unit, f"--lines={max(0, arguments.lines)}"]
+    units = [f"--{'user-' * user}unit={unit_pattern(name)}" for name in names]
+    command = ["journalctl", "--no-pager", "--output=short-iso", *units, f"--lines={max(0, arguments.lines)}"]
     if arguments.json:
         command.append("--output=json")
     if arguments.since:

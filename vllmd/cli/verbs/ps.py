@@ -23,10 +23,15 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(show.as_json(models))
     elif models:
-        print(show.table(HEAD, [row(line) for model in models for line in (model, *replicas(model))], RIGHT))
+        print(table(models))
     else:
         print("no model is loaded" if arguments.running else "no models are configured; see vllmd.yaml(5)")
     return 0
+
+
+def table(models: list[dict[str, Any]]) -> str:
+    """A row for each model, and below it one for each of its replicas."""
+    return show.table(HEAD, [row(line) for model in models for line in (model, *replicas(model))], RIGHT)
 
 
 def replicas(model: dict[str, Any]) -> list[dict[str, Any]]:
@@ -48,8 +53,12 @@ def row(line: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def standing(line: dict[str, Any]) -> str:
-    """What a replica's answers have earned it, and how soon they begin."""
+def replicas_of(line: dict[str, Any]) -> str:
+    """How many of a model's replicas serve; of a replica what its answers have earned it, and how soon they begin."""
+    if line.get("replicas"):
+        return f"{line['serving']} of {len(line['replicas'])} replicas serve{', degraded' * line['degraded']}"
+    if not line.get("standing"):
+        return ""
     latency = f" ({line['latency'] * 1000:.0f} ms to the first byte)" if line["latency"] is not None else ""
     return f"{line['standing']}{latency}"
 
@@ -62,10 +71,7 @@ def _queue(line: dict[str, Any]) -> str:
 def note(line: dict[str, Any]) -> str:
     """What is remarkable about it: phase of a start, pin, leases, why its requests wait, why it failed."""
     parts = [show.phase(line)]
-    if line.get("replicas"):
-        parts.append(f"{line['serving']} of {len(line['replicas'])} replicas serve{', degraded' * line['degraded']}")
-    elif line.get("standing"):
-        parts.append(standing(line))
+    parts.append(replicas_of(line))
     parts.append("pinned" if line["pinned"] else "")
     parts.append(f"leased to {', '.join(line['leases'])}" if line["leases"] else "")
     parts.append(str(line["waiting_for"]))

@@ -42,5 +42,5 @@ def screen(status: dict[str, Any]) -> str:
         rows = [gpus.row(device, status["models"]) for device in status["devices"]]
         parts.append(show.table(gpus.HEAD, rows, gpus.RIGHT))
     if status["models"]:
-        parts.append(show.table(ps.HEAD, [ps.row(line) for line in status["models"]], ps.RIGHT))
+        parts.append(ps.table(status["models"]))
     return "\n\n".join(parts)

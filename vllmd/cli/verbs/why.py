@@ -7,6 +7,7 @@ from typing import Any
 
 from vllmd.cli import models, show
 from vllmd.cli.admin import Admin
+from vllmd.cli.verbs import ps
 from vllmd.cli.verbs.events import told
 
 
@@ -32,6 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
 def now(line: dict[str, Any], made: bool) -> str:
     """How it stands at present, in a sentence."""
     since = f"{line['name']} is {show.state(line['state'])} since {show.age(line['since'])}"
+    if line.get("replicas") or line.get("standing"):
+        since += f" ({ps.replicas_of(line)})"
     if line["failure"]:
         since += f"; it failed: {line['failure']}\nvllmctl logs {line['name']} shows all of its output"
     if line["waiting_for"]:

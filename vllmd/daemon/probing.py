@@ -1,0 +1,97 @@
+"""A model's engines asked their probe all at the same time, because an operator wants to know who is fastest."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllmd.config.types import ReplicaConfig
+from vllmd.core import events
+from vllmd.core.types import State
+from vllmd.daemon.calls import asked
+from vllmd.errors import Conflict
+
+if TYPE_CHECKING:
+    from vllmd.daemon.member import Member
+    from vllmd.daemon.service import Daemon
+
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """What became of one probe: its seconds, or None and why it has none; ``abandoned``: it was not waited for."""
+
+    seconds: float | None
+    message: str
+    abandoned: bool = False
+
+
+async def probe(daemon: Daemon, model: str, limit: float | None, *, everybody: bool) -> dict[str, Any]:
+    """Every engine of the model that serves, fastest first; but for ``everybody`` none is waited for in vain.
+
+    Raises Conflict where none of them serves.
+    """
+    await daemon.opened.wait()
+    members = _serving(daemon, model)
+    rules = members[0].model.replicas or ReplicaConfig()
+    asking = [asyncio.ensure_future(_ask(daemon, member, limit or rules.probe_limit)) for member in members]
+    try:
+        await _raced(asking, everybody=everybody)
+        found = _results(asking)
+    finally:
+        for each in asking:
+            each.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+    lines = [
+        {"name": daemon.roster.called(member.model.name), "seconds": each.seconds, "message": each.message}
+        for member, each in sorted(zip(members, found, strict=True), key=lambda pair: _rank(pair[1]))
+    ]
+    best = lines[0]["name"] if lines[0]["seconds"] is not None else None
+    return {"model": model, "fastest": best, "replicas": lines}
+
+
+def _serving(daemon: Daemon, model: str) -> list[Member]:
+    snapshot, engines = daemon.control.snapshot(), daemon.roster.engines(model)
+    views = [view for view in snapshot.models if view.name in engines] if snapshot else []
+    members = [daemon.fleet.members[view.name] for view in views if view.state is State.READY]
+    if not members:
+        state = daemon.control.line(model)["state"]
+        raise Conflict(f"{model} does not serve now ({state}), and a probe loads nothing")
+    return members
+
+
+async def _ask(daemon: Daemon, member: Member, limit: float) -> Probed:
+    """One probe, of which the core knows while it runs."""
+    request = f"asked-{next(_numbers)}"
+    daemon.post(events.ProbeAsked(request, member.model.name))
+    seconds, why = None, "abandoned"
+    try:
+        seconds, why = await asked(member, limit)
+    finally:
+        daemon.post(events.ReplicaProbed(request, seconds, why))
+    return Probed(seconds, why)
+
+
+async def _raced(asking: Sequence[asyncio.Task[Probed]], *, everybody: bool) -> None:
+    """Wait for all, or until one has answered: they began together, so whoever has not is slower than that one."""
+    waiting = set(asking)
+    while waiting:
+        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if not everybody and any(each.result().seconds is not None for each in done):
+            return
+
+
+def _results(asking: Sequence[asyncio.Task[Probed]]) -> list[Probed]:
+    done = [each.result() for each in asking if each.done()]
+    best = min((each.seconds for each in done if each.seconds is not None), default=0.0)
+    slower = Probed(None, f"slower than {best:.3f} s", abandoned=True)
+    return [each.result() if each.done() else slower for each in asking]
+
+
+def _rank(each: Probed) -> tuple[bool, bool, float]:
+    """The fastest first, then who was only slower, then who failed."""
+    return each.seconds is None, not each.abandoned, each.seconds or 0.0
