@@ -68,12 +68,11 @@ class Roster:
         found: dict[str, list[ModelView]] = {}
         for view in views:
             found.setdefault(view.replica_of or view.name, []).append(view)
-        return [
-            (merged(name, own), tuple(replace(view, name=self.called(view.name)) for view in self._in_order(name, own)))
-            if name in self._replicas
-            else (own[0], ())
-            for name, own in found.items()
-        ]
+        return [self._merged(name, own) if name in self._replicas else (own[0], ()) for name, own in found.items()]
+
+    def _merged(self, name: str, views: Iterable[ModelView]) -> tuple[ModelView, tuple[ModelView, ...]]:
+        own = tuple(replace(view, name=self.called(view.name)) for view in self._in_order(name, views))
+        return merged(name, own), own
 
     def _in_order(self, name: str, views: Iterable[ModelView]) -> list[ModelView]:
         """As configured; one that a reload took away, and that has not gone yet, comes last."""
