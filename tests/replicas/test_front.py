@@ -145,7 +145,7 @@ def test_a_node_that_returns_serves_again_by_itself(front: Front, lab: Lab) -> N
     a.plug_in()
     front.serve("a")
     assert front.decided("a", "serve", back) > front.decided("a", "start", cut_off)
-    assert a.answered == before + 1, "the probe"
+    assert a.answered > before, "nobody but a probe has asked it"
     with Load(front.url, "sim/m", CLIENTS) as load:
         until(lambda: a.answered > before + CLIENTS, "its share of the load")
     assert not load.failed
