@@ -168,19 +168,37 @@ def test_nothing_is_noted_beside_it(tmp_path: Path, caplog: pytest.LogCaptureFix
     tell(story, tmp_path)
 
 
-def test_what_a_probe_is_answered_is_told_in_words(tmp_path: Path) -> None:
-    """Another vllmd says why it refuses: operators read that, and not the bytes of its body."""
-    body = b'{"error": {"message": "sim/m: no such file"}}'
+NOT_FOUND = b'{"error": {"message": "%b", "type": "NotFoundError", "param": %b, "code": %b}}'
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "why"),
+    [
+        (200, b"{}", ""),
+        (404, b'{"detail": "Not Found"}', ""),
+        (404, NOT_FOUND % (b"sim/m does not serve that", b"null", b'"not_found"'), ""),
+        (404, NOT_FOUND % (b"no model is called m", b"null", b'"model_not_found"'), "404: no model is called m"),
+        (404, NOT_FOUND % (b"The model m does not exist.", b'"model"', b"404"), "404: The model m does not exist."),
+        (503, b'{"error": {"message": "m: no such file"}}', "503: m: no such file"),
+        (502, b"<html>", "502: b'<html>'"),
+    ],
+)
+def test_a_probe_is_answered_by_whoever_would_answer_clients(
+    tmp_path: Path, status: int, body: bytes, why: str
+) -> None:
+    """An embedding model does not chat, but lives; one that is not known there would be a 404 for every client."""
 
     async def story(rig: Rig) -> None:
         there = Elsewhere()
         await there.open()
         configure(rig, f"http://127.0.0.1:{there.port}")
         await started(rig)
-        there.answer = b"HTTP/1.1 503 X\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+        there.answer = b"HTTP/1.1 %d X\r\ncontent-length: %d\r\n\r\n" % (status, len(body)) + body
         rig.fleet.probe(commands.ProbeReplica("p", "m", 5.0))
-        failed = await rig.event()
-        assert failed == events.ReplicaProbed("p", None, "POST /v1/chat/completions answered 503: sim/m: no such file")
+        probed = await rig.event()
+        assert isinstance(probed, events.ReplicaProbed)
+        assert (probed.seconds is None) == bool(why)
+        assert probed.reason == (why and f"POST /v1/chat/completions answered {why}")
         await there.close()
 
     tell(story, tmp_path)

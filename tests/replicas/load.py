@@ -12,8 +12,8 @@ from types import TracebackType
 
 import httpx
 
-WORDS = [f"w{n}" for n in range(20)]
-SAID = " ".join(WORDS)
+WORDS = [f"w{n}" for n in range(30)]
+SHORTEST = 10  # words; no two clients in a row say as many, so that they are at different points of their answers
 PATIENCE = 60.0  # seconds that only a defect exceeds
 
 
@@ -21,6 +21,7 @@ PATIENCE = 60.0  # seconds that only a defect exceeds
 class Outcome:
     """One request: ``said`` is what came of its answer, ``error`` what the client met instead of the rest."""
 
+    asked: str
     stream: bool
     status: int
     said: str
@@ -29,12 +30,12 @@ class Outcome:
     @property
     def whole(self) -> bool:
         """The answer came to its end, and is right."""
-        return self.status == 200 and not self.error and self.said == SAID
+        return self.status == 200 and not self.error and self.said == self.asked
 
     @property
     def truncated(self) -> bool:
         """A stream that had begun, all of it right, and broke off visibly."""
-        begun = self.stream and self.status == 200 and SAID.startswith(self.said)
+        begun = self.stream and self.status == 200 and self.asked.startswith(self.said)
         return begun and self.error.startswith("RemoteProtocolError: peer closed connection without sending complete")
 
 
@@ -74,10 +75,11 @@ class Load:
     async def _client(self, http: httpx.AsyncClient, number: int) -> None:
         while not self._over.is_set():
             number += 1
-            self.outcomes.append(await self._ask(http, stream=number % 2 == 0))
+            words = " ".join(WORDS[: SHORTEST + number % (len(WORDS) - SHORTEST)])
+            self.outcomes.append(await self._ask(http, words, stream=number % 2 == 0))
 
-    async def _ask(self, http: httpx.AsyncClient, *, stream: bool) -> Outcome:
-        body = {"model": self._model, "stream": stream, "messages": [{"role": "user", "content": SAID}]}
+    async def _ask(self, http: httpx.AsyncClient, words: str, *, stream: bool) -> Outcome:
+        body = {"model": self._model, "stream": stream, "messages": [{"role": "user", "content": words}]}
         status, answer, error = 0, "", ""
         try:
             async with http.stream("POST", "/v1/chat/completions", json=body) as reply:
@@ -87,13 +89,13 @@ class Load:
         except httpx.HTTPError as failure:
             error = f"{type(failure).__name__}: {failure}"
         if status != 200:
-            return Outcome(stream, status, "", error or answer)
+            return Outcome(words, stream, status, "", error or answer)
         if not stream:
-            return Outcome(stream, status, answer if error else _said(json.loads(answer), "message"), error)
+            return Outcome(words, stream, status, answer if error else _said(json.loads(answer), "message"), error)
         events = [line.removeprefix("data: ") for line in answer.split("\n\n") if line.startswith("data: ")]
         if not error and (not events or events.pop() != "[DONE]"):
             error = "it ended without [DONE]"
-        return Outcome(stream, status, "".join(_said(json.loads(event), "delta") for event in events), error)
+        return Outcome(words, stream, status, "".join(_said(json.loads(event), "delta") for event in events), error)
 
 
 def _said(answer: dict[str, list[dict[str, dict[str, str]]]], where: str) -> str:

@@ -52,7 +52,7 @@ class Front:
         return found[0]
 
     def busy(self, name: str) -> None:
-        """Wait until several requests, some of them without a byte of their answer, are at that node."""
+        """Wait until several requests are at that node: those that are no streams without a byte of their answer."""
         until(lambda: self.replica(name)["in_flight"] >= CLIENTS // 4, f"requests at {name}")
 
     def ctl(self, *argv: str) -> str:
@@ -97,6 +97,7 @@ def test_a_node_that_dies_under_load_costs_nobody_but_who_reads_its_streams(fron
     """A crash is everyday: its clients are answered by the other node, and a stream that it had begun says its end."""
     a = lab.nodes["a"]
     with Load(front.url, "sim/m", CLIENTS) as load:
+        more(load, CLIENTS)
         front.busy("a")
         died = time.time()
         a.kill()
@@ -107,7 +108,7 @@ def test_a_node_that_dies_under_load_costs_nobody_but_who_reads_its_streams(fron
         front.decided("a", "serve", died)
         until(lambda: a.answered > CLIENTS, "its share of the load")
     assert not load.failed
-    assert len(load.truncated) <= CLIENTS / 2, "no more than there were streams"
+    assert 0 < len(load.truncated) <= CLIENTS, "only what it was about when it died"
     assert left_out < 1.0
 
 
@@ -118,6 +119,7 @@ def test_a_node_that_is_cut_off_is_left_out_within_a_second_and_nobody_who_waits
     a, took = lab.nodes["a"], []
     with Load(front.url, "sim/m", CLIENTS) as load:
         for _ in range(TRIES):
+            more(load, CLIENTS)
             front.busy("a")
             cut_off = time.time()
             a.cut_off()
@@ -143,7 +145,7 @@ def test_a_node_that_returns_serves_again_by_itself(front: Front, lab: Lab) -> N
     a.plug_in()
     front.serve("a")
     assert front.decided("a", "serve", back) > front.decided("a", "start", cut_off)
-    assert a.answered == before + 1, "the probe"
+    assert a.answered > before, "nobody but a probe has asked it"
     with Load(front.url, "sim/m", CLIENTS) as load:
         until(lambda: a.answered > before + CLIENTS, "its share of the load")
     assert not load.failed

@@ -72,7 +72,8 @@ async def call(member: Member, step: Call) -> str:
 async def asked(member: Member, limit: float) -> tuple[float | None, str]:
     """Ask a replica its probe: the seconds that it took, or None and why it failed.
 
-    It is answered also where the engine says that it does not serve such questions: it lives, and is as fast.
+    It is answered also where the engine says that it does not serve such questions: it lives, and is as fast. Not
+    where it does not know the model: it would say so to every client.
     """
     began, rules = time.monotonic(), member.model.replicas or ReplicaConfig()
     message = rules.probe or ReplicaConfig().probe or ""
@@ -90,7 +91,7 @@ async def asked(member: Member, limit: float) -> tuple[float | None, str]:
     finally:
         answer.cancel()
         gone.cancel()
-    if status in PROBE_ANSWERED:
+    if status in PROBE_ANSWERED and not (status == 404 and _is_about_the_model(told)):
         return time.monotonic() - began, ""
     return None, f"POST {rules.probe_route} answered {status}: {in_words(told)}"
 
@@ -101,6 +102,15 @@ def in_words(body: bytes) -> str:
         return str(json.loads(body)["error"]["message"])[:300]
     except (ValueError, LookupError, TypeError):
         return repr(body[:300])
+
+
+def _is_about_the_model(body: bytes) -> bool:
+    """Whether an error is that there is no such model, as vLLM, vllmd and OpenAI tell it."""
+    try:
+        error = json.loads(body)["error"]
+        return bool(error["param"] == "model" or error["code"] == "model_not_found")
+    except (ValueError, LookupError, TypeError):
+        return False
 
 
 def probe_body(route: str, model: str, message: str) -> dict[str, Any]:
