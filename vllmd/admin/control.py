@@ -106,6 +106,12 @@ class Control(Protocol):
         answered. Raises Conflict where none of them serves.
         """
 
+    async def add_instance(self, model: str, device: int) -> str:
+        """Give it one more engine, on that device, and say what it is called. Raises BadRequest, Conflict."""
+
+    async def drop_instance(self, name: str) -> None:
+        """Forget an engine that was added; any other stays."""
+
     async def kill(self, pid: int, *, force: bool) -> str:
         """End the engine that has the process, or with ``force`` a stranger on a GPU; says what was done.
 

@@ -1,8 +1,10 @@
 """M's API under ``/api/v1``: GPUs, processes, and models as instances on GPUs.
 
-A model has one engine here. It may be started on a GPU of the caller's choice;
-one that runs elsewhere already is a conflict. A ``config`` of its own makes a
-model known that is not, for as long as the daemon lives.
+An instance is an engine: of a model that has one, or one of its replicas. Whoever
+starts a model on a GPU gets the instance that is there, else one that is not loaded,
+else one more, which is known until it is stopped, or until a reload; a model whose
+replicas are configured has those and no more. A ``config`` of its own makes a model
+known that is not, for as long as the daemon lives.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from vllmd.admin.operate import killed, process_id
 from vllmd.errors import BadRequest, Conflict, NotFound
 from vllmd.proxy.http import Request, Response, json_response
 
+Line = dict[str, Any]
 UNLOADED = frozenset({"stopped", "error"})
 
 
@@ -42,30 +45,52 @@ class InstanceEndpoints:
         if body.get("config") not in (None, {}):
             await self._bring(request, body)
         name, gpu = self._named(body), asked.index(body, "gpu_id")
-        line = self._control.line(name)
-        if line["state"] in UNLOADED:
-            await self._control.narrow(name, gpu)
-        elif gpu is not None and gpu not in line["devices"]:
-            on = ", ".join(map(str, line["devices"])) or "none"
-            raise Conflict(f"{name} is {line['state']} on GPU {on}; stop it first", param="gpu_id")
-        await self._control.load(name)
-        return json_response(instance(self._control.line(name)), 202)
+        chosen = name if gpu is None else await self._on(name, gpu)
+        if gpu is None and self._control.line(name)["state"] in UNLOADED:
+            await self._control.narrow(name, None)
+        await self._control.load(chosen)
+        return json_response(instance(self._control.line(name), self._control.line(chosen)), 202)
+
+    async def _on(self, name: str, gpu: int) -> str:
+        """The instance for that GPU: the one that is there, else one that is not loaded, else one more."""
+        lines = engines(self._control.line(name))
+        there = [line["name"] for line in lines if line["state"] not in UNLOADED and gpu in line["devices"]]
+        if there:
+            return str(there[0])
+        refused: BadRequest | None = None
+        for spare in [line["name"] for line in lines if line["state"] in UNLOADED]:
+            try:
+                await self._control.narrow(spare, gpu)
+                return str(spare)
+            except BadRequest as error:  # it may not be there; another one may
+                refused = error
+        if refused:
+            raise refused
+        return await self._control.add_instance(name, gpu)
 
     async def stop(self, request: Request) -> Response:
-        """``POST /api/v1/models/stop``: the ``ModelInstanceInfo`` once it has stopped, after its requests."""
+        """``POST /api/v1/models/stop``: the ``ModelInstanceInfo`` once it has stopped, after its requests.
+
+        With a ``gpu_id`` only the instance on that GPU; the last one to go takes the model along.
+        """
         await self._control.opened()
         body = asked.fields(request, ["model_name", "model_type", "gpu_id"])
         name, gpu = self._named(body), asked.index(body, "gpu_id")
         line = self._control.line(name)
         if line["state"] == "stopped":
             raise NotFound(f"{name} is not running", param="model_name")
-        if gpu is not None and line["devices"] and gpu not in line["devices"]:
+        present = [each for each in engines(line) if each["state"] != "stopped"]
+        going = [each["name"] for each in present if gpu is None or is_on(each, gpu)]
+        if not going:
             raise NotFound(f"{name} is not running on GPU {gpu}", param="gpu_id")
-        await self._control.unload(name, force=False)
-        async for _ in self._control.progress(name):
-            pass
-        await self._control.narrow(name, None)
-        return json_response(instance(self._control.line(name)))
+        for each in [name] if len(going) == len(present) else going:
+            await self._control.unload(each, force=False)
+        for each in going:
+            async for _ in self._control.progress(each):
+                pass
+            await self._control.narrow(each, None)
+            await self._control.drop_instance(each)
+        return json_response(instance(self._control.line(line["replica_of"] or name)))
 
     async def status(self, request: Request) -> Response:
         """``GET /api/v1/models/status``: an item per instance, of all that are loaded or have failed."""
@@ -108,21 +133,35 @@ class InstanceEndpoints:
         return kind
 
 
-def instance(line: dict[str, Any]) -> dict[str, Any]:
-    """``ModelInstanceInfo``, from a line of the status."""
-    loaded = line["state"] not in UNLOADED
-    return {**_common(line), "active_gpu_ids": list(line["devices"]) if loaded else [], "total_instances": int(loaded)}
+def engines(line: Line) -> list[Line]:
+    """The lines of a model's replicas, or its own."""
+    return list(line["replicas"]) or [line]
 
 
-def items(line: dict[str, Any]) -> list[dict[str, Any]]:
-    """``ModelStatusItem`` per engine: there is one; it names the first of its GPUs."""
-    return [{**_common(line), "gpu_id": next(iter(line["devices"]), None)}]
+def is_on(line: Line, gpu: int) -> bool:
+    """Whether the instance is there; one that has no GPU, as it failed or is yet to get one, is nowhere else."""
+    return gpu in line["devices"] or not line["devices"]
 
 
-def _common(line: dict[str, Any]) -> dict[str, Any]:
+def instance(line: Line, one: Line | None = None) -> dict[str, Any]:
+    """``ModelInstanceInfo`` of a model, from its line of the status; with the state of ``one`` of its instances."""
+    loaded = [each for each in engines(line) if each["state"] not in UNLOADED]
+    gpus = sorted({gpu for each in loaded for gpu in each["devices"]})
+    told = one if one and not one["replicas"] else next(iter(loaded), engines(line)[0])
+    return {**_common(line, told), "active_gpu_ids": gpus, "total_instances": len(loaded)}
+
+
+def items(line: Line) -> list[dict[str, Any]]:
+    """``ModelStatusItem`` per instance that is loaded or has failed, or of the model; it names its first GPU."""
+    present = [each for each in engines(line) if each["state"] != "stopped"] or engines(line)[:1]
+    return [{**_common(line, each), "gpu_id": next(iter(each["devices"]), None)} for each in present]
+
+
+def _common(model: Line, line: Line) -> dict[str, Any]:
+    """What both say of an instance; all of them bear the model's name."""
     _, _, port = line["socket"].rpartition(":")
     return {
-        "model_name": line["name"],
+        "model_name": model["name"],
         "model_type": line["config"].get("engine", ""),
         "status": line["state"].upper(),
         "pid": line["pid"],

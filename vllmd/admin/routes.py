@@ -30,6 +30,10 @@ LEVEL = {"type": "string", "enum": ["1", "2", "3"], "default": "1"}
 SECONDS = {"type": "number", "exclusiveMinimum": 0, "maximum": LONGEST_PROBE}
 LINES = {"type": "integer", "minimum": 0, "maximum": 10_000, "default": 50}
 FORCE = {"force": (FLAG, "also a process of nobody's that is on a GPU")}
+ANOTHER = """\
+On a GPU where none of its instances is, one of its replicas that is not loaded is started there; a model without
+replicas in the configuration gets one more instance, which is known until it is stopped there, or until a reload."""
+ONE = "With a gpu_id the instance on that GPU only; the last one to go takes the model along."
 LINE, CHANGE = answers("ModelLine"), answers("ModelLine", also={202: "ModelLine"})
 PLAIN = streams("text/plain", "Prometheus' text format", {"application/openmetrics-text": {"schema": TEXT}})
 
@@ -116,9 +120,9 @@ def _add_instances(router: Router, instances: InstanceEndpoints) -> None:
     add("DELETE", "/api/v1/processes/{pid}", audited(instances.kill), "admin", "Kill the engine that has a process",
         doc(answers("KillProcessResponse"), asks(**FORCE)))  # fmt: skip
     add("POST", "/api/v1/models/start", audited(instances.start), "admin", "Start a model, on a GPU",
-        doc(answers("ModelInstanceInfo", 202), takes("StartRequest")))  # fmt: skip
+        doc(answers("ModelInstanceInfo", 202), takes("StartRequest"), about=ANOTHER))  # fmt: skip
     add("POST", "/api/v1/models/stop", audited(instances.stop), "admin", "Stop a model",
-        doc(answers("ModelInstanceInfo"), takes("StopRequest")))  # fmt: skip
+        doc(answers("ModelInstanceInfo"), takes("StopRequest"), about=ONE))  # fmt: skip
     items = answers({"type": "array", "items": schemas.ref("ModelStatusItem")})
     add("GET", "/api/v1/models/status", instances.status, "admin", "The instances that are loaded", items)
     add("GET", "/api/v1/models/status/{name:path}", instances.status_of, "admin", "The instances of a model", items)

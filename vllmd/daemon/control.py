@@ -18,6 +18,7 @@ from vllmd.core import events
 from vllmd.core.types import Decision, ModelSpec, ModelView, Snapshot, State
 from vllmd.daemon.discovery import hf_home
 from vllmd.daemon.guests import Guests
+from vllmd.daemon.instances import Instances
 from vllmd.daemon.portrait import about, card, health, line, state_of
 from vllmd.daemon.probing import probe
 from vllmd.daemon.processes import gpus, kill
@@ -55,9 +56,8 @@ class DaemonControl:
         self._daemon = daemon
         self.tally = Tally()
         self.guests = Guests(daemon)
+        self.instances = Instances(daemon)
         self._files: dict[str, str] | None = None  # repository -> kind of model, once asked for
-        self._specs: tuple[ModelSpec, ...] = ()
-        self._narrowed: dict[str, int] = {}  # model -> the one device that its next start may use
         self._watchers: set[asyncio.Queue[dict[str, Any]]] = set()
         self._changed = asyncio.Event()
         self._followed = 0  # how many wait for a change
@@ -279,23 +279,20 @@ class DaemonControl:
 
     async def narrow(self, model: str, device: int | None) -> None:
         """Have its next start use that device only; lasts until it is taken back, or the next reload."""
-        await self._daemon.opened.wait()
-        for engine in self._daemon.roster.engines(model):
-            self._narrow(engine, device)
+        await self.instances.narrow(model, device)
 
-    def _narrow(self, model: str, device: int | None) -> None:
-        spec = next((spec for spec in self._specs if spec.name == model), None)
-        if device is not None and spec:
-            _check(spec, device, [known.index for known in self._daemon.memory.inventory])
-        self._narrowed = {name: at for name, at in self._narrowed.items() if name != model}
-        if device is not None:
-            self._narrowed[model] = device
-        specs = (replace(s, devices=(self._narrowed[s.name],)) if s.name in self._narrowed else s for s in self._specs)
-        self._daemon.post(events.ModelsChanged(tuple(specs)))
+    async def add_instance(self, model: str, device: int) -> str:
+        """Give it one more engine, on that device; lasts until it is dropped, or the next reload."""
+        return await self.instances.add(model, device)
+
+    async def drop_instance(self, name: str) -> None:
+        """Forget an engine that was added."""
+        await self.instances.drop(name)
 
     def configure(self, specs: Iterable[ModelSpec]) -> None:
         """Know what the core was told of the models of a new configuration."""
-        self._specs, self._narrowed, self._files = tuple(specs), {}, None
+        self.instances.configure(specs)
+        self._files = None
 
     async def probe(self, model: str, limit: float | None, *, everybody: bool) -> dict[str, Any]:
         """Ask each engine of it that serves its probe, all at the same time."""
@@ -431,17 +428,6 @@ def _at_rest(line: dict[str, Any], elapsed: float) -> dict[str, Any]:
     if line["state"] == State.FAILED.value:
         return {"error": {"message": line["failure"]}, "done": True, "state": line["state"]}
     return {"done": True, "state": line["state"], "seconds": elapsed}
-
-
-def _check(spec: ModelSpec, device: int, known: Sequence[int]) -> None:
-    """Whether the model can be put on that device alone. Raises BadRequest."""
-    if device not in known:
-        there = f"there are {', '.join(map(str, known))}" if known else "there are none on this machine"
-        raise BadRequest(f"there is no GPU {device}; {there}", param="gpu_id")
-    if spec.devices and device not in spec.devices:
-        raise BadRequest(f"{spec.name} may use the GPUs {', '.join(map(str, spec.devices))} only", param="gpu_id")
-    if spec.device_count != 1:
-        raise BadRequest(f"{spec.name} takes {spec.device_count} GPUs and cannot be put on one", param="gpu_id")
 
 
 def _kinds(cache: Path) -> dict[str, str]:

@@ -42,7 +42,7 @@ class Guests:
             known = self._known(name, config)
             name = known.name if known else name
             wanted = guest(name, settings, self._without(name), trusted=trusted)
-            differs = _differences(known, wanted) if known else []
+            differs = _differences(self._daemon.control.instances.plain(known), wanted) if known else []
             if known is None or (differs and name in self._models and self._unused(name)):
                 await self._take(wanted)
                 known, differs = wanted, []
