@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -19,17 +20,18 @@ def setup(
     *verbs: str, cache: Path | None = None, user: int | None = None, **settings: str
 ) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **({"VLLMD_DEV_CACHE": str(cache)} if cache else {}), **settings}
-    argv = [REPOSITORY / "packaging/dev/setup", *verbs]
+    argv = [(cache if user and cache else REPOSITORY) / "packaging/dev/setup", *verbs]
     return subprocess.run(argv, env=environment, capture_output=True, text=True, user=user, group=user)
 
 
 @pytest.fixture
 def nobodys_cache() -> Iterator[Path]:
-    """A folder that everybody can reach and write into, which those of tmp_path are not."""
+    """A folder that everybody can reach and write into, with the script; tmp_path and a clone may be root's alone."""
     if os.geteuid() != 0:
         pytest.skip("needs root to become nobody")
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
+        shutil.copytree(REPOSITORY / "packaging/dev", Path(folder, "packaging/dev"))
         yield Path(folder)
 
 
