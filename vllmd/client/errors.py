@@ -83,9 +83,8 @@ def _told(body: bytes) -> dict[str, Any]:
 def _kind(status: int, code: object) -> type[VllmdError] | None:
     """The class with this status and code, else the plainest one with this status."""
     same = [kind for kind in _tree(VllmdError) if kind.status == status and kind.__module__ == errors.__name__]
-    return next((kind for kind in same if kind.code == code), None) or next(
-        (kind for kind in same if kind is not VllmdError), None
-    )
+    plain = sorted((kind for kind in same if kind is not VllmdError), key=lambda kind: kind.code is not None)
+    return next((kind for kind in same if kind.code == code), None) or next(iter(plain), None)
 
 
 def _tree(kind: type[VllmdError]) -> Iterator[type[VllmdError]]:
