@@ -276,7 +276,7 @@ def compare(runners: Sequence[Runner], options: argparse.Namespace) -> tuple[Res
     added = {name: value - first["upstream"] for name, value in first.items() if name != "upstream"}
     lines.append(f"added median time to the first byte of a stream: {told(added)} (aim: at most 150)")
     lines.append(at_once(measure(runners[1:], options, [("SSE", 64)], AT_ONCE)))
-    per_event = paced(runners[1:], options.rounds, max(2, options.seconds))
+    per_event = paced(runners[1:], min(3, options.rounds), max(2, options.seconds))
     lines.append(f"CPU time per event of 64 streams with one each 5 ms: {told(per_event)}")
     lines += [f"the relay alone: {line}" for line in aims(results, "relay")]
     return results, lines

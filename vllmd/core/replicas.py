@@ -185,6 +185,8 @@ class Replicas:
     def upkeep(self) -> bool:
         """Probe who has to show himself, bring up as many as are wanted. Whether there was a group to look at."""
         core = self._core
+        if not core.groups and not core.unkept:
+            return False  # asked after every event
         groups = {**core.unkept, **{g.name: g for g in core.groups.values() if g.due <= core.now}}
         core.unkept.clear()
         for group in groups.values():
