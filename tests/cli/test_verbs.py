@@ -159,11 +159,11 @@ def replicated(daemon: FakeDaemon) -> FakeDaemon:
 def test_ps_and_top_show_each_replica_below_its_model(
     replicated: FakeDaemon, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With what its answers have earned it."""
+    """With what its answers have earned it, and the trouble of each once."""
     for argv in (["ps"], ["top", "-n", "1"]):
         assert main(argv) == 0
         said = capsys.readouterr().out
-        assert "1 of 2 replicas serve, degraded" in said
+        assert "1 of 2 replicas serve, degraded\n" in said
         assert "serving (12 ms to the first byte)" in said
         assert "ejected; it failed a probe: 503\n" in said
 

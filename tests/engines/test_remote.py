@@ -147,7 +147,8 @@ def test_it_serves_at_once_when_it_answers_and_is_gone_when_it_does_not(tmp_path
         assert isinstance(await rig.event(), events.ServerSilent)
         gone = await rig.event()
         assert isinstance(gone, events.EngineExited)
-        assert f"127.0.0.1:{there.port}/deep is gone" in gone.reason
+        where = f"127.0.0.1:{there.port}/deep"
+        assert gone.reason == f"it is gone: GET /v1/models: no connection to {where}: Connection refused"
         await rig.nothing_more()
 
     tell(story, tmp_path)

@@ -180,7 +180,7 @@ class Fleet:
                 break
         if self.members.get(name) is member and member.task is None:
             self._forget(member)
-            self._post(events.EngineExited(name, f"{describe(member.listen)} is gone: {failure}"))
+            self._post(events.EngineExited(name, f"it is gone: {failure}"))
 
     async def _probe(self, member: Member, command: commands.ProbeReplica) -> None:
         seconds, why = await asked(member, command.limit)

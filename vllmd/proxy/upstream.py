@@ -388,7 +388,8 @@ async def request(
     except TimeoutError:
         raise UpstreamFailed(f"{method} {path} to {describe(listen)} was not answered within {timeout:g} s") from None
     except UpstreamFailed as error:
-        raise type(error)(f"{method} {path} to {describe(listen)}: {error.message}") from None
+        where = f" to {describe(listen)}" if connection else ""  # else the message has it
+        raise type(error)(f"{method} {path}{where}: {error.message}") from None
     finally:
         if connection is not None:
             connection.abort()

@@ -75,5 +75,5 @@ def note(line: dict[str, Any]) -> str:
     parts.append("pinned" if line["pinned"] else "")
     parts.append(f"leased to {', '.join(line['leases'])}" if line["leases"] else "")
     parts.append(str(line["waiting_for"]))
-    parts.append(show.first_line(line["failure"]))
+    parts.append("" if line.get("replicas") else show.first_line(line["failure"]))  # its replicas' lines have it
     return "; ".join(part for part in parts if part)
