@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.engines.installed import Site, daemon
 from tests.replicas.stubs import until
-from vllmd.client import Client
+from vllmd.client import AsyncClient, Client
 from vllmd.errors import UnknownModel
 
 DEVICES = [{"memory": "80GiB"}] * 2
@@ -141,3 +142,22 @@ def test_metrics_tell_replicas_apart_beside_their_model(site: Site) -> None:
     engines = samples(site, "/metrics/engines")
     assert {name.partition("'model': '")[2].partition("'")[0] for name in engines} == {"org/m@1", "org/m@2"}
     assert site.admin.get("/metrics?model=m@2").status_code == 200
+
+
+def test_the_figures_from_asyncio(site: Site) -> None:
+    """The same four, for programs that do not wait."""
+
+    async def ask() -> None:
+        async with AsyncClient(f"unix:{site.log.parent}/admin.sock") as asking:
+            await asking.load_model("a")
+            best = await asking.fastest("a")
+            assert best
+            assert best[0] in ("org/m@1", "org/m@2")
+            assert [line["seconds"] is None for line in (await asking.probe("a", all=True))["replicas"]] == [
+                False,
+                False,
+            ]
+            assert list(await asking.latencies("a")) == ["org/m@1", "org/m@2"]
+            assert await asking.running() == ["org/m"]
+
+    asyncio.run(ask())
