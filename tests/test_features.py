@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
+S, M = "replicas/test_s.py", "replicas/test_m.py"
 LOADING, OPERATING = "config/test_config_loading.py", "e2e/test_operating.py"
 MODEL_MANAGER, SERVER_MANAGER = "client/test_l_model_manager.py", "client/test_l_server_manager.py"
 ENGINE_ARGS, TWO_USERS, DOCUMENTS = (
@@ -137,9 +138,34 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
     # ---- S
     "S: several servers start at once, where there is room": (
+        f"{S}::test_S_concurrent_start_of_several_servers",
         "engines/test_several_servers.py::test_S_several_servers_start_at_once_where_there_is_room",
         "core/test_exchanges.py::test_starts_on_one_device_wait_for_each_other",
         "daemon/test_fleet.py::test_ports_go_around",
+    ),
+    "S: Server lists, chat and embedding": (f"{S}::test_S_server_lists_of_chat_and_embedding_are_both_routed",),
+    "S: get_fastest_server skips the slower": (
+        f"{S}::test_S_get_fastest_server_skips_the_slower",
+        f"{S}::test_S_everybodys_time_is_to_be_had_as_well",
+        "cli/test_verbs.py::test_S_probe_shows_the_fastest_first",
+    ),
+    "S: get_all_latency, get_running_server_sizes": (
+        f"{S}::test_S_get_all_latency_has_a_row_for_each_server",
+        f"{S}::test_S_get_running_server_sizes_are_those_that_run",
+    ),
+    "S: BENCHMAK_MESSAGE": (f"{S}::test_S_benchmark_message_is_what_the_servers_are_asked",),
+    "S: LATENCY_GROWING_RATE": (
+        f"{S}::test_S_latency_growing_rate_sends_the_next_request_elsewhere",
+        "replicas/test_four.py::test_nobody_sees_an_error_but_whose_stream_had_begun",
+    ),
+    "S: MAX_RETRY": (
+        f"{S}::test_S_max_retry_one_server_dies_and_nobody_notices",
+        f"{S}::test_S_max_retry_attempts_are_bounded",
+    ),
+    "S: turn_off_running_flag, INF": (f"{S}::test_S_turn_off_running_flag_when_all_are_down_and_on_again",),
+    "S: get_completion_or_embedding": (f"{S}::test_S_get_completion_or_embedding",),
+    "S: get_comond_infos, get_eno1_inet_address": (
+        f"{S}::test_S_the_command_comes_from_the_configuration_and_only_this_hosts_servers_start",
     ),
     # ---- M: the API
     "M: GET /api/v1/gpus": (
@@ -152,12 +178,22 @@ ROWS: dict[str, tuple[str, ...]] = {
         f"{SURFACE}::test_M_a_stranger_is_killed_only_by_force_and_only_on_a_gpu",
     ),
     "M: POST /api/v1/models/start": (
+        f"{M}::test_M_start_where_it_is_already",
+        f"{M}::test_M_configured_replicas_are_put_where_they_are_wanted_and_no_more_come",
+        f"{M}::test_M_an_instance_where_it_may_not_be",
+        f"{M}::test_M_a_model_with_a_config_of_its_own_on_two_gpus",
         f"{SURFACE}::test_M_a_model_on_the_gpu_of_choice",
         f"{SURFACE}::test_M_a_wrong_start_is_refused",
         f"{SURFACE}::test_M_a_model_with_a_config_of_its_own",
     ),
-    "M: POST /api/v1/models/stop": (f"{SURFACE}::test_M_a_model_on_the_gpu_of_choice",),
+    "M: POST /api/v1/models/stop takes that GPU's instance only, the last one the model": (
+        f"{SURFACE}::test_M_a_model_on_the_gpu_of_choice",
+        f"{M}::test_M_two_gpus_stop_one",
+        f"{M}::test_M_an_instance_that_is_added_goes_with_its_stop",
+        f"{M}::test_M_a_reload_forgets_what_was_added",
+    ),
     "M: GET /api/v1/models/status and /{name}": (
+        f"{M}::test_M_two_gpus_stop_one",
         f"{SURFACE}::test_M_a_model_on_the_gpu_of_choice",
         f"{SURFACE}::test_M_a_model_with_a_config_of_its_own",
     ),

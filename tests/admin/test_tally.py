@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllmd.admin.control import Gauges
@@ -42,8 +44,10 @@ def test_what_is_counted_is_what_is_read() -> None:
     tally.used("m", "alice", 12)
     tally.changed("m", "start", 4.0, failed=False)
     tally.changed("m", "wake", 1.0, failed=True)
-    tally.decided(Decision(0.0, "sleep", "m", "to make room for x", {"cause": "exchange"}))
-    tally.decided(Decision(0.0, "start", "m", "it fits"))
+    tally.decided(Decision(0.0, "sleep", "m", "to make room for x", {"cause": "exchange"}), "m")
+    tally.decided(Decision(0.0, "start", "m", "it fits"), "m")
+    tally.decided(Decision(0.0, "eject", "m@2", "it failed a probe"), "m", "m@2")
+    tally.retried("m", "m@2")
     read = samples(tally, Gauges(None))
     assert read["vllmd_model_queue_wait_seconds_count{model=m}"] == 1
     assert read["vllmd_model_tokens_total{model=m}"] == 12
@@ -52,12 +56,17 @@ def test_what_is_counted_is_what_is_read() -> None:
     assert read["vllmd_model_failures_total{change=wake,model=m}"] == 1
     assert read["vllmd_model_departures_total{cause=exchange,how=sleep,model=m}"] == 1
     assert read["vllmd_decisions_total{decision=start,model=m}"] == 1
+    assert read["vllmd_decisions_total{decision=eject,model=m}"] == 1
+    assert read["vllmd_replica_decisions_total{decision=eject,model=m,replica=m@2}"] == 1
+    assert read["vllmd_replica_retries_total{model=m,replica=m@2}"] == 1
+    assert "vllmd_replica_decisions_total{decision=start,model=m,replica=}" not in read
     assert read["vllmd_ready{}"] == 0
 
 
 def test_how_things_stand() -> None:
     """States are one series each, memory is in bytes and per device."""
-    read = samples(Tally(), Gauges(SNAPSHOT, 4, 5, used={0: 3 << 30}, power={0: 99.5}, load={0: 0.25}))
+    devices = {"used": {0: 3 << 30}, "power": {0: 99.5}, "load": {0: 0.25}}
+    read = samples(Tally(), Gauges(SNAPSHOT, 4, 5, models=[(VIEW, ())], **devices))  # type: ignore[arg-type]
     assert read["vllmd_model_state{model=m,state=sleeping_l1}"] == 1
     assert read["vllmd_model_state{model=m,state=running}"] == 0
     assert read["vllmd_model_queue_length{model=m}"] == 3
@@ -71,9 +80,27 @@ def test_how_things_stand() -> None:
     assert read["vllmd_connections{}"] == 4
 
 
+def test_replicas_are_told_apart_beside_their_model() -> None:
+    """The model has all that they hold and run; a model with one engine has no series of replicas."""
+    one = replace(VIEW, name="m@1", state=State.READY, standing="serving", latency=0.25, in_flight=2)
+    two = replace(VIEW, name="m@2", state=State.STOPPED, devices=(), in_flight=0)
+    whole = replace(VIEW, state=State.READY, memory=14 << 30)
+    read = samples(Tally(), Gauges(SNAPSHOT, models=[(whole, (one, two)), (replace(VIEW, name="n"), ())]))
+    assert read["vllmd_model_state{model=m,state=running}"] == 1
+    assert read["vllmd_model_memory_bytes{device=0,model=m}"] == 7 << 30
+    assert read["vllmd_replica_latency_seconds{model=m,replica=m@1}"] == 0.25
+    assert read["vllmd_replica_running_requests{model=m,replica=m@1}"] == 2
+    assert read["vllmd_replica_standing{model=m,replica=m@1,standing=serving}"] == 1
+    assert read["vllmd_replica_standing{model=m,replica=m@2,standing=down}"] == 1
+    assert read["vllmd_replica_standing{model=m,replica=m@2,standing=serving}"] == 0
+    assert not [name for name in read if "replica" in name and "model=n" in name]
+
+
 def test_openmetrics_for_those_who_ask() -> None:
     """Prometheus prefers it, and it must end as it must."""
-    body, content_type = expose(Tally(), Gauges(SNAPSHOT), "application/openmetrics-text; version=1.0.0")
+    body, content_type = expose(
+        Tally(), Gauges(SNAPSHOT, models=[(VIEW, ())]), "application/openmetrics-text; version=1.0.0"
+    )
     assert content_type.startswith("application/openmetrics-text")
     assert body.endswith(b"# EOF\n")
 
@@ -81,7 +108,7 @@ def test_openmetrics_for_those_who_ask() -> None:
 def test_every_family_has_help_and_a_conventional_name() -> None:
     """promtool complains of a missing help text, of a unit that is no base unit, of a counter without _total."""
     tally = Tally()
-    body, _ = expose(tally, Gauges(SNAPSHOT), "")
+    body, _ = expose(tally, Gauges(SNAPSHOT, models=[(VIEW, ())]), "")
     for family in text_string_to_metric_families(body.decode()):
         assert family.documentation, family.name
         assert not family.name.endswith(("_ms", "_milliseconds", "_kb", "_mb", "_percent", "_total_total"))

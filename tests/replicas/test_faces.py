@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -9,10 +10,11 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.engines.installed import Site, daemon
 from tests.replicas.stubs import until
-from vllmd.client import Client
+from vllmd.client import AsyncClient, Client
 from vllmd.errors import UnknownModel
 
 DEVICES = [{"memory": "80GiB"}] * 2
@@ -112,3 +114,50 @@ def test_one_replica_alone_is_probed(site: Site) -> None:
         "org/m@2",
     }
     until(lambda: site.view("org/m")["in_flight"] == 0)
+
+
+def samples(site: Site, path: str = "/metrics") -> dict[str, float]:
+    """Each sample of the exposition, by its name and sorted labels, but those of histograms' buckets."""
+    families = text_string_to_metric_families(site.admin.get(path).text)
+    return {
+        f"{sample.name}{dict(sorted(sample.labels.items()))}": sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def test_metrics_tell_replicas_apart_beside_their_model(site: Site) -> None:
+    """What is the model's stays the model's; its parts have series of their own."""
+    ctl(site, "start", "m")
+    assert site.answer("a", "hello") == "hello"
+    read = samples(site)
+    assert read["vllmd_model_state{'model': 'org/m', 'state': 'running'}"] == 1
+    assert read["vllmd_decisions_total{'decision': 'serve', 'model': 'org/m'}"] >= 2
+    for name in ("org/m@1", "org/m@2"):
+        of = f"'model': 'org/m', 'replica': '{name}'"
+        assert read[f"vllmd_replica_standing{{{of}, 'standing': 'serving'}}"] == 1
+        assert read[f"vllmd_replica_decisions_total{{'decision': 'serve', {of}}}"] >= 1
+    assert [name for name in read if name.startswith("vllmd_replica_latency_seconds")]
+    assert not [name for name in read if "'model': 'org/m@" in name]
+    engines = samples(site, "/metrics/engines")
+    assert {name.partition("'model': '")[2].partition("'")[0] for name in engines} == {"org/m@1", "org/m@2"}
+    assert site.admin.get("/metrics?model=m@2").status_code == 200
+
+
+def test_the_figures_from_asyncio(site: Site) -> None:
+    """The same four, for programs that do not wait."""
+
+    async def ask() -> None:
+        async with AsyncClient(f"unix:{site.log.parent}/admin.sock") as asking:
+            await asking.load_model("a")
+            best = await asking.fastest("a")
+            assert best
+            assert best[0] in ("org/m@1", "org/m@2")
+            assert [line["seconds"] is None for line in (await asking.probe("a", all=True))["replicas"]] == [
+                False,
+                False,
+            ]
+            assert list(await asking.latencies("a")) == ["org/m@1", "org/m@2"]
+            assert await asking.running() == ["org/m"]
+
+    asyncio.run(ask())

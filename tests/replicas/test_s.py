@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -144,6 +145,8 @@ def test_S_max_retry_attempts_are_bounded(tmp_path: Path) -> None:
             server.failing = True
         assert site.chat("m").status_code >= 500
         assert sum(server.asked for server in servers) == 2
+        told = re.findall(r"^vllmd_replica_retries_total.* (\S+)$", site.admin.get("/metrics").text, re.M)
+    assert [float(count) for count in told] == [1.0]
 
 
 def test_S_turn_off_running_flag_when_all_are_down_and_on_again(tmp_path: Path) -> None:

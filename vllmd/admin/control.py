@@ -8,12 +8,15 @@ from typing import Any, Protocol
 
 from vllmd.admin.guests import Guests
 from vllmd.admin.tally import Tally
-from vllmd.core.types import Snapshot
+from vllmd.core.types import ModelView, Snapshot
 
 
 @dataclass(frozen=True, slots=True)
 class Gauges:
-    """How things stand at the moment of a scrape. ``used`` bytes, ``power`` watts, ``load`` 0 to 1, by device index."""
+    """How things stand at the moment of a scrape. ``used`` bytes, ``power`` watts, ``load`` 0 to 1, by device index.
+
+    ``models``: each one's view, and those of its replicas, called as operators call them.
+    """
 
     snapshot: Snapshot | None
     connections: int = 0
@@ -23,6 +26,7 @@ class Gauges:
     used: Mapping[int, int] = field(default_factory=dict)
     power: Mapping[int, float] = field(default_factory=dict)
     load: Mapping[int, float] = field(default_factory=dict)
+    models: Sequence[tuple[ModelView, Sequence[ModelView]]] = ()
     unreadable: Sequence[int] = ()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from vllmd.admin.tally import Histogram, Tally
 from vllmd.core.types import DeviceView, ModelView, State
 
 Labels = tuple[str, ...]
+STANDINGS = ("new", "serving", "resting", "slow", "ejected", "down")
 STATES = (*(state.value for state in State if state is not State.SLEEPING), "sleeping_l1", "sleeping_l2")
 
 
@@ -45,7 +47,8 @@ class _Collector:
         yield from _standing(self._gauges)
         snapshot = self._gauges.snapshot
         if snapshot:
-            yield from _models(snapshot.models, self._gauges)
+            yield from _models(self._gauges)
+            yield from _replicas(self._gauges)
             yield from _devices(snapshot.devices, self._gauges)
 
 
@@ -73,6 +76,10 @@ def _counted(tally: Tally) -> Iterator[Metric]:
     yield _counter("model_failures", "Starts, wakes, sleeps that failed, and exits that nobody asked for.",
                    ["model", "change"], tally.failures)  # fmt: skip
     yield _counter("decisions", "What the scheduler decided.", ["model", "decision"], tally.decisions)
+    yield _counter("replica_decisions", "Those about one of several replicas, such as eject.",
+                   ["model", "replica", "decision"], tally.replica_decisions)  # fmt: skip
+    yield _counter("replica_retries", "Requests that it did not answer, and that went to another replica.",
+                   ["model", "replica"], tally.retries)  # fmt: skip
     yield _counter("model_departures", "Sleeps, stops and freezes by cause; exchange: evicted for another model.",
                    ["model", "how", "cause"], tally.departures)  # fmt: skip
 
@@ -90,7 +97,10 @@ def _standing(gauges: Gauges) -> Iterator[Metric]:
         yield _gauge("host_memory_promised_bytes", "What of it is promised.", [], {(): snapshot.host_promised})
 
 
-def _models(models: tuple[ModelView, ...], gauges: Gauges) -> Iterator[Metric]:
+def _models(gauges: Gauges) -> Iterator[Metric]:
+    """Each model as clients know it: with replicas in the state of the best of them, and with all their requests."""
+    models = [view for view, _ in gauges.models]
+
     def each(name: str, about: str, value: Callable[[ModelView], float]) -> Metric:
         return _gauge(f"model_{name}", about, ["model"], {(view.name,): value(view) for view in models})
 
@@ -101,10 +111,26 @@ def _models(models: tuple[ModelView, ...], gauges: Gauges) -> Iterator[Metric]:
     yield each("oldest_wait_seconds", "How long the first of the waiting has waited.", lambda v: v.oldest_wait or 0.0)
     yield each("pinned", "Whether it is pinned.", lambda view: view.pinned)
     yield each("leases", "Leases that keep it.", lambda view: len(view.leases))
-    yield _gauge("model_memory_bytes", "What the ledger has it at, on each device.", ["model", "device"],
-                 {(view.name, str(index)): view.memory for view in models for index in view.devices})  # fmt: skip
+    held: Counter[Labels] = Counter()
+    for view, replicas in gauges.models:
+        for engine in replicas or (view,):
+            held.update({(view.name, str(index)): engine.memory for index in engine.devices})
+    yield _gauge("model_memory_bytes", "What the ledger has it at, on each device.", ["model", "device"], held)
     yield _gauge("model_last_start_seconds", "How long its last start took.", ["model"],
                  {(name,): took for name, took in gauges.last_starts.items()})  # fmt: skip
+
+
+def _replicas(gauges: Gauges) -> Iterator[Metric]:
+    """Each of a model's replicas; a model with one engine has no series here."""
+    known = [((model.name, replica.name), replica) for model, replicas in gauges.models for replica in replicas]
+    labels = ["model", "replica"]
+    yield _gauge("replica_standing", "1 for what its answers have earned it; down: its engine is not up.",
+                 [*labels, "standing"], {(*of, standing): standing == (view.standing or "down")
+                                         for of, view in known for standing in STANDINGS})  # fmt: skip
+    yield _gauge("replica_latency_seconds", "Time to the first byte of its answers, the last ones weighing most.",
+                 labels, {of: view.latency for of, view in known if view.latency is not None})  # fmt: skip
+    yield _gauge("replica_running_requests", "Requests that run in it.", labels,
+                 {of: view.in_flight for of, view in known})  # fmt: skip
 
 
 def _devices(devices: tuple[DeviceView, ...], gauges: Gauges) -> Iterator[Metric]:

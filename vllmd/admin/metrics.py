@@ -12,7 +12,7 @@ from vllmd.errors import Conflict, UpstreamFailed
 from vllmd.proxy.http import Request, Response
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
-UNLOADED = frozenset({State.STOPPED, State.STARTING, State.STOPPING, State.FAILED})
+UNLOADED = frozenset(state.value for state in (State.STOPPED, State.STARTING, State.STOPPING, State.FAILED))
 
 
 class MetricsEndpoints:
@@ -34,9 +34,9 @@ class MetricsEndpoints:
         return Response(200, body, content_type)
 
     async def engines(self, request: Request) -> Response:
-        """``GET /metrics/engines``: those of every loaded engine, each sample labelled with its model."""
-        snapshot = self._control.snapshot()
-        loaded = [view.name for view in snapshot.models if view.state not in UNLOADED] if snapshot else []
+        """``GET /metrics/engines``: those of every loaded engine, labelled with its model, or its replica's name."""
+        lines = [each for line in self._control.status()["models"] for each in line["replicas"] or [line]]
+        loaded = [line["name"] for line in lines if line["state"] not in UNLOADED]
         texts = await asyncio.gather(*(self._scraped(model) for model in loaded))
         return _text(merged(zip(loaded, texts, strict=True)))
 

@@ -67,6 +67,8 @@ class Tally:
         self.changes = Histograms()  # model, change: start, wake, sleep, stop
         self.failures: Counter[tuple[str, ...]] = Counter()  # model, change (exit: unasked)
         self.decisions: Counter[tuple[str, ...]] = Counter()  # model, decision
+        self.replica_decisions: Counter[tuple[str, ...]] = Counter()  # model, replica, decision
+        self.retries: Counter[tuple[str, ...]] = Counter()  # model, replica
         self.departures: Counter[tuple[str, ...]] = Counter()  # model, how (sleep, stop, freeze), cause
 
     def exchanged(self, exchange: Exchange) -> None:
@@ -101,11 +103,17 @@ class Tally:
         if key:
             self.key_tokens[(key,)] += tokens
 
-    def decided(self, decision: Decision) -> None:
-        """The core decided something."""
-        self.decisions[decision.model, decision.what] += 1
+    def decided(self, decision: Decision, model: str, replica: str = "") -> None:
+        """The core decided something about the model, or about one of its replicas."""
+        self.decisions[model, decision.what] += 1
+        if replica:
+            self.replica_decisions[model, replica, decision.what] += 1
         if cause := decision.numbers.get("cause"):
-            self.departures[decision.model, decision.what, str(cause)] += 1
+            self.departures[model, decision.what, str(cause)] += 1
+
+    def retried(self, model: str, replica: str) -> None:
+        """A request that this replica did not answer goes to another one."""
+        self.retries[model, replica] += 1
 
     def changed(self, model: str, change: str, seconds: float, *, failed: bool) -> None:
         """A start, wake, sleep or stop came to its end after ``seconds``; or an engine exited unasked."""

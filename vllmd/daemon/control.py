@@ -183,10 +183,15 @@ class DaemonControl:
             await asyncio.wait_for(daemon.memory.sample(), SCRAPE_SAMPLE)
         sample, fleet = daemon.memory.last, daemon.fleet
         devices = sample.devices if sample and daemon.memory.readable else {}
+        snapshot, starts = self.snapshot(), dict[str, float]()
+        for engine, seconds in fleet.last_start.items():
+            model, _ = daemon.roster.labels(engine)
+            starts[model] = max(seconds, starts.get(model, 0.0))  # of several replicas the slowest one's
         return replace(
             now,
-            snapshot=self.snapshot(),
-            last_starts=dict(fleet.last_start),
+            snapshot=snapshot,
+            models=daemon.roster.together(snapshot.models) if snapshot else (),
+            last_starts=starts,
             used={index: device.used for index, device in devices.items()},
             power={index: device.power for index, device in devices.items() if device.power is not None},
             load={i: device.utilisation / 100 for i, device in devices.items() if device.utilisation is not None},
@@ -315,9 +320,14 @@ class DaemonControl:
 
     def note(self, decision: Decision) -> None:
         """Count a decision, and hand it to whoever watches."""
-        self.tally.decided(decision)
+        whole = decision.what in OF_ALL
+        self.tally.decided(decision, *((decision.model,) if whole else self._daemon.roster.labels(decision.model)))
         if self._watchers:
             self._tell(self._dated(decision))
+
+    def retried(self, engine: str) -> None:
+        """Count a request that one of several replicas did not answer, and that goes to another one."""
+        self.tally.retried(*self._daemon.roster.labels(engine))
 
     def take(self, event: events.Event) -> None:
         """An engine's event on its way to the core: count it, and say what became of the model."""
@@ -328,7 +338,8 @@ class DaemonControl:
         change, failed = outcome
         model: str = getattr(event, "model", "")
         view = self._view(model)
-        self.tally.changed(model, change, view.since if view else 0.0, failed=failed)
+        took = view.since if view else 0.0
+        self.tally.changed(self._daemon.roster.labels(model)[0], change, took, failed=failed)
         self._daemon.post(event)
         if change in ENDINGS:
             self._daemon.doors.forget(model)

@@ -32,6 +32,7 @@ class Roster:
                 called = [one.name for one in model.replicas.of]
                 self._replicas[name] = dict(zip(called, [name, *called[1:]], strict=True))
         self._called = {called: engine for own in self._replicas.values() for called, engine in own.items()}
+        self._models = {engine: name for name, own in self._replicas.items() for engine in own.values()}
         self._names = {engine: called for called, engine in self._called.items()}
 
     def is_replica(self, name: str) -> bool:
@@ -56,6 +57,10 @@ class Roster:
     def called(self, engine: str) -> str:
         """What operators call an engine."""
         return self._names.get(engine, engine)
+
+    def labels(self, engine: str) -> tuple[str, str]:
+        """The model of an engine, and what the engine is called if it is one of several, else ""."""
+        return self._models.get(engine, engine), self._names.get(engine, "")
 
     def engines(self, name: str) -> tuple[str, ...]:
         """The engines of a model, or the one of a replica."""

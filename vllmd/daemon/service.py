@@ -79,7 +79,7 @@ class Daemon:
         self.kinds = Kinds()
         self.control = DaemonControl(self)
         self.turnstile = Turnstile(self.post, self._where, self.kinds, self.opened)
-        self.turnstile.phase_of = self.control.phase_of
+        self.turnstile.phase_of, self.turnstile.on_retry = self.control.phase_of, self.control.retried
         self._side_tasks: set[asyncio.Task[None]] = set()
         self._sampling = asyncio.Lock()
         self.doors: Doors

@@ -54,6 +54,7 @@ class Turnstile:
         self._tickets: dict[str, _Ticket] = {}
         self._numbers = itertools.count(1)
         self.phase_of: Callable[[str], str] = lambda model: ""
+        self.on_retry: Callable[[str], None] = lambda engine: None  # a request goes from it to another replica
         self.configure({}, {})
 
     def configure(self, models: Mapping[str, ModelConfig], engines: Mapping[str, ModelConfig]) -> None:
@@ -114,6 +115,8 @@ class Turnstile:
             await asyncio.sleep(REACH_PAUSE)
         elif replicas is None or ticket.only or len(ticket.tried) >= replicas.retries:
             raise error
+        else:
+            self.on_retry(engine)
         return await self._admitted(ticket.model, ticket.key, ticket.only, (*ticket.tried, engine))
 
     def loading(self, model: str) -> str:
