@@ -114,6 +114,15 @@ def accelerate(real_vllm: RealVllm) -> Path:
 
 
 @pytest.fixture(scope="session")
+def ray(real_vllm: RealVllm) -> Path:
+    """Ray, and the plug-in by which vLLM on a CPU takes it, as an entry of PYTHONPATH beside vLLM's environment."""
+    folder = container.cache() / "ray"
+    if not (folder / ".vllmd-stamp").exists():
+        pytest.skip("no Ray here: packaging/dev/setup ray")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def llama() -> Path:
     """The folder with a real llama-server and tiny.gguf."""
     folder = container.cache() / "llama"

@@ -110,6 +110,14 @@ GOLDEN = [
         "pipeline_parallel_size), but may use 1 only",
     ),
     (
+        GPU + "models: {m: {tensor_parallel_size: 4, local_devices: 2}}",
+        "vllmd.yaml:2: models.m.local_devices: it takes 2 devices, but may use 1 only",
+    ),
+    (
+        "models: {m: {tensor_parallel_size: 2, local_devices: 3}}",
+        "vllmd.yaml:1: models.m.local_devices: 3 is more than tensor_parallel_size times pipeline_parallel_size, 2",
+    ),
+    (
         "models: {m: {devices: [0, 0]}}",
         "vllmd.yaml:1: models.m.devices: 0 is listed twice: devices are numbers from 0; "
         "accepted: auto, or device numbers such as [0, 1]",

@@ -110,6 +110,13 @@ def test_tensor_parallel_divides(llama: Path) -> None:
     assert (found.weights, found.footprint.host) == (15 * GiB, 15 * GiB)
 
 
+def test_devices_elsewhere_take_their_share_of_the_weights_along(llama: Path) -> None:
+    """Per device it is the same; the host memory of level 1 is each machine's own."""
+    here, alone = told(llama, tensor_parallel_size=2, local_devices=1), told(llama, tensor_parallel_size=2)
+    assert (here.footprint.awake, here.weights) == (alone.footprint.awake, alone.weights)
+    assert here.footprint.host == alone.footprint.host // 2
+
+
 def test_pipeline_parallel_divides_layers(llama: Path) -> None:
     """Each stage keeps its own layers' cache."""
     assert told(llama, pipeline_parallel_size=4).kv_cache == GiB

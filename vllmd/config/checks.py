@@ -108,7 +108,7 @@ def is_loopback(address: str) -> bool:
 
 def _model(model: ModelConfig, config: Config) -> Iterator[Finding]:
     where, path = _place(model), f"models.{model.name}"
-    count = model.tensor_parallel_size * model.pipeline_parallel_size
+    count = model.devices_here
     declared = len(config.devices) if config.devices is not None else None
     if declared is not None:
         for index in model.devices:
@@ -116,8 +116,12 @@ def _model(model: ModelConfig, config: Config) -> Iterator[Finding]:
                 yield where, f"{path}.devices", f"there is no device {index}; {_declared(declared)}"
     have = len(model.devices) or declared
     if have and count > have:  # none declared: engines run on the CPU
-        what = f"it takes {count} devices (tensor_parallel_size times pipeline_parallel_size), but may use {have} only"
-        yield where, f"{path}.tensor_parallel_size", what
+        product = " (tensor_parallel_size times pipeline_parallel_size)" if model.local_devices is None else ""
+        name = "tensor_parallel_size" if product else "local_devices"
+        yield where, f"{path}.{name}", f"it takes {count} devices{product}, but may use {have} only"
+    if count > model.all_devices:
+        what = f"{count} is more than tensor_parallel_size times pipeline_parallel_size, {model.all_devices}"
+        yield where, f"{path}.local_devices", what
     yield from _fits(model, config)
     yield from _shares(model)
 

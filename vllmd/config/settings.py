@@ -297,6 +297,11 @@ MODEL = Group(
         Setting("tensor_parallel_size", k.count(1, 1024), "Devices that each layer is split over."),
         Setting("pipeline_parallel_size", k.count(1, 1024), "Devices that the layers are spread over."),
         Setting(
+            "local_devices",
+            k.count(0, 1024, "all"),
+            "How many of its devices are this machine's, where the engine has others on other machines.",
+        ),
+        Setting(
             "gpu_memory",
             k.SHARE,
             "Memory on each of its devices: a share is passed to the engine literally, "

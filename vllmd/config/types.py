@@ -72,6 +72,7 @@ class ModelConfig:
     devices: tuple[int, ...] = ()  # () is auto
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    local_devices: int | None = None  # of tensor times pipeline; None: all of them
     gpu_memory: float | int | None = None  # a fraction (float), bytes (int), or None for auto
     memory_asleep: int | None = None
     host_memory: int | None = None
@@ -111,6 +112,16 @@ class ModelConfig:
     def source(self) -> str:
         """What the engine is given to load: a path or a repository id."""
         return self.model or self.replica_of or self.name
+
+    @property
+    def all_devices(self) -> int:
+        """Devices that it is split over, on whatever machine."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def devices_here(self) -> int:
+        """How many of them are this machine's."""
+        return self.all_devices if self.local_devices is None else self.local_devices
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,7 +123,7 @@ class Engine(Protocol):
         """The probe that tells of work which no open request shows: JSON with a list that is not empty."""
 
     def device_count(self, model: ModelConfig) -> int:
-        """How many devices it takes; 0 for one that needs none."""
+        """How many devices of this machine it takes; 0 for one that needs none."""
 
     def headers(self) -> Sequence[tuple[str, str]]:
         """Fields that every request to it needs: a remote's key."""

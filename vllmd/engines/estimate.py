@@ -82,7 +82,7 @@ def estimate(model: ModelConfig, hf_home: Path, device_memory: int) -> Estimate:
 def too_large(model: ModelConfig, told: Estimate, devices: Sequence[Device]) -> str:
     """Why the model can never run on these devices, with the arithmetic; "" if it can."""
     allowed = [device for device in devices if not model.devices or device.index in model.devices]
-    needed = _ranks(model)
+    needed = model.devices_here
     if not devices or told.footprint.awake <= 0:
         return ""
     if len(allowed) < needed:
@@ -99,7 +99,7 @@ def too_large(model: ModelConfig, told: Estimate, devices: Sequence[Device]) -> 
 
 def overfull_pins(pinned: Iterable[tuple[ModelConfig, Estimate]], devices: Sequence[Device]) -> str:
     """Why the pinned models cannot all be loaded, or leave nothing for others; "" if they do. By sums, not by place."""
-    held = [(each.name, told.footprint.awake * _ranks(each)) for each, told in pinned]
+    held = [(each.name, told.footprint.awake * each.devices_here) for each, told in pinned]
     total = sum(amount for _, amount in held)
     room = sum(device.memory - device.reserve for device in devices)
     if not held or not devices or total < 0.95 * room:
@@ -116,7 +116,8 @@ def _unknown(model: ModelConfig, facts: Facts, device_memory: int) -> Estimate:
     if budget is None:
         budget = int(USABLE * device_memory)
         how = f"nothing is known of its size: {USABLE:g} of the device; set gpu_memory or param_count"
-    footprint = _footprint(model, budget, budget, host=budget * _ranks(model))  # at level 1 it may put all of it there
+    host = budget * model.devices_here  # at level 1 it may put all of it there
+    footprint = _footprint(model, budget, budget, host)
     return Estimate(footprint, 0, 0, 0, f"{size(budget)} ({how})", facts.notes)
 
 
@@ -125,7 +126,7 @@ def _stand_in(model: ModelConfig, device_memory: int) -> Estimate:
     awake = _budget(model, device_memory)[0] or _option(model, "memory") or int(USABLE * device_memory)
     starting = max(awake, _option(model, "memory_starting"))
     asleep = _option(model, "memory_asleep") if model.memory_asleep is None else model.memory_asleep
-    weights = (_option(model, "weights") or awake // 2) * _ranks(model)
+    weights = (_option(model, "weights") or awake // 2) * model.all_devices
     host = weights if model.host_memory is None else model.host_memory
     footprint = Footprint(starting, awake, min(asleep, awake), host, Source.CONFIGURED)
     return Estimate(footprint, weights, 0, 0, f"{size(awake)}: a stand-in takes what it is told to")
@@ -139,13 +140,8 @@ def _option(model: ModelConfig, name: str) -> int:
         return 0
 
 
-def _ranks(model: ModelConfig) -> int:
-    """Devices that it takes."""
-    return model.tensor_parallel_size * model.pipeline_parallel_size
-
-
 def _known(model: ModelConfig, facts: Facts, device_memory: int) -> Estimate:
-    ranks = _ranks(model)
+    ranks = model.all_devices
     weights = -(-facts.weights // ranks)
     fixed = weights + _overhead(model, weights)
     budget, budget_how = _budget(model, device_memory)
@@ -157,7 +153,7 @@ def _known(model: ModelConfig, facts: Facts, device_memory: int) -> Estimate:
     why = _why(
         facts, ranks, (weights, kv.size, fixed - weights), kv.why, f"{size(awake)} {budget_how}" if budget else ""
     )
-    footprint = _footprint(model, awake, weights, facts.weights)
+    footprint = _footprint(model, awake, weights, facts.weights * model.devices_here // ranks)
     return Estimate(footprint, facts.weights, kv.per_token, kv.told, why, (*facts.notes, *kv.notes))
 
 
@@ -268,7 +264,7 @@ def _kv_size(model: ModelConfig, facts: Facts, tokens: int, requests: int) -> in
     """Bytes per device for so many tokens of so many requests."""
     cache = facts.cache
     if cache is None:
-        return -(-tokens * _per_token(model, facts) // _ranks(model))
+        return -(-tokens * _per_token(model, facts) // model.all_devices)
     length = _length(model, cache)
     windowed = cache.windowed * min(tokens, requests * min(cache.window, length))
     layer = cache.layer_token(_kv_width(model), model.tensor_parallel_size)

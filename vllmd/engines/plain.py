@@ -53,8 +53,8 @@ class Plain:
         return None
 
     def device_count(self, model: ModelConfig) -> int:
-        """As many as the model is split over."""
-        return model.tensor_parallel_size * model.pipeline_parallel_size
+        """As many as the model is split over on this machine."""
+        return model.devices_here
 
     def headers(self) -> Sequence[tuple[str, str]]:
         """None."""

@@ -23,7 +23,7 @@ from typing import ClassVar
 
 from vllmd.config.types import ModelConfig
 from vllmd.core.types import Footprint
-from vllmd.engines import vllm_log
+from vllmd.engines import ray_cluster, vllm_log
 from vllmd.engines.base import Call, Failure, Launch, Listen, Place, Progress
 from vllmd.engines.options import choice, size, unknown
 from vllmd.engines.plain import PROBE, Plain
@@ -36,6 +36,7 @@ _SLEEP_TIMEOUT = 300.0  # seconds; offloading a large model's weights to host me
 _WAKE_TIMEOUT = 600.0  # level 2 reads the weights from disk again
 
 INSTALL = "install it with: pip install vllm, and name it in command, such as /opt/vllm/bin/vllm"
+_NO_RAY = ("No module named 'ray'", "Failed to import Ray")
 _ABSENT = ("no command 'vllm'", "No module named 'vllm'", "No module named vllm")
 
 ROUTES = frozenset(
@@ -86,6 +87,7 @@ class Vllm(Plain):
         "sleep_flag": "auto, always or never: whether --enable-sleep-mode is passed (auto: where there is a GPU)",
         "kv_cache_memory": "size of the KV cache per device, such as 8GiB, instead of what profiling leaves",
         "rpc_dir": "directory of vLLM's own sockets, instead of the run directory",
+        **ray_cluster.OPTIONS,
     }
 
     def __init__(self, accelerator: Callable[[], bool] = has_accelerator) -> None:
@@ -102,7 +104,10 @@ class Vllm(Plain):
         socket = place.run_dir / "engine.sock"
         check_path(socket, model)
         argv = (*self._command(model), *self._flags(model, place, socket), *model.extra_args)
-        return Launch(argv, Listen(uds=str(socket)), self._env(model, place))
+        env, cluster = self._env(model, place), ray_cluster.cluster_of(model)
+        if cluster:
+            argv, env = cluster.start(argv), env | cluster.env()
+        return Launch(argv, Listen(uds=str(socket)), env)
 
     def _command(self, model: ModelConfig) -> tuple[str, ...]:
         """The program and its subcommand, which a command configured in full brings along."""
@@ -169,8 +174,10 @@ class Vllm(Plain):
         return vllm_log.progress(line)
 
     def failure(self, lines: Sequence[str]) -> Failure:
-        """What its log says; where there is no vLLM, what to do."""
+        """What its log says; where there is no vLLM or no Ray, what to do."""
         found = vllm_log.failure(lines)
+        if any(words in found.reason for words in _NO_RAY):
+            return dataclasses.replace(found, permanent=True, hint=ray_cluster.INSTALL)
         absent = any(words in found.reason for words in _ABSENT)
         return dataclasses.replace(found, permanent=True, hint=INSTALL) if absent else found
 

@@ -21,6 +21,7 @@ _CONTEXT = GiB  # what CUDA's context and the allocator keep beside what vLLM li
 
 # Phase -> what shows that it has begun. The first match counts.
 PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
+    ("nodes", re.compile(r"^Waiting for Ray:")),
     ("configuring", re.compile(r"non-default args:|Resolved architecture|Initializing a V1 LLM engine")),
     ("download", re.compile(r"Downloading|Fetching \d+ files|\.(?:safetensors|bin|gguf)[^|]*:\s+\d+%\|")),
     ("weights", re.compile(r"Starting to load model|Time spent downloading weights|Loading safetensors")),
