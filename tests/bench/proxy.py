@@ -29,7 +29,6 @@ import argparse
 import contextlib
 import math
 import os
-import platform
 import re
 import resource
 import socket
@@ -48,6 +47,7 @@ from tests.bench.proxy_upstream import EVENTS
 TABLE = Path(__file__).with_name("proxy.md")
 ROUTER, SLOW = "vllm-router", "litellm"
 FAST = ("vllmd", "relay", "nginx", "haproxy", ROUTER)
+CELLS = "Cells: requests per second · median latency · least CPU time per request."
 CASES = [("JSON", 1), ("JSON", 64), ("SSE", 1), ("SSE", 64)]
 WORDS = "Say something nice about the weather."
 AT_ONCE, PACED = "at once", f"pace {EVENTS} 5"
@@ -175,18 +175,23 @@ def paced(runners: Sequence[Runner], rounds: int, seconds: int) -> dict[str, flo
 
 
 def growth(runner: Runner, kind: str, requests: int) -> tuple[int, int]:
-    """Bytes that the server grew by over so many requests, after a tenth of them to get warm; and how many."""
+    """Bytes that the server grew by over so many requests, after a tenth of them to get warm; and how many.
 
-    def ask(number: float) -> int:
-        done = 0
-        while done < number:
+    From round to round it goes up and down by megabytes, as buffers come and go. A leak raises the least: of the
+    second half of the rounds over that of the first.
+    """
+
+    def ask(number: float) -> tuple[int, list[int]]:
+        done, sizes = 0, []
+        while done < number or len(sizes) < 2:
             done += int(wrk(runner, (kind, 64), 5).rate * 5)
-        return done
+            sizes.append(resident(runner.pid))
+        return done, sizes
 
     ask(requests / 10)
-    before = resident(runner.pid)
-    done = ask(requests)
-    return resident(runner.pid) - before, done
+    done, sizes = ask(requests)
+    half = len(sizes) // 2
+    return min(sizes[half:]) - min(sizes[:half]), done
 
 
 def idle_streams(runner: Runner, number: int) -> float:
@@ -315,9 +320,9 @@ def bench(options: argparse.Namespace, folder: Path) -> str:
 
 
 def where() -> str:
-    """The machine and what it is at."""
+    """What it was measured on."""
     version = subprocess.run([python(), "-V"], capture_output=True, text=True, check=True).stdout.strip()
-    return f"{os.cpu_count()} CPUs, {platform.system()}, {version}, load {os.getloadavg()[0]:.1f} at the start"
+    return f"{os.cpu_count()} CPUs, {version}"
 
 
 def main() -> None:
@@ -331,9 +336,11 @@ def main() -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     install_others()
-    header = f"## {date.today()} · {where()}"
+    before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
-        text = f"{header}\n\n{bench(options, Path(folder))}\n"
+        found = bench(options, Path(folder))
+    load = f"load {before:.1f} before and {os.getloadavg()[0]:.1f} after"
+    text = f"## {date.today()} · {where()}, {load}\n\n{CELLS}\n\n{found}\n"
     print(text)
     if options.write:
         TABLE.write_text(text + "\n" + (TABLE.read_text() if TABLE.exists() else ""))
