@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -52,9 +52,13 @@ class Node:
         self.admin = httpx.Client(transport=httpx.HTTPTransport(uds=str(control)), base_url="http://x", timeout=LIMIT)
         until(self._listens, f"{self.name} to listen")
 
+    @property
+    def alive(self) -> bool:
+        """Whether its daemon runs."""
+        return self.process is not None and self.process.poll() is None
+
     def _listens(self) -> bool:
-        assert self.process
-        assert self.process.poll() is None, (self.folder / "log").read_text()
+        assert self.alive, (self.folder / "log").read_text()
         try:
             return self.admin.get("/health").status_code == 200
         except httpx.TransportError:
@@ -68,7 +72,7 @@ class Node:
 
     def stop(self) -> None:
         """Shut down."""
-        if self.process and self.process.poll() is None:
+        if self.process and self.alive:
             self.process.send_signal(signal.SIGTERM)
             self.process.wait(LIMIT)
 
@@ -147,10 +151,10 @@ def machines(folder: Path, *names: str) -> Iterator[Lab]:
         lab.destroy()
 
 
-def until(condition: object, what: str) -> None:
+def until(condition: Callable[[], object], what: str) -> None:
     """Wait for something that another process does."""
     deadline = time.monotonic() + LIMIT
-    while not condition():  # type: ignore[operator]
+    while not condition():
         assert time.monotonic() < deadline, f"waited in vain for {what}"
         time.sleep(0.02)
 

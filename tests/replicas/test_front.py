@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.engines.installed import Site, daemon
-from tests.replicas.lab import KEY, PORT, Lab, Node, machines, until
+from tests.replicas.lab import KEY, PORT, Lab, machines, until
 from tests.replicas.load import Load
 
 CLIENTS = 24
@@ -24,8 +24,8 @@ ENGINE = {"load_time": "0s", "tokens_per_second": 40}  # half a second for an an
 class Front:
     """The front's daemon, and what it says of the nodes."""
 
-    def __init__(self, site: Site, nodes: dict[str, Node]) -> None:
-        self.site, self.nodes = site, nodes
+    def __init__(self, site: Site) -> None:
+        self.site = site
 
     @property
     def url(self) -> str:
@@ -40,12 +40,11 @@ class Front:
 
     def decided(self, name: str, what: str, since: float) -> float:
         """When the front first decided so about a node after ``since`` (Unix time), as soon as it has."""
-        model = "sim/m" if name == next(iter(self.nodes)) else f"sim/m@{name}"
         found: list[float] = []
 
         def look() -> list[float]:
             made = self.site.admin.get("/admin/decisions").json()["decisions"]
-            found[:] = [d["at"] for d in made if (d["model"], d["what"]) == (model, what) and d["at"] > since]
+            found[:] = [d["at"] for d in made if (d["model"], d["what"]) == (f"sim/m@{name}", what) and d["at"] > since]
             return found
 
         until(look, f"{what} {name}")
@@ -86,8 +85,12 @@ def site(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 @pytest.fixture
 def front(lab: Lab, site: Site) -> Front:
-    """With both nodes serving."""
-    front = Front(site, lab.nodes)
+    """With both nodes serving, whatever the script before did."""
+    for node in lab.nodes.values():
+        node.plug_in()
+        if not node.alive:
+            node.start(options=ENGINE)
+    front = Front(site)
     front.site.answer("sim/m")
     front.serve("a", "b")
     return front
