@@ -112,7 +112,7 @@ class Admission:
 
     def admit(self, m: Model) -> None:
         """Its gate is open: let in what waits, for it or for another replica, as far as there is a place."""
-        while self._open(m) and (queued := self._next(m)):
+        while (queued := self._next(m)) and self._open(m):
             if self._core.policy.in_order and self._older_elsewhere(queued):
                 return
             request, _ = queued.queue.take()

@@ -36,7 +36,8 @@ class Replicas:
     @property
     def due(self) -> float:
         """When time alone changes something for one of them."""
-        return min([group.due for group in self._core.groups.values()], default=INFINITY)
+        groups = self._core.groups
+        return min([group.due for group in groups.values()]) if groups else INFINITY
 
     # -- who belongs together
 
