@@ -94,6 +94,12 @@ class Site:
         self.wait_for(model, "stopped")
 
 
+def ports() -> dict[str, int]:
+    """Engine ports of this test process's own: daemons of others, which run beside it, look for free ones as well."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    return {"port_start": 33300 + 50 * worker, "port_end": 33349 + 50 * worker}
+
+
 @contextlib.contextmanager
 def daemon(
     folder: Path, config: object, *, path: str = "", port: int = 0, inside: Sequence[str] = ()
@@ -101,7 +107,7 @@ def daemon(
     """A daemon of its own, with ``path`` in PYTHONPATH, ended at the end. ``inside``: the command that runs it."""
     folder.mkdir(exist_ok=True)
     settings, control, log = folder / "vllmd.yaml", folder / "admin.sock", folder / "log"
-    settings.write_text(json.dumps(config))
+    settings.write_text(json.dumps({"engines": ports(), **config}))
     settings.chmod(0o600)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [os.environ["PYTHONPATH"], path]))}
     with (
