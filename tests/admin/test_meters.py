@@ -50,7 +50,7 @@ class _Passage:
     def __init__(self, ended: list[int | None]) -> None:
         self._ended = ended
 
-    def answered(self) -> None: ...
+    def answered(self, streamed: bool) -> None: ...
 
     def done(self, tokens: int | None = None, failed: str = "") -> None:
         self._ended.append(tokens)

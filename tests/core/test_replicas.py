@@ -214,6 +214,20 @@ def test_S_latency_growing_rate_a_slow_one_is_set_aside_and_comes_back() -> None
     assert standing(w, "m") == "serving"
 
 
+def test_streams_and_whole_answers_are_not_held_against_each_other() -> None:
+    """A whole answer begins when it is made, a stream long before: the one that has only streams is not faster."""
+    w = serving(2)
+    for n in range(6):
+        for name, other, seconds, streamed in (("m", "m@2", 5.0, False), ("m@2", "m", 0.1, True)):
+            w.do(RequestArrived(f"{name} {n}", "m", avoid=frozenset({other})))
+            w.now += seconds
+            w.do(RequestAnswered(f"{name} {n}", streamed))
+            w.finish(f"{name} {n}")
+    assert standing(w, "m") == "serving"
+    who = Counter(c.model for n in range(20) for c in w.ask(f"r{n}", "m") if isinstance(c, Admit))
+    assert who["m"] == who["m@2"]
+
+
 def test_a_slow_one_is_better_than_none() -> None:
     """When the fast one goes, requests go where they are answered at all."""
     w = serving(2)

@@ -178,9 +178,9 @@ async def test_a_request_that_a_replica_failed_goes_on_to_another(rig: Rig) -> N
     ]
     rig.gate.admit(commands.Admit("2", "m"))
     second = await again
-    second.answered()
+    second.answered(True)
     second.done(5)
-    assert rig.posted[3:] == [events.RequestAnswered("2"), events.RequestFinished("2", 5)]
+    assert rig.posted[3:] == [events.RequestAnswered("2", True), events.RequestFinished("2", 5)]
     assert rig.gate.open == 0
 
 

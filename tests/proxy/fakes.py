@@ -54,7 +54,7 @@ class FakePassage:
         self.over = asyncio.Event()
         self.cut: Callable[[str], None] = lambda reason: None
 
-    def answered(self) -> None:
+    def answered(self, streamed: bool) -> None:
         """The first byte of a replica's answer."""
         self.begun += 1
 

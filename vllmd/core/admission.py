@@ -80,7 +80,7 @@ class Admission:
         """The first byte of a replica's answer."""
         m = self._requests.get(e.request)
         if m:
-            self._replicas.answered(m, e.request)
+            self._replicas.answered(m, e.request, e.streamed)
 
     def finished(self, e: RequestFinished) -> None:
         """An admitted request ended. One that is not known any more was rejected meanwhile."""

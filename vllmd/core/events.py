@@ -31,9 +31,13 @@ class RequestArrived:
 
 @dataclass(frozen=True, slots=True)
 class RequestAnswered:
-    """The first byte of an admitted request's answer came. Told of requests to replicas only."""
+    """The first byte of an admitted request's answer came. Told of requests to replicas only.
+
+    ``streamed``: more of it is to come as it is made; else the answer began when all of it was made.
+    """
 
     request: str
+    streamed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ from vllmd.core.types import ReplicaRules, State
 
 FORGET = 30.0  # seconds in which what is held against a replica falls to a third
 ENOUGH = 3  # answers from which a replica's latency means something
-NOTHING = 0.001  # seconds
 QUICK = 0.1  # seconds; whoever answers sooner is not slow, however fast the others are
 DOUBTFUL = 5  # the outlook of one that was ejected, or is on its way out; that of a failed one is worse
 OFF = frozenset({State.STOPPED, State.SLEEPING, State.FAILED})
@@ -45,8 +44,8 @@ class Group:
     def choose(self, avoid: Iterable[str], now: float) -> Model | None:
         """Power of two choices: of two open ones, taken at random, the one that will answer sooner. None: none is."""
         fit = [m for m in self._open() if not m.full and m.name not in avoid]
-        pair = self._chance.sample(fit, 2) if len(fit) > 2 else fit
-        return min(pair, key=lambda m: self.expected(m, now) * (len(m.running) + 1), default=None)
+        pair = self._chance.sample(fit, min(2, len(fit)))
+        return min(pair, key=lambda m: self.slowness(m, now) * (len(m.running) + 1), default=None)
 
     def takes(self, m: Model) -> bool:
         """Whether ``m`` is among those who get requests now."""
@@ -64,18 +63,22 @@ class Group:
         up = [m for m in self.members if m.spec.device_count and m.state is State.READY]
         return up[max(self.wanted, self.rules.least) :]
 
-    def expected(self, m: Model, now: float) -> float:
-        """Seconds to the first byte. What was measured falls towards the fastest's as it ages, and is tried anew."""
-        fastest, r = self.fastest() or NOTHING, m.replica
-        if r is None or r.latency is None:
-            return fastest
-        return fastest + (r.latency - fastest) * math.exp(-max(0.0, now - r.seen) / FORGET)
+    def slowness(self, m: Model, now: float) -> float:
+        """How many times later than the fastest's its answers begin. It falls towards 1 as it ages, and is tried anew.
 
-    def fastest(self, but: Model | None = None) -> float | None:
+        Streams are held against streams, whole answers against whole ones: those take as long as they are.
+        """
+        r = m.replica
+        if r is None or not r.latencies:
+            return 1.0
+        ratios = [latency.value / (self.fastest(kind) or latency.value) for kind, latency in r.latencies.items()]
+        return 1.0 + (max(1.0, *ratios) - 1.0) * math.exp(-max(0.0, now - r.seen) / FORGET)
+
+    def fastest(self, streamed: bool, but: Model | None = None) -> float | None:
         """Seconds to the first byte of the fastest that serves, by more than a few answers; None if none is known."""
         serving = [m for m in self.members if m is not but and m.on and standing(m) is Standing.SERVING]
-        known = [m.replica.latency for m in serving if m.replica and m.replica.answers >= ENOUGH]
-        return min([latency for latency in known if latency is not None], default=None)
+        known = [m.replica.latencies.get(streamed) for m in serving if m.replica]
+        return min([latency.value for latency in known if latency and latency.answers >= ENOUGH], default=None)
 
     def quickest(self, but: Model) -> float | None:
         """Seconds of the quickest probe of those that serve; None if no other does."""

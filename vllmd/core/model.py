@@ -33,12 +33,24 @@ class Standing(enum.Enum):
 
 
 @dataclass(slots=True)
+class Latency:
+    """Seconds to the first byte of an answer, exponentially weighted over so many ``answers``."""
+
+    value: float
+    answers: int = 1
+
+    def learn(self, seconds: float, weight: float) -> None:
+        """One more answer."""
+        self.value += weight * (seconds - self.value)
+        self.answers += 1
+
+
+@dataclass(slots=True)
 class Replica:
     """What is remembered of one of several engines of a model."""
 
     standing: Standing = Standing.NEW
-    latency: float | None = None  # seconds to the first byte of an answer, exponentially weighted
-    answers: int = 0  # how many it was learnt from
+    latencies: dict[bool, Latency] = field(default_factory=dict)  # of streams (True) and of whole answers
     seen: float = -INFINITY  # when the last of them came
     took: float | None = None  # seconds, its last probe
     asked: float = -INFINITY  # when its last probe was sent
@@ -52,6 +64,17 @@ class Replica:
     why: str = ""  # why it is set aside or ejected
     halted: bool = False  # an operator took it down while others serve
     unanswered: dict[str, float] = field(default_factory=dict)  # request -> when it was admitted; oldest first
+
+    @property
+    def latency(self) -> float | None:
+        """The one to be shown: that of streams, where there were any."""
+        known = self.latencies.get(True) or self.latencies.get(False)
+        return known.value if known else None
+
+    @property
+    def longest(self) -> float:
+        """Seconds to the first byte of the kind of answer that takes longest; 0 if none is known."""
+        return max([latency.value for latency in self.latencies.values()], default=0.0)
 
     def engine_left(self) -> None:
         """Its engine sleeps or is gone: it will have to show itself anew."""

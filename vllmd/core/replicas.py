@@ -12,10 +12,11 @@ from collections.abc import Iterable, Mapping
 from vllmd.core.common import Core
 from vllmd.core.events import ProbeAsked, ReplicaProbed, ServerSilent
 from vllmd.core.group import ENOUGH, QUICK, Group
-from vllmd.core.model import INFINITY, Leave, Model, Replica, Run, Standing
+from vllmd.core.model import INFINITY, Latency, Leave, Model, Replica, Run, Standing
 from vllmd.core.planner import RECENT, Planner
 from vllmd.core.types import State
 
+LEAST = 0.0005  # seconds; nothing takes no time
 NEWEST = 0.2  # weight of the newest answer in a replica's latency
 PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds until one that was set aside or ejected is probed; doubles each time
 QUICKEST_PROBE = 0.5  # seconds that every probe may take
@@ -58,25 +59,24 @@ class Replicas:
 
     # -- what is heard of them (8.2)
 
-    def answered(self, m: Model, request: str) -> None:
+    def answered(self, m: Model, request: str, streamed: bool) -> None:
         """The first byte of an answer came."""
         r = m.replica
         began = r.unanswered.pop(request, None) if r else None
         group = self._core.group_of(m)
         if r is None or group is None or began is None:
             return
-        self._learn(r, self._core.now - began)
+        took, r.seen = max(LEAST, self._core.now - began), self._core.now
+        if streamed in r.latencies:
+            r.latencies[streamed].learn(took, NEWEST)
+        else:
+            r.latencies[streamed] = Latency(took)
         if r.standing is Standing.SERVING:
-            self._judge(group, m, r, self._core.now - began)
+            self._judge(group, m, r, took, group.fastest(streamed, but=m), r.latencies[streamed].value)
         self._core.touch(m)
 
-    def _learn(self, r: Replica, took: float) -> None:
-        r.latency = took if r.latency is None else r.latency + NEWEST * (took - r.latency)
-        r.answers, r.seen = r.answers + 1, self._core.now
-
-    def _judge(self, group: Group, m: Model, r: Replica, took: float) -> None:
+    def _judge(self, group: Group, m: Model, r: Replica, took: float, fastest: float | None, latency: float) -> None:
         """Too late too often beside the fastest of the others: it is set aside."""
-        fastest, latency = group.fastest(but=m), r.latency or 0.0
         bound = INFINITY if fastest is None else max(QUICK, group.rules.growth * fastest)
         if took <= bound or latency <= bound:
             r.late, r.timely = 0, r.timely + 1
@@ -229,7 +229,7 @@ class Replicas:
     def _suspicion(self, m: Model, r: Replica) -> float:
         """Seconds without an answer that are suspicious."""
         rules = m.spec.replicas
-        return max(rules.probe_limit, rules.growth * (r.latency or 0.0))
+        return max(rules.probe_limit, rules.growth * r.longest)
 
     def _suspicious_at(self, m: Model, r: Replica) -> float:
         if r.standing is not Standing.SERVING or not m.spec.replicas.probe:

@@ -215,9 +215,9 @@ class _Metered:
         """As the other passage has it."""
         return self._passage.target
 
-    def answered(self) -> None:
+    def answered(self, streamed: bool) -> None:
         """As the other passage does."""
-        self._passage.answered()
+        self._passage.answered(streamed)
 
     def done(self, tokens: int | None = None, failed: str = "") -> None:
         """The request is over."""

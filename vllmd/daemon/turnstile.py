@@ -188,9 +188,9 @@ class Turnstile:
         model = self._models.get(ticket.model)
         return self._target(engine) if model and model.replicas and engine in self._engines else None
 
-    def answered(self, ticket: _Ticket) -> None:
+    def answered(self, ticket: _Ticket, streamed: bool) -> None:
         """The head of a replica's answer came."""
-        self._post(events.RequestAnswered(ticket.request))
+        self._post(events.RequestAnswered(ticket.request, streamed))
 
     def ended(self, ticket: _Ticket, tokens: int | None, failed: str) -> None:
         """An admitted request is over."""
@@ -211,9 +211,9 @@ class _Passage:
         self._on_cut: Callable[[str], None] | None = None
         self._cut: str | None = None
 
-    def answered(self) -> None:
+    def answered(self, streamed: bool) -> None:
         """The head of a replica's answer came."""
-        self._turnstile.answered(self._ticket)
+        self._turnstile.answered(self._ticket, streamed)
 
     def done(self, tokens: int | None = None, failed: str = "") -> None:
         """The request ended, however it did."""

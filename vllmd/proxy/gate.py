@@ -75,8 +75,8 @@ class Passage(Protocol):
     def target(self) -> Target | None:
         """What the client's model name means there, where one of several replicas was chosen; else None."""
 
-    def answered(self) -> None:
-        """The head of a replica's answer came. Only owed where ``target`` is not None."""
+    def answered(self, streamed: bool) -> None:
+        """The head of a replica's answer came, ``streamed`` or whole. Only owed where ``target`` is not None."""
 
     def done(self, tokens: int | None = None, failed: str = "") -> None:
         """The request is over, however it went. Called exactly once. ``tokens``: the answer's usage, if it told.

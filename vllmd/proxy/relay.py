@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import quote
 
 from vllmd.errors import BadRequest, EngineFailed, Forbidden, NotFound, UnknownModel, UpstreamFailed, VllmdError
-from vllmd.proxy.answer import Answer, Errand, Refusal, answer_for
+from vllmd.proxy.answer import EVENT_STREAM, Answer, Errand, Refusal, answer_for
 from vllmd.proxy.eager import Begun, Bell
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.framing import Framing
@@ -284,7 +284,7 @@ class Trip:
             if head.status in REFUSALS:
                 self._answer = Refusal(head.status, framing)
                 return
-            self._passage.answered()
+            self._passage.answered(head.content_type.startswith(EVENT_STREAM))
         self._answer = answer_for(self._exchange, self._errand, self._loading, head, framing)
 
     def data(self, data: bytes) -> None:
