@@ -68,7 +68,8 @@ chat = client.chat.completions.create
 """
 ENGINE = """
 import httpx
-engine = httpx.Client(transport=httpx.HTTPTransport(uds=SOCKET), base_url="http://engine")
+once = httpx.Limits(max_keepalive_connections=0)  # vLLM closes idle connections after 5 s, and so does httpx
+engine = httpx.Client(transport=httpx.HTTPTransport(uds=SOCKET, limits=once), base_url="http://engine")
 """
 ANTHROPIC = """
 import anthropic

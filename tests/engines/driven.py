@@ -30,7 +30,9 @@ class Driven:
                 launch.argv, stdout=log, stderr=log, env=env, cwd=launch.cwd or None, start_new_session=True
             )
         self.launch = launch
-        transport = httpx.HTTPTransport(uds=launch.listen.uds or None)
+        # Engines close idle connections after 5 s, as httpx does: whoever keeps none cannot meet that moment.
+        once = httpx.Limits(max_keepalive_connections=0)
+        transport = httpx.HTTPTransport(uds=launch.listen.uds or None, limits=once)
         base = "http://engine" if launch.listen.uds else f"http://{launch.listen.host}:{launch.listen.port}"
         self.http = httpx.Client(transport=transport, base_url=base, timeout=limit)
 
