@@ -190,18 +190,30 @@ class Held:
         self._exchange.finish()
 
 
-class Refusal:
-    """A replica's word that it cannot serve just now: kept, for the request may yet be served elsewhere."""
+class Kept:
+    """An error that does not go to the client as it came; the framing keeps its body, up to a sane size."""
 
-    def __init__(self, status: int, framing: Framing) -> None:
-        self.status = status
+    def __init__(self, framing: Framing) -> None:
         self._framing = framing
         framing.keep = True
 
     def more(self, data: bytes) -> None:
-        """The framing keeps it, up to a sane size."""
+        """The framing has kept it."""
         if sum(map(len, self._framing.pieces)) > MAX_ERROR:
             self._framing.keep = False
+
+    @property
+    def body(self) -> bytes:
+        """What came of it."""
+        return b"".join(self._framing.pieces)
+
+
+class Refusal(Kept):
+    """A replica's word that it cannot serve just now; the request may yet be served elsewhere."""
+
+    def __init__(self, status: int, framing: Framing) -> None:
+        super().__init__(framing)
+        self.status = status
 
     def end(self) -> None:
         """It is judged by whoever asked."""
@@ -209,25 +221,19 @@ class Refusal:
     def error(self) -> VllmdError:
         """What to tell the client, if nobody else serves it."""
         try:
-            told = str(json.loads(b"".join(self._framing.pieces))["error"]["message"])
+            told = str(json.loads(self.body)["error"]["message"])
         except (ValueError, LookupError, TypeError):
             told = "it said no more"
         return Unavailable(f"the engine answered {self.status}: {told}", retry_after=1)
 
 
-class ErrorEvent:
+class ErrorEvent(Kept):
     """An error that comes after the client's 200: it becomes the stream's last event."""
 
     def __init__(self, loading: Loading, framing: Framing) -> None:
+        super().__init__(framing)
         self._loading = loading
-        self._framing = framing
-        framing.keep = True
-
-    def more(self, data: bytes) -> None:
-        """The framing keeps it, up to a sane size."""
-        if sum(map(len, self._framing.pieces)) > MAX_ERROR:
-            self._framing.keep = False
 
     def end(self) -> None:
         """Tell it."""
-        self._loading.fail_with(b"".join(self._framing.pieces))
+        self._loading.fail_with(self.body)
