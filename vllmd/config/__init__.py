@@ -10,6 +10,8 @@ trees      pure functions on trees
 loader     all of that, and parsing -> Config
 findings   problems, warnings, origins
 checks     what spans several settings
+replicas   the engines that this machine is to have
+guest      a model's settings from a program instead of a file
 secrets    keys and tokens kept in files
 schema     the table as JSON Schema
 conversion other systems' configurations

@@ -20,12 +20,15 @@
     memory      samples of the devices, and whether freed memory came back
     specs       a configured model as the core sees it
     names       what a client calls a model -> the model
-    control     what the admin endpoints may ask
+    roster      models and their replicas, as operators name and see them
+    control     what the admin endpoints may ask; guests models that programs bring along
+      probing     replicas asked a short question by an operator: who answers first
+      instances   M's start on a GPU of the caller's choice
     portrait    how models and devices are shown to clients and operators
     processes   processes on the devices: whose they are, and how to be rid of one
     discovery   models of the Hugging Face cache that nobody configured
     logfile     an engine's output in a rotating file
     learnt      footprints and costs kept over restarts
-    preflight   what models will take, and which of them can never work
+    preflight   what models will take, and which of them can never work; check says it and ends
     kinds       each model's engine, or why it has none
 """
