@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import vllmd
 from tests.cli.fake_daemon import fake_daemon, model, status
 from vllmd.cli import admin, main
 
@@ -84,15 +87,23 @@ def test_a_socket_that_nobody_listens_on(capsys: pytest.CaptureFixture[str], tmp
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become nobody")
 def test_a_socket_that_is_not_for_us(tmp_path: Path) -> None:
-    """Says which group is meant, and how to join it."""
-    tmp_path.parent.chmod(0o755)
+    """Says which group is meant, and how to join it. The program is read from where everybody may."""
     tmp_path.chmod(0o700)
     code = (
         "import getpass, os, pwd, sys; from vllmd.cli import main; ask = ['--socket', sys.argv[1], 'ps'];"
         "main(ask); sys.stderr.flush(); os.setuid(65534); raise SystemExit(main(ask))"
     )
-    done = subprocess.run([sys.executable, "-c", code, f"{tmp_path}/s"], capture_output=True, text=True)
-    assert done.returncode == 77
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        shutil.copytree(Path(vllmd.__file__).parent, f"{folder}/vllmd")
+        done = subprocess.run(
+            [sys.executable, "-c", code, f"{tmp_path}/s"],
+            capture_output=True,
+            text=True,
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": folder},
+        )
+    assert done.returncode == 77, done.stderr
     assert done.stderr.splitlines()[1] == (
         f"vllmctl: you may not use {tmp_path}/s, which is open to the group vllmd; "
         "sudo usermod -aG vllmd nobody, then log in again"
