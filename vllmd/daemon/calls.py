@@ -49,24 +49,34 @@ async def call_all(member: Member, calls: Iterable[Call]) -> str:
 
 async def call(member: Member, step: Call) -> str:
     """Make the call; what went wrong, or "" if nothing did."""
+    try:
+        answer = await _while_it_lives(member, step)
+    except VllmdError as error:  # which says what was called
+        return error.message
+    except OSError as error:
+        return f"{step.method} {step.path}: {error or type(error).__name__}"
+    if answer is None:
+        return f"{step.method} {step.path}: the engine died"
+    status, body = answer
+    if status == step.expect:
+        return ""
+    said = body[:300].decode("utf-8", "replace")
+    return f"{step.method} {step.path} answered {status} instead of {step.expect}: {said}"
+
+
+async def _while_it_lives(member: Member, step: Call) -> tuple[int, bytes] | None:
+    """The status and the body of the answer; None if the engine died before. Raises UpstreamFailed, OSError."""
     answer = asyncio.ensure_future(ask(member.listen, step))
     gone = asyncio.ensure_future(member.exited.wait())
     try:
         await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
-            return f"{step.method} {step.path}: the engine died"
+            return None
         status, _, body = answer.result()
-    except VllmdError as error:  # which says what was called
-        return error.message
-    except OSError as error:
-        return f"{step.method} {step.path}: {error or type(error).__name__}"
+        return status, body
     finally:  # also when a stop overrules it
         answer.cancel()
         gone.cancel()
-    if status == step.expect:
-        return ""
-    said = body[:300].decode("utf-8", "replace")
-    return f"{step.method} {step.path} answered {status} instead of {step.expect}: {said}"
 
 
 async def asked(member: Member, limit: float) -> tuple[float | None, str]:
@@ -79,18 +89,13 @@ async def asked(member: Member, limit: float) -> tuple[float | None, str]:
     message = rules.probe or ReplicaConfig().probe or ""
     body = probe_body(rules.probe_route, member.engine.served_name(member.model), message)
     question = Call("POST", rules.probe_route, body, timeout=limit, headers=tuple(member.engine.headers()))
-    gone = asyncio.ensure_future(member.exited.wait())
-    answer = asyncio.ensure_future(ask(member.listen, question))
     try:
-        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
-            return None, "its engine died"
-        status, _, told = answer.result()
+        answer = await _while_it_lives(member, question)
     except (OSError, VllmdError) as error:
         return None, str(error) or type(error).__name__
-    finally:
-        answer.cancel()
-        gone.cancel()
+    if answer is None:
+        return None, "its engine died"
+    status, told = answer
     if status in PROBE_ANSWERED and not (status == 404 and _is_about_the_model(told)):
         return time.monotonic() - began, ""
     return None, f"POST {rules.probe_route} answered {status}: {in_words(told)}"

@@ -163,6 +163,11 @@ class DaemonControl:
             return ""
         return str(line["phase"] or line["state"]) if line["state"] in LOADING else ""
 
+    def views(self, model: str) -> list[ModelView]:
+        """How each of its engines stands; none until the daemon has found them."""
+        snapshot, engines = self.snapshot(), self._daemon.roster.engines(model)
+        return [view for view in snapshot.models if view.name in engines] if snapshot else []
+
     def _view(self, engine: str) -> ModelView | None:
         snapshot = self.snapshot()
         return next((view for view in snapshot.models if view.name == engine), None) if snapshot else None
@@ -249,8 +254,7 @@ class DaemonControl:
         await self._daemon.opened.wait()
         config, engines = self._daemon.config.models.get(model), self._daemon.roster.engines(model)
         least = config.replicas.min if config and config.replicas else None
-        snapshot = self.snapshot()
-        up = [view.name for view in snapshot.models if view.state in UP and view.name in engines] if snapshot else []
+        up = [view.name for view in self.views(model) if view.state in UP]
         surely = next(iter(up), engines[0])
         for engine in engines[:least]:
             self._daemon.post(events.LoadAsked(engine, beside=engine != surely))
@@ -274,8 +278,8 @@ class DaemonControl:
         """Keep it for ``seconds``; of several replicas one that serves."""
         await self._daemon.opened.wait()
         deadline = None if seconds is None else self._daemon.heart.now() + seconds
-        engines, snapshot = self._daemon.roster.engines(model), self.snapshot()
-        up = [view.name for view in snapshot.models if serves(view) and view.name in engines] if snapshot else []
+        engines = self._daemon.roster.engines(model)
+        up = [view.name for view in self.views(model) if serves(view)]
         await self._post(events.LeaseTaken(lease, next(iter(up), engines[0]), deadline))
 
     async def release(self, lease: str, *, stop: bool) -> None:
@@ -405,9 +409,7 @@ class DaemonControl:
 
     def _moves(self, model: str) -> bool:
         """Whether it is on its way somewhere, or about to be."""
-        snapshot, engines = self.snapshot(), self._daemon.roster.engines(model)
-        views = [view for view in snapshot.models if view.name in engines] if snapshot else []
-        return any(view.state in MOVING or bool(view.waiting_for) for view in views)
+        return any(view.state in MOVING or bool(view.waiting_for) for view in self.views(model))
 
     async def watch(self) -> AsyncIterator[dict[str, Any]]:
         """Decisions as they are made, and what became of them."""

@@ -55,9 +55,8 @@ async def probe(daemon: Daemon, model: str, limit: float | None, *, everybody: b
 
 
 def _serving(daemon: Daemon, model: str) -> list[Member]:
-    snapshot, engines = daemon.control.snapshot(), daemon.roster.engines(model)
-    views = [view for view in snapshot.models if view.name in engines] if snapshot else []
-    members = [daemon.fleet.members[view.name] for view in views if view.state is State.READY]
+    ready = [view.name for view in daemon.control.views(model) if view.state is State.READY]
+    members = [daemon.fleet.members[name] for name in ready]
     if not members:
         state = daemon.control.line(model)["state"]
         raise Conflict(f"{model} does not serve now ({state}), and a probe loads nothing")
