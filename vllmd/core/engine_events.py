@@ -85,7 +85,7 @@ class EngineEvents:
     def sampled(self, e: MemorySampled) -> None:
         """NVML's word corrects the ledger; a device that could not be read keeps its last figures."""
         core = self._core
-        core.engines.ledger.strangers({i: size for i, size in e.strangers.items() if i not in e.failed}, core.now)
+        core.engines.ledger.external({i: size for i, size in e.external.items() if i not in e.failed}, core.now)
         core.engines.ledger.unread(e.failed)
         shares: dict[str, dict[int, int]] = {}
         for (name, index), size in e.replicas.items():

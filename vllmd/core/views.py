@@ -34,7 +34,7 @@ def snapshot(core: Core, now: float) -> Snapshot:
 
 
 def _device(a: Account) -> DeviceView:
-    return DeviceView(a.device.index, a.device.memory, a.device.reserve, a.promised, a.strangers, a.wedged)
+    return DeviceView(a.device.index, a.device.memory, a.device.reserve, a.promised, a.external, a.wedged)
 
 
 def _model(core: Core, model: Model, now: float) -> ModelView:
@@ -134,9 +134,7 @@ def _waiting_for_room(fleet: EngineTable, exchanges: Exchanges, m: Replica) -> s
         return f"{holder.id}, which is {holder.state.value.replace('_', ' ')}"
     accounts = fleet.ledger.accounts.values()
     wedged = [f"device {a.device.index} is avoided: {a.wedged}" for a in accounts if a.missing]
-    taken = [
-        f"strangers hold {gib(a.strangers)} on device {a.device.index}" for a in accounts if a.strangers > a.missing
-    ]
+    taken = [f"strangers hold {gib(a.external)} on device {a.device.index}" for a in accounts if a.external > a.missing]
     kept = [other.id for other in exchanges.replicas.values() if other.kept and other.loaded and other is not m]
     room = f"room beside {', '.join(kept)} (leased or pinned)" if kept else "room"
     return "; ".join([room, *wedged, *taken])
