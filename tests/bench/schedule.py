@@ -32,7 +32,7 @@ from vllmd.core.baselines import ALL
 from vllmd.core.commands import Command
 from vllmd.core.events import Event
 from vllmd.core.scheduler import Scheduler
-from vllmd.core.types import Device, Footprint, IdleRules, ModelSpec, Settings
+from vllmd.core.types import Device, Footprint, IdleRules, ModelSpec, Settings, single
 from vllmd.simulate.physics import Physics
 from vllmd.simulate.report import Figures
 from vllmd.simulate.trace import Row
@@ -69,7 +69,7 @@ METRICS = ("swaps", "mean", "p95", "p99", "longest", "lat mean", "lat p95", "lat
 def specs(weights: dict[str, int], sleeps: bool = True) -> list[ModelSpec]:
     """Models by gigabytes of weights; 5 % and 2 GB more on the device, 1 GB of it kept by a sleeper."""
     return [
-        ModelSpec(
+        single(
             name=name,
             footprint=_footprint(size, sleeps),
             weights=size * GB,

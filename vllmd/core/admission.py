@@ -70,7 +70,7 @@ class Admission:
 
     def _only_there(self, model: Model, e: RequestArrived) -> None:
         """8.1: what one replica alone has is to be had while its engine is up; it does not come back with another."""
-        r = self._core.replicas.get(e.only)
+        r = next(iter(model.members), None) if e.only == model.name else self._core.replicas.get(e.only)
         if r is None or r.model is not model:
             self._refuse(e, Refusal("Unavailable", f"{e.only!r}, which alone has it, is gone"))
             return

@@ -15,7 +15,7 @@ from vllmd.core.events import (
 )
 from vllmd.core.model import INFINITY, Health, Lease, Leave, Model, Replica, Standing
 from vllmd.core.scaling import Scaling
-from vllmd.core.types import ModelSpec, ReplicaSpec, State
+from vllmd.core.types import ModelSpec, ReplicaSpec, State, renamed
 
 UP = frozenset({State.READY, State.STARTING, State.WAKING})
 
@@ -160,11 +160,10 @@ class OperatorCommands:
         core = self._core
         model = core.models.setdefault(spec.name, Model(spec))
         model.spec, model.removed = spec, False
+        names = renamed([r.id for r in model.members], [each.id for each in spec.replicas])
+        if names:
+            core.rename(core.replicas[names[0]], names[1])
         known = {r.id: r for r in model.replicas}
-        first, ids = next(iter(known.values()), None), [each.id for each in spec.replicas]
-        if first and first.id not in ids and ids[0] not in known and not first.removed:
-            known[ids[0]] = known.pop(first.id)
-            core.rename(first, ids[0])
         replicas = []
         for each in spec.replicas:
             r = known.pop(each.id, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -158,6 +158,16 @@ def single(name: str, footprint: Footprint, weights: int = 0, **settings: Any) -
     """A model with one engine; ``settings`` are those of either."""
     own = {key: settings.pop(key) for key in ("priority", "on_busy", "queue_limit", "queue_timeout") if key in settings}
     return ModelSpec(name, (ReplicaSpec(name, footprint, weights, **settings),), **own)
+
+
+def renamed(before: Sequence[str], after: Sequence[str]) -> tuple[str, str] | None:
+    """The first replica of a model goes on where only its id is another one: the old id and the new one, else None.
+
+    ``before``, ``after``: the ids of the model's replicas. So it is with a model that gets replicas, or loses them.
+    """
+    if not before or not after or before[0] in after or after[0] in before:
+        return None
+    return before[0], after[0]
 
 
 @dataclass(frozen=True, slots=True)

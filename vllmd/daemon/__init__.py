@@ -20,7 +20,6 @@
     memory      samples of the devices, and whether freed memory came back
     specs       a configured model as the core sees it
     names       what a client calls a model -> the model
-    roster      models and their replicas, as operators name and see them
     control     what the admin endpoints may ask; guests models that programs bring along
       probing     replicas asked a short question by an operator: who answers first
       instances   M's start on a GPU of the caller's choice

@@ -31,15 +31,16 @@ def run(arguments: argparse.Namespace) -> int:
     if admin.url or not shutil.which("journalctl") or not str(status.get("backend", "")).startswith("systemd"):
         return _from_daemon(admin, line["name"], arguments)
     command = journalctl(
-        engines(status, line), arguments, user=status["backend"] == "systemd-user" or admin.path == user_socket()
+        engines(line), arguments, user=status["backend"] == "systemd-user" or admin.path == user_socket()
     )
     return subprocess.call(command)
 
 
-def engines(status: dict[str, Any], line: dict[str, Any]) -> list[str]:
-    """Whose lines are meant: the first of several replicas has an engine by the model's name."""
-    first = {model["replicas"][0]["name"]: model["name"] for model in status["models"] if model.get("replicas")}
-    return [first.get(each["name"], each["name"]) for each in line.get("replicas") or [line]]
+def engines(line: dict[str, Any]) -> list[str]:
+    """Whose lines are meant. The first of several replicas may have been started by the model's name."""
+    names = [each["name"] for each in line.get("replicas") or [line]]
+    model = line.get("replica_of", "")
+    return [model, *names] if model and names[0] in (f"{model}@1", model) else names
 
 
 def journalctl(names: list[str], arguments: Any, user: bool) -> list[str]:
