@@ -4,12 +4,13 @@ The rooms of the house, and who may enter whom (``tests/test_house.py`` holds
 this table against the imports)::
 
     errors      one tree of errors, each with its HTTP status     imports nothing
+    foreign     files that somebody else may write: one reader    nothing of ours
     core/       decides everything about models and memory: pure  core
-    config/     one table of settings, the loader                 core.types, errors
+    config/     one table of settings, the loader                 core.types, errors, foreign
     gpu/        NVML, or the devices that the configuration says  core.types, config, errors, simengine
-    hub         models in the Hugging Face cache                  nothing of ours
+    hub         models in the Hugging Face cache                  foreign
     engines/    an engine kind: spec -> argv, probes, sleep calls,
-                and what it will take of memory                   core.types, config, errors, hub
+                and what it will take of memory                   core.types, config, errors, hub, foreign
     systemd/    socket activation, notify, journal                errors
     launcher/   the privileged helper and its client; the only
                 room that knows pystemd                           systemd, errors
