@@ -12,6 +12,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from vllmd.engines.base import Listen, Progress
 from vllmd.engines.plain import PROBE
 from vllmd.errors import ConfigError, LauncherFailed, VllmdError
 from vllmd.launcher.client import ExitReport, LauncherClient, StartOrder
+from vllmd.proxy.peers import Impostor
 from vllmd.proxy.upstream import describe
 
 log = logging.getLogger("vllmd.fleet")
@@ -143,6 +145,7 @@ class Fleet:
             self._forget(member)
             reason = with_hint(error.message, member.engine.failure([error.message]).hint)
             return events.EngineStartFailed(name, reason, permanent=getattr(error, "permanent", False))
+        member.listen = replace(member.listen, owner=member.running.uid)
         log.info("%s: started as pid %d in %s", name, member.running.pid, member.running.unit, extra=of(member))
         await self.follow(member)
         return await self.await_ready(member)
@@ -198,6 +201,9 @@ class Fleet:
             for waiting in (ready, gone, clock):
                 waiting.cancel()
         if ready.done() and not ready.cancelled():
+            if isinstance(stranger := ready.exception(), Impostor):
+                await self._end(member, kill=True)
+                return await self._start_failed(member, stranger.message)
             ready.result()
             return await self._is_ready(member)
         if not member.exited.is_set():
@@ -373,6 +379,10 @@ class Fleet:
                 self.on_phase()
 
     # -- small things --------------------------------------------------------------------
+
+    def key_of(self, instance: str) -> str:
+        """The key that an engine with keys was started with."""
+        return self._orders.keys.of(instance)
 
     def adopt(self, member: Member) -> None:
         """Take in an engine that was found running."""

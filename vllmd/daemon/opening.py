@@ -17,6 +17,7 @@ from vllmd.core.scheduler import Scheduler
 from vllmd.core.types import ModelSpec, Settings
 from vllmd.daemon import discovery
 from vllmd.daemon.adoption import adopt_all
+from vllmd.daemon.enginekeys import EngineKeys
 from vllmd.daemon.fleet import Fleet
 from vllmd.daemon.loop import Heart
 from vllmd.daemon.member import fingerprint
@@ -138,7 +139,9 @@ def make_fleet(daemon: Daemon, prospects: list[Prospect]) -> Fleet:
     """Who carries out what is decided about engines."""
     engines, around = daemon.config.engines, daemon.surroundings
     paths = Paths(engines.run_dir or around.run_dir, engines.home or around.home)
-    orders = Orders(daemon.memory, paths, daemon.kinds, PortPool(engines.port_start, engines.port_end))
+    orders = Orders(
+        daemon.memory, paths, daemon.kinds, PortPool(engines.port_start, engines.port_end), EngineKeys(around.cache)
+    )
     fleet = Fleet(daemon.launcher, daemon.control.take, daemon.memory, orders, around.logs)
     fleet.configure(daemon.engines, kv_caches(prospects))
     fleet.on_phase, fleet.look = daemon.control.stir, daemon.look

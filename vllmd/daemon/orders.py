@@ -6,14 +6,16 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from vllmd.config.names import instance_name
 from vllmd.config.types import ModelConfig
 from vllmd.core import commands
+from vllmd.daemon.enginekeys import EngineKeys
 from vllmd.daemon.member import Member, fingerprint
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.ports import PortPool
-from vllmd.engines.base import Engine, Launch, Place
+from vllmd.engines.base import Engine, Launch, Listen, Place
 from vllmd.launcher.client import StartOrder
 
 LONGEST_STOP = 3600.0  # seconds between SIGTERM and SIGKILL that the launcher accepts
@@ -27,11 +29,21 @@ class Paths:
     home: Path | None = None
 
 
+def noted(listen: Listen) -> dict[str, Any]:
+    """Where an engine listens, as others may read it: instead of its key only whether it has one."""
+    return {**asdict(listen), "key": "yes" if listen.key else "", "owner": None}
+
+
 class Orders:
     """Writes the orders for the launcher."""
 
     def __init__(
-        self, memory: Memory, paths: Paths, engine_of: Callable[[ModelConfig], Engine], ports: PortPool
+        self,
+        memory: Memory,
+        paths: Paths,
+        engine_of: Callable[[ModelConfig], Engine],
+        ports: PortPool,
+        keys: EngineKeys | None = None,
     ) -> None:
         self._models: Mapping[str, ModelConfig] = {}
         self._kv_caches: Mapping[str, int] = {}
@@ -39,6 +51,7 @@ class Orders:
         self._paths = paths
         self._engine_of = engine_of
         self._ports = ports
+        self.keys = keys or EngineKeys(None)
 
     def configure(self, models: Mapping[str, ModelConfig], kv_caches: Mapping[str, int]) -> None:
         """Start engines by these settings from now on. ``kv_caches``: bytes per device, by model; 0: its own choice."""
@@ -76,6 +89,7 @@ class Orders:
             port=self._ports.reserve(),
             device_files=self._memory.files_of(command.placement),
             kv_cache=self._kv_caches.get(command.model, 0),
+            key=self.keys.of(run_dir.name),
         )
 
     def _order(self, member: Member, launch: Launch, run_dir: Path) -> StartOrder:
@@ -92,7 +106,7 @@ class Orders:
             limits={key: value for key, value in asdict(member.model.limits).items() if value is not None},
             metadata={
                 "model": member.model.name,
-                "listen": json.dumps(asdict(member.listen)),
+                "listen": json.dumps(noted(member.listen)),
                 "devices": json.dumps(member.placement.devices),
                 "fingerprint": member.fingerprint,
                 "state": "starting",
