@@ -22,6 +22,7 @@ SMALL_FILE = 32 << 20  # bytes; a JSON file beyond this is no configuration
 WEIGHTS = (".safetensors", ".gguf", ".bin", ".pth", ".pt")
 
 _REPOSITORY = re.compile(r"(?!.*(\.\.|--))[\w][\w.-]*(/[\w][\w.-]*)?")
+_COMMIT = r"(?!\.+$)[\w.-]+"
 _GENERATE = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ForImageTextToText")
 _ADAPTER = "adapter_config.json"
 
@@ -55,7 +56,7 @@ def locate(source: str, hf_home: Path, revision: str = "") -> Located:
         path = Path(source).expanduser()
         return Located(path, str(path)) if path.exists() else Located(None, f"{path} does not exist")
     repository, _, tag = source.partition(":")
-    if not _REPOSITORY.fullmatch(repository):
+    if not is_repository(repository):
         return Located(None, f"{source!r} is neither a path nor a repository id")
     folder = _cache(hf_home) / ("models--" + repository.replace("/", "--"))
     try:
@@ -77,6 +78,11 @@ def discover(hf_home: Path) -> tuple[Found, ...]:
     except OSError:
         return ()
     return tuple(found for folder in folders for found in _examine(folder))
+
+
+def is_repository(name: str) -> bool:
+    """Whether it has the form of a repository id; one that looks like a path or a flag has not."""
+    return _REPOSITORY.fullmatch(name) is not None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -107,9 +113,9 @@ def _snapshot(folder: Path, revision: str) -> Path | None:
     ref = folder / "refs" / revision
     if ".." not in revision and ref.is_file():
         wanted = ref.read_text(errors="replace").strip()
-    if re.fullmatch(r"(?!\.+$)[\w.-]+", wanted) and (snapshots / wanted).is_dir():
+    if re.fullmatch(_COMMIT, wanted) and (snapshots / wanted).is_dir():
         return snapshots / wanted
-    there = [path for path in snapshots.iterdir() if path.is_dir()]
+    there = [path for path in snapshots.iterdir() if re.fullmatch(_COMMIT, path.name) and path.is_dir()]
     return max(there, key=lambda path: path.stat().st_mtime, default=None) if revision == "main" else None
 
 
