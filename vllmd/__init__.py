@@ -5,12 +5,13 @@ this table against the imports)::
 
     errors      one tree of errors, each with its HTTP status     imports nothing
     text        what others wrote, made fit to be shown           imports nothing
+    foreign     files that somebody else may write: one reader    nothing of ours
     core/       decides everything about models and memory: pure  core
-    config/     one table of settings, the loader                 core.types, errors, text
+    config/     one table of settings, the loader                 core.types, errors, foreign, text
     gpu/        NVML, or the devices that the configuration says  core.types, config, errors, simengine
-    hub         models in the Hugging Face cache                  nothing of ours
+    hub         models in the Hugging Face cache                  foreign
     engines/    an engine kind: spec -> argv, probes, sleep calls,
-                and what it will take of memory                   core.types, config, errors, hub, text
+                and what it will take of memory                   core.types, config, errors, hub, foreign, text
     systemd/    socket activation, notify, journal                errors, text
     launcher/   the privileged helper and its client; the only
                 room that knows pystemd                           systemd, errors, text

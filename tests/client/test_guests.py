@@ -87,7 +87,7 @@ def test_an_operator_cannot_run_code_as_the_engines_user(settings: dict[str, Any
 )
 def test_nothing_of_a_guest_poses_as_a_flag(name: str, settings: dict[str, Any]) -> None:
     """Its name and source are words of the engine's command line, which a flag would turn into another one."""
-    with pytest.raises(errors.BadRequest, match="first of them not '-'|begins with '-'"):
+    with pytest.raises(errors.BadRequest, match=r"first of them not '-'|begins with '-'"):
         guest(name, settings, CONFIG, trusted=False)
 
 
