@@ -98,7 +98,7 @@ async def test_limits_become_properties_of_the_scope(site: Machine) -> None:
     """What is configured for a model is what systemd enforces."""
     limits = {"memory_max": 1 << 30, "memory_swap_max": 0, "cpu_weight": 50, "cpu_quota": 1.5, "tasks_max": 99}
     async with driving(site) as driver:
-        engine = await driver.start("exec sleep 1000", limits={**limits, "oom_policy": "kill"}, description="a model")
+        engine = await driver.start("exec sleep 1000", limits={**limits, "oom_policy": "kill"})
         wanted = (
             "MemoryMax",
             "MemorySwapMax",
@@ -109,7 +109,7 @@ async def test_limits_become_properties_of_the_scope(site: Machine) -> None:
             "Description",
         )
         shown = [site.show(engine.unit, name) for name in wanted]
-        assert shown == ["1073741824", "0", "50", "1.500000s", "99", "kill", "a model"]
+        assert shown == ["1073741824", "0", "50", "1.500000s", "99", "kill", f"vllmd engine {engine.instance}"]
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,9 @@ class Scopes:
         limits = {_PROPERTIES[name][0]: _PROPERTIES[name][1](value) for name, value in order.limits.items()}
         return {
             b"PIDs": [pid],
-            b"Description": (order.description or f"vllmd engine {order.instance}").encode(),
+            # systemd writes it into the transient unit's file and believes each line of that at its next reload: so it
+            # is made here, of the checked instance, and never of a text that somebody sent.
+            b"Description": f"vllmd engine {order.instance}".encode(),
             b"Slice": SLICE.encode(),
             b"PartOf": [SERVICE.encode()],
             b"Before": [SERVICE.encode()],
