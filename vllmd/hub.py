@@ -29,6 +29,7 @@ log = logging.getLogger("vllmd.hub")
 WEIGHTS = (".safetensors", ".gguf", ".bin", ".pth", ".pt")
 
 _REPOSITORY = re.compile(r"(?!.*(\.\.|--))[\w][\w.-]*(/[\w][\w.-]*)?")
+_COMMIT = r"(?!\.+$)[\w.-]+"
 _GENERATE = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ForImageTextToText")
 _ADAPTER = "adapter_config.json"
 ONE_MODEL, ALL_MODELS = 2.0, 20.0  # seconds for looking at one repository of the cache, and at all
@@ -67,7 +68,7 @@ def locate(source: str, hf_home: Path, revision: str = "") -> Located:
         path = Path(source).expanduser()
         return Located(path, str(path)) if path.exists() else Located(None, f"{path} does not exist")
     repository, _, tag = source.partition(":")
-    if not _REPOSITORY.fullmatch(repository):
+    if not is_repository(repository):
         return Located(None, f"{source!r} is neither a path nor a repository id")
     folder = _cache(hf_home) / ("models--" + repository.replace("/", "--"))
     try:
@@ -114,6 +115,11 @@ def _repositories(cache: Path) -> list[Path]:
     return [cache / name for name in names if name.startswith("models--")][:REPOSITORIES]
 
 
+def is_repository(name: str) -> bool:
+    """Whether it has the form of a repository id; one that looks like a path or a flag has not."""
+    return _REPOSITORY.fullmatch(name) is not None
+
+
 def read_json(path: Path, root: Path | None = None) -> dict[str, Any]:
     """The JSON object in a small file. Raises Unreadable."""
     return Folder(path.parent, root).json(path.name)
@@ -131,9 +137,10 @@ def _snapshot(folder: Path, revision: str) -> Path | None:
     wanted = revision
     if ".." not in revision and (named := _ref(folder, revision)) is not None:
         wanted = named
-    if re.fullmatch(r"(?!\.+$)[\w.-]+", wanted) and (snapshots / wanted).is_dir():
+    if re.fullmatch(_COMMIT, wanted) and (snapshots / wanted).is_dir():
         return snapshots / wanted
-    there = [snapshots / name for name in Folder(snapshots, folder).names()] if revision == "main" else []
+    names = Folder(snapshots, folder).names() if revision == "main" else ()
+    there = [snapshots / name for name in names if re.fullmatch(_COMMIT, name)]
     return max(filter(Path.is_dir, there), key=lambda path: path.stat().st_mtime, default=None)
 
 
