@@ -16,7 +16,7 @@ from vllmd.core.types import Device, GiB
 class Account:
     """One device: what it has, what models were promised, and what others hold."""
 
-    __slots__ = ("capacity", "device", "looked", "missing", "promised", "external")
+    __slots__ = ("capacity", "device", "external", "looked", "missing", "promised")
 
     def __init__(self, device: Device) -> None:
         self.device = device
