@@ -6,15 +6,19 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from vllmd.config.names import instance_name
 from vllmd.config.types import ModelConfig
 from vllmd.core import commands
 from vllmd.daemon.engine_process import EngineProcess, fingerprint
+from vllmd.daemon.enginekeys import EngineKeys
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.ports import PortPool
-from vllmd.engines.base import Engine, Launch, Place
+from vllmd.engines.base import Engine, Launch, Listen, Place
+from vllmd.errors import ConfigError
 from vllmd.launcher.client import StartOrder
+from vllmd.launcher.protocol import ProtocolError
 
 LONGEST_STOP = 3600.0  # seconds between SIGTERM and SIGKILL that the launcher accepts
 
@@ -27,11 +31,21 @@ class Paths:
     home: Path | None = None
 
 
+def noted(listen: Listen) -> dict[str, Any]:
+    """Where an engine listens, as others may read it: instead of its key only whether it has one."""
+    return {**asdict(listen), "key": "yes" if listen.key else "", "owner": None}
+
+
 class LaunchPlanner:
     """Writes the orders for the launcher."""
 
     def __init__(
-        self, memory: Memory, paths: Paths, engine_of: Callable[[ModelConfig], Engine], ports: PortPool
+        self,
+        memory: Memory,
+        paths: Paths,
+        engine_of: Callable[[ModelConfig], Engine],
+        ports: PortPool,
+        keys: EngineKeys | None = None,
     ) -> None:
         self._models: Mapping[str, ModelConfig] = {}
         self._kv_caches: Mapping[str, int] = {}
@@ -39,6 +53,7 @@ class LaunchPlanner:
         self._paths = paths
         self._engine_of = engine_of
         self._ports = ports
+        self.keys = keys or EngineKeys(None)
 
     def configure(self, models: Mapping[str, ModelConfig], kv_caches: Mapping[str, int]) -> None:
         """Start engines by these settings from now on. ``kv_caches``: bytes per device, by model; 0: its own choice."""
@@ -69,7 +84,10 @@ class LaunchPlanner:
         process = EngineProcess(model, engine, instance, launch.listen, command.placement, fingerprint(model))
         process.stop, process.stop_signal, process.self_managed = launch.stop, launch.stop_signal, launch.self_managed
         process.watch = launch.watch
-        return process, self._order(process, launch, run_dir) if launch.argv else None
+        try:
+            return process, self._order(process, launch, run_dir) if launch.argv else None
+        except ProtocolError as error:
+            raise ConfigError(f"{model.where}: models.{model.name}: {error}".removeprefix(": ")) from None
 
     def _place(self, command: commands.StartEngine, run_dir: Path) -> Place:
         devices = self._memory.devices_of(command.placement)
@@ -81,6 +99,7 @@ class LaunchPlanner:
             port=self._ports.reserve(),
             device_files=self._memory.files_of(command.placement),
             kv_cache=self._kv_caches.get(command.replica, 0),
+            key=self.keys.of(run_dir.name),
         )
 
     def _order(self, process: EngineProcess, launch: Launch, run_dir: Path) -> StartOrder:
@@ -92,12 +111,11 @@ class LaunchPlanner:
             cwd=launch.cwd,
             run_dir=str(run_dir),
             listen_uds=launch.listen.uds,
-            description=f"vllmd model {process.model.name}",
             stop_timeout=min(max(process.model.stop_timeout, 1.0), LONGEST_STOP),
             limits={key: value for key, value in asdict(process.model.limits).items() if value is not None},
             metadata={
                 "model": process.model.name,
-                "listen": json.dumps(asdict(process.listen)),
+                "listen": json.dumps(noted(process.listen)),
                 "devices": json.dumps(process.placement.devices),
                 "fingerprint": process.fingerprint,
                 "state": "starting",
@@ -115,7 +133,6 @@ class LaunchPlanner:
             argv=process.stop,
             env={**home, **process.model.env},
             run_dir=str(self._paths.run / instance),
-            description=f"vllmd stops {process.model.name}",
         )
 
     def release(self, process: EngineProcess) -> None:
