@@ -78,10 +78,9 @@ class DaemonControl:
             self._files = await asyncio.to_thread(_kinds, self.cache())
         daemon, snapshot, files = self._daemon, self.snapshot(), self._files
         views = {view.name: view for view in snapshot.models} if snapshot else {}
-        kinds, engines, models = daemon.kinds, daemon.engines, daemon.config.models.values()
+        found = ((m, daemon.engines[self._engines(m.name)[0]]) for m in daemon.config.models.values())
         return [
-            card(m, kinds(engines[m.name]).routes(engines[m.name]), views.get(m.name), files.get(m.source, ""))
-            for m in models
+            card(m, daemon.kinds(first).routes(first), views.get(m.name), files.get(m.source, "")) for m, first in found
         ]
 
     def cache(self) -> Path:

@@ -32,16 +32,16 @@ def run(arguments: argparse.Namespace) -> int:
     if admin.url or not shutil.which("journalctl") or not str(status.get("backend", "")).startswith("systemd"):
         return _from_daemon(admin, line["name"], arguments)
     command = journalctl(
-        engines(line), arguments, user=status["backend"] == "systemd-user" or admin.path == user_socket()
+        engines(status, line), arguments, user=status["backend"] == "systemd-user" or admin.path == user_socket()
     )
     return subprocess.call(command)
 
 
-def engines(line: dict[str, Any]) -> list[str]:
-    """Whose lines are meant. The first of several replicas may have been started by the model's name."""
+def engines(status: dict[str, Any], line: dict[str, Any]) -> list[str]:
+    """Whose lines are meant. The first of several replicas may have been started when the model had one engine."""
+    firsts = {model["replicas"][0]["name"]: model["name"] for model in status["models"] if model.get("replicas")}
     names = [each["name"] for each in line.get("replicas") or [line]]
-    model = line.get("replica_of", "")
-    return [model, *names] if model and names[0] in (f"{model}@1", model) else names
+    return [*(firsts[name] for name in names if name in firsts), *names]
 
 
 def journalctl(names: list[str], arguments: Any, user: bool) -> list[str]:
