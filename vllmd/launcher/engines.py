@@ -132,8 +132,9 @@ class Supervisor:
     def __len__(self) -> int:
         return len(self._engines)
 
-    def __contains__(self, instance: str) -> bool:
-        return instance in self._engines
+    def has(self, instance: str) -> bool:
+        """Whether it is starting or runs, and its end is still to be reported."""
+        return instance in self._engines and not self._engines[instance].told
 
     # --- what is asked of it ---
 

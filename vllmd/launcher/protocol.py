@@ -12,7 +12,6 @@ whatever is built from a packet has passed all of it.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import re
@@ -317,6 +316,8 @@ Request = Start | Signal | Kill | Annotate | Follow | Unfollow | Tail | List | I
 Reply = Done | Failed | Started | Engines | Lines | LauncherInfo
 Message = Request | Reply | Exited | Logged
 _TYPES: dict[str, type[Any]] = {kind.__name__: kind for kind in typing.get_args(Message)}
+_BODIES = (*typing.get_args(Message), StartOrder, Running, ExitReport)
+_HINTS = {kind: typing.get_type_hints(kind) for kind in _BODIES}
 
 
 # --- to and from packets ---
@@ -450,14 +451,11 @@ def check_limits(limits: Mapping[str, int | float | str]) -> None:
         raise ProtocolError(f"limit oom_policy must be {', '.join(OOM_POLICIES)}, not {brief(policy)}")
 
 
-_hints = functools.cache(typing.get_type_hints)
-
-
 def _build(kind: type[Any], body: object, where: str) -> Any:
     """A dataclass from a JSON object: every field known, typed, and there unless it has a default."""
     if not isinstance(body, dict):
         raise ProtocolError(f"{where} must be an object, not {type(body).__name__}")
-    hints = _hints(kind)
+    hints = _HINTS[kind]
     if unknown := body.keys() - hints.keys():
         raise ProtocolError(f"{where} has no field {', '.join(map(brief, sorted(unknown)[:3]))}")
     values = {name: _convert(hints[name], value, f"{where}.{name}") for name, value in body.items()}
@@ -475,7 +473,9 @@ def _convert(hint: Any, value: object, where: str) -> Any:
     if origin is tuple and isinstance(value, list):
         return tuple(_convert(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
     if origin is Mapping and isinstance(value, dict):
-        return {_text(key, where): _convert(arguments[1], item, f"{where}[{brief(key)}]") for key, item in value.items()}
+        return {
+            _text(key, where): _convert(arguments[1], item, f"{where}[{brief(key)}]") for key, item in value.items()
+        }
     if origin is types.UnionType or origin is typing.Union:
         return _plain(arguments, value, where)
     return _plain((hint,), value, where)

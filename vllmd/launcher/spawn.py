@@ -132,7 +132,7 @@ def spawn(order: StartOrder, user: User, output: int, *, die_with_us: bool) -> C
 
 
 def tidy(run_dir: str, user: User) -> Process:
-    """A child that, as the engine's user, removes what an engine left in its run directory: sockets, and the directory if it is empty then.
+    """A child that, as the engine's user, removes what it left in its run directory: sockets, and an empty directory.
 
     Files are left alone: whoever named a directory with data in it does not lose them. Raises OSError.
     """
