@@ -81,7 +81,7 @@ class Journal:
                 give((), True)
 
         def give(found: Lines, content: bool) -> None:
-            if not content:  # it met a record that it cannot hold
+            if not content:  # it met a record that it cannot hold, or that takes it too long
                 ask(then=lambda less, _: give(less, True))
                 return
             self._tails -= 1
@@ -199,7 +199,7 @@ class _Pipe:
 class _Tail:
     """A command whose last lines are wanted, within a limit; killed after it, whatever came by then is given.
 
-    ``take`` also gets whether the command itself was content.
+    ``take`` also gets whether the command came to its end.
     """
 
     def __init__(
@@ -233,7 +233,7 @@ class _Tail:
         self._timer.cancel()
         self._loop.unwatch(self._fd)
         _end(self._process)
-        self._take(tuple(self._lines), self._process.returncode in (0, -signal.SIGKILL))
+        self._take(tuple(self._lines), self._process.returncode == 0)
 
 
 class _Follower:
