@@ -25,6 +25,7 @@ from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.gate import Authenticator, Gate
 from vllmd.proxy.limits import Limits
 from vllmd.proxy.models import add_model_routes
+from vllmd.proxy.peers import are_ours
 from vllmd.proxy.relay import Relay
 from vllmd.proxy.routing import Router
 from vllmd.proxy.server import Server
@@ -41,6 +42,7 @@ class Listeners:
     def __init__(
         self, config: Config, gate: Gate, control: Control, listeners: Mapping[str, Sequence[socket.socket]]
     ) -> None:
+        self._listeners = listeners
         self._control = control
         self._gate = gate
         self._keys = Keys(config.auth, self._resolve)
@@ -94,6 +96,7 @@ class Listeners:
 
     def open(self) -> None:
         """Accept."""
+        are_ours(sock for sockets in self._listeners.values() for sock in sockets)
         for server in self._servers:
             server.start()
 
