@@ -13,6 +13,7 @@
     turnstile   the proxy's gate: one arrival, one ending, whatever happens between
     fleet       engines: start, wake, sleep, stop, each a task that posts its event
       orders      what a start needs: place, launch, the order to the launcher
+      enginekeys  the keys that engines on ports ask for
       sleeps      to sleep and awake again, by the engine's own calls
       calls       HTTP calls to engines; words how a failure is told
       member      one engine and what is known of it; ports for those without Unix sockets
