@@ -112,7 +112,7 @@ class Check:
         if sample.hides_processes or sample.unsized:
             self._add("NVML shows processes and sizes", "yes", "no: attribution cannot be checked here", False)
             return False
-        strangers, held = self._books()
+        external, held = self._books()
         for engine in (first, second):
             engine.context = held.get(engine.name, 0) - engine.size
             fits = -TOLERANCE <= engine.context <= CONTEXT_LIMIT
@@ -121,8 +121,8 @@ class Check:
         taken, slack = sample.used - before.used, 2 * TOLERANCE + CONTEXT_LIMIT // 4
         total = sum(held.values())
         self._add("what the device lost = what both hold", gib(total), gib(taken), abs(taken - total) <= slack)
-        self._add("strangers hold what they held", gib(before.used), gib(strangers),
-                  abs(strangers - before.used) <= slack)  # fmt: skip
+        self._add("strangers hold what they held", gib(before.used), gib(external),
+                  abs(external - before.used) <= slack)  # fmt: skip
         return True
 
     def _asleep(self, engine: Engine) -> None:
@@ -147,9 +147,9 @@ class Check:
     def _books(self) -> tuple[int, dict[str, int]]:
         """Strangers' bytes and each engine's, by the code that the daemon runs."""
         sample = self.bench.devices.sample()
-        strangers, held = attribute(sample, {name: engine.pids for name, engine in self.engines.items()})
+        external, held = attribute(sample, {name: engine.pids for name, engine in self.engines.items()})
         index = self.bench.device.index
-        return strangers.get(index, 0), {name: size for (name, at), size in held.items() if at == index}
+        return external.get(index, 0), {name: size for (name, at), size in held.items() if at == index}
 
     def _until(self, what: str, wanted: int, read: Callable[[], int]) -> None:
         """Wait until ``read`` is ``wanted``; the time it took is in the table."""

@@ -104,7 +104,7 @@ class Watcher:
             with contextlib.suppress(OSError, ValueError):
                 status = self.site.status()
                 device = next(each for each in status["devices"] if each["index"] == index)
-                self._ledger = device["promised"] + device["strangers"]
+                self._ledger = device["promised"] + device["external"]
                 self.failures |= {f"{line['name']}: {line['failure']}" for line in status["models"] if line["failure"]}
             time.sleep(0.2)
 
@@ -210,8 +210,8 @@ def _adopted(bench: Bench, here: Site) -> None:
 
     def agrees() -> bool:
         device = next(each for each in here.status()["devices"] if each["index"] == index)
-        return bool(abs(device["promised"] + device["strangers"] - bench.sample().used) <= 2 * SLACK)
+        return bool(abs(device["promised"] + device["external"] - bench.sample().used) <= 2 * SLACK)
 
     known = wait_for(agrees, 15.0, 0.5)
     device = next(each for each in here.status()["devices"] if each["index"] == index)
-    bench.table.add("its memory in the new ledger", gib(held), gib(device["promised"] + device["strangers"]), known)
+    bench.table.add("its memory in the new ledger", gib(held), gib(device["promised"] + device["external"]), known)
