@@ -105,6 +105,7 @@ class Engine:
             self.group.location() if self.group else "",
             dict(self.metadata),
             self.phase is Phase.ENDING,
+            self.user.uid if self.user else -1,
         )
 
 

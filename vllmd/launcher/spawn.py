@@ -24,6 +24,7 @@ from vllmd.launcher.protocol import Failed, StartOrder, clip
 from vllmd.text import printable
 
 MARKER = "VLLMD_INSTANCE"
+KEY_FILE = "vllmd-key.yaml"  # what an engine's command writes for it, see engines/sglang.py
 PATH = "/usr/local/bin:/usr/bin:/bin"
 _PERMANENT = {errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR, errno.E2BIG, errno.EISDIR, errno.ELOOP}
 _PERMANENT |= {errno.ENAMETOOLONG, errno.EINVAL}
@@ -132,7 +133,8 @@ def spawn(order: StartOrder, user: User, output: int, *, die_with_us: bool) -> C
 
 
 def tidy(run_dir: str, user: User) -> Process:
-    """A child that, as the engine's user, removes what it left in its run directory: sockets, and an empty directory.
+    """A child that, as the engine's user, removes what it left in its run directory: sockets, its key, and then the
+    empty directory.
 
     Files are left alone: whoever named a directory with data in it does not lose them. Raises OSError.
     """
@@ -142,7 +144,7 @@ def tidy(run_dir: str, user: User) -> Process:
             _reset_signals()
             _become(user)
             for entry in os.scandir(run_dir):
-                if stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode):
+                if stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode) or entry.name == KEY_FILE:
                     os.unlink(entry.path)
             os.rmdir(run_dir)
         finally:

@@ -1,7 +1,7 @@
 """A program that ends with the one that started it, however that ends. Run as a script; imports nothing of ours.
 
-``tether.py PARENT FOLDER FDS MODULE ARGUMENTS...``: FDS are listening sockets, handed on as systemd does it; FOLDER
-is removed at the end if the parent is no more there to do it.
+``parent_watch.py PARENT FOLDER FDS MODULE ARGUMENTS...``: FDS are listening sockets, handed on as systemd does it;
+FOLDER is removed at the end if the parent is no more there to do it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def watch(parent: int, end: Callable[[], None]) -> None:
         poll.poll()
         end()
 
-    threading.Thread(target=wait, name="tether", daemon=True).start()
+    threading.Thread(target=wait, name="parent-watch", daemon=True).start()
 
 
 def end_in_order() -> None:
@@ -55,7 +55,7 @@ def hand_on(sockets: list[int]) -> None:
 
 
 def main() -> None:
-    """Become the module, tethered."""
+    """Become the module, watched."""
     parent, folder, sockets, module, *arguments = sys.argv[1:]
     hand_on([int(fd) for fd in sockets.split(",")])
     watch(int(parent), end_in_order)

@@ -6,14 +6,16 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from vllmd.config.names import instance_name
 from vllmd.config.types import ModelConfig
 from vllmd.core import commands
-from vllmd.daemon.member import Member, fingerprint
+from vllmd.daemon.engine_keys import EngineKeys
+from vllmd.daemon.engine_process import EngineProcess, fingerprint
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.ports import PortPool
-from vllmd.engines.base import Engine, Launch, Place
+from vllmd.engines.base import Engine, Launch, Listen, Place
 from vllmd.errors import ConfigError
 from vllmd.launcher.client import StartOrder
 from vllmd.launcher.protocol import ProtocolError
@@ -29,11 +31,21 @@ class Paths:
     home: Path | None = None
 
 
-class Orders:
+def noted(listen: Listen) -> dict[str, Any]:
+    """Where an engine listens, as others may read it: instead of its key only whether it has one."""
+    return {**asdict(listen), "key": "yes" if listen.key else "", "owner": None}
+
+
+class LaunchPlanner:
     """Writes the orders for the launcher."""
 
     def __init__(
-        self, memory: Memory, paths: Paths, engine_of: Callable[[ModelConfig], Engine], ports: PortPool
+        self,
+        memory: Memory,
+        paths: Paths,
+        engine_of: Callable[[ModelConfig], Engine],
+        ports: PortPool,
+        keys: EngineKeys | None = None,
     ) -> None:
         self._models: Mapping[str, ModelConfig] = {}
         self._kv_caches: Mapping[str, int] = {}
@@ -41,12 +53,13 @@ class Orders:
         self._paths = paths
         self._engine_of = engine_of
         self._ports = ports
+        self.keys = keys or EngineKeys(None)
 
     def configure(self, models: Mapping[str, ModelConfig], kv_caches: Mapping[str, int]) -> None:
         """Start engines by these settings from now on. ``kv_caches``: bytes per device, by model; 0: its own choice."""
         self._models, self._kv_caches = models, kv_caches
 
-    def muster(self, command: commands.StartEngine) -> tuple[Member, StartOrder | None]:
+    def prepare(self, command: commands.StartEngine) -> tuple[EngineProcess, StartOrder | None]:
         """Everything a start needs, decided before anything is done. Raises ConfigError.
 
         No order comes with a server that is not ours to start.
@@ -63,11 +76,11 @@ class Orders:
         finally:
             if port != place.port:
                 self._ports.release(place.port)
-        member = Member(model, engine, instance, launch.listen, command.placement, fingerprint(model))
-        member.stop, member.stop_signal, member.self_managed = launch.stop, launch.stop_signal, launch.self_managed
-        member.watch = launch.watch
+        process = EngineProcess(model, engine, instance, launch.listen, command.placement, fingerprint(model))
+        process.stop, process.stop_signal, process.self_managed = launch.stop, launch.stop_signal, launch.self_managed
+        process.watch = launch.watch
         try:
-            return member, self._order(member, launch, run_dir) if launch.argv else None
+            return process, self._order(process, launch, run_dir) if launch.argv else None
         except ProtocolError as error:
             raise ConfigError(f"{model.where}: models.{model.name}: {error}".removeprefix(": ")) from None
 
@@ -81,42 +94,43 @@ class Orders:
             port=self._ports.reserve(),
             device_files=self._memory.files_of(command.placement),
             kv_cache=self._kv_caches.get(command.model, 0),
+            key=self.keys.of(run_dir.name),
         )
 
-    def _order(self, member: Member, launch: Launch, run_dir: Path) -> StartOrder:
+    def _order(self, process: EngineProcess, launch: Launch, run_dir: Path) -> StartOrder:
         home = {"HOME": str(self._paths.home)} if self._paths.home else {}
         return StartOrder(
-            instance=member.instance,
+            instance=process.instance,
             argv=launch.argv,
-            env={**home, **launch.env, **member.model.env},
+            env={**home, **launch.env, **process.model.env},
             cwd=launch.cwd,
             run_dir=str(run_dir),
             listen_uds=launch.listen.uds,
-            stop_timeout=min(max(member.model.stop_timeout, 1.0), LONGEST_STOP),
-            limits={key: value for key, value in asdict(member.model.limits).items() if value is not None},
+            stop_timeout=min(max(process.model.stop_timeout, 1.0), LONGEST_STOP),
+            limits={key: value for key, value in asdict(process.model.limits).items() if value is not None},
             metadata={
-                "model": member.model.name,
-                "listen": json.dumps(asdict(member.listen)),
-                "devices": json.dumps(member.placement.devices),
-                "fingerprint": member.fingerprint,
+                "model": process.model.name,
+                "listen": json.dumps(noted(process.listen)),
+                "devices": json.dumps(process.placement.devices),
+                "fingerprint": process.fingerprint,
                 "state": "starting",
                 "level": "0",
                 "run_dir": str(run_dir),
-                "ending": json.dumps([member.stop, member.stop_signal, member.self_managed]),
+                "ending": json.dumps([process.stop, process.stop_signal, process.self_managed]),
             },
         )
 
-    def stop_order(self, member: Member, instance: str) -> StartOrder:
+    def stop_order(self, process: EngineProcess, instance: str) -> StartOrder:
         """The order for the stop command of an engine that has one."""
         home = {"HOME": str(self._paths.home)} if self._paths.home else {}
         return StartOrder(
             instance=instance,
-            argv=member.stop,
-            env={**home, **member.model.env},
+            argv=process.stop,
+            env={**home, **process.model.env},
             run_dir=str(self._paths.run / instance),
         )
 
-    def release(self, member: Member) -> None:
+    def release(self, process: EngineProcess) -> None:
         """The engine is gone: its port is free, unless it is somebody else's."""
-        if member.ordered or member.running:
-            self._ports.release(member.listen.port)
+        if process.ordered or process.running:
+            self._ports.release(process.listen.port)
