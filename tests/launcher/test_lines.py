@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllmd.launcher.lines import LONGEST_RECORD, Line, LineReader, Rate, cursor, message, shown
@@ -72,6 +72,7 @@ def test_the_work_is_that_of_the_bytes(data: bytes) -> None:
     assert more <= 6 * len(data)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([b"\n", b"\r", b"\r\n", b"a", b"bc", b"d" * 30]), max_size=30), st.integers(1, 9))
 def test_cuts_change_nothing(parts: list[bytes], size: int) -> None:
     """What comes is what a terminal would show in the end, cut at the longest line."""

@@ -7,7 +7,7 @@ import json
 import typing
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllmd.launcher import protocol
@@ -222,6 +222,7 @@ def test_engines_are_packed_into_packets_that_fit():
     assert list(pack_engines([])) == [()]
 
 
+@settings(deadline=None)
 @given(
     st.one_of(
         st.binary(max_size=50),
