@@ -13,6 +13,7 @@
     admission_gate   the proxy's gate: one arrival and one ending per request, whatever happens between
     engine_manager   engines: start, wake, sleep, stop, each a task that posts its event
       launch_planner   what a start needs: place, launch, the order to the launcher
+      engine_keys      the keys that engines on ports ask clients for
       sleeps           to sleep and awake again, by the engine's own calls
       calls            HTTP calls to engines; failure_text: how a failure is told
       engine_process   one engine and what is known of it; ports for those without Unix sockets

@@ -18,9 +18,9 @@ from vllmd.core.types import ModelSpec, ReplicaSpec, Settings, renamed
 from vllmd.daemon import discovery
 from vllmd.daemon.adoption import adopt_all
 from vllmd.daemon.dispatcher import Dispatcher
+from vllmd.daemon.engine_keys import EngineKeys
 from vllmd.daemon.engine_manager import EngineManager
 from vllmd.daemon.engine_process import fingerprint
-from vllmd.daemon.enginekeys import EngineKeys
 from vllmd.daemon.launch_planner import LaunchPlanner, Paths
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.ports import PortPool
