@@ -80,17 +80,6 @@ def cheapest(s: Situation, w: Waiting, residents: Sequence[Resident], price: Pri
     return None
 
 
-def enough_there(w: Waiting, room: Room, awake: Iterable[Resident]) -> bool:
-    """Whether ``w`` would fit on this one device if all these fell asleep."""
-    return room.free + sum([r.ways[0].frees for r in awake]) >= w.need
-
-
-def cheapest_there(w: Waiting, room: Room, awake: Iterable[Resident], price: Price, most: int) -> Choice | None:
-    """As :func:`cheapest`, where it can only be this device and :func:`enough_there` says that it can be."""
-    leavers = cover([Leaver(price(r, r.ways[0]), r, r.ways[0]) for r in awake], w.need - room.free, most)
-    return None if leavers is None else Choice((room.device,), leavers)
-
-
 def groups(w: Waiting, rooms: Sequence[Room], residents: Sequence[Resident], price: Price) -> Iterator[list[Leaver]]:
     """Who may leave, from the gentlest on: the awake fall asleep, then sleepers stop as well, then all stop.
 

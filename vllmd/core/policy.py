@@ -25,6 +25,7 @@ class Way(NamedTuple):
     frees: int  # bytes that come free on each of its devices
     takes: float  # seconds until they are free
     back: float  # seconds to have it serve again afterwards
+    learnt: float = 0.0  # of ``takes``, what was measured: nothing until it was done once
 
 
 class Resident(NamedTuple):
@@ -45,6 +46,7 @@ class Resident(NamedTuple):
     freezable: bool  # its running requests may be frozen
     refrozen: bool  # one of them was frozen twice already
     priority: float
+    drain_limit: float = INFINITY  # seconds after which its running requests are cut
 
 
 class Waiting(NamedTuple):
@@ -62,6 +64,7 @@ class Waiting(NamedTuple):
     span: int  # how many of them it takes; 0: none at all
     priority: float
     impatient: bool  # on_busy: evict
+    learnt: float = 0.0  # of ``load``, what was measured: nothing until it was done once
     needs: tuple[int, ...] = ()  # the need on each of ``devices`` where they differ; ``need`` is then the least
 
     def need_on(self, device: int) -> int:
