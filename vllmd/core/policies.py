@@ -110,9 +110,11 @@ class Adaptive:
        back sooner than the swap takes is spared, and only for as long as the
        swap takes: then rent was paid for the price of buying. What nobody has
        measured yet spares nobody.
-    4. A busy one leaves when the queue has waited ``kappa`` of the price; when
-       it has waited past the deadline; or when else its configured drain limit
-       could not be kept, which bounds the wait and not only the drain.
+    4. A busy one leaves when the queue has waited past the deadline, which is
+       the longer the more there is to do for all who wait; or when else its
+       configured drain limit could not be kept, which bounds the wait and not
+       only the drain; or, where its requests may be frozen so that nothing
+       stands idle, as soon as the queue has waited ``kappa`` of the price.
     5. Nobody overtakes one who has waited past the deadline but must wait yet,
        for a transfer to end or a victim to have served its time: else small
        models would take what a large one waits for. Where swaps are dear (all
@@ -146,8 +148,10 @@ class _Turns:
     """One look of the adaptive policy: waiters come to :meth:`next` in turn, and may hold devices against later ones."""
 
     def __init__(self, s: Situation) -> None:
-        self.deadline = max(s.knobs.deadline, s.knobs.rounds * sum([w.load + w.sleep for w in s.waiting]))
-        self.dear = self.deadline > s.knobs.deadline
+        swaps = sum([w.load + w.sleep for w in s.waiting])
+        drains = sum([w.service for w in s.waiting])
+        self.deadline = max(s.knobs.deadline, s.knobs.rounds * (swaps + s.knobs.drains * drains))
+        self.dear = s.knobs.rounds * swaps > s.knobs.deadline
         self.prices = Prices(s)
         self.here = _by_device(s.residents)
         self.rooms = dict(s.rooms)
@@ -211,7 +215,7 @@ class _Turns:
             spared = any([rate_of(r, self.s.now) * offer.cost >= 1.0 for _, r, _ in leavers])
             known = w.learnt + sum([way.learnt for _, _, way in leavers])
             return "" if spared and waited < known else "the others there are idle"
-        if offer.waited >= self.s.knobs.kappa * offer.price:
+        if offer.budget < INFINITY and offer.waited >= self.s.knobs.kappa * offer.price:
             return "the wait is worth the swap"
         limit = max([r.drain_limit for r in busy])
         if waited + longest_drain(leavers) >= limit:
