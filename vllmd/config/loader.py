@@ -17,13 +17,13 @@ from typing import Any
 
 from vllmd.config import checks, secrets
 from vllmd.config.findings import Findings, Problem, Reading
-from vllmd.config.kinds import HOST, PORT, TEXT, Kind, Wrong
 from vllmd.config.nodes import Node, Where, overlay
 from vllmd.config.settings import AUTH, COMBINED, DEFAULTS, DEVICE, IDLE, KEY, MODEL, REPLICA, ROOT, SERVER, Group
 from vllmd.config.shape import Shape
 from vllmd.config.sources import Files, command_line, default_file, environment
 from vllmd.config.trees import join, listen_of, overlay_layer
 from vllmd.config.types import AuthConfig, Config, DeviceConfig, KeyConfig, ModelConfig, ServerConfig
+from vllmd.config.value_types import HOST, PORT, TEXT, Kind, Wrong
 from vllmd.core.types import IdleRules
 from vllmd.errors import ConfigError
 
@@ -244,9 +244,7 @@ class _Parser:
     def model(self, name: str, node: Node, base: Node) -> ModelConfig:
         path, where = f"models.{name}", node.key or node.where
         if not checks.good_name(name):
-            self.findings.complain(
-                where, path, "a model's name has 1 to 200 printable characters without spaces at its ends"
-            )
+            self.findings.complain(where, path, f"a model's name has {checks.GOOD_NAME}")
         merged = overlay(base, node, COMBINED.__contains__)
         values = self.values(MODEL, merged, path, skip=("idle",))
         values["idle"] = self.idle(merged.value["idle"], f"{path}.idle")

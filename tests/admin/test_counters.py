@@ -1,0 +1,114 @@
+"""What is counted is what Prometheus reads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from vllmd.admin.control import Gauges
+from vllmd.admin.counters import Counters, Histogram
+from vllmd.admin.exposition import expose
+from vllmd.core.types import Decision, DeviceView, ModelView, Snapshot, State
+
+VIEW = ModelView("m", State.SLEEPING, 1, (0,), 7 << 30, 2, 3, 1.5, None, 9.0, True, ("l",), "", "")
+DEVICE = DeviceView(0, 80 << 30, 1 << 30, 7 << 30, 2 << 30, "")
+SNAPSHOT = Snapshot(0.0, (VIEW,), (DEVICE,), 64 << 30, 5 << 30, ())
+
+
+def samples(counters: Counters, gauges: Gauges) -> dict[str, float]:
+    """``name{sorted labels}`` -> value, as Prometheus' own parser reads it."""
+    body, content_type = expose(counters, gauges, "text/plain")
+    assert content_type.startswith("text/plain")
+    families = text_string_to_metric_families(body.decode())
+    return {
+        f"{s.name}{{{','.join(f'{k}={v}' for k, v in sorted(s.labels.items()))}}}": s.value
+        for family in families
+        for s in family.samples
+    }
+
+
+def test_a_histogram_is_cumulative_and_ends_with_all() -> None:
+    """A value on a bound counts as below it."""
+    histogram = Histogram((1.0, 2.0))
+    for value in (0.5, 1.0, 1.5, 99.0):
+        histogram.observe(value)
+    assert histogram.buckets() == [("1.0", 2.0), ("2.0", 3.0), ("+Inf", 4.0)]
+    assert histogram.total == 102.0
+
+
+def test_what_is_counted_is_what_is_read() -> None:
+    """Counters end in _total, histograms have their count and sum."""
+    counters = Counters()
+    counters.waited("m", 0.3)
+    counters.used("m", "alice", 12)
+    counters.changed("m", "start", 4.0, failed=False)
+    counters.changed("m", "wake", 1.0, failed=True)
+    counters.decided(Decision(0.0, "sleep", "m", "to make room for x", {"cause": "exchange"}), "m")
+    counters.decided(Decision(0.0, "start", "m", "it fits"), "m")
+    counters.decided(Decision(0.0, "eject", "m@2", "it failed a probe"), "m", "m@2")
+    counters.retried("m", "m@2")
+    read = samples(counters, Gauges(None))
+    assert read["vllmd_model_queue_wait_seconds_count{model=m}"] == 1
+    assert read["vllmd_model_tokens_total{model=m}"] == 12
+    assert read["vllmd_key_tokens_total{key=alice}"] == 12
+    assert read["vllmd_model_change_duration_seconds_sum{change=start,model=m}"] == 4.0
+    assert read["vllmd_model_failures_total{change=wake,model=m}"] == 1
+    assert read["vllmd_model_departures_total{cause=exchange,how=sleep,model=m}"] == 1
+    assert read["vllmd_decisions_total{decision=start,model=m}"] == 1
+    assert read["vllmd_decisions_total{decision=eject,model=m}"] == 1
+    assert read["vllmd_replica_decisions_total{decision=eject,model=m,replica=m@2}"] == 1
+    assert read["vllmd_replica_retries_total{model=m,replica=m@2}"] == 1
+    assert "vllmd_replica_decisions_total{decision=start,model=m,replica=}" not in read
+    assert read["vllmd_ready{}"] == 0
+
+
+def test_how_things_stand() -> None:
+    """States are one series each, memory is in bytes and per device."""
+    devices = {"used": {0: 3 << 30}, "power": {0: 99.5}, "load": {0: 0.25}}
+    read = samples(Counters(), Gauges(SNAPSHOT, 4, 5, models=[(VIEW, ())], **devices))  # type: ignore[arg-type]
+    assert read["vllmd_model_state{model=m,state=sleeping_l1}"] == 1
+    assert read["vllmd_model_state{model=m,state=running}"] == 0
+    assert read["vllmd_model_queue_length{model=m}"] == 3
+    assert read["vllmd_model_running_requests{model=m}"] == 2
+    assert read["vllmd_model_memory_bytes{device=0,model=m}"] == 7 << 30
+    assert read["vllmd_device_memory_external_bytes{device=0}"] == 2 << 30
+    assert read["vllmd_device_memory_used_bytes{device=0}"] == 3 << 30
+    assert read["vllmd_device_power_watts{device=0}"] == 99.5
+    assert read["vllmd_device_utilization_ratio{device=0}"] == 0.25
+    assert read["vllmd_host_memory_promised_bytes{}"] == 5 << 30
+    assert read["vllmd_connections{}"] == 4
+
+
+def test_replicas_are_told_apart_beside_their_model() -> None:
+    """The model has all that they hold and run; a model with one engine has no series of replicas."""
+    one = replace(VIEW, name="m@1", state=State.READY, standing="serving", latency=0.25, in_flight=2)
+    two = replace(VIEW, name="m@2", state=State.STOPPED, devices=(), in_flight=0)
+    whole = replace(VIEW, state=State.READY, memory=14 << 30)
+    read = samples(Counters(), Gauges(SNAPSHOT, models=[(whole, (one, two)), (replace(VIEW, name="n"), ())]))
+    assert read["vllmd_model_state{model=m,state=running}"] == 1
+    assert read["vllmd_model_memory_bytes{device=0,model=m}"] == 7 << 30
+    assert read["vllmd_replica_latency_seconds{model=m,replica=m@1}"] == 0.25
+    assert read["vllmd_replica_running_requests{model=m,replica=m@1}"] == 2
+    assert read["vllmd_replica_standing{model=m,replica=m@1,standing=serving}"] == 1
+    assert read["vllmd_replica_standing{model=m,replica=m@2,standing=down}"] == 1
+    assert read["vllmd_replica_standing{model=m,replica=m@2,standing=serving}"] == 0
+    assert not [name for name in read if "replica" in name and "model=n" in name]
+
+
+def test_openmetrics_for_those_who_ask() -> None:
+    """Prometheus prefers it, and it must end as it must."""
+    body, content_type = expose(
+        Counters(), Gauges(SNAPSHOT, models=[(VIEW, ())]), "application/openmetrics-text; version=1.0.0"
+    )
+    assert content_type.startswith("application/openmetrics-text")
+    assert body.endswith(b"# EOF\n")
+
+
+def test_every_family_has_help_and_a_conventional_name() -> None:
+    """promtool complains of a missing help text, of a unit that is no base unit, of a counter without _total."""
+    counters = Counters()
+    body, _ = expose(counters, Gauges(SNAPSHOT, models=[(VIEW, ())]), "")
+    for family in text_string_to_metric_families(body.decode()):
+        assert family.documentation, family.name
+        assert not family.name.endswith(("_ms", "_milliseconds", "_kb", "_mb", "_percent", "_total_total"))

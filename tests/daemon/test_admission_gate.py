@@ -1,0 +1,256 @@
+"""A request is told to the core exactly twice, whatever happens in between."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from vllmd.config.types import ModelConfig, ReplicaConfig
+from vllmd.core import commands, events
+from vllmd.daemon.admission_gate import AdmissionGate
+from vllmd.daemon.engine_resolver import EngineResolver
+from vllmd.engines.base import Listen
+from vllmd.errors import EngineFailed, Unavailable, UpstreamFailed
+from vllmd.proxy.upstream import Unreached
+
+SOCKET = Listen(uds="/run/x/engine.sock")
+
+
+class Rig:
+    """An admission gate whose core is this test."""
+
+    def __init__(self) -> None:
+        self.posted: list[events.Event] = []
+        self.engine: Listen | None = SOCKET
+        opened = asyncio.Event()
+        opened.set()
+        self.gate = AdmissionGate(self.posted.append, lambda model: self.engine, EngineResolver(), opened)
+        self.gate.configure({"m": ModelConfig("m")}, {"m": ModelConfig("m")})
+
+    async def arrive(self) -> asyncio.Task[object]:
+        task: asyncio.Task[object] = asyncio.ensure_future(self.gate.acquire("m", "key", "id"))
+        await asyncio.sleep(0)
+        return task
+
+    def replicate(self, retries: int) -> None:
+        """``m`` has two replicas from now on."""
+        rules = ReplicaConfig(retries=retries)
+        self.gate.configure({"m": ModelConfig("m", replicas=rules)}, {"m": ModelConfig("m"), "m@2": ModelConfig("m@2")})
+
+    def kinds(self) -> list[str]:
+        return [type(event).__name__ for event in self.posted]
+
+
+def script(test: Callable[[Rig], Awaitable[None]]) -> Callable[[], None]:
+    """Run the test in an event loop of its own."""
+
+    def run() -> None:
+        async def main() -> None:
+            await asyncio.wait_for(test(Rig()), 5)
+
+        asyncio.run(main())
+
+    run.__doc__, run.__name__ = test.__doc__, test.__name__
+    return run
+
+
+@script
+async def test_admitted_and_done(rig: Rig) -> None:
+    """The plain course: it arrives, is admitted, is done; being done twice counts once."""
+    task = await rig.arrive()
+    rig.gate.admit(commands.Admit("1", "m"))
+    permit = await task
+    assert permit.upstream == SOCKET
+    permit.done(7)
+    permit.done(7)
+    assert rig.posted == [events.RequestArrived("1", "m", "key"), events.RequestFinished("1", 7)]
+    assert rig.gate.open == 0
+
+
+@script
+async def test_a_client_that_leaves_while_waiting_is_gone(rig: Rig) -> None:
+    """Nobody must load a model for a client that left."""
+    task = await rig.arrive()
+    task.cancel()
+    await asyncio.wait({task})
+    assert rig.kinds() == ["RequestArrived", "RequestGone"]
+
+
+@script
+async def test_a_client_that_leaves_as_it_is_admitted_is_finished(rig: Rig) -> None:
+    """The core has counted it as running: it must hear that it is not."""
+    task = await rig.arrive()
+    rig.gate.admit(commands.Admit("1", "m"))
+    task.cancel()
+    await asyncio.wait({task})
+    assert rig.kinds() == ["RequestArrived", "RequestFinished"]
+
+
+@script
+async def test_admission_after_the_client_left_in_the_same_moment(rig: Rig) -> None:
+    """The cancellation is on its way when the core admits: still exactly one ending."""
+    task = await rig.arrive()
+    task.cancel()
+    rig.gate.admit(commands.Admit("1", "m"))
+    await asyncio.wait({task})
+    assert rig.kinds() == ["RequestArrived", "RequestFinished"]
+
+
+@script
+async def test_a_rejection_is_the_named_error(rig: Rig) -> None:
+    """The core speaks of errors by name; the client sees the status and the reason."""
+    task = await rig.arrive()
+    rig.gate.reject(commands.Reject("1", "EngineFailed", "it broke", retry_after=3))
+    with pytest.raises(EngineFailed, match="it broke") as error:
+        await task
+    assert error.value.retry_after == 3
+    assert rig.kinds() == ["RequestArrived"]
+
+
+@script
+async def test_rejection_after_the_client_left_in_the_same_moment(rig: Rig) -> None:
+    """A rejected request owes the core nothing, also when its client has just gone."""
+    task = await rig.arrive()
+    task.cancel()
+    rig.gate.reject(commands.Reject("1", "EngineFailed", "it broke"))
+    await asyncio.wait({task})
+    assert rig.kinds() == ["RequestArrived"]
+    assert rig.gate.open == 0
+
+
+@script
+async def test_admitted_to_an_engine_that_is_gone(rig: Rig) -> None:
+    """Between decision and deed the engine may have died: the client hears it, the core its ending."""
+    task = await rig.arrive()
+    rig.engine = None
+    rig.gate.admit(commands.Admit("1", "m"))
+    with pytest.raises(UpstreamFailed):
+        await task
+    assert rig.kinds() == ["RequestArrived", "RequestFinished"]
+
+
+@script
+async def test_a_cut_reaches_the_relay_whenever_it_asks(rig: Rig) -> None:
+    """The drain limit may pass before the relay has said how it wants to be told."""
+    task = await rig.arrive()
+    rig.gate.admit(commands.Admit("1", "m"))
+    rig.gate.cut(commands.CutRequest("1", "too long"))
+    permit, heard = await task, []
+    permit.on_cut(heard.append)
+    assert heard == ["too long"]
+    permit.done()
+    rig.gate.cut(commands.CutRequest("1", "again"))
+    assert heard == ["too long"]
+
+
+@script
+async def test_shutdown_refuses_those_who_wait_and_lets_the_others_end(rig: Rig) -> None:
+    """A restart must not lose a running stream, nor keep a waiter hanging."""
+    running, waiting = await rig.arrive(), await rig.arrive()
+    rig.gate.admit(commands.Admit("1", "m"))
+    permit = await running
+    rig.gate.reject_waiting("shutting down")
+    with pytest.raises(Unavailable, match="shutting down"):
+        await waiting
+    assert not await rig.gate.emptied(0.01)
+    permit.done()
+    assert await rig.gate.emptied(0.01)
+    assert rig.kinds() == ["RequestArrived", "RequestArrived", "RequestGone", "RequestFinished"]
+
+
+@script
+async def test_a_request_that_a_replica_failed_goes_on_to_another(rig: Rig) -> None:
+    """As a request of its own to the core, which hears who failed it and whom to avoid."""
+    rig.replicate(retries=2)
+    task = await rig.arrive()
+    rig.gate.admit(commands.Admit("1", "m@2"))
+    permit = await task
+    assert permit.target is not None
+    assert permit.target.model == "m@2"
+    permit.done(failed="it broke off")
+    retry = asyncio.ensure_future(permit.retry(UpstreamFailed("it broke off")))
+    await asyncio.sleep(0)
+    assert rig.posted[1:] == [
+        events.RequestFinished("1", None, "it broke off"),
+        events.RequestArrived("2", "m", "key", frozenset({"m@2"})),
+    ]
+    rig.gate.admit(commands.Admit("2", "m"))
+    second = await retry
+    second.answered(True)
+    second.done(5)
+    assert rig.posted[3:] == [events.RequestAnswered("2", True), events.RequestFinished("2", 5)]
+    assert rig.gate.open == 0
+
+
+@script
+async def test_S_max_retry_attempts_are_bounded(rig: Rig) -> None:
+    """After so many it is told by what the last one failed."""
+    rig.replicate(retries=2)
+    coming = await rig.arrive()
+    for number in range(1, 4):
+        rig.gate.admit(commands.Admit(f"{number}", "m"))
+        permit = await coming
+        permit.done(failed="no")
+        coming = asyncio.ensure_future(permit.retry(UpstreamFailed(f"failure {number}")))
+        await asyncio.sleep(0)
+    with pytest.raises(UpstreamFailed, match="failure 3"):
+        await coming
+    assert rig.kinds().count("RequestArrived") == 3
+
+
+@script
+async def test_a_model_with_one_engine_has_nowhere_else(rig: Rig) -> None:
+    """Only one that found nobody listening waits for the engine's successor."""
+    task = await rig.arrive()
+    rig.gate.admit(commands.Admit("1", "m"))
+    permit = await task
+    assert permit.target is None
+    permit.done(failed="no")
+    with pytest.raises(UpstreamFailed, match="it broke off"):
+        await permit.retry(UpstreamFailed("it broke off"))
+    retry = asyncio.ensure_future(permit.retry(Unreached("nobody listens")))
+    while len(rig.posted) < 3:  # noqa: ASYNC110 - after a pause
+        await asyncio.sleep(0.01)
+    assert rig.posted[2] == events.RequestArrived("2", "m", "key", frozenset({"m"}))
+    retry.cancel()
+    await asyncio.wait({retry})
+    assert rig.kinds()[-1] == "RequestGone"
+
+
+def opening(rig: Rig) -> asyncio.Event:
+    """The gate of a daemon that has not opened yet."""
+    opened = asyncio.Event()
+    rig.gate = AdmissionGate(rig.posted.append, lambda model: rig.engine, EngineResolver(), opened)
+    rig.gate.configure({"m": ModelConfig("m")}, {"m": ModelConfig("m")})
+    return opened
+
+
+@script
+async def test_who_comes_before_we_have_opened_is_counted_and_let_in_then(rig: Rig) -> None:
+    """A shutdown that comes meanwhile waits for them as for everybody."""
+    opened = opening(rig)
+    task = await rig.arrive()
+    assert (rig.gate.open, rig.posted) == (1, [])
+    opened.set()
+    while not rig.posted:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    assert rig.gate.open == 1
+    rig.gate.admit(commands.Admit("1", "m"))
+    (await task).done()  # type: ignore[attr-defined]
+    assert await rig.gate.emptied(1)
+
+
+@script
+async def test_who_comes_before_we_have_opened_is_told_when_we_shut_down(rig: Rig) -> None:
+    """Nobody is left without an answer."""
+    opening(rig)
+    waiting, leaving = await rig.arrive(), await rig.arrive()
+    leaving.cancel()
+    await asyncio.wait({leaving})
+    assert rig.gate.open == 1
+    rig.gate.reject_waiting("shutting down")
+    with pytest.raises(Unavailable, match="shutting down"):
+        await waiting
+    assert (rig.gate.open, rig.posted) == (0, [])

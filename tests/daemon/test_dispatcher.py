@@ -1,0 +1,104 @@
+"""The heart's timer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from vllmd.core import events
+from vllmd.core.commands import Command
+from vllmd.core.scheduler import Scheduler
+from vllmd.daemon.dispatcher import Dispatcher
+
+ARRIVED = events.RequestArrived("1", "m")
+
+
+class StillLoop(asyncio.SelectorEventLoop):
+    """Its clock goes when the test says so."""
+
+    clock = 100.0
+
+    def time(self) -> float:
+        return self.clock
+
+    async def until(self, clock: float) -> None:
+        """Let time pass, and whatever is due happen."""
+        self.clock = clock
+        for _ in range(3):
+            await asyncio.sleep(0)
+
+
+class Wanting(Scheduler):
+    """A core that decides nothing; ``due`` is what it says of the next timer."""
+
+    def __init__(self) -> None:
+        self.due: float | None = None
+        self.heard: list[float] = []
+
+    def handle(self, event: events.Event, now: float) -> list[Command]:
+        if isinstance(event, events.TimePassed):
+            self.heard.append(now)
+            self.due = None
+        return []
+
+    def next_timer(self) -> float | None:
+        return self.due
+
+
+Story = Callable[[StillLoop, Dispatcher, Wanting], Awaitable[None]]
+
+
+def play(story: Story) -> None:
+    """Run it with a heart in a loop that stands still."""
+
+    async def told(loop: StillLoop) -> None:
+        core = Wanting()
+        dispatcher = Dispatcher(core)
+        await story(loop, dispatcher, core)
+        dispatcher.close()
+
+    loop = StillLoop()
+    try:
+        loop.run_until_complete(told(loop))
+    finally:
+        loop.close()
+
+
+@pytest.mark.parametrize("dues", [(110.0,), (105.0, 110.0), (115.0, 110.0), (None, 110.0)])
+def test_the_core_hears_of_the_time_when_it_wanted_to_last(dues: tuple[float | None, ...]) -> None:
+    """Put off, moved forward or newly wanted: not before that time, then at once, and once."""
+
+    async def story(loop: StillLoop, dispatcher: Dispatcher, core: Wanting) -> None:
+        for core.due in dues:
+            dispatcher.post(ARRIVED)
+        for clock in (105.0, 109.0, 110.0, 115.0, 120.0):
+            await loop.until(clock)
+        assert core.heard == [110.0]
+
+    play(story)
+
+
+def test_the_core_hears_nothing_that_it_does_not_want_any_more() -> None:
+    """The timer that it once wanted passes without a word."""
+
+    async def story(loop: StillLoop, dispatcher: Dispatcher, core: Wanting) -> None:
+        for core.due in (105.0, None):
+            dispatcher.post(ARRIVED)
+        await loop.until(120.0)
+        assert core.heard == []
+
+    play(story)
+
+
+def test_what_was_due_long_ago_is_due_now() -> None:
+    """The core may want to go on at once (it does after a start with models to preload)."""
+
+    async def story(loop: StillLoop, dispatcher: Dispatcher, core: Wanting) -> None:
+        core.due = 1.0
+        dispatcher.post(ARRIVED)
+        await loop.until(100.0)
+        assert core.heard == [100.0]
+
+    play(story)

@@ -1,0 +1,68 @@
+"""Models that programs bring along: known for as long as the daemon lives, written nowhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from vllmd.admin.schemas import TEXT, answers, doc
+from vllmd.errors import BadRequest
+from vllmd.proxy.http import Request, Response, json_response
+from vllmd.proxy.routing import LocalHandler, Router
+
+NAMES = {"type": "array", "items": TEXT}
+SETTINGS = {"type": "object", "description": "settings of one model, as in vllmd.yaml(5)"}
+KNOWN = {
+    "type": "object",
+    "required": ["model", "configured", "differs", "listen"],
+    "properties": {"model": TEXT, "configured": {"type": "boolean"}, "differs": NAMES, "listen": NAMES},
+}
+DROPPED = {
+    "type": "object",
+    "required": ["model", "dropped"],
+    "properties": {"model": TEXT, "dropped": {"type": "boolean"}},
+}
+
+
+class RuntimeModels(Protocol):
+    """The daemon, as far as these endpoints need it."""
+
+    async def put(self, name: str, settings: Mapping[str, Any], *, trusted: bool) -> dict[str, Any]:
+        """Make a model known. ``{model, configured, differs, listen}``. Raises BadRequest, TooManyRequests."""
+
+    async def drop(self, name: str) -> None:
+        """Forget one; it is drained and stopped. Raises UnknownModel, Conflict for a configured one."""
+
+
+class RuntimeModelEndpoints:
+    """``/admin/guests/...``; the caller has been found to be an operator."""
+
+    def __init__(self, runtime_models: RuntimeModels) -> None:
+        self._guests = runtime_models
+
+    async def put(self, request: Request) -> Response:
+        """``PUT /admin/guests/{model}`` with the settings of a model as in vllmd.yaml(5).
+
+        A model of that name that is configured, or in use, stays as it is; ``differs`` names the settings that
+        are not as asked for. Settings that could run the caller's code are only for root and the daemon's own user.
+        """
+        settings = request.json() if request.body else {}
+        if not isinstance(settings, dict):
+            raise BadRequest("the body must be a JSON object with the settings of one model")
+        trusted = request.peer.uid in (0, os.getuid())
+        return json_response(await self._guests.put(request.params["model"], settings, trusted=trusted))
+
+    async def drop(self, request: Request) -> Response:
+        """``DELETE /admin/guests/{model}``."""
+        await self._guests.drop(request.params["model"])
+        return json_response({"model": request.params["model"], "dropped": True})
+
+
+def add_guests(router: Router, runtime_models: RuntimeModels, audited: Callable[[LocalHandler], LocalHandler]) -> None:
+    """Their rows of the route table."""
+    endpoints, add = RuntimeModelEndpoints(runtime_models), router.add
+    add("PUT", "/admin/guests/{model:path}", audited(endpoints.put), "admin", "Make a model known until vllmd ends",
+        doc(answers(KNOWN), {"requestBody": {"content": {"application/json": {"schema": SETTINGS}}}}))  # fmt: skip
+    add("DELETE", "/admin/guests/{model:path}", audited(endpoints.drop), "admin", "Forget such a model",
+        answers(DROPPED))  # fmt: skip

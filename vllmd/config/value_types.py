@@ -1,0 +1,510 @@
+"""Kinds of values: how one is read, what it accepts in words, its JSON Schema, how a default is shown.
+
+A parser takes a ``Node`` and raises ``Wrong`` with what is wrong in words that fit
+after the key's path; the loader adds the place and what would be right.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from vllmd.config.nodes import Node
+from vllmd.text import control_character
+
+Parse = Callable[[Node], Any]
+YEAR = 365 * 86400.0
+MiB = 1 << 20
+
+
+class Wrong(ValueError):
+    """A value that cannot be accepted; ``node`` where it is narrower than the setting, ``accepted`` overrides."""
+
+    def __init__(self, reason: str, node: Node | None = None, accepted: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.node, self.accepted = reason, node, accepted
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One kind of value."""
+
+    accepts: str
+    parse: Parse
+    schema: Mapping[str, Any] = field(default_factory=dict)
+    show: Callable[[Any], str] = str
+    none: str = "none"  # how a default of None is called
+
+
+def shown(node: Node) -> str:
+    """A value as it is quoted in a complaint."""
+    if node.is_map:
+        return "a mapping"
+    if node.is_list:
+        return "a list"
+    return repr(node.text) if isinstance(node.value, str) else (node.text or "nothing")
+
+
+def wrong(node: Node, what: str) -> Wrong:
+    return Wrong(f"{shown(node)} is not {what}")
+
+
+# ---- scalars -------------------------------------------------------------------------------------------------
+
+
+def parse_bool(node: Node) -> bool:
+    word = node.text.lower() if isinstance(node.value, str) else node.value
+    if word in (True, "true", "yes", "on", "1") and not isinstance(word, float):
+        return True
+    if word in (False, "false", "no", "off", "0") and word is not None:
+        return False
+    raise wrong(node, "a yes or a no")
+
+
+def parse_text(node: Node) -> str:
+    if node.is_map or node.is_list or node.value is None:
+        raise wrong(node, "text")
+    if not node.text.isprintable():
+        raise Wrong("control characters are not allowed")
+    return node.text
+
+
+def parse_number(node: Node) -> float:
+    if isinstance(node.value, bool):
+        raise wrong(node, "a number")
+    try:
+        number = float(node.value)
+    except (TypeError, ValueError):
+        raise wrong(node, "a number") from None
+    if number != number or abs(number) == float("inf"):
+        raise wrong(node, "a finite number")
+    return number
+
+
+def integer(low: int, high: int = 2**31) -> Parse:
+    def parse(node: Node) -> int:
+        number = parse_number(node)
+        if number != int(number):
+            raise wrong(node, "a whole number")
+        if not low <= number <= high:
+            raise Wrong(f"{int(number)} is out of range")
+        return int(number)
+
+    return parse
+
+
+def real(low: float, high: float) -> Parse:
+    def parse(node: Node) -> float:
+        number = parse_number(node)
+        if not low < number <= high:
+            raise Wrong(f"{node.text} is out of range")
+        return number
+
+    return parse
+
+
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)(b?)", re.I)
+POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
+
+
+def parse_size(node: Node) -> int:
+    """Bytes. ``GiB`` and ``G`` are powers of 1024 (as in systemd), ``GB`` of 1000; a bare number is bytes."""
+    match = SIZE.fullmatch(node.text.strip()) if not isinstance(node.value, bool | dict | list) else None
+    if not match:
+        raise wrong(node, "a size")
+    number, prefix, binary, byte = match.groups()
+    base = 1000 if byte and not binary else 1024
+    return int(float(number) * base ** POWERS[prefix.lower()])
+
+
+def sized(node: Node) -> int:
+    """A size of memory: at least 1 MiB, at most 1 PiB (``80`` without a unit is a slip, not 80 bytes)."""
+    size = parse_size(node)
+    if size < MiB:
+        unit = f"; write {node.text.strip()}GiB if GiB were meant" if node.text.strip().isdigit() and size else ""
+        raise Wrong(f"{size} bytes is too small{unit}")
+    if size > 1 << 50:
+        raise Wrong(f"{node.text} is more memory than any machine has")
+    return size
+
+
+def small_size(node: Node) -> int:
+    size = parse_size(node)
+    if not 1024 <= size <= 1 << 40:
+        raise Wrong(f"{node.text} is out of range")
+    return size
+
+
+def reserve_size(node: Node) -> int:
+    return 0 if node.value == 0 and not isinstance(node.value, bool) else sized(node)
+
+
+def show_size(size: int) -> str:
+    """In the largest unit of which it is a whole number, or at least a round half; to a tenth of a GiB if in none."""
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if size and size * 2 % 1024**power == 0 and size >= 1024**power:
+            return f"{size / 1024**power:g}{unit}"
+    return f"{size / 1024**3:.1f}GiB" if size >= 1024**3 else str(size)
+
+
+DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|sec|m|min|h|d|w|)\s*", re.I)
+SECONDS = {"ms": 0.001, "": 1, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+def parse_duration(node: Node) -> float:
+    """Seconds, from ``300``, ``5m`` or ``1h30m``; at most a year."""
+    text = node.text.strip()
+    if isinstance(node.value, bool | dict | list) or not text:
+        raise wrong(node, "a duration")
+    if text.startswith("-"):
+        raise Wrong(f"{text} is negative")
+    if DURATION.sub("", text):
+        raise wrong(node, "a duration")
+    seconds = sum(float(number) * SECONDS[unit.lower()] for number, unit in DURATION.findall(text))
+    if seconds > YEAR:
+        raise Wrong(f"{text} is more than a year")
+    return seconds
+
+
+def positive_duration(node: Node) -> float:
+    seconds = parse_duration(node)
+    if not seconds:
+        raise Wrong("0 is too short")
+    return seconds
+
+
+def show_duration(seconds: float) -> str:
+    for length, unit in ((86400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= length and seconds % length == 0:
+            return f"{seconds / length:g}{unit}"
+    return f"{seconds:g}s"
+
+
+def or_none(parse: Parse, *words: str) -> Parse:
+    """None for null and for each of ``words``, else as ``parse``."""
+
+    def either(node: Node) -> Any:
+        spelled = node.text.lower() if not (node.is_map or node.is_list) else "?"
+        return None if node.value is None or spelled in words else parse(node)
+
+    return either
+
+
+def parse_share(node: Node) -> float | int:
+    """A fraction (0.35, 35%) as float, a size (20GiB) as int."""
+    text = node.text.strip()
+    if text.endswith("%"):
+        return _fraction(node, text[:-1], 100.0)
+    if isinstance(node.value, int | float) and not isinstance(node.value, bool):
+        return _fraction(node, text, 1.0) if node.value < 1024 else sized(node)
+    try:
+        return _fraction(node, text, 1.0)
+    except Wrong:
+        if SIZE.fullmatch(text) and not text.replace(".", "").isdigit():
+            return sized(node)
+        raise
+
+
+def _fraction(node: Node, text: str, scale: float) -> float:
+    try:
+        share = float(text) / scale
+    except ValueError:
+        raise wrong(node, "a share of the memory or a size") from None
+    if not 0 < share <= 1:
+        raise Wrong(f"{node.text} is not between 0 and {'100%' if scale > 1 else '1'}")
+    return share
+
+
+def parse_shares(node: Node) -> dict[float, float]:
+    """From free ratios to shares of a device, the highest ratio first; none: empty."""
+    if node.text.lower() == "none":
+        return {}
+    if not node.is_map or not node.value:
+        raise wrong(node, "a mapping from free ratio to share") if not node.is_map else Wrong("it is empty")
+    found: dict[float, float] = {}
+    for key, value in node.value.items():
+        place = replace(value, where=value.key or value.where)
+        ratio, share = _ratio(replace(place, value=key, text=key)), _ratio(value)
+        if share > ratio:
+            raise Wrong(f"where {ratio:g} is free it cannot take {share:g}", place)
+        if ratio in found:
+            raise Wrong(f"the free ratio {ratio:g} is given twice", place)
+        found[ratio] = share
+    rows = sorted(found.items(), reverse=True)
+    for (more, larger), (less, smaller) in itertools.pairwise(rows):
+        if smaller > larger:
+            raise Wrong(f"it would take {smaller:g} where {less:g} is free, and less ({larger:g}) where {more:g} is")
+    return dict(rows)
+
+
+def _ratio(node: Node) -> float:
+    if node.is_map or node.is_list or node.value is None:
+        raise wrong(node, "a ratio")
+    text = node.text.strip()
+    return _fraction(node, text.removesuffix("%"), 100.0 if text.endswith("%") else 1.0)
+
+
+def show_shares(shares: Mapping[float, float]) -> str:
+    return f"{{{', '.join(f'{ratio:g}: {share:g}' for ratio, share in shares.items())}}}" if shares else "none"
+
+
+def choice(*words: str) -> Kind:
+    def parse(node: Node) -> str:
+        word = node.text.lower() if not (node.is_map or node.is_list) else ""
+        if word not in words:
+            raise Wrong(f"{shown(node)} is not one of them" if not node.is_map else "a mapping is not one of them")
+        return word
+
+    return Kind(", ".join(words), parse, {"enum": list(words)})
+
+
+# ---- addresses and paths -------------------------------------------------------------------------------------
+
+
+def parse_listen(node: Node) -> str:
+    """``HOST:PORT``, ``[IPV6]:PORT``, ``PORT`` or ``/PATH`` of a Unix socket."""
+    text = parse_text(node)
+    if text.startswith(("/", "unix:/")):
+        return text.removeprefix("unix:")
+    host, colon, port = text.rpartition(":")
+    if not port.isdigit() or not 0 <= int(port) <= 65535:
+        raise wrong(node, "an address with a port from 0 to 65535")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise Wrong(f"{text!r}: an IPv6 address is written in brackets", accepted=f"[{host}]:{port}")
+    if colon and not host:
+        raise wrong(node, "an address (use 0.0.0.0 or [::] for every address)")
+    return text
+
+
+def parse_host(node: Node) -> str:
+    """A host name or an address, without a port."""
+    text = parse_text(node)
+    if ":" in text:
+        import ipaddress
+
+        try:
+            ipaddress.IPv6Address(text.strip("[]"))
+        except ValueError:
+            raise wrong(node, "a host name or address (the port goes into port)") from None
+    return text
+
+
+def parse_listens(node: Node) -> tuple[str, ...]:
+    """Addresses; a port alone means both loopback addresses."""
+    given: tuple[str, ...] = list_of(parse_listen)(node)
+    return tuple(address for text in given for address in (loopback(text) if text.isdigit() else (text,)))
+
+
+def loopback(port: str) -> tuple[str, str]:
+    return f"127.0.0.1:{port}", f"[::1]:{port}"
+
+
+def parse_path(node: Node) -> Any:
+    from pathlib import Path
+
+    path = Path(parse_text(node)).expanduser()
+    if not path.is_absolute():
+        raise wrong(node, "an absolute path")
+    return path
+
+
+# ---- lists and mappings --------------------------------------------------------------------------------------
+
+
+def items(node: Node) -> list[Node]:
+    """A list's nodes; a comma-separated text counts as a list, a single value as a list of one."""
+    if node.is_list:
+        return list(node.value)
+    if node.is_map or node.value is None:
+        raise wrong(node, "a list")
+    return [replace(node, value=part.strip(), text=part.strip()) for part in node.text.split(",") if part.strip()]
+
+
+def list_of(item: Parse) -> Parse:
+    def parse(node: Node) -> tuple[Any, ...]:
+        values = []
+        for part in items(node):
+            try:
+                values.append(item(part))
+            except Wrong as error:
+                raise Wrong(error.reason, error.node or part, error.accepted) from None
+        repeated = next((value for value in values if values.count(value) > 1), None)
+        if repeated is not None:
+            raise Wrong(f"{repeated} is listed twice")
+        return tuple(values)
+
+    return parse
+
+
+def parse_devices(node: Node) -> tuple[int, ...]:
+    if node.value is None or node.text == "auto":
+        return ()
+    try:
+        found: tuple[int, ...] = list_of(integer(0, 1023))(node)
+        return found
+    except Wrong as error:
+        raise Wrong(f"{error.reason}: devices are numbers from 0", error.node) from None
+
+
+def parse_command(node: Node) -> tuple[str, ...]:
+    if node.is_list:
+        words = tuple(parse_text(part) for part in node.value)
+    else:
+        import shlex
+
+        try:
+            words = tuple(shlex.split(parse_text(node)))
+        except ValueError as error:
+            raise Wrong(f"quotes do not match: {error}") from None
+    if not words:
+        raise Wrong("the command is empty")
+    return words
+
+
+def parse_env(node: Node) -> dict[str, str]:
+    if not node.is_map:
+        raise wrong(node, "a mapping from variable to value")
+    for name, value in node.value.items():
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise Wrong(f"{name!r} cannot be the name of an environment variable", value)
+        if value.is_map or value.is_list:
+            raise Wrong(f"{name}: {shown(value)} is not text", value)
+        if found := control_character(value.text.replace("\n", "").replace("\t", "")):
+            raise Wrong(f"{name}: the control character {found} is not allowed", value)
+    return {name: value.text for name, value in node.value.items()}
+
+
+def parse_map(node: Node) -> dict[str, Any]:
+    if not node.is_map:
+        raise wrong(node, "a mapping")
+    plain: dict[str, Any] = node.plain()
+    return plain
+
+
+def parse_args(node: Node) -> tuple[str, ...]:
+    """argv from a list of words, a line as a shell splits it, or a mapping from flag to value."""
+    if node.is_map:
+        return tuple(word for key, value in node.value.items() for word in _flag(key, value))
+    if node.value is None:
+        return ()
+    return parse_command(node) if not node.is_list else tuple(_word(part) for part in node.value)
+
+
+def _flag(key: str, value: Node) -> list[str]:
+    flag = key if key.startswith("-") else ("-" if len(key) == 1 else "--") + key.replace("_", "-")
+    if value.value is None:
+        return []
+    if value.value is True:
+        return [flag]
+    if value.value is False:
+        return ["--no-" + flag.lstrip("-")]
+    return [flag, *(_word(part) for part in value.value)] if value.is_list else [flag, _word(value)]
+
+
+def _word(node: Node) -> str:
+    if node.is_map or node.is_list:
+        import json
+
+        return json.dumps(node.plain())
+    return parse_text(node)
+
+
+def command_line(argv: tuple[str, ...]) -> str:
+    import shlex
+
+    return shlex.join(argv) or "none"
+
+
+# ---- the kinds by name ---------------------------------------------------------------------------------------
+
+NUMBER_OR_TEXT = {"type": ["number", "string"]}
+TEXTS = {"type": "array", "items": {"type": "string"}}
+
+
+def count(low: int, high: int = 2**31, none: str = "", *words: str) -> Kind:
+    """A whole number from ``low`` to ``high``; with ``none`` it may be left open by that word."""
+    to = f" to {high}" if high < 2**31 else " or more"
+    text = f"a whole number, {low}{to}" + (f", or {none}" if none else "")
+    parse = or_none(integer(low, high), none, *words) if none else integer(low, high)
+    number = {"type": "integer", "minimum": low, **({"maximum": high} if high < 2**31 else {})}
+    return Kind(text, parse, {"anyOf": [number, {"enum": [none, None]}]} if none else number, none=none or "none")
+
+
+BOOL = Kind("true or false", parse_bool, {"type": "boolean"}, lambda value: "true" if value else "false")
+TEXT = Kind("text", parse_text, {"type": "string"}, none="none")
+SECRET = Kind("text", parse_text, {"type": "string"}, lambda value: "(hidden)")
+SIZE_KIND = Kind("a size such as 20GiB or 512MiB", sized, NUMBER_OR_TEXT, show_size)
+SMALL_SIZE = Kind("a size from 1KiB to 1TiB such as 64MiB", small_size, NUMBER_OR_TEXT, show_size)
+RESERVE = Kind("0 or a size such as 512MiB", reserve_size, NUMBER_OR_TEXT, show_size)
+AUTO_SIZE = Kind(
+    "a size such as 20GiB, or auto", or_none(sized, "auto"), {"type": ["number", "string", "null"]}, show_size, "auto"
+)
+LIMIT_SIZE = replace(AUTO_SIZE, accepts="a size such as 20GiB, or none", parse=or_none(sized, "none"), none="none")
+DURATION_KIND = Kind("a duration such as 300, 5m or 1h30m", positive_duration, NUMBER_OR_TEXT, show_duration)
+PAUSE = Kind("a duration such as 0, 300, 5m or 1h30m", parse_duration, NUMBER_OR_TEXT, show_duration)
+OR_NEVER = Kind(
+    "a duration such as 300, 5m or 1h30m, or never",
+    or_none(positive_duration, "never", "off", "infinity"),
+    {"type": ["number", "string", "null"]},
+    show_duration,
+    "never",
+)
+SHARE = Kind(
+    "a share such as 0.35 or 35%, a size such as 20GiB, or auto",
+    or_none(parse_share, "auto"),
+    {"type": ["number", "string", "null"]},
+    str,
+    "auto",
+)
+DEVICES = Kind(
+    "auto, or device numbers such as [0, 1]",
+    parse_devices,
+    {"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 0}, {"type": "array", "items": {"type": "integer"}}]},
+    lambda value: str(list(value)) if value else "auto",
+    "auto",
+)
+LISTEN = Kind(
+    "addresses such as 127.0.0.1:33258, [::1]:33258 or /run/vllmd.sock",
+    parse_listens,
+    {"anyOf": [{"type": ["string", "integer"]}, {"type": "array", "items": {"type": ["string", "integer"]}}]},
+    lambda value: ", ".join(value),
+)
+NAMES = Kind(
+    "a list of names",
+    list_of(parse_text),
+    {"anyOf": [{"type": "string"}, TEXTS]},
+    lambda value: ", ".join(value) or "none",
+)
+PATH = Kind("an absolute path", parse_path, {"type": "string"})
+FILE = Kind("the path of a file", parse_text, {"type": "string"})
+COMMAND = Kind(
+    "a command as a list of words or one line",
+    parse_command,
+    {"anyOf": [{"type": "string"}, TEXTS]},
+    command_line,
+)
+ARGS = Kind(
+    "a mapping from flag to value, or a list of words",
+    parse_args,
+    {"type": ["object", "array", "string", "null"]},
+    command_line,
+)
+ENV = Kind(
+    "a mapping from variable to value",
+    parse_env,
+    {"type": "object", "additionalProperties": {"type": ["string", "number", "boolean"]}},
+    lambda value: "none" if not value else str(dict(value)),
+)
+MAP = Kind("a mapping", parse_map, {"type": "object"}, lambda value: "none" if not value else str(dict(value)))
+MAPPINGS = Kind(
+    "a list of mappings",
+    list_of(parse_map),
+    {"type": "array", "items": {"type": "object"}},
+    lambda value: f"{len(value)} of them" if value else "none",
+)
+TEXT_OR_NONE = Kind("text, or none", or_none(parse_text, "none", "off"), {"type": ["string", "null"]}, none="none")
+HOST = Kind("a host name or address", parse_host, {"type": "string"}, none="both loopback addresses")
+PORT = count(0, 65535)

@@ -1,0 +1,115 @@
+"""The heart: events go to the core, its commands to whoever carries them out.
+
+``post`` may be called from anywhere in the event loop, also while another event
+is being handled: events are taken one after the other, and executing a command
+never waits. Slow work is a task whose result is posted as an event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from vllmd.core import commands, events
+from vllmd.core.scheduler import Scheduler
+from vllmd.core.types import Decision
+from vllmd.daemon.admission_gate import AdmissionGate
+from vllmd.daemon.engine_manager import EngineManager
+
+log = logging.getLogger("vllmd")
+
+
+class Dispatcher:
+    """Owns the scheduler; nobody else calls it."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._inbox: deque[events.Event] = deque()
+        self._handling = False
+        self._due: float | None = None  # when the core wants to hear that time has passed
+        self._timer: asyncio.TimerHandle | None = None  # then, or earlier
+        self._loop = asyncio.get_running_loop()
+        self._execute: dict[type, Callable[[Any], None]] = {}  # each takes its own command
+        self.on_decision: Callable[[Decision], None] = lambda decision: None
+        self.on_change: Callable[[], None] = lambda: None
+
+    def connect(self, engine_manager: EngineManager, admission_gate: AdmissionGate) -> None:
+        """Say who carries out what."""
+        self._execute = {
+            commands.StartEngine: engine_manager.start,
+            commands.WakeEngine: engine_manager.wake,
+            commands.SleepEngine: engine_manager.sleep,
+            commands.StopEngine: engine_manager.stop,
+            commands.ProveFreeze: engine_manager.prove_freeze,
+            commands.ProbeReplica: engine_manager.probe,
+            commands.Admit: admission_gate.admit,
+            commands.Reject: admission_gate.reject,
+            commands.CutRequest: admission_gate.cut,
+            commands.Record: self._record,
+        }
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """For snapshots; events go through ``post``."""
+        return self._scheduler
+
+    def now(self) -> float:
+        """The core's clock, in seconds."""
+        return self._loop.time()
+
+    def post(self, event: events.Event) -> None:
+        """Take an event in; returns after its commands, and those of all it led to, were begun."""
+        self._inbox.append(event)
+        if self._handling:
+            return
+        self._handling = True
+        try:
+            while self._inbox:
+                self._handle(self._inbox.popleft())
+        finally:
+            self._handling = False
+        self._set_timer()
+        self.on_change()
+
+    def _handle(self, event: events.Event) -> None:
+        try:
+            decided = self._scheduler.handle(event, self.now())
+        except Exception:  # a defect: say so, and keep serving everybody else
+            log.exception("the scheduler could not handle %s", event)
+            return
+        for command in decided:
+            try:
+                self._execute[type(command)](command)
+            except Exception:
+                log.exception("could not carry out %s", command)
+
+    def _set_timer(self) -> None:
+        """Moved only when it would come too late: a request puts off what is due, and two new timers cost it 3 µs."""
+        self._due = self._scheduler.next_timer()
+        if self._due is None or (self._timer and self._timer.when() <= self._due):
+            return
+        if self._timer:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(self._due, self._pass_time)
+
+    def _pass_time(self) -> None:
+        self._timer = None
+        if self._due is not None and self._due > self.now():
+            self._timer = self._loop.call_at(self._due, self._pass_time)
+        elif self._due is not None:
+            self.post(events.TimePassed())
+
+    def _record(self, command: commands.Record) -> None:
+        decision = command.decision
+        numbers = {f"VLLMD_{key.upper()}": value for key, value in decision.numbers.items()}
+        fields = {"MODEL": decision.model, "DECISION": decision.what, **numbers}
+        log.info("%s: %s: %s", decision.model, decision.what, decision.why, extra={"journal": fields})
+        self.on_decision(decision)
+
+    def close(self) -> None:
+        """Wait for nothing more."""
+        if self._timer:
+            self._timer.cancel()

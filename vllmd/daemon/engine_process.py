@@ -1,0 +1,80 @@
+"""One engine and what the daemon knows of it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import signal
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, field
+
+from vllmd.config.types import ModelConfig
+from vllmd.core.types import Placement
+from vllmd.daemon.failure_text import how_it_ended, with_last_lines
+from vllmd.daemon.logfile import LogFile
+from vllmd.engines.base import Engine, Listen, Progress
+from vllmd.launcher.client import ExitReport, Running
+
+LOG_LINES = 200  # kept per engine
+STARTING = Progress("starting")
+
+
+@dataclass
+class EngineProcess:
+    """One engine and what the daemon knows of it; owned by the EngineManager."""
+
+    model: ModelConfig
+    engine: Engine
+    instance: str
+    listen: Listen
+    placement: Placement
+    fingerprint: str
+    running: Running | None = None
+    ordered: asyncio.Future[Running] | None = None
+    lines: deque[str] = field(default_factory=lambda: deque(maxlen=LOG_LINES))
+    phase: Progress = STARTING
+    phase_since: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=time.monotonic)
+    ready_after: float | None = None  # seconds its start took
+    exited: asyncio.Event = field(default_factory=asyncio.Event)
+    report: ExitReport | None = None
+    task: asyncio.Task[None] | None = None
+    file: LogFile | None = None
+    stop: tuple[str, ...] = ()  # Launch.stop
+    stop_signal: int = signal.SIGTERM
+    self_managed: bool = False
+    watch: float = 0.0  # Launch.watch
+    ending: bool = False  # it was told to go
+    listeners: set[asyncio.Queue[str]] = field(default_factory=set)
+
+    def reason(self) -> str:
+        """Why it is gone, with its last words where they are at hand."""
+        lines, how = self.last_lines(), how_it_ended(self.report)
+        return with_last_lines(how, lines) if lines else how
+
+    def last_lines(self) -> list[str]:
+        """Its last log lines; the launcher's own copy is the complete one."""
+        if self.report and self.report.log_tail:
+            return list(self.report.log_tail)
+        return list(self.lines)
+
+
+def of(process: EngineProcess) -> dict[str, dict[str, str]]:
+    """The journal fields that say which engine a record is about."""
+    unit = {"VLLMD_UNIT": process.running.unit} if process.running else {}
+    return {"journal": {"MODEL": process.model.name, **unit}}
+
+
+def fingerprint(model: ModelConfig) -> str:
+    """What of a model's settings its engine depends on; another value means another engine."""
+    parts = {key: value for key, value in asdict(model).items() if key not in _NOT_THE_ENGINES}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+_NOT_THE_ENGINES = {  # settings that take effect without another engine
+    *("where", "aliases", "idle", "pin", "preload", "warm_up", "priority", "concurrency", "on_busy", "preempt"),
+    *("queue_limit", "queue_timeout", "drain_limit", "start_timeout", "stop_timeout"),
+    *("max_restarts", "restart_backoff", "log_file", "when_free", "replicas", "replica_of", "host"),
+}

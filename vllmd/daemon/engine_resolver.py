@@ -1,0 +1,58 @@
+"""Each model's engine. One that cannot be had (no such kind, a plug-in that raises) fails its own model only."""
+
+from __future__ import annotations
+
+import logging
+
+from vllmd.config.types import ModelConfig
+from vllmd.engines import engine_of
+from vllmd.engines.base import Engine
+from vllmd.errors import ConfigError
+
+log = logging.getLogger("vllmd.engines")
+
+
+class EngineResolver:
+    """``engine_of``, remembered per model, and never raising."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet  # who asks says it himself
+        self._found: dict[str, tuple[ModelConfig, Engine]] = {}
+
+    def __call__(self, model: ModelConfig) -> Engine:
+        """The model's engine, or an ``Unusable`` that has the reason."""
+        known = self._found.get(model.name)
+        if known is None or known[0] is not model:
+            known = self._found[model.name] = (model, self._usable(model))
+        return known[1]
+
+    def _usable(self, model: ModelConfig) -> Engine:
+        try:
+            return _tried(model)
+        except ConfigError as error:
+            if not self._quiet:
+                log.error("%s: every request for it will fail: %s", model.name, error.message)
+            return _unusable(error)
+        except Exception as error:  # a kind of our own with a defect must not take the others down
+            log.exception("%s: every request for it will fail", model.name)
+            return _unusable(ConfigError(f"the engine {model.engine!r} failed: {type(error).__name__}: {error}"))
+
+
+def _tried(model: ModelConfig) -> Engine:
+    """What everybody asks of an engine is asked once here: what it answers now it answers later. Raises ConfigError."""
+    engine = engine_of(model)
+    engine.sleep_levels(model)
+    engine.routes(model)
+    engine.served_name(model)
+    engine.asleep()
+    engine.busy()
+    engine.headers()
+    engine.device_count(model)
+    engine.alive(model)
+    return engine
+
+
+def _unusable(error: ConfigError) -> Engine:
+    from vllmd.engines.unusable import Unusable  # hardly ever needed, and not before the first client
+
+    return Unusable(error)

@@ -1,0 +1,136 @@
+"""Everything that a start needs, decided before anything is done: the place, the launch, the order to the launcher."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vllmd.config.names import instance_name
+from vllmd.config.types import ModelConfig
+from vllmd.core import commands
+from vllmd.daemon.engine_keys import EngineKeys
+from vllmd.daemon.engine_process import EngineProcess, fingerprint
+from vllmd.daemon.memory import Memory
+from vllmd.daemon.ports import PortPool
+from vllmd.engines.base import Engine, Launch, Listen, Place
+from vllmd.errors import ConfigError
+from vllmd.launcher.client import StartOrder
+from vllmd.launcher.protocol import ProtocolError
+
+LONGEST_STOP = 3600.0  # seconds between SIGTERM and SIGKILL that the launcher accepts
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where engines live: run directories (sockets) and their home (caches)."""
+
+    run: Path
+    home: Path | None = None
+
+
+def noted(listen: Listen) -> dict[str, Any]:
+    """Where an engine listens, as others may read it: instead of its key only whether it has one."""
+    return {**asdict(listen), "key": "yes" if listen.key else "", "owner": None}
+
+
+class LaunchPlanner:
+    """Writes the orders for the launcher."""
+
+    def __init__(
+        self,
+        memory: Memory,
+        paths: Paths,
+        engine_of: Callable[[ModelConfig], Engine],
+        ports: PortPool,
+        keys: EngineKeys | None = None,
+    ) -> None:
+        self._models: Mapping[str, ModelConfig] = {}
+        self._kv_caches: Mapping[str, int] = {}
+        self._memory = memory
+        self._paths = paths
+        self._engine_of = engine_of
+        self._ports = ports
+        self.keys = keys or EngineKeys(None)
+
+    def configure(self, models: Mapping[str, ModelConfig], kv_caches: Mapping[str, int]) -> None:
+        """Start engines by these settings from now on. ``kv_caches``: bytes per device, by model; 0: its own choice."""
+        self._models, self._kv_caches = models, kv_caches
+
+    def prepare(self, command: commands.StartEngine) -> tuple[EngineProcess, StartOrder | None]:
+        """Everything a start needs, decided before anything is done. Raises ConfigError.
+
+        No order comes with a server that is not ours to start.
+        """
+        model = self._models[command.model]
+        engine = self._engine_of(model)
+        instance = instance_name(model.name)
+        run_dir = self._paths.run / instance
+        place = self._place(command, run_dir)
+        port = 0
+        try:
+            launch = engine.launch(model, place)
+            port = launch.listen.port
+        finally:
+            if port != place.port:
+                self._ports.release(place.port)
+        process = EngineProcess(model, engine, instance, launch.listen, command.placement, fingerprint(model))
+        process.stop, process.stop_signal, process.self_managed = launch.stop, launch.stop_signal, launch.self_managed
+        process.watch = launch.watch
+        try:
+            return process, self._order(process, launch, run_dir) if launch.argv else None
+        except ProtocolError as error:
+            raise ConfigError(f"{model.where}: models.{model.name}: {error}".removeprefix(": ")) from None
+
+    def _place(self, command: commands.StartEngine, run_dir: Path) -> Place:
+        devices = self._memory.devices_of(command.placement)
+        return Place(
+            run_dir=run_dir,
+            device_ids=tuple(device.id for device in devices),
+            memory=command.memory if devices else 0,
+            device_memory=min((device.memory for device in devices), default=0),
+            port=self._ports.reserve(),
+            device_files=self._memory.files_of(command.placement),
+            kv_cache=self._kv_caches.get(command.model, 0),
+            key=self.keys.of(run_dir.name),
+        )
+
+    def _order(self, process: EngineProcess, launch: Launch, run_dir: Path) -> StartOrder:
+        home = {"HOME": str(self._paths.home)} if self._paths.home else {}
+        return StartOrder(
+            instance=process.instance,
+            argv=launch.argv,
+            env={**home, **launch.env, **process.model.env},
+            cwd=launch.cwd,
+            run_dir=str(run_dir),
+            listen_uds=launch.listen.uds,
+            stop_timeout=min(max(process.model.stop_timeout, 1.0), LONGEST_STOP),
+            limits={key: value for key, value in asdict(process.model.limits).items() if value is not None},
+            metadata={
+                "model": process.model.name,
+                "listen": json.dumps(noted(process.listen)),
+                "devices": json.dumps(process.placement.devices),
+                "fingerprint": process.fingerprint,
+                "state": "starting",
+                "level": "0",
+                "run_dir": str(run_dir),
+                "ending": json.dumps([process.stop, process.stop_signal, process.self_managed]),
+            },
+        )
+
+    def stop_order(self, process: EngineProcess, instance: str) -> StartOrder:
+        """The order for the stop command of an engine that has one."""
+        home = {"HOME": str(self._paths.home)} if self._paths.home else {}
+        return StartOrder(
+            instance=instance,
+            argv=process.stop,
+            env={**home, **process.model.env},
+            run_dir=str(self._paths.run / instance),
+        )
+
+    def release(self, process: EngineProcess) -> None:
+        """The engine is gone: its port is free, unless it is somebody else's."""
+        if process.ordered or process.running:
+            self._ports.release(process.listen.port)

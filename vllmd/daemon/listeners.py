@@ -1,0 +1,200 @@
+"""The listeners: ``http`` for clients, ``admin`` for operators on this machine; the same routes behind both.
+
+Who comes by the admin socket is judged by the file system, who comes by any other
+by his key. An address that strangers can reach is not served without keys.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import stat
+from collections.abc import Iterable, Mapping, Sequence
+
+from vllmd.admin.control import Control
+from vllmd.admin.routes import add_operator, add_public
+from vllmd.config.checks import is_loopback
+from vllmd.config.types import AuthConfig, Config
+from vllmd.daemon.keys import DenyAll, Keys, PeerCredentialAuth
+from vllmd.daemon.meters import MeteredGate, Meters
+from vllmd.errors import VllmdError
+from vllmd.proxy.cors import Cors
+from vllmd.proxy.exchange import Exchange
+from vllmd.proxy.gate import Authenticator, Gate
+from vllmd.proxy.limits import Limits
+from vllmd.proxy.models import add_model_routes
+from vllmd.proxy.peers import are_ours
+from vllmd.proxy.relay import Relay
+from vllmd.proxy.routing import Router
+from vllmd.proxy.server import Server
+
+log = logging.getLogger("vllmd.http")
+
+ADMIN = "admin"
+OPERATORS_LIMIT = 0.5  # seconds that a shutdown leaves to what operators are being told
+
+
+class Listeners:
+    """All servers with their routes."""
+
+    def __init__(
+        self, config: Config, gate: Gate, control: Control, listeners: Mapping[str, Sequence[socket.socket]]
+    ) -> None:
+        self._listeners = listeners
+        self._control = control
+        self._gate = gate
+        self._keys = Keys(config.auth, self._resolve)
+        self._meters = Meters(config.auth.keys)
+        self._metered = MeteredGate(gate, self._meters, control.counters)
+        self._cors = Cors(config.server.cors_origins)
+        self._limits = Limits.of(config.server)
+        self._relay = Relay(self._metered, self._limits, self._keys)
+        self._reachable: list[tuple[Router, list[str]]] = []  # those at addresses that strangers can reach
+        # Operators do not stand in the clients' line: their connections are counted apart.
+        self._operators: list[Server] = []
+        self._servers = [server for name, sockets in sorted(listeners.items()) for server in self._open(name, sockets)]
+        self._clients = [server for server in self._servers if server not in self._operators]
+        self._shut_or_open(config.auth)
+
+    def _open(self, name: str, sockets: Sequence[socket.socket]) -> Iterable[Server]:
+        """The servers of a group of listeners: those that strangers can reach are apart.
+
+        Only a Unix socket is an operators' one, whatever a unit calls a TCP address.
+        """
+        operators = [sock for sock in sockets if name == ADMIN and sock.family == socket.AF_UNIX]
+        if operators:
+            door = PeerCredentialAuth(anybody_can_connect=any(map(anybody_can_connect, operators)))
+            self._operators.append(self._server(self._router(door), operators))
+            yield self._operators[-1]
+        clients = [sock for sock in sockets if sock not in operators]
+        reachable = {sock.fileno(): address for sock in clients if (address := reachable_at(sock))}
+        near = [sock for sock in clients if sock.fileno() not in reachable]
+        far = [sock for sock in clients if sock.fileno() in reachable]
+        if near:
+            yield self._server(self._router(self._keys), near)
+        if far:
+            router = self._router(self._keys)
+            self._reachable.append((router, list(reachable.values())))
+            yield self._server(router, far)
+
+    def _router(self, doorkeeper: Authenticator) -> Router:
+        router = Router(doorkeeper, self._cors)
+        add_public(router, self._control, self._keys.may_use)
+        add_operator(router, self._control)
+        add_model_routes(router, self._relay)
+        return router
+
+    def _server(self, router: Router, sockets: Sequence[socket.socket]) -> Server:
+        return Server(router, self._limits, sockets, self._note)
+
+    @property
+    def connections(self) -> int:
+        """Clients and operators who are connected."""
+        return sum(server.connections for server in self._servers)
+
+    def open(self) -> None:
+        """Accept."""
+        are_ours(sock for sockets in self._listeners.values() for sock in sockets)
+        for server in self._servers:
+            server.start()
+
+    def configure(self, config: Config) -> None:
+        """Take a changed configuration's keys, their limits and the origins; connections stay."""
+        self._keys.configure(config.auth, self._resolve)
+        self._meters.configure(config.auth.keys)
+        self._cors.configure(config.server.cors_origins)
+        self._shut_or_open(config.auth)
+
+    def _shut_or_open(self, auth: AuthConfig) -> None:
+        """Serve addresses that strangers can reach only with keys, or where that was allowed."""
+        for router, addresses in self._reachable:
+            if auth.keys or auth.allow_anonymous:
+                router.doorkeeper = self._keys
+                continue
+            why = (
+                f"vllmd does not serve {', '.join(addresses)}, which others can reach, without keys: "
+                "add one to auth.keys, or set auth.allow_anonymous if everybody may use it"
+            )
+            log.error("%s", why)
+            router.doorkeeper = DenyAll(why)
+
+    def forget(self, model: str) -> None:
+        """The model's engine has ended, and what it kept for clients with it."""
+        self._relay.forget(model)
+
+    @property
+    def clients(self) -> int:
+        """Those of ``connections`` that are not operators."""
+        return sum(server.connections for server in self._clients)
+
+    @property
+    def busy(self) -> int:
+        """Clients who are sending a request, or wait for an answer."""
+        return sum(server.busy for server in self._clients)
+
+    def drain(self, *, turn_away: bool) -> None:
+        """From now on each client's next answer is his last one; operators are served as ever.
+
+        New clients are left in the listeners' queues, for the next daemon; ``turn_away``: there will be none, so they
+        are let in to be refused.
+        """
+        for server in self._clients:
+            server.last_ones()
+            if not turn_away:
+                server.stop_accepting()
+
+    def refuse_unread(self, error: VllmdError) -> None:
+        """Answer clients whose requests are still coming."""
+        for server in self._clients:
+            server.refuse_unread(error)
+
+    async def close(self, limit: float) -> None:
+        """Let what is under way end within ``limit`` seconds, then cut it off. The listeners stay open.
+
+        Operators watch for as long as they like: they get ``OPERATORS_LIMIT``.
+        """
+        closing = [server.close(limit) for server in self._clients]
+        await asyncio.gather(*closing, *(server.close(OPERATORS_LIMIT) for server in self._operators))
+        self._relay.pool.close()
+
+    def _resolve(self, name: str) -> str:
+        return self._gate.resolve(name).model
+
+    def _note(self, exchange: Exchange) -> None:
+        self._control.counters.exchanged(exchange)
+        self._metered.settle(exchange.ticket, exchange.sent)
+        _log(exchange)
+
+
+def reachable_at(listener: socket.socket) -> str:
+    """The address if anybody but this machine can reach it, else ""."""
+    if listener.family not in (socket.AF_INET, socket.AF_INET6):
+        return ""
+    host, port = listener.getsockname()[:2]
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return "" if is_loopback(address) else address
+
+
+def anybody_can_connect(listener: socket.socket) -> bool:
+    """Whether the mode of a Unix socket lets every user connect (or cannot be told)."""
+    path = listener.getsockname() if listener.family == socket.AF_UNIX else ""
+    try:
+        return bool(os.stat(path).st_mode & stat.S_IWOTH)
+    except (OSError, ValueError):  # none, or an abstract address, which has no mode
+        return True
+
+
+def _log(exchange: Exchange) -> None:
+    """One record per request, for whoever looks for a request id."""
+    level = logging.INFO if exchange.status >= 500 else logging.DEBUG
+    if not log.isEnabledFor(level):
+        return
+    request = exchange.request
+    fields = {"REQUEST_ID": request.id, "VLLMD_STATUS": exchange.status, "VLLMD_SECONDS": f"{exchange.elapsed:.3f}"}
+    if exchange.model:
+        fields["MODEL"] = exchange.model
+    log.log(
+        level, "%s %s %s", request.method, request.path, exchange.error or exchange.status, extra={"journal": fields}
+    )

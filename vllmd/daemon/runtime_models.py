@@ -1,0 +1,107 @@
+"""Models that programs bring along at run time, kept in memory only."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
+
+from vllmd.config.runtime_model import guest
+from vllmd.config.types import Config, ModelConfig
+from vllmd.core.types import State
+from vllmd.errors import Conflict, TooManyRequests, UnknownModel
+
+if TYPE_CHECKING:
+    from vllmd.daemon.service import Daemon
+
+MOST = 256  # guests at a time: a program in a loop must not fill the memory
+ABOUT_OURSELVES = frozenset({"where", "start_timeout"})  # what two programs may want otherwise and still share
+
+
+class RuntimeModels:
+    """Implements ``vllmd.admin.runtime_models.RuntimeModels``: models of the configuration that no file has."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self._models: dict[str, ModelConfig] = {}
+        self.changing = asyncio.Lock()  # one change of the configuration at a time, reloads included
+        self.listen: tuple[str, ...] = ()  # where clients reach us over TCP
+
+    def added_to(self, config: Config) -> Config:
+        """``config`` with the guests; a model that it has itself by now is no guest any more."""
+        self._models = {name: model for name, model in self._models.items() if name not in config.models}
+        return replace(config, models={**config.models, **self._models}) if self._models else config
+
+    async def put(self, name: str, settings: Mapping[str, Any], *, trusted: bool) -> dict[str, Any]:
+        """Make a model known, unless it is; says what of its settings is not as asked for. Raises BadRequest."""
+        await self._daemon.opened.wait()
+        async with self.changing:
+            config = self._daemon.config
+            known = self._known(name, config)
+            name = known.name if known else name
+            wanted = guest(name, settings, self._without(name), trusted=trusted)
+            differs = _differences(self._daemon.control.instances.plain(known), wanted) if known else []
+            if known is None or (differs and name in self._models and self._unused(name)):
+                await self._take(wanted)
+                known, differs = wanted, []
+            return {
+                "model": known.name,
+                "configured": known.name not in self._models,
+                "differs": differs,
+                "listen": list(self.listen),
+            }
+
+    async def drop(self, name: str) -> None:
+        """Forget it. Raises UnknownModel, Conflict."""
+        await self._daemon.opened.wait()
+        async with self.changing:
+            if name in self._models:
+                del self._models[name]
+                await self._daemon.take(self._without(name))
+            elif name in self._daemon.config.models:
+                raise Conflict(f"{name!r} is configured in a file: remove it there, and reload")
+            else:
+                raise UnknownModel(f"no model {name!r} was put", param="model")
+
+    async def _take(self, model: ModelConfig) -> None:
+        if model.name not in self._models and len(self._models) >= MOST:
+            what = f"{MOST} models were put already; DELETE /admin/guests/NAME those that are not needed"
+            raise TooManyRequests(what)
+        config = self._daemon.config
+        await self._daemon.take(replace(config, models={**config.models, model.name: model}))
+        self._models[model.name] = model
+
+    def _without(self, name: str) -> Config:
+        """The present configuration less one model."""
+        config = self._daemon.config
+        return replace(config, models={key: model for key, model in config.models.items() if key != name})
+
+    def _known(self, name: str, config: Config) -> ModelConfig | None:
+        """The model of exactly this name or alias."""
+        if name in config.models:
+            return config.models[name]
+        return next((model for model in config.models.values() if name in model.aliases), None)
+
+    def _unused(self, name: str) -> bool:
+        snapshot = self._daemon.control.snapshot()
+        view = next((view for view in snapshot.models if view.name == name), None) if snapshot else None
+        idle = view is None or not (view.leases or view.in_flight or view.queued)
+        return idle or (view is not None and view.state is State.FAILED)
+
+
+def addresses(listeners: Iterable[socket.socket]) -> tuple[str, ...]:
+    """``host:port`` of each, as a client on this machine may call it."""
+    found = []
+    for listener in listeners:
+        if listener.family in (socket.AF_INET, socket.AF_INET6):
+            host, port = listener.getsockname()[:2]
+            host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+            found.append(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    return tuple(found)
+
+
+def _differences(known: ModelConfig, wanted: ModelConfig) -> list[str]:
+    names = (each.name for each in fields(ModelConfig) if each.name not in ABOUT_OURSELVES)
+    return [name for name in names if getattr(known, name) != getattr(wanted, name)]

@@ -1,0 +1,104 @@
+"""How models and devices are shown to clients and operators: plain data made of snapshots, nothing else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from vllmd.config.types import ModelConfig
+from vllmd.core.types import DeviceView, ModelView, State
+
+if TYPE_CHECKING:
+    from vllmd.daemon.engine_process import EngineProcess
+
+UNLOADED = frozenset({State.STOPPED, State.FAILED})
+ABILITIES = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "completion",
+    "/v1/responses": "responses",
+    "/v1/messages": "messages",
+    "/v1/embeddings": "embeddings",
+    "/v1/rerank": "rerank",
+    "/v1/score": "score",
+    "/classify": "classify",
+    "/pooling": "pooling",
+    "/v1/audio/transcriptions": "transcription",
+    "/v1/audio/translations": "translation",
+    "/v1/audio/speech": "speech",
+    "/v1/images/generations": "images",
+    "/v1/realtime": "realtime",
+    "/tokenize": "tokenize",
+}
+# What of it a model's files allow, by the kind that they are of (vllmd.hub); realtime takes the model's own word.
+BY_KIND = {
+    "generate": frozenset({"chat", "completion", "responses", "messages", "tokenize"}),
+    "embed": frozenset({"embeddings", "score", "pooling", "tokenize"}),
+    "rerank": frozenset({"rerank", "score", "classify", "pooling", "tokenize"}),
+    "transcribe": frozenset({"transcription", "translation", "realtime"}),
+}
+
+
+def state_of(view: ModelView) -> str:
+    """``sleeping_l1`` says more than ``sleeping``."""
+    return f"sleeping_l{view.level}" if view.state is State.SLEEPING else view.state.value
+
+
+def card(model: ModelConfig, routes: Iterable[str], view: ModelView | None, kind: str) -> dict[str, Any]:
+    """A model for ``/v1/models``; ``kind`` as its files in the cache tell, "" if they do not."""
+    able = {ability for route in routes if (ability := ABILITIES.get(route))}
+    return {
+        "id": model.name,
+        "aliases": list(model.aliases),
+        "state": state_of(view) if view else State.STOPPED.value,
+        "engine": model.engine,
+        "max_model_len": model.max_model_len,
+        "capabilities": sorted(able & BY_KIND[kind] if kind else able),
+        "limits": {
+            "concurrency": model.concurrency,
+            "queue": model.queue_limit,
+            "queue_seconds": model.queue_timeout,
+        },
+        "memory": view.memory if view else 0,
+        "discovered": model.where.startswith("found in "),
+    }
+
+
+def line(
+    view: ModelView, model: ModelConfig | None, process: EngineProcess | None, last_start: float | None
+) -> dict[str, Any]:
+    """A model for ``vllmctl``."""
+    shown = {**asdict(view), "state": state_of(view), "pid": None, "unit": "", "socket": ""}
+    shown.update(instance="", detail="", phase="", last_start_seconds=last_start, started_at=None)
+    shown["config"] = about(model) if model else {}
+    if process:
+        shown["instance"] = process.instance
+        shown["started_at"] = time.time() - (time.monotonic() - process.started)
+        shown["socket"] = process.listen.uds or f"{process.listen.host}:{process.listen.port}"
+        if view.state is State.STARTING:
+            shown.update(phase=process.phase.phase, detail=process.phase.detail)
+    if process and process.running:
+        shown.update(pid=process.running.pid, unit=process.running.unit)
+    return shown
+
+
+def about(model: ModelConfig) -> dict[str, Any]:
+    """What of a model's settings is shown beside its state."""
+    return {"engine": model.engine, "model": model.source, "aliases": model.aliases}
+
+
+def health(views: Iterable[ModelView], devices: Iterable[DeviceView], broken: str, *, ready: bool) -> dict[str, Any]:
+    """Whether we are well, with devices and models as P's document has them."""
+    views = list(views)
+    return {
+        "status": f"the configuration is invalid: {broken}" if broken else "ok",
+        "ready": ready and not broken,
+        "gpu": [_device(device) for device in devices],
+        "loaded_models": [view.name for view in views if view.state not in UNLOADED],
+        "model_status": {view.name: state_of(view) for view in views},
+    }
+
+
+def _device(view: DeviceView) -> dict[str, Any]:
+    return {**asdict(view), "free": max(0, view.memory - view.reserve - view.promised - view.external)}

@@ -1,0 +1,181 @@
+"""How the daemon gets its rooms: devices, scheduler, launcher, engines. Entered after the first client was let in."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vllmd.config.replicas import engines_of
+from vllmd.config.types import Config, ModelConfig
+from vllmd.core import events
+from vllmd.core.costs import CostBook
+from vllmd.core.scheduler import Scheduler
+from vllmd.core.types import ModelSpec, Settings
+from vllmd.daemon import discovery
+from vllmd.daemon.adoption import adopt_all
+from vllmd.daemon.dispatcher import Dispatcher
+from vllmd.daemon.engine_keys import EngineKeys
+from vllmd.daemon.engine_manager import EngineManager
+from vllmd.daemon.engine_process import fingerprint
+from vllmd.daemon.launch_planner import LaunchPlanner, Paths
+from vllmd.daemon.memory import Memory
+from vllmd.daemon.ports import PortPool
+from vllmd.daemon.preflight import Machine, Prospect, look, say
+from vllmd.daemon.service import Daemon, RuntimeEnvironment
+from vllmd.daemon.specs import spec_of
+from vllmd.errors import LauncherFailed
+from vllmd.gpu import Devices, NoDevices, in_thread, open_devices
+from vllmd.launcher.client import LauncherClient
+
+log = logging.getLogger("vllmd")
+
+DEVICES_LIMIT = 30.0  # seconds for the driver to say what there is
+LAUNCHER_RETRY = 1.0  # seconds
+
+
+async def start(daemon: Daemon) -> None:
+    """Find the devices, the launcher and what runs already; then let requests through."""
+    files = {index: device.file for index, device in enumerate(daemon.config.devices or ()) if device.file}
+    daemon.memory = Memory(await find_devices(daemon.config, daemon.runtime.environment), files)
+    log.info("devices: %s", daemon.memory.source)
+    await asyncio.to_thread(daemon.learnt.load)
+    prospects = await asyncio.to_thread(expect, daemon, daemon.engines)
+    daemon.dispatcher = Dispatcher(make_scheduler(daemon, prospects))
+    daemon.launcher = await connect_launcher(daemon)
+    daemon.backend = (await daemon.launcher.info()).backend
+    daemon.engine_manager = make_fleet(daemon, prospects)
+    daemon.take = lambda config: take(daemon, config)
+    daemon.dispatcher.connect(daemon.engine_manager, daemon.admission_gate)
+    daemon.dispatcher.on_decision, daemon.dispatcher.on_change = daemon.control.note, daemon.control.stir
+    if not daemon.broken:  # with a broken configuration nothing is known about them: a reload will adopt them
+        await adopt_running(daemon)
+    await daemon.look()  # before anything is placed it must be known what strangers hold
+    daemon.opened.set()
+    daemon.dispatcher.post(events.TimePassed())
+
+
+async def adopt_running(daemon: Daemon) -> None:
+    """Take over, or end, every engine that an earlier daemon left."""
+    known = {process.instance for process in daemon.engine_manager.processes.values()}
+    running = [engine for engine in await daemon.launcher.list() if engine.instance not in known]
+    await adopt_all(daemon.engine_manager, running, daemon.engines, daemon.kinds, daemon.dispatcher.post)
+
+
+async def find_devices(config: Config, environment: Mapping[str, str]) -> Devices:
+    """The devices; a driver that does not answer counts as having none, and is said."""
+    try:
+        return await asyncio.wait_for(in_thread(lambda: open_devices(config, environment)), DEVICES_LIMIT)
+    except TimeoutError:
+        why = f"the GPU driver did not answer within {DEVICES_LIMIT:.0f} s"
+        log.error("%s: continuing without devices", why)
+        return NoDevices(why)
+
+
+def make_scheduler(daemon: Daemon, prospects: list[Prospect]) -> Scheduler:
+    """The core with the models, the devices and what was learnt."""
+    config = daemon.config
+    settings = Settings(config.policy, host_budget(config), config.server.queue_limit)
+    costs, specs = CostBook.from_dict(daemon.learnt.costs), specs_of(prospects)
+    daemon.control.configure(specs)
+    return Scheduler(specs, daemon.memory.inventory, settings, costs)
+
+
+def expect(daemon: Daemon, models: Mapping[str, ModelConfig]) -> list[Prospect]:
+    """What the models will take, told to the log as well; reads their files."""
+    run_dir = daemon.config.engines.run_dir or daemon.runtime.run_dir
+    machine = Machine(daemon.memory.inventory, hf_home(daemon.runtime), run_dir)
+    prospects = look(models.values(), machine, daemon.kinds)
+    say(prospects, machine)
+    return prospects
+
+
+def specs_of(prospects: list[Prospect]) -> list[ModelSpec]:
+    """What the core knows of the models."""
+    return [spec_of(each.model, each.engine, each.told) for each in prospects]
+
+
+def hf_home(runtime: RuntimeEnvironment) -> Path:
+    """Where the engines' Hugging Face cache is."""
+    return discovery.hf_home(runtime.environment, runtime.home)
+
+
+def host_budget(config: Config) -> int:
+    """Bytes of host memory for level-1 sleepers: as configured, or half of what there is."""
+    if config.host_memory is not None:
+        return config.host_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+async def connect_launcher(daemon: Daemon) -> LauncherClient:
+    """The launcher's socket, or one of our own; tried again until it answers, requests wait meanwhile."""
+    while True:
+        try:
+            return await _launcher_once(daemon)
+        except (LauncherFailed, OSError) as error:
+            log.error("cannot reach the launcher at %s: %s", daemon.runtime.launcher or "(private)", error)
+            await asyncio.sleep(LAUNCHER_RETRY)
+
+
+async def _launcher_once(daemon: Daemon) -> LauncherClient:
+    def lost() -> None:
+        log.warning("lost the launcher; engines run on, connecting again")
+
+    def ended(report: Any) -> None:
+        daemon.engine_manager.on_exit(report)
+
+    def logged(instance: str, lines: list[str]) -> None:
+        daemon.engine_manager.on_log(instance, lines)
+
+    if daemon.runtime.launcher:
+        return await LauncherClient.connect(daemon.runtime.launcher, ended, logged, lost)
+    return await LauncherClient.spawn_private(ended, logged, lost)
+
+
+def make_fleet(daemon: Daemon, prospects: list[Prospect]) -> EngineManager:
+    """Who carries out what is decided about engines."""
+    engines, around = daemon.config.engines, daemon.runtime
+    paths = Paths(engines.run_dir or around.run_dir, engines.home or around.home)
+    launch_planner = LaunchPlanner(
+        daemon.memory, paths, daemon.kinds, PortPool(engines.port_start, engines.port_end), EngineKeys(around.cache)
+    )
+    engine_manager = EngineManager(daemon.launcher, daemon.control.take, daemon.memory, launch_planner, around.logs)
+    engine_manager.configure(daemon.engines, kv_caches(prospects))
+    engine_manager.on_phase, engine_manager.look = daemon.control.stir, daemon.look
+    return engine_manager
+
+
+def kv_caches(prospects: list[Prospect]) -> dict[str, int]:
+    """Bytes per device that each engine is told to use as its cache; as estimated, never as measured."""
+    return {each.model.name: each.told.kv_cache for each in prospects}
+
+
+async def take(daemon: Daemon, config: Config) -> dict[str, Any]:
+    """Go on with another configuration; engines are stopped only where their own settings changed."""
+    engines, before = engines_of(config.models), daemon.engines
+    prospects = await asyncio.to_thread(expect, daemon, engines)
+    was, repaired = daemon.config.models, bool(daemon.broken)
+    kept = engines.keys() & before.keys()
+    changed = {name for name in kept if fingerprint(engines[name]) != fingerprint(before[name])}
+    added, removed = sorted(config.models.keys() - was.keys()), sorted(was.keys() - config.models.keys())
+    daemon.accept(config)
+    daemon.engine_manager.configure(engines, kv_caches(prospects))
+    specs = specs_of(prospects)
+    daemon.control.configure(specs)
+    daemon.dispatcher.post(events.ModelsChanged(tuple(specs), frozenset(changed)))
+    if repaired:
+        await adopt_running(daemon)
+    log.info(
+        *("configuration reloaded: %d models, added %s, removed %s, changed %s", len(config.models)),
+        *(", ".join(names) or "none" for names in (added, removed, sorted(changed))),
+    )
+    return {
+        "models": len(config.models),
+        "added": added,
+        "removed": removed,
+        "changed": sorted(changed),
+        "warnings": list(config.warnings),
+    }

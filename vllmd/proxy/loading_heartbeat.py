@@ -1,0 +1,114 @@
+"""What a streaming client hears while its model loads, and how it learns of a failure then.
+
+After ``loading_comment_interval`` seconds of waiting a request that asked for a stream gets its 200 and an SSE
+comment, and another one at every further interval, so that no proxy or client on the way gives up (or, where the
+configuration says so, a chat client gets reasoning text, which it shows to whoever waits). From then on
+a failure can only be told as an event, the way vLLM tells one in the middle of a stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+
+from vllmd.errors import VllmdError
+from vllmd.proxy.exchange import LAST_CHUNK, Exchange, chunk
+from vllmd.proxy.gate import Gate
+from vllmd.proxy.heads import write_response_head
+from vllmd.proxy.http import error_body
+from vllmd.proxy.limits import Limits
+
+EARLY_HEAD = (
+    ("content-type", "text/event-stream; charset=utf-8"),
+    ("cache-control", "no-store"),
+    ("x-accel-buffering", "no"),
+    ("transfer-encoding", "chunked"),
+)
+
+
+class LoadingHeartbeat:
+    """One request's wait at the gate for ``model``, which it called ``asked``. ``begun``: it has its 200 already."""
+
+    def __init__(self, exchange: Exchange, model: str, asked: str, *, stream: bool, limits: Limits, gate: Gate) -> None:
+        self.begun = False
+        self.relaying = False  # the engine's own bytes have reached the client
+        self._exchange = exchange
+        self._model = model
+        self._asked = asked
+        self._gate = gate
+        self._interval = limits.loading_comment_interval if stream and exchange.takes_chunks else 0.0
+        self._as_reasoning = limits.loading_as_reasoning
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begin(self) -> None:
+        """The wait begins."""
+        if self._interval > 0:
+            self._timer = asyncio.get_running_loop().call_later(self._interval, self._comment)
+
+    def end(self) -> None:
+        """The wait is over."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _comment(self) -> None:
+        comment = chunk(self._told(self._gate.loading(self._model) or "waiting"))
+        if self.begun:
+            self._exchange.write(comment)
+        else:
+            self.begun = True
+            extra = [("x-request-id", self._exchange.request.id)]
+            if not self._exchange.keep_alive:
+                extra.append(("connection", "close"))
+            self._exchange.start(200, write_response_head(200, EARLY_HEAD, extra) + comment)
+        self._timer = asyncio.get_running_loop().call_later(self._interval, self._comment)
+
+    def _told(self, progress: str) -> bytes:
+        request = self._exchange.request
+        if not self._as_reasoning or request.path != "/v1/chat/completions":
+            return f": loading {self._model}: {progress}\n\n".encode()
+        text = f"loading {self._model}: {progress}\n"
+        delta = {"role": "assistant", "content": "", "reasoning": text, "reasoning_content": text}
+        event = {
+            "id": f"chatcmpl-{request.id}",
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": self._asked,
+            "choices": [{"index": 0, "delta": delta, "finish_reason": None}],
+        }
+        return b"data: " + json.dumps(event).encode() + b"\n\n"
+
+    def fail(self, error: VllmdError) -> None:
+        """Tell the client, in the way that is left."""
+        self._exchange.error = type(error).__name__
+        if self.begun and not self.relaying and not self._exchange.over:
+            self.fail_with(json.dumps(error_body(error, self._exchange.request.path)).encode())
+        else:
+            self._exchange.fail(error)
+
+    def fail_with(self, body: bytes) -> None:
+        """End the stream with ``body``, an error as the API has them, as its last event."""
+        event = error_event(self._exchange.request.path, body)
+        self._exchange.write(chunk(event) + LAST_CHUNK)
+        self._exchange.finish()
+
+
+def error_event(path: str, body: bytes) -> bytes:
+    """An error as the API at ``path`` puts it in a stream."""
+    line = b"data: " + b" ".join(body.split()) + b"\n\n"
+    if path.startswith("/v1/messages"):
+        return b"event: error\ndata: " + _anthropic(body) + b"\n\n"
+    if path.startswith("/v1/responses"):
+        return b"event: error\n" + line
+    return line + b"data: [DONE]\n\n"
+
+
+def _anthropic(body: bytes) -> bytes:
+    try:
+        told = json.loads(body)
+        if told.get("type") == "error":
+            return json.dumps(told).encode()
+        message = told["error"]["message"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        message = body.decode("utf-8", "replace")
+    return json.dumps({"type": "error", "error": {"type": "api_error", "message": message}}).encode()
