@@ -36,7 +36,7 @@ from tests.bench.scenarios import HOUR, SIZES_GB, Scenario, batch, days, fleet, 
 from vllmd.core.baselines import ALL
 from vllmd.core.commands import Command
 from vllmd.core.costs import CostBook
-from vllmd.core.events import Event, RequestArrived, RequestFinished
+from vllmd.core.events import EngineReady, Event, RequestArrived, RequestFinished
 from vllmd.core.scheduler import Scheduler
 from vllmd.core.types import Device, Footprint, IdleRules, ModelSpec, Settings
 from vllmd.simulate.physics import Physics
@@ -281,7 +281,8 @@ class Aim(NamedTuple):
         return self.reached > self.aim + 0.0049
 
     def __str__(self) -> str:
-        return f"  {'MISSED' if self.missed else 'ok':<7}{self.reached:8.2f} <= {self.aim:.2f}  {self.name}{self.spread}"
+        verdict = "MISSED" if self.missed else "ok"
+        return f"  {verdict:<7}{self.reached:8.2f} <= {self.aim:.2f}  {self.name}{self.spread}"
 
 
 def cell_aims(variant: Variant, lines: Mapping[str, Line]) -> Iterator[Aim]:
@@ -346,8 +347,6 @@ def decisions() -> list[float]:
 
 def admission() -> float:
     """Seconds for a request to a model that serves, and for its end: the better of several thousand, on average."""
-    from vllmd.core.events import EngineReady
-
     scheduler = Scheduler(specs({"m": 10}), [Device(0, "0", DEVICE)])
     scheduler.handle(RequestArrived("first", "m"), 0.0)
     scheduler.handle(EngineReady("m"), 1.0)

@@ -81,7 +81,7 @@ class Lru:
 
 def in_turn(s: Situation) -> Sequence[Waiting]:
     """The order in which waiters are looked at: by age, each second counting as many times as the priority says."""
-    if all([w.priority == 1.0 for w in s.waiting]):
+    if all(w.priority == 1.0 for w in s.waiting):
         return s.waiting
     return sorted(s.waiting, key=lambda w: (-(s.now - w.oldest + HEADSTART) * w.priority, w.oldest, w.model))
 
@@ -145,7 +145,7 @@ class Adaptive:
 
 
 class _Turns:
-    """One look of the adaptive policy: waiters come to :meth:`next` in turn, and may hold devices against later ones."""
+    """One look of the adaptive policy: waiters come to :meth:`next` in turn; some hold devices against later ones."""
 
     def __init__(self, s: Situation) -> None:
         swaps = sum([w.load + w.sleep for w in s.waiting])
@@ -212,7 +212,7 @@ class _Turns:
             return "its deadline has passed" if busy else "the others there are idle"
         if not busy:
             # 3: spared is who is expected back before the swap would be over, for as long as it is known to take.
-            spared = any([rate_of(r, self.s.now) * offer.cost >= 1.0 for _, r, _ in leavers])
+            spared = any(rate_of(r, self.s.now) * offer.cost >= 1.0 for _, r, _ in leavers)
             known = w.learnt + sum([way.learnt for _, _, way in leavers])
             return "" if spared and waited < known else "the others there are idle"
         if offer.budget < INFINITY and offer.waited >= self.s.knobs.kappa * offer.price:
