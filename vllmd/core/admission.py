@@ -55,8 +55,6 @@ class Admission:
         if r is None:
             self._refuse(e, self._all_down(model))
             return
-        r.costs.arrived(core.now)
-        r.used = core.now
         core.mark_dirty(r)
         if chosen and not len(model.queue) and not core.policy.in_order:  # 1.2
             self._admit(chosen, e.request)
@@ -74,8 +72,6 @@ class Admission:
         if r is None or r.model is not model:
             self._refuse(e, Refusal("Unavailable", f"{e.only!r}, which alone has it, is gone"))
             return
-        r.costs.arrived(self._core.now)
-        r.used = self._core.now
         self._core.mark_dirty(r)
         if r.state is State.READY and not r.full:
             self._admit(r, e.request)

@@ -70,8 +70,10 @@ class EngineTable:
         self._out.append(Record(decision))
 
     def admit(self, m: Replica, request: str) -> None:
-        """The engine may have this request."""
+        """The engine may have this request. Only now it counts as demand: many who wait leave before."""
         m.running[request] = Run(self.now)
+        m.used = self.now
+        m.costs.arrived(self.now)
         if m.health:
             m.health.unanswered[request] = self.now
         self._out.append(Admit(request, m.id))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from operator import attrgetter
 
+from vllmd.core.costs import sleep_kind, wake_kind
 from vllmd.core.engine_table import EngineTable
 from vllmd.core.exchanges import Exchanges
-from vllmd.core.model import Replica
+from vllmd.core.model import INFINITY, Replica
 from vllmd.core.policy import HostClaim, Knobs, Resident, Room, Situation, Waiting, Way
 from vllmd.core.types import State
 from vllmd.core.vacancy import Wait, held_back, room_beside_kept, vacant
@@ -135,6 +136,7 @@ def see_waiting(fleet: EngineTable, m: Replica) -> Waiting:
         span=len(m.placement.devices) if asleep else device_count(fleet, m),
         priority=m.model.spec.priority,
         impatient=m.model.spec.on_busy == "evict",
+        learnt=m.costs.learnt(wake_kind(m.level if asleep else 0)),
     )
 
 
@@ -169,17 +171,20 @@ def see_resident(fleet: EngineTable, m: Replica, shallow: frozenset[str]) -> Res
         freezable=m.freezable,
         refrozen=m.spec.preempt and any(run.frozen > 1 for run in m.running.values()),
         priority=m.model.spec.priority,
+        drain_limit=INFINITY if m.spec.drain_limit is None else m.spec.drain_limit,
     )
 
 
 def ways(fleet: EngineTable, m: Replica, shallow: frozenset[str]) -> tuple[Way, ...]:
     """How it can leave its devices, the preferred way first, stopping last."""
     held = min(fleet.ledger.held(m).values(), default=0)
-    stop = Way(0, held, m.costs.sleep(0), m.costs.wake(0))
+    stop = Way(0, held, m.costs.sleep(0), m.costs.wake(0), m.costs.learnt("stop"))
     if m.state is State.SLEEPING:
         return (stop,)
     rest = max(0, held - m.footprint.asleep)
-    return (*(Way(level, rest, m.costs.sleep(level), m.costs.wake(level)) for level in levels(fleet, m, shallow)), stop)
+    c = m.costs
+    naps = [Way(n, rest, c.sleep(n), c.wake(n), c.learnt(sleep_kind(n))) for n in levels(fleet, m, shallow)]
+    return (*naps, stop)
 
 
 def levels(fleet: EngineTable, m: Replica, shallow: frozenset[str]) -> list[int]:

@@ -41,9 +41,10 @@ class Physics:
         factor = 1.0
         if self.noise:
             factor = random.Random(f"{self.seed}/{spec.id}/{kind}/{count}").lognormvariate(0.0, self.noise)
-        return self._transfer(spec, kind) * factor
+        return self.mean(spec, kind) * factor
 
-    def _transfer(self, spec: ReplicaSpec, kind: str) -> float:
+    def mean(self, spec: ReplicaSpec, kind: str) -> float:
+        """The same without the noise."""
         known = self.measured.get(spec.id, {}).get(kind)
         if known is not None:
             return known
