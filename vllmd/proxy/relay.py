@@ -23,13 +23,13 @@ from vllmd.proxy.answer import EVENT_STREAM, Answer, Errand, Refusal, answer_for
 from vllmd.proxy.eager import Begun, Bell
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.framing import Framing
-from vllmd.proxy.gate import Doorkeeper, Gate, OpenDoor, Passage, Rules, Target
+from vllmd.proxy.gate import LONGEST_NAME, Doorkeeper, Gate, OpenDoor, Passage, Rules, Target
 from vllmd.proxy.heads import ResponseHead, forwardable, write_fields
 from vllmd.proxy.http import Request
 from vllmd.proxy.large import LARGE, in_large, in_turns, ruled_large
 from vllmd.proxy.limits import Limits
 from vllmd.proxy.loading import Loading
-from vllmd.proxy.peek import Asked, in_json, in_multipart, ruled
+from vllmd.proxy.peek import Asked, Parts, in_json, in_multipart, ruled
 from vllmd.proxy.upstream import Pool, Upstream, host_field
 
 # Of the client's fields an engine never sees these: its key, its cookies, and what we write ourselves.
@@ -81,7 +81,7 @@ class Relay:
         content_type = request.headers.get("content-type")
         if content_type.partition(";")[0].strip().lower() != "multipart/form-data":
             raise BadRequest("the Content-Type must be multipart/form-data")
-        await self.serve(exchange, in_multipart(request.body, content_type))
+        await self.serve(exchange, await in_turns(in_multipart(request.body, content_type)))
 
     async def response(self, exchange: Exchange) -> None:
         """``/v1/responses/{id}`` and below: the engine that made the response is the one that has it."""
@@ -108,6 +108,8 @@ class Relay:
         request = exchange.request
         parts = request.params["rest"].split("/")
         for cut in range(len(parts) - 1, 0, -1):
+            if sum(map(len, parts[:cut])) > LONGEST_NAME:
+                continue
             try:
                 target = self.gate.resolve("/".join(parts[:cut]))
             except (UnknownModel, BadRequest):
@@ -128,6 +130,7 @@ class Relay:
         target = self.target(exchange.request, asked.model, route or exchange.request.path)
         if target.rules is not None and asked.quoted:
             asked = await _ruled(asked.body, target.rules)
+            exchange.request.body = asked.body  # the one that came is held no longer
         path = _with_query(exchange.request, quoted(exchange.request.path))
         await self._send(exchange, Errand(target, asked, path), only)
 
@@ -233,7 +236,7 @@ class Trip:
     async def run(self, pool: Pool) -> None:
         """Send the request and see the answer through. Raises VllmdError, or is cancelled."""
         body = self._errand.asked.renamed(self._errand.target.served_name)
-        head = self._head(len(body))
+        head = self._head(sum(map(len, body)))
         upstream = pool.take(self._where) or await self._connect(pool)
         await self._attempt(upstream, head, body)
         if self._again:
@@ -249,7 +252,7 @@ class Trip:
             self._error = error  # the passage ends by it
             raise
 
-    async def _attempt(self, upstream: Upstream, head: bytes, body: bytes) -> None:
+    async def _attempt(self, upstream: Upstream, head: bytes, body: Parts) -> None:
         self._upstream = upstream
         if self._error is not None:  # cut off while it connected
             return
