@@ -4,20 +4,22 @@ The rooms of the house, and who may enter whom (``tests/test_house.py`` holds
 this table against the imports)::
 
     errors      one tree of errors, each with its HTTP status     imports nothing
+    text        what others wrote, made fit to be shown           imports nothing
+    foreign     files that somebody else may write: one reader    nothing of ours
     core/       decides everything about models and memory: pure  core
-    config/     one table of settings, the loader                 core.types, errors
+    config/     one table of settings, the loader                 core.types, errors, foreign, text
     gpu/        NVML, or the devices that the configuration says  core.types, config, errors, simengine
-    hub         models in the Hugging Face cache                  nothing of ours
+    hub         models in the Hugging Face cache                  foreign
     engines/    an engine kind: spec -> argv, probes, sleep calls,
-                and what it will take of memory                   core.types, config, errors, hub
-    systemd/    socket activation, notify, journal                errors
+                and what it will take of memory                   core.types, config, errors, hub, foreign, text
+    systemd/    socket activation, notify, journal                errors, text
     launcher/   the privileged helper and its client; the only
-                room that knows pystemd                           systemd, errors
+                room that knows pystemd                           systemd, errors, text
     proxy/      h11 heads, byte relay, the accept loop            core.types, errors
     admin/      model list, health, admin and metrics endpoints   proxy's HTTP types, core.types, errors
     daemon/     the event queue; executes the core's commands     all but cli and client
     client/     the Python library                                errors
-    cli/        vllmctl, one file per verb                        client, errors, config, simulate
+    cli/        vllmctl, one file per verb                        client, errors, config, simulate, text
     simulate/   the core under a virtual clock over a trace       core, config, engines, gpu, errors
     simengine   the stand-in engine                               nothing of ours
 

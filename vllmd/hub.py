@@ -6,37 +6,47 @@
     HF_HOME/hub/models--ORG--NAME/snapshots/HASH/...     links into ../../blobs
 
 Reads names and small JSON files only; downloads nothing, runs nothing, and
-never follows a name out of the folder that it was found in.
+never follows a name or a link out of the repository that it was found in. The
+cache is the engines' to write: all of it is read through ``vllmd.foreign``.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import re
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SMALL_FILE = 32 << 20  # bytes; a JSON file beyond this is no configuration
+from vllmd.foreign import Folder, Unreadable, shown, within
+
+__all__ = ["Found", "Located", "Unreadable", "discover", "locate", "read_json"]
+
+log = logging.getLogger("vllmd.hub")
+
 WEIGHTS = (".safetensors", ".gguf", ".bin", ".pth", ".pt")
 
 _REPOSITORY = re.compile(r"(?!.*(\.\.|--))[\w][\w.-]*(/[\w][\w.-]*)?")
+_COMMIT = r"(?!\.+$)[\w.-]+"
 _GENERATE = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ForImageTextToText")
 _ADAPTER = "adapter_config.json"
-
-
-class Unreadable(ValueError):
-    """A file is not what it should be; the message names the file and says what is wrong, readable."""
+ONE_MODEL, ALL_MODELS = 2.0, 20.0  # seconds for looking at one repository of the cache, and at all
+REPOSITORIES = 5000  # that are looked at
 
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """Where a model's files are: a folder or a single file; ``tag`` picks a GGUF in it. ``path`` None: not here."""
+    """Where a model's files are: a folder or a single file; ``tag`` picks a GGUF in it. ``path`` None: not here.
+
+    ``root``: out of which no link may lead, of a repository in the cache.
+    """
 
     path: Path | None
     why: str
     tag: str = ""
+    root: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +60,15 @@ class Found:
 
 
 def locate(source: str, hf_home: Path, revision: str = "") -> Located:
-    """The files of ``source``: a path, or a repository id (``org/name``, or ``org/name:TAG`` for a GGUF)."""
+    """The files of ``source``: a path, or a repository id (``org/name``, or ``org/name:TAG`` for a GGUF).
+
+    Raises OSError, Unreadable.
+    """
     if source.startswith(("/", "./", "../", "~")):
         path = Path(source).expanduser()
         return Located(path, str(path)) if path.exists() else Located(None, f"{path} does not exist")
     repository, _, tag = source.partition(":")
-    if not _REPOSITORY.fullmatch(repository):
+    if not is_repository(repository):
         return Located(None, f"{source!r} is neither a path nor a repository id")
     folder = _cache(hf_home) / ("models--" + repository.replace("/", "--"))
     try:
@@ -64,34 +77,52 @@ def locate(source: str, hf_home: Path, revision: str = "") -> Located:
         return Located(None, f"{folder}: {error.strerror}")
     if snapshot is None:
         return Located(None, f"{repository} is not in the cache {folder.parent}")
-    return Located(snapshot, f"{repository} in the cache", tag)
+    return Located(snapshot, f"{repository} in the cache", tag, folder)
 
 
 def discover(hf_home: Path) -> tuple[Found, ...]:
     """Every model in the cache that an engine can serve, by name.
 
-    Left out: data sets, adapters, tokenizers, image generators, downloads without any weights yet.
+    Left out: data sets, adapters, tokenizers, image generators, downloads without any weights yet; and, with a line
+    in the log, whatever cannot be read as a model.
     """
+    found: list[Found] = []
+    ends = time.monotonic() + ALL_MODELS
+    for folder in _repositories(_cache(hf_home)):
+        left = ends - time.monotonic()
+        if left <= 0:
+            log.warning("%s: looked no further than %s after %g s", hf_home, shown(folder.name), ALL_MODELS)
+            break
+        try:
+            found += within(min(ONE_MODEL, left), lambda folder=folder: list(_examine(folder)))  # type: ignore[misc]
+        except OSError as error:
+            log.info("%s is left out: %s", shown(folder.name), error.strerror)
+        except Unreadable as error:
+            log.warning("%s is left out: %s", shown(folder.name), error)
+        except Exception as error:  # a defect of ours, found by one repository, must not hide the others
+            log.exception("%s is left out: %s", shown(folder.name), type(error).__name__)
+    return tuple(found)
+
+
+def _repositories(cache: Path) -> list[Path]:
     try:
-        folders = sorted(_cache(hf_home).glob("models--*"))
+        names = within(ONE_MODEL, Folder(cache).names)
     except OSError:
-        return ()
-    return tuple(found for folder in folders for found in _examine(folder))
+        return []
+    except Unreadable as error:
+        log.warning("no models are looked for in %s: %s", cache, error)
+        return []
+    return [cache / name for name in names if name.startswith("models--")][:REPOSITORIES]
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def is_repository(name: str) -> bool:
+    """Whether it has the form of a repository id; one that looks like a path or a flag has not."""
+    return _REPOSITORY.fullmatch(name) is not None
+
+
+def read_json(path: Path, root: Path | None = None) -> dict[str, Any]:
     """The JSON object in a small file. Raises Unreadable."""
-    try:
-        if path.stat().st_size > SMALL_FILE:
-            raise Unreadable(f"{path.name} is larger than {SMALL_FILE >> 20} MiB")
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise Unreadable(f"{path.name}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise Unreadable(f"{path.name} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise Unreadable(f"{path.name} is no JSON object")
-    return content
+    return Folder(path.parent, root).json(path.name)
 
 
 def _cache(hf_home: Path) -> Path:
@@ -104,42 +135,49 @@ def _snapshot(folder: Path, revision: str) -> Path | None:
     if not snapshots.is_dir():
         return None
     wanted = revision
-    ref = folder / "refs" / revision
-    if ".." not in revision and ref.is_file():
-        wanted = ref.read_text(errors="replace").strip()
-    if re.fullmatch(r"(?!\.+$)[\w.-]+", wanted) and (snapshots / wanted).is_dir():
+    if ".." not in revision and (named := _ref(folder, revision)) is not None:
+        wanted = named
+    if re.fullmatch(_COMMIT, wanted) and (snapshots / wanted).is_dir():
         return snapshots / wanted
-    there = [path for path in snapshots.iterdir() if path.is_dir()]
-    return max(there, key=lambda path: path.stat().st_mtime, default=None) if revision == "main" else None
+    names = Folder(snapshots, folder).names() if revision == "main" else ()
+    there = [snapshots / name for name in names if re.fullmatch(_COMMIT, name)]
+    return max(filter(Path.is_dir, there), key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _ref(folder: Path, revision: str) -> str | None:
+    """The commit that a ref names; None if there is no such ref."""
+    try:
+        return Folder(folder / "refs", folder).read(revision, 200).decode(errors="replace").strip()
+    except (OSError, Unreadable):
+        return None
 
 
 def _examine(folder: Path) -> Iterator[Found]:
     name = folder.name.removeprefix("models--").replace("--", "/")
-    try:
-        snapshot = _snapshot(folder, "main")
-        if snapshot is None:
-            return
-        names = {path.name for path in snapshot.iterdir()}
-        size = sum(_sizes(snapshot))
-        kind = _kind(name, snapshot, names) if size else ""
-    except (OSError, Unreadable):
+    path = _snapshot(folder, "main")
+    if path is None:
         return
+    snapshot = Folder(path, folder)
+    names = snapshot.names()
+    size = sum(_sizes(snapshot, names))
+    kind = _kind(name, snapshot, frozenset(names)) if size else ""
     if kind:
-        yield Found(name, snapshot, size, kind)
+        yield Found(name, path, size, kind)
 
 
-def _sizes(snapshot: Path) -> Iterable[int]:
+def _sizes(snapshot: Folder, names: Iterable[str]) -> Iterator[int]:
     """Sizes of its weight files; a link whose blob has not been downloaded is none."""
-    return (path.stat().st_size for path in snapshot.iterdir() if path.suffix in WEIGHTS and path.is_file())
+    return (snapshot.size(name) or 0 for name in names if name.endswith(WEIGHTS))
 
 
-def _kind(name: str, snapshot: Path, names: set[str]) -> str:
+def _kind(name: str, snapshot: Folder, names: frozenset[str]) -> str:
     """What it is for; "" if it is not a model that can be served."""
     if any(each.endswith(".gguf") for each in names):
         return "generate"
     if "config.json" not in names or _ADAPTER in names or "model_index.json" in names:
         return ""
-    architectures = [str(each) for each in read_json(snapshot / "config.json").get("architectures") or ()]
+    told = snapshot.json("config.json").get("architectures")
+    architectures = [str(each) for each in told] if isinstance(told, list) else []
     if any(each.startswith("Whisper") for each in architectures):
         return "transcribe"
     if any(each.endswith("ForSequenceClassification") for each in architectures) or "rerank" in name.lower():

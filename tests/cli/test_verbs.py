@@ -415,3 +415,31 @@ def test_ps_is_quick_and_imports_little(daemon: FakeDaemon) -> None:
     seconds, *imported = done.stdout.splitlines()[-1].split()
     assert imported == []
     assert float(seconds) < 2  # the aim is 0.15 for the whole process; a loaded test machine may be slower
+
+
+EVIL = "\x1b]0;owned\x07\x1b[31m\x9b\u202e"
+ECHOED = "data: " + json.dumps({"choices": [{"delta": {"content": EVIL, "reasoning": "\x1b[2J"}}]}, ensure_ascii=False)
+
+
+@pytest.mark.parametrize(
+    ("argv", "request_", "answer"),
+    [
+        (["ps"], "GET /admin/status", status(model("m", "error", failure=EVIL + "a", waiting_for=EVIL))),
+        (["info"], "GET /admin/status", status(model("m"), backend=EVIL)),
+        (["events"], "GET /admin/events", ["data: " + json.dumps({"at": 0, "what": EVIL, "model": "m", "why": EVIL})]),
+        (["logs", "m"], "GET /admin/logs/m?lines=50", [EVIL]),
+        (["load", "m"], "POST /admin/models/m/load?wait=true", [json.dumps({"error": {"message": EVIL}})]),
+        (["chat", "m", "hi"], "POST /v1/chat/completions", [ECHOED]),
+        (["reload"], "POST /admin/reload", {"warnings": [EVIL], "error": EVIL}),
+    ],
+)  # fmt: skip
+def test_no_answer_commands_the_terminal(
+    argv: list[str], request_: str, answer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may quote an engine, and with --url come from anybody."""
+    answers = {"GET /admin/status": (200, status(model("m"))), request_: (200, answer)}
+    with fake_daemon(answers) as running:
+        main([*argv, "--url", running.address])
+        assert any(request == request_ for request, _, _ in running.seen), running.seen
+    shown = "".join(capsys.readouterr())
+    assert shown and not set(shown) & set("\x07\x1b\x9b\u202e")

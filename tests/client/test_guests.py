@@ -74,6 +74,23 @@ def test_an_operator_cannot_run_code_as_the_engines_user(settings: dict[str, Any
     assert asked(settings, trusted=True).name == "org/new"
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("g", {"model": "--trust-remote-code", "extra_args": ["attacker/repo"]}),
+        ("g", {"model": "--config=/tmp/evil.yaml"}),
+        ("g", {"dtype": "--trust-remote-code"}),
+        ("g", {"aliases": ["--trust-remote-code"]}),
+        ("--", {"model": "/home/m"}),
+        ("--trust-remote-code", {"extra_args": ["attacker/repo"]}),
+    ],
+)
+def test_nothing_of_a_guest_poses_as_a_flag(name: str, settings: dict[str, Any]) -> None:
+    """Its name and source are words of the engine's command line, which a flag would turn into another one."""
+    with pytest.raises(errors.BadRequest, match=r"first of them not '-'|begins with '-'"):
+        guest(name, settings, CONFIG, trusted=False)
+
+
 def test_L_arguments_of_the_document_are_harmless() -> None:
     """What L's users write needs no administrator."""
     from vllmd.client import VLLMEngineArgs

@@ -163,7 +163,21 @@ GOLDEN = [
     ),
     (
         "models: {' ': {}}",
-        "vllmd.yaml:1: models. : a model's name has 1 to 200 printable characters without spaces at its ends",
+        "vllmd.yaml:1: models. : a model's name has 1 to 200 printable characters without spaces at its ends, "
+        "the first of them not '-'",
+    ),
+    (
+        "models: {a: {aliases: [--trust-remote-code]}}",
+        "vllmd.yaml:1: models.a.aliases: an alias has 1 to 200 printable characters without spaces at its ends, "
+        "the first of them not '-'",
+    ),
+    (
+        "models: {a: {model: --trust-remote-code}}",
+        "vllmd.yaml:1: models.a.model: '--trust-remote-code' begins with '-': the engine would take it for a flag",
+    ),
+    (
+        "models: {a: {dtype: --trust-remote-code}}",
+        "vllmd.yaml:1: models.a.dtype: '--trust-remote-code' begins with '-': the engine would take it for a flag",
     ),
     # ---- waiting for a free device
     ("models: {m: {when_free: 5}}", "vllmd.yaml:1: models.m.when_free: 5 is not a mapping; accepted: " + WHEN_FREE),

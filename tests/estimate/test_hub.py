@@ -116,5 +116,5 @@ def test_a_huge_json_is_not_read(tmp_path: Path) -> None:
     """It is not a configuration, and would fill the memory."""
     (tmp_path / "config.json").write_text(json.dumps({}))
     sparse(tmp_path / "config.json", 1 << 40)
-    with pytest.raises(Unreadable, match="larger than 32 MiB"):
+    with pytest.raises(Unreadable, match="larger than 8 MiB"):
         read_json(tmp_path / "config.json")

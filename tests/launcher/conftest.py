@@ -13,7 +13,8 @@ from tests.machine import container
 from tests.machine.container import REPOSITORY, CannotBoot, Machine
 
 WRAPPER = '#!/bin/sh\nPYTHONPATH=/opt/vllmd exec /usr/bin/python3 -m {module} "$@"\n'
-# Stands in for the daemon: says READY, drains for a while on SIGTERM, notes when it did what.
+# Stands in for the daemon: says READY, drains for a while on SIGTERM (as long as /run/hold is there, too), notes when
+# it did what.
 DAEMON = """
 import os, signal, time
 import sdnotify
@@ -23,6 +24,8 @@ def note(what):
 def stop(*_):
     note("daemon drains")
     time.sleep(0.5)
+    while os.path.exists("/run/hold"):
+        time.sleep(0.02)
     note("daemon exits")
     os._exit(0)
 signal.signal(signal.SIGTERM, stop)

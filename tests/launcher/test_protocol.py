@@ -106,7 +106,16 @@ def test_the_number_of_a_malformed_request_is_kept():
         ({"instance": "-a"}, "instance"),
         ({"instance": "a" * 129}, "instance"),
         ({"argv": ()}, "argv is empty"),
-        ({"argv": ("a\0b",)}, "NUL"),
+        ({"argv": ("a\0b",)}, r"control character \\x00 in argv"),
+        ({"argv": ("a", "b\nOnSuccess=x.service")}, r"control character \\n in argv"),
+        ({"argv": ("\ud800",)}, r"control character \\ud800 in argv"),
+        ({"env": {"A\n": "1"}}, r"control character \\n in argv, env or user"),
+        ({"env": {"A": "\0"}}, r"control character \\x00 in env"),
+        ({"user": "root\n"}, r"control character \\n in argv, env or user"),
+        ({"cwd": "/a\nb"}, r"control character \\n in cwd"),
+        ({"run_dir": "/a\0b"}, r"control character \\x00 in run_dir"),
+        ({"listen_uds": "/a\0b"}, r"control character \\x00 in listen_uds"),
+        ({"metadata": {"model": "a\nb"}}, r"control character \\n in the metadata 'model'"),
         ({"cwd": "relative"}, "cwd 'relative' is not an absolute path"),
         ({"env": {"A=B": "1"}}, "env"),
         ({"limits": {"ExecStopPost": "rm"}}, "limit 'ExecStopPost' is not one of memory_max"),
@@ -142,6 +151,18 @@ def test_lines_are_packed_into_packets_that_fit():
     assert groups[-1][-1].endswith("... [1000000 characters]")
     assert all(len(encode(Lines(group))) <= protocol.MAX_PACKET for group in groups)
     assert list(pack_lines([])) == [()]
+
+
+def test_nobody_else_describes_a_unit():
+    """systemd writes a description into the unit's file, and believes each line of that at its next reload."""
+    packet = encode(Start(ORDER)).replace(b'"order":{', b'"order":{"description":"x\\nOnSuccess=evil.service",')
+    with pytest.raises(ProtocolError, match=r"Start\.order has no field 'description'"):
+        decode(packet)
+
+
+def test_an_engines_environment_may_have_lines():
+    """A certificate, a template: systemd never sees them."""
+    dataclasses.replace(ORDER, env={"PEM": "-----BEGIN\n\tx\n"})
 
 
 @pytest.mark.parametrize("unit", ["ssh.service", "vllmd-model-.scope", "vllmd-model-A.scope", "vllmd-model-a.service"])

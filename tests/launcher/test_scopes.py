@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from tests.launcher.conftest import launcher_socket
 from tests.launcher.driver import Driver, connected, fresh, until
 from tests.machine.container import Machine
-from vllmd.launcher.client import ExitReport, LauncherFailed
+from vllmd.launcher.client import ExitReport, LauncherClient, LauncherFailed, StartOrder
 from vllmd.launcher.protocol import unit_of
 
 pytestmark = pytest.mark.machine
@@ -97,7 +98,7 @@ async def test_limits_become_properties_of_the_scope(site: Machine) -> None:
     """What is configured for a model is what systemd enforces."""
     limits = {"memory_max": 1 << 30, "memory_swap_max": 0, "cpu_weight": 50, "cpu_quota": 1.5, "tasks_max": 99}
     async with driving(site) as driver:
-        engine = await driver.start("exec sleep 1000", limits={**limits, "oom_policy": "kill"}, description="a model")
+        engine = await driver.start("exec sleep 1000", limits={**limits, "oom_policy": "kill"})
         wanted = (
             "MemoryMax",
             "MemorySwapMax",
@@ -108,7 +109,7 @@ async def test_limits_become_properties_of_the_scope(site: Machine) -> None:
             "Description",
         )
         shown = [site.show(engine.unit, name) for name in wanted]
-        assert shown == ["1073741824", "0", "50", "1.500000s", "99", "kill", "a model"]
+        assert shown == ["1073741824", "0", "50", "1.500000s", "99", "kill", f"vllmd engine {engine.instance}"]
 
 
 @pytest.mark.parametrize(
@@ -268,6 +269,114 @@ async def test_the_launcher_outlives_the_engines_that_it_is_to_stop(site: Machin
         site.run("systemctl stop vllmd.service vllmd-launcher.service vllmd.slice")
         await asyncio.wait_for(driver.lost.wait(), 10)
         assert "launcher active" in site.journal(engine.unit, "--output=cat").splitlines()
+
+
+@contextmanager
+def draining(site: Machine, verb: str) -> Iterator[None]:
+    """While the daemon drains, because of ``systemctl VERB vllmd``."""
+    site.run("rm -f /run/notes; touch /run/hold")
+    waiting = site.popen(f"systemctl {verb} vllmd.service")
+    try:
+        site.wait_until("grep drains /run/notes")
+        yield
+    finally:
+        site.run("rm -f /run/hold")
+        waiting.wait(20)
+
+
+async def test_nothing_starts_once_a_stop_is_asked(site: Machine) -> None:
+    """Its scope would not be part of the stop, and the engine would run on with nobody."""
+    async with driving(site) as driver:
+        with draining(site, "stop"):
+            began = time.monotonic()
+            with pytest.raises(LauncherFailed, match="vllmd is being stopped"):
+                await driver.start("exec sleep 1000")
+            assert time.monotonic() - began < 5  # the scope's job would have waited for the daemon's end
+        assert units(site) == ""
+
+
+async def test_a_stop_that_comes_while_a_scope_is_made_takes_it_along(site: Machine) -> None:
+    """Whichever of the two systemd takes first, nothing runs afterwards."""
+    async with driving(site) as driver:
+        for _ in range(8):
+            site.run("systemctl reset-failed vllmd.service; systemctl start vllmd.service; rm -f /run/notes")
+            starts = [asyncio.ensure_future(driver.start("exec sleep 1000")) for _ in range(6)]
+            await asyncio.to_thread(site.run, "systemctl stop vllmd.service")
+            await asyncio.gather(*starts, return_exceptions=True)
+            site.wait_until(lambda: units(site) == "", timeout=10)
+        assert site.run(["pgrep", "-u", "vllmd-engine"], check=False).stdout == ""
+        while not driver.exits.empty():
+            driver.exits.get_nowait()
+
+
+async def test_a_restart_holds_no_start_up(site: Machine) -> None:
+    """A daemon that drains serves those who wait, too; the engine then belongs to the next daemon."""
+    async with driving(site) as driver:
+        with draining(site, "restart"):
+            engine = await driver.start("exec sleep 1000", timeout=5)
+            assert site.show("vllmd.service", "SubState") == "stop-sigterm"
+        assert site.cgroup_pids(engine.unit) == [engine.pid]
+        assert site.show("vllmd.slice", "ActiveState") == "active"
+        site.run("systemctl stop vllmd.service")
+        assert (await driver.exit()).instance == engine.instance
+        site.wait_until(lambda: units(site) == "", timeout=5)
+
+
+async def test_an_engine_that_nobody_manages_is_ended(site: Machine) -> None:
+    """Whatever made it: the service is down and stays down, and no daemon is connected."""
+    site.run("systemctl reset-failed vllmd.service; systemctl stop vllmd.service")
+    driver = Driver()
+    driver.client = await LauncherClient.connect(launcher_socket(site), driver.exits.put_nowait)
+    engine = await driver.start("exec sleep 1000")
+    await asyncio.sleep(3)  # longer than the launcher looks
+    assert site.cgroup_pids(engine.unit) == [engine.pid]  # its daemon, though not systemd's, is there
+    await driver.client.close()
+    site.wait_until(lambda: units(site) == "", timeout=10)
+    assert "is left over" in site.journal("vllmd-launcher.service")
+
+
+async def test_a_start_that_nobody_waits_for_comes_to_nothing(site: Machine) -> None:
+    """The next daemon has asked for the list by then: it would never hear of the engine."""
+    async with driving(site) as driver:
+        with draining(site, "restart"):
+            leaving = await LauncherClient.connect(launcher_socket(site))
+            site.run("systemctl kill --signal=STOP --kill-who=main vllmd-launcher.service")
+            started = asyncio.ensure_future(leaving.start(StartOrder(fresh(), ("/bin/sleep", "1000"))))
+            await asyncio.sleep(0.2)
+            await leaving.close()
+            site.run("systemctl kill --signal=CONT --kill-who=main vllmd-launcher.service")
+            with pytest.raises(LauncherFailed):
+                await started
+        assert await driver.client.list() == []
+        site.wait_until(lambda: units(site) == "", timeout=10)
+
+
+async def test_the_bus_may_be_restarted(site: Machine) -> None:
+    """Models start and end afterwards as before, and ends are still told with their status."""
+    async with driving(site) as driver:
+        before = await driver.start("trap 'exit 9' TERM; echo up; while :; do sleep 0.02; done")
+        pid = site.show("vllmd-launcher.service", "MainPID")
+        for _ in range(3):
+            site.run("systemctl restart dbus.service")
+            started = await driver.start("exec sleep 1000")
+            await driver.client.kill(started.instance)
+            assert (await driver.exit()).instance == started.instance
+        await driver.client.signal(before.instance, signal.SIGTERM)
+        assert (await driver.exit()).status == 9
+        assert units(site) == ""
+        assert site.show("vllmd-launcher.service", "MainPID") == pid
+
+
+async def test_the_bus_may_be_restarted_while_starts_are_on_their_way(site: Machine) -> None:
+    """The signal that tells of a job's end is lost: the launcher looks for itself."""
+    async with driving(site) as driver:
+        for command in ("systemctl restart dbus.service", "systemctl daemon-reexec") * 3:
+            starts = [asyncio.ensure_future(driver.start("exec sleep 1000")) for _ in range(8)]
+            await asyncio.to_thread(site.run, command)
+            for started in await asyncio.gather(*starts):
+                await driver.client.kill(started.instance)
+                await driver.exit()
+        assert units(site) == ""
 
 
 @pytest.mark.parametrize("command", ["systemctl restart vllmd", "systemctl kill --signal=KILL vllmd"])

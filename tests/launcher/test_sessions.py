@@ -56,6 +56,13 @@ async def test_status_and_last_lines_are_reported(options: tuple[str, ...]) -> N
         assert await driver.client.tail(engine.instance, 1) == ["two"]
 
 
+async def test_an_engine_cannot_command_a_terminal() -> None:
+    """Its lines are shown to people and kept in records, so they come without escape sequences."""
+    async with private() as driver:
+        await driver.start(r"printf '\033]0;owned\007\033[31mred\033[0m \033c\n 10%%\r 99%%\r\n'")
+        assert (await driver.exit()).log_tail == (r"red \x1bc", " 99%")
+
+
 @BOTH
 async def test_a_session_of_its_own(options: tuple[str, ...]) -> None:
     """Ctrl-C in the terminal of `vllmd serve` is the daemon's to handle, not the engines'."""

@@ -135,3 +135,28 @@ def test_without_torch_cuda_says_what_is_missing(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(NoCuda, match="needs torch"):
         CudaMemory(0)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"[]", b"{}", b"x"])
+def test_a_device_file_that_is_none_is_a_value_error(tmp_path: Path, content: bytes) -> None:
+    """Engines of another user write it, and the daemon reads it."""
+    (tmp_path / "gpu0").write_bytes(content)
+    with pytest.raises(ValueError, match=r"pretended GPU|Expecting"):
+        device_usage(tmp_path / "gpu0")
+
+
+def test_a_fifo_in_a_device_files_place_makes_nobody_wait(tmp_path: Path) -> None:
+    """Nor is a directory or a device taken for one."""
+    os.mkfifo(tmp_path / "gpu0")
+    with pytest.raises(ValueError, match="no regular file"):
+        device_usage(tmp_path / "gpu0")
+    with pytest.raises(ValueError, match="no regular file"):
+        device_usage("/dev/null")
+
+
+def test_holders_with_absurd_pids_are_nobody(tmp_path: Path) -> None:
+    """A pid that no process can have is a process that is gone."""
+    (tmp_path / "gpu0").write_text(
+        '{"memory": 100, "held": [{"pid": 1e30, "start": 1, "bytes": 5}]}'.replace("1e30", "9" * 30)
+    )
+    assert device_usage(tmp_path / "gpu0").used == 0

@@ -176,3 +176,19 @@ def test_setup_prefixes_where_only_the_stream_is_journalds(root_handlers, monkey
 
 def _unreachable(self, identifier):
     raise FileNotFoundError(2, "No such file or directory")
+
+
+def test_what_others_said_is_no_escape_sequence(log, journald):
+    """A record quotes engines, names and answers; it is read in a terminal. Its own line breaks stay."""
+    log.warning("%s", "a\x1b]0;title\x07\x1b[31mb\x9b\nc", extra={"journal": {"MODEL": "m\x1b[1m"}})
+    record = parse(journald.recv(1 << 16))
+    assert (record["MESSAGE"], record["MODEL"]) == ("ab\\x9b\nc", "m")
+
+
+def test_nor_for_people(capsys):
+    """The same where the log is a terminal."""
+    out = io.StringIO()
+    handler = logging.StreamHandler(out)
+    handler.setFormatter(TextFormatter(colour=False))
+    handler.emit(logging.makeLogRecord({"msg": "a\x1b[2Jb\r"}))
+    assert out.getvalue().endswith("ab\\r\n")

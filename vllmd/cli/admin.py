@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
 from vllmd.cli.failures import EX_CONFIG, EX_USAGE, Failure, of_answer, of_socket, of_url
+from vllmd.text import printable_lines
 
 SYSTEM_SOCKET = "/run/vllmd/admin.sock"
 OPENING = 10.0  # seconds that a daemon which has just been woken may take to look around
@@ -85,7 +86,7 @@ class Admin:
         return self._json("DELETE", path, query, None, ANSWER)
 
     def lines(self, method: str, path: str, accept: str, body: object = None, **query: object) -> Iterator[str]:
-        """The lines of an answer as they come."""
+        """The lines of an answer as they come; before they are shown they go through ``decoded`` or ``printable``."""
         answer = self._request(method, path, query, body, None, accept)
         try:
             for line in answer:
@@ -96,7 +97,7 @@ class Admin:
     def _json(self, method: str, path: str, query: dict[str, object], body: object, timeout: float | None) -> Any:
         answer = self._request(method, path, query, body, timeout, "application/json")
         try:
-            return _decoded(answer.read())
+            return decoded(answer.read())
         except OSError as error:
             raise self._unreachable(error) from None
 
@@ -113,7 +114,7 @@ class Admin:
             connection.request(method, target, None if body is None else json.dumps(body), headers)
             answer = connection.getresponse()
             if answer.status >= 300:
-                raise of_answer(answer.status, _decoded(answer.read()))
+                raise of_answer(answer.status, decoded(answer.read()))
         except (OSError, http.client.HTTPException) as error:
             raise self._unreachable(error) from None
         return answer
@@ -142,8 +143,19 @@ def _word(value: object) -> str:
     return "true" if value is True else str(value)
 
 
-def _decoded(data: bytes) -> Any:
+def decoded(data: bytes | str) -> Any:
+    """JSON of a server, its texts fit for a terminal; {} where it is none. It may quote engines, and be no vllmd."""
     try:
-        return json.loads(data)
-    except ValueError:
+        return _printable(json.loads(data))
+    except (ValueError, RecursionError):
         return {}
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, str):
+        return printable_lines(value)
+    if isinstance(value, list):
+        return [_printable(each) for each in value]
+    if isinstance(value, dict):
+        return {printable_lines(key): _printable(each) for key, each in value.items()}
+    return value

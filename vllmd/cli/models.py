@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from vllmd.cli import show
-from vllmd.cli.admin import Admin, model_path
+from vllmd.cli.admin import Admin, decoded, model_path
 from vllmd.cli.failures import EX_DATAERR, EX_UNAVAILABLE, Failure
 
 NDJSON = "application/x-ndjson"
@@ -107,8 +106,5 @@ def usual_start(admin: Admin, model: str) -> float | None:
 
 
 def _object(text: str) -> dict[str, Any]:
-    try:
-        data = json.loads(text) if text else {}
-    except ValueError:
-        return {}
+    data = decoded(text)
     return data if isinstance(data, dict) else {}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
-from vllmd.cli.admin import Admin
+from vllmd.cli.admin import Admin, decoded
 from vllmd.cli.failures import EX_UNAVAILABLE, Failure
 
 DEFAULT_URL = "http://127.0.0.1:33258"
@@ -27,7 +26,7 @@ def stream(http: Admin, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         data = line.removeprefix("data:").strip()
         if not line.startswith("data:") or data == "[DONE]":
             continue
-        chunk = json.loads(data)
+        chunk = decoded(data)
         if "error" in chunk:
             raise Failure(str(chunk["error"].get("message", chunk["error"])), EX_UNAVAILABLE)
         yield chunk

@@ -40,8 +40,13 @@ def doubts(config: Config) -> Iterator[Finding]:
                 yield _auth(config), f"auth.keys.{key.name}.models", f"there is no model {name!r}"
 
 
+GOOD_NAME = "1 to 200 printable characters without spaces at its ends, the first of them not '-'"
+
+
 def good_name(name: str) -> bool:
-    return 0 < len(name) <= 200 and name.isprintable() and name == name.strip()
+    """Whether it can name a model wherever it comes from, a file or a folder's name: it becomes a word of a
+    command line, a value in records and answers, and what people type. ``GOOD_NAME`` says it in words."""
+    return 0 < len(name) <= 200 and name.isprintable() and name == name.strip() and not name.startswith("-")
 
 
 def _place(model: ModelConfig) -> Where:
@@ -62,7 +67,9 @@ def _names(config: Config) -> Iterator[Finding]:
     for model in config.models.values():
         for alias in model.aliases:
             what = ""
-            if alias == model.name:
+            if not good_name(alias):
+                what = f"an alias has {GOOD_NAME}"
+            elif alias == model.name:
                 what = f"{alias!r} is the model's own name"
             elif alias in config.models:
                 what = f"{alias!r} is the name of a model"
@@ -125,8 +132,18 @@ def _model(model: ModelConfig, config: Config) -> Iterator[Finding]:
     if count > model.all_devices:
         what = f"{count} is more than tensor_parallel_size times pipeline_parallel_size, {model.all_devices}"
         yield where, f"{path}.local_devices", what
+    yield from _words(model)
     yield from _fits(model, config)
     yield from _shares(model)
+
+
+def _words(model: ModelConfig) -> Iterator[Finding]:
+    """What becomes a word of the engine's command line cannot pose as a flag."""
+    for each in (model, *(model.replicas.of if model.replicas else ())):
+        for name, value in (("model", each.model), ("dtype", each.dtype or "")):
+            if value.startswith("-"):
+                what = f"{value!r} begins with '-': the engine would take it for a flag"
+                yield _place(each), f"models.{each.name}.{name}", what
 
 
 def _declared(number: int) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllmd.config.nodes import Node
+from vllmd.text import control_character
 
 Parse = Callable[[Node], Any]
 YEAR = 365 * 86400.0
@@ -371,8 +372,8 @@ def parse_env(node: Node) -> dict[str, str]:
             raise Wrong(f"{name!r} cannot be the name of an environment variable", value)
         if value.is_map or value.is_list:
             raise Wrong(f"{name}: {shown(value)} is not text", value)
-        if "\0" in value.text:
-            raise Wrong(f"{name}: a NUL character is not allowed", value)
+        if found := control_character(value.text.replace("\n", "").replace("\t", "")):
+            raise Wrong(f"{name}: the control character {found} is not allowed", value)
     return {name: value.text for name, value in node.value.items()}
 
 

@@ -244,9 +244,7 @@ class _Parser:
     def model(self, name: str, node: Node, base: Node) -> ModelConfig:
         path, where = f"models.{name}", node.key or node.where
         if not checks.good_name(name):
-            self.findings.complain(
-                where, path, "a model's name has 1 to 200 printable characters without spaces at its ends"
-            )
+            self.findings.complain(where, path, f"a model's name has {checks.GOOD_NAME}")
         merged = overlay(base, node, COMBINED.__contains__)
         values = self.values(MODEL, merged, path, skip=("idle",))
         values["idle"] = self.idle(merged.value["idle"], f"{path}.idle")

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from vllmd.config.checks import good_name
 from vllmd.config.types import Config, ModelConfig
-from vllmd.hub import Found, discover
+from vllmd.hub import Found, discover, is_repository
 
 log = logging.getLogger("vllmd.discovery")
 
@@ -29,7 +30,11 @@ def with_discovered(config: Config, cache: Path) -> Config:
     if not config.discover:
         return config
     taken = {name for model in config.models.values() for name in (model.name, model.source, *model.aliases)}
-    found = {one.name: _model(config, one) for one in discover(cache) if one.name not in taken}
+    there = [one for one in discover(cache) if one.name not in taken]
+    wrong = [one for one in there if not (good_name(one.name) and is_repository(one.name))]
+    for one in wrong:  # engines may write there: a folder's name could be a path, a flag, or several lines
+        log.warning("%s is left out: it is not named like a repository", one.path)
+    found = {one.name: _model(config, one) for one in there if one not in wrong}
     log.info("%d models discovered in %s: %s", len(found), cache, ", ".join(found) or "none")
     return replace(config, models={**config.models, **found})
 

@@ -12,6 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from vllmd.foreign import Folder
+
 log = logging.getLogger("vllmd.learnt")
 
 
@@ -28,7 +30,7 @@ class Learnt:
         if self._path is None or not self._path.exists():
             return
         try:
-            self.costs = dict(json.loads(self._path.read_text())["costs"])
+            self.costs = dict(Folder(self._path.parent).json(self._path.name)["costs"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("ignoring %s, it is damaged (%s); figures are learnt anew", self._path, error)
             self.costs = {}

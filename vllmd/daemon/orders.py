@@ -14,7 +14,9 @@ from vllmd.daemon.member import Member, fingerprint
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.ports import PortPool
 from vllmd.engines.base import Engine, Launch, Place
+from vllmd.errors import ConfigError
 from vllmd.launcher.client import StartOrder
+from vllmd.launcher.protocol import ProtocolError
 
 LONGEST_STOP = 3600.0  # seconds between SIGTERM and SIGKILL that the launcher accepts
 
@@ -64,7 +66,10 @@ class Orders:
         member = Member(model, engine, instance, launch.listen, command.placement, fingerprint(model))
         member.stop, member.stop_signal, member.self_managed = launch.stop, launch.stop_signal, launch.self_managed
         member.watch = launch.watch
-        return member, self._order(member, launch, run_dir) if launch.argv else None
+        try:
+            return member, self._order(member, launch, run_dir) if launch.argv else None
+        except ProtocolError as error:
+            raise ConfigError(f"{model.where}: models.{model.name}: {error}".removeprefix(": ")) from None
 
     def _place(self, command: commands.StartEngine, run_dir: Path) -> Place:
         devices = self._memory.devices_of(command.placement)
@@ -87,7 +92,6 @@ class Orders:
             cwd=launch.cwd,
             run_dir=str(run_dir),
             listen_uds=launch.listen.uds,
-            description=f"vllmd model {member.model.name}",
             stop_timeout=min(max(member.model.stop_timeout, 1.0), LONGEST_STOP),
             limits={key: value for key, value in asdict(member.model.limits).items() if value is not None},
             metadata={
@@ -110,7 +114,6 @@ class Orders:
             argv=member.stop,
             env={**home, **member.model.env},
             run_dir=str(self._paths.run / instance),
-            description=f"vllmd stops {member.model.name}",
         )
 
     def release(self, member: Member) -> None:

@@ -6,9 +6,12 @@ multi-head latent attention (DeepSeek) (kv_lora_rank + qk_rope_head_dim) · widt
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+
+from vllmd.foreign import quoted
 
 Raw = Mapping[str, Any]
 
@@ -184,7 +187,8 @@ def _method(config: Raw, text: Raw) -> str:
     for part in (config, text):
         value = part.get("quantization_config") or part.get("compression_config")
         if isinstance(value, dict):
-            return str(value.get("quant_method") or value.get("quant_algo") or "quantised")
+            told = value.get("quant_method") or value.get("quant_algo")
+            return told if isinstance(told, str) and re.fullmatch(r"[\w.-]{1,40}", told) else "quantised"
     return ""
 
 
@@ -195,7 +199,7 @@ def _number(part: Raw, *names: str) -> int | None:
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 100_000_000:
-            raise Odd(f"config.json: {name} is {str(value)[:40]!r}, not a number that can be true")
+            raise Odd(f"config.json: {name} is {quoted(value, 40)}, not a number that can be true")
         if value:
             return value
     return None

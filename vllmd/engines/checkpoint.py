@@ -2,22 +2,25 @@
 
 safetensors (index or headers), GGUF (file size), PyTorch (file size). A wrong
 or missing file becomes a note and the next best source, never an exception.
+They are foreign files (``vllmd.foreign``): headers and indexes are stepped
+through, never held.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllmd.hub import Unreadable, read_json
+from vllmd.foreign import File, Folder, Unreadable, about, members, quoted, shown
 
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+MAX_INDEX = 64 << 20  # bytes; those of the largest models so far have 25 million
 MAX_WEIGHTS = 1 << 46  # bytes (64 TiB); a larger figure is a mistake in the file
+MAX_NOTES = 5  # of a kind, in full; the others are counted
 
 _SPLIT = re.compile(r"-\d{5}-of-\d{5}$")
 
@@ -36,40 +39,49 @@ class Weights:
         return sum(self.sizes.values())
 
 
-def weights_of(path: Path, tag: str = "") -> Weights:
-    """The weights in a folder, or of a GGUF file; ``total`` 0 if none can be told. Raises OSError."""
+def weights_of(path: Path, tag: str = "", root: Path | None = None) -> Weights:
+    """The weights in a folder, or of a GGUF file; ``total`` 0 if none can be told. Raises OSError, Unreadable.
+
+    ``root``: out of which no link may lead.
+    """
     if path.is_file():
-        return _gguf([path])
-    found = _safetensors(path)
+        return _gguf(Folder(path.parent, root), [path.name])
+    folder = Folder(path, root)
+    names = folder.names()
+    found = _safetensors(folder, names)
     if found.total:
         return found
-    other = _gguf(_gguf_files(path, tag)) if list(path.glob("*.gguf")) else _pytorch(path)
+    ggufs = any(name.endswith(".gguf") for name in names)
+    other = _gguf(folder, _gguf_files(folder, names, tag)) if ggufs else _pytorch(folder, names)
     return Weights(other.sizes, other.how, found.notes + other.notes)
 
 
-def gguf_file(path: Path, tag: str = "") -> Path | None:
-    """The GGUF file (the first of a split one) that ``path`` means."""
+def gguf_file(path: Path, tag: str = "", root: Path | None = None) -> Path | None:
+    """The GGUF file (the first of a split one) that ``path`` means. Raises OSError, Unreadable."""
     if path.is_file():
         return path if path.suffix == ".gguf" else None
-    return next(iter(_gguf_files(path, tag)), None)
+    folder = Folder(path, root)
+    return next((path / name for name in _gguf_files(folder, folder.names(), tag)), None)
 
 
 # ---- safetensors ------------------------------------------------------------------------------
 
 
-def _safetensors(folder: Path) -> Weights:
-    index = _index(folder, ".safetensors.index.json")
-    names = index.names or _loose(folder)
-    there = [folder / name for name in names if (folder / name).is_file()]
-    if len(there) < len(names) and index.total:
-        missing = f"{len(names) - len(there)} of {len(names)} safetensors files are not here"
-        return Weights({"": index.total}, f"total_size of {index.file}", (*index.notes, missing))
+def _safetensors(folder: Folder, names: Sequence[str]) -> Weights:
+    index = _index(folder, names, ".safetensors.index.json")
+    wanted = index.names or _loose(names)
+    there = [name for name in wanted if folder.size(name) is not None]
+    if len(there) < len(wanted) and index.total:
+        missing = f"{len(wanted) - len(there)} of {len(wanted)} safetensors files are not here"
+        return Weights({"": index.total}, f"total_size of {shown(index.file)}", (*index.notes, missing))
     sizes: dict[str, int] = {}
-    notes = list(index.notes)
-    for path in there:
-        for dtype, size in _header_sizes(path, notes).items():
+    notes: list[str] = []
+    for name in there:
+        for dtype, size in _header_sizes(folder, name, notes).items():
             sizes[dtype] = sizes.get(dtype, 0) + size
-    return _sane(Weights(sizes, f"headers of {len(there)} safetensors files", tuple(notes)))
+    if len(notes) > MAX_NOTES:
+        notes[MAX_NOTES:] = [f"the same of {len(notes) - MAX_NOTES} more files"]
+    return _sane(Weights(sizes, f"headers of {len(there)} safetensors files", (*index.notes, *notes)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,107 +92,124 @@ class _Index:
     notes: tuple[str, ...] = ()
 
 
-def _index(folder: Path, suffix: str) -> _Index:
+def _index(folder: Folder, names: Sequence[str], suffix: str) -> _Index:
     """The index with this suffix; ``model.`` and ``pytorch_model.`` before others, as engines do."""
-    files = sorted(folder.glob(f"*{suffix}"), key=lambda path: (not path.name.startswith(("model", "pytorch")), path))
-    if not files:
+    found = [name for name in names if name.endswith(suffix)]
+    if not found:
         return _Index()
+    file = min(found, key=lambda name: (not name.startswith(("model", "pytorch")), name))
+    named: set[str] = set()
+    total: object = None
     try:
-        content = read_json(files[0])
-    except Unreadable as error:
-        return _Index(notes=(str(error),))
-    listed, metadata = content.get("weight_map"), content.get("metadata")
-    named = {str(name) for name in listed.values()} if isinstance(listed, dict) else set()
-    names = tuple(sorted(name for name in named if Path(name).name == name))
-    total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    notes = [] if len(names) == len(named) else [f"{files[0].name} names files outside its folder"]
-    if not isinstance(total, int | float) or not 0 < total <= MAX_WEIGHTS:
-        notes.append(f"{files[0].name} has no sensible total_size ({total!r})")
+        with folder.open(file) as opened:
+            if opened.size > MAX_INDEX:
+                raise Unreadable(f"is larger than {MAX_INDEX >> 20} MiB")
+            for path, value in members(opened.read, frozenset({"weight_map", "metadata"})):
+                if path == ("metadata", "total_size"):
+                    total = value
+                elif path[0] == "weight_map" and len(path) > 1 and isinstance(value, str):
+                    named.add(value)
+    except (OSError, Unreadable) as error:
+        return _Index(notes=(about(shown(file), error),))
+    inside = tuple(sorted(name for name in named if Path(name).name == name and "\0" not in name))
+    notes = [] if len(inside) == len(named) else [f"{shown(file)} names files outside its folder"]
+    if isinstance(total, bool) or not isinstance(total, int | float) or not 0 < total <= MAX_WEIGHTS:
+        notes.append(f"{shown(file)} has no sensible total_size ({quoted(total)})")
         total = 0
-    return _Index(files[0].name, names, int(total), tuple(notes))
+    return _Index(file, inside, int(total), tuple(notes))
 
 
-def _loose(folder: Path) -> tuple[str, ...]:
+def _loose(names: Sequence[str]) -> tuple[str, ...]:
     """safetensors files without an index; Mistral's ``consolidated`` copy only where it is the only one."""
-    names = sorted(path.name for path in folder.glob("*.safetensors"))
-    return tuple(name for name in names if not name.startswith("consolidated")) or tuple(names)
+    found = [name for name in names if name.endswith(".safetensors")]
+    return tuple(name for name in found if not name.startswith("consolidated")) or tuple(found)
 
 
-def _header_sizes(path: Path, notes: list[str]) -> dict[str, int]:
+def _header_sizes(folder: Folder, name: str, notes: list[str]) -> dict[str, int]:
     """Bytes by type that a file's header promises; of a broken one the file's size, with a note."""
-    length = path.stat().st_size
+    length = folder.size(name) or 0
     try:
-        header, start = _header(path, length)
-        sizes, end = _tensors(header)
-    except Unreadable as error:
-        notes.append(f"{path.name}: {error}; its size is taken instead")
+        with folder.open(name) as file:
+            length = file.size
+            sizes, end = _header(file, length)
+    except (OSError, Unreadable) as error:
+        notes.append(f"{about(shown(name), error)}; its size is taken instead")
         return {"": length}
-    if start + end > length:
-        notes.append(f"{path.name} is cut off: {length} of {start + end} bytes are here")
+    if end > length:
+        notes.append(f"{shown(name)} is cut off: {length} of {end} bytes are here")
     return sizes
 
 
-def _header(path: Path, length: int) -> tuple[dict[str, Any], int]:
-    """The header and where the data starts. Format: https://huggingface.co/docs/safetensors (8 bytes size, JSON)."""
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= size <= min(MAX_HEADER, length - 8):
-            raise Unreadable(f"its header is cut off or corrupt ({size} bytes of header in a file of {length})")
-        try:
-            header = json.loads(file.read(size))
-        except (ValueError, RecursionError) as error:
-            raise Unreadable(f"its header is not JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise Unreadable("its header is no JSON object")
-    return header, 8 + size
+def _header(file: File, length: int) -> tuple[dict[str, int], int]:
+    """Bytes by type, and where the last tensor ends. Raises OSError, Unreadable.
 
+    Format: https://huggingface.co/docs/safetensors (8 bytes size, JSON, then the data).
+    """
+    prefix = file.read(8)
+    size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+    if not 2 <= size <= min(MAX_HEADER, length - 8):
+        raise Unreadable(f"its header is cut off or corrupt ({size} bytes of header in a file of {length})")
+    left = size
 
-def _tensors(header: Mapping[str, Any]) -> tuple[dict[str, int], int]:
+    def read(wanted: int) -> bytes:
+        nonlocal left
+        data = file.read(min(wanted, left))
+        left -= len(data)
+        return data
+
     sizes: dict[str, int] = {}
     end = 0
-    for name, tensor in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            first, last = tensor["data_offsets"]
-            dtype = str(tensor["dtype"])
-            if not 0 <= first <= last <= MAX_WEIGHTS:
-                raise ValueError
-        except (TypeError, KeyError, ValueError):
-            raise Unreadable(f"its header has no sensible place for tensor {name!r}") from None
-        sizes[dtype] = sizes.get(dtype, 0) + int(last - first)
-        end = max(end, int(last))
-    return sizes, end
+    try:
+        for path, tensor in members(read, frozenset({"__metadata__"})):
+            if path[0] != "__metadata__":
+                dtype, first, last = _tensor(path[0], tensor)
+                sizes[dtype] = sizes.get(dtype, 0) + last - first
+                end = max(end, last)
+    except Unreadable as error:
+        raise Unreadable(about("its header", error)) from error
+    return sizes, 8 + size + end
+
+
+def _tensor(name: str, tensor: Any) -> tuple[str, int, int]:
+    """Type, first and last byte of a tensor. Raises Unreadable."""
+    try:
+        first, last = tensor["data_offsets"]
+        dtype = str(tensor["dtype"])
+        if not 0 <= first <= last <= MAX_WEIGHTS or len(dtype) > 20:
+            raise ValueError
+    except (TypeError, KeyError, ValueError):
+        raise Unreadable(f"has no sensible place for tensor {quoted(name)}") from None
+    return dtype, int(first), int(last)
 
 
 # ---- others -----------------------------------------------------------------------------------
 
 
-def _pytorch(folder: Path) -> Weights:
-    index = _index(folder, ".bin.index.json")
+def _pytorch(folder: Folder, names: Sequence[str]) -> Weights:
+    index = _index(folder, names, ".bin.index.json")
     if index.total:
-        return Weights({"": index.total}, f"total_size of {index.file}", index.notes)
-    paths = [*folder.glob("pytorch_model*.bin")] or [*folder.glob("consolidated*.pth")]
-    return _sane(Weights({"": _sum(paths)}, f"size of {len(paths)} PyTorch files", index.notes))
+        return Weights({"": index.total}, f"total_size of {shown(index.file)}", index.notes)
+    found = [name for name in names if re.fullmatch(r"pytorch_model.*\.bin", name)]
+    found = found or [name for name in names if re.fullmatch(r"consolidated.*\.pth", name)]
+    return _sane(Weights({"": _sum(folder, found)}, f"size of {len(found)} PyTorch files", index.notes))
 
 
-def _gguf_files(folder: Path, tag: str) -> list[Path]:
+def _gguf_files(folder: Folder, names: Sequence[str], tag: str) -> list[str]:
     """One model's GGUF files: those that ``tag`` (such as Q4_K_M) names, else the largest; all parts of a split one."""
-    whole: dict[str, list[Path]] = {}
-    for path in sorted(folder.glob("*.gguf")):
-        if path.is_file() and not path.name.startswith("mmproj"):
-            whole.setdefault(_SPLIT.sub("", path.stem), []).append(path)
-    tagged = [paths for stem, paths in whole.items() if tag and tag.lower() in stem.lower()]
-    return max(tagged or whole.values(), key=_sum, default=[])
+    whole: dict[str, list[str]] = {}
+    for name in names:
+        if name.endswith(".gguf") and not name.startswith("mmproj") and folder.size(name) is not None:
+            whole.setdefault(_SPLIT.sub("", name.removesuffix(".gguf")), []).append(name)
+    tagged = [found for stem, found in whole.items() if tag and tag.lower() in stem.lower()]
+    return max(tagged or whole.values(), key=lambda found: _sum(folder, found), default=[])
 
 
-def _gguf(paths: list[Path]) -> Weights:
-    return _sane(Weights({"GGUF": _sum(paths)}, f"size of {paths[0].name if paths else 'no file'}"))
+def _gguf(folder: Folder, names: Sequence[str]) -> Weights:
+    return _sane(Weights({"GGUF": _sum(folder, names)}, f"size of {shown(names[0]) if names else 'no file'}"))
 
 
-def _sum(paths: Iterable[Path]) -> int:
-    return sum(path.stat().st_size for path in paths if path.is_file())
+def _sum(folder: Folder, names: Iterable[str]) -> int:
+    return sum(folder.size(name) or 0 for name in names)
 
 
 def _sane(weights: Weights) -> Weights:

@@ -154,7 +154,7 @@ def _stop_template(model: ModelConfig) -> tuple[str, ...]:
     """The stop command's words, from a list or one line."""
     given = model.options.get("stop")
     try:
-        return tuple(shlex.split(given)) if isinstance(given, str) else words(model, "stop")
+        return tuple(shlex.split(text(model, "stop"))) if isinstance(given, str) else words(model, "stop")
     except ValueError as error:
         raise wrong(model, "stop", f"{given!r}: {error}") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,12 @@ from vllmd.core.types import GiB
 from vllmd.engines.architecture import Architecture, Odd, architecture
 from vllmd.engines.checkpoint import MAX_WEIGHTS, Weights, gguf_file, weights_of
 from vllmd.engines.gguf import config_of
-from vllmd.hub import Unreadable, locate, read_json
+from vllmd.foreign import Unreadable, within
+from vllmd.hub import Located, locate, read_json
+
+log = logging.getLogger("vllmd.engines")
+
+READING = 12.0  # seconds for all files of one model, of a file system that may not answer at all
 
 _BITS = {"64": 8.0, "32": 4.0, "16": 2.0, "8": 1.0, "6": 0.85, "5": 0.7, "4": 0.6, "3": 0.5, "2": 0.4}
 _FOUR_BIT = ("awq", "gptq", "bitsandbytes", "bnb", "marlin", "gguf")
@@ -41,25 +47,39 @@ def facts_of(model: ModelConfig, hf_home: Path) -> Facts:
 
 
 def _from_files(model: ModelConfig, hf_home: Path) -> Facts:
+    """Whatever is wrong with them, and however they surprise us, is a note on this one model."""
     try:
-        located = locate(model.source, hf_home, argument(model, "revision"))
-        if located.path is None:
-            return Facts(notes=(located.why,))
-        weights = weights_of(located.path, located.tag)
+        return within(READING, lambda: _read_files(model, hf_home))
     except OSError as error:
-        return Facts(notes=(f"{error.filename}: {error.strerror}",))
-    cache, notes = _cache(located.path, located.tag)
+        return Facts(notes=(f"{error.filename or model.source}: {error.strerror}",))
+    except Unreadable as error:
+        return Facts(notes=(str(error),))
+    except Exception as error:  # a defect of ours; the other models must start all the same
+        log.exception("%s: its files cannot be made sense of", model.name)
+        return Facts(notes=(f"its files cannot be made sense of ({type(error).__name__})",))
+
+
+def _read_files(model: ModelConfig, hf_home: Path) -> Facts:
+    located = locate(model.source, hf_home, argument(model, "revision"))
+    if located.path is None:
+        return Facts(notes=(located.why,))
+    weights = weights_of(located.path, located.tag, located.root)
+    cache, notes = _cache(located, located.path)
     if not weights.total:
         return Facts(cache=cache, notes=(f"{located.why}: no weights in it", *weights.notes, *notes))
     loaded, how = _as_loaded(model, weights, cache)
     return Facts(loaded, how, cache, (*weights.notes, *notes))
 
 
-def _cache(path: Path, tag: str) -> tuple[Architecture | None, tuple[str, ...]]:
+def _cache(located: Located, path: Path) -> tuple[Architecture | None, tuple[str, ...]]:
     try:
-        gguf = gguf_file(path, tag)
-        alone = path.is_dir() and (path / "config.json").is_file()
-        found = architecture(read_json(path / "config.json") if alone or gguf is None else config_of(gguf))
+        gguf = gguf_file(path, located.tag, located.root)
+        file = path / "config.json"
+        alone = path.is_dir() and file.exists()
+        if alone or gguf is None:
+            found = architecture(read_json(file, located.root))
+        else:
+            found = architecture(config_of(gguf, located.root))
     except (Unreadable, Odd) as error:
         return None, (f"{error}; its cache is guessed from its size",)
     except OSError as error:

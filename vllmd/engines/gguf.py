@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllmd.hub import Unreadable
+from vllmd.foreign import Folder, Unreadable, shown
 
 HEAD = 1 << 20  # bytes
+NESTED = 4  # arrays in arrays: the format allows any number, no model has one
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _KEYS = {  # of config.json -> after the architecture's name and a dot
@@ -29,15 +30,15 @@ _KEYS = {  # of config.json -> after the architecture's name and a dot
 }
 
 
-def config_of(path: Path) -> dict[str, Any]:
-    """What ``architecture()`` wants to know. Raises Unreadable."""
+def config_of(path: Path, root: Path | None = None) -> dict[str, Any]:
+    """What ``architecture()`` wants to know. ``root``: out of which no link may lead. Raises Unreadable."""
     try:
-        with path.open("rb") as file:
+        with Folder(path.parent, root).open(path.name) as file:
             metadata = _metadata(file.read(HEAD))
     except OSError as error:
-        raise Unreadable(f"{path.name}: {error.strerror}") from error
+        raise Unreadable(f"{shown(path.name)}: {error.strerror}") from error
     except (struct.error, KeyError, IndexError) as error:
-        raise Unreadable(f"{path.name}: its head is cut off or corrupt") from error
+        raise Unreadable(f"{shown(path.name)}: its head is cut off or corrupt") from error
     name = str(metadata.get("general.architecture", ""))
     config = {key: metadata.get(f"{name}.{suffix}") for key, suffix in _KEYS.items()}
     if config["kv_lora_rank"] is None:
@@ -60,8 +61,10 @@ def _metadata(head: bytes) -> Mapping[str, Any]:
     return found
 
 
-def _value(head: bytes, at: int, kind: int) -> tuple[Any, int]:
+def _value(head: bytes, at: int, kind: int, nested: int = 0) -> tuple[Any, int]:
     """The value at this place, and the place after it. Arrays are stepped over: no figure of ours is one."""
+    if nested > NESTED:
+        raise IndexError
     if kind == _STRING:
         return _string(head, at)
     if kind != _ARRAY:
@@ -72,7 +75,7 @@ def _value(head: bytes, at: int, kind: int) -> tuple[Any, int]:
     if inner in _SCALARS:
         return None, _within(head, at + count * struct.calcsize("<" + _SCALARS[inner]))
     for _ in range(count):
-        _, at = _value(head, at, inner)
+        _, at = _value(head, at, inner, nested + 1)
     return None, at
 
 

@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from vllmd.config.kinds import DURATION, SECONDS
 from vllmd.config.types import ModelConfig
 from vllmd.errors import ConfigError
+from vllmd.text import control_character
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.I)
 
@@ -68,17 +69,23 @@ def text(model: ModelConfig, name: str, default: str = "") -> str:
     value = model.options.get(name, default)
     if not isinstance(value, str):
         raise wrong(model, name, f"{value!r} is no text")
-    return value
+    return _plain(model, name, value)
 
 
 def words(model: ModelConfig, name: str) -> tuple[str, ...]:
     """A list of texts, or one. Raises ConfigError."""
     value = model.options.get(name, ())
     if isinstance(value, str):
-        return (value,)
+        return (_plain(model, name, value),)
     if not isinstance(value, list | tuple):
         raise wrong(model, name, f"{value!r} is no list")
-    return tuple(map(str, value))
+    return tuple(_plain(model, name, str(word)) for word in value)
+
+
+def _plain(model: ModelConfig, name: str, value: str) -> str:
+    if found := control_character(value):
+        raise wrong(model, name, f"the control character {found} is not allowed")
+    return value
 
 
 def whole(model: ModelConfig, name: str) -> int | None:

@@ -7,7 +7,9 @@ To read in this order::
     engines    the life of an engine, from the order to the report of its end
     spawn      the child: drop privileges, wait at the gate, execute
     backend    what a way of running engines offers
-    scopes     ... with systemd; the only file that knows pystemd
+    scopes     ... with systemd
+    bus        ... which it is asked and told on; the only file that knows pystemd
+    orphans    ... and who ends what nobody manages
     sessions   ... without
     cgroup, process, logs, loop    the parts they are made of
     client     the daemon's end (asyncio)

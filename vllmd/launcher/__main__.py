@@ -78,6 +78,7 @@ def _run_with_systemd(options: argparse.Namespace, users: dict[str, User]) -> No
     listeners = take_listeners("launcher").get("launcher", [])
     if not listeners:
         raise ValueError("no socket named `launcher` was passed: start vllmd-launcher.socket, or use --fd")
+    from vllmd.launcher.orphans import Orphans
     from vllmd.launcher.scopes import Scopes  # pystemd is not needed without systemd
 
     notifier, loop = Notifier(), Loop()
@@ -88,6 +89,7 @@ def _run_with_systemd(options: argparse.Namespace, users: dict[str, User]) -> No
     supervisor.adopt()
     for listener in listeners:
         service.listen(listener)
+    Orphans(loop, backend, service).watch()
     notifier.ready(backend.detail)
     loop.run()
     notifier.stopping()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 from vllmd.launcher.loop import Loop
 from vllmd.launcher.protocol import clip, unit_of
+from vllmd.text import printable
 
 log = logging.getLogger(__name__)
 Lines = tuple[str, ...]
@@ -123,7 +124,7 @@ class _LineSplitter:
         if len(self._rest) > _CHUNK:
             whole.append(self._rest)
             self._rest = b""
-        return tuple(clip(line.decode(errors="replace").rstrip("\r")) for line in whole)
+        return tuple(map(shown, whole))
 
     def end(self) -> Lines:
         return self.feed(b"\n") if self._rest else ()
@@ -231,9 +232,19 @@ def _messages(records: bytes) -> Lines:
     for record in records.splitlines():
         with contextlib.suppress(ValueError):
             message = json.loads(record).get("MESSAGE")
-            text = bytes(message).decode(errors="replace") if isinstance(message, list) else message or ""
-            lines.append(clip(text))
+            data = bytes(message) if isinstance(message, list) else str(message or "").encode(errors="replace")
+            lines.append(shown(data))
     return tuple(lines)
+
+
+def shown(line: bytes) -> str:
+    """An engine's line as everybody gets it, the daemon, its log files and answers, and people's terminals.
+
+    Of a progress bar that was written over again and again, what it came to; no escape sequences; not longer than
+    a packet can hold.
+    """
+    text = clip(line.decode(errors="replace").rstrip("\r"))
+    return clip(printable(text.rpartition("\r")[2]))
 
 
 def _run(argv: Sequence[str]) -> subprocess.Popen[bytes]:

@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllmd.text import control_character
+
 MAX_PACKET = 128 << 10  # bytes; the kernel's default send buffer takes 208 KiB
 MAX_LINE = 8 << 10  # bytes of a log line that are passed on
 LINES_PER_PACKET = MAX_PACKET // 2
@@ -81,7 +83,6 @@ class StartOrder:
     run_dir: str = ""
     listen_uds: str = ""
     user: str = ""
-    description: str = ""
     limits: Mapping[str, int | float | str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     timeout: float = 10.0
@@ -94,10 +95,11 @@ class StartOrder:
         if not self.argv or not self.argv[0]:
             raise ProtocolError("argv is empty: there is no command to run")
         for name in ("cwd", "run_dir", "listen_uds"):
-            if (path := getattr(self, name)) and not path.startswith("/"):
-                raise ProtocolError(f"{name} {path!r} is not an absolute path")
-        if any("\0" in text for text in (*self.argv, *self.env, *self.env.values(), self.cwd, self.run_dir)):
-            raise ProtocolError("a NUL character in argv, env or a path")
+            check_path(name, getattr(self, name))
+        for word in (*self.argv, *self.env, self.user):
+            check_text("argv, env or user", word)
+        for value in self.env.values():  # a certificate or a template has lines; systemd never sees them
+            check_text("env", value.replace("\n", "").replace("\t", ""))
         if any(not name or "=" in name for name in self.env):
             raise ProtocolError("a name in env is empty or has '='")
         if not (0 < self.timeout <= 600 and 0 < self.stop_timeout <= 3600):
@@ -342,11 +344,25 @@ def check_instance(instance: str) -> None:
         )
 
 
+def check_text(where: str, text: str) -> None:
+    """Raises ProtocolError for a control character: in a text that becomes a line somewhere it could begin another."""
+    if found := control_character(text):
+        raise ProtocolError(f"the control character {found} in {where}")
+
+
+def check_path(name: str, path: str) -> None:
+    """Raises ProtocolError unless it is empty or an absolute path that can exist."""
+    check_text(name, path)
+    if path and not path.startswith("/"):
+        raise ProtocolError(f"{name} {path!r} is not an absolute path")
+
+
 def check_metadata(metadata: Mapping[str, str]) -> None:
     """Raises ProtocolError unless every pair can be an extended attribute of a cgroup."""
     for key, value in metadata.items():
         if not METADATA_KEY.match(key):
             raise ProtocolError(f"metadata key {key!r} must be 1 to 63 of a-z, 0-9 and '_', beginning with a letter")
+        check_text(f"the metadata {key!r}", value)
         if len(value.encode()) > MAX_METADATA_VALUE:
             raise ProtocolError(f"the metadata {key!r} is longer than {MAX_METADATA_VALUE} bytes")
 

@@ -1,4 +1,4 @@
-"""Engines in transient scopes of systemd, on the system bus or a user's. The only file that knows pystemd.
+"""Engines in transient scopes of systemd, on the system bus or a user's; ``bus`` knows how it is spoken to.
 
 A scope is ``vllmd-model-INSTANCE.scope`` in ``vllmd.slice``, with
 
@@ -14,11 +14,17 @@ A scope is ``vllmd-model-INSTANCE.scope`` in ``vllmd.slice``, with
   just ending, and the engine learns nothing until it is killed;
 * ``Controller=`` us: systemd asks us (signal RequestStop) instead of sending
   SIGTERM to every process, and we send it to the main process alone, because
-  workers of vLLM die of it at once. With us gone it falls back to SIGTERM for all.
+  workers of vLLM die of it at once. With us gone, or our connection to the bus
+  made anew, it falls back to SIGTERM for all.
 
-pystemd holds the GIL in every call, for up to 25 s when PID 1 does not answer:
-one more reason for this process of its own. Calls and signals need a connection
-each, because a call swallows the readability of signals that arrive during it.
+While the daemon has a job of its own, a scope needs care. ``PartOf=`` is resolved
+when ``systemctl stop`` is given: a scope made later is not stopped with the daemon,
+and because of ``Before=`` its start waits until the daemon has gone. So nothing is
+started once the service has a stop job, and it is looked at again before anybody is
+let through the gate: then a stop that came in between has either taken the scope
+along, or is still there to be seen. A *restart* also holds scopes up, for as long as
+the daemon drains; it needs its engines meanwhile and leaves them running, so there
+the scope is made without regard to other jobs.
 """
 
 from __future__ import annotations
@@ -28,27 +34,22 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from pystemd.dbusexc import DBusBaseError
-from pystemd.dbuslib import DBus
-from pystemd.systemd1 import Manager
-from pystemd.systemd1.unit_signatures import KNOWN_UNIT_SIGNATURES
-
 from vllmd.launcher.backend import Found, Placed
-from vllmd.launcher.cgroup import WatchedCgroup, Watcher, cgroup_of, hierarchy
+from vllmd.launcher.bus import Bus, BusError, Unit
+from vllmd.launcher.cgroup import Cgroup, WatchedCgroup, Watcher, cgroup_of, hierarchy
 from vllmd.launcher.logs import Journal
-from vllmd.launcher.loop import Loop
+from vllmd.launcher.loop import Loop, Timer
 from vllmd.launcher.process import Process
 from vllmd.launcher.protocol import LIMITS, UNIT_PREFIX, UNIT_SUFFIX, StartOrder, instance_of, unit_of
 
 log = logging.getLogger(__name__)
 
-SERVICE, LAUNCHER, SLICE = b"vllmd.service", b"vllmd-launcher.service", b"vllmd.slice"
+SERVICE, LAUNCHER, SLICE = "vllmd.service", "vllmd-launcher.service", "vllmd.slice"
 PATIENCE = 0.1  # seconds for systemd to notice by itself that a scope is empty; it takes about one millisecond
-NAME_TRIES, NAME_WAIT = 50, 0.02  # seconds between tries for a name that systemd has not let go
-_SYSTEMD, _PATH = b"org.freedesktop.systemd1", b"/org/freedesktop/systemd1"
-_MANAGER, _SCOPE = b"org.freedesktop.systemd1.Manager", b"org.freedesktop.systemd1.Scope"
-# Missing in pystemd's table (0.11 and 0.15); an unknown property is a KeyError there.
-KNOWN_UNIT_SIGNATURES.update({b"PIDs": b"au", b"Controller": b"s", b"OOMPolicy": b"s", b"CPUWeight": b"t"})
+RETRY = 0.02  # seconds until systemd is asked again: for a name that it has not let go, or while it cannot be asked
+NAME_TRIES = 50
+JOB_LOOK = 1.0  # seconds after which a job is looked for: its end may have been told while nobody listened
+STOPPED = "vllmd is being stopped: no model is started any more"
 
 _PROPERTIES: dict[str, tuple[bytes, Callable[[Any], Any]]] = {
     "memory_max": (b"MemoryMax", int),
@@ -73,37 +74,83 @@ class Scopes:
         self.logs = Journal(loop, user=user)
         self._loop = loop
         self._watcher = Watcher(loop)
-        self._stop_requested = stop_requested
-        self._jobs: dict[bytes, Callable[[str], None]] = {}
+        self._ask_to_stop = stop_requested
+        self._jobs: dict[bytes, _Job] = {}
         self._loaded: set[str] = set()
+        self._placing: dict[str, Timer] = {}  # units that systemd is to be asked for once more
         self._retiring: dict[str, Callable[[], None]] = {}
-        self._signals: list[Callable[[], None]] = []
-        self._calls, self._bus = _connect(user), _connect(user)
-        self._own_name: bytes = self._bus.get_unique_name()
-        self._manager: Any = Manager(bus=self._calls, _autoload=True).Manager
-        self._subscribe()
-        version = self._manager.Version.decode()
-        self.detail = f"scopes of systemd {version} on the {'user' if user else 'system'} bus"
+        self._bus = Bus(loop, self, user=user)
+        self.detail = f"scopes of systemd {self._bus.version} on the {'user' if user else 'system'} bus"
 
     # --- what a backend does ---
 
     def place(self, order: StartOrder, process: Process, placed: Placed, tries: int = NAME_TRIES) -> None:
-        """Make the scope with the process in it."""
+        """Make the scope with the process in it. While systemd cannot be asked it is tried again, until `retire`."""
         unit = unit_of(order.instance)
+        self._placing.pop(unit, None)
         try:
-            job = self._manager.StartTransientUnit(unit.encode(), b"fail", self._properties(order, process.pid))
-        except DBusBaseError as error:
-            if "already loaded" in _text(error) and tries:  # UnitRemoved can come a moment before the name is free
-                self._loop.later(NAME_WAIT, lambda: self.place(order, process, placed, tries - 1))
+            service, slice = self._bus.units(SERVICE, SLICE)
+            job = self._make(unit, self._properties(order, process.pid), service, slice)
+        except BusError as error:
+            exists = "already loaded" in str(error)  # UnitRemoved can come a moment before the name is free
+            if exists and _is_in(process, unit):  # a call whose answer was lost had done it
+                self._made(unit, process, "done", placed)
                 return
-            placed(None, f"systemd refused to make {unit}: {_text(error)}")
+            if error.lost:
+                self._loaded.add(unit)  # perhaps
+            if error.lost or (exists and tries):
+                again = tries - 1 if exists else tries
+                self._placing[unit] = self._loop.later(RETRY, lambda: self.place(order, process, placed, again))
+                return
+            placed(None, f"systemd refused to make {unit}: {error}")
+            return
+        if job is None:
+            placed(None, STOPPED)
             return
         self._loaded.add(unit)
-        self._jobs[job] = lambda result: placed(*self._outcome(unit, process, result))
+        self._await(job, unit, lambda result: self._made(unit, process, result, placed, was_down=_is_down(service)))
+
+    def _make(self, unit: str, properties: Mapping[bytes, Any], service: Unit, slice: Unit) -> bytes | None:
+        """The job, or None if nothing may be started. Raises BusError."""
+        if service.job == "stop":
+            return None
+        mode = b"fail"
+        if "restart" in service.job:
+            mode = b"ignore-dependencies"
+            if slice.active != "active":
+                self._bus.start(SLICE)
+        return self._bus.start_scope(unit, mode, properties)
+
+    def _made(self, unit: str, process: Process, result: str, placed: Placed, *, was_down: bool = False) -> None:
+        """``done`` alone is not enough: a process that died meanwhile leaves a scope that nobody is in.
+
+        ``was_down``: the service was, before the scope was asked for; then it is somebody else's daemon that wants it.
+        """
+        if result != "done":
+            placed(None, f"systemd's job to make {unit} ended with {result!r}")
+            return
+        try:
+            (service,) = self._bus.units(SERVICE)
+        except BusError as error:
+            if error.lost:
+                again = lambda: self._made(unit, process, result, placed, was_down=was_down)  # noqa: E731
+                self._placing[unit] = self._loop.later(RETRY, again)
+            else:
+                placed(None, f"systemd does not say what {SERVICE} is doing: {error}")
+            return
+        self._placing.pop(unit, None)
+        if service.job == "stop" or (_is_down(service) and not was_down):
+            placed(None, STOPPED)
+        elif cgroup := _is_in(process, unit):
+            placed(WatchedCgroup(cgroup.path, self._watcher), "")
+        else:
+            placed(None, f"the process died while systemd made {unit}")
 
     def retire(self, instance: str, retired: Callable[[], None]) -> None:
         """Its processes are gone: systemd will notice and forget the unit, which frees its name; else stop it."""
         unit = unit_of(instance)
+        if again := self._placing.pop(unit, None):
+            again.cancel()
         if unit not in self._loaded:
             retired()
             return
@@ -115,121 +162,130 @@ class Scopes:
         if unit not in self._retiring:
             return
         try:
-            job = self._manager.StopUnit(unit.encode(), b"replace")
-        except DBusBaseError as error:
-            if "not loaded" not in _text(error):
-                log.warning("cannot stop %s: %s", unit, _text(error))
-            self._unit_removed(unit)
+            job = self._bus.stop(unit)
+        except BusError as error:
+            if error.lost:
+                self._loop.later(RETRY, lambda: self._stop(unit))
+                return
+            if "not loaded" not in str(error):
+                log.warning("cannot stop %s: %s", unit, error)
+            self.unit_removed(unit)
             return
-        self._jobs[job] = lambda _: self._unit_removed(unit)
+        self._await(job, unit, lambda _: self.unit_removed(unit))
 
     def adopt(self) -> Sequence[Found]:
         """The scopes of an earlier launcher; even one without processes, which may linger for ever otherwise."""
-        pattern = f"{UNIT_PREFIX}*{UNIT_SUFFIX}".encode()
-        units = self._manager.ListUnitsByPatterns([], [pattern])
-        self._loaded |= {unit[0].decode() for unit in units}
-        found = [(instance_of(unit[0].decode()), self._group(unit[6])) for unit in units]
+        try:
+            units = self._bus.matching(f"{UNIT_PREFIX}*{UNIT_SUFFIX}")
+            found = [(instance_of(unit.name), self._group(unit)) for unit in units]
+        except BusError as error:
+            raise OSError(f"cannot ask systemd what runs: {error}") from None
+        self._loaded |= {unit.name for unit in units}
         return [Found(instance, group) for instance, group in found if instance]
 
-    # --- the bus ---
+    def abandoned(self) -> bool:
+        """Whether the daemon's service is down and stays down: nothing starts it, and nothing is going to."""
+        try:
+            (service,) = self._bus.units(SERVICE)
+        except BusError:
+            return False
+        return _is_down(service)
+
+    def end(self, instance: str) -> None:
+        """Have systemd stop the scope, as ``systemctl stop`` would."""
+        try:
+            self._bus.stop(unit_of(instance))
+        except BusError as error:
+            log.warning("cannot stop %s: %s", unit_of(instance), error)
+
+    # --- the properties, the group ---
 
     def _properties(self, order: StartOrder, pid: int) -> dict[bytes, Any]:
         limits = {_PROPERTIES[name][0]: _PROPERTIES[name][1](value) for name, value in order.limits.items()}
         return {
             b"PIDs": [pid],
-            b"Description": (order.description or f"vllmd engine {order.instance}").encode(),
-            b"Slice": SLICE,
-            b"PartOf": [SERVICE],
-            b"Before": [SERVICE],
-            b"After": [LAUNCHER],
-            b"Controller": self._own_name,
+            # systemd writes it into the transient unit's file and believes each line of that at its next reload: so it
+            # is made here, of the checked instance, and never of a text that somebody sent.
+            b"Description": f"vllmd engine {order.instance}".encode(),
+            b"Slice": SLICE.encode(),
+            b"PartOf": [SERVICE.encode()],
+            b"Before": [SERVICE.encode()],
+            b"After": [LAUNCHER.encode()],
+            b"Controller": self._bus.own_name,
             b"CollectMode": b"inactive-or-failed",
             b"TimeoutStopUSec": int(order.stop_timeout * 1_000_000),
             **limits,
         }
 
-    def _outcome(self, unit: str, process: Process, result: str) -> tuple[WatchedCgroup | None, str]:
-        """``done`` alone is not enough: a process that died meanwhile leaves a scope that nobody is in."""
-        if result != "done":
-            return None, f"systemd's job to make {unit} ended with {result!r}"
-        cgroup = cgroup_of(process.pid)
-        if cgroup is None or cgroup.path.name != unit:
-            return None, f"the process died while systemd made {unit}"
-        return WatchedCgroup(cgroup.path, self._watcher), ""
-
-    def _group(self, path: bytes) -> WatchedCgroup:
-        name = self._calls.get_property(_SYSTEMD, path, _SCOPE, b"ControlGroup", b"s").decode()
+    def _group(self, unit: Unit) -> WatchedCgroup:
         root = hierarchy()
         assert root, "systemd runs, so cgroup v2 is mounted"
-        return WatchedCgroup(root / (name.strip("/") or "gone"), self._watcher)
+        return WatchedCgroup(root / (self._bus.control_group(unit).strip("/") or "gone"), self._watcher)
 
-    def _subscribe(self) -> None:
-        """The callbacks only take notes: an exception in one would surface in the wrong place."""
+    # --- jobs, and what systemd says of them ---
 
-        def job_removed(message: Any, error: Any = None, userdata: Any = None) -> None:
-            message.process_reply(False)
-            _, job, _, result = message.body
-            self._signals.append(lambda: self._job_removed(job, result.decode()))
+    def _await(self, job: bytes, unit: str, finish: Callable[[str], None]) -> None:
+        self._jobs[job] = _Job(unit, finish, self._loop.later(JOB_LOOK, lambda: self._look_for(job)))
 
-        def unit_removed(message: Any, error: Any = None, userdata: Any = None) -> None:
-            message.process_reply(False)
-            unit = message.body[0].decode()
-            self._signals.append(lambda: self._unit_removed(unit))
+    def _look_for(self, job: bytes) -> None:
+        """A job that its unit has no more has ended, though nobody told: how, the unit's state shows."""
+        waiting = self._jobs.get(job)
+        if waiting is None:
+            return
+        waiting.look.cancel()
+        try:
+            (unit,) = self._bus.units(waiting.unit)
+        except BusError:
+            unit = None
+        if unit and not unit.job:
+            self.job_removed(job, "done" if unit.active == "active" else "lost")
+        else:
+            waiting.look = self._loop.later(JOB_LOOK, lambda: self._look_for(job))
 
-        def request_stop(message: Any, error: Any = None, userdata: Any = None) -> None:
-            path = message.get_path()
-            self._signals.append(lambda: self._asked_to_stop(path))
+    def reconnected(self) -> None:
+        """Whatever was told meanwhile is lost."""
+        for job in tuple(self._jobs):
+            self._look_for(job)
+        for unit in tuple(self._retiring):
+            self._stop(unit)
 
-        self._keep = (job_removed, unit_removed, request_stop)  # pystemd does not hold them; a collected one is a crash
-        self._bus.match_signal(_SYSTEMD, _PATH, _MANAGER, b"JobRemoved", job_removed)
-        self._bus.match_signal(_SYSTEMD, _PATH, _MANAGER, b"UnitRemoved", unit_removed)
-        self._bus.match_signal(_SYSTEMD, None, _SCOPE, b"RequestStop", request_stop)
-        manager: Any = Manager(bus=self._bus, _autoload=True).Manager
-        manager.Subscribe()
-        self._loop.watch(self._bus.get_fd(), self._drain)
-        self._loop.later(0, self._drain)  # what the calls above have read ahead
+    def job_removed(self, job: bytes, result: str) -> None:
+        """It has ended."""
+        if waiting := self._jobs.pop(job, None):
+            waiting.look.cancel()
+            waiting.finish(result)
 
-    def _job_removed(self, job: bytes, result: str) -> None:
-        if finish := self._jobs.pop(job, None):
-            finish(result)
-
-    def _unit_removed(self, unit: str) -> None:
+    def unit_removed(self, unit: str) -> None:
+        """systemd has forgotten it; its name is free."""
         self._loaded.discard(unit)
         if retired := self._retiring.pop(unit, None):
             retired()
 
-    def _asked_to_stop(self, path: bytes) -> None:
+    def stop_requested(self, path: bytes) -> None:
+        """systemd is stopping a scope."""
         instance = instance_of(_unescape(path.rpartition(b"/")[2]))
         if instance:
-            self._stop_requested(instance)
-
-    def _drain(self) -> None:
-        """Process all that has arrived. An internal message looks like none: only several in a row are the end."""
-        empty = 0
-        try:
-            while empty < 3:
-                empty = empty + 1 if self._bus.process().is_empty() else 0
-        except DBusBaseError as error:
-            log.critical("the connection to systemd is lost (%s); the next launcher finds the engines again", error)
-            self._loop.unwatch(self._bus.get_fd())
-            self._loop.stop()
-        signals, self._signals = self._signals, []
-        for handle in signals:
-            handle()
+            self._ask_to_stop(instance)
 
 
-def _connect(user: bool) -> Any:
-    bus = DBus(user_mode=user)
-    try:
-        bus.open()
-    except DBusBaseError as error:
-        raise OSError(f"cannot reach the {'user' if user else 'system'} bus: {_text(error)}") from None
-    return bus
+class _Job:
+    """Somebody waits for its end."""
+
+    __slots__ = ("finish", "look", "unit")
+
+    def __init__(self, unit: str, finish: Callable[[str], None], look: Timer) -> None:
+        self.unit, self.finish, self.look = unit, finish, look
 
 
-def _text(error: Any) -> str:
-    message = getattr(error, "err_message", "") or str(error)
-    return message.decode(errors="replace") if isinstance(message, bytes) else str(message)
+def _is_down(unit: Unit) -> bool:
+    """Nothing runs of it, and nothing is about to."""
+    return unit.active in ("inactive", "failed") and not unit.job
+
+
+def _is_in(process: Process, unit: str) -> Cgroup | None:
+    """The scope's group if the process is in it."""
+    cgroup = cgroup_of(process.pid)
+    return cgroup if cgroup and cgroup.path.name == unit else None
 
 
 def _unescape(label: bytes) -> str:

@@ -107,6 +107,11 @@ class Service:
             client.send(Exited(_fitting(report)))
         self.consider_idle()
 
+    @property
+    def clients(self) -> int:
+        """How many are connected."""
+        return len(self._clients)
+
     def consider_idle(self) -> None:
         """End after a while of nothing. A connection that arrives meanwhile stays in the listener's queue,
         which is systemd's, and starts the next launcher."""
@@ -136,7 +141,7 @@ class Service:
     def _dispatch(self, client: Client, request: Request, reply: Callable[[Reply], None]) -> None:
         match request:
             case Start(order):
-                self._start(order, reply)
+                self._start(client, order, reply)
             case Signal() | Kill() | Annotate():
                 self._act(request)
                 reply(Done())
@@ -164,8 +169,13 @@ class Service:
             case Annotate(instance, metadata):
                 self.supervisor.annotate(instance, metadata)
 
-    def _start(self, order: protocol.StartOrder, reply: Callable[[Reply], None]) -> None:
+    def _start(self, client: Client, order: protocol.StartOrder, reply: Callable[[Reply], None]) -> None:
         def answer(outcome: Started | Failed) -> None:
+            if client.closed and isinstance(outcome, Started):
+                # Whoever came after the one who ordered it has asked for the list already, and will never hear of it.
+                log.warning("%s started when nobody waited for it any more: killed", order.instance)
+                self.supervisor.kill(order.instance)
+                return
             what = "started" if isinstance(outcome, Started) else f"not started: {outcome.message}"
             log.info("%s %s", order.instance, what, extra={"journal": {"MODEL_INSTANCE": order.instance}})
             reply(outcome)
@@ -191,9 +201,14 @@ class Client:
         self._follows: dict[str, Callable[[], None]] = {}
         loop.watch(connection.fileno(), self._read)
 
+    @property
+    def closed(self) -> bool:
+        """Whether it has left."""
+        return self._connection.fileno() < 0
+
     def send(self, message: Message, id: int = 0) -> None:
         """Queue it and send what can be sent now."""
-        if self._connection.fileno() < 0:
+        if self.closed:
             return
         try:
             self._queue.append(protocol.encode(message, id))
@@ -252,7 +267,7 @@ class Client:
 
     def close(self) -> None:
         """It has left, or must."""
-        if self._connection.fileno() < 0:
+        if self.closed:
             return
         self._loop.unwatch(self._connection.fileno())
         for instance in tuple(self._follows):

@@ -19,6 +19,7 @@ import fcntl
 import json
 import os
 import select
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,8 +112,10 @@ class FakeGpu:
 
 @contextlib.contextmanager
 def _locked(path: Path, flags: int, lock: int) -> Iterator[int]:
-    fd = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)  # a FIFO in its place must not make anybody wait
     try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ValueError("not a pretended GPU: no regular file")
         fcntl.flock(fd, lock)
         yield fd
     finally:
@@ -120,7 +123,10 @@ def _locked(path: Path, flags: int, lock: int) -> Iterator[int]:
 
 
 def _read(fd: int) -> dict[str, Any]:
-    content = json.loads(os.pread(fd, 1 << 20, 0))
+    try:
+        content = json.loads(os.pread(fd, 1 << 20, 0))
+    except RecursionError:
+        raise ValueError("not a pretended GPU: nested too deep") from None
     if not isinstance(content, dict) or not isinstance(content.get("memory"), int):
         raise ValueError("not a pretended GPU: no object with an integer 'memory'")
     return content
@@ -150,7 +156,7 @@ def _hidden(pid: int) -> bool:
         return False  # a zombie
     try:
         fd = os.pidfd_open(pid)
-    except OSError:
+    except (OSError, OverflowError):
         return False
     try:
         return not select.select([fd], [], [], 0)[0]  # a pidfd is readable once its process has ended

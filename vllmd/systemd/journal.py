@@ -1,5 +1,8 @@
 """Logging to where it belongs: journald with structured fields, or readable text.
 
+What a record says is often what somebody else said (an engine's words, a name, an
+answer), so all of it goes through ``printable_lines`` here, whoever logs it.
+
 A record's fields are given as ``log.info("...", extra={"journal": {"MODEL": "m"}})``.
 The native protocol is a datagram of ``NAME=value`` lines (or, where a value has a
 newline, the name, its length as 64 bits little-endian and the value), see
@@ -19,6 +22,8 @@ import struct
 import sys
 from collections.abc import Mapping
 from typing import TextIO
+
+from vllmd.text import printable_lines
 
 SOCKET = "/run/systemd/journal/socket"
 PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
@@ -96,7 +101,7 @@ class JournalHandler(logging.Handler):
 
     def _fields(self, record: logging.LogRecord) -> dict[str, object]:
         return {
-            "MESSAGE": self.format(record),
+            "MESSAGE": printable_lines(self.format(record)),
             "PRIORITY": _priority(record),
             "LOGGER": record.name,
             "CODE_FILE": record.pathname,
@@ -161,7 +166,8 @@ class TextFormatter(logging.Formatter):
 def journal_fields(record: logging.LogRecord) -> dict[str, object]:
     """The record's own fields; a name that journald would refuse is left out, as journald itself would."""
     given = getattr(record, "journal", None) or {}
-    return {name: value for name, value in given.items() if _FIELD.match(name)}
+    shown = {name: printable_lines(value) if isinstance(value, str) else value for name, value in given.items()}
+    return {name: value for name, value in shown.items() if _FIELD.match(name)}
 
 
 def encode(fields: Mapping[str, object]) -> bytes:
@@ -185,5 +191,5 @@ def _priority(record: logging.LogRecord) -> int:
 def _text(message: str, record: logging.LogRecord) -> str:
     """The message's first line with the fields after it, then what follows (a traceback)."""
     fields = " ".join(f"{name}={value}" for name, value in journal_fields(record).items())
-    head, newline, rest = message.partition("\n")
-    return f"{head}  [{fields}]{newline}{rest}" if fields else message
+    head, newline, rest = printable_lines(message).partition("\n")
+    return f"{head}  [{fields}]{newline}{rest}" if fields else f"{head}{newline}{rest}"

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from vllmd.cli import show
-from vllmd.cli.admin import Admin
+from vllmd.cli.admin import Admin, decoded
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +19,7 @@ def run(arguments: argparse.Namespace) -> int:
     for line in Admin(arguments).lines("GET", "/admin/events", "text/event-stream"):
         if not line.startswith("data: "):
             continue
-        event = json.loads(line.removeprefix("data: "))
+        event = decoded(line.removeprefix("data: "))
         if not arguments.model or concerns(event, arguments.model):
             print(json.dumps(event) if arguments.json else told(event), flush=True)
     return 0

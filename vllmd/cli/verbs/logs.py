@@ -13,6 +13,7 @@ from typing import Any
 
 from vllmd.cli import models
 from vllmd.cli.admin import Admin, user_socket
+from vllmd.text import printable
 
 ALIASES = ("log",)
 
@@ -60,5 +61,5 @@ def _from_daemon(admin: Admin, name: str, arguments: argparse.Namespace) -> int:
 
     path, lines = f"/admin/logs/{quote(name, safe='')}", min(10_000, max(0, arguments.lines))
     for line in admin.lines("GET", path, "text/plain", lines=lines, follow=arguments.follow):
-        print(line, flush=True)
+        print(printable(line), flush=True)
     return 0

@@ -1,0 +1,43 @@
+"""Text that others wrote, made fit to be shown: engines' lines, names, answers of other servers.
+
+A terminal obeys escape sequences: a line of an engine's log could retitle it, clear
+it, or make it say what nobody wrote. A line break in a value is a second value in
+whatever is read line by line. So what was not written by vllmd itself goes through
+``printable`` before it reaches a terminal or a record, and where such text could
+never be right (names, orders to the launcher) ``control_character`` refuses it.
+"""
+
+from __future__ import annotations
+
+import re
+
+# Complete sequences of a terminal: colours and movements (CSI), titles and links (OSC). Each part of the pattern is
+# possessive and stops at the next escape character, so that the time is linear in the text.
+_SEQUENCES = re.compile(r"\x1b\[[0-?]*+[ -/]*+[@-~]|\x1b\][^\x07\x1b]*+(?:\x07|\x1b\\)")
+# C0 and C1 controls but the tab; characters that reorder what stands around them; line and paragraph separators;
+# halves of surrogate pairs, which no encoding can write.
+_UNSAFE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def printable(line: str) -> str:
+    """The line without colours and other complete escape sequences; any other character that a terminal
+    would obey is written out, such as ``\\x1b`` or ``\\n``. Linear in its length."""
+    if line.isprintable():
+        return line
+    return _UNSAFE.sub(_written_out, _SEQUENCES.sub("", line))
+
+
+def printable_lines(text: str) -> str:
+    """The same for text whose line breaks are meant: a traceback, a reason with the engine's last lines below it."""
+    return text if text.isprintable() else "\n".join(map(printable, text.split("\n")))
+
+
+def control_character(text: str) -> str:
+    """The first character, written out, that could not stand in a name or path; "" where there is none."""
+    found = None if text.isprintable() else _CONTROL.search(text)
+    return _written_out(found) if found else ""
+
+
+def _written_out(found: re.Match[str]) -> str:
+    return ascii(found[0])[1:-1]
