@@ -19,7 +19,7 @@ from vllmd.proxy.eager import Eager
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.heads import RequestHead
 from vllmd.proxy.http import Headers, Peer, Request
-from vllmd.proxy.limits import Limits, read_small
+from vllmd.proxy.limits import RECEIVE, Limits, read_small
 from vllmd.proxy.reader import RequestReader
 from vllmd.proxy.routing import Handler
 
@@ -235,7 +235,7 @@ class Connection(asyncio.Protocol):
         if length > most:
             raise TooLarge(f"the body is {length} bytes; at most {most} are taken")
         self._holder = self._place, request.key
-        if request.max_body != 0 and not self._host.memory.has_room(self._holder, length):
+        if length > RECEIVE and request.max_body != 0 and not self._host.memory.has_room(self._holder, length):
             raise Unavailable(NO_ROOM, retry_after=5)
         if head.expects_continue and not self._reader.pending:
             self._transport.write(CONTINUE)

@@ -44,6 +44,7 @@ QUERY = re.compile(r"[\x21\x24-\x7e]*")  # browsers send more than RFC 3986 allo
 BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 PLAIN_LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,15})\r\n")
+LAST_STATUS = 599
 BODYLESS = frozenset({204, 304})
 NO_SHAPE = (b"", b"")
 MEMO_SIZE = 4096  # bytes of a head worth remembering
@@ -196,6 +197,8 @@ def parse_response_head(head: bytes, method: str) -> ResponseHead:
         raise BadFraming(error.message) from None
     if not isinstance(event, h11.Response):
         raise BadFraming("no final response head")
+    if event.status_code > LAST_STATUS:
+        raise BadFraming(f"HTTP has no status {event.status_code}")
     headers = Headers(list(event.headers))
     fields = _noted(headers.raw)
     length, chunked = _response_length(event.status_code, fields, method)

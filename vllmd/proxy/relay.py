@@ -50,6 +50,8 @@ FORBIDDEN = (
 )
 REFUSALS = frozenset({502, 503, 504})  # of a replica: another one may serve
 TAIL = 1024  # bytes at an answer's end in which its usage is looked for
+OPENING = 8192  # bytes at an answer's beginning in which its id is looked for
+LONGEST_ID = 256  # bytes of a response's id with its key
 
 quoted = lru_cache(maxsize=256)(quote)
 
@@ -215,6 +217,30 @@ def _refuse_coded(request: Request) -> None:
         raise BadRequest(f"the body must be sent as it is, not with the Content-Encoding {coding!r}")
 
 
+class Tail:
+    """The last bytes of an answer, however it is cut."""
+
+    __slots__ = ("_bytes",)
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def feed(self, data: bytes) -> None:
+        """More of the answer. What is too old goes when there is much of it, not at each piece."""
+        kept = self._bytes
+        if len(data) >= TAIL:
+            kept[:] = data[-TAIL:]
+            return
+        kept += data
+        if len(kept) > 16 * TAIL:
+            del kept[:-TAIL]
+
+    @property
+    def last(self) -> bytes:
+        """At least the last ``TAIL`` bytes, if there were so many."""
+        return bytes(self._bytes[-TAIL:])
+
+
 class Trip:
     """One request's way to the engine and back; the engine's connection reports to it (``upstream.Sink``)."""
 
@@ -229,7 +255,8 @@ class Trip:
         self._again = False
         self._upstream: Upstream | None = None
         self._answer: Answer | None = None
-        self._tail = b""
+        self._tail = Tail()
+        self._opening = bytearray()  # of the answer, as long as a response's id is looked for in it
         self._names_response = exchange.request.path == "/v1/responses"
         self.response_id = ""  # of a POST /v1/responses, once the answer has told it
 
@@ -277,7 +304,7 @@ class Trip:
         """Tell the gate that the request is over, and what the answer's usage says it took in all, if it does."""
         passage, self._passage = self._passage, None
         if passage is not None:
-            passage.done(total_tokens(self._tail), self._error.message if self._error is not None else "")
+            passage.done(total_tokens(self._tail.last), self._error.message if self._error is not None else "")
 
     # -- what the engine's connection says
 
@@ -292,11 +319,21 @@ class Trip:
 
     def data(self, data: bytes) -> None:
         """More of the body."""
-        self._tail = data if len(data) >= TAIL else self._tail[-TAIL:] + data
-        if self._names_response and (named := RESPONSE_ID.search(data)):
-            self._names_response, self.response_id = False, named[1].decode()
+        self._tail.feed(data)
+        if self._names_response:
+            self._look_for_id(data)
         if self._answer is not None:
             self._answer.more(data)
+
+    def _look_for_id(self, data: bytes) -> None:
+        """The id is at the answer's beginning, perhaps cut in two."""
+        seen = len(self._opening)
+        self._opening += data[: OPENING - seen]
+        named = RESPONSE_ID.search(self._opening, max(0, seen - LONGEST_ID))
+        if named:
+            self._names_response, self.response_id = False, named[1].decode()
+        elif len(self._opening) >= OPENING:
+            self._names_response = False
 
     def whole(self) -> None:
         """The answer is complete: the engine's connection is free again, and the client's request is over."""

@@ -360,20 +360,22 @@ class _Collected:
 
     def __init__(self, limit: int) -> None:
         self.over: asyncio.Future[ResponseHead] = asyncio.get_running_loop().create_future()
-        self.pieces: list[bytes] = []
+        self.body = bytearray()
         self._head: ResponseHead | None = None
+        self._framing: Framing | None = None
         self._limit = limit
-        self._size = 0
 
     def head(self, head: ResponseHead, framing: Framing) -> None:
         """Remember it, and have the payload kept."""
-        self._head = head
-        framing.keep, framing.pieces = True, self.pieces
+        self._head, self._framing, framing.keep = head, framing, True
 
     def data(self, data: bytes) -> None:
-        """The framing has kept it."""
-        self._size += len(data)
-        if self._size > self._limit and not self.over.done():
+        """Take what the framing has kept."""
+        pieces = cast(Framing, self._framing).pieces
+        for piece in pieces:
+            self.body += piece
+        pieces.clear()
+        if len(self.body) > self._limit and not self.over.done():
             self.over.set_exception(UpstreamFailed(f"the answer is larger than {self._limit} bytes"))
 
     def whole(self) -> None:
@@ -420,4 +422,4 @@ async def request(
     finally:
         if connection is not None:
             connection.abort()
-    return head.status, list(head.headers.raw), b"".join(sink.pieces)
+    return head.status, list(head.headers.raw), bytes(sink.body)
