@@ -9,8 +9,8 @@ import pytest
 
 from vllmd.config.secrets import digest
 from vllmd.config.types import AuthConfig, KeyConfig
-from vllmd.daemon.doors import anybody_can_connect, reachable_at
-from vllmd.daemon.keys import ClosedDoor, Keys, OperatorDoor
+from vllmd.daemon.keys import DenyAll, Keys, PeerCredentialAuth
+from vllmd.daemon.listeners import anybody_can_connect, reachable_at
 from vllmd.errors import Forbidden, Unauthorized, Unavailable, UnknownModel
 from vllmd.proxy.http import Headers, Peer, Request
 
@@ -110,8 +110,8 @@ def test_a_key_of_any_bytes_is_compared_as_bytes() -> None:
 def test_who_may_open_the_admin_socket_may_everything() -> None:
     """The file system has decided; only where it lets everybody in do we."""
     stranger, root = Peer(pid=1, uid=4711, gid=4711), Peer(pid=1, uid=0, gid=0)
-    assert OperatorDoor(anybody_can_connect=False).admit(request(peer=stranger), "admin") == ""
-    lax = OperatorDoor(anybody_can_connect=True)
+    assert PeerCredentialAuth(anybody_can_connect=False).admit(request(peer=stranger), "admin") == ""
+    lax = PeerCredentialAuth(anybody_can_connect=True)
     assert lax.admit(request(peer=root), "admin") == ""
     assert lax.admit(request(peer=stranger), "open") == ""
     for scope in ("admin", "models", "health"):  # it must not be a way around the keys either
@@ -122,7 +122,7 @@ def test_who_may_open_the_admin_socket_may_everything() -> None:
 def test_a_closed_door_says_why() -> None:
     """Whatever is asked."""
     with pytest.raises(Unavailable, match="no keys"):
-        ClosedDoor("no keys").admit(request(), "open")
+        DenyAll("no keys").admit(request(), "open")
 
 
 @pytest.mark.parametrize(

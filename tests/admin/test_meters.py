@@ -11,7 +11,7 @@ from vllmd.config.types import KeyConfig
 from vllmd.daemon.meters import Bucket, MeteredGate, Meters
 from vllmd.engines.base import Listen
 from vllmd.errors import TooManyRequests, Unavailable, VllmdError
-from vllmd.proxy.gate import Passage, Target
+from vllmd.proxy.gate import Permit, Target
 
 
 class Clock:
@@ -25,7 +25,7 @@ class Clock:
 
 
 class OpenGate:
-    """Lets everybody pass; notes whose passages ended with how many tokens."""
+    """Lets everybody pass; notes whose permits ended with how many tokens."""
 
     def __init__(self) -> None:
         self.ended: list[int | None] = []
@@ -37,13 +37,13 @@ class OpenGate:
     def loading(self, model: str) -> str:
         return "weights"
 
-    async def enter(self, model: str, key: str, request_id: str, only: str = "") -> Passage:
+    async def acquire(self, model: str, key: str, request_id: str, only: str = "") -> Permit:
         if self.refusal:
             raise self.refusal
-        return _Passage(self.ended)
+        return _Permit(self.ended)
 
 
-class _Passage:
+class _Permit:
     upstream = Listen(uds="/engine.sock")
     target = None
 
@@ -55,8 +55,8 @@ class _Passage:
     def done(self, tokens: int | None = None, failed: str = "") -> None:
         self._ended.append(tokens)
 
-    async def again(self, error: VllmdError) -> Passage:
-        return _Passage(self._ended)
+    async def retry(self, error: VllmdError) -> Permit:
+        return _Permit(self._ended)
 
     def on_cut(self, callback: Callable[[str], None]) -> None:
         callback("cut")
@@ -86,14 +86,14 @@ class Act:
         self.gate = MeteredGate(self.inner, self.meters, self.noted)
         self._requests = 0
 
-    def enter(self, key: str = "k") -> Passage:
+    def acquire(self, key: str = "k") -> Permit:
         self._requests += 1
-        return asyncio.run(self.gate.enter("m", key, f"r{self._requests}"))
+        return asyncio.run(self.gate.acquire("m", key, f"r{self._requests}"))
 
     def refused(self) -> float:
         """Seconds after which the refused client is to come back."""
         with pytest.raises(TooManyRequests) as refusal:
-            self.enter()
+            self.acquire()
         assert refusal.value.retry_after is not None
         return refusal.value.retry_after
 
@@ -112,45 +112,45 @@ def test_a_bucket_fills_steadily_and_no_further_than_a_minutes_worth() -> None:
 def test_requests_per_minute() -> None:
     """The third of two a minute is told when to come back, and then it may."""
     act = Act(requests_per_minute=2)
-    act.enter()
-    act.enter()
+    act.acquire()
+    act.acquire()
     assert act.refused() == 30
     act.clock.now += 30
-    act.enter()
+    act.acquire()
 
 
 def test_a_refused_request_takes_nothing() -> None:
     """Whoever hammers at the limit does not push it away."""
     act = Act(requests_per_minute=1)
-    act.enter()
+    act.acquire()
     for _ in range(10):
         act.refused()
     act.clock.now += 60
-    act.enter()
+    act.acquire()
 
 
 def test_concurrency() -> None:
     """A place is free again when a request ends, however often it says so, and when it never got in."""
     act = Act(concurrency=1)
-    first = act.enter()
+    first = act.acquire()
     assert act.refused() == 1
     first.done()
     first.done()
     act.inner.refusal = Unavailable("no room")
     with pytest.raises(Unavailable):
-        act.enter()
+        act.acquire()
     act.inner.refusal = None
-    act.enter()
+    act.acquire()
     act.refused()
 
 
 def test_tokens_per_minute_are_charged_afterwards() -> None:
     """An answer may overdraw; the key then waits until it is above nothing again."""
     act = Act(tokens_per_minute=60)
-    act.enter().done(120)
+    act.acquire().done(120)
     assert act.refused() == 61
     act.clock.now += 61
-    act.enter()
+    act.acquire()
     assert act.noted.uses == [("m", "k", 120)]
 
 
@@ -158,41 +158,41 @@ def test_tokens_per_minute_are_charged_afterwards() -> None:
 def test_an_answer_that_does_not_tell_its_tokens_is_charged_by_its_size(order: str) -> None:
     """Or a client could leave out the usage and be free; whichever end is heard of first."""
     act = Act(tokens_per_minute=60)
-    passage = act.enter()
-    ends = [lambda: passage.done(), lambda: act.gate.settle("r1", 250 * 61)]
+    permit = act.acquire()
+    ends = [lambda: permit.done(), lambda: act.gate.settle("r1", 250 * 61)]
     for end in ends if order == "answer first" else reversed(ends):
         end()
     assert act.refused() == 2
     act.gate.settle("r1", 250 * 1000)  # twice counts once
     act.clock.now += 2
-    act.enter()
+    act.acquire()
 
 
 def test_other_keys_are_not_limited() -> None:
     """Nor are requests without one."""
     act = Act(requests_per_minute=1)
     for key in ("", "other", "", "other"):
-        act.enter(key).done(5)
+        act.acquire(key).done(5)
     assert act.noted.uses[:2] == [("m", "", 5), ("m", "other", 5)]
 
 
 def test_a_reload_keeps_what_was_used_by_keys_that_did_not_change() -> None:
     """Else every reload would be a way around the limits."""
     act = Act(requests_per_minute=1)
-    act.enter()
+    act.acquire()
     act.meters.configure([act.key])
     act.refused()
     act.meters.configure([KeyConfig("k", "digest", requests_per_minute=5)])
-    act.enter()
+    act.acquire()
 
 
 def test_the_gates_other_words_pass_unchanged() -> None:
     """Waits are told, cuts and progress reach the proxy."""
     act = Act(concurrency=5)
-    passage, heard = act.enter(), list[str]()
-    passage.on_cut(heard.append)
+    permit, heard = act.acquire(), list[str]()
+    permit.on_cut(heard.append)
     assert heard == ["cut"]
-    assert passage.upstream.uds == "/engine.sock"
+    assert permit.upstream.uds == "/engine.sock"
     assert act.gate.loading("m") == "weights"
     assert act.gate.resolve("x").model == "x"
     assert act.noted.waits == [("m", 0.0)]

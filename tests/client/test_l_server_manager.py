@@ -18,8 +18,8 @@ from tests.client.site import Stub, Vllmd, exists, running, script, wait_until
 from vllmd import errors
 from vllmd.client import ServerManager, VLLMEngineArgs
 from vllmd.client import holding as holding_module
-from vllmd.client.doorway import Doorway
 from vllmd.client.holding import Holding
+from vllmd.client.port_forwarder import PortForwarder
 from vllmd.client.servers import _news, _story
 
 HELLO = [{"role": "user", "content": "Hello to all of you"}]
@@ -349,7 +349,7 @@ def test_L_a_port_that_is_taken(here: Vllmd, stub: Stub) -> None:
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_L_a_port_that_nobody_used_is_closed_without_a_word() -> None:
     """Its thread ends whether or not there are connections to end."""
-    Doorway(served_port(), ("127.0.0.1", 9)).close()
+    PortForwarder(served_port(), ("127.0.0.1", 9)).close()
 
 
 @pytest.mark.parametrize("verbose", [True, False])

@@ -11,7 +11,7 @@ from vllmd.config.loader import load, read
 from vllmd.config.present import as_yaml
 from vllmd.config.replicas import engines_of, is_this_host, meant_here
 from vllmd.config.types import Config, ModelConfig
-from vllmd.daemon.member import fingerprint
+from vllmd.daemon.engine_process import fingerprint
 from vllmd.daemon.roster import Roster
 from vllmd.errors import ConfigError
 

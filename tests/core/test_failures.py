@@ -201,12 +201,12 @@ def test_nvml_that_lies_is_cut_to_size() -> None:
     """Negative or impossible figures neither make room nor take more than there is."""
     w = World([model("m")], [GPU])
     w.do(MemorySampled({0: -10, 7: 5}, {("m", 0): -3, ("ghost", 0): 5}))
-    assert w.seen.devices[0].strangers == 0
+    assert w.seen.devices[0].external == 0
     w.do(MemorySampled({0: 10**15}, {}))
-    assert w.seen.devices[0].strangers == 80 * GiB
+    assert w.seen.devices[0].external == 80 * GiB
     assert w.ask("r", "m") == []
     w.do(MemorySampled({0: 0}, {}, failed={0: "GPU is lost"}))
-    assert w.seen.devices[0].strangers == 80 * GiB
+    assert w.seen.devices[0].external == 80 * GiB
     w.do(MemorySampled({0: 0}, {}))
     assert isinstance(w.pending["m"], StartEngine)
 

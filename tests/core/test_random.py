@@ -237,15 +237,15 @@ class CoreUnderAnything(RuleBasedStateMachine):
         self.world.do(LeaseReleased(lease, stop))
 
     @rule(
-        strangers=st.sampled_from([-5, 0, 4, 8, 10, 30, 70, 500]),
+        external=st.sampled_from([-5, 0, 4, 8, 10, 30, 70, 500]),
         beside=st.sampled_from([0, 0, 8, 70]),
         broken=st.sampled_from([(), (), (), (0,), (1,)]),
         model=models,
         share=st.sampled_from([-1, 0, 0, 15, 90]),
     )
-    def sample(self, strangers: int, beside: int, broken: tuple[int, ...], model: str, share: int) -> None:
-        self.world.disturbed = self.world.disturbed or strangers > 0 or beside > 0 or share > 0
-        held = {0: strangers * GiB, 1: beside * GiB, 9: GiB}
+    def sample(self, external: int, beside: int, broken: tuple[int, ...], model: str, share: int) -> None:
+        self.world.disturbed = self.world.disturbed or external > 0 or beside > 0 or share > 0
+        held = {0: external * GiB, 1: beside * GiB, 9: GiB}
         failed = dict.fromkeys(broken, "no answer")
         self.world.do(MemorySampled(held, {(model, 0): share * GiB, ("ghost", 0): 1}, failed))
 

@@ -25,7 +25,7 @@ ON_0 = Placement((0,))
 POLICIES = ("adaptive", "lru")
 
 
-def strangers(*gib: int) -> MemorySampled:
+def external(*gib: int) -> MemorySampled:
     """What they hold on device 0, 1, ..."""
     return MemorySampled({index: size * GiB for index, size in enumerate(gib)}, {})
 
@@ -38,11 +38,11 @@ def waiting_for(w: World, name: str = "m") -> str:
 def test_it_starts_when_the_strangers_have_left(policy: str) -> None:
     """57 GiB are free, enough for what it takes: but somebody works there."""
     w = World([model("m", 10, when_free=WhenFree())], [GPU], Settings(policy))
-    w.do(strangers(23))
+    w.do(external(23))
     w.ask("r", "m")
-    assert w.do(strangers(23)) == []
+    assert w.do(external(23)) == []
     assert w.pass_time(300.0) == []
-    assert w.do(strangers(0)) == [StartEngine("m", ON_0, 64 * GiB)]
+    assert w.do(external(0)) == [StartEngine("m", ON_0, 64 * GiB)]
     assert w.seen.devices[0].promised == 64 * GiB
     assert w.answer("m") == [Admit("r", "m")]
     assert w.seen.devices[0].promised == 64 * GiB
@@ -63,26 +63,26 @@ def test_it_starts_when_the_strangers_have_left(policy: str) -> None:
 def test_the_free_ratio_picks_the_share(used: int, memory: int, takes: int | None) -> None:
     """0.8 from 0.95 on, 0.7 from 0.85 on; with less it waits, however little is used."""
     w = World([model("m", 10, when_free=WhenFree())], [Device(0, "gpu0", memory * GiB)])
-    w.do(strangers(memory))
+    w.do(external(memory))
     w.ask("r", "m")
-    commands = w.do(strangers(used))
+    commands = w.do(external(used))
     assert commands == ([] if takes is None else [StartEngine("m", ON_0, takes * GiB)])
 
 
 def test_without_shares_it_takes_what_it_takes() -> None:
     """Only the start waits."""
     w = World([model("m", 10, when_free=WhenFree(5 * GiB, {}))], [GPU])
-    w.do(strangers(6))
+    w.do(external(6))
     w.ask("r", "m")
-    assert w.do(strangers(5)) == []
-    assert w.do(strangers(4)) == [StartEngine("m", ON_0, 10 * GiB)]
+    assert w.do(external(5)) == []
+    assert w.do(external(4)) == [StartEngine("m", ON_0, 10 * GiB)]
 
 
 def test_models_that_can_make_room_do_not_count() -> None:
     """All that is used is ours, so one exchange gives it the device."""
     w = World([model("a"), model("m", when_free=WhenFree(), on_busy="evict")], [GPU])
     w.load("a")
-    w.do(strangers(1))
+    w.do(external(1))
     assert w.ask("r", "m") == [SleepEngine("a", 1)]
     assert w.answer("a") == [StartEngine("m", ON_0, 64 * GiB)]
 
@@ -92,7 +92,7 @@ def test_models_that_stay_count() -> None:
     w = World([model("a", 6), model("m", when_free=WhenFree())], [GPU])
     w.load("a")
     w.do(LeaseTaken("l", "a"))
-    w.do(strangers(5))
+    w.do(external(5))
     assert w.ask("r", "m") == []
     assert "strangers hold 5.0 GiB and models that stay hold 6.0 GiB on device 0, 0.863 is free" in waiting_for(w)
     assert w.do(LeaseReleased("l")) == [StartEngine("m", ON_0, 56 * GiB)]
@@ -119,40 +119,40 @@ def test_pinned_models_that_leave_no_device_free_are_named_at_once() -> None:
 def test_it_goes_where_nobody_is() -> None:
     """The other device is free."""
     w = World([model("m", when_free=WhenFree())], PAIR)
-    w.do(strangers(30, 80))
+    w.do(external(30, 80))
     w.ask("r", "m")
-    assert w.do(strangers(30, 3)) == [StartEngine("m", Placement((1,)), 64 * GiB)]
+    assert w.do(external(30, 3)) == [StartEngine("m", Placement((1,)), 64 * GiB)]
 
 
 def test_of_several_devices_all_must_be_free_and_the_fullest_decides() -> None:
     """Tensor parallel 2: one share for both."""
     w = World([model("wide", device_count=2, when_free=WhenFree())], PAIR)
-    w.do(strangers(0, 30))
+    w.do(external(0, 30))
     w.ask("r", "wide")
-    assert w.do(strangers(0, 30)) == []
+    assert w.do(external(0, 30)) == []
     assert waiting_for(w, "wide").startswith("2 free devices (others use less than 9.8 GiB, at least 0.85 of it free)")
-    assert w.do(strangers(0, 8)) == [StartEngine("wide", Placement((0, 1)), 56 * GiB)]
+    assert w.do(external(0, 8)) == [StartEngine("wide", Placement((0, 1)), 56 * GiB)]
 
 
 def test_an_old_word_is_no_word() -> None:
     """While nothing is loaded nobody looks at the devices: what was read yesterday says nothing of now."""
     w = World([model("m", when_free=WhenFree())], [GPU])
-    w.do(strangers(0))
+    w.do(external(0))
     w.now = 86400.0
     assert w.ask("r", "m") == []
     assert waiting_for(w).endswith("device 0 is yet to be looked at")
-    assert w.do(strangers(23)) == []
-    assert w.do(strangers(0)) == [StartEngine("m", ON_0, 64 * GiB)]
+    assert w.do(external(23)) == []
+    assert w.do(external(0)) == [StartEngine("m", ON_0, 64 * GiB)]
 
 
 def test_a_device_that_cannot_be_read_is_not_free() -> None:
     """Its last figures are not what is there now."""
     w = World([model("m", when_free=WhenFree())], PAIR)
-    w.do(strangers(0, 30))
+    w.do(external(0, 30))
     w.now = 1.0
     w.ask("r", "m")
     assert w.do(MemorySampled({1: 30 * GiB}, {}, {0: "GPU is lost"})) == []
-    assert w.do(strangers(0, 30)) == [StartEngine("m", ON_0, 64 * GiB)]
+    assert w.do(external(0, 30)) == [StartEngine("m", ON_0, 64 * GiB)]
 
 
 def test_what_it_was_measured_at_is_of_another_share() -> None:
@@ -164,7 +164,7 @@ def test_what_it_was_measured_at_is_of_another_share() -> None:
     assert w.seen.devices[0].promised == 66 * GiB
     w.do(StopAsked("m"))
     w.answer("m")
-    w.do(strangers(8))
+    w.do(external(8))
     assert w.ask("r2", "m") == [StartEngine("m", ON_0, 56 * GiB)]
     assert w.seen.devices[0].promised == 56 * GiB
 
@@ -175,7 +175,7 @@ def test_waking_needs_room_only() -> None:
     w.load("m")
     w.do(SleepAsked("m", 1))
     w.answer("m")
-    w.do(strangers(12))
+    w.do(external(12))
     assert w.ask("r", "m") == [WakeEngine("m", 1)]
 
 
@@ -183,9 +183,9 @@ def test_waking_needs_room_only() -> None:
 def test_nobody_waits_behind_it(policy: str) -> None:
     """It waits for others, not for its turn."""
     w = World([model("m", when_free=WhenFree()), model("b", 20)], [GPU], Settings(policy))
-    w.do(strangers(30))
+    w.do(external(30))
     w.ask("r", "m")
-    w.do(strangers(30))
+    w.do(external(30))
     w.pass_time(300.0)
     assert w.ask("r2", "b") == [StartEngine("b", ON_0, 20 * GiB)]
 
@@ -195,33 +195,33 @@ def test_who_comes_back_during_the_exchange_stops_it() -> None:
     w = World([model("a"), model("m", when_free=WhenFree(), on_busy="evict")], [GPU])
     w.load("a")
     w.ask("r", "m")
-    w.do(strangers(11))
+    w.do(external(11))
     assert w.answer("a") == []
     assert "strangers hold 11.0 GiB on device 0, 0.863 is free" in waiting_for(w)
     why = [d.why for d in w.seen.decisions if d.what == "replan"]
     assert why == ["after the exchange others do not leave device 0 free: strangers hold 11.0 GiB there"]
-    assert w.do(strangers(0)) == [StartEngine("m", ON_0, 64 * GiB)]
+    assert w.do(external(0)) == [StartEngine("m", ON_0, 64 * GiB)]
 
 
 def test_a_start_for_which_memory_was_lacking_waits_again() -> None:
     """Somebody was faster; the second try takes what is free then, not what the first asked for."""
     w = World([model("m", when_free=WhenFree())], [GPU])
     w.ask("r", "m")
-    w.do(strangers(30))
+    w.do(external(30))
     assert w.do(EngineStartFailed("m", "less free than desired", memory=True, needed=64 * GiB)) == []
-    assert w.do(strangers(6)) == [StartEngine("m", ON_0, 56 * GiB)]
+    assert w.do(external(6)) == [StartEngine("m", ON_0, 56 * GiB)]
 
 
 def test_why_it_waits_and_what_it_took_is_recorded() -> None:
     """Once, with the numbers, however often one looks."""
     w = World([model("m", when_free=WhenFree())], [GPU])
-    w.do(strangers(23))
+    w.do(external(23))
     w.do(LoadAsked("m"))
     w.now = 1.0
     for size in (23, 24, 23):
-        w.do(strangers(size))
+        w.do(external(size))
         w.pass_time(w.now + 1.0)
-    w.do(strangers(8))
+    w.do(external(8))
     waits, starts, takes = w.seen.decisions
     assert (waits.what, starts.what, takes.what) == ("wait", "start", "free")
     assert waits.why == (
@@ -236,7 +236,7 @@ def test_why_it_waits_and_what_it_took_is_recorded() -> None:
 def test_a_request_waits_no_longer_than_it_may() -> None:
     """``queue_timeout`` as ever."""
     w = World([model("m", when_free=WhenFree(), queue_timeout=30.0)], [GPU])
-    w.do(strangers(23))
+    w.do(external(23))
     w.ask("r", "m")
     (told,) = w.pass_time(31.0)
     assert isinstance(told, Reject)
@@ -246,16 +246,16 @@ def test_a_request_waits_no_longer_than_it_may() -> None:
 def test_one_to_be_preloaded_waits_as_well() -> None:
     """Servers that come up as the machine empties."""
     w = World([model("m", preload=True, when_free=WhenFree())], [GPU])
-    w.do(strangers(23))
+    w.do(external(23))
     assert w.do(TimePassed()) == []
     w.pass_time(3600.0)
-    assert w.do(strangers(0)) == [StartEngine("m", ON_0, 64 * GiB)]
+    assert w.do(external(0)) == [StartEngine("m", ON_0, 64 * GiB)]
 
 
 def test_it_is_not_rejected_for_strangers() -> None:
     """``on_busy: reject`` is about models that work; for strangers it waits."""
     w = World([model("m", when_free=WhenFree(), on_busy="reject")], [GPU])
-    w.do(strangers(23))
+    w.do(external(23))
     assert w.ask("r", "m") == []
 
 

@@ -102,7 +102,7 @@ class World:
         self.probes: dict[str, str] = {}  # the daemon's own requests to replicas -> model; they run, too
         self.siblings: set[str | None] = set()  # who is, or was, a replica of the one model that has several
         self.disturbed = False  # measurements contradicted the books: promises may exceed what there is
-        self.strangers: dict[int, int] = {}  # bytes per device, as last sampled
+        self.external: dict[int, int] = {}  # bytes per device, as last sampled
         self.looked: dict[int, float] = {}
         self.came: dict[str, float] = {}  # request -> when
         self.wished = {name for name, spec in self.specs.items() if spec.preload}  # wanted without a request, once
@@ -230,9 +230,9 @@ class World:
             self._engine_told(event, event.model)
 
     def _sampled(self, event: MemorySampled) -> None:
-        for index, size in event.strangers.items():
+        for index, size in event.external.items():
             if index in self.devices and index not in event.failed:
-                self.strangers[index] = min(max(0, size), self.devices[index].memory)
+                self.external[index] = min(max(0, size), self.devices[index].memory)
                 self.looked[index] = self.now
 
     def _engine_told(self, event: Event, model: str) -> None:
@@ -319,14 +319,14 @@ class World:
     def _check_books(self, command: Command) -> None:
         if not self.disturbed:
             for d in self.seen.devices:
-                room = d.memory - d.reserve - d.strangers
+                room = d.memory - d.reserve - d.external
                 assert d.promised <= room, f"{command}: {d.promised} promised of {room} on device {d.index}"
 
     def _check_room(self, command: StartEngine) -> None:
         """However the books stand elsewhere: nothing starts where there is no room for it."""
         for d in self.seen.devices:
             if d.index in command.placement.devices:
-                room = d.memory - d.reserve - d.strangers
+                room = d.memory - d.reserve - d.external
                 assert d.promised <= room, f"{command}: {d.promised} promised of {room} on device {d.index}"
 
     def _check_vacancy(self, command: StartEngine) -> None:
@@ -336,7 +336,7 @@ class World:
             return
         for index in command.placement.devices:
             others, memory = (
-                self.strangers.get(index, 0) + self._kept_on(index, command.model),
+                self.external.get(index, 0) + self._kept_on(index, command.model),
                 self.devices[index].memory,
             )
             assert others < rule.used_below, f"{command} where others hold {others}"

@@ -1,4 +1,4 @@
-"""A fleet whose launcher, engines and core are this test's: nothing is started, everything else is real.
+"""An engine manager whose launcher, engines and core are this test's: nothing is started, everything else is real.
 
 An engine is a Unix socket here that answers as the stand-in does; it holds
 memory in a real device file. Nothing waits for time to pass but for events.
@@ -16,10 +16,10 @@ from typing import Any
 from vllmd.config.types import DeviceConfig, ModelConfig
 from vllmd.core import commands, events
 from vllmd.core.types import GiB, Placement
-from vllmd.daemon.fleet import Fleet
-from vllmd.daemon.kinds import Kinds
+from vllmd.daemon.engine_manager import EngineManager
+from vllmd.daemon.engine_resolver import EngineResolver
+from vllmd.daemon.launch_planner import LaunchPlanner, Paths
 from vllmd.daemon.memory import Memory
-from vllmd.daemon.orders import Orders, Paths
 from vllmd.daemon.ports import PortPool
 from vllmd.gpu.declared import DeclaredDevices
 from vllmd.launcher.client import ExitReport, LauncherFailed, Running, StartOrder
@@ -108,7 +108,7 @@ class FakeLauncher:
     """Takes orders. ``refusal`` refuses a start, ``held_up`` delays it; signals and kills end an engine unless deaf."""
 
     def __init__(self) -> None:
-        self.orders: list[StartOrder] = []
+        self.launch_planner: list[StartOrder] = []
         self.engines: dict[str, FakeEngine] = {}
         self.notes: dict[str, dict[str, str]] = {}
         self.signals: list[str] = []
@@ -122,7 +122,7 @@ class FakeLauncher:
         self.dying: Callable[[], None] = lambda: None
 
     async def start(self, order: StartOrder) -> Running:
-        self.orders.append(order)
+        self.launch_planner.append(order)
         self.ordered.set()
         if self.held_up:
             await self.held_up.wait()
@@ -166,7 +166,7 @@ class FakeLauncher:
 
 
 class Rig:
-    """A fleet on one declared device of 80 GiB, in its own event loop."""
+    """An engine manager on one declared device of 80 GiB, in its own event loop."""
 
     def __init__(self, folder: Path) -> None:
         self.gpu = FakeGpu(make_device(folder / "gpu0", 80 * GiB))
@@ -177,25 +177,25 @@ class Rig:
         devices = DeclaredDevices([DeviceConfig(80 * GiB, file=self.gpu.path)], 0)
         self.memory = Memory(devices, {0: self.gpu.path})
         self.ports = PortPool(33300, 33301)
-        self.fleet = Fleet(
+        self.engine_manager = EngineManager(
             self.launcher,  # type: ignore[arg-type]
             self.posted.put_nowait,
             self.memory,
-            Orders(self.memory, Paths(folder / "run"), Kinds(), self.ports),
+            LaunchPlanner(self.memory, Paths(folder / "run"), EngineResolver(), self.ports),
         )
-        self.fleet.look = self._look
-        self.launcher.on_exit = self.fleet.on_exit
+        self.engine_manager.look = self._look
+        self.launcher.on_exit = self.engine_manager.on_exit
         self.prepare: Callable[[FakeEngine], None] = lambda engine: None
         self.configure()
 
     def configure(self, **settings: Any) -> None:
         """Settings of the one model, ``m``."""
         self.model = replace(ModelConfig("m", engine="sim", stop_timeout=0.1), **settings)
-        self.fleet.configure({"m": self.model}, {})
+        self.engine_manager.configure({"m": self.model}, {})
 
     async def start(self) -> None:
         """Give the command."""
-        self.fleet.start(commands.StartEngine("m", Placement((0,)), AWAKE))
+        self.engine_manager.start(commands.StartEngine("m", Placement((0,)), AWAKE))
 
     async def ready(self) -> FakeEngine:
         """An engine that serves."""
@@ -210,7 +210,7 @@ class Rig:
 
     @property
     def instance(self) -> str:
-        return self.launcher.orders[-1].instance
+        return self.launcher.launch_planner[-1].instance
 
     async def event(self) -> events.Event:
         """The next event that is posted."""
@@ -218,8 +218,8 @@ class Rig:
 
     async def nothing_more(self) -> None:
         """Every task has ended, and none of them posted anything."""
-        while self.fleet._tasks:
-            await soon(asyncio.wait(self.fleet._tasks))
+        while self.engine_manager._tasks:
+            await soon(asyncio.wait(self.engine_manager._tasks))
         assert self.posted.empty()
 
     async def _look(self) -> None:

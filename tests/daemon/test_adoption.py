@@ -14,10 +14,10 @@ from tests.daemon.rig import FakeEngine, Rig, soon, tell
 from vllmd.config.types import ModelConfig
 from vllmd.core import events
 from vllmd.core.types import Placement, State
-from vllmd.daemon import adoption, fleet
+from vllmd.daemon import adoption, engine_manager
 from vllmd.daemon.adoption import Found, adopt_all, examine
-from vllmd.daemon.kinds import Kinds
-from vllmd.daemon.member import fingerprint
+from vllmd.daemon.engine_process import fingerprint
+from vllmd.daemon.engine_resolver import EngineResolver
 from vllmd.engines.base import Listen
 from vllmd.launcher.client import Running
 
@@ -30,11 +30,11 @@ def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adoption, "RESOLVE_LIMIT", 0.2)
     monkeypatch.setattr(adoption, "RESOLVE_POLL", 0.02)
     monkeypatch.setattr(adoption, "STRAY_LIMIT", 0.1)
-    monkeypatch.setattr(fleet, "KILL_LIMIT", 0.1)
+    monkeypatch.setattr(engine_manager, "KILL_LIMIT", 0.1)
 
 
 def notes(model: ModelConfig, socket: Path, **more: str) -> dict[str, str]:
-    """What the fleet leaves beside a cgroup."""
+    """What the engine manager leaves beside a cgroup."""
     return {
         "model": model.name,
         "listen": json.dumps(asdict(Listen(uds=str(socket)))),
@@ -55,7 +55,7 @@ async def found(rig: Rig, folder: Path, noted: Mapping[str, str], asleep: bool |
     noted = {**notes(rig.model, folder / "e.sock"), **noted}
     running = Running("m-000001", 1, "vllmd-model-m-000001.scope", metadata=noted, ending=ending)
     try:
-        return await soon(examine(running, {"m": rig.model}, Kinds()))  # type: ignore[no-any-return]
+        return await soon(examine(running, {"m": rig.model}, EngineResolver()))  # type: ignore[no-any-return]
     finally:
         engine.close()
 
@@ -79,7 +79,7 @@ def test_notes_and_engine_agree(
     async def story(rig: Rig) -> None:
         what = await found(rig, tmp_path, noted, asleep)
         assert (what.state, what.level, what.why) == (state, level, "")
-        assert what.member.placement == Placement((0,))
+        assert what.process.placement == Placement((0,))
         if state is not State.STARTING:
             assert 99 < what.idle < 110  # its idle clock runs on
 
@@ -137,7 +137,7 @@ def test_idle_clocks_survive_nonsense(tmp_path: Path) -> None:
 async def _left(rig: Rig, **more: str) -> Running:
     """An engine that an earlier daemon left running."""
     await rig.ready()
-    rig.fleet.members.clear()
+    rig.engine_manager.processes.clear()
     noted = {**rig.launcher.notes[rig.instance], **more}
     return Running(rig.instance, 1, f"vllmd-model-{rig.instance}.scope", metadata=noted)
 
@@ -147,7 +147,7 @@ def test_adopted_engines_are_told_to_the_core(tmp_path: Path) -> None:
 
     async def story(rig: Rig) -> None:
         running = await _left(rig)
-        await soon(adopt_all(rig.fleet, [running], {"m": rig.model}, Kinds(), rig.posted.put_nowait))
+        await soon(adopt_all(rig.engine_manager, [running], {"m": rig.model}, EngineResolver(), rig.posted.put_nowait))
         adopted = await rig.event()
         assert isinstance(adopted, events.EngineAdopted)
         assert (adopted.model, adopted.state) == ("m", State.READY)
@@ -162,7 +162,7 @@ def test_an_adopted_start_goes_on(tmp_path: Path) -> None:
 
     async def story(rig: Rig) -> None:
         running = await _left(rig, state="starting")
-        await soon(adopt_all(rig.fleet, [running], {"m": rig.model}, Kinds(), rig.posted.put_nowait))
+        await soon(adopt_all(rig.engine_manager, [running], {"m": rig.model}, EngineResolver(), rig.posted.put_nowait))
         adopted = await rig.event()
         assert isinstance(adopted, events.EngineAdopted)
         assert adopted.state is State.STARTING
@@ -178,7 +178,7 @@ def test_what_cannot_be_kept_is_ended(tmp_path: Path, odd: str) -> None:
     async def story(rig: Rig) -> None:
         running = await _left(rig, **({"devices": "[7]"} if odd == "no such device" else {}))
         twice = [running, replace(running)] if odd == "a second one" else [running]
-        await soon(adopt_all(rig.fleet, twice, {"m": rig.model}, Kinds(), rig.posted.put_nowait))
+        await soon(adopt_all(rig.engine_manager, twice, {"m": rig.model}, EngineResolver(), rig.posted.put_nowait))
         assert rig.launcher.signals == ["SIGTERM"]
         assert not rig.launcher.engines
 
@@ -193,7 +193,7 @@ def test_nobody_waits_long_for_an_engine_that_does_not_end(tmp_path: Path) -> No
         rig.launcher.deaf = {"SIGTERM"}
         rig.configure(stop_timeout=0.5)
         running = replace(running, metadata={**running.metadata})
-        await soon(adopt_all(rig.fleet, [running], {"m": rig.model}, Kinds(), rig.posted.put_nowait))
+        await soon(adopt_all(rig.engine_manager, [running], {"m": rig.model}, EngineResolver(), rig.posted.put_nowait))
         assert rig.launcher.signals == ["SIGTERM"]
         await rig.nothing_more()
         assert rig.launcher.signals == ["SIGTERM", "SIGKILL"]

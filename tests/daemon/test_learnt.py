@@ -25,8 +25,8 @@ def test_what_was_learnt_is_there_the_next_time(tmp_path: Path) -> None:
     cache = learnt(tmp_path / "learnt.json")
     cache.costs = book.to_dict()
     cache.save()
-    again = CostBook.from_dict(learnt(tmp_path / "learnt.json").costs)
-    assert again.open(spec).footprint == Footprint(22 * GiB, 21 * GiB, GiB, 0, Source.MEASURED)
+    retry = CostBook.from_dict(learnt(tmp_path / "learnt.json").costs)
+    assert retry.open(spec).footprint == Footprint(22 * GiB, 21 * GiB, GiB, 0, Source.MEASURED)
 
 
 def test_other_settings_forget_what_was_measured(tmp_path: Path) -> None:
@@ -34,8 +34,8 @@ def test_other_settings_forget_what_was_measured(tmp_path: Path) -> None:
     book = CostBook()
     footprint = Footprint(20 * GiB, 20 * GiB)
     book.open(ModelSpec("m", footprint, settings="long")).footprint = Footprint(90 * GiB, 90 * GiB)
-    again = CostBook.from_dict(book.to_dict())
-    assert again.open(ModelSpec("m", footprint, settings="short")).footprint is None
+    retry = CostBook.from_dict(book.to_dict())
+    assert retry.open(ModelSpec("m", footprint, settings="short")).footprint is None
 
 
 @pytest.mark.parametrize(

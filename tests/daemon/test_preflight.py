@@ -10,7 +10,7 @@ import pytest
 from vllmd.config.types import Config, DeviceConfig, ModelConfig
 from vllmd.core.types import Device, GiB
 from vllmd.daemon.check import EX_CONFIG, check
-from vllmd.daemon.kinds import Kinds
+from vllmd.daemon.engine_resolver import EngineResolver
 from vllmd.daemon.preflight import Machine, Prospect, doubtful, look, say, wrong
 from vllmd.daemon.specs import spec_of
 from vllmd.engines import engine_kind
@@ -27,7 +27,7 @@ def sim(name: str, size: int = 10 * GiB, **more: object) -> ModelConfig:
 
 
 def prospects(*models: ModelConfig) -> list[Prospect]:
-    return look(models, MACHINE, Kinds(quiet=True))
+    return look(models, MACHINE, EngineResolver(quiet=True))
 
 
 def test_what_fits_is_not_spoken_of() -> None:
@@ -93,7 +93,7 @@ def test_a_defect_in_an_engine_kind_fails_its_model_only(
     """The daemon opens, and every start of that model says why not."""
     kind = engine_kind("sim")
     monkeypatch.setattr("vllmd.engines.engine_kind", lambda name: Defective() if name == "bad" else kind)
-    engines = Kinds()
+    engines = EngineResolver()
     engine = engines(ModelConfig("m", engine="bad"))
     assert isinstance(engine, Unusable)
     assert "ZeroDivisionError: oops" in caplog.text
@@ -105,7 +105,7 @@ def test_a_defect_in_an_engine_kind_fails_its_model_only(
 
 def test_an_engine_is_looked_for_once_per_configuration(caplog: pytest.LogCaptureFixture) -> None:
     """The model list asks at every call; the log should not hear of it each time."""
-    engines, model = Kinds(), ModelConfig("m", engine="nonesuch")
+    engines, model = EngineResolver(), ModelConfig("m", engine="nonesuch")
     assert engines(model) is engines(model)
     assert caplog.text.count("unknown engine") == 1
     assert engines(ModelConfig("m", engine="sim")) is engine_kind("sim")

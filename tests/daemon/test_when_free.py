@@ -13,16 +13,16 @@ from tests.gpu.fake_nvml import FakeNvml, Gpu
 from vllmd.config.types import ModelConfig
 from vllmd.core.scheduler import Scheduler
 from vllmd.core.types import GiB, WhenFree
-from vllmd.daemon.fleet import Fleet
-from vllmd.daemon.kinds import Kinds
-from vllmd.daemon.loop import Heart
+from vllmd.daemon.admission_gate import AdmissionGate
+from vllmd.daemon.dispatcher import Dispatcher
+from vllmd.daemon.engine_manager import EngineManager
+from vllmd.daemon.engine_resolver import EngineResolver
+from vllmd.daemon.launch_planner import LaunchPlanner, Paths
 from vllmd.daemon.memory import Memory
-from vllmd.daemon.opening import specs_of
-from vllmd.daemon.orders import Orders, Paths
 from vllmd.daemon.preflight import Machine, look
-from vllmd.daemon.turnstile import Turnstile
+from vllmd.daemon.startup import specs_of
 from vllmd.gpu.nvml import NvmlDevices
-from vllmd.proxy.gate import Passage
+from vllmd.proxy.gate import Permit
 from vllmd.simengine.device import FakeGpu, make_device
 
 
@@ -33,24 +33,26 @@ class Site:
         self.gpus, self.launcher = gpus, rig.launcher
         self._memory = Memory(NvmlDevices(0, {}, FakeNvml(*gpus)))
         machine = Machine(self._memory.inventory, folder, folder / "run")
-        self.heart = Heart(Scheduler(specs_of(look([model], machine, Kinds())), machine.devices))
-        self._fleet = Fleet(
+        self.dispatcher = Dispatcher(Scheduler(specs_of(look([model], machine, EngineResolver())), machine.devices))
+        self._fleet = EngineManager(
             rig.launcher,  # type: ignore[arg-type]
-            self.heart.post,
+            self.dispatcher.post,
             self._memory,
-            Orders(self._memory, Paths(folder / "run"), Kinds(), rig.ports),
+            LaunchPlanner(self._memory, Paths(folder / "run"), EngineResolver(), rig.ports),
         )
         rig.launcher.on_exit = self._fleet.on_exit
         self._fleet.configure({"m": model}, {})
         opened = asyncio.Event()
         opened.set()
-        self._gate = Turnstile(self.heart.post, lambda name: self._fleet.members[name].listen, Kinds(), opened)
+        self._gate = AdmissionGate(
+            self.dispatcher.post, lambda name: self._fleet.processes[name].listen, EngineResolver(), opened
+        )
         self._gate.configure({"m": model}, {"m": model})
-        self.heart.connect(self._fleet, self._gate)
+        self.dispatcher.connect(self._fleet, self._gate)
 
-    async def ask(self) -> asyncio.Task[Passage]:
+    async def ask(self) -> asyncio.Task[Permit]:
         """A client's request, which has arrived."""
-        task = asyncio.ensure_future(self._gate.enter("m", "key", "id"))
+        task = asyncio.ensure_future(self._gate.acquire("m", "key", "id"))
         await asyncio.sleep(0)
         return task
 
@@ -60,16 +62,16 @@ class Site:
             gpu.used, gpu.computing = size * GiB, {4242: size * GiB} if size else {}
         sampled = await self._memory.report({}, {})
         assert sampled
-        self.heart.post(sampled)
+        self.dispatcher.post(sampled)
 
     @property
     def shares(self) -> list[str]:
         """The utilization that each engine was started with."""
-        orders = [order.argv for order in self.launcher.orders]
-        return [argv[argv.index("--gpu-memory-utilization") + 1] for argv in orders]
+        launch_planner = [order.argv for order in self.launcher.launch_planner]
+        return [argv[argv.index("--gpu-memory-utilization") + 1] for argv in launch_planner]
 
     def waiting_for(self) -> str:
-        (view,) = self.heart.scheduler.snapshot(self.heart.now()).models
+        (view,) = self.dispatcher.scheduler.snapshot(self.dispatcher.now()).models
         return view.waiting_for
 
 
@@ -109,7 +111,7 @@ def test_S_is_gpu_free_looks_at_all_gpus_of_a_model(tmp_path: Path) -> None:
         await site.sample(0, 8)
         await soon(asked)
         assert site.shares == ["0.7"]
-        assert rig.launcher.orders[0].env["CUDA_VISIBLE_DEVICES"] == "GPU-a,GPU-b"
+        assert rig.launcher.launch_planner[0].env["CUDA_VISIBLE_DEVICES"] == "GPU-a,GPU-b"
 
     tell(story, tmp_path)
 

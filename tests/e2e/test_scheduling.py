@@ -277,9 +277,9 @@ def test_memory_that_a_stranger_took_is_made_up_for(site: Site) -> None:
     site.machine.wait_until(lambda: held(site) == 60)
     assert site.chat("b", "hello")["choices"][0]["message"]["content"] == "hello"
     assert states(site) == {"a": "sleeping_l1", "b": "running"}
-    assert site.status()["devices"][0]["strangers"] == 30 << 30
+    assert site.status()["devices"][0]["external"] == 30 << 30
     stranger.communicate()  # it ends with its input
-    site.machine.wait_until(lambda: site.status()["devices"][0]["strangers"] == 0)
+    site.machine.wait_until(lambda: site.status()["devices"][0]["external"] == 0)
     site.chat("a", "x")
     assert set(states(site).values()) == {"running"}
 

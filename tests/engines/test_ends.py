@@ -11,7 +11,7 @@ from typing import Any
 from tests.daemon.rig import AWAKE, FakeEngine, Rig, soon, tell
 from vllmd.core import commands, events
 from vllmd.daemon.adoption import adopt_all
-from vllmd.daemon.kinds import Kinds
+from vllmd.daemon.engine_resolver import EngineResolver
 from vllmd.launcher.client import LauncherFailed, Running
 
 SERVER = ("serve", "--uds", "${SOCKET}")
@@ -23,19 +23,19 @@ def configure(rig: Rig, **options: Any) -> None:
 
 
 def stop(rig: Rig, *, kill: bool = False) -> None:
-    rig.fleet.stop(commands.StopEngine("m", "asked", kill=kill))
+    rig.engine_manager.stop(commands.StopEngine("m", "asked", kill=kill))
 
 
 def helpers(rig: Rig) -> list[tuple[str, ...]]:
     """The command lines of the stop commands that were run."""
-    return [order.argv for order in rig.launcher.orders if order.instance.endswith("-stop")]
+    return [order.argv for order in rig.launcher.launch_planner if order.instance.endswith("-stop")]
 
 
 def let_stop_command_work(rig: Rig, instance: str) -> None:
     """``podman stop``: the container's client and the command itself both end."""
 
     def prepare(engine: FakeEngine) -> None:
-        if rig.launcher.orders[-1].instance.endswith("-stop"):
+        if rig.launcher.launch_planner[-1].instance.endswith("-stop"):
             asyncio.get_running_loop().call_soon(rig.launcher.exit, instance, 0)
             asyncio.get_running_loop().call_soon(rig.launcher.exit, f"{instance}-stop", 0)
 
@@ -100,11 +100,11 @@ def test_an_adopted_container_is_still_stopped_by_its_command(tmp_path: Path) ->
         await rig.ready()
         instance, notes = rig.instance, rig.launcher.notes[rig.instance]
         assert json.loads(notes["ending"]) == [["podman", "stop", instance], signal.SIGTERM, False]
-        rig.fleet.members.clear()
+        rig.engine_manager.processes.clear()
         running = Running(instance, 1, "unit", metadata=notes)
-        await adopt_all(rig.fleet, [running], {"m": rig.model}, Kinds(), rig.posted.put_nowait)
+        await adopt_all(rig.engine_manager, [running], {"m": rig.model}, EngineResolver(), rig.posted.put_nowait)
         assert isinstance(await rig.event(), events.EngineAdopted)
-        assert rig.fleet.members["m"].stop == ("podman", "stop", instance)
+        assert rig.engine_manager.processes["m"].stop == ("podman", "stop", instance)
 
     tell(story, tmp_path)
 
@@ -117,11 +117,11 @@ def test_a_sleeper_that_cannot_be_asked_is_adopted_by_its_notes(tmp_path: Path) 
         configure(rig, sleep={2: call}, wake={2: call}, health="/ok", alive="/alive")
         engine = await rig.ready()
         for state, adopted in (("sleeping", True), ("waking", False)):
-            rig.fleet.members.clear()
+            rig.engine_manager.processes.clear()
             notes = rig.launcher.notes[rig.instance] | {"state": state, "level": "2"}
             running = Running(rig.instance, 1, "unit", metadata=notes)
-            await adopt_all(rig.fleet, [running], {"m": rig.model}, Kinds(), rig.posted.put_nowait)
-            assert ("m" in rig.fleet.members) is adopted
+            await adopt_all(rig.engine_manager, [running], {"m": rig.model}, EngineResolver(), rig.posted.put_nowait)
+            assert ("m" in rig.engine_manager.processes) is adopted
         assert "/alive" in engine.asked
 
     tell(story, tmp_path)
@@ -167,10 +167,10 @@ def test_what_an_engine_manages_itself_is_never_taken_for_what_it_needs(tmp_path
         await rig.start()
         assert await rig.event() == events.EngineReady("m", None)
         rig.engine.gpu.hold(0)
-        sampled = await rig.memory.report(rig.fleet.members, {("m", 0): AWAKE})
+        sampled = await rig.memory.report(rig.engine_manager.processes, {("m", 0): AWAKE})
         assert sampled is not None
         assert sampled.models.get(("m", 0), AWAKE) == AWAKE
-        rig.fleet.sleep(commands.SleepEngine("m", 2))
+        rig.engine_manager.sleep(commands.SleepEngine("m", 2))
         assert await rig.event() == events.EngineAsleep("m", 2, {})
 
     tell(story, tmp_path)

@@ -17,7 +17,7 @@ from vllmd.config.loader import read
 from vllmd.config.present import as_data, as_yaml
 from vllmd.config.types import ModelConfig
 from vllmd.core import commands, events
-from vllmd.daemon import fleet
+from vllmd.daemon import engine_manager
 from vllmd.engines import engine_of
 from vllmd.engines.base import Listen, Place
 from vllmd.errors import ConfigError
@@ -128,7 +128,7 @@ def configure(rig: Rig, url: str, **options: str) -> None:
 
 
 async def started(rig: Rig) -> events.Event:
-    rig.fleet.start(commands.StartEngine("m", fleet.Placement(()), 0))
+    rig.engine_manager.start(commands.StartEngine("m", engine_manager.Placement(()), 0))
     return await rig.event()
 
 
@@ -142,7 +142,7 @@ def test_it_serves_at_once_when_it_answers_and_is_gone_when_it_does_not(tmp_path
         assert await started(rig) == events.EngineReady("m", None)
         assert there.heads[0].startswith(b"GET /deep/v1/models HTTP/1.1\r\n")
         assert b"authorization: Bearer sk-1\r\n" in there.heads[0]
-        assert rig.launcher.orders == []
+        assert rig.launcher.launch_planner == []
         await there.close()
         assert isinstance(await rig.event(), events.ServerSilent)
         gone = await rig.event()
@@ -162,7 +162,7 @@ def test_nothing_is_noted_beside_it(tmp_path: Path, caplog: pytest.LogCaptureFix
         await there.open()
         configure(rig, f"http://127.0.0.1:{there.port}")
         await started(rig)
-        await rig.fleet.annotate(rig.fleet.members["m"], idle_since="1")
+        await rig.engine_manager.annotate(rig.engine_manager.processes["m"], idle_since="1")
         assert caplog.text == ""
         await there.close()
 
@@ -195,7 +195,7 @@ def test_a_probe_is_answered_by_whoever_would_answer_clients(
         configure(rig, f"http://127.0.0.1:{there.port}")
         await started(rig)
         there.answer = b"HTTP/1.1 %d X\r\ncontent-length: %d\r\n\r\n" % (status, len(body)) + body
-        rig.fleet.probe(commands.ProbeReplica("p", "m", 5.0))
+        rig.engine_manager.probe(commands.ProbeReplica("p", "m", 5.0))
         probed = await rig.event()
         assert isinstance(probed, events.ReplicaProbed)
         assert (probed.seconds is None) == bool(why)
@@ -213,7 +213,7 @@ def test_it_is_let_go_without_a_word(tmp_path: Path) -> None:
         await there.open()
         configure(rig, f"http://127.0.0.1:{there.port}")
         await started(rig)
-        rig.fleet.stop(commands.StopEngine("m", "idle"))
+        rig.engine_manager.stop(commands.StopEngine("m", "idle"))
         assert isinstance(await rig.event(), events.EngineStopped)
         assert len(there.heads) == 1
         assert rig.launcher.signals == []
@@ -267,7 +267,7 @@ def test_its_certificate_is_checked(tmp_path: Path, certificate: Path) -> None:
         configure(rig, f"https://localhost:{there.port}", ca_file=str(certificate))
         assert await started(rig) == events.EngineReady("m", None)
         assert b"host: localhost:%d\r\n" % there.port in there.heads[0]
-        rig.fleet.members.clear()
+        rig.engine_manager.processes.clear()
         configure(rig, f"https://localhost:{there.port}")
         failed = await started(rig)
         assert isinstance(failed, events.EngineStartFailed)

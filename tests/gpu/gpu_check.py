@@ -158,7 +158,7 @@ class Check:
         if sample.hides_processes or sample.unsized:
             self._row("NVML shows processes and sizes", "yes", "no: attribution cannot be checked here", False)
             return
-        strangers, held = self._books()
+        external, held = self._books()
         for engine in (first, second):
             engine.context = held.get(engine.name, 0) - engine.size
             fits = -TOLERANCE <= engine.context <= CONTEXT_LIMIT
@@ -168,8 +168,8 @@ class Check:
         self._row("what the device lost = what both hold", _size(sum(held.values())), _size(taken),
                   abs(taken - sum(held.values())) <= 2 * TOLERANCE + CONTEXT_LIMIT // 4)  # fmt: skip
         known = _strangers(before)
-        self._row("strangers hold what they held", _size(known), _size(strangers),
-                  abs(strangers - known) <= 2 * TOLERANCE + CONTEXT_LIMIT // 4)  # fmt: skip
+        self._row("strangers hold what they held", _size(known), _size(external),
+                  abs(external - known) <= 2 * TOLERANCE + CONTEXT_LIMIT // 4)  # fmt: skip
 
     def _asleep(self, engine: Engine, before: DeviceSample) -> None:
         awake = self._sample().used
@@ -202,9 +202,9 @@ class Check:
     def _books(self) -> tuple[int, dict[str, int]]:
         """Strangers' bytes and each engine's, by the code that the daemon runs."""
         sample = self.devices.sample()
-        strangers, held = attribute(sample, {name: engine.pids for name, engine in self.engines.items()})
+        external, held = attribute(sample, {name: engine.pids for name, engine in self.engines.items()})
         index = self.device.index
-        return strangers.get(index, 0), {name: size for (name, at), size in held.items() if at == index}
+        return external.get(index, 0), {name: size for (name, at), size in held.items() if at == index}
 
     def _until(self, what: str, wanted: int, read: Callable[[], int]) -> None:
         """Wait until ``read`` is ``wanted``; the time it took is in the table."""

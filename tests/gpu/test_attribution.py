@@ -23,9 +23,9 @@ def sample(used: int, processes: dict[int, int], unsized: tuple[int, ...] = (), 
 def test_models_get_their_processes_and_strangers_the_rest() -> None:
     """An engine is several processes; the driver's own memory is nobody's to give away."""
     taken = sample(40 * GiB, {1: 10 * GiB, 2: 5 * GiB, 3: 20 * GiB, 9: 4 * GiB})
-    strangers, models = attribute(taken, {"a": [1, 2], "b": {3}, "idle": [5]})
+    external, models = attribute(taken, {"a": [1, 2], "b": {3}, "idle": [5]})
     assert models == {("a", 0): 15 * GiB, ("b", 0): 20 * GiB}
-    assert strangers == {0: 5 * GiB}
+    assert external == {0: 5 * GiB}
 
 
 def test_a_few_ownerless_megabytes_are_rounding() -> None:
@@ -46,14 +46,14 @@ def test_a_device_that_failed_is_not_spoken_of() -> None:
 def test_a_model_of_unknown_size_is_not_charged_twice() -> None:
     """Where the driver gives no size, the ledger's figure comes off the rest, and is not passed off as measured."""
     taken = sample(32 * GiB, {9: 2 * GiB}, unsized=(1,))
-    strangers, models = attribute(taken, {"a": [1]}, {("a", 0): 29 * GiB, ("a", 1): 7 * GiB})
-    assert (strangers, models) == ({0: 3 * GiB}, {})
+    external, models = attribute(taken, {"a": [1]}, {("a", 0): 29 * GiB, ("a", 1): 7 * GiB})
+    assert (external, models) == ({0: 3 * GiB}, {})
 
 
 def test_one_process_of_unknown_size_spoils_its_models_sum() -> None:
     """Half a footprint learnt as the whole would let the ledger promise what is not there."""
-    strangers, models = attribute(sample(32 * GiB, {1: 2 * GiB}, unsized=(2,)), {"a": [1, 2]}, {("a", 0): 31 * GiB})
-    assert (strangers, models) == ({0: 1 * GiB}, {})
+    external, models = attribute(sample(32 * GiB, {1: 2 * GiB}, unsized=(2,)), {"a": [1, 2]}, {("a", 0): 31 * GiB})
+    assert (external, models) == ({0: 1 * GiB}, {})
 
 
 def test_where_processes_are_hidden_the_ledger_is_believed() -> None:
@@ -77,8 +77,8 @@ def test_nothing_is_counted_twice(processes: dict[int, int], extra: int, owned: 
     """Models' and strangers' bytes add up to what is in use, but for a tiny rest."""
     pids = {str(number): its - frozenset().union(*owned[:number]) for number, its in enumerate(owned)}
     used = sum(processes.values()) + extra
-    strangers, models = attribute(sample(used, processes), pids)
-    assert 0 <= used - strangers[0] - sum(models.values()) <= 16 * MiB
+    external, models = attribute(sample(used, processes), pids)
+    assert 0 <= used - external[0] - sum(models.values()) <= 16 * MiB
 
 
 def test_pids_come_from_the_cgroup_and_below(tmp_path: Path) -> None:

@@ -64,9 +64,9 @@ class FakePassage:
         self.failed = failed
         self.over.set()
 
-    async def again(self, error: VllmdError) -> FakePassage:
+    async def retry(self, error: VllmdError) -> FakePassage:
         """As the gate says."""
-        return await self.gate.again(self, error)
+        return await self.gate.retry(self, error)
 
     def on_cut(self, callback: Callable[[str], None]) -> None:
         """Remember whom to tell."""
@@ -78,7 +78,7 @@ class FakeGate:
 
     def __init__(self, upstream: Listen) -> None:
         self.upstream = upstream
-        self.passages: list[FakePassage] = []
+        self.permits: list[FakePassage] = []
         self.waiting = 0
         self.left = 0
         self.entered = asyncio.Event()
@@ -96,16 +96,16 @@ class FakeGate:
             raise UnknownModel(f"no model {name!r}; there is 'm'", param="model")
         return self.target
 
-    async def again(self, passage: FakePassage, error: VllmdError) -> FakePassage:
+    async def retry(self, permit: FakePassage, error: VllmdError) -> FakePassage:
         """Where nobody listened, and to the other replicas one after another."""
         if self.replicas:
-            return await self.enter("m", "", "")
-        if not isinstance(error, Unreached) or len(self.passages) >= 20:
+            return await self.acquire("m", "", "")
+        if not isinstance(error, Unreached) or len(self.permits) >= 20:
             raise error
         await asyncio.sleep(0.01)
-        return await self.enter("m", "", "")
+        return await self.acquire("m", "", "")
 
-    async def enter(self, model: str, key: str, request_id: str, only: str = "") -> FakePassage:
+    async def acquire(self, model: str, key: str, request_id: str, only: str = "") -> FakePassage:
         """Through, once it is open."""
         self.only.append(only)
         self.waiting += 1
@@ -120,16 +120,16 @@ class FakeGate:
         if self.refusal is not None:
             raise self.refusal
         upstream, target = self.replicas.pop(0) if self.replicas else (self.upstream, None)
-        self.passages.append(FakePassage(self, upstream, target))
-        return self.passages[-1]
+        self.permits.append(FakePassage(self, upstream, target))
+        return self.permits[-1]
 
     def loading(self, model: str) -> str:
         """Always the weights."""
         return "weights"
 
     def check(self) -> None:
-        """Every passage ended exactly once."""
-        assert [len(passage.endings) for passage in self.passages] == [1] * len(self.passages)
+        """Every permit ended exactly once."""
+        assert [len(permit.endings) for permit in self.permits] == [1] * len(self.permits)
 
 
 @dataclass
@@ -351,7 +351,7 @@ class Stage:
             client.close()
         await until(lambda: not self.server.connections)
         await until(lambda: self.gate.waiting == 0)
-        await until(lambda: all(passage.endings for passage in self.gate.passages))
+        await until(lambda: all(permit.endings for permit in self.gate.permits))
         self.gate.check()
         assert self.server.buffered == 0
 

@@ -99,7 +99,7 @@ def test_a_client_that_resets_while_it_is_refused_is_let_go(monkeypatch: pytest.
             monkeypatch.setattr(connection._transport, "write_eof", not_connected)
             client.send(post() + b"GET /hello HTTP/1.1\r\nHost : vllmd\r\n\r\n")
             await until(lambda: not act.server.connections)
-            await until(lambda: act.gate.passages[0].endings)
+            await until(lambda: act.gate.permits[0].endings)
             await until(lambda: len(asyncio.all_tasks()) == 2)  # this one, and the engine's server's connection
 
     asyncio.run(play())

@@ -66,7 +66,7 @@ def test_the_engine_gets_the_body_byte_for_byte() -> None:
                 "x-request-id": "mine",
                 "content-length": str(len(body)),
             }
-            assert act.gate.passages[0].endings == [12]
+            assert act.gate.permits[0].endings == [12]
 
     asyncio.run(play())
 
@@ -260,7 +260,7 @@ def test_a_kept_connection_that_turns_out_closed_is_replaced_once() -> None:
                 client.post()
                 assert (await client.answer()).status == 200
             assert [asked.line for asked in act.engine.asked] == ["POST /v1/chat/completions HTTP/1.1"] * 3
-            assert len(act.gate.passages) == 2
+            assert len(act.gate.permits) == 2
 
     asyncio.run(play())
 
@@ -301,7 +301,7 @@ def test_who_finds_nobody_listening_waits_at_the_gate_again() -> None:
             listening, act.gate.upstream = act.gate.upstream, Listen(uds="/no/such/engine.sock")
             client = await act.client()
             client.post("/v1/completions", b'{"model":"m"}')
-            await until(lambda: len(act.gate.passages) >= 2)
+            await until(lambda: len(act.gate.permits) >= 2)
             act.gate.opened.clear()  # now it knows, and starts another
             await until(lambda: act.gate.waiting == 1)
             act.gate.upstream = listening
@@ -435,7 +435,7 @@ def test_a_client_that_leaves_frees_the_engine(script: object, leave: object) ->
                 await client.head()
             leave(act)  # type: ignore[operator]
             await soon(act.engine.ended.wait())
-            await soon(act.gate.passages[0].over.wait())
+            await soon(act.gate.permits[0].over.wait())
             assert act.relay.pool.idle() == 0
 
     asyncio.run(play())
@@ -443,7 +443,7 @@ def test_a_client_that_leaves_frees_the_engine(script: object, leave: object) ->
 
 @pytest.mark.parametrize("leave", LEAVING)
 def test_a_client_that_leaves_the_queue_is_taken_off_it(leave: object) -> None:
-    """The gate's wait is cancelled and owes no passage."""
+    """The gate's wait is cancelled and owes no permit."""
 
     async def play() -> None:
         async with stage() as act:
@@ -453,7 +453,7 @@ def test_a_client_that_leaves_the_queue_is_taken_off_it(leave: object) -> None:
             await soon(act.gate.entered.wait())
             leave(act)  # type: ignore[operator]
             await until(lambda: act.gate.left == 1)
-            assert (act.gate.passages, act.engine.asked) == ([], [])
+            assert (act.gate.permits, act.engine.asked) == ([], [])
             await until(lambda: act.ended)
             assert act.ended[0].error == "ClientGone"
 
@@ -511,7 +511,7 @@ def test_a_client_that_takes_nothing_is_cut_off_in_the_end() -> None:
             client.writer.transport.pause_reading()  # type: ignore[attr-defined]
             client.post()
             await soon(act.engine.ended.wait())
-            await soon(act.gate.passages[0].over.wait())
+            await soon(act.gate.permits[0].over.wait())
 
     asyncio.run(play())
 
@@ -528,12 +528,12 @@ def test_a_cut_request_ends(script: object, status: int) -> None:
             head = asyncio.ensure_future(client.head())
             if script is endless:
                 await head
-            act.gate.passages[0].cut("its drain limit has passed")
+            act.gate.permits[0].cut("its drain limit has passed")
             assert (await head)[0] == status
             assert not (await client.rest()).endswith(b"0\r\n\r\n") if script is endless else True
             await soon(act.engine.ended.wait())
-            await soon(act.gate.passages[0].over.wait())
-            act.gate.passages[0].cut("again")
+            await soon(act.gate.permits[0].over.wait())
+            act.gate.permits[0].cut("again")
 
     asyncio.run(play())
 
@@ -573,7 +573,7 @@ def test_a_response_is_looked_up_where_it_was_made() -> None:
             act.relay.forget("m")  # its engine has ended: to ask would start it in order to hear that it has nothing
             client.send(get("/v1/responses/resp_1"))
             assert (await client.answer("GET")).status == 404
-            assert len(act.gate.passages) == 3
+            assert len(act.gate.permits) == 3
 
     asyncio.run(play())
 
@@ -691,7 +691,7 @@ def test_a_route_that_the_model_does_not_serve_is_a_404() -> None:
             assert (await client.answer()).status == 404
             client.post("/v1/embeddings")
             assert (await client.answer()).status == 200
-            assert len(act.gate.passages) == 1
+            assert len(act.gate.permits) == 1
 
     asyncio.run(play())
 
@@ -756,7 +756,7 @@ def test_anthropics_clients_get_errors_in_anthropics_shape() -> None:
 
 
 def test_a_request_that_takes_too_long_is_answered_504() -> None:
-    """At the gate or at the engine; its passage ends and the engine's connection is closed, so it stops working."""
+    """At the gate or at the engine; its permit ends and the engine's connection is closed, so it stops working."""
 
     async def never(engine: Engine, asked: Asked, writer: asyncio.StreamWriter) -> None:
         await asyncio.Event().wait()

@@ -55,7 +55,7 @@ def test_what_failed_before_a_byte_is_answered_by_the_next(tmp_path: Path, failu
             assert (answer.status, answer.json()["model"]) == (200, "m")
             assert json.loads(other.asked[0].body)["model"] == "theirs"
             assert other.asked[0].headers["authorization"] == "Bearer hers"
-            first, second = act.gate.passages
+            first, second = act.gate.permits
             assert first.failed
             assert (second.failed, second.begun) == ("", 1)
             await act.at_rest()
@@ -72,7 +72,7 @@ def test_one_where_nobody_listens_costs_the_client_nothing(tmp_path: Path) -> No
             client = await act.client()
             client.post()
             assert (await client.answer()).status == 200
-            assert "no connection to" in act.gate.passages[0].failed
+            assert "no connection to" in act.gate.permits[0].failed
 
     asyncio.run(play())
 
@@ -106,7 +106,7 @@ def test_an_error_of_the_clients_own_is_passed_on(tmp_path: Path) -> None:
                 client.post()
                 assert (await client.answer()).status == int(status.partition(b" ")[0])
                 assert other.asked == []
-                assert act.gate.passages[0].failed == ""
+                assert act.gate.permits[0].failed == ""
 
     asyncio.run(play())
 
@@ -124,8 +124,8 @@ def test_a_stream_that_had_begun_is_broken_off(tmp_path: Path) -> None:
             with pytest.raises(asyncio.IncompleteReadError):
                 await client.chunks()
             assert other.asked == []
-            await soon(act.gate.passages[0].over.wait())
-            assert act.gate.passages[0].failed
+            await soon(act.gate.permits[0].over.wait())
+            assert act.gate.permits[0].failed
 
     asyncio.run(play())
 
@@ -142,7 +142,7 @@ def test_a_request_that_is_cut_before_its_answer_goes_elsewhere(tmp_path: Path) 
             client = await act.client()
             client.post()
             await soon(act.engine.go.wait())
-            act.gate.passages[0].cut("its replica does not answer")
+            act.gate.permits[0].cut("its replica does not answer")
             assert (await client.answer()).status == 200
             await soon(act.engine.ended.wait())
 
@@ -162,8 +162,8 @@ def test_a_client_that_leaves_is_nobodys_fault(tmp_path: Path) -> None:
             client.post()
             await soon(act.engine.go.wait())
             client.reset()
-            await soon(act.gate.passages[0].over.wait())
-            assert act.gate.passages[0].failed == ""
+            await soon(act.gate.permits[0].over.wait())
+            assert act.gate.permits[0].failed == ""
             assert other.asked == []
 
     asyncio.run(play())

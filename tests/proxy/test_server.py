@@ -74,7 +74,7 @@ def test_a_connection_accepted_just_before_the_drain_gets_its_answer() -> None:
 
 
 def test_a_drain_has_an_end() -> None:
-    """Whoever is left after the limit is cut off by ``close``, and its passage ends."""
+    """Whoever is left after the limit is cut off by ``close``, and its permit ends."""
 
     async def play() -> None:
         async with stage() as act:
@@ -119,9 +119,9 @@ def test_one_address_cannot_take_all_connections() -> None:
             assert (await (await act.client()).answer()).status == 429
             first.close()
             await until(lambda: act.server.connections == 0)
-            again = await act.client()
-            again.send(get("/hello"))
-            assert (await again.answer()).status == 200
+            retry = await act.client()
+            retry.send(get("/hello"))
+            assert (await retry.answer()).status == 200
 
     asyncio.run(play())
 

@@ -66,10 +66,10 @@ def test_bytes_pass_both_ways_until_one_side_ends(end: str) -> None:
             elif end == "client":
                 client.close()
             else:
-                act.gate.passages[0].cut("drained")
+                act.gate.permits[0].cut("drained")
                 assert await client.closed()
             await soon(echo.ended.wait())
-            await soon(act.gate.passages[0].over.wait())
+            await soon(act.gate.permits[0].over.wait())
             server.close()
             await until(lambda: not act.server.connections)
 

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from vllmd.admin.guests import Guests
-from vllmd.admin.tally import Tally
+from vllmd.admin.counters import Counters
+from vllmd.admin.runtime_models import RuntimeModels
 from vllmd.core.types import ModelView, Snapshot
 
 
@@ -36,10 +36,10 @@ class Control(Protocol):
     Whatever needs the devices or the engines waits, or raises Unavailable, while the daemon still looks for them.
     """
 
-    tally: Tally
+    counters: Counters
 
     @property
-    def guests(self) -> Guests:
+    def runtime_models(self) -> RuntimeModels:
         """Models that programs bring along."""
 
     async def opened(self) -> None:

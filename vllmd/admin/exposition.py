@@ -13,7 +13,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 import vllmd
 from vllmd.admin.control import Gauges
-from vllmd.admin.tally import Histogram, Tally
+from vllmd.admin.counters import Counters, Histogram
 from vllmd.core.types import DeviceView, ModelView, State
 
 Labels = tuple[str, ...]
@@ -21,10 +21,10 @@ STANDINGS = ("new", "serving", "resting", "slow", "ejected", "down")
 STATES = (*(state.value for state in State if state is not State.SLEEPING), "sleeping_l1", "sleeping_l2")
 
 
-def expose(tally: Tally, gauges: Gauges, accept: str) -> tuple[bytes, str]:
+def expose(counters: Counters, gauges: Gauges, accept: str) -> tuple[bytes, str]:
     """The exposition and its content type, in the format that ``accept`` prefers."""
     registry = CollectorRegistry()
-    registry.register(_Collector(tally, gauges))
+    registry.register(_Collector(counters, gauges))
     ProcessCollector(registry=registry)
     encode, content_type = choose_encoder(accept)
     return encode(registry), content_type
@@ -33,8 +33,8 @@ def expose(tally: Tally, gauges: Gauges, accept: str) -> tuple[bytes, str]:
 class _Collector:
     """prometheus_client's collector over what was counted and how things stand."""
 
-    def __init__(self, tally: Tally, gauges: Gauges) -> None:
-        self._tally = tally
+    def __init__(self, counters: Counters, gauges: Gauges) -> None:
+        self._counters = counters
         self._gauges = gauges
 
     def describe(self) -> list[Metric]:
@@ -43,7 +43,7 @@ class _Collector:
 
     def collect(self) -> Iterator[Metric]:
         """Everything."""
-        yield from _counted(self._tally)
+        yield from _counted(self._counters)
         yield from _standing(self._gauges)
         snapshot = self._gauges.snapshot
         if snapshot:
@@ -52,36 +52,38 @@ class _Collector:
             yield from _devices(snapshot.devices, self._gauges)
 
 
-def _counted(tally: Tally) -> Iterator[Metric]:
+def _counted(counters: Counters) -> Iterator[Metric]:
     model = ["model"]
     yield _counter("http_requests", "Requests by route, method and status.", ["route", "method", "code"],
-                   tally.requests)  # fmt: skip
+                   counters.requests)  # fmt: skip
     yield _histogram("http_request_duration_seconds", "From a whole request to the end of its answer.", ["route"],
-                     tally.durations)  # fmt: skip
-    yield _counter("model_requests", "Requests for a model, by status.", ["model", "code"], tally.model_requests)
+                     counters.durations)  # fmt: skip
+    yield _counter("model_requests", "Requests for a model, by status.", ["model", "code"], counters.model_requests)
     yield _histogram("model_request_duration_seconds", "The same of requests for a model.", model,
-                     tally.model_durations)  # fmt: skip
+                     counters.model_durations)  # fmt: skip
     yield _histogram("model_time_to_first_byte_seconds", "From a whole request to the first byte of its answer.",
-                     model, tally.first_bytes)  # fmt: skip
+                     model, counters.first_bytes)  # fmt: skip
     yield _histogram("model_queue_wait_seconds", "From a request's arrival to its admission, loading included.",
-                     model, tally.waits)  # fmt: skip
-    yield _counter("model_received_bytes", "Request bodies relayed to a model.", model, tally.received)
-    yield _counter("model_sent_bytes", "Answers relayed to clients, heads included.", model, tally.sent)
-    yield _counter("model_tokens", "Tokens in and out, where the answer's usage tells them.", model, tally.tokens)
-    yield _counter("errors", "Requests that ended in an error of ours, by its kind.", ["model", "kind"], tally.errors)
-    yield _counter("key_requests", "Requests by the name of their API key.", ["key"], tally.key_requests)
-    yield _counter("key_tokens", "Tokens by the name of the API key.", ["key"], tally.key_tokens)
+                     model, counters.waits)  # fmt: skip
+    yield _counter("model_received_bytes", "Request bodies relayed to a model.", model, counters.received)
+    yield _counter("model_sent_bytes", "Answers relayed to clients, heads included.", model, counters.sent)
+    yield _counter("model_tokens", "Tokens in and out, where the answer's usage tells them.", model, counters.tokens)
+    yield _counter(
+        "errors", "Requests that ended in an error of ours, by its kind.", ["model", "kind"], counters.errors
+    )
+    yield _counter("key_requests", "Requests by the name of their API key.", ["key"], counters.key_requests)
+    yield _counter("key_tokens", "Tokens by the name of the API key.", ["key"], counters.key_tokens)
     yield _histogram("model_change_duration_seconds", "Starts, wakes, sleeps and stops that succeeded.",
-                     ["model", "change"], tally.changes)  # fmt: skip
+                     ["model", "change"], counters.changes)  # fmt: skip
     yield _counter("model_failures", "Starts, wakes, sleeps that failed, and exits that nobody asked for.",
-                   ["model", "change"], tally.failures)  # fmt: skip
-    yield _counter("decisions", "What the scheduler decided.", ["model", "decision"], tally.decisions)
+                   ["model", "change"], counters.failures)  # fmt: skip
+    yield _counter("decisions", "What the scheduler decided.", ["model", "decision"], counters.decisions)
     yield _counter("replica_decisions", "Those about one of several replicas, such as eject.",
-                   ["model", "replica", "decision"], tally.replica_decisions)  # fmt: skip
+                   ["model", "replica", "decision"], counters.replica_decisions)  # fmt: skip
     yield _counter("replica_retries", "Requests that it did not answer, and that went to another replica.",
-                   ["model", "replica"], tally.retries)  # fmt: skip
+                   ["model", "replica"], counters.retries)  # fmt: skip
     yield _counter("model_departures", "Sleeps, stops and freezes by cause; exchange: evicted for another model.",
-                   ["model", "how", "cause"], tally.departures)  # fmt: skip
+                   ["model", "how", "cause"], counters.departures)  # fmt: skip
 
 
 def _standing(gauges: Gauges) -> Iterator[Metric]:
@@ -143,7 +145,7 @@ def _devices(devices: tuple[DeviceView, ...], gauges: Gauges) -> Iterator[Metric
     yield each("memory_bytes", "The device's memory.", lambda view: view.memory)
     yield each("memory_reserve_bytes", "Memory that is never promised.", lambda view: view.reserve)
     yield each("memory_promised_bytes", "Memory that is promised to models.", lambda view: view.promised)
-    yield each("memory_strangers_bytes", "Memory that others hold, as last read.", lambda view: view.strangers)
+    yield each("memory_external_bytes", "Memory that others hold, as last read.", lambda view: view.external)
     yield each("avoided", "Whether it is avoided: memory did not come back, or it cannot be read.",
                lambda view: bool(view.wedged))  # fmt: skip
     yield read("memory_used_bytes", "Memory in use by anybody, as the driver says.", gauges.used)

@@ -13,7 +13,7 @@ import os
 import time
 from typing import Any
 
-from vllmd.admin import asked
+from vllmd.admin import params
 from vllmd.admin.control import Control
 from vllmd.admin.operate import killed, process_id
 from vllmd.errors import BadRequest, Conflict, NotFound
@@ -36,15 +36,15 @@ class InstanceEndpoints:
     async def kill(self, request: Request) -> Response:
         """``DELETE /api/v1/processes/{pid}``: 404 for none, 403 for a stranger's without ``?force=true``."""
         pid = process_id(request)
-        return json_response(killed(pid, await self._control.kill(pid, force=asked.flag(request, "force"))))
+        return json_response(killed(pid, await self._control.kill(pid, force=params.flag(request, "force"))))
 
     async def start(self, request: Request) -> Response:
         """``POST /api/v1/models/start``: 202 with the ``ModelInstanceInfo`` as it begins."""
         await self._control.opened()
-        body = asked.fields(request, ["model_name", "model_type", "gpu_id", "config"])
+        body = params.fields(request, ["model_name", "model_type", "gpu_id", "config"])
         if body.get("config") not in (None, {}):
             await self._bring(request, body)
-        name, gpu = self._named(body), asked.index(body, "gpu_id")
+        name, gpu = self._named(body), params.index(body, "gpu_id")
         chosen = name if gpu is None else await self._on(name, gpu)
         if gpu is None and self._control.line(name)["state"] in UNLOADED:
             await self._control.narrow(name, None)
@@ -74,8 +74,8 @@ class InstanceEndpoints:
         With a ``gpu_id`` only the instance on that GPU; the last one to go takes the model along.
         """
         await self._control.opened()
-        body = asked.fields(request, ["model_name", "model_type", "gpu_id"])
-        name, gpu = self._named(body), asked.index(body, "gpu_id")
+        body = params.fields(request, ["model_name", "model_type", "gpu_id"])
+        name, gpu = self._named(body), params.index(body, "gpu_id")
         line = self._control.line(name)
         if line["state"] == "stopped":
             raise NotFound(f"{name} is not running", param="model_name")
@@ -105,19 +105,19 @@ class InstanceEndpoints:
 
     async def _bring(self, request: Request, body: dict[str, Any]) -> None:
         """Make the model known with the settings of the body, if nobody knows it. Raises Conflict if they differ."""
-        name, settings = asked.text(body, "model_name", "the name of a model"), body["config"]
+        name, settings = params.text(body, "model_name", "the name of a model"), body["config"]
         if not isinstance(settings, dict):
             raise BadRequest("config must be an object with settings as in vllmd.yaml(5), or null", param="config")
         if kind := self._kind(body):
             settings = {"engine": kind, **settings}
-        known = await self._control.guests.put(name, settings, trusted=request.peer.uid in (0, os.getuid()))
+        known = await self._control.runtime_models.put(name, settings, trusted=request.peer.uid in (0, os.getuid()))
         if known["differs"]:
             where = "is configured" if known["configured"] else "is in use"
             raise Conflict(f"{name} {where} with another {', '.join(known['differs'])}", param="config")
 
     def _named(self, body: dict[str, Any]) -> str:
         """The model that the body names, which is of the type that it names, if it does."""
-        name = self._control.resolve(asked.text(body, "model_name", "the name of a model"))
+        name = self._control.resolve(params.text(body, "model_name", "the name of a model"))
         engine, kind = self._control.line(name)["config"].get("engine", ""), self._kind(body)
         if kind and kind != engine:
             raise BadRequest(f"{name} is of the type {engine!r}, not {kind!r}", param="model_type")
@@ -127,7 +127,7 @@ class InstanceEndpoints:
         """The type in the body, "" without one. Raises BadRequest for one that there is not."""
         if body.get("model_type") is None:
             return ""
-        kind, types = asked.text(body, "model_type", "a kind of engine").lower(), self._control.types()
+        kind, types = params.text(body, "model_type", "a kind of engine").lower(), self._control.types()
         if kind not in types:
             raise BadRequest(f"there is no type {kind!r}; there are {', '.join(types)}", param="model_type")
         return kind

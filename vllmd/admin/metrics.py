@@ -30,7 +30,7 @@ class MetricsEndpoints:
         # The client library is a room that only whoever scrapes has to enter.
         exposition = await asyncio.to_thread(importlib.import_module, "vllmd.admin.exposition")
         accept, gauges = request.headers.get("accept"), await self._control.gauges()
-        body, content_type = exposition.expose(self._control.tally, gauges, accept)
+        body, content_type = exposition.expose(self._control.counters, gauges, accept)
         return Response(200, body, content_type)
 
     async def engines(self, request: Request) -> Response:

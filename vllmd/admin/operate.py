@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-from vllmd.admin import asked
+from vllmd.admin import params
 from vllmd.admin.control import Control
 from vllmd.errors import BadRequest, Conflict, EngineFailed, NotFound
 from vllmd.proxy.http import Request, Response, event_stream, json_response
@@ -45,7 +45,7 @@ class OperatorEndpoints:
     async def unload(self, request: Request) -> Response:
         """``POST /admin/models/{model}/unload``; ``?force=true`` breaks off its requests."""
         model = self._model(request)
-        await self._control.unload(model, force=asked.flag(request, "force"))
+        await self._control.unload(model, force=params.flag(request, "force"))
         return await self._follow(request, model)
 
     async def sleep(self, request: Request) -> Response:
@@ -62,14 +62,14 @@ class OperatorEndpoints:
     async def pin(self, request: Request) -> Response:
         """``POST /admin/models/{model}/pin`` with ``{"pinned": true}``."""
         model = self._model(request)
-        await self._control.pin(model, asked.truth(asked.fields(request, ["pinned"]), "pinned", True))
+        await self._control.pin(model, params.truth(params.fields(request, ["pinned"]), "pinned", True))
         return json_response(self._control.line(model))
 
     async def lease(self, request: Request) -> Response:
         """``POST /admin/models/{model}/lease`` with ``{"lease": NAME, "deadline_seconds": N or null}``."""
-        model, body = self._model(request), asked.fields(request, ["lease", "deadline_seconds"])
-        lease = asked.text(body, "lease", "a name of your choice, up to 200 printable characters")
-        await self._control.lease(lease, model, asked.seconds(body, "deadline_seconds"))
+        model, body = self._model(request), params.fields(request, ["lease", "deadline_seconds"])
+        lease = params.text(body, "lease", "a name of your choice, up to 200 printable characters")
+        await self._control.lease(lease, model, params.seconds(body, "deadline_seconds"))
         return json_response(self._control.line(model))
 
     async def release(self, request: Request) -> Response:
@@ -77,12 +77,12 @@ class OperatorEndpoints:
         model, lease = self._model(request), request.query.get("lease", "")
         if not lease:
             raise BadRequest("say which: ?lease=NAME", param="lease")
-        await self._control.release(lease, stop=asked.flag(request, "stop"))
+        await self._control.release(lease, stop=params.flag(request, "stop"))
         return json_response(self._control.line(model))
 
     async def probe(self, request: Request) -> Response:
         """``POST /admin/models/{model}/probe``; ``?all=true`` waits for everybody, up to ``&limit=`` seconds."""
-        limit, everybody = asked.duration(request, "limit", LONGEST_PROBE), asked.flag(request, "all")
+        limit, everybody = params.duration(request, "limit", LONGEST_PROBE), params.flag(request, "all")
         return json_response(await self._control.probe(self._model(request), limit, everybody=everybody))
 
     async def decisions(self, request: Request) -> Response:
@@ -96,15 +96,15 @@ class OperatorEndpoints:
 
     async def log(self, request: Request) -> Response:
         """``GET /admin/logs/{model}``; ``?lines=50&follow=true``. Plain text."""
-        lines = asked.number(request, "lines", 50, MOST_LINES)
-        follow = asked.flag(request, "follow") and request.method != "HEAD"
+        lines = params.number(request, "lines", 50, MOST_LINES)
+        follow = params.flag(request, "follow") and request.method != "HEAD"
         text = await _begun(self._control.log(self._model(request), lines, follow=follow))
         return Response(200, _lines(text), "text/plain; charset=utf-8", (("x-accel-buffering", "no"),))
 
     async def kill(self, request: Request) -> Response:
         """``POST /admin/processes/{pid}/kill``; ``?force=true`` a stranger on a GPU, too."""
         pid = process_id(request)
-        return json_response(killed(pid, await self._control.kill(pid, force=asked.flag(request, "force"))))
+        return json_response(killed(pid, await self._control.kill(pid, force=params.flag(request, "force"))))
 
     async def reload(self, request: Request) -> Response:
         """``POST /admin/reload``: 400 with every error if the configuration is invalid; then nothing changed."""
@@ -117,7 +117,7 @@ class OperatorEndpoints:
         """What became of it: now, when it has settled, or line by line."""
         if "application/x-ndjson" in request.headers.get("accept"):
             return Response(200, _ndjson(self._control.progress(model)), "application/x-ndjson")
-        if not asked.flag(request, "wait"):
+        if not params.flag(request, "wait"):
             return json_response(self._control.line(model), 202)
         async for line in self._control.progress(model):
             last = line

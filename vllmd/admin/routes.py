@@ -12,12 +12,12 @@ from collections.abc import Callable
 
 from vllmd.admin import schemas
 from vllmd.admin.control import Control
-from vllmd.admin.guests import add_guests
 from vllmd.admin.instances import InstanceEndpoints
 from vllmd.admin.metrics import MetricsEndpoints
 from vllmd.admin.models import ModelEndpoints
 from vllmd.admin.openapi import Documentation
 from vllmd.admin.operate import LONGEST_PROBE, OperatorEndpoints
+from vllmd.admin.runtime_models import add_guests
 from vllmd.admin.schemas import FLAG, TEXT, WAIT, answers, asks, doc, requires, streams, takes
 from vllmd.errors import VllmdError
 from vllmd.proxy.http import Request, Response
@@ -87,7 +87,7 @@ def add_operator(router: Router, control: Control) -> None:
     add("POST", "/admin/processes/{pid}/kill", audited(operator.kill), "admin", "Kill the engine that has a process",
         doc(answers("Killed"), asks(**FORCE)))  # fmt: skip
     _add_instances(router, InstanceEndpoints(control))
-    add_guests(router, control.guests, audited)
+    add_guests(router, control.runtime_models, audited)
 
 
 def _add_verbs(router: Router, operator: OperatorEndpoints) -> None:

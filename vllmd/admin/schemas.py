@@ -79,7 +79,7 @@ DEVICE = {
     "memory": COUNT,
     "reserve": COUNT,
     "promised": COUNT,
-    "strangers": COUNT,
+    "external": COUNT,
     "wedged": TEXT,
 }
 DECISION = {"at": NUMBER, "what": TEXT, "model": TEXT, "why": TEXT, "numbers": {"type": "object"}}

@@ -76,12 +76,12 @@ class PrivateDaemon:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self, fds: list[int]) -> subprocess.Popen[bytes]:
-        script, handed_on = str(Path(__file__).with_name("tether.py")), ",".join(map(str, fds))
-        tether = [script, str(os.getpid()), str(self._folder), handed_on]
+        script, handed_on = str(Path(__file__).with_name("parent_watch.py")), ",".join(map(str, fds))
+        parent_watch = [script, str(os.getpid()), str(self._folder), handed_on]
         serve = ["vllmd", "--config", str(self._folder / "vllmd.yaml")]
         with (self._folder / "log").open("wb") as log:
             return subprocess.Popen(
-                [sys.executable, "-P", *tether, *serve],
+                [sys.executable, "-P", *parent_watch, *serve],
                 env=_environment(len(fds)),
                 pass_fds=fds,
                 stdin=subprocess.DEVNULL,
@@ -105,7 +105,7 @@ def _environment(sockets: int) -> dict[str, str]:
     return env
 
 
-class Household:
+class PrivateDaemons:
     """The one private daemon of this process, for as long as somebody uses it."""
 
     def __init__(self) -> None:
@@ -131,4 +131,4 @@ class Household:
                     daemon.stop()
 
 
-HOUSEHOLD = Household()
+HOUSEHOLD = PrivateDaemons()

@@ -16,10 +16,10 @@ from urllib.parse import urlsplit
 
 from vllmd.client import locate
 from vllmd.client.address import Address
-from vllmd.client.doorway import Doorway
 from vllmd.client.engine_args import VLLMEngineArgs
 from vllmd.client.errors import TimedOut, Unreachable
 from vllmd.client.holding import Holding
+from vllmd.client.port_forwarder import PortForwarder
 from vllmd.client.private import HOUSEHOLD, PrivateDaemon
 from vllmd.client.sync import Client
 from vllmd.errors import Conflict, EngineFailed, Unavailable, VllmdError
@@ -75,7 +75,7 @@ class ServerManager:
         self._private: PrivateDaemon | None = None
         self._client: Client | None = None
         self._holding: Holding | None = None
-        self._doorway: Doorway | None = None
+        self._doorway: PortForwarder | None = None
         self._listen: list[str] = []
         self._lock = threading.RLock()
         self._owner = os.getpid()
@@ -246,7 +246,7 @@ class ServerManager:
         """Answer at the port that was asked for, too."""
         port = self.engine_args.arguments.get("port")
         if port is not None and self._doorway is None:
-            self._doorway = Doorway(int(port), self._target())
+            self._doorway = PortForwarder(int(port), self._target())
             self._say(f"answers at port {port}")
 
     def _target(self) -> tuple[str, int]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from vllmd.config.kinds import show_duration, show_size
 from vllmd.config.nodes import Where
 from vllmd.config.types import Config, ModelConfig
+from vllmd.config.value_types import show_duration, show_size
 
 Finding = tuple[Where, str, str]
 MEMORY_FLAGS = ("--gpu-memory-utilization", "--mem-fraction-static")  # of vLLM and SGLang

@@ -17,13 +17,13 @@ from typing import Any
 
 from vllmd.config import checks, secrets
 from vllmd.config.findings import Findings, Problem, Reading
-from vllmd.config.kinds import HOST, PORT, TEXT, Kind, Wrong
 from vllmd.config.nodes import Node, Where, overlay
 from vllmd.config.settings import AUTH, COMBINED, DEFAULTS, DEVICE, IDLE, KEY, MODEL, REPLICA, ROOT, SERVER, Group
 from vllmd.config.shape import Shape
 from vllmd.config.sources import Files, command_line, default_file, environment
 from vllmd.config.trees import join, listen_of, overlay_layer
 from vllmd.config.types import AuthConfig, Config, DeviceConfig, KeyConfig, ModelConfig, ServerConfig
+from vllmd.config.value_types import HOST, PORT, TEXT, Kind, Wrong
 from vllmd.core.types import IdleRules
 from vllmd.errors import ConfigError
 

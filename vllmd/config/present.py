@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from vllmd.config import kinds
+from vllmd.config import value_types
 from vllmd.config.loader import Reading
 from vllmd.config.nodes import Where
 from vllmd.config.settings import DEFAULTS, MODEL, ROOT, SHARES, Group, Setting, default
@@ -88,7 +88,7 @@ def written(row: Setting, value: Any) -> str:
     """A value as it would stand in the file."""
     kind = row.kind
     assert not isinstance(kind, Group)
-    if kind is kinds.MAPPINGS:
+    if kind is value_types.MAPPINGS:
         value = tuple(map(hidden, value))
     if row.name == "options":
         value = hidden(value)
@@ -98,8 +98,8 @@ def written(row: Setting, value: Any) -> str:
         return json.dumps(list(value) if isinstance(value, tuple) else dict(value), ensure_ascii=False, default=str)
     if value is None:
         return kind.none
-    if kind is kinds.SHARE:
-        return kinds.show_size(value) if isinstance(value, int) else f"{value:g}"
+    if kind is value_types.SHARE:
+        return value_types.show_size(value) if isinstance(value, int) else f"{value:g}"
     text = kind.show(value)
     return text if kind.show is not str or isinstance(value, int | float) else key(text)
 

@@ -11,8 +11,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from typing import Any
 
-from vllmd.config import kinds as k
-from vllmd.config.kinds import Kind
+from vllmd.config import value_types as k
 from vllmd.config.nodes import Node
 from vllmd.config.types import (
     AuthConfig,
@@ -26,6 +25,7 @@ from vllmd.config.types import (
     ScopeLimits,
     ServerConfig,
 )
+from vllmd.config.value_types import Kind
 from vllmd.core.types import IdleRules, WhenFree
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from vllmd.config.findings import Findings
-from vllmd.config.kinds import shown
 from vllmd.config.nodes import Node
 from vllmd.config.settings import DEFAULTS, LEGACY, LEGACY_SECTIONS, MODEL, ROOT, Group, Setting
 from vllmd.config.trees import find, join, put
+from vllmd.config.value_types import shown
 
 
 class Shape:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vllmd.config.findings import Findings
-from vllmd.config.kinds import shown
 from vllmd.config.nodes import Node, Where, compose, from_plain, from_text
 from vllmd.config.settings import LEGACY, LEGACY_SECTIONS, ROOT, flags, variables
 from vllmd.config.trees import put
+from vllmd.config.value_types import shown
 
 
 def default_file(env: Mapping[str, str] = os.environ) -> Path:

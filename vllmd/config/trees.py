@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from vllmd.config.kinds import loopback
 from vllmd.config.nodes import Node, overlay
 from vllmd.config.settings import DEFAULTS
+from vllmd.config.value_types import loopback
 
 
 def join(path: str, name: str) -> str:

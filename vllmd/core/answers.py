@@ -85,7 +85,7 @@ class Answers:
     def sampled(self, e: MemorySampled) -> None:
         """NVML's word corrects the ledger; a device that could not be read keeps its last figures."""
         core = self._core
-        core.fleet.ledger.strangers({i: size for i, size in e.strangers.items() if i not in e.failed}, core.now)
+        core.fleet.ledger.external({i: size for i, size in e.external.items() if i not in e.failed}, core.now)
         core.fleet.ledger.unread(e.failed)
         shares: dict[str, dict[int, int]] = {}
         for (name, index), size in e.models.items():

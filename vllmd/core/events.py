@@ -182,7 +182,7 @@ class ProbeAsked:
 class MemorySampled:
     """NVML's word, bytes: per device index what strangers hold, and per (model, index) what its processes hold."""
 
-    strangers: Mapping[int, int]
+    external: Mapping[int, int]
     models: Mapping[tuple[str, int], int]
     failed: Mapping[int, str] = field(default_factory=dict)  # devices that could not be read, and why
 

@@ -156,7 +156,7 @@ class Exchanges:
     def _short(self, index: int, need: int | None) -> str:
         account = self.fleet.ledger.accounts[index]
         if need is None:
-            return f"others do not leave device {index} free: strangers hold {gib(account.strangers)} there"
+            return f"others do not leave device {index} free: strangers hold {gib(account.external)} there"
         return f"device {index} has {gib(account.free)} of {gib(need)} needed"
 
     def claims(self) -> dict[int, Claim]:

@@ -16,20 +16,20 @@ from vllmd.core.types import Device, GiB
 class Account:
     """One device: what it has, what models were promised, and what others hold."""
 
-    __slots__ = ("capacity", "device", "looked", "missing", "promised", "strangers")
+    __slots__ = ("capacity", "device", "external", "looked", "missing", "promised")
 
     def __init__(self, device: Device) -> None:
         self.device = device
         self.capacity = device.memory - device.reserve  # what can ever be promised
         self.promised = 0
-        self.strangers = 0
+        self.external = 0
         self.looked: float | None = None  # when strangers were last read; None: nobody reads them
         self.missing = 0  # bytes that did not come back after a stop: the device is wedged
 
     @property
     def free(self) -> int:
         """What can be promised now; negative when strangers or measurements took more than was left."""
-        return self.capacity - self.promised - self.strangers
+        return self.capacity - self.promised - self.external
 
     @property
     def wedged(self) -> str:
@@ -87,14 +87,14 @@ class Ledger:
         """Host bytes that ``model`` could have, what it keeps already included."""
         return self.host_budget - self.host_promised + self._host.get(model, 0)
 
-    def strangers(self, held: Mapping[int, int], now: float) -> None:
+    def external(self, held: Mapping[int, int], now: float) -> None:
         """Take NVML's word for what strangers hold; what cannot be (negative, more than there is) is cut to size."""
         for index, size in held.items():
             account = self.accounts.get(index)
             if account:
                 account.looked = now
-                account.strangers = min(max(0, size), account.device.memory)
-                if account.strangers < account.missing // 2:
+                account.external = min(max(0, size), account.device.memory)
+                if account.external < account.missing // 2:
                     account.missing = 0
 
     def unread(self, indices: Iterable[int]) -> None:
@@ -108,7 +108,7 @@ class Ledger:
         for index, size in missing.items():
             if index in self.accounts and size > 0:
                 self.accounts[index].missing = size
-                self.accounts[index].strangers = max(self.accounts[index].strangers, size)
+                self.accounts[index].external = max(self.accounts[index].external, size)
 
 
 def gib(size: float) -> str:

@@ -201,7 +201,7 @@ class DeviceView:
     memory: int
     reserve: int
     promised: int  # what the ledger has promised to models
-    strangers: int  # memory held by others, as last sampled
+    external: int  # memory held by others, as last sampled
     wedged: str  # why it is avoided; "" if it is not
 
 

@@ -40,7 +40,7 @@ def others_on(a: Account, room: Mapping[int, int]) -> int:
 
 def room_beside_kept(ledger: Ledger, models: Iterable[Model]) -> dict[int, int]:
     """Bytes per device that neither strangers nor models that must stay hold; none on a wedged device."""
-    room = {index: a.capacity - a.strangers for index, a in ledger.accounts.items()}
+    room = {index: a.capacity - a.external for index, a in ledger.accounts.items()}
     for m in models:
         if m.kept:
             for index, share in ledger.held(m.name).items():
@@ -124,7 +124,7 @@ def _reason(m: Model, a: Account, others: int, since: float) -> str:
         return f"device {index} is yet to be looked at"
     if size_there(m, a, others) is not None:
         return ""
-    kept = others - a.strangers
-    holders = [f"strangers hold {gib(a.strangers)}"] * (a.strangers > 0)
+    kept = others - a.external
+    holders = [f"strangers hold {gib(a.external)}"] * (a.external > 0)
     holders += [f"models that stay hold {gib(kept)}"] * (kept > 0)
     return f"{' and '.join(holders)} on device {index}, {_free(a, others):.3f} is free"

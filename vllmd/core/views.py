@@ -26,7 +26,7 @@ def snapshot(core: Core, now: float) -> Snapshot:
 
 
 def _device(a: Account) -> DeviceView:
-    return DeviceView(a.device.index, a.device.memory, a.device.reserve, a.promised, a.strangers, a.wedged)
+    return DeviceView(a.device.index, a.device.memory, a.device.reserve, a.promised, a.external, a.wedged)
 
 
 def _model(core: Core, m: Model, now: float) -> ModelView:
@@ -89,9 +89,7 @@ def _waiting_for_room(fleet: Fleet, exchanges: Exchanges, m: Model) -> str:
         return f"{holder}, which is {exchanges.models[holder].state.value.replace('_', ' ')}"
     accounts = fleet.ledger.accounts.values()
     wedged = [f"device {a.device.index} is avoided: {a.wedged}" for a in accounts if a.missing]
-    taken = [
-        f"strangers hold {gib(a.strangers)} on device {a.device.index}" for a in accounts if a.strangers > a.missing
-    ]
+    taken = [f"strangers hold {gib(a.external)} on device {a.device.index}" for a in accounts if a.external > a.missing]
     kept = [other.name for other in exchanges.models.values() if other.kept and other.loaded and other is not m]
     room = f"room beside {', '.join(kept)} (leased or pinned)" if kept else "room"
     return "; ".join([room, *wedged, *taken])

@@ -10,7 +10,7 @@
     keys        who may what: keys, scopes, the admin socket
     meters      what each key has used, and its limits
     loop        the inbox: events to the core, its commands to whoever does them
-    turnstile   the proxy's gate: one arrival, one ending, whatever happens between
+    admission gate   the proxy's gate: one arrival, one ending, whatever happens between
     fleet       engines: start, wake, sleep, stop, each a task that posts its event
       orders      what a start needs: place, launch, the order to the launcher
       sleeps      to sleep and awake again, by the engine's own calls

@@ -20,8 +20,8 @@ from vllmd.config.types import ModelConfig
 from vllmd.core import events
 from vllmd.core.types import Placement, State
 from vllmd.daemon.calls import ask
-from vllmd.daemon.fleet import Fleet
-from vllmd.daemon.member import Member, fingerprint
+from vllmd.daemon.engine_manager import EngineManager
+from vllmd.daemon.engine_process import EngineProcess, fingerprint
 from vllmd.engines.base import Engine, Listen
 from vllmd.engines.unusable import Unusable
 from vllmd.errors import ConfigError, VllmdError
@@ -39,7 +39,7 @@ STRAY_LIMIT = 5.0  # seconds that everybody waits for engines to end that nobody
 class Found:
     """A running engine and the state it turned out to be in; ``state`` None: it has to go."""
 
-    member: Member
+    process: EngineProcess
     state: State | None
     level: int = 0
     idle: float = 0.0
@@ -47,41 +47,41 @@ class Found:
 
 
 async def adopt_all(
-    fleet: Fleet,
+    engine_manager: EngineManager,
     running: list[Running],
     models: Mapping[str, ModelConfig],
     engine_of: Callable[[ModelConfig], Engine],
     post: Callable[[events.Event], None],
 ) -> None:
     """Adopt what can be adopted and end the rest, all at once; returns when every engine is accounted for."""
-    strays = await asyncio.gather(*(_adopt(fleet, one, models, engine_of, post) for one in running))
-    ending = [fleet.spawn(fleet.end_stray(stray)) for stray in strays if stray]
+    unmanaged = await asyncio.gather(*(_adopt(engine_manager, one, models, engine_of, post) for one in running))
+    ending = [engine_manager.spawn(engine_manager.end_unmanaged(unmanaged)) for unmanaged in unmanaged if unmanaged]
     if ending:
         await asyncio.wait(ending, timeout=STRAY_LIMIT)
 
 
 async def _adopt(
-    fleet: Fleet,
+    engine_manager: EngineManager,
     running: Running,
     models: Mapping[str, ModelConfig],
     engine_of: Callable[[ModelConfig], Engine],
     post: Callable[[events.Event], None],
-) -> Member | None:
+) -> EngineProcess | None:
     """Take one over; returns it if it has to go instead."""
     found = await examine(running, models, engine_of)
-    member = found.member
-    why = found.why or ("" if fleet.has_devices(member.placement) else "its device is not there any more")
-    if found.state is None or why or member.model.name in fleet.members:
+    process = found.process
+    why = found.why or ("" if engine_manager.has_devices(process.placement) else "its device is not there any more")
+    if found.state is None or why or process.model.name in engine_manager.processes:
         why = why or "it is a second one of its model"
-        log.warning("%s: stopping an engine left by an earlier daemon: %s", member.model.name, why)
-        return member
-    fleet.adopt(member)
-    if member.model.log_file and found.state is not State.STARTING:
-        fleet.spawn(fleet.follow(member, RECENT_LOG))
-    log.info("%s: adopted pid %d, %s", member.model.name, running.pid, found.state.value)
-    post(events.EngineAdopted(member.model.name, member.placement, found.state, found.level, found.idle))
+        log.warning("%s: stopping an engine left by an earlier daemon: %s", process.model.name, why)
+        return process
+    engine_manager.adopt(process)
+    if process.model.log_file and found.state is not State.STARTING:
+        engine_manager.spawn(engine_manager.follow(process, RECENT_LOG))
+    log.info("%s: adopted pid %d, %s", process.model.name, running.pid, found.state.value)
+    post(events.EngineAdopted(process.model.name, process.placement, found.state, found.level, found.idle))
     if found.state is State.STARTING:
-        fleet.resume_start(member)
+        engine_manager.resume_start(process)
     return None
 
 
@@ -94,61 +94,61 @@ async def examine(
     if model is None:
         return Found(_stranger(running), None, why="its model is no longer configured")
     try:
-        member, level = _member(running, model, engine_of(model)), int(noted.get("level") or 0)
+        process, level = _member(running, model, engine_of(model)), int(noted.get("level") or 0)
     except (KeyError, TypeError, ValueError) as error:
         return Found(_stranger(running), None, why=f"its notes are unreadable ({type(error).__name__}: {error})")
     if running.ending:
-        return Found(member, None, why="it is ending already")
-    if member.fingerprint != fingerprint(model):
-        return Found(member, None, why="its model's settings have changed")
-    return await _resolve(member, noted, level)
+        return Found(process, None, why="it is ending already")
+    if process.fingerprint != fingerprint(model):
+        return Found(process, None, why="its model's settings have changed")
+    return await _resolve(process, noted, level)
 
 
-async def _resolve(member: Member, noted: Mapping[str, str], level: int) -> Found:
+async def _resolve(process: EngineProcess, noted: Mapping[str, str], level: int) -> Found:
     """Compare what was noted with what the engine says."""
-    idle, tells = _idle(noted), member.engine.asleep() is not None
+    idle, tells = _idle(noted), process.engine.asleep() is not None
     match noted.get("state"):
         case "starting":
-            return Found(member, State.STARTING)
+            return Found(process, State.STARTING)
         case "ready":
-            return await _expect(member, Found(member, State.READY, 0, idle), asleep=False)
+            return await _expect(process, Found(process, State.READY, 0, idle), asleep=False)
         case "sleeping" if not tells:  # it was asleep, and nobody but us wakes it
-            return await _expect(member, Found(member, State.SLEEPING, level, idle), asleep=False)
+            return await _expect(process, Found(process, State.SLEEPING, level, idle), asleep=False)
         case "sleeping" | "falling_asleep" if tells:
-            return await _expect(member, Found(member, State.SLEEPING, level, idle), asleep=True)
+            return await _expect(process, Found(process, State.SLEEPING, level, idle), asleep=True)
         case "waking" if tells and level == 1:
-            return await _expect(member, Found(member, State.READY, 0, idle), asleep=False)
+            return await _expect(process, Found(process, State.READY, 0, idle), asleep=False)
         case state:
-            return Found(member, None, why=f"it was left {state}, at level {level}")
+            return Found(process, None, why=f"it was left {state}, at level {level}")
 
 
-async def _expect(member: Member, found: Found, *, asleep: bool) -> Found:
+async def _expect(process: EngineProcess, found: Found, *, asleep: bool) -> Found:
     """``found`` once the engine confirms it, within the limit; else it has to go."""
     said: object = None
     for _ in range(round(RESOLVE_LIMIT / RESOLVE_POLL)):
-        said = await _is_asleep(member)
+        said = await _is_asleep(process)
         if said is asleep:
-            member.ready_after = 0.0
+            process.ready_after = 0.0
             return found
         await asyncio.sleep(RESOLVE_POLL)
-    return Found(member, None, why=f"expected it {'asleep' if asleep else 'awake'}, it said {said}")
+    return Found(process, None, why=f"expected it {'asleep' if asleep else 'awake'}, it said {said}")
 
 
-async def _is_asleep(member: Member) -> object:
+async def _is_asleep(process: EngineProcess) -> object:
     """True or False as the engine says; False for one that cannot be asked, but lives."""
-    probe = member.engine.asleep() or member.engine.alive(member.model)
+    probe = process.engine.asleep() or process.engine.alive(process.model)
     try:
-        status, _, body = await ask(member.listen, probe)
+        status, _, body = await ask(process.listen, probe)
         if status != probe.expect:
             return f"status {status}"
-        return json.loads(body)["is_sleeping"] if member.engine.asleep() else False
+        return json.loads(body)["is_sleeping"] if process.engine.asleep() else False
     except (OSError, VllmdError, ValueError, KeyError) as error:
         return f"{type(error).__name__}: {error}"
 
 
-def _member(running: Running, model: ModelConfig, engine: Engine) -> Member:
+def _member(running: Running, model: ModelConfig, engine: Engine) -> EngineProcess:
     noted: Mapping[str, Any] = running.metadata
-    member = Member(
+    process = EngineProcess(
         model=model,
         engine=engine,
         instance=running.instance,
@@ -157,25 +157,25 @@ def _member(running: Running, model: ModelConfig, engine: Engine) -> Member:
         fingerprint=noted["fingerprint"],
         running=running,
     )
-    _take_ending(member, noted)
-    return member
+    _take_ending(process, noted)
+    return process
 
 
-def _take_ending(member: Member, noted: Mapping[str, str]) -> None:
+def _take_ending(process: EngineProcess, noted: Mapping[str, str]) -> None:
     """How it is to be ended, as noted at its start."""
     if "ending" in noted:
-        stop, member.stop_signal, member.self_managed = json.loads(noted["ending"])
-        member.stop = tuple(stop)
+        stop, process.stop_signal, process.self_managed = json.loads(noted["ending"])
+        process.stop = tuple(stop)
 
 
-def _stranger(running: Running) -> Member:
+def _stranger(running: Running) -> EngineProcess:
     """Enough of a member to end an engine that is not ours any more."""
     name = running.metadata.get("model", running.instance)
     engine = Unusable(ConfigError(f"{name} is not configured"))
-    member = Member(ModelConfig(name), engine, running.instance, Listen(), Placement(), "", running)
+    process = EngineProcess(ModelConfig(name), engine, running.instance, Listen(), Placement(), "", running)
     with contextlib.suppress(ValueError, TypeError):
-        _take_ending(member, running.metadata)
-    return member
+        _take_ending(process, running.metadata)
+    return process
 
 
 def _idle(noted: Mapping[str, str]) -> float:

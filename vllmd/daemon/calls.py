@@ -11,12 +11,12 @@ from dataclasses import replace
 from typing import Any
 
 from vllmd.config.types import ReplicaConfig
-from vllmd.daemon.member import Member, of
+from vllmd.daemon.engine_process import EngineProcess, of
 from vllmd.engines.base import Call, Listen
 from vllmd.errors import VllmdError
 from vllmd.proxy.upstream import Unreached, request
 
-log = logging.getLogger("vllmd.fleet")
+log = logging.getLogger("vllmd.engines")
 
 PROBE_ANSWERED = frozenset({200, 400, 404, 405, 422})
 COMPLETION_LIMIT = 120.0  # seconds for a short completion of our own
@@ -36,21 +36,21 @@ async def answers(listen: Listen, probe: Call) -> bool:
     return status == probe.expect
 
 
-async def call_all(member: Member, calls: Iterable[Call]) -> str:
+async def call_all(process: EngineProcess, calls: Iterable[Call]) -> str:
     """Carry out the calls in order; the first that fails ends it with what went wrong."""
     for step in calls:
-        failure = await call(member, step)
+        failure = await call(process, step)
         if failure and not step.optional:
             return failure
         if failure:
-            log.warning("%s: %s (passed over)", member.model.name, failure, extra=of(member))
+            log.warning("%s: %s (passed over)", process.model.name, failure, extra=of(process))
     return ""
 
 
-async def call(member: Member, step: Call) -> str:
+async def call(process: EngineProcess, step: Call) -> str:
     """Make the call; what went wrong, or "" if nothing did."""
     try:
-        answer = await _while_it_lives(member, step)
+        answer = await _while_it_lives(process, step)
     except VllmdError as error:  # which says what was called
         return error.message
     except OSError as error:
@@ -64,10 +64,10 @@ async def call(member: Member, step: Call) -> str:
     return f"{step.method} {step.path} answered {status} instead of {step.expect}: {said}"
 
 
-async def _while_it_lives(member: Member, step: Call) -> tuple[int, bytes] | None:
+async def _while_it_lives(process: EngineProcess, step: Call) -> tuple[int, bytes] | None:
     """The status and the body of the answer; None if the engine died before. Raises UpstreamFailed, OSError."""
-    answer = asyncio.ensure_future(ask(member.listen, step))
-    gone = asyncio.ensure_future(member.exited.wait())
+    answer = asyncio.ensure_future(ask(process.listen, step))
+    gone = asyncio.ensure_future(process.exited.wait())
     try:
         await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
@@ -79,18 +79,18 @@ async def _while_it_lives(member: Member, step: Call) -> tuple[int, bytes] | Non
         gone.cancel()
 
 
-async def asked(member: Member, limit: float) -> tuple[float | None, str]:
+async def asked(process: EngineProcess, limit: float) -> tuple[float | None, str]:
     """Ask a replica its probe: the seconds that it took, or None and why it failed.
 
     It is answered also where the engine says that it does not serve such questions: it lives, and is as fast. Not
     where it does not know the model: it would say so to every client.
     """
-    began, rules = time.monotonic(), member.model.replicas or ReplicaConfig()
+    began, rules = time.monotonic(), process.model.replicas or ReplicaConfig()
     message = rules.probe or ReplicaConfig().probe or ""
-    body = probe_body(rules.probe_route, member.engine.served_name(member.model), message)
-    question = Call("POST", rules.probe_route, body, timeout=limit, headers=tuple(member.engine.headers()))
+    body = probe_body(rules.probe_route, process.engine.served_name(process.model), message)
+    question = Call("POST", rules.probe_route, body, timeout=limit, headers=tuple(process.engine.headers()))
     try:
-        answer = await _while_it_lives(member, question)
+        answer = await _while_it_lives(process, question)
     except (OSError, VllmdError) as error:
         return None, str(error) or type(error).__name__
     if answer is None:
@@ -127,11 +127,11 @@ def probe_body(route: str, model: str, message: str) -> dict[str, Any]:
     return {"model": model, "input": message}
 
 
-async def looked_at(member: Member, limit: float) -> tuple[str, bool]:
+async def looked_at(process: EngineProcess, limit: float) -> tuple[str, bool]:
     """Whether a server that is not ours is there: what went wrong ("" if nothing), and whether nobody listened."""
-    look = replace(member.engine.alive(member.model), timeout=limit)
+    look = replace(process.engine.alive(process.model), timeout=limit)
     try:
-        status, _, _ = await ask(member.listen, look)
+        status, _, _ = await ask(process.listen, look)
     except Unreached as error:
         return error.message, True
     except (OSError, VllmdError) as error:
@@ -139,20 +139,20 @@ async def looked_at(member: Member, limit: float) -> tuple[str, bool]:
     return "" if status == look.expect else f"{look.method} {look.path} answered {status}", False
 
 
-async def is_busy(member: Member, probe: Call) -> bool:
+async def is_busy(process: EngineProcess, probe: Call) -> bool:
     """Whether a list of the answer is not empty; an engine that does not answer has nothing to finish."""
     try:
-        status, _, body = await ask(member.listen, probe)
+        status, _, body = await ask(process.listen, probe)
         answer = json.loads(body) if status == probe.expect else {}
     except (OSError, VllmdError, ValueError):
         return False
     return isinstance(answer, dict) and any(isinstance(value, list) and value for value in answer.values())
 
 
-async def complete(member: Member, body: dict[str, Any]) -> str | None:
+async def complete(process: EngineProcess, body: dict[str, Any]) -> str | None:
     """The text of a completion; None if it failed."""
     try:
-        status, _, answer = await request(member.listen, "POST", "/v1/completions", body, timeout=COMPLETION_LIMIT)
+        status, _, answer = await request(process.listen, "POST", "/v1/completions", body, timeout=COMPLETION_LIMIT)
         return str(json.loads(answer)["choices"][0]["text"]) if status == 200 else None
     except (OSError, VllmdError, ValueError, LookupError):
         return None

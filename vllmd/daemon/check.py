@@ -10,10 +10,10 @@ from pathlib import Path
 
 from vllmd.config.replicas import engines_of, is_this_host, meant_here
 from vllmd.config.types import Config
-from vllmd.daemon.kinds import Kinds
-from vllmd.daemon.opening import find_devices, hf_home
+from vllmd.daemon.engine_resolver import EngineResolver
 from vllmd.daemon.preflight import Machine, doubtful, look, wrong
-from vllmd.daemon.service import Surroundings
+from vllmd.daemon.service import RuntimeEnvironment
+from vllmd.daemon.startup import find_devices, hf_home
 from vllmd.engines.facts import size
 
 EX_CONFIG = 78
@@ -26,7 +26,7 @@ def check(config: Config, environment: Mapping[str, str]) -> int:
     config, elsewhere = meant_here(config, is_this_host)
     for name in elsewhere:
         print(f"{name} is left out: it is meant for another machine", file=sys.stderr)
-    prospects = look(engines_of(config.models).values(), machine, Kinds(quiet=True))
+    prospects = look(engines_of(config.models).values(), machine, EngineResolver(quiet=True))
     for warning in [*config.warnings, *doubtful(prospects, machine)]:
         print(f"warning: {warning}", file=sys.stderr)
     mistakes = wrong(prospects)
@@ -46,7 +46,7 @@ def _machine(config: Config, environment: Mapping[str, str]) -> Machine:
     """This machine as the daemon will find it: of a root without further words, the system's own daemon."""
     root = os.geteuid() == 0
     home = environment.get("VLLMD_ENGINE_HOME") or (SYSTEM_HOME if root and SYSTEM_HOME.is_dir() else None)
-    around = Surroundings(home=Path(home) if home else None, environment=environment)
+    around = RuntimeEnvironment(home=Path(home) if home else None, environment=environment)
     run_dir = config.engines.run_dir or Path(environment.get("VLLMD_ENGINE_RUN_DIR") or SYSTEM_RUN_DIR)
     devices = asyncio.run(find_devices(config, environment))
     return Machine(devices.inventory(), hf_home(around), run_dir)

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import vllmd
 from vllmd.admin.control import Gauges
-from vllmd.admin.tally import Tally
+from vllmd.admin.counters import Counters
 from vllmd.core import events
 from vllmd.core.types import Decision, ModelSpec, ModelView, Snapshot, State
 from vllmd.daemon.discovery import hf_home
-from vllmd.daemon.guests import Guests
 from vllmd.daemon.instances import Instances
-from vllmd.daemon.portrait import about, card, health, line, state_of
 from vllmd.daemon.probing import probe
 from vllmd.daemon.processes import gpus, kill
 from vllmd.daemon.roster import degraded, serves
+from vllmd.daemon.runtime_models import RuntimeModels
+from vllmd.daemon.serializers import about, card, health, line, state_of
 from vllmd.errors import BadRequest, Conflict, Unavailable, UnknownModel, UpstreamFailed, VllmdError
 from vllmd.proxy.upstream import request
 
@@ -54,8 +54,8 @@ class DaemonControl:
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
-        self.tally = Tally()
-        self.guests = Guests(daemon)
+        self.counters = Counters()
+        self.runtime_models = RuntimeModels(daemon)
         self.instances = Instances(daemon)
         self._files: dict[str, str] | None = None  # repository -> kind of model, once asked for
         self._watchers: set[asyncio.Queue[dict[str, Any]]] = set()
@@ -72,8 +72,8 @@ class DaemonControl:
         """The core's own words; None until the daemon has found its devices and engines."""
         if not self._daemon.opened.is_set():
             return None
-        heart = self._daemon.heart
-        return heart.scheduler.snapshot(heart.now())
+        dispatcher = self._daemon.dispatcher
+        return dispatcher.scheduler.snapshot(dispatcher.now())
 
     async def models(self) -> list[dict[str, Any]]:
         """Every model for ``/v1/models``."""
@@ -89,7 +89,7 @@ class DaemonControl:
 
     def cache(self) -> Path:
         """The engines' HF_HOME."""
-        around, engines = self._daemon.surroundings, self._daemon.config.engines
+        around, engines = self._daemon.runtime, self._daemon.config.engines
         return hf_home(around.environment, engines.home or around.home)
 
     def health(self) -> dict[str, Any]:
@@ -109,8 +109,8 @@ class DaemonControl:
             "policy": daemon.config.policy,
             "opened": snapshot is not None,
             "configuration": {"files": [str(path) for path in daemon.config.files], "error": daemon.broken},
-            "requests": daemon.turnstile.open,
-            "connections": daemon.doors.connections,
+            "requests": daemon.admission_gate.open,
+            "connections": daemon.listeners.connections,
         }
         if snapshot is None:
             return {**about, "backend": "", "source": "", "devices": [], "models": [],
@@ -135,8 +135,13 @@ class DaemonControl:
         return {**self._line(view, engine), "config": self._about(view.name), **told}
 
     def _line(self, view: ModelView, engine: str) -> dict[str, Any]:
-        fleet = self._daemon.fleet
-        found = line(view, self._daemon.engines.get(engine), fleet.members.get(engine), fleet.last_start.get(engine))
+        engine_manager = self._daemon.engine_manager
+        found = line(
+            view,
+            self._daemon.engines.get(engine),
+            engine_manager.processes.get(engine),
+            engine_manager.last_start.get(engine),
+        )
         return {**found, "replicas": [], "serving": int(view.state is State.READY), "degraded": False}
 
     def _about(self, model: str) -> dict[str, Any]:
@@ -181,15 +186,15 @@ class DaemonControl:
     async def gauges(self) -> Gauges:
         """How things stand; the devices are read for it, if they answer soon."""
         daemon, snapshot = self._daemon, self.snapshot()
-        now = Gauges(snapshot, daemon.doors.connections, daemon.turnstile.open, valid=not daemon.broken)
+        now = Gauges(snapshot, daemon.listeners.connections, daemon.admission_gate.open, valid=not daemon.broken)
         if snapshot is None:
             return now
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(daemon.memory.sample(), SCRAPE_SAMPLE)
-        sample, fleet = daemon.memory.last, daemon.fleet
+        sample, engine_manager = daemon.memory.last, daemon.engine_manager
         devices = sample.devices if sample and daemon.memory.readable else {}
         snapshot, starts = self.snapshot(), dict[str, float]()
-        for engine, seconds in fleet.last_start.items():
+        for engine, seconds in engine_manager.last_start.items():
             model, _ = daemon.roster.labels(engine)
             starts[model] = max(seconds, starts.get(model, 0.0))  # of several replicas the slowest one's
         return replace(
@@ -209,17 +214,17 @@ class DaemonControl:
 
     async def scrape(self, model: str) -> bytes:
         """The engine's own metrics."""
-        member = self._opened().fleet.members.get(self._only(model))
-        if member is None or member.ready_after is None:
+        process = self._opened().engine_manager.processes.get(self._only(model))
+        if process is None or process.ready_after is None:
             raise Conflict(f"{model} has no engine now that could tell its metrics")
-        status, _, body = await request(member.listen, "GET", "/metrics", timeout=SCRAPE_LIMIT)
+        status, _, body = await request(process.listen, "GET", "/metrics", timeout=SCRAPE_LIMIT)
         if status != 200:
             raise UpstreamFailed(f"the engine of {model} answered /metrics with {status}")
         return body
 
     def resolve(self, name: str) -> str:
         """The configured name of a model, or what a replica is called."""
-        return self._daemon.roster.resolve(name, lambda model: self._daemon.turnstile.resolve(model).model)
+        return self._daemon.roster.resolve(name, lambda model: self._daemon.admission_gate.resolve(model).model)
 
     def _only(self, model: str) -> str:
         """The one engine that is meant. Raises BadRequest if there are several."""
@@ -245,7 +250,7 @@ class DaemonControl:
     def _dated(self, decision: Decision) -> dict[str, Any]:
         """The decision with Unix time instead of the core's clock, and about a replica as operators call it."""
         about = decision.model if decision.what in OF_ALL else self._daemon.roster.called(decision.model)
-        return {**asdict(decision), "model": about, "at": time.time() - self._daemon.heart.now() + decision.at}
+        return {**asdict(decision), "model": about, "at": time.time() - self._daemon.dispatcher.now() + decision.at}
 
     # -- verbs -----------------------------------------------------------------------------
 
@@ -277,7 +282,7 @@ class DaemonControl:
     async def lease(self, lease: str, model: str, seconds: float | None) -> None:
         """Keep it for ``seconds``; of several replicas one that serves."""
         await self._daemon.opened.wait()
-        deadline = None if seconds is None else self._daemon.heart.now() + seconds
+        deadline = None if seconds is None else self._daemon.dispatcher.now() + seconds
         engines = self._daemon.roster.engines(model)
         up = [view.name for view in self.views(model) if serves(view)]
         await self._post(events.LeaseTaken(lease, next(iter(up), engines[0]), deadline))
@@ -310,7 +315,7 @@ class DaemonControl:
     async def kill(self, pid: int, *, force: bool) -> str:
         """End the engine that has the process; with ``force`` a stranger on a GPU."""
         await self._daemon.opened.wait()
-        return await kill(pid, self._daemon.fleet, self._daemon.memory, force=force)
+        return await kill(pid, self._daemon.engine_manager, self._daemon.memory, force=force)
 
     async def reload(self) -> dict[str, Any]:
         """Take the configuration anew. Raises ConfigError."""
@@ -325,13 +330,13 @@ class DaemonControl:
     def note(self, decision: Decision) -> None:
         """Count a decision, and hand it to whoever watches."""
         whole = decision.what in OF_ALL
-        self.tally.decided(decision, *((decision.model,) if whole else self._daemon.roster.labels(decision.model)))
+        self.counters.decided(decision, *((decision.model,) if whole else self._daemon.roster.labels(decision.model)))
         if self._watchers:
             self._tell(self._dated(decision))
 
     def retried(self, engine: str) -> None:
         """Count a request that one of several replicas did not answer, and that goes to another one."""
-        self.tally.retried(*self._daemon.roster.labels(engine))
+        self.counters.retried(*self._daemon.roster.labels(engine))
 
     def take(self, event: events.Event) -> None:
         """An engine's event on its way to the core: count it, and say what became of the model."""
@@ -343,10 +348,10 @@ class DaemonControl:
         model: str = getattr(event, "model", "")
         view = self._view(model)
         took = view.since if view else 0.0
-        self.tally.changed(self._daemon.roster.labels(model)[0], change, took, failed=failed)
+        self.counters.changed(self._daemon.roster.labels(model)[0], change, took, failed=failed)
         self._daemon.post(event)
         if change in ENDINGS:
-            self._daemon.doors.forget(model)
+            self._daemon.listeners.forget(model)
         if self._watchers:
             why = getattr(event, "reason", "") or f"{change} done"
             now = self._view(model)
@@ -423,10 +428,10 @@ class DaemonControl:
 
     async def log(self, model: str, lines: int, *, follow: bool) -> AsyncIterator[str]:
         """The engine's last log lines, and what comes."""
-        member = self._daemon.fleet.members.get(self._only(model)) if self._daemon.opened.is_set() else None
-        if member is None:
+        process = self._daemon.engine_manager.processes.get(self._only(model)) if self._daemon.opened.is_set() else None
+        if process is None:
             raise Unavailable(f"{model} has no engine now; 'journalctl -t vllmd' or 'vllmctl logs' shows earlier ones")
-        async for text in self._daemon.fleet.log_of(member, lines, follow=follow):
+        async for text in self._daemon.engine_manager.log_of(process, lines, follow=follow):
             yield text
 
 

@@ -58,7 +58,7 @@ class Instances:
     async def add(self, model: str, device: int) -> str:
         """Give the model one more engine, on that device; what it is called. Raises BadRequest, Conflict."""
         await self._daemon.opened.wait()
-        async with self._daemon.control.guests.changing:
+        async with self._daemon.control.runtime_models.changing:
             known = self._daemon.config.models.get(model)
             if known is None:
                 raise Conflict(f"{model} is on another GPU, and a replica; its model may have one more", param="gpu_id")
@@ -74,7 +74,7 @@ class Instances:
 
     async def drop(self, name: str) -> None:
         """Forget an engine that was added; the first of a model, and what a file has, stays."""
-        async with self._daemon.control.guests.changing:
+        async with self._daemon.control.runtime_models.changing:
             for model, rules in list(self._made.items()):
                 left = tuple(one for one in rules.of if one.name != name or one is rules.of[0])
                 known = self._daemon.config.models.get(model)

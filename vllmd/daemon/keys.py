@@ -19,7 +19,7 @@ PUBLIC = frozenset({"health", "metrics"})  # scopes that the configuration may o
 
 
 class Keys:
-    """Implements ``vllmd.proxy.gate.Doorkeeper``; without any keys everybody may use the models."""
+    """Implements ``vllmd.proxy.gate.Authenticator``; without any keys everybody may use the models."""
 
     def __init__(self, auth: AuthConfig, resolve: Callable[[str], str] = str) -> None:
         """``resolve`` tells a model's name from an alias; it may raise VllmdError."""
@@ -58,7 +58,7 @@ class Keys:
         return found[0]
 
 
-class OperatorDoor:
+class PeerCredentialAuth:
     """The doorkeeper of the admin socket: whoever may open it may do everything.
 
     The socket's owner, group and mode decide who that is, and the kernel holds
@@ -79,7 +79,7 @@ class OperatorDoor:
         return True
 
 
-class ClosedDoor:
+class DenyAll:
     """The doorkeeper of an address that must not be served; everybody is told why."""
 
     def __init__(self, why: str) -> None:

@@ -19,7 +19,7 @@ from vllmd.config.loader import load
 from vllmd.config.settings import flags
 from vllmd.config.types import Config
 from vllmd.daemon.listen import Listeners, listeners
-from vllmd.daemon.service import Daemon, Surroundings
+from vllmd.daemon.service import Daemon, RuntimeEnvironment
 from vllmd.errors import ConfigError
 from vllmd.systemd.activation import take_listeners
 from vllmd.systemd.journal import setup_logging
@@ -66,11 +66,11 @@ def _serve(config: Config, broken: str, given: Listeners, reload: Any) -> int:
         except OSError as error:
             print(f"cannot listen on {', '.join(config.server.listen)}: {error}", file=sys.stderr)
             return EX_UNAVAILABLE
-        around = stack.enter_context(surroundings(os.environ, activated=bool(given)))
+        around = stack.enter_context(runtime(os.environ, activated=bool(given)))
         return asyncio.run(_live(config, broken, around, reload, sockets))
 
 
-async def _live(config: Config, broken: str, around: Surroundings, reload: Any, sockets: Listeners) -> int:
+async def _live(config: Config, broken: str, around: RuntimeEnvironment, reload: Any, sockets: Listeners) -> int:
     daemon = Daemon(config, around, reload)
     if broken:
         daemon.refuse(broken)
@@ -79,12 +79,12 @@ async def _live(config: Config, broken: str, around: Surroundings, reload: Any, 
 
 
 @contextlib.contextmanager
-def surroundings(environment: Mapping[str, str], *, activated: bool) -> Iterator[Surroundings]:
+def runtime(environment: Mapping[str, str], *, activated: bool) -> Iterator[RuntimeEnvironment]:
     """What the unit file says by environment variables; without a run directory a private one while we live."""
     own = "" if "VLLMD_ENGINE_RUN_DIR" in environment else tempfile.mkdtemp(prefix="vllmd-")
     home, cache = environment.get("VLLMD_ENGINE_HOME", ""), environment.get("CACHE_DIRECTORY", "").split(":")[0]
     try:
-        yield Surroundings(
+        yield RuntimeEnvironment(
             launcher=environment.get("VLLMD_LAUNCHER", ""),
             run_dir=Path(own or environment["VLLMD_ENGINE_RUN_DIR"]),
             home=Path(home) if home else None,

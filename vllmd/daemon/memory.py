@@ -18,7 +18,7 @@ from vllmd.core.types import Device, Placement
 from vllmd.gpu import Devices, Sample, attribute, in_thread, pids_of
 
 if TYPE_CHECKING:
-    from vllmd.daemon.member import Member
+    from vllmd.daemon.engine_process import EngineProcess
 
 log = logging.getLogger("vllmd.memory")
 
@@ -73,32 +73,32 @@ class Memory:
         return self.last
 
     async def report(
-        self, members: Mapping[str, Member], expected: Mapping[tuple[str, int], int]
+        self, processes: Mapping[str, EngineProcess], expected: Mapping[tuple[str, int], int]
     ) -> events.MemorySampled | None:
         """A sample as the event that the core wants; ``expected``: what the ledger has each model at."""
         sample = await self.sample()
         if sample is None:
             return None
-        strangers, models = attribute(sample, {name: _pids(member) for name, member in members.items()}, expected)
+        external, models = attribute(sample, {name: _pids(process) for name, process in processes.items()}, expected)
         for (name, index), size in models.items():
-            if name in members and members[name].self_managed:  # what it does not hold now it may take any time
+            if name in processes and processes[name].self_managed:  # what it does not hold now it may take any time
                 models[name, index] = max(size, expected.get((name, index), 0))
-        return events.MemorySampled(strangers, models, dict(sample.failed))
+        return events.MemorySampled(external, models, dict(sample.failed))
 
-    async def held(self, member: Member) -> dict[int, int]:
+    async def held(self, process: EngineProcess) -> dict[int, int]:
         """Bytes per device index that the engine's processes hold now; empty if it cannot be known."""
         sample = await self.sample()
-        if sample is None or member.running is None:
+        if sample is None or process.running is None:
             return {}
-        name = member.model.name
-        _, models = attribute(sample, {name: _pids(member)})
-        return {index: models.get((name, index), 0) for index in member.placement.devices}
+        name = process.model.name
+        _, models = attribute(sample, {name: _pids(process)})
+        return {index: models.get((name, index), 0) for index in process.placement.devices}
 
-    async def settled(self, member: Member, before: Mapping[int, int]) -> dict[int, int]:
+    async def settled(self, process: EngineProcess, before: Mapping[int, int]) -> dict[int, int]:
         """What it holds once that has fallen below ``before``, or after the limit; empty if it cannot be known."""
         end = time.monotonic() + RETURN_LIMIT
         while True:
-            held = await self.held(member)
+            held = await self.held(process)
             back = held and all(held.get(index, 0) <= max(0, was - TOLERANCE) for index, was in before.items())
             if back or not before or time.monotonic() > end:
                 return held
@@ -136,7 +136,7 @@ def _unaccounted(sample: Sample, before: Mapping[int, int], ownerless: Mapping[i
     return missing
 
 
-def _pids(member: Member) -> frozenset[int]:
-    if member.running is None:
+def _pids(process: EngineProcess) -> frozenset[int]:
+    if process.running is None:
         return frozenset()
-    return pids_of(member.running.cgroup, member.running.pid)
+    return pids_of(process.running.cgroup, process.running.pid)

@@ -16,7 +16,7 @@ from typing import Protocol
 from vllmd.config.types import KeyConfig
 from vllmd.daemon.keys import by_name
 from vllmd.errors import TooManyRequests, VllmdError
-from vllmd.proxy.gate import Address, Gate, Passage, Target
+from vllmd.proxy.gate import Address, Gate, Permit, Target
 
 MINUTE = 60.0  # seconds
 BYTES_PER_TOKEN = 250  # of a streamed answer that does not tell its usage: about one event's size
@@ -106,7 +106,7 @@ class Meters:
 
 
 class Ledger(Protocol):
-    """Who wants to know what passed (``vllmd.admin.tally.Tally`` does)."""
+    """Who wants to know what passed (``vllmd.admin.counters.Counters`` does)."""
 
     def waited(self, model: str, seconds: float) -> None:
         """A request was admitted after so long."""
@@ -147,30 +147,30 @@ class MeteredGate:
         """As the other gate says."""
         return self._gate.loading(model)
 
-    async def enter(self, model: str, key: str, request_id: str, only: str = "") -> Passage:
+    async def acquire(self, model: str, key: str, request_id: str, only: str = "") -> Permit:
         """As the other gate says. Raises TooManyRequests for a key over its limit."""
         began, meter = self._meters.clock(), self._meters.of(key)
         if meter:
             meter.begin(began)
         try:
-            passage = await self._gate.enter(model, key, request_id, only)
+            permit = await self._gate.acquire(model, key, request_id, only)
         except BaseException:
             if meter:
                 meter.end()
             raise
         self._ledger.waited(model, self._meters.clock() - began)
-        return self._metered(passage, request_id, _Use(model, key, meter))
+        return self._metered(permit, request_id, _Use(model, key, meter))
 
-    def _metered(self, passage: Passage, request_id: str, use: _Use) -> Passage:
+    def _metered(self, permit: Permit, request_id: str, use: _Use) -> Permit:
         if use.meter and use.meter.tokens:
             self._uses[request_id] = use
 
-        def resumed(again: Passage) -> Passage:
+        def resumed(retry: Permit) -> Permit:
             if use.meter:
                 use.meter.resume()
-            return self._metered(again, request_id, _Use(use.model, use.key, use.meter))
+            return self._metered(retry, request_id, _Use(use.model, use.key, use.meter))
 
-        return _Metered(passage, lambda tokens: self._done(request_id, use, tokens), resumed)
+        return _Metered(permit, lambda tokens: self._done(request_id, use, tokens), resumed)
 
     def _done(self, request_id: str, use: _Use, tokens: int | None) -> None:
         if use.over:
@@ -196,41 +196,39 @@ class MeteredGate:
 
 
 class _Metered:
-    """A passage whose end is told."""
+    """A permit whose end is told."""
 
-    def __init__(
-        self, passage: Passage, done: Callable[[int | None], None], resumed: Callable[[Passage], Passage]
-    ) -> None:
-        self._passage = passage
+    def __init__(self, permit: Permit, done: Callable[[int | None], None], resumed: Callable[[Permit], Permit]) -> None:
+        self._permit = permit
         self._done = done
         self._resumed = resumed
 
     @property
     def upstream(self) -> Address:
         """Where to send it."""
-        return self._passage.upstream
+        return self._permit.upstream
 
     @property
     def target(self) -> Target | None:
-        """As the other passage has it."""
-        return self._passage.target
+        """As the other permit has it."""
+        return self._permit.target
 
     def answered(self, streamed: bool) -> None:
-        """As the other passage does."""
-        self._passage.answered(streamed)
+        """As the other permit does."""
+        self._permit.answered(streamed)
 
     def done(self, tokens: int | None = None, failed: str = "") -> None:
         """The request is over."""
         self._done(tokens)
-        self._passage.done(tokens, failed)
+        self._permit.done(tokens, failed)
 
-    async def again(self, error: VllmdError) -> Passage:
-        """As the other passage does; the key has paid for the request already."""
-        return self._resumed(await self._passage.again(error))
+    async def retry(self, error: VllmdError) -> Permit:
+        """As the other permit does; the key has paid for the request already."""
+        return self._resumed(await self._permit.retry(error))
 
     def on_cut(self, callback: Callable[[str], None]) -> None:
-        """As the other passage does."""
-        self._passage.on_cut(callback)
+        """As the other permit does."""
+        self._permit.on_cut(callback)
 
 
 def _limit(key: KeyConfig, what: str) -> str:

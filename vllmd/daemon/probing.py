@@ -15,7 +15,7 @@ from vllmd.daemon.calls import asked
 from vllmd.errors import Conflict
 
 if TYPE_CHECKING:
-    from vllmd.daemon.member import Member
+    from vllmd.daemon.engine_process import EngineProcess
     from vllmd.daemon.service import Daemon
 
 _numbers = itertools.count(1)
@@ -36,9 +36,9 @@ async def probe(daemon: Daemon, model: str, limit: float | None, *, everybody: b
     Raises Conflict where none of them serves.
     """
     await daemon.opened.wait()
-    members = _serving(daemon, model)
-    rules = members[0].model.replicas or ReplicaConfig()
-    asking = [asyncio.ensure_future(_ask(daemon, member, limit or rules.probe_limit)) for member in members]
+    processes = _serving(daemon, model)
+    rules = processes[0].model.replicas or ReplicaConfig()
+    asking = [asyncio.ensure_future(_ask(daemon, process, limit or rules.probe_limit)) for process in processes]
     try:
         await _raced(asking, everybody=everybody)
         found = _results(asking)
@@ -47,29 +47,29 @@ async def probe(daemon: Daemon, model: str, limit: float | None, *, everybody: b
             each.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
     lines = [
-        {"name": daemon.roster.called(member.model.name), "seconds": each.seconds, "message": each.message}
-        for member, each in sorted(zip(members, found, strict=True), key=lambda pair: _rank(pair[1]))
+        {"name": daemon.roster.called(process.model.name), "seconds": each.seconds, "message": each.message}
+        for process, each in sorted(zip(processes, found, strict=True), key=lambda pair: _rank(pair[1]))
     ]
     best = lines[0]["name"] if lines[0]["seconds"] is not None else None
     return {"model": model, "fastest": best, "replicas": lines}
 
 
-def _serving(daemon: Daemon, model: str) -> list[Member]:
+def _serving(daemon: Daemon, model: str) -> list[EngineProcess]:
     ready = [view.name for view in daemon.control.views(model) if view.state is State.READY]
-    members = [daemon.fleet.members[name] for name in ready]
-    if not members:
+    processes = [daemon.engine_manager.processes[name] for name in ready]
+    if not processes:
         state = daemon.control.line(model)["state"]
         raise Conflict(f"{model} does not serve now ({state}), and a probe loads nothing")
-    return members
+    return processes
 
 
-async def _ask(daemon: Daemon, member: Member, limit: float) -> Probed:
+async def _ask(daemon: Daemon, process: EngineProcess, limit: float) -> Probed:
     """One probe, of which the core knows while it runs."""
     request = f"asked-{next(_numbers)}"
-    daemon.post(events.ProbeAsked(request, member.model.name))
+    daemon.post(events.ProbeAsked(request, process.model.name))
     seconds, why = None, "abandoned"
     try:
-        seconds, why = await asked(member, limit)
+        seconds, why = await asked(process, limit)
     finally:
         daemon.post(events.ReplicaProbed(request, seconds, why))
     return Probed(seconds, why)

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from vllmd.errors import Conflict, Forbidden, NotFound, Unavailable, Unsupported
 
 if TYPE_CHECKING:
-    from vllmd.daemon.fleet import Fleet
-    from vllmd.daemon.member import Member
+    from vllmd.daemon.engine_manager import EngineManager
+    from vllmd.daemon.engine_process import EngineProcess
     from vllmd.daemon.memory import Memory
 
 KILL_LIMIT = 10.0  # seconds for a killed engine's cgroup to become empty
@@ -37,13 +37,13 @@ async def gpus(memory: Memory) -> list[dict[str, Any]]:
     return [info.to_json() for info in await asyncio.to_thread(gpu_infos, sample)]
 
 
-async def kill(pid: int, fleet: Fleet, memory: Memory, *, force: bool) -> str:
+async def kill(pid: int, engine_manager: EngineManager, memory: Memory, *, force: bool) -> str:
     """End it; says what was done. Raises NotFound, Forbidden, Conflict."""
     handle = _opened(pid)
     try:
-        owner = await asyncio.to_thread(_owner, pid, dict(fleet.members))
+        owner = await asyncio.to_thread(_owner, pid, dict(engine_manager.processes))
         if owner:
-            return await _kill_engine(pid, owner, fleet)
+            return await _kill_engine(pid, owner, engine_manager)
         return await _kill_stranger(pid, handle, memory, force=force)
     finally:
         os.close(handle)
@@ -57,16 +57,16 @@ def _opened(pid: int) -> int:
         raise NotFound(f"there is no process {pid}") from None
 
 
-def _owner(pid: int, members: Mapping[str, Member]) -> Member | None:
+def _owner(pid: int, processes: Mapping[str, EngineProcess]) -> EngineProcess | None:
     from vllmd.gpu import pids_of
 
-    running = (member for member in members.values() if member.running)
+    running = (process for process in processes.values() if process.running)
     return next((m for m in running if m.running and pid in pids_of(m.running.cgroup, m.running.pid)), None)
 
 
-async def _kill_engine(pid: int, member: Member, fleet: Fleet) -> str:
-    name = member.model.name
-    if not await fleet.kill(member, KILL_LIMIT):
+async def _kill_engine(pid: int, process: EngineProcess, engine_manager: EngineManager) -> str:
+    name = process.model.name
+    if not await engine_manager.kill(process, KILL_LIMIT):
         raise Conflict(f"process {pid} was sent SIGKILL with the engine of {name}, but is still there")
     return f"killed the engine of {name}, which process {pid} was part of"
 

@@ -19,21 +19,21 @@ from vllmd.config.replicas import engines_of, is_this_host, meant_here
 from vllmd.config.types import Config, ModelConfig
 from vllmd.core import events
 from vllmd.core.types import State
+from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.control import DaemonControl
 from vllmd.daemon.discovery import with_discovered
-from vllmd.daemon.doors import Doors
-from vllmd.daemon.guests import addresses
-from vllmd.daemon.kinds import Kinds
+from vllmd.daemon.engine_resolver import EngineResolver
 from vllmd.daemon.learnt import Learnt
+from vllmd.daemon.listeners import Listeners
 from vllmd.daemon.roster import Roster
-from vllmd.daemon.turnstile import Turnstile
+from vllmd.daemon.runtime_models import addresses
 from vllmd.engines.base import Listen
 from vllmd.errors import ConfigError, Unavailable
 from vllmd.systemd.notify import Notifier
 
 if TYPE_CHECKING:
-    from vllmd.daemon.fleet import Fleet
-    from vllmd.daemon.loop import Heart
+    from vllmd.daemon.dispatcher import Dispatcher
+    from vllmd.daemon.engine_manager import EngineManager
     from vllmd.daemon.memory import Memory
     from vllmd.launcher.client import LauncherClient
 
@@ -47,7 +47,7 @@ STOP_ENGINES_LIMIT = 60.0
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class RuntimeEnvironment:
     """Where this daemon runs, from its environment."""
 
     launcher: str = ""  # socket path; "" makes a private launcher that takes its engines along
@@ -62,27 +62,27 @@ class Surroundings:
 class Daemon:
     """Holds the rooms together; decides nothing about models itself."""
 
-    def __init__(self, config: Config, surroundings: Surroundings, reload: Callable[[], Config]) -> None:
+    def __init__(self, config: Config, runtime: RuntimeEnvironment, reload: Callable[[], Config]) -> None:
         self.config = config
         self.roster = Roster({})
         self.engines: Mapping[str, ModelConfig] = {}  # of its models, by the name that the core knows each by
-        self.surroundings = surroundings
+        self.runtime = runtime
         self.broken = ""  # why the configuration cannot be used, if it cannot
         self.started = time.time()
-        self.heart: Heart
-        self.fleet: Fleet
+        self.dispatcher: Dispatcher
+        self.engine_manager: EngineManager
         self.memory: Memory
         self.launcher: LauncherClient
-        self.learnt = Learnt(surroundings.cache and surroundings.cache / "learnt.json")
+        self.learnt = Learnt(runtime.cache and runtime.cache / "learnt.json")
         self.opened = asyncio.Event()
         self.notify = Notifier()
-        self.kinds = Kinds()
+        self.kinds = EngineResolver()
         self.control = DaemonControl(self)
-        self.turnstile = Turnstile(self.post, self._where, self.kinds, self.opened)
-        self.turnstile.phase_of, self.turnstile.on_retry = self.control.phase_of, self.control.retried
+        self.admission_gate = AdmissionGate(self.post, self._where, self.kinds, self.opened)
+        self.admission_gate.phase_of, self.admission_gate.on_retry = self.control.phase_of, self.control.retried
         self._side_tasks: set[asyncio.Task[None]] = set()
         self._sampling = asyncio.Lock()
-        self.doors: Doors
+        self.listeners: Listeners
         self.take: Callable[[Config], Awaitable[dict[str, Any]]]  # goes on with another configuration
         self.backend = ""
         self.failed = False
@@ -97,11 +97,11 @@ class Daemon:
         """Serve until told to stop, or until there has been nothing to do for long enough."""
         self.config = await self._ours(self.config)
         self.engines, self.roster = engines_of(self.config.models), Roster(self.config.models)
-        self.turnstile.configure(self.config.models, self.engines)
-        self.control.guests.listen = addresses(listeners.get("http", ()))
-        self.doors = Doors(self.config, self.turnstile, self.control, listeners)
+        self.admission_gate.configure(self.config.models, self.engines)
+        self.control.runtime_models.listen = addresses(listeners.get("http", ()))
+        self.listeners = Listeners(self.config, self.admission_gate, self.control, listeners)
         self._on_signals()
-        self.doors.open()
+        self.listeners.open()
         self.notify.ready("looking for devices and engines")
         chores = [asyncio.ensure_future(chore) for chore in (self._open(), self._tick())]
         try:
@@ -129,8 +129,8 @@ class Daemon:
         The rooms that this takes are entered only now, in a thread: the first client need not wait for them.
         """
         try:
-            opening = await asyncio.to_thread(importlib.import_module, "vllmd.daemon.opening")
-            await opening.open_rooms(self)
+            opening = await asyncio.to_thread(importlib.import_module, "vllmd.daemon.startup")
+            await opening.start(self)
         except Exception:  # a defect, and nothing can be served: the next start may fare better
             log.exception("vllmd cannot open")
             self.failed = True
@@ -139,16 +139,16 @@ class Daemon:
     async def shut_down(self) -> None:
         """Stop, each step bounded; engines under systemd are systemd's to stop, if it wants them stopped."""
         limit = self.config.server.drain_timeout
-        self.notify.stopping(f"finishing {self.turnstile.open} requests")
-        self.doors.stop_accepting()
+        self.notify.stopping(f"finishing {self.admission_gate.open} requests")
+        self.listeners.stop_accepting()
         await self._drain(limit)
-        self.turnstile.reject_waiting("vllmd is shutting down; try again in a few seconds")
+        self.admission_gate.reject_waiting("vllmd is shutting down; try again in a few seconds")
         await self._stop_engines()
         await self._note_idle()
         await self._keep_learnt()
-        await self.doors.close(limit=5.0)
+        await self.listeners.close(limit=5.0)
         if self.opened.is_set():
-            self.heart.close()
+            self.dispatcher.close()
             await self.launcher.close()
 
     def stop(self) -> None:
@@ -159,11 +159,11 @@ class Daemon:
 
     def post(self, event: events.Event) -> None:
         """Hand an event to the core."""
-        self.heart.post(event)
+        self.dispatcher.post(event)
 
     def _where(self, model: str) -> Listen | None:
-        member = self.fleet.members.get(model)
-        return member.listen if member else None
+        process = self.engine_manager.processes.get(model)
+        return process.listen if process else None
 
     # -- chores ----------------------------------------------------------------------------
 
@@ -198,26 +198,28 @@ class Daemon:
 
     async def look(self) -> None:
         """Tell the core what the devices hold now, if they say."""
-        views = self.heart.scheduler.snapshot(self.heart.now()).models
+        views = self.dispatcher.scheduler.snapshot(self.dispatcher.now()).models
         expected = {(view.name, index): view.memory for view in views for index in view.devices}
-        sampled = await self.memory.report(self.fleet.members, expected)
+        sampled = await self.memory.report(self.engine_manager.processes, expected)
         if sampled is None and self.memory.readable:  # the driver hangs: nobody knows what others hold
             unread = {device.index: "no answer" for device in self.memory.inventory}
             sampled = events.MemorySampled({}, {}, unread)
         if sampled:
-            self.heart.post(sampled)
+            self.dispatcher.post(sampled)
 
     def _look_interval(self) -> float:
         """How often it matters what the devices hold: something waits for room, is loaded, or has not come back."""
-        seen = self.heart.scheduler.snapshot(self.heart.now())
+        seen = self.dispatcher.scheduler.snapshot(self.dispatcher.now())
         if any(view.waiting_for and view.state in (State.STOPPED, State.SLEEPING) for view in seen.models):
             return WAIT_INTERVAL
-        in_use = self.fleet.members or self.turnstile.open or any(device.wedged for device in seen.devices)
+        in_use = (
+            self.engine_manager.processes or self.admission_gate.open or any(device.wedged for device in seen.devices)
+        )
         return SAMPLE_INTERVAL if in_use else math.inf
 
     def _awaited(self) -> bool:
         """Whether a model is to be loaded, by request or by an operator's word."""
-        return any(view.waiting_for for view in self.heart.scheduler.snapshot(self.heart.now()).models)
+        return any(view.waiting_for for view in self.dispatcher.scheduler.snapshot(self.dispatcher.now()).models)
 
     def _say_status(self) -> None:
         status = self.status_line()
@@ -230,25 +232,25 @@ class Daemon:
         if self.broken:
             return f"configuration invalid, serving errors: {self.broken.splitlines()[0]}"
         loaded = ", ".join(f"{name} {state}" for name, state in self._states().items()) or "none loaded"
-        return f"{len(self.config.models)} models configured; {loaded}; {self.turnstile.open} requests"
+        return f"{len(self.config.models)} models configured; {loaded}; {self.admission_gate.open} requests"
 
     def _states(self) -> dict[str, str]:
         if not self.opened.is_set():
             return {}
-        views = self.heart.scheduler.snapshot(self.heart.now()).models
+        views = self.dispatcher.scheduler.snapshot(self.dispatcher.now()).models
         return {view.name: view.state.value for view in views if view.state not in (State.STOPPED, State.FAILED)}
 
     def _may_exit(self) -> bool:
         """Whether the idle exit is due: activated, nothing loaded or asked for, nobody connected, for long enough."""
         after = self.config.server.idle_exit
         busy = (
-            not self.surroundings.activated
+            not self.runtime.activated
             or after is None
             or not self.opened.is_set()
             or time.time() - self.started < SHORTEST_LIFE
-            or self.fleet.members
-            or self.turnstile.open
-            or self.doors.connections
+            or self.engine_manager.processes
+            or self.admission_gate.open
+            or self.listeners.connections
             or self._awaited()
         )
         if busy:
@@ -261,14 +263,14 @@ class Daemon:
         if not self.opened.is_set():
             return
         now = time.time()
-        for view in self.heart.scheduler.snapshot(self.heart.now()).models:
-            member = self.fleet.members.get(view.name)
-            if member and view.idle is not None:
-                await self.fleet.annotate(member, idle_since=f"{now - view.idle:.0f}")
+        for view in self.dispatcher.scheduler.snapshot(self.dispatcher.now()).models:
+            process = self.engine_manager.processes.get(view.name)
+            if process and view.idle is not None:
+                await self.engine_manager.annotate(process, idle_since=f"{now - view.idle:.0f}")
 
     async def _keep_learnt(self) -> None:
         if self.opened.is_set():
-            self.learnt.costs = self.heart.scheduler.costs.to_dict()
+            self.learnt.costs = self.dispatcher.scheduler.costs.to_dict()
             await asyncio.to_thread(self.learnt.save)
 
     # -- endings ---------------------------------------------------------------------------
@@ -276,20 +278,20 @@ class Daemon:
     async def _drain(self, limit: float) -> None:
         """Let the requests that have begun come to their end, within ``limit`` seconds."""
         deadline = time.monotonic() + limit
-        while self.turnstile.open and time.monotonic() < deadline:
+        while self.admission_gate.open and time.monotonic() < deadline:
             self.notify.extend_timeout(10.0)
-            self.notify.status(f"stopping: waiting for {self.turnstile.open} requests")
+            self.notify.status(f"stopping: waiting for {self.admission_gate.open} requests")
             self.notify.watchdog()
-            await self.turnstile.emptied(1.0)
+            await self.admission_gate.emptied(1.0)
 
     async def _stop_engines(self) -> None:
         """Without systemd nobody else would: end every engine."""
-        if self.surroundings.launcher or not self.opened.is_set():
+        if self.runtime.launcher or not self.opened.is_set():
             return
         deadline = time.monotonic() + STOP_ENGINES_LIMIT
-        for name in list(self.fleet.members):
-            self.heart.post(events.StopAsked(name, force=True))
-        while self.fleet.members and time.monotonic() < deadline:
+        for name in list(self.engine_manager.processes):
+            self.dispatcher.post(events.StopAsked(name, force=True))
+        while self.engine_manager.processes and time.monotonic() < deadline:
             await self.control.changed(deadline - time.monotonic())
 
     # -- signals and reload ----------------------------------------------------------------
@@ -297,15 +299,17 @@ class Daemon:
     def accept(self, config: Config) -> None:
         """Serve by this configuration from now on."""
         self.config, self.broken = config, ""
-        self.turnstile.refusal = None
+        self.admission_gate.refusal = None
         self.engines, self.roster = engines_of(config.models), Roster(config.models)
-        self.turnstile.configure(config.models, self.engines)
-        self.doors.configure(config)
+        self.admission_gate.configure(config.models, self.engines)
+        self.listeners.configure(config)
 
     def refuse(self, broken: str) -> None:
         """Answer every request with what is wrong with the configuration, until a reload repairs it."""
         self.broken = broken
-        self.turnstile.refusal = Unavailable(f"vllmd's configuration is invalid, tell its administrator:\n{broken}")
+        self.admission_gate.refusal = Unavailable(
+            f"vllmd's configuration is invalid, tell its administrator:\n{broken}"
+        )
 
     def _on_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -326,8 +330,8 @@ class Daemon:
         self.notify.reloading()
         try:
             config = await self._ours(await asyncio.to_thread(self._reload))
-            async with self.control.guests.changing:
-                return await self.take(self.control.guests.added_to(config))
+            async with self.control.runtime_models.changing:
+                return await self.take(self.control.runtime_models.added_to(config))
         except ConfigError as error:
             log.error("not reloaded, the configuration is invalid:\n%s", error.message)
             raise

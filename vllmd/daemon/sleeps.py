@@ -9,10 +9,10 @@ from collections.abc import Awaitable, Callable
 
 from vllmd.core import commands, events
 from vllmd.daemon.calls import call_all, complete, is_busy
-from vllmd.daemon.member import Member, of
+from vllmd.daemon.engine_process import EngineProcess, of
 from vllmd.daemon.memory import RETURN_LIMIT, TOLERANCE, Memory
 
-log = logging.getLogger("vllmd.fleet")
+log = logging.getLogger("vllmd.engines")
 
 FREEZE_TOKENS = 64
 BUSY_POLL = 1.0  # seconds
@@ -27,59 +27,59 @@ class Sleeps:
         self._memory = memory
         self._annotate = annotate
 
-    async def sleep(self, member: Member, command: commands.SleepEngine) -> events.Event:
+    async def sleep(self, process: EngineProcess, command: commands.SleepEngine) -> events.Event:
         """Its own work finished, then its calls; memory that did not come back is a failure."""
-        name = member.model.name
-        await finish_work(member)
-        before = await self._memory.held(member)
-        await self._annotate(member, state="falling_asleep", level=str(command.level))
-        failure = await call_all(member, member.engine.sleep(command.level, freeze=command.freeze))
+        name = process.model.name
+        await finish_work(process)
+        before = await self._memory.held(process)
+        await self._annotate(process, state="falling_asleep", level=str(command.level))
+        failure = await call_all(process, process.engine.sleep(command.level, freeze=command.freeze))
         if failure:
             return events.EngineSleepFailed(name, failure)
-        after = await self._memory.settled(member, before)
+        after = await self._memory.settled(process, before)
         freed = {index: before[index] - after[index] for index in before if index in after}
-        if member.self_managed:  # what it had is not what it may take, so what came back tells nothing
+        if process.self_managed:  # what it had is not what it may take, so what came back tells nothing
             freed = {}
         if freed and max(before.values()) > TOLERANCE > max(freed.values()):
             held = ", ".join(f"{size >> 20} MiB on device {index}" for index, size in after.items())
             why = f"it says that it sleeps, but {RETURN_LIMIT:g} s later it still holds {held}"
             return events.EngineSleepFailed(name, why)
-        await self._annotate(member, state="sleeping", level=str(command.level))
+        await self._annotate(process, state="sleeping", level=str(command.level))
         return events.EngineAsleep(name, command.level, freed)
 
-    async def wake(self, member: Member, level: int) -> events.Event:
+    async def wake(self, process: EngineProcess, level: int) -> events.Event:
         """Its calls, in order."""
-        name = member.model.name
-        await self._annotate(member, state="waking", level=str(level))
-        failure = await call_all(member, member.engine.wake(level))
+        name = process.model.name
+        await self._annotate(process, state="waking", level=str(level))
+        failure = await call_all(process, process.engine.wake(level))
         if failure:
             return events.EngineWakeFailed(name, failure)
-        await self._annotate(member, state="ready", level="0")
+        await self._annotate(process, state="ready", level="0")
         return events.EngineAwake(name)
 
-    async def prove_freeze(self, member: Member) -> events.Event:
+    async def prove_freeze(self, process: EngineProcess) -> events.Event:
         """The same greedy request twice, once with a sleep and a wake in its middle: the answers must be equal."""
-        name = member.model.name
-        body = {"model": member.engine.served_name(member.model), "prompt": "Count: one, two, three,",
+        name = process.model.name
+        body = {"model": process.engine.served_name(process.model), "prompt": "Count: one, two, three,",
                 "max_tokens": FREEZE_TOKENS, "temperature": 0, "ignore_eos": True}  # fmt: skip
         began = time.monotonic()
-        undisturbed = await complete(member, body)
-        frozen = asyncio.ensure_future(complete(member, body))
+        undisturbed = await complete(process, body)
+        frozen = asyncio.ensure_future(complete(process, body))
         await asyncio.wait({frozen}, timeout=(time.monotonic() - began) / 2)  # into the middle of its answer
         amid = not frozen.done()
-        asleep = await call_all(member, member.engine.sleep(1, freeze=True))
+        asleep = await call_all(process, process.engine.sleep(1, freeze=True))
         amid = amid and not frozen.done()
-        failure = asleep or await call_all(member, member.engine.wake(1))
+        failure = asleep or await call_all(process, process.engine.wake(1))
         answer = None if failure else await frozen
         survived = amid and answer is not None and answer == undisturbed
-        log.info("%s: a frozen request %s", name, "survived" if survived else "did not survive", extra=of(member))
+        log.info("%s: a frozen request %s", name, "survived" if survived else "did not survive", extra=of(process))
         return events.FreezeProved(name, survived)
 
 
-async def finish_work(member: Member) -> None:
+async def finish_work(process: EngineProcess) -> None:
     """Let it finish what no open request shows, such as a queue of its own; at most for the drain limit."""
-    probe, limit = member.engine.busy(), member.model.drain_limit
+    probe, limit = process.engine.busy(), process.model.drain_limit
     until = None if limit is None else time.monotonic() + limit
     # Its queue is its own: no event of ours could tell when it is empty.
-    while probe and await is_busy(member, probe) and (until is None or time.monotonic() < until):  # noqa: ASYNC110
+    while probe and await is_busy(process, probe) and (until is None or time.monotonic() < until):  # noqa: ASYNC110
         await asyncio.sleep(BUSY_POLL)

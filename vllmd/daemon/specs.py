@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllmd.config.types import ModelConfig, ReplicaConfig
 from vllmd.core.types import ModelSpec, ReplicaRules
-from vllmd.daemon.member import fingerprint
+from vllmd.daemon.engine_process import fingerprint
 from vllmd.engines.base import Engine
 from vllmd.engines.estimate import Estimate
 

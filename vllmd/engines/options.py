@@ -7,8 +7,8 @@ import math
 import re
 from collections.abc import Collection, Sequence
 
-from vllmd.config.kinds import DURATION, SECONDS
 from vllmd.config.types import ModelConfig
+from vllmd.config.value_types import DURATION, SECONDS
 from vllmd.errors import ConfigError
 from vllmd.text import control_character
 

@@ -29,15 +29,15 @@ def attribute(
     becomes a model's measured figure.
     """
     owner = {pid: model for model, its in pids.items() for pid in its}
-    strangers: dict[int, int] = {}
+    external: dict[int, int] = {}
     models: dict[tuple[str, int], int] = {}
     for index, device in sample.devices.items():
         held = _held(device, owner)
         models.update({(model, index): size for model, size in held.items()})
         hidden = _hidden(device, owner, held, {model: size for (model, at), size in expected.items() if at == index})
         rest = device.used - sum(held.values()) - hidden
-        strangers[index] = rest if rest > TINY else 0
-    return strangers, models
+        external[index] = rest if rest > TINY else 0
+    return external, models
 
 
 def _held(device: DeviceSample, owner: Mapping[int, str]) -> dict[str, int]:

@@ -17,7 +17,7 @@ from vllmd.proxy.framing import Framing
 from vllmd.proxy.gate import Target
 from vllmd.proxy.heads import BODYLESS, ResponseHead, forwardable, write_fields
 from vllmd.proxy.http import date_line, status_line
-from vllmd.proxy.loading import Loading
+from vllmd.proxy.loading_heartbeat import LoadingHeartbeat
 from vllmd.proxy.peek import Asked
 from vllmd.proxy.rewrite import Rewriter
 
@@ -33,7 +33,7 @@ MAX_HELD = 1 << 20  # bytes of an answer kept whole for the sake of its length; 
 
 
 @dataclass(frozen=True, slots=True)
-class Errand:
+class UpstreamRequest:
     """A request ready to be sent: to whom, with what."""
 
     target: Target
@@ -41,7 +41,7 @@ class Errand:
     path: str  # at the engine, with the query
     path_at: Callable[[Target], str] | None = None  # where the engine's name for the model is in it
 
-    def at(self, target: Target) -> Errand:
+    def at(self, target: Target) -> UpstreamRequest:
         """The same for another replica."""
         return replace(self, target=target, path=self.path_at(target) if self.path_at else self.path)
 
@@ -61,23 +61,29 @@ class Answer(Protocol):
         """The body is whole."""
 
 
-def answer_for(exchange: Exchange, errand: Errand, loading: Loading, head: ResponseHead, framing: Framing) -> Answer:
+def answer_for(
+    exchange: Exchange,
+    upstream_request: UpstreamRequest,
+    loading: LoadingHeartbeat,
+    head: ResponseHead,
+    framing: Framing,
+) -> Answer:
     """The way that this answer has to go."""
     streamed = head.content_type.startswith(EVENT_STREAM)
     if loading.begun and (head.status != 200 or not streamed):
         return ErrorEvent(loading, framing)
     loading.relaying = True
-    rewriter = errand.rewriter() if streamed or head.content_type.startswith(b"application/json") else None
+    rewriter = upstream_request.rewriter() if streamed or head.content_type.startswith(b"application/json") else None
     if exchange.request.method == "HEAD":
-        return AsItIs(exchange, head.status, opening(exchange, head, None, chunked=head.chunked))
+        return PassThrough(exchange, head.status, opening(exchange, head, None, chunked=head.chunked))
     if rewriter is not None and head.length is not None and head.length <= MAX_HELD and not loading.begun:
-        return Held(exchange, head, framing, rewriter)
+        return Buffered(exchange, head, framing, rewriter)
     if loading.begun:
         if rewriter is None and head.chunked:
-            return AsItIs(exchange, 200, b"")
+            return PassThrough(exchange, 200, b"")
         return Reframed(exchange, framing, rewriter, 200, b"")
     if rewriter is None and (exchange.takes_chunks or not head.chunked):
-        return AsItIs(exchange, head.status, opening(exchange, head, head.length, chunked=head.chunked))
+        return PassThrough(exchange, head.status, opening(exchange, head, head.length, chunked=head.chunked))
     return Reframed(exchange, framing, rewriter, head.status, opening(exchange, head, None, chunked=True))
 
 
@@ -113,7 +119,7 @@ def _onward(head: ResponseHead) -> bytes:
     return onward
 
 
-class AsItIs:
+class PassThrough:
     """The body's bytes as they come."""
 
     def __init__(self, exchange: Exchange, status: int, head: bytes) -> None:
@@ -193,7 +199,7 @@ class Kept:
         return bytes(self._body)
 
 
-class Held(Kept):
+class Buffered(Kept):
     """A JSON answer of known length, kept until it is whole because its length changes with the name."""
 
     def __init__(self, exchange: Exchange, head: ResponseHead, framing: Framing, rewriter: Rewriter) -> None:
@@ -232,7 +238,7 @@ class Refusal(Kept):
 class ErrorEvent(Kept):
     """An error that comes after the client's 200: it becomes the stream's last event."""
 
-    def __init__(self, loading: Loading, framing: Framing) -> None:
+    def __init__(self, loading: LoadingHeartbeat, framing: Framing) -> None:
         super().__init__(framing, MAX_ERROR)
         self._loading = loading
 

@@ -67,7 +67,7 @@ class Target:
     rules: Rules | None = None
 
 
-class Passage(Protocol):
+class Permit(Protocol):
     """The leave to send one request to ``upstream``."""
 
     @property
@@ -87,11 +87,11 @@ class Passage(Protocol):
         ``failed``: why the engine gave no answer, or broke it off; "" if it is not to blame.
         """
 
-    async def again(self, error: VllmdError) -> Passage:
+    async def retry(self, error: VllmdError) -> Permit:
         """The leave to send it once more, to another replica if there are several. ``done`` must have been called.
 
         Only before the client has had a byte of the answer. Raises ``error``, by which it failed, where there is
-        nothing more to be tried, and what ``enter`` raises.
+        nothing more to be tried, and what ``acquire`` raises.
         """
 
     def on_cut(self, callback: Callable[[str], None]) -> None:
@@ -107,12 +107,12 @@ class Gate(Protocol):
         Raises UnknownModel, or BadRequest if it is ambiguous or missing.
         """
 
-    async def enter(self, model: str, key: str, request_id: str, only: str = "") -> Passage:
+    async def acquire(self, model: str, key: str, request_id: str, only: str = "") -> Permit:
         """Wait until the request may go. Cancelled when the client leaves.
 
-        ``only``: the replica that alone can serve it (``Target.model`` of an earlier passage).
+        ``only``: the replica that alone can serve it (``Target.model`` of an earlier permit).
         ``request_id`` is the proxy's own and unique, not the client's. Raises a VllmdError when the
-        request is refused. A cancelled or failed ``enter`` owes no ``done``. What it does before it first waits,
+        request is refused. A cancelled or failed ``acquire`` owes no ``done``. What it does before it first waits,
         it does outside any task: no ``asyncio.timeout`` there.
         """
 
@@ -120,7 +120,7 @@ class Gate(Protocol):
         """What a waiting client may be told of the model's progress, such as ``weights``; "" for nothing."""
 
 
-class Doorkeeper(Protocol):
+class Authenticator(Protocol):
     """Looks at every request's head before its body is read."""
 
     def admit(self, request: Request, scope: str) -> str:
@@ -133,7 +133,7 @@ class Doorkeeper(Protocol):
         """Whether the key called ``key`` may use ``model``."""
 
 
-class OpenDoor:
+class AllowAll:
     """Lets everybody in."""
 
     def admit(self, request: Request, scope: str) -> str:

@@ -19,16 +19,16 @@ from typing import Any
 from urllib.parse import quote
 
 from vllmd.errors import BadRequest, EngineFailed, Forbidden, NotFound, UnknownModel, UpstreamFailed, VllmdError
-from vllmd.proxy.answer import EVENT_STREAM, Answer, Errand, Refusal, answer_for
+from vllmd.proxy.answer import EVENT_STREAM, Answer, Refusal, UpstreamRequest, answer_for
 from vllmd.proxy.eager import Begun, Bell
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.framing import Framing
-from vllmd.proxy.gate import LONGEST_NAME, Doorkeeper, Gate, OpenDoor, Passage, Rules, Target
+from vllmd.proxy.gate import LONGEST_NAME, AllowAll, Authenticator, Gate, Permit, Rules, Target
 from vllmd.proxy.heads import ResponseHead, forwardable, write_fields
 from vllmd.proxy.http import Request
 from vllmd.proxy.large import LARGE, in_large, in_turns, ruled_large
 from vllmd.proxy.limits import Limits
-from vllmd.proxy.loading import Loading
+from vllmd.proxy.loading_heartbeat import LoadingHeartbeat
 from vllmd.proxy.peek import Asked, Parts, in_json, in_multipart, ruled
 from vllmd.proxy.upstream import Pool, Upstream, host_field
 
@@ -59,11 +59,11 @@ quoted = lru_cache(maxsize=256)(quote)
 class Relay:
     """Serves the model routes."""
 
-    def __init__(self, gate: Gate, limits: Limits, doorkeeper: Doorkeeper | None = None) -> None:
+    def __init__(self, gate: Gate, limits: Limits, doorkeeper: Authenticator | None = None) -> None:
         self.pool = Pool(limits)
         self.gate = gate
         self.limits = limits
-        self._doorkeeper = doorkeeper or OpenDoor()
+        self._doorkeeper = doorkeeper or AllowAll()
         self._responses: OrderedDict[str, tuple[str, str]] = OrderedDict()  # response id -> engine; model as asked for
 
     async def json(self, exchange: Exchange) -> None:
@@ -103,7 +103,7 @@ class Relay:
             names = {**request.params, "model": at.served_name}
             return _with_query(request, re.sub(r"\{(\w+)\}", lambda name: quote(names[name[1]], safe=""), route))
 
-        await self._send(exchange, Errand(target, Asked("", False, request.body), path_at(target), path_at))
+        await self._send(exchange, UpstreamRequest(target, Asked("", False, request.body), path_at(target), path_at))
 
     async def upstream(self, exchange: Exchange) -> None:
         """``/upstream/{model}/...``: the rest of an engine's own API, but nothing that changes its state."""
@@ -120,7 +120,7 @@ class Relay:
             if any(word in rest.lower() for word in FORBIDDEN):
                 raise Forbidden("vllmd alone may put engines to sleep, pause or change them")
             path = _with_query(request, quoted(f"/{rest}"))
-            await self._send(exchange, Errand(target, Asked("", False, request.body), path))
+            await self._send(exchange, UpstreamRequest(target, Asked("", False, request.body), path))
             return
         raise UnknownModel(f"no model's name begins {request.params['rest']!r}")
 
@@ -134,17 +134,19 @@ class Relay:
             asked = await _ruled(asked.body, target.rules)
             exchange.request.body = asked.body  # the one that came is held no longer
         path = _with_query(exchange.request, quoted(exchange.request.path))
-        await self._send(exchange, Errand(target, asked, path), only)
+        await self._send(exchange, UpstreamRequest(target, asked, path), only)
 
-    async def _send(self, exchange: Exchange, errand: Errand, only: str = "") -> None:
-        target, asked = errand.target, errand.asked
+    async def _send(self, exchange: Exchange, upstream_request: UpstreamRequest, only: str = "") -> None:
+        target, asked = upstream_request.target, upstream_request.asked
         exchange.outlives_eof = False
         exchange.model = target.model
         if self.limits.request_timeout is not None:
             exchange.expire(self.limits.request_timeout)
-        loading = Loading(exchange, target.model, asked.model, stream=asked.stream, limits=self.limits, gate=self.gate)
+        loading = LoadingHeartbeat(
+            exchange, target.model, asked.model, stream=asked.stream, limits=self.limits, gate=self.gate
+        )
         try:
-            await self._deliver(exchange, errand, loading, only)
+            await self._deliver(exchange, upstream_request, loading, only)
         except VllmdError as error:
             loading.fail(error)
 
@@ -157,40 +159,46 @@ class Relay:
             raise NotFound(f"the model {target.model!r} does not serve {route}")
         return target
 
-    async def _deliver(self, exchange: Exchange, errand: Errand, loading: Loading, only: str) -> None:
+    async def _deliver(
+        self, exchange: Exchange, upstream_request: UpstreamRequest, loading: LoadingHeartbeat, only: str
+    ) -> None:
         """Through the gate and on, until an engine has answered. Raises VllmdError."""
-        entering = self.gate.enter(errand.target.model, exchange.request.key, exchange.ticket, only)
+        acquiring = self.gate.acquire(upstream_request.target.model, exchange.request.key, exchange.ticket, only)
         while True:
-            passage = await self._admitted(entering, loading)
+            permit = await self._admitted(acquiring, loading)
             try:
-                await self._pass(exchange, passage, errand.at(passage.target) if passage.target else errand, loading)
+                await self._pass(
+                    exchange, permit, upstream_request.at(permit.target) if permit.target else upstream_request, loading
+                )
                 return
             except VllmdError as error:
                 if loading.relaying or exchange.over:
                     raise
-                entering = passage.again(error)
+                acquiring = permit.retry(error)
 
-    async def _admitted(self, coming: Coroutine[Any, Any, Passage], loading: Loading) -> Passage:
-        entering = Begun(coming)
-        if not entering.over:
+    async def _admitted(self, coming: Coroutine[Any, Any, Permit], loading: LoadingHeartbeat) -> Permit:
+        acquiring = Begun(coming)
+        if not acquiring.over:
             loading.begin()
         try:
-            return await entering
+            return await acquiring
         finally:
             loading.end()
 
-    async def _pass(self, exchange: Exchange, passage: Passage, errand: Errand, loading: Loading) -> None:
-        trip = Trip(exchange, errand, loading, passage)
+    async def _pass(
+        self, exchange: Exchange, permit: Permit, upstream_request: UpstreamRequest, loading: LoadingHeartbeat
+    ) -> None:
+        trip = Forward(exchange, upstream_request, loading, permit)
         try:
-            passage.on_cut(trip.cut)
+            permit.on_cut(trip.cut)
             await trip.run(self.pool)
         finally:
             trip.close()
-            self._remember(trip.response_id, errand)
+            self._remember(trip.response_id, upstream_request)
 
-    def _remember(self, response_id: str, errand: Errand) -> None:
+    def _remember(self, response_id: str, upstream_request: UpstreamRequest) -> None:
         if response_id:
-            self._responses[response_id] = errand.target.model, errand.asked.model
+            self._responses[response_id] = upstream_request.target.model, upstream_request.asked.model
             if len(self._responses) > RESPONSES_KEPT:
                 self._responses.popitem(last=False)
 
@@ -241,15 +249,17 @@ class Tail:
         return bytes(self._bytes[-TAIL:])
 
 
-class Trip:
+class Forward:
     """One request's way to the engine and back; the engine's connection reports to it (``upstream.Sink``)."""
 
-    def __init__(self, exchange: Exchange, errand: Errand, loading: Loading, passage: Passage) -> None:
+    def __init__(
+        self, exchange: Exchange, upstream_request: UpstreamRequest, loading: LoadingHeartbeat, permit: Permit
+    ) -> None:
         self._exchange = exchange
-        self._errand = errand
+        self._errand = upstream_request
         self._loading = loading
-        self._passage: Passage | None = passage
-        self._where = passage.upstream
+        self._permit: Permit | None = permit
+        self._where = permit.upstream
         self._over: Bell | None = None
         self._error: VllmdError | None = None
         self._again = False
@@ -276,7 +286,7 @@ class Trip:
         try:
             return await pool.connect(self._where)
         except UpstreamFailed as error:
-            self._error = error  # the passage ends by it
+            self._error = error  # the permit ends by it
             raise
 
     async def _attempt(self, upstream: Upstream, head: bytes, body: Parts) -> None:
@@ -302,19 +312,19 @@ class Trip:
 
     def _leave(self) -> None:
         """Tell the gate that the request is over, and what the answer's usage says it took in all, if it does."""
-        passage, self._passage = self._passage, None
-        if passage is not None:
-            passage.done(total_tokens(self._tail.last), self._error.message if self._error is not None else "")
+        permit, self._permit = self._permit, None
+        if permit is not None:
+            permit.done(total_tokens(self._tail.last), self._error.message if self._error is not None else "")
 
     # -- what the engine's connection says
 
     def head(self, head: ResponseHead, framing: Framing) -> None:
         """The answer begins."""
-        if self._passage is not None and self._passage.target is not None:
+        if self._permit is not None and self._permit.target is not None:
             if head.status in REFUSALS:
                 self._answer = Refusal(head.status, framing)
                 return
-            self._passage.answered(head.content_type.startswith(EVENT_STREAM))
+            self._permit.answered(head.content_type.startswith(EVENT_STREAM))
         self._answer = answer_for(self._exchange, self._errand, self._loading, head, framing)
 
     def data(self, data: bytes) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from vllmd.errors import MethodNotAllowed, NotFound
 from vllmd.proxy.cors import Cors
 from vllmd.proxy.exchange import Exchange
-from vllmd.proxy.gate import Doorkeeper, OpenDoor
+from vllmd.proxy.gate import AllowAll, Authenticator
 from vllmd.proxy.http import Request, Response
 
 LocalHandler = Callable[[Request], Awaitable[Response]]
@@ -56,8 +56,8 @@ class NoSuchMethod(MethodNotAllowed):
 class Router:
     """The route table; it also has every request's key looked at before the body is read."""
 
-    def __init__(self, doorkeeper: Doorkeeper | None = None, cors: Cors | None = None) -> None:
-        self.doorkeeper = doorkeeper or OpenDoor()
+    def __init__(self, doorkeeper: Authenticator | None = None, cors: Cors | None = None) -> None:
+        self.doorkeeper = doorkeeper or AllowAll()
         self.cors = cors or Cors()
         self._fixed: dict[str, dict[str, Route]] = {}
         self._patterns: list[tuple[re.Pattern[str], dict[str, Route]]] = []

@@ -13,7 +13,7 @@ from vllmd.errors import BadRequest, EngineFailed, UpstreamFailed, VllmdError
 from vllmd.proxy.answer import OURS
 from vllmd.proxy.exchange import Exchange, with_fields
 from vllmd.proxy.framing import BadFraming
-from vllmd.proxy.gate import Address, Passage, Target
+from vllmd.proxy.gate import Address, Permit, Target
 from vllmd.proxy.heads import forwardable, parse_upgrade_head, write_fields, write_request_head
 from vllmd.proxy.http import Request
 from vllmd.proxy.limits import read_small
@@ -114,14 +114,14 @@ class Tunnels:
         target = self._relay.target(request, request.query.get("model", ""), request.path)
         exchange.model = target.model
         await asyncio.sleep(0)  # on in a task: the waits below need one
-        passage = await self._relay.gate.enter(target.model, request.key, exchange.ticket)
+        permit = await self._relay.gate.acquire(target.model, request.key, exchange.ticket)
         try:
-            await self._through(exchange, passage, passage.target or target)
+            await self._through(exchange, permit, permit.target or target)
         finally:
-            passage.done()
+            permit.done()
 
-    async def _through(self, exchange: Exchange, passage: Passage, target: Target) -> None:
-        far = await connect(passage.upstream, self._relay.limits.connect_timeout, lambda: FarEnd(exchange))
+    async def _through(self, exchange: Exchange, permit: Permit, target: Target) -> None:
+        far = await connect(permit.upstream, self._relay.limits.connect_timeout, lambda: FarEnd(exchange))
         cut: list[VllmdError] = []
 
         def on_cut(reason: str) -> None:
@@ -129,10 +129,10 @@ class Tunnels:
             far.close()
 
         try:
-            passage.on_cut(on_cut)
-            far.send(handshake(exchange.request, target, passage.upstream))
+            permit.on_cut(on_cut)
+            far.send(handshake(exchange.request, target, permit.upstream))
             exchange.keep_alive = False
-            agreed = await self._agreed(far, describe(passage.upstream))
+            agreed = await self._agreed(far, describe(permit.upstream))
             exchange.start(101, with_fields(agreed, [("x-request-id", exchange.request.id)]))
             exchange.upgrade(far.send)
             far.open()

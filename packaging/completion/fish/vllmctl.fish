@@ -74,7 +74,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from events' -l json -d 'print JS
 complete -c vllmctl -n '__fish_seen_subcommand_from events' -s m -l model -r -d 'of this model only, or of this replica'
 complete -c vllmctl -n '__fish_seen_subcommand_from events' -a '(vllmctl completion models 2>/dev/null)'
 complete -c vllmctl -n '__fish_seen_subcommand_from events' -F
-complete -c vllmctl -n __fish_use_subcommand -a gpus -d 'Show the devices: memory promised, reserved, held by strangers'
+complete -c vllmctl -n __fish_use_subcommand -a gpus -d 'Show the devices: memory promised, reserved, held by other programs'
 complete -c vllmctl -n '__fish_seen_subcommand_from gpus' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from gpus' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
 complete -c vllmctl -n '__fish_seen_subcommand_from gpus' -l user -d 'the vllmd of systemctl --user'

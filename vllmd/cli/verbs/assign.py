@@ -38,14 +38,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def wanted(devices: str | None, memory: str | None) -> dict[str, str]:
     """The settings as YAML. Raises Failure where a value is wrong, or none is given."""
-    from vllmd.config import kinds
+    from vllmd.config import value_types
 
     found = {}
     if devices is not None:
-        _check(kinds.DEVICES, "--devices", devices)
+        _check(value_types.DEVICES, "--devices", devices)
         found["devices"] = devices if devices == "auto" else f"[{', '.join(devices.strip('[]').split(','))}]"
     if memory is not None:
-        _check(kinds.SHARE, "--gpu-memory", memory)
+        _check(value_types.SHARE, "--gpu-memory", memory)
         found["gpu_memory"] = memory
     if not found:
         raise Failure("say what to assign: --devices or --gpu-memory", EX_USAGE)

@@ -1,4 +1,4 @@
-"""Show the devices: memory promised, reserved, held by strangers."""
+"""Show the devices: memory promised, reserved, held by other programs."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def row(device: dict[str, Any], models: list[dict[str, Any]]) -> tuple[str, ...]:
-    free = device["memory"] - device["promised"] - device["reserve"] - device["strangers"]
+    free = device["memory"] - device["promised"] - device["reserve"] - device["external"]
     engines = [line for model in models for line in model.get("replicas") or [model]]
     held = [line["name"] for line in engines if device["index"] in line["devices"]]
-    sizes = (device["memory"], device["promised"], max(0, free), device["reserve"], device["strangers"])
+    sizes = (device["memory"], device["promised"], max(0, free), device["reserve"], device["external"])
     note = f"avoided: {device['wedged']}" if device["wedged"] else ""
     return (str(device["index"]), *map(show.size, sizes), ", ".join(held) or show.EMPTY, note)

@@ -12,7 +12,7 @@ from vllmd.errors import ConfigError
 log = logging.getLogger("vllmd.engines")
 
 
-class Kinds:
+class EngineResolver:
     """``engine_of``, remembered per model, and never raising."""
 
     def __init__(self, *, quiet: bool = False) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from vllmd.config.types import ModelConfig, ReplicaConfig
 from vllmd.core import commands, events
-from vllmd.daemon.kinds import Kinds
-from vllmd.daemon.turnstile import Turnstile
+from vllmd.daemon.admission_gate import AdmissionGate
+from vllmd.daemon.engine_resolver import EngineResolver
 from vllmd.engines.base import Listen
 from vllmd.errors import EngineFailed, Unavailable, UpstreamFailed
 from vllmd.proxy.upstream import Unreached
@@ -19,18 +19,18 @@ SOCKET = Listen(uds="/run/x/engine.sock")
 
 
 class Rig:
-    """A turnstile whose core is this test."""
+    """An admission gate whose core is this test."""
 
     def __init__(self) -> None:
         self.posted: list[events.Event] = []
         self.engine: Listen | None = SOCKET
         opened = asyncio.Event()
         opened.set()
-        self.gate = Turnstile(self.posted.append, lambda model: self.engine, Kinds(), opened)
+        self.gate = AdmissionGate(self.posted.append, lambda model: self.engine, EngineResolver(), opened)
         self.gate.configure({"m": ModelConfig("m")}, {"m": ModelConfig("m")})
 
     async def arrive(self) -> asyncio.Task[object]:
-        task: asyncio.Task[object] = asyncio.ensure_future(self.gate.enter("m", "key", "id"))
+        task: asyncio.Task[object] = asyncio.ensure_future(self.gate.acquire("m", "key", "id"))
         await asyncio.sleep(0)
         return task
 
@@ -61,10 +61,10 @@ async def test_admitted_and_done(rig: Rig) -> None:
     """The plain course: it arrives, is admitted, is done; being done twice counts once."""
     task = await rig.arrive()
     rig.gate.admit(commands.Admit("1", "m"))
-    passage = await task
-    assert passage.upstream == SOCKET
-    passage.done(7)
-    passage.done(7)
+    permit = await task
+    assert permit.upstream == SOCKET
+    permit.done(7)
+    permit.done(7)
     assert rig.posted == [events.RequestArrived("1", "m", "key"), events.RequestFinished("1", 7)]
     assert rig.gate.open == 0
 
@@ -137,10 +137,10 @@ async def test_a_cut_reaches_the_relay_whenever_it_asks(rig: Rig) -> None:
     task = await rig.arrive()
     rig.gate.admit(commands.Admit("1", "m"))
     rig.gate.cut(commands.CutRequest("1", "too long"))
-    passage, heard = await task, []
-    passage.on_cut(heard.append)
+    permit, heard = await task, []
+    permit.on_cut(heard.append)
     assert heard == ["too long"]
-    passage.done()
+    permit.done()
     rig.gate.cut(commands.CutRequest("1", "again"))
     assert heard == ["too long"]
 
@@ -150,12 +150,12 @@ async def test_shutdown_refuses_those_who_wait_and_lets_the_others_end(rig: Rig)
     """A restart must not lose a running stream, nor keep a waiter hanging."""
     running, waiting = await rig.arrive(), await rig.arrive()
     rig.gate.admit(commands.Admit("1", "m"))
-    passage = await running
+    permit = await running
     rig.gate.reject_waiting("shutting down")
     with pytest.raises(Unavailable, match="shutting down"):
         await waiting
     assert not await rig.gate.emptied(0.01)
-    passage.done()
+    permit.done()
     assert await rig.gate.emptied(0.01)
     assert rig.kinds() == ["RequestArrived", "RequestArrived", "RequestGone", "RequestFinished"]
 
@@ -166,18 +166,18 @@ async def test_a_request_that_a_replica_failed_goes_on_to_another(rig: Rig) -> N
     rig.replicate(retries=2)
     task = await rig.arrive()
     rig.gate.admit(commands.Admit("1", "m@2"))
-    passage = await task
-    assert passage.target is not None
-    assert passage.target.model == "m@2"
-    passage.done(failed="it broke off")
-    again = asyncio.ensure_future(passage.again(UpstreamFailed("it broke off")))
+    permit = await task
+    assert permit.target is not None
+    assert permit.target.model == "m@2"
+    permit.done(failed="it broke off")
+    retry = asyncio.ensure_future(permit.retry(UpstreamFailed("it broke off")))
     await asyncio.sleep(0)
     assert rig.posted[1:] == [
         events.RequestFinished("1", None, "it broke off"),
         events.RequestArrived("2", "m", "key", frozenset({"m@2"})),
     ]
     rig.gate.admit(commands.Admit("2", "m"))
-    second = await again
+    second = await retry
     second.answered(True)
     second.done(5)
     assert rig.posted[3:] == [events.RequestAnswered("2", True), events.RequestFinished("2", 5)]
@@ -191,9 +191,9 @@ async def test_S_max_retry_attempts_are_bounded(rig: Rig) -> None:
     coming = await rig.arrive()
     for number in range(1, 4):
         rig.gate.admit(commands.Admit(f"{number}", "m"))
-        passage = await coming
-        passage.done(failed="no")
-        coming = asyncio.ensure_future(passage.again(UpstreamFailed(f"failure {number}")))
+        permit = await coming
+        permit.done(failed="no")
+        coming = asyncio.ensure_future(permit.retry(UpstreamFailed(f"failure {number}")))
         await asyncio.sleep(0)
     with pytest.raises(UpstreamFailed, match="failure 3"):
         await coming
@@ -205,15 +205,15 @@ async def test_a_model_with_one_engine_has_nowhere_else(rig: Rig) -> None:
     """Only one that found nobody listening waits for the engine's successor."""
     task = await rig.arrive()
     rig.gate.admit(commands.Admit("1", "m"))
-    passage = await task
-    assert passage.target is None
-    passage.done(failed="no")
+    permit = await task
+    assert permit.target is None
+    permit.done(failed="no")
     with pytest.raises(UpstreamFailed, match="it broke off"):
-        await passage.again(UpstreamFailed("it broke off"))
-    again = asyncio.ensure_future(passage.again(Unreached("nobody listens")))
+        await permit.retry(UpstreamFailed("it broke off"))
+    retry = asyncio.ensure_future(permit.retry(Unreached("nobody listens")))
     while len(rig.posted) < 3:  # noqa: ASYNC110 - after a pause
         await asyncio.sleep(0.01)
     assert rig.posted[2] == events.RequestArrived("2", "m", "key", frozenset({"m"}))
-    again.cancel()
-    await asyncio.wait({again})
+    retry.cancel()
+    await asyncio.wait({retry})
     assert rig.kinds()[-1] == "RequestGone"

@@ -25,7 +25,7 @@ DROPPED = {
 }
 
 
-class Guests(Protocol):
+class RuntimeModels(Protocol):
     """The daemon, as far as these endpoints need it."""
 
     async def put(self, name: str, settings: Mapping[str, Any], *, trusted: bool) -> dict[str, Any]:
@@ -35,11 +35,11 @@ class Guests(Protocol):
         """Forget one; it is drained and stopped. Raises UnknownModel, Conflict for a configured one."""
 
 
-class GuestEndpoints:
+class RuntimeModelEndpoints:
     """``/admin/guests/...``; the caller has been found to be an operator."""
 
-    def __init__(self, guests: Guests) -> None:
-        self._guests = guests
+    def __init__(self, runtime_models: RuntimeModels) -> None:
+        self._guests = runtime_models
 
     async def put(self, request: Request) -> Response:
         """``PUT /admin/guests/{model}`` with the settings of a model as in vllmd.yaml(5).
@@ -59,9 +59,9 @@ class GuestEndpoints:
         return json_response({"model": request.params["model"], "dropped": True})
 
 
-def add_guests(router: Router, guests: Guests, audited: Callable[[LocalHandler], LocalHandler]) -> None:
+def add_guests(router: Router, runtime_models: RuntimeModels, audited: Callable[[LocalHandler], LocalHandler]) -> None:
     """Their rows of the route table."""
-    endpoints, add = GuestEndpoints(guests), router.add
+    endpoints, add = RuntimeModelEndpoints(runtime_models), router.add
     add("PUT", "/admin/guests/{model:path}", audited(endpoints.put), "admin", "Make a model known until vllmd ends",
         doc(answers(KNOWN), {"requestBody": {"content": {"application/json": {"schema": SETTINGS}}}}))  # fmt: skip
     add("DELETE", "/admin/guests/{model:path}", audited(endpoints.drop), "admin", "Forget such a model",

@@ -7,8 +7,8 @@ from dataclasses import replace
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllmd.admin.control import Gauges
+from vllmd.admin.counters import Counters, Histogram
 from vllmd.admin.exposition import expose
-from vllmd.admin.tally import Histogram, Tally
 from vllmd.core.types import Decision, DeviceView, ModelView, Snapshot, State
 
 VIEW = ModelView("m", State.SLEEPING, 1, (0,), 7 << 30, 2, 3, 1.5, None, 9.0, True, ("l",), "", "")
@@ -16,9 +16,9 @@ DEVICE = DeviceView(0, 80 << 30, 1 << 30, 7 << 30, 2 << 30, "")
 SNAPSHOT = Snapshot(0.0, (VIEW,), (DEVICE,), 64 << 30, 5 << 30, ())
 
 
-def samples(tally: Tally, gauges: Gauges) -> dict[str, float]:
+def samples(counters: Counters, gauges: Gauges) -> dict[str, float]:
     """``name{sorted labels}`` -> value, as Prometheus' own parser reads it."""
-    body, content_type = expose(tally, gauges, "text/plain")
+    body, content_type = expose(counters, gauges, "text/plain")
     assert content_type.startswith("text/plain")
     families = text_string_to_metric_families(body.decode())
     return {
@@ -39,16 +39,16 @@ def test_a_histogram_is_cumulative_and_ends_with_all() -> None:
 
 def test_what_is_counted_is_what_is_read() -> None:
     """Counters end in _total, histograms have their count and sum."""
-    tally = Tally()
-    tally.waited("m", 0.3)
-    tally.used("m", "alice", 12)
-    tally.changed("m", "start", 4.0, failed=False)
-    tally.changed("m", "wake", 1.0, failed=True)
-    tally.decided(Decision(0.0, "sleep", "m", "to make room for x", {"cause": "exchange"}), "m")
-    tally.decided(Decision(0.0, "start", "m", "it fits"), "m")
-    tally.decided(Decision(0.0, "eject", "m@2", "it failed a probe"), "m", "m@2")
-    tally.retried("m", "m@2")
-    read = samples(tally, Gauges(None))
+    counters = Counters()
+    counters.waited("m", 0.3)
+    counters.used("m", "alice", 12)
+    counters.changed("m", "start", 4.0, failed=False)
+    counters.changed("m", "wake", 1.0, failed=True)
+    counters.decided(Decision(0.0, "sleep", "m", "to make room for x", {"cause": "exchange"}), "m")
+    counters.decided(Decision(0.0, "start", "m", "it fits"), "m")
+    counters.decided(Decision(0.0, "eject", "m@2", "it failed a probe"), "m", "m@2")
+    counters.retried("m", "m@2")
+    read = samples(counters, Gauges(None))
     assert read["vllmd_model_queue_wait_seconds_count{model=m}"] == 1
     assert read["vllmd_model_tokens_total{model=m}"] == 12
     assert read["vllmd_key_tokens_total{key=alice}"] == 12
@@ -66,13 +66,13 @@ def test_what_is_counted_is_what_is_read() -> None:
 def test_how_things_stand() -> None:
     """States are one series each, memory is in bytes and per device."""
     devices = {"used": {0: 3 << 30}, "power": {0: 99.5}, "load": {0: 0.25}}
-    read = samples(Tally(), Gauges(SNAPSHOT, 4, 5, models=[(VIEW, ())], **devices))  # type: ignore[arg-type]
+    read = samples(Counters(), Gauges(SNAPSHOT, 4, 5, models=[(VIEW, ())], **devices))  # type: ignore[arg-type]
     assert read["vllmd_model_state{model=m,state=sleeping_l1}"] == 1
     assert read["vllmd_model_state{model=m,state=running}"] == 0
     assert read["vllmd_model_queue_length{model=m}"] == 3
     assert read["vllmd_model_running_requests{model=m}"] == 2
     assert read["vllmd_model_memory_bytes{device=0,model=m}"] == 7 << 30
-    assert read["vllmd_device_memory_strangers_bytes{device=0}"] == 2 << 30
+    assert read["vllmd_device_memory_external_bytes{device=0}"] == 2 << 30
     assert read["vllmd_device_memory_used_bytes{device=0}"] == 3 << 30
     assert read["vllmd_device_power_watts{device=0}"] == 99.5
     assert read["vllmd_device_utilization_ratio{device=0}"] == 0.25
@@ -85,7 +85,7 @@ def test_replicas_are_told_apart_beside_their_model() -> None:
     one = replace(VIEW, name="m@1", state=State.READY, standing="serving", latency=0.25, in_flight=2)
     two = replace(VIEW, name="m@2", state=State.STOPPED, devices=(), in_flight=0)
     whole = replace(VIEW, state=State.READY, memory=14 << 30)
-    read = samples(Tally(), Gauges(SNAPSHOT, models=[(whole, (one, two)), (replace(VIEW, name="n"), ())]))
+    read = samples(Counters(), Gauges(SNAPSHOT, models=[(whole, (one, two)), (replace(VIEW, name="n"), ())]))
     assert read["vllmd_model_state{model=m,state=running}"] == 1
     assert read["vllmd_model_memory_bytes{device=0,model=m}"] == 7 << 30
     assert read["vllmd_replica_latency_seconds{model=m,replica=m@1}"] == 0.25
@@ -99,7 +99,7 @@ def test_replicas_are_told_apart_beside_their_model() -> None:
 def test_openmetrics_for_those_who_ask() -> None:
     """Prometheus prefers it, and it must end as it must."""
     body, content_type = expose(
-        Tally(), Gauges(SNAPSHOT, models=[(VIEW, ())]), "application/openmetrics-text; version=1.0.0"
+        Counters(), Gauges(SNAPSHOT, models=[(VIEW, ())]), "application/openmetrics-text; version=1.0.0"
     )
     assert content_type.startswith("application/openmetrics-text")
     assert body.endswith(b"# EOF\n")
@@ -107,8 +107,8 @@ def test_openmetrics_for_those_who_ask() -> None:
 
 def test_every_family_has_help_and_a_conventional_name() -> None:
     """promtool complains of a missing help text, of a unit that is no base unit, of a counter without _total."""
-    tally = Tally()
-    body, _ = expose(tally, Gauges(SNAPSHOT, models=[(VIEW, ())]), "")
+    counters = Counters()
+    body, _ = expose(counters, Gauges(SNAPSHOT, models=[(VIEW, ())]), "")
     for family in text_string_to_metric_families(body.decode()):
         assert family.documentation, family.name
         assert not family.name.endswith(("_ms", "_milliseconds", "_kb", "_mb", "_percent", "_total_total"))

@@ -11,7 +11,7 @@ from vllmd.config.types import ModelConfig
 from vllmd.core.types import DeviceView, ModelView, State
 
 if TYPE_CHECKING:
-    from vllmd.daemon.member import Member
+    from vllmd.daemon.engine_process import EngineProcess
 
 UNLOADED = frozenset({State.STOPPED, State.FAILED})
 ABILITIES = {
@@ -65,19 +65,21 @@ def card(model: ModelConfig, routes: Iterable[str], view: ModelView | None, kind
     }
 
 
-def line(view: ModelView, model: ModelConfig | None, member: Member | None, last_start: float | None) -> dict[str, Any]:
+def line(
+    view: ModelView, model: ModelConfig | None, process: EngineProcess | None, last_start: float | None
+) -> dict[str, Any]:
     """A model for ``vllmctl``."""
     shown = {**asdict(view), "state": state_of(view), "pid": None, "unit": "", "socket": ""}
     shown.update(instance="", detail="", phase="", last_start_seconds=last_start, started_at=None)
     shown["config"] = about(model) if model else {}
-    if member:
-        shown["instance"] = member.instance
-        shown["started_at"] = time.time() - (time.monotonic() - member.started)
-        shown["socket"] = member.listen.uds or f"{member.listen.host}:{member.listen.port}"
+    if process:
+        shown["instance"] = process.instance
+        shown["started_at"] = time.time() - (time.monotonic() - process.started)
+        shown["socket"] = process.listen.uds or f"{process.listen.host}:{process.listen.port}"
         if view.state is State.STARTING:
-            shown.update(phase=member.phase.phase, detail=member.phase.detail)
-    if member and member.running:
-        shown.update(pid=member.running.pid, unit=member.running.unit)
+            shown.update(phase=process.phase.phase, detail=process.phase.detail)
+    if process and process.running:
+        shown.update(pid=process.running.pid, unit=process.running.unit)
     return shown
 
 
@@ -99,4 +101,4 @@ def health(views: Iterable[ModelView], devices: Iterable[DeviceView], broken: st
 
 
 def _device(view: DeviceView) -> dict[str, Any]:
-    return {**asdict(view), "free": max(0, view.memory - view.reserve - view.promised - view.strangers)}
+    return {**asdict(view), "free": max(0, view.memory - view.reserve - view.promised - view.external)}

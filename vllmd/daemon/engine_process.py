@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field
 
 from vllmd.config.types import ModelConfig
 from vllmd.core.types import Placement
+from vllmd.daemon.failure_text import how_it_ended, with_last_lines
 from vllmd.daemon.logfile import LogFile
-from vllmd.daemon.words import how_it_ended, with_last_lines
 from vllmd.engines.base import Engine, Listen, Progress
 from vllmd.launcher.client import ExitReport, Running
 
@@ -22,8 +22,8 @@ STARTING = Progress("starting")
 
 
 @dataclass
-class Member:
-    """One engine and what the daemon knows of it; owned by the Fleet."""
+class EngineProcess:
+    """One engine and what the daemon knows of it; owned by the EngineManager."""
 
     model: ModelConfig
     engine: Engine
@@ -61,10 +61,10 @@ class Member:
         return list(self.lines)
 
 
-def of(member: Member) -> dict[str, dict[str, str]]:
+def of(process: EngineProcess) -> dict[str, dict[str, str]]:
     """The journal fields that say which engine a record is about."""
-    unit = {"VLLMD_UNIT": member.running.unit} if member.running else {}
-    return {"journal": {"MODEL": member.model.name, **unit}}
+    unit = {"VLLMD_UNIT": process.running.unit} if process.running else {}
+    return {"journal": {"MODEL": process.model.name, **unit}}
 
 
 def fingerprint(model: ModelConfig) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.client.site import Vllmd, running
 from vllmd import errors
-from vllmd.config.guest import guest
+from vllmd.config.runtime_model import guest
 from vllmd.config.types import Config, ModelConfig
 
 TEMPLATE = ModelConfig("", extra_args=("--seed", "1"), env={"A": "1"}, max_model_len=4096)

@@ -13,7 +13,7 @@ import pytest
 from tests.daemon.rig import ASLEEP, AWAKE, OK, FakeEngine, Rig, soon, tell
 from vllmd.core import commands, events
 from vllmd.core.types import GiB, Source
-from vllmd.daemon import fleet, memory
+from vllmd.daemon import engine_manager, memory
 from vllmd.daemon.ports import PortPool
 from vllmd.errors import Unavailable
 from vllmd.gpu import Sample
@@ -28,7 +28,7 @@ def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is waited for in vain is not waited for long."""
     monkeypatch.setattr(memory, "RETURN_LIMIT", 0.2)
     monkeypatch.setattr(memory, "RETURN_POLL", 0.02)
-    monkeypatch.setattr(fleet, "KILL_LIMIT", 0.1)
+    monkeypatch.setattr(engine_manager, "KILL_LIMIT", 0.1)
 
 
 # ---- starts -------------------------------------------------------------------------------------
@@ -43,7 +43,7 @@ def test_a_start_orders_waits_and_measures(tmp_path: Path) -> None:
         assert isinstance(ready, events.EngineReady)
         assert ready.footprint
         assert (ready.footprint.awake, ready.footprint.source) == (AWAKE, Source.MEASURED)
-        (order,) = rig.launcher.orders
+        (order,) = rig.launcher.launch_planner
         assert order.argv[order.argv.index("--device-file") + 1] == str(rig.gpu.path)
         assert order.argv[order.argv.index("--memory") + 1] == str(AWAKE)
         assert json.loads(order.metadata["listen"])["uds"] == order.listen_uds
@@ -62,7 +62,7 @@ def test_what_the_launcher_refuses_is_a_failed_start(tmp_path: Path, permanent: 
         rig.launcher.refusal = LauncherFailed("there is no /no/such/engine", permanent=permanent)
         await rig.start()
         assert await rig.event() == events.EngineStartFailed("m", "there is no /no/such/engine", permanent=permanent)
-        assert not rig.fleet.members
+        assert not rig.engine_manager.processes
 
     tell(story, tmp_path)
 
@@ -78,7 +78,7 @@ def test_settings_that_cannot_work_ask_nothing_of_the_launcher(tmp_path: Path) -
             assert isinstance(failed, events.EngineStartFailed)
             assert failed.permanent
             assert "unknown engine 'nonesuch'" in failed.reason
-        assert not rig.launcher.orders
+        assert not rig.launcher.launch_planner
 
     tell(story, tmp_path)
 
@@ -87,7 +87,7 @@ def test_a_model_that_nobody_configured_fails_instead_of_starting_for_ever(tmp_p
     """A defect of ours must not leave the core waiting for an answer."""
 
     async def story(rig: Rig) -> None:
-        rig.fleet.configure({}, {})
+        rig.engine_manager.configure({}, {})
         await rig.start()
         failed = await rig.event()
         assert isinstance(failed, events.EngineStartFailed)
@@ -109,7 +109,7 @@ def test_an_exit_during_the_start_is_told_with_the_last_words(tmp_path: Path) ->
         assert "exited with status 3" in failed.reason
         assert "ValueError: no such dtype" in failed.reason
         assert not failed.memory
-        assert not rig.fleet.members
+        assert not rig.engine_manager.processes
         await rig.nothing_more()
 
     tell(story, tmp_path)
@@ -154,7 +154,7 @@ def test_a_download_does_not_count_as_start_time(tmp_path: Path) -> None:
         rig.prepare = lambda engine: engine.answers.update({"/health": (503, b"")})
         await rig.start()
         await soon(engine_asked(rig))
-        rig.fleet.on_log(rig.instance, ["Downloading shards: 10%"])
+        rig.engine_manager.on_log(rig.instance, ["Downloading shards: 10%"])
         await asyncio.sleep(0.5)  # more than twice what it may take
         assert rig.posted.empty()
         rig.engine.answers.clear()
@@ -170,12 +170,12 @@ def test_a_probe_that_breaks_leaves_no_engine_behind(tmp_path: Path, monkeypatch
         def broken(*_: object) -> None:
             raise RuntimeError("oops")
 
-        monkeypatch.setattr(fleet, "answers", broken)
+        monkeypatch.setattr(engine_manager, "answers", broken)
         await rig.start()
         failed = await rig.event()
         assert isinstance(failed, events.EngineStartFailed)
         assert "oops" in failed.reason
-        assert (rig.launcher.signals, rig.fleet.members) == (["SIGKILL"], {})
+        assert (rig.launcher.signals, rig.engine_manager.processes) == (["SIGKILL"], {})
         await rig.nothing_more()
 
     tell(story, tmp_path)
@@ -189,7 +189,7 @@ def test_a_sleep_tells_what_came_free(tmp_path: Path) -> None:
 
     async def story(rig: Rig) -> None:
         engine = await rig.ready()
-        rig.fleet.sleep(SLEEP)
+        rig.engine_manager.sleep(SLEEP)
         assert await rig.event() == events.EngineAsleep("m", 1, {0: AWAKE - ASLEEP})
         assert [path for path in engine.asked if "sleep" in path] == ["/sleep?level=1&mode=wait"]
         assert (
@@ -206,7 +206,7 @@ def test_a_sleep_that_fails_says_what_the_engine_said(tmp_path: Path) -> None:
     async def story(rig: Rig) -> None:
         engine = await rig.ready()
         engine.answers["/sleep"] = (500, b"CUDA error")
-        rig.fleet.sleep(SLEEP)
+        rig.engine_manager.sleep(SLEEP)
         failed = await rig.event()
         assert isinstance(failed, events.EngineSleepFailed)
         assert "answered 500 instead of 200" in failed.reason
@@ -221,7 +221,7 @@ def test_a_sleep_that_frees_nothing_has_failed(tmp_path: Path) -> None:
     async def story(rig: Rig) -> None:
         engine = await rig.ready()
         engine.answers["/sleep"] = OK
-        rig.fleet.sleep(SLEEP)
+        rig.engine_manager.sleep(SLEEP)
         failed = await rig.event()
         assert isinstance(failed, events.EngineSleepFailed)
         assert "still holds 51200 MiB on device 0" in failed.reason
@@ -243,7 +243,7 @@ def test_a_device_that_cannot_be_read_right_after_a_sleep_is_read_again(tmp_path
             return sample()
 
         rig.memory._devices.sample = shaky  # type: ignore[method-assign]
-        rig.fleet.sleep(SLEEP)
+        rig.engine_manager.sleep(SLEEP)
         failed = await rig.event()
         assert isinstance(failed, events.EngineSleepFailed)
         assert "still holds 51200 MiB on device 0" in failed.reason
@@ -257,7 +257,7 @@ def test_an_engine_that_dies_of_a_sleep_call_has_exited(tmp_path: Path) -> None:
     async def story(rig: Rig) -> None:
         engine = await rig.ready()
         engine.answers["/sleep"] = None
-        rig.fleet.sleep(SLEEP)
+        rig.engine_manager.sleep(SLEEP)
         await soon(asked(engine, "/sleep"))
         rig.launcher.exit(rig.instance, -11)
         exited = await rig.event()
@@ -274,11 +274,11 @@ def test_an_engine_that_dies_after_its_last_call_has_exited(tmp_path: Path) -> N
     async def story(rig: Rig) -> None:
         engine = await rig.ready()
         engine.answers["/sleep"] = OK  # it frees nothing, so that its memory is waited for
-        rig.fleet.sleep(SLEEP)
+        rig.engine_manager.sleep(SLEEP)
         await soon(asked(engine, "/sleep"))
         rig.launcher.exit(rig.instance, 1)
         assert isinstance(await rig.event(), events.EngineExited)
-        assert not rig.fleet.members
+        assert not rig.engine_manager.processes
         await rig.nothing_more()
 
     tell(story, tmp_path)
@@ -307,7 +307,7 @@ def test_a_wake_from_level_2_goes_step_by_step(tmp_path: Path) -> None:
         engine = await rig.ready()
         engine.asked.clear()
         engine.answers["/reset_prefix_cache"] = (500, b"")
-        rig.fleet.wake(commands.WakeEngine("m", 2))
+        rig.engine_manager.wake(commands.WakeEngine("m", 2))
         assert await rig.event() == events.EngineAwake("m")
         assert engine.asked == [
             "/wake_up?tags=weights",
@@ -326,7 +326,7 @@ def test_a_step_of_a_wake_that_fails_ends_it(tmp_path: Path) -> None:
         engine = await rig.ready()
         engine.asked.clear()
         engine.answers["/collective_rpc"] = (500, b"no such file")
-        rig.fleet.wake(commands.WakeEngine("m", 2))
+        rig.engine_manager.wake(commands.WakeEngine("m", 2))
         assert isinstance(await rig.event(), events.EngineWakeFailed)
         assert engine.asked[-1] == "/collective_rpc"
         assert rig.launcher.notes[rig.instance]["state"] == "waking"  # for the next daemon
@@ -354,7 +354,7 @@ def test_freezing_is_proved_in_the_middle_of_an_answer(tmp_path: Path, says: str
             return json.dumps({"choices": [{"text": text}]}).encode()
 
         engine.completion = completion
-        rig.fleet.prove_freeze(commands.ProveFreeze("m"))
+        rig.engine_manager.prove_freeze(commands.ProveFreeze("m"))
         assert await rig.event() == events.FreezeProved("m", survived)
         calls = [path for path in engine.asked if path in ("/v1/completions", "/sleep?level=1&mode=keep", "/wake_up")]
         assert calls == ["/v1/completions", "/v1/completions", "/sleep?level=1&mode=keep", "/wake_up"]
@@ -368,7 +368,7 @@ def test_an_answer_that_was_over_before_the_sleep_proves_nothing(tmp_path: Path)
     async def story(rig: Rig) -> None:
         engine = await rig.ready()
         engine.answers["/v1/completions"] = (200, b'{"choices": [{"text": "one"}]}')
-        rig.fleet.prove_freeze(commands.ProveFreeze("m"))
+        rig.engine_manager.prove_freeze(commands.ProveFreeze("m"))
         assert await rig.event() == events.FreezeProved("m", survived=False)
 
     tell(story, tmp_path)
@@ -382,9 +382,9 @@ def test_a_stop_asks_first(tmp_path: Path) -> None:
 
     async def story(rig: Rig) -> None:
         await rig.ready()
-        rig.fleet.stop(STOP)
+        rig.engine_manager.stop(STOP)
         assert await rig.event() == events.EngineStopped("m", {})
-        assert (rig.launcher.signals, rig.fleet.members) == (["SIGTERM"], {})
+        assert (rig.launcher.signals, rig.engine_manager.processes) == (["SIGTERM"], {})
         await rig.nothing_more()
 
     tell(story, tmp_path)
@@ -396,7 +396,7 @@ def test_who_does_not_listen_is_killed(tmp_path: Path) -> None:
     async def story(rig: Rig) -> None:
         await rig.ready()
         rig.launcher.deaf = {"SIGTERM"}
-        rig.fleet.stop(STOP)
+        rig.engine_manager.stop(STOP)
         assert await rig.event() == events.EngineStopped("m", {})
         assert rig.launcher.signals == ["SIGTERM", "SIGKILL"]
 
@@ -408,7 +408,7 @@ def test_a_forced_stop_does_not_ask(tmp_path: Path) -> None:
 
     async def story(rig: Rig) -> None:
         await rig.ready()
-        rig.fleet.stop(commands.StopEngine("m", "now", kill=True))
+        rig.engine_manager.stop(commands.StopEngine("m", "now", kill=True))
         assert await rig.event() == events.EngineStopped("m", {})
         assert rig.launcher.signals == ["SIGKILL"]
 
@@ -421,7 +421,7 @@ def test_what_cannot_be_killed_keeps_its_memory_in_the_books(tmp_path: Path) -> 
     async def story(rig: Rig) -> None:
         await rig.ready()
         rig.launcher.deaf = {"SIGTERM", "SIGKILL"}
-        rig.fleet.stop(STOP)
+        rig.engine_manager.stop(STOP)
         assert await rig.event() == events.EngineStopped("m", {0: AWAKE})
 
     tell(story, tmp_path)
@@ -433,7 +433,7 @@ def test_memory_that_nobody_owns_after_a_stop_is_missing(tmp_path: Path) -> None
     async def story(rig: Rig) -> None:
         await rig.ready()
         rig.launcher.dying = lambda: rig.gpu.lose(20 * GiB)
-        rig.fleet.stop(STOP)
+        rig.engine_manager.stop(STOP)
         assert await rig.event() == events.EngineStopped("m", {0: 20 * GiB})
 
     tell(story, tmp_path)
@@ -446,7 +446,7 @@ def test_a_stop_overtakes_a_start(tmp_path: Path) -> None:
         rig.launcher.held_up = asyncio.Event()
         await rig.start()
         await soon(rig.launcher.ordered.wait())
-        rig.fleet.stop(STOP)
+        rig.engine_manager.stop(STOP)
         rig.launcher.held_up.set()
         assert await rig.event() == events.EngineStopped("m", {})
         assert (rig.launcher.signals, rig.launcher.engines) == (["SIGTERM"], {})
@@ -462,7 +462,7 @@ def test_a_stop_overtakes_a_start_that_the_launcher_refuses(tmp_path: Path) -> N
         rig.launcher.held_up, rig.launcher.refusal = asyncio.Event(), LauncherFailed("no")
         await rig.start()
         await soon(rig.launcher.ordered.wait())
-        rig.fleet.stop(STOP)
+        rig.engine_manager.stop(STOP)
         rig.launcher.held_up.set()
         assert await rig.event() == events.EngineStopped("m", {})
         assert not rig.launcher.signals
@@ -477,9 +477,9 @@ def test_a_stop_overtakes_a_sleep_that_hangs(tmp_path: Path) -> None:
     async def story(rig: Rig) -> None:
         engine = await rig.ready()
         engine.answers["/sleep"] = None
-        rig.fleet.sleep(SLEEP)
+        rig.engine_manager.sleep(SLEEP)
         await soon(asked(engine, "/sleep"))
-        rig.fleet.stop(STOP)
+        rig.engine_manager.stop(STOP)
         assert await rig.event() == events.EngineStopped("m", {})
         await soon(engine.left.wait())
         await rig.nothing_more()
@@ -491,7 +491,7 @@ def test_stopping_what_is_not_there_is_done(tmp_path: Path) -> None:
     """It died a moment before."""
 
     async def story(rig: Rig) -> None:
-        rig.fleet.stop(STOP)
+        rig.engine_manager.stop(STOP)
         assert await rig.event() == events.EngineStopped("m")
 
     tell(story, tmp_path)
@@ -510,7 +510,7 @@ def test_a_death_that_nobody_asked_for_is_told_with_its_reason(tmp_path: Path) -
         assert isinstance(exited, events.EngineExited)
         assert "killed by SIGKILL" in exited.reason
         assert "EngineCore died" in exited.reason
-        rig.fleet.on_exit(fleet.ExitReport(rig.instance, 0))  # told twice, counted once
+        rig.engine_manager.on_exit(engine_manager.ExitReport(rig.instance, 0))  # told twice, counted once
         await rig.nothing_more()
 
     tell(story, tmp_path)
@@ -521,8 +521,8 @@ def test_a_stray_is_ended_without_a_word_to_the_core(tmp_path: Path) -> None:
 
     async def story(rig: Rig) -> None:
         await rig.ready()
-        member = rig.fleet.members.pop("m")
-        await soon(rig.fleet.end_stray(member))
+        process = rig.engine_manager.processes.pop("m")
+        await soon(rig.engine_manager.end_unmanaged(process))
         assert (rig.launcher.signals, rig.launcher.engines) == (["SIGTERM"], {})
         await rig.nothing_more()
 

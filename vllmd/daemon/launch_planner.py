@@ -10,7 +10,7 @@ from pathlib import Path
 from vllmd.config.names import instance_name
 from vllmd.config.types import ModelConfig
 from vllmd.core import commands
-from vllmd.daemon.member import Member, fingerprint
+from vllmd.daemon.engine_process import EngineProcess, fingerprint
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.ports import PortPool
 from vllmd.engines.base import Engine, Launch, Place
@@ -29,7 +29,7 @@ class Paths:
     home: Path | None = None
 
 
-class Orders:
+class LaunchPlanner:
     """Writes the orders for the launcher."""
 
     def __init__(
@@ -46,7 +46,7 @@ class Orders:
         """Start engines by these settings from now on. ``kv_caches``: bytes per device, by model; 0: its own choice."""
         self._models, self._kv_caches = models, kv_caches
 
-    def muster(self, command: commands.StartEngine) -> tuple[Member, StartOrder | None]:
+    def prepare(self, command: commands.StartEngine) -> tuple[EngineProcess, StartOrder | None]:
         """Everything a start needs, decided before anything is done. Raises ConfigError.
 
         No order comes with a server that is not ours to start.
@@ -63,11 +63,11 @@ class Orders:
         finally:
             if port != place.port:
                 self._ports.release(place.port)
-        member = Member(model, engine, instance, launch.listen, command.placement, fingerprint(model))
-        member.stop, member.stop_signal, member.self_managed = launch.stop, launch.stop_signal, launch.self_managed
-        member.watch = launch.watch
+        process = EngineProcess(model, engine, instance, launch.listen, command.placement, fingerprint(model))
+        process.stop, process.stop_signal, process.self_managed = launch.stop, launch.stop_signal, launch.self_managed
+        process.watch = launch.watch
         try:
-            return member, self._order(member, launch, run_dir) if launch.argv else None
+            return process, self._order(process, launch, run_dir) if launch.argv else None
         except ProtocolError as error:
             raise ConfigError(f"{model.where}: models.{model.name}: {error}".removeprefix(": ")) from None
 
@@ -83,40 +83,40 @@ class Orders:
             kv_cache=self._kv_caches.get(command.model, 0),
         )
 
-    def _order(self, member: Member, launch: Launch, run_dir: Path) -> StartOrder:
+    def _order(self, process: EngineProcess, launch: Launch, run_dir: Path) -> StartOrder:
         home = {"HOME": str(self._paths.home)} if self._paths.home else {}
         return StartOrder(
-            instance=member.instance,
+            instance=process.instance,
             argv=launch.argv,
-            env={**home, **launch.env, **member.model.env},
+            env={**home, **launch.env, **process.model.env},
             cwd=launch.cwd,
             run_dir=str(run_dir),
             listen_uds=launch.listen.uds,
-            stop_timeout=min(max(member.model.stop_timeout, 1.0), LONGEST_STOP),
-            limits={key: value for key, value in asdict(member.model.limits).items() if value is not None},
+            stop_timeout=min(max(process.model.stop_timeout, 1.0), LONGEST_STOP),
+            limits={key: value for key, value in asdict(process.model.limits).items() if value is not None},
             metadata={
-                "model": member.model.name,
-                "listen": json.dumps(asdict(member.listen)),
-                "devices": json.dumps(member.placement.devices),
-                "fingerprint": member.fingerprint,
+                "model": process.model.name,
+                "listen": json.dumps(asdict(process.listen)),
+                "devices": json.dumps(process.placement.devices),
+                "fingerprint": process.fingerprint,
                 "state": "starting",
                 "level": "0",
                 "run_dir": str(run_dir),
-                "ending": json.dumps([member.stop, member.stop_signal, member.self_managed]),
+                "ending": json.dumps([process.stop, process.stop_signal, process.self_managed]),
             },
         )
 
-    def stop_order(self, member: Member, instance: str) -> StartOrder:
+    def stop_order(self, process: EngineProcess, instance: str) -> StartOrder:
         """The order for the stop command of an engine that has one."""
         home = {"HOME": str(self._paths.home)} if self._paths.home else {}
         return StartOrder(
             instance=instance,
-            argv=member.stop,
-            env={**home, **member.model.env},
+            argv=process.stop,
+            env={**home, **process.model.env},
             run_dir=str(self._paths.run / instance),
         )
 
-    def release(self, member: Member) -> None:
+    def release(self, process: EngineProcess) -> None:
         """The engine is gone: its port is free, unless it is somebody else's."""
-        if member.ordered or member.running:
-            self._ports.release(member.listen.port)
+        if process.ordered or process.running:
+            self._ports.release(process.listen.port)

@@ -16,13 +16,13 @@ from typing import Any
 from vllmd.core import commands, events
 from vllmd.core.scheduler import Scheduler
 from vllmd.core.types import Decision
-from vllmd.daemon.fleet import Fleet
-from vllmd.daemon.turnstile import Turnstile
+from vllmd.daemon.admission_gate import AdmissionGate
+from vllmd.daemon.engine_manager import EngineManager
 
 log = logging.getLogger("vllmd")
 
 
-class Heart:
+class Dispatcher:
     """Owns the scheduler; nobody else calls it."""
 
     def __init__(self, scheduler: Scheduler) -> None:
@@ -36,18 +36,18 @@ class Heart:
         self.on_decision: Callable[[Decision], None] = lambda decision: None
         self.on_change: Callable[[], None] = lambda: None
 
-    def connect(self, fleet: Fleet, turnstile: Turnstile) -> None:
+    def connect(self, engine_manager: EngineManager, admission_gate: AdmissionGate) -> None:
         """Say who carries out what."""
         self._execute = {
-            commands.StartEngine: fleet.start,
-            commands.WakeEngine: fleet.wake,
-            commands.SleepEngine: fleet.sleep,
-            commands.StopEngine: fleet.stop,
-            commands.ProveFreeze: fleet.prove_freeze,
-            commands.ProbeReplica: fleet.probe,
-            commands.Admit: turnstile.admit,
-            commands.Reject: turnstile.reject,
-            commands.CutRequest: turnstile.cut,
+            commands.StartEngine: engine_manager.start,
+            commands.WakeEngine: engine_manager.wake,
+            commands.SleepEngine: engine_manager.sleep,
+            commands.StopEngine: engine_manager.stop,
+            commands.ProveFreeze: engine_manager.prove_freeze,
+            commands.ProbeReplica: engine_manager.probe,
+            commands.Admit: admission_gate.admit,
+            commands.Reject: admission_gate.reject,
+            commands.CutRequest: admission_gate.cut,
             commands.Record: self._record,
         }
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
-from vllmd.config.guest import guest
+from vllmd.config.runtime_model import guest
 from vllmd.config.types import Config, ModelConfig
 from vllmd.core.types import State
 from vllmd.errors import Conflict, TooManyRequests, UnknownModel
@@ -20,8 +20,8 @@ MOST = 256  # guests at a time: a program in a loop must not fill the memory
 ABOUT_OURSELVES = frozenset({"where", "start_timeout"})  # what two programs may want otherwise and still share
 
 
-class Guests:
-    """Implements ``vllmd.admin.guests.Guests``: a guest is a model of the configuration that no file has."""
+class RuntimeModels:
+    """Implements ``vllmd.admin.runtime_models.RuntimeModels``: models of the configuration that no file has."""
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon

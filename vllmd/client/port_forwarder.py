@@ -14,7 +14,7 @@ from vllmd.errors import Conflict
 CHUNK = 64 << 10
 
 
-class Doorway:
+class PortForwarder:
     """Relays the bytes of every connection to ``127.0.0.1:port`` on to ``target``."""
 
     def __init__(self, port: int, target: tuple[str, int]) -> None:

@@ -17,14 +17,14 @@ from vllmd.core.scheduler import Scheduler
 from vllmd.core.types import ModelSpec, Settings
 from vllmd.daemon import discovery
 from vllmd.daemon.adoption import adopt_all
-from vllmd.daemon.fleet import Fleet
-from vllmd.daemon.loop import Heart
-from vllmd.daemon.member import fingerprint
+from vllmd.daemon.dispatcher import Dispatcher
+from vllmd.daemon.engine_manager import EngineManager
+from vllmd.daemon.engine_process import fingerprint
+from vllmd.daemon.launch_planner import LaunchPlanner, Paths
 from vllmd.daemon.memory import Memory
-from vllmd.daemon.orders import Orders, Paths
 from vllmd.daemon.ports import PortPool
 from vllmd.daemon.preflight import Machine, Prospect, look, say
-from vllmd.daemon.service import Daemon, Surroundings
+from vllmd.daemon.service import Daemon, RuntimeEnvironment
 from vllmd.daemon.specs import spec_of
 from vllmd.errors import LauncherFailed
 from vllmd.gpu import Devices, NoDevices, in_thread, open_devices
@@ -36,32 +36,32 @@ DEVICES_LIMIT = 30.0  # seconds for the driver to say what there is
 LAUNCHER_RETRY = 1.0  # seconds
 
 
-async def open_rooms(daemon: Daemon) -> None:
+async def start(daemon: Daemon) -> None:
     """Find the devices, the launcher and what runs already; then let requests through."""
     files = {index: device.file for index, device in enumerate(daemon.config.devices or ()) if device.file}
-    daemon.memory = Memory(await find_devices(daemon.config, daemon.surroundings.environment), files)
+    daemon.memory = Memory(await find_devices(daemon.config, daemon.runtime.environment), files)
     log.info("devices: %s", daemon.memory.source)
     await asyncio.to_thread(daemon.learnt.load)
     prospects = await asyncio.to_thread(expect, daemon, daemon.engines)
-    daemon.heart = Heart(make_scheduler(daemon, prospects))
+    daemon.dispatcher = Dispatcher(make_scheduler(daemon, prospects))
     daemon.launcher = await connect_launcher(daemon)
     daemon.backend = (await daemon.launcher.info()).backend
-    daemon.fleet = make_fleet(daemon, prospects)
+    daemon.engine_manager = make_fleet(daemon, prospects)
     daemon.take = lambda config: take(daemon, config)
-    daemon.heart.connect(daemon.fleet, daemon.turnstile)
-    daemon.heart.on_decision, daemon.heart.on_change = daemon.control.note, daemon.control.stir
+    daemon.dispatcher.connect(daemon.engine_manager, daemon.admission_gate)
+    daemon.dispatcher.on_decision, daemon.dispatcher.on_change = daemon.control.note, daemon.control.stir
     if not daemon.broken:  # with a broken configuration nothing is known about them: a reload will adopt them
         await adopt_running(daemon)
     await daemon.look()  # before anything is placed it must be known what strangers hold
     daemon.opened.set()
-    daemon.heart.post(events.TimePassed())
+    daemon.dispatcher.post(events.TimePassed())
 
 
 async def adopt_running(daemon: Daemon) -> None:
     """Take over, or end, every engine that an earlier daemon left."""
-    known = {member.instance for member in daemon.fleet.members.values()}
+    known = {process.instance for process in daemon.engine_manager.processes.values()}
     running = [engine for engine in await daemon.launcher.list() if engine.instance not in known]
-    await adopt_all(daemon.fleet, running, daemon.engines, daemon.kinds, daemon.heart.post)
+    await adopt_all(daemon.engine_manager, running, daemon.engines, daemon.kinds, daemon.dispatcher.post)
 
 
 async def find_devices(config: Config, environment: Mapping[str, str]) -> Devices:
@@ -85,8 +85,8 @@ def make_scheduler(daemon: Daemon, prospects: list[Prospect]) -> Scheduler:
 
 def expect(daemon: Daemon, models: Mapping[str, ModelConfig]) -> list[Prospect]:
     """What the models will take, told to the log as well; reads their files."""
-    run_dir = daemon.config.engines.run_dir or daemon.surroundings.run_dir
-    machine = Machine(daemon.memory.inventory, hf_home(daemon.surroundings), run_dir)
+    run_dir = daemon.config.engines.run_dir or daemon.runtime.run_dir
+    machine = Machine(daemon.memory.inventory, hf_home(daemon.runtime), run_dir)
     prospects = look(models.values(), machine, daemon.kinds)
     say(prospects, machine)
     return prospects
@@ -97,9 +97,9 @@ def specs_of(prospects: list[Prospect]) -> list[ModelSpec]:
     return [spec_of(each.model, each.engine, each.told) for each in prospects]
 
 
-def hf_home(surroundings: Surroundings) -> Path:
+def hf_home(runtime: RuntimeEnvironment) -> Path:
     """Where the engines' Hugging Face cache is."""
-    return discovery.hf_home(surroundings.environment, surroundings.home)
+    return discovery.hf_home(runtime.environment, runtime.home)
 
 
 def host_budget(config: Config) -> int:
@@ -115,7 +115,7 @@ async def connect_launcher(daemon: Daemon) -> LauncherClient:
         try:
             return await _launcher_once(daemon)
         except (LauncherFailed, OSError) as error:
-            log.error("cannot reach the launcher at %s: %s", daemon.surroundings.launcher or "(private)", error)
+            log.error("cannot reach the launcher at %s: %s", daemon.runtime.launcher or "(private)", error)
             await asyncio.sleep(LAUNCHER_RETRY)
 
 
@@ -124,25 +124,25 @@ async def _launcher_once(daemon: Daemon) -> LauncherClient:
         log.warning("lost the launcher; engines run on, connecting again")
 
     def ended(report: Any) -> None:
-        daemon.fleet.on_exit(report)
+        daemon.engine_manager.on_exit(report)
 
     def logged(instance: str, lines: list[str]) -> None:
-        daemon.fleet.on_log(instance, lines)
+        daemon.engine_manager.on_log(instance, lines)
 
-    if daemon.surroundings.launcher:
-        return await LauncherClient.connect(daemon.surroundings.launcher, ended, logged, lost)
+    if daemon.runtime.launcher:
+        return await LauncherClient.connect(daemon.runtime.launcher, ended, logged, lost)
     return await LauncherClient.spawn_private(ended, logged, lost)
 
 
-def make_fleet(daemon: Daemon, prospects: list[Prospect]) -> Fleet:
+def make_fleet(daemon: Daemon, prospects: list[Prospect]) -> EngineManager:
     """Who carries out what is decided about engines."""
-    engines, around = daemon.config.engines, daemon.surroundings
+    engines, around = daemon.config.engines, daemon.runtime
     paths = Paths(engines.run_dir or around.run_dir, engines.home or around.home)
-    orders = Orders(daemon.memory, paths, daemon.kinds, PortPool(engines.port_start, engines.port_end))
-    fleet = Fleet(daemon.launcher, daemon.control.take, daemon.memory, orders, around.logs)
-    fleet.configure(daemon.engines, kv_caches(prospects))
-    fleet.on_phase, fleet.look = daemon.control.stir, daemon.look
-    return fleet
+    launch_planner = LaunchPlanner(daemon.memory, paths, daemon.kinds, PortPool(engines.port_start, engines.port_end))
+    engine_manager = EngineManager(daemon.launcher, daemon.control.take, daemon.memory, launch_planner, around.logs)
+    engine_manager.configure(daemon.engines, kv_caches(prospects))
+    engine_manager.on_phase, engine_manager.look = daemon.control.stir, daemon.look
+    return engine_manager
 
 
 def kv_caches(prospects: list[Prospect]) -> dict[str, int]:
@@ -159,10 +159,10 @@ async def take(daemon: Daemon, config: Config) -> dict[str, Any]:
     changed = {name for name in kept if fingerprint(engines[name]) != fingerprint(before[name])}
     added, removed = sorted(config.models.keys() - was.keys()), sorted(was.keys() - config.models.keys())
     daemon.accept(config)
-    daemon.fleet.configure(engines, kv_caches(prospects))
+    daemon.engine_manager.configure(engines, kv_caches(prospects))
     specs = specs_of(prospects)
     daemon.control.configure(specs)
-    daemon.heart.post(events.ModelsChanged(tuple(specs), frozenset(changed)))
+    daemon.dispatcher.post(events.ModelsChanged(tuple(specs), frozenset(changed)))
     if repaired:
         await adopt_running(daemon)
     log.info(

@@ -27,7 +27,7 @@ EARLY_HEAD = (
 )
 
 
-class Loading:
+class LoadingHeartbeat:
     """One request's wait at the gate for ``model``, which it called ``asked``. ``begun``: it has its 200 already."""
 
     def __init__(self, exchange: Exchange, model: str, asked: str, *, stream: bool, limits: Limits, gate: Gate) -> None:

@@ -48,7 +48,7 @@ class Histograms(dict[tuple[str, ...], Histogram]):
         return made
 
 
-class Tally:
+class Counters:
     """The counters. Keys of each are tuples of label values."""
 
     def __init__(self) -> None:

@@ -10,7 +10,7 @@ import pytest
 from vllmd.core import events
 from vllmd.core.commands import Command
 from vllmd.core.scheduler import Scheduler
-from vllmd.daemon.loop import Heart
+from vllmd.daemon.dispatcher import Dispatcher
 
 ARRIVED = events.RequestArrived("1", "m")
 
@@ -47,7 +47,7 @@ class Wanting(Scheduler):
         return self.due
 
 
-Story = Callable[[StillLoop, Heart, Wanting], Awaitable[None]]
+Story = Callable[[StillLoop, Dispatcher, Wanting], Awaitable[None]]
 
 
 def play(story: Story) -> None:
@@ -55,9 +55,9 @@ def play(story: Story) -> None:
 
     async def told(loop: StillLoop) -> None:
         core = Wanting()
-        heart = Heart(core)
-        await story(loop, heart, core)
-        heart.close()
+        dispatcher = Dispatcher(core)
+        await story(loop, dispatcher, core)
+        dispatcher.close()
 
     loop = StillLoop()
     try:
@@ -70,9 +70,9 @@ def play(story: Story) -> None:
 def test_the_core_hears_of_the_time_when_it_wanted_to_last(dues: tuple[float | None, ...]) -> None:
     """Put off, moved forward or newly wanted: not before that time, then at once, and once."""
 
-    async def story(loop: StillLoop, heart: Heart, core: Wanting) -> None:
+    async def story(loop: StillLoop, dispatcher: Dispatcher, core: Wanting) -> None:
         for core.due in dues:
-            heart.post(ARRIVED)
+            dispatcher.post(ARRIVED)
         for clock in (105.0, 109.0, 110.0, 115.0, 120.0):
             await loop.until(clock)
         assert core.heard == [110.0]
@@ -83,9 +83,9 @@ def test_the_core_hears_of_the_time_when_it_wanted_to_last(dues: tuple[float | N
 def test_the_core_hears_nothing_that_it_does_not_want_any_more() -> None:
     """The timer that it once wanted passes without a word."""
 
-    async def story(loop: StillLoop, heart: Heart, core: Wanting) -> None:
+    async def story(loop: StillLoop, dispatcher: Dispatcher, core: Wanting) -> None:
         for core.due in (105.0, None):
-            heart.post(ARRIVED)
+            dispatcher.post(ARRIVED)
         await loop.until(120.0)
         assert core.heard == []
 
@@ -95,9 +95,9 @@ def test_the_core_hears_nothing_that_it_does_not_want_any_more() -> None:
 def test_what_was_due_long_ago_is_due_now() -> None:
     """The core may want to go on at once (it does after a start with models to preload)."""
 
-    async def story(loop: StillLoop, heart: Heart, core: Wanting) -> None:
+    async def story(loop: StillLoop, dispatcher: Dispatcher, core: Wanting) -> None:
         core.due = 1.0
-        heart.post(ARRIVED)
+        dispatcher.post(ARRIVED)
         await loop.until(100.0)
         assert core.heard == [100.0]
 

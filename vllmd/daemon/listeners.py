@@ -17,12 +17,12 @@ from vllmd.admin.control import Control
 from vllmd.admin.routes import add_operator, add_public
 from vllmd.config.checks import is_loopback
 from vllmd.config.types import AuthConfig, Config
-from vllmd.daemon.keys import ClosedDoor, Keys, OperatorDoor
+from vllmd.daemon.keys import DenyAll, Keys, PeerCredentialAuth
 from vllmd.daemon.meters import MeteredGate, Meters
 from vllmd.proxy.body_memory import BodyMemory
 from vllmd.proxy.cors import Cors
 from vllmd.proxy.exchange import Exchange
-from vllmd.proxy.gate import Doorkeeper, Gate
+from vllmd.proxy.gate import Authenticator, Gate
 from vllmd.proxy.limits import Limits
 from vllmd.proxy.models import add_model_routes
 from vllmd.proxy.relay import Relay
@@ -34,7 +34,7 @@ log = logging.getLogger("vllmd.http")
 ADMIN = "admin"
 
 
-class Doors:
+class Listeners:
     """All servers with their routes."""
 
     def __init__(
@@ -44,7 +44,7 @@ class Doors:
         self._gate = gate
         self._keys = Keys(config.auth, self._resolve)
         self._meters = Meters(config.auth.keys)
-        self._metered = MeteredGate(gate, self._meters, control.tally)
+        self._metered = MeteredGate(gate, self._meters, control.counters)
         self._cors = Cors(config.server.cors_origins)
         self._limits = Limits.of(config.server)
         self._memory = BodyMemory(self._limits.max_buffered)  # one for all listeners
@@ -61,7 +61,7 @@ class Doors:
         """
         operators = [sock for sock in sockets if name == ADMIN and sock.family == socket.AF_UNIX]
         if operators:
-            door = OperatorDoor(anybody_can_connect=any(map(anybody_can_connect, operators)))
+            door = PeerCredentialAuth(anybody_can_connect=any(map(anybody_can_connect, operators)))
             yield self._server(self._router(door), operators)
         clients = [sock for sock in sockets if sock not in operators]
         reachable = {sock.fileno(): address for sock in clients if (address := reachable_at(sock))}
@@ -74,7 +74,7 @@ class Doors:
             self._reachable.append((router, list(reachable.values())))
             yield self._server(router, far)
 
-    def _router(self, doorkeeper: Doorkeeper) -> Router:
+    def _router(self, doorkeeper: Authenticator) -> Router:
         router = Router(doorkeeper, self._cors)
         add_public(router, self._control, self._keys.may_use)
         add_operator(router, self._control)
@@ -112,7 +112,7 @@ class Doors:
                 "add one to auth.keys, or set auth.allow_anonymous if everybody may use it"
             )
             log.error("%s", why)
-            router.doorkeeper = ClosedDoor(why)
+            router.doorkeeper = DenyAll(why)
 
     def forget(self, model: str) -> None:
         """The model's engine has ended, and what it kept for clients with it."""
@@ -132,7 +132,7 @@ class Doors:
         return self._gate.resolve(name).model
 
     def _note(self, exchange: Exchange) -> None:
-        self._control.tally.exchanged(exchange)
+        self._control.counters.exchanged(exchange)
         self._metered.settle(exchange.ticket, exchange.sent)
         _log(exchange)
 

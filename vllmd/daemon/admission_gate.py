@@ -1,7 +1,7 @@
 """The proxy's gate. A request that passes here is told to the core exactly twice: when it arrives, and when it ends.
 
 What lies between (waiting, admission, rejection, a client that leaves, a cut)
-may happen in any order; ``_Ticket`` keeps the account.
+may happen in any order; ``_PendingRequest`` keeps the account.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from vllmd.config.types import ModelConfig, RequestRules
 from vllmd.core import commands, events
 from vllmd.daemon.names import Names
 from vllmd.engines.base import Engine, Listen
-from vllmd.proxy.gate import Passage, Target
+from vllmd.proxy.gate import Permit, Target
 from vllmd.proxy.upstream import Unreached
 
 REACH_TRIES, REACH_PAUSE = 20, 0.1  # so often a request finds nobody listening, and seconds between
 
 
 @dataclass
-class _Ticket:
+class _PendingRequest:
     """One request between its arrival and its ending."""
 
     request: str
@@ -32,10 +32,10 @@ class _Ticket:
     only: str
     tried: tuple[str, ...]  # the engines that failed it before
     admitted: asyncio.Future[Listen]
-    passage: _Passage | None = None
+    permit: _Permit | None = None
 
 
-class Turnstile:
+class AdmissionGate:
     """Implements ``vllmd.proxy.gate.Gate`` over the core."""
 
     def __init__(
@@ -51,7 +51,7 @@ class Turnstile:
         self._post = post
         self._where = where
         self._engine_of = engine_of
-        self._tickets: dict[str, _Ticket] = {}
+        self._tickets: dict[str, _PendingRequest] = {}
         self._numbers = itertools.count(1)
         self.phase_of: Callable[[str], str] = lambda model: ""
         self.on_retry: Callable[[str], None] = lambda engine: None  # a request goes from it to another replica
@@ -87,14 +87,14 @@ class Turnstile:
             self._targets[engine] = Target(engine, served, routes, kind.headers(), rules)
         return self._targets[engine]
 
-    async def enter(self, model: str, key: str, request_id: str, only: str = "") -> Passage:
+    async def acquire(self, model: str, key: str, request_id: str, only: str = "") -> Permit:
         """Wait until the request is admitted. Raises VllmdError; cancelled when the client leaves."""
         await self._opened.wait()
         return await self._admitted(model, key, only)
 
-    async def _admitted(self, model: str, key: str, only: str, tried: tuple[str, ...] = ()) -> Passage:
+    async def _admitted(self, model: str, key: str, only: str, tried: tuple[str, ...] = ()) -> Permit:
         admitted = asyncio.get_running_loop().create_future()
-        ticket = _Ticket(f"{next(self._numbers)}", model, key, only, tried, admitted)
+        ticket = _PendingRequest(f"{next(self._numbers)}", model, key, only, tried, admitted)
         self._tickets[ticket.request] = ticket
         self._post(events.RequestArrived(ticket.request, model, key, frozenset(tried), only))
         try:
@@ -102,10 +102,10 @@ class Turnstile:
         except asyncio.CancelledError:
             self._left(ticket)
             raise
-        ticket.passage = ticket.passage or _Passage(self, ticket, upstream, model)
-        return ticket.passage
+        ticket.permit = ticket.permit or _Permit(self, ticket, upstream, model)
+        return ticket.permit
 
-    async def again(self, ticket: _Ticket, engine: str, error: errors.VllmdError) -> Passage:
+    async def retry(self, ticket: _PendingRequest, engine: str, error: errors.VllmdError) -> Permit:
         """Once more, to another replica; one that is the only engine only if nobody listened there. Raises ``error``.
 
         Whoever did not listen has just died, and the core will hear of it.
@@ -136,7 +136,7 @@ class Turnstile:
             return False
         return True
 
-    def _drop(self, request: str) -> _Ticket | None:
+    def _drop(self, request: str) -> _PendingRequest | None:
         ticket = self._tickets.pop(request, None)
         if not self._tickets:
             self._empty.set()
@@ -146,12 +146,12 @@ class Turnstile:
         """Let it pass; an engine that is no longer there ends it at once."""
         ticket = self._tickets[command.request]
         upstream = self._where(command.model)
-        ticket.passage = _Passage(self, ticket, upstream or Listen(), command.model)
+        ticket.permit = _Permit(self, ticket, upstream or Listen(), command.model)
         if ticket.admitted.cancelled():
             return  # the client left in this very moment: enter() ends it
         if upstream is None:
             ticket.admitted.set_exception(errors.UpstreamFailed(f"the engine of {command.model} is gone"))
-            ticket.passage.done()
+            ticket.permit.done()
         else:
             ticket.admitted.set_result(upstream)
 
@@ -165,46 +165,46 @@ class Turnstile:
             ticket.admitted.exception()  # read once: a client that just left must not make asyncio complain
 
     def cut(self, command: commands.CutRequest) -> None:
-        """Break off an admitted request; its passage still ends as every other."""
+        """Break off an admitted request; its permit still ends as every other."""
         ticket = self._tickets.get(command.request)
-        if ticket and ticket.passage:
-            ticket.passage.cut(command.reason)
+        if ticket and ticket.permit:
+            ticket.permit.cut(command.reason)
 
     def reject_waiting(self, why: str) -> None:
         """At shutdown: whoever still waits is told to come back."""
-        for ticket in [ticket for ticket in self._tickets.values() if ticket.passage is None]:
+        for ticket in [ticket for ticket in self._tickets.values() if ticket.permit is None]:
             if not ticket.admitted.done():
                 ticket.admitted.set_exception(errors.Unavailable(why, retry_after=5))
                 self._left(ticket)
 
-    def _left(self, ticket: _Ticket) -> None:
-        if ticket.passage is not None:
-            ticket.passage.done()
+    def _left(self, ticket: _PendingRequest) -> None:
+        if ticket.permit is not None:
+            ticket.permit.done()
         elif self._drop(ticket.request):
             self._post(events.RequestGone(ticket.request))
 
-    def target_of(self, ticket: _Ticket, engine: str) -> Target | None:
+    def target_of(self, ticket: _PendingRequest, engine: str) -> Target | None:
         """What the model's name means to one of several replicas; None for an engine that is the only one."""
         model = self._models.get(ticket.model)
         return self._target(engine) if model and model.replicas and engine in self._engines else None
 
-    def answered(self, ticket: _Ticket, streamed: bool) -> None:
+    def answered(self, ticket: _PendingRequest, streamed: bool) -> None:
         """The head of a replica's answer came."""
         self._post(events.RequestAnswered(ticket.request, streamed))
 
-    def ended(self, ticket: _Ticket, tokens: int | None, failed: str) -> None:
+    def ended(self, ticket: _PendingRequest, tokens: int | None, failed: str) -> None:
         """An admitted request is over."""
         self._drop(ticket.request)
         self._post(events.RequestFinished(ticket.request, tokens, failed))
 
 
-class _Passage:
+class _Permit:
     """An admitted request; ``done`` may be called again and counts once."""
 
-    def __init__(self, turnstile: Turnstile, ticket: _Ticket, upstream: Listen, engine: str) -> None:
+    def __init__(self, admission_gate: AdmissionGate, ticket: _PendingRequest, upstream: Listen, engine: str) -> None:
         self.upstream = upstream
-        self.target = turnstile.target_of(ticket, engine)
-        self._turnstile = turnstile
+        self.target = admission_gate.target_of(ticket, engine)
+        self._admission_gate = admission_gate
         self._ticket = ticket
         self._engine = engine
         self._over = False
@@ -213,17 +213,17 @@ class _Passage:
 
     def answered(self, streamed: bool) -> None:
         """The head of a replica's answer came."""
-        self._turnstile.answered(self._ticket, streamed)
+        self._admission_gate.answered(self._ticket, streamed)
 
     def done(self, tokens: int | None = None, failed: str = "") -> None:
         """The request ended, however it did."""
         if not self._over:
             self._over = True
-            self._turnstile.ended(self._ticket, tokens, failed)
+            self._admission_gate.ended(self._ticket, tokens, failed)
 
-    async def again(self, error: errors.VllmdError) -> Passage:
+    async def retry(self, error: errors.VllmdError) -> Permit:
         """Leave to send it once more. Raises ``error`` where that makes no sense."""
-        return await self._turnstile.again(self._ticket, self._engine, error)
+        return await self._admission_gate.retry(self._ticket, self._engine, error)
 
     def on_cut(self, callback: Callable[[str], None]) -> None:
         """Call ``callback(reason)`` when the daemon breaks the request off (at once if it has)."""

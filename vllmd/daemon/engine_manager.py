@@ -1,0 +1,503 @@
+"""The engines: each command of the core to one of them is a task here, and ends in exactly one event.
+
+A task never outlives its command: a stop overrules whatever else runs for that
+engine. Nothing here decides anything; it does what was decided, bounded in
+time, and says how it went.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from pathlib import Path
+from typing import Any
+
+from vllmd.config.types import ModelConfig
+from vllmd.core import commands, events
+from vllmd.core.types import Footprint, Placement, Source
+from vllmd.daemon.calls import answers, asked, call, complete, looked_at, next_line, within
+from vllmd.daemon.engine_process import EngineProcess, of
+from vllmd.daemon.failure_text import how_it_ended, with_hint, with_last_lines, with_root
+from vllmd.daemon.launch_planner import LaunchPlanner
+from vllmd.daemon.logfile import LogFile, path_of
+from vllmd.daemon.memory import Memory
+from vllmd.daemon.sleeps import Sleeps, finish_work
+from vllmd.engines.base import Listen, Progress
+from vllmd.engines.plain import PROBE
+from vllmd.errors import ConfigError, LauncherFailed, VllmdError
+from vllmd.launcher.client import ExitReport, LauncherClient, StartOrder
+from vllmd.proxy.upstream import describe
+
+log = logging.getLogger("vllmd.engines")
+
+READY_POLL = 0.02  # seconds between probes while starting: the lag after true readiness stays under 50 ms
+KILL_LIMIT = 10.0  # seconds for a killed cgroup to become empty before the engine is given up
+LOG_BACKLOG = 1000  # lines for a reader of the log that does not keep up; the rest it misses
+WATCH_FAILURES = 2  # looks at a server that is not ours that must fail before it counts as gone
+SILENCE = 5.0  # seconds that it may leave looks without an answer
+WHOLE_LOG = 1000  # lines asked for of an engine that has just begun: all of them
+
+Post = Callable[[events.Event], None]
+
+
+class EngineManager:
+    """Starts, wakes, puts to sleep and stops engines through the launcher."""
+
+    def __init__(
+        self,
+        launcher: LauncherClient,
+        post: Post,
+        memory: Memory,
+        launch_planner: LaunchPlanner,
+        logs: Path | None = None,
+    ) -> None:
+        self.processes: dict[str, EngineProcess] = {}
+        self.on_phase: Callable[[], None] = lambda: None
+        self.look: Callable[[], Awaitable[None]] = _blind  # has the core told what the devices hold now
+        self.last_start: dict[str, float] = {}  # model -> seconds its last start took
+        self._launcher = launcher
+        self._post = post
+        self._memory = memory
+        self._launch_planner = launch_planner
+        self._logs = logs
+        self._sleeps = Sleeps(memory, self.annotate)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._strays: dict[str, EngineProcess] = {}  # instance -> an engine being ended that the core does not know
+
+    def configure(self, models: Mapping[str, ModelConfig], kv_caches: Mapping[str, int]) -> None:
+        """Start engines by these settings from now on. ``kv_caches``: bytes per device, by model; 0: its own choice."""
+        self._launch_planner.configure(models, kv_caches)
+
+    # -- commands of the core ------------------------------------------------------------
+
+    def start(self, command: commands.StartEngine) -> None:
+        """Begin a start; ends in EngineReady or EngineStartFailed."""
+        try:
+            process, order = self._launch_planner.prepare(command)
+        except VllmdError as error:
+            permanent = isinstance(error, ConfigError)
+            self._post(events.EngineStartFailed(command.model, error.message, permanent=permanent))
+            return
+        except Exception as error:  # a defect must not leave the model starting for ever
+            log.exception("%s: cannot be started", command.model)
+            why = f"{command.model}: internal error: {type(error).__name__}: {error}"
+            self._post(events.EngineStartFailed(command.model, why))
+            return
+        self.processes[command.model] = process
+        work = self._start(process, order) if order else self._reach(process)
+        self._run(process, work, lambda why: events.EngineStartFailed(command.model, why))
+
+    def wake(self, command: commands.WakeEngine) -> None:
+        """Begin a wake; ends in EngineAwake or EngineWakeFailed."""
+        process = self.processes[command.model]
+        self._run(
+            process, self._sleeps.wake(process, command.level), lambda why: events.EngineWakeFailed(command.model, why)
+        )
+
+    def sleep(self, command: commands.SleepEngine) -> None:
+        """Begin a sleep; ends in EngineAsleep or EngineSleepFailed."""
+        process = self.processes[command.model]
+        self._run(
+            process, self._sleeps.sleep(process, command), lambda why: events.EngineSleepFailed(command.model, why)
+        )
+
+    def stop(self, command: commands.StopEngine) -> None:
+        """Begin a stop, whatever else is under way; ends in EngineStopped."""
+        process = self.processes.get(command.model)
+        if process is None:
+            self._post(events.EngineStopped(command.model))
+            return
+        overruled = process.task
+        if overruled:
+            overruled.cancel()
+        self._run(
+            process,
+            self._stop(process, overruled, kill=command.kill),
+            lambda why: events.EngineStopped(command.model),
+        )
+
+    def prove_freeze(self, command: commands.ProveFreeze) -> None:
+        """Freeze a request of our own and see it complete; ends in FreezeProved."""
+        process = self.processes[command.model]
+        self._run(
+            process, self._sleeps.prove_freeze(process), lambda why: events.FreezeProved(command.model, survived=False)
+        )
+
+    def probe(self, command: commands.ProbeReplica) -> None:
+        """Ask a replica a short question; ends in ReplicaProbed."""
+        process = self.processes.get(command.model)
+        if process is None:
+            self._post(events.ReplicaProbed(command.request, None, "its engine is gone"))
+        else:
+            self.spawn(self._probe(process, command))
+
+    # -- the tasks -----------------------------------------------------------------------
+
+    async def _start(self, process: EngineProcess, order: StartOrder) -> events.Event:
+        name = process.model.name
+        process.ordered = asyncio.ensure_future(self._launcher.start(order))
+        try:
+            process.running = await asyncio.shield(process.ordered)
+        except LauncherFailed as error:
+            self._forget(process)
+            reason = with_hint(error.message, process.engine.failure([error.message]).hint)
+            return events.EngineStartFailed(name, reason, permanent=getattr(error, "permanent", False))
+        log.info("%s: started as pid %d in %s", name, process.running.pid, process.running.unit, extra=of(process))
+        await self.follow(process)
+        return await self.await_ready(process)
+
+    async def _reach(self, process: EngineProcess) -> events.Event:
+        """A server that is not ours has started when it answers; from then on it is watched."""
+        name = process.model.name
+        if failure := await call(process, process.engine.ready(process.model)):
+            self._forget(process)
+            return events.EngineStartFailed(name, failure)
+        process.phase, process.ready_after = Progress("ready"), time.monotonic() - process.started
+        self.spawn(self._watch(process))
+        log.info("%s: %s answers", name, describe(process.listen), extra=of(process))
+        return events.EngineReady(name, None)
+
+    async def _watch(self, process: EngineProcess) -> None:
+        """Tell when a server that is not ours has stopped answering; nobody else would.
+
+        One that nobody listens for is gone at once; one that only does not answer gets ``SILENCE`` seconds.
+        """
+        silent_since, looks, name = 0.0, 0, process.model.name
+        limit = min(PROBE, 2 * process.watch)
+        while True:
+            await asyncio.sleep(process.watch)
+            if self.processes.get(name) is not process:
+                return
+            failure, refused = await looked_at(process, limit)
+            if not failure:
+                looks = 0
+                continue
+            looks, silent_since = looks + 1, silent_since if looks else time.monotonic()
+            if looks == 1:
+                self._post(events.ServerSilent(name, failure))
+            if looks >= WATCH_FAILURES and (refused or time.monotonic() - silent_since >= SILENCE):
+                break
+        if self.processes.get(name) is process and process.task is None:
+            self._forget(process)
+            self._post(events.EngineExited(name, f"it is gone: {failure}"))
+
+    async def _probe(self, process: EngineProcess, command: commands.ProbeReplica) -> None:
+        seconds, why = await asked(process, command.limit)
+        self._post(events.ReplicaProbed(command.request, seconds, why))
+
+    async def await_ready(self, process: EngineProcess) -> events.Event:
+        """The rest of a start, from whenever it is taken up: ready, dead or out of time."""
+        limit = process.model.start_timeout
+        ready = asyncio.ensure_future(self._probe_until_ready(process))
+        gone = asyncio.ensure_future(process.exited.wait())
+        clock = asyncio.ensure_future(self._start_limit(process))
+        try:
+            await asyncio.wait({ready, gone, clock}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for waiting in (ready, gone, clock):
+                waiting.cancel()
+        if ready.done() and not ready.cancelled():
+            ready.result()
+            return await self._is_ready(process)
+        if not process.exited.is_set():
+            await self._end(process, kill=True)
+            why = f"it was not ready after start_timeout ({limit:g} s), last phase: {process.phase.phase}"
+            return await self._start_failed(process, why)
+        return await self._start_failed(process, how_it_ended(process.report))
+
+    async def _is_ready(self, process: EngineProcess) -> events.Event:
+        name = process.model.name
+        await self._warm_up(process)
+        process.ready_after = self.last_start[name] = time.monotonic() - process.started
+        process.phase = Progress("ready")
+        if not process.file:
+            await self._launcher.unfollow(process.instance)
+        await self.annotate(process, state="ready", level="0")
+        held = {} if process.self_managed else await self._memory.held(process)
+        log.info("%s: ready after %.1f s", name, process.ready_after, extra=of(process))
+        return events.EngineReady(name, _measured(process.engine.footprint(list(process.lines)), held))
+
+    async def _start_failed(self, process: EngineProcess, what: str) -> events.Event:
+        failure = process.engine.failure([*process.lines, *process.last_lines()])
+        lines = process.last_lines()
+        reason = with_last_lines(with_root(what, failure) if lines else what, lines)
+        if failure.memory:  # somebody took it: before more room is made it must be known how much there is
+            await self.look()
+        self._forget(process)
+        return events.EngineStartFailed(
+            process.model.name,
+            reason,
+            memory=failure.memory,
+            needed=failure.needed,
+            permanent=failure.permanent,
+        )
+
+    async def _probe_until_ready(self, process: EngineProcess) -> None:
+        probe = process.engine.ready(process.model)
+        # Another process gets ready: no event of ours could tell when.
+        while not await answers(process.listen, probe):  # noqa: ASYNC110
+            await asyncio.sleep(READY_POLL)
+
+    async def _start_limit(self, process: EngineProcess) -> None:
+        """Sleep for the start's time limit; a download's time does not count."""
+        spent, then = 0.0, time.monotonic()
+        while spent < process.model.start_timeout:
+            await asyncio.sleep(min(1.0, process.model.start_timeout - spent))
+            now = time.monotonic()
+            spent += 0.0 if process.phase.phase == "download" else now - then
+            then = now
+
+    async def _warm_up(self, process: EngineProcess) -> None:
+        """One short request of our own, so that the first client does not pay for what is made lazily."""
+        if process.model.warm_up and "/v1/completions" in process.engine.routes(process.model):
+            body = {"model": process.engine.served_name(process.model), "prompt": "Hello", "max_tokens": 1}
+            if await complete(process, body) is None:
+                log.warning("%s: the warm-up request failed", process.model.name, extra=of(process))
+
+    async def log_of(self, process: EngineProcess, lines: int, *, follow: bool) -> AsyncIterator[str]:
+        """An engine's last log lines, and with ``follow`` what comes until it ends."""
+        queue: asyncio.Queue[str] = asyncio.Queue(LOG_BACKLOG)
+        process.listeners.add(queue)
+        try:
+            if follow:
+                await self._launcher.follow(process.instance, lines)
+            else:
+                for line in await self._launcher.tail(process.instance, lines):
+                    yield line
+            while follow:
+                coming = await next_line(queue, process.exited)
+                if coming is None:
+                    return
+                yield coming
+        finally:
+            process.listeners.discard(queue)
+
+    async def kill(self, process: EngineProcess, limit: float) -> bool:
+        """SIGKILL to all of an engine, unasked by the core, which hears of its exit. True once it is gone."""
+        try:
+            await self._launcher.kill(process.instance)
+        except LauncherFailed:
+            if not process.exited.is_set():
+                raise
+        return await within(process.exited.wait(), limit)
+
+    async def _stop(self, process: EngineProcess, overruled: asyncio.Task[None] | None, *, kill: bool) -> events.Event:
+        if overruled:
+            with contextlib.suppress(BaseException):
+                await asyncio.wait({overruled})
+        if process.ordered:
+            await asyncio.wait({process.ordered})
+            if not process.ordered.cancelled() and not process.ordered.exception():
+                process.running = process.ordered.result()
+        if not kill:
+            await finish_work(process)
+        before, ownerless = await self._memory.held(process), self._memory.ownerless()
+        empty = process.running is None or (await self._end(process, kill=kill) and _is_empty(process))
+        missing = await self._memory.missing(before, ownerless) if empty else _stuck(process, before)
+        self._forget(process)
+        if not empty:
+            log.error("%s: its processes could not be ended", process.model.name, extra=of(process))
+        return events.EngineStopped(process.model.name, missing)
+
+    async def _end(self, process: EngineProcess, *, kill: bool) -> bool:
+        """Its stop command, or a signal to the main process only; then the whole cgroup. True once nothing is left."""
+        if not kill:
+            await self._tell_to_go(process)
+            if await within(process.exited.wait(), process.model.stop_timeout):
+                return True
+            log.warning("%s: still there %.0f s after it was told to end, killing its cgroup", process.model.name,
+                        process.model.stop_timeout, extra=of(process))  # fmt: skip
+        told, process.ending = process.ending, True
+        with contextlib.suppress(LauncherFailed):
+            await self._launcher.kill(process.instance)
+        gone = await within(process.exited.wait(), KILL_LIMIT)
+        if process.stop and not told:  # a container outlives its client, and holds the device until it is stopped
+            await self._run_stop(process)
+        return gone
+
+    async def _tell_to_go(self, process: EngineProcess) -> None:
+        process.ending = True
+        if process.stop:
+            await self._run_stop(process)
+            return
+        with contextlib.suppress(LauncherFailed):
+            await self._launcher.signal(process.instance, process.stop_signal)
+
+    async def _run_stop(self, process: EngineProcess) -> None:
+        """Run the stop command as the engine's user; its end is awaited, what went wrong is logged."""
+        helper = EngineProcess(process.model, process.engine, f"{process.instance}-stop", Listen(), Placement(), "")
+        self._strays[helper.instance] = helper
+        try:
+            await self._launcher.start(self._launch_planner.stop_order(process, helper.instance))
+            if not await within(helper.exited.wait(), process.model.stop_timeout):
+                await self._launcher.kill(helper.instance)
+            elif helper.report and helper.report.status != 0:
+                log.warning("%s: its stop command: %s", process.model.name, helper.reason(), extra=of(process))
+        except LauncherFailed as error:
+            log.warning("%s: its stop command: %s", process.model.name, error.message, extra=of(process))
+        finally:
+            self._strays.pop(helper.instance, None)
+
+    # -- what the launcher tells ---------------------------------------------------------
+
+    def on_exit(self, report: ExitReport) -> None:
+        """An engine's whole cgroup is empty."""
+        process = self._by_instance(report.instance)
+        if process is None:
+            return
+        process.report = report
+        process.exited.set()
+        if process.stop and not process.ending:  # its processes may be a container's, which outlives its client
+            process.ending = True
+            self.spawn(self._run_stop(process))
+        if process.task is None and process.instance not in self._strays:
+            self._forget(process)
+            self._post(events.EngineExited(process.model.name, process.reason()))
+
+    def on_log(self, instance: str, lines: list[str]) -> None:
+        """Log lines of an engine that is followed."""
+        process = self._by_instance(instance)
+        if process is None:
+            return
+        if process.file:
+            process.file.write(lines)
+        for line in lines:
+            process.lines.append(line)
+            for queue in process.listeners:
+                if not queue.full():
+                    queue.put_nowait(line)
+            progress = process.engine.progress(line)
+            if progress and process.ready_after is None:
+                process.phase, process.phase_since = progress, time.monotonic()
+                self.on_phase()
+
+    # -- small things --------------------------------------------------------------------
+
+    def adopt(self, process: EngineProcess) -> None:
+        """Take in an engine that was found running."""
+        self.processes[process.model.name] = process
+
+    async def end_unmanaged(self, process: EngineProcess) -> None:
+        """Stop an engine that is nobody's: not the core's, not in ``members``."""
+        self._strays[process.instance] = process
+        if not (
+            await self._end(process, kill=process.running is None or process.running.ending) and _is_empty(process)
+        ):
+            log.error("%s: its processes could not be ended", process.model.name, extra=of(process))
+        self._strays.pop(process.instance, None)
+
+    def has_devices(self, placement: Placement) -> bool:
+        """Whether all devices of a placement are there."""
+        return all(any(device.index == index for device in self._memory.inventory) for index in placement.devices)
+
+    def resume_start(self, process: EngineProcess) -> None:
+        """Wait on for an adopted engine that is still starting."""
+        self._run(
+            process,
+            self._resume_start(process),
+            lambda why: events.EngineStartFailed(process.model.name, why),
+        )
+
+    async def follow(self, process: EngineProcess, lines: int = WHOLE_LOG) -> None:
+        """Have its output come to ``on_log``; into its file, too, where the configuration says so."""
+        if process.model.log_file and self._logs:
+            name = str(process.listen.port or process.instance)
+            process.file = LogFile(path_of(self._logs, process.model.name, name))
+            log.info("%s: its output is also in %s", process.model.name, process.file.path, extra=of(process))
+        await self._launcher.follow(process.instance, lines)
+
+    async def _resume_start(self, process: EngineProcess) -> events.Event:
+        await self.follow(process)
+        return await self.await_ready(process)
+
+    async def annotate(self, process: EngineProcess, **metadata: str) -> None:
+        """Write what a later daemon must know beside the engine's cgroup; one that runs elsewhere has none."""
+        if not process.running:
+            return
+        try:
+            await self._launcher.annotate(process.instance, metadata)
+        except LauncherFailed as error:
+            log.warning("%s: cannot note %s: %s", process.model.name, metadata, error, extra=of(process))
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run a side task, kept alive until it ends."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _run(
+        self, process: EngineProcess, work: Awaitable[events.Event], failed: Callable[[str], events.Event]
+    ) -> None:
+        """Carry out ``work`` as the member's one task; its result is posted, also when it breaks."""
+
+        async def carry_out() -> None:
+            try:
+                event = await work
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:
+                log.exception("%s: a defect in vllmd", process.model.name, extra=of(process))
+                event = failed(f"internal error: {type(error).__name__}: {error}")
+                if isinstance(event, events.EngineStartFailed | events.EngineStopped):
+                    await self._abandon(process)
+            if process.task is asyncio.current_task():
+                process.task = None
+            if process.exited.is_set() and self.processes.get(process.model.name) is process:
+                # It died meanwhile, whatever its last call said, and nobody else will tell.
+                self._forget(process)
+                event = events.EngineExited(process.model.name, process.reason())
+            self._post(event)
+
+        task = asyncio.ensure_future(carry_out())
+        process.task = task
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _abandon(self, process: EngineProcess) -> None:
+        """Whatever went wrong, nothing of it may be left when it is said to be gone."""
+        with contextlib.suppress(Exception):
+            await self._end(process, kill=True)
+        self._forget(process)
+
+    def _by_instance(self, instance: str) -> EngineProcess | None:
+        known = (process for process in self.processes.values() if process.instance == instance)
+        return next(known, self._strays.get(instance))
+
+    def _forget(self, process: EngineProcess) -> None:
+        if self.processes.get(process.model.name) is process:
+            del self.processes[process.model.name]
+        self._launch_planner.release(process)
+        if process.file:
+            process.file.close()
+
+
+async def _blind() -> None:
+    """Nobody looks."""
+
+
+def _is_empty(process: EngineProcess) -> bool:
+    """Whether its end was told, and nothing of it withstood every attempt to kill it."""
+    return process.report is None or process.report.empty
+
+
+def _stuck(process: EngineProcess, held: Mapping[int, int]) -> dict[int, int]:
+    """What an engine that cannot be killed keeps on its devices; a byte where that cannot be known, to avoid them."""
+    return dict(held) or dict.fromkeys(process.placement.devices, 1)
+
+
+def _measured(told: Footprint | None, held: Mapping[int, int]) -> Footprint | None:
+    """The device's word counts more than the log's."""
+    awake = max(held.values(), default=0)
+    if not awake:
+        return told
+    return Footprint(
+        starting=max(awake, told.starting if told else 0),
+        awake=awake,
+        asleep=told.asleep if told else 0,
+        host=told.host if told else 0,
+        source=Source.MEASURED,
+    )
