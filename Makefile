@@ -28,7 +28,7 @@ bench-proxy: ## the proxy beside nginx and HAProxy
 bench-schedule: ## the scheduling policies over traces
 	@$(SETUP) venv && $(PYTHON) -m tests.bench.schedule
 
-gpu-check: ## memory on a real NVIDIA GPU; needs torch and nvidia-ml-py for $GPU_PYTHON; status 77 without a GPU
+gpu-check: ## what we believe of a GPU, on a real NVIDIA one; needs torch and nvidia-ml-py for $GPU_PYTHON; 77 without
 	@$(or $(GPU_PYTHON),python3) tests/gpu/gpu_check.py
 
 deb: ## out/deb-bookworm/vllmd_VERSION_all.deb, built in a clean Debian

@@ -132,7 +132,8 @@ class FakeLauncher:
         self.notes[order.instance] = dict(order.metadata)
         await engine.open()
         self.started.set()
-        return Running(order.instance, os.getpid(), f"vllmd-model-{order.instance}.scope")
+        unit = f"vllmd-model-{order.instance}.scope"
+        return Running(order.instance, os.getpid(), unit, uid=os.geteuid())
 
     async def signal(self, instance: str, number: int) -> None:
         self._end("SIGTERM", instance, 0)

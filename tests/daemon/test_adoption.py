@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -53,7 +54,7 @@ async def found(rig: Rig, folder: Path, noted: Mapping[str, str], asleep: bool |
     if asleep != REFUSES:
         await engine.open()
     noted = {**notes(rig.model, folder / "e.sock"), **noted}
-    running = Running("m-000001", 1, "vllmd-model-m-000001.scope", metadata=noted, ending=ending)
+    running = Running("m-000001", 1, "vllmd-model-m-000001.scope", metadata=noted, ending=ending, uid=os.geteuid())
     try:
         return await soon(examine(running, {"m": rig.model}, EngineResolver()))  # type: ignore[no-any-return]
     finally:
@@ -139,7 +140,7 @@ async def _left(rig: Rig, **more: str) -> Running:
     await rig.ready()
     rig.engine_manager.processes.clear()
     noted = {**rig.launcher.notes[rig.instance], **more}
-    return Running(rig.instance, 1, f"vllmd-model-{rig.instance}.scope", metadata=noted)
+    return Running(rig.instance, 1, f"vllmd-model-{rig.instance}.scope", metadata=noted, uid=os.geteuid())
 
 
 def test_adopted_engines_are_told_to_the_core(tmp_path: Path) -> None:

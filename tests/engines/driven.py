@@ -34,7 +34,8 @@ class Driven:
         once = httpx.Limits(max_keepalive_connections=0)
         transport = httpx.HTTPTransport(uds=launch.listen.uds or None, limits=once)
         base = "http://engine" if launch.listen.uds else f"http://{launch.listen.host}:{launch.listen.port}"
-        self.http = httpx.Client(transport=transport, base_url=base, timeout=limit)
+        key = {"Authorization": f"Bearer {launch.listen.key}"} if launch.listen.key else {}
+        self.http = httpx.Client(transport=transport, base_url=base, timeout=limit, headers=key)
 
     def call(self, call: Call) -> httpx.Response:
         response = self.http.request(call.method, call.path, json=call.json, timeout=call.timeout)

@@ -19,6 +19,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, ClassVar
 
 Answer = tuple[int, object]
@@ -33,6 +34,7 @@ class StandIn:
     def __init__(self, argv: list[str]) -> None:
         self.options = self._parse(argv)
         self.calls: list[str] = []
+        self.key = ""  # that clients must show, on all paths but those of health
         self.routes: dict[str, Route] = {"GET /standin": lambda body: (200, self.told())}
 
     def _parse(self, argv: list[str]) -> argparse.Namespace:
@@ -79,10 +81,16 @@ class Sglang(StandIn):
         "--mem-fraction-static": "text",
         "--enable-memory-saver": "flag",
         "--enable-weights-cpu-backup": "flag",
+        "--config": "text",
     }
 
     def __init__(self, argv: list[str]) -> None:
         super().__init__([word for word in argv if word != "serve"])  # sglang serve
+        if self.options.config:  # server_args_config_parser.py: a YAML file of options
+            name, _, value = Path(self.options.config).read_text().strip().partition(": ")
+            assert self.options.config.endswith(".yaml")
+            assert name == "api-key"
+            self.key = value
         self.resident = {"weights", "kv_cache"}
         self.garbage = False  # the weights came back without their contents
         self.routes |= {
@@ -232,6 +240,7 @@ class Tei(StandIn):
 
     def __init__(self, argv: list[str]) -> None:
         super().__init__(argv)
+        self.key = os.environ.get("API_KEY", "")
         if self.options.dtype not in (None, "float16", "float32"):
             sys.exit(f"error: invalid value '{self.options.dtype}' for '--dtype <DTYPE>'")
         self.routes |= {
@@ -269,7 +278,13 @@ def serve(one: StandIn) -> None:
 
         def _exchange(self) -> None:
             data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            status, content = one.answer(self.command, self.path.partition("?")[0], json.loads(data) if data else None)
+            path = self.path.partition("?")[0]
+            content: object
+            shown = self.headers.get("Authorization") or ""
+            if one.key and path != "/health" and shown != f"Bearer {one.key}":
+                status, content = 401, {"error": "Unauthorized"}
+            else:
+                status, content = one.answer(self.command, path, json.loads(data) if data else None)
             body = content.encode() if isinstance(content, str) else json.dumps(content).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def test_an_adopted_container_is_still_stopped_by_its_command(tmp_path: Path) ->
         instance, notes = rig.instance, rig.launcher.notes[rig.instance]
         assert json.loads(notes["ending"]) == [["podman", "stop", instance], signal.SIGTERM, False]
         rig.engine_manager.processes.clear()
-        running = Running(instance, 1, "unit", metadata=notes)
+        running = Running(instance, 1, "unit", metadata=notes, uid=os.geteuid())
         await adopt_all(rig.engine_manager, [running], {"m": rig.model}, EngineResolver(), rig.posted.put_nowait)
         assert isinstance(await rig.event(), events.EngineAdopted)
         assert rig.engine_manager.processes["m"].stop == ("podman", "stop", instance)
@@ -119,7 +120,7 @@ def test_a_sleeper_that_cannot_be_asked_is_adopted_by_its_notes(tmp_path: Path) 
         for state, adopted in (("sleeping", True), ("waking", False)):
             rig.engine_manager.processes.clear()
             notes = rig.launcher.notes[rig.instance] | {"state": state, "level": "2"}
-            running = Running(rig.instance, 1, "unit", metadata=notes)
+            running = Running(rig.instance, 1, "unit", metadata=notes, uid=os.geteuid())
             await adopt_all(rig.engine_manager, [running], {"m": rig.model}, EngineResolver(), rig.posted.put_nowait)
             assert ("m" in rig.engine_manager.processes) is adopted
         assert "/alive" in engine.asked

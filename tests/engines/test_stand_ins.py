@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import pytest
 from tests.engines.driven import Driven
 from vllmd.config.types import ModelConfig
 from vllmd.core.types import GiB
+from vllmd.engines import engine_of
 from vllmd.engines.base import Place
 
 STAND_INS = Path(__file__).with_name("standins.py")
@@ -34,7 +36,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     def begin(engine: str, *, command: tuple[str, ...] = (), **settings: Any) -> Driven:
         program = (sys.executable, str(STAND_INS), engine, *command)
         model = ModelConfig("org/m", engine=engine, command=program, **settings)
-        place = Place(tmp_path, ("GPU-1",), 40 * GiB, 80 * GiB, port=free_port())
+        place = Place(tmp_path, ("GPU-1",), 40 * GiB, 80 * GiB, port=free_port(), key="of-this-start")
         running.append(Driven(model, place))
         return running[-1].wait_ready()
 
@@ -111,3 +113,54 @@ def test_tei_embeds_under_the_configured_name(start: Start) -> None:
     assert seen["env"]["PROMETHEUS_PORT"] == "0"
     assert (seen["options"]["dtype"], seen["options"]["auto_truncate"]) == ("float16", True)
     assert "ends on SIGTERM" in one.end()
+
+
+@pytest.mark.parametrize("engine", ["sglang", "tei"])
+def test_an_engine_on_a_port_asks_for_the_key_of_its_start(start: Start, engine: str) -> None:
+    """Every user of the machine can reach a port of the loopback address; a command line is read by all as well."""
+    one = start(engine, command=("serve",) if engine == "sglang" else ())
+    assert one.launch.listen.key == "of-this-start"
+    assert "of-this-start" not in " ".join(one.launch.argv)
+    assert "of-this-start" not in Path(f"/proc/{one.popen.pid}/cmdline").read_text()
+    assert one.http.get("/standin").status_code == 200
+    assert one.http.get("/standin", headers={"Authorization": ""}).status_code == 401
+
+
+def test_a_key_file_is_its_engines_alone(start: Start) -> None:
+    """Whatever the umask of whoever started it."""
+    before = os.umask(0)
+    try:
+        one = start("sglang", command=("serve",))
+    finally:
+        os.umask(before)
+    file = Path(one.launch.argv[-1])
+    assert file.name == "vllmd-key.yaml"
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    ("engine", "settings"),
+    [
+        ("sglang", {"options": {"key": False}}),
+        ("sglang", {"extra_args": ("--config", "mine.yaml")}),
+        ("sglang", {"extra_args": ("--api-key=mine",)}),
+        ("tei", {"extra_args": ("--api-key", "mine")}),
+        ("tei", {"env": {"API_KEY": "mine"}}),
+        ("command", {"command": ("serve", "${PORT}")}),
+        ("command", {"command": ("serve", "${PORT}"), "options": {"key_env": "K"}, "env": {"K": "mine"}}),
+    ],
+)
+def test_who_says_his_own_key_keeps_it(engine: str, settings: dict[str, Any]) -> None:
+    """As do those who have an older version."""
+    model = ModelConfig("m", engine=engine, **settings)
+    launch = engine_of(model).launch(model, Place(Path("/run/x"), port=33301, key="of-this-start"))
+    assert launch.listen.key == ""
+    assert "of-this-start" not in launch.env.values()
+
+
+def test_a_command_gets_its_key_where_it_wants_it() -> None:
+    """llama-server on a port takes its key from the environment, for one."""
+    options = {"key_env": "LLAMA_API_KEY"}
+    model = ModelConfig("m", engine="command", command=("llama-server", "--port", "${PORT}"), options=options)
+    launch = engine_of(model).launch(model, Place(Path("/run/x"), port=33301, key="of-this-start"))
+    assert (launch.listen.key, launch.env["LLAMA_API_KEY"]) == ("of-this-start", "of-this-start")

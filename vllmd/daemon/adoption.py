@@ -13,7 +13,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllmd.config.types import ModelConfig
@@ -68,7 +68,7 @@ async def _adopt(
     post: Callable[[events.Event], None],
 ) -> EngineProcess | None:
     """Take one over; returns it if it has to go instead."""
-    found = await examine(running, models, engine_of)
+    found = await examine(running, models, engine_of, engine_manager.key_of)
     process = found.process
     why = found.why or ("" if engine_manager.has_devices(process.placement) else "its device is not there any more")
     if found.state is None or why or process.model.name in engine_manager.processes:
@@ -86,15 +86,18 @@ async def _adopt(
 
 
 async def examine(
-    running: Running, models: Mapping[str, ModelConfig], engine_of: Callable[[ModelConfig], Engine]
+    running: Running,
+    models: Mapping[str, ModelConfig],
+    engine_of: Callable[[ModelConfig], Engine],
+    key_of: Callable[[str], str] = str,
 ) -> Found:
-    """Find out what state an engine is in, by its notes and by asking it."""
+    """Find out what state an engine is in, by its notes and by asking it. ``key_of``: the key of an instance."""
     noted = running.metadata
     model = models.get(noted.get("model", ""))
     if model is None:
         return Found(_stranger(running), None, why="its model is no longer configured")
     try:
-        process, level = _member(running, model, engine_of(model)), int(noted.get("level") or 0)
+        process, level = _member(running, model, engine_of(model), key_of), int(noted.get("level") or 0)
     except (KeyError, TypeError, ValueError) as error:
         return Found(_stranger(running), None, why=f"its notes are unreadable ({type(error).__name__}: {error})")
     if running.ending:
@@ -146,13 +149,14 @@ async def _is_asleep(process: EngineProcess) -> object:
         return f"{type(error).__name__}: {error}"
 
 
-def _member(running: Running, model: ModelConfig, engine: Engine) -> EngineProcess:
+def _member(running: Running, model: ModelConfig, engine: Engine, key_of: Callable[[str], str]) -> EngineProcess:
     noted: Mapping[str, Any] = running.metadata
+    listen = Listen(**json.loads(noted["listen"]))
     process = EngineProcess(
         model=model,
         engine=engine,
         instance=running.instance,
-        listen=Listen(**json.loads(noted["listen"])),
+        listen=replace(listen, key=key_of(running.instance) if listen.key else "", owner=running.uid),
         placement=Placement(tuple(json.loads(noted["devices"]))),
         fingerprint=noted["fingerprint"],
         running=running,

@@ -14,6 +14,7 @@ from vllmd.config.types import ReplicaConfig
 from vllmd.daemon.engine_process import EngineProcess, of
 from vllmd.engines.base import Call, Listen
 from vllmd.errors import VllmdError
+from vllmd.proxy.peers import Impostor
 from vllmd.proxy.upstream import Unreached, request
 
 log = logging.getLogger("vllmd.engines")
@@ -28,9 +29,11 @@ async def ask(listen: Listen, call: Call) -> tuple[int, Any, bytes]:
 
 
 async def answers(listen: Listen, probe: Call) -> bool:
-    """Whether the probe succeeds."""
+    """Whether the probe succeeds. Raises Impostor where somebody else would have answered it."""
     try:
         status, _, _ = await ask(listen, probe)
+    except Impostor:
+        raise
     except (OSError, VllmdError):
         return False
     return status == probe.expect

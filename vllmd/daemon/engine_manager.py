@@ -12,6 +12,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from vllmd.engines.base import Listen, Progress
 from vllmd.engines.plain import PROBE
 from vllmd.errors import ConfigError, LauncherFailed, VllmdError
 from vllmd.launcher.client import ExitReport, LauncherClient, StartOrder
+from vllmd.proxy.peers import Impostor
 from vllmd.proxy.upstream import describe
 
 log = logging.getLogger("vllmd.engines")
@@ -145,6 +147,7 @@ class EngineManager:
             self._forget(process)
             reason = with_hint(error.message, process.engine.failure([error.message]).hint)
             return events.EngineStartFailed(name, reason, permanent=getattr(error, "permanent", False))
+        process.listen = replace(process.listen, owner=process.running.uid)
         log.info("%s: started as pid %d in %s", name, process.running.pid, process.running.unit, extra=of(process))
         await self.follow(process)
         return await self.await_ready(process)
@@ -200,6 +203,9 @@ class EngineManager:
             for waiting in (ready, gone, clock):
                 waiting.cancel()
         if ready.done() and not ready.cancelled():
+            if isinstance(stranger := ready.exception(), Impostor):
+                await self._end(process, kill=True)
+                return await self._start_failed(process, stranger.message)
             ready.result()
             return await self._is_ready(process)
         if not process.exited.is_set():
@@ -375,6 +381,10 @@ class EngineManager:
                 self.on_phase()
 
     # -- small things --------------------------------------------------------------------
+
+    def key_of(self, instance: str) -> str:
+        """The key that an engine with keys was started with."""
+        return self._launch_planner.keys.of(instance)
 
     def adopt(self, process: EngineProcess) -> None:
         """Take in an engine that was found running."""

@@ -6,14 +6,16 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from vllmd.config.names import instance_name
 from vllmd.config.types import ModelConfig
 from vllmd.core import commands
+from vllmd.daemon.engine_keys import EngineKeys
 from vllmd.daemon.engine_process import EngineProcess, fingerprint
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.ports import PortPool
-from vllmd.engines.base import Engine, Launch, Place
+from vllmd.engines.base import Engine, Launch, Listen, Place
 from vllmd.errors import ConfigError
 from vllmd.launcher.client import StartOrder
 from vllmd.launcher.protocol import ProtocolError
@@ -29,11 +31,21 @@ class Paths:
     home: Path | None = None
 
 
+def noted(listen: Listen) -> dict[str, Any]:
+    """Where an engine listens, as others may read it: instead of its key only whether it has one."""
+    return {**asdict(listen), "key": "yes" if listen.key else "", "owner": None}
+
+
 class LaunchPlanner:
     """Writes the orders for the launcher."""
 
     def __init__(
-        self, memory: Memory, paths: Paths, engine_of: Callable[[ModelConfig], Engine], ports: PortPool
+        self,
+        memory: Memory,
+        paths: Paths,
+        engine_of: Callable[[ModelConfig], Engine],
+        ports: PortPool,
+        keys: EngineKeys | None = None,
     ) -> None:
         self._models: Mapping[str, ModelConfig] = {}
         self._kv_caches: Mapping[str, int] = {}
@@ -41,6 +53,7 @@ class LaunchPlanner:
         self._paths = paths
         self._engine_of = engine_of
         self._ports = ports
+        self.keys = keys or EngineKeys(None)
 
     def configure(self, models: Mapping[str, ModelConfig], kv_caches: Mapping[str, int]) -> None:
         """Start engines by these settings from now on. ``kv_caches``: bytes per device, by model; 0: its own choice."""
@@ -81,6 +94,7 @@ class LaunchPlanner:
             port=self._ports.reserve(),
             device_files=self._memory.files_of(command.placement),
             kv_cache=self._kv_caches.get(command.model, 0),
+            key=self.keys.of(run_dir.name),
         )
 
     def _order(self, process: EngineProcess, launch: Launch, run_dir: Path) -> StartOrder:
@@ -96,7 +110,7 @@ class LaunchPlanner:
             limits={key: value for key, value in asdict(process.model.limits).items() if value is not None},
             metadata={
                 "model": process.model.name,
-                "listen": json.dumps(asdict(process.listen)),
+                "listen": json.dumps(noted(process.listen)),
                 "devices": json.dumps(process.placement.devices),
                 "fingerprint": process.fingerprint,
                 "state": "starting",

@@ -18,6 +18,7 @@ from vllmd.core.types import ModelSpec, Settings
 from vllmd.daemon import discovery
 from vllmd.daemon.adoption import adopt_all
 from vllmd.daemon.dispatcher import Dispatcher
+from vllmd.daemon.engine_keys import EngineKeys
 from vllmd.daemon.engine_manager import EngineManager
 from vllmd.daemon.engine_process import fingerprint
 from vllmd.daemon.launch_planner import LaunchPlanner, Paths
@@ -138,7 +139,9 @@ def make_fleet(daemon: Daemon, prospects: list[Prospect]) -> EngineManager:
     """Who carries out what is decided about engines."""
     engines, around = daemon.config.engines, daemon.runtime
     paths = Paths(engines.run_dir or around.run_dir, engines.home or around.home)
-    launch_planner = LaunchPlanner(daemon.memory, paths, daemon.kinds, PortPool(engines.port_start, engines.port_end))
+    launch_planner = LaunchPlanner(
+        daemon.memory, paths, daemon.kinds, PortPool(engines.port_start, engines.port_end), EngineKeys(around.cache)
+    )
     engine_manager = EngineManager(daemon.launcher, daemon.control.take, daemon.memory, launch_planner, around.logs)
     engine_manager.configure(daemon.engines, kv_caches(prospects))
     engine_manager.on_phase, engine_manager.look = daemon.control.stir, daemon.look

@@ -23,7 +23,8 @@ class Listen:
     """Where an engine listens: a Unix socket path, or a host and port (loopback, unless it is remote).
 
     ``tls``: "" for plain HTTP, else ``system`` or the path of a file with the certificates to trust.
-    ``prefix``: what stands before every path, such as ``/openai``.
+    ``prefix``: what stands before every path, such as ``/openai``. ``key``: the bearer token that it was told to ask
+    for (``Place.key``), "" if none. ``owner``: the user id that must be found listening there; the daemon fills it in.
     """
 
     uds: str = ""
@@ -31,6 +32,8 @@ class Listen:
     port: int = 0
     tls: str = ""
     prefix: str = ""
+    key: str = field(default="", repr=False)
+    owner: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,7 @@ class Place:
     device_memory: int = 0  # bytes the smallest of its devices has in all
     port: int = 0  # reserved for engines without Unix sockets
     device_files: tuple[str, ...] = ()  # of declared devices: where stand-ins keep who holds how much
+    key: str = field(default="", repr=False)  # of this start alone: for an engine that can ask clients for one
     kv_cache: int = 0  # bytes per device for its key-value cache (Estimate.kv_cache); 0: it works that out itself
 
 

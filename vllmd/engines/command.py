@@ -26,12 +26,13 @@ import shlex
 import signal
 import string
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vllmd.config.types import ModelConfig
 from vllmd.engines.base import Call, Engine, Launch, Listen, Place
 from vllmd.engines.options import choice, switch, text, unknown, words, wrong
-from vllmd.engines.plain import PROBE, Plain, environment
+from vllmd.engines.plain import PROBE, Plain, environment, own_key
 from vllmd.engines.vllm import check_path, memory_share
 from vllmd.errors import ConfigError
 
@@ -48,6 +49,7 @@ OPTIONS = {
     "stop_signal": "SIGTERM (the default), SIGINT, SIGQUIT or SIGHUP: on which it finishes what runs and exits",
     "self_managed": "true: it takes and frees memory as it pleases; what it may take is gpu_memory, never measured",
     "cpu": "true: it runs on the CPU and takes no device",
+    "key_env": "environment variable (LLAMA_API_KEY) in which it gets a key of its start, which it asks clients for",
     "cwd": "working directory",
 }
 VARIABLES = {
@@ -92,7 +94,7 @@ class CommandOf(Plain):
         self._asleep, self._busy = text(model, "asleep"), text(model, "busy")
         self._routes = frozenset(words(model, "routes") or ROUTES)
         self._name = text(model, "served_name", model.replica_of or model.name)
-        self._cwd = text(model, "cwd")
+        self._cwd, self._key_env = text(model, "cwd"), text(model, "key_env")
         self._stop = _stop_template(model)
         self._signal = signal.Signals[choice(model, "stop_signal", SIGNALS)]
         self._self_managed, self._cpu = switch(model, "self_managed"), switch(model, "cpu")
@@ -111,10 +113,11 @@ class CommandOf(Plain):
         if not model.command:
             raise _wrong_command(model, "is missing: the engine 'command' runs what it says")
         values = _values(model, place)
+        key = own_key(model, place, self._key_env) if self._key_env else ""
         return Launch(
             argv=tuple(_fill(part, values, lambda what: _wrong_command(model, what)) for part in template),
-            listen=_listen(model, place, template),
-            env=environment(model, place),
+            listen=replace(_listen(model, place, template), key=key),
+            env={**environment(model, place), **({self._key_env: key} if key else {})},
             cwd=self._cwd,
             stop=tuple(_fill(part, values, lambda what: wrong(model, "stop", what)) for part in self._stop),
             stop_signal=self._signal,

@@ -113,6 +113,11 @@ def environment(model: ModelConfig, place: Place) -> dict[str, str]:
     return {**(devices if place.device_ids else {}), **token}
 
 
+def own_key(model: ModelConfig, place: Place, variable: str, *flags: str) -> str:
+    """The key of this start, unless the model's own settings say which key its engine asks for; then ""."""
+    return "" if variable in model.env or has_flag(model, *flags) else place.key
+
+
 def has_flag(model: ModelConfig, *flags: str) -> bool:
     """Whether the model's own arguments have one of these flags, which then is not added."""
     return any(argument.partition("=")[0] in flags for argument in model.extra_args)

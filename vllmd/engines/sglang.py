@@ -22,12 +22,17 @@ from typing import ClassVar
 from vllmd.config.types import ModelConfig
 from vllmd.engines.base import Call, Engine, Launch, Listen, Place
 from vllmd.engines.options import switch, unknown
-from vllmd.engines.plain import PROBE, Plain, environment, has_flag
+from vllmd.engines.plain import PROBE, Plain, environment, has_flag, own_key
 from vllmd.engines.vllm import has_accelerator
 
 STATIC = 0.88  # of what was promised: the rest is for activations and CUDA graphs
 _RELEASE = Call("POST", "/release_memory_occupation", json={}, timeout=300.0)
 _RESUME = "/resume_memory_occupation"
+
+KEY, KEY_FILE = "VLLMD_ENGINE_KEY", "vllmd-key.yaml"
+# It takes its key from the command line, which everybody can read, or from a file, which only the engine itself may
+# write where it will read it.
+_WITH_KEY = 'umask 077; printf "api-key: %s\\n" "$VLLMD_ENGINE_KEY" >"$1" || exit; shift; exec "$@"'
 
 
 class Sglang:
@@ -37,6 +42,8 @@ class Sglang:
     OPTIONS: ClassVar[Mapping[str, str]] = {
         "weights_backup": "true (the default): asleep, the weights stay in host memory (level 1); "
         "false: they are read from disk again at each wake (level 2)",
+        "key": "true (the default): it asks for a key that vllmd alone knows, which it reads with --config; "
+        "false: for versions that have no --config",
     }
 
     def bind(self, model: ModelConfig) -> Engine:
@@ -56,6 +63,7 @@ class SglangOf(Plain):
     ) | {"/classify", "/tokenize", "/detokenize", "/v1/audio/transcriptions"}
 
     def __init__(self, model: ModelConfig) -> None:
+        self._keyed = switch(model, "key", default=True)
         self._backup = switch(model, "weights_backup", default=True)
         self._source = model.source
 
@@ -71,7 +79,12 @@ class SglangOf(Plain):
         name = ("--model-path", model.source, "--served-model-name", self.served_name(model))
         flags = [*name, "--host", "127.0.0.1", "--port", str(place.port), *_of_model(model), *_memory(model, place)]
         env = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false", **environment(model, place)}
-        return Launch((*program, *flags, *self._saver(model), *model.extra_args), Listen(port=place.port), env)
+        argv = (*program, *flags, *self._saver(model), *model.extra_args)
+        key = own_key(model, place, KEY, "--api-key", "--admin-api-key", "--config") if self._keyed else ""
+        if key:
+            file = str(place.run_dir / KEY_FILE)
+            argv, env = ("/bin/sh", "-c", _WITH_KEY, "sh", file, *argv, "--config", file), {**env, KEY: key}
+        return Launch(argv, Listen(port=place.port, key=key), env)
 
     def _saver(self, model: ModelConfig) -> tuple[str, ...]:
         if not self.sleep_levels(model):

@@ -3,7 +3,7 @@
 It cannot sleep (``--uds-path`` is a socket between its own parts, not a place to
 listen), serves whom it loads, and drains on SIGTERM. Its metrics have a port of
 their own, 9000 unless told otherwise, which a second one could not open: it
-gets a free one.
+gets a free one. It asks for the key of its start, which its environment tells.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import ClassVar
 from vllmd.config.types import ModelConfig
 from vllmd.engines.base import Launch, Listen, Place, Progress
 from vllmd.engines.options import choice, switch, unknown, whole, wrong_setting
-from vllmd.engines.plain import Plain, environment
+from vllmd.engines.plain import Plain, environment, own_key
 
 POOLING = ("", "cls", "mean", "splade", "last-token")
 DTYPES = {"float16": "float16", "half": "float16", "fp16": "float16", "float32": "float32", "float": "float32"}
@@ -60,7 +60,9 @@ class Tei(Plain):
             *_options(model),
             *model.extra_args,
         )
-        return Launch(argv, Listen(port=place.port), {"PROMETHEUS_PORT": "0", **environment(model, place)})
+        key = own_key(model, place, "API_KEY", "--api-key")
+        env = {"PROMETHEUS_PORT": "0", **({"API_KEY": key} if key else {}), **environment(model, place)}
+        return Launch(argv, Listen(port=place.port, key=key), env)
 
     def progress(self, line: str) -> Progress | None:
         """The phases of its start."""

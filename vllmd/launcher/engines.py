@@ -72,6 +72,7 @@ class Engine:
     metadata: dict[str, str] = field(default_factory=dict)
     run_dir: str = ""
     user: User | None = None
+    uid: int = -1  # that it runs as; -1: not known
     child: Child | None = None
     answer: Answer | None = None
     failure: Failed | None = None
@@ -92,6 +93,7 @@ class Engine:
             self.group.location() if self.group else "",
             dict(self.metadata),
             self.phase is Phase.ENDING,
+            self.uid,
         )
 
 
@@ -129,6 +131,7 @@ class Supervisor:
         engine = Engine(order.instance, Phase.PLACING, child.process, child=child, answer=answer)
         engine.metadata.update(order.metadata)
         engine.run_dir, engine.user = order.run_dir, user
+        engine.uid = user.uid if user else os.geteuid()
         self._engines[order.instance] = engine
         self._warn_of_limits(order)
         self._loop.watch(child.process.fd, lambda: self._main_ended(engine))
@@ -180,6 +183,8 @@ class Supervisor:
             engine = Engine(found.instance, Phase.RUNNING, _process_of(notes), found.group)
             engine.metadata = {key: value for key, value in notes.items() if "." not in key}
             engine.run_dir, engine.user = notes.get(RUN_DIR, ""), self._users.get(notes.get(USER, ""))
+            if engine.user or not self._users:
+                engine.uid = engine.user.uid if engine.user else os.geteuid()
             self._engines[found.instance] = engine
             found.group.watch(lambda engine=engine: self._group_changed(engine))  # type: ignore[misc]
             if engine.process:

@@ -111,6 +111,7 @@ class Running:
     """An engine that was started, or found again. ``cgroup`` is a path, "" where it has none of its own.
 
     ``ending``: its main process has ended (``pid`` may be 0 then); its Exited follows when the rest is gone.
+    ``uid``: the user id that it runs as; -1 if that is not known.
     """
 
     instance: str
@@ -119,6 +120,7 @@ class Running:
     cgroup: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
     ending: bool = False
+    uid: int = -1
 
 
 @dataclass(frozen=True, slots=True)

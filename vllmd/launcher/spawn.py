@@ -23,6 +23,7 @@ from vllmd.launcher.process import PR_SET_PDEATHSIG, Process, prctl
 from vllmd.launcher.protocol import Failed, StartOrder
 
 MARKER = "VLLMD_INSTANCE"
+KEY_FILE = "vllmd-key.yaml"  # what an engine's command writes for it, see engines/sglang.py
 PATH = "/usr/local/bin:/usr/bin:/bin"
 _PERMANENT = {errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR, errno.E2BIG, errno.EISDIR, errno.ELOOP}
 # What a service manager or we ourselves put into our environment is not for an engine.
@@ -88,7 +89,7 @@ def spawn(order: StartOrder, user: User | None, output: int, *, die_with_us: boo
 
 
 def tidy(run_dir: str, user: User | None) -> Process:
-    """A child that removes what an engine left in its run directory: sockets, and the directory if it is empty then.
+    """A child that removes what an engine left in its run directory: sockets, its key, and then the empty directory.
 
     Files are left alone: whoever named a directory with data in it does not lose them. Raises OSError.
     """
@@ -99,7 +100,7 @@ def tidy(run_dir: str, user: User | None) -> Process:
             if user:
                 _drop_to(user)
             for entry in os.scandir(run_dir):
-                if stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode):
+                if stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode) or entry.name == KEY_FILE:
                     os.unlink(entry.path)
             os.rmdir(run_dir)
         finally:

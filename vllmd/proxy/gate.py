@@ -21,7 +21,9 @@ class Address(Protocol):
     """Where an upstream listens: a Unix socket path, or (when that is "") a host and port.
 
     ``tls``: "" for plain HTTP, ``system`` or the path of a file with the certificates to trust.
-    ``prefix``: what stands before every path. ``vllmd.engines.base.Listen`` is one.
+    ``prefix``: what stands before every path. ``owner``: the user id of whoever must be found listening there,
+    None where that is nobody's to say (a server elsewhere). ``key``: what it wants as a bearer token; "" for nothing.
+    ``vllmd.engines.base.Listen`` is one.
     """
 
     @property
@@ -34,6 +36,10 @@ class Address(Protocol):
     def tls(self) -> str: ...
     @property
     def prefix(self) -> str: ...
+    @property
+    def owner(self) -> int | None: ...
+    @property
+    def key(self) -> str: ...
 
 
 class Rules(Protocol):

@@ -382,6 +382,8 @@ class Forward:
             onward = write_fields(forwardable(request.headers.raw, but=KEPT_BACK))
             request.headers.onward = onward
         more = "".join([f"{name.lower()}: {value}\r\n" for name, value in target.headers])
+        if self._where.key:
+            more += f"authorization: Bearer {self._where.key}\r\n"
         path = self._where.prefix + self._errand.path
         line = f"{request.method} {path} HTTP/1.1\r\nhost: {host_field(self._where)}\r\n"
         own = f"{more}x-request-id: {request.id}\r\ncontent-length: {length}\r\n\r\n"

@@ -166,4 +166,6 @@ def handshake(request: Request, target: Target, address: Address) -> bytes:
         (b"x-request-id", request.id.encode()),
     ]
     fields.extend((name.lower().encode(), value.encode("latin-1")) for name, value in target.headers)
+    if address.key:
+        fields.append((b"authorization", b"Bearer " + address.key.encode()))
     return write_request_head("GET", f"{address.prefix}{request.path}?{urlencode(query)}", fields)

@@ -23,6 +23,7 @@ from vllmd.proxy.gate import Address
 from vllmd.proxy.heads import HeadMemo, RawHeaders, ResponseHead, parse_response_head, write_request_head
 from vllmd.proxy.limits import Limits, read_small
 from vllmd.proxy.peek import Parts
+from vllmd.proxy.peers import Impostor, connected
 from vllmd.proxy.response_heads import HeadCollector, head_end
 
 log = logging.getLogger(__name__)
@@ -75,9 +76,12 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _key(address: Address) -> tuple[str, str, int, str]:
+_Key = tuple[str, str, int, str, int | None]
+
+
+def _key(address: Address) -> _Key:
     """What two addresses have in common that may share a connection."""
-    return address.uds, address.host, address.port, address.tls
+    return address.uds, address.host, address.port, address.tls, address.owner
 
 
 class Upstream(asyncio.Protocol):
@@ -252,7 +256,7 @@ class Pool:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._idle: dict[tuple[str, str, int, str], list[Upstream]] = {}
+        self._idle: dict[_Key, list[Upstream]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
 
@@ -326,14 +330,24 @@ P = TypeVar("P", bound=asyncio.BaseProtocol)
 
 
 async def connect(address: Address, limit: float, protocol: Callable[[], P]) -> P:
-    """Connect within ``limit`` seconds. Raises UpstreamFailed saying why not, Unreached if nobody listens."""
+    """Connect within ``limit`` seconds. Raises UpstreamFailed saying why not.
+
+    Unreached if nobody listens, Impostor if somebody does who is not ``address.owner``.
+    """
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(limit):
+            if address.owner is not None:
+                sock = await connected(address)
+                if address.uds:
+                    return (await loop.create_unix_connection(protocol, sock=sock))[1]
+                return (await loop.create_connection(protocol, sock=sock))[1]
             if address.uds:
                 return (await loop.create_unix_connection(protocol, address.uds))[1]
             context = tls_context(address.tls) if address.tls else None
             return (await loop.create_connection(protocol, address.host, address.port, ssl=context))[1]
+    except Impostor as error:
+        raise Impostor(f"no connection to {describe(address)}: {error.message}") from None
     except TimeoutError:
         raise UpstreamFailed(f"no connection to {describe(address)} within {limit:g} s") from None
     except ssl.SSLError as error:
@@ -406,6 +420,8 @@ async def request(
     fields = [(b"host", host_field(listen).encode()), (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
     if json is not None:
         fields.append((b"content-type", b"application/json"))
+    if listen.key:
+        fields.append((b"authorization", b"Bearer " + listen.key.encode()))
     fields.extend((name.lower().encode(), value.encode("latin-1")) for name, value in headers)
     sink = _Collected(limit)
     connection: Upstream | None = None

@@ -1,0 +1,195 @@
+"""Who listens where an engine should: asked of the kernel, before a byte is sent.
+
+A request carries somebody's prompt, and its answer is taken for the model's. So a connection to an engine is used only
+if the engine's user listens at its other end (``Address.owner``):
+
+- **Unix sockets.** The file is looked at by a handle and then connected to through that handle, so that no link is
+  followed and nothing can be put in its place in between. It must belong to the engine's user, and so must the process
+  that listens (``SO_PEERCRED``).
+- **TCP.** Who listens on a port is asked of the kernel (``sock_diag``, by its own rule which of several listeners gets
+  a connection) before and after connecting: the same socket both times, so it has this connection. It must be the
+  engine's user's, or root's: Docker's proxy is root.
+
+An engine must never make the daemon call itself, neither where both run as one user nor by a second name for the
+daemon's own socket: ``are_ours`` remembers those. Among processes of one user nothing more is promised, since each of
+them can do to an engine whatever it likes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+import stat
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from vllmd.errors import UpstreamFailed
+
+if TYPE_CHECKING:
+    from vllmd.proxy.gate import Address
+
+NETLINK_SOCK_DIAG = 4
+_SOCK_DIAG_BY_FAMILY, _NLMSG_ERROR, _NLM_F_REQUEST = 20, 2, 1
+_LISTEN = 10  # TCP_LISTEN
+_HEADER = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, port
+_REQUEST = struct.Struct("=BBBBI")  # inet_diag_req_v2 up to its id: family, protocol, extensions, padding, states
+_UID_INODE = 4 + 48 + 3 * 4  # in inet_diag_msg: after four bytes, the id, and three numbers
+NOBODY = 0xFFFFFFFF
+
+
+class Impostor(UpstreamFailed):
+    """Somebody else is where the engine should be."""
+
+
+class Listener(NamedTuple):
+    """A listening TCP socket: its owner's user id, and the number that no other socket ever has."""
+
+    uid: int
+    inode: int
+
+
+_ours: set[tuple[int, int]] = set()  # (device, inode) of files; (0, inode) of TCP sockets
+
+
+def are_ours(sockets: Iterable[socket.socket]) -> None:
+    """These are the daemon's own: no engine is ever there."""
+    for each in sockets:
+        if each.family != socket.AF_UNIX:
+            _ours.add((0, os.fstat(each.fileno()).st_ino))
+        elif (name := each.getsockname()) and isinstance(name, str):
+            try:
+                found = os.stat(name)
+            except OSError:
+                continue
+            _ours.add((found.st_dev, found.st_ino))
+
+
+async def connected(address: Address) -> socket.socket:
+    """A connected socket whose other end is ``address.owner``'s. Raises Impostor, OSError."""
+    if address.uds:
+        return await _unix(address.uds, _owner(address))
+    found = await asyncio.get_running_loop().getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    for family, _, _, _, place in found[:-1]:
+        try:
+            return await _tcp(socket.AddressFamily(family), place, _owner(address))
+        except OSError:
+            continue
+    return await _tcp(socket.AddressFamily(found[-1][0]), found[-1][4], _owner(address))
+
+
+def _owner(address: Address) -> int:
+    return -1 if address.owner is None else address.owner
+
+
+async def _unix(path: str, owner: int) -> socket.socket:
+    handle = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISSOCK(found.st_mode):
+            raise Impostor(f"{path} is no socket{' but a link' * stat.S_ISLNK(found.st_mode)}; it is not followed")
+        if (found.st_dev, found.st_ino) in _ours:
+            raise Impostor(f"{path} is a socket of vllmd itself")
+        if found.st_uid != owner:
+            raise Impostor(f"{path} belongs to {_named(found.st_uid)}, not to the engine's user {_named(owner)}")
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(sock, f"/proc/self/fd/{handle}")
+            _, uid, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            if uid == NOBODY:  # asyncio takes a full queue of connections for a connection
+                raise BlockingIOError(errno.EAGAIN, "its queue of connections is full")
+            if uid != owner:
+                raise Impostor(f"{_named(uid)} listens on {path}, not the engine's user {_named(owner)}")
+        except BaseException:
+            sock.close()
+            raise
+    finally:
+        os.close(handle)
+    return sock
+
+
+async def _tcp(family: socket.AddressFamily, place: tuple[object, ...], owner: int) -> socket.socket:
+    host, port = str(place[0]), int(str(place[1]))
+    before = listener(family, host, port)
+    if before:
+        _check(before, owner, host, port)
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, place)
+        after = listener(family, host, port)
+        if after is None and before is None:  # no sock_diag here: the kernel's list is long, and reading it is slow
+            before = after = await asyncio.to_thread(_listed, host, port)
+        if after is None or after != before:  # an engine that has just begun or ended to listen: nothing was sent
+            raise ConnectionAbortedError(errno.ECONNABORTED, "who listens there changed while a connection was made")
+        _check(after, owner, host, port)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _check(found: Listener, owner: int, host: str, port: int) -> None:
+    if (0, found.inode) in _ours:
+        raise Impostor(f"vllmd itself listens on {host}:{port}")
+    if found.uid not in (owner, 0):
+        raise Impostor(f"{_named(found.uid)} listens on {host}:{port}, not the engine's user {_named(owner)}")
+
+
+def _named(uid: int) -> str:
+    """A user for people."""
+    import pwd  # for messages only
+
+    try:
+        return f"{pwd.getpwuid(uid).pw_name} ({uid})"
+    except (KeyError, OverflowError):
+        return str(uid) if uid >= 0 else "(not known)"
+
+
+def listener(family: socket.AddressFamily, host: str, port: int) -> Listener | None:
+    """Who would get a connection to that TCP address now; None if nobody, or if the kernel cannot be asked."""
+    if family == socket.AF_INET6:
+        packed = socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
+    else:
+        packed = socket.inet_aton(host).ljust(16, b"\0")
+    # As the server's end of a connection from nowhere: that finds no connection, so the listener.
+    place = struct.pack("!HH", port, 0) + packed + bytes(16) + bytes(4) + b"\xff" * 8
+    body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, 1 << _LISTEN) + place
+    try:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as kernel:
+            kernel.setblocking(False)  # the answer is there when the question has been sent
+            kernel.send(_HEADER.pack(_HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 1, 0) + body)
+            answer = kernel.recv(8192)
+    except OSError:
+        return None
+    _, kind, *_ = _HEADER.unpack_from(answer)
+    if kind == _NLMSG_ERROR:
+        return None
+    return Listener(*struct.unpack_from("=II", answer, _HEADER.size + _UID_INODE))
+
+
+def _listed(host: str, port: int) -> Listener | None:
+    """The same from /proc/net, of which a kernel without sock_diag has only the whole."""
+    wanted = [_hex(host), *(_hex("0.0.0.0") if ":" not in host else "", "0" * 32)]
+    found: dict[str, Listener] = {}
+    for name in ("tcp", "tcp6"):
+        try:
+            lines = Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+        except OSError:
+            continue
+        for line in lines:
+            fields = line.split()
+            place, _, number = fields[1].partition(":")
+            if int(number, 16) == port and int(fields[3], 16) == _LISTEN:
+                found.setdefault(place, Listener(int(fields[7]), int(fields[9])))
+    return next((found[place] for place in wanted if place in found), None)
+
+
+def _hex(host: str) -> str:
+    """An address as /proc/net writes it: 32-bit words in the machine's order."""
+    packed = socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
+    return "".join(f"{word:08X}" for word in struct.unpack(f"={len(packed) // 4}I", packed))
