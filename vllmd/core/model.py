@@ -177,6 +177,7 @@ class Replica:
     wanted: float | None = None  # since when an operator wants it loaded
     pinned: bool = False
     failures: int = 0  # in a row
+    failed_at: float = 0.0  # when the last of them was
     failure: str = ""
     given_up: bool = False
     retry_at: float = 0.0

@@ -23,6 +23,7 @@ from vllmd.daemon.processes import gpus, kill
 from vllmd.daemon.runtime_models import RuntimeModels
 from vllmd.daemon.serializers import about, card, health, line, state_of
 from vllmd.errors import BadRequest, Conflict, Unavailable, UnknownModel, UpstreamFailed, VllmdError
+from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.proxy.upstream import request
 
 if TYPE_CHECKING:
@@ -216,9 +217,11 @@ class DaemonControl:
             raise UpstreamFailed(f"the engine of {model} answered /metrics with {status}")
         return body
 
-    def resolve(self, name: str) -> str:
-        """The configured name of a model, or what a replica is called."""
-        return self._daemon.admission_gate.resolve_engine(name)
+    def resolve(self, name: str, caller: Caller = ANYBODY) -> str:
+        """The configured name of a model, or the id of a replica. Raises UnknownModel, Forbidden."""
+        found = self._daemon.admission_gate.resolve_engine(name, caller)
+        caller.check(self._model_of(found), name)
+        return found
 
     def _only(self, model: str) -> str:
         """The one engine that is meant. Raises BadRequest if there are several."""
