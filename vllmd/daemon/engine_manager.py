@@ -400,7 +400,9 @@ class EngineManager:
         self._strays.pop(process.instance, None)
 
     def has_devices(self, placement: Placement) -> bool:
-        """Whether all devices of a placement are there."""
+        """Whether all devices of a placement are there, as far as anybody knows."""
+        if self._memory.trouble:
+            return True
         return all(any(device.index == index for device in self._memory.inventory) for index in placement.devices)
 
     def resume_start(self, process: EngineProcess) -> None:
