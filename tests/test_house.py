@@ -149,6 +149,14 @@ def test_debian_package_depends_on_what_the_python_package_does() -> None:
         assert f"python3-{names.get(name, name)} (>= {bound})" in control
 
 
+def test_the_top_level_is_known() -> None:
+    """A newcomer reads these first; another file beside them needs a reason."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    names = {name.split("/")[0] for name in tracked.stdout.splitlines() if not name.startswith(".")}
+    folders = {"man", "packaging", "tests", "units", "vllmd"}
+    assert names == folders | {"LICENSE", "Makefile", "README.md", "SECURITY.md", "pyproject.toml"}
+
+
 def test_every_folder_of_the_program_is_packaged() -> None:
     """setuptools leaves out a folder that has no __init__.py, and only the installed program would notice."""
     folders = {path.parent for path in PACKAGE.rglob("*.py")}

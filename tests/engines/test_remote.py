@@ -59,7 +59,7 @@ def test_an_address_is_what_other_clients_are_given(url: str, address: Listen) -
         ({"url": "https://gpu2", "ca_file": "/nowhere/ca.pem"}, "there is no file /nowhere/ca.pem"),
         ({"url": "http://gpu2", "key_file": "/nowhere/key"}, "options.key_file: /nowhere/key: No such file"),
         ({"url": "http://gpu2", "key": "a", "key_file": "b"}, "is given twice"),
-        ({"url": "http://gpu2", "key": "a\nb"}, "printable ASCII"),
+        ({"url": "http://gpu2", "key": "a\nb"}, "control character"),
         ({"url": "http://gpu2", "watch": "often"}, "'often' is no time such as 250ms or 2s"),
         ({"url": "http://gpu2", "keys": "a"}, "unknown option; did you mean key?"),
     ],

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.launcher.conftest import launcher_socket
+from tests.launcher.conftest import LAUNCHER, launcher_socket
 from tests.launcher.driver import Driver, connected, fresh, until
 from tests.machine.container import Machine
+from vllmd.launcher import client
 from vllmd.launcher.client import ExitReport, LauncherClient, LauncherFailed, StartOrder
 from vllmd.launcher.protocol import unit_of
 
@@ -424,6 +425,38 @@ async def test_a_killed_launcher_loses_nothing(site: Machine) -> None:
         assert report.status in (9, None)  # kernels before 6.15 do not tell the status of a stranger's child
 
 
+async def test_nobody_notices_a_killed_launcher_while_he_asks(site: Machine) -> None:
+    """Starts come out once each, however often it dies meanwhile; nothing that was ordered twice runs twice."""
+    async with driving(site) as driver:
+        orders = [StartOrder(fresh(), ("/bin/sleep", "1000")) for _ in range(24)]
+        starts = [asyncio.ensure_future(driver.client.start(order)) for order in orders]
+        for pause in (0.0, 0.05, 0.15, 0.3):
+            await asyncio.sleep(pause)
+            await asyncio.to_thread(kill_launcher, site)
+            assert (await driver.client.info()).backend == "systemd"
+        started = await asyncio.wait_for(asyncio.gather(*starts), 60)
+        listed = {engine.instance: engine.pid for engine in await driver.client.list() if not engine.ending}
+        assert {engine.instance: engine.pid for engine in started} == listed
+        alive = {int(pid) for pid in site.out("pgrep -u vllmd-engine sleep").split()}
+        assert alive == set(listed.values())
+        assert driver.exits.empty()
+        await driver.end_all()
+
+
+async def test_a_start_that_comes_too_late_leaves_nothing(site: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever gives up on it may use its memory for another: so it is gone by then, whatever the launcher was doing."""
+    monkeypatch.setattr(client, "ANSWER_LIMIT", 0.5)
+    async with driving(site) as driver:
+        site.run("systemctl kill --signal=STOP --kill-who=main vllmd-launcher.service")
+        starting = asyncio.ensure_future(driver.start("exec sleep 1000", timeout=0.5))
+        await asyncio.sleep(2)
+        assert not starting.done()  # nobody knows what will become of it
+        site.run("systemctl kill --signal=CONT --kill-who=main vllmd-launcher.service")
+        with pytest.raises(LauncherFailed, match="did not start"):
+            await starting
+        assert site.run(["pgrep", "-u", "vllmd-engine", "sleep"], check=False).stdout == ""
+
+
 async def test_ends_while_there_was_no_launcher_are_reported(site: Machine) -> None:
     """What happened in between is found out: the one is gone, of the other only stray children are left."""
     async with driving(site) as driver:
@@ -477,11 +510,8 @@ with Manager() as manager:
 
 async def test_an_idle_launcher_exits_and_no_connection_is_lost(site: Machine) -> None:
     """At rest nothing runs; whoever connects in that very moment is served by the next one."""
-    site.write(
-        "/etc/systemd/system/vllmd-launcher.service.d/idle.conf",
-        "[Service]\nExecStart=\n"
-        "ExecStart=/usr/bin/vllmd-launcher --user vllmd-engine --client-user vllmd --idle-exit 0.05\n",
-    )
+    idle = "/etc/systemd/system/vllmd-launcher.service.d/20-idle.conf"
+    site.write(idle, LAUNCHER.format(more="--idle-exit 0.05"))
     site.run("systemctl daemon-reload; systemctl stop vllmd-launcher.service")
     try:
         pids = set()
@@ -494,7 +524,7 @@ async def test_an_idle_launcher_exits_and_no_connection_is_lost(site: Machine) -
         site.wait_until("! systemctl is-active vllmd-launcher.service")
         assert site.show("vllmd-launcher.service", "Result") == "success"
     finally:
-        site.run("rm -r /etc/systemd/system/vllmd-launcher.service.d; systemctl daemon-reload")
+        site.run(f"rm {idle}; systemctl daemon-reload")
 
 
 # --- who may talk, and how ---
@@ -517,6 +547,22 @@ async def test_only_the_daemon_may_connect(site: Machine) -> None:
         assert refused.stdout == "closed\n" or "Error" in refused.stderr
     finally:
         site.run("chmod 600 /run/vllmd/launcher.sock")
+
+
+async def test_root_is_not_the_daemon(site: Machine) -> None:
+    """Nor is a program of root's that was talked into connecting: only whom the command line names may."""
+    tests_own = "/etc/systemd/system/vllmd-launcher.service.d/10-tests.conf"
+    given = site.read(tests_own)
+    site.run(f"rm {tests_own}; systemctl daemon-reload; systemctl stop vllmd-launcher.service")
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as raw:
+            raw.connect(str(launcher_socket(site)))
+            raw.settimeout(20)
+            assert raw.recv(1000) == b""
+        assert "user id 0" in site.journal("vllmd-launcher.service")
+    finally:
+        site.write(tests_own, given)
+        site.run("systemctl daemon-reload; systemctl stop vllmd-launcher.service")
 
 
 async def test_malformed_packets_harm_nobody(site: Machine) -> None:
@@ -543,7 +589,9 @@ async def test_a_user_runs_it_without_root(site: Machine) -> None:
     if "ann" not in site.read("/etc/passwd"):
         site.add_user("ann")
     uid = site.uid("ann")
-    site.run("systemctl --user start vllmd-launcher.socket", user="ann")
+    admitted = "[Service]\nExecStart=\nExecStart=/usr/bin/vllmd-launcher --user-bus --client-user root\n"  # the tests
+    site.write("/etc/systemd/user/vllmd-launcher.service.d/10-tests.conf", admitted)
+    site.run("systemctl --user daemon-reload; systemctl --user start vllmd-launcher.socket", user="ann")
     address = Path(f"/proc/{site.leader}/root/run/user/{uid}/vllmd/launcher.sock")
     async with connected(address) as driver:
         assert (await driver.client.info()).backend == "systemd-user"

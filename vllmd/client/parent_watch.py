@@ -36,7 +36,7 @@ def watch(parent: int, end: Callable[[], None]) -> None:
         poll.poll()
         end()
 
-    threading.Thread(target=wait, name="tether", daemon=True).start()
+    threading.Thread(target=wait, name="parent-watch", daemon=True).start()
 
 
 def end_in_order() -> None:
@@ -55,7 +55,7 @@ def hand_on(sockets: list[int]) -> None:
 
 
 def main() -> None:
-    """Become the module, tethered."""
+    """Become the module, watched."""
     parent, folder, sockets, module, *arguments = sys.argv[1:]
     hand_on([int(fd) for fd in sockets.split(",")])
     watch(int(parent), end_in_order)

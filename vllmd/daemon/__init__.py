@@ -1,34 +1,36 @@
-"""The daemon: the only meeting point of all rooms.
+"""The daemon: the only package that meets all others.
 
 ::
 
-    main        argv -> configuration -> listeners -> Daemon -> exit status
-    service     the life of the daemon, from its doors to its shutdown
-    opening     how it gets its devices, launcher and engines, after the doors are open
-    listen      sockets of our own, where systemd gives none
-    doors       the listeners and their routes
-    keys        who may what: keys, scopes, the admin socket
-    meters      what each key has used, and its limits
-    loop        the inbox: events to the core, its commands to whoever does them
-    admission gate   the proxy's gate: one arrival, one ending, whatever happens between
-    fleet       engines: start, wake, sleep, stop, each a task that posts its event
-      orders      what a start needs: place, launch, the order to the launcher
-      sleeps      to sleep and awake again, by the engine's own calls
-      calls       HTTP calls to engines; words how a failure is told
-      member      one engine and what is known of it; ports for those without Unix sockets
-    adoption    what is found running when the daemon starts
-    memory      samples of the devices, and whether freed memory came back
-    specs       a configured model as the core sees it
-    names       what a client calls a model -> the model
-    roster      models and their replicas, as operators name and see them
-    control     what the admin endpoints may ask; guests models that programs bring along
-      probing     replicas asked a short question by an operator: who answers first
-      instances   M's start on a GPU of the caller's choice
-    portrait    how models and devices are shown to clients and operators
-    processes   processes on the devices: whose they are, and how to be rid of one
-    discovery   models of the Hugging Face cache that nobody configured
-    logfile     an engine's output in a rotating file
-    learnt      footprints and costs kept over restarts
-    preflight   what models will take, and which of them can never work; check says it and ends
-    kinds       each model's engine, or why it has none
+    main             argv -> configuration -> listeners -> Daemon -> exit status
+    service          the life of the daemon, from its listeners to its shutdown
+    startup          finds devices, launcher and running engines once the listeners are open
+    listen           sockets of our own, where systemd gives none
+    listeners        the listening sockets and their routes
+    keys             authentication: keys, scopes, the admin socket's peer credentials
+    meters           what each key has used, and its limits
+    dispatcher       the inbox: events to the core, its commands to the parts that execute them
+    admission_gate   the proxy's gate: one arrival and one ending per request, whatever happens between
+    engine_manager   engines: start, wake, sleep, stop, each a task that posts its event
+      launch_planner   what a start needs: place, launch, the order to the launcher
+      engine_keys      the keys that engines on ports ask clients for
+      sleeps           to sleep and awake again, by the engine's own calls
+      calls            HTTP calls to engines; failure_text: how a failure is told
+      engine_process   one engine and what is known of it; ports for those without Unix sockets
+    adoption         engines found running when the daemon starts
+    device_watch     asks which devices there are until that is known, and again when the kernel speaks of them
+    memory           samples of the devices, and whether freed memory came back
+    specs            a configured model as the core sees it
+    names            what a client calls a model -> the model
+    roster           models and their replicas, as operators name and see them
+    control          what the admin endpoints may do; runtime_models: models added over the API
+      probing          replicas are asked a short question by an operator: which answers first
+      instances        M's start on a GPU of the caller's choice
+    serializers      how models and devices are shown to clients and operators
+    processes        processes on the devices: whose they are, and how to end one
+    discovery        models of the Hugging Face cache that nobody configured
+    logfile          an engine's output in a rotating file
+    learnt           footprints and costs kept over restarts
+    preflight        what models will take, and which of them can never work; check says it and ends
+    engine_resolver  each model's engine, or why it has none
 """

@@ -107,7 +107,7 @@ class DeviceWatch:
 
     def _take(self, devices: Devices) -> None:
         self.current = devices
-        self._known |= {device.id: device.index for device in devices.inventory()}
+        self._known |= {device.id: device.index for device in devices.inventory() if device.runtime}
 
 
 def _same(one: Devices, other: Devices) -> bool:

@@ -11,8 +11,8 @@ from typing import Any
 from vllmd.config.names import instance_name
 from vllmd.config.types import ModelConfig
 from vllmd.core import commands
+from vllmd.daemon.engine_keys import EngineKeys
 from vllmd.daemon.engine_process import EngineProcess, fingerprint
-from vllmd.daemon.enginekeys import EngineKeys
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.ports import PortPool
 from vllmd.engines.base import Engine, Launch, Listen, Place

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vllmd.config.replicas import engines_of
 from vllmd.config.types import Config, ModelConfig
@@ -19,9 +19,9 @@ from vllmd.daemon import discovery
 from vllmd.daemon.adoption import adopt_all
 from vllmd.daemon.device_watch import LIMIT, DeviceWatch
 from vllmd.daemon.dispatcher import Dispatcher
+from vllmd.daemon.engine_keys import EngineKeys
 from vllmd.daemon.engine_manager import EngineManager
 from vllmd.daemon.engine_process import fingerprint
-from vllmd.daemon.enginekeys import EngineKeys
 from vllmd.daemon.launch_planner import LaunchPlanner, Paths
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.ports import PortPool
@@ -35,6 +35,7 @@ from vllmd.launcher.client import LauncherClient
 log = logging.getLogger("vllmd")
 
 LAUNCHER_RETRY = 1.0  # seconds
+T = TypeVar("T")
 
 
 async def start(daemon: Daemon) -> None:
@@ -49,7 +50,7 @@ async def start(daemon: Daemon) -> None:
     prospects = await asyncio.to_thread(expect, daemon, daemon.engines)
     daemon.dispatcher = Dispatcher(make_scheduler(daemon, prospects))
     daemon.launcher = await connect_launcher(daemon)
-    daemon.backend = (await daemon.launcher.info()).backend
+    daemon.backend = (await answered(daemon.launcher.info)).backend
     daemon.engine_manager = make_fleet(daemon, prospects)
     daemon.take = lambda config: take(daemon, config)
     daemon.dispatcher.connect(daemon.engine_manager, daemon.admission_gate)
@@ -68,7 +69,7 @@ async def start(daemon: Daemon) -> None:
 async def adopt_running(daemon: Daemon) -> None:
     """Take over, or end, every engine that an earlier daemon left."""
     known = {process.instance for process in daemon.engine_manager.processes.values()}
-    running = [engine for engine in await daemon.launcher.list() if engine.instance not in known]
+    running = [engine for engine in await answered(daemon.launcher.list) if engine.instance not in known]
     await adopt_all(daemon.engine_manager, running, daemon.engines, daemon.kinds, daemon.dispatcher.post)
 
 
@@ -102,6 +103,16 @@ async def take_devices(daemon: Daemon, devices: Devices) -> None:
         unknown = str(devices.trouble or "")
         daemon.dispatcher.post(events.DevicesChanged(devices.inventory(), unknown, devices.asking))
         await daemon.look()
+
+
+async def answered(ask: Callable[[], Awaitable[T]]) -> T:
+    """The launcher's answer, however long it takes: nothing can be decided without it, and requests wait meanwhile."""
+    while True:
+        try:
+            return await ask()
+        except LauncherFailed as error:
+            log.error("%s; asking again", error)
+            await asyncio.sleep(LAUNCHER_RETRY)
 
 
 async def find_devices(config: Config, environment: Mapping[str, str]) -> Devices:
@@ -199,7 +210,10 @@ async def take(daemon: Daemon, config: Config) -> dict[str, Any]:
     kept = engines.keys() & before.keys()
     changed = {name for name in kept if fingerprint(engines[name]) != fingerprint(before[name])}
     added, removed = sorted(config.models.keys() - was.keys()), sorted(was.keys() - config.models.keys())
+    devices_differ = (config.devices, config.reserve) != (daemon.config.devices, daemon.config.reserve)
     daemon.accept(config)
+    if devices_differ:
+        daemon.watch.again()
     daemon.engine_manager.configure(engines, kv_caches(prospects))
     specs = specs_of(prospects)
     daemon.control.configure(specs)

@@ -9,6 +9,7 @@ From the wire inwards::
     relay        a model's request: peek (find ``model``; large: in megabytes), gate (may it go?),
                  loading (SSE comments meanwhile); eager spares it turns of the loop and tasks
     upstream     connections to engines, their pool, and ``request`` for control calls
+    peers        who listens where an engine should: nobody else gets a byte
     answer       the engine's answer on its way back; rewrite puts the client's name into it
     tunnel       WebSockets: bytes both ways
     models       the table of model routes

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from vllmd.errors import TooManyRequests, Unavailable, VllmdError
+from vllmd.proxy.body_memory import BodyMemory
 from vllmd.proxy.connection import Connection
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.heads import write_response_head
@@ -28,7 +29,7 @@ class Server:
     """Serves ``router`` on listeners that are open already: systemd's, or the daemon's own.
 
     It never closes or unlinks a listener, so what it does not accept waits for the next one who does.
-    ``on_exchange`` hears of every request that ended.
+    ``on_exchange`` hears of every request that ended. ``memory`` is for request bodies; several servers may share it.
     """
 
     def __init__(
@@ -37,16 +38,17 @@ class Server:
         limits: Limits,
         listeners: Iterable[socket.socket],
         on_exchange: Callable[[Exchange], None] | None = None,
+        memory: BodyMemory | None = None,
     ) -> None:
         self.limits = limits
-        self.draining = False
+        self.memory = memory or BodyMemory(limits.max_buffered)
+        self.draining = self.closing = False
         self._router = router
         self._listeners = list(listeners)
         self._on_exchange = on_exchange
         self._connections: set[Connection] = set()
         self._opening: set[asyncio.Task[None]] = set()
         self._by_address: Counter[str] = Counter()
-        self.buffered = 0  # bytes of request bodies held now
         self._empty = asyncio.Event()
         self._breath: asyncio.TimerHandle | None = None
         self._accepting = False
@@ -55,6 +57,11 @@ class Server:
     def connections(self) -> int:
         """How many clients are connected."""
         return len(self._connections) + len(self._opening)
+
+    @property
+    def buffered(self) -> int:
+        """Bytes of request bodies held now."""
+        return self.memory.held
 
     # -- accepting
 
@@ -129,13 +136,6 @@ class Server:
         """Route it. Raises VllmdError."""
         return self._router.begin(request)
 
-    def reserve(self, size: int) -> bool:
-        """Take (or with a negative size give back) memory for bodies; False if there is none."""
-        if size > 0 and self.buffered + size > self.limits.max_buffered:
-            return False
-        self.buffered += size
-        return True
-
     def ended(self, exchange: Exchange) -> None:
         """An exchange is over."""
         if self._on_exchange is not None:
@@ -163,12 +163,29 @@ class Server:
 
     # -- stopping
 
+    @property
+    def busy(self) -> int:
+        """Connections on which a request is being read or answered."""
+        return sum(connection.busy for connection in self._connections) + len(self._opening)
+
+    def last_ones(self) -> None:
+        """Let each connection end with the answer that it is at, or with its next one; new ones are still accepted."""
+        self.draining = True
+        for connection in list(self._connections):
+            connection.last_one()
+
+    def refuse_unread(self, error: VllmdError) -> None:
+        """Answer whoever has sent only a part of a request."""
+        for connection in list(self._connections):
+            connection.refuse_unread(error)
+
     async def drain(self, limit: float, grace: float = 1.0) -> bool:
         """Accept no more and let what is under way end, within ``limit`` seconds. Whether all of it did.
 
         Idle connections are closed at once; one that has never sent a request gets ``grace`` seconds to do so.
         """
-        self.draining = True
+        self.last_ones()
+        self.closing = True
         self.stop_accepting()
         await self._wait_empty(0.0)
         self._retire(fresh_too=False)
