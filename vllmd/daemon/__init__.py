@@ -5,7 +5,7 @@
     main             argv -> configuration -> listeners -> Daemon -> exit status
     service          the life of the daemon, from its listeners to its shutdown
     startup          finds devices, launcher and running engines once the listeners are open
-    listen           sockets of our own, where systemd gives none
+    listen           sockets of our own, where systemd gives none; identity: the user to become then
     listeners        the listening sockets and their routes
     keys             authentication: keys, scopes, the admin socket's peer credentials
     meters           what each key has used, and its limits

@@ -207,6 +207,7 @@ class Daemon:
         async with self._sampling:
             await self.look()
             if keep:
+                self.dispatcher.flush_log()
                 await self._note_idle()
                 await self._keep_learnt()
 
