@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from vllmd.config.types import ModelConfig
 from vllmd.errors import BadRequest, UnknownModel
@@ -23,29 +23,34 @@ class Names:
             for suffix in _suffixes(name):
                 self._suffixes.setdefault(suffix, set()).add(model_name)
 
-    def resolve(self, name: str) -> str:
-        """The model's configured name. Raises UnknownModel, or BadRequest if it is missing or could be several."""
+    def resolve(self, name: str, visible: Callable[[str], bool] = lambda model: True) -> str:
+        """The model's configured name. Raises UnknownModel, or BadRequest if it is missing or could be several.
+
+        Only ``visible`` models are guessed and suggested; another one is found by its full name or alias alone,
+        and whoever asks finds out whether it may be used.
+        """
         if not name:
             raise BadRequest("the request names no model; GET /v1/models lists those there are", param="model")
         if name in self._exact:
             return self._exact[name]
         if len(name) > LONGEST_NAME:  # before anything is compared with it
             raise BadRequest(TOO_LONG_A_NAME, param="model")
-        candidates = sorted(self._suffixes.get(name, ()))
+        candidates = sorted(filter(visible, self._suffixes.get(name, ())))
         if len(candidates) == 1:
             return candidates[0]
         if candidates:
             raise BadRequest(
                 f"model {name!r} could be any of: {', '.join(candidates)}; name one of them", param="model"
             )
-        raise UnknownModel(self._unknown(name), param="model")
+        raise UnknownModel(self._unknown(name, visible), param="model")
 
-    def _unknown(self, name: str) -> str:
+    def _unknown(self, name: str, visible: Callable[[str], bool]) -> str:
         if not self._exact:
             return f"model {name!r} does not exist: no models are configured"
-        lowered = {known.lower(): known for known in self._exact}
+        seen = [known for known, model in self._exact.items() if visible(model)]
+        lowered = {known.lower(): known for known in seen}
         close = [lowered[hit] for hit in difflib.get_close_matches(name.lower(), list(lowered), n=3, cutoff=0.5)]
-        close += [known for known in self._exact if name and name.lower() in known.lower() and known not in close]
+        close += [known for known in seen if name and name.lower() in known.lower() and known not in close]
         if close:
             return f"model {name!r} does not exist; did you mean {' or '.join(map(repr, close[:3]))}?"
         return f"model {name!r} does not exist; GET /v1/models lists those that do"

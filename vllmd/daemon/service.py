@@ -211,6 +211,7 @@ class Daemon:
         async with self._sampling:
             await self.look()
             if keep:
+                self.dispatcher.flush_log()
                 await self._note_idle()
                 await self._keep_learnt()
 

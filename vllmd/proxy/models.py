@@ -83,7 +83,7 @@ def add_model_routes(router: Router, relay: Relay) -> None:
         router.add_raw(Route("POST", path, relay.json, summary=about, doc=JSON))
     for path in FORM_PATHS:
         about = "relayed to the engine of the form's 'model'"
-        router.add_raw(Route("POST", path, relay.form, summary=about, doc=FORM, unasked=True))
+        router.add_raw(Route("POST", path, relay.form, summary=about, doc=FORM))
     for method, path in KSERVE_PATHS:
         router.add_raw(
             Route(
@@ -107,6 +107,4 @@ def add_model_routes(router: Router, relay: Relay) -> None:
             )
         )
     realtime = Tunnels(relay).realtime
-    router.add_raw(
-        Route("GET", "/v1/realtime", realtime, summary="WebSocket to ?model=", doc=QUERY, unasked=True, max_body=0)
-    )
+    router.add_raw(Route("GET", "/v1/realtime", realtime, summary="WebSocket to ?model=", doc=QUERY, max_body=0))
