@@ -93,7 +93,7 @@ class Leave:
     """Where an engine goes once it has drained, and on whose account. ``level`` 0 stops it."""
 
     level: int
-    cause: str  # "idle", "exchange", "operator", "lease", "config", "proof", "deepen", "moved", "replica", "device", "device"
+    cause: str  # idle, exchange, operator, lease, config, proof, deepen, moved, replica, device
     why: str
     freeze_at: float = INFINITY  # running requests are frozen from here on
     cut_at: float = INFINITY  # running requests are cut from here on
