@@ -85,7 +85,9 @@ class AdmissionGate:
             kind = self._engine_of(config)
             served, routes = kind.served_name(config), kind.routes(config)
             rules = config.request if config.request != RequestRules() else None
-            self._targets[engine] = Target(engine, served, routes, kind.headers(), rules)
+            model = config.replica_of or config.name
+            names = frozenset((model, *self._models.get(model, config).aliases))
+            self._targets[engine] = Target(engine, served, routes, kind.headers(), rules, names)
         return self._targets[engine]
 
     async def acquire(self, model: str, key: str, request_id: str, only: str = "") -> Permit:

@@ -63,7 +63,8 @@ class Target:
     ``served_name``: what the engine knows the model by; written into the request in place of the
     client's name, and back into the answer. ``routes``: the public paths it serves, None for any.
     ``headers``: fields added to the upstream's request (a remote's own key, for one). ``rules``: what becomes of
-    the members of a JSON request, None for nothing.
+    the members of a JSON request, None for nothing. ``names``: what the configuration calls the model; a client that
+    called it something else is told which one it got. Empty where that is not known.
     """
 
     model: str
@@ -71,6 +72,7 @@ class Target:
     routes: frozenset[str] | None = None
     headers: Sequence[tuple[str, str]] = field(default=())
     rules: Rules | None = None
+    names: frozenset[str] = frozenset()
 
 
 class Permit(Protocol):
