@@ -125,6 +125,7 @@ class Model:
     pinned: bool = False
     leases: dict[str, float] = field(default_factory=dict)  # lease -> deadline
     failures: int = 0  # in a row
+    failed_at: float = 0.0  # when the last of them was
     failure: str = ""
     given_up: bool = False
     retry_at: float = 0.0

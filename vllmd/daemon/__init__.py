@@ -7,7 +7,7 @@
     startup          finds devices, launcher and running engines once the listeners are open
     listen           sockets of our own, where systemd gives none
     listeners        the listening sockets and their routes
-    keys             authentication: keys, scopes, the admin socket's peer credentials
+    keys             authentication: API keys, peer credentials on the operators' sockets; logins: wrong keys
     meters           what each key has used, and its limits
     dispatcher       the inbox: events to the core, its commands to the parts that execute them
     admission_gate   the proxy's gate: one arrival and one ending per request, whatever happens between

@@ -24,6 +24,7 @@ from vllmd.daemon.roster import degraded, serves
 from vllmd.daemon.runtime_models import RuntimeModels
 from vllmd.daemon.serializers import about, card, health, line, state_of
 from vllmd.errors import BadRequest, Conflict, Unavailable, UnknownModel, UpstreamFailed, VllmdError
+from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.proxy.upstream import request
 
 if TYPE_CHECKING:
@@ -222,9 +223,12 @@ class DaemonControl:
             raise UpstreamFailed(f"the engine of {model} answered /metrics with {status}")
         return body
 
-    def resolve(self, name: str) -> str:
-        """The configured name of a model, or what a replica is called."""
-        return self._daemon.roster.resolve(name, lambda model: self._daemon.admission_gate.resolve(model).model)
+    def resolve(self, name: str, caller: Caller = ANYBODY) -> str:
+        """The configured name of a model, or what a replica is called. Raises UnknownModel, Forbidden."""
+        roster = self._daemon.roster
+        found = roster.resolve(name, lambda model: self._daemon.admission_gate.resolve(model, caller).model)
+        caller.check(roster.model(found), name)
+        return found
 
     def _only(self, model: str) -> str:
         """The one engine that is meant. Raises BadRequest if there are several."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -22,7 +23,7 @@ def listeners(addresses: tuple[str, ...], environment: Mapping[str, str]) -> Ite
     Raises OSError if an address cannot be had. Without an admin socket (somebody
     else has it, or there is no place for it) everything works but vllmctl.
     """
-    own = {"http": [_listen(address) for address in addresses]}
+    own = {"http": _all_that_can_be_had(addresses)}
     path = admin_path(environment)
     admin = _admin(path)
     try:
@@ -30,6 +31,22 @@ def listeners(addresses: tuple[str, ...], environment: Mapping[str, str]) -> Ite
     finally:
         if admin:
             path.unlink(missing_ok=True)
+
+
+def _all_that_can_be_had(addresses: tuple[str, ...]) -> list[socket.socket]:
+    """Raises OSError, which names the address. IPv6's loopback alone may be missing beside others: some have none."""
+    found: list[socket.socket] = []
+    for address in addresses:
+        try:
+            found.append(_listen(address))
+        except OSError as error:
+            missing = address.startswith("[::1]:") and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+            if not missing or len(addresses) == 1:
+                for listener in found:
+                    listener.close()
+                raise OSError(error.errno, f"{address}: {error.strerror}") from None
+            log.info("not listening on %s: this machine has no IPv6", address)
+    return found
 
 
 def admin_path(environment: Mapping[str, str]) -> Path:

@@ -64,7 +64,7 @@ def _serve(config: Config, broken: str, given: Listeners, reload: Any) -> int:
         try:
             sockets = given or stack.enter_context(listeners(config.server.listen, os.environ))
         except OSError as error:
-            print(f"cannot listen on {', '.join(config.server.listen)}: {error}", file=sys.stderr)
+            print(f"cannot listen on {error.strerror}", file=sys.stderr)
             return EX_UNAVAILABLE
         around = stack.enter_context(runtime(os.environ, activated=bool(given)))
         return asyncio.run(_live(config, broken, around, reload, sockets))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from vllmd.config.types import ModelConfig
 from vllmd.errors import BadRequest, UnknownModel
@@ -38,21 +38,26 @@ class Names:
                 self._suffixes.setdefault(suffix, set()).add(model_name)
                 self._folded_suffixes.setdefault(folded(suffix), set()).add(model_name)
 
-    def resolve(self, name: str) -> str:
-        """The model's configured name. Raises UnknownModel, or BadRequest if it is missing or could be several."""
+    def resolve(self, name: str, visible: Callable[[str], bool] = lambda model: True) -> str:
+        """The model's configured name. Raises UnknownModel, or BadRequest if it is missing or could be several.
+
+        Only ``visible`` models are guessed and suggested; another one is found by its full name or alias alone,
+        and whoever asks finds out whether it may be used.
+        """
         if name in self._exact:
             return self._exact[name]
         if not name:
-            return self._only()
+            return self._only(visible)
         if len(name) > LONGEST_NAME:  # before anything is compared with it
             raise BadRequest(TOO_LONG_A_NAME, param="model")
-        for found in self._readings(name):
+        for readings in self._readings(name):
+            found = set(filter(visible, readings))
             if len(found) == 1:
                 return next(iter(found))
             if found:
                 several = ", ".join(sorted(found))
                 raise BadRequest(f"model {name!r} could be any of: {several}; name one of them", param="model")
-        raise UnknownModel(self._unknown(name), param="model")
+        raise UnknownModel(self._unknown(name, visible), param="model")
 
     def _readings(self, name: str) -> Iterator[set[str]]:
         """The models that ``name`` can mean, by one habit after another."""
@@ -68,19 +73,20 @@ class Names:
         for known, wanted in _by_suffix(self._suffixes, self._folded_suffixes, plain):
             yield known.get(wanted, set())
 
-    def _only(self) -> str:
+    def _only(self, visible: Callable[[str], bool]) -> str:
         """The model of a request that names none, as llama.cpp's own clients do: the only one there is."""
-        models = set(self._exact.values())
+        models = set(filter(visible, self._exact.values()))
         if len(models) != 1:
             raise BadRequest("the request names no model; GET /v1/models lists those there are", param="model")
         return models.pop()
 
-    def _unknown(self, name: str) -> str:
+    def _unknown(self, name: str, visible: Callable[[str], bool]) -> str:
         if not self._exact:
             return f"model {name!r} does not exist: no models are configured"
-        lowered = {known.lower(): known for known in self._exact}
+        seen = [known for known, model in self._exact.items() if visible(model)]
+        lowered = {known.lower(): known for known in seen}
         close = [lowered[hit] for hit in difflib.get_close_matches(name.lower(), list(lowered), n=3, cutoff=0.5)]
-        close += [known for known in self._exact if name and name.lower() in known.lower() and known not in close]
+        close += [known for known in seen if name and name.lower() in known.lower() and known not in close]
         if close:
             return f"model {name!r} does not exist; did you mean {' or '.join(map(repr, close[:3]))}?"
         return f"model {name!r} does not exist; GET /v1/models lists those that do"

@@ -3,7 +3,7 @@
 An engine never does anything itself: it says what to run and which HTTP calls
 mean what, the daemon carries it out. Third parties register theirs in the
 entry-point group ``vllmd.engines``; of the contract they may leave out
-``alive``, ``busy``, ``device_count`` and ``headers``, for which ``Plain`` has the defaults.
+``alive``, ``busy``, ``device_count``, ``headers`` and ``own_api``, for which ``Plain`` has the defaults.
 """
 
 from __future__ import annotations
@@ -143,6 +143,12 @@ class Engine(Protocol):
 
     def routes(self, model: ModelConfig) -> frozenset[str]:
         """The public paths it serves, such as ``/v1/chat/completions``."""
+
+    def own_api(self, model: ModelConfig) -> frozenset[str]:
+        """What of its API is passed on under ``/upstream``: rules such as ``GET /metrics`` (``proxy.engine_api``).
+
+        Nothing that changes what it holds, or breaks off or shows what others do.
+        """
 
     def served_name(self, model: ModelConfig) -> str:
         """The name that the engine knows its model by."""

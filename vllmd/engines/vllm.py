@@ -76,6 +76,13 @@ ROUTES = frozenset(
         "/tokenize",
     }
 )
+# Not /server_info (it shows the environment), /sleep, /collective_rpc and the like (vLLM's development mode).
+OWN_API = frozenset(
+    {
+        *("GET /load", "GET /tokenizer_info", "POST /ping", "GET /static-offline-docs/{rest:path}"),
+        *("GET /v1/responses/{id}", "DELETE /v1/responses/{id}", "POST /v1/responses/{id}/cancel"),
+    }
+)
 
 
 def has_accelerator() -> bool:
@@ -92,6 +99,7 @@ class Vllm(Plain):
 
     kind = "vllm"
     ROUTES = ROUTES
+    OWN_API = OWN_API
     OPTIONS: ClassVar[Mapping[str, str]] = {
         "sleep_flag": "auto, always or never: whether --enable-sleep-mode is passed (auto: where there is a GPU)",
         "kv_cache_memory": "size of the KV cache per device, such as 8GiB, instead of what profiling leaves",

@@ -101,7 +101,7 @@ def add_model_routes(router: Router, relay: Relay) -> None:
         router.add_raw(Route("POST", path, relay.json, summary=about, doc=JSON))
     for path in FORM_PATHS:
         about = "relayed to the engine of the form's 'model'"
-        router.add_raw(Route("POST", path, relay.form, summary=about, doc=FORM, unasked=True))
+        router.add_raw(Route("POST", path, relay.form, summary=about, doc=FORM))
     for method, path in KSERVE_PATHS:
         router.add_raw(
             Route(
@@ -110,7 +110,7 @@ def add_model_routes(router: Router, relay: Relay) -> None:
         )
     for path in QUERY_PATHS:
         about = "relayed to the engine of ?model="
-        router.add_raw(Route("GET", path, relay.query, summary=about, doc=QUERY, unasked=True, max_body=0))
+        router.add_raw(Route("GET", path, relay.query, summary=about, doc=QUERY, max_body=0))
     for method, path in RESPONSE_PATHS:
         router.add_raw(
             Route(
@@ -128,6 +128,4 @@ def add_model_routes(router: Router, relay: Relay) -> None:
             )
         )
     realtime = Tunnels(relay).realtime
-    router.add_raw(
-        Route("GET", "/v1/realtime", realtime, summary="WebSocket to ?model=", doc=QUERY, unasked=True, max_body=0)
-    )
+    router.add_raw(Route("GET", "/v1/realtime", realtime, summary="WebSocket to ?model=", doc=QUERY, max_body=0))
