@@ -23,7 +23,7 @@ from vllmd.daemon.calls import answers, asked, call, complete, looked_at, next_l
 from vllmd.daemon.engine_process import EngineProcess, of
 from vllmd.daemon.failure_text import how_it_ended, with_hint, with_last_lines, with_root
 from vllmd.daemon.launch_planner import LaunchPlanner
-from vllmd.daemon.logfile import LogFile, path_of
+from vllmd.daemon.logfile import LogFile, forget_old_runs, path_of
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.sleeps import Sleeps, finish_work
 from vllmd.engines.base import Listen, Progress
@@ -419,7 +419,9 @@ class EngineManager:
         self._strays.pop(process.instance, None)
 
     def has_devices(self, placement: Placement) -> bool:
-        """Whether all devices of a placement are there."""
+        """Whether all devices of a placement are there, as far as anybody knows."""
+        if self._memory.trouble:
+            return True
         return all(any(device.index == index for device in self._memory.inventory) for index in placement.devices)
 
     def resume_start(self, process: EngineProcess) -> None:
@@ -434,6 +436,8 @@ class EngineManager:
         """Have its output come to ``on_log``; into its file, too, where the configuration says so."""
         if process.model.log_file and self._logs:
             name = str(process.listen.port or process.instance)
+            with contextlib.suppress(OSError):  # the file itself will tell
+                forget_old_runs(self._logs, process.model.name)
             process.file = LogFile(path_of(self._logs, process.model.name, name))
             log.info("%s: its output is also in %s", process.model.name, process.file.path, extra=of(process))
         try:

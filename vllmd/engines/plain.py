@@ -130,10 +130,10 @@ class Plain:
 
 
 def environment(model: ModelConfig, place: Place) -> dict[str, str]:
-    """What every engine gets: its devices by id, and the token for gated models."""
-    devices = {"CUDA_VISIBLE_DEVICES": ",".join(place.device_ids), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    """What every engine gets: its devices, and the token for gated models."""
     token = {"HF_TOKEN": model.hf_token} if model.hf_token else {}
-    return {**(devices if place.device_ids else {}), **token}
+    by_id = {"CUDA_VISIBLE_DEVICES": ",".join(place.device_ids), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    return {**(place.visible or (by_id if place.device_ids else {})), **token}
 
 
 def own_key(model: ModelConfig, place: Place, variable: str, *flags: str) -> str:
