@@ -235,12 +235,16 @@ class EngineManager:
         await self.annotate(process, state="ready", level="0")
         held = {} if process.self_managed else await self._memory.held(process)
         log.info("%s: ready after %.1f s", process.name, process.ready_after, extra=of(process))
-        return events.EngineReady(process.name, _measured(process.engine.footprint(list(process.lines)), held))
+        measured = _measured(process.engine.footprint(list(process.lines)), held)
+        process.forget_start()
+        return events.EngineReady(process.name, measured)
 
     async def _start_failed(self, process: EngineProcess, what: str) -> events.Event:
-        failure = process.engine.failure([*process.lines, *process.last_lines()])
-        lines = process.last_lines()
-        reason = with_last_lines(with_root(what, failure) if lines else what, lines)
+        lines = process.all_lines()
+        failure = process.engine.failure(lines)
+        if process.phase.detail and "phase" not in what:
+            what = f"{what} in its phase {process.phase.phase!r}"
+        reason = with_last_lines(with_root(what, failure) if lines else what, lines, failure.reason)
         if failure.memory:  # somebody took it: before more room is made it must be known how much there is
             await self.look()
         self._forget(process)
