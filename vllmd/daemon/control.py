@@ -289,13 +289,9 @@ class DaemonControl:
         """Give a lease back."""
         await self._post(events.LeaseReleased(lease, stop))
 
-    async def narrow(self, model: str, device: int | None) -> None:
-        """Have its next start use that device only; lasts until it is taken back, or the next reload."""
-        await self.instances.narrow(model, device)
-
-    async def add_instance(self, model: str, device: int) -> str:
-        """Give it one more engine, on that device; lasts until it is dropped, or the next reload."""
-        return await self.instances.add(model, device)
+    async def load_on(self, model: str, device: int) -> str:
+        """Have one of its engines on that device, and say which; one more lasts until the next reload."""
+        return await self.instances.load_on(model, device)
 
     async def drop_instance(self, name: str) -> None:
         """Forget an engine that was added."""

@@ -13,7 +13,7 @@ from vllmd.core.types import DeviceView, ModelView, ReplicaView, State
 if TYPE_CHECKING:
     from vllmd.daemon.engine_process import EngineProcess
 
-NOT_SHOWN = frozenset({"id", "replicas", "balanced"})  # of a view
+NOT_SHOWN = frozenset({"id", "replicas", "balanced", "bound"})  # of a view
 UNLOADED = frozenset({State.STOPPED, State.FAILED})
 ABILITIES = {
     "/v1/chat/completions": "chat",
