@@ -155,6 +155,10 @@ class CostBook:
             return Costs(weights)  # a damaged cache is no cache
         return costs
 
+    def usual(self, model: str, kind: str) -> float:
+        """The seconds that ``kind`` takes with a model, as measured; 0 where it never was."""
+        return self._models[model].learnt(kind) if model in self._models else 0.0
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._models)
 

@@ -19,6 +19,7 @@ from typing import Any
 from vllmd.config.types import ModelConfig
 from vllmd.core import commands, events
 from vllmd.core.types import Footprint, Placement, Source
+from vllmd.daemon import health
 from vllmd.daemon.calls import answers, asked, call, complete, looked_at, next_line, within
 from vllmd.daemon.engine_process import EngineProcess, of
 from vllmd.daemon.failure_text import how_it_ended, with_hint, with_last_lines, with_root
@@ -43,6 +44,7 @@ SILENCE = 5.0  # seconds that it may leave looks without an answer
 ENDS_KEPT = 256  # of engines that nobody here knows
 WHOLE_LOG = 1000  # lines asked for of an engine that has just begun: all of them
 
+Usual = Callable[[str, str], float]  # model, kind of ``core.costs`` -> the seconds that it usually takes, 0 if unknown
 Post = Callable[[events.Event], None]
 
 
@@ -66,7 +68,8 @@ class EngineManager:
         self._memory = memory
         self._launch_planner = launch_planner
         self._logs = logs
-        self._sleeps = Sleeps(memory, self.annotate)
+        self.usual: Usual = lambda model, kind: 0.0
+        self._sleeps = Sleeps(memory, self.annotate, lambda model, kind: self.usual(model, kind))
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended: dict[str, ExitReport] = {}  # of engines not known here: perhaps they are being adopted
         self._strays: dict[str, EngineProcess] = {}  # instance -> an engine being ended that the core does not know
@@ -151,6 +154,7 @@ class EngineManager:
             return events.EngineStartFailed(name, reason, permanent=getattr(error, "permanent", False))
         process.listen = replace(process.listen, owner=process.running.uid)
         log.info("%s: started as pid %d in %s", name, process.running.pid, process.running.unit, extra=of(process))
+        self._watch_health(process)
         await self.follow(process)
         return await self.await_ready(process)
 
@@ -398,6 +402,21 @@ class EngineManager:
     def adopt(self, process: EngineProcess) -> None:
         """Take in an engine that was found running."""
         self.processes[process.model.name] = process
+        self._watch_health(process)
+
+    def _watch_health(self, process: EngineProcess) -> None:
+        async def kill(why: str) -> None:
+            log.error("%s: %s", process.model.name, why, extra=of(process))
+            process.verdict = why
+            with contextlib.suppress(LauncherFailed):  # whoever looks next tries again
+                await self.kill(process, KILL_LIMIT)
+
+        process.watcher = asyncio.ensure_future(health.watch(process, kill))
+
+    def answered(self, model: str, status: int, *, failed: bool) -> None:
+        """A request to the model's engine was answered with ``status``, or ``failed`` on its way."""
+        if process := self.processes.get(model):
+            process.health.told(status, failed)
 
     def catch_up(self, process: EngineProcess) -> None:
         """One that was just taken in may have ended since it was listed."""
@@ -476,6 +495,7 @@ class EngineManager:
                     event = failed(f"internal error: {type(error).__name__}: {error}")
                 if isinstance(event, events.EngineStartFailed | events.EngineStopped):
                     await self._abandon(process)
+            process.asleep = isinstance(event, events.EngineAsleep)
             if process.task is asyncio.current_task():
                 process.task = None
             if process.exited.is_set() and self.processes.get(process.model.name) is process:
@@ -503,6 +523,8 @@ class EngineManager:
         if self.processes.get(process.model.name) is process:
             del self.processes[process.model.name]
         self._launch_planner.release(process)
+        if process.watcher:
+            process.watcher.cancel()
         if process.file:
             process.file.close()
 
