@@ -57,7 +57,7 @@ async def watch(process: EngineProcess, kill: Callable[[str], Awaitable[object]]
             continue
         if not wrong_since:
             wrong_since = began
-            log.warning("%s: %s", process.model.name, why)
+            log.warning("%s: %s", process.name, why)
         lasted = time.monotonic() - wrong_since
         if lasted >= limit and process.task is None:
             await kill(f"it was of no use for {lasted:.0f} s and was killed: {why}")
