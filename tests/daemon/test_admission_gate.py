@@ -217,3 +217,40 @@ async def test_a_model_with_one_engine_has_nowhere_else(rig: Rig) -> None:
     retry.cancel()
     await asyncio.wait({retry})
     assert rig.kinds()[-1] == "RequestGone"
+
+
+def opening(rig: Rig) -> asyncio.Event:
+    """The gate of a daemon that has not opened yet."""
+    opened = asyncio.Event()
+    rig.gate = AdmissionGate(rig.posted.append, lambda model: rig.engine, EngineResolver(), opened)
+    rig.gate.configure({"m": ModelConfig("m")}, {"m": ModelConfig("m")})
+    return opened
+
+
+@script
+async def test_who_comes_before_we_have_opened_is_counted_and_let_in_then(rig: Rig) -> None:
+    """A shutdown that comes meanwhile waits for them as for everybody."""
+    opened = opening(rig)
+    task = await rig.arrive()
+    assert (rig.gate.open, rig.posted) == (1, [])
+    opened.set()
+    while not rig.posted:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    assert rig.gate.open == 1
+    rig.gate.admit(commands.Admit("1", "m"))
+    (await task).done()  # type: ignore[attr-defined]
+    assert await rig.gate.emptied(1)
+
+
+@script
+async def test_who_comes_before_we_have_opened_is_told_when_we_shut_down(rig: Rig) -> None:
+    """Nobody is left without an answer."""
+    opening(rig)
+    waiting, leaving = await rig.arrive(), await rig.arrive()
+    leaving.cancel()
+    await asyncio.wait({leaving})
+    assert rig.gate.open == 1
+    rig.gate.reject_waiting("shutting down")
+    with pytest.raises(Unavailable, match="shutting down"):
+        await waiting
+    assert (rig.gate.open, rig.posted) == (0, [])

@@ -161,6 +161,61 @@ def test_a_running_stream_survives_a_restart(site: Site) -> None:
     assert out.rstrip().endswith("data: [DONE]")
 
 
+def test_a_restart_under_kept_connections_takes_as_long_as_a_request(site: Site) -> None:
+    """Every SDK keeps its connections: each is told to close, none is refused, and nobody waits for the drain limit."""
+    site.chat("keeper", "warm")
+    clients = site.machine.popen(["/usr/bin/python3", "-c", KEPT_CONNECTIONS])
+    site.machine.wait_until(lambda: site.status()["requests"] >= 2)
+    began = time.monotonic()
+    site.machine.run("systemctl restart vllmd.service")
+    assert time.monotonic() - began < 20  # and not the drain_timeout of 60
+    site.machine.write("/run/enough", "")
+    out, error = clients.communicate(timeout=60)
+    assert json.loads(out).keys() == {"200"}, (out, error)
+
+
+KEPT_CONNECTIONS = """
+import collections, http.client, json, os, random, threading, time
+outcome, body = collections.Counter(), {"model": "keeper", "messages": [{"role": "user", "content": "a b c d e f g h"}]}
+def client():
+    c = http.client.HTTPConnection("127.0.0.1", 33258, timeout=60)
+    while not os.path.exists("/run/enough"):
+        try:
+            c.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+            answer = c.getresponse()
+            answer.read()
+            outcome[answer.status] += 1
+        except Exception as e:
+            outcome[repr(e)] += 1
+            c.close()
+        time.sleep(random.uniform(0, 0.05))
+threads = [threading.Thread(target=client) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(json.dumps(outcome))
+"""
+
+
+def test_a_stop_that_comes_while_it_opens_is_told_to_the_client(site: Site) -> None:
+    """The request that woke the daemon is answered, and no engine is left behind."""
+    for _ in range(3):
+        waiting = site.machine.popen(site.curl("keeper", "hi") + " -w '%{http_code}'")
+        site.machine.wait_until("systemctl is-active vllmd.service")
+        site.machine.run("systemctl stop vllmd.service")
+        out, _ = waiting.communicate(timeout=60)
+        assert out[-3:] in ("200", "503"), out
+        site.machine.wait_until(lambda: site.machine.cgroup_pids("vllmd.slice") == [])
+
+
+def test_the_bus_may_be_restarted(site: Site) -> None:
+    """As an upgrade of dbus does; models start and stop afterwards as before."""
+    site.chat("keeper", "hi")
+    site.machine.run("systemctl restart dbus.service")
+    assert "there" in site.chat("family", "are you there")["choices"][0]["message"]["content"]
+    site.machine.run("vllmctl stop keeper")
+    assert site.state("keeper") == "stopped"
+
+
 def test_stop_leaves_no_process_of_any_engine(site: Site) -> None:
     """Also not those that forked twice and made sessions of their own."""
     site.chat("family", "hi")

@@ -47,6 +47,13 @@ RestartSec=100ms
 """
 
 
+# The unit's own command, and root may connect as well: that is whom tests are, seen from the machine.
+LAUNCHER = """[Service]
+ExecStart=
+ExecStart=/usr/bin/vllmd-launcher --user vllmd-engine --client-user vllmd --client-user root {more}
+"""
+
+
 @pytest.fixture(scope="module")
 def site() -> Iterator[Machine]:
     """A booted Debian 12 with the units installed and started; the daemon is a stand-in."""
@@ -70,12 +77,13 @@ def install(machine: Machine) -> None:
     machine.write("/usr/bin/vllmd-launcher", WRAPPER.format(module="vllmd.launcher"), mode="755")
     machine.write("/usr/lib/stand-in-daemon.py", DAEMON)
     machine.write("/etc/systemd/system/vllmd.service.d/stand-in.conf", STAND_IN)
+    machine.write("/etc/systemd/system/vllmd-launcher.service.d/10-tests.conf", LAUNCHER.format(more=""))
     machine.run("systemd-sysusers && systemd-tmpfiles --create && systemctl daemon-reload")
     machine.run("systemctl start vllmd.socket vllmd-launcher.socket")
 
 
 def launcher_socket(machine: Machine) -> Path:
-    """The launcher's socket as seen from here; the peer is root, whom the launcher accepts."""
+    """The launcher's socket as seen from here; the peer is root, whom these tests' launcher accepts."""
     return Path(f"/proc/{machine.leader}/root/run/vllmd/launcher.sock")
 
 

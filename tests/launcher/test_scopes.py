@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launcher.conftest import launcher_socket
+from tests.launcher.conftest import LAUNCHER, launcher_socket
 from tests.launcher.driver import Driver, connected, fresh, until
 from tests.machine.container import Machine
 from vllmd.launcher.client import ExitReport, LauncherClient, LauncherFailed, StartOrder
@@ -477,11 +477,8 @@ with Manager() as manager:
 
 async def test_an_idle_launcher_exits_and_no_connection_is_lost(site: Machine) -> None:
     """At rest nothing runs; whoever connects in that very moment is served by the next one."""
-    site.write(
-        "/etc/systemd/system/vllmd-launcher.service.d/idle.conf",
-        "[Service]\nExecStart=\n"
-        "ExecStart=/usr/bin/vllmd-launcher --user vllmd-engine --client-user vllmd --idle-exit 0.05\n",
-    )
+    idle = "/etc/systemd/system/vllmd-launcher.service.d/20-idle.conf"
+    site.write(idle, LAUNCHER.format(more="--idle-exit 0.05"))
     site.run("systemctl daemon-reload; systemctl stop vllmd-launcher.service")
     try:
         pids = set()
@@ -494,7 +491,7 @@ async def test_an_idle_launcher_exits_and_no_connection_is_lost(site: Machine) -
         site.wait_until("! systemctl is-active vllmd-launcher.service")
         assert site.show("vllmd-launcher.service", "Result") == "success"
     finally:
-        site.run("rm -r /etc/systemd/system/vllmd-launcher.service.d; systemctl daemon-reload")
+        site.run(f"rm {idle}; systemctl daemon-reload")
 
 
 # --- who may talk, and how ---
@@ -517,6 +514,22 @@ async def test_only_the_daemon_may_connect(site: Machine) -> None:
         assert refused.stdout == "closed\n" or "Error" in refused.stderr
     finally:
         site.run("chmod 600 /run/vllmd/launcher.sock")
+
+
+async def test_root_is_not_the_daemon(site: Machine) -> None:
+    """Nor is a program of root's that was talked into connecting: only whom the command line names may."""
+    tests_own = "/etc/systemd/system/vllmd-launcher.service.d/10-tests.conf"
+    given = site.read(tests_own)
+    site.run(f"rm {tests_own}; systemctl daemon-reload; systemctl stop vllmd-launcher.service")
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as raw:
+            raw.connect(str(launcher_socket(site)))
+            raw.settimeout(20)
+            assert raw.recv(1000) == b""
+        assert "user id 0" in site.journal("vllmd-launcher.service")
+    finally:
+        site.write(tests_own, given)
+        site.run("systemctl daemon-reload; systemctl stop vllmd-launcher.service")
 
 
 async def test_malformed_packets_harm_nobody(site: Machine) -> None:
@@ -543,7 +556,9 @@ async def test_a_user_runs_it_without_root(site: Machine) -> None:
     if "ann" not in site.read("/etc/passwd"):
         site.add_user("ann")
     uid = site.uid("ann")
-    site.run("systemctl --user start vllmd-launcher.socket", user="ann")
+    admitted = "[Service]\nExecStart=\nExecStart=/usr/bin/vllmd-launcher --user-bus --client-user root\n"  # the tests
+    site.write("/etc/systemd/user/vllmd-launcher.service.d/10-tests.conf", admitted)
+    site.run("systemctl --user daemon-reload; systemctl --user start vllmd-launcher.socket", user="ann")
     address = Path(f"/proc/{site.leader}/root/run/user/{uid}/vllmd/launcher.sock")
     async with connected(address) as driver:
         assert (await driver.client.info()).backend == "systemd-user"

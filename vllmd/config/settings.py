@@ -502,7 +502,12 @@ ENGINES = Group(
     EngineDefaults,
     "Where engines live.",
     (
-        Setting("run_dir", k.PATH, "Directory of the engines' sockets; without it that of the service."),
+        Setting(
+            "run_dir",
+            k.PATH,
+            "Directory of the engines' sockets; without it that of the service. The launcher must allow it, see "
+            "--run-root in vllmd-launcher(8).",
+        ),
         Setting("home", k.PATH, "Engines' home directory, with the cache of models; without it that of the service."),
         Setting("port_start", k.count(1024, 65535), "First port for engines without Unix sockets."),
         Setting("port_end", k.count(1024, 65535), "Last port for engines without Unix sockets."),

@@ -46,6 +46,7 @@ class AdmissionGate:
         opened: asyncio.Event,
     ) -> None:
         self._opened = opened
+        self._before: set[asyncio.Future[None]] = set()  # requests that wait for us to open; the core knows none yet
         self._empty = asyncio.Event()
         self.refusal: errors.VllmdError | None = None  # what everybody is told instead, while it is set
         self._post = post
@@ -67,7 +68,7 @@ class AdmissionGate:
     @property
     def open(self) -> int:
         """Requests that have arrived and not ended."""
-        return len(self._tickets)
+        return len(self._tickets) + len(self._before)
 
     # -- what the proxy asks ---------------------------------------------------------------
 
@@ -89,8 +90,27 @@ class AdmissionGate:
 
     async def acquire(self, model: str, key: str, request_id: str, only: str = "") -> Permit:
         """Wait until the request is admitted. Raises VllmdError; cancelled when the client leaves."""
-        await self._opened.wait()
+        if not self._opened.is_set():
+            await self._opening()
         return await self._admitted(model, key, only)
+
+    async def _opening(self) -> None:
+        """Wait until we have opened. Raises Unavailable at a shutdown."""
+        waiting = asyncio.get_running_loop().create_future()
+        self._before.add(waiting)
+
+        def let_in(_: object) -> None:
+            if not waiting.done():
+                waiting.set_result(None)
+
+        opened = asyncio.ensure_future(self._opened.wait())
+        opened.add_done_callback(let_in)
+        try:
+            await waiting
+        finally:
+            opened.cancel()
+            self._before.discard(waiting)
+            self._say_if_empty()
 
     async def _admitted(self, model: str, key: str, only: str, tried: tuple[str, ...] = ()) -> Permit:
         admitted = asyncio.get_running_loop().create_future()
@@ -128,7 +148,7 @@ class AdmissionGate:
     async def emptied(self, limit: float) -> bool:
         """Wait until no request is open, at most ``limit`` seconds."""
         self._empty.clear()
-        if not self._tickets:
+        if not self.open:
             return True
         try:
             await asyncio.wait_for(self._empty.wait(), limit)
@@ -138,9 +158,12 @@ class AdmissionGate:
 
     def _drop(self, request: str) -> _PendingRequest | None:
         ticket = self._tickets.pop(request, None)
-        if not self._tickets:
-            self._empty.set()
+        self._say_if_empty()
         return ticket
+
+    def _say_if_empty(self) -> None:
+        if not self.open:
+            self._empty.set()
 
     def admit(self, command: commands.Admit) -> None:
         """Let it pass; an engine that is no longer there ends it at once."""
@@ -172,6 +195,10 @@ class AdmissionGate:
 
     def reject_waiting(self, why: str) -> None:
         """At shutdown: whoever still waits is told to come back."""
+        for waiting in self._before:
+            if not waiting.done():
+                waiting.set_exception(errors.Unavailable(why, retry_after=5))
+                waiting.exception()  # read once: a client that just left must not make asyncio complain
         for ticket in [ticket for ticket in self._tickets.values() if ticket.permit is None]:
             if not ticket.admitted.done():
                 ticket.admitted.set_exception(errors.Unavailable(why, retry_after=5))

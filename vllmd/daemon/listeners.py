@@ -19,6 +19,7 @@ from vllmd.config.checks import is_loopback
 from vllmd.config.types import AuthConfig, Config
 from vllmd.daemon.keys import DenyAll, Keys, PeerCredentialAuth
 from vllmd.daemon.meters import MeteredGate, Meters
+from vllmd.errors import VllmdError
 from vllmd.proxy.cors import Cors
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.gate import Authenticator, Gate
@@ -32,6 +33,7 @@ from vllmd.proxy.server import Server
 log = logging.getLogger("vllmd.http")
 
 ADMIN = "admin"
+OPERATORS_LIMIT = 0.5  # seconds that a shutdown leaves to what operators are being told
 
 
 class Listeners:
@@ -51,7 +53,9 @@ class Listeners:
         self._relay = Relay(self._metered, self._limits, self._keys)
         self._reachable: list[tuple[Router, list[str]]] = []  # those at addresses that strangers can reach
         # Operators do not stand in the clients' line: their connections are counted apart.
+        self._operators: list[Server] = []
         self._servers = [server for name, sockets in sorted(listeners.items()) for server in self._open(name, sockets)]
+        self._clients = [server for server in self._servers if server not in self._operators]
         self._shut_or_open(config.auth)
 
     def _open(self, name: str, sockets: Sequence[socket.socket]) -> Iterable[Server]:
@@ -62,7 +66,8 @@ class Listeners:
         operators = [sock for sock in sockets if name == ADMIN and sock.family == socket.AF_UNIX]
         if operators:
             door = PeerCredentialAuth(anybody_can_connect=any(map(anybody_can_connect, operators)))
-            yield self._server(self._router(door), operators)
+            self._operators.append(self._server(self._router(door), operators))
+            yield self._operators[-1]
         clients = [sock for sock in sockets if sock not in operators]
         reachable = {sock.fileno(): address for sock in clients if (address := reachable_at(sock))}
         near = [sock for sock in clients if sock.fileno() not in reachable]
@@ -119,14 +124,39 @@ class Listeners:
         """The model's engine has ended, and what it kept for clients with it."""
         self._relay.forget(model)
 
-    def stop_accepting(self) -> None:
-        """Leave new connections in the listeners' queues."""
-        for server in self._servers:
-            server.stop_accepting()
+    @property
+    def clients(self) -> int:
+        """Those of ``connections`` that are not operators."""
+        return sum(server.connections for server in self._clients)
+
+    @property
+    def busy(self) -> int:
+        """Clients who are sending a request, or wait for an answer."""
+        return sum(server.busy for server in self._clients)
+
+    def drain(self, *, turn_away: bool) -> None:
+        """From now on each client's next answer is his last one; operators are served as ever.
+
+        New clients are left in the listeners' queues, for the next daemon; ``turn_away``: there will be none, so they
+        are let in to be refused.
+        """
+        for server in self._clients:
+            server.last_ones()
+            if not turn_away:
+                server.stop_accepting()
+
+    def refuse_unread(self, error: VllmdError) -> None:
+        """Answer clients whose requests are still coming."""
+        for server in self._clients:
+            server.refuse_unread(error)
 
     async def close(self, limit: float) -> None:
-        """Let what is under way end within ``limit`` seconds, then cut it off. The listeners stay open."""
-        await asyncio.gather(*(server.close(limit) for server in self._servers))
+        """Let what is under way end within ``limit`` seconds, then cut it off. The listeners stay open.
+
+        Operators watch for as long as they like: they get ``OPERATORS_LIMIT``.
+        """
+        closing = [server.close(limit) for server in self._clients]
+        await asyncio.gather(*closing, *(server.close(OPERATORS_LIMIT) for server in self._operators))
         self._relay.pool.close()
 
     def _resolve(self, name: str) -> str:

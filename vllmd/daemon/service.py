@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import logging
 import math
+import os
 import signal
 import socket
 import time
@@ -44,6 +45,12 @@ WAIT_INTERVAL = 1.0  # the same while a model waits for room: strangers may leav
 STATUS_INTERVAL, SHORTEST_TICK = 1.0, 0.05  # seconds
 SHORTEST_LIFE = 1.0  # seconds; faster activations would look like a crash loop to systemd's start limit
 STOP_ENGINES_LIMIT = 60.0
+ANSWERS_LIMIT = 5.0  # for answers that clients are still taking
+NOTES_LIMIT = 2.0  # for notes that the next daemon can do without; a launcher that has died cannot take them
+DRAIN_LOOK = 0.05  # seconds between looks at who is still there
+QUIET = 0.3  # seconds without a request after which kept connections count as unused
+LAUNCHER_LIMIT = 5.0  # seconds that a shutdown waits for a launcher: systemd may start none before we have gone
+SHUTTING_DOWN = "vllmd is shutting down; try again in a few seconds"
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ class Daemon:
         self.backend = ""
         self.failed = False
         self._reload = reload
-        self._stopping = asyncio.Event()
+        self._stopping, self._hurry = asyncio.Event(), asyncio.Event()
         self._idle_since = time.monotonic()
         self._status = ""
 
@@ -139,21 +146,28 @@ class Daemon:
 
     async def shut_down(self) -> None:
         """Stop, each step bounded; engines under systemd are systemd's to stop, if it wants them stopped."""
-        limit = self.config.server.drain_timeout
         self.notify.stopping(f"finishing {self.admission_gate.open} requests")
-        self.listeners.stop_accepting()
-        await self._drain(limit)
-        self.admission_gate.reject_waiting("vllmd is shutting down; try again in a few seconds")
+        last = not self.runtime.activated  # nobody comes after us whom clients could wait for
+        self.listeners.drain(turn_away=last)
+        if last:
+            self._turn_away()
+        await self._drain(self.config.server.drain_timeout)
+        self._turn_away()
+        self.listeners.refuse_unread(Unavailable(SHUTTING_DOWN, retry_after=5))
         await self._stop_engines()
-        await self._note_idle()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._note_idle(), NOTES_LIMIT)
         await self._keep_learnt()
-        await self.listeners.close(limit=5.0)
+        await self.listeners.close(limit=0.0 if self._hurry.is_set() else ANSWERS_LIMIT)
         if self.opened.is_set():
             self.dispatcher.close()
             await self.launcher.close()
 
     def stop(self) -> None:
-        """Ask it to shut down."""
+        """Ask it to shut down; asked a second time it waits for nobody any more."""
+        if self._stopping.is_set():
+            log.warning("told to stop once more: breaking off what is under way")
+            self._hurry.set()
         self._stopping.set()
 
     # -- events ----------------------------------------------------------------------------
@@ -276,14 +290,34 @@ class Daemon:
 
     # -- endings ---------------------------------------------------------------------------
 
+    def _turn_away(self) -> None:
+        """Whoever waits or comes is told to come back; answers that have begun go on."""
+        self.admission_gate.refusal = Unavailable(SHUTTING_DOWN, retry_after=5)
+        self.admission_gate.reject_waiting(SHUTTING_DOWN)
+
     async def _drain(self, limit: float) -> None:
-        """Let the requests that have begun come to their end, within ``limit`` seconds."""
-        deadline = time.monotonic() + limit
-        while self.admission_gate.open and time.monotonic() < deadline:
-            self.notify.extend_timeout(10.0)
-            self.notify.status(f"stopping: waiting for {self.admission_gate.open} requests")
-            self.notify.watchdog()
-            await self.admission_gate.emptied(1.0)
+        """Let the requests that have begun come to their end, within ``limit`` seconds.
+
+        A request counts from its first byte on. Clients whose connections are kept, and could not be told yet that
+        they end, get the time to send what they are about to.
+        """
+        began = quiet = connected = time.monotonic()
+        told = -math.inf
+        while (now := time.monotonic()) < began + limit and not self._hurry.is_set():
+            if self.admission_gate.open or self.listeners.busy:
+                quiet = now
+            if now - quiet >= QUIET or not (self.listeners.clients or self.admission_gate.open):
+                break
+            connected = now if self.opened.is_set() and self.launcher.connected else connected
+            if now - connected >= LAUNCHER_LIMIT:
+                self._turn_away()
+            if now - told >= STATUS_INTERVAL:
+                told = now
+                self.notify.extend_timeout(10.0)
+                self.notify.status(f"stopping: waiting for {self.admission_gate.open or self.listeners.busy} requests")
+                self.notify.watchdog()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._hurry.wait(), DRAIN_LOOK)
 
     async def _stop_engines(self) -> None:
         """Without systemd nobody else would: end every engine."""
@@ -292,8 +326,12 @@ class Daemon:
         deadline = time.monotonic() + STOP_ENGINES_LIMIT
         for name in list(self.engine_manager.processes):
             self.dispatcher.post(events.StopAsked(name, force=True))
-        while self.engine_manager.processes and time.monotonic() < deadline:
-            await self.control.changed(deadline - time.monotonic())
+        while self.engine_manager.processes and time.monotonic() < deadline and not self._hurry.is_set():
+            changed = asyncio.ensure_future(self.control.changed(deadline - time.monotonic()))
+            hurried = asyncio.ensure_future(self._hurry.wait())
+            await asyncio.wait({changed, hurried}, return_when=asyncio.FIRST_COMPLETED)
+            changed.cancel()
+            hurried.cancel()
 
     # -- signals and reload ----------------------------------------------------------------
 
@@ -316,10 +354,15 @@ class Daemon:
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signum, self.stop)
-        loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
+        ends_with_terminal = _terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # as under nohup
+        loop.add_signal_handler(signal.SIGHUP, self._on_hangup, ends_with_terminal)
 
-    def _on_hangup(self) -> None:
-        self._side_task(self._reload_logged())
+    def _on_hangup(self, ends_with_terminal: bool) -> None:
+        """Somebody wants a reload; or the terminal was closed that we run at."""
+        if ends_with_terminal and not _terminal():
+            self.stop()
+        else:
+            self._side_task(self._reload_logged())
 
     async def _reload_logged(self) -> None:
         with contextlib.suppress(ConfigError):
@@ -343,3 +386,12 @@ class Daemon:
         task = asyncio.ensure_future(work)
         self._side_tasks.add(task)
         task.add_done_callback(self._side_tasks.discard)
+
+
+def _terminal() -> bool:
+    """Whether this process belongs to a terminal that is there."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True

@@ -18,12 +18,13 @@ from vllmd.launcher.engines import Supervisor
 from vllmd.launcher.loop import Callback, Loop
 from vllmd.launcher.service import Service, allowed_uids
 from vllmd.launcher.sessions import Sessions
-from vllmd.launcher.spawn import User, allowed_users
+from vllmd.launcher.spawn import Users
 from vllmd.systemd.activation import take_listeners
 from vllmd.systemd.journal import setup_logging
 from vllmd.systemd.notify import Notifier
 
 log = logging.getLogger("vllmd.launcher")
+RUN_ROOT = "/run/vllmd-engine"  # where the launcher that is root lets run directories be
 END_LIMIT = 10.0  # seconds for the engines of a private launcher to be gone
 
 
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(sys.argv[1:] if argv is None else argv)
     setup_logging(options.log_level, identifier="vllmd-launcher")
     try:
-        users = allowed_users(tuple(options.user))
+        users = Users(options.user)
         if options.fd is None:
             _run_with_systemd(options, users)
         else:
@@ -52,7 +53,22 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="NAME",
         help="engines may run as this user; may be repeated, the first is the default (needed when started as root)",
     )
-    parser.add_argument("--client-user", default="", metavar="NAME", help="the daemon's user, who may connect")
+    parser.add_argument(
+        "--client-user",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="the daemon's user, who may connect; may be repeated (without it the launcher's own user may; root may "
+        "only where it is named)",
+    )
+    parser.add_argument(
+        "--run-root",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="engines' run directories lie beneath it; may be repeated (as root, if it is not given, "
+        f"{RUN_ROOT}; else anywhere)",
+    )
     parser.add_argument("--user-bus", action="store_true", help="make scopes in the user's own systemd")
     parser.add_argument(
         "--fd",
@@ -69,7 +85,15 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _run_with_systemd(options: argparse.Namespace, users: dict[str, User]) -> None:
+def _roots(options: argparse.Namespace) -> list[str]:
+    """Where run directories may be. Raises ValueError for a path that could not be compared with theirs."""
+    for root in options.run_root:
+        if not root.startswith("/") or os.path.normpath(root) != root or root == "/":
+            raise ValueError(f"--run-root {root} is not an absolute path without '..' and a slash at its end")
+    return options.run_root or ([RUN_ROOT] if os.geteuid() == 0 else [])
+
+
+def _run_with_systemd(options: argparse.Namespace, users: Users) -> None:
     """Scopes; clients by the socket named ``launcher``. Engines outlive us."""
     if os.geteuid() == 0 and not users:
         raise ValueError("started as root: --user NAME must say whom engines run as")
@@ -84,7 +108,7 @@ def _run_with_systemd(options: argparse.Namespace, users: dict[str, User]) -> No
     notifier, loop = Notifier(), Loop()
     backend = Scopes(loop, user=options.user_bus, stop_requested=lambda instance: supervisor.stop_requested(instance))
     service = Service(loop, backend, allowed_uids(options.client_user), options.idle_exit)
-    supervisor = service.supervisor = Supervisor(loop, backend, users, service.report)
+    supervisor = service.supervisor = Supervisor(loop, backend, users, service.report, _roots(options))
     loop.on_signals(dict.fromkeys((signal.SIGTERM, signal.SIGINT), loop.stop))
     supervisor.adopt()
     for listener in listeners:
@@ -95,12 +119,12 @@ def _run_with_systemd(options: argparse.Namespace, users: dict[str, User]) -> No
     notifier.stopping()
 
 
-def _run_privately(options: argparse.Namespace, users: dict[str, User]) -> None:
+def _run_privately(options: argparse.Namespace, users: Users) -> None:
     """Sessions, for one client; nothing outlives its connection."""
     loop = Loop()
     backend = Sessions(loop, token=options.session or str(os.getpid()), use_cgroups=not options.no_cgroups)
     service = Service(loop, backend, ())
-    supervisor = service.supervisor = Supervisor(loop, backend, users, service.report)
+    supervisor = service.supervisor = Supervisor(loop, backend, users, service.report, options.run_root)
     finish = _finisher(loop, supervisor)
     loop.on_signals({signal.SIGTERM: finish, signal.SIGINT: lambda: None, signal.SIGCHLD: backend.reap_orphans})
     service.serve(socket.socket(fileno=options.fd), finish)

@@ -6,6 +6,13 @@ systemd goes on with its jobs; only signals are lost. So a call that cannot be m
 raises ``BusError`` with ``lost``, the connections are made again here, and whoever
 waits for a signal looks for himself meanwhile (``units``).
 
+Every local user may send us a signal that says it is systemd's: the bus delivers what
+is addressed to us, whatever we subscribed to, and only the sender's unique name, which
+the bus itself writes, tells the truth. So the owner of systemd's name is asked for and
+followed, and what anybody else sends is counted and not even parsed. Of what systemd
+sends nothing is believed to have a shape, either: a signal that cannot be read is
+counted and harms none of those that came with it.
+
 pystemd holds the GIL in every call, for up to 25 s when PID 1 does not answer:
 one more reason for a process of its own. Calls and signals need a connection
 each, because a call swallows the readability of signals that arrive during it.
@@ -26,9 +33,11 @@ from pystemd.systemd1 import Manager
 from pystemd.systemd1.unit_signatures import KNOWN_UNIT_SIGNATURES
 
 from vllmd.launcher.loop import Loop
+from vllmd.systemd.throttle import Throttle
 
 log = logging.getLogger(__name__)
 
+TURN = 200  # messages that are processed before others get a turn
 FIRST_RETRY, LAST_RETRY = 0.05, 1.0  # seconds between attempts to connect again
 # The connection is gone, or there is nobody behind the manager's name: it says nothing about what was asked.
 _LOST = frozenset(
@@ -36,6 +45,7 @@ _LOST = frozenset(
     | {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENXIO}
 )
 _SYSTEMD, _PATH = b"org.freedesktop.systemd1", b"/org/freedesktop/systemd1"
+_BUS, _BUS_PATH = b"org.freedesktop.DBus", b"/org/freedesktop/DBus"
 _MANAGER, _SCOPE = b"org.freedesktop.systemd1.Manager", b"org.freedesktop.systemd1.Scope"
 # Missing in pystemd's table (0.11 and 0.15); an unknown property is a KeyError there.
 KNOWN_UNIT_SIGNATURES.update({b"PIDs": b"au", b"Controller": b"s", b"OOMPolicy": b"s", b"CPUWeight": b"t"})
@@ -73,9 +83,11 @@ class Bus:
 
     def __init__(self, loop: Loop, hearer: Hearer, *, user: bool) -> None:
         self._loop, self._hearer, self._user = loop, hearer, user
-        self._heard: list[Callable[[], None]] = []
-        self._fd = -1  # of the signals' connection, kept here because a closed one does not tell it any more
+        self._heard: list[tuple[bytes, Callable[[bytes, Any], None], bytes, Any]] = []
+        self._fds: tuple[int, ...] = ()  # of the connections, kept here because a closed one does not tell it any more
         self._connected = False
+        self._owner = b""  # of systemd's name
+        self._strangers = Throttle(log)
         try:
             self._connect()
         except DBusBaseError as error:
@@ -111,6 +123,7 @@ class Bus:
         return self._call(lambda: get(_SYSTEMD, unit.path, _SCOPE, b"ControlGroup", b"s")).decode()  # type: ignore[no-any-return]
 
     def _call(self, ask: Callable[[], Any]) -> Any:
+        self._discard()
         if not self._connected:
             raise BusError("the connection to the bus is lost", lost=True)
         try:
@@ -132,8 +145,9 @@ class Bus:
         self.version: str = self._manager.Version.decode()
         self._subscribe()
         self.own_name: bytes = self._signals.get_unique_name()  # what is sent to it arrives as a signal
-        self._fd = self._signals.get_fd()
-        self._loop.watch(self._fd, self._drain)
+        self._fds = (self._signals.get_fd(), self._calls.get_fd())
+        self._loop.watch(self._fds[0], self._drain)
+        self._loop.watch(self._fds[1], self._discard)
         self._connected = True
         self._loop.later(0, self._drain)  # what the calls above have read ahead
 
@@ -142,7 +156,8 @@ class Bus:
             return
         self._connected = False
         log.warning("the connection to systemd is lost (%s): connecting again; engines run on", why)
-        self._loop.unwatch(self._fd)
+        for fd in self._fds:
+            self._loop.unwatch(fd)
         self._loop.later(FIRST_RETRY, lambda: self._connect_again(FIRST_RETRY))
 
     def _connect_again(self, delay: float) -> None:
@@ -162,40 +177,114 @@ class Bus:
     # --- signals ---
 
     def _subscribe(self) -> None:
-        """The callbacks only take notes: an exception in one would surface in the wrong place."""
-
-        def job_removed(message: Any, error: Any = None, userdata: Any = None) -> None:
-            message.process_reply(False)
-            _, job, _, result = message.body
-            self._heard.append(lambda: self._hearer.job_removed(job, result.decode()))
-
-        def unit_removed(message: Any, error: Any = None, userdata: Any = None) -> None:
-            message.process_reply(False)
-            unit = message.body[0].decode()
-            self._heard.append(lambda: self._hearer.unit_removed(unit))
-
-        def request_stop(message: Any, error: Any = None, userdata: Any = None) -> None:
-            path = message.get_path()
-            self._heard.append(lambda: self._hearer.stop_requested(path))
-
-        self._keep = (job_removed, unit_removed, request_stop)  # pystemd does not hold them; a collected one is a crash
-        self._signals.match_signal(_SYSTEMD, _PATH, _MANAGER, b"JobRemoved", job_removed)
-        self._signals.match_signal(_SYSTEMD, _PATH, _MANAGER, b"UnitRemoved", unit_removed)
-        self._signals.match_signal(_SYSTEMD, None, _SCOPE, b"RequestStop", request_stop)
+        """Hear of systemd's signals, and of who systemd is. The callbacks only take notes."""
+        self._keep: list[Any] = []  # pystemd does not hold the callbacks; a collected one is a crash
+        on = self._on_signal
+        on(_BUS, _BUS_PATH, _BUS, b"NameOwnerChanged", self._owner_changed)
+        on(_SYSTEMD, _PATH, _MANAGER, b"JobRemoved", lambda path, body: self._hearer.job_removed(*_job_of(body)))
+        on(_SYSTEMD, _PATH, _MANAGER, b"UnitRemoved", lambda path, body: self._hearer.unit_removed(_unit_of(body)))
+        on(_SYSTEMD, None, _SCOPE, b"RequestStop", lambda path, body: self._hearer.stop_requested(path))
+        ask = [(ord("s"), _SYSTEMD)]
+        self._owner = self._signals.call_method(_BUS, _BUS_PATH, _BUS, b"GetNameOwner", ask).body
         manager: Any = Manager(bus=self._signals, _autoload=True).Manager
         manager.Subscribe()
 
-    def _drain(self) -> None:
-        """Process all that has arrived. An internal message looks like none: only several in a row are the end."""
+    def _on_signal(
+        self, name: bytes, path: bytes | None, interface: bytes, member: bytes, tell: Callable[[bytes, Any], None]
+    ) -> None:
+        """Have ``tell`` called for each such signal of the owner of ``name``: object path and body."""
+
+        def arrived(message: Any, error: Any = None, userdata: Any = None) -> None:
+            # An exception in here would surface in the wrong place, and cost the signals that are still to come.
+            try:
+                trusted = self._owner if name == _SYSTEMD else name
+                if not trusted or message.get_sender() != trusted:
+                    self._say("a signal %s of %s was ignored: it is not systemd's", member, message.get_sender())
+                    return
+                message.process_reply(False)
+                if name == _BUS:  # now: what comes next may be the new owner's
+                    tell(message.get_path(), message.body)
+                else:
+                    self._heard.append((member, tell, message.get_path(), message.body))
+            except Exception as error:
+                self._say("a signal %s could not be read: %s", member, type(error).__name__)
+
+        self._keep.append(arrived)
+        self._signals.match_signal(name, path, interface, member, arrived)
+
+    def _say(self, message: str, member: bytes, what: object) -> None:
+        self._strangers.say(logging.WARNING, message, member.decode(), _text(what))
+
+    def _owner_changed(self, path: bytes, body: Any) -> None:
+        """Somebody took or left a name; if it was systemd's, what it told meanwhile is lost."""
+        name, _, owner = body  # the bus itself says so
+        if name != _SYSTEMD or owner == self._owner:
+            return
+        self._owner = owner
+        if owner:
+            self._loop.later(0, self._greet)
+
+    def _greet(self) -> None:
+        """A manager that is back (``daemon-reexec``) may not know that we listen."""
+        if not self._connected:
+            return
+        with contextlib.suppress(DBusBaseError):  # it did know
+            Manager(bus=self._signals, _autoload=True).Manager.Subscribe()
+        self._hearer.reconnected()
+        self._drain()
+
+    def _discard(self) -> None:
+        """Nothing is expected on the calls' connection but answers; what others send there would pile up."""
         empty = 0
         try:
-            while self._connected and empty < 3:
+            for _ in range(TURN):
+                if not self._connected or empty == 3:
+                    break
+                empty = empty + 1 if self._calls.process().is_empty() else 0
+        except DBusBaseError as error:
+            self._lose(_text(error))
+
+    def _drain(self) -> None:
+        """Process what has arrived. An internal message looks like none: only several in a row are the end.
+
+        However fast somebody sends, others get their turn.
+        """
+        empty = 0
+        try:
+            for _ in range(TURN):
+                if not self._connected or empty == 3:
+                    break
                 empty = empty + 1 if self._signals.process().is_empty() else 0
+            else:
+                self._loop.later(0, self._drain)
         except DBusBaseError as error:
             self._lose(_text(error))
         heard, self._heard = self._heard, []
-        for tell in heard:
-            tell()
+        for member, tell, path, body in heard:
+            try:
+                tell(path, body)
+            except Malformed as error:
+                self._say("a signal %s has another shape than expected: %s", member, str(error))
+            except Exception:
+                log.exception("a signal %s could not be acted on", member.decode())
+
+
+class Malformed(ValueError):
+    """A signal's body is not what systemd sends; the message is its Python type."""
+
+
+def _job_of(body: Any) -> tuple[bytes, str]:
+    """Of ``uoss``: number, path, unit, result."""
+    if isinstance(body, list) and len(body) == 4 and all(isinstance(part, bytes) for part in body[1:]):
+        return body[1], body[3].decode(errors="replace")
+    raise Malformed(type(body).__name__)
+
+
+def _unit_of(body: Any) -> str:
+    """Of ``so``: name and path."""
+    if isinstance(body, list) and len(body) == 2 and isinstance(body[0], bytes):
+        return body[0].decode(errors="replace")
+    raise Malformed(type(body).__name__)
 
 
 def _units(listed: Sequence[Any]) -> list[Unit]:
@@ -204,5 +293,5 @@ def _units(listed: Sequence[Any]) -> list[Unit]:
 
 
 def _text(error: Any) -> str:
-    message = getattr(error, "err_message", "") or str(error)
+    message = error if isinstance(error, bytes) else getattr(error, "err_message", "") or str(error)
     return message.decode(errors="replace") if isinstance(message, bytes) else str(message)

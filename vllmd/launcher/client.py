@@ -134,6 +134,11 @@ class LauncherClient:
         if self._reap:
             await asyncio.to_thread(self._reap)
 
+    @property
+    def connected(self) -> bool:
+        """Whether there is a launcher now."""
+        return self._connected.is_set()
+
     # --- what one may ask; each raises LauncherFailed ---
 
     async def start(self, order: StartOrder) -> Running:
@@ -354,7 +359,11 @@ class _PrivateLauncher:
         self._process: subprocess.Popen[bytes] | None = None
 
     def dial(self) -> socket.socket:
-        """Start one at the other end of a new connection. Raises OSError."""
+        """Start one at the other end of a new connection. Raises OSError.
+
+        It has a session of its own: Ctrl-C, a closed terminal or a kill of the process group reach us alone, and it
+        lives on to end the engines.
+        """
         if self._process:
             self._process.wait()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -364,7 +373,7 @@ class _PrivateLauncher:
             package = str(Path(__file__).resolve().parents[2])
             path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
             environment = {**os.environ, "PYTHONPATH": path}
-            self._process = subprocess.Popen(argv, pass_fds=[theirs.fileno()], env=environment)
+            self._process = subprocess.Popen(argv, pass_fds=[theirs.fileno()], env=environment, start_new_session=True)
         return ours
 
     def reap(self) -> None:

@@ -11,7 +11,14 @@
 
 A failure or the time limit leads from PLACING and EXECUTING to ENDING as well,
 with SIGKILL at once; the answer is then Failed, after everything is gone.
-Nothing is let through the gate unless the job's result was `done`.
+Nothing is let through the gate unless the job's result was `done`, and unless
+what the next launcher has to know (the main process, the user, the run directory)
+is written on the control group, where only root writes.
+
+We may be root, so what an engine is acted on by is checked each time anew: the
+run directory lies beneath one of ``roots`` and is tidied by the engine's user
+only (an engine whose user is not known is not tidied), and a main process found
+in a note counts only if it is in the engine's own group.
 """
 
 from __future__ import annotations
@@ -22,24 +29,30 @@ import enum
 import logging
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from vllmd.launcher.backend import Backend, Group
+from vllmd.launcher.backend import Backend, Group, Placed
+from vllmd.launcher.cgroup import cgroup_of
 from vllmd.launcher.loop import Loop, Timer
 from vllmd.launcher.process import Ending, Process
 from vllmd.launcher.protocol import (
     ExitReport,
     Failed,
+    ProtocolError,
     Running,
     Started,
     StartOrder,
+    check_metadata,
+    check_path,
+    is_beneath,
     unit_of,
 )
-from vllmd.launcher.spawn import Child, User, read_failure, spawn, tidy
+from vllmd.launcher.spawn import Child, User, Users, read_failure, spawn, tidy
 
 log = logging.getLogger(__name__)
 
+MAX_ENGINES = 1024
 GRACE = 0.5  # seconds between the main process's end and SIGKILL for what it left behind
 KILL_LIMIT = 20.0  # seconds for the kernel to end killed processes; a stuck driver can hold them
 RETIRE_LIMIT = 10.0  # seconds for systemd to forget the unit
@@ -71,8 +84,7 @@ class Engine:
     group: Group | None = None
     metadata: dict[str, str] = field(default_factory=dict)
     run_dir: str = ""
-    user: User | None = None
-    uid: int = -1  # that it runs as; -1: not known
+    user: User | None = None  # None: found again, and its user is not known
     child: Child | None = None
     answer: Answer | None = None
     failure: Failed | None = None
@@ -93,24 +105,37 @@ class Engine:
             self.group.location() if self.group else "",
             dict(self.metadata),
             self.phase is Phase.ENDING,
-            self.uid,
+            self.user.uid if self.user else -1,
         )
 
 
 class Supervisor:
-    """Owns the engines. ``report`` is called once for every one that had run and is gone."""
+    """Owns the engines. ``report`` is called once for every one that had run and is gone.
+
+    ``roots``: the directories beneath which run directories may lie; none: anywhere.
+    """
 
     def __init__(
-        self, loop: Loop, backend: Backend, users: Mapping[str, User], report: Callable[[ExitReport], None]
+        self,
+        loop: Loop,
+        backend: Backend,
+        users: Users,
+        report: Callable[[ExitReport], None],
+        roots: Sequence[str] = (),
     ) -> None:
         self._loop = loop
         self._backend = backend
         self._users = users
         self._report = report
+        self._roots = tuple(roots)
         self._engines: dict[str, Engine] = {}
 
     def __len__(self) -> int:
         return len(self._engines)
+
+    def has(self, instance: str) -> bool:
+        """Whether it is starting or runs, and its end is still to be reported."""
+        return instance in self._engines and not self._engines[instance].told
 
     # --- what is asked of it ---
 
@@ -121,8 +146,8 @@ class Supervisor:
             namesake.successor = (order, answer)
             return None
         try:
-            user = self._user(order.user)
-            self._check_free(order.instance)
+            user = self._users.ordered(order.user)
+            self._check_place(order)
             child = self._spawn(order, user)
         except ValueError as error:
             return answer(Failed(str(error), permanent=True))
@@ -131,13 +156,26 @@ class Supervisor:
         engine = Engine(order.instance, Phase.PLACING, child.process, child=child, answer=answer)
         engine.metadata.update(order.metadata)
         engine.run_dir, engine.user = order.run_dir, user
-        engine.uid = user.uid if user else os.geteuid()
         self._engines[order.instance] = engine
         self._warn_of_limits(order)
-        self._loop.watch(child.process.fd, lambda: self._main_ended(engine))
-        self._loop.watch(child.errors, lambda: self._child_spoke(engine))
+        self._loop.watch(child.process.fd, self._safely(engine, lambda: self._main_ended(engine)))
+        self._loop.watch(child.errors, self._safely(engine, lambda: self._child_spoke(engine)))
         engine.timer = self._loop.later(order.timeout, lambda: self._too_slow(engine, order.timeout))
-        return self._backend.place(order, child.process, lambda group, why: self._placed(engine, group, why))
+        placed: Placed = lambda group, why: self._safely(engine, lambda: self._placed(engine, group, why))()  # noqa: E731
+        return self._safely(engine, lambda: self._backend.place(order, child.process, placed))()
+
+    def _safely(self, engine: Engine, step: Callable[[], None]) -> Callable[[], None]:
+        """The step of a start; a defect in it, or something that nobody has thought of, still becomes the answer."""
+
+        def safe() -> None:
+            try:
+                step()
+            except Exception as error:
+                log.exception("%s: a step of its start failed", engine.instance)
+                if engine.answer and engine.phase is not Phase.ENDING:
+                    self._fail(engine, Failed(f"the launcher failed: {type(error).__name__}"))
+
+        return safe
 
     def signal(self, instance: str, number: int) -> None:
         """To the main process only. Raises KeyError if there is no such engine."""
@@ -167,10 +205,15 @@ class Supervisor:
             self.signal(instance, signal.SIGTERM)
 
     def annotate(self, instance: str, metadata: Mapping[str, str]) -> None:
-        """Add to the metadata. Raises KeyError if there is no such engine."""
+        """Add to the metadata. Raises KeyError if there is no such engine, ProtocolError if it would be too much."""
         engine = self._engines[instance]
+        check_metadata({**engine.metadata, **metadata})
         engine.metadata.update(metadata)
-        _write(engine, metadata)
+        try:
+            if engine.group:
+                engine.group.annotate(metadata)
+        except OSError as error:
+            log.warning("%s: metadata will not survive the launcher: %s", engine.instance, error)
 
     def list(self) -> list[Running]:
         """Those that run, or whose end has yet to be reported; one that is still starting is not among them."""
@@ -180,11 +223,11 @@ class Supervisor:
         """Take over what an earlier launcher left: main processes by number and start time, the rest to be ended."""
         for found in self._backend.adopt():
             notes = found.group.annotations()
-            engine = Engine(found.instance, Phase.RUNNING, _process_of(notes), found.group)
+            engine = Engine(found.instance, Phase.RUNNING, _process_of(notes, found.group), found.group)
             engine.metadata = {key: value for key, value in notes.items() if "." not in key}
-            engine.run_dir, engine.user = notes.get(RUN_DIR, ""), self._users.get(notes.get(USER, ""))
-            if engine.user or not self._users:
-                engine.uid = engine.user.uid if engine.user else os.geteuid()
+            engine.run_dir, engine.user = notes.get(RUN_DIR, ""), self._users.noted(notes.get(USER))
+            if engine.user is None:
+                log.warning("%s: whom it runs as is not known: its run directory stays", unit_of(found.instance))
             self._engines[found.instance] = engine
             found.group.watch(lambda engine=engine: self._group_changed(engine))  # type: ignore[misc]
             if engine.process:
@@ -196,20 +239,24 @@ class Supervisor:
 
     # --- starting ---
 
-    def _user(self, name: str) -> User | None:
-        """Whom to become; the first allowed one by default, None where engines stay what we are."""
-        if not self._users and not name:
-            return None
-        wanted = name or next(iter(self._users))
-        if wanted not in self._users:
-            raise ValueError(f"user {wanted!r} is not allowed; allowed are: {', '.join(self._users) or 'none'}")
-        return self._users[wanted]
+    def _check_place(self, order: StartOrder) -> None:
+        """Raises ValueError where there is no place for it."""
+        if order.instance in self._engines:
+            raise ValueError(f"{unit_of(order.instance)} is in use or has not gone yet; take another instance name")
+        if len(self._engines) >= MAX_ENGINES:
+            raise ValueError(f"there are {MAX_ENGINES} engines already")
+        if order.run_dir and not self._is_run_dir(order.run_dir):
+            roots = " or ".join(self._roots)
+            raise ValueError(f"run_dir {order.run_dir} is not beneath {roots}, which the launcher's --run-root says")
 
-    def _check_free(self, instance: str) -> None:
-        if instance in self._engines:
-            raise ValueError(f"{unit_of(instance)} is in use or has not gone yet; take another instance name")
+    def _is_run_dir(self, path: str) -> bool:
+        try:
+            check_path("run_dir", path)
+        except ProtocolError:
+            return False
+        return not self._roots or any(is_beneath(path, root) for root in self._roots)
 
-    def _spawn(self, order: StartOrder, user: User | None) -> Child:
+    def _spawn(self, order: StartOrder, user: User) -> Child:
         output = self._backend.logs.open(order.instance)
         try:
             marked = dataclasses.replace(order, env={**order.env, **self._backend.marks})
@@ -231,7 +278,12 @@ class Supervisor:
         group.watch(lambda: self._group_changed(engine))
         if engine.ending or engine.process is None:
             return self._fail(engine, Failed("the process died before it was let through its gate"))
-        _write(engine, {**engine.metadata, **_notes_for_the_next(engine, engine.process)})
+        try:
+            group.annotate(_notes_for_the_next(engine, engine.process))  # first: without them nobody finds it again
+            group.annotate(engine.metadata)
+        except OSError as error:
+            if not self._backend.dies_with_us:  # else there is no next launcher
+                return self._fail(engine, Failed(f"cannot note beside its processes what they are: {error.strerror}"))
         engine.phase = Phase.EXECUTING
         return self._open_gate(engine)
 
@@ -243,7 +295,10 @@ class Supervisor:
     def _child_spoke(self, engine: Engine) -> None:
         """Words: it failed. The end of the pipe: the command has been executed, or the child was killed."""
         assert engine.child
-        data = os.read(engine.child.errors, 4096)
+        try:
+            data = os.read(engine.child.errors, 4096)
+        except BlockingIOError:
+            return None
         self._loop.unwatch(engine.child.errors)
         if data:
             return self._fail(engine, read_failure(data))
@@ -360,10 +415,10 @@ class Supervisor:
         if engine.group:
             engine.group.close()
         self._backend.logs.forget(engine.instance)
-        if engine.run_dir:
+        if engine.run_dir and engine.user and self._is_run_dir(engine.run_dir):
             self._tidy(engine.run_dir, engine.user)
 
-    def _tidy(self, run_dir: str, user: User | None) -> None:
+    def _tidy(self, run_dir: str, user: User) -> None:
         """Remove the run directory, which a killed engine leaves behind with its sockets."""
         try:
             child = tidy(run_dir, user)
@@ -379,26 +434,23 @@ class Supervisor:
         self._loop.watch(child.fd, reap)
 
 
-def _process_of(notes: Mapping[str, str]) -> Process | None:
-    """The main process that an earlier launcher wrote down; None if it is gone."""
+def _process_of(notes: Mapping[str, str], group: Group) -> Process | None:
+    """The main process that an earlier launcher wrote down; None if it is gone, or is none of the group's."""
     try:
-        return Process(int(notes[PID]), int(notes[START]))
-    except (KeyError, ValueError, OSError):
+        process = Process(int(notes[PID]), int(notes[START]))
+    except (KeyError, ValueError, OverflowError, OSError):
         return None
+    cgroup = cgroup_of(process.pid)
+    if cgroup is None or not f"{cgroup.path}/".startswith(f"{group.location()}/"):
+        process.close()
+        return None
+    return process
 
 
 def _notes_for_the_next(engine: Engine, process: Process) -> dict[str, str]:
     """What another launcher would have to know."""
-    user = engine.user.name if engine.user else ""
-    return {PID: str(process.pid), START: str(process.start_time), RUN_DIR: engine.run_dir, USER: user}
-
-
-def _write(engine: Engine, values: Mapping[str, str]) -> None:
-    try:
-        if engine.group:
-            engine.group.annotate(values)
-    except OSError as error:
-        log.warning("%s: metadata will not survive the launcher: %s", engine.instance, error)
+    assert engine.user
+    return {PID: str(process.pid), START: str(process.start_time), RUN_DIR: engine.run_dir, USER: engine.user.name}
 
 
 def _forget_start(loop: Loop, engine: Engine) -> None:

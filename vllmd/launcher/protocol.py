@@ -3,13 +3,17 @@
 A packet is ``{"id": 7, "type": "Signal", "body": {...}}``. The client numbers its
 requests from 1; the answer has the same number; what nobody asked for has 0.
 Types, sizes and names are checked on both sides: a wrong packet is answered with
-``Failed`` and changes nothing.
+``Failed`` and changes nothing. The launcher is root and the daemon parses what
+comes from the network, so nothing of a packet is believed: every number and
+length has a bound here, every text is Unicode without control characters, and
+whatever is built from a packet has passed all of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import types
 import typing
@@ -20,20 +24,27 @@ from typing import Any
 from vllmd.text import control_character
 
 MAX_PACKET = 128 << 10  # bytes; the kernel's default send buffer takes 208 KiB
-MAX_LINE = 8 << 10  # bytes of a log line that are passed on
-LINES_PER_PACKET = MAX_PACKET // 2
+MAX_ID = (1 << 53) - 1  # what every JSON library can count to
+MAX_LINE = 8 << 10  # characters of a log line that are passed on
+MAX_LINES = 10_000  # that may be asked for at a time
+LINES_PER_PACKET = MAX_PACKET // 2  # bytes
+ENGINES_PER_PACKET = MAX_PACKET // 2  # bytes
 
 INSTANCE = re.compile(r"[a-z0-9][a-z0-9.-]{0,127}\Z")
 METADATA_KEY = re.compile(r"[a-z][a-z0-9_]{0,62}\Z")
-MAX_METADATA_VALUE = 4 << 10
-LIMITS: Mapping[str, tuple[type, ...]] = {
-    "memory_max": (int,),  # bytes
-    "memory_high": (int,),
-    "memory_swap_max": (int,),
-    "cpu_weight": (int,),  # 1 to 10000
-    "cpu_quota": (int, float),  # 1.0 is one core
-    "tasks_max": (int,),
-    "oom_policy": (str,),
+MAX_METADATA_VALUE = 4 << 10  # bytes
+MAX_METADATA = 64, 16 << 10  # keys, and bytes as JSON: a cgroup takes 128 attributes, and the launcher has its own
+MAX_ARGUMENTS, MAX_ARGUMENT = 1024, 64 << 10  # words of argv or variables in env, bytes of one
+MAX_PATH, MAX_SOCKET = 4095, 107  # bytes, of any path and of a Unix socket's
+MAX_NUMBER = (1 << 63) - 1
+LIMITS: Mapping[str, tuple[tuple[type, ...], float, float]] = {  # types, lowest and highest
+    "memory_max": ((int,), 0, MAX_NUMBER),  # bytes
+    "memory_high": ((int,), 0, MAX_NUMBER),
+    "memory_swap_max": ((int,), 0, MAX_NUMBER),
+    "cpu_weight": ((int,), 1, 10_000),
+    "cpu_quota": ((int, float), 0.001, 1_000_000),  # 1.0 is one core
+    "tasks_max": ((int,), 1, MAX_NUMBER),
+    "oom_policy": ((str,), 0, 0),
 }
 OOM_POLICIES = ("continue", "stop", "kill")
 SIGNALS = frozenset({1, 2, 3, 9, 10, 12, 15, 18, 19})  # HUP INT QUIT KILL USR1 USR2 TERM CONT STOP
@@ -69,8 +80,8 @@ class StartOrder:
     """What to run. Times in seconds; raises ProtocolError for what could never work.
 
     ``instance`` is unique for ever (``qwen3-1a2b``); the unit is ``vllmd-model-INSTANCE.scope``.
-    ``env`` is added to the launcher's base environment. ``run_dir`` is made by the engine's user.
-    ``listen_uds``: a stale socket file that is unlinked first. ``user``: "" is the launcher's default.
+    ``env`` is added to the launcher's base environment. ``run_dir`` is made, and removed, by the engine's user.
+    ``listen_uds``: a stale socket file in it that is unlinked first. ``user``: "" is the launcher's default.
     ``limits``: fields of ``config.types.ScopeLimits`` that are set. ``metadata`` survives launcher and daemon.
     ``timeout``: for the scope to be made and the command executed. ``stop_timeout``: between SIGTERM
     and SIGKILL when systemd itself stops the scope.
@@ -94,14 +105,22 @@ class StartOrder:
         check_limits(self.limits)
         if not self.argv or not self.argv[0]:
             raise ProtocolError("argv is empty: there is no command to run")
-        for name in ("cwd", "run_dir", "listen_uds"):
-            check_path(name, getattr(self, name))
+        if max(len(self.argv), len(self.env)) > MAX_ARGUMENTS:
+            raise ProtocolError(f"argv or env has more than {MAX_ARGUMENTS} entries")
         for word in (*self.argv, *self.env, self.user):
-            check_text("argv, env or user", word)
+            check_text("argv, env or user", word, MAX_ARGUMENT)
         for value in self.env.values():  # a certificate or a template has lines; systemd never sees them
-            check_text("env", value.replace("\n", "").replace("\t", ""))
+            check_text("env", value.replace("\n", "").replace("\t", ""), MAX_ARGUMENT)
         if any(not name or "=" in name for name in self.env):
             raise ProtocolError("a name in env is empty or has '='")
+        check_text("argv[0]", self.argv[0], MAX_PATH)
+        check_text("cwd", self.cwd, MAX_PATH)
+        if self.cwd and not self.cwd.startswith("/"):
+            raise ProtocolError(f"cwd {brief(self.cwd)} is not an absolute path")
+        check_path("run_dir", self.run_dir)
+        check_path("listen_uds", self.listen_uds, MAX_SOCKET)
+        if self.listen_uds and not is_beneath(self.listen_uds, self.run_dir):
+            raise ProtocolError(f"listen_uds {self.listen_uds!r} is not in run_dir {self.run_dir!r}")
         if not (0 < self.timeout <= 600 and 0 < self.stop_timeout <= 3600):
             raise ProtocolError("timeout must be in (0, 600] and stop_timeout in (0, 3600] seconds")
 
@@ -167,6 +186,7 @@ class Signal:
     signum: int
 
     def __post_init__(self) -> None:
+        check_instance(self.instance)
         if self.signum not in SIGNALS:
             raise ProtocolError(f"signal {self.signum} is not one of {', '.join(map(str, sorted(SIGNALS)))}")
 
@@ -177,6 +197,9 @@ class Kill:
 
     instance: str
 
+    def __post_init__(self) -> None:
+        check_instance(self.instance)
+
 
 @dataclass(frozen=True, slots=True)
 class Annotate:
@@ -186,15 +209,23 @@ class Annotate:
     metadata: Mapping[str, str]
 
     def __post_init__(self) -> None:
+        check_instance(self.instance)
         check_metadata(self.metadata)
 
 
 @dataclass(frozen=True, slots=True)
 class Follow:
-    """Send the last ``lines`` and all further ones as Logged. Answered by Done."""
+    """Send the last ``lines`` and all further ones as Logged. Answered by Done.
+
+    Of one that does not run (any more) only the last lines come.
+    """
 
     instance: str
     lines: int = 50
+
+    def __post_init__(self) -> None:
+        check_instance(self.instance)
+        check_lines(self.lines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +233,9 @@ class Unfollow:
     """No more of them. Answered by Done."""
 
     instance: str
+
+    def __post_init__(self) -> None:
+        check_instance(self.instance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +247,7 @@ class Tail:
 
     def __post_init__(self) -> None:
         check_instance(self.instance)
+        check_lines(self.lines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +318,8 @@ Request = Start | Signal | Kill | Annotate | Follow | Unfollow | Tail | List | I
 Reply = Done | Failed | Started | Engines | Lines | LauncherInfo
 Message = Request | Reply | Exited | Logged
 _TYPES: dict[str, type[Any]] = {kind.__name__: kind for kind in typing.get_args(Message)}
+_BODIES = (*typing.get_args(Message), StartOrder, Running, ExitReport)
+_HINTS = {kind: typing.get_type_hints(kind) for kind in _BODIES}
 
 
 # --- to and from packets ---
@@ -298,7 +335,7 @@ def encode(message: Message, id: int = 0) -> bytes:
 
 
 def decode(packet: bytes) -> tuple[int, Message]:
-    """The number and the message. Raises ProtocolError, with the number where it could be read."""
+    """The number and the message. Raises ProtocolError, with the number where it could be read, and nothing else."""
     if len(packet) > MAX_PACKET:
         raise ProtocolError(f"a packet of more than {MAX_PACKET} bytes")
     try:
@@ -306,11 +343,11 @@ def decode(packet: bytes) -> tuple[int, Message]:
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"not JSON: {error}") from None
     id = value.get("id") if isinstance(value, dict) else None
-    if not isinstance(id, int) or isinstance(id, bool):
-        raise ProtocolError("a packet must be an object with a number `id`")
+    if not isinstance(id, int) or isinstance(id, bool) or not 0 <= id <= MAX_ID:
+        raise ProtocolError(f"a packet must be an object with a number `id`, from 0 to {MAX_ID}")
     kind = value.get("type")
     if not isinstance(kind, str) or kind not in _TYPES:
-        raise ProtocolError(f"unknown type {kind!r}; known are {', '.join(_TYPES)}", id)
+        raise ProtocolError(f"unknown type {brief(kind)}; known are {', '.join(_TYPES)}", id)
     try:
         message: Message = _build(_TYPES[kind], value.get("body"), kind)
     except ProtocolError as error:
@@ -333,60 +370,96 @@ def pack_lines(lines: Iterable[str]) -> Iterator[tuple[str, ...]]:
     yield tuple(group)
 
 
-def clip(line: str) -> str:
+def clip(line: str, longest: int = MAX_LINE) -> str:
     """The line, or its beginning and how long it was."""
-    return line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}... [{len(line)} characters]"
+    return line if len(line) <= longest else f"{line[:longest]}... [{len(line)} characters]"
+
+
+def pack_engines(engines: Iterable[Running]) -> Iterator[tuple[Running, ...]]:
+    """The engines in groups that fit a packet each."""
+    group: list[Running] = []
+    size = 0
+    for engine in engines:
+        cost = len(json.dumps(dataclasses.asdict(engine))) + 1
+        if group and size + cost > ENGINES_PER_PACKET:
+            yield tuple(group)
+            group, size = [], 0
+        group.append(engine)
+        size += cost
+    yield tuple(group)
+
+
+def brief(value: object) -> str:
+    """Python's way of writing what somebody sent, its beginning only."""
+    text = repr(value if isinstance(value, str | int | float | None) else type(value).__name__)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def check_instance(instance: str) -> None:
     """Raises ProtocolError unless the name can be a part of a unit's name, unescaped."""
     if not INSTANCE.match(instance):
         raise ProtocolError(
-            f"instance {instance!r} must be 1 to 128 of a-z, 0-9, '.' and '-', the first a letter or digit"
+            f"instance {brief(instance)} must be 1 to 128 of a-z, 0-9, '.' and '-', the first a letter or digit"
         )
 
 
-def check_text(where: str, text: str) -> None:
-    """Raises ProtocolError for a control character: in a text that becomes a line somewhere it could begin another."""
+def check_lines(lines: int) -> None:
+    """Raises ProtocolError for a number of lines that nobody needs."""
+    if not 0 <= lines <= MAX_LINES:
+        raise ProtocolError(f"lines must be from 0 to {MAX_LINES}")
+
+
+def check_text(where: str, text: str, longest: int) -> None:
+    """Raises ProtocolError for a control character (in a text that becomes a line somewhere it could begin
+    another), for what is no Unicode, and for more than ``longest`` bytes."""
     if found := control_character(text):
         raise ProtocolError(f"the control character {found} in {where}")
+    if len(text.encode()) > longest:
+        raise ProtocolError(f"{where}: {brief(text)} is longer than {longest} bytes")
 
 
-def check_path(name: str, path: str) -> None:
-    """Raises ProtocolError unless it is empty or an absolute path that can exist."""
-    check_text(name, path)
-    if path and not path.startswith("/"):
-        raise ProtocolError(f"{name} {path!r} is not an absolute path")
+def check_path(name: str, path: str, longest: int = MAX_PATH) -> None:
+    """Raises ProtocolError unless it is empty or an absolute path that can exist, without ``..`` or empty parts."""
+    check_text(name, path, longest)
+    if path and (not path.startswith("/") or path.startswith("//") or os.path.normpath(path) != path):
+        raise ProtocolError(f"{name} {brief(path)} is not an absolute path without '.', '..' and doubled slashes")
+
+
+def is_beneath(path: str, root: str) -> bool:
+    """Whether a checked path is really inside of ``root``, not the same."""
+    return bool(root) and path.startswith(root.rstrip("/") + "/")
 
 
 def check_metadata(metadata: Mapping[str, str]) -> None:
-    """Raises ProtocolError unless every pair can be an extended attribute of a cgroup."""
+    """Raises ProtocolError unless every pair can be an extended attribute of a cgroup, and all of them together."""
+    most, size = MAX_METADATA
+    if len(metadata) > most or len(json.dumps(dict(metadata))) > size:
+        raise ProtocolError(f"the metadata has more than {most} keys or {size} bytes")
     for key, value in metadata.items():
         if not METADATA_KEY.match(key):
-            raise ProtocolError(f"metadata key {key!r} must be 1 to 63 of a-z, 0-9 and '_', beginning with a letter")
-        check_text(f"the metadata {key!r}", value)
-        if len(value.encode()) > MAX_METADATA_VALUE:
-            raise ProtocolError(f"the metadata {key!r} is longer than {MAX_METADATA_VALUE} bytes")
+            raise ProtocolError(f"metadata key {brief(key)} must be 1 to 63 of a-z, 0-9 and '_', a letter first")
+        check_text(f"the metadata {key!r}", value, MAX_METADATA_VALUE)
 
 
 def check_limits(limits: Mapping[str, int | float | str]) -> None:
     """Raises ProtocolError for a limit that is not in the table: nothing else becomes a property of a scope."""
     for name, value in limits.items():
         if name not in LIMITS:
-            raise ProtocolError(f"limit {name!r} is not one of {', '.join(LIMITS)}")
-        if type(value) not in LIMITS[name] or (not isinstance(value, str) and not 0 <= value < 1 << 63):
-            raise ProtocolError(f"limit {name} cannot be {value!r}")
+            raise ProtocolError(f"limit {brief(name)} is not one of {', '.join(LIMITS)}")
+        types, low, high = LIMITS[name]
+        if type(value) not in types or (not isinstance(value, str) and not low <= value <= high):
+            raise ProtocolError(f"limit {name} cannot be {brief(value)}")
     if (policy := limits.get("oom_policy", "stop")) not in OOM_POLICIES:
-        raise ProtocolError(f"limit oom_policy must be {', '.join(OOM_POLICIES)}, not {policy!r}")
+        raise ProtocolError(f"limit oom_policy must be {', '.join(OOM_POLICIES)}, not {brief(policy)}")
 
 
 def _build(kind: type[Any], body: object, where: str) -> Any:
     """A dataclass from a JSON object: every field known, typed, and there unless it has a default."""
     if not isinstance(body, dict):
         raise ProtocolError(f"{where} must be an object, not {type(body).__name__}")
-    hints = typing.get_type_hints(kind)
+    hints = _HINTS[kind]
     if unknown := body.keys() - hints.keys():
-        raise ProtocolError(f"{where} has no field {', '.join(map(repr, sorted(unknown)))}")
+        raise ProtocolError(f"{where} has no field {', '.join(map(brief, sorted(unknown)[:3]))}")
     values = {name: _convert(hints[name], value, f"{where}.{name}") for name, value in body.items()}
     try:
         return kind(**values)
@@ -402,7 +475,9 @@ def _convert(hint: Any, value: object, where: str) -> Any:
     if origin is tuple and isinstance(value, list):
         return tuple(_convert(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
     if origin is Mapping and isinstance(value, dict):
-        return {key: _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+        return {
+            _text(key, where): _convert(arguments[1], item, f"{where}[{brief(key)}]") for key, item in value.items()
+        }
     if origin is types.UnionType or origin is typing.Union:
         return _plain(arguments, value, where)
     return _plain((hint,), value, where)
@@ -411,6 +486,20 @@ def _convert(hint: Any, value: object, where: str) -> Any:
 def _plain(kinds: tuple[Any, ...], value: object, where: str) -> object:
     """A number, text, truth or nothing; whole numbers are fine where floats are wanted."""
     accepted = (*kinds, int) if float in kinds else kinds
-    if type(value) in accepted:
-        return value
-    raise ProtocolError(f"{where} must be {' or '.join(kind.__name__ for kind in kinds)}, not {type(value).__name__}")
+    if type(value) not in accepted:
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        raise ProtocolError(f"{where} must be {wanted}, not {type(value).__name__}")
+    if isinstance(value, str):
+        return _text(value, where)
+    if isinstance(value, int | float) and not abs(value) <= MAX_NUMBER:  # NaN is not, either
+        raise ProtocolError(f"{where} is no finite number of 64 bits")
+    return value
+
+
+def _text(value: str, where: str) -> str:
+    """JSON can write halves of surrogate pairs, which nothing that we pass a text on to can."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ProtocolError(f"{where}: {brief(value)} is not Unicode") from None
+    return value

@@ -289,6 +289,10 @@ def _is_in(process: Process, unit: str) -> Cgroup | None:
 
 
 def _unescape(label: bytes) -> str:
-    """``vllmd_2dmodel`` is how D-Bus writes ``vllmd-model`` in a path."""
+    """``vllmd_2dmodel`` is how D-Bus writes ``vllmd-model`` in a path; "" for what it does not write so."""
     head, *parts = label.split(b"_")
-    return (head + b"".join(bytes.fromhex(part[:2].decode()) + part[2:] for part in parts)).decode(errors="replace")
+    try:
+        text = head + b"".join(bytes.fromhex(part[:2].decode()) + part[2:] for part in parts)
+    except ValueError:
+        return ""
+    return text.decode(errors="replace")

@@ -3,23 +3,30 @@
 One thread. A client is a connection on which packets are answered in their own
 time; every client hears of every exit. A client that does not read is dropped
 rather than waited for.
+
+Every packet has exactly one answer, whatever was in it: what is wrong with it, or
+with us, is the answer. What a client can make us hold (packets, followed logs,
+answers under way) is bounded, and so is what it can make us log.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
 import os
 import pwd
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import assert_never
 
 from vllmd.launcher import protocol
 from vllmd.launcher.backend import Backend
 from vllmd.launcher.engines import Supervisor
+from vllmd.launcher.lines import left_out
+from vllmd.launcher.logs import KEPT
 from vllmd.launcher.loop import Loop, Timer
 from vllmd.launcher.protocol import (
     Annotate,
@@ -39,20 +46,21 @@ from vllmd.launcher.protocol import (
     ProtocolError,
     Reply,
     Request,
-    Running,
     Signal,
     Start,
     Started,
     Tail,
     Unfollow,
 )
+from vllmd.systemd.throttle import Throttle
 
 log = logging.getLogger(__name__)
 
 MAX_CLIENTS = 64
-MAX_QUEUED = 4096  # packets for a client that does not read; then it is dropped
-MAX_QUEUED_LOGS = 256  # log lines are dropped earlier
-ENGINES_PER_PACKET = 8  # each has metadata of a few KiB at most, so that they surely fit
+MAX_QUEUED = 16 << 20  # bytes for a client that does not read; then it is dropped
+MAX_QUEUED_LOGS = 2 << 20  # bytes; log lines are dropped earlier
+MAX_FOLLOWED = 256  # logs that a client may follow at a time
+MAX_WORDS = 2000  # characters of what went wrong
 
 
 class Service:
@@ -67,6 +75,7 @@ class Service:
         self._clients: list[Client] = []
         self._idle: Timer | None = None
         self._listeners: list[socket.socket] = []
+        self._refused, self._reported = Throttle(log), Throttle(log, burst=200)
         self.supervisor: Supervisor
 
     # --- connections ---
@@ -90,7 +99,7 @@ class Service:
         connection, _ = listener.accept()
         pid, uid, _ = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         if uid not in self._uids or len(self._clients) >= MAX_CLIENTS:
-            log.warning("refused a connection of process %d, user id %d", pid, uid)
+            self._refused.say(logging.WARNING, "refused a connection of process %d, user id %d", pid, uid)
             connection.close()
             return
         self.serve(connection)
@@ -101,7 +110,7 @@ class Service:
 
     def report(self, report: ExitReport) -> None:
         """Tell everybody of an engine's end."""
-        log.info("%s", _sentence(report), extra={"journal": {"MODEL_INSTANCE": report.instance}})
+        self._reported.say(logging.INFO, "%s", _sentence(report), fields={"MODEL_INSTANCE": report.instance})
         for client in tuple(self._clients):
             client.unfollow(report.instance)  # it writes no more; journalctl --follow would stay for ever
             client.send(Exited(_fitting(report)))
@@ -124,9 +133,12 @@ class Service:
     # --- messages ---
 
     def _handle(self, client: Client, id: int, message: Message) -> None:
-        """Answer one request. What is wrong with it is the answer."""
+        """Answer one request, once. What is wrong with it is the answer."""
+        answered = False
 
         def reply(answer: Reply) -> None:
+            nonlocal answered
+            answered = answered or not getattr(answer, "more", False)
             client.send(answer, id)
 
         try:
@@ -136,7 +148,11 @@ class Service:
         except KeyError:
             reply(Failed(f"no engine {getattr(message, 'instance', '')!r} is running here"))
         except (ProtocolError, OSError) as error:
-            reply(Failed(f"{type(message).__name__}: {error}"))
+            reply(failed(f"{type(message).__name__}: {error}"))
+        except Exception as error:
+            log.exception("a %s could not be handled", type(message).__name__)
+            if not answered:
+                reply(failed(f"{type(message).__name__}: the launcher failed: {type(error).__name__}"))
 
     def _dispatch(self, client: Client, request: Request, reply: Callable[[Reply], None]) -> None:
         match request:
@@ -146,7 +162,7 @@ class Service:
                 self._act(request)
                 reply(Done())
             case Follow(instance, lines):
-                client.follow(instance, lambda take: self._backend.logs.follow(instance, lines, take))
+                self._follow(client, instance, lines)
                 reply(Done())
             case Unfollow(instance):
                 client.unfollow(instance)
@@ -154,11 +170,22 @@ class Service:
             case Tail(instance, lines):
                 self._backend.logs.tail(instance, lines, lambda found: _reply_lines(reply, found))
             case List():
-                _reply_engines(reply, self.supervisor.list())
+                *first, last = protocol.pack_engines(self.supervisor.list())
+                for group in first:
+                    reply(Engines(group, more=True))
+                reply(Engines(last))
             case Info():
                 reply(LauncherInfo(self._backend.name, self._backend.detail, self._backend.limits))
             case _:
                 assert_never(request)
+
+    def _follow(self, client: Client, instance: str, lines: int) -> None:
+        """Of an engine that has ended there is nothing to wait for, only what it wrote."""
+        logs = self._backend.logs
+        if self.supervisor.has(instance):
+            client.follow(instance, lambda take: logs.follow(instance, lines, take))
+        else:
+            logs.tail(instance, min(lines, KEPT), lambda found: client.send_lines(instance, found))
 
     def _act(self, request: Signal | Kill | Annotate) -> None:
         match request:
@@ -177,7 +204,8 @@ class Service:
                 self.supervisor.kill(order.instance)
                 return
             what = "started" if isinstance(outcome, Started) else f"not started: {outcome.message}"
-            log.info("%s %s", order.instance, what, extra={"journal": {"MODEL_INSTANCE": order.instance}})
+            instance = order.instance
+            self._reported.say(logging.INFO, "%s %s", instance, what, fields={"MODEL_INSTANCE": instance})
             reply(outcome)
             self.consider_idle()
 
@@ -198,7 +226,10 @@ class Client:
         self.gone: Callable[[], None] | None = None
         self._loop, self._connection, self._handle, self._left = loop, connection, handle, left
         self._queue: deque[bytes] = deque()
+        self._queued = 0  # bytes in it
         self._follows: dict[str, Callable[[], None]] = {}
+        self._missed: dict[str, int] = {}  # lines of a followed log that there was no room for
+        self._malformed = Throttle(log)
         loop.watch(connection.fileno(), self._read)
 
     @property
@@ -211,28 +242,38 @@ class Client:
         if self.closed:
             return
         try:
-            self._queue.append(protocol.encode(message, id))
+            packet = protocol.encode(message, id)
         except ProtocolError as error:
-            self._queue.append(protocol.encode(Failed(str(error)), id))
-        if len(self._queue) > MAX_QUEUED:
+            packet = protocol.encode(failed(str(error)), id)
+        self._queue.append(packet)
+        self._queued += len(packet)
+        if self._queued > MAX_QUEUED:
             log.warning("a client does not read its answers: dropped")
             self.close()
         else:
             self._flush()
 
     def follow(self, instance: str, begin: Callable[[Callable[[tuple[str, ...]], None]], Callable[[], None]]) -> None:
-        """Send this log from now on; once per instance."""
+        """Send this log from now on; once per instance. Raises OSError where that is too much."""
         self.unfollow(instance)
-        self._follows[instance] = begin(lambda lines: self._send_lines(instance, lines))
+        if len(self._follows) >= MAX_FOLLOWED:
+            raise OSError(errno.EAGAIN, f"{MAX_FOLLOWED} logs are followed on this connection already")
+        self._follows[instance] = begin(lambda lines: self.send_lines(instance, lines))
 
     def unfollow(self, instance: str) -> None:
         """Send it no more."""
         self._follows.pop(instance, lambda: None)()
+        self._missed.pop(instance, None)
 
-    def _send_lines(self, instance: str, lines: tuple[str, ...]) -> None:
-        if len(self._queue) < MAX_QUEUED_LOGS:
-            for group in protocol.pack_lines(lines):
-                self.send(Logged(instance, group))
+    def send_lines(self, instance: str, lines: tuple[str, ...]) -> None:
+        """Send lines of a log; those that there is no room for are counted, and said with the next."""
+        if self._queued > MAX_QUEUED_LOGS:
+            self._missed[instance] = self._missed.get(instance, 0) + len(lines)
+            return
+        if missed := self._missed.pop(instance, 0):
+            lines = (left_out(missed), *lines)
+        for group in protocol.pack_lines(lines):
+            self.send(Logged(instance, group))
 
     def _read(self) -> None:
         try:
@@ -247,8 +288,11 @@ class Client:
         try:
             id, message = protocol.decode(packet)
         except ProtocolError as error:
-            log.warning("a malformed packet: %s", error)
-            self.send(Failed(f"malformed packet: {error}", permanent=True), error.id)
+            self._malformed.say(logging.WARNING, "a malformed packet: %s", error)
+            self.send(failed(f"malformed packet: {error}", permanent=True), error.id)
+        except Exception as error:
+            log.exception("a packet could not be read")
+            self.send(failed(f"malformed packet: {type(error).__name__}", permanent=True))
         else:
             self._handle(self, id, message)
 
@@ -256,7 +300,7 @@ class Client:
         try:
             while self._queue:
                 self._connection.send(self._queue[0])
-                self._queue.popleft()
+                self._queued -= len(self._queue.popleft())
         except BlockingIOError:
             self._loop.watch_write(self._connection.fileno(), self._flush)
             return
@@ -278,15 +322,23 @@ class Client:
             self.gone()
 
 
-def allowed_uids(user: str) -> frozenset[int]:
-    """Who may connect: root, we ourselves and the daemon's user. Raises ValueError if there is no such user."""
-    uids = {0, os.getuid()}
-    if user:
+def allowed_uids(users: Sequence[str]) -> frozenset[int]:
+    """Who may connect: the users named; none: we ourselves. Raises ValueError if there is no such user.
+
+    Root is nobody special: it needs no launcher, and a socket that only the daemon may use tells who asked.
+    """
+    uids = set()
+    for user in users:
         try:
             uids.add(pwd.getpwnam(user).pw_uid)
         except KeyError:
             raise ValueError(f"there is no user {user!r}") from None
-    return frozenset(uids)
+    return frozenset(uids or {os.getuid()})
+
+
+def failed(message: str, *, permanent: bool = False) -> Failed:
+    """The answer to what cannot be done; it may quote what was sent."""
+    return Failed(protocol.clip(message, MAX_WORDS), permanent)
 
 
 def _fitting(report: ExitReport) -> ExitReport:
@@ -300,13 +352,6 @@ def _reply_lines(reply: Callable[[Reply], None], lines: tuple[str, ...]) -> None
     for group in groups[:-1]:
         reply(Lines(group, more=True))
     reply(Lines(groups[-1]))
-
-
-def _reply_engines(reply: Callable[[Reply], None], engines: list[Running]) -> None:
-    while len(engines) > ENGINES_PER_PACKET:
-        reply(Engines(tuple(engines[:ENGINES_PER_PACKET]), more=True))
-        engines = engines[ENGINES_PER_PACKET:]
-    reply(Engines(tuple(engines)))
 
 
 def _sentence(report: ExitReport) -> str:

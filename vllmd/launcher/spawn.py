@@ -15,17 +15,20 @@ import pwd
 import resource
 import signal
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
 from vllmd.launcher.process import PR_SET_PDEATHSIG, Process, prctl
-from vllmd.launcher.protocol import Failed, StartOrder
+from vllmd.launcher.protocol import Failed, StartOrder, clip
+from vllmd.text import printable
 
 MARKER = "VLLMD_INSTANCE"
 KEY_FILE = "vllmd-key.yaml"  # what an engine's command writes for it, see engines/sglang.py
 PATH = "/usr/local/bin:/usr/bin:/bin"
 _PERMANENT = {errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR, errno.E2BIG, errno.EISDIR, errno.ELOOP}
+_PERMANENT |= {errno.ENAMETOOLONG, errno.EINVAL}
+MAX_WORDS = 600  # characters of what went wrong: as JSON it fits a pipe's page, which is written and read in one piece
 # What a service manager or we ourselves put into our environment is not for an engine.
 _OURS = (
     "LISTEN_",
@@ -42,13 +45,14 @@ _OURS = (
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """Whom an engine runs as."""
+    """Whom an engine runs as. ``ours``: the launcher's own user, who is not to be become."""
 
     name: str
     uid: int
     gid: int
     groups: tuple[int, ...]
     home: str
+    ours: bool = False
 
     @classmethod
     def named(cls, name: str) -> User:
@@ -56,6 +60,46 @@ class User:
         entry = pwd.getpwnam(name)
         groups = tuple(os.getgrouplist(name, entry.pw_gid))
         return cls(name, entry.pw_uid, entry.pw_gid, groups, entry.pw_dir)
+
+
+OURSELVES = User("", os.getuid(), os.getgid(), (), "", ours=True)
+
+
+class Users:
+    """The users that engines may run as: those named on the command line, or nobody but ourselves.
+
+    Every fork of the launcher gets a ``User`` from here and from nowhere else: for a name that is not allowed there
+    is none, so nothing can be done as root in the name of an engine whose user is not known.
+    """
+
+    def __init__(self, names: Sequence[str] = ()) -> None:
+        """Raises ValueError, in words, for a user that does not exist or is root."""
+        self._allowed: dict[str, User] = {}
+        for name in names:
+            try:
+                self._allowed[name] = User.named(name)
+            except KeyError:
+                raise ValueError(f"there is no user {name!r}") from None
+            if self._allowed[name].uid == 0 or self._allowed[name].gid == 0:
+                raise ValueError(f"{name!r} is root, or in root's group: engines are never run as that")
+        self._default = next(iter(self._allowed.values()), OURSELVES)
+
+    def __bool__(self) -> bool:
+        return bool(self._allowed)
+
+    def ordered(self, name: str) -> User:
+        """Whom an order means; "" is the first one. Raises ValueError."""
+        if not name:
+            return self._default
+        if name not in self._allowed:
+            raise ValueError(f"user {name!r} is not allowed; allowed are: {', '.join(self._allowed) or 'none'}")
+        return self._allowed[name]
+
+    def noted(self, name: str | None) -> User | None:
+        """Whom a launcher noted beside an engine; None for somebody who is not allowed, and for no note at all."""
+        if name == OURSELVES.name and not self._allowed:
+            return OURSELVES
+        return self._allowed.get(name or "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +111,8 @@ class Child:
     errors: int
 
 
-def spawn(order: StartOrder, user: User | None, output: int, *, die_with_us: bool) -> Child:
-    """Fork. ``user``: whom to become, None to stay. ``output`` becomes stdout and stderr. Raises OSError."""
+def spawn(order: StartOrder, user: User, output: int, *, die_with_us: bool) -> Child:
+    """Fork. ``user``: whom to become. ``output`` becomes stdout and stderr. Raises OSError."""
     gate_reader, gate_writer = os.pipe()
     error_reader, error_writer = os.pipe()
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -88,8 +132,9 @@ def spawn(order: StartOrder, user: User | None, output: int, *, die_with_us: boo
     return Child(Process(pid), gate_writer, error_reader)
 
 
-def tidy(run_dir: str, user: User | None) -> Process:
-    """A child that removes what an engine left in its run directory: sockets, its key, and then the empty directory.
+def tidy(run_dir: str, user: User) -> Process:
+    """A child that, as the engine's user, removes what it left in its run directory: sockets, its key, and then the
+    empty directory.
 
     Files are left alone: whoever named a directory with data in it does not lose them. Raises OSError.
     """
@@ -97,8 +142,7 @@ def tidy(run_dir: str, user: User | None) -> Process:
     if pid == 0:
         try:
             _reset_signals()
-            if user:
-                _drop_to(user)
+            _become(user)
             for entry in os.scandir(run_dir):
                 if stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode) or entry.name == KEY_FILE:
                     os.unlink(entry.path)
@@ -109,15 +153,18 @@ def tidy(run_dir: str, user: User | None) -> Process:
 
 
 def read_failure(data: bytes) -> Failed:
-    """What the child said went wrong."""
-    message, permanent = json.loads(data)
-    return Failed(message, permanent)
+    """What the child said went wrong. It ran as the engine's user by then, so it is not taken at its word."""
+    try:
+        message, permanent = json.loads(data)
+    except (ValueError, TypeError, RecursionError):
+        return Failed("the process failed before the command was executed, and what it said cannot be read")
+    return Failed(printable(str(message)[:MAX_WORDS]), permanent is True)
 
 
 # --- in the child ---
 
 
-def _become_engine(order: StartOrder, user: User | None, fds: tuple[int, int, int], die_with_us: bool) -> NoReturn:
+def _become_engine(order: StartOrder, user: User, fds: tuple[int, int, int], die_with_us: bool) -> NoReturn:
     gate, errors, output = fds
     try:
         _reset_signals()
@@ -125,15 +172,14 @@ def _become_engine(order: StartOrder, user: User | None, fds: tuple[int, int, in
             prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         os.setsid()
         _redirect(output, keep={gate, errors})
-        if user:
-            _drop_to(user)
+        _become(user)
         _prepare_folders(order)
         _raise_file_limit()
         if os.read(gate, 1) != b"G":
             os._exit(125)
         _execute(order, environment(order, user))
     except BaseException as error:
-        _report(errors, order, error)
+        _report(errors, order, user, error)
     finally:
         os._exit(127)
 
@@ -158,7 +204,9 @@ def _redirect(output: int, keep: set[int]) -> None:
         low = fd + 1
 
 
-def _drop_to(user: User) -> None:
+def _become(user: User) -> None:
+    if user.ours:
+        return
     os.setgroups(user.groups)
     os.setresgid(user.gid, user.gid, user.gid)
     os.setresuid(user.uid, user.uid, user.uid)
@@ -188,44 +236,31 @@ def _execute(order: StartOrder, env: Mapping[str, str]) -> NoReturn:
         raise OSError(error.errno, error.strerror) from None  # without a file name: the last one that was tried
 
 
-def _report(errors: int, order: StartOrder, error: BaseException) -> None:
+def _report(errors: int, order: StartOrder, user: User, error: BaseException) -> None:
     permanent = isinstance(error, OSError) and error.errno in _PERMANENT
-    os.write(errors, json.dumps([_describe(order, error), permanent]).encode()[:4000])
+    os.write(errors, json.dumps([_describe(order, user, error)[:MAX_WORDS], permanent]).encode())
 
 
-def _describe(order: StartOrder, error: BaseException) -> str:
-    command = order.argv[0]
+def _describe(order: StartOrder, user: User, error: BaseException) -> str:
+    command = clip(order.argv[0], MAX_WORDS // 3)
     if not isinstance(error, OSError):
         return f"{command} could not be started: {error!r}"
     if error.filename is not None:  # a folder or a socket, from _prepare_folders
         return f"{command} could not be started: {error.strerror}: {error.filename}"
     if error.errno == errno.ENOENT and "/" not in command:
-        path = environment(order, None).get("PATH", PATH)
+        path = environment(order, user).get("PATH", PATH)
         return f"there is no command {command!r}: looked in {path}; install it, or give the full path as `command`"
-    if error.errno == errno.ENOENT and os.path.exists(command):
+    if error.errno == errno.ENOENT and os.path.exists(order.argv[0]):
         return f"{command} cannot be executed: the interpreter that its first line names does not exist"
     if error.errno == errno.ENOENT:
         return f"there is no command {command}"
     return f"{command} cannot be executed: {error.strerror}"
 
 
-def environment(order: StartOrder, user: User | None) -> dict[str, str]:
+def environment(order: StartOrder, user: User) -> dict[str, str]:
     """A clean base under the order's own. Who stays the same user keeps that user's environment, less what is ours."""
-    if user:
+    if not user.ours:
         base = {"PATH": PATH, "HOME": user.home, "USER": user.name, "LOGNAME": user.name, "SHELL": "/bin/sh"}
     else:
         base = {name: value for name, value in os.environ.items() if not name.startswith(_OURS)}
     return {"LANG": "C.UTF-8", **base, **order.env, MARKER: order.instance}
-
-
-def allowed_users(names: tuple[str, ...]) -> dict[str, User]:
-    """The users by name. Raises ValueError, in words, for one that does not exist or is root."""
-    users = {}
-    for name in names:
-        try:
-            users[name] = User.named(name)
-        except KeyError:
-            raise ValueError(f"there is no user {name!r}") from None
-        if users[name].uid == 0 or users[name].gid == 0:
-            raise ValueError(f"{name!r} is root, or in root's group: engines are never run as that")
-    return users

@@ -46,7 +46,8 @@ class Host(Protocol):
     """What a connection needs of its server."""
 
     limits: Limits
-    draining: bool
+    draining: bool  # each answer is its connection's last
+    closing: bool  # and connections that have nothing to answer are closed
 
     def begin(self, request: Request) -> Handler:
         """Route it. Raises VllmdError."""
@@ -298,7 +299,7 @@ class Connection(asyncio.Protocol):
         self._release()
         if self._gone:
             return
-        if not keep_alive or self._half_closed or self._tunnel is not None or self._host.draining:
+        if not keep_alive or self._half_closed or self._tunnel is not None or self._host.closing:
             self._close()
             return
         self._phase = Phase.HEAD
@@ -354,6 +355,27 @@ class Connection(asyncio.Protocol):
     def idle(self) -> bool:
         """Whether no request is being read or answered."""
         return self._phase is Phase.HEAD and not self._in_head
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request has begun to come, or waits for its answer; an endless answer of our own is not counted."""
+        exchange = self._exchange
+        if exchange is None:
+            return self._in_head or self._phase is Phase.BODY
+        return not exchange.status or bool(exchange.model)
+
+    def last_one(self) -> None:
+        """After the present answer no further request is taken; the client is told where its head is not out yet.
+
+        One that could not be told may send one more request, whose answer tells it.
+        """
+        if self._exchange is not None and not self._exchange.status:
+            self._exchange.keep_alive = False
+
+    def refuse_unread(self, error: VllmdError) -> None:
+        """Answer a request that has not come to its end with this."""
+        if self._exchange is None and (self._in_head or self._phase is Phase.BODY):
+            self._refuse(error)
 
     def retire(self, *, fresh_too: bool) -> None:
         """Close if it is idle; one that has not sent its first request yet only with ``fresh_too``."""

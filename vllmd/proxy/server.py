@@ -39,7 +39,7 @@ class Server:
         on_exchange: Callable[[Exchange], None] | None = None,
     ) -> None:
         self.limits = limits
-        self.draining = False
+        self.draining = self.closing = False
         self._router = router
         self._listeners = list(listeners)
         self._on_exchange = on_exchange
@@ -163,12 +163,29 @@ class Server:
 
     # -- stopping
 
+    @property
+    def busy(self) -> int:
+        """Connections on which a request is being read or answered."""
+        return sum(connection.busy for connection in self._connections) + len(self._opening)
+
+    def last_ones(self) -> None:
+        """Let each connection end with the answer that it is at, or with its next one; new ones are still accepted."""
+        self.draining = True
+        for connection in list(self._connections):
+            connection.last_one()
+
+    def refuse_unread(self, error: VllmdError) -> None:
+        """Answer whoever has sent only a part of a request."""
+        for connection in list(self._connections):
+            connection.refuse_unread(error)
+
     async def drain(self, limit: float, grace: float = 1.0) -> bool:
         """Accept no more and let what is under way end, within ``limit`` seconds. Whether all of it did.
 
         Idle connections are closed at once; one that has never sent a request gets ``grace`` seconds to do so.
         """
-        self.draining = True
+        self.last_ones()
+        self.closing = True
         self.stop_accepting()
         await self._wait_empty(0.0)
         self._retire(fresh_too=False)

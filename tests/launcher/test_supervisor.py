@@ -1,0 +1,208 @@
+"""What the supervisor of engines does when what it builds on fails: a start has an answer, and nobody is left over."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Mapping
+
+import pytest
+
+from vllmd.launcher.backend import Found, Placed
+from vllmd.launcher.engines import Supervisor
+from vllmd.launcher.logs import Pipes
+from vllmd.launcher.loop import Loop
+from vllmd.launcher.process import Process
+from vllmd.launcher.protocol import ExitReport, Failed, Started, StartOrder, decode
+from vllmd.launcher.service import Service
+from vllmd.launcher.spawn import OURSELVES, Users, read_failure
+
+
+class Group:
+    """All processes of an engine that has one; what is noted on it fails as told."""
+
+    def __init__(self, process: Process, wrong: str) -> None:
+        self.process, self.wrong, self.noted = process, wrong, dict[str, str]()
+
+    def location(self) -> str:
+        return "/nowhere"
+
+    def empty(self) -> bool:
+        return not os.path.exists(f"/proc/{self.process.pid}/exe")
+
+    def kill(self) -> None:
+        self.process.signal(9)
+
+    def oom_killed(self) -> bool:
+        return False
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        pass
+
+    def annotate(self, values: Mapping[str, str]) -> None:
+        if self.wrong in values:
+            raise OSError(28, "No space left on device")
+        self.noted |= values
+
+    def annotations(self) -> dict[str, str]:
+        return self.noted
+
+    def close(self) -> None:
+        pass
+
+
+class Backend:
+    """Places every process; ``wrong`` is the note that cannot be written, or "place" for a defect."""
+
+    name, detail, limits, dies_with_us = "fake", "", (), False
+    marks: Mapping[str, str] = {}
+
+    def __init__(self, loop: Loop, wrong: str) -> None:
+        self.logs, self.wrong, self.groups = Pipes(loop), wrong, list[Group]()
+
+    def place(self, order: StartOrder, process: Process, placed: Placed) -> None:
+        if self.wrong == "place":
+            raise OverflowError("int too big to convert")
+        self.groups.append(Group(process, self.wrong))
+        placed(self.groups[-1], "")
+
+    def retire(self, instance: str, retired: Callable[[], None]) -> None:
+        retired()
+
+    def adopt(self) -> list[Found]:
+        return []
+
+
+def start(loop: Loop, backend: Backend, order: StartOrder) -> Started | Failed:
+    """The answer to an order."""
+    answers: list[Started | Failed] = []
+    reports: list[ExitReport] = []
+    supervisor = Supervisor(loop, backend, Users(), reports.append)
+
+    def answered(answer: Started | Failed) -> None:
+        answers.append(answer)
+        loop.later(0, loop.stop)
+
+    supervisor.start(order, answered)
+    loop.run()
+    assert len(answers) == 1
+    supervisor.kill_all()
+    return answers[0]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ("launcher.user", "cannot note beside its processes what they are: No space left on device"),
+        ("model", "cannot note beside its processes what they are: No space left on device"),
+        ("place", "the launcher failed: OverflowError"),
+    ],
+)
+def test_a_start_that_cannot_be_noted_fails(wrong: str, why: str) -> None:
+    """The next launcher would know nothing of the engine: not whom it runs as, not where it may be tidied."""
+    loop = Loop()
+    backend = Backend(loop, wrong)
+    assert start(loop, backend, StartOrder("a", ("sleep", "1000"), metadata={"model": "m"})) == Failed(why)
+    assert all(group.empty() for group in backend.groups)
+
+
+def test_the_launchers_notes_are_written_first() -> None:
+    """Whatever the metadata is, there is room for them."""
+    loop = Loop()
+    backend = Backend(loop, "")
+    assert isinstance(start(loop, backend, StartOrder("a", ("sleep", "1000"), metadata={"k": "v"})), Started)
+    (group,) = backend.groups
+    assert list(group.noted) == ["launcher.pid", "launcher.start", "launcher.run_dir", "launcher.user", "k"]
+
+
+@pytest.mark.parametrize("command", ["/" + "y" * 4000, "/tmp/" + "é" * 900, "/nosuch\x20" * 400])
+def test_a_failure_of_any_length_is_the_answer(command: str) -> None:
+    """A message that was cut in the pipe could not be read, and the start counted as one that worked."""
+    loop = Loop()
+    answer = start(loop, Backend(loop, ""), StartOrder("a", (command,)))
+    assert isinstance(answer, Failed)
+    assert answer.permanent
+    assert "/" in answer.message
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[1]", b"[1, 2]", b'["a", 5]', b"[" * 5000, b"null", b"\xff"])
+def test_what_the_child_says_is_not_believed(data: bytes) -> None:
+    """It ran as the engine's user by then, whom another process of that user may have got at."""
+    assert read_failure(data).permanent is False
+
+
+def test_users() -> None:
+    """For a user that is not known there is nobody to act as, and nobody is root."""
+    assert Users().ordered("") is OURSELVES
+    assert Users().noted("") is OURSELVES
+    assert Users().noted("daemon") is None
+    allowed = Users(["daemon", "bin"])
+    assert allowed.ordered("").name == "daemon"
+    assert allowed.ordered("bin").name == "bin"
+    assert allowed.noted("bin") == allowed.ordered("bin")
+    for name in ("", None, "root", "nobody"):
+        assert allowed.noted(name) is None
+    with pytest.raises(ValueError, match="'nobody' is not allowed; allowed are: daemon, bin"):
+        allowed.ordered("nobody")
+    for name, why in (("root", "is root"), ("no-such-user", "there is no user")):
+        with pytest.raises(ValueError, match=why):
+            Users([name])
+
+
+# --- every packet has one answer ---
+
+NASTY = [
+    b"{", b"[" * 100_000, b"\0", b"9" * 5000, b"\xff\xfe", b"{}" * 2, b" " * 140_000,
+    b'{"id":1%s,"type":"List","body":{}}' % (b"0" * 60),
+    b'{"id":5,"type":"Kill","body":{"instance":"\\ud800"}}',
+    b'{"id":5,"type":"Kill","body":{"instance":"a\\u0000"}}',
+    b'{"id":5,"type":"Kill","body":{"instance":"gone"}}',
+    b'{"id":5,"type":"Tail","body":{"instance":"gone","lines":1%s}}' % (b"0" * 30),
+    b'{"id":5,"type":"Tail","body":{"instance":"gone"}}',
+    b'{"id":5,"type":"Follow","body":{"instance":"gone"}}',
+    b'{"id":5,"type":"Started","body":{}}',
+    b'{"id":5,"type":"Exited","body":{"report":{"instance":"a"}}}',
+    b'{"id":5,"type":"%s","body":{}}' % (b"x" * 100_000),
+    b'{"id":5,"type":"Start","body":{"order":{"instance":"n-1","argv":["true","\\ud800"]}}}',
+    b'{"id":5,"type":"Start","body":{"order":{"instance":"n-2","argv":["true"],"limits":{"cpu_quota":9e18}}}}',
+    b'{"id":5,"type":"Start","body":{"order":{"instance":"n-3","argv":["/%s"]}}}' % (b"y" * 5000),
+    b'{"id":5,"type":"Start","body":{"order":{"instance":"n-4","argv":["/nosuch"]}}}',
+    b'{"id":5,"type":"Start","body":{"order":{"instance":"n-5","argv":["true"],"user":"root"}}}',
+    b'{"id":5,"type":"Start","body":{"order":{"instance":"n-6","argv":["true"],"timeout":0.0001}}}',
+    b'{"id":5,"type":"Start","body":{"order":{"instance":"n-7","argv":["true"],"cwd":"/%s"}}}' % (b"x" * 5000),
+    b'{"id":5,"type":"Annotate","body":{"instance":"gone","metadata":{"a":"\\ud800"}}}',
+    b'{"id":5,"type":"Info","body":{}}', b'{"id":5,"type":"List","body":{}}', b'{"id":5,"type":"List","body":[]}',
+]  # fmt: skip
+
+
+def test_every_packet_has_one_answer() -> None:
+    """Whatever is in it. One without leaves its sender waiting; one with two answers somebody else's question."""
+    loop = Loop()
+    backend = Backend(loop, "")
+    service = Service(loop, backend, ())
+    service.supervisor = Supervisor(loop, backend, Users(), service.report)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    service.serve(theirs, loop.stop)
+    ours.setblocking(False)
+    answers: list[int] = []
+
+    def take() -> None:
+        id, message = decode(ours.recv(1 << 18))
+        if type(message).__name__ not in ("Exited", "Logged") and not getattr(message, "more", False):
+            answers.append(id)
+            after(len(answers))
+
+    def after(number: int) -> None:
+        """The next packet, once the last one has been answered; at the end a look for answers too many."""
+        if number < len(NASTY):
+            ours.send(NASTY[number])
+        elif number == len(NASTY):
+            loop.later(0.2, lambda: ours.send(b'{"id":77,"type":"Info","body":{}}'))
+        else:
+            ours.close()
+
+    loop.watch(ours.fileno(), take)
+    loop.later(20, loop.stop)
+    ours.send(NASTY[0])
+    loop.run()
+    assert answers == [5 if b'"id":5' in packet else 0 for packet in NASTY] + [77]

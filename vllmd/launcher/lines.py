@@ -1,0 +1,160 @@
+"""Bytes to lines, with a longest line and in linear time, and lines with a rate.
+
+Engines are not trusted, and the launcher has one thread and root's memory limit: a
+line without an end, a record of a gigabyte, or a line that arrives byte by byte
+must cost what its bytes cost and no more. So a reader keeps the beginning of a line
+only, counts the rest, and looks at each byte once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from vllmd.launcher.protocol import MAX_LINE, clip
+from vllmd.text import printable
+
+LONGEST = 4 * MAX_LINE  # bytes of a line that are kept: a character has four at most
+LONGEST_RECORD = 256 << 10  # bytes of a journal's record; one of MAX_LINE characters is smaller, however it is written
+BURST, PERIOD = 10_000, 30.0  # lines in so many seconds: journald's own limit for a unit
+_TEXT = re.compile(rb'"MESSAGE"\s*+:\s*+"((?:[^"\\]|\\.)*+)')
+_BYTES = re.compile(rb'"MESSAGE"\s*+:\s*+\[([0-9, ]*+)')
+_CURSOR = re.compile(rb'"__CURSOR"\s*+:\s*+"([^"\\]{1,500}+)"')
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """The beginning of a line, and how many bytes it had."""
+
+    kept: bytes
+    length: int
+
+
+class LineReader:
+    """Give it bytes as they come, cut anywhere; it gives the lines that have ended."""
+
+    def __init__(self, longest: int = LONGEST) -> None:
+        self._longest = longest
+        self._kept = bytearray()
+        self._length = 0
+        self._returned = False  # it ends with carriage returns, which are not kept: the next character writes it over
+
+    def feed(self, data: bytes) -> Iterator[Line]:
+        """The lines that end in it."""
+        start = 0
+        while (end := data.find(b"\n", start)) >= 0:
+            self._take(data[start:end])
+            yield self._line()
+            start = end + 1
+        self._take(data[start:])
+
+    def end(self) -> Iterator[Line]:
+        """The last line, if nothing ended it."""
+        if self._length:
+            yield self._line()
+
+    def _take(self, piece: bytes) -> None:
+        """More of the line. What is written over after a carriage return, as progress bars are, is forgotten."""
+        text = piece.rstrip(b"\r")
+        returned = len(text) < len(piece)
+        if not text:
+            self._returned |= returned
+            return
+        written_over = text.rfind(b"\r") + 1
+        if written_over or self._returned:
+            self._kept.clear()
+            self._length = 0
+        piece = text[written_over:]
+        self._returned = returned
+        self._length += len(piece)
+        room = self._longest - len(self._kept)
+        if room > 0:
+            self._kept.extend(piece[:room])
+
+    def _line(self) -> Line:
+        line = Line(bytes(self._kept), self._length)
+        self._kept.clear()
+        self._length, self._returned = 0, False
+        return line
+
+
+def shown(line: Line) -> str:
+    """An engine's line as everybody gets it: the daemon, its log files and answers, people's terminals."""
+    return _shown(line.kept, line.length)
+
+
+def _shown(kept: bytes, length: int) -> str:
+    text = kept.decode(errors="replace").rstrip("\r")
+    text = printable(text.rpartition("\r")[2][: MAX_LINE + 1])
+    return f"{text[:MAX_LINE]}... [{length} bytes]" if length > len(kept) else clip(text)
+
+
+def message(record: Line) -> str | None:
+    """The line that a record of journalctl's JSON holds; None if it holds none."""
+    if record.length > len(record.kept):
+        return _shown(_beginning(record.kept), record.length)
+    try:
+        value = json.loads(record.kept)["MESSAGE"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if value is None:
+        return "[a line that journalctl alone shows, for its length]"
+    while isinstance(value, list) and value and not isinstance(value[0], int):
+        value = value[0]  # whoever wrote it gave the field several times
+    with contextlib.suppress(ValueError, TypeError):
+        data = bytes(value) if isinstance(value, list) else str(value).encode(errors="replace")
+        return _shown(data, len(data))
+    return None
+
+
+def cursor(record: Line) -> str:
+    """Where in the journal the record is; "" if that cannot be read."""
+    found = _CURSOR.search(record.kept)
+    return found[1].decode(errors="replace") if found else ""
+
+
+def _beginning(record: bytes) -> bytes:
+    """What can be read of the message in a record that was cut."""
+    if found := _TEXT.search(record):
+        for missing in range(7):  # it may be cut within \\uXXXX
+            with contextlib.suppress(ValueError):
+                text = found[1][: len(found[1]) - missing].decode(errors="replace")
+                return str(json.loads(f'"{text}"', strict=False)).encode(errors="replace")
+    if found := _BYTES.search(record):
+        with contextlib.suppress(ValueError):
+            return bytes(int(number) for number in found[1].split(b",")[:-1])
+    return b""
+
+
+class Rate:
+    """Lets so many lines through in a period, counts the others, and says how many there were."""
+
+    def __init__(self, burst: int = BURST, period: float = PERIOD, clock: Callable[[], float] = time.monotonic) -> None:
+        self._burst, self._period, self._clock = burst, period, clock
+        self._left, self._until, self._missed = burst, clock() + period, 0
+
+    def pass_on(self, lines: tuple[str, ...]) -> tuple[str, ...]:
+        """Those that may go on, with what was left out before them."""
+        now = self._clock()
+        told: tuple[str, ...] = ()
+        if now >= self._until:
+            told = self.end()
+            self._left, self._until = self._burst, now + self._period
+        passed = lines[: self._left]
+        self._left -= len(passed)
+        self._missed += len(lines) - len(passed)
+        return told + passed
+
+    def end(self) -> tuple[str, ...]:
+        """What was left out and not said yet."""
+        missed, self._missed = self._missed, 0
+        return (left_out(missed),) if missed else ()
+
+
+def left_out(count: int) -> str:
+    """The line that stands for others."""
+    return f"[{count} lines were left out here: they came too fast]"

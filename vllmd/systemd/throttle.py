@@ -1,0 +1,57 @@
+"""Log lines that others cause have a rate; what is left out is counted.
+
+Somebody who is refused a thousand times a second, an engine or a neighbour on the
+bus would otherwise fill the journal, and journald then drops whatever else this
+service logs (10,000 lines in 30 s), the operators' audit records included.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+BURST, PERIOD = 20, 60.0  # so many lines at once, and then one in each so many seconds divided by them
+
+
+class Throttle:
+    """One kind of line: at most ``burst`` at a time, and ``burst`` per ``period`` in the long run.
+
+    The next line that is logged says how many were left out; ``flush`` says so when no more come.
+    """
+
+    def __init__(
+        self,
+        log: logging.Logger,
+        *,
+        burst: int = BURST,
+        period: float = PERIOD,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.left_out = 0
+        self._log, self._burst, self._period, self._clock = log, burst, period, clock
+        self._tokens, self._at = float(burst), clock()
+        self._level, self._last = logging.INFO, ""
+
+    def say(self, level: int, message: str, *values: object, fields: dict[str, str] | None = None) -> None:
+        """Log it, or count it. ``fields``: of the journal."""
+        if not self._log.isEnabledFor(level):
+            return
+        now = self._clock()
+        self._tokens = min(float(self._burst), self._tokens + (now - self._at) * self._burst / self._period)
+        self._at = now
+        self._level, self._last = level, message
+        if self._tokens < 1:
+            self.left_out += 1
+            return
+        self._tokens -= 1
+        extra = {"journal": fields} if fields else None
+        if self.left_out:
+            self.flush()
+        self._log.log(level, message, *values, extra=extra, stacklevel=2)
+
+    def flush(self) -> None:
+        """Say how many lines were left out, if any."""
+        count, self.left_out = self.left_out, 0
+        if count:
+            self._log.log(self._level, "%d more lines like %r were left out", count, self._last)
