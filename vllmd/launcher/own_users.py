@@ -12,7 +12,6 @@ import os
 import pwd
 import re
 import stat
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 PREFIX = "own:"  # of ``StartOrder.user``
@@ -93,8 +92,3 @@ def _is_known(number: int) -> bool:
     except KeyError:
         return False
     return True
-
-
-def groups_of_devices(groups: Sequence[int], own: int) -> tuple[int, ...]:
-    """A user's groups without its own one: those that give access to devices."""
-    return tuple(group for group in groups if group != own)
