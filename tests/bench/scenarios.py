@@ -1,19 +1,21 @@
-"""The six arrival patterns of ``make bench-schedule``, made from fixed seeds.
+"""The arrival patterns of ``make bench-schedule``, made from fixed seeds.
 
 Public traces cannot be shipped with a package, so their shapes are drawn anew:
 popularity is Zipf's law, lengths are log-normal fits to a public conversation
 trace (prompt median 930 tokens, answer median 129, mean about 210), and the two
 ``replayed`` scenarios follow minute-rate patterns such as public multi-model
 traces show: one smooth with slow swings, one of rare tall spikes with periodic
-jobs. Nothing here looks at a policy.
+jobs. ``scenarios`` has these six for one device, ``fleet`` three of them for a
+machine of several, ``batch`` a hundred questions at once, ``days`` a day with its
+night. Nothing here looks at a policy.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 HOUR = 3600.0
 SIZES_GB = (4, 6, 8, 8, 14, 14, 16, 16, 24, 28, 40)
@@ -31,11 +33,12 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """Models by the size of their weights (GB), and who asks for them when."""
+    """Models by the size of their weights (GB, over all their devices), and who asks for them when."""
 
     name: str
     weights: dict[str, int]
     rows: tuple[Row, ...]
+    spans: dict[str, int] = field(default_factory=dict)  # how many devices a model takes, where it is not one
 
 
 def scenarios(seed: int, rate: float = 0.5, duration: float = HOUR) -> Iterator[Scenario]:
@@ -45,6 +48,53 @@ def scenarios(seed: int, rate: float = 0.5, duration: float = HOUR) -> Iterator[
         weights = _models(count, rng)
         arrivals = pattern(list(weights), rate, duration, rng)
         yield Scenario(name, weights, tuple(Row(t, model, *_lengths(rng)) for t, model in sorted(arrivals)))
+
+
+def fleet(seed: int, devices: Sequence[int], rate: float, duration: float, wide: bool) -> Iterator[Scenario]:
+    """Three patterns over seven models per 80 GB; none is larger than the largest device. ``wide``: some take two."""
+    for name in FLEET_PATTERNS:
+        rng = random.Random(f"{name}/{seed}/{devices}")
+        largest, places = max(devices), sum(devices) / 80
+        sizes = [size for size in SIZES_GB if 1.05 * size + 2 <= largest]
+        weights = {f"m{n}-{size}g": size for n, size in enumerate(rng.choices(sizes, k=max(4, round(7 * places))))}
+        spans = {}
+        if wide:  # each fourth one is too large for one device, and takes two alike
+            names = [f"wide{n}-60g" for n in range(max(1, len(weights) // 4))]
+            spans = dict.fromkeys(names, 2)
+            weights = {**weights, **dict.fromkeys(names, 60)}
+        names = list(weights)
+        rng.shuffle(names)
+        arrivals = PATTERNS[name][1](names, rate * places, duration, rng)
+        yield Scenario(name, weights, tuple(Row(t, model, *_lengths(rng)) for t, model in sorted(arrivals)), spans)
+
+
+def batch(seed: int, busy: bool = False) -> Scenario:
+    """Two hundred requests to twenty models within a second, three of which fit; ``busy``: one is never idle."""
+    rng = random.Random(f"batch/{seed}")
+    weights = {f"b{n}-24g": 24 for n in range(20)}
+    rows = [Row(rng.random(), model, 100, 30) for model in weights for _ in range(10)]
+    if busy:  # a stream of long answers from before, to one that leaves no room beside it
+        weights["busy-76g"] = 76
+        rows += [Row(0.5 * n, "busy-76g", 100, 400) for n in range(240)]
+        rows = [Row(row.time + 10 * (row.model != "busy-76g"), row.model, row.prompt, row.output) for row in rows]
+    return Scenario("batch behind a busy model" if busy else "batch", weights, tuple(sorted(rows, key=_time)))
+
+
+def days(seed: int, rate: float) -> Scenario:
+    """A day: ``rate`` at noon, a fiftieth of it at night, and each model has its own hours."""
+    rng = random.Random(f"days/{seed}")
+    weights = _models(9, rng)
+    steps, rates = 288, []
+    for share in _zipf(len(weights), 0.7):
+        late = rng.gauss(0, 2)
+        hours = [(step / 12 - 13 - late) / 24 * 2 * math.pi for step in range(steps)]
+        rates.append([share * max(0.02, (math.cos(hour) + 0.4) / 1.4) for hour in hours])
+    arrivals = _thinned(list(weights), rates, 300.0, rate / 2, 24 * HOUR, rng)
+    return Scenario("a day", weights, tuple(Row(t, model, *_lengths(rng)) for t, model in sorted(arrivals)))
+
+
+def _time(row: Row) -> float:
+    return row.time
 
 
 Arrivals = list[tuple[float, str]]
@@ -164,3 +214,4 @@ PATTERNS: dict[str, tuple[int, Pattern]] = {
     "replayed swings": (6, _swings),
     "replayed spikes": (12, _spikes),
 }
+FLEET_PATTERNS = ("poisson, mild Zipf", "bursts of a minute", "replayed spikes")

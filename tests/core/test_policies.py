@@ -81,11 +81,49 @@ def test_a_model_that_was_just_loaded_serves_its_time() -> None:
     assert Adaptive().choose(see([waiting("w", age=60)], [busy("new", since=NOW - 1)])) is None
 
 
-def test_rent_is_paid_before_a_popular_idle_model_leaves() -> None:
-    """It will soon be back: a moment's wait is cheaper than two exchanges."""
-    popular = resident("popular", rate=1.0)
-    assert Adaptive().choose(see([waiting("w", age=0.1)], [popular])) is None
-    assert victims(Adaptive().choose(see([waiting("w", age=20)], [popular]))) == ["popular"]
+def test_an_idle_victim_leaves_at_once() -> None:
+    """A device must not stand idle while somebody waits for it, whatever the victim's past and priority."""
+    for once_popular in (resident("a", rate=0.9, rate_long=0.5), resident("a", rate=0.3, priority=100.0)):
+        assert victims(Adaptive().choose(see([waiting("w", age=0.0)], [once_popular]))) == ["a"]
+
+
+def test_an_idle_victim_that_is_expected_back_is_spared_for_one_swap_and_no_longer() -> None:
+    """Rent at most the price of buying: two requests a second, and a swap that is known to take two."""
+    known = resident("popular", rate=2.0, ways=(NAP._replace(learnt=1.0), STOP))
+    for age, leaves in ((0.1, None), (1.9, None), (2.1, ["popular"])):
+        assert victims(Adaptive().choose(see([waiting("w", age=age, learnt=1.0)], [known]))) == leaves
+
+
+def test_what_nobody_has_measured_spares_nobody() -> None:
+    """A prior of forty seconds for an engine that was never loaded kept another out for as long."""
+    popular = resident("popular", rate=2.0)
+    assert victims(Adaptive().choose(see([waiting("w", age=0.1, load=40.0)], [popular]))) == ["popular"]
+
+
+def test_a_drain_limit_is_a_promise() -> None:
+    """Who waits behind a busy model with a limit waits no longer than that, and the swap."""
+    at_once = busy("busy", drain_limit=2.0)
+    assert victims(Adaptive().choose(see([waiting("w", age=0.1)], [at_once]))) == ["busy"]
+    later = busy("busy", drain_limit=20.0)  # its two requests take some 5 s: there is time for patience
+    assert Adaptive().choose(see([waiting("w", age=10.0)], [later])) is None
+    assert victims(Adaptive().choose(see([waiting("w", age=15.5)], [later]))) == ["busy"]
+
+
+@pytest.mark.parametrize("policy", [Adaptive(), Lru()])
+def test_priority_orders_those_who_wait(policy: Policy) -> None:
+    """Of two who come together, and of one who waits a little longer; but age counts: nobody is starved by it."""
+    models = [resident("a")]
+    dear, cheap = waiting("dear", age=1.0, priority=10.0), waiting("cheap", age=3.0)
+    plan = policy.choose(see([dear, cheap], models))
+    assert plan and plan.target == "dear"
+    plan = policy.choose(see([dear, cheap._replace(oldest=NOW - 25, arrived=NOW - 25)], models))
+    assert plan and plan.target == "cheap"
+
+
+def test_priority_protects_work_in_progress() -> None:
+    """A busy model is dearer by its priority: the other busy one is drained."""
+    models = [busy("dear", priority=10.0), busy("cheap", rate=0.2)]
+    assert victims(Adaptive().choose(see([waiting("w", age=31)], models))) == ["cheap"]
 
 
 def test_sleepers_are_not_stopped_for_want_of_patience() -> None:

@@ -372,7 +372,7 @@ async def stage(script: Script | None = None, limits: Limits | None = None) -> A
     limits = limits or Limits()
     router, relay = Router(), Relay(gate, limits)
     for method in ("GET", "POST"):
-        router.add(method, "/hello", hello, "open")
+        router.add(method, "/hello", hello, "open", doc={"requestBody": {}})
     add_model_routes(router, relay)
     ended: list[Exchange] = []
     unheard: list[dict[str, Any]] = []  # what asyncio would have logged: exceptions that nobody caught, lost tasks

@@ -10,7 +10,7 @@ from functools import cache
 
 from tests.bench.schedule import VARIANTS, Line, compare
 
-SEEDS, DURATION = (1, 2), 1800.0
+SEEDS, SHARE = (1, 2), 0.5  # half an hour
 POLICIES = {0: ("adaptive", "adaptive+freeze")}  # by variant; the runs of draining LRU are shared
 
 
@@ -18,7 +18,7 @@ POLICIES = {0: ("adaptive", "adaptive+freeze")}  # by variant; the runs of drain
 def lines(variant: int) -> dict[str, Line]:
     """One comparison per variant, however many tests look at it."""
     policies = POLICIES.get(variant, ("adaptive",))
-    return {line.policy: line for line in compare(VARIANTS[variant], policies, SEEDS, DURATION)}
+    return {line.policy: line for line in compare(VARIANTS[variant], policies, SEEDS, SHARE)}
 
 
 def line(variant: int, policy: str) -> Line:

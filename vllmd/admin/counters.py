@@ -90,7 +90,7 @@ class Counters:
         self.model_durations[model].observe(exchange.elapsed)
         if exchange.first_byte is not None:
             self.first_bytes[model].observe(exchange.first_byte)
-        self.received[model] += len(exchange.request.body)
+        self.received[model] += exchange.request.received
         self.sent[model] += exchange.sent
 
     def waited(self, model: str, seconds: float) -> None:

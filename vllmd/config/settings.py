@@ -461,11 +461,17 @@ SERVER = Group(
         Setting("idle_exit", k.OR_NEVER, "Exit when nothing is loaded and nobody is connected for this time."),
         Setting("max_body", k.SMALL_SIZE, "Largest request body."),
         Setting("max_head", k.SMALL_SIZE, "Largest request head."),
-        Setting("max_buffered", k.SMALL_SIZE, "Request bodies held in all; more are answered 503."),
+        Setting(
+            "max_buffered",
+            k.SMALL_SIZE,
+            "Request bodies held in all, half of it by one address; more are answered 503.",
+        ),
         Setting("pipeline", k.SMALL_SIZE, "What is read of a connection's next requests while one is answered."),
         Setting("head_timeout", k.DURATION_KIND, "Time a client has to send a request's head."),
-        Setting("body_timeout", k.DURATION_KIND, "Time a client has to send a body, and more by min_body_rate."),
-        Setting("min_body_rate", k.count(1), "Bytes per second that a longer upload must have kept up."),
+        Setting(
+            "body_timeout", k.DURATION_KIND, "Time in which a body that is being sent must go on by min_body_rate."
+        ),
+        Setting("min_body_rate", k.count(1), "Bytes per second that an upload must keep up, over each body_timeout."),
         Setting("send_timeout", k.DURATION_KIND, "A client that takes nothing of its answer for so long is cut off."),
         Setting(
             "request_timeout",

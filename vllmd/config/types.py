@@ -150,7 +150,7 @@ class ServerConfig:
     max_buffered: int = 1 << 30  # of request bodies, over all requests
     pipeline: int = 64 << 10  # read ahead of a running request
     head_timeout: float = 30.0
-    body_timeout: float = 30.0  # after it, a body must have kept up min_body_rate
+    body_timeout: float = 30.0  # over each, a body must keep up min_body_rate
     min_body_rate: int = 1024  # bytes per second
     send_timeout: float = 300.0  # without a client taking anything
     request_timeout: float | None = None  # for a model request, from its last byte to its answer's

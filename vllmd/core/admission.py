@@ -46,8 +46,6 @@ class Admission:
         if m is None or m.removed:
             self._refuse(e, self._all_down(group) if group else _unknown(e.model))  # 1.1
             return
-        m.costs.arrived(core.now)
-        m.used = core.now
         if e.only and m.replica:
             self._only_there(m, e)
             return

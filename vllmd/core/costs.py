@@ -33,6 +33,16 @@ _PRIORS: Mapping[str, Callable[[float], float]] = {
 KINDS = tuple(_PRIORS)
 
 
+def wake_kind(level: int) -> str:
+    """The kind of the command that has an engine serve, from sleep ``level`` or from nothing (0)."""
+    return f"wake{level}" if level else "start"
+
+
+def sleep_kind(level: int) -> str:
+    """The kind of the command that puts an engine to sleep at ``level``, or stops it (0)."""
+    return f"sleep{level}" if level else "stop"
+
+
 class Rate:
     """An arrival rate that forgets: each arrival counts 1/tau, and fades by e in tau seconds."""
 
@@ -68,13 +78,17 @@ class Costs:
         """The expected time of ``kind``, one of KINDS."""
         return self._known[kind]
 
+    def learnt(self, kind: str) -> float:
+        """The expected time of ``kind`` if it was ever measured; else 0."""
+        return self._known[kind] if self._seen[kind] else 0.0
+
     def wake(self, level: int) -> float:
         """Seconds to have it serve again from sleep ``level``, or from nothing (0)."""
-        return self._known["start" if level == 0 else f"wake{level}"]
+        return self._known[wake_kind(level)]
 
     def sleep(self, level: int) -> float:
         """Seconds to put it to sleep at ``level``, or to stop it (0)."""
-        return self._known["stop" if level == 0 else f"sleep{level}"]
+        return self._known[sleep_kind(level)]
 
     def observe(self, kind: str, seconds: float) -> None:
         """Learn from one that took ``seconds``. Absurd times (negative, infinite) teach nothing."""

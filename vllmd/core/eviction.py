@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from vllmd.core.policy import Resident, Room, Situation, Victim, Waiting, Way
@@ -78,17 +78,6 @@ def cheapest(s: Situation, w: Waiting, residents: Sequence[Resident], price: Pri
         if choice:
             return choice
     return None
-
-
-def enough_there(w: Waiting, room: Room, awake: Iterable[Resident]) -> bool:
-    """Whether ``w`` would fit on this one device if all these fell asleep."""
-    return room.free + sum([r.ways[0].frees for r in awake]) >= w.need
-
-
-def cheapest_there(w: Waiting, room: Room, awake: Iterable[Resident], price: Price, most: int) -> Choice | None:
-    """As :func:`cheapest`, where it can only be this device and :func:`enough_there` says that it can be."""
-    leavers = cover([Leaver(price(r, r.ways[0]), r, r.ways[0]) for r in awake], w.need - room.free, most)
-    return None if leavers is None else Choice((room.device,), leavers)
 
 
 def groups(w: Waiting, rooms: Sequence[Room], residents: Sequence[Resident], price: Price) -> Iterator[list[Leaver]]:

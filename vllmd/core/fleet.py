@@ -60,8 +60,10 @@ class Fleet:
         self._out.append(Record(decision))
 
     def admit(self, m: Model, request: str) -> None:
-        """The engine may have this request."""
+        """The engine may have this request. Only now it counts as demand: many who wait leave before."""
         m.running[request] = Run(self.now)
+        m.used = self.now
+        m.costs.arrived(self.now)
         if m.replica:
             m.replica.unanswered[request] = self.now
         self._out.append(Admit(request, m.name))

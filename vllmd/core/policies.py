@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from vllmd.core.eviction import Choice, cheapest, cheapest_there, enough_there, fits, oldest_first, unclaimed
+from vllmd.core.eviction import Choice, cheapest, fits, oldest_first, unclaimed
 from vllmd.core.policy import (
     INFINITY,
     HostClaim,
     Plan,
     Policy,
     Resident,
-    Room,
     Situation,
     Waiting,
-    drain_time,
     greedy_fill,
 )
-from vllmd.core.pricing import Prices, budgets, longest_drain
+from vllmd.core.pricing import Prices, budgets, longest_drain, rate_of
 
 NUMBERS = dict[str, float | int | str]
+HEADSTART = 1.0  # seconds added to everybody's age, so that priority orders those who come together
 
 
 def plain(s: Situation) -> Plan | None:
@@ -56,14 +55,14 @@ def due_there(s: Situation, w: Waiting) -> list[int]:
 
 
 class Lru:
-    """The least recently used leave first, drained, for the waiter that came first; nobody overtakes it."""
+    """The least recently used leave first, drained, for the waiter whose turn it is; nobody overtakes it."""
 
     name = "lru"
     in_order = False
 
     def choose(self, s: Situation) -> Plan | None:
-        """The oldest waiter gets its place; who waits longest can so never be overtaken for ever."""
-        for w in s.waiting:
+        """The first in turn gets its place; who waits longest can so never be overtaken for ever."""
+        for w in in_turn(s):
             numbers = _waited(s, w)
             devices = fits(s, w)
             if devices is not None:
@@ -80,49 +79,61 @@ class Lru:
         return greedy_fill(claims, budget)
 
 
+def in_turn(s: Situation) -> Sequence[Waiting]:
+    """The order in which waiters are looked at: by age, each second counting as many times as the priority says."""
+    if all(w.priority == 1.0 for w in s.waiting):
+        return s.waiting
+    return sorted(s.waiting, key=lambda w: (-(s.now - w.oldest + HEADSTART) * w.priority, w.oldest, w.model))
+
+
 class Offer(NamedTuple):
-    """The best exchange found for a waiter, and what it is worth."""
+    """The best swap found for a waiter, and what it is worth."""
 
     choice: Choice
     budget: float  # seconds that running requests get before they are frozen
-    price: float  # request-seconds: what the victims' clients lose, times the patience
+    price: float  # request-seconds: see Prices
     cost: float  # seconds until the waiter serves
     waited: float  # request-seconds that its queue has waited
 
 
 class Adaptive:
-    """LRU that drains, with rent or buy, patience, order, minimum residency and a deadline (the default).
+    """Draining, with patience for the busy and none for the idle (the default).
 
-    The models that are waited for are looked at in the order of their oldest request:
+    Those who wait are looked at in turn: in order of age, a second of priority 2 counting as two.
 
     1. What fits is loaded at once.
-    2. Otherwise the victims with the lowest price are sought. A victim's price
-       is its clients' regret, the request-seconds that they will lose; where
-       requests are running it counts ``patience`` times. A drain leaves a whole
-       engine idle until the longest of its answers has ended, and a moment at
-       which another model, or the same one, is idle is mostly near.
-    3. A queue that has waited ``kappa`` of the price gets its exchange: rent
-       has been paid for long enough, now it is bought.
-    4. Who has waited past the deadline asks for no price any more.
+    2. Else the set of victims with the lowest price is sought (``pricing.py``).
+       A busy one counts ``patience`` times: a drain leaves a whole engine idle
+       until the longest of its answers has ended, and a moment at which another
+       model, or the same one, is idle is mostly near.
+    3. If all of them are idle, they leave at once. Only one that is expected
+       back sooner than the swap takes is spared, and only for as long as the
+       swap takes: then rent was paid for the price of buying. What nobody has
+       measured yet spares nobody.
+    4. A busy one leaves when the queue has waited past the deadline, which is
+       the longer the more there is to do for all who wait; or when else its
+       configured drain limit could not be kept, which bounds the wait and not
+       only the drain; or, where its requests may be frozen so that nothing
+       stands idle, as soon as the queue has waited ``kappa`` of the price.
     5. Nobody overtakes one who has waited past the deadline but must wait yet,
        for a transfer to end or a victim to have served its time: else small
-       models would take what a large one waits for. Where exchanges are dear
-       (all who wait need longer than the shortest deadline: scarce host memory,
-       cold starts) the same holds from the beginning, for there it is what
-       makes the longest waits.
+       models would take what a large one waits for. Where swaps are dear (all
+       who wait need longer than the shortest deadline: scarce host memory, cold
+       starts) the same holds from the beginning, for there it is what makes the
+       longest waits.
     6. A busy model that has just been loaded stays for ``residency`` times what
-       the exchange costs, deadline or not, so that every exchange serves somebody.
+       the swap costs, deadline or not, so that every swap serves somebody.
     """
 
     name = "adaptive"
     in_order = False
 
     def choose(self, s: Situation) -> Plan | None:
-        """The first whose exchange is due."""
+        """The first whose swap is due."""
         if not s.waiting:
             return None
         turns = _Turns(s)
-        for w in [w for w in s.waiting if w.impatient] + [w for w in s.waiting if not w.impatient]:
+        for w in turns.order():
             plan = None if turns.closed(w) else turns.next(w)
             if plan:
                 return plan
@@ -134,92 +145,86 @@ class Adaptive:
 
 
 class _Turns:
-    """One look of the adaptive policy: waiters come to :meth:`next` in order, and may hold devices against later ones.
-
-    Most waiters on a crowded machine are passed over, so what decides that is worked out once for all, and asked
-    before victims are priced. These shortcuts only ever skip a search whose end is known: no decision is another.
-    """
+    """One look of the adaptive policy: waiters come to :meth:`next` in turn; some hold devices against later ones."""
 
     def __init__(self, s: Situation) -> None:
-        self.deadline = max(s.knobs.deadline, s.knobs.rounds * sum([w.load + w.sleep for w in s.waiting]))
-        self.dear = self.deadline > s.knobs.deadline
+        swaps = sum([w.load + w.sleep for w in s.waiting])
+        drains = sum([w.service for w in s.waiting])
+        self.deadline = max(s.knobs.deadline, s.knobs.rounds * (swaps + s.knobs.drains * drains))
+        self.dear = s.knobs.rounds * swaps > s.knobs.deadline
         self.prices = Prices(s)
-        self.awake = _by_device([r for r in s.residents if not r.asleep])
-        self.rooms = {i: room for i, room in s.rooms.items() if room.busy <= 1.0 or not self._outlasts(room)}
+        self.here = _by_device(s.residents)
+        self.rooms = dict(s.rooms)
         self.s = s._replace(rooms=self.rooms)  # without those that are held against whoever comes later
         self.roomiest = max([room.free for room in self.rooms.values() if not room.busy], default=0)
-        self.begin = {room.device for room in self.rooms.values() if not room.claimed}  # where an exchange may begin
-        self._floors: dict[int, float] = {}
+        self.begin = {room.device for room in self.rooms.values() if not room.claimed}  # where a swap may begin
 
-    def _outlasts(self, room: Room) -> bool:
-        """The transfer under way there makes any exchange too early."""
-        return room.busy > _longest(self.awake.get(room.device, ()))
+    def order(self) -> Iterator[Waiting]:
+        """First those who may not be kept waiting, then those past the deadline by age, then the others in turn."""
+        turn = in_turn(self.s)
+        yield from [w for w in turn if w.impatient]
+        late = [w for w in self.s.waiting if not w.impatient and self._late(w)]
+        yield from late
+        yield from [w for w in turn if not w.impatient and not self._late(w)] if len(late) < len(turn) else ()
+
+    def _late(self, w: Waiting) -> bool:
+        return self.s.now - w.oldest > self.deadline
 
     def closed(self, w: Waiting) -> bool:
-        """No room is large enough as it is, and none of its devices free to begin an exchange on."""
+        """No room is large enough as it is, and none of its devices free to begin a swap on."""
         return w.need > self.roomiest and w.span > 0 and self.begin.isdisjoint(w.devices)
 
     def next(self, w: Waiting) -> Plan | None:
-        """Its plan, if its exchange is due."""
-        devices = fits(self.s, w) if w.need <= self.roomiest or not w.span else None
+        """Its plan, if its swap is due."""
+        s = self.s
+        devices = fits(s, w) if w.need <= self.roomiest or not w.span else None
         if devices is not None:
-            return Plan(w.model, devices, why="it fits", numbers=_waited(self.s, w))
-        if self.begin.isdisjoint(w.devices):
+            return Plan(w.model, devices, why="it fits", numbers=_waited(s, w))
+        if not unclaimed(s, w):
             return None
-        urgent = w.impatient or self.s.now - w.oldest > self.deadline
-        if len(w.devices) == w.span == 1:
-            return self._there(w, self.rooms[w.devices[0]], urgent)
-        if not unclaimed(self.s, w):
-            return None
-        return self._anywhere(w, urgent)
-
-    def _anywhere(self, w: Waiting, urgent: bool) -> Plan | None:
-        """One that may choose its devices."""
-        residents = _may_leave(self.s, w, self.s.residents)
-        choice = cheapest(self.s, w, residents, partial(self.prices.alone, w, urgent))
-        return self._bargain(w, choice, urgent)
-
-    def _there(self, w: Waiting, room: Room, urgent: bool) -> Plan | None:
-        """One that can only be on this device: a sleeper, mostly."""
-        if room.sleepable < w.need:  # sleepers may have to stop for it as well
-            return self._anywhere(w, urgent)
-        awake = self.awake.get(room.device, ())
-        paid = INFINITY if urgent else waited_by(w, self.s.now) / self.s.knobs.kappa
-        if paid < self._floor(room.device, awake):
-            return None  # all are busy, and it could not pay for draining any: its turn has not come
-        residents = _may_leave(self.s, w, awake)
-        if not enough_there(w, room, residents):
-            return self._bargain(w, None, urgent)
-        if room.free < w.need and paid < min([self.prices.least(r) for r in residents]):
-            return None
-        choice = cheapest_there(w, room, residents, partial(self.prices.alone, w, urgent), self.s.knobs.victims)
-        return self._bargain(w, choice, urgent)
-
-    def _floor(self, device: int, awake: Iterable[Resident]) -> float:
-        floor = self._floors.get(device)
-        if floor is None:
-            floor = self._floors[device] = self.prices.floor(awake)
-        return floor
-
-    def _bargain(self, w: Waiting, choice: Choice | None, urgent: bool) -> Plan | None:
+        urgent = w.impatient or self._late(w)
+        residents = _may_leave(s, w, self._on(w.devices))
+        choice = cheapest(s, w, residents, partial(self.prices.alone, w, urgent))
         if choice is None:
-            held = due_there(self.s, w) if urgent or self.dear else []
-        else:
-            offer = _offer(self.s, self.prices, w, choice, urgent)
-            if not urgent and offer.waited < self.s.knobs.kappa * offer.price:
-                return None
-            if not too_early(self.s, choice, offer.cost - w.load - takes(choice)):
-                why = "its deadline has passed" if urgent else "the wait is worth the exchange"
-                numbers = _numbers(w, offer, self.deadline)
-                return Plan(w.model, choice.devices, choice.victims, offer.budget, why, numbers)
-            held = list(choice.devices)
+            if urgent or self.dear:
+                self._hold(due_there(s, w))
+            return None
+        offer = _offer(s, self.prices, w, choice, urgent)
+        why = self._due(w, offer, urgent)
+        if why and not too_early(s, choice, offer.cost - w.load - takes(choice)):
+            numbers = _numbers(w, offer, self.deadline)
+            return Plan(w.model, choice.devices, choice.victims, offer.budget, why, numbers)
         if urgent or self.dear:
-            self._hold(held)
+            self._hold(choice.devices)
         return None
+
+    def _on(self, devices: Sequence[int]) -> Iterable[Resident]:
+        """Each of the residents of these devices once."""
+        if len(devices) == 1:
+            return self.here.get(devices[0], ())
+        return {r.model: r for device in devices for r in self.here.get(device, ())}.values()
+
+    def _due(self, w: Waiting, offer: Offer, urgent: bool) -> str:
+        """Why the swap begins now; empty: not yet."""
+        leavers, waited = offer.choice.leavers, self.s.now - w.oldest
+        busy = [r for _, r, _ in leavers if r.running or r.queued]
+        if urgent:
+            return "its deadline has passed" if busy else "the others there are idle"
+        if not busy:
+            # 3: spared is who is expected back before the swap would be over, for as long as it is known to take.
+            spared = any(rate_of(r, self.s.now) * offer.cost >= 1.0 for _, r, _ in leavers)
+            known = w.learnt + sum([way.learnt for _, _, way in leavers])
+            return "" if spared and waited < known else "the others there are idle"
+        if offer.budget < INFINITY and offer.waited >= self.s.knobs.kappa * offer.price:
+            return "the wait is worth the swap"
+        limit = max([r.drain_limit for r in busy])
+        if waited + longest_drain(leavers) >= limit:
+            return f"the drain limit of {limit:g} s is to be kept"
+        return ""
 
     def _hold(self, devices: Iterable[int]) -> None:
         for device in devices:
-            del self.rooms[device]
+            self.rooms.pop(device, None)
             self.begin.discard(device)
 
 
@@ -229,12 +234,6 @@ def _by_device(residents: Iterable[Resident]) -> dict[int, list[Resident]]:
         for device in r.devices:
             here.setdefault(device, []).append(r)
     return here
-
-
-def _longest(residents: Sequence[Resident]) -> float:
-    """Seconds before the end of a transfer from which on an exchange there can be due at all: see too_early."""
-    drain = max([drain_time(r.service, r.running) for r in residents], default=0.0)
-    return 1.0 + drain + sum([r.ways[0].takes for r in residents])
 
 
 def _waited(s: Situation, w: Waiting) -> NUMBERS:
@@ -267,12 +266,17 @@ def waited_by(w: Waiting, now: float) -> float:
 
 
 def _may_leave(s: Situation, w: Waiting, residents: Iterable[Resident]) -> list[Resident]:
-    """Those that have served their time, or serve nobody."""
-    q, now, load = s.knobs.residency, s.now, w.load
+    """Those that have served their time, or serve nobody.
+
+    A load of ``w`` that nobody has measured yet counts as much as the wake of the one that leaves.
+    """
+    q, now, load = s.knobs.residency, s.now, w.learnt
     return [
         r
         for r in residents
-        if r.asleep or not (r.running or r.queued) or now - r.since >= q * (r.ways[0].takes + load + r.ways[0].back)
+        if r.asleep
+        or not (r.running or r.queued)
+        or now - r.since >= q * (r.ways[0].takes + (load or r.ways[0].back) + r.ways[0].back)
     ]
 
 

@@ -25,6 +25,7 @@ class Way(NamedTuple):
     frees: int  # bytes that come free on each of its devices
     takes: float  # seconds until they are free
     back: float  # seconds to have it serve again afterwards
+    learnt: float = 0.0  # of ``takes``, what was measured: nothing until it was done once
 
 
 class Resident(NamedTuple):
@@ -45,6 +46,7 @@ class Resident(NamedTuple):
     freezable: bool  # its running requests may be frozen
     refrozen: bool  # one of them was frozen twice already
     priority: float
+    drain_limit: float = INFINITY  # seconds after which its running requests are cut
 
 
 class Waiting(NamedTuple):
@@ -62,6 +64,7 @@ class Waiting(NamedTuple):
     span: int  # how many of them it takes; 0: none at all
     priority: float
     impatient: bool  # on_busy: evict
+    learnt: float = 0.0  # of ``load``, what was measured: nothing until it was done once
     needs: tuple[int, ...] = ()  # the need on each of ``devices`` where they differ; ``need`` is then the least
 
     def need_on(self, device: int) -> int:
@@ -99,11 +102,12 @@ class Knobs(NamedTuple):
     """The numbers of the policy; ``design.md`` tells how they were found."""
 
     deadline: float = 30.0  # D0: a waiter older than this, or than ...
-    rounds: float = 1.25  # ... so many times what all who wait need to be loaded, no longer asks what it costs
-    kappa: float = 0.1  # the share of a plan's price that must have been waited
+    rounds: float = 1.25  # ... so many times what all who wait need to be served, no longer asks what it costs: ...
+    drains: float = 2.0  # ... their loads and sleeps, and for each so many of its requests
+    kappa: float = 0.1  # the share of a plan's price that must have been waited where requests are to be frozen
     patience: float = 40.0  # how many times dearer regret is where running requests must be drained: see Adaptive
     frozen_patience: float = 0.7  # the same where they are frozen
-    residency: float = 2.0  # q: a busy model stays for so many times what the exchange costs
+    residency: float = 3.0  # q: a busy model stays for so many times what the exchange costs
     budgets: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0)  # drain budgets tried where requests can be frozen
     victims: int = 4  # so many are searched for the best set; more leave only where fewer are not enough
 

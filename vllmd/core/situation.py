@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from operator import attrgetter
 
+from vllmd.core.costs import sleep_kind, wake_kind
 from vllmd.core.exchanges import Exchanges
 from vllmd.core.fleet import Fleet
-from vllmd.core.model import Model
+from vllmd.core.model import INFINITY, Model
 from vllmd.core.policy import HostClaim, Knobs, Resident, Room, Situation, Waiting, Way
 from vllmd.core.types import State
 from vllmd.core.vacancy import Wait, held_back, room_beside_kept, vacant
@@ -137,6 +138,7 @@ def see_waiting(fleet: Fleet, m: Model) -> Waiting:
         span=len(m.placement.devices) if asleep else device_count(fleet, m),
         priority=m.spec.priority,
         impatient=m.spec.on_busy == "evict",
+        learnt=m.costs.learnt(wake_kind(m.level if asleep else 0)),
     )
 
 
@@ -171,17 +173,20 @@ def see_resident(fleet: Fleet, m: Model, shallow: frozenset[str]) -> Resident:
         freezable=m.freezable,
         refrozen=m.spec.preempt and any(run.frozen > 1 for run in m.running.values()),
         priority=m.spec.priority,
+        drain_limit=INFINITY if m.spec.drain_limit is None else m.spec.drain_limit,
     )
 
 
 def ways(fleet: Fleet, m: Model, shallow: frozenset[str]) -> tuple[Way, ...]:
     """How it can leave its devices, the preferred way first, stopping last."""
     held = min(fleet.ledger.held(m.name).values(), default=0)
-    stop = Way(0, held, m.costs.sleep(0), m.costs.wake(0))
+    stop = Way(0, held, m.costs.sleep(0), m.costs.wake(0), m.costs.learnt("stop"))
     if m.state is State.SLEEPING:
         return (stop,)
     rest = max(0, held - m.footprint.asleep)
-    return (*(Way(level, rest, m.costs.sleep(level), m.costs.wake(level)) for level in levels(fleet, m, shallow)), stop)
+    c = m.costs
+    naps = [Way(n, rest, c.sleep(n), c.wake(n), c.learnt(sleep_kind(n))) for n in levels(fleet, m, shallow)]
+    return (*naps, stop)
 
 
 def levels(fleet: Fleet, m: Model, shallow: frozenset[str]) -> list[int]:

@@ -20,6 +20,7 @@ from vllmd.config.types import AuthConfig, Config
 from vllmd.daemon.keys import DenyAll, Keys, PeerCredentialAuth
 from vllmd.daemon.meters import MeteredGate, Meters
 from vllmd.errors import VllmdError
+from vllmd.proxy.body_memory import BodyMemory
 from vllmd.proxy.cors import Cors
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.gate import Authenticator, Gate
@@ -50,6 +51,7 @@ class Listeners:
         self._metered = MeteredGate(gate, self._meters, control.counters)
         self._cors = Cors(config.server.cors_origins)
         self._limits = Limits.of(config.server)
+        self._memory = BodyMemory(self._limits.max_buffered)  # one for all listeners
         self._relay = Relay(self._metered, self._limits, self._keys)
         self._reachable: list[tuple[Router, list[str]]] = []  # those at addresses that strangers can reach
         # Operators do not stand in the clients' line: their connections are counted apart.
@@ -87,7 +89,7 @@ class Listeners:
         return router
 
     def _server(self, router: Router, sockets: Sequence[socket.socket]) -> Server:
-        return Server(router, self._limits, sockets, self._note)
+        return Server(router, self._limits, sockets, self._note, self._memory)
 
     @property
     def connections(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from vllmd.config.types import ModelConfig
 from vllmd.errors import BadRequest, UnknownModel
+from vllmd.proxy.gate import LONGEST_NAME, TOO_LONG_A_NAME
 
 
 class Names:
@@ -28,6 +29,8 @@ class Names:
             raise BadRequest("the request names no model; GET /v1/models lists those there are", param="model")
         if name in self._exact:
             return self._exact[name]
+        if len(name) > LONGEST_NAME:  # before anything is compared with it
+            raise BadRequest(TOO_LONG_A_NAME, param="model")
         candidates = sorted(self._suffixes.get(name, ()))
         if len(candidates) == 1:
             return candidates[0]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
 
 from vllmd.config.replicas import engines_of
 from vllmd.config.types import Config, ModelConfig
@@ -34,6 +34,7 @@ log = logging.getLogger("vllmd")
 
 DEVICES_LIMIT = 30.0  # seconds for the driver to say what there is
 LAUNCHER_RETRY = 1.0  # seconds
+T = TypeVar("T")
 
 
 async def start(daemon: Daemon) -> None:
@@ -45,7 +46,7 @@ async def start(daemon: Daemon) -> None:
     prospects = await asyncio.to_thread(expect, daemon, daemon.engines)
     daemon.dispatcher = Dispatcher(make_scheduler(daemon, prospects))
     daemon.launcher = await connect_launcher(daemon)
-    daemon.backend = (await daemon.launcher.info()).backend
+    daemon.backend = (await answered(daemon.launcher.info)).backend
     daemon.engine_manager = make_fleet(daemon, prospects)
     daemon.take = lambda config: take(daemon, config)
     daemon.dispatcher.connect(daemon.engine_manager, daemon.admission_gate)
@@ -60,8 +61,18 @@ async def start(daemon: Daemon) -> None:
 async def adopt_running(daemon: Daemon) -> None:
     """Take over, or end, every engine that an earlier daemon left."""
     known = {process.instance for process in daemon.engine_manager.processes.values()}
-    running = [engine for engine in await daemon.launcher.list() if engine.instance not in known]
+    running = [engine for engine in await answered(daemon.launcher.list) if engine.instance not in known]
     await adopt_all(daemon.engine_manager, running, daemon.engines, daemon.kinds, daemon.dispatcher.post)
+
+
+async def answered(ask: Callable[[], Awaitable[T]]) -> T:
+    """The launcher's answer, however long it takes: nothing can be decided without it, and requests wait meanwhile."""
+    while True:
+        try:
+            return await ask()
+        except LauncherFailed as error:
+            log.error("%s; asking again", error)
+            await asyncio.sleep(LAUNCHER_RETRY)
 
 
 async def find_devices(config: Config, environment: Mapping[str, str]) -> Devices:

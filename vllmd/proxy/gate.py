@@ -13,6 +13,9 @@ from typing import Protocol
 from vllmd.errors import VllmdError
 from vllmd.proxy.http import Request
 
+LONGEST_NAME = 256  # characters of a model's name; a longer one is refused before anything is compared with it
+TOO_LONG_A_NAME = f"a model's name has at most {LONGEST_NAME} characters"
+
 
 class Address(Protocol):
     """Where an upstream listens: a Unix socket path, or (when that is "") a host and port.

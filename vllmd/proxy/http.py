@@ -78,7 +78,8 @@ class Request:
     ``target`` is the request line's, untouched; ``path`` is percent-decoded and free of dot segments;
     ``params`` are the route pattern's; ``key`` names the API key (never its secret), "" without one;
     ``upgrade`` is the protocol it wants to change to, "" for none. ``route`` is the pattern that its path matched;
-    ``answer_fields`` are carried by every answer to it.
+    ``answer_fields`` are carried by every answer to it. ``max_body`` is what its route takes of a body, in bytes: None
+    for the server's own limit, 0 for nothing, and then what comes is dropped. ``received`` is how much of a body came.
     """
 
     method: str
@@ -95,6 +96,8 @@ class Request:
     upgrade: str = ""
     route: str = ""
     answer_fields: Pairs = ()
+    max_body: int | None = None
+    received: int = 0
 
     @property
     def query(self) -> dict[str, str]:

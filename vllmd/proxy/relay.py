@@ -23,13 +23,13 @@ from vllmd.proxy.answer import EVENT_STREAM, Answer, Refusal, UpstreamRequest, a
 from vllmd.proxy.eager import Begun, Bell
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.framing import Framing
-from vllmd.proxy.gate import AllowAll, Authenticator, Gate, Permit, Rules, Target
+from vllmd.proxy.gate import LONGEST_NAME, AllowAll, Authenticator, Gate, Permit, Rules, Target
 from vllmd.proxy.heads import ResponseHead, forwardable, write_fields
 from vllmd.proxy.http import Request
 from vllmd.proxy.large import LARGE, in_large, in_turns, ruled_large
 from vllmd.proxy.limits import Limits
 from vllmd.proxy.loading_heartbeat import LoadingHeartbeat
-from vllmd.proxy.peek import Asked, in_json, in_multipart, ruled
+from vllmd.proxy.peek import Asked, Parts, in_json, in_multipart, ruled
 from vllmd.proxy.upstream import Pool, Upstream, host_field
 
 # Of the client's fields an engine never sees these: its key, its cookies, and what we write ourselves.
@@ -50,6 +50,8 @@ FORBIDDEN = (
 )
 REFUSALS = frozenset({502, 503, 504})  # of a replica: another one may serve
 TAIL = 1024  # bytes at an answer's end in which its usage is looked for
+OPENING = 8192  # bytes at an answer's beginning in which its id is looked for
+LONGEST_ID = 256  # bytes of a response's id with its key
 
 quoted = lru_cache(maxsize=256)(quote)
 
@@ -81,7 +83,7 @@ class Relay:
         content_type = request.headers.get("content-type")
         if content_type.partition(";")[0].strip().lower() != "multipart/form-data":
             raise BadRequest("the Content-Type must be multipart/form-data")
-        await self.serve(exchange, in_multipart(request.body, content_type))
+        await self.serve(exchange, await in_turns(in_multipart(request.body, content_type)))
 
     async def response(self, exchange: Exchange) -> None:
         """``/v1/responses/{id}`` and below: the engine that made the response is the one that has it."""
@@ -108,6 +110,8 @@ class Relay:
         request = exchange.request
         parts = request.params["rest"].split("/")
         for cut in range(len(parts) - 1, 0, -1):
+            if sum(map(len, parts[:cut])) > LONGEST_NAME:
+                continue
             try:
                 target = self.gate.resolve("/".join(parts[:cut]))
             except (UnknownModel, BadRequest):
@@ -128,6 +132,7 @@ class Relay:
         target = self.target(exchange.request, asked.model, route or exchange.request.path)
         if target.rules is not None and asked.quoted:
             asked = await _ruled(asked.body, target.rules)
+            exchange.request.body = asked.body  # the one that came is held no longer
         path = _with_query(exchange.request, quoted(exchange.request.path))
         await self._send(exchange, UpstreamRequest(target, asked, path), only)
 
@@ -220,6 +225,30 @@ def _refuse_coded(request: Request) -> None:
         raise BadRequest(f"the body must be sent as it is, not with the Content-Encoding {coding!r}")
 
 
+class Tail:
+    """The last bytes of an answer, however it is cut."""
+
+    __slots__ = ("_bytes",)
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def feed(self, data: bytes) -> None:
+        """More of the answer. What is too old goes when there is much of it, not at each piece."""
+        kept = self._bytes
+        if len(data) >= TAIL:
+            kept[:] = data[-TAIL:]
+            return
+        kept += data
+        if len(kept) > 16 * TAIL:
+            del kept[:-TAIL]
+
+    @property
+    def last(self) -> bytes:
+        """At least the last ``TAIL`` bytes, if there were so many."""
+        return bytes(self._bytes[-TAIL:])
+
+
 class Forward:
     """One request's way to the engine and back; the engine's connection reports to it (``upstream.Sink``)."""
 
@@ -236,14 +265,15 @@ class Forward:
         self._again = False
         self._upstream: Upstream | None = None
         self._answer: Answer | None = None
-        self._tail = b""
+        self._tail = Tail()
+        self._opening = bytearray()  # of the answer, as long as a response's id is looked for in it
         self._names_response = exchange.request.path == "/v1/responses"
         self.response_id = ""  # of a POST /v1/responses, once the answer has told it
 
     async def run(self, pool: Pool) -> None:
         """Send the request and see the answer through. Raises VllmdError, or is cancelled."""
         body = self._errand.asked.renamed(self._errand.target.served_name)
-        head = self._head(len(body))
+        head = self._head(sum(map(len, body)))
         upstream = pool.take(self._where) or await self._connect(pool)
         await self._attempt(upstream, head, body)
         if self._again:
@@ -259,7 +289,7 @@ class Forward:
             self._error = error  # the permit ends by it
             raise
 
-    async def _attempt(self, upstream: Upstream, head: bytes, body: bytes) -> None:
+    async def _attempt(self, upstream: Upstream, head: bytes, body: Parts) -> None:
         self._upstream = upstream
         if self._error is not None:  # cut off while it connected
             return
@@ -284,7 +314,7 @@ class Forward:
         """Tell the gate that the request is over, and what the answer's usage says it took in all, if it does."""
         permit, self._permit = self._permit, None
         if permit is not None:
-            permit.done(total_tokens(self._tail), self._error.message if self._error is not None else "")
+            permit.done(total_tokens(self._tail.last), self._error.message if self._error is not None else "")
 
     # -- what the engine's connection says
 
@@ -299,11 +329,21 @@ class Forward:
 
     def data(self, data: bytes) -> None:
         """More of the body."""
-        self._tail = data if len(data) >= TAIL else self._tail[-TAIL:] + data
-        if self._names_response and (named := RESPONSE_ID.search(data)):
-            self._names_response, self.response_id = False, named[1].decode()
+        self._tail.feed(data)
+        if self._names_response:
+            self._look_for_id(data)
         if self._answer is not None:
             self._answer.more(data)
+
+    def _look_for_id(self, data: bytes) -> None:
+        """The id is at the answer's beginning, perhaps cut in two."""
+        seen = len(self._opening)
+        self._opening += data[: OPENING - seen]
+        named = RESPONSE_ID.search(self._opening, max(0, seen - LONGEST_ID))
+        if named:
+            self._names_response, self.response_id = False, named[1].decode()
+        elif len(self._opening) >= OPENING:
+            self._names_response = False
 
     def whole(self) -> None:
         """The answer is complete: the engine's connection is free again, and the client's request is over."""

@@ -21,6 +21,7 @@ from vllmd.proxy.http import Request, Response
 LocalHandler = Callable[[Request], Awaitable[Response]]
 Handler = Callable[[Exchange], Awaitable[None]]
 
+LOCAL_BODY = 1 << 20  # bytes of a body for ourselves: settings of a model, an operator's order
 PARAMETER = re.compile(r"\\{(\w+)(:path)?\\}")
 
 
@@ -30,7 +31,8 @@ class Route:
 
     ``scope`` says who may: ``models``, ``admin``, ``open`` (anybody), ``health`` or ``metrics`` (anybody, unless
     the configuration says otherwise). ``doc`` has more of OpenAPI's operation fields. ``unasked``: browsers send such
-    a request for any page without asking us first.
+    a request for any page without asking us first. ``max_body``: bytes of a body that it takes, None for the server's
+    own limit; a body that comes although it takes none is dropped unread.
     """
 
     method: str
@@ -40,6 +42,7 @@ class Route:
     summary: str = ""
     doc: Mapping[str, Any] = field(default_factory=dict)
     unasked: bool = False
+    max_body: int | None = None
 
 
 class NoSuchMethod(MethodNotAllowed):
@@ -69,13 +72,14 @@ class Router:
         summary: str = "",
         doc: Mapping[str, Any] | None = None,
     ) -> None:
-        """Have ``handler`` answer; a GET's answers HEAD too."""
+        """Have ``handler`` answer; a GET's answers HEAD too. It gets a body if ``doc`` says that it takes one."""
 
         async def respond(exchange: Exchange) -> None:
             await asyncio.sleep(0)  # on in a task, as whoever writes a handler expects
             await exchange.respond(await handler(exchange.request))
 
-        self.add_raw(Route(method, pattern, respond, scope, summary, doc or {}))
+        most = LOCAL_BODY if doc and "requestBody" in doc else 0
+        self.add_raw(Route(method, pattern, respond, scope, summary, doc or {}, max_body=most))
 
     def add_raw(self, route: Route) -> None:
         """Have the route's handler speak on the exchange itself; its first step runs outside a task (``eager``)."""
@@ -98,6 +102,7 @@ class Router:
         self.cors.mark(request)
         methods = self._find(request)
         if request.method == "OPTIONS" and "OPTIONS" not in methods:
+            request.max_body = 0
             return _options(self.cors.preflight(request, methods) or _allow(methods))
         route = methods.get("GET" if request.method == "HEAD" else request.method)
         if route is None:
@@ -105,6 +110,7 @@ class Router:
         if route.unasked:
             self.cors.refuse_strangers(request)
         request.route = route.pattern
+        request.max_body = route.max_body
         request.key = self.doorkeeper.admit(request, route.scope)
         return route.handler
 

@@ -41,9 +41,10 @@ class Physics:
         factor = 1.0
         if self.noise:
             factor = random.Random(f"{self.seed}/{spec.name}/{kind}/{count}").lognormvariate(0.0, self.noise)
-        return self._transfer(spec, kind) * factor
+        return self.mean(spec, kind) * factor
 
-    def _transfer(self, spec: ModelSpec, kind: str) -> float:
+    def mean(self, spec: ModelSpec, kind: str) -> float:
+        """The same without the noise."""
         known = self.measured.get(spec.name, {}).get(kind)
         if known is not None:
             return known
