@@ -105,6 +105,8 @@ def part(name: bytes, content: bytes, more: bytes = b"") -> bytes:
 
 
 TYPE = "multipart/form-data; boundary=x-y"
+_HEAD = b'Content-Disposition: form-data; name="x"'
+_MODEL = b'content-disposition: form-data; name="model"\r\n\r\nn'
 
 
 def in_form(body: bytes, content_type: str) -> Asked:
@@ -122,6 +124,20 @@ def test_a_forms_name_is_found_and_replaced_and_nothing_else(files: list[bytes],
 
 
 @pytest.mark.parametrize(
+    "kind", [TYPE, f"{TYPE}; charset=utf-8", 'multipart/form-data; charset="UTF-8"; boundary=x-y; x=y']
+)
+def test_forms_as_clients_send_them(kind: str) -> None:
+    """curl, httpx, browsers: names in brackets, files with any name, fields of their own."""
+    parts = (
+        *(part(b"model", b"m"), part(b"timestamp_granularities[]", b"word")),
+        part(b"file", b"\n\r\0", b'; filename="a \xc3\xa9 %22b.wav"\r\nContent-Type: audio/wav\r\nX-Own: 1'),
+        b"content-disposition:form-data;name=stream\r\nContent-Transfer-Encoding: binary\r\n\r\ntrue",
+    )
+    asked = in_form(form(*parts), kind)
+    assert (asked.model, asked.stream) == ("m", True)
+
+
+@pytest.mark.parametrize(
     ("content_type", "body", "says"),
     [
         ("multipart/form-data", form(part(b"model", b"m")), "must have one boundary"),
@@ -135,7 +151,27 @@ def test_a_forms_name_is_found_and_replaced_and_nothing_else(files: list[bytes],
         (TYPE, form(part(b"model", b"m"))[:-4] + b"zz\r\n", "does not end"),
         (TYPE, form(part(b"model", b"m"), part(b"model", b"n")), "twice"),
         (TYPE, form(part(b"file", b"\r\n--x-yz\r\n"), part(b"model", b"m")), "does not end"),
-        (TYPE, form(b"\r\nno head"), "one Content-Disposition"),
+        (TYPE, form(b"\r\nno head"), "head of a part"),
+        (
+            TYPE,
+            form(part(b"model", b"m"), _HEAD + b'\ncontent-disposition: form-data; name="model"\r\n\r\nn'),
+            "end with CRLF",
+        ),
+        (
+            TYPE,
+            form(part(b"model", b"m"), _HEAD + b'\rcontent-disposition: form-data; name="model"\r\n\r\nn'),
+            "end with CRLF",
+        ),
+        (TYPE, form(part(b"model", b"m"), _HEAD + b'\r\n ;name="model"\r\n\r\nn'), "end with CRLF"),
+        (TYPE, form(part(b"model", b"m"), _HEAD + b"\0\r\n\r\nn"), "end with CRLF"),
+        (TYPE, form(b'Content-Disposition : form-data; name="model"\r\n\r\nm'), "head of a part"),
+        (TYPE, form(b'Content-Disposition: attachment; name="model"\r\n\r\nm'), "of form-data"),
+        (TYPE, form(part(b"mo\\del", b"m")), "printable ASCII"),
+        (TYPE, form(part(b"%6dodel", b"m")), "printable ASCII"),
+        (TYPE, form(part("mödel".encode(), b"m")), "printable ASCII"),
+        (TYPE, form(part(b"model", b"bQ==", b"\r\nContent-Transfer-Encoding: base64")), "as they are"),
+        (f"{TYPE}; charset=utf-7", form(part(b"+AG0-odel", b"m")), "must be in UTF-8"),
+        ("multipart/form-data; charset*=utf-7''x; boundary=x-y", form(part(b"model", b"m")), "must be in UTF-8"),
         (TYPE, form(b'Content-Disposition: form-data; name="model"; name="x"\r\n\r\nm'), "with one name"),
         (TYPE, form(part(b"model", b"m\r\nX")), "no model's name"),
         (TYPE, form(part(b"model", b"\xff")), "not UTF-8"),

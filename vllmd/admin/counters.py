@@ -62,6 +62,7 @@ class Counters:
         self.sent: Counter[tuple[str, ...]] = Counter()  # model
         self.tokens: Counter[tuple[str, ...]] = Counter()  # model
         self.errors: Counter[tuple[str, ...]] = Counter()  # model, kind
+        self.failed_logins: Counter[tuple[str, ...]] = Counter()  # how: wrong, unseen
         self.key_requests: Counter[tuple[str, ...]] = Counter()  # key
         self.key_tokens: Counter[tuple[str, ...]] = Counter()  # key
         self.changes = Histograms()  # model, change: start, wake, sleep, stop
@@ -92,6 +93,10 @@ class Counters:
             self.first_bytes[model].observe(exchange.first_byte)
         self.received[model] += exchange.request.received
         self.sent[model] += exchange.sent
+
+    def login_failed(self, how: str) -> None:
+        """An API key was wrong, or not looked at."""
+        self.failed_logins[(how,)] += 1
 
     def waited(self, model: str, seconds: float) -> None:
         """A request was admitted after so long."""

@@ -144,6 +144,7 @@ class ServerConfig:
     """The HTTP side. Sizes in bytes, times in seconds."""
 
     listen: tuple[str, ...] = ("127.0.0.1:33258", "[::1]:33258")  # used only without socket activation
+    user: str = ""  # whom vllmd becomes when root starts it by hand
     idle_exit: float | None = 60.0  # the daemon exits after so long with nothing loaded and nobody connected
     max_body: int = 64 << 20
     max_head: int = 64 << 10
@@ -163,6 +164,7 @@ class ServerConfig:
     queue_limit: int = 4096
     loading_comment_interval: float = 10.0
     loading_as_reasoning: bool = False
+    hosts: tuple[str, ...] = ()  # names beside this machine's own under which it answers without keys; "*": any
     cors_origins: tuple[str, ...] = ()  # pages of which origins may read our answers; "*": of any
 
 
@@ -185,7 +187,7 @@ class KeyConfig:
 
     name: str
     digest: str = field(repr=False)
-    scopes: tuple[str, ...] = ("models",)  # of models, admin
+    scopes: tuple[str, ...] = ("models",)  # of models, read, admin
     models: tuple[str, ...] = ()
     concurrency: int | None = None
     requests_per_minute: int | None = None
@@ -197,7 +199,7 @@ class AuthConfig:
     """Who may ask. Without keys everybody who reaches the address may."""
 
     keys: tuple[KeyConfig, ...] = ()
-    public: tuple[str, ...] = ("health", "metrics")  # what needs no key, of health, metrics
+    public: tuple[str, ...] = ("health", "metrics")  # what needs no key, of health, metrics, names
     allow_anonymous: bool = False  # listen beyond loopback without keys all the same
 
 

@@ -54,7 +54,9 @@ class Admission:
             self._requests[e.request] = m
             core.fleet.admit(m, e.request)
             return
-        refusal = self._full(m) or self._failed(m) or self._impossible(m) or self._busy(m)  # 1.3 to 1.7
+        refusal = (
+            self._unknown_devices(m) or self._full(m) or self._failed(m) or self._impossible(m) or self._busy(m)
+        )  # 1.3 to 1.7
         if refusal:
             self._refuse(e, refusal)
         else:
@@ -223,6 +225,13 @@ class Admission:
         if left <= 0:
             self._core.fleet.forgive(m)
         return None
+
+    def _unknown_devices(self, m: Model) -> Refusal | None:
+        """9.1: it is not on, and nobody knows what there is that it could run on."""
+        ledger = self._core.fleet.ledger
+        if not m.at_rest or not m.spec.device_count or not ledger.unknown or ledger.asking:
+            return None
+        return Refusal("Unavailable", ledger.unknown, 5.0)
 
     def _impossible(self, m: Model) -> Refusal | None:
         if m.loaded or len(m.queue):

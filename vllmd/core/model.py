@@ -88,7 +88,7 @@ class Leave:
     """Where a model goes once it has drained, and on whose account. ``level`` 0 stops it."""
 
     level: int
-    cause: str  # "idle", "exchange", "operator", "lease", "config", "proof", "deepen", "moved", "replica"
+    cause: str  # "idle", "exchange", "operator", "lease", "config", "proof", "deepen", "moved", "replica", "device"
     why: str
     freeze_at: float = INFINITY  # running requests are frozen from here on
     cut_at: float = INFINITY  # running requests are cut from here on
@@ -125,6 +125,7 @@ class Model:
     pinned: bool = False
     leases: dict[str, float] = field(default_factory=dict)  # lease -> deadline
     failures: int = 0  # in a row
+    failed_at: float = 0.0  # when the last of them was
     failure: str = ""
     given_up: bool = False
     retry_at: float = 0.0
@@ -139,6 +140,11 @@ class Model:
 
     def __post_init__(self) -> None:
         self.name = self.spec.name
+
+    @property
+    def at_rest(self) -> bool:
+        """It does not serve, nor is anything under way that ends in serving."""
+        return self.state in (State.STOPPED, State.SLEEPING, State.FAILED)
 
     @property
     def on(self) -> bool:

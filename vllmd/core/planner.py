@@ -102,6 +102,8 @@ class Planner:
         ``since``: from when the word must be on what others leave free, if it starts only there. ``but``: devices
         that it shall not use.
         """
+        if self._core.fleet.ledger.unknown and m.spec.device_count:
+            return False
         devices = fits(self.look(), self.observer.see_newcomer(m, since).without(but))
         if devices is None or never_fits(self._core.fleet.ledger, m):
             return False
@@ -120,6 +122,8 @@ class Planner:
         """
         core = self._core
         for m in list(todo.values()):
+            if core.fleet.ledger.unknown and m.spec.device_count:
+                continue
             if m.state is not State.STOPPED or m.demand or self.bring(m, "it is to be preloaded", -INFINITY):
                 del todo[m.name]
             elif self._waits_for_others(m):

@@ -17,6 +17,7 @@ from vllmd.core.commands import Command
 from vllmd.core.common import Core
 from vllmd.core.costs import CostBook
 from vllmd.core.departures import DEEPEN_RETRY, Departures
+from vllmd.core.devices import Devices
 from vllmd.core.idle import idle_due
 from vllmd.core.model import INFINITY, Leave, Model, Replica, Standing
 from vllmd.core.planner import Planner
@@ -51,6 +52,7 @@ class Scheduler:
         self._answers = Answers(self._core, self._admission)
         self._wishes = Wishes(self._core, self._admission, self._replicas)
         self._departures = Departures(self._core, self._planner)
+        self._devices = Devices(self._core, self._admission)
         self._due = INFINITY  # the least of all models' due
         self._due_passed = False  # it was that of a model which is due later now, or gone
         self._handlers = self._rooms()
@@ -107,6 +109,9 @@ class Scheduler:
             ev.ReplicaProbed: self._replicas.probed,
             ev.ProbeAsked: self._replicas.asked,
             ev.MemorySampled: self._answers.sampled,
+            ev.DevicesChanged: self._devices.changed,
+            ev.DevicesTroubled: self._devices.troubled,
+            ev.DeviceDrained: self._devices.drained,
             ev.LoadAsked: self._wishes.load,
             ev.SleepAsked: self._wishes.sleep,
             ev.StopAsked: self._wishes.stop,
@@ -245,8 +250,12 @@ class Scheduler:
 
     def _wait(self, m: Model) -> None:
         """5.2: it is wanted and not on; who can never be served is told so."""
-        core = self._core
-        why = "" if m.state is State.SLEEPING else never_fits(core.fleet.ledger, m)
+        core, ledger = self._core, self._core.fleet.ledger
+        if ledger.unknown and m.spec.device_count:  # 9.1
+            if not ledger.asking:
+                self._admission.forsake(m, "Unavailable", ledger.unknown, 5.0)
+            return
+        why = "" if m.state is State.SLEEPING else never_fits(ledger, m)
         if why:
             self._admission.forsake(m, "ModelTooLarge", why)
             core.fleet.record("refuse", m.name, why)

@@ -88,7 +88,7 @@ def _waiting_for_room(fleet: Fleet, exchanges: Exchanges, m: Model) -> str:
     if holder:
         return f"{holder}, which is {exchanges.models[holder].state.value.replace('_', ' ')}"
     accounts = fleet.ledger.accounts.values()
-    wedged = [f"device {a.device.index} is avoided: {a.wedged}" for a in accounts if a.missing]
+    wedged = [f"device {a.device.index} is avoided: {a.wedged}" for a in accounts if a.avoided]
     taken = [f"strangers hold {gib(a.external)} on device {a.device.index}" for a in accounts if a.external > a.missing]
     kept = [other.name for other in exchanges.models.values() if other.kept and other.loaded and other is not m]
     room = f"room beside {', '.join(kept)} (leased or pinned)" if kept else "room"

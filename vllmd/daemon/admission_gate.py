@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from vllmd import errors
 from vllmd.config.types import ModelConfig, RequestRules
 from vllmd.core import commands, events
+from vllmd.daemon.failure_text import for_clients
 from vllmd.daemon.names import Names
 from vllmd.engines.base import Engine, Listen
+from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.proxy.gate import Permit, Target
 from vllmd.proxy.upstream import Unreached
 
@@ -72,11 +74,11 @@ class AdmissionGate:
 
     # -- what the proxy asks ---------------------------------------------------------------
 
-    def resolve(self, name: str) -> Target:
+    def resolve(self, name: str, caller: Caller = ANYBODY) -> Target:
         """What the client's name for a model means. Raises UnknownModel or BadRequest (ambiguous)."""
         if self.refusal:
-            raise self.refusal
-        model = self._names.resolve(name)
+            raise self.refusal.with_traceback(None)  # or each raise would add to the one that is kept
+        model = self._names.resolve(name, caller.may_use)
         return self._target(model)  # for what is alike in all replicas, the first one's
 
     def _target(self, engine: str) -> Target:
@@ -85,10 +87,13 @@ class AdmissionGate:
             kind = self._engine_of(config)
             served, routes = kind.served_name(config), kind.routes(config)
             rules = config.request if config.request != RequestRules() else None
-            self._targets[engine] = Target(engine, served, routes, kind.headers(), rules)
+            model = config.replica_of or config.name
+            names = frozenset((model, *self._models.get(model, config).aliases))
+            own_api = frozenset(kind.own_api(config))
+            self._targets[engine] = Target(engine, served, routes, kind.headers(), rules, own_api, names)
         return self._targets[engine]
 
-    async def acquire(self, model: str, key: str, request_id: str, only: str = "") -> Permit:
+    async def acquire(self, model: str, key: str, request_id: str, only: str = "", body: bytes = b"") -> Permit:
         """Wait until the request is admitted. Raises VllmdError; cancelled when the client leaves."""
         if not self._opened.is_set():
             await self._opening()
@@ -183,7 +188,9 @@ class AdmissionGate:
         ticket = self._drop(command.request)
         if ticket and not ticket.admitted.done():
             kind: type[errors.VllmdError] = getattr(errors, command.error)
-            message = f"{ticket.model}: {command.message}" if kind is errors.EngineFailed else command.message
+            message = for_clients(command.message)
+            if kind is errors.EngineFailed:
+                message = f"{ticket.model}: {message}"
             ticket.admitted.set_exception(kind(message, retry_after=command.retry_after))
             ticket.admitted.exception()  # read once: a client that just left must not make asyncio complain
 

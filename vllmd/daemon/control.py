@@ -24,6 +24,7 @@ from vllmd.daemon.roster import degraded, serves
 from vllmd.daemon.runtime_models import RuntimeModels
 from vllmd.daemon.serializers import about, card, health, line, state_of
 from vllmd.errors import BadRequest, Conflict, Unavailable, UnknownModel, UpstreamFailed, VllmdError
+from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.proxy.upstream import request
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ UP = frozenset({State.READY, State.STARTING, State.WAKING})
 LOADING = frozenset({State.STARTING.value, State.WAKING.value})
 WATCH_BACKLOG = 1000  # news kept for a watcher that does not read; then the oldest are lost to it
 SCRAPE_LIMIT = 5.0  # seconds for an engine to tell its metrics
-SCRAPE_SAMPLE = 2.0  # seconds for the devices to be read; without an answer the last reading is shown
+SCRAPE_SAMPLE = 0.5  # seconds for the devices to be read; without an answer the last reading is shown
 OUTCOMES: dict[type, tuple[str, bool]] = {  # what an engine's event ends, and whether it failed
     events.EngineReady: ("start", False),
     events.EngineStartFailed: ("start", True),
@@ -97,7 +98,8 @@ class DaemonControl:
         snapshot = self.snapshot()
         views = [view for view, _ in self._daemon.roster.together(snapshot.models)] if snapshot else []
         devices = snapshot.devices if snapshot else ()
-        return health(views, devices, self._daemon.broken, ready=snapshot is not None)
+        trouble = self._daemon.memory.trouble if snapshot else ""
+        return health(views, devices, self._daemon.broken, trouble, ready=snapshot is not None)
 
     def status(self) -> dict[str, Any]:
         """Everything that ``vllmctl`` shows."""
@@ -113,12 +115,13 @@ class DaemonControl:
             "connections": daemon.listeners.connections,
         }
         if snapshot is None:
-            return {**about, "backend": "", "source": "", "devices": [], "models": [],
+            return {**about, "backend": "", "source": "", "trouble": "", "devices": [], "models": [],
                     "host_memory": {"budget": 0, "promised": 0}}  # fmt: skip
         return {
             **about,
             "backend": daemon.backend,
             "source": daemon.memory.source,
+            "trouble": daemon.memory.trouble,
             "devices": [asdict(device) for device in snapshot.devices],
             "host_memory": {"budget": snapshot.host_memory, "promised": snapshot.host_promised},
             "models": [self._lines(*pair) for pair in daemon.roster.together(snapshot.models)],
@@ -189,8 +192,9 @@ class DaemonControl:
         now = Gauges(snapshot, daemon.listeners.connections, daemon.admission_gate.open, valid=not daemon.broken)
         if snapshot is None:
             return now
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(daemon.memory.sample(), SCRAPE_SAMPLE)
+        if not daemon.memory.hangs:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(daemon.memory.sample(), SCRAPE_SAMPLE)
         sample, engine_manager = daemon.memory.last, daemon.engine_manager
         devices = sample.devices if sample and daemon.memory.readable else {}
         snapshot, starts = self.snapshot(), dict[str, float]()
@@ -222,9 +226,12 @@ class DaemonControl:
             raise UpstreamFailed(f"the engine of {model} answered /metrics with {status}")
         return body
 
-    def resolve(self, name: str) -> str:
-        """The configured name of a model, or what a replica is called."""
-        return self._daemon.roster.resolve(name, lambda model: self._daemon.admission_gate.resolve(model).model)
+    def resolve(self, name: str, caller: Caller = ANYBODY) -> str:
+        """The configured name of a model, or what a replica is called. Raises UnknownModel, Forbidden."""
+        roster = self._daemon.roster
+        found = roster.resolve(name, lambda model: self._daemon.admission_gate.resolve(model, caller).model)
+        caller.check(roster.model(found), name)
+        return found
 
     def _only(self, model: str) -> str:
         """The one engine that is meant. Raises BadRequest if there are several."""

@@ -23,7 +23,7 @@ from vllmd.daemon.calls import answers, asked, call, complete, looked_at, next_l
 from vllmd.daemon.engine_process import EngineProcess, of
 from vllmd.daemon.failure_text import how_it_ended, with_hint, with_last_lines, with_root
 from vllmd.daemon.launch_planner import LaunchPlanner
-from vllmd.daemon.logfile import LogFile, path_of
+from vllmd.daemon.logfile import LogFile, forget_old_runs, path_of
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.sleeps import Sleeps, finish_work
 from vllmd.engines.base import Listen, Progress
@@ -227,12 +227,16 @@ class EngineManager:
         await self.annotate(process, state="ready", level="0")
         held = {} if process.self_managed else await self._memory.held(process)
         log.info("%s: ready after %.1f s", name, process.ready_after, extra=of(process))
-        return events.EngineReady(name, _measured(process.engine.footprint(list(process.lines)), held))
+        measured = _measured(process.engine.footprint(list(process.lines)), held)
+        process.forget_start()
+        return events.EngineReady(name, measured)
 
     async def _start_failed(self, process: EngineProcess, what: str) -> events.Event:
-        failure = process.engine.failure([*process.lines, *process.last_lines()])
-        lines = process.last_lines()
-        reason = with_last_lines(with_root(what, failure) if lines else what, lines)
+        lines = process.all_lines()
+        failure = process.engine.failure(lines)
+        if process.phase.detail and "phase" not in what:
+            what = f"{what} in its phase {process.phase.phase!r}"
+        reason = with_last_lines(with_root(what, failure) if lines else what, lines, failure.reason)
         if failure.memory:  # somebody took it: before more room is made it must be known how much there is
             await self.look()
         self._forget(process)
@@ -415,7 +419,9 @@ class EngineManager:
         self._strays.pop(process.instance, None)
 
     def has_devices(self, placement: Placement) -> bool:
-        """Whether all devices of a placement are there."""
+        """Whether all devices of a placement are there, as far as anybody knows."""
+        if self._memory.trouble:
+            return True
         return all(any(device.index == index for device in self._memory.inventory) for index in placement.devices)
 
     def resume_start(self, process: EngineProcess) -> None:
@@ -430,6 +436,8 @@ class EngineManager:
         """Have its output come to ``on_log``; into its file, too, where the configuration says so."""
         if process.model.log_file and self._logs:
             name = str(process.listen.port or process.instance)
+            with contextlib.suppress(OSError):  # the file itself will tell
+                forget_old_runs(self._logs, process.model.name)
             process.file = LogFile(path_of(self._logs, process.model.name, name))
             log.info("%s: its output is also in %s", process.model.name, process.file.path, extra=of(process))
         try:

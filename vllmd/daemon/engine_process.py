@@ -17,7 +17,8 @@ from vllmd.daemon.logfile import LogFile
 from vllmd.engines.base import Engine, Listen, Progress
 from vllmd.launcher.client import ExitReport, Running
 
-LOG_LINES = 200  # kept per engine
+LOG_LINES = 1000  # kept of a start: each of several worker processes tells its own traceback of the one root error
+LINES_AFTERWARDS = 50
 STARTING = Progress("starting")
 
 
@@ -53,6 +54,18 @@ class EngineProcess:
         """Why it is gone, with its last words where they are at hand."""
         lines, how = self.last_lines(), how_it_ended(self.report)
         return with_last_lines(how, lines) if lines else how
+
+    def forget_start(self) -> None:
+        """It is ready: the many lines of its start are of no more use."""
+        while len(self.lines) > LINES_AFTERWARDS:
+            self.lines.popleft()
+
+    def all_lines(self) -> list[str]:
+        """What was read of its log as it came, ended by the launcher's copy of the end, which is complete."""
+        read, end = list(self.lines), list(self.report.log_tail) if self.report else []
+        if end and end[0] in read:
+            read = read[: len(read) - 1 - read[::-1].index(end[0])]
+        return read + end
 
     def last_lines(self) -> list[str]:
         """Its last log lines; the launcher's own copy is the complete one."""

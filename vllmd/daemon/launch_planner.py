@@ -18,6 +18,7 @@ from vllmd.daemon.memory import Memory
 from vllmd.daemon.ports import PortPool
 from vllmd.engines.base import Engine, Launch, Listen, Place
 from vllmd.errors import ConfigError
+from vllmd.gpu import environment
 from vllmd.launcher.client import StartOrder
 from vllmd.launcher.protocol import ProtocolError
 
@@ -95,6 +96,7 @@ class LaunchPlanner:
             port=self._ports.reserve(),
             device_files=self._memory.files_of(command.placement),
             kv_cache=self._kv_caches.get(command.model, 0),
+            visible=environment(devices),
             key=self.keys.of(run_dir.name),
         )
 

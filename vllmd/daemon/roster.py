@@ -58,6 +58,10 @@ class Roster:
         """What operators call an engine."""
         return self._names.get(engine, engine)
 
+    def model(self, name: str) -> str:
+        """The model of which that is the name, or what one of its replicas is called."""
+        return self._models.get(self._called.get(name, name), name)
+
     def labels(self, engine: str) -> tuple[str, str]:
         """The model of an engine, and what the engine is called if it is one of several, else ""."""
         return self._models.get(engine, engine), self._names.get(engine, "")

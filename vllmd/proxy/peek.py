@@ -29,7 +29,13 @@ LONGEST_FLAG = 64  # bytes of a field that says true or false
 WHITESPACE = re.compile(r"[ \t\n\r]*")
 MODEL_KEY = re.compile(r'"model"[ \t\n\r]*:[ \t\n\r]*(?=")')
 BOUNDARY = re.compile(r';[ \t]*boundary=(?:"([^"\\]{1,70})"|([A-Za-z0-9\'()+_,./:=?-]{1,70}))\s*(?:;|$)', re.IGNORECASE)
-DISPOSITION = re.compile(rb"\r\ncontent-disposition[ \t]*:([^\r\n]*)", re.IGNORECASE)
+# A part's head, as every reader understands it: no line end but CRLF, nothing before the colon, no folded line.
+PART_HEAD = re.compile(rb"(?:\r\n[A-Za-z0-9-]+:[\t\x20-\x7e\x80-\xff]*)+\r\n")
+DISPOSITION = re.compile(rb"\r\ncontent-disposition:[ \t]*form-data[ \t]*(;[^\r\n]*)", re.IGNORECASE)
+DISPOSITIONS = re.compile(rb"\r\ncontent-disposition:", re.IGNORECASE)
+ENCODED = re.compile(rb"\r\ncontent-transfer-encoding:(?![ \t]*(?:7bit|8bit|binary)[ \t]*\r\n)", re.IGNORECASE)
+FIELD_NAME = re.compile(rb"[ !#$&-\[\]-~]+")  # what some reader would unescape ('%', '\\'), or spell otherwise, is none
+CHARSET = re.compile(r";[ \t]*charset\*?=(?!\"?(?:utf-?8|us-ascii)\"?[ \t]*(?:;|$))", re.IGNORECASE)
 EXTENDED_NAME = re.compile(rb"[; \t]name\*", re.IGNORECASE)  # RFC 8187's; forms do not have it (RFC 7578, 4.2)
 FIELD_OF_DISPOSITION = re.compile(rb'[; \t]name[ \t]*=[ \t]*(?:"([^"]*)"|([^"; \t]+))', re.IGNORECASE)
 
@@ -209,10 +215,7 @@ def _unsound(what: str, text: str, pos: int) -> BadRequest:
 
 def in_multipart(body: bytes, content_type: str) -> Turns[Asked]:
     """Read a multipart/form-data body. Raises BadRequest unless its parts are sound and ``model`` is there once."""
-    boundary = BOUNDARY.search(content_type)
-    if boundary is None or len(re.findall(r"boundary\*?=", content_type, re.IGNORECASE)) != 1:
-        raise BadRequest("the Content-Type of a multipart body must have one boundary")
-    mark = b"--" + (boundary[1] or boundary[2]).encode("latin-1")
+    mark = _boundary(content_type)
     place: tuple[int, int] | None = None
     stream = False
     if not body.startswith(mark + b"\r\n"):
@@ -235,6 +238,16 @@ def in_multipart(body: bytes, content_type: str) -> Turns[Asked]:
     if place is None:
         return Asked("", stream, body)
     return Asked(_form_name(body, *place), stream, body, *place)
+
+
+def _boundary(content_type: str) -> bytes:
+    """What stands between the parts, with its hyphens."""
+    boundary = BOUNDARY.search(content_type)
+    if boundary is None or len(re.findall(r"boundary\*?=", content_type, re.IGNORECASE)) != 1:
+        raise BadRequest("the Content-Type of a multipart body must have one boundary")
+    if CHARSET.search(content_type):  # the names, too, are read in it
+        raise BadRequest("the form must be in UTF-8")
+    return b"--" + (boundary[1] or boundary[2]).encode("latin-1")
 
 
 def _part(body: bytes, mark: bytes, pos: int) -> Turns[tuple[bytes, int, int]]:
@@ -266,8 +279,16 @@ def _find_in_turns(body: bytes, what: bytes, pos: int) -> Turns[int]:
 
 
 def _field(head: bytes) -> bytes:
+    """The name in a part's head. Raises BadRequest for a head that another reader could read in another way."""
+    if PART_HEAD.fullmatch(head) is None:
+        raise BadRequest("the head of a part of the form is malformed: lines end with CRLF, fields are NAME: VALUE")
     lines = DISPOSITION.findall(head)
-    names = FIELD_OF_DISPOSITION.findall(lines[0]) if len(lines) == 1 else []
+    names = FIELD_OF_DISPOSITION.findall(lines[0]) if len(DISPOSITIONS.findall(head)) == len(lines) == 1 else []
     if len(names) != 1 or EXTENDED_NAME.search(lines[0]):
-        raise BadRequest("a part of the form must have one Content-Disposition with one name")
-    return bytes(names[0][0] or names[0][1])
+        raise BadRequest("a part of the form must have one Content-Disposition, of form-data, with one name")
+    name = bytes(names[0][0] or names[0][1])
+    if FIELD_NAME.fullmatch(name) is None:
+        raise BadRequest("a field's name in the form must be printable ASCII without quotes, % and backslashes")
+    if ENCODED.search(head):
+        raise BadRequest("the parts of the form must be sent as they are, not with a Content-Transfer-Encoding")
+    return name

@@ -16,14 +16,15 @@ from collections import OrderedDict
 from collections.abc import Coroutine
 from functools import lru_cache
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from vllmd.errors import BadRequest, EngineFailed, Forbidden, NotFound, UnknownModel, UpstreamFailed, VllmdError
 from vllmd.proxy.answer import EVENT_STREAM, Answer, Refusal, UpstreamRequest, answer_for
 from vllmd.proxy.eager import Begun, Bell
+from vllmd.proxy.engine_api import allows
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.framing import Framing
-from vllmd.proxy.gate import LONGEST_NAME, AllowAll, Authenticator, Gate, Permit, Rules, Target
+from vllmd.proxy.gate import LONGEST_NAME, Gate, Permit, Rules, Target
 from vllmd.proxy.heads import ResponseHead, forwardable, write_fields
 from vllmd.proxy.http import Request
 from vllmd.proxy.large import LARGE, in_large, in_turns, ruled_large
@@ -42,12 +43,16 @@ TOTAL_TOKENS = re.compile(rb'"total_tokens"\s*:\s*(\d{1,12})')
 IN_AND_OUT = [re.compile(rb'"%b_tokens"\s*:\s*(\d{1,12})' % which) for which in (b"input", b"output")]
 RESPONSE_ID = re.compile(rb'"id"\s*:\s*"(resp_[\w-]{1,128})"')
 RESPONSES_KEPT = 10_000
-# Words in the paths that change an engine's state, or show it whole: sleep, wake_up, collective_rpc, pause, ...
-FORBIDDEN = (
-    *("sleep", "wake", "rpc", "pause", "resume", "abort", "reset", "release", "weight", "elastic", "profile"),
-    *("shutdown", "restart", "config", "server_info", "unload", "load_lora", "flush", "update", "free", "interrupt"),
-    *("fault_tolerance", "adapters", "internal_state", "continue_generation", "models/load", "repository/"),
-)
+# What to ask a model that does not serve a route that other engines have.
+INSTEAD = {
+    "/completion": "POST /v1/completions",
+    "/infill": "POST /v1/completions, with the model's own marks of prefix and suffix",
+    "/apply-template": "POST /v1/chat/completions/render, or /tokenize with messages",
+    "/v1/chat/completions/input_tokens": "POST /tokenize with messages counts them",
+    "/v1/responses/input_tokens": "POST /tokenize with messages counts them",
+    "/props": "GET /v1/models tells what there is to tell of a model",
+    "/tokenizer_info": "GET /v1/models tells what there is to tell of a model",
+}
 REFUSALS = frozenset({502, 503, 504})  # of a replica: another one may serve
 TAIL = 1024  # bytes at an answer's end in which its usage is looked for
 OPENING = 8192  # bytes at an answer's beginning in which its id is looked for
@@ -59,11 +64,10 @@ quoted = lru_cache(maxsize=256)(quote)
 class Relay:
     """Serves the model routes."""
 
-    def __init__(self, gate: Gate, limits: Limits, doorkeeper: Authenticator | None = None) -> None:
+    def __init__(self, gate: Gate, limits: Limits) -> None:
         self.pool = Pool(limits)
         self.gate = gate
         self.limits = limits
-        self._doorkeeper = doorkeeper or AllowAll()
         self._responses: OrderedDict[str, tuple[str, str]] = OrderedDict()  # response id -> engine; model as asked for
 
     async def json(self, exchange: Exchange) -> None:
@@ -84,6 +88,13 @@ class Relay:
         if content_type.partition(";")[0].strip().lower() != "multipart/form-data":
             raise BadRequest("the Content-Type must be multipart/form-data")
         await self.serve(exchange, await in_turns(in_multipart(request.body, content_type)))
+
+    async def query(self, exchange: Exchange) -> None:
+        """A GET that asks about an engine; the query names the model, and does not go on with it."""
+        request = exchange.request
+        asked = Asked(request.query.get("model", ""), False, b"")
+        target = self.target(request, asked.model, request.path)
+        await self._send(exchange, UpstreamRequest(target, asked, request.path))
 
     async def response(self, exchange: Exchange) -> None:
         """``/v1/responses/{id}`` and below: the engine that made the response is the one that has it."""
@@ -106,21 +117,23 @@ class Relay:
         await self._send(exchange, UpstreamRequest(target, Asked("", False, request.body), path_at(target), path_at))
 
     async def upstream(self, exchange: Exchange) -> None:
-        """``/upstream/{model}/...``: the rest of an engine's own API, but nothing that changes its state."""
+        """``/upstream/{model}/...``: what the engine's kind lists of its own API, under the path as it came."""
         request = exchange.request
-        parts = request.params["rest"].split("/")
-        for cut in range(len(parts) - 1, 0, -1):
-            if sum(map(len, parts[:cut])) > LONGEST_NAME:
+        path = request.target[request.target.index("/upstream/") :].partition("?")[0]
+        segments = path.split("/")[2:]
+        for cut in range(len(segments) - 1, 0, -1):
+            if sum(map(len, segments[:cut])) > 3 * LONGEST_NAME:  # percent-encoded
                 continue
             try:
-                target = self.gate.resolve("/".join(parts[:cut]))
+                target = self.target(request, unquote("/".join(segments[:cut])), "")
             except (UnknownModel, BadRequest):
                 continue
-            rest = "/".join(parts[cut:])
-            if any(word in rest.lower() for word in FORBIDDEN):
-                raise Forbidden("vllmd alone may put engines to sleep, pause or change them")
-            path = _with_query(request, quoted(f"/{rest}"))
-            await self._send(exchange, UpstreamRequest(target, Asked("", False, request.body), path))
+            rest = segments[cut:]
+            if not allows(target.own_api, request.method, rest):
+                what = f"{request.method} /{unquote('/'.join(rest))} is not among what is passed on"
+                raise Forbidden(f"{what} to the engine of {target.model!r}: what changes it, vllmd does alone")
+            onward = _with_query(request, "/" + "/".join(rest))
+            await self._send(exchange, UpstreamRequest(target, Asked("", False, request.body), onward))
             return
         raise UnknownModel(f"no model's name begins {request.params['rest']!r}")
 
@@ -151,19 +164,26 @@ class Relay:
             loading.fail(error)
 
     def target(self, request: Request, name: str, route: str) -> Target:
-        """What ``name`` means to this client. Raises UnknownModel, BadRequest, Forbidden, NotFound."""
-        target = self.gate.resolve(name)
-        if not self._doorkeeper.may_use(request.key, target.model):
-            raise Forbidden(f"key {request.key!r} may not use the model {target.model!r}", param="model")
-        if target.routes is not None and route not in target.routes:
-            raise NotFound(f"the model {target.model!r} does not serve {route}")
+        """What ``name`` means to this client, who asks for ``route`` ("" for none of the public ones).
+
+        Raises UnknownModel, BadRequest, Forbidden, NotFound.
+        """
+        target = self.gate.resolve(name, request.caller)
+        request.caller.check(target.model, name)
+        if route and target.routes is not None and route not in target.routes:
+            where = INSTEAD.get(route, "")
+            raise NotFound(f"the model {target.model!r} does not serve {route}{where and '; ' + where}")
+        if target.names and name not in target.names:  # found by habit (``daemon.names``): say what was found
+            request.answer_fields = (*request.answer_fields, ("x-vllmd-model", quoted(target.model)))
         return target
 
     async def _deliver(
         self, exchange: Exchange, upstream_request: UpstreamRequest, loading: LoadingHeartbeat, only: str
     ) -> None:
         """Through the gate and on, until an engine has answered. Raises VllmdError."""
-        acquiring = self.gate.acquire(upstream_request.target.model, exchange.request.key, exchange.ticket, only)
+        acquiring = self.gate.acquire(
+            upstream_request.target.model, exchange.request.key, exchange.ticket, only, upstream_request.asked.body
+        )
         while True:
             permit = await self._admitted(acquiring, loading)
             try:
@@ -400,6 +420,7 @@ def total_tokens(tail: bytes) -> int | None:
     return int(told[1]) if told else None
 
 
-def _in_and_out(tail: bytes, start: int) -> int:
-    """Anthropic's usage, which has no total; the last one is that of the whole answer."""
-    return sum(int(told[-1]) for which in IN_AND_OUT if (told := which.findall(tail, start)))
+def _in_and_out(tail: bytes, start: int) -> int | None:
+    """Anthropic's usage, which has no total; the last one is that of the whole answer, if it has both."""
+    told = [which.findall(tail, start) for which in IN_AND_OUT]
+    return sum(int(numbers[-1]) for numbers in told) if all(told) else None

@@ -78,6 +78,11 @@ class FarEnd(asyncio.Protocol):
         if not self._transport.is_closing():
             self._transport.write(data)
 
+    def take(self, data: bytes) -> None:
+        """The client's bytes once it may speak."""
+        self._exchange.received += len(data)
+        self.send(data)
+
     def open(self) -> None:
         """The client knows: pass on what came along with the head, and whatever comes."""
         early, self._early = self._early, b""
@@ -134,7 +139,7 @@ class Tunnels:
             exchange.keep_alive = False
             agreed = await self._agreed(far, describe(permit.upstream))
             exchange.start(101, with_fields(agreed, [("x-request-id", exchange.request.id)]))
-            exchange.upgrade(far.send)
+            exchange.upgrade(far.take)
             far.open()
             await asyncio.wait([far.closed])
             exchange.finish()
