@@ -20,9 +20,8 @@
     adoption         engines found running when the daemon starts
     device_watch     asks which devices there are until that is known, and again when the kernel speaks of them
     memory           samples of the devices, and whether freed memory came back
-    specs            a configured model as the core sees it
+    specs            configured models as the core sees them
     names            what a client calls a model -> the model
-    roster           models and their replicas, as operators name and see them
     control          what the admin endpoints may do; runtime_models: models added over the API
       probing          replicas are asked a short question by an operator: which answers first
       instances        M's start on a GPU of the caller's choice
