@@ -60,6 +60,7 @@ class RuntimeEnvironment:
     launcher: str = ""  # socket path; "" makes a private launcher that takes its engines along
     run_dir: Path = Path("/run/vllmd-engine")
     home: Path | None = None  # of the engines
+    homes: Path | None = None  # where those of models with a user of their own are
     cache: Path | None = None
     logs: Path | None = None
     activated: bool = False  # listeners came from systemd: exit when idle
