@@ -45,8 +45,6 @@ ENDS_KEPT = 256  # of engines that nobody here knows
 WHOLE_LOG = 1000  # lines asked for of an engine that has just begun: all of them
 
 Usual = Callable[[str, str], float]  # replica, kind of ``core.costs`` -> the seconds that it usually takes, 0: unknown
-    [str, str], float
-]  # replica, kind of ``core.costs`` -> the seconds that it usually takes, 0 if unknown
 Post = Callable[[events.Event], None]
 
 
