@@ -60,6 +60,7 @@ class RuntimeEnvironment:
     launcher: str = ""  # socket path; "" makes a private launcher that takes its engines along
     run_dir: Path = Path("/run/vllmd-engine")
     home: Path | None = None  # of the engines
+    homes: Path | None = None  # where those of models with a user of their own are
     cache: Path | None = None
     logs: Path | None = None
     activated: bool = False  # listeners came from systemd: exit when idle
@@ -109,6 +110,8 @@ class Daemon:
         self.admission_gate.configure(self.config.models, self.engines)
         self.control.runtime_models.listen = addresses(listeners.get("http", ()))
         self.listeners = Listeners(self.config, self.admission_gate, self.control, listeners)
+        self.listeners.on_outcome = self._outcome
+        self.admission_gate.on_unreached = lambda engine: self.engine_manager.answered(engine, 0, failed=True)
         self._on_signals()
         self.listeners.open()
         self.notify.ready("looking for devices and engines")
@@ -180,6 +183,12 @@ class Daemon:
     def _where(self, model: str) -> Listen | None:
         process = self.engine_manager.processes.get(model)
         return process.listen if process else None
+
+    def _outcome(self, model: str, status: int, failed: bool) -> None:
+        """What became of a request; of several replicas the scheduler itself judges."""
+        config = self.config.models.get(model)
+        if self.opened.is_set() and config and not config.replicas:
+            self.engine_manager.answered(model, status, failed=failed)
 
     # -- chores ----------------------------------------------------------------------------
 
