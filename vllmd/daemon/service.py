@@ -254,6 +254,10 @@ class Daemon:
         """Whether a model is to be loaded, by request or by an operator's word."""
         return any(view.waiting_for for view in self.dispatcher.scheduler.snapshot(self.dispatcher.now()).models)
 
+    def _drained(self) -> bool:
+        """Whether an operator has taken a device out of use, which nobody but us remembers."""
+        return any(device.drained for device in self.dispatcher.scheduler.snapshot(self.dispatcher.now()).devices)
+
     def _say_status(self) -> None:
         status = self.status_line()
         if status != self._status:
@@ -285,6 +289,7 @@ class Daemon:
             or self.admission_gate.open
             or self.listeners.connections
             or self._awaited()
+            or self._drained()
         )
         if busy:
             self._idle_since = time.monotonic()
