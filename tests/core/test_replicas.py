@@ -214,6 +214,24 @@ def test_S_latency_growing_rate_a_slow_one_is_set_aside_and_comes_back() -> None
     assert standing(w, "m@1") == "serving"
 
 
+def test_one_late_answer_is_no_outlier() -> None:
+    """A long prompt begins late anywhere: it takes three in a row."""
+    w = serving(2)
+    for n in range(3):
+        for name, other in (("m@1", "m@2"), ("m@2", "m@1")):
+            w.do(RequestArrived(f"{name} {n}", "m", avoid=frozenset({other})))
+            w.now += 0.2
+            w.do(RequestAnswered(f"{name} {n}"))
+            w.finish(f"{name} {n}")
+    for n in range(3):
+        assert standing(w, "m@1") == "serving", f"after {n} late answers"
+        w.do(RequestArrived(f"late {n}", "m", avoid=frozenset({"m@2"})))
+        w.now += 50.0
+        w.do(RequestAnswered(f"late {n}"))
+        w.finish(f"late {n}")
+    assert standing(w, "m@1") == "slow"
+
+
 def test_streams_and_whole_answers_are_not_held_against_each_other() -> None:
     """A whole answer begins when it is made, a stream long before: the one that has only streams is not faster."""
     w = serving(2)
