@@ -38,7 +38,7 @@ from vllmd.core.commands import Command
 from vllmd.core.costs import CostBook
 from vllmd.core.events import EngineReady, Event, RequestArrived, RequestFinished
 from vllmd.core.scheduler import Scheduler
-from vllmd.core.types import Device, Footprint, IdleRules, ModelSpec, Settings
+from vllmd.core.types import Device, Footprint, IdleRules, ModelSpec, Settings, single
 from vllmd.simulate.physics import Physics
 from vllmd.simulate.report import Figures
 from vllmd.simulate.trace import Row
@@ -125,7 +125,7 @@ def specs(weights: Mapping[str, int], sleeps: bool = True, spans: Mapping[str, i
     """Models by gigabytes of weights; 5 % and 2 GB more on the device, 1 GB of it kept by a sleeper."""
     spans = spans or {}
     return [
-        ModelSpec(
+        single(
             name=name,
             footprint=_footprint(size, spans.get(name, 1), sleeps),
             weights=size * GB,

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -563,3 +564,27 @@ async def engine_asked(rig: Rig) -> None:
     """Until the launcher has started the engine and it was asked something."""
     await rig.launcher.started.wait()
     await rig.engine.was_asked.wait()
+
+
+def test_an_engine_that_is_renamed_answers_by_its_new_name(tmp_path: Path) -> None:
+    """Its model got replicas while it started: the start goes on, and a later daemon finds it by the new name."""
+
+    async def story(rig: Rig) -> None:
+        rig.launcher.held_up = asyncio.Event()
+        await rig.start()
+        await soon(rig.launcher.ordered.wait())
+        rig.engine_manager.configure({"m@1": replace(rig.model, name="m@1", replica_of="m")}, {})
+        rig.engine_manager.rename(commands.RenameReplica("m", "m@1"))
+        rig.launcher.held_up.set()
+        ready = await rig.event()
+        assert isinstance(ready, events.EngineReady)
+        assert ready.replica == "m@1"
+        rig.engine_manager.rename(commands.RenameReplica("m@1", "m@blue"))
+        await rig.nothing_more()
+        assert rig.launcher.notes[rig.instance]["model"] == "m@blue"
+        rig.launcher.exit(rig.instance, 1)
+        gone = await rig.event()
+        assert isinstance(gone, events.EngineExited)
+        assert gone.replica == "m@blue"
+
+    tell(story, tmp_path)

@@ -19,9 +19,8 @@
       engine_process   one engine and what is known of it; ports for those without Unix sockets
     adoption         engines found running when the daemon starts
     memory           samples of the devices, and whether freed memory came back
-    specs            a configured model as the core sees it
+    specs            configured models as the core sees them
     names            what a client calls a model -> the model
-    roster           models and their replicas, as operators name and see them
     control          what the admin endpoints may do; runtime_models: models added over the API
       probing          replicas are asked a short question by an operator: which answers first
       instances        M's start on a GPU of the caller's choice

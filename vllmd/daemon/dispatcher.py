@@ -45,6 +45,7 @@ class Dispatcher:
             commands.StopEngine: engine_manager.stop,
             commands.ProveFreeze: engine_manager.prove_freeze,
             commands.ProbeReplica: engine_manager.probe,
+            commands.RenameReplica: engine_manager.rename,
             commands.Admit: admission_gate.admit,
             commands.Reject: admission_gate.reject,
             commands.CutRequest: admission_gate.cut,
@@ -105,8 +106,10 @@ class Dispatcher:
     def _record(self, command: commands.Record) -> None:
         decision = command.decision
         numbers = {f"VLLMD_{key.upper()}": value for key, value in decision.numbers.items()}
-        fields = {"MODEL": decision.model, "DECISION": decision.what, **numbers}
-        log.info("%s: %s: %s", decision.model, decision.what, decision.why, extra={"journal": fields})
+        replica = {"VLLMD_REPLICA": decision.replica} if decision.replica else {}
+        fields = {"MODEL": decision.model, "DECISION": decision.what, **replica, **numbers}
+        about = decision.replica or decision.model
+        log.info("%s: %s: %s", about, decision.what, decision.why, extra={"journal": fields})
         self.on_decision(decision)
 
     def close(self) -> None:

@@ -81,36 +81,36 @@ class EngineManager:
             process, order = self._launch_planner.prepare(command)
         except VllmdError as error:
             permanent = isinstance(error, ConfigError)
-            self._post(events.EngineStartFailed(command.model, error.message, permanent=permanent))
+            self._post(events.EngineStartFailed(command.replica, error.message, permanent=permanent))
             return
         except Exception as error:  # a defect must not leave the model starting for ever
-            log.exception("%s: cannot be started", command.model)
-            why = f"{command.model}: internal error: {type(error).__name__}: {error}"
-            self._post(events.EngineStartFailed(command.model, why))
+            log.exception("%s: cannot be started", command.replica)
+            why = f"{command.replica}: internal error: {type(error).__name__}: {error}"
+            self._post(events.EngineStartFailed(command.replica, why))
             return
-        self.processes[command.model] = process
+        self.processes[command.replica] = process
         work = self._start(process, order) if order else self._reach(process)
-        self._run(process, work, lambda why: events.EngineStartFailed(command.model, why))
+        self._run(process, work, lambda why: events.EngineStartFailed(process.name, why))
 
     def wake(self, command: commands.WakeEngine) -> None:
         """Begin a wake; ends in EngineAwake or EngineWakeFailed."""
-        process = self.processes[command.model]
+        process = self.processes[command.replica]
         self._run(
-            process, self._sleeps.wake(process, command.level), lambda why: events.EngineWakeFailed(command.model, why)
+            process, self._sleeps.wake(process, command.level), lambda why: events.EngineWakeFailed(process.name, why)
         )
 
     def sleep(self, command: commands.SleepEngine) -> None:
         """Begin a sleep; ends in EngineAsleep or EngineSleepFailed."""
-        process = self.processes[command.model]
+        process = self.processes[command.replica]
         self._run(
-            process, self._sleeps.sleep(process, command), lambda why: events.EngineSleepFailed(command.model, why)
+            process, self._sleeps.sleep(process, command), lambda why: events.EngineSleepFailed(process.name, why)
         )
 
     def stop(self, command: commands.StopEngine) -> None:
         """Begin a stop, whatever else is under way; ends in EngineStopped."""
-        process = self.processes.get(command.model)
+        process = self.processes.get(command.replica)
         if process is None:
-            self._post(events.EngineStopped(command.model))
+            self._post(events.EngineStopped(command.replica))
             return
         overruled = process.task
         if overruled:
@@ -118,61 +118,70 @@ class EngineManager:
         self._run(
             process,
             self._stop(process, overruled, kill=command.kill),
-            lambda why: events.EngineStopped(command.model),
+            lambda why: events.EngineStopped(process.name),
         )
 
     def prove_freeze(self, command: commands.ProveFreeze) -> None:
         """Freeze a request of our own and see it complete; ends in FreezeProved."""
-        process = self.processes[command.model]
+        process = self.processes[command.replica]
         self._run(
-            process, self._sleeps.prove_freeze(process), lambda why: events.FreezeProved(command.model, survived=False)
+            process, self._sleeps.prove_freeze(process), lambda why: events.FreezeProved(process.name, survived=False)
         )
 
     def probe(self, command: commands.ProbeReplica) -> None:
         """Ask a replica a short question; ends in ReplicaProbed."""
-        process = self.processes.get(command.model)
+        process = self.processes.get(command.replica)
         if process is None:
             self._post(events.ReplicaProbed(command.request, None, "its engine is gone"))
         else:
             self.spawn(self._probe(process, command))
 
+    def rename(self, command: commands.RenameReplica) -> None:
+        """Its model has got replicas, or lost them: whatever is under way goes on, and ends by the new id."""
+        if command.replica in self.last_start:
+            self.last_start[command.now] = self.last_start.pop(command.replica)
+        process = self.processes.pop(command.replica, None)
+        if process:
+            process.model = self._launch_planner.renamed(process.model, command.now)
+            self.processes[command.now] = process
+            self.spawn(self.annotate(process, model=command.now))
+
     # -- the tasks -----------------------------------------------------------------------
 
     async def _start(self, process: EngineProcess, order: StartOrder) -> events.Event:
-        name = process.model.name
         process.ordered = asyncio.ensure_future(self._launcher.start(order))
         try:
             process.running = await asyncio.shield(process.ordered)
         except LauncherFailed as error:
             self._forget(process)
             reason = with_hint(error.message, process.engine.failure([error.message]).hint)
-            return events.EngineStartFailed(name, reason, permanent=getattr(error, "permanent", False))
+            return events.EngineStartFailed(process.name, reason, permanent=getattr(error, "permanent", False))
         process.listen = replace(process.listen, owner=process.running.uid)
-        log.info("%s: started as pid %d in %s", name, process.running.pid, process.running.unit, extra=of(process))
+        pid, unit = process.running.pid, process.running.unit
+        log.info("%s: started as pid %d in %s", process.name, pid, unit, extra=of(process))
         await self.follow(process)
         return await self.await_ready(process)
 
     async def _reach(self, process: EngineProcess) -> events.Event:
         """A server that is not ours has started when it answers; from then on it is watched."""
-        name = process.model.name
         if failure := await call(process, process.engine.ready(process.model)):
             self._forget(process)
-            return events.EngineStartFailed(name, failure)
+            return events.EngineStartFailed(process.name, failure)
         process.phase, process.ready_after = Progress("ready"), time.monotonic() - process.started
         self.spawn(self._watch(process))
-        log.info("%s: %s answers", name, describe(process.listen), extra=of(process))
-        return events.EngineReady(name, None)
+        log.info("%s: %s answers", process.name, describe(process.listen), extra=of(process))
+        return events.EngineReady(process.name, None)
 
     async def _watch(self, process: EngineProcess) -> None:
         """Tell when a server that is not ours has stopped answering; nobody else would.
 
         One that nobody listens for is gone at once; one that only does not answer gets ``SILENCE`` seconds.
         """
-        silent_since, looks, name = 0.0, 0, process.model.name
+        silent_since, looks = 0.0, 0
         limit = min(PROBE, 2 * process.watch)
         while True:
             await asyncio.sleep(process.watch)
-            if self.processes.get(name) is not process:
+            if self.processes.get(process.name) is not process:
                 return
             failure, refused = await looked_at(process, limit)
             if not failure:
@@ -180,12 +189,12 @@ class EngineManager:
                 continue
             looks, silent_since = looks + 1, silent_since if looks else time.monotonic()
             if looks == 1:
-                self._post(events.ServerSilent(name, failure))
+                self._post(events.ServerSilent(process.name, failure))
             if looks >= WATCH_FAILURES and (refused or time.monotonic() - silent_since >= SILENCE):
                 break
-        if self.processes.get(name) is process and process.task is None:
+        if self.processes.get(process.name) is process and process.task is None:
             self._forget(process)
-            self._post(events.EngineExited(name, f"it is gone: {failure}"))
+            self._post(events.EngineExited(process.name, f"it is gone: {failure}"))
 
     async def _probe(self, process: EngineProcess, command: commands.ProbeReplica) -> None:
         seconds, why = await asked(process, command.limit)
@@ -215,16 +224,15 @@ class EngineManager:
         return await self._start_failed(process, how_it_ended(process.report))
 
     async def _is_ready(self, process: EngineProcess) -> events.Event:
-        name = process.model.name
         await self._warm_up(process)
-        process.ready_after = self.last_start[name] = time.monotonic() - process.started
+        process.ready_after = self.last_start[process.name] = time.monotonic() - process.started
         process.phase = Progress("ready")
         if not process.file:
             await self._launcher.unfollow(process.instance)
         await self.annotate(process, state="ready", level="0")
         held = {} if process.self_managed else await self._memory.held(process)
-        log.info("%s: ready after %.1f s", name, process.ready_after, extra=of(process))
-        return events.EngineReady(name, _measured(process.engine.footprint(list(process.lines)), held))
+        log.info("%s: ready after %.1f s", process.name, process.ready_after, extra=of(process))
+        return events.EngineReady(process.name, _measured(process.engine.footprint(list(process.lines)), held))
 
     async def _start_failed(self, process: EngineProcess, what: str) -> events.Event:
         failure = process.engine.failure([*process.lines, *process.last_lines()])

@@ -49,6 +49,11 @@ class EngineProcess:
     ending: bool = False  # it was told to go
     listeners: set[asyncio.Queue[str]] = field(default_factory=set)
 
+    @property
+    def name(self) -> str:
+        """The id of its replica; it changes when the model gets replicas, or loses them: ask when you need it."""
+        return self.model.name
+
     def reason(self) -> str:
         """Why it is gone, with its last words where they are at hand."""
         lines, how = self.last_lines(), how_it_ended(self.report)
@@ -64,12 +69,24 @@ class EngineProcess:
 def of(process: EngineProcess) -> dict[str, dict[str, str]]:
     """The journal fields that say which engine a record is about."""
     unit = {"VLLMD_UNIT": process.running.unit} if process.running else {}
-    return {"journal": {"MODEL": process.model.name, **unit}}
+    model = process.model.replica_of or process.name
+    replica = {"VLLMD_REPLICA": process.name} if process.name != model else {}
+    return {"journal": {"MODEL": model, **replica, **unit}}
 
 
 def fingerprint(model: ModelConfig) -> str:
     """What of a model's settings its engine depends on; another value means another engine."""
+    return _fingerprint(model, model.replica_of or model.name)
+
+
+def noted_by_older(model: ModelConfig) -> str:
+    """The fingerprint as versions up to 0.1.0 noted it, which knew each replica but the first by its own name."""
+    return _fingerprint(model, model.name)
+
+
+def _fingerprint(model: ModelConfig, name: str) -> str:
     parts = {key: value for key, value in asdict(model).items() if key not in _NOT_THE_ENGINES}
+    parts["name"] = name
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +59,17 @@ class LaunchPlanner:
         """Start engines by these settings from now on. ``kv_caches``: bytes per device, by model; 0: its own choice."""
         self._models, self._kv_caches = models, kv_caches
 
+    def renamed(self, model: ModelConfig, name: str) -> ModelConfig:
+        """The settings of an engine whose replica is called something else now."""
+        known = self._models.get(name)
+        return replace(model, name=name, replica_of=known.replica_of if known else model.replica_of)
+
     def prepare(self, command: commands.StartEngine) -> tuple[EngineProcess, StartOrder | None]:
         """Everything a start needs, decided before anything is done. Raises ConfigError.
 
         No order comes with a server that is not ours to start.
         """
-        model = self._models[command.model]
+        model = self._models[command.replica]
         engine = self._engine_of(model)
         instance = instance_name(model.name)
         run_dir = self._paths.run / instance
@@ -93,7 +98,7 @@ class LaunchPlanner:
             device_memory=min((device.memory for device in devices), default=0),
             port=self._ports.reserve(),
             device_files=self._memory.files_of(command.placement),
-            kv_cache=self._kv_caches.get(command.model, 0),
+            kv_cache=self._kv_caches.get(command.replica, 0),
             key=self.keys.of(run_dir.name),
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from vllmd.config.types import ModelConfig
 from vllmd.errors import BadRequest, UnknownModel
@@ -36,6 +36,21 @@ class Names:
                 f"model {name!r} could be any of: {', '.join(candidates)}; name one of them", param="model"
             )
         raise UnknownModel(self._unknown(name), param="model")
+
+    def with_replica(self, name: str, engines: Mapping[str, ModelConfig]) -> str:
+        """The configured name of a model, or the id of a replica. ``engines``: all there are, by id.
+
+        A replica may also be called ``ALIAS@2``, or by the end of its model's name. Raises as ``resolve`` does.
+        """
+        if name in engines and engines[name].replica_of:
+            return name
+        short, _, label = name.rpartition("@")
+        try:
+            return self.resolve(name)
+        except UnknownModel:
+            if not short or (known := f"{self.resolve(short)}@{label}") not in engines:
+                raise
+            return known
 
     def _unknown(self, name: str) -> str:
         if not self._exact:

@@ -87,7 +87,7 @@ def say(prospects: Sequence[Prospect], machine: Machine) -> None:
     """Into the log: the arithmetic of every model, then what is doubtful, then what is wrong."""
     for each in prospects:
         log.info("%s: expected to take %s per device: %s", each.model.name, size(each.told.footprint.awake),
-                 each.told.why, extra={"journal": {"MODEL": each.model.name}})  # fmt: skip
+                 each.told.why, extra={"journal": {"MODEL": each.model.replica_of or each.model.name}})  # fmt: skip
     for doubt in doubtful(prospects, machine):
         log.warning("%s", doubt)
     for mistake in wrong(prospects):

@@ -29,13 +29,12 @@ class Sleeps:
 
     async def sleep(self, process: EngineProcess, command: commands.SleepEngine) -> events.Event:
         """Its own work finished, then its calls; memory that did not come back is a failure."""
-        name = process.model.name
         await finish_work(process)
         before = await self._memory.held(process)
         await self._annotate(process, state="falling_asleep", level=str(command.level))
         failure = await call_all(process, process.engine.sleep(command.level, freeze=command.freeze))
         if failure:
-            return events.EngineSleepFailed(name, failure)
+            return events.EngineSleepFailed(process.name, failure)
         after = await self._memory.settled(process, before)
         freed = {index: before[index] - after[index] for index in before if index in after}
         if process.self_managed:  # what it had is not what it may take, so what came back tells nothing
@@ -43,23 +42,21 @@ class Sleeps:
         if freed and max(before.values()) > TOLERANCE > max(freed.values()):
             held = ", ".join(f"{size >> 20} MiB on device {index}" for index, size in after.items())
             why = f"it says that it sleeps, but {RETURN_LIMIT:g} s later it still holds {held}"
-            return events.EngineSleepFailed(name, why)
+            return events.EngineSleepFailed(process.name, why)
         await self._annotate(process, state="sleeping", level=str(command.level))
-        return events.EngineAsleep(name, command.level, freed)
+        return events.EngineAsleep(process.name, command.level, freed)
 
     async def wake(self, process: EngineProcess, level: int) -> events.Event:
         """Its calls, in order."""
-        name = process.model.name
         await self._annotate(process, state="waking", level=str(level))
         failure = await call_all(process, process.engine.wake(level))
         if failure:
-            return events.EngineWakeFailed(name, failure)
+            return events.EngineWakeFailed(process.name, failure)
         await self._annotate(process, state="ready", level="0")
-        return events.EngineAwake(name)
+        return events.EngineAwake(process.name)
 
     async def prove_freeze(self, process: EngineProcess) -> events.Event:
         """The same greedy request twice, once with a sleep and a wake in its middle: the answers must be equal."""
-        name = process.model.name
         body = {"model": process.engine.served_name(process.model), "prompt": "Count: one, two, three,",
                 "max_tokens": FREEZE_TOKENS, "temperature": 0, "ignore_eos": True}  # fmt: skip
         began = time.monotonic()
@@ -72,8 +69,10 @@ class Sleeps:
         failure = asleep or await call_all(process, process.engine.wake(1))
         answer = None if failure else await frozen
         survived = amid and answer is not None and answer == undisturbed
-        log.info("%s: a frozen request %s", name, "survived" if survived else "did not survive", extra=of(process))
-        return events.FreezeProved(name, survived)
+        log.info(
+            "%s: a frozen request %s", process.name, "survived" if survived else "did not survive", extra=of(process)
+        )
+        return events.FreezeProved(process.name, survived)
 
 
 async def finish_work(process: EngineProcess) -> None:

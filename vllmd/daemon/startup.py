@@ -14,7 +14,7 @@ from vllmd.config.types import Config, ModelConfig
 from vllmd.core import events
 from vllmd.core.costs import CostBook
 from vllmd.core.scheduler import Scheduler
-from vllmd.core.types import ModelSpec, Settings
+from vllmd.core.types import ModelSpec, ReplicaSpec, Settings, renamed
 from vllmd.daemon import discovery
 from vllmd.daemon.adoption import adopt_all
 from vllmd.daemon.dispatcher import Dispatcher
@@ -26,7 +26,7 @@ from vllmd.daemon.memory import Memory
 from vllmd.daemon.ports import PortPool
 from vllmd.daemon.preflight import Machine, Prospect, look, say
 from vllmd.daemon.service import Daemon, RuntimeEnvironment
-from vllmd.daemon.specs import spec_of
+from vllmd.daemon.specs import model_spec, replica_spec
 from vllmd.errors import LauncherFailed
 from vllmd.gpu import Devices, NoDevices, in_thread, open_devices
 from vllmd.launcher.client import LauncherClient
@@ -79,7 +79,7 @@ def make_scheduler(daemon: Daemon, prospects: list[Prospect]) -> Scheduler:
     """The core with the models, the devices and what was learnt."""
     config = daemon.config
     settings = Settings(config.policy, host_budget(config), config.server.queue_limit)
-    costs, specs = CostBook.from_dict(daemon.learnt.costs), specs_of(prospects)
+    costs, specs = CostBook.from_dict(daemon.learnt.costs), specs_of(config.models, prospects)
     daemon.control.configure(specs)
     return Scheduler(specs, daemon.memory.inventory, settings, costs)
 
@@ -93,9 +93,13 @@ def expect(daemon: Daemon, models: Mapping[str, ModelConfig]) -> list[Prospect]:
     return prospects
 
 
-def specs_of(prospects: list[Prospect]) -> list[ModelSpec]:
+def specs_of(models: Mapping[str, ModelConfig], prospects: list[Prospect]) -> list[ModelSpec]:
     """What the core knows of the models."""
-    return [spec_of(each.model, each.engine, each.told) for each in prospects]
+    engines: dict[str, list[ReplicaSpec]] = {}
+    for each in prospects:
+        name = each.model.replica_of or each.model.name
+        engines.setdefault(name, []).append(replica_spec(each.model, each.engine, each.told))
+    return [model_spec(models[name], replicas) for name, replicas in engines.items()]
 
 
 def hf_home(runtime: RuntimeEnvironment) -> Path:
@@ -153,17 +157,32 @@ def kv_caches(prospects: list[Prospect]) -> dict[str, int]:
     return {each.model.name: each.told.kv_cache for each in prospects}
 
 
+def renamed_engines(engines: Mapping[str, ModelConfig], before: Mapping[str, ModelConfig]) -> dict[str, str]:
+    """The new and the old id of each engine that goes on by another one, as the core has it."""
+    now, was = _ids(engines), _ids(before)
+    pairs = (renamed(was[name], now[name]) for name in now if name in was)
+    return {pair[1]: pair[0] for pair in pairs if pair}
+
+
+def _ids(engines: Mapping[str, ModelConfig]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, engine in engines.items():
+        found.setdefault(engine.replica_of or name, []).append(name)
+    return found
+
+
 async def take(daemon: Daemon, config: Config) -> dict[str, Any]:
     """Go on with another configuration; engines are stopped only where their own settings changed."""
     engines, before = engines_of(config.models), daemon.engines
     prospects = await asyncio.to_thread(expect, daemon, engines)
     was, repaired = daemon.config.models, bool(daemon.broken)
-    kept = engines.keys() & before.keys()
-    changed = {name for name in kept if fingerprint(engines[name]) != fingerprint(before[name])}
+    known = {**{name: name for name in before}, **renamed_engines(engines, before)}
+    kept = {name: known[name] for name in engines if name in known}
+    changed = {name for name, old in kept.items() if fingerprint(engines[name]) != fingerprint(before[old])}
     added, removed = sorted(config.models.keys() - was.keys()), sorted(was.keys() - config.models.keys())
     daemon.accept(config)
     daemon.engine_manager.configure(engines, kv_caches(prospects))
-    specs = specs_of(prospects)
+    specs = specs_of(config.models, prospects)
     daemon.control.configure(specs)
     daemon.dispatcher.post(events.ModelsChanged(tuple(specs), frozenset(changed)))
     if repaired:
