@@ -80,7 +80,7 @@ class Variant:
         """The priors' own machine, one that is ten times faster, or stand-in engines for the batch."""
         physics = Physics(seed=seed)
         if self.quick:
-            table = {m.name: {k: physics.mean(m, k) / 10 for k in KINDS} for m in models}
+            table = {r.id: {k: physics.mean(r, k) / 10 for k in KINDS} for m in models for r in m.replicas}
             return replace(physics, measured=table)
         if "batch" in self.kind:
             fast = {"start": 0.25, "stop": 0.1, "wake1": 0.06, "wake2": 0.12, "sleep1": 0.06, "sleep2": 0.06}
@@ -148,9 +148,9 @@ def run(scenario: Scenario, variant: Variant, policy: str, seed: int) -> Figures
     """One policy over one trace."""
     models = specs(scenario.weights, variant.sleeps, scenario.spans)
     if variant.kind == "busy batch":
-        models = [replace(m, drain_limit=2.0) for m in models]
+        models = [replace(m, replicas=(replace(m.replicas[0], drain_limit=2.0),)) for m in models]
     if variant.kind == "day":
-        models = [replace(m, idle=IdleRules()) for m in models]
+        models = [replace(m, replicas=(replace(m.replicas[0], idle=IdleRules()),)) for m in models]
     name, _, freeze = policy.partition("+")
     physics = variant.physics(seed, models)
     cold = not variant.sleeps or "batch" in variant.kind
@@ -169,10 +169,10 @@ def run(scenario: Scenario, variant: Variant, policy: str, seed: int) -> Figures
 def learnt(models: Iterable[ModelSpec], physics: Physics) -> CostBook:
     """What a daemon knows that has run here for long."""
     book = CostBook()
-    for m in models:
-        costs = book.open(m)
+    for r in [r for m in models for r in m.replicas]:
+        costs = book.open(r)
         for kind in KINDS:
-            costs.observe(kind, physics.mean(m, kind))
+            costs.observe(kind, physics.mean(r, kind))
     return book
 
 

@@ -164,14 +164,14 @@ class CostBook:
 
     def __init__(self) -> None:
         self._replicas: dict[str, Costs] = {}
+        self._calibrations: dict[str, Calibration] = {}  # by engine kind
         self._learnt: dict[str, Mapping[str, Any]] = {}
 
     def open(self, spec: ReplicaSpec) -> Costs:
         """The figures of a replica. What was measured of a differently configured one is forgotten."""
         costs = self._replicas.get(spec.id)
         if costs is None:
-            weights = (spec.weights or spec.footprint.awake) / GB
-            costs = self._replicas[spec.id] = self._restored(spec.id, weights)
+            costs = self._replicas[spec.id] = self._restored(spec)
         of = _fingerprint(spec)
         if costs.of != of:
             costs.footprint, costs.asked, costs.of = None, 0, of
@@ -182,15 +182,17 @@ class CostBook:
         if name in self._replicas:
             self._replicas[now] = self._replicas.pop(name)
 
-    def _restored(self, name: str, weights: float) -> Costs:
-        costs = Costs(weights)
-        learnt = self._learnt.pop(name, None)
+    def _restored(self, spec: ReplicaSpec) -> Costs:
+        weights = (spec.weights or spec.footprint.awake) / GB
+        calibration = self._calibrations.setdefault(spec.engine, Calibration())
+        costs = Costs(weights, spec.start_time, calibration)
+        learnt = self._learnt.pop(spec.id, None)
         if learnt is None:
             return costs
         try:
             costs.restore(learnt)
         except (ValueError, TypeError, KeyError, AttributeError):
-            return Costs(weights)  # a damaged cache is no cache
+            return Costs(weights, spec.start_time, calibration)  # a damaged cache is no cache
         return costs
 
     def __iter__(self) -> Iterator[str]:

@@ -182,6 +182,7 @@ class EngineTable:
         """It sleeps: the ledger has back what came free, as measured or as expected."""
         self._learn_time(m)
         self._move(m, Step.ASLEEP)
+        m.displaced = m.leave is not None and m.leave.cause == "exchange"
         m.level, m.leave = level, None
         if m.health:
             m.health.engine_left()
