@@ -35,11 +35,12 @@ class Item(NamedTuple):
 def assign(items: tuple[Item, ...], sizes: tuple[tuple[int, int], ...]) -> Places | None:
     """Devices for each of the items, none of them over its size (bytes by device); None: not found, or there is none.
 
-    Assignments with few moves are looked for first: nobody moves, one does, two do.
+    Assignments with few moves are looked for first: nobody moves, one does, two do. Of those as large, the ones
+    that come first keep their places first.
     """
     if sum(item.need * item.span for item in items) > sum(size for _, size in sizes):
         return None
-    ordered = sorted(items, key=lambda item: (-item.need * item.span, item.name))
+    ordered = sorted(items, key=lambda item: -item.need * item.span)
     for most in (0, 1, 2, len(items)):
         found = _Search(ordered, dict(sizes), most).run()
         if found is not None or most >= len(items):

@@ -186,7 +186,8 @@ class Exchanges:
 def _leave(m: Replica, way: Way, plan: Plan, now: float) -> Leave:
     freeze_at = now + plan.drain if way.level else INFINITY
     cut_at = now + m.spec.drain_limit if m.spec.drain_limit is not None else INFINITY
-    return Leave(way.level, "exchange", f"to make room for {plan.target}: {plan.why}", freeze_at, cut_at)
+    goal = "to start on another device" if m.id == plan.target else f"to make room for {plan.target}"
+    return Leave(way.level, "exchange", f"{goal}: {plan.why}", freeze_at, cut_at)
 
 
 def _wanted(m: Replica, ex: Exchange) -> bool:

@@ -133,8 +133,9 @@ def tidy(s: Situation) -> Plan | None:
         for index in r.devices:
             if index in sizes:
                 sizes[index] += frees
+    used.sort(key=lambda r: (r.asleep, r.model))  # whoever serves rather stays than who sleeps
     items = [Item(r.model, r.need, r.allowed, len(r.devices), r.devices) for r in used]
-    places = assign(tuple(sorted(items)), tuple(sorted(sizes.items())))
+    places = assign(tuple(items), tuple(sorted(sizes.items())))
     if places is None:
         return None
     for r in sorted(used, key=lambda r: (not r.displaced, r.model)):
