@@ -10,7 +10,7 @@ import pytest
 from tests.core.helpers import NEVER, PAIR, model
 from tests.core.world import World
 from vllmd.core.baselines import ALL
-from vllmd.core.commands import SleepEngine, StartEngine, StopEngine, WakeEngine
+from vllmd.core.commands import SleepEngine, StartEngine, StopEngine
 from vllmd.core.events import EngineAdopted
 from vllmd.core.policies import Adaptive, Lru
 from vllmd.core.policy import Plan, Policy, Situation
@@ -40,7 +40,7 @@ def test_a_sleeper_beside_a_busy_model_starts_where_there_is_room(policy: str) -
     w.pass_time(20.0)
     commands = [*w.ask("r", "c"), *w.pass_time(23.0)]
     assert commands == [StopEngine("c", commands[0].reason, False)]  # type: ignore[union-attr]
-    assert [c for c in w.answer("c") if isinstance(c, StartEngine)][0].placement.devices == (1,)
+    assert next(c for c in w.answer("c") if isinstance(c, StartEngine)).placement.devices == (1,)
     w.answer("c")
     assert w.running["r"] == "c" and w.running["long"] == "a"
 
