@@ -90,7 +90,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         f"{ENGINE_ARGS}::test_L_a_name_that_vllm_does_not_have",
         f"{ENGINE_ARGS}::test_L_a_value_of_the_wrong_kind",
         f"{ENGINE_ARGS}::test_L_the_table_is_vllms_own",
-        "client/test_guests.py::test_L_arguments_of_the_document_are_harmless",
+        "client/test_runtime_models.py::test_L_arguments_of_the_document_are_harmless",
     ),
     "L: many models and users on one GPU, without contention": (
         f"{TWO_USERS}::test_L_two_users_share_one_model",
@@ -141,7 +141,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         f"{S}::test_S_concurrent_start_of_several_servers",
         "engines/test_several_servers.py::test_S_several_servers_start_at_once_where_there_is_room",
         "core/test_exchanges.py::test_starts_on_one_device_wait_for_each_other",
-        "daemon/test_fleet.py::test_ports_go_around",
+        "daemon/test_engine_manager.py::test_ports_go_around",
     ),
     "S: Server lists, chat and embedding": (f"{S}::test_S_server_lists_of_chat_and_embedding_are_both_routed",),
     "S: get_fastest_server skips the slower": (
@@ -229,11 +229,11 @@ ROWS: dict[str, tuple[str, ...]] = {
         "core/test_exchanges.py::test_nobody_leaves_for_what_would_not_fit_even_then",
     ),
     "V: level 2 wakes in three steps, in order": (
-        "daemon/test_fleet.py::test_a_wake_from_level_2_goes_step_by_step",
-        "daemon/test_fleet.py::test_a_step_of_a_wake_that_fails_ends_it",
+        "daemon/test_engine_manager.py::test_a_wake_from_level_2_goes_step_by_step",
+        "daemon/test_engine_manager.py::test_a_step_of_a_wake_that_fails_ends_it",
     ),
     "V: what a sleep freed is recorded and gates the wake": (
-        "daemon/test_fleet.py::test_a_sleep_tells_what_came_free",
+        "daemon/test_engine_manager.py::test_a_sleep_tells_what_came_free",
         "core/test_exchanges.py::test_what_sleeping_freed_gates_the_wake",
     ),
     "V: engines end with the daemon": (
@@ -299,7 +299,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         f"{OPERATING}::test_V_P_M_ports_are_more_addresses_of_the_same_service",
     ),
     "V: engine ports: an occupied one is skipped, exhaustion is an error": (
-        "daemon/test_fleet.py::test_ports_go_around",
+        "daemon/test_engine_manager.py::test_ports_go_around",
     ),
     "V: log file {model}_{port}.log": (
         "daemon/test_logfile.py::test_lines_are_appended_under_a_name_without_slashes",

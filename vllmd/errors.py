@@ -110,6 +110,12 @@ class RequestTimeout(VllmdError):
     status, type, code = 408, "invalid_request_error", "request_timeout"
 
 
+class Misdirected(VllmdError):
+    """The request is for another server, by the name that it gives."""
+
+    status, type, code = 421, "invalid_request_error", "misdirected_request"
+
+
 class HeadTooLarge(VllmdError):
     """The request's head is larger than the limit."""
 

@@ -76,10 +76,12 @@ class Site:
     def log(self) -> str:
         return (self.folder / "daemon.log").read_text()
 
-    def connect(self, *, admin: bool = False) -> http.client.HTTPConnection:
-        if admin:
-            return _Unix(self.folder / "admin.sock")
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+    def connect(
+        self, *, admin: bool = False, read: bool = False, source: str = "127.0.0.1"
+    ) -> http.client.HTTPConnection:
+        if admin or read:
+            return _Unix(self.folder / ("read.sock" if read else "admin.sock"))
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=30, source_address=(source, 0))
 
     def ask(
         self,
@@ -122,16 +124,17 @@ class Site:
 
 
 @contextlib.contextmanager
-def running(folder: Path, config: str, address: str = "127.0.0.1", names: str = "http:admin") -> Iterator[Site]:
-    """A daemon with this configuration, ready, until the end of the block."""
+def running(folder: Path, config: str, address: str = "127.0.0.1", names: str = "http:admin:read") -> Iterator[Site]:
+    """A daemon with this configuration and these sockets, ready, until the end of the block."""
     (folder / "vllmd.yaml").write_text(config)
     (folder / "vllmd.yaml").chmod(0o640)
     with (
         socket.create_server((address, 0)) as clients,
         socket.create_server(str(folder / "admin.sock"), family=socket.AF_UNIX) as operators,
+        socket.create_server(str(folder / "read.sock"), family=socket.AF_UNIX) as onlookers,
         (folder / "daemon.log").open("w") as log,
     ):
-        port, fds = clients.getsockname()[1], (clients.fileno(), operators.fileno())
+        port, fds = clients.getsockname()[1], (clients.fileno(), operators.fileno(), onlookers.fileno())
         command = [sys.executable, "-c", BOOT, ",".join(map(str, fds)), names, str(folder / "vllmd.yaml")]
         environment = {**os.environ, "HOME": str(folder), "HF_HOME": str(folder / "hf")}
         process = subprocess.Popen(command, pass_fds=fds, stdout=log, stderr=log, cwd=REPOSITORY, env=environment)

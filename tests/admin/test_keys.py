@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import socket
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from vllmd.config.secrets import digest
 from vllmd.config.types import AuthConfig, KeyConfig
-from vllmd.daemon.keys import DenyAll, Keys, PeerCredentialAuth
+from vllmd.daemon.keys import ApiKeyAuth, DenyAll, PeerCredentialAuth
 from vllmd.daemon.listeners import anybody_can_connect, reachable_at
-from vllmd.errors import Forbidden, Unauthorized, Unavailable, UnknownModel
+from vllmd.daemon.logins import FailedLogins
+from vllmd.errors import Forbidden, TooManyRequests, Unauthorized, Unavailable, UnknownModel, VllmdError
+from vllmd.proxy.access import Caller, Reach, authorise
 from vllmd.proxy.http import Headers, Peer, Request
 
 ALICE = KeyConfig("alice", digest("a-secret"))
@@ -31,8 +34,14 @@ def resolve(name: str) -> str:
     return {"short": "org/long"}.get(name, name)
 
 
-def keys(*which: KeyConfig, public: tuple[str, ...] = ("health", "metrics")) -> Keys:
-    return Keys(AuthConfig(which, public), resolve)
+def keys(*which: KeyConfig, public: tuple[str, ...] = ("health", "metrics")) -> ApiKeyAuth:
+    return ApiKeyAuth(AuthConfig(which, public), resolve)
+
+
+def may(found: Caller, scope: str, reach: Reach = Reach.ONE) -> str:
+    """What the caller is called. Raises what it is told if it may not."""
+    authorise(found, scope, reach)
+    return found.name
 
 
 @pytest.mark.parametrize(
@@ -40,7 +49,7 @@ def keys(*which: KeyConfig, public: tuple[str, ...] = ("health", "metrics")) -> 
 )
 def test_a_key_is_presented_as_openai_or_anthropic_clients_do(field: tuple[str, str]) -> None:
     """Both kinds of clients send theirs unchanged."""
-    assert keys(ALICE).admit(request(field), "models") == "alice"
+    assert may(keys(ALICE).identify(request(field)), "models") == "alice"
 
 
 @pytest.mark.parametrize(
@@ -49,45 +58,72 @@ def test_a_key_is_presented_as_openai_or_anthropic_clients_do(field: tuple[str, 
 def test_no_key_and_a_wrong_one_are_401(fields: tuple[tuple[str, str], ...]) -> None:
     """And the answer does not tell how close it was."""
     with pytest.raises(Unauthorized):
-        keys(ALICE).admit(request(*fields), "models")
+        may(keys(ALICE).identify(request(*fields)), "models")
 
 
 def test_scopes_do_not_include_each_other() -> None:
     """A client's key administers nothing, an administrator's is not one for chatting unless it says so."""
     both = keys(ALICE, BOSS)
+    alice, boss = both.identify(request(("x-api-key", "a-secret"))), both.identify(request(("x-api-key", "b-secret")))
     with pytest.raises(Forbidden, match="opens models, not admin"):
-        both.admit(request(("x-api-key", "a-secret")), "admin")
-    with pytest.raises(Forbidden, match="opens admin, not models"):
-        both.admit(request(("x-api-key", "b-secret")), "models")
-    assert both.admit(request(("x-api-key", "b-secret")), "admin") == "boss"
+        may(alice, "admin")
+    with pytest.raises(Forbidden, match="opens read and admin, not models"):
+        may(boss, "models")
+    assert may(boss, "admin") == may(boss, "read") == "boss"
+
+
+def test_a_key_that_reads_changes_nothing() -> None:
+    """For a board or a colleague who looks on."""
+    reader = keys(KeyConfig("r", digest("r-secret"), scopes=("read",))).identify(request(("x-api-key", "r-secret")))
+    assert may(reader, "read", Reach.MACHINE) == may(reader, "metrics") == "r"
+    for scope in ("models", "admin"):
+        with pytest.raises(Forbidden, match=f"opens read, not {scope}"):
+            may(reader, scope)
 
 
 def test_without_keys_models_are_open_and_administration_is_not() -> None:
     """Nobody becomes an operator by being able to reach a port."""
-    assert keys().admit(request(), "models") == ""
-    with pytest.raises(Unauthorized, match="admin socket"):
-        keys().admit(request(), "admin")
-    with pytest.raises(Unauthorized):
-        keys().admit(request(peer=Peer(pid=1, uid=0, gid=0)), "admin")  # root, but by a socket for clients
+    assert may(keys().identify(request()), "models") == ""
+    for scope in ("read", "admin"):
+        with pytest.raises(Unauthorized, match="admin socket"):
+            may(keys().identify(request()), scope)
+        with pytest.raises(Unauthorized):  # root, but by a socket for clients
+            may(keys().identify(request(peer=Peer(pid=1, uid=0, gid=0))), scope)
 
 
 def test_health_and_metrics_are_public_as_configured() -> None:
     """Any key opens them where they are not; being alive is no secret."""
     closed = keys(BOSS, public=("health",))
-    assert closed.admit(request(), "health") == ""
-    assert closed.admit(request(), "open") == ""
+    stranger = closed.identify(request())
+    assert may(stranger, "health") == may(stranger, "open") == ""
     with pytest.raises(Unauthorized):
-        closed.admit(request(), "metrics")
-    assert closed.admit(request(("x-api-key", "b-secret")), "metrics") == "boss"
+        may(stranger, "metrics")
+    assert may(closed.identify(request(("x-api-key", "b-secret"))), "metrics") == "boss"
+
+
+def test_names_are_public_where_that_is_configured() -> None:
+    """For a board without a key; it opens no model."""
+    stranger = keys(BOSS, public=("metrics", "names")).identify(request())
+    assert stranger.may_use("any")
+    assert not stranger.may_see_key("boss")
+    for scope in ("models", "health"):
+        with pytest.raises(Unauthorized):
+            may(stranger, scope)
 
 
 def test_a_key_for_some_models_is_for_those_only() -> None:
-    """Named by alias or by name; a name that is no model's opens nothing."""
-    narrow = keys(ALICE, NARROW)
-    assert narrow.may_use("narrow", "org/long")
-    assert not narrow.may_use("narrow", "other")
-    assert narrow.may_use("alice", "other")
-    assert narrow.may_use("", "other")
+    """Named by alias or by name; a name that is no model's opens nothing, nor does what concerns them all."""
+    both = keys(ALICE, NARROW)
+    narrow, alice = both.identify(request(("x-api-key", "n-secret"))), both.identify(request(("x-api-key", "a-secret")))
+    assert narrow.may_use("org/long")
+    assert not narrow.may_use("other")
+    assert alice.may_use("other")
+    assert not both.identify(request()).may_use("other")
+    assert keys().identify(request()).may_use("other")
+    with pytest.raises(Forbidden, match="may not use the model 'short-of-it'"):
+        narrow.check("other", "short-of-it")
+    with pytest.raises(Forbidden, match="for gone, org/long only"):
+        may(narrow, "models", Reach.MACHINE)
 
 
 def test_keys_are_replaced_by_a_reload() -> None:
@@ -95,34 +131,133 @@ def test_keys_are_replaced_by_a_reload() -> None:
     changing = keys(ALICE)
     changing.configure(AuthConfig((BOSS,)), resolve)
     with pytest.raises(Unauthorized):
-        changing.admit(request(("x-api-key", "a-secret")), "models")
+        may(changing.identify(request(("x-api-key", "a-secret"))), "models")
 
 
 def test_a_key_of_any_bytes_is_compared_as_bytes() -> None:
     """Headers are bytes; a key in UTF-8 works, one that is not text is merely wrong."""
     umlaut = keys(KeyConfig("u", digest("schlüssel")))
     sent = Headers([(b"x-api-key", "schlüssel".encode())])
-    assert umlaut.admit(Request("GET", "/", "/", "", sent), "models") == "u"
+    assert may(umlaut.identify(Request("GET", "/", "/", "", sent)), "models") == "u"
     with pytest.raises(Unauthorized):
-        umlaut.admit(Request("GET", "/", "/", "", Headers([(b"x-api-key", b"\xff\xfe")])), "models")
+        may(umlaut.identify(Request("GET", "/", "/", "", Headers([(b"x-api-key", b"\xff\xfe")]))), "models")
 
 
 def test_who_may_open_the_admin_socket_may_everything() -> None:
     """The file system has decided; only where it lets everybody in do we."""
-    stranger, root = Peer(pid=1, uid=4711, gid=4711), Peer(pid=1, uid=0, gid=0)
-    assert PeerCredentialAuth(anybody_can_connect=False).admit(request(peer=stranger), "admin") == ""
+    stranger, root = request(peer=Peer(pid=1, uid=4711, gid=4711)), request(peer=Peer(pid=1, uid=0, gid=0))
+    assert may(PeerCredentialAuth(anybody_can_connect=False).identify(stranger), "admin") == ""
     lax = PeerCredentialAuth(anybody_can_connect=True)
-    assert lax.admit(request(peer=root), "admin") == ""
-    assert lax.admit(request(peer=stranger), "open") == ""
-    for scope in ("admin", "models", "health"):  # it must not be a way around the keys either
+    assert may(lax.identify(root), "admin") == ""
+    assert may(lax.identify(stranger), "open") == ""
+    for scope in ("admin", "read", "models", "health"):  # it must not be a way around the keys either
         with pytest.raises(Forbidden):
-            lax.admit(request(peer=stranger), scope)
+            may(lax.identify(stranger), scope)
+
+
+def test_the_read_only_socket_shows_and_changes_nothing() -> None:
+    """Its group looks on: no model is used or moved by it."""
+    onlooker = PeerCredentialAuth(anybody_can_connect=False, read_only=True).identify(request(peer=Peer(uid=1)))
+    for scope in ("open", "health", "metrics", "read"):
+        assert may(onlooker, scope, Reach.MACHINE) == ""
+    for scope in ("models", "admin"):
+        with pytest.raises(Forbidden, match="shows and changes nothing"):
+            may(onlooker, scope)
 
 
 def test_a_closed_door_says_why() -> None:
     """Whatever is asked."""
     with pytest.raises(Unavailable, match="no keys"):
-        DenyAll("no keys").admit(request(), "open")
+        DenyAll("no keys").identify(request())
+
+
+# -- wrong keys
+
+
+class Clock:
+    """Stands still until it is told not to."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Guesser:
+    """A server with Alice's key; tries keys from an address, and says what became of each."""
+
+    def __init__(self) -> None:
+        self.clock, self.counted = Clock(), Counter[str]()
+        self.failures = FailedLogins(self.clock, lambda how: self.counted.update([how]))
+        self.keys = ApiKeyAuth(AuthConfig((ALICE,)), resolve, None, self.failures)
+
+    def tries(self, key: str, address: str = "192.0.2.7") -> int:
+        """The HTTP status of a request with it."""
+        found = self.keys.identify(request(("x-api-key", key), peer=Peer(address, 1)))
+        try:
+            may(found, "models")
+        except VllmdError as error:
+            return error.status
+        return 200
+
+    def gives_up(self, address: str = "192.0.2.7") -> None:
+        """Try until nothing is looked at any more."""
+        assert [self.tries("wrong", address) for _ in range(22)] == [401] * 20 + [429] * 2
+
+
+def test_whoever_guesses_gets_one_try_per_second() -> None:
+    """Beyond the first twenty; a right key among those that are not looked at does not show either."""
+    guesser = Guesser()
+    guesser.gives_up()
+    assert guesser.tries("a-secret") == 429
+    with pytest.raises(TooManyRequests) as told:
+        may(guesser.keys.identify(request(("x-api-key", "a-secret"), peer=Peer("192.0.2.7", 1))), "models")
+    assert told.value.retry_after == 1
+    guesser.clock.now += 1
+    assert [guesser.tries("wrong"), guesser.tries("a-secret")] == [401, 429]
+    guesser.clock.now += 1
+    assert guesser.tries("a-secret") == 200
+    assert guesser.counted == {"wrong": 21, "unseen": 5}
+
+
+def test_guessing_does_not_lock_others_out() -> None:
+    """Neither who comes from elsewhere, nor whose key has opened something from there before: all users of a machine
+    come from 127.0.0.1."""
+    guesser = Guesser()
+    assert guesser.tries("a-secret") == 200
+    guesser.gives_up()
+    assert guesser.tries("a-secret") == 200
+    assert guesser.tries("a-secret", "192.0.2.8") == 200
+
+
+def test_a_key_that_a_reload_took_away_is_a_wrong_one_again() -> None:
+    """Or its owner could go on guessing at full speed."""
+    guesser = Guesser()
+    assert guesser.tries("a-secret") == 200
+    guesser.keys.configure(AuthConfig((BOSS,)), resolve)
+    assert [guesser.tries("a-secret") for _ in range(21)] == [401] * 20 + [429]
+
+
+def test_a_network_of_ipv6_counts_as_one_address() -> None:
+    """Every host there has more addresses than could be counted."""
+    guesser = Guesser()
+    for host in range(20):
+        guesser.tries("wrong", f"2001:db8::{host:x}")
+    assert guesser.tries("wrong", "2001:db8::ffff") == 429
+    assert guesser.tries("wrong", "2001:db8:1::1") == 401
+    assert guesser.tries("wrong", "::1") == 401
+
+
+def test_wrong_keys_are_logged_with_their_address_less_and_less_often(caplog: pytest.LogCaptureFixture) -> None:
+    """One line is worth reading, a thousand fill the disk."""
+    guesser = Guesser()
+    for _ in range(100):
+        guesser.clock.now += 1
+        guesser.tries("wrong")
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0] == "a wrong API key from 192.0.2.7"
+    assert lines[-1] == "100 wrong API keys from 192.0.2.7"
+    assert len(lines) == 9 + 9 + 1
 
 
 @pytest.mark.parametrize(

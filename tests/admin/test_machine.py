@@ -42,7 +42,7 @@ def status(machine: Machine, url: str, *fields: str) -> int:
 
 def test_members_of_the_group_administer_and_nobody_else(machine: Machine) -> None:
     """The socket's mode decides, and the journal has who it was."""
-    uid = machine.add_user("olga", groups="vllmd")
+    uid = machine.add_user("olga", groups="vllmd-admin")
     machine.add_user("stranger")
     pinned = machine.run(f"{ADMIN}/admin/models/m/pin -X POST -d '{{}}'", user="olga", check=False)
     assert json.loads(pinned.stdout)["pinned"] is True
@@ -51,6 +51,30 @@ def test_members_of_the_group_administer_and_nobody_else(machine: Machine) -> No
     assert status(machine, f"{URL}/admin/status") == 401
     machine.wait_until(lambda: "POST /admin/models/m/pin by pid" in machine.journal("vllmd.service"))
     assert f"uid {uid}: done" in machine.journal("vllmd.service")
+
+
+def test_who_looks_on_changes_nothing_and_nobody_of_them_reads_the_keys(machine: Machine) -> None:
+    """The group of vllmctl's users, the group of those who look on, and the one that reads the configuration: three."""
+    machine.write("/etc/vllmd/vllmd.yaml", MODELS + "auth: {keys: [{key: k-secret}]}\n", mode="640")
+    machine.run("chown root:vllmd /etc/vllmd/vllmd.yaml; systemctl stop vllmd.service")
+    machine.add_user("rita", groups="vllmd-read")
+    machine.add_user("adam", groups="vllmd-admin")
+    for verb in ("ps", "why m", "info", "logs m"):
+        looked = machine.run(f"vllmctl {verb}", user="rita", check=False)
+        assert "you may not" not in looked.stderr, looked.stderr
+        assert looked.returncode == 0 or "no engine now" in looked.stderr, looked.stderr
+    reads = "curl -s --unix-socket /run/vllmd/read.sock http://x"
+    assert 'vllmd_model_state{model="m"' in machine.run(f"{reads}/metrics", user="rita").stdout
+    for attempt in ("start m", "stop m", "pin m", "reload"):
+        refused = machine.run(f"vllmctl {attempt}", user="rita", check=False)
+        assert (refused.returncode, "the group vllmd-admin" in refused.stderr) == (77, True), refused.stderr
+    assert machine.run("vllmctl pin m", user="adam", check=False).returncode == 0
+    for user in ("rita", "adam"):
+        assert machine.run("cat /etc/vllmd/vllmd.yaml", user=user, check=False).returncode != 0
+        assert machine.run("cat /run/vllmd-engine", user=user, check=False).returncode != 0
+    machine.run("systemctl reload vllmd.service")
+    configure(machine, MODELS)
+    machine.run("chown root:root /etc/vllmd/vllmd.yaml; chmod 644 /etc/vllmd/vllmd.yaml")
 
 
 def test_metrics_with_debians_own_client_library(machine: Machine) -> None:

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import pytest
 
 from vllmd.config.types import KeyConfig
-from vllmd.daemon.meters import Bucket, MeteredGate, Meters
+from vllmd.daemon.meters import Bucket, MeteredGate, Meters, prompt_tokens
 from vllmd.engines.base import Listen
 from vllmd.errors import TooManyRequests, Unavailable, VllmdError
+from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.proxy.gate import Permit, Target
 
 
@@ -31,13 +32,13 @@ class OpenGate:
         self.ended: list[int | None] = []
         self.refusal: Exception | None = None
 
-    def resolve(self, name: str) -> Target:
+    def resolve(self, name: str, caller: Caller = ANYBODY) -> Target:
         return Target(name, name)
 
     def loading(self, model: str) -> str:
         return "weights"
 
-    async def acquire(self, model: str, key: str, request_id: str, only: str = "") -> Permit:
+    async def acquire(self, model: str, key: str, request_id: str, only: str = "", body: bytes = b"") -> Permit:
         if self.refusal:
             raise self.refusal
         return _Permit(self.ended)
@@ -86,9 +87,9 @@ class Act:
         self.gate = MeteredGate(self.inner, self.meters, self.noted)
         self._requests = 0
 
-    def acquire(self, key: str = "k") -> Permit:
+    def acquire(self, key: str = "k", body: bytes = b"") -> Permit:
         self._requests += 1
-        return asyncio.run(self.gate.acquire("m", key, f"r{self._requests}"))
+        return asyncio.run(self.gate.acquire("m", key, f"r{self._requests}", body=body))
 
     def refused(self) -> float:
         """Seconds after which the refused client is to come back."""
@@ -152,6 +153,45 @@ def test_tokens_per_minute_are_charged_afterwards() -> None:
     act.clock.now += 61
     act.acquire()
     assert act.noted.uses == [("m", "k", 120)]
+
+
+PROMPT = b'{"prompt":"' + b"word " * 48 + b'"}'  # of 240 letters: some 60 tokens
+
+
+def test_a_prompt_is_charged_when_it_arrives() -> None:
+    """Or a key could send any number at once before the first one is answered; one that gets nowhere costs nothing."""
+    act = Act(tokens_per_minute=60)
+    act.inner.refusal = Unavailable("no room")
+    with pytest.raises(Unavailable):
+        act.acquire(body=PROMPT)
+    act.inner.refusal = None
+    act.acquire(body=PROMPT)
+    assert act.refused() == 4
+
+
+def test_the_usage_puts_the_guess_of_the_prompt_right() -> None:
+    """What was taken too much comes back, what was too little is taken."""
+    act = Act(tokens_per_minute=60)
+    act.acquire(body=PROMPT).done(10)
+    act.acquire(body=PROMPT).done(80)
+    assert act.refused() == 31
+    assert act.noted.uses == [("m", "k", 10), ("m", "k", 80)]
+
+
+def test_a_stream_without_usage_is_charged_for_its_prompt_too() -> None:
+    """Clients of streams get no usage unless they ask: eight long prompts a minute were free."""
+    act = Act(tokens_per_minute=60)
+    act.acquire(body=PROMPT * 2).done()
+    act.gate.settle("r1", 250 * 5)
+    assert act.refused() == 126 + 5 - 60 + 1
+
+
+def test_files_in_a_request_are_not_counted_by_their_letters() -> None:
+    """An image of a megabyte is not 250,000 tokens."""
+    picture = b'{"messages":[{"url":"data:image/png;base64,' + b"A" * (1 << 20) + b'"},"' + b"word" * 100 + b'"]}'
+    assert 1100 <= prompt_tokens(picture) <= 1120
+    assert prompt_tokens(b'--zz\r\nContent-Disposition: form-data; name="file"\r\n\r\n' + bytes(1 << 20)) == 1000
+    assert prompt_tokens(b"") == 0
 
 
 @pytest.mark.parametrize("order", ["answer first", "connection first"])

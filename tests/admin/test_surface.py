@@ -79,7 +79,7 @@ def test_a_key_for_one_model_is_shown_no_other(site: Site) -> None:
 def test_P_health(site: Site) -> None:
     """``ok``, the devices, what is loaded, every model's state; and the two words for balancers."""
     site.chat("t", "u-secret")
-    health = site.ask("GET", "/health").json
+    health = site.ask("GET", "/health", key="u-secret").json
     assert health["status"] == "ok"
     assert health["loaded_models"] == ["org/tiny"]
     assert health["model_status"] == {"org/tiny": "running", "org/other": "stopped", "wide": "stopped"}
@@ -162,7 +162,7 @@ def test_pages_of_the_named_origin_may_ask_and_read(site: Site) -> None:
 def metrics(site: Site, path: str = "/metrics") -> dict[str, float]:
     """``name{model}`` -> the sum of its samples."""
     found: dict[str, float] = {}
-    for family in text_string_to_metric_families(site.ask("GET", path).text):
+    for family in text_string_to_metric_families(site.ask("GET", path, key="b-secret").text):
         for sample in family.samples:
             name = f"{sample.name}{{{sample.labels.get('model', '')}}}"
             found[name] = found.get(name, 0.0) + sample.value
@@ -203,12 +203,16 @@ def test_errors_are_counted_by_kind(site: Site) -> None:
 
 def test_an_engines_own_metrics_carry_its_model(site: Site) -> None:
     """One engine's on demand, or all of them."""
-    assert site.ask("GET", "/metrics?model=t").status == 409
-    assert site.ask("GET", "/metrics?model=nobody").status == 404
+    assert site.ask("GET", "/metrics?model=t").status == 401
+    assert site.ask("GET", "/metrics?model=t", key="n-secret").status == 409
+    assert site.ask("GET", "/metrics?model=org/other", key="n-secret").status == 403
+    assert site.ask("GET", "/metrics?model=nobody", key="u-secret").status == 404
     site.chat("org/tiny", "u-secret")
     site.chat("org/other", "u-secret")
-    assert 'model="org/tiny"' in site.ask("GET", "/metrics?model=t").text
-    both = site.ask("GET", "/metrics/engines").text
+    assert 'model="org/tiny"' in site.ask("GET", "/metrics?model=t", key="n-secret").text
+    assert site.ask("GET", "/metrics/engines").text == ""
+    assert 'model="org/other"' not in site.ask("GET", "/metrics/engines", key="n-secret").text
+    both = site.ask("GET", "/metrics/engines", key="b-secret").text
     families = {family.name: family for family in text_string_to_metric_families(both)}
     assert families
     models = {sample.labels["model"] for family in families.values() for sample in family.samples}

@@ -179,6 +179,7 @@ def _answers(port: int, process: subprocess.Popen[bytes], chat: bytes, limit: fl
 async def serve_relay(port: int, upstream_port: int) -> None:
     """vllmd's proxy with a gate that is always open, until killed."""
     from vllmd.engines.base import Listen
+    from vllmd.proxy.access import ANYBODY, Caller
     from vllmd.proxy.gate import Target
     from vllmd.proxy.limits import Limits
     from vllmd.proxy.models import add_model_routes
@@ -197,7 +198,7 @@ async def serve_relay(port: int, upstream_port: int) -> None:
             """Never cut."""
 
     class OpenGate:
-        def resolve(self, name: str) -> Target:
+        def resolve(self, name: str, caller: Caller = ANYBODY) -> Target:
             """Every name is good."""
             return Target(name, name)
 

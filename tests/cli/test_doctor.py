@@ -40,6 +40,7 @@ WELL = {
     "systemctl --version": "systemd 252 (252.39-1~deb12u1)",
     "is-active vllmd.socket": "active",
     "is-active vllmd-admin.socket": "active",
+    "is-active vllmd-read.socket": "active",
     "is-active vllmd-launcher.socket": "active",
 }
 

@@ -105,8 +105,8 @@ def test_a_socket_that_is_not_for_us(tmp_path: Path) -> None:
         )
     assert done.returncode == 77, done.stderr
     assert done.stderr.splitlines()[1] == (
-        f"vllmctl: you may not use {tmp_path}/s, which is open to the group vllmd; "
-        "sudo usermod -aG vllmd nobody, then log in again"
+        f"vllmctl: you may not use {tmp_path}/s, which is open to the group vllmd-admin (vllmd-read: to look on); "
+        "sudo usermod -aG vllmd-admin nobody, then log in again"
     )
 
 

@@ -212,6 +212,7 @@ def test_logs_of_replicas(replicated: FakeDaemon, monkeypatch: pytest.MonkeyPatc
     called: list[list[str]] = []
     replicated.answers["GET /admin/status"] = (200, status(PAIR))
     monkeypatch.setattr("vllmd.cli.verbs.logs.shutil.which", lambda program: program)
+    monkeypatch.setattr("vllmd.cli.verbs.logs.journal_is_readable", lambda: True)
     monkeypatch.setattr("vllmd.cli.verbs.logs.subprocess.call", lambda argv: called.append(argv) or 0)
     assert main(["logs", name]) == 0
     hexes = "[0-9a-f]" * 6
@@ -344,6 +345,7 @@ def test_logs_runs_journalctl_over_all_runs_of_the_model(
     journalctl.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     journalctl.chmod(0o755)
     monkeypatch.setenv("PATH", f"{journalctl.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr("vllmd.cli.verbs.logs.journal_is_readable", lambda: True)
     assert main(["logs", "-f", "-n", "5", "q"]) == 0
     hexes = "[0-9a-f]" * 6
     unit = f"--unit=vllmd-model-qwen-qwen3-0-6b-{hexes}.scope"
@@ -355,6 +357,16 @@ def test_logs_without_systemd_come_from_the_daemon(daemon: FakeDaemon, capsys: p
     daemon.answers["GET /admin/status"] = (200, status(BIG, backend="sessions"))
     daemon.answers["GET /admin/logs/big?lines=50"] = (200, ["one", "two"])
     assert main(["logs", "big"]) == 0
+    assert capsys.readouterr().out == "one\ntwo\n"
+
+
+def test_logs_come_from_the_daemon_where_the_journal_is_closed(
+    daemon: FakeDaemon, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who may look on need not be in the journal's groups."""
+    monkeypatch.setattr("vllmd.cli.verbs.logs.journal_is_readable", lambda: False)
+    daemon.answers["GET /admin/logs/Qwen%2FQwen3-0.6B?lines=50"] = (200, ["one", "two"])
+    assert main(["logs", "q"]) == 0
     assert capsys.readouterr().out == "one\ntwo\n"
 
 

@@ -57,7 +57,7 @@ def shared(installed_machine: Machine) -> Iterator[Machine]:
     machine.run("systemctl restart vllmd.socket vllmd-admin.socket; systemctl stop vllmd.service", check=False)
     for name in ("ada", "bob", "eve"):
         machine.add_user(name)
-    machine.run("usermod -aG vllmd ada && usermod -aG vllmd bob")
+    machine.run("usermod -aG vllmd-admin ada && usermod -aG vllmd-admin bob")
     yield machine
     machine.run("systemctl stop vllmd.service vllmd.slice", check=False)
 

@@ -28,6 +28,7 @@ from vllmd.core.commands import (
 )
 from vllmd.core.costs import CostBook
 from vllmd.core.events import (
+    DevicesChanged,
     EngineAdopted,
     EngineAsleep,
     EngineAwake,
@@ -129,6 +130,8 @@ class World:
     def do(self, event: Event) -> list[Command]:
         """Post one event, execute the commands, check every promise. Returns the commands, records left out."""
         self.script.append(f"s.handle({told(event)}, now={self.now!r})")
+        if isinstance(event, DevicesChanged):
+            self.devices.update({device.index: device for device in event.devices})
         self._before(event)
         commands = self.scheduler.handle(event, self.now)
         try:

@@ -112,6 +112,7 @@ class FakeLauncher:
         self.engines: dict[str, FakeEngine] = {}
         self.notes: dict[str, dict[str, str]] = {}
         self.signals: list[str] = []
+        self.abandoned: list[str] = []
         self.refusal: LauncherFailed | None = None
         self.held_up: asyncio.Event | None = None
         self.ordered = asyncio.Event()
@@ -156,6 +157,9 @@ class FakeLauncher:
         engine.close()
         signal = -status if status < 0 else None
         self.on_exit(ExitReport(instance, None if signal else status, signal, log_tail=lines))
+
+    def abandon(self, instance: str) -> None:
+        self.abandoned.append(instance)
 
     async def annotate(self, instance: str, metadata: Mapping[str, str]) -> None:
         if instance not in self.engines:

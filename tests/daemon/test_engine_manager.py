@@ -530,6 +530,55 @@ def test_a_stray_is_ended_without_a_word_to_the_core(tmp_path: Path) -> None:
     tell(story, tmp_path)
 
 
+def test_an_end_between_list_and_adoption_is_not_lost(tmp_path: Path) -> None:
+    """The launcher tells it once; an engine that is taken in afterwards would be thought alive for ever."""
+
+    async def story(rig: Rig) -> None:
+        await rig.ready()
+        process = rig.engine_manager.processes.pop("m")
+        rig.launcher.exit(rig.instance, 3)
+        assert rig.posted.empty()
+        rig.engine_manager.adopt(process)
+        rig.engine_manager.catch_up(process)
+        gone = await rig.event()
+        assert isinstance(gone, events.EngineExited)
+        assert "status 3" in gone.reason
+
+    tell(story, tmp_path)
+
+
+def test_a_launcher_that_is_away_harms_no_engine_that_is_ready(tmp_path: Path) -> None:
+    """What it is asked then is for people: nothing of it is a reason to end an engine."""
+
+    async def story(rig: Rig) -> None:
+        async def away(*_: object) -> None:
+            raise LauncherFailed("the launcher was not there in 30 s")
+
+        rig.launcher.follow = rig.launcher.unfollow = rig.launcher.annotate = away  # type: ignore[assignment]
+        await rig.ready()
+        assert rig.launcher.signals == []
+
+    tell(story, tmp_path)
+
+
+def test_what_cannot_be_killed_now_is_killed_when_there_is_a_launcher(tmp_path: Path) -> None:
+    """The core is told that its memory is not back, and nobody else knows of it any more."""
+
+    async def story(rig: Rig) -> None:
+        async def away(*_: object) -> None:
+            raise LauncherFailed("the launcher was not there in 30 s")
+
+        await rig.ready()
+        rig.launcher.kill = away  # type: ignore[method-assign,assignment]
+        rig.engine_manager.stop(commands.StopEngine("m", "no use", kill=True))
+        stopped = await rig.event()
+        assert isinstance(stopped, events.EngineStopped)
+        assert stopped.missing
+        assert rig.launcher.abandoned == [rig.instance]
+
+    tell(story, tmp_path)
+
+
 def test_ports_go_around() -> None:
     """Each is given once until it comes back; none left is an error that says which were tried."""
     low = two_free_ports()

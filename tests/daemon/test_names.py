@@ -41,6 +41,24 @@ def test_an_unknown_name_suggests_the_close_one(asked: str) -> None:
         NAMES.resolve(asked)
 
 
+def visible(model: str) -> bool:
+    """A key for one model."""
+    return model == "meta/llama-3"
+
+
+@pytest.mark.parametrize("asked", ["Qwen/Qwen3-0.6", "Qwen3-0.6B", "fas", "other/llama-4"])
+def test_no_model_is_suggested_that_may_not_be_used(asked: str) -> None:
+    """Nor guessed by the end of its name: what one may not use one need not know of."""
+    with pytest.raises(UnknownModel) as error:
+        NAMES.resolve(asked, visible)
+    assert not {"Qwen/Qwen3-0.6B", "fast", "other/llama-3"} & set(error.value.message.split("'"))
+
+
+def test_an_end_that_fits_only_one_of_ones_own_is_that() -> None:
+    """Others' models are no reason to ask back, and are not named in asking."""
+    assert NAMES.resolve("llama-3", visible) == "meta/llama-3"
+
+
 def test_a_name_like_no_other_points_to_the_list() -> None:
     """With nothing close, the list is the best help."""
     with pytest.raises(UnknownModel, match="GET /v1/models"):

@@ -207,6 +207,34 @@ def test_a_stop_that_comes_while_it_opens_is_told_to_the_client(site: Site) -> N
         site.machine.wait_until(lambda: site.machine.cgroup_pids("vllmd.slice") == [])
 
 
+def test_the_sockets_may_be_restarted_under_a_daemon(site: Site) -> None:
+    """A changed address takes effect that way: the daemon goes with its sockets, its engines stay."""
+    site.chat("keeper", "hi")
+    pid = site.engine_pid("keeper")
+    for socket in ("vllmd.socket", "vllmd-admin.socket", "vllmd.socket", "vllmd-launcher.socket"):
+        site.machine.run(f"systemctl restart {socket}")
+        assert [site.active(unit) for unit in ("vllmd.socket", "vllmd-admin.socket")] == ["active", "active"]
+        assert "again" in site.chat("keeper", "again")["choices"][0]["message"]["content"]
+        assert site.engine_pid("keeper") == pid
+
+
+def test_it_serves_where_ipv6_is_switched_off(site: Site) -> None:
+    """A common setting; the other loopback address must not go with it."""
+    site.machine.run("systemctl stop vllmd.socket; sysctl -qw net.ipv6.conf.all.disable_ipv6=1")
+    try:
+        site.machine.run("systemctl start vllmd.socket")
+        assert "hi" in site.chat("keeper", "hi")["choices"][0]["message"]["content"]
+        site.machine.run("systemctl stop vllmd.socket vllmd.service")
+        served = site.machine.popen("exec vllmd serve --config /etc/vllmd/vllmd.yaml")
+        site.machine.wait_until("curl -sf http://127.0.0.1:33258/health")
+        served.terminate()
+        site.machine.run("pkill -x vllmd", check=False)
+        _, error = served.communicate(timeout=30)
+        assert "[::1]:33258" in error
+    finally:
+        site.machine.run("sysctl -qw net.ipv6.conf.all.disable_ipv6=0; systemctl start vllmd.socket")
+
+
 def test_the_bus_may_be_restarted(site: Site) -> None:
     """As an upgrade of dbus does; models start and stop afterwards as before."""
     site.chat("keeper", "hi")

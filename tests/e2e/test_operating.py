@@ -36,7 +36,7 @@ CLIENTS = ["chat steady hello", "bench steady"]  # they come in by the front doo
 def site(installed_machine: Machine) -> Iterator[Site]:
     site = Site(installed_machine)
     site.configure(CONFIG)
-    for name, groups in (("stranger", ""), ("oda", "vllmd")):
+    for name, groups in (("stranger", ""), ("oda", "vllmd-admin")):
         site.machine.run(["useradd", "--create-home", f"--groups={groups}", name])
     yield site
     site.machine.run("systemctl stop vllmd.service", check=False)

@@ -15,6 +15,7 @@ import pytest
 from tests.launcher.conftest import LAUNCHER, launcher_socket
 from tests.launcher.driver import Driver, connected, fresh, until
 from tests.machine.container import Machine
+from vllmd.launcher import client
 from vllmd.launcher.client import ExitReport, LauncherClient, LauncherFailed, StartOrder
 from vllmd.launcher.protocol import unit_of
 
@@ -422,6 +423,38 @@ async def test_a_killed_launcher_loses_nothing(site: Machine) -> None:
         report = await driver.exit()
         assert (report.instance, report.empty) == (engine.instance, True)
         assert report.status in (9, None)  # kernels before 6.15 do not tell the status of a stranger's child
+
+
+async def test_nobody_notices_a_killed_launcher_while_he_asks(site: Machine) -> None:
+    """Starts come out once each, however often it dies meanwhile; nothing that was ordered twice runs twice."""
+    async with driving(site) as driver:
+        orders = [StartOrder(fresh(), ("/bin/sleep", "1000")) for _ in range(24)]
+        starts = [asyncio.ensure_future(driver.client.start(order)) for order in orders]
+        for pause in (0.0, 0.05, 0.15, 0.3):
+            await asyncio.sleep(pause)
+            await asyncio.to_thread(kill_launcher, site)
+            assert (await driver.client.info()).backend == "systemd"
+        started = await asyncio.wait_for(asyncio.gather(*starts), 60)
+        listed = {engine.instance: engine.pid for engine in await driver.client.list() if not engine.ending}
+        assert {engine.instance: engine.pid for engine in started} == listed
+        alive = {int(pid) for pid in site.out("pgrep -u vllmd-engine sleep").split()}
+        assert alive == set(listed.values())
+        assert driver.exits.empty()
+        await driver.end_all()
+
+
+async def test_a_start_that_comes_too_late_leaves_nothing(site: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever gives up on it may use its memory for another: so it is gone by then, whatever the launcher was doing."""
+    monkeypatch.setattr(client, "ANSWER_LIMIT", 0.5)
+    async with driving(site) as driver:
+        site.run("systemctl kill --signal=STOP --kill-who=main vllmd-launcher.service")
+        starting = asyncio.ensure_future(driver.start("exec sleep 1000", timeout=0.5))
+        await asyncio.sleep(2)
+        assert not starting.done()  # nobody knows what will become of it
+        site.run("systemctl kill --signal=CONT --kill-who=main vllmd-launcher.service")
+        with pytest.raises(LauncherFailed, match="did not start"):
+            await starting
+        assert site.run(["pgrep", "-u", "vllmd-engine", "sleep"], check=False).stdout == ""
 
 
 async def test_ends_while_there_was_no_launcher_are_reported(site: Machine) -> None:

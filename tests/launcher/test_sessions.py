@@ -35,8 +35,8 @@ def alive(pid: int) -> bool:
 def children(pid: int) -> list[int]:
     """Those that a process has now."""
     found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it may just be ending
+        for task in Path(f"/proc/{pid}/task").glob("*/children"):
             found += map(int, task.read_text().split())
     return found
 

@@ -12,7 +12,7 @@ from tests.machine.container import REPOSITORY, Machine
 
 pytestmark = pytest.mark.machine
 
-SOCKETS = ("vllmd.socket", "vllmd-admin.socket")
+SOCKETS = ("vllmd.socket", "vllmd-admin.socket", "vllmd-read.socket")
 SERVICES = ("vllmd.service", "vllmd-launcher.service")
 MODELS = "models:\n  rehearsal: {engine: sim, idle: never, options: {tokens_per_second: 20}}\n"
 ASK = (
@@ -32,8 +32,8 @@ def engine_pids(machine: Machine) -> list[str]:
 
 def test_listens_without_running(installed_machine: Machine) -> None:
     """A machine at rest pays for nothing but sockets."""
-    assert states(installed_machine, "is-active", *SOCKETS) == ["active"] * 2
-    assert states(installed_machine, "is-enabled", *SOCKETS) == ["enabled"] * 2
+    assert states(installed_machine, "is-active", *SOCKETS) == ["active"] * 3
+    assert states(installed_machine, "is-enabled", *SOCKETS) == ["enabled"] * 3
     assert states(installed_machine, "is-active", *SERVICES) == ["inactive"] * 2
     assert "127.0.0.1:33258" in installed_machine.out("ss -ltn")
     assert "[::1]:33258" in installed_machine.out("ss -ltn")
@@ -44,13 +44,13 @@ def test_listens_again_after_a_boot(boot_machine: Callable[..., Machine], packag
     machine = boot_machine()
     container.install(machine, package)
     machine.reboot()
-    assert states(machine, "is-active", *SOCKETS) == ["active"] * 2
+    assert states(machine, "is-active", *SOCKETS) == ["active"] * 3
     assert states(machine, "is-active", *SERVICES) == ["inactive"] * 2
 
 
 def test_makes_its_users(installed_machine: Machine) -> None:
     """The daemon and the engines run as nobody important; only the daemon reaches engines' sockets."""
-    assert installed_machine.show("vllmd.service", "SupplementaryGroups") == "vllmd-engine"
+    assert installed_machine.show("vllmd.service", "SupplementaryGroups") == "vllmd-engine vllmd-admin"
     assert "vllmd" not in installed_machine.out("id -Gn vllmd-engine").split()
     assert installed_machine.out("stat -c '%U %G %a' /run/vllmd-engine") == "vllmd-engine vllmd-engine 750"
 
@@ -110,6 +110,19 @@ def newer(machine: Machine) -> str:
     return "/root/newer.deb"
 
 
+def test_an_upgrade_moves_the_members_of_the_old_group(installed_machine: Machine) -> None:
+    """The daemon's group once was that of vllmctl's users: they keep vllmctl, and no longer read the configuration."""
+    machine = installed_machine
+    machine.run("useradd --groups=vllmd olaf; systemctl stop vllmd-admin.socket vllmd-read.socket")
+    machine.run("gpasswd -d vllmd vllmd-admin; groupdel vllmd-admin", check=False)
+    machine.run("dpkg --install /root/vllmd.deb && systemctl start vllmd-admin.socket vllmd-read.socket", timeout=120)
+    assert set(machine.out("id -nG olaf").split()) == {"olaf", "vllmd-admin"}
+    for name, group in (("admin", "vllmd-admin"), ("read", "vllmd-read")):
+        assert machine.out(f"stat -c '%U %G %a' /run/vllmd/{name}.sock") == f"root {group} 660"
+    machine.run("dpkg --install /root/vllmd.deb", timeout=120)
+    assert "olaf" in machine.out("getent group vllmd-admin")
+
+
 def test_upgrade_under_load_refuses_nobody_and_reloads_no_model(installed_machine: Machine) -> None:
     """Administrators upgrade in the daytime: streams end as they began, new requests meet the new version."""
     installed_machine.write("/etc/vllmd/models.d/test.yaml", MODELS)
@@ -160,7 +173,7 @@ def test_the_whole_path_on_debian_13(boot_machine: Callable[..., Machine], packa
     machine = boot_machine("trixie")
     container.install(machine, package)
     assert machine.out("systemctl --version").startswith("systemd 257 ")
-    assert states(machine, "is-active", *SOCKETS, *SERVICES) == ["active"] * 2 + ["inactive"] * 2
+    assert states(machine, "is-active", *SOCKETS, *SERVICES) == ["active"] * 3 + ["inactive"] * 2
     machine.write("/etc/vllmd/models.d/test.yaml", MODELS)
     assert "assistant" in machine.out(ASK, timeout=90)
     engines = engine_pids(machine)

@@ -11,13 +11,15 @@ from tests.machine.container import Machine
 
 pytestmark = pytest.mark.machine
 
+SOCKETS = ("vllmd.socket", "vllmd-admin.socket", "vllmd-read.socket")
+
 
 def test_installs_answers_upgrades_and_goes(boot_machine: Callable[..., Machine], rpm_package: Path) -> None:
     """Its scriptlets are written by hand, so they are run here; dependencies are Debian's own packages."""
     machine = boot_machine(build=True)
     machine.copy_in(rpm_package, "/root/vllmd.rpm")
     machine.run("rpm --install --nodeps /root/vllmd.rpm", timeout=120)
-    assert machine.out("systemctl is-enabled vllmd.socket vllmd-admin.socket").split() == ["enabled"] * 2
+    assert machine.out(f"systemctl is-enabled {' '.join(SOCKETS)}").split() == ["enabled"] * 3
     assert machine.run("systemctl is-active vllmd.service", check=False).stdout.strip() == "inactive"
     assert '"data"' in machine.out("curl -sSf --max-time 60 http://127.0.0.1:33258/v1/models")
     machine.run("man -w vllmd vllmctl vllmd.yaml vllmd-launcher")

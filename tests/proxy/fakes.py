@@ -13,6 +13,7 @@ from typing import Any
 
 from vllmd.engines.base import Listen
 from vllmd.errors import UnknownModel, VllmdError
+from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.gate import Target
 from vllmd.proxy.http import Request, Response, json_response
@@ -85,12 +86,12 @@ class FakeGate:
         self.opened = asyncio.Event()
         self.opened.set()
         self.refusal: VllmdError | None = None
-        self.target = Target("m", "m")
+        self.target = Target("m", "m", own_api=frozenset({"GET /metrics", "GET /version", "GET /files/{rest:path}"}))
         self.names: tuple[str, ...] = ("m", "m-alias")
         self.replicas: list[tuple[Listen, Target]] = []  # where requests go, one after another
         self.only: list[str] = []
 
-    def resolve(self, name: str) -> Target:
+    def resolve(self, name: str, caller: Caller = ANYBODY) -> Target:
         """``m`` under any of its names."""
         if name not in self.names:
             raise UnknownModel(f"no model {name!r}; there is 'm'", param="model")
@@ -105,7 +106,7 @@ class FakeGate:
         await asyncio.sleep(0.01)
         return await self.acquire("m", "", "")
 
-    async def acquire(self, model: str, key: str, request_id: str, only: str = "") -> FakePassage:
+    async def acquire(self, model: str, key: str, request_id: str, only: str = "", body: bytes = b"") -> FakePassage:
         """Through, once it is open."""
         self.only.append(only)
         self.waiting += 1
@@ -372,7 +373,7 @@ async def stage(script: Script | None = None, limits: Limits | None = None) -> A
     limits = limits or Limits()
     router, relay = Router(), Relay(gate, limits)
     for method in ("GET", "POST"):
-        router.add(method, "/hello", hello, "open")
+        router.add(method, "/hello", hello, "open", doc={"requestBody": {}})
     add_model_routes(router, relay)
     ended: list[Exchange] = []
     unheard: list[dict[str, Any]] = []  # what asyncio would have logged: exceptions that nobody caught, lost tasks

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.proxy.fakes import get, post, reply, soon, stage, until
+from tests.proxy.fakes import get, hello, post, reply, soon, stage, until
 from vllmd.proxy.http import Request, Response, event_stream
 from vllmd.proxy.limits import Limits
 
@@ -218,10 +218,10 @@ def test_memory_for_bodies_is_bounded_over_all_connections() -> None:
     """The sum of what is held has a limit of its own; what was refused and what is over is given back."""
 
     async def play() -> None:
-        async with stage(limits=Limits(max_buffered=150)) as act:
+        async with stage(limits=Limits(max_buffered=300)) as act:
             first, second, third = [await act.client() for _ in range(3)]
-            first.send(post("/hello", b"x" * 100)[:-1])
-            await until(lambda: act.server.buffered == 100)
+            first.send(post("/hello", b"x" * 120)[:-1])
+            await until(lambda: act.server.buffered == 119)
             second.post("/hello", b"x" * 100)
             answer = await second.answer()
             assert (answer.status, "retry-after" in answer.headers) == (503, True)
@@ -231,6 +231,52 @@ def test_memory_for_bodies_is_bounded_over_all_connections() -> None:
             first.send(b"x")
             assert (await first.answer()).status == 200
             assert act.server.buffered == 0
+
+    asyncio.run(play())
+
+
+def test_an_announced_body_takes_no_memory_before_it_comes() -> None:
+    """Sixteen heads that announce everything there is keep nobody out: memory is taken by bytes, not by words."""
+
+    async def play() -> None:
+        async with stage(reply(ANSWER), Limits(max_body=1000, max_buffered=3000)) as act:
+            for _ in range(16):
+                slow = await act.client()
+                slow.send(post("/v1/completions", b"x" * 1000)[:-999])
+            await until(lambda: act.server.buffered == 16)
+            client = await act.client()
+            client.post("/v1/completions", ANSWER)
+            assert (await client.answer()).status == 200
+
+    asyncio.run(play())
+
+
+def test_a_body_that_stops_is_given_up_however_fast_it_was() -> None:
+    """What has come early buys no time: a body of 64 MiB would be held for hours for a byte that never comes."""
+
+    async def play() -> None:
+        async with stage(limits=Limits(body_timeout=0.2, min_body_rate=1000)) as act:
+            client = await act.client()
+            client.send(post("/hello", b"x" * 500_000)[:-1])
+            assert (await client.answer()).status == 408
+            assert act.server.buffered == 0
+
+    asyncio.run(play())
+
+
+def test_a_route_that_takes_no_body_holds_none() -> None:
+    """What is sent along with a GET is dropped as it comes, and counts for nothing; a large one is refused unread."""
+
+    async def play() -> None:
+        async with stage(limits=Limits(max_buffered=10)) as act:
+            act.router.add("GET", "/plain", hello)
+            client = await act.client()
+            client.send(post("/plain", b"x" * 5000).replace(b"POST", b"GET") + get("/plain"))
+            for _ in range(2):
+                answer = await client.answer()
+                assert (answer.status, answer.json()["body"]) == (200, "")
+            client.send(post("/plain", b"x" * 70_000).replace(b"POST", b"GET")[:200])
+            assert (await client.answer()).status == 413
 
     asyncio.run(play())
 

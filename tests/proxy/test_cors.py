@@ -85,6 +85,51 @@ def test_strangers_pages_send_no_forms_and_open_no_sockets(
     asyncio.run(play())
 
 
+@pytest.mark.parametrize(
+    ("site", "origin", "origins", "refused"),
+    [
+        ("cross-site", "", (), True),
+        ("same-site", "", (), True),
+        ("cross-site", "", ("https://chat.example",), True),
+        ("cross-site", "", ("*",), False),
+        ("cross-site", "https://chat.example", ("https://chat.example",), False),
+        ("cross-site", "http://vllmd:33258", (), True),
+        ("same-origin", "https://evil.example", (), True),
+        ("same-origin", "http://vllmd:33258", (), False),
+        ("same-origin", "", (), False),
+        ("none", "", (), False),
+    ],
+)
+@pytest.mark.parametrize("asked", ["GET /v2/models/m/config", "POST /v1/completions", "DELETE /v1/responses/x"])
+def test_what_a_browser_says_of_the_page_is_heard(
+    asked: str, site: str, origin: str, origins: tuple[str, ...], *, refused: bool
+) -> None:
+    """Images and links have no origin, but the browser says where their page is; either word is enough to refuse."""
+
+    async def play() -> None:
+        async with stage(reply(b"{}")) as act:
+            act.router.cors.configure(origins)
+            fields = ["Host: vllmd:33258", f"Sec-Fetch-Site: {site}", *([f"Origin: {origin}"] if origin else [])]
+            client = await act.client()
+            client.send("\r\n".join([f"{asked} HTTP/1.1", *fields, "", ""]).encode())
+            assert ((await client.answer()).status == 403) is refused
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize(("origins", "allowed"), [((), False), (("https://chat.example",), True), (("*",), True)])
+def test_a_public_page_may_call_a_private_address_where_it_is_named(origins: tuple[str, ...], *, allowed: bool) -> None:
+    """The browser asks for that beforehand, with a field of its own."""
+    asked = request(PAGE, ASKS, (b"access-control-request-private-network", b"true"), method="OPTIONS")
+    answer = Cors(origins).preflight(asked, ["POST"])
+    assert (answer is not None) is allowed
+    if answer is not None:
+        assert dict(answer.headers)["access-control-allow-private-network"] == "true"
+    plain = Cors(["*"]).preflight(request(PAGE, ASKS, method="OPTIONS"), ["POST"])
+    assert plain is not None
+    assert "access-control-allow-private-network" not in dict(plain.headers)
+
+
 def test_a_cache_is_told_that_the_answer_depends_on_the_page() -> None:
     """Also by the answers which no page may read; where any may, they are all the same."""
     for origins, varies in [((), ()), (("*",), ()), (("https://chat.example",), (("vary", "origin"),))]:

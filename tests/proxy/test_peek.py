@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.proxy.test_large import SteppedThrough
 from vllmd.errors import BadRequest
 from vllmd.proxy import peek
-from vllmd.proxy.peek import in_json, in_multipart
+from vllmd.proxy.gate import LONGEST_NAME
+from vllmd.proxy.large import in_turns
+from vllmd.proxy.peek import Asked, in_json, in_multipart
 
 NAMES = st.text(st.characters(categories=["L", "N", "P"]), min_size=1, max_size=20)
 VALUES = st.recursive(
@@ -38,7 +42,7 @@ def test_a_name_is_found_and_replaced_and_nothing_else(
     assert (asked.model, asked.stream) == (name, True)
     written = json.dumps(name, ensure_ascii=ascii_only).encode()
     assert text[: asked.start] + written + text[asked.end :] == text
-    assert json.loads(asked.renamed(other)) == {**body, "model": other}
+    assert json.loads(b"".join(asked.renamed(other))) == {**body, "model": other}
 
 
 @given(st.binary(max_size=200) | VALUES.map(lambda value: json.dumps(value).encode()))
@@ -101,15 +105,36 @@ def part(name: bytes, content: bytes, more: bytes = b"") -> bytes:
 
 
 TYPE = "multipart/form-data; boundary=x-y"
+_HEAD = b'Content-Disposition: form-data; name="x"'
+_MODEL = b'content-disposition: form-data; name="model"\r\n\r\nn'
+
+
+def in_form(body: bytes, content_type: str) -> Asked:
+    """What a form asks for, read in one go."""
+    return asyncio.run(in_turns(in_multipart(body, content_type)))
 
 
 @given(st.lists(st.binary(max_size=50).filter(lambda data: b"--x-y" not in data), max_size=4), NAMES, NAMES)
 def test_a_forms_name_is_found_and_replaced_and_nothing_else(files: list[bytes], name: str, other: str) -> None:
     """Whatever bytes the files have."""
     parts = [part(b"file", file, b'; filename="a\xff"\r\nContent-Type: audio/wav') for file in files]
-    asked = in_multipart(form(*parts, part(b"model", name.encode()), part(b"stream", b"true")), TYPE)
+    asked = in_form(form(*parts, part(b"model", name.encode()), part(b"stream", b"true")), TYPE)
     assert (asked.model, asked.stream) == (name, True)
-    assert asked.renamed(other) == form(*parts, part(b"model", other.encode()), part(b"stream", b"true"))
+    assert b"".join(asked.renamed(other)) == form(*parts, part(b"model", other.encode()), part(b"stream", b"true"))
+
+
+@pytest.mark.parametrize(
+    "kind", [TYPE, f"{TYPE}; charset=utf-8", 'multipart/form-data; charset="UTF-8"; boundary=x-y; x=y']
+)
+def test_forms_as_clients_send_them(kind: str) -> None:
+    """curl, httpx, browsers: names in brackets, files with any name, fields of their own."""
+    parts = (
+        *(part(b"model", b"m"), part(b"timestamp_granularities[]", b"word")),
+        part(b"file", b"\n\r\0", b'; filename="a \xc3\xa9 %22b.wav"\r\nContent-Type: audio/wav\r\nX-Own: 1'),
+        b"content-disposition:form-data;name=stream\r\nContent-Transfer-Encoding: binary\r\n\r\ntrue",
+    )
+    asked = in_form(form(*parts), kind)
+    assert (asked.model, asked.stream) == ("m", True)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +151,27 @@ def test_a_forms_name_is_found_and_replaced_and_nothing_else(files: list[bytes],
         (TYPE, form(part(b"model", b"m"))[:-4] + b"zz\r\n", "does not end"),
         (TYPE, form(part(b"model", b"m"), part(b"model", b"n")), "twice"),
         (TYPE, form(part(b"file", b"\r\n--x-yz\r\n"), part(b"model", b"m")), "does not end"),
-        (TYPE, form(b"\r\nno head"), "one Content-Disposition"),
+        (TYPE, form(b"\r\nno head"), "head of a part"),
+        (
+            TYPE,
+            form(part(b"model", b"m"), _HEAD + b'\ncontent-disposition: form-data; name="model"\r\n\r\nn'),
+            "end with CRLF",
+        ),
+        (
+            TYPE,
+            form(part(b"model", b"m"), _HEAD + b'\rcontent-disposition: form-data; name="model"\r\n\r\nn'),
+            "end with CRLF",
+        ),
+        (TYPE, form(part(b"model", b"m"), _HEAD + b'\r\n ;name="model"\r\n\r\nn'), "end with CRLF"),
+        (TYPE, form(part(b"model", b"m"), _HEAD + b"\0\r\n\r\nn"), "end with CRLF"),
+        (TYPE, form(b'Content-Disposition : form-data; name="model"\r\n\r\nm'), "head of a part"),
+        (TYPE, form(b'Content-Disposition: attachment; name="model"\r\n\r\nm'), "of form-data"),
+        (TYPE, form(part(b"mo\\del", b"m")), "printable ASCII"),
+        (TYPE, form(part(b"%6dodel", b"m")), "printable ASCII"),
+        (TYPE, form(part("mödel".encode(), b"m")), "printable ASCII"),
+        (TYPE, form(part(b"model", b"bQ==", b"\r\nContent-Transfer-Encoding: base64")), "as they are"),
+        (f"{TYPE}; charset=utf-7", form(part(b"+AG0-odel", b"m")), "must be in UTF-8"),
+        ("multipart/form-data; charset*=utf-7''x; boundary=x-y", form(part(b"model", b"m")), "must be in UTF-8"),
         (TYPE, form(b'Content-Disposition: form-data; name="model"; name="x"\r\n\r\nm'), "with one name"),
         (TYPE, form(part(b"model", b"m\r\nX")), "no model's name"),
         (TYPE, form(part(b"model", b"\xff")), "not UTF-8"),
@@ -135,5 +180,34 @@ def test_a_forms_name_is_found_and_replaced_and_nothing_else(files: list[bytes],
 def test_a_form_that_two_readers_could_read_differently_is_refused(content_type: str, body: bytes, says: str) -> None:
     """Its model would be a guess."""
     with pytest.raises(BadRequest) as caught:
-        in_multipart(body, content_type)
+        in_form(body, content_type)
     assert says in caught.value.message
+
+
+def test_a_large_form_is_read_in_turns() -> None:
+    """A part of megabytes is searched a slice at a time, and nobody waits for the rest."""
+    found = SteppedThrough(in_multipart(form(part(b"file", b"x" * (20 * peek.SLICE)), part(b"model", b"m")), TYPE))
+    assert found.result.model == "m"
+    assert found.turns >= 19
+
+
+def test_a_form_of_nothing_but_parts_is_refused() -> None:
+    """Each costs more than its bytes."""
+    with pytest.raises(BadRequest, match="more than 1000 parts"):
+        in_form(form(*[part(b"x", b"")] * 1001), TYPE)
+
+
+@pytest.mark.parametrize("length", [LONGEST_NAME, LONGEST_NAME + 1, 1 << 20])
+def test_a_name_has_a_length(length: int) -> None:
+    """A name of a megabyte would be compared with every model's, letter by letter, while everybody waits."""
+    bodies = [
+        lambda: in_json(b'{"model":"%b"}' % (b"a" * length)),
+        lambda: in_json(b'{"mod\\u0065l":"%b"}' % (b"a" * length)),
+        lambda: in_form(form(part(b"model", b"a" * length)), TYPE),
+    ]
+    for read in bodies:
+        if length <= LONGEST_NAME:
+            assert read().model == "a" * length
+        else:
+            with pytest.raises(BadRequest, match="at most 256 characters"):
+                read()

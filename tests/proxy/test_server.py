@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tests.proxy.fakes import Client, get, hello, reply, soon, stage, until
 from vllmd.errors import Unauthorized
+from vllmd.proxy.access import EVERYTHING, Caller
 from vllmd.proxy.http import Request, Response, json_response
 from vllmd.proxy.limits import Limits
 from vllmd.proxy.routing import Router
@@ -196,15 +197,11 @@ def test_a_unix_socket_tells_who_is_there(tmp_path: Path) -> None:
 class OneKey:
     """Lets in who says ``Bearer good``."""
 
-    def admit(self, request: Request, scope: str) -> str:
-        """The key's name."""
-        if scope != "open" and request.headers.get("authorization") != "Bearer good":
-            raise Unauthorized("no")
-        return "goodname" if scope != "open" else ""
-
-    def may_use(self, key: str, model: str) -> bool:
-        """Every model."""
-        return True
+    def identify(self, request: Request) -> Caller:
+        """The key's owner, or somebody who may not do much."""
+        if request.headers.get("authorization") == "Bearer good":
+            return Caller("goodname", EVERYTHING)
+        return Caller(refusal=lambda: Unauthorized("no"))
 
 
 def test_a_client_without_a_key_is_refused_before_its_body_is_read() -> None:

@@ -10,7 +10,7 @@ import pytest
 from tests.proxy.fakes import EVENTS, Asked, Engine, chunked, raw, reply, soon, until
 from vllmd.engines.base import Listen
 from vllmd.errors import UpstreamFailed
-from vllmd.proxy.upstream import request
+from vllmd.proxy.upstream import WRITE_LIMIT, Upstream, _Collected, connect, request
 
 
 async def asked_of(script: object, path: Path, **options: object) -> tuple[int, bytes, Asked]:
@@ -86,3 +86,35 @@ def test_nobody_there_is_told_so(listen: Listen, why: str) -> None:
     """Refused and missing, on both kinds of address."""
     with pytest.raises(UpstreamFailed, match=why):
         asyncio.run(request(listen, "GET", "/health"))
+
+
+def test_a_large_body_is_not_in_memory_twice(tmp_path: Path) -> None:
+    """An engine that takes it slowly gets it in pieces, and what it has not taken stays where it is."""
+    body = bytes(range(256)) * (40 << 10)
+    parts = (memoryview(body)[:5], memoryview(body)[5:])
+
+    async def play() -> None:
+        began, go, got = asyncio.Event(), asyncio.Event(), bytearray()
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            began.set()
+            await go.wait()
+            while len(got) < len(body) + 4:
+                got.extend(await reader.read(1 << 20))
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+            await writer.drain()
+            writer.close()
+
+        async with await asyncio.start_unix_server(serve, tmp_path / "s"):
+            listen = Listen(uds=str(tmp_path / "s"))
+            connection = await connect(listen, 5.0, lambda: Upstream(listen))
+            sink = _Collected(100)
+            connection.send("POST", b"head", parts, sink)
+            await soon(began.wait())
+            assert connection._transport.get_write_buffer_size() <= 2 * WRITE_LIMIT
+            go.set()
+            assert (await soon(sink.over)).status == 200
+            assert got == b"head" + body
+            connection.abort()
+
+    asyncio.run(play())

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from vllmd.admin.counters import Counters
 from vllmd.admin.runtime_models import RuntimeModels
 from vllmd.core.types import Snapshot
+from vllmd.proxy.access import ANYBODY, Caller
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +59,8 @@ class Control(Protocol):
     def snapshot(self) -> Snapshot | None:
         """The core's own words; None until the daemon has found its devices and engines."""
 
-    def resolve(self, name: str) -> str:
-        """The configured name of what the operator calls a model."""
+    def resolve(self, name: str, caller: Caller = ANYBODY) -> str:
+        """The configured name of what the caller calls a model, or a replica of it. Raises UnknownModel, Forbidden."""
 
     def types(self) -> list[str]:
         """The kinds of engines that there are."""

@@ -62,6 +62,7 @@ class Counters:
         self.sent: Counter[tuple[str, ...]] = Counter()  # model
         self.tokens: Counter[tuple[str, ...]] = Counter()  # model
         self.errors: Counter[tuple[str, ...]] = Counter()  # model, kind
+        self.failed_logins: Counter[tuple[str, ...]] = Counter()  # how: wrong, unseen
         self.key_requests: Counter[tuple[str, ...]] = Counter()  # key
         self.key_tokens: Counter[tuple[str, ...]] = Counter()  # key
         self.changes = Histograms()  # model, change: start, wake, sleep, stop
@@ -90,8 +91,12 @@ class Counters:
         self.model_durations[model].observe(exchange.elapsed)
         if exchange.first_byte is not None:
             self.first_bytes[model].observe(exchange.first_byte)
-        self.received[model] += len(exchange.request.body)
+        self.received[model] += exchange.request.received
         self.sent[model] += exchange.sent
+
+    def login_failed(self, how: str) -> None:
+        """An API key was wrong, or not looked at."""
+        self.failed_logins[(how,)] += 1
 
     def waited(self, model: str, seconds: float) -> None:
         """A request was admitted after so long."""

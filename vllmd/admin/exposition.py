@@ -15,16 +15,20 @@ import vllmd
 from vllmd.admin.control import Gauges
 from vllmd.admin.counters import Counters, Histogram
 from vllmd.core.types import DeviceView, ModelView, State
+from vllmd.proxy.access import ANYBODY, Caller
 
 Labels = tuple[str, ...]
 STANDINGS = ("new", "serving", "resting", "slow", "ejected", "down")
 STATES = (*(state.value for state in State if state is not State.SLEEPING), "sleeping_l1", "sleeping_l2")
 
 
-def expose(counters: Counters, gauges: Gauges, accept: str) -> tuple[bytes, str]:
-    """The exposition and its content type, in the format that ``accept`` prefers."""
+def expose(counters: Counters, gauges: Gauges, accept: str, caller: Caller = ANYBODY) -> tuple[bytes, str]:
+    """The exposition and its content type, in the format that ``accept`` prefers.
+
+    Series of models and keys that the caller may not see are left out.
+    """
     registry = CollectorRegistry()
-    registry.register(_Collector(counters, gauges))
+    registry.register(_Collector(counters, gauges, caller))
     ProcessCollector(registry=registry)
     encode, content_type = choose_encoder(accept)
     return encode(registry), content_type
@@ -33,16 +37,26 @@ def expose(counters: Counters, gauges: Gauges, accept: str) -> tuple[bytes, str]
 class _Collector:
     """prometheus_client's collector over what was counted and how things stand."""
 
-    def __init__(self, counters: Counters, gauges: Gauges) -> None:
+    def __init__(self, counters: Counters, gauges: Gauges, caller: Caller) -> None:
         self._counters = counters
         self._gauges = gauges
+        self._caller = caller
 
     def describe(self) -> list[Metric]:
         """Nothing beforehand: a registry lives for one scrape."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """Everything."""
+        """Everything that the caller may see: whichever family a series is in, its labels say whom it is about."""
+        for metric in self._all():
+            metric.samples = [sample for sample in metric.samples if self._shown(sample.labels)]
+            yield metric
+
+    def _shown(self, labels: Mapping[str, str]) -> bool:
+        model, key = labels.get("model"), labels.get("key")
+        return (not model or self._caller.may_use(model)) and (key is None or self._caller.may_see_key(key))
+
+    def _all(self) -> Iterator[Metric]:
         yield from _counted(self._counters)
         yield from _standing(self._gauges)
         snapshot = self._gauges.snapshot
@@ -71,6 +85,8 @@ def _counted(counters: Counters) -> Iterator[Metric]:
     yield _counter(
         "errors", "Requests that ended in an error of ours, by its kind.", ["model", "kind"], counters.errors
     )
+    yield _counter("failed_logins", "API keys that were wrong, or not looked at after too many wrong ones.", ["how"],
+                   counters.failed_logins)  # fmt: skip
     yield _counter("key_requests", "Requests by the name of their API key.", ["key"], counters.key_requests)
     yield _counter("key_tokens", "Tokens by the name of the API key.", ["key"], counters.key_tokens)
     yield _histogram("model_change_duration_seconds", "Starts, wakes, sleeps and stops that succeeded.",

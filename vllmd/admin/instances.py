@@ -15,8 +15,9 @@ from typing import Any
 
 from vllmd.admin import params
 from vllmd.admin.control import Control
-from vllmd.admin.operate import killed, process_id
+from vllmd.admin.operate import killed, of_caller, process_id
 from vllmd.errors import BadRequest, Conflict, NotFound
+from vllmd.proxy.access import ADMIN, Reach, authorise
 from vllmd.proxy.http import Request, Response, json_response
 
 Line = dict[str, Any]
@@ -44,7 +45,7 @@ class InstanceEndpoints:
         body = params.fields(request, ["model_name", "model_type", "gpu_id", "config"])
         if body.get("config") not in (None, {}):
             await self._bring(request, body)
-        name, gpu = self._named(body), params.index(body, "gpu_id")
+        name, gpu = self._named(request, body), params.index(body, "gpu_id")
         chosen = name if gpu is None else await self._on(name, gpu)
         if gpu is None and self._control.line(name)["state"] in UNLOADED:
             await self._control.narrow(name, None)
@@ -75,7 +76,7 @@ class InstanceEndpoints:
         """
         await self._control.opened()
         body = params.fields(request, ["model_name", "model_type", "gpu_id"])
-        name, gpu = self._named(body), params.index(body, "gpu_id")
+        name, gpu = self._named(request, body), params.index(body, "gpu_id")
         line = self._control.line(name)
         if line["state"] == "stopped":
             raise NotFound(f"{name} is not running", param="model_name")
@@ -95,16 +96,17 @@ class InstanceEndpoints:
     async def status(self, request: Request) -> Response:
         """``GET /api/v1/models/status``: an item per instance, of all that are loaded or have failed."""
         await self._control.opened()
-        lines = self._control.status()["models"]
+        lines = of_caller(self._control.status(), request.caller)["models"]
         return json_response([item for line in lines if line["state"] != "stopped" for item in items(line)])
 
     async def status_of(self, request: Request) -> Response:
         """``GET /api/v1/models/status/{name}``: the items of one model, also if it is stopped. Raises UnknownModel."""
         await self._control.opened()
-        return json_response(items(self._control.line(self._control.resolve(request.params["name"]))))
+        return json_response(items(self._control.line(self._control.resolve(request.params["name"], request.caller))))
 
     async def _bring(self, request: Request, body: dict[str, Any]) -> None:
         """Make the model known with the settings of the body, if nobody knows it. Raises Conflict if they differ."""
+        authorise(request.caller, ADMIN, Reach.MACHINE)  # as PUT /admin/guests is
         name, settings = params.text(body, "model_name", "the name of a model"), body["config"]
         if not isinstance(settings, dict):
             raise BadRequest("config must be an object with settings as in vllmd.yaml(5), or null", param="config")
@@ -115,9 +117,9 @@ class InstanceEndpoints:
             where = "is configured" if known["configured"] else "is in use"
             raise Conflict(f"{name} {where} with another {', '.join(known['differs'])}", param="config")
 
-    def _named(self, body: dict[str, Any]) -> str:
+    def _named(self, request: Request, body: dict[str, Any]) -> str:
         """The model that the body names, which is of the type that it names, if it does."""
-        name = self._control.resolve(params.text(body, "model_name", "the name of a model"))
+        name = self._control.resolve(params.text(body, "model_name", "the name of a model"), request.caller)
         engine, kind = self._control.line(name)["config"].get("engine", ""), self._kind(body)
         if kind and kind != engine:
             raise BadRequest(f"{name} is of the type {engine!r}, not {kind!r}", param="model_type")

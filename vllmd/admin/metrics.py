@@ -6,9 +6,11 @@ import asyncio
 import importlib
 
 from vllmd.admin.control import Control
+from vllmd.admin.operate import of_caller
 from vllmd.admin.relabel import merged
 from vllmd.core.types import State
 from vllmd.errors import Conflict, UpstreamFailed
+from vllmd.proxy.access import MODELS, READ, Reach, authorise
 from vllmd.proxy.http import Request, Response
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
@@ -25,17 +27,20 @@ class MetricsEndpoints:
         """``GET /metrics``; ``?model=`` the metrics of that model's engine instead."""
         name = request.query.get("model", "")
         if name:
-            model = self._control.resolve(name)
+            if READ not in request.caller.scopes:
+                authorise(request.caller, MODELS, Reach.ONE)  # its engine is asked
+            model = self._control.resolve(name, request.caller)
             return _text(merged([(model, (await self._control.scrape(model)).decode("utf-8", "replace"))]))
         # The client library is a room that only whoever scrapes has to enter.
         exposition = await asyncio.to_thread(importlib.import_module, "vllmd.admin.exposition")
         accept, gauges = request.headers.get("accept"), await self._control.gauges()
-        body, content_type = exposition.expose(self._control.counters, gauges, accept)
+        body, content_type = exposition.expose(self._control.counters, gauges, accept, request.caller)
         return Response(200, body, content_type)
 
     async def engines(self, request: Request) -> Response:
         """``GET /metrics/engines``: those of every loaded engine, labelled with its model, or its replica's name."""
-        lines = [each for line in self._control.status()["models"] for each in line["replicas"] or [line]]
+        models = of_caller(self._control.status(), request.caller)["models"]
+        lines = [each for line in models for each in line["replicas"] or [line]]
         loaded = [line["name"] for line in lines if line["state"] not in UNLOADED]
         texts = await asyncio.gather(*(self._scraped(model) for model in loaded))
         return _text(merged(zip(loaded, texts, strict=True)))

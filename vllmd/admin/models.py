@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
 from typing import Any
 
 import vllmd
 from vllmd.admin.control import Control
-from vllmd.errors import UnknownModel
+from vllmd.errors import Forbidden, UnknownModel
 from vllmd.proxy.http import Request, Response, json_response
 
 _STARTED = int(time.time())
 
 
 class ModelEndpoints:
-    """``/v1/models``, ``/health`` and ``/version``. ``may_use(key, model)`` says what a client is shown."""
+    """``/v1/models``, ``/health`` and ``/version``. A caller is shown the models that it may use, and no others."""
 
-    def __init__(self, control: Control, may_use: Callable[[str, str], bool]) -> None:
+    def __init__(self, control: Control) -> None:
         self._control = control
-        self._may_use = may_use
 
     async def every(self, request: Request) -> Response:
         """``GET /v1/models``: every model that the key may use, loaded or not, then their aliases.
@@ -34,24 +33,30 @@ class ModelEndpoints:
     async def one(self, request: Request) -> Response:
         """``GET /v1/models/{id}``, by its name, an alias, or its end. Raises UnknownModel."""
         asked = request.params["model"]
-        name = self._control.resolve(asked)
-        for model in await self._models(request):
-            if model["id"] == name:
-                return json_response(_card(model, asked if asked in model["aliases"] else name))
+        with contextlib.suppress(Forbidden):  # what one may not use one need not know of
+            name = self._control.resolve(asked, request.caller)
+            for model in await self._models(request):
+                if model["id"] == name:
+                    return json_response(_card(model, asked if asked in model["aliases"] else name))
         raise UnknownModel(f"model {asked!r} does not exist; GET /v1/models lists those that do", param="model")
 
     async def _models(self, request: Request) -> list[dict[str, Any]]:
-        return [model for model in await self._control.models() if self._may_use(request.key, model["id"])]
+        return [model for model in await self._control.models() if request.caller.may_use(model["id"])]
 
     async def health(self, request: Request) -> Response:
         """``GET /health``: 200 with ``status: ok``, or 503 with what is wrong."""
-        health = self._control.health()
+        health = self._health(request)
         return json_response(health, 200 if health["status"] == "ok" else 503)
 
     async def ready(self, request: Request) -> Response:
         """``GET /health/ready``: 200 once requests need not wait for devices and engines to be found."""
-        health = self._control.health()
+        health = self._health(request)
         return json_response(health, 200 if health["ready"] else 503)
+
+    def _health(self, request: Request) -> dict[str, Any]:
+        health, may_use = self._control.health(), request.caller.may_use
+        states = {model: state for model, state in health["model_status"].items() if may_use(model)}
+        return {**health, "loaded_models": list(filter(may_use, health["loaded_models"])), "model_status": states}
 
     async def live(self, request: Request) -> Response:
         """``GET /health/live``: 200 as long as the daemon answers at all."""

@@ -18,6 +18,7 @@ SCOPES = {
     "health": "Anybody may, unless auth.public leaves health out.",
     "metrics": "Anybody may, unless auth.public leaves metrics out.",
     "models": "Needs a key, if there are any.",
+    "read": "On the operators' sockets, or with a key that has the scope read or admin.",
     "admin": "On the admin socket, or with a key that has the scope admin.",
 }
 SECURITY_HEADERS = (

@@ -10,6 +10,7 @@ from typing import Any
 from vllmd.admin import params
 from vllmd.admin.control import Control
 from vllmd.errors import BadRequest, Conflict, EngineFailed, NotFound
+from vllmd.proxy.access import Caller
 from vllmd.proxy.http import Request, Response, event_stream, json_response
 
 MOST_LINES = 10_000
@@ -27,7 +28,7 @@ class OperatorEndpoints:
 
     async def status(self, request: Request) -> Response:
         """``GET /admin/status``."""
-        return json_response(self._control.status())
+        return json_response(of_caller(self._control.status(), request.caller))
 
     async def load(self, request: Request) -> Response:
         """``POST /admin/models/{model}/load``; ``?wait=true`` answers when it has settled.
@@ -88,7 +89,9 @@ class OperatorEndpoints:
     async def decisions(self, request: Request) -> Response:
         """``GET /admin/decisions``; ``?model=`` one model's."""
         name = request.query.get("model", "")
-        return json_response({"decisions": self._control.decisions(self._control.resolve(name) if name else "")})
+        return json_response(
+            {"decisions": self._control.decisions(self._control.resolve(name, request.caller) if name else "")}
+        )
 
     async def events(self, request: Request) -> Response:
         """``GET /admin/events``: decisions as server-sent events, as they are made."""
@@ -111,7 +114,7 @@ class OperatorEndpoints:
         return json_response(await self._control.reload())
 
     def _model(self, request: Request) -> str:
-        return self._control.resolve(request.params["model"])
+        return self._control.resolve(request.params["model"], request.caller)
 
     async def _follow(self, request: Request, model: str) -> Response:
         """What became of it: now, when it has settled, or line by line."""
@@ -124,6 +127,16 @@ class OperatorEndpoints:
         if "error" in last:
             raise EngineFailed(last["error"]["message"])
         return json_response(self._control.line(model))
+
+
+def of_caller(status: dict[str, Any], caller: Caller) -> dict[str, Any]:
+    """The status as one sees it who may use some models only: without the others, and what is said of them."""
+    if caller.models is None:
+        return status
+    lines = [line for line in status["models"] if caller.may_use(line["name"])]
+    own = [{**line, "waiting_for": line["waiting_for"] and "room"} for line in lines]  # it names who holds it
+    error = status["configuration"]["error"] and "invalid"
+    return {**status, "models": own, "configuration": {**status["configuration"], "error": error}}
 
 
 def process_id(request: Request) -> int:

@@ -1,14 +1,13 @@
 """The route tables: what any client may read, and what an operator may do.
 
-Both are behind every listener; the scope of each row says who may. A row's last
-column is what ``/openapi.json`` says of it. Every verb of an operator leaves a
-record of who used it, and how that went.
+Both are behind every listener; the scope of each row, and what it reaches, say who
+may (``vllmd.proxy.access``). A row's last columns are what ``/openapi.json`` says of
+it. Every verb of an operator leaves a record of who used it, and how that went.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 from vllmd.admin import schemas
 from vllmd.admin.control import Control
@@ -20,11 +19,13 @@ from vllmd.admin.operate import LONGEST_PROBE, OperatorEndpoints
 from vllmd.admin.runtime_models import add_guests
 from vllmd.admin.schemas import FLAG, TEXT, WAIT, answers, asks, doc, requires, streams, takes
 from vllmd.errors import VllmdError
+from vllmd.proxy.access import Reach
 from vllmd.proxy.http import Request, Response
 from vllmd.proxy.routing import LocalHandler, Router
 
 log = logging.getLogger("vllmd.admin")
 
+NOTHING, EACH, MACHINE = Reach.NOTHING, Reach.EACH, Reach.MACHINE  # a row without one is about one model
 MODEL = "/admin/models/{model:path}"
 LEVEL = {"type": "string", "enum": ["1", "2", "3"], "default": "1"}
 SECONDS = {"type": "number", "exclusiveMinimum": 0, "maximum": LONGEST_PROBE}
@@ -38,25 +39,26 @@ LINE, CHANGE = answers("ModelLine"), answers("ModelLine", also={202: "ModelLine"
 PLAIN = streams("text/plain", "Prometheus' text format", {"application/openmetrics-text": {"schema": TEXT}})
 
 
-def add_public(router: Router, control: Control, may_use: Callable[[str, str], bool]) -> None:
+def add_public(router: Router, control: Control) -> None:
     """What any client may read."""
-    models, metrics = ModelEndpoints(control, may_use), MetricsEndpoints(control)
+    models, metrics = ModelEndpoints(control), MetricsEndpoints(control)
     add = router.add
     add("GET", "/v1/models", models.every, "models", "The models, loaded or not, and their aliases",
-        answers("ModelList"))  # fmt: skip
+        answers("ModelList"), EACH)  # fmt: skip
     add("GET", "/v1/models/{model:path}", models.one, "models", "One model", answers("Model"))
     add("GET", "/health", models.health, "health", "Whether vllmd is well, its devices and models",
-        answers("Health", also={503: "Health"}))  # fmt: skip
-    add("GET", "/health/live", models.live, "open", "Whether vllmd answers", answers("Alive"))
+        answers("Health", also={503: "Health"}), EACH)  # fmt: skip
+    add("GET", "/health/live", models.live, "open", "Whether vllmd answers", answers("Alive"), NOTHING)
     add("GET", "/health/ready", models.ready, "health", "Whether vllmd can serve at once",
-        answers("Health", also={503: "Health"}))  # fmt: skip
+        answers("Health", also={503: "Health"}), EACH)  # fmt: skip
     for method in ("GET", "POST"):
         add(method, "/ping", models.health, "health", "The same as /health, as SageMaker asks it",
-            answers("Health", also={503: "Health"}))  # fmt: skip
-    add("GET", "/version", models.version, "open", "The version of vllmd", answers("Version"))
+            answers("Health", also={503: "Health"}), EACH)  # fmt: skip
+    add("GET", "/version", models.version, "open", "The version of vllmd", answers("Version"), NOTHING)
     add("GET", "/metrics", metrics.own, "metrics", "Metrics for Prometheus",
-        doc(PLAIN, asks(model=(TEXT, "that model's engine's own metrics instead"))))  # fmt: skip
-    add("GET", "/metrics/engines", metrics.engines, "metrics", "All engines' own metrics, labelled by model", PLAIN)
+        doc(PLAIN, asks(model=(TEXT, "that model's engine's own metrics instead"))), EACH)  # fmt: skip
+    add("GET", "/metrics/engines", metrics.engines, "metrics", "All engines' own metrics, labelled by model", PLAIN,
+        EACH)  # fmt: skip
     documentation = Documentation(router)
     add(
         "GET",
@@ -65,8 +67,9 @@ def add_public(router: Router, control: Control, may_use: Callable[[str, str], b
         "open",
         "What the paths take and give",
         answers({"type": "object"}),
+        NOTHING,
     )
-    add("GET", "/docs", documentation.page, "open", "The same as a page", streams("text/html", "a page"))
+    add("GET", "/docs", documentation.page, "open", "The same as a page", streams("text/html", "a page"), NOTHING)
 
 
 def add_operator(router: Router, control: Control) -> None:
@@ -74,18 +77,18 @@ def add_operator(router: Router, control: Control) -> None:
     operator = OperatorEndpoints(control)
     _add_verbs(router, operator)
     add = router.add
-    add("GET", "/admin/status", operator.status, "admin", "Everything vllmctl shows", answers("Status"))
-    add("GET", "/admin/decisions", operator.decisions, "admin", "The last decisions and their numbers",
-        doc(answers("Decisions"), asks(model=(TEXT, "of that model only"))))  # fmt: skip
-    add("GET", "/admin/events", operator.events, "admin", "Decisions as they are made, and what becomes of them",
-        streams("text/event-stream", "events whose data is a Decision"))  # fmt: skip
-    add("GET", "/admin/logs/{model:path}", operator.log, "admin", "An engine's log",
+    add("GET", "/admin/status", operator.status, "read", "Everything vllmctl shows", answers("Status"), EACH)
+    add("GET", "/admin/decisions", operator.decisions, "read", "The last decisions and their numbers",
+        doc(answers("Decisions"), asks(model=(TEXT, "of that model only"))), MACHINE)  # fmt: skip
+    add("GET", "/admin/events", operator.events, "read", "Decisions as they are made, and what becomes of them",
+        streams("text/event-stream", "events whose data is a Decision"), MACHINE)  # fmt: skip
+    add("GET", "/admin/logs/{model:path}", operator.log, "read", "An engine's log",
         doc(streams("text/plain", "its lines"),
             asks(lines=(LINES, "how many of the last"), follow=(FLAG, "and what comes"))))  # fmt: skip
     add("POST", "/admin/reload", audited(operator.reload), "admin", "Take the configuration anew",
-        answers("Reloaded"))  # fmt: skip
+        answers("Reloaded"), MACHINE)  # fmt: skip
     add("POST", "/admin/processes/{pid}/kill", audited(operator.kill), "admin", "Kill the engine that has a process",
-        doc(answers("Killed"), asks(**FORCE)))  # fmt: skip
+        doc(answers("Killed"), asks(**FORCE)), MACHINE)  # fmt: skip
     _add_instances(router, InstanceEndpoints(control))
     add_guests(router, control.runtime_models, audited)
 
@@ -115,17 +118,17 @@ def _add_verbs(router: Router, operator: OperatorEndpoints) -> None:
 def _add_instances(router: Router, instances: InstanceEndpoints) -> None:
     """M's API."""
     add = router.add
-    add("GET", "/api/v1/gpus", instances.gpus, "admin", "The GPUs and the processes on them",
-        answers({"type": "array", "items": schemas.ref("GPUInfo")}, also={501: "Error"}))  # fmt: skip
+    add("GET", "/api/v1/gpus", instances.gpus, "read", "The GPUs and the processes on them",
+        answers({"type": "array", "items": schemas.ref("GPUInfo")}, also={501: "Error"}), MACHINE)  # fmt: skip
     add("DELETE", "/api/v1/processes/{pid}", audited(instances.kill), "admin", "Kill the engine that has a process",
-        doc(answers("KillProcessResponse"), asks(**FORCE)))  # fmt: skip
+        doc(answers("KillProcessResponse"), asks(**FORCE)), MACHINE)  # fmt: skip
     add("POST", "/api/v1/models/start", audited(instances.start), "admin", "Start a model, on a GPU",
         doc(answers("ModelInstanceInfo", 202), takes("StartRequest"), about=ANOTHER))  # fmt: skip
     add("POST", "/api/v1/models/stop", audited(instances.stop), "admin", "Stop a model",
         doc(answers("ModelInstanceInfo"), takes("StopRequest"), about=ONE))  # fmt: skip
     items = answers({"type": "array", "items": schemas.ref("ModelStatusItem")})
-    add("GET", "/api/v1/models/status", instances.status, "admin", "The instances that are loaded", items)
-    add("GET", "/api/v1/models/status/{name:path}", instances.status_of, "admin", "The instances of a model", items)
+    add("GET", "/api/v1/models/status", instances.status, "read", "The instances that are loaded", items, EACH)
+    add("GET", "/api/v1/models/status/{name:path}", instances.status_of, "read", "The instances of a model", items)
 
 
 def audited(handler: LocalHandler) -> LocalHandler:

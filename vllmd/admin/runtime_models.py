@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from vllmd.admin.schemas import TEXT, answers, doc
 from vllmd.errors import BadRequest
+from vllmd.proxy.access import Reach
 from vllmd.proxy.http import Request, Response, json_response
 from vllmd.proxy.routing import LocalHandler, Router
 
@@ -63,6 +64,7 @@ def add_guests(router: Router, runtime_models: RuntimeModels, audited: Callable[
     """Their rows of the route table."""
     endpoints, add = RuntimeModelEndpoints(runtime_models), router.add
     add("PUT", "/admin/guests/{model:path}", audited(endpoints.put), "admin", "Make a model known until vllmd ends",
-        doc(answers(KNOWN), {"requestBody": {"content": {"application/json": {"schema": SETTINGS}}}}))  # fmt: skip
+        doc(answers(KNOWN), {"requestBody": {"content": {"application/json": {"schema": SETTINGS}}}}),
+        Reach.MACHINE)  # fmt: skip
     add("DELETE", "/admin/guests/{model:path}", audited(endpoints.drop), "admin", "Forget such a model",
-        answers(DROPPED))  # fmt: skip
+        answers(DROPPED), Reach.MACHINE)  # fmt: skip

@@ -15,7 +15,7 @@ from urllib.parse import quote, urlencode, urlsplit
 from vllmd.cli.failures import EX_CONFIG, EX_USAGE, Failure, of_answer, of_socket, of_url
 from vllmd.text import printable_lines
 
-SYSTEM_SOCKET = "/run/vllmd/admin.sock"
+SYSTEM_SOCKET, READ_SOCKET = "/run/vllmd/admin.sock", "/run/vllmd/read.sock"
 OPENING = 10.0  # seconds that a daemon which has just been woken may take to look around
 ANSWER = 30.0  # seconds the daemon has for an answer that it need not wait for
 
@@ -27,13 +27,19 @@ def user_socket() -> str:
 
 
 def socket_path(arguments: Namespace) -> str:
-    """--socket, else $VLLMD_ADMIN_SOCKET, else the system's, unless only the user's own is there (or --user)."""
+    """--socket, else $VLLMD_ADMIN_SOCKET, else the system's, unless only the user's own is there (or --user).
+
+    Of the system's two the one for administrators, or for whoever may not open that, the one for those who look on.
+    """
     given = arguments.socket or os.environ.get("VLLMD_ADMIN_SOCKET")
     if given:
         return str(given)
     own = user_socket()
     mine = arguments.user or (os.path.exists(own) and not os.path.exists(SYSTEM_SOCKET))
-    return own if mine else SYSTEM_SOCKET
+    if mine:
+        return own
+    looks_on = os.access(READ_SOCKET, os.W_OK) and not os.access(SYSTEM_SOCKET, os.W_OK)
+    return READ_SOCKET if looks_on else SYSTEM_SOCKET
 
 
 class _UnixConnection(http.client.HTTPConnection):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 Finding = tuple[str, str, str]
 NEEDED = {"h11": "python3-h11", "yaml": "python3-yaml", "sdnotify": "python3-sdnotify", "pystemd": "python3-pystemd"}
-SOCKETS = ("vllmd.socket", "vllmd-admin.socket", "vllmd-launcher.socket")
+SOCKETS = ("vllmd.socket", "vllmd-admin.socket", "vllmd-read.socket", "vllmd-launcher.socket")
 GiB = 1 << 30
 
 

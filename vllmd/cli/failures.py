@@ -69,8 +69,8 @@ def of_socket(path: str, error: OSError) -> Failure:
         )
     if error.errno in (errno.EACCES, errno.EPERM):
         return Failure(
-            f"you may not use {path}, which is open to the group vllmd; "
-            f"sudo usermod -aG vllmd {getpass.getuser()}, then log in again",
+            f"you may not use {path}, which is open to the group vllmd-admin (vllmd-read: to look on); "
+            f"sudo usermod -aG vllmd-admin {getpass.getuser()}, then log in again",
             EX_NOPERM,
         )
     return of_url(path, error)

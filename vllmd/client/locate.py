@@ -40,7 +40,8 @@ def _listens(path: str) -> bool:
             probe.connect(path)
         except PermissionError:
             raise Forbidden(
-                f"a vllmd serves this machine, but you may not open {path}: have yourself added to its group (vllmd), "
+                f"a vllmd serves this machine, but you may not open {path}: have yourself added to its group "
+                "(vllmd-admin), "
                 "or set VLLMD_URL and VLLMD_API_KEY to use it with a key that has the scope admin"
             ) from None
         except OSError:

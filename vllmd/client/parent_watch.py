@@ -1,7 +1,7 @@
 """A program that ends with the one that started it, however that ends. Run as a script; imports nothing of ours.
 
-``tether.py PARENT FOLDER FDS MODULE ARGUMENTS...``: FDS are listening sockets, handed on as systemd does it; FOLDER
-is removed at the end if the parent is no more there to do it.
+``parent_watch.py PARENT FOLDER FDS MODULE ARGUMENTS...``: FDS are listening sockets, handed on as systemd does it;
+FOLDER is removed at the end if the parent is no more there to do it.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class PrivateDaemon:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self, fds: list[int]) -> subprocess.Popen[bytes]:
-        script, handed_on = str(Path(__file__).with_name("tether.py")), ",".join(map(str, fds))
+        script, handed_on = str(Path(__file__).with_name("parent_watch.py")), ",".join(map(str, fds))
         parent_watch = [script, str(os.getpid()), str(self._folder), handed_on]
         serve = ["vllmd", "--config", str(self._folder / "vllmd.yaml")]
         with (self._folder / "log").open("wb") as log:

@@ -15,21 +15,24 @@ class Events:
     """Takes an answer's bytes as they come, however they are cut."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._rest = bytearray()  # a line that is not whole yet
+        self._scanned = 0  # bytes of it that were searched for its end
         self._data: list[str] = []
         self.done = False
 
     def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
         """The chunks that are now whole. Raises StreamFailed for one that is an error, or is not JSON."""
-        lines = (self._rest + data).split(b"\n")
-        self._rest = lines.pop()
-        for line in lines:
-            text = line.rstrip(b"\r").decode("utf-8", "replace")
+        self._rest += data
+        while (end := self._rest.find(b"\n", self._scanned)) >= 0:
+            text = self._rest[:end].rstrip(b"\r").decode("utf-8", "replace")
+            del self._rest[: end + 1]
+            self._scanned = 0
             if text.startswith("data:"):
                 self._data.append(text[5:].removeprefix(" "))
             elif not text and self._data:
                 yield from self._event("\n".join(self._data))
                 self._data = []
+        self._scanned = len(self._rest)
 
     def end(self) -> None:
         """The answer ended. Raises StreamFailed unless it said ``[DONE]``."""

@@ -31,6 +31,9 @@ def check(config: Config) -> Iterator[Finding]:
 def doubts(config: Config) -> Iterator[Finding]:
     """Everything that works, but hardly as meant."""
     yield from _pins(config)
+    if config.server.max_buffered < 2 * config.server.max_body:
+        what = f"less than twice max_body ({show_size(config.server.max_body)}): one address may hold half of it"
+        yield _auth(config), "server.max_buffered", f"{what}, so the largest bodies are never taken"
     for key in config.auth.keys:
         for name in key.models:
             if not _known(name, config):

@@ -412,11 +412,16 @@ DEVICE = Group(
     ),
 )
 
-SCOPES = Kind("models, admin", k.list_of(k.choice("models", "admin").parse), {"type": "array"}, lambda v: ", ".join(v))
+SCOPES = Kind(
+    "models, read, admin",
+    k.list_of(k.choice("models", "read", "admin").parse),
+    {"type": "array"},
+    lambda value: ", ".join(value),
+)
 PUBLIC = Kind(
-    "a list of health, metrics",
-    k.list_of(k.choice("health", "metrics").parse),
-    {"type": "array", "items": {"enum": ["health", "metrics"]}},
+    "a list of health, metrics, names",
+    k.list_of(k.choice("health", "metrics", "names").parse),
+    {"type": "array", "items": {"enum": ["health", "metrics", "names"]}},
     lambda value: ", ".join(value) or "nothing",
 )
 
@@ -427,8 +432,17 @@ KEY = Group(
         Setting("name", k.TEXT, "Who it belongs to, for the log and the metrics; without it key1, key2 and so on."),
         Setting("key", k.SECRET, "The key itself, or sha256: and the hexadecimal SHA-256 of it.", None, secret=True),
         Setting("key_file", k.FILE, "File that holds the key; a relative path as in hf_token_file.", None),
-        Setting("scopes", SCOPES, "What it opens: models, admin."),
-        Setting("models", k.NAMES, "Models it may use; all if none are named."),
+        Setting(
+            "scopes",
+            SCOPES,
+            "What it opens: models to use them, read to see what vllmctl shows, admin to change things (and read).",
+        ),
+        Setting(
+            "models",
+            k.NAMES,
+            "Models it may use, be shown and, with the scope admin, load and stop; all if none are named. "
+            "Such a key does nothing that concerns the machine as a whole.",
+        ),
         Setting("concurrency", k.count(1, 2**31, "unlimited"), "Requests at a time."),
         Setting("requests_per_minute", k.count(1, 2**31, "unlimited"), "Requests per minute."),
         Setting("tokens_per_minute", k.count(1, 2**31, "unlimited"), "Tokens in and out per minute."),
@@ -440,7 +454,12 @@ AUTH = Group(
     "Who may use the HTTP side. As soon as there is one key, every request needs one.",
     (
         Setting("keys", KEY, "The keys.", many="list"),
-        Setting("public", PUBLIC, "What needs no key all the same."),
+        Setting(
+            "public",
+            PUBLIC,
+            "What needs no key all the same: health, metrics. Without a key they tell of the devices and of vllmd, "
+            "with names also of every model, as they tell a key of the models that it may use.",
+        ),
         Setting("allow_anonymous", k.BOOL, "Allow listening beyond loopback without any key."),
     ),
 )
@@ -450,16 +469,29 @@ SERVER = Group(
     "The HTTP side. Under systemd the addresses are those of vllmd.socket, whatever is said here.",
     (
         Setting("listen", k.LISTEN, "Addresses to listen on when not activated by systemd.", flag="--listen"),
+        Setting(
+            "user",
+            k.TEXT,
+            "User that vllmd becomes, with all its engines, when root runs vllmd serve: once it listens, before it "
+            "reads a request. Under systemd User= of vllmd.service says that.",
+            flag="--user",
+        ),
         Setting("host", k.HOST, "Short for listen, with port.", field=None, flag="--host"),
         Setting("port", k.PORT, "Short for listen, with host; 0 picks a free one.", None, flag="--port"),
         Setting("idle_exit", k.OR_NEVER, "Exit when nothing is loaded and nobody is connected for this time."),
         Setting("max_body", k.SMALL_SIZE, "Largest request body."),
         Setting("max_head", k.SMALL_SIZE, "Largest request head."),
-        Setting("max_buffered", k.SMALL_SIZE, "Request bodies held in all; more are answered 503."),
+        Setting(
+            "max_buffered",
+            k.SMALL_SIZE,
+            "Request bodies held in all, half of it by one address; more are answered 503.",
+        ),
         Setting("pipeline", k.SMALL_SIZE, "What is read of a connection's next requests while one is answered."),
         Setting("head_timeout", k.DURATION_KIND, "Time a client has to send a request's head."),
-        Setting("body_timeout", k.DURATION_KIND, "Time a client has to send a body, and more by min_body_rate."),
-        Setting("min_body_rate", k.count(1), "Bytes per second that a longer upload must have kept up."),
+        Setting(
+            "body_timeout", k.DURATION_KIND, "Time in which a body that is being sent must go on by min_body_rate."
+        ),
+        Setting("min_body_rate", k.count(1), "Bytes per second that an upload must keep up, over each body_timeout."),
         Setting("send_timeout", k.DURATION_KIND, "A client that takes nothing of its answer for so long is cut off."),
         Setting(
             "request_timeout",
@@ -487,7 +519,14 @@ SERVER = Group(
             "cors_origins",
             k.NAMES,
             "Origins such as https://chat.example whose web pages may use the HTTP side; * is any. "
-            "Forms and WebSockets of other pages, which browsers send without asking, are refused.",
+            "What browsers send for other pages is refused.",
+        ),
+        Setting(
+            "hosts",
+            k.NAMES,
+            "Names such as gpu1.example by which clients call this server while there are no keys, beside addresses, "
+            "localhost and the machine's own names; * is any. Under other names, which a web page may have given "
+            "itself, requests are answered 421.",
         ),
     ),
 )

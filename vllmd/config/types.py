@@ -141,13 +141,14 @@ class ServerConfig:
     """The HTTP side. Sizes in bytes, times in seconds."""
 
     listen: tuple[str, ...] = ("127.0.0.1:33258", "[::1]:33258")  # used only without socket activation
+    user: str = ""  # whom vllmd becomes when root starts it by hand
     idle_exit: float | None = 60.0  # the daemon exits after so long with nothing loaded and nobody connected
     max_body: int = 64 << 20
     max_head: int = 64 << 10
     max_buffered: int = 1 << 30  # of request bodies, over all requests
     pipeline: int = 64 << 10  # read ahead of a running request
     head_timeout: float = 30.0
-    body_timeout: float = 30.0  # after it, a body must have kept up min_body_rate
+    body_timeout: float = 30.0  # over each, a body must keep up min_body_rate
     min_body_rate: int = 1024  # bytes per second
     send_timeout: float = 300.0  # without a client taking anything
     request_timeout: float | None = None  # for a model request, from its last byte to its answer's
@@ -160,6 +161,7 @@ class ServerConfig:
     queue_limit: int = 4096
     loading_comment_interval: float = 10.0
     loading_as_reasoning: bool = False
+    hosts: tuple[str, ...] = ()  # names beside this machine's own under which it answers without keys; "*": any
     cors_origins: tuple[str, ...] = ()  # pages of which origins may read our answers; "*": of any
 
 
@@ -182,7 +184,7 @@ class KeyConfig:
 
     name: str
     digest: str = field(repr=False)
-    scopes: tuple[str, ...] = ("models",)  # of models, admin
+    scopes: tuple[str, ...] = ("models",)  # of models, read, admin
     models: tuple[str, ...] = ()
     concurrency: int | None = None
     requests_per_minute: int | None = None
@@ -194,7 +196,7 @@ class AuthConfig:
     """Who may ask. Without keys everybody who reaches the address may."""
 
     keys: tuple[KeyConfig, ...] = ()
-    public: tuple[str, ...] = ("health", "metrics")  # what needs no key, of health, metrics
+    public: tuple[str, ...] = ("health", "metrics")  # what needs no key, of health, metrics, names
     allow_anonymous: bool = False  # listen beyond loopback without keys all the same
 
 

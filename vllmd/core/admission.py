@@ -59,7 +59,8 @@ class Admission:
         if chosen and not len(model.queue) and not core.policy.in_order:  # 1.2
             self._admit(chosen, e.request)
             return
-        refusal = self._full(model, r) or self._failed(r) or self._impossible(r) or self._busy(r)  # 1.3 to 1.7
+        refusal = self._unknown_devices(r) or self._full(model, r) or self._failed(r)  # 1.3 to 1.7
+        refusal = refusal or self._impossible(r) or self._busy(r)
         if refusal:
             self._refuse(e, refusal)
         else:
@@ -214,6 +215,13 @@ class Admission:
         if left <= 0:
             self._core.engines.forgive(r)
         return None
+
+    def _unknown_devices(self, r: Replica) -> Refusal | None:
+        """9.1: it is not on, and nobody knows what there is that it could run on."""
+        ledger = self._core.engines.ledger
+        if not r.at_rest or not r.spec.device_count or not ledger.unknown or ledger.asking:
+            return None
+        return Refusal("Unavailable", ledger.unknown, 5.0)
 
     def _impossible(self, r: Replica) -> Refusal | None:
         if r.loaded or len(r.model.queue):

@@ -197,7 +197,9 @@ class EngineEvents:
 
     def _failed(self, m: Replica, reason: str, given_up: bool) -> float:
         """One more failure in a row. Returns the seconds until it may be tried again."""
-        m.failures += 1
+        if m.failed_at < m.ready_at <= self._core.now - STABLE:
+            m.failures = 0  # it has served since, and did not fail then
+        m.failures, m.failed_at = m.failures + 1, self._core.now
         m.failure, m.given_up = reason, given_up
         longest = LONGEST_BACKOFF if m.spec.device_count else LONGEST_ELSEWHERE
         backoff = min(longest, m.spec.restart_backoff * 2.0 ** min(m.failures - 1, 20))

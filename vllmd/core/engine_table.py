@@ -55,13 +55,13 @@ class EngineTable:
         return out
 
     def record(
-        self, what: str, about: Model | Replica, why: str, numbers: Mapping[str, float | int | str] | None = None
+        self, what: str, about: Model | Replica | None, why: str, numbers: Mapping[str, float | int | str] | None = None
     ) -> None:
-        """A decision, for the journal and for ``vllmctl why``."""
+        """A decision, for the journal and for ``vllmctl why``; ``about`` None: about the machine."""
         if isinstance(about, Replica):
             model, replica = about.model.name, about.id
         else:
-            model = replica = about.name
+            model = replica = about.name if about else ""
         self.note(Decision(self.now, what, model, why, numbers or {}, replica if replica != model else ""))
 
     def note(self, decision: Decision) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from vllmd.core.types import Footprint, ModelSpec, Placement, State
+from vllmd.core.types import Device, Footprint, ModelSpec, Placement, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +190,35 @@ class MemorySampled:
 
 
 @dataclass(frozen=True, slots=True)
+class DevicesChanged:
+    """These are the devices from now on. ``unknown``: why nobody knows which there are, or what they hold; "": it is
+    known. ``asking``: it may yet be known in a moment, so that who waits for one goes on waiting.
+    """
+
+    devices: tuple[Device, ...]
+    unknown: str = ""
+    asking: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DevicesTroubled:
+    """All devices that must not be used any more, with why: ``ill`` ones still work, ``lost`` ones took their engines
+    along.
+    """
+
+    ill: Mapping[int, str] = field(default_factory=dict)
+    lost: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceDrained:
+    """An operator took the device out of use, or gave it back."""
+
+    device: int
+    drained: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class LoadAsked:
     """An operator wants the model loaded, or woken: one replica whatever it takes, the others where they fit."""
 
@@ -269,6 +298,9 @@ Event = (
     | ReplicaProbed
     | ProbeAsked
     | MemorySampled
+    | DevicesChanged
+    | DevicesTroubled
+    | DeviceDrained
     | LoadAsked
     | SleepAsked
     | StopAsked

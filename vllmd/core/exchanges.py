@@ -133,7 +133,7 @@ class Exchanges:
             devices = m.placement.devices
         needs = {i: self.need(m, i) for i in devices}
         return all(
-            not accounts[i].missing and need is not None and accounts[i].free >= need for i, need in needs.items()
+            not accounts[i].avoided and need is not None and accounts[i].free >= need for i, need in needs.items()
         )
 
     def need(self, m: Replica, index: int) -> int | None:

@@ -17,7 +17,7 @@ from vllmd.core.types import Device, GiB
 class Account:
     """One device: what it has, what models were promised, and what others hold."""
 
-    __slots__ = ("capacity", "device", "external", "looked", "missing", "promised")
+    __slots__ = ("capacity", "device", "drained", "external", "gone", "ill", "looked", "missing", "promised")
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -26,6 +26,14 @@ class Account:
         self.external = 0
         self.looked: float | None = None  # when strangers were last read; None: nobody reads them
         self.missing = 0  # bytes that did not come back after a stop: the device is wedged
+        self.ill = ""  # what its driver says against using it
+        self.gone = False  # it is not there any more, but models still hold some of it
+        self.drained = False  # by an operator
+
+    def redefine(self, device: Device) -> None:
+        """The same device with another size or reserve, or again."""
+        self.device, self.gone = device, False
+        self.capacity = device.memory - device.reserve
 
     @property
     def free(self) -> int:
@@ -35,7 +43,16 @@ class Account:
     @property
     def wedged(self) -> str:
         """Why the device is avoided; empty if it is not."""
-        return f"{gib(self.missing)} did not come back after a stop" if self.missing else ""
+        if self.gone:
+            return "it is not there any more"
+        if self.missing and not self.ill:
+            return f"{gib(self.missing)} did not come back after a stop"
+        return self.ill or ("an operator drained it" if self.drained else "")
+
+    @property
+    def avoided(self) -> bool:
+        """Whether nothing is put there."""
+        return bool(self.missing or self.ill or self.gone or self.drained)
 
 
 class Ledger:
@@ -44,9 +61,24 @@ class Ledger:
     def __init__(self, devices: Iterable[Device], host_budget: int) -> None:
         self.accounts = {device.index: Account(device) for device in devices}
         self.host_budget = host_budget
+        self.unknown = ""  # why nobody knows what devices there are or what they hold; "": it is known
+        self.asking = False  # that may yet be known in a moment
         self.host_promised = 0
         self._held: dict[Hashable, dict[int, int]] = {}
         self._host: dict[Hashable, int] = {}
+
+    def take(self, devices: Iterable[Device]) -> None:
+        """These are the devices now. One that is gone keeps its account as long as a model holds some of it."""
+        now = {device.index: device for device in devices}
+        for index, account in list(self.accounts.items()):
+            account.gone = index not in now
+            if account.gone and not account.promised:
+                del self.accounts[index]
+        for index in sorted(now):
+            if index in self.accounts:
+                self.accounts[index].redefine(now[index])
+            else:
+                self.accounts[index] = Account(now[index])
 
     def hold(self, holder: Hashable, shares: Mapping[int, int]) -> None:
         """``holder`` holds these bytes per device index, and no others. Absurd (negative) shares count as none."""

@@ -93,7 +93,7 @@ class Leave:
     """Where an engine goes once it has drained, and on whose account. ``level`` 0 stops it."""
 
     level: int
-    cause: str  # "idle", "exchange", "operator", "lease", "config", "proof", "deepen", "moved", "replica"
+    cause: str  # idle, exchange, operator, lease, config, proof, deepen, moved, replica, device
     why: str
     freeze_at: float = INFINITY  # running requests are frozen from here on
     cut_at: float = INFINITY  # running requests are cut from here on
@@ -179,6 +179,7 @@ class Replica:
     wanted: float | None = None  # since when an operator wants it loaded
     pinned: bool = False
     failures: int = 0  # in a row
+    failed_at: float = 0.0  # when the last of them was
     failure: str = ""
     given_up: bool = False
     retry_at: float = 0.0
@@ -193,6 +194,11 @@ class Replica:
 
     def __post_init__(self) -> None:
         self.id = self.spec.id
+
+    @property
+    def at_rest(self) -> bool:
+        """It does not serve, nor is anything under way that ends in serving."""
+        return self.state in (State.STOPPED, State.SLEEPING, State.FAILED)
 
     @property
     def on(self) -> bool:

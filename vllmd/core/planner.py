@@ -113,6 +113,8 @@ class Planner:
         ``since``: from when the word must be on what others leave free, if it starts only there. ``but``: devices
         that it shall not use.
         """
+        if self._core.engines.ledger.unknown and m.spec.device_count:
+            return False
         devices = fits(self.look(), self.observer.see_newcomer(m, since).without(but))
         if devices is None or never_fits(self._core.engines.ledger, m):
             return False
@@ -131,6 +133,8 @@ class Planner:
         """
         core = self._core
         for m in list(todo):
+            if core.engines.ledger.unknown and m.spec.device_count:
+                continue
             if m.state is not State.STOPPED or m.demand or self.bring(m, "it is to be preloaded", -INFINITY):
                 del todo[m]
             elif self._waits_for_others(m):

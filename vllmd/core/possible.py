@@ -65,7 +65,7 @@ def has_room(ledger: Ledger, m: Replica) -> bool:
     if held:
         need = m.footprint.awake
         return all(ledger.accounts[index].free + share >= need for index, share in held.items())
-    good = [a for a in allowed(ledger, m) if _fits(m, a, a.promised + a.external) and not a.missing]
+    good = [a for a in allowed(ledger, m) if _fits(m, a, a.promised + a.external) and not a.avoided]
     return not ledger.accounts or len(good) >= m.spec.device_count
 
 

@@ -16,6 +16,7 @@ from vllmd.core.balancing import Balancer
 from vllmd.core.commands import Command
 from vllmd.core.common import Core
 from vllmd.core.costs import CostBook
+from vllmd.core.devices import Devices
 from vllmd.core.engine_events import EngineEvents
 from vllmd.core.health import HealthChecks
 from vllmd.core.idle import idle_due
@@ -54,6 +55,7 @@ class Scheduler:
         self._engine_events = EngineEvents(core, self._admission)
         self._operator = OperatorCommands(core, self._admission, self._scaling)
         self._unloading = Unloading(core, self._planner)
+        self._devices = Devices(core, self._admission)
         self._due = INFINITY  # the least of all replicas' due
         self._due_passed = False  # it was that of one which is due later now, or gone
         self._handlers = self._rooms()
@@ -112,6 +114,9 @@ class Scheduler:
             ev.ReplicaProbed: self._health.probed,
             ev.ProbeAsked: self._health.asked,
             ev.MemorySampled: self._engine_events.sampled,
+            ev.DevicesChanged: self._devices.changed,
+            ev.DevicesTroubled: self._devices.troubled,
+            ev.DeviceDrained: self._devices.drained,
             ev.LoadAsked: self._operator.load,
             ev.SleepAsked: self._operator.sleep,
             ev.StopAsked: self._operator.stop,
@@ -251,8 +256,12 @@ class Scheduler:
 
     def _wait(self, r: Replica) -> None:
         """5.2: it is wanted and not on; who can never be served is told so."""
-        core = self._core
-        why = "" if r.state is State.SLEEPING else never_fits(core.engines.ledger, r)
+        core, ledger = self._core, self._core.engines.ledger
+        if ledger.unknown and r.spec.device_count:  # 9.1
+            if not ledger.asking:
+                self._admission.reject_waiters(r, "Unavailable", ledger.unknown, 5.0)
+            return
+        why = "" if r.state is State.SLEEPING else never_fits(ledger, r)
         if why:
             self._admission.reject_waiters(r, "ModelTooLarge", why)
             core.engines.record("refuse", r, why)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from operator import attrgetter
 
@@ -27,7 +28,7 @@ class Observer:
         self._residents: dict[Replica, Resident] = {}
         self._stale: dict[Replica, None] = {}  # may leave, and changed since they were last seen
         self._coming: dict[Replica, dict[int, int]] = {}  # bytes per device that would come free if the model slept
-        self._sleepable: dict[int, int] = dict.fromkeys(fleet.ledger.accounts, 0)  # their sums
+        self._sleepable: defaultdict[int, int] = defaultdict(int)  # their sums
         self._host: tuple[int, frozenset[str]] = (0, frozenset())
 
     def note(self, m: Replica) -> None:
@@ -90,7 +91,7 @@ class Observer:
         fleet, rooms = self._fleet, {}
         claims = self._exchanges.claims()
         for index, account in fleet.ledger.accounts.items():
-            if account.missing:
+            if account.avoided:
                 continue
             free = account.free
             sleepable = free + self._sleepable[index]

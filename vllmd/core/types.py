@@ -45,13 +45,22 @@ class Footprint:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A GPU. ``index`` is the number users write; ``id`` is NVML's UUID, or ``str(index)`` where declared."""
+    """A GPU. ``index`` is the number users write; ``id`` is NVML's UUID, or ``str(index)`` where declared.
+
+    ``runtime``: whose variable makes it visible to an engine: ``cuda``, ``hip``, ``xpu``; "" for one that is declared.
+    ``number``: what that runtime calls it, counting in the order of the PCI bus; None where that is not certain.
+    ``links``: indices of the devices that it is joined with directly; ``node``: its NUMA node, None where not told.
+    """
 
     index: int
     id: str
     memory: int
     reserve: int = 0
     name: str = ""
+    runtime: str = ""
+    number: int | None = None
+    links: frozenset[int] = frozenset()
+    node: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ def room_beside_kept(ledger: Ledger, models: Iterable[Replica]) -> dict[int, int
         if m.kept:
             for index, share in ledger.held(m).items():
                 room[index] -= share
-    return {index: -1 if ledger.accounts[index].missing else size for index, size in room.items()}
+    return {index: -1 if ledger.accounts[index].avoided else size for index, size in room.items()}
 
 
 def allowed(ledger: Ledger, m: Replica) -> list[Account]:
@@ -62,7 +62,7 @@ def vacant(ledger: Ledger, m: Replica, room: Mapping[int, int], since: float = -
     sizes = {}
     for a in allowed(ledger, m):
         size = size_there(m, a, others_on(a, room))
-        if size is not None and _read(a, since) and not a.missing:
+        if size is not None and _read(a, since) and not a.avoided:
             sizes[a.device.index] = size
     return sizes
 
@@ -118,7 +118,7 @@ def held_back(ledger: Ledger, m: Replica, room: Mapping[int, int], since: float)
 
 def _reason(m: Replica, a: Account, others: int, since: float) -> str:
     index = a.device.index
-    if a.missing:
+    if a.avoided:
         return f"device {index} is avoided: {a.wedged}"
     if not _read(a, since):
         return f"device {index} is yet to be looked at"

@@ -133,7 +133,7 @@ def _waiting_for_room(fleet: EngineTable, exchanges: Exchanges, m: Replica) -> s
     if holder:
         return f"{holder.id}, which is {holder.state.value.replace('_', ' ')}"
     accounts = fleet.ledger.accounts.values()
-    wedged = [f"device {a.device.index} is avoided: {a.wedged}" for a in accounts if a.missing]
+    wedged = [f"device {a.device.index} is avoided: {a.wedged}" for a in accounts if a.avoided]
     taken = [f"strangers hold {gib(a.external)} on device {a.device.index}" for a in accounts if a.external > a.missing]
     kept = [other.id for other in exchanges.replicas.values() if other.kept and other.loaded and other is not m]
     room = f"room beside {', '.join(kept)} (leased or pinned)" if kept else "room"

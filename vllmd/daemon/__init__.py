@@ -5,9 +5,9 @@
     main             argv -> configuration -> listeners -> Daemon -> exit status
     service          the life of the daemon, from its listeners to its shutdown
     startup          finds devices, launcher and running engines once the listeners are open
-    listen           sockets of our own, where systemd gives none
+    listen           sockets of our own, where systemd gives none; identity: the user to become then
     listeners        the listening sockets and their routes
-    keys             authentication: keys, scopes, the admin socket's peer credentials
+    keys             authentication: API keys, peer credentials on the operators' sockets; logins: wrong keys
     meters           what each key has used, and its limits
     dispatcher       the inbox: events to the core, its commands to the parts that execute them
     admission_gate   the proxy's gate: one arrival and one ending per request, whatever happens between
@@ -18,6 +18,7 @@
       calls            HTTP calls to engines; failure_text: how a failure is told
       engine_process   one engine and what is known of it; ports for those without Unix sockets
     adoption         engines found running when the daemon starts
+    device_watch     asks which devices there are until that is known, and again when the kernel speaks of them
     memory           samples of the devices, and whether freed memory came back
     specs            configured models as the core sees them
     names            what a client calls a model -> the model

@@ -16,6 +16,7 @@ from vllmd.config.types import ModelConfig, RequestRules
 from vllmd.core import commands, events
 from vllmd.daemon.names import Names
 from vllmd.engines.base import Engine, Listen
+from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.proxy.gate import Permit, Target
 from vllmd.proxy.upstream import Unreached
 
@@ -73,18 +74,18 @@ class AdmissionGate:
 
     # -- what the proxy asks ---------------------------------------------------------------
 
-    def resolve(self, name: str) -> Target:
+    def resolve(self, name: str, caller: Caller = ANYBODY) -> Target:
         """What the client's name for a model means. Raises UnknownModel or BadRequest (ambiguous)."""
         if self.refusal:
-            raise self.refusal
-        model = self._names.resolve(name)
+            raise self.refusal.with_traceback(None)  # or each raise would add to the one that is kept
+        model = self._names.resolve(name, caller.may_use)
         return self._target(model, self._firsts[model])  # for what is alike in all replicas, the first one's
 
-    def resolve_engine(self, name: str) -> str:
+    def resolve_engine(self, name: str, caller: Caller = ANYBODY) -> str:
         """The configured name of a model, or the id of a replica. Raises as ``resolve`` does."""
         if self.refusal and not (name in self._engines and self._engines[name].replica_of):
-            raise self.refusal
-        return self._names.with_replica(name, self._engines)
+            raise self.refusal.with_traceback(None)
+        return self._names.with_replica(name, self._engines, caller.may_use)
 
     def _target(self, name: str, engine: str) -> Target:
         if name not in self._targets:
@@ -92,10 +93,11 @@ class AdmissionGate:
             kind = self._engine_of(config)
             served, routes = kind.served_name(config), kind.routes(config)
             rules = config.request if config.request != RequestRules() else None
-            self._targets[name] = Target(name, served, routes, kind.headers(), rules)
+            own_api = frozenset(kind.own_api(config))
+            self._targets[name] = Target(name, served, routes, kind.headers(), rules, own_api)
         return self._targets[name]
 
-    async def acquire(self, model: str, key: str, request_id: str, only: str = "") -> Permit:
+    async def acquire(self, model: str, key: str, request_id: str, only: str = "", body: bytes = b"") -> Permit:
         """Wait until the request is admitted. Raises VllmdError; cancelled when the client leaves."""
         if not self._opened.is_set():
             await self._opening()

@@ -82,6 +82,7 @@ async def _adopt(
     post(events.EngineAdopted(process.model.name, process.placement, found.state, found.level, found.idle))
     if found.state is State.STARTING:
         engine_manager.resume_start(process)
+    engine_manager.catch_up(process)
     return None
 
 

@@ -23,6 +23,7 @@ from vllmd.daemon.processes import gpus, kill
 from vllmd.daemon.runtime_models import RuntimeModels
 from vllmd.daemon.serializers import about, card, health, line, state_of
 from vllmd.errors import BadRequest, Conflict, Unavailable, UnknownModel, UpstreamFailed, VllmdError
+from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.proxy.upstream import request
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ MOVING = frozenset({State.STARTING, State.WAKING, State.DRAINING, State.FALLING_
 LOADING = frozenset({State.STARTING.value, State.WAKING.value})
 WATCH_BACKLOG = 1000  # news kept for a watcher that does not read; then the oldest are lost to it
 SCRAPE_LIMIT = 5.0  # seconds for an engine to tell its metrics
-SCRAPE_SAMPLE = 2.0  # seconds for the devices to be read; without an answer the last reading is shown
+SCRAPE_SAMPLE = 0.5  # seconds for the devices to be read; without an answer the last reading is shown
 OUTCOMES: dict[type, tuple[str, bool]] = {  # what an engine's event ends, and whether it failed
     events.EngineReady: ("start", False),
     events.EngineStartFailed: ("start", True),
@@ -92,7 +93,8 @@ class DaemonControl:
         """Whether we are well, with devices and models as P's document has them."""
         snapshot = self.snapshot()
         views, devices = (snapshot.models, snapshot.devices) if snapshot else ((), ())
-        return health(views, devices, self._daemon.broken, ready=snapshot is not None)
+        trouble = self._daemon.memory.trouble if snapshot else ""
+        return health(views, devices, self._daemon.broken, trouble, ready=snapshot is not None)
 
     def status(self) -> dict[str, Any]:
         """Everything that ``vllmctl`` shows."""
@@ -108,12 +110,13 @@ class DaemonControl:
             "connections": daemon.listeners.connections,
         }
         if snapshot is None:
-            return {**about, "backend": "", "source": "", "devices": [], "models": [],
+            return {**about, "backend": "", "source": "", "trouble": "", "devices": [], "models": [],
                     "host_memory": {"budget": 0, "promised": 0}}  # fmt: skip
         return {
             **about,
             "backend": daemon.backend,
             "source": daemon.memory.source,
+            "trouble": daemon.memory.trouble,
             "devices": [asdict(device) for device in snapshot.devices],
             "host_memory": {"budget": snapshot.host_memory, "promised": snapshot.host_promised},
             "models": [self._lines(view) for view in snapshot.models],
@@ -184,8 +187,9 @@ class DaemonControl:
         now = Gauges(snapshot, daemon.listeners.connections, daemon.admission_gate.open, valid=not daemon.broken)
         if snapshot is None:
             return now
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(daemon.memory.sample(), SCRAPE_SAMPLE)
+        if not daemon.memory.hangs:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(daemon.memory.sample(), SCRAPE_SAMPLE)
         sample, engine_manager = daemon.memory.last, daemon.engine_manager
         devices = sample.devices if sample and daemon.memory.readable else {}
         snapshot, starts = self.snapshot(), dict[str, float]()
@@ -216,9 +220,11 @@ class DaemonControl:
             raise UpstreamFailed(f"the engine of {model} answered /metrics with {status}")
         return body
 
-    def resolve(self, name: str) -> str:
-        """The configured name of a model, or what a replica is called."""
-        return self._daemon.admission_gate.resolve_engine(name)
+    def resolve(self, name: str, caller: Caller = ANYBODY) -> str:
+        """The configured name of a model, or the id of a replica. Raises UnknownModel, Forbidden."""
+        found = self._daemon.admission_gate.resolve_engine(name, caller)
+        caller.check(self._model_of(found), name)
+        return found
 
     def _only(self, model: str) -> str:
         """The one engine that is meant. Raises BadRequest if there are several."""

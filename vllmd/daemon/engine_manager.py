@@ -23,7 +23,7 @@ from vllmd.daemon.calls import answers, asked, call, complete, looked_at, next_l
 from vllmd.daemon.engine_process import EngineProcess, of
 from vllmd.daemon.failure_text import how_it_ended, with_hint, with_last_lines, with_root
 from vllmd.daemon.launch_planner import LaunchPlanner
-from vllmd.daemon.logfile import LogFile, path_of
+from vllmd.daemon.logfile import LogFile, forget_old_runs, path_of
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.sleeps import Sleeps, finish_work
 from vllmd.engines.base import Listen, Progress
@@ -40,6 +40,7 @@ KILL_LIMIT = 10.0  # seconds for a killed cgroup to become empty before the engi
 LOG_BACKLOG = 1000  # lines for a reader of the log that does not keep up; the rest it misses
 WATCH_FAILURES = 2  # looks at a server that is not ours that must fail before it counts as gone
 SILENCE = 5.0  # seconds that it may leave looks without an answer
+ENDS_KEPT = 256  # of engines that nobody here knows
 WHOLE_LOG = 1000  # lines asked for of an engine that has just begun: all of them
 
 Post = Callable[[events.Event], None]
@@ -67,6 +68,7 @@ class EngineManager:
         self._logs = logs
         self._sleeps = Sleeps(memory, self.annotate)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._ended: dict[str, ExitReport] = {}  # of engines not known here: perhaps they are being adopted
         self._strays: dict[str, EngineProcess] = {}  # instance -> an engine being ended that the core does not know
 
     def configure(self, models: Mapping[str, ModelConfig], kv_caches: Mapping[str, int]) -> None:
@@ -228,7 +230,8 @@ class EngineManager:
         process.ready_after = self.last_start[process.name] = time.monotonic() - process.started
         process.phase = Progress("ready")
         if not process.file:
-            await self._launcher.unfollow(process.instance)
+            with contextlib.suppress(LauncherFailed):
+                await self._launcher.unfollow(process.instance)
         await self.annotate(process, state="ready", level="0")
         held = {} if process.self_managed else await self._memory.held(process)
         log.info("%s: ready after %.1f s", process.name, process.ready_after, extra=of(process))
@@ -325,8 +328,11 @@ class EngineManager:
             log.warning("%s: still there %.0f s after it was told to end, killing its cgroup", process.model.name,
                         process.model.stop_timeout, extra=of(process))  # fmt: skip
         told, process.ending = process.ending, True
-        with contextlib.suppress(LauncherFailed):
+        try:
             await self._launcher.kill(process.instance)
+        except LauncherFailed as error:
+            if not getattr(error, "answered", False):  # we give up, but it must not live on unknown
+                self._launcher.abandon(process.instance)
         gone = await within(process.exited.wait(), KILL_LIMIT)
         if process.stop and not told:  # a container outlives its client, and holds the device until it is stopped
             await self._run_stop(process)
@@ -361,6 +367,9 @@ class EngineManager:
         """An engine's whole cgroup is empty."""
         process = self._by_instance(report.instance)
         if process is None:
+            self._ended[report.instance] = report
+            if len(self._ended) > ENDS_KEPT:
+                del self._ended[next(iter(self._ended))]
             return
         process.report = report
         process.exited.set()
@@ -398,9 +407,15 @@ class EngineManager:
         """Take in an engine that was found running."""
         self.processes[process.model.name] = process
 
+    def catch_up(self, process: EngineProcess) -> None:
+        """One that was just taken in may have ended since it was listed."""
+        if report := self._ended.pop(process.instance, None):
+            self.on_exit(report)
+
     async def end_unmanaged(self, process: EngineProcess) -> None:
         """Stop an engine that is nobody's: not the core's, not in ``members``."""
         self._strays[process.instance] = process
+        self.catch_up(process)
         if not (
             await self._end(process, kill=process.running is None or process.running.ending) and _is_empty(process)
         ):
@@ -408,7 +423,9 @@ class EngineManager:
         self._strays.pop(process.instance, None)
 
     def has_devices(self, placement: Placement) -> bool:
-        """Whether all devices of a placement are there."""
+        """Whether all devices of a placement are there, as far as anybody knows."""
+        if self._memory.trouble:
+            return True
         return all(any(device.index == index for device in self._memory.inventory) for index in placement.devices)
 
     def resume_start(self, process: EngineProcess) -> None:
@@ -423,9 +440,14 @@ class EngineManager:
         """Have its output come to ``on_log``; into its file, too, where the configuration says so."""
         if process.model.log_file and self._logs:
             name = str(process.listen.port or process.instance)
+            with contextlib.suppress(OSError):  # the file itself will tell
+                forget_old_runs(self._logs, process.model.name)
             process.file = LogFile(path_of(self._logs, process.model.name, name))
             log.info("%s: its output is also in %s", process.model.name, process.file.path, extra=of(process))
-        await self._launcher.follow(process.instance, lines)
+        try:
+            await self._launcher.follow(process.instance, lines)
+        except LauncherFailed as error:  # what is missed is for people, and the engine is what matters
+            log.warning("%s: its output is not read: %s", process.model.name, error, extra=of(process))
 
     async def _resume_start(self, process: EngineProcess) -> events.Event:
         await self.follow(process)
@@ -458,8 +480,12 @@ class EngineManager:
             except asyncio.CancelledError:
                 raise
             except Exception as error:
-                log.exception("%s: a defect in vllmd", process.model.name, extra=of(process))
-                event = failed(f"internal error: {type(error).__name__}: {error}")
+                if isinstance(error, LauncherFailed):
+                    log.error("%s: %s", process.model.name, error, extra=of(process))
+                    event = failed(error.message)
+                else:
+                    log.exception("%s: a defect in vllmd", process.model.name, extra=of(process))
+                    event = failed(f"internal error: {type(error).__name__}: {error}")
                 if isinstance(event, events.EngineStartFailed | events.EngineStopped):
                     await self._abandon(process)
             if process.task is asyncio.current_task():

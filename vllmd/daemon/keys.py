@@ -1,4 +1,4 @@
-"""Who may: API keys on the clients' side, the file system's word on the operators' socket.
+"""Who sent a request: by API key on the clients' side, by the file system's word on the operators' sockets.
 
 A key's text is never kept: what a client presents is hashed and compared with
 every key's digest, in a time that does not depend on which one it is.
@@ -8,90 +8,92 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 import os
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from vllmd.config.types import AuthConfig, KeyConfig
-from vllmd.errors import Forbidden, Unauthorized, Unavailable, VllmdError
+from vllmd.daemon.logins import FailedLogins
+from vllmd.errors import Forbidden, TooManyRequests, Unauthorized, Unavailable, VllmdError
+from vllmd.proxy.access import EVERYTHING, HEALTH, METRICS, MODELS, OPEN, PUBLIC, READ, Caller, granted
+from vllmd.proxy.hosts import Hosts
 from vllmd.proxy.http import Request
 
-PUBLIC = frozenset({"health", "metrics"})  # scopes that the configuration may open to anybody
+NEED = "send 'Authorization: Bearer KEY'; administration needs one of the scope admin, or the admin socket"
 
 
-class Keys:
+class ApiKeyAuth:
     """Implements ``vllmd.proxy.gate.Authenticator``; without any keys everybody may use the models."""
 
-    def __init__(self, auth: AuthConfig, resolve: Callable[[str], str] = str) -> None:
+    def __init__(
+        self,
+        auth: AuthConfig,
+        resolve: Callable[[str], str] = str,
+        hosts: Hosts | None = None,
+        failures: FailedLogins | None = None,
+    ) -> None:
         """``resolve`` tells a model's name from an alias; it may raise VllmdError."""
+        self.hosts = hosts or Hosts()
+        self._failures = failures or FailedLogins(time.monotonic, lambda how: None)
         self.configure(auth, resolve)
 
     def configure(self, auth: AuthConfig, resolve: Callable[[str], str]) -> None:
         """Take the keys of a new configuration; a key that is gone opens nothing from now on."""
-        self._keys = auth.keys
-        self._public = frozenset(auth.public)
-        self._models = {key.name: _models(key, resolve) for key in auth.keys if key.models}
+        self._callers = [(key.digest, _caller(key, resolve)) for key in auth.keys]
+        if self._callers:
+            models = None if "names" in auth.public else frozenset[str]()
+            self._stranger = Caller(scopes=PUBLIC & {*auth.public} | {OPEN}, models=models, refusal=_no_key)
+        else:
+            self._stranger = Caller(scopes=frozenset({OPEN, HEALTH, METRICS, MODELS}), refusal=_no_key)
 
-    def admit(self, request: Request, scope: str) -> str:
-        """The key's name, "" where none is asked for. Raises Unauthorized, Forbidden."""
-        if scope == "open" or scope in self._public or (not self._keys and scope != "admin"):
-            return ""
-        key = self._find(presented(request), scope)
-        if scope not in PUBLIC and scope not in key.scopes:
-            raise Forbidden(f"the key {key.name!r} opens {' and '.join(key.scopes) or 'nothing'}, not {scope}")
-        return key.name
-
-    def may_use(self, name: str, model: str) -> bool:
-        """Whether the key called ``name`` may use ``model``."""
-        allowed = self._models.get(name)
-        return allowed is None or model in allowed
-
-    def _find(self, secret: str, scope: str) -> KeyConfig:
+    def identify(self, request: Request) -> Caller:
+        """The key's owner, or a stranger. Raises Misdirected where there are no keys and the host is not ours."""
+        if not self._callers:
+            self.hosts.check(request)
+            return self._stranger
+        secret = presented(request)
         if not secret:
-            need = "'Authorization: Bearer KEY'"
-            if scope == "admin":
-                need += " with a key that has the scope admin, or use the admin socket"
-            raise Unauthorized(f"no API key was given; send {need}")
+            return self._stranger
         digest = hashlib.sha256(secret.encode("latin-1", "replace")).hexdigest()
-        found = [key for key in self._keys if hmac.compare_digest(key.digest, digest)]  # no early end
+        wait = self._failures.wait(request.peer, digest)
+        if wait > 0:
+            return replace(self._stranger, refusal=lambda: _too_many(wait))
+        found = [caller for known, caller in self._callers if hmac.compare_digest(known, digest)]  # no early end
         if not found:
-            raise Unauthorized("the API key is not valid")
+            self._failures.failed(request.peer, digest)
+            return replace(self._stranger, refusal=_wrong_key)
+        self._failures.passed(request.peer, digest)
         return found[0]
 
 
 class PeerCredentialAuth:
-    """The doorkeeper of the admin socket: whoever may open it may do everything.
+    """The authenticator of an operators' socket: whoever may open it has its scopes.
 
     The socket's owner, group and mode decide who that is, and the kernel holds
     them to it. Where they let everybody in, only root and we ourselves may.
     """
 
-    def __init__(self, *, anybody_can_connect: bool) -> None:
+    def __init__(self, *, anybody_can_connect: bool, read_only: bool = False) -> None:
         self._trusted = frozenset({0, os.getuid()}) if anybody_can_connect else None
+        scopes = frozenset({OPEN, HEALTH, METRICS, READ}) if read_only else EVERYTHING
+        self._caller = Caller(scopes=scopes, refusal=_read_only)
 
-    def admit(self, request: Request, scope: str) -> str:
-        """Raises Forbidden. Nobody has a key here."""
-        if self._trusted is not None and scope != "open" and request.peer.uid not in self._trusted:
-            raise Forbidden("the admin socket is open to everybody, so it serves only root and vllmd's own user")
-        return ""
-
-    def may_use(self, name: str, model: str) -> bool:
-        """Everything."""
-        return True
+    def identify(self, request: Request) -> Caller:
+        """Nobody has a key here."""
+        return self._caller if self._trusted is None or request.peer.uid in self._trusted else _UNTRUSTED
 
 
 class DenyAll:
-    """The doorkeeper of an address that must not be served; everybody is told why."""
+    """The authenticator of an address that must not be served; everybody is told why."""
 
     def __init__(self, why: str) -> None:
         self._why = why
 
-    def admit(self, request: Request, scope: str) -> str:
+    def identify(self, request: Request) -> Caller:
         """Raises Unavailable."""
         raise Unavailable(self._why)
-
-    def may_use(self, name: str, model: str) -> bool:
-        """Nothing."""
-        return False
 
 
 def presented(request: Request) -> str:
@@ -102,14 +104,43 @@ def presented(request: Request) -> str:
     return request.headers.get("x-api-key").strip()
 
 
-def _models(key: KeyConfig, resolve: Callable[[str], str]) -> frozenset[str]:
-    names = set()
+def _caller(key: KeyConfig, resolve: Callable[[str], str]) -> Caller:
+    models = frozenset(_names(key, resolve)) if key.models else None
+    return Caller(key.name, granted(key.scopes), models)
+
+
+def _names(key: KeyConfig, resolve: Callable[[str], str]) -> Sequence[str]:
+    names = []
     for name in key.models:
         try:
-            names.add(resolve(name))
+            names.append(resolve(name))
         except VllmdError:  # the loader has warned of it
-            names.add(name)
-    return frozenset(names)
+            names.append(name)
+    return names
+
+
+def _no_key() -> VllmdError:
+    return Unauthorized(f"no API key was given; {NEED}")
+
+
+def _wrong_key() -> VllmdError:
+    return Unauthorized("the API key is not valid")
+
+
+def _too_many(wait: float) -> VllmdError:
+    what = "too many wrong API keys came from your address; this one was not looked at"
+    return TooManyRequests(what, retry_after=math.ceil(wait))
+
+
+def _read_only() -> VllmdError:
+    return Forbidden("this socket shows and changes nothing; the admin socket does, for the group vllmd-admin")
+
+
+def _untrusted() -> VllmdError:
+    return Forbidden("this operators' socket is open to everybody, so it serves only root and vllmd's own user")
+
+
+_UNTRUSTED = Caller(models=frozenset(), refusal=_untrusted)
 
 
 def by_name(keys: Sequence[KeyConfig]) -> dict[str, KeyConfig]:

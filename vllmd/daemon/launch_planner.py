@@ -17,6 +17,7 @@ from vllmd.daemon.memory import Memory
 from vllmd.daemon.ports import PortPool
 from vllmd.engines.base import Engine, Launch, Listen, Place
 from vllmd.errors import ConfigError
+from vllmd.gpu import environment
 from vllmd.launcher.client import StartOrder
 from vllmd.launcher.protocol import ProtocolError
 
@@ -99,6 +100,7 @@ class LaunchPlanner:
             port=self._ports.reserve(),
             device_files=self._memory.files_of(command.placement),
             kv_cache=self._kv_caches.get(command.replica, 0),
+            visible=environment(devices),
             key=self.keys.of(run_dir.name),
         )
 

@@ -1,6 +1,6 @@
-"""The listeners: ``http`` for clients, ``admin`` for operators on this machine; the same routes behind both.
+"""The listeners: ``http`` for clients, ``admin`` and ``read`` for operators on this machine; all have the same routes.
 
-Who comes by the admin socket is judged by the file system, who comes by any other
+Who comes by an operators' socket is judged by the file system, who comes by any other
 by his key. An address that strangers can reach is not served without keys.
 """
 
@@ -11,18 +11,22 @@ import logging
 import os
 import socket
 import stat
+import time
 from collections.abc import Iterable, Mapping, Sequence
 
 from vllmd.admin.control import Control
 from vllmd.admin.routes import add_operator, add_public
 from vllmd.config.checks import is_loopback
 from vllmd.config.types import AuthConfig, Config
-from vllmd.daemon.keys import DenyAll, Keys, PeerCredentialAuth
+from vllmd.daemon.keys import ApiKeyAuth, DenyAll, PeerCredentialAuth
+from vllmd.daemon.logins import FailedLogins
 from vllmd.daemon.meters import MeteredGate, Meters
 from vllmd.errors import VllmdError
+from vllmd.proxy.body_memory import BodyMemory
 from vllmd.proxy.cors import Cors
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.gate import Authenticator, Gate
+from vllmd.proxy.hosts import Hosts
 from vllmd.proxy.limits import Limits
 from vllmd.proxy.models import add_model_routes
 from vllmd.proxy.peers import are_ours
@@ -32,7 +36,7 @@ from vllmd.proxy.server import Server
 
 log = logging.getLogger("vllmd.http")
 
-ADMIN = "admin"
+ADMIN, READ = "admin", "read"  # what their sockets are called
 OPERATORS_LIMIT = 0.5  # seconds that a shutdown leaves to what operators are being told
 
 
@@ -45,12 +49,14 @@ class Listeners:
         self._listeners = listeners
         self._control = control
         self._gate = gate
-        self._keys = Keys(config.auth, self._resolve)
+        failures = FailedLogins(time.monotonic, control.counters.login_failed)
+        self._keys = ApiKeyAuth(config.auth, self._resolve, Hosts(config.server.hosts), failures)
         self._meters = Meters(config.auth.keys)
         self._metered = MeteredGate(gate, self._meters, control.counters)
         self._cors = Cors(config.server.cors_origins)
         self._limits = Limits.of(config.server)
-        self._relay = Relay(self._metered, self._limits, self._keys)
+        self._memory = BodyMemory(self._limits.max_buffered)  # one for all listeners
+        self._relay = Relay(self._metered, self._limits)
         self._reachable: list[tuple[Router, list[str]]] = []  # those at addresses that strangers can reach
         # Operators do not stand in the clients' line: their connections are counted apart.
         self._operators: list[Server] = []
@@ -63,10 +69,11 @@ class Listeners:
 
         Only a Unix socket is an operators' one, whatever a unit calls a TCP address.
         """
-        operators = [sock for sock in sockets if name == ADMIN and sock.family == socket.AF_UNIX]
+        operators = [sock for sock in sockets if name in (ADMIN, READ) and sock.family == socket.AF_UNIX]
         if operators:
-            door = PeerCredentialAuth(anybody_can_connect=any(map(anybody_can_connect, operators)))
-            self._operators.append(self._server(self._router(door), operators))
+            anybody = any(map(anybody_can_connect, operators))
+            operator = PeerCredentialAuth(anybody_can_connect=anybody, read_only=name == READ)
+            self._operators.append(self._server(self._router(operator), operators))
             yield self._operators[-1]
         clients = [sock for sock in sockets if sock not in operators]
         reachable = {sock.fileno(): address for sock in clients if (address := reachable_at(sock))}
@@ -79,15 +86,15 @@ class Listeners:
             self._reachable.append((router, list(reachable.values())))
             yield self._server(router, far)
 
-    def _router(self, doorkeeper: Authenticator) -> Router:
-        router = Router(doorkeeper, self._cors)
-        add_public(router, self._control, self._keys.may_use)
+    def _router(self, authenticator: Authenticator) -> Router:
+        router = Router(authenticator, self._cors)
+        add_public(router, self._control)
         add_operator(router, self._control)
         add_model_routes(router, self._relay)
         return router
 
     def _server(self, router: Router, sockets: Sequence[socket.socket]) -> Server:
-        return Server(router, self._limits, sockets, self._note)
+        return Server(router, self._limits, sockets, self._note, self._memory)
 
     @property
     def connections(self) -> int:
@@ -104,6 +111,7 @@ class Listeners:
         """Take a changed configuration's keys, their limits and the origins; connections stay."""
         self._keys.configure(config.auth, self._resolve)
         self._meters.configure(config.auth.keys)
+        self._keys.hosts.configure(config.server.hosts)
         self._cors.configure(config.server.cors_origins)
         self._shut_or_open(config.auth)
 
@@ -111,14 +119,14 @@ class Listeners:
         """Serve addresses that strangers can reach only with keys, or where that was allowed."""
         for router, addresses in self._reachable:
             if auth.keys or auth.allow_anonymous:
-                router.doorkeeper = self._keys
+                router.authenticator = self._keys
                 continue
             why = (
                 f"vllmd does not serve {', '.join(addresses)}, which others can reach, without keys: "
                 "add one to auth.keys, or set auth.allow_anonymous if everybody may use it"
             )
             log.error("%s", why)
-            router.doorkeeper = DenyAll(why)
+            router.authenticator = DenyAll(why)
 
     def forget(self, model: str) -> None:
         """The model's engine has ended, and what it kept for clients with it."""
@@ -164,7 +172,7 @@ class Listeners:
 
     def _note(self, exchange: Exchange) -> None:
         self._control.counters.exchanged(exchange)
-        self._metered.settle(exchange.ticket, exchange.sent)
+        self._metered.settle(exchange.ticket, exchange.sent + exchange.received)
         _log(exchange)
 
 

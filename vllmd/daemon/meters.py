@@ -1,8 +1,10 @@
 """What each API key has used, and its limits: requests at a time, requests and tokens per minute.
 
 A bucket holds a minute's worth and fills steadily. A request takes one from the
-requests' bucket when it arrives; what it took in tokens is known only afterwards,
-so the tokens' bucket may go below zero, and the key waits until it is above again.
+requests' bucket when it arrives, and about its prompt from the tokens'; what it took
+in all is known only afterwards, and then put right by the answer's usage, or by the
+answer's size where that does not tell (a stream, unless it was asked to). So the tokens'
+bucket may go below zero, and the key waits until it is above again.
 """
 
 from __future__ import annotations
@@ -16,10 +18,14 @@ from typing import Protocol
 from vllmd.config.types import KeyConfig
 from vllmd.daemon.keys import by_name
 from vllmd.errors import TooManyRequests, VllmdError
+from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.proxy.gate import Address, Gate, Permit, Target
 
 MINUTE = 60.0  # seconds
 BYTES_PER_TOKEN = 250  # of a streamed answer that does not tell its usage: about one event's size
+BYTES_PER_PROMPT_TOKEN = 4  # of a request: English text has about four letters in a token
+FILE = b";base64,"  # a file within JSON (a data: URL)
+TOKENS_PER_FILE = 1000  # of an image within JSON, or of a form with files: about what an image of 1 megapixel takes
 Clock = Callable[[], float]
 
 
@@ -57,8 +63,8 @@ class Meter:
         requests, tokens = key.requests_per_minute, key.tokens_per_minute
         return cls(key, Bucket(requests, now) if requests else None, Bucket(tokens, now) if tokens else None)
 
-    def begin(self, now: float) -> None:
-        """A request arrives. Raises TooManyRequests; then nothing was taken."""
+    def begin(self, now: float, prompt: float) -> None:
+        """A request arrives, with about so many tokens. Raises TooManyRequests; then nothing was taken."""
         key = self.key
         if key.concurrency and self.running >= key.concurrency:
             raise TooManyRequests(_limit(key, f"{key.concurrency} requests at a time"), retry_after=1)
@@ -68,6 +74,7 @@ class Meter:
                 raise TooManyRequests(text, retry_after=math.ceil(wait))
         if self.requests:
             self.requests.take(1.0)
+        self.charge(prompt)
         self.running += 1
 
     def resume(self) -> None:
@@ -79,7 +86,7 @@ class Meter:
         self.running -= 1
 
     def charge(self, tokens: float) -> None:
-        """It took so many tokens, in and out."""
+        """It took so many tokens more, in or out; a negative number gives back what it did not take."""
         if self.tokens:
             self.tokens.take(tokens)
 
@@ -122,6 +129,7 @@ class _Use:
     model: str
     key: str
     meter: Meter | None
+    prompt: int = 0  # tokens taken from the bucket already
     over: bool = False
     told: int | None = None  # tokens, by the answer's usage
     sent: int | None = None  # bytes
@@ -139,27 +147,29 @@ class MeteredGate:
         self._ledger = ledger
         self._uses: dict[str, _Use] = {}  # those whose key has a limit on tokens
 
-    def resolve(self, name: str) -> Target:
+    def resolve(self, name: str, caller: Caller = ANYBODY) -> Target:
         """As the other gate says."""
-        return self._gate.resolve(name)
+        return self._gate.resolve(name, caller)
 
     def loading(self, model: str) -> str:
         """As the other gate says."""
         return self._gate.loading(model)
 
-    async def acquire(self, model: str, key: str, request_id: str, only: str = "") -> Permit:
+    async def acquire(self, model: str, key: str, request_id: str, only: str = "", body: bytes = b"") -> Permit:
         """As the other gate says. Raises TooManyRequests for a key over its limit."""
         began, meter = self._meters.clock(), self._meters.of(key)
+        prompt = prompt_tokens(body) if meter and meter.tokens else 0
         if meter:
-            meter.begin(began)
+            meter.begin(began, prompt)
         try:
             permit = await self._gate.acquire(model, key, request_id, only)
         except BaseException:
             if meter:
                 meter.end()
+                meter.charge(-prompt)
             raise
         self._ledger.waited(model, self._meters.clock() - began)
-        return self._metered(permit, request_id, _Use(model, key, meter))
+        return self._metered(permit, request_id, _Use(model, key, meter, prompt))
 
     def _metered(self, permit: Permit, request_id: str, use: _Use) -> Permit:
         if use.meter and use.meter.tokens:
@@ -168,7 +178,7 @@ class MeteredGate:
         def resumed(retry: Permit) -> Permit:
             if use.meter:
                 use.meter.resume()
-            return self._metered(retry, request_id, _Use(use.model, use.key, use.meter))
+            return self._metered(retry, request_id, _Use(use.model, use.key, use.meter, use.prompt))
 
         return _Metered(permit, lambda tokens: self._done(request_id, use, tokens), resumed)
 
@@ -183,16 +193,18 @@ class MeteredGate:
         self._balance(request_id, use)
 
     def settle(self, request_id: str, sent: int) -> None:
-        """The answer was ``sent`` bytes, which stand for its tokens if it does not tell them."""
+        """The answer was ``sent`` bytes, which stand for its tokens if it does not tell them (the prompt is known)."""
         use = self._uses.get(request_id)
         if use:
             use.sent = sent
             self._balance(request_id, use)
 
     def _balance(self, request_id: str, use: _Use) -> None:
-        known = use.told if use.told is not None or use.sent is None else max(1, use.sent // BYTES_PER_TOKEN)
+        known = use.told
+        if known is None and use.sent is not None:
+            known = use.prompt + max(1, use.sent // BYTES_PER_TOKEN)
         if use.over and known is not None and self._uses.pop(request_id, _NONE) is use and use.meter:
-            use.meter.charge(known)
+            use.meter.charge(known - use.prompt)
 
 
 class _Metered:
@@ -229,6 +241,17 @@ class _Metered:
     def on_cut(self, callback: Callable[[str], None]) -> None:
         """As the other permit does."""
         self._permit.on_cut(callback)
+
+
+def prompt_tokens(body: bytes) -> int:
+    """About how many tokens an engine reads for a request with this body; a file in it counts as one of its kind."""
+    if body.startswith(b"--"):  # a form
+        return TOKENS_PER_FILE
+    if FILE not in body:
+        return len(body) // BYTES_PER_PROMPT_TOKEN
+    text, *files = body.split(FILE)
+    rest = sum(len(file) - (file.find(b'"') + 1 or len(file)) for file in files)
+    return (len(text) + rest) // BYTES_PER_PROMPT_TOKEN + TOKENS_PER_FILE * len(files)
 
 
 def _limit(key: KeyConfig, what: str) -> str:

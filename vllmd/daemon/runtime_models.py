@@ -21,7 +21,7 @@ ABOUT_OURSELVES = frozenset({"where", "start_timeout"})  # what two programs may
 
 
 class RuntimeModels:
-    """Implements ``vllmd.admin.runtime_models.RuntimeModels``: a model that no file has."""
+    """Implements ``vllmd.admin.runtime_models.RuntimeModels``: models of the configuration that no file has."""
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon

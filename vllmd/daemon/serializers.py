@@ -92,16 +92,24 @@ def about(model: ModelConfig) -> dict[str, Any]:
     return {"engine": model.engine, "model": model.source, "aliases": model.aliases}
 
 
-def health(views: Iterable[ModelView], devices: Iterable[DeviceView], broken: str, *, ready: bool) -> dict[str, Any]:
-    """Whether we are well, with devices and models as P's document has them."""
+def health(
+    views: Iterable[ModelView], devices: Iterable[DeviceView], broken: str, trouble: str, *, ready: bool
+) -> dict[str, Any]:
+    """Whether we are well, with devices and models as P's document has them. ``trouble``: why devices do not answer."""
     views = list(views)
     return {
-        "status": f"the configuration is invalid: {broken}" if broken else "ok",
+        "status": _status(broken, trouble),
         "ready": ready and not broken,
         "gpu": [_device(device) for device in devices],
         "loaded_models": [view.name for view in views if view.state not in UNLOADED],
         "model_status": {view.name: state_of(view) for view in views},
     }
+
+
+def _status(broken: str, trouble: str) -> str:
+    if broken:
+        return f"the configuration is invalid: {broken}"
+    return f"the devices do not answer, models without devices are served: {trouble}" if trouble else "ok"
 
 
 def _device(view: DeviceView) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from vllmd.errors import ConfigError, Unavailable
 from vllmd.systemd.notify import Notifier
 
 if TYPE_CHECKING:
+    from vllmd.daemon.device_watch import DeviceWatch
     from vllmd.daemon.dispatcher import Dispatcher
     from vllmd.daemon.engine_manager import EngineManager
     from vllmd.daemon.memory import Memory
@@ -87,6 +88,9 @@ class Daemon:
         self.admission_gate.phase_of, self.admission_gate.on_retry = self.control.phase_of, self.control.retried
         self._side_tasks: set[asyncio.Task[None]] = set()
         self._sampling = asyncio.Lock()
+        self.watch: DeviceWatch
+        self._trouble = ""  # what the core was last told of the devices
+        self._avoided: tuple[Mapping[int, str], Mapping[int, str]] = ({}, {})
         self.listeners: Listeners
         self.take: Callable[[Config], Awaitable[dict[str, Any]]]  # goes on with another configuration
         self.backend = ""
@@ -192,7 +196,7 @@ class Daemon:
             if self.opened.is_set() and now >= looked + self._look_interval():
                 keep, looked = now >= kept + SAMPLE_INTERVAL, now
                 kept = now if keep else kept
-                self._side_task(self._sample(keep=keep))
+                self.side_task(self._sample(keep=keep))
             await asyncio.sleep(min(STATUS_INTERVAL, max(self.config.server.idle_exit or 0.0, SHORTEST_TICK)))
 
     async def _sample(self, *, keep: bool) -> None:
@@ -205,6 +209,7 @@ class Daemon:
         async with self._sampling:
             await self.look()
             if keep:
+                self.dispatcher.flush_log()
                 await self._note_idle()
                 await self._keep_learnt()
 
@@ -217,13 +222,27 @@ class Daemon:
             sampled = events.MemorySampled({}, {}, unread)
         if sampled:
             self.dispatcher.post(sampled)
+        self._tell_trouble()
+
+    def _tell_trouble(self) -> None:
+        """Tell the core once whether the devices answer at all, and which of them must not be used."""
+        memory = self.memory
+        if memory.readable and memory.trouble != self._trouble:
+            if self._trouble:
+                log.info("the devices answer again")
+            self.dispatcher.post(events.DevicesChanged(memory.inventory, memory.trouble))
+        self._trouble = memory.trouble
+        ill, lost = (memory.last.ill, memory.last.lost) if memory.last else ({}, {})
+        if (ill, lost) != self._avoided:
+            self._avoided = (dict(ill), dict(lost))
+            self.dispatcher.post(events.DevicesTroubled(dict(ill), dict(lost)))
 
     def _look_interval(self) -> float:
         """How often it matters what the devices hold: something waits for room, is loaded, or has not come back."""
         seen = self.dispatcher.scheduler.snapshot(self.dispatcher.now())
         if any(view.waiting_for and view.state in (State.STOPPED, State.SLEEPING) for view in self._replicas()):
             return WAIT_INTERVAL
-        in_use = (
+        in_use = self.memory.trouble or (
             self.engine_manager.processes or self.admission_gate.open or any(device.wedged for device in seen.devices)
         )
         return SAMPLE_INTERVAL if in_use else math.inf
@@ -363,7 +382,7 @@ class Daemon:
         if ends_with_terminal and not _terminal():
             self.stop()
         else:
-            self._side_task(self._reload_logged())
+            self.side_task(self._reload_logged())
 
     async def _reload_logged(self) -> None:
         with contextlib.suppress(ConfigError):
@@ -383,7 +402,7 @@ class Daemon:
         finally:
             self.notify.ready()
 
-    def _side_task(self, work: Coroutine[Any, Any, None]) -> None:
+    def side_task(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
         self._side_tasks.add(task)
         task.add_done_callback(self._side_tasks.discard)

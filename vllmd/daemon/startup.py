@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vllmd.config.replicas import engines_of
 from vllmd.config.types import Config, ModelConfig
@@ -17,6 +17,7 @@ from vllmd.core.scheduler import Scheduler
 from vllmd.core.types import ModelSpec, ReplicaSpec, Settings, renamed
 from vllmd.daemon import discovery
 from vllmd.daemon.adoption import adopt_all
+from vllmd.daemon.device_watch import LIMIT, DeviceWatch
 from vllmd.daemon.dispatcher import Dispatcher
 from vllmd.daemon.engine_keys import EngineKeys
 from vllmd.daemon.engine_manager import EngineManager
@@ -28,51 +29,99 @@ from vllmd.daemon.preflight import Machine, Prospect, look, say
 from vllmd.daemon.service import Daemon, RuntimeEnvironment
 from vllmd.daemon.specs import model_spec, replica_spec
 from vllmd.errors import LauncherFailed
-from vllmd.gpu import Devices, NoDevices, in_thread, open_devices
+from vllmd.gpu import Devices, open_devices
 from vllmd.launcher.client import LauncherClient
 
 log = logging.getLogger("vllmd")
 
-DEVICES_LIMIT = 30.0  # seconds for the driver to say what there is
 LAUNCHER_RETRY = 1.0  # seconds
+T = TypeVar("T")
 
 
 async def start(daemon: Daemon) -> None:
     """Find the devices, the launcher and what runs already; then let requests through."""
-    files = {index: device.file for index, device in enumerate(daemon.config.devices or ()) if device.file}
-    daemon.memory = Memory(await find_devices(daemon.config, daemon.runtime.environment), files)
-    log.info("devices: %s", daemon.memory.source)
+    daemon.watch = DeviceWatch(
+        lambda known: open_devices(daemon.config, daemon.runtime.environment, known=known),
+        lambda devices: take_devices(daemon, devices),
+    )
+    daemon.memory = Memory(await daemon.watch.begin(), files_of(daemon.config))
+    say_devices(daemon)
     await asyncio.to_thread(daemon.learnt.load)
     prospects = await asyncio.to_thread(expect, daemon, daemon.engines)
     daemon.dispatcher = Dispatcher(make_scheduler(daemon, prospects))
     daemon.launcher = await connect_launcher(daemon)
-    daemon.backend = (await daemon.launcher.info()).backend
+    daemon.backend = (await answered(daemon.launcher.info)).backend
     daemon.engine_manager = make_fleet(daemon, prospects)
     daemon.take = lambda config: take(daemon, config)
     daemon.dispatcher.connect(daemon.engine_manager, daemon.admission_gate)
     daemon.dispatcher.on_decision, daemon.dispatcher.on_change = daemon.control.note, daemon.control.stir
+    devices = daemon.memory.devices
+    if devices.trouble:
+        daemon.dispatcher.post(events.DevicesChanged((), str(devices.trouble), devices.asking))
     if not daemon.broken:  # with a broken configuration nothing is known about them: a reload will adopt them
         await adopt_running(daemon)
     await daemon.look()  # before anything is placed it must be known what strangers hold
     daemon.opened.set()
+    daemon.side_task(daemon.watch.run())
     daemon.dispatcher.post(events.TimePassed())
 
 
 async def adopt_running(daemon: Daemon) -> None:
     """Take over, or end, every engine that an earlier daemon left."""
     known = {process.instance for process in daemon.engine_manager.processes.values()}
-    running = [engine for engine in await daemon.launcher.list() if engine.instance not in known]
+    running = [engine for engine in await answered(daemon.launcher.list) if engine.instance not in known]
     await adopt_all(daemon.engine_manager, running, daemon.engines, daemon.kinds, daemon.dispatcher.post)
 
 
+def files_of(config: Config) -> dict[int, Path]:
+    """The files in which stand-ins keep who holds how much of declared devices."""
+    return {index: device.file for index, device in enumerate(config.devices or ()) if device.file}
+
+
+def say_devices(daemon: Daemon) -> None:
+    """Into the log: an error where they do not answer."""
+    if daemon.memory.devices.trouble:
+        log.error("the devices do not answer (models without devices are served): %s", daemon.memory.trouble)
+    else:
+        log.info("devices: %s", daemon.memory.source)
+
+
+async def take_devices(daemon: Daemon, devices: Devices) -> None:
+    """Go on with what is known of the devices now: sizes are reckoned anew, and whoever waited for one is told."""
+    if devices is daemon.memory.devices:
+        await daemon.look()
+        return
+    async with daemon.control.runtime_models.changing:  # a reload reckons with the devices, too
+        daemon.memory.take(devices, files_of(daemon.config))
+        say_devices(daemon)
+        if not devices.trouble:
+            prospects = await asyncio.to_thread(expect, daemon, daemon.engines)
+            specs = specs_of(daemon.config.models, prospects)
+            daemon.engine_manager.configure(daemon.engines, kv_caches(prospects))
+            daemon.control.configure(specs)
+            daemon.dispatcher.post(events.ModelsChanged(tuple(specs)))
+        unknown = str(devices.trouble or "")
+        daemon.dispatcher.post(events.DevicesChanged(devices.inventory(), unknown, devices.asking))
+        await daemon.look()
+
+
+async def answered(ask: Callable[[], Awaitable[T]]) -> T:
+    """The launcher's answer, however long it takes: nothing can be decided without it, and requests wait meanwhile."""
+    while True:
+        try:
+            return await ask()
+        except LauncherFailed as error:
+            log.error("%s; asking again", error)
+            await asyncio.sleep(LAUNCHER_RETRY)
+
+
 async def find_devices(config: Config, environment: Mapping[str, str]) -> Devices:
-    """The devices; a driver that does not answer counts as having none, and is said."""
-    try:
-        return await asyncio.wait_for(in_thread(lambda: open_devices(config, environment)), DEVICES_LIMIT)
-    except TimeoutError:
-        why = f"the GPU driver did not answer within {DEVICES_LIMIT:.0f} s"
-        log.error("%s: continuing without devices", why)
-        return NoDevices(why)
+    """The devices, for whoever can wait for the answer."""
+    return await DeviceWatch(lambda known: open_devices(config, environment), _nobody).begin(LIMIT)
+
+
+async def _nobody(devices: Devices) -> None:
+    """Nobody watches on."""
 
 
 def make_scheduler(daemon: Daemon, prospects: list[Prospect]) -> Scheduler:
@@ -180,7 +229,10 @@ async def take(daemon: Daemon, config: Config) -> dict[str, Any]:
     kept = {name: known[name] for name in engines if name in known}
     changed = {name for name, old in kept.items() if fingerprint(engines[name]) != fingerprint(before[old])}
     added, removed = sorted(config.models.keys() - was.keys()), sorted(was.keys() - config.models.keys())
+    devices_differ = (config.devices, config.reserve) != (daemon.config.devices, daemon.config.reserve)
     daemon.accept(config)
+    if devices_differ:
+        daemon.watch.again()
     daemon.engine_manager.configure(engines, kv_caches(prospects))
     specs = specs_of(config.models, prospects)
     daemon.control.configure(specs)

@@ -3,7 +3,7 @@
 An engine never does anything itself: it says what to run and which HTTP calls
 mean what, the daemon carries it out. Third parties register theirs in the
 entry-point group ``vllmd.engines``; of the contract they may leave out
-``alive``, ``busy``, ``device_count`` and ``headers``, for which ``Plain`` has the defaults.
+``alive``, ``busy``, ``device_count``, ``headers`` and ``own_api``, for which ``Plain`` has the defaults.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where an engine is put: its private run directory, its devices (ids for CUDA_VISIBLE_DEVICES) and memory."""
+    """Where an engine is put: its private run directory, its devices (ids) and memory."""
 
     run_dir: Path
     device_ids: tuple[str, ...] = ()
@@ -104,6 +104,7 @@ class Place:
     device_files: tuple[str, ...] = ()  # of declared devices: where stand-ins keep who holds how much
     key: str = field(default="", repr=False)  # of this start alone: for an engine that can ask clients for one
     kv_cache: int = 0  # bytes per device for its key-value cache (Estimate.kv_cache); 0: it works that out itself
+    visible: Mapping[str, str] = field(default_factory=dict)  # variables by which it sees these devices alone
 
 
 class Engine(Protocol):
@@ -143,6 +144,12 @@ class Engine(Protocol):
 
     def routes(self, model: ModelConfig) -> frozenset[str]:
         """The public paths it serves, such as ``/v1/chat/completions``."""
+
+    def own_api(self, model: ModelConfig) -> frozenset[str]:
+        """What of its API is passed on under ``/upstream``: rules such as ``GET /metrics`` (``proxy.engine_api``).
+
+        Nothing that changes what it holds, or breaks off or shows what others do.
+        """
 
     def served_name(self, model: ModelConfig) -> str:
         """The name that the engine knows its model by."""

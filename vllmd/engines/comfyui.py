@@ -26,12 +26,50 @@ from vllmd.engines.plain import PROBE, Plain, environment
 _NO_DIRECTORY = re.compile(r"could not be started: No such file or directory: /")
 
 
+# Its page, what that asks, jobs, and a user's files and settings: each path by itself and below /api. Not /free,
+# /interrupt, and what clears the queue and the history: these are everybody's. Not /internal nor any extension's own.
+_READ = (
+    *("/object_info", "/object_info/{node}", "/system_stats", "/features", "/embeddings", "/extensions", "/i18n"),
+    *(
+        "/models",
+        "/models/{folder:path}",
+        "/view",
+        "/view_metadata/{folder}",
+        "/workflow_templates",
+        "/node_replacements",
+    ),
+    *("/prompt", "/queue", "/history", "/history/{id}", "/jobs", "/jobs/{id}", "/users", "/settings", "/settings/{id}"),
+    *("/userdata", "/userdata/{file:path}", "/v2/userdata", "/global_subgraphs", "/global_subgraphs/{id}"),
+)
+_WRITTEN = (
+    *(
+        "POST /prompt",
+        "POST /upload/image",
+        "POST /upload/mask",
+        "POST /users",
+        "POST /settings",
+        "POST /settings/{id}",
+    ),
+    *("POST /userdata/{file:path}", "DELETE /userdata/{file:path}"),
+)
+_FILES = ("assets", "cursor", "docs", "extensions", "fonts", "icons", "images", "lib", "scripts", "templates")
+_API = frozenset(
+    {
+        *("GET /", "GET /{file:file}", *(f"GET /{folder}/{{rest:path}}" for folder in _FILES)),
+        *(f"GET {prefix}{path}" for path in _READ for prefix in ("", "/api")),
+        *(rule.replace(" ", f" {prefix}") for rule in _WRITTEN for prefix in ("", "/api")),
+        *("GET /api/userdata/{file:path}", "GET /api/extensions/{rest:path}"),
+    }
+)
+
+
 class Comfyui(Plain):
     """The contract of ``base.Engine`` for ComfyUI."""
 
     kind = "comfyui"
     PROGRAM = "main.py"
     INSTALL = "install ComfyUI (https://github.com/comfyanonymous/ComfyUI) and name its directory in options.directory"
+    OWN_API = _API
     OPTIONS: ClassVar[Mapping[str, str]] = {
         "directory": "where ComfyUI's main.py is",
         "python": "the Python that has its requirements (default python3)",

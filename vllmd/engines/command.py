@@ -31,7 +31,7 @@ from typing import Any
 
 from vllmd.config.types import ModelConfig
 from vllmd.engines.base import Call, Engine, Launch, Listen, Place
-from vllmd.engines.options import choice, switch, text, unknown, words, wrong
+from vllmd.engines.options import UPSTREAM, choice, rules, switch, text, unknown, words, wrong
 from vllmd.engines.plain import PROBE, Plain, environment, own_key
 from vllmd.engines.vllm import check_path, memory_share
 from vllmd.errors import ConfigError
@@ -39,6 +39,7 @@ from vllmd.errors import ConfigError
 OPTIONS = {
     "health": "path that answers 200 once it is ready (default /health)",
     "routes": "the public paths that it serves",
+    "upstream": UPSTREAM,
     "served_name": "the name that it knows its model by, where that is not the configured one",
     "sleep": "by level, 1 or 2: the call or the calls that put it to sleep",
     "wake": "by level: the call or the calls that wake it",
@@ -93,6 +94,7 @@ class CommandOf(Plain):
         self._alive = text(model, "alive", self._health)
         self._asleep, self._busy = text(model, "asleep"), text(model, "busy")
         self._routes = frozenset(words(model, "routes") or ROUTES)
+        self._own_api = rules(model, "upstream")
         self._name = text(model, "served_name", model.replica_of or model.name)
         self._cwd, self._key_env = text(model, "cwd"), text(model, "key_env")
         self._stop = _stop_template(model)
@@ -144,6 +146,9 @@ class CommandOf(Plain):
 
     def routes(self, model: ModelConfig) -> frozenset[str]:
         return self._routes
+
+    def own_api(self, model: ModelConfig) -> frozenset[str]:
+        return super().own_api(model) | self._own_api
 
     def served_name(self, model: ModelConfig) -> str:
         return self._name

@@ -13,7 +13,7 @@ from vllmd.config.types import ModelConfig
 from vllmd.core.types import Footprint
 from vllmd.engines.base import Bindable, Call, Engine, Failure, Launch, Place, Progress
 from vllmd.engines.options import wrong_setting
-from vllmd.engines.plain import Plain
+from vllmd.engines.plain import Plain, usual_api
 from vllmd.errors import ConfigError, VllmdError
 
 T = TypeVar("T")
@@ -76,6 +76,11 @@ class Guarded:
         if not hasattr(self._engine, "alive"):
             return self.ready(model)
         return self._checked(Call, "alive", lambda: self._engine.alive(model), model)
+
+    def own_api(self, model: ModelConfig) -> frozenset[str]:
+        if not hasattr(self._engine, "own_api"):
+            return usual_api(self.routes(model))
+        return attempt(self.kind, "own_api", lambda: frozenset(self._engine.own_api(model)), model)
 
     def busy(self) -> Call | None:
         if not hasattr(self._engine, "busy"):

@@ -49,6 +49,15 @@ class LlamaCpp(Plain):
         for name in ("chat/completions", "completions", "responses", "messages", "messages/count_tokens", "embeddings")
     ) | {"/v1/audio/transcriptions", "/v1/rerank", "/rerank", "/tokenize", "/detokenize"}
 
+    # Its page and what that asks. Not /slots, which shows others' prompts, and nothing that changes it.
+    OWN_API: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("GET /", "GET /{file:file}", "GET /_app/{rest:path}", "GET /props", "GET /models", "GET /v1/health"),
+            *("POST /completion", "POST /completions", "POST /chat/completions", "POST /infill", "POST /embedding"),
+            *("POST /embeddings", "POST /reranking", "POST /v1/reranking", "POST /apply-template"),
+        }
+    )
+
     def device_count(self, model: ModelConfig) -> int:
         """None where all layers stay on the CPU."""
         return 0 if whole(model, "gpu_layers") == 0 else super().device_count(model)

@@ -12,6 +12,11 @@ from vllmd.config.value_types import DURATION, SECONDS
 from vllmd.errors import ConfigError
 from vllmd.text import control_character
 
+RULE = re.compile(r"(GET|POST|PUT|DELETE) /\S*")
+UPSTREAM = (
+    "what of its own API /upstream/NAME passes on beside its routes: a list of methods and paths such as GET /info, "
+    "in which {x} stands for a segment and {x:path} for several"
+)
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.I)
 
 
@@ -86,6 +91,15 @@ def _plain(model: ModelConfig, name: str, value: str) -> str:
     if found := control_character(value):
         raise wrong(model, name, f"the control character {found} is not allowed")
     return value
+
+
+def rules(model: ModelConfig, name: str) -> frozenset[str]:
+    """A list of methods with paths, or one. Raises ConfigError."""
+    found = words(model, name)
+    for number, rule in enumerate(found, 1):
+        if not RULE.fullmatch(rule):
+            raise wrong(model, name, f"entry {number} is no method with a path such as GET /info")
+    return frozenset(found)
 
 
 def whole(model: ModelConfig, name: str) -> int | None:

@@ -6,7 +6,7 @@ A kind derives from ``Plain``, says what is its own, and lists its settings in `
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
 from vllmd.config.types import ModelConfig
@@ -27,6 +27,20 @@ _RAISED = re.compile(r"(?:\w+\.)*\w*(?:Error|Exception): ")
 _TELLING = re.compile(r"\berror\b|exception|fail|fatal|panick|traceback", re.I)
 
 
+# What a server tells of itself, and changes nothing.
+TOLD = frozenset(
+    {
+        *("GET /health", "GET /metrics", "GET /version", "GET /ping", "GET /v1/models", "GET /v1/models/{id:path}"),
+        *("GET /docs", "GET /redoc", "GET /openapi.json", "GET /docs/oauth2-redirect"),
+    }
+)
+
+
+def usual_api(routes: Iterable[str]) -> frozenset[str]:
+    """The rules of ``own_api`` for a server of which no more is known than the public paths it serves."""
+    return TOLD | {f"POST {route}" for route in routes}
+
+
 class Plain:
     """The parts of ``base.Engine`` that a server without anything special has."""
 
@@ -35,6 +49,7 @@ class Plain:
     PROGRAM = ""  # the word in "No module named ..." that means that it is not installed
     INSTALL = ""  # what to do then
     ROUTES: ClassVar[frozenset[str]] = frozenset()
+    OWN_API: ClassVar[frozenset[str]] = frozenset()  # beside its routes and what nearly every server has
 
     def sleep_levels(self, model: ModelConfig) -> frozenset[int]:
         """None: it is stopped instead."""
@@ -76,6 +91,10 @@ class Plain:
         """What the kind serves."""
         return self.ROUTES
 
+    def own_api(self, model: ModelConfig) -> frozenset[str]:
+        """Its routes, what nearly every server tells of itself, and what is the kind's own."""
+        return usual_api(self.routes(model)) | self.OWN_API
+
     def served_name(self, model: ModelConfig) -> str:
         """The configured name."""
         return model.replica_of or model.name
@@ -107,10 +126,10 @@ class Plain:
 
 
 def environment(model: ModelConfig, place: Place) -> dict[str, str]:
-    """What every engine gets: its devices by id, and the token for gated models."""
-    devices = {"CUDA_VISIBLE_DEVICES": ",".join(place.device_ids), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    """What every engine gets: its devices, and the token for gated models."""
     token = {"HF_TOKEN": model.hf_token} if model.hf_token else {}
-    return {**(devices if place.device_ids else {}), **token}
+    by_id = {"CUDA_VISIBLE_DEVICES": ",".join(place.device_ids), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    return {**(place.visible or (by_id if place.device_ids else {})), **token}
 
 
 def own_key(model: ModelConfig, place: Place, variable: str, *flags: str) -> str:

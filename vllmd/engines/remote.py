@@ -23,7 +23,7 @@ from vllmd.config import secrets
 from vllmd.config.types import ModelConfig
 from vllmd.core.types import Footprint
 from vllmd.engines.base import Call, Engine, Failure, Launch, Listen, Place
-from vllmd.engines.options import seconds, text, unknown, words, wrong
+from vllmd.engines.options import UPSTREAM, rules, seconds, text, unknown, words, wrong
 from vllmd.engines.plain import PROBE, Plain
 from vllmd.engines.vllm import ROUTES
 
@@ -42,6 +42,7 @@ class Remote:
         "ca_file": "file with the certificates to trust, instead of the system's",
         "watch": "time between looks whether it is there (default 250ms for one of several replicas, else 2s)",
         "routes": "the public paths that it serves (default: all that vLLM has)",
+        "upstream": UPSTREAM,
     }
 
     def bind(self, model: ModelConfig) -> Engine:
@@ -61,6 +62,7 @@ class RemoteOf(Plain):
         self._watch = seconds(model, "watch", 0.25 if model.replica_of else 2.0)
         self._health = text(model, "health", "/v1/models")
         self._routes = frozenset(words(model, "routes")) or ROUTES
+        self._own_api = rules(model, "upstream")
 
     def device_count(self, model: ModelConfig) -> int:
         """None here."""
@@ -76,6 +78,9 @@ class RemoteOf(Plain):
 
     def routes(self, model: ModelConfig) -> frozenset[str]:
         return self._routes
+
+    def own_api(self, model: ModelConfig) -> frozenset[str]:
+        return super().own_api(model) | self._own_api
 
     def served_name(self, model: ModelConfig) -> str:
         """Its name over there."""

@@ -62,6 +62,14 @@ class SglangOf(Plain):
         for name in ("chat/completions", "completions", "embeddings", "responses", "messages", "rerank", "score")
     ) | {"/classify", "/tokenize", "/detokenize", "/v1/audio/transcriptions"}
 
+    # Not /server_info and /get_server_info, which show its keys.
+    OWN_API: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("GET /model_info", "GET /get_model_info", "GET /get_load", "GET /health_generate"),
+            *("POST /generate", "POST /encode", "POST /v1/tokenize", "POST /v1/detokenize"),
+        }
+    )
+
     def __init__(self, model: ModelConfig) -> None:
         self._keyed = switch(model, "key", default=True)
         self._backup = switch(model, "weights_backup", default=True)

@@ -45,6 +45,10 @@ class Tei(Plain):
         {"/v1/embeddings", "/embed", "/embed_all", "/embed_sparse", "/predict", "/rerank", "/tokenize", "/decode"}
     )
 
+    OWN_API: ClassVar[frozenset[str]] = frozenset(
+        {"GET /", "GET /info", "GET /docs/{rest:path}", "GET /api-doc/openapi.json", "POST /similarity"}
+    )
+
     def device_count(self, model: ModelConfig) -> int:
         """One, or none for a build that has no use for it."""
         return 0 if switch(model, "cpu") else 1

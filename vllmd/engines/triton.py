@@ -57,6 +57,16 @@ class TritonOf(Plain):
         }
     )
 
+    # Not /v2/repository, /v2/trace and /v2/logging.
+    OWN_API: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("GET /v2", "GET /v2/health/live", "GET /v2/health/ready"),
+            *(f"GET /v2/models/{{m}}{rest}" for rest in ("", "/config", "/ready", "/stats")),
+            *(f"GET /v2/models/{{m}}/versions/{{v}}{rest}" for rest in ("", "/config", "/ready", "/stats")),
+            *(f"POST /v2/models/{{m}}/versions/{{v}}/{verb}" for verb in ("generate", "generate_stream")),
+        }
+    )
+
     def __init__(self, model: ModelConfig) -> None:
         path = PurePath(model.source)
         self._repository = text(model, "repository") or (str(path.parent) if path.is_absolute() else "")

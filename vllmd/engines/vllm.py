@@ -26,7 +26,7 @@ from vllmd.core.types import Footprint
 from vllmd.engines import ray_cluster, vllm_log
 from vllmd.engines.base import Call, Failure, Launch, Listen, Place, Progress
 from vllmd.engines.options import choice, size, unknown
-from vllmd.engines.plain import PROBE, Plain
+from vllmd.engines.plain import PROBE, Plain, environment
 from vllmd.errors import ConfigError
 
 SUN_PATH = 107  # bytes of a Unix socket's path, the final NUL not counted
@@ -67,6 +67,13 @@ ROUTES = frozenset(
         "/tokenize",
     }
 )
+# Not /server_info (it shows the environment), /sleep, /collective_rpc and the like (vLLM's development mode).
+OWN_API = frozenset(
+    {
+        *("GET /load", "GET /tokenizer_info", "POST /ping", "GET /static-offline-docs/{rest:path}"),
+        *("GET /v1/responses/{id}", "DELETE /v1/responses/{id}", "POST /v1/responses/{id}/cancel"),
+    }
+)
 
 
 def has_accelerator() -> bool:
@@ -83,6 +90,7 @@ class Vllm(Plain):
 
     kind = "vllm"
     ROUTES = ROUTES
+    OWN_API = OWN_API
     OPTIONS: ClassVar[Mapping[str, str]] = {
         "sleep_flag": "auto, always or never: whether --enable-sleep-mode is passed (auto: where there is a GPU)",
         "kv_cache_memory": "size of the KV cache per device, such as 8GiB, instead of what profiling leaves",
@@ -144,11 +152,7 @@ class Vllm(Plain):
         rpc = Path(str(model.options.get("rpc_dir", place.run_dir)))
         check_path(rpc / ("x" * (_IPC_NAME - 1)), model)
         env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_RPC_BASE_PATH": str(rpc), "VLLM_NO_USAGE_STATS": "1"}
-        if place.device_ids:
-            env |= {"CUDA_VISIBLE_DEVICES": ",".join(place.device_ids), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-        if model.hf_token:
-            env["HF_TOKEN"] = model.hf_token
-        return env
+        return env | environment(model, place)
 
     def sleep(self, level: int, *, freeze: bool) -> Sequence[Call]:
         """One call. Requests in flight finish first, or (``freeze``) stay as they are and go on after the wake."""

@@ -2,7 +2,8 @@
 
 The launcher may die at any time without an engine being harmed. The client then
 calls ``on_lost``, connects again (which starts the next launcher), asks what is
-running, and reports what ended meanwhile.
+running, and reports what ended meanwhile. Whoever was just asking does not notice:
+the next launcher is asked.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import secrets
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,6 +73,10 @@ class LauncherFailed(LauncherError):
         self.answered = answered  # these were the launcher's own words
 
 
+class _ConnectionLost(LauncherFailed):
+    """The launcher has died, or left, before it answered."""
+
+
 class LauncherClient:
     """Made by ``connect`` or ``spawn_private``. All callbacks are called in the event loop, and must be quick."""
 
@@ -84,9 +89,10 @@ class LauncherClient:
         self._last_id = 0
         self._pending: dict[int, _Pending] = {}
         self._known: dict[str, Running] = {}
-        self._doubtful: set[str] = set()
+        self._doubtful: set[str] = set()  # to be killed: whoever wanted them has given up
+        self._over = ""  # why there will be no launcher any more, once that is so
         self._followed: set[str] = set()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @classmethod
     async def connect(
@@ -130,7 +136,8 @@ class LauncherClient:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._hang_up("the connection to the launcher was closed")
+        self._over = "the connection to the launcher was closed"
+        self._hang_up(LauncherFailed(self._over))
         if self._reap:
             await asyncio.to_thread(self._reap)
 
@@ -142,18 +149,55 @@ class LauncherClient:
     # --- what one may ask; each raises LauncherFailed ---
 
     async def start(self, order: StartOrder) -> Running:
-        """Start an engine; returns when its command has been executed."""
-        answered = False
+        """Start an engine; returns when its command has been executed.
+
+        A launcher that dies meanwhile changes nothing: the next one has found the engine, or it is ordered again. When
+        this raises, nothing runs of it any more.
+        """
+        limit = order.timeout + ANSWER_LIMIT
         try:
-            started = await self._ask(Start(order), Started, limit=order.timeout + ANSWER_LIMIT)
-            answered = True
-        except LauncherFailed as error:
-            answered = error.answered
+            async with asyncio.timeout(limit):
+                return await self._start(order)
+        except TimeoutError:
+            failure = LauncherFailed(f"the launcher did not start {order.instance} in {limit:g} s")
+        except asyncio.CancelledError:
+            self.abandon(order.instance)
             raise
-        finally:
-            if not answered:  # cancelled, timed out, or the connection was lost
-                self._abandon(order.instance)
-        return started.engine
+        except LauncherFailed as error:
+            failure = error
+        if not failure.answered:
+            await self._be_rid_of(order.instance)
+        raise failure
+
+    async def _start(self, order: StartOrder) -> Running:
+        while True:
+            try:
+                return (await self._ask_once(Start(order), Started)).engine
+            except _ConnectionLost:
+                log.warning("the launcher died while it was to start %s", order.instance)
+            while True:
+                found = [engine for engine in await self.list() if engine.instance == order.instance]
+                if found and not found[0].ending:
+                    return found[0]
+                if not found:
+                    break
+                await asyncio.sleep(FIRST_RETRY)  # the launcher is just ending what had begun
+
+    async def _be_rid_of(self, instance: str) -> None:
+        """Kill it until the launcher says that there is no such engine, however long it takes."""
+        while True:
+            try:
+                await self.kill(instance)
+            except LauncherFailed as error:
+                if error.answered or self._over:
+                    return
+            await asyncio.sleep(LAST_RETRY)
+
+    def abandon(self, instance: str) -> None:
+        """Whatever becomes of it, kill it: now, or as soon as there is a launcher."""
+        self._doubtful.add(instance)
+        if self.connected:
+            self._side(self._kill_doubtful())
 
     async def signal(self, instance: str, signum: int) -> None:
         """To the main process only."""
@@ -165,8 +209,9 @@ class LauncherClient:
 
     async def list(self) -> list[Running]:
         """Everything that runs, also what an earlier launcher or daemon started."""
-        found: list[Running] = []
-        await self._ask(List(), Engines, lambda part: found.extend(part.engines))
+        parts: builtins.list[Any] = []
+        await self._ask(List(), Engines, parts)
+        found = [engine for part in parts for engine in part.engines]
         self._known |= {engine.instance: engine for engine in found}
         return found
 
@@ -186,9 +231,9 @@ class LauncherClient:
 
     async def tail(self, instance: str, lines: int = 50) -> builtins.list[str]:
         """The last lines, those written just now included; also of an engine that has ended."""
-        found: list[str] = []
-        await self._ask(Tail(instance, lines), Lines, lambda part: found.extend(part.lines))
-        return found
+        parts: builtins.list[Any] = []
+        await self._ask(Tail(instance, lines), Lines, parts)
+        return [line for part in parts for line in part.lines]
 
     async def info(self) -> LauncherInfo:
         """What the launcher is."""
@@ -196,25 +241,37 @@ class LauncherClient:
 
     # --- requests and answers ---
 
-    async def _ask(
-        self,
-        request: Request,
-        kind: type[R],
-        part: Callable[[R], None] = lambda _: None,
-        limit: float = ANSWER_LIMIT,
-    ) -> R:
-        """Send it and wait for the last part of the answer, which must be of this kind."""
-        self._last_id += 1
-        id, pending = self._last_id, _Pending(asyncio.get_running_loop().create_future(), part)
+    async def _ask(self, request: Request, kind: type[R], parts: builtins.list[Any] | None = None) -> R:
+        """Ask, again if the launcher dies meanwhile: of whatever is asked here, twice does no more than once.
+
+        Returns the last part of the answer; ``parts`` gets all of them.
+        """
         try:
-            async with asyncio.timeout(limit):
-                await self._connected.wait()
-                self._pending[id] = pending
-                await self._send(protocol.encode(request, id))
-                answer = await pending.future
+            async with asyncio.timeout(ANSWER_LIMIT):
+                while True:
+                    try:
+                        return await self._ask_once(request, kind, parts)
+                    except _ConnectionLost:
+                        continue
         except TimeoutError:
-            raise LauncherFailed(f"the launcher did not answer a {type(request).__name__} in {limit:g} s") from None
-        except (OSError, ProtocolError) as error:
+            what = f"did not answer a {type(request).__name__}" if self.connected else "was not there"
+            raise LauncherFailed(f"the launcher {what} in {ANSWER_LIMIT:g} s") from None
+
+    async def _ask_once(self, request: Request, kind: type[R], parts: builtins.list[Any] | None = None) -> R:
+        """Raises _ConnectionLost where nobody knows whether it was done."""
+        await self._may_ask()
+        self._last_id += 1
+        id = self._last_id
+        pending = self._pending[id] = _Pending(
+            asyncio.get_running_loop().create_future(), parts if parts is not None else []
+        )
+        pending.parts.clear()
+        try:
+            await self._send(protocol.encode(request, id))
+            answer = await pending.future
+        except OSError as error:
+            raise _ConnectionLost(str(error)) from None
+        except ProtocolError as error:
             raise LauncherFailed(f"cannot ask the launcher: {error}") from None
         finally:
             self._pending.pop(id, None)
@@ -223,6 +280,12 @@ class LauncherClient:
         if not isinstance(answer, kind):
             raise LauncherFailed(f"the launcher answered a {type(request).__name__} with {type(answer).__name__}")
         return answer
+
+    async def _may_ask(self) -> None:
+        """Wait for a launcher. Raises LauncherFailed if none will come."""
+        if self._over:
+            raise LauncherFailed(self._over)
+        await self._connected.wait()
 
     async def _send(self, packet: bytes) -> None:
         if self._socket is None:
@@ -252,7 +315,7 @@ class LauncherClient:
         if pending is None:
             return  # whoever asked has given up
         if isinstance(message, Engines | Lines):
-            pending.part(message)
+            pending.parts.append(message)
             if message.more:
                 return
         if not pending.future.done():
@@ -270,8 +333,13 @@ class LauncherClient:
             self._take(await asyncio.to_thread(self._dial))
         except OSError as error:
             raise LauncherFailed(f"cannot connect to the launcher: {error}") from None
-        self._tasks.append(asyncio.create_task(self._stay_connected()))
+        self._side(self._stay_connected())
         return self
+
+    def _side(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _take(self, connection: socket.socket) -> None:
         connection.setblocking(False)
@@ -281,10 +349,10 @@ class LauncherClient:
     async def _stay_connected(self) -> None:
         while True:
             await self._read_packets()
-            self._hang_up("the connection to the launcher was lost")
+            self._hang_up(_ConnectionLost("the connection to the launcher was lost"))
             self._on_lost()
             await self._connect_again()
-            self._tasks[1:] = [asyncio.create_task(self._resume())]
+            self._side(self._resume())
 
     async def _read_packets(self) -> None:
         """Until the end of the connection."""
@@ -294,7 +362,7 @@ class LauncherClient:
             while packet := await loop.sock_recv(self._socket, protocol.MAX_PACKET + 1):
                 self._received(packet)
 
-    def _hang_up(self, why: str) -> None:
+    def _hang_up(self, error: LauncherFailed) -> None:
         """What was asked and not answered fails; whether it was done, nobody knows."""
         self._connected.clear()
         if self._socket:
@@ -302,7 +370,8 @@ class LauncherClient:
             self._socket = None
         for pending in self._pending.values():
             if not pending.future.done():
-                pending.future.set_exception(LauncherFailed(why))
+                pending.future.set_exception(error)
+                pending.future.exception()  # read once: who asked may just have given up
 
     async def _connect_again(self) -> None:
         delay = FIRST_RETRY
@@ -319,27 +388,20 @@ class LauncherClient:
         before, followed = set(self._known), set(self._followed)
         try:
             running = {engine.instance for engine in await self.list()}
-            for instance in running & self._doubtful:
-                await self.kill(instance)
             for instance in before & self._known.keys() - running:
                 self._ended(ExitReport(instance))
             for instance in followed & running:
                 await self._ask(Follow(instance, 0), Done)
         except LauncherFailed as error:
-            log.warning("lost the launcher again: %s", error)
-            return
-        self._doubtful.clear()
+            log.warning("cannot learn what happened while there was no launcher: %s", error)
+        await self._kill_doubtful()
 
-    def _abandon(self, instance: str) -> None:
-        """A start whose outcome nobody will hear: if it succeeds after all, the engine must not live on unknown."""
-        self._doubtful.add(instance)
-        if self._connected.is_set():
-            self._tasks.append(asyncio.create_task(self._kill_doubtful(instance)))
-
-    async def _kill_doubtful(self, instance: str) -> None:
-        with contextlib.suppress(LauncherFailed):
-            await self.kill(instance)
-            self._doubtful.discard(instance)
+    async def _kill_doubtful(self) -> None:
+        """One that the launcher does not know (any more) is gone; one that it cannot kill now is left to the next."""
+        for instance in tuple(self._doubtful):
+            with contextlib.suppress(LauncherFailed):
+                await self._be_rid_of(instance)
+                self._doubtful.discard(instance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,7 +409,7 @@ class _Pending:
     """A request on its way."""
 
     future: asyncio.Future[Message]
-    part: Callable[[Any], None]
+    parts: list[Any]
 
 
 class _PrivateLauncher:

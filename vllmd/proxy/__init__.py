@@ -5,6 +5,7 @@ From the wire inwards::
     server       accepts on listeners that are open already, counts, drains
     connection   one client: request after request, limits and deadlines
     reader       bytes -> heads and bodies (pure), over heads and framing
+    access       authorisation: who a caller is, and what a route needs; hosts, cors: what browsers may
     routing      path -> handler; exchange: one request and its answer
     relay        a model's request: peek (find ``model``; large: in megabytes), gate (may it go?),
                  loading (SSE comments meanwhile); eager spares it turns of the loop and tasks
@@ -12,7 +13,7 @@ From the wire inwards::
     peers        who listens where an engine should: nobody else gets a byte
     answer       the engine's answer on its way back; rewrite puts the client's name into it
     tunnel       WebSockets: bytes both ways
-    models       the table of model routes
+    models       the table of model routes; engine_api: what of an engine's own API is passed on
 
 What it costs (tests/bench; Debian's Python 3.11, one core of 2.6 GHz, everything in lock step): 42 microseconds of CPU
 for a short answer, 17 of them in its four system calls on sockets, and 11 for each further piece of a stream, 8 of

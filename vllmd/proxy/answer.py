@@ -19,7 +19,7 @@ from vllmd.proxy.heads import BODYLESS, ResponseHead, forwardable, write_fields
 from vllmd.proxy.http import date_line, status_line
 from vllmd.proxy.loading_heartbeat import LoadingHeartbeat
 from vllmd.proxy.peek import Asked
-from vllmd.proxy.rewrite import MAX_HELD, Rewriter
+from vllmd.proxy.rewrite import Rewriter
 
 # Of the engine's fields a client never sees these: we write them ourselves, or they speak for another origin than ours.
 OURS = frozenset(
@@ -29,6 +29,7 @@ OURS = frozenset(
 )
 EVENT_STREAM = b"text/event-stream"
 MAX_ERROR = 1 << 20  # bytes of an error answer that becomes an event
+MAX_HELD = 1 << 20  # bytes of an answer kept whole for the sake of its length; a longer one goes out in chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,50 +176,51 @@ class Reframed:
             self._exchange.write(framed)
 
 
-class Buffered:
-    """A JSON answer of known length, kept until it is whole because its length changes with the name."""
-
-    def __init__(self, exchange: Exchange, head: ResponseHead, framing: Framing, rewriter: Rewriter) -> None:
-        self._exchange = exchange
-        self._head = head
-        self._framing = framing
-        self._rewriter = rewriter
-        framing.keep = True
-
-    def more(self, data: bytes) -> None:
-        """The framing keeps it."""
-
-    def end(self) -> None:
-        """Rename, and send all of it."""
-        body = self._rewriter.renamed(b"".join(self._framing.pieces))
-        head = opening(self._exchange, self._head, len(body), chunked=False)
-        self._exchange.start(self._head.status, head + body)
-        self._exchange.finish()
-
-
 class Kept:
-    """An error that does not go to the client as it came; the framing keeps its body, up to a sane size."""
+    """A body that is kept until it is whole, in one buffer however small its pieces; beyond ``most`` bytes it ends."""
 
-    def __init__(self, framing: Framing) -> None:
+    def __init__(self, framing: Framing, most: int) -> None:
         self._framing = framing
+        self._most = most
+        self._body = bytearray()
         framing.keep = True
 
     def more(self, data: bytes) -> None:
-        """The framing has kept it."""
-        if sum(map(len, self._framing.pieces)) > MAX_ERROR:
+        """Take what the framing has kept of ``data``."""
+        for piece in self._framing.pieces:
+            self._body += piece
+        self._framing.pieces.clear()
+        if len(self._body) > self._most:
             self._framing.keep = False
 
     @property
     def body(self) -> bytes:
         """What came of it."""
-        return b"".join(self._framing.pieces)
+        return bytes(self._body)
+
+
+class Buffered(Kept):
+    """A JSON answer of known length, kept until it is whole because its length changes with the name."""
+
+    def __init__(self, exchange: Exchange, head: ResponseHead, framing: Framing, rewriter: Rewriter) -> None:
+        super().__init__(framing, MAX_HELD)
+        self._exchange = exchange
+        self._head = head
+        self._rewriter = rewriter
+
+    def end(self) -> None:
+        """Rename, and send all of it."""
+        body = self._rewriter.renamed(self.body)
+        head = opening(self._exchange, self._head, len(body), chunked=False)
+        self._exchange.start(self._head.status, head + body)
+        self._exchange.finish()
 
 
 class Refusal(Kept):
     """A replica's word that it cannot serve just now; the request may yet be served elsewhere."""
 
     def __init__(self, status: int, framing: Framing) -> None:
-        super().__init__(framing)
+        super().__init__(framing, MAX_ERROR)
         self.status = status
 
     def end(self) -> None:
@@ -237,7 +239,7 @@ class ErrorEvent(Kept):
     """An error that comes after the client's 200: it becomes the stream's last event."""
 
     def __init__(self, loading: LoadingHeartbeat, framing: Framing) -> None:
-        super().__init__(framing)
+        super().__init__(framing, MAX_ERROR)
         self._loading = loading
 
     def end(self) -> None:

@@ -14,17 +14,20 @@ from collections.abc import Callable
 from typing import Protocol, cast
 
 from vllmd.errors import BadRequest, RequestTimeout, TookTooLong, TooLarge, Unavailable, VllmdError
+from vllmd.proxy.body_memory import BodyMemory, Holder, place_of
 from vllmd.proxy.eager import Eager
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.heads import RequestHead
 from vllmd.proxy.http import Headers, Peer, Request
-from vllmd.proxy.limits import Limits, read_small
+from vllmd.proxy.limits import RECEIVE, Limits, read_small
 from vllmd.proxy.reader import RequestReader
 from vllmd.proxy.routing import Handler
 
 log = logging.getLogger(__name__)
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+DISCARDED = 64 << 10  # bytes of a body that are read and dropped on a route that takes none
+NO_ROOM = "too many request bodies are being held; come back later"
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 LINGER = 2.0  # seconds for a refused client to read the refusal before its connection is reset
 _numbers = itertools.count(1)
@@ -46,14 +49,12 @@ class Host(Protocol):
     """What a connection needs of its server."""
 
     limits: Limits
+    memory: BodyMemory
     draining: bool  # each answer is its connection's last
     closing: bool  # and connections that have nothing to answer are closed
 
     def begin(self, request: Request) -> Handler:
         """Route it. Raises VllmdError."""
-
-    def reserve(self, size: int) -> bool:
-        """Take (or with a negative size give back) memory for bodies; False if there is none."""
 
     def ended(self, exchange: Exchange) -> None:
         """An exchange is over."""
@@ -82,7 +83,9 @@ class Connection(asyncio.Protocol):
         self._exchange: Exchange | None = None
         self._running: Eager | None = None
         self._tunnel: Callable[[bytes], None] | None = None
-        self._held = 0  # bytes of memory reserved for the body
+        self._place = ""  # whose memory for bodies it takes
+        self._holder: Holder
+        self._held = 0  # bytes of memory taken for the body
         self._keep_alive = True
         self._in_head = False
         self._headed = False  # its head has been read, and it is not yet decided what to do with it
@@ -91,7 +94,7 @@ class Connection(asyncio.Protocol):
         self._half_closed = False
         self._unread = False  # bytes are on their way that nobody will read
         self._write_paused = False
-        self._body_began = 0.0
+        self._body_mark = 0  # bytes of the body that were there when the present time for them began
         self._expiry: float | None = None  # when the present exchange must be over
         self._deadline = 0.0
         self._late: Callable[[], None] | None = None
@@ -104,6 +107,7 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         read_small(transport)
         self.peer = peer_of(transport)
+        self._place = place_of(self.peer)
         self._host.joined(self)
         self._expect(self._limits.head_timeout, self._close_quietly)
 
@@ -159,6 +163,8 @@ class Connection(asyncio.Protocol):
         self._write_paused = False
         if self._phase is Phase.HEAD:
             self._expect(self._limits.keepalive_timeout, self._close_quietly)
+        elif self._phase is Phase.BODY:
+            self._expect_bytes()
         elif self._phase is not Phase.CLOSING:
             self._late = None
             self._keep_time()
@@ -219,42 +225,58 @@ class Connection(asyncio.Protocol):
         )
 
     def _expect_body(self, head: RequestHead) -> None:
-        self._body_began = self._loop.time()
-        if head.length is not None and head.length > self._limits.max_body:
-            raise TooLarge(f"the body is {head.length} bytes; at most {self._limits.max_body} are taken")
-        if not self._host.reserve(head.length or 0):
-            raise Unavailable("too many request bodies are being held; come back later", retry_after=5)
-        self._held = head.length or 0
+        """Refuse a body at its head where that can be told already; what is taken is counted as it comes."""
+        request, length = self._request, head.length or 0
+        most = self._limits.max_body if request.max_body is None else request.max_body
+        if not most:
+            most = DISCARDED
+            self._reader.discard(most)
+        elif request.max_body is not None:
+            self._reader.limit(most)
+        if length > most:
+            raise TooLarge(f"the body is {length} bytes; at most {most} are taken")
+        self._holder = self._place, request.key
+        if length > RECEIVE and request.max_body != 0 and not self._host.memory.has_room(self._holder, length):
+            raise Unavailable(NO_ROOM, retry_after=5)
         if head.expects_continue and not self._reader.pending:
             self._transport.write(CONTINUE)
 
     def _next_body(self) -> None:
         body = self._reader.body()
+        request = self._request
+        request.received = received = self._reader.received
+        if received > self._held and request.max_body != 0:
+            if not self._host.memory.take(self._holder, received - self._held):
+                raise Unavailable(NO_ROOM, retry_after=5)
+            self._held = received
         if body is None:
-            self._hold_more()
-            self._expect(self._body_time(), self._body_late)
+            if self._late != self._body_late:
+                self._expect_bytes()
             return
-        self._request.body = body
+        request.body = body
         self._phase = Phase.BUSY
         self._late = None
         self._serve()
 
-    def _body_time(self) -> float:
-        """Seconds from the head that the body may have taken, counted from now."""
-        allowed = self._limits.body_timeout + self._reader.received / self._limits.min_body_rate
-        return max(0.0, self._body_began + allowed - self._loop.time())
+    def _expect_bytes(self) -> None:
+        """Give the body time: so much for every so many bytes, so that one that stops is given up soon, however
+        fast it was before."""
+        self._body_mark = self._reader.received
+        self._expect(self._limits.body_timeout, self._body_late)
 
-    def _hold_more(self) -> None:
-        """A chunked body's size is known only as it comes."""
-        more = self._reader.received - self._held
-        if more > 0:
-            if not self._host.reserve(more):
-                raise Unavailable("too many request bodies are being held; come back later", retry_after=5)
-            self._held += more
+    def _body_late(self) -> None:
+        limits = self._limits
+        if self._reader.received - self._body_mark >= limits.body_timeout * limits.min_body_rate:
+            self._expect_bytes()
+        else:
+            self._refuse(RequestTimeout("the request's body comes too slowly"))
 
     def _release(self) -> None:
-        self._host.reserve(-self._held)
-        self._held = 0
+        """Give the body's memory back, and let go of the body."""
+        if self._held:
+            self._host.memory.give_back(self._holder, self._held)
+            self._held = 0
+            self._request.body = b""
 
     # -- answering
 
@@ -312,6 +334,7 @@ class Connection(asyncio.Protocol):
     def abort(self, *, reset: bool) -> None:
         """Close so that the client sees the answer as broken off."""
         self._exchange = self._running = None
+        self._release()
         if not self._gone:
             self._phase = Phase.CLOSING
             if reset:
@@ -391,6 +414,7 @@ class Connection(asyncio.Protocol):
         if self._phase is Phase.HEAD and not self._headed:
             self._request = Request("", "", "", "", Headers(), self.peer, id=new_id())
         self._unread = True
+        self._reader.drop_body()
         exchange = Exchange(self._request, self, self._request.id, keep_alive=False)
         exchange.fail(error)
         self._host.ended(exchange)
@@ -436,9 +460,6 @@ class Connection(asyncio.Protocol):
 
     def _head_late(self) -> None:
         self._refuse(RequestTimeout(f"the request's head took longer than {self._limits.head_timeout:g} s"))
-
-    def _body_late(self) -> None:
-        self._refuse(RequestTimeout("the request's body comes too slowly"))
 
     def _abort_stalled(self) -> None:
         log.info("%s took nothing for %g s: cut off", self.peer, self._limits.send_timeout)

@@ -1,6 +1,14 @@
-"""Cross-origin requests: which pages of other sites may read our answers. None, unless the configuration names some.
+"""Requests that a browser sends for a page: which pages may use this server, and read what it answers.
 
-What browsers let any page send without asking first, forms and WebSockets, is refused to the others here.
+None of another origin, unless the configuration names it. Three ways around that are closed here and in ``hosts``:
+
+- What a browser sends for any page without asking first (forms, images, WebSockets, links) would reach a model
+  although the page cannot read the answer. A browser says that it does so: ``Sec-Fetch-Site`` tells where the page
+  is, ``Origin`` which one it is. No route that loads, moves or asks a model takes such a request.
+- A page whose own name is made to point here (DNS rebinding) has the same origin as we do: ``hosts`` looks at the name.
+- A page of a public address that calls a private one asks with a preflight of its own (private network access); it is
+  answered for the pages that may.
+
 Credentials in the browser's sense (cookies) are never allowed: a page sends its key itself, in a header.
 """
 
@@ -13,6 +21,7 @@ from vllmd.proxy.http import Request, Response
 
 KEPT = "600"  # seconds for which a browser may remember a preflight's answer
 READABLE = "x-request-id, retry-after"
+FOREIGN = frozenset({"cross-site", "same-site"})  # of Sec-Fetch-Site: a page of another origin ("none": no page at all)
 
 
 class Cors:
@@ -37,14 +46,16 @@ class Cors:
         if "*" not in self._origins:  # a cache must not give one page's answer to another
             request.answer_fields = (*request.answer_fields, ("vary", "origin"))
 
-    def refuse_strangers(self, request: Request) -> None:
-        """Raises Forbidden for a page that is not named. For what browsers send without a preflight, for any page."""
-        origin = request.headers.get("origin")
-        own = origin.partition("://")[2].lower() == request.headers.get("host").lower()
-        if origin and not own and not self._allowed(request):
-            raise Forbidden(
-                f"pages of {origin[:200]!r} may not use this server; server.cors_origins names those that may"
-            )
+    def refuse_foreign_pages(self, request: Request) -> None:
+        """Raise Forbidden for what a browser sends for a page of another origin that is not named."""
+        site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
+        if (not origin and site not in FOREIGN) or "*" in self._origins or self._allowed(request):
+            return
+        # A page of ours has our name. ``Sec-Fetch-Site`` alone must not clear one: only browsers are bound to it.
+        if site not in FOREIGN and origin.partition("://")[2].lower() == request.headers.get("host").lower():
+            return
+        page = f"pages of {origin[:200]!r}" if origin else "pages of other origins"
+        raise Forbidden(f"{page} may not use this server; server.cors_origins names those that may")
 
     def preflight(self, request: Request, methods: Iterable[str]) -> Response | None:
         """The answer to a browser that asks beforehand; None if that is not what it asks, or it may not."""
@@ -53,6 +64,8 @@ class Cors:
         fields = [("access-control-allow-methods", ", ".join(sorted(methods))), ("access-control-max-age", KEPT)]
         if wanted := request.headers.get("access-control-request-headers"):
             fields.append(("access-control-allow-headers", wanted))
+        if request.headers.get("access-control-request-private-network") == "true":
+            fields.append(("access-control-allow-private-network", "true"))
         return Response(204, headers=fields)
 
     def _allowed(self, request: Request) -> str:

@@ -49,6 +49,7 @@ class Exchange:
         self.first_byte: float | None = None  # seconds until the answer began
         self.status = 0  # 0 until the answer began
         self.sent = 0  # bytes of the answer, heads and framing included
+        self.received = 0  # bytes that came through after an upgrade
         self.model = ""  # which model it was for, once known
         self.error = ""  # why it failed, if it did
         self.over = False

@@ -12,7 +12,7 @@ from typing import Protocol
 SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e]{0,256})?\r\n")
 SIZE_LINE_PREFIX = re.compile(rb"[0-9A-Fa-f]{0,15}(?:(?<=[0-9A-Fa-f])(?:;[\t\x20-\x7e]{0,256})?\r?)?")
 TRAILER_LINE = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*")
-MAX_TRAILERS = 8192
+MAX_TRAILERS = 4096
 HEX = frozenset(b"0123456789abcdefABCDEF")
 SIZES_KEPT = 4096
 _sizes: dict[bytes, int] = {}  # what plain size lines, line end included, say; a stream has but a few of them

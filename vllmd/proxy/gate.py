@@ -11,7 +11,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from vllmd.errors import VllmdError
+from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.proxy.http import Request
+
+LONGEST_NAME = 256  # characters of a model's name; a longer one is refused before anything is compared with it
+TOO_LONG_A_NAME = f"a model's name has at most {LONGEST_NAME} characters"
 
 
 class Address(Protocol):
@@ -60,7 +64,8 @@ class Target:
     ``served_name``: what the engine knows the model by; written into the request in place of the
     client's name, and back into the answer. ``routes``: the public paths it serves, None for any.
     ``headers``: fields added to the upstream's request (a remote's own key, for one). ``rules``: what becomes of
-    the members of a JSON request, None for nothing.
+    the members of a JSON request, None for nothing. ``own_api``: what of the engine's own API is passed on, see
+    ``engine_api``.
     """
 
     model: str
@@ -68,6 +73,7 @@ class Target:
     routes: frozenset[str] | None = None
     headers: Sequence[tuple[str, str]] = field(default=())
     rules: Rules | None = None
+    own_api: frozenset[str] = frozenset()
 
 
 class Permit(Protocol):
@@ -104,16 +110,17 @@ class Permit(Protocol):
 class Gate(Protocol):
     """The daemon's side, called in its own event loop."""
 
-    def resolve(self, name: str) -> Target:
-        """What ``name`` ("" if the request named none) means.
+    def resolve(self, name: str, caller: Caller = ANYBODY) -> Target:
+        """What ``name`` ("" if the request named none) means to the caller, who may not be allowed to use it.
 
-        Raises UnknownModel, or BadRequest if it is ambiguous or missing.
+        Raises UnknownModel, or BadRequest if it is ambiguous or missing; neither names a model that is not its own.
         """
 
-    async def acquire(self, model: str, key: str, request_id: str, only: str = "") -> Permit:
+    async def acquire(self, model: str, key: str, request_id: str, only: str = "", body: bytes = b"") -> Permit:
         """Wait until the request may go. Cancelled when the client leaves.
 
-        ``only``: the replica that alone can serve it (``Target.model`` of an earlier permit).
+        ``only``: the replica that alone can serve it (``Target.model`` of an earlier permit). ``body`` is looked at
+        only to tell how much the request asks for.
         ``request_id`` is the proxy's own and unique, not the client's. Raises a VllmdError when the
         request is refused. A cancelled or failed ``acquire`` owes no ``done``. What it does before it first waits,
         it does outside any task: no ``asyncio.timeout`` there.
@@ -126,23 +133,16 @@ class Gate(Protocol):
 class Authenticator(Protocol):
     """Looks at every request's head before its body is read."""
 
-    def admit(self, request: Request, scope: str) -> str:
-        """The name of the request's API key, "" where none is asked for.
+    def identify(self, request: Request) -> Caller:
+        """Who sent it; one who shows nothing, or something wrong, is somebody with few scopes and a ``refusal``.
 
-        ``scope`` is the route's: ``open``, ``models`` or ``admin``. Raises Unauthorized, Forbidden, TooManyRequests.
+        Raises Misdirected, Unavailable for what is not to be answered whatever the route.
         """
-
-    def may_use(self, key: str, model: str) -> bool:
-        """Whether the key called ``key`` may use ``model``."""
 
 
 class AllowAll:
-    """Lets everybody in."""
+    """Lets everybody do everything."""
 
-    def admit(self, request: Request, scope: str) -> str:
-        """Nobody has a key."""
-        return ""
-
-    def may_use(self, key: str, model: str) -> bool:
-        """Everybody may use everything."""
-        return True
+    def identify(self, request: Request) -> Caller:
+        """Nobody is asked."""
+        return ANYBODY

@@ -23,6 +23,7 @@ import h11
 from vllmd.errors import BadRequest
 from vllmd.proxy.framing import BadFraming, Chunked, Framing, Length, UntilEof
 from vllmd.proxy.http import Headers, Pairs, date_line, status_line
+from vllmd.proxy.response_heads import tidied
 
 RawHeaders = list[tuple[bytes, bytes]]
 
@@ -43,6 +44,7 @@ QUERY = re.compile(r"[\x21\x24-\x7e]*")  # browsers send more than RFC 3986 allo
 BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 PLAIN_LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,15})\r\n")
+LAST_STATUS = 599
 BODYLESS = frozenset({204, 304})
 NO_SHAPE = (b"", b"")
 MEMO_SIZE = 4096  # bytes of a head worth remembering
@@ -188,12 +190,15 @@ def parse_request_head(head: bytes) -> RequestHead:
 
 def parse_response_head(head: bytes, method: str) -> ResponseHead:
     """Read an upstream's head as the answer to ``method``. Raises BadFraming if it is not sound."""
+    head = tidied(head)
     try:
         event = _read(h11.CLIENT, head)
     except BadRequest as error:
         raise BadFraming(error.message) from None
     if not isinstance(event, h11.Response):
         raise BadFraming("no final response head")
+    if event.status_code > LAST_STATUS:
+        raise BadFraming(f"HTTP has no status {event.status_code}")
     headers = Headers(list(event.headers))
     fields = _noted(headers.raw)
     length, chunked = _response_length(event.status_code, fields, method)
@@ -211,6 +216,7 @@ def parse_response_head(head: bytes, method: str) -> ResponseHead:
 
 def parse_upgrade_head(head: bytes) -> RawHeaders:
     """Read an upstream's ``101`` to a WebSocket handshake; its fields. Raises BadFraming if it is anything else."""
+    head = tidied(head)
     connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=len(head) + 1)
     connection.send(h11.Request(method="GET", target="/", headers=[("host", "-"), ("upgrade", "websocket")]))
     connection.receive_data(head)

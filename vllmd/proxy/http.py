@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from vllmd.errors import BadRequest, VllmdError
+from vllmd.proxy.access import NOBODY, Caller
 
 Pairs = Sequence[tuple[str, str]]
 ANTHROPIC_PATH = "/v1/messages"
@@ -76,9 +77,10 @@ class Request:
     """One request, whole: ``body`` has been read, up to the limit.
 
     ``target`` is the request line's, untouched; ``path`` is percent-decoded and free of dot segments;
-    ``params`` are the route pattern's; ``key`` names the API key (never its secret), "" without one;
+    ``params`` are the route pattern's; ``caller`` is who sent it, as found before its route was looked at;
     ``upgrade`` is the protocol it wants to change to, "" for none. ``route`` is the pattern that its path matched;
-    ``answer_fields`` are carried by every answer to it.
+    ``answer_fields`` are carried by every answer to it. ``max_body`` is what its route takes of a body, in bytes: None
+    for the server's own limit, 0 for nothing, and then what comes is dropped. ``received`` is how much of a body came.
     """
 
     method: str
@@ -91,10 +93,17 @@ class Request:
     body: bytes = b""
     id: str = ""
     params: Mapping[str, str] = field(default_factory=dict)
-    key: str = ""
+    caller: Caller = NOBODY
     upgrade: str = ""
     route: str = ""
     answer_fields: Pairs = ()
+    max_body: int | None = None
+    received: int = 0
+
+    @property
+    def key(self) -> str:
+        """The name of the API key (never its secret), "" without one."""
+        return self.caller.name
 
     @property
     def query(self) -> dict[str, str]:

@@ -9,29 +9,24 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Callable, Generator
-from typing import TypeVar
+from collections.abc import Callable
 
 from vllmd.errors import BadRequest
 from vllmd.proxy.gate import Rules
-from vllmd.proxy.peek import Asked, model_name, with_rules
+from vllmd.proxy.peek import SLICE, Asked, T, Turns, model_name, with_rules
 
 LARGE = 1 << 20  # bytes; reading so much takes some ten milliseconds
-SLICE = 256 << 10  # bytes looked at between two turns of the loop
 STEPS = 1000  # strings, escapes and brackets between two turns
 
 STRUCTURE = re.compile(rb'["{}\[\]]')
 IN_STRING = re.compile(rb'["\\]')
-SPACE = re.compile(rb"[ \t\r\n]*")
-COLON = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*")
+NO_SPACE = re.compile(rb"[^ \t\r\n]")
 NAME = re.compile(rb'"(?:[^"\\]|\\.){1,4096}"')
 DEEPEST = 500  # brackets within brackets; engines' own readers give up at about twice that, not all of them gracefully
 LONGEST_KEY = 1024  # bytes; with every letter spelled by number a name has six times its letters
 MOST_MEMBERS = 10_000
 QUOTE = 0x22
-
-T = TypeVar("T")
-Turns = Generator[None, None, T]  # yields where others may have their turn
+BETWEEN = b" \t\r\n,"  # what may stand between a member's value and the next key
 
 
 async def in_turns(work: Turns[T]) -> T:
@@ -67,10 +62,10 @@ def ruled_large(body: bytes, rules: Rules) -> Turns[bytes]:
 
     close = yield from _walk(body, note)
     ends = [start for start, _, _ in members[1:]] + [close]
-    kept = {
-        _key(body[start:end]): body[start:end] + b":" + body[value:until].rstrip(b" \t\r\n,")
-        for (start, end, value), until in zip(members, ends, strict=False)
-    }
+    view, kept = memoryview(body), {}
+    for (start, end, value), until in zip(members, ends, strict=False):
+        until = yield from _stripped(body, value, until)
+        kept[_key(body[start:end])] = view[start:until]
     return with_rules(kept, rules)
 
 
@@ -79,7 +74,10 @@ def _walk(body: bytes, member: Callable[[int, int, int], None]) -> Turns[int]:
 
     ``member`` is told of each of its members: where the key starts and ends, and where the value starts.
     """
-    depth, pos, steps, found = 0, _opening(body), 0, 0
+    start = yield from _past_space(body, 0)
+    if body[start : start + 1] != b"{":
+        raise BadRequest("the body is not a JSON object")
+    depth, pos, steps, found = 0, start, 0, 0
     while depth or not steps:
         steps += 1
         if steps % STEPS == 0:
@@ -92,21 +90,40 @@ def _walk(body: bytes, member: Callable[[int, int, int], None]) -> Turns[int]:
                 raise BadRequest("the body is not acceptable JSON: nested too deeply")
             continue
         pos = yield from _string_end(body, pos)
-        if depth == 1 and (colon := COLON.match(body, pos)):
-            member(found, pos, colon.end())
-            pos = colon.end()
-            if body[pos : pos + 1] == b'"':  # a value: whatever is in it, it is no key
-                pos = yield from _string_end(body, pos + 1)
-    if SPACE.match(body, pos).end() != len(body):  # type: ignore[union-attr]
+        end = pos
+        if depth == 1:
+            pos = yield from _past_space(body, pos)
+            if body[pos : pos + 1] == b":":
+                pos = yield from _past_space(body, pos + 1)
+                member(found, end, pos)
+                if body[pos : pos + 1] == b'"':  # a value: whatever is in it, it is no key
+                    pos = yield from _string_end(body, pos + 1)
+    if (yield from _past_space(body, pos)) != len(body):
         raise BadRequest(f"the body is not JSON: extra data after the object, at byte {pos}")
     return found
 
 
-def _opening(body: bytes) -> int:
-    start = SPACE.match(body).end()  # type: ignore[union-attr]
-    if body[start : start + 1] != b"{":
-        raise BadRequest("the body is not a JSON object")
-    return start
+def _past_space(body: bytes, pos: int) -> Turns[int]:
+    """The place of the next byte that is no white space; the body's end if there is none."""
+    while pos < len(body):
+        found = NO_SPACE.search(body, pos, pos + SLICE)
+        if found:
+            return found.start()
+        pos += SLICE
+        yield
+    return len(body)
+
+
+def _stripped(body: bytes, start: int, end: int) -> Turns[int]:
+    """Where the value ends that starts at ``start``, without what stands between it and the next key at ``end``."""
+    while end > start:
+        piece = body[max(start, end - SLICE) : end]
+        kept = len(piece.rstrip(BETWEEN))
+        if kept:
+            return end - len(piece) + kept
+        end -= len(piece)
+        yield
+    return end
 
 
 def _find(what: re.Pattern[bytes], body: bytes, pos: int) -> Turns[int]:

@@ -20,7 +20,7 @@ def read_small(transport: asyncio.BaseTransport) -> None:
 class Limits:
     """Beyond these a client gets 4xx or 503, or is cut off.
 
-    ``body_timeout`` is the grace of an upload: after it, it must have kept up ``min_body_rate`` bytes per second.
+    Over each ``body_timeout`` an upload must keep up ``min_body_rate`` bytes per second.
     ``send_timeout``: a client that takes nothing for so long is cut off.
     ``max_buffered``: bytes of request bodies held in all. ``pipeline``: bytes read ahead of a running request.
     ``upstream_idle``: a pooled connection is dropped after it; engines drop theirs at 5 s.

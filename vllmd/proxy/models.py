@@ -71,6 +71,11 @@ QUERY: Mapping[str, Any] = {
 }
 
 
+def most(method: str) -> int | None:
+    """The most of a body that such a request has: a GET none, any other what the server takes."""
+    return 0 if method in ("GET", "DELETE") else None
+
+
 def add_model_routes(router: Router, relay: Relay) -> None:
     """Put all model routes into ``router``."""
     for path in (*JSON_PATHS, *EMBEDDING_PATHS):
@@ -78,12 +83,28 @@ def add_model_routes(router: Router, relay: Relay) -> None:
         router.add_raw(Route("POST", path, relay.json, summary=about, doc=JSON))
     for path in FORM_PATHS:
         about = "relayed to the engine of the form's 'model'"
-        router.add_raw(Route("POST", path, relay.form, summary=about, doc=FORM, unasked=True))
+        router.add_raw(Route("POST", path, relay.form, summary=about, doc=FORM))
     for method, path in KSERVE_PATHS:
-        router.add_raw(Route(method, path, relay.kserve, summary="relayed to the engine of the path's model"))
+        router.add_raw(
+            Route(
+                method, path, relay.kserve, summary="relayed to the engine of the path's model", max_body=most(method)
+            )
+        )
     for method, path in RESPONSE_PATHS:
-        router.add_raw(Route(method, path, relay.response, summary="relayed to the engine that made the response"))
+        router.add_raw(
+            Route(
+                method,
+                path,
+                relay.response,
+                summary="relayed to the engine that made the response",
+                max_body=most(method),
+            )
+        )
     for method in ("GET", "POST", "PUT", "DELETE"):
-        router.add_raw(Route(method, "/upstream/{rest:path}", relay.upstream, "admin", "an engine's own API"))
+        router.add_raw(
+            Route(
+                method, "/upstream/{rest:path}", relay.upstream, "admin", "an engine's own API", max_body=most(method)
+            )
+        )
     realtime = Tunnels(relay).realtime
-    router.add_raw(Route("GET", "/v1/realtime", realtime, summary="WebSocket to ?model=", doc=QUERY, unasked=True))
+    router.add_raw(Route("GET", "/v1/realtime", realtime, summary="WebSocket to ?model=", doc=QUERY, max_body=0))

@@ -9,23 +9,39 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from json.decoder import scanstring  # type: ignore[attr-defined]
+from typing import TypeVar
 
 from vllmd.errors import BadRequest
-from vllmd.proxy.gate import Rules
+from vllmd.proxy.gate import LONGEST_NAME, TOO_LONG_A_NAME, Rules
 
 # A body costs memory and time by its pieces, not its bytes: so many brackets and commas are taken, no more.
 MAX_PIECES = 4_000_000
 PIECES_CHECKED_FROM = 1 << 20  # bytes; a smaller body cannot have too many
 
+SLICE = 256 << 10  # bytes looked at between two turns of the loop
+MOST_PARTS = 1000  # of a form; servers of Python's commonly take as many
+LONGEST_PART_HEAD = 16 << 10  # bytes of the fields before a part's content
+LONGEST_FLAG = 64  # bytes of a field that says true or false
+
 WHITESPACE = re.compile(r"[ \t\n\r]*")
 MODEL_KEY = re.compile(r'"model"[ \t\n\r]*:[ \t\n\r]*(?=")')
 BOUNDARY = re.compile(r';[ \t]*boundary=(?:"([^"\\]{1,70})"|([A-Za-z0-9\'()+_,./:=?-]{1,70}))\s*(?:;|$)', re.IGNORECASE)
-DISPOSITION = re.compile(rb"\r\ncontent-disposition[ \t]*:([^\r\n]*)", re.IGNORECASE)
+# A part's head, as every reader understands it: no line end but CRLF, nothing before the colon, no folded line.
+PART_HEAD = re.compile(rb"(?:\r\n[A-Za-z0-9-]+:[\t\x20-\x7e\x80-\xff]*)+\r\n")
+DISPOSITION = re.compile(rb"\r\ncontent-disposition:[ \t]*form-data[ \t]*(;[^\r\n]*)", re.IGNORECASE)
+DISPOSITIONS = re.compile(rb"\r\ncontent-disposition:", re.IGNORECASE)
+ENCODED = re.compile(rb"\r\ncontent-transfer-encoding:(?![ \t]*(?:7bit|8bit|binary)[ \t]*\r\n)", re.IGNORECASE)
+FIELD_NAME = re.compile(rb"[ !#$&-\[\]-~]+")  # what some reader would unescape ('%', '\\'), or spell otherwise, is none
+CHARSET = re.compile(r";[ \t]*charset\*?=(?!\"?(?:utf-?8|us-ascii)\"?[ \t]*(?:;|$))", re.IGNORECASE)
 EXTENDED_NAME = re.compile(rb"[; \t]name\*", re.IGNORECASE)  # RFC 8187's; forms do not have it (RFC 7578, 4.2)
 FIELD_OF_DISPOSITION = re.compile(rb'[; \t]name[ \t]*=[ \t]*(?:"([^"]*)"|([^"; \t]+))', re.IGNORECASE)
+
+T = TypeVar("T")
+Turns = Generator[None, None, T]  # yields where others may have their turn
+Parts = tuple[bytes | memoryview, ...]  # of one body, in their order
 
 _scan_once = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 
@@ -44,11 +60,15 @@ class Asked:
     end: int = 0
     quoted: bool = False
 
-    def renamed(self, name: str) -> bytes:
-        """The body with ``name`` in the place of the model's; a body without one is left alone."""
+    def renamed(self, name: str) -> Parts:
+        """The body with ``name`` in the place of the model's; a body without one is left alone.
+
+        As parts that follow each other: a body of 64 MiB is not copied for the sake of a name.
+        """
         if name == self.model or not self.end:
-            return self.body
-        return self.body[: self.start] + (json.dumps(name) if self.quoted else name).encode() + self.body[self.end :]
+            return (self.body,)
+        view = memoryview(self.body)
+        return view[: self.start], (json.dumps(name) if self.quoted else name).encode(), view[self.end :]
 
 
 def in_json(body: bytes) -> Asked:
@@ -107,12 +127,16 @@ def ruled(body: bytes, rules: Rules) -> bytes:
     return with_rules(kept, rules)
 
 
-def with_rules(members: Mapping[str, bytes], rules: Rules) -> bytes:
+def with_rules(members: Mapping[str, bytes | memoryview], rules: Rules) -> bytes:
     """The object of these members, each whole, after ``rules``."""
-    kept = [member for key, member in members.items() if key not in rules.strip and key not in rules.set]
+    kept: list[bytes | memoryview] = []
+    for key, member in members.items():
+        if key not in rules.strip and key not in rules.set:
+            kept.extend((b",", member))
     absent = {key: value for key, value in rules.default.items() if key not in members or key in rules.strip}
-    added = [f"{json.dumps(key)}:{json.dumps(value)}".encode() for key, value in {**absent, **rules.set}.items()]
-    return b"{" + b",".join(kept + added) + b"}"
+    for key, value in {**absent, **rules.set}.items():
+        kept.extend((b",", f"{json.dumps(key)}:{json.dumps(value)}".encode()))
+    return b"".join((b"{", *kept[1:], b"}"))  # one copy, whatever the size
 
 
 def _refuse_too_many_pieces(body: bytes) -> None:
@@ -124,6 +148,8 @@ def model_name(value: object) -> str:
     """``value`` if it can be a model's name. Raises BadRequest."""
     if not isinstance(value, str) or not value:
         raise BadRequest("'model' must be a string that names a model", param="model")
+    if len(value) > LONGEST_NAME:
+        raise BadRequest(TOO_LONG_A_NAME, param="model")
     if not value.isprintable():
         raise BadRequest("'model' has characters that no model's name has", param="model")
     return value
@@ -187,50 +213,82 @@ def _unsound(what: str, text: str, pos: int) -> BadRequest:
     return BadRequest(f"the body is not JSON: {what} at line {line} column {pos - text.rfind(chr(10), 0, pos)}")
 
 
-def in_multipart(body: bytes, content_type: str) -> Asked:
+def in_multipart(body: bytes, content_type: str) -> Turns[Asked]:
     """Read a multipart/form-data body. Raises BadRequest unless its parts are sound and ``model`` is there once."""
+    mark = _boundary(content_type)
+    place: tuple[int, int] | None = None
+    stream = False
+    if not body.startswith(mark + b"\r\n"):
+        raise BadRequest("the form does not start with its boundary")
+    pos, parts = len(mark), 0
+    while body[pos : pos + 2] == b"\r\n":
+        parts += 1
+        if parts > MOST_PARTS:
+            raise BadRequest(f"the form has more than {MOST_PARTS} parts")
+        name, start, end = yield from _part(body, mark, pos)
+        pos = end + 2 + len(mark)
+        if name == b"model":
+            if place is not None:
+                raise BadRequest("the form has 'model' twice", param="model")
+            place = (start, max(end, start))
+        elif name == b"stream":
+            stream = end - start < LONGEST_FLAG and body[start:end].strip().lower() in (b"true", b"1")
+    if body[pos : pos + 2] != b"--":
+        raise BadRequest("the form does not end with its boundary")
+    if place is None:
+        return Asked("", stream, body)
+    return Asked(_form_name(body, *place), stream, body, *place)
+
+
+def _boundary(content_type: str) -> bytes:
+    """What stands between the parts, with its hyphens."""
     boundary = BOUNDARY.search(content_type)
     if boundary is None or len(re.findall(r"boundary\*?=", content_type, re.IGNORECASE)) != 1:
         raise BadRequest("the Content-Type of a multipart body must have one boundary")
-    mark = b"--" + (boundary[1] or boundary[2]).encode("latin-1")
-    found: tuple[int, int] | None = None
-    stream = False
-    for name, start, end in _parts(body, mark):
-        if name == b"model":
-            if found is not None:
-                raise BadRequest("the form has 'model' twice", param="model")
-            found = (start, end)
-        elif name == b"stream":
-            stream = body[start:end].strip().lower() in (b"true", b"1")
-    if found is None:
-        return Asked("", stream, body)
-    start, end = found
+    if CHARSET.search(content_type):  # the names, too, are read in it
+        raise BadRequest("the form must be in UTF-8")
+    return b"--" + (boundary[1] or boundary[2]).encode("latin-1")
+
+
+def _part(body: bytes, mark: bytes, pos: int) -> Turns[tuple[bytes, int, int]]:
+    """The part whose head begins at ``pos``: its field's name, and where the content starts and ends."""
+    head_end = body.find(b"\r\n\r\n", pos, pos + LONGEST_PART_HEAD)
+    if head_end < 0:
+        raise BadRequest("the form ends in the middle of a part, or a part's head is endless")
+    end = yield from _find_in_turns(body, b"\r\n" + mark, head_end + 2)
+    return _field(body[pos : head_end + 2]), head_end + 4, end
+
+
+def _form_name(body: bytes, start: int, end: int) -> str:
+    if end - start > 4 * LONGEST_NAME:  # UTF-8 takes at most four bytes for a character
+        raise BadRequest(TOO_LONG_A_NAME, param="model")
     try:
-        model = model_name(body[start:end].decode("utf-8"))
+        return model_name(body[start:end].decode("utf-8"))
     except UnicodeDecodeError:
         raise BadRequest("'model' is not UTF-8", param="model") from None
-    return Asked(model, stream, body, start, end)
 
 
-def _parts(body: bytes, mark: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """The form's parts: field name, and where the content starts and ends."""
-    if not body.startswith(mark + b"\r\n"):
-        raise BadRequest("the form does not start with its boundary")
-    pos = len(mark)
-    while body[pos : pos + 2] == b"\r\n":
-        head_end = body.find(b"\r\n\r\n", pos)
-        end = body.find(b"\r\n" + mark, head_end + 2)
-        if head_end < 0 or end < 0:
+def _find_in_turns(body: bytes, what: bytes, pos: int) -> Turns[int]:
+    """Where ``what`` begins in ``body`` from ``pos`` on; others have their turn after each ``SLICE``."""
+    while (found := body.find(what, pos, pos + SLICE + len(what))) < 0:
+        pos += SLICE
+        if pos >= len(body):
             raise BadRequest("the form ends in the middle of a part")
-        yield _field(body[pos : head_end + 2]), head_end + 4, max(end, head_end + 4)
-        pos = end + 2 + len(mark)
-    if body[pos : pos + 2] != b"--":
-        raise BadRequest("the form does not end with its boundary")
+        yield
+    return found
 
 
 def _field(head: bytes) -> bytes:
+    """The name in a part's head. Raises BadRequest for a head that another reader could read in another way."""
+    if PART_HEAD.fullmatch(head) is None:
+        raise BadRequest("the head of a part of the form is malformed: lines end with CRLF, fields are NAME: VALUE")
     lines = DISPOSITION.findall(head)
-    names = FIELD_OF_DISPOSITION.findall(lines[0]) if len(lines) == 1 else []
+    names = FIELD_OF_DISPOSITION.findall(lines[0]) if len(DISPOSITIONS.findall(head)) == len(lines) == 1 else []
     if len(names) != 1 or EXTENDED_NAME.search(lines[0]):
-        raise BadRequest("a part of the form must have one Content-Disposition with one name")
-    return bytes(names[0][0] or names[0][1])
+        raise BadRequest("a part of the form must have one Content-Disposition, of form-data, with one name")
+    name = bytes(names[0][0] or names[0][1])
+    if FIELD_NAME.fullmatch(name) is None:
+        raise BadRequest("a field's name in the form must be printable ASCII without quotes, % and backslashes")
+    if ENCODED.search(head):
+        raise BadRequest("the parts of the form must be sent as they are, not with a Content-Transfer-Encoding")
+    return name

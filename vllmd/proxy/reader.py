@@ -10,6 +10,8 @@ from vllmd.proxy.heads import HeadMemo, RequestHead, parse_request_head
 from vllmd.proxy.limits import Limits
 
 CRUMBS = 64 << 10  # framing bytes allowed beyond the payload's own number
+PIECE = 64 << 10  # bytes of a body looked at in one step
+CHUNKED_PIECE = 16 << 10  # the same where its end is not known beforehand, and the next request may follow
 TOKEN = frozenset(b"!#$%&'*+-.^_`|~" + string.digits.encode() + string.ascii_letters.encode())
 TLS_HANDSHAKE = 0x16
 
@@ -20,7 +22,7 @@ class RequestReader:
     Every error it raises is final: what follows on the connection cannot be told apart.
     """
 
-    __slots__ = ("_begun", "_data", "_framing", "_heads", "_limits", "_scanned", "received")
+    __slots__ = ("_begun", "_body", "_data", "_framing", "_heads", "_limits", "_most", "_scanned", "received")
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -29,6 +31,8 @@ class RequestReader:
         self._begun = False  # bytes of the next head have been seen
         self._scanned = 0  # bytes of an unfinished head already searched
         self._framing: Length | Chunked | None = None
+        self._most = limits.max_body  # payload bytes that the present body may have
+        self._body = bytearray()  # what has come of a body that comes in several pieces
         self.received = 0  # payload bytes of the present body
 
     @property
@@ -87,31 +91,65 @@ class RequestReader:
 
     def _expect(self, head: RequestHead) -> None:
         self._framing = head.framing() if head.has_body else None
+        self._most = self._limits.max_body
         self.received = 0
 
+    def discard(self, most: int) -> None:
+        """Keep nothing of the present body, which may have ``most`` bytes: its route takes none."""
+        self._most = most
+        if self._framing is not None:
+            self._framing.keep = False
+
+    def drop_body(self) -> None:
+        """Let go of what has come of the present body: the request was refused."""
+        self._framing, self._body = None, bytearray()
+
+    def limit(self, most: int) -> None:
+        """Take at most ``most`` bytes of the present body."""
+        self._most = most
+
     def body(self) -> bytes | None:
-        """The body of the last head. Raises BadRequest, TooLarge."""
-        framing = self._framing
+        """The body of the last head, None while it goes on. Raises BadRequest, TooLarge.
+
+        What comes in many pieces is collected in one buffer that grows, never as a list of pieces: a piece of two
+        bytes is an object of forty, and the memory that bodies take is to be what they bring.
+        """
+        framing, data = self._framing, self._data
         if framing is None:
             return b""
-        data, self._data = bytes(self._data), bytearray()
-        try:
-            end = framing.scan(data)
-        except BadFraming as error:
-            raise BadRequest(f"malformed request: {error}") from None
-        self._check_size(framing, len(data), whole=end >= 0)
+        end = -1
+        while data and end < 0:
+            piece = self._next_piece(framing)
+            try:
+                end = framing.scan(piece)
+            except BadFraming as error:
+                raise BadRequest(f"malformed request: {error}") from None
+            del data[: len(piece) if end < 0 else end]
+            pieces = framing.pieces
+            self.received = self.received + len(piece) if isinstance(framing, Length) else framing.payload
+            self._check_size(framing, whole=end >= 0)
+            if end >= 0 and not self._body and len(pieces) == 1:
+                self._framing = None
+                return pieces[0]  # the common case: a body that came whole
+            for kept in pieces:
+                self._body += kept
+            pieces.clear()
         if end < 0:
             return None
-        self._data += data[end:]
-        self._framing = None
-        return framing.pieces[0] if len(framing.pieces) == 1 else b"".join(framing.pieces)
+        body, self._body, self._framing = bytes(self._body), bytearray(), None
+        return body
 
-    def _check_size(self, framing: Length | Chunked, more: int, *, whole: bool) -> None:
-        if isinstance(framing, Length):
-            self.received += more
-            return
-        self.received = framing.payload
-        if framing.payload > self._limits.max_body:
-            raise TooLarge(f"the body is larger than {self._limits.max_body} bytes")
-        if not whole and framing.seen > 2 * framing.payload + CRUMBS:
+    def _next_piece(self, framing: Length | Chunked) -> bytes:
+        """Of the bytes in hand as many as can be the body's, not all of what another request's may follow in."""
+        data = self._data
+        most = min(framing.left, PIECE) if isinstance(framing, Length) else CHUNKED_PIECE
+        if len(data) <= most:
+            return bytes(data)
+        with memoryview(data) as view:
+            return bytes(view[:most])
+
+    def _check_size(self, framing: Length | Chunked, *, whole: bool) -> None:
+        if self.received > self._most:
+            raise TooLarge(f"the body is larger than {self._most} bytes")
+        if isinstance(framing, Chunked) and not whole and framing.seen > 2 * framing.payload + CRUMBS:
             raise BadRequest("malformed request: the body's chunks are too small")

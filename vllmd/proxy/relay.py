@@ -16,20 +16,21 @@ from collections import OrderedDict
 from collections.abc import Coroutine
 from functools import lru_cache
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from vllmd.errors import BadRequest, EngineFailed, Forbidden, NotFound, UnknownModel, UpstreamFailed, VllmdError
 from vllmd.proxy.answer import EVENT_STREAM, Answer, Refusal, UpstreamRequest, answer_for
 from vllmd.proxy.eager import Begun, Bell
+from vllmd.proxy.engine_api import allows
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.framing import Framing
-from vllmd.proxy.gate import AllowAll, Authenticator, Gate, Permit, Rules, Target
+from vllmd.proxy.gate import LONGEST_NAME, Gate, Permit, Rules, Target
 from vllmd.proxy.heads import ResponseHead, forwardable, write_fields
 from vllmd.proxy.http import Request
 from vllmd.proxy.large import LARGE, in_large, in_turns, ruled_large
 from vllmd.proxy.limits import Limits
 from vllmd.proxy.loading_heartbeat import LoadingHeartbeat
-from vllmd.proxy.peek import Asked, in_json, in_multipart, ruled
+from vllmd.proxy.peek import Asked, Parts, in_json, in_multipart, ruled
 from vllmd.proxy.upstream import Pool, Upstream, host_field
 
 # Of the client's fields an engine never sees these: its key, its cookies, and what we write ourselves.
@@ -42,14 +43,10 @@ TOTAL_TOKENS = re.compile(rb'"total_tokens"\s*:\s*(\d{1,12})')
 IN_AND_OUT = [re.compile(rb'"%b_tokens"\s*:\s*(\d{1,12})' % which) for which in (b"input", b"output")]
 RESPONSE_ID = re.compile(rb'"id"\s*:\s*"(resp_[\w-]{1,128})"')
 RESPONSES_KEPT = 10_000
-# Words in the paths that change an engine's state, or show it whole: sleep, wake_up, collective_rpc, pause, ...
-FORBIDDEN = (
-    *("sleep", "wake", "rpc", "pause", "resume", "abort", "reset", "release", "weight", "elastic", "profile"),
-    *("shutdown", "restart", "config", "server_info", "unload", "load_lora", "flush", "update", "free", "interrupt"),
-    *("fault_tolerance", "adapters", "internal_state", "continue_generation", "models/load", "repository/"),
-)
 REFUSALS = frozenset({502, 503, 504})  # of a replica: another one may serve
 TAIL = 1024  # bytes at an answer's end in which its usage is looked for
+OPENING = 8192  # bytes at an answer's beginning in which its id is looked for
+LONGEST_ID = 256  # bytes of a response's id with its key
 
 quoted = lru_cache(maxsize=256)(quote)
 
@@ -57,11 +54,10 @@ quoted = lru_cache(maxsize=256)(quote)
 class Relay:
     """Serves the model routes."""
 
-    def __init__(self, gate: Gate, limits: Limits, doorkeeper: Authenticator | None = None) -> None:
+    def __init__(self, gate: Gate, limits: Limits) -> None:
         self.pool = Pool(limits)
         self.gate = gate
         self.limits = limits
-        self._doorkeeper = doorkeeper or AllowAll()
         self._responses: OrderedDict[str, tuple[str, str]] = OrderedDict()  # response id -> engine; model as asked for
 
     async def json(self, exchange: Exchange) -> None:
@@ -81,7 +77,7 @@ class Relay:
         content_type = request.headers.get("content-type")
         if content_type.partition(";")[0].strip().lower() != "multipart/form-data":
             raise BadRequest("the Content-Type must be multipart/form-data")
-        await self.serve(exchange, in_multipart(request.body, content_type))
+        await self.serve(exchange, await in_turns(in_multipart(request.body, content_type)))
 
     async def response(self, exchange: Exchange) -> None:
         """``/v1/responses/{id}`` and below: the engine that made the response is the one that has it."""
@@ -104,19 +100,23 @@ class Relay:
         await self._send(exchange, UpstreamRequest(target, Asked("", False, request.body), path_at(target), path_at))
 
     async def upstream(self, exchange: Exchange) -> None:
-        """``/upstream/{model}/...``: the rest of an engine's own API, but nothing that changes its state."""
+        """``/upstream/{model}/...``: what the engine's kind lists of its own API, under the path as it came."""
         request = exchange.request
-        parts = request.params["rest"].split("/")
-        for cut in range(len(parts) - 1, 0, -1):
+        path = request.target[request.target.index("/upstream/") :].partition("?")[0]
+        segments = path.split("/")[2:]
+        for cut in range(len(segments) - 1, 0, -1):
+            if sum(map(len, segments[:cut])) > 3 * LONGEST_NAME:  # percent-encoded
+                continue
             try:
-                target = self.gate.resolve("/".join(parts[:cut]))
+                target = self.target(request, unquote("/".join(segments[:cut])), "")
             except (UnknownModel, BadRequest):
                 continue
-            rest = "/".join(parts[cut:])
-            if any(word in rest.lower() for word in FORBIDDEN):
-                raise Forbidden("vllmd alone may put engines to sleep, pause or change them")
-            path = _with_query(request, quoted(f"/{rest}"))
-            await self._send(exchange, UpstreamRequest(target, Asked("", False, request.body), path))
+            rest = segments[cut:]
+            if not allows(target.own_api, request.method, rest):
+                what = f"{request.method} /{unquote('/'.join(rest))} is not among what is passed on"
+                raise Forbidden(f"{what} to the engine of {target.model!r}: what changes it, vllmd does alone")
+            onward = _with_query(request, "/" + "/".join(rest))
+            await self._send(exchange, UpstreamRequest(target, Asked("", False, request.body), onward))
             return
         raise UnknownModel(f"no model's name begins {request.params['rest']!r}")
 
@@ -128,6 +128,7 @@ class Relay:
         target = self.target(exchange.request, asked.model, route or exchange.request.path)
         if target.rules is not None and asked.quoted:
             asked = await _ruled(asked.body, target.rules)
+            exchange.request.body = asked.body  # the one that came is held no longer
         path = _with_query(exchange.request, quoted(exchange.request.path))
         await self._send(exchange, UpstreamRequest(target, asked, path), only)
 
@@ -146,11 +147,13 @@ class Relay:
             loading.fail(error)
 
     def target(self, request: Request, name: str, route: str) -> Target:
-        """What ``name`` means to this client. Raises UnknownModel, BadRequest, Forbidden, NotFound."""
-        target = self.gate.resolve(name)
-        if not self._doorkeeper.may_use(request.key, target.model):
-            raise Forbidden(f"key {request.key!r} may not use the model {target.model!r}", param="model")
-        if target.routes is not None and route not in target.routes:
+        """What ``name`` means to this client, who asks for ``route`` ("" for none of the public ones).
+
+        Raises UnknownModel, BadRequest, Forbidden, NotFound.
+        """
+        target = self.gate.resolve(name, request.caller)
+        request.caller.check(target.model, name)
+        if route and target.routes is not None and route not in target.routes:
             raise NotFound(f"the model {target.model!r} does not serve {route}")
         return target
 
@@ -158,7 +161,9 @@ class Relay:
         self, exchange: Exchange, upstream_request: UpstreamRequest, loading: LoadingHeartbeat, only: str
     ) -> None:
         """Through the gate and on, until an engine has answered. Raises VllmdError."""
-        acquiring = self.gate.acquire(upstream_request.target.model, exchange.request.key, exchange.ticket, only)
+        acquiring = self.gate.acquire(
+            upstream_request.target.model, exchange.request.key, exchange.ticket, only, upstream_request.asked.body
+        )
         while True:
             permit = await self._admitted(acquiring, loading)
             try:
@@ -220,6 +225,30 @@ def _refuse_coded(request: Request) -> None:
         raise BadRequest(f"the body must be sent as it is, not with the Content-Encoding {coding!r}")
 
 
+class Tail:
+    """The last bytes of an answer, however it is cut."""
+
+    __slots__ = ("_bytes",)
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def feed(self, data: bytes) -> None:
+        """More of the answer. What is too old goes when there is much of it, not at each piece."""
+        kept = self._bytes
+        if len(data) >= TAIL:
+            kept[:] = data[-TAIL:]
+            return
+        kept += data
+        if len(kept) > 16 * TAIL:
+            del kept[:-TAIL]
+
+    @property
+    def last(self) -> bytes:
+        """At least the last ``TAIL`` bytes, if there were so many."""
+        return bytes(self._bytes[-TAIL:])
+
+
 class Forward:
     """One request's way to the engine and back; the engine's connection reports to it (``upstream.Sink``)."""
 
@@ -236,14 +265,15 @@ class Forward:
         self._again = False
         self._upstream: Upstream | None = None
         self._answer: Answer | None = None
-        self._tail = b""
+        self._tail = Tail()
+        self._opening = bytearray()  # of the answer, as long as a response's id is looked for in it
         self._names_response = exchange.request.path == "/v1/responses"
         self.response_id = ""  # of a POST /v1/responses, once the answer has told it
 
     async def run(self, pool: Pool) -> None:
         """Send the request and see the answer through. Raises VllmdError, or is cancelled."""
         body = self._errand.asked.renamed(self._errand.target.served_name)
-        head = self._head(len(body))
+        head = self._head(sum(map(len, body)))
         upstream = pool.take(self._where) or await self._connect(pool)
         await self._attempt(upstream, head, body)
         if self._again:
@@ -259,7 +289,7 @@ class Forward:
             self._error = error  # the permit ends by it
             raise
 
-    async def _attempt(self, upstream: Upstream, head: bytes, body: bytes) -> None:
+    async def _attempt(self, upstream: Upstream, head: bytes, body: Parts) -> None:
         self._upstream = upstream
         if self._error is not None:  # cut off while it connected
             return
@@ -284,7 +314,7 @@ class Forward:
         """Tell the gate that the request is over, and what the answer's usage says it took in all, if it does."""
         permit, self._permit = self._permit, None
         if permit is not None:
-            permit.done(total_tokens(self._tail), self._error.message if self._error is not None else "")
+            permit.done(total_tokens(self._tail.last), self._error.message if self._error is not None else "")
 
     # -- what the engine's connection says
 
@@ -299,11 +329,21 @@ class Forward:
 
     def data(self, data: bytes) -> None:
         """More of the body."""
-        self._tail = data if len(data) >= TAIL else self._tail[-TAIL:] + data
-        if self._names_response and (named := RESPONSE_ID.search(data)):
-            self._names_response, self.response_id = False, named[1].decode()
+        self._tail.feed(data)
+        if self._names_response:
+            self._look_for_id(data)
         if self._answer is not None:
             self._answer.more(data)
+
+    def _look_for_id(self, data: bytes) -> None:
+        """The id is at the answer's beginning, perhaps cut in two."""
+        seen = len(self._opening)
+        self._opening += data[: OPENING - seen]
+        named = RESPONSE_ID.search(self._opening, max(0, seen - LONGEST_ID))
+        if named:
+            self._names_response, self.response_id = False, named[1].decode()
+        elif len(self._opening) >= OPENING:
+            self._names_response = False
 
     def whole(self) -> None:
         """The answer is complete: the engine's connection is free again, and the client's request is over."""
@@ -360,6 +400,7 @@ def total_tokens(tail: bytes) -> int | None:
     return int(told[1]) if told else None
 
 
-def _in_and_out(tail: bytes, start: int) -> int:
-    """Anthropic's usage, which has no total; the last one is that of the whole answer."""
-    return sum(int(told[-1]) for which in IN_AND_OUT if (told := which.findall(tail, start)))
+def _in_and_out(tail: bytes, start: int) -> int | None:
+    """Anthropic's usage, which has no total; the last one is that of the whole answer, if it has both."""
+    told = [which.findall(tail, start) for which in IN_AND_OUT]
+    return sum(int(numbers[-1]) for numbers in told) if all(told) else None

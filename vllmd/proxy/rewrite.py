@@ -3,6 +3,10 @@
 Only where they differ: an alias or a suffix of a name. In sound JSON the bytes ``"model":"NAME"`` cannot occur
 inside a string (the quotes would be escaped), so they are replaced wherever they stand, nested objects included
 (Anthropic's and Responses' streams have the name inside another object).
+
+What may be the beginning of those bytes is held back until more has come, and nothing else: not a line, for an event
+may be of 30 MiB (images, audio), and who holds it until its end looks through it again at each piece, or makes the
+client wait. So an answer takes time by its bytes, however it is cut.
 """
 
 from __future__ import annotations
@@ -10,34 +14,60 @@ from __future__ import annotations
 import json
 import re
 
-MAX_HELD = 64 << 20  # bytes; a longer line passes as it is
+KEY = b'"model"'
+MOST_SPACE = 16  # bytes of white space before and after the colon; JSON is written with one at most
+AFTER_KEY = re.compile(rb'"model"[ \t]{0,16}(:[ \t]{0,16})?')
 
 
 class Rewriter:
-    """Bytes of one answer in, renamed bytes out; a line (all of a JSON answer, one of SSE) is held until whole."""
+    """Bytes of one answer in, renamed bytes out."""
 
     def __init__(self, served: str, asked: str) -> None:
-        forms = {json.dumps(served), json.dumps(served, ensure_ascii=False)}
-        names = b"|".join(re.escape(form.encode()) for form in sorted(forms))
-        self._pattern = re.compile(rb'(?<!\\)"model"(\s*):(\s*)(?:' + names + rb")")
+        self._forms = sorted(form.encode() for form in {json.dumps(served), json.dumps(served, ensure_ascii=False)})
+        names = b"|".join(re.escape(form) for form in self._forms)
+        self._pattern = re.compile(rb'(?<!\\)"model"([ \t]{0,16}):([ \t]{0,16})(?:' + names + rb")")
+        self._longest = len(KEY) + 1 + 2 * MOST_SPACE + max(map(len, self._forms))
         self._asked = json.dumps(asked).encode()
-        self._held = b""
+        self._held = b""  # the beginning of a name, perhaps
+        self._escape = b""  # a backslash, if that is what came before it
 
     def feed(self, data: bytes) -> bytes:
-        """What of ``data`` and of what was held is whole."""
-        end = data.rfind(b"\n") + 1
-        if not end and len(self._held) + len(data) <= MAX_HELD:
-            self._held += data
-            return b""
-        end = end or len(data)
-        whole, self._held = self._held + data[:end], data[end:]
-        return self.renamed(whole)
+        """What of ``data`` and of what was held can be told already."""
+        text = self._escape + self._held + data if self._held or self._escape else data
+        skip, cut = len(self._escape), self._tail(text)
+        whole, self._held = text[:cut], text[cut:]
+        self._escape = whole[-1:] if whole.endswith(b"\\") else b""
+        return self.renamed(whole)[skip:]
 
     def rest(self) -> bytes:
         """What is left at the end."""
         rest, self._held = self._held, b""
-        return self.renamed(rest)
+        return rest
 
     def renamed(self, data: bytes) -> bytes:
         """``data`` with the name replaced."""
         return self._pattern.sub(lambda m: b'"model"' + m[1] + b":" + m[2] + self._asked, data)
+
+    def _tail(self, text: bytes) -> int:
+        """Where in ``text`` what may be an unfinished name begins; its length if there is none."""
+        if text.endswith(b"\n"):  # of an event, or of an answer
+            return len(text)
+        at = text.find(b'"', max(0, len(text) - 2 * self._longest))
+        while at >= 0:
+            if whole := self._pattern.match(text, at):  # its last quote begins nothing
+                at = whole.end() - 1
+            elif self._may_begin(text[at:]):
+                return at
+            at = text.find(b'"', at + 1)
+        return len(text)
+
+    def _may_begin(self, tail: bytes) -> bool:
+        if len(tail) < len(KEY):
+            return KEY.startswith(tail)
+        key = AFTER_KEY.match(tail)
+        if key is None:
+            return False
+        rest = tail[key.end() :]
+        if key[1] is None:
+            return not rest
+        return any(len(rest) < len(form) and form.startswith(rest) for form in self._forms)

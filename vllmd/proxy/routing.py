@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllmd.errors import MethodNotAllowed, NotFound
+from vllmd.proxy.access import HEALTH, MODELS, OPEN, Reach, authorise
 from vllmd.proxy.cors import Cors
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.gate import AllowAll, Authenticator
@@ -21,6 +22,7 @@ from vllmd.proxy.http import Request, Response
 LocalHandler = Callable[[Request], Awaitable[Response]]
 Handler = Callable[[Exchange], Awaitable[None]]
 
+LOCAL_BODY = 1 << 20  # bytes of a body for ourselves: settings of a model, an operator's order
 PARAMETER = re.compile(r"\\{(\w+)(:path)?\\}")
 
 
@@ -28,18 +30,24 @@ PARAMETER = re.compile(r"\\{(\w+)(:path)?\\}")
 class Route:
     """One row of the table.
 
-    ``scope`` says who may: ``models``, ``admin``, ``open`` (anybody), ``health`` or ``metrics`` (anybody, unless
-    the configuration says otherwise). ``doc`` has more of OpenAPI's operation fields. ``unasked``: browsers send such
-    a request for any page without asking us first.
+    ``scope`` and ``reach`` say who may, see ``access``. ``doc`` has more of OpenAPI's operation fields.
+    ``max_body``: bytes of a body that it takes, None for the server's own limit; a body that comes although it takes
+    none is dropped unread.
     """
 
     method: str
     pattern: str
     handler: Handler
-    scope: str = "models"
+    scope: str = MODELS
     summary: str = ""
     doc: Mapping[str, Any] = field(default_factory=dict)
-    unasked: bool = False
+    reach: Reach = Reach.ONE
+    max_body: int | None = None
+
+    @property
+    def for_pages(self) -> bool:
+        """Whether a page of another site may have its browser ask for it: it loads, moves and asks no model."""
+        return self.scope in (OPEN, HEALTH)
 
 
 class NoSuchMethod(MethodNotAllowed):
@@ -51,10 +59,10 @@ class NoSuchMethod(MethodNotAllowed):
 
 
 class Router:
-    """The route table; it also has every request's key looked at before the body is read."""
+    """The route table; it also has every request's sender looked at before the body is read."""
 
-    def __init__(self, doorkeeper: Authenticator | None = None, cors: Cors | None = None) -> None:
-        self.doorkeeper = doorkeeper or AllowAll()
+    def __init__(self, authenticator: Authenticator | None = None, cors: Cors | None = None) -> None:
+        self.authenticator = authenticator or AllowAll()
         self.cors = cors or Cors()
         self._fixed: dict[str, dict[str, Route]] = {}
         self._patterns: list[tuple[re.Pattern[str], dict[str, Route]]] = []
@@ -65,17 +73,19 @@ class Router:
         method: str,
         pattern: str,
         handler: LocalHandler,
-        scope: str = "models",
+        scope: str = MODELS,
         summary: str = "",
         doc: Mapping[str, Any] | None = None,
+        reach: Reach = Reach.ONE,
     ) -> None:
-        """Have ``handler`` answer; a GET's answers HEAD too."""
+        """Have ``handler`` answer; a GET's answers HEAD too. It gets a body if ``doc`` says that it takes one."""
 
         async def respond(exchange: Exchange) -> None:
             await asyncio.sleep(0)  # on in a task, as whoever writes a handler expects
             await exchange.respond(await handler(exchange.request))
 
-        self.add_raw(Route(method, pattern, respond, scope, summary, doc or {}))
+        most = LOCAL_BODY if doc and "requestBody" in doc else 0
+        self.add_raw(Route(method, pattern, respond, scope, summary, doc or {}, reach, max_body=most))
 
     def add_raw(self, route: Route) -> None:
         """Have the route's handler speak on the exchange itself; its first step runs outside a task (``eager``)."""
@@ -91,21 +101,24 @@ class Router:
         self._patterns.append((expression, {route.method: route}))
 
     def begin(self, request: Request) -> Handler:
-        """The handler for ``request``, whose head alone has been read; fills its ``params`` and ``key``.
+        """The handler for ``request``, whose head alone has been read; fills its ``params`` and ``caller``.
 
-        Raises NotFound, MethodNotAllowed, Forbidden and what the doorkeeper raises.
+        Raises NotFound, MethodNotAllowed, Forbidden, Unauthorized and what the authenticator raises.
         """
+        request.caller = caller = self.authenticator.identify(request)
         self.cors.mark(request)
         methods = self._find(request)
         if request.method == "OPTIONS" and "OPTIONS" not in methods:
+            request.max_body = 0
             return _options(self.cors.preflight(request, methods) or _allow(methods))
         route = methods.get("GET" if request.method == "HEAD" else request.method)
         if route is None:
             raise NoSuchMethod(request, sorted(methods))
-        if route.unasked:
-            self.cors.refuse_strangers(request)
+        if not route.for_pages:
+            self.cors.refuse_foreign_pages(request)
         request.route = route.pattern
-        request.key = self.doorkeeper.admit(request, route.scope)
+        request.max_body = route.max_body
+        authorise(caller, route.scope, route.reach)
         return route.handler
 
     def _find(self, request: Request) -> dict[str, Route]:

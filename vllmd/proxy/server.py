@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from vllmd.errors import TooManyRequests, Unavailable, VllmdError
+from vllmd.proxy.body_memory import BodyMemory
 from vllmd.proxy.connection import Connection
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.heads import write_response_head
@@ -28,7 +29,7 @@ class Server:
     """Serves ``router`` on listeners that are open already: systemd's, or the daemon's own.
 
     It never closes or unlinks a listener, so what it does not accept waits for the next one who does.
-    ``on_exchange`` hears of every request that ended.
+    ``on_exchange`` hears of every request that ended. ``memory`` is for request bodies; several servers may share it.
     """
 
     def __init__(
@@ -37,8 +38,10 @@ class Server:
         limits: Limits,
         listeners: Iterable[socket.socket],
         on_exchange: Callable[[Exchange], None] | None = None,
+        memory: BodyMemory | None = None,
     ) -> None:
         self.limits = limits
+        self.memory = memory or BodyMemory(limits.max_buffered)
         self.draining = self.closing = False
         self._router = router
         self._listeners = list(listeners)
@@ -46,7 +49,6 @@ class Server:
         self._connections: set[Connection] = set()
         self._opening: set[asyncio.Task[None]] = set()
         self._by_address: Counter[str] = Counter()
-        self.buffered = 0  # bytes of request bodies held now
         self._empty = asyncio.Event()
         self._breath: asyncio.TimerHandle | None = None
         self._accepting = False
@@ -55,6 +57,11 @@ class Server:
     def connections(self) -> int:
         """How many clients are connected."""
         return len(self._connections) + len(self._opening)
+
+    @property
+    def buffered(self) -> int:
+        """Bytes of request bodies held now."""
+        return self.memory.held
 
     # -- accepting
 
@@ -128,13 +135,6 @@ class Server:
     def begin(self, request: Request) -> Handler:
         """Route it. Raises VllmdError."""
         return self._router.begin(request)
-
-    def reserve(self, size: int) -> bool:
-        """Take (or with a negative size give back) memory for bodies; False if there is none."""
-        if size > 0 and self.buffered + size > self.limits.max_buffered:
-            return False
-        self.buffered += size
-        return True
 
     def ended(self, exchange: Exchange) -> None:
         """An exchange is over."""

@@ -18,7 +18,8 @@ from vllmd.proxy.heads import forwardable, parse_upgrade_head, write_fields, wri
 from vllmd.proxy.http import Request
 from vllmd.proxy.limits import read_small
 from vllmd.proxy.relay import KEPT_BACK, Relay
-from vllmd.proxy.upstream import MAX_RESPONSE_HEAD, connect, describe, host_field
+from vllmd.proxy.response_heads import HeadCollector
+from vllmd.proxy.upstream import connect, describe, host_field
 
 SWITCHING = b"HTTP/1.1 101 Switching Protocols\r\n"
 UPGRADE_FIELDS = [(b"connection", b"Upgrade"), (b"upgrade", b"websocket")]
@@ -34,7 +35,8 @@ class FarEnd(asyncio.Protocol):
         self.closed: asyncio.Future[None] = loop.create_future()
         self._exchange = exchange
         self._transport: asyncio.Transport
-        self._head = b""
+        self._collector = HeadCollector()
+        self._early = b""  # what came along with the head
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Connected."""
@@ -46,14 +48,16 @@ class FarEnd(asyncio.Protocol):
         if self.answered.done():
             self._exchange.write(data)
             return
-        self._head += data
-        end = self._head.find(b"\r\n\r\n") + 4
-        if end > 3:
-            self.answered.set_result(self._head[:end])
-            self._head = self._head[end:]
-            self._transport.pause_reading()  # until the client has been told
-        elif len(self._head) > MAX_RESPONSE_HEAD:
+        try:
+            found = self._collector.feed(data)
+        except BadFraming:
             self._transport.abort()
+            return
+        if found is not None:
+            whole, end = found
+            self._early = whole[end:]
+            self.answered.set_result(whole[:end])
+            self._transport.pause_reading()  # until the client has been told
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The tunnel's end."""
@@ -74,9 +78,14 @@ class FarEnd(asyncio.Protocol):
         if not self._transport.is_closing():
             self._transport.write(data)
 
+    def take(self, data: bytes) -> None:
+        """The client's bytes once it may speak."""
+        self._exchange.received += len(data)
+        self.send(data)
+
     def open(self) -> None:
         """The client knows: pass on what came along with the head, and whatever comes."""
-        early, self._head = self._head, b""
+        early, self._early = self._early, b""
         if early:
             self._exchange.write(early)
         self._exchange.follow_pauses(self._on_pause)
@@ -130,7 +139,7 @@ class Tunnels:
             exchange.keep_alive = False
             agreed = await self._agreed(far, describe(permit.upstream))
             exchange.start(101, with_fields(agreed, [("x-request-id", exchange.request.id)]))
-            exchange.upgrade(far.send)
+            exchange.upgrade(far.take)
             far.open()
             await asyncio.wait([far.closed])
             exchange.finish()

@@ -13,6 +13,7 @@ import json as json_codec
 import logging
 import os
 import ssl
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar, cast
 
@@ -21,11 +22,12 @@ from vllmd.proxy.framing import BadFraming, Framing
 from vllmd.proxy.gate import Address
 from vllmd.proxy.heads import HeadMemo, RawHeaders, ResponseHead, parse_response_head, write_request_head
 from vllmd.proxy.limits import Limits, read_small
+from vllmd.proxy.peek import Parts
 from vllmd.proxy.peers import Impostor, connected
+from vllmd.proxy.response_heads import HeadCollector, head_end
 
 log = logging.getLogger(__name__)
 
-MAX_RESPONSE_HEAD = 256 << 10
 WRITE_LIMIT = 256 << 10  # the transport says stop when it holds more than this
 
 
@@ -94,11 +96,14 @@ class Upstream(asyncio.Protocol):
         self._sink: Sink | None = None
         self._method = ""
         self._heads = HeadMemo(lambda head: parse_response_head(head, "POST"))
-        self._head = b""
+        self._collector = HeadCollector()
+        self._begun = False  # a byte of the answer has come
         self._framing: Framing | None = None
         self._keep_alive = False
         self._broken = False
         self._paused = False
+        self._unsent: deque[memoryview] = deque()  # of the request's body, while the engine takes it slowly
+        self._write_paused = False
 
     # -- asyncio's side
 
@@ -136,7 +141,13 @@ class Upstream(asyncio.Protocol):
             self._break(str(exc) if exc else "closed by the engine")
 
     def pause_writing(self) -> None:
-        """A large body is on its way; it is in memory already, so there is nobody to hold back."""
+        """The engine does not take the request fast enough: what is left of its body stays where it is, uncopied."""
+        self._write_paused = True
+
+    def resume_writing(self) -> None:
+        """It does again."""
+        self._write_paused = False
+        self._send_on()
 
     # -- its user's side
 
@@ -145,15 +156,28 @@ class Upstream(asyncio.Protocol):
         """Whether another request may be sent on it."""
         return not self._broken and not self._transport.is_closing()
 
-    def send(self, method: str, head: bytes, body: bytes, sink: Sink) -> None:
-        """Send one request; ``sink`` gets the answer."""
+    def send(self, method: str, head: bytes, body: Parts, sink: Sink) -> None:
+        """Send one request; ``sink`` gets the answer.
+
+        A large body goes out in pieces as fast as the engine takes them: given to the transport whole, it would be
+        copied into its buffer, and be in memory twice.
+        """
         self._sink, self._method = sink, method
-        self._head, self._framing = b"", None
-        if len(body) <= WRITE_LIMIT:
-            self._transport.write(head + body)
+        self._framing, self._begun = None, False
+        if sum(map(len, body)) <= WRITE_LIMIT:
+            self._transport.write(b"".join((head, *body)))
         else:
             self._transport.write(head)
-            self._transport.write(body)
+            self._unsent.extend(memoryview(part) for part in body)
+            self._send_on()
+
+    def _send_on(self) -> None:
+        while self._unsent and not self._write_paused and not self._transport.is_closing():
+            part = self._unsent[0]
+            self._transport.write(part[:WRITE_LIMIT])
+            self._unsent[0] = part[WRITE_LIMIT:]
+            if len(part) <= WRITE_LIMIT:
+                self._unsent.popleft()
 
     def pause(self) -> None:
         """Take nothing more from the engine for now."""
@@ -171,22 +195,24 @@ class Upstream(asyncio.Protocol):
         """Close at once; the sink hears nothing more."""
         self._sink = None
         self._broken = True
+        self._unsent.clear()
         self._transport.abort()
 
     # -- reading
 
     def _read_head(self, data: bytes) -> None:
-        self._head = data = self._head + data if self._head else data
-        while (end := data.find(b"\r\n\r\n") + 4) > 3:
-            if not data.startswith((b"HTTP/1.1 1", b"HTTP/1.0 1")):
-                break
-            self._head = data = data[end:]  # 1xx: meant for a client that waits for one, and ours does not
-        if end < 4:
-            if len(data) > MAX_RESPONSE_HEAD:
-                raise BadFraming(f"the head is larger than {MAX_RESPONSE_HEAD} bytes")
-            return
+        """Collect the head, and read it once it is whole.
+
+        1xx answers before it are passed over: they are meant for a client that waits for one, and ours does not.
+        """
+        self._begun = True
+        if self._collector.pending or (end := head_end(data)) < 0 or not data.startswith(b"HTTP/1.1 2"):
+            found = self._collector.feed(data)
+            if found is None:
+                return
+            data, end = found
         head = self._heads.read(data[:end]) if self._method == "POST" else parse_response_head(data[:end], self._method)
-        self._framing, self._keep_alive, self._head = head.framing(), head.keep_alive, b" "
+        self._framing, self._keep_alive = head.framing(), head.keep_alive
         sink = cast(Sink, self._sink)
         sink.head(head, self._framing)
         rest = data[end:]
@@ -211,14 +237,15 @@ class Upstream(asyncio.Protocol):
             return
         if self._paused:
             self.resume()
-        if self._pool is None or not self._keep_alive or not self.usable or self._transport.get_write_buffer_size():
+        unsent = bool(self._unsent) or self._transport.get_write_buffer_size() > 0
+        if self._pool is None or not self._keep_alive or not self.usable or unsent:
             self.abort()
         else:
             self._pool.put(self)
         sink.whole()
 
     def _break(self, reason: str) -> None:
-        sink, untouched = self._sink, not self._head
+        sink, untouched = self._sink, not self._begun
         self.abort()
         if sink is not None:
             sink.lost(reason, untouched=untouched)
@@ -347,20 +374,22 @@ class _Collected:
 
     def __init__(self, limit: int) -> None:
         self.over: asyncio.Future[ResponseHead] = asyncio.get_running_loop().create_future()
-        self.pieces: list[bytes] = []
+        self.body = bytearray()
         self._head: ResponseHead | None = None
+        self._framing: Framing | None = None
         self._limit = limit
-        self._size = 0
 
     def head(self, head: ResponseHead, framing: Framing) -> None:
         """Remember it, and have the payload kept."""
-        self._head = head
-        framing.keep, framing.pieces = True, self.pieces
+        self._head, self._framing, framing.keep = head, framing, True
 
     def data(self, data: bytes) -> None:
-        """The framing has kept it."""
-        self._size += len(data)
-        if self._size > self._limit and not self.over.done():
+        """Take what the framing has kept."""
+        pieces = cast(Framing, self._framing).pieces
+        for piece in pieces:
+            self.body += piece
+        pieces.clear()
+        if len(self.body) > self._limit and not self.over.done():
             self.over.set_exception(UpstreamFailed(f"the answer is larger than {self._limit} bytes"))
 
     def whole(self) -> None:
@@ -399,7 +428,7 @@ async def request(
     try:
         async with asyncio.timeout(timeout):
             connection = await connect(listen, timeout, lambda: Upstream(listen))
-            connection.send(method, write_request_head(method, listen.prefix + path, fields), body, sink)
+            connection.send(method, write_request_head(method, listen.prefix + path, fields), (body,), sink)
             head = await sink.over
     except TimeoutError:
         raise UpstreamFailed(f"{method} {path} to {describe(listen)} was not answered within {timeout:g} s") from None
@@ -409,4 +438,4 @@ async def request(
     finally:
         if connection is not None:
             connection.abort()
-    return head.status, list(head.headers.raw), b"".join(sink.pieces)
+    return head.status, list(head.headers.raw), bytes(sink.body)

@@ -15,6 +15,8 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 _HEAD_LIMIT = 1 << 18
+_LINE_LIMIT = 1 << 10  # bytes of a chunk's size line
+_TRAILER_LIMIT = 1 << 13
 _READ_AHEAD = 1 << 16  # bytes of a pipelined request kept while another is served
 
 
@@ -62,6 +64,7 @@ class Connection(asyncio.Protocol):
         self._everyone = everyone
         self._keep_alive = keep_alive
         self._buffer = bytearray()
+        self._scanned = 0  # bytes of an unfinished head already searched
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._room: asyncio.Future[None] | None = None
@@ -178,7 +181,8 @@ class Connection(asyncio.Protocol):
         return replace(request, body=body)
 
     def _parse_head(self) -> bool:
-        end = self._buffer.find(b"\r\n\r\n")
+        end = self._buffer.find(b"\r\n\r\n", max(0, self._scanned - 3))
+        self._scanned = len(self._buffer) if end < 0 else 0
         if end < 0:
             if len(self._buffer) > _HEAD_LIMIT:
                 raise Malformed("the head is too long")
@@ -310,8 +314,10 @@ class Chunks:
         return self._left == 0
 
     def _next_size(self, buffer: bytearray) -> bool:
-        end = buffer.find(b"\r\n")
+        end = buffer.find(b"\r\n", 0, _LINE_LIMIT)
         if end < 0:
+            if len(buffer) >= _LINE_LIMIT:
+                raise Malformed("a chunk's size line is too long")
             return False
         size = _chunk_size(bytes(buffer[:end]))
         del buffer[: end + 2]
@@ -330,6 +336,8 @@ def _chunk_size(line: bytes) -> int:
 def _drop_trailers(buffer: bytearray) -> bool:
     end = 2 if buffer[:2] == b"\r\n" else buffer.find(b"\r\n\r\n") + 4
     if len(buffer) < 2 or end == 3:
+        if len(buffer) > _TRAILER_LIMIT:
+            raise Malformed("the trailers are too long")
         return False
     del buffer[:end]
     return True

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 BURST, PERIOD = 20, 60.0  # so many lines at once, and then one in each so many seconds divided by them
 
@@ -33,7 +33,7 @@ class Throttle:
         self._tokens, self._at = float(burst), clock()
         self._level, self._last = logging.INFO, ""
 
-    def say(self, level: int, message: str, *values: object, fields: dict[str, str] | None = None) -> None:
+    def say(self, level: int, message: str, *values: object, fields: Mapping[str, object] | None = None) -> None:
         """Log it, or count it. ``fields``: of the journal."""
         if not self._log.isEnabledFor(level):
             return

@@ -1,14 +1,17 @@
 """Show what a model's engine wrote, of this run and of earlier ones.
 
-The journal keeps it: this runs journalctl. Where no journal is, or with --url,
-the daemon is asked for the lines it still has.
+The journal keeps it: this runs journalctl. Where no journal is, or none that you
+may read, or with --url, the daemon is asked for the lines it still has.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from vllmd.cli import models
@@ -29,12 +32,17 @@ def run(arguments: argparse.Namespace) -> int:
     admin = Admin(arguments)
     status = admin.status()
     line = models.find(status, arguments.model)
-    if admin.url or not shutil.which("journalctl") or not str(status.get("backend", "")).startswith("systemd"):
+    backend = str(status.get("backend", ""))
+    user = backend == "systemd-user" or admin.path == user_socket()
+    readable = shutil.which("journalctl") and (user or journal_is_readable())
+    if admin.url or not backend.startswith("systemd") or not readable:
         return _from_daemon(admin, line["name"], arguments)
-    command = journalctl(
-        engines(status, line), arguments, user=status["backend"] == "systemd-user" or admin.path == user_socket()
-    )
-    return subprocess.call(command)
+    return subprocess.call(journalctl(engines(status, line), arguments, user=user))
+
+
+def journal_is_readable(folders: Sequence[str] = ("/var/log/journal", "/run/log/journal")) -> bool:
+    """Whether journalctl would show the system's journal to this user; if not, the daemon has the last lines."""
+    return any(os.access(file, os.R_OK) for folder in folders for file in Path(folder).glob("*/system.journal"))
 
 
 def engines(status: dict[str, Any], line: dict[str, Any]) -> list[str]:
