@@ -21,6 +21,7 @@ from typing import Any
 from vllmd.core.types import Footprint, ReplicaSpec, Source
 
 GB = 1e9
+STEP = 0.2  # by what the logarithm of a correction must have changed to count
 NEWEST = 0.3  # the least weight of a new observation
 LEAST = 0.001  # seconds
 SHORT, LONG = 60.0, 900.0  # seconds in which the two arrival rates fall by e
@@ -66,21 +67,30 @@ class Rate:
 
 
 class Calibration:
-    """How many times longer things take on this machine than the priors say, by engine kind and kind of command."""
+    """How many times longer things take on this machine than the priors say, for one engine kind.
+
+    It follows in steps of a fifth: whoever keeps what a prior says has to look
+    again only when that is another one.
+    """
 
     def __init__(self) -> None:
-        self._logs: dict[str, float] = {}  # the logarithms of the ratios
+        self._logs: dict[str, float] = {}  # the logarithms of the ratios, by kind of command
         self._seen: dict[str, int] = {}
+        self._told: dict[str, float] = {}  # as they were when last another one than before
 
     def factor(self, kind: str) -> float:
         """What to multiply a prior by."""
-        return math.exp(self._logs.get(kind, 0.0))
+        return math.exp(self._told[kind]) if kind in self._told else 1.0
 
-    def observe(self, kind: str, ratio: float) -> None:
-        """Learn from one that took ``ratio`` times its prior."""
+    def observe(self, kind: str, ratio: float) -> bool:
+        """Learn from one that took ``ratio`` times its prior. Whether the factor is another one now."""
         seen = self._seen[kind] = self._seen.get(kind, 0) + 1
         known = self._logs.get(kind, 0.0)
-        self._logs[kind] = known + max(NEWEST, 1.0 / seen) * (math.log(max(ratio, LEAST)) - known)
+        new = self._logs[kind] = known + max(NEWEST, 1.0 / seen) * (math.log(max(ratio, LEAST)) - known)
+        if abs(new - self._told.get(kind, 0.0)) < STEP:
+            return False
+        self._told[kind] = new
+        return True
 
 
 class Costs:
@@ -119,16 +129,20 @@ class Costs:
         """Seconds to put it to sleep at ``level``, or to stop it (0)."""
         return self.seconds(sleep_kind(level))
 
-    def observe(self, kind: str, seconds: float) -> None:
-        """Learn from one that took ``seconds``. Absurd times (negative, infinite) teach nothing."""
+    def observe(self, kind: str, seconds: float) -> bool:
+        """Learn from one that took ``seconds``. Absurd times (negative, infinite) teach nothing.
+
+        Returns whether that changes what is expected of others of its engine kind.
+        """
         if not 0.0 <= seconds < math.inf:
-            return
+            return False
         seconds = max(seconds, LEAST)  # nothing takes no time
         seen = self._seen[kind] = self._seen.get(kind, 0) + 1
         known = self._known.get(kind, 0.0)
         self._known[kind] = known + max(NEWEST, 1.0 / seen) * (seconds - known)
-        if kind != "service":  # how long answers are is the clients' affair
-            self._calibration.observe(kind, seconds / self._prior[kind])
+        if kind == "service":  # how long answers are is the clients' affair
+            return False
+        return self._calibration.observe(kind, seconds / self._prior[kind])
 
     def arrived(self, now: float) -> None:
         """Count a request."""

@@ -30,6 +30,7 @@ class Observer:
         self._coming: dict[Replica, dict[int, int]] = {}  # bytes per device that would come free if the model slept
         self._sleepable: defaultdict[int, int] = defaultdict(int)  # their sums
         self._host: tuple[int, frozenset[str]] = (0, frozenset())
+        self._calibrations = 0
 
     def note(self, m: Replica) -> None:
         """``m`` changed, or is known no more."""
@@ -51,6 +52,10 @@ class Observer:
     def look(self, waiting: Iterable[Replica], shallow: frozenset[str]) -> Situation:
         """Everything as it is now; ``shallow``: who sleeps at level 1 if it must."""
         fleet = self._fleet
+        if fleet.calibrations != self._calibrations:  # what is expected of engines that were never measured
+            self._calibrations = fleet.calibrations
+            self._waiting.clear()
+            self._stale.update(dict.fromkeys(self._residents))
         host = (fleet.ledger.host_promised, shallow)
         if host != self._host:  # who can sleep at which level depends on it
             self._host = host
