@@ -14,7 +14,7 @@ import pytest
 from tests.daemon.rig import ASLEEP, AWAKE, OK, FakeEngine, Rig, soon, tell
 from vllmd.core import commands, events
 from vllmd.core.types import GiB, Source
-from vllmd.daemon import engine_manager, memory
+from vllmd.daemon import engine_manager, memory, sleeps
 from vllmd.daemon.ports import PortPool
 from vllmd.errors import Unavailable
 from vllmd.gpu import Sample
@@ -526,6 +526,24 @@ def test_a_stray_is_ended_without_a_word_to_the_core(tmp_path: Path) -> None:
         await soon(rig.engine_manager.end_unmanaged(process))
         assert (rig.launcher.signals, rig.launcher.engines) == (["SIGTERM"], {})
         await rig.nothing_more()
+
+    tell(story, tmp_path)
+
+
+def test_a_sleep_that_hangs_is_given_up_when_it_has_taken_far_longer_than_usual(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others wait for its device: five minutes are right only for one of which nothing is known."""
+    monkeypatch.setattr(sleeps, "SHORTEST_LIMIT", 0.1)
+
+    async def story(rig: Rig) -> None:
+        engine = await rig.ready()
+        rig.engine_manager.usual = lambda model, kind: {"sleep1": 0.005}[kind]
+        engine.answers["/sleep"] = None
+        rig.engine_manager.sleep(SLEEP)
+        failed = await rig.event()
+        assert isinstance(failed, events.EngineSleepFailed)
+        assert "0.1 s" in failed.reason
 
     tell(story, tmp_path)
 

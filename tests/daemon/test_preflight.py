@@ -11,6 +11,7 @@ from vllmd.config.types import Config, DeviceConfig, ModelConfig
 from vllmd.core.types import Device, GiB
 from vllmd.daemon.check import EX_CONFIG, check
 from vllmd.daemon.engine_resolver import EngineResolver
+from vllmd.daemon.homes import Homes
 from vllmd.daemon.preflight import Machine, Prospect, doubtful, look, say, wrong
 from vllmd.daemon.specs import replica_spec
 from vllmd.engines import engine_kind
@@ -19,7 +20,7 @@ from vllmd.engines.unusable import Unusable
 from vllmd.engines.vllm import ROUTES, Vllm
 from vllmd.errors import ConfigError
 
-MACHINE = Machine((Device(0, "0", 80 * GiB, GiB // 2),), Path("/nowhere"), Path("/run/vllmd-engine"))
+MACHINE = Machine((Device(0, "0", 80 * GiB, GiB // 2),), Homes(Path("/nowhere")), Path("/run/vllmd-engine"))
 
 
 def sim(name: str, size: int = 10 * GiB, **more: object) -> ModelConfig:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from vllmd import errors
 from vllmd.config.types import ModelConfig, RequestRules
 from vllmd.core import commands, events
+from vllmd.daemon.failure_text import for_clients
 from vllmd.daemon.names import Names
 from vllmd.engines.base import Engine, Listen
 from vllmd.proxy.access import ANYBODY, Caller
@@ -56,6 +57,7 @@ class AdmissionGate:
         self._tickets: dict[str, _PendingRequest] = {}
         self._numbers = itertools.count(1)
         self.phase_of: Callable[[str], str] = lambda model: ""
+        self.on_unreached: Callable[[str], None] = lambda engine: None  # nobody listens there
         self.on_retry: Callable[[str], None] = lambda engine: None  # a request goes from it to another replica
         self.configure({}, {})
 
@@ -93,8 +95,10 @@ class AdmissionGate:
             kind = self._engine_of(config)
             served, routes = kind.served_name(config), kind.routes(config)
             rules = config.request if config.request != RequestRules() else None
+            model = config.replica_of or config.name
+            names = frozenset((model, *self._models.get(model, config).aliases))
             own_api = frozenset(kind.own_api(config))
-            self._targets[name] = Target(name, served, routes, kind.headers(), rules, own_api)
+            self._targets[name] = Target(name, served, routes, kind.headers(), rules, own_api, names)
         return self._targets[name]
 
     async def acquire(self, model: str, key: str, request_id: str, only: str = "", body: bytes = b"") -> Permit:
@@ -141,6 +145,7 @@ class AdmissionGate:
         """
         replicas = self._models[ticket.model].replicas if ticket.model in self._models else None
         if replicas is None and isinstance(error, Unreached) and len(ticket.tried) < REACH_TRIES:
+            self.on_unreached(engine)
             await asyncio.sleep(REACH_PAUSE)
         elif replicas is None or ticket.only or len(ticket.tried) >= replicas.retries:
             raise error
@@ -192,7 +197,9 @@ class AdmissionGate:
         ticket = self._drop(command.request)
         if ticket and not ticket.admitted.done():
             kind: type[errors.VllmdError] = getattr(errors, command.error)
-            message = f"{ticket.model}: {command.message}" if kind is errors.EngineFailed else command.message
+            message = for_clients(command.message)
+            if kind is errors.EngineFailed:
+                message = f"{ticket.model}: {message}"
             ticket.admitted.set_exception(kind(message, retry_after=command.retry_after))
             ticket.admitted.exception()  # read once: a client that just left must not make asyncio complain
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from vllmd.config.types import ModelConfig
 from vllmd.core import commands
 from vllmd.daemon.engine_keys import EngineKeys
 from vllmd.daemon.engine_process import EngineProcess, fingerprint
+from vllmd.daemon.homes import Homes, ordered_user
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.ports import PortPool
 from vllmd.engines.base import Engine, Launch, Listen, Place
@@ -26,10 +27,10 @@ LONGEST_STOP = 3600.0  # seconds between SIGTERM and SIGKILL that the launcher a
 
 @dataclass(frozen=True)
 class Paths:
-    """Where engines live: run directories (sockets) and their home (caches)."""
+    """Where engines live: run directories (sockets) and their homes (caches)."""
 
     run: Path
-    home: Path | None = None
+    homes: Homes = field(default_factory=Homes)
 
 
 def noted(listen: Listen) -> dict[str, Any]:
@@ -105,11 +106,11 @@ class LaunchPlanner:
         )
 
     def _order(self, process: EngineProcess, launch: Launch, run_dir: Path) -> StartOrder:
-        home = {"HOME": str(self._paths.home)} if self._paths.home else {}
         return StartOrder(
             instance=process.instance,
             argv=launch.argv,
-            env={**home, **launch.env, **process.model.env},
+            env={**self._paths.homes.variables(process.model), **launch.env, **process.model.env},
+            user=ordered_user(process.model),
             cwd=launch.cwd,
             run_dir=str(run_dir),
             listen_uds=launch.listen.uds,
@@ -129,11 +130,11 @@ class LaunchPlanner:
 
     def stop_order(self, process: EngineProcess, instance: str) -> StartOrder:
         """The order for the stop command of an engine that has one."""
-        home = {"HOME": str(self._paths.home)} if self._paths.home else {}
         return StartOrder(
             instance=instance,
             argv=process.stop,
-            env={**home, **process.model.env},
+            env={**self._paths.homes.variables(process.model), **process.model.env},
+            user=ordered_user(process.model),
             run_dir=str(self._paths.run / instance),
         )
 

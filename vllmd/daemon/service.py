@@ -60,6 +60,7 @@ class RuntimeEnvironment:
     launcher: str = ""  # socket path; "" makes a private launcher that takes its engines along
     run_dir: Path = Path("/run/vllmd-engine")
     home: Path | None = None  # of the engines
+    homes: Path | None = None  # where those of models with a user of their own are
     cache: Path | None = None
     logs: Path | None = None
     activated: bool = False  # listeners came from systemd: exit when idle
@@ -109,6 +110,8 @@ class Daemon:
         self.admission_gate.configure(self.config.models, self.engines)
         self.control.runtime_models.listen = addresses(listeners.get("http", ()))
         self.listeners = Listeners(self.config, self.admission_gate, self.control, listeners)
+        self.listeners.on_outcome = self._outcome
+        self.admission_gate.on_unreached = lambda engine: self.engine_manager.answered(engine, 0, failed=True)
         self._on_signals()
         self.listeners.open()
         self.notify.ready("looking for devices and engines")
@@ -180,6 +183,12 @@ class Daemon:
     def _where(self, model: str) -> Listen | None:
         process = self.engine_manager.processes.get(model)
         return process.listen if process else None
+
+    def _outcome(self, model: str, status: int, failed: bool) -> None:
+        """What became of a request; of several replicas the scheduler itself judges."""
+        config = self.config.models.get(model)
+        if self.opened.is_set() and config and not config.replicas:
+            self.engine_manager.answered(model, status, failed=failed)
 
     # -- chores ----------------------------------------------------------------------------
 
@@ -256,6 +265,10 @@ class Daemon:
         seen = self.dispatcher.scheduler.snapshot(self.dispatcher.now())
         return [view for model in seen.models for view in model.replicas]
 
+    def _drained(self) -> bool:
+        """Whether an operator has taken a device out of use, which nobody but us remembers."""
+        return any(device.drained for device in self.dispatcher.scheduler.snapshot(self.dispatcher.now()).devices)
+
     def _say_status(self) -> None:
         status = self.status_line()
         if status != self._status:
@@ -287,6 +300,7 @@ class Daemon:
             or self.admission_gate.open
             or self.listeners.connections
             or self._awaited()
+            or self._drained()
         )
         if busy:
             self._idle_since = time.monotonic()

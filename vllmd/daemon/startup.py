@@ -15,18 +15,18 @@ from vllmd.core import events
 from vllmd.core.costs import CostBook
 from vllmd.core.scheduler import Scheduler
 from vllmd.core.types import ModelSpec, ReplicaSpec, Settings, renamed
-from vllmd.daemon import discovery
 from vllmd.daemon.adoption import adopt_all
 from vllmd.daemon.device_watch import LIMIT, DeviceWatch
 from vllmd.daemon.dispatcher import Dispatcher
 from vllmd.daemon.engine_keys import EngineKeys
 from vllmd.daemon.engine_manager import EngineManager
 from vllmd.daemon.engine_process import fingerprint
+from vllmd.daemon.homes import Homes
 from vllmd.daemon.launch_planner import LaunchPlanner, Paths
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.ports import PortPool
 from vllmd.daemon.preflight import Machine, Prospect, look, say
-from vllmd.daemon.service import Daemon, RuntimeEnvironment
+from vllmd.daemon.service import Daemon
 from vllmd.daemon.specs import model_spec, replica_spec
 from vllmd.errors import LauncherFailed
 from vllmd.gpu import Devices, open_devices
@@ -136,7 +136,7 @@ def make_scheduler(daemon: Daemon, prospects: list[Prospect]) -> Scheduler:
 def expect(daemon: Daemon, models: Mapping[str, ModelConfig]) -> list[Prospect]:
     """What the models will take, told to the log as well; reads their files."""
     run_dir = daemon.config.engines.run_dir or daemon.runtime.run_dir
-    machine = Machine(daemon.memory.inventory, hf_home(daemon.runtime), run_dir)
+    machine = Machine(daemon.memory.inventory, homes(daemon), run_dir)
     prospects = look(models.values(), machine, daemon.kinds)
     say(prospects, machine)
     return prospects
@@ -151,9 +151,10 @@ def specs_of(models: Mapping[str, ModelConfig], prospects: list[Prospect]) -> li
     return [model_spec(models[name], replicas) for name, replicas in engines.items()]
 
 
-def hf_home(runtime: RuntimeEnvironment) -> Path:
-    """Where the engines' Hugging Face cache is."""
-    return discovery.hf_home(runtime.environment, runtime.home)
+def homes(daemon: Daemon) -> Homes:
+    """The homes of the engines' users."""
+    around = daemon.runtime
+    return Homes(daemon.config.engines.home or around.home, around.homes, around.environment)
 
 
 def host_budget(config: Config) -> int:
@@ -191,13 +192,14 @@ async def _launcher_once(daemon: Daemon) -> LauncherClient:
 def make_fleet(daemon: Daemon, prospects: list[Prospect]) -> EngineManager:
     """Who carries out what is decided about engines."""
     engines, around = daemon.config.engines, daemon.runtime
-    paths = Paths(engines.run_dir or around.run_dir, engines.home or around.home)
+    paths = Paths(engines.run_dir or around.run_dir, homes(daemon))
     launch_planner = LaunchPlanner(
         daemon.memory, paths, daemon.kinds, PortPool(engines.port_start, engines.port_end), EngineKeys(around.cache)
     )
     engine_manager = EngineManager(daemon.launcher, daemon.control.take, daemon.memory, launch_planner, around.logs)
     engine_manager.configure(daemon.engines, kv_caches(prospects))
     engine_manager.on_phase, engine_manager.look = daemon.control.stir, daemon.look
+    engine_manager.usual = daemon.dispatcher.scheduler.costs.usual
     return engine_manager
 
 
