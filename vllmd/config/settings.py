@@ -370,7 +370,12 @@ MODEL = Group(
         Setting("stop_timeout", k.DURATION_KIND, "Time the engine has to end before it is killed."),
         Setting("max_restarts", k.count(0, 1000), "Restarts in a row after crashes while requests wait."),
         Setting("restart_backoff", k.PAUSE, "Pause before the first restart; it doubles with each failure."),
-        Setting("log_file", k.BOOL, "Write the engine's output to a rotating file, too, not only to the journal."),
+        Setting(
+            "log_file",
+            k.BOOL,
+            "Write the engine's output to a rotating file, too, not only to the journal; the last five runs are kept, "
+            "and what comes faster than 1 MiB/s is left out.",
+        ),
         Setting("limits", LIMITS, "Resource limits of its scope."),
         Setting(
             "host",
