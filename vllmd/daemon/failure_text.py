@@ -7,6 +7,7 @@ import signal
 from vllmd.engines.base import Failure
 from vllmd.launcher.client import ExitReport
 
+MOST_PLACES = 10
 REASON_LINES = 12  # of the log in a failure's reason
 
 
@@ -38,6 +39,12 @@ def with_last_lines(what: str, lines: list[str]) -> str:
     if not lines:
         return f"{what}; it logged nothing"
     return "\n".join([f"{what}; its last log lines:", *lines[-REASON_LINES:]])
+
+
+def places(broken: str) -> str:
+    """The files and lines at which a configuration is wrong, of the message that says what is."""
+    found = list(dict.fromkeys(line.partition(": ")[0] for line in broken.splitlines()))
+    return ", ".join(found[:MOST_PLACES]) + (f" and {len(found) - MOST_PLACES} more" if found[MOST_PLACES:] else "")
 
 
 def with_hint(what: str, hint: str) -> str:
