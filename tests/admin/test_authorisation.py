@@ -17,7 +17,7 @@ from vllmd.admin.routes import add_operator, add_public
 from vllmd.engines.base import Listen
 from vllmd.proxy.access import Reach
 from vllmd.proxy.limits import Limits
-from vllmd.proxy.models import FORM_PATHS, add_model_routes
+from vllmd.proxy.models import FORM_PATHS, QUERY_PATHS, add_model_routes
 from vllmd.proxy.relay import Relay
 from vllmd.proxy.routing import Route, Router
 
@@ -81,7 +81,7 @@ def path_of(route: Route) -> str:
     path = route.pattern.replace(":path}", "}")
     for name, value in VALUES.items():
         path = path.replace("{" + name + "}", value)
-    return path + ("?model=alpha" if path == "/v1/realtime" else "")
+    return path + ("?model=alpha" if path in ("/v1/realtime", *QUERY_PATHS) else "")
 
 
 def body_of(route: Route) -> tuple[bytes | None, str]:
@@ -127,7 +127,7 @@ def wrong(route: Route, kind: Kind, status: int, text: str) -> str:
             return "tells of alpha"
         if route.reach is Reach.MACHINE and status != 403:
             return "must be 403: it concerns all models"
-        unknown = route.pattern.startswith(("/v1/models/", "/v1/responses/"))  # these do not tell what there is
+        unknown = route.pattern.startswith(("/v1/models/{", "/v1/responses/{"))  # these do not tell what there is
         if route.reach is Reach.ONE and status != (404 if unknown else 403):
             return "must be refused: it is about alpha"
         return ""

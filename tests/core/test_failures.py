@@ -57,6 +57,22 @@ def test_the_back_off_doubles_with_each_failure_in_a_row() -> None:
     assert waits == [5, 10, 20, 40, 80, 160, 300, 300, 300]
 
 
+def test_failures_with_good_service_between_are_not_in_a_row() -> None:
+    """One failed start a day, with hours of service between, is the first failure of its day."""
+    w = World([model("m", restart_backoff=5.0)], [GPU])
+    for day in range(4):
+        w.ask(f"bad{day}", "m")
+        refusals = w.do(EngineStartFailed("m", "once a day"))
+        assert [c.retry_after for c in refusals if isinstance(c, Reject)] == [5.0]
+        w.now += 400
+        w.ask(f"good{day}", "m")
+        w.do(EngineReady("m"))
+        w.do(RequestFinished(f"good{day}"))
+        w.now += 3600
+        w.do(StopAsked("m"))
+        w.do(EngineStopped("m"))
+
+
 def test_waiters_wait_through_the_restart_after_a_crash() -> None:
     """Those inside are the proxy's to answer; those who wait are served by the new engine."""
     w = World([model("m", concurrency=1, restart_backoff=5.0)], [GPU])

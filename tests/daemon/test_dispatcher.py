@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 
 import pytest
 
 from vllmd.core import events
-from vllmd.core.commands import Command
+from vllmd.core.commands import Command, Record
 from vllmd.core.scheduler import Scheduler
-from vllmd.daemon.dispatcher import Dispatcher
+from vllmd.core.types import Decision
+from vllmd.daemon.dispatcher import DECISIONS, Dispatcher
 
 ARRIVED = events.RequestArrived("1", "m")
 
@@ -102,3 +104,35 @@ def test_what_was_due_long_ago_is_due_now() -> None:
         assert core.heard == [100.0]
 
     play(story)
+
+
+class Refusing(Wanting):
+    """A core that refuses, and says so each time."""
+
+    def handle(self, event: events.Event, now: float) -> list[Command]:
+        what = "evict" if event == events.TimePassed() else "refuse"
+        return [Record(Decision(now, what, "m", "its queue is full"))]
+
+
+def test_refusals_do_not_drown_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """journald drops all of a service that logs too much, what operators did included. Each one is still counted."""
+
+    async def told(loop: StillLoop) -> None:
+        dispatcher, decided = Dispatcher(Refusing()), list[Decision]()
+        dispatcher.on_decision = decided.append
+        dispatcher._execute = {Record: dispatcher._record}
+        for _ in range(10 * DECISIONS):
+            dispatcher.post(ARRIVED)
+        dispatcher.post(events.TimePassed())
+        dispatcher.flush_log()
+        assert len(decided) == 10 * DECISIONS + 1
+        dispatcher.close()
+
+    loop = StillLoop()
+    with caplog.at_level(logging.INFO, "vllmd"):
+        loop.run_until_complete(told(loop))
+    loop.close()
+    assert caplog.messages.count("m: refuse: its queue is full") == pytest.approx(DECISIONS, abs=DECISIONS / 2)
+    assert caplog.messages.count("m: evict: its queue is full") == 1
+    left = sum(int(text.split()[0]) for text in caplog.messages if "were left out" in text)
+    assert left + caplog.messages.count("m: refuse: its queue is full") == 10 * DECISIONS

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
 
-from vllmd.daemon.logfile import KEPT, SIZE, LogFile, path_of
+from vllmd.daemon.logfile import BURST, KEPT, RATE, RUNS, SIZE, LogFile, forget_old_runs, path_of
 
 
 def test_lines_are_appended_under_a_name_without_slashes(tmp_path: Path) -> None:
@@ -23,8 +24,11 @@ def test_lines_are_appended_under_a_name_without_slashes(tmp_path: Path) -> None
 
 def test_it_rotates(tmp_path: Path) -> None:
     """A chatty engine must not fill the disk."""
-    file = LogFile(tmp_path / "m.log")
-    file.write(["x" * (SIZE // 2)] * (2 * KEPT + 6))
+    now = 0.0
+    file = LogFile(tmp_path / "m.log", clock=lambda: now)
+    for _ in range(2 * KEPT + 6):
+        now += 60
+        file.write(["x" * (SIZE // 2)])
     file.close()
     assert len(list(tmp_path.iterdir())) == KEPT + 1
 
@@ -48,3 +52,29 @@ def test_a_full_disk_is_told_once_and_can_be_closed(caplog: pytest.LogCaptureFix
         "cannot write /dev/full: [Errno 28] No space left on device; its lines are in the journal only"
     ]
     assert caplog.records[0].exc_info is None
+
+
+def test_what_comes_too_fast_is_counted(tmp_path: Path) -> None:
+    """An engine in a loop must not keep the disk busy for everybody; what is left out is said."""
+    now = 0.0
+    file = LogFile(tmp_path / "m.log", clock=lambda: now)
+    line = "x" * (BURST // 8 - 1)
+    file.write([line] * 10)
+    now += 2 * len(line) / RATE
+    file.write(["y", line])
+    file.close()
+    written = [text[:8] for text in (tmp_path / "m.log").read_text().splitlines()]
+    assert written == ["xxxxxxxx"] * 8 + ["[2 lines", "y", "xxxxxxxx"]
+
+
+def test_only_the_last_runs_are_kept(tmp_path: Path) -> None:
+    """Each run of an engine without a port has a file of its own name, and crashes can be many."""
+    others = ["m_x_m-x-123456.log", "m_33300.log.bak", "n_n-123456.log", "m_other.log"]
+    mine = [f"m_m-00000{run}.log" for run in range(RUNS + 2)] + ["m_33300.log"]
+    for age, name in enumerate([*mine, *others]):
+        (tmp_path / name).write_text("")
+        os.utime(tmp_path / name, (age, age))
+    (tmp_path / f"{mine[0]}.1").write_text("")  # the oldest run was the last to be written
+    forget_old_runs(tmp_path, "m")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {*others, mine[0], f"{mine[0]}.1", *mine[-(RUNS - 2) :]}

@@ -21,6 +21,8 @@ class Scripted:
     source = note = "scripted"
     notes = ()
     readable = True
+    trouble = None
+    asking = False
 
     def __init__(self, readings: Iterable[Sample | Exception | threading.Event]) -> None:
         self._readings = list(readings)
@@ -121,7 +123,7 @@ def test_a_driver_that_hangs_is_given_up_and_not_asked_again(caplog: pytest.LogC
         assert await subject.sample() is not None
 
     told(story)
-    assert "did not answer" in caplog.text
+    assert "the driver does not answer: a reading hangs" in caplog.text
 
 
 def test_what_cannot_be_read_is_said(caplog: pytest.LogCaptureFixture) -> None:

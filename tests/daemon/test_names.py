@@ -10,6 +10,11 @@ NAMES = Names([
     ModelConfig("Qwen/Qwen3-0.6B", aliases=("fast",)),
     ModelConfig("meta/llama-3"),
     ModelConfig("other/llama-3"),
+    ModelConfig("tagged:latest"),
+    ModelConfig("caf\u00e9"),
+    ModelConfig("openai/gpt-x"),
+    ModelConfig("two"),
+    ModelConfig("TWO"),
 ])  # fmt: skip
 
 
@@ -20,9 +25,25 @@ NAMES = Names([
         ("fast", "Qwen/Qwen3-0.6B"),
         ("Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
         ("meta/llama-3", "meta/llama-3"),
+        ("qwen/qwen3-0.6b", "Qwen/Qwen3-0.6B"),
+        ("FAST", "Qwen/Qwen3-0.6B"),
+        ("fast:latest", "Qwen/Qwen3-0.6B"),
+        ("Fast:latest", "Qwen/Qwen3-0.6B"),
+        ("openai/fast", "Qwen/Qwen3-0.6B"),
+        ("ollama/Fast:latest", "Qwen/Qwen3-0.6B"),
+        ("hosted_vllm/Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+        ("openai/qwen3-0.6b", "Qwen/Qwen3-0.6B"),
+        ("qwen3-0.6b", "Qwen/Qwen3-0.6B"),
+        ("Meta/Llama-3", "meta/llama-3"),
+        ("tagged", "tagged:latest"),
+        ("cafe\u0301", "caf\u00e9"),
+        ("\uff31wen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+        ("openai/gpt-x", "openai/gpt-x"),
+        ("two", "two"),
+        ("TWO", "TWO"),
     ],
 )
-def test_exact_alias_and_unique_suffix(asked: str, model: str) -> None:
+def test_names_as_clients_write_them(asked: str, model: str) -> None:
     """Clients write names in the ways that are not ambiguous."""
     assert NAMES.resolve(asked) == model
 
@@ -34,7 +55,25 @@ def test_an_ambiguous_suffix_names_the_candidates() -> None:
     assert error.value.param == "model"
 
 
-@pytest.mark.parametrize("asked", ["qwen3-0.6b", "Qwen/Qwen3-0.6", "Qwen3"])
+@pytest.mark.parametrize("asked", ["Two", "Two:latest", "openai/tWo", "LLAMA-3", "ollama/llama-3"])
+def test_no_habit_is_a_guess(asked: str) -> None:
+    """What could be two models is refused, whatever it was changed by."""
+    with pytest.raises(BadRequest, match="could be any of"):
+        NAMES.resolve(asked)
+
+
+def test_the_only_model_need_not_be_named() -> None:
+    """llama.cpp's own clients know of one model and never name it."""
+    assert Names([ModelConfig("a", aliases=("b",))]).resolve("") == "a"
+
+
+def test_a_long_name_is_compared_with_nothing() -> None:
+    """A megabyte of name would take minutes."""
+    with pytest.raises(BadRequest, match="at most 256 characters"):
+        NAMES.resolve("a" * 257)
+
+
+@pytest.mark.parametrize("asked", ["qwen3-0.7b", "Qwen/Qwen3-0.6", "Qwen3"])
 def test_an_unknown_name_suggests_the_close_one(asked: str) -> None:
     """A typo should cost one look at the error, not a search."""
     with pytest.raises(UnknownModel, match=r"did you mean .*Qwen/Qwen3-0\.6B"):

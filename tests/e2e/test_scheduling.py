@@ -258,11 +258,12 @@ def test_a_crash_is_restarted_a_few_times_while_clients_wait(site: Site) -> None
 
 
 def test_a_start_that_always_lacks_memory_is_tried_twice(site: Site) -> None:
-    """Then it is told, with the engine's own words."""
+    """Then it is told; the client hears the cause, the operator the engine's last words as well."""
     configured(site, "  a: {options: {fail: [oom-at-start]}}\n")
     status, answer = site.post("/v1/completions", {"model": "a", "prompt": "x"})
     assert status == 503
-    assert "last log lines" in answer["error"]["message"]
+    assert "last log lines" not in answer["error"]["message"]
+    assert "last log lines" in site.machine.out("vllmctl why a")
     log = site.machine.journal("vllmd.service")
     assert log.count("a: started as pid") == 2
     assert [decision["what"] for decision in decisions(site)] == ["start", "retry", "start", "fail"]

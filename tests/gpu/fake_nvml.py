@@ -13,7 +13,19 @@ NOT_AVAILABLE = 2**64 - 1
 
 
 class NVMLError(Exception):
-    """NVML's one exception."""
+    """NVML's one exception; ``value`` is its nvmlReturn_t, 0 where a test does not mind."""
+
+    def __init__(self, words: str, value: int = 0) -> None:
+        super().__init__(words)
+        self.value = value
+
+
+MISMATCH = NVMLError("Driver/library version mismatch", 18)
+NOT_LOADED = NVMLError("Driver Not Loaded", 9)
+NO_LIBRARY = NVMLError("NVML Shared Library Not Found", 12)
+NO_PERMISSION = NVMLError("Insufficient Permissions", 4)
+UNSUPPORTED = NVMLError("Not Supported", 3)
+LOST = NVMLError("GPU is lost", 15)
 
 
 @dataclass
@@ -29,7 +41,15 @@ class Gpu:
     watts: float = 70.0
     busy: int = 0
     slices: list[Gpu] | None = None  # in MIG mode if not None
-    refuses: dict[str, str] = field(default_factory=dict)
+    refuses: dict[str, str | NVMLError] = field(default_factory=dict)
+    sharing: dict[int, int | None] = field(default_factory=dict)  # clients of MPS
+    capability: tuple[int, int] = (9, 0)
+    address: str = "00000000:01:00.0"
+    linked: frozenset[str] = frozenset()  # UUIDs that it reaches by NVLink
+    errors: int = 0  # uncorrectable, of ECC
+    rows: tuple[int, int, int, int] = (0, 0, 0, 0)  # remapped: correctable, uncorrectable, pending, failed
+    reasons: int = 0  # why its clocks are what they are
+    heat: int = 40
 
 
 class FakeNvml:
@@ -37,7 +57,7 @@ class FakeNvml:
 
     NVMLError = NVMLError
 
-    def __init__(self, *gpus: Gpu, broken: str = "") -> None:
+    def __init__(self, *gpus: Gpu, broken: str | Exception = "") -> None:
         self.gpus = list(gpus)
         self.broken = broken  # why nvmlInit fails
         self.inits = 0
@@ -45,7 +65,7 @@ class FakeNvml:
     def nvmlInit(self) -> None:
         self.inits += 1
         if self.broken:
-            raise NVMLError(self.broken)
+            raise self.broken if isinstance(self.broken, Exception) else NVMLError(self.broken)
 
     def nvmlShutdown(self) -> None:
         if not self.inits:
@@ -89,6 +109,30 @@ class FakeNvml:
     def nvmlDeviceGetUtilizationRates(self, gpu: Gpu) -> SimpleNamespace:
         return SimpleNamespace(gpu=self._ask(gpu, "busy").busy, memory=0)
 
+    def nvmlDeviceGetMPSComputeRunningProcesses(self, gpu: Gpu) -> list[SimpleNamespace]:
+        return _processes(self._ask(gpu, "sharing").sharing)
+
+    def nvmlDeviceGetCudaComputeCapability(self, gpu: Gpu) -> tuple[int, int]:
+        return self._ask(gpu, "capability").capability
+
+    def nvmlDeviceGetPciInfo(self, gpu: Gpu) -> SimpleNamespace:
+        return SimpleNamespace(busId=self._ask(gpu, "pci").address)
+
+    def nvmlDeviceGetP2PStatus(self, gpu: Gpu, other: Gpu, what: int) -> int:
+        return 0 if what == 2 and other.uuid in self._ask(gpu, "links").linked else 6
+
+    def nvmlDeviceGetTotalEccErrors(self, gpu: Gpu, kind: int, since: int) -> int:
+        return self._ask(gpu, "ecc").errors if (kind, since) == (1, 0) else 0
+
+    def nvmlDeviceGetRemappedRows(self, gpu: Gpu) -> tuple[int, int, int, int]:
+        return self._ask(gpu, "rows").rows
+
+    def nvmlDeviceGetCurrentClocksEventReasons(self, gpu: Gpu) -> int:
+        return self._ask(gpu, "reasons").reasons
+
+    def nvmlDeviceGetTemperature(self, gpu: Gpu, sensor: int) -> int:
+        return self._ask(gpu, "heat").heat
+
     def nvmlDeviceGetMigMode(self, gpu: Gpu) -> list[int]:
         return [int(gpu.slices is not None), 0]
 
@@ -104,7 +148,8 @@ class FakeNvml:
         if not self.inits:
             raise NVMLError("Uninitialized")
         if what in gpu.refuses:
-            raise NVMLError(gpu.refuses[what])
+            why = gpu.refuses[what]
+            raise why if isinstance(why, Exception) else NVMLError(why)
         return gpu
 
 

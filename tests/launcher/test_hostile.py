@@ -163,13 +163,13 @@ async def test_no_engine_no_follower(site: Machine) -> None:
         site.wait_until("! pgrep -u root -x journalctl", timeout=20)
 
 
-async def test_a_record_of_many_megabytes_costs_little(site: Machine) -> None:
+@pytest.mark.parametrize("before", ["echo before; ", ""])
+async def test_a_record_of_many_megabytes_costs_little(site: Machine, before: str) -> None:
     """An engine may send journald 768 MiB in one field; whoever follows it must not be made to hold that."""
     async with driving(site) as driver:
         site.write("/usr/lib/bomb.py", BOMB)
-        engine = await driver.start("echo before; python3 /usr/lib/bomb.py 60; echo after; exec sleep 1000")
+        engine = await driver.start(f"{before}python3 /usr/lib/bomb.py 60; echo after; exec sleep 1000")
         await driver.client.follow(engine.instance, 1000)
-        await driver.line("before")
         await driver.line("after")
         pid = site.show("vllmd-launcher.service", "MainPID")
         peak = int(site.out(f"grep VmHWM /proc/{pid}/status").split()[1])
@@ -200,3 +200,14 @@ async def test_no_text_of_an_order_reaches_a_unit(site: Machine) -> None:
         assert "evil" not in text
     with pytest.raises(TypeError):
         StartOrder("a", ("b",), description="c")  # type: ignore[call-arg]
+
+
+async def test_a_start_that_fails_is_answered_at_once(site: Machine) -> None:
+    """Its log is not read for the answer: nobody asked for it, and the journal may be slow."""
+    async with driving(site) as driver:
+        site.run("systemctl kill --signal=STOP systemd-journald.service")
+        try:
+            with pytest.raises(LauncherFailed, match=r"within 0\.0001 s"):
+                await asyncio.wait_for(driver.start("exec sleep 1000", timeout=0.0001), 2.5)
+        finally:
+            site.run("systemctl kill --signal=CONT systemd-journald.service")

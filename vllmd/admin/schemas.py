@@ -132,6 +132,7 @@ SCHEMAS: dict[str, Schema] = {
             "connections": COUNT,
             "backend": TEXT,
             "source": TEXT,
+            "trouble": {**TEXT, "description": "why the devices do not answer"},
             "devices": many(record(DEVICE)),
             "host_memory": record({"budget": COUNT, "promised": COUNT}),
             "models": many(ref("ModelLine")),

@@ -338,6 +338,12 @@ MODEL = Group(
             secret=True,
         ),
         Setting("env", k.ENV, "Environment variables of the engine.", secret=True),
+        Setting(
+            "user",
+            k.USER,
+            "Whom its engine runs as: a user that the launcher allows, or own, a user of this model alone. "
+            "Models without one share the engines' user, and trust each other.",
+        ),
         Setting("hf_token", k.SECRET, "Hugging Face token for gated models, given to this engine only.", secret=True),
         Setting(
             "hf_token_file",
@@ -477,6 +483,13 @@ SERVER = Group(
     "The HTTP side. Under systemd the addresses are those of vllmd.socket, whatever is said here.",
     (
         Setting("listen", k.LISTEN, "Addresses to listen on when not activated by systemd.", flag="--listen"),
+        Setting(
+            "user",
+            k.TEXT,
+            "User that vllmd becomes, with all its engines, when root runs vllmd serve: once it listens, before it "
+            "reads a request. Under systemd User= of vllmd.service says that.",
+            flag="--user",
+        ),
         Setting("host", k.HOST, "Short for listen, with port.", field=None, flag="--host"),
         Setting("port", k.PORT, "Short for listen, with host; 0 picks a free one.", None, flag="--port"),
         Setting("idle_exit", k.OR_NEVER, "Exit when nothing is loaded and nobody is connected for this time."),

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from vllmd.core.types import IdleRules, WhenFree
 
+OWN_USER = "own"
+
 
 @dataclass(frozen=True, slots=True)
 class ScopeLimits:
@@ -69,6 +71,7 @@ class ModelConfig:
     replica_of: str = ""
     host: str = ""  # the only machine that it is meant for
     engine: str = "vllm"
+    user: str = ""  # whom its engine runs as: "" is the user of all, OWN_USER one of this model alone
     model: str = ""  # path or repository id; "" means the name
     command: tuple[str, ...] = field(
         default=(), repr=False
@@ -146,6 +149,7 @@ class ServerConfig:
     """The HTTP side. Sizes in bytes, times in seconds."""
 
     listen: tuple[str, ...] = ("127.0.0.1:33258", "[::1]:33258")  # used only without socket activation
+    user: str = ""  # whom vllmd becomes when root starts it by hand
     idle_exit: float | None = 60.0  # the daemon exits after so long with nothing loaded and nobody connected
     max_body: int = 64 << 20
     max_head: int = 64 << 10

@@ -2,13 +2,14 @@
 
 The ledger is written before a command goes out (a start is booked at once with
 what it may need) and after an answer came back (memory is released only when
-it is known to be free), so that it never promises the same byte twice.
+it is known to be free), so that it never promises the same byte twice. Who holds
+it, an engine, is only a key here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 
 from vllmd.core.types import Device, GiB
 
@@ -16,7 +17,7 @@ from vllmd.core.types import Device, GiB
 class Account:
     """One device: what it has, what models were promised, and what others hold."""
 
-    __slots__ = ("capacity", "device", "external", "looked", "missing", "promised")
+    __slots__ = ("capacity", "device", "drained", "external", "gone", "ill", "looked", "missing", "promised")
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -25,6 +26,14 @@ class Account:
         self.external = 0
         self.looked: float | None = None  # when strangers were last read; None: nobody reads them
         self.missing = 0  # bytes that did not come back after a stop: the device is wedged
+        self.ill = ""  # what its driver says against using it
+        self.gone = False  # it is not there any more, but models still hold some of it
+        self.drained = False  # by an operator
+
+    def redefine(self, device: Device) -> None:
+        """The same device with another size or reserve, or again."""
+        self.device, self.gone = device, False
+        self.capacity = device.memory - device.reserve
 
     @property
     def free(self) -> int:
@@ -34,7 +43,16 @@ class Account:
     @property
     def wedged(self) -> str:
         """Why the device is avoided; empty if it is not."""
-        return f"{gib(self.missing)} did not come back after a stop" if self.missing else ""
+        if self.gone:
+            return "it is not there any more"
+        if self.missing and not self.ill:
+            return f"{gib(self.missing)} did not come back after a stop"
+        return self.ill or ("an operator drained it" if self.drained else "")
+
+    @property
+    def avoided(self) -> bool:
+        """Whether nothing is put there."""
+        return bool(self.missing or self.ill or self.gone or self.drained)
 
 
 class Ledger:
@@ -43,49 +61,64 @@ class Ledger:
     def __init__(self, devices: Iterable[Device], host_budget: int) -> None:
         self.accounts = {device.index: Account(device) for device in devices}
         self.host_budget = host_budget
+        self.unknown = ""  # why nobody knows what devices there are or what they hold; "": it is known
+        self.asking = False  # that may yet be known in a moment
         self.host_promised = 0
-        self._held: dict[str, dict[int, int]] = {}
-        self._host: dict[str, int] = {}
+        self._held: dict[Hashable, dict[int, int]] = {}
+        self._host: dict[Hashable, int] = {}
 
-    def hold(self, model: str, shares: Mapping[int, int]) -> None:
-        """``model`` holds these bytes per device index, and no others. Absurd (negative) shares count as none."""
-        self._unbook(model)
+    def take(self, devices: Iterable[Device]) -> None:
+        """These are the devices now. One that is gone keeps its account as long as a model holds some of it."""
+        now = {device.index: device for device in devices}
+        for index, account in list(self.accounts.items()):
+            account.gone = index not in now
+            if account.gone and not account.promised:
+                del self.accounts[index]
+        for index in sorted(now):
+            if index in self.accounts:
+                self.accounts[index].redefine(now[index])
+            else:
+                self.accounts[index] = Account(now[index])
+
+    def hold(self, holder: Hashable, shares: Mapping[int, int]) -> None:
+        """``holder`` holds these bytes per device index, and no others. Absurd (negative) shares count as none."""
+        self._unbook(holder)
         known = {index: max(0, share) for index, share in shares.items() if index in self.accounts}
         for index, share in known.items():
             self.accounts[index].promised += share
         if known:
-            self._held[model] = known
+            self._held[holder] = known
 
-    def release(self, model: str) -> None:
-        """Every process of ``model`` is gone: it holds nothing any more."""
-        self._unbook(model)
-        self.hold_host(model, 0)
+    def release(self, holder: Hashable) -> None:
+        """Every process of ``holder`` is gone: it holds nothing any more."""
+        self._unbook(holder)
+        self.hold_host(holder, 0)
 
-    def _unbook(self, model: str) -> None:
-        for index, share in self._held.pop(model, {}).items():
+    def _unbook(self, holder: Hashable) -> None:
+        for index, share in self._held.pop(holder, {}).items():
             self.accounts[index].promised -= share
 
-    def held(self, model: str) -> Mapping[int, int]:
-        """Bytes that ``model`` holds, per device index."""
-        return self._held.get(model, {})
+    def held(self, holder: Hashable) -> Mapping[int, int]:
+        """Bytes that ``holder`` holds, per device index."""
+        return self._held.get(holder, {})
 
-    def most(self, model: str) -> int:
-        """Bytes that ``model`` holds on the device where it holds most."""
-        return max(self._held.get(model, {}).values(), default=0)
+    def most(self, holder: Hashable) -> int:
+        """Bytes that ``holder`` holds on the device where it holds most."""
+        return max(self._held.get(holder, {}).values(), default=0)
 
-    def hold_host(self, model: str, size: int) -> None:
-        """``model`` keeps ``size`` bytes of host memory; 0: none."""
-        self.host_promised += size - self._host.pop(model, 0)
+    def hold_host(self, holder: Hashable, size: int) -> None:
+        """``holder`` keeps ``size`` bytes of host memory; 0: none."""
+        self.host_promised += size - self._host.pop(holder, 0)
         if size:
-            self._host[model] = size
+            self._host[holder] = size
 
-    def host_held(self, model: str) -> int:
-        """Host bytes that ``model`` keeps."""
-        return self._host.get(model, 0)
+    def host_held(self, holder: Hashable) -> int:
+        """Host bytes that ``holder`` keeps."""
+        return self._host.get(holder, 0)
 
-    def host_free_for(self, model: str) -> int:
-        """Host bytes that ``model`` could have, what it keeps already included."""
-        return self.host_budget - self.host_promised + self._host.get(model, 0)
+    def host_free_for(self, holder: Hashable) -> int:
+        """Host bytes that ``holder`` could have, what it keeps already included."""
+        return self.host_budget - self.host_promised + self._host.get(holder, 0)
 
     def external(self, held: Mapping[int, int], now: float) -> None:
         """Take NVML's word for what strangers hold; what cannot be (negative, more than there is) is cut to size."""

@@ -18,8 +18,11 @@ from vllmd.core.scheduler import Scheduler
 from vllmd.core.types import Decision
 from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.engine_manager import EngineManager
+from vllmd.systemd.throttle import Throttle
 
 log = logging.getLogger("vllmd")
+
+DECISIONS = 300  # of a kind that are logged per minute
 
 
 class Dispatcher:
@@ -33,6 +36,7 @@ class Dispatcher:
         self._timer: asyncio.TimerHandle | None = None  # then, or earlier
         self._loop = asyncio.get_running_loop()
         self._execute: dict[type, Callable[[Any], None]] = {}  # each takes its own command
+        self._throttles: dict[str, Throttle] = {}  # of the log, by kind of decision
         self.on_decision: Callable[[Decision], None] = lambda decision: None
         self.on_change: Callable[[], None] = lambda: None
 
@@ -45,6 +49,7 @@ class Dispatcher:
             commands.StopEngine: engine_manager.stop,
             commands.ProveFreeze: engine_manager.prove_freeze,
             commands.ProbeReplica: engine_manager.probe,
+            commands.RenameReplica: engine_manager.rename,
             commands.Admit: admission_gate.admit,
             commands.Reject: admission_gate.reject,
             commands.CutRequest: admission_gate.cut,
@@ -105,9 +110,18 @@ class Dispatcher:
     def _record(self, command: commands.Record) -> None:
         decision = command.decision
         numbers = {f"VLLMD_{key.upper()}": value for key, value in decision.numbers.items()}
-        fields = {"MODEL": decision.model, "DECISION": decision.what, **numbers}
-        log.info("%s: %s: %s", decision.model, decision.what, decision.why, extra={"journal": fields})
+        replica = {"VLLMD_REPLICA": decision.replica} if decision.replica else {}
+        fields = {"MODEL": decision.model, "DECISION": decision.what, **replica, **numbers}
+        about = decision.replica or decision.model
+        # Clients lead to many of them, refused requests above all: each kind has a rate of its own.
+        throttle = self._throttles.setdefault(decision.what, Throttle(log, burst=DECISIONS))
+        throttle.say(logging.INFO, "%s: %s: %s", about, decision.what, decision.why, fields=fields)
         self.on_decision(decision)
+
+    def flush_log(self) -> None:
+        """Say how many decisions were not logged, if none came since that would have said so."""
+        for throttle in self._throttles.values():
+            throttle.flush()
 
     def close(self) -> None:
         """Wait for nothing more."""

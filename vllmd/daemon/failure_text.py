@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import signal
+from collections.abc import Sequence
 
 from vllmd.engines.base import Failure
 from vllmd.launcher.client import ExitReport
 
 MOST_PLACES = 10
 REASON_LINES = 12  # of the log in a failure's reason
+AROUND = 3  # lines shown before and after the root error, where that is not among the last
+_DIRECTORIES = re.compile(r"(?<![\w.:/])/(?:[\w.@+~-]+/)+(?=[\w.@+~-])")  # of an absolute path; not of a URL
 
 
 def how_it_ended(report: ExitReport | None) -> str:
@@ -34,11 +38,30 @@ def with_root(what: str, failure: Failure) -> str:
     return "; ".join(part for part in (f"{what}: {failure.reason}", failure.hint) if part)
 
 
-def with_last_lines(what: str, lines: list[str]) -> str:
-    """``what``, and the engine's last words below it."""
+def with_last_lines(what: str, lines: Sequence[str], root: str = "") -> str:
+    """``what``, and the engine's last words below it; those around ``root`` as well, if it is further above."""
     if not lines:
         return f"{what}; it logged nothing"
-    return "\n".join([f"{what}; its last log lines:", *lines[-REASON_LINES:]])
+    last = list(lines[-REASON_LINES:])
+    at = next((index for index in reversed(range(len(lines))) if root and root in lines[index]), -1)
+    if 0 <= at < len(lines) - REASON_LINES:
+        return "\n".join([
+            f"{what}; its log around that, and its last lines:",
+            *lines[max(0, at - AROUND) : min(at + AROUND + 1, len(lines) - REASON_LINES)],
+            "[...]",
+            *last,
+        ])  # fmt: skip
+    return "\n".join([f"{what}; its last log lines:", *last])
+
+
+def for_clients(reason: str) -> str:
+    """What a client of the model API is told: the cause in one line, without the machine's log and folders.
+
+    Operators read all of it in ``vllmctl why``.
+    """
+    first = reason.partition("\n")[0].removesuffix("; its last log lines:")
+    first = first.removesuffix("; its log around that, and its last lines:")
+    return _DIRECTORIES.sub("\N{HORIZONTAL ELLIPSIS}/", first)
 
 
 def places(broken: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -16,20 +17,40 @@ Listeners = dict[str, list[socket.socket]]
 
 
 @contextlib.contextmanager
-def listeners(addresses: tuple[str, ...], environment: Mapping[str, str]) -> Iterator[Listeners]:
+def listeners(
+    addresses: tuple[str, ...], environment: Mapping[str, str], owner: tuple[int, int] | None = None
+) -> Iterator[Listeners]:
     """``http`` on the addresses (``host:port``, ``[v6]:port`` or a path), ``admin`` where vllmctl looks for it.
 
+    ``owner``: user and group who get the admin socket, and the folder if it is made for it.
     Raises OSError if an address cannot be had. Without an admin socket (somebody
     else has it, or there is no place for it) everything works but vllmctl.
     """
-    own = {"http": [_listen(address) for address in addresses]}
+    own = {"http": _all_that_can_be_had(addresses)}
     path = admin_path(environment)
-    admin = _admin(path)
+    admin = _admin(path, owner)
     try:
         yield {**own, "admin": [admin]} if admin else own
     finally:
         if admin:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):  # in root's folder, by whom root became
+                path.unlink(missing_ok=True)
+
+
+def _all_that_can_be_had(addresses: tuple[str, ...]) -> list[socket.socket]:
+    """Raises OSError, which names the address. IPv6's loopback alone may be missing beside others: some have none."""
+    found: list[socket.socket] = []
+    for address in addresses:
+        try:
+            found.append(_listen(address))
+        except OSError as error:
+            missing = address.startswith("[::1]:") and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+            if not missing or len(addresses) == 1:
+                for listener in found:
+                    listener.close()
+                raise OSError(error.errno, f"{address}: {error.strerror}") from None
+            log.info("not listening on %s: this machine has no IPv6", address)
+    return found
 
 
 def admin_path(environment: Mapping[str, str]) -> Path:
@@ -39,17 +60,23 @@ def admin_path(environment: Mapping[str, str]) -> Path:
     return Path(given) if given else Path(runtime) / "vllmd" / "admin.sock"
 
 
-def _admin(path: Path) -> socket.socket | None:
+def _admin(path: Path, owner: tuple[int, int] | None) -> socket.socket | None:
     try:
-        path.parent.mkdir(mode=0o700, exist_ok=True)
+        if not path.parent.is_dir():
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            if owner:
+                os.chown(path.parent, *owner)
         if _alive(path):
             raise OSError("another vllmd listens there")
         path.unlink(missing_ok=True)
         before = os.umask(0o077)
         try:
-            return _listen(str(path))
+            listener = _listen(str(path))
         finally:
             os.umask(before)
+        if owner:
+            os.chown(path, *owner, follow_symlinks=False)
+        return listener
     except OSError as error:
         log.warning("no admin socket at %s, vllmctl will not reach this vllmd: %s", path, error)
         return None

@@ -6,31 +6,57 @@ import contextlib
 import logging
 import re
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
+
+from vllmd.config.names import readable
 
 log = logging.getLogger("vllmd.logfile")
 
 SIZE, KEPT = 10 << 20, 5  # bytes of one file, and how many old ones
+RUNS = 5  # of a model whose files are kept: an engine that dies at once, again and again, must not fill the disk
+RATE, BURST = 1 << 20, 8 << 20  # bytes per second in the long run, and at a time
 
 
 class LogFile:
-    """``{model}_{port or instance}.log``; a file that cannot be written is told once and harms nothing."""
+    """``{model}_{port or instance}.log``; a file that cannot be written is told once and harms nothing.
 
-    def __init__(self, path: Path) -> None:
+    What an engine writes faster than ``RATE`` is left out and counted.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self.path = path
         with contextlib.suppress(OSError):  # the first line will tell
             path.parent.mkdir(parents=True, exist_ok=True)
-        self._handler = _Quiet(path, maxBytes=SIZE, backupCount=KEPT, encoding="utf-8", delay=True)
+        self._handler = _Quiet(path, maxBytes=SIZE, backupCount=KEPT, encoding="utf-8", errors="replace", delay=True)
+        self._clock = clock
+        self._room, self._at, self._missed = float(BURST), clock(), 0
 
     def write(self, lines: Iterable[str]) -> None:
         """Append the lines."""
+        now = self._clock()
+        self._room, self._at = min(float(BURST), self._room + (now - self._at) * RATE), now
         for line in lines:
-            self._handler.emit(logging.makeLogRecord({"msg": line}))
+            if self._room < len(line):
+                self._missed += 1
+                continue
+            self._room -= len(line) + 1
+            self._tell_missed()
+            self._emit(line)
+
+    def _tell_missed(self) -> None:
+        if self._missed:
+            self._emit(f"[{self._missed} lines were left out here: more than {RATE >> 20} MiB/s; the journal has them]")
+            self._missed = 0
+
+    def _emit(self, line: str) -> None:
+        self._handler.emit(logging.makeLogRecord({"msg": line}))
 
     def close(self) -> None:
         """No more; what a full disk did not take is lost."""
+        self._tell_missed()
         with contextlib.suppress(OSError):
             self._handler.close()
 
@@ -50,4 +76,21 @@ class _Quiet(RotatingFileHandler):
 
 def path_of(folder: Path, model: str, port_or_instance: str) -> Path:
     """Where the output of a model's engine is kept; a model's slashes become underscores."""
-    return folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', model)}_{port_or_instance}.log"
+    return folder / f"{_safe(model)}_{port_or_instance}.log"
+
+
+def forget_old_runs(folder: Path, model: str) -> None:
+    """Remove the files of a model's earlier runs but the last ones. Raises OSError."""
+    name = re.compile(rf"({re.escape(_safe(model))}_(?:\d+|{re.escape(readable(model))}-[0-9a-f]{{6}}))\.log(?:\.\d+)?")
+    runs: dict[str, list[Path]] = {}
+    for path in folder.iterdir():
+        if found := name.fullmatch(path.name):
+            runs.setdefault(found[1], []).append(path)
+    newest = sorted(runs.values(), key=lambda files: max(file.lstat().st_mtime for file in files), reverse=True)
+    for files in newest[RUNS - 1 :]:  # one more is about to begin
+        for file in files:
+            file.unlink(missing_ok=True)
+
+
+def _safe(model: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", model)

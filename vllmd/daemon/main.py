@@ -19,6 +19,7 @@ import vllmd
 from vllmd.config.loader import load
 from vllmd.config.settings import flags
 from vllmd.config.types import Config
+from vllmd.daemon import identity
 from vllmd.daemon.listen import Listeners, listeners
 from vllmd.daemon.service import Daemon, RuntimeEnvironment
 from vllmd.errors import ConfigError
@@ -65,10 +66,16 @@ def _serve(config: Config, broken: str, given: Listeners, reload: Any) -> int:
         log.error("the configuration is invalid, every request is answered with this:\n%s", broken)
     with contextlib.ExitStack() as stack:
         try:
-            sockets = given or stack.enter_context(listeners(config.server.listen, os.environ))
+            owner = identity.given(config)
         except OSError as error:
-            print(f"cannot listen on {', '.join(config.server.listen)}: {error}", file=sys.stderr)
+            print(f"cannot run as {config.server.user}: {error}", file=sys.stderr)
+            return EX_CONFIG
+        try:
+            sockets = given or stack.enter_context(listeners(config.server.listen, os.environ, owner))
+        except OSError as error:
+            print(f"cannot listen on {error.strerror}", file=sys.stderr)
             return EX_UNAVAILABLE
+        identity.become(config, os.environ, activated=bool(given))
         around = stack.enter_context(runtime(os.environ, activated=bool(given)))
         return asyncio.run(_live(config, broken, around, reload, sockets))
 
@@ -91,6 +98,7 @@ def runtime(environment: Mapping[str, str], *, activated: bool) -> Iterator[Runt
             launcher=environment.get("VLLMD_LAUNCHER", ""),
             run_dir=Path(own or environment["VLLMD_ENGINE_RUN_DIR"]),
             home=Path(home) if home else None,
+            homes=Path(environment["VLLMD_ENGINE_HOMES"]) if environment.get("VLLMD_ENGINE_HOMES") else None,
             cache=Path(cache) if cache else None,
             logs=_logs(environment),
             activated=activated,

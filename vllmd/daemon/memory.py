@@ -1,7 +1,8 @@
 """Samples of the devices' memory, and whether memory that was freed has come back.
 
 NVML can hang on a wedged driver, so every read happens in a thread and under a
-time limit; a device that does not answer is reported, never waited for.
+time limit; a device that does not answer is reported, never waited for. Where
+nothing answers any more that is said in ``trouble``, until something does.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("vllmd.memory")
 
 SAMPLE_LIMIT = 5.0  # seconds for one reading of all devices
+LATE = 0.25  # seconds after which a reading is late; who finds one late does not wait for it as long as its first asker
+SILENT_AFTER = 2  # failed readings in a row: the first may be a driver that is being reloaded
 RETURN_LIMIT = 10.0  # seconds for freed memory to show as free
 RETURN_POLL = 0.1
 TOLERANCE = 256 << 20  # bytes; what a sample may differ by without meaning anything
@@ -32,13 +35,39 @@ class Memory:
     """What the devices say, attributed to models by their processes."""
 
     def __init__(self, devices: Devices, files: Mapping[int, Path] | None = None) -> None:
-        self._devices = devices
         self._files = files or {}  # of declared devices, for stand-in engines
+        self.last: Sample | None = None
+        self._reading: asyncio.Future[Sample] | None = None
+        self._began = 0.0
+        self._silent = ""  # why no device at all could be read, the last times
+        self._failures = 0  # of whole readings, in a row
+        self.take(devices)
+
+    def take(self, devices: Devices, files: Mapping[int, Path] | None = None) -> None:
+        """Go on with these devices."""
+        self._devices = devices
+        self._files = self._files if files is None else files
         self.inventory: tuple[Device, ...] = devices.inventory()
         self._by_index = {device.index: device for device in self.inventory}
         self.readable = devices.readable
-        self.last: Sample | None = None
-        self._reading: asyncio.Future[Sample] | None = None
+        self._silent, self._failures = "", 0
+
+    @property
+    def devices(self) -> Devices:
+        """Where the figures come from."""
+        return self._devices
+
+    @property
+    def trouble(self) -> str:
+        """Why nobody knows what devices there are, or what they hold; "" if it is known."""
+        if self._devices.trouble:
+            return str(self._devices.trouble)
+        return self._silent if self._failures >= SILENT_AFTER else ""
+
+    @property
+    def hangs(self) -> bool:
+        """A reading is under way that should have come back long ago."""
+        return self._reading is not None and not self._reading.done() and time.monotonic() > self._began + LATE
 
     @property
     def source(self) -> str:
@@ -55,22 +84,36 @@ class Memory:
         return files if len(files) == len(placement.devices) else ()
 
     async def sample(self) -> Sample | None:
-        """One reading of all devices; None if they cannot be read or do not answer in time."""
+        """One reading of all devices, shared by all who ask meanwhile; None if they cannot be read or do not answer."""
         if not self.readable:
             return None
-        if self._reading is None or self._reading.done():
+        reading = self._reading
+        if reading is None or reading.done():
             # A reading that hangs is not repeated: one stuck thread is enough.
-            self._reading = in_thread(self._devices.sample)
-        done, _ = await asyncio.wait({self._reading}, timeout=SAMPLE_LIMIT)
+            reading = self._reading = in_thread(self._devices.sample)
+            self._began = time.monotonic()
+        done, _ = await asyncio.wait({reading}, timeout=LATE if self.hangs else SAMPLE_LIMIT)
         if not done:
-            log.error("the devices did not answer within %.0f s", SAMPLE_LIMIT)
+            self._say_silent(f"the driver does not answer: a reading hangs for {time.monotonic() - self._began:.0f} s")
+            self._failures = SILENT_AFTER  # that was long enough
             return None
         try:
-            self.last = self._reading.result()
+            sample = reading.result()
         except Exception as error:  # whatever a driver's library throws
-            log.error("cannot read the devices: %s", error)
+            self._say_silent(f"the devices cannot be read: {error}")
             return None
-        return self.last
+        self.last = sample
+        if sample.silent and self.inventory:
+            self._say_silent(f"no device can be read: {sample.silent}")
+        else:
+            self._silent, self._failures = "", 0
+        return sample
+
+    def _say_silent(self, why: str) -> None:
+        self._failures += 1
+        if not self._silent:
+            log.error("%s", why)
+            self._silent = why
 
     async def report(
         self, processes: Mapping[str, EngineProcess], expected: Mapping[tuple[str, int], int]
@@ -86,8 +129,11 @@ class Memory:
         return events.MemorySampled(external, models, dict(sample.failed))
 
     async def held(self, process: EngineProcess) -> dict[int, int]:
-        """Bytes per device index that the engine's processes hold now; empty if it cannot be known."""
-        sample = await self.sample()
+        """Bytes per device index that the engine's processes hold now; empty if it cannot be known.
+
+        One that has no device asks none: a driver that hangs is nothing to it.
+        """
+        sample = await self.sample() if process.placement.devices else None
         if sample is None or process.running is None:
             return {}
         name = process.model.name

@@ -1,13 +1,23 @@
-"""What a client calls a model -> the model: exact name, alias, or a suffix that fits only one."""
+"""What a client calls a model -> the model.
+
+The exact name or alias first. What clients make of names by habit comes after it, one habit after another, and each
+only where it leads to one model: a tag ``:latest`` (Ollama's clients), other case or another Unicode form of the same
+letters, a provider's prefix (LiteLLM's and others' ``openai/``, ``ollama/``, ``hosted_vllm/``), and the end of a name
+without what stands before its slashes. Nothing that could be two models is guessed.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from vllmd.config.types import ModelConfig
 from vllmd.errors import BadRequest, UnknownModel
 from vllmd.proxy.gate import LONGEST_NAME, TOO_LONG_A_NAME
+
+LATEST = ":latest"
+PREFIXES = ("openai/", "ollama/", "ollama_chat/", "hosted_vllm/", "vllm/", "llamacpp/", "lm_studio/", "custom_openai/")
 
 
 class Names:
@@ -18,10 +28,15 @@ class Names:
         for model in models:
             for name in (model.name, *model.aliases):
                 self._exact[name] = model.name
+        self._folded: dict[str, set[str]] = {}
         self._suffixes: dict[str, set[str]] = {}
+        self._folded_suffixes: dict[str, set[str]] = {}
         for name, model_name in self._exact.items():
+            for kept in (name, name.removesuffix(LATEST)):
+                self._folded.setdefault(folded(kept), set()).add(model_name)
             for suffix in _suffixes(name):
                 self._suffixes.setdefault(suffix, set()).add(model_name)
+                self._folded_suffixes.setdefault(folded(suffix), set()).add(model_name)
 
     def resolve(self, name: str, visible: Callable[[str], bool] = lambda model: True) -> str:
         """The model's configured name. Raises UnknownModel, or BadRequest if it is missing or could be several.
@@ -29,20 +44,58 @@ class Names:
         Only ``visible`` models are guessed and suggested; another one is found by its full name or alias alone,
         and whoever asks finds out whether it may be used.
         """
-        if not name:
-            raise BadRequest("the request names no model; GET /v1/models lists those there are", param="model")
         if name in self._exact:
             return self._exact[name]
+        if not name:
+            return self._only(visible)
         if len(name) > LONGEST_NAME:  # before anything is compared with it
             raise BadRequest(TOO_LONG_A_NAME, param="model")
-        candidates = sorted(filter(visible, self._suffixes.get(name, ())))
-        if len(candidates) == 1:
-            return candidates[0]
-        if candidates:
-            raise BadRequest(
-                f"model {name!r} could be any of: {', '.join(candidates)}; name one of them", param="model"
-            )
+        for readings in self._readings(name):
+            found = set(filter(visible, readings))
+            if len(found) == 1:
+                return next(iter(found))
+            if found:
+                several = ", ".join(sorted(found))
+                raise BadRequest(f"model {name!r} could be any of: {several}; name one of them", param="model")
         raise UnknownModel(self._unknown(name, visible), param="model")
+
+    def with_replica(
+        self, name: str, engines: Mapping[str, ModelConfig], visible: Callable[[str], bool] = lambda model: True
+    ) -> str:
+        """The configured name of a model, or the id of a replica. ``engines``: all there are, by id.
+
+        A replica may also be called ``ALIAS@2``, or by the end of its model's name. Raises as ``resolve`` does.
+        """
+        if name in engines and engines[name].replica_of:
+            return name
+        short, _, label = name.rpartition("@")
+        try:
+            return self.resolve(name, visible)
+        except UnknownModel:
+            if not short or (known := f"{self.resolve(short, visible)}@{label}") not in engines:
+                raise
+            return known
+
+    def _readings(self, name: str) -> Iterator[set[str]]:
+        """The models that ``name`` can mean, by one habit after another."""
+        plain = name.removesuffix(LATEST)
+        for tagged in (plain, plain + LATEST):
+            if tagged in self._exact:
+                yield {self._exact[tagged]}
+        yield self._folded.get(folded(plain), set())
+        lowered = plain.lower()
+        for prefix in PREFIXES:
+            if lowered.startswith(prefix):
+                yield self._folded.get(folded(plain[len(prefix) :]), set())
+        for known, wanted in _by_suffix(self._suffixes, self._folded_suffixes, plain):
+            yield known.get(wanted, set())
+
+    def _only(self, visible: Callable[[str], bool]) -> str:
+        """The model of a request that names none, as llama.cpp's own clients do: the only one there is."""
+        models = set(filter(visible, self._exact.values()))
+        if len(models) != 1:
+            raise BadRequest("the request names no model; GET /v1/models lists those there are", param="model")
+        return models.pop()
 
     def _unknown(self, name: str, visible: Callable[[str], bool]) -> str:
         if not self._exact:
@@ -60,3 +113,18 @@ def _suffixes(name: str) -> Iterable[str]:
     """``org/team/name`` may also be called ``team/name`` or ``name``."""
     parts = name.split("/")
     return ("/".join(parts[start:]) for start in range(1, len(parts)))
+
+
+def folded(name: str) -> str:
+    """``name`` without the difference between cases, and between the ways in which Unicode writes one letter."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+
+
+def _by_suffix(
+    suffixes: Mapping[str, set[str]], folded_suffixes: Mapping[str, set[str]], name: str
+) -> Iterator[tuple[Mapping[str, set[str]], str]]:
+    """Where to look for a name that is the end of another one, also behind a provider's prefix."""
+    lowered = name.lower()
+    for asked in (name, *(name[len(prefix) :] for prefix in PREFIXES if lowered.startswith(prefix))):
+        yield suffixes, asked
+        yield folded_suffixes, folded(asked)

@@ -29,11 +29,13 @@ async def gpus(memory: Memory) -> list[dict[str, Any]]:
     """M's ``GPUInfo`` per device that can be read. Raises Unsupported, Unavailable."""
     from vllmd.gpu import gpu_infos
 
+    if memory.devices.trouble:
+        raise Unavailable(f"the devices do not answer: {memory.trouble}", retry_after=5)
     if not memory.readable:
         raise Unsupported(f"the GPUs of this machine cannot be read: {memory.source}")
     sample = await memory.sample()
     if sample is None:
-        raise Unavailable("the GPU driver does not answer", retry_after=5)
+        raise Unavailable(memory.trouble or "the GPU driver does not answer", retry_after=5)
     return [info.to_json() for info in await asyncio.to_thread(gpu_infos, sample)]
 
 

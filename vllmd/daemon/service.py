@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from vllmd.config.replicas import engines_of, is_this_host, meant_here
 from vllmd.config.types import Config, ModelConfig
 from vllmd.core import events
-from vllmd.core.types import State
+from vllmd.core.types import ReplicaView, State
 from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.control import DaemonControl
 from vllmd.daemon.discovery import with_discovered
@@ -27,13 +27,13 @@ from vllmd.daemon.engine_resolver import EngineResolver
 from vllmd.daemon.failure_text import places
 from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.listeners import Listeners
-from vllmd.daemon.roster import Roster
 from vllmd.daemon.runtime_models import addresses
 from vllmd.engines.base import Listen
 from vllmd.errors import ConfigError, Unavailable
 from vllmd.systemd.notify import Notifier
 
 if TYPE_CHECKING:
+    from vllmd.daemon.device_watch import DeviceWatch
     from vllmd.daemon.dispatcher import Dispatcher
     from vllmd.daemon.engine_manager import EngineManager
     from vllmd.daemon.memory import Memory
@@ -61,6 +61,7 @@ class RuntimeEnvironment:
     launcher: str = ""  # socket path; "" makes a private launcher that takes its engines along
     run_dir: Path = Path("/run/vllmd-engine")
     home: Path | None = None  # of the engines
+    homes: Path | None = None  # where those of models with a user of their own are
     cache: Path | None = None
     logs: Path | None = None
     activated: bool = False  # listeners came from systemd: exit when idle
@@ -72,8 +73,7 @@ class Daemon:
 
     def __init__(self, config: Config, runtime: RuntimeEnvironment, reload: Callable[[], Config]) -> None:
         self.config = config
-        self.roster = Roster({})
-        self.engines: Mapping[str, ModelConfig] = {}  # of its models, by the name that the core knows each by
+        self.engines: Mapping[str, ModelConfig] = {}  # of its models, by the id that the core knows each by
         self.runtime = runtime
         self.broken = ""  # why the configuration cannot be used, if it cannot
         self.started = time.time()
@@ -90,6 +90,9 @@ class Daemon:
         self.admission_gate.phase_of, self.admission_gate.on_retry = self.control.phase_of, self.control.retried
         self._side_tasks: set[asyncio.Task[None]] = set()
         self._sampling = asyncio.Lock()
+        self.watch: DeviceWatch
+        self._trouble = ""  # what the core was last told of the devices
+        self._avoided: tuple[Mapping[int, str], Mapping[int, str]] = ({}, {})
         self.listeners: Listeners
         self.take: Callable[[Config], Awaitable[dict[str, Any]]]  # goes on with another configuration
         self.backend = ""
@@ -104,10 +107,12 @@ class Daemon:
     async def run(self, listeners: Mapping[str, Sequence[socket.socket]]) -> None:
         """Serve until told to stop, or until there has been nothing to do for long enough."""
         self.config = await self._ours(self.config)
-        self.engines, self.roster = engines_of(self.config.models), Roster(self.config.models)
+        self.engines = engines_of(self.config.models)
         self.admission_gate.configure(self.config.models, self.engines)
         self.control.runtime_models.listen = addresses(listeners.get("http", ()))
         self.listeners = Listeners(self.config, self.admission_gate, self.control, listeners)
+        self.listeners.on_outcome = self._outcome
+        self.admission_gate.on_unreached = lambda engine: self.engine_manager.answered(engine, 0, failed=True)
         self._on_signals()
         self.listeners.open()
         self.notify.ready("looking for devices and engines")
@@ -180,6 +185,12 @@ class Daemon:
         process = self.engine_manager.processes.get(model)
         return process.listen if process else None
 
+    def _outcome(self, model: str, status: int, failed: bool) -> None:
+        """What became of a request; of several replicas the scheduler itself judges."""
+        config = self.config.models.get(model)
+        if self.opened.is_set() and config and not config.replicas:
+            self.engine_manager.answered(model, status, failed=failed)
+
     # -- chores ----------------------------------------------------------------------------
 
     async def _tick(self) -> None:
@@ -195,7 +206,7 @@ class Daemon:
             if self.opened.is_set() and now >= looked + self._look_interval():
                 keep, looked = now >= kept + SAMPLE_INTERVAL, now
                 kept = now if keep else kept
-                self._side_task(self._sample(keep=keep))
+                self.side_task(self._sample(keep=keep))
             await asyncio.sleep(min(STATUS_INTERVAL, max(self.config.server.idle_exit or 0.0, SHORTEST_TICK)))
 
     async def _sample(self, *, keep: bool) -> None:
@@ -208,33 +219,52 @@ class Daemon:
         async with self._sampling:
             await self.look()
             if keep:
+                self.dispatcher.flush_log()
                 await self._note_idle()
                 await self._keep_learnt()
 
     async def look(self) -> None:
         """Tell the core what the devices hold now, if they say."""
-        views = self.dispatcher.scheduler.snapshot(self.dispatcher.now()).models
-        expected = {(view.name, index): view.memory for view in views for index in view.devices}
+        expected = {(view.id, index): view.memory for view in self._replicas() for index in view.devices}
         sampled = await self.memory.report(self.engine_manager.processes, expected)
         if sampled is None and self.memory.readable:  # the driver hangs: nobody knows what others hold
             unread = {device.index: "no answer" for device in self.memory.inventory}
             sampled = events.MemorySampled({}, {}, unread)
         if sampled:
             self.dispatcher.post(sampled)
+        self._tell_trouble()
+
+    def _tell_trouble(self) -> None:
+        """Tell the core once whether the devices answer at all, and which of them must not be used."""
+        memory = self.memory
+        if memory.readable and memory.trouble != self._trouble:
+            if self._trouble:
+                log.info("the devices answer again")
+            self.dispatcher.post(events.DevicesChanged(memory.inventory, memory.trouble))
+        self._trouble = memory.trouble
+        ill, lost = (memory.last.ill, memory.last.lost) if memory.last else ({}, {})
+        if (ill, lost) != self._avoided:
+            self._avoided = (dict(ill), dict(lost))
+            self.dispatcher.post(events.DevicesTroubled(dict(ill), dict(lost)))
 
     def _look_interval(self) -> float:
         """How often it matters what the devices hold: something waits for room, is loaded, or has not come back."""
         seen = self.dispatcher.scheduler.snapshot(self.dispatcher.now())
-        if any(view.waiting_for and view.state in (State.STOPPED, State.SLEEPING) for view in seen.models):
+        if any(view.waiting_for and view.state in (State.STOPPED, State.SLEEPING) for view in self._replicas()):
             return WAIT_INTERVAL
-        in_use = (
+        in_use = self.memory.trouble or (
             self.engine_manager.processes or self.admission_gate.open or any(device.wedged for device in seen.devices)
         )
         return SAMPLE_INTERVAL if in_use else math.inf
 
     def _awaited(self) -> bool:
         """Whether a model is to be loaded, by request or by an operator's word."""
-        return any(view.waiting_for for view in self.dispatcher.scheduler.snapshot(self.dispatcher.now()).models)
+        return any(view.waiting_for for view in self._replicas())
+
+    def _replicas(self) -> list[ReplicaView]:
+        """How each engine stands."""
+        seen = self.dispatcher.scheduler.snapshot(self.dispatcher.now())
+        return [view for model in seen.models for view in model.replicas]
 
     def _say_status(self) -> None:
         status = self.status_line()
@@ -252,8 +282,8 @@ class Daemon:
     def _states(self) -> dict[str, str]:
         if not self.opened.is_set():
             return {}
-        views = self.dispatcher.scheduler.snapshot(self.dispatcher.now()).models
-        return {view.name: view.state.value for view in views if view.state not in (State.STOPPED, State.FAILED)}
+        off = (State.STOPPED, State.FAILED)
+        return {view.id: view.state.value for view in self._replicas() if view.state not in off}
 
     def _may_exit(self) -> bool:
         """Whether the idle exit is due: activated, nothing loaded or asked for, nobody connected, for long enough."""
@@ -278,8 +308,8 @@ class Daemon:
         if not self.opened.is_set():
             return
         now = time.time()
-        for view in self.dispatcher.scheduler.snapshot(self.dispatcher.now()).models:
-            process = self.engine_manager.processes.get(view.name)
+        for view in self._replicas():
+            process = self.engine_manager.processes.get(view.id)
             if process and view.idle is not None:
                 await self.engine_manager.annotate(process, idle_since=f"{now - view.idle:.0f}")
 
@@ -339,7 +369,7 @@ class Daemon:
         """Serve by this configuration from now on."""
         self.config, self.broken = config, ""
         self.admission_gate.refusal = None
-        self.engines, self.roster = engines_of(config.models), Roster(config.models)
+        self.engines = engines_of(config.models)
         self.admission_gate.configure(config.models, self.engines)
         self.listeners.configure(config)
 
@@ -365,7 +395,7 @@ class Daemon:
         if ends_with_terminal and not _terminal():
             self.stop()
         else:
-            self._side_task(self._reload_logged())
+            self.side_task(self._reload_logged())
 
     async def _reload_logged(self) -> None:
         with contextlib.suppress(ConfigError):
@@ -385,7 +415,7 @@ class Daemon:
         finally:
             self.notify.ready()
 
-    def _side_task(self, work: Coroutine[Any, Any, None]) -> None:
+    def side_task(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
         self._side_tasks.add(task)
         task.add_done_callback(self._side_tasks.discard)

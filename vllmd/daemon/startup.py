@@ -14,35 +14,38 @@ from vllmd.config.types import Config, ModelConfig
 from vllmd.core import events
 from vllmd.core.costs import CostBook
 from vllmd.core.scheduler import Scheduler
-from vllmd.core.types import ModelSpec, Settings
-from vllmd.daemon import discovery
+from vllmd.core.types import ModelSpec, ReplicaSpec, Settings, renamed
 from vllmd.daemon.adoption import adopt_all
+from vllmd.daemon.device_watch import LIMIT, DeviceWatch
 from vllmd.daemon.dispatcher import Dispatcher
 from vllmd.daemon.engine_keys import EngineKeys
 from vllmd.daemon.engine_manager import EngineManager
 from vllmd.daemon.engine_process import fingerprint
+from vllmd.daemon.homes import Homes
 from vllmd.daemon.launch_planner import LaunchPlanner, Paths
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.ports import PortPool
 from vllmd.daemon.preflight import Machine, Prospect, look, say
-from vllmd.daemon.service import Daemon, RuntimeEnvironment
-from vllmd.daemon.specs import spec_of
+from vllmd.daemon.service import Daemon
+from vllmd.daemon.specs import model_spec, replica_spec
 from vllmd.errors import LauncherFailed
-from vllmd.gpu import Devices, NoDevices, in_thread, open_devices
+from vllmd.gpu import Devices, open_devices
 from vllmd.launcher.client import LauncherClient
 
 log = logging.getLogger("vllmd")
 
-DEVICES_LIMIT = 30.0  # seconds for the driver to say what there is
 LAUNCHER_RETRY = 1.0  # seconds
 T = TypeVar("T")
 
 
 async def start(daemon: Daemon) -> None:
     """Find the devices, the launcher and what runs already; then let requests through."""
-    files = {index: device.file for index, device in enumerate(daemon.config.devices or ()) if device.file}
-    daemon.memory = Memory(await find_devices(daemon.config, daemon.runtime.environment), files)
-    log.info("devices: %s", daemon.memory.source)
+    daemon.watch = DeviceWatch(
+        lambda known: open_devices(daemon.config, daemon.runtime.environment, known=known),
+        lambda devices: take_devices(daemon, devices),
+    )
+    daemon.memory = Memory(await daemon.watch.begin(), files_of(daemon.config))
+    say_devices(daemon)
     await asyncio.to_thread(daemon.learnt.load)
     prospects = await asyncio.to_thread(expect, daemon, daemon.engines)
     daemon.dispatcher = Dispatcher(make_scheduler(daemon, prospects))
@@ -52,10 +55,14 @@ async def start(daemon: Daemon) -> None:
     daemon.take = lambda config: take(daemon, config)
     daemon.dispatcher.connect(daemon.engine_manager, daemon.admission_gate)
     daemon.dispatcher.on_decision, daemon.dispatcher.on_change = daemon.control.note, daemon.control.stir
+    devices = daemon.memory.devices
+    if devices.trouble:
+        daemon.dispatcher.post(events.DevicesChanged((), str(devices.trouble), devices.asking))
     if not daemon.broken:  # with a broken configuration nothing is known about them: a reload will adopt them
         await adopt_running(daemon)
     await daemon.look()  # before anything is placed it must be known what strangers hold
     daemon.opened.set()
+    daemon.side_task(daemon.watch.run())
     daemon.dispatcher.post(events.TimePassed())
 
 
@@ -64,6 +71,38 @@ async def adopt_running(daemon: Daemon) -> None:
     known = {process.instance for process in daemon.engine_manager.processes.values()}
     running = [engine for engine in await answered(daemon.launcher.list) if engine.instance not in known]
     await adopt_all(daemon.engine_manager, running, daemon.engines, daemon.kinds, daemon.dispatcher.post)
+
+
+def files_of(config: Config) -> dict[int, Path]:
+    """The files in which stand-ins keep who holds how much of declared devices."""
+    return {index: device.file for index, device in enumerate(config.devices or ()) if device.file}
+
+
+def say_devices(daemon: Daemon) -> None:
+    """Into the log: an error where they do not answer."""
+    if daemon.memory.devices.trouble:
+        log.error("the devices do not answer (models without devices are served): %s", daemon.memory.trouble)
+    else:
+        log.info("devices: %s", daemon.memory.source)
+
+
+async def take_devices(daemon: Daemon, devices: Devices) -> None:
+    """Go on with what is known of the devices now: sizes are reckoned anew, and whoever waited for one is told."""
+    if devices is daemon.memory.devices:
+        await daemon.look()
+        return
+    async with daemon.control.runtime_models.changing:  # a reload reckons with the devices, too
+        daemon.memory.take(devices, files_of(daemon.config))
+        say_devices(daemon)
+        if not devices.trouble:
+            prospects = await asyncio.to_thread(expect, daemon, daemon.engines)
+            specs = specs_of(daemon.config.models, prospects)
+            daemon.engine_manager.configure(daemon.engines, kv_caches(prospects))
+            daemon.control.configure(specs)
+            daemon.dispatcher.post(events.ModelsChanged(tuple(specs)))
+        unknown = str(devices.trouble or "")
+        daemon.dispatcher.post(events.DevicesChanged(devices.inventory(), unknown, devices.asking))
+        await daemon.look()
 
 
 async def answered(ask: Callable[[], Awaitable[T]]) -> T:
@@ -77,20 +116,19 @@ async def answered(ask: Callable[[], Awaitable[T]]) -> T:
 
 
 async def find_devices(config: Config, environment: Mapping[str, str]) -> Devices:
-    """The devices; a driver that does not answer counts as having none, and is said."""
-    try:
-        return await asyncio.wait_for(in_thread(lambda: open_devices(config, environment)), DEVICES_LIMIT)
-    except TimeoutError:
-        why = f"the GPU driver did not answer within {DEVICES_LIMIT:.0f} s"
-        log.error("%s: continuing without devices", why)
-        return NoDevices(why)
+    """The devices, for whoever can wait for the answer."""
+    return await DeviceWatch(lambda known: open_devices(config, environment), _nobody).begin(LIMIT)
+
+
+async def _nobody(devices: Devices) -> None:
+    """Nobody watches on."""
 
 
 def make_scheduler(daemon: Daemon, prospects: list[Prospect]) -> Scheduler:
     """The core with the models, the devices and what was learnt."""
     config = daemon.config
     settings = Settings(config.policy, host_budget(config), config.server.queue_limit)
-    costs, specs = CostBook.from_dict(daemon.learnt.costs), specs_of(prospects)
+    costs, specs = CostBook.from_dict(daemon.learnt.costs), specs_of(config.models, prospects)
     daemon.control.configure(specs)
     return Scheduler(specs, daemon.memory.inventory, settings, costs)
 
@@ -98,20 +136,25 @@ def make_scheduler(daemon: Daemon, prospects: list[Prospect]) -> Scheduler:
 def expect(daemon: Daemon, models: Mapping[str, ModelConfig]) -> list[Prospect]:
     """What the models will take, told to the log as well; reads their files."""
     run_dir = daemon.config.engines.run_dir or daemon.runtime.run_dir
-    machine = Machine(daemon.memory.inventory, hf_home(daemon.runtime), run_dir)
+    machine = Machine(daemon.memory.inventory, homes(daemon), run_dir)
     prospects = look(models.values(), machine, daemon.kinds)
     say(prospects, machine)
     return prospects
 
 
-def specs_of(prospects: list[Prospect]) -> list[ModelSpec]:
+def specs_of(models: Mapping[str, ModelConfig], prospects: list[Prospect]) -> list[ModelSpec]:
     """What the core knows of the models."""
-    return [spec_of(each.model, each.engine, each.told) for each in prospects]
+    engines: dict[str, list[ReplicaSpec]] = {}
+    for each in prospects:
+        name = each.model.replica_of or each.model.name
+        engines.setdefault(name, []).append(replica_spec(each.model, each.engine, each.told))
+    return [model_spec(models[name], replicas) for name, replicas in engines.items()]
 
 
-def hf_home(runtime: RuntimeEnvironment) -> Path:
-    """Where the engines' Hugging Face cache is."""
-    return discovery.hf_home(runtime.environment, runtime.home)
+def homes(daemon: Daemon) -> Homes:
+    """The homes of the engines' users."""
+    around = daemon.runtime
+    return Homes(daemon.config.engines.home or around.home, around.homes, around.environment)
 
 
 def host_budget(config: Config) -> int:
@@ -149,13 +192,14 @@ async def _launcher_once(daemon: Daemon) -> LauncherClient:
 def make_fleet(daemon: Daemon, prospects: list[Prospect]) -> EngineManager:
     """Who carries out what is decided about engines."""
     engines, around = daemon.config.engines, daemon.runtime
-    paths = Paths(engines.run_dir or around.run_dir, engines.home or around.home)
+    paths = Paths(engines.run_dir or around.run_dir, homes(daemon))
     launch_planner = LaunchPlanner(
         daemon.memory, paths, daemon.kinds, PortPool(engines.port_start, engines.port_end), EngineKeys(around.cache)
     )
     engine_manager = EngineManager(daemon.launcher, daemon.control.take, daemon.memory, launch_planner, around.logs)
     engine_manager.configure(daemon.engines, kv_caches(prospects))
     engine_manager.on_phase, engine_manager.look = daemon.control.stir, daemon.look
+    engine_manager.usual = daemon.dispatcher.scheduler.costs.usual
     return engine_manager
 
 
@@ -164,17 +208,35 @@ def kv_caches(prospects: list[Prospect]) -> dict[str, int]:
     return {each.model.name: each.told.kv_cache for each in prospects}
 
 
+def renamed_engines(engines: Mapping[str, ModelConfig], before: Mapping[str, ModelConfig]) -> dict[str, str]:
+    """The new and the old id of each engine that goes on by another one, as the core has it."""
+    now, was = _ids(engines), _ids(before)
+    pairs = (renamed(was[name], now[name]) for name in now if name in was)
+    return {pair[1]: pair[0] for pair in pairs if pair}
+
+
+def _ids(engines: Mapping[str, ModelConfig]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, engine in engines.items():
+        found.setdefault(engine.replica_of or name, []).append(name)
+    return found
+
+
 async def take(daemon: Daemon, config: Config) -> dict[str, Any]:
     """Go on with another configuration; engines are stopped only where their own settings changed."""
     engines, before = engines_of(config.models), daemon.engines
     prospects = await asyncio.to_thread(expect, daemon, engines)
     was, repaired = daemon.config.models, bool(daemon.broken)
-    kept = engines.keys() & before.keys()
-    changed = {name for name in kept if fingerprint(engines[name]) != fingerprint(before[name])}
+    known = {**{name: name for name in before}, **renamed_engines(engines, before)}
+    kept = {name: known[name] for name in engines if name in known}
+    changed = {name for name, old in kept.items() if fingerprint(engines[name]) != fingerprint(before[old])}
     added, removed = sorted(config.models.keys() - was.keys()), sorted(was.keys() - config.models.keys())
+    devices_differ = (config.devices, config.reserve) != (daemon.config.devices, daemon.config.reserve)
     daemon.accept(config)
+    if devices_differ:
+        daemon.watch.again()
     daemon.engine_manager.configure(engines, kv_caches(prospects))
-    specs = specs_of(prospects)
+    specs = specs_of(config.models, prospects)
     daemon.control.configure(specs)
     daemon.dispatcher.post(events.ModelsChanged(tuple(specs), frozenset(changed)))
     if repaired:

@@ -94,7 +94,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where an engine is put: its private run directory, its devices (ids for CUDA_VISIBLE_DEVICES) and memory."""
+    """Where an engine is put: its private run directory, its devices (ids) and memory."""
 
     run_dir: Path
     device_ids: tuple[str, ...] = ()
@@ -104,6 +104,7 @@ class Place:
     device_files: tuple[str, ...] = ()  # of declared devices: where stand-ins keep who holds how much
     key: str = field(default="", repr=False)  # of this start alone: for an engine that can ask clients for one
     kv_cache: int = 0  # bytes per device for its key-value cache (Estimate.kv_cache); 0: it works that out itself
+    visible: Mapping[str, str] = field(default_factory=dict)  # variables by which it sees these devices alone
 
 
 class Engine(Protocol):

@@ -47,7 +47,11 @@ class LlamaCpp(Plain):
     ROUTES: ClassVar[frozenset[str]] = frozenset(
         f"/v1/{name}"
         for name in ("chat/completions", "completions", "responses", "messages", "messages/count_tokens", "embeddings")
-    ) | {"/v1/audio/transcriptions", "/v1/rerank", "/rerank", "/tokenize", "/detokenize"}
+    ) | {
+        *("/v1/audio/transcriptions", "/v1/rerank", "/rerank", "/tokenize", "/detokenize"),
+        *("/completion", "/infill", "/apply-template", "/props"),
+        *("/v1/chat/completions/input_tokens", "/v1/responses/input_tokens"),
+    }
 
     # Its page and what that asks. Not /slots, which shows others' prompts, and nothing that changes it.
     OWN_API: ClassVar[frozenset[str]] = frozenset(

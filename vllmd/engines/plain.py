@@ -12,6 +12,7 @@ from typing import ClassVar
 from vllmd.config.types import ModelConfig
 from vllmd.core.types import Footprint
 from vllmd.engines.base import Call, Failure, Place, Progress
+from vllmd.engines.known_failures import known
 
 PROBE = 5.0  # seconds for an answer of a server that may be busy loading
 _ABSENT = re.compile(
@@ -112,8 +113,11 @@ class Plain:
             return Failure(absent, permanent=True, hint=self.INSTALL)
         raised = next((line for line in reversed(said) if _RAISED.match(line)), "")
         reason = raised or next((line for line in said if _TELLING.search(line)), said[-1])
-        memory = any(_MEMORY.search(line) for line in said)
-        return Failure(reason, memory, permanent=not memory and bool(_WRONG.search(reason)))
+        told = known(said)
+        reason, advice, row = told or (reason, "", None)
+        memory = any(_MEMORY.search(line) for line in said) or (row is not None and row.memory)
+        wrong = bool(_WRONG.search(reason)) or (row is not None and row.permanent)
+        return Failure(reason, memory, permanent=wrong and not memory, hint=advice)
 
     def _absent(self, said: Sequence[str]) -> str:
         """The line that says that its program is not there; "" if none does."""
@@ -126,10 +130,10 @@ class Plain:
 
 
 def environment(model: ModelConfig, place: Place) -> dict[str, str]:
-    """What every engine gets: its devices by id, and the token for gated models."""
-    devices = {"CUDA_VISIBLE_DEVICES": ",".join(place.device_ids), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    """What every engine gets: its devices, and the token for gated models."""
     token = {"HF_TOKEN": model.hf_token} if model.hf_token else {}
-    return {**(devices if place.device_ids else {}), **token}
+    by_id = {"CUDA_VISIBLE_DEVICES": ",".join(place.device_ids), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    return {**(place.visible or (by_id if place.device_ids else {})), **token}
 
 
 def own_key(model: ModelConfig, place: Place, variable: str, *flags: str) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from vllmd.config.types import ModelConfig
 from vllmd.engines.base import Launch, Listen, Place
 from vllmd.engines.options import text, unknown, words
+from vllmd.engines.plain import environment
 from vllmd.engines.vllm import Vllm, check_path
 
 FLAGS = (
@@ -57,7 +58,7 @@ class Sim(Vllm):
         command = model.command or (sys.executable, "-m", "vllmd.simengine")
         flags = ["--model", model.source, "--served-model-name", self.served_name(model), "--uds", str(socket)]
         argv = (*command, *flags, *_memory(model, place), *_options(model), *_devices(model, place), *model.extra_args)
-        return Launch(argv, Listen(uds=str(socket)), _env(model))
+        return Launch(argv, Listen(uds=str(socket)), _env(model, place))
 
 
 def _memory(model: ModelConfig, place: Place) -> list[str]:
@@ -97,10 +98,14 @@ def _devices(model: ModelConfig, place: Place) -> list[str]:
     return [*files, *made]
 
 
-def _env(model: ModelConfig) -> dict[str, str]:
-    """Where this Python finds us, should we run from a source tree."""
+def _env(model: ModelConfig, place: Place) -> dict[str, str]:
+    """Where this Python finds us, should we run from a source tree; with real memory to hold, its own devices.
+
+    So the numbers after ``--cuda`` count among those.
+    """
     root = str(Path(__file__).resolve().parents[2])
-    return {} if model.command else {"PYTHONPATH": root}
+    devices = environment(model, place) if "cuda" in model.options else {}
+    return devices if model.command else {"PYTHONPATH": root, **devices}
 
 
 def _flag(name: str) -> str:

@@ -26,7 +26,7 @@ from vllmd.core.types import Footprint
 from vllmd.engines import ray_cluster, vllm_log
 from vllmd.engines.base import Call, Failure, Launch, Listen, Place, Progress
 from vllmd.engines.options import choice, size, unknown
-from vllmd.engines.plain import PROBE, Plain
+from vllmd.engines.plain import PROBE, Plain, environment
 from vllmd.errors import ConfigError
 
 SUN_PATH = 107  # bytes of a Unix socket's path, the final NUL not counted
@@ -54,6 +54,15 @@ ROUTES = frozenset(
         "/v1/rerank",
         "/v1/score",
         "/v1/systemone",
+        "/v1/decisions",
+        "/v1/chat/completions/render",
+        "/v1/chat/completions/derender",
+        "/v1/completions/render",
+        "/v1/completions/derender",
+        "/v1/messages/render",
+        "/v1/responses/render",
+        "/cohere/v2/chat/render",
+        "/tokenizer_info",
         "/v2/embed",
         "/v2/rerank",
         "/classify",
@@ -152,11 +161,7 @@ class Vllm(Plain):
         rpc = Path(str(model.options.get("rpc_dir", place.run_dir)))
         check_path(rpc / ("x" * (_IPC_NAME - 1)), model)
         env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_RPC_BASE_PATH": str(rpc), "VLLM_NO_USAGE_STATS": "1"}
-        if place.device_ids:
-            env |= {"CUDA_VISIBLE_DEVICES": ",".join(place.device_ids), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-        if model.hf_token:
-            env["HF_TOKEN"] = model.hf_token
-        return env
+        return env | environment(model, place)
 
     def sleep(self, level: int, *, freeze: bool) -> Sequence[Call]:
         """One call. Requests in flight finish first, or (``freeze``) stay as they are and go on after the wake."""

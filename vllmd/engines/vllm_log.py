@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from vllmd.core.types import Footprint, GiB, Source
 from vllmd.engines.base import Failure, Progress
+from vllmd.engines.known_failures import known
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _PREFIX = re.compile(r"^\([^)]*pid=\d+\)\s*(?:[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d (?:\.\d+ )?\[[^\]]*\]\s?)?")
@@ -35,7 +36,13 @@ PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
 
 _ERROR = re.compile(r"^(?:[\w.]*\.)?(\w*(?:Error|Exception|Interrupt)): (.+)")
 _VALUE_ERROR = re.compile(r"^\s*Value error, (.+?)(?: \[type=.*)?$")  # in pydantic's words, under its own error
-_CONSEQUENCE = re.compile(r"Engine core initialization failed|Engine process failed to start|See root cause above")
+# Errors that only say that there was one before: vLLM's worker processes report to the core, the core to the server.
+_CONSEQUENCE = re.compile(
+    r"Engine core initialization failed|Engine process failed to start|See root cause above"
+    r"|WorkerProc initialization failed|WorkerProc failed to start|EngineCore encountered an issue"
+    r"|[Ss]ee (?:the )?stack trace|check the stack trace above|Connection closed by peer|Broken ?[Pp]ipe"
+    r"|ConnectionResetError|EOFError|DistBackendError: .*\[Rank|KeyboardInterrupt|CancelledError"
+)
 _FREE_MEMORY = re.compile(r"less than (?:desired GPU memory util|the engine's budget).*?\([\d.]+, ([\d.]+) GiB\)")
 _MEMORY = re.compile(
     r"less than desired GPU memory utilization|less than the engine's budget|out of memory|OutOfMemoryError"
@@ -79,13 +86,15 @@ def progress(line: str) -> Progress | None:
 
 
 def failure(lines: Sequence[str]) -> Failure:
-    """The root of a failed start: the last error that is not the consequence of another."""
+    """The root of a failed start: the last error that is not the consequence of another, and what would help."""
     texts = [text for text in map(clean, lines) if text]
     reason = _reason(texts)
     needed = _needed(texts)
-    memory = needed is not None or _MEMORY.search(reason) is not None
-    permanent = not memory and _any(_PERMANENT, [reason, *texts[-3:]])
-    return Failure(reason, memory, permanent, needed, _no_path(reason))
+    told = known([reason]) or known(text for text in reversed(texts) if _error(text) or ": error: " in text)
+    advice, row = (told[1], told[2]) if told else ("", None)
+    memory = needed is not None or _MEMORY.search(reason) is not None or (row is not None and row.memory)
+    wrong = _any(_PERMANENT, [reason, *texts[-3:]]) or (row is not None and row.permanent)
+    return Failure(reason, memory, wrong and not memory, needed, _no_path(reason) or advice)
 
 
 def _reason(texts: Sequence[str]) -> str:

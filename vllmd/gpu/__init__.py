@@ -1,15 +1,19 @@
-"""The devices: NVML's, or those that the configuration declares, or none.
+"""The devices: NVIDIA's, AMD's, Intel's, or those that the configuration declares, or none.
 
 ::
 
-    inventory    which there are, and notes about them
+    sources      which of them it is on this machine: these devices, none, or something that does not answer
+    trouble      "there is none" against "it does not answer", and what mends that
+    inventory    what every source tells without reading: its devices, and notes about them
     sample       one reading: figures per device, and what could not be read
     nvml         NVIDIA's library, through nvidia-ml-py
-    visible      which devices CUDA_VISIBLE_DEVICES leaves
+    sysfs        AMD's and Intel's kernel drivers, through their files
+    visible      which devices CUDA_VISIBLE_DEVICES leaves to us
+    visibility   how an engine is told which devices are its own
     declared     devices from the configuration; their usage from a stand-in's file
     attribution  whose memory it is: a model's by its processes, or a stranger's
     figures      a sample as the HTTP API shows it
-    sources      which of them it is on this machine, and why
+    uevents      the kernel's word that the devices changed
     thread       calls that may never return
 
 Everything here may block for as long as the driver likes (a wedged one: for
@@ -18,11 +22,14 @@ time limit. One thread at a time: a ``Devices`` has no lock.
 """
 
 from vllmd.gpu.attribution import attribute, pids_of
-from vllmd.gpu.declared import NoDevices
 from vllmd.gpu.figures import GpuInfo, GpuProcess, gpu_infos
+from vllmd.gpu.inventory import NoDevices, Unanswered
 from vllmd.gpu.sample import DeviceSample, Sample
 from vllmd.gpu.sources import Devices, open_devices
 from vllmd.gpu.thread import in_thread
+from vllmd.gpu.trouble import Presence, Trouble
+from vllmd.gpu.uevents import Uevents
+from vllmd.gpu.visibility import environment
 
 __all__ = [
     "DeviceSample",
@@ -30,8 +37,13 @@ __all__ = [
     "GpuInfo",
     "GpuProcess",
     "NoDevices",
+    "Presence",
     "Sample",
+    "Trouble",
+    "Uevents",
+    "Unanswered",
     "attribute",
+    "environment",
     "gpu_infos",
     "in_thread",
     "open_devices",

@@ -39,20 +39,6 @@ class DeclaredDevices(Inventory):
         return Sample(devices, failed)
 
 
-class NoDevices(Inventory):
-    """A machine without any: engines run on the CPU, and only host memory counts."""
-
-    source = "none"
-    readable = False
-
-    def __init__(self, why: str) -> None:
-        super().__init__(notes=(why,))
-
-    def sample(self) -> Sample:
-        """Nothing."""
-        return Sample()
-
-
 def _read(path: Path, device: Device) -> DeviceSample:
     usage = device_usage(path) if path.exists() else DeviceUsage(device.memory, {})  # made by the first that holds some
     wrong = absurdity(usage.memory, usage.used, usage.memory - usage.used, device.memory)

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from vllmd.core.types import Device
+from vllmd.gpu.sample import Sample
+from vllmd.gpu.trouble import Trouble
 
 
 class Inventory:
-    """The devices as they were found at first, and notes for people about how."""
+    """The devices as they were found at first, and notes for people about how.
+
+    ``trouble``: why it cannot be told which devices there are, where that is so; then there are none in it.
+    ``asking``: that may yet be told in a moment.
+    """
+
+    trouble: Trouble | None = None
+    asking = False
 
     def __init__(self, devices: tuple[Device, ...] = (), notes: tuple[str, ...] = ()) -> None:
         self._inventory = devices
@@ -23,3 +32,31 @@ class Inventory:
 
     def close(self) -> None:
         """Nothing is held open."""
+
+
+class NoDevices(Inventory):
+    """A machine without any: engines run on the CPU, and only host memory counts."""
+
+    source = "none"
+    readable = False
+
+    def __init__(self, why: str) -> None:
+        super().__init__(notes=(why,))
+
+    def sample(self) -> Sample:
+        """Nothing."""
+        return Sample()
+
+
+class Unanswered(Inventory):
+    """Something is there, and does not answer: nobody knows which devices there are."""
+
+    readable = False
+
+    def __init__(self, source: str, trouble: Trouble, *, asking: bool = False) -> None:
+        super().__init__(notes=(str(trouble),))
+        self.source, self.trouble, self.asking = source, trouble, asking
+
+    def sample(self) -> Sample:
+        """Nothing."""
+        return Sample()

@@ -3,29 +3,53 @@
 The one place where its errors are met. Whatever one field or one device
 refuses, the rest is still read. Written for ``pynvml`` 11.525 (Debian 12) and
 newer; the module is passed in, so that tests bring their own.
+
+Where GPU and CPU share their memory (GB10, Thor, Jetson) NVML has no figures
+for it; then those of the kernel are taken: MemTotal, and MemAvailable as free.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
 from vllmd.core.types import Device
 from vllmd.gpu.inventory import Inventory
 from vllmd.gpu.sample import DeviceSample, Sample, absurdity
+from vllmd.gpu.trouble import Presence, Trouble, code_of, cure_of, is_lost, judge, no_module, words_of
 from vllmd.gpu.visible import visible
 
 T = TypeVar("T")
+HERE = Presence()
+NOTHING: Mapping[str, int] = {}
+NOTHING_LEFT = "nvidia-smi -L tells which GPUs its driver has; dmesg | grep NVRM what became of the others"
 
 _FIRST_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO in the kernel's include/linux/proc_ns.h
 
 
+_UNSUPPORTED = 3  # nvmlReturn_t
+_UNCORRECTED, _VOLATILE = 1, 0  # nvmlMemoryErrorType_t, nvmlEccCounterType_t
+_NVLINK, _P2P_OK = 2, 0  # nvmlGpuP2PCapsIndex_t, nvmlGpuP2PStatus_t
+_SLOWDOWNS = {  # of nvmlClocksEventReasons, those that the device suffers rather than chooses
+    0x08: "hardware slowdown",
+    0x20: "software thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "power brake",
+}
+
+
 class NoNvml(Exception):
-    """NVML cannot be used here; the message says why, readable."""
+    """NVML cannot be used here; the message says why, readable. ``trouble`` None: there is no NVIDIA device."""
+
+    def __init__(self, why: str, trouble: Trouble | None = None) -> None:
+        super().__init__(why)
+        self.trouble = trouble
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,38 +58,50 @@ class _Found:
 
     uuid: str = ""
     handle: Any = None
+    mig: bool = False
 
 
 class NvmlDevices(Inventory):
     """The NVIDIA devices of this machine that CUDA_VISIBLE_DEVICES leaves to us.
 
-    Raises NoNvml if there is no library, no driver or no right to use it.
+    ``known``: the indices that devices had before, by id; they keep them. Raises NoNvml if there is no library, no
+    driver or no right to use it.
     """
 
     source = "nvml"
     readable = True
 
-    def __init__(self, reserve: int, env: Mapping[str, str], pynvml: Any = None, proc: Path = Path("/proc")) -> None:
-        self._nvml = load() if pynvml is None else pynvml
+    def __init__(
+        self, reserve: int, env: Mapping[str, str], pynvml: Any = None, proc: Path = Path("/proc"),
+        here: Presence = HERE, known: Mapping[str, int] = NOTHING,
+    ) -> None:  # fmt: skip
+        self._here, self._proc = here, proc
+        self._nvml = load(here) if pynvml is None else pynvml
         self._hidden = _other_pid_namespace(proc)
         super().__init__()
         self._handles: dict[int, Any] = {}
+        self._unified: set[int] = set()  # indices of devices that share the host's memory
+        self._ill: dict[int, str] = {}
+        self._lost: dict[int, str] = {}
         self._init()
-        self._enumerate(reserve, env)
+        self._enumerate(reserve, env, known)
 
     def sample(self) -> Sample:
         """Read every device. What cannot be read is in ``failed``; never raises. May block in the driver."""
         devices: dict[int, DeviceSample] = {}
         failed: dict[int, str] = {}
+        self._ill, self._lost = {}, {}
         for device in self._inventory:
             try:
                 devices[device.index] = self._read(device)
             except _Unreadable as error:
                 failed[device.index] = str(error)
                 self._handles.pop(device.index, None)
+                if is_lost(error.__cause__):
+                    self._lost[device.index] = str(error)
         if failed and not devices:
             self._begin_anew()
-        return Sample(devices, failed)
+        return Sample(devices, failed, dict(self._ill), dict(self._lost))
 
     def close(self) -> None:
         """Let the library go."""
@@ -78,7 +114,7 @@ class NvmlDevices(Inventory):
         try:
             self._nvml.nvmlInit()
         except Exception as error:
-            raise NoNvml(_why(error)) from error
+            raise NoNvml(words_of(error), judge(error, self._here)) from error
 
     def _begin_anew(self) -> None:
         """Every device failed: the driver may have been reloaded under us, so the next sample starts afresh."""
@@ -87,28 +123,46 @@ class NvmlDevices(Inventory):
         with suppress(NoNvml):
             self._init()
 
-    def _enumerate(self, reserve: int, env: Mapping[str, str]) -> None:
+    def _enumerate(self, reserve: int, env: Mapping[str, str], known: Mapping[str, int]) -> None:
         found, problems = self._find_all()
         left = visible(env, [each.uuid for each in found])
-        whole = [self._device(index, found[index], reserve, problems) for index in left.indices]
-        self._inventory = tuple(device for device in whole if device is not None)
-        for device in self._inventory:
-            self._handles[device.index] = found[device.index].handle
+        places = _places(found, known)
+        counted = self._counts_as_cuda(found)
+        whole = [self._device(places[i], found[i], i if counted else None, reserve, problems) for i in left.indices]
+        devices = [device for device in whole if device is not None]
+        self._handles = {places[i]: found[i].handle for i in left.indices}
+        self._inventory = tuple(self._linked(sorted(devices, key=lambda device: device.index)))
         self.notes = tuple(note for note in (self._driver(), self._found_nothing(found), left.note, *problems) if note)
+        if not self._inventory and not left.empty and (found or self._here.nvidia_nodes):
+            why = "; ".join(problems) or "NVML tells of no GPU, although its driver is loaded"
+            raise NoNvml(why, Trouble(why, NOTHING_LEFT))
+
+    def _counts_as_cuda(self, found: list[_Found]) -> bool:
+        """Whether CUDA, told to count in the order of the PCI bus, surely has the same numbers as NVML.
+
+        It leaves out what it cannot use: cards too old for the driver's CUDA, cards that are lost, cards in MIG mode.
+        """
+        if any(each.handle is None or each.mig for each in found):
+            return False
+        able = {self._field(partial(self._capability, each.handle), None) for each in found}
+        return len(found) == 1 or (len(able) == 1 and None not in able)
+
+    def _capability(self, handle: Any) -> tuple[int, ...]:
+        return tuple(self._nvml.nvmlDeviceGetCudaComputeCapability(handle))
 
     def _find_all(self) -> tuple[list[_Found], list[str]]:
         found: list[_Found] = []
         problems: list[str] = []
         try:
-            count = self._nvml.nvmlDeviceGetCount()
+            number_of = self._nvml.nvmlDeviceGetCount()
         except Exception as error:
-            raise NoNvml(_why(error)) from error
-        for index in range(count):
+            raise NoNvml(words_of(error), judge(error, self._here)) from error
+        for index in range(number_of):
             try:
                 handle = self._nvml.nvmlDeviceGetHandleByIndex(index)
                 whole = _Found(_text(self._nvml.nvmlDeviceGetUUID(handle)), handle)
             except Exception as error:
-                problems.append(f"GPU {index} is left out: {_why(error)}")
+                problems.append(f"GPU {index} is left out: {Trouble(words_of(error), cure_of(error))}")
                 whole = _Found()
             slices = self._slices(whole)
             if slices:
@@ -124,21 +178,50 @@ class NvmlDevices(Inventory):
         for number in range(self._field(lambda: self._nvml.nvmlDeviceGetMaxMigDeviceCount(whole.handle), 0)):
             with suppress(Exception):  # a place in the table without a slice in it
                 handle = self._nvml.nvmlDeviceGetMigDeviceHandleByIndex(whole.handle, number)
-                slices.append(_Found(_text(self._nvml.nvmlDeviceGetUUID(handle)), handle))
+                slices.append(_Found(_text(self._nvml.nvmlDeviceGetUUID(handle)), handle, mig=True))
         return slices
 
-    def _device(self, index: int, found: _Found, reserve: int, problems: list[str]) -> Device | None:
+    def _device(
+        self, index: int, found: _Found, number: int | None, reserve: int, problems: list[str]
+    ) -> Device | None:
         if found.handle is None:
             return None
         try:
-            memory = self._memory(found.handle)[0]
+            memory = self._memory(index, found.handle)[0]
         except _Unreadable as error:
             problems.append(f"GPU {index} ({found.uuid}) is left out: {error}")
             return None
         if memory <= 0:
             problems.append(f"GPU {index} ({found.uuid}) is left out: it reports {memory} bytes of memory")
             return None
-        return Device(index, found.uuid, memory, reserve, self._name(found.handle))
+        if index in self._unified:
+            problems.append(f"GPU {index} shares the host's memory: its figures are MemTotal and MemAvailable")
+        return Device(
+            index, found.uuid, memory, reserve, self._name(found.handle), "cuda", number, node=self._node(found.handle)
+        )
+
+    def _node(self, handle: Any) -> int | None:
+        """Its NUMA node, as the kernel has it; None where there is only one."""
+        bus = self._field(lambda: _text(self._nvml.nvmlDeviceGetPciInfo(handle).busId), "").lower()
+        domain, _, rest = bus.partition(":")
+        try:
+            node = int((self._here.root / "sys/bus/pci/devices" / f"{domain[-4:]}:{rest}" / "numa_node").read_text())
+        except (OSError, ValueError):
+            return None
+        return node if node >= 0 else None
+
+    def _linked(self, devices: list[Device]) -> Iterator[Device]:
+        """Each with those that it reaches by NVLink, through a switch or not."""
+        for device in devices:
+            others = (other for other in devices if other is not device)
+            yield replace(device, links=frozenset(each.index for each in others if self._link(device, each)))
+
+    def _link(self, one: Device, other: Device) -> bool:
+        ask, handles = self._nvml, self._handles
+        status = self._field(
+            lambda: ask.nvmlDeviceGetP2PStatus(handles[one.index], handles[other.index], _NVLINK), None
+        )
+        return bool(status == _P2P_OK)
 
     def _driver(self) -> str:
         version = self._field(lambda: _text(self._nvml.nvmlSystemGetDriverVersion()), "")
@@ -150,16 +233,39 @@ class NvmlDevices(Inventory):
     # -- reading -----------------------------------------------------------------------
 
     def _read(self, device: Device) -> DeviceSample:
-        handle = self._handle(device)
-        total, used, free = self._memory(handle)
+        handle, ask = self._handle(device), self._nvml
+        total, used, free = self._memory(device.index, handle)
         wrong = absurdity(total, used, free, device.memory)
         if wrong:
             raise _Unreadable(wrong)
         processes, unsized, listed = self._processes(handle, total)
-        power = self._field(lambda: self._nvml.nvmlDeviceGetPowerUsage(handle) / 1000, None)
-        busy = self._field(lambda: float(self._nvml.nvmlDeviceGetUtilizationRates(handle).gpu), None)
+        power = self._field(lambda: ask.nvmlDeviceGetPowerUsage(handle) / 1000, None)
+        busy = self._field(lambda: float(ask.nvmlDeviceGetUtilizationRates(handle).gpu), None)
+        heat = self._field(lambda: float(ask.nvmlDeviceGetTemperature(handle, 0)), None)
         blind = not listed or (self._hidden and not processes and not unsized and used > 0)
-        return DeviceSample(total, used, free, processes, unsized, blind, device.name, power, busy)
+        if ill := self._illness(handle):
+            self._ill[device.index] = ill
+        return DeviceSample(
+            total, used, free, processes, unsized, blind, device.name, power, busy, heat, self._slowdown(handle)
+        )
+
+    def _illness(self, handle: Any) -> str:
+        """What makes a device unfit although it answers; "" if nothing does."""
+        ask = self._nvml
+        errors = self._field(lambda: int(ask.nvmlDeviceGetTotalEccErrors(handle, _UNCORRECTED, _VOLATILE)), 0)
+        rows = self._field(lambda: tuple(ask.nvmlDeviceGetRemappedRows(handle)), (0, 0, 0, 0))
+        if rows[3]:
+            return "a row of its memory could not be remapped: it has to be replaced"
+        if rows[2]:
+            return "rows of its memory are to be remapped: reset it (nvidia-smi --gpu-reset -i N) or reboot"
+        return f"{errors} uncorrectable ECC errors since its driver was loaded: reset it or reboot" if errors else ""
+
+    def _slowdown(self, handle: Any) -> str:
+        ask = self._nvml
+        bits = self._field(lambda: int(ask.nvmlDeviceGetCurrentClocksEventReasons(handle)), None)
+        if bits is None:  # the name that it had up to 12.535
+            bits = self._field(lambda: int(ask.nvmlDeviceGetCurrentClocksThrottleReasons(handle)), 0)
+        return ", ".join(words for bit, words in _SLOWDOWNS.items() if bits & bit)
 
     def _handle(self, device: Device) -> Any:
         """Its handle, looked up by UUID after a failure: its number may have changed with a driver's reload."""
@@ -167,9 +273,15 @@ class NvmlDevices(Inventory):
             self._handles[device.index] = self._must(lambda: self._nvml.nvmlDeviceGetHandleByUUID(device.id))
         return self._handles[device.index]
 
-    def _memory(self, handle: Any) -> tuple[int, int, int]:
+    def _memory(self, index: int, handle: Any) -> tuple[int, int, int]:
         """Total, used, free. The first version of the call, whose ``used`` includes what the driver keeps."""
-        info = self._must(lambda: self._nvml.nvmlDeviceGetMemoryInfo(handle))
+        try:
+            info = self._nvml.nvmlDeviceGetMemoryInfo(handle)
+        except Exception as error:
+            if code_of(error) == _UNSUPPORTED or "not supported" in str(error).lower():
+                self._unified.add(index)
+                return _host_memory(self._proc)
+            raise _Unreadable(_why(error)) from error
         return int(info.total), int(info.used), int(info.free)
 
     def _processes(self, handle: Any, total: int) -> tuple[dict[int, int], frozenset[int], bool]:
@@ -178,7 +290,8 @@ class NvmlDevices(Inventory):
         unsized: set[int] = set()
         computing = self._field(lambda: list(self._nvml.nvmlDeviceGetComputeRunningProcesses(handle)), None)
         drawing = self._field(lambda: list(self._nvml.nvmlDeviceGetGraphicsRunningProcesses(handle)), None)
-        for process in [*(computing or ()), *(drawing or ())]:
+        shared = self._field(lambda: list(self._nvml.nvmlDeviceGetMPSComputeRunningProcesses(handle)), None)
+        for process in [*(computing or ()), *(drawing or ()), *(shared or ())]:
             pid, size = int(process.pid), process.usedGpuMemory
             if size is None or not 0 <= size <= total:  # NVML_VALUE_NOT_AVAILABLE is 2**64 - 1 where not translated
                 unsized.add(pid)
@@ -207,20 +320,38 @@ class _Unreadable(Exception):
     """A device does not tell what cannot be done without."""
 
 
-def load() -> Any:
+def load(here: Presence = HERE) -> Any:
     """The module ``pynvml``. Raises NoNvml if it is not installed."""
     try:
         return importlib.import_module("pynvml")
     except ImportError as error:
         where = "Debian: python3-pynvml, PyPI: nvidia-ml-py"
-        raise NoNvml(f"the Python module pynvml is not installed ({where})") from error
+        raise NoNvml(f"the Python module pynvml is not installed ({where})", no_module(error, here)) from error
+
+
+def _places(found: list[_Found], known: Mapping[str, int]) -> list[int]:
+    """The index of each: the one that it had before, else its own place, else the first that nobody has."""
+    taken = set(known.values())
+    places: list[int] = []
+    for place, each in enumerate(found):
+        index = known.get(each.uuid, place) if each.uuid else place
+        if each.uuid not in known and index in taken:
+            index = next(free for free in count(len(found)) if free not in taken)
+        taken.add(index)
+        places.append(index)
+    return places
+
+
+def _host_memory(proc: Path) -> tuple[int, int, int]:
+    """Total, used and free of the host's memory, as the kernel reckons what could be had without swapping."""
+    lines = (line.split() for line in (proc / "meminfo").read_text().splitlines())
+    figures = {words[0].rstrip(":"): int(words[1]) << 10 for words in lines if len(words) > 1}
+    total, free = figures["MemTotal"], figures["MemAvailable"]
+    return total, total - free, free
 
 
 def _why(error: Exception) -> str:
-    text = str(error) or type(error).__name__
-    if "Shared Library Not Found" in text:
-        return "libnvidia-ml.so.1 was not found (no NVIDIA driver on this machine)"
-    return f"NVML: {text}"
+    return str(Trouble(words_of(error), cure_of(error)))
 
 
 def _text(value: str | bytes) -> str:

@@ -15,6 +15,7 @@ class DeviceSample:
     ``processes``: pid -> bytes. ``unsized``: processes on it whose share it does not tell.
     ``hides_processes``: memory is in use and no process can be seen, because we are in
     another pid namespace than the driver: then nothing can be concluded from a pid's absence.
+    ``temperature`` in degrees Celsius. ``throttled``: why it is slowed down against its will; "" if it is not.
     """
 
     total: int
@@ -26,6 +27,8 @@ class DeviceSample:
     name: str = ""
     power: float | None = None
     utilisation: float | None = None
+    temperature: float | None = None
+    throttled: str = ""
 
     @property
     def ownerless(self) -> int:
@@ -35,10 +38,21 @@ class DeviceSample:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Per device index its figures, or in ``failed`` why it could not be read. No index is in both."""
+    """Per device index its figures, or in ``failed`` why it could not be read. No index is in both.
+
+    ``ill``: devices that work and should not be used, with why. ``lost``: those of ``failed`` that are off the bus or
+    do nothing until they are reset.
+    """
 
     devices: Mapping[int, DeviceSample] = field(default_factory=dict)
     failed: Mapping[int, str] = field(default_factory=dict)
+    ill: Mapping[int, str] = field(default_factory=dict)
+    lost: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def silent(self) -> str:
+        """Why nothing at all could be read, where that is so."""
+        return "" if self.devices else next(iter(self.failed.values()), "")
 
 
 def absurdity(total: int, used: int, free: int, known_total: int) -> str:

@@ -1,4 +1,4 @@
-"""Which devices there are on this machine, and how that is known."""
+"""Which devices there are on this machine, and how that is known: the one place that asks every source."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import Any, Literal, Protocol
 
 from vllmd.config.types import Config
 from vllmd.core.types import Device
-from vllmd.gpu.declared import DeclaredDevices, NoDevices
-from vllmd.gpu.nvml import NoNvml, NvmlDevices
+from vllmd.gpu.declared import DeclaredDevices
+from vllmd.gpu.inventory import NoDevices, Unanswered
+from vllmd.gpu.nvml import HERE, NOTHING, NoNvml, NvmlDevices
 from vllmd.gpu.sample import Sample
+from vllmd.gpu.sysfs import amd, intel
+from vllmd.gpu.trouble import NVIDIA, Presence, Trouble
 
 
 class Devices(Protocol):
@@ -17,11 +20,19 @@ class Devices(Protocol):
 
     @property
     def source(self) -> Literal["nvml", "declared", "none"] | str:
-        """``nvml``, ``declared`` or ``none``."""
+        """``nvml``, ``amdgpu``, ``intel``, ``declared`` or ``none``."""
 
     @property
     def readable(self) -> bool:
         """Whether ``sample`` can say anything at all."""
+
+    @property
+    def trouble(self) -> Trouble | None:
+        """Why it cannot be told which devices there are; None where it can, or where there are none."""
+
+    @property
+    def asking(self) -> bool:
+        """Whether it may yet be told in a moment."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -41,21 +52,39 @@ class Devices(Protocol):
         """Let them go."""
 
 
-def open_devices(config: Config, env: Mapping[str, str], pynvml: Any = None) -> Devices:
-    """The declared devices if there are any, else NVML's, else none. May block in the driver; never raises.
+def open_devices(
+    config: Config,
+    env: Mapping[str, str],
+    pynvml: Any = None,
+    here: Presence = HERE,
+    known: Mapping[str, int] = NOTHING,
+) -> Devices:
+    """The declared devices if there are any, else NVIDIA's, else AMD's, else Intel's, else none.
 
-    ``env`` is the daemon's own environment (CUDA_VISIBLE_DEVICES). An empty
-    list of declared devices means: none, do not ask NVML.
+    Three answers: these, none, or (``trouble``) something is there that does not answer. ``env`` is the daemon's own
+    environment (CUDA_VISIBLE_DEVICES). An empty list of declared devices means: none, do not ask. ``known``: the
+    indices that devices had before, by id. May block in the driver; never raises.
     """
     if config.devices is not None:
         if not config.devices:
             return NoDevices("the configuration declares no devices: engines run on the CPU")
         return DeclaredDevices(config.devices, config.reserve)
     try:
-        devices = NvmlDevices(config.reserve, env, pynvml)
+        devices = NvmlDevices(config.reserve, env, pynvml, here=here, known=known)
     except NoNvml as error:
-        return NoDevices(f"{error}; engines run on the CPU")
-    if devices.inventory():
-        return devices
-    devices.close()
-    return NoDevices(f"{devices.note}; engines run on the CPU")
+        if error.trouble:
+            return Unanswered("nvml", error.trouble)
+        why = f"{error} (no NVIDIA driver on this machine)"
+    else:
+        if devices.inventory():
+            return devices
+        devices.close()
+        why = devices.note
+    return amd(config.reserve, here, known) or intel(config.reserve, here, known) or NoDevices(
+        f"{why}{_without_driver(here)}; engines run on the CPU")  # fmt: skip
+
+
+def _without_driver(here: Presence) -> str:
+    """A card that nobody has installed a driver for is worth a word."""
+    cards = here.displays(NVIDIA)
+    return f"; there is an NVIDIA card at {', '.join(cards)} without its driver" if cards else ""

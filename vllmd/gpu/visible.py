@@ -14,6 +14,7 @@ class Visible:
 
     indices: tuple[int, ...]
     note: str = ""
+    empty: bool = False  # somebody wants it so that none is left
 
 
 def visible(env: Mapping[str, str], uuids: Sequence[str]) -> Visible:
@@ -30,7 +31,7 @@ def visible(env: Mapping[str, str], uuids: Sequence[str]) -> Visible:
     for entry in entries:
         index = _index_of(entry, uuids)
         if index is None or index in chosen:
-            return Visible(tuple(sorted(chosen)), _note(env[VARIABLE], entry, chosen))
+            return Visible(tuple(sorted(chosen)), _note(env[VARIABLE], entry, chosen), not chosen)
         chosen.append(index)
     return Visible(tuple(sorted(chosen)), f"{VARIABLE}={env[VARIABLE]}")
 

@@ -11,7 +11,7 @@ To read in this order::
     bus        ... which it is asked and told on; the only file that knows pystemd
     orphans    ... and who ends what nobody manages
     sessions   ... without
-    cgroup, process, logs, loop    the parts they are made of
+    cgroup, process, logs, lines, loop    the parts they are made of
     client     the daemon's end (asyncio)
 
 It runs as root (CAP_SETUID, CAP_SETGID and CAP_KILL only), in a user's systemd,

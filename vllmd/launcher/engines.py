@@ -380,7 +380,7 @@ class Supervisor:
         if self._engines.get(engine.instance) is not engine or engine.timer is None:
             return None  # told already: systemd was later than the limit
         _cancel(engine)
-        if engine.asked_to_end:
+        if engine.asked_to_end or engine.answer:  # nobody reads its last lines
             return self._gone(engine, ())
         try:
             self._backend.logs.tail(engine.instance, TAIL_LINES, lambda lines: self._gone(engine, lines))

@@ -244,7 +244,7 @@ class _Follower:
     """
 
     def __init__(self, loop: Loop, journalctl: Callable[..., list[str]], shown: Sequence[str], take: TakeLines) -> None:
-        self._loop, self._journalctl, self._take = loop, journalctl, take
+        self._loop, self._journalctl, self._shown, self._take = loop, journalctl, shown, take
         self._cursor, self._pause, self._rate = "", FIRST_PAUSE, Rate(2 * BURST)  # journald has its own
         self._timer: Timer | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -278,7 +278,7 @@ class _Follower:
 
     def _resume(self) -> None:
         try:
-            self._begin(*([f"--after-cursor={self._cursor}"] if self._cursor else ["--lines=0"]))
+            self._begin(*([f"--after-cursor={self._cursor}"] if self._cursor else self._shown))
         except OSError as error:
             log.warning("cannot run journalctl: %s", error.strerror)
             self._timer = self._loop.later(self._pause, self._resume)

@@ -65,7 +65,8 @@ class Target:
     client's name, and back into the answer. ``routes``: the public paths it serves, None for any.
     ``headers``: fields added to the upstream's request (a remote's own key, for one). ``rules``: what becomes of
     the members of a JSON request, None for nothing. ``own_api``: what of the engine's own API is passed on, see
-    ``engine_api``.
+    ``engine_api``. ``names``: what the configuration calls the model; a client that called it something else is told
+    which one it got. Empty where that is not known.
     """
 
     model: str
@@ -74,6 +75,7 @@ class Target:
     headers: Sequence[tuple[str, str]] = field(default=())
     rules: Rules | None = None
     own_api: frozenset[str] = frozenset()
+    names: frozenset[str] = frozenset()
 
 
 class Permit(Protocol):

@@ -12,6 +12,16 @@ from vllmd.proxy.relay import Relay
 from vllmd.proxy.routing import Route, Router
 from vllmd.proxy.tunnel import Tunnels
 
+# vLLM's: what becomes of a request before the model sees it, and of tokens after
+RENDER_PATHS = (
+    "/v1/chat/completions/render",
+    "/v1/chat/completions/derender",
+    "/v1/completions/render",
+    "/v1/completions/derender",
+    "/v1/messages/render",
+    "/v1/responses/render",
+    "/cohere/v2/chat/render",
+)
 JSON_PATHS = (
     "/v1/chat/completions",
     "/v1/chat/completions/batch",
@@ -20,6 +30,9 @@ JSON_PATHS = (
     "/v1/responses",
     "/v1/messages",
     "/v1/messages/count_tokens",
+    "/v1/chat/completions/input_tokens",
+    "/v1/responses/input_tokens",
+    *RENDER_PATHS,
     "/v1/embeddings",
     "/v2/embed",
     "/v1/rerank",
@@ -33,12 +46,17 @@ JSON_PATHS = (
     "/detokenize",
     "/generative_scoring",
     "/v1/systemone",
+    "/v1/decisions",
     "/invocations",
     "/v1/images/generations",
     "/v1/audio/speech",
 )
 # Text Embeddings Inference's own
 EMBEDDING_PATHS = ("/embed", "/embed_all", "/embed_sparse", "/predict", "/decode")
+# llama.cpp's own
+LLAMA_PATHS = ("/completion", "/infill", "/apply-template")
+# Of an engine, not of a request: the model is the query's
+QUERY_PATHS = ("/props", "/tokenizer_info")
 # KServe's, as Triton serves it; the first that fits is taken
 KSERVE_PATHS = (
     ("POST", "/v2/models/{model:path}/versions/{version}/infer"),
@@ -78,7 +96,7 @@ def most(method: str) -> int | None:
 
 def add_model_routes(router: Router, relay: Relay) -> None:
     """Put all model routes into ``router``."""
-    for path in (*JSON_PATHS, *EMBEDDING_PATHS):
+    for path in (*JSON_PATHS, *EMBEDDING_PATHS, *LLAMA_PATHS):
         about = "relayed to the engine of the body's 'model'"
         router.add_raw(Route("POST", path, relay.json, summary=about, doc=JSON))
     for path in FORM_PATHS:
@@ -90,6 +108,9 @@ def add_model_routes(router: Router, relay: Relay) -> None:
                 method, path, relay.kserve, summary="relayed to the engine of the path's model", max_body=most(method)
             )
         )
+    for path in QUERY_PATHS:
+        about = "relayed to the engine of ?model="
+        router.add_raw(Route("GET", path, relay.query, summary=about, doc=QUERY, max_body=0))
     for method, path in RESPONSE_PATHS:
         router.add_raw(
             Route(

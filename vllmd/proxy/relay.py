@@ -43,6 +43,16 @@ TOTAL_TOKENS = re.compile(rb'"total_tokens"\s*:\s*(\d{1,12})')
 IN_AND_OUT = [re.compile(rb'"%b_tokens"\s*:\s*(\d{1,12})' % which) for which in (b"input", b"output")]
 RESPONSE_ID = re.compile(rb'"id"\s*:\s*"(resp_[\w-]{1,128})"')
 RESPONSES_KEPT = 10_000
+# What to ask a model that does not serve a route that other engines have.
+INSTEAD = {
+    "/completion": "POST /v1/completions",
+    "/infill": "POST /v1/completions, with the model's own marks of prefix and suffix",
+    "/apply-template": "POST /v1/chat/completions/render, or /tokenize with messages",
+    "/v1/chat/completions/input_tokens": "POST /tokenize with messages counts them",
+    "/v1/responses/input_tokens": "POST /tokenize with messages counts them",
+    "/props": "GET /v1/models tells what there is to tell of a model",
+    "/tokenizer_info": "GET /v1/models tells what there is to tell of a model",
+}
 REFUSALS = frozenset({502, 503, 504})  # of a replica: another one may serve
 TAIL = 1024  # bytes at an answer's end in which its usage is looked for
 OPENING = 8192  # bytes at an answer's beginning in which its id is looked for
@@ -78,6 +88,13 @@ class Relay:
         if content_type.partition(";")[0].strip().lower() != "multipart/form-data":
             raise BadRequest("the Content-Type must be multipart/form-data")
         await self.serve(exchange, await in_turns(in_multipart(request.body, content_type)))
+
+    async def query(self, exchange: Exchange) -> None:
+        """A GET that asks about an engine; the query names the model, and does not go on with it."""
+        request = exchange.request
+        asked = Asked(request.query.get("model", ""), False, b"")
+        target = self.target(request, asked.model, request.path)
+        await self._send(exchange, UpstreamRequest(target, asked, request.path))
 
     async def response(self, exchange: Exchange) -> None:
         """``/v1/responses/{id}`` and below: the engine that made the response is the one that has it."""
@@ -154,7 +171,10 @@ class Relay:
         target = self.gate.resolve(name, request.caller)
         request.caller.check(target.model, name)
         if route and target.routes is not None and route not in target.routes:
-            raise NotFound(f"the model {target.model!r} does not serve {route}")
+            where = INSTEAD.get(route, "")
+            raise NotFound(f"the model {target.model!r} does not serve {route}{where and '; ' + where}")
+        if target.names and name not in target.names:  # found by habit (``daemon.names``): say what was found
+            request.answer_fields = (*request.answer_fields, ("x-vllmd-model", quoted(target.model)))
         return target
 
     async def _deliver(

@@ -11,8 +11,10 @@ import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 from vllmd.errors import MethodNotAllowed, NotFound
+from vllmd.proxy import paths
 from vllmd.proxy.access import HEALTH, MODELS, OPEN, Reach, authorise
 from vllmd.proxy.cors import Cors
 from vllmd.proxy.exchange import Exchange
@@ -22,6 +24,7 @@ from vllmd.proxy.http import Request, Response
 LocalHandler = Callable[[Request], Awaitable[Response]]
 Handler = Callable[[Exchange], Awaitable[None]]
 
+LONGEST_TOLD = 200  # characters of a path that an error repeats
 LOCAL_BODY = 1 << 20  # bytes of a body for ourselves: settings of a model, an operator's order
 PARAMETER = re.compile(r"\\{(\w+)(:path)?\\}")
 
@@ -122,16 +125,31 @@ class Router:
         return route.handler
 
     def _find(self, request: Request) -> dict[str, Route]:
-        fixed = self._fixed.get(request.path)
+        """The routes of the request's path; one that clients write otherwise by habit is put right first."""
+        methods = self._at(request, request.path)
+        if methods is not None:
+            return methods
+        method = "GET" if request.method == "HEAD" else request.method
+        for path in paths.meant(request.path):
+            methods = self._at(request, path)
+            if methods is not None and (method in methods or method == "OPTIONS"):
+                request.path = path
+                request.answer_fields = (*request.answer_fields, ("x-vllmd-path", quote(path)))
+                return methods
+        where = paths.referred(request.path) or "GET /v1/models lists the models, GET /docs the paths"
+        raise NotFound(f"there is no {request.path[:LONGEST_TOLD]} here: {where}")
+
+    def _at(self, request: Request, path: str) -> dict[str, Route] | None:
+        fixed = self._fixed.get(path)
         if fixed is not None:
             return fixed
-        if request.path == "*":
+        if path == "*":
             return {}
         for expression, methods in self._patterns:
-            if match := expression.fullmatch(request.path):
+            if match := expression.fullmatch(path):
                 request.params = match.groupdict()
                 return methods
-        raise NotFound(f"there is no {request.path} here; GET /v1/models lists the models")
+        return None
 
 
 def compiled(pattern: str) -> re.Pattern[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from vllmd.cli import show
@@ -18,14 +19,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     status = Admin(arguments).status()
+    trouble = status.get("trouble", "")
+    if trouble:
+        print(f"the devices do not answer: {trouble}", file=sys.stderr)
     if arguments.json:
         print(show.as_json(status["devices"]))
     elif status["devices"]:
         print(show.table(HEAD, [row(device, status["models"]) for device in status["devices"]], RIGHT))
-    else:
+    elif not trouble:
         why = status.get("source") or "NVML found none, and none are declared"
         print(f"there are no devices ({why}); they may be declared, see devices in vllmd.yaml(5)")
-    return 0
+    return 1 if trouble else 0
 
 
 def row(device: dict[str, Any], models: list[dict[str, Any]]) -> tuple[str, ...]:

@@ -1,0 +1,142 @@
+"""Devices that are not known, come, go, are ill, or are drained: never taken for none, and engines that run run on."""
+
+from __future__ import annotations
+
+from tests.core.helpers import GPU, PAIR, model
+from tests.core.world import World
+from vllmd.core.commands import Admit, CutRequest, Reject, StartEngine, StopEngine
+from vllmd.core.events import (
+    DeviceDrained,
+    DevicesChanged,
+    DevicesTroubled,
+    EngineAdopted,
+    EngineReady,
+    EngineStopped,
+    LoadAsked,
+    RequestFinished,
+    TimePassed,
+)
+from vllmd.core.types import GiB, Placement, State
+
+WHY = "NVML: Driver/library version mismatch; reboot"
+CPU = model("cpu", 0, device_count=0)
+
+
+def test_who_needs_a_device_is_told_why_there_is_none_and_a_cpu_model_is_served() -> None:
+    """Not 60 GiB models loaded at once onto nothing."""
+    w = World([model("m"), CPU], [])
+    w.do(DevicesChanged((), WHY))
+    (refused,) = w.ask("r1", "m")
+    assert isinstance(refused, Reject) and (refused.error, refused.message) == ("Unavailable", WHY)
+    assert refused.retry_after
+    assert isinstance(w.ask("r2", "cpu")[0], StartEngine)
+
+
+def test_while_devices_are_being_asked_for_requests_wait_and_start_when_they_come() -> None:
+    """A driver without persistence mode takes seconds, which is no reason for an error."""
+    w = World([model("m")], [])
+    w.do(DevicesChanged((), "not asked yet", asking=True))
+    assert w.ask("r1", "m") == []
+    assert w.do(DevicesChanged((GPU,))) == [StartEngine("m", Placement((0,)), 50 * GiB)]
+    assert Admit("r1", "m") in w.do(EngineReady("m"))
+
+
+def test_who_waited_for_the_answer_is_told_when_it_does_not_come() -> None:
+    """Not after the ten minutes of a queue's patience."""
+    w = World([model("m")], [])
+    w.do(DevicesChanged((), "not asked yet", asking=True))
+    w.ask("r1", "m")
+    (told,) = w.do(DevicesChanged((), WHY))
+    assert isinstance(told, Reject) and told.message == WHY
+
+
+def test_preloading_waits_for_the_devices() -> None:
+    """At boot the daemon is often up before the driver is."""
+    w = World([model("m", preload=True)], [])
+    w.do(DevicesChanged((), WHY))
+    assert w.do(TimePassed()) == []
+    assert [type(c) for c in w.do(DevicesChanged((GPU,)))] == [StartEngine]
+
+
+def test_an_engine_adopted_while_its_device_is_unknown_is_booked_when_it_is_known() -> None:
+    """A restart in that state ends no healthy engine, and the next start does not take its memory for free."""
+    w = World([model("m"), model("n")], [])
+    w.do(DevicesChanged((), WHY))
+    w.do(EngineAdopted("m", Placement((0,)), State.READY, 0, 0.0))
+    assert w.ask("r1", "m") == [Admit("r1", "m")]
+    w.do(DevicesChanged((GPU,)))
+    (device,) = w.seen.devices
+    assert device.promised == 50 * GiB
+    assert w.ask("r2", "n") == []  # 30 GiB are left
+
+
+def test_when_devices_fall_silent_what_runs_runs_on_and_nothing_is_started() -> None:
+    """And it goes on as if nothing had been when they answer again."""
+    w = World([model("m", 30), model("n", 30)], [GPU])
+    w.load("m")
+    assert w.do(DevicesChanged((GPU,), "a reading hangs")) == []
+    assert w.ask("r1", "m") == [Admit("r1", "m")]
+    (refused,) = w.ask("r2", "n")
+    assert isinstance(refused, Reject)
+    w.do(LoadAsked("n"))
+    assert w.state("n") is State.STOPPED
+    w.do(DevicesChanged((GPU,)))
+    assert w.ask("r3", "n") == [StartEngine("n", Placement((0,)), 30 * GiB)]
+
+
+def test_an_ill_device_is_avoided_and_left_once_drained() -> None:
+    """Its engine's requests come to their end; the next start goes elsewhere."""
+    w = World([model("m", 30)], list(PAIR))
+    w.load("m")
+    w.ask("r1", "m")
+    assert w.do(DevicesTroubled({0: "2 uncorrectable ECC errors"})) == []
+    assert w.seen.devices[0].wedged == "2 uncorrectable ECC errors"
+    (stop,) = w.do(RequestFinished("r1"))
+    assert isinstance(stop, StopEngine) and "device 0: 2 uncorrectable" in stop.reason
+    w.do(EngineStopped("m"))
+    assert w.ask("r2", "m") == [StartEngine("m", Placement((1,)), 30 * GiB)]
+    w.do(DevicesTroubled({}))
+    assert w.seen.devices[0].wedged == ""
+
+
+def test_a_lost_device_takes_its_engine_along_with_the_reason() -> None:
+    """Nothing on it answers any more: requests are cut at once, and the model starts elsewhere."""
+    w = World([model("m", 30)], list(PAIR))
+    w.load("m")
+    w.ask("r1", "m")
+    told = w.do(DevicesTroubled(lost={0: "GPU is lost"}))
+    assert [c.request for c in told if isinstance(c, CutRequest)] == ["r1"]
+    w.do(RequestFinished("r1"))
+    assert w.state("m") is State.STOPPING
+    w.do(EngineStopped("m"))
+    assert w.ask("r2", "m") == [StartEngine("m", Placement((1,)), 30 * GiB)]
+
+
+def test_a_drained_device_gets_nothing_until_it_is_given_back() -> None:
+    """Maintenance: what runs there comes to its end, what comes waits or goes elsewhere."""
+    w = World([model("m", 30)], [GPU])
+    w.load("m")
+    (stop,) = w.do(DeviceDrained(0))
+    assert isinstance(stop, StopEngine) and "maintenance" in stop.reason
+    w.do(EngineStopped("m"))
+    assert w.ask("r1", "m") == []
+    assert "an operator drained it" in w.seen.models[0].waiting_for
+    assert w.do(DeviceDrained(0, drained=False)) == [StartEngine("m", Placement((0,)), 30 * GiB)]
+
+
+def test_a_device_that_is_gone_is_forgotten_once_nobody_holds_any_of_it() -> None:
+    """And one that comes is used."""
+    w = World([model("m", 30), model("n", 60)], [GPU])
+    w.load("m")
+    w.do(DevicesChanged((PAIR[1],)))
+    assert [(d.index, d.wedged) for d in w.seen.devices] == [(0, "it is not there any more"), (1, "")]
+    assert w.ask("r1", "n") == [StartEngine("n", Placement((1,)), 60 * GiB)]
+
+
+def test_a_reserve_that_changes_is_kept_from_now_on() -> None:
+    """As after a reload: what is promised stays, what is free is reckoned anew."""
+    w = World([model("m", 70)], [GPU])
+    smaller = type(GPU)(0, "gpu0", 80 * GiB, reserve=20 * GiB)
+    w.do(DevicesChanged((smaller,)))
+    (refused,) = w.ask("r1", "m")
+    assert isinstance(refused, Reject) and refused.error == "ModelTooLarge"

@@ -1,0 +1,147 @@
+"""Paths as clients write them: served as meant, or refused with where to go; a spelling opens nothing by itself."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.proxy.engine_routes import LLAMA_SERVER_ROUTES, VLLM_ROUTES, table
+from vllmd.admin.routes import add_operator, add_public
+from vllmd.errors import Forbidden, MethodNotAllowed, NotFound, VllmdError
+from vllmd.proxy.access import ADMIN, EVERYTHING, READ, Caller
+from vllmd.proxy.gate import AllowAll
+from vllmd.proxy.heads import split_target
+from vllmd.proxy.http import Headers, Request
+from vllmd.proxy.limits import Limits
+from vllmd.proxy.models import add_model_routes
+from vllmd.proxy.relay import Relay
+from vllmd.proxy.routing import Router
+
+CALLER = Caller("k", EVERYTHING - {ADMIN, READ}, refusal=lambda: Forbidden("not yours"))
+
+
+class ByScope(AllowAll):
+    """Lets in whoever asks for no more than a model."""
+
+    def identify(self, request: Request) -> Caller:
+        return CALLER
+
+
+class Anything:
+    """Stands for the daemon: the table is looked at, nothing is called."""
+
+    def __getattr__(self, name: str) -> Anything:
+        return self
+
+
+def router() -> Router:
+    """All routes of a listener."""
+    found = Router(ByScope())
+    add_public(found, Anything())  # type: ignore[arg-type]
+    add_operator(found, Anything())  # type: ignore[arg-type]
+    add_model_routes(found, Relay(SimpleNamespace(), Limits()))  # type: ignore[arg-type]
+    return found
+
+
+ROUTER = router()
+
+
+def sent(method: str, target: str) -> Request:
+    """A request with this target."""
+    path, query = split_target(method, target, "")
+    return Request(method, target, path, query, Headers())
+
+
+@pytest.mark.parametrize(("method", "path"), table(VLLM_ROUTES) + table(LLAMA_SERVER_ROUTES))
+def test_whatever_engines_serve_is_served_or_answered_with_where_to_go(method: str, path: str) -> None:
+    """A client that was made for vLLM or llama-server is never told 404 and nothing else."""
+    told = ""
+    try:
+        ROUTER.begin(sent(method, path))
+    except (MethodNotAllowed, NotFound) as error:
+        told = error.message
+    assert "GET /v1/models lists the models" not in told
+    assert "does not take" not in told or (method, path) == ("POST", "/props")  # which changes what everybody gets
+
+
+@pytest.mark.parametrize(
+    ("target", "route"),
+    [
+        ("//v1/chat/completions", "/v1/chat/completions"),
+        ("/v1//chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/v1/chat/completions/", "/v1/chat/completions"),
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/chat/completions/", "/v1/chat/completions"),
+        ("/v1/chat/completions/", "/v1/chat/completions"),
+        ("/openai/v1/chat/completions", "/v1/chat/completions"),
+        ("/api/v1/chat/completions", "/v1/chat/completions"),
+        ("/api/chat/completions", "/v1/chat/completions"),
+        ("/responses", "/v1/responses"),
+        ("/messages", "/v1/messages"),
+        ("/v1/tokenize", "/tokenize"),
+        ("/v1/reranking", "/v1/rerank"),
+        ("/reranking", "/rerank"),
+        ("/audio/transcriptions", "/v1/audio/transcriptions"),
+        ("/v1/classify", "/classify"),
+    ],
+)
+def test_what_is_meant_is_served(target: str, route: str) -> None:
+    """The path that the engine sees is the plain one, and the answer says so."""
+    request = sent("POST", target)
+    ROUTER.begin(request)
+    assert (request.route, request.path) == (route, route)
+    assert ("x-vllmd-path", route) in request.answer_fields
+
+
+@pytest.mark.parametrize(
+    ("target", "route", "scope"),
+    [
+        ("/models", "/v1/models", "models"),
+        ("/v1/models/", "/v1/models", "models"),
+        ("/models/org/name", "/v1/models/{model:path}", "models"),
+        ("/v1/health", "/health", "health"),
+        ("/v1/metrics", "/metrics", "metrics"),
+        ("//health/live", "/health/live", "open"),
+    ],
+)
+def test_reading_is_forgiven_too(target: str, route: str, scope: str) -> None:
+    """With the scope of the route that is meant."""
+    request = sent("GET", target)
+    ROUTER.begin(request)
+    assert request.route == route
+    assert next(each.scope for each in ROUTER.routes if each.pattern == route) == scope
+
+
+def test_a_path_that_is_right_gets_no_header() -> None:
+    """There is nothing to tell."""
+    request = sent("POST", "/v1/chat/completions")
+    ROUTER.begin(request)
+    assert request.answer_fields == ()
+
+
+@given(
+    st.sampled_from([route for route in ROUTER.routes if "{" not in route.pattern]),
+    st.lists(st.sampled_from(["slash", "v1", "tail", "openai", "api"]), max_size=4),
+)
+def test_no_spelling_gets_around_a_scope(route: object, changes: list[str]) -> None:
+    """Whatever a path was changed by: who gets in gets in by the scope of the route that answers."""
+    path = route.pattern  # type: ignore[attr-defined]
+    for change in changes:
+        path = {
+            "slash": "/" + path,
+            "v1": "/v1" + path,
+            "tail": path + "/",
+            "openai": "/openai" + path,
+            "api": "/api" + path,
+        }[change]
+    request = sent(route.method, path)  # type: ignore[attr-defined]
+    try:
+        ROUTER.begin(request)
+    except VllmdError:
+        return
+    found = next(each for each in ROUTER.routes if each.pattern == request.route)
+    assert found.scope in CALLER.scopes

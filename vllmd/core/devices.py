@@ -1,0 +1,93 @@
+"""Devices that come, go, do not answer, are ill, or are given to maintenance (9 in ``design.md``).
+
+What a device is asked for again and again, its memory, is ``MemorySampled``'s. Here it is about whether it can be used
+at all. The rule: "it could not be asked" is never taken for "there is none". While nobody knows which devices there
+are nothing is put on any, and who asks for that is told why; engines that run are left alone.
+"""
+
+from __future__ import annotations
+
+from vllmd.core.admission import Admission
+from vllmd.core.common import Core
+from vllmd.core.events import DeviceDrained, DevicesChanged, DevicesTroubled
+from vllmd.core.model import Leave, Replica
+from vllmd.core.types import State
+
+
+class Devices:
+    """One owner of what is said about devices as a whole."""
+
+    def __init__(self, core: Core, admission: Admission) -> None:
+        self._core = core
+        self._admission = admission
+
+    def changed(self, e: DevicesChanged) -> None:
+        """9.1: these are the devices now, or nobody knows; then who waits for one is told, unless an answer may come.
+
+        What runs is booked anew: an engine may have been adopted while its device was not known.
+        """
+        core, ledger = self._core, self._core.engines.ledger
+        before = ledger.unknown
+        ledger.take(e.devices)
+        ledger.unknown, ledger.asking = e.unknown, e.asking
+        for m in core.replicas.values():
+            if m.loaded and not ledger.held(m):
+                core.engines.rebook(m)
+            if e.unknown and m.spec.device_count:
+                self._put_off(m, e.unknown, told=not e.asking)
+            core.mark_dirty(m)
+        if e.unknown != before:
+            core.engines.record("devices", None, e.unknown or f"there are {len(e.devices)}, and they answer")
+        core.replan = True
+
+    def _put_off(self, m: Replica, why: str, *, told: bool) -> None:
+        """It is not brought up now. Requests that wait for it go on waiting, or are told."""
+        self._core.waiting.pop(m, None)
+        for other in self._core.exchanges.cancel(m):
+            self._core.mark_dirty(other)
+        if told and m.at_rest:
+            self._admission.reject_waiters(m, "Unavailable", why, 5.0)
+
+    def troubled(self, e: DevicesTroubled) -> None:
+        """9.2: an ill device is avoided, and what is on it leaves once it has drained; on a lost one it has failed."""
+        accounts = self._core.engines.ledger.accounts
+        for index, account in accounts.items():
+            why = e.lost.get(index) or e.ill.get(index, "")
+            if why == account.ill:
+                continue
+            account.ill = why
+            if why:
+                self._core.engines.record("avoid", None, f"device {index} is avoided: {why}", {"device": index})
+            for m in self._on(index) if why else ():
+                self._leave(m, f"device {index}: {why}", at_once=index in e.lost)
+        self._core.replan = True
+
+    def drained(self, e: DeviceDrained) -> None:
+        """9.3: an operator takes a device out, or gives it back. What is on it leaves as its requests end."""
+        account = self._core.engines.ledger.accounts.get(e.device)
+        if account is None:
+            return
+        account.drained = e.drained
+        self._core.engines.record("drain" if e.drained else "undrain", None, f"device {e.device}, by an operator",
+                                {"device": e.device})  # fmt: skip
+        for m in self._on(e.device) if e.drained else ():
+            self._leave(m, f"device {e.device} is drained for maintenance", at_once=False)
+        self._core.replan = True
+
+    def _on(self, index: int) -> list[Replica]:
+        return [m for m in self._core.replicas.values() if index in m.placement.devices and m.loaded]
+
+    def _leave(self, m: Replica, why: str, *, at_once: bool) -> None:
+        core = self._core
+        if not at_once:
+            core.leave(m, Leave(0, "device", why, cut_at=core.cut_at(m)))
+            return
+        m.failure = why
+        core.engines.cut(m, why)
+        if m.state is not State.STOPPING:
+            core.engines.record("stop", m, why)
+            if m.state is State.SLEEPING or m.state is State.READY or m.state is State.DRAINING:
+                core.leave(m, Leave(0, "device", why, kill=True))
+            else:
+                core.engines.stop(m, why, kill=True)
+        core.mark_dirty(m)

@@ -1,0 +1,119 @@
+"""Asks which devices there are until it is known, and again when the kernel says that something changed.
+
+A driver may be slow (seconds on a machine without persistence mode), not loaded yet, broken until a reboot, or hang for
+ever. None of that may hold up models that need no device, and none of it is taken for "there are none": the question is
+asked again with growing pauses, and at once when udev speaks of a GPU.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+
+from vllmd.gpu import Devices, Trouble, Uevents, Unanswered, in_thread
+
+log = logging.getLogger("vllmd.devices")
+
+PATIENCE = 1.0  # seconds that a start waits for the answer; models without devices are served from then on
+LIMIT = 30.0  # seconds after which a driver that has not answered counts as one that does not
+FIRST_PAUSE, LAST_PAUSE = 1.0, 60.0  # seconds between questions, doubling
+SETTLE = 0.5  # seconds from a word of the kernel until nodes and driver are there
+
+Open = Callable[[Mapping[str, int]], Devices]
+
+
+class DeviceWatch:
+    """``open``: asks, given the indices that devices had before, by id; it may block. ``taken``: called with news."""
+
+    def __init__(self, open: Open, taken: Callable[[Devices], Awaitable[None]]) -> None:
+        self._open, self._taken = open, taken
+        self._asked: asyncio.Future[Devices] | None = None
+        self._since = 0.0
+        self._known: dict[str, int] = {}
+        self._wanted = asyncio.Event()
+        self.current: Devices = Unanswered("none", Trouble("the GPUs have not been asked for yet"), asking=True)
+
+    async def begin(self, patience: float = PATIENCE) -> Devices:
+        """The first answer, or, if it does not come soon, that it is being waited for."""
+        self._take(await self._ask(patience))
+        return self.current
+
+    def again(self) -> None:
+        """Ask once more, soon: the configuration says something else."""
+        self._wanted.set()
+
+    async def run(self) -> None:
+        """For ever."""
+        words = Uevents()
+        pause = FIRST_PAUSE
+        try:
+            while True:
+                pause = await self._pause(words, pause)
+                try:
+                    await self._look(await self._ask(LIMIT))
+                except Exception:  # what is found cannot be taken: a defect, which must not end the watch
+                    log.exception("the devices cannot be taken")
+        finally:
+            words.close()
+
+    async def _pause(self, words: Uevents, pause: float) -> float:
+        """Until there is a reason to ask. Returns the next pause."""
+        if self.current.asking:
+            return FIRST_PAUSE
+        limit = pause if self.current.trouble else None
+        spoken = asyncio.ensure_future(words.wait(limit))
+        wanted = asyncio.ensure_future(self._wanted.wait())
+        await asyncio.wait({spoken, wanted}, return_when=asyncio.FIRST_COMPLETED)
+        told = self._wanted.is_set() or (spoken.done() and spoken.result())
+        spoken.cancel()
+        wanted.cancel()
+        self._wanted.clear()
+        if told:
+            await asyncio.sleep(SETTLE)
+            return FIRST_PAUSE
+        return min(pause * 2, LAST_PAUSE)
+
+    async def _ask(self, limit: float) -> Devices:
+        """One question is under way at a time; one that hangs is waited for, not repeated."""
+        if self._asked is None:
+            known = dict(self._known)
+            self._asked, self._since = in_thread(lambda: self._open(known)), time.monotonic()
+        done, _ = await asyncio.wait({self._asked}, timeout=limit)
+        if not done:
+            passed = time.monotonic() - self._since
+            why = f"the GPU driver has not answered for {passed:.0f} s"
+            return Unanswered("nvml", Trouble(why, "dmesg says what it met"), asking=passed < LIMIT)
+        answer, self._asked = self._asked, None
+        try:
+            return answer.result()
+        except Exception as error:
+            return Unanswered("nvml", Trouble(f"the devices cannot be opened: {type(error).__name__}: {error}"))
+
+    async def _look(self, fresh: Devices) -> None:
+        """Take what is new. A source that falls silent after it had answered is the readings' to notice."""
+        before = self.current
+        known = not before.trouble
+        if known and fresh.trouble:
+            await self._taken(before)
+        elif _same(before, fresh):
+            fresh.close()
+        else:
+            self._take(fresh)
+            await self._taken(fresh)
+            if known:
+                before.close()
+
+    def _take(self, devices: Devices) -> None:
+        self.current = devices
+        self._known |= {device.id: device.index for device in devices.inventory() if device.runtime}
+
+
+def _same(one: Devices, other: Devices) -> bool:
+    return (
+        one.source == other.source
+        and one.inventory() == other.inventory()
+        and one.trouble == other.trouble
+        and one.asking == other.asking
+    )

@@ -1,0 +1,30 @@
+"""How an engine is told which devices are its own: a variable for each maker's runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vllmd.core.types import Device
+
+VARIABLES = {"cuda": "CUDA_VISIBLE_DEVICES", "hip": "HIP_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}
+
+
+def environment(devices: Sequence[Device]) -> dict[str, str]:
+    """The variables for an engine on these devices, in their order; none without devices.
+
+    As numbers where all of them have one: every version of every engine takes those (vLLM up to 0.23 does ``int()`` on
+    them). As ids where it is not certain how the runtime counts: MIG slices have no number, and a runtime leaves out
+    cards that it does not know.
+    """
+    if not devices:
+        return {}
+    runtime = devices[0].runtime or "cuda"
+    numbers = [device.number for device in devices]
+    told = [str(number) for number in numbers if number is not None]
+    value = ",".join(told if len(told) == len(devices) else [device.id for device in devices])
+    found = {VARIABLES[runtime]: value}
+    if runtime == "cuda":
+        found["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    elif runtime == "xpu":
+        found["ZE_ENABLE_PCI_ID_DEVICE_ORDER"] = "1"
+    return found

@@ -1,0 +1,73 @@
+"""Paths that clients send by habit -> the path that is meant, or a word on where to go.
+
+Only asked where no route has the path as it was sent. What comes out is looked up in the route table like any other
+path, and judged by that route's scope: a forgiven path opens nothing that its plain form does not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+SLASHES = re.compile(r"/{2,}")
+V1_AGAIN = re.compile(r"/v1(?:/v1)+(?=/|$)")
+# Base URLs that people know from other servers: Groq's, OpenRouter's and LM Studio's.
+FOREIGN_ROOTS = ("/openai", "/api")
+SYNONYMS = {"/reranking": "/rerank", "/v1/reranking": "/v1/rerank"}
+
+_STATE = "vllmd alone puts engines to sleep, wakes, pauses and changes them; POST /admin/models/NAME/sleep, wake, load"
+_OWN = "it is an engine's own; GET /upstream/NAME{path} has it, for keys with the scope admin"
+_SLOTS = "it shows what others ask; GET /upstream/NAME{path} has it, for keys with the scope admin"
+_ADAPTER = "adapters are the configuration's, not a client's"
+_OLLAMA = "Ollama's API is not spoken here; OpenAI's is, with the base URL /v1"
+# What vLLM or llama-server serve and vllmd does not, and what to do instead.
+REFERRED = {
+    "/": "the API begins at /v1, its description is at /docs",
+    **dict.fromkeys(
+        ("/sleep", "/wake_up", "/pause", "/resume", "/abort_requests", "/release_kv_cache_memory", "/collective_rpc"),
+        _STATE,
+    ),
+    **dict.fromkeys(("/is_sleeping", "/is_paused"), "GET /v1/models tells each model's state"),
+    **dict.fromkeys(("/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"), _STATE),
+    **dict.fromkeys(("/start_profile", "/stop_profile", "/scale_elastic_ep", "/is_scaling_elastic_ep"), _STATE),
+    **dict.fromkeys(
+        (
+            *("/init_weight_transfer_engine", "/shutdown_weight_transfer_engine", "/start_weight_update"),
+            *("/start_draft_weight_update", "/update_weights", "/finish_weight_update", "/update_weight_version"),
+            *("/weight_checker", "/weight_info", "/get_world_size", "/fault_tolerance/apply"),
+        ),
+        _STATE,
+    ),
+    **dict.fromkeys(("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/lora-adapters"), _ADAPTER),
+    **dict.fromkeys(("/server_info", "/kv_event_sources", "/fault_tolerance/status", "/inference/v1/generate"), _OWN),
+    "/load": "GET /metrics tells what runs and waits, vllmctl ps too",
+    "/slots": _SLOTS,
+    "/models/load": "POST /admin/models/NAME/load loads a model; the first request for it does, too",
+    "/models/unload": "POST /admin/models/NAME/unload unloads a model",
+    "/embedding": "POST /v1/embeddings answers in OpenAI's form",
+    "/cors-proxy": "vllmd asks no other servers for a page",
+    "/tools": "tools run in the client",
+    **dict.fromkeys(("/api/tags", "/api/show", "/api/chat", "/api/generate", "/api/embed", "/api/version"), _OLLAMA),
+}
+
+
+def meant(path: str) -> Iterator[str]:
+    """What ``path`` may mean, the likeliest first; ``path`` itself is not among it."""
+    tidy = V1_AGAIN.sub("/v1", SLASHES.sub("/", path))
+    if len(tidy) > 1:
+        tidy = tidy.removesuffix("/")
+    for plain in (tidy, *(tidy.removeprefix(root) for root in FOREIGN_ROOTS if tidy.startswith(root + "/"))):
+        plain = SYNONYMS.get(plain, plain)
+        for each in (plain, plain.removeprefix("/v1") if plain.startswith("/v1/") else "/v1" + plain):
+            if each != path:
+                yield SYNONYMS.get(each, each)
+
+
+def referred(path: str) -> str:
+    """Where to go instead; "" where nobody can say."""
+    for each in (path, *meant(path)):
+        if each in REFERRED:
+            return REFERRED[each].replace("{path}", each)
+        if each.startswith("/slots/"):
+            return _SLOTS.replace("{path}", each)
+    return ""
