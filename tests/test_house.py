@@ -153,8 +153,9 @@ def test_the_top_level_is_known() -> None:
     """A newcomer reads these first; another file beside them needs a reason."""
     tracked = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     names = {name.split("/")[0] for name in tracked.stdout.splitlines() if not name.startswith(".")}
-    folders = {"man", "packaging", "tests", "units", "vllmd"}
-    assert names == folders | {"LICENSE", "Makefile", "README.md", "SECURITY.md", "pyproject.toml"}
+    folders = {"docs", "man", "packaging", "tests", "units", "vllmd"}
+    prose = {"CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "SECURITY.md"}
+    assert names == folders | prose | {"Makefile", "pyproject.toml"}
 
 
 def test_every_folder_of_the_program_is_packaged() -> None:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllmd.admin.control import Gauges
 from vllmd.admin.counters import Counters, Histogram
 from vllmd.admin.exposition import expose
-from vllmd.core.types import Decision, DeviceView, ModelView, Snapshot, State
+from vllmd.core.types import Decision, DeviceView, ModelView, ReplicaView, Snapshot, State
 
-VIEW = ModelView("m", State.SLEEPING, 1, (0,), 7 << 30, 2, 3, 1.5, None, 9.0, True, ("l",), "", "")
+ENGINE = ReplicaView("m", State.SLEEPING, 1, (0,), 7 << 30, 2, 3, 1.5, None, 9.0, True, ("l",), "", "")
+
+
+def model(name: str, *replicas: ReplicaView, balanced: bool = False) -> ModelView:
+    """Of these engines, in the state of the first."""
+    each = {field.name: getattr(replicas[0], field.name) for field in fields(ReplicaView) if field.name != "id"}
+    return ModelView(name=name, replicas=replicas, balanced=balanced, serving=1, degraded=False, **each)
+
+
+VIEW = model("m", ENGINE)
 DEVICE = DeviceView(0, 80 << 30, 1 << 30, 7 << 30, 2 << 30, "")
 SNAPSHOT = Snapshot(0.0, (VIEW,), (DEVICE,), 64 << 30, 5 << 30, ())
 
@@ -44,9 +53,9 @@ def test_what_is_counted_is_what_is_read() -> None:
     counters.used("m", "alice", 12)
     counters.changed("m", "start", 4.0, failed=False)
     counters.changed("m", "wake", 1.0, failed=True)
-    counters.decided(Decision(0.0, "sleep", "m", "to make room for x", {"cause": "exchange"}), "m")
-    counters.decided(Decision(0.0, "start", "m", "it fits"), "m")
-    counters.decided(Decision(0.0, "eject", "m@2", "it failed a probe"), "m", "m@2")
+    counters.decided(Decision(0.0, "sleep", "m", "to make room for x", {"cause": "exchange"}))
+    counters.decided(Decision(0.0, "start", "m", "it fits"))
+    counters.decided(Decision(0.0, "eject", "m", "it failed a probe", replica="m@2"))
     counters.retried("m", "m@2")
     read = samples(counters, Gauges(None))
     assert read["vllmd_model_queue_wait_seconds_count{model=m}"] == 1
@@ -66,7 +75,7 @@ def test_what_is_counted_is_what_is_read() -> None:
 def test_how_things_stand() -> None:
     """States are one series each, memory is in bytes and per device."""
     devices = {"used": {0: 3 << 30}, "power": {0: 99.5}, "load": {0: 0.25}}
-    read = samples(Counters(), Gauges(SNAPSHOT, 4, 5, models=[(VIEW, ())], **devices))  # type: ignore[arg-type]
+    read = samples(Counters(), Gauges(SNAPSHOT, 4, 5, **devices))  # type: ignore[arg-type]
     assert read["vllmd_model_state{model=m,state=sleeping_l1}"] == 1
     assert read["vllmd_model_state{model=m,state=running}"] == 0
     assert read["vllmd_model_queue_length{model=m}"] == 3
@@ -82,10 +91,10 @@ def test_how_things_stand() -> None:
 
 def test_replicas_are_told_apart_beside_their_model() -> None:
     """The model has all that they hold and run; a model with one engine has no series of replicas."""
-    one = replace(VIEW, name="m@1", state=State.READY, standing="serving", latency=0.25, in_flight=2)
-    two = replace(VIEW, name="m@2", state=State.STOPPED, devices=(), in_flight=0)
-    whole = replace(VIEW, state=State.READY, memory=14 << 30)
-    read = samples(Counters(), Gauges(SNAPSHOT, models=[(whole, (one, two)), (replace(VIEW, name="n"), ())]))
+    one = replace(ENGINE, id="m@1", state=State.READY, standing="serving", latency=0.25, in_flight=2)
+    two = replace(ENGINE, id="m@2", state=State.STOPPED, devices=(), in_flight=0)
+    models = (model("m", one, two, balanced=True), model("n", replace(ENGINE, id="n")))
+    read = samples(Counters(), Gauges(replace(SNAPSHOT, models=models)))
     assert read["vllmd_model_state{model=m,state=running}"] == 1
     assert read["vllmd_model_memory_bytes{device=0,model=m}"] == 7 << 30
     assert read["vllmd_replica_latency_seconds{model=m,replica=m@1}"] == 0.25
@@ -98,9 +107,7 @@ def test_replicas_are_told_apart_beside_their_model() -> None:
 
 def test_openmetrics_for_those_who_ask() -> None:
     """Prometheus prefers it, and it must end as it must."""
-    body, content_type = expose(
-        Counters(), Gauges(SNAPSHOT, models=[(VIEW, ())]), "application/openmetrics-text; version=1.0.0"
-    )
+    body, content_type = expose(Counters(), Gauges(SNAPSHOT), "application/openmetrics-text; version=1.0.0")
     assert content_type.startswith("application/openmetrics-text")
     assert body.endswith(b"# EOF\n")
 
@@ -108,7 +115,7 @@ def test_openmetrics_for_those_who_ask() -> None:
 def test_every_family_has_help_and_a_conventional_name() -> None:
     """promtool complains of a missing help text, of a unit that is no base unit, of a counter without _total."""
     counters = Counters()
-    body, _ = expose(counters, Gauges(SNAPSHOT, models=[(VIEW, ())]), "")
+    body, _ = expose(counters, Gauges(SNAPSHOT), "")
     for family in text_string_to_metric_families(body.decode()):
         assert family.documentation, family.name
         assert not family.name.endswith(("_ms", "_milliseconds", "_kb", "_mb", "_percent", "_total_total"))

@@ -12,16 +12,23 @@ from prometheus_client.parser import text_string_to_metric_families
 from vllmd.admin.control import Gauges
 from vllmd.admin.counters import Counters
 from vllmd.admin.exposition import expose
-from vllmd.core.types import DeviceView, ModelView, Snapshot, State
+from vllmd.core.types import DeviceView, ModelView, ReplicaView, Snapshot, State
 
 FOLDER = Path(__file__).resolve().parents[2] / "packaging/grafana"
-VIEW = ModelView("m", State.READY, 0, (0,), 1, 0, 0, None, None, 0.0, False, (), "", "")
+ENGINE = ReplicaView("m@1", State.READY, 0, (0,), 1, 0, 0, None, None, 0.0, False, (), "", "", "serving", 0.1)
+VIEW = ModelView(
+    *("m", State.READY, 0, (0,), 1, 0, 0, None, None, 0.0, False, (), "", "", "serving", 0.1),
+    replicas=(ENGINE,),
+    balanced=True,
+    serving=1,
+    degraded=False,
+)
 SNAPSHOT = Snapshot(0.0, (VIEW,), (DeviceView(0, 1, 0, 0, 0, ""),), 0, 0, ())
 
 
 def known() -> set[str]:
     """The names of all families, and of the series that a histogram or counter has."""
-    body, _ = expose(Counters(), Gauges(SNAPSHOT, models=[(VIEW, (VIEW,))]), "")
+    body, _ = expose(Counters(), Gauges(SNAPSHOT), "")
     names = set()
     for family in text_string_to_metric_families(body.decode()):
         suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(family.type, ("",))

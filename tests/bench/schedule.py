@@ -30,7 +30,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from tests.bench.scenarios import HOUR, SIZES_GB, Scenario, batch, days, fleet, scenarios
 from vllmd.core.baselines import ALL
@@ -38,7 +38,7 @@ from vllmd.core.commands import Command
 from vllmd.core.costs import CostBook
 from vllmd.core.events import EngineReady, Event, RequestArrived, RequestFinished
 from vllmd.core.scheduler import Scheduler
-from vllmd.core.types import Device, Footprint, IdleRules, ModelSpec, Settings
+from vllmd.core.types import Device, Footprint, IdleRules, ModelSpec, Settings, single
 from vllmd.simulate.physics import Physics
 from vllmd.simulate.report import Figures
 from vllmd.simulate.trace import Row
@@ -80,7 +80,7 @@ class Variant:
         """The priors' own machine, one that is ten times faster, or stand-in engines for the batch."""
         physics = Physics(seed=seed)
         if self.quick:
-            table = {m.name: {k: physics.mean(m, k) / 10 for k in KINDS} for m in models}
+            table = {r.id: {k: physics.mean(r, k) / 10 for k in KINDS} for m in models for r in m.replicas}
             return replace(physics, measured=table)
         if "batch" in self.kind:
             fast = {"start": 0.25, "stop": 0.1, "wake1": 0.06, "wake2": 0.12, "sleep1": 0.06, "sleep2": 0.06}
@@ -125,7 +125,7 @@ def specs(weights: Mapping[str, int], sleeps: bool = True, spans: Mapping[str, i
     """Models by gigabytes of weights; 5 % and 2 GB more on the device, 1 GB of it kept by a sleeper."""
     spans = spans or {}
     return [
-        ModelSpec(
+        single(
             name=name,
             footprint=_footprint(size, spans.get(name, 1), sleeps),
             weights=size * GB,
@@ -148,9 +148,9 @@ def run(scenario: Scenario, variant: Variant, policy: str, seed: int) -> Figures
     """One policy over one trace."""
     models = specs(scenario.weights, variant.sleeps, scenario.spans)
     if variant.kind == "busy batch":
-        models = [replace(m, drain_limit=2.0) for m in models]
+        models = [each_engine(m, drain_limit=2.0) for m in models]
     if variant.kind == "day":
-        models = [replace(m, idle=IdleRules()) for m in models]
+        models = [each_engine(m, idle=IdleRules()) for m in models]
     name, _, freeze = policy.partition("+")
     physics = variant.physics(seed, models)
     cold = not variant.sleeps or "batch" in variant.kind
@@ -166,13 +166,18 @@ def run(scenario: Scenario, variant: Variant, policy: str, seed: int) -> Figures
     return simulate(machine, trace, ALL[name], policy).all
 
 
+def each_engine(model: ModelSpec, **settings: Any) -> ModelSpec:
+    """The same model, its engines with other settings."""
+    return replace(model, replicas=tuple(replace(spec, **settings) for spec in model.replicas))
+
+
 def learnt(models: Iterable[ModelSpec], physics: Physics) -> CostBook:
     """What a daemon knows that has run here for long."""
     book = CostBook()
-    for m in models:
-        costs = book.open(m)
+    for spec in [spec for m in models for spec in m.replicas]:
+        costs = book.open(spec)
         for kind in KINDS:
-            costs.observe(kind, physics.mean(m, kind))
+            costs.observe(kind, physics.mean(spec, kind))
     return book
 
 

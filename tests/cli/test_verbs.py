@@ -200,10 +200,15 @@ def test_the_doctor_knows_a_degraded_model(replicated: FakeDaemon, capsys: pytes
 
 
 @pytest.mark.parametrize(
-    ("name", "units"), [("org/pair", ["org-pair", "org-pair-2"]), ("p@1", ["org-pair"]), ("p@2", ["org-pair-2"])]
+    ("name", "units"),
+    [
+        ("org/pair", ["org-pair", "org-pair-1", "org-pair-2"]),
+        ("p@1", ["org-pair", "org-pair-1"]),
+        ("p@2", ["org-pair-2"]),
+    ],
 )
 def test_logs_of_replicas(replicated: FakeDaemon, monkeypatch: pytest.MonkeyPatch, name: str, units: list[str]) -> None:
-    """The first one's engine bears the model's name; of the model all are meant."""
+    """Of the model all are meant; what the first one's engine said when it was the only one belongs to it."""
     called: list[list[str]] = []
     replicated.answers["GET /admin/status"] = (200, status(PAIR))
     monkeypatch.setattr("vllmd.cli.verbs.logs.shutil.which", lambda program: program)

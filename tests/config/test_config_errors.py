@@ -338,3 +338,11 @@ def test_models_d_that_is_a_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load(tmp_path / "vllmd.yaml", env={})
     assert caught.value.message == f"{tmp_path}/models.d: cannot be read: Not a directory"
+
+
+@pytest.mark.parametrize("user", ["root", "0", "a b", "-x", "../x"])
+def test_a_user_that_no_engine_may_be_is_refused(tmp_path: Path, user: str) -> None:
+    """Root above all; the launcher would refuse it as well."""
+    (tmp_path / "a.yaml").write_text(f"models: {{m: {{user: '{user}'}}}}")
+    with pytest.raises(ConfigError, match="user who is not root, or own"):
+        load(tmp_path / "a.yaml", env={})

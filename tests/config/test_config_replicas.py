@@ -12,7 +12,6 @@ from vllmd.config.present import as_yaml
 from vllmd.config.replicas import engines_of, is_this_host, meant_here
 from vllmd.config.types import Config, ModelConfig
 from vllmd.daemon.engine_process import fingerprint
-from vllmd.daemon.roster import Roster
 from vllmd.errors import ConfigError
 
 
@@ -26,9 +25,9 @@ def engines(tmp_path: Path, text: str) -> dict[str, ModelConfig]:
 
 
 def test_a_number_is_so_many_alike(tmp_path: Path) -> None:
-    """All of them wanted; the first is called as the model is."""
+    """All of them wanted."""
     found = engines(tmp_path, "models: {m: {engine: sim, gpu_memory: 5GiB, replicas: 3}}")
-    assert list(found) == ["m", "m@2", "m@3"]
+    assert list(found) == ["m@1", "m@2", "m@3"]
     assert {(one.replica_of, one.gpu_memory, one.source) for one in found.values()} == {("m", 5 << 30, "m")}
     assert {one.replicas.min for one in found.values() if one.replicas} == {3}
 
@@ -37,7 +36,7 @@ def test_a_range_is_as_many_as_there_may_be(tmp_path: Path) -> None:
     """One is wanted at first."""
     found = engines(tmp_path, "models: {m: {replicas: {min: 1, max: 2, busy: 3}}}")
     assert [(name, one.replicas and (one.replicas.min, one.replicas.busy)) for name, one in found.items()] == [
-        ("m", (1, 3)),
+        ("m@1", (1, 3)),
         ("m@2", (1, 3)),
     ]
 
@@ -54,7 +53,7 @@ models:
       - {devices: [1], gpu_memory: 0.8, env: {B: "2"}, name: big}
 """
     first, second = engines(tmp_path, text).values()
-    assert (first.name, first.devices, first.gpu_memory, first.env) == ("m", (0,), 0.5, {"A": "1"})
+    assert (first.name, first.devices, first.gpu_memory, first.env) == ("m@1", (0,), 0.5, {"A": "1"})
     assert (second.name, second.devices, second.gpu_memory, second.env) == ("m@big", (1,), 0.8, {"A": "1", "B": "2"})
 
 
@@ -98,8 +97,7 @@ models:
     left, lost = meant_here(config(tmp_path, text), is_this_host)
     assert lost == ["there", "nothing"]
     found = engines_of(left.models)
-    assert [(name, one.devices) for name, one in found.items()] == [("here", ()), ("both", (0,)), ("both@3", (1,))]
-    assert Roster(left.models).engines("both@2") == ("both",)
+    assert [(name, one.devices) for name, one in found.items()] == [("here", ()), ("both@2", (0,)), ("both@3", (1,))]
 
 
 def test_a_host_is_this_one_by_its_names_and_addresses_only() -> None:
@@ -111,7 +109,7 @@ def test_a_host_is_this_one_by_its_names_and_addresses_only() -> None:
 def test_a_model_that_gets_replicas_is_the_same_engine(tmp_path: Path) -> None:
     """Its digest does not change, so a reload starts only the others."""
     before = engines(tmp_path, "models: {m: {gpu_memory: 0.5}}")["m"]
-    after = engines(tmp_path, "models: {m: {gpu_memory: 0.5, replicas: 2}}")["m"]
+    after = engines(tmp_path, "models: {m: {gpu_memory: 0.5, replicas: 2}}")["m@1"]
     assert fingerprint(before) == fingerprint(after)
 
 
@@ -131,7 +129,7 @@ models:
     assert "sk-secret" not in shown
     again = engines(tmp_path, shown)
     assert [(one.name, one.engine, one.devices) for one in again.values()] == [
-        ("m", "vllm", (0,)),
+        ("m@1", "vllm", (0,)),
         ("m@2", "remote", ()),
     ]
 

@@ -95,7 +95,7 @@ def test_a_model_on_two_devices_takes_both_with_their_victims() -> None:
     w.load("a", "b")
     commands = w.ask("r", "wide")
     assert {type(c) for c in commands} == {SleepEngine}
-    assert {c.model for c in commands if isinstance(c, SleepEngine)} == {"a", "b"}
+    assert {c.replica for c in commands if isinstance(c, SleepEngine)} == {"a", "b"}
     assert w.answer("a") == []
     assert w.answer("b") == [StartEngine("wide", Placement((0, 1)), 60 * GiB)]
 
@@ -159,7 +159,7 @@ def test_host_memory_goes_to_one_and_the_other_sleeps_deeper() -> None:
     w = World(specs, [GPU], Settings(host_memory=15 * GiB))
     w.load("a", "b")
     first = w.ask("r", "big")
-    w.answer(first[0].model)  # type: ignore[union-attr]
+    w.answer(first[0].replica)  # type: ignore[union-attr]
     (second,) = w.pending.values()
     assert {c.level for c in (*first, second) if isinstance(c, SleepEngine)} == {1, 2}
 

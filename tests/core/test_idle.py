@@ -136,7 +136,7 @@ def test_preloading_loads_what_fits_in_order() -> None:
     assert w.scheduler.next_timer() == 0.0
     (start,) = w.do(TimePassed())
     assert isinstance(start, StartEngine)
-    assert start.model == "a"
+    assert start.replica == "a"
     assert w.answer("a") == []
     assert w.scheduler.next_timer() is None
     assert w.state("c") is State.STOPPED

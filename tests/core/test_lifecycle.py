@@ -165,7 +165,7 @@ def test_an_impossible_report_changes_nothing() -> None:
     w = world()
     starting(w)
     before = w.seen
-    with pytest.raises(LifecycleError, match="'asleep' of model 'm', which is 'starting'"):
+    with pytest.raises(LifecycleError, match="'asleep' of 'm', which is 'starting'"):
         w.scheduler.handle(EngineAsleep("m", 1), 0)
     assert w.seen == before
     assert [type(c).__name__ for c in w.answer("m")] == ["Admit"]

@@ -83,16 +83,19 @@ def test_a_rate_forgets() -> None:
     assert rate.read(900.0) < 0.001
 
 
+ENGINE = model("m").replicas[0]
+
+
 def test_what_was_learnt_survives_in_the_cache() -> None:
     """Times and footprints come back; a model configured otherwise starts anew with its footprint."""
     book = CostBook()
-    costs = book.open(model("m"))
+    costs = book.open(ENGINE)
     costs.observe("wake1", 0.7)
     costs.footprint = Footprint(5, 4, 3, 2, Source.MEASURED)
     again = CostBook.from_dict(book.to_dict())
     assert again.to_dict() == book.to_dict()
-    assert again.open(model("m")).footprint == Footprint(5, 4, 3, 2, Source.MEASURED)
-    other = CostBook.from_dict(book.to_dict()).open(model("m", 60))
+    assert again.open(ENGINE).footprint == Footprint(5, 4, 3, 2, Source.MEASURED)
+    other = CostBook.from_dict(book.to_dict()).open(model("m", 60).replicas[0])
     assert other.footprint is None
     assert other.wake(1) == 0.7
 
@@ -104,4 +107,4 @@ DAMAGE = [None, "x", {}, {"seconds": 3}, {"seconds": {"start": ["x", 1]}, "of": 
 def test_a_damaged_cache_is_no_cache(damage: object) -> None:
     """It is safe to delete, so it is safe to ignore."""
     book = CostBook.from_dict({"m": damage})  # type: ignore[dict-item]
-    assert book.open(model("m")).seconds("start") == CostBook().open(model("m")).seconds("start")
+    assert book.open(ENGINE).seconds("start") == CostBook().open(ENGINE).seconds("start")

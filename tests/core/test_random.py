@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -45,6 +44,7 @@ from vllmd.core.types import (
     ModelSpec,
     Placement,
     ReplicaRules,
+    ReplicaSpec,
     Settings,
     State,
     WhenFree,
@@ -58,10 +58,10 @@ ages = st.sampled_from([None, 0.0, 3.0, 40.0])
 
 
 @st.composite
-def specs(draw: st.DrawFn, name: str) -> ModelSpec:
-    """Any model that a configuration could describe."""
+def engines(draw: st.DrawFn, name: str) -> ReplicaSpec:
+    """Any engine that a configuration could describe."""
     size = draw(sizes) * GiB
-    return ModelSpec(
+    return ReplicaSpec(
         name,
         Footprint(size, size, min(size, GiB), draw(st.sampled_from([0, 10, 40])) * GiB),
         weights=size // 2,
@@ -71,11 +71,7 @@ def specs(draw: st.DrawFn, name: str) -> ModelSpec:
         idle=IdleRules(draw(ages), draw(st.sampled_from([1, 2])), draw(ages), draw(ages)),
         pinned=draw(st.sampled_from([False, False, False, True])),
         preload=draw(st.booleans()),
-        priority=draw(st.sampled_from([1.0, 5.0])),
         concurrency=draw(st.sampled_from([None, 1, 2])),
-        on_busy=draw(st.sampled_from(["wait", "wait", "reject", "evict"])),
-        queue_limit=draw(st.sampled_from([2, 512])),
-        queue_timeout=draw(st.sampled_from([None, 600.0, 30.0])),
         drain_limit=draw(st.sampled_from([None, 10.0])),
         preempt=draw(st.booleans()),
         keeps_host=draw(st.booleans()),
@@ -84,10 +80,8 @@ def specs(draw: st.DrawFn, name: str) -> ModelSpec:
 
 
 @st.composite
-def some_replicas(draw: st.DrawFn) -> tuple[ModelSpec, ...]:
-    """Models of which the first few may be replicas of one."""
-    models = [draw(specs(name)) for name in NAMES]
-    several = draw(st.sampled_from([0, 0, 2, 3, 4]))
+def specs(draw: st.DrawFn, name: str, several: int = 0) -> ModelSpec:
+    """Any model, with one engine or with ``several`` replicas."""
     rules = ReplicaRules(
         least=draw(st.sampled_from([1, 2, 4])),
         busy=draw(st.sampled_from([1, 2])),
@@ -96,7 +90,22 @@ def some_replicas(draw: st.DrawFn) -> tuple[ModelSpec, ...]:
         probe=draw(st.sampled_from([True, True, False])),
         retries=draw(st.sampled_from([0, 1, 3])),
     )
-    return (*(replace(m, replica_of="a", replicas=rules) for m in models[:several]), *models[several:])
+    names = [f"{name}@{index + 1}" for index in range(several)] or [name]
+    return ModelSpec(
+        name,
+        tuple(draw(engines(each)) for each in names),
+        rules if several else None,
+        priority=draw(st.sampled_from([1.0, 5.0])),
+        on_busy=draw(st.sampled_from(["wait", "wait", "reject", "evict"])),
+        queue_limit=draw(st.sampled_from([2, 512])),
+        queue_timeout=draw(st.sampled_from([None, 600.0, 30.0])),
+    )
+
+
+@st.composite
+def some_models(draw: st.DrawFn) -> tuple[ModelSpec, ...]:
+    """Models of which the first may have several replicas."""
+    return tuple(draw(specs(name, draw(st.sampled_from([0, 0, 1, 2, 4])) if name == "a" else 0)) for name in NAMES)
 
 
 class CoreUnderAnything(RuleBasedStateMachine):
@@ -109,8 +118,10 @@ class CoreUnderAnything(RuleBasedStateMachine):
         devices=st.integers(0, 3),
         host=st.sampled_from([0, 50, 200]),
         policy=st.sampled_from(["adaptive", "adaptive", "lru"]),
-        models=some_replicas(),
-        found=st.lists(st.tuples(models, st.integers(0, 2)), max_size=3, unique_by=lambda one: one[0]),
+        models=some_models(),
+        found=st.lists(
+            st.tuples(st.sampled_from(range(8)), st.integers(0, 2)), max_size=3, unique_by=lambda one: one[0]
+        ),
         starting=st.booleans(),
     )
     def begin(
@@ -119,19 +130,21 @@ class CoreUnderAnything(RuleBasedStateMachine):
         host: int,
         policy: str,
         models: tuple[ModelSpec, ...],
-        found: list[tuple[str, int]],
+        found: list[tuple[int, int]],
         starting: bool,
     ) -> None:
         gpus = [Device(i, str(i), 80 * GiB, GiB) for i in range(devices)]
         self.specs = models
         self.world = World(models, gpus, Settings(policy, host * GiB, 20))
         self.world.script.append(f"s = Scheduler([{', '.join(map(brief, models))}], {gpus!r}, {self.world.settings!r})")
-        for name, level in found:
-            self.find(name, level, starting and name == found[0][0])
+        known = list(self.world.specs)
+        for place, level in found:
+            if place < len(known):
+                self.find(known[place], level, starting and place == found[0][0])
 
     def find(self, name: str, level: int, starting: bool) -> None:
         """An engine of an earlier daemon, if its model can be there at all."""
-        spec = next(spec for spec in self.specs if spec.name == name)
+        spec = self.world.specs[name]
         count = spec.device_count if self.world.devices else 0
         allowed = [index for index in spec.devices or self.world.devices if index in self.world.devices]
         if len(allowed) < count:
@@ -145,7 +158,7 @@ class CoreUnderAnything(RuleBasedStateMachine):
         self.count += 1
         self.world.ask(f"r{self.count}", model, key)
 
-    @rule(key=st.sampled_from("xyz"), avoid=st.frozensets(models))
+    @rule(key=st.sampled_from("xyz"), avoid=st.frozensets(st.sampled_from(["a@1", "a@2", "a@3"])))
     def arrive_again(self, key: str, avoid: frozenset[str]) -> None:
         """A request that some replicas have failed already."""
         self.count += 1
@@ -207,9 +220,9 @@ class CoreUnderAnything(RuleBasedStateMachine):
     def crash(self, data: st.DataObject) -> None:
         self.world.do(EngineExited(data.draw(st.sampled_from(sorted(self.world.engines))), "crashed"))
 
-    @rule(model=models)
-    def fall_silent(self, model: str) -> None:
-        self.world.do(ServerSilent(model, "no answer"))
+    @rule(data=st.data())
+    def fall_silent(self, data: st.DataObject) -> None:
+        self.world.do(ServerSilent(data.draw(st.sampled_from(sorted(self.world.specs))), "no answer"))
 
     @rule(seconds=st.sampled_from([0.0, 0.1, 0.25, 1.0, 7.0, 45.0, 400.0]))
     def wait(self, seconds: float) -> None:
@@ -219,8 +232,10 @@ class CoreUnderAnything(RuleBasedStateMachine):
     def ring(self) -> None:
         self.world.do(TimePassed())
 
-    @rule(model=models, what=st.integers(0, 4))
-    def operate(self, model: str, what: int) -> None:
+    @rule(data=st.data(), what=st.integers(0, 4))
+    def operate(self, data: st.DataObject, what: int) -> None:
+        """Something is asked of a model, or of one of its replicas."""
+        model = data.draw(st.sampled_from(sorted({*NAMES, *self.world.specs})))
         asks = (LoadAsked(model), SleepAsked(model, 1), SleepAsked(model, 2), StopAsked(model), StopAsked(model, True))
         self.world.do(asks[what])
 
@@ -253,31 +268,23 @@ class CoreUnderAnything(RuleBasedStateMachine):
     def look(self) -> None:
         """What is kept of the policy's view is what a fresh look would see."""
         planner, core = self.world.scheduler._planner, self.world.scheduler._core
-        fresh = Observer(core.fleet, core.exchanges)
-        for m in core.models.values():
+        fresh = Observer(core.engines, core.exchanges)
+        for m in core.replicas.values():
             fresh.note(m)
-        kept, new = planner.look(), fresh.look(core.waiting.values(), planner._shallow)
+        kept, new = planner.look(), fresh.look(core.waiting, planner._shallow)
         assert sorted(kept.residents) == sorted(new.residents)
         assert kept.rooms == new.rooms
-        assert {w for w in new.waiting if w.model not in core.exchanges} == set(kept.waiting)
+        assert {w for w in new.waiting if core.replicas[w.model] not in core.exchanges} == set(kept.waiting)
 
-    @rule(data=st.data())
-    def reload(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), several=st.sampled_from([0, 1, 2, 3, 4]))
+    def reload(self, data: st.DataObject, several: int) -> None:
+        """A model is another one, also one that gets replicas or loses them; it may have to restart."""
         name = data.draw(models)
-        was = next(spec for spec in self.specs if spec.name == name)
-        fresh = replace(data.draw(specs(name)), replica_of=was.replica_of, replicas=was.replicas)
-        restart = frozenset({name}) if data.draw(st.booleans()) else frozenset()
+        fresh = data.draw(specs(name, several if name == "a" else 0))
+        restart = frozenset(r.id for r in fresh.replicas) if data.draw(st.booleans()) else frozenset()
         self.world.disturbed = True
         self.specs = tuple(fresh if spec.name == name else spec for spec in self.specs)
         self.world.do(ModelsChanged(self.specs, restart))
-
-    @rule(several=st.integers(0, 5))
-    def regroup(self, several: int) -> None:
-        """A model gets replicas, or loses them."""
-        rules = self.specs[0].replicas
-        names = ["a" if index < several > 1 else "" for index in range(len(NAMES))]
-        self.specs = tuple(replace(m, replica_of=of, replicas=rules) for m, of in zip(self.specs, names, strict=True))
-        self.world.do(ModelsChanged(self.specs))
 
     def teardown(self) -> None:
         """In the end engines behave and strangers leave: then everybody who still waits is served or told why not."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from tests.core.helpers import GPU, PAIR, model, replicas
 from tests.core.world import World
-from vllmd.core.commands import Admit, CutRequest, ProbeReplica, SleepEngine, StartEngine
+from vllmd.core.commands import Admit, CutRequest, ProbeReplica, RenameReplica, SleepEngine, StartEngine
 from vllmd.core.events import (
     EngineExited,
     EngineReady,
@@ -22,6 +23,7 @@ from vllmd.core.events import (
     SleepAsked,
     StopAsked,
 )
+from vllmd.core.model import Standing
 from vllmd.core.types import Device, GiB, IdleRules, ReplicaRules, State
 
 REMOTE = {"device_count": 0, "sleep_levels": frozenset()}
@@ -37,7 +39,7 @@ def serving(number: int, *, rules: ReplicaRules | None = None, remote: bool = Tr
     for name in dict(w.probes).values():
         w.probed(name)
     w.finish("first")
-    assert {m.standing for m in w.seen.models} == {"serving"}
+    assert {r.standing for r in w.engines_seen} == {"serving"}
     return w
 
 
@@ -48,11 +50,11 @@ def serve(w: World, request: str, seconds: float) -> str:
     w.now += seconds
     w.do(RequestAnswered(request))
     w.finish(request)
-    return admitted.model
+    return admitted.replica
 
 
 def standing(w: World, name: str) -> str:
-    return next(m.standing for m in w.seen.models if m.name == name)
+    return w.view(name).standing
 
 
 # -- coming up
@@ -64,7 +66,7 @@ def test_all_come_up_with_the_first_request_where_they_fit() -> None:
     first, second = w.ask("r", "m")
     assert isinstance(first, StartEngine)
     assert isinstance(second, StartEngine)
-    assert {first.model, second.model} == {"m", "m@2"}
+    assert {first.replica, second.replica} == {"m@1", "m@2"}
     assert first.placement != second.placement
 
 
@@ -74,7 +76,7 @@ def test_nobody_leaves_for_a_second_replica_and_none_shares_a_device_with_the_fi
     w.load("other")
     (start,) = w.ask("r", "m")
     assert isinstance(start, StartEngine)
-    assert w.answer("m") == [ProbeReplica("probe-1", "m", 5.0)]
+    assert w.answer("m@1") == [ProbeReplica("probe-1", "m@1", 5.0)]
     w.pass_time(60.0)
     assert w.state("m@2") is State.STOPPED
 
@@ -83,13 +85,11 @@ def test_an_operator_who_wants_the_model_gets_one_replica_for_sure_and_more_only
     """None of them puts another one to sleep, nor another model."""
     w = World(replicas(3), PAIR)
     w.do(LoadAsked("m"))
-    w.do(LoadAsked("m@2", beside=True))
-    w.do(LoadAsked("m@3", beside=True))
-    assert set(w.pending) == {"m", "m@2"}
-    w.answer("m")
+    assert set(w.pending) == {"m@1", "m@2"}
+    w.answer("m@1")
     w.answer("m@2")
     w.settle()
-    assert (w.state("m"), w.state("m@2"), w.state("m@3")) == (State.READY, State.READY, State.STOPPED)
+    assert (w.state("m@1"), w.state("m@2"), w.state("m@3")) == (State.READY, State.READY, State.STOPPED)
 
 
 def test_a_replica_that_was_taken_down_comes_up_again_with_its_model() -> None:
@@ -99,8 +99,7 @@ def test_a_replica_that_was_taken_down_comes_up_again_with_its_model() -> None:
     w.answer("m@2")
     w.pass_time(30.0)
     assert w.state("m@2") is State.STOPPED
-    w.do(LoadAsked("m", beside=True))
-    assert [type(c) for c in w.do(LoadAsked("m@2", beside=True))] == [StartEngine]
+    assert [type(c) for c in w.do(LoadAsked("m"))] == [StartEngine]
 
 
 def test_an_operators_probe_runs_as_a_request_does_and_earns_nobody_anything() -> None:
@@ -109,15 +108,15 @@ def test_an_operators_probe_runs_as_a_request_does_and_earns_nobody_anything() -
     w.do(ProbeAsked("p", "m@2"))
     assert w.do(SleepAsked("m@2", 1)) == []
     assert [type(c) for c in w.do(ReplicaProbed("p", None, "too late"))] == [SleepEngine]
-    assert standing(w, "m") == "serving"
-    assert w.seen.models[1].failure == ""
+    assert standing(w, "m@1") == "serving"
+    assert w.view("m@2").failure == ""
 
 
 def test_a_replica_that_is_to_use_certain_devices_does() -> None:
     """Whoever lists the same device twice means it."""
     w = World(replicas(2, 30, devices=(0,)), PAIR)
-    assert [c.model for c in w.ask("r", "m")] == ["m"]
-    w.answer("m")
+    assert [c.replica for c in w.ask("r", "m")] == ["m@1"]
+    w.answer("m@1")
     assert w.state("m@2") is State.STARTING or w.pass_time(20.0)
     assert w.state("m@2") is State.STARTING
 
@@ -126,15 +125,15 @@ def test_it_serves_once_it_has_answered_a_probe() -> None:
     """A server whose health is fine may still hang at the first question."""
     w = World(replicas(1, **REMOTE), [])
     w.ask("r", "m")
-    assert w.do(EngineReady("m")) == [ProbeReplica("probe-1", "m", 5.0)]
-    assert w.probed("m", 0.2) == [Admit("r", "m")]
+    assert w.do(EngineReady("m@1")) == [ProbeReplica("probe-1", "m@1", 5.0)]
+    assert w.probed("m@1", 0.2) == [Admit("r", "m@1")]
 
 
 def test_without_probes_it_serves_at_once() -> None:
     """``probe: none``."""
     w = World(replicas(1, rules=ReplicaRules(probe=False), **REMOTE), [])
     w.ask("r", "m")
-    assert w.do(EngineReady("m")) == [Admit("r", "m")]
+    assert w.do(EngineReady("m@1")) == [Admit("r", "m@1")]
 
 
 def test_whoever_serves_first_takes_all_who_wait() -> None:
@@ -142,7 +141,7 @@ def test_whoever_serves_first_takes_all_who_wait() -> None:
     w = World(replicas(2, **REMOTE), [])
     w.ask("r1", "m")
     w.ask("r2", "m")
-    w.answer("m")
+    w.answer("m@1")
     w.answer("m@2")
     assert w.probed("m@2") == [Admit("r1", "m@2"), Admit("r2", "m@2")]
 
@@ -162,31 +161,31 @@ def test_a_probe_is_abandoned_once_it_is_much_slower_than_the_best() -> None:
 def test_two_choices_of_three_even_out() -> None:
     """No replica is forgotten, none is flooded."""
     w = serving(3)
-    who = Counter(c.model for n in range(90) for c in w.ask(f"r{n}", "m") if isinstance(c, Admit))
-    assert set(who) == {"m", "m@2", "m@3"}
+    who = Counter(c.replica for n in range(90) for c in w.ask(f"r{n}", "m") if isinstance(c, Admit))
+    assert set(who) == {"m@1", "m@2", "m@3"}
     assert max(who.values()) - min(who.values()) <= 2
 
 
 def test_the_faster_gets_more() -> None:
     """In flight times latency: one that is three times faster has three times as many at a time."""
     w = serving(2, rules=ReplicaRules(growth=100.0))
-    speed = {"m": 0.3, "m@2": 0.9}
+    speed = {"m@1": 0.3, "m@2": 0.9}
     for n in range(20):
         (admitted,) = w.ask(f"warm{n}", "m")
-        w.now += speed[admitted.model]
+        w.now += speed[admitted.replica]
         w.do(RequestAnswered(f"warm{n}"))
         w.finish(f"warm{n}")
-    who = Counter(c.model for n in range(40) for c in w.ask(f"r{n}", "m") if isinstance(c, Admit))
-    assert 2.0 < who["m"] / who["m@2"] < 4.5
+    who = Counter(c.replica for n in range(40) for c in w.ask(f"r{n}", "m") if isinstance(c, Admit))
+    assert 2.0 < who["m@1"] / who["m@2"] < 4.5
 
 
 def test_one_that_is_full_is_passed_over_and_all_full_wait_for_the_next_place() -> None:
     """``concurrency`` is each replica's."""
     w = serving(2, concurrency=1)
     (a,), (b,) = w.ask("r1", "m"), w.ask("r2", "m")
-    assert {a.model, b.model} == {"m", "m@2"}
+    assert {a.replica, b.replica} == {"m@1", "m@2"}
     assert w.ask("r3", "m") == []
-    assert w.finish("r2") == [Admit("r3", b.model)]
+    assert w.finish("r2") == [Admit("r3", b.replica)]
 
 
 # -- slow ones
@@ -196,44 +195,44 @@ def test_S_latency_growing_rate_a_slow_one_is_set_aside_and_comes_back() -> None
     """Three answers in a row beyond the bound; after a pause it is asked, and a good answer brings it back."""
     w = serving(2)
     for n in range(3):
-        for name, other, seconds in (("m", "m@2", 5.0), ("m@2", "m", 0.2)):
+        for name, other, seconds in (("m@1", "m@2", 5.0), ("m@2", "m@1", 0.2)):
             assert w.do(RequestArrived(f"{name} {n}", "m", avoid=frozenset({other}))) == [Admit(f"{name} {n}", name)]
             w.now += seconds
             w.do(RequestAnswered(f"{name} {n}"))
             w.finish(f"{name} {n}")
-    assert standing(w, "m") == "serving", "nothing is slow before it is known what is fast"
+    assert standing(w, "m@1") == "serving", "nothing is slow before it is known what is fast"
     for n in range(3):
         w.do(RequestArrived(f"later {n}", "m", avoid=frozenset({"m@2"})))
         w.now += 5.0
         w.do(RequestAnswered(f"later {n}"))
         w.finish(f"later {n}")
-    assert standing(w, "m") == "slow"
+    assert standing(w, "m@1") == "slow"
     assert {serve(w, f"after{n}", 0.2) for n in range(10)} == {"m@2"}
-    assert list(w.probes.values()) == ["m"]
-    w.probed("m", 0.2)
-    assert standing(w, "m") == "serving"
+    assert list(w.probes.values()) == ["m@1"]
+    w.probed("m@1", 0.2)
+    assert standing(w, "m@1") == "serving"
 
 
 def test_streams_and_whole_answers_are_not_held_against_each_other() -> None:
     """A whole answer begins when it is made, a stream long before: the one that has only streams is not faster."""
     w = serving(2)
     for n in range(6):
-        for name, other, seconds, streamed in (("m", "m@2", 5.0, False), ("m@2", "m", 0.1, True)):
+        for name, other, seconds, streamed in (("m@1", "m@2", 5.0, False), ("m@2", "m@1", 0.1, True)):
             w.do(RequestArrived(f"{name} {n}", "m", avoid=frozenset({other})))
             w.now += seconds
             w.do(RequestAnswered(f"{name} {n}", streamed))
             w.finish(f"{name} {n}")
-    assert standing(w, "m") == "serving"
-    who = Counter(c.model for n in range(20) for c in w.ask(f"r{n}", "m") if isinstance(c, Admit))
-    assert who["m"] == who["m@2"]
+    assert standing(w, "m@1") == "serving"
+    who = Counter(c.replica for n in range(20) for c in w.ask(f"r{n}", "m") if isinstance(c, Admit))
+    assert who["m@1"] == who["m@2"]
 
 
 def test_a_slow_one_is_better_than_none() -> None:
     """When the fast one goes, requests go where they are answered at all."""
     w = serving(2)
-    w.scheduler._core.models["m"].replica.standing = type(w.scheduler._core.models["m"].replica.standing).SLOW
+    w.scheduler._core.replicas["m@1"].health.standing = Standing.SLOW  # type: ignore[union-attr]
     w.do(EngineExited("m@2", "gone"))
-    assert w.ask("r", "m") == [Admit("r", "m")]
+    assert w.ask("r", "m") == [Admit("r", "m@1")]
 
 
 def test_the_bound_of_a_probe_grows_with_each_attempt() -> None:
@@ -245,7 +244,7 @@ def test_the_bound_of_a_probe_grows_with_each_attempt() -> None:
     for _ in range(3):
         commands = w.pass_time(w.now + 70.0)
         limits += [c.limit for c in commands if isinstance(c, ProbeReplica)]
-        w.probed("m", None)
+        w.probed("m@1", None)
     assert limits == sorted(limits)
     assert limits[-1] > limits[0]
 
@@ -257,10 +256,10 @@ def test_S_max_retry_a_failed_request_goes_elsewhere() -> None:
     """The daemon says who failed it; another one that serves gets it at once."""
     w = serving(2)
     (admitted,) = w.ask("r", "m")
-    other = {"m": "m@2", "m@2": "m"}[admitted.model]
+    other = {"m@1": "m@2", "m@2": "m@1"}[admitted.replica]
     w.do(RequestFinished("r", failed="nobody listens"))
-    assert standing(w, admitted.model) == "ejected"
-    assert w.do(RequestArrived("r again", "m", avoid=frozenset({admitted.model}))) == [Admit("r again", other)]
+    assert standing(w, admitted.replica) == "ejected"
+    assert w.do(RequestArrived("r again", "m", avoid=frozenset({admitted.replica}))) == [Admit("r again", other)]
 
 
 def test_one_that_was_ejected_is_probed_after_a_pause_that_doubles() -> None:
@@ -272,13 +271,13 @@ def test_one_that_was_ejected_is_probed_after_a_pause_that_doubles() -> None:
     w.pass_time(began + 0.9)
     assert not w.probes
     w.pass_time(began + 1.1)
-    assert list(w.probes.values()) == ["m"]
-    w.probed("m", None)
+    assert list(w.probes.values()) == ["m@1"]
+    w.probed("m@1", None)
     failed = w.now
     w.pass_time(failed + 1.9)
     assert not w.probes
     w.pass_time(failed + 2.1)
-    assert list(w.probes.values()) == ["m"]
+    assert list(w.probes.values()) == ["m@1"]
 
 
 def test_one_that_leaves_requests_unanswered_is_asked_and_cut_off_if_it_does_not_answer() -> None:
@@ -286,9 +285,9 @@ def test_one_that_leaves_requests_unanswered_is_asked_and_cut_off_if_it_does_not
     w = serving(2)
     w.do(RequestArrived("r", "m", avoid=frozenset({"m@2"})))
     commands = w.pass_time(20.0)
-    assert [c.model for c in commands if isinstance(c, ProbeReplica)] == ["m"]
-    assert CutRequest("r", "its replica does not answer") in w.probed("m", None)
-    assert standing(w, "m") == "ejected"
+    assert [c.replica for c in commands if isinstance(c, ProbeReplica)] == ["m@1"]
+    assert CutRequest("r", "its replica does not answer") in w.probed("m@1", None)
+    assert standing(w, "m@1") == "ejected"
 
 
 def test_one_that_only_takes_its_time_is_left_alone() -> None:
@@ -296,9 +295,9 @@ def test_one_that_only_takes_its_time_is_left_alone() -> None:
     w = serving(2)
     w.do(RequestArrived("r", "m", avoid=frozenset({"m@2"})))
     w.pass_time(20.0)
-    assert w.probed("m", 0.3) == []
-    assert standing(w, "m") == "serving"
-    assert w.running["r"] == "m"
+    assert w.probed("m@1", 0.3) == []
+    assert standing(w, "m@1") == "serving"
+    assert w.running["r"] == "m@1"
 
 
 def test_one_that_answers_others_meanwhile_is_busy_and_does_not_hang() -> None:
@@ -313,7 +312,7 @@ def test_one_that_answers_others_meanwhile_is_busy_and_does_not_hang() -> None:
         w.do(RequestAnswered(f"r{n}"))
         w.finish(f"r{n}")
     assert commands == []
-    assert w.running["long"] == "m"
+    assert w.running["long"] == "m@1"
 
 
 def test_a_probe_that_is_lost_while_another_was_answered_proves_nothing() -> None:
@@ -324,10 +323,10 @@ def test_a_probe_that_is_lost_while_another_was_answered_proves_nothing() -> Non
     w.do(RequestArrived("other", "m", avoid=elsewhere))
     w.pass_time(20.0)
     w.do(RequestAnswered("other"))
-    assert w.probed("m", None) == []
-    assert standing(w, "m") == "serving"
+    assert w.probed("m@1", None) == []
+    assert standing(w, "m@1") == "serving"
     w.pass_time(w.now + 100.0)
-    assert CutRequest("long", "its replica does not answer") in w.probed("m", None)
+    assert CutRequest("long", "its replica does not answer") in w.probed("m@1", None)
 
 
 def test_one_that_is_suspected_has_all_the_time_of_a_probe() -> None:
@@ -340,10 +339,10 @@ def test_one_that_is_suspected_has_all_the_time_of_a_probe() -> None:
 def test_where_no_other_serves_nobody_is_too_slow() -> None:
     """All have to load their model first: what they were able to do when it was loaded is no measure now."""
     w = serving(2)
-    for name in ("m", "m@2"):
+    for name in ("m@1", "m@2"):
         w.do(EngineExited(name, "gone"))
     w.pass_time(w.now + 10.0)
-    limits = [c.limit for name in ("m", "m@2") for c in w.answer(name) if isinstance(c, ProbeReplica)]
+    limits = [c.limit for name in ("m@1", "m@2") for c in w.answer(name) if isinstance(c, ProbeReplica)]
     assert limits == [5.0, 5.0]
 
 
@@ -352,29 +351,29 @@ def test_a_local_one_that_hangs_is_started_anew() -> None:
     w = serving(2, rules=ReplicaRules(least=2, retries=1), remote=False)
     w.do(RequestArrived("r", "m", avoid=frozenset({"m@2"})))
     w.pass_time(20.0)
-    w.probed("m", None)
+    w.probed("m@1", None)
     w.do(RequestFinished("r", failed="its replica does not answer"))
     w.pass_time(w.now + 5.0)
-    w.probed("m", None)
-    assert w.state("m") is State.STOPPING
+    w.probed("m@1", None)
+    assert w.state("m@1") is State.STOPPING
     w.ask("other", "m")
-    w.do(EngineStopped("m"))
+    w.do(EngineStopped("m@1"))
     w.pass_time(w.now + 10.0)
-    assert w.state("m") is State.STARTING
+    assert w.state("m@1") is State.STARTING
 
 
 def test_a_remote_that_is_gone_has_its_requests_cut() -> None:
     """Whoever is cut off from us leaves our connections open; nothing else would end them."""
     w = serving(2)
     w.do(RequestArrived("r", "m", avoid=frozenset({"m@2"})))
-    assert CutRequest("r", "unreachable") in w.do(EngineExited("m", "unreachable"))
+    assert CutRequest("r", "unreachable") in w.do(EngineExited("m@1", "unreachable"))
 
 
 def test_who_waits_for_one_that_fails_waits_for_another() -> None:
     """A start that fails costs its waiters nothing as long as there is another replica."""
     w = World(replicas(2), PAIR)
     w.ask("r", "m")
-    w.do(EngineStartFailed("m", "no such model", permanent=True))
+    w.do(EngineStartFailed("m@1", "no such model", permanent=True))
     assert "r" in w.queued
     w.answer("m@2")
     assert w.probed("m@2") == [Admit("r", "m@2")]
@@ -386,7 +385,7 @@ def test_who_waits_for_one_that_fails_waits_for_another_that_may_come_back() -> 
     w.ask("r", "m")
     w.do(EngineReady("m@2"))
     w.probed("m@2", None)
-    w.do(EngineStartFailed("m", "no route to gpu1"))
+    w.do(EngineStartFailed("m@1", "no route to gpu1"))
     assert "r" in w.queued
     w.pass_time(w.now + 2.0)
     assert Admit("r", "m@2") in w.probed("m@2")
@@ -396,18 +395,18 @@ def test_S_turn_off_running_flag_all_down_is_a_clear_503_and_recovers_by_itself(
     """With every replica's reason; when the back-off is over somebody's request tries again."""
     w = World(replicas(2, **REMOTE), [])
     w.ask("r", "m")
-    w.do(EngineStartFailed("m", "no route to gpu1"))
+    w.do(EngineStartFailed("m@1", "no route to gpu1"))
     w.do(EngineStartFailed("m@2", "no route to gpu2"))
     w.ask("again", "m")
     for told in w.rejected["r"], w.rejected["again"]:
         assert told.error == "Unavailable"
-        assert "m: no route to gpu1; m@2: no route to gpu2" in told.message
+        assert "m@1: no route to gpu1; m@2: no route to gpu2" in told.message
         assert told.retry_after is not None
     w.pass_time(told.retry_after + 1.0)
-    assert w.state("m") is State.STARTING
-    w.answer("m")
-    w.probed("m")
-    assert w.ask("later", "m") == [Admit("later", "m")]
+    assert w.state("m@1") is State.STARTING
+    w.answer("m@1")
+    w.probed("m@1")
+    assert w.ask("later", "m") == [Admit("later", "m@1")]
 
 
 def test_one_that_comes_back_is_taken_back_without_a_request() -> None:
@@ -415,7 +414,7 @@ def test_one_that_comes_back_is_taken_back_without_a_request() -> None:
     w = serving(2)
     w.do(EngineExited("m@2", "gone"))
     commands = w.pass_time(w.now + 6.0)
-    assert any(isinstance(c, StartEngine) and c.model == "m@2" for c in commands)
+    assert any(isinstance(c, StartEngine) and c.replica == "m@2" for c in commands)
 
 
 # -- more and fewer
@@ -430,12 +429,12 @@ def test_one_more_is_started_when_there_was_too_much_for_long_enough() -> None:
     """``busy`` requests per replica for ``busy_for``; on a device of its own."""
     w = World(replicas(2, rules=ReplicaRules(least=1, busy=4, busy_for=10.0)), PAIR)
     w.ask("r", "m")
-    w.answer("m")
-    w.probed("m")
+    w.answer("m@1")
+    w.probed("m@1")
     crowd(w, 6)
     assert not any(isinstance(c, StartEngine) for c in w.pass_time(w.now + 9.0))
     (start,) = [c for c in w.pass_time(w.now + 2.0) if isinstance(c, StartEngine)]
-    assert (start.model, start.placement.devices) == ("m@2", (1,))
+    assert (start.replica, start.placement.devices) == ("m@2", (1,))
 
 
 def test_one_fewer_gets_requests_when_it_is_calm_and_its_idle_rules_take_it() -> None:
@@ -443,8 +442,8 @@ def test_one_fewer_gets_requests_when_it_is_calm_and_its_idle_rules_take_it() ->
     rules = ReplicaRules(least=1, busy=2, busy_for=1.0, calm_for=20.0)
     w = World(replicas(2, rules=rules, idle=IdleRules(60.0, 1, None, None)), PAIR)
     w.ask("r", "m")
-    w.answer("m")
-    w.probed("m")
+    w.answer("m@1")
+    w.probed("m@1")
     crowd(w, 4)
     w.pass_time(w.now + 2.0)
     w.answer("m@2")
@@ -455,10 +454,10 @@ def test_one_fewer_gets_requests_when_it_is_calm_and_its_idle_rules_take_it() ->
     assert standing(w, "m@2") == "resting"
     commands = []
     for n in range(9):
-        assert serve(w, f"calm{n}", 0.1) == "m"
+        assert serve(w, f"calm{n}", 0.1) == "m@1"
         commands += w.pass_time(w.now + 5.0)
     assert SleepEngine("m@2", 1) in commands
-    assert w.state("m") is State.READY
+    assert w.state("m@1") is State.READY
 
 
 def test_replicas_that_are_wanted_age_together() -> None:
@@ -469,7 +468,7 @@ def test_replicas_that_are_wanted_age_together() -> None:
         w.now += 0.1
         w.finish(f"r{n}")
         w.pass_time(w.now + 5.0)
-    assert [m.state for m in w.seen.models] == [State.READY] * 2
+    assert [r.state for r in w.engines_seen] == [State.READY] * 2
 
 
 # -- operators
@@ -481,31 +480,55 @@ def test_one_that_an_operator_stops_stays_down_while_others_serve() -> None:
     w.do(StopAsked("m@2"))
     w.answer("m@2")
     for n in range(5):
-        assert serve(w, f"r{n}", 0.1) == "m"
+        assert serve(w, f"r{n}", 0.1) == "m@1"
         w.pass_time(w.now + 5.0)
     assert w.state("m@2") is State.STOPPED
-    assert [c.model for c in w.do(LoadAsked("m@2")) if isinstance(c, StartEngine)] == ["m@2"]
+    assert [c.replica for c in w.do(LoadAsked("m@2")) if isinstance(c, StartEngine)] == ["m@2"]
 
 
 def test_a_model_that_an_operator_stops_comes_back_with_the_next_request() -> None:
     """As any model; nothing comes up by itself."""
     w = serving(2, remote=False)
-    for name in ("m", "m@2"):
+    for name in ("m@1", "m@2"):
         w.do(StopAsked(name))
         w.answer(name)
     w.pass_time(w.now + 30.0)
-    assert [m.state for m in w.seen.models] == [State.STOPPED] * 2
-    assert {c.model for c in w.ask("r", "m") if isinstance(c, StartEngine)} == {"m", "m@2"}
+    assert [r.state for r in w.engines_seen] == [State.STOPPED] * 2
+    assert {c.replica for c in w.ask("r", "m") if isinstance(c, StartEngine)} == {"m@1", "m@2"}
 
 
 def test_a_model_that_gets_replicas_keeps_its_engine() -> None:
-    """The first replica bears the model's name: a reload starts only the others."""
+    """It goes on as the first replica, by another name: a reload starts only the others."""
     w = World([model("m")], PAIR)
     w.load("m")
-    w.do(ModelsChanged(tuple(replicas(2))))
-    assert w.state("m") is State.READY
-    w.probed("m")
-    assert [c for c in w.ask("r", "m") if not isinstance(c, Admit)] == [w.pending["m@2"]]
+    rename, probe, start = w.do(ModelsChanged(tuple(replicas(2))))
+    assert rename == RenameReplica("m", "m@1")
+    assert isinstance(probe, ProbeReplica)
+    assert isinstance(start, StartEngine)
+    assert (w.state("m@1"), w.state("m@2")) == (State.READY, State.STARTING)
+    w.probed("m@1")
+    assert w.ask("r", "m") == [Admit("r", "m@1")]
+
+
+def test_a_model_that_loses_its_replicas_keeps_the_first_ones_engine() -> None:
+    """And a start that is under way meanwhile is answered by the new name."""
+    w = World(replicas(2), PAIR)
+    w.ask("r", "m")
+    w.do(ModelsChanged((model("m"),)))
+    assert set(w.pending) == {"m", "m@2"}
+    assert w.answer("m") == [Admit("r", "m")]
+
+
+def test_a_replica_that_is_called_something_else_keeps_its_engine() -> None:
+    """A label in the configuration is only a name."""
+    w = World(replicas(1), PAIR)
+    w.ask("r", "m")
+    w.answer("m@1")
+    (spec,) = replicas(1)
+    blue = replace(spec, replicas=(replace(spec.replicas[0], id="m@blue"),))
+    assert w.do(ModelsChanged((blue,))) == [RenameReplica("m@1", "m@blue")]
+    assert w.state("m@blue") is State.READY
+    assert w.probed("m@blue") == [Admit("r", "m@blue")]
 
 
 def test_what_one_replica_alone_has_is_not_asked_of_another() -> None:
@@ -522,10 +545,10 @@ def test_an_answer_to_a_probe_of_an_engine_that_is_gone_means_nothing() -> None:
     """It may come after the engine's successor has begun."""
     w = World([*replicas(1, **REMOTE)], [GPU])
     w.ask("r", "m")
-    w.answer("m")
+    w.answer("m@1")
     (probe,) = w.probes
-    w.do(EngineExited("m", "gone"))
+    w.do(EngineExited("m@1", "gone"))
     assert w.do(ReplicaProbed(probe, 0.1)) == []
     w.pass_time(10.0)
-    w.answer("m")
-    assert standing(w, "m") == "new"
+    w.answer("m@1")
+    assert standing(w, "m@1") == "new"

@@ -20,6 +20,7 @@ from vllmd.core.commands import (
     ProveFreeze,
     Record,
     Reject,
+    RenameReplica,
     SleepEngine,
     StartEngine,
     StopEngine,
@@ -51,7 +52,7 @@ from vllmd.core.events import (
 from vllmd.core.planner import RECENT
 from vllmd.core.policy import Policy
 from vllmd.core.scheduler import Scheduler
-from vllmd.core.types import Device, GiB, ModelSpec, Settings, Snapshot, State
+from vllmd.core.types import Device, GiB, ModelSpec, ReplicaSpec, ReplicaView, Settings, Snapshot, State
 
 
 def said(commands: Iterable[Command]) -> list[Command]:
@@ -61,10 +62,18 @@ def said(commands: Iterable[Command]) -> list[Command]:
 
 def brief(spec: ModelSpec) -> str:
     """The specification as one would write it: without what is default anyway."""
-    plain = ModelSpec(spec.name, spec.footprint)
-    fields = [f.name for f in dataclasses.fields(spec) if getattr(spec, f.name) != getattr(plain, f.name)]
-    f, rest = spec.footprint, "".join(f", {name}={getattr(spec, name)!r}" for name in fields)
-    return f"ModelSpec({spec.name!r}, Footprint({f.starting}, {f.awake}, {f.asleep}, {f.host}){rest})"
+    engines = ", ".join(_brief(each) for each in spec.replicas)
+    return f"ModelSpec({spec.name!r}, ({engines},){_unusual(spec, ModelSpec(spec.name, spec.replicas))})"
+
+
+def _brief(spec: ReplicaSpec) -> str:
+    f, rest = spec.footprint, _unusual(spec, ReplicaSpec(spec.id, spec.footprint))
+    return f"ReplicaSpec({spec.id!r}, Footprint({f.starting}, {f.awake}, {f.asleep}, {f.host}){rest})"
+
+
+def _unusual(spec: ModelSpec | ReplicaSpec, plain: ModelSpec | ReplicaSpec) -> str:
+    names = [f.name for f in dataclasses.fields(spec) if getattr(spec, f.name) != getattr(plain, f.name)]
+    return "".join(f", {name}={getattr(spec, name)!r}" for name in names)
 
 
 def told(event: Event) -> str:
@@ -87,8 +96,9 @@ class World:
     ) -> None:
         self.devices = {device.index: device for device in devices}
         self.settings = settings or Settings(host_memory=64 * GiB)
-        self.specs = {spec.name: spec for spec in models}
-        self.scheduler = Scheduler(self.specs.values(), self.devices.values(), self.settings, costs, policy)
+        models = tuple(models)
+        self.configure(models)
+        self.scheduler = Scheduler(models, self.devices.values(), self.settings, costs, policy)
         self.now = 0.0
         self.script: list[str] = []
         self.pending: dict[str, Command] = {}  # model -> the command it has to answer
@@ -101,13 +111,19 @@ class World:
         self.orphans: set[str] = set()  # running in an engine that is gone: their end is still to be told
         self.rejected: dict[str, Reject] = {}
         self.probes: dict[str, str] = {}  # the daemon's own requests to replicas -> model; they run, too
-        self.siblings: set[str | None] = set()  # who is, or was, a replica of the one model that has several
         self.disturbed = False  # measurements contradicted the books: promises may exceed what there is
         self.external: dict[int, int] = {}  # bytes per device, as last sampled
         self.looked: dict[int, float] = {}
         self.came: dict[str, float] = {}  # request -> when
         self.wished = {name for name, spec in self.specs.items() if spec.preload}  # wanted without a request, once
         self._forced: set[str] = set()
+
+    def configure(self, models: Iterable[ModelSpec]) -> None:
+        """What the machine is to have from now on."""
+        models = tuple(models)
+        self.specs = {spec.id: spec for model in models for spec in model.replicas}
+        self.model_of = {**getattr(self, "model_of", {}), **{r.id: m.name for m in models for r in m.replicas}}
+        self.several = {model.name for model in models if model.balancing}
 
     # -- events
 
@@ -118,7 +134,6 @@ class World:
             self.devices.update({device.index: device for device in event.devices})
         self._before(event)
         commands = self.scheduler.handle(event, self.now)
-        self.siblings |= {name for name, m in self.scheduler._core.models.items() if m.spec.replica_of}
         try:
             for command in commands:
                 self._execute(command)
@@ -183,8 +198,17 @@ class World:
         return self.scheduler.snapshot(self.now)
 
     def state(self, model: str) -> State:
-        """The model's state."""
-        return next(m.state for m in self.seen.models if m.name == model)
+        """The engine's state."""
+        return self.view(model).state
+
+    def view(self, name: str) -> ReplicaView:
+        """The core's view of that replica now."""
+        return next(r for r in self.engines_seen if r.id == name)
+
+    @property
+    def engines_seen(self) -> list[ReplicaView]:
+        """The core's views of all replicas now."""
+        return [r for m in self.seen.models for r in m.replicas]
 
     def settle(self, limit: float = 3600.0) -> None:
         """Everybody behaves: engines answer, requests end, time goes on until nobody waits any more."""
@@ -214,12 +238,12 @@ class World:
         elif isinstance(event, MemorySampled):
             self._sampled(event)
         elif isinstance(event, ModelsChanged):
-            self.specs = {spec.name: spec for spec in event.models}
-            self.wished |= {spec.name for spec in event.models if spec.preload}
+            self.configure(event.models)
+            self.wished |= {name for name, spec in self.specs.items() if spec.preload}
         elif isinstance(event, LoadAsked):
-            self.wished.add(event.model)
+            self.wished |= {name for name in self.specs if event.model in (name, self.model_of[name])}
         elif isinstance(event, ProbeAsked):
-            self.probes[event.request] = self.running[event.request] = event.model
+            self.probes[event.request] = self.running[event.request] = event.replica
         elif isinstance(event, RequestFinished | ReplicaProbed):
             self.probes.pop(event.request, None)
             self.running.pop(event.request)
@@ -228,9 +252,9 @@ class World:
         elif isinstance(event, RequestGone):
             self.queued.pop(event.request)
         elif isinstance(event, StopAsked) and event.force:
-            self._forced.add(event.model)
-        elif hasattr(event, "model") and type(event).__name__.startswith(("Engine", "FreezeProved")):
-            self._engine_told(event, event.model)
+            self._forced |= {name for name in self.engines if event.model in (name, self.model_of[name])}
+        elif hasattr(event, "replica") and type(event).__name__.startswith(("Engine", "FreezeProved")):
+            self._engine_told(event, event.replica)
 
     def _sampled(self, event: MemorySampled) -> None:
         for index, size in event.external.items():
@@ -273,20 +297,30 @@ class World:
             assert command.request in self.running, f"{command} of a request that does not run"
             self.cut.add(command.request)
         elif isinstance(command, ProbeReplica):
-            assert self.engines.get(command.model) == "on", f"{command}, but the engine is not on"
+            assert self.engines.get(command.replica) == "on", f"{command}, but the engine is not on"
             assert command.limit > 0
-            self.probes[command.request] = self.running[command.request] = command.model
+            self.probes[command.request] = self.running[command.request] = command.replica
+        elif isinstance(command, RenameReplica):
+            self._rename(command.replica, command.now)
         elif not isinstance(command, Record):
             self._tell_engine(command)
 
+    def _rename(self, was: str, now: str) -> None:
+        for book in (self.pending, self.engines, self.placed):
+            if was in book:
+                book[now] = book.pop(was)  # type: ignore[attr-defined]
+        for book in (self.running, self.probes):
+            book.update((request, now) for request, name in book.items() if name == was)
+        self._forced = {now if name == was else name for name in self._forced}
+
     def _admit(self, command: Admit) -> None:
-        asked, model = self.queued.pop(command.request, None), command.model
-        assert asked == model or {asked, model} <= self.siblings, f"{command} of a request that does not wait for it"
+        asked, model = self.queued.pop(command.request, None), command.replica
+        assert asked == self.model_of[model], f"{command} of a request that does not wait for it"
         assert self.engines.get(model) == "on", f"{command}, but the engine is {self.engines.get(model)}"
         self.running[command.request] = model
 
     def _tell_engine(self, command: StartEngine | WakeEngine | SleepEngine | StopEngine | ProveFreeze) -> None:
-        model = command.model
+        model = command.replica
         if not isinstance(command, StopEngine):
             assert model not in self.pending, f"{command} while {self.pending[model]} is outstanding"
         if isinstance(command, StartEngine):
@@ -306,15 +340,15 @@ class World:
                 self._check_room(command)
                 self._check_vacancy(command)
         elif isinstance(command, SleepEngine):
-            assert self.engines[command.model] == "on", f"{command} of one that is {self.engines[command.model]}"
-            running = self._runs(command.model)
+            assert self.engines[command.replica] == "on", f"{command} of one that is {self.engines[command.replica]}"
+            running = self._runs(command.replica)
             assert command.freeze or not running, f"{command} with {running} in flight"
             self.frozen.update(running)
         elif isinstance(command, StopEngine):
-            alive = self._runs(command.model) - self.cut
+            alive = self._runs(command.replica) - self.cut
             assert not alive or command.kill, f"{command} with {alive} in flight"
         elif isinstance(command, ProveFreeze):
-            assert not self._runs(command.model), f"{command} with requests in flight"
+            assert not self._runs(command.replica), f"{command} with requests in flight"
 
     def _runs(self, model: str) -> set[str]:
         return {request for request, m in self.running.items() if m == model} - self.orphans
@@ -334,25 +368,26 @@ class World:
 
     def _check_vacancy(self, command: StartEngine) -> None:
         """``when_free``: no device that others use too much of, and no share that was not free."""
-        rule = self.specs[command.model].when_free
+        rule = self.specs[command.replica].when_free
         if rule is None:
             return
         for index in command.placement.devices:
             others, memory = (
-                self.external.get(index, 0) + self._kept_on(index, command.model),
+                self.external.get(index, 0) + self._kept_on(index, command.replica),
                 self.devices[index].memory,
             )
             assert others < rule.used_below, f"{command} where others hold {others}"
             fit = {math.ceil(share * memory) for free, share in rule.shares.items() if free <= 1 - others / memory}
             assert not rule.shares or command.memory in fit, f"{command} where others hold {others} of {memory}"
-            came = min((self.came[r] for r, m in self.queued.items() if m == command.model), default=self.now)
-            if command.model in self.siblings:  # brought up beside others, by what was last seen
-                came = min([self.now - RECENT, *(self.came[r] for r, m in self.queued.items() if m in self.siblings)])
-            old = command.model not in self.wished and self.looked.get(index, came) < came
+            name = self.model_of[command.replica]
+            came = min((self.came[r] for r, m in self.queued.items() if m == name), default=self.now)
+            if name in self.several:  # brought up beside others, by what was last seen
+                came = min(came, self.now - RECENT)
+            old = command.replica not in self.wished and self.looked.get(index, came) < came
             assert not old, f"{command} by a sample of {self.looked[index]}, but the first request is from {came}"
 
     def _kept_on(self, index: int, newcomer: str) -> int:
-        kept = [m for m in self.seen.models if (m.pinned or m.leases) and m.devices == (index,) and m.name != newcomer]
+        kept = [r for r in self.engines_seen if (r.pinned or r.leases) and r.devices == (index,) and r.id != newcomer]
         return sum(m.memory for m in kept)
 
     def _after(self, event: Event) -> None:

@@ -37,7 +37,8 @@ class Rig:
     def replicate(self, retries: int) -> None:
         """``m`` has two replicas from now on."""
         rules = ReplicaConfig(retries=retries)
-        self.gate.configure({"m": ModelConfig("m", replicas=rules)}, {"m": ModelConfig("m"), "m@2": ModelConfig("m@2")})
+        engines = {name: ModelConfig(name, replica_of="m") for name in ("m@1", "m@2")}
+        self.gate.configure({"m": ModelConfig("m", replicas=rules)}, engines)
 
     def kinds(self) -> list[str]:
         return [type(event).__name__ for event in self.posted]

@@ -151,7 +151,7 @@ def test_adopted_engines_are_told_to_the_core(tmp_path: Path) -> None:
         await soon(adopt_all(rig.engine_manager, [running], {"m": rig.model}, EngineResolver(), rig.posted.put_nowait))
         adopted = await rig.event()
         assert isinstance(adopted, events.EngineAdopted)
-        assert (adopted.model, adopted.state) == ("m", State.READY)
+        assert (adopted.replica, adopted.state) == ("m", State.READY)
         rig.launcher.exit(rig.instance, 1)
         assert isinstance(await rig.event(), events.EngineExited)
 
@@ -198,5 +198,37 @@ def test_nobody_waits_long_for_an_engine_that_does_not_end(tmp_path: Path) -> No
         assert rig.launcher.signals == ["SIGTERM"]
         await rig.nothing_more()
         assert rig.launcher.signals == ["SIGTERM", "SIGKILL"]
+
+    tell(story, tmp_path)
+
+
+def test_engines_of_an_older_version_are_adopted_under_the_names_of_this_one(tmp_path: Path) -> None:
+    """Up to 0.1.0 the first of several replicas was noted by the model's name, the others with digests of their own."""
+    base = ModelConfig("m", engine="sim", stop_timeout=0.1)
+    before = {"m": fingerprint(base), "m@2": fingerprint(replace(base, name="m@2"))}
+    now = {name: replace(base, name=name, replica_of="m") for name in ("m@1", "m@2")}
+
+    async def story(rig: Rig) -> None:
+        for noted, name in (("m", "m@1"), ("m@2", "m@2")):
+            running = await _left(rig, model=noted, fingerprint=before[noted])
+            await soon(adopt_all(rig.engine_manager, [running], now, EngineResolver(), rig.posted.put_nowait))
+            adopted = await rig.event()
+            assert isinstance(adopted, events.EngineAdopted)
+            assert (adopted.replica, adopted.state) == (name, State.READY)
+            rig.launcher.exit(rig.instance, 1)
+            assert isinstance(await rig.event(), events.EngineExited)
+
+    tell(story, tmp_path)
+
+
+def test_an_engine_of_a_model_that_lost_its_replicas_is_the_models(tmp_path: Path) -> None:
+    """The configuration may have changed while no daemon ran."""
+
+    async def story(rig: Rig) -> None:
+        running = await _left(rig, model="m@1")
+        await soon(adopt_all(rig.engine_manager, [running], {"m": rig.model}, EngineResolver(), rig.posted.put_nowait))
+        adopted = await rig.event()
+        assert isinstance(adopted, events.EngineAdopted)
+        assert adopted.replica == "m"
 
     tell(story, tmp_path)

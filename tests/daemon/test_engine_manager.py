@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from tests.daemon.rig import ASLEEP, AWAKE, OK, FakeEngine, Rig, soon, tell
 from vllmd.core import commands, events
 from vllmd.core.types import GiB, Source
-from vllmd.daemon import engine_manager, memory
+from vllmd.daemon import engine_manager, memory, sleeps
 from vllmd.daemon.ports import PortPool
 from vllmd.errors import Unavailable
 from vllmd.gpu import Sample
@@ -529,6 +530,24 @@ def test_a_stray_is_ended_without_a_word_to_the_core(tmp_path: Path) -> None:
     tell(story, tmp_path)
 
 
+def test_a_sleep_that_hangs_is_given_up_when_it_has_taken_far_longer_than_usual(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others wait for its device: five minutes are right only for one of which nothing is known."""
+    monkeypatch.setattr(sleeps, "SHORTEST_LIMIT", 0.1)
+
+    async def story(rig: Rig) -> None:
+        engine = await rig.ready()
+        rig.engine_manager.usual = lambda model, kind: {"sleep1": 0.005}[kind]
+        engine.answers["/sleep"] = None
+        rig.engine_manager.sleep(SLEEP)
+        failed = await rig.event()
+        assert isinstance(failed, events.EngineSleepFailed)
+        assert "0.1 s" in failed.reason
+
+    tell(story, tmp_path)
+
+
 def test_an_end_between_list_and_adoption_is_not_lost(tmp_path: Path) -> None:
     """The launcher tells it once; an engine that is taken in afterwards would be thought alive for ever."""
 
@@ -612,3 +631,27 @@ async def engine_asked(rig: Rig) -> None:
     """Until the launcher has started the engine and it was asked something."""
     await rig.launcher.started.wait()
     await rig.engine.was_asked.wait()
+
+
+def test_an_engine_that_is_renamed_answers_by_its_new_name(tmp_path: Path) -> None:
+    """Its model got replicas while it started: the start goes on, and a later daemon finds it by the new name."""
+
+    async def story(rig: Rig) -> None:
+        rig.launcher.held_up = asyncio.Event()
+        await rig.start()
+        await soon(rig.launcher.ordered.wait())
+        rig.engine_manager.configure({"m@1": replace(rig.model, name="m@1", replica_of="m")}, {})
+        rig.engine_manager.rename(commands.RenameReplica("m", "m@1"))
+        rig.launcher.held_up.set()
+        ready = await rig.event()
+        assert isinstance(ready, events.EngineReady)
+        assert ready.replica == "m@1"
+        rig.engine_manager.rename(commands.RenameReplica("m@1", "m@blue"))
+        await rig.nothing_more()
+        assert rig.launcher.notes[rig.instance]["model"] == "m@blue"
+        rig.launcher.exit(rig.instance, 1)
+        gone = await rig.event()
+        assert isinstance(gone, events.EngineExited)
+        assert gone.replica == "m@blue"
+
+    tell(story, tmp_path)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vllmd.core.costs import CostBook
-from vllmd.core.types import Footprint, GiB, ModelSpec, Source
+from vllmd.core.types import Footprint, GiB, ReplicaSpec, Source
 from vllmd.daemon.learnt import Learnt
 
 
@@ -19,7 +19,7 @@ def learnt(path: Path | None) -> Learnt:
 
 def test_what_was_learnt_is_there_the_next_time(tmp_path: Path) -> None:
     """Through the file and the core's own cost book."""
-    spec = ModelSpec("m", Footprint(20 * GiB, 20 * GiB), settings="s")
+    spec = ReplicaSpec("m", Footprint(20 * GiB, 20 * GiB), settings="s")
     book = CostBook()
     book.open(spec).footprint = Footprint(22 * GiB, 21 * GiB, GiB, 0, Source.MEASURED)
     cache = learnt(tmp_path / "learnt.json")
@@ -33,9 +33,9 @@ def test_other_settings_forget_what_was_measured(tmp_path: Path) -> None:
     """Else a model made smaller could be refused for ever for what it once took."""
     book = CostBook()
     footprint = Footprint(20 * GiB, 20 * GiB)
-    book.open(ModelSpec("m", footprint, settings="long")).footprint = Footprint(90 * GiB, 90 * GiB)
+    book.open(ReplicaSpec("m", footprint, settings="long")).footprint = Footprint(90 * GiB, 90 * GiB)
     retry = CostBook.from_dict(book.to_dict())
-    assert retry.open(ModelSpec("m", footprint, settings="short")).footprint is None
+    assert retry.open(ReplicaSpec("m", footprint, settings="short")).footprint is None
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_a_damaged_file_counts_as_none(tmp_path: Path, text: str, caplog: pytest
 def test_figures_that_cannot_be_are_passed_over() -> None:
     """Negative memory would make room out of nothing."""
     damaged = {"m": {"seconds": {}, "of": "", "asked": 0, "footprint": [-1, 5, 0, 0]}}
-    assert CostBook.from_dict(damaged).open(ModelSpec("m", Footprint(1, 1))).footprint is None
+    assert CostBook.from_dict(damaged).open(ReplicaSpec("m", Footprint(1, 1))).footprint is None
 
 
 def test_a_folder_that_cannot_be_written_costs_only_the_figures(

@@ -11,15 +11,16 @@ from vllmd.config.types import Config, DeviceConfig, ModelConfig
 from vllmd.core.types import Device, GiB
 from vllmd.daemon.check import EX_CONFIG, check
 from vllmd.daemon.engine_resolver import EngineResolver
+from vllmd.daemon.homes import Homes
 from vllmd.daemon.preflight import Machine, Prospect, doubtful, look, say, wrong
-from vllmd.daemon.specs import spec_of
+from vllmd.daemon.specs import replica_spec
 from vllmd.engines import engine_kind
 from vllmd.engines.base import Place
 from vllmd.engines.unusable import Unusable
 from vllmd.engines.vllm import ROUTES, Vllm
 from vllmd.errors import ConfigError
 
-MACHINE = Machine((Device(0, "0", 80 * GiB, GiB // 2),), Path("/nowhere"), Path("/run/vllmd-engine"))
+MACHINE = Machine((Device(0, "0", 80 * GiB, GiB // 2),), Homes(Path("/nowhere")), Path("/run/vllmd-engine"))
 
 
 def sim(name: str, size: int = 10 * GiB, **more: object) -> ModelConfig:
@@ -75,7 +76,7 @@ def test_the_log_has_the_arithmetic(caplog: pytest.LogCaptureFixture) -> None:
 def test_the_core_is_told_sizes_and_settings() -> None:
     """What was measured under other settings will not be taken for these."""
     (a, b) = prospects(sim("a"), sim("a", max_model_len=100))
-    first, second = spec_of(a.model, a.engine, a.told), spec_of(b.model, b.engine, b.told)
+    first, second = replica_spec(a.model, a.engine, a.told), replica_spec(b.model, b.engine, b.told)
     assert first.footprint == second.footprint
     assert first.settings != second.settings
 

@@ -33,7 +33,9 @@ class Site:
         self.gpus, self.launcher = gpus, rig.launcher
         self._memory = Memory(NvmlDevices(0, {}, FakeNvml(*gpus)))
         machine = Machine(self._memory.inventory, folder, folder / "run")
-        self.dispatcher = Dispatcher(Scheduler(specs_of(look([model], machine, EngineResolver())), machine.devices))
+        self.dispatcher = Dispatcher(
+            Scheduler(specs_of({"m": model}, look([model], machine, EngineResolver())), machine.devices)
+        )
         self._fleet = EngineManager(
             rig.launcher,  # type: ignore[arg-type]
             self.dispatcher.post,

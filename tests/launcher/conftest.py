@@ -48,10 +48,9 @@ RestartSec=100ms
 
 
 # The unit's own command, and root may connect as well: that is whom tests are, seen from the machine.
-LAUNCHER = """[Service]
-ExecStart=
-ExecStart=/usr/bin/vllmd-launcher --user vllmd-engine --client-user vllmd --client-user root {more}
-"""
+_UNIT = (REPOSITORY / "units/vllmd-launcher.service").read_text().replace("\\\n", "")
+COMMAND = next(line for line in _UNIT.splitlines() if line.startswith("ExecStart=/"))
+LAUNCHER = f"[Service]\nExecStart=\n{COMMAND} --client-user root {{more}}\n"
 
 
 @pytest.fixture(scope="module")

@@ -75,9 +75,9 @@ async def test_the_environment_is_clean(site: Machine) -> None:
 
 
 async def test_the_run_directory_is_the_engines_own(site: Machine) -> None:
-    """Members of the group vllmd-engine (the daemon) may connect to the engine's socket; a stale one is removed."""
+    """The one member of the group vllmd-sockets (the daemon) may connect to its socket; a stale one is removed."""
     folder = f"/run/vllmd-engine/{fresh()}"
-    site.run(["install", "-d", "-m", "750", "-o", "vllmd-engine", "-g", "vllmd-engine", folder])
+    site.run(["install", "-d", "-m", "2750", "-o", "vllmd-engine", "-g", "vllmd-sockets", folder])
     site.python("import socket, sys; socket.socket(socket.AF_UNIX).bind(sys.argv[1])", f"{folder}/s")
     listen = (
         "import socket, signal; socket.socket(socket.AF_UNIX).bind('s'); print('bound', flush=True); signal.pause()"
@@ -87,8 +87,8 @@ async def test_the_run_directory_is_the_engines_own(site: Machine) -> None:
         await driver.client.follow(engine.instance)
         await driver.line("bound")
         assert site.out(f"stat -c '%A %U:%G' {folder} {folder}/s").splitlines() == [
-            "drwxr-x--- vllmd-engine:vllmd-engine",
-            "srwxrwx--- vllmd-engine:vllmd-engine",
+            "drwxr-s--- vllmd-engine:vllmd-sockets",
+            "srwxrwx--- vllmd-engine:vllmd-sockets",
         ]
         await driver.client.kill(engine.instance)
         await driver.exit()

@@ -50,9 +50,12 @@ def test_listens_again_after_a_boot(boot_machine: Callable[..., Machine], packag
 
 def test_makes_its_users(installed_machine: Machine) -> None:
     """The daemon and the engines run as nobody important; only the daemon reaches engines' sockets."""
-    assert installed_machine.show("vllmd.service", "SupplementaryGroups") == "vllmd-engine vllmd-admin"
+    groups = installed_machine.show("vllmd.service", "SupplementaryGroups")
+    assert groups == "vllmd-engine vllmd-sockets vllmd-admin"
     assert "vllmd" not in installed_machine.out("id -Gn vllmd-engine").split()
-    assert installed_machine.out("stat -c '%U %G %a' /run/vllmd-engine") == "vllmd-engine vllmd-engine 750"
+    assert installed_machine.out("getent group vllmd-sockets | cut -d: -f4") == ""
+    for folder in ("/run/vllmd-engine", "/var/lib/vllmd-engines"):
+        assert installed_machine.out(f"stat -c '%U %G %a' {folder}") == "root vllmd-sockets 3731"
 
 
 def test_configuration_is_the_administrators(installed_machine: Machine) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-from vllmd.core.types import Footprint, ModelSpec
+from vllmd.core.types import Footprint, ReplicaSpec
 from vllmd.simulate.engine import Engine, Job
 from vllmd.simulate.physics import Physics
 
-SPEC = ModelSpec("m", Footprint(1, 1), weights=10**9)
+SPEC = ReplicaSpec("m", Footprint(1, 1), weights=10**9)
 ONE_SECOND = Physics(bandwidth=math.inf, step=1.0, step_per_request=0.0, prefill=math.inf, batch=2)
 CROWDED = Physics(bandwidth=math.inf, step=0.0, step_per_request=1.0, prefill=math.inf)
 

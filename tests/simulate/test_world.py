@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from tests.bench.scenarios import scenarios
 from tests.bench.schedule import FOR_EVER, GB, VARIANTS, run, specs
 from vllmd.core.baselines import ALL
-from vllmd.core.types import Device, Footprint, ModelSpec, Settings
+from vllmd.core.types import Device, Footprint, ModelSpec, Settings, single
 from vllmd.errors import VllmdError
 from vllmd.simulate.physics import Physics
 from vllmd.simulate.report import Report
@@ -22,8 +20,7 @@ EXACT = Physics(bandwidth=10 * GB, step=0.0, step_per_request=0.0, prefill=1e9, 
 def model(name: str, size: int = 10, levels: tuple[int, ...] = (1, 2), **settings: object) -> ModelSpec:
     """``size`` GB of weights, and as much of the device."""
     footprint = Footprint(size * GB, size * GB, 0, size * GB)
-    spec = ModelSpec(name, footprint, size * GB, sleep_levels=frozenset(levels), idle=FOR_EVER)
-    return replace(spec, **settings)  # type: ignore[arg-type]
+    return single(name, footprint, size * GB, sleep_levels=frozenset(levels), idle=FOR_EVER, **settings)
 
 
 def machine(*models: ModelSpec, device: int = 10, warm: Warm = Warm.STOPPED) -> Machine:

@@ -8,16 +8,13 @@ from typing import Any, Protocol
 
 from vllmd.admin.counters import Counters
 from vllmd.admin.runtime_models import RuntimeModels
-from vllmd.core.types import ModelView, Snapshot
+from vllmd.core.types import Snapshot
 from vllmd.proxy.access import ANYBODY, Caller
 
 
 @dataclass(frozen=True, slots=True)
 class Gauges:
-    """How things stand at the moment of a scrape. ``used`` bytes, ``power`` watts, ``load`` 0 to 1, by device index.
-
-    ``models``: each one's view, and those of its replicas, called as operators call them.
-    """
+    """How things stand at the moment of a scrape. ``used`` bytes, ``power`` watts, ``load`` 0 to 1, by device index."""
 
     snapshot: Snapshot | None
     connections: int = 0
@@ -27,7 +24,6 @@ class Gauges:
     used: Mapping[int, int] = field(default_factory=dict)
     power: Mapping[int, float] = field(default_factory=dict)
     load: Mapping[int, float] = field(default_factory=dict)
-    models: Sequence[tuple[ModelView, Sequence[ModelView]]] = ()
     unreadable: Sequence[int] = ()
 
 

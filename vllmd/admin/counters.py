@@ -108,13 +108,13 @@ class Counters:
         if key:
             self.key_tokens[(key,)] += tokens
 
-    def decided(self, decision: Decision, model: str, replica: str = "") -> None:
-        """The core decided something about the model, or about one of its replicas."""
-        self.decisions[model, decision.what] += 1
-        if replica:
-            self.replica_decisions[model, replica, decision.what] += 1
+    def decided(self, decision: Decision) -> None:
+        """The core decided something about a model, or about one of its replicas."""
+        self.decisions[decision.model, decision.what] += 1
+        if decision.replica:
+            self.replica_decisions[decision.model, decision.replica, decision.what] += 1
         if cause := decision.numbers.get("cause"):
-            self.departures[model, decision.what, str(cause)] += 1
+            self.departures[decision.model, decision.what, str(cause)] += 1
 
     def retried(self, model: str, replica: str) -> None:
         """A request that this replica did not answer goes to another one."""

@@ -117,7 +117,7 @@ def _standing(gauges: Gauges) -> Iterator[Metric]:
 
 def _models(gauges: Gauges) -> Iterator[Metric]:
     """Each model as clients know it: with replicas in the state of the best of them, and with all their requests."""
-    models = [view for view, _ in gauges.models]
+    models = gauges.snapshot.models if gauges.snapshot else ()
 
     def each(name: str, about: str, value: Callable[[ModelView], float]) -> Metric:
         return _gauge(f"model_{name}", about, ["model"], {(view.name,): value(view) for view in models})
@@ -130,8 +130,8 @@ def _models(gauges: Gauges) -> Iterator[Metric]:
     yield each("pinned", "Whether it is pinned.", lambda view: view.pinned)
     yield each("leases", "Leases that keep it.", lambda view: len(view.leases))
     held: Counter[Labels] = Counter()
-    for view, replicas in gauges.models:
-        for engine in replicas or (view,):
+    for view in models:
+        for engine in view.replicas:
             held.update({(view.name, str(index)): engine.memory for index in engine.devices})
     yield _gauge("model_memory_bytes", "What the ledger has it at, on each device.", ["model", "device"], held)
     yield _gauge("model_last_start_seconds", "How long its last start took.", ["model"],
@@ -140,7 +140,8 @@ def _models(gauges: Gauges) -> Iterator[Metric]:
 
 def _replicas(gauges: Gauges) -> Iterator[Metric]:
     """Each of a model's replicas; a model with one engine has no series here."""
-    known = [((model.name, replica.name), replica) for model, replicas in gauges.models for replica in replicas]
+    models = [model for model in (gauges.snapshot.models if gauges.snapshot else ()) if model.balanced]
+    known = [((model.name, replica.id), replica) for model in models for replica in model.replicas]
     labels = ["model", "replica"]
     yield _gauge("replica_standing", "1 for what its answers have earned it; down: its engine is not up.",
                  [*labels, "standing"], {(*of, standing): standing == (view.standing or "down")

@@ -10,19 +10,14 @@ from vllmd.config.types import Config, ModelConfig
 
 
 def engines_of(models: Mapping[str, ModelConfig]) -> dict[str, ModelConfig]:
-    """Every engine, by the name that the scheduler knows it by. The first of several replicas bears the model's name.
-
-    So a model that gets replicas keeps the engine that it has. Each of them has the rules that they share.
-    """
+    """Every engine by its id: the model's name, or of several ``NAME@1`` and so on, each with the rules they share."""
     found = {}
     for name, model in models.items():
         if model.replicas is None:
             found[name] = model
             continue
         rules = replace(model.replicas, given=(), of=(), min=model.replicas.min or len(model.replicas.of))
-        for index, one in enumerate(model.replicas.of):
-            known_as = one.name if index else name
-            found[known_as] = replace(one, name=known_as, replicas=rules)
+        found.update((one.name, replace(one, replicas=rules)) for one in model.replicas.of)
     return found
 
 

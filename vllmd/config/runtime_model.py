@@ -15,7 +15,9 @@ from vllmd.config.types import Config, ModelConfig
 from vllmd.errors import BadRequest
 
 # What could run a program or read a file of the caller's choice as the engines' user, whom all users' prompts reach.
-REFUSED = frozenset({"command", "env", "hf_token_file", "limits", "options", "trust_remote_code", "api_key", "preload"})
+REFUSED = frozenset(
+    {"command", "env", "hf_token_file", "limits", "options", "trust_remote_code", "api_key", "preload", "user"}
+)
 # The flags of vLLM that cannot.
 _HARMLESS = """
     --async-scheduling --block-size --convert --cpu-offload-gb --data-parallel-size --disable-custom-all-reduce

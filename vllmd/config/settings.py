@@ -330,6 +330,12 @@ MODEL = Group(
             "after one flag, a mapping JSON; null leaves the flag out.",
         ),
         Setting("env", k.ENV, "Environment variables of the engine."),
+        Setting(
+            "user",
+            k.USER,
+            "Whom its engine runs as: a user that the launcher allows, or own, a user of this model alone. "
+            "Models without one share the engines' user, and trust each other.",
+        ),
         Setting("hf_token", k.SECRET, "Hugging Face token for gated models, given to this engine only.", secret=True),
         Setting(
             "hf_token_file",

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from vllmd.core.types import IdleRules, WhenFree
 
+OWN_USER = "own"
+
 
 @dataclass(frozen=True, slots=True)
 class ScopeLimits:
@@ -66,6 +68,7 @@ class ModelConfig:
     replica_of: str = ""
     host: str = ""  # the only machine that it is meant for
     engine: str = "vllm"
+    user: str = ""  # whom its engine runs as: "" is the user of all, OWN_USER one of this model alone
     model: str = ""  # path or repository id; "" means the name
     command: tuple[str, ...] = ()  # instead of the engine's own, e.g. ("/opt/vllm/bin/vllm",)
     aliases: tuple[str, ...] = ()

@@ -72,6 +72,14 @@ def parse_text(node: Node) -> str:
     return node.text
 
 
+def parse_user(node: Node) -> str:
+    """The name of a user of this machine, ``own``, or "" for the engines' user."""
+    name = parse_text(node)
+    if not re.fullmatch(r"(?:[A-Za-z_][A-Za-z0-9_.-]{0,31})?", name) or name == "root":
+        raise wrong(node, "the name of a user who is not root, or own")
+    return name
+
+
 def parse_number(node: Node) -> float:
     if isinstance(node.value, bool):
         raise wrong(node, "a number")
@@ -435,6 +443,7 @@ def count(low: int, high: int = 2**31, none: str = "", *words: str) -> Kind:
 
 BOOL = Kind("true or false", parse_bool, {"type": "boolean"}, lambda value: "true" if value else "false")
 TEXT = Kind("text", parse_text, {"type": "string"}, none="none")
+USER = Kind("a user's name, or own", parse_user, {"type": "string"}, none="the engines' user")
 SECRET = Kind("text", parse_text, {"type": "string"}, lambda value: "(hidden)")
 SIZE_KIND = Kind("a size such as 20GiB or 512MiB", sized, NUMBER_OR_TEXT, show_size)
 SMALL_SIZE = Kind("a size from 1KiB to 1TiB such as 64MiB", small_size, NUMBER_OR_TEXT, show_size)

@@ -1,4 +1,7 @@
-"""What is to be done. Imperative; the daemon executes these, each slow one as a task that posts its event."""
+"""What is to be done. Imperative; the daemon executes these, each slow one as a task that posts its event.
+
+An engine goes by the id of its replica.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,12 @@ from vllmd.core.types import Decision, Placement
 
 @dataclass(frozen=True, slots=True)
 class StartEngine:
-    """Start the model's engine on ``placement`` with ``memory`` bytes per device.
+    """Start the replica's engine on ``placement`` with ``memory`` bytes per device.
 
     Answered by EngineReady or EngineStartFailed.
     """
 
-    model: str
+    replica: str
     placement: Placement
     memory: int
 
@@ -23,7 +26,7 @@ class StartEngine:
 class WakeEngine:
     """Wake it from ``level``. Answered by EngineAwake or EngineWakeFailed."""
 
-    model: str
+    replica: str
     level: int
 
 
@@ -34,7 +37,7 @@ class SleepEngine:
     Answered by EngineAsleep or EngineSleepFailed.
     """
 
-    model: str
+    replica: str
     level: int
     freeze: bool = False
 
@@ -47,7 +50,7 @@ class StopEngine:
     is outstanding: it supersedes that one, and only EngineStopped answers both.
     """
 
-    model: str
+    replica: str
     reason: str
     kill: bool = False
 
@@ -60,7 +63,7 @@ class ProveFreeze:
     question twice: once undisturbed, once frozen and woken in mid-stream; equal answers prove it.
     """
 
-    model: str
+    replica: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +74,24 @@ class ProbeReplica:
     """
 
     request: str
-    model: str
+    replica: str
     limit: float
 
 
 @dataclass(frozen=True, slots=True)
+class RenameReplica:
+    """The replica has another id from now on: its model has got replicas, or lost them. Its engine goes on."""
+
+    replica: str
+    now: str
+
+
+@dataclass(frozen=True, slots=True)
 class Admit:
-    """Relay the request to the engine of ``model`` now: the model that it asked for, or a replica of that."""
+    """Relay the request to the replica's engine now."""
 
     request: str
-    model: str
+    replica: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +133,7 @@ Command = (
     | StopEngine
     | ProveFreeze
     | ProbeReplica
+    | RenameReplica
     | Admit
     | Reject
     | CutRequest

@@ -1,4 +1,4 @@
-"""What things cost, learnt per model from what happened, starting from published figures.
+"""What things cost, learnt per engine from what happened, starting from published figures.
 
 Seconds for starts, wakes, sleeps and requests; arrivals per second; measured
 footprints. The priors are a fit to vLLM 0.11 on one A100 (W: gigabytes of
@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from vllmd.core.types import Footprint, ModelSpec, Source
+from vllmd.core.types import Footprint, ReplicaSpec, Source
 
 GB = 1e9
 NEWEST = 0.3  # the least weight of a new observation
@@ -62,7 +62,7 @@ class Rate:
 
 
 class Costs:
-    """The figures of one model."""
+    """The figures of one replica."""
 
     __slots__ = ("_known", "_seen", "asked", "footprint", "of", "rate", "rate_long")
 
@@ -127,22 +127,27 @@ class Costs:
 
 
 class CostBook:
-    """The learnt figures of all models; the daemon keeps them in its cache between runs."""
+    """The learnt figures of all replicas, by id; the daemon keeps them in its cache between runs."""
 
     def __init__(self) -> None:
-        self._models: dict[str, Costs] = {}
+        self._replicas: dict[str, Costs] = {}
         self._learnt: dict[str, Mapping[str, Any]] = {}
 
-    def open(self, spec: ModelSpec) -> Costs:
-        """The figures of a model. What was measured of a differently configured one is forgotten."""
-        costs = self._models.get(spec.name)
+    def open(self, spec: ReplicaSpec) -> Costs:
+        """The figures of a replica. What was measured of a differently configured one is forgotten."""
+        costs = self._replicas.get(spec.id)
         if costs is None:
             weights = (spec.weights or spec.footprint.awake) / GB
-            costs = self._models[spec.name] = self._restored(spec.name, weights)
+            costs = self._replicas[spec.id] = self._restored(spec.id, weights)
         of = _fingerprint(spec)
         if costs.of != of:
             costs.footprint, costs.asked, costs.of = None, 0, of
         return costs
+
+    def rename(self, name: str, now: str) -> None:
+        """The replica has another id."""
+        if name in self._replicas:
+            self._replicas[now] = self._replicas.pop(name)
 
     def _restored(self, name: str, weights: float) -> Costs:
         costs = Costs(weights)
@@ -155,12 +160,16 @@ class CostBook:
             return Costs(weights)  # a damaged cache is no cache
         return costs
 
+    def usual(self, replica: str, kind: str) -> float:
+        """The seconds that ``kind`` takes with a replica, as measured; 0 where it never was."""
+        return self._replicas[replica].learnt(kind) if replica in self._replicas else 0.0
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self._models)
+        return iter(self._replicas)
 
     def to_dict(self) -> dict[str, Any]:
         """For the daemon's cache: plain numbers, strings, lists and dicts."""
-        return {**self._learnt, **{name: costs.to_dict() for name, costs in self._models.items()}}
+        return {**self._learnt, **{name: costs.to_dict() for name, costs in self._replicas.items()}}
 
     @classmethod
     def from_dict(cls, learnt: Mapping[str, Any]) -> CostBook:
@@ -170,6 +179,6 @@ class CostBook:
         return book
 
 
-def _fingerprint(spec: ModelSpec) -> str:
+def _fingerprint(spec: ReplicaSpec) -> str:
     f = spec.footprint
     return f"{spec.settings}/{spec.weights}/{spec.device_count}/{f.starting}/{f.awake}/{f.source.name}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from vllmd.core.admission import Admission
 from vllmd.core.common import Core
 from vllmd.core.events import DeviceDrained, DevicesChanged, DevicesTroubled
-from vllmd.core.model import Leave, Model
+from vllmd.core.model import Leave, Replica
 from vllmd.core.types import State
 
 
@@ -26,68 +26,68 @@ class Devices:
 
         What runs is booked anew: an engine may have been adopted while its device was not known.
         """
-        core, ledger = self._core, self._core.fleet.ledger
+        core, ledger = self._core, self._core.engines.ledger
         before = ledger.unknown
         ledger.take(e.devices)
         ledger.unknown, ledger.asking = e.unknown, e.asking
-        for m in core.models.values():
-            if m.loaded and not ledger.held(m.name):
-                core.fleet.rebook(m)
+        for m in core.replicas.values():
+            if m.loaded and not ledger.held(m):
+                core.engines.rebook(m)
             if e.unknown and m.spec.device_count:
                 self._put_off(m, e.unknown, told=not e.asking)
-            core.touch(m)
+            core.mark_dirty(m)
         if e.unknown != before:
-            core.fleet.record("devices", "", e.unknown or f"there are {len(e.devices)}, and they answer")
+            core.engines.record("devices", None, e.unknown or f"there are {len(e.devices)}, and they answer")
         core.replan = True
 
-    def _put_off(self, m: Model, why: str, *, told: bool) -> None:
+    def _put_off(self, m: Replica, why: str, *, told: bool) -> None:
         """It is not brought up now. Requests that wait for it go on waiting, or are told."""
-        self._core.waiting.pop(m.name, None)
-        for other in self._core.exchanges.cancel(m.name):
-            self._core.touch(other)
+        self._core.waiting.pop(m, None)
+        for other in self._core.exchanges.cancel(m):
+            self._core.mark_dirty(other)
         if told and m.at_rest:
-            self._admission.forsake(m, "Unavailable", why, 5.0)
+            self._admission.reject_waiters(m, "Unavailable", why, 5.0)
 
     def troubled(self, e: DevicesTroubled) -> None:
         """9.2: an ill device is avoided, and what is on it leaves once it has drained; on a lost one it has failed."""
-        accounts = self._core.fleet.ledger.accounts
+        accounts = self._core.engines.ledger.accounts
         for index, account in accounts.items():
             why = e.lost.get(index) or e.ill.get(index, "")
             if why == account.ill:
                 continue
             account.ill = why
             if why:
-                self._core.fleet.record("avoid", "", f"device {index} is avoided: {why}", {"device": index})
+                self._core.engines.record("avoid", None, f"device {index} is avoided: {why}", {"device": index})
             for m in self._on(index) if why else ():
                 self._leave(m, f"device {index}: {why}", at_once=index in e.lost)
         self._core.replan = True
 
     def drained(self, e: DeviceDrained) -> None:
         """9.3: an operator takes a device out, or gives it back. What is on it leaves as its requests end."""
-        account = self._core.fleet.ledger.accounts.get(e.device)
+        account = self._core.engines.ledger.accounts.get(e.device)
         if account is None:
             return
         account.drained = e.drained
-        self._core.fleet.record("drain" if e.drained else "undrain", "", f"device {e.device}, by an operator",
+        self._core.engines.record("drain" if e.drained else "undrain", None, f"device {e.device}, by an operator",
                                 {"device": e.device})  # fmt: skip
         for m in self._on(e.device) if e.drained else ():
             self._leave(m, f"device {e.device} is drained for maintenance", at_once=False)
         self._core.replan = True
 
-    def _on(self, index: int) -> list[Model]:
-        return [m for m in self._core.models.values() if index in m.placement.devices and m.loaded]
+    def _on(self, index: int) -> list[Replica]:
+        return [m for m in self._core.replicas.values() if index in m.placement.devices and m.loaded]
 
-    def _leave(self, m: Model, why: str, *, at_once: bool) -> None:
+    def _leave(self, m: Replica, why: str, *, at_once: bool) -> None:
         core = self._core
         if not at_once:
             core.leave(m, Leave(0, "device", why, cut_at=core.cut_at(m)))
             return
         m.failure = why
-        core.fleet.cut(m, why)
+        core.engines.cut(m, why)
         if m.state is not State.STOPPING:
-            core.fleet.record("stop", m.name, why)
+            core.engines.record("stop", m, why)
             if m.state is State.SLEEPING or m.state is State.READY or m.state is State.DRAINING:
                 core.leave(m, Leave(0, "device", why, kill=True))
             else:
-                core.fleet.stop(m, why, kill=True)
-        core.touch(m)
+                core.engines.stop(m, why, kill=True)
+        core.mark_dirty(m)

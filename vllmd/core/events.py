@@ -3,7 +3,9 @@
 The daemon owes the core exactly one ``RequestFinished`` (if it was admitted) or
 ``RequestGone`` (if it left before) per ``RequestArrived`` that was not rejected,
 and exactly one closing event per command to an engine; an event about an engine
-always speaks of the model's present engine.
+always speaks of the replica's present engine. Engines go by their replica's id,
+requests by their model's name; what operators ask is about either, ``model`` is
+then a model's name or a replica's id.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ class RequestGone:
 class EngineReady:
     """Answers ``StartEngine``: it serves. ``footprint`` if it was measured."""
 
-    model: str
+    replica: str
     footprint: Footprint | None = None
 
 
@@ -72,7 +74,7 @@ class EngineStartFailed:
     ``permanent``: no retry will help (no such command, no such model).
     """
 
-    model: str
+    replica: str
     reason: str
     memory: bool = False
     needed: int | None = None
@@ -83,7 +85,7 @@ class EngineStartFailed:
 class EngineAsleep:
     """Answers ``SleepEngine``. ``freed``: bytes that came back per device index, if measured."""
 
-    model: str
+    replica: str
     level: int
     freed: Mapping[int, int] = field(default_factory=dict)
 
@@ -92,7 +94,7 @@ class EngineAsleep:
 class EngineSleepFailed:
     """Answers ``SleepEngine``: its state is unknown; the core stops it."""
 
-    model: str
+    replica: str
     reason: str
 
 
@@ -100,14 +102,14 @@ class EngineSleepFailed:
 class EngineAwake:
     """Answers ``WakeEngine``: it serves again."""
 
-    model: str
+    replica: str
 
 
 @dataclass(frozen=True, slots=True)
 class EngineWakeFailed:
     """Answers ``WakeEngine``: its state is unknown; the core stops it."""
 
-    model: str
+    replica: str
     reason: str
 
 
@@ -115,7 +117,7 @@ class EngineWakeFailed:
 class EngineStopped:
     """Answers ``StopEngine``: every process is gone. ``missing``: bytes per device that did not come back."""
 
-    model: str
+    replica: str
     missing: Mapping[int, int] = field(default_factory=dict)
 
 
@@ -123,7 +125,7 @@ class EngineStopped:
 class EngineExited:
     """The engine died unasked, in whatever state; every process of it is gone. It answers a pending command too."""
 
-    model: str
+    replica: str
     reason: str
 
 
@@ -131,7 +133,7 @@ class EngineExited:
 class ServerSilent:
     """A server elsewhere missed a look; it may only be slow. EngineExited follows if it does not answer again."""
 
-    model: str
+    replica: str
     reason: str
 
 
@@ -142,7 +144,7 @@ class EngineAdopted:
     ``state`` is READY, SLEEPING (with ``level``) or STARTING (EngineReady or EngineStartFailed follows).
     """
 
-    model: str
+    replica: str
     placement: Placement
     state: State
     level: int = 0
@@ -157,7 +159,7 @@ class FreezeProved:
     Not ``survived``: its answer differed or never came; the core stops the engine and only ever drains it.
     """
 
-    model: str
+    replica: str
     survived: bool
 
 
@@ -175,15 +177,15 @@ class ProbeAsked:
     """An operator has an engine that serves asked its probe; ReplicaProbed follows. It tells the core nothing of it."""
 
     request: str
-    model: str
+    replica: str
 
 
 @dataclass(frozen=True, slots=True)
 class MemorySampled:
-    """NVML's word, bytes: per device index what strangers hold, and per (model, index) what its processes hold."""
+    """NVML's word, bytes: per device index what strangers hold, and per (replica, index) what its processes hold."""
 
     external: Mapping[int, int]
-    models: Mapping[tuple[str, int], int]
+    replicas: Mapping[tuple[str, int], int]
     failed: Mapping[int, str] = field(default_factory=dict)  # devices that could not be read, and why
 
 
@@ -218,13 +220,9 @@ class DeviceDrained:
 
 @dataclass(frozen=True, slots=True)
 class LoadAsked:
-    """An operator wants the model loaded, or woken. ``beside``: only where it fits beside what is there.
-
-    That is for what may come up of a model of which another replica is wanted, or up: nobody leaves for a second one.
-    """
+    """An operator wants the model loaded, or woken: one replica whatever it takes, the others where they fit."""
 
     model: str
-    beside: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +268,7 @@ class LeaseReleased:
 
 @dataclass(frozen=True, slots=True)
 class ModelsChanged:
-    """The configuration was reloaded. Models whose spec is in ``restart`` or that are gone are drained and stopped."""
+    """The configuration was reloaded. Replicas whose id is in ``restart`` or that are gone are drained and stopped."""
 
     models: tuple[ModelSpec, ...]
     restart: frozenset[str] = frozenset()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import KeysView
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from vllmd.core.fleet import Fleet
+from vllmd.core.engine_table import EngineTable
 from vllmd.core.ledger import gib
 from vllmd.core.lifecycle import AWAKE
-from vllmd.core.model import INFINITY, Leave, Model
+from vllmd.core.model import INFINITY, Leave, Replica
 from vllmd.core.policy import Plan, Way, drain_time
 from vllmd.core.types import State
 from vllmd.core.vacancy import grant, others_on, room_beside_kept, size_there
@@ -27,9 +27,9 @@ class Claim(NamedTuple):
 class Exchange:
     """A plan under way: ``victims`` that have not left yet, then ``target``."""
 
-    target: str
+    target: Replica
     devices: tuple[int, ...]
-    victims: dict[str, Way]
+    victims: dict[Replica, Way]
     deadline: float  # when victims' requests are frozen
     begun: float
     why: str
@@ -38,55 +38,51 @@ class Exchange:
 class Exchanges:
     """All exchanges that are draining or queued; once the target's command is out there is nothing left to do."""
 
-    def __init__(self, fleet: Fleet, models: dict[str, Model]) -> None:
+    def __init__(self, fleet: EngineTable, replicas: dict[str, Replica]) -> None:
         self.fleet = fleet
-        self.models = models
-        self._by_target: dict[str, Exchange] = {}
+        self.replicas = replicas
+        self._by_target: dict[Replica, Exchange] = {}
 
-    def __contains__(self, target: str) -> bool:
+    def __contains__(self, target: Replica) -> bool:
         return target in self._by_target
 
     def __len__(self) -> int:
         return len(self._by_target)
 
-    def targets(self) -> KeysView[str]:
+    def targets(self) -> Collection[Replica]:
         """Who has an exchange of his own."""
         return self._by_target.keys()
 
-    def get(self, target: str) -> Exchange | None:
+    def get(self, target: Replica) -> Exchange | None:
         """The exchange for ``target``, if there is one."""
         return self._by_target.get(target)
 
     def begin(self, plan: Plan) -> None:
         """Close the gates of the awake victims; sleepers are only stopped when their turn comes."""
-        now = self.fleet.now
-        ex = Exchange(
-            plan.target, plan.devices, {v.model: v.way for v in plan.victims}, now + plan.drain, now, plan.why
-        )
-        self._by_target[plan.target] = ex
-        for victim in plan.victims:
-            m = self.models[victim.model]
-            m.exchange = plan.target
-            leave = _leave(m, victim.way, plan, now)
+        now, target = self.fleet.now, self.replicas[plan.target]
+        victims = {self.replicas[v.model]: v.way for v in plan.victims}
+        self._by_target[target] = Exchange(target, plan.devices, victims, now + plan.drain, now, plan.why)
+        for m, way in victims.items():
+            m.exchange = target
+            leave = _leave(m, way, plan, now)
             if m.state is State.READY:
                 self.fleet.drain(m, leave)
             else:
                 m.leave = leave
 
-    def left(self, m: Model) -> None:
+    def left(self, m: Replica) -> None:
         """A victim gave up its memory (or died of it)."""
-        ex = self._by_target.get(m.exchange)
+        ex = self._by_target.get(m.exchange) if m.exchange else None
         if ex:
-            ex.victims.pop(m.name, None)
-        m.exchange = ""
+            ex.victims.pop(m, None)
+        m.exchange = None
 
-    def cancel(self, target: str) -> list[Model]:
+    def cancel(self, target: Replica | None) -> list[Replica]:
         """Nobody wants ``target`` any more: victims that have not left yet stay. Returns its victims."""
-        ex = self._by_target.pop(target, None)
+        ex = self._by_target.pop(target, None) if target else None
         back = []
-        for name in ex.victims if ex else ():
-            m = self.models[name]
-            m.exchange = ""
+        for m in ex.victims if ex else ():
+            m.exchange = None
             back.append(m)
             if m.leave and m.leave.cause == "exchange":
                 if m.state is State.DRAINING:
@@ -95,40 +91,39 @@ class Exchanges:
                     m.leave = None
         return back
 
-    def lapsed(self) -> list[str]:
+    def lapsed(self) -> list[Replica]:
         """Targets that need no exchange any more: nobody waits, or they cannot start now."""
-        return [t for t in self._by_target if not _wanted(self.models[t])]
+        return [t for t in self._by_target if not _wanted(t)]
 
-    def advance(self) -> list[Model]:
+    def advance(self) -> list[Replica]:
         """Start or wake each target whose victims are gone and whose devices are at rest. Returns those targets."""
         moved = []
-        for target, ex in list(self._by_target.items()):
+        for m, ex in list(self._by_target.items()):
             if ex.victims or self.fleet.holder(ex.devices):
                 continue
-            del self._by_target[target]
-            m = self.models[target]
+            del self._by_target[m]
             moved.append(m)
             if self.room_for(m, ex.devices):
                 self.bring(m, ex.devices)
             else:
-                self.fleet.record("replan", target, f"after the exchange {self._shortage(m, ex.devices)}")
+                self.fleet.record("replan", m, f"after the exchange {self._shortage(m, ex.devices)}")
         return moved
 
-    def bring(self, m: Model, devices: tuple[int, ...]) -> None:
+    def bring(self, m: Replica, devices: tuple[int, ...]) -> None:
         """Wake it where it sleeps, or start it on ``devices``."""
         if m.state is State.SLEEPING:
             self.fleet.wake(m)
         elif m.spec.when_free and devices:
             given = grant(m, [self.fleet.ledger.accounts[index] for index in devices], self._room())
-            self.fleet.record("free", m.name, given.why, given.numbers)
+            self.fleet.record("free", m, given.why, given.numbers)
             self.fleet.start(m, devices, given.size)
         else:
             self.fleet.start(m, devices)
 
     def _room(self) -> dict[int, int]:
-        return room_beside_kept(self.fleet.ledger, self.models.values())
+        return room_beside_kept(self.fleet.ledger, self.replicas.values())
 
-    def room_for(self, m: Model, devices: tuple[int, ...]) -> bool:
+    def room_for(self, m: Replica, devices: tuple[int, ...]) -> bool:
         """Whether the ledger has what it needs there."""
         accounts = self.fleet.ledger.accounts
         if m.state is State.SLEEPING:
@@ -138,19 +133,19 @@ class Exchanges:
             not accounts[i].avoided and need is not None and accounts[i].free >= need for i, need in needs.items()
         )
 
-    def need(self, m: Model, index: int) -> int | None:
+    def need(self, m: Replica, index: int) -> int | None:
         """Bytes that it needs on the device beyond what it holds there, negative if that is more than it needs.
 
         None: others do not leave that device free.
         """
         if m.state is State.SLEEPING:
-            return m.footprint.awake - self.fleet.ledger.held(m.name).get(index, 0)
+            return m.footprint.awake - self.fleet.ledger.held(m).get(index, 0)
         if m.spec.when_free is None:
             return m.booking
         account = self.fleet.ledger.accounts[index]
         return size_there(m, account, others_on(account, self._room()))
 
-    def _shortage(self, m: Model, devices: tuple[int, ...]) -> str:
+    def _shortage(self, m: Replica, devices: tuple[int, ...]) -> str:
         return "; ".join([self._short(i, self.need(m, i)) for i in devices])
 
     def _short(self, index: int, need: int | None) -> str:
@@ -163,19 +158,19 @@ class Exchanges:
         """The devices on which an exchange is draining or queued."""
         claims: dict[int, Claim] = {}
         for ex in self._by_target.values():
-            leaving = [self.models[name] for name in ex.victims]
+            leaving = list(ex.victims)
             drain = max([self.drain_left(ex, m) for m in leaving if m.state in AWAKE], default=0.0)
             for index in {*ex.devices, *[index for m in leaving for index in m.placement.devices]}:
                 if index not in claims:
                     claims[index] = self._claim(ex, leaving, index, drain)
         return claims
 
-    def _claim(self, ex: Exchange, leaving: list[Model], index: int, drain: float) -> Claim:
-        need = (self.need(self.models[ex.target], index) or 0) if index in ex.devices else 0
-        coming = sum([ex.victims[m.name].frees for m in leaving if index in m.placement.devices])
+    def _claim(self, ex: Exchange, leaving: list[Replica], index: int, drain: float) -> Claim:
+        need = (self.need(ex.target, index) or 0) if index in ex.devices else 0
+        coming = sum([ex.victims[m].frees for m in leaving if index in m.placement.devices])
         return Claim(need, coming, drain)
 
-    def drain_left(self, ex: Exchange, m: Model) -> float:
+    def drain_left(self, ex: Exchange, m: Replica) -> float:
         """Expected seconds until the victim's requests have ended. One that drained long will take long yet."""
         if not m.running:
             return 0.0
@@ -183,11 +178,11 @@ class Exchanges:
         return min(expected, max(0.0, ex.deadline - self.fleet.now)) if m.freezable else expected
 
 
-def _leave(m: Model, way: Way, plan: Plan, now: float) -> Leave:
+def _leave(m: Replica, way: Way, plan: Plan, now: float) -> Leave:
     freeze_at = now + plan.drain if way.level else INFINITY
     cut_at = now + m.spec.drain_limit if m.spec.drain_limit is not None else INFINITY
     return Leave(way.level, "exchange", f"to make room for {plan.target}: {plan.why}", freeze_at, cut_at)
 
 
-def _wanted(m: Model) -> bool:
+def _wanted(m: Replica) -> bool:
     return m.demand > 0 and m.state in (State.STOPPED, State.SLEEPING)

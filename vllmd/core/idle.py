@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 
-from vllmd.core.model import INFINITY, Model
+from vllmd.core.model import INFINITY, Replica
 from vllmd.core.types import State
 
 
@@ -17,7 +17,7 @@ class Rest(enum.Enum):
     STOP = enum.auto()
 
 
-def rest(m: Model, now: float) -> Rest:
+def rest(m: Replica, now: float) -> Rest:
     """What ``m`` does now, by its idle rules."""
     if idle_due(m) > now:
         return Rest.NONE
@@ -29,7 +29,7 @@ def rest(m: Model, now: float) -> Rest:
     return Rest.DEEPEN
 
 
-def idle_due(m: Model) -> float:
+def idle_due(m: Replica) -> float:
     """When its idle rules next want something; infinite while it is used, kept, or about to leave anyway."""
     if m.running or m.demand or m.kept or m.leave or m.asked or m.exchange or m.deepen:
         return INFINITY
@@ -42,7 +42,7 @@ def idle_due(m: Model) -> float:
     return INFINITY
 
 
-def _deepen_due(m: Model) -> float:
+def _deepen_due(m: Replica) -> float:
     after = m.spec.idle.deepen_after
     if after is None or m.level != 1 or 2 not in m.spec.sleep_levels:
         return INFINITY

@@ -2,13 +2,14 @@
 
 The ledger is written before a command goes out (a start is booked at once with
 what it may need) and after an answer came back (memory is released only when
-it is known to be free), so that it never promises the same byte twice.
+it is known to be free), so that it never promises the same byte twice. Who holds
+it, an engine, is only a key here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 
 from vllmd.core.types import Device, GiB
 
@@ -63,8 +64,8 @@ class Ledger:
         self.unknown = ""  # why nobody knows what devices there are or what they hold; "": it is known
         self.asking = False  # that may yet be known in a moment
         self.host_promised = 0
-        self._held: dict[str, dict[int, int]] = {}
-        self._host: dict[str, int] = {}
+        self._held: dict[Hashable, dict[int, int]] = {}
+        self._host: dict[Hashable, int] = {}
 
     def take(self, devices: Iterable[Device]) -> None:
         """These are the devices now. One that is gone keeps its account as long as a model holds some of it."""
@@ -79,45 +80,45 @@ class Ledger:
             else:
                 self.accounts[index] = Account(now[index])
 
-    def hold(self, model: str, shares: Mapping[int, int]) -> None:
-        """``model`` holds these bytes per device index, and no others. Absurd (negative) shares count as none."""
-        self._unbook(model)
+    def hold(self, holder: Hashable, shares: Mapping[int, int]) -> None:
+        """``holder`` holds these bytes per device index, and no others. Absurd (negative) shares count as none."""
+        self._unbook(holder)
         known = {index: max(0, share) for index, share in shares.items() if index in self.accounts}
         for index, share in known.items():
             self.accounts[index].promised += share
         if known:
-            self._held[model] = known
+            self._held[holder] = known
 
-    def release(self, model: str) -> None:
-        """Every process of ``model`` is gone: it holds nothing any more."""
-        self._unbook(model)
-        self.hold_host(model, 0)
+    def release(self, holder: Hashable) -> None:
+        """Every process of ``holder`` is gone: it holds nothing any more."""
+        self._unbook(holder)
+        self.hold_host(holder, 0)
 
-    def _unbook(self, model: str) -> None:
-        for index, share in self._held.pop(model, {}).items():
+    def _unbook(self, holder: Hashable) -> None:
+        for index, share in self._held.pop(holder, {}).items():
             self.accounts[index].promised -= share
 
-    def held(self, model: str) -> Mapping[int, int]:
-        """Bytes that ``model`` holds, per device index."""
-        return self._held.get(model, {})
+    def held(self, holder: Hashable) -> Mapping[int, int]:
+        """Bytes that ``holder`` holds, per device index."""
+        return self._held.get(holder, {})
 
-    def most(self, model: str) -> int:
-        """Bytes that ``model`` holds on the device where it holds most."""
-        return max(self._held.get(model, {}).values(), default=0)
+    def most(self, holder: Hashable) -> int:
+        """Bytes that ``holder`` holds on the device where it holds most."""
+        return max(self._held.get(holder, {}).values(), default=0)
 
-    def hold_host(self, model: str, size: int) -> None:
-        """``model`` keeps ``size`` bytes of host memory; 0: none."""
-        self.host_promised += size - self._host.pop(model, 0)
+    def hold_host(self, holder: Hashable, size: int) -> None:
+        """``holder`` keeps ``size`` bytes of host memory; 0: none."""
+        self.host_promised += size - self._host.pop(holder, 0)
         if size:
-            self._host[model] = size
+            self._host[holder] = size
 
-    def host_held(self, model: str) -> int:
-        """Host bytes that ``model`` keeps."""
-        return self._host.get(model, 0)
+    def host_held(self, holder: Hashable) -> int:
+        """Host bytes that ``holder`` keeps."""
+        return self._host.get(holder, 0)
 
-    def host_free_for(self, model: str) -> int:
-        """Host bytes that ``model`` could have, what it keeps already included."""
-        return self.host_budget - self.host_promised + self._host.get(model, 0)
+    def host_free_for(self, holder: Hashable) -> int:
+        """Host bytes that ``holder`` could have, what it keeps already included."""
+        return self.host_budget - self.host_promised + self._host.get(holder, 0)
 
     def external(self, held: Mapping[int, int], now: float) -> None:
         """Take NVML's word for what strangers hold; what cannot be (negative, more than there is) is cut to size."""

@@ -115,18 +115,18 @@ class LifecycleError(Exception):
     """A step that the table does not allow. Nothing has changed; the message names who broke the rule."""
 
 
-def follow(model: str, state: State, step: Step) -> State:
+def follow(engine: str, state: State, step: Step) -> State:
     """The state after ``step``. Raises LifecycleError where the table has no such step."""
     try:
         return TRANSITIONS[state][step]
     except KeyError:
-        raise LifecycleError(_blame(model, state, step)) from None
+        raise LifecycleError(_blame(engine, state, step)) from None
 
 
-def _blame(model: str, state: State, step: Step) -> str:
+def _blame(engine: str, state: State, step: Step) -> str:
     who = "the core decided" if step in CORE_STEPS else "the daemon reported"
     legal = ", ".join(s.value for s in TRANSITIONS[state]) or "nothing"
-    return f"{who} {step.value!r} of model {model!r}, which is {state.value!r}: only {legal} may follow there"
+    return f"{who} {step.value!r} of {engine!r}, which is {state.value!r}: only {legal} may follow there"
 
 
 def diagram() -> str:

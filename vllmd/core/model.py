@@ -1,4 +1,9 @@
-"""What the core remembers of one model: a record without rules; one owner, the scheduler, changes it."""
+"""What the core remembers of models and their replicas: records without rules; one owner, the scheduler, changes them.
+
+A model is what clients ask for. It has the queue, the leases, and one replica
+or several. A replica is an engine: it has a state, a place on devices, memory,
+and the requests that run in it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,7 @@ from dataclasses import dataclass, field
 from vllmd.core.costs import Costs
 from vllmd.core.lifecycle import AWAKE, LOADED
 from vllmd.core.queues import Queue
-from vllmd.core.types import Footprint, ModelSpec, Placement, Source, State
+from vllmd.core.types import Footprint, ModelSpec, Placement, ReplicaRules, ReplicaSpec, Source, State
 
 INFINITY = math.inf
 NOWHERE = Placement()
@@ -46,8 +51,8 @@ class Latency:
 
 
 @dataclass(slots=True)
-class Replica:
-    """What is remembered of one of several engines of a model."""
+class Health:
+    """What is remembered of the answers of one of several engines of a model (8 in ``design.md``)."""
 
     standing: Standing = Standing.NEW
     latencies: dict[bool, Latency] = field(default_factory=dict)  # of streams (True) and of whole answers
@@ -61,7 +66,7 @@ class Replica:
     look_at: float = INFINITY  # when one that was set aside or ejected is probed
     vouched: float = -INFINITY  # until when a missing answer raises no suspicion
     probe: str = ""  # the probe under way
-    why: str = ""  # why it is set aside or ejected
+    why: str = ""  # the reason of its standing, if it does not serve
     halted: bool = False  # an operator took it down while others serve
     unanswered: dict[str, float] = field(default_factory=dict)  # request -> when it was admitted; oldest first
 
@@ -85,10 +90,10 @@ class Replica:
 
 @dataclass(slots=True)
 class Leave:
-    """Where a model goes once it has drained, and on whose account. ``level`` 0 stops it."""
+    """Where an engine goes once it has drained, and on whose account. ``level`` 0 stops it."""
 
     level: int
-    cause: str  # "idle", "exchange", "operator", "lease", "config", "proof", "deepen", "moved", "replica", "device"
+    cause: str  # idle, exchange, operator, lease, config, proof, deepen, moved, replica, device
     why: str
     freeze_at: float = INFINITY  # running requests are frozen from here on
     cut_at: float = INFINITY  # running requests are cut from here on
@@ -101,17 +106,65 @@ class Leave:
 
 
 @dataclass(slots=True)
+class Lease:
+    """Somebody keeps the model: until the deadline this replica is not made to leave."""
+
+    deadline: float
+    replica: Replica
+
+
+@dataclass(slots=True)
+class Scale:
+    """How many of a model's replicas are to serve, and since when there are too few or too many (8.4)."""
+
+    wanted: int = 1  # of those that take devices
+    crowded: float = INFINITY  # since when there is too much for those who serve
+    calm: float = INFINITY  # since when one fewer would be enough
+    tried: float = -INFINITY  # when room for another one was last looked for
+    due: float = INFINITY  # when time alone changes something
+
+
+@dataclass(slots=True, eq=False)
 class Model:
-    """One model's engine, its requests, its claims on staying, and its failures."""
+    """What clients ask for: a queue, leases, and the replicas that serve it, in the order of the configuration."""
 
     spec: ModelSpec
-    name: str = field(init=False)
+    replicas: list[Replica] = field(default_factory=list)
+    queue: Queue = field(default_factory=Queue)
+    nominee: Replica | None = None  # the replica that is to come up for the queue, or is the only one
+    leases: dict[str, Lease] = field(default_factory=dict)
+    used: float = -INFINITY  # when a request last came
+    scale: Scale = field(default_factory=Scale)
+    removed: bool = False  # the configuration has it no more
+
+    @property
+    def name(self) -> str:
+        """What clients call it."""
+        return self.spec.name
+
+    @property
+    def members(self) -> list[Replica]:
+        """The replicas that the configuration still has."""
+        return [r for r in self.replicas if not r.removed]
+
+    @property
+    def rules(self) -> ReplicaRules | None:
+        """How its replicas share its requests; None for one that is the only one."""
+        return self.spec.balancing
+
+
+@dataclass(slots=True, eq=False)
+class Replica:
+    """One engine of a model: where it is in its life, its requests, its claims on staying, and its failures."""
+
+    model: Model
+    spec: ReplicaSpec
+    id: str = field(init=False)
     costs: Costs
     changed: float  # since when it is in this state
     state: State = State.STOPPED
     level: int = 0
     placement: Placement = NOWHERE
-    queue: Queue = field(default_factory=Queue)
     running: dict[str, Run] = field(default_factory=dict)
     orphans: set[str] = field(default_factory=set)  # their engine died; RequestFinished is still owed
     ready_at: float = 0.0  # when it last became ready
@@ -120,10 +173,9 @@ class Model:
     leave: Leave | None = None  # why the gate is closed (DRAINING), or what a sleeper still has to do
     asked: Leave | None = None  # an operator's wish that must wait for the command under way
     deepen: bool = False  # woken only to sleep deeper
-    exchange: str = ""  # the target of the exchange it is a victim of
+    exchange: Replica | None = None  # the target of the exchange it is a victim of
     wanted: float | None = None  # since when an operator wants it loaded
     pinned: bool = False
-    leases: dict[str, float] = field(default_factory=dict)  # lease -> deadline
     failures: int = 0  # in a row
     failed_at: float = 0.0  # when the last of them was
     failure: str = ""
@@ -135,11 +187,11 @@ class Model:
     sleep_failures: int = 0  # sleeps and wakes that ended in a stop
     look_again: float = -INFINITY  # no earlier look at whether it can sleep deeper
     removed: bool = False  # the configuration has it no more
-    replica: Replica | None = None  # of one of several engines of a model
+    health: Health | None = None  # of one of several engines of a model
     due: float = INFINITY  # when time alone changes something for it
 
     def __post_init__(self) -> None:
-        self.name = self.spec.name
+        self.id = self.spec.id
 
     @property
     def at_rest(self) -> bool:
@@ -157,9 +209,14 @@ class Model:
         return self.state in LOADED
 
     @property
+    def leases(self) -> list[str]:
+        """The leases that keep it."""
+        return [name for name, lease in self.model.leases.items() if lease.replica is self]
+
+    @property
     def kept(self) -> bool:
         """It may not be made to leave: pinned, or leased."""
-        return self.pinned or bool(self.leases)
+        return self.pinned or bool(self.model.leases and self.leases)
 
     @property
     def full(self) -> bool:
@@ -167,10 +224,20 @@ class Model:
         return self.spec.concurrency is not None and len(self.running) >= self.spec.concurrency
 
     @property
+    def queued(self) -> int:
+        """Requests for whose sake it is to come up, or that wait for a place in it."""
+        return len(self.model.queue) if self.model.nominee is self else 0
+
+    @property
+    def oldest(self) -> float | None:
+        """When the first of them came."""
+        return self.model.queue.oldest if self.model.nominee is self else None
+
+    @property
     def demand(self) -> int:
         """How many wait for it to be on: requests queued, requests frozen, a load that was asked for."""
         frozen = len(self.running) if self.running and self.state not in AWAKE else 0
-        return len(self.queue) + frozen + (self.wanted is not None)
+        return self.queued + frozen + (self.wanted is not None)
 
     @property
     def freezable(self) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from vllmd.core.common import Core
 from vllmd.core.eviction import fits
-from vllmd.core.model import INFINITY, Leave, Model
+from vllmd.core.model import INFINITY, Leave, Replica
 from vllmd.core.policy import Plan, Situation
 from vllmd.core.possible import never_fits, stuck
 from vllmd.core.situation import Observer, host_claims, levels, waits_for_others
@@ -24,13 +24,13 @@ class Planner:
 
     def __init__(self, core: Core, settle: Callable[[], None]) -> None:
         self._core = core
-        self.observer = Observer(core.fleet, core.exchanges)
+        self.observer = Observer(core.engines, core.exchanges)
         self._settle = settle  # carries out what a plan has set in motion
         self._looked = -INFINITY
         self._filled = -INFINITY
         self._housed = -INFINITY
         self._shallow: frozenset[str] = frozenset()
-        self._held_back: frozenset[str] = frozenset()  # who was recorded to wait for others to leave a device free
+        self._held_back: frozenset[Replica] = frozenset()  # who was recorded to wait for others to leave a device free
 
     @property
     def due(self) -> float:
@@ -56,24 +56,24 @@ class Planner:
     def _record_held_back(self) -> None:
         """7.3: who waits for others to leave a device free; once, not with each look."""
         core, before = self._core, self._held_back
-        models = [m for m in core.waiting.values() if m.spec.when_free]
-        held = {m.name: wait for m in models if (wait := waits_for_others(core.fleet, core.models.values(), m))}
-        self._held_back = frozenset(name for name, wait in held.items() if not wait.unread)
-        for name in [name for name in held if name in self._held_back and name not in before]:
-            core.fleet.record("wait", name, f"it waits for {held[name].why}", held[name].numbers)
+        picky = [m for m in core.waiting if m.spec.when_free]
+        held = {m: wait for m in picky if (wait := waits_for_others(core.engines, core.replicas.values(), m))}
+        self._held_back = frozenset(m for m, wait in held.items() if not wait.unread)
+        for m in [m for m in held if m in self._held_back and m not in before]:
+            core.engines.record("wait", m, f"it waits for {held[m].why}", held[m].numbers)
 
     def _move_house(self) -> None:
         """7.1: a sleeper that cannot wake where it sleeps is stopped, if it can start elsewhere."""
         core = self._core
         if core.now < self._housed + HOUSE_AGE:
             return
-        sleepers = [m for m in core.waiting.values() if m.state is State.SLEEPING and not m.running]
+        sleepers = [m for m in core.waiting if m.state is State.SLEEPING and not m.running]
         if not sleepers:
             return
         self._housed = core.now
-        room = room_beside_kept(core.fleet.ledger, core.models.values())
+        room = room_beside_kept(core.engines.ledger, core.replicas.values())
         for m in sleepers:
-            why = stuck(core.fleet.ledger, m, room) if m.name not in core.exchanges else ""
+            why = stuck(core.engines.ledger, m, room) if m not in core.exchanges else ""
             if why:
                 core.leave(m, Leave(0, "moved", why))
         self._settle()
@@ -81,75 +81,75 @@ class Planner:
     def begin(self, plan: Plan) -> None:
         """Record the plan, close the gates, and start what can start."""
         core = self._core
-        m = core.models[plan.target]
+        m = core.replicas[plan.target]
         verb = "wake" if m.state is State.SLEEPING else "start"
         numbers: dict[str, float | int | str] = {**plan.numbers, "devices": ",".join(map(str, plan.devices))}
         if plan.victims:
             numbers["victims"] = ",".join(f"{v.model}:{v.way.level or 'stop'}" for v in plan.victims)
             numbers["drain"] = "unlimited" if plan.drain == INFINITY else plan.drain
-            core.fleet.record("exchange", m.name, f"{verb} it: {plan.why}", numbers)
+            core.engines.record("exchange", m, f"{verb} it: {plan.why}", numbers)
         else:
-            core.fleet.record(verb, m.name, plan.why, numbers)
+            core.engines.record(verb, m, plan.why, numbers)
         core.exchanges.begin(plan)
-        core.touch(m)
+        core.mark_dirty(m)
         for victim in plan.victims:
-            core.touch(core.models[victim.model])
+            core.mark_dirty(core.replicas[victim.model])
         self._settle()
 
-    def bring(self, m: Model, why: str, since: float, but: frozenset[int] = frozenset()) -> bool:
+    def bring(self, m: Replica, why: str, since: float, but: frozenset[int] = frozenset()) -> bool:
         """Have it serve where it fits beside what is there; nobody leaves for it. Whether that could be begun.
 
         ``since``: from when the word must be on what others leave free, if it starts only there. ``but``: devices
         that it shall not use.
         """
-        if self._core.fleet.ledger.unknown and m.spec.device_count:
+        if self._core.engines.ledger.unknown and m.spec.device_count:
             return False
         devices = fits(self.look(), self.observer.see_newcomer(m, since).without(but))
-        if devices is None or never_fits(self._core.fleet.ledger, m):
+        if devices is None or never_fits(self._core.engines.ledger, m):
             return False
         m.wanted = self._core.now
-        self.begin(Plan(m.name, devices, why=why))
+        self.begin(Plan(m.id, devices, why=why))
         return True
 
-    def _waits_for_others(self, m: Model) -> bool:
+    def _waits_for_others(self, m: Replica) -> bool:
         w = self.observer.see_newcomer(m, since=-INFINITY)
         return bool(w.span) and not w.devices
 
-    def preload(self, todo: dict[str, Model]) -> None:
+    def preload(self, todo: dict[Replica, None]) -> None:
         """7.2: load, in order, what fits beside what is there; nobody leaves for it.
 
         One that starts only on free devices is wanted from now on where others leave it none.
         """
         core = self._core
-        for m in list(todo.values()):
-            if core.fleet.ledger.unknown and m.spec.device_count:
+        for m in list(todo):
+            if core.engines.ledger.unknown and m.spec.device_count:
                 continue
             if m.state is not State.STOPPED or m.demand or self.bring(m, "it is to be preloaded", -INFINITY):
-                del todo[m.name]
+                del todo[m]
             elif self._waits_for_others(m):
-                del todo[m.name]
+                del todo[m]
                 m.wanted = core.now
-                core.touch(m)
+                core.mark_dirty(m)
                 self._settle()
                 self.plan()
             elif not any(room.busy or room.claimed for room in self.look().rooms.values()):
-                del todo[m.name]
-                core.fleet.record("skip", m.name, "it is to be preloaded, but does not fit beside the others")
+                del todo[m]
+                core.engines.record("skip", m, "it is to be preloaded, but does not fit beside the others")
 
     def look(self) -> Situation:
         """What the policy sees now."""
         core = self._core
         if core.now >= self._filled + FILL_AGE:
             self._filled = core.now
-            claims = host_claims(core.fleet, core.models.values())
+            claims = host_claims(core.engines, core.replicas.values())
             self._shallow = core.policy.shallow(claims, core.settings.host_memory)
         begun = core.exchanges.targets()
-        waiting = [m for name, m in core.waiting.items() if name not in begun]
+        waiting = [m for m in core.waiting if m not in begun]
         return self.observer.look(waiting, self._shallow)
 
-    def level(self, m: Model, wish: int) -> int:
+    def level(self, m: Replica, wish: int) -> int:
         """The sleep level wished for, the other one where that cannot be, or 0: stop."""
-        usable = levels(self._core.fleet, m, self._shallow)
+        usable = levels(self._core.engines, m, self._shallow)
         if wish == 0 or wish in usable:
             return wish
         return usable[0] if usable else 0

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from vllmd.core.ledger import Account, Ledger, gib
-from vllmd.core.model import Model
+from vllmd.core.model import Replica
 from vllmd.core.vacancy import allowed, size_there
 
 
-def never_fits(ledger: Ledger, m: Model) -> str:
+def never_fits(ledger: Ledger, m: Replica) -> str:
     """Why ``m`` cannot fit even with these devices to itself; empty if it can."""
     count = m.spec.device_count
     if not ledger.accounts or not count:
         return ""
     accounts = allowed(ledger, m)
     if len(accounts) < count:
-        return f"{m.name!r} needs {_devices(count)}, and there {_are(len(accounts))} for it"
+        return f"{m.id!r} needs {_devices(count)}, and there {_are(len(accounts))} for it"
     if sum(_fits(m, a, 0) for a in accounts) >= count:
         return ""
     need = max(size_there(m, a, 0) or 0 for a in accounts)
@@ -25,30 +25,30 @@ def never_fits(ledger: Ledger, m: Model) -> str:
         f"{gib(a.capacity)}"
         for a in accounts
     )
-    return f"{m.name!r} needs {gib(need)} on each of {_devices(count)}; {sizes}"
+    return f"{m.id!r} needs {gib(need)} on each of {_devices(count)}; {sizes}"
 
 
-def pinned_out(ledger: Ledger, m: Model, models: Iterable[Model]) -> str:
+def pinned_out(ledger: Ledger, m: Replica, models: Iterable[Replica]) -> str:
     """Why pinned models leave no room for ``m``; empty if they do."""
     count = m.spec.device_count
     if not ledger.accounts or not count:
         return ""
     pinned = [other for other in models if other.pinned and other.loaded and other is not m]
-    taken = {index: sum(ledger.held(p.name).get(index, 0) for p in pinned) for index in ledger.accounts}
+    taken = {index: sum(ledger.held(p).get(index, 0) for p in pinned) for index in ledger.accounts}
     if sum(_fits(m, a, taken[a.device.index]) for a in allowed(ledger, m)) >= count:
         return ""
-    names = ", ".join(f"{p.name!r}" for p in pinned)
+    names = ", ".join(f"{p.id!r}" for p in pinned)
     if m.spec.when_free:
-        return f"{m.name!r} starts on devices that others leave free, and pinned models ({names}) do not leave enough"
-    return f"{m.name!r} needs {gib(m.booking)} on {_devices(count)}, and pinned models ({names}) leave less"
+        return f"{m.id!r} starts on devices that others leave free, and pinned models ({names}) do not leave enough"
+    return f"{m.id!r} needs {gib(m.booking)} on {_devices(count)}, and pinned models ({names}) leave less"
 
 
-def stuck(ledger: Ledger, m: Model, room: Mapping[int, int]) -> str:
+def stuck(ledger: Ledger, m: Replica, room: Mapping[int, int]) -> str:
     """Why a sleeper cannot wake where it is although it could start elsewhere; empty if that is not so.
 
     ``room``: see room_beside_kept. What it holds itself, if it is kept, counts for it.
     """
-    mine = ledger.held(m.name) if m.kept else {}
+    mine = ledger.held(m) if m.kept else {}
     bad = [i for i in m.placement.devices if room[i] + mine.get(i, 0) < m.footprint.awake]
     if not bad:
         return ""
@@ -59,9 +59,9 @@ def stuck(ledger: Ledger, m: Model, room: Mapping[int, int]) -> str:
     return f"it cannot wake on device {bad[0]}, and can start elsewhere"
 
 
-def has_room(ledger: Ledger, m: Model) -> bool:
+def has_room(ledger: Ledger, m: Replica) -> bool:
     """Whether it could start, or wake where it sleeps, with nobody leaving."""
-    held = ledger.held(m.name)
+    held = ledger.held(m)
     if held:
         need = m.footprint.awake
         return all(ledger.accounts[index].free + share >= need for index, share in held.items())
@@ -69,7 +69,7 @@ def has_room(ledger: Ledger, m: Model) -> bool:
     return not ledger.accounts or len(good) >= m.spec.device_count
 
 
-def _fits(m: Model, a: Account, taken: int) -> bool:
+def _fits(m: Replica, a: Account, taken: int) -> bool:
     """Whether it could start there if ``taken`` bytes were all that others hold."""
     size = size_there(m, a, taken)
     return size is not None and a.capacity - taken >= size

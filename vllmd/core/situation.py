@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from operator import attrgetter
 
 from vllmd.core.costs import sleep_kind, wake_kind
+from vllmd.core.engine_table import EngineTable
 from vllmd.core.exchanges import Exchanges
-from vllmd.core.fleet import Fleet
-from vllmd.core.model import INFINITY, Model
+from vllmd.core.model import INFINITY, Replica
 from vllmd.core.policy import HostClaim, Knobs, Resident, Room, Situation, Waiting, Way
 from vllmd.core.types import State
 from vllmd.core.vacancy import Wait, held_back, room_beside_kept, vacant
@@ -21,46 +21,44 @@ SOON = 0.001  # a transfer that should have ended by now
 class Observer:
     """Keeps the views of models that did not change: a look costs what changed since the last one."""
 
-    def __init__(self, fleet: Fleet, exchanges: Exchanges) -> None:
+    def __init__(self, fleet: EngineTable, exchanges: Exchanges) -> None:
         self._fleet = fleet
         self._exchanges = exchanges
-        self._waiting: dict[str, Waiting] = {}
-        self._residents: dict[str, Resident] = {}
-        self._stale: dict[str, Model] = {}  # may leave, and changed since they were last seen
-        self._coming: dict[str, dict[int, int]] = {}  # bytes per device that would come free if the model slept
+        self._waiting: dict[Replica, Waiting] = {}
+        self._residents: dict[Replica, Resident] = {}
+        self._stale: dict[Replica, None] = {}  # may leave, and changed since they were last seen
+        self._coming: dict[Replica, dict[int, int]] = {}  # bytes per device that would come free if the model slept
         self._sleepable: defaultdict[int, int] = defaultdict(int)  # their sums
         self._host: tuple[int, frozenset[str]] = (0, frozenset())
 
-    def note(self, m: Model) -> None:
+    def note(self, m: Replica) -> None:
         """``m`` changed, or is known no more."""
-        self._waiting.pop(m.name, None)
-        self._residents.pop(m.name, None)
-        self._stale.pop(m.name, None)
+        self._waiting.pop(m, None)
+        self._residents.pop(m, None)
+        self._stale.pop(m, None)
         if may_leave(m):
-            self._stale[m.name] = m
-        self._sum(self._coming.pop(m.name, {}), -1)
+            self._stale[m] = None
+        self._sum(self._coming.pop(m, {}), -1)
         coming = could_come(self._fleet, m)
         if coming:
-            self._coming[m.name] = coming
+            self._coming[m] = coming
             self._sum(coming, 1)
 
     def _sum(self, coming: dict[int, int], sign: int) -> None:
         for index, size in coming.items():
             self._sleepable[index] += sign * size
 
-    def look(self, waiting: Iterable[Model], shallow: frozenset[str]) -> Situation:
+    def look(self, waiting: Iterable[Replica], shallow: frozenset[str]) -> Situation:
         """Everything as it is now; ``shallow``: who sleeps at level 1 if it must."""
         fleet = self._fleet
         host = (fleet.ledger.host_promised, shallow)
         if host != self._host:  # who can sleep at which level depends on it
             self._host = host
-            self._stale.update(
-                (name, self._exchanges.models[name]) for name, r in self._residents.items() if not r.asleep
-            )
-        for name, m in self._stale.items():
-            self._residents[name] = see_resident(fleet, m, shallow)
+            self._stale.update((m, None) for m, r in self._residents.items() if not r.asleep)
+        for m in self._stale:
+            self._residents[m] = see_resident(fleet, m, shallow)
         self._stale.clear()
-        seen = [self._waiting.get(m.name) or self._see_waiting(m) for m in waiting]
+        seen = [self._waiting.get(m) or self._see_waiting(m) for m in waiting]
         return Situation(
             fleet.now,
             sorted([w for w in seen if w.devices or not w.span], key=_age),  # not those that wait for others to leave
@@ -69,13 +67,13 @@ class Observer:
             KNOBS,
         )
 
-    def _see_waiting(self, m: Model) -> Waiting:
+    def _see_waiting(self, m: Replica) -> Waiting:
         if m.spec.when_free:
             return self.see_newcomer(m)  # that depends on others: it is looked at each time
-        seen = self._waiting[m.name] = see_waiting(self._fleet, m)
+        seen = self._waiting[m] = see_waiting(self._fleet, m)
         return seen
 
-    def see_newcomer(self, m: Model, since: float | None = None) -> Waiting:
+    def see_newcomer(self, m: Replica, since: float | None = None) -> Waiting:
         """What waits for it; for one that starts where others leave devices free, only those, none if too few.
 
         ``since``: from when the word for that must be; None: from when the oldest came.
@@ -83,7 +81,7 @@ class Observer:
         w = see_waiting(self._fleet, m)
         if m.spec.when_free is None or m.state is State.SLEEPING or not w.span:
             return w
-        room = room_beside_kept(self._fleet.ledger, self._exchanges.models.values())
+        room = room_beside_kept(self._fleet.ledger, self._exchanges.replicas.values())
         free = vacant(self._fleet.ledger, m, room, w.oldest if since is None else since)
         if len(free) < w.span:
             return w._replace(devices=())
@@ -97,8 +95,8 @@ class Observer:
                 continue
             free = account.free
             sleepable = free + self._sleepable[index]
-            name = fleet.moving.get(index)
-            busy = remaining(self._exchanges.models[name], fleet.now) if name else 0.0
+            moving = fleet.moving.get(index)
+            busy = remaining(moving, fleet.now) if moving else 0.0
             claim = claims.get(index)
             if claim is None:
                 rooms[index] = Room(index, free, sleepable, busy, False, 0.0)
@@ -111,25 +109,25 @@ class Observer:
 _age = attrgetter("oldest", "model")
 
 
-def may_leave(m: Model) -> bool:
+def may_leave(m: Replica) -> bool:
     """Whether a policy may ask it to: it is on with its gate open, or sleeps without frozen requests."""
     if m.kept or m.exchange or not m.placement.devices or m.leave is not None:
         return False
     return m.state is State.READY or (m.state is State.SLEEPING and not m.running)
 
 
-def see_waiting(fleet: Fleet, m: Model) -> Waiting:
+def see_waiting(fleet: EngineTable, m: Replica) -> Waiting:
     """What waits for a model that is not on."""
-    held = fleet.ledger.most(m.name)
+    held = fleet.ledger.most(m)
     asleep = m.state is State.SLEEPING
     frozen = len(m.running)
     asked = [m.wanted] if m.wanted is not None else []
-    since = [t for t in (m.queue.oldest, m.changed if frozen else None, *asked) if t is not None]
+    since = [t for t in (m.oldest, m.changed if frozen else None, *asked) if t is not None]
     any_device = m.spec.devices or tuple(fleet.ledger.accounts)
     return Waiting(
-        model=m.name,
+        model=m.id,
         waiters=m.demand,
-        arrived=m.queue.arrived + frozen * m.changed + sum(asked),
+        arrived=(m.model.queue.arrived if m.queued else 0.0) + frozen * m.changed + sum(asked),
         oldest=min(since, default=fleet.now),
         load=m.costs.wake(m.level if asleep else 0),
         sleep=m.costs.sleep(max(m.spec.sleep_levels, default=0)),
@@ -137,50 +135,50 @@ def see_waiting(fleet: Fleet, m: Model) -> Waiting:
         need=m.footprint.awake - held if asleep else m.booking,
         devices=m.placement.devices if asleep else any_device,
         span=len(m.placement.devices) if asleep else device_count(fleet, m),
-        priority=m.spec.priority,
-        impatient=m.spec.on_busy == "evict",
+        priority=m.model.spec.priority,
+        impatient=m.model.spec.on_busy == "evict",
         learnt=m.costs.learnt(wake_kind(m.level if asleep else 0)),
     )
 
 
-def waits_for_others(fleet: Fleet, models: Iterable[Model], m: Model) -> Wait | None:
+def waits_for_others(fleet: EngineTable, models: Iterable[Replica], m: Replica) -> Wait | None:
     """Who keeps it from starting on a free device, and what would be one; None if nobody does."""
     if m.spec.when_free is None or m.state is State.SLEEPING or not fleet.ledger.accounts:
         return None
     return held_back(fleet.ledger, m, room_beside_kept(fleet.ledger, models), see_waiting(fleet, m).oldest)
 
 
-def device_count(fleet: Fleet, m: Model) -> int:
+def device_count(fleet: EngineTable, m: Replica) -> int:
     """How many devices it takes; none on a machine without any."""
     return m.spec.device_count if fleet.ledger.accounts else 0
 
 
-def see_resident(fleet: Fleet, m: Model, shallow: frozenset[str]) -> Resident:
+def see_resident(fleet: EngineTable, m: Replica, shallow: frozenset[str]) -> Resident:
     """A model that could leave."""
     rate = m.costs.rate
     return Resident(
-        model=m.name,
+        model=m.id,
         devices=m.placement.devices,
         asleep=m.state is State.SLEEPING,
         ways=ways(fleet, m, shallow),
         since=m.ready_at,
         used=m.used,
         running=len(m.running),
-        queued=len(m.queue),
+        queued=m.queued,
         service=m.costs.seconds("service"),
         rate=rate.value,
         rate_long=m.costs.rate_long.value,
         rate_at=rate.at,
         freezable=m.freezable,
         refrozen=m.spec.preempt and any(run.frozen > 1 for run in m.running.values()),
-        priority=m.spec.priority,
+        priority=m.model.spec.priority,
         drain_limit=INFINITY if m.spec.drain_limit is None else m.spec.drain_limit,
     )
 
 
-def ways(fleet: Fleet, m: Model, shallow: frozenset[str]) -> tuple[Way, ...]:
+def ways(fleet: EngineTable, m: Replica, shallow: frozenset[str]) -> tuple[Way, ...]:
     """How it can leave its devices, the preferred way first, stopping last."""
-    held = min(fleet.ledger.held(m.name).values(), default=0)
+    held = min(fleet.ledger.held(m).values(), default=0)
     stop = Way(0, held, m.costs.sleep(0), m.costs.wake(0), m.costs.learnt("stop"))
     if m.state is State.SLEEPING:
         return (stop,)
@@ -190,28 +188,28 @@ def ways(fleet: Fleet, m: Model, shallow: frozenset[str]) -> tuple[Way, ...]:
     return (*naps, stop)
 
 
-def levels(fleet: Fleet, m: Model, shallow: frozenset[str]) -> list[int]:
+def levels(fleet: EngineTable, m: Replica, shallow: frozenset[str]) -> list[int]:
     """The sleep levels it can use now, the preferred one first."""
     usable = sleep_levels(m)
-    if 1 in usable and fleet.ledger.host_free_for(m.name) < m.footprint.host:
+    if 1 in usable and fleet.ledger.host_free_for(m) < m.footprint.host:
         usable -= {1}
-    return sorted(usable, reverse=m.name not in shallow)
+    return sorted(usable, reverse=m.id not in shallow)
 
 
-def sleep_levels(m: Model) -> frozenset[int]:
+def sleep_levels(m: Replica) -> frozenset[int]:
     """What its engine supports; one that failed at it twice is stopped instead."""
     return m.spec.sleep_levels if m.sleep_failures < 2 else frozenset()
 
 
-def could_come(fleet: Fleet, m: Model) -> dict[int, int]:
+def could_come(fleet: EngineTable, m: Replica) -> dict[int, int]:
     """Bytes per device that would come free if it slept; of one awake or on the move, and not kept."""
     if not m.placement.devices or m.kept or m.state is State.SLEEPING:
         return {}
     rest = m.footprint.asleep if sleep_levels(m) else 0
-    return {index: max(0, share - rest) for index, share in fleet.ledger.held(m.name).items()}
+    return {index: max(0, share - rest) for index, share in fleet.ledger.held(m).items()}
 
 
-def remaining(m: Model, now: float) -> float:
+def remaining(m: Replica, now: float) -> float:
     """Expected seconds until the command that ``m`` is under is answered."""
     if m.state is State.WAKING:
         expected = m.costs.wake(m.level)
@@ -222,12 +220,12 @@ def remaining(m: Model, now: float) -> float:
     return max(SOON, expected + m.changed - now)
 
 
-def host_claims(fleet: Fleet, models: Iterable[Model]) -> list[HostClaim]:
+def host_claims(fleet: EngineTable, models: Iterable[Replica]) -> list[HostClaim]:
     """Who could sleep at level 1, and what it would save."""
     claims = []
     for m in models:
         if 1 in m.spec.sleep_levels:
             deep = m.costs.wake(2 if 2 in m.spec.sleep_levels else 0)
             gain = max(0.0, deep - m.costs.wake(1))
-            claims.append(HostClaim(m.name, m.footprint.host, gain, m.costs.rate_long.read(fleet.now)))
+            claims.append(HostClaim(m.id, m.footprint.host, gain, m.costs.rate_long.read(fleet.now)))
     return claims

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 GiB = 1 << 30
 
 
 class State(enum.Enum):
-    """The life of a model's engine; ``lifecycle.py`` holds the transition table."""
+    """The life of an engine; ``lifecycle.py`` holds the transition table."""
 
     STOPPED = "stopped"
     STARTING = "starting"
@@ -114,20 +115,19 @@ class WhenFree:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelSpec:
-    """What the core knows of a configured model.
+class ReplicaSpec:
+    """One engine of a model, as configured.
 
-    ``replica_of``: the model that clients ask for, where this is one of several engines of it ("": it is the only
-    one); the first of them bears its name. They share its requests by ``replicas``, which all of them have alike.
+    ``id``: the model's name where the model has only this one, else ``NAME@1`` or ``NAME@LABEL``.
     ``devices``: indices it may use, empty for any; it takes ``device_count`` of them (0: none, as remote ones do).
     ``sleep_levels``: subset of {1, 2} that the engine supports; without any it stops instead.
-    ``concurrency``: requests at a time, ``None`` unlimited. ``queue_timeout``: longest wait.
+    ``concurrency``: requests at a time, ``None`` unlimited.
     ``drain_limit``: after so long a drain the running requests are cut; ``None``: never.
     ``preempt``: running requests may be frozen by a sleep (only after one proved to survive it).
     ``when_free``: it starts only on devices that others leave free; ``None``: wherever its booking fits.
     """
 
-    name: str
+    id: str
     footprint: Footprint
     weights: int = 0
     device_count: int = 1
@@ -136,20 +136,47 @@ class ModelSpec:
     idle: IdleRules = IdleRules()
     pinned: bool = False
     preload: bool = False
-    priority: float = 1.0
     concurrency: int | None = None
-    on_busy: str = "wait"  # wait | reject | evict
-    queue_limit: int = 512
-    queue_timeout: float | None = 600.0
     drain_limit: float | None = None
     preempt: bool = False
     max_restarts: int = 3
     restart_backoff: float = 5.0  # doubles with each failure in a row
     settings: str = ""  # a digest of what its engine depends on: figures measured under another one are forgotten
-    replica_of: str = ""
-    replicas: ReplicaRules = ReplicaRules()
     keeps_host: bool = True  # once slept at level 1 its host memory stays taken until it stops (vLLM's does)
     when_free: WhenFree | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What clients ask for: a name, one engine or several (``replicas``), and the rules of its queue.
+
+    ``balancing``: how its replicas share the requests; ``None``: it has one engine, which nobody compares or probes.
+    ``queue_timeout``: longest wait, ``None`` without end.
+    """
+
+    name: str
+    replicas: tuple[ReplicaSpec, ...]
+    balancing: ReplicaRules | None = None
+    priority: float = 1.0
+    on_busy: str = "wait"  # wait | reject | evict
+    queue_limit: int = 512
+    queue_timeout: float | None = 600.0
+
+
+def single(name: str, footprint: Footprint, weights: int = 0, **settings: Any) -> ModelSpec:
+    """A model with one engine; ``settings`` are those of either."""
+    own = {key: settings.pop(key) for key in ("priority", "on_busy", "queue_limit", "queue_timeout") if key in settings}
+    return ModelSpec(name, (ReplicaSpec(name, footprint, weights, **settings),), **own)
+
+
+def renamed(before: Sequence[str], after: Sequence[str]) -> tuple[str, str] | None:
+    """The first replica of a model goes on where only its id is another one: the old id and the new one, else None.
+
+    ``before``, ``after``: the ids of the model's replicas. So it is with a model that gets replicas, or loses them.
+    """
+    if not before or not after or before[0] in after or after[0] in before:
+        return None
+    return before[0], after[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,29 +204,55 @@ class Decision:
     model: str
     why: str  # one readable sentence
     numbers: Mapping[str, float | int | str] = field(default_factory=dict)
+    replica: str = ""  # the id of the replica that it is about; "" where that says no more than the model's name
 
 
 @dataclass(frozen=True, slots=True)
-class ModelView:
-    """A snapshot of one model for ``ps``, metrics and the admin API."""
+class ReplicaView:
+    """A snapshot of one engine for ``ps``, metrics and the admin API."""
 
-    name: str
+    id: str
     state: State
     level: int  # 0 awake or not loaded, 1 or 2 asleep
     devices: tuple[int, ...]
     memory: int  # bytes per device as the ledger has it now
     in_flight: int
-    queued: int
-    oldest_wait: float | None
+    queued: int  # requests for whose sake it is to come up, or that wait for a place in it
+    oldest_wait: float | None  # seconds
     idle: float | None  # seconds since the last request ended; None while busy or not loaded
     since: float  # seconds in this state
     pinned: bool
     leases: tuple[str, ...]
-    waiting_for: str  # why queued requests wait, readable; "" if none do
+    waiting_for: str  # why those who want it wait, readable; "" if nobody does
     failure: str  # the last failure's reason; "" if none
-    replica_of: str = ""  # the model of which it is one of several engines
-    standing: str = ""  # of a replica whose engine is up: new, serving, resting, slow, ejected
-    latency: float | None = None  # of a replica: seconds to the first byte of an answer, the last ones weighing most
+    standing: str = ""  # of one of several whose engine is up: new, serving, resting, slow, ejected
+    latency: float | None = None  # of one of several: seconds to the first byte, the last answers weighing most
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """A snapshot of one model: in the state of the best of its replicas, with the requests and memory of all."""
+
+    name: str
+    state: State
+    level: int
+    devices: tuple[int, ...]
+    memory: int
+    in_flight: int
+    queued: int
+    oldest_wait: float | None
+    idle: float | None
+    since: float
+    pinned: bool
+    leases: tuple[str, ...]
+    waiting_for: str
+    failure: str
+    standing: str
+    latency: float | None
+    replicas: tuple[ReplicaView, ...]  # as configured; one that a reload took away and that has not gone comes last
+    balanced: bool  # its replicas share its requests by rules; else it has one engine
+    serving: int  # replicas that get requests, or would if they were needed
+    degraded: bool  # one is down that ought to serve
 
 
 @dataclass(frozen=True, slots=True)

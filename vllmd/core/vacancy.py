@@ -13,10 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from vllmd.core.ledger import Account, Ledger, gib
-from vllmd.core.model import INFINITY, Model
+from vllmd.core.model import INFINITY, Replica
 
 
-def size_there(m: Model, a: Account, others: int) -> int | None:
+def size_there(m: Replica, a: Account, others: int) -> int | None:
     """Bytes of the device that a start of ``m`` takes while others hold ``others`` of it; None: it does not start."""
     rule = m.spec.when_free
     if rule is None:
@@ -38,23 +38,23 @@ def others_on(a: Account, room: Mapping[int, int]) -> int:
     return a.capacity - room[a.device.index]
 
 
-def room_beside_kept(ledger: Ledger, models: Iterable[Model]) -> dict[int, int]:
+def room_beside_kept(ledger: Ledger, models: Iterable[Replica]) -> dict[int, int]:
     """Bytes per device that neither strangers nor models that must stay hold; none on a wedged device."""
     room = {index: a.capacity - a.external for index, a in ledger.accounts.items()}
     for m in models:
         if m.kept:
-            for index, share in ledger.held(m.name).items():
+            for index, share in ledger.held(m).items():
                 room[index] -= share
     return {index: -1 if ledger.accounts[index].avoided else size for index, size in room.items()}
 
 
-def allowed(ledger: Ledger, m: Model) -> list[Account]:
+def allowed(ledger: Ledger, m: Replica) -> list[Account]:
     """The devices that it may use."""
     wanted = m.spec.devices or tuple(ledger.accounts)
     return [ledger.accounts[index] for index in dict.fromkeys(wanted) if index in ledger.accounts]
 
 
-def vacant(ledger: Ledger, m: Model, room: Mapping[int, int], since: float = -INFINITY) -> dict[int, int]:
+def vacant(ledger: Ledger, m: Replica, room: Mapping[int, int], since: float = -INFINITY) -> dict[int, int]:
     """The devices on which ``m`` may start now, with what it would take of each.
 
     ``since``: what was read before counts no more. When nothing is loaded nobody looks at the devices.
@@ -79,7 +79,7 @@ class Grant(NamedTuple):
     numbers: Mapping[str, float | int | str]
 
 
-def grant(m: Model, accounts: Sequence[Account], room: Mapping[int, int]) -> Grant:
+def grant(m: Replica, accounts: Sequence[Account], room: Mapping[int, int]) -> Grant:
     """For a start on vacant devices: the share that the fullest of them allows."""
     fullest = min(accounts, key=lambda a: _free(a, others_on(a, room)))
     used, free = others_on(fullest, room), _free(fullest, others_on(fullest, room))
@@ -102,7 +102,7 @@ class Wait(NamedTuple):
     unread: bool  # some device is yet to be looked at
 
 
-def held_back(ledger: Ledger, m: Model, room: Mapping[int, int], since: float) -> Wait | None:
+def held_back(ledger: Ledger, m: Replica, room: Mapping[int, int], since: float) -> Wait | None:
     """Who keeps a start of ``m`` waiting, and for what; None where others leave it enough devices."""
     rule = m.spec.when_free
     if rule is None or len(vacant(ledger, m, room, since)) >= m.spec.device_count:
@@ -116,7 +116,7 @@ def held_back(ledger: Ledger, m: Model, room: Mapping[int, int], since: float) -
     return Wait(why, {"used_below": rule.used_below, **used}, not all(_read(a, since) for a in accounts))
 
 
-def _reason(m: Model, a: Account, others: int, since: float) -> str:
+def _reason(m: Replica, a: Account, others: int, since: float) -> str:
     index = a.device.index
     if a.avoided:
         return f"device {index} is avoided: {a.wedged}"

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from vllmd.core.balancing import in_flight, resting
 from vllmd.core.common import Core
+from vllmd.core.engine_table import EngineTable
 from vllmd.core.exchanges import Exchanges
-from vllmd.core.fleet import Fleet
-from vllmd.core.group import Group, in_flight
 from vllmd.core.ledger import Account, gib
-from vllmd.core.model import Model, Standing
+from vllmd.core.model import Model, Replica, Standing
 from vllmd.core.situation import waits_for_others
-from vllmd.core.types import DeviceView, ModelView, Snapshot, State
+from vllmd.core.types import DeviceView, ModelView, ReplicaView, Snapshot, State
+
+# Of several replicas' states the model's is the first one here that any of them has.
+BEST_FIRST = (
+    *(State.READY, State.DRAINING, State.WAKING, State.STARTING, State.FALLING_ASLEEP),
+    *(State.SLEEPING, State.STOPPING, State.FAILED, State.STOPPED),
+)
+SERVES = frozenset({"serving", "resting", "slow"})
+UNWELL = frozenset({"slow", "ejected"})
 
 
 def snapshot(core: Core, now: float) -> Snapshot:
     """All models, all devices, host memory, and the last decisions."""
-    fleet = core.fleet
+    fleet = core.engines
     return Snapshot(
         at=now,
         models=tuple(_model(core, m, now) for m in core.models.values()),
@@ -29,44 +37,81 @@ def _device(a: Account) -> DeviceView:
     return DeviceView(a.device.index, a.device.memory, a.device.reserve, a.promised, a.external, a.wedged)
 
 
-def _model(core: Core, m: Model, now: float) -> ModelView:
-    fleet, oldest = core.fleet, m.queue.oldest
-    resting = (m.on or m.state is State.SLEEPING) and not in_flight(m)
+def _model(core: Core, model: Model, now: float) -> ModelView:
+    """The replicas as one: in the state of the best of them, with all their requests and memory."""
+    views = tuple(_replica(core, r, now) for r in model.replicas)
+    best = min(views, key=lambda view: (not serves(view, model), BEST_FIRST.index(view.state)))
+    up = [view for view in views if serves(view, model)]
+    idle = [view.idle for view in views if view.idle is not None]
+    loaded = [view for view in views if view.devices]
+    oldest = model.queue.oldest
+    failures = [(view.id, view.failure) for view in views if view.failure and (not model.rules or view not in up)]
     return ModelView(
-        name=m.name,
-        state=m.state,
-        level=m.level if m.state in (State.SLEEPING, State.WAKING, State.FALLING_ASLEEP) else 0,
-        devices=m.placement.devices,
-        memory=fleet.ledger.most(m.name),
-        in_flight=in_flight(m),
-        queued=len(m.queue),
+        name=model.name,
+        state=best.state,
+        level=best.level,
+        devices=tuple(sorted({index for view in views for index in view.devices})) if len(views) > 1 else best.devices,
+        memory=sum([view.memory for view in views]),
+        in_flight=sum([view.in_flight for view in views]),
+        queued=len(model.queue),
         oldest_wait=None if oldest is None else now - oldest,
-        idle=now - m.idle_since if resting else None,
-        since=now - m.changed,
-        pinned=m.pinned,
-        leases=tuple(m.leases),
-        waiting_for=_waiting_for(fleet, core.exchanges, m, now) if m.demand or len(m.queue) else "",
-        failure=m.failure or (m.replica.why if m.replica else ""),
-        replica_of=m.spec.replica_of,
-        standing=_standing(core.group_of(m), m),
-        latency=m.replica.latency if m.replica else None,
+        idle=min(idle, default=None) if len(views) == 1 or len(idle) == len(loaded) else None,
+        since=best.since,
+        pinned=all(view.pinned for view in views),
+        leases=tuple(model.leases),
+        waiting_for=next((view.waiting_for for view in views if view.waiting_for and (view.queued or not up)), ""),
+        failure="; ".join(f"{name}: {why}" if model.rules else why for name, why in failures),
+        standing=best.standing,
+        latency=min([view.latency for view in up if view.latency is not None], default=None),
+        replicas=views,
+        balanced=model.rules is not None,
+        serving=len(up),
+        degraded=bool(model.rules) and any(view.state is State.FAILED or view.standing in UNWELL for view in views),
     )
 
 
-def _standing(group: Group | None, m: Model) -> str:
-    if group is None or m.replica is None or not m.on:
+def serves(view: ReplicaView, model: Model) -> bool:
+    """Whether it gets requests, or would if it were needed."""
+    return view.state is State.READY and (not model.rules or view.standing in SERVES)
+
+
+def _replica(core: Core, r: Replica, now: float) -> ReplicaView:
+    engines, oldest = core.engines, r.oldest
+    at_rest = (r.on or r.state is State.SLEEPING) and not in_flight(r)
+    return ReplicaView(
+        id=r.id,
+        state=r.state,
+        level=r.level if r.state in (State.SLEEPING, State.WAKING, State.FALLING_ASLEEP) else 0,
+        devices=r.placement.devices,
+        memory=engines.ledger.most(r),
+        in_flight=in_flight(r),
+        queued=r.queued,
+        oldest_wait=None if oldest is None else now - oldest,
+        idle=now - r.idle_since if at_rest else None,
+        since=now - r.changed,
+        pinned=r.pinned,
+        leases=tuple(r.leases),
+        waiting_for=_waiting_for(engines, core.exchanges, r, now) if r.demand else "",
+        failure=r.failure or (r.health.why if r.health else ""),
+        standing=_standing(r),
+        latency=r.health.latency if r.health else None,
+    )
+
+
+def _standing(r: Replica) -> str:
+    if r.health is None or not r.on:
         return ""
-    return "resting" if m in group.resting() else m.replica.standing.value
+    return "resting" if r in resting(r.model) else r.health.standing.value
 
 
-def _waiting_for(fleet: Fleet, exchanges: Exchanges, m: Model, now: float) -> str:
+def _waiting_for(fleet: EngineTable, exchanges: Exchanges, m: Replica, now: float) -> str:
     """Why queued requests wait, in a few words."""
     if m.state is State.STARTING:
         return f"its start ({now - m.changed:.0f} of about {m.costs.wake(0):.0f} s)"
     if m.state is State.WAKING:
         return f"its wake ({now - m.changed:.1f} of about {m.costs.wake(m.level):.1f} s)"
-    if m.replica and m.state is State.READY and m.replica.standing is not Standing.SERVING:
-        return f"its answer to a probe{' after: ' * bool(m.replica.why)}{m.replica.why}"
+    if m.health and m.state is State.READY and m.health.standing is not Standing.SERVING:
+        return f"its answer to a probe{' after: ' * bool(m.health.why)}{m.health.why}"
     if m.state is State.READY:
         return f"a place in the engine ({len(m.running)} run at a time)"
     if m.state is State.FAILED:
@@ -76,20 +121,20 @@ def _waiting_for(fleet: Fleet, exchanges: Exchanges, m: Model, now: float) -> st
     return _waiting_for_room(fleet, exchanges, m)
 
 
-def _waiting_for_room(fleet: Fleet, exchanges: Exchanges, m: Model) -> str:
-    exchange = exchanges.get(m.name)
+def _waiting_for_room(fleet: EngineTable, exchanges: Exchanges, m: Replica) -> str:
+    exchange = exchanges.get(m)
     if exchange and exchange.victims:
-        running = sum(len(exchanges.models[name].running) for name in exchange.victims)
-        return f"{', '.join(exchange.victims)} to leave ({running} requests running there)"
-    others = waits_for_others(fleet, exchanges.models.values(), m)
+        running = sum(len(victim.running) for victim in exchange.victims)
+        return f"{', '.join(v.id for v in exchange.victims)} to leave ({running} requests running there)"
+    others = waits_for_others(fleet, exchanges.replicas.values(), m)
     if others:
         return others.why
     holder = fleet.holder(exchange.devices if exchange else m.placement.devices or tuple(fleet.ledger.accounts))
     if holder:
-        return f"{holder}, which is {exchanges.models[holder].state.value.replace('_', ' ')}"
+        return f"{holder.id}, which is {holder.state.value.replace('_', ' ')}"
     accounts = fleet.ledger.accounts.values()
     wedged = [f"device {a.device.index} is avoided: {a.wedged}" for a in accounts if a.avoided]
     taken = [f"strangers hold {gib(a.external)} on device {a.device.index}" for a in accounts if a.external > a.missing]
-    kept = [other.name for other in exchanges.models.values() if other.kept and other.loaded and other is not m]
+    kept = [other.id for other in exchanges.replicas.values() if other.kept and other.loaded and other is not m]
     room = f"room beside {', '.join(kept)} (leased or pinned)" if kept else "room"
     return "; ".join([room, *wedged, *taken])

@@ -15,14 +15,14 @@
       launch_planner   what a start needs: place, launch, the order to the launcher
       engine_keys      the keys that engines on ports ask clients for
       sleeps           to sleep and awake again, by the engine's own calls
+      health           whether a loaded engine still serves; one of no use is killed
       calls            HTTP calls to engines; failure_text: how a failure is told
       engine_process   one engine and what is known of it; ports for those without Unix sockets
     adoption         engines found running when the daemon starts
     device_watch     asks which devices there are until that is known, and again when the kernel speaks of them
     memory           samples of the devices, and whether freed memory came back
-    specs            a configured model as the core sees it
+    specs            configured models as the core sees them
     names            what a client calls a model -> the model
-    roster           models and their replicas, as operators name and see them
     control          what the admin endpoints may do; runtime_models: models added over the API
       probing          replicas are asked a short question by an operator: which answers first
       instances        M's start on a GPU of the caller's choice

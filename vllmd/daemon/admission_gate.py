@@ -57,6 +57,7 @@ class AdmissionGate:
         self._tickets: dict[str, _PendingRequest] = {}
         self._numbers = itertools.count(1)
         self.phase_of: Callable[[str], str] = lambda model: ""
+        self.on_unreached: Callable[[str], None] = lambda engine: None  # nobody listens there
         self.on_retry: Callable[[str], None] = lambda engine: None  # a request goes from it to another replica
         self.configure({}, {})
 
@@ -65,6 +66,7 @@ class AdmissionGate:
         self._models = dict(models)
         self._engines = dict(engines)
         self._names = Names(models.values())
+        self._firsts = {engine.replica_of or name: name for name, engine in reversed(list(engines.items()))}
         self._targets: dict[str, Target] = {}
 
     @property
@@ -79,10 +81,16 @@ class AdmissionGate:
         if self.refusal:
             raise self.refusal.with_traceback(None)  # or each raise would add to the one that is kept
         model = self._names.resolve(name, caller.may_use)
-        return self._target(model)  # for what is alike in all replicas, the first one's
+        return self._target(model, self._firsts[model])  # for what is alike in all replicas, the first one's
 
-    def _target(self, engine: str) -> Target:
-        if engine not in self._targets:
+    def resolve_engine(self, name: str, caller: Caller = ANYBODY) -> str:
+        """The configured name of a model, or the id of a replica. Raises as ``resolve`` does."""
+        if self.refusal and not (name in self._engines and self._engines[name].replica_of):
+            raise self.refusal.with_traceback(None)
+        return self._names.with_replica(name, self._engines, caller.may_use)
+
+    def _target(self, name: str, engine: str) -> Target:
+        if name not in self._targets:
             config = self._engines[engine]
             kind = self._engine_of(config)
             served, routes = kind.served_name(config), kind.routes(config)
@@ -90,8 +98,8 @@ class AdmissionGate:
             model = config.replica_of or config.name
             names = frozenset((model, *self._models.get(model, config).aliases))
             own_api = frozenset(kind.own_api(config))
-            self._targets[engine] = Target(engine, served, routes, kind.headers(), rules, own_api, names)
-        return self._targets[engine]
+            self._targets[name] = Target(name, served, routes, kind.headers(), rules, own_api, names)
+        return self._targets[name]
 
     async def acquire(self, model: str, key: str, request_id: str, only: str = "", body: bytes = b"") -> Permit:
         """Wait until the request is admitted. Raises VllmdError; cancelled when the client leaves."""
@@ -137,6 +145,7 @@ class AdmissionGate:
         """
         replicas = self._models[ticket.model].replicas if ticket.model in self._models else None
         if replicas is None and isinstance(error, Unreached) and len(ticket.tried) < REACH_TRIES:
+            self.on_unreached(engine)
             await asyncio.sleep(REACH_PAUSE)
         elif replicas is None or ticket.only or len(ticket.tried) >= replicas.retries:
             raise error
@@ -173,12 +182,12 @@ class AdmissionGate:
     def admit(self, command: commands.Admit) -> None:
         """Let it pass; an engine that is no longer there ends it at once."""
         ticket = self._tickets[command.request]
-        upstream = self._where(command.model)
-        ticket.permit = _Permit(self, ticket, upstream or Listen(), command.model)
+        upstream = self._where(command.replica)
+        ticket.permit = _Permit(self, ticket, upstream or Listen(), command.replica)
         if ticket.admitted.cancelled():
             return  # the client left in this very moment: enter() ends it
         if upstream is None:
-            ticket.admitted.set_exception(errors.UpstreamFailed(f"the engine of {command.model} is gone"))
+            ticket.admitted.set_exception(errors.UpstreamFailed(f"the engine of {command.replica} is gone"))
             ticket.permit.done()
         else:
             ticket.admitted.set_result(upstream)
@@ -220,7 +229,7 @@ class AdmissionGate:
     def target_of(self, ticket: _PendingRequest, engine: str) -> Target | None:
         """What the model's name means to one of several replicas; None for an engine that is the only one."""
         model = self._models.get(ticket.model)
-        return self._target(engine) if model and model.replicas and engine in self._engines else None
+        return self._target(engine, engine) if model and model.replicas and engine in self._engines else None
 
     def answered(self, ticket: _PendingRequest, streamed: bool) -> None:
         """The head of a replica's answer came."""

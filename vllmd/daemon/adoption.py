@@ -21,7 +21,7 @@ from vllmd.core import events
 from vllmd.core.types import Placement, State
 from vllmd.daemon.calls import ask
 from vllmd.daemon.engine_manager import EngineManager
-from vllmd.daemon.engine_process import EngineProcess, fingerprint
+from vllmd.daemon.engine_process import EngineProcess, fingerprint, noted_by_older
 from vllmd.engines.base import Engine, Listen
 from vllmd.engines.unusable import Unusable
 from vllmd.errors import ConfigError, VllmdError
@@ -75,6 +75,7 @@ async def _adopt(
         why = why or "it is a second one of its model"
         log.warning("%s: stopping an engine left by an earlier daemon: %s", process.model.name, why)
         return process
+    process.asleep = found.state is State.SLEEPING
     engine_manager.adopt(process)
     if process.model.log_file and found.state is not State.STARTING:
         engine_manager.spawn(engine_manager.follow(process, RECENT_LOG))
@@ -94,7 +95,7 @@ async def examine(
 ) -> Found:
     """Find out what state an engine is in, by its notes and by asking it. ``key_of``: the key of an instance."""
     noted = running.metadata
-    model = models.get(noted.get("model", ""))
+    model = _engine_of(noted.get("model", ""), models)
     if model is None:
         return Found(_stranger(running), None, why="its model is no longer configured")
     try:
@@ -103,9 +104,20 @@ async def examine(
         return Found(_stranger(running), None, why=f"its notes are unreadable ({type(error).__name__}: {error})")
     if running.ending:
         return Found(process, None, why="it is ending already")
-    if process.fingerprint != fingerprint(model):
+    if process.fingerprint not in (fingerprint(model), noted_by_older(model)):
         return Found(process, None, why="its model's settings have changed")
     return await _resolve(process, noted, level)
+
+
+def _engine_of(noted: str, models: Mapping[str, ModelConfig]) -> ModelConfig | None:
+    """Whose engine it is. It may have been started for a model that has got replicas since, or has lost them.
+
+    Versions up to 0.1.0 noted the model's name for the first of several replicas as well.
+    """
+    if noted in models:
+        return models[noted]
+    first = next((model for model in models.values() if model.replica_of == noted), None)
+    return first or models.get(noted.rpartition("@")[0])
 
 
 async def _resolve(process: EngineProcess, noted: Mapping[str, str], level: int) -> Found:

@@ -11,13 +11,15 @@ from pathlib import Path
 from vllmd.config.replicas import engines_of, is_this_host, meant_here
 from vllmd.config.types import Config
 from vllmd.daemon.engine_resolver import EngineResolver
+from vllmd.daemon.homes import Homes
 from vllmd.daemon.preflight import Machine, doubtful, look, wrong
-from vllmd.daemon.service import RuntimeEnvironment
-from vllmd.daemon.startup import find_devices, hf_home
+from vllmd.daemon.startup import find_devices
 from vllmd.engines.facts import size
 
 EX_CONFIG = 78
-SYSTEM_HOME, SYSTEM_RUN_DIR = Path("/var/lib/vllmd-engine"), Path("/run/vllmd-engine")  # as vllmd.service says
+# As vllmd.service says.
+SYSTEM_HOME, SYSTEM_RUN_DIR = Path("/var/lib/vllmd-engine"), Path("/run/vllmd-engine")
+SYSTEM_HOMES = Path("/var/lib/vllmd-engines")
 
 
 def check(config: Config, environment: Mapping[str, str]) -> int:
@@ -46,7 +48,9 @@ def _machine(config: Config, environment: Mapping[str, str]) -> Machine:
     """This machine as the daemon will find it: of a root without further words, the system's own daemon."""
     root = os.geteuid() == 0
     home = environment.get("VLLMD_ENGINE_HOME") or (SYSTEM_HOME if root and SYSTEM_HOME.is_dir() else None)
-    around = RuntimeEnvironment(home=Path(home) if home else None, environment=environment)
+    own = environment.get("VLLMD_ENGINE_HOMES") or (SYSTEM_HOMES if root else None)
+    shared = config.engines.home or (Path(home) if home else None)
+    homes = Homes(shared, Path(own) if own else None, environment)
     run_dir = config.engines.run_dir or Path(environment.get("VLLMD_ENGINE_RUN_DIR") or SYSTEM_RUN_DIR)
     devices = asyncio.run(find_devices(config, environment))
-    return Machine(devices.inventory(), hf_home(around), run_dir)
+    return Machine(devices.inventory(), homes, run_dir)

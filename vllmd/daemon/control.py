@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Set
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,11 @@ import vllmd
 from vllmd.admin.control import Gauges
 from vllmd.admin.counters import Counters
 from vllmd.core import events
-from vllmd.core.types import Decision, ModelSpec, ModelView, Snapshot, State
+from vllmd.core.types import Decision, ModelSpec, ModelView, ReplicaView, Snapshot, State
 from vllmd.daemon.discovery import hf_home
 from vllmd.daemon.instances import Instances
 from vllmd.daemon.probing import probe
 from vllmd.daemon.processes import gpus, kill
-from vllmd.daemon.roster import degraded, serves
 from vllmd.daemon.runtime_models import RuntimeModels
 from vllmd.daemon.serializers import about, card, health, line, state_of
 from vllmd.errors import BadRequest, Conflict, Unavailable, UnknownModel, UpstreamFailed, VllmdError
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from vllmd.daemon.service import Daemon
 
 MOVING = frozenset({State.STARTING, State.WAKING, State.DRAINING, State.FALLING_ASLEEP, State.STOPPING})
-UP = frozenset({State.READY, State.STARTING, State.WAKING})
 LOADING = frozenset({State.STARTING.value, State.WAKING.value})
 WATCH_BACKLOG = 1000  # news kept for a watcher that does not read; then the oldest are lost to it
 SCRAPE_LIMIT = 5.0  # seconds for an engine to tell its metrics
@@ -46,7 +44,6 @@ OUTCOMES: dict[type, tuple[str, bool]] = {  # what an engine's event ends, and w
     events.EngineStopped: ("stop", False),
     events.EngineExited: ("exit", True),
 }
-OF_ALL = frozenset({"grow", "shrink"})  # decisions about a model as a whole, not about its first replica
 ENDINGS = frozenset({"stop", "exit"})  # changes after which the engine's process is gone
 
 
@@ -81,11 +78,10 @@ class DaemonControl:
         if self._files is None:
             self._files = await asyncio.to_thread(_kinds, self.cache())
         daemon, snapshot, files = self._daemon, self.snapshot(), self._files
-        views = {view.name: view for view, _ in daemon.roster.together(snapshot.models)} if snapshot else {}
-        kinds, engines, models = daemon.kinds, daemon.engines, daemon.config.models.values()
+        views = {view.name: view for view in snapshot.models} if snapshot else {}
+        found = ((m, daemon.engines[self._engines(m.name)[0]]) for m in daemon.config.models.values())
         return [
-            card(m, kinds(engines[m.name]).routes(engines[m.name]), views.get(m.name), files.get(m.source, ""))
-            for m in models
+            card(m, daemon.kinds(first).routes(first), views.get(m.name), files.get(m.source, "")) for m, first in found
         ]
 
     def cache(self) -> Path:
@@ -96,8 +92,7 @@ class DaemonControl:
     def health(self) -> dict[str, Any]:
         """Whether we are well, with devices and models as P's document has them."""
         snapshot = self.snapshot()
-        views = [view for view, _ in self._daemon.roster.together(snapshot.models)] if snapshot else []
-        devices = snapshot.devices if snapshot else ()
+        views, devices = (snapshot.models, snapshot.devices) if snapshot else ((), ())
         trouble = self._daemon.memory.trouble if snapshot else ""
         return health(views, devices, self._daemon.broken, trouble, ready=snapshot is not None)
 
@@ -124,28 +119,26 @@ class DaemonControl:
             "trouble": daemon.memory.trouble,
             "devices": [asdict(device) for device in snapshot.devices],
             "host_memory": {"budget": snapshot.host_memory, "promised": snapshot.host_promised},
-            "models": [self._lines(*pair) for pair in daemon.roster.together(snapshot.models)],
+            "models": [self._lines(view) for view in snapshot.models],
         }
 
-    def _lines(self, view: ModelView, replicas: Sequence[ModelView]) -> dict[str, Any]:
+    def _lines(self, view: ModelView) -> dict[str, Any]:
         """A model's line, with those of its replicas in it."""
-        if not replicas:
-            return self._line(view, view.name)
-        lines = [self._line(each, self._daemon.roster.engines(each.name)[0]) for each in replicas]
-        leading = next((each for each in lines if each["state"] == state_of(view)), lines[0])
-        engine = self._daemon.roster.engines(leading["name"])[0]
-        told = {"replicas": lines, "serving": sum(map(serves, replicas)), "degraded": degraded(replicas)}
-        return {**self._line(view, engine), "config": self._about(view.name), **told}
+        if not view.balanced:
+            return self._line(view, view.replicas[0].id)
+        lines = [self._of_replica(each, view.name) for each in view.replicas]
+        leading = next((each["name"] for each in lines if each["state"] == state_of(view)), lines[0]["name"])
+        told = {"replicas": lines, "serving": view.serving, "degraded": view.degraded, "replica_of": view.name}
+        return {**self._line(view, leading), "config": self._about(view.name), **told}
 
-    def _line(self, view: ModelView, engine: str) -> dict[str, Any]:
-        engine_manager = self._daemon.engine_manager
-        found = line(
-            view,
-            self._daemon.engines.get(engine),
-            engine_manager.processes.get(engine),
-            engine_manager.last_start.get(engine),
+    def _of_replica(self, view: ReplicaView, model: str) -> dict[str, Any]:
+        return {**self._line(view, view.id), "replica_of": model}
+
+    def _line(self, view: ModelView | ReplicaView, engine: str) -> dict[str, Any]:
+        engines = self._daemon.engine_manager
+        return line(
+            view, self._daemon.engines.get(engine), engines.processes.get(engine), engines.last_start.get(engine)
         )
-        return {**found, "replicas": [], "serving": int(view.state is State.READY), "degraded": False}
 
     def _about(self, model: str) -> dict[str, Any]:
         config = self._daemon.config.models.get(model)
@@ -155,12 +148,12 @@ class DaemonControl:
         """One model's line of ``status``, or one replica's. Raises Unavailable while the daemon opens, UnknownModel."""
         self._opened()
         snapshot = self.snapshot()
-        for view, replicas in self._daemon.roster.together(snapshot.models if snapshot else ()):
+        for view in snapshot.models if snapshot else ():
             if view.name == model:
-                return self._lines(view, replicas)
-            for each in replicas:
-                if each.name == model:
-                    return self._line(each, self._daemon.roster.engines(model)[0])
+                return self._lines(view)
+            for each in view.replicas:
+                if each.id == model:
+                    return self._of_replica(each, view.name)
         raise UnknownModel(f"the model {model!r} is no longer configured", param="model")
 
     def phase_of(self, model: str) -> str:
@@ -171,14 +164,16 @@ class DaemonControl:
             return ""
         return str(line["phase"] or line["state"]) if line["state"] in LOADING else ""
 
-    def views(self, model: str) -> list[ModelView]:
-        """How each of its engines stands; none until the daemon has found them."""
-        snapshot, engines = self.snapshot(), self._daemon.roster.engines(model)
-        return [view for view in snapshot.models if view.name in engines] if snapshot else []
-
-    def _view(self, engine: str) -> ModelView | None:
+    def views(self, model: str) -> list[ReplicaView]:
+        """How each engine of the model stands, or the one of that id; none until the daemon has found them."""
         snapshot = self.snapshot()
-        return next((view for view in snapshot.models if view.name == engine), None) if snapshot else None
+        views = [(view.name, each) for view in (snapshot.models if snapshot else ()) for each in view.replicas]
+        return [each for name, each in views if model in (name, each.id)]
+
+    def _engines(self, model: str) -> list[str]:
+        """The ids of the engines that a model is to have, or the one id."""
+        found = [name for name, engine in self._daemon.engines.items() if model in (name, engine.replica_of)]
+        return found or [model]
 
     def _opened(self) -> Daemon:
         """The daemon, all its rooms open. Raises Unavailable."""
@@ -199,12 +194,11 @@ class DaemonControl:
         devices = sample.devices if sample and daemon.memory.readable else {}
         snapshot, starts = self.snapshot(), dict[str, float]()
         for engine, seconds in engine_manager.last_start.items():
-            model, _ = daemon.roster.labels(engine)
+            model = self._model_of(engine)
             starts[model] = max(seconds, starts.get(model, 0.0))  # of several replicas the slowest one's
         return replace(
             now,
             snapshot=snapshot,
-            models=daemon.roster.together(snapshot.models) if snapshot else (),
             last_starts=starts,
             used={index: device.used for index, device in devices.items()},
             power={index: device.power for index, device in devices.items() if device.power is not None},
@@ -227,18 +221,16 @@ class DaemonControl:
         return body
 
     def resolve(self, name: str, caller: Caller = ANYBODY) -> str:
-        """The configured name of a model, or what a replica is called. Raises UnknownModel, Forbidden."""
-        roster = self._daemon.roster
-        found = roster.resolve(name, lambda model: self._daemon.admission_gate.resolve(model, caller).model)
-        caller.check(roster.model(found), name)
+        """The configured name of a model, or the id of a replica. Raises UnknownModel, Forbidden."""
+        found = self._daemon.admission_gate.resolve_engine(name, caller)
+        caller.check(self._model_of(found), name)
         return found
 
     def _only(self, model: str) -> str:
         """The one engine that is meant. Raises BadRequest if there are several."""
-        engines = self._daemon.roster.engines(model)
+        engines = self._engines(model)
         if len(engines) > 1:
-            names = ", ".join(map(self._daemon.roster.called, engines))
-            raise BadRequest(f"{model} has several engines, name one: {names}", param="model")
+            raise BadRequest(f"{model} has several engines, name one: {', '.join(engines)}", param="model")
         return engines[0]
 
     def types(self) -> list[str]:
@@ -251,48 +243,47 @@ class DaemonControl:
         """The last decisions, oldest first."""
         snapshot = self.snapshot()
         made = snapshot.decisions if snapshot else ()
-        names = self._daemon.roster.engines(model) if model else ()
-        return [self._dated(each) for each in made if not model or any(_concerns(each, name) for name in names)]
+        names = {model, *self._engines(model)}
+        return [self._dated(each) for each in made if not model or _concerns(each, names)]
 
     def _dated(self, decision: Decision) -> dict[str, Any]:
-        """The decision with Unix time instead of the core's clock, and about a replica as operators call it."""
-        about = decision.model if decision.what in OF_ALL else self._daemon.roster.called(decision.model)
-        return {**asdict(decision), "model": about, "at": time.time() - self._daemon.dispatcher.now() + decision.at}
+        """The decision with Unix time instead of the core's clock, about the replica where it is about one."""
+        at = time.time() - self._daemon.dispatcher.now() + decision.at
+        told = {"what": decision.what, "why": decision.why, "numbers": dict(decision.numbers)}
+        return {**told, "model": decision.replica or decision.model, "at": at}
+
+    def _model_of(self, engine: str) -> str:
+        config = self._daemon.engines.get(engine)
+        return (config.replica_of if config else "") or engine
+
+    def _labels(self, engine: str) -> tuple[str, str]:
+        """The model of an engine, and the engine's id if it is one of several, else ""."""
+        model = self._model_of(engine)
+        return model, engine if engine != model else ""
 
     # -- verbs -----------------------------------------------------------------------------
 
     async def load(self, model: str) -> None:
         """Have it started or woken; of several replicas one whatever it takes, the others where they fit."""
-        await self._daemon.opened.wait()
-        config, engines = self._daemon.config.models.get(model), self._daemon.roster.engines(model)
-        least = config.replicas.min if config and config.replicas else None
-        up = [view.name for view in self.views(model) if view.state in UP]
-        surely = next(iter(up), engines[0])
-        for engine in engines[:least]:
-            self._daemon.post(events.LoadAsked(engine, beside=engine != surely))
+        await self._post(events.LoadAsked(model))
 
     async def unload(self, model: str, *, force: bool) -> None:
         """Have it stopped; clears a failure."""
-        for engine in self._daemon.roster.engines(model):
-            await self._post(events.StopAsked(engine, force))
+        await self._post(events.StopAsked(model, force))
 
     async def sleep(self, model: str, level: int) -> None:
         """Have it put to sleep, or stopped at 3."""
-        for engine in self._daemon.roster.engines(model):
-            await self._post(events.SleepAsked(engine, level))
+        await self._post(events.SleepAsked(model, level))
 
     async def pin(self, model: str, pinned: bool) -> None:
         """Pin or unpin it."""
-        for engine in self._daemon.roster.engines(model):
-            await self._post(events.PinSet(engine, pinned))
+        await self._post(events.PinSet(model, pinned))
 
     async def lease(self, lease: str, model: str, seconds: float | None) -> None:
         """Keep it for ``seconds``; of several replicas one that serves."""
         await self._daemon.opened.wait()
         deadline = None if seconds is None else self._daemon.dispatcher.now() + seconds
-        engines = self._daemon.roster.engines(model)
-        up = [view.name for view in self.views(model) if serves(view)]
-        await self._post(events.LeaseTaken(lease, next(iter(up), engines[0]), deadline))
+        await self._post(events.LeaseTaken(lease, model, deadline))
 
     async def release(self, lease: str, *, stop: bool) -> None:
         """Give a lease back."""
@@ -336,14 +327,13 @@ class DaemonControl:
 
     def note(self, decision: Decision) -> None:
         """Count a decision, and hand it to whoever watches."""
-        whole = decision.what in OF_ALL
-        self.counters.decided(decision, *((decision.model,) if whole else self._daemon.roster.labels(decision.model)))
+        self.counters.decided(decision)
         if self._watchers:
             self._tell(self._dated(decision))
 
     def retried(self, engine: str) -> None:
         """Count a request that one of several replicas did not answer, and that goes to another one."""
-        self.counters.retried(*self._daemon.roster.labels(engine))
+        self.counters.retried(*self._labels(engine))
 
     def take(self, event: events.Event) -> None:
         """An engine's event on its way to the core: count it, and say what became of the model."""
@@ -352,20 +342,22 @@ class DaemonControl:
             self._daemon.post(event)
             return
         change, failed = outcome
-        model: str = getattr(event, "model", "")
-        view = self._view(model)
+        engine: str = getattr(event, "replica", "")
+        view = self._view(engine)
         took = view.since if view else 0.0
-        self.counters.changed(self._daemon.roster.labels(model)[0], change, took, failed=failed)
+        self.counters.changed(self._model_of(engine), change, took, failed=failed)
         self._daemon.post(event)
         if change in ENDINGS:
-            self._daemon.listeners.forget(model)
+            self._daemon.listeners.forget(engine)
         if self._watchers:
             why = getattr(event, "reason", "") or f"{change} done"
-            now = self._view(model)
+            now = self._view(engine)
             state = state_of(now) if now else ""
             what = f"{change} failed" if failed else change
-            called = self._daemon.roster.called(model)
-            self._tell({"at": time.time(), "what": what, "model": called, "why": why, "numbers": {}, "state": state})
+            self._tell({"at": time.time(), "what": what, "model": engine, "why": why, "numbers": {}, "state": state})
+
+    def _view(self, engine: str) -> ReplicaView | None:
+        return next(iter(self.views(engine)), None)
 
     def _tell(self, news: dict[str, Any]) -> None:
         for queue in self._watchers:
@@ -442,10 +434,10 @@ class DaemonControl:
             yield text
 
 
-def _concerns(decision: Decision, model: str) -> bool:
-    """Whether it is about the model, or makes it leave."""
+def _concerns(decision: Decision, names: Set[str]) -> bool:
+    """Whether it is about one of them, or makes it leave."""
     victims = str(decision.numbers.get("victims", "")).split(",")
-    return decision.model == model or model in (victim.rpartition(":")[0] for victim in victims)
+    return (decision.replica or decision.model) in names or any(v.rpartition(":")[0] in names for v in victims)
 
 
 def _at_rest(line: dict[str, Any], elapsed: float) -> dict[str, Any]:

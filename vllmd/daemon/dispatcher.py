@@ -49,6 +49,7 @@ class Dispatcher:
             commands.StopEngine: engine_manager.stop,
             commands.ProveFreeze: engine_manager.prove_freeze,
             commands.ProbeReplica: engine_manager.probe,
+            commands.RenameReplica: engine_manager.rename,
             commands.Admit: admission_gate.admit,
             commands.Reject: admission_gate.reject,
             commands.CutRequest: admission_gate.cut,
@@ -109,10 +110,12 @@ class Dispatcher:
     def _record(self, command: commands.Record) -> None:
         decision = command.decision
         numbers = {f"VLLMD_{key.upper()}": value for key, value in decision.numbers.items()}
-        fields = {"MODEL": decision.model, "DECISION": decision.what, **numbers}
+        replica = {"VLLMD_REPLICA": decision.replica} if decision.replica else {}
+        fields = {"MODEL": decision.model, "DECISION": decision.what, **replica, **numbers}
+        about = decision.replica or decision.model
         # Clients lead to many of them, refused requests above all: each kind has a rate of its own.
         throttle = self._throttles.setdefault(decision.what, Throttle(log, burst=DECISIONS))
-        throttle.say(logging.INFO, "%s: %s: %s", decision.model, decision.what, decision.why, fields=fields)
+        throttle.say(logging.INFO, "%s: %s: %s", about, decision.what, decision.why, fields=fields)
         self.on_decision(decision)
 
     def flush_log(self) -> None:

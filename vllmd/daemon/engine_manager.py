@@ -19,6 +19,7 @@ from typing import Any
 from vllmd.config.types import ModelConfig
 from vllmd.core import commands, events
 from vllmd.core.types import Footprint, Placement, Source
+from vllmd.daemon import health
 from vllmd.daemon.calls import answers, asked, call, complete, looked_at, next_line, within
 from vllmd.daemon.engine_process import EngineProcess, of
 from vllmd.daemon.failure_text import how_it_ended, with_hint, with_last_lines, with_root
@@ -43,6 +44,7 @@ SILENCE = 5.0  # seconds that it may leave looks without an answer
 ENDS_KEPT = 256  # of engines that nobody here knows
 WHOLE_LOG = 1000  # lines asked for of an engine that has just begun: all of them
 
+Usual = Callable[[str, str], float]  # replica, kind of ``core.costs`` -> the seconds that it usually takes, 0: unknown
 Post = Callable[[events.Event], None]
 
 
@@ -66,7 +68,8 @@ class EngineManager:
         self._memory = memory
         self._launch_planner = launch_planner
         self._logs = logs
-        self._sleeps = Sleeps(memory, self.annotate)
+        self.usual: Usual = lambda model, kind: 0.0
+        self._sleeps = Sleeps(memory, self.annotate, lambda model, kind: self.usual(model, kind))
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended: dict[str, ExitReport] = {}  # of engines not known here: perhaps they are being adopted
         self._strays: dict[str, EngineProcess] = {}  # instance -> an engine being ended that the core does not know
@@ -83,36 +86,36 @@ class EngineManager:
             process, order = self._launch_planner.prepare(command)
         except VllmdError as error:
             permanent = isinstance(error, ConfigError)
-            self._post(events.EngineStartFailed(command.model, error.message, permanent=permanent))
+            self._post(events.EngineStartFailed(command.replica, error.message, permanent=permanent))
             return
         except Exception as error:  # a defect must not leave the model starting for ever
-            log.exception("%s: cannot be started", command.model)
-            why = f"{command.model}: internal error: {type(error).__name__}: {error}"
-            self._post(events.EngineStartFailed(command.model, why))
+            log.exception("%s: cannot be started", command.replica)
+            why = f"{command.replica}: internal error: {type(error).__name__}: {error}"
+            self._post(events.EngineStartFailed(command.replica, why))
             return
-        self.processes[command.model] = process
+        self.processes[command.replica] = process
         work = self._start(process, order) if order else self._reach(process)
-        self._run(process, work, lambda why: events.EngineStartFailed(command.model, why))
+        self._run(process, work, lambda why: events.EngineStartFailed(process.name, why))
 
     def wake(self, command: commands.WakeEngine) -> None:
         """Begin a wake; ends in EngineAwake or EngineWakeFailed."""
-        process = self.processes[command.model]
+        process = self.processes[command.replica]
         self._run(
-            process, self._sleeps.wake(process, command.level), lambda why: events.EngineWakeFailed(command.model, why)
+            process, self._sleeps.wake(process, command.level), lambda why: events.EngineWakeFailed(process.name, why)
         )
 
     def sleep(self, command: commands.SleepEngine) -> None:
         """Begin a sleep; ends in EngineAsleep or EngineSleepFailed."""
-        process = self.processes[command.model]
+        process = self.processes[command.replica]
         self._run(
-            process, self._sleeps.sleep(process, command), lambda why: events.EngineSleepFailed(command.model, why)
+            process, self._sleeps.sleep(process, command), lambda why: events.EngineSleepFailed(process.name, why)
         )
 
     def stop(self, command: commands.StopEngine) -> None:
         """Begin a stop, whatever else is under way; ends in EngineStopped."""
-        process = self.processes.get(command.model)
+        process = self.processes.get(command.replica)
         if process is None:
-            self._post(events.EngineStopped(command.model))
+            self._post(events.EngineStopped(command.replica))
             return
         overruled = process.task
         if overruled:
@@ -120,61 +123,71 @@ class EngineManager:
         self._run(
             process,
             self._stop(process, overruled, kill=command.kill),
-            lambda why: events.EngineStopped(command.model),
+            lambda why: events.EngineStopped(process.name),
         )
 
     def prove_freeze(self, command: commands.ProveFreeze) -> None:
         """Freeze a request of our own and see it complete; ends in FreezeProved."""
-        process = self.processes[command.model]
+        process = self.processes[command.replica]
         self._run(
-            process, self._sleeps.prove_freeze(process), lambda why: events.FreezeProved(command.model, survived=False)
+            process, self._sleeps.prove_freeze(process), lambda why: events.FreezeProved(process.name, survived=False)
         )
 
     def probe(self, command: commands.ProbeReplica) -> None:
         """Ask a replica a short question; ends in ReplicaProbed."""
-        process = self.processes.get(command.model)
+        process = self.processes.get(command.replica)
         if process is None:
             self._post(events.ReplicaProbed(command.request, None, "its engine is gone"))
         else:
             self.spawn(self._probe(process, command))
 
+    def rename(self, command: commands.RenameReplica) -> None:
+        """Its model has got replicas, or lost them: whatever is under way goes on, and ends by the new id."""
+        if command.replica in self.last_start:
+            self.last_start[command.now] = self.last_start.pop(command.replica)
+        process = self.processes.pop(command.replica, None)
+        if process:
+            process.model = self._launch_planner.renamed(process.model, command.now)
+            self.processes[command.now] = process
+            self.spawn(self.annotate(process, model=command.now))
+
     # -- the tasks -----------------------------------------------------------------------
 
     async def _start(self, process: EngineProcess, order: StartOrder) -> events.Event:
-        name = process.model.name
         process.ordered = asyncio.ensure_future(self._launcher.start(order))
         try:
             process.running = await asyncio.shield(process.ordered)
         except LauncherFailed as error:
             self._forget(process)
             reason = with_hint(error.message, process.engine.failure([error.message]).hint)
-            return events.EngineStartFailed(name, reason, permanent=getattr(error, "permanent", False))
+            return events.EngineStartFailed(process.name, reason, permanent=getattr(error, "permanent", False))
         process.listen = replace(process.listen, owner=process.running.uid)
-        log.info("%s: started as pid %d in %s", name, process.running.pid, process.running.unit, extra=of(process))
+        pid, unit = process.running.pid, process.running.unit
+        log.info("%s: started as pid %d in %s", process.name, pid, unit, extra=of(process))
+        self._watch_health(process)
         await self.follow(process)
         return await self.await_ready(process)
 
     async def _reach(self, process: EngineProcess) -> events.Event:
         """A server that is not ours has started when it answers; from then on it is watched."""
-        name = process.model.name
         if failure := await call(process, process.engine.ready(process.model)):
             self._forget(process)
-            return events.EngineStartFailed(name, failure)
+            return events.EngineStartFailed(process.name, failure)
         process.phase, process.ready_after = Progress("ready"), time.monotonic() - process.started
         self.spawn(self._watch(process))
-        log.info("%s: %s answers", name, describe(process.listen), extra=of(process))
-        return events.EngineReady(name, None)
+        log.info("%s: %s answers", process.name, describe(process.listen), extra=of(process))
+        return events.EngineReady(process.name, None)
 
     async def _watch(self, process: EngineProcess) -> None:
         """Tell when a server that is not ours has stopped answering; nobody else would.
 
         One that nobody listens for is gone at once; one that only does not answer gets ``SILENCE`` seconds.
         """
-        silent_since, looks, name = 0.0, 0, process.model.name
+        silent_since, looks = 0.0, 0
         limit = min(PROBE, 2 * process.watch)
         while True:
             await asyncio.sleep(process.watch)
-            if self.processes.get(name) is not process:
+            if self.processes.get(process.name) is not process:
                 return
             failure, refused = await looked_at(process, limit)
             if not failure:
@@ -182,12 +195,12 @@ class EngineManager:
                 continue
             looks, silent_since = looks + 1, silent_since if looks else time.monotonic()
             if looks == 1:
-                self._post(events.ServerSilent(name, failure))
+                self._post(events.ServerSilent(process.name, failure))
             if looks >= WATCH_FAILURES and (refused or time.monotonic() - silent_since >= SILENCE):
                 break
-        if self.processes.get(name) is process and process.task is None:
+        if self.processes.get(process.name) is process and process.task is None:
             self._forget(process)
-            self._post(events.EngineExited(name, f"it is gone: {failure}"))
+            self._post(events.EngineExited(process.name, f"it is gone: {failure}"))
 
     async def _probe(self, process: EngineProcess, command: commands.ProbeReplica) -> None:
         seconds, why = await asked(process, command.limit)
@@ -217,19 +230,18 @@ class EngineManager:
         return await self._start_failed(process, how_it_ended(process.report))
 
     async def _is_ready(self, process: EngineProcess) -> events.Event:
-        name = process.model.name
         await self._warm_up(process)
-        process.ready_after = self.last_start[name] = time.monotonic() - process.started
+        process.ready_after = self.last_start[process.name] = time.monotonic() - process.started
         process.phase = Progress("ready")
         if not process.file:
             with contextlib.suppress(LauncherFailed):
                 await self._launcher.unfollow(process.instance)
         await self.annotate(process, state="ready", level="0")
         held = {} if process.self_managed else await self._memory.held(process)
-        log.info("%s: ready after %.1f s", name, process.ready_after, extra=of(process))
+        log.info("%s: ready after %.1f s", process.name, process.ready_after, extra=of(process))
         measured = _measured(process.engine.footprint(list(process.lines)), held)
         process.forget_start()
-        return events.EngineReady(name, measured)
+        return events.EngineReady(process.name, measured)
 
     async def _start_failed(self, process: EngineProcess, what: str) -> events.Event:
         lines = process.all_lines()
@@ -241,7 +253,7 @@ class EngineManager:
             await self.look()
         self._forget(process)
         return events.EngineStartFailed(
-            process.model.name,
+            process.name,
             reason,
             memory=failure.memory,
             needed=failure.needed,
@@ -268,7 +280,7 @@ class EngineManager:
         if process.model.warm_up and "/v1/completions" in process.engine.routes(process.model):
             body = {"model": process.engine.served_name(process.model), "prompt": "Hello", "max_tokens": 1}
             if await complete(process, body) is None:
-                log.warning("%s: the warm-up request failed", process.model.name, extra=of(process))
+                log.warning("%s: the warm-up request failed", process.name, extra=of(process))
 
     async def log_of(self, process: EngineProcess, lines: int, *, follow: bool) -> AsyncIterator[str]:
         """An engine's last log lines, and with ``follow`` what comes until it ends."""
@@ -312,8 +324,8 @@ class EngineManager:
         missing = await self._memory.missing(before, ownerless) if empty else _stuck(process, before)
         self._forget(process)
         if not empty:
-            log.error("%s: its processes could not be ended", process.model.name, extra=of(process))
-        return events.EngineStopped(process.model.name, missing)
+            log.error("%s: its processes could not be ended", process.name, extra=of(process))
+        return events.EngineStopped(process.name, missing)
 
     async def _end(self, process: EngineProcess, *, kill: bool) -> bool:
         """Its stop command, or a signal to the main process only; then the whole cgroup. True once nothing is left."""
@@ -321,7 +333,7 @@ class EngineManager:
             await self._tell_to_go(process)
             if await within(process.exited.wait(), process.model.stop_timeout):
                 return True
-            log.warning("%s: still there %.0f s after it was told to end, killing its cgroup", process.model.name,
+            log.warning("%s: still there %.0f s after it was told to end, killing its cgroup", process.name,
                         process.model.stop_timeout, extra=of(process))  # fmt: skip
         told, process.ending = process.ending, True
         try:
@@ -351,9 +363,9 @@ class EngineManager:
             if not await within(helper.exited.wait(), process.model.stop_timeout):
                 await self._launcher.kill(helper.instance)
             elif helper.report and helper.report.status != 0:
-                log.warning("%s: its stop command: %s", process.model.name, helper.reason(), extra=of(process))
+                log.warning("%s: its stop command: %s", process.name, helper.reason(), extra=of(process))
         except LauncherFailed as error:
-            log.warning("%s: its stop command: %s", process.model.name, error.message, extra=of(process))
+            log.warning("%s: its stop command: %s", process.name, error.message, extra=of(process))
         finally:
             self._strays.pop(helper.instance, None)
 
@@ -374,7 +386,7 @@ class EngineManager:
             self.spawn(self._run_stop(process))
         if process.task is None and process.instance not in self._strays:
             self._forget(process)
-            self._post(events.EngineExited(process.model.name, process.reason()))
+            self._post(events.EngineExited(process.name, process.reason()))
 
     def on_log(self, instance: str, lines: list[str]) -> None:
         """Log lines of an engine that is followed."""
@@ -401,7 +413,22 @@ class EngineManager:
 
     def adopt(self, process: EngineProcess) -> None:
         """Take in an engine that was found running."""
-        self.processes[process.model.name] = process
+        self.processes[process.name] = process
+        self._watch_health(process)
+
+    def _watch_health(self, process: EngineProcess) -> None:
+        async def kill(why: str) -> None:
+            log.error("%s: %s", process.name, why, extra=of(process))
+            process.verdict = why
+            with contextlib.suppress(LauncherFailed):  # whoever looks next tries again
+                await self.kill(process, KILL_LIMIT)
+
+        process.watcher = asyncio.ensure_future(health.watch(process, kill))
+
+    def answered(self, model: str, status: int, *, failed: bool) -> None:
+        """A request to the model's engine was answered with ``status``, or ``failed`` on its way."""
+        if process := self.processes.get(model):
+            process.health.told(status, failed)
 
     def catch_up(self, process: EngineProcess) -> None:
         """One that was just taken in may have ended since it was listed."""
@@ -415,7 +442,7 @@ class EngineManager:
         if not (
             await self._end(process, kill=process.running is None or process.running.ending) and _is_empty(process)
         ):
-            log.error("%s: its processes could not be ended", process.model.name, extra=of(process))
+            log.error("%s: its processes could not be ended", process.name, extra=of(process))
         self._strays.pop(process.instance, None)
 
     def has_devices(self, placement: Placement) -> bool:
@@ -429,7 +456,7 @@ class EngineManager:
         self._run(
             process,
             self._resume_start(process),
-            lambda why: events.EngineStartFailed(process.model.name, why),
+            lambda why: events.EngineStartFailed(process.name, why),
         )
 
     async def follow(self, process: EngineProcess, lines: int = WHOLE_LOG) -> None:
@@ -437,13 +464,13 @@ class EngineManager:
         if process.model.log_file and self._logs:
             name = str(process.listen.port or process.instance)
             with contextlib.suppress(OSError):  # the file itself will tell
-                forget_old_runs(self._logs, process.model.name)
-            process.file = LogFile(path_of(self._logs, process.model.name, name))
-            log.info("%s: its output is also in %s", process.model.name, process.file.path, extra=of(process))
+                forget_old_runs(self._logs, process.name)
+            process.file = LogFile(path_of(self._logs, process.name, name))
+            log.info("%s: its output is also in %s", process.name, process.file.path, extra=of(process))
         try:
             await self._launcher.follow(process.instance, lines)
         except LauncherFailed as error:  # what is missed is for people, and the engine is what matters
-            log.warning("%s: its output is not read: %s", process.model.name, error, extra=of(process))
+            log.warning("%s: its output is not read: %s", process.name, error, extra=of(process))
 
     async def _resume_start(self, process: EngineProcess) -> events.Event:
         await self.follow(process)
@@ -456,7 +483,7 @@ class EngineManager:
         try:
             await self._launcher.annotate(process.instance, metadata)
         except LauncherFailed as error:
-            log.warning("%s: cannot note %s: %s", process.model.name, metadata, error, extra=of(process))
+            log.warning("%s: cannot note %s: %s", process.name, metadata, error, extra=of(process))
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run a side task, kept alive until it ends."""
@@ -477,19 +504,20 @@ class EngineManager:
                 raise
             except Exception as error:
                 if isinstance(error, LauncherFailed):
-                    log.error("%s: %s", process.model.name, error, extra=of(process))
+                    log.error("%s: %s", process.name, error, extra=of(process))
                     event = failed(error.message)
                 else:
-                    log.exception("%s: a defect in vllmd", process.model.name, extra=of(process))
+                    log.exception("%s: a defect in vllmd", process.name, extra=of(process))
                     event = failed(f"internal error: {type(error).__name__}: {error}")
                 if isinstance(event, events.EngineStartFailed | events.EngineStopped):
                     await self._abandon(process)
+            process.asleep = isinstance(event, events.EngineAsleep)
             if process.task is asyncio.current_task():
                 process.task = None
-            if process.exited.is_set() and self.processes.get(process.model.name) is process:
+            if process.exited.is_set() and self.processes.get(process.name) is process:
                 # It died meanwhile, whatever its last call said, and nobody else will tell.
                 self._forget(process)
-                event = events.EngineExited(process.model.name, process.reason())
+                event = events.EngineExited(process.name, process.reason())
             self._post(event)
 
         task = asyncio.ensure_future(carry_out())
@@ -508,9 +536,11 @@ class EngineManager:
         return next(known, self._strays.get(instance))
 
     def _forget(self, process: EngineProcess) -> None:
-        if self.processes.get(process.model.name) is process:
-            del self.processes[process.model.name]
+        if self.processes.get(process.name) is process:
+            del self.processes[process.name]
         self._launch_planner.release(process)
+        if process.watcher:
+            process.watcher.cancel()
         if process.file:
             process.file.close()
 

@@ -19,7 +19,28 @@ from vllmd.launcher.client import ExitReport, Running
 
 LOG_LINES = 1000  # kept of a start: each of several worker processes tells its own traceback of the one root error
 LINES_AFTERWARDS = 50
+ERRORS = 3  # answers with 5xx in a row, after which an engine is in doubt
 STARTING = Progress("starting")
+
+
+@dataclass
+class Health:
+    """What is known of one engine's health; times by ``time.monotonic``."""
+
+    heard: float = field(default_factory=time.monotonic)  # when it last did something right
+    errors: int = 0  # answers with 5xx since then
+    doubt: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def told(self, status: int, failed: bool) -> None:
+        """A request was answered with ``status`` by the engine, or ``failed`` on the way to it or back."""
+        if failed:
+            self.doubt.set()
+        elif status >= 500:
+            self.errors += 1
+            if self.errors >= ERRORS:
+                self.doubt.set()
+        else:
+            self.heard, self.errors = time.monotonic(), 0
 
 
 @dataclass
@@ -48,11 +69,20 @@ class EngineProcess:
     self_managed: bool = False
     watch: float = 0.0  # Launch.watch
     ending: bool = False  # it was told to go
+    asleep: bool = False
+    health: Health = field(default_factory=Health)
+    watcher: asyncio.Task[None] | None = None  # of its health
+    verdict: str = ""  # why we killed it, if we did
     listeners: set[asyncio.Queue[str]] = field(default_factory=set)
+
+    @property
+    def name(self) -> str:
+        """The id of its replica; it changes when the model gets replicas, or loses them: ask when you need it."""
+        return self.model.name
 
     def reason(self) -> str:
         """Why it is gone, with its last words where they are at hand."""
-        lines, how = self.last_lines(), how_it_ended(self.report)
+        lines, how = self.last_lines(), self.verdict or how_it_ended(self.report)
         return with_last_lines(how, lines) if lines else how
 
     def forget_start(self) -> None:
@@ -77,12 +107,24 @@ class EngineProcess:
 def of(process: EngineProcess) -> dict[str, dict[str, str]]:
     """The journal fields that say which engine a record is about."""
     unit = {"VLLMD_UNIT": process.running.unit} if process.running else {}
-    return {"journal": {"MODEL": process.model.name, **unit}}
+    model = process.model.replica_of or process.name
+    replica = {"VLLMD_REPLICA": process.name} if process.name != model else {}
+    return {"journal": {"MODEL": model, **replica, **unit}}
 
 
 def fingerprint(model: ModelConfig) -> str:
     """What of a model's settings its engine depends on; another value means another engine."""
+    return _fingerprint(model, model.replica_of or model.name)
+
+
+def noted_by_older(model: ModelConfig) -> str:
+    """The fingerprint as versions up to 0.1.0 noted it, which knew each replica but the first by its own name."""
+    return _fingerprint(model, model.name)
+
+
+def _fingerprint(model: ModelConfig, name: str) -> str:
     parts = {key: value for key, value in asdict(model).items() if key not in _NOT_THE_ENGINES}
+    parts["name"] = name
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

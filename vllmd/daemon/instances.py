@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from vllmd.config.types import ModelConfig, ReplicaConfig
 from vllmd.core import events
-from vllmd.core.types import ModelSpec
+from vllmd.core.types import ModelSpec, ReplicaSpec
 from vllmd.errors import BadRequest, Conflict
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Instances:
     async def narrow(self, model: str, device: int | None) -> None:
         """Have its next start use that device only. Raises BadRequest where it cannot."""
         await self._daemon.opened.wait()
-        for engine in self._daemon.roster.engines(model):
+        for engine in [each.id for spec in self._specs for each in spec.replicas if model in (spec.name, each.id)]:
             self._narrow(engine, device)
 
     def _narrow(self, engine: str, device: int | None) -> None:
@@ -46,11 +46,13 @@ class Instances:
         self._daemon.post(events.ModelsChanged(tuple(self._placed(spec) for spec in self._specs)))
 
     def _placed(self, spec: ModelSpec) -> ModelSpec:
-        return replace(spec, devices=(self._narrowed[spec.name],)) if spec.name in self._narrowed else spec
+        narrowed = self._narrowed
+        replicas = [replace(r, devices=(narrowed[r.id],)) if r.id in narrowed else r for r in spec.replicas]
+        return replace(spec, replicas=tuple(replicas))
 
     def _check(self, engine: str, device: int) -> None:
-        for spec in self._specs:
-            if spec.name == engine:
+        for spec in [each for model in self._specs for each in model.replicas]:
+            if engine == spec.id:
                 _check(spec, device, [known.index for known in self._daemon.memory.inventory])
 
     # -- further ones
@@ -106,12 +108,12 @@ class Instances:
             self._narrow(engine, device)
 
 
-def _check(spec: ModelSpec, device: int, known: Sequence[int]) -> None:
+def _check(spec: ReplicaSpec, device: int, known: Sequence[int]) -> None:
     """Whether the model can be put on that device alone. Raises BadRequest."""
     if device not in known:
         there = f"there are {', '.join(map(str, known))}" if known else "there are none on this machine"
         raise BadRequest(f"there is no GPU {device}; {there}", param="gpu_id")
     if spec.devices and device not in spec.devices:
-        raise BadRequest(f"{spec.name} may use the GPUs {', '.join(map(str, spec.devices))} only", param="gpu_id")
+        raise BadRequest(f"{spec.id} may use the GPUs {', '.join(map(str, spec.devices))} only", param="gpu_id")
     if spec.device_count != 1:
-        raise BadRequest(f"{spec.name} takes {spec.device_count} GPUs and cannot be put on one", param="gpu_id")
+        raise BadRequest(f"{spec.id} takes {spec.device_count} GPUs and cannot be put on one", param="gpu_id")

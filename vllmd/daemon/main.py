@@ -95,6 +95,7 @@ def runtime(environment: Mapping[str, str], *, activated: bool) -> Iterator[Runt
             launcher=environment.get("VLLMD_LAUNCHER", ""),
             run_dir=Path(own or environment["VLLMD_ENGINE_RUN_DIR"]),
             home=Path(home) if home else None,
+            homes=Path(environment["VLLMD_ENGINE_HOMES"]) if environment.get("VLLMD_ENGINE_HOMES") else None,
             cache=Path(cache) if cache else None,
             logs=_logs(environment),
             activated=activated,

@@ -59,6 +59,23 @@ class Names:
                 raise BadRequest(f"model {name!r} could be any of: {several}; name one of them", param="model")
         raise UnknownModel(self._unknown(name, visible), param="model")
 
+    def with_replica(
+        self, name: str, engines: Mapping[str, ModelConfig], visible: Callable[[str], bool] = lambda model: True
+    ) -> str:
+        """The configured name of a model, or the id of a replica. ``engines``: all there are, by id.
+
+        A replica may also be called ``ALIAS@2``, or by the end of its model's name. Raises as ``resolve`` does.
+        """
+        if name in engines and engines[name].replica_of:
+            return name
+        short, _, label = name.rpartition("@")
+        try:
+            return self.resolve(name, visible)
+        except UnknownModel:
+            if not short or (known := f"{self.resolve(short, visible)}@{label}") not in engines:
+                raise
+            return known
+
     def _readings(self, name: str) -> Iterator[set[str]]:
         """The models that ``name`` can mean, by one habit after another."""
         plain = name.removesuffix(LATEST)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from vllmd.config.types import ModelConfig
 from vllmd.core.types import Device
+from vllmd.daemon.homes import Homes, unknown_user
 from vllmd.engines.base import Engine, Place
 from vllmd.engines.estimate import Estimate, estimate, overfull_pins, too_large
 from vllmd.engines.facts import size
@@ -36,7 +37,7 @@ class Machine:
     """Where models are to run."""
 
     devices: Sequence[Device]
-    hf_home: Path
+    homes: Homes
     run_dir: Path
 
 
@@ -47,9 +48,9 @@ def look(models: Iterable[ModelConfig], machine: Machine, engine_of: Callable[[M
 
 def _prospect(model: ModelConfig, machine: Machine, engine_of: Callable[[ModelConfig], Engine]) -> Prospect:
     allowed = [device for device in machine.devices if not model.devices or device.index in model.devices]
-    told = estimate(model, machine.hf_home, min((device.memory for device in allowed), default=0))
+    told = estimate(model, machine.homes.hf_home(model), min((device.memory for device in allowed), default=0))
     engine = engine_of(model)
-    wrong = _refusal(model, engine, machine) or too_large(model, told, machine.devices)
+    wrong = unknown_user(model) or _refusal(model, engine, machine) or too_large(model, told, machine.devices)
     return Prospect(model, engine, told, wrong)
 
 
@@ -87,7 +88,7 @@ def say(prospects: Sequence[Prospect], machine: Machine) -> None:
     """Into the log: the arithmetic of every model, then what is doubtful, then what is wrong."""
     for each in prospects:
         log.info("%s: expected to take %s per device: %s", each.model.name, size(each.told.footprint.awake),
-                 each.told.why, extra={"journal": {"MODEL": each.model.name}})  # fmt: skip
+                 each.told.why, extra={"journal": {"MODEL": each.model.replica_of or each.model.name}})  # fmt: skip
     for doubt in doubtful(prospects, machine):
         log.warning("%s", doubt)
     for mistake in wrong(prospects):

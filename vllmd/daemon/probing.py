@@ -47,7 +47,7 @@ async def probe(daemon: Daemon, model: str, limit: float | None, *, everybody: b
             each.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
     lines = [
-        {"name": daemon.roster.called(process.model.name), "seconds": each.seconds, "message": each.message}
+        {"name": process.name, "seconds": each.seconds, "message": each.message}
         for process, each in sorted(zip(processes, found, strict=True), key=lambda pair: _rank(pair[1]))
     ]
     best = lines[0]["name"] if lines[0]["seconds"] is not None else None
@@ -55,7 +55,7 @@ async def probe(daemon: Daemon, model: str, limit: float | None, *, everybody: b
 
 
 def _serving(daemon: Daemon, model: str) -> list[EngineProcess]:
-    ready = [view.name for view in daemon.control.views(model) if view.state is State.READY]
+    ready = [view.id for view in daemon.control.views(model) if view.state is State.READY]
     processes = [daemon.engine_manager.processes[name] for name in ready]
     if not processes:
         state = daemon.control.line(model)["state"]
@@ -66,7 +66,7 @@ def _serving(daemon: Daemon, model: str) -> list[EngineProcess]:
 async def _ask(daemon: Daemon, process: EngineProcess, limit: float) -> Probed:
     """One probe, of which the core knows while it runs."""
     request = f"asked-{next(_numbers)}"
-    daemon.post(events.ProbeAsked(request, process.model.name))
+    daemon.post(events.ProbeAsked(request, process.name))
     seconds, why = None, "abandoned"
     try:
         seconds, why = await asked(process, limit)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from vllmd.config.types import ModelConfig
-from vllmd.core.types import DeviceView, ModelView, State
+from vllmd.core.types import DeviceView, ModelView, ReplicaView, State
 
 if TYPE_CHECKING:
     from vllmd.daemon.engine_process import EngineProcess
 
+NOT_SHOWN = frozenset({"id", "replicas", "balanced"})  # of a view
 UNLOADED = frozenset({State.STOPPED, State.FAILED})
 ABILITIES = {
     "/v1/chat/completions": "chat",
@@ -40,7 +41,7 @@ BY_KIND = {
 }
 
 
-def state_of(view: ModelView) -> str:
+def state_of(view: ModelView | ReplicaView) -> str:
     """``sleeping_l1`` says more than ``sleeping``."""
     return f"sleeping_l{view.level}" if view.state is State.SLEEPING else view.state.value
 
@@ -66,10 +67,13 @@ def card(model: ModelConfig, routes: Iterable[str], view: ModelView | None, kind
 
 
 def line(
-    view: ModelView, model: ModelConfig | None, process: EngineProcess | None, last_start: float | None
+    view: ModelView | ReplicaView, model: ModelConfig | None, process: EngineProcess | None, last_start: float | None
 ) -> dict[str, Any]:
-    """A model for ``vllmctl``."""
-    shown = {**asdict(view), "state": state_of(view), "pid": None, "unit": "", "socket": ""}
+    """A model, or a replica of one, for ``vllmctl``."""
+    shown = {each.name: getattr(view, each.name) for each in fields(view) if each.name not in NOT_SHOWN}
+    shown.update(name=view.id if isinstance(view, ReplicaView) else view.name, state=state_of(view))
+    shown.update(pid=None, unit="", socket="", replica_of="", replicas=[], degraded=False)
+    shown.update(serving=int(view.state is State.READY))
     shown.update(instance="", detail="", phase="", last_start_seconds=last_start, started_at=None)
     shown["config"] = about(model) if model else {}
     if process:

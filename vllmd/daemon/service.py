@@ -19,14 +19,13 @@ from typing import TYPE_CHECKING, Any
 from vllmd.config.replicas import engines_of, is_this_host, meant_here
 from vllmd.config.types import Config, ModelConfig
 from vllmd.core import events
-from vllmd.core.types import State
+from vllmd.core.types import ReplicaView, State
 from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.control import DaemonControl
 from vllmd.daemon.discovery import with_discovered
 from vllmd.daemon.engine_resolver import EngineResolver
 from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.listeners import Listeners
-from vllmd.daemon.roster import Roster
 from vllmd.daemon.runtime_models import addresses
 from vllmd.engines.base import Listen
 from vllmd.errors import ConfigError, Unavailable
@@ -61,6 +60,7 @@ class RuntimeEnvironment:
     launcher: str = ""  # socket path; "" makes a private launcher that takes its engines along
     run_dir: Path = Path("/run/vllmd-engine")
     home: Path | None = None  # of the engines
+    homes: Path | None = None  # where those of models with a user of their own are
     cache: Path | None = None
     logs: Path | None = None
     activated: bool = False  # listeners came from systemd: exit when idle
@@ -72,8 +72,7 @@ class Daemon:
 
     def __init__(self, config: Config, runtime: RuntimeEnvironment, reload: Callable[[], Config]) -> None:
         self.config = config
-        self.roster = Roster({})
-        self.engines: Mapping[str, ModelConfig] = {}  # of its models, by the name that the core knows each by
+        self.engines: Mapping[str, ModelConfig] = {}  # of its models, by the id that the core knows each by
         self.runtime = runtime
         self.broken = ""  # why the configuration cannot be used, if it cannot
         self.started = time.time()
@@ -107,10 +106,12 @@ class Daemon:
     async def run(self, listeners: Mapping[str, Sequence[socket.socket]]) -> None:
         """Serve until told to stop, or until there has been nothing to do for long enough."""
         self.config = await self._ours(self.config)
-        self.engines, self.roster = engines_of(self.config.models), Roster(self.config.models)
+        self.engines = engines_of(self.config.models)
         self.admission_gate.configure(self.config.models, self.engines)
         self.control.runtime_models.listen = addresses(listeners.get("http", ()))
         self.listeners = Listeners(self.config, self.admission_gate, self.control, listeners)
+        self.listeners.on_outcome = self._outcome
+        self.admission_gate.on_unreached = lambda engine: self.engine_manager.answered(engine, 0, failed=True)
         self._on_signals()
         self.listeners.open()
         self.notify.ready("looking for devices and engines")
@@ -183,6 +184,12 @@ class Daemon:
         process = self.engine_manager.processes.get(model)
         return process.listen if process else None
 
+    def _outcome(self, model: str, status: int, failed: bool) -> None:
+        """What became of a request; of several replicas the scheduler itself judges."""
+        config = self.config.models.get(model)
+        if self.opened.is_set() and config and not config.replicas:
+            self.engine_manager.answered(model, status, failed=failed)
+
     # -- chores ----------------------------------------------------------------------------
 
     async def _tick(self) -> None:
@@ -217,8 +224,7 @@ class Daemon:
 
     async def look(self) -> None:
         """Tell the core what the devices hold now, if they say."""
-        views = self.dispatcher.scheduler.snapshot(self.dispatcher.now()).models
-        expected = {(view.name, index): view.memory for view in views for index in view.devices}
+        expected = {(view.id, index): view.memory for view in self._replicas() for index in view.devices}
         sampled = await self.memory.report(self.engine_manager.processes, expected)
         if sampled is None and self.memory.readable:  # the driver hangs: nobody knows what others hold
             unread = {device.index: "no answer" for device in self.memory.inventory}
@@ -243,7 +249,7 @@ class Daemon:
     def _look_interval(self) -> float:
         """How often it matters what the devices hold: something waits for room, is loaded, or has not come back."""
         seen = self.dispatcher.scheduler.snapshot(self.dispatcher.now())
-        if any(view.waiting_for and view.state in (State.STOPPED, State.SLEEPING) for view in seen.models):
+        if any(view.waiting_for and view.state in (State.STOPPED, State.SLEEPING) for view in self._replicas()):
             return WAIT_INTERVAL
         in_use = self.memory.trouble or (
             self.engine_manager.processes or self.admission_gate.open or any(device.wedged for device in seen.devices)
@@ -252,7 +258,12 @@ class Daemon:
 
     def _awaited(self) -> bool:
         """Whether a model is to be loaded, by request or by an operator's word."""
-        return any(view.waiting_for for view in self.dispatcher.scheduler.snapshot(self.dispatcher.now()).models)
+        return any(view.waiting_for for view in self._replicas())
+
+    def _replicas(self) -> list[ReplicaView]:
+        """How each engine stands."""
+        seen = self.dispatcher.scheduler.snapshot(self.dispatcher.now())
+        return [view for model in seen.models for view in model.replicas]
 
     def _say_status(self) -> None:
         status = self.status_line()
@@ -270,8 +281,8 @@ class Daemon:
     def _states(self) -> dict[str, str]:
         if not self.opened.is_set():
             return {}
-        views = self.dispatcher.scheduler.snapshot(self.dispatcher.now()).models
-        return {view.name: view.state.value for view in views if view.state not in (State.STOPPED, State.FAILED)}
+        off = (State.STOPPED, State.FAILED)
+        return {view.id: view.state.value for view in self._replicas() if view.state not in off}
 
     def _may_exit(self) -> bool:
         """Whether the idle exit is due: activated, nothing loaded or asked for, nobody connected, for long enough."""
@@ -296,8 +307,8 @@ class Daemon:
         if not self.opened.is_set():
             return
         now = time.time()
-        for view in self.dispatcher.scheduler.snapshot(self.dispatcher.now()).models:
-            process = self.engine_manager.processes.get(view.name)
+        for view in self._replicas():
+            process = self.engine_manager.processes.get(view.id)
             if process and view.idle is not None:
                 await self.engine_manager.annotate(process, idle_since=f"{now - view.idle:.0f}")
 
@@ -357,7 +368,7 @@ class Daemon:
         """Serve by this configuration from now on."""
         self.config, self.broken = config, ""
         self.admission_gate.refusal = None
-        self.engines, self.roster = engines_of(config.models), Roster(config.models)
+        self.engines = engines_of(config.models)
         self.admission_gate.configure(config.models, self.engines)
         self.listeners.configure(config)
 

@@ -14,20 +14,20 @@ from vllmd.config.types import Config, ModelConfig
 from vllmd.core import events
 from vllmd.core.costs import CostBook
 from vllmd.core.scheduler import Scheduler
-from vllmd.core.types import ModelSpec, Settings
-from vllmd.daemon import discovery
+from vllmd.core.types import ModelSpec, ReplicaSpec, Settings, renamed
 from vllmd.daemon.adoption import adopt_all
 from vllmd.daemon.device_watch import LIMIT, DeviceWatch
 from vllmd.daemon.dispatcher import Dispatcher
 from vllmd.daemon.engine_keys import EngineKeys
 from vllmd.daemon.engine_manager import EngineManager
 from vllmd.daemon.engine_process import fingerprint
+from vllmd.daemon.homes import Homes
 from vllmd.daemon.launch_planner import LaunchPlanner, Paths
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.ports import PortPool
 from vllmd.daemon.preflight import Machine, Prospect, look, say
-from vllmd.daemon.service import Daemon, RuntimeEnvironment
-from vllmd.daemon.specs import spec_of
+from vllmd.daemon.service import Daemon
+from vllmd.daemon.specs import model_spec, replica_spec
 from vllmd.errors import LauncherFailed
 from vllmd.gpu import Devices, open_devices
 from vllmd.launcher.client import LauncherClient
@@ -96,7 +96,7 @@ async def take_devices(daemon: Daemon, devices: Devices) -> None:
         say_devices(daemon)
         if not devices.trouble:
             prospects = await asyncio.to_thread(expect, daemon, daemon.engines)
-            specs = specs_of(prospects)
+            specs = specs_of(daemon.config.models, prospects)
             daemon.engine_manager.configure(daemon.engines, kv_caches(prospects))
             daemon.control.configure(specs)
             daemon.dispatcher.post(events.ModelsChanged(tuple(specs)))
@@ -128,7 +128,7 @@ def make_scheduler(daemon: Daemon, prospects: list[Prospect]) -> Scheduler:
     """The core with the models, the devices and what was learnt."""
     config = daemon.config
     settings = Settings(config.policy, host_budget(config), config.server.queue_limit)
-    costs, specs = CostBook.from_dict(daemon.learnt.costs), specs_of(prospects)
+    costs, specs = CostBook.from_dict(daemon.learnt.costs), specs_of(config.models, prospects)
     daemon.control.configure(specs)
     return Scheduler(specs, daemon.memory.inventory, settings, costs)
 
@@ -136,20 +136,25 @@ def make_scheduler(daemon: Daemon, prospects: list[Prospect]) -> Scheduler:
 def expect(daemon: Daemon, models: Mapping[str, ModelConfig]) -> list[Prospect]:
     """What the models will take, told to the log as well; reads their files."""
     run_dir = daemon.config.engines.run_dir or daemon.runtime.run_dir
-    machine = Machine(daemon.memory.inventory, hf_home(daemon.runtime), run_dir)
+    machine = Machine(daemon.memory.inventory, homes(daemon), run_dir)
     prospects = look(models.values(), machine, daemon.kinds)
     say(prospects, machine)
     return prospects
 
 
-def specs_of(prospects: list[Prospect]) -> list[ModelSpec]:
+def specs_of(models: Mapping[str, ModelConfig], prospects: list[Prospect]) -> list[ModelSpec]:
     """What the core knows of the models."""
-    return [spec_of(each.model, each.engine, each.told) for each in prospects]
+    engines: dict[str, list[ReplicaSpec]] = {}
+    for each in prospects:
+        name = each.model.replica_of or each.model.name
+        engines.setdefault(name, []).append(replica_spec(each.model, each.engine, each.told))
+    return [model_spec(models[name], replicas) for name, replicas in engines.items()]
 
 
-def hf_home(runtime: RuntimeEnvironment) -> Path:
-    """Where the engines' Hugging Face cache is."""
-    return discovery.hf_home(runtime.environment, runtime.home)
+def homes(daemon: Daemon) -> Homes:
+    """The homes of the engines' users."""
+    around = daemon.runtime
+    return Homes(daemon.config.engines.home or around.home, around.homes, around.environment)
 
 
 def host_budget(config: Config) -> int:
@@ -187,13 +192,14 @@ async def _launcher_once(daemon: Daemon) -> LauncherClient:
 def make_fleet(daemon: Daemon, prospects: list[Prospect]) -> EngineManager:
     """Who carries out what is decided about engines."""
     engines, around = daemon.config.engines, daemon.runtime
-    paths = Paths(engines.run_dir or around.run_dir, engines.home or around.home)
+    paths = Paths(engines.run_dir or around.run_dir, homes(daemon))
     launch_planner = LaunchPlanner(
         daemon.memory, paths, daemon.kinds, PortPool(engines.port_start, engines.port_end), EngineKeys(around.cache)
     )
     engine_manager = EngineManager(daemon.launcher, daemon.control.take, daemon.memory, launch_planner, around.logs)
     engine_manager.configure(daemon.engines, kv_caches(prospects))
     engine_manager.on_phase, engine_manager.look = daemon.control.stir, daemon.look
+    engine_manager.usual = daemon.dispatcher.scheduler.costs.usual
     return engine_manager
 
 
@@ -202,20 +208,35 @@ def kv_caches(prospects: list[Prospect]) -> dict[str, int]:
     return {each.model.name: each.told.kv_cache for each in prospects}
 
 
+def renamed_engines(engines: Mapping[str, ModelConfig], before: Mapping[str, ModelConfig]) -> dict[str, str]:
+    """The new and the old id of each engine that goes on by another one, as the core has it."""
+    now, was = _ids(engines), _ids(before)
+    pairs = (renamed(was[name], now[name]) for name in now if name in was)
+    return {pair[1]: pair[0] for pair in pairs if pair}
+
+
+def _ids(engines: Mapping[str, ModelConfig]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, engine in engines.items():
+        found.setdefault(engine.replica_of or name, []).append(name)
+    return found
+
+
 async def take(daemon: Daemon, config: Config) -> dict[str, Any]:
     """Go on with another configuration; engines are stopped only where their own settings changed."""
     engines, before = engines_of(config.models), daemon.engines
     prospects = await asyncio.to_thread(expect, daemon, engines)
     was, repaired = daemon.config.models, bool(daemon.broken)
-    kept = engines.keys() & before.keys()
-    changed = {name for name in kept if fingerprint(engines[name]) != fingerprint(before[name])}
+    known = {**{name: name for name in before}, **renamed_engines(engines, before)}
+    kept = {name: known[name] for name in engines if name in known}
+    changed = {name for name, old in kept.items() if fingerprint(engines[name]) != fingerprint(before[old])}
     added, removed = sorted(config.models.keys() - was.keys()), sorted(was.keys() - config.models.keys())
     devices_differ = (config.devices, config.reserve) != (daemon.config.devices, daemon.config.reserve)
     daemon.accept(config)
     if devices_differ:
         daemon.watch.again()
     daemon.engine_manager.configure(engines, kv_caches(prospects))
-    specs = specs_of(prospects)
+    specs = specs_of(config.models, prospects)
     daemon.control.configure(specs)
     daemon.dispatcher.post(events.ModelsChanged(tuple(specs), frozenset(changed)))
     if repaired:

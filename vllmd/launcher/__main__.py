@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from vllmd.launcher.engines import Supervisor
 from vllmd.launcher.loop import Callback, Loop
+from vllmd.launcher.own_users import OwnUsers
 from vllmd.launcher.service import Service, allowed_uids
 from vllmd.launcher.sessions import Sessions
 from vllmd.launcher.spawn import Users
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(sys.argv[1:] if argv is None else argv)
     setup_logging(options.log_level, identifier="vllmd-launcher")
     try:
-        users = Users(options.user)
+        users = Users(options.user, OwnUsers.told(options.own_users, options.own_homes), options.socket_group)
         if options.fd is None:
             _run_with_systemd(options, users)
         else:
@@ -52,6 +53,24 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         default=[],
         metavar="NAME",
         help="engines may run as this user; may be repeated, the first is the default (needed when started as root)",
+    )
+    parser.add_argument(
+        "--own-users",
+        default="",
+        metavar="FIRST-LAST",
+        help="user ids out of which a model gets one of its own (user: own in vllmd.yaml(5)); without it none does",
+    )
+    parser.add_argument(
+        "--own-homes",
+        default="",
+        metavar="DIR",
+        help="where those users have their homes, which are the record of who has which id",
+    )
+    parser.add_argument(
+        "--socket-group",
+        default="",
+        metavar="NAME",
+        help="the group, which only the daemon is in, of the directories in which run directories and homes are made",
     )
     parser.add_argument(
         "--client-user",

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import grp
 import json
 import os
 import pwd
 import resource
 import signal
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+from vllmd.launcher.own_users import PREFIX, OwnUsers
 from vllmd.launcher.process import PR_SET_PDEATHSIG, Process, prctl
 from vllmd.launcher.protocol import Failed, StartOrder, clip
 from vllmd.text import printable
@@ -45,7 +47,11 @@ _OURS = (
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """Whom an engine runs as. ``ours``: the launcher's own user, who is not to be become."""
+    """Whom an engine runs as. ``name``: as ordered and noted. ``ours``: the launcher's own user, not to be become.
+
+    ``sockets``: the group of the folders in which run directories and homes are made, which only the daemon has
+    beside us; None: there is none. ``makes_home``: his home is made at his first start.
+    """
 
     name: str
     uid: int
@@ -53,31 +59,35 @@ class User:
     groups: tuple[int, ...]
     home: str
     ours: bool = False
+    sockets: int | None = None
+    makes_home: bool = False
 
     @classmethod
-    def named(cls, name: str) -> User:
+    def named(cls, name: str, sockets: int | None = None) -> User:
         """Raises KeyError if there is no such user."""
         entry = pwd.getpwnam(name)
         groups = tuple(os.getgrouplist(name, entry.pw_gid))
-        return cls(name, entry.pw_uid, entry.pw_gid, groups, entry.pw_dir)
+        return cls(name, entry.pw_uid, entry.pw_gid, groups, entry.pw_dir, sockets=sockets)
 
 
 OURSELVES = User("", os.getuid(), os.getgid(), (), "", ours=True)
 
 
 class Users:
-    """The users that engines may run as: those named on the command line, or nobody but ourselves.
+    """The users that engines may run as: those named on the command line, those made up, or nobody but ourselves.
 
     Every fork of the launcher gets a ``User`` from here and from nowhere else: for a name that is not allowed there
     is none, so nothing can be done as root in the name of an engine whose user is not known.
     """
 
-    def __init__(self, names: Sequence[str] = ()) -> None:
-        """Raises ValueError, in words, for a user that does not exist or is root."""
+    def __init__(self, names: Sequence[str] = (), own: OwnUsers | None = None, socket_group: str = "") -> None:
+        """Raises ValueError, in words, for a user or a group that does not exist, or is root."""
         self._allowed: dict[str, User] = {}
+        self._own = own
+        self._sockets = _group(socket_group)
         for name in names:
             try:
-                self._allowed[name] = User.named(name)
+                self._allowed[name] = User.named(name, self._sockets)
             except KeyError:
                 raise ValueError(f"there is no user {name!r}") from None
             if self._allowed[name].uid == 0 or self._allowed[name].gid == 0:
@@ -91,6 +101,10 @@ class Users:
         """Whom an order means; "" is the first one. Raises ValueError."""
         if not name:
             return self._default
+        if name.startswith(PREFIX):
+            if self._own is None or not self._allowed:
+                raise ValueError("no model can have a user of its own here: the launcher has no --own-users")
+            return self._made_up(name, self._own.number(name.removeprefix(PREFIX)))
         if name not in self._allowed:
             raise ValueError(f"user {name!r} is not allowed; allowed are: {', '.join(self._allowed) or 'none'}")
         return self._allowed[name]
@@ -99,7 +113,30 @@ class Users:
         """Whom a launcher noted beside an engine; None for somebody who is not allowed, and for no note at all."""
         if name == OURSELVES.name and not self._allowed:
             return OURSELVES
+        if name and name.startswith(PREFIX):
+            number = self._own.noted(name.removeprefix(PREFIX)) if self._own else None
+            return None if number is None else self._made_up(name, number)
         return self._allowed.get(name or "")
+
+    def _made_up(self, name: str, number: int) -> User:
+        """With the default user's groups, less his own: they give access to devices."""
+        assert self._own
+        groups = tuple(group for group in self._default.groups if group != self._default.gid)
+        home = self._own.home(name.removeprefix(PREFIX))
+        return User(name, number, number, groups, home, sockets=self._sockets, makes_home=True)
+
+
+def _group(name: str) -> int | None:
+    """Raises ValueError for a group that does not exist, or is root's."""
+    if not name:
+        return None
+    try:
+        number = grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise ValueError(f"there is no group {name!r}") from None
+    if number == 0:
+        raise ValueError("engines' run directories are never of root's group")
+    return number
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +179,7 @@ def tidy(run_dir: str, user: User) -> Process:
     if pid == 0:
         try:
             _reset_signals()
-            _become(user)
+            _become(user, keeping=True)
             for entry in os.scandir(run_dir):
                 if stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode) or entry.name == KEY_FILE:
                     os.unlink(entry.path)
@@ -172,8 +209,9 @@ def _become_engine(order: StartOrder, user: User, fds: tuple[int, int, int], die
             prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         os.setsid()
         _redirect(output, keep={gate, errors})
-        _become(user)
-        _prepare_folders(order)
+        _become(user, lambda: _prepare_folders(order, user))
+        if order.cwd or order.run_dir:
+            os.chdir(order.cwd or order.run_dir)
         _raise_file_limit()
         if os.read(gate, 1) != b"G":
             os._exit(125)
@@ -204,24 +242,38 @@ def _redirect(output: int, keep: set[int]) -> None:
         low = fd + 1
 
 
-def _become(user: User) -> None:
+def _become(user: User, prepare: Callable[[], None] = lambda: None, *, keeping: bool = False) -> None:
+    """Become the user, for good. ``keeping``: also the group of sockets; for what ends without an exec.
+
+    ``prepare`` is done as him already, so that no link in a folder of his own can lead root astray, but with the group
+    of sockets, which lets him make and remove what is his beside what is others': it gives no access to that.
+    """
     if user.ours:
+        prepare()
         return
-    os.setgroups(user.groups)
+    more = () if user.sockets is None else (user.sockets,)
+    os.setgroups((*user.groups, *more))
     os.setresgid(user.gid, user.gid, user.gid)
+    os.setresuid(-1, user.uid, -1)  # root only in name, until he has been prepared
+    prepare()
+    os.setresuid(-1, 0, -1)
+    if not keeping:
+        os.setgroups(user.groups)
     os.setresuid(user.uid, user.uid, user.uid)
 
 
-def _prepare_folders(order: StartOrder) -> None:
-    """As the engine's user, so that no link in a folder of its own can lead root astray."""
+def _prepare_folders(order: StartOrder, user: User) -> None:
     os.umask(0o007)
+    if user.makes_home:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(user.home, 0o750)
+        if os.stat(user.home, follow_symlinks=False).st_uid != user.uid:
+            raise PermissionError(errno.EPERM, "it belongs to somebody else", user.home)
     if order.run_dir:
         os.makedirs(order.run_dir, mode=0o750, exist_ok=True)
     if order.listen_uds:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(order.listen_uds)
-    if order.cwd or order.run_dir:
-        os.chdir(order.cwd or order.run_dir)
 
 
 def _raise_file_limit() -> None:
@@ -259,8 +311,9 @@ def _describe(order: StartOrder, user: User, error: BaseException) -> str:
 
 def environment(order: StartOrder, user: User) -> dict[str, str]:
     """A clean base under the order's own. Who stays the same user keeps that user's environment, less what is ours."""
+    login = user.name.removeprefix(PREFIX)
     if not user.ours:
-        base = {"PATH": PATH, "HOME": user.home, "USER": user.name, "LOGNAME": user.name, "SHELL": "/bin/sh"}
+        base = {"PATH": PATH, "HOME": user.home, "USER": login, "LOGNAME": login, "SHELL": "/bin/sh"}
     else:
         base = {name: value for name, value in os.environ.items() if not name.startswith(_OURS)}
     return {"LANG": "C.UTF-8", **base, **order.env, MARKER: order.instance}

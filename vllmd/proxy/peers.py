@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import os
 import socket
 import stat
@@ -150,6 +151,14 @@ def _named(uid: int) -> str:
         return str(uid) if uid >= 0 else "(not known)"
 
 
+@functools.cache
+def _asked() -> socket.socket:
+    """Where the kernel is asked, one question after the other. Raises OSError where that is not allowed."""
+    kernel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG)
+    kernel.setblocking(False)
+    return kernel
+
+
 def listener(family: socket.AddressFamily, host: str, port: int) -> Listener | None:
     """Who would get a connection to that TCP address now; None if nobody, or if the kernel cannot be asked."""
     if family == socket.AF_INET6:
@@ -160,11 +169,11 @@ def listener(family: socket.AddressFamily, host: str, port: int) -> Listener | N
     place = struct.pack("!HH", port, 0) + packed + bytes(16) + bytes(4) + b"\xff" * 8
     body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, 1 << _LISTEN) + place
     try:
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as kernel:
-            kernel.setblocking(False)  # the answer is there when the question has been sent
-            kernel.send(_HEADER.pack(_HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 1, 0) + body)
-            answer = kernel.recv(8192)
+        kernel = _asked()
+        kernel.send(_HEADER.pack(_HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 1, 0) + body)
+        answer = kernel.recv(8192)  # it is there when the question has been sent
     except OSError:
+        _asked.cache_clear()  # whatever comes yet is not the answer to another question
         return None
     _, kind, *_ = _HEADER.unpack_from(answer)
     if kind == _NLMSG_ERROR:

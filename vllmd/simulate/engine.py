@@ -13,7 +13,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
-from vllmd.core.types import ModelSpec
+from vllmd.core.types import ReplicaSpec
 from vllmd.simulate.physics import Physics
 
 
@@ -37,7 +37,7 @@ class Job:
 class Engine:
     """The batch, and those who wait for a place in it."""
 
-    spec: ModelSpec
+    spec: ReplicaSpec
     physics: Physics
     work: float = 0.0  # tokens done by each request since the engine was made
     at: float = 0.0  # when ``work`` was last brought up to date

@@ -14,7 +14,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from vllmd.core.types import ModelSpec
+from vllmd.core.types import ReplicaSpec
 
 GB = 1e9
 
@@ -33,19 +33,19 @@ class Physics:
     seed: int = 0
     measured: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # model -> kind -> seconds, instead
 
-    def transfer(self, spec: ModelSpec, kind: str, count: int) -> float:
-        """Seconds of the model's ``count``-th start, stop, wake1, wake2, sleep1, sleep2 or proof.
+    def transfer(self, spec: ReplicaSpec, kind: str, count: int) -> float:
+        """Seconds of the engine's ``count``-th start, stop, wake1, wake2, sleep1, sleep2 or proof.
 
         The noise depends on nothing else, so that all policies meet the same luck.
         """
         factor = 1.0
         if self.noise:
-            factor = random.Random(f"{self.seed}/{spec.name}/{kind}/{count}").lognormvariate(0.0, self.noise)
+            factor = random.Random(f"{self.seed}/{spec.id}/{kind}/{count}").lognormvariate(0.0, self.noise)
         return self.mean(spec, kind) * factor
 
-    def mean(self, spec: ModelSpec, kind: str) -> float:
+    def mean(self, spec: ReplicaSpec, kind: str) -> float:
         """The same without the noise."""
-        known = self.measured.get(spec.name, {}).get(kind)
+        known = self.measured.get(spec.id, {}).get(kind)
         if known is not None:
             return known
         w = gigabytes(spec)
@@ -60,11 +60,11 @@ class Physics:
         }
         return fits[kind]
 
-    def token(self, spec: ModelSpec, running: int) -> float:
+    def token(self, spec: ReplicaSpec, running: int) -> float:
         """Seconds until each of ``running`` requests has its next token."""
         return self.step + gigabytes(spec) * GB / self.bandwidth + self.step_per_request * running
 
-    def prompt(self, spec: ModelSpec, tokens: int) -> float:
+    def prompt(self, spec: ReplicaSpec, tokens: int) -> float:
         """Seconds to read a prompt."""
         return gigabytes(spec) * tokens / self.prefill
 
@@ -72,6 +72,6 @@ class Physics:
 A100 = Physics()
 
 
-def gigabytes(spec: ModelSpec) -> float:
+def gigabytes(spec: ReplicaSpec) -> float:
     """The weights on each of its devices."""
     return (spec.weights or spec.footprint.awake) / max(1, spec.device_count) / GB

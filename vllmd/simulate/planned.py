@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vllmd.config.loader import load
 from vllmd.config.types import Config, ModelConfig
-from vllmd.core.types import Device, ModelSpec, Settings
+from vllmd.core.types import Device, ModelSpec, ReplicaSpec, Settings, single
 from vllmd.engines import engine_of
 from vllmd.engines.estimate import Estimate, estimate, too_large
 from vllmd.errors import ConfigError
@@ -17,7 +17,8 @@ from vllmd.gpu import open_devices
 from vllmd.simulate.physics import Physics
 from vllmd.simulate.world import Machine, Warm
 
-SAME = {field.name for field in fields(ModelSpec)} & {field.name for field in fields(ModelConfig)}
+CORE = {field.name for spec in (ModelSpec, ReplicaSpec) for field in fields(spec)} - {"replicas"}
+SAME = CORE & {field.name for field in fields(ModelConfig)}
 
 
 def read_config(path: str | None, devices: Sequence[str] = (), host_memory: str = "") -> Config:
@@ -59,7 +60,7 @@ def spec_of(model: ModelConfig, devices: Sequence[Device], home: Path) -> ModelS
     if why:
         where = f"{model.where}: " if model.where else ""
         raise ConfigError(f"{where}{why}")
-    return ModelSpec(
+    return single(
         footprint=told.footprint,
         weights=told.weights,
         device_count=engine_of(model).device_count(model),

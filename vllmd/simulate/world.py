@@ -15,7 +15,7 @@ from vllmd.core import events as ev
 from vllmd.core.costs import CostBook
 from vllmd.core.policy import Policy
 from vllmd.core.scheduler import Scheduler
-from vllmd.core.types import Device, ModelSpec, Placement, Settings, State
+from vllmd.core.types import Device, ModelSpec, Placement, ReplicaSpec, Settings, State
 from vllmd.errors import VllmdError
 from vllmd.simulate.engine import Engine, Job
 from vllmd.simulate.physics import A100, Physics
@@ -70,14 +70,15 @@ class World:
     ) -> None:
         self.machine = machine
         self.jobs = [Job(n, f"r{n}", row.model, row.prompt, row.output, row.time) for n, row in enumerate(trace)]
-        self.swaps = dict.fromkeys((spec.name for spec in machine.specs), 0)
+        self.swaps = dict.fromkeys((spec.id for spec in engines_of(machine)), 0)
         self.samples: list[Sample] = []
         self.busy = dict.fromkeys((device.index for device in machine.devices), 0.0)  # seconds with work
         self._keys = [row.key for row in trace]
         self._scheduler = scheduler(machine.specs, machine.devices, machine.settings, machine.costs, policy)
-        self._engines = {spec.name: Engine(spec, machine.physics) for spec in machine.specs}
+        self._engines = {spec.id: Engine(spec, machine.physics) for spec in engines_of(machine)}
         self._where: dict[str, tuple[int, ...]] = {}
         self._by_id = {job.id: job for job in self.jobs}
+        self._runs_in: dict[str, Engine] = {}  # a request -> its engine
         self._counts: dict[tuple[str, str], int] = {}
         self._planned: list[tuple[float, int, str, ev.Event]] = []  # heap; the model whose command it answers
         self._token = dict.fromkeys(self._engines, 0)  # which answer is owed: older ones are void
@@ -176,22 +177,22 @@ class World:
     # -- the commands
 
     def _start(self, c: cmd.StartEngine) -> None:
-        self._where[c.model] = c.placement.devices
-        self._later(c.model, "start", ev.EngineReady(c.model))
+        self._where[c.replica] = c.placement.devices
+        self._later(c.replica, "start", ev.EngineReady(c.replica))
 
     def _wake(self, c: cmd.WakeEngine) -> None:
-        self._later(c.model, f"wake{c.level}", ev.EngineAwake(c.model))
+        self._later(c.replica, f"wake{c.level}", ev.EngineAwake(c.replica))
 
     def _sleep(self, c: cmd.SleepEngine) -> None:
-        self._engines[c.model].freeze(self.now)
-        self._later(c.model, f"sleep{c.level}", ev.EngineAsleep(c.model, c.level))
+        self._engines[c.replica].freeze(self.now)
+        self._later(c.replica, f"sleep{c.level}", ev.EngineAsleep(c.replica, c.level))
 
     def _prove(self, c: cmd.ProveFreeze) -> None:
-        self._later(c.model, "proof", ev.FreezeProved(c.model, survived=True))
+        self._later(c.replica, "proof", ev.FreezeProved(c.replica, survived=True))
 
     def _stop(self, c: cmd.StopEngine) -> None:
-        self._engines[c.model].freeze(self.now)
-        self._later(c.model, "stop", ev.EngineStopped(c.model))
+        self._engines[c.replica].freeze(self.now)
+        self._later(c.replica, "stop", ev.EngineStopped(c.replica))
 
     def _later(self, model: str, kind: str, event: ev.Event) -> None:
         number = self._counts[model, kind] = self._counts.get((model, kind), 0) + 1
@@ -200,7 +201,8 @@ class World:
         heappush(self._planned, (self.now + took, token, model, event))
 
     def _admit(self, c: cmd.Admit) -> None:
-        self._engines[c.model].admit(self._by_id[c.request], self.now)
+        engine = self._runs_in[c.request] = self._engines[c.replica]
+        engine.admit(self._by_id[c.request], self.now)
 
     def _reject(self, c: cmd.Reject) -> None:
         job = self._by_id[c.request]
@@ -209,7 +211,7 @@ class World:
 
     def _cut(self, c: cmd.CutRequest) -> None:
         job = self._by_id[c.request]
-        self._engines[job.model].drop(job, self.now)
+        self._runs_in[c.request].drop(job, self.now)
         job.error = "cut"
         self._finish(job)
 
@@ -222,8 +224,8 @@ class World:
         if self.machine.warm is not Warm.ASLEEP:
             return
         for spec, placement, level in asleep(self.machine):
-            self._where[spec.name] = placement.devices
-            self._handle(ev.EngineAdopted(spec.name, placement, State.SLEEPING, level))
+            self._where[spec.id] = placement.devices
+            self._handle(ev.EngineAdopted(spec.id, placement, State.SLEEPING, level))
 
     def _sample(self, at: float) -> None:
         s = self._scheduler.snapshot(at)
@@ -231,11 +233,16 @@ class World:
         self.samples.append(Sample(at, promised, s.host_promised, sum(m.queued for m in s.models)))
 
 
-def asleep(machine: Machine) -> Iterator[tuple[ModelSpec, Placement, int]]:
+def engines_of(machine: Machine) -> list[ReplicaSpec]:
+    """Every engine of its models."""
+    return [spec for model in machine.specs for spec in model.replicas]
+
+
+def asleep(machine: Machine) -> Iterator[tuple[ReplicaSpec, Placement, int]]:
     """Every engine that can sleep, spread over the devices, at level 1 while host memory lasts."""
     host = machine.settings.host_memory
     turn = 0
-    for spec in machine.specs:
+    for spec in engines_of(machine):
         if not spec.sleep_levels or not spec.device_count or not machine.devices:
             continue
         level = 1 if 1 in spec.sleep_levels and spec.footprint.host <= host else max(spec.sleep_levels)
@@ -247,9 +254,12 @@ def asleep(machine: Machine) -> Iterator[tuple[ModelSpec, Placement, int]]:
             yield spec, Placement(tuple(places)), level
 
 
-def freezing(specs: Iterable[ModelSpec]) -> list[ModelSpec]:
+def freezing(specs: Sequence[ModelSpec]) -> list[ModelSpec]:
     """The same models with ``preempt: true`` where they can sleep."""
-    return [replace(spec, preempt=bool(spec.sleep_levels)) for spec in specs]
+    return [
+        replace(model, replicas=tuple(replace(r, preempt=bool(r.sleep_levels)) for r in model.replicas))
+        for model in specs
+    ]
 
 
 _EXECUTE: dict[type, Callable[[World, Any], None]] = {

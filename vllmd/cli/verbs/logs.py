@@ -46,9 +46,10 @@ def journal_is_readable(folders: Sequence[str] = ("/var/log/journal", "/run/log/
 
 
 def engines(status: dict[str, Any], line: dict[str, Any]) -> list[str]:
-    """Whose lines are meant: the first of several replicas has an engine by the model's name."""
-    first = {model["replicas"][0]["name"]: model["name"] for model in status["models"] if model.get("replicas")}
-    return [first.get(each["name"], each["name"]) for each in line.get("replicas") or [line]]
+    """Whose lines are meant. The first of several replicas may have been started when the model had one engine."""
+    firsts = {model["replicas"][0]["name"]: model["name"] for model in status["models"] if model.get("replicas")}
+    names = [each["name"] for each in line.get("replicas") or [line]]
+    return [*(firsts[name] for name in names if name in firsts), *names]
 
 
 def journalctl(names: list[str], arguments: Any, user: bool) -> list[str]:

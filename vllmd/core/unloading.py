@@ -4,66 +4,65 @@ from __future__ import annotations
 
 from vllmd.core.common import Core
 from vllmd.core.idle import Rest, rest
-from vllmd.core.model import INFINITY, Leave, Model
+from vllmd.core.model import INFINITY, Leave, Replica
 from vllmd.core.planner import Planner
 from vllmd.core.types import State
 
 DEEPEN_RETRY = 5.0  # seconds between two looks for room in which to sleep deeper
 
 
-class Departures:
+class Unloading:
     """Those whose gate is closed, and sleepers that are to stop, until their command is out."""
 
     def __init__(self, core: Core, planner: Planner) -> None:
         self._core = core
         self._planner = planner
-        self._leaving: dict[str, Model] = {}
+        self._leaving: dict[Replica, None] = {}
 
     def __len__(self) -> int:
         return len(self._leaving)
 
-    def note(self, m: Model) -> None:
+    def note(self, m: Replica) -> None:
         """Whether ``m`` is on its way out may have changed."""
         if m.leave and m.state in (State.DRAINING, State.SLEEPING):
-            self._leaving[m.name] = m
+            self._leaving[m] = None
         else:
-            self._leaving.pop(m.name, None)
+            self._leaving.pop(m, None)
 
-    def drop(self, m: Model) -> None:
+    def drop(self, m: Replica) -> None:
         """``m`` is known no more."""
-        self._leaving.pop(m.name, None)
+        self._leaving.pop(m, None)
 
     def advance(self) -> None:
         """Let go whoever only waited for its requests to end or for a device to come to rest."""
-        for m in list(self._leaving.values()):
+        for m in list(self._leaving):
             if m.leave is None:
                 continue
             if m.running and m.state is State.DRAINING and not m.leave.kill:
                 self._press(m, m.leave)
-            elif self._core.fleet.free_to_move(m):  # 6.1
+            elif self._core.engines.free_to_move(m):  # 6.1
                 self._go(m, m.leave)
 
-    def _press(self, m: Model, leave: Leave) -> None:
+    def _press(self, m: Replica, leave: Leave) -> None:
         """Its requests take longer than they were given."""
         core = self._core
         level = self._planner.level(m, leave.level)
-        if core.now >= leave.freeze_at and m.freezable and level and core.fleet.free_to_move(m):  # 6.2
-            core.fleet.record(
-                "freeze", m.name, leave.why, {"frozen": len(m.running), "for": m.exchange, "cause": leave.cause}
-            )
-            core.fleet.sleep(m, level, freeze=True)
-            core.touch(m)
+        if core.now >= leave.freeze_at and m.freezable and level and core.engines.free_to_move(m):  # 6.2
+            target = m.exchange.id if m.exchange else ""
+            core.engines.record("freeze", m, leave.why, {"frozen": len(m.running), "for": target, "cause": leave.cause})
+            core.engines.sleep(m, level, freeze=True)
+            core.mark_dirty(m)
         elif core.now >= leave.cut_at:  # 6.3
             leave.cut_at = INFINITY
-            core.fleet.record("cut", m.name, "its drain limit has passed", {"cut": len(m.running)})
-            core.fleet.cut(m, "the model has to leave and its drain limit has passed")
-            core.touch(m)
+            core.engines.record("cut", m, "its drain limit has passed", {"cut": len(m.running)})
+            core.engines.cut(m, "the model has to leave and its drain limit has passed")
+            core.mark_dirty(m)
 
-    def _go(self, m: Model, leave: Leave) -> None:
+    def _go(self, m: Replica, leave: Leave) -> None:
         core = self._core
-        core.touch(m)
+        core.mark_dirty(m)
         if leave.cause == "proof":
-            core.fleet.prove(m)
+            core.engines.prove(m)
             return
         level = self._planner.level(m, leave.level) if m.state is State.DRAINING else 0
         numbers: dict[str, float | str] = {
@@ -71,15 +70,15 @@ class Departures:
             "idle": round(core.now - m.idle_since, 3),
             "cause": leave.cause,
         }
-        core.fleet.record("sleep" if level else "stop", m.name, leave.why, numbers)
+        core.engines.record("sleep" if level else "stop", m, leave.why, numbers)
         if level:
-            core.fleet.sleep(m, level)
+            core.engines.sleep(m, level)
         else:
-            core.fleet.stop(m, leave.why, leave.kill)
+            core.engines.stop(m, leave.why, leave.kill)
 
     # -- age
 
-    def age(self, m: Model) -> None:
+    def age(self, m: Replica) -> None:
         """4.4: what an unused model does next, if its time has come."""
         core = self._core
         action = rest(m, core.now)
@@ -93,8 +92,8 @@ class Departures:
         elif action is Rest.DEEPEN:
             m.look_again = core.now + DEEPEN_RETRY
 
-    def can_deepen(self, m: Model) -> bool:
+    def can_deepen(self, m: Replica) -> bool:
         """An engine cannot go from level 1 to 2 asleep: it must wake in between, and has room to, unasked."""
         core = self._core
         claimed = not core.exchanges.claims().keys().isdisjoint(m.placement.devices)
-        return core.fleet.free_to_move(m) and not claimed and core.exchanges.room_for(m, m.placement.devices)
+        return core.engines.free_to_move(m) and not claimed and core.exchanges.room_for(m, m.placement.devices)

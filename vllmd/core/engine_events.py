@@ -19,7 +19,7 @@ from vllmd.core.events import (
 )
 from vllmd.core.ledger import gib
 from vllmd.core.lifecycle import LifecycleError, Step
-from vllmd.core.model import Model
+from vllmd.core.model import Replica
 from vllmd.core.types import Footprint, State
 
 STABLE = 60.0  # seconds; an engine that served so long has put its failures behind it
@@ -27,7 +27,7 @@ LONGEST_BACKOFF = 300.0
 LONGEST_ELSEWHERE = 5.0  # of one that runs elsewhere: asking costs nothing, and it should be used as soon as it is back
 
 
-class Answers:
+class EngineEvents:
     """Good news opens gates; bad news ends in a known state, with a reason, and never for good."""
 
     def __init__(self, core: Core, admission: Admission) -> None:
@@ -38,7 +38,7 @@ class Answers:
 
     def ready(self, e: EngineReady) -> None:
         """The start succeeded."""
-        m = self._answered(e.model, State.STARTING, Step.READY)
+        m = self._answered(e.replica, State.STARTING, Step.READY)
         if m:
             if e.footprint:
                 m.learn(e.footprint)
@@ -46,63 +46,63 @@ class Answers:
 
     def awake(self, e: EngineAwake) -> None:
         """The wake succeeded."""
-        m = self._answered(e.model, State.WAKING, Step.AWAKE)
+        m = self._answered(e.replica, State.WAKING, Step.AWAKE)
         if m:
             self._serves(m)
 
     def asleep(self, e: EngineAsleep) -> None:
         """The sleep succeeded."""
-        m = self._answered(e.model, State.FALLING_ASLEEP, Step.ASLEEP)
+        m = self._answered(e.replica, State.FALLING_ASLEEP, Step.ASLEEP)
         if m:
-            self._core.fleet.asleep(m, e.level, e.freed)
+            self._core.engines.asleep(m, e.level, e.freed)
             self._settled(m)
 
     def stopped(self, e: EngineStopped) -> None:
         """The stop is complete; memory that did not come back marks its device (2.6)."""
         core = self._core
-        m = core.model(e.model)
+        m = core.replica(e.replica)
         devices = m.placement.devices
-        core.fleet.gone(m, Step.STOPPED)
+        core.engines.gone(m, Step.STOPPED)
         missing = {index: size for index, size in e.missing.items() if index in devices and size > 0}
-        core.fleet.ledger.wedge(missing)
+        core.engines.ledger.wedge(missing)
         for index, size in missing.items():
             why = f"{gib(size)} of device {index} did not come back: it is avoided until they do"
-            core.fleet.record("wedged", m.name, why, {"device": index, "missing": size})
+            core.engines.record("wedged", m, why, {"device": index, "missing": size})
         self._settled(m)
 
     def adopted(self, e: EngineAdopted) -> None:
         """An engine from before this daemon goes on as it was found."""
         core = self._core
-        m = core.model(e.model)
-        core.fleet.adopt(m, e.placement, e.state, e.level if e.state is State.SLEEPING else 0)
+        m = core.replica(e.replica)
+        core.engines.adopt(m, e.placement, e.state, e.level if e.state is State.SLEEPING else 0)
         if e.footprint:
             m.learn(e.footprint)
-            core.fleet.rebook(m)
+            core.engines.rebook(m)
         m.idle_since = m.used = core.now - max(0.0, e.idle)
-        core.fleet.record("adopt", m.name, f"found {m.state.value}", {"level": m.level})
+        core.engines.record("adopt", m, f"found {m.state.value}", {"level": m.level})
         self._settled(m)
 
     def sampled(self, e: MemorySampled) -> None:
         """NVML's word corrects the ledger; a device that could not be read keeps its last figures."""
         core = self._core
-        core.fleet.ledger.external({i: size for i, size in e.external.items() if i not in e.failed}, core.now)
-        core.fleet.ledger.unread(e.failed)
+        core.engines.ledger.external({i: size for i, size in e.external.items() if i not in e.failed}, core.now)
+        core.engines.ledger.unread(e.failed)
         shares: dict[str, dict[int, int]] = {}
-        for (name, index), size in e.models.items():
-            if size > 0 and name in core.models and index not in e.failed:
+        for (name, index), size in e.replicas.items():
+            if size > 0 and name in core.replicas and index not in e.failed:
                 shares.setdefault(name, {})[index] = size
         for name, share in shares.items():
-            core.fleet.measured(core.models[name], share)
-            core.touch(core.models[name])
+            core.engines.measured(core.replicas[name], share)
+            core.mark_dirty(core.replicas[name])
         core.replan = core.replan or bool(core.waiting)
 
     # -- bad news
 
     def start_failed(self, e: EngineStartFailed) -> None:
         """For lack of memory it is tried once more with more room (2.3); else everybody is told (2.4)."""
-        m = self._answered(e.model, State.STARTING, Step.START_FAILED)
+        m = self._answered(e.replica, State.STARTING, Step.START_FAILED)
         if m:
-            self._core.fleet.gone(m, Step.START_FAILED)
+            self._core.engines.gone(m, Step.START_FAILED)
             self._settled(m)
             if e.memory and not e.permanent and not m.room_retried:
                 self._more_room(m, e)
@@ -111,32 +111,32 @@ class Answers:
 
     def sleep_failed(self, e: EngineSleepFailed) -> None:
         """Its state is unknown."""
-        self._half_done(e.model, State.FALLING_ASLEEP, Step.SLEEP_FAILED, f"falling asleep failed: {e.reason}")
+        self._half_done(e.replica, State.FALLING_ASLEEP, Step.SLEEP_FAILED, f"falling asleep failed: {e.reason}")
 
     def wake_failed(self, e: EngineWakeFailed) -> None:
         """Its state is unknown."""
-        self._half_done(e.model, State.WAKING, Step.WAKE_FAILED, f"waking failed: {e.reason}")
+        self._half_done(e.replica, State.WAKING, Step.WAKE_FAILED, f"waking failed: {e.reason}")
 
     def proved(self, e: FreezeProved) -> None:
         """Whether frozen requests survive in this engine; if not, its state is unknown as well."""
         step = Step.PROVED if e.survived else Step.DISPROVED
-        m = self._answered(e.model, State.FALLING_ASLEEP, step)
+        m = self._answered(e.replica, State.FALLING_ASLEEP, step)
         if not m:
             return
         m.freezes = e.survived
-        self._core.fleet.record("prove", m.name, "frozen requests survive" if e.survived else "frozen requests do not")
+        self._core.engines.record("prove", m, "frozen requests survive" if e.survived else "frozen requests do not")
         if e.survived:
             self._serves(m)
         else:
-            self._core.fleet.broke(m, step, "a frozen request did not survive; it will only be drained")
+            self._core.engines.broke(m, step, "a frozen request did not survive; it will only be drained")
 
     def exited(self, e: EngineExited) -> None:
         """2.7: a death during the start is a failed start; during a stop, its end; else a crash."""
-        m = self._core.model(e.model)
+        m = self._core.replica(e.replica)
         before, stable = m.state, self._core.now - m.ready_at >= STABLE
         if not m.spec.device_count:  # it runs elsewhere, and its connections need not break off by themselves
-            self._core.fleet.cut(m, e.reason)
-        self._core.fleet.gone(m, Step.EXITED)
+            self._core.engines.cut(m, e.reason)
+        self._core.engines.gone(m, Step.EXITED)
         self._settled(m)
         if before is State.STARTING:
             self._give_up(m, e.reason)
@@ -145,57 +145,57 @@ class Answers:
 
     # -- underneath
 
-    def _answered(self, name: str, state: State, step: Step) -> Model | None:
-        """The model, if it is in ``state``; None if a stop has overtaken the command that this answers (2.1)."""
-        m = self._core.model(name)
+    def _answered(self, name: str, state: State, step: Step) -> Replica | None:
+        """The replica, if it is in ``state``; None if a stop has overtaken the command that this answers (2.1)."""
+        m = self._core.replica(name)
         if m.state is State.STOPPING:
-            self._core.fleet.too_late(m, step)
+            self._core.engines.too_late(m, step)
             return None
         if m.state is not state:
             found = f"which is {m.state.value!r}, not {state.value!r}"
-            raise LifecycleError(f"the daemon reported {step.value!r} of model {name!r}, {found}")
+            raise LifecycleError(f"the daemon reported {step.value!r} of {name!r}, {found}")
         return m
 
-    def _serves(self, m: Model) -> None:
-        self._core.fleet.ready(m)
+    def _serves(self, m: Replica) -> None:
+        self._core.engines.ready(m)
         m.wanted, m.failure, m.given_up, m.room_retried = None, "", False, False
         self._settled(m)
 
-    def _settled(self, m: Model) -> None:
+    def _settled(self, m: Replica) -> None:
         """Its command is answered: devices are at rest again, and there is news to plan by."""
         self._core.exchanges.left(m)
-        self._core.news(m)
+        self._core.mark_urgent(m)
 
-    def _more_room(self, m: Model, e: EngineStartFailed) -> None:
+    def _more_room(self, m: Replica, e: EngineStartFailed) -> None:
         """Learn that it needs more; whoever waits makes the policy find that room."""
         m.room_retried, m.failure = True, e.reason
-        largest = max((a.capacity for a in self._core.fleet.ledger.accounts.values()), default=0)
+        largest = max((a.capacity for a in self._core.engines.ledger.accounts.values()), default=0)
         if e.needed:
             m.costs.asked = max(m.costs.asked, e.needed)
         f = m.footprint
         grown = max(m.booking, min(largest, m.booking * 11 // 10))
         m.costs.footprint = Footprint(grown, f.awake, f.asleep, f.host, f.source)
-        self._core.fleet.forgive(m)
+        self._core.engines.forgive(m)
         room = "what is free then" if m.spec.when_free else f"room for {gib(m.booking)} per device"
         why = f"it failed for lack of memory ({e.reason}); once more with {room}"
-        self._core.fleet.record("retry", m.name, why, {"booking": m.booking})
+        self._core.engines.record("retry", m, why, {"booking": m.booking})
 
-    def _give_up(self, m: Model, reason: str) -> None:
+    def _give_up(self, m: Replica, reason: str) -> None:
         left = self._failed(m, reason, given_up=True)
-        self._core.fleet.record("fail", m.name, reason, {"failures": m.failures, "retry_after": left})
-        self._admission.forsake(m, "EngineFailed", reason, left)
+        self._core.engines.record("fail", m, reason, {"failures": m.failures, "retry_after": left})
+        self._admission.reject_waiters(m, "EngineFailed", reason, left)
 
-    def _crashed(self, m: Model, reason: str, stable: bool) -> None:
+    def _crashed(self, m: Replica, reason: str, stable: bool) -> None:
         if stable:
             m.failures = 0
         if m.failures >= m.spec.max_restarts:
             self._give_up(m, reason)
             return
         left = self._failed(m, reason, given_up=False)
-        numbers = {"failures": m.failures, "retry_after": left, "waiting": len(m.queue)}
-        self._core.fleet.record("crash", m.name, reason, numbers)
+        numbers = {"failures": m.failures, "retry_after": left, "waiting": m.queued}
+        self._core.engines.record("crash", m, reason, numbers)
 
-    def _failed(self, m: Model, reason: str, given_up: bool) -> float:
+    def _failed(self, m: Replica, reason: str, given_up: bool) -> float:
         """One more failure in a row. Returns the seconds until it may be tried again."""
         if m.failed_at < m.ready_at <= self._core.now - STABLE:
             m.failures = 0  # it has served since, and did not fail then
@@ -212,6 +212,6 @@ class Answers:
         if m:
             m.sleep_failures += 1
             m.failure = why
-            self._core.fleet.record("stop", m.name, why)
-            self._core.fleet.broke(m, step, why)
-            self._core.touch(m)
+            self._core.engines.record("stop", m, why)
+            self._core.engines.broke(m, step, why)
+            self._core.mark_dirty(m)

@@ -1,7 +1,7 @@
 """The engines: each step of a life changes state, ledger and learnt costs together, and says its command.
 
-This is the only file that changes a model's state. It decides nothing; it
-holds two rules: one command is outstanding per model, and one per device.
+This is the only file that changes an engine's state. It decides nothing; it
+holds two rules: one command is outstanding per engine, and one per device.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from vllmd.core.commands import (
     ProveFreeze,
     Record,
     Reject,
+    RenameReplica,
     SleepEngine,
     StartEngine,
     StopEngine,
@@ -24,7 +25,7 @@ from vllmd.core.commands import (
 )
 from vllmd.core.ledger import Ledger
 from vllmd.core.lifecycle import LOADED, MOVING, LifecycleError, Step, follow
-from vllmd.core.model import Leave, Model, Run
+from vllmd.core.model import Leave, Model, Replica, Run
 from vllmd.core.types import Decision, Placement, State
 
 DECISIONS_KEPT = 1000
@@ -36,7 +37,7 @@ ADOPTIONS = {
 }
 
 
-class Fleet:
+class EngineTable:
     """All engines, the ledger, and the commands of the event being handled."""
 
     def __init__(self, ledger: Ledger) -> None:
@@ -44,7 +45,7 @@ class Fleet:
         self.now = 0.0
         self.decisions: deque[Decision] = deque(maxlen=DECISIONS_KEPT)
         self._out: list[Command] = []
-        self._busy: dict[int, str] = {}  # device -> the model whose command runs there
+        self._busy: dict[int, Replica] = {}  # device -> whose command runs there
 
     # -- what goes out
 
@@ -53,106 +54,120 @@ class Fleet:
         out, self._out = self._out, []
         return out
 
-    def record(self, what: str, model: str, why: str, numbers: Mapping[str, float | int | str] | None = None) -> None:
-        """A decision, for the journal and for ``vllmctl why``."""
-        decision = Decision(self.now, what, model, why, numbers or {})
+    def record(
+        self, what: str, about: Model | Replica | None, why: str, numbers: Mapping[str, float | int | str] | None = None
+    ) -> None:
+        """A decision, for the journal and for ``vllmctl why``; ``about`` None: about the machine."""
+        if isinstance(about, Replica):
+            model, replica = about.model.name, about.id
+        else:
+            model = replica = about.name if about else ""
+        self.note(Decision(self.now, what, model, why, numbers or {}, replica if replica != model else ""))
+
+    def note(self, decision: Decision) -> None:
+        """Keep a decision, and have it written down."""
         self.decisions.append(decision)
         self._out.append(Record(decision))
 
-    def admit(self, m: Model, request: str) -> None:
+    def admit(self, m: Replica, request: str) -> None:
         """The engine may have this request. Only now it counts as demand: many who wait leave before."""
         m.running[request] = Run(self.now)
         m.used = self.now
         m.costs.arrived(self.now)
-        if m.replica:
-            m.replica.unanswered[request] = self.now
-        self._out.append(Admit(request, m.name))
+        if m.health:
+            m.health.unanswered[request] = self.now
+        self._out.append(Admit(request, m.id))
+
+    def rename(self, m: Replica, name: str) -> None:
+        """It has another id from now on."""
+        self._out.append(RenameReplica(m.id, name))
+        m.id = name
 
     def reject(self, request: str, error: str, message: str, retry_after: float | None = None) -> None:
         """The request gets this error."""
         self._out.append(Reject(request, error, message, retry_after))
 
-    def cut(self, m: Model, why: str, requests: Iterable[str] | None = None) -> None:
+    def cut(self, m: Replica, why: str, requests: Iterable[str] | None = None) -> None:
         """Break off all that runs in the engine, or only these ``requests``."""
         self._out += [CutRequest(request, why) for request in (m.running if requests is None else requests)]
 
     # -- devices
 
-    def holder(self, devices: Iterable[int]) -> str:
-        """A model whose command is under way on one of ``devices``; empty: none."""
+    def holder(self, devices: Iterable[int]) -> Replica | None:
+        """One whose command is under way on one of ``devices``."""
         for index in devices:
             if index in self._busy:
                 return self._busy[index]
-        return ""
+        return None
 
     @property
-    def moving(self) -> Mapping[int, str]:
+    def moving(self) -> Mapping[int, Replica]:
         """The devices on which a command is under way, and whose."""
         return self._busy
 
-    def free_to_move(self, m: Model) -> bool:
+    def free_to_move(self, m: Replica) -> bool:
         """No other engine is being moved on its devices."""
-        return not any(self._busy.get(index, m.name) != m.name for index in m.placement.devices)
+        return not any(self._busy.get(index, m) is not m for index in m.placement.devices)
 
     # -- commands
 
-    def start(self, m: Model, devices: tuple[int, ...], size: int | None = None) -> None:
+    def start(self, m: Replica, devices: tuple[int, ...], size: int | None = None) -> None:
         """Start it there; its booking, ``size`` if it is not by its footprint, is in the ledger from now on."""
         m.placement = Placement(devices)
         self._move(m, Step.START)
         if size is not None:
             m.granted(size)
-        self.ledger.hold(m.name, dict.fromkeys(devices, m.booking if size is None else size))
-        self._out.append(StartEngine(m.name, m.placement, m.told if size is None else size))
+        self.ledger.hold(m, dict.fromkeys(devices, m.booking if size is None else size))
+        self._out.append(StartEngine(m.id, m.placement, m.told if size is None else size))
 
-    def wake(self, m: Model) -> None:
+    def wake(self, m: Replica) -> None:
         """Wake it where it sleeps; it holds what it holds awake from now on."""
         self._move(m, Step.WAKE)
-        self.ledger.hold(m.name, dict.fromkeys(m.placement.devices, m.footprint.awake))
-        self._out.append(WakeEngine(m.name, m.level))
+        self.ledger.hold(m, dict.fromkeys(m.placement.devices, m.footprint.awake))
+        self._out.append(WakeEngine(m.id, m.level))
 
-    def drain(self, m: Model, leave: Leave) -> None:
+    def drain(self, m: Replica, leave: Leave) -> None:
         """Close the gate. Running requests go on; it leaves when they are through."""
         self._move(m, Step.DRAIN)
         m.leave = leave
 
-    def reopen(self, m: Model) -> None:
+    def reopen(self, m: Replica) -> None:
         """It stays after all."""
         self._move(m, Step.REOPEN)
-        m.leave, m.exchange = None, ""
+        m.leave = m.exchange = None
 
-    def sleep(self, m: Model, level: int, freeze: bool = False) -> None:
+    def sleep(self, m: Replica, level: int, freeze: bool = False) -> None:
         """Put it to sleep; it still holds everything."""
         self._move(m, Step.SLEEP)
         m.level = level
         if level == 1:
-            self.ledger.hold_host(m.name, m.footprint.host)
+            self.ledger.hold_host(m, m.footprint.host)
         for run in m.running.values():
             run.frozen += 1
-        self._out.append(SleepEngine(m.name, level, freeze))
+        self._out.append(SleepEngine(m.id, level, freeze))
 
-    def prove(self, m: Model) -> None:
+    def prove(self, m: Replica) -> None:
         """Have it shown, with a request of the daemon's own, that freezing loses nothing."""
         self._move(m, Step.PROVE)
-        self._out.append(ProveFreeze(m.name))
+        self._out.append(ProveFreeze(m.id))
 
-    def stop(self, m: Model, why: str, kill: bool = False) -> None:
+    def stop(self, m: Replica, why: str, kill: bool = False) -> None:
         """Stop it, whatever it does."""
         self._move(m, Step.STOP)
-        self._out.append(StopEngine(m.name, why, kill))
+        self._out.append(StopEngine(m.id, why, kill))
 
-    def forgive(self, m: Model) -> None:
+    def forgive(self, m: Replica) -> None:
         """A failed one may be started again."""
         self._move(m, Step.FORGIVE)
 
-    def probe(self, m: Model, request: str, limit: float) -> None:
+    def probe(self, m: Replica, request: str, limit: float) -> None:
         """Ask it a question of the daemon's own, which runs in it as any other request does."""
         m.running[request] = Run(self.now)
-        self._out.append(ProbeReplica(request, m.name, limit))
+        self._out.append(ProbeReplica(request, m.id, limit))
 
     # -- answers
 
-    def ready(self, m: Model) -> None:
+    def ready(self, m: Replica) -> None:
         """It serves: after a start, a wake, or the proof of freezing."""
         self._learn_time(m)
         step = {State.STARTING: Step.READY, State.WAKING: Step.AWAKE}.get(m.state, Step.PROVED)
@@ -160,31 +175,31 @@ class Fleet:
             m.idle_since = self.now
         self._move(m, step)
         m.level, m.ready_at, m.leave = 0, self.now, None
-        self.ledger.hold(m.name, dict.fromkeys(m.placement.devices, m.footprint.awake))
+        self.ledger.hold(m, dict.fromkeys(m.placement.devices, m.footprint.awake))
         self.settle_host(m)
 
-    def asleep(self, m: Model, level: int, freed: Mapping[int, int]) -> None:
+    def asleep(self, m: Replica, level: int, freed: Mapping[int, int]) -> None:
         """It sleeps: the ledger has back what came free, as measured or as expected."""
         self._learn_time(m)
         self._move(m, Step.ASLEEP)
         m.level, m.leave = level, None
-        if m.replica:
-            m.replica.engine_left()
+        if m.health:
+            m.health.engine_left()
         m.slept_shallow = m.slept_shallow or level == 1
-        held = self.ledger.held(m.name)
+        held = self.ledger.held(m)
         rest = {i: max(0, b - freed[i]) if i in freed else min(b, m.footprint.asleep) for i, b in held.items()}
-        self.ledger.hold(m.name, rest)
+        self.ledger.hold(m, rest)
         if freed and rest:
             m.measured(asleep=max(rest.values()))
         self.settle_host(m)
 
-    def broke(self, m: Model, step: Step, why: str) -> None:
+    def broke(self, m: Replica, step: Step, why: str) -> None:
         """A sleep, a wake or the proof failed: its state is unknown, so it is stopped in full."""
         self.cut(m, why)
         self._move(m, step)
-        self._out.append(StopEngine(m.name, why, False))
+        self._out.append(StopEngine(m.id, why, False))
 
-    def gone(self, m: Model, step: Step) -> None:
+    def gone(self, m: Replica, step: Step) -> None:
         """Every process of it is gone, and so is everything it held."""
         if m.state is State.STOPPING and step is Step.STOPPED:
             self._learn_time(m)
@@ -194,11 +209,11 @@ class Fleet:
         m.level, m.leave, m.placement = 0, None, Placement()
         m.slept_shallow = m.deepen = False
         m.asked = None
-        if m.replica:
-            m.replica.engine_left()
-        self.ledger.release(m.name)
+        if m.health:
+            m.health.engine_left()
+        self.ledger.release(m)
 
-    def adopt(self, m: Model, placement: Placement, state: State, level: int) -> None:
+    def adopt(self, m: Replica, placement: Placement, state: State, level: int) -> None:
         """An engine from before this daemon."""
         before, m.placement = m.placement, placement
         try:
@@ -210,19 +225,19 @@ class Fleet:
         m.slept_shallow = level == 1
         self.rebook(m)
 
-    def rebook(self, m: Model) -> None:
+    def rebook(self, m: Replica) -> None:
         """Its footprint is known better than when it was booked."""
         shares = {State.SLEEPING: m.footprint.asleep, State.STARTING: m.booking}
         share = shares.get(m.state, m.footprint.awake)
-        self.ledger.hold(m.name, dict.fromkeys(m.placement.devices, share))
+        self.ledger.hold(m, dict.fromkeys(m.placement.devices, share))
         self.settle_host(m)
 
-    def measured(self, m: Model, shares: Mapping[int, int]) -> None:
+    def measured(self, m: Replica, shares: Mapping[int, int]) -> None:
         """What its processes were seen to hold, bytes per device.
 
         On the move, and just after it (the sample may be from before), only what exceeds the booking counts.
         """
-        held = self.ledger.held(m.name)
+        held = self.ledger.held(m)
         seen = {index: shares.get(index, share) for index, share in held.items()}
         if not seen or m.state not in LOADED:
             return
@@ -233,31 +248,31 @@ class Fleet:
             m.measured(asleep=max(seen.values()))
         else:
             seen = {index: max(size, held[index]) for index, size in seen.items()}
-        self.ledger.hold(m.name, seen)
+        self.ledger.hold(m, seen)
 
-    def too_late(self, m: Model, step: Step) -> None:
+    def too_late(self, m: Replica, step: Step) -> None:
         """The answer to a command that a stop has overtaken."""
         self._move(m, step)
 
-    def settle_host(self, m: Model) -> None:
+    def settle_host(self, m: Replica) -> None:
         """Book the host memory of a level-1 sleeper; an engine may keep it after waking, until it stops."""
         keeps = m.level == 1 or (m.slept_shallow and m.spec.keeps_host)
-        self.ledger.hold_host(m.name, m.footprint.host if keeps else 0)
+        self.ledger.hold_host(m, m.footprint.host if keeps else 0)
 
     # -- underneath
 
-    def _move(self, m: Model, step: Step) -> None:
-        m.state = follow(m.name, m.state, step)
+    def _move(self, m: Replica, step: Step) -> None:
+        m.state = follow(m.id, m.state, step)
         m.changed = self.now
         devices = m.placement.devices
         if m.state in MOVING:
-            self._busy.update(dict.fromkeys(devices, m.name))
+            self._busy.update(dict.fromkeys(devices, m))
         else:
             for index in devices:
-                if self._busy.get(index) == m.name:
+                if self._busy.get(index) is m:
                     del self._busy[index]
 
-    def _learn_time(self, m: Model) -> None:
+    def _learn_time(self, m: Replica) -> None:
         took = self.now - m.changed
         if m.state is State.STARTING:
             m.costs.observe("start", took)

@@ -1,0 +1,158 @@
+"""Which replica of a model is to have a request, or is to come up for those that wait (8.1). Decides; changes nothing.
+
+A model without ``balancing`` has one replica: it takes every request, and is the nominee of every queue.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Collection, Iterable
+
+from vllmd.core.engine_table import EngineTable
+from vllmd.core.exchanges import Exchanges
+from vllmd.core.model import INFINITY, Model, Replica, Standing
+from vllmd.core.possible import has_room, never_fits
+from vllmd.core.situation import remaining
+from vllmd.core.types import State
+
+FORGET = 30.0  # seconds in which what is held against a replica falls to a third
+ENOUGH = 3  # answers from which a replica's latency means something
+DOUBTFUL = 5  # the outlook of one that was ejected, or is on its way out; that of a failed one is worse
+OFF = frozenset({State.STOPPED, State.SLEEPING, State.FAILED})
+
+
+class Balancer:
+    """Power of two choices among those that serve; among those that do not, the one that will serve soonest."""
+
+    def __init__(self, engines: EngineTable, exchanges: Exchanges) -> None:
+        self._engines = engines
+        self._exchanges = exchanges
+        self._chance = random.Random(0)  # the same events lead to the same decisions
+
+    def choose(self, model: Model, avoid: Collection[str] = ()) -> Replica | None:
+        """Of two that have a place, taken at random, the one that will answer sooner. None: none has."""
+        if model.rules is None:
+            only = model.replicas[0]
+            return only if only.state is State.READY and not only.full else None
+        fit = [r for r in in_use(model) if not r.full and r.id not in avoid]
+        pair = self._chance.sample(fit, min(2, len(fit)))
+        now = self._engines.now
+        return min(pair, key=lambda r: slowness(r, now) * (len(r.running) + 1), default=None)
+
+    def nominee(self, model: Model, but: Replica | None = None, most: int = DOUBTFUL + 1) -> Replica | None:
+        """The one that may be the first to serve who waits now; None: all are down. ``most``: the worst outlook."""
+        if model.rules is None:
+            return model.replicas[0]
+        outlooks = [(outlook, r) for r in model.members if r is not but and (outlook := self._outlook(r)) is not None]
+        good = [(outlook, r) for outlook, r in outlooks if outlook[0] <= most]
+        return min(good, key=lambda pair: pair[0], default=(None, None))[1]
+
+    def _outlook(self, r: Replica) -> tuple[int, bool, float] | None:
+        """The smaller the better, the present nominee before others; None for one that is down."""
+        ledger, now, other = self._engines.ledger, self._engines.now, r.model.nominee is not r
+        if down(r, now) or never_fits(ledger, r):
+            return None
+        if r.state is State.READY:
+            rank = {Standing.NEW: 1, Standing.EJECTED: DOUBTFUL}.get(standing(r), 0)
+            return rank, other, len(r.running)
+        if r.state in (State.STARTING, State.WAKING):
+            return 1, other, remaining(r, now)
+        if r in self._exchanges or (r.state is State.DRAINING and r.leave and r.leave.yields):
+            return 2, other, 0.0
+        if r.state in OFF and r.retry_at <= now:
+            return 3 if has_room(ledger, r) else 4, other, load_time(r)
+        return DOUBTFUL + (r.state is State.FAILED), other, r.retry_at
+
+
+# -- who gets a request
+
+
+def in_use(model: Model) -> list[Replica]:
+    """Those that get requests; else those at rest; else those set aside for being slow: better late than never."""
+    ready = [r for r in model.members if r.state is State.READY]
+    serving = [r for r in ready if standing(r) is Standing.SERVING]
+    spare = resting(model)
+    return [r for r in serving if r not in spare] or serving or [r for r in ready if standing(r) is Standing.SLOW]
+
+
+def resting(model: Model) -> list[Replica]:
+    """Those that serve beyond what is wanted: they get nothing, so that their idle rules take their course."""
+    if model.rules is None:
+        return []
+    up = [r for r in model.members if r.spec.device_count and r.state is State.READY]
+    return up[max(model.scale.wanted, model.rules.least) :]
+
+
+def slowness(r: Replica, now: float) -> float:
+    """How many times later than the fastest's its answers begin. It falls towards 1 as it ages, and is tried anew.
+
+    Streams are held against streams, whole answers against whole ones: those take as long as they are.
+    """
+    if r.health is None or not r.health.latencies:
+        return 1.0
+    known = r.health.latencies.items()
+    ratios = [latency.value / (fastest(r.model, streamed) or latency.value) for streamed, latency in known]
+    return 1.0 + (max(1.0, *ratios) - 1.0) * math.exp(-max(0.0, now - r.health.seen) / FORGET)
+
+
+def fastest(model: Model, streamed: bool, but: Replica | None = None) -> float | None:
+    """Seconds to the first byte of the fastest that serves, by more than a few answers; None if none is known."""
+    serving = [r for r in model.members if r is not but and r.on and standing(r) is Standing.SERVING]
+    known = [r.health.latencies.get(streamed) for r in serving if r.health]
+    return min([latency.value for latency in known if latency and latency.answers >= ENOUGH], default=None)
+
+
+def quickest(but: Replica) -> float | None:
+    """Seconds of the quickest probe of the others that serve; None if no other does."""
+    others = [r.health for r in but.model.members if r is not but and r.health and r.state is State.READY]
+    known = [health.took for health in others if health.standing is Standing.SERVING]
+    return min([took for took in known if took is not None], default=None)
+
+
+def standing(r: Replica) -> Standing:
+    """What its answers have earned it."""
+    return r.health.standing if r.health else Standing.SERVING
+
+
+# -- who does not
+
+
+def down(r: Replica, now: float) -> bool:
+    """It will not serve whoever comes now: it is gone, has failed for good, or failed one probe after another."""
+    if r.removed or (r.health and r.health.halted):
+        return True
+    if r.state is State.FAILED:
+        return r.given_up and r.retry_at > now
+    if r.health is None or r.model.rules is None:
+        return False
+    ejected = r.state is State.READY and r.health.standing is Standing.EJECTED
+    return ejected and r.health.failed > r.model.rules.retries
+
+
+def trouble(replicas: Iterable[Replica]) -> str:
+    """What is wrong with each that is down, for whoever is refused."""
+    return "; ".join(f"{r.id}: {why}" for r in replicas if (why := ailment(r)))
+
+
+def ailment(r: Replica) -> str:
+    """Why a replica does not serve although it should; "" if nothing is wrong with it."""
+    if r.state is State.FAILED:
+        return r.failure
+    return r.health.why if r.health and r.state is State.READY else ""
+
+
+def back_in(replicas: Iterable[Replica], now: float) -> float:
+    """Seconds until the first that has failed may be tried again, at least one."""
+    again = min((r.retry_at for r in replicas if r.state is State.FAILED), default=-INFINITY)
+    return max(1.0, again - now)
+
+
+def in_flight(r: Replica) -> int:
+    """Clients' requests in its engine: a probe is not one."""
+    return len(r.running) - (r.health is not None and r.health.probe in r.running)
+
+
+def load_time(r: Replica) -> float:
+    """Seconds until it serves; none for one that runs elsewhere."""
+    return r.costs.wake(r.level if r.state is State.SLEEPING else 0) if r.spec.device_count else 0.0

@@ -1,0 +1,188 @@
+"""What the answers of a model's replicas earn them, and who is probed (8.2, 8.3 in ``design.md``).
+
+Outlier detection, as a balancer has it: passive (three answers in a row that begin
+much later than the fastest's, a request that failed) and active (a probe when an
+engine has come up, when its time apart is over, or when it leaves requests unanswered).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+from vllmd.core.balancing import ENOUGH, fastest, quickest
+from vllmd.core.common import Core
+from vllmd.core.events import ProbeAsked, ReplicaProbed, ServerSilent
+from vllmd.core.model import INFINITY, Health, Latency, Leave, Replica, Run, Standing
+from vllmd.core.types import ReplicaRules, State
+
+LEAST = 0.0005  # seconds; nothing takes no time
+QUICK = 0.1  # seconds; whoever answers sooner is not slow, however fast the others are
+NEWEST = 0.2  # weight of the newest answer in a replica's latency
+PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds until one that was set aside or ejected is probed; doubles each time
+QUICKEST_PROBE = 0.5  # seconds that every probe may take
+LONGEST_PROBE = 120.0
+NO_NUMBERS: Mapping[str, float] = {}
+ALONE = ReplicaRules(probe=False)
+
+
+class HealthChecks:
+    """Of the replicas of models that have ``balancing``; nothing here applies to the others."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._probes: dict[str, Replica] = {}
+        self._numbers = itertools.count(1)
+
+    # -- what is heard of them (8.2)
+
+    def answered(self, r: Replica, request: str, streamed: bool) -> None:
+        """The first byte of an answer came."""
+        h, rules = r.health, r.model.rules
+        began = h.unanswered.pop(request, None) if h else None
+        if h is None or rules is None or began is None:
+            return
+        took, h.seen = max(LEAST, self._core.now - began), self._core.now
+        if streamed in h.latencies:
+            h.latencies[streamed].learn(took, NEWEST)
+        else:
+            h.latencies[streamed] = Latency(took)
+        if h.standing is Standing.SERVING:
+            self._judge(r, h, took, fastest(r.model, streamed, but=r), h.latencies[streamed].value)
+        self._core.mark_dirty(r)
+
+    def _judge(self, r: Replica, h: Health, took: float, best: float | None, latency: float) -> None:
+        """Too late too often beside the fastest of the others: it is set aside."""
+        bound = INFINITY if best is None else max(QUICK, self._rules(r).growth * best)
+        if took <= bound or latency <= bound:
+            h.late, h.timely = 0, h.timely + 1
+            h.rounds = 0 if h.timely >= ENOUGH else h.rounds
+            return
+        h.late, h.timely = h.late + 1, 0
+        if h.late >= ENOUGH and best is not None:
+            numbers = {"latency": round(latency, 3), "fastest": round(best, 3), "bound": round(bound, 3)}
+            why = f"its answers begin after {latency:.2f} s, those of the fastest after {best:.2f} s"
+            self._set_aside(r, h, Standing.SLOW, why, numbers)
+
+    def ended(self, r: Replica, request: str, failed: str) -> None:
+        """A request is over; ``failed``: why its replica gave no answer."""
+        h = r.health
+        if h is None:
+            return
+        h.unanswered.pop(request, None)
+        if failed and r.on and h.standing in (Standing.SERVING, Standing.SLOW):
+            self._set_aside(r, h, Standing.EJECTED, failed)
+            self._core.mark_dirty(r)
+
+    def silent(self, e: ServerSilent) -> None:
+        """It gets nothing more until it has answered a probe."""
+        r = self._core.replica(e.replica)
+        if r.health and r.state is State.READY and r.health.standing is not Standing.EJECTED:
+            self._set_aside(r, r.health, Standing.EJECTED, e.reason)
+            self._core.mark_dirty(r)
+
+    def asked(self, e: ProbeAsked) -> None:
+        """An operator's probe runs in it as any request does, so that nobody puts it to sleep meanwhile."""
+        r = self._core.replica(e.replica)
+        if r.state is State.READY:
+            r.running[e.request] = Run(self._core.now)
+            self._probes[e.request] = r
+            self._core.mark_dirty(r)
+
+    def probed(self, e: ReplicaProbed) -> None:
+        """A probe came back, or did not."""
+        r = self._probes.pop(e.request, None)
+        if r is None:
+            return
+        r.running.pop(e.request, None)
+        r.orphans.discard(e.request)
+        self._core.mark_urgent(r)
+        h = r.health
+        if h is None or r.model.rules is None or h.probe != e.request:
+            return
+        h.probe = ""
+        if e.seconds is not None:
+            self._probe_passed(r, h, e.seconds)
+        elif h.standing is Standing.SERVING and h.seen > h.asked:
+            h.vouched = self._core.now + self._hang_limit(r, h)  # others were answered meanwhile: it is only busy
+        else:
+            self._probe_failed(r, h, e.reason)
+
+    def _probe_passed(self, r: Replica, h: Health, seconds: float) -> None:
+        h.failed = 0
+        h.took, h.vouched = seconds, self._core.now + self._hang_limit(r, h)
+        if h.standing is Standing.SERVING:
+            return  # only a suspicion, and it was wrong
+        h.standing, h.late, h.look_at, h.why = Standing.SERVING, 0, INFINITY, ""
+        self._core.engines.record("serve", r, f"it answered a probe in {seconds:.3f} s", {"seconds": seconds})
+
+    def _probe_failed(self, r: Replica, h: Health, why: str) -> None:
+        if r.state is not State.READY:
+            return
+        h.failed += 1
+        self._set_aside(r, h, Standing.EJECTED, f"it failed a probe: {why}")
+        self._core.engines.cut(r, "its replica does not answer", list(h.unanswered))
+        hangs = h.failed > self._rules(r).retries and r.spec.device_count
+        if hangs and len(r.running) == len(h.unanswered):
+            self._core.leave(r, Leave(0, "replica", f"its engine hangs: {h.failed} probes in a row failed", kill=True))
+
+    def _set_aside(
+        self, r: Replica, h: Health, to: Standing, why: str, numbers: Mapping[str, float] = NO_NUMBERS
+    ) -> None:
+        h.rounds += 1
+        pause = min(LONGEST_PAUSE, PAUSE * 2.0 ** (h.rounds - 1))
+        h.standing, h.why, h.late, h.timely, h.look_at = to, why, 0, 0, self._core.now + pause
+        what = "set aside" if to is Standing.SLOW else "eject"
+        self._core.engines.record(what, r, why, {**numbers, "pause": pause, "rounds": h.rounds})
+
+    # -- who is probed (8.3)
+
+    def look_at(self, r: Replica) -> None:
+        """Who came up, whose time apart is over, or who leaves requests without an answer is probed."""
+        h = r.health
+        if h is None or h.probe or r.state is not State.READY:
+            return
+        if h.standing is Standing.NEW and not self._rules(r).probe:
+            h.standing = Standing.SERVING
+            self._core.mark_urgent(r)
+        elif h.standing is Standing.NEW or min(h.look_at, self._hangs_at(r, h)) <= self._core.now:
+            self._probe(r, h)
+
+    def _probe(self, r: Replica, h: Health) -> None:
+        """May take ``growth`` times as long as the fastest's did, and as much longer with each attempt in a row.
+
+        Where no other serves there is nobody to be slower than, and one that is only suspected is to show that it
+        lives: both have ``probe_limit``.
+        """
+        rules = self._rules(r)
+        if not rules.probe and h.standing is not Standing.SERVING:
+            self._probe_passed(r, h, h.took or 0.0)  # its time apart is all that there is to judge by
+            self._core.mark_urgent(r)
+            return
+        best = quickest(but=r) if h.standing is not Standing.SERVING else None
+        limit = rules.probe_limit if best is None else max(QUICKEST_PROBE, rules.growth * best)
+        h.probe, h.asked = f"probe-{next(self._numbers)}", self._core.now
+        self._probes[h.probe] = r
+        self._core.mark_dirty(r)
+        self._core.engines.probe(r, h.probe, min(LONGEST_PROBE, limit * rules.growth ** min(h.failed, 10)))
+
+    def _hang_limit(self, r: Replica, h: Health) -> float:
+        """Seconds without an answer that are suspicious."""
+        rules = self._rules(r)
+        return max(rules.probe_limit, rules.growth * h.longest)
+
+    def _hangs_at(self, r: Replica, h: Health) -> float:
+        if h.standing is not Standing.SERVING or not self._rules(r).probe:
+            return INFINITY
+        oldest = next(iter(h.unanswered.values()), INFINITY)
+        return max(h.vouched, max(oldest, h.seen) + self._hang_limit(r, h))
+
+    def due(self, r: Replica) -> float:
+        """When it is to be probed if nothing else happens."""
+        h = r.health
+        if h is None or h.probe or r.state is not State.READY:
+            return INFINITY
+        return min(h.look_at, self._hangs_at(r, h))
+
+    def _rules(self, r: Replica) -> ReplicaRules:
+        return r.model.rules or ALONE

@@ -1,0 +1,213 @@
+"""What operators ask: load, sleep, stop, pins, leases, a new configuration (3 in ``design.md``)."""
+
+from __future__ import annotations
+
+from vllmd.core.admission import Admission, Refusal
+from vllmd.core.common import Core
+from vllmd.core.events import (
+    LeaseReleased,
+    LeaseTaken,
+    LoadAsked,
+    ModelsChanged,
+    PinSet,
+    SleepAsked,
+    StopAsked,
+)
+from vllmd.core.model import INFINITY, Health, Lease, Leave, Model, Replica, Standing
+from vllmd.core.scaling import Scaling
+from vllmd.core.types import ModelSpec, ReplicaSpec, State, renamed
+
+UP = frozenset({State.READY, State.STARTING, State.WAKING})
+
+
+class OperatorCommands:
+    """An operator's word is done, drained first; only force cuts."""
+
+    def __init__(self, core: Core, admission: Admission, scaling: Scaling) -> None:
+        self._core = core
+        self._admission = admission
+        self._scaling = scaling
+        self.preload: dict[Replica, None] = {}  # to be loaded where they fit, in order
+        self.preloading = False  # not before TimePassed: what already runs is adopted first
+
+    # -- load, sleep, stop
+
+    def load(self, e: LoadAsked) -> None:
+        """3.1: of several replicas one is wanted as by a request, the others where they fit beside what is there."""
+        replicas = self._core.named(e.model)
+        rules = replicas[0].model.rules
+        surely = next((r for r in replicas if r.state in UP), replicas[0])
+        for r in replicas[: rules.least] if rules else replicas:
+            self._load(r, beside=r is not surely)
+
+    def _load(self, r: Replica, *, beside: bool) -> None:
+        """A failure's back-off does not count for an operator."""
+        self._core.mark_dirty(r)
+        self._scaling.resume(r)
+        r.asked, r.deepen = None, False
+        if r.leave and r.leave.cause != "exchange":
+            self._core.stay(r)
+        if r.state is State.FAILED:
+            self._core.engines.forgive(r)
+        if beside:
+            self._scaling.wish(r)
+        elif r.state is not State.READY and r.wanted is None:
+            r.wanted = self._core.now
+
+    def sleep(self, e: SleepAsked) -> None:
+        """3.2: level 3 stops."""
+        for r in self._core.named(e.model):
+            if e.level not in (1, 2):
+                self._stop(r, force=False)
+                continue
+            r.wanted = None
+            self._scaling.halt(r)
+            self._core.leave(r, Leave(e.level, "operator", "an operator asked for it", cut_at=self._core.cut_at(r)))
+
+    def stop(self, e: StopAsked) -> None:
+        """3.3: who waits now is told; who comes later starts it anew. A failure is forgotten."""
+        model = self._core.models.get(e.model)
+        if model:
+            why = f"{model.name!r} was stopped by an operator"
+            self._admission.reject_queue(model, Refusal("Unavailable", why, 1.0))
+        for r in self._core.named(e.model):
+            self._stop(r, e.force)
+
+    def _stop(self, r: Replica, force: bool) -> None:
+        self._scaling.halt(r)
+        self._admission.reject_waiters(r, "Unavailable", f"{r.id!r} was stopped by an operator", 1.0)
+        r.failures, r.failure, r.given_up, r.room_retried, r.sleep_failures = 0, "", False, False, 0
+        if r.state is State.FAILED:
+            self._core.engines.forgive(r)
+        if force:
+            self._force(r)
+        else:
+            self._core.leave(r, Leave(0, "operator", "an operator asked for it", cut_at=self._core.cut_at(r)))
+
+    def _force(self, r: Replica) -> None:
+        """At once if it is the one that moves; else as soon as its devices are at rest."""
+        self._core.engines.cut(r, "the model was stopped by force")
+        leave = Leave(0, "operator", "an operator forced it", kill=True)
+        if r.state in (State.STARTING, State.FALLING_ASLEEP, State.WAKING):
+            self._core.engines.stop(r, leave.why, kill=True)
+            self._core.mark_dirty(r)
+        else:
+            self._core.leave(r, leave)
+
+    # -- pins and leases
+
+    def pin(self, e: PinSet) -> None:
+        """3.4: a pinned replica is no victim, and no idle rule touches it."""
+        for r in self._core.named(e.model):
+            r.pinned = e.pinned
+            r.idle_since = max(r.idle_since, self._core.now)
+            self._keep(r)
+
+    def lease(self, e: LeaseTaken) -> None:
+        """3.5: kept until its deadline; of several replicas one that serves, else the first."""
+        replicas = self._core.named(e.model)
+        serving = [r for r in replicas if _serves(r)]
+        kept = next((r for r in serving if e.lease in r.leases), next(iter(serving), replicas[0]))
+        for model in self._core.models.values():
+            if e.lease in model.leases and model.leases[e.lease].replica is not kept:
+                self.end_lease(model, e.lease, stop=False)
+        kept.model.leases[e.lease] = Lease(INFINITY if e.deadline is None else e.deadline, kept)
+        self._keep(kept)
+
+    def _keep(self, r: Replica) -> None:
+        self._core.mark_urgent(r)
+        if r.kept and r.leave and r.leave.cause in ("exchange", "idle", "lease", "deepen", "moved"):
+            self._core.stay(r)
+
+    def release(self, e: LeaseReleased) -> None:
+        """The lease ended early."""
+        for model in [model for model in self._core.models.values() if e.lease in model.leases]:
+            self.end_lease(model, e.lease, e.stop)
+
+    def end_lease(self, model: Model, lease: str, stop: bool) -> None:
+        """3.5: the last one to go may stop the replica; its idle age counts from here."""
+        r = model.leases.pop(lease).replica
+        r.idle_since = max(r.idle_since, self._core.now)
+        self._core.mark_urgent(r)
+        if stop and not r.kept:
+            r.wanted = None
+            why = f"its last lease, {lease!r}, ended"
+            self._core.leave(r, Leave(0, "lease", why, cut_at=self._core.cut_at(r)))
+
+    # -- configuration
+
+    def changed(self, e: ModelsChanged) -> None:
+        """3.6: new ones are added, changed ones know it, those gone drain, stop and are forgotten."""
+        core = self._core
+        specs = {spec.name: spec for spec in e.models}
+        for model in [model for name, model in core.models.items() if name not in specs]:
+            model.removed = True
+            why = f"{model.name!r} was removed from the configuration"
+            self._admission.reject_queue(model, Refusal("UnknownModel", why))
+            for r in model.replicas:
+                self._remove(r)
+        for spec in specs.values():
+            self.configure(spec, e.restart)
+        order = {name: place for place, name in enumerate(specs)}
+        core.models = dict(sorted(core.models.items(), key=lambda item: order.get(item[0], len(order))))
+        core.regroup()
+
+    def configure(self, spec: ModelSpec, restart: frozenset[str] = frozenset()) -> None:
+        """A model, new or known, is to be like this; each replica that stays keeps its engine.
+
+        The first replica of a model that gets replicas, or loses them, is called something else then: it goes on.
+        """
+        core = self._core
+        model = core.models.setdefault(spec.name, Model(spec))
+        model.spec, model.removed = spec, False
+        names = renamed([r.id for r in model.members], [each.id for each in spec.replicas])
+        if names:
+            core.rename(core.replicas[names[0]], names[1])
+        known = {r.id: r for r in model.replicas}
+        replicas = []
+        for each in spec.replicas:
+            r = known.pop(each.id, None)
+            if r is None:
+                r = self._add(model, each)
+            else:
+                self._respec(r, each, each.id in restart)
+            r.health = (r.health or Health()) if spec.balancing else None
+            replicas.append(r)
+        for r in known.values():
+            self._remove(r)
+        model.replicas = [*replicas, *known.values()]
+        model.nominee = None if spec.balancing else replicas[0]
+
+    def _add(self, model: Model, spec: ReplicaSpec) -> Replica:
+        """A replica nobody knew before."""
+        r = Replica(model, spec, self._core.costs.open(spec), self._core.now)
+        r.pinned = spec.pinned
+        self._core.replicas[r.id] = r
+        self._core.mark_dirty(r)
+        if spec.preload:
+            self.preload[r] = None
+            self.preloading = False
+        return r
+
+    def _respec(self, r: Replica, spec: ReplicaSpec, restart: bool) -> None:
+        if r.pinned == r.spec.pinned:  # an operator's pin outlives a reload
+            r.pinned = spec.pinned
+        r.spec, r.removed = spec, False
+        r.costs = self._core.costs.open(spec)
+        self._core.waiting.pop(r, None)  # it is looked at again whether it can fit
+        self._core.mark_urgent(r)
+        if restart:
+            self._core.leave(r, Leave(0, "config", "its configuration changed", cut_at=self._core.cut_at(r)))
+
+    def _remove(self, r: Replica) -> None:
+        r.removed, r.pinned = True, False
+        for lease in r.leases:
+            del r.model.leases[lease]
+        self.preload.pop(r, None)
+        self._admission.reject_waiters(r, "UnknownModel", f"{r.id!r} was removed from the configuration")
+        why = "it was removed from the configuration"
+        self._core.leave(r, Leave(0, "config", why, cut_at=self._core.cut_at(r)))
+
+
+def _serves(r: Replica) -> bool:
+    return r.state is State.READY and (r.health is None or r.health.standing in (Standing.SERVING, Standing.SLOW))

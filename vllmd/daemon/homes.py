@@ -1,0 +1,68 @@
+"""Whom an engine runs as, and where its home is: the shared user's, a named user's, or one of its model's own.
+
+The daemon only says whom; the launcher has the last word (``--user``, ``--own-users``), and makes what is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pwd
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vllmd.config.names import readable
+from vllmd.config.types import OWN_USER, ModelConfig
+from vllmd.daemon.discovery import hf_home
+
+
+def own_name(model: ModelConfig) -> str:
+    """What the user of this model, and of its replicas, is called: no other model has the same."""
+    name = model.replica_of or model.name
+    return f"{readable(name)}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def ordered_user(model: ModelConfig) -> str:
+    """``StartOrder.user`` for it."""
+    return f"{OWN_USER}:{own_name(model)}" if model.user == OWN_USER else model.user
+
+
+def unknown_user(model: ModelConfig) -> str:
+    """Why its user cannot be; "" if there is nothing to say."""
+    if model.user in ("", OWN_USER):
+        return ""
+    try:
+        entry = pwd.getpwnam(model.user)
+    except KeyError:
+        where = f"{model.where}: " if model.where else ""
+        return f"{where}models.{model.name}.user: there is no user {model.user!r}; sysusers.d(5) makes one"
+    return "" if entry.pw_uid else f"models.{model.name}.user: engines are never run as root"
+
+
+@dataclass(frozen=True)
+class Homes:
+    """Home directories. ``shared``: of models without a user; None: the daemon's. ``own``: holds those of own users."""
+
+    shared: Path | None = None
+    own: Path | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def of(self, model: ModelConfig) -> Path | None:
+        """The home of a model's engine, as far as the daemon can tell."""
+        if not model.user:
+            return self.shared
+        if model.user == OWN_USER:
+            return self.own and self.own / own_name(model)
+        try:
+            return Path(pwd.getpwnam(model.user).pw_dir)
+        except KeyError:
+            return None
+
+    def hf_home(self, model: ModelConfig) -> Path:
+        """Where its engine looks for repositories."""
+        home = self.of(model)
+        return hf_home({} if model.user and home else self.environment, home)
+
+    def variables(self, model: ModelConfig) -> dict[str, str]:
+        """What its engine is told; a user of its own has its home from the launcher."""
+        return {"HOME": str(self.shared)} if self.shared and not model.user else {}
