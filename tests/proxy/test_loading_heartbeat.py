@@ -78,23 +78,6 @@ def test_a_plain_request_waits_for_its_status(body: bytes) -> None:
     asyncio.run(play())
 
 
-def test_an_old_client_waits_too() -> None:
-    """HTTP/1.0 has no chunks to put comments in."""
-
-    async def play() -> None:
-        async with stage(reply(b"{}"), QUICK) as act:
-            act.gate.opened.clear()
-            client, other = await act.client(), await act.client()
-            client.send(post(body=STREAM).replace(b"HTTP/1.1", b"HTTP/1.0"))
-            other.post(body=STREAM)
-            await comments(other, 2)
-            act.gate.opened.set()
-            assert (await client.answer()).body == b"{}"
-            await events(other)
-
-    asyncio.run(play())
-
-
 FAILURES = {
     "/v1/chat/completions": (
         b'data: {"error": {"message": "it did not start", "type": "server_error", "param": null, '
