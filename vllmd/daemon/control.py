@@ -23,7 +23,7 @@ from vllmd.daemon.probing import probe
 from vllmd.daemon.processes import gpus, kill
 from vllmd.daemon.runtime_models import RuntimeModels
 from vllmd.daemon.serializers import about, card, health, line, state_of
-from vllmd.errors import BadRequest, Conflict, Unavailable, UnknownModel, UpstreamFailed, VllmdError
+from vllmd.errors import BadRequest, Conflict, NotFound, Unavailable, UnknownModel, UpstreamFailed, VllmdError
 from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.proxy.upstream import request
 
@@ -315,6 +315,15 @@ class DaemonControl:
         """End the engine that has the process; with ``force`` a stranger on a GPU."""
         await self._daemon.opened.wait()
         return await kill(pid, self._daemon.engine_manager, self._daemon.memory, force=force)
+
+    async def drain(self, device: int, drained: bool) -> dict[str, Any]:
+        """Take a device out of use, or give it back; how it is then. Raises NotFound."""
+        await self._post(events.DeviceDrained(device, drained))
+        snapshot = self.snapshot()
+        for view in snapshot.devices if snapshot else ():
+            if view.index == device:
+                return asdict(view)
+        raise NotFound(f"there is no device {device}; vllmctl gpus lists those that there are")
 
     async def reload(self) -> dict[str, Any]:
         """Take the configuration anew. Raises ConfigError."""

@@ -266,6 +266,10 @@ class Daemon:
         seen = self.dispatcher.scheduler.snapshot(self.dispatcher.now())
         return [view for model in seen.models for view in model.replicas]
 
+    def _drained(self) -> bool:
+        """Whether an operator has taken a device out of use, which nobody but us remembers."""
+        return any(device.drained for device in self.dispatcher.scheduler.snapshot(self.dispatcher.now()).devices)
+
     def _say_status(self) -> None:
         status = self.status_line()
         if status != self._status:
@@ -297,6 +301,7 @@ class Daemon:
             or self.admission_gate.open
             or self.listeners.connections
             or self._awaited()
+            or self._drained()
         )
         if busy:
             self._idle_since = time.monotonic()
