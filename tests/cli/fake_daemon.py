@@ -84,7 +84,15 @@ def model(name: str, state: str = "stopped", **over: Any) -> dict[str, Any]:
 
 def status(*models: dict[str, Any], **over: Any) -> dict[str, Any]:
     """The answer of ``GET /admin/status``."""
-    device = {"index": 0, "memory": 80 * GiB, "reserve": GiB, "promised": 30 * GiB, "external": 0, "wedged": ""}
+    device = {
+        "index": 0,
+        "memory": 80 * GiB,
+        "reserve": GiB,
+        "promised": 30 * GiB,
+        "external": 0,
+        "wedged": "",
+        "drained": False,
+    }
     about = {
         "version": "0.1.0", "pid": 77, "uptime": 3700.0, "policy": "adaptive", "opened": True,
         "configuration": {"files": ["/etc/vllmd/vllmd.yaml"], "error": ""}, "requests": 2, "connections": 3,

@@ -124,6 +124,8 @@ VERBS = [
     (["wakeup", "big"], "POST /admin/models/big/wake?wait=true", None),
     (["wake_up", "big"], "POST /admin/models/big/wake?wait=true", None),
     (["pin", "big"], "POST /admin/models/big/pin", {"pinned": True}),
+    (["drain", "0"], "POST /admin/devices/0/drain", {"drained": True}),
+    (["undrain", "0"], "POST /admin/devices/0/drain", {"drained": False}),
     (["unpin", "big"], "POST /admin/models/big/pin", {"pinned": False}),
     (["lease", "big", "--name", "n", "--for", "5m"], "POST /admin/models/big/lease",
      {"lease": "n", "deadline_seconds": 300.0}),

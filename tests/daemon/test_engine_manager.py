@@ -14,7 +14,7 @@ import pytest
 from tests.daemon.rig import ASLEEP, AWAKE, OK, FakeEngine, Rig, soon, tell
 from vllmd.core import commands, events
 from vllmd.core.types import GiB, Source
-from vllmd.daemon import engine_manager, memory
+from vllmd.daemon import engine_manager, memory, sleeps
 from vllmd.daemon.ports import PortPool
 from vllmd.errors import Unavailable
 from vllmd.gpu import Sample
@@ -111,6 +111,24 @@ def test_an_exit_during_the_start_is_told_with_the_last_words(tmp_path: Path) ->
         assert "ValueError: no such dtype" in failed.reason
         assert not failed.memory
         assert not rig.engine_manager.processes
+        await rig.nothing_more()
+
+    tell(story, tmp_path)
+
+
+def test_what_an_engine_says_on_its_way_out_is_told_without_its_secrets(tmp_path: Path) -> None:
+    """Clients are told why it did not start, and engines write their settings into their logs."""
+
+    async def story(rig: Rig) -> None:
+        rig.configure(hf_token="hf_verysecret", env={"OPENAI_API_KEY": "sk-1234567"}, options={"load_time": "0.5s"})
+        rig.prepare = lambda engine: engine.answers.update({"/health": (503, b"")})
+        await rig.start()
+        await soon(engine_asked(rig))
+        rig.launcher.exit(rig.instance, 1, "args: {'token': 'hf_verysecret'}", "ValueError: bad key sk-1234567 in 0.5s")
+        failed = await rig.event()
+        assert isinstance(failed, events.EngineStartFailed)
+        assert "hf_verysecret" not in failed.reason
+        assert "ValueError: bad key (hidden) in 0.5s" in failed.reason
         await rig.nothing_more()
 
     tell(story, tmp_path)
@@ -526,6 +544,24 @@ def test_a_stray_is_ended_without_a_word_to_the_core(tmp_path: Path) -> None:
         await soon(rig.engine_manager.end_unmanaged(process))
         assert (rig.launcher.signals, rig.launcher.engines) == (["SIGTERM"], {})
         await rig.nothing_more()
+
+    tell(story, tmp_path)
+
+
+def test_a_sleep_that_hangs_is_given_up_when_it_has_taken_far_longer_than_usual(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others wait for its device: five minutes are right only for one of which nothing is known."""
+    monkeypatch.setattr(sleeps, "SHORTEST_LIMIT", 0.1)
+
+    async def story(rig: Rig) -> None:
+        engine = await rig.ready()
+        rig.engine_manager.usual = lambda model, kind: {"sleep1": 0.005}[kind]
+        engine.answers["/sleep"] = None
+        rig.engine_manager.sleep(SLEEP)
+        failed = await rig.event()
+        assert isinstance(failed, events.EngineSleepFailed)
+        assert "0.1 s" in failed.reason
 
     tell(story, tmp_path)
 

@@ -211,13 +211,22 @@ def test_a_configuration_that_the_daemon_may_not_read(site: Site, path: str, mod
 # -- the unit ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("unit", "limit"), [("vllmd.service", 1.5), ("vllmd-launcher.service", 3.5)])
+@pytest.mark.parametrize(
+    ("unit", "limit"),
+    [("vllmd.service", 1.5), ("vllmd-launcher.service", 3.5), ("vllmd-cleanup.service", 3.5)],
+)
 def test_exposure(site: Site, unit: str, limit: float) -> None:
     """systemd's own judgement of the sandbox."""
     judged = site.machine.run(["systemd-analyze", "security", "--no-pager", unit]).stdout
     found = re.search(r"Overall exposure level for \S+: ([\d.]+)", judged)
     assert found is not None
     assert float(found[1]) <= limit
+
+
+def test_the_launcher_has_limits(site: Site) -> None:
+    """Whatever it is made to hold, it is not all of the machine."""
+    assert site.machine.show("vllmd-launcher.service", "TasksMax") == "1024"
+    assert site.machine.show("vllmd-launcher.service", "MemoryMax") == str(1 << 30)
 
 
 def test_P_env_settings_come_from_a_drop_in(site: Site) -> None:

@@ -19,7 +19,7 @@ def test_a_flood_is_a_few_lines_and_a_count(caplog: pytest.LogCaptureFixture) ->
         assert caplog.messages == ["refused 0", "refused 1"]
         now = 30.0
         throttle.say(logging.INFO, "refused %d", 1000, fields={"MODEL": "m"})
-        assert caplog.messages[2:] == ["998 more lines like 'refused %d' were left out", "refused 1000"]
+        assert caplog.messages[2:] == ["998 more lines were left out, the last: refused 999", "refused 1000"]
         assert caplog.records[-1].journal == {"MODEL": "m"}  # type: ignore[attr-defined]
         now = 1000.0
         for number in range(3):
@@ -27,7 +27,7 @@ def test_a_flood_is_a_few_lines_and_a_count(caplog: pytest.LogCaptureFixture) ->
         assert caplog.messages[4:] == ["refused 0", "refused 1"]
         throttle.flush()
         throttle.flush()
-        assert caplog.messages[6:] == ["1 more lines like 'refused %d' were left out"]
+        assert caplog.messages[6:] == ["1 more lines were left out, the last: refused 2"]
 
 
 def test_a_level_that_is_not_logged_counts_nothing(caplog: pytest.LogCaptureFixture) -> None:

@@ -119,6 +119,9 @@ class Control(Protocol):
         Raises NotFound, Forbidden.
         """
 
+    async def drain(self, device: int, drained: bool) -> dict[str, Any]:
+        """Take a device out of use, or give it back; how it is then. Raises NotFound."""
+
     async def reload(self) -> dict[str, Any]:
         """Take the configuration anew; ``{changed, added, removed, warnings}``. Raises ConfigError."""
 

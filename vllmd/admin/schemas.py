@@ -80,7 +80,8 @@ DEVICE = {
     "reserve": COUNT,
     "promised": COUNT,
     "external": COUNT,
-    "wedged": TEXT,
+    "wedged": {**TEXT, "description": "why nothing is put there"},
+    "drained": {**BOOL, "description": "by an operator"},
 }
 DECISION = {"at": NUMBER, "what": TEXT, "model": TEXT, "why": TEXT, "numbers": {"type": "object"}}
 
@@ -138,6 +139,8 @@ SCHEMAS: dict[str, Schema] = {
             "models": many(ref("ModelLine")),
         }
     ),
+    "Device": record(DEVICE),
+    "Drain": record({}, {"drained": {**BOOL, "default": True}}, closed=True),
     "Pin": record({}, {"pinned": {**BOOL, "default": True}}, closed=True),
     "Lease": record(
         {"lease": {**TEXT, "minLength": 1, "maxLength": 200, "pattern": "^[^\\x00-\\x1f\\x7f]+$"}},

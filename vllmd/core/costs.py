@@ -160,6 +160,10 @@ class CostBook:
             return Costs(weights)  # a damaged cache is no cache
         return costs
 
+    def usual(self, replica: str, kind: str) -> float:
+        """The seconds that ``kind`` takes with a replica, as measured; 0 where it never was."""
+        return self._replicas[replica].learnt(kind) if replica in self._replicas else 0.0
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._replicas)
 

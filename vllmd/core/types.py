@@ -265,6 +265,7 @@ class DeviceView:
     promised: int  # what the ledger has promised to models
     external: int  # memory held by others, as last sampled
     wedged: str  # why it is avoided; "" if it is not
+    drained: bool = False  # by an operator
 
 
 @dataclass(frozen=True, slots=True)

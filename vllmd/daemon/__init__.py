@@ -15,6 +15,7 @@
       launch_planner   what a start needs: place, launch, the order to the launcher
       engine_keys      the keys that engines on ports ask clients for
       sleeps           to sleep and awake again, by the engine's own calls
+      health           whether a loaded engine still serves; one of no use is killed
       calls            HTTP calls to engines; failure_text: how a failure is told
       engine_process   one engine and what is known of it; ports for those without Unix sockets
     adoption         engines found running when the daemon starts

@@ -57,6 +57,7 @@ class AdmissionGate:
         self._tickets: dict[str, _PendingRequest] = {}
         self._numbers = itertools.count(1)
         self.phase_of: Callable[[str], str] = lambda model: ""
+        self.on_unreached: Callable[[str], None] = lambda engine: None  # nobody listens there
         self.on_retry: Callable[[str], None] = lambda engine: None  # a request goes from it to another replica
         self.configure({}, {})
 
@@ -144,6 +145,7 @@ class AdmissionGate:
         """
         replicas = self._models[ticket.model].replicas if ticket.model in self._models else None
         if replicas is None and isinstance(error, Unreached) and len(ticket.tried) < REACH_TRIES:
+            self.on_unreached(engine)
             await asyncio.sleep(REACH_PAUSE)
         elif replicas is None or ticket.only or len(ticket.tried) >= replicas.retries:
             raise error

@@ -76,6 +76,7 @@ async def _adopt(
         why = why or "it is a second one of its model"
         log.warning("%s: stopping an engine left by an earlier daemon: %s", process.model.name, why)
         return process
+    process.asleep = found.state is State.SLEEPING
     engine_manager.adopt(process)
     if process.model.log_file and found.state is not State.STARTING:
         engine_manager.spawn(engine_manager.follow(process, RECENT_LOG))

@@ -17,12 +17,13 @@ from vllmd.admin.counters import Counters
 from vllmd.core import events
 from vllmd.core.types import Decision, ModelSpec, ModelView, ReplicaView, Snapshot, State
 from vllmd.daemon.discovery import hf_home
+from vllmd.daemon.failure_text import places
 from vllmd.daemon.instances import Instances
 from vllmd.daemon.probing import probe
 from vllmd.daemon.processes import gpus, kill
 from vllmd.daemon.runtime_models import RuntimeModels
 from vllmd.daemon.serializers import about, card, health, line, state_of
-from vllmd.errors import BadRequest, Conflict, Unavailable, UnknownModel, UpstreamFailed, VllmdError
+from vllmd.errors import BadRequest, Conflict, NotFound, Unavailable, UnknownModel, UpstreamFailed, VllmdError
 from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.proxy.upstream import request
 
@@ -94,7 +95,7 @@ class DaemonControl:
         snapshot = self.snapshot()
         views, devices = (snapshot.models, snapshot.devices) if snapshot else ((), ())
         trouble = self._daemon.memory.trouble if snapshot else ""
-        return health(views, devices, self._daemon.broken, trouble, ready=snapshot is not None)
+        return health(views, devices, places(self._daemon.broken), trouble, ready=snapshot is not None)
 
     def status(self) -> dict[str, Any]:
         """Everything that ``vllmctl`` shows."""
@@ -314,6 +315,15 @@ class DaemonControl:
         """End the engine that has the process; with ``force`` a stranger on a GPU."""
         await self._daemon.opened.wait()
         return await kill(pid, self._daemon.engine_manager, self._daemon.memory, force=force)
+
+    async def drain(self, device: int, drained: bool) -> dict[str, Any]:
+        """Take a device out of use, or give it back; how it is then. Raises NotFound."""
+        await self._post(events.DeviceDrained(device, drained))
+        snapshot = self.snapshot()
+        for view in snapshot.devices if snapshot else ():
+            if view.index == device:
+                return asdict(view)
+        raise NotFound(f"there is no device {device}; vllmctl gpus lists those that there are")
 
     async def reload(self) -> dict[str, Any]:
         """Take the configuration anew. Raises ConfigError."""

@@ -16,9 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vllmd.config import secrets
 from vllmd.config.types import ModelConfig
 from vllmd.core import commands, events
 from vllmd.core.types import Footprint, Placement, Source
+from vllmd.daemon import health
 from vllmd.daemon.calls import answers, asked, call, complete, looked_at, next_line, within
 from vllmd.daemon.engine_process import EngineProcess, of
 from vllmd.daemon.failure_text import how_it_ended, with_hint, with_last_lines, with_root
@@ -43,7 +45,10 @@ SILENCE = 5.0  # seconds that it may leave looks without an answer
 ENDS_KEPT = 256  # of engines that nobody here knows
 WHOLE_LOG = 1000  # lines asked for of an engine that has just begun: all of them
 
+Usual = Callable[[str, str], float]  # replica, kind of ``core.costs`` -> the seconds that it usually takes, 0: unknown
 Post = Callable[[events.Event], None]
+# Events with a reason in words.
+TOLD = (events.EngineStartFailed, events.EngineWakeFailed, events.EngineSleepFailed, events.EngineExited)
 
 
 class EngineManager:
@@ -62,18 +67,27 @@ class EngineManager:
         self.look: Callable[[], Awaitable[None]] = _blind  # has the core told what the devices hold now
         self.last_start: dict[str, float] = {}  # model -> seconds its last start took
         self._launcher = launcher
-        self._post = post
+        self._report = post
+        self._models: Mapping[str, ModelConfig] = {}
         self._memory = memory
         self._launch_planner = launch_planner
         self._logs = logs
-        self._sleeps = Sleeps(memory, self.annotate)
+        self.usual: Usual = lambda model, kind: 0.0
+        self._sleeps = Sleeps(memory, self.annotate, lambda model, kind: self.usual(model, kind))
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended: dict[str, ExitReport] = {}  # of engines not known here: perhaps they are being adopted
         self._strays: dict[str, EngineProcess] = {}  # instance -> an engine being ended that the core does not know
 
     def configure(self, models: Mapping[str, ModelConfig], kv_caches: Mapping[str, int]) -> None:
         """Start engines by these settings from now on. ``kv_caches``: bytes per device, by model; 0: its own choice."""
+        self._models = models
         self._launch_planner.configure(models, kv_caches)
+
+    def _post(self, event: events.Event) -> None:
+        """Post it. A reason may quote the engine's last lines: they are told without the secrets that it was given."""
+        if isinstance(event, TOLD) and (model := self._models.get(event.replica)) is not None:
+            event = replace(event, reason=secrets.kept_out(event.reason, secrets.known_of(model)))
+        self._report(event)
 
     # -- commands of the core ------------------------------------------------------------
 
@@ -161,6 +175,7 @@ class EngineManager:
         process.listen = replace(process.listen, owner=process.running.uid)
         pid, unit = process.running.pid, process.running.unit
         log.info("%s: started as pid %d in %s", process.name, pid, unit, extra=of(process))
+        self._watch_health(process)
         await self.follow(process)
         return await self.await_ready(process)
 
@@ -249,7 +264,7 @@ class EngineManager:
             await self.look()
         self._forget(process)
         return events.EngineStartFailed(
-            process.model.name,
+            process.name,
             reason,
             memory=failure.memory,
             needed=failure.needed,
@@ -276,23 +291,24 @@ class EngineManager:
         if process.model.warm_up and "/v1/completions" in process.engine.routes(process.model):
             body = {"model": process.engine.served_name(process.model), "prompt": "Hello", "max_tokens": 1}
             if await complete(process, body) is None:
-                log.warning("%s: the warm-up request failed", process.model.name, extra=of(process))
+                log.warning("%s: the warm-up request failed", process.name, extra=of(process))
 
     async def log_of(self, process: EngineProcess, lines: int, *, follow: bool) -> AsyncIterator[str]:
         """An engine's last log lines, and with ``follow`` what comes until it ends."""
         queue: asyncio.Queue[str] = asyncio.Queue(LOG_BACKLOG)
+        known = secrets.known_of(process.model)
         process.listeners.add(queue)
         try:
             if follow:
                 await self._launcher.follow(process.instance, lines)
             else:
                 for line in await self._launcher.tail(process.instance, lines):
-                    yield line
+                    yield secrets.kept_out(line, known)
             while follow:
                 coming = await next_line(queue, process.exited)
                 if coming is None:
                     return
-                yield coming
+                yield secrets.kept_out(coming, known)
         finally:
             process.listeners.discard(queue)
 
@@ -320,8 +336,8 @@ class EngineManager:
         missing = await self._memory.missing(before, ownerless) if empty else _stuck(process, before)
         self._forget(process)
         if not empty:
-            log.error("%s: its processes could not be ended", process.model.name, extra=of(process))
-        return events.EngineStopped(process.model.name, missing)
+            log.error("%s: its processes could not be ended", process.name, extra=of(process))
+        return events.EngineStopped(process.name, missing)
 
     async def _end(self, process: EngineProcess, *, kill: bool) -> bool:
         """Its stop command, or a signal to the main process only; then the whole cgroup. True once nothing is left."""
@@ -329,7 +345,7 @@ class EngineManager:
             await self._tell_to_go(process)
             if await within(process.exited.wait(), process.model.stop_timeout):
                 return True
-            log.warning("%s: still there %.0f s after it was told to end, killing its cgroup", process.model.name,
+            log.warning("%s: still there %.0f s after it was told to end, killing its cgroup", process.name,
                         process.model.stop_timeout, extra=of(process))  # fmt: skip
         told, process.ending = process.ending, True
         try:
@@ -359,9 +375,9 @@ class EngineManager:
             if not await within(helper.exited.wait(), process.model.stop_timeout):
                 await self._launcher.kill(helper.instance)
             elif helper.report and helper.report.status != 0:
-                log.warning("%s: its stop command: %s", process.model.name, helper.reason(), extra=of(process))
+                log.warning("%s: its stop command: %s", process.name, helper.reason(), extra=of(process))
         except LauncherFailed as error:
-            log.warning("%s: its stop command: %s", process.model.name, error.message, extra=of(process))
+            log.warning("%s: its stop command: %s", process.name, error.message, extra=of(process))
         finally:
             self._strays.pop(helper.instance, None)
 
@@ -382,7 +398,7 @@ class EngineManager:
             self.spawn(self._run_stop(process))
         if process.task is None and process.instance not in self._strays:
             self._forget(process)
-            self._post(events.EngineExited(process.model.name, process.reason()))
+            self._post(events.EngineExited(process.name, process.reason()))
 
     def on_log(self, instance: str, lines: list[str]) -> None:
         """Log lines of an engine that is followed."""
@@ -409,7 +425,22 @@ class EngineManager:
 
     def adopt(self, process: EngineProcess) -> None:
         """Take in an engine that was found running."""
-        self.processes[process.model.name] = process
+        self.processes[process.name] = process
+        self._watch_health(process)
+
+    def _watch_health(self, process: EngineProcess) -> None:
+        async def kill(why: str) -> None:
+            log.error("%s: %s", process.name, why, extra=of(process))
+            process.verdict = why
+            with contextlib.suppress(LauncherFailed):  # whoever looks next tries again
+                await self.kill(process, KILL_LIMIT)
+
+        process.watcher = asyncio.ensure_future(health.watch(process, kill))
+
+    def answered(self, model: str, status: int, *, failed: bool) -> None:
+        """A request to the model's engine was answered with ``status``, or ``failed`` on its way."""
+        if process := self.processes.get(model):
+            process.health.told(status, failed)
 
     def catch_up(self, process: EngineProcess) -> None:
         """One that was just taken in may have ended since it was listed."""
@@ -423,7 +454,7 @@ class EngineManager:
         if not (
             await self._end(process, kill=process.running is None or process.running.ending) and _is_empty(process)
         ):
-            log.error("%s: its processes could not be ended", process.model.name, extra=of(process))
+            log.error("%s: its processes could not be ended", process.name, extra=of(process))
         self._strays.pop(process.instance, None)
 
     def has_devices(self, placement: Placement) -> bool:
@@ -437,7 +468,7 @@ class EngineManager:
         self._run(
             process,
             self._resume_start(process),
-            lambda why: events.EngineStartFailed(process.model.name, why),
+            lambda why: events.EngineStartFailed(process.name, why),
         )
 
     async def follow(self, process: EngineProcess, lines: int = WHOLE_LOG) -> None:
@@ -445,13 +476,13 @@ class EngineManager:
         if process.model.log_file and self._logs:
             name = str(process.listen.port or process.instance)
             with contextlib.suppress(OSError):  # the file itself will tell
-                forget_old_runs(self._logs, process.model.name)
-            process.file = LogFile(path_of(self._logs, process.model.name, name))
-            log.info("%s: its output is also in %s", process.model.name, process.file.path, extra=of(process))
+                forget_old_runs(self._logs, process.name)
+            process.file = LogFile(path_of(self._logs, process.name, name))
+            log.info("%s: its output is also in %s", process.name, process.file.path, extra=of(process))
         try:
             await self._launcher.follow(process.instance, lines)
         except LauncherFailed as error:  # what is missed is for people, and the engine is what matters
-            log.warning("%s: its output is not read: %s", process.model.name, error, extra=of(process))
+            log.warning("%s: its output is not read: %s", process.name, error, extra=of(process))
 
     async def _resume_start(self, process: EngineProcess) -> events.Event:
         await self.follow(process)
@@ -464,7 +495,7 @@ class EngineManager:
         try:
             await self._launcher.annotate(process.instance, metadata)
         except LauncherFailed as error:
-            log.warning("%s: cannot note %s: %s", process.model.name, metadata, error, extra=of(process))
+            log.warning("%s: cannot note %s: %s", process.name, metadata, error, extra=of(process))
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run a side task, kept alive until it ends."""
@@ -485,19 +516,20 @@ class EngineManager:
                 raise
             except Exception as error:
                 if isinstance(error, LauncherFailed):
-                    log.error("%s: %s", process.model.name, error, extra=of(process))
+                    log.error("%s: %s", process.name, error, extra=of(process))
                     event = failed(error.message)
                 else:
-                    log.exception("%s: a defect in vllmd", process.model.name, extra=of(process))
+                    log.exception("%s: a defect in vllmd", process.name, extra=of(process))
                     event = failed(f"internal error: {type(error).__name__}: {error}")
                 if isinstance(event, events.EngineStartFailed | events.EngineStopped):
                     await self._abandon(process)
+            process.asleep = isinstance(event, events.EngineAsleep)
             if process.task is asyncio.current_task():
                 process.task = None
-            if process.exited.is_set() and self.processes.get(process.model.name) is process:
+            if process.exited.is_set() and self.processes.get(process.name) is process:
                 # It died meanwhile, whatever its last call said, and nobody else will tell.
                 self._forget(process)
-                event = events.EngineExited(process.model.name, process.reason())
+                event = events.EngineExited(process.name, process.reason())
             self._post(event)
 
         task = asyncio.ensure_future(carry_out())
@@ -516,9 +548,11 @@ class EngineManager:
         return next(known, self._strays.get(instance))
 
     def _forget(self, process: EngineProcess) -> None:
-        if self.processes.get(process.model.name) is process:
-            del self.processes[process.model.name]
+        if self.processes.get(process.name) is process:
+            del self.processes[process.name]
         self._launch_planner.release(process)
+        if process.watcher:
+            process.watcher.cancel()
         if process.file:
             process.file.close()
 

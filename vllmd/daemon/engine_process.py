@@ -19,7 +19,28 @@ from vllmd.launcher.client import ExitReport, Running
 
 LOG_LINES = 1000  # kept of a start: each of several worker processes tells its own traceback of the one root error
 LINES_AFTERWARDS = 50
+ERRORS = 3  # answers with 5xx in a row, after which an engine is in doubt
 STARTING = Progress("starting")
+
+
+@dataclass
+class Health:
+    """What is known of one engine's health; times by ``time.monotonic``."""
+
+    heard: float = field(default_factory=time.monotonic)  # when it last did something right
+    errors: int = 0  # answers with 5xx since then
+    doubt: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def told(self, status: int, failed: bool) -> None:
+        """A request was answered with ``status`` by the engine, or ``failed`` on the way to it or back."""
+        if failed:
+            self.doubt.set()
+        elif status >= 500:
+            self.errors += 1
+            if self.errors >= ERRORS:
+                self.doubt.set()
+        else:
+            self.heard, self.errors = time.monotonic(), 0
 
 
 @dataclass
@@ -48,6 +69,10 @@ class EngineProcess:
     self_managed: bool = False
     watch: float = 0.0  # Launch.watch
     ending: bool = False  # it was told to go
+    asleep: bool = False
+    health: Health = field(default_factory=Health)
+    watcher: asyncio.Task[None] | None = None  # of its health
+    verdict: str = ""  # why we killed it, if we did
     listeners: set[asyncio.Queue[str]] = field(default_factory=set)
 
     @property
@@ -57,7 +82,7 @@ class EngineProcess:
 
     def reason(self) -> str:
         """Why it is gone, with its last words where they are at hand."""
-        lines, how = self.last_lines(), how_it_ended(self.report)
+        lines, how = self.last_lines(), self.verdict or how_it_ended(self.report)
         return with_last_lines(how, lines) if lines else how
 
     def forget_start(self) -> None:

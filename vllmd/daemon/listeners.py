@@ -12,7 +12,7 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from vllmd.admin.control import Control
 from vllmd.admin.routes import add_operator, add_public
@@ -37,6 +37,7 @@ from vllmd.proxy.server import Server
 log = logging.getLogger("vllmd.http")
 
 ADMIN, READ = "admin", "read"  # what their sockets are called
+ENGINES_FAULTS = frozenset({"UpstreamFailed", "Unreached"})  # errors by which a request failed at its engine
 OPERATORS_LIMIT = 0.5  # seconds that a shutdown leaves to what operators are being told
 
 
@@ -59,6 +60,7 @@ class Listeners:
         self._relay = Relay(self._metered, self._limits)
         self._reachable: list[tuple[Router, list[str]]] = []  # those at addresses that strangers can reach
         # Operators do not stand in the clients' line: their connections are counted apart.
+        self.on_outcome: Callable[[str, int, bool], None] = lambda model, status, failed: None  # of a model's requests
         self._operators: list[Server] = []
         self._servers = [server for name, sockets in sorted(listeners.items()) for server in self._open(name, sockets)]
         self._clients = [server for server in self._servers if server not in self._operators]
@@ -172,6 +174,8 @@ class Listeners:
 
     def _note(self, exchange: Exchange) -> None:
         self._control.counters.exchanged(exchange)
+        if exchange.model and exchange.status and (not exchange.error or exchange.error in ENGINES_FAULTS):
+            self.on_outcome(exchange.model, exchange.status, bool(exchange.error))
         self._metered.settle(exchange.ticket, exchange.sent + exchange.received)
         _log(exchange)
 

@@ -24,6 +24,7 @@ from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.control import DaemonControl
 from vllmd.daemon.discovery import with_discovered
 from vllmd.daemon.engine_resolver import EngineResolver
+from vllmd.daemon.failure_text import places
 from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.listeners import Listeners
 from vllmd.daemon.runtime_models import addresses
@@ -110,6 +111,8 @@ class Daemon:
         self.admission_gate.configure(self.config.models, self.engines)
         self.control.runtime_models.listen = addresses(listeners.get("http", ()))
         self.listeners = Listeners(self.config, self.admission_gate, self.control, listeners)
+        self.listeners.on_outcome = self._outcome
+        self.admission_gate.on_unreached = lambda engine: self.engine_manager.answered(engine, 0, failed=True)
         self._on_signals()
         self.listeners.open()
         self.notify.ready("looking for devices and engines")
@@ -181,6 +184,12 @@ class Daemon:
     def _where(self, model: str) -> Listen | None:
         process = self.engine_manager.processes.get(model)
         return process.listen if process else None
+
+    def _outcome(self, model: str, status: int, failed: bool) -> None:
+        """What became of a request; of several replicas the scheduler itself judges."""
+        config = self.config.models.get(model)
+        if self.opened.is_set() and config and not config.replicas:
+            self.engine_manager.answered(model, status, failed=failed)
 
     # -- chores ----------------------------------------------------------------------------
 
@@ -257,6 +266,10 @@ class Daemon:
         seen = self.dispatcher.scheduler.snapshot(self.dispatcher.now())
         return [view for model in seen.models for view in model.replicas]
 
+    def _drained(self) -> bool:
+        """Whether an operator has taken a device out of use, which nobody but us remembers."""
+        return any(device.drained for device in self.dispatcher.scheduler.snapshot(self.dispatcher.now()).devices)
+
     def _say_status(self) -> None:
         status = self.status_line()
         if status != self._status:
@@ -288,6 +301,7 @@ class Daemon:
             or self.admission_gate.open
             or self.listeners.connections
             or self._awaited()
+            or self._drained()
         )
         if busy:
             self._idle_since = time.monotonic()
@@ -365,10 +379,13 @@ class Daemon:
         self.listeners.configure(config)
 
     def refuse(self, broken: str) -> None:
-        """Answer every request with what is wrong with the configuration, until a reload repairs it."""
+        """Answer every request with where the configuration is wrong, until a reload repairs it.
+
+        What is wrong there is for those who may read it: operators, and the log.
+        """
         self.broken = broken
         self.admission_gate.refusal = Unavailable(
-            f"vllmd's configuration is invalid, tell its administrator:\n{broken}"
+            f"vllmd's configuration is invalid, tell its administrator: {places(broken)}"
         )
 
     def _on_signals(self) -> None:

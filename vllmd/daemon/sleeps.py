@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
 
 from vllmd.core import commands, events
 from vllmd.daemon.calls import call_all, complete, is_busy
 from vllmd.daemon.engine_process import EngineProcess, of
 from vllmd.daemon.memory import RETURN_LIMIT, TOLERANCE, Memory
+from vllmd.engines.base import Call
 
 log = logging.getLogger("vllmd.engines")
 
 FREEZE_TOKENS = 64
 BUSY_POLL = 1.0  # seconds
+MANY_TIMES, SHORTEST_LIMIT = 10.0, 20.0  # a step that takes so many times as long as usual, and so many seconds, hangs
 
 Annotate = Callable[..., Awaitable[None]]
 
@@ -23,16 +27,18 @@ Annotate = Callable[..., Awaitable[None]]
 class Sleeps:
     """What an engine goes through between awake and asleep; each ends in the event that the core is owed."""
 
-    def __init__(self, memory: Memory, annotate: Annotate) -> None:
+    def __init__(self, memory: Memory, annotate: Annotate, usual: Callable[[str, str], float]) -> None:
         self._memory = memory
         self._annotate = annotate
+        self._usual = usual
 
     async def sleep(self, process: EngineProcess, command: commands.SleepEngine) -> events.Event:
         """Its own work finished, then its calls; memory that did not come back is a failure."""
         await finish_work(process)
         before = await self._memory.held(process)
         await self._annotate(process, state="falling_asleep", level=str(command.level))
-        failure = await call_all(process, process.engine.sleep(command.level, freeze=command.freeze))
+        steps = process.engine.sleep(command.level, freeze=command.freeze)
+        failure = await call_all(process, self._limited(process, command.level, "sleep", steps))
         if failure:
             return events.EngineSleepFailed(process.name, failure)
         after = await self._memory.settled(process, before)
@@ -49,11 +55,18 @@ class Sleeps:
     async def wake(self, process: EngineProcess, level: int) -> events.Event:
         """Its calls, in order."""
         await self._annotate(process, state="waking", level=str(level))
-        failure = await call_all(process, process.engine.wake(level))
+        failure = await call_all(process, self._limited(process, level, "wake", process.engine.wake(level)))
         if failure:
             return events.EngineWakeFailed(process.name, failure)
         await self._annotate(process, state="ready", level="0")
         return events.EngineAwake(process.name)
+
+    def _limited(self, process: EngineProcess, level: int, what: str, steps: Iterable[Call]) -> list[Call]:
+        """The steps; where it is known how long they take, one that hangs holds the device up no longer than is needed
+        to be sure of it."""
+        usual = self._usual(process.name, f"{what}{level}")
+        limit = max(SHORTEST_LIMIT, MANY_TIMES * usual) if usual else math.inf
+        return [replace(step, timeout=min(step.timeout, limit)) for step in steps]
 
     async def prove_freeze(self, process: EngineProcess) -> events.Event:
         """The same greedy request twice, once with a sleep and a wake in its middle: the answers must be equal."""

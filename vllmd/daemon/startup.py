@@ -199,6 +199,7 @@ def make_fleet(daemon: Daemon, prospects: list[Prospect]) -> EngineManager:
     engine_manager = EngineManager(daemon.launcher, daemon.control.take, daemon.memory, launch_planner, around.logs)
     engine_manager.configure(daemon.engines, kv_caches(prospects))
     engine_manager.on_phase, engine_manager.look = daemon.control.stir, daemon.look
+    engine_manager.usual = daemon.dispatcher.scheduler.costs.usual
     return engine_manager
 
 

@@ -75,7 +75,7 @@ class Service:
         self._clients: list[Client] = []
         self._idle: Timer | None = None
         self._listeners: list[socket.socket] = []
-        self._refused, self._reported = Throttle(log), Throttle(log, burst=200)
+        self._refused, self._malformed, self._reported = Throttle(log), Throttle(log), Throttle(log, burst=200)
         self.supervisor: Supervisor
 
     # --- connections ---
@@ -90,7 +90,7 @@ class Service:
     def serve(self, connection: socket.socket, gone: Callable[[], None] | None = None) -> None:
         """Serve this one; ``gone`` is called when it leaves."""
         connection.setblocking(False)
-        client = Client(self._loop, connection, self._handle, self._left)
+        client = Client(self._loop, connection, self._handle, self._left, self._malformed)
         client.gone = gone
         self._clients.append(client)
         self.consider_idle()
@@ -222,14 +222,15 @@ class Client:
         connection: socket.socket,
         handle: Callable[[Client, int, Message], None],
         left: Callable[[Client], None],
+        malformed: Throttle,
     ) -> None:
         self.gone: Callable[[], None] | None = None
         self._loop, self._connection, self._handle, self._left = loop, connection, handle, left
+        self._malformed = malformed
         self._queue: deque[bytes] = deque()
         self._queued = 0  # bytes in it
         self._follows: dict[str, Callable[[], None]] = {}
         self._missed: dict[str, int] = {}  # lines of a followed log that there was no room for
-        self._malformed = Throttle(log)
         loop.watch(connection.fileno(), self._read)
 
     @property

@@ -31,7 +31,8 @@ class Throttle:
         self.left_out = 0
         self._log, self._burst, self._period, self._clock = log, burst, period, clock
         self._tokens, self._at = float(burst), clock()
-        self._level, self._last = logging.INFO, ""
+        self._level = logging.INFO
+        self._last: tuple[str, tuple[object, ...]] = ("", ())
 
     def say(self, level: int, message: str, *values: object, fields: Mapping[str, object] | None = None) -> None:
         """Log it, or count it. ``fields``: of the journal."""
@@ -40,18 +41,18 @@ class Throttle:
         now = self._clock()
         self._tokens = min(float(self._burst), self._tokens + (now - self._at) * self._burst / self._period)
         self._at = now
-        self._level, self._last = level, message
         if self._tokens < 1:
             self.left_out += 1
+            self._level, self._last = level, (message, values)
             return
         self._tokens -= 1
         extra = {"journal": fields} if fields else None
-        if self.left_out:
-            self.flush()
+        self.flush()
         self._log.log(level, message, *values, extra=extra, stacklevel=2)
 
     def flush(self) -> None:
         """Say how many lines were left out, if any."""
         count, self.left_out = self.left_out, 0
         if count:
-            self._log.log(self._level, "%d more lines like %r were left out", count, self._last)
+            message, values = self._last
+            self._log.log(self._level, "%d more lines were left out, the last: %s", count, message % values)
