@@ -61,7 +61,7 @@ def refusal(site: Site, name: str, gpu: int, status: int) -> str:
     return str(start(site, name, gpu, status)["error"]["message"])
 
 
-def test_M_three_starts_at_once_on_a_gpu_make_one_instance(site: Site) -> None:
+def test_three_starts_at_once_on_a_gpu_make_one_instance(site: Site) -> None:
     """Each of them finds no instance there; the core makes one of it, and all hear of the same."""
     start(site, "m", 0)
     running(site, "m", 0)
