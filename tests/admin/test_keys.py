@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import socket
 from collections import Counter
 from pathlib import Path
@@ -38,6 +39,11 @@ def keys(*which: KeyConfig, public: tuple[str, ...] = ("health", "metrics")) -> 
     return ApiKeyAuth(AuthConfig(which, public), resolve)
 
 
+def basic(credentials: str) -> str:
+    """An Authorization field as browsers write it."""
+    return "Basic " + base64.b64encode(credentials.encode()).decode()
+
+
 def may(found: Caller, scope: str, reach: Reach = Reach.ONE) -> str:
     """What the caller is called. Raises what it is told if it may not."""
     authorise(found, scope, reach)
@@ -45,11 +51,44 @@ def may(found: Caller, scope: str, reach: Reach = Reach.ONE) -> str:
 
 
 @pytest.mark.parametrize(
-    "field", [("authorization", "Bearer a-secret"), ("authorization", "bearer  a-secret"), ("x-api-key", "a-secret")]
+    "fields",
+    [
+        (("authorization", "Bearer a-secret"),),
+        (("authorization", "bearer  a-secret"),),
+        (("authorization", "BEARER a-secret "),),
+        (("authorization", basic("me:a-secret")),),
+        (("authorization", basic("a-secret:")),),
+        (("x-api-key", "a-secret"),),
+        (("api-key", "a-secret"),),
+        (("authorization", "Bearer "), ("x-api-key", "a-secret")),
+        (("authorization", "Bearer none"), ("api-key", "a-secret")),
+        (("x-api-key", ""), ("authorization", "Bearer a-secret")),
+        (("authorization", "Basic ?"), ("x-api-key", "a-secret")),
+        (("x-api-key", "wrong"), ("api-key", "a-secret")),
+    ],
 )
-def test_a_key_is_presented_as_openai_or_anthropic_clients_do(field: tuple[str, str]) -> None:
-    """Both kinds of clients send theirs unchanged."""
-    assert may(keys(ALICE).identify(request(field)), "models") == "alice"
+def test_a_key_is_found_wherever_clients_put_it(fields: tuple[tuple[str, str], ...]) -> None:
+    """Nobody has to configure a client for us; and an empty or wrong one hides no good one."""
+    assert may(keys(ALICE).identify(request(*fields)), "models") == "alice"
+
+
+def test_a_web_sockets_key_is_a_sub_protocol() -> None:
+    """A browser's WebSocket can send no other field; without an upgrade it is none."""
+    sent = request(("sec-websocket-protocol", "realtime, openai-insecure-api-key.a-secret"))
+    with pytest.raises(Unauthorized):
+        may(keys(ALICE).identify(sent), "models")
+    sent.upgrade = "websocket"
+    assert may(keys(ALICE).identify(sent), "models") == "alice"
+
+
+def test_every_guess_in_a_request_is_counted() -> None:
+    """Four places are no four tries for the price of one."""
+    both = keys(ALICE)
+    guesses = (("authorization", "Bearer g1"), ("x-api-key", "g2"), ("api-key", "g3"))
+    for _ in range(7):
+        both.identify(request(*guesses))
+    with pytest.raises(TooManyRequests):
+        may(both.identify(request(("x-api-key", "g9"))), "models")
 
 
 @pytest.mark.parametrize(

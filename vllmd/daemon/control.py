@@ -17,6 +17,7 @@ from vllmd.admin.counters import Counters
 from vllmd.core import events
 from vllmd.core.types import Decision, ModelSpec, ModelView, ReplicaView, Snapshot, State
 from vllmd.daemon.discovery import hf_home
+from vllmd.daemon.failure_text import places
 from vllmd.daemon.instances import Instances
 from vllmd.daemon.probing import probe
 from vllmd.daemon.processes import gpus, kill
@@ -94,7 +95,7 @@ class DaemonControl:
         snapshot = self.snapshot()
         views, devices = (snapshot.models, snapshot.devices) if snapshot else ((), ())
         trouble = self._daemon.memory.trouble if snapshot else ""
-        return health(views, devices, self._daemon.broken, trouble, ready=snapshot is not None)
+        return health(views, devices, places(self._daemon.broken), trouble, ready=snapshot is not None)
 
     def status(self) -> dict[str, Any]:
         """Everything that ``vllmctl`` shows."""

@@ -24,6 +24,7 @@ from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.control import DaemonControl
 from vllmd.daemon.discovery import with_discovered
 from vllmd.daemon.engine_resolver import EngineResolver
+from vllmd.daemon.failure_text import places
 from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.listeners import Listeners
 from vllmd.daemon.runtime_models import addresses
@@ -378,10 +379,13 @@ class Daemon:
         self.listeners.configure(config)
 
     def refuse(self, broken: str) -> None:
-        """Answer every request with what is wrong with the configuration, until a reload repairs it."""
+        """Answer every request with where the configuration is wrong, until a reload repairs it.
+
+        What is wrong there is for those who may read it: operators, and the log.
+        """
         self.broken = broken
         self.admission_gate.refusal = Unavailable(
-            f"vllmd's configuration is invalid, tell its administrator:\n{broken}"
+            f"vllmd's configuration is invalid, tell its administrator: {places(broken)}"
         )
 
     def _on_signals(self) -> None:

@@ -56,6 +56,12 @@ class Headers:
         digits = b"%d" % length
         return Headers([(k, digits if k == b"content-length" else v) for k, v in self.raw], self.onward)
 
+    def but(self, name: str, *more: tuple[str, str]) -> Headers:
+        """The same without the fields called ``name``, and with ``more``."""
+        wanted = name.encode("ascii")
+        kept = [pair for pair in self.raw if pair[0] != wanted]
+        return Headers([*kept, *((key.encode("ascii"), value.encode("latin-1")) for key, value in more)])
+
     def get(self, name: str, default: str = "") -> str:
         """The first value of ``name`` (any case), or ``default``."""
         wanted = name.lower().encode("ascii")
