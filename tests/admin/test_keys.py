@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import socket
 from collections import Counter
 from pathlib import Path
@@ -13,7 +14,7 @@ from vllmd.config.types import AuthConfig, KeyConfig
 from vllmd.daemon.keys import ApiKeyAuth, DenyAll, PeerCredentialAuth
 from vllmd.daemon.listeners import anybody_can_connect, reachable_at
 from vllmd.daemon.logins import FailedLogins
-from vllmd.errors import Forbidden, TooManyRequests, Unauthorized, Unavailable, UnknownModel, VllmdError
+from vllmd.errors import Forbidden, Misdirected, TooManyRequests, Unauthorized, Unavailable, UnknownModel, VllmdError
 from vllmd.proxy.access import Caller, Reach, authorise
 from vllmd.proxy.http import Headers, Peer, Request
 
@@ -38,6 +39,11 @@ def keys(*which: KeyConfig, public: tuple[str, ...] = ("health", "metrics")) -> 
     return ApiKeyAuth(AuthConfig(which, public), resolve)
 
 
+def basic(credentials: str) -> str:
+    """An Authorization field as browsers write it."""
+    return "Basic " + base64.b64encode(credentials.encode()).decode()
+
+
 def may(found: Caller, scope: str, reach: Reach = Reach.ONE) -> str:
     """What the caller is called. Raises what it is told if it may not."""
     authorise(found, scope, reach)
@@ -45,11 +51,44 @@ def may(found: Caller, scope: str, reach: Reach = Reach.ONE) -> str:
 
 
 @pytest.mark.parametrize(
-    "field", [("authorization", "Bearer a-secret"), ("authorization", "bearer  a-secret"), ("x-api-key", "a-secret")]
+    "fields",
+    [
+        (("authorization", "Bearer a-secret"),),
+        (("authorization", "bearer  a-secret"),),
+        (("authorization", "BEARER a-secret "),),
+        (("authorization", basic("me:a-secret")),),
+        (("authorization", basic("a-secret:")),),
+        (("x-api-key", "a-secret"),),
+        (("api-key", "a-secret"),),
+        (("authorization", "Bearer "), ("x-api-key", "a-secret")),
+        (("authorization", "Bearer none"), ("api-key", "a-secret")),
+        (("x-api-key", ""), ("authorization", "Bearer a-secret")),
+        (("authorization", "Basic ?"), ("x-api-key", "a-secret")),
+        (("x-api-key", "wrong"), ("api-key", "a-secret")),
+    ],
 )
-def test_a_key_is_presented_as_openai_or_anthropic_clients_do(field: tuple[str, str]) -> None:
-    """Both kinds of clients send theirs unchanged."""
-    assert may(keys(ALICE).identify(request(field)), "models") == "alice"
+def test_a_key_is_found_wherever_clients_put_it(fields: tuple[tuple[str, str], ...]) -> None:
+    """Nobody has to configure a client for us; and an empty or wrong one hides no good one."""
+    assert may(keys(ALICE).identify(request(*fields)), "models") == "alice"
+
+
+def test_a_web_sockets_key_is_a_sub_protocol() -> None:
+    """A browser's WebSocket can send no other field; without an upgrade it is none."""
+    sent = request(("sec-websocket-protocol", "realtime, openai-insecure-api-key.a-secret"))
+    with pytest.raises(Unauthorized):
+        may(keys(ALICE).identify(sent), "models")
+    sent.upgrade = "websocket"
+    assert may(keys(ALICE).identify(sent), "models") == "alice"
+
+
+def test_every_guess_in_a_request_is_counted() -> None:
+    """Four places are no four tries for the price of one."""
+    both = keys(ALICE)
+    guesses = (("authorization", "Bearer g1"), ("x-api-key", "g2"), ("api-key", "g3"))
+    for _ in range(7):
+        both.identify(request(*guesses))
+    with pytest.raises(TooManyRequests):
+        may(both.identify(request(("x-api-key", "g9"))), "models")
 
 
 @pytest.mark.parametrize(
@@ -132,6 +171,35 @@ def test_keys_are_replaced_by_a_reload() -> None:
     changing.configure(AuthConfig((BOSS,)), resolve)
     with pytest.raises(Unauthorized):
         may(changing.identify(request(("x-api-key", "a-secret"))), "models")
+
+
+def test_what_was_found_of_a_connection_ends_with_the_configuration() -> None:
+    """The same fields are looked at once, however often they come; after a reload they are looked at again."""
+    changing = keys(ALICE)
+    same = request(("x-api-key", "a-secret"))
+    assert changing.identify(same) is changing.identify(same)
+    assert changing.identify(Request("GET", "/", "/", "", same.headers.with_length(5), CLIENT)).name == "alice"
+    changing.configure(AuthConfig((BOSS,)), resolve)
+    with pytest.raises(Unauthorized):
+        may(changing.identify(same), "models")
+    open_to_all = keys()
+    named = request(("host", "gpu1.example"))
+    open_to_all.hosts.configure(["gpu1.example"])
+    open_to_all.configure(AuthConfig(), resolve)
+    open_to_all.identify(named)
+    open_to_all.hosts.configure([])
+    open_to_all.configure(AuthConfig(), resolve)
+    with pytest.raises(Misdirected):
+        open_to_all.identify(named)
+
+
+def test_a_wrong_key_counts_each_time_it_comes_on_a_connection() -> None:
+    """Guesses are not remembered as answered."""
+    guesser = Guesser()
+    same = request(("x-api-key", "wrong"), peer=Peer("192.0.2.7", 1))
+    for _ in range(3):
+        guesser.keys.identify(same)
+    assert guesser.counted == {"wrong": 3}
 
 
 def test_a_key_of_any_bytes_is_compared_as_bytes() -> None:

@@ -76,7 +76,7 @@ def model(name: str, state: str = "stopped", **over: Any) -> dict[str, Any]:
         "name": name, "state": state, "level": 0, "devices": [], "memory": 0, "in_flight": 0, "queued": 0,
         "oldest_wait": None, "idle": None, "since": 5.0, "pinned": False, "leases": [], "waiting_for": "",
         "failure": "", "pid": None, "unit": "", "socket": "", "instance": "", "phase": "", "detail": "",
-        "last_start_seconds": None, "config": {"engine": "vllm", "model": name, "aliases": []},
+        "last_start_seconds": None, "power": None, "config": {"engine": "vllm", "model": name, "aliases": []},
         "replicas": [], "serving": int(state == "running"), "degraded": False, "standing": "", "latency": None,
     }  # fmt: skip
     return {**line, **over}
@@ -84,7 +84,15 @@ def model(name: str, state: str = "stopped", **over: Any) -> dict[str, Any]:
 
 def status(*models: dict[str, Any], **over: Any) -> dict[str, Any]:
     """The answer of ``GET /admin/status``."""
-    device = {"index": 0, "memory": 80 * GiB, "reserve": GiB, "promised": 30 * GiB, "external": 0, "wedged": ""}
+    device = {
+        "index": 0,
+        "memory": 80 * GiB,
+        "reserve": GiB,
+        "promised": 30 * GiB,
+        "external": 0,
+        "wedged": "",
+        "drained": False,
+    }
     about = {
         "version": "0.1.0", "pid": 77, "uptime": 3700.0, "policy": "adaptive", "opened": True,
         "configuration": {"files": ["/etc/vllmd/vllmd.yaml"], "error": ""}, "requests": 2, "connections": 3,

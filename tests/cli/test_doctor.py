@@ -116,6 +116,46 @@ def test_a_driver_without_its_device_nodes(tmp_path: Path) -> None:
     ]
 
 
+def findings(tmp_path: Path, **files: str) -> dict[str, str]:
+    """What is wrong with the GPUs of a machine with these files, and the command that mends it."""
+    for path, text in files.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+        (tmp_path / path).chmod(0o666)
+    return {what: advice for verdict, what, advice in driver(machine(tmp_path)) if verdict == "bad"}
+
+
+CARD = {"sys/bus/pci/devices/0000:01:00.0/vendor": "0x10de\n", "sys/bus/pci/devices/0000:01:00.0/class": "0x030200\n"}
+NVIDIA = {"proc/driver/nvidia/version": "", "dev/nvidia0": "", "dev/nvidiactl": "", "dev/nvidia-uvm": ""}
+
+
+def test_a_card_whose_driver_is_not_loaded(tmp_path: Path) -> None:
+    """Not a machine without a GPU."""
+    ((what, advice),) = findings(tmp_path, **CARD).items()
+    assert "NVIDIA card at 0000:01:00.0, but its driver is not loaded" in what
+    assert advice.startswith("modprobe nvidia")
+
+
+def test_a_driver_upgrade_without_a_reboot(tmp_path: Path) -> None:
+    """NVML refuses then; the numbers of module and library tell why."""
+    library = {"usr/lib/x86_64-linux-gnu/libnvidia-ml.so.580.2": "", "sys/module/nvidia/version": "570.1\n"}
+    found = findings(tmp_path, **NVIDIA, **library)
+    assert found == {"the driver was upgraded: module 570.1 is loaded, the library is 580.2": "reboot"}
+
+
+def test_wsl_without_windows_library(tmp_path: Path) -> None:
+    """/dev/dxg is all that there is of the GPU."""
+    assert next(iter(findings(tmp_path, **{"dev/dxg": ""}).values())).startswith("wsl --update")
+    assert findings(tmp_path, **{"usr/lib/wsl/lib/libnvidia-ml.so.1": ""}) == {}
+
+
+def test_engines_that_may_not_use_amds_driver(tmp_path: Path) -> None:
+    """/dev/kfd belongs to the group render."""
+    files = {"dev/kfd": "", "etc/passwd": "vllmd-engine:x:2:2\n", "etc/group": "render:x:105:\n"}
+    assert list(findings(tmp_path, **files).values()) == ["usermod --append --groups render,video vllmd-engine"]
+    assert findings(tmp_path, **{"etc/group": "render:x:105:other,vllmd-engine\n"}) == {}
+
+
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Said before a download fails halfway."""
     make(tmp_path, "/var/lib/vllmd-engine/")

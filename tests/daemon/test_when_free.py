@@ -113,7 +113,7 @@ def test_S_is_gpu_free_looks_at_all_gpus_of_a_model(tmp_path: Path) -> None:
         await site.sample(0, 8)
         await soon(asked)
         assert site.shares == ["0.7"]
-        assert rig.launcher.launch_planner[0].env["CUDA_VISIBLE_DEVICES"] == "GPU-a,GPU-b"
+        assert rig.launcher.launch_planner[0].env["CUDA_VISIBLE_DEVICES"] == "0,1"
 
     tell(story, tmp_path)
 

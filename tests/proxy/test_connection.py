@@ -379,3 +379,21 @@ def test_a_strange_request_id_is_replaced() -> None:
                 assert len((await client.answer()).headers["x-request-id"]) == 32
 
     asyncio.run(play())
+
+
+def test_an_http_1_0_client_may_keep_its_connection() -> None:
+    """ab, old proxies: where they ask for it, and the answer's end can be told."""
+    request = post("/v1/completions", ANSWER, "Connection: Keep-Alive").replace(b"HTTP/1.1", b"HTTP/1.0")
+
+    async def play() -> None:
+        async with stage(reply(ANSWER)) as act:
+            client = await act.client()
+            client.send(request + get("/hello", "Connection: keep-alive").replace(b"HTTP/1.1", b"HTTP/1.0") + request)
+            for _ in range(3):
+                answer = await client.answer()
+                assert (answer.status, answer.headers["connection"]) == (200, "keep-alive")
+            client.send(request.replace(b"Connection: Keep-Alive\r\n", b""))
+            assert (await client.answer()).headers["connection"] == "close"
+            assert await client.closed()
+
+    asyncio.run(play())

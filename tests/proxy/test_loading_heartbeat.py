@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from tests.proxy.fakes import EVENTS, Client, chunked, post, raw, reply, soon, stage
+from tests.proxy.fakes import EVENTS, Asked, Client, Engine, chunked, post, raw, reply, soon, stage
 from vllmd.errors import EngineFailed
 from vllmd.proxy.gate import Target
 from vllmd.proxy.limits import Limits
@@ -73,23 +73,6 @@ def test_a_plain_request_waits_for_its_status(body: bytes) -> None:
             act.gate.refusal = EngineFailed("it did not start")
             act.gate.opened.set()
             assert (await client.answer()).status == 503
-            await events(other)
-
-    asyncio.run(play())
-
-
-def test_an_old_client_waits_too() -> None:
-    """HTTP/1.0 has no chunks to put comments in."""
-
-    async def play() -> None:
-        async with stage(reply(b"{}"), QUICK) as act:
-            act.gate.opened.clear()
-            client, other = await act.client(), await act.client()
-            client.send(post(body=STREAM).replace(b"HTTP/1.1", b"HTTP/1.0"))
-            other.post(body=STREAM)
-            await comments(other, 2)
-            act.gate.opened.set()
-            assert (await client.answer()).body == b"{}"
             await events(other)
 
     asyncio.run(play())
@@ -191,3 +174,89 @@ def test_chat_clients_may_be_told_as_reasoning() -> None:
             assert delta["reasoning"] == delta["reasoning_content"] == "loading m: weights\n"
 
     asyncio.run(play())
+
+
+def slow(*answer: bytes, head: bytes = b"") -> object:
+    """An engine that sends ``head`` at once, and the rest when the test says so."""
+
+    async def script(engine: Engine, asked: Asked, writer: asyncio.StreamWriter) -> None:
+        writer.write(head)
+        await writer.drain()
+        await engine.go.wait()
+        for piece in answer:
+            writer.write(piece)
+        await writer.drain()
+
+    return script
+
+
+@pytest.mark.parametrize("head", [b"", EVENTS], ids=["without a head", "behind the engine's head"])
+@pytest.mark.parametrize("served", ["m", "served"])
+def test_a_stream_gets_comments_while_the_prompt_is_read(head: bytes, served: str) -> None:
+    """Until the first byte of the answer: prompts are long, and clients, proxies and phones give up meanwhile."""
+    event = EVENT.replace(b'"m"', b'"%b"' % served.encode())
+    rest = (b"" if head else EVENTS, chunked(event), b"0\r\n\r\n")
+
+    async def play() -> None:
+        async with stage(slow(*rest, head=head), QUICK) as act:  # type: ignore[arg-type]
+            act.gate.target = Target("m", served)
+            client = await act.client()
+            client.post(body=STREAM)
+            assert (await client.head())[0] == 200
+            for _ in range(3):
+                size = int(await soon(client.reader.readuntil(b"\r\n")), 16)
+                assert (await soon(client.reader.readexactly(size + 2))).endswith(b"reading the prompt\n\n\r\n")
+            act.engine.go.set()
+            payload, _ = await client.chunks()
+            assert payload.endswith(EVENT)
+            assert (
+                payload.removesuffix(EVENT)
+                .replace(b": reading the prompt\n\n", b"")
+                .replace(b": m: reading the prompt\n\n", b"")
+                == b""
+            )
+
+    asyncio.run(play())
+
+
+def test_an_http_1_0_client_hears_comments_too() -> None:
+    """Behind old proxies: without chunks, up to the connection's end."""
+    answer = (EVENTS, chunked(EVENT), b"0\r\n\r\n")
+
+    async def play() -> None:
+        async with stage(slow(*answer), QUICK) as act:  # type: ignore[arg-type]
+            act.gate.opened.clear()
+            client = await act.client()
+            client.send(post(body=STREAM).replace(b"HTTP/1.1", b"HTTP/1.0"))
+            status, headers = await client.head()
+            assert (status, headers["connection"], "transfer-encoding" in headers) == (200, "close", False)
+            assert await soon(client.reader.readuntil(b"\n\n")) == b": loading m: weights\n\n"
+            act.gate.opened.set()
+            await soon(client.reader.readuntil(b"reading the prompt\n\n"))
+            act.engine.go.set()
+            assert (await client.rest()).endswith(EVENT)
+
+    asyncio.run(play())
+
+
+def test_a_plain_answer_gets_no_comments() -> None:
+    """Nor does a stream that has begun."""
+
+    async def play() -> None:
+        async with stage(slow(reply_bytes(b"{}")), QUICK) as act:  # type: ignore[arg-type]
+            client = await act.client()
+            client.post(body=b'{"model":"m"}')
+            await soon(act.gate.entered.wait())
+            assert not act.relay.heartbeats._new | act.relay.heartbeats._old
+            act.engine.go.set()
+            assert (await client.answer()).body == b"{}"
+            client.post(body=STREAM)
+            assert (await client.answer()).body == b"{}"
+            assert not act.relay.heartbeats._new | act.relay.heartbeats._old
+
+    asyncio.run(play())
+
+
+def reply_bytes(body: bytes) -> bytes:
+    """A whole answer."""
+    return b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)

@@ -812,3 +812,46 @@ def test_many_refused_requests_in_one_piece_are_answered_in_order() -> None:
             assert (await client.answer()).body == ANSWER
 
     asyncio.run(play())
+
+
+@pytest.mark.parametrize(
+    ("location", "path", "told"),
+    [
+        ("http://localhost/v1/chat/completions/?a=1", "/v1/chat/completions", "/v1/chat/completions/?a=1"),
+        ("http://127.0.0.1:{port}/docs", "/v1/completions", "/docs"),
+        ("/login", "/v1/completions", "/login"),
+        ("https://elsewhere.example/x", "/v1/completions", "https://elsewhere.example/x"),
+        ("next", "/v1/completions", "next"),
+    ],
+)
+def test_a_redirect_makes_sense_outside(location: str, path: str, told: str) -> None:
+    """An engine's own address means nothing to a client; another server's is left alone."""
+
+    async def play() -> None:
+        async with stage(reply(b"")) as act:
+            where = location.format(port=act.gate.upstream.port)
+            act.engine.script = reply(b"", f"HTTP/1.1 307 Go\r\nLocation: {where}\r\n")
+            client = await act.client()
+            for _ in range(2):  # the second head is known already
+                client.post(path)
+                answer = await client.answer()
+                assert (answer.status, answer.headers["location"]) == (307, told)
+
+    asyncio.run(play())
+
+
+def test_an_engines_page_is_one_slash_further() -> None:
+    """Links in it are relative, and its redirects stay within its own paths."""
+
+    async def play() -> None:
+        async with stage(reply(b"", "HTTP/1.1 302 Go\r\nLocation: /app?x=1\r\n")) as act:
+            act.gate.target = Target("m", "m", own_api=frozenset({"GET /{rest:path}", "GET /"}))
+            client = await act.client()
+            client.send(get("/upstream/m?a=1"))
+            answer = await client.answer()
+            assert (answer.status, answer.headers["location"]) == (308, "/upstream/m/?a=1")
+            client.send(get("/upstream/m/"))
+            answer = await client.answer()
+            assert (answer.status, answer.headers["location"]) == (302, "/upstream/m/app?x=1")
+
+    asyncio.run(play())

@@ -77,17 +77,42 @@ def test_bytes_pass_both_ways_until_one_side_ends(end: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "script",
-    [raw(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n"), raw(close=True), raw(b"nonsense\r\n\r\n")],
+    ("script", "status"),
+    [
+        (raw(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 3\r\n\r\nno."), 403),
+        (raw(b"HTTP/1.1 404 Not Found\nContent-Length: 0\n\n"), 404),
+        (raw(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"), 502),
+        (raw(close=True), 502),
+        (raw(b"nonsense\r\n\r\n"), 502),
+    ],
 )
-def test_an_engine_that_refuses_is_a_502(script: object) -> None:
-    """Nothing has been switched, so the client gets HTTP."""
+def test_an_engine_that_refuses_is_told_with_its_own_status(script: object, status: int) -> None:
+    """Nothing has been switched, so the client gets HTTP; and no word of where the engine listens."""
 
     async def play() -> None:
         async with stage(script) as act:  # type: ignore[arg-type]
             client = await act.client()
             client.send(get("/v1/realtime?model=m", *UPGRADE))
-            assert (await client.answer()).status == 502
+            answer = await client.answer()
+            assert answer.status == status
+            told = answer.json()["error"]["message"]
+            assert str(act.gate.upstream.port) not in told
+            assert ("no." in told) == (status == 403)
+
+    asyncio.run(play())
+
+
+def test_a_key_in_a_sub_protocol_does_not_reach_the_engine() -> None:
+    """The other protocols do."""
+
+    async def play() -> None:
+        async with stage(raw(AGREED, close=True)) as act:
+            client = await act.client()
+            protocols = "Sec-WebSocket-Protocol: realtime, openai-insecure-api-key.secret, v1"
+            client.send(get("/v1/realtime?model=m", *UPGRADE, protocols))
+            assert (await client.head())[0] == 101
+            assert act.engine.asked[0].headers["sec-websocket-protocol"] == "realtime, v1"
+            assert await client.closed()
 
     asyncio.run(play())
 

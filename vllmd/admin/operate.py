@@ -109,6 +109,14 @@ class OperatorEndpoints:
         pid = process_id(request)
         return json_response(killed(pid, await self._control.kill(pid, force=params.flag(request, "force"))))
 
+    async def drain(self, request: Request) -> Response:
+        """``POST /admin/devices/{device}/drain`` with ``{"drained": true}``; the device as it is then."""
+        given = request.params["device"]
+        if not given.isdecimal():
+            raise NotFound(f"there is no device {given!r}: devices have numbers, see vllmctl gpus")
+        drained = params.truth(params.fields(request, ["drained"]), "drained", True)
+        return json_response(await self._control.drain(int(given), drained))
+
     async def reload(self, request: Request) -> Response:
         """``POST /admin/reload``: 400 with every error if the configuration is invalid; then nothing changed."""
         return json_response(await self._control.reload())

@@ -89,6 +89,9 @@ def add_operator(router: Router, control: Control) -> None:
         answers("Reloaded"), MACHINE)  # fmt: skip
     add("POST", "/admin/processes/{pid}/kill", audited(operator.kill), "admin", "Kill the engine that has a process",
         doc(answers("Killed"), asks(**FORCE)), MACHINE)  # fmt: skip
+    add("POST", "/admin/devices/{device}/drain", audited(operator.drain), "admin",
+        "Take a device out of use for maintenance, or give it back",
+        doc(answers("Device"), takes("Drain", required=False)), MACHINE)  # fmt: skip
     _add_instances(router, InstanceEndpoints(control))
     add_guests(router, control.runtime_models, audited)
 

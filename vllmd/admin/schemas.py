@@ -65,6 +65,7 @@ MODEL_LINE = {
     "phase": TEXT,
     "detail": TEXT,
     "last_start_seconds": maybe(NUMBER),
+    "power": maybe({**NUMBER, "description": "watts, its share of its devices"}),
     "started_at": maybe({**NUMBER, "description": "Unix time"}),
     "config": record({}, {"engine": TEXT, "model": TEXT, "aliases": many(TEXT)}),
     "replica_of": {**TEXT, "description": "the model of which it is one of several engines"},
@@ -80,7 +81,8 @@ DEVICE = {
     "reserve": COUNT,
     "promised": COUNT,
     "external": COUNT,
-    "wedged": TEXT,
+    "wedged": {**TEXT, "description": "why nothing is put there"},
+    "drained": {**BOOL, "description": "by an operator"},
 }
 DECISION = {"at": NUMBER, "what": TEXT, "model": TEXT, "why": TEXT, "numbers": {"type": "object"}}
 
@@ -138,6 +140,8 @@ SCHEMAS: dict[str, Schema] = {
             "models": many(ref("ModelLine")),
         }
     ),
+    "Device": record(DEVICE),
+    "Drain": record({}, {"drained": {**BOOL, "default": True}}, closed=True),
     "Pin": record({}, {"pinned": {**BOOL, "default": True}}, closed=True),
     "Lease": record(
         {"lease": {**TEXT, "minLength": 1, "maxLength": 200, "pattern": "^[^\\x00-\\x1f\\x7f]+$"}},

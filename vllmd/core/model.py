@@ -172,6 +172,8 @@ class Replica:
     idle_since: float = 0.0
     leave: Leave | None = None  # why the gate is closed (DRAINING), or what a sleeper still has to do
     asked: Leave | None = None  # an operator's wish that must wait for the command under way
+    displaced: bool = False  # it sleeps because another one needed its place
+    moved: float = -INFINITY  # when it was last moved to another device
     deepen: bool = False  # woken only to sleep deeper
     exchange: Replica | None = None  # the target of the exchange it is a victim of
     wanted: float | None = None  # since when an operator wants it loaded

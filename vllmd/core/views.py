@@ -34,7 +34,7 @@ def snapshot(core: Core, now: float) -> Snapshot:
 
 
 def _device(a: Account) -> DeviceView:
-    return DeviceView(a.device.index, a.device.memory, a.device.reserve, a.promised, a.external, a.wedged)
+    return DeviceView(a.device.index, a.device.memory, a.device.reserve, a.promised, a.external, a.wedged, a.drained)
 
 
 def _model(core: Core, model: Model, now: float) -> ModelView:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Iterable, Set
+from collections.abc import AsyncIterator, Iterable, Mapping, Set
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +17,13 @@ from vllmd.admin.counters import Counters
 from vllmd.core import events
 from vllmd.core.types import Decision, ModelSpec, ModelView, ReplicaView, Snapshot, State
 from vllmd.daemon.discovery import hf_home
+from vllmd.daemon.failure_text import places
 from vllmd.daemon.instances import Instances
 from vllmd.daemon.probing import probe
 from vllmd.daemon.processes import gpus, kill
 from vllmd.daemon.runtime_models import RuntimeModels
 from vllmd.daemon.serializers import about, card, health, line, state_of
-from vllmd.errors import BadRequest, Conflict, Unavailable, UnknownModel, UpstreamFailed, VllmdError
+from vllmd.errors import BadRequest, Conflict, NotFound, Unavailable, UnknownModel, UpstreamFailed, VllmdError
 from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.proxy.upstream import request
 
@@ -94,7 +95,7 @@ class DaemonControl:
         snapshot = self.snapshot()
         views, devices = (snapshot.models, snapshot.devices) if snapshot else ((), ())
         trouble = self._daemon.memory.trouble if snapshot else ""
-        return health(views, devices, self._daemon.broken, trouble, ready=snapshot is not None)
+        return health(views, devices, places(self._daemon.broken), trouble, ready=snapshot is not None)
 
     def status(self) -> dict[str, Any]:
         """Everything that ``vllmctl`` shows."""
@@ -136,9 +137,9 @@ class DaemonControl:
 
     def _line(self, view: ModelView | ReplicaView, engine: str) -> dict[str, Any]:
         engines = self._daemon.engine_manager
-        return line(
-            view, self._daemon.engines.get(engine), engines.processes.get(engine), engines.last_start.get(engine)
-        )
+        config, process = self._daemon.engines.get(engine), engines.processes.get(engine)
+        watts = self._daemon.memory.power.watts.get(engine)
+        return line(view, config, process, engines.last_start.get(engine), watts)
 
     def _about(self, model: str) -> dict[str, Any]:
         config = self._daemon.config.models.get(model)
@@ -203,7 +204,20 @@ class DaemonControl:
             used={index: device.used for index, device in devices.items()},
             power={index: device.power for index, device in devices.items() if device.power is not None},
             load={i: device.utilisation / 100 for i, device in devices.items() if device.utilisation is not None},
+            energy=dict(daemon.memory.power.device_joules),
+            temperature={i: each.temperature for i, each in devices.items() if each.temperature is not None},
+            throttled={index: bool(device.throttled) for index, device in devices.items()},
+            model_power=self._by_model(daemon.memory.power.watts),
+            model_energy=self._by_model(daemon.memory.power.joules),
         )
+
+    def _by_model(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The sums over each model's engines."""
+        sums: dict[str, float] = {}
+        for engine, value in values.items():
+            model = self._model_of(engine)
+            sums[model] = sums.get(model, 0.0) + value
+        return sums
 
     async def gpus(self) -> list[dict[str, Any]]:
         """M's ``GPUInfo`` of every device."""
@@ -314,6 +328,15 @@ class DaemonControl:
         """End the engine that has the process; with ``force`` a stranger on a GPU."""
         await self._daemon.opened.wait()
         return await kill(pid, self._daemon.engine_manager, self._daemon.memory, force=force)
+
+    async def drain(self, device: int, drained: bool) -> dict[str, Any]:
+        """Take a device out of use, or give it back; how it is then. Raises NotFound."""
+        await self._post(events.DeviceDrained(device, drained))
+        snapshot = self.snapshot()
+        for view in snapshot.devices if snapshot else ():
+            if view.index == device:
+                return asdict(view)
+        raise NotFound(f"there is no device {device}; vllmctl gpus lists those that there are")
 
     async def reload(self) -> dict[str, Any]:
         """Take the configuration anew. Raises ConfigError."""

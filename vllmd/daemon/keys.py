@@ -6,6 +6,7 @@ every key's digest, in a time that does not depend on which one it is.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import math
@@ -20,7 +21,13 @@ from vllmd.errors import Forbidden, TooManyRequests, Unauthorized, Unavailable, 
 from vllmd.proxy.access import EVERYTHING, HEALTH, METRICS, MODELS, OPEN, PUBLIC, READ, Caller, granted
 from vllmd.proxy.hosts import Hosts
 from vllmd.proxy.http import Request
+from vllmd.proxy.tunnel import KEY_PROTOCOL
 
+MOST_KEYS = 4  # that one request may bring; each is a guess
+# What clients send that want a key and were given none; beside a true key it is no guess.
+PLACEHOLDERS = frozenset(
+    ("none", "null", "empty", "dummy", "unused", "not-needed", "sk-no-key-required", "ollama", "lm-studio", "x")
+)
 NEED = "send 'Authorization: Bearer KEY'; administration needs one of the scope admin, or the admin socket"
 
 
@@ -40,7 +47,11 @@ class ApiKeyAuth:
         self.configure(auth, resolve)
 
     def configure(self, auth: AuthConfig, resolve: Callable[[str], str]) -> None:
-        """Take the keys of a new configuration; a key that is gone opens nothing from now on."""
+        """Take the keys of a new configuration; a key that is gone opens nothing from now on.
+
+        To be called after a change of ``hosts`` as well.
+        """
+        self._word = object()  # what was found before is worth nothing any more
         self._callers = [(key.digest, _caller(key, resolve)) for key in auth.keys]
         if self._callers:
             models = None if "names" in auth.public else frozenset[str]()
@@ -50,22 +61,33 @@ class ApiKeyAuth:
 
     def identify(self, request: Request) -> Caller:
         """The key's owner, or a stranger. Raises Misdirected where there are no keys and the host is not ours."""
+        known = request.headers.found  # the same fields came before
+        if known is not None and known[0] is self._word:
+            return known[1]
+        caller = self._look(request)
+        if caller.refusal is None or not self._callers:  # whoever has a wrong key is to be counted each time
+            request.headers.found = self._word, caller
+        return caller
+
+    def _look(self, request: Request) -> Caller:
         if not self._callers:
             self.hosts.check(request)
             return self._stranger
-        secret = presented(request)
-        if not secret:
+        digests = [hashlib.sha256(secret.encode("latin-1", "replace")).hexdigest() for secret in presented(request)]
+        if not digests:
             return self._stranger
-        digest = hashlib.sha256(secret.encode("latin-1", "replace")).hexdigest()
-        wait = self._failures.wait(request.peer, digest)
-        if wait > 0:
-            return replace(self._stranger, refusal=lambda: _too_many(wait))
-        found = [caller for known, caller in self._callers if hmac.compare_digest(known, digest)]  # no early end
-        if not found:
+        wait, refused = 0.0, []
+        for digest in digests:
+            wait = self._failures.wait(request.peer, digest)
+            if wait > 0:
+                continue
+            found = [caller for known, caller in self._callers if hmac.compare_digest(known, digest)]  # no early end
+            if found:
+                self._failures.passed(request.peer, digest)
+                return found[0]
             self._failures.failed(request.peer, digest)
-            return replace(self._stranger, refusal=_wrong_key)
-        self._failures.passed(request.peer, digest)
-        return found[0]
+            refused.append(digest)
+        return replace(self._stranger, refusal=_wrong_key if refused else lambda: _too_many(wait))
 
 
 class PeerCredentialAuth:
@@ -96,12 +118,36 @@ class DenyAll:
         raise Unavailable(self._why)
 
 
-def presented(request: Request) -> str:
-    """The secret, from ``Authorization: Bearer`` or ``x-api-key``; "" for none."""
-    scheme, _, secret = request.headers.get("authorization").partition(" ")
+def presented(request: Request) -> list[str]:
+    """The secrets that the request brings, in every place where clients put them; empty ones are none.
+
+    ``Authorization: Bearer`` (OpenAI) or ``Basic`` (browsers; the key is the password, or the user without one),
+    ``x-api-key`` (Anthropic), ``api-key`` (Azure), and a WebSocket's sub-protocol (OpenAI's in browsers). A query's
+    ``key=`` is none: it would stand in every log on the way, and no client of a kind of engine here does so.
+    """
+    headers, found = request.headers, []
+    scheme, _, credentials = headers.get("authorization").strip().partition(" ")
     if scheme.lower() == "bearer":
-        return secret.strip()
-    return request.headers.get("x-api-key").strip()
+        found.append(credentials)
+    elif scheme.lower() == "basic":
+        found.append(_password(credentials))
+    found += [headers.get("x-api-key"), headers.get("api-key")]
+    if request.upgrade:
+        protocols = headers.get("sec-websocket-protocol").split(",")
+        found += [
+            each.strip().removeprefix(KEY_PROTOCOL) for each in protocols if each.strip().startswith(KEY_PROTOCOL)
+        ]
+    secrets = [secret.strip() for secret in found if secret.strip()]
+    true = [secret for secret in secrets if secret.lower() not in PLACEHOLDERS]
+    return list(dict.fromkeys(true or secrets))[:MOST_KEYS]
+
+
+def _password(credentials: str) -> str:
+    try:
+        user, _, password = base64.b64decode(credentials.strip(), validate=True).decode("latin-1").partition(":")
+    except ValueError:
+        return ""
+    return password or user
 
 
 def _caller(key: KeyConfig, resolve: Callable[[str], str]) -> Caller:

@@ -51,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
 
         return check(config, os.environ)
     setup_logging(config.log_level)
+    with contextlib.suppress(ValueError, OSError):  # clients' prompts and keys are in our memory
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     for warning in config.warnings:
         log.warning("%s", warning)
     return _serve(config, broken, given_sockets, lambda: load(arguments.config, os.environ, overrides))

@@ -24,6 +24,7 @@ from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.control import DaemonControl
 from vllmd.daemon.discovery import with_discovered
 from vllmd.daemon.engine_resolver import EngineResolver
+from vllmd.daemon.failure_text import places
 from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.listeners import Listeners
 from vllmd.daemon.runtime_models import addresses
@@ -266,6 +267,10 @@ class Daemon:
         seen = self.dispatcher.scheduler.snapshot(self.dispatcher.now())
         return [view for model in seen.models for view in model.replicas]
 
+    def _drained(self) -> bool:
+        """Whether an operator has taken a device out of use, which nobody but us remembers."""
+        return any(device.drained for device in self.dispatcher.scheduler.snapshot(self.dispatcher.now()).devices)
+
     def _say_status(self) -> None:
         status = self.status_line()
         if status != self._status:
@@ -297,6 +302,7 @@ class Daemon:
             or self.admission_gate.open
             or self.listeners.connections
             or self._awaited()
+            or self._drained()
         )
         accepted, self._accepted = self._accepted, self.listeners.accepted
         if busy or accepted != self._accepted:  # those that came and went meanwhile, refused ones too, count as well
@@ -375,10 +381,13 @@ class Daemon:
         self.listeners.configure(config)
 
     def refuse(self, broken: str) -> None:
-        """Answer every request with what is wrong with the configuration, until a reload repairs it."""
+        """Answer every request with where the configuration is wrong, until a reload repairs it.
+
+        What is wrong there is for those who may read it: operators, and the log.
+        """
         self.broken = broken
         self.admission_gate.refusal = Unavailable(
-            f"vllmd's configuration is invalid, tell its administrator:\n{broken}"
+            f"vllmd's configuration is invalid, tell its administrator: {places(broken)}"
         )
 
     def _on_signals(self) -> None:

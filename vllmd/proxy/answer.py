@@ -14,12 +14,13 @@ from typing import Protocol
 from vllmd.errors import Unavailable, VllmdError
 from vllmd.proxy.exchange import LAST_CHUNK, Exchange, chunk
 from vllmd.proxy.framing import Framing
-from vllmd.proxy.gate import Target
+from vllmd.proxy.gate import Address, Target
 from vllmd.proxy.heads import BODYLESS, ResponseHead, forwardable, write_fields
-from vllmd.proxy.http import date_line, status_line
+from vllmd.proxy.http import Headers, date_line, status_line
 from vllmd.proxy.loading_heartbeat import LoadingHeartbeat
 from vllmd.proxy.peek import Asked
 from vllmd.proxy.rewrite import Rewriter
+from vllmd.proxy.upstream import host_field
 
 # Of the engine's fields a client never sees these: we write them ourselves, or they speak for another origin than ours.
 OURS = frozenset(
@@ -40,6 +41,7 @@ class UpstreamRequest:
     asked: Asked
     path: str  # at the engine, with the query
     path_at: Callable[[Target], str] | None = None  # where the engine's name for the model is in it
+    outside: str = ""  # what a client puts before a path of the engine's to reach it
 
     def at(self, target: Target) -> UpstreamRequest:
         """The same for another replica."""
@@ -79,7 +81,7 @@ def answer_for(
     if rewriter is not None and head.length is not None and head.length <= MAX_HELD and not loading.begun:
         return Buffered(exchange, head, framing, rewriter)
     if loading.begun:
-        if rewriter is None and head.chunked:
+        if rewriter is None and head.chunked and exchange.takes_chunks:
             return PassThrough(exchange, 200, b"")
         return Reframed(exchange, framing, rewriter, 200, b"")
     if rewriter is None and (exchange.takes_chunks or not head.chunked):
@@ -106,8 +108,31 @@ def opening(exchange: Exchange, head: ResponseHead, length: int | None, *, chunk
         head.headers.onward if head.headers.onward is not None else _onward(head),
         exchange.request.id.encode("ascii"),
         framing,
-        b"" if exchange.keep_alive else b"connection: close\r\n",
+        _connection_line(exchange),
     )
+
+
+def relocated(head: ResponseHead, where: Address, outside: str) -> ResponseHead:
+    """``head`` whose Location makes sense outside: a path of ours, where it was one at the engine's own address."""
+    own = {host_field(where), "localhost"} | ({f"{where.host}:{where.port}", where.host} if where.host else set())
+    fields = []
+    for name, value in head.headers.raw:
+        if name == b"location":
+            scheme, mark, rest = value.decode("latin-1").partition("://")
+            host, slash, path = rest.partition("/")
+            if mark and scheme.lower() in ("http", "https") and host.lower() in own:
+                value = f"{slash or '/'}{path}".encode("latin-1")
+            if value.startswith(b"/") and not value.startswith(b"//"):
+                value = outside.encode("latin-1") + value.removeprefix(where.prefix.encode())
+        fields.append((name, value))
+    return replace(head, headers=Headers(fields))
+
+
+def _connection_line(exchange: Exchange) -> bytes:
+    """What is said of the connection: nothing where it is as HTTP/1.1 has it."""
+    if not exchange.keep_alive:
+        return b"connection: close\r\n"
+    return b"connection: keep-alive\r\n" if exchange.request.version == "1.0" else b""
 
 
 def _onward(head: ResponseHead) -> bytes:

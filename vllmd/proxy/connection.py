@@ -271,6 +271,15 @@ class Connection(asyncio.Protocol):
         else:
             self._refuse(RequestTimeout("the request's body comes too slowly"))
 
+    def body_grew(self, size: int) -> None:
+        """The body takes ``size`` bytes now. Raises Unavailable if there is no room for them."""
+        if size > self._held:
+            if not self._host.memory.take(self._holder, size - self._held):
+                raise Unavailable(NO_ROOM, retry_after=5)
+        elif size < self._held:
+            self._host.memory.give_back(self._holder, self._held - size)
+        self._held = size
+
     def _release(self) -> None:
         """Give the body's memory back, and let go of the body."""
         if self._held:

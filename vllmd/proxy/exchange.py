@@ -33,6 +33,9 @@ class Wire(Protocol):
     def expire(self, seconds: float) -> None:
         """Give the present exchange so long."""
 
+    def body_grew(self, size: int) -> None:
+        """The request's body takes so many bytes of memory now. Raises Unavailable if there is no room for them."""
+
 
 class Exchange:
     """One request and its answer. ``ticket`` is unique even where clients repeat their request ids.
@@ -114,6 +117,10 @@ class Exchange:
         """If it is not over within ``seconds``, answer 504, or break off, and cancel the handler."""
         self._wire.expire(seconds)
 
+    def body_grew(self, size: int) -> None:
+        """Count ``size`` bytes for the request's body, which was decoded. Raises Unavailable if there is no room."""
+        self._wire.body_grew(size)
+
     def fail(self, error: VllmdError) -> None:
         """Answer with the error, or break off if an answer had begun."""
         self.error = self.error or type(error).__name__
@@ -124,6 +131,8 @@ class Exchange:
             return
         response = error_response(error, self.request.path)
         response.headers = (*response.headers, *getattr(error, "headers", ()))
+        if response.status == 401 and "text/html" in self.request.headers.get("accept"):  # a person, who can be asked
+            response.headers = (*response.headers, ("www-authenticate", 'Basic realm="vllmd", charset="UTF-8"'))
         self._whole(response, response.body if isinstance(response.body, bytes) else b"")
 
     # -- answering
@@ -172,6 +181,8 @@ class Exchange:
         extra: list[tuple[str, str]] = [("x-request-id", self.request.id), *framing]
         if not self.keep_alive:
             extra.append(("connection", "close"))
+        elif self.request.version == "1.0":
+            extra.append(("connection", "keep-alive"))
         return write_response_head(response.status, response.headers, extra)
 
     # -- flow control

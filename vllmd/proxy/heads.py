@@ -44,6 +44,7 @@ QUERY = re.compile(r"[\x21\x24-\x7e]*")  # browsers send more than RFC 3986 allo
 BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 PLAIN_LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,15})\r\n")
+KEEP_ALIVE = re.compile(rb"(?:^|,)[ \t]*keep-alive[ \t]*(?:,|$)")
 LAST_STATUS = 599
 BODYLESS = frozenset({204, 304})
 NO_SHAPE = (b"", b"")
@@ -102,11 +103,13 @@ class ResponseHead:
     dated: bool
     keep_alive: bool
     content_type: bytes
+    has_location: bool = False
 
     def with_length(self, length: int) -> ResponseHead:
         """The same head with another Content-Length."""
         headers = self.headers.with_length(length)
-        return ResponseHead(self.status, headers, length, False, self.dated, self.keep_alive, self.content_type)
+        told, keep_alive, kind = self.dated, self.keep_alive, self.content_type
+        return ResponseHead(self.status, headers, length, False, told, keep_alive, kind, self.has_location)
 
     def framing(self) -> Framing:
         """What finds the end of its body; it counts, so it serves once."""
@@ -182,7 +185,7 @@ def parse_request_head(head: bytes) -> RequestHead:
         version,
         headers,
         _request_length(head, fields, version),
-        version == "1.1" and b"close" not in connection,
+        b"close" not in connection and (version == "1.1" or KEEP_ALIVE.search(connection) is not None),
         expect == b"100-continue" and version == "1.1",
         fields.get(b"upgrade", b"").decode("latin-1").lower() if b"upgrade" in connection and version == "1.1" else "",
     )
@@ -211,6 +214,7 @@ def parse_response_head(head: bytes, method: str) -> ResponseHead:
         b"date" in fields,
         keep_alive and (chunked or length is not None),
         fields.get(b"content-type", b"").lower(),
+        b"location" in fields,
     )
 
 

@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from dataclasses import dataclass, fields
 
 # What one recv() may bring. asyncio asks for 256 KiB, and memory of that size comes from mmap and goes back to it
 # at every single read: 40 microseconds instead of 3.
 RECEIVE = 64 << 10
+
+
+# A peer whose machine or network vanished says nothing: after half a minute of silence the kernel asks it, and gives
+# it up after three more questions. What was sent to an engine's machine and not acknowledged has two minutes.
+KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))  # seconds, and a number
+UNACKNOWLEDGED = 120.0  # seconds
+
+
+def keep_alive(sock: socket.socket, unacknowledged: float) -> None:
+    """Have the kernel notice that the peer of a TCP connection is gone.
+
+    What it has not acknowledged or not taken for ``unacknowledged`` seconds says so, too.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in KEEPALIVE:
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, round(unacknowledged * 1000)))
 
 
 def read_small(transport: asyncio.BaseTransport) -> None:

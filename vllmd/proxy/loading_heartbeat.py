@@ -1,4 +1,4 @@
-"""What a streaming client hears while its model loads, and how it learns of a failure then.
+"""What a streaming client hears while its model loads or reads the prompt, and how it learns of a failure then.
 
 After ``loading_comment_interval`` seconds of waiting a request that asked for a stream gets its 200 and an SSE
 comment, and another one at every further interval, so that no proxy or client on the way gives up (or, where the
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from typing import Protocol
 
 from vllmd.errors import VllmdError
 from vllmd.proxy.exchange import LAST_CHUNK, Exchange, chunk
@@ -23,7 +24,6 @@ EARLY_HEAD = (
     ("content-type", "text/event-stream; charset=utf-8"),
     ("cache-control", "no-store"),
     ("x-accel-buffering", "no"),
-    ("transfer-encoding", "chunked"),
 )
 
 
@@ -37,7 +37,7 @@ class LoadingHeartbeat:
         self._model = model
         self._asked = asked
         self._gate = gate
-        self._interval = limits.loading_comment_interval if stream and exchange.takes_chunks else 0.0
+        self._interval = limits.loading_comment_interval if stream else 0.0
         self._as_reasoning = limits.loading_as_reasoning
         self._timer: asyncio.TimerHandle | None = None
 
@@ -51,17 +51,37 @@ class LoadingHeartbeat:
         if self._timer is not None:
             self._timer.cancel()
 
+    @property
+    def wanted(self) -> bool:
+        """Whether the client is to hear anything before its answer."""
+        return self._interval > 0
+
     def _comment(self) -> None:
-        comment = chunk(self._told(self._gate.loading(self._model) or "waiting"))
-        if self.begun:
-            self._exchange.write(comment)
-        else:
-            self.begun = True
-            extra = [("x-request-id", self._exchange.request.id)]
-            if not self._exchange.keep_alive:
-                extra.append(("connection", "close"))
-            self._exchange.start(200, write_response_head(200, EARLY_HEAD, extra) + comment)
+        self.say(self._told(self._gate.loading(self._model) or "waiting"))
         self._timer = asyncio.get_running_loop().call_later(self._interval, self._comment)
+
+    def reading(self) -> None:
+        """The engine has the request and has not begun to answer: it reads the prompt."""
+        self.say(f": {self._model}: reading the prompt\n\n".encode())
+
+    def say(self, comment: bytes) -> None:
+        """Send it, the first time behind a head. HTTP/1.0 has no chunks: there the answer ends with its connection."""
+        exchange = self._exchange
+        if self.begun:
+            exchange.write(self._framed(comment))
+            return
+        self.begun = True
+        if not exchange.takes_chunks:
+            exchange.end_with_connection()
+        extra = [("x-request-id", exchange.request.id)]
+        if exchange.takes_chunks:
+            extra.append(("transfer-encoding", "chunked"))
+        if not exchange.keep_alive:
+            extra.append(("connection", "close"))
+        exchange.start(200, write_response_head(200, EARLY_HEAD, extra) + self._framed(comment))
+
+    def _framed(self, data: bytes) -> bytes:
+        return chunk(data) if self._exchange.takes_chunks else data
 
     def _told(self, progress: str) -> bytes:
         request = self._exchange.request
@@ -89,8 +109,49 @@ class LoadingHeartbeat:
     def fail_with(self, body: bytes) -> None:
         """End the stream with ``body``, an error as the API has them, as its last event."""
         event = error_event(self._exchange.request.path, body)
-        self._exchange.write(chunk(event) + LAST_CHUNK)
+        self._exchange.write(self._framed(event) + (LAST_CHUNK if self._exchange.takes_chunks else b""))
         self._exchange.finish()
+
+
+class Waiting(Protocol):
+    """A stream that waits for its engine's first byte."""
+
+    def beat(self) -> None:
+        """Give a sign of life."""
+
+
+class Heartbeats:
+    """One timer for all streams whose engines have not begun to answer, so that none costs a timer of its own.
+
+    A stream is given a sign of life at each sweep but the first after it came: after one interval, or two at most.
+    """
+
+    def __init__(self, interval: float) -> None:
+        """``interval`` is in seconds; 0.0: no signs of life."""
+        self._interval = interval
+        self._new: set[Waiting] = set()
+        self._old: set[Waiting] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, waiting: Waiting) -> None:
+        """It waits from now on."""
+        self._new.add(waiting)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._interval, self._sweep)
+
+    def discard(self, waiting: Waiting) -> None:
+        """It waits no more."""
+        self._new.discard(waiting)
+        self._old.discard(waiting)
+
+    def _sweep(self) -> None:
+        self._timer = None
+        for waiting in list(self._old):
+            waiting.beat()
+        self._old |= self._new
+        self._new.clear()
+        if self._old:
+            self._timer = asyncio.get_running_loop().call_later(self._interval, self._sweep)
 
 
 def error_event(path: str, body: bytes) -> bytes:

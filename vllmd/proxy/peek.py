@@ -24,6 +24,7 @@ PIECES_CHECKED_FROM = 1 << 20  # bytes; a smaller body cannot have too many
 SLICE = 256 << 10  # bytes looked at between two turns of the loop
 MOST_PARTS = 1000  # of a form; servers of Python's commonly take as many
 LONGEST_PART_HEAD = 16 << 10  # bytes of the fields before a part's content
+LONGEST_PREAMBLE = 16 << 10  # bytes before a form's first part
 LONGEST_FLAG = 64  # bytes of a field that says true or false
 
 WHITESPACE = re.compile(r"[ \t\n\r]*")
@@ -219,7 +220,10 @@ def in_multipart(body: bytes, content_type: str) -> Turns[Asked]:
     place: tuple[int, int] | None = None
     stream = False
     if not body.startswith(mark + b"\r\n"):
-        raise BadRequest("the form does not start with its boundary")
+        start = body.find(b"\r\n" + mark + b"\r\n", 0, LONGEST_PREAMBLE)
+        if start < 0 or mark in body[:start]:
+            raise BadRequest("the form does not start with its boundary")
+        body = body[start + 2 :]  # a preamble means nothing (RFC 2046, 5.1.1); the engine does not get it
     pos, parts = len(mark), 0
     while body[pos : pos + 2] == b"\r\n":
         parts += 1

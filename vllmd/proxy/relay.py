@@ -19,17 +19,18 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from vllmd.errors import BadRequest, EngineFailed, Forbidden, NotFound, UnknownModel, UpstreamFailed, VllmdError
-from vllmd.proxy.answer import EVENT_STREAM, Answer, Refusal, UpstreamRequest, answer_for
+from vllmd.proxy.answer import EVENT_STREAM, Answer, Refusal, UpstreamRequest, answer_for, relocated
+from vllmd.proxy.decoding import charset_of, decoded, in_utf8
 from vllmd.proxy.eager import Begun, Bell
 from vllmd.proxy.engine_api import allows
-from vllmd.proxy.exchange import Exchange
+from vllmd.proxy.exchange import Exchange, chunk
 from vllmd.proxy.framing import Framing
 from vllmd.proxy.gate import LONGEST_NAME, Gate, Permit, Rules, Target
 from vllmd.proxy.heads import ResponseHead, forwardable, write_fields
-from vllmd.proxy.http import Request
+from vllmd.proxy.http import Request, Response
 from vllmd.proxy.large import LARGE, in_large, in_turns, ruled_large
 from vllmd.proxy.limits import Limits
-from vllmd.proxy.loading_heartbeat import LoadingHeartbeat
+from vllmd.proxy.loading_heartbeat import Heartbeats, LoadingHeartbeat
 from vllmd.proxy.peek import Asked, Parts, in_json, in_multipart, ruled
 from vllmd.proxy.upstream import Pool, Upstream, host_field
 
@@ -68,26 +69,48 @@ class Relay:
         self.pool = Pool(limits)
         self.gate = gate
         self.limits = limits
+        self.heartbeats = Heartbeats(limits.loading_comment_interval)
         self._responses: OrderedDict[str, tuple[str, str]] = OrderedDict()  # response id -> engine; model as asked for
 
     async def json(self, exchange: Exchange) -> None:
         """A route whose JSON body names the model."""
         request = exchange.request
-        _refuse_coded(request)
-        content_type = request.headers.get("content-type").partition(";")[0].strip().lower()
-        if content_type != "application/json" and not content_type.endswith("+json"):
+        content_type = request.headers.get("content-type")
+        kind = content_type.partition(";")[0].strip().lower()
+        if kind != "application/json" and not kind.endswith("+json"):
             raise BadRequest("the Content-Type must be application/json")
+        await self._make_plain(exchange, content_type)
         large = len(request.body) > LARGE
         await self.serve(exchange, await in_turns(in_large(request.body)) if large else in_json(request.body))
 
     async def form(self, exchange: Exchange) -> None:
         """A route whose multipart form names the model."""
         request = exchange.request
-        _refuse_coded(request)
         content_type = request.headers.get("content-type")
         if content_type.partition(";")[0].strip().lower() != "multipart/form-data":
             raise BadRequest("the Content-Type must be multipart/form-data")
+        await self._make_plain(exchange, "")
         await self.serve(exchange, await in_turns(in_multipart(request.body, content_type)))
+
+    async def _make_plain(self, exchange: Exchange, content_type: str) -> None:
+        """Take the body out of its Content-Encoding, and JSON (of this type, "" for a form) out of another charset.
+
+        The engine gets the plain body, and fields that say no more of what it was.
+        """
+        request, most = exchange.request, self.limits.max_body
+        coding = request.headers.get("content-encoding")
+        if coding and coding.lower() != "identity":
+            coded = len(request.body)
+            work = decoded(request.body, coding, most, lambda size: exchange.body_grew(coded + size))
+            request.body = await in_turns(work)
+            exchange.body_grew(len(request.body))
+            request.headers = request.headers.but("content-encoding")
+        if content_type and (charset := charset_of(request.body, content_type)):
+            wide = len(request.body)
+            work = in_utf8(request.body, charset, most, lambda size: exchange.body_grew(wide + size))
+            request.body = await in_turns(work)
+            exchange.body_grew(len(request.body))
+            request.headers = request.headers.but("content-type", ("content-type", "application/json"))
 
     async def query(self, exchange: Exchange) -> None:
         """A GET that asks about an engine; the query names the model, and does not go on with it."""
@@ -121,6 +144,8 @@ class Relay:
         request = exchange.request
         path = request.target[request.target.index("/upstream/") :].partition("?")[0]
         segments = path.split("/")[2:]
+        if await self._wants_slash(exchange, path, unquote("/".join(segments))):
+            return
         for cut in range(len(segments) - 1, 0, -1):
             if sum(map(len, segments[:cut])) > 3 * LONGEST_NAME:  # percent-encoded
                 continue
@@ -133,9 +158,23 @@ class Relay:
                 what = f"{request.method} /{unquote('/'.join(rest))} is not among what is passed on"
                 raise Forbidden(f"{what} to the engine of {target.model!r}: what changes it, vllmd does alone")
             onward = _with_query(request, "/" + "/".join(rest))
-            await self._send(exchange, UpstreamRequest(target, Asked("", False, request.body), onward))
+            outside = "/upstream/" + "/".join(segments[:cut])
+            await self._send(exchange, UpstreamRequest(target, Asked("", False, request.body), onward, outside=outside))
             return
         raise UnknownModel(f"no model's name begins {request.params['rest']!r}")
+
+    async def _wants_slash(self, exchange: Exchange, path: str, name: str) -> bool:
+        """Whether ``path`` is a model and nothing more; then its page is one slash further, and the client is told so.
+
+        Links in a page are relative to the last slash: without one they would leave the engine's own paths.
+        """
+        try:
+            self.target(exchange.request, name, "")
+        except (UnknownModel, BadRequest):
+            return False
+        location = _with_query(exchange.request, path + "/")
+        await exchange.respond(Response(308, headers=(("location", location), ("cache-control", "no-store"))))
+        return True
 
     async def serve(self, exchange: Exchange, asked: Asked, route: str = "", only: str = "") -> None:
         """Relay the exchange to the model that was ``asked`` for, which must serve ``route`` (default: the path).
@@ -211,8 +250,12 @@ class Relay:
         trip = Forward(exchange, upstream_request, loading, permit)
         try:
             permit.on_cut(trip.cut)
+            if loading.wanted:
+                self.heartbeats.add(trip)
+                trip.heartbeats = self.heartbeats
             await trip.run(self.pool)
         finally:
+            trip.quiet()
             trip.close()
             self._remember(trip.response_id, upstream_request)
 
@@ -237,12 +280,6 @@ async def _ruled(body: bytes, rules: Rules) -> Asked:
     if len(body) > LARGE:
         return await in_turns(in_large(await in_turns(ruled_large(body, rules))))
     return in_json(ruled(body, rules))
-
-
-def _refuse_coded(request: Request) -> None:
-    coding = request.headers.get("content-encoding")
-    if coding and coding.lower() != "identity":
-        raise BadRequest(f"the body must be sent as it is, not with the Content-Encoding {coding!r}")
 
 
 class Tail:
@@ -285,6 +322,8 @@ class Forward:
         self._again = False
         self._upstream: Upstream | None = None
         self._answer: Answer | None = None
+        self.heartbeats: Heartbeats | None = None  # while it has no byte of the answer, and the client wants to know
+        self._plain_events = False  # events that end with their last chunk or the connection: comments may precede them
         self._tail = Tail()
         self._opening = bytearray()  # of the answer, as long as a response's id is looked for in it
         self._names_response = exchange.request.path == "/v1/responses"
@@ -345,10 +384,29 @@ class Forward:
                 self._answer = Refusal(head.status, framing)
                 return
             self._permit.answered(head.content_type.startswith(EVENT_STREAM))
+        if head.has_location:
+            head = relocated(head, self._where, self._errand.outside)
+        self._plain_events = head.status == 200 and head.length is None and head.content_type.startswith(EVENT_STREAM)
         self._answer = answer_for(self._exchange, self._errand, self._loading, head, framing)
+
+    def beat(self) -> None:
+        """A sign of life: behind a head of our own, or, if the engine has sent its head, as the body's first bytes."""
+        if self._answer is None:
+            self._loading.reading()
+        elif self._plain_events:
+            comment = b": reading the prompt\n\n"
+            self._exchange.write(comment if self._exchange.ends_with_connection else chunk(comment))
+
+    def quiet(self) -> None:
+        """No more signs of life."""
+        if self.heartbeats is not None:
+            self.heartbeats.discard(self)
+            self.heartbeats = None
 
     def data(self, data: bytes) -> None:
         """More of the body."""
+        if data and self.heartbeats is not None:
+            self.quiet()
         self._tail.feed(data)
         if self._names_response:
             self._look_for_id(data)

@@ -15,7 +15,7 @@ from vllmd.proxy.connection import Connection
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.heads import write_response_head
 from vllmd.proxy.http import Request, error_response
-from vllmd.proxy.limits import Limits
+from vllmd.proxy.limits import Limits, keep_alive
 from vllmd.proxy.routing import Handler, Router
 
 log = logging.getLogger(__name__)
@@ -109,6 +109,7 @@ class Server:
         sock.setblocking(False)
         if sock.family != socket.AF_UNIX:  # asyncio does this only for sockets that were made with proto 6
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            keep_alive(sock, self.limits.send_timeout)
         opening = asyncio.get_running_loop().create_task(self._open(sock))
         self._opening.add(opening)
         opening.add_done_callback(self._opened)

@@ -6,6 +6,8 @@ The model is the query's, as OpenAI has it; what the client says inside the sock
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import Iterable, Iterator
 from typing import cast
 from urllib.parse import parse_qsl, urlencode
 
@@ -14,15 +16,19 @@ from vllmd.proxy.answer import OURS
 from vllmd.proxy.exchange import Exchange, with_fields
 from vllmd.proxy.framing import BadFraming
 from vllmd.proxy.gate import Address, Permit, Target
-from vllmd.proxy.heads import forwardable, parse_upgrade_head, write_fields, write_request_head
-from vllmd.proxy.http import Request
+from vllmd.proxy.heads import forwardable, parse_response_head, parse_upgrade_head, write_fields, write_request_head
+from vllmd.proxy.http import Request, Response, json_response
 from vllmd.proxy.limits import read_small
 from vllmd.proxy.relay import KEPT_BACK, Relay
 from vllmd.proxy.response_heads import HeadCollector
-from vllmd.proxy.upstream import connect, describe, host_field
+from vllmd.proxy.upstream import connect, host_field
+
+log = logging.getLogger(__name__)
 
 SWITCHING = b"HTTP/1.1 101 Switching Protocols\r\n"
 UPGRADE_FIELDS = [(b"connection", b"Upgrade"), (b"upgrade", b"websocket")]
+KEY_PROTOCOL = "openai-insecure-api-key."  # a sub-protocol that is a key: browsers can send no other
+REFUSAL_TOLD = 1000  # bytes of what an engine says when it refuses
 HANDSHAKE_LIMIT = 30.0  # seconds for the engine to answer the handshake
 
 
@@ -36,7 +42,7 @@ class FarEnd(asyncio.Protocol):
         self._exchange = exchange
         self._transport: asyncio.Transport
         self._collector = HeadCollector()
-        self._early = b""  # what came along with the head
+        self.early = b""  # what came along with the head
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Connected."""
@@ -55,7 +61,7 @@ class FarEnd(asyncio.Protocol):
             return
         if found is not None:
             whole, end = found
-            self._early = whole[end:]
+            self.early = whole[end:]
             self.answered.set_result(whole[:end])
             self._transport.pause_reading()  # until the client has been told
 
@@ -85,7 +91,7 @@ class FarEnd(asyncio.Protocol):
 
     def open(self) -> None:
         """The client knows: pass on what came along with the head, and whatever comes."""
-        early, self._early = self._early, b""
+        early, self.early = self.early, b""
         if early:
             self._exchange.write(early)
         self._exchange.follow_pauses(self._on_pause)
@@ -126,7 +132,11 @@ class Tunnels:
             permit.done()
 
     async def _through(self, exchange: Exchange, permit: Permit, target: Target) -> None:
-        far = await connect(permit.upstream, self._relay.limits.connect_timeout, lambda: FarEnd(exchange))
+        try:
+            far = await connect(permit.upstream, self._relay.limits.connect_timeout, lambda: FarEnd(exchange))
+        except UpstreamFailed as error:  # which names an address of ours
+            log.warning("%s: %s", target.model, error.message)
+            raise UpstreamFailed(f"the engine of {target.model!r} cannot be reached") from None
         cut: list[VllmdError] = []
 
         def on_cut(reason: str) -> None:
@@ -137,7 +147,10 @@ class Tunnels:
             permit.on_cut(on_cut)
             far.send(handshake(exchange.request, target, permit.upstream))
             exchange.keep_alive = False
-            agreed = await self._agreed(far, describe(permit.upstream))
+            agreed = await self._agreed(far, target.model)
+            if isinstance(agreed, Response):
+                await exchange.respond(agreed)
+                return
             exchange.start(101, with_fields(agreed, [("x-request-id", exchange.request.id)]))
             exchange.upgrade(far.take)
             far.open()
@@ -148,16 +161,32 @@ class Tunnels:
         finally:
             far.close()
 
-    async def _agreed(self, far: FarEnd, where: str) -> bytes:
-        """The head that tells the client of the engine's consent. Raises UpstreamFailed if there is none."""
+    async def _agreed(self, far: FarEnd, model: str) -> bytes | Response:
+        """The head that tells the client of the engine's consent, or the engine's refusal with its own status.
+
+        Raises UpstreamFailed if there is neither.
+        """
         done, _ = await asyncio.wait([far.answered], timeout=HANDSHAKE_LIMIT)
         if not done or far.answered.cancelled():
-            raise UpstreamFailed(f"the engine at {where} did not answer the WebSocket handshake")
+            raise UpstreamFailed(f"the engine of {model!r} did not answer the WebSocket handshake")
         try:
             fields = parse_upgrade_head(far.answered.result())
         except BadFraming as error:
-            raise UpstreamFailed(f"the engine at {where} refused the WebSocket: {error}") from None
+            return _refusal(far, model, error)
         return SWITCHING + write_fields([*UPGRADE_FIELDS, *forwardable(fields, but=OURS)]) + b"\r\n"
+
+
+def _refusal(far: FarEnd, model: str, why: BadFraming) -> Response:
+    """What the engine answered instead of 101, as an error of its status; of its body what came along."""
+    try:
+        head = parse_response_head(far.answered.result(), "GET")
+    except BadFraming:
+        head = None
+    if head is None or not 400 <= head.status < 600:
+        raise UpstreamFailed(f"the engine of {model!r} refused the WebSocket: {why}")
+    said = far.early[:REFUSAL_TOLD].decode("utf-8", "replace").strip()
+    error = UpstreamFailed(f"the engine of {model!r} refused the WebSocket with {head.status}{said and ': ' + said}")
+    return json_response(error.to_openai(), head.status)
 
 
 def handshake(request: Request, target: Target, address: Address) -> bytes:
@@ -167,10 +196,21 @@ def handshake(request: Request, target: Target, address: Address) -> bytes:
     fields = [
         (b"host", host_field(address).encode()),
         *UPGRADE_FIELDS,
-        *forwardable(request.headers.raw, but=KEPT_BACK),
+        *_without_keys(forwardable(request.headers.raw, but=KEPT_BACK)),
         (b"x-request-id", request.id.encode()),
     ]
     fields.extend((name.lower().encode(), value.encode("latin-1")) for name, value in target.headers)
     if address.key:
         fields.append((b"authorization", b"Bearer " + address.key.encode()))
     return write_request_head("GET", f"{address.prefix}{request.path}?{urlencode(query)}", fields)
+
+
+def _without_keys(fields: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:
+    """The fields without the sub-protocols that are keys."""
+    for name, value in fields:
+        if name == b"sec-websocket-protocol":
+            kept = [each.strip() for each in value.split(b",") if not each.strip().startswith(KEY_PROTOCOL.encode())]
+            if kept:
+                yield name, b", ".join(kept)
+        else:
+            yield name, value

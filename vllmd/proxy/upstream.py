@@ -12,6 +12,7 @@ import ipaddress
 import json as json_codec
 import logging
 import os
+import socket
 import ssl
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from vllmd.errors import UpstreamFailed
 from vllmd.proxy.framing import BadFraming, Framing
 from vllmd.proxy.gate import Address
 from vllmd.proxy.heads import HeadMemo, RawHeaders, ResponseHead, parse_response_head, write_request_head
-from vllmd.proxy.limits import Limits, read_small
+from vllmd.proxy.limits import UNACKNOWLEDGED, Limits, keep_alive, read_small
 from vllmd.proxy.peek import Parts
 from vllmd.proxy.peers import Impostor, connected
 from vllmd.proxy.response_heads import HeadCollector, head_end
@@ -111,6 +112,9 @@ class Upstream(asyncio.Protocol):
         """Connected."""
         self._transport = cast(asyncio.Transport, transport)
         read_small(transport)
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family != socket.AF_UNIX:
+            keep_alive(sock, UNACKNOWLEDGED)
 
     def data_received(self, data: bytes) -> None:
         """Bytes of an answer; from an idle connection they are a reason to drop it."""

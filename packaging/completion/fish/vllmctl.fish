@@ -64,6 +64,14 @@ complete -c vllmctl -n '__fish_seen_subcommand_from doctor' -l url -r -d 'over H
 complete -c vllmctl -n '__fish_seen_subcommand_from doctor' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
 complete -c vllmctl -n '__fish_seen_subcommand_from doctor' -l json -d 'print JSON instead of a table'
 complete -c vllmctl -n '__fish_seen_subcommand_from doctor' -F
+complete -c vllmctl -n __fish_use_subcommand -a drain -d 'Take GPUs out of use for maintenance: what runs there ends with its requests, and nothing new comes'
+complete -c vllmctl -n '__fish_seen_subcommand_from drain' -s h -l help -d 'show this help message and exit'
+complete -c vllmctl -n '__fish_seen_subcommand_from drain' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
+complete -c vllmctl -n '__fish_seen_subcommand_from drain' -l user -d 'the vllmd of systemctl --user'
+complete -c vllmctl -n '__fish_seen_subcommand_from drain' -l url -r -d 'over HTTP, such as http://gpu1:33258; needs a key with the scope admin'
+complete -c vllmctl -n '__fish_seen_subcommand_from drain' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
+complete -c vllmctl -n '__fish_seen_subcommand_from drain' -l json -d 'print JSON instead of a table'
+complete -c vllmctl -n '__fish_seen_subcommand_from drain' -F
 complete -c vllmctl -n __fish_use_subcommand -a events -d 'Show decisions as they are made, until interrupted'
 complete -c vllmctl -n '__fish_seen_subcommand_from events' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from events' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
@@ -198,6 +206,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from ps' -l user -d 'the vllmd of
 complete -c vllmctl -n '__fish_seen_subcommand_from ps' -l url -r -d 'over HTTP, such as http://gpu1:33258; needs a key with the scope admin'
 complete -c vllmctl -n '__fish_seen_subcommand_from ps' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
 complete -c vllmctl -n '__fish_seen_subcommand_from ps' -l json -d 'print JSON instead of a table'
+complete -c vllmctl -n '__fish_seen_subcommand_from ps' -s p -l power -d 'show the watts of each ones share of its devices'
 complete -c vllmctl -n '__fish_seen_subcommand_from ps' -s r -l running -d 'leave out models that are stopped'
 complete -c vllmctl -n '__fish_seen_subcommand_from ps' -F
 complete -c vllmctl -n __fish_use_subcommand -a reload -d 'Take the configuration anew; models that did not change keep running'
@@ -289,6 +298,14 @@ complete -c vllmctl -n '__fish_seen_subcommand_from top' -l json -d 'print JSON 
 complete -c vllmctl -n '__fish_seen_subcommand_from top' -s d -l delay -r -d 'pause (default: 1s)'
 complete -c vllmctl -n '__fish_seen_subcommand_from top' -s n -l times -r -d 'end after N times'
 complete -c vllmctl -n '__fish_seen_subcommand_from top' -F
+complete -c vllmctl -n __fish_use_subcommand -a undrain -d 'Give drained GPUs back'
+complete -c vllmctl -n '__fish_seen_subcommand_from undrain' -s h -l help -d 'show this help message and exit'
+complete -c vllmctl -n '__fish_seen_subcommand_from undrain' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
+complete -c vllmctl -n '__fish_seen_subcommand_from undrain' -l user -d 'the vllmd of systemctl --user'
+complete -c vllmctl -n '__fish_seen_subcommand_from undrain' -l url -r -d 'over HTTP, such as http://gpu1:33258; needs a key with the scope admin'
+complete -c vllmctl -n '__fish_seen_subcommand_from undrain' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
+complete -c vllmctl -n '__fish_seen_subcommand_from undrain' -l json -d 'print JSON instead of a table'
+complete -c vllmctl -n '__fish_seen_subcommand_from undrain' -F
 complete -c vllmctl -n __fish_use_subcommand -a unpin -d 'Let models be evicted and sleep again'
 complete -c vllmctl -n '__fish_seen_subcommand_from unpin' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from unpin' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'

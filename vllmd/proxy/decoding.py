@@ -1,0 +1,161 @@
+"""Request bodies in another form than plain UTF-8, made plain before anybody looks into them.
+
+``Content-Encoding`` gzip, deflate or zstd (Codex sends zstd), and JSON in UTF-16 or UTF-32 where the Content-Type says
+so, or with a byte-order mark. What comes out has the limit that bodies have, and is counted as it comes: a body of a
+kilobyte that would become a terabyte ends there. The work is done in turns, and the engine gets the plain body.
+
+zstd is libzstd's, by ctypes: every Linux with a package manager has it, and no Python before 3.14 does.
+"""
+
+from __future__ import annotations
+
+import codecs
+import ctypes
+import functools
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from vllmd.errors import BadRequest, TooLarge
+from vllmd.proxy.peek import Turns
+
+PIECE = 64 << 10  # bytes that come out between two turns
+CODINGS = ("gzip", "x-gzip", "deflate", "zstd")
+CHARSET = re.compile(r';\s*charset\s*=\s*"?([A-Za-z0-9_-]+)"?', re.IGNORECASE)
+BOMS = (  # the longer ones first: UTF-32's begins like UTF-16's
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+WIDE = {"utf-16": "utf-16-be", "utf-16le": "utf-16-le", "utf-16be": "utf-16-be", "ucs-2": "utf-16-be",
+        "utf-32": "utf-32-be", "utf-32le": "utf-32-le", "utf-32be": "utf-32-be"}  # fmt: skip
+
+
+class Decoder(Protocol):
+    """Takes coded bytes, gives plain ones in pieces."""
+
+    def __call__(self, data: bytes) -> Iterator[bytes]: ...
+
+
+def decoded(body: bytes, coding: str, most: int, grew: Callable[[int], None]) -> Turns[bytes]:
+    """``body`` without its Content-Encoding. ``grew`` is told how long the plain body has become.
+
+    Raises BadRequest for a coding that is not known or a body that is not in it, TooLarge beyond ``most`` bytes.
+    """
+    codings = {"gzip": _zlib, "x-gzip": _zlib, "deflate": _zlib, "zstd": _zstd}
+    decoder = codings.get(coding.strip().lower())
+    if decoder is None:
+        known = ", ".join(CODINGS)
+        raise BadRequest(f"the Content-Encoding {coding[:100]!r} is not understood; send the body as it is, or {known}")
+    out = bytearray()
+    for piece in decoder(body):
+        out += piece
+        if len(out) > most:
+            raise TooLarge(f"the body is larger than {most} bytes when it is decoded")
+        grew(len(out))
+        yield
+    return bytes(out)
+
+
+def _zlib(body: bytes) -> Iterator[bytes]:
+    """gzip of one or more members, zlib, and the bare deflate that some send under its name."""
+    view, bits = memoryview(body), 47  # 47: gzip or zlib, whichever it is
+    if body[:2] != b"\x1f\x8b" and not (len(body) > 1 and body[0] & 15 == 8 and (body[0] << 8 | body[1]) % 31 == 0):
+        bits = -15
+    while len(view):
+        found = zlib.decompressobj(bits)
+        rest: bytes | memoryview = view
+        try:
+            while not found.eof:
+                piece = found.decompress(rest, PIECE)
+                if not piece and not found.unconsumed_tail and not found.eof:
+                    raise BadRequest("the compressed body ends in the middle")
+                rest = found.unconsumed_tail
+                yield piece
+        except zlib.error as error:
+            raise BadRequest(f"the body is not compressed as its Content-Encoding says: {error}") from None
+        view = view[len(view) - len(found.unused_data) :]
+
+
+class _Buffer(ctypes.Structure):
+    """libzstd's ZSTD_inBuffer and ZSTD_outBuffer."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("size", ctypes.c_size_t), ("pos", ctypes.c_size_t))
+
+
+@functools.cache
+def _libzstd() -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL("libzstd.so.1")
+    except OSError:
+        return None
+    library.ZSTD_createDStream.restype = ctypes.c_void_p
+    library.ZSTD_freeDStream.argtypes = [ctypes.c_void_p]
+    library.ZSTD_decompressStream.argtypes = [ctypes.c_void_p, ctypes.POINTER(_Buffer), ctypes.POINTER(_Buffer)]
+    library.ZSTD_decompressStream.restype = ctypes.c_size_t
+    library.ZSTD_DCtx_setParameter.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+    library.ZSTD_DCtx_setParameter.restype = ctypes.c_size_t
+    library.ZSTD_isError.argtypes = [ctypes.c_size_t]
+    library.ZSTD_isError.restype = ctypes.c_uint
+    library.ZSTD_getErrorName.argtypes = [ctypes.c_size_t]
+    library.ZSTD_getErrorName.restype = ctypes.c_char_p
+    return library
+
+
+WINDOW_LOG_MAX = 100  # ZSTD_d_windowLogMax
+LARGEST_WINDOW = 23  # 8 MiB, what RFC 8878 asks of everybody: a frame may ask for gigabytes
+
+
+def _zstd(body: bytes) -> Iterator[bytes]:
+    library = _libzstd()
+    if library is None:
+        raise BadRequest("zstd is not understood here, libzstd.so.1 is missing; send the body as it is, or gzip")
+    stream = library.ZSTD_createDStream()
+    try:
+        library.ZSTD_DCtx_setParameter(stream, WINDOW_LOG_MAX, LARGEST_WINDOW)
+        out = ctypes.create_string_buffer(PIECE)
+        source = _Buffer(ctypes.cast(ctypes.c_char_p(body), ctypes.c_void_p), len(body), 0)
+        left = 1  # of a frame: 0 at its end
+        while True:
+            target = _Buffer(ctypes.cast(out, ctypes.c_void_p), PIECE, 0)
+            left = library.ZSTD_decompressStream(stream, ctypes.byref(target), ctypes.byref(source))
+            if library.ZSTD_isError(left):
+                what = library.ZSTD_getErrorName(left).decode()
+                raise BadRequest(f"the body is not compressed as its Content-Encoding says: {what}")
+            if target.pos:
+                yield out.raw[: target.pos]
+            if source.pos == len(body) and target.pos < PIECE:
+                break
+        if left:
+            raise BadRequest("the compressed body ends in the middle")
+    finally:
+        library.ZSTD_freeDStream(stream)
+
+
+def charset_of(body: bytes, content_type: str) -> str:
+    """The charset of a JSON body where it is not plain UTF-8, "" where it is: by byte-order mark or declaration."""
+    for bom, charset in BOMS:
+        if body.startswith(bom):
+            return charset
+    declared = CHARSET.search(content_type) if "charset" in content_type.lower() else None
+    return WIDE.get(declared[1].lower().replace("_", "-"), "") if declared else ""
+
+
+def in_utf8(body: bytes, charset: str, most: int, grew: Callable[[int], None]) -> Turns[bytes]:
+    """``body``, which is in ``charset``, as UTF-8 without a mark. Raises BadRequest, TooLarge."""
+    decoder = codecs.getincrementaldecoder(charset)()
+    out = bytearray()
+    try:
+        for at in range(0, len(body), PIECE):
+            text = decoder.decode(body[at : at + PIECE], at + PIECE >= len(body))
+            out += (text.removeprefix("\ufeff") if not at else text).encode()
+            if len(out) > most:
+                raise TooLarge(f"the body is larger than {most} bytes when it is decoded")
+            grew(len(out))
+            yield
+    except UnicodeError as error:
+        raise BadRequest(f"the body is not {charset}: {error}") from None
+    return bytes(out)
