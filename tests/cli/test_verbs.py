@@ -182,8 +182,8 @@ def test_ps_and_top_show_each_replica_below_its_model(
 def test_gpus_tells_what_each_device_is_and_how_it_is(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
     """Its name, draw and heat, whom it is joined with; first what is wrong with it."""
     told = status(PAIR)
-    told["devices"][0] |= {"wedged": "an operator drained it", "name": "NVIDIA H200", "power": 123.5,
-                           "temperature": 38.0, "links": [1, 2], "node": 0, "throttled": "hardware thermal slowdown"}  # fmt: skip
+    told["devices"][0] |= {"wedged": "an operator drained it", "name": "NVIDIA H200", "power": 123.5}
+    told["devices"][0] |= {"temperature": 38.0, "links": [1, 2], "node": 0, "throttled": "hardware thermal slowdown"}
     daemon.answers["GET /admin/status"] = (200, told)
     assert main(["gpus"]) == 0
     note = "avoided: an operator drained it; slowed down: hardware thermal slowdown; NVIDIA H200; 124W 38°C; "
