@@ -18,6 +18,7 @@ from vllmd.daemon.self_description import Descriptions, SelfDescription, context
 from vllmd.daemon.serializers import card
 from vllmd.engines.base import Listen
 from vllmd.engines.vllm import ROUTES
+from vllmd.proxy.access import ANYBODY
 from vllmd.proxy.http import Headers, Request
 
 VLLM = {"object": "list", "data": [{"id": "m", "max_model_len": 512}]}
@@ -107,11 +108,11 @@ def test_a_hidden_model_is_not_listed_and_answers_by_its_name() -> None:
 
     async def play() -> None:
         endpoints = ModelEndpoints(Control())  # type: ignore[arg-type]
-        listed = json.loads((await endpoints.every(Request("GET", "/", "/", "", Headers()))).body)  # type: ignore[arg-type]
+        listed = json.loads((await endpoints.every(Request("GET", "/", "/", "", Headers(), caller=ANYBODY))).body)  # type: ignore[arg-type]
         assert [(each["id"], each["display_name"], each["description"]) for each in listed["data"]] == [
             ("a", "The A", "for all")
         ]
-        one = await endpoints.one(Request("GET", "/", "/", "", Headers(), params={"model": "b"}))
+        one = await endpoints.one(Request("GET", "/", "/", "", Headers(), params={"model": "b"}, caller=ANYBODY))
         assert json.loads(one.body)["id"] == "b"  # type: ignore[arg-type]
 
     asyncio.run(play())
