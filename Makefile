@@ -6,7 +6,7 @@ PREFIX ?= /usr/local
 WORKERS ?= 4
 FAST   := not machine and not vllm and not gpu and not llama
 
-.PHONY: help check fast demo bench-start bench-proxy bench-schedule gpu-check deb rpm install
+.PHONY: help check fast mutants demo bench-start bench-proxy bench-schedule gpu-check deb rpm install
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
@@ -15,6 +15,9 @@ check: ## install what is missing (outside this folder), then run every test
 
 fast: ## the tests that need neither a container nor vLLM
 	@$(SETUP) venv && $(PYTHON) -m pytest -n $(WORKERS) -m "$(FAST)"
+
+mutants: ## break promises of the scheduler on purpose, one at a time: does a test notice?
+	@$(SETUP) venv && $(PYTHON) -m tests.mutants
 
 demo: ## wake a model through the socket and watch it; MODEL=path for one of your own
 	@$(SETUP) host venv && $(PYTHON) packaging/demo $(if $(MODEL),--model "$(MODEL)")

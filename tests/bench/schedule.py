@@ -30,7 +30,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from tests.bench.scenarios import HOUR, SIZES_GB, Scenario, batch, days, fleet, scenarios
 from vllmd.core.baselines import ALL
@@ -148,9 +148,9 @@ def run(scenario: Scenario, variant: Variant, policy: str, seed: int) -> Figures
     """One policy over one trace."""
     models = specs(scenario.weights, variant.sleeps, scenario.spans)
     if variant.kind == "busy batch":
-        models = [each_engine(m, drain_limit=2.0) for m in models]
+        models = [replace(m, replicas=(replace(m.replicas[0], drain_limit=2.0),)) for m in models]
     if variant.kind == "day":
-        models = [each_engine(m, idle=IdleRules()) for m in models]
+        models = [replace(m, replicas=(replace(m.replicas[0], idle=IdleRules()),)) for m in models]
     name, _, freeze = policy.partition("+")
     physics = variant.physics(seed, models)
     cold = not variant.sleeps or "batch" in variant.kind
@@ -166,18 +166,13 @@ def run(scenario: Scenario, variant: Variant, policy: str, seed: int) -> Figures
     return simulate(machine, trace, ALL[name], policy).all
 
 
-def each_engine(model: ModelSpec, **settings: Any) -> ModelSpec:
-    """The same model, its engines with other settings."""
-    return replace(model, replicas=tuple(replace(spec, **settings) for spec in model.replicas))
-
-
 def learnt(models: Iterable[ModelSpec], physics: Physics) -> CostBook:
     """What a daemon knows that has run here for long."""
     book = CostBook()
-    for spec in [spec for m in models for spec in m.replicas]:
-        costs = book.open(spec)
+    for r in [r for m in models for r in m.replicas]:
+        costs = book.open(r)
         for kind in KINDS:
-            costs.observe(kind, physics.mean(spec, kind))
+            costs.observe(kind, physics.mean(r, kind))
     return book
 
 

@@ -49,12 +49,12 @@ GOLDEN = [
         "vllmd.yaml:2: gpu.reserved_memory_mb: reserve is the same setting, given in {dir}/vllmd.yaml:1",
     ),
     # ---- shapes
-    ("server: 8080", "vllmd.yaml:1: server: 8080 is not a mapping; accepted: a mapping"),
+    ("server: 8080", "vllmd.yaml:1: server: a number is not a mapping; accepted: a mapping"),
     ("models: [a]", "vllmd.yaml:1: models: a list is not a mapping; accepted: models by name"),
-    ("models: {m: 3}", "vllmd.yaml:1: models.m: 3 is not a mapping; accepted: a mapping of settings"),
+    ("models: {m: 3}", "vllmd.yaml:1: models.m: a number is not a mapping; accepted: a mapping of settings"),
     (
         "devices: 80GiB",
-        "vllmd.yaml:1: devices: '80GiB' is not a list; accepted: a list of mappings with memory, name, file",
+        "vllmd.yaml:1: devices: text is not a list; accepted: a list of mappings with memory, name, file",
     ),
     ("devices: [{name: a}]", "vllmd.yaml:1: devices[0]: memory is missing; accepted: a size such as 80GiB"),
     (
@@ -180,7 +180,10 @@ GOLDEN = [
         "vllmd.yaml:1: models.a.dtype: '--trust-remote-code' begins with '-': the engine would take it for a flag",
     ),
     # ---- waiting for a free device
-    ("models: {m: {when_free: 5}}", "vllmd.yaml:1: models.m.when_free: 5 is not a mapping; accepted: " + WHEN_FREE),
+    (
+        "models: {m: {when_free: 5}}",
+        "vllmd.yaml:1: models.m.when_free: a number is not a mapping; accepted: " + WHEN_FREE,
+    ),
     (
         "models: {m: {when_free: {used_above: 5GiB}}}",
         'vllmd.yaml:1: models.m.when_free.used_above: there is no such setting; did you mean "used_below"?; '
@@ -254,6 +257,60 @@ GOLDEN = [
         "accepted: a command as a list of words or one line",
     ),
 ]
+
+
+SECRETS = [
+    "auth: SECRET",
+    "auth: {keys: SECRET}",
+    "auth: {keys: [SECRET]}",
+    "auth: {keys: [{key: [SECRET]}]}",
+    "auth: {keys: [{key: {SECRET: 1}}]}",
+    "auth: {keys: [{key: 'sha256:SECRET'}]}",
+    'auth: {keys: [{key: "SECRET\\nx"}]}',
+    "auth: {keys: [{key: SECRET]}",
+    "auth: {keys: [{key: *SECRET}]}",
+    "auth:\n  keys:\n\t- key: SECRET",
+    "auth: {keys: [{key: !!python/name:SECRET x}]}",
+    "auth: {keys: [{key: !!int SECRET}]}",
+    'a: "SECRET',
+    "&SECRET &b c",
+    "models: SECRET",
+    "models: {a: SECRET}",
+    "models: {a: {env: 'HF_TOKEN=SECRET'}}",
+    "models: {a: {env: [SECRET]}}",
+    "models: {a: {env: {HF_TOKEN: [SECRET]}}}",
+    "models: {a: {env: {A-B: SECRET}}}",
+    'models: {a: {env: {A: "SECRET\\0"}}}',
+    "models: {a: {hf_token: [SECRET]}}",
+    "models: {a: {hf_token: SECRET, hf_token_file: f}}",
+    "models: {a: {api_key: [SECRET]}}",
+    "models: {a: {options: SECRET}}",
+    "models: {a: {options: [SECRET]}}",
+    "models: {a: {command: {SECRET: 1}}}",
+    'models: {a: {command: "SECRET \'x"}}',
+    'models: {a: {extra_args: "SECRET \'x"}}',
+    "models: {a: {replicas: {of: [SECRET]}}}",
+    "models: {a: {replicas: {of: [{key: SECRET}, {key: SECRET}]}}}",
+    "proxy: {api_key: [SECRET]}",
+]
+
+
+@pytest.mark.parametrize("text", SECRETS)
+def test_no_message_quotes_what_may_be_a_secret(tmp_path: Path, text: str) -> None:
+    """It says where and what would be right; messages go to terminals, logs, status lines and clients."""
+    (tmp_path / "vllmd.yaml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path / "vllmd.yaml", env={})
+    assert "SECRET" not in error.value.message
+    assert "vllmd.yaml:" in error.value.message
+
+
+def test_a_name_that_would_move_the_terminal_is_written_out(tmp_path: Path) -> None:
+    """A path in a message has names in it that others may have chosen."""
+    (tmp_path / "vllmd.yaml").write_text('models: {"a\\u001b[31m\\u202eb": {}}')
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path / "vllmd.yaml", env={})
+    assert error.value.message.isprintable()
 
 
 @pytest.mark.parametrize(("text", "message"), GOLDEN, ids=[text[:40] for text, _ in GOLDEN])

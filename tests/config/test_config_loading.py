@@ -8,6 +8,7 @@ import subprocess
 import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -383,7 +384,49 @@ def test_a_secret_that_everybody_may_read_is_warned_of(tmp_path: Path) -> None:
     file = tmp_path / "vllmd.yaml"
     file.write_text("models: {m: {hf_token: hf_x}}")
     file.chmod(0o644)
-    assert "chmod 640" in load(file, env={}).warnings[0]
+    assert f"chmod 600 {file}" in load(file, env={}).warnings[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "auth: {keys: [{key: S}]}",
+        "auth: {keys: [{key_file: f}]}",
+        "models: {a: {hf_token: S}}",
+        "models: {a: {hf_token_file: f}}",
+        "models: {a: {api_key: S}}",
+        "models: {a: {env: {HF_TOKEN: S}}}",
+        "defaults: {env: {OPENAI_API_KEY: S}}\nmodels: {a: {}, b: {}}",
+        "models: {a: {engine: remote, options: {url: 'http://x/v1', key: S}}}",
+        "models: {a: {engine: remote, options: {url: 'http://x/v1', key_file: f}}}",
+    ],
+)
+def test_every_place_of_a_secret_is_looked_at(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once each, with the file it is in, and with advice that does not lock the system's daemon out."""
+    file, own = tmp_path / "vllmd.yaml", tmp_path / "f"
+    file.write_text(text)
+    own.write_text("s")
+    meant = own if ": f" in text else file
+    for each in (file, own):
+        each.chmod(0o644 if each == meant else 0o640)
+    (warning,) = load(file, env={}).warnings
+    assert f"chmod 600 {meant}" in warning
+    monkeypatch.setattr("vllmd.config.secrets._is_group", lambda name: name == "vllmd")
+    monkeypatch.setattr("vllmd.config.secrets.os.stat", lambda path: SimpleNamespace(st_mode=0o100644, st_uid=0))
+    assert f"chown root:vllmd {meant} && chmod 640 {meant}" in load(file, env={}).warnings[0]
+    meant.chmod(0o640)
+    monkeypatch.undo()
+    assert load(file, env={}).warnings == ()
+
+
+def test_a_secret_on_a_command_line_is_warned_of(tmp_path: Path) -> None:
+    """Every user of the machine can list these; how many tokens, and where a key is, is none."""
+    args = (
+        "[--api-key, x-secret, --max-num-batched-tokens, '8192', --tokenizer=t, --ssl-keyfile, /k, --hf-token=y-secret]"
+    )
+    warnings = of(tmp_path, f"models: {{m: {{extra_args: {args}}}}}").warnings
+    assert [warning.partition("the value of ")[2].split()[0] for warning in warnings] == ["--api-key", "--hf-token"]
+    assert "-word" not in "".join(warnings)
 
 
 def test_a_model_configured_twice(tmp_path: Path) -> None:

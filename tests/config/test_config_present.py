@@ -31,7 +31,8 @@ models:
 
 def comparable(config: Config) -> Config:
     """Without what legitimately differs: places, warnings, hidden secrets."""
-    models = {name: replace(model, where="", hf_token=None) for name, model in config.models.items()}
+    apart = {"hf_token": None, "options": {}, "env": {}, "where": ""}
+    models = {name: replace(model, **apart) for name, model in config.models.items()}  # type: ignore[arg-type]
     return replace(config, models=models, template=ModelConfig(""), files=(), warnings=())
 
 
@@ -43,6 +44,28 @@ def test_what_is_shown_is_a_configuration_that_means_the_same(tmp_path: Path) ->
     second.write_text(shown)
     assert comparable(load(second, env={})) == comparable(load(first, env={}))
     assert "hf_secret" not in shown
+
+
+SECRETS = """
+auth: {keys: [{name: one, key: SECRET-1}]}
+defaults: {env: {HF_TOKEN: SECRET-2}}
+models:
+  a: {hf_token: SECRET-3, env: {OTHER: SECRET-4}, extra_args: {api-key: SECRET-5, port: 8000}}
+  b: {engine: command, command: [/bin/server, --name, SECRET-6], options: {health: /SECRET-7, stop: [podman, SECRET-8]}}
+  c: {engine: remote, options: {url: "http://SECRET-9/v1", key: SECRET-10}, api_key: SECRET-11}
+  d: {replicas: {of: [{options: {key: SECRET-12}}, {env: {A: SECRET-13}, hf_token: SECRET-14, command: [x, SECRET-1]}]}}
+"""
+
+
+def test_no_value_is_shown_that_may_be_a_secret(tmp_path: Path) -> None:
+    """Names are, and what is run, and flags: enough to see what is meant."""
+    (tmp_path / "a.yaml").write_text(SECRETS)
+    reading = read(tmp_path / "a.yaml", env={})
+    shown = as_yaml(reading)
+    assert "SECRET" not in shown
+    assert "SECRET" not in repr(reading.config)
+    for told in ("HF_TOKEN", "OTHER", "--port", "8000", "/bin/server", "health", "name: one"):
+        assert told in shown
 
 
 def test_each_setting_shows_its_origin(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ models:
         ("{min: 3, max: 2}", "min is 3, and max only 2"),
         ("{max: 2, of: [{}]}", "give either max or of, not both"),
         ("[]", "replicas.of: it lists no replica"),
-        ("[3]", "replicas.of: 3 is not a mapping; accepted: a list of mappings"),
+        ("[3]", "replicas.of: a number is not a mapping; accepted: a list of mappings"),
         ("[{name: a}, {name: a}]", "two of them are called m@a"),
         ("[{aliases: [b]}]", "replicas.of[0].aliases: there is no such setting"),
         ("[{devices: x}]", "replicas.of[0].devices: "),

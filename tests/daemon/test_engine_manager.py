@@ -116,6 +116,24 @@ def test_an_exit_during_the_start_is_told_with_the_last_words(tmp_path: Path) ->
     tell(story, tmp_path)
 
 
+def test_what_an_engine_says_on_its_way_out_is_told_without_its_secrets(tmp_path: Path) -> None:
+    """Clients are told why it did not start, and engines write their settings into their logs."""
+
+    async def story(rig: Rig) -> None:
+        rig.configure(hf_token="hf_verysecret", env={"OPENAI_API_KEY": "sk-1234567"}, options={"load_time": "0.5s"})
+        rig.prepare = lambda engine: engine.answers.update({"/health": (503, b"")})
+        await rig.start()
+        await soon(engine_asked(rig))
+        rig.launcher.exit(rig.instance, 1, "args: {'token': 'hf_verysecret'}", "ValueError: bad key sk-1234567 in 0.5s")
+        failed = await rig.event()
+        assert isinstance(failed, events.EngineStartFailed)
+        assert "hf_verysecret" not in failed.reason
+        assert "ValueError: bad key (hidden) in 0.5s" in failed.reason
+        await rig.nothing_more()
+
+    tell(story, tmp_path)
+
+
 def test_a_start_that_lacked_memory_looks_at_the_devices_before_it_says_so(tmp_path: Path) -> None:
     """The core makes room by what is really there, not by what it believed."""
 

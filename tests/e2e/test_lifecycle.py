@@ -326,6 +326,9 @@ def test_an_invalid_configuration_is_told_to_the_administrator_and_to_clients(si
     status, body = site.post("/v1/chat/completions", {"model": "org/small", "messages": []})
     assert status == 503
     assert "vllmd.yaml:5" in body["error"]["message"]
+    assert (
+        "alias" not in body["error"]["message"] + site.get("/health")[1]["status"]
+    )  # what is there is not for clients
     site.configure(CONFIG)
     assert "fixed" in site.chat("fast", "fixed")["choices"][0]["message"]["content"]
 

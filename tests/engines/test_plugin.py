@@ -70,7 +70,7 @@ def test_a_kind_may_make_an_engine_of_each_models_options(site: Site) -> None:
         ("unknown", "unknown engine 'vlm'; did you mean 'vllm'? (known: "),
         ("template", "unknown variable ${PROT} (known: ${SOCKET}, ${PORT}"),
         ("absent", "install llama.cpp (https://github.com/ggml-org/llama.cpp)"),
-        ("spoken", "'ftp://gpu2.example/v1' is no address of an HTTP server; right is one such as http://"),
+        ("spoken", "is no address of an HTTP server; right is one such as http://"),
     ],
 )
 def test_what_is_broken_says_why_and_harms_nobody_else(site: Site, model: str, what: str) -> None:

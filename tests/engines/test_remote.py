@@ -51,16 +51,16 @@ def test_an_address_is_what_other_clients_are_given(url: str, address: Listen) -
     ("options", "what"),
     [
         ({}, "options.url: is missing"),
-        ({"url": "ftp://gpu2/"}, "'ftp://gpu2/' is no address of an HTTP server; right is one such as http://"),
+        ({"url": "ftp://gpu2/"}, "is no address of an HTTP server; right is one such as http://"),
         ({"url": "gpu2:33258"}, "is no address of an HTTP server"),
-        ({"url": "http://gpu2:x/v1"}, "'http://gpu2:x/v1': Port could not be cast"),
-        ({"url": "http://user:secret@gpu2/"}, "is no address"),
+        ({"url": "http://gpu2:x/v1"}, "is no address of an HTTP server"),
+        ({"url": "http://user:secret@gpu2/"}, "right is key_file or key"),
         ({"url": "http://gpu2", "ca_file": "/ca.pem"}, "options.ca_file: means something with https:// only"),
         ({"url": "https://gpu2", "ca_file": "/nowhere/ca.pem"}, "there is no file /nowhere/ca.pem"),
         ({"url": "http://gpu2", "key_file": "/nowhere/key"}, "options.key_file: /nowhere/key: No such file"),
         ({"url": "http://gpu2", "key": "a", "key_file": "b"}, "is given twice"),
         ({"url": "http://gpu2", "key": "a\nb"}, "control character"),
-        ({"url": "http://gpu2", "watch": "often"}, "'often' is no time such as 250ms or 2s"),
+        ({"url": "http://gpu2", "watch": "often"}, "it must be a time such as 250ms or 2s"),
         ({"url": "http://gpu2", "keys": "a"}, "unknown option; did you mean key?"),
     ],
 )
@@ -91,7 +91,7 @@ def test_a_key_written_into_the_configuration_is_not_shown(tmp_path: Path) -> No
     file.chmod(0o600)
     reading = read(file, env={})
     shown = as_yaml(reading) + str(as_data(reading))
-    assert "http://x" in shown
+    assert "key" in shown
     assert "sk-1" not in shown
 
 

@@ -106,6 +106,14 @@ def test_a_start_that_cannot_be_noted_fails(wrong: str, why: str) -> None:
     assert all(group.empty() for group in backend.groups)
 
 
+def test_a_start_that_failed_is_answered_without_its_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody reads it for that answer, and reading the journal takes its time."""
+    loop = Loop()
+    backend = Backend(loop, "launcher.user")
+    monkeypatch.setattr(backend.logs, "tail", lambda *_: pytest.fail("its log was read"))
+    assert isinstance(start(loop, backend, StartOrder("a", ("sleep", "1000"))), Failed)
+
+
 def test_the_launchers_notes_are_written_first() -> None:
     """Whatever the metadata is, there is room for them."""
     loop = Loop()

@@ -4,7 +4,9 @@ import pytest
 
 from vllmd.config.types import ModelConfig
 from vllmd.engines import BUILT_IN, engine_of
+from vllmd.engines.plain import OF_AN_ENGINE
 from vllmd.proxy.engine_api import allows
+from vllmd.proxy.models import QUERY_PATHS
 
 RULES = frozenset(
     {"GET /", "GET /docs", "GET /{page:file}", "POST /v1/{verb}", "GET /files/{rest:path}", "GET /a/{x}/b"}
@@ -98,6 +100,11 @@ def test_no_kind_lists_what_changes_an_engine_or_shows_others(kind: str) -> None
     for asked in CHANGING:
         method, _, path = asked.partition(" /")
         assert not allows(rules, method, path.split("/")), asked
+
+
+def test_what_tells_of_an_engine_is_only_asked() -> None:
+    """The two tables of such paths say the same: a POST to one of them changes the engine."""
+    assert set(QUERY_PATHS) == OF_AN_ENGINE
 
 
 def test_comfyuis_page_works() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
+from vllmd.config import secrets
 from vllmd.config.nodes import Where
 from vllmd.config.types import Config, ModelConfig
 from vllmd.config.value_types import show_duration, show_size
@@ -31,6 +32,7 @@ def check(config: Config) -> Iterator[Finding]:
 def doubts(config: Config) -> Iterator[Finding]:
     """Everything that works, but hardly as meant."""
     yield from _pins(config)
+    yield from _flags(config)
     if config.server.max_buffered < 2 * config.server.max_body:
         what = f"less than twice max_body ({show_size(config.server.max_body)}): one address may hold half of it"
         yield _auth(config), "server.max_buffered", f"{what}, so the largest bodies are never taken"
@@ -41,6 +43,15 @@ def doubts(config: Config) -> Iterator[Finding]:
 
 
 GOOD_NAME = "1 to 200 printable characters without spaces at its ends, the first of them not '-'"
+
+
+def _flags(config: Config) -> Iterator[Finding]:
+    """Secrets on command lines: every user of the machine can list these."""
+    for model in config.models.values():
+        for setting, argv in (("extra_args", model.extra_args), ("command", model.command)):
+            for flag in secrets.flags_with_secrets(argv):
+                what = f"the value of {flag} stands in the list of processes, which everybody can read; give it in env"
+                yield _place(model), f"models.{model.name}.{setting}", what
 
 
 def good_name(name: str) -> bool:

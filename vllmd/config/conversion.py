@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from vllmd.config import secrets
 from vllmd.config.settings import LEGACY, MODEL
 
 Converted = tuple[dict[str, Any], list[str]]  # models, and what has no counterpart
@@ -45,7 +46,7 @@ def from_vllm_proxy(data: dict[str, Any]) -> Converted:
         for name, value in entries.items() if isinstance(entries, dict) else [("", entries)]:
             key = f"{section}.{name}".rstrip(".")
             advice = f"; in vllmd.yaml it is {paths[key]}" if key in paths else ""
-            left.append(f"{key}: {'(hidden)' if 'key' in key else value}{advice}")
+            left.append(f"{key}: {_plain(key, value)}{advice}")
     return models, left
 
 
@@ -60,14 +61,21 @@ def _known_settings(data: Any, prefix: str) -> Converted:
             if MODEL.row(str(key)) and value not in (None, {}, []):
                 kept[str(key)] = value
             elif not MODEL.row(str(key)):
-                left.append(f"{prefix}{name}.{key}: {value}")
+                left.append(f"{prefix}{name}.{key}: {_plain(str(key), value)}")
     return models, left
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A value as it is told of; one that may be, or hold, a secret is not."""
+    return "(hidden)" if secrets.is_named_so(name) or isinstance(value, dict | list) else value
 
 
 def from_llama_swap(data: dict[str, Any]) -> Converted:
     """Its models are commands; those that run vLLM become that, others the engine ``command``."""
     models: dict[str, Any] = {}
-    left = [f"{key}: {data[key]}" for key in data if key not in ("models", "macros", "healthCheckTimeout")]
+    left = [
+        f"{key}: {_plain(str(key), data[key])}" for key in data if key not in ("models", "macros", "healthCheckTimeout")
+    ]
     macros = {str(key): str(value) for key, value in (data.get("macros") or {}).items()}
     for name, settings in (data.get("models") or {}).items():
         if not isinstance(settings, dict) or not settings.get("cmd"):
@@ -96,7 +104,7 @@ def _swap_settings(model: dict[str, Any], settings: dict[str, Any]) -> list[str]
         elif key == "concurrencyLimit":
             model["concurrency"] = value or None
         elif key != "cmd":
-            left.append(f"{key}: {value}")
+            left.append(f"{key}: {_plain(str(key), value)}")
     return left
 
 

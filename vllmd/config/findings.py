@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from vllmd.config.nodes import Where
 from vllmd.config.types import Config
+from vllmd.text import printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class Problem:
         if self.accepted:
             parts.append(f"accepted: {self.accepted}")
         path = f"{self.path}: " if self.path else ""
-        return f"{self.where}: {path}" + "; ".join(parts)
+        return printable(f"{self.where}: {path}" + "; ".join(parts))  # names stand in paths, whoever wrote them
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,8 @@ class Findings:
 
     def warn(self, where: Where, path: str, what: str) -> None:
         """What works, but should be looked at."""
-        self.warnings.append(Problem(where, path, what))
+        if not any(known.where == where and known.what == what for known in self.warnings):  # models may share one
+            self.warnings.append(Problem(where, path, what))
 
     def problems(self) -> tuple[Problem, ...]:
         """By file and line, files in the order in which they were found wrong."""

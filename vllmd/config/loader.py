@@ -9,7 +9,6 @@ the table; check what spans several settings.
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -116,7 +115,7 @@ class _Parser:
                 inner = self.values(row.kind, value, full) if value.is_map else None
                 found[row.field or name] = None if inner is None else row.kind.target(**inner)
             else:
-                parsed = self.parse(row.kind, value, full)
+                parsed = self.parse(row.kind, value.as_secret() if row.secret else value, full)
                 if parsed is not FAILED and row.field is not None:
                     found[row.field or row.name] = parsed
         return found
@@ -196,8 +195,11 @@ class _Parser:
             if not node.text.startswith("sha256:"):
                 self.warn_if_readable(node, path)
             return node.text
+        beside = Path(node.where.source).parent
         try:
-            return secrets.read(node.text, Path(node.where.source).parent, self.env)
+            found = secrets.read(node.text, beside, self.env)
+            self.warn_of_file(secrets.place(node.text, beside, self.env), node, path)
+            return found
         except OSError as error:
             what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
             self.findings.complain(
@@ -208,14 +210,24 @@ class _Parser:
         return None
 
     def warn_if_readable(self, node: Node, path: str) -> None:
-        """A secret in a file that everybody may read deserves a word."""
-        try:
-            mode = os.stat(node.where.source).st_mode if node.where.line else 0
-        except OSError:
-            return
-        if mode & stat.S_IROTH:
-            what = "everybody on this machine can read this secret; chmod 640 the file, or keep it in a file of its own"
+        """A secret in a configuration file that everybody may read deserves a word."""
+        if node.where.line:
+            self.warn_of_file(Path(node.where.source), node, path)
+
+    def warn_of_file(self, file: Path, node: Node, path: str) -> None:
+        if advice := secrets.readable_by_all(file):
+            what = f"everybody on this machine can read this secret; {advice}"
             self.findings.warn(node.where, path, what)
+
+    def warn_of_secrets(self, node: Node, path: str) -> None:
+        """The same of what a model's variables, options and flags hold by the looks of their names."""
+        for setting in ("env", "options"):
+            inner = node.value.get(setting)
+            for name, value in inner.value.items() if inner is not None and inner.is_map else ():
+                if setting == "options" and name == "key_file" and isinstance(value.value, str):
+                    self.warn_of_file(secrets.place(value.text, Path(value.where.source).parent, self.env), value, path)
+                elif secrets.is_named_so(name) and value.text:
+                    self.warn_if_readable(value, f"{path}.{setting}.{name}")
 
     def model_keys(self, models: Node | None) -> list[KeyConfig]:
         """``api_key`` of a model: a client key for that model only, unless it is a Hugging Face token."""
@@ -251,6 +263,7 @@ class _Parser:
         token = self.token(merged, path)
         if token is not None:
             values["hf_token"] = token
+        self.warn_of_secrets(merged, path)
         model = ModelConfig(name=name, **values, where=str(where))
         if model.replicas is None:
             return model

@@ -7,6 +7,7 @@ problems, merge keys (``<<``) work.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -31,13 +32,15 @@ class Where(NamedTuple):
 class Node:
     """A value and its place. ``value`` is a scalar, a list of nodes, or a dict from key to node.
 
-    ``text`` is a scalar as it was written, ``key`` the place of the mapping key that led here.
+    ``text`` is a scalar as it was written, ``key`` the place of the mapping key that led here. ``secret``: it may hold
+    one, so no complaint quotes it.
     """
 
     where: Where
     value: Any
     text: str = ""
     key: Where | None = None
+    secret: bool = False
 
     @property
     def is_map(self) -> bool:
@@ -55,11 +58,26 @@ class Node:
             return [node.plain() for node in self.value]
         return self.value
 
+    def as_secret(self) -> Node:
+        """The same, which nobody may quote, nor its entries; what is deeper within is quoted by nobody anyway."""
+        value: Any = self.value
+        if self.is_map:
+            value = {key: replace(node, secret=True) for key, node in self.value.items()}
+        elif self.is_list:
+            value = [replace(node, secret=True) for node in self.value]
+        return replace(self, value=value, secret=True)
+
     def with_value(self, value: Any) -> Node:
         """The same place with another value."""
         return replace(self, value=value)
 
 
+TAGS = {
+    f"tag:yaml.org,2002:{tag}": what
+    for tag, what in (("int", "a number"), ("float", "a number"), ("timestamp", "a date"), ("bool", "a yes or a no"))
+}
+QUOTED = re.compile(r"'((?:[^'\\]|\\.)*)'|\"(?:[^\"\\]|\\.)*\"")
+MARK = re.compile(r"[^\w\s]{1,3}|<[a-z ]+>|\\[a-z]")  # of PyYAML's own: ',' or '<block end>'
 Complain = Callable[[Where, str], None]
 
 
@@ -81,9 +99,14 @@ def compose(text: str, source: str, complain: Complain) -> Node | None:
 def _broken(error: yaml.YAMLError, source: str) -> tuple[Where, str]:
     mark = getattr(error, "problem_mark", None)
     place = Where(source, mark.line + 1, mark.column + 1) if mark else Where(source)
-    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "it cannot be read"
     context = getattr(error, "context", None)
-    return place, f"this is not valid YAML: {problem}" + (f" ({context})" if context else "")
+    return place, f"this is not valid YAML: {_unquoted(problem)}" + (f" ({_unquoted(context)})" if context else "")
+
+
+def _unquoted(said: str) -> str:
+    """What the reader says without what it quotes of the file, which may be a secret."""
+    return QUOTED.sub(lambda quote: quote[0] if MARK.fullmatch(quote[1] or "") else "what stands here", said)
 
 
 class _Builder:
@@ -122,7 +145,7 @@ class _Builder:
         try:
             return self.loader.construct_object(node)
         except (yaml.YAMLError, ValueError):
-            self.complain(where, f"{node.value!r} cannot be read as {node.tag}")
+            self.complain(where, f"this cannot be read as {TAGS.get(node.tag, 'what its tag says')}")
             return None
 
     def mapping(self, node: Any) -> dict[str, Node]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from vllmd.config import value_types
+from vllmd.config import secrets, value_types
 from vllmd.config.loader import Reading
 from vllmd.config.nodes import Where
 from vllmd.config.settings import DEFAULTS, MODEL, ROOT, SHARES, Group, Setting, default
@@ -79,7 +79,7 @@ class _Writer:
             yield from self.group(group, model, f"models.{name}.", depth + 2)
 
     def line(self, row: Setting, value: Any, path: str, depth: int) -> str:
-        text = HIDDEN if row.secret else written(row, value)
+        text = written(row, concealed(row, value) if row.secret else value)
         origin = self.origins.get(path)
         return f"{'  ' * depth}{row.name}: {text}{f'  # {origin}' if origin else ''}\n"
 
@@ -88,10 +88,6 @@ def written(row: Setting, value: Any) -> str:
     """A value as it would stand in the file."""
     kind = row.kind
     assert not isinstance(kind, Group)
-    if kind is value_types.MAPPINGS:
-        value = tuple(map(hidden, value))
-    if row.name == "options":
-        value = hidden(value)
     if kind is SHARES:
         return kind.show(value)
     if isinstance(value, tuple | Mapping):
@@ -104,10 +100,27 @@ def written(row: Setting, value: Any) -> str:
     return text if kind.show is not str or isinstance(value, int | float) else key(text)
 
 
-def hidden(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A mapping without the secrets in it: a token, or a remote's key."""
-    plain = {name: hidden(inner) if isinstance(inner, Mapping) else inner for name, inner in value.items()}
-    return plain | dict.fromkeys(plain.keys() & {"key", "hf_token"}, HIDDEN)
+def concealed(row: Setting, value: Any) -> Any:
+    """What is shown of a value that may hold a secret: names, the program of a command, flags, but no values."""
+    if row.name == "command":
+        return (*value[:1], *(HIDDEN for _ in value[1:]))
+    if row.name == "extra_args":
+        return secrets.flags_without_secrets(value, HIDDEN)
+    if row.kind is value_types.MAPPINGS:
+        return tuple(map(_replica, value))
+    return dict.fromkeys(value, HIDDEN) if isinstance(value, Mapping) else HIDDEN
+
+
+def _replica(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A replica's settings, as they stand in the file."""
+    shown = {}
+    for name, value in settings.items():
+        row = MODEL.row(name)
+        secret = row is not None and row.secret
+        words = tuple(map(str, value)) if isinstance(value, list) else value
+        plain = isinstance(words, tuple | Mapping) and row is not None and row.kind is not value_types.SECRET
+        shown[name] = (concealed(row, words) if plain else HIDDEN) if row is not None and secret else value
+    return shown
 
 
 def key(text: str) -> str:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import grp
+import os
 import re
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from vllmd.config.types import ModelConfig
+
 LARGEST = 64 << 10
+DAEMON_GROUP = "vllmd"  # of the system's daemon, see units/vllmd.sysusers
 
 
 def read(name: str, beside: Path, env: Mapping[str, str]) -> str:
@@ -36,6 +42,30 @@ def place(name: str, beside: Path, env: Mapping[str, str]) -> Path:
     return path if path.is_absolute() else beside / path
 
 
+def readable_by_all(file: Path) -> str:
+    """What to do about a file with a secret that everybody on this machine can read; "" where not everybody can.
+
+    The daemon must go on reading it: the system's own has a user of its own, and a group that is nobody else's.
+    """
+    try:
+        status = os.stat(file)
+    except OSError:
+        return ""
+    if not status.st_mode & stat.S_IROTH:
+        return ""
+    if (status.st_uid == 0 or file.is_relative_to("/etc")) and _is_group(DAEMON_GROUP):
+        return f"chown root:{DAEMON_GROUP} {file} && chmod 640 {file}, or keep it in a file of its own that has these"
+    return f"chmod 600 {file}, or keep it in a file of its own that has this mode"
+
+
+def _is_group(name: str) -> bool:
+    try:
+        grp.getgrnam(name)
+    except KeyError:
+        return False
+    return True
+
+
 def digest(key: str) -> str:
     """SHA-256 in hex of a key; a key written as ``sha256:HEX`` is one already. Raises ValueError if that is not hex."""
     if not key.startswith("sha256:"):
@@ -46,3 +76,65 @@ def digest(key: str) -> str:
     if not re.fullmatch(r"[0-9a-f]{64}", value):
         raise ValueError("sha256: is followed by 64 hexadecimal digits")
     return value
+
+
+# ---- secrets in places where they are not looked for: flags, variables, options --------------------------------
+
+NAMED = re.compile(r"(?i)key|token|secret|passw|credential|authorization")  # what such a thing is mostly called
+NOT_ITSELF = re.compile(r"(?i)(file|path|_env)$|tokens?[_-]|[_-]tokens$|tokenizer")  # where it is, or how many
+SHORTEST = 6  # letters; a shorter value would be found everywhere in a text
+
+
+def is_named_so(name: str) -> bool:
+    """Whether a flag, variable or option of this name is likely to hold a secret itself."""
+    return bool(NAMED.search(name)) and not NOT_ITSELF.search(name)
+
+
+def flags_without_secrets(argv: Sequence[str], instead: str) -> tuple[str, ...]:
+    """The words of a command line, with ``instead`` in place of the values of flags that are named like secrets."""
+    words = list(argv)
+    for place in _places(argv):
+        flag, equals, _ = words[place].partition("=")
+        words[place] = f"{flag}={instead}" if words[place].startswith("-") and equals else instead
+    return tuple(words)
+
+
+def _places(argv: Sequence[str]) -> Iterator[int]:
+    """Where in a command line such values stand."""
+    for place, word in enumerate(argv):
+        flag, equals, _ = word.partition("=")
+        if word.startswith("-") and is_named_so(flag):
+            if equals:
+                yield place
+            elif place + 1 < len(argv) and not argv[place + 1].startswith("-"):
+                yield place + 1
+
+
+def flags_with_secrets(argv: Sequence[str]) -> list[str]:
+    """The flags in a command line that have such values."""
+    return [argv[at if argv[at].startswith("-") else at - 1].partition("=")[0] for at in _places(argv)]
+
+
+def known_of(model: ModelConfig) -> tuple[str, ...]:
+    """The secrets in a model's settings, the longest first, to be kept out of what its engine writes."""
+    found = {model.hf_token or ""}
+    found |= {value for name, value in model.env.items() if is_named_so(name)}
+    found |= set(_in_options(model.options))
+    for argv in (model.command, model.extra_args):
+        found |= {word if not (word := argv[at]).startswith("-") else word.partition("=")[2] for at in _places(argv)}
+    return tuple(sorted((value for value in found if len(value) >= SHORTEST), key=len, reverse=True))
+
+
+def _in_options(options: Mapping[str, object]) -> Iterator[str]:
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            yield from _in_options(value)
+        elif isinstance(value, str) and is_named_so(str(name)):
+            yield value
+
+
+def kept_out(text: str, known: Iterable[str]) -> str:
+    """``text`` without the secrets that are known."""
+    for secret in known:
+        text = text.replace(secret, "(hidden)")
+    return text

@@ -33,7 +33,8 @@ from vllmd.core.types import IdleRules, WhenFree
 class Setting:
     """One row. ``field`` of the target it fills ("": its own name; None: read by the loader itself).
 
-    ``also``: other spellings, the documents' own. ``many``: "list" or "map" of the group.
+    ``also``: other spellings, the documents' own. ``many``: "list" or "map" of the group. ``secret``: its value may be,
+    or hold, a secret: it is quoted in no message, and hidden where settings are shown.
     """
 
     name: str
@@ -242,6 +243,7 @@ REPLICAS = Group(
             "Each replica's own settings, beside those of the model: any but aliases, api_key, replicas and request, "
             "and name, which stands behind the model's name and @ in vllmctl, in place of a number.",
             field="given",
+            secret=True,
         ),
         Setting(
             "busy", k.count(1), "Requests per replica, waiting ones included, beyond which another one is brought up."
@@ -291,7 +293,12 @@ MODEL = Group(
             "What the engine loads: a path or a repository id. Without it the model's own name is used.",
             also=("model_path",),
         ),
-        Setting("command", k.COMMAND, "Program that is run instead of the engine's own, such as /opt/vllm/bin/vllm."),
+        Setting(
+            "command",
+            k.COMMAND,
+            "Program that is run instead of the engine's own, such as /opt/vllm/bin/vllm.",
+            secret=True,
+        ),
         Setting("aliases", k.NAMES, "Other names that clients may ask for."),
         Setting("display_name", k.TEXT, "What it is called in lists that people read; without it its name."),
         Setting("description", k.TEXT, "What GET /v1/models says of it."),
@@ -337,8 +344,9 @@ MODEL = Group(
             k.ARGS,
             "The engine's own flags. In a mapping true becomes --flag, false --no-flag, a list several values "
             "after one flag, a mapping JSON; null leaves the flag out.",
+            secret=True,
         ),
-        Setting("env", k.ENV, "Environment variables of the engine."),
+        Setting("env", k.ENV, "Environment variables of the engine.", secret=True),
         Setting(
             "user",
             k.USER,
@@ -379,7 +387,12 @@ MODEL = Group(
         Setting("stop_timeout", k.DURATION_KIND, "Time the engine has to end before it is killed."),
         Setting("max_restarts", k.count(0, 1000), "Restarts in a row after crashes while requests wait."),
         Setting("restart_backoff", k.PAUSE, "Pause before the first restart; it doubles with each failure."),
-        Setting("log_file", k.BOOL, "Write the engine's output to a rotating file, too, not only to the journal."),
+        Setting(
+            "log_file",
+            k.BOOL,
+            "Write the engine's output to a rotating file, too, not only to the journal; the last five runs are kept, "
+            "and what comes faster than 1 MiB/s is left out.",
+        ),
         Setting("limits", LIMITS, "Resource limits of its scope."),
         Setting(
             "host",
@@ -388,7 +401,7 @@ MODEL = Group(
         ),
         Setting("replicas", REPLICAS, "Several engines of it."),
         Setting("request", REQUEST, "What becomes of its JSON requests."),
-        Setting("options", k.MAP, "Settings of the engine kind, see ENGINES in vllmd.yaml(5)."),
+        Setting("options", k.MAP, "Settings of the engine kind, see ENGINES in vllmd.yaml(5).", secret=True),
         Setting(
             "api_key",
             k.SECRET,
@@ -573,7 +586,8 @@ ROOT = Group(
         Setting(
             "host_memory",
             k.AUTO_SIZE,
-            "Host memory for models asleep at level 1, over all of them; auto is half of the machine's.",
+            "Host memory for models asleep at level 1, over all of them; auto is half of the machine's, or of what "
+            "control groups leave.",
         ),
         Setting("idle", IDLE, "When unused models sleep and stop."),
         Setting(

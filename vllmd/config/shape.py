@@ -6,7 +6,7 @@ from vllmd.config.findings import Findings
 from vllmd.config.nodes import Node
 from vllmd.config.settings import DEFAULTS, LEGACY, LEGACY_SECTIONS, MODEL, ROOT, Group, Setting
 from vllmd.config.trees import find, join, put
-from vllmd.config.value_types import shown
+from vllmd.config.value_types import what_it_is
 
 
 class Shape:
@@ -18,7 +18,7 @@ class Shape:
     def mapping(self, node: Node, path: str, accepts: str) -> Node | None:
         if node.is_map:
             return node
-        self.findings.complain(node.where, path, f"{shown(node)} is not a mapping", accepts)
+        self.findings.complain(node.where, path, f"{what_it_is(node)} is not a mapping", accepts)
         return None
 
     def adopt_legacy(self, tree: Node) -> Node:
@@ -99,7 +99,7 @@ class Shape:
 
     def canonical_list(self, group: Group, value: Node, path: str) -> Node:
         if not value.is_list:
-            what = f"{shown(value)} is not a list"
+            what = f"{what_it_is(value)} is not a list"
             self.findings.complain(value.where, path, what, f"a list of mappings with {', '.join(group.names())}")
             return value.with_value([])
         accepts = f"a mapping with {', '.join(group.names())}"

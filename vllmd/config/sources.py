@@ -10,7 +10,7 @@ from vllmd.config.findings import Findings
 from vllmd.config.nodes import Node, Where, compose, from_plain, from_text
 from vllmd.config.settings import LEGACY, LEGACY_SECTIONS, ROOT, flags, variables
 from vllmd.config.trees import put
-from vllmd.config.value_types import shown
+from vllmd.config.value_types import what_it_is
 
 
 def default_file(env: Mapping[str, str] = os.environ) -> Path:
@@ -80,7 +80,7 @@ class Files:
     def mapping(self, node: Node, path: str, accepts: str) -> Node | None:
         if node.is_map:
             return node
-        self.findings.complain(node.where, path, f"{shown(node)} is not a mapping", accepts)
+        self.findings.complain(node.where, path, f"{what_it_is(node)} is not a mapping", accepts)
         return None
 
     def add_models(self, root: Node, extra: Node) -> Node:

@@ -48,7 +48,7 @@ class ReplicaConfig:
 
     min: int | None = None
     max: int | None = None
-    given: tuple[Mapping[str, object], ...] = ()
+    given: tuple[Mapping[str, object], ...] = field(default=(), repr=False)
     of: tuple[ModelConfig, ...] = ()
     busy: int = 8
     busy_for: float = 10.0
@@ -62,7 +62,10 @@ class ReplicaConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """One model as configured (defaults already applied), or one of its replicas (``replica_of``)."""
+    """One model as configured (defaults already applied), or one of its replicas (``replica_of``).
+
+    What may hold a secret is left out of its ``repr``: a traceback or a line of debugging may end up anywhere.
+    """
 
     name: str
     replica_of: str = ""
@@ -70,7 +73,9 @@ class ModelConfig:
     engine: str = "vllm"
     user: str = ""  # whom its engine runs as: "" is the user of all, OWN_USER one of this model alone
     model: str = ""  # path or repository id; "" means the name
-    command: tuple[str, ...] = ()  # instead of the engine's own, e.g. ("/opt/vllm/bin/vllm",)
+    command: tuple[str, ...] = field(
+        default=(), repr=False
+    )  # instead of the engine's own, e.g. ("/opt/vllm/bin/vllm",)
     aliases: tuple[str, ...] = ()
     display_name: str = ""
     description: str = ""
@@ -88,8 +93,8 @@ class ModelConfig:
     trust_remote_code: bool = False
     param_count: float | None = None  # in billions, for estimates
     precision: str | None = None
-    extra_args: tuple[str, ...] = ()  # already argv
-    env: Mapping[str, str] = field(default_factory=dict)
+    extra_args: tuple[str, ...] = field(default=(), repr=False)  # already argv
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
     hf_token: str | None = field(default=None, repr=False)
     sleep_mode: bool | None = None  # None: where the platform has it
     idle: IdleRules = field(default_factory=IdleRules)
@@ -111,7 +116,7 @@ class ModelConfig:
     log_file: bool = False
     limits: ScopeLimits = ScopeLimits()
     request: RequestRules = field(default_factory=RequestRules)
-    options: Mapping[str, object] = field(default_factory=dict)  # the engine kind's own
+    options: Mapping[str, object] = field(default_factory=dict, repr=False)  # the engine kind's own
     replicas: ReplicaConfig | None = None
     where: str = ""  # file:line, for errors
 

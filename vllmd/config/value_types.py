@@ -39,12 +39,19 @@ class Kind:
     none: str = "none"  # how a default of None is called
 
 
+def what_it_is(node: Node) -> str:
+    """The form of a value, without the value: it may be a secret in the wrong place."""
+    if node.is_map or node.is_list:
+        return "a mapping" if node.is_map else "a list"
+    if isinstance(node.value, str):
+        return "text"
+    return "nothing" if node.value is None else "yes or no" if isinstance(node.value, bool) else "a number"
+
+
 def shown(node: Node) -> str:
     """A value as it is quoted in a complaint."""
-    if node.is_map:
-        return "a mapping"
-    if node.is_list:
-        return "a list"
+    if node.is_map or node.is_list or node.secret:
+        return what_it_is(node)
     return repr(node.text) if isinstance(node.value, str) else (node.text or "nothing")
 
 
@@ -341,7 +348,7 @@ def list_of(item: Parse) -> Parse:
                 raise Wrong(error.reason, error.node or part, error.accepted) from None
         repeated = next((value for value in values if values.count(value) > 1), None)
         if repeated is not None:
-            raise Wrong(f"{repeated} is listed twice")
+            raise Wrong("an entry is listed twice" if node.secret else f"{repeated} is listed twice")
         return tuple(values)
 
     return parse

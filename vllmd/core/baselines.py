@@ -18,6 +18,10 @@ class _Baseline:
 
     in_order = False
 
+    def tidy(self, s: Situation) -> Plan | None:
+        """A sleeper wakes where it sleeps."""
+        return None
+
     def shallow(self, claims: Iterable[HostClaim], budget: int) -> frozenset[str]:
         """The same greedy fill for all."""
         return greedy_fill(claims, budget)

@@ -3,9 +3,13 @@
 Seconds for starts, wakes, sleeps and requests; arrivals per second; measured
 footprints. The priors are a fit to vLLM 0.11 on one A100 (W: gigabytes of
 weights): cold start 37 + 0.2 W, level 1 wake 0.25 + 0.045 W and sleep
-0.05 + 0.0455 W, level 2 wake 0.55 + 0.245 W and sleep 0.5. Other machines
-differ by an order of magnitude, so the first observation replaces the prior
-and the later ones are averaged in.
+0.05 + 0.0455 W, level 2 wake 0.55 + 0.245 W and sleep 0.5. A start's is by the
+engine's kind and size where the daemon knows better (``start_time``). Other
+machines differ by an order of magnitude, so
+
+- the first observation replaces the prior, and the later ones are averaged in;
+- until then the prior is corrected by what others of the same engine kind took
+  on this machine beside theirs (:class:`Calibration`).
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from typing import Any
 from vllmd.core.types import Footprint, ReplicaSpec, Source
 
 GB = 1e9
+STEP = 0.2  # by what the logarithm of a correction must have changed to count
 NEWEST = 0.3  # the least weight of a new observation
 LEAST = 0.001  # seconds
 SHORT, LONG = 60.0, 900.0  # seconds in which the two arrival rates fall by e
@@ -61,14 +66,47 @@ class Rate:
         return self.value * math.exp(min(0.0, (self.at - now) / self.tau))
 
 
+class Calibration:
+    """How many times longer things take on this machine than the priors say, for one engine kind.
+
+    It follows in steps of a fifth: whoever keeps what a prior says has to look
+    again only when that is another one.
+    """
+
+    def __init__(self) -> None:
+        self._logs: dict[str, float] = {}  # the logarithms of the ratios, by kind of command
+        self._seen: dict[str, int] = {}
+        self._told: dict[str, float] = {}  # as they were when last another one than before
+
+    def factor(self, kind: str) -> float:
+        """What to multiply a prior by."""
+        return math.exp(self._told[kind]) if kind in self._told else 1.0
+
+    def observe(self, kind: str, ratio: float) -> bool:
+        """Learn from one that took ``ratio`` times its prior. Whether the factor is another one now."""
+        seen = self._seen[kind] = self._seen.get(kind, 0) + 1
+        known = self._logs.get(kind, 0.0)
+        new = self._logs[kind] = known + max(NEWEST, 1.0 / seen) * (math.log(max(ratio, LEAST)) - known)
+        if abs(new - self._told.get(kind, 0.0)) < STEP:
+            return False
+        self._told[kind] = new
+        return True
+
+
 class Costs:
     """The figures of one replica."""
 
-    __slots__ = ("_known", "_seen", "asked", "footprint", "of", "rate", "rate_long")
+    __slots__ = ("_calibration", "_known", "_prior", "_seen", "asked", "footprint", "of", "rate", "rate_long")
 
-    def __init__(self, weights: float = 0.0) -> None:
-        self._known: dict[str, float] = {kind: prior(weights) for kind, prior in _PRIORS.items()}
-        self._seen: dict[str, int] = dict.fromkeys(KINDS, 0)
+    def __init__(
+        self, weights: float = 0.0, start_time: float | None = None, calibration: Calibration | None = None
+    ) -> None:
+        self._prior: dict[str, float] = {kind: prior(weights) for kind, prior in _PRIORS.items()}
+        if start_time is not None:
+            self._prior["start"] = start_time
+        self._known: dict[str, float] = {}
+        self._seen: dict[str, int] = {}
+        self._calibration = calibration or Calibration()
         self.rate, self.rate_long = Rate(SHORT), Rate(LONG)
         self.footprint: Footprint | None = None  # as measured
         self.asked = 0  # bytes per device that a start was learnt to need beyond the configured
@@ -76,28 +114,35 @@ class Costs:
 
     def seconds(self, kind: str) -> float:
         """The expected time of ``kind``, one of KINDS."""
-        return self._known[kind]
+        known = self._known.get(kind)
+        return self._prior[kind] * self._calibration.factor(kind) if known is None else known
 
     def learnt(self, kind: str) -> float:
         """The expected time of ``kind`` if it was ever measured; else 0."""
-        return self._known[kind] if self._seen[kind] else 0.0
+        return self._known.get(kind, 0.0)
 
     def wake(self, level: int) -> float:
         """Seconds to have it serve again from sleep ``level``, or from nothing (0)."""
-        return self._known[wake_kind(level)]
+        return self.seconds(wake_kind(level))
 
     def sleep(self, level: int) -> float:
         """Seconds to put it to sleep at ``level``, or to stop it (0)."""
-        return self._known[sleep_kind(level)]
+        return self.seconds(sleep_kind(level))
 
-    def observe(self, kind: str, seconds: float) -> None:
-        """Learn from one that took ``seconds``. Absurd times (negative, infinite) teach nothing."""
+    def observe(self, kind: str, seconds: float) -> bool:
+        """Learn from one that took ``seconds``. Absurd times (negative, infinite) teach nothing.
+
+        Returns whether that changes what is expected of others of its engine kind.
+        """
         if not 0.0 <= seconds < math.inf:
-            return
+            return False
         seconds = max(seconds, LEAST)  # nothing takes no time
-        self._seen[kind] += 1
-        weight = max(NEWEST, 1.0 / self._seen[kind])
-        self._known[kind] += weight * (seconds - self._known[kind])
+        seen = self._seen[kind] = self._seen.get(kind, 0) + 1
+        known = self._known.get(kind, 0.0)
+        self._known[kind] = known + max(NEWEST, 1.0 / seen) * (seconds - known)
+        if kind == "service":  # how long answers are is the clients' affair
+            return False
+        return self._calibration.observe(kind, seconds / self._prior[kind])
 
     def arrived(self, now: float) -> None:
         """Count a request."""
@@ -106,7 +151,7 @@ class Costs:
 
     def to_dict(self) -> dict[str, Any]:
         """Only what was learnt; arrival rates are not kept (the clock is another one next time)."""
-        seen = {kind: [self._known[kind], count] for kind, count in self._seen.items() if count}
+        seen = {kind: [self._known[kind], count] for kind, count in self._seen.items()}
         learnt: dict[str, Any] = {"seconds": seen, "of": self.of, "asked": self.asked}
         if self.footprint:
             f = self.footprint
@@ -116,8 +161,10 @@ class Costs:
     def restore(self, learnt: Mapping[str, Any]) -> None:
         """Take back what :meth:`to_dict` gave. Raises ValueError, TypeError or KeyError if it is something else."""
         for kind, (seconds, count) in learnt["seconds"].items():
-            if kind in self._known and 0 <= float(seconds) < math.inf:
+            if kind in self._prior and 0 <= float(seconds) < math.inf and int(count) > 0:
                 self._known[kind], self._seen[kind] = float(seconds), int(count)
+                if kind != "service":
+                    self._calibration.observe(kind, float(seconds) / self._prior[kind])
         self.of, self.asked = str(learnt["of"]), int(learnt["asked"])
         if "footprint" in learnt:
             starting, awake, asleep, host = (int(n) for n in learnt["footprint"])
@@ -131,14 +178,14 @@ class CostBook:
 
     def __init__(self) -> None:
         self._replicas: dict[str, Costs] = {}
+        self._calibrations: dict[str, Calibration] = {}  # by engine kind
         self._learnt: dict[str, Mapping[str, Any]] = {}
 
     def open(self, spec: ReplicaSpec) -> Costs:
         """The figures of a replica. What was measured of a differently configured one is forgotten."""
         costs = self._replicas.get(spec.id)
         if costs is None:
-            weights = (spec.weights or spec.footprint.awake) / GB
-            costs = self._replicas[spec.id] = self._restored(spec.id, weights)
+            costs = self._replicas[spec.id] = self._restored(spec)
         of = _fingerprint(spec)
         if costs.of != of:
             costs.footprint, costs.asked, costs.of = None, 0, of
@@ -149,15 +196,17 @@ class CostBook:
         if name in self._replicas:
             self._replicas[now] = self._replicas.pop(name)
 
-    def _restored(self, name: str, weights: float) -> Costs:
-        costs = Costs(weights)
-        learnt = self._learnt.pop(name, None)
+    def _restored(self, spec: ReplicaSpec) -> Costs:
+        weights = (spec.weights or spec.footprint.awake) / GB
+        calibration = self._calibrations.setdefault(spec.engine, Calibration())
+        costs = Costs(weights, spec.start_time, calibration)
+        learnt = self._learnt.pop(spec.id, None)
         if learnt is None:
             return costs
         try:
             costs.restore(learnt)
         except (ValueError, TypeError, KeyError, AttributeError):
-            return Costs(weights)  # a damaged cache is no cache
+            return Costs(weights, spec.start_time, calibration)  # a damaged cache is no cache
         return costs
 
     def usual(self, replica: str, kind: str) -> float:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 
 from vllmd.core.commands import (
+    AddReplica,
     Admit,
     Command,
     CutRequest,
@@ -45,6 +46,7 @@ class EngineTable:
         self.now = 0.0
         self.decisions: deque[Decision] = deque(maxlen=DECISIONS_KEPT)
         self._out: list[Command] = []
+        self.calibrations = 0  # how often a time that was learnt changed what is expected of other engines
         self._busy: dict[int, Replica] = {}  # device -> whose command runs there
 
     # -- what goes out
@@ -77,6 +79,10 @@ class EngineTable:
         if m.health:
             m.health.unanswered[request] = self.now
         self._out.append(Admit(request, m.id))
+
+    def add_replica(self, model: Model, device: int) -> None:
+        """Have the model given one more replica, on that device."""
+        self._out.append(AddReplica(model.name, device))
 
     def rename(self, m: Replica, name: str) -> None:
         """It has another id from now on."""
@@ -182,6 +188,7 @@ class EngineTable:
         """It sleeps: the ledger has back what came free, as measured or as expected."""
         self._learn_time(m)
         self._move(m, Step.ASLEEP)
+        m.displaced = m.leave is not None and m.leave.cause == "exchange"
         m.level, m.leave = level, None
         if m.health:
             m.health.engine_left()
@@ -273,12 +280,9 @@ class EngineTable:
                     del self._busy[index]
 
     def _learn_time(self, m: Replica) -> None:
-        took = self.now - m.changed
-        if m.state is State.STARTING:
-            m.costs.observe("start", took)
-        elif m.state is State.WAKING:
-            m.costs.observe(f"wake{m.level}", took)
-        elif m.state is State.STOPPING:
-            m.costs.observe("stop", took)
-        elif m.state is State.FALLING_ASLEEP and m.leave and m.leave.level:
-            m.costs.observe(f"sleep{m.level}", took)
+        kinds = {State.STARTING: "start", State.WAKING: f"wake{m.level}", State.STOPPING: "stop"}
+        kind = kinds.get(m.state, "")
+        if m.state is State.FALLING_ASLEEP and m.leave and m.leave.level:
+            kind = f"sleep{m.level}"
+        if kind and m.costs.observe(kind, self.now - m.changed):
+            self.calibrations += 1

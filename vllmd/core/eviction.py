@@ -37,7 +37,11 @@ class Choice(NamedTuple):
 
 
 def fits(s: Situation, w: Waiting) -> tuple[int, ...] | None:
-    """The devices on which ``w`` can be started or woken at once, the emptiest first; None: it does not fit."""
+    """The devices on which ``w`` can be started or woken at once; None: it does not fit.
+
+    First the smallest that nobody uses, which leaves the large ones to large
+    models; else that with most room.
+    """
     if not w.span:
         return ()
     if len(w.devices) == 1:
@@ -46,8 +50,13 @@ def fits(s: Situation, w: Waiting) -> tuple[int, ...] | None:
     good = [room for room in _rooms(s, w) if room.free >= w.need_on(room.device) and _usable_at_once(room, w)]
     if len(good) < w.span:
         return None
-    good.sort(key=lambda room: (-room.free, room.device))
+    good.sort(key=_spread)
     return tuple(sorted(room.device for room in good[: w.span]))
+
+
+def _spread(room: Room) -> tuple[bool, int, int]:
+    shared = room.free < room.sleepable
+    return shared, -room.free if shared else room.free, room.device
 
 
 def _usable_at_once(room: Room, w: Waiting) -> bool:

@@ -33,6 +33,7 @@ class Exchange:
     deadline: float  # when victims' requests are frozen
     begun: float
     why: str
+    unasked: bool  # nobody needs to wait for it: it is moved to where it fits better
 
 
 class Exchanges:
@@ -61,7 +62,9 @@ class Exchanges:
         """Close the gates of the awake victims; sleepers are only stopped when their turn comes."""
         now, target = self.fleet.now, self.replicas[plan.target]
         victims = {self.replicas[v.model]: v.way for v in plan.victims}
-        self._by_target[target] = Exchange(target, plan.devices, victims, now + plan.drain, now, plan.why)
+        self._by_target[target] = Exchange(target, plan.devices, victims, now + plan.drain, now, plan.why, plan.unasked)
+        if target in victims:
+            target.moved = now
         for m, way in victims.items():
             m.exchange = target
             leave = _leave(m, way, plan, now)
@@ -93,7 +96,7 @@ class Exchanges:
 
     def lapsed(self) -> list[Replica]:
         """Targets that need no exchange any more: nobody waits, or they cannot start now."""
-        return [t for t in self._by_target if not _wanted(t)]
+        return [t for t, ex in self._by_target.items() if not _wanted(t, ex)]
 
     def advance(self) -> list[Replica]:
         """Start or wake each target whose victims are gone and whose devices are at rest. Returns those targets."""
@@ -166,7 +169,9 @@ class Exchanges:
         return claims
 
     def _claim(self, ex: Exchange, leaving: list[Replica], index: int, drain: float) -> Claim:
-        need = (self.need(ex.target, index) or 0) if index in ex.devices else 0
+        need = 0
+        if index in ex.devices:
+            need = (ex.target.booking if ex.target in ex.victims else self.need(ex.target, index)) or 0
         coming = sum([ex.victims[m].frees for m in leaving if index in m.placement.devices])
         return Claim(need, coming, drain)
 
@@ -181,8 +186,12 @@ class Exchanges:
 def _leave(m: Replica, way: Way, plan: Plan, now: float) -> Leave:
     freeze_at = now + plan.drain if way.level else INFINITY
     cut_at = now + m.spec.drain_limit if m.spec.drain_limit is not None else INFINITY
-    return Leave(way.level, "exchange", f"to make room for {plan.target}: {plan.why}", freeze_at, cut_at)
+    goal = "to start on another device" if m.id == plan.target else f"to make room for {plan.target}"
+    return Leave(way.level, "exchange", f"{goal}: {plan.why}", freeze_at, cut_at)
 
 
-def _wanted(m: Replica) -> bool:
-    return m.demand > 0 and m.state in (State.STOPPED, State.SLEEPING)
+def _wanted(m: Replica, ex: Exchange) -> bool:
+    """Somebody waits for it, or it is on its way to another device; and it can start, or will be able to."""
+    on_its_way = ex.unasked or m in ex.victims
+    able = m.state in (State.STOPPED, State.SLEEPING) or (on_its_way and m.state in (State.READY, State.DRAINING))
+    return (m.demand > 0 or ex.unasked) and (able or (on_its_way and m.state is State.STOPPING))

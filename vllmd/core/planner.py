@@ -42,6 +42,8 @@ class Planner:
         core = self._core
         if not core.waiting:
             self._held_back = frozenset()
+        if not core.waiting:
+            self._tidy()
         if not core.waiting or not (core.replan or core.now >= self._looked + TICK):
             return
         self._looked = core.now
@@ -52,6 +54,14 @@ class Planner:
                 break
             self.begin(plan)
         self._record_held_back()
+
+    def _tidy(self) -> None:
+        """7.4: while nobody waits, models that are being used are moved to where they fit beside each other."""
+        core = self._core
+        if core.replan and len(core.engines.ledger.accounts) > 1 and not len(core.exchanges):
+            plan = core.policy.tidy(self.look())
+            if plan:
+                self.begin(plan)
 
     def _record_held_back(self) -> None:
         """7.3: who waits for others to leave a device free; once, not with each look."""
@@ -82,7 +92,8 @@ class Planner:
         """Record the plan, close the gates, and start what can start."""
         core = self._core
         m = core.replicas[plan.target]
-        verb = "wake" if m.state is State.SLEEPING else "start"
+        moves = any(v.model == m.id for v in plan.victims)
+        verb = "move" if moves else "wake" if m.state is State.SLEEPING else "start"
         numbers: dict[str, float | int | str] = {**plan.numbers, "devices": ",".join(map(str, plan.devices))}
         if plan.victims:
             numbers["victims"] = ",".join(f"{v.model}:{v.way.level or 'stop'}" for v in plan.victims)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
+from vllmd.core.assignment import Item, assign
 from vllmd.core.eviction import Choice, cheapest, fits, oldest_first, unclaimed
 from vllmd.core.policy import (
     INFINITY,
@@ -14,7 +16,9 @@ from vllmd.core.policy import (
     Policy,
     Resident,
     Situation,
+    Victim,
     Waiting,
+    drain_time,
     greedy_fill,
 )
 from vllmd.core.pricing import Prices, budgets, longest_drain, rate_of
@@ -54,6 +58,104 @@ def due_there(s: Situation, w: Waiting) -> list[int]:
     return [room.device for room in unclaimed(s, w) if room.sleepable >= w.need_on(room.device)]
 
 
+# -- sleepers that serve elsewhere
+
+
+def moved(s: Situation, w: Waiting, choice: Choice | None) -> Plan | None:
+    """The plan to stop a sleeper and start it on a device that has room, if it serves sooner there; else None.
+
+    ``choice``: who would have to leave for it to wake where it sleeps; None: that cannot be just now.
+    """
+    if w.move is None:
+        return None
+    there = w.elsewhere(w.move)
+    devices = fits(s, there)
+    if devices is None or there.load >= _until_it_wakes(s, w, choice) or not _room_for_all(s, there, devices):
+        return None
+    where = ", ".join(map(str, devices))
+    why = f"it serves sooner on device {where}, which has room, than where it sleeps"
+    return Plan(w.model, devices, (Victim(w.model, w.move.stop),), why=why, numbers=_waited(s, w))
+
+
+def _room_for_all(s: Situation, there: Waiting, devices: tuple[int, ...]) -> bool:
+    """Whether it has room beside all that are being used there, asleep or not: else it would only swap with those."""
+    asked = {o.model for o in s.waiting}
+    for index in devices:
+        free = s.rooms[index].free - there.need_on(index)
+        for r in s.residents:
+            if index in r.devices and r.asleep and r.model != there.model:
+                used = r.model in asked or s.now - r.used < s.knobs.used
+                free -= max(0, r.need - r.ways[-1].frees) if used else 0
+        if free < 0:
+            return False
+    return True
+
+
+def _until_it_wakes(s: Situation, w: Waiting, choice: Choice | None) -> float:
+    """Expected seconds until ``w`` would serve where it sleeps."""
+    waited = s.now - w.oldest
+    if choice is None:
+        return waited + w.load
+    busy = [r for _, r, _ in choice.leavers if r.running or r.queued]
+    if busy:
+        return max(waited, *[_until_idle(s, r) for r in busy]) + takes(choice) + w.load
+    # One that is being used must come back: that is part of what the swap costs.
+    back = [way.back + w.sleep for _, r, way in choice.leavers if not r.asleep and s.now - r.used < s.knobs.used]
+    return takes(choice) + w.load + max(back, default=0.0)
+
+
+def _until_idle(s: Situation, r: Resident) -> float:
+    """Expected seconds until a busy one has a moment without requests.
+
+    What has run for long will run for long. And while requests come faster than
+    they end, moments without any are rare (the busy period of a queue with room
+    for everybody).
+    """
+    ended = max(s.now - r.began, drain_time(r.service, r.running))
+    rate, service = rate_of(r, s.now), max(r.service, s.now - r.began)
+    period = math.expm1(min(rate * service, 8.0)) / rate if rate > 0.0 else 0.0
+    return max(ended, period)
+
+
+def tidy(s: Situation) -> Plan | None:
+    """A move towards places in which all models that are being used fit together; None: there are none, or they do.
+
+    It begins when one of them had to leave for another, and each model is moved
+    once: then there are no more swaps among them.
+    """
+    used = [r for r in s.residents if r.allowed and s.now - r.used < s.knobs.used]
+    if not any(r.asleep and r.displaced for r in used):
+        return None
+    sizes = {index: room.free for index, room in s.rooms.items()}
+    inside = {r.model for r in used}
+    for r in s.residents:  # those that are not used may leave for them
+        frees = r.ways[-1].frees if r.model in inside else 0 if r.asleep else r.ways[0].frees
+        for index in r.devices:
+            if index in sizes:
+                sizes[index] += frees
+    used.sort(key=lambda r: (r.asleep, r.model))  # whoever serves rather stays than who sleeps
+    items = [Item(r.model, r.need, r.allowed, len(r.devices), r.devices) for r in used]
+    places = assign(tuple(items), tuple(sorted(sizes.items())))
+    if places is None:
+        return None
+    for r in sorted(used, key=lambda r: (not r.displaced, r.model)):
+        place = places[r.model]
+        again = r.moved + s.knobs.again * r.ways[-1].back
+        if place != r.devices and not r.running and not r.queued and s.now >= again and _has_room(s, r, place):
+            why = f"all that are being used fit if it is on {', '.join(map(str, place))}"
+            return Plan(r.model, place, (Victim(r.model, r.ways[-1]),), why=why, unasked=True)
+    return None
+
+
+def _has_room(s: Situation, r: Resident, place: tuple[int, ...]) -> bool:
+    for index in place:
+        room = s.rooms.get(index)
+        own = r.ways[-1].frees if index in r.devices else 0
+        if room is None or room.busy or room.claimed or room.free + own < r.need:
+            return False
+    return all(index in s.rooms and not s.rooms[index].busy and not s.rooms[index].claimed for index in r.devices)
+
+
 class Lru:
     """The least recently used leave first, drained, for the waiter whose turn it is; nobody overtakes it."""
 
@@ -68,11 +170,18 @@ class Lru:
             if devices is not None:
                 return Plan(w.model, devices, why="it fits", numbers=numbers)
             choice = oldest_first(s, w, s.residents)
+            move = moved(s, w, choice)
+            if move:
+                return move
             if choice and not too_early(s, choice, longest_drain(choice.leavers)):
                 why = "the least recently used make room"
                 return Plan(w.model, choice.devices, choice.victims, INFINITY, why, numbers)
             s = without(s, choice.devices if choice else due_there(s, w))
         return None
+
+    def tidy(self, s: Situation) -> Plan | None:
+        """Models that are being used come to fit beside each other."""
+        return tidy(s)
 
     def shallow(self, claims: Iterable[HostClaim], budget: int) -> frozenset[str]:
         """As the adaptive one does: where sleepers are kept is not this policy's difference."""
@@ -139,6 +248,10 @@ class Adaptive:
                 return plan
         return None
 
+    def tidy(self, s: Situation) -> Plan | None:
+        """Models that are being used come to fit beside each other."""
+        return tidy(s)
+
     def shallow(self, claims: Iterable[HostClaim], budget: int) -> frozenset[str]:
         """The greedy fill."""
         return greedy_fill(claims, budget)
@@ -172,7 +285,7 @@ class _Turns:
 
     def closed(self, w: Waiting) -> bool:
         """No room is large enough as it is, and none of its devices free to begin a swap on."""
-        return w.need > self.roomiest and w.span > 0 and self.begin.isdisjoint(w.devices)
+        return w.need > self.roomiest and w.span > 0 and self.begin.isdisjoint(w.devices) and w.move is None
 
     def next(self, w: Waiting) -> Plan | None:
         """Its plan, if its swap is due."""
@@ -180,11 +293,14 @@ class _Turns:
         devices = fits(s, w) if w.need <= self.roomiest or not w.span else None
         if devices is not None:
             return Plan(w.model, devices, why="it fits", numbers=_waited(s, w))
-        if not unclaimed(s, w):
-            return None
         urgent = w.impatient or self._late(w)
+        if not unclaimed(s, w):
+            return moved(s, w, None)
         residents = _may_leave(s, w, self._on(w.devices))
         choice = cheapest(s, w, residents, partial(self.prices.alone, w, urgent))
+        move = moved(s, w, choice)
+        if move:
+            return move
         if choice is None:
             if urgent or self.dear:
                 self._hold(due_there(s, w))

@@ -47,6 +47,22 @@ class Resident(NamedTuple):
     refrozen: bool  # one of them was frozen twice already
     priority: float
     drain_limit: float = INFINITY  # seconds after which its running requests are cut
+    began: float = INFINITY  # when the oldest of its running requests was admitted
+    need: int = 0  # bytes on each device for a start elsewhere
+    allowed: tuple[int, ...] = ()  # devices on which it may be; empty: it is not to be moved
+    displaced: bool = False  # it sleeps because another one needed its place
+    moved: float = -INFINITY  # when it was last moved to another device
+
+
+class Move(NamedTuple):
+    """How a sleeper could serve elsewhere: stopped where it is, and started there."""
+
+    stop: Way
+    load: float  # seconds for both
+    learnt: float  # of that, what was measured
+    need: int  # bytes on each device
+    devices: tuple[int, ...]  # where it could go
+    needs: tuple[int, ...] = ()  # the need on each of them where it already holds some
 
 
 class Waiting(NamedTuple):
@@ -66,6 +82,12 @@ class Waiting(NamedTuple):
     impatient: bool  # on_busy: evict
     learnt: float = 0.0  # of ``load``, what was measured: nothing until it was done once
     needs: tuple[int, ...] = ()  # the need on each of ``devices`` where they differ; ``need`` is then the least
+    move: Move | None = None  # of a sleeper that may serve elsewhere as well
+
+    def elsewhere(self, move: Move) -> Waiting:
+        """The same, as it would be if it were moved."""
+        m = move
+        return self._replace(load=m.load, learnt=m.learnt, need=m.need, devices=m.devices, needs=m.needs, move=None)
 
     def need_on(self, device: int) -> int:
         """Bytes that it needs on this one of its devices."""
@@ -109,6 +131,8 @@ class Knobs(NamedTuple):
     frozen_patience: float = 0.7  # the same where they are frozen
     residency: float = 3.0  # q: a busy model stays for so many times what the exchange costs
     budgets: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0)  # drain budgets tried where requests can be frozen
+    used: float = 300.0  # seconds for which a model counts as being used after its last request
+    again: float = 20.0  # a model is moved again only after so many times what its start takes
     victims: int = 4  # so many are searched for the best set; more leave only where fewer are not enough
 
 
@@ -123,7 +147,8 @@ class Plan(NamedTuple):
     """Bring ``target`` onto ``devices`` after ``victims`` have left.
 
     ``drain``: seconds that the victims' running requests get before they are
-    frozen; infinite: they finish. ``numbers`` and ``why`` are for the record.
+    frozen; infinite: they finish. A target among its own victims is stopped
+    where it sleeps, and started on ``devices``. ``numbers`` and ``why`` are for the record.
     """
 
     target: str
@@ -132,6 +157,7 @@ class Plan(NamedTuple):
     drain: float = INFINITY
     why: str = ""
     numbers: Mapping[str, float | int | str] = {}
+    unasked: bool = False  # nobody waits for it: it is moved while that costs nobody anything
 
 
 class HostClaim(NamedTuple):
@@ -151,6 +177,9 @@ class Policy(Protocol):
 
     def choose(self, s: Situation) -> Plan | None:
         """The next exchange to begin (one without victims is a plain start or wake), or None: not yet."""
+
+    def tidy(self, s: Situation) -> Plan | None:
+        """Nobody waits: a move by which models that are being used come to fit beside each other, or None."""
 
     def shallow(self, claims: Iterable[HostClaim], budget: int) -> frozenset[str]:
         """The models that sleep at level 1 when they must sleep; the others sleep at 2 or stop."""

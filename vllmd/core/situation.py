@@ -10,7 +10,7 @@ from vllmd.core.costs import sleep_kind, wake_kind
 from vllmd.core.engine_table import EngineTable
 from vllmd.core.exchanges import Exchanges
 from vllmd.core.model import INFINITY, Replica
-from vllmd.core.policy import HostClaim, Knobs, Resident, Room, Situation, Waiting, Way
+from vllmd.core.policy import HostClaim, Knobs, Move, Resident, Room, Situation, Waiting, Way
 from vllmd.core.types import State
 from vllmd.core.vacancy import Wait, held_back, room_beside_kept, vacant
 
@@ -30,6 +30,7 @@ class Observer:
         self._coming: dict[Replica, dict[int, int]] = {}  # bytes per device that would come free if the model slept
         self._sleepable: defaultdict[int, int] = defaultdict(int)  # their sums
         self._host: tuple[int, frozenset[str]] = (0, frozenset())
+        self._calibrations = 0
 
     def note(self, m: Replica) -> None:
         """``m`` changed, or is known no more."""
@@ -51,6 +52,10 @@ class Observer:
     def look(self, waiting: Iterable[Replica], shallow: frozenset[str]) -> Situation:
         """Everything as it is now; ``shallow``: who sleeps at level 1 if it must."""
         fleet = self._fleet
+        if fleet.calibrations != self._calibrations:  # what is expected of engines that were never measured
+            self._calibrations = fleet.calibrations
+            self._waiting.clear()
+            self._stale.update(dict.fromkeys(self._residents))
         host = (fleet.ledger.host_promised, shallow)
         if host != self._host:  # who can sleep at which level depends on it
             self._host = host
@@ -123,7 +128,7 @@ def see_waiting(fleet: EngineTable, m: Replica) -> Waiting:
     frozen = len(m.running)
     asked = [m.wanted] if m.wanted is not None else []
     since = [t for t in (m.oldest, m.changed if frozen else None, *asked) if t is not None]
-    any_device = m.spec.devices or tuple(fleet.ledger.accounts)
+    any_device = m.devices or tuple(fleet.ledger.accounts)
     return Waiting(
         model=m.id,
         waiters=m.demand,
@@ -138,7 +143,30 @@ def see_waiting(fleet: EngineTable, m: Replica) -> Waiting:
         priority=m.model.spec.priority,
         impatient=m.model.spec.on_busy == "evict",
         learnt=m.costs.learnt(wake_kind(m.level if asleep else 0)),
+        move=see_move(fleet, m) if asleep else None,
     )
+
+
+def see_move(fleet: EngineTable, m: Replica) -> Move | None:
+    """How a sleeper could serve elsewhere; None if it cannot: there is nowhere, or requests are frozen in it."""
+    devices = elsewhere(fleet, m)
+    if not devices:
+        return None
+    c, held = m.costs, fleet.ledger.held(m)
+    stop = Way(0, min(held.values(), default=0), c.sleep(0), c.wake(0), c.learnt("stop"))
+    needs = tuple(m.booking - held.get(index, 0) for index in devices)
+    learnt = c.learnt("stop") + c.learnt("start") if c.learnt("start") else 0.0
+    return Move(stop, stop.takes + stop.back, learnt, min(needs), devices, needs if held.keys() & set(devices) else ())
+
+
+def elsewhere(fleet: EngineTable, m: Replica) -> tuple[int, ...]:
+    """The devices to which it may be moved; those of a model over several devices may be partly the same."""
+    accounts = fleet.ledger.accounts
+    if len(accounts) < 2 or m.running or m.spec.when_free or m.removed or not m.placement.devices:
+        return ()
+    here = m.placement.devices if len(m.placement.devices) == 1 else ()
+    devices = tuple(i for i in m.spec.devices or accounts if i in accounts and i not in here)
+    return devices if len(devices) >= m.spec.device_count and set(devices) != set(m.placement.devices) else ()
 
 
 def waits_for_others(fleet: EngineTable, models: Iterable[Replica], m: Replica) -> Wait | None:
@@ -173,6 +201,11 @@ def see_resident(fleet: EngineTable, m: Replica, shallow: frozenset[str]) -> Res
         refrozen=m.spec.preempt and any(run.frozen > 1 for run in m.running.values()),
         priority=m.model.spec.priority,
         drain_limit=INFINITY if m.spec.drain_limit is None else m.spec.drain_limit,
+        began=min([run.began for run in m.running.values()], default=INFINITY),
+        need=m.booking,
+        allowed=() if m.spec.when_free or m.removed else m.spec.devices or tuple(fleet.ledger.accounts),
+        displaced=m.displaced,
+        moved=m.moved,
     )
 
 

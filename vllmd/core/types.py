@@ -125,6 +125,8 @@ class ReplicaSpec:
     ``drain_limit``: after so long a drain the running requests are cut; ``None``: never.
     ``preempt``: running requests may be frozen by a sleep (only after one proved to survive it).
     ``when_free``: it starts only on devices that others leave free; ``None``: wherever its booking fits.
+    ``engine``: its kind; engines of a kind resemble each other in how long things take here.
+    ``start_time``: seconds that a first start takes, by its kind and size; ``None``: as vLLM on an A100.
     """
 
     id: str
@@ -144,6 +146,8 @@ class ReplicaSpec:
     settings: str = ""  # a digest of what its engine depends on: figures measured under another one are forgotten
     keeps_host: bool = True  # once slept at level 1 its host memory stays taken until it stops (vLLM's does)
     when_free: WhenFree | None = None
+    engine: str = ""
+    start_time: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +231,7 @@ class ReplicaView:
     failure: str  # the last failure's reason; "" if none
     standing: str = ""  # of one of several whose engine is up: new, serving, resting, slow, ejected
     latency: float | None = None  # of one of several: seconds to the first byte, the last answers weighing most
+    bound: int | None = None  # the only device that it may use
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from vllmd.engines.base import Engine, Listen
 from vllmd.engines.unusable import Unusable
 from vllmd.errors import ConfigError, VllmdError
 from vllmd.launcher.client import Running
+from vllmd.proxy.peers import Impostor
 
 log = logging.getLogger("vllmd.adoption")
 
@@ -142,7 +143,10 @@ async def _expect(process: EngineProcess, found: Found, *, asleep: bool) -> Foun
     """``found`` once the engine confirms it, within the limit; else it has to go."""
     said: object = None
     for _ in range(round(RESOLVE_LIMIT / RESOLVE_POLL)):
-        said = await _is_asleep(process)
+        try:
+            said = await _is_asleep(process)
+        except Impostor as error:  # it will not become the engine
+            return Found(process, None, why=error.message)
         if said is asleep:
             process.ready_after = 0.0
             return found
@@ -151,13 +155,15 @@ async def _expect(process: EngineProcess, found: Found, *, asleep: bool) -> Foun
 
 
 async def _is_asleep(process: EngineProcess) -> object:
-    """True or False as the engine says; False for one that cannot be asked, but lives."""
+    """True or False as the engine says; False for one that cannot be asked, but lives. Raises Impostor."""
     probe = process.engine.asleep() or process.engine.alive(process.model)
     try:
         status, _, body = await ask(process.listen, probe)
         if status != probe.expect:
             return f"status {status}"
         return json.loads(body)["is_sleeping"] if process.engine.asleep() else False
+    except Impostor:
+        raise
     except (OSError, VllmdError, ValueError, KeyError) as error:
         return f"{type(error).__name__}: {error}"
 

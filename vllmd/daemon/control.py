@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Iterable, Set
+from collections.abc import AsyncIterator, Iterable, Mapping, Set
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from vllmd.admin.counters import Counters
 from vllmd.core import events
 from vllmd.core.types import Decision, ModelSpec, ModelView, ReplicaView, Snapshot, State
 from vllmd.daemon.discovery import hf_home
+from vllmd.daemon.failure_text import places
 from vllmd.daemon.instances import Instances
 from vllmd.daemon.probing import probe
 from vllmd.daemon.processes import gpus, kill
@@ -108,7 +109,7 @@ class DaemonControl:
         snapshot = self.snapshot()
         views, devices = (snapshot.models, snapshot.devices) if snapshot else ((), ())
         trouble = self._daemon.memory.trouble if snapshot else ""
-        return health(views, devices, self._daemon.broken, trouble, ready=snapshot is not None)
+        return health(views, devices, places(self._daemon.broken), trouble, ready=snapshot is not None)
 
     def status(self) -> dict[str, Any]:
         """Everything that ``vllmctl`` shows."""
@@ -150,9 +151,9 @@ class DaemonControl:
 
     def _line(self, view: ModelView | ReplicaView, engine: str) -> dict[str, Any]:
         engines = self._daemon.engine_manager
-        return line(
-            view, self._daemon.engines.get(engine), engines.processes.get(engine), engines.last_start.get(engine)
-        )
+        config, process = self._daemon.engines.get(engine), engines.processes.get(engine)
+        watts = self._daemon.memory.power.watts.get(engine)
+        return line(view, config, process, engines.last_start.get(engine), watts)
 
     def _about(self, model: str) -> dict[str, Any]:
         config = self._daemon.config.models.get(model)
@@ -217,7 +218,20 @@ class DaemonControl:
             used={index: device.used for index, device in devices.items()},
             power={index: device.power for index, device in devices.items() if device.power is not None},
             load={i: device.utilisation / 100 for i, device in devices.items() if device.utilisation is not None},
+            energy=dict(daemon.memory.power.device_joules),
+            temperature={i: each.temperature for i, each in devices.items() if each.temperature is not None},
+            throttled={index: bool(device.throttled) for index, device in devices.items()},
+            model_power=self._by_model(daemon.memory.power.watts),
+            model_energy=self._by_model(daemon.memory.power.joules),
         )
+
+    def _by_model(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The sums over each model's engines."""
+        sums: dict[str, float] = {}
+        for engine, value in values.items():
+            model = self._model_of(engine)
+            sums[model] = sums.get(model, 0.0) + value
+        return sums
 
     async def gpus(self) -> list[dict[str, Any]]:
         """M's ``GPUInfo`` of every device."""
@@ -303,13 +317,9 @@ class DaemonControl:
         """Give a lease back."""
         await self._post(events.LeaseReleased(lease, stop))
 
-    async def narrow(self, model: str, device: int | None) -> None:
-        """Have its next start use that device only; lasts until it is taken back, or the next reload."""
-        await self.instances.narrow(model, device)
-
-    async def add_instance(self, model: str, device: int) -> str:
-        """Give it one more engine, on that device; lasts until it is dropped, or the next reload."""
-        return await self.instances.add(model, device)
+    async def load_on(self, model: str, device: int) -> str:
+        """Have one of its engines on that device, and say which; one more lasts until the next reload."""
+        return await self.instances.load_on(model, device)
 
     async def drop_instance(self, name: str) -> None:
         """Forget an engine that was added."""

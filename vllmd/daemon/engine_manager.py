@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vllmd.config import secrets
 from vllmd.config.types import ModelConfig
 from vllmd.core import commands, events
 from vllmd.core.types import Footprint, Placement, Source
@@ -46,6 +47,8 @@ WHOLE_LOG = 1000  # lines asked for of an engine that has just begun: all of the
 
 Usual = Callable[[str, str], float]  # replica, kind of ``core.costs`` -> the seconds that it usually takes, 0: unknown
 Post = Callable[[events.Event], None]
+# Events with a reason in words.
+TOLD = (events.EngineStartFailed, events.EngineWakeFailed, events.EngineSleepFailed, events.EngineExited)
 
 
 class EngineManager:
@@ -64,7 +67,8 @@ class EngineManager:
         self.look: Callable[[], Awaitable[None]] = _blind  # has the core told what the devices hold now
         self.last_start: dict[str, float] = {}  # model -> seconds its last start took
         self._launcher = launcher
-        self._post = post
+        self._report = post
+        self._models: Mapping[str, ModelConfig] = {}
         self._memory = memory
         self._launch_planner = launch_planner
         self._logs = logs
@@ -76,7 +80,14 @@ class EngineManager:
 
     def configure(self, models: Mapping[str, ModelConfig], kv_caches: Mapping[str, int]) -> None:
         """Start engines by these settings from now on. ``kv_caches``: bytes per device, by model; 0: its own choice."""
+        self._models = models
         self._launch_planner.configure(models, kv_caches)
+
+    def _post(self, event: events.Event) -> None:
+        """Post it. A reason may quote the engine's last lines: they are told without the secrets that it was given."""
+        if isinstance(event, TOLD) and (model := self._models.get(event.replica)) is not None:
+            event = replace(event, reason=secrets.kept_out(event.reason, secrets.known_of(model)))
+        self._report(event)
 
     # -- commands of the core ------------------------------------------------------------
 
@@ -285,18 +296,19 @@ class EngineManager:
     async def log_of(self, process: EngineProcess, lines: int, *, follow: bool) -> AsyncIterator[str]:
         """An engine's last log lines, and with ``follow`` what comes until it ends."""
         queue: asyncio.Queue[str] = asyncio.Queue(LOG_BACKLOG)
+        known = secrets.known_of(process.model)
         process.listeners.add(queue)
         try:
             if follow:
                 await self._launcher.follow(process.instance, lines)
             else:
                 for line in await self._launcher.tail(process.instance, lines):
-                    yield line
+                    yield secrets.kept_out(line, known)
             while follow:
                 coming = await next_line(queue, process.exited)
                 if coming is None:
                     return
-                yield coming
+                yield secrets.kept_out(coming, known)
         finally:
             process.listeners.discard(queue)
 

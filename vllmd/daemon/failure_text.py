@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from vllmd.engines.base import Failure
 from vllmd.launcher.client import ExitReport
 
+MOST_PLACES = 10
 REASON_LINES = 12  # of the log in a failure's reason
 AROUND = 3  # lines shown before and after the root error, where that is not among the last
 _DIRECTORIES = re.compile(r"(?<![\w.:/])/(?:[\w.@+~-]+/)+(?=[\w.@+~-])")  # of an absolute path; not of a URL
@@ -61,6 +62,12 @@ def for_clients(reason: str) -> str:
     first = reason.partition("\n")[0].removesuffix("; its last log lines:")
     first = first.removesuffix("; its log around that, and its last lines:")
     return _DIRECTORIES.sub("\N{HORIZONTAL ELLIPSIS}/", first)
+
+
+def places(broken: str) -> str:
+    """The files and lines at which a configuration is wrong, of the message that says what is."""
+    found = list(dict.fromkeys(line.partition(": ")[0] for line in broken.splitlines()))
+    return ", ".join(found[:MOST_PLACES]) + (f" and {len(found) - MOST_PLACES} more" if found[MOST_PLACES:] else "")
 
 
 def with_hint(what: str, hint: str) -> str:

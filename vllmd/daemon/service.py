@@ -24,6 +24,7 @@ from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.control import DaemonControl
 from vllmd.daemon.discovery import with_discovered
 from vllmd.daemon.engine_resolver import EngineResolver
+from vllmd.daemon.failure_text import places
 from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.listeners import Listeners
 from vllmd.daemon.runtime_models import addresses
@@ -98,7 +99,8 @@ class Daemon:
         self.failed = False
         self._reload = reload
         self._stopping, self._hurry = asyncio.Event(), asyncio.Event()
-        self._idle_since = time.monotonic()
+        self._born = self._idle_since = time.monotonic()
+        self._accepted = 0  # connections, when the idle exit was last considered
         self._status = ""
 
     # -- a life ----------------------------------------------------------------------------
@@ -295,14 +297,15 @@ class Daemon:
             not self.runtime.activated
             or after is None
             or not self.opened.is_set()
-            or time.time() - self.started < SHORTEST_LIFE
+            or time.monotonic() - self._born < SHORTEST_LIFE  # not by the clock, which may be set
             or self.engine_manager.processes
             or self.admission_gate.open
             or self.listeners.connections
             or self._awaited()
             or self._drained()
         )
-        if busy:
+        accepted, self._accepted = self._accepted, self.listeners.accepted
+        if busy or accepted != self._accepted:  # those that came and went meanwhile, refused ones too, count as well
             self._idle_since = time.monotonic()
             return False
         return time.monotonic() - self._idle_since >= (after or 0)
@@ -378,10 +381,13 @@ class Daemon:
         self.listeners.configure(config)
 
     def refuse(self, broken: str) -> None:
-        """Answer every request with what is wrong with the configuration, until a reload repairs it."""
+        """Answer every request with where the configuration is wrong, until a reload repairs it.
+
+        What is wrong there is for those who may read it: operators, and the log.
+        """
         self.broken = broken
         self.admission_gate.refusal = Unavailable(
-            f"vllmd's configuration is invalid, tell its administrator:\n{broken}"
+            f"vllmd's configuration is invalid, tell its administrator: {places(broken)}"
         )
 
     def _on_signals(self) -> None:

@@ -9,6 +9,7 @@ from vllmd.core.types import ModelSpec, ReplicaRules, ReplicaSpec
 from vllmd.daemon.engine_process import fingerprint
 from vllmd.engines.base import Engine
 from vllmd.engines.estimate import Estimate
+from vllmd.engines.start_times import start_time
 
 
 def model_spec(model: ModelConfig, replicas: Sequence[ReplicaSpec]) -> ModelSpec:
@@ -43,6 +44,8 @@ def replica_spec(model: ModelConfig, engine: Engine, told: Estimate) -> ReplicaS
         when_free=model.when_free,
         max_restarts=model.max_restarts,
         restart_backoff=model.restart_backoff,
+        engine=engine.kind,
+        start_time=start_time(model, engine.kind, told.weights),
     )
 
 

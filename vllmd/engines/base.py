@@ -62,7 +62,7 @@ class Launch:
 
     argv: tuple[str, ...]
     listen: Listen
-    env: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
     cwd: str = ""
     stop: tuple[str, ...] = ()
     stop_signal: int = signal.SIGTERM

@@ -164,7 +164,7 @@ def _stop_template(model: ModelConfig) -> tuple[str, ...]:
     try:
         return tuple(shlex.split(text(model, "stop"))) if isinstance(given, str) else words(model, "stop")
     except ValueError as error:
-        raise wrong(model, "stop", f"{given!r}: {error}") from None
+        raise wrong(model, "stop", f"its words cannot be told: {error}") from None
 
 
 def _values(model: ModelConfig, place: Place) -> dict[str, str]:
@@ -187,9 +187,9 @@ def _fill(part: str, values: Mapping[str, str], wrong: Callable[[str], ConfigErr
         return string.Template(part).substitute(values)
     except KeyError as error:
         known = ", ".join(f"${{{name}}}" for name in VARIABLES)
-        raise wrong(f"{part!r}: unknown variable ${{{error.args[0]}}} (known: {known})") from None
+        raise wrong(f"has an unknown variable ${{{error.args[0]}}} (known: {known})") from None
     except ValueError:
-        raise wrong(f"{part!r}: a single $ means nothing; a dollar sign is $$") from None
+        raise wrong("has a single $, which means nothing; a dollar sign is $$") from None
 
 
 def _listen(model: ModelConfig, place: Place, template: Sequence[str]) -> Listen:
@@ -211,7 +211,7 @@ def _uses(part: str, name: str) -> bool:
 def _by_level(model: ModelConfig, name: str) -> dict[int, tuple[Call, ...]]:
     given = model.options.get(name) or {}
     if not isinstance(given, Mapping) or not all(str(level) in ("1", "2") for level in given):
-        raise wrong(model, name, f"{given!r}; right is a mapping of 1, 2 or both to calls such as {{path: /sleep}}")
+        raise wrong(model, name, "right is a mapping of 1, 2 or both to calls such as {path: /sleep}")
     return {int(str(level)): _calls(model, name, calls) for level, calls in given.items()}
 
 
@@ -222,10 +222,12 @@ def _calls(model: ModelConfig, name: str, given: Any) -> tuple[Call, ...]:
 def _call(model: ModelConfig, name: str, given: Any) -> Call:
     """One call from a mapping. Raises ConfigError naming the field that is wrong."""
     if not isinstance(given, Mapping) or "path" not in given:
-        raise wrong(model, name, f"{given!r} is no call; it needs at least a path")
+        raise wrong(model, name, "a call is a mapping and needs at least a path")
     for field, value in given.items():
         if field not in _FIELDS or not isinstance(value, _FIELDS[field]):  # type: ignore[arg-type]
-            raise wrong(model, name, f"{field}: {value!r}; a call has {', '.join(_FIELDS)}")
+            raise wrong(
+                model, name, f"{field} is no field of a call, or not of its type; a call has {', '.join(_FIELDS)}"
+            )
     return Call(**{"method": "POST", **given})
 
 

@@ -21,7 +21,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.I)
 
 
 def wrong(model: ModelConfig, name: str, what: str) -> ConfigError:
-    """The error for a wrong option: where it is, and what would be right."""
+    """The error for a wrong option: where it is, and what would be right; not what it is, which may be a secret."""
     return wrong_setting(model, f"options.{name}", what)
 
 
@@ -44,7 +44,7 @@ def choice(model: ModelConfig, name: str, values: Sequence[str]) -> str:
     """One of ``values``; the first where nothing is said. Raises ConfigError."""
     value = model.options.get(name, values[0])
     if value not in values:
-        raise wrong(model, name, f"{value!r}; right are {', '.join(values)}")
+        raise wrong(model, name, f"right are {', '.join(values)}")
     return str(value)
 
 
@@ -55,7 +55,7 @@ def size(model: ModelConfig, name: str) -> int | None:
         return None
     match = _SIZE.fullmatch(str(value).strip())
     if isinstance(value, bool) or not match:
-        raise wrong(model, name, f"{value!r} is no size such as 8GiB or 512MiB")
+        raise wrong(model, name, "it must be a size such as 8GiB or 512MiB")
     base = 1024 if match[3] else 1000
     return round(float(match[1]) * math.pow(base, " kmgt".index(match[2].lower() or " ")))
 
@@ -65,7 +65,7 @@ def seconds(model: ModelConfig, name: str, default: float) -> float:
     value = model.options.get(name, default)
     match = DURATION.fullmatch(str(value).strip())
     if isinstance(value, bool) or not match or not float(match[1]):
-        raise wrong(model, name, f"{value!r} is no time such as 250ms or 2s")
+        raise wrong(model, name, "it must be a time such as 250ms or 2s")
     return float(match[1]) * SECONDS[match[2].lower()]
 
 
@@ -73,7 +73,7 @@ def text(model: ModelConfig, name: str, default: str = "") -> str:
     """A text. Raises ConfigError for anything but one."""
     value = model.options.get(name, default)
     if not isinstance(value, str):
-        raise wrong(model, name, f"{value!r} is no text")
+        raise wrong(model, name, "it must be text")
     return _plain(model, name, value)
 
 
@@ -83,7 +83,7 @@ def words(model: ModelConfig, name: str) -> tuple[str, ...]:
     if isinstance(value, str):
         return (_plain(model, name, value),)
     if not isinstance(value, list | tuple):
-        raise wrong(model, name, f"{value!r} is no list")
+        raise wrong(model, name, "it must be a list")
     return tuple(_plain(model, name, str(word)) for word in value)
 
 
@@ -108,7 +108,7 @@ def whole(model: ModelConfig, name: str) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not str(value).isdecimal():
-        raise wrong(model, name, f"{value!r} is no whole number")
+        raise wrong(model, name, "it must be a whole number")
     return int(str(value))
 
 
@@ -116,5 +116,5 @@ def switch(model: ModelConfig, name: str, *, default: bool = False) -> bool:
     """True or false. Raises ConfigError for anything else."""
     value = model.options.get(name, default)
     if not isinstance(value, bool):
-        raise wrong(model, name, f"{value!r}; right are true and false")
+        raise wrong(model, name, "right are true and false")
     return value

@@ -37,9 +37,14 @@ TOLD = frozenset(
 )
 
 
+OF_AN_ENGINE = frozenset(
+    {"/props", "/tokenizer_info"}
+)  # public paths that tell of an engine (proxy.models.QUERY_PATHS)
+
+
 def usual_api(routes: Iterable[str]) -> frozenset[str]:
     """The rules of ``own_api`` for a server of which no more is known than the public paths it serves."""
-    return TOLD | {f"POST {route}" for route in routes}
+    return TOLD | {f"{'GET' if route in OF_AN_ENGINE else 'POST'} {route}" for route in routes}
 
 
 class Plain:

@@ -84,9 +84,9 @@ def _address(model: ModelConfig, name: str, value: str) -> tuple[str, int]:
     host, _, port = value.rpartition(":")
     host = host.strip("[]")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise wrong(model, name, f"{value!r} is no address with a port such as 10.0.0.1:6379")
+        raise wrong(model, name, "it must be an address with a port such as 10.0.0.1:6379")
     if name == "ray_head" and not _is_reachable(host):
-        raise wrong(model, name, f"{host!r} is no IP address of this machine at which other machines reach it")
+        raise wrong(model, name, "its address must be an IP address of this machine at which other machines reach it")
     return host, int(port)
 
 

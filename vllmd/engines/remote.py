@@ -27,6 +27,7 @@ from vllmd.engines.options import UPSTREAM, rules, seconds, text, unknown, words
 from vllmd.engines.plain import PROBE, Plain
 from vllmd.engines.vllm import ROUTES
 
+NO_ADDRESS = "is no address of an HTTP server; right is one such as http://gpu2.example:33258/v1"
 _PORTS = {"http": 80, "https": 443}
 
 
@@ -109,11 +110,14 @@ def _listen(model: ModelConfig) -> Listen:
     try:
         parts = urlsplit(url)
         port = parts.port
-    except ValueError as error:
-        raise wrong(model, "url", f"{url!r}: {error}") from None
-    if parts.scheme not in _PORTS or not parts.hostname or parts.query or parts.fragment or parts.username:
-        what = "is no address of an HTTP server; right is one such as http://gpu2.example:33258/v1"
-        raise wrong(model, "url", f"{url!r} {what}")
+    except ValueError:
+        raise wrong(model, "url", NO_ADDRESS) from None
+    if parts.username:
+        raise wrong(
+            model, "url", "a key does not belong into the address, where logs show it; right is key_file or key"
+        )
+    if parts.scheme not in _PORTS or not parts.hostname or parts.query or parts.fragment:
+        raise wrong(model, "url", NO_ADDRESS)
     trusted = _trusted(model, parts)
     return Listen(host=parts.hostname, port=port or _PORTS[parts.scheme], tls=trusted, prefix=_prefix(parts))
 

@@ -1,0 +1,36 @@
+"""How long a first start takes, by an engine's kind and the size of its model, before any was measured here.
+
+Rough figures for one modern machine with its files on a local disk: what the
+scheduler believes until the first start of that kind has ended. From then on it
+corrects them by what that one took.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from vllmd.config.types import ModelConfig
+from vllmd.engines.options import seconds
+
+GB = 1e9
+UNKNOWN = 10.0  # seconds for kinds that others have added, beside the reading of the weights
+
+_TIMES: Mapping[str, Callable[[float], float]] = {  # W: gigabytes of weights -> seconds
+    "vllm": lambda w: 37 + 0.2 * w,  # compiles and captures graphs
+    "sglang": lambda w: 30 + 0.2 * w,
+    "transformers": lambda w: 15 + 0.3 * w,
+    "llama.cpp": lambda w: 1.5 + 0.4 * w,  # maps its file
+    "tei": lambda w: 4 + 0.4 * w,
+    "triton": lambda w: 8 + 0.3 * w,
+    "comfyui": lambda w: 10 + 0.2 * w,
+    "command": lambda w: 5 + 0.2 * w,
+    "remote": lambda w: 0.2,  # it is only looked whether it answers
+}
+
+
+def start_time(model: ModelConfig, kind: str, weights: int) -> float:
+    """Seconds. ``weights`` in bytes. A stand-in says itself how long it loads."""
+    if kind == "sim":
+        return 0.5 + (seconds(model, "load_time", 1.0) if model.options.get("load_time") else 0.0)
+    known = _TIMES.get(kind)
+    return known(weights / GB) if known else UNKNOWN + 0.2 * weights / GB
