@@ -128,7 +128,7 @@ def see_waiting(fleet: EngineTable, m: Replica) -> Waiting:
     frozen = len(m.running)
     asked = [m.wanted] if m.wanted is not None else []
     since = [t for t in (m.oldest, m.changed if frozen else None, *asked) if t is not None]
-    any_device = m.spec.devices or tuple(fleet.ledger.accounts)
+    any_device = m.devices or tuple(fleet.ledger.accounts)
     return Waiting(
         model=m.id,
         waiters=m.demand,
