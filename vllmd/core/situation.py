@@ -109,12 +109,12 @@ class Observer:
             sleepable = free + self._sleepable[index]
             moving = fleet.moving.get(index)
             busy = remaining(moving, fleet.now) if moving else 0.0
-            claim = claims.get(index)
+            claim, links, node = claims.get(index), account.device.links, account.device.node
             if claim is None:
-                rooms[index] = Room(index, free, sleepable, busy, False, 0.0)
+                rooms[index] = Room(index, free, sleepable, busy, False, 0.0, links, node)
             else:
                 left = min(free, free + claim.coming - claim.need)
-                rooms[index] = Room(index, left, sleepable, busy, True, claim.drain)
+                rooms[index] = Room(index, left, sleepable, busy, True, claim.drain, links, node)
         return rooms
 
 
