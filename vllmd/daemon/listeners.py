@@ -111,9 +111,9 @@ class Listeners:
 
     def configure(self, config: Config) -> None:
         """Take a changed configuration's keys, their limits and the origins; connections stay."""
+        self._keys.hosts.configure(config.server.hosts)
         self._keys.configure(config.auth, self._resolve)
         self._meters.configure(config.auth.keys)
-        self._keys.hosts.configure(config.server.hosts)
         self._cors.configure(config.server.cors_origins)
         self._shut_or_open(config.auth)
 
@@ -133,6 +133,11 @@ class Listeners:
     def forget(self, model: str) -> None:
         """The model's engine has ended, and what it kept for clients with it."""
         self._relay.forget(model)
+
+    @property
+    def accepted(self) -> int:
+        """Connections that there have been."""
+        return sum(server.accepted for server in self._servers)
 
     @property
     def clients(self) -> int:
