@@ -31,9 +31,13 @@ class Observer:
         self._sleepable: defaultdict[int, int] = defaultdict(int)  # their sums
         self._host: tuple[int, frozenset[str]] = (0, frozenset())
         self._calibrations = 0
+        self._noted: dict[Replica, None] = {}  # changed since the last look
 
     def note(self, m: Replica) -> None:
-        """``m`` changed, or is known no more."""
+        """``m`` changed, or is known no more. What that means is found out at the next look: most changes need none."""
+        self._noted[m] = None
+
+    def _take(self, m: Replica) -> None:
         self._waiting.pop(m, None)
         self._residents.pop(m, None)
         self._stale.pop(m, None)
@@ -52,6 +56,9 @@ class Observer:
     def look(self, waiting: Iterable[Replica], shallow: frozenset[str]) -> Situation:
         """Everything as it is now; ``shallow``: who sleeps at level 1 if it must."""
         fleet = self._fleet
+        for m in self._noted:
+            self._take(m)
+        self._noted.clear()
         if fleet.calibrations != self._calibrations:  # what is expected of engines that were never measured
             self._calibrations = fleet.calibrations
             self._waiting.clear()
