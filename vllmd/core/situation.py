@@ -128,6 +128,7 @@ def see_waiting(fleet: EngineTable, m: Replica) -> Waiting:
     frozen = len(m.running)
     asked = [m.wanted] if m.wanted is not None else []
     since = [t for t in (m.oldest, m.changed if frozen else None, *asked) if t is not None]
+    urged = m.urged and m.wanted is not None
     any_device = m.spec.devices or tuple(fleet.ledger.accounts)
     return Waiting(
         model=m.id,
@@ -141,7 +142,8 @@ def see_waiting(fleet: EngineTable, m: Replica) -> Waiting:
         devices=m.placement.devices if asleep else any_device,
         span=len(m.placement.devices) if asleep else device_count(fleet, m),
         priority=m.model.spec.priority,
-        impatient=m.model.spec.on_busy == "evict",
+        impatient=urged or m.model.spec.on_busy == "evict",
+        urged=urged,
         learnt=m.costs.learnt(wake_kind(m.level if asleep else 0)),
         move=see_move(fleet, m) if asleep else None,
     )
