@@ -26,7 +26,7 @@ def test_why_a_request_waits_is_told_at_every_stage() -> None:
     w.pass_time(400.0)
     assert view(w, "other").waiting_for.startswith("m to leave (1 requests running there), in ")
     w.finish("r1")
-    assert view(w, "other").waiting_for == "m to leave (0 requests running there)"
+    assert view(w, "other").waiting_for == "m to leave (0 requests running there), in 14 s"
     assert view(w).waiting_for == "the end of its falling asleep"
 
 
