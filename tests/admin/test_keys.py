@@ -14,7 +14,7 @@ from vllmd.config.types import AuthConfig, KeyConfig
 from vllmd.daemon.keys import ApiKeyAuth, DenyAll, PeerCredentialAuth
 from vllmd.daemon.listeners import anybody_can_connect, reachable_at
 from vllmd.daemon.logins import FailedLogins
-from vllmd.errors import Forbidden, TooManyRequests, Unauthorized, Unavailable, UnknownModel, VllmdError
+from vllmd.errors import Forbidden, Misdirected, TooManyRequests, Unauthorized, Unavailable, UnknownModel, VllmdError
 from vllmd.proxy.access import Caller, Reach, authorise
 from vllmd.proxy.http import Headers, Peer, Request
 
@@ -171,6 +171,35 @@ def test_keys_are_replaced_by_a_reload() -> None:
     changing.configure(AuthConfig((BOSS,)), resolve)
     with pytest.raises(Unauthorized):
         may(changing.identify(request(("x-api-key", "a-secret"))), "models")
+
+
+def test_what_was_found_of_a_connection_ends_with_the_configuration() -> None:
+    """The same fields are looked at once, however often they come; after a reload they are looked at again."""
+    changing = keys(ALICE)
+    same = request(("x-api-key", "a-secret"))
+    assert changing.identify(same) is changing.identify(same)
+    assert changing.identify(Request("GET", "/", "/", "", same.headers.with_length(5), CLIENT)).name == "alice"
+    changing.configure(AuthConfig((BOSS,)), resolve)
+    with pytest.raises(Unauthorized):
+        may(changing.identify(same), "models")
+    open_to_all = keys()
+    named = request(("host", "gpu1.example"))
+    open_to_all.hosts.configure(["gpu1.example"])
+    open_to_all.configure(AuthConfig(), resolve)
+    open_to_all.identify(named)
+    open_to_all.hosts.configure([])
+    open_to_all.configure(AuthConfig(), resolve)
+    with pytest.raises(Misdirected):
+        open_to_all.identify(named)
+
+
+def test_a_wrong_key_counts_each_time_it_comes_on_a_connection() -> None:
+    """Guesses are not remembered as answered."""
+    guesser = Guesser()
+    same = request(("x-api-key", "wrong"), peer=Peer("192.0.2.7", 1))
+    for _ in range(3):
+        guesser.keys.identify(same)
+    assert guesser.counted == {"wrong": 3}
 
 
 def test_a_key_of_any_bytes_is_compared_as_bytes() -> None:

@@ -76,7 +76,7 @@ def model(name: str, state: str = "stopped", **over: Any) -> dict[str, Any]:
         "name": name, "state": state, "level": 0, "devices": [], "memory": 0, "in_flight": 0, "queued": 0,
         "oldest_wait": None, "idle": None, "since": 5.0, "pinned": False, "leases": [], "waiting_for": "",
         "failure": "", "pid": None, "unit": "", "socket": "", "instance": "", "phase": "", "detail": "",
-        "last_start_seconds": None, "config": {"engine": "vllm", "model": name, "aliases": []},
+        "last_start_seconds": None, "power": None, "config": {"engine": "vllm", "model": name, "aliases": []},
         "replicas": [], "serving": int(state == "running"), "degraded": False, "standing": "", "latency": None,
     }  # fmt: skip
     return {**line, **over}

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -142,3 +143,38 @@ def test_files_of_a_placement_are_all_or_none() -> None:
     assert subject.files_of(Placement((0,))) == ("/gpu0",)
     assert subject.files_of(Placement((0, 1))) == ()
     assert subject.files_of(Placement()) == ()
+
+
+def test_a_reading_is_nobodys_loss_when_three_ask_at_once() -> None:
+    """One that is done is the answer of all who asked for it, though somebody may have asked for the next already."""
+
+    async def story() -> None:
+        subject = Memory(Scripted([used(GiB)]))
+        began: list[asyncio.Task[Sample | None]] = []
+
+        async def ask_when_done() -> None:
+            reading = subject._reading
+            assert reading
+            await asyncio.wait({reading})
+            began.append(asyncio.ensure_future(subject.sample()))
+
+        first = asyncio.ensure_future(subject.sample())
+        await asyncio.sleep(0)
+        waiters = [asyncio.ensure_future(ask_when_done()), asyncio.ensure_future(subject.sample())]
+        await asyncio.gather(*waiters)
+        assert all([await each for each in (first, waiters[1], *began)])
+
+    told(story)
+
+
+def test_an_engine_without_devices_asks_no_driver() -> None:
+    """A model on the CPU is not held up by a driver that hangs."""
+
+    async def story() -> None:
+        devices = Scripted([threading.Event()])
+        subject = Memory(devices)
+        process = SimpleNamespace(placement=Placement(()), running=object())
+        assert await subject.held(process) == {}  # type: ignore[arg-type]
+        assert devices.reads == 0
+
+    told(story)

@@ -24,6 +24,11 @@ class Gauges:
     used: Mapping[int, int] = field(default_factory=dict)
     power: Mapping[int, float] = field(default_factory=dict)
     load: Mapping[int, float] = field(default_factory=dict)
+    energy: Mapping[int, float] = field(default_factory=dict)  # joules since the daemon's start
+    temperature: Mapping[int, float] = field(default_factory=dict)  # degrees Celsius
+    throttled: Mapping[int, bool] = field(default_factory=dict)
+    model_power: Mapping[str, float] = field(default_factory=dict)  # watts
+    model_energy: Mapping[str, float] = field(default_factory=dict)  # joules
     unreadable: Sequence[int] = ()
 
 

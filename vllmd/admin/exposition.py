@@ -167,6 +167,14 @@ def _devices(devices: tuple[DeviceView, ...], gauges: Gauges) -> Iterator[Metric
                lambda view: bool(view.wedged))  # fmt: skip
     yield read("memory_used_bytes", "Memory in use by anybody, as the driver says.", gauges.used)
     yield read("power_watts", "Power draw.", gauges.power)
+    yield read("temperature_celsius", "Temperature.", gauges.temperature)
+    yield read("throttled", "Whether it is slowed down against its will: heat, power.", gauges.throttled)
+    yield _counter("device_energy_joules", "What it has drawn while it was read, since the daemon's start.", ["device"],
+                   {(str(index),): joules for index, joules in gauges.energy.items()})  # fmt: skip
+    yield _gauge("model_power_watts", "Its share of what its devices draw, by the memory it holds there.", ["model"],
+                 {(name,): watts for name, watts in gauges.model_power.items()})  # fmt: skip
+    yield _counter("model_energy_joules", "The same, summed up since the daemon's start.", ["model"],
+                   {(name,): joules for name, joules in gauges.model_energy.items()})  # fmt: skip
     yield read("utilization_ratio", "Share of time that it computed, as the driver says.", gauges.load)
 
 

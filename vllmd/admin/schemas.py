@@ -65,6 +65,7 @@ MODEL_LINE = {
     "phase": TEXT,
     "detail": TEXT,
     "last_start_seconds": maybe(NUMBER),
+    "power": maybe({**NUMBER, "description": "watts, its share of its devices"}),
     "started_at": maybe({**NUMBER, "description": "Unix time"}),
     "config": record({}, {"engine": TEXT, "model": TEXT, "aliases": many(TEXT)}),
     "replica_of": {**TEXT, "description": "the model of which it is one of several engines"},

@@ -21,6 +21,8 @@
     adoption         engines found running when the daemon starts
     device_watch     asks which devices there are until that is known, and again when the kernel speaks of them
     memory           samples of the devices, and whether freed memory came back
+      power            watts and joules, shared out among the engines of a device
+    host             the host's memory, as control groups leave it
     specs            configured models as the core sees them
     names            what a client calls a model -> the model
     control          what the admin endpoints may do; runtime_models: models added over the API

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Iterable, Set
+from collections.abc import AsyncIterator, Iterable, Mapping, Set
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,9 +137,9 @@ class DaemonControl:
 
     def _line(self, view: ModelView | ReplicaView, engine: str) -> dict[str, Any]:
         engines = self._daemon.engine_manager
-        return line(
-            view, self._daemon.engines.get(engine), engines.processes.get(engine), engines.last_start.get(engine)
-        )
+        config, process = self._daemon.engines.get(engine), engines.processes.get(engine)
+        watts = self._daemon.memory.power.watts.get(engine)
+        return line(view, config, process, engines.last_start.get(engine), watts)
 
     def _about(self, model: str) -> dict[str, Any]:
         config = self._daemon.config.models.get(model)
@@ -204,7 +204,20 @@ class DaemonControl:
             used={index: device.used for index, device in devices.items()},
             power={index: device.power for index, device in devices.items() if device.power is not None},
             load={i: device.utilisation / 100 for i, device in devices.items() if device.utilisation is not None},
+            energy=dict(daemon.memory.power.device_joules),
+            temperature={i: each.temperature for i, each in devices.items() if each.temperature is not None},
+            throttled={index: bool(device.throttled) for index, device in devices.items()},
+            model_power=self._by_model(daemon.memory.power.watts),
+            model_energy=self._by_model(daemon.memory.power.joules),
         )
+
+    def _by_model(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The sums over each model's engines."""
+        sums: dict[str, float] = {}
+        for engine, value in values.items():
+            model = self._model_of(engine)
+            sums[model] = sums.get(model, 0.0) + value
+        return sums
 
     async def gpus(self) -> list[dict[str, Any]]:
         """M's ``GPUInfo`` of every device."""

@@ -47,7 +47,11 @@ class ApiKeyAuth:
         self.configure(auth, resolve)
 
     def configure(self, auth: AuthConfig, resolve: Callable[[str], str]) -> None:
-        """Take the keys of a new configuration; a key that is gone opens nothing from now on."""
+        """Take the keys of a new configuration; a key that is gone opens nothing from now on.
+
+        To be called after a change of ``hosts`` as well.
+        """
+        self._word = object()  # what was found before is worth nothing any more
         self._callers = [(key.digest, _caller(key, resolve)) for key in auth.keys]
         if self._callers:
             models = None if "names" in auth.public else frozenset[str]()
@@ -57,6 +61,15 @@ class ApiKeyAuth:
 
     def identify(self, request: Request) -> Caller:
         """The key's owner, or a stranger. Raises Misdirected where there are no keys and the host is not ours."""
+        known = request.headers.found  # the same fields came before
+        if known is not None and known[0] is self._word:
+            return known[1]
+        caller = self._look(request)
+        if caller.refusal is None or not self._callers:  # whoever has a wrong key is to be counted each time
+            request.headers.found = self._word, caller
+        return caller
+
+    def _look(self, request: Request) -> Caller:
         if not self._callers:
             self.hosts.check(request)
             return self._stranger

@@ -111,9 +111,9 @@ class Listeners:
 
     def configure(self, config: Config) -> None:
         """Take a changed configuration's keys, their limits and the origins; connections stay."""
+        self._keys.hosts.configure(config.server.hosts)
         self._keys.configure(config.auth, self._resolve)
         self._meters.configure(config.auth.keys)
-        self._keys.hosts.configure(config.server.hosts)
         self._cors.configure(config.server.cors_origins)
         self._shut_or_open(config.auth)
 

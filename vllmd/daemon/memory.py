@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from vllmd.core import events
 from vllmd.core.types import Device, Placement
+from vllmd.daemon.power import Power
 from vllmd.gpu import Devices, Sample, attribute, in_thread, pids_of
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Memory:
     def __init__(self, devices: Devices, files: Mapping[int, Path] | None = None) -> None:
         self._files = files or {}  # of declared devices, for stand-in engines
         self.last: Sample | None = None
+        self.power = Power()
         self._reading: asyncio.Future[Sample] | None = None
         self._began = 0.0
         self._silent = ""  # why no device at all could be read, the last times
@@ -123,6 +125,7 @@ class Memory:
         if sample is None:
             return None
         external, models = attribute(sample, {name: _pids(process) for name, process in processes.items()}, expected)
+        self.power.note(sample, models)
         for (name, index), size in models.items():
             if name in processes and processes[name].self_managed:  # what it does not hold now it may take any time
                 models[name, index] = max(size, expected.get((name, index), 0))

@@ -67,14 +67,18 @@ def card(model: ModelConfig, routes: Iterable[str], view: ModelView | None, kind
 
 
 def line(
-    view: ModelView | ReplicaView, model: ModelConfig | None, process: EngineProcess | None, last_start: float | None
+    view: ModelView | ReplicaView,
+    model: ModelConfig | None,
+    process: EngineProcess | None,
+    last_start: float | None,
+    power: float | None,
 ) -> dict[str, Any]:
-    """A model, or a replica of one, for ``vllmctl``."""
+    """A model, or a replica of one, for ``vllmctl``. ``power``: watts of its share of its devices."""
     shown = {each.name: getattr(view, each.name) for each in fields(view) if each.name not in NOT_SHOWN}
     shown.update(name=view.id if isinstance(view, ReplicaView) else view.name, state=state_of(view))
     shown.update(pid=None, unit="", socket="", replica_of="", replicas=[], degraded=False)
     shown.update(serving=int(view.state is State.READY))
-    shown.update(instance="", detail="", phase="", last_start_seconds=last_start, started_at=None)
+    shown.update(instance="", detail="", phase="", last_start_seconds=last_start, started_at=None, power=power)
     shown["config"] = about(model) if model else {}
     if process:
         shown["instance"] = process.instance

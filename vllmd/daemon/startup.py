@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +21,7 @@ from vllmd.daemon.engine_keys import EngineKeys
 from vllmd.daemon.engine_manager import EngineManager
 from vllmd.daemon.engine_process import fingerprint
 from vllmd.daemon.homes import Homes
+from vllmd.daemon.host import host_memory
 from vllmd.daemon.launch_planner import LaunchPlanner, Paths
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.ports import PortPool
@@ -161,7 +161,7 @@ def host_budget(config: Config) -> int:
     """Bytes of host memory for level-1 sleepers: as configured, or half of what there is."""
     if config.host_memory is not None:
         return config.host_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return host_memory() // 2
 
 
 async def connect_launcher(daemon: Daemon) -> LauncherClient:

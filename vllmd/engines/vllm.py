@@ -10,6 +10,14 @@ Facts about 0.32 that shape this file:
   ``--kv-cache-memory-bytes`` decides the size of the cache: both are passed.
 - After level 2 a plain ``/wake_up`` serves garbage: the weights must be reloaded
   between the two tags.
+- Devices: up to 0.23 it does ``int()`` on each word of CUDA_VISIBLE_DEVICES; from
+  0.24 on it asks NVML for the number of what is none. For a MIG slice that is its
+  place within its GPU, which it then takes for a GPU's number: so it works for
+  the first slices only. On ROCm it copies HIP_VISIBLE_DEVICES to CUDA's variable,
+  and on XPU it reads ZE_AFFINITY_MASK.
+
+Every flag, variable and route that is used here was found in the wheels of 0.22,
+0.24, 0.32 and 0.33 (read, not run), also ``mode`` of ``/sleep``.
 """
 
 from __future__ import annotations

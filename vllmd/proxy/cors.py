@@ -21,6 +21,7 @@ from vllmd.proxy.http import Request, Response
 
 KEPT = "600"  # seconds for which a browser may remember a preflight's answer
 READABLE = "x-request-id, retry-after"
+PAGE_FIELDS = frozenset({b"sec-fetch-site", b"origin"})  # of which a browser sends one for whatever a page asks for
 FOREIGN = frozenset({"cross-site", "same-site"})  # of Sec-Fetch-Site: a page of another origin ("none": no page at all)
 
 
@@ -48,6 +49,10 @@ class Cors:
 
     def refuse_foreign_pages(self, request: Request) -> None:
         """Raise Forbidden for what a browser sends for a page of another origin that is not named."""
+        if request.headers.from_page is None:
+            request.headers.from_page = any(name in PAGE_FIELDS for name, _ in request.headers.raw)
+        if not request.headers.from_page:
+            return
         site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
         if (not origin and site not in FOREIGN) or "*" in self._origins or self._allowed(request):
             return

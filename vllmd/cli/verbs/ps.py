@@ -13,6 +13,7 @@ RIGHT = ("MEMORY", "ACTIVE", "QUEUED", "IDLE")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-p", "--power", action="store_true", help="show the watts of each one's share of its devices")
     parser.add_argument("-r", "--running", action="store_true", help="leave out models that are stopped")
 
 
@@ -23,15 +24,25 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(show.as_json(models))
     elif models:
-        print(table(models))
+        print(table(models, power=arguments.power))
     else:
         print("no model is loaded" if arguments.running else "no models are configured; see vllmd.yaml(5)")
     return 0
 
 
-def table(models: list[dict[str, Any]]) -> str:
-    """A row for each model, and below it one for each of its replicas."""
-    return show.table(HEAD, [row(line) for model in models for line in (model, *replicas(model))], RIGHT)
+def table(models: list[dict[str, Any]], *, power: bool = False) -> str:
+    """A row for each model, and below it one for each of its replicas; with ``power`` also what they draw."""
+    lines = [line for model in models for line in (model, *replicas(model))]
+    if not power:
+        return show.table(HEAD, [row(line) for line in lines], RIGHT)
+    rows = [(*cells[:-1], _watts(line), cells[-1]) for line in lines for cells in (row(line),)]
+    return show.table((*HEAD[:-1], "POWER", HEAD[-1]), rows, (*RIGHT, "POWER"))
+
+
+def _watts(line: dict[str, Any]) -> str:
+    """Of a model with replicas their sum."""
+    told = [each["power"] for each in line.get("replicas") or [line] if each.get("power") is not None]
+    return f"{sum(told):.0f}W" if told else show.EMPTY
 
 
 def replicas(model: dict[str, Any]) -> list[dict[str, Any]]:
