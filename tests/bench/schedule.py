@@ -408,9 +408,8 @@ def main(argv: Sequence[str]) -> int:
     missed = sorted((aim for aim in aims if aim.missed), key=lambda aim: -aim.reached / aim.aim)
     aims = [*missed, *[aim for aim in aims if not aim.missed]]
     show("", "the aims, those that were missed first (in brackets: 95 % confidence)", *map(str, aims))
-    show(
-        f"{len(missed)} of {len(aims)} missed; seeds {seeds[0]}-{seeds[-1]}, {1 / 3 if args.quick else args.share:.2f} of the length; {time.time() - begun:.0f} s"
-    )
+    length = f"{1 / 3 if args.quick else args.share:.2f} of the length"
+    show(f"{len(missed)} of {len(aims)} missed; seeds {seeds[0]}-{seeds[-1]}, {length}; {time.time() - begun:.0f} s")
     if args.write:
         write(shown)
     return 0

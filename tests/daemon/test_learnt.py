@@ -9,6 +9,7 @@ import pytest
 from vllmd.core.costs import CostBook
 from vllmd.core.types import Footprint, GiB, ReplicaSpec, Source
 from vllmd.daemon.learnt import Learnt
+from vllmd.daemon.main import learnt_of
 
 
 def learnt(path: Path | None) -> Learnt:
@@ -75,3 +76,14 @@ def test_without_a_folder_nothing_is_kept() -> None:
     cache.costs = {"m": {}}
     cache.save()
     assert learnt(None).costs == {}
+
+
+def test_a_daemon_without_a_unit_remembers_in_the_users_cache(tmp_path: Path) -> None:
+    """So the second ``vllmd serve`` knows how long a start takes."""
+    assert learnt_of({"HOME": "/home/me"}) == Path("/home/me/.cache/vllmd/learnt.json")
+    assert learnt_of({"HOME": "/home/me", "XDG_CACHE_HOME": "/c"}) == Path("/c/vllmd/learnt.json")
+    assert learnt_of({"HOME": "/home/me", "VLLMD_LEARNT": ""}) is None
+    cache = learnt(tmp_path / "not" / "yet" / "there.json")
+    cache.costs = {"m": {}}
+    cache.save()
+    assert learnt(tmp_path / "not" / "yet" / "there.json").costs == {"m": {}}

@@ -56,6 +56,11 @@ class Rate:
     def __init__(self, tau: float, value: float = 0.0, at: float = 0.0) -> None:
         self.tau, self.value, self.at = tau, value, at
 
+    def forget_times(self) -> None:
+        """It is an engine of another kind, or a model of another size."""
+        self._known.clear()
+        self._seen.clear()
+
     def arrived(self, now: float) -> None:
         """Count one arrival."""
         self.value = self.read(now) + 1.0 / self.tau
@@ -144,6 +149,11 @@ class Costs:
             return False
         return self._calibration.observe(kind, seconds / self._prior[kind])
 
+    def forget_times(self) -> None:
+        """It is an engine of another kind, or a model of another size."""
+        self._known.clear()
+        self._seen.clear()
+
     def arrived(self, now: float) -> None:
         """Count a request."""
         self.rate.arrived(now)
@@ -188,6 +198,8 @@ class CostBook:
             costs = self._replicas[spec.id] = self._restored(spec)
         of = _fingerprint(spec)
         if costs.of != of:
+            if costs.of and _size(costs.of) != _size(of):
+                costs.forget_times()
             costs.footprint, costs.asked, costs.of = None, 0, of
         return costs
 
@@ -230,4 +242,10 @@ class CostBook:
 
 def _fingerprint(spec: ReplicaSpec) -> str:
     f = spec.footprint
-    return f"{spec.settings}/{spec.weights}/{spec.device_count}/{f.starting}/{f.awake}/{f.source.name}"
+    engine = f"{spec.weights}/{spec.device_count}/{spec.engine}"
+    return f"{spec.settings}/{f.starting}/{f.awake}/{f.source.name}/{engine}"
+
+
+def _size(of: str) -> str:
+    """The part of a fingerprint that decides how long things take; "" of none."""
+    return "/".join(of.split("/")[-3:])
