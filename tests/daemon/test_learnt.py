@@ -64,7 +64,8 @@ def test_a_folder_that_cannot_be_written_costs_only_the_figures(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A full or read-only disk must not take the daemon down."""
-    cache = learnt(tmp_path / "absent" / "learnt.json")
+    (tmp_path / "file").touch()
+    cache = learnt(tmp_path / "file" / "learnt.json")
     cache.costs = {"m": {}}
     cache.save()
     assert "cannot keep learnt figures" in caplog.text
