@@ -6,15 +6,24 @@ PREFIX ?= /usr/local
 WORKERS ?= 4
 FAST   := not machine and not vllm and not gpu and not llama
 
-.PHONY: help check fast demo bench-start bench-proxy bench-schedule gpu-check deb rpm install
+.PHONY: help check unit lint fast mutants demo bench-start bench-proxy bench-schedule gpu-check deb rpm install
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
 check: ## install what is missing (outside this folder), then run every test
 	@$(SETUP) all && $(PYTHON) -m pytest -n $(WORKERS) --durations=15
 
+unit: ## the pure tests: no process, no socket, no root; half a minute
+	@$(SETUP) venv && $(PYTHON) -m pytest -n 2 -m pure
+
+lint: ## style, types, and what is generated
+	@$(SETUP) venv && $(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(PYTHON) -m mypy --strict vllmd && $(PYTHON) -m pytest -q -n 0 tests/test_house.py tests/cli/test_manual.py
+
 fast: ## the tests that need neither a container nor vLLM
 	@$(SETUP) venv && $(PYTHON) -m pytest -n $(WORKERS) -m "$(FAST)"
+
+mutants: ## break promises of the scheduler on purpose, one at a time: does a test notice?
+	@$(SETUP) venv && $(PYTHON) -m tests.mutants
 
 demo: ## wake a model through the socket and watch it; MODEL=path for one of your own
 	@$(SETUP) host venv && $(PYTHON) packaging/demo $(if $(MODEL),--model "$(MODEL)")

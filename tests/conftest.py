@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests import side_by_side
+from tests import pure, side_by_side
 from tests.machine import container
 from tests.machine.container import CannotBoot, Machine
 
@@ -55,8 +55,21 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.basetemp = str(folder.with_name(folder.name.removeprefix("popen-")))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    pure.begin(item.nodeid if item.get_closest_marker("pure") else "")
+    try:
+        yield
+    finally:
+        pure.begin("")
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A worker of several orders its tests as they are to be shared out; whoever runs alone keeps the files' order."""
+    for item in items:
+        if pure.is_pure(item.path):
+            item.add_marker("pure")
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: side_by_side.rank(item.path))
 

@@ -61,6 +61,13 @@ def test_models_are_listed_with_their_aliases(site: Site) -> None:
     assert "chat" in tiny["capabilities"]
 
 
+def test_a_running_engine_tells_its_context(site: Site) -> None:
+    """Where the configuration leaves it to the engine, only that knows."""
+    assert site.ask("GET", "/v1/models/org/other", key="u-secret").json["max_model_len"] is None
+    assert site.chat("org/other", "u-secret").status == 200
+    assert site.ask("GET", "/v1/models/org/other", key="u-secret").json["max_model_len"] == 32768
+
+
 @pytest.mark.parametrize("name", ["org/tiny", "org%2Ftiny", "t", "tiny"])
 def test_one_model_by_any_of_its_names(site: Site, name: str) -> None:
     """The official client encodes the slash or not, by its version."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from tests.core.helpers import GPU, PAIR, model, replicas
 from tests.core.world import World
-from vllmd.core.commands import Admit, CutRequest, ProbeReplica, RenameReplica, SleepEngine, StartEngine
+from vllmd.core.commands import AddReplica, Admit, CutRequest, ProbeReplica, RenameReplica, SleepEngine, StartEngine
 from vllmd.core.events import (
     EngineExited,
     EngineReady,
@@ -17,6 +17,7 @@ from vllmd.core.events import (
     ModelsChanged,
     ProbeAsked,
     ReplicaProbed,
+    ReplicaRefused,
     RequestAnswered,
     RequestArrived,
     RequestFinished,
@@ -211,6 +212,24 @@ def test_S_latency_growing_rate_a_slow_one_is_set_aside_and_comes_back() -> None
     assert list(w.probes.values()) == ["m@1"]
     w.probed("m@1", 0.2)
     assert standing(w, "m@1") == "serving"
+
+
+def test_one_late_answer_is_no_outlier() -> None:
+    """A long prompt begins late anywhere: it takes three in a row."""
+    w = serving(2)
+    for n in range(3):
+        for name, other in (("m@1", "m@2"), ("m@2", "m@1")):
+            w.do(RequestArrived(f"{name} {n}", "m", avoid=frozenset({other})))
+            w.now += 0.2
+            w.do(RequestAnswered(f"{name} {n}"))
+            w.finish(f"{name} {n}")
+    for n in range(3):
+        assert standing(w, "m@1") == "serving", f"after {n} late answers"
+        w.do(RequestArrived(f"late {n}", "m", avoid=frozenset({"m@2"})))
+        w.now += 50.0
+        w.do(RequestAnswered(f"late {n}"))
+        w.finish(f"late {n}")
+    assert standing(w, "m@1") == "slow"
 
 
 def test_streams_and_whole_answers_are_not_held_against_each_other() -> None:
@@ -552,3 +571,40 @@ def test_an_answer_to_a_probe_of_an_engine_that_is_gone_means_nothing() -> None:
     w.pass_time(10.0)
     w.answer("m@1")
     assert standing(w, "m@1") == "new"
+
+
+# -- on a certain device
+
+
+def test_three_at_once_who_want_the_model_on_a_device_get_one_engine_there() -> None:
+    """The core decides, so nobody decides by what was true before the other."""
+    w = World([model("m", 20)], PAIR)
+    w.load("m")
+    (there,) = w.view("m").devices
+    other = 1 - there
+    assert w.do(LoadAsked("m", there)) == []
+    assert w.do(LoadAsked("m", other)) == [AddReplica("m", other)]
+    assert w.do(LoadAsked("m", other)) == []
+    (spec,) = replicas(2, 20)
+    second = replace(spec.replicas[1], devices=(other,))
+    several = replace(spec, replicas=(spec.replicas[0], second))
+    started = [c for c in w.do(ModelsChanged((several,))) if isinstance(c, StartEngine)]
+    assert [(c.replica, c.placement.devices) for c in started] == [("m@2", (other,))]
+    assert w.do(LoadAsked("m", other)) == []
+
+
+def test_one_that_is_not_loaded_is_bound_to_the_device_that_is_asked_for() -> None:
+    """One on its way to a device is not called away to another; a stop sets it free."""
+    w = World(replicas(2, 20, rules=ReplicaRules(least=1)), [*PAIR, Device(2, "2", 80 * GiB)])
+    (start,) = w.do(LoadAsked("m", 2))
+    assert isinstance(start, StartEngine)
+    assert start.placement.devices == (2,)
+    (other,) = w.do(LoadAsked("m", 1))
+    assert isinstance(other, StartEngine)
+    assert (other.replica != start.replica, other.placement.devices) == (True, (1,))
+    assert w.do(LoadAsked("m", 0)) == [AddReplica("m", 0)]
+    w.do(ReplicaRefused("m", 0))
+    assert w.do(LoadAsked("m", 0)) == [AddReplica("m", 0)]
+    w.do(StopAsked(start.replica))
+    w.answer(start.replica)
+    assert w.view(start.replica).bound is None

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable
 
 from vllmd.core.commands import (
+    AddReplica,
     Admit,
     Command,
     CutRequest,
@@ -300,6 +301,8 @@ class World:
             assert self.engines.get(command.replica) == "on", f"{command}, but the engine is not on"
             assert command.limit > 0
             self.probes[command.request] = self.running[command.request] = command.replica
+        elif isinstance(command, AddReplica):
+            pass  # a test answers it with ModelsChanged or ReplicaRefused
         elif isinstance(command, RenameReplica):
             self._rename(command.replica, command.now)
         elif not isinstance(command, Record):

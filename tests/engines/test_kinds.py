@@ -98,7 +98,7 @@ def test_triton_loads_one_model_only() -> None:
         ("triton", {"model": "densenet"}, "options.repository: is missing"),
         ("tei", {"dtype": "bfloat16"}, "models.m.dtype: TEI has no bfloat16; right are"),
         ("tei", {"options": {"pooling": "max"}}, "right are , cls"),
-        ("llama.cpp", {"options": {"parallel": "many"}}, "'many' is no whole number"),
+        ("llama.cpp", {"options": {"parallel": "many"}}, "it must be a whole number"),
         ("llama.cpp", {"options": {"embedding": "yes"}}, "right are true and false"),
         ("sglang", {"options": {"weights_backups": True}}, "did you mean weights_backup?"),
         ("transformers", {"options": {"quantization": "int3"}}, "right are , bnb-4bit"),

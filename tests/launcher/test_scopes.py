@@ -508,6 +508,26 @@ with Manager() as manager:
 """
 
 
+async def test_what_engines_left_while_there_was_no_launcher_is_removed(site: Machine) -> None:
+    """Run directories with their sockets; a folder with data in it stays, and so does a new one."""
+    async with driving(site) as driver:
+        folder = f"/run/vllmd-engine/{fresh()}"
+        engine = await driver.start("exec sleep 1000", run_dir=folder)
+        make = "import os, socket, sys; [os.mkdir(d, 0o750) for d in sys.argv[1:]]; "
+        make += "[socket.socket(socket.AF_UNIX).bind(d + '/s') for d in sys.argv[1:]]"
+        left, new, full = (f"/run/vllmd-engine/{name}" for name in ("left-1", "new-1", "full-1"))
+        site.python(make, left, new, full)
+        site.run(f"touch {full}/data; chown -R vllmd-engine: {left} {new} {full}")
+        site.run(f"touch -d '1 hour ago' {left} {full} {folder}")
+        kill_launcher(site)
+        await driver.client.info()
+        site.wait_until(f"test ! -e {left}", timeout=5)
+        site.run(f"test -e {new} && test -e {full}/data && test -e {folder}")
+        await driver.client.kill(engine.instance)
+        await driver.exit()
+        site.run(f"rm -r {new} {full}")
+
+
 async def test_an_idle_launcher_exits_and_no_connection_is_lost(site: Machine) -> None:
     """At rest nothing runs; whoever connects in that very moment is served by the next one."""
     idle = "/etc/systemd/system/vllmd-launcher.service.d/20-idle.conf"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -58,6 +59,16 @@ def running(site: Site, name: str, *gpus: int) -> None:
 
 def refusal(site: Site, name: str, gpu: int, status: int) -> str:
     return str(start(site, name, gpu, status)["error"]["message"])
+
+
+def test_three_starts_at_once_on_a_gpu_make_one_instance(site: Site) -> None:
+    """Each of them finds no instance there; the core makes one of it, and all hear of the same."""
+    start(site, "m", 0)
+    running(site, "m", 0)
+    with ThreadPoolExecutor(3) as threads:
+        told = list(threads.map(lambda _: start(site, "m", 1), range(3)))
+    assert [(each["active_gpu_ids"], each["total_instances"]) for each in told] == [([0, 1], 2)] * 3
+    running(site, "m", 0, 1)
 
 
 def test_M_two_gpus_stop_one(site: Site) -> None:

@@ -38,6 +38,14 @@ def test_a_reload_is_stamped(manager):
     assert int(second.removeprefix("MONOTONIC_USEC=")) > 0
 
 
+def test_nobody_waits_for_a_manager_that_does_not_read(manager):
+    """PID 1 may be stopped for long: the event loop goes on, and what does not fit the queue is lost."""
+    notifier = Notifier()
+    for _ in range(10_000):
+        notifier.watchdog()
+    assert manager.recv(1000) == b"WATCHDOG=1"
+
+
 def test_silent_without_a_manager(monkeypatch):
     """Started by hand, there is nobody to tell."""
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)

@@ -102,9 +102,6 @@ class Control(Protocol):
     async def release(self, lease: str, *, stop: bool) -> None:
         """Give a lease back; ``stop``: the last one to go stops the model."""
 
-    async def narrow(self, model: str, device: int | None) -> None:
-        """Have its next start use that device only (None: any that it may). Raises BadRequest, Conflict."""
-
     async def probe(self, model: str, limit: float | None, *, everybody: bool) -> dict[str, Any]:
         """Ask each engine of it that serves its probe, all at the same time; see the schema ``Probed``.
 
@@ -112,8 +109,8 @@ class Control(Protocol):
         answered. Raises Conflict where none of them serves.
         """
 
-    async def add_instance(self, model: str, device: int) -> str:
-        """Give it one more engine, on that device, and say what it is called. Raises BadRequest, Conflict."""
+    async def load_on(self, model: str, device: int) -> str:
+        """Have one of its engines on that device, and say which. Raises BadRequest, Conflict."""
 
     async def drop_instance(self, name: str) -> None:
         """Forget an engine that was added; any other stays."""

@@ -46,28 +46,10 @@ class InstanceEndpoints:
         if body.get("config") not in (None, {}):
             await self._bring(request, body)
         name, gpu = self._named(request, body), params.index(body, "gpu_id")
-        chosen = name if gpu is None else await self._on(name, gpu)
-        if gpu is None and self._control.line(name)["state"] in UNLOADED:
-            await self._control.narrow(name, None)
-        await self._control.load(chosen)
+        if gpu is None:
+            await self._control.load(name)
+        chosen = name if gpu is None else await self._control.load_on(name, gpu)
         return json_response(instance(self._control.line(name), self._control.line(chosen)), 202)
-
-    async def _on(self, name: str, gpu: int) -> str:
-        """The instance for that GPU: the one that is there, else one that is not loaded, else one more."""
-        lines = engines(self._control.line(name))
-        there = [line["name"] for line in lines if line["state"] not in UNLOADED and gpu in line["devices"]]
-        if there:
-            return str(there[0])
-        refused: BadRequest | None = None
-        for spare in [line["name"] for line in lines if line["state"] in UNLOADED]:
-            try:
-                await self._control.narrow(spare, gpu)
-                return str(spare)
-            except BadRequest as error:  # it may not be there; another one may
-                refused = error
-        if refused:
-            raise refused
-        return await self._control.add_instance(name, gpu)
 
     async def stop(self, request: Request) -> Response:
         """``POST /api/v1/models/stop``: the ``ModelInstanceInfo`` once it has stopped, after its requests.
@@ -89,7 +71,6 @@ class InstanceEndpoints:
         for each in going:
             async for _ in self._control.progress(each):
                 pass
-            await self._control.narrow(each, None)
             await self._control.drop_instance(each)
         return json_response(instance(self._control.line(line["replica_of"] or name)))
 

@@ -21,12 +21,12 @@ class ModelEndpoints:
         self._control = control
 
     async def every(self, request: Request) -> Response:
-        """``GET /v1/models``: every model that the key may use, loaded or not, then their aliases.
+        """``GET /v1/models``: what the key may use and is not hidden, loaded or not, then their aliases.
 
         As vLLM lists several served names: an alias is an entry of its own whose
         ``root`` is the model, so that clients which offer a choice offer it, too.
         """
-        models = await self._models(request)
+        models = [model for model in await self._models(request) if not model["hidden"]]
         aliases = (_card(model, alias) for model in models for alias in model["aliases"])
         return json_response({"object": "list", "data": [*(_card(model, model["id"]) for model in models), *aliases]})
 

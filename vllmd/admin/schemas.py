@@ -98,9 +98,12 @@ SCHEMAS: dict[str, Schema] = {
             "owned_by": TEXT,
             "root": TEXT,
             "state": STATE,
+            "display_name": TEXT,
+            "description": TEXT,
+            "hidden": {**BOOL, "description": "not in lists"},
             "aliases": many(TEXT),
             "engine": TEXT,
-            "max_model_len": maybe(COUNT),
+            "max_model_len": {**maybe(COUNT), "description": "the running engine's, else the configured one"},
             "capabilities": many(TEXT),
             "limits": record(
                 {"concurrency": maybe(COUNT), "queue": COUNT, "queue_seconds": maybe(NUMBER)},

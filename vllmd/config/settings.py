@@ -300,6 +300,15 @@ MODEL = Group(
             secret=True,
         ),
         Setting("aliases", k.NAMES, "Other names that clients may ask for."),
+        Setting("display_name", k.TEXT, "What it is called in lists that people read; without it its name."),
+        Setting("description", k.TEXT, "What GET /v1/models says of it."),
+        Setting("hidden", k.BOOL, "Leave it out of GET /v1/models; whoever knows its name may use it as ever."),
+        Setting(
+            "capabilities",
+            k.NAMES,
+            "What GET /v1/models says that it can, such as chat or embeddings, "
+            "instead of what its engine and its files tell.",
+        ),
         Setting("devices", k.DEVICES, "Devices it may use; auto leaves the choice to vllmd.", also=("gpu_id",)),
         Setting("tensor_parallel_size", k.count(1, 1024), "Devices that each layer is split over."),
         Setting("pipeline_parallel_size", k.count(1, 1024), "Devices that the layers are spread over."),

@@ -77,6 +77,10 @@ class ModelConfig:
         default=(), repr=False
     )  # instead of the engine's own, e.g. ("/opt/vllm/bin/vllm",)
     aliases: tuple[str, ...] = ()
+    display_name: str = ""
+    description: str = ""
+    hidden: bool = False
+    capabilities: tuple[str, ...] = ()  # () is what its engine and files tell
     devices: tuple[int, ...] = ()  # () is auto
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1

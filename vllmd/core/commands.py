@@ -87,6 +87,17 @@ class RenameReplica:
 
 
 @dataclass(frozen=True, slots=True)
+class AddReplica:
+    """An operator wants the model on that device, and none of its replicas can be there: it is to have one more.
+
+    Answered by ModelsChanged, with a replica whose only device it is, which is then loaded; or by ReplicaRefused.
+    """
+
+    model: str
+    device: int
+
+
+@dataclass(frozen=True, slots=True)
 class Admit:
     """Relay the request to the replica's engine now."""
 
@@ -134,6 +145,7 @@ Command = (
     | ProveFreeze
     | ProbeReplica
     | RenameReplica
+    | AddReplica
     | Admit
     | Reject
     | CutRequest

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 
 from vllmd.core.commands import (
+    AddReplica,
     Admit,
     Command,
     CutRequest,
@@ -78,6 +79,10 @@ class EngineTable:
         if m.health:
             m.health.unanswered[request] = self.now
         self._out.append(Admit(request, m.id))
+
+    def add_replica(self, model: Model, device: int) -> None:
+        """Have the model given one more replica, on that device."""
+        self._out.append(AddReplica(model.name, device))
 
     def rename(self, m: Replica, name: str) -> None:
         """It has another id from now on."""

@@ -220,9 +220,22 @@ class DeviceDrained:
 
 @dataclass(frozen=True, slots=True)
 class LoadAsked:
-    """An operator wants the model loaded, or woken: one replica whatever it takes, the others where they fit."""
+    """An operator wants the model loaded, or woken: one replica whatever it takes, the others where they fit.
+
+    ``device``: one of its replicas is to be there. The one that is there or on its way there does; else one that is
+    not loaded is bound to that device until it stops; else AddReplica asks for one more.
+    """
 
     model: str
+    device: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaRefused:
+    """Answers AddReplica: the model cannot have one more."""
+
+    model: str
+    device: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,6 +315,7 @@ Event = (
     | DevicesTroubled
     | DeviceDrained
     | LoadAsked
+    | ReplicaRefused
     | SleepAsked
     | StopAsked
     | PinSet

@@ -134,6 +134,7 @@ class Model:
     nominee: Replica | None = None  # the replica that is to come up for the queue, or is the only one
     leases: dict[str, Lease] = field(default_factory=dict)
     used: float = -INFINITY  # when a request last came
+    added: set[int] = field(default_factory=set)  # devices for which one more replica was asked for
     scale: Scale = field(default_factory=Scale)
     removed: bool = False  # the configuration has it no more
 
@@ -179,6 +180,7 @@ class Replica:
     exchange: Replica | None = None  # the target of the exchange it is a victim of
     wanted: float | None = None  # since when an operator wants it loaded
     pinned: bool = False
+    bound: int | None = None  # the device that an operator wants it on, until it stops
     failures: int = 0  # in a row
     failed_at: float = 0.0  # when the last of them was
     failure: str = ""
@@ -195,6 +197,11 @@ class Replica:
 
     def __post_init__(self) -> None:
         self.id = self.spec.id
+
+    @property
+    def devices(self) -> tuple[int, ...]:
+        """The devices that it may use, by index; none said: any."""
+        return self.spec.devices if self.bound is None else (self.bound,)
 
     @property
     def at_rest(self) -> bool:

@@ -10,6 +10,7 @@ from vllmd.core.events import (
     LoadAsked,
     ModelsChanged,
     PinSet,
+    ReplicaRefused,
     SleepAsked,
     StopAsked,
 )
@@ -36,9 +37,33 @@ class OperatorCommands:
         """3.1: of several replicas one is wanted as by a request, the others where they fit beside what is there."""
         replicas = self._core.named(e.model)
         rules = replicas[0].model.rules
+        if e.device is not None:
+            self._load_on(replicas[0].model, e.device)
+            return
         surely = next((r for r in replicas if r.state in UP), replicas[0])
+        for r in [r for r in replicas if r.state in (State.STOPPED, State.FAILED)]:
+            r.bound = None
         for r in replicas[: rules.least] if rules else replicas:
             self._load(r, beside=r is not surely)
+
+    def _load_on(self, model: Model, device: int) -> None:
+        """The one that is there or on its way there; else one that nobody uses or wants; else one more is asked for."""
+        there = next((r for r in model.members if device in r.placement.devices or _bound_for(r, device)), None)
+        spare = (r for r in model.members if r.state in (State.STOPPED, State.FAILED) and not r.demand)
+        r = there or next((r for r in spare if can_be_on(r.spec, device)), None)
+        if r is None:
+            if device not in model.added:
+                model.added.add(device)
+                self._core.engines.add_replica(model, device)
+            return
+        if r is not there:
+            r.bound = device
+        self._load(r, beside=False)
+
+    def refused(self, e: ReplicaRefused) -> None:
+        """There is not to be one more."""
+        if e.model in self._core.models:
+            self._core.models[e.model].added.discard(e.device)
 
     def _load(self, r: Replica, *, beside: bool) -> None:
         """A failure's back-off does not count for an operator."""
@@ -74,6 +99,7 @@ class OperatorCommands:
             self._stop(r, e.force)
 
     def _stop(self, r: Replica, force: bool) -> None:
+        r.bound = None
         self._scaling.halt(r)
         self._admission.reject_waiters(r, "Unavailable", f"{r.id!r} was stopped by an operator", 1.0)
         r.failures, r.failure, r.given_up, r.room_retried, r.sleep_failures = 0, "", False, False, 0
@@ -177,6 +203,10 @@ class OperatorCommands:
             self._remove(r)
         model.replicas = [*replicas, *known.values()]
         model.nominee = None if spec.balancing else replicas[0]
+        for r in replicas if model.added else ():
+            if len(r.spec.devices) == 1 and r.spec.devices[0] in model.added:
+                model.added.remove(r.spec.devices[0])
+                self._load(r, beside=False)
 
     def _add(self, model: Model, spec: ReplicaSpec) -> Replica:
         """A replica nobody knew before."""
@@ -193,6 +223,7 @@ class OperatorCommands:
         if r.pinned == r.spec.pinned:  # an operator's pin outlives a reload
             r.pinned = spec.pinned
         r.spec, r.removed = spec, False
+        r.bound = r.bound if r.bound is not None and can_be_on(spec, r.bound) else None
         r.costs = self._core.costs.open(spec)
         self._core.waiting.pop(r, None)  # it is looked at again whether it can fit
         self._core.mark_urgent(r)
@@ -207,6 +238,16 @@ class OperatorCommands:
         self._admission.reject_waiters(r, "UnknownModel", f"{r.id!r} was removed from the configuration")
         why = "it was removed from the configuration"
         self._core.leave(r, Leave(0, "config", why, cut_at=self._core.cut_at(r)))
+
+
+def can_be_on(spec: ReplicaSpec, device: int) -> bool:
+    """Whether the engine can be put on that device alone."""
+    return spec.device_count == 1 and (not spec.devices or device in spec.devices)
+
+
+def _bound_for(r: Replica, device: int) -> bool:
+    """It is wanted, and can only come up there."""
+    return r.devices == (device,) and r.demand > 0
 
 
 def _serves(r: Replica) -> bool:

@@ -154,6 +154,6 @@ def _load(model: Model) -> int:
 
 def _taken(r: Replica) -> frozenset[int]:
     """Devices on which it would not help: those of the others, unless it is to use certain ones."""
-    if r.spec.devices or r.state is State.SLEEPING:
+    if r.devices or r.state is State.SLEEPING:
         return frozenset()
     return frozenset(index for other in r.model.members if other is not r for index in other.placement.devices)

@@ -118,6 +118,7 @@ class Scheduler:
             ev.DevicesTroubled: self._devices.troubled,
             ev.DeviceDrained: self._devices.drained,
             ev.LoadAsked: self._operator.load,
+            ev.ReplicaRefused: self._operator.refused,
             ev.SleepAsked: self._operator.sleep,
             ev.StopAsked: self._operator.stop,
             ev.PinSet: self._operator.pin,

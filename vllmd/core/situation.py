@@ -129,7 +129,7 @@ def see_waiting(fleet: EngineTable, m: Replica) -> Waiting:
     asked = [m.wanted] if m.wanted is not None else []
     since = [t for t in (m.oldest, m.changed if frozen else None, *asked) if t is not None]
     urged = m.urged and m.wanted is not None
-    any_device = m.spec.devices or tuple(fleet.ledger.accounts)
+    any_device = m.devices or tuple(fleet.ledger.accounts)
     return Waiting(
         model=m.id,
         waiters=m.demand,
@@ -167,7 +167,7 @@ def elsewhere(fleet: EngineTable, m: Replica) -> tuple[int, ...]:
     if len(accounts) < 2 or m.running or m.spec.when_free or m.removed or not m.placement.devices:
         return ()
     here = m.placement.devices if len(m.placement.devices) == 1 else ()
-    devices = tuple(i for i in m.spec.devices or accounts if i in accounts and i not in here)
+    devices = tuple(i for i in m.devices or accounts if i in accounts and i not in here)
     return devices if len(devices) >= m.spec.device_count and set(devices) != set(m.placement.devices) else ()
 
 
@@ -205,7 +205,7 @@ def see_resident(fleet: EngineTable, m: Replica, shallow: frozenset[str]) -> Res
         drain_limit=INFINITY if m.spec.drain_limit is None else m.spec.drain_limit,
         began=min([run.began for run in m.running.values()], default=INFINITY),
         need=m.booking,
-        allowed=() if m.spec.when_free or m.removed else m.spec.devices or tuple(fleet.ledger.accounts),
+        allowed=() if m.spec.when_free or m.removed else m.devices or tuple(fleet.ledger.accounts),
         displaced=m.displaced,
         moved=m.moved,
     )

@@ -231,6 +231,7 @@ class ReplicaView:
     failure: str  # the last failure's reason; "" if none
     standing: str = ""  # of one of several whose engine is up: new, serving, resting, slow, ejected
     latency: float | None = None  # of one of several: seconds to the first byte, the last answers weighing most
+    bound: int | None = None  # the only device that it may use
 
 
 @dataclass(frozen=True, slots=True)

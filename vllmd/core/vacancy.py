@@ -50,7 +50,7 @@ def room_beside_kept(ledger: Ledger, models: Iterable[Replica]) -> dict[int, int
 
 def allowed(ledger: Ledger, m: Replica) -> list[Account]:
     """The devices that it may use."""
-    wanted = m.spec.devices or tuple(ledger.accounts)
+    wanted = m.devices or tuple(ledger.accounts)
     return [ledger.accounts[index] for index in dict.fromkeys(wanted) if index in ledger.accounts]
 
 

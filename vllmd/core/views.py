@@ -109,6 +109,7 @@ def _replica(core: Core, r: Replica, now: float, outlook: Ask) -> ReplicaView:
         failure=r.failure or (r.health.why if r.health else ""),
         standing=_standing(r),
         latency=r.health.latency if r.health else None,
+        bound=r.devices[0] if len(r.devices) == 1 else None,
     )
 
 

@@ -22,12 +22,14 @@ from vllmd.daemon.instances import Instances
 from vllmd.daemon.probing import probe
 from vllmd.daemon.processes import gpus, kill
 from vllmd.daemon.runtime_models import RuntimeModels
+from vllmd.daemon.self_description import Descriptions
 from vllmd.daemon.serializers import about, card, health, line, state_of
 from vllmd.errors import BadRequest, Conflict, NotFound, Unavailable, UnknownModel, UpstreamFailed, VllmdError
 from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.proxy.upstream import request
 
 if TYPE_CHECKING:
+    from vllmd.daemon.engine_process import EngineProcess
     from vllmd.daemon.service import Daemon
 
 MOVING = frozenset({State.STARTING, State.WAKING, State.DRAINING, State.FALLING_ASLEEP, State.STOPPING})
@@ -57,6 +59,7 @@ class DaemonControl:
         self.runtime_models = RuntimeModels(daemon)
         self.instances = Instances(daemon)
         self._files: dict[str, str] | None = None  # repository -> kind of model, once asked for
+        self._descriptions = Descriptions()
         self._watchers: set[asyncio.Queue[dict[str, Any]]] = set()
         self._changed = asyncio.Event()
         self._followed = 0  # how many wait for a change
@@ -80,10 +83,21 @@ class DaemonControl:
             self._files = await asyncio.to_thread(_kinds, self.cache())
         daemon, snapshot, files = self._daemon, self.snapshot(), self._files
         views = {view.name: view for view in snapshot.models} if snapshot else {}
-        found = ((m, daemon.engines[self._engines(m.name)[0]]) for m in daemon.config.models.values())
-        return [
-            card(m, daemon.kinds(first).routes(first), views.get(m.name), files.get(m.source, "")) for m, first in found
-        ]
+        said = await self._descriptions.of(self._serving(snapshot)) if snapshot else {}
+        cards = []
+        for model in daemon.config.models.values():
+            engines = self._engines(model.name)
+            first = daemon.engines[engines[0]]
+            own = next((said[engine] for engine in engines if engine in said), None)
+            routes, files_kind = daemon.kinds(first).routes(first), files.get(model.source, "")
+            cards.append(card(model, routes, views.get(model.name), files_kind, own))
+        return cards
+
+    def _serving(self, snapshot: Snapshot) -> list[EngineProcess]:
+        """The engines that can be asked now without waking or delaying anything."""
+        ready = {view.name for view in snapshot.models if view.state is State.READY}
+        ready |= {each.id for view in snapshot.models for each in view.replicas if each.state is State.READY}
+        return [process for name, process in self._daemon.engine_manager.processes.items() if name in ready]
 
     def cache(self) -> Path:
         """The engines' HF_HOME."""
@@ -303,13 +317,9 @@ class DaemonControl:
         """Give a lease back."""
         await self._post(events.LeaseReleased(lease, stop))
 
-    async def narrow(self, model: str, device: int | None) -> None:
-        """Have its next start use that device only; lasts until it is taken back, or the next reload."""
-        await self.instances.narrow(model, device)
-
-    async def add_instance(self, model: str, device: int) -> str:
-        """Give it one more engine, on that device; lasts until it is dropped, or the next reload."""
-        return await self.instances.add(model, device)
+    async def load_on(self, model: str, device: int) -> str:
+        """Have one of its engines on that device, and say which; one more lasts until the next reload."""
+        return await self.instances.load_on(model, device)
 
     async def drop_instance(self, name: str) -> None:
         """Forget an engine that was added."""

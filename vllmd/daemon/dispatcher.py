@@ -40,7 +40,12 @@ class Dispatcher:
         self.on_decision: Callable[[Decision], None] = lambda decision: None
         self.on_change: Callable[[], None] = lambda: None
 
-    def connect(self, engine_manager: EngineManager, admission_gate: AdmissionGate) -> None:
+    def connect(
+        self,
+        engine_manager: EngineManager,
+        admission_gate: AdmissionGate,
+        add_replica: Callable[[commands.AddReplica], None] = lambda command: None,
+    ) -> None:
         """Say who carries out what."""
         self._execute = {
             commands.StartEngine: engine_manager.start,
@@ -50,6 +55,7 @@ class Dispatcher:
             commands.ProveFreeze: engine_manager.prove_freeze,
             commands.ProbeReplica: engine_manager.probe,
             commands.RenameReplica: engine_manager.rename,
+            commands.AddReplica: add_replica,
             commands.Admit: admission_gate.admit,
             commands.Reject: admission_gate.reject,
             commands.CutRequest: admission_gate.cut,

@@ -129,6 +129,7 @@ def _fingerprint(model: ModelConfig, name: str) -> str:
 
 
 _NOT_THE_ENGINES = {  # settings that take effect without another engine
+    *("display_name", "description", "hidden", "capabilities"),
     *("where", "aliases", "idle", "pin", "preload", "warm_up", "priority", "concurrency", "on_busy", "preempt"),
     *("queue_limit", "queue_timeout", "drain_limit", "start_timeout", "stop_timeout"),
     *("max_restarts", "restart_backoff", "log_file", "when_free", "replicas", "replica_of", "host"),

@@ -71,5 +71,5 @@ def places(broken: str) -> str:
 
 
 def with_hint(what: str, hint: str) -> str:
-    """``what``, and below it what would help."""
-    return f"{what}\n{hint}" if hint else what
+    """``what``, and what would help."""
+    return f"{what}; {hint}" if hint else what

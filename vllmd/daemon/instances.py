@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vllmd.config.types import ModelConfig, ReplicaConfig
-from vllmd.core import events
+from vllmd.core import commands, events
 from vllmd.core.types import ModelSpec, ReplicaSpec
 from vllmd.errors import BadRequest, Conflict
 
@@ -22,57 +23,64 @@ class Instances:
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
         self._specs: tuple[ModelSpec, ...] = ()
-        self._narrowed: dict[str, int] = {}  # engine -> the one device that its next start may use
+        self._adding: dict[tuple[str, int], asyncio.Task[None]] = {}  # model, device -> one more is being made
         self._made: dict[str, ReplicaConfig] = {}  # model -> the replicas that it has by us
 
     def configure(self, specs: Iterable[ModelSpec]) -> None:
         """Know what the core was told of the engines of a new configuration."""
-        self._specs, self._narrowed = tuple(specs), {}
+        self._specs = tuple(specs)
 
     # -- where they may be put
 
-    async def narrow(self, model: str, device: int | None) -> None:
-        """Have its next start use that device only. Raises BadRequest where it cannot."""
+    async def load_on(self, model: str, device: int) -> str:
+        """Have one of its engines on that device; which the core decides. Raises BadRequest, Conflict."""
         await self._daemon.opened.wait()
-        for engine in [each.id for spec in self._specs for each in spec.replicas if model in (spec.name, each.id)]:
-            self._narrow(engine, device)
+        config = self._daemon.engines.get(model)
+        name = (config.replica_of if config else "") or model
+        for spec in [spec for spec in self._specs if spec.name == name]:
+            self._check(spec, device)
+        adding = self._adding.get((name, device))
+        if adding is None:
+            self._daemon.post(events.LoadAsked(name, device))
+            adding = self._adding.get((name, device))  # the core may have asked for one more
+        if adding:
+            await asyncio.shield(adding)
+        views = self._daemon.control.views(name)
+        there = [view.id for view in views if device in view.devices or view.bound == device]
+        return next(iter(there), name)
 
-    def _narrow(self, engine: str, device: int | None) -> None:
-        if device is not None:
-            self._check(engine, device)
-        self._narrowed = {name: at for name, at in self._narrowed.items() if name != engine}
-        if device is not None:
-            self._narrowed[engine] = device
-        self._daemon.post(events.ModelsChanged(tuple(self._placed(spec) for spec in self._specs)))
-
-    def _placed(self, spec: ModelSpec) -> ModelSpec:
-        narrowed = self._narrowed
-        replicas = [replace(r, devices=(narrowed[r.id],)) if r.id in narrowed else r for r in spec.replicas]
-        return replace(spec, replicas=tuple(replicas))
-
-    def _check(self, engine: str, device: int) -> None:
-        for spec in [each for model in self._specs for each in model.replicas]:
-            if engine == spec.id:
-                _check(spec, device, [known.index for known in self._daemon.memory.inventory])
+    def _check(self, model: ModelSpec, device: int) -> None:
+        """Whether some engine of the model can be put on that device alone. Raises BadRequest."""
+        known = [known.index for known in self._daemon.memory.inventory]
+        refused = [why for why in (_refusal(spec, device, known) for spec in model.replicas) if why]
+        if len(refused) == len(model.replicas):
+            raise BadRequest(refused[0], param="gpu_id")
 
     # -- further ones
 
-    async def add(self, model: str, device: int) -> str:
-        """Give the model one more engine, on that device; what it is called. Raises BadRequest, Conflict."""
-        await self._daemon.opened.wait()
+    def add(self, command: commands.AddReplica) -> None:
+        """Give the model one more engine, on that device, which the core then loads; or tell it that there is none."""
+        key = (command.model, command.device)
+        task = self._adding[key] = asyncio.ensure_future(self._add(*key))
+        task.add_done_callback(lambda task: self._added(command, task))
+
+    def _added(self, command: commands.AddReplica, task: asyncio.Task[None]) -> None:
+        self._adding.pop((command.model, command.device), None)
+        if task.cancelled() or task.exception():
+            self._daemon.post(events.ReplicaRefused(command.model, command.device))
+
+    async def _add(self, model: str, device: int) -> None:
+        """Raises Conflict."""
         async with self._daemon.control.runtime_models.changing:
             known = self._daemon.config.models.get(model)
             if known is None:
-                raise Conflict(f"{model} is on another GPU, and a replica; its model may have one more", param="gpu_id")
+                raise Conflict(f"{model} is no longer configured", param="model_name")
             if known.replicas and not self._is_ours(known):
                 what = (
                     f"all {len(known.replicas.of)} replicas of {model} are loaded; replicas in vllmd.yaml(5) gives more"
                 )
                 raise Conflict(what, param="gpu_id")
-            self._check(model, device)
-            rules = self._with_another(known, device)
-            await self._take(known, rules)
-            return rules.of[-1].name
+            await self._take(known, self._with_another(known, device))
 
     async def drop(self, name: str) -> None:
         """Forget an engine that was added; the first of a model, and what a file has, stays."""
@@ -98,22 +106,21 @@ class Instances:
         return replace(rules, of=(*rules.of, replace(base, name=name, devices=(device,))))
 
     async def _take(self, model: ModelConfig, rules: ReplicaConfig | None) -> None:
-        """Go on with these replicas; what is narrowed stays so."""
-        config, narrowed = self._daemon.config, self._narrowed
+        """Go on with these replicas."""
+        config = self._daemon.config
         await self._daemon.take(replace(config, models={**config.models, model.name: replace(model, replicas=rules)}))
         self._made.pop(model.name, None)
         if rules:
             self._made[model.name] = rules
-        for engine, device in narrowed.items():
-            self._narrow(engine, device)
 
 
-def _check(spec: ReplicaSpec, device: int, known: Sequence[int]) -> None:
-    """Whether the model can be put on that device alone. Raises BadRequest."""
+def _refusal(spec: ReplicaSpec, device: int, known: Sequence[int]) -> str:
+    """Why the engine cannot be put on that device alone; "" if it can."""
     if device not in known:
         there = f"there are {', '.join(map(str, known))}" if known else "there are none on this machine"
-        raise BadRequest(f"there is no GPU {device}; {there}", param="gpu_id")
+        return f"there is no GPU {device}; {there}"
     if spec.devices and device not in spec.devices:
-        raise BadRequest(f"{spec.id} may use the GPUs {', '.join(map(str, spec.devices))} only", param="gpu_id")
+        return f"{spec.id} may use the GPUs {', '.join(map(str, spec.devices))} only"
     if spec.device_count != 1:
-        raise BadRequest(f"{spec.id} takes {spec.device_count} GPUs and cannot be put on one", param="gpu_id")
+        return f"{spec.id} takes {spec.device_count} GPUs and cannot be put on one"
+    return ""

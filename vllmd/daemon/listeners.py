@@ -135,6 +135,11 @@ class Listeners:
         self._relay.forget(model)
 
     @property
+    def accepted(self) -> int:
+        """Connections that there have been."""
+        return sum(server.accepted for server in self._servers)
+
+    @property
     def clients(self) -> int:
         """Those of ``connections`` that are not operators."""
         return sum(server.connections for server in self._clients)

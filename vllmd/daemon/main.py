@@ -28,6 +28,7 @@ from vllmd.systemd.journal import setup_logging
 
 log = logging.getLogger("vllmd")
 
+WANTED_FILES = 65536
 EX_USAGE, EX_UNAVAILABLE, EX_SOFTWARE, EX_CONFIG = 64, 69, 70, 78
 
 
@@ -64,6 +65,7 @@ def _serve(config: Config, broken: str, given: Listeners, reload: Any) -> int:
     """
     if broken:
         log.error("the configuration is invalid, every request is answered with this:\n%s", broken)
+    _raise_file_limit()
     with contextlib.ExitStack() as stack:
         try:
             owner = identity.given(config)
@@ -78,6 +80,14 @@ def _serve(config: Config, broken: str, given: Listeners, reload: Any) -> int:
         identity.become(config, os.environ, activated=bool(given))
         around = stack.enter_context(runtime(os.environ, activated=bool(given)))
         return asyncio.run(_live(config, broken, around, reload, sockets))
+
+
+def _raise_file_limit() -> None:
+    """A client takes two descriptors; the usual soft limit of 1024 is meant for programs that use select()."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(WANTED_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 async def _live(config: Config, broken: str, around: RuntimeEnvironment, reload: Any, sockets: Listeners) -> int:

@@ -12,8 +12,9 @@ from vllmd.core.types import DeviceView, ModelView, ReplicaView, State
 
 if TYPE_CHECKING:
     from vllmd.daemon.engine_process import EngineProcess
+    from vllmd.daemon.self_description import SelfDescription
 
-NOT_SHOWN = frozenset({"id", "replicas", "balanced"})  # of a view
+NOT_SHOWN = frozenset({"id", "replicas", "balanced", "bound"})  # of a view
 UNLOADED = frozenset({State.STOPPED, State.FAILED})
 ABILITIES = {
     "/v1/chat/completions": "chat",
@@ -46,16 +47,32 @@ def state_of(view: ModelView | ReplicaView) -> str:
     return f"sleeping_l{view.level}" if view.state is State.SLEEPING else view.state.value
 
 
-def card(model: ModelConfig, routes: Iterable[str], view: ModelView | None, kind: str) -> dict[str, Any]:
-    """A model for ``/v1/models``; ``kind`` as its files in the cache tell, "" if they do not."""
+def card(
+    model: ModelConfig, routes: Iterable[str], view: ModelView | None, kind: str, said: SelfDescription | None = None
+) -> dict[str, Any]:
+    """A model for ``/v1/models``.
+
+    ``kind`` as its files in the cache tell, "" if they do not. ``said``: what its running engine says of itself, which
+    is more than what is configured or found in files.
+    """
     able = {ability for route in routes if (ability := ABILITIES.get(route))}
+    served = {ability for route, ability in ABILITIES.items() if said and route in said.routes}
+    if model.capabilities:
+        able = set(model.capabilities)
+    elif served:
+        able &= served
+    elif kind:
+        able &= BY_KIND[kind]
     return {
         "id": model.name,
+        "display_name": model.display_name or model.name,
+        "description": model.description,
+        "hidden": model.hidden,
         "aliases": list(model.aliases),
         "state": state_of(view) if view else State.STOPPED.value,
         "engine": model.engine,
-        "max_model_len": model.max_model_len,
-        "capabilities": sorted(able & BY_KIND[kind] if kind else able),
+        "max_model_len": (said.context if said else None) or model.max_model_len,
+        "capabilities": sorted(able),
         "limits": {
             "concurrency": model.concurrency,
             "queue": model.queue_limit,

@@ -100,7 +100,8 @@ class Daemon:
         self.failed = False
         self._reload = reload
         self._stopping, self._hurry = asyncio.Event(), asyncio.Event()
-        self._idle_since = time.monotonic()
+        self._born = self._idle_since = time.monotonic()
+        self._accepted = 0  # connections, when the idle exit was last considered
         self._status = ""
 
     # -- a life ----------------------------------------------------------------------------
@@ -297,14 +298,15 @@ class Daemon:
             not self.runtime.activated
             or after is None
             or not self.opened.is_set()
-            or time.time() - self.started < SHORTEST_LIFE
+            or time.monotonic() - self._born < SHORTEST_LIFE  # not by the clock, which may be set
             or self.engine_manager.processes
             or self.admission_gate.open
             or self.listeners.connections
             or self._awaited()
             or self._drained()
         )
-        if busy:
+        accepted, self._accepted = self._accepted, self.listeners.accepted
+        if busy or accepted != self._accepted:  # those that came and went meanwhile, refused ones too, count as well
             self._idle_since = time.monotonic()
             return False
         return time.monotonic() - self._idle_since >= (after or 0)

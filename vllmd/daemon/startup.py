@@ -53,7 +53,7 @@ async def start(daemon: Daemon) -> None:
     daemon.backend = (await answered(daemon.launcher.info)).backend
     daemon.engine_manager = make_fleet(daemon, prospects)
     daemon.take = lambda config: take(daemon, config)
-    daemon.dispatcher.connect(daemon.engine_manager, daemon.admission_gate)
+    daemon.dispatcher.connect(daemon.engine_manager, daemon.admission_gate, daemon.control.instances.add)
     daemon.dispatcher.on_decision, daemon.dispatcher.on_change = daemon.control.note, daemon.control.stir
     devices = daemon.memory.devices
     if devices.trouble:

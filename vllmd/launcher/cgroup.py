@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import functools
+import logging
 import os
 import signal
 import struct
@@ -13,8 +15,11 @@ from pathlib import Path
 
 from vllmd.launcher.loop import Loop
 
+log = logging.getLogger(__name__)
+
 _XATTR = "user.vllmd."
 _IN_MODIFY = 0x2
+LOOK = 0.2  # seconds
 
 
 class Cgroup:
@@ -96,29 +101,56 @@ def cgroup_of(pid: int | str) -> Cgroup | None:
 
 
 class Watcher:
-    """inotify on the groups' event files: they change when a group becomes empty, or loses a process to OOM."""
+    """inotify on the groups' event files: they change when a group becomes empty, or loses a process to OOM.
+
+    A user may have so many inotify instances and watches, and other programs may have used them up: what cannot be
+    watched is looked at every ``LOOK`` seconds.
+    """
 
     def __init__(self, loop: Loop) -> None:
+        self._loop = loop
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._fd = int(self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
-        if self._fd < 0:
-            raise OSError(ctypes.get_errno(), "inotify_init1")
         self._callbacks: dict[int, Callable[[], None]] = {}
-        loop.watch(self._fd, self._read)
+        self._unwatched: dict[int, Callable[[], None]] = {}  # by numbers below zero, which no watch has
+        self._looking = False
+        if self._fd >= 0:
+            loop.watch(self._fd, self._read)
+        else:
+            log.warning("no inotify here (%s): looking every %g s instead", os.strerror(ctypes.get_errno()), LOOK)
 
     def add(self, cgroup: Cgroup, changed: Callable[[], None]) -> list[int]:
         """Call ``changed`` at every change. Returns what ``remove`` takes; of a group that is gone, nothing."""
-        watches = []
+        watches, refused = [], self._fd < 0
         for name in ("cgroup.events", "memory.events"):
             path = os.fsencode(cgroup.path / name)
             if (watch := int(self._libc.inotify_add_watch(self._fd, path, _IN_MODIFY))) >= 0:
                 self._callbacks[watch] = changed
                 watches.append(watch)
+            else:
+                refused |= ctypes.get_errno() in (errno.ENOSPC, errno.ENOMEM)
+        if refused:
+            watches.append(min(self._unwatched, default=0) - 1)
+            self._unwatched[watches[-1]] = changed
+            self._keep_looking()
         return watches
+
+    def _keep_looking(self) -> None:
+        if self._unwatched and not self._looking:
+            self._looking = True
+            self._loop.later(LOOK, self._look)
+
+    def _look(self) -> None:
+        self._looking = False
+        for changed in tuple(self._unwatched.values()):
+            changed()
+        self._keep_looking()
 
     def remove(self, watches: list[int]) -> None:
         """No more calls; the kernel may have removed the watch with the file."""
         for watch in watches:
+            if self._unwatched.pop(watch, None):
+                continue
             self._callbacks.pop(watch, None)
             self._libc.inotify_rm_watch(self._fd, watch)
 

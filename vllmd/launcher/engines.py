@@ -48,7 +48,7 @@ from vllmd.launcher.protocol import (
     is_beneath,
     unit_of,
 )
-from vllmd.launcher.spawn import Child, User, Users, read_failure, spawn, tidy
+from vllmd.launcher.spawn import Child, User, Users, read_failure, spawn, sweep, tidy
 
 log = logging.getLogger(__name__)
 
@@ -236,6 +236,10 @@ class Supervisor:
                 engine.ending = Ending()
                 self._end(engine)
             log.info("found %s again, main process %s", unit_of(found.instance), engine.running().pid or "gone")
+        kept = {os.path.basename(engine.run_dir) for engine in self._engines.values()}
+        for root in self._roots:
+            for user in self._users.named():
+                self._await_child(root, lambda root=root, user=user: sweep(root, kept, user))  # type: ignore[misc]
 
     # --- starting ---
 
@@ -420,10 +424,15 @@ class Supervisor:
 
     def _tidy(self, run_dir: str, user: User) -> None:
         """Remove the run directory, which a killed engine leaves behind with its sockets."""
+        self._await_child(run_dir, lambda: tidy(run_dir, user))
+
+    def _await_child(self, path: str, fork: Callable[[], Process | None]) -> None:
         try:
-            child = tidy(run_dir, user)
+            child = fork()
         except OSError as error:
-            log.warning("cannot remove %s: %s", run_dir, error.strerror)
+            log.warning("cannot tidy %s: %s", path, error.strerror)
+            return
+        if child is None:
             return
 
         def reap() -> None:

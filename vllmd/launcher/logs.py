@@ -55,9 +55,10 @@ class Journal:
             info, take_prefix, no = 6, 1, 0
             head = [instance, unit_of(instance), info, take_prefix, no, no, no]  # no syslog, kmsg, console
             stream.sendall("".join(f"{line}\n" for line in head).encode())
-        except OSError:
+        except OSError as error:
             stream.close()
-            raise
+            why = f"journald, which takes its output, does not answer at {STREAM_SOCKET}: {error.strerror}"
+            raise OSError(error.errno, why) from None
         return stream.detach()
 
     def forget(self, instance: str) -> None:

@@ -29,8 +29,10 @@ the scope is made without regard to other jobs.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -77,6 +79,7 @@ class Scopes:
         self._ask_to_stop = stop_requested
         self._jobs: dict[bytes, _Job] = {}
         self._loaded: set[str] = set()
+        self._folders: dict[str, Path] = {}  # of units, their groups
         self._placing: dict[str, Timer] = {}  # units that systemd is to be asked for once more
         self._retiring: dict[str, Callable[[], None]] = {}
         self._bus = Bus(loop, self, user=user)
@@ -142,6 +145,7 @@ class Scopes:
         if service.job == "stop" or (_is_down(service) and not was_down):
             placed(None, STOPPED)
         elif cgroup := _is_in(process, unit):
+            self._folders[unit] = cgroup.path
             placed(WatchedCgroup(cgroup.path, self._watcher), "")
         else:
             placed(None, f"the process died while systemd made {unit}")
@@ -181,7 +185,17 @@ class Scopes:
         except BusError as error:
             raise OSError(f"cannot ask systemd what runs: {error}") from None
         self._loaded |= {unit.name for unit in units}
+        self._folders |= {unit_of(instance): Path(group.location()) for instance, group in found if instance}
+        self._remove_left_groups()
         return [Found(instance, group) for instance, group in found if instance]
+
+    def _remove_left_groups(self) -> None:
+        """Empty groups of scopes that systemd does not know any more."""
+        root = hierarchy()
+        for folder in root.glob(f"{SLICE}/{UNIT_PREFIX}*{UNIT_SUFFIX}") if root else ():
+            if folder.name not in self._loaded:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
     def abandoned(self) -> bool:
         """Whether the daemon's service is down and stays down: nothing starts it, and nothing is going to."""
@@ -258,6 +272,9 @@ class Scopes:
     def unit_removed(self, unit: str) -> None:
         """systemd has forgotten it; its name is free."""
         self._loaded.discard(unit)
+        if folder := self._folders.pop(unit, None):
+            with contextlib.suppress(OSError):  # systemd leaves it behind where it was not quite empty in that moment
+                folder.rmdir()
         if retired := self._retiring.pop(unit, None):
             retired()
 

@@ -16,7 +16,8 @@ import pwd
 import resource
 import signal
 import stat
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -26,6 +27,7 @@ from vllmd.launcher.protocol import Failed, StartOrder, clip
 from vllmd.text import printable
 
 MARKER = "VLLMD_INSTANCE"
+NEW = 60.0  # seconds that a run directory without an engine is left alone
 KEY_FILE = "vllmd-key.yaml"  # what an engine's command writes for it, see engines/sglang.py
 PATH = "/usr/local/bin:/usr/bin:/bin"
 _PERMANENT = {errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR, errno.E2BIG, errno.EISDIR, errno.ELOOP}
@@ -109,6 +111,10 @@ class Users:
             raise ValueError(f"user {name!r} is not allowed; allowed are: {', '.join(self._allowed) or 'none'}")
         return self._allowed[name]
 
+    def named(self) -> tuple[User, ...]:
+        """Those named on the command line."""
+        return tuple(self._allowed.values())
+
     def noted(self, name: str | None) -> User | None:
         """Whom a launcher noted beside an engine; None for somebody who is not allowed, and for no note at all."""
         if name == OURSELVES.name and not self._allowed:
@@ -175,18 +181,47 @@ def tidy(run_dir: str, user: User) -> Process:
 
     Files are left alone: whoever named a directory with data in it does not lose them. Raises OSError.
     """
+    return _in_child(user, lambda: _empty(run_dir))
+
+
+def sweep(root: str, kept: Collection[str], user: User) -> Process | None:
+    """A child that, as the engine's user, tidies every run directory of his beneath ``root`` but those ``kept``.
+
+    Such a one stays behind when an engine ends while there is no launcher. One that is new may be that of an engine
+    which is just being started. None if there is nothing to do. Raises OSError.
+    """
+    left = []
+    for entry in os.scandir(root):
+        found = entry.stat(follow_symlinks=False)
+        old = stat.S_ISDIR(found.st_mode) and found.st_mtime < time.time() - NEW
+        if old and found.st_uid == user.uid and entry.name not in kept:
+            left.append(entry.path)
+
+    def empty_all() -> None:
+        for path in left:
+            with contextlib.suppress(OSError):
+                _empty(path)
+
+    return _in_child(user, empty_all) if left else None
+
+
+def _in_child(user: User, work: Callable[[], None]) -> Process:
     pid = os.fork()
     if pid == 0:
         try:
             _reset_signals()
             _become(user, keeping=True)
-            for entry in os.scandir(run_dir):
-                if stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode) or entry.name == KEY_FILE:
-                    os.unlink(entry.path)
-            os.rmdir(run_dir)
+            work()
         finally:
             os._exit(0)
     return Process(pid)
+
+
+def _empty(run_dir: str) -> None:
+    for entry in os.scandir(run_dir):
+        if stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode) or entry.name == KEY_FILE:
+            os.unlink(entry.path)
+    os.rmdir(run_dir)
 
 
 def read_failure(data: bytes) -> Failed:

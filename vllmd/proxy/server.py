@@ -43,6 +43,7 @@ class Server:
         self.limits = limits
         self.memory = memory or BodyMemory(limits.max_buffered)
         self.draining = self.closing = False
+        self.accepted = 0  # connections so far
         self._router = router
         self._listeners = list(listeners)
         self._on_exchange = on_exchange
@@ -100,6 +101,7 @@ class Server:
             self._breath = asyncio.get_running_loop().call_later(BREATH, self.start)
 
     def _take(self, sock: socket.socket, address: object) -> None:
+        self.accepted += 1
         refusal = self._too_many(address)
         if refusal is not None:
             _turn_away(sock, refusal)

@@ -18,6 +18,9 @@ class Notifier:
     def __init__(self) -> None:
         self.enabled = "NOTIFY_SOCKET" in os.environ
         self._notifier = sdnotify.SystemdNotifier()
+        if self._notifier.socket is not None:
+            # PID 1 may be stopped, or busy for long: what does not fit its queue is lost, and nobody here waits.
+            self._notifier.socket.setblocking(False)
         self.watchdog_interval = _watchdog_interval()
         for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"):
             os.environ.pop(name, None)

@@ -1,0 +1,118 @@
+"""What GET /v1/models says: the running engine's own word before the configuration's and the files'."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.proxy.fakes import Asked, Engine, until
+from vllmd.admin.models import ModelEndpoints
+from vllmd.config.types import ModelConfig
+from vllmd.daemon.self_description import Descriptions, SelfDescription, context_of
+from vllmd.daemon.serializers import card
+from vllmd.engines.base import Listen
+from vllmd.engines.vllm import ROUTES
+from vllmd.proxy.access import ANYBODY
+from vllmd.proxy.http import Headers, Request
+
+VLLM = {"object": "list", "data": [{"id": "m", "max_model_len": 512}]}
+LLAMA = {"object": "list", "data": [{"id": "x.gguf", "meta": {"n_ctx": 2048, "n_ctx_train": 8192}}]}
+SCHEMA = {"openapi": "3.1.0", "paths": {"/v1/embeddings": {}, "/tokenize": {}, "/health": {}}}
+
+
+@pytest.mark.parametrize(
+    ("answer", "context"),
+    [
+        (VLLM, 512),
+        (LLAMA, 2048),
+        ({"data": [{"id": "a", "max_model_len": 1}, {"id": "m", "context_length": 2}]}, 2),
+        ({"data": [{"id": "a", "max_model_len": 1}, {"id": "b", "max_model_len": 2}]}, None),
+        ({"data": [{"id": "m", "max_model_len": "many"}]}, None),
+        ({"data": "none"}, None),
+        (None, None),
+    ],
+)
+def test_the_context_is_found_in_what_engines_answer(answer: Any, context: int | None) -> None:
+    """vLLM and SGLang have it in the model's card, llama-server in its ``meta``."""
+    assert context_of(answer, "m") == context
+
+
+def answering(**bodies: object) -> Callable[[Engine, Asked, asyncio.StreamWriter], Awaitable[None]]:
+    """An engine that has these paths, slashes written as ``__``."""
+
+    async def script(engine: Engine, asked: Asked, writer: asyncio.StreamWriter) -> None:
+        found = bodies.get(asked.line.split()[1].strip("/").replace("/", "__").replace(".", "_"))
+        body = json.dumps(found).encode() if found else b""
+        line = "200 OK" if found else "404 Not Found"
+        writer.write(f"HTTP/1.1 {line}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        await writer.drain()
+
+    return script
+
+
+def test_an_engine_is_asked_once_per_start(tmp_path: Path) -> None:
+    """And nobody waits for one that does not answer: what it says later is there the next time."""
+
+    async def play() -> None:
+        engine = Engine(answering(v1__models=VLLM, openapi_json=SCHEMA))
+        async with await asyncio.start_unix_server(engine.serve, tmp_path / "s"):
+            kind = SimpleNamespace(served_name=lambda model: "m", headers=lambda: ())
+            process: Any = SimpleNamespace(
+                name="m", instance="m-1", model=ModelConfig("m"), engine=kind, listen=Listen(uds=str(tmp_path / "s"))
+            )
+            told = Descriptions(patience=10.0)
+            expected = {"m": SelfDescription(512, frozenset(SCHEMA["paths"]))}  # type: ignore[arg-type]
+            assert await told.of([process]) == expected == await told.of([process])
+            assert len(engine.asked) == 2
+            process.instance = "m-2"
+            assert await told.of([process]) == expected
+            assert len(engine.asked) == 4
+            assert await told.of([]) == {}
+            hasty, process.instance = Descriptions(patience=0.0), "m-3"
+            assert await hasty.of([process]) == {}
+            await until(lambda: not hasty._asking)
+            assert await hasty.of([process]) == expected
+            await until(lambda: engine.closed == engine.connections)
+
+    asyncio.run(play())
+
+
+def test_what_an_engine_says_counts_more_than_its_files_and_a_setting_more_than_both() -> None:
+    """A model whose files look like a chat model's is no such if its engine does not serve chats."""
+    model, said = ModelConfig("m", max_model_len=100), SelfDescription(512, frozenset({"/v1/embeddings", "/tokenize"}))
+    assert "chat" in card(model, ROUTES, None, "")["capabilities"]
+    assert "chat" in card(model, ROUTES, None, "generate")["capabilities"]
+    told = card(model, ROUTES, None, "generate", said)
+    assert (told["capabilities"], told["max_model_len"]) == (["embeddings", "tokenize"], 512)
+    assert card(model, ROUTES, None, "generate", SelfDescription())["max_model_len"] == 100
+    own = ModelConfig("m", capabilities=("vision", "chat"))
+    assert card(own, ROUTES, None, "generate", said)["capabilities"] == ["chat", "vision"]
+
+
+def test_a_hidden_model_is_not_listed_and_answers_by_its_name() -> None:
+    """For a model that only some program uses."""
+    models = [ModelConfig("a", display_name="The A", description="for all"), ModelConfig("b", hidden=True)]
+
+    class Control:
+        async def models(self) -> list[dict[str, Any]]:
+            return [card(model, ROUTES, None, "") for model in models]
+
+        def resolve(self, name: str, caller: object) -> str:
+            return name
+
+    async def play() -> None:
+        endpoints = ModelEndpoints(Control())  # type: ignore[arg-type]
+        listed = json.loads((await endpoints.every(Request("GET", "/", "/", "", Headers(), caller=ANYBODY))).body)  # type: ignore[arg-type]
+        assert [(each["id"], each["display_name"], each["description"]) for each in listed["data"]] == [
+            ("a", "The A", "for all")
+        ]
+        one = await endpoints.one(Request("GET", "/", "/", "", Headers(), params={"model": "b"}, caller=ANYBODY))
+        assert json.loads(one.body)["id"] == "b"  # type: ignore[arg-type]
+
+    asyncio.run(play())

@@ -1,0 +1,46 @@
+"""Groups are watched by inotify, or looked at where there is none left."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+from pathlib import Path
+
+import pytest
+
+from vllmd.launcher import cgroup
+from vllmd.launcher.cgroup import WatchedCgroup, Watcher
+from vllmd.launcher.loop import Loop
+
+
+class NoInotify:
+    """A C library in whose kernel others have used it up."""
+
+    def inotify_init1(self, flags: int) -> int:
+        ctypes.set_errno(errno.EMFILE)
+        return -1
+
+    def inotify_add_watch(self, *_: object) -> int:
+        ctypes.set_errno(errno.EBADF)
+        return -1
+
+
+def test_an_end_is_noticed_without_inotify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher would else not start at all; what was let go of is not looked at any more."""
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: NoInotify())
+    monkeypatch.setattr(cgroup, "LOOK", 0.01)
+    (tmp_path / "cgroup.events").write_text("populated 1\n")
+    loop, looks = Loop(), []
+    group = WatchedCgroup(tmp_path, Watcher(loop))
+
+    def changed() -> None:
+        looks.append(group.empty())
+        if len(looks) == 2:
+            (tmp_path / "cgroup.events").write_text("populated 0\n")
+        if looks[-1]:
+            group.close()
+            loop.later(0.05, loop.stop)
+
+    group.watch(changed)
+    loop.run()
+    assert looks == [False, False, True]

@@ -1,0 +1,171 @@
+"""Deliberate mutations: each breaks a promise, and some test must notice. ``make mutants`` lists survivors.
+
+A mutation is a line of the program and what it becomes; it is applied to a copy
+of the repository, and the tests named beside it are run there until the first fails.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+COPIED = ("vllmd", "tests", "pyproject.toml")
+LIMIT = 600.0  # seconds for the tests of one mutation; one that hangs has been noticed
+
+
+class Mutation(NamedTuple):
+    """``old`` is found exactly once in ``file``, which is in ``vllmd/``; ``tests`` are relative to ``tests/``."""
+
+    promise: str
+    file: str
+    old: str
+    new: str
+    tests: str = "core/test_survivors.py"
+
+
+REPLICAS, ALL_CORE = "core/test_replicas.py", "core"
+MUTATIONS = (
+    Mutation("nothing starts on a wedged device", "core/situation.py", "if account.avoided:", "if False:"),
+    Mutation("an exchange starts nothing there", "core/exchanges.py", "not accounts[i].avoided and need", "need"),
+    Mutation("frozen requests are regretted", "core/pricing.py", "+ left * (away + 0.5)", "+ 0.0 * left"),
+    Mutation("sets of victims are searched", "core/eviction.py", "if len(chosen) + 1 < most:", "if False:"),
+    Mutation(
+        "preloading waits for a device",
+        "core/planner.py",
+        "elif not any(room.busy or room.claimed for room in self.look().rooms.values()):",
+        "else:",
+    ),
+    Mutation(
+        "Retry-After of a model that serves",
+        "core/admission.py",
+        'return max(1.0, r.costs.seconds("service"))',
+        "return 1.0",
+    ),
+    Mutation(
+        "Retry-After of one that does not",
+        "core/admission.py",
+        "return max(1.0, r.costs.wake(r.level if r.state is State.SLEEPING else 0))",
+        "return 1.0",
+    ),
+    Mutation(
+        "one command at a time on a device",
+        "core/engine_table.py",
+        "return not any(self._busy.get(index, m) is not m for index in m.placement.devices)",
+        "return True",
+    ),
+    Mutation(
+        "one more replica is asked for once",
+        "core/operator_commands.py",
+        "if device not in model.added:",
+        "if True:",
+        REPLICAS,
+    ),
+    Mutation(
+        "a model that gets replicas keeps its engine",
+        "core/types.py",
+        "return before[0], after[0]",
+        "return None",
+        REPLICAS,
+    ),
+    Mutation("one late answer is no outlier", "core/health.py", "if h.late >= ENOUGH and", "if", REPLICAS),
+    Mutation(
+        "two choices weigh what runs",
+        "core/balancing.py",
+        "slowness(r, now) * (len(r.running) + 1)",
+        "slowness(r, now)",
+        REPLICAS,
+    ),
+    Mutation(
+        "what an operator took down stays down",
+        "core/balancing.py",
+        "if r.removed or (r.health and r.health.halted):",
+        "if r.removed:",
+        ALL_CORE,
+    ),
+    Mutation(
+        "keys take turns in a queue",
+        "core/queues.py",
+        "self._keys[key] = mine\n        self.remove",
+        "self._keys = {key: mine, **self._keys}\n        self.remove",
+        "core/test_requests.py",
+    ),
+    Mutation(
+        "a failed sleep is stopped in full",
+        "core/engine_events.py",
+        "m.sleep_failures += 1",
+        "pass",
+        "core/test_failures.py",
+    ),
+    Mutation(
+        "an operator's pin outlives a reload",
+        "core/operator_commands.py",
+        "if r.pinned == r.spec.pinned:",
+        "if True:",
+        "core/test_wishes.py",
+    ),
+    Mutation(
+        "the last lease stops the model",
+        "core/operator_commands.py",
+        "if stop and not r.kept:",
+        "if False:",
+        "core/test_wishes.py",
+    ),
+    Mutation(
+        "requests are cut at the drain limit once", "core/unloading.py", "leave.cut_at = INFINITY", "pass", ALL_CORE
+    ),
+    Mutation(
+        "host memory stays booked after a wake",
+        "core/engine_table.py",
+        "keeps = m.level == 1 or (m.slept_shallow and m.spec.keeps_host)",
+        "keeps = m.level == 1",
+        ALL_CORE,
+    ),
+    Mutation(
+        "a measured footprint replaces the booking",
+        "core/engine_table.py",
+        "settled = self.now - m.changed >= SETTLED",
+        "settled = True",
+        "core/test_failures.py",
+    ),
+)
+
+
+def noticed(mutation: Mutation, copy: Path) -> bool:
+    """Whether a test fails with the mutation in ``copy``, which is left as it was."""
+    path = copy / "vllmd" / mutation.file
+    text = path.read_text()
+    path.write_text(text.replace(mutation.old, mutation.new))
+    argv = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{mutation.tests}"]
+    try:
+        done = subprocess.run(argv, cwd=copy, capture_output=True, timeout=LIMIT, check=False)
+    except subprocess.TimeoutExpired:
+        return True
+    finally:
+        path.write_text(text)
+    return done.returncode == 1
+
+
+def main() -> int:
+    """Try all, or those whose promise has one of the words given; 1 if any survives."""
+    words = sys.argv[1:]
+    chosen = [m for m in MUTATIONS if not words or any(word in m.promise for word in words)]
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in COPIED:
+            source = REPOSITORY / name
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, Path(folder) / name)
+        for mutation in chosen:
+            killed = noticed(mutation, Path(folder))
+            survivors += [] if killed else [mutation.promise]
+            print(f"{'noticed ' if killed else 'SURVIVED'}  {mutation.promise} ({mutation.file})", flush=True)
+    print(f"{len(survivors)} of {len(chosen)} survived")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

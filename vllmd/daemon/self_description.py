@@ -1,0 +1,99 @@
+"""What a running engine says of itself: how long its context is, and what it serves.
+
+The configuration knows what was asked for, the files what the model could; only the engine knows what became of it:
+``max_model_len: auto`` is decided at its start, and vLLM registers the routes of those tasks that the loaded model has.
+It is asked once per start, when somebody first lists the models, and by two questions that change nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllmd.daemon.calls import ask
+from vllmd.daemon.engine_process import EngineProcess
+from vllmd.engines.base import Call
+from vllmd.errors import VllmdError
+
+ASKED_FOR = 5.0  # seconds that an engine has for each question
+CONTEXT = ("max_model_len", "context_length", "context_window", "n_ctx")
+
+
+@dataclass(frozen=True, slots=True)
+class SelfDescription:
+    """``context`` in tokens, None if it was not told; ``routes``: the paths that it has, empty if that was not told."""
+
+    context: int | None = None
+    routes: frozenset[str] = frozenset()
+
+
+async def describe_itself(process: EngineProcess) -> SelfDescription:
+    """Ask it. What it does not answer, or not in a form that is known, is not told."""
+    model = process.engine.served_name(process.model)
+    models, schema = await asyncio.gather(_json(process, "/v1/models"), _json(process, "/openapi.json"))
+    paths = schema.get("paths") if isinstance(schema, dict) else None
+    return SelfDescription(context_of(models, model), frozenset(paths) if isinstance(paths, dict) else frozenset())
+
+
+def context_of(models: Any, name: str) -> int | None:
+    """The context of the model ``name`` in an answer to ``GET /v1/models``, or of the only model in it."""
+    data = models.get("data") if isinstance(models, dict) else None
+    cards = [card for card in data if isinstance(card, dict)] if isinstance(data, list) else []
+    named = [card for card in cards if card.get("id") == name] or (cards if len(cards) == 1 else [])
+    for card in named:
+        meta = card.get("meta") if isinstance(card.get("meta"), dict) else {}
+        for fields in (card, meta or {}):
+            if (found := _count(fields)) is not None:
+                return found
+    return None
+
+
+def _count(fields: Mapping[str, Any]) -> int | None:
+    told = (fields.get(name) for name in CONTEXT)
+    return next((value for value in told if isinstance(value, int) and value > 0 and value is not True), None)
+
+
+async def _json(process: EngineProcess, path: str) -> Any:
+    call = Call("GET", path, timeout=ASKED_FOR, headers=tuple(process.engine.headers()))
+    try:
+        status, _, body = await ask(process.listen, call)
+        return json_of(body) if status == 200 else None
+    except (OSError, VllmdError):
+        return None
+
+
+def json_of(body: bytes) -> Any:
+    """``body`` as JSON, None if it is none."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+
+
+class Descriptions:
+    """What the engines said, by start. Who asks waits ``patience`` seconds at most; what comes later is kept."""
+
+    def __init__(self, patience: float = 1.0) -> None:
+        self._patience = patience
+        self._said: dict[str, SelfDescription] = {}  # by instance
+        self._asking: dict[str, asyncio.Task[None]] = {}
+
+    async def of(self, processes: Iterable[EngineProcess]) -> Mapping[str, SelfDescription]:
+        """By the engine's name: what these, which serve, say of themselves."""
+        serving = {process.instance or process.name: process for process in processes}
+        self._said = {instance: said for instance, said in self._said.items() if instance in serving}
+        for instance, process in serving.items():
+            if instance not in self._said and instance not in self._asking:
+                self._asking[instance] = asyncio.ensure_future(self._ask(instance, process))
+        if pending := [self._asking[instance] for instance in serving if instance in self._asking]:
+            await asyncio.wait(pending, timeout=self._patience)
+        return {process.name: self._said[key] for key, process in serving.items() if key in self._said}
+
+    async def _ask(self, instance: str, process: EngineProcess) -> None:
+        try:
+            self._said[instance] = await describe_itself(process)
+        finally:
+            del self._asking[instance]
