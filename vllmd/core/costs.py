@@ -56,11 +56,6 @@ class Rate:
     def __init__(self, tau: float, value: float = 0.0, at: float = 0.0) -> None:
         self.tau, self.value, self.at = tau, value, at
 
-    def forget_times(self) -> None:
-        """It is an engine of another kind, or a model of another size."""
-        self._known.clear()
-        self._seen.clear()
-
     def arrived(self, now: float) -> None:
         """Count one arrival."""
         self.value = self.read(now) + 1.0 / self.tau
