@@ -507,7 +507,8 @@ def test_a_broken_configuration_is_unhealthy_and_repaired_by_a_reload(tmp_path: 
     """A balancer sends nobody there, and nothing restarts it for being alive."""
     with running(tmp_path, "polcy: lru\n") as site:
         health = site.ask("GET", "/health")
-        assert (health.status, "polcy" in health.json["status"]) == (503, True)
+        assert (health.status, health.json["status"]) == (503, f"the configuration is invalid: {site.config}:1")
+        assert "polcy" in site.operate("GET", "/admin/status")["configuration"]["error"]
         assert site.ask("GET", "/health/ready").status == 503
         assert site.ask("GET", "/health/live").status == 200
         assert "vllmd_configuration_valid 0.0" in site.ask("GET", "/metrics").text

@@ -86,7 +86,7 @@ def test_who_may_not_is_told_how(shared: Machine) -> None:
     code = "from vllmd.client import ServerManager\ns = ServerManager({'model': 'm'})\nprint(s.start(), s.failure)"
     answer = shared.out(as_user("eve", code))
     assert answer.startswith("False")
-    assert "have yourself added to its group (vllmd)" in answer
+    assert "have yourself added to its group (vllmd-admin)" in answer
 
 
 def test_a_member_of_the_group_cannot_run_code_as_the_engines_user(shared: Machine) -> None:
