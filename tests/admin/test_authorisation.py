@@ -66,6 +66,7 @@ CALLERS = (
     Kind("the read-only socket", PUBLIC | {"read"}, socket="read"),
 )
 VALUES = {"model": "alpha", "name": "alpha", "rest": "alpha/health", "id": "resp_x", "pid": "999999", "version": "1"}
+VALUES |= {"device": "9"}  # there is none: to drain the one there is would let nothing be served after
 BOUNDARY = "zz"
 
 

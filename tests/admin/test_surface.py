@@ -504,10 +504,10 @@ def test_V_models_of_the_cache_are_offered_and_start(tmp_path: Path) -> None:
 
 
 def test_a_broken_configuration_is_unhealthy_and_repaired_by_a_reload(tmp_path: Path) -> None:
-    """A balancer sends nobody there, and nothing restarts it for being alive."""
+    """A balancer sends nobody there, and nothing restarts it for being alive. Anybody is told where, not what."""
     with running(tmp_path, "polcy: lru\n") as site:
         health = site.ask("GET", "/health")
-        assert (health.status, health.json["status"]) == (503, f"the configuration is invalid: {site.config}:1")
+        assert (health.status, health.json["status"].endswith("vllmd.yaml:1")) == (503, True)
         assert "polcy" in site.operate("GET", "/admin/status")["configuration"]["error"]
         assert site.ask("GET", "/health/ready").status == 503
         assert site.ask("GET", "/health/live").status == 200

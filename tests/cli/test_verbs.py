@@ -179,6 +179,25 @@ def test_ps_and_top_show_each_replica_below_its_model(
         assert "ejected; it failed a probe: 503\n" in said
 
 
+def test_gpus_tells_what_each_device_is_and_how_it_is(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its name, draw and heat, whom it is joined with; first what is wrong with it."""
+    told = status(PAIR)
+    told["devices"][0] |= {"wedged": "an operator drained it", "name": "NVIDIA H200", "power": 123.5}
+    told["devices"][0] |= {"temperature": 38.0, "links": [1, 2], "node": 0, "throttled": "hardware thermal slowdown"}
+    daemon.answers["GET /admin/status"] = (200, told)
+    assert main(["gpus"]) == 0
+    note = "avoided: an operator drained it; slowed down: hardware thermal slowdown; NVIDIA H200; 124W 38°C; "
+    assert capsys.readouterr().out.rstrip().endswith(note + "NVLink to 1, 2; node 0")
+
+
+def test_gpus_that_do_not_answer_are_an_error(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not an empty table."""
+    daemon.answers["GET /admin/status"] = (200, {**status(), "devices": [], "trouble": "NVML: mismatch; reboot"})
+    assert main(["gpus"]) == 1
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "the devices do not answer: NVML: mismatch; reboot\n")
+
+
 def test_devices_are_held_by_replicas(replicated: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
     """Not by the model as a whole."""
     assert main(["gpus"]) == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.core.helpers import GPU, PAIR, model
 from tests.core.world import World
 from vllmd.core.commands import Admit, CutRequest, Reject, StartEngine, StopEngine
@@ -16,7 +18,7 @@ from vllmd.core.events import (
     RequestFinished,
     TimePassed,
 )
-from vllmd.core.types import GiB, Placement, State
+from vllmd.core.types import Device, GiB, Placement, State
 
 WHY = "NVML: Driver/library version mismatch; reboot"
 CPU = model("cpu", 0, device_count=0)
@@ -140,3 +142,36 @@ def test_a_reserve_that_changes_is_kept_from_now_on() -> None:
     w.do(DevicesChanged((smaller,)))
     (refused,) = w.ask("r1", "m")
     assert isinstance(refused, Reject) and refused.error == "ModelTooLarge"
+
+
+def four(links: dict[int, set[int]] | None = None, nodes: tuple[int | None, ...] = (None,) * 4) -> list[Device]:
+    """Four alike, joined so."""
+    joined = links or {}
+    return [Device(i, f"gpu{i}", 80 * GiB, links=frozenset(joined.get(i, ())), node=nodes[i]) for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("devices", "where"),
+    [
+        (four(), (0, 1)),
+        (four({0: {2}, 2: {0}, 1: {3}, 3: {1}}), (0, 2)),  # bridges between pairs
+        (four(nodes=(0, 1, 1, 0)), (0, 3)),
+        (four({1: {2}, 2: {1}}, (0, 1, 1, 0)), (1, 2)),  # a bridge is nearer than a node
+    ],
+)
+def test_a_model_on_several_devices_gets_such_as_are_near_each_other(
+    devices: list[Device], where: tuple[int, ...]
+) -> None:
+    """NVLink first, then the same NUMA node, then as ever."""
+    w = World([model("m", 30, device_count=2)], devices)
+    (start,) = w.ask("r1", "m")
+    assert isinstance(start, StartEngine) and start.placement == Placement(where)
+
+
+def test_nearness_gives_way_to_room() -> None:
+    """A pair of which one is taken is no pair."""
+    pairs = four({0: {1}, 1: {0}, 2: {3}, 3: {2}})
+    w = World([model("n", 60, devices=(1,)), model("m", 30, device_count=2)], pairs)
+    w.load("n")
+    (start,) = w.ask("r1", "m")
+    assert isinstance(start, StartEngine) and start.placement == Placement((2, 3))

@@ -264,3 +264,11 @@ def test_a_lease_on_another_model_ends_the_first() -> None:
     w.now = 100.0
     w.do(LeaseTaken("l", "b"))
     assert w.pass_time(110.0) == [SleepEngine("a", 1)]
+
+
+def test_an_operators_pin_outlives_a_reload_and_the_configurations_own_does_not() -> None:
+    """What somebody said at the keyboard is not undone by a change of something else."""
+    w = World([model("m", 20), model("n", 20, pinned=True)], [GPU])
+    w.do(PinSet("m", True))
+    w.do(ModelsChanged((model("m", 20), model("n", 20))))
+    assert [m.pinned for m in w.seen.models] == [True, False]

@@ -17,7 +17,11 @@ from typing import Any
 import pytest
 
 from tests.admin.site import REPOSITORY, Site, running, until
-from vllmd.core.types import GiB
+from tests.engines.test_stand_ins import free_port
+from tests.gpu.check.bench import Bench, Table
+from tests.gpu.check.daemon import site as outliving
+from vllmd.core.types import Device, GiB
+from vllmd.gpu import NoDevices
 from vllmd.simengine.device import device_usage, make_device
 
 MISMATCH = {"init": ["Driver/library version mismatch", 18]}
@@ -154,6 +158,39 @@ def test_a_device_that_falls_off_the_bus_takes_its_engine_along_with_the_reason(
         until(lambda: site.line("gpu")["state"] in ("stopped", "error"))
         assert "GPU is lost" in json.dumps(site.operate("GET", "/admin/decisions?model=gpu"))
         assert device_usage(here.gpu).processes == {}
+
+
+def test_a_daemon_that_starts_while_the_driver_fails_adopts_what_runs(here: Machine) -> None:
+    """The driver was upgraded, the daemon restarted: no healthy engine is ended for it, and later it is booked."""
+    bench = Bench(NoDevices(""), Device(0, "0", 0), here.folder, Table(), time.monotonic() + 120)
+    options = {"device_file": str(here.gpu), "memory": 8 * GiB, "quiet": True}
+    models = {"gpu": {"engine": "sim", "gpu_memory": 0.5, "options": options}}
+    with outliving(bench, "s", free_port(), {"models": models}) as site:
+        assert site.chat("gpu")[0] == 200
+        pid = site.model("gpu")["pid"]
+        here.fails(**MISMATCH)
+        site.kill()
+        site.start()
+        assert "mismatch" in site.status()["trouble"]
+        assert (site.model("gpu")["pid"], site.model("gpu")["state"]) == (pid, "running")
+        assert site.chat("gpu")[0] == 200
+        here.fails()
+        until(lambda: [each["promised"] for each in site.status()["devices"]] == [8 * GiB])
+        assert site.model("gpu")["pid"] == pid
+
+
+def test_a_reload_changes_reserve_and_devices(here: Machine) -> None:
+    """Not silently at the next start."""
+    with daemon(here) as site:
+        was = site.config.read_text()
+        site.reconfigure(f"reserve: 3GiB\n{was}")
+        until(lambda: [each["reserve"] for each in status(site)["devices"]] == [3 * GiB])
+        site.reconfigure(f"devices: [{{memory: 8GiB}}, {{memory: 8GiB}}]\n{was}")
+        until(lambda: [each["memory"] for each in status(site)["devices"]] == [8 * GiB] * 2)
+        assert status(site)["source"].startswith("declared")
+        site.reconfigure(was)
+        until(lambda: [each["index"] for each in status(site)["devices"]] == [0])
+        assert site.chat("gpu").status == 200
 
 
 def test_the_daemon_ends_while_the_driver_hangs(here: Machine) -> None:

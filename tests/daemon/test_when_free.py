@@ -17,6 +17,7 @@ from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.dispatcher import Dispatcher
 from vllmd.daemon.engine_manager import EngineManager
 from vllmd.daemon.engine_resolver import EngineResolver
+from vllmd.daemon.homes import Homes
 from vllmd.daemon.launch_planner import LaunchPlanner, Paths
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.preflight import Machine, look
@@ -32,7 +33,7 @@ class Site:
     def __init__(self, rig: Rig, folder: Path, model: ModelConfig, *gpus: Gpu) -> None:
         self.gpus, self.launcher = gpus, rig.launcher
         self._memory = Memory(NvmlDevices(0, {}, FakeNvml(*gpus)))
-        machine = Machine(self._memory.inventory, folder, folder / "run")
+        machine = Machine(self._memory.inventory, Homes(folder), folder / "run")
         self.dispatcher = Dispatcher(
             Scheduler(specs_of({"m": model}, look([model], machine, EngineResolver())), machine.devices)
         )

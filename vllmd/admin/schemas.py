@@ -84,6 +84,15 @@ DEVICE = {
     "wedged": {**TEXT, "description": "why nothing is put there"},
     "drained": {**BOOL, "description": "by an operator"},
 }
+DEVICE_NOW = {
+    "name": TEXT,
+    "id": TEXT,
+    "links": {**many(COUNT), "description": "devices that NVLink joins it with"},
+    "node": maybe({**COUNT, "description": "its NUMA node"}),
+    "power": maybe({**NUMBER, "description": "watts"}),
+    "temperature": maybe({**NUMBER, "description": "degrees Celsius"}),
+    "throttled": {**TEXT, "description": "why it is slowed down against its will"},
+}
 DECISION = {"at": NUMBER, "what": TEXT, "model": TEXT, "why": TEXT, "numbers": {"type": "object"}}
 
 SCHEMAS: dict[str, Schema] = {
@@ -138,7 +147,7 @@ SCHEMAS: dict[str, Schema] = {
             "backend": TEXT,
             "source": TEXT,
             "trouble": {**TEXT, "description": "why the devices do not answer"},
-            "devices": many(record(DEVICE)),
+            "devices": many(record({**DEVICE, **DEVICE_NOW})),
             "host_memory": record({"budget": COUNT, "promised": COUNT}),
             "models": many(ref("ModelLine")),
         }

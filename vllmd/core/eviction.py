@@ -40,7 +40,9 @@ def fits(s: Situation, w: Waiting) -> tuple[int, ...] | None:
     """The devices on which ``w`` can be started or woken at once; None: it does not fit.
 
     First the smallest that nobody uses, which leaves the large ones to large
-    models; else that with most room.
+    models; else that with most room. Of several, where there is a choice, those
+    that are joined directly, else those of one NUMA node: layers that are split
+    over them exchange data all the time.
     """
     if not w.span:
         return ()
@@ -51,7 +53,29 @@ def fits(s: Situation, w: Waiting) -> tuple[int, ...] | None:
     if len(good) < w.span:
         return None
     good.sort(key=_spread)
-    return tuple(sorted(room.device for room in good[: w.span]))
+    return tuple(sorted(room.device for room in _near(good, w.span)))
+
+
+def _near(good: Sequence[Room], span: int) -> Sequence[Room]:
+    """The first ``span`` of them, or better ones: the nearest kind of which there are enough together."""
+    if 1 < span < len(good):
+        for near in (_linked, _same_node):
+            for first in good:
+                together = [first]
+                for room in good:
+                    if room is not first and all(near(room, other) for other in together):
+                        together.append(room)
+                if len(together) >= span:
+                    return together[:span]
+    return good[:span]
+
+
+def _linked(one: Room, other: Room) -> bool:
+    return other.device in one.links
+
+
+def _same_node(one: Room, other: Room) -> bool:
+    return one.node is not None and one.node == other.node
 
 
 def _spread(room: Room) -> tuple[bool, int, int]:

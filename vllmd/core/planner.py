@@ -58,7 +58,9 @@ class Planner:
     def _tidy(self) -> None:
         """7.4: while nobody waits, models that are being used are moved to where they fit beside each other."""
         core = self._core
-        if core.replan and len(core.engines.ledger.accounts) > 1 and not len(core.exchanges):
+        if not core.replan or len(core.engines.ledger.accounts) < 2 or len(core.exchanges):
+            return
+        if any(m.displaced and m.state is State.SLEEPING for m in core.replicas.values()):  # before all is looked at
             plan = core.policy.tidy(self.look())
             if plan:
                 self.begin(plan)

@@ -108,6 +108,8 @@ class Room(NamedTuple):
     busy: float  # expected seconds until the start, wake, sleep or stop under way on it ends; 0 if none is
     claimed: bool  # an exchange is draining or queued there
     drain: float  # where claimed: expected seconds until that exchange can use the device
+    links: frozenset[int] = frozenset()  # devices that it is joined with directly
+    node: int | None = None  # its NUMA node
 
 
 class Situation(NamedTuple):

@@ -173,7 +173,10 @@ class Scheduler:
         core = self._core
         while core.dirty:
             self._review_dirty()
-            self._unloading.advance()
+            if len(self._unloading):
+                self._unloading.advance()
+            if not len(core.exchanges):
+                continue
             for target in core.exchanges.lapsed():
                 core.engines.record("cancel", target, "nobody waits for it any more")
                 for r in core.exchanges.cancel(target):
@@ -204,6 +207,13 @@ class Scheduler:
             del self._core.models[model.name]
 
     def _review_replica(self, r: Replica) -> None:
+        special = r.asked or r.deepen or r.removed or r.model.leases or r.queued
+        if r.state is State.READY and r.running and not special:  # it works, and that is all: the case of most events
+            self._core.waiting.pop(r, None)
+            self._unloading.drop(r)
+            self._planner.observer.note(r)
+            self._note_due(r, INFINITY)
+            return
         if r.state is State.READY:
             self._do_for_itself(r)
         elif r.state is State.SLEEPING:

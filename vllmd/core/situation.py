@@ -31,9 +31,13 @@ class Observer:
         self._sleepable: defaultdict[int, int] = defaultdict(int)  # their sums
         self._host: tuple[int, frozenset[str]] = (0, frozenset())
         self._calibrations = 0
+        self._noted: dict[Replica, None] = {}  # changed since the last look
 
     def note(self, m: Replica) -> None:
-        """``m`` changed, or is known no more."""
+        """``m`` changed, or is known no more. What that means is found out at the next look: most changes need none."""
+        self._noted[m] = None
+
+    def _take(self, m: Replica) -> None:
         self._waiting.pop(m, None)
         self._residents.pop(m, None)
         self._stale.pop(m, None)
@@ -52,6 +56,9 @@ class Observer:
     def look(self, waiting: Iterable[Replica], shallow: frozenset[str]) -> Situation:
         """Everything as it is now; ``shallow``: who sleeps at level 1 if it must."""
         fleet = self._fleet
+        for m in self._noted:
+            self._take(m)
+        self._noted.clear()
         if fleet.calibrations != self._calibrations:  # what is expected of engines that were never measured
             self._calibrations = fleet.calibrations
             self._waiting.clear()
@@ -102,12 +109,12 @@ class Observer:
             sleepable = free + self._sleepable[index]
             moving = fleet.moving.get(index)
             busy = remaining(moving, fleet.now) if moving else 0.0
-            claim = claims.get(index)
+            claim, links, node = claims.get(index), account.device.links, account.device.node
             if claim is None:
-                rooms[index] = Room(index, free, sleepable, busy, False, 0.0)
+                rooms[index] = Room(index, free, sleepable, busy, False, 0.0, links, node)
             else:
                 left = min(free, free + claim.coming - claim.need)
-                rooms[index] = Room(index, left, sleepable, busy, True, claim.drain)
+                rooms[index] = Room(index, left, sleepable, busy, True, claim.drain, links, node)
         return rooms
 
 

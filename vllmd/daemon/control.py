@@ -132,7 +132,7 @@ class DaemonControl:
             "backend": daemon.backend,
             "source": daemon.memory.source,
             "trouble": daemon.memory.trouble,
-            "devices": [asdict(device) for device in snapshot.devices],
+            "devices": [{**asdict(device), **daemon.memory.about(device.index)} for device in snapshot.devices],
             "host_memory": {"budget": snapshot.host_memory, "promised": snapshot.host_promised},
             "models": [self._lines(view) for view in snapshot.models],
         }

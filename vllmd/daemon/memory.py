@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllmd.core import events
 from vllmd.core.types import Device, Placement
@@ -84,6 +84,19 @@ class Memory:
         """The files in which stand-ins keep who holds how much of these devices; none unless all have one."""
         files = tuple(str(self._files[index]) for index in placement.devices if index in self._files)
         return files if len(files) == len(placement.devices) else ()
+
+    def about(self, index: int) -> dict[str, Any]:
+        """What a device is, and how it was at the last reading: plain data, None where it does not tell."""
+        device, last = self._by_index.get(index), self.last.devices.get(index) if self.last else None
+        return {
+            "name": device.name if device else "",
+            "id": device.id if device else "",
+            "links": sorted(device.links) if device else [],
+            "node": device.node if device else None,
+            "power": last.power if last else None,
+            "temperature": last.temperature if last else None,
+            "throttled": last.throttled if last else "",
+        }
 
     async def sample(self) -> Sample | None:
         """One reading of all devices, shared by all who ask meanwhile; None if they cannot be read or do not answer."""

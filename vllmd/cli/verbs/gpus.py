@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from vllmd.cli import show
@@ -37,5 +38,22 @@ def row(device: dict[str, Any], models: list[dict[str, Any]]) -> tuple[str, ...]
     engines = [line for model in models for line in model.get("replicas") or [model]]
     held = [line["name"] for line in engines if device["index"] in line["devices"]]
     sizes = (device["memory"], device["promised"], max(0, free), device["reserve"], device["external"])
-    note = f"avoided: {device['wedged']}" if device["wedged"] else ""
-    return (str(device["index"]), *map(show.size, sizes), ", ".join(held) or show.EMPTY, note)
+    return (str(device["index"]), *map(show.size, sizes), ", ".join(held) or show.EMPTY, "; ".join(_notes(device)))
+
+
+def _notes(device: dict[str, Any]) -> Iterator[str]:
+    """What it is, what it draws, whom it is near, what is wrong with it."""
+    if device["wedged"]:
+        yield f"avoided: {device['wedged']}"
+    if device.get("throttled"):
+        yield f"slowed down: {device['throttled']}"
+    if device.get("name"):
+        yield device["name"]
+    figures = ((device.get("power"), "W"), (device.get("temperature"), "\N{DEGREE SIGN}C"))
+    told = " ".join(f"{value:.0f}{unit}" for value, unit in figures if value is not None)
+    if told:
+        yield told
+    if device.get("links"):
+        yield f"NVLink to {', '.join(map(str, device['links']))}"
+    if device.get("node") is not None:
+        yield f"node {device['node']}"
