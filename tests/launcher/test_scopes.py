@@ -153,6 +153,16 @@ async def test_a_scope_that_is_not_made_in_time_releases_nobody(site: Machine) -
         site.run("rm -r /etc/systemd/system/vllmd.slice.d; systemctl daemon-reload")
 
 
+async def test_a_start_that_fails_leaves_no_scope(site: Machine) -> None:
+    """When its process ends while the scope is made, systemd asks us, the controller, to end what is not there."""
+    async with driving(site) as driver:
+        for _ in range(3):
+            wrong = [driver.start("exec sleep 1000", cwd="/root", stop_timeout=600) for _ in range(6)]
+            failed = await asyncio.gather(*wrong, return_exceptions=True)
+            assert {str(error) for error in failed} == {"/bin/sh could not be started: Permission denied: /root"}
+            assert units(site) == ""
+
+
 async def test_a_name_in_use_is_refused_and_free_after_the_end(site: Machine) -> None:
     """A name can be taken again at once: the next start waits until systemd has forgotten the unit."""
     name = fresh()
