@@ -258,7 +258,10 @@ ROWS: dict[str, tuple[str, ...]] = {
         f"{LOADING}::test_V_serve_host_and_port",
     ),
     "V: info shows the server's facts": ("cli/test_verbs.py::test_V_info_shows_the_server",),
-    "V: ps lists every model": ("cli/test_verbs.py::test_V_ps_lists_every_model", f"{OPERATING}::test_ps_is_quick"),
+    "V: ps lists every model": (
+        "cli/test_verbs.py::test_V_ps_lists_every_model",
+        "cli/test_verbs.py::test_ps_imports_little",
+    ),
     "V: start starts or wakes, and says how it goes and where the log is": (
         "cli/test_verbs.py::test_V_start_waits_and_says_what_happens",
         "e2e/test_lifecycle.py::test_start_and_stop_by_hand",

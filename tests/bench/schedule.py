@@ -8,7 +8,7 @@ its night: what is compared is which model makes room for which. A world is run
 over several traces and seeds; what is shown are geometric means of the ratios
 to draining LRU, which is the only bounded one of the peers' rules.
 
-    python -m tests.bench.schedule [--quick] [--seeds 1-5] [--world NAME] [--jobs 2] [--write]
+    python -m tests.bench.schedule [--quick] [--seeds 1-5] [--share 1] [--world NAME] [--jobs 2] [--write]
 
 ``--quick`` takes one seed and a third of the length. ``--write`` keeps the tables in
 ``tests/bench/schedule.md``.
@@ -379,6 +379,9 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench-schedule", description="The scheduling policies over traces.")
     parser.add_argument("--seeds", default="1-5", help="a range of seeds, such as 1-5 (the default)")
     parser.add_argument("--quick", action="store_true", help="one seed, a third of the length, draining only")
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="how much of their length the traces have (default: 1)"
+    )
     parser.add_argument("--world", default="", help="only those whose name contains this, or the numbers so: 0,3")
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
     parser.add_argument("--write", action="store_true", help=f"keep the tables in {TABLE.name}")
@@ -396,7 +399,7 @@ def main(argv: Sequence[str]) -> int:
     for variant in _chosen(args.world):
         freezes = variant.sleeps and "batch" not in variant.kind and not args.quick
         policies = [p for p in CONTENDERS if freezes or "+" not in p]
-        lines = compare(variant, ["lru", *policies], seeds, 1 / 3 if args.quick else 1.0, args.jobs)
+        lines = compare(variant, ["lru", *policies], seeds, 1 / 3 if args.quick else args.share, args.jobs)
         show(*table(variant.name, lines[1:]))
         found[variant] = {line.policy: line for line in lines}
         aims += cell_aims(variant, found[variant])
@@ -405,7 +408,8 @@ def main(argv: Sequence[str]) -> int:
     missed = sorted((aim for aim in aims if aim.missed), key=lambda aim: -aim.reached / aim.aim)
     aims = [*missed, *[aim for aim in aims if not aim.missed]]
     show("", "the aims, those that were missed first (in brackets: 95 % confidence)", *map(str, aims))
-    show(f"{len(missed)} of {len(aims)} missed; seeds {seeds[0]}-{seeds[-1]}; {time.time() - begun:.0f} s")
+    length = f"{1 / 3 if args.quick else args.share:.2f} of the length"
+    show(f"{len(missed)} of {len(aims)} missed; seeds {seeds[0]}-{seeds[-1]}, {length}; {time.time() - begun:.0f} s")
     if args.write:
         write(shown)
     return 0

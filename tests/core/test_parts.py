@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,12 @@ from tests.core.helpers import GPU, PAIR, model
 from vllmd.core.costs import CostBook, Costs, Rate
 from vllmd.core.ledger import Ledger
 from vllmd.core.queues import Queue
-from vllmd.core.types import Device, Footprint, GiB, Source
+from vllmd.core.types import Device, Footprint, GiB, ReplicaSpec, Source
+
+
+def of(name: str, **fields: Any) -> ReplicaSpec:
+    """The one engine of such a model."""
+    return model(name, **fields).replicas[0]
 
 
 def test_what_is_held_is_not_free() -> None:
@@ -54,6 +60,28 @@ def test_the_queue_knows_the_sum_of_the_ages() -> None:
     queue.remove("r1")
     assert len(queue) * 10.0 - queue.arrived == 14.0
     assert queue.oldest == 1.0
+
+
+def test_a_prior_is_by_kind_and_is_corrected_by_others_of_it() -> None:
+    """One engine of a kind has started in a tenth of the time: the others are expected to as well, other kinds not."""
+    book = CostBook()
+    first, second = of("a", engine="x", start_time=20.0), of("b", engine="x", start_time=40.0)
+    other = of("c", engine="y", start_time=40.0)
+    assert book.open(second).wake(0) == 40.0
+    assert book.open(first).observe("start", 2.0)
+    assert book.open(second).wake(0) == pytest.approx(4.0)
+    assert book.open(second).learnt("start") == 0.0
+    assert book.open(other).wake(0) == 40.0
+
+
+def test_times_of_another_engine_are_forgotten() -> None:
+    """The user's cache may have a model of that name and another size."""
+    book = CostBook()
+    book.open(of("a", weights=GiB)).observe("start", 2.0)
+    kept = CostBook.from_dict(book.to_dict())
+    assert kept.open(of("a", weights=GiB)).learnt("start") == 2.0
+    kept = CostBook.from_dict(book.to_dict())
+    assert kept.open(of("a", weights=9 * GiB)).learnt("start") == 0.0
 
 
 def test_the_first_observation_replaces_the_prior() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tests.core.helpers import GPU, model
 from tests.core.world import World
-from vllmd.core.events import EngineExited, EngineStopped, LeaseTaken, SleepAsked, StopAsked
+from vllmd.core.commands import Reject
+from vllmd.core.events import EngineExited, EngineStopped, LeaseTaken, LoadAsked, SleepAsked, StopAsked
 from vllmd.core.types import GiB, ModelView, State
 
 
@@ -23,9 +24,9 @@ def test_why_a_request_waits_is_told_at_every_stage() -> None:
     assert view(w).waiting_for == "a place in the engine (1 run at a time)"
     w.ask("r3", "other")
     w.pass_time(400.0)
-    assert view(w, "other").waiting_for == "m to leave (1 requests running there)"
+    assert view(w, "other").waiting_for.startswith("m to leave (1 requests running there), in ")
     w.finish("r1")
-    assert view(w, "other").waiting_for == "m to leave (0 requests running there)"
+    assert view(w, "other").waiting_for == "m to leave (0 requests running there), in 14 s"
     assert view(w).waiting_for == "the end of its falling asleep"
 
 
@@ -78,3 +79,39 @@ def test_a_snapshot_is_a_copy() -> None:
     w.load("m")
     assert before.models[0].state is State.STOPPED
     assert before.decisions == ()
+
+
+def test_who_waits_is_told_the_plan() -> None:
+    """For whom, until when, and after that how long: never a cause that is not the cause."""
+    w = World([model("a"), model("b")], [GPU])
+    w.load("a")
+    w.ask("r1", "a")
+    w.ask("r2", "b")
+    told = next(m.waiting_for for m in w.seen.models if m.name == "b")
+    assert told.startswith("a to be idle (1 requests run there); its requests are no longer let in from ")
+    w.pass_time(200.0)
+    told = next(m.waiting_for for m in w.seen.models if m.name == "b")
+    assert told.startswith("a to leave (1 requests running there), in ")
+    w.finish("r1")
+    assert next(m.waiting_for for m in w.seen.models if m.name == "b").startswith("a swap in ") or w.pending
+
+
+def test_coming_back_makes_sense_once_the_plan_is_done() -> None:
+    """Retry-After is the time until the model serves: the swap with its cold start, not a second."""
+    w = World([model("a", start_time=30.0), model("b", queue_limit=1, start_time=30.0)], [GPU])
+    w.ask("r1", "a")
+    w.now = 30.0  # so long its start takes, as was expected
+    w.answer("a")
+    w.ask("r2", "b")
+    refused = w.ask("r3", "b")[0]
+    assert isinstance(refused, Reject) and refused.retry_after is not None
+    assert 60.0 < refused.retry_after < 120.0  # the patience with a, its drain, its sleep, the start
+
+
+def test_an_operators_start_acts_at_once() -> None:
+    """Busy models are drained for it without the patience that a request has."""
+    w = World([model("a"), model("b")], [GPU])
+    w.load("a")
+    w.ask("r1", "a")
+    w.do(LoadAsked("b"))
+    assert w.state("a") is State.DRAINING

@@ -232,3 +232,9 @@ def test_an_engine_of_a_model_that_lost_its_replicas_is_the_models(tmp_path: Pat
         assert adopted.replica == "m"
 
     tell(story, tmp_path)
+
+
+def test_a_setting_that_came_later_changes_no_fingerprint_unless_it_is_set() -> None:
+    """An upgrade keeps the engines that run; the figure is what 0.1.0 noted for this model."""
+    assert fingerprint(ModelConfig("m")) == "bb0bdfb09501ed57"
+    assert fingerprint(ModelConfig("m", user="own")) != fingerprint(ModelConfig("m"))

@@ -9,6 +9,7 @@ import pytest
 from vllmd.core.costs import CostBook
 from vllmd.core.types import Footprint, GiB, ReplicaSpec, Source
 from vllmd.daemon.learnt import Learnt
+from vllmd.daemon.main import learnt_of
 
 
 def learnt(path: Path | None) -> Learnt:
@@ -63,7 +64,8 @@ def test_a_folder_that_cannot_be_written_costs_only_the_figures(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A full or read-only disk must not take the daemon down."""
-    cache = learnt(tmp_path / "absent" / "learnt.json")
+    (tmp_path / "file").touch()
+    cache = learnt(tmp_path / "file" / "learnt.json")
     cache.costs = {"m": {}}
     cache.save()
     assert "cannot keep learnt figures" in caplog.text
@@ -75,3 +77,14 @@ def test_without_a_folder_nothing_is_kept() -> None:
     cache.costs = {"m": {}}
     cache.save()
     assert learnt(None).costs == {}
+
+
+def test_a_daemon_without_a_unit_remembers_in_the_users_cache(tmp_path: Path) -> None:
+    """So the second ``vllmd serve`` knows how long a start takes."""
+    assert learnt_of({"HOME": "/home/me"}) == Path("/home/me/.cache/vllmd/learnt.json")
+    assert learnt_of({"HOME": "/home/me", "XDG_CACHE_HOME": "/c"}) == Path("/c/vllmd/learnt.json")
+    assert learnt_of({"HOME": "/home/me", "VLLMD_LEARNT": ""}) is None
+    cache = learnt(tmp_path / "not" / "yet" / "there.json")
+    cache.costs = {"m": {}}
+    cache.save()
+    assert learnt(tmp_path / "not" / "yet" / "there.json").costs == {"m": {}}

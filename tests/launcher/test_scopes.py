@@ -153,6 +153,16 @@ async def test_a_scope_that_is_not_made_in_time_releases_nobody(site: Machine) -
         site.run("rm -r /etc/systemd/system/vllmd.slice.d; systemctl daemon-reload")
 
 
+async def test_a_start_that_fails_leaves_no_scope(site: Machine) -> None:
+    """When its process ends while the scope is made, systemd asks us, the controller, to end what is not there."""
+    async with driving(site) as driver:
+        for _ in range(3):
+            wrong = [driver.start("exec sleep 1000", cwd="/root", stop_timeout=600) for _ in range(6)]
+            failed = await asyncio.gather(*wrong, return_exceptions=True)
+            assert {str(error) for error in failed} == {"/bin/sh could not be started: Permission denied: /root"}
+            assert units(site) == ""
+
+
 async def test_a_name_in_use_is_refused_and_free_after_the_end(site: Machine) -> None:
     """A name can be taken again at once: the next start waits until systemd has forgotten the unit."""
     name = fresh()
@@ -607,6 +617,7 @@ async def test_malformed_packets_harm_nobody(site: Machine) -> None:
 async def test_a_user_runs_it_without_root(site: Machine) -> None:
     """`systemctl --user`: the same scopes in the user's own manager, as the same user."""
     if "ann" not in site.read("/etc/passwd"):
+        site.run("systemctl restart systemd-logind.service")  # tests above restart the bus, which it may not survive
         site.add_user("ann")
     uid = site.uid("ann")
     admitted = "[Service]\nExecStart=\nExecStart=/usr/bin/vllmd-launcher --user-bus --client-user root\n"  # the tests

@@ -251,4 +251,7 @@ class Admission:
         """Seconds after which coming back makes sense: by then something will have moved."""
         if r.on:
             return max(1.0, r.costs.seconds("service"))
+        outlook = self._planner.outlook(r)
+        if outlook:
+            return max(1.0, outlook.seconds)
         return max(1.0, r.costs.wake(r.level if r.state is State.SLEEPING else 0))

@@ -10,13 +10,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from vllmd.core.eviction import fits, oldest_first
 from vllmd.core.policies import POLICIES, Lru, plain
-from vllmd.core.policy import HostClaim, Plan, Policy, Resident, Situation, Victim, Waiting, greedy_fill
+from vllmd.core.policy import HostClaim, Outlook, Plan, Policy, Resident, Situation, Victim, Waiting, greedy_fill
 
 
 class _Baseline:
     """Where sleepers are kept is not what these differ in."""
 
     in_order = False
+
+    def outlook(self, s: Situation, model: str) -> Outlook | None:
+        """These rules promise nothing."""
+        return None
 
     def tidy(self, s: Situation) -> Plan | None:
         """A sleeper wakes where it sleeps."""

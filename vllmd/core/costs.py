@@ -144,6 +144,11 @@ class Costs:
             return False
         return self._calibration.observe(kind, seconds / self._prior[kind])
 
+    def forget_times(self) -> None:
+        """It is an engine of another kind, or a model of another size."""
+        self._known.clear()
+        self._seen.clear()
+
     def arrived(self, now: float) -> None:
         """Count a request."""
         self.rate.arrived(now)
@@ -188,6 +193,8 @@ class CostBook:
             costs = self._replicas[spec.id] = self._restored(spec)
         of = _fingerprint(spec)
         if costs.of != of:
+            if costs.of and _size(costs.of) != _size(of):
+                costs.forget_times()
             costs.footprint, costs.asked, costs.of = None, 0, of
         return costs
 
@@ -230,4 +237,10 @@ class CostBook:
 
 def _fingerprint(spec: ReplicaSpec) -> str:
     f = spec.footprint
-    return f"{spec.settings}/{spec.weights}/{spec.device_count}/{f.starting}/{f.awake}/{f.source.name}"
+    engine = f"{spec.weights}/{spec.device_count}/{spec.engine}"
+    return f"{spec.settings}/{f.starting}/{f.awake}/{f.source.name}/{engine}"
+
+
+def _size(of: str) -> str:
+    """The part of a fingerprint that decides how long things take; "" of none."""
+    return "/".join(of.split("/")[-3:])

@@ -175,6 +175,13 @@ class Exchanges:
         coming = sum([ex.victims[m].frees for m in leaving if index in m.placement.devices])
         return Claim(need, coming, drain)
 
+    def until_served(self, ex: Exchange) -> float:
+        """Expected seconds until the target serves."""
+        target = ex.target
+        drain = max([self.drain_left(ex, m) for m in ex.victims if m.state in AWAKE], default=0.0)
+        anew = target in ex.victims or target.state is not State.SLEEPING
+        return drain + sum(way.takes for way in ex.victims.values()) + target.costs.wake(0 if anew else target.level)
+
     def drain_left(self, ex: Exchange, m: Replica) -> float:
         """Expected seconds until the victim's requests have ended. One that drained long will take long yet."""
         if not m.running:

@@ -173,6 +173,7 @@ class Replica:
     idle_since: float = 0.0
     leave: Leave | None = None  # why the gate is closed (DRAINING), or what a sleeper still has to do
     asked: Leave | None = None  # an operator's wish that must wait for the command under way
+    urged: bool = False  # who wants it is an operator, and busy models leave at once
     displaced: bool = False  # it sleeps because another one needed its place
     moved: float = -INFINITY  # when it was last moved to another device
     deepen: bool = False  # woken only to sleep deeper

@@ -77,7 +77,7 @@ class OperatorCommands:
         if beside:
             self._scaling.wish(r)
         elif r.state is not State.READY and r.wanted is None:
-            r.wanted = self._core.now
+            r.wanted, r.urged = self._core.now, True
 
     def sleep(self, e: SleepAsked) -> None:
         """3.2: level 3 stops."""

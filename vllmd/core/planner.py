@@ -7,7 +7,7 @@ from collections.abc import Callable
 from vllmd.core.common import Core
 from vllmd.core.eviction import fits
 from vllmd.core.model import INFINITY, Leave, Replica
-from vllmd.core.policy import Plan, Situation
+from vllmd.core.policy import Outlook, Plan, Situation
 from vllmd.core.possible import never_fits, stuck
 from vllmd.core.situation import Observer, host_claims, levels, waits_for_others
 from vllmd.core.types import State
@@ -120,7 +120,7 @@ class Planner:
         devices = fits(self.look(), self.observer.see_newcomer(m, since).without(but))
         if devices is None or never_fits(self._core.engines.ledger, m):
             return False
-        m.wanted = self._core.now
+        m.wanted, m.urged = self._core.now, False
         self.begin(Plan(m.id, devices, why=why))
         return True
 
@@ -141,7 +141,7 @@ class Planner:
                 del todo[m]
             elif self._waits_for_others(m):
                 del todo[m]
-                m.wanted = core.now
+                m.wanted, m.urged = core.now, False
                 core.mark_dirty(m)
                 self._settle()
                 self.plan()
@@ -156,9 +156,32 @@ class Planner:
             self._filled = core.now
             claims = host_claims(core.engines, core.replicas.values())
             self._shallow = core.policy.shallow(claims, core.settings.host_memory)
-        begun = core.exchanges.targets()
-        waiting = [m for m in core.waiting if m not in begun]
-        return self.observer.look(waiting, self._shallow)
+        return self.sight()
+
+    def outlook(self, r: Replica, s: Situation | None = None) -> Outlook | None:
+        """What one that is wanted and not on waits for, and how long; None where that cannot be said.
+
+        ``s``: what :meth:`sight` gave, where several are asked about.
+        """
+        core = self._core
+        swap = core.exchanges.get(r)
+        if swap:
+            seconds = core.exchanges.until_served(swap)
+            leaving = ", ".join(v.id for v in swap.victims if v is not r)
+            running = sum(len(v.running) for v in swap.victims)
+            if r in swap.victims:
+                return Outlook(seconds, f"its move to device {', '.join(map(str, swap.devices))}")
+            if leaving:
+                return Outlook(seconds, f"{leaving} to leave ({running} requests running there), in {seconds:.0f} s")
+            return Outlook(seconds, f"a swap in {seconds:.0f} s")
+        if r not in core.waiting or not core.engines.ledger.accounts:
+            return None
+        return core.policy.outlook(s or self.sight(), r.id)
+
+    def sight(self) -> Situation:
+        """What the policy would see; that somebody looks changes nothing."""
+        begun = self._core.exchanges.targets()
+        return self.observer.look([m for m in self._core.waiting if m not in begun], self._shallow)
 
     def level(self, m: Replica, wish: int) -> int:
         """The sleep level wished for, the other one where that cannot be, or 0: stop."""

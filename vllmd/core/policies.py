@@ -8,10 +8,11 @@ from functools import partial
 from typing import NamedTuple
 
 from vllmd.core.assignment import Item, assign
-from vllmd.core.eviction import Choice, cheapest, fits, oldest_first, unclaimed
+from vllmd.core.eviction import Choice, Leaver, cheapest, fits, oldest_first, unclaimed
 from vllmd.core.policy import (
     INFINITY,
     HostClaim,
+    Outlook,
     Plan,
     Policy,
     Resident,
@@ -179,6 +180,11 @@ class Lru:
             s = without(s, choice.devices if choice else due_there(s, w))
         return None
 
+    def outlook(self, s: Situation, model: str) -> Outlook | None:
+        """The least recently used: they are drained as soon as the device is at rest."""
+        w = _the(s, model)
+        return w and outlook(s, w, oldest_first(s, w, s.residents), 0.0, 0.0)
+
     def tidy(self, s: Situation) -> Plan | None:
         """Models that are being used come to fit beside each other."""
         return tidy(s)
@@ -186,6 +192,33 @@ class Lru:
     def shallow(self, claims: Iterable[HostClaim], budget: int) -> frozenset[str]:
         """As the adaptive one does: where sleepers are kept is not this policy's difference."""
         return greedy_fill(claims, budget)
+
+
+def outlook(s: Situation, w: Waiting, choice: Choice | None, patience: float, spared: float) -> Outlook | None:
+    """What ``w`` waits for.
+
+    ``patience``: seconds after which busy victims are drained; ``spared``: for how long idle ones are.
+    """
+    if choice is None:
+        return None
+    busy = [r for _, r, _ in choice.leavers if r.running or r.queued]
+    names = ", ".join(leaver.resident.model for leaver in choice.leavers) or "nobody"
+    moving = max([s.rooms[index].busy for index in choice.devices if index in s.rooms], default=0.0)
+    swap = takes(choice) + w.load
+    if busy:
+        running = sum([r.running for r in busy])
+        left = max(moving, patience)
+        why = f"{names} to be idle ({running} requests run there)"
+        why += f"; its requests are no longer let in from {left:.0f} s on" if left >= 0.5 else ""
+        return Outlook(left + longest_drain(choice.leavers) + swap, why)
+    left = max(moving, spared)
+    cause = "the device is at rest then" if moving >= spared else f"{names} may be asked for again sooner"
+    why = f"a swap with {names} in {left:.1f} s" + (f": {cause}" if left > 0.0 else "")
+    return Outlook(left + swap, why)
+
+
+def _the(s: Situation, model: str) -> Waiting | None:
+    return next((w for w in s.waiting if w.model == model), None)
 
 
 def in_turn(s: Situation) -> Sequence[Waiting]:
@@ -247,6 +280,17 @@ class Adaptive:
             if plan:
                 return plan
         return None
+
+    def outlook(self, s: Situation, model: str) -> Outlook | None:
+        """The cheapest victims, and how long patience with them lasts."""
+        w, turns = _the(s, model), _Turns(s)
+        if w is None:
+            return None
+        choice = cheapest(s, w, s.residents, partial(turns.prices.alone, w, False))
+        leavers, waited = choice.leavers if choice else (), s.now - w.oldest
+        limits = [r.drain_limit - drain_time(r.service, r.running) for _, r, _ in leavers if r.running]
+        patience = min(turns.deadline, max(limits, default=INFINITY)) - waited
+        return outlook(s, w, choice, max(0.0, patience), max(0.0, _known(w, leavers) - waited))
 
     def tidy(self, s: Situation) -> Plan | None:
         """Models that are being used come to fit beside each other."""
@@ -329,8 +373,7 @@ class _Turns:
         if not busy:
             # 3: spared is who is expected back before the swap would be over, for as long as it is known to take.
             spared = any(rate_of(r, self.s.now) * offer.cost >= 1.0 for _, r, _ in leavers)
-            known = w.learnt + sum([way.learnt for _, _, way in leavers])
-            return "" if spared and waited < known else "the others there are idle"
+            return "" if spared and waited < _known(w, leavers) else "the others there are idle"
         if offer.budget < INFINITY and offer.waited >= self.s.knobs.kappa * offer.price:
             return "the wait is worth the swap"
         limit = max([r.drain_limit for r in busy])
@@ -342,6 +385,11 @@ class _Turns:
         for device in devices:
             self.rooms.pop(device, None)
             self.begin.discard(device)
+
+
+def _known(w: Waiting, leavers: Iterable[Leaver]) -> float:
+    """Seconds that the swap takes, as far as that was measured."""
+    return w.learnt + sum([way.learnt for _, _, way in leavers])
 
 
 def _by_device(residents: Iterable[Resident]) -> dict[int, list[Resident]]:
@@ -391,6 +439,7 @@ def _may_leave(s: Situation, w: Waiting, residents: Iterable[Resident]) -> list[
         r
         for r in residents
         if r.asleep
+        or w.urged
         or not (r.running or r.queued)
         or now - r.since >= q * (r.ways[0].takes + (load or r.ways[0].back) + r.ways[0].back)
     ]

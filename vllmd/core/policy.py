@@ -79,9 +79,10 @@ class Waiting(NamedTuple):
     devices: tuple[int, ...]  # where it may go; for a sleeper, where it is
     span: int  # how many of them it takes; 0: none at all
     priority: float
-    impatient: bool  # on_busy: evict
+    impatient: bool  # on_busy: evict, or an operator asked for it: it has no patience with busy ones
     learnt: float = 0.0  # of ``load``, what was measured: nothing until it was done once
     needs: tuple[int, ...] = ()  # the need on each of ``devices`` where they differ; ``need`` is then the least
+    urged: bool = False  # an operator asked for it: not even those that were just loaded are spared
     move: Move | None = None  # of a sleeper that may serve elsewhere as well
 
     def elsewhere(self, move: Move) -> Waiting:
@@ -162,6 +163,13 @@ class Plan(NamedTuple):
     unasked: bool = False  # nobody waits for it: it is moved while that costs nobody anything
 
 
+class Outlook(NamedTuple):
+    """What is to happen for a waiter for whom nothing has begun."""
+
+    seconds: float  # until it serves, as expected, at the latest
+    why: str  # what it waits for, readable
+
+
 class HostClaim(NamedTuple):
     """A model that could sleep at level 1, for the choice of who may."""
 
@@ -179,6 +187,9 @@ class Policy(Protocol):
 
     def choose(self, s: Situation) -> Plan | None:
         """The next exchange to begin (one without victims is a plain start or wake), or None: not yet."""
+
+    def outlook(self, s: Situation, model: str) -> Outlook | None:
+        """What one of those who wait is waiting for; None: it cannot be said."""
 
     def tidy(self, s: Situation) -> Plan | None:
         """Nobody waits: a move by which models that are being used come to fit beside each other, or None."""

@@ -91,7 +91,7 @@ class Scheduler:
     def snapshot(self, now: float) -> Snapshot:
         """Everything worth showing, copied."""
         core = self._core
-        return snapshot(core, max(now, core.now))
+        return snapshot(core, self._planner, max(now, core.now))
 
     def _rooms(self) -> dict[type, Callable[[Any], None]]:
         """Who handles which event."""

@@ -135,6 +135,7 @@ def see_waiting(fleet: EngineTable, m: Replica) -> Waiting:
     frozen = len(m.running)
     asked = [m.wanted] if m.wanted is not None else []
     since = [t for t in (m.oldest, m.changed if frozen else None, *asked) if t is not None]
+    urged = m.urged and m.wanted is not None
     any_device = m.devices or tuple(fleet.ledger.accounts)
     return Waiting(
         model=m.id,
@@ -148,7 +149,8 @@ def see_waiting(fleet: EngineTable, m: Replica) -> Waiting:
         devices=m.placement.devices if asleep else any_device,
         span=len(m.placement.devices) if asleep else device_count(fleet, m),
         priority=m.model.spec.priority,
-        impatient=m.model.spec.on_busy == "evict",
+        impatient=urged or m.model.spec.on_busy == "evict",
+        urged=urged,
         learnt=m.costs.learnt(wake_kind(m.level if asleep else 0)),
         move=see_move(fleet, m) if asleep else None,
     )
@@ -172,7 +174,7 @@ def elsewhere(fleet: EngineTable, m: Replica) -> tuple[int, ...]:
     if len(accounts) < 2 or m.running or m.spec.when_free or m.removed or not m.placement.devices:
         return ()
     here = m.placement.devices if len(m.placement.devices) == 1 else ()
-    devices = tuple(i for i in m.spec.devices or accounts if i in accounts and i not in here)
+    devices = tuple(i for i in m.devices or accounts if i in accounts and i not in here)
     return devices if len(devices) >= m.spec.device_count and set(devices) != set(m.placement.devices) else ()
 
 
@@ -210,7 +212,7 @@ def see_resident(fleet: EngineTable, m: Replica, shallow: frozenset[str]) -> Res
         drain_limit=INFINITY if m.spec.drain_limit is None else m.spec.drain_limit,
         began=min([run.began for run in m.running.values()], default=INFINITY),
         need=m.booking,
-        allowed=() if m.spec.when_free or m.removed else m.spec.devices or tuple(fleet.ledger.accounts),
+        allowed=() if m.spec.when_free or m.removed else m.devices or tuple(fleet.ledger.accounts),
         displaced=m.displaced,
         moved=m.moved,
     )

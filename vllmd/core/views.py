@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from vllmd.core.balancing import in_flight, resting
 from vllmd.core.common import Core
 from vllmd.core.engine_table import EngineTable
 from vllmd.core.exchanges import Exchanges
 from vllmd.core.ledger import Account, gib
 from vllmd.core.model import Model, Replica, Standing
+from vllmd.core.planner import Planner
+from vllmd.core.policy import Situation
 from vllmd.core.situation import waits_for_others
 from vllmd.core.types import DeviceView, ModelView, ReplicaView, Snapshot, State
 
@@ -19,13 +23,23 @@ BEST_FIRST = (
 SERVES = frozenset({"serving", "resting", "slow"})
 UNWELL = frozenset({"slow", "ejected"})
 
+Ask = Callable[[Replica], str]  # what a replica waits for, by the plan; "" if that cannot be said
 
-def snapshot(core: Core, now: float) -> Snapshot:
+
+def snapshot(core: Core, planner: Planner, now: float) -> Snapshot:
     """All models, all devices, host memory, and the last decisions."""
+    sight: list[Situation] = []  # drawn when the first one waits for the policy
+
+    def outlook(r: Replica) -> str:
+        if not sight:
+            sight.append(planner.sight())
+        told = planner.outlook(r, sight[0])
+        return told.why if told else ""
+
     fleet = core.engines
     return Snapshot(
         at=now,
-        models=tuple(_model(core, m, now) for m in core.models.values()),
+        models=tuple(_model(core, m, now, outlook) for m in core.models.values()),
         devices=tuple(_device(account) for account in fleet.ledger.accounts.values()),
         host_memory=fleet.ledger.host_budget,
         host_promised=fleet.ledger.host_promised,
@@ -37,9 +51,9 @@ def _device(a: Account) -> DeviceView:
     return DeviceView(a.device.index, a.device.memory, a.device.reserve, a.promised, a.external, a.wedged, a.drained)
 
 
-def _model(core: Core, model: Model, now: float) -> ModelView:
+def _model(core: Core, model: Model, now: float, outlook: Ask) -> ModelView:
     """The replicas as one: in the state of the best of them, with all their requests and memory."""
-    views = tuple(_replica(core, r, now) for r in model.replicas)
+    views = tuple(_replica(core, r, now, outlook) for r in model.replicas)
     best = min(views, key=lambda view: (not serves(view, model), BEST_FIRST.index(view.state)))
     up = [view for view in views if serves(view, model)]
     idle = [view.idle for view in views if view.idle is not None]
@@ -75,7 +89,7 @@ def serves(view: ReplicaView, model: Model) -> bool:
     return view.state is State.READY and (not model.rules or view.standing in SERVES)
 
 
-def _replica(core: Core, r: Replica, now: float) -> ReplicaView:
+def _replica(core: Core, r: Replica, now: float, outlook: Ask) -> ReplicaView:
     engines, oldest = core.engines, r.oldest
     at_rest = (r.on or r.state is State.SLEEPING) and not in_flight(r)
     return ReplicaView(
@@ -91,7 +105,7 @@ def _replica(core: Core, r: Replica, now: float) -> ReplicaView:
         since=now - r.changed,
         pinned=r.pinned,
         leases=tuple(r.leases),
-        waiting_for=_waiting_for(engines, core.exchanges, r, now) if r.demand else "",
+        waiting_for=_waiting_for(engines, core.exchanges, r, now, outlook) if r.demand else "",
         failure=r.failure or (r.health.why if r.health else ""),
         standing=_standing(r),
         latency=r.health.latency if r.health else None,
@@ -105,7 +119,7 @@ def _standing(r: Replica) -> str:
     return "resting" if r in resting(r.model) else r.health.standing.value
 
 
-def _waiting_for(fleet: EngineTable, exchanges: Exchanges, m: Replica, now: float) -> str:
+def _waiting_for(fleet: EngineTable, exchanges: Exchanges, m: Replica, now: float, outlook: Ask) -> str:
     """Why queued requests wait, in a few words."""
     if m.state is State.STARTING:
         return f"its start ({now - m.changed:.0f} of about {m.costs.wake(0):.0f} s)"
@@ -119,20 +133,21 @@ def _waiting_for(fleet: EngineTable, exchanges: Exchanges, m: Replica, now: floa
         return f"a restart in {max(0.0, m.retry_at - now):.0f} s after: {m.failure}"
     if m.state not in (State.STOPPED, State.SLEEPING):
         return f"the end of its {m.state.value.replace('_', ' ')}"
-    return _waiting_for_room(fleet, exchanges, m)
+    return _waiting_for_room(fleet, exchanges, m, outlook)
 
 
-def _waiting_for_room(fleet: EngineTable, exchanges: Exchanges, m: Replica) -> str:
+def _waiting_for_room(fleet: EngineTable, exchanges: Exchanges, m: Replica, outlook: Ask) -> str:
     exchange = exchanges.get(m)
     if exchange and exchange.victims:
-        running = sum(len(victim.running) for victim in exchange.victims)
-        return f"{', '.join(v.id for v in exchange.victims)} to leave ({running} requests running there)"
+        return outlook(m)
     others = waits_for_others(fleet, exchanges.replicas.values(), m)
     if others:
         return others.why
     holder = fleet.holder(exchange.devices if exchange else m.placement.devices or tuple(fleet.ledger.accounts))
     if holder:
         return f"{holder.id}, which is {holder.state.value.replace('_', ' ')}"
+    if told := outlook(m):
+        return told
     accounts = fleet.ledger.accounts.values()
     wedged = [f"device {a.device.index} is avoided: {a.wedged}" for a in accounts if a.avoided]
     taken = [f"strangers hold {gib(a.external)} on device {a.device.index}" for a in accounts if a.external > a.missing]

@@ -125,9 +125,13 @@ def noted_by_older(model: ModelConfig) -> str:
 def _fingerprint(model: ModelConfig, name: str) -> str:
     parts = {key: value for key, value in asdict(model).items() if key not in _NOT_THE_ENGINES}
     parts["name"] = name
+    for setting, default in _SINCE_0_1_0.items():
+        if parts[setting] == default:  # as if there were no such setting: an engine of an older version is kept
+            del parts[setting]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+_SINCE_0_1_0 = {"user": ""}  # settings that 0.1.0 did not have, with the value that means what it did
 _NOT_THE_ENGINES = {  # settings that take effect without another engine
     *("display_name", "description", "hidden", "capabilities"),
     *("where", "aliases", "idle", "pin", "preload", "warm_up", "priority", "concurrency", "on_busy", "preempt"),

@@ -1,6 +1,7 @@
 """Figures that were learnt, kept over restarts: a cache, safe to delete, never believed blindly.
 
-One JSON file: ``{"costs": {...}}``, as ``vllmd.core.costs.CostBook`` has them.
+One JSON file in the service's cache directory, or for ``vllmd serve`` in the
+user's: ``{"costs": {...}}``, as ``vllmd.core.costs.CostBook`` has them.
 It forgets by itself what was measured of a model that is now configured otherwise.
 """
 
@@ -44,6 +45,7 @@ class Learnt:
             return
         part = self._path.with_suffix(".part")
         try:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             part.write_text(text)
             os.replace(part, self._path)
             self._written = text

@@ -98,6 +98,18 @@ async def _live(config: Config, broken: str, around: RuntimeEnvironment, reload:
     return EX_SOFTWARE if daemon.failed else 0
 
 
+def learnt_of(environment: Mapping[str, str]) -> Path | None:
+    """The file in which a daemon without a unit keeps what it learnt, so that the next ``vllmd serve`` knows it.
+
+    In the user's cache, or where ``VLLMD_LEARNT`` says; None where that is empty: nothing is kept.
+    """
+    if "VLLMD_LEARNT" in environment:
+        return Path(environment["VLLMD_LEARNT"]) if environment["VLLMD_LEARNT"] else None
+    home = environment.get("HOME")
+    cache = Path(environment.get("XDG_CACHE_HOME") or (Path(home) if home else Path.home()) / ".cache")
+    return cache / "vllmd" / "learnt.json"
+
+
 @contextlib.contextmanager
 def runtime(environment: Mapping[str, str], *, activated: bool) -> Iterator[RuntimeEnvironment]:
     """What the unit file says by environment variables; without a run directory a private one while we live."""
@@ -110,6 +122,7 @@ def runtime(environment: Mapping[str, str], *, activated: bool) -> Iterator[Runt
             home=Path(home) if home else None,
             homes=Path(environment["VLLMD_ENGINE_HOMES"]) if environment.get("VLLMD_ENGINE_HOMES") else None,
             cache=Path(cache) if cache else None,
+            learnt=Path(cache) / "learnt.json" if cache else learnt_of(environment),
             logs=_logs(environment),
             activated=activated,
             environment=environment,

@@ -63,6 +63,7 @@ class RuntimeEnvironment:
     home: Path | None = None  # of the engines
     homes: Path | None = None  # where those of models with a user of their own are
     cache: Path | None = None
+    learnt: Path | None = None  # the file of figures that are kept over restarts; None: none are
     logs: Path | None = None
     activated: bool = False  # listeners came from systemd: exit when idle
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -81,7 +82,7 @@ class Daemon:
         self.engine_manager: EngineManager
         self.memory: Memory
         self.launcher: LauncherClient
-        self.learnt = Learnt(runtime.cache and runtime.cache / "learnt.json")
+        self.learnt = Learnt(runtime.learnt)
         self.opened = asyncio.Event()
         self.notify = Notifier()
         self.kinds = EngineResolver()

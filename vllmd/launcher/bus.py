@@ -107,6 +107,16 @@ class Bus:
         """Returns the job."""
         return self._call(lambda: self._manager.StopUnit(unit.encode(), b"replace"))  # type: ignore[no-any-return]
 
+    def abandon(self, unit: str) -> None:
+        """Be the scope's controller no more: systemd then stops it without asking us."""
+        ask = [(ord("s"), unit.encode())]
+
+        def abandon() -> None:
+            path = self._calls.call_method(_SYSTEMD, _PATH, _MANAGER, b"GetUnit", ask).body
+            self._calls.call_method(_SYSTEMD, path, _SCOPE, b"Abandon", [])
+
+        self._call(abandon)
+
     def matching(self, pattern: str) -> list[Unit]:
         """The loaded units of such names."""
         return _units(self._call(lambda: self._manager.ListUnitsByPatterns([], [pattern.encode()])))

@@ -276,8 +276,8 @@ class Supervisor:
         """The start job has ended. Later than the time limit it changes nothing: the unit is being retired."""
         if engine.phase is not Phase.PLACING:
             return None
-        if group is None:
-            return self._fail(engine, Failed(why))
+        if group is None:  # perhaps because the process has ended, and has said why
+            return self._fail(engine, (engine.child and _words(engine.child.errors)) or Failed(why))
         engine.group = group
         group.watch(lambda: self._group_changed(engine))
         if engine.ending or engine.process is None:
@@ -478,11 +478,18 @@ def _cancel(engine: Engine) -> None:
         engine.timer = None
 
 
-def _last_words(errors: int, ending: Ending) -> Failed:
-    """Why a child ended before its exec: in its own words if it had any left."""
+def _words(errors: int) -> Failed | None:
+    """What a child says went wrong, if it has said anything."""
     with contextlib.suppress(BlockingIOError):
         if data := os.read(errors, 4096):
             return read_failure(data)
+    return None
+
+
+def _last_words(errors: int, ending: Ending) -> Failed:
+    """Why a child ended before its exec: in its own words if it had any left."""
+    if said := _words(errors):
+        return said
     how = f"signal {ending.signal}" if ending.signal else f"status {ending.status}"
     return Failed(f"the process ended with {how} before the command was executed")
 

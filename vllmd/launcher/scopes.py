@@ -162,9 +162,15 @@ class Scopes:
         self._loop.later(PATIENCE, lambda: self._stop(unit))
 
     def _stop(self, unit: str) -> None:
-        """Of a scope around a zombie, or one that is still being made, systemd notices nothing by itself."""
+        """Of a scope around a zombie, or one that is still being made, systemd notices nothing by itself.
+
+        As its controller we would be asked to end processes that there are none of, and systemd would wait for the
+        scope to become empty, which it is, until its stop timeout.
+        """
         if unit not in self._retiring:
             return
+        with contextlib.suppress(BusError):  # it is still being made; what follows will tell
+            self._bus.abandon(unit)
         try:
             job = self._bus.stop(unit)
         except BusError as error:

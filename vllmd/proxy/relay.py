@@ -56,6 +56,7 @@ INSTEAD = {
 }
 REFUSALS = frozenset({502, 503, 504})  # of a replica: another one may serve
 TAIL = 1024  # bytes at an answer's end in which its usage is looked for
+MOST_TAIL = 16 * TAIL
 OPENING = 8192  # bytes at an answer's beginning in which its id is looked for
 LONGEST_ID = 256  # bytes of a response's id with its key
 
@@ -79,7 +80,8 @@ class Relay:
         kind = content_type.partition(";")[0].strip().lower()
         if kind != "application/json" and not kind.endswith("+json"):
             raise BadRequest("the Content-Type must be application/json")
-        await self._make_plain(exchange, content_type)
+        if request.body[:1] != b"{" or "charset" in content_type.lower() or request.headers.get("content-encoding"):
+            await self._make_plain(exchange, content_type)
         large = len(request.body) > LARGE
         await self.serve(exchange, await in_turns(in_large(request.body)) if large else in_json(request.body))
 
@@ -282,30 +284,6 @@ async def _ruled(body: bytes, rules: Rules) -> Asked:
     return in_json(ruled(body, rules))
 
 
-class Tail:
-    """The last bytes of an answer, however it is cut."""
-
-    __slots__ = ("_bytes",)
-
-    def __init__(self) -> None:
-        self._bytes = bytearray()
-
-    def feed(self, data: bytes) -> None:
-        """More of the answer. What is too old goes when there is much of it, not at each piece."""
-        kept = self._bytes
-        if len(data) >= TAIL:
-            kept[:] = data[-TAIL:]
-            return
-        kept += data
-        if len(kept) > 16 * TAIL:
-            del kept[:-TAIL]
-
-    @property
-    def last(self) -> bytes:
-        """At least the last ``TAIL`` bytes, if there were so many."""
-        return bytes(self._bytes[-TAIL:])
-
-
 class Forward:
     """One request's way to the engine and back; the engine's connection reports to it (``upstream.Sink``)."""
 
@@ -324,7 +302,7 @@ class Forward:
         self._answer: Answer | None = None
         self.heartbeats: Heartbeats | None = None  # while it has no byte of the answer, and the client wants to know
         self._plain_events = False  # events that end with their last chunk or the connection: comments may precede them
-        self._tail = Tail()
+        self._tail = bytearray()  # the last bytes of the answer, TAIL of them or more
         self._opening = bytearray()  # of the answer, as long as a response's id is looked for in it
         self._names_response = exchange.request.path == "/v1/responses"
         self.response_id = ""  # of a POST /v1/responses, once the answer has told it
@@ -373,7 +351,7 @@ class Forward:
         """Tell the gate that the request is over, and what the answer's usage says it took in all, if it does."""
         permit, self._permit = self._permit, None
         if permit is not None:
-            permit.done(total_tokens(self._tail.last), self._error.message if self._error is not None else "")
+            permit.done(total_tokens(bytes(self._tail[-TAIL:])), self._error.message if self._error is not None else "")
 
     # -- what the engine's connection says
 
@@ -407,7 +385,13 @@ class Forward:
         """More of the body."""
         if data and self.heartbeats is not None:
             self.quiet()
-        self._tail.feed(data)
+        if len(data) < TAIL:
+            tail = self._tail
+            tail += data
+            if len(tail) > MOST_TAIL:  # what is too old goes when there is much of it, not at each piece
+                del tail[:-TAIL]
+        else:
+            self._tail = bytearray(data[-TAIL:])
         if self._names_response:
             self._look_for_id(data)
         if self._answer is not None:
