@@ -78,7 +78,7 @@ def test_a_failure_says_what_was_asked_and_what_happened(
 @pytest.mark.parametrize(
     ("listen", "why"),
     [
-        (Listen(uds="/nowhere/s"), "no connection to /nowhere/s: No such file or directory"),
+        (Listen(uds="/nowhere/s"), "no connection to the engine's socket: No such file or directory"),
         (Listen(port=1), "no connection to 127.0.0.1:1: Connection refused"),
     ],
 )

@@ -57,6 +57,11 @@ def describe(address: Address) -> str:
     return address.uds or f"{'https://' * bool(address.tls)}{_authority(address)}{address.prefix}"
 
 
+def _for_clients(address: Address) -> str:
+    """The address in an error that clients may see: where engines of this machine have their sockets is not told."""
+    return "the engine's socket" if address.uds else describe(address)
+
+
 def host_field(address: Address) -> str:
     """The Host of a request: what a server elsewhere knows itself by, and ``localhost`` for one of our own."""
     if address.uds or (not address.tls and _is_loopback(address.host)):
@@ -353,12 +358,12 @@ async def connect(address: Address, limit: float, protocol: Callable[[], P]) -> 
     except Impostor as error:
         raise Impostor(f"no connection to {describe(address)}: {error.message}") from None
     except TimeoutError:
-        raise UpstreamFailed(f"no connection to {describe(address)} within {limit:g} s") from None
+        raise UpstreamFailed(f"no connection to {_for_clients(address)} within {limit:g} s") from None
     except ssl.SSLError as error:
         why = getattr(error, "verify_message", "") or error.reason or error
-        raise UpstreamFailed(f"no connection to {describe(address)}: TLS: {why}") from None
+        raise UpstreamFailed(f"no connection to {_for_clients(address)}: TLS: {why}") from None
     except OSError as error:
-        raise Unreached(f"no connection to {describe(address)}: {_told(error)}") from None
+        raise Unreached(f"no connection to {_for_clients(address)}: {_told(error)}") from None
 
 
 def _told(error: OSError) -> str:
