@@ -6,7 +6,7 @@ PREFIX ?= /usr/local
 WORKERS ?= 4
 FAST   := not machine and not vllm and not gpu and not llama
 
-.PHONY: help check unit lint fast mutants demo bench-start bench-proxy bench-schedule gpu-check deb rpm install
+.PHONY: help check unit lint fast mutants soak demo bench-start bench-proxy bench-schedule gpu-check deb rpm install
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
@@ -30,6 +30,9 @@ demo: ## wake a model through the socket and watch it; MODEL=path for one of you
 
 bench-start: ## what waking costs: sockets, daemon, scopes
 	@$(SETUP) all && $(PYTHON) -m tests.bench.start
+
+soak: ## an hour of kills, stops and restarts from a seed, under load (SECONDS=3600 SEED=)
+	@$(SETUP) host tree build venv && $(PYTHON) -m tests.soak.chaos $(SECONDS) $(SEED)
 
 bench-proxy: ## the proxy beside nginx and HAProxy
 	@$(SETUP) host bench venv && $(PYTHON) -m tests.bench.proxy

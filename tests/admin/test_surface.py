@@ -508,6 +508,7 @@ def test_a_broken_configuration_is_unhealthy_and_repaired_by_a_reload(tmp_path: 
     with running(tmp_path, "polcy: lru\n") as site:
         health = site.ask("GET", "/health")
         assert (health.status, health.json["status"].endswith("vllmd.yaml:1")) == (503, True)
+        assert "polcy" in site.operate("GET", "/admin/status")["configuration"]["error"]
         assert site.ask("GET", "/health/ready").status == 503
         assert site.ask("GET", "/health/live").status == 200
         assert "vllmd_configuration_valid 0.0" in site.ask("GET", "/metrics").text

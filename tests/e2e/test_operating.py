@@ -159,7 +159,10 @@ def test_no_permission(site: Site) -> None:
     """Who is not in the group hears which one it is; who is, operates, but may not edit the configuration."""
     site.chat("steady", "hi")
     for line, (status, message) in zip(ASKING, tried(site, *ASKING, user="stranger"), strict=True):
-        assert (status, "sudo usermod -aG vllmd stranger, then log in again" in message) == (77, True), (line, message)
+        assert (status, "sudo usermod -aG vllmd-admin stranger, then log in again" in message) == (77, True), (
+            line,
+            message,
+        )
     assert [status for status, _ in tried(site, "ps", "stop steady", user="oda")] == [0, 0]
     assert [status for status, _ in tried(site, CLIENTS[0], user="stranger")] == [0]
     denied = f"vllmctl: you may not write {CONFIG_FILE}; try again with sudo"
@@ -196,14 +199,16 @@ def test_a_full_disk(site: Site) -> None:
     ("path", "mode"), [("/etc/vllmd", "700"), ("/etc/vllmd/models.d", "700"), (CONFIG_FILE, "600")]
 )
 def test_a_configuration_that_the_daemon_may_not_read(site: Site, path: str, mode: str) -> None:
-    """Said to the administrator and to clients, with whom to let in; then a reload repairs it."""
+    """Said to the administrator, with whom to let in; clients hear which file it is; then a reload repairs it."""
     was = site.machine.out(["stat", "-c", "%a", path])
     site.machine.run(["chmod", mode, path])
     try:
         status, answer = site.post("/v1/completions", {"model": "steady", "prompt": "x"})
         assert status == 503
-        assert "Permission denied" in answer["error"]["message"]
-        assert "the user vllmd must be able to read it" in answer["error"]["message"]
+        assert path in answer["error"]["message"]
+        told = site.machine.run("vllmctl ps", check=False).stderr
+        assert "Permission denied" in told
+        assert "the user vllmd must be able to read it" in told
     finally:
         site.machine.run(["chmod", was, path])
     site.machine.run("vllmctl reload")

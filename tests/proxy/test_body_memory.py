@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vllmd.proxy.body_memory import BodyMemory, place_of
 from vllmd.proxy.http import Peer
+from vllmd.proxy.limits import Limits
+from vllmd.proxy.reader import RequestReader
 
 
 def fill(memory: BodyMemory, place: str, step: int = 1) -> int:
@@ -86,3 +90,36 @@ def test_addresses_that_one_person_has_in_any_number_are_one_place(one: Peer, ot
 def test_others_are_others(one: Peer, other: Peer) -> None:
     """Neighbours do not share."""
     assert place_of(one) != place_of(other)
+
+
+HEAD = b"POST / HTTP/1.1\r\nHost: a\r\n"
+SIZE = 128 << 10
+
+
+@pytest.mark.parametrize("piece", [2, 64 << 10])
+@pytest.mark.parametrize(
+    "sent",
+    [
+        HEAD + b"Content-Length: %d\r\n\r\n" % (SIZE + 1) + b"x" * SIZE,
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"8\r\n01234567\r\n" * (SIZE // 8),
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % (SIZE + 1) + b"x" * SIZE,
+    ],
+    ids=["by its length", "in small chunks", "in one chunk"],
+)
+def test_a_body_takes_the_memory_that_it_brings(sent: bytes, piece: int) -> None:
+    """However small its pieces: as a list of them, two bytes would take fifty."""
+    reader = RequestReader(Limits())
+    pieces = [sent[at : at + piece] for at in range(0, len(sent), piece)]
+    has_head = False
+    tracemalloc.start(1)
+    try:
+        for data in pieces:
+            reader.feed(data)
+            has_head = has_head or reader.head() is not None
+            if has_head:
+                assert reader.body() is None
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert reader.received == SIZE
+    assert taken <= 1.3 * SIZE + (32 << 10)  # and the head, with what was worked out from it

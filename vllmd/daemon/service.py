@@ -367,7 +367,9 @@ class Daemon:
         while self.engine_manager.processes and time.monotonic() < deadline and not self._hurry.is_set():
             changed = asyncio.ensure_future(self.control.changed(deadline - time.monotonic()))
             hurried = asyncio.ensure_future(self._hurry.wait())
-            await asyncio.wait({changed, hurried}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.sleep(0)  # both listen from here on; engines elsewhere have stopped by now, and say so once
+            if self.engine_manager.processes:
+                await asyncio.wait({changed, hurried}, return_when=asyncio.FIRST_COMPLETED)
             changed.cancel()
             hurried.cancel()
 

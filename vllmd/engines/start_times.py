@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from vllmd.config.types import ModelConfig
-from vllmd.engines.options import seconds
+from vllmd.config.value_types import DURATION, SECONDS
 
 GB = 1e9
 UNKNOWN = 10.0  # seconds for kinds that others have added, beside the reading of the weights
@@ -31,6 +31,12 @@ _TIMES: Mapping[str, Callable[[float], float]] = {  # W: gigabytes of weights ->
 def start_time(model: ModelConfig, kind: str, weights: int) -> float:
     """Seconds. ``weights`` in bytes. A stand-in says itself how long it loads."""
     if kind == "sim":
-        return 0.5 + (seconds(model, "load_time", 1.0) if model.options.get("load_time") else 0.0)
+        return 0.5 + _load_time(model)
     known = _TIMES.get(kind)
     return known(weights / GB) if known else UNKNOWN + 0.2 * weights / GB
+
+
+def _load_time(model: ModelConfig) -> float:
+    """A stand-in's ``load_time``. 0 for one that is wrong: its start will say so, and nobody else's business it is."""
+    match = DURATION.fullmatch(str(model.options.get("load_time", "0s")).strip())
+    return float(match[1]) * SECONDS[match[2].lower()] if match else 0.0

@@ -3,13 +3,14 @@
 From the wire inwards::
 
     server       accepts on listeners that are open already, counts, drains
-    connection   one client: request after request, limits and deadlines
+    connection   one client: request after request, limits and deadlines; body_memory: whose bodies may take how much
     reader       bytes -> heads and bodies (pure), over heads and framing
     access       authorisation: who a caller is, and what a route needs; hosts, cors: what browsers may
-    routing      path -> handler; exchange: one request and its answer
-    relay        a model's request: peek (find ``model``; large: in megabytes), gate (may it go?),
-                 loading (SSE comments meanwhile); eager spares it turns of the loop and tasks
-    upstream     connections to engines, their pool, and ``request`` for control calls
+    routing      path -> handler; paths: what clients write instead; exchange: one request and its answer
+    relay        a model's request: decoding (to plain UTF-8), peek (find ``model``; large: in megabytes), gate (may it
+                 go?), loading_heartbeat (SSE comments until its first byte); eager spares it turns of the loop
+    upstream     connections to engines, their pool, and ``request`` for control calls; response_heads: from pieces,
+                 and put right
     peers        who listens where an engine should: nobody else gets a byte
     answer       the engine's answer on its way back; rewrite puts the client's name into it
     tunnel       WebSockets: bytes both ways
