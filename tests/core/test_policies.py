@@ -109,6 +109,12 @@ def test_a_drain_limit_is_a_promise() -> None:
     assert victims(Adaptive().choose(see([waiting("w", age=15.5)], [later]))) == ["busy"]
 
 
+def test_a_drain_limit_bounds_the_time_that_a_new_model_is_left_alone() -> None:
+    """It was kept for three swaps by figures that nobody had measured, and twenty models waited for it in turn."""
+    new = busy("new", since=NOW - 2.5, drain_limit=2.0, ways=(NAP._replace(takes=4.0, back=4.0), STOP))
+    assert victims(Adaptive().choose(see([waiting("w", age=1.0)], [new]))) == ["new"]
+
+
 @pytest.mark.parametrize("policy", [Adaptive(), Lru()])
 def test_priority_orders_those_who_wait(policy: Policy) -> None:
     """Of two who come together, and of one who waits a little longer; but age counts: nobody is starved by it."""

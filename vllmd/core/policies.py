@@ -264,7 +264,8 @@ class Adaptive:
        starts) the same holds from the beginning, for there it is what makes the
        longest waits.
     6. A busy model that has just been loaded stays for ``residency`` times what
-       the swap costs, deadline or not, so that every swap serves somebody.
+       the swap costs, deadline or not, so that every swap serves somebody; but
+       no longer than its drain limit.
     """
 
     name = "adaptive"
@@ -441,7 +442,7 @@ def _may_leave(s: Situation, w: Waiting, residents: Iterable[Resident]) -> list[
         if r.asleep
         or w.urged
         or not (r.running or r.queued)
-        or now - r.since >= q * (r.ways[0].takes + (load or r.ways[0].back) + r.ways[0].back)
+        or now - r.since >= min(r.drain_limit, q * (r.ways[0].takes + (load or r.ways[0].back) + r.ways[0].back))
     ]
 
 
