@@ -145,6 +145,7 @@ models:
         ("[3]", "replicas.of: a number is not a mapping; accepted: a list of mappings"),
         ("[{name: a}, {name: a}]", "two of them are called m@a"),
         ("[{aliases: [b]}]", "replicas.of[0].aliases: there is no such setting"),
+        ("[{queue_limit: 3}]", "replicas.of[0].queue_limit: there is no such setting"),
         ("[{devices: x}]", "replicas.of[0].devices: "),
         ("[{devices: [7]}]", "models.m@1.devices: there is no device 7"),
         ("{growth: 1}", "replicas.growth: 1 is out of range; accepted: a number above 1"),

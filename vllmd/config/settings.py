@@ -240,8 +240,10 @@ REPLICAS = Group(
         Setting(
             "of",
             k.MAPPINGS,
-            "Each replica's own settings, beside those of the model: any but aliases, api_key, replicas and request, "
-            "and name, which stands behind the model's name and @ in vllmctl, in place of a number.",
+            "Each replica's own settings, beside those of the model, and name, which stands behind the model's name "
+            "and @ in vllmctl, in place of a number. What belongs to the model as clients see it cannot differ: aliases, "
+            "api_key, request, priority, on_busy, queue_limit, queue_timeout, display_name, description, hidden, "
+            "capabilities.",
             field="given",
             secret=True,
         ),
@@ -415,12 +417,17 @@ MODEL = Group(
 )
 
 NOT_IN_DEFAULTS = frozenset({"model", "aliases", "api_key", "host", "replicas"})
+# What clients ask for has these, however many engines answer: one name, one queue.
+OF_THE_MODEL = frozenset(
+    {"aliases", "api_key", "replicas", "request", "priority", "on_busy", "queue_limit", "queue_timeout"}
+    | {"display_name", "description", "hidden", "capabilities"}
+)
 REPLICA = replace(
     MODEL,
     doc="A replica's own settings.",
     rows=(
         Setting("name", k.TEXT, "What it is called behind the model's name and @."),
-        *(row for row in MODEL.rows if row.name not in {"aliases", "api_key", "replicas", "request"}),
+        *(row for row in MODEL.rows if row.name not in OF_THE_MODEL),
     ),
 )
 DEFAULTS = replace(
