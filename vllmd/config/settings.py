@@ -240,10 +240,10 @@ REPLICAS = Group(
         Setting(
             "of",
             k.MAPPINGS,
-            "Each replica's own settings, beside those of the model, and name, which stands behind the model's name "
-            "and @ in vllmctl, in place of a number. What belongs to the model as clients see it cannot differ: "
-            "aliases, api_key, request, priority, on_busy, queue_limit, queue_timeout, display_name, description, hidden, "
-            "capabilities.",
+            "Each replica's own settings, beside those of the model, and name, which stands behind the model's "
+            "name and @ in vllmctl, in place of a number. What belongs to the model as clients see it cannot "
+            "differ: aliases, api_key, request, priority, on_busy, queue_limit, queue_timeout, display_name, "
+            "description, hidden, capabilities.",
             field="given",
             secret=True,
         ),
