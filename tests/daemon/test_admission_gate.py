@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -68,6 +69,29 @@ async def test_admitted_and_done(rig: Rig) -> None:
     permit.done(7)
     assert rig.posted == [events.RequestArrived("1", "m", "key"), events.RequestFinished("1", 7)]
     assert rig.gate.open == 0
+
+
+@script
+async def test_a_permit_that_is_done_holds_its_request_no_longer(rig: Rig) -> None:
+    """Whom to tell of a cut leads to the request's body: 64 MiB must not wait for the cycle collector."""
+
+    class Asker:
+        def cut(self, reason: str) -> None:
+            pass
+
+    task = await rig.arrive()
+    rig.gate.admit(commands.Admit("1", "m"))
+    permit = await task
+    asker = Asker()
+    permit.on_cut(asker.cut)
+    gone = weakref.ref(asker)
+    permit.done()
+    del asker
+    assert gone() is None
+    permit.on_cut(late := Asker().cut)
+    gone = weakref.ref(late.__self__)
+    del late
+    assert gone() is None
 
 
 @script

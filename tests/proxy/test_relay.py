@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from tests.proxy.fakes import (
     EVENTS,
     Asked,
     Engine,
+    Script,
     Stage,
     chunked,
     get,
@@ -27,7 +29,7 @@ from vllmd.engines.base import Listen
 from vllmd.errors import Unavailable
 from vllmd.proxy.gate import Target
 from vllmd.proxy.limits import Limits
-from vllmd.proxy.relay import total_tokens
+from vllmd.proxy.relay import Forward, total_tokens
 
 ANSWER = b'{"model":"m","choices":[],"usage":{"prompt_tokens":3,"total_tokens":12}}'
 
@@ -855,3 +857,31 @@ def test_an_engines_page_is_one_slash_further() -> None:
             assert (answer.status, answer.headers["location"]) == (302, "/upstream/m/app?x=1")
 
     asyncio.run(play())
+
+
+@pytest.mark.parametrize(
+    ("script", "status"),
+    [(reply(ANSWER), 200), (reply(ANSWER, "HTTP/1.1 400 Bad\r\n"), 400), (raw(close=True), 502)],
+    ids=["answered", "refused", "broken off"],
+)
+def test_what_is_over_is_freed_at_once(script: Script, status: int) -> None:
+    """Bodies of 64 MiB: in a cycle of references they would stay, uncounted, until the collector comes by."""
+
+    async def play() -> None:
+        async with stage(script) as act:
+            client = await act.client()
+            client.post()
+            assert (await client.answer()).status == status
+            await until(lambda: act.gate.permits[0].endings)
+            act.gate.permits[0].cut = lambda reason: None  # as a real one does when it is done
+            await until(lambda: not forwards())
+
+    def forwards() -> list[Forward]:
+        return [each for each in gc.get_objects() if isinstance(each, Forward)]
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(play())
+    finally:
+        gc.enable()

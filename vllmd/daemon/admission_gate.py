@@ -262,6 +262,7 @@ class _Permit:
         """The request ended, however it did."""
         if not self._over:
             self._over = True
+            self._on_cut = None  # it leads to the request's body, which is to be freed now and not by a late collection
             self._admission_gate.ended(self._ticket, tokens, failed)
 
     async def retry(self, error: errors.VllmdError) -> Permit:
@@ -270,7 +271,8 @@ class _Permit:
 
     def on_cut(self, callback: Callable[[str], None]) -> None:
         """Call ``callback(reason)`` when the daemon breaks the request off (at once if it has)."""
-        self._on_cut = callback
+        if not self._over:
+            self._on_cut = callback
         if self._cut is not None:
             callback(self._cut)
 

@@ -202,7 +202,9 @@ class Relay:
         try:
             await self._deliver(exchange, upstream_request, loading, only)
         except VllmdError as error:
-            loading.fail(error)
+            # Whoever raised it may hold it, and by its traceback everybody's variables: the request's body would stay
+            # in that circle, uncounted, until the cycle collector comes by.
+            loading.fail(error.with_traceback(None))
 
     def target(self, request: Request, name: str, route: str) -> Target:
         """What ``name`` means to this client, who asks for ``route`` ("" for none of the public ones).
