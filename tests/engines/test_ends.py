@@ -170,7 +170,7 @@ def test_what_an_engine_manages_itself_is_never_taken_for_what_it_needs(tmp_path
         rig.engine.gpu.hold(0)
         sampled = await rig.memory.report(rig.engine_manager.processes, {("m", 0): AWAKE})
         assert sampled is not None
-        assert sampled.models.get(("m", 0), AWAKE) == AWAKE
+        assert sampled.replicas.get(("m", 0), AWAKE) == AWAKE
         rig.engine_manager.sleep(commands.SleepEngine("m", 2))
         assert await rig.event() == events.EngineAsleep("m", 2, {})
 
@@ -187,6 +187,6 @@ def test_a_missing_program_says_what_to_install(tmp_path: Path) -> None:
         failed = await rig.event()
         assert isinstance(failed, events.EngineStartFailed)
         assert failed.permanent
-        assert "\ninstall llama.cpp (https://github.com/ggml-org/llama.cpp)" in failed.reason
+        assert "; install llama.cpp (https://github.com/ggml-org/llama.cpp)" in failed.reason
 
     tell(story, tmp_path)
