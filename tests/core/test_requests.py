@@ -197,3 +197,11 @@ def test_a_client_that_left_in_the_moment_of_admission_is_an_end_like_another() 
     w.ask("r2", "m")
     assert w.scheduler.handle(RequestGone("r1"), 1.0) == [Admit("r2", "m")]
     assert w.scheduler.handle(RequestGone("never seen"), 1.0) == []
+
+
+def test_nobody_waits_for_a_sleeper_that_fits_on_no_device() -> None:
+    """It was found asleep, and by its figures it can neither wake there nor start elsewhere: who asks is told so."""
+    w = World([model("m", 100)], [GPU])
+    w.do(EngineAdopted("m", Placement((0,)), State.SLEEPING, 1))
+    (refused,) = [command for command in w.ask("r", "m") if isinstance(command, Reject)]
+    assert refused.error == "ModelTooLarge"

@@ -100,7 +100,7 @@ class Client:
             self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
             self.connected = True
         body = b'{"model": "m", "stream": %b, "messages": []}' % (b"true" if stream else b"false")
-        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         self.writer.write(head + b"content-length: %d\r\n\r\n" % len(body) + body)
         answer = await self.reader.readuntil(b"\r\n\r\n")
         size = LENGTH.search(answer)

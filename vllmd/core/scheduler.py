@@ -272,7 +272,11 @@ class Scheduler:
             if not ledger.asking:
                 self._admission.reject_waiters(r, "Unavailable", ledger.unknown, 5.0)
             return
-        why = "" if r.state is State.SLEEPING else never_fits(ledger, r)
+        why = never_fits(ledger, r)
+        if r.state is State.SLEEPING and all(
+            ledger.accounts[index].capacity >= r.footprint.awake for index in r.placement.devices
+        ):
+            why = ""  # it may not start any more, but it can wake where it sleeps
         if why:
             self._admission.reject_waiters(r, "ModelTooLarge", why)
             core.engines.record("refuse", r, why)
