@@ -5,10 +5,10 @@
     control     what they may ask of the daemon
     routes      which path is whose, who may, and what /openapi.json says of it
     models      what any client may read: models, health, version
-    operate     the operator's verbs, logs, events; asked checks what they are given
+    operate     the operator's verbs, logs, events; params checks what they are given
     instances   M's API under /api/v1: GPUs, processes, models on GPUs
-    guests      models that programs bring along
-    tally       what is counted as it happens
+    runtime_models  models that programs bring along
+    counters    what is counted as it happens
     metrics     /metrics; exposition writes it for Prometheus, relabel the engines' own
     openapi     /openapi.json of the route table; schemas has the words, page is /docs
 """

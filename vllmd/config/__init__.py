@@ -1,7 +1,7 @@
 """The configuration: one table of settings, and the loader.
 
 nodes      YAML as nodes that know file, line and column
-kinds      kinds of values: parser, words, JSON Schema
+value_types kinds of values: parser, words, JSON Schema
 types      the configuration as frozen dataclasses
 settings   THE TABLE; everything else is drawn from it
 sources    files, environment, command line -> trees of nodes
@@ -11,7 +11,7 @@ loader     all of that, and parsing -> Config
 findings   problems, warnings, origins
 checks     what spans several settings
 replicas   the engines that this machine is to have
-guest      a model's settings from a program instead of a file
+runtime_model a model's settings from a program instead of a file
 secrets    keys and tokens kept in files
 schema     the table as JSON Schema
 conversion other systems' configurations

@@ -182,7 +182,7 @@ class ProbeAsked:
 
 @dataclass(frozen=True, slots=True)
 class MemorySampled:
-    """NVML's word, bytes: per device index what strangers hold, and per (replica, index) what its processes hold."""
+    """NVML's word, bytes: what other programs hold per device index, what its processes hold per (replica, index)."""
 
     external: Mapping[int, int]
     replicas: Mapping[tuple[str, int], int]

@@ -29,6 +29,8 @@
       probing          replicas are asked a short question by an operator: which answers first
       instances        M's start on a GPU of the caller's choice
     serializers      how models and devices are shown to clients and operators
+    homes            whom an engine runs as, and where its home is
+    self_description what a running engine says of itself: its context, its tasks
     processes        processes on the devices: whose they are, and how to end one
     discovery        models of the Hugging Face cache that nobody configured
     logfile          an engine's output in a rotating file

@@ -1,4 +1,4 @@
-"""The heart: events go to the core, its commands to whoever carries them out.
+"""Events go to the core, its commands to the parts that execute them.
 
 ``post`` may be called from anywhere in the event loop, also while another event
 is being handled: events are taken one after the other, and executing a command
