@@ -125,6 +125,7 @@ class Scheduler:
             ev.LeaseTaken: self._operator.lease,
             ev.LeaseReleased: self._operator.release,
             ev.ModelsChanged: self._operator.changed,
+            ev.SettingsChanged: self._operator.retune,
             ev.TimePassed: self._passed,
         }
 

@@ -63,7 +63,7 @@ class Observer:
             self._calibrations = fleet.calibrations
             self._waiting.clear()
             self._stale.update(dict.fromkeys(self._residents))
-        host = (fleet.ledger.host_promised, shallow)
+        host = (fleet.ledger.host_budget - fleet.ledger.host_promised, shallow)
         if host != self._host:  # who can sleep at which level depends on it
             self._host = host
             self._stale.update((m, None) for m, r in self._residents.items() if not r.asleep)
