@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from vllmd.core.types import Device, Footprint, ModelSpec, Placement, State
+from vllmd.core.types import Device, Footprint, ModelSpec, Placement, Settings, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +301,13 @@ class ModelsChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class SettingsChanged:
+    """The configuration was reloaded: decide by this policy and within these limits from now on."""
+
+    settings: Settings
+
+
+@dataclass(frozen=True, slots=True)
 class TimePassed:
     """A moment that ``Scheduler.next_timer`` asked for has come."""
 
@@ -336,5 +343,6 @@ Event = (
     | LeaseReleased
     | KeptAlive
     | ModelsChanged
+    | SettingsChanged
     | TimePassed
 )

@@ -126,6 +126,7 @@ class Scheduler:
             ev.LeaseReleased: self._operator.release,
             ev.KeptAlive: self._unloading.kept_alive,
             ev.ModelsChanged: self._operator.changed,
+            ev.SettingsChanged: self._operator.retune,
             ev.TimePassed: self._passed,
         }
 

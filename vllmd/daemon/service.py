@@ -378,6 +378,7 @@ class Daemon:
     def accept(self, config: Config) -> None:
         """Serve by this configuration from now on."""
         self.config, self.broken = config, ""
+        logging.getLogger().setLevel(config.log_level.upper())
         self.admission_gate.refusal = None
         self.engines = engines_of(config.models)
         self.admission_gate.configure(config.models, self.engines, config.server.keep_alive_limit)

@@ -71,7 +71,7 @@ class Relay:
         self.pool = Pool(limits)
         self.gate = gate
         self.limits = limits
-        self.heartbeats = Heartbeats(limits.loading_comment_interval)
+        self.heartbeats = Heartbeats(limits)
         self._responses: OrderedDict[str, tuple[str, str]] = OrderedDict()  # response id -> engine; model as asked for
 
     async def json(self, exchange: Exchange) -> None:
