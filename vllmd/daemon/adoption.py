@@ -72,9 +72,8 @@ async def _adopt(
     """Take one over; returns it if it has to go instead."""
     found = await examine(running, models, engine_of, engine_manager.key_of, engine_manager.has_ended)
     process = found.process
-    why = found.why or ("" if engine_manager.has_devices(process.placement) else "its device is not there any more")
-    if found.state is None or why or process.model.name in engine_manager.processes:
-        why = why or "it is a second one of its model"
+    if found.state is None or process.model.name in engine_manager.processes:
+        why = found.why or "it is a second one of its model"
         log.warning("%s: stopping an engine left by an earlier daemon: %s", process.model.name, why)
         return process
     process.asleep = found.state is State.SLEEPING
