@@ -7,14 +7,15 @@ import time
 import pytest
 
 from tests.machine.container import Machine
+from tests.soak.blows import QUICK
 from tests.soak.chaos import Soak
 
 pytestmark = pytest.mark.machine
 
 
 def test_nothing_is_lost_in_two_minutes_of_kills_stops_and_restarts(installed_machine: Machine) -> None:
-    """No orphan, no scope without a process, no model that does not answer, no client that waits for ever."""
-    soak, end = Soak(installed_machine, seed=13), time.monotonic() + 100
+    """No orphan, no scope without a process, no byte promised that nobody holds, no client that waits for ever."""
+    soak, end = Soak(installed_machine, seed=13, blows=QUICK), time.monotonic() + 100
     while time.monotonic() < end:
         soak.round()
     assert soak.ends["200"] > 0, soak.table()

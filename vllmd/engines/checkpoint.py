@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vllmd.foreign import File, Folder, Unreadable, about, members, quoted, shown
+from vllmd.hub import ggufs, is_projector
 
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 MAX_INDEX = 64 << 20  # bytes; those of the largest models so far have 25 million
@@ -51,8 +52,9 @@ def weights_of(path: Path, tag: str = "", root: Path | None = None) -> Weights:
     found = _safetensors(folder, names)
     if found.total:
         return found
-    ggufs = any(name.endswith(".gguf") for name in names)
-    other = _gguf(folder, _gguf_files(folder, names, tag)) if ggufs else _pytorch(folder, names)
+    there = ggufs(folder, names)
+    projector = _projector(folder, there) if root else []
+    other = _gguf(folder, _gguf_files(folder, there, tag), projector) if there else _pytorch(folder, names)
     return Weights(other.sizes, other.how, found.notes + other.notes)
 
 
@@ -61,7 +63,7 @@ def gguf_file(path: Path, tag: str = "", root: Path | None = None) -> Path | Non
     if path.is_file():
         return path if path.suffix == ".gguf" else None
     folder = Folder(path, root)
-    return next((path / name for name in _gguf_files(folder, folder.names(), tag)), None)
+    return next((path / name for name in _gguf_files(folder, ggufs(folder, folder.names()), tag)), None)
 
 
 # ---- safetensors ------------------------------------------------------------------------------
@@ -198,14 +200,21 @@ def _gguf_files(folder: Folder, names: Sequence[str], tag: str) -> list[str]:
     """One model's GGUF files: those that ``tag`` (such as Q4_K_M) names, else the largest; all parts of a split one."""
     whole: dict[str, list[str]] = {}
     for name in names:
-        if name.endswith(".gguf") and not name.startswith("mmproj") and folder.size(name) is not None:
+        if not is_projector(name) and folder.size(name) is not None:
             whole.setdefault(_SPLIT.sub("", name.removesuffix(".gguf")), []).append(name)
     tagged = [found for stem, found in whole.items() if tag and tag.lower() in stem.lower()]
     return max(tagged or whole.values(), key=lambda found: _sum(folder, found), default=[])
 
 
-def _gguf(folder: Folder, names: Sequence[str]) -> Weights:
-    return _sane(Weights({"GGUF": _sum(folder, names)}, f"size of {shown(names[0]) if names else 'no file'}"))
+def _projector(folder: Folder, names: Sequence[str]) -> list[str]:
+    """The largest of those that are here: of a repository llama.cpp loads one with the model."""
+    there = [name for name in names if is_projector(name)]
+    return sorted(there, key=lambda name: folder.size(name) or 0)[-1:]
+
+
+def _gguf(folder: Folder, names: Sequence[str], projector: Sequence[str] = ()) -> Weights:
+    told = f"size of {shown(names[0]) if names else 'no file'}" + "".join(f" and {shown(each)}" for each in projector)
+    return _sane(Weights({"GGUF": _sum(folder, [*names, *projector])} if names else {}, told))
 
 
 def _sum(folder: Folder, names: Iterable[str]) -> int:

@@ -62,16 +62,16 @@ class Estimate:
     notes: tuple[str, ...] = ()
 
 
-def estimate(model: ModelConfig, hf_home: Path, device_memory: int) -> Estimate:
+def estimate(model: ModelConfig, hub: Path, device_memory: int) -> Estimate:
     """What ``model`` will take on devices of ``device_memory`` bytes (0: there is none). Never raises.
 
-    Reads the files of the model from a path or the cache under ``hf_home``; downloads nothing.
+    Reads the files of the model from a path or the cache under ``hub``; downloads nothing.
     """
     if model.engine == "remote":
         return Estimate(Footprint(0, 0), 0, 0, 0, "a remote engine takes nothing here")
     if model.engine == "sim":
         return _stand_in(model, device_memory)
-    facts = facts_of(model, hf_home)
+    facts = facts_of(model, hub)
     if not model.model and model.engine not in BY_NAME:  # nor need its name be that of any files
         facts = replace(facts, notes=())
     if not facts.weights:
