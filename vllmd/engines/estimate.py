@@ -17,6 +17,8 @@ learns the first. The rules, per device:
 5. ``gpu_memory``: a fraction of the device (vLLM's own meaning), or bytes, is
    taken at its word instead of 1-3's sum; the largest of ``when_free.shares`` too.
 6. Nothing known at all: 0.9 of the device, and as much of the host at level 1.
+
+llama.cpp has rules of its own in place of 2 and 3, see ``llama_memory``.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from pathlib import Path
 
 from vllmd.config.types import ModelConfig
 from vllmd.core.types import Device, Footprint, GiB, Source
-from vllmd.engines import options
+from vllmd.engines import llama_memory, options
 from vllmd.engines.architecture import Architecture
 from vllmd.engines.facts import Facts, argument, facts_of, is_wide, size, whole
 from vllmd.errors import ConfigError
@@ -200,6 +202,8 @@ def _budget(model: ModelConfig, device_memory: int) -> tuple[int | None, str]:
 
 def _overhead(model: ModelConfig, weights: int) -> int:
     """Bytes per device beside weights and cache (rule 3)."""
+    if model.engine in llama_memory.KINDS:
+        return llama_memory.overhead(weights, on_cpu=llama_memory.runs_on_cpu(model))
     total = CONTEXT + WORKING + weights * 6 // 100
     if argument(model, "enforce-eager") == "true":
         total -= EAGER_SAVES
@@ -228,6 +232,9 @@ def _kv(model: ModelConfig, facts: Facts, room: int) -> _Kv:
     length = _length(model, facts.cache)
     requests = min(REQUESTS, whole(argument(model, "max-num-seqs")) or REQUESTS)
     tokens = max(length, requests * min(length, REQUEST_TOKENS))
+    if model.engine in llama_memory.KINDS:
+        requests = llama_memory.slots(model)
+        tokens = length * requests
     wanted, least = _kv_size(model, facts, tokens, requests), _kv_size(model, facts, length, 1)
     if not wanted:
         return _Kv(0, "it keeps none", 0, 0)
@@ -290,7 +297,7 @@ def _length(model: ModelConfig, cache: Architecture | None) -> int:
 
 def _kv_width(model: ModelConfig) -> int:
     """Bytes of a value in the cache."""
-    told = argument(model, "kv-cache-dtype")
+    told = argument(model, "kv-cache-dtype", "cache-type-k", "ctk")
     if "8" in told:
         return 1
     return 4 if told in ("", "auto") and is_wide(model) else 2
