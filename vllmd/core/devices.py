@@ -43,7 +43,7 @@ class Devices:
     def _put_off(self, m: Replica, why: str, *, told: bool) -> None:
         """It is not brought up now. Requests that wait for it go on waiting, or are told."""
         self._core.waiting.pop(m, None)
-        for other in self._core.exchanges.cancel(m):
+        for other in self._core.swaps.cancel(m):
             self._core.mark_dirty(other)
         if told and m.at_rest:
             self._admission.reject_waiters(m, "Unavailable", why, 5.0)

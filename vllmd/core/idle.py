@@ -31,7 +31,7 @@ def rest(m: Replica, now: float) -> Rest:
 
 def idle_due(m: Replica) -> float:
     """When its idle rules next want something; infinite while it is used, kept, or about to leave anyway."""
-    if m.running or m.demand or m.kept or m.leave or m.asked or m.exchange or m.deepen:
+    if m.running or m.demand or m.kept or m.leave or m.asked or m.swap or m.deepen:
         return INFINITY
     rules, since = m.spec.idle, m.idle_since
     stop = INFINITY if rules.stop_after is None else since + rules.stop_after

@@ -14,7 +14,7 @@ from vllmd.core.events import (
     SleepAsked,
     StopAsked,
 )
-from vllmd.core.model import INFINITY, Health, Lease, Leave, Model, Replica, Standing
+from vllmd.core.model import INFINITY, Health, HealthStatus, Lease, Leave, Model, Replica
 from vllmd.core.scaling import Scaling
 from vllmd.core.types import ModelSpec, ReplicaSpec, State, renamed
 
@@ -251,4 +251,4 @@ def _bound_for(r: Replica, device: int) -> bool:
 
 
 def _serves(r: Replica) -> bool:
-    return r.state is State.READY and (r.health is None or r.health.standing in (Standing.SERVING, Standing.SLOW))
+    return r.state is State.READY and (r.health is None or r.health.status in (HealthStatus.SERVING, HealthStatus.SLOW))

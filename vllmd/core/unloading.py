@@ -48,7 +48,7 @@ class Unloading:
         core = self._core
         level = self._planner.level(m, leave.level)
         if core.now >= leave.freeze_at and m.freezable and level and core.engines.free_to_move(m):  # 6.2
-            target = m.exchange.id if m.exchange else ""
+            target = m.swap.id if m.swap else ""
             core.engines.record("freeze", m, leave.why, {"frozen": len(m.running), "for": target, "cause": leave.cause})
             core.engines.sleep(m, level, freeze=True)
             core.mark_dirty(m)
@@ -95,5 +95,5 @@ class Unloading:
     def can_deepen(self, m: Replica) -> bool:
         """An engine cannot go from level 1 to 2 asleep: it must wake in between, and has room to, unasked."""
         core = self._core
-        claimed = not core.exchanges.claims().keys().isdisjoint(m.placement.devices)
-        return core.engines.free_to_move(m) and not claimed and core.exchanges.room_for(m, m.placement.devices)
+        claimed = not core.swaps.claims().keys().isdisjoint(m.placement.devices)
+        return core.engines.free_to_move(m) and not claimed and core.swaps.room_for(m, m.placement.devices)
