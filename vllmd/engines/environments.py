@@ -98,6 +98,7 @@ def _folders(kind: Path) -> list[Path]:
     return [one for one in entries if not one.is_symlink() and one.name[0] != "." and (one / "bin/python").exists()]
 
 
-def _age(version: str) -> tuple[tuple[int, str], ...]:
-    """Sorts versions by their numbers: 0.9 before 0.10, and letters before either (0.33rc1 before 0.33.0)."""
-    return tuple((int(part), "") if part.isdecimal() else (-1, part) for part in re.findall(r"\d+|[A-Za-z]+", version))
+def _age(version: str) -> tuple[tuple[int, int, str], ...]:
+    """Sorts versions by their numbers, 0.9 before 0.10; letters come before the end (0.10rc1 before 0.10)."""
+    parts = re.findall(r"\d+|[A-Za-z]+", version)
+    return (*((2, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts), (1, 0, ""))

@@ -54,6 +54,7 @@ class Estimate:
     ``weights``: of the whole model, as loaded. ``kv_per_token``: of the whole model, 0 if unknown or none.
     ``kv_cache``: per device, to be passed to the engine (``Place.kv_cache``); 0 leaves it to the engine.
     ``why``: the arithmetic. ``notes``: what was odd or had to be guessed.
+    ``host_running``: of the host as long as it runs, awake or asleep.
     """
 
     footprint: Footprint
@@ -62,6 +63,7 @@ class Estimate:
     kv_cache: int
     why: str
     notes: tuple[str, ...] = ()
+    host_running: int = 0
 
 
 def estimate(model: ModelConfig, hf_home: Path, device_memory: int) -> Estimate:
@@ -76,9 +78,19 @@ def estimate(model: ModelConfig, hf_home: Path, device_memory: int) -> Estimate:
     facts = facts_of(model, hf_home)
     if not model.model and model.engine not in BY_NAME:  # nor need its name be that of any files
         facts = replace(facts, notes=())
-    if not facts.weights:
-        return _unknown(model, facts, device_memory)
-    return _known(model, facts, device_memory)
+    told = _known(model, facts, device_memory) if facts.weights else _unknown(model, facts, device_memory)
+    return replace(told, host_running=_host_running(model, told.footprint.awake, device_memory))
+
+
+def _host_running(model: ModelConfig, awake: int, device_memory: int) -> int:
+    """What it takes of the host while it runs: of llama.cpp its prompts, and all of it where that is on the CPU."""
+    if model.engine not in llama_memory.KINDS:
+        return 0
+    on_host = not device_memory or model.options.get("gpu_layers") in (0, "0")
+    try:
+        return llama_memory.prompt_cache(model) + (awake if on_host else 0)
+    except ConfigError:  # refused where it is used, not here
+        return 0
 
 
 def too_large(model: ModelConfig, told: Estimate, devices: Sequence[Device]) -> str:

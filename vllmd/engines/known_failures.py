@@ -36,6 +36,17 @@ def _row(pattern: str, advice: str, **flags: bool) -> Known:
 
 
 TABLE: tuple[Known, ...] = (
+    # -- what a model of llama.cpp brings along; of what follows from it a context that could not be made is one thing
+    _row(
+        r"(?:load|apply) lora adapter|llama_adapter_lora_init: failed to open",
+        "lora under options names a file that is not there, or no adapter for this model",
+        permanent=True,
+    ),
+    _row(
+        r"Failed to load CLIP model|failed to load multimodal model",
+        "mmproj under options names a file that is not there, or no projector for this model",
+        permanent=True,
+    ),
     # -- memory
     _row(
         r"Available memory on node \d+ \(([\d.]+)/([\d.]+) GiB\).*desired CPU memory utilization \(([\d.]+)",
@@ -118,16 +129,6 @@ TABLE: tuple[Known, ...] = (
     _row(
         r"does not appear to have a file named (\S+?)[.,]?(?:\s|$)",
         "the folder has no {1}: it is not a whole model, or holds GGUF files, which the engine llama.cpp takes",
-        permanent=True,
-    ),
-    _row(
-        r"(?:load|apply) lora adapter|llama_adapter_lora_init: failed to open",
-        "lora under options names a file that is not there, or no adapter for this model",
-        permanent=True,
-    ),
-    _row(
-        r"Failed to load CLIP model|failed to load multimodal model",
-        "mmproj under options names a file that is not there, or no projector for this model",
         permanent=True,
     ),
     _row(

@@ -30,14 +30,14 @@ from vllmd.engines import environments
 from vllmd.engines.base import Failure, Launch, Listen, Place, Progress
 from vllmd.engines.checkpoint import gguf_file, projector_file
 from vllmd.engines.facts import argument
-from vllmd.engines.options import size, switch, text, unknown, whole, words
+from vllmd.engines.llama_memory import MiB, prompt_cache
+from vllmd.engines.options import switch, text, unknown, whole, words
 from vllmd.engines.plain import Plain, environment
 from vllmd.engines.vllm import check_path
 from vllmd.foreign import Unreadable, within
 from vllmd.hub import is_repository, locate
 
 ALL_LAYERS = 999  # older versions do not know the word all
-PROMPT_CACHE = 512 << 20  # bytes of host memory
 LOOK = 2.0  # seconds for finding a model's files in the cache
 OWN_SERVER = Path(__file__).with_name("xllamacpp_server.py")
 _STAMP = re.compile(r"(?:\d+\.){3}\d+ (?P<level>[DIWE]) ")  # 0.00.032.878 E gguf_init_from_file: ...
@@ -124,18 +124,9 @@ class LlamaCpp(Plain):
         told = [line for stamp, line in stamps if not (failed and stamp and stamp["level"] in "DIW")]
         return super().failure([_STAMP.sub("", line) for line in told])
 
-
     def _absent(self, said: Sequence[str]) -> str:
         """The same of the package whose server it may be."""
         return next((line for line in said if "No module named 'xllamacpp'" in line), "") or super()._absent(said)
-
-
-def prompt_cache(model: ModelConfig) -> int:
-    """Bytes of host memory that it may keep prompts in. Raises ConfigError."""
-    if (flag := argument(model, "cache-ram", "cram")) and flag.isdecimal():
-        return int(flag) << 20
-    told = size(model, "prompt_cache")
-    return PROMPT_CACHE if told is None else told
 
 
 def _program(model: ModelConfig) -> tuple[str, ...]:
@@ -214,5 +205,5 @@ def _options(model: ModelConfig) -> list[str]:
 
 def _variables(model: ModelConfig, place: Place) -> dict[str, str]:
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if whole(model, "gpu_layers") == 0 else {}
-    own = {"LLAMA_ARG_CACHE_RAM": str(prompt_cache(model) >> 20), "OMP_WAIT_POLICY": "passive"}
+    own = {"LLAMA_ARG_CACHE_RAM": str(prompt_cache(model) // MiB), "OMP_WAIT_POLICY": "passive"}
     return own | environment(model, place) | hidden

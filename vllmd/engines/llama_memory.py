@@ -19,10 +19,13 @@ import os
 
 from vllmd.config.types import ModelConfig
 from vllmd.core.types import GiB
+from vllmd.engines import options
+from vllmd.engines.facts import argument
 
 KINDS = frozenset({"llama.cpp", "llama-server"})
 MiB = 1 << 20
 PROGRAM = 52 * MiB
+PROMPT_CACHE = 512 * MiB  # llama-server's own default is 8 GiB
 BATCH = 1.4  # MiB for a model of 1 MiB
 ON_GPU = GiB // 2 + 300 * MiB
 _ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/dri")
@@ -38,6 +41,14 @@ def overhead(weights: int, *, on_cpu: bool) -> int:
     if on_cpu:
         return PROGRAM + int(BATCH * math.sqrt(weights / MiB) * MiB)
     return ON_GPU + weights // 50
+
+
+def prompt_cache(model: ModelConfig) -> int:
+    """Bytes of host memory that it may keep prompts in. Raises ConfigError."""
+    if (flag := argument(model, "cache-ram", "cram")) and flag.isdecimal():
+        return int(flag) * MiB
+    told = options.size(model, "prompt_cache")
+    return PROMPT_CACHE if told is None else told
 
 
 def slots(model: ModelConfig) -> int:

@@ -106,13 +106,14 @@ FLAGS = (
     Flag("--ui --webui", "ui"),
     Flag("--no-ui --no-webui", "ui", value=False),
 )
-# Values that are members of an enumeration of the package: the parameter, the enumeration, and word -> member.
+CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
+# Flags whose values are members of an enumeration of the package: the parameter, the enumeration, and the words.
 CHOICES = {
     "-fa --flash-attn": ("flash_attn_type", "llama_flash_attn_type", ("on", "off", "auto")),
     "-sm --split-mode": ("split_mode", "llama_split_mode", ("none", "layer", "row")),
     "--pooling": ("pooling_type", "llama_pooling_type", ("none", "mean", "cls", "last", "rank")),
-    "-ctk --cache-type-k": ("cache_type_k", "ggml_type", ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")),
-    "-ctv --cache-type-v": ("cache_type_v", "ggml_type", ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")),
+    "-ctk --cache-type-k": ("cache_type_k", "ggml_type", CACHE_TYPES),
+    "-ctv --cache-type-v": ("cache_type_v", "ggml_type", CACHE_TYPES),
     "--rope-scaling": ("rope_scaling_type", "llama_rope_scaling_type", ("none", "linear", "yarn")),
     "--reasoning-format": ("reasoning_format", "common_reasoning_format", ("none", "auto", "deepseek")),
     "--numa": ("numa", "ggml_numa_strategy", ("distribute", "isolate", "numactl")),
@@ -145,10 +146,9 @@ def parameters(given: argparse.Namespace, package: Any) -> Any:
     found = package.CommonParams()
     for parameter in {flag.parameter for flag in FLAGS}:
         _set(found, parameter, getattr(given, parameter))
-    for parameter, enumeration, words in CHOICES.values():
+    for parameter, enumeration, _ in CHOICES.values():
         word = getattr(given, parameter)
         _set(found, parameter, word and _member(getattr(package, enumeration), word))
-        assert word is None or word in words
     if given.n_parallel is None or given.n_parallel < 1:
         found.n_parallel, found.kv_unified = SLOTS, given.kv_unified is not False
     if given.reranking:
