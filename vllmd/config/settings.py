@@ -547,6 +547,7 @@ KEY = Group(
         Setting("concurrency", k.count(1, 2**31, "unlimited"), "Requests at a time."),
         Setting("requests_per_minute", k.count(1, 2**31, "unlimited"), "Requests per minute."),
         Setting("tokens_per_minute", k.count(1, 2**31, "unlimited"), "Tokens in and out per minute."),
+        Setting("keep_alive_limit", k.UP_TO, "Longest keep_alive, within that of the server; 0: it has no say."),
     ),
 )
 
@@ -629,6 +630,12 @@ SERVER = Group(
             "loading_as_reasoning",
             k.BOOL,
             "Tell chat clients of the loading in the reasoning text of a stream, which they show, not in comments.",
+        ),
+        Setting(
+            "keep_alive_limit",
+            k.UP_TO,
+            "Longest keep_alive, ttl or X-Vllmd-Keep-Alive of a request, for which the model does not age; it makes "
+            "room for others all the same. Longer ones are cut to it, -1 as well; with 0 none counts.",
         ),
         Setting(
             "cors_origins",

@@ -109,7 +109,7 @@ class Daemon:
         """Serve until told to stop, or until there has been nothing to do for long enough."""
         self.config = await self._ours(self.config)
         self.engines = engines_of(self.config.models)
-        self.admission_gate.configure(self.config.models, self.engines)
+        self.admission_gate.configure(self.config.models, self.engines, self.config.server.keep_alive_limit)
         self.control.runtime_models.listen = addresses(listeners.get("http", ()))
         self.listeners = Listeners(self.config, self.admission_gate, self.control, listeners)
         self.listeners.on_outcome = self._outcome
@@ -374,7 +374,7 @@ class Daemon:
         logging.getLogger().setLevel(config.log_level.upper())
         self.admission_gate.refusal = None
         self.engines = engines_of(config.models)
-        self.admission_gate.configure(config.models, self.engines)
+        self.admission_gate.configure(config.models, self.engines, config.server.keep_alive_limit)
         self.listeners.configure(config)
 
     def refuse(self, broken: str) -> None:
