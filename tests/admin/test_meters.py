@@ -31,12 +31,16 @@ class OpenGate:
     def __init__(self) -> None:
         self.ended: list[int | None] = []
         self.refusal: Exception | None = None
+        self.kept_alive: list[float] = []
 
     def resolve(self, name: str, caller: Caller = ANYBODY) -> Target:
         return Target(name, name)
 
     def loading(self, model: str) -> str:
         return "weights"
+
+    def keep_alive(self, model: str, key: str, seconds: float) -> None:
+        self.kept_alive.append(seconds)
 
     async def acquire(self, model: str, key: str, request_id: str, only: str = "", body: bytes = b"") -> Permit:
         if self.refusal:
@@ -236,3 +240,14 @@ def test_the_gates_other_words_pass_unchanged() -> None:
     assert act.gate.loading("m") == "weights"
     assert act.gate.resolve("x").model == "x"
     assert act.noted.waits == [("m", 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("limit", "wish", "passed"),
+    [(None, 9e9, [9e9]), (60.0, 9e9, [60.0]), (60.0, 5.0, [5.0]), (60.0, 0.0, [0.0]), (0.0, 0.0, [])],
+)
+def test_a_key_keeps_a_model_alive_within_its_limit(limit: float | None, wish: float, passed: list[float]) -> None:
+    """One whose limit is 0 has no say, not even that the model may go."""
+    act = Act(keep_alive_limit=limit)  # type: ignore[arg-type]
+    act.gate.keep_alive("m", "k", wish)
+    assert act.inner.kept_alive == passed

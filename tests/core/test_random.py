@@ -19,6 +19,7 @@ from vllmd.core.events import (
     EngineStopped,
     EngineWakeFailed,
     FreezeProved,
+    KeptAlive,
     LeaseReleased,
     LeaseTaken,
     LoadAsked,
@@ -246,6 +247,12 @@ class CoreUnderAnything(RuleBasedStateMachine):
     @rule(lease=st.sampled_from(["l1", "l2"]), model=models, seconds=st.sampled_from([None, 0.0, 5.0, 50.0]))
     def lease(self, lease: str, model: str, seconds: float | None) -> None:
         self.world.do(LeaseTaken(lease, model, None if seconds is None else self.world.now + seconds))
+
+    @rule(
+        client=st.sampled_from(["ada", "bob"]), model=models, seconds=st.sampled_from([0.0, 5.0, 500.0, float("inf")])
+    )
+    def keep_alive(self, client: str, model: str, seconds: float) -> None:
+        self.world.do(KeptAlive(model, client, seconds))
 
     @rule(lease=st.sampled_from(["l1", "l2"]), stop=st.booleans())
     def release(self, lease: str, stop: bool) -> None:

@@ -32,6 +32,7 @@ class Devices:
         ledger.unknown, ledger.asking = e.unknown, e.asking
         for m in core.replicas.values():
             if m.loaded and not ledger.held(m):
+                ledger.miss(m.placement.devices)
                 core.engines.rebook(m)
             if e.unknown and m.spec.device_count:
                 self._put_off(m, e.unknown, told=not e.asking)

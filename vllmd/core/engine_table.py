@@ -230,6 +230,7 @@ class EngineTable:
             raise
         m.level, m.ready_at = level, self.now
         m.slept_shallow = level == 1
+        self.ledger.miss(placement.devices)
         self.rebook(m)
 
     def rebook(self, m: Replica) -> None:

@@ -114,6 +114,14 @@ class Lease:
 
 
 @dataclass(slots=True)
+class KeepAlive:
+    """What clients said of when they will use the model again. It holds off idle rules, and nobody who needs room."""
+
+    until: dict[str, float] = field(default_factory=dict)  # client -> when its wish ends
+    let_go: float = -INFINITY  # when the last client that had a wish, or had none, said that it needs it no more
+
+
+@dataclass(slots=True)
 class Scale:
     """How many of a model's replicas are to serve, and since when there are too few or too many (8.4)."""
 
@@ -133,6 +141,7 @@ class Model:
     queue: Queue = field(default_factory=Queue)
     nominee: Replica | None = None  # the replica that is to come up for the queue, or is the only one
     leases: dict[str, Lease] = field(default_factory=dict)
+    keep_alive: KeepAlive = field(default_factory=KeepAlive)
     used: float = -INFINITY  # when a request last came
     added: set[int] = field(default_factory=set)  # devices for which one more replica was asked for
     scale: Scale = field(default_factory=Scale)

@@ -65,7 +65,7 @@ class PolicyInputBuilder:
             self._calibrations = engines.calibrations
             self._waiting.clear()
             self._stale.update(dict.fromkeys(self._residents))
-        host = (engines.ledger.host_promised, shallow)
+        host = (engines.ledger.host_budget - engines.ledger.host_promised, shallow)
         if host != self._host:  # who can sleep at which level depends on it
             self._host = host
             self._stale.update((m, None) for m, r in self._residents.items() if not r.asleep)

@@ -123,7 +123,9 @@ class Scheduler:
             ev.PinSet: self._operator.pin,
             ev.LeaseTaken: self._operator.lease,
             ev.LeaseReleased: self._operator.release,
+            ev.KeptAlive: self._unloading.kept_alive,
             ev.ModelsChanged: self._operator.changed,
+            ev.SettingsChanged: self._operator.retune,
             ev.TimePassed: self._passed,
         }
 

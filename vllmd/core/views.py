@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from vllmd.core.balancing import in_flight, resting
 from vllmd.core.common import Core
+from vllmd.core.idle import idle_due
 from vllmd.core.ledger import Account, gib
-from vllmd.core.model import HealthStatus, Model, Replica
+from vllmd.core.model import INFINITY, HealthStatus, Model, Replica
 from vllmd.core.planner import Planner
 from vllmd.core.policy import PolicyInput
 from vllmd.core.policy_input import waited_since
@@ -79,6 +80,7 @@ def _model(core: Core, model: Model, now: float, outlook: Ask) -> ModelView:
         balanced=model.rules is not None,
         serving=len(up),
         degraded=bool(model.rules) and any(view.state is State.FAILED or view.standing in UNWELL for view in views),
+        rests_in=min([view.rests_in for view in views if view.rests_in is not None], default=None),
     )
 
 
@@ -108,6 +110,7 @@ def _replica(core: Core, r: Replica, now: float, outlook: Ask) -> ReplicaView:
         standing=_standing(r),
         latency=r.health.latency if r.health else None,
         bound=r.devices[0] if len(r.devices) == 1 else None,
+        rests_in=None if (due := idle_due(r)) == INFINITY else max(0.0, due - now),
     )
 
 

@@ -61,8 +61,17 @@ class AdmissionGate:
         self.on_retry: Callable[[str], None] = lambda engine: None  # a request goes from it to another replica
         self.configure({}, {})
 
-    def configure(self, models: Mapping[str, ModelConfig], engines: Mapping[str, ModelConfig]) -> None:
-        """Take the models of a new configuration, and their engines: each model's one, or its replicas."""
+    def configure(
+        self,
+        models: Mapping[str, ModelConfig],
+        engines: Mapping[str, ModelConfig],
+        keep_alive_limit: float | None = None,
+    ) -> None:
+        """Take the models of a new configuration, and their engines: each model's one, or its replicas.
+
+        ``keep_alive_limit`` is in seconds, None for none; 0.0: no client's word counts.
+        """
+        self._keep_alive_limit = keep_alive_limit
         self._models = dict(models)
         self._engines = dict(engines)
         self._names = Names(models.values())
@@ -156,6 +165,12 @@ class AdmissionGate:
     def loading(self, model: str) -> str:
         """What a waiting client may be told, such as ``loading weights``."""
         return self.phase_of(model)
+
+    def keep_alive(self, model: str, key: str, seconds: float) -> None:
+        """Tell the core that the model is wanted again, for as long as the configuration allows."""
+        limit = self._keep_alive_limit
+        if (limit is None or limit > 0) and model in self._models and self._opened.is_set():
+            self._post(events.KeptAlive(model, key, seconds if limit is None else min(seconds, limit)))
 
     # -- what the core says ----------------------------------------------------------------
 

@@ -155,6 +155,12 @@ class MeteredGate:
         """As the other gate says."""
         return self._gate.loading(model)
 
+    def keep_alive(self, model: str, key: str, seconds: float) -> None:
+        """As the other gate says, within the key's limit; with one of 0 its word does not count."""
+        limit = meter.key.keep_alive_limit if (meter := self._meters.of(key)) else None
+        if limit is None or limit > 0:
+            self._gate.keep_alive(model, key, seconds if limit is None else min(seconds, limit))
+
     async def acquire(self, model: str, key: str, request_id: str, only: str = "", body: bytes = b"") -> Permit:
         """As the other gate says. Raises TooManyRequests for a key over its limit."""
         began, meter = self._meters.clock(), self._meters.of(key)

@@ -25,6 +25,7 @@ from vllmd.daemon.control import DaemonControl
 from vllmd.daemon.discovery import with_discovered
 from vllmd.daemon.engine_resolver import EngineResolver
 from vllmd.daemon.failure_text import places
+from vllmd.daemon.idle_exit import IdleExit
 from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.listeners import Listeners
 from vllmd.daemon.runtime_models import addresses
@@ -44,7 +45,6 @@ log = logging.getLogger("vllmd")
 SAMPLE_INTERVAL = 5.0  # seconds between looks at the devices while an engine is loaded
 WAIT_INTERVAL = 1.0  # the same while a model waits for room: strangers may leave any moment
 STATUS_INTERVAL, SHORTEST_TICK = 1.0, 0.05  # seconds
-SHORTEST_LIFE = 1.0  # seconds; faster activations would look like a crash loop to systemd's start limit
 STOP_ENGINES_LIMIT = 60.0
 ANSWERS_LIMIT = 5.0  # for answers that clients are still taking
 NOTES_LIMIT = 2.0  # for notes that the next daemon can do without; a launcher that has died cannot take them
@@ -100,8 +100,7 @@ class Daemon:
         self.failed = False
         self._reload = reload
         self._stopping, self._hurry = asyncio.Event(), asyncio.Event()
-        self._born = self._idle_since = time.monotonic()
-        self._accepted = 0  # connections, when the idle exit was last considered
+        self._idle_exit = IdleExit(time.monotonic())
         self._status = ""
 
     # -- a life ----------------------------------------------------------------------------
@@ -110,7 +109,7 @@ class Daemon:
         """Serve until told to stop, or until there has been nothing to do for long enough."""
         self.config = await self._ours(self.config)
         self.engines = engines_of(self.config.models)
-        self.admission_gate.configure(self.config.models, self.engines)
+        self.admission_gate.configure(self.config.models, self.engines, self.config.server.keep_alive_limit)
         self.control.runtime_models.listen = addresses(listeners.get("http", ()))
         self.listeners = Listeners(self.config, self.admission_gate, self.control, listeners)
         self.listeners.on_outcome = self._outcome
@@ -293,23 +292,17 @@ class Daemon:
 
     def _may_exit(self) -> bool:
         """Whether the idle exit is due: activated, nothing loaded or asked for, nobody connected, for long enough."""
-        after = self.config.server.idle_exit
-        busy = (
+        busy = bool(
             not self.runtime.activated
-            or after is None
             or not self.opened.is_set()
-            or time.monotonic() - self._born < SHORTEST_LIFE  # not by the clock, which may be set
             or self.engine_manager.processes
             or self.admission_gate.open
             or self.listeners.connections
             or self._awaited()
             or self._drained()
         )
-        accepted, self._accepted = self._accepted, self.listeners.accepted
-        if busy or accepted != self._accepted:  # those that came and went meanwhile, refused ones too, count as well
-            self._idle_since = time.monotonic()
-            return False
-        return time.monotonic() - self._idle_since >= (after or 0)
+        after, accepted = self.config.server.idle_exit, self.listeners.accepted
+        return self._idle_exit.due(time.monotonic(), after, busy=busy, accepted=accepted)
 
     async def _note_idle(self) -> None:
         """Leave each engine's idle clock beside its cgroup, for the next daemon."""
@@ -378,9 +371,10 @@ class Daemon:
     def accept(self, config: Config) -> None:
         """Serve by this configuration from now on."""
         self.config, self.broken = config, ""
+        logging.getLogger().setLevel(config.log_level.upper())
         self.admission_gate.refusal = None
         self.engines = engines_of(config.models)
-        self.admission_gate.configure(config.models, self.engines)
+        self.admission_gate.configure(config.models, self.engines, config.server.keep_alive_limit)
         self.listeners.configure(config)
 
     def refuse(self, broken: str) -> None:

@@ -28,6 +28,7 @@ from vllmd.proxy.framing import Framing
 from vllmd.proxy.gate import LONGEST_NAME, Gate, Permit, Rules, Target
 from vllmd.proxy.heads import ResponseHead, forwardable, write_fields
 from vllmd.proxy.http import Request, Response
+from vllmd.proxy.keep_alive import WITHOUT, wish
 from vllmd.proxy.large import LARGE, in_large, in_turns, ruled_large
 from vllmd.proxy.limits import Limits
 from vllmd.proxy.loading_heartbeat import Heartbeats, LoadingHeartbeat
@@ -37,7 +38,7 @@ from vllmd.proxy.upstream import Pool, Upstream, host_field
 # Of the client's fields an engine never sees these: its key, its cookies, and what we write ourselves.
 KEPT_BACK = frozenset(
     b"host content-length expect authorization x-api-key api-key cookie accept-encoding x-request-id"
-    b" forwarded x-forwarded-for x-forwarded-host x-forwarded-proto x-real-ip"
+    b" forwarded x-vllmd-keep-alive x-forwarded-for x-forwarded-host x-forwarded-proto x-real-ip"
     b" origin access-control-request-method access-control-request-headers".split()
 )
 TOTAL_TOKENS = re.compile(rb'"total_tokens"\s*:\s*(\d{1,12})')
@@ -70,7 +71,7 @@ class Relay:
         self.pool = Pool(limits)
         self.gate = gate
         self.limits = limits
-        self.heartbeats = Heartbeats(limits.loading_comment_interval)
+        self.heartbeats = Heartbeats(limits)
         self._responses: OrderedDict[str, tuple[str, str]] = OrderedDict()  # response id -> engine; model as asked for
 
     async def json(self, exchange: Exchange) -> None:
@@ -184,11 +185,17 @@ class Relay:
         ``only``: the replica that alone can answer.
         """
         target = self.target(exchange.request, asked.model, route or exchange.request.path)
-        if target.rules is not None and asked.quoted:
-            asked = await _ruled(asked.body, target.rules)
-            exchange.request.body = asked.body  # the one that came is held no longer
+        keep_alive = wish(exchange.request, asked)
+        for rules in (target.rules if asked.quoted else None, WITHOUT if asked.keep_alive else None):
+            if rules is not None:
+                asked = await _ruled(asked.body, rules)
+                exchange.request.body = asked.body  # the one that came is held no longer
         path = _with_query(exchange.request, quoted(exchange.request.path))
-        await self._send(exchange, UpstreamRequest(target, asked, path), only)
+        try:
+            await self._send(exchange, UpstreamRequest(target, asked, path), only)
+        finally:
+            if keep_alive is not None:
+                self.gate.keep_alive(target.model, exchange.request.key, keep_alive)
 
     async def _send(self, exchange: Exchange, upstream_request: UpstreamRequest, only: str = "") -> None:
         target, asked = upstream_request.target, upstream_request.asked
