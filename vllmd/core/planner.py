@@ -152,7 +152,8 @@ class Planner:
         if core.now >= self._filled + FILL_AGE:
             self._filled = core.now
             claims = host_claims(core.engines, core.replicas.values())
-            self._shallow = core.policy.shallow(claims, core.settings.host_memory)
+            running = sum(r.spec.host_running for r in core.replicas.values() if core.engines.ledger.host_held(r))
+            self._shallow = core.policy.shallow(claims, core.settings.host_memory - running)
         return self.sight()
 
     def outlook(self, r: Replica, s: PolicyInput | None = None) -> Outlook | None:
