@@ -275,7 +275,7 @@ class CoreUnderAnything(RuleBasedStateMachine):
     def look(self) -> None:
         """What is kept of the policy's view is what a fresh look would see."""
         planner, core = self.world.scheduler._planner, self.world.scheduler._core
-        fresh = PolicyInputBuilder(core.engines, core.swaps)
+        fresh = PolicyInputBuilder(core.engines, core.swaps, core.fit)
         for m in core.replicas.values():
             fresh.note(m)
         kept, new = planner.look(), fresh.look(core.waiting, planner._shallow)
