@@ -164,6 +164,15 @@ def package() -> Path:
 
 
 @pytest.fixture(scope="session")
+def old_package() -> Path:
+    """The .deb of an earlier commit, which upgrades begin with (packaging/dev/setup has its number)."""
+    made = subprocess.run([REPOSITORY / "packaging/dev/setup", "old"], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(made.stderr.strip())
+    return container.cache() / "old/vllmd.deb"
+
+
+@pytest.fixture(scope="session")
 def rpm_package() -> Path:
     """The .rpm of this working tree."""
     return build_package("rpm")

@@ -17,6 +17,7 @@ import pytest
 import vllmd
 from tests.cli.fake_daemon import fake_daemon, model, status
 from vllmd.cli import admin, main
+from vllmd.cli.verbs import reload
 
 
 def said(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
@@ -62,7 +63,7 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str], argv: list[str], messag
     assert said(capsys, *argv) == (64, message)
 
 
-NEEDING = ["ps", "info", "models", "gpus", "events", "reload", "top", "start m", "stop m", "sleep m", "wake-up m",
+NEEDING = ["ps", "info", "models", "gpus", "events", "top", "start m", "stop m", "sleep m", "wake-up m",
            "pin m", "unpin m", "lease m", "why m", "logs m", "kill 99"]  # fmt: skip
 
 
@@ -73,6 +74,34 @@ def test_no_daemon(capsys: pytest.CaptureFixture[str], tmp_path: Path, line: str
     message = f"vllmctl: vllmd is not running: there is no {path}; systemctl start vllmd.socket, "
     message += "and if that is not enough, vllmctl doctor"
     assert said(capsys, "--socket", str(path), *line.split()) == (69, message)
+
+
+def test_a_reload_without_a_daemon_checks_what_the_next_start_reads(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is nothing to reload, which is no error; a file that is wrong is."""
+    file = tmp_path / "vllmd.yaml"
+    monkeypatch.setenv("VLLMD_CONFIG", str(file))
+    file.write_text("models: {m: {}}")
+    assert main(["--socket", str(tmp_path / "admin.sock"), "reload"]) == 0
+    assert "vllmd does not run: its next start reads this" in capsys.readouterr().out
+    file.write_text("modells: {}")
+    assert main(["--socket", str(tmp_path / "admin.sock"), "reload"]) == 78
+    said = capsys.readouterr()
+    assert "its next start fails on this" in said.out and "modells" in said.err
+
+
+@pytest.mark.parametrize("state", ["inactive", "active", "failed", "activating"])
+def test_a_reload_asks_systemd_whether_there_is_a_daemon(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, state: str
+) -> None:
+    """Its sockets are there whether it runs or not, and to connect would start it."""
+    program = tmp_path / "systemctl"
+    program.write_text(f"#!/bin/sh\necho {state}; test {state} = active")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert reload.runs(admin.SYSTEM_SOCKET) is (state in ("active", "activating"))
+    assert reload.runs(admin.user_socket()) is (state in ("active", "activating"))
 
 
 def test_a_socket_that_nobody_listens_on(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -123,6 +123,21 @@ def test_reload_of_a_broken_file_changes_nothing(site: Site) -> None:
     assert "the configuration is loaded" in site.ctl("reload")
 
 
+def test_reload_takes_what_it_says_that_it_takes(site: Site) -> None:
+    """Policy, devices and reserve at once; under systemd an address is said to be a socket unit's."""
+    try:
+        changed = CONFIG.replace("80GiB", "90GiB").replace("server: {", "server: {port: 1024, ")
+        site.config.write_text(changed + "policy: lru\nreserve: 3GiB\n")
+        said = site.ctl("reload")
+        assert "server.listen is not used: vllmd.socket says where to listen" in said
+        status = json.loads(site.ctl("info", "--json"))
+        assert status["policy"] == "lru"
+        assert [(each["memory"] >> 30, each["reserve"] >> 30) for each in status["devices"]] == [(90, 3)]
+    finally:
+        site.config.write_text(CONFIG)
+    site.ctl("reload")
+
+
 def test_V_assign_restart_of_a_running_model(site: Site) -> None:
     """The new memory is in force when it returns."""
     site.ctl("start", "t")

@@ -13,7 +13,7 @@ from vllmd.core.baselines import ALL
 from vllmd.core.commands import SleepEngine, StartEngine, StopEngine
 from vllmd.core.events import EngineAdopted
 from vllmd.core.policies import Adaptive, Lru
-from vllmd.core.policy import Plan, Policy, Situation
+from vllmd.core.policy import Plan, Policy, PolicyInput
 from vllmd.core.types import Device, Footprint, GiB, ModelSpec, Placement, Settings, State, single
 from vllmd.simulate.physics import Physics
 from vllmd.simulate.trace import Row
@@ -167,18 +167,20 @@ def test_nobody_waits_twice_as_long_as_the_swap_takes_where_all_are_idle(policy:
 class Checked(Adaptive):
     """No swap is begun beside a device that has room for its target."""
 
-    def choose(self, s: Situation) -> Plan | None:
+    def choose(self, s: PolicyInput) -> Plan | None:
         plan = super().choose(s)
         if plan and plan.victims:
             w = next(w for w in s.waiting if w.model == plan.target)
             moves = plan.victims[0].model == plan.target
             there = w.elsewhere(w.move) if w.move else w
-            free = [room for i, room in s.rooms.items() if i in there.devices and room.free >= there.need_on(i)]
-            open_ = [room for room in free if not room.busy and not room.claimed]
+            free = [
+                supply for i, supply in s.supplies.items() if i in there.devices and supply.free >= there.need_on(i)
+            ]
+            open_ = [supply for supply in free if not supply.busy and not supply.claimed]
             if not moves and len(open_) >= w.span > 0:
                 # It sleeps, and to wake it here takes less than a start there; whoever leaves for it will move.
                 assert w.move, f"{plan} beside {open_}"
-                swap = sum(v.way.takes for v in plan.victims) + w.load
+                swap = sum(v.option.takes for v in plan.victims) + w.load
                 assert swap < there.load, f"{plan} takes {swap}, a start on {open_} {there.load}"
         return plan
 
@@ -194,4 +196,4 @@ def test_no_swap_beside_room() -> None:
 
 def test_baselines_move_nobody() -> None:
     """Of the peers' rules none knows sleepers that could serve elsewhere."""
-    assert all(ALL[name].tidy(Situation(0.0, [], [], {}, None)) is None for name in ("llama-swap", "ollama"))  # type: ignore[arg-type]
+    assert all(ALL[name].tidy(PolicyInput(0.0, [], [], {}, None)) is None for name in ("llama-swap", "ollama"))  # type: ignore[arg-type]

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from vllmd.core.baselines import ALL, InOrder, LlamaSwap, Ollama
-from vllmd.core.eviction import Leaver, cover
+from vllmd.core.eviction import Candidate, cover
 from vllmd.core.policies import Adaptive, Lru
-from vllmd.core.policy import INFINITY, Knobs, Plan, Policy, Resident, Room, Situation, Waiting, Way
+from vllmd.core.policy import INFINITY, DeviceSupply, Knobs, OffloadOption, Plan, Policy, PolicyInput, Resident, Waiting
 
 NOW = 1000.0
-NAP = Way(1, 10, 1.0, 1.0)  # frees 10 bytes, a second each way
-STOP = Way(0, 11, 3.0, 40.0)
+NAP = OffloadOption(1, 10, 1.0, 1.0)  # frees 10 bytes, a second each way
+STOP = OffloadOption(0, 11, 3.0, 40.0)
 
 
 def resident(model: str, **other: Any) -> Resident:
@@ -32,14 +32,14 @@ def waiting(model: str, age: float = 1.0, **other: Any) -> Waiting:
     return w._replace(**other)
 
 
-def room(device: int = 0, **other: Any) -> Room:
+def supply(device: int = 0, **other: Any) -> DeviceSupply:
     """Full, at rest; 100 bytes could come free by sleeping."""
-    return Room(device, 0, 100, 0.0, False, 0.0)._replace(**other)
+    return DeviceSupply(device, 0, 100, 0.0, False, 0.0)._replace(**other)
 
 
-def see(ws: list[Waiting], rs: list[Resident], *rooms: Room) -> Situation:
-    there = {each.device: each for each in rooms or (room(),)}
-    return Situation(NOW, sorted(ws, key=lambda w: w.oldest), rs, there, Knobs())
+def see(ws: list[Waiting], rs: list[Resident], *supplies: DeviceSupply) -> PolicyInput:
+    there = {each.device: each for each in supplies or (supply(),)}
+    return PolicyInput(NOW, sorted(ws, key=lambda w: w.oldest), rs, there, Knobs())
 
 
 def victims(plan: Plan | None) -> list[str] | None:
@@ -48,7 +48,7 @@ def victims(plan: Plan | None) -> list[str] | None:
 
 def test_what_fits_is_loaded_at_once() -> None:
     """Nobody leaves for a model for which there is room."""
-    plan = Adaptive().choose(see([waiting("w")], [resident("a")], room(free=10)))
+    plan = Adaptive().choose(see([waiting("w")], [resident("a")], supply(free=10)))
     assert plan is not None
     assert (plan.target, plan.devices, plan.victims) == ("w", (0,), ())
 
@@ -77,7 +77,7 @@ def test_a_busy_victim_that_may_be_frozen_leaves_earlier() -> None:
 
 
 def test_a_model_that_was_just_loaded_serves_its_time() -> None:
-    """Else two busy models would only exchange places."""
+    """Else two busy models would only swap places."""
     assert Adaptive().choose(see([waiting("w", age=60)], [busy("new", since=NOW - 1)])) is None
 
 
@@ -89,7 +89,7 @@ def test_an_idle_victim_leaves_at_once() -> None:
 
 def test_an_idle_victim_that_is_expected_back_is_spared_for_one_swap_and_no_longer() -> None:
     """Rent at most the price of buying: two requests a second, and a swap that is known to take two."""
-    known = resident("popular", rate=2.0, ways=(NAP._replace(learnt=1.0), STOP))
+    known = resident("popular", rate=2.0, options=(NAP._replace(learnt=1.0), STOP))
     for age, leaves in ((0.1, None), (1.9, None), (2.1, ["popular"])):
         assert victims(Adaptive().choose(see([waiting("w", age=age, learnt=1.0)], [known]))) == leaves
 
@@ -111,7 +111,7 @@ def test_a_drain_limit_is_a_promise() -> None:
 
 def test_a_drain_limit_bounds_the_time_that_a_new_model_is_left_alone() -> None:
     """It was kept for three swaps by figures that nobody had measured, and twenty models waited for it in turn."""
-    new = busy("new", since=NOW - 2.5, drain_limit=2.0, ways=(NAP._replace(takes=4.0, back=4.0), STOP))
+    new = busy("new", since=NOW - 2.5, drain_limit=2.0, options=(NAP._replace(takes=4.0, back=4.0), STOP))
     assert victims(Adaptive().choose(see([waiting("w", age=1.0)], [new]))) == ["new"]
 
 
@@ -134,16 +134,16 @@ def test_priority_protects_work_in_progress() -> None:
 
 def test_sleepers_are_not_stopped_for_want_of_patience() -> None:
     """All that is awake is on the move: waiting for it beats a cold start later on."""
-    sleeper = resident("sleeper", asleep=True, ways=(STOP,))
+    sleeper = resident("sleeper", asleep=True, options=(STOP,))
     for policy in (Adaptive(), Lru()):
-        assert policy.choose(see([waiting("w", age=60)], [sleeper], room(busy=2.0))) is None
+        assert policy.choose(see([waiting("w", age=60)], [sleeper], supply(busy=2.0))) is None
 
 
 @pytest.mark.parametrize("policy", [Adaptive(), Lru()])
 def test_sleepers_are_stopped_where_nothing_else_is_enough(policy: Policy) -> None:
     """What all sleepers hold can be the difference."""
-    sleeper = resident("sleeper", asleep=True, ways=(STOP,))
-    s = see([waiting("w", age=60, need=20)], [sleeper, resident("a")], room(sleepable=10))
+    sleeper = resident("sleeper", asleep=True, options=(STOP,))
+    s = see([waiting("w", age=60, need=20)], [sleeper, resident("a")], supply(sleepable=10))
     assert victims(policy.choose(s)) == ["a", "sleeper"]
 
 
@@ -161,7 +161,7 @@ def test_another_device_is_not_held() -> None:
     large = waiting("large", age=60, need=20)
     small = waiting("small", age=5, devices=(1,))
     models = [resident("idle"), busy("new", since=NOW - 1), resident("there", devices=(1,))]
-    plan = Adaptive().choose(see([large, small], models, room(0), room(1)))
+    plan = Adaptive().choose(see([large, small], models, supply(0), supply(1)))
     assert plan is not None
     assert (plan.target, victims(plan)) == ("small", ["there"])
 
@@ -169,8 +169,8 @@ def test_another_device_is_not_held() -> None:
 def test_gates_are_not_closed_for_a_transfer_that_cannot_begin() -> None:
     """The device is taken for 20 s yet: the victim may serve until then."""
     for policy in (Adaptive(), Lru()):
-        assert policy.choose(see([waiting("w", age=60)], [resident("a")], room(busy=20.0))) is None
-        assert policy.choose(see([waiting("w", age=60)], [resident("a")], room(busy=0.5))) is not None
+        assert policy.choose(see([waiting("w", age=60)], [resident("a")], supply(busy=20.0))) is None
+        assert policy.choose(see([waiting("w", age=60)], [resident("a")], supply(busy=0.5))) is not None
 
 
 def test_lru_takes_the_least_recently_used_for_the_oldest() -> None:
@@ -183,7 +183,7 @@ def test_lru_takes_the_least_recently_used_for_the_oldest() -> None:
 
 def test_llama_swap_waits_for_idle_victims_and_lets_others_pass() -> None:
     """Its queue is walked until somebody's victims are idle."""
-    models = [busy("busy"), resident("idle", ways=(NAP._replace(frees=5), STOP))]
+    models = [busy("busy"), resident("idle", options=(NAP._replace(frees=5), STOP))]
     s = see([waiting("big", 99), waiting("little", 1, need=5)], models)
     plan = LlamaSwap().choose(s)
     assert plan is not None
@@ -192,13 +192,13 @@ def test_llama_swap_waits_for_idle_victims_and_lets_others_pass() -> None:
 
 def test_ollamas_head_of_the_queue_blocks_it() -> None:
     """Even for a model that would fit."""
-    s = see([waiting("big", 99, need=50), waiting("little", 1, need=5)], [busy("busy")], room(free=7))
+    s = see([waiting("big", 99, need=50), waiting("little", 1, need=5)], [busy("busy")], supply(free=7))
     assert Ollama().choose(s) is None
 
 
 def test_in_order_has_everybody_leave() -> None:
     """One model at a time."""
-    s = see([waiting("w")], [resident("a"), busy("b")], room(free=5))
+    s = see([waiting("w")], [resident("a"), busy("b")], supply(free=5))
     assert victims(InOrder().choose(s)) == ["a", "b"]
 
 
@@ -208,13 +208,13 @@ def test_nothing_is_planned_where_nobody_waits(name: str) -> None:
     assert ALL[name].choose(see([], [resident("a")])) is None
 
 
-def leaver(price: float, frees: int) -> Leaver:
-    return Leaver(price, resident(f"{price}/{frees}"), Way(1, frees, 1.0, 1.0))
+def candidate(price: float, frees: int) -> Candidate:
+    return Candidate(price, resident(f"{price}/{frees}"), OffloadOption(1, frees, 1.0, 1.0))
 
 
 def test_the_cheapest_set_is_found() -> None:
     """Not the one with the cheapest member, nor the smallest."""
-    group = [leaver(5.0, 10), leaver(1.0, 4), leaver(2.0, 6), leaver(0.5, 1)]
+    group = [candidate(5.0, 10), candidate(1.0, 4), candidate(2.0, 6), candidate(0.5, 1)]
     chosen = cover(group, 10, most=4)
     assert chosen is not None
     assert sorted(each.price for each in chosen) == [1.0, 2.0]
@@ -222,8 +222,8 @@ def test_the_cheapest_set_is_found() -> None:
 
 def test_more_than_the_usual_number_leave_where_fewer_are_not_enough() -> None:
     """A large model beside many small ones must not wait for ever."""
-    group = [leaver(float(n), 1) for n in range(8)]
+    group = [candidate(float(n), 1) for n in range(8)]
     chosen = cover(group, 6, most=4)
     assert chosen is not None
-    assert sum(each.way.frees for each in chosen) == 6
+    assert sum(each.option.frees for each in chosen) == 6
     assert cover(group, 9, most=4) is None

@@ -19,6 +19,7 @@ from vllmd.core.events import (
     EngineStopped,
     EngineWakeFailed,
     FreezeProved,
+    KeptAlive,
     LeaseReleased,
     LeaseTaken,
     LoadAsked,
@@ -35,7 +36,7 @@ from vllmd.core.events import (
     StopAsked,
     TimePassed,
 )
-from vllmd.core.situation import Observer
+from vllmd.core.policy_input import PolicyInputBuilder
 from vllmd.core.types import (
     Device,
     Footprint,
@@ -247,6 +248,12 @@ class CoreUnderAnything(RuleBasedStateMachine):
     def lease(self, lease: str, model: str, seconds: float | None) -> None:
         self.world.do(LeaseTaken(lease, model, None if seconds is None else self.world.now + seconds))
 
+    @rule(
+        client=st.sampled_from(["ada", "bob"]), model=models, seconds=st.sampled_from([0.0, 5.0, 500.0, float("inf")])
+    )
+    def keep_alive(self, client: str, model: str, seconds: float) -> None:
+        self.world.do(KeptAlive(model, client, seconds))
+
     @rule(lease=st.sampled_from(["l1", "l2"]), stop=st.booleans())
     def release(self, lease: str, stop: bool) -> None:
         self.world.do(LeaseReleased(lease, stop))
@@ -268,13 +275,13 @@ class CoreUnderAnything(RuleBasedStateMachine):
     def look(self) -> None:
         """What is kept of the policy's view is what a fresh look would see."""
         planner, core = self.world.scheduler._planner, self.world.scheduler._core
-        fresh = Observer(core.engines, core.exchanges)
+        fresh = PolicyInputBuilder(core.engines, core.swaps)
         for m in core.replicas.values():
             fresh.note(m)
         kept, new = planner.look(), fresh.look(core.waiting, planner._shallow)
         assert sorted(kept.residents) == sorted(new.residents)
-        assert kept.rooms == new.rooms
-        assert {w for w in new.waiting if core.replicas[w.model] not in core.exchanges} == set(kept.waiting)
+        assert kept.supplies == new.supplies
+        assert {w for w in new.waiting if core.replicas[w.model] not in core.swaps} == set(kept.waiting)
 
     @rule(data=st.data(), several=st.sampled_from([0, 1, 2, 3, 4]))
     def reload(self, data: st.DataObject, several: int) -> None:

@@ -24,7 +24,7 @@ from vllmd.core.events import (
     SleepAsked,
     StopAsked,
 )
-from vllmd.core.model import Standing
+from vllmd.core.model import HealthStatus
 from vllmd.core.types import Device, GiB, IdleRules, ReplicaRules, State
 
 REMOTE = {"device_count": 0, "sleep_levels": frozenset()}
@@ -249,7 +249,7 @@ def test_streams_and_whole_answers_are_not_held_against_each_other() -> None:
 def test_a_slow_one_is_better_than_none() -> None:
     """When the fast one goes, requests go where they are answered at all."""
     w = serving(2)
-    w.scheduler._core.replicas["m@1"].health.standing = Standing.SLOW  # type: ignore[union-attr]
+    w.scheduler._core.replicas["m@1"].health.status = HealthStatus.SLOW  # type: ignore[union-attr]
     w.do(EngineExited("m@2", "gone"))
     assert w.ask("r", "m") == [Admit("r", "m@1")]
 

@@ -26,7 +26,7 @@ def test_a_ready_model_serves_at_once() -> None:
 
 
 def test_a_client_that_leaves_the_queue_causes_no_load() -> None:
-    """The exchange that only he needed is called off, and the victim goes on serving."""
+    """The swap that only he needed is called off, and the victim goes on serving."""
     w = World([model("busy"), model("other")], [GPU])
     w.load("busy")
     w.ask("r1", "busy")

@@ -7,8 +7,8 @@ from tests.core.test_policies import NAP, busy, see, waiting
 from tests.core.world import World
 from vllmd.core.commands import Reject, SleepEngine, StartEngine, StopEngine
 from vllmd.core.events import EngineReady, EngineStopped, MemorySampled, RequestArrived, StopAsked, TimePassed
-from vllmd.core.eviction import Leaver, cover
-from vllmd.core.policy import INFINITY, Way
+from vllmd.core.eviction import Candidate, cover
+from vllmd.core.policy import INFINITY, OffloadOption
 from vllmd.core.pricing import Prices
 from vllmd.core.types import GiB, State
 
@@ -64,10 +64,10 @@ def test_frozen_requests_are_regretted_each() -> None:
 def test_two_small_victims_are_found_where_they_are_cheaper_than_a_large_one() -> None:
     """And three, where it takes three."""
 
-    def leaver(name: str, frees: int, price: float) -> Leaver:
-        return Leaver(price, busy(name), Way(1, frees, 1.0, 1.0))
+    def candidate(name: str, frees: int, price: float) -> Candidate:
+        return Candidate(price, busy(name), OffloadOption(1, frees, 1.0, 1.0))
 
-    group = [leaver("large", 30, 9.0), *(leaver(name, 10, 2.0) for name in "abc")]
+    group = [candidate("large", 30, 9.0), *(candidate(name, 10, 2.0) for name in "abc")]
     assert {found.resident.model for found in cover(group, 20, 4) or ()} == {"a", "b"}
     assert {found.resident.model for found in cover(group, 30, 4) or ()} == {"a", "b", "c"}
 

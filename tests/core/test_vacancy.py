@@ -79,7 +79,7 @@ def test_without_shares_it_takes_what_it_takes() -> None:
 
 
 def test_models_that_can_make_room_do_not_count() -> None:
-    """All that is used is ours, so one exchange gives it the device."""
+    """All that is used is ours, so one swap gives it the device."""
     w = World([model("a"), model("m", when_free=WhenFree(), on_busy="evict")], [GPU])
     w.load("a")
     w.do(external(1))

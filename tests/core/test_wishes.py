@@ -113,7 +113,7 @@ def test_a_drain_limit_cuts_what_is_left() -> None:
 
 
 def test_a_model_pinned_while_it_leaves_stays() -> None:
-    """A pin ends the exchange that would have taken it."""
+    """A pin ends the swap that would have taken it."""
     w = World([model("m"), model("other")], [GPU])
     w.load("m")
     w.ask("r1", "m")

@@ -296,3 +296,19 @@ async def test_who_comes_before_we_have_opened_is_told_when_we_shut_down(rig: Ri
     with pytest.raises(Unavailable, match="shutting down"):
         await waiting
     assert (rig.gate.requests, rig.posted) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("limit", "wish", "told"), [(None, 9e9, [9e9]), (60.0, float("inf"), [60.0]), (60.0, 0.0, [0.0]), (0.0, 5.0, [])]
+)
+def test_keep_alive_within_the_configurations_limit(limit: float | None, wish: float, told: list[float]) -> None:
+    """What is longer is cut to it; of a model that a reload has taken away nothing is said."""
+
+    async def play() -> None:
+        rig = Rig()
+        rig.gate.configure({"m": ModelConfig("m")}, {"m": ModelConfig("m")}, limit)
+        rig.gate.keep_alive("m", "key", wish)
+        rig.gate.keep_alive("gone", "key", wish)
+        assert rig.posted == [events.KeptAlive("m", "key", seconds) for seconds in told]
+
+    asyncio.run(play())

@@ -32,12 +32,15 @@ class Core:
     def __init__(self) -> None:
         self.gate: AdmissionGate
         self.refuses = False
+        self.kept_alive: list[float] = []
 
     def post(self, event: events.Event) -> None:
         if isinstance(event, events.RequestArrived) and self.refuses:
             self.gate.reject(commands.Reject(event.request, "Unavailable", "no room"))
         elif isinstance(event, events.RequestArrived):
             self.gate.admit(commands.Admit(event.request, "m"))
+        elif isinstance(event, events.KeptAlive):
+            self.kept_alive.append(event.seconds)
 
     def address_of(self, replica: str) -> Listen:
         return Listen(uds="/engine.sock")
@@ -213,3 +216,14 @@ def test_waits_are_told() -> None:
     act = Act(concurrency=5)
     act.acquire()
     assert sum(act.counters.waits[("m",)].counts) == 1
+
+
+@pytest.mark.parametrize(
+    ("limit", "wish", "passed"),
+    [(None, 9e9, [9e9]), (60.0, 9e9, [60.0]), (60.0, 5.0, [5.0]), (60.0, 0.0, [0.0]), (0.0, 0.0, [])],
+)
+def test_a_key_keeps_a_model_alive_within_its_limit(limit: float | None, wish: float, passed: list[float]) -> None:
+    """One whose limit is 0 has no say, not even that the model may go."""
+    act = Act(keep_alive_limit=limit)  # type: ignore[arg-type]
+    act.gate.keep_alive("m", "k", wish)
+    assert act.core.kept_alive == passed

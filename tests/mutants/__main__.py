@@ -30,14 +30,14 @@ class Mutation(NamedTuple):
 
 REPLICAS, ALL_CORE = "core/test_replicas.py", "core"
 MUTATIONS = (
-    Mutation("nothing starts on a wedged device", "core/situation.py", "if account.avoided:", "if False:"),
-    Mutation("an exchange starts nothing there", "core/exchanges.py", "not accounts[i].avoided and need", "need"),
+    Mutation("nothing starts on a wedged device", "core/policy_input.py", "if account.avoided:", "if False:"),
+    Mutation("a swap starts nothing there", "core/swaps.py", "not accounts[i].avoided and need", "need"),
     Mutation("frozen requests are regretted", "core/pricing.py", "+ left * (away + 0.5)", "+ 0.0 * left"),
     Mutation("sets of victims are searched", "core/eviction.py", "if len(chosen) + 1 < most:", "if False:"),
     Mutation(
         "preloading waits for a device",
         "core/planner.py",
-        "elif not any(room.busy or room.claimed for room in self.look().rooms.values()):",
+        "elif not any(supply.busy or supply.claimed for supply in self.look().supplies.values()):",
         "else:",
     ),
     Mutation(

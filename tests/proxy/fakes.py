@@ -90,6 +90,7 @@ class FakeGate:
         self.names: tuple[str, ...] = ("m", "m-alias")
         self.replicas: list[tuple[Listen, Target]] = []  # where requests go, one after another
         self.only: list[str] = []
+        self.kept_alive: list[tuple[str, str, float]] = []
 
     def resolve(self, name: str, caller: Caller = ANYBODY) -> Target:
         """``m`` under any of its names."""
@@ -131,6 +132,10 @@ class FakeGate:
     def loading(self, model: str) -> str:
         """Always the weights."""
         return "weights"
+
+    def keep_alive(self, model: str, key: str, seconds: float) -> None:
+        """Remember it."""
+        self.kept_alive.append((model, key, seconds))
 
     def check(self) -> None:
         """Every permit ended exactly once."""

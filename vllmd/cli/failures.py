@@ -7,6 +7,7 @@ import getpass
 from typing import Any
 
 EX_OK = 0
+EX_LATER = 3  # done, but for settings that take effect at the next start of vllmd
 EX_USAGE = 64  # the command line is wrong
 EX_DATAERR = 65  # what was given is wrong: no such model, a broken file
 EX_NOINPUT = 66  # a file is missing

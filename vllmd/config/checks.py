@@ -225,7 +225,7 @@ def _pins(config: Config) -> Iterator[Finding]:
         pinned = [m for m in config.models.values() if m.pin and (m.devices == (index,) or len(config.devices) == 1)]
         total = sum(memory_of(model, device.memory) for model in pinned)
         room = device.memory - config.reserve
-        if total > room:
+        if pinned and total > room:
             names = ", ".join(model.name for model in pinned)
             taken, given = show_size(total), show_size(room)
             what = f"the pinned models {names} take {taken} of device {index}, which has {given} to give"

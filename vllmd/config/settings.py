@@ -13,6 +13,7 @@ from typing import Any
 
 from vllmd.config import value_types as k
 from vllmd.config.nodes import Node
+from vllmd.config.reload import Reload
 from vllmd.config.types import (
     AuthConfig,
     Config,
@@ -34,7 +35,8 @@ class Setting:
     """One row. ``field`` of the target it fills ("": its own name; None: read by the loader itself).
 
     ``also``: other spellings, the documents' own. ``many``: "list" or "map" of the group. ``secret``: its value may be,
-    or hold, a secret: it is quoted in no message, and hidden where settings are shown.
+    or hold, a secret: it is quoted in no message, and hidden where settings are shown. ``reload``: what a reload does
+    with it; None: what is said of the group it is in, and of the whole table: it is taken at once.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Setting:
     many: str = ""
     flag: str = ""
     secret: bool = False
+    reload: Reload | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -288,18 +291,21 @@ MODEL = Group(
             "engine",
             k.TEXT,
             "Kind of engine: one of those under ENGINES in vllmd.yaml(5), or a plug-in's.",
+            reload=Reload.ENGINE,
         ),
         Setting(
             "model",
             k.TEXT,
             "What the engine loads: a path or a repository id. Without it the model's own name is used.",
             also=("model_path",),
+            reload=Reload.ENGINE,
         ),
         Setting(
             "command",
             k.COMMAND,
             "Program that is run instead of the engine's own, such as /opt/vllm/bin/vllm.",
             secret=True,
+            reload=Reload.ENGINE,
         ),
         Setting("aliases", k.NAMES, "Other names that clients may ask for."),
         Setting("display_name", k.TEXT, "What it is called in lists that people read; without it its name."),
@@ -311,13 +317,24 @@ MODEL = Group(
             "What GET /v1/models says that it can, such as chat or embeddings, "
             "instead of what its engine and its files tell.",
         ),
-        Setting("devices", k.DEVICES, "Devices it may use; auto leaves the choice to vllmd.", also=("gpu_id",)),
-        Setting("tensor_parallel_size", k.count(1, 1024), "Devices that each layer is split over."),
-        Setting("pipeline_parallel_size", k.count(1, 1024), "Devices that the layers are spread over."),
+        Setting(
+            "devices",
+            k.DEVICES,
+            "Devices it may use; auto leaves the choice to vllmd.",
+            also=("gpu_id",),
+            reload=Reload.ENGINE,
+        ),
+        Setting(
+            "tensor_parallel_size", k.count(1, 1024), "Devices that each layer is split over.", reload=Reload.ENGINE
+        ),
+        Setting(
+            "pipeline_parallel_size", k.count(1, 1024), "Devices that the layers are spread over.", reload=Reload.ENGINE
+        ),
         Setting(
             "local_devices",
             k.count(0, 1024, "all"),
             "How many of its devices are this machine's, where the engine has others on other machines.",
+            reload=Reload.ENGINE,
         ),
         Setting(
             "gpu_memory",
@@ -325,48 +342,88 @@ MODEL = Group(
             "Memory on each of its devices: a share is passed to the engine literally, "
             "auto lets vllmd estimate and then measure it.",
             also=("gpu_memory_utilization",),
+            reload=Reload.ENGINE,
         ),
         Setting(
-            "memory_asleep", k.AUTO_SIZE, "Device memory that it keeps while it sleeps, until it has been measured."
+            "memory_asleep",
+            k.AUTO_SIZE,
+            "Device memory that it keeps while it sleeps, until it has been measured.",
+            reload=Reload.ENGINE,
         ),
-        Setting("host_memory", k.AUTO_SIZE, "Host memory that it takes asleep at level 1, until it has been measured."),
-        Setting("max_model_len", k.count(1, 2**31, "auto", "none"), "Longest context, in tokens."),
-        Setting("dtype", k.TEXT, "Type of weights and activations, such as auto, bfloat16 or half."),
-        Setting("trust_remote_code", k.BOOL, "Run Python code that comes with the model. Dangerous."),
+        Setting(
+            "host_memory",
+            k.AUTO_SIZE,
+            "Host memory that it takes asleep at level 1, until it has been measured.",
+            reload=Reload.ENGINE,
+        ),
+        Setting(
+            "max_model_len", k.count(1, 2**31, "auto", "none"), "Longest context, in tokens.", reload=Reload.ENGINE
+        ),
+        Setting(
+            "dtype", k.TEXT, "Type of weights and activations, such as auto, bfloat16 or half.", reload=Reload.ENGINE
+        ),
+        Setting(
+            "trust_remote_code", k.BOOL, "Run Python code that comes with the model. Dangerous.", reload=Reload.ENGINE
+        ),
         Setting(
             "param_count",
             Kind(
                 "billions of parameters such as 7 or 0.6", k.real(0, 100000), {"type": "number", "exclusiveMinimum": 0}
             ),
             "Parameters in billions, for the estimate of memory where the model's files are not at hand.",
+            reload=Reload.ENGINE,
         ),
-        Setting("precision", k.TEXT, "Precision of the weights for the estimate, such as fp16, fp8, int4."),
+        Setting(
+            "precision",
+            k.TEXT,
+            "Precision of the weights for the estimate, such as fp16, fp8, int4.",
+            reload=Reload.ENGINE,
+        ),
         Setting(
             "extra_args",
             k.ARGS,
             "The engine's own flags. In a mapping true becomes --flag, false --no-flag, a list several values "
             "after one flag, a mapping JSON; null leaves the flag out.",
             secret=True,
+            reload=Reload.ENGINE,
         ),
-        Setting("env", k.ENV, "Environment variables of the engine.", secret=True),
+        Setting("env", k.ENV, "Environment variables of the engine.", secret=True, reload=Reload.ENGINE),
         Setting(
             "user",
             k.USER,
             "Whom its engine runs as: a user that the launcher allows, or own, a user of this model alone. "
             "Models without one share the engines' user, and trust each other.",
+            reload=Reload.ENGINE,
         ),
-        Setting("hf_token", k.SECRET, "Hugging Face token for gated models, given to this engine only.", secret=True),
+        Setting(
+            "hf_token",
+            k.SECRET,
+            "Hugging Face token for gated models, given to this engine only.",
+            secret=True,
+            reload=Reload.ENGINE,
+        ),
         Setting(
             "hf_token_file",
             k.FILE,
             "File that holds the token; a relative path names a systemd credential or a file beside the configuration.",
             field=None,
+            reload=Reload.ENGINE,
         ),
-        Setting("sleep_mode", k.BOOL, "Start the engine so that it can sleep; by default where the platform can."),
+        Setting(
+            "sleep_mode",
+            k.BOOL,
+            "Start the engine so that it can sleep; by default where the platform can.",
+            reload=Reload.ENGINE,
+        ),
         Setting("idle", IDLE, "This model's own idle rules; what is not said here is taken from defaults and idle."),
         Setting("pin", k.BOOL, "Never evict it and never let it sleep for others."),
         Setting("preload", k.BOOL, "Load it when the daemon starts."),
-        Setting("warm_up", k.BOOL, "Send one short request after each load, before clients are let in."),
+        Setting(
+            "warm_up",
+            k.BOOL,
+            "Send one short request after each load, before clients are let in.",
+            reload=Reload.NEXT_LOAD,
+        ),
         Setting(
             "priority",
             Kind("a number above 0", k.real(0, 1e6), {"type": "number", "exclusiveMinimum": 0}),
@@ -385,8 +442,10 @@ MODEL = Group(
             "preempt", k.BOOL, "Running requests may be frozen when others need the room and the engine can do so."
         ),
         Setting("when_free", WHEN_FREE, "It starts on devices that others leave free."),
-        Setting("start_timeout", k.DURATION_KIND, "Longest start, downloads not counted."),
-        Setting("stop_timeout", k.DURATION_KIND, "Time the engine has to end before it is killed."),
+        Setting("start_timeout", k.DURATION_KIND, "Longest start, downloads not counted.", reload=Reload.NEXT_LOAD),
+        Setting(
+            "stop_timeout", k.DURATION_KIND, "Time the engine has to end before it is killed.", reload=Reload.NEXT_LOAD
+        ),
         Setting("max_restarts", k.count(0, 1000), "Restarts in a row after crashes while requests wait."),
         Setting("restart_backoff", k.PAUSE, "Pause before the first restart; it doubles with each failure."),
         Setting(
@@ -394,8 +453,9 @@ MODEL = Group(
             k.BOOL,
             "Write the engine's output to a rotating file, too, not only to the journal; the last five runs are kept, "
             "and what comes faster than 1 MiB/s is left out.",
+            reload=Reload.NEXT_LOAD,
         ),
-        Setting("limits", LIMITS, "Resource limits of its scope."),
+        Setting("limits", LIMITS, "Resource limits of its scope.", reload=Reload.ENGINE),
         Setting(
             "host",
             k.TEXT,
@@ -403,7 +463,13 @@ MODEL = Group(
         ),
         Setting("replicas", REPLICAS, "Several engines of it."),
         Setting("request", REQUEST, "What becomes of its JSON requests."),
-        Setting("options", k.MAP, "Settings of the engine kind, see ENGINES in vllmd.yaml(5).", secret=True),
+        Setting(
+            "options",
+            k.MAP,
+            "Settings of the engine kind, see ENGINES in vllmd.yaml(5).",
+            secret=True,
+            reload=Reload.ENGINE,
+        ),
         Setting(
             "api_key",
             k.SECRET,
@@ -481,6 +547,7 @@ KEY = Group(
         Setting("concurrency", k.count(1, 2**31, "unlimited"), "Requests at a time."),
         Setting("requests_per_minute", k.count(1, 2**31, "unlimited"), "Requests per minute."),
         Setting("tokens_per_minute", k.count(1, 2**31, "unlimited"), "Tokens in and out per minute."),
+        Setting("keep_alive_limit", k.UP_TO, "Longest keep_alive, within that of the server; 0: it has no say."),
     ),
 )
 
@@ -503,16 +570,30 @@ SERVER = Group(
     ServerConfig,
     "The HTTP side. Under systemd the addresses are those of vllmd.socket, whatever is said here.",
     (
-        Setting("listen", k.LISTEN, "Addresses to listen on when not activated by systemd.", flag="--listen"),
+        Setting(
+            "listen",
+            k.LISTEN,
+            "Addresses to listen on when not activated by systemd.",
+            flag="--listen",
+            reload=Reload.NEXT_START,
+        ),
         Setting(
             "user",
             k.TEXT,
             "User that vllmd becomes, with all its engines, when root runs vllmd serve: once it listens, before it "
             "reads a request. Under systemd User= of vllmd.service says that.",
             flag="--user",
+            reload=Reload.NEXT_START,
         ),
-        Setting("host", k.HOST, "Short for listen, with port.", field=None, flag="--host"),
-        Setting("port", k.PORT, "Short for listen, with host; 0 picks a free one.", None, flag="--port"),
+        Setting("host", k.HOST, "Short for listen, with port.", field=None, flag="--host", reload=Reload.NEXT_START),
+        Setting(
+            "port",
+            k.PORT,
+            "Short for listen, with host; 0 picks a free one.",
+            None,
+            flag="--port",
+            reload=Reload.NEXT_START,
+        ),
         Setting("idle_exit", k.OR_NEVER, "Exit when nothing is loaded and nobody is connected for this time."),
         Setting("max_body", k.SMALL_SIZE, "Largest request body."),
         Setting("max_head", k.SMALL_SIZE, "Largest request head."),
@@ -549,6 +630,12 @@ SERVER = Group(
             "loading_as_reasoning",
             k.BOOL,
             "Tell chat clients of the loading in the reasoning text of a stream, which they show, not in comments.",
+        ),
+        Setting(
+            "keep_alive_limit",
+            k.UP_TO,
+            "Longest keep_alive, ttl or X-Vllmd-Keep-Alive of a request, for which the model does not age; it makes "
+            "room for others all the same. Longer ones are cut to it, -1 as well; with 0 none counts.",
         ),
         Setting(
             "cors_origins",
@@ -603,7 +690,7 @@ ROOT = Group(
             "How room is made: adaptive weighs what is lost against what is gained, lru takes the least recently used.",
         ),
         Setting("log_level", k.choice("debug", "info", "warning", "error"), "What is logged.", flag="--log-level"),
-        Setting("engines", ENGINES, "Where engines live."),
+        Setting("engines", ENGINES, "Where engines live.", reload=Reload.NEXT_LOAD),
         Setting("defaults", DEFAULTS, "Settings of all models.", field=None),
         Setting(
             "discover",
@@ -661,6 +748,7 @@ class Leaf:
     path: str
     group: Group
     row: Setting
+    reload: Reload = Reload.NOW
 
     @property
     def variables(self) -> tuple[str, ...]:
@@ -685,13 +773,21 @@ class Leaf:
         return kind.none if value is None else (kind.show(value) or "none")
 
 
-def leaves(group: Group = ROOT, prefix: str = "") -> Iterator[Leaf]:
-    """Every row of the table, groups before what is in them."""
+def leaves(group: Group = ROOT, prefix: str = "", reload: Reload = Reload.NOW) -> Iterator[Leaf]:
+    """Every row of the table, groups before what is in them. ``reload``: of what does not say itself."""
     for row in group.rows:
-        path = f"{prefix}{row.name}"
-        yield Leaf(path, group, row)
+        leaf = Leaf(f"{prefix}{row.name}", group, row, row.reload or reload)
+        yield leaf
         if isinstance(row.kind, Group):
-            yield from leaves(row.kind, path + {"": ".", "list": "[].", "map": ".NAME."}[row.many])
+            end = {"": ".", "list": "[].", "map": ".NAME."}[row.many]
+            yield from leaves(row.kind, leaf.path + end, leaf.reload)
+
+
+def of_the_engine() -> frozenset[str]:
+    """The fields of ``ModelConfig`` that an engine depends on: with another value there it is another engine."""
+    return frozenset(
+        row.field or row.name for row in MODEL.rows if row.reload is Reload.ENGINE and row.field is not None
+    )
 
 
 @cache

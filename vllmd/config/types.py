@@ -173,6 +173,7 @@ class ServerConfig:
     queue_limit: int = 4096
     loading_comment_interval: float = 10.0
     loading_as_reasoning: bool = False
+    keep_alive_limit: float | None = 86400.0  # the longest keep_alive of a request; 0.0: none is listened to
     hosts: tuple[str, ...] = ()  # names beside this machine's own under which it answers without keys; "*": any
     cors_origins: tuple[str, ...] = ()  # pages of which origins may read our answers; "*": of any
 
@@ -201,6 +202,7 @@ class KeyConfig:
     concurrency: int | None = None
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
+    keep_alive_limit: float | None = None  # seconds; 0.0: it cannot say
 
 
 @dataclass(frozen=True, slots=True)

@@ -234,15 +234,15 @@ class Admission:
         return Refusal("Unavailable", why, self._patience(r)) if why else None  # 1.6
 
     def _busy(self, r: Replica) -> Refusal | None:
-        coming = r in self._core.exchanges or r.state not in (State.STOPPED, State.SLEEPING)
+        coming = r in self._core.swaps or r.state not in (State.STOPPED, State.SLEEPING)
         if r.model.spec.on_busy != "reject" or coming:
             return None
         s = self._planner.look()
-        w = self._planner.observer.see_newcomer(r, since=-INFINITY)
+        w = self._planner.builder.see_newcomer(r, since=-INFINITY)
         if w.span and not w.devices:  # it waits for others to leave a device free
             return None
         idle = [each for each in s.residents if not each.running and not each.queued and each.model != r.id]
-        if fits(s, w) is not None or cheapest(s, w, idle, lambda each, way: 1.0) is not None:
+        if fits(s, w) is not None or cheapest(s, w, idle, lambda each, option: 1.0) is not None:
             return None
         message = f"{r.model.name!r} needs memory that busy models hold"
         return Refusal("Unavailable", message, self._patience(r))  # 1.7

@@ -10,10 +10,10 @@ import random
 from collections.abc import Collection, Iterable
 
 from vllmd.core.engine_table import EngineTable
-from vllmd.core.exchanges import Exchanges
-from vllmd.core.model import INFINITY, Model, Replica, Standing
+from vllmd.core.model import INFINITY, HealthStatus, Model, Replica
+from vllmd.core.policy_input import remaining
 from vllmd.core.possible import has_room, never_fits
-from vllmd.core.situation import remaining
+from vllmd.core.swaps import Swaps
 from vllmd.core.types import State
 
 FORGET = 30.0  # seconds in which what is held against a replica falls to a third
@@ -25,9 +25,9 @@ OFF = frozenset({State.STOPPED, State.SLEEPING, State.FAILED})
 class Balancer:
     """Power of two choices among those that serve; among those that do not, the one that will serve soonest."""
 
-    def __init__(self, engines: EngineTable, exchanges: Exchanges) -> None:
+    def __init__(self, engines: EngineTable, swaps: Swaps) -> None:
         self._engines = engines
-        self._exchanges = exchanges
+        self._swaps = swaps
         self._chance = random.Random(0)  # the same events lead to the same decisions
 
     def choose(self, model: Model, avoid: Collection[str] = ()) -> Replica | None:
@@ -54,11 +54,11 @@ class Balancer:
         if down(r, now) or never_fits(ledger, r):
             return None
         if r.state is State.READY:
-            rank = {Standing.NEW: 1, Standing.EJECTED: DOUBTFUL}.get(standing(r), 0)
+            rank = {HealthStatus.NEW: 1, HealthStatus.EJECTED: DOUBTFUL}.get(health_status(r), 0)
             return rank, other, len(r.running)
         if r.state in (State.STARTING, State.WAKING):
             return 1, other, remaining(r, now)
-        if r in self._exchanges or (r.state is State.DRAINING and r.leave and r.leave.yields):
+        if r in self._swaps or (r.state is State.DRAINING and r.leave and r.leave.yields):
             return 2, other, 0.0
         if r.state in OFF and r.retry_at <= now:
             return 3 if has_room(ledger, r) else 4, other, load_time(r)
@@ -71,9 +71,11 @@ class Balancer:
 def in_use(model: Model) -> list[Replica]:
     """Those that get requests; else those at rest; else those set aside for being slow: better late than never."""
     ready = [r for r in model.members if r.state is State.READY]
-    serving = [r for r in ready if standing(r) is Standing.SERVING]
+    serving = [r for r in ready if health_status(r) is HealthStatus.SERVING]
     spare = resting(model)
-    return [r for r in serving if r not in spare] or serving or [r for r in ready if standing(r) is Standing.SLOW]
+    return (
+        [r for r in serving if r not in spare] or serving or [r for r in ready if health_status(r) is HealthStatus.SLOW]
+    )
 
 
 def resting(model: Model) -> list[Replica]:
@@ -98,7 +100,7 @@ def slowness(r: Replica, now: float) -> float:
 
 def fastest(model: Model, streamed: bool, but: Replica | None = None) -> float | None:
     """Seconds to the first byte of the fastest that serves, by more than a few answers; None if none is known."""
-    serving = [r for r in model.members if r is not but and r.on and standing(r) is Standing.SERVING]
+    serving = [r for r in model.members if r is not but and r.on and health_status(r) is HealthStatus.SERVING]
     known = [r.health.latencies.get(streamed) for r in serving if r.health]
     return min([latency.value for latency in known if latency and latency.answers >= ENOUGH], default=None)
 
@@ -106,13 +108,13 @@ def fastest(model: Model, streamed: bool, but: Replica | None = None) -> float |
 def quickest(but: Replica) -> float | None:
     """Seconds of the quickest probe of the others that serve; None if no other does."""
     others = [r.health for r in but.model.members if r is not but and r.health and r.state is State.READY]
-    known = [health.took for health in others if health.standing is Standing.SERVING]
+    known = [health.took for health in others if health.status is HealthStatus.SERVING]
     return min([took for took in known if took is not None], default=None)
 
 
-def standing(r: Replica) -> Standing:
+def health_status(r: Replica) -> HealthStatus:
     """What its answers have earned it."""
-    return r.health.standing if r.health else Standing.SERVING
+    return r.health.status if r.health else HealthStatus.SERVING
 
 
 # -- who does not
@@ -126,7 +128,7 @@ def down(r: Replica, now: float) -> bool:
         return r.given_up and r.retry_at > now
     if r.health is None or r.model.rules is None:
         return False
-    ejected = r.state is State.READY and r.health.standing is Standing.EJECTED
+    ejected = r.state is State.READY and r.health.status is HealthStatus.EJECTED
     return ejected and r.health.failed > r.model.rules.retries
 
 

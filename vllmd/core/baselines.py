@@ -1,7 +1,7 @@
 """What peers do, as policies behind the same interface: for the simulator and the benchmark, not for production.
 
 Each is its owner's rule as read in its source in 2026, given the same sleep
-mechanism, the same memory ledger and the same one exchange per device as ours.
+mechanism, the same memory ledger and the same one swap per device as ours.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from vllmd.core.eviction import fits, oldest_first
 from vllmd.core.policies import POLICIES, Lru, plain
-from vllmd.core.policy import HostClaim, Outlook, Plan, Policy, Resident, Situation, Victim, Waiting, greedy_fill
+from vllmd.core.policy import HostClaim, Outlook, Plan, Policy, PolicyInput, Resident, Victim, Waiting, greedy_fill
 
 
 class _Baseline:
@@ -18,11 +18,11 @@ class _Baseline:
 
     in_order = False
 
-    def outlook(self, s: Situation, model: str) -> Outlook | None:
+    def outlook(self, s: PolicyInput, model: str) -> Outlook | None:
         """These rules promise nothing."""
         return None
 
-    def tidy(self, s: Situation) -> Plan | None:
+    def tidy(self, s: PolicyInput) -> Plan | None:
         """A sleeper wakes where it sleeps."""
         return None
 
@@ -39,16 +39,16 @@ class LlamaSwap(_Baseline):
 
     name = "llama-swap"
 
-    def choose(self, s: Situation) -> Plan | None:
+    def choose(self, s: PolicyInput) -> Plan | None:
         """The first in the queue whose victims, least recently used, have nothing in flight."""
         return plain(s) or next(self._plans(s), None)
 
-    def _plans(self, s: Situation) -> Iterator[Plan]:
+    def _plans(self, s: PolicyInput) -> Iterator[Plan]:
         busy = {r.model for r in s.residents if r.running or r.queued}
         for w in s.waiting:
-            choice = oldest_first(s, w, s.residents)
-            if choice and busy.isdisjoint(v.model for v in choice.victims):
-                yield Plan(w.model, choice.devices, choice.victims, why="its victims are idle")
+            eviction = oldest_first(s, w, s.residents)
+            if eviction and busy.isdisjoint(v.model for v in eviction.victims):
+                yield Plan(w.model, eviction.devices, eviction.victims, why="its victims are idle")
 
 
 class Ollama(_Baseline):
@@ -59,16 +59,16 @@ class Ollama(_Baseline):
 
     name = "ollama"
 
-    def choose(self, s: Situation) -> Plan | None:
+    def choose(self, s: PolicyInput) -> Plan | None:
         """Only the head of the queue; as many idle models leave as it needs."""
         for w in s.waiting[:1]:
             devices = fits(s, w)
             if devices is not None:
                 return Plan(w.model, devices, why="it fits")
             idle = [r._replace(used=0.0) for r in s.residents if not r.running and not r.queued]
-            choice = oldest_first(s, w, idle)
-            if choice:
-                return Plan(w.model, choice.devices, choice.victims, why="idle ones make room")
+            eviction = oldest_first(s, w, idle)
+            if eviction:
+                return Plan(w.model, eviction.devices, eviction.victims, why="idle ones make room")
         return None
 
 
@@ -78,7 +78,7 @@ class InOrder(_Baseline):
     name = "in-order"
     in_order = True
 
-    def choose(self, s: Situation) -> Plan | None:
+    def choose(self, s: PolicyInput) -> Plan | None:
         """Everything else leaves for the oldest request."""
         for w in s.waiting[:1]:
             awake = [r for r in s.residents if not r.asleep]
@@ -88,13 +88,13 @@ class InOrder(_Baseline):
             return self._swap(s, w, awake)
         return None
 
-    def _swap(self, s: Situation, w: Waiting, awake: Sequence[Resident]) -> Plan | None:
-        choice = oldest_first(s, w, awake)
-        if choice is None:
+    def _swap(self, s: PolicyInput, w: Waiting, awake: Sequence[Resident]) -> Plan | None:
+        eviction = oldest_first(s, w, awake)
+        if eviction is None:
             return None
-        where = set(choice.devices)
-        leaving = tuple(Victim(r.model, r.ways[0]) for r in awake if not where.isdisjoint(r.devices))
-        return Plan(w.model, choice.devices, leaving, why="it is next")
+        where = set(eviction.devices)
+        leaving = tuple(Victim(r.model, r.options[0]) for r in awake if not where.isdisjoint(r.devices))
+        return Plan(w.model, eviction.devices, leaving, why="it is next")
 
 
 class EvictAtOnce(Lru):
@@ -102,7 +102,7 @@ class EvictAtOnce(Lru):
 
     name = "lru-at-once"
 
-    def choose(self, s: Situation) -> Plan | None:
+    def choose(self, s: PolicyInput) -> Plan | None:
         """As LRU does, with no time to drain."""
         plan = super().choose(s)
         return plan and plan._replace(drain=0.0)

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 from vllmd.core.costs import CostBook
 from vllmd.core.engine_table import EngineTable
-from vllmd.core.exchanges import Exchanges
 from vllmd.core.ledger import Ledger
 from vllmd.core.lifecycle import LifecycleError
 from vllmd.core.model import INFINITY, Leave, Model, Replica
 from vllmd.core.policy import Policy
+from vllmd.core.swaps import Swaps
 from vllmd.core.types import Device, Settings, State
 
 
@@ -24,7 +24,7 @@ class Core:
         self.engines = EngineTable(Ledger(devices, settings.host_memory))
         self.models: dict[str, Model] = {}
         self.replicas: dict[str, Replica] = {}  # of all models, by id
-        self.exchanges = Exchanges(self.engines, self.replicas)
+        self.swaps = Swaps(self.engines, self.replicas)
         self.balanced: list[Model] = []  # those whose replicas share their requests by rules
         self.dirty: dict[Model, None] = {}
         self.unkept: dict[Model, None] = {}  # whose health and number of replicas are to be looked at
@@ -82,7 +82,7 @@ class Core:
         if m.state is State.READY:
             self.engines.drain(m, leave)
         elif m.state is State.DRAINING:
-            m.leave = leave if leave.level == 0 or not m.exchange else m.leave
+            m.leave = leave if leave.level == 0 or not m.swap else m.leave
         elif m.state is State.SLEEPING and not (m.running and not leave.kill):
             self._leave_asleep(m, leave)
         elif m.state is State.STARTING and leave.cause == "operator" and not leave.level:
@@ -99,7 +99,7 @@ class Core:
     def stay(self, m: Replica) -> None:
         """It is to be kept: what would have made it leave, and can still be called off, is."""
         if m.leave and m.leave.cause == "exchange":
-            for victim in self.exchanges.cancel(m.exchange):
+            for victim in self.swaps.cancel(m.swap):
                 self.mark_urgent(victim)
         elif m.leave and m.state is State.DRAINING:
             self.engines.reopen(m)

@@ -32,6 +32,7 @@ class Devices:
         ledger.unknown, ledger.asking = e.unknown, e.asking
         for m in core.replicas.values():
             if m.loaded and not ledger.held(m):
+                ledger.miss(m.placement.devices)
                 core.engines.rebook(m)
             if e.unknown and m.spec.device_count:
                 self._put_off(m, e.unknown, told=not e.asking)
@@ -43,7 +44,7 @@ class Devices:
     def _put_off(self, m: Replica, why: str, *, told: bool) -> None:
         """It is not brought up now. Requests that wait for it go on waiting, or are told."""
         self._core.waiting.pop(m, None)
-        for other in self._core.exchanges.cancel(m):
+        for other in self._core.swaps.cancel(m):
             self._core.mark_dirty(other)
         if told and m.at_rest:
             self._admission.reject_waiters(m, "Unavailable", why, 5.0)

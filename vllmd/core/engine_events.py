@@ -163,7 +163,7 @@ class EngineEvents:
 
     def _settled(self, m: Replica) -> None:
         """Its command is answered: devices are at rest again, and there is news to plan by."""
-        self._core.exchanges.left(m)
+        self._core.swaps.left(m)
         self._core.mark_urgent(m)
 
     def _more_room(self, m: Replica, e: EngineStartFailed) -> None:

@@ -140,7 +140,7 @@ class EngineTable:
     def reopen(self, m: Replica) -> None:
         """It stays after all."""
         self._move(m, Step.REOPEN)
-        m.leave = m.exchange = None
+        m.leave = m.swap = None
 
     def sleep(self, m: Replica, level: int, freeze: bool = False) -> None:
         """Put it to sleep; it still holds everything."""
@@ -230,6 +230,7 @@ class EngineTable:
             raise
         m.level, m.ready_at = level, self.now
         m.slept_shallow = level == 1
+        self.ledger.miss(placement.devices)
         self.rebook(m)
 
     def rebook(self, m: Replica) -> None:

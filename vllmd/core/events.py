@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from vllmd.core.types import Device, Footprint, ModelSpec, Placement, State
+from vllmd.core.types import Device, Footprint, ModelSpec, Placement, Settings, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,11 +280,31 @@ class LeaseReleased:
 
 
 @dataclass(frozen=True, slots=True)
+class KeptAlive:
+    """A client wants the model to be there for its next requests: no idle rule applies for so many ``seconds``.
+
+    Not a lease: the model makes room for others all the same. ``client`` names whose wish it is, and replaces its own.
+    0.0: it needs the model no more, which goes at once if nobody else's wish keeps it and it is not used.
+    """
+
+    model: str
+    client: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class ModelsChanged:
     """The configuration was reloaded. Replicas whose id is in ``restart`` or that are gone are drained and stopped."""
 
     models: tuple[ModelSpec, ...]
     restart: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class SettingsChanged:
+    """The configuration was reloaded: decide by this policy and within these limits from now on."""
+
+    settings: Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,6 +341,8 @@ Event = (
     | PinSet
     | LeaseTaken
     | LeaseReleased
+    | KeptAlive
     | ModelsChanged
+    | SettingsChanged
     | TimePassed
 )

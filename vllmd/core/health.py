@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from vllmd.core.balancing import ENOUGH, fastest, quickest
 from vllmd.core.common import Core
 from vllmd.core.events import ProbeAsked, ReplicaProbed, ServerSilent
-from vllmd.core.model import INFINITY, Health, Latency, Leave, Replica, Run, Standing
+from vllmd.core.model import INFINITY, Health, HealthStatus, Latency, Leave, Replica, Run
 from vllmd.core.types import ReplicaRules, State
 
 LEAST = 0.0005  # seconds; nothing takes no time
@@ -47,7 +47,7 @@ class HealthChecks:
             h.latencies[streamed].learn(took, NEWEST)
         else:
             h.latencies[streamed] = Latency(took)
-        if h.standing is Standing.SERVING:
+        if h.status is HealthStatus.SERVING:
             self._judge(r, h, took, fastest(r.model, streamed, but=r), h.latencies[streamed].value)
         self._core.mark_dirty(r)
 
@@ -62,7 +62,7 @@ class HealthChecks:
         if h.late >= ENOUGH and best is not None:
             numbers = {"latency": round(latency, 3), "fastest": round(best, 3), "bound": round(bound, 3)}
             why = f"its answers begin after {latency:.2f} s, those of the fastest after {best:.2f} s"
-            self._set_aside(r, h, Standing.SLOW, why, numbers)
+            self._set_aside(r, h, HealthStatus.SLOW, why, numbers)
 
     def ended(self, r: Replica, request: str, failed: str) -> None:
         """A request is over; ``failed``: why its replica gave no answer."""
@@ -70,15 +70,15 @@ class HealthChecks:
         if h is None:
             return
         h.unanswered.pop(request, None)
-        if failed and r.on and h.standing in (Standing.SERVING, Standing.SLOW):
-            self._set_aside(r, h, Standing.EJECTED, failed)
+        if failed and r.on and h.status in (HealthStatus.SERVING, HealthStatus.SLOW):
+            self._set_aside(r, h, HealthStatus.EJECTED, failed)
             self._core.mark_dirty(r)
 
     def silent(self, e: ServerSilent) -> None:
         """It gets nothing more until it has answered a probe."""
         r = self._core.replica(e.replica)
-        if r.health and r.state is State.READY and r.health.standing is not Standing.EJECTED:
-            self._set_aside(r, r.health, Standing.EJECTED, e.reason)
+        if r.health and r.state is State.READY and r.health.status is not HealthStatus.EJECTED:
+            self._set_aside(r, r.health, HealthStatus.EJECTED, e.reason)
             self._core.mark_dirty(r)
 
     def asked(self, e: ProbeAsked) -> None:
@@ -103,7 +103,7 @@ class HealthChecks:
         h.probe = ""
         if e.seconds is not None:
             self._probe_passed(r, h, e.seconds)
-        elif h.standing is Standing.SERVING and h.seen > h.asked:
+        elif h.status is HealthStatus.SERVING and h.seen > h.asked:
             h.vouched = self._core.now + self._hang_limit(r, h)  # others were answered meanwhile: it is only busy
         else:
             self._probe_failed(r, h, e.reason)
@@ -111,28 +111,28 @@ class HealthChecks:
     def _probe_passed(self, r: Replica, h: Health, seconds: float) -> None:
         h.failed = 0
         h.took, h.vouched = seconds, self._core.now + self._hang_limit(r, h)
-        if h.standing is Standing.SERVING:
+        if h.status is HealthStatus.SERVING:
             return  # only a suspicion, and it was wrong
-        h.standing, h.late, h.look_at, h.why = Standing.SERVING, 0, INFINITY, ""
+        h.status, h.late, h.look_at, h.why = HealthStatus.SERVING, 0, INFINITY, ""
         self._core.engines.record("serve", r, f"it answered a probe in {seconds:.3f} s", {"seconds": seconds})
 
     def _probe_failed(self, r: Replica, h: Health, why: str) -> None:
         if r.state is not State.READY:
             return
         h.failed += 1
-        self._set_aside(r, h, Standing.EJECTED, f"it failed a probe: {why}")
+        self._set_aside(r, h, HealthStatus.EJECTED, f"it failed a probe: {why}")
         self._core.engines.cut(r, "its replica does not answer", list(h.unanswered))
         hangs = h.failed > self._rules(r).retries and r.spec.device_count
         if hangs and len(r.running) == len(h.unanswered):
             self._core.leave(r, Leave(0, "replica", f"its engine hangs: {h.failed} probes in a row failed", kill=True))
 
     def _set_aside(
-        self, r: Replica, h: Health, to: Standing, why: str, numbers: Mapping[str, float] = NO_NUMBERS
+        self, r: Replica, h: Health, to: HealthStatus, why: str, numbers: Mapping[str, float] = NO_NUMBERS
     ) -> None:
         h.rounds += 1
         pause = min(LONGEST_PAUSE, PAUSE * 2.0 ** (h.rounds - 1))
-        h.standing, h.why, h.late, h.timely, h.look_at = to, why, 0, 0, self._core.now + pause
-        what = "set aside" if to is Standing.SLOW else "eject"
+        h.status, h.why, h.late, h.timely, h.look_at = to, why, 0, 0, self._core.now + pause
+        what = "set aside" if to is HealthStatus.SLOW else "eject"
         self._core.engines.record(what, r, why, {**numbers, "pause": pause, "rounds": h.rounds})
 
     # -- who is probed (8.3)
@@ -142,10 +142,10 @@ class HealthChecks:
         h = r.health
         if h is None or h.probe or r.state is not State.READY:
             return
-        if h.standing is Standing.NEW and not self._rules(r).probe:
-            h.standing = Standing.SERVING
+        if h.status is HealthStatus.NEW and not self._rules(r).probe:
+            h.status = HealthStatus.SERVING
             self._core.mark_urgent(r)
-        elif h.standing is Standing.NEW or min(h.look_at, self._hangs_at(r, h)) <= self._core.now:
+        elif h.status is HealthStatus.NEW or min(h.look_at, self._hangs_at(r, h)) <= self._core.now:
             self._probe(r, h)
 
     def _probe(self, r: Replica, h: Health) -> None:
@@ -155,11 +155,11 @@ class HealthChecks:
         lives: both have ``probe_limit``.
         """
         rules = self._rules(r)
-        if not rules.probe and h.standing is not Standing.SERVING:
+        if not rules.probe and h.status is not HealthStatus.SERVING:
             self._probe_passed(r, h, h.took or 0.0)  # its time apart is all that there is to judge by
             self._core.mark_urgent(r)
             return
-        best = quickest(but=r) if h.standing is not Standing.SERVING else None
+        best = quickest(but=r) if h.status is not HealthStatus.SERVING else None
         limit = rules.probe_limit if best is None else max(QUICKEST_PROBE, rules.growth * best)
         h.probe, h.asked = f"probe-{next(self._numbers)}", self._core.now
         self._probes[h.probe] = r
@@ -172,7 +172,7 @@ class HealthChecks:
         return max(rules.probe_limit, rules.growth * h.longest)
 
     def _hangs_at(self, r: Replica, h: Health) -> float:
-        if h.standing is not Standing.SERVING or not self._rules(r).probe:
+        if h.status is not HealthStatus.SERVING or not self._rules(r).probe:
             return INFINITY
         oldest = next(iter(h.unanswered.values()), INFINITY)
         return max(h.vouched, max(oldest, h.seen) + self._hang_limit(r, h))

@@ -80,6 +80,13 @@ class Ledger:
             else:
                 self.accounts[index] = Account(now[index])
 
+    def miss(self, indices: Iterable[int]) -> None:
+        """An engine is on these devices, whether they are there or not: one that is not has an account that is gone."""
+        for index in indices:
+            if index not in self.accounts and not self.unknown:
+                account = self.accounts[index] = Account(Device(index, "", 0))
+                account.gone = True
+
     def hold(self, holder: Hashable, shares: Mapping[int, int]) -> None:
         """``holder`` holds these bytes per device index, and no others. Absurd (negative) shares count as none."""
         self._unbook(holder)

@@ -28,7 +28,7 @@ class Run:
     frozen: int = 0
 
 
-class Standing(enum.Enum):
+class HealthStatus(enum.Enum):
     """What its answers have earned a replica."""
 
     NEW = "new"  # it has not answered a probe since its engine came up
@@ -54,7 +54,7 @@ class Latency:
 class Health:
     """What is remembered of the answers of one of several engines of a model (8 in ``design.md``)."""
 
-    standing: Standing = Standing.NEW
+    status: HealthStatus = HealthStatus.NEW
     latencies: dict[bool, Latency] = field(default_factory=dict)  # of streams (True) and of whole answers
     seen: float = -INFINITY  # when the last of them came
     took: float | None = None  # seconds, its last probe
@@ -66,7 +66,7 @@ class Health:
     look_at: float = INFINITY  # when one that was set aside or ejected is probed
     vouched: float = -INFINITY  # until when a missing answer raises no suspicion
     probe: str = ""  # the probe under way
-    why: str = ""  # the reason of its standing, if it does not serve
+    why: str = ""  # the reason of its status, if it does not serve
     halted: bool = False  # an operator took it down while others serve
     unanswered: dict[str, float] = field(default_factory=dict)  # request -> when it was admitted; oldest first
 
@@ -83,7 +83,7 @@ class Health:
 
     def engine_left(self) -> None:
         """Its engine sleeps or is gone: it will have to show itself anew."""
-        self.standing, self.look_at, self.probe, self.why = Standing.NEW, INFINITY, "", ""
+        self.status, self.look_at, self.probe, self.why = HealthStatus.NEW, INFINITY, "", ""
         self.late = self.timely = self.rounds = self.failed = 0
         self.unanswered.clear()
 
@@ -93,7 +93,7 @@ class Leave:
     """Where an engine goes once it has drained, and on whose account. ``level`` 0 stops it."""
 
     level: int
-    cause: str  # idle, exchange, operator, lease, config, proof, deepen, moved, replica, device
+    cause: str  # idle, swap, operator, lease, config, proof, deepen, moved, replica, device
     why: str
     freeze_at: float = INFINITY  # running requests are frozen from here on
     cut_at: float = INFINITY  # running requests are cut from here on
@@ -111,6 +111,14 @@ class Lease:
 
     deadline: float
     replica: Replica
+
+
+@dataclass(slots=True)
+class KeepAlive:
+    """What clients said of when they will use the model again. It holds off idle rules, and nobody who needs room."""
+
+    until: dict[str, float] = field(default_factory=dict)  # client -> when its wish ends
+    let_go: float = -INFINITY  # when the last client that had a wish, or had none, said that it needs it no more
 
 
 @dataclass(slots=True)
@@ -133,6 +141,7 @@ class Model:
     queue: Queue = field(default_factory=Queue)
     nominee: Replica | None = None  # the replica that is to come up for the queue, or is the only one
     leases: dict[str, Lease] = field(default_factory=dict)
+    keep_alive: KeepAlive = field(default_factory=KeepAlive)
     used: float = -INFINITY  # when a request last came
     added: set[int] = field(default_factory=set)  # devices for which one more replica was asked for
     scale: Scale = field(default_factory=Scale)
@@ -177,7 +186,7 @@ class Replica:
     displaced: bool = False  # it sleeps because another one needed its place
     moved: float = -INFINITY  # when it was last moved to another device
     deepen: bool = False  # woken only to sleep deeper
-    exchange: Replica | None = None  # the target of the exchange it is a victim of
+    swap: Replica | None = None  # the target of the swap it is a victim of
     wanted: float | None = None  # since when an operator wants it loaded
     pinned: bool = False
     bound: int | None = None  # the device that an operator wants it on, until it stops

@@ -11,10 +11,12 @@ from vllmd.core.events import (
     ModelsChanged,
     PinSet,
     ReplicaRefused,
+    SettingsChanged,
     SleepAsked,
     StopAsked,
 )
-from vllmd.core.model import INFINITY, Health, Lease, Leave, Model, Replica, Standing
+from vllmd.core.model import INFINITY, Health, HealthStatus, Lease, Leave, Model, Replica
+from vllmd.core.policies import POLICIES
 from vllmd.core.scaling import Scaling
 from vllmd.core.types import ModelSpec, ReplicaSpec, State, renamed
 
@@ -178,6 +180,16 @@ class OperatorCommands:
         core.models = dict(sorted(core.models.items(), key=lambda item: order.get(item[0], len(order))))
         core.regroup()
 
+    def retune(self, e: SettingsChanged) -> None:
+        """3.7: another policy or budget decides from now on; what was begun goes on."""
+        core = self._core
+        if e.settings.policy != core.settings.policy:
+            core.policy = POLICIES[e.settings.policy]
+        core.settings = e.settings
+        core.engines.ledger.host_budget = e.settings.host_memory
+        for r in core.replicas.values():
+            core.mark_urgent(r)
+
     def configure(self, spec: ModelSpec, restart: frozenset[str] = frozenset()) -> None:
         """A model, new or known, is to be like this; each replica that stays keeps its engine.
 
@@ -222,6 +234,9 @@ class OperatorCommands:
     def _respec(self, r: Replica, spec: ReplicaSpec, restart: bool) -> None:
         if r.pinned == r.spec.pinned:  # an operator's pin outlives a reload
             r.pinned = spec.pinned
+        if spec.preload and not r.spec.preload and not r.loaded:
+            self.preload[r] = None
+            self.preloading = False
         r.spec, r.removed = spec, False
         r.bound = r.bound if r.bound is not None and can_be_on(spec, r.bound) else None
         r.costs = self._core.costs.open(spec)
@@ -251,4 +266,4 @@ def _bound_for(r: Replica, device: int) -> bool:
 
 
 def _serves(r: Replica) -> bool:
-    return r.state is State.READY and (r.health is None or r.health.standing in (Standing.SERVING, Standing.SLOW))
+    return r.state is State.READY and (r.health is None or r.health.status in (HealthStatus.SERVING, HealthStatus.SLOW))

@@ -7,16 +7,16 @@ from collections.abc import Callable
 from vllmd.core.common import Core
 from vllmd.core.eviction import fits
 from vllmd.core.model import INFINITY, Leave, Replica
-from vllmd.core.policy import Outlook, Plan, Situation
+from vllmd.core.policy import Outlook, Plan, PolicyInput
+from vllmd.core.policy_input import PolicyInputBuilder, host_claims, levels, waits_for_others
 from vllmd.core.possible import never_fits, stuck
-from vllmd.core.situation import Observer, host_claims, levels, waits_for_others
 from vllmd.core.types import State
 from vllmd.core.vacancy import room_beside_kept
 
 TICK = 0.25  # seconds between two looks while anything waits
 FILL_AGE = 5.0  # seconds for which the choice of level-1 sleepers stands
 RECENT = 10.0  # seconds for which it is believed what others leave free, where nobody waits for it
-HOUSE_AGE = 1.0  # seconds between two looks for sleepers that must move
+RELOCATE_EVERY = 1.0  # seconds between two looks for sleepers that must move
 
 
 class Planner:
@@ -24,18 +24,18 @@ class Planner:
 
     def __init__(self, core: Core, settle: Callable[[], None]) -> None:
         self._core = core
-        self.observer = Observer(core.engines, core.exchanges)
+        self.builder = PolicyInputBuilder(core.engines, core.swaps)
         self._settle = settle  # carries out what a plan has set in motion
         self._looked = -INFINITY
         self._filled = -INFINITY
-        self._housed = -INFINITY
+        self._relocated = -INFINITY
         self._shallow: frozenset[str] = frozenset()
         self._held_back: frozenset[Replica] = frozenset()  # who was recorded to wait for others to leave a device free
 
     @property
     def due(self) -> float:
-        """When it wants to look again; infinite while nobody waits without an exchange of his own."""
-        return self._looked + TICK if len(self._core.waiting) > len(self._core.exchanges) else INFINITY
+        """When it wants to look again; infinite while nobody waits without a swap of his own."""
+        return self._looked + TICK if len(self._core.waiting) > len(self._core.swaps) else INFINITY
 
     def plan(self) -> None:
         """7: at news, and each quarter of a second while anything waits: ask until there is nothing to begin."""
@@ -47,7 +47,7 @@ class Planner:
         if not core.waiting or not (core.replan or core.now >= self._looked + TICK):
             return
         self._looked = core.now
-        self._move_house()
+        self._relocate()
         for _ in range(len(core.waiting) + 1):
             plan = core.policy.choose(self.look())
             if plan is None:
@@ -58,7 +58,7 @@ class Planner:
     def _tidy(self) -> None:
         """7.4: while nobody waits, models that are being used are moved to where they fit beside each other."""
         core = self._core
-        if not core.replan or len(core.engines.ledger.accounts) < 2 or len(core.exchanges):
+        if not core.replan or len(core.engines.ledger.accounts) < 2 or len(core.swaps):
             return
         if any(m.displaced and m.state is State.SLEEPING for m in core.replicas.values()):  # before all is looked at
             plan = core.policy.tidy(self.look())
@@ -74,18 +74,18 @@ class Planner:
         for m in [m for m in held if m in self._held_back and m not in before]:
             core.engines.record("wait", m, f"it waits for {held[m].why}", held[m].numbers)
 
-    def _move_house(self) -> None:
+    def _relocate(self) -> None:
         """7.1: a sleeper that cannot wake where it sleeps is stopped, if it can start elsewhere."""
         core = self._core
-        if core.now < self._housed + HOUSE_AGE:
+        if core.now < self._relocated + RELOCATE_EVERY:
             return
         sleepers = [m for m in core.waiting if m.state is State.SLEEPING and not m.running]
         if not sleepers:
             return
-        self._housed = core.now
-        room = room_beside_kept(core.engines.ledger, core.replicas.values())
+        self._relocated = core.now
+        supply = room_beside_kept(core.engines.ledger, core.replicas.values())
         for m in sleepers:
-            why = stuck(core.engines.ledger, m, room) if m not in core.exchanges else ""
+            why = stuck(core.engines.ledger, m, supply) if m not in core.swaps else ""
             if why:
                 core.leave(m, Leave(0, "moved", why))
         self._settle()
@@ -98,12 +98,12 @@ class Planner:
         verb = "move" if moves else "wake" if m.state is State.SLEEPING else "start"
         numbers: dict[str, float | int | str] = {**plan.numbers, "devices": ",".join(map(str, plan.devices))}
         if plan.victims:
-            numbers["victims"] = ",".join(f"{v.model}:{v.way.level or 'stop'}" for v in plan.victims)
+            numbers["victims"] = ",".join(f"{v.model}:{v.option.level or 'stop'}" for v in plan.victims)
             numbers["drain"] = "unlimited" if plan.drain == INFINITY else plan.drain
             core.engines.record("exchange", m, f"{verb} it: {plan.why}", numbers)
         else:
             core.engines.record(verb, m, plan.why, numbers)
-        core.exchanges.begin(plan)
+        core.swaps.begin(plan)
         core.mark_dirty(m)
         for victim in plan.victims:
             core.mark_dirty(core.replicas[victim.model])
@@ -117,7 +117,7 @@ class Planner:
         """
         if self._core.engines.ledger.unknown and m.spec.device_count:
             return False
-        devices = fits(self.look(), self.observer.see_newcomer(m, since).without(but))
+        devices = fits(self.look(), self.builder.see_newcomer(m, since).without(but))
         if devices is None or never_fits(self._core.engines.ledger, m):
             return False
         m.wanted, m.urged = self._core.now, False
@@ -125,7 +125,7 @@ class Planner:
         return True
 
     def _waits_for_others(self, m: Replica) -> bool:
-        w = self.observer.see_newcomer(m, since=-INFINITY)
+        w = self.builder.see_newcomer(m, since=-INFINITY)
         return bool(w.span) and not w.devices
 
     def preload(self, todo: dict[Replica, None]) -> None:
@@ -145,11 +145,11 @@ class Planner:
                 core.mark_dirty(m)
                 self._settle()
                 self.plan()
-            elif not any(room.busy or room.claimed for room in self.look().rooms.values()):
+            elif not any(supply.busy or supply.claimed for supply in self.look().supplies.values()):
                 del todo[m]
                 core.engines.record("skip", m, "it is to be preloaded, but does not fit beside the others")
 
-    def look(self) -> Situation:
+    def look(self) -> PolicyInput:
         """What the policy sees now."""
         core = self._core
         if core.now >= self._filled + FILL_AGE:
@@ -158,15 +158,15 @@ class Planner:
             self._shallow = core.policy.shallow(claims, core.settings.host_memory)
         return self.sight()
 
-    def outlook(self, r: Replica, s: Situation | None = None) -> Outlook | None:
+    def outlook(self, r: Replica, s: PolicyInput | None = None) -> Outlook | None:
         """What one that is wanted and not on waits for, and how long; None where that cannot be said.
 
         ``s``: what :meth:`sight` gave, where several are asked about.
         """
         core = self._core
-        swap = core.exchanges.get(r)
+        swap = core.swaps.get(r)
         if swap:
-            seconds = core.exchanges.until_served(swap)
+            seconds = core.swaps.until_served(swap)
             leaving = ", ".join(v.id for v in swap.victims if v is not r)
             running = sum(len(v.running) for v in swap.victims)
             if r in swap.victims:
@@ -178,10 +178,10 @@ class Planner:
             return None
         return core.policy.outlook(s or self.sight(), r.id)
 
-    def sight(self) -> Situation:
+    def sight(self) -> PolicyInput:
         """What the policy would see; that somebody looks changes nothing."""
-        begun = self._core.exchanges.targets()
-        return self.observer.look([m for m in self._core.waiting if m not in begun], self._shallow)
+        begun = self._core.swaps.targets()
+        return self.builder.look([m for m in self._core.waiting if m not in begun], self._shallow)
 
     def level(self, m: Replica, wish: int) -> int:
         """The sleep level wished for, the other one where that cannot be, or 0: stop."""

@@ -1,4 +1,4 @@
-"""The policies that ship: ``adaptive``, the default, and plain ``lru``. Pure functions of a Situation."""
+"""The policies that ship: ``adaptive``, the default, and plain ``lru``. Pure functions of a PolicyInput."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from functools import partial
 from typing import NamedTuple
 
 from vllmd.core.assignment import Item, assign
-from vllmd.core.eviction import Choice, Leaver, cheapest, fits, oldest_first, unclaimed
+from vllmd.core.eviction import Candidate, EvictionSet, cheapest, fits, oldest_first, unclaimed
 from vllmd.core.policy import (
     INFINITY,
     HostClaim,
     Outlook,
     Plan,
     Policy,
+    PolicyInput,
     Resident,
-    Situation,
     Victim,
     Waiting,
     drain_time,
@@ -28,7 +28,7 @@ NUMBERS = dict[str, float | int | str]
 HEADSTART = 1.0  # seconds added to everybody's age, so that priority orders those who come together
 
 
-def plain(s: Situation) -> Plan | None:
+def plain(s: PolicyInput) -> Plan | None:
     """The oldest waiter that fits without anybody leaving."""
     for w in s.waiting:
         devices = fits(s, w)
@@ -37,32 +37,34 @@ def plain(s: Situation) -> Plan | None:
     return None
 
 
-def too_early(s: Situation, choice: Choice, drain: float) -> bool:
+def too_early(s: PolicyInput, eviction: EvictionSet, drain: float) -> bool:
     """A transfer still under way there outlasts the victims' drain and sleep: closing gates now would idle them."""
-    busy = max((s.rooms[index].busy for index in choice.devices), default=0.0)
-    return busy > 0 and drain + takes(choice) + 1.0 < busy
+    busy = max((s.supplies[index].busy for index in eviction.devices), default=0.0)
+    return busy > 0 and drain + takes(eviction) + 1.0 < busy
 
 
-def takes(choice: Choice) -> float:
+def takes(eviction: EvictionSet) -> float:
     """Seconds to put all to sleep, one after the other."""
-    return sum(leaver.way.takes for leaver in choice.leavers)
+    return sum(candidate.option.takes for candidate in eviction.members)
 
 
-def without(s: Situation, devices: Iterable[int]) -> Situation:
+def without(s: PolicyInput, devices: Iterable[int]) -> PolicyInput:
     """The same, but for these devices: an older waiter is next there, and nobody may overtake it."""
     held = frozenset(devices)
-    return s._replace(rooms={index: room for index, room in s.rooms.items() if index not in held}) if held else s
+    return (
+        s._replace(supplies={index: supply for index, supply in s.supplies.items() if index not in held}) if held else s
+    )
 
 
-def due_there(s: Situation, w: Waiting) -> list[int]:
+def due_there(s: PolicyInput, w: Waiting) -> list[int]:
     """Devices where ``w`` cannot have its turn just now, but will once others have come to rest."""
-    return [room.device for room in unclaimed(s, w) if room.sleepable >= w.need_on(room.device)]
+    return [supply.device for supply in unclaimed(s, w) if supply.sleepable >= w.need_on(supply.device)]
 
 
 # -- sleepers that serve elsewhere
 
 
-def moved(s: Situation, w: Waiting, choice: Choice | None) -> Plan | None:
+def moved(s: PolicyInput, w: Waiting, eviction: EvictionSet | None) -> Plan | None:
     """The plan to stop a sleeper and start it on a device that has room, if it serves sooner there; else None.
 
     ``choice``: who would have to leave for it to wake where it sleeps; None: that cannot be just now.
@@ -71,41 +73,43 @@ def moved(s: Situation, w: Waiting, choice: Choice | None) -> Plan | None:
         return None
     there = w.elsewhere(w.move)
     devices = fits(s, there)
-    if devices is None or there.load >= _until_it_wakes(s, w, choice) or not _room_for_all(s, there, devices):
+    if devices is None or there.load >= _until_it_wakes(s, w, eviction) or not _room_for_all(s, there, devices):
         return None
     where = ", ".join(map(str, devices))
     why = f"it serves sooner on device {where}, which has room, than where it sleeps"
     return Plan(w.model, devices, (Victim(w.model, w.move.stop),), why=why, numbers=_waited(s, w))
 
 
-def _room_for_all(s: Situation, there: Waiting, devices: tuple[int, ...]) -> bool:
+def _room_for_all(s: PolicyInput, there: Waiting, devices: tuple[int, ...]) -> bool:
     """Whether it has room beside all that are being used there, asleep or not: else it would only swap with those."""
     asked = {o.model for o in s.waiting}
     for index in devices:
-        free = s.rooms[index].free - there.need_on(index)
+        free = s.supplies[index].free - there.need_on(index)
         for r in s.residents:
             if index in r.devices and r.asleep and r.model != there.model:
                 used = r.model in asked or s.now - r.used < s.knobs.used
-                free -= max(0, r.need - r.ways[-1].frees) if used else 0
+                free -= max(0, r.need - r.options[-1].frees) if used else 0
         if free < 0:
             return False
     return True
 
 
-def _until_it_wakes(s: Situation, w: Waiting, choice: Choice | None) -> float:
+def _until_it_wakes(s: PolicyInput, w: Waiting, eviction: EvictionSet | None) -> float:
     """Expected seconds until ``w`` would serve where it sleeps."""
     waited = s.now - w.oldest
-    if choice is None:
+    if eviction is None:
         return waited + w.load
-    busy = [r for _, r, _ in choice.leavers if r.running or r.queued]
+    busy = [r for _, r, _ in eviction.members if r.running or r.queued]
     if busy:
-        return max(waited, *[_until_idle(s, r) for r in busy]) + takes(choice) + w.load
+        return max(waited, *[_until_idle(s, r) for r in busy]) + takes(eviction) + w.load
     # One that is being used must come back: that is part of what the swap costs.
-    back = [way.back + w.sleep for _, r, way in choice.leavers if not r.asleep and s.now - r.used < s.knobs.used]
-    return takes(choice) + w.load + max(back, default=0.0)
+    back = [
+        option.back + w.sleep for _, r, option in eviction.members if not r.asleep and s.now - r.used < s.knobs.used
+    ]
+    return takes(eviction) + w.load + max(back, default=0.0)
 
 
-def _until_idle(s: Situation, r: Resident) -> float:
+def _until_idle(s: PolicyInput, r: Resident) -> float:
     """Expected seconds until a busy one has a moment without requests.
 
     What has run for long will run for long. And while requests come faster than
@@ -118,7 +122,7 @@ def _until_idle(s: Situation, r: Resident) -> float:
     return max(ended, period)
 
 
-def tidy(s: Situation) -> Plan | None:
+def tidy(s: PolicyInput) -> Plan | None:
     """A move towards places in which all models that are being used fit together; None: there are none, or they do.
 
     It begins when one of them had to leave for another, and each model is moved
@@ -127,10 +131,10 @@ def tidy(s: Situation) -> Plan | None:
     used = [r for r in s.residents if r.allowed and s.now - r.used < s.knobs.used]
     if not any(r.asleep and r.displaced for r in used):
         return None
-    sizes = {index: room.free for index, room in s.rooms.items()}
+    sizes = {index: supply.free for index, supply in s.supplies.items()}
     inside = {r.model for r in used}
     for r in s.residents:  # those that are not used may leave for them
-        frees = r.ways[-1].frees if r.model in inside else 0 if r.asleep else r.ways[0].frees
+        frees = r.options[-1].frees if r.model in inside else 0 if r.asleep else r.options[0].frees
         for index in r.devices:
             if index in sizes:
                 sizes[index] += frees
@@ -141,20 +145,22 @@ def tidy(s: Situation) -> Plan | None:
         return None
     for r in sorted(used, key=lambda r: (not r.displaced, r.model)):
         place = places[r.model]
-        again = r.moved + s.knobs.again * r.ways[-1].back
+        again = r.moved + s.knobs.again * r.options[-1].back
         if place != r.devices and not r.running and not r.queued and s.now >= again and _has_room(s, r, place):
             why = f"all that are being used fit if it is on {', '.join(map(str, place))}"
-            return Plan(r.model, place, (Victim(r.model, r.ways[-1]),), why=why, unasked=True)
+            return Plan(r.model, place, (Victim(r.model, r.options[-1]),), why=why, unasked=True)
     return None
 
 
-def _has_room(s: Situation, r: Resident, place: tuple[int, ...]) -> bool:
+def _has_room(s: PolicyInput, r: Resident, place: tuple[int, ...]) -> bool:
     for index in place:
-        room = s.rooms.get(index)
-        own = r.ways[-1].frees if index in r.devices else 0
-        if room is None or room.busy or room.claimed or room.free + own < r.need:
+        supply = s.supplies.get(index)
+        own = r.options[-1].frees if index in r.devices else 0
+        if supply is None or supply.busy or supply.claimed or supply.free + own < r.need:
             return False
-    return all(index in s.rooms and not s.rooms[index].busy and not s.rooms[index].claimed for index in r.devices)
+    return all(
+        index in s.supplies and not s.supplies[index].busy and not s.supplies[index].claimed for index in r.devices
+    )
 
 
 class Lru:
@@ -163,29 +169,29 @@ class Lru:
     name = "lru"
     in_order = False
 
-    def choose(self, s: Situation) -> Plan | None:
+    def choose(self, s: PolicyInput) -> Plan | None:
         """The first in turn gets its place; who waits longest can so never be overtaken for ever."""
         for w in in_turn(s):
             numbers = _waited(s, w)
             devices = fits(s, w)
             if devices is not None:
                 return Plan(w.model, devices, why="it fits", numbers=numbers)
-            choice = oldest_first(s, w, s.residents)
-            move = moved(s, w, choice)
+            eviction = oldest_first(s, w, s.residents)
+            move = moved(s, w, eviction)
             if move:
                 return move
-            if choice and not too_early(s, choice, longest_drain(choice.leavers)):
+            if eviction and not too_early(s, eviction, longest_drain(eviction.members)):
                 why = "the least recently used make room"
-                return Plan(w.model, choice.devices, choice.victims, INFINITY, why, numbers)
-            s = without(s, choice.devices if choice else due_there(s, w))
+                return Plan(w.model, eviction.devices, eviction.victims, INFINITY, why, numbers)
+            s = without(s, eviction.devices if eviction else due_there(s, w))
         return None
 
-    def outlook(self, s: Situation, model: str) -> Outlook | None:
+    def outlook(self, s: PolicyInput, model: str) -> Outlook | None:
         """The least recently used: they are drained as soon as the device is at rest."""
         w = _the(s, model)
         return w and outlook(s, w, oldest_first(s, w, s.residents), 0.0, 0.0)
 
-    def tidy(self, s: Situation) -> Plan | None:
+    def tidy(self, s: PolicyInput) -> Plan | None:
         """Models that are being used come to fit beside each other."""
         return tidy(s)
 
@@ -194,34 +200,34 @@ class Lru:
         return greedy_fill(claims, budget)
 
 
-def outlook(s: Situation, w: Waiting, choice: Choice | None, patience: float, spared: float) -> Outlook | None:
+def outlook(s: PolicyInput, w: Waiting, eviction: EvictionSet | None, patience: float, spared: float) -> Outlook | None:
     """What ``w`` waits for.
 
     ``patience``: seconds after which busy victims are drained; ``spared``: for how long idle ones are.
     """
-    if choice is None:
+    if eviction is None:
         return None
-    busy = [r for _, r, _ in choice.leavers if r.running or r.queued]
-    names = ", ".join(leaver.resident.model for leaver in choice.leavers) or "nobody"
-    moving = max([s.rooms[index].busy for index in choice.devices if index in s.rooms], default=0.0)
-    swap = takes(choice) + w.load
+    busy = [r for _, r, _ in eviction.members if r.running or r.queued]
+    names = ", ".join(candidate.resident.model for candidate in eviction.members) or "nobody"
+    moving = max([s.supplies[index].busy for index in eviction.devices if index in s.supplies], default=0.0)
+    swap = takes(eviction) + w.load
     if busy:
         running = sum([r.running for r in busy])
         left = max(moving, patience)
         why = f"{names} to be idle ({running} requests run there)"
         why += f"; its requests are no longer let in from {left:.0f} s on" if left >= 0.5 else ""
-        return Outlook(left + longest_drain(choice.leavers) + swap, why)
+        return Outlook(left + longest_drain(eviction.members) + swap, why)
     left = max(moving, spared)
     cause = "the device is at rest then" if moving >= spared else f"{names} may be asked for again sooner"
     why = f"a swap with {names} in {left:.1f} s" + (f": {cause}" if left > 0.0 else "")
     return Outlook(left + swap, why)
 
 
-def _the(s: Situation, model: str) -> Waiting | None:
+def _the(s: PolicyInput, model: str) -> Waiting | None:
     return next((w for w in s.waiting if w.model == model), None)
 
 
-def in_turn(s: Situation) -> Sequence[Waiting]:
+def in_turn(s: PolicyInput) -> Sequence[Waiting]:
     """The order in which waiters are looked at: by age, each second counting as many times as the priority says."""
     if all(w.priority == 1.0 for w in s.waiting):
         return s.waiting
@@ -231,7 +237,7 @@ def in_turn(s: Situation) -> Sequence[Waiting]:
 class Offer(NamedTuple):
     """The best swap found for a waiter, and what it is worth."""
 
-    choice: Choice
+    eviction: EvictionSet
     budget: float  # seconds that running requests get before they are frozen
     price: float  # request-seconds: see Prices
     cost: float  # seconds until the waiter serves
@@ -271,7 +277,7 @@ class Adaptive:
     name = "adaptive"
     in_order = False
 
-    def choose(self, s: Situation) -> Plan | None:
+    def choose(self, s: PolicyInput) -> Plan | None:
         """The first whose swap is due."""
         if not s.waiting:
             return None
@@ -282,18 +288,18 @@ class Adaptive:
                 return plan
         return None
 
-    def outlook(self, s: Situation, model: str) -> Outlook | None:
+    def outlook(self, s: PolicyInput, model: str) -> Outlook | None:
         """The cheapest victims, and how long patience with them lasts."""
         w, turns = _the(s, model), _Turns(s)
         if w is None:
             return None
-        choice = cheapest(s, w, s.residents, partial(turns.prices.alone, w, False))
-        leavers, waited = choice.leavers if choice else (), s.now - w.oldest
-        limits = [r.drain_limit - drain_time(r.service, r.running) for _, r, _ in leavers if r.running]
+        eviction = cheapest(s, w, s.residents, partial(turns.prices.alone, w, False))
+        candidates, waited = eviction.members if eviction else (), s.now - w.oldest
+        limits = [r.drain_limit - drain_time(r.service, r.running) for _, r, _ in candidates if r.running]
         patience = min(turns.deadline, max(limits, default=INFINITY)) - waited
-        return outlook(s, w, choice, max(0.0, patience), max(0.0, _known(w, leavers) - waited))
+        return outlook(s, w, eviction, max(0.0, patience), max(0.0, _known(w, candidates) - waited))
 
-    def tidy(self, s: Situation) -> Plan | None:
+    def tidy(self, s: PolicyInput) -> Plan | None:
         """Models that are being used come to fit beside each other."""
         return tidy(s)
 
@@ -305,17 +311,18 @@ class Adaptive:
 class _Turns:
     """One look of the adaptive policy: waiters come to :meth:`next` in turn; some hold devices against later ones."""
 
-    def __init__(self, s: Situation) -> None:
+    def __init__(self, s: PolicyInput) -> None:
         swaps = sum([w.load + w.sleep for w in s.waiting])
         drains = sum([w.service for w in s.waiting])
         self.deadline = max(s.knobs.deadline, s.knobs.rounds * (swaps + s.knobs.drains * drains))
         self.dear = s.knobs.rounds * swaps > s.knobs.deadline
         self.prices = Prices(s)
         self.here = _by_device(s.residents)
-        self.rooms = dict(s.rooms)
-        self.s = s._replace(rooms=self.rooms)  # without those that are held against whoever comes later
-        self.roomiest = max([room.free for room in self.rooms.values() if not room.busy], default=0)
-        self.begin = {room.device for room in self.rooms.values() if not room.claimed}  # where a swap may begin
+        self.supplies = dict(s.supplies)
+        self.s = s._replace(supplies=self.supplies)  # without those that are held against whoever comes later
+        self.roomiest = max([supply.free for supply in self.supplies.values() if not supply.busy], default=0)
+        # Where a swap may begin.
+        self.begin = {supply.device for supply in self.supplies.values() if not supply.claimed}
 
     def order(self) -> Iterator[Waiting]:
         """First those who may not be kept waiting, then those past the deadline by age, then the others in turn."""
@@ -342,21 +349,21 @@ class _Turns:
         if not unclaimed(s, w):
             return moved(s, w, None)
         residents = _may_leave(s, w, self._on(w.devices))
-        choice = cheapest(s, w, residents, partial(self.prices.alone, w, urgent))
-        move = moved(s, w, choice)
+        eviction = cheapest(s, w, residents, partial(self.prices.alone, w, urgent))
+        move = moved(s, w, eviction)
         if move:
             return move
-        if choice is None:
+        if eviction is None:
             if urgent or self.dear:
                 self._hold(due_there(s, w))
             return None
-        offer = _offer(s, self.prices, w, choice, urgent)
+        offer = _offer(s, self.prices, w, eviction, urgent)
         why = self._due(w, offer, urgent)
-        if why and not too_early(s, choice, offer.cost - w.load - takes(choice)):
+        if why and not too_early(s, eviction, offer.cost - w.load - takes(eviction)):
             numbers = _numbers(w, offer, self.deadline)
-            return Plan(w.model, choice.devices, choice.victims, offer.budget, why, numbers)
+            return Plan(w.model, eviction.devices, eviction.victims, offer.budget, why, numbers)
         if urgent or self.dear:
-            self._hold(choice.devices)
+            self._hold(eviction.devices)
         return None
 
     def _on(self, devices: Sequence[int]) -> Iterable[Resident]:
@@ -367,30 +374,30 @@ class _Turns:
 
     def _due(self, w: Waiting, offer: Offer, urgent: bool) -> str:
         """Why the swap begins now; empty: not yet."""
-        leavers, waited = offer.choice.leavers, self.s.now - w.oldest
-        busy = [r for _, r, _ in leavers if r.running or r.queued]
+        candidates, waited = offer.eviction.members, self.s.now - w.oldest
+        busy = [r for _, r, _ in candidates if r.running or r.queued]
         if urgent:
             return "its deadline has passed" if busy else "the others there are idle"
         if not busy:
             # 3: spared is who is expected back before the swap would be over, for as long as it is known to take.
-            spared = any(rate_of(r, self.s.now) * offer.cost >= 1.0 for _, r, _ in leavers)
-            return "" if spared and waited < _known(w, leavers) else "the others there are idle"
+            spared = any(rate_of(r, self.s.now) * offer.cost >= 1.0 for _, r, _ in candidates)
+            return "" if spared and waited < _known(w, candidates) else "the others there are idle"
         if offer.budget < INFINITY and offer.waited >= self.s.knobs.kappa * offer.price:
             return "the wait is worth the swap"
         limit = max([r.drain_limit for r in busy])
-        if waited + longest_drain(leavers) >= limit:
+        if waited + longest_drain(candidates) >= limit:
             return f"the drain limit of {limit:g} s is to be kept"
         return ""
 
     def _hold(self, devices: Iterable[int]) -> None:
         for device in devices:
-            self.rooms.pop(device, None)
+            self.supplies.pop(device, None)
             self.begin.discard(device)
 
 
-def _known(w: Waiting, leavers: Iterable[Leaver]) -> float:
+def _known(w: Waiting, candidates: Iterable[Candidate]) -> float:
     """Seconds that the swap takes, as far as that was measured."""
-    return w.learnt + sum([way.learnt for _, _, way in leavers])
+    return w.learnt + sum([option.learnt for _, _, option in candidates])
 
 
 def _by_device(residents: Iterable[Resident]) -> dict[int, list[Resident]]:
@@ -401,7 +408,7 @@ def _by_device(residents: Iterable[Resident]) -> dict[int, list[Resident]]:
     return here
 
 
-def _waited(s: Situation, w: Waiting) -> NUMBERS:
+def _waited(s: PolicyInput, w: Waiting) -> NUMBERS:
     return {"waiting": w.waiters, "waited": round(s.now - w.oldest, 3)}
 
 
@@ -415,13 +422,13 @@ def _numbers(w: Waiting, offer: Offer, deadline: float) -> NUMBERS:
     }
 
 
-def _offer(s: Situation, prices: Prices, w: Waiting, choice: Choice, urgent: bool) -> Offer:
+def _offer(s: PolicyInput, prices: Prices, w: Waiting, eviction: EvictionSet, urgent: bool) -> Offer:
     """With the drain budget that suits these victims best."""
     waited = waited_by(w, s.now)
     offers = []
-    for budget in budgets(s.knobs, choice.leavers, urgent):
-        price, cost = prices.together(w, choice.leavers, budget)
-        offers.append(Offer(choice, budget, price, cost, waited))
+    for budget in budgets(s.knobs, eviction.members, urgent):
+        price, cost = prices.together(w, eviction.members, budget)
+        offers.append(Offer(eviction, budget, price, cost, waited))
     return min(offers, key=lambda offer: offer.price + w.waiters * w.priority * offer.cost)
 
 
@@ -430,7 +437,7 @@ def waited_by(w: Waiting, now: float) -> float:
     return (w.waiters * now - w.arrived) * w.priority
 
 
-def _may_leave(s: Situation, w: Waiting, residents: Iterable[Resident]) -> list[Resident]:
+def _may_leave(s: PolicyInput, w: Waiting, residents: Iterable[Resident]) -> list[Resident]:
     """Those that have served their time, or serve nobody.
 
     A load of ``w`` that nobody has measured yet counts as much as the wake of the one that leaves.
@@ -442,7 +449,8 @@ def _may_leave(s: Situation, w: Waiting, residents: Iterable[Resident]) -> list[
         if r.asleep
         or w.urged
         or not (r.running or r.queued)
-        or now - r.since >= min(r.drain_limit, q * (r.ways[0].takes + (load or r.ways[0].back) + r.ways[0].back))
+        or now - r.since
+        >= min(r.drain_limit, q * (r.options[0].takes + (load or r.options[0].back) + r.options[0].back))
     ]
 
 

@@ -1,6 +1,6 @@
 """The interface of all policies: what they may know, what they may answer. ``policies.py`` has those that ship.
 
-A policy is a pure function of a :class:`Situation`. It never sees the
+A policy is a pure function of a :class:`PolicyInput`. It never sees the
 scheduler's state, only this frozen view of it, and answers with at most one
 :class:`Plan`; the scheduler asks again, with the view changed by the plan,
 until the answer is None. All times are seconds on the core's clock, all
@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 INFINITY = math.inf
 
 
-class Way(NamedTuple):
+class OffloadOption(NamedTuple):
     """One way to take a model off its devices, and what it costs to have it back."""
 
     level: int  # 1 or 2: sleep at that level; 0: stop
@@ -34,7 +34,7 @@ class Resident(NamedTuple):
     model: str
     devices: tuple[int, ...]
     asleep: bool  # it sleeps, and holds only a sleeper's remainder; its one way is to stop
-    ways: tuple[Way, ...]  # the preferred one first, stopping last
+    options: tuple[OffloadOption, ...]  # the preferred one first, stopping last
     since: float  # when it became ready
     used: float  # when a request last came or ended
     running: int  # requests in its engine
@@ -57,7 +57,7 @@ class Resident(NamedTuple):
 class Move(NamedTuple):
     """How a sleeper could serve elsewhere: stopped where it is, and started there."""
 
-    stop: Way
+    stop: OffloadOption
     load: float  # seconds for both
     learnt: float  # of that, what was measured
     need: int  # bytes on each device
@@ -100,26 +100,26 @@ class Waiting(NamedTuple):
         return self._replace(devices=left, needs=tuple(map(self.need_on, left)) if self.needs else ())
 
 
-class Room(NamedTuple):
+class DeviceSupply(NamedTuple):
     """A device that can be used. Wedged ones are not shown."""
 
     device: int  # its index
     free: int  # bytes free for a newcomer, reserve, strangers and claims subtracted; may be negative
     sleepable: int  # bytes that would be free if all that are awake or on the move there slept (pinned ones stay)
     busy: float  # expected seconds until the start, wake, sleep or stop under way on it ends; 0 if none is
-    claimed: bool  # an exchange is draining or queued there
-    drain: float  # where claimed: expected seconds until that exchange can use the device
+    claimed: bool  # a swap is draining or queued there
+    drain: float  # where claimed: expected seconds until that swap can use the device
     links: frozenset[int] = frozenset()  # devices that it is joined with directly
     node: int | None = None  # its NUMA node
 
 
-class Situation(NamedTuple):
+class PolicyInput(NamedTuple):
     """All that a policy may know."""
 
     now: float
     waiting: Sequence[Waiting]  # oldest first
     residents: Sequence[Resident]
-    rooms: Mapping[int, Room]  # by index
+    supplies: Mapping[int, DeviceSupply]  # by index
     knobs: Knobs
 
 
@@ -132,7 +132,7 @@ class Knobs(NamedTuple):
     kappa: float = 0.1  # the share of a plan's price that must have been waited where requests are to be frozen
     patience: float = 40.0  # how many times dearer regret is where running requests must be drained: see Adaptive
     frozen_patience: float = 0.7  # the same where they are frozen
-    residency: float = 3.0  # q: a busy model stays for so many times what the exchange costs
+    residency: float = 3.0  # q: a busy model stays for so many times what the swap costs
     budgets: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0)  # drain budgets tried where requests can be frozen
     used: float = 300.0  # seconds for which a model counts as being used after its last request
     again: float = 20.0  # a model is moved again only after so many times what its start takes
@@ -143,7 +143,7 @@ class Victim(NamedTuple):
     """A model that leaves, and how."""
 
     model: str
-    way: Way
+    option: OffloadOption
 
 
 class Plan(NamedTuple):
@@ -185,13 +185,13 @@ class Policy(Protocol):
     name: str
     in_order: bool  # requests are admitted strictly in order of arrival over all models (a baseline's vice)
 
-    def choose(self, s: Situation) -> Plan | None:
-        """The next exchange to begin (one without victims is a plain start or wake), or None: not yet."""
+    def choose(self, s: PolicyInput) -> Plan | None:
+        """The next swap to begin (one without victims is a plain start or wake), or None: not yet."""
 
-    def outlook(self, s: Situation, model: str) -> Outlook | None:
+    def outlook(self, s: PolicyInput, model: str) -> Outlook | None:
         """What one of those who wait is waiting for; None: it cannot be said."""
 
-    def tidy(self, s: Situation) -> Plan | None:
+    def tidy(self, s: PolicyInput) -> Plan | None:
         """Nobody waits: a move by which models that are being used come to fit beside each other, or None."""
 
     def shallow(self, claims: Iterable[HostClaim], budget: int) -> frozenset[str]:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from vllmd.core.eviction import Leaver
-from vllmd.core.policy import INFINITY, Knobs, Resident, Situation, Waiting, Way, drain_time
+from vllmd.core.eviction import Candidate
+from vllmd.core.policy import INFINITY, Knobs, OffloadOption, PolicyInput, Resident, Waiting, drain_time
 
 SHORT, LONG = 60.0, 900.0  # seconds in which the two arrival rates fall by e
 
 
-def longest_drain(leavers: Sequence[Leaver], budget: float = INFINITY) -> float:
+def longest_drain(candidates: Sequence[Candidate], budget: float = INFINITY) -> float:
     """Expected seconds until all have drained, or ``budget`` or their own drain limits have passed."""
-    return max([min(budget, drain_of(r)) for _, r, _ in leavers], default=0.0)
+    return max([min(budget, drain_of(r)) for _, r, _ in candidates], default=0.0)
 
 
 def drain_of(r: Resident) -> float:
@@ -25,14 +25,14 @@ def drain_of(r: Resident) -> float:
     return min(r.drain_limit, drain_time(r.service, r.running)) if r.running else 0.0
 
 
-def budgets(knobs: Knobs, leavers: Sequence[Leaver], urgent: bool) -> tuple[float, ...]:
+def budgets(knobs: Knobs, candidates: Sequence[Candidate], urgent: bool) -> tuple[float, ...]:
     """How long the victims' requests may be waited for before they are frozen; those who cannot be are waited for."""
-    busy = [leaver for leaver in leavers if leaver.resident.running]
-    if not busy or not all(leaver.resident.freezable and leaver.way.level for leaver in busy):
+    busy = [candidate for candidate in candidates if candidate.resident.running]
+    if not busy or not all(candidate.resident.freezable and candidate.option.level for candidate in busy):
         return (INFINITY,)
     if urgent:
         return knobs.budgets
-    if any(leaver.resident.refrozen for leaver in busy):
+    if any(candidate.resident.refrozen for candidate in busy):
         return (INFINITY,)
     return (*knobs.budgets, INFINITY)
 
@@ -40,23 +40,23 @@ def budgets(knobs: Knobs, leavers: Sequence[Leaver], urgent: bool) -> tuple[floa
 class Prices:
     """The prices of one look."""
 
-    def __init__(self, s: Situation) -> None:
+    def __init__(self, s: PolicyInput) -> None:
         self._knobs, self._now = s.knobs, s.now
         self._waiters = sum([w.waiters for w in s.waiting])  # all of whom a victim's return would hold up
 
-    def alone(self, w: Waiting, urgent: bool, r: Resident, way: Way) -> float:
+    def alone(self, w: Waiting, urgent: bool, r: Resident, option: OffloadOption) -> float:
         """What ``r`` costs if it leaves that way for ``w``, with the drain budget that suits it best."""
         if not (r.running and r.freezable):
-            return self.of(w, r, way, INFINITY)
-        one = (Leaver(0.0, r, way),)
-        return min([self.of(w, r, way, budget) for budget in budgets(self._knobs, one, urgent)])
+            return self.of(w, r, option, INFINITY)
+        one = (Candidate(0.0, r, option),)
+        return min([self.of(w, r, option, budget) for budget in budgets(self._knobs, one, urgent)])
 
-    def together(self, w: Waiting, leavers: Sequence[Leaver], budget: float) -> tuple[float, float]:
+    def together(self, w: Waiting, candidates: Sequence[Candidate], budget: float) -> tuple[float, float]:
         """The price of a set, and the cost: seconds until ``w`` serves."""
-        price = sum([self.of(w, r, way, budget) for _, r, way in leavers])
-        return price, longest_drain(leavers, budget) + sum([way.takes for _, _, way in leavers]) + w.load
+        price = sum([self.of(w, r, option, budget) for _, r, option in candidates])
+        return price, longest_drain(candidates, budget) + sum([option.takes for _, _, option in candidates]) + w.load
 
-    def of(self, w: Waiting, r: Resident, way: Way, budget: float) -> float:
+    def of(self, w: Waiting, r: Resident, option: OffloadOption, budget: float) -> float:
         """What the clients of ``r`` lose if its requests get ``budget`` seconds, and it then leaves that way for ``w``.
 
         An idle one costs the wait of those who will come while it is away, and
@@ -66,8 +66,8 @@ class Prices:
         for a little. Idleness has no priority.
         """
         rate = rate_of(r, self._now)
-        away = way.takes + w.load + w.service + w.sleep + way.back
-        back = self._waiters * (way.takes + way.back)
+        away = option.takes + w.load + w.service + w.sleep + option.back
+        back = self._waiters * (option.takes + option.back)
         if not r.running and not r.queued:
             return rate * away * away / 2 + back * (1.0 - math.exp(-rate * away))
         drain = min(budget, drain_of(r))

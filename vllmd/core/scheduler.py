@@ -25,9 +25,9 @@ from vllmd.core.operator_commands import OperatorCommands
 from vllmd.core.planner import Planner
 from vllmd.core.policies import POLICIES
 from vllmd.core.policy import Policy
+from vllmd.core.policy_input import sleep_levels
 from vllmd.core.possible import never_fits
 from vllmd.core.scaling import Scaling
-from vllmd.core.situation import sleep_levels
 from vllmd.core.types import Device, ModelSpec, Settings, Snapshot, State
 from vllmd.core.unloading import DEEPEN_RETRY, Unloading
 from vllmd.core.views import snapshot
@@ -51,7 +51,7 @@ class Scheduler:
         self._planner = Planner(core, self._settle)
         self._health = HealthChecks(core)
         self._scaling = Scaling(core, self._planner, self._health)
-        self._admission = Admission(core, self._planner, Balancer(core.engines, core.exchanges), self._health)
+        self._admission = Admission(core, self._planner, Balancer(core.engines, core.swaps), self._health)
         self._engine_events = EngineEvents(core, self._admission)
         self._operator = OperatorCommands(core, self._admission, self._scaling)
         self._unloading = Unloading(core, self._planner)
@@ -124,7 +124,9 @@ class Scheduler:
             ev.PinSet: self._operator.pin,
             ev.LeaseTaken: self._operator.lease,
             ev.LeaseReleased: self._operator.release,
+            ev.KeptAlive: self._unloading.kept_alive,
             ev.ModelsChanged: self._operator.changed,
+            ev.SettingsChanged: self._operator.retune,
             ev.TimePassed: self._passed,
         }
 
@@ -175,13 +177,13 @@ class Scheduler:
             self._review_dirty()
             if len(self._unloading):
                 self._unloading.advance()
-            if not len(core.exchanges):
+            if not len(core.swaps):
                 continue
-            for target in core.exchanges.lapsed():
+            for target in core.swaps.lapsed():
                 core.engines.record("cancel", target, "nobody waits for it any more")
-                for r in core.exchanges.cancel(target):
+                for r in core.swaps.cancel(target):
                     core.mark_dirty(r)
-            for r in core.exchanges.advance():
+            for r in core.swaps.advance():
                 core.mark_urgent(r)
 
     def _review_dirty(self) -> None:
@@ -211,7 +213,7 @@ class Scheduler:
         if r.state is State.READY and r.running and not special:  # it works, and that is all: the case of most events
             self._core.waiting.pop(r, None)
             self._unloading.drop(r)
-            self._planner.observer.note(r)
+            self._planner.builder.note(r)
             self._note_due(r, INFINITY)
             return
         if r.state is State.READY:
@@ -227,7 +229,7 @@ class Scheduler:
         elif r not in self._core.waiting:
             self._wait(r)
         self._unloading.note(r)
-        self._planner.observer.note(r)
+        self._planner.builder.note(r)
         self._note_due(r, self._due_of(r))
 
     def _note_due(self, r: Replica, due: float) -> None:
@@ -291,6 +293,6 @@ class Scheduler:
         r.model.replicas.remove(r)
         core.replicas.pop(r.id, None)
         core.waiting.pop(r, None)
-        core.exchanges.cancel(r)
+        core.swaps.cancel(r)
         self._unloading.drop(r)
-        self._planner.observer.note(r)
+        self._planner.builder.note(r)

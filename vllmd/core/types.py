@@ -232,6 +232,7 @@ class ReplicaView:
     standing: str = ""  # of one of several whose engine is up: new, serving, resting, slow, ejected
     latency: float | None = None  # of one of several: seconds to the first byte, the last answers weighing most
     bound: int | None = None  # the only device that it may use
+    rests_in: float | None = None  # seconds until an idle rule would act if nobody came; None: none would
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +259,7 @@ class ModelView:
     balanced: bool  # its replicas share its requests by rules; else it has one engine
     serving: int  # replicas that get requests, or would if they were needed
     degraded: bool  # one is down that ought to serve
+    rests_in: float | None = None  # the least of its replicas'
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vllmd.core.common import Core
+from vllmd.core.events import KeptAlive
 from vllmd.core.idle import Rest, rest
 from vllmd.core.model import INFINITY, Leave, Replica
 from vllmd.core.planner import Planner
@@ -48,7 +49,7 @@ class Unloading:
         core = self._core
         level = self._planner.level(m, leave.level)
         if core.now >= leave.freeze_at and m.freezable and level and core.engines.free_to_move(m):  # 6.2
-            target = m.exchange.id if m.exchange else ""
+            target = m.swap.id if m.swap else ""
             core.engines.record("freeze", m, leave.why, {"frozen": len(m.running), "for": target, "cause": leave.cause})
             core.engines.sleep(m, level, freeze=True)
             core.mark_dirty(m)
@@ -92,8 +93,20 @@ class Unloading:
         elif action is Rest.DEEPEN:
             m.look_again = core.now + DEEPEN_RETRY
 
+    def kept_alive(self, e: KeptAlive) -> None:
+        """4.5: a client's wish replaces its own; the last one to need the model no more lets it go."""
+        core = self._core
+        for r in core.named(e.model):
+            wishes = r.model.keep_alive
+            wishes.until = {who: until for who, until in wishes.until.items() if until > core.now and who != e.client}
+            if e.seconds > 0:
+                wishes.until[e.client] = core.now + e.seconds
+            elif not wishes.until:
+                wishes.let_go = core.now
+            core.mark_dirty(r)
+
     def can_deepen(self, m: Replica) -> bool:
         """An engine cannot go from level 1 to 2 asleep: it must wake in between, and has room to, unasked."""
         core = self._core
-        claimed = not core.exchanges.claims().keys().isdisjoint(m.placement.devices)
-        return core.engines.free_to_move(m) and not claimed and core.exchanges.room_for(m, m.placement.devices)
+        claimed = not core.swaps.claims().keys().isdisjoint(m.placement.devices)
+        return core.engines.free_to_move(m) and not claimed and core.swaps.room_for(m, m.placement.devices)

@@ -3,7 +3,7 @@
 Others are those who will still be there: strangers, and models that must stay
 (pinned or leased). Models that can leave do not count. They are not somebody
 else's work that a start would disturb, their memory is booked to the byte, and
-if they counted, a model would wait for ever for what one exchange can give it.
+if they counted, a model would wait for ever for what one swap can give it.
 """
 
 from __future__ import annotations

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from vllmd.core.balancing import in_flight, resting
 from vllmd.core.common import Core
 from vllmd.core.engine_table import EngineTable
-from vllmd.core.exchanges import Exchanges
+from vllmd.core.idle import idle_due
 from vllmd.core.ledger import Account, gib
-from vllmd.core.model import Model, Replica, Standing
+from vllmd.core.model import INFINITY, HealthStatus, Model, Replica
 from vllmd.core.planner import Planner
-from vllmd.core.policy import Situation
-from vllmd.core.situation import waits_for_others
+from vllmd.core.policy import PolicyInput
+from vllmd.core.policy_input import waits_for_others
+from vllmd.core.swaps import Swaps
 from vllmd.core.types import DeviceView, ModelView, ReplicaView, Snapshot, State
 
 # Of several replicas' states the model's is the first one here that any of them has.
@@ -28,7 +29,7 @@ Ask = Callable[[Replica], str]  # what a replica waits for, by the plan; "" if t
 
 def snapshot(core: Core, planner: Planner, now: float) -> Snapshot:
     """All models, all devices, host memory, and the last decisions."""
-    sight: list[Situation] = []  # drawn when the first one waits for the policy
+    sight: list[PolicyInput] = []  # drawn when the first one waits for the policy
 
     def outlook(r: Replica) -> str:
         if not sight:
@@ -36,14 +37,14 @@ def snapshot(core: Core, planner: Planner, now: float) -> Snapshot:
         told = planner.outlook(r, sight[0])
         return told.why if told else ""
 
-    fleet = core.engines
+    engines = core.engines
     return Snapshot(
         at=now,
         models=tuple(_model(core, m, now, outlook) for m in core.models.values()),
-        devices=tuple(_device(account) for account in fleet.ledger.accounts.values()),
-        host_memory=fleet.ledger.host_budget,
-        host_promised=fleet.ledger.host_promised,
-        decisions=tuple(fleet.decisions),
+        devices=tuple(_device(account) for account in engines.ledger.accounts.values()),
+        host_memory=engines.ledger.host_budget,
+        host_promised=engines.ledger.host_promised,
+        decisions=tuple(engines.decisions),
     )
 
 
@@ -81,6 +82,7 @@ def _model(core: Core, model: Model, now: float, outlook: Ask) -> ModelView:
         balanced=model.rules is not None,
         serving=len(up),
         degraded=bool(model.rules) and any(view.state is State.FAILED or view.standing in UNWELL for view in views),
+        rests_in=min([view.rests_in for view in views if view.rests_in is not None], default=None),
     )
 
 
@@ -105,27 +107,28 @@ def _replica(core: Core, r: Replica, now: float, outlook: Ask) -> ReplicaView:
         since=now - r.changed,
         pinned=r.pinned,
         leases=tuple(r.leases),
-        waiting_for=_waiting_for(engines, core.exchanges, r, now, outlook) if r.demand else "",
+        waiting_for=_waiting_for(engines, core.swaps, r, now, outlook) if r.demand else "",
         failure=r.failure or (r.health.why if r.health else ""),
         standing=_standing(r),
         latency=r.health.latency if r.health else None,
         bound=r.devices[0] if len(r.devices) == 1 else None,
+        rests_in=None if (due := idle_due(r)) == INFINITY else max(0.0, due - now),
     )
 
 
 def _standing(r: Replica) -> str:
     if r.health is None or not r.on:
         return ""
-    return "resting" if r in resting(r.model) else r.health.standing.value
+    return "resting" if r in resting(r.model) else r.health.status.value
 
 
-def _waiting_for(fleet: EngineTable, exchanges: Exchanges, m: Replica, now: float, outlook: Ask) -> str:
+def _waiting_for(engines: EngineTable, swaps: Swaps, m: Replica, now: float, outlook: Ask) -> str:
     """Why queued requests wait, in a few words."""
     if m.state is State.STARTING:
         return f"its start ({now - m.changed:.0f} of about {m.costs.wake(0):.0f} s)"
     if m.state is State.WAKING:
         return f"its wake ({now - m.changed:.1f} of about {m.costs.wake(m.level):.1f} s)"
-    if m.health and m.state is State.READY and m.health.standing is not Standing.SERVING:
+    if m.health and m.state is State.READY and m.health.status is not HealthStatus.SERVING:
         return f"its answer to a probe{' after: ' * bool(m.health.why)}{m.health.why}"
     if m.state is State.READY:
         return f"a place in the engine ({len(m.running)} run at a time)"
@@ -133,24 +136,24 @@ def _waiting_for(fleet: EngineTable, exchanges: Exchanges, m: Replica, now: floa
         return f"a restart in {max(0.0, m.retry_at - now):.0f} s after: {m.failure}"
     if m.state not in (State.STOPPED, State.SLEEPING):
         return f"the end of its {m.state.value.replace('_', ' ')}"
-    return _waiting_for_room(fleet, exchanges, m, outlook)
+    return _waiting_for_room(engines, swaps, m, outlook)
 
 
-def _waiting_for_room(fleet: EngineTable, exchanges: Exchanges, m: Replica, outlook: Ask) -> str:
-    exchange = exchanges.get(m)
-    if exchange and exchange.victims:
+def _waiting_for_room(engines: EngineTable, swaps: Swaps, m: Replica, outlook: Ask) -> str:
+    swap = swaps.get(m)
+    if swap and swap.victims:
         return outlook(m)
-    others = waits_for_others(fleet, exchanges.replicas.values(), m)
+    others = waits_for_others(engines, swaps.replicas.values(), m)
     if others:
         return others.why
-    holder = fleet.holder(exchange.devices if exchange else m.placement.devices or tuple(fleet.ledger.accounts))
+    holder = engines.holder(swap.devices if swap else m.placement.devices or tuple(engines.ledger.accounts))
     if holder:
         return f"{holder.id}, which is {holder.state.value.replace('_', ' ')}"
     if told := outlook(m):
         return told
-    accounts = fleet.ledger.accounts.values()
+    accounts = engines.ledger.accounts.values()
     wedged = [f"device {a.device.index} is avoided: {a.wedged}" for a in accounts if a.avoided]
     taken = [f"strangers hold {gib(a.external)} on device {a.device.index}" for a in accounts if a.external > a.missing]
-    kept = [other.id for other in exchanges.replicas.values() if other.kept and other.loaded and other is not m]
+    kept = [other.id for other in swaps.replicas.values() if other.kept and other.loaded and other is not m]
     room = f"room beside {', '.join(kept)} (leased or pinned)" if kept else "room"
     return "; ".join([room, *wedged, *taken])

@@ -79,8 +79,17 @@ class AdmissionGate:
             if not waiting.done():
                 waiting.set_result(None)
 
-    def configure(self, models: Mapping[str, ModelConfig], engines: Mapping[str, ModelConfig]) -> None:
-        """Take the models of a new configuration, and their engines: each model's one, or its replicas."""
+    def configure(
+        self,
+        models: Mapping[str, ModelConfig],
+        engines: Mapping[str, ModelConfig],
+        keep_alive_limit: float | None = None,
+    ) -> None:
+        """Take the models of a new configuration, and their engines: each model's one, or its replicas.
+
+        ``keep_alive_limit`` is in seconds, None for none; 0.0: no client's word counts.
+        """
+        self._keep_alive_limit = keep_alive_limit
         self._models = dict(models)
         self._engines = dict(engines)
         self._names = Names(models.values())
@@ -155,7 +164,8 @@ class AdmissionGate:
             await waiting
         finally:
             self._opening.discard(waiting)
-            self._say_if_empty()
+            if not self.requests:
+                self._empty.set()
 
     async def _admitted(self, permit: Permit) -> None:
         """Tell the core of the request, and wait until it is admitted. Raises VllmdError if it is refused."""
@@ -200,6 +210,12 @@ class AdmissionGate:
     def loading(self, model: str) -> str:
         """What a waiting client may be told, such as ``loading weights``."""
         return self._back.phase_of(model) if self._back else ""
+
+    def keep_alive(self, model: str, key: str, seconds: float) -> None:
+        """Tell the core that the model is wanted again, for as long as the configuration and the key allow."""
+        allowed = self._quotas.keep_alive(key, seconds, self._keep_alive_limit)
+        if allowed is not None and model in self._models:
+            self.post(events.KeptAlive(model, key, allowed))
 
     # -- what the core says ----------------------------------------------------------------
 
@@ -275,13 +291,9 @@ class AdmissionGate:
 
     def _drop(self, request: str) -> Permit | None:
         permit = self._permits.pop(request, None)
-        if not self._permits:
-            self._say_if_empty()
-        return permit
-
-    def _say_if_empty(self) -> None:
-        if not self.requests:
+        if not self._permits and not self._opening:
             self._empty.set()
+        return permit
 
     def _target_of(self, model: str, engine: str) -> Target | None:
         """What the model's name means to one of several replicas; None for an engine that is the only one."""

@@ -8,6 +8,7 @@ asked again with growing pauses, and at once when udev speaks of a GPU.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -17,6 +18,7 @@ from vllmd.gpu import Devices, Trouble, Uevents, Unanswered, in_thread
 log = logging.getLogger("vllmd.devices")
 
 PATIENCE = 1.0  # seconds that a start waits for the answer; models without devices are served from then on
+RENEWAL = 5.0  # seconds that a reload waits for it
 LIMIT = 30.0  # seconds after which a driver that has not answered counts as one that does not
 FIRST_PAUSE, LAST_PAUSE = 1.0, 60.0  # seconds between questions, doubling
 SETTLE = 0.5  # seconds from a word of the kernel until nodes and driver are there
@@ -30,6 +32,7 @@ class DeviceWatch:
     def __init__(self, open: Open, taken: Callable[[Devices], Awaitable[None]]) -> None:
         self._open, self._taken = open, taken
         self._asked: asyncio.Future[Devices] | None = None
+        self._turn = asyncio.Lock()  # one at a time waits for an answer, and takes it
         self._since = 0.0
         self._known: dict[str, int] = {}
         self._wanted = asyncio.Event()
@@ -40,9 +43,24 @@ class DeviceWatch:
         self._take(await self._ask(patience))
         return self.current
 
-    def again(self) -> None:
-        """Ask once more, soon: the configuration says something else."""
-        self._wanted.set()
+    async def renew(self, open: Open, limit: float = RENEWAL) -> Devices | None:
+        """What there is when asked by ``open``, as from now on, for the caller to take; None: no answer soon enough.
+
+        A driver that falls silent just then is the readings' to notice, as ever.
+        """
+        self._open = open
+        fresh = None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit), self._turn:
+                if self._asked:  # by the former configuration
+                    await asyncio.wait({self._asked})
+                    self._asked = None
+                fresh = await self._answer(limit)
+        if fresh is None or fresh.asking or (fresh.trouble and fresh.source == self.current.source):
+            self._wanted.set()
+            return None
+        self._take(fresh)
+        return fresh
 
     async def run(self) -> None:
         """For ever."""
@@ -76,6 +94,10 @@ class DeviceWatch:
         return min(pause * 2, LAST_PAUSE)
 
     async def _ask(self, limit: float) -> Devices:
+        async with self._turn:
+            return await self._answer(limit)
+
+    async def _answer(self, limit: float) -> Devices:
         """One question is under way at a time; one that hangs is waited for, not repeated."""
         if self._asked is None:
             known = dict(self._known)

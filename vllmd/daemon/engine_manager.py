@@ -24,7 +24,7 @@ from vllmd.daemon import health
 from vllmd.daemon.calls import answers, asked, call, complete, looked_at, next_line, within
 from vllmd.daemon.engine_process import EngineProcess, of
 from vllmd.daemon.failure_text import how_it_ended, with_hint, with_last_lines, with_root
-from vllmd.daemon.launch_planner import LaunchPlanner
+from vllmd.daemon.launch_planner import LaunchPlanner, Paths
 from vllmd.daemon.logfile import LogFile, forget_old_runs, path_of
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.sleeps import Sleeps, finish_work
@@ -82,6 +82,10 @@ class EngineManager:
         """Start engines by these settings from now on. ``kv_caches``: bytes per device, by model; 0: its own choice."""
         self._models = models
         self._launch_planner.configure(models, kv_caches)
+
+    def relocate(self, paths: Paths, first_port: int, last_port: int) -> None:
+        """Start engines there from now on."""
+        self._launch_planner.relocate(paths, first_port, last_port)
 
     def _post(self, event: events.Event) -> None:
         """Post it. A reason may quote the engine's last lines: they are told without the secrets that it was given."""
@@ -442,6 +446,10 @@ class EngineManager:
         if process := self.processes.get(model):
             process.health.told(status, failed)
 
+    def has_ended(self, instance: str) -> bool:
+        """Whether the end of an engine that is not taken in (yet) has been reported."""
+        return instance in self._ended
+
     def catch_up(self, process: EngineProcess) -> None:
         """One that was just taken in may have ended since it was listed."""
         if report := self._ended.pop(process.instance, None):
@@ -456,12 +464,6 @@ class EngineManager:
         ):
             log.error("%s: its processes could not be ended", process.name, extra=of(process))
         self._strays.pop(process.instance, None)
-
-    def has_devices(self, placement: Placement) -> bool:
-        """Whether all devices of a placement are there, as far as anybody knows."""
-        if self._memory.trouble:
-            return True
-        return all(any(device.index == index for device in self._memory.inventory) for index in placement.devices)
 
     def resume_start(self, process: EngineProcess) -> None:
         """Wait on for an adopted engine that is still starting."""

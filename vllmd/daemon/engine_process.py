@@ -10,7 +10,8 @@ import time
 from collections import deque
 from dataclasses import asdict, dataclass, field
 
-from vllmd.config.types import ModelConfig
+from vllmd.config.settings import of_the_engine
+from vllmd.config.types import ModelConfig, RequestRules
 from vllmd.core.types import Placement
 from vllmd.daemon.failure_text import how_it_ended, with_last_lines
 from vllmd.daemon.logfile import LogFile
@@ -123,8 +124,9 @@ def noted_by_older(model: ModelConfig) -> str:
 
 
 def _fingerprint(model: ModelConfig, name: str) -> str:
-    parts = {key: value for key, value in asdict(model).items() if key not in _NOT_THE_ENGINES}
-    parts["name"] = name
+    wanted = of_the_engine()
+    parts = {key: value for key, value in asdict(model).items() if key in wanted}
+    parts |= {"name": name, "request": _NO_RULES}
     for setting, default in _SINCE_0_1_0.items():
         if parts[setting] == default:  # as if there were no such setting: an engine of an older version is kept
             del parts[setting]
@@ -132,9 +134,4 @@ def _fingerprint(model: ModelConfig, name: str) -> str:
 
 
 _SINCE_0_1_0 = {"user": ""}  # settings that 0.1.0 did not have, with the value that means what it did
-_NOT_THE_ENGINES = {  # settings that take effect without another engine
-    *("display_name", "description", "hidden", "capabilities"),
-    *("where", "aliases", "idle", "pin", "preload", "warm_up", "priority", "concurrency", "on_busy", "preempt"),
-    *("queue_limit", "queue_timeout", "drain_limit", "start_timeout", "stop_timeout"),
-    *("max_restarts", "restart_backoff", "log_file", "when_free", "replicas", "replica_of", "host"),
-}
+_NO_RULES = asdict(RequestRules())  # 0.1.0 took the rules for requests for the engine's: engines without any are kept

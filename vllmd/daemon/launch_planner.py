@@ -61,6 +61,11 @@ class LaunchPlanner:
         """Start engines by these settings from now on. ``kv_caches``: bytes per device, by model; 0: its own choice."""
         self._models, self._kv_caches = models, kv_caches
 
+    def relocate(self, paths: Paths, first_port: int, last_port: int) -> None:
+        """Start engines there, and on ports of that range, from now on; those that run stay where they are."""
+        self._paths = paths
+        self._ports.take(first_port, last_port)
+
     def renamed(self, model: ModelConfig, name: str) -> ModelConfig:
         """The settings of an engine whose replica is called something else now."""
         known = self._models.get(name)

@@ -114,7 +114,9 @@ class Listeners:
             server.start()
 
     def configure(self, config: Config) -> None:
-        """Take a changed configuration's keys, their limits and the origins; connections stay."""
+        """Take what a changed configuration says of clients; connections stay."""
+        self._limits.take(config.server)
+        self._memory.limit = self._limits.max_buffered
         self._keys.hosts.configure(config.server.hosts)
         self._keys.configure(config.auth, self._resolve)
         self._quotas.configure(config.auth.keys)

@@ -15,6 +15,12 @@ class PortPool:
         self._free = deque(range(start, end + 1))
         self._range = range(start, end + 1)
 
+    def take(self, start: int, end: int) -> None:
+        """Have this range from now on; a port that is in use is not given again before it comes back."""
+        used = set(self._range) - set(self._free)
+        self._range = range(start, end + 1)
+        self._free = deque(port for port in self._range if port not in used)
+
     def reserve(self) -> int:
         """A port that no other engine of ours has and nobody listens on. Raises Unavailable when there is none."""
         for _ in range(len(self._free)):

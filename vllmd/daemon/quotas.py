@@ -123,6 +123,15 @@ class Quotas:
             for name, key in by_name(keys).items()
         }
 
+    def keep_alive(self, key: str, seconds: float, limit: float | None) -> float | None:
+        """For how many ``seconds`` the key may keep a model, at most ``limit`` (None: any); None: it has no say."""
+        quota = self._quotas.get(key)
+        for most in (limit, quota.key.keep_alive_limit if quota else None):
+            if most is not None and most <= 0:
+                return None
+            seconds = seconds if most is None else min(seconds, most)
+        return seconds
+
     def begin(self, key: str, body: bytes) -> Use | None:
         """A request of the key called ``key`` arrives; None if that has no limits. Raises TooManyRequests."""
         quota = self._quotas.get(key)

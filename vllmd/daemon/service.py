@@ -111,7 +111,7 @@ class Daemon:
         """Serve until told to stop, or until there has been nothing to do for long enough."""
         self.config = await self._ours(self.config)
         self.engines = engines_of(self.config.models)
-        self.admission_gate.configure(self.config.models, self.engines)
+        self.admission_gate.configure(self.config.models, self.engines, self.config.server.keep_alive_limit)
         self.control.runtime_models.listen = addresses(listeners.get("http", ()))
         self.listeners = Listeners(self.config, self.admission_gate, self.quotas, self.control, listeners)
         self.listeners.on_outcome = self._outcome
@@ -395,9 +395,10 @@ class Daemon:
     def accept(self, config: Config) -> None:
         """Serve by this configuration from now on."""
         self.config, self.broken = config, ""
+        logging.getLogger().setLevel(config.log_level.upper())
         self.admission_gate.refusal = None
         self.engines = engines_of(config.models)
-        self.admission_gate.configure(config.models, self.engines)
+        self.admission_gate.configure(config.models, self.engines, config.server.keep_alive_limit)
         self.listeners.configure(config)
 
     def refuse(self, broken: str) -> None:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vllmd.config.replicas import engines_of
 from vllmd.config.types import Config, ModelConfig
 from vllmd.core import events
 from vllmd.core.costs import CostBook
 from vllmd.core.scheduler import Scheduler
-from vllmd.core.types import ModelSpec, ReplicaSpec, Settings, renamed
+from vllmd.core.types import Device, ModelSpec, ReplicaSpec, Settings
 from vllmd.daemon.adoption import adopt_all
-from vllmd.daemon.device_watch import LIMIT, DeviceWatch
+from vllmd.daemon.device_watch import LIMIT, DeviceWatch, Open
 from vllmd.daemon.dispatcher import Dispatcher
 from vllmd.daemon.engine_keys import EngineKeys
 from vllmd.daemon.engine_manager import EngineManager
-from vllmd.daemon.engine_process import fingerprint
 from vllmd.daemon.homes import Homes
 from vllmd.daemon.host import host_memory
 from vllmd.daemon.launch_planner import LaunchPlanner, Paths
@@ -31,28 +29,29 @@ from vllmd.daemon.specs import model_spec, replica_spec
 from vllmd.errors import LauncherFailed
 from vllmd.gpu import Devices, open_devices
 from vllmd.launcher.client import LauncherClient
+from vllmd.launcher.protocol import PROTOCOL
 
 log = logging.getLogger("vllmd")
 
 LAUNCHER_RETRY = 1.0  # seconds
+OLDER_RETRY = 0.1
 T = TypeVar("T")
 
 
 async def start(daemon: Daemon) -> None:
     """Find the devices, the launcher and what runs already; then let requests through."""
     daemon.watch = DeviceWatch(
-        lambda known: open_devices(daemon.config, daemon.runtime.environment, known=known),
-        lambda devices: take_devices(daemon, devices),
+        opener(daemon.config, daemon.runtime.environment), lambda devices: take_devices(daemon, devices)
     )
     daemon.memory = Memory(await daemon.watch.begin(), files_of(daemon.config))
     say_devices(daemon)
     await asyncio.to_thread(daemon.learnt.load)
-    prospects = await asyncio.to_thread(expect, daemon, daemon.engines)
+    prospects = await asyncio.to_thread(expect, daemon, daemon.engines, daemon.config, daemon.memory.inventory)
     daemon.dispatcher = Dispatcher(make_scheduler(daemon, prospects))
     daemon.launcher = await connect_launcher(daemon)
-    daemon.backend = (await answered(daemon.launcher.info)).backend
+    daemon.backend = await known_backend(daemon)
     daemon.engine_manager = make_fleet(daemon, prospects)
-    daemon.take = lambda config: take(daemon, config)
+    daemon.take = lambda config: _take(daemon, config)
     daemon.dispatcher.connect(daemon.engine_manager, daemon.admission_gate, daemon.control.instances.add)
     daemon.dispatcher.on_decision, daemon.dispatcher.on_change = daemon.control.note, daemon.control.stir
     devices = daemon.memory.devices
@@ -74,6 +73,17 @@ async def adopt_running(daemon: Daemon) -> None:
     await adopt_all(daemon.engine_manager, running, daemon.engines, daemon.kinds, daemon.dispatcher.post)
 
 
+def opener(config: Config, environment: Mapping[str, str]) -> Open:
+    """Asks for the devices, as that configuration wants them."""
+    return lambda known: open_devices(config, environment, known=known)
+
+
+async def _take(daemon: Daemon, config: Config) -> dict[str, Any]:
+    from vllmd.daemon.reload import take  # most daemons are never told to
+
+    return await take(daemon, config)
+
+
 def files_of(config: Config) -> dict[int, Path]:
     """The files in which stand-ins keep who holds how much of declared devices."""
     return {index: device.file for index, device in enumerate(config.devices or ()) if device.file}
@@ -93,10 +103,12 @@ async def take_devices(daemon: Daemon, devices: Devices) -> None:
         await daemon.look()
         return
     async with daemon.control.runtime_models.changing:  # a reload reckons with the devices, too
+        if devices is not daemon.watch.current:  # it has taken others meanwhile
+            return
         daemon.memory.take(devices, files_of(daemon.config))
         say_devices(daemon)
         if not devices.trouble:
-            prospects = await asyncio.to_thread(expect, daemon, daemon.engines)
+            prospects = await asyncio.to_thread(expect, daemon, daemon.engines, daemon.config, devices.inventory())
             specs = specs_of(daemon.config.models, prospects)
             daemon.engine_manager.configure(daemon.engines, kv_caches(prospects))
             daemon.control.configure(specs)
@@ -104,6 +116,23 @@ async def take_devices(daemon: Daemon, devices: Devices) -> None:
         unknown = str(devices.trouble or "")
         daemon.dispatcher.post(events.DevicesChanged(devices.inventory(), unknown, devices.asking))
         await daemon.look()
+
+
+async def known_backend(daemon: Daemon) -> str:
+    """The launcher's backend, once it is not older than we are.
+
+    In an upgrade the sockets may wake the new daemon a moment before the launcher is restarted: the old one could
+    neither tell us whose its engines are, nor do what we may ask.
+    """
+    told = False
+    while True:
+        info = await answered(daemon.launcher.info)
+        if info.protocol >= PROTOCOL:
+            return info.backend
+        if not told:
+            log.warning("the launcher is that of an older version; waiting for `systemctl restart vllmd-launcher`")
+        told = True
+        await asyncio.sleep(OLDER_RETRY)
 
 
 async def answered(ask: Callable[[], Awaitable[T]]) -> T:
@@ -118,7 +147,7 @@ async def answered(ask: Callable[[], Awaitable[T]]) -> T:
 
 async def find_devices(config: Config, environment: Mapping[str, str]) -> Devices:
     """The devices, for whoever can wait for the answer."""
-    return await DeviceWatch(lambda known: open_devices(config, environment), _nobody).begin(LIMIT)
+    return await DeviceWatch(opener(config, environment), _nobody).begin(LIMIT)
 
 
 async def _nobody(devices: Devices) -> None:
@@ -127,17 +156,22 @@ async def _nobody(devices: Devices) -> None:
 
 def make_scheduler(daemon: Daemon, prospects: list[Prospect]) -> Scheduler:
     """The core with the models, the devices and what was learnt."""
-    config = daemon.config
-    settings = Settings(config.policy, host_budget(config), config.server.queue_limit)
-    costs, specs = CostBook.from_dict(daemon.learnt.costs), specs_of(config.models, prospects)
+    costs, specs = CostBook.from_dict(daemon.learnt.costs), specs_of(daemon.config.models, prospects)
     daemon.control.configure(specs)
-    return Scheduler(specs, daemon.memory.inventory, settings, costs)
+    return Scheduler(specs, daemon.memory.inventory, settings_of(daemon.config), costs)
 
 
-def expect(daemon: Daemon, models: Mapping[str, ModelConfig]) -> list[Prospect]:
-    """What the models will take, told to the log as well; reads their files."""
-    run_dir = daemon.config.engines.run_dir or daemon.runtime.run_dir
-    machine = Machine(daemon.memory.inventory, homes(daemon), run_dir)
+def settings_of(config: Config) -> Settings:
+    """What the core is told of the machine's policy."""
+    return Settings(config.policy, host_budget(config), config.server.queue_limit)
+
+
+def expect(
+    daemon: Daemon, models: Mapping[str, ModelConfig], config: Config, devices: Sequence[Device]
+) -> list[Prospect]:
+    """What the models will take by that configuration, told to the log as well; reads their files."""
+    paths = paths_of(daemon, config)
+    machine = Machine(tuple(devices), paths.homes, paths.run)
     prospects = look(models.values(), machine, daemon.kinds)
     say(prospects, machine)
     return prospects
@@ -152,10 +186,11 @@ def specs_of(models: Mapping[str, ModelConfig], prospects: list[Prospect]) -> li
     return [model_spec(models[name], replicas) for name, replicas in engines.items()]
 
 
-def homes(daemon: Daemon) -> Homes:
-    """The homes of the engines' users."""
+def paths_of(daemon: Daemon, config: Config) -> Paths:
+    """Where engines that are started by that configuration live."""
     around = daemon.runtime
-    return Homes(daemon.config.engines.home or around.home, around.homes, around.environment)
+    homes = Homes(config.engines.home or around.home, around.homes, around.environment)
+    return Paths(config.engines.run_dir or around.run_dir, homes)
 
 
 def host_budget(config: Config) -> int:
@@ -193,10 +228,8 @@ async def _launcher_once(daemon: Daemon) -> LauncherClient:
 def make_fleet(daemon: Daemon, prospects: list[Prospect]) -> EngineManager:
     """Who carries out what is decided about engines."""
     engines, around = daemon.config.engines, daemon.runtime
-    paths = Paths(engines.run_dir or around.run_dir, homes(daemon))
-    launch_planner = LaunchPlanner(
-        daemon.memory, paths, daemon.kinds, PortPool(engines.port_start, engines.port_end), EngineKeys(around.cache)
-    )
+    paths, ports = paths_of(daemon, daemon.config), PortPool(engines.port_start, engines.port_end)
+    launch_planner = LaunchPlanner(daemon.memory, paths, daemon.kinds, ports, EngineKeys(around.cache))
     engine_manager = EngineManager(daemon.launcher, daemon.control.take, daemon.memory, launch_planner, around.logs)
     engine_manager.configure(daemon.engines, kv_caches(prospects))
     engine_manager.on_phase, engine_manager.look = daemon.control.stir, daemon.look
@@ -207,49 +240,3 @@ def make_fleet(daemon: Daemon, prospects: list[Prospect]) -> EngineManager:
 def kv_caches(prospects: list[Prospect]) -> dict[str, int]:
     """Bytes per device that each engine is told to use as its cache; as estimated, never as measured."""
     return {each.model.name: each.told.kv_cache for each in prospects}
-
-
-def renamed_engines(engines: Mapping[str, ModelConfig], before: Mapping[str, ModelConfig]) -> dict[str, str]:
-    """The new and the old id of each engine that goes on by another one, as the core has it."""
-    now, was = _ids(engines), _ids(before)
-    pairs = (renamed(was[name], now[name]) for name in now if name in was)
-    return {pair[1]: pair[0] for pair in pairs if pair}
-
-
-def _ids(engines: Mapping[str, ModelConfig]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for name, engine in engines.items():
-        found.setdefault(engine.replica_of or name, []).append(name)
-    return found
-
-
-async def take(daemon: Daemon, config: Config) -> dict[str, Any]:
-    """Go on with another configuration; engines are stopped only where their own settings changed."""
-    engines, before = engines_of(config.models), daemon.engines
-    prospects = await asyncio.to_thread(expect, daemon, engines)
-    was, repaired = daemon.config.models, bool(daemon.broken)
-    known = {**{name: name for name in before}, **renamed_engines(engines, before)}
-    kept = {name: known[name] for name in engines if name in known}
-    changed = {name for name, old in kept.items() if fingerprint(engines[name]) != fingerprint(before[old])}
-    added, removed = sorted(config.models.keys() - was.keys()), sorted(was.keys() - config.models.keys())
-    devices_differ = (config.devices, config.reserve) != (daemon.config.devices, daemon.config.reserve)
-    daemon.accept(config)
-    if devices_differ:
-        daemon.watch.again()
-    daemon.engine_manager.configure(engines, kv_caches(prospects))
-    specs = specs_of(config.models, prospects)
-    daemon.control.configure(specs)
-    daemon.dispatcher.post(events.ModelsChanged(tuple(specs), frozenset(changed)))
-    if repaired:
-        await adopt_running(daemon)
-    log.info(
-        *("configuration reloaded: %d models, added %s, removed %s, changed %s", len(config.models)),
-        *(", ".join(names) or "none" for names in (added, removed, sorted(changed))),
-    )
-    return {
-        "models": len(config.models),
-        "added": added,
-        "removed": removed,
-        "changed": sorted(changed),
-        "warnings": list(config.warnings),
-    }

@@ -89,6 +89,7 @@ class LauncherClient:
         self._last_id = 0
         self._pending: dict[int, _Pending] = {}
         self._known: dict[str, Running] = {}
+        self._ordered: set[str] = set()  # whose start nobody has been told of yet; so neither is an end
         self._doubtful: set[str] = set()  # to be killed: whoever wanted them has given up
         self._over = ""  # why there will be no launcher any more, once that is so
         self._followed: set[str] = set()
@@ -155,19 +156,22 @@ class LauncherClient:
         this raises, nothing runs of it any more.
         """
         limit = order.timeout + ANSWER_LIMIT
+        self._ordered.add(order.instance)
         try:
             async with asyncio.timeout(limit):
                 return await self._start(order)
         except TimeoutError:
-            failure = LauncherFailed(f"the launcher did not start {order.instance} in {limit:g} s")
+            await self._be_rid_of(order.instance)
+            raise LauncherFailed(f"the launcher did not start {order.instance} in {limit:g} s") from None
         except asyncio.CancelledError:
             self.abandon(order.instance)
             raise
-        except LauncherFailed as error:
-            failure = error
-        if not failure.answered:
-            await self._be_rid_of(order.instance)
-        raise failure
+        except LauncherFailed as failure:
+            if not failure.answered:
+                await self._be_rid_of(order.instance)
+            raise
+        finally:
+            self._ordered.discard(order.instance)
 
     async def _start(self, order: StartOrder) -> Running:
         while True:
@@ -294,7 +298,7 @@ class LauncherClient:
 
     def _received(self, packet: bytes) -> None:
         try:
-            id, message = protocol.decode(packet)
+            id, message = protocol.decode(packet, newer=True)
         except ProtocolError as error:
             log.error("a malformed packet from the launcher: %s", error)
             return
@@ -322,8 +326,12 @@ class LauncherClient:
             pending.future.set_result(message)
 
     def _ended(self, report: ExitReport) -> None:
+        """Told once, and not while it is being started: what ended then is what a dying launcher had begun."""
+        known = self._known.pop(report.instance, None)
+        if report.instance in self._ordered:
+            return
         self._followed.discard(report.instance)
-        if self._known.pop(report.instance, None):
+        if known:
             self._on_exit(report)
 
     # --- the connection ---

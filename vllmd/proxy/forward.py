@@ -38,7 +38,7 @@ from vllmd.proxy.heads import ResponseHead, forwardable, write_fields
 from vllmd.proxy.http import Request
 from vllmd.proxy.limits import Limits
 from vllmd.proxy.loading_heartbeat import Heartbeats, LoadingHeartbeat
-from vllmd.proxy.model_requests import ModelRequests
+from vllmd.proxy.model_requests import ModelRequests, StoredResponses
 from vllmd.proxy.peek import Parts
 from vllmd.proxy.routing import Handler
 from vllmd.proxy.upstream import Pool, Upstream, host_field
@@ -46,7 +46,7 @@ from vllmd.proxy.upstream import Pool, Upstream, host_field
 # Of the client's fields an engine never sees these: its key, its cookies, and what we write ourselves.
 KEPT_BACK = frozenset(
     b"host content-length expect authorization x-api-key api-key cookie accept-encoding x-request-id"
-    b" forwarded x-forwarded-for x-forwarded-host x-forwarded-proto x-real-ip"
+    b" forwarded x-vllmd-keep-alive x-forwarded-for x-forwarded-host x-forwarded-proto x-real-ip"
     b" origin access-control-request-method access-control-request-headers".split()
 )
 TOTAL_TOKENS = re.compile(rb'"total_tokens"\s*:\s*(\d{1,12})')
@@ -65,11 +65,11 @@ class Relay:
     """Serves the model routes."""
 
     def __init__(self, gate: Gate, limits: Limits) -> None:
-        self.requests = ModelRequests(gate, limits.max_body)
+        self.requests = ModelRequests(gate, limits)
         self.pool = Pool(limits)
         self.gate = gate
         self.limits = limits
-        self.heartbeats = Heartbeats(limits.loading_comment_interval)
+        self.heartbeats = Heartbeats(limits)
 
     def handler(self, parse: Parse) -> Handler:
         """What answers the requests of a route; ``parse``, one of ``ModelRequests``, says what each asks for."""
@@ -101,7 +101,7 @@ class Relay:
                 finally:
                     heartbeat.end()
                 sent, failure = wanted.at(permit.target), None
-                answer = AnswerRelay(exchange, sent, heartbeat, permit)
+                answer = AnswerRelay(exchange, sent, heartbeat, permit, self.requests.responses)
                 try:
                     permit.on_cut(answer.cut)
                     if heartbeat.wanted:
@@ -124,17 +124,24 @@ class Relay:
                 finally:
                     # 6. Release, unless the answer's last byte has done so already.
                     answer.close(failure)
-                    if answer.response_id:
-                        self.requests.responses.note(answer.response_id, sent.target.model, wanted.asked.model)
         except VllmdError as error:
             heartbeat.fail(error.with_traceback(None))
+        finally:
+            if wanted.keep_alive is not None:
+                self.gate.keep_alive(model, request.caller.name, wanted.keep_alive)
 
 
 class AnswerRelay:
     """One answer on its way from an engine's connection, which reports to it (``upstream.Sink``), to the client."""
 
-    def __init__(self, exchange: Exchange, sent: UpstreamRequest, heartbeat: LoadingHeartbeat, permit: Permit) -> None:
-        self.response_id = ""  # of a POST /v1/responses, once the answer has told it
+    def __init__(
+        self,
+        exchange: Exchange,
+        sent: UpstreamRequest,
+        heartbeat: LoadingHeartbeat,
+        permit: Permit,
+        responses: StoredResponses,
+    ) -> None:
         self._exchange = exchange
         self._sent = sent
         self._heartbeat = heartbeat
@@ -149,6 +156,7 @@ class AnswerRelay:
         self._size = 0  # bytes of the body that came
         self._tail = bytearray()  # the last of them, TAIL or more
         self._opening = bytearray()  # the first of them, as long as a response's id is looked for there
+        self._responses = responses
         self._names_response = exchange.request.path == "/v1/responses"
 
     @property
@@ -180,8 +188,9 @@ class AnswerRelay:
             self._quiet()
         if self._upstream is not None:
             self._upstream.abort()
-        self._error = self._error or failure
-        self._release()
+        if self._permit is not None:
+            self._error = self._error or failure
+            self._release()
 
     def cut(self, reason: str) -> None:
         """The daemon breaks the request off."""
@@ -232,7 +241,8 @@ class AnswerRelay:
         self._opening += data[: OPENING - seen]
         named = RESPONSE_ID.search(self._opening, max(0, seen - LONGEST_ID))
         if named:
-            self._names_response, self.response_id = False, named[1].decode()
+            self._names_response = False
+            self._responses.note(named[1].decode(), self._sent.target.model, self._sent.asked.model)
         elif len(self._opening) >= OPENING:
             self._names_response = False
 

@@ -137,6 +137,12 @@ class Gate(Protocol):
     def loading(self, model: str) -> str:
         """What a waiting client may be told of the model's progress, such as ``weights``; "" for nothing."""
 
+    def keep_alive(self, model: str, key: str, seconds: float) -> None:
+        """The client of a request that is over will use the model again within ``seconds``; 0.0: it lets it go.
+
+        Infinite: for as long as may be. The gate may have limits.
+        """
+
 
 class Authenticator(Protocol):
     """Looks at every request's head before its body is read."""

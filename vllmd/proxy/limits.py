@@ -34,9 +34,9 @@ def read_small(transport: asyncio.BaseTransport) -> None:
         transport.max_size = RECEIVE
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Limits:
-    """Beyond these a client gets 4xx or 503, or is cut off.
+    """Beyond these a client gets 4xx or 503, or is cut off. All share one object, so that a reload reaches them.
 
     Over each ``body_timeout`` an upload must keep up ``min_body_rate`` bytes per second.
     ``send_timeout``: a client that takes nothing for so long is cut off.
@@ -67,4 +67,12 @@ class Limits:
     @classmethod
     def of(cls, config: object) -> Limits:
         """The fields that ``config`` (``config.types.ServerConfig``) has under the same names, else the defaults."""
-        return cls(**{f.name: getattr(config, f.name) for f in fields(cls) if hasattr(config, f.name)})
+        limits = cls()
+        limits.take(config)
+        return limits
+
+    def take(self, config: object) -> None:
+        """Have the values of ``config`` from now on; a deadline that is running already stays."""
+        for field in fields(self):
+            if hasattr(config, field.name):
+                setattr(self, field.name, getattr(config, field.name))

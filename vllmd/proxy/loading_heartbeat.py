@@ -123,9 +123,8 @@ class Heartbeats:
     A stream is given a sign of life at each sweep but the first after it came: after one interval, or two at most.
     """
 
-    def __init__(self, interval: float) -> None:
-        """``interval`` is in seconds; 0.0: no signs of life."""
-        self._interval = interval
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
         self._new: set[Waiting] = set()
         self._old: set[Waiting] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -134,7 +133,7 @@ class Heartbeats:
         """It waits from now on."""
         self._new.add(waiting)
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self._interval, self._sweep)
+            self._timer = asyncio.get_running_loop().call_later(self._limits.loading_comment_interval, self._sweep)
 
     def discard(self, waiting: Waiting) -> None:
         """It waits no more."""
@@ -147,8 +146,8 @@ class Heartbeats:
             waiting.beat()
         self._old |= self._new
         self._new.clear()
-        if self._old:
-            self._timer = asyncio.get_running_loop().call_later(self._interval, self._sweep)
+        if self._old and self._limits.loading_comment_interval > 0:  # it may have been switched off meanwhile
+            self._timer = asyncio.get_running_loop().call_later(self._limits.loading_comment_interval, self._sweep)
 
 
 def error_event(path: str, body: bytes) -> bytes:

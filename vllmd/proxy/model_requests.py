@@ -18,7 +18,9 @@ from vllmd.proxy.engine_api import allows
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.gate import LONGEST_NAME, Gate, Rules, Target
 from vllmd.proxy.http import Request, Response
+from vllmd.proxy.keep_alive import WITHOUT, wish
 from vllmd.proxy.large import LARGE, in_large, in_turns, ruled_large
+from vllmd.proxy.limits import Limits
 from vllmd.proxy.peek import Asked, in_json, in_multipart, ruled
 
 # What to ask a model that does not serve a route that other engines have.
@@ -63,11 +65,10 @@ class StoredResponses:
 class ModelRequests:
     """Reads requests for models."""
 
-    def __init__(self, gate: Gate, max_body: int) -> None:
-        """``max_body`` is in bytes, of a decoded body."""
+    def __init__(self, gate: Gate, limits: Limits) -> None:
         self.responses = StoredResponses()
         self._gate = gate
-        self._max_body = max_body
+        self._limits = limits
 
     async def json(self, exchange: Exchange) -> UpstreamRequest:
         """A route whose JSON body names the model."""
@@ -155,13 +156,15 @@ class ModelRequests:
         """
         request = exchange.request
         target = self.target(request, asked.model, route)
-        if target.rules is not None and asked.quoted:
-            asked = await _ruled(asked.body, target.rules)
-            request.body = asked.body  # the one that came is held no longer
+        keep_alive = wish(request, asked)
+        for rules in (target.rules if asked.quoted else None, WITHOUT if asked.keep_alive else None):
+            if rules is not None:
+                asked = await _ruled(asked.body, rules)
+                request.body = asked.body  # the one that came is held no longer
         path = quoted(request.path)
         if request.query_string:
             path = f"{path}?{request.query_string}"
-        return UpstreamRequest(target, asked, path, only=only)
+        return UpstreamRequest(target, asked, path, only=only, keep_alive=keep_alive)
 
     def target(self, request: Request, name: str, route: str) -> Target:
         """What ``name`` means to this client, who asks for ``route`` ("" for none of the public ones).
@@ -183,7 +186,7 @@ class ModelRequests:
 
         The engine gets the plain body, and fields that say no more of what it was.
         """
-        request, most = exchange.request, self._max_body
+        request, most = exchange.request, self._limits.max_body
         coding = request.headers.get("content-encoding")
         if coding and coding.lower() != "identity":
             coded = len(request.body)

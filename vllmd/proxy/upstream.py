@@ -215,9 +215,9 @@ class Upstream(asyncio.Protocol):
 
         1xx answers before it are passed over: they are meant for a client that waits for one, and ours does not.
         """
-        self._begun = True
+        pieces, self._begun = self._begun, True
         end = data.find(b"\n\r\n") + 3  # the common case: one plain head of a success, whole
-        if end < 3 or not data.startswith(b"HTTP/1.1 2") or self._collector.pending or data.find(b"\n\n", 0, end) >= 0:
+        if end < 3 or not data.startswith(b"HTTP/1.1 2") or pieces or data.find(b"\n\n", 0, end) >= 0:
             found = self._collector.feed(data)
             if found is None:
                 return

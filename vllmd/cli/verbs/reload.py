@@ -1,11 +1,25 @@
-"""Take the configuration anew; models that did not change keep running."""
+"""Take the configuration anew; models that did not change keep running.
+
+Says what changed of the models, and which settings take effect only at the next
+start of vllmd (exit status 3). Where vllmd does not run the file is checked: its
+next start reads it.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
+from pathlib import Path
 
 from vllmd.cli import show
-from vllmd.cli.admin import Admin
+from vllmd.cli.admin import READ_SOCKET, SYSTEM_SOCKET, Admin, user_socket
+from vllmd.cli.failures import EX_CONFIG, EX_LATER, EX_NOPERM, Failure
+from vllmd.cli.verbs import config
+from vllmd.config.reload import LATER
+
+SYSTEMS = (SYSTEM_SOCKET, READ_SOCKET)
+SYSTEM_FILE = Path("/etc/vllmd/vllmd.yaml")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,14 +27,44 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    answer = Admin(arguments).post("/admin/reload")
+    admin = Admin(arguments)
+    if not admin.url and not runs(admin.path):
+        return check(arguments, system=admin.path in SYSTEMS)
+    answer = admin.post("/admin/reload")
+    later = answer.get("later", {})
     if arguments.json:
         print(show.as_json(answer))
-        return 0
-    told = [f"{kind}: {', '.join(answer[kind])}" for kind in ("changed", "added", "removed") if answer.get(kind)]
-    print(
-        "\n".join(["the configuration is loaded", *told]) if told else "the configuration is loaded; no model changed"
-    )
-    for warning in answer.get("warnings", ()):
-        print(f"warning: {warning}")
-    return 0
+    else:
+        told = [f"{kind}: {', '.join(answer[kind])}" for kind in ("changed", "added", "removed") if answer.get(kind)]
+        print("the configuration is loaded" if told else "the configuration is loaded; no model changed")
+        for line in (*told, *(f"{path} {what}" for path, what in later.items())):
+            print(line)
+        for warning in answer.get("warnings", ()):
+            print(f"warning: {warning}")
+    return EX_LATER if LATER in later.values() else 0
+
+
+def runs(path: str) -> bool:
+    """Whether the daemon of that socket runs; systemd would start one for whoever connects."""
+    if path not in (*SYSTEMS, user_socket()):
+        return os.path.exists(path)
+    try:
+        command = ["systemctl", *([] if path in SYSTEMS else ["--user"]), "is-active", "vllmd.service"]
+        state = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return True
+    return state not in ("inactive", "failed")
+
+
+def check(arguments: argparse.Namespace, *, system: bool) -> int:
+    """Say whether the next start can use the file. Raises Failure where it cannot be read."""
+    from vllmd.config.loader import default_file
+
+    path = SYSTEM_FILE if system and SYSTEM_FILE.exists() else default_file(os.environ)
+    if path.exists() and not os.access(path, os.R_OK):
+        raise Failure(f"vllmd does not run; its next start reads {path}, which you may not read", EX_NOPERM)
+    arguments.file = path if path.exists() else None
+    status = config.check(arguments)
+    if not arguments.json:
+        print("vllmd does not run: its next start " + ("fails on this" if status == EX_CONFIG else "reads this"))
+    return status

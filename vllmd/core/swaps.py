@@ -1,4 +1,4 @@
-"""Exchanges: victims drain and leave, then the target starts or wakes. One at a time per device."""
+"""Swaps: victims drain and leave, then the target starts or wakes. One at a time per device."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from vllmd.core.engine_table import EngineTable
 from vllmd.core.ledger import gib
 from vllmd.core.lifecycle import AWAKE
 from vllmd.core.model import INFINITY, Leave, Replica
-from vllmd.core.policy import Plan, Way, drain_time
+from vllmd.core.policy import OffloadOption, Plan, drain_time
 from vllmd.core.types import State
 from vllmd.core.vacancy import grant, others_on, room_beside_kept, size_there
 
 
 class Claim(NamedTuple):
-    """What an exchange that is draining or queued means for a device."""
+    """What a swap that is draining or queued means for a device."""
 
     need: int  # bytes that its target will take there
     coming: int  # bytes that victims will still free there
@@ -24,25 +24,25 @@ class Claim(NamedTuple):
 
 
 @dataclass(slots=True)
-class Exchange:
+class Swap:
     """A plan under way: ``victims`` that have not left yet, then ``target``."""
 
     target: Replica
     devices: tuple[int, ...]
-    victims: dict[Replica, Way]
+    victims: dict[Replica, OffloadOption]
     deadline: float  # when victims' requests are frozen
     begun: float
     why: str
     unasked: bool  # nobody needs to wait for it: it is moved to where it fits better
 
 
-class Exchanges:
-    """All exchanges that are draining or queued; once the target's command is out there is nothing left to do."""
+class Swaps:
+    """All swaps that are draining or queued; once the target's command is out there is nothing left to do."""
 
-    def __init__(self, fleet: EngineTable, replicas: dict[str, Replica]) -> None:
-        self.fleet = fleet
+    def __init__(self, engines: EngineTable, replicas: dict[str, Replica]) -> None:
+        self.engines = engines
         self.replicas = replicas
-        self._by_target: dict[Replica, Exchange] = {}
+        self._by_target: dict[Replica, Swap] = {}
 
     def __contains__(self, target: Replica) -> bool:
         return target in self._by_target
@@ -51,84 +51,84 @@ class Exchanges:
         return len(self._by_target)
 
     def targets(self) -> Collection[Replica]:
-        """Who has an exchange of his own."""
+        """Who has a swap of his own."""
         return self._by_target.keys()
 
-    def get(self, target: Replica) -> Exchange | None:
-        """The exchange for ``target``, if there is one."""
+    def get(self, target: Replica) -> Swap | None:
+        """The swap for ``target``, if there is one."""
         return self._by_target.get(target)
 
     def begin(self, plan: Plan) -> None:
         """Close the gates of the awake victims; sleepers are only stopped when their turn comes."""
-        now, target = self.fleet.now, self.replicas[plan.target]
-        victims = {self.replicas[v.model]: v.way for v in plan.victims}
-        self._by_target[target] = Exchange(target, plan.devices, victims, now + plan.drain, now, plan.why, plan.unasked)
+        now, target = self.engines.now, self.replicas[plan.target]
+        victims = {self.replicas[v.model]: v.option for v in plan.victims}
+        self._by_target[target] = Swap(target, plan.devices, victims, now + plan.drain, now, plan.why, plan.unasked)
         if target in victims:
             target.moved = now
-        for m, way in victims.items():
-            m.exchange = target
-            leave = _leave(m, way, plan, now)
+        for m, option in victims.items():
+            m.swap = target
+            leave = _leave(m, option, plan, now)
             if m.state is State.READY:
-                self.fleet.drain(m, leave)
+                self.engines.drain(m, leave)
             else:
                 m.leave = leave
 
     def left(self, m: Replica) -> None:
         """A victim gave up its memory (or died of it)."""
-        ex = self._by_target.get(m.exchange) if m.exchange else None
+        ex = self._by_target.get(m.swap) if m.swap else None
         if ex:
             ex.victims.pop(m, None)
-        m.exchange = None
+        m.swap = None
 
     def cancel(self, target: Replica | None) -> list[Replica]:
         """Nobody wants ``target`` any more: victims that have not left yet stay. Returns its victims."""
         ex = self._by_target.pop(target, None) if target else None
         back = []
         for m in ex.victims if ex else ():
-            m.exchange = None
+            m.swap = None
             back.append(m)
             if m.leave and m.leave.cause == "exchange":
                 if m.state is State.DRAINING:
-                    self.fleet.reopen(m)
+                    self.engines.reopen(m)
                 elif m.state is State.SLEEPING:
                     m.leave = None
         return back
 
     def lapsed(self) -> list[Replica]:
-        """Targets that need no exchange any more: nobody waits, or they cannot start now."""
+        """Targets that need no swap any more: nobody waits, or they cannot start now."""
         return [t for t, ex in self._by_target.items() if not _wanted(t, ex)]
 
     def advance(self) -> list[Replica]:
         """Start or wake each target whose victims are gone and whose devices are at rest. Returns those targets."""
         moved = []
         for m, ex in list(self._by_target.items()):
-            if ex.victims or self.fleet.holder(ex.devices):
+            if ex.victims or self.engines.holder(ex.devices):
                 continue
             del self._by_target[m]
             moved.append(m)
             if self.room_for(m, ex.devices):
                 self.bring(m, ex.devices)
             else:
-                self.fleet.record("replan", m, f"after the exchange {self._shortage(m, ex.devices)}")
+                self.engines.record("replan", m, f"after the exchange {self._shortage(m, ex.devices)}")
         return moved
 
     def bring(self, m: Replica, devices: tuple[int, ...]) -> None:
         """Wake it where it sleeps, or start it on ``devices``."""
         if m.state is State.SLEEPING:
-            self.fleet.wake(m)
+            self.engines.wake(m)
         elif m.spec.when_free and devices:
-            given = grant(m, [self.fleet.ledger.accounts[index] for index in devices], self._room())
-            self.fleet.record("free", m, given.why, given.numbers)
-            self.fleet.start(m, devices, given.size)
+            given = grant(m, [self.engines.ledger.accounts[index] for index in devices], self._room())
+            self.engines.record("free", m, given.why, given.numbers)
+            self.engines.start(m, devices, given.size)
         else:
-            self.fleet.start(m, devices)
+            self.engines.start(m, devices)
 
     def _room(self) -> dict[int, int]:
-        return room_beside_kept(self.fleet.ledger, self.replicas.values())
+        return room_beside_kept(self.engines.ledger, self.replicas.values())
 
     def room_for(self, m: Replica, devices: tuple[int, ...]) -> bool:
         """Whether the ledger has what it needs there."""
-        accounts = self.fleet.ledger.accounts
+        accounts = self.engines.ledger.accounts
         if m.state is State.SLEEPING:
             devices = m.placement.devices
         needs = {i: self.need(m, i) for i in devices}
@@ -142,23 +142,23 @@ class Exchanges:
         None: others do not leave that device free.
         """
         if m.state is State.SLEEPING:
-            return m.footprint.awake - self.fleet.ledger.held(m).get(index, 0)
+            return m.footprint.awake - self.engines.ledger.held(m).get(index, 0)
         if m.spec.when_free is None:
             return m.booking
-        account = self.fleet.ledger.accounts[index]
+        account = self.engines.ledger.accounts[index]
         return size_there(m, account, others_on(account, self._room()))
 
     def _shortage(self, m: Replica, devices: tuple[int, ...]) -> str:
         return "; ".join([self._short(i, self.need(m, i)) for i in devices])
 
     def _short(self, index: int, need: int | None) -> str:
-        account = self.fleet.ledger.accounts[index]
+        account = self.engines.ledger.accounts[index]
         if need is None:
             return f"others do not leave device {index} free: strangers hold {gib(account.external)} there"
         return f"device {index} has {gib(account.free)} of {gib(need)} needed"
 
     def claims(self) -> dict[int, Claim]:
-        """The devices on which an exchange is draining or queued."""
+        """The devices on which a swap is draining or queued."""
         claims: dict[int, Claim] = {}
         for ex in self._by_target.values():
             leaving = list(ex.victims)
@@ -168,36 +168,38 @@ class Exchanges:
                     claims[index] = self._claim(ex, leaving, index, drain)
         return claims
 
-    def _claim(self, ex: Exchange, leaving: list[Replica], index: int, drain: float) -> Claim:
+    def _claim(self, ex: Swap, leaving: list[Replica], index: int, drain: float) -> Claim:
         need = 0
         if index in ex.devices:
             need = (ex.target.booking if ex.target in ex.victims else self.need(ex.target, index)) or 0
         coming = sum([ex.victims[m].frees for m in leaving if index in m.placement.devices])
         return Claim(need, coming, drain)
 
-    def until_served(self, ex: Exchange) -> float:
+    def until_served(self, ex: Swap) -> float:
         """Expected seconds until the target serves."""
         target = ex.target
         drain = max([self.drain_left(ex, m) for m in ex.victims if m.state in AWAKE], default=0.0)
         anew = target in ex.victims or target.state is not State.SLEEPING
-        return drain + sum(way.takes for way in ex.victims.values()) + target.costs.wake(0 if anew else target.level)
+        return (
+            drain + sum(option.takes for option in ex.victims.values()) + target.costs.wake(0 if anew else target.level)
+        )
 
-    def drain_left(self, ex: Exchange, m: Replica) -> float:
+    def drain_left(self, ex: Swap, m: Replica) -> float:
         """Expected seconds until the victim's requests have ended. One that drained long will take long yet."""
         if not m.running:
             return 0.0
-        expected = max(drain_time(m.costs.seconds("service"), len(m.running)), self.fleet.now - ex.begun)
-        return min(expected, max(0.0, ex.deadline - self.fleet.now)) if m.freezable else expected
+        expected = max(drain_time(m.costs.seconds("service"), len(m.running)), self.engines.now - ex.begun)
+        return min(expected, max(0.0, ex.deadline - self.engines.now)) if m.freezable else expected
 
 
-def _leave(m: Replica, way: Way, plan: Plan, now: float) -> Leave:
-    freeze_at = now + plan.drain if way.level else INFINITY
+def _leave(m: Replica, option: OffloadOption, plan: Plan, now: float) -> Leave:
+    freeze_at = now + plan.drain if option.level else INFINITY
     cut_at = now + m.spec.drain_limit if m.spec.drain_limit is not None else INFINITY
     goal = "to start on another device" if m.id == plan.target else f"to make room for {plan.target}"
-    return Leave(way.level, "exchange", f"{goal}: {plan.why}", freeze_at, cut_at)
+    return Leave(option.level, "exchange", f"{goal}: {plan.why}", freeze_at, cut_at)
 
 
-def _wanted(m: Replica, ex: Exchange) -> bool:
+def _wanted(m: Replica, ex: Swap) -> bool:
     """Somebody waits for it, or it is on its way to another device; and it can start, or will be able to."""
     on_its_way = ex.unasked or m in ex.victims
     able = m.state in (State.STOPPED, State.SLEEPING) or (on_its_way and m.state in (State.READY, State.DRAINING))

@@ -165,7 +165,7 @@ def test_host_memory_goes_to_one_and_the_other_sleeps_deeper() -> None:
 
 
 def test_engines_without_sleep_stop_instead() -> None:
-    """The same exchange, with a cold start on the way back."""
+    """The same swap, with a cold start on the way back."""
     w = World([model("a", sleep_levels=frozenset()), model("b", on_busy="evict")], [GPU])
     w.load("a")
     assert [type(c) for c in w.ask("r", "b")] == [StopEngine]
@@ -178,11 +178,11 @@ def test_every_exchange_is_recorded_with_its_numbers() -> None:
     w.load("a")
     w.ask("r", "b")
     w.pass_time(100.0)
-    exchange = next(d for d in w.seen.decisions if d.what == "exchange")
-    assert exchange.model == "b"
-    assert exchange.numbers["victims"] == "a:1"
-    assert exchange.numbers["drain"] == "unlimited"
-    assert {"waiting", "waited", "cost", "devices"} <= set(exchange.numbers)
+    swap = next(d for d in w.seen.decisions if d.what == "exchange")
+    assert swap.model == "b"
+    assert swap.numbers["victims"] == "a:1"
+    assert swap.numbers["drain"] == "unlimited"
+    assert {"waiting", "waited", "cost", "devices"} <= set(swap.numbers)
 
 
 def test_the_last_thousand_decisions_are_kept() -> None:

@@ -8,9 +8,9 @@ from operator import attrgetter
 
 from vllmd.core.costs import sleep_kind, wake_kind
 from vllmd.core.engine_table import EngineTable
-from vllmd.core.exchanges import Exchanges
 from vllmd.core.model import INFINITY, Replica
-from vllmd.core.policy import HostClaim, Knobs, Move, Resident, Room, Situation, Waiting, Way
+from vllmd.core.policy import DeviceSupply, HostClaim, Knobs, Move, OffloadOption, PolicyInput, Resident, Waiting
+from vllmd.core.swaps import Swaps
 from vllmd.core.types import State
 from vllmd.core.vacancy import Wait, held_back, room_beside_kept, vacant
 
@@ -18,12 +18,12 @@ KNOBS = Knobs()
 SOON = 0.001  # a transfer that should have ended by now
 
 
-class Observer:
+class PolicyInputBuilder:
     """Keeps the views of models that did not change: a look costs what changed since the last one."""
 
-    def __init__(self, fleet: EngineTable, exchanges: Exchanges) -> None:
-        self._fleet = fleet
-        self._exchanges = exchanges
+    def __init__(self, engines: EngineTable, swaps: Swaps) -> None:
+        self._engines = engines
+        self._swaps = swaps
         self._waiting: dict[Replica, Waiting] = {}
         self._residents: dict[Replica, Resident] = {}
         self._stale: dict[Replica, None] = {}  # may leave, and changed since they were last seen
@@ -44,7 +44,7 @@ class Observer:
         if may_leave(m):
             self._stale[m] = None
         self._sum(self._coming.pop(m, {}), -1)
-        coming = could_come(self._fleet, m)
+        coming = could_come(self._engines, m)
         if coming:
             self._coming[m] = coming
             self._sum(coming, 1)
@@ -53,36 +53,36 @@ class Observer:
         for index, size in coming.items():
             self._sleepable[index] += sign * size
 
-    def look(self, waiting: Iterable[Replica], shallow: frozenset[str]) -> Situation:
+    def look(self, waiting: Iterable[Replica], shallow: frozenset[str]) -> PolicyInput:
         """Everything as it is now; ``shallow``: who sleeps at level 1 if it must."""
-        fleet = self._fleet
+        engines = self._engines
         for m in self._noted:
             self._take(m)
         self._noted.clear()
-        if fleet.calibrations != self._calibrations:  # what is expected of engines that were never measured
-            self._calibrations = fleet.calibrations
+        if engines.calibrations != self._calibrations:  # what is expected of engines that were never measured
+            self._calibrations = engines.calibrations
             self._waiting.clear()
             self._stale.update(dict.fromkeys(self._residents))
-        host = (fleet.ledger.host_promised, shallow)
+        host = (engines.ledger.host_budget - engines.ledger.host_promised, shallow)
         if host != self._host:  # who can sleep at which level depends on it
             self._host = host
             self._stale.update((m, None) for m, r in self._residents.items() if not r.asleep)
         for m in self._stale:
-            self._residents[m] = see_resident(fleet, m, shallow)
+            self._residents[m] = see_resident(engines, m, shallow)
         self._stale.clear()
         seen = [self._waiting.get(m) or self._see_waiting(m) for m in waiting]
-        return Situation(
-            fleet.now,
+        return PolicyInput(
+            engines.now,
             sorted([w for w in seen if w.devices or not w.span], key=_age),  # not those that wait for others to leave
             list(self._residents.values()),
-            self._rooms(),
+            self._supplies(),
             KNOBS,
         )
 
     def _see_waiting(self, m: Replica) -> Waiting:
         if m.spec.when_free:
             return self.see_newcomer(m)  # that depends on others: it is looked at each time
-        seen = self._waiting[m] = see_waiting(self._fleet, m)
+        seen = self._waiting[m] = see_waiting(self._engines, m)
         return seen
 
     def see_newcomer(self, m: Replica, since: float | None = None) -> Waiting:
@@ -90,32 +90,32 @@ class Observer:
 
         ``since``: from when the word for that must be; None: from when the oldest came.
         """
-        w = see_waiting(self._fleet, m)
+        w = see_waiting(self._engines, m)
         if m.spec.when_free is None or m.state is State.SLEEPING or not w.span:
             return w
-        room = room_beside_kept(self._fleet.ledger, self._exchanges.replicas.values())
-        free = vacant(self._fleet.ledger, m, room, w.oldest if since is None else since)
+        room = room_beside_kept(self._engines.ledger, self._swaps.replicas.values())
+        free = vacant(self._engines.ledger, m, room, w.oldest if since is None else since)
         if len(free) < w.span:
             return w._replace(devices=())
         return w._replace(devices=tuple(free), needs=tuple(free.values()), need=min(free.values()))
 
-    def _rooms(self) -> dict[int, Room]:
-        fleet, rooms = self._fleet, {}
-        claims = self._exchanges.claims()
-        for index, account in fleet.ledger.accounts.items():
+    def _supplies(self) -> dict[int, DeviceSupply]:
+        engines, supplies = self._engines, {}
+        claims = self._swaps.claims()
+        for index, account in engines.ledger.accounts.items():
             if account.avoided:
                 continue
             free = account.free
             sleepable = free + self._sleepable[index]
-            moving = fleet.moving.get(index)
-            busy = remaining(moving, fleet.now) if moving else 0.0
+            moving = engines.moving.get(index)
+            busy = remaining(moving, engines.now) if moving else 0.0
             claim, links, node = claims.get(index), account.device.links, account.device.node
             if claim is None:
-                rooms[index] = Room(index, free, sleepable, busy, False, 0.0, links, node)
+                supplies[index] = DeviceSupply(index, free, sleepable, busy, False, 0.0, links, node)
             else:
                 left = min(free, free + claim.coming - claim.need)
-                rooms[index] = Room(index, left, sleepable, busy, True, claim.drain, links, node)
-        return rooms
+                supplies[index] = DeviceSupply(index, left, sleepable, busy, True, claim.drain, links, node)
+        return supplies
 
 
 _age = attrgetter("oldest", "model")
@@ -123,54 +123,54 @@ _age = attrgetter("oldest", "model")
 
 def may_leave(m: Replica) -> bool:
     """Whether a policy may ask it to: it is on with its gate open, or sleeps without frozen requests."""
-    if m.kept or m.exchange or not m.placement.devices or m.leave is not None:
+    if m.kept or m.swap or not m.placement.devices or m.leave is not None:
         return False
     return m.state is State.READY or (m.state is State.SLEEPING and not m.running)
 
 
-def see_waiting(fleet: EngineTable, m: Replica) -> Waiting:
+def see_waiting(engines: EngineTable, m: Replica) -> Waiting:
     """What waits for a model that is not on."""
-    held = fleet.ledger.most(m)
+    held = engines.ledger.most(m)
     asleep = m.state is State.SLEEPING
     frozen = len(m.running)
     asked = [m.wanted] if m.wanted is not None else []
     since = [t for t in (m.oldest, m.changed if frozen else None, *asked) if t is not None]
     urged = m.urged and m.wanted is not None
-    any_device = m.devices or tuple(fleet.ledger.accounts)
+    any_device = m.devices or tuple(engines.ledger.accounts)
     return Waiting(
         model=m.id,
         waiters=m.demand,
         arrived=(m.model.queue.arrived if m.queued else 0.0) + frozen * m.changed + sum(asked),
-        oldest=min(since, default=fleet.now),
+        oldest=min(since, default=engines.now),
         load=m.costs.wake(m.level if asleep else 0),
         sleep=m.costs.sleep(max(m.spec.sleep_levels, default=0)),
         service=m.costs.seconds("service"),
         need=m.footprint.awake - held if asleep else m.booking,
         devices=m.placement.devices if asleep else any_device,
-        span=len(m.placement.devices) if asleep else device_count(fleet, m),
+        span=len(m.placement.devices) if asleep else device_count(engines, m),
         priority=m.model.spec.priority,
         impatient=urged or m.model.spec.on_busy == "evict",
         urged=urged,
         learnt=m.costs.learnt(wake_kind(m.level if asleep else 0)),
-        move=see_move(fleet, m) if asleep else None,
+        move=see_move(engines, m) if asleep else None,
     )
 
 
-def see_move(fleet: EngineTable, m: Replica) -> Move | None:
+def see_move(engines: EngineTable, m: Replica) -> Move | None:
     """How a sleeper could serve elsewhere; None if it cannot: there is nowhere, or requests are frozen in it."""
-    devices = elsewhere(fleet, m)
+    devices = elsewhere(engines, m)
     if not devices:
         return None
-    c, held = m.costs, fleet.ledger.held(m)
-    stop = Way(0, min(held.values(), default=0), c.sleep(0), c.wake(0), c.learnt("stop"))
+    c, held = m.costs, engines.ledger.held(m)
+    stop = OffloadOption(0, min(held.values(), default=0), c.sleep(0), c.wake(0), c.learnt("stop"))
     needs = tuple(m.booking - held.get(index, 0) for index in devices)
     learnt = c.learnt("stop") + c.learnt("start") if c.learnt("start") else 0.0
     return Move(stop, stop.takes + stop.back, learnt, min(needs), devices, needs if held.keys() & set(devices) else ())
 
 
-def elsewhere(fleet: EngineTable, m: Replica) -> tuple[int, ...]:
+def elsewhere(engines: EngineTable, m: Replica) -> tuple[int, ...]:
     """The devices to which it may be moved; those of a model over several devices may be partly the same."""
-    accounts = fleet.ledger.accounts
+    accounts = engines.ledger.accounts
     if len(accounts) < 2 or m.running or m.spec.when_free or m.removed or not m.placement.devices:
         return ()
     here = m.placement.devices if len(m.placement.devices) == 1 else ()
@@ -178,26 +178,26 @@ def elsewhere(fleet: EngineTable, m: Replica) -> tuple[int, ...]:
     return devices if len(devices) >= m.spec.device_count and set(devices) != set(m.placement.devices) else ()
 
 
-def waits_for_others(fleet: EngineTable, models: Iterable[Replica], m: Replica) -> Wait | None:
+def waits_for_others(engines: EngineTable, models: Iterable[Replica], m: Replica) -> Wait | None:
     """Who keeps it from starting on a free device, and what would be one; None if nobody does."""
-    if m.spec.when_free is None or m.state is State.SLEEPING or not fleet.ledger.accounts:
+    if m.spec.when_free is None or m.state is State.SLEEPING or not engines.ledger.accounts:
         return None
-    return held_back(fleet.ledger, m, room_beside_kept(fleet.ledger, models), see_waiting(fleet, m).oldest)
+    return held_back(engines.ledger, m, room_beside_kept(engines.ledger, models), see_waiting(engines, m).oldest)
 
 
-def device_count(fleet: EngineTable, m: Replica) -> int:
+def device_count(engines: EngineTable, m: Replica) -> int:
     """How many devices it takes; none on a machine without any."""
-    return m.spec.device_count if fleet.ledger.accounts else 0
+    return m.spec.device_count if engines.ledger.accounts else 0
 
 
-def see_resident(fleet: EngineTable, m: Replica, shallow: frozenset[str]) -> Resident:
+def see_resident(engines: EngineTable, m: Replica, shallow: frozenset[str]) -> Resident:
     """A model that could leave."""
     rate = m.costs.rate
     return Resident(
         model=m.id,
         devices=m.placement.devices,
         asleep=m.state is State.SLEEPING,
-        ways=ways(fleet, m, shallow),
+        options=options(engines, m, shallow),
         since=m.ready_at,
         used=m.used,
         running=len(m.running),
@@ -212,28 +212,28 @@ def see_resident(fleet: EngineTable, m: Replica, shallow: frozenset[str]) -> Res
         drain_limit=INFINITY if m.spec.drain_limit is None else m.spec.drain_limit,
         began=min([run.began for run in m.running.values()], default=INFINITY),
         need=m.booking,
-        allowed=() if m.spec.when_free or m.removed else m.devices or tuple(fleet.ledger.accounts),
+        allowed=() if m.spec.when_free or m.removed else m.devices or tuple(engines.ledger.accounts),
         displaced=m.displaced,
         moved=m.moved,
     )
 
 
-def ways(fleet: EngineTable, m: Replica, shallow: frozenset[str]) -> tuple[Way, ...]:
+def options(engines: EngineTable, m: Replica, shallow: frozenset[str]) -> tuple[OffloadOption, ...]:
     """How it can leave its devices, the preferred way first, stopping last."""
-    held = min(fleet.ledger.held(m).values(), default=0)
-    stop = Way(0, held, m.costs.sleep(0), m.costs.wake(0), m.costs.learnt("stop"))
+    held = min(engines.ledger.held(m).values(), default=0)
+    stop = OffloadOption(0, held, m.costs.sleep(0), m.costs.wake(0), m.costs.learnt("stop"))
     if m.state is State.SLEEPING:
         return (stop,)
     rest = max(0, held - m.footprint.asleep)
     c = m.costs
-    naps = [Way(n, rest, c.sleep(n), c.wake(n), c.learnt(sleep_kind(n))) for n in levels(fleet, m, shallow)]
+    naps = [OffloadOption(n, rest, c.sleep(n), c.wake(n), c.learnt(sleep_kind(n))) for n in levels(engines, m, shallow)]
     return (*naps, stop)
 
 
-def levels(fleet: EngineTable, m: Replica, shallow: frozenset[str]) -> list[int]:
+def levels(engines: EngineTable, m: Replica, shallow: frozenset[str]) -> list[int]:
     """The sleep levels it can use now, the preferred one first."""
     usable = sleep_levels(m)
-    if 1 in usable and fleet.ledger.host_free_for(m) < m.footprint.host:
+    if 1 in usable and engines.ledger.host_free_for(m) < m.footprint.host:
         usable -= {1}
     return sorted(usable, reverse=m.id not in shallow)
 
@@ -243,12 +243,12 @@ def sleep_levels(m: Replica) -> frozenset[int]:
     return m.spec.sleep_levels if m.sleep_failures < 2 else frozenset()
 
 
-def could_come(fleet: EngineTable, m: Replica) -> dict[int, int]:
+def could_come(engines: EngineTable, m: Replica) -> dict[int, int]:
     """Bytes per device that would come free if it slept; of one awake or on the move, and not kept."""
     if not m.placement.devices or m.kept or m.state is State.SLEEPING:
         return {}
     rest = m.footprint.asleep if sleep_levels(m) else 0
-    return {index: max(0, share - rest) for index, share in fleet.ledger.held(m).items()}
+    return {index: max(0, share - rest) for index, share in engines.ledger.held(m).items()}
 
 
 def remaining(m: Replica, now: float) -> float:
@@ -262,12 +262,12 @@ def remaining(m: Replica, now: float) -> float:
     return max(SOON, expected + m.changed - now)
 
 
-def host_claims(fleet: EngineTable, models: Iterable[Replica]) -> list[HostClaim]:
+def host_claims(engines: EngineTable, models: Iterable[Replica]) -> list[HostClaim]:
     """Who could sleep at level 1, and what it would save."""
     claims = []
     for m in models:
         if 1 in m.spec.sleep_levels:
             deep = m.costs.wake(2 if 2 in m.spec.sleep_levels else 0)
             gain = max(0.0, deep - m.costs.wake(1))
-            claims.append(HostClaim(m.id, m.footprint.host, gain, m.costs.rate_long.read(fleet.now)))
+            claims.append(HostClaim(m.id, m.footprint.host, gain, m.costs.rate_long.read(engines.now)))
     return claims

@@ -1,0 +1,360 @@
+"""What a reload does with every setting of the table is what its column says, and nothing but the table says it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import logging
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from vllmd.config.loader import load
+from vllmd.config.nodes import Where, from_plain
+from vllmd.config.reload import BY_SYSTEMD, LATER, Reload
+from vllmd.config.replicas import engines_of
+from vllmd.config.settings import Group, Leaf, leaves
+from vllmd.config.types import Config
+from vllmd.config.value_types import Wrong
+from vllmd.core import commands, events
+from vllmd.core.types import GiB, Placement, State
+from vllmd.daemon import startup
+from vllmd.daemon.listeners import Listeners
+from vllmd.daemon.service import Daemon, RuntimeEnvironment
+from vllmd.errors import VllmdError
+from vllmd.launcher.protocol import PROTOCOL
+
+BASE: dict[str, Any] = {
+    "devices": [{"memory": "80GiB"}, {"memory": "80GiB"}],
+    "models": {"m": {"engine": "sim", "gpu_memory": "10GiB"}},
+}
+# What two values of a setting are, where the first two that fit its kind would change nothing or not be valid.
+VALUES: dict[str, tuple[Any, Any]] = {
+    "server.listen": (["127.0.0.1:1024"], ["127.0.0.1:1025"]),
+    "server.host": ("127.0.0.1", "127.0.0.2"),
+    "server.port": (1024, 1025),
+    "auth.keys[].key": ("first-key-of-all", "second-key-of-all"),
+    "devices[].memory": ("70GiB", "80GiB"),
+    "auth.public": (["health"], ["metrics"]),
+    "engines.port_start": (33400, 33401),
+    "engines.port_end": (33400, 33401),
+    "models.NAME.engine": ("sim", "vllm"),
+    "models.NAME.devices": ([0], [1]),
+    "models.NAME.local_devices": (1, 2),
+    "models.NAME.host": (socket.gethostname(), "elsewhere.example"),
+    "models.NAME.user": ("own", "somebody"),
+    "models.NAME.api_key": ("first-key-of-all", "second-key-of-all"),
+    "models.NAME.capabilities": (["chat"], ["embeddings"]),
+    "models.NAME.command": (["/bin/true"], ["/bin/false"]),
+    "models.NAME.env": ({"A": "1"}, {"A": "2"}),
+    "models.NAME.options": ({"load_time": "1s"}, {"load_time": "2s"}),
+    "models.NAME.extra_args": ({"a": 1}, {"a": 2}),
+    "models.NAME.request.set": ({"top_p": 1}, {"top_p": 0.5}),
+    "models.NAME.request.default": ({"top_p": 1}, {"top_p": 0.5}),
+    "models.NAME.when_free.shares": ({0.9: 0.5}, {0.9: 0.6}),
+    "models.NAME.replicas.of": ([{"name": "a"}, {"name": "b"}], [{"name": "a"}, {"name": "c"}]),
+    "models.NAME.tensor_parallel_size": (1, 2),
+    "models.NAME.pipeline_parallel_size": (1, 2),
+    "idle.level": (1, 2),
+    "models.NAME.preload": (False, True),
+    "models.NAME.gpu_memory": ("10GiB", "20GiB"),
+    "models.NAME.idle.level": (1, 2),
+}
+FILES = frozenset({"key_file", "hf_token_file"})
+CANDIDATES: list[Any] = [
+    *(True, False, "70MiB", "80MiB", 7, 8, "7s", "8s", 0.5, 0.6, "models", "read", "lru", "adaptive"),
+    *("debug", "warning", "continue", "kill", "wait", "evict", "/tmp/one", "/tmp/two", ["one"], ["two"], "one", "two"),
+]  # fmt: skip
+
+
+def settings() -> list[Leaf]:
+    """Every setting that has a value of its own."""
+    return [leaf for leaf in leaves() if not isinstance(leaf.row.kind, Group)]
+
+
+def values(leaf: Leaf, folder: Path) -> tuple[Any, Any]:
+    """Two values of the setting."""
+    alike = leaf.path.replace("defaults.", "models.NAME.") if leaf.path.startswith("defaults.") else leaf.path
+    if leaf.row.name in FILES:
+        for name in ("one", "two"):
+            (folder / name).write_text(f"the-key-of-{name}")
+            (folder / name).chmod(0o600)
+        return str(folder / "one"), str(folder / "two")
+    return VALUES.get(alike) or next(_two(leaf))
+
+
+def _two(leaf: Leaf) -> Iterator[tuple[Any, Any]]:
+    fitting = []
+    for value in CANDIDATES:
+        try:
+            fitting.append((value, leaf.row.kind.parse(from_plain(value, Where("test")))))  # type: ignore[union-attr]
+        except Wrong:
+            continue
+    yield from ((one, two) for (one, a), (two, b) in itertools.pairwise(fitting) if a != b)
+
+
+def document(leaf: Leaf, value: Any) -> dict[str, Any]:
+    """A configuration in which the setting has that value, and all else that makes it count."""
+    found = surroundings(leaf)
+    place: Any = found
+    *path, name = leaf.path.replace("[]", "").replace("NAME", "m").split(".")
+    for step in path:
+        place = place.setdefault(step, {})
+        place = place[0] if isinstance(place, list) else place
+    place[name] = value
+    return found
+
+
+def surroundings(leaf: Leaf) -> dict[str, Any]:
+    """What makes the setting count."""
+    found = json.loads(json.dumps(BASE))
+    model, defaults = found["models"]["m"], found.setdefault("defaults", {})
+    match leaf.path.split("."):
+        case ["server", "host" | "port"]:
+            found["server"] = {"host": "127.0.0.1", "port": 1024}
+        case ["auth", *_]:
+            somebody = (
+                {"name": "somebody"} if leaf.row.name == "key_file" else {"name": "somebody", "key": "a-key-of-his"}
+            )
+            found["auth"] = {"keys": [somebody]}
+        case [*_, "when_free", _]:
+            del model["gpu_memory"]
+            model["when_free"] = defaults["when_free"] = {"shares": {0.9: 0.7}}
+        case [*_, "local_devices"]:
+            defaults["tensor_parallel_size"] = 2
+        case [*_, "replicas", name]:
+            model["replicas"] = {} if name == "of" else {"min": 2, "max": 16}
+        case ["defaults", name]:
+            model.pop(name, None)
+    return found
+
+
+class NoLauncher:
+    """Nothing runs, and what is to be started never comes up."""
+
+    connected = True
+
+    async def start(self, order: Any) -> Any:
+        await asyncio.get_running_loop().create_future()
+
+    async def info(self) -> Any:
+        return SimpleNamespace(backend="none", protocol=PROTOCOL)
+
+    async def list(self) -> list[Any]:
+        return []
+
+
+Act = Callable[[Daemon], Awaitable[None]]
+
+
+def lives(config: Config, folder: Path, act: Act, *, activated: bool = False) -> None:
+    """A whole daemon by that configuration, but for its sockets and its launcher."""
+
+    async def main() -> None:
+        around = RuntimeEnvironment(run_dir=Path("/nowhere"), logs=folder / "logs", activated=activated)
+        daemon = Daemon(config, around, lambda: config)
+        daemon.config = await daemon._ours(config)
+        daemon.engines = engines_of(daemon.config.models)
+        daemon.admission_gate.configure(daemon.config.models, daemon.engines)
+        daemon.listeners = Listeners(config, daemon.admission_gate, daemon.quotas, daemon.control, {})
+        await startup.start(daemon)
+        await act(daemon)
+
+    with pytest.MonkeyPatch.context() as patch:
+
+        async def connect(_: Daemon) -> Any:
+            return NoLauncher()
+
+        patch.setattr(startup, "connect_launcher", connect)
+        level = logging.getLogger().level
+        logging.getLogger().setLevel(config.log_level.upper())
+        try:
+            asyncio.run(asyncio.wait_for(main(), 60))
+        finally:
+            logging.getLogger().setLevel(level)
+
+
+async def in_effect(daemon: Daemon) -> dict[str, Any]:
+    """Everything by which the daemon acts, read where it acts by it and not from the configuration."""
+    listeners, core = daemon.listeners, daemon.dispatcher.scheduler._core
+    server = daemon.config.server
+    daemon.post(events.TimePassed())  # what is to be preloaded is looked at
+    return {
+        "limits": asdict(listeners._limits) | {"buffered": listeners._memory.limit},
+        "callers": [(digest, replace(caller, refusal=None)) for digest, caller in listeners._keys._callers],
+        "stranger": replace(listeners._keys._stranger, refusal=None),
+        "quotas": {name: quota.key for name, quota in listeners._quotas._quotas.items()},
+        "hosts": listeners._keys.hosts._names,
+        "origins": listeners._cors.origins,
+        "policy": (core.settings, core.policy.name, core.engines.ledger.host_budget),
+        "devices": [(a.device, a.capacity) for a in core.engines.ledger.accounts.values()],
+        "files": (daemon.memory._files, daemon.memory.inventory),
+        "models": {name: model.spec for name, model in core.models.items()},
+        "pinned": {name: r.pinned for name, r in core.replicas.items()},
+        "targets": {name: daemon.admission_gate.resolve(name) for name in daemon.config.models},
+        "names": [resolved(daemon, name) for name in ("m", "one", "two")],
+        "cards": await daemon.control.models(),
+        "launches": {name: launch(daemon, name) for name in daemon.engines},
+        "ports": daemon.engine_manager._launch_planner._ports._range,
+        "level": logging.getLogger().level,
+        "replicas": {name: model.replicas and (model.replicas.probe, model.replicas.probe_route)
+                     for name, model in daemon.config.models.items()},
+        # read each time when they are needed
+        "read": (server.idle_exit, server.drain_timeout, daemon.config.discover, daemon.config.auth.allow_anonymous),
+    }  # fmt: skip
+
+
+def resolved(daemon: Daemon, name: str) -> str:
+    try:
+        return daemon.admission_gate.resolve(name).model
+    except VllmdError:
+        return ""
+
+
+def launch(daemon: Daemon, name: str) -> Any:
+    """How its engine would be started now."""
+    planner = daemon.engine_manager._launch_planner
+    try:
+        process, order = planner.prepare(commands.StartEngine(name, Placement((0,)), 10 * GiB))
+    except VllmdError as error:
+        return error.message
+    planner.release(process)
+    told = str(order).replace(process.instance, "INSTANCE") if order else ""
+    kept = process.model
+    return told, kept.warm_up, kept.start_timeout, kept.stop_timeout, kept.log_file
+
+
+def read(folder: Path, document: dict[str, Any]) -> Config:
+    file = folder / "vllmd.yaml"
+    file.write_text(yaml.safe_dump(document))
+    file.chmod(0o600)
+    return load(file, env={})
+
+
+@pytest.mark.parametrize("leaf", settings(), ids=lambda leaf: leaf.path)
+def test_a_reload_does_with_a_setting_what_its_column_says(leaf: Leaf, tmp_path: Path) -> None:
+    """What is taken is as after a start; what is not is as before, and named; engines go for settings of their own."""
+    one, two = values(leaf, tmp_path)
+    before, after = read(tmp_path, document(leaf, one)), read(tmp_path, document(leaf, two))
+    assert before != after
+    seen: list[dict[str, Any]] = []
+    answers: list[dict[str, Any]] = []
+
+    async def look(daemon: Daemon) -> None:
+        seen.append(await in_effect(daemon))
+
+    async def reload(daemon: Daemon) -> None:
+        await look(daemon)
+        answers.append(await daemon.take(await daemon._ours(after)))
+        await look(daemon)
+
+    lives(before, tmp_path, reload)
+    lives(after, tmp_path, look)
+    was, is_now, is_after_a_start = seen
+    later = answers[0]["later"]
+    if leaf.reload is Reload.NEXT_START:
+        assert set(later.values()) == {LATER} and len(later) == 1
+        assert is_now == was
+        return
+    assert later == {}
+    assert was != is_after_a_start, "the test cannot see this setting"
+    assert is_now == is_after_a_start
+    if leaf.reload is not Reload.ENGINE:
+        assert answers[0]["changed"] == []
+    elif not leaf.path.startswith("models.NAME.replicas"):
+        assert answers[0]["changed"] == ["m"]
+
+
+def reloaded(before: dict[str, Any], after: dict[str, Any], folder: Path, *, activated: bool = False) -> dict[str, Any]:
+    """What the daemon answers."""
+    one, two = read(folder, before), read(folder, after)
+    answers: list[dict[str, Any]] = []
+
+    async def reload(daemon: Daemon) -> None:
+        answers.append(await daemon.take(two))
+
+    lives(one, folder, reload, activated=activated)
+    return answers[0]
+
+
+def test_where_systemd_listens_the_addresses_are_said_to_be_its_own(tmp_path: Path) -> None:
+    """A restart would not change them either."""
+    after = {**BASE, "server": {"port": 1234}}
+    assert reloaded(BASE, after, tmp_path)["later"] == {"server.listen": LATER}
+    assert reloaded(BASE, after, tmp_path, activated=True)["later"] == {"server.listen": BY_SYSTEMD}
+
+
+def test_what_is_not_in_force_is_said_again_until_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In the log as in the answer; and the value that is in force is what everybody is shown meanwhile."""
+    before, after = read(tmp_path, BASE), read(tmp_path, {**BASE, "server": {"port": 1234}, "policy": "lru"})
+
+    async def reload(daemon: Daemon) -> None:
+        for _ in range(2):
+            answer = await daemon.take(after)
+            assert answer["later"] == {"server.listen": LATER}
+            assert daemon.config.server.listen == before.server.listen
+            assert daemon.control.status()["policy"] == "lru"
+        assert (await daemon.take(before))["later"] == {}
+
+    lives(before, tmp_path, reload)
+    assert [each.getMessage() for each in caplog.records].count(f"server.listen {LATER}") == 2
+
+
+def test_nothing_more_is_put_on_a_device_than_a_reload_says_that_it_has(tmp_path: Path) -> None:
+    """The devices are there when the reload is answered, not half a second later: 100 GiB would run on 80."""
+    bare = {"devices": [], "models": {}}
+    full = {
+        "devices": [{"memory": "80GiB"}],
+        "models": {name: {"engine": "sim", "gpu_memory": "50GiB", "preload": True} for name in ("a", "b")},
+    }
+    one, two = read(tmp_path, bare), read(tmp_path, full)
+
+    async def reload(daemon: Daemon) -> None:
+        await daemon.take(two)
+        daemon.post(events.TimePassed())
+        states = {view.name: view.state for view in daemon.control.snapshot().models}  # type: ignore[union-attr]
+        assert states == {"a": State.STARTING, "b": State.STOPPED}
+
+    lives(one, tmp_path, reload)
+
+
+def test_an_engine_goes_on_when_its_device_is_no_longer_in_the_list(tmp_path: Path) -> None:
+    """A list that was read again says nothing about an engine that serves; nothing else is put there."""
+    less = {**BASE, "devices": [{"memory": "80GiB"}]}
+    one, two = read(tmp_path, BASE), read(tmp_path, less)
+
+    async def reload(daemon: Daemon) -> None:
+        daemon.post(events.EngineAdopted("m", Placement((1,)), State.READY))
+        await daemon.take(two)
+        status = daemon.control.status()
+        assert [(line["name"], line["state"], tuple(line["devices"])) for line in status["models"]] == [
+            ("m", "running", (1,))
+        ]
+        assert [(each["index"], each["wedged"]) for each in status["devices"]] == [
+            (0, ""),
+            (1, "it is not there any more"),
+        ]
+
+    lives(one, tmp_path, reload)
+
+
+def test_an_engine_is_adopted_although_its_device_is_not_in_the_list(tmp_path: Path) -> None:
+    """As after a repair of a broken file, while the devices are not yet those of the file."""
+    less = read(tmp_path, {**BASE, "devices": [{"memory": "80GiB"}]})
+
+    async def adopted(daemon: Daemon) -> None:
+        daemon.post(events.EngineAdopted("m", Placement((1,)), State.SLEEPING, 1))
+        daemon.post(events.LoadAsked("m"))
+        assert [(each["index"], each["wedged"]) for each in daemon.control.status()["devices"]][1] == (
+            1,
+            "it is not there any more",
+        )
+
+    lives(less, tmp_path, adopted)

@@ -1,0 +1,99 @@
+"""The daemon's end of the launcher's socket, against a launcher whose every answer the test decides."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from pathlib import Path
+
+from vllmd.launcher.client import LauncherClient
+from vllmd.launcher.protocol import (
+    MAX_PACKET,
+    Engines,
+    Exited,
+    ExitReport,
+    List,
+    Message,
+    Running,
+    Start,
+    Started,
+    StartOrder,
+    decode,
+    encode,
+)
+
+ORDER = StartOrder("small-1", ("/bin/true",))
+
+
+class ScriptedLauncher:
+    """Listens like the launcher; the test reads each request, and says when to answer what, and when it dies."""
+
+    def __init__(self, path: Path) -> None:
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self._listener.setblocking(False)
+        self._connection: socket.socket | None = None
+
+    async def accept(self) -> None:
+        """The client has connected, perhaps again."""
+        self._connection, _ = await asyncio.wait_for(asyncio.get_running_loop().sock_accept(self._listener), 10)
+
+    async def read(self) -> tuple[int, Message]:
+        assert self._connection
+        packet = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(self._connection, MAX_PACKET), 10)
+        return decode(packet)
+
+    def say(self, message: Message, id: int = 0) -> None:
+        assert self._connection
+        self._connection.sendall(encode(message, id))
+
+    def die(self) -> None:
+        assert self._connection
+        self._connection.close()
+
+    def close(self) -> None:
+        self.die()
+        self._listener.close()
+
+
+async def answer_lists(launcher: ScriptedLauncher, engines: tuple[Running, ...], until: type[Message]) -> int:
+    """Answer every List with these engines until another request comes; returns its number."""
+    while True:
+        id, request = await launcher.read()
+        if isinstance(request, until):
+            return id
+        assert isinstance(request, List)
+        launcher.say(Engines(engines), id)
+
+
+def test_the_end_of_what_a_dying_launcher_had_begun_is_no_end_of_the_engine(tmp_path: Path) -> None:
+    """The start goes on under the next launcher; an exit reported meanwhile would be taken for the new engine's."""
+    asyncio.run(asyncio.wait_for(_started_by_the_second(tmp_path), 60))
+
+
+async def _started_by_the_second(tmp_path: Path) -> None:
+    exits: asyncio.Queue[ExitReport] = asyncio.Queue()
+    launcher = ScriptedLauncher(tmp_path / "s")
+    client, _ = await asyncio.gather(LauncherClient.connect(tmp_path / "s", exits.put_nowait), launcher.accept())
+    try:
+        starting = asyncio.ensure_future(client.start(ORDER))
+        assert isinstance((await launcher.read())[1], Start)
+        launcher.die()
+        await launcher.accept()
+        half_started = Running(ORDER.instance, 0, "half.scope", ending=True)
+        for _ in range(2):  # the client that catches up, and the start that looks for its engine
+            id, request = await launcher.read()
+            assert isinstance(request, List)
+            launcher.say(Engines((half_started,)), id)
+        launcher.say(Exited(ExitReport(ORDER.instance)))
+        id = await answer_lists(launcher, (), until=Start)
+        whole = Running(ORDER.instance, 7, "whole.scope")
+        launcher.say(Started(whole), id)
+        assert await starting == whole
+        assert exits.empty()
+        launcher.say(Exited(ExitReport(ORDER.instance, status=3)))  # that one is the engine's
+        assert await exits.get() == ExitReport(ORDER.instance, status=3)
+    finally:
+        await client.close()
+        launcher.close()

@@ -1,0 +1,59 @@
+"""What a reload does with a changed setting: one column of the table (``settings.Setting.reload``).
+
+The daemon's answer to a reload, its log, the exit status of ``vllmctl reload`` and the manual come from that column.
+A daemon that goes on with another configuration takes ``in_force``: what waits for the next start keeps its present
+value there, so that nothing which reads the configuration can see a value that is not in force.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from enum import Enum
+from typing import Any
+
+from vllmd.config.types import Config
+
+
+class Reload(Enum):
+    """When a changed value counts; the value is the sentence that the manual prints."""
+
+    NOW = "At a reload it takes effect at once."
+    ENGINE = "At a reload the model's engine is replaced, once its requests have ended."
+    NEXT_LOAD = "At a reload it takes effect for engines that are started from then on."
+    NEXT_START = "At a reload it is only checked: it takes effect at the next start of vllmd."
+
+
+LATER = "takes effect at the next start of vllmd"
+BY_SYSTEMD = "is not used: vllmd.socket says where to listen, and vllmd.service who vllmd is"
+UNDER_SYSTEMD = frozenset({"server.listen", "server.user"})  # what the units say, where systemd has started it
+
+
+def in_force(running: Config, read: Config, *, activated: bool) -> tuple[Config, dict[str, str]]:
+    """``read`` as a daemon that runs by ``running`` can take it, and what becomes of each setting that it cannot.
+
+    ``activated``: its sockets are systemd's.
+    """
+    from vllmd.config.settings import leaves
+
+    config, told = read, dict[str, str]()
+    for path in [leaf.path for leaf in leaves() if leaf.reload is Reload.NEXT_START and leaf.row.field is not None]:
+        before, now = _value(running, path), _value(read, path)
+        if before == now:
+            continue
+        if activated and path in UNDER_SYSTEMD:
+            told[path] = BY_SYSTEMD
+        else:
+            told[path] = LATER
+            config = _with(config, path, before)
+    return config, told
+
+
+def _value(config: Any, path: str) -> Any:
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def _with(config: Any, path: str, value: Any) -> Any:
+    name, _, rest = path.partition(".")
+    return replace(config, **{name: _with(getattr(config, name), rest, value) if rest else value})
