@@ -12,7 +12,6 @@ from vllmd.core.health import HealthChecks
 from vllmd.core.lifecycle import AWAKE, LifecycleError
 from vllmd.core.model import INFINITY, Model, Replica
 from vllmd.core.planner import Planner
-from vllmd.core.possible import never_fits, pinned_out
 from vllmd.core.types import Decision, State
 
 
@@ -226,11 +225,10 @@ class Admission:
     def _impossible(self, r: Replica) -> Refusal | None:
         if r.loaded or len(r.model.queue):
             return None
-        ledger = self._core.engines.ledger
-        why = never_fits(ledger, r)
+        why = self._core.fit.never(r)
         if why:  # 1.5
             return Refusal("ModelTooLarge", why)
-        why = pinned_out(ledger, r, self._core.replicas.values())
+        why = self._core.fit.pinned_out(r)
         return Refusal("Unavailable", why, self._patience(r)) if why else None  # 1.6
 
     def _busy(self, r: Replica) -> Refusal | None:

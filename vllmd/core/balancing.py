@@ -10,9 +10,9 @@ import random
 from collections.abc import Collection, Iterable
 
 from vllmd.core.engine_table import EngineTable
+from vllmd.core.fit import Fit
 from vllmd.core.model import INFINITY, HealthStatus, Model, Replica
 from vllmd.core.policy_input import remaining
-from vllmd.core.possible import has_room, never_fits
 from vllmd.core.swaps import Swaps
 from vllmd.core.types import State
 
@@ -25,8 +25,9 @@ OFF = frozenset({State.STOPPED, State.SLEEPING, State.FAILED})
 class Balancer:
     """Power of two choices among those that serve; among those that do not, the one that will serve soonest."""
 
-    def __init__(self, engines: EngineTable, swaps: Swaps) -> None:
+    def __init__(self, engines: EngineTable, swaps: Swaps, fit: Fit) -> None:
         self._engines = engines
+        self._fit = fit
         self._swaps = swaps
         self._chance = random.Random(0)  # the same events lead to the same decisions
 
@@ -50,8 +51,8 @@ class Balancer:
 
     def _outlook(self, r: Replica) -> tuple[int, bool, float] | None:
         """The smaller the better, the present nominee before others; None for one that is down."""
-        ledger, now, other = self._engines.ledger, self._engines.now, r.model.nominee is not r
-        if down(r, now) or never_fits(ledger, r):
+        now, other = self._engines.now, r.model.nominee is not r
+        if down(r, now) or self._fit.never(r):
             return None
         if r.state is State.READY:
             rank = {HealthStatus.NEW: 1, HealthStatus.EJECTED: DOUBTFUL}.get(health_status(r), 0)
@@ -61,7 +62,7 @@ class Balancer:
         if r in self._swaps or (r.state is State.DRAINING and r.leave and r.leave.yields):
             return 2, other, 0.0
         if r.state in OFF and r.retry_at <= now:
-            return 3 if has_room(ledger, r) else 4, other, load_time(r)
+            return 3 if self._fit.has_room(r) else 4, other, load_time(r)
         return DOUBTFUL + (r.state is State.FAILED), other, r.retry_at
 
 

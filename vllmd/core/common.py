@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from vllmd.core.costs import CostBook
 from vllmd.core.engine_table import EngineTable
+from vllmd.core.fit import Fit
 from vllmd.core.ledger import Ledger
 from vllmd.core.lifecycle import LifecycleError
 from vllmd.core.model import INFINITY, Leave, Model, Replica
@@ -24,7 +25,8 @@ class Core:
         self.engines = EngineTable(Ledger(devices, settings.host_memory))
         self.models: dict[str, Model] = {}
         self.replicas: dict[str, Replica] = {}  # of all models, by id
-        self.swaps = Swaps(self.engines, self.replicas)
+        self.fit = Fit(self.engines.ledger, self.replicas)
+        self.swaps = Swaps(self.engines, self.replicas, self.fit)
         self.balanced: list[Model] = []  # those whose replicas share their requests by rules
         self.dirty: dict[Model, None] = {}
         self.unkept: dict[Model, None] = {}  # whose health and number of replicas are to be looked at

@@ -124,6 +124,7 @@ class EngineTable:
         if size is not None:
             m.granted(size)
         self.ledger.hold(m, dict.fromkeys(devices, m.booking if size is None else size))
+        self.settle_host(m)
         self._out.append(StartEngine(m.id, m.placement, m.told if size is None else size))
 
     def wake(self, m: Replica) -> None:
@@ -147,7 +148,7 @@ class EngineTable:
         self._move(m, Step.SLEEP)
         m.level = level
         if level == 1:
-            self.ledger.hold_host(m, m.footprint.host)
+            self.ledger.hold_host(m, m.spec.host_running + m.footprint.host)
         for run in m.running.values():
             run.frozen += 1
         self._out.append(SleepEngine(m.id, level, freeze))
@@ -263,9 +264,12 @@ class EngineTable:
         self._move(m, step)
 
     def settle_host(self, m: Replica) -> None:
-        """Book the host memory of a level-1 sleeper; an engine may keep it after waking, until it stops."""
+        """Book the host memory that it takes while it runs, and that of a level-1 sleeper.
+
+        An engine may keep the latter after waking, until it stops.
+        """
         keeps = m.level == 1 or (m.slept_shallow and m.spec.keeps_host)
-        self.ledger.hold_host(m, m.footprint.host if keeps else 0)
+        self.ledger.hold_host(m, m.spec.host_running + (m.footprint.host if keeps else 0))
 
     # -- underneath
 

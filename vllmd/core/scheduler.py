@@ -26,7 +26,6 @@ from vllmd.core.planner import Planner
 from vllmd.core.policies import POLICIES
 from vllmd.core.policy import Policy
 from vllmd.core.policy_input import sleep_levels
-from vllmd.core.possible import never_fits
 from vllmd.core.scaling import Scaling
 from vllmd.core.types import Device, ModelSpec, Settings, Snapshot, State
 from vllmd.core.unloading import DEEPEN_RETRY, Unloading
@@ -51,7 +50,7 @@ class Scheduler:
         self._planner = Planner(core, self._settle)
         self._health = HealthChecks(core)
         self._scaling = Scaling(core, self._planner, self._health)
-        self._admission = Admission(core, self._planner, Balancer(core.engines, core.swaps), self._health)
+        self._admission = Admission(core, self._planner, Balancer(core.engines, core.swaps, core.fit), self._health)
         self._engine_events = EngineEvents(core, self._admission)
         self._operator = OperatorCommands(core, self._admission, self._scaling)
         self._unloading = Unloading(core, self._planner)
@@ -274,11 +273,8 @@ class Scheduler:
             if not ledger.asking:
                 self._admission.reject_waiters(r, "Unavailable", ledger.unknown, 5.0)
             return
-        why = never_fits(ledger, r)
-        if r.state is State.SLEEPING and all(
-            ledger.accounts[index].capacity >= r.footprint.awake for index in r.placement.devices
-        ):
-            why = ""  # it may not start any more, but it can wake where it sleeps
+        wakes = r.state is State.SLEEPING and core.fit.wakes(r, core.fit.alone())  # even if it may not start any more
+        why = "" if wakes else core.fit.never(r)
         if why:
             self._admission.reject_waiters(r, "ModelTooLarge", why)
             core.engines.record("refuse", r, why)

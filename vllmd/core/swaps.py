@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from vllmd.core.engine_table import EngineTable
-from vllmd.core.ledger import gib
+from vllmd.core.fit import Fit
 from vllmd.core.lifecycle import AWAKE
 from vllmd.core.model import INFINITY, Leave, Replica
 from vllmd.core.policy import OffloadOption, Plan, drain_time
 from vllmd.core.types import State
-from vllmd.core.vacancy import grant, others_on, room_beside_kept, size_there
 
 
 class Claim(NamedTuple):
@@ -39,8 +38,9 @@ class Swap:
 class Swaps:
     """All swaps that are draining or queued; once the target's command is out there is nothing left to do."""
 
-    def __init__(self, engines: EngineTable, replicas: dict[str, Replica]) -> None:
+    def __init__(self, engines: EngineTable, replicas: dict[str, Replica], fit: Fit) -> None:
         self.engines = engines
+        self._fit = fit
         self.replicas = replicas
         self._by_target: dict[Replica, Swap] = {}
 
@@ -106,10 +106,10 @@ class Swaps:
                 continue
             del self._by_target[m]
             moved.append(m)
-            if self.room_for(m, ex.devices):
+            if self._fit.has_room_on(m, ex.devices):
                 self.bring(m, ex.devices)
             else:
-                self.engines.record("replan", m, f"after the exchange {self._shortage(m, ex.devices)}")
+                self.engines.record("replan", m, f"after the exchange {self._fit.shortage(m, ex.devices)}")
         return moved
 
     def bring(self, m: Replica, devices: tuple[int, ...]) -> None:
@@ -117,45 +117,11 @@ class Swaps:
         if m.state is State.SLEEPING:
             self.engines.wake(m)
         elif m.spec.when_free and devices:
-            given = grant(m, [self.engines.ledger.accounts[index] for index in devices], self._room())
+            given = self._fit.grant(m, devices)
             self.engines.record("free", m, given.why, given.numbers)
             self.engines.start(m, devices, given.size)
         else:
             self.engines.start(m, devices)
-
-    def _room(self) -> dict[int, int]:
-        return room_beside_kept(self.engines.ledger, self.replicas.values())
-
-    def room_for(self, m: Replica, devices: tuple[int, ...]) -> bool:
-        """Whether the ledger has what it needs there."""
-        accounts = self.engines.ledger.accounts
-        if m.state is State.SLEEPING:
-            devices = m.placement.devices
-        needs = {i: self.need(m, i) for i in devices}
-        return all(
-            not accounts[i].avoided and need is not None and accounts[i].free >= need for i, need in needs.items()
-        )
-
-    def need(self, m: Replica, index: int) -> int | None:
-        """Bytes that it needs on the device beyond what it holds there, negative if that is more than it needs.
-
-        None: others do not leave that device free.
-        """
-        if m.state is State.SLEEPING:
-            return m.footprint.awake - self.engines.ledger.held(m).get(index, 0)
-        if m.spec.when_free is None:
-            return m.booking
-        account = self.engines.ledger.accounts[index]
-        return size_there(m, account, others_on(account, self._room()))
-
-    def _shortage(self, m: Replica, devices: tuple[int, ...]) -> str:
-        return "; ".join([self._short(i, self.need(m, i)) for i in devices])
-
-    def _short(self, index: int, need: int | None) -> str:
-        account = self.engines.ledger.accounts[index]
-        if need is None:
-            return f"others do not leave device {index} free: strangers hold {gib(account.external)} there"
-        return f"device {index} has {gib(account.free)} of {gib(need)} needed"
 
     def claims(self) -> dict[int, Claim]:
         """The devices on which a swap is draining or queued."""
@@ -171,7 +137,7 @@ class Swaps:
     def _claim(self, ex: Swap, leaving: list[Replica], index: int, drain: float) -> Claim:
         need = 0
         if index in ex.devices:
-            need = (ex.target.booking if ex.target in ex.victims else self.need(ex.target, index)) or 0
+            need = (ex.target.booking if ex.target in ex.victims else self._fit.need_on(ex.target, index)) or 0
         coming = sum([ex.victims[m].frees for m in leaving if index in m.placement.devices])
         return Claim(need, coming, drain)
 

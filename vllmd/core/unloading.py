@@ -109,4 +109,4 @@ class Unloading:
         """An engine cannot go from level 1 to 2 asleep: it must wake in between, and has room to, unasked."""
         core = self._core
         claimed = not core.swaps.claims().keys().isdisjoint(m.placement.devices)
-        return core.engines.free_to_move(m) and not claimed and core.swaps.room_for(m, m.placement.devices)
+        return core.engines.free_to_move(m) and not claimed and core.fit.has_room(m)

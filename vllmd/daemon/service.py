@@ -25,6 +25,7 @@ from vllmd.daemon.control import DaemonControl
 from vllmd.daemon.discovery import with_discovered
 from vllmd.daemon.engine_resolver import EngineResolver
 from vllmd.daemon.failure_text import places
+from vllmd.daemon.idle_exit import IdleExit
 from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.listeners import Listeners
 from vllmd.daemon.quotas import Quotas
@@ -45,7 +46,6 @@ log = logging.getLogger("vllmd")
 SAMPLE_INTERVAL = 5.0  # seconds between looks at the devices while an engine is loaded
 WAIT_INTERVAL = 1.0  # the same while a model waits for room: strangers may leave any moment
 STATUS_INTERVAL, SHORTEST_TICK = 1.0, 0.05  # seconds
-SHORTEST_LIFE = 1.0  # seconds; faster activations would look like a crash loop to systemd's start limit
 STOP_ENGINES_LIMIT = 60.0
 ANSWERS_LIMIT = 5.0  # for answers that clients are still taking
 NOTES_LIMIT = 2.0  # for notes that the next daemon can do without; a launcher that has died cannot take them
@@ -101,8 +101,7 @@ class Daemon:
         self.failed = False
         self._reload = reload
         self._stopping, self._hurry = asyncio.Event(), asyncio.Event()
-        self._born = self._idle_since = time.monotonic()
-        self._accepted = 0  # connections, when the idle exit was last considered
+        self._idle_exit = IdleExit(time.monotonic())
         self._status = ""
 
     # -- a life ----------------------------------------------------------------------------
@@ -308,23 +307,17 @@ class Daemon:
 
     def _may_exit(self) -> bool:
         """Whether the idle exit is due: activated, nothing loaded or asked for, nobody connected, for long enough."""
-        after = self.config.server.idle_exit
-        busy = (
+        busy = bool(
             not self.runtime.activated
-            or after is None
             or not self.opened.is_set()
-            or time.monotonic() - self._born < SHORTEST_LIFE  # not by the clock, which may be set
             or self.engine_manager.processes
             or self.admission_gate.requests
             or self.listeners.connections
             or self._awaited()
             or self._drained()
         )
-        accepted, self._accepted = self._accepted, self.listeners.accepted
-        if busy or accepted != self._accepted:  # those that came and went meanwhile, refused ones too, count as well
-            self._idle_since = time.monotonic()
-            return False
-        return time.monotonic() - self._idle_since >= (after or 0)
+        after, accepted = self.config.server.idle_exit, self.listeners.accepted
+        return self._idle_exit.due(time.monotonic(), after, busy=busy, accepted=accepted)
 
     async def _note_idle(self) -> None:
         """Leave each engine's idle clock beside its cgroup, for the next daemon."""
