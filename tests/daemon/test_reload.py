@@ -162,7 +162,7 @@ def lives(config: Config, folder: Path, act: Act, *, activated: bool = False) ->
         daemon = Daemon(config, around, lambda: config)
         daemon.config = await daemon._ours(config)
         daemon.engines = engines_of(daemon.config.models)
-        daemon.admission_gate.configure(daemon.config.models, daemon.engines)
+        daemon.admission_gate.configure(daemon.config.models, daemon.engines, daemon.config.server.keep_alive_limit)
         daemon.listeners = Listeners(config, daemon.admission_gate, daemon.quotas, daemon.control, {})
         await startup.start(daemon)
         await act(daemon)
@@ -207,6 +207,7 @@ async def in_effect(daemon: Daemon) -> dict[str, Any]:
         "replicas": {name: model.replicas and (model.replicas.probe, model.replicas.probe_route)
                      for name, model in daemon.config.models.items()},
         # read each time when they are needed
+        "keep_alive": daemon.admission_gate._keep_alive_limit,
         "read": (server.idle_exit, server.drain_timeout, daemon.config.discover, daemon.config.auth.allow_anonymous),
     }  # fmt: skip
 
