@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import sys
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NoReturn
@@ -27,7 +28,9 @@ class Parser(argparse.ArgumentParser):
     """argparse, but wrong usage ends with EX_USAGE and offers the nearest verb."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EX_USAGE, f"{self.prog}: {message}\n{self.format_usage()}")
+        from vllmd.cli.terminal import columns, wrapped
+
+        self.exit(EX_USAGE, wrapped(f"{self.prog}: {message}", columns(sys.stderr)) + f"\n{self.format_usage()}")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
