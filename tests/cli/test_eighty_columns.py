@@ -103,6 +103,7 @@ SCREENS = [
     "reload",
     f"start {FIRST}", f"start --no-wait {FIRST}", f"stop {FIRST}", f"sleep {FIRST}", f"wake-up {FIRST}", f"pin {FIRST}",
     f"unpin {FIRST}", f"lease {FIRST} --for 5m", f"probe {FIRST}", "drain 0", "undrain 0", "kill 99",
+    "status", f"status {FIRST}", "version", "help", f"restart {FIRST}", *(f"help {verb}" for verb in verbs()),
     f"start {MISSING}", f"why {MISSING}", "pss", f"logs a {MISSING}", f"lease {MISSING} --for {MISSING}",
 ]  # fmt: skip
 # What shows what others wrote as it is, or a file to be read by programs, or is shown by others of these.

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns an exit status of sysexits(3)."""
     from vllmd.cli.arguments import parse
-    from vllmd.cli.failures import EX_SOFTWARE, Failure
+    from vllmd.cli.failures import EX_INTERRUPTED, EX_PIPE, EX_SOFTWARE, Failure
     from vllmd.cli.terminal import say
 
     try:
@@ -29,10 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"vllmctl: {failure.message}", sys.stderr)
         return failure.status
     except KeyboardInterrupt:
-        return 130
+        return EX_INTERRUPTED
     except BrokenPipeError:
         _forget_stdout()
-        return 141
+        return EX_PIPE
     except OSError as error:
         say(f"vllmctl: {error}", sys.stderr)
         return EX_SOFTWARE

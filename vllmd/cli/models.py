@@ -68,12 +68,13 @@ def follow(arguments: Namespace, verb: str, query: dict[str, object], done: str 
             if not arguments.json:
                 show.say(f"{model}: asked for")
             return answer
-        return _await(admin, model, verb, query, done, arguments.json)
+        return change(admin, model, verb, query, done, quiet=arguments.json)
 
     return each(arguments, act)
 
 
-def _await(admin: Admin, model: str, verb: str, query: dict[str, object], done: str, quiet: bool) -> Any:
+def change(admin: Admin, model: str, verb: str, query: dict[str, object], done: str = "", *, quiet: bool) -> Any:
+    """Post ``verb`` and show how it comes along, until it has come to rest. Raises Failure where that is a failure."""
     line, began = show.StatusLine(quiet), time.monotonic()
     usual, last = usual_start(admin, model) if verb in ("load", "wake") else None, {}
     for text in admin.lines("POST", model_path(model, verb), NDJSON, wait=True, **query):

@@ -9,6 +9,7 @@ from typing import Any
 
 from vllmd.cli import show
 from vllmd.cli.admin import Admin
+from vllmd.cli.failures import EX_UNAVAILABLE
 
 HEAD = ("DEVICE", "MEMORY", "PROMISED", "FREE", "RESERVE", "STRANGERS", "MODELS", "NOTE")
 RIGHT = ("DEVICE", "MEMORY", "PROMISED", "FREE", "RESERVE", "STRANGERS")
@@ -30,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     elif not trouble:
         why = status.get("source") or "NVML found none, and none are declared"
         show.say(f"there are no devices ({why}); they may be declared, see devices in vllmd.yaml(5)")
-    return 1 if trouble else 0
+    return EX_UNAVAILABLE if trouble else 0
 
 
 def table(status: dict[str, Any]) -> str:
