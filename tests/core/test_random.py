@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -313,4 +314,4 @@ CoreUnderAnything.TestCase.settings = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-TestCoreUnderAnything = CoreUnderAnything.TestCase
+TestCoreUnderAnything = pytest.mark.timeout(1800)(CoreUnderAnything.TestCase)  # a minute and a half on an idle core

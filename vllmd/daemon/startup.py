@@ -61,6 +61,7 @@ async def start(daemon: Daemon) -> None:
         await adopt_running(daemon)
     await daemon.look()  # before anything is placed it must be known what strangers hold
     daemon.opened.set()
+    daemon.admission_gate.open(daemon)
     daemon.side_task(daemon.watch.run())
     daemon.dispatcher.post(events.TimePassed())
 

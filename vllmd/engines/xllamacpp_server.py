@@ -137,6 +137,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--lora", action="append", default=[], metavar="FILE[,FILE ...]")
     found.add_argument("--lora-scaled", action="append", default=[], metavar="FILE:SCALE[,FILE:SCALE ...]")
     found.add_argument("--no-mmap", action="store_true")
+    found.add_argument("--version", action="store_true")
     found.add_argument("--mlock", action="store_true")
     return found
 
@@ -196,6 +197,9 @@ def main(argv: Sequence[str]) -> int:
     except ImportError as error:
         print(f"error: {error} ({sys.executable})", file=sys.stderr)
         return 1
+    if given.version:
+        print(f"xllamacpp {xllamacpp.__version__}, {xllamacpp.get_system_info()}")
+        return 0
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     try:
