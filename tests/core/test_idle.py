@@ -7,7 +7,7 @@ import pytest
 from tests.core.helpers import GPU, NEVER, PAIR, model
 from tests.core.world import World
 from vllmd.core.commands import Admit, SleepEngine, StartEngine, StopEngine, WakeEngine
-from vllmd.core.events import EngineAdopted, PinSet, TimePassed
+from vllmd.core.events import EngineAdopted, KeptAlive, PinSet, TimePassed
 from vllmd.core.lifecycle import LifecycleError
 from vllmd.core.types import Footprint, GiB, IdleRules, Placement, Settings, State
 
@@ -156,3 +156,85 @@ def test_no_engine_is_adopted_twice() -> None:
     with pytest.raises(LifecycleError, match="adopted awake"):
         w.scheduler.handle(EngineAdopted("m", Placement((1,)), State.READY), 0)
     assert w.seen.models[0].devices == (0,)
+
+
+def rests_in(w: World) -> float | None:
+    return w.seen.models[0].rests_in
+
+
+def test_keep_alive_holds_its_age_off() -> None:
+    """The longest of what clients said counts; when it is over, its age is what it is."""
+    w = idle_world()
+    w.do(KeptAlive("m", "ada", 1000.0))
+    w.do(KeptAlive("m", "bob", 500.0))
+    assert rests_in(w) == 1000.0
+    assert w.pass_time(999.0) == []
+    assert w.pass_time(1000.0) == [SleepEngine("m", 1)]
+
+
+def test_a_clients_last_word_counts() -> None:
+    """As its next request may want it shorter; without a limit it stays, and the snapshot does not say infinite."""
+    w = idle_world()
+    w.do(KeptAlive("m", "ada", float("inf")))
+    assert rests_in(w) is None
+    w.do(KeptAlive("m", "ada", 400.0))
+    assert rests_in(w) == 400.0
+
+
+def test_a_short_keep_alive_takes_nothing_from_others() -> None:
+    """The configured age is what everybody can count on."""
+    w = idle_world()
+    w.do(KeptAlive("m", "ada", 5.0))
+    assert w.pass_time(299.0) == []
+    assert w.pass_time(300.0) == [SleepEngine("m", 1)]
+
+
+def test_who_needs_it_no_more_lets_it_go() -> None:
+    """At once, as it would go at its age: asleep where it can sleep, whatever its rules say of time."""
+    w = idle_world(idle=NEVER)
+    w.ask("r1", "m")
+    w.do(KeptAlive("m", "ada", 0.0))  # while r1 runs
+    w.now = 10.0
+    w.finish("r1")
+    assert rests_in(w) is None  # and whoever sent r1 did not say that it was its last
+    w.do(KeptAlive("m", "ada", 0.0))
+    assert w.pass_time(10.0) == [SleepEngine("m", 1)]
+
+
+def test_it_is_let_go_by_the_last_who_wants_it() -> None:
+    """Nobody unloads what another client has just asked to keep."""
+    w = idle_world()
+    w.do(KeptAlive("m", "ada", 600.0))
+    w.do(KeptAlive("m", "bob", 0.0))
+    assert w.pass_time(10.0) == []
+    w.do(KeptAlive("m", "ada", 0.0))
+    assert w.pass_time(10.0) == [SleepEngine("m", 1)]
+
+
+def test_use_after_it_was_let_go_counts_from_its_end() -> None:
+    """Somebody else's request starts the clock as ever; the word of before is void."""
+    w = idle_world()
+    w.do(PinSet("m", True))
+    w.do(KeptAlive("m", "ada", 0.0))
+    w.now = 10.0
+    w.ask("r1", "m")
+    w.finish("r1")
+    w.do(PinSet("m", False))
+    assert rests_in(w) == 300.0
+
+
+def test_keep_alive_is_no_claim_on_memory() -> None:
+    """Clients send it by habit with every request: who needs the room gets it, as from any unused model."""
+    w = World([model("m", 50, idle=RULES), model("other", 50)], [GPU])
+    w.load("m")
+    w.do(KeptAlive("m", "ada", 3600.0))
+    assert w.ask("r1", "other") == [SleepEngine("m", 1)]
+
+
+def test_a_sleeper_is_left_to_its_age() -> None:
+    """It makes nothing free that anybody waits for: it goes deeper, or stops, when it is time."""
+    w = idle_world()
+    w.pass_time(300.0)
+    w.answer("m")
+    w.do(KeptAlive("m", "ada", 9000.0))
+    assert w.pass_time(900.0) == [WakeEngine("m", 1)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -19,6 +20,7 @@ from vllmd.core.events import (
     EngineStopped,
     EngineWakeFailed,
     FreezeProved,
+    KeptAlive,
     LeaseReleased,
     LeaseTaken,
     LoadAsked,
@@ -247,6 +249,12 @@ class CoreUnderAnything(RuleBasedStateMachine):
     def lease(self, lease: str, model: str, seconds: float | None) -> None:
         self.world.do(LeaseTaken(lease, model, None if seconds is None else self.world.now + seconds))
 
+    @rule(
+        client=st.sampled_from(["ada", "bob"]), model=models, seconds=st.sampled_from([0.0, 5.0, 500.0, float("inf")])
+    )
+    def keep_alive(self, client: str, model: str, seconds: float) -> None:
+        self.world.do(KeptAlive(model, client, seconds))
+
     @rule(lease=st.sampled_from(["l1", "l2"]), stop=st.booleans())
     def release(self, lease: str, stop: bool) -> None:
         self.world.do(LeaseReleased(lease, stop))
@@ -268,7 +276,7 @@ class CoreUnderAnything(RuleBasedStateMachine):
     def look(self) -> None:
         """What is kept of the policy's view is what a fresh look would see."""
         planner, core = self.world.scheduler._planner, self.world.scheduler._core
-        fresh = PolicyInputBuilder(core.engines, core.swaps)
+        fresh = PolicyInputBuilder(core.engines, core.swaps, core.fit)
         for m in core.replicas.values():
             fresh.note(m)
         kept, new = planner.look(), fresh.look(core.waiting, planner._shallow)
@@ -306,4 +314,4 @@ CoreUnderAnything.TestCase.settings = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-TestCoreUnderAnything = CoreUnderAnything.TestCase
+TestCoreUnderAnything = pytest.mark.timeout(1800)(CoreUnderAnything.TestCase)  # a minute and a half on an idle core

@@ -74,6 +74,7 @@ MODEL_LINE = {
     "replicas": many(ref("ModelLine")),
     "serving": {**COUNT, "description": "how many of its engines serve"},
     "degraded": {**BOOL, "description": "a replica is down that ought to serve"},
+    "rests_in": maybe({**NUMBER, "description": "seconds until it would sleep, sleep deeper or stop for its age"}),
 }
 DEVICE = {
     "index": COUNT,

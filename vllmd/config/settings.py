@@ -499,8 +499,15 @@ REPLICA = replace(
 DEFAULTS = replace(
     MODEL,
     doc="Settings of all models that do not say otherwise. env, idle, limits, options and a mapping in extra_args "
-    "are combined entry by entry.",
+    "are combined entry by entry. command, extra_args and options are for models of its own engine only, which is vllm "
+    "unless engine says another. Those of another kind have theirs under its name, as in "
+    "llama.cpp: {extra_args: {flash-attn: on}}, a mapping of the same settings, which come before the others.",
     rows=tuple(row for row in MODEL.rows if row.name not in NOT_IN_DEFAULTS),
+)
+DEFAULTS_OF_KIND = replace(
+    DEFAULTS,
+    doc="Settings of all models of this kind of engine that do not say otherwise.",
+    rows=tuple(row for row in DEFAULTS.rows if row.name != "engine"),
 )
 
 DEVICE = Group(
@@ -547,6 +554,7 @@ KEY = Group(
         Setting("concurrency", k.count(1, 2**31, "unlimited"), "Requests at a time."),
         Setting("requests_per_minute", k.count(1, 2**31, "unlimited"), "Requests per minute."),
         Setting("tokens_per_minute", k.count(1, 2**31, "unlimited"), "Tokens in and out per minute."),
+        Setting("keep_alive_limit", k.UP_TO, "Longest keep_alive, within that of the server; 0: it has no say."),
     ),
 )
 
@@ -629,6 +637,12 @@ SERVER = Group(
             "loading_as_reasoning",
             k.BOOL,
             "Tell chat clients of the loading in the reasoning text of a stream, which they show, not in comments.",
+        ),
+        Setting(
+            "keep_alive_limit",
+            k.UP_TO,
+            "Longest keep_alive, ttl or X-Vllmd-Keep-Alive of a request, for which the model does not age; it makes "
+            "room for others all the same. Longer ones are cut to it, -1 as well; with 0 none counts.",
         ),
         Setting(
             "cors_origins",

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from vllmd.config.engine_kinds import one_name
 from vllmd.core.types import IdleRules, WhenFree
 
 OWN_USER = "own"
@@ -173,6 +174,7 @@ class ServerConfig:
     queue_limit: int = 4096
     loading_comment_interval: float = 10.0
     loading_as_reasoning: bool = False
+    keep_alive_limit: float | None = 86400.0  # the longest keep_alive of a request; 0.0: none is listened to
     hosts: tuple[str, ...] = ()  # names beside this machine's own under which it answers without keys; "*": any
     cors_origins: tuple[str, ...] = ()  # pages of which origins may read our answers; "*": of any
 
@@ -201,6 +203,7 @@ class KeyConfig:
     concurrency: int | None = None
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
+    keep_alive_limit: float | None = None  # seconds; 0.0: it cannot say
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,5 +231,14 @@ class Config:
     models: Mapping[str, ModelConfig] = field(default_factory=dict)
     discover: bool = False  # offer the models in the Hugging Face cache, too
     template: ModelConfig = field(default=ModelConfig(""), compare=False)  # what the defaults make of a model
+    templates: Mapping[str, ModelConfig] = field(default_factory=dict, compare=False)  # by kind, of those they name
     files: tuple[Path, ...] = ()
     warnings: tuple[str, ...] = ()
+
+    def template_of(self, kind: str) -> ModelConfig:
+        """What the defaults make of a model of this kind of engine."""
+        if one_name(kind) in self.templates:
+            return self.templates[one_name(kind)]
+        if one_name(kind) == one_name(self.template.engine):
+            return self.template
+        return replace(self.template, engine=kind, command=(), extra_args=(), options={})

@@ -461,6 +461,13 @@ AUTO_SIZE = Kind(
 LIMIT_SIZE = replace(AUTO_SIZE, accepts="a size such as 20GiB, or none", parse=or_none(sized, "none"), none="none")
 DURATION_KIND = Kind("a duration such as 300, 5m or 1h30m", positive_duration, NUMBER_OR_TEXT, show_duration)
 PAUSE = Kind("a duration such as 0, 300, 5m or 1h30m", parse_duration, NUMBER_OR_TEXT, show_duration)
+UP_TO = Kind(
+    "a duration such as 0, 300, 5m or 1h30m, or unlimited",
+    or_none(parse_duration, "unlimited", "never", "infinity"),
+    {"type": ["number", "string", "null"]},
+    show_duration,
+    "unlimited",
+)
 OR_NEVER = Kind(
     "a duration such as 300, 5m or 1h30m, or never",
     or_none(positive_duration, "never", "off", "infinity"),

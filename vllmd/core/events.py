@@ -280,6 +280,19 @@ class LeaseReleased:
 
 
 @dataclass(frozen=True, slots=True)
+class KeptAlive:
+    """A client wants the model to be there for its next requests: no idle rule applies for so many ``seconds``.
+
+    Not a lease: the model makes room for others all the same. ``client`` names whose wish it is, and replaces its own.
+    0.0: it needs the model no more, which goes at once if nobody else's wish keeps it and it is not used.
+    """
+
+    model: str
+    client: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class ModelsChanged:
     """The configuration was reloaded. Replicas whose id is in ``restart`` or that are gone are drained and stopped."""
 
@@ -328,6 +341,7 @@ Event = (
     | PinSet
     | LeaseTaken
     | LeaseReleased
+    | KeptAlive
     | ModelsChanged
     | SettingsChanged
     | TimePassed

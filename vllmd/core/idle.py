@@ -31,19 +31,27 @@ def rest(m: Replica, now: float) -> Rest:
 
 def idle_due(m: Replica) -> float:
     """When its idle rules next want something; infinite while it is used, kept, or about to leave anyway."""
-    if m.running or m.demand or m.kept or m.leave or m.asked or m.swap or m.deepen:
+    if m.running or m.demand or m.kept or m.leaving:
         return INFINITY
     rules, since = m.spec.idle, m.idle_since
     stop = INFINITY if rules.stop_after is None else since + rules.stop_after
     if m.state is State.READY:
-        return stop if rules.sleep_after is None else min(stop, since + rules.sleep_after)
+        return _kept_alive(m, stop if rules.sleep_after is None else min(stop, since + rules.sleep_after))
     if m.state is State.SLEEPING:
         return min(stop, _deepen_due(m))
     return INFINITY
 
 
+def _kept_alive(m: Replica, due: float) -> float:
+    """4.5: later than ``due`` where a client will use it again, at once where the last one said that it will not."""
+    wishes = m.model.keep_alive
+    if wishes.let_go >= m.idle_since:  # and nobody has used it since
+        return m.idle_since
+    return max(due, *wishes.until.values()) if wishes.until else due
+
+
 def _deepen_due(m: Replica) -> float:
     after = m.spec.idle.deepen_after
-    if after is None or m.level != 1 or 2 not in m.spec.sleep_levels:
-        return INFINITY
-    return max(m.idle_since + after, m.look_again)
+    if after is None or m.level != 1 or 2 not in m.spec.sleep_levels or m.job:
+        return INFINITY  # or it only waits for the room to
+    return m.idle_since + after

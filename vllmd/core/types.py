@@ -144,6 +144,7 @@ class ReplicaSpec:
     max_restarts: int = 3
     restart_backoff: float = 5.0  # doubles with each failure in a row
     settings: str = ""  # a digest of what its engine depends on: figures measured under another one are forgotten
+    host_running: int = 0  # bytes of host memory that it takes as long as it runs; nothing waits for them
     keeps_host: bool = True  # once slept at level 1 its host memory stays taken until it stops (vLLM's does)
     when_free: WhenFree | None = None
     engine: str = ""
@@ -232,6 +233,7 @@ class ReplicaView:
     standing: str = ""  # of one of several whose engine is up: new, serving, resting, slow, ejected
     latency: float | None = None  # of one of several: seconds to the first byte, the last answers weighing most
     bound: int | None = None  # the only device that it may use
+    rests_in: float | None = None  # seconds until an idle rule would act if nobody came; None: none would
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +260,7 @@ class ModelView:
     balanced: bool  # its replicas share its requests by rules; else it has one engine
     serving: int  # replicas that get requests, or would if they were needed
     degraded: bool  # one is down that ought to serve
+    rests_in: float | None = None  # the least of its replicas'
 
 
 @dataclass(frozen=True, slots=True)

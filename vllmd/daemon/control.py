@@ -121,7 +121,7 @@ class DaemonControl:
             "policy": daemon.config.policy,
             "opened": snapshot is not None,
             "configuration": {"files": [str(path) for path in daemon.config.files], "error": daemon.broken},
-            "requests": daemon.admission_gate.open,
+            "requests": daemon.admission_gate.requests,
             "connections": daemon.listeners.connections,
         }
         if snapshot is None:
@@ -199,7 +199,7 @@ class DaemonControl:
     async def gauges(self) -> Gauges:
         """How things stand; the devices are read for it, if they answer soon."""
         daemon, snapshot = self._daemon, self.snapshot()
-        now = Gauges(snapshot, daemon.listeners.connections, daemon.admission_gate.open, valid=not daemon.broken)
+        now = Gauges(snapshot, daemon.listeners.connections, daemon.admission_gate.requests, valid=not daemon.broken)
         if snapshot is None:
             return now
         if not daemon.memory.hangs:

@@ -452,6 +452,10 @@ class EngineManager:
         if process := self.processes.get(model):
             process.health.told(status, failed)
 
+    def has_ended(self, instance: str) -> bool:
+        """Whether the end of an engine that is not taken in (yet) has been reported."""
+        return instance in self._ended
+
     def catch_up(self, process: EngineProcess) -> None:
         """One that was just taken in may have ended since it was listed."""
         if report := self._ended.pop(process.instance, None):

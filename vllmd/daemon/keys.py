@@ -191,4 +191,5 @@ _UNTRUSTED = Caller(models=frozenset(), refusal=_untrusted)
 
 def by_name(keys: Sequence[KeyConfig]) -> dict[str, KeyConfig]:
     """The keys that have limits, by name."""
-    return {key.name: key for key in keys if key.concurrency or key.requests_per_minute or key.tokens_per_minute}
+    limits = ("concurrency", "requests_per_minute", "tokens_per_minute", "keep_alive_limit")
+    return {key.name: key for key in keys if any(getattr(key, limit) is not None for limit in limits)}

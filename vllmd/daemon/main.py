@@ -20,7 +20,7 @@ from vllmd.config.loader import load
 from vllmd.config.settings import flags
 from vllmd.config.types import Config
 from vllmd.daemon import identity
-from vllmd.daemon.listen import Listeners, listeners
+from vllmd.daemon.listen import Listeners, listeners, told
 from vllmd.daemon.service import Daemon, RuntimeEnvironment
 from vllmd.errors import ConfigError
 from vllmd.systemd.activation import take_listeners
@@ -77,6 +77,7 @@ def _serve(config: Config, broken: str, given: Listeners, reload: Any) -> int:
         except OSError as error:
             print(f"cannot listen on {error.strerror}", file=sys.stderr)
             return EX_UNAVAILABLE
+        log.info("listening on %s", told(sockets))
         identity.become(config, os.environ, activated=bool(given))
         around = stack.enter_context(runtime(os.environ, activated=bool(given)))
         return asyncio.run(_live(config, broken, around, reload, sockets))

@@ -10,10 +10,11 @@ import asyncio
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 from vllmd.errors import BadRequest
 from vllmd.proxy.gate import Rules
-from vllmd.proxy.peek import SLICE, Asked, T, Turns, model_name, with_rules
+from vllmd.proxy.peek import KEEP_ALIVE, SLICE, Asked, T, Turns, model_name, with_rules
 
 LARGE = 1 << 20  # bytes; reading so much takes some ten milliseconds
 STEPS = 1000  # strings, escapes and brackets between two turns
@@ -22,6 +23,7 @@ STRUCTURE = re.compile(rb'["{}\[\]]')
 IN_STRING = re.compile(rb'["\\]')
 NO_SPACE = re.compile(rb"[^ \t\r\n]")
 NAME = re.compile(rb'"(?:[^"\\]|\\.){1,4096}"')
+SMALL = re.compile(rb'"[^"\\\x00-\x1f]{0,64}"|-?[0-9]{1,16}(?:\.[0-9]{1,16})?(?=[ \t\r\n,}])|null|true|false')
 DEEPEST = 500  # brackets within brackets; engines' own readers give up at about twice that, not all of them gracefully
 LONGEST_KEY = 1024  # bytes; with every letter spelled by number a name has six times its letters
 MOST_MEMBERS = 10_000
@@ -151,16 +153,22 @@ def _member(asked: Asked, key: bytes, start: int) -> Asked:
     """``asked`` with what the member of the object says whose value starts at ``start``."""
     name = _key(key)
     if name == "stream":
-        return Asked(
-            asked.model, asked.body[start : start + 4] == b"true", asked.body, asked.start, asked.end, asked.quoted
-        )
+        return replace(asked, stream=asked.body[start : start + 4] == b"true")
+    if name in KEEP_ALIVE:
+        return replace(asked, keep_alive=(_small(asked.body, start),))
     if name != "model":
         return asked
     if asked.end:
         raise BadRequest("the body has 'model' twice", param="model")
     value = NAME.match(asked.body, start)
     model = model_name(_text(value[0]) if value else None)
-    return Asked(model, asked.stream, asked.body, start, value.end() if value else start, True)
+    return replace(asked, model=model, start=start, end=value.end() if value else start, quoted=True)
+
+
+def _small(body: bytes, start: int) -> object:
+    """The number, string or word that is the value at ``start``; a list for anything else."""
+    found = SMALL.match(body, start)
+    return json.loads(found[0]) if found else []
 
 
 def _key(string: bytes) -> str:

@@ -25,6 +25,7 @@ SLICE = 256 << 10  # bytes looked at between two turns of the loop
 MOST_PARTS = 1000  # of a form; servers of Python's commonly take as many
 LONGEST_PART_HEAD = 16 << 10  # bytes of the fields before a part's content
 LONGEST_PREAMBLE = 16 << 10  # bytes before a form's first part
+KEEP_ALIVE = ("keep_alive", "ttl")  # two names of one member that is ours, see ``proxy.keep_alive``
 LONGEST_FLAG = 64  # bytes of a field that says true or false
 
 WHITESPACE = re.compile(r"[ \t\n\r]*")
@@ -51,7 +52,8 @@ _scan_once = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 class Asked:
     """What a body asks for: ``model`` ("" if it names none) and whether the answer shall be streamed.
 
-    ``body`` has the name, if at all, from byte ``start`` to ``end``; ``quoted``: as a JSON string.
+    ``body`` has the name, if at all, from byte ``start`` to ``end``; ``quoted``: as a JSON string. ``keep_alive``: what
+    it says of that, whatever it is; () if it says nothing.
     """
 
     model: str
@@ -60,6 +62,7 @@ class Asked:
     start: int = 0
     end: int = 0
     quoted: bool = False
+    keep_alive: tuple[object, ...] = ()
 
     def renamed(self, name: str) -> Parts:
         """The body with ``name`` in the place of the model's; a body without one is left alone.
@@ -102,12 +105,15 @@ def _spelled_once(body: bytes, text: str) -> Asked | None:
     start, stop = key.end(), scanstring(text, key.end() + 1, True)[1]
     if len(text) != len(body):
         start, stop = len(text[:start].encode()), len(text[:stop].encode())
-    return Asked(model_name(members["model"]), members.get("stream") is True, body, start, stop, True)
+    keep = ()
+    if "keep_alive" in members or "ttl" in members:
+        keep = tuple(members[name] for name in KEEP_ALIVE if name in members)
+    return Asked(model_name(members["model"]), members.get("stream") is True, body, start, stop, True, keep)
 
 
 def _walked(body: bytes, text: str) -> Asked:
     found: tuple[str, int, int] | None = None
-    stream = False
+    stream, keep = False, dict[str, object]()
     for key, value, start, end in _members(text):
         if key == "model":
             if found is not None:
@@ -115,10 +121,13 @@ def _walked(body: bytes, text: str) -> Asked:
             found = (model_name(value), start, end)
         elif key == "stream":
             stream = value is True
+        elif key in KEEP_ALIVE:
+            keep[key] = value
+    told = tuple(keep[key] for key in KEEP_ALIVE if key in keep)
     if found is None:
-        return Asked("", stream, body)
+        return Asked("", stream, body, keep_alive=told)
     name, start, end = found
-    return Asked(name, stream, body, len(text[:start].encode()), len(text[:end].encode()), True)
+    return Asked(name, stream, body, len(text[:start].encode()), len(text[:end].encode()), True, told)
 
 
 def ruled(body: bytes, rules: Rules) -> bytes:
