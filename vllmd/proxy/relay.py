@@ -82,7 +82,7 @@ class Relay:
         if kind != "application/json" and not kind.endswith("+json"):
             raise BadRequest("the Content-Type must be application/json")
         if request.body[:1] != b"{" or "charset" in content_type.lower() or request.headers.get("content-encoding"):
-            await self._make_plain(exchange, content_type)
+            await self.make_plain(exchange, content_type)
         large = len(request.body) > LARGE
         await self.serve(exchange, await in_turns(in_large(request.body)) if large else in_json(request.body))
 
@@ -92,10 +92,10 @@ class Relay:
         content_type = request.headers.get("content-type")
         if content_type.partition(";")[0].strip().lower() != "multipart/form-data":
             raise BadRequest("the Content-Type must be multipart/form-data")
-        await self._make_plain(exchange, "")
+        await self.make_plain(exchange, "")
         await self.serve(exchange, await in_turns(in_multipart(request.body, content_type)))
 
-    async def _make_plain(self, exchange: Exchange, content_type: str) -> None:
+    async def make_plain(self, exchange: Exchange, content_type: str) -> None:
         """Take the body out of its Content-Encoding, and JSON (of this type, "" for a form) out of another charset.
 
         The engine gets the plain body, and fields that say no more of what it was.
@@ -120,7 +120,7 @@ class Relay:
         request = exchange.request
         asked = Asked(request.query.get("model", ""), False, b"")
         target = self.target(request, asked.model, request.path)
-        await self._send(exchange, UpstreamRequest(target, asked, request.path))
+        await self.send(exchange, UpstreamRequest(target, asked, request.path))
 
     async def response(self, exchange: Exchange) -> None:
         """``/v1/responses/{id}`` and below: the engine that made the response is the one that has it."""
@@ -140,7 +140,7 @@ class Relay:
             names = {**request.params, "model": at.served_name}
             return _with_query(request, re.sub(r"\{(\w+)\}", lambda name: quote(names[name[1]], safe=""), route))
 
-        await self._send(exchange, UpstreamRequest(target, Asked("", False, request.body), path_at(target), path_at))
+        await self.send(exchange, UpstreamRequest(target, Asked("", False, request.body), path_at(target), path_at))
 
     async def upstream(self, exchange: Exchange) -> None:
         """``/upstream/{model}/...``: what the engine's kind lists of its own API, under the path as it came."""
@@ -162,7 +162,7 @@ class Relay:
                 raise Forbidden(f"{what} to the engine of {target.model!r}: what changes it, vllmd does alone")
             onward = _with_query(request, "/" + "/".join(rest))
             outside = "/upstream/" + "/".join(segments[:cut])
-            await self._send(exchange, UpstreamRequest(target, Asked("", False, request.body), onward, outside=outside))
+            await self.send(exchange, UpstreamRequest(target, Asked("", False, request.body), onward, outside=outside))
             return
         raise UnknownModel(f"no model's name begins {request.params['rest']!r}")
 
@@ -192,12 +192,13 @@ class Relay:
                 exchange.request.body = asked.body  # the one that came is held no longer
         path = _with_query(exchange.request, quoted(exchange.request.path))
         try:
-            await self._send(exchange, UpstreamRequest(target, asked, path), only)
+            await self.send(exchange, UpstreamRequest(target, asked, path), only)
         finally:
             if keep_alive is not None:
                 self.gate.keep_alive(target.model, exchange.request.key, keep_alive)
 
-    async def _send(self, exchange: Exchange, upstream_request: UpstreamRequest, only: str = "") -> None:
+    async def send(self, exchange: Exchange, upstream_request: UpstreamRequest, only: str = "") -> None:
+        """Send it to an engine, and the engine's answer to the client, who is told of whatever goes wrong."""
         target, asked = upstream_request.target, upstream_request.asked
         exchange.outlives_eof = False
         exchange.model = target.model
