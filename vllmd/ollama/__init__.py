@@ -14,6 +14,7 @@ another route's way.
     inner       the exchange that the relay has in the client's place
     models      /api/tags, /api/ps, /api/show
     endpoints   the route table, and what needs no engine
+    schemas     what /openapi.json says of them
     store       what /api/pull, /api/delete and the like can do
 
 Written by Ollama's API document and by what its own clients send and take (0.6 of both, Python's and JavaScript's).

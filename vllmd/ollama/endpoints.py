@@ -9,13 +9,14 @@ from typing import Any
 
 from vllmd.admin.control import Control
 from vllmd.errors import BadRequest, Forbidden, NotFound, UnknownModel, Unsupported
-from vllmd.ollama import models, requests
+from vllmd.ollama import models, requests, schemas
 from vllmd.ollama.answers import Piece, Reply, Timing, chat_piece, generate_piece
 from vllmd.ollama.embedding import embed_answer, embeddings_answer
 from vllmd.ollama.fields import Fields, read
 from vllmd.ollama.inner import Inner, Whole
 from vllmd.ollama.lines import Lines, stamp
 from vllmd.ollama.requests import CHAT, COMPLETIONS, EMBEDDINGS, INFILL, Translated
+from vllmd.ollama.schemas import described
 from vllmd.ollama.store import CONFIGURED, NoStore, Store
 from vllmd.proxy.access import ADMIN, MODELS, OPEN, Reach
 from vllmd.proxy.answer import UpstreamRequest
@@ -31,7 +32,6 @@ from vllmd.proxy.routing import Route, Router
 RUNNING = "Ollama is running"  # what its clients look for
 VERSION = "0.24.0"  # of Ollama, whose API this is like: programs ask for it to know what they may send
 DOCS: Pairs = (("link", '</docs>; rel="service-doc"'),)
-BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}}
 ABLE = {CHAT: "chat", COMPLETIONS: "complete a prompt", EMBEDDINGS: "embed", INFILL: "fill in"}
 
 Parse = Callable[[Mapping[str, Any], Target], Translated]
@@ -40,29 +40,31 @@ Parse = Callable[[Mapping[str, Any], Target], Translated]
 def add_ollama_routes(router: Router, relay: Relay, control: Control, store: Store | None = None) -> None:
     """Put Ollama's routes into ``router``. Without a ``store`` nothing is fetched or deleted."""
     asks, lists, changes = ModelRoutes(relay), ListRoutes(control), StoreRoutes(control, store or NoStore())
-    for path, handler, about in (
-        ("/api/chat", asks.chat, "a chat"),
-        ("/api/generate", asks.generate, "an answer to a prompt, or text between two"),
-        ("/api/embed", asks.embed, "embeddings of texts"),
-        ("/api/embeddings", asks.embeddings, "the embedding of a text, in the older form"),
+    for path, handler, takes, about in (
+        ("/api/chat", asks.chat, schemas.CHAT, "a chat"),
+        ("/api/generate", asks.generate, schemas.GENERATE, "an answer to a prompt, or text between two"),
+        ("/api/embed", asks.embed, schemas.EMBED, "embeddings of texts"),
+        ("/api/embeddings", asks.embeddings, schemas.EMBEDDINGS, "the embedding of a text, in the older form"),
     ):
-        router.add_raw(Route("POST", path, handler, MODELS, f"Ollama's: {about}", BODY, Reach.ONE))
-    add = router.add
-    add("GET", "/", lists.running, OPEN, "Ollama's: that it runs", {}, Reach.NOTHING)
-    add("GET", "/api/version", lists.version, OPEN, "Ollama's: its version", {}, Reach.NOTHING)
-    add("GET", "/api/tags", lists.tags, MODELS, "Ollama's: the models", {}, Reach.EACH)
-    add("GET", "/api/ps", lists.ps, MODELS, "Ollama's: the models that hold memory now", {}, Reach.EACH)
-    add("POST", "/api/show", lists.show, MODELS, "Ollama's: about a model", BODY, Reach.ONE)
-    add("POST", "/api/pull", changes.pull, MODELS, "Ollama's: have a model here", BODY, Reach.ONE)
-    add("DELETE", "/api/delete", changes.delete, ADMIN, "Ollama's: delete a model", BODY, Reach.MACHINE)
+        gives = {**schemas.OBJECT, **schemas.LINES} if "stream" in takes else schemas.OBJECT
+        router.add_raw(Route("POST", path, handler, MODELS, f"Ollama's: {about}", described(takes, gives), Reach.ONE))
+    add, one, plain = router.add, described(schemas.MODEL), described()
+    add("GET", "/", lists.running, OPEN, "Ollama's: that it runs", described(gives=schemas.TEXT), Reach.NOTHING)
+    add("GET", "/api/version", lists.version, OPEN, "Ollama's: its version", plain, Reach.NOTHING)
+    add("GET", "/api/tags", lists.tags, MODELS, "Ollama's: the models", plain, Reach.EACH)
+    add("GET", "/api/ps", lists.ps, MODELS, "Ollama's: the models that are loaded", plain, Reach.EACH)
+    add("POST", "/api/show", lists.show, MODELS, "Ollama's: about a model", one, Reach.ONE)
+    pulled = described(schemas.PULL, {**schemas.OBJECT, **schemas.LINES})
+    add("POST", "/api/pull", changes.pull, MODELS, "Ollama's: have a model here", pulled, Reach.ONE)
+    add("DELETE", "/api/delete", changes.delete, ADMIN, "Ollama's: delete a model", one, Reach.MACHINE)
     for path, why in (
         ("/api/create", f"models are not made here: {CONFIGURED}"),
         ("/api/copy", f"models are not copied: an alias in the configuration gives one another name ({CONFIGURED})"),
         ("/api/push", "models are not pushed anywhere"),
         ("/api/blobs/{digest}", f"files of models are not taken: {CONFIGURED}"),
     ):
-        add("POST", path, refusal(why), MODELS, "Ollama's: refused", {}, Reach.NOTHING)
-    add("GET", "/api/blobs/{digest}", changes.blob, MODELS, "Ollama's: whether a file is here", {}, Reach.NOTHING)
+        add("POST", path, refusal(why), MODELS, "Ollama's: refused", plain, Reach.NOTHING)
+    add("GET", "/api/blobs/{digest}", changes.blob, MODELS, "Ollama's: whether a file is here", plain, Reach.NOTHING)
 
 
 class ModelRoutes:
