@@ -18,9 +18,9 @@ from vllmd.admin.routes import add_operator, add_public
 from vllmd.engines.base import Listen
 from vllmd.ollama.endpoints import add_ollama_routes
 from vllmd.proxy.access import Reach
+from vllmd.proxy.forward import Relay
 from vllmd.proxy.limits import Limits
 from vllmd.proxy.models import FORM_PATHS, QUERY_PATHS, add_model_routes
-from vllmd.proxy.relay import Relay
 from vllmd.proxy.routing import Route, Router
 
 MODELS = """\

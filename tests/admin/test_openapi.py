@@ -99,7 +99,7 @@ def test_fuzzed_requests_are_answered_as_documented(site: Site) -> None:
     ]
     command += ["--exclude-path-regex", LEFT_OUT, "-c", CHECKS, "--phases", "examples,coverage,fuzzing", "-n", "10"]
     command += ["--request-timeout", "20", "--no-color", "--seed", "1", "--suppress-health-check", "all"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=site.folder, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=site.folder, timeout=540)
     assert done.returncode == 0, done.stdout
     assert re.search(r"\d{3,} generated", done.stdout), done.stdout
     assert site.ask("GET", "/health").json["status"] == "ok"

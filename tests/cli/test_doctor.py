@@ -20,7 +20,7 @@ def machine(root: Path, answers: dict[str, str] | None = None, **over: Any) -> H
         line = " ".join(command)
         return next((answer for end, answer in (answers or {}).items() if line.endswith(end)), "")
 
-    settings: dict[str, Any] = {"run": run, "has_module": lambda name: True, "which": lambda name: f"/usr/bin/{name}"}
+    settings: dict[str, Any] = {"run": run, "has_module": lambda name: True}
     return Host(root=root, **{**settings, **over})
 
 
@@ -168,13 +168,13 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_configuration_whose_command_and_model_are_missing(tmp_path: Path) -> None:
     """Found without starting anything."""
     file = tmp_path / "vllmd.yaml"
-    file.write_text("models: {m: {command: /opt/vllm, model: /srv/m}, h: {model: /home/ann/m}}")
+    file.write_text("models: {m: {command: /opt/vllm, model: /srv/m}, h: {engine: sim, model: /home/ann/m}}")
     make(tmp_path, "/home/ann/m/")
-    host = machine(tmp_path, env={"VLLMD_CONFIG": str(file)}, which=lambda name: None if name == "/opt/vllm" else name)
+    host = machine(tmp_path, env={"VLLMD_CONFIG": str(file)})
     assert [what for verdict, what, _ in configuration(host) if verdict != "ok"] == [
-        "m: there is no command /opt/vllm",
         "m: there is no /srv/m",
         "h: /home/ann/m lies in somebody's home",
+        "m: there is no command '/opt/vllm'",
     ]
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -15,12 +18,14 @@ from tests.daemon.rig import FakeEngine, Rig, soon, tell
 from vllmd.config.types import ModelConfig
 from vllmd.core import events
 from vllmd.core.types import Placement, State
-from vllmd.daemon import adoption, engine_manager
+from vllmd.daemon import adoption, engine_manager, startup
 from vllmd.daemon.adoption import Found, adopt_all, examine
 from vllmd.daemon.engine_process import fingerprint
 from vllmd.daemon.engine_resolver import EngineResolver
+from vllmd.daemon.service import Daemon
 from vllmd.engines.base import Listen
-from vllmd.launcher.client import Running
+from vllmd.launcher.client import ExitReport, LauncherInfo, Running
+from vllmd.launcher.protocol import PROTOCOL
 
 REFUSES = "refuses"
 
@@ -121,6 +126,20 @@ def test_an_engine_on_its_way_out_is_not_waited_for(tmp_path: Path) -> None:
     async def story(rig: Rig) -> None:
         what = await found(rig, tmp_path, {}, REFUSES, ending=True)
         assert (what.state, what.why) == (None, "it is ending already")
+
+    tell(story, tmp_path)
+
+
+def test_an_engine_that_has_died_meanwhile_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its end was reported after it was listed: everybody else waits for the adoption, and not for the dead."""
+    monkeypatch.setattr(adoption, "RESOLVE_LIMIT", 3600.0)
+
+    async def story(rig: Rig) -> None:
+        noted = notes(rig.model, tmp_path / "e.sock")
+        running = Running("m-000001", 1, "vllmd-model-m-000001.scope", metadata=noted, uid=os.geteuid())
+        rig.engine_manager.on_exit(ExitReport("m-000001", 1))
+        await soon(adopt_all(rig.engine_manager, [running], {"m": rig.model}, EngineResolver(), rig.posted.put_nowait))
+        assert rig.engine_manager.processes == {}
 
     tell(story, tmp_path)
 
@@ -239,3 +258,15 @@ def test_a_setting_that_came_later_changes_no_fingerprint_unless_it_is_set() -> 
     """An upgrade keeps the engines that run; the figure is what 0.1.0 noted for this model."""
     assert fingerprint(ModelConfig("m")) == "bb0bdfb09501ed57"
     assert fingerprint(ModelConfig("m", user="own")) != fingerprint(ModelConfig("m"))
+
+
+def test_a_new_daemon_waits_for_a_new_launcher() -> None:
+    """In an upgrade it may meet the old one for a moment, which could not tell whose its engines are."""
+    told = [LauncherInfo("old", ""), LauncherInfo("old", ""), LauncherInfo("new", "", protocol=PROTOCOL)]
+
+    class Launcher:
+        async def info(self) -> LauncherInfo:
+            return told.pop(0)
+
+    daemon = cast(Daemon, SimpleNamespace(launcher=Launcher()))
+    assert asyncio.run(asyncio.wait_for(startup.known_backend(daemon), 10)) == "new"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import pwd
+import socket
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from vllmd.launcher.own_users import OwnUsers
+from vllmd.launcher.spawn import Users, sweep
 
 root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: gives homes to others")
 
@@ -63,6 +66,31 @@ def test_numbers_of_known_users_are_passed_over(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(pwd, "getpwuid", getpwuid)
     assert OwnUsers(70000, 70009, str(tmp_path)).number("a") == 70001
+
+
+@root
+def test_what_their_engines_left_behind_is_swept_too() -> None:
+    """Engines end while there is no launcher; the next one removes their run directories, whoever's they are."""
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o755)
+        folder = Path(place)
+        made(folder, "homes", 0)
+        made(folder / "homes", "a", 70001)
+        made(folder, "run", 70001)
+        made(folder / "run", "left", 70001)
+        made(folder / "run", "runs", 70001)
+        socket.socket(socket.AF_UNIX).bind(str(folder / "run/left/e.sock"))
+        for each in ("left", "runs"):
+            os.utime(folder / "run" / each, (0, 0))
+        os.chown(folder / "run/left/e.sock", 70001, 70001)
+        users = Users(["nobody"], OwnUsers(70000, 70009, str(folder / "homes")))
+        assert [user.name for user in users.everybody()] == ["nobody", "own:a"]
+        for user in users.everybody():
+            child = sweep(str(folder / "run"), {"runs"}, user)
+            if child:
+                os.waitpid(child.pid, 0)
+                child.close()
+        assert os.listdir(folder / "run") == ["runs"]
 
 
 def test_a_range_that_is_used_up_says_so(tmp_path: Path) -> None:

@@ -106,6 +106,21 @@ def test_malformed_packets_are_named(packet, complaint):
         decode(packet)
 
 
+def test_the_daemon_passes_over_what_a_newer_launcher_tells():
+    """After an upgrade the launcher may be newer; what it says besides harms nobody, and only it is believed so."""
+    engine = '{"instance": "a", "pid": 7, "unit": "u", "colour": "red"}'
+    packet = b'{"id": 1, "type": "Engines", "body": {"engines": [%s], "mood": 1}}' % engine.encode()
+    assert decode(packet, newer=True) == (1, Engines((Running("a", 7, "u"),)))
+    with pytest.raises(ProtocolError, match="has no field"):
+        decode(packet)
+
+
+def test_a_launcher_that_tells_no_version_is_of_the_first():
+    """That of 0.1.0, which the daemon does not work with."""
+    packet = b'{"id": 1, "type": "LauncherInfo", "body": {"backend": "systemd", "detail": "x"}}'
+    assert decode(packet)[1].protocol == 1 < protocol.PROTOCOL
+
+
 def test_the_number_of_a_malformed_request_is_kept():
     """So that the error reaches the one who asked."""
     with pytest.raises(ProtocolError) as error:

@@ -13,12 +13,12 @@ from vllmd.admin.routes import add_operator, add_public
 from vllmd.errors import Forbidden, MethodNotAllowed, NotFound, VllmdError
 from vllmd.ollama.endpoints import add_ollama_routes
 from vllmd.proxy.access import ADMIN, EVERYTHING, READ, Caller
+from vllmd.proxy.forward import Relay
 from vllmd.proxy.gate import AllowAll
 from vllmd.proxy.heads import split_target
 from vllmd.proxy.http import Headers, Request
 from vllmd.proxy.limits import Limits
 from vllmd.proxy.models import add_model_routes
-from vllmd.proxy.relay import Relay
 from vllmd.proxy.routing import Router
 
 CALLER = Caller("k", EVERYTHING - {ADMIN, READ}, refusal=lambda: Forbidden("not yours"))

@@ -34,6 +34,7 @@ RESOLVE_LIMIT = 10.0  # seconds for a half-done sleep or wake to come to its end
 RESOLVE_POLL = 0.1
 RECENT_LOG = 50  # lines of an adopted engine's output that its log file gets, perhaps again
 STRAY_LIMIT = 5.0  # seconds that everybody waits for engines to end that nobody wants; then they end beside the others
+Ended = Callable[[], bool]  # whether the engine that is asked has ended
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ async def _adopt(
     post: Callable[[events.Event], None],
 ) -> EngineProcess | None:
     """Take one over; returns it if it has to go instead."""
-    found = await examine(running, models, engine_of, engine_manager.key_of)
+    found = await examine(running, models, engine_of, engine_manager.key_of, engine_manager.has_ended)
     process = found.process
     if found.state is None or process.model.name in engine_manager.processes:
         why = found.why or "it is a second one of its model"
@@ -92,8 +93,12 @@ async def examine(
     models: Mapping[str, ModelConfig],
     engine_of: Callable[[ModelConfig], Engine],
     key_of: Callable[[str], str] = str,
+    ended: Callable[[str], bool] = lambda instance: False,
 ) -> Found:
-    """Find out what state an engine is in, by its notes and by asking it. ``key_of``: the key of an instance."""
+    """Find out what state an engine is in, by its notes and by asking it.
+
+    ``key_of``: the key of an instance. ``ended``: whether its end has been reported meanwhile.
+    """
     noted = running.metadata
     model = _engine_of(noted.get("model", ""), models)
     if model is None:
@@ -106,7 +111,7 @@ async def examine(
         return Found(process, None, why="it is ending already")
     if process.fingerprint not in (fingerprint(model), noted_by_older(model)):
         return Found(process, None, why="its model's settings have changed")
-    return await _resolve(process, noted, level)
+    return await _resolve(process, noted, level, lambda: ended(running.instance))
 
 
 def _engine_of(noted: str, models: Mapping[str, ModelConfig]) -> ModelConfig | None:
@@ -120,25 +125,25 @@ def _engine_of(noted: str, models: Mapping[str, ModelConfig]) -> ModelConfig | N
     return first or models.get(noted.rpartition("@")[0])
 
 
-async def _resolve(process: EngineProcess, noted: Mapping[str, str], level: int) -> Found:
+async def _resolve(process: EngineProcess, noted: Mapping[str, str], level: int, ended: Ended) -> Found:
     """Compare what was noted with what the engine says."""
     idle, tells = _idle(noted), process.engine.asleep() is not None
     match noted.get("state"):
         case "starting":
             return Found(process, State.STARTING)
         case "ready":
-            return await _expect(process, Found(process, State.READY, 0, idle), asleep=False)
+            return await _expect(process, Found(process, State.READY, 0, idle), ended, asleep=False)
         case "sleeping" if not tells:  # it was asleep, and nobody but us wakes it
-            return await _expect(process, Found(process, State.SLEEPING, level, idle), asleep=False)
+            return await _expect(process, Found(process, State.SLEEPING, level, idle), ended, asleep=False)
         case "sleeping" | "falling_asleep" if tells:
-            return await _expect(process, Found(process, State.SLEEPING, level, idle), asleep=True)
+            return await _expect(process, Found(process, State.SLEEPING, level, idle), ended, asleep=True)
         case "waking" if tells and level == 1:
-            return await _expect(process, Found(process, State.READY, 0, idle), asleep=False)
+            return await _expect(process, Found(process, State.READY, 0, idle), ended, asleep=False)
         case state:
             return Found(process, None, why=f"it was left {state}, at level {level}")
 
 
-async def _expect(process: EngineProcess, found: Found, *, asleep: bool) -> Found:
+async def _expect(process: EngineProcess, found: Found, ended: Ended, *, asleep: bool) -> Found:
     """``found`` once the engine confirms it, within the limit; else it has to go."""
     said: object = None
     for _ in range(round(RESOLVE_LIMIT / RESOLVE_POLL)):
@@ -146,6 +151,8 @@ async def _expect(process: EngineProcess, found: Found, *, asleep: bool) -> Foun
             said = await _is_asleep(process)
         except Impostor as error:  # it will not become the engine
             return Found(process, None, why=error.message)
+        if ended():
+            return Found(process, None, why="it has just ended")
         if said is asleep:
             process.ready_after = 0.0
             return found

@@ -80,7 +80,7 @@ class LaunchPlanner:
         engine = self._engine_of(model)
         instance = instance_name(model.name)
         run_dir = self._paths.run / instance
-        place = self._place(command, run_dir)
+        place = replace(self._place(command, run_dir), hf_home=self._paths.homes.hf_home(model))
         port = 0
         try:
             launch = engine.launch(model, place)

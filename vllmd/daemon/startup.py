@@ -29,10 +29,12 @@ from vllmd.daemon.specs import model_spec, replica_spec
 from vllmd.errors import LauncherFailed
 from vllmd.gpu import Devices, open_devices
 from vllmd.launcher.client import LauncherClient
+from vllmd.launcher.protocol import PROTOCOL
 
 log = logging.getLogger("vllmd")
 
 LAUNCHER_RETRY = 1.0  # seconds
+OLDER_RETRY = 0.1
 T = TypeVar("T")
 
 
@@ -47,7 +49,7 @@ async def start(daemon: Daemon) -> None:
     prospects = await asyncio.to_thread(expect, daemon, daemon.engines, daemon.config, daemon.memory.inventory)
     daemon.dispatcher = Dispatcher(make_scheduler(daemon, prospects))
     daemon.launcher = await connect_launcher(daemon)
-    daemon.backend = (await answered(daemon.launcher.info)).backend
+    daemon.backend = await known_backend(daemon)
     daemon.engine_manager = make_fleet(daemon, prospects)
     daemon.take = lambda config: _take(daemon, config)
     daemon.dispatcher.connect(daemon.engine_manager, daemon.admission_gate, daemon.control.instances.add)
@@ -59,6 +61,7 @@ async def start(daemon: Daemon) -> None:
         await adopt_running(daemon)
     await daemon.look()  # before anything is placed it must be known what strangers hold
     daemon.opened.set()
+    daemon.admission_gate.open(daemon)
     daemon.side_task(daemon.watch.run())
     daemon.dispatcher.post(events.TimePassed())
 
@@ -113,6 +116,23 @@ async def take_devices(daemon: Daemon, devices: Devices) -> None:
         unknown = str(devices.trouble or "")
         daemon.dispatcher.post(events.DevicesChanged(devices.inventory(), unknown, devices.asking))
         await daemon.look()
+
+
+async def known_backend(daemon: Daemon) -> str:
+    """The launcher's backend, once it is not older than we are.
+
+    In an upgrade the sockets may wake the new daemon a moment before the launcher is restarted: the old one could
+    neither tell us whose its engines are, nor do what we may ask.
+    """
+    told = False
+    while True:
+        info = await answered(daemon.launcher.info)
+        if info.protocol >= PROTOCOL:
+            return info.backend
+        if not told:
+            log.warning("the launcher is that of an older version; waiting for `systemctl restart vllmd-launcher`")
+        told = True
+        await asyncio.sleep(OLDER_RETRY)
 
 
 async def answered(ask: Callable[[], Awaitable[T]]) -> T:
@@ -212,6 +232,7 @@ def make_fleet(daemon: Daemon, prospects: list[Prospect]) -> EngineManager:
     launch_planner = LaunchPlanner(daemon.memory, paths, daemon.kinds, ports, EngineKeys(around.cache))
     engine_manager = EngineManager(daemon.launcher, daemon.control.take, daemon.memory, launch_planner, around.logs)
     engine_manager.configure(daemon.engines, kv_caches(prospects))
+    engine_manager.on_ended = daemon.learnt.ended
     engine_manager.on_phase, engine_manager.look = daemon.control.stir, daemon.look
     engine_manager.usual = daemon.dispatcher.scheduler.costs.usual
     return engine_manager

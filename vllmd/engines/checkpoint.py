@@ -64,6 +64,17 @@ def gguf_file(path: Path, tag: str = "", root: Path | None = None) -> Path | Non
     return next((path / name for name in _gguf_files(folder, folder.names(), tag)), None)
 
 
+def projector_file(path: Path, root: Path | None = None) -> Path | None:
+    """The GGUF file in a folder that lets a model see: ``mmproj*.gguf``. Raises OSError, Unreadable."""
+    folder = Folder(path, root) if path.is_dir() else None
+    names = [name for name in folder.names() if _is_projector(name) and folder.size(name)] if folder else []
+    return path / min(names, key=len) if names else None
+
+
+def _is_projector(name: str) -> bool:
+    return name.startswith("mmproj") and name.endswith(".gguf")
+
+
 # ---- safetensors ------------------------------------------------------------------------------
 
 
@@ -198,7 +209,7 @@ def _gguf_files(folder: Folder, names: Sequence[str], tag: str) -> list[str]:
     """One model's GGUF files: those that ``tag`` (such as Q4_K_M) names, else the largest; all parts of a split one."""
     whole: dict[str, list[str]] = {}
     for name in names:
-        if name.endswith(".gguf") and not name.startswith("mmproj") and folder.size(name) is not None:
+        if name.endswith(".gguf") and not _is_projector(name) and folder.size(name) is not None:
             whole.setdefault(_SPLIT.sub("", name.removesuffix(".gguf")), []).append(name)
     tagged = [found for stem, found in whole.items() if tag and tag.lower() in stem.lower()]
     return max(tagged or whole.values(), key=lambda found: _sum(folder, found), default=[])

@@ -17,6 +17,8 @@ learns the first. The rules, per device:
 5. ``gpu_memory``: a fraction of the device (vLLM's own meaning), or bytes, is
    taken at its word instead of 1-3's sum; the largest of ``when_free.shares`` too.
 6. Nothing known at all: 0.9 of the device, and as much of the host at level 1.
+
+llama.cpp has rules of its own in place of 2 and 3, see ``llama_memory``.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from pathlib import Path
 
 from vllmd.config.types import ModelConfig
 from vllmd.core.types import Device, Footprint, GiB, Source
-from vllmd.engines import options
+from vllmd.engines import llama_memory, options
 from vllmd.engines.architecture import Architecture
 from vllmd.engines.facts import Facts, argument, facts_of, is_wide, size, whole
 from vllmd.errors import ConfigError
@@ -52,6 +54,7 @@ class Estimate:
     ``weights``: of the whole model, as loaded. ``kv_per_token``: of the whole model, 0 if unknown or none.
     ``kv_cache``: per device, to be passed to the engine (``Place.kv_cache``); 0 leaves it to the engine.
     ``why``: the arithmetic. ``notes``: what was odd or had to be guessed.
+    ``host_running``: of the host as long as it runs, awake or asleep.
     """
 
     footprint: Footprint
@@ -60,6 +63,7 @@ class Estimate:
     kv_cache: int
     why: str
     notes: tuple[str, ...] = ()
+    host_running: int = 0
 
 
 def estimate(model: ModelConfig, hf_home: Path, device_memory: int) -> Estimate:
@@ -74,9 +78,19 @@ def estimate(model: ModelConfig, hf_home: Path, device_memory: int) -> Estimate:
     facts = facts_of(model, hf_home)
     if not model.model and model.engine not in BY_NAME:  # nor need its name be that of any files
         facts = replace(facts, notes=())
-    if not facts.weights:
-        return _unknown(model, facts, device_memory)
-    return _known(model, facts, device_memory)
+    told = _known(model, facts, device_memory) if facts.weights else _unknown(model, facts, device_memory)
+    return replace(told, host_running=_host_running(model, told.footprint.awake, device_memory))
+
+
+def _host_running(model: ModelConfig, awake: int, device_memory: int) -> int:
+    """What it takes of the host while it runs: of llama.cpp its prompts, and all of it where that is on the CPU."""
+    if model.engine not in llama_memory.KINDS:
+        return 0
+    on_host = not device_memory or model.options.get("gpu_layers") in (0, "0")
+    try:
+        return llama_memory.prompt_cache(model) + (awake if on_host else 0)
+    except ConfigError:  # refused where it is used, not here
+        return 0
 
 
 def too_large(model: ModelConfig, told: Estimate, devices: Sequence[Device]) -> str:
@@ -200,6 +214,8 @@ def _budget(model: ModelConfig, device_memory: int) -> tuple[int | None, str]:
 
 def _overhead(model: ModelConfig, weights: int) -> int:
     """Bytes per device beside weights and cache (rule 3)."""
+    if model.engine in llama_memory.KINDS:
+        return llama_memory.overhead(weights, on_cpu=llama_memory.runs_on_cpu(model))
     total = CONTEXT + WORKING + weights * 6 // 100
     if argument(model, "enforce-eager") == "true":
         total -= EAGER_SAVES
@@ -228,6 +244,9 @@ def _kv(model: ModelConfig, facts: Facts, room: int) -> _Kv:
     length = _length(model, facts.cache)
     requests = min(REQUESTS, whole(argument(model, "max-num-seqs")) or REQUESTS)
     tokens = max(length, requests * min(length, REQUEST_TOKENS))
+    if model.engine in llama_memory.KINDS:
+        requests = llama_memory.slots(model)
+        tokens = length * requests
     wanted, least = _kv_size(model, facts, tokens, requests), _kv_size(model, facts, length, 1)
     if not wanted:
         return _Kv(0, "it keeps none", 0, 0)
@@ -290,7 +309,7 @@ def _length(model: ModelConfig, cache: Architecture | None) -> int:
 
 def _kv_width(model: ModelConfig) -> int:
     """Bytes of a value in the cache."""
-    told = argument(model, "kv-cache-dtype")
+    told = argument(model, "kv-cache-dtype", "cache-type-k", "ctk")
     if "8" in told:
         return 1
     return 4 if told in ("", "auto") and is_wide(model) else 2

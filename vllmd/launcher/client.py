@@ -298,7 +298,7 @@ class LauncherClient:
 
     def _received(self, packet: bytes) -> None:
         try:
-            id, message = protocol.decode(packet)
+            id, message = protocol.decode(packet, newer=True)
         except ProtocolError as error:
             log.error("a malformed packet from the launcher: %s", error)
             return

@@ -238,7 +238,7 @@ class Supervisor:
             log.info("found %s again, main process %s", unit_of(found.instance), engine.running().pid or "gone")
         kept = {os.path.basename(engine.run_dir) for engine in self._engines.values()}
         for root in self._roots:
-            for user in self._users.named():
+            for user in self._users.everybody():
                 self._await_child(root, lambda root=root, user=user: sweep(root, kept, user))  # type: ignore[misc]
 
     # --- starting ---

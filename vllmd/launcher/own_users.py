@@ -67,6 +67,15 @@ class OwnUsers:
         number = {**self._given, **self._taken()}.get(name)
         return number if number is not None and self.first <= number <= self.last else None
 
+    def everybody(self) -> dict[str, int]:
+        """Who has a number, by name; nobody where the homes cannot be seen."""
+        try:
+            names = (*self._given, *self._taken())
+        except ValueError:
+            return {}
+        found = {name: self.noted(name) for name in names if NAME.match(name)}
+        return {name: number for name, number in found.items() if number is not None and not _is_known(number)}
+
     def _check(self, name: str, number: int) -> None:
         if not self.first <= number <= self.last or _is_known(number):
             raise ValueError(f"{self.home(name)} belongs to the user id {number}, which is none of these users")

@@ -23,6 +23,7 @@ from typing import Any
 
 from vllmd.text import control_character
 
+PROTOCOL = 2  # raised when a daemon needs what an older launcher cannot do; 1 is that of 0.1.0
 MAX_PACKET = 128 << 10  # bytes; the kernel's default send buffer takes 208 KiB
 MAX_ID = (1 << 53) - 1  # what every JSON library can count to
 MAX_LINE = 8 << 10  # characters of a log line that are passed on
@@ -161,11 +162,15 @@ class ExitReport:
 
 @dataclass(frozen=True, slots=True)
 class LauncherInfo:
-    """Which backend runs engines: ``systemd``, ``systemd-user`` or ``sessions``; which limits have effect there."""
+    """Which backend runs engines: ``systemd``, ``systemd-user`` or ``sessions``; which limits have effect there.
+
+    ``protocol``: the launcher's PROTOCOL. A daemon waits for a launcher that is not older than itself.
+    """
 
     backend: str
     detail: str
     limits: tuple[str, ...] = ()
+    protocol: int = 1
 
 
 # --- requests ---
@@ -334,8 +339,11 @@ def encode(message: Message, id: int = 0) -> bytes:
     return packet
 
 
-def decode(packet: bytes) -> tuple[int, Message]:
-    """The number and the message. Raises ProtocolError, with the number where it could be read, and nothing else."""
+def decode(packet: bytes, *, newer: bool = False) -> tuple[int, Message]:
+    """The number and the message. Raises ProtocolError, with the number where it could be read, and nothing else.
+
+    ``newer``: fields that are not known here are passed over; the daemon reads its launcher so, after an upgrade.
+    """
     if len(packet) > MAX_PACKET:
         raise ProtocolError(f"a packet of more than {MAX_PACKET} bytes")
     try:
@@ -349,7 +357,7 @@ def decode(packet: bytes) -> tuple[int, Message]:
     if not isinstance(kind, str) or kind not in _TYPES:
         raise ProtocolError(f"unknown type {brief(kind)}; known are {', '.join(_TYPES)}", id)
     try:
-        message: Message = _build(_TYPES[kind], value.get("body"), kind)
+        message: Message = _build(_TYPES[kind], value.get("body"), kind, newer)
     except ProtocolError as error:
         raise ProtocolError(str(error), id) from None
     return id, message
@@ -453,30 +461,32 @@ def check_limits(limits: Mapping[str, int | float | str]) -> None:
         raise ProtocolError(f"limit oom_policy must be {', '.join(OOM_POLICIES)}, not {brief(policy)}")
 
 
-def _build(kind: type[Any], body: object, where: str) -> Any:
+def _build(kind: type[Any], body: object, where: str, newer: bool) -> Any:
     """A dataclass from a JSON object: every field known, typed, and there unless it has a default."""
     if not isinstance(body, dict):
         raise ProtocolError(f"{where} must be an object, not {type(body).__name__}")
     hints = _HINTS[kind]
-    if unknown := body.keys() - hints.keys():
+    if (unknown := body.keys() - hints.keys()) and not newer:
         raise ProtocolError(f"{where} has no field {', '.join(map(brief, sorted(unknown)[:3]))}")
-    values = {name: _convert(hints[name], value, f"{where}.{name}") for name, value in body.items()}
+    known = {name: value for name, value in body.items() if name in hints}
+    values = {name: _convert(hints[name], value, f"{where}.{name}", newer) for name, value in known.items()}
     try:
         return kind(**values)
     except TypeError as error:
         raise ProtocolError(f"{where}: {error}") from None
 
 
-def _convert(hint: Any, value: object, where: str) -> Any:
+def _convert(hint: Any, value: object, where: str, newer: bool) -> Any:
     """A JSON value as the annotation says; ProtocolError if it is something else."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type[Any], hint), value, where)
+        return _build(typing.cast(type[Any], hint), value, where, newer)
     if origin is tuple and isinstance(value, list):
-        return tuple(_convert(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+        return tuple(_convert(arguments[0], item, f"{where}[{index}]", newer) for index, item in enumerate(value))
     if origin is Mapping and isinstance(value, dict):
         return {
-            _text(key, where): _convert(arguments[1], item, f"{where}[{brief(key)}]") for key, item in value.items()
+            _text(key, where): _convert(arguments[1], item, f"{where}[{brief(key)}]", newer)
+            for key, item in value.items()
         }
     if origin is types.UnionType or origin is typing.Union:
         return _plain(arguments, value, where)

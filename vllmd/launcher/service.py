@@ -175,7 +175,7 @@ class Service:
                     reply(Engines(group, more=True))
                 reply(Engines(last))
             case Info():
-                reply(LauncherInfo(self._backend.name, self._backend.detail, self._backend.limits))
+                reply(LauncherInfo(self._backend.name, self._backend.detail, self._backend.limits, protocol.PROTOCOL))
             case _:
                 assert_never(request)
 

@@ -111,9 +111,10 @@ class Users:
             raise ValueError(f"user {name!r} is not allowed; allowed are: {', '.join(self._allowed) or 'none'}")
         return self._allowed[name]
 
-    def named(self) -> tuple[User, ...]:
-        """Those named on the command line."""
-        return tuple(self._allowed.values())
+    def everybody(self) -> tuple[User, ...]:
+        """Those named on the command line, and those made up so far."""
+        made_up = self._own.everybody() if self._own else {}
+        return (*self._allowed.values(), *(self._made_up(PREFIX + name, uid) for name, uid in made_up.items()))
 
     def noted(self, name: str | None) -> User | None:
         """Whom a launcher noted beside an engine; None for somebody who is not allowed, and for no note at all."""

@@ -21,12 +21,12 @@ from vllmd.ollama.store import CONFIGURED, NoStore, Store
 from vllmd.proxy.access import ADMIN, MODELS, OPEN, Reach
 from vllmd.proxy.answer import UpstreamRequest
 from vllmd.proxy.exchange import Exchange
+from vllmd.proxy.forward import Relay
 from vllmd.proxy.gate import Rules, Target
 from vllmd.proxy.http import Pairs, Request, Response, json_response, text_response
 from vllmd.proxy.keep_alive import wish
 from vllmd.proxy.paths import referred
 from vllmd.proxy.peek import Asked
-from vllmd.proxy.relay import Relay
 from vllmd.proxy.routing import Route, Router
 
 RUNNING = "Ollama is running"  # what its clients look for
@@ -128,9 +128,9 @@ class ModelRoutes:
     async def _read(self, exchange: Exchange, parse: Parse) -> tuple[Translated, Target]:
         """What the request asks for, and whom. Raises BadRequest, UnknownModel, Forbidden."""
         request = exchange.request
-        await self._relay.make_plain(exchange, "application/json")
+        await self._relay.requests.make_plain(exchange, "application/json")
         members = read(request.body)
-        target = self._relay.target(request, requests.model_of(members), "")
+        target = self._relay.requests.target(request, requests.model_of(members), "")
         asked = parse(members, target)
         if not asked.load and target.routes is not None and asked.path not in target.routes:
             raise BadRequest(f"the model {target.model!r} does not {ABLE[asked.path]}", param="model")
@@ -146,8 +146,8 @@ class ModelRoutes:
         if seconds != 0:
             if self._relay.limits.request_timeout is not None:
                 exchange.expire(self._relay.limits.request_timeout)
-            permit = await gate.acquire(target.model, request.key, exchange.ticket)
-            permit.done()
+            permit = await gate.acquire(target.model, request.key)
+            permit.release()
         if seconds is not None:
             gate.keep_alive(target.model, request.key, seconds)
         return "unload" if seconds == 0 else "load"
@@ -156,18 +156,20 @@ class ModelRoutes:
         self, exchange: Exchange, asked: Translated, target: Target, lines: Lines | None, whole: Whole, timing: Timing
     ) -> None:
         request = exchange.request
-        seconds = wish(request, _keeps(asked))
-        upstream_request = UpstreamRequest(target, openai_body(asked, target), asked.path)
+        body = openai_body(asked, target)
+        wanted = UpstreamRequest(target, body, asked.path, keep_alive=wish(request, _keeps(asked)))
         request.body = b""  # what was translated is held in its place
-        exchange.body_grew(len(upstream_request.asked.body))
-        inner = Inner(exchange, asked.path, upstream_request.asked.body, lines, whole, timing.sent)
+        exchange.body_grew(len(body.body))
+
+        async def parse(_: Exchange) -> UpstreamRequest:
+            return wanted
+
+        inner = Inner(exchange, asked.path, lines, whole, timing.sent)
         exchange.follow_pauses(inner.pause)
         try:
-            await self._relay.send(inner, upstream_request)
+            await self._relay.forward(parse, inner)
         finally:
             exchange.error = exchange.error or inner.error
-            if seconds is not None:
-                self._relay.gate.keep_alive(target.model, request.key, seconds)
         if inner.response is not None:
             await exchange.respond(inner.response)
 

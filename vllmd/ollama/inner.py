@@ -29,16 +29,14 @@ Whole = Callable[[bytes], bytes]  # an engine's answer that is no stream -> the 
 class Inner(Exchange):
     """See above. ``response`` is the answer once it is there, unless it was streamed to the client already."""
 
-    def __init__(
-        self, outer: Exchange, path: str, body: bytes, lines: Lines | None, whole: Whole, sent: Callable[[], None]
-    ) -> None:
-        """The client's request, as ``body`` at a ``path`` of OpenAI's. ``lines``: of a stream; ``whole``: of any other.
+    def __init__(self, outer: Exchange, path: str, lines: Lines | None, whole: Whole, sent: Callable[[], None]) -> None:
+        """The client's request at a ``path`` of OpenAI's. ``lines``: of a stream; ``whole``: of any other answer.
 
         ``sent`` is called when an engine has the request.
         """
         self._on_sent = sent
         self._follows_pauses: Callable[[bool], None] | None = None
-        super().__init__(_inner(outer.request, path, body), cast(Wire, None), outer.ticket, keep_alive=True)
+        super().__init__(_inner(outer.request, path), cast(Wire, None), self.write, keep_alive=True)
         self.response: Response | None = None
         self._outer = outer
         self._lines = lines
@@ -155,8 +153,8 @@ def told(error: VllmdError) -> Response:
     return json_response({"error": error.message}, error.status)
 
 
-def _inner(request: Request, path: str, body: bytes) -> Request:
-    """The client's request as one of OpenAI's at ``path``."""
+def _inner(request: Request, path: str) -> Request:
+    """The client's request as one of OpenAI's at ``path``; the body is the relay's, which it is given apart."""
     fields = [(name, value) for name, value in request.headers.raw if name not in NOT_KEPT]
     return Request(
         method="POST",
@@ -166,7 +164,6 @@ def _inner(request: Request, path: str, body: bytes) -> Request:
         headers=Headers([*fields, (b"content-type", b"application/json")]),
         peer=request.peer,
         version="1.0",
-        body=body,
         id=request.id,
         caller=request.caller,
         route=path,

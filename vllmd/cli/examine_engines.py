@@ -1,0 +1,20 @@
+"""What may be wrong with the engines' programs: ``vllmctl doctor``'s questions about them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from vllmd.config.replicas import engines_of
+from vllmd.config.types import Config
+from vllmd.engines.programs import system_daemon_is_meant, troubles
+
+if TYPE_CHECKING:
+    from vllmd.cli.examine import Finding, Host
+
+
+def programs(host: Host, config: Config) -> Iterator[Finding]:
+    """Each engine's program is there and starts, for the user that will run it."""
+    system = not host.user and system_daemon_is_meant()
+    for each in troubles(engines_of(config.models).values(), system=system):
+        yield "bad", f"{', '.join(each.models)}: {each.what}", each.advice
