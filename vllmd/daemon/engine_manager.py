@@ -64,6 +64,7 @@ class EngineManager:
     ) -> None:
         self.processes: dict[str, EngineProcess] = {}
         self.on_phase: Callable[[], None] = lambda: None
+        self.on_ended: Callable[[str, str], None] = lambda engine, instance: None
         self.look: Callable[[], Awaitable[None]] = _blind  # has the core told what the devices hold now
         self.last_start: dict[str, float] = {}  # model -> seconds its last start took
         self._launcher = launcher
@@ -316,6 +317,11 @@ class EngineManager:
         finally:
             process.listeners.discard(queue)
 
+    async def log_of_ended(self, model: ModelConfig, instance: str, lines: int) -> list[str]:
+        """The last log lines of an engine that has ended. Raises LauncherFailed."""
+        known = secrets.known_of(model)
+        return [secrets.kept_out(line, known) for line in await self._launcher.tail(instance, lines)]
+
     async def kill(self, process: EngineProcess, limit: float) -> bool:
         """SIGKILL to all of an engine, unasked by the core, which hears of its exit. True once it is gone."""
         try:
@@ -553,6 +559,8 @@ class EngineManager:
         if self.processes.get(process.name) is process:
             del self.processes[process.name]
         self._launch_planner.release(process)
+        if process.running:
+            self.on_ended(process.name, process.instance)
         if process.watcher:
             process.watcher.cancel()
         if process.file:

@@ -232,6 +232,7 @@ def make_fleet(daemon: Daemon, prospects: list[Prospect]) -> EngineManager:
     launch_planner = LaunchPlanner(daemon.memory, paths, daemon.kinds, ports, EngineKeys(around.cache))
     engine_manager = EngineManager(daemon.launcher, daemon.control.take, daemon.memory, launch_planner, around.logs)
     engine_manager.configure(daemon.engines, kv_caches(prospects))
+    engine_manager.on_ended = daemon.learnt.ended
     engine_manager.on_phase, engine_manager.look = daemon.control.stir, daemon.look
     engine_manager.usual = daemon.dispatcher.scheduler.costs.usual
     return engine_manager
