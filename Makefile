@@ -4,7 +4,7 @@ PYTHON := $(shell $(SETUP) path)/venv/bin/python
 PREFIX ?= /usr/local
 # Tests run so many files at a time, most of them waiting for something; 0: one after the other, in one process.
 WORKERS ?= 4
-FAST   := not machine and not vllm and not gpu and not llama
+FAST   := not machine and not vllm and not gpu
 
 .PHONY: help check unit lint fast mutants soak demo bench-start bench-proxy bench-schedule gpu-check deb rpm install
 help: ## list the targets
@@ -25,8 +25,8 @@ fast: ## the tests that need neither a container nor vLLM
 mutants: ## break promises of the scheduler on purpose, one at a time: does a test notice?
 	@$(SETUP) venv && $(PYTHON) -m tests.mutants
 
-demo: ## wake a model through the socket and watch it; MODEL=path for one of your own
-	@$(SETUP) host venv && $(PYTHON) packaging/demo $(if $(MODEL),--model "$(MODEL)")
+demo: ## a real model, woken through the socket, in half a minute; MODEL=sim without one, MODEL=path for vLLM
+	@$(SETUP) host venv $(if $(MODEL),,llama) && $(PYTHON) packaging/demo $(if $(MODEL),--model "$(MODEL)")
 
 bench-start: ## what waking costs: sockets, daemon, scopes
 	@$(SETUP) all && $(PYTHON) -m tests.bench.start

@@ -138,13 +138,22 @@ def ray(real_vllm: RealVllm) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def llama() -> Path:
-    """The folder with a real llama-server and tiny.gguf."""
+@dataclass(frozen=True)
+class RealLlama:
+    """A real llama.cpp: the folder with its environment, as ``VLLMD_ENGINES`` names it, and SmolLM2's file."""
+
+    environments: Path
+    model: Path
+
+
+@pytest.fixture
+def llama(monkeypatch: pytest.MonkeyPatch) -> RealLlama:
+    """Where llama.cpp and its model are; engines of the kind are started from there."""
     folder = container.cache() / "llama"
     if not (folder / ".vllmd-stamp").exists():
-        pytest.skip("no llama-server here: packaging/dev/setup llama")
-    return folder
+        pytest.skip("no llama.cpp here: packaging/dev/setup llama")
+    monkeypatch.setenv("VLLMD_ENGINES", str(folder))
+    return RealLlama(folder, next(folder.glob("SmolLM2-*.gguf")))
 
 
 def build_package(kind: str) -> Path:

@@ -20,6 +20,7 @@ PURE = (
     "daemon/test_admission_gate.py",
     "daemon/test_dispatcher.py",
     "daemon/test_failure_text.py",
+    "daemon/test_idle_exit.py",
     "daemon/test_learnt.py",
     "daemon/test_names.py",
     "daemon/test_preflight.py",

@@ -354,7 +354,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "S: is_gpu_free, memory info, free ratio: it waits until a GPU is free, the ratio picks the fraction": (
         "daemon/test_when_free.py::test_S_is_gpu_free_starts_with_the_share_that_the_free_ratio_picks",
         "daemon/test_when_free.py::test_S_is_gpu_free_looks_at_all_gpus_of_a_model",
-        "core/test_vacancy.py::test_the_free_ratio_picks_the_share",
+        "core/test_when_free.py::test_the_free_ratio_picks_the_share",
     ),
     # ---- M: configuration
     "M: port 6004": (f"{OPERATING}::test_V_P_M_ports_are_more_addresses_of_the_same_service",),

@@ -11,6 +11,9 @@ import pytest
 from tests.cli.fake_daemon import fake_daemon, status
 from vllmd.cli import main
 from vllmd.cli.examine import Host, accounts, configuration, driver, memory, python, systemd, units
+from vllmd.cli.examine_engines import vllm_on_cpu
+from vllmd.config.types import Config, ModelConfig
+from vllmd.engines import vllm_cpu
 
 
 def machine(root: Path, answers: dict[str, str] | None = None, **over: Any) -> Host:
@@ -20,7 +23,7 @@ def machine(root: Path, answers: dict[str, str] | None = None, **over: Any) -> H
         line = " ".join(command)
         return next((answer for end, answer in (answers or {}).items() if line.endswith(end)), "")
 
-    settings: dict[str, Any] = {"run": run, "has_module": lambda name: True, "which": lambda name: f"/usr/bin/{name}"}
+    settings: dict[str, Any] = {"run": run, "has_module": lambda name: True}
     return Host(root=root, **{**settings, **over})
 
 
@@ -168,14 +171,30 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_configuration_whose_command_and_model_are_missing(tmp_path: Path) -> None:
     """Found without starting anything."""
     file = tmp_path / "vllmd.yaml"
-    file.write_text("models: {m: {command: /opt/vllm, model: /srv/m}, h: {model: /home/ann/m}}")
+    file.write_text("models: {m: {command: /opt/vllm, model: /srv/m}, h: {engine: sim, model: /home/ann/m}}")
     make(tmp_path, "/home/ann/m/")
-    host = machine(tmp_path, env={"VLLMD_CONFIG": str(file)}, which=lambda name: None if name == "/opt/vllm" else name)
+    host = machine(tmp_path, env={"VLLMD_CONFIG": str(file)})
     assert [what for verdict, what, _ in configuration(host) if verdict != "ok"] == [
-        "m: there is no command /opt/vllm",
         "m: there is no /srv/m",
         "h: /home/ann/m lies in somebody's home",
+        "m: there is no command '/opt/vllm'",
     ]
+
+
+def test_what_vllm_lacks_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is a GPU, or no vLLM, it is not asked."""
+    monkeypatch.setattr(vllm_cpu, "has_accelerator", lambda: False)
+    monkeypatch.setattr(vllm_cpu, "COMPILERS", ("no-such-compiler",))
+    monkeypatch.setattr(vllm_cpu, "_LIBRARIES", ("/nowhere",))
+    vllm, other = (Config(models={"m": ModelConfig("m", engine=engine)}) for engine in ("vllm", "sim"))
+    assert list(vllm_on_cpu(machine(tmp_path), vllm)) == [
+        ("bad", "vLLM runs on the CPU here: its worker does not start without libnuma.so.1", "apt install libnuma1"),
+        ("warning", "vLLM runs on the CPU here: it runs without compiling (--enforce-eager), which is slower",
+         "apt install g++"),
+    ]  # fmt: skip
+    assert list(vllm_on_cpu(machine(tmp_path), other)) == []
+    monkeypatch.setattr(vllm_cpu, "has_accelerator", lambda: True)
+    assert list(vllm_on_cpu(machine(tmp_path), vllm)) == []
 
 
 def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,13 +22,15 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_config_check(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Valid: how many models, from where. Invalid: every problem, status 78."""
+    """Valid: how many models, from where, and what of their programs is missing. Invalid: every problem, status 78."""
+    file.write_text(file.read_text() + "    command: /nowhere/vllm\n")
     assert main(["config", "check"]) == 0
-    out = capsys.readouterr().out.splitlines()
-    assert out == [
+    told = capsys.readouterr()
+    assert told.out.splitlines() == [
         f"valid: 1 models, read from {file}",
-        "vllmd --check looks at engines, model files and devices as well",
+        "vllmd --check looks at model files and devices as well",
     ]
+    assert told.err.startswith("warning: Qwen/Qwen3-0.6B: there is no command '/nowhere/vllm'")
     file.write_text("polcy: lru\nreserve: x\n")
     assert main(["config", "check"]) == 78
     assert [line.split(": ")[:2] for line in capsys.readouterr().err.splitlines()] == [

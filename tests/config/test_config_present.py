@@ -81,7 +81,7 @@ def test_each_setting_shows_its_origin(tmp_path: Path) -> None:
 def test_the_table_covers_every_field_of_the_dataclasses() -> None:
     """No setting without a row, no row without its field."""
     own = {
-        Config: {"files", "warnings", "template"},
+        Config: {"files", "warnings", "template", "templates"},
         ModelConfig: {"name", "where", "replica_of"},
         ReplicaConfig: {"of"},
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -275,7 +276,7 @@ class CoreUnderAnything(RuleBasedStateMachine):
     def look(self) -> None:
         """What is kept of the policy's view is what a fresh look would see."""
         planner, core = self.world.scheduler._planner, self.world.scheduler._core
-        fresh = PolicyInputBuilder(core.engines, core.swaps)
+        fresh = PolicyInputBuilder(core.engines, core.swaps, core.fit)
         for m in core.replicas.values():
             fresh.note(m)
         kept, new = planner.look(), fresh.look(core.waiting, planner._shallow)
@@ -313,4 +314,4 @@ CoreUnderAnything.TestCase.settings = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-TestCoreUnderAnything = CoreUnderAnything.TestCase
+TestCoreUnderAnything = pytest.mark.timeout(1800)(CoreUnderAnything.TestCase)  # a minute and a half on an idle core

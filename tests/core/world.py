@@ -187,9 +187,12 @@ class World:
 
     def pass_time(self, until: float) -> list[Command]:
         """Let the timers ring, as the daemon does, until ``until``. Returns all commands."""
-        commands = []
+        commands: list[Command] = []
+        rings, moment = 0, self.now
         while (due := self.scheduler.next_timer()) is not None and due <= until:
             commands += self.at(max(due, self.now), TimePassed())
+            rings, moment = (rings + 1, moment) if self.now == moment else (1, self.now)
+            assert rings < 1000, f"timers ring without an end at {moment}"
         self.now = until
         return commands
 

@@ -64,6 +64,12 @@ RECORDED = [
     ("llama.cpp", "ggml_backend_cuda_buffer_type_alloc_buffer: allocating 45108.64 MiB on device 0: cudaMalloc failed: "
                   "out of memory", "the device was full", True, False),
     ("llama.cpp", "llama_model_load: error loading model: unable to allocate CUDA0 buffer", "was full", True, False),
+    ("llama.cpp", "cmn  common_init_: failed to load lora adapter '/nowhere.gguf'", "no adapter for", False, True),
+    ("llama.cpp", "srv    load_model: failed to load multimodal model, '/nowhere.gguf'", "no projector for", False,
+     True),
+    ("llama.cpp", "error: org/name is not in the cache of this user, and this server downloads nothing: download it first",
+     "hf download org/name", False, False),
+    ("llama.cpp", "gguf_init_from_reader: failed to read key-value pairs", "cut off", False, True),
     ("llama.cpp", "gguf_init_from_file: failed to open GGUF file '/srv/m.gguf'", "no such file", False, False),
     ("llama.cpp", "llama_model_load: error loading model: tensor 'blk.3.ffn' data is not within the file bounds, model "
                   "is corrupted or incomplete", "load it again", False, True),

@@ -113,9 +113,12 @@ def test_an_ipv6_address_keeps_its_brackets() -> None:
 # --- the script, with a Ray that says what the test wants ---
 
 FAKE_RAY = """
-import json, os, time
+import atexit, json, os, time
 said = json.load(open(os.environ["FAKE_RAY"]))
-def init(**how): time.sleep(said.get("silent", 0))
+def init(**how):
+    time.sleep(said.get("silent", 0))
+    print("Ray begins", flush=True)
+    atexit.register(print, "Ray ends")
 def node(host, gpus): return {"NodeManagerAddress": host, "Alive": True, "Resources": {"GPU": gpus}}
 def nodes(): return [node(*one) for one in said["nodes"].items()]
 def available_resources(): return {"GPU": said["free"]}

@@ -1,4 +1,4 @@
-"""Other engines for real: transformers serve, vLLM's embeddings, and llama-server where it has been built."""
+"""Other engines for real: transformers serve, and vLLM's embeddings."""
 
 from __future__ import annotations
 
@@ -84,49 +84,3 @@ def test_vllm_embeds(start: Start, real_vllm: RealVllm) -> None:
     first, second = (entry["embedding"] for entry in answer["data"])
     assert len(first) == len(second) > 1
     assert first != second
-
-
-@pytest.mark.llama
-def test_llama_server_answers_on_its_socket(start: Start, llama: Path) -> None:
-    """Ready when the model is loaded; the phases of its start are read; it ends on SIGTERM."""
-    one = start(
-        engine="llama.cpp",
-        model=str(llama / "tiny.gguf"),
-        command=(str(llama / "llama-server"),),
-        max_model_len=512,
-        options={"gpu_layers": 0, "parallel": 2},
-    )
-    assert one.chat()
-    assert one.http.get("/v1/models").json()["data"][0]["id"] == "m"
-    one.call(one.engine.alive(one.model))
-    phases = [found.phase for line in one.lines() if (found := one.engine.progress(line))]
-    assert list(dict.fromkeys(phases)) == ["weights", "context", "serving"]
-    one.end()
-    assert one.popen.returncode == 0
-
-
-@pytest.mark.llama
-def test_llama_server_that_idles_by_itself_wakes_by_itself(start: Start, llama: Path) -> None:
-    """Asleep it answers probes and stays asleep; a request wakes it."""
-    one = start(
-        engine="llama.cpp",
-        model=str(llama / "tiny.gguf"),
-        command=(str(llama / "llama-server"),),
-        options={"gpu_layers": 0, "sleep_idle": 1},
-    )
-    assert one.launch.self_managed
-    while not one.http.get("/props").json()["is_sleeping"]:
-        one.call(one.engine.alive(one.model))
-    assert one.chat()
-
-
-@pytest.mark.llama
-def test_a_file_that_is_none_is_a_failure_in_its_words(llama: Path, tmp_path: Path) -> None:
-    """The line that tells, not the last one."""
-    model = ModelConfig("m", engine="llama.cpp", model="/nowhere/a.gguf", command=(str(llama / "llama-server"),))
-    one = Driven(model, Place(tmp_path))
-    try:
-        assert one.popen.wait(LIMIT) != 0
-        assert "fail" in one.engine.failure(one.lines()).reason
-    finally:
-        one.close()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from vllmd.config.engine_kinds import ALSO, ENGINE_KINDS
 from vllmd.config.types import ModelConfig
 from vllmd.engines import BUILT_IN, engine_kind, engine_names, engine_of
 from vllmd.engines.base import Engine, Place
@@ -62,6 +63,12 @@ def _plug_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 
 NEEDED = {"triton": {"repository": "/models"}, "remote": {"url": "http://127.0.0.1:1"}}
+
+
+def test_the_configuration_knows_the_kinds_by_name() -> None:
+    """``defaults`` has settings by kind, and must not need the kinds themselves for that."""
+    assert {*ENGINE_KINDS, *ALSO} == set(BUILT_IN)
+    assert all(BUILT_IN[name] == BUILT_IN[one] for name, one in ALSO.items())
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

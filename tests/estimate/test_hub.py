@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.estimate.files import LLAMA_8B, GiB, cached, model, sparse
-from vllmd.engines.checkpoint import gguf_file, weights_of
+from vllmd.engines.checkpoint import gguf_file, projector_file, weights_of
 from vllmd.hub import Unreadable, discover, locate, read_json
 
 
@@ -98,8 +98,9 @@ def test_quantisations_may_have_folders_of_their_own(tmp_path: Path) -> None:
     assert (found.name, found.kind) == ("org/m-GGUF", "generate")
     located = locate("org/m-GGUF:Q4_K_M", tmp_path)
     assert located.path
-    assert weights_of(located.path, located.tag, located.root).total == 2 * GiB + GiB // 2
-    assert weights_of(located.path, "", located.root).total == 16 * GiB + GiB // 2
+    assert weights_of(located.path, located.tag, located.root).total == 2 * GiB
+    assert weights_of(located.path, "", located.root).total == 16 * GiB
+    assert projector_file(located.path, located.root) == snapshot / "m-mmproj-F16.gguf"
     assert gguf_file(located.path, "q4_k_m", located.root) == snapshot / "Q4_K_M/m-Q4_K_M-00001-of-00002.gguf"
 
 

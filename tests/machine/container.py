@@ -214,7 +214,10 @@ class Machine:
             out, err = process.communicate(input, timeout)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            out, err = process.communicate()
+            try:
+                out, err = process.communicate(timeout=5)
+            except subprocess.TimeoutExpired:  # what it left in the background holds the pipes
+                out, err = "", "(its output is held open by a process that it left)"
             raise TimedOut(f"{command!r} still ran after {timeout} s:\n{out}{err}") from None
         if check and process.returncode:
             raise AssertionError(f"{command!r} exited {process.returncode}:\n{out}{err}")

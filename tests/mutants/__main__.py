@@ -31,7 +31,7 @@ class Mutation(NamedTuple):
 REPLICAS, ALL_CORE = "core/test_replicas.py", "core"
 MUTATIONS = (
     Mutation("nothing starts on a wedged device", "core/policy_input.py", "if account.avoided:", "if False:"),
-    Mutation("a swap starts nothing there", "core/swaps.py", "not accounts[i].avoided and need", "need"),
+    Mutation("a swap starts nothing there", "core/fit.py", "-1 if a.avoided else a.free + held", "a.free + held"),
     Mutation("frozen requests are regretted", "core/pricing.py", "+ left * (away + 0.5)", "+ 0.0 * left"),
     Mutation("sets of victims are searched", "core/eviction.py", "if len(chosen) + 1 < most:", "if False:"),
     Mutation(
@@ -116,7 +116,7 @@ MUTATIONS = (
         "core/test_wishes.py",
     ),
     Mutation(
-        "requests are cut at the drain limit once", "core/unloading.py", "leave.cut_at = INFINITY", "pass", ALL_CORE
+        "requests are cut at the drain limit once", "core/engine_table.py", "m.job.cut_at = INFINITY", "pass", ALL_CORE
     ),
     Mutation(
         "host memory stays booked after a wake",

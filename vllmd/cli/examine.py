@@ -40,7 +40,6 @@ class Host:
     user: bool = False
     run: Callable[..., str] = output
     has_module: Callable[[str], bool] = has_module
-    which: Callable[[str], str | None] = shutil.which
     env: dict[str, str] = field(default_factory=lambda: dict(os.environ))
 
     def path(self, absolute: str) -> Path:
@@ -208,7 +207,8 @@ def memory(host: Host) -> Iterator[Finding]:
 
 
 def configuration(host: Host) -> Iterator[Finding]:
-    """It is valid, and the engines' commands and files are there."""
+    """It is valid, and the engines' programs and files are there."""
+    from vllmd.cli.examine_engines import programs, vllm_on_cpu
     from vllmd.config.loader import read
 
     reading = read(env=host.env)
@@ -221,13 +221,12 @@ def configuration(host: Host) -> Iterator[Finding]:
     if not reading.problems and not reading.config.models:
         yield "warning", "no models are configured", "vllmd.yaml(5) has examples"
     for name, model in reading.config.models.items():
-        yield from _model(host, name, model.command, model.engine, model.source)
+        yield from _model(host, name, model.source)
+    yield from programs(host, reading.config)
+    yield from vllm_on_cpu(host, reading.config)
 
 
-def _model(host: Host, name: str, command: tuple[str, ...], engine: str, source: str) -> Iterator[Finding]:
-    program = command[0] if command else "vllm" if engine == "vllm" else ""
-    if program and not host.which(program):
-        yield "bad", f"{name}: there is no command {program}", "install it, or say where it is with command:"
+def _model(host: Host, name: str, source: str) -> Iterator[Finding]:
     if source.startswith("/") and not host.path(source).exists():
         yield "bad", f"{name}: there is no {source}", "say where it is with model:"
     elif source.startswith(("/root/", "/home/")) and not host.user:

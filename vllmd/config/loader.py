@@ -15,21 +15,36 @@ from pathlib import Path
 from typing import Any
 
 from vllmd.config import checks, secrets
+from vllmd.config.engine_kinds import ENGINES_OWN, one_name
 from vllmd.config.findings import Findings, Problem, Reading
 from vllmd.config.nodes import Node, Where, overlay
-from vllmd.config.settings import AUTH, COMBINED, DEFAULTS, DEVICE, IDLE, KEY, MODEL, REPLICA, ROOT, SERVER, Group
+from vllmd.config.settings import (
+    AUTH,
+    COMBINED,
+    DEFAULTS,
+    DEFAULTS_OF_KIND,
+    DEVICE,
+    IDLE,
+    KEY,
+    MODEL,
+    REPLICA,
+    ROOT,
+    SERVER,
+    Group,
+)
 from vllmd.config.shape import Shape
 from vllmd.config.sources import Files, command_line, default_file, environment
 from vllmd.config.trees import join, listen_of, overlay_layer
 from vllmd.config.types import AuthConfig, Config, DeviceConfig, KeyConfig, ModelConfig, ServerConfig
-from vllmd.config.value_types import HOST, PORT, TEXT, Kind, Wrong
+from vllmd.config.value_types import COMMAND, HOST, PORT, TEXT, Kind, Wrong
 from vllmd.core.types import IdleRules
 from vllmd.errors import ConfigError
 
 __all__ = ["Problem", "Reading", "default_file", "load", "read"]
 
 NOWHERE = Where("defaults")
-ENGINES_OWN = frozenset({"options", "extra_args", "env", "command"})  # mean nothing to another kind of engine
+NOTHING = Node(NOWHERE, {})
+VLLM = ModelConfig("").engine
 FAILED: Any = object()
 
 
@@ -89,6 +104,7 @@ class _Parser:
 
     def __init__(self, findings: Findings, env: Mapping[str, str]) -> None:
         self.findings, self.env = findings, env
+        self.by_kind: Mapping[str, Node] = {}  # of ``defaults``: what it says for models of one kind of engine
 
     def config(self, tree: Node) -> Config:
         values = self.values(ROOT, tree, "", skip=("server", "auth", "devices", "defaults", "models", "idle"))
@@ -101,6 +117,7 @@ class _Parser:
         base = self.base(tree, idle)
         values["models"] = self.models(tree, base)
         values["template"] = self.model("discovered", Node(NOWHERE, {}), base)
+        values["templates"] = {kind: self.model("discovered", of_kind(kind), base) for kind in self.by_kind}
         return Config(**values)
 
     def values(self, group: Group, node: Node, path: str, skip: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -242,11 +259,40 @@ class _Parser:
         return keys
 
     def base(self, tree: Node, idle: Node) -> Node:
-        """What lies beneath every model."""
+        """What lies beneath every model, less what is for one kind of engine. Complains under its own path, before any
+        model inherits it."""
         defaults = tree.value.get("defaults") or Node(NOWHERE, {})
-        defaults = defaults if defaults.is_map else Node(NOWHERE, {})
-        self.values(DEFAULTS, defaults, "defaults")  # complains under its own path, before any model inherits it
+        given = defaults.value if defaults.is_map else {}
+        self.by_kind = {name: node for name, node in given.items() if is_for_kind(name, node)}
+        for name, node in self.by_kind.items():
+            self.values(DEFAULTS_OF_KIND, node, f"defaults.{name}")
+        defaults = defaults.with_value({name: node for name, node in given.items() if name not in self.by_kind})
+        self.values(DEFAULTS, defaults, "defaults")
+        self.warn_of_nobodys(tree, defaults)
         return overlay(Node(NOWHERE, {"idle": idle}), defaults, COMBINED.__contains__)
+
+    def warn_of_nobodys(self, tree: Node, defaults: Node) -> None:
+        """Defaults for an engine that no model has are hardly meant so."""
+        models = tree.value.get("models")
+        kinds = (
+            {kind_of(node, defaults) for node in models.value.values()}
+            if models is not None and models.is_map
+            else set()
+        )
+        own = kind_of(defaults, defaults)
+        for name in sorted(ENGINES_OWN & set(defaults.value)):
+            if kinds and own not in kinds:
+                what = f"it is for models of the engine {own}, and there are none; for others it belongs in"
+                places = ", ".join(f"defaults.{kind}.{name}" for kind in sorted(kinds))
+                self.findings.warn(defaults.value[name].where, f"defaults.{name}", f"{what} {places}")
+
+    def beneath(self, node: Node, base: Node) -> Node:
+        """What lies beneath one model: of the settings that are an engine's own only those for its kind."""
+        kind = kind_of(node, base)
+        if kind != kind_of(base, base):
+            base = base.with_value({name: value for name, value in base.value.items() if name not in ENGINES_OWN})
+        for_kind = self.by_kind.get(kind)
+        return overlay(base, for_kind, COMBINED.__contains__) if for_kind else base
 
     def models(self, tree: Node, base: Node) -> dict[str, ModelConfig]:
         models = tree.value.get("models")
@@ -257,7 +303,7 @@ class _Parser:
         path, where = f"models.{name}", node.key or node.where
         if not checks.good_name(name):
             self.findings.complain(where, path, f"a model's name has {checks.GOOD_NAME}")
-        merged = overlay(base, node, COMBINED.__contains__)
+        merged = overlay(self.beneath(node, base), node, COMBINED.__contains__)
         values = self.values(MODEL, merged, path, skip=("idle",))
         values["idle"] = self.idle(merged.value["idle"], f"{path}.idle")
         token = self.token(merged, path)
@@ -283,9 +329,11 @@ class _Parser:
 
     def replica(self, base: ModelConfig, node: Node, entry: Node, path: str, index: int) -> ModelConfig:
         entry = Shape(self.findings).canonical(REPLICA, entry, path)
-        if "engine" in entry.value and entry.value["engine"].text != base.engine:
-            node = node.with_value({name: value for name, value in node.value.items() if name not in ENGINES_OWN})
+        if "engine" in entry.value and kind_of(entry, node) != kind_of(node, node):
+            others = ENGINES_OWN | {"env"}  # the model's variables, too, were written for its engine
+            node = node.with_value({name: value for name, value in node.value.items() if name not in others})
             base = replace(base, options={}, extra_args=(), env={}, command=())
+            entry = overlay(self.by_kind.get(kind_of(entry, node), NOTHING), entry, COMBINED.__contains__)
         merged = overlay(node, entry, COMBINED.__contains__)
         own = merged.with_value({name: merged.value[name] for name in entry.value})
         values = self.values(MODEL, own, path, skip=("idle",))
@@ -315,6 +363,23 @@ class _Parser:
         if "hf_token" in entries:
             return self.secret(entries["hf_token"], f"{path}.hf_token", False)
         return None
+
+
+def kind_of(node: Node, base: Node) -> str:
+    """The kind of a model's engine: its own word, else that of ``base``."""
+    told = node.value.get("engine") or base.value.get("engine")
+    return one_name(told.text) if told is not None and told.text else VLLM
+
+
+def of_kind(kind: str) -> Node:
+    """A model that says no more than its engine."""
+    return Node(NOWHERE, {"engine": Node(NOWHERE, kind, kind)})
+
+
+def is_for_kind(name: str, node: Node) -> bool:
+    """Whether an entry of ``defaults`` is for one kind of engine; ``Shape`` has refused what is neither."""
+    row = DEFAULTS.row(name)
+    return row is None or (node.is_map and row.kind is COMMAND)
 
 
 def settle_idle(values: dict[str, Any]) -> IdleRules:

@@ -45,8 +45,9 @@ def guest(name: str, settings: Mapping[str, Any], config: Config, *, trusted: bo
     model, given = parse_model(name, node, findings)
     found = [str(problem) for problem in findings.problems()]
     if not found:
-        model = _over(config.template, model, given)
-        found = [] if trusted else list(_refused(model, given, config))
+        template = config.template_of(model.engine) if "engine" in given else config.template
+        model = _over(template, model, given)
+        found = [] if trusted else list(_refused(model, given, template, config))
         together = replace(config, models={**config.models, name: model})
         found += [f"{path}: {what}" for _, path, what in check(together)]
     if found:
@@ -79,11 +80,11 @@ def _refuse_settings(settings: Mapping[str, Any]) -> None:
         raise BadRequest("\n".join(f"{name}: only root may say this here; ask your administrator" for name in found))
 
 
-def _refused(model: ModelConfig, given: frozenset[str], config: Config) -> list[str]:
+def _refused(model: ModelConfig, given: frozenset[str], template: ModelConfig, config: Config) -> list[str]:
     wrong = []
     if "engine" in given and model.engine not in ("vllm", config.template.engine):
         wrong.append(f"engine: {model.engine!r} must be configured by your administrator")
-    own = model.extra_args[len(config.template.extra_args) :] if "extra_args" in given else ()
+    own = model.extra_args[len(template.extra_args) :] if "extra_args" in given else ()
     flags = [word.partition("=")[0] for word in own if word.startswith("-") and not _is_number(word)]
     wrong += [f"extra_args: {flag} must be configured by your administrator" for flag in flags if flag not in HARMLESS]
     return sorted(wrong)

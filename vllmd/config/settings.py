@@ -499,8 +499,15 @@ REPLICA = replace(
 DEFAULTS = replace(
     MODEL,
     doc="Settings of all models that do not say otherwise. env, idle, limits, options and a mapping in extra_args "
-    "are combined entry by entry.",
+    "are combined entry by entry. command, extra_args and options are for models of its own engine only, which is vllm "
+    "unless engine says another. Those of another kind have theirs under its name, as in "
+    "llama.cpp: {extra_args: {flash-attn: on}}, a mapping of the same settings, which come before the others.",
     rows=tuple(row for row in MODEL.rows if row.name not in NOT_IN_DEFAULTS),
+)
+DEFAULTS_OF_KIND = replace(
+    DEFAULTS,
+    doc="Settings of all models of this kind of engine that do not say otherwise.",
+    rows=tuple(row for row in DEFAULTS.rows if row.name != "engine"),
 )
 
 DEVICE = Group(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from vllmd.config.engine_kinds import ENGINE_KINDS, is_engine_kind, one_name
 from vllmd.config.findings import Findings
 from vllmd.config.nodes import Node
-from vllmd.config.settings import DEFAULTS, LEGACY, LEGACY_SECTIONS, MODEL, ROOT, Group, Setting
+from vllmd.config.settings import DEFAULTS, DEFAULTS_OF_KIND, LEGACY, LEGACY_SECTIONS, MODEL, ROOT, Group, Setting
 from vllmd.config.trees import find, join, put
 from vllmd.config.value_types import what_it_is
 
@@ -63,8 +64,12 @@ class Shape:
         entries: dict[str, Node] = {}
         for name, value in node.value.items():
             row, full = group.row(name), join(path, name)
-            if row is None:
-                self.unknown(value, full, name, spellings(group), advice(group, name, value))
+            if group is DEFAULTS and is_of_kind(row, name, value):
+                if self.mapping(value, full, group.accepts) is not None:
+                    entries[one_name(name)] = self.canonical(DEFAULTS_OF_KIND, value, full)
+            elif row is None:
+                kinds = ENGINE_KINDS if group is DEFAULTS and value.is_map else ()
+                self.unknown(value, full, name, (*spellings(group), *kinds), advice(group, name, value))
             elif row.name in entries:
                 other = entries[row.name].where
                 what = f"{row.name} is the same setting, given in {other}"
@@ -118,8 +123,15 @@ class Shape:
         self.findings.complain(value.key or value.where, path, what, ", ".join(known), near[0] if near else "")
 
 
+def is_of_kind(row: Setting | None, name: str, value: Node) -> bool:
+    """Whether an entry of ``defaults`` is for one kind of engine. A kind and a setting may be called the same."""
+    if row is not None:
+        return value.is_map and name in ENGINE_KINDS
+    return value.value is not None and is_engine_kind(name)
+
+
 def advice(group: Group, name: str, value: Node) -> str:
-    if group is MODEL or group is DEFAULTS:
+    if group in (MODEL, DEFAULTS, DEFAULTS_OF_KIND):
         return "flags of the engine belong in extra_args"
     return "models belong beneath models:" if group is ROOT and "/" in name and value.is_map else ""
 

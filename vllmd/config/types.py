@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from vllmd.config.engine_kinds import one_name
 from vllmd.core.types import IdleRules, WhenFree
 
 OWN_USER = "own"
@@ -230,5 +231,14 @@ class Config:
     models: Mapping[str, ModelConfig] = field(default_factory=dict)
     discover: bool = False  # offer the models in the Hugging Face cache, too
     template: ModelConfig = field(default=ModelConfig(""), compare=False)  # what the defaults make of a model
+    templates: Mapping[str, ModelConfig] = field(default_factory=dict, compare=False)  # by kind, of those they name
     files: tuple[Path, ...] = ()
     warnings: tuple[str, ...] = ()
+
+    def template_of(self, kind: str) -> ModelConfig:
+        """What the defaults make of a model of this kind of engine."""
+        if one_name(kind) in self.templates:
+            return self.templates[one_name(kind)]
+        if one_name(kind) == one_name(self.template.engine):
+            return self.template
+        return replace(self.template, engine=kind, command=(), extra_args=(), options={})

@@ -6,16 +6,16 @@ from collections.abc import Callable
 
 from vllmd.core.common import Core
 from vllmd.core.eviction import fits
-from vllmd.core.model import INFINITY, Leave, Replica
+from vllmd.core.lifecycle import Job, Kind, Reason
+from vllmd.core.model import INFINITY, Replica
 from vllmd.core.policy import Outlook, Plan, PolicyInput
-from vllmd.core.policy_input import PolicyInputBuilder, host_claims, levels, waits_for_others
-from vllmd.core.possible import never_fits, stuck
+from vllmd.core.policy_input import PolicyInputBuilder, host_claims, levels, waited_since
 from vllmd.core.types import State
-from vllmd.core.vacancy import room_beside_kept
 
 TICK = 0.25  # seconds between two looks while anything waits
 FILL_AGE = 5.0  # seconds for which the choice of level-1 sleepers stands
 RECENT = 10.0  # seconds for which it is believed what others leave free, where nobody waits for it
+PRELOADED = "it is to be preloaded"
 RELOCATE_EVERY = 1.0  # seconds between two looks for sleepers that must move
 
 
@@ -24,7 +24,7 @@ class Planner:
 
     def __init__(self, core: Core, settle: Callable[[], None]) -> None:
         self._core = core
-        self.builder = PolicyInputBuilder(core.engines, core.swaps)
+        self.builder = PolicyInputBuilder(core.engines, core.swaps, core.fit)
         self._settle = settle  # carries out what a plan has set in motion
         self._looked = -INFINITY
         self._filled = -INFINITY
@@ -69,7 +69,7 @@ class Planner:
         """7.3: who waits for others to leave a device free; once, not with each look."""
         core, before = self._core, self._held_back
         picky = [m for m in core.waiting if m.spec.when_free]
-        held = {m: wait for m in picky if (wait := waits_for_others(core.engines, core.replicas.values(), m))}
+        held = {m: wait for m in picky if (wait := core.fit.held_back(m, waited_since(m, core.now)))}
         self._held_back = frozenset(m for m, wait in held.items() if not wait.unread)
         for m in [m for m in held if m in self._held_back and m not in before]:
             core.engines.record("wait", m, f"it waits for {held[m].why}", held[m].numbers)
@@ -83,11 +83,10 @@ class Planner:
         if not sleepers:
             return
         self._relocated = core.now
-        supply = room_beside_kept(core.engines.ledger, core.replicas.values())
         for m in sleepers:
-            why = stuck(core.engines.ledger, m, supply) if m not in core.swaps else ""
+            why = core.fit.stuck(m) if m not in core.swaps else ""
             if why:
-                core.leave(m, Leave(0, "moved", why))
+                core.ask(m, Job(Kind.STOP, Reason.MOVED, why, core.now))
         self._settle()
 
     def begin(self, plan: Plan) -> None:
@@ -109,7 +108,7 @@ class Planner:
             core.mark_dirty(core.replicas[victim.model])
         self._settle()
 
-    def bring(self, m: Replica, why: str, since: float, but: frozenset[int] = frozenset()) -> bool:
+    def bring(self, m: Replica, reason: Reason, why: str, since: float, but: frozenset[int] = frozenset()) -> bool:
         """Have it serve where it fits beside what is there; nobody leaves for it. Whether that could be begun.
 
         ``since``: from when the word must be on what others leave free, if it starts only there. ``but``: devices
@@ -118,9 +117,9 @@ class Planner:
         if self._core.engines.ledger.unknown and m.spec.device_count:
             return False
         devices = fits(self.look(), self.builder.see_newcomer(m, since).without(but))
-        if devices is None or never_fits(self._core.engines.ledger, m):
+        if devices is None or self._core.fit.never(m):
             return False
-        m.wanted, m.urged = self._core.now, False
+        self._core.ask(m, Job(Kind.START, reason, why, self._core.now))
         self.begin(Plan(m.id, devices, why=why))
         return True
 
@@ -137,12 +136,11 @@ class Planner:
         for m in list(todo):
             if core.engines.ledger.unknown and m.spec.device_count:
                 continue
-            if m.state is not State.STOPPED or m.demand or self.bring(m, "it is to be preloaded", -INFINITY):
+            if m.state is not State.STOPPED or m.demand or self.bring(m, Reason.PRELOAD, PRELOADED, -INFINITY):
                 del todo[m]
             elif self._waits_for_others(m):
                 del todo[m]
-                m.wanted, m.urged = core.now, False
-                core.mark_dirty(m)
+                core.ask(m, Job(Kind.START, Reason.PRELOAD, PRELOADED, core.now))
                 self._settle()
                 self.plan()
             elif not any(supply.busy or supply.claimed for supply in self.look().supplies.values()):
@@ -155,7 +153,8 @@ class Planner:
         if core.now >= self._filled + FILL_AGE:
             self._filled = core.now
             claims = host_claims(core.engines, core.replicas.values())
-            self._shallow = core.policy.shallow(claims, core.settings.host_memory)
+            running = sum(r.spec.host_running for r in core.replicas.values() if core.engines.ledger.host_held(r))
+            self._shallow = core.policy.shallow(claims, core.settings.host_memory - running)
         return self.sight()
 
     def outlook(self, r: Replica, s: PolicyInput | None = None) -> Outlook | None:

@@ -8,11 +8,12 @@ from operator import attrgetter
 
 from vllmd.core.costs import sleep_kind, wake_kind
 from vllmd.core.engine_table import EngineTable
+from vllmd.core.fit import Fit, freed_asleep
+from vllmd.core.lifecycle import AWAKE
 from vllmd.core.model import INFINITY, Replica
 from vllmd.core.policy import DeviceSupply, HostClaim, Knobs, Move, OffloadOption, PolicyInput, Resident, Waiting
 from vllmd.core.swaps import Swaps
 from vllmd.core.types import State
-from vllmd.core.vacancy import Wait, held_back, room_beside_kept, vacant
 
 KNOBS = Knobs()
 SOON = 0.001  # a transfer that should have ended by now
@@ -21,8 +22,9 @@ SOON = 0.001  # a transfer that should have ended by now
 class PolicyInputBuilder:
     """Keeps the views of models that did not change: a look costs what changed since the last one."""
 
-    def __init__(self, engines: EngineTable, swaps: Swaps) -> None:
+    def __init__(self, engines: EngineTable, swaps: Swaps, fit: Fit) -> None:
         self._engines = engines
+        self._fit = fit
         self._swaps = swaps
         self._waiting: dict[Replica, Waiting] = {}
         self._residents: dict[Replica, Resident] = {}
@@ -44,7 +46,7 @@ class PolicyInputBuilder:
         if may_leave(m):
             self._stale[m] = None
         self._sum(self._coming.pop(m, {}), -1)
-        coming = could_come(self._engines, m)
+        coming = freed_asleep(self._engines.ledger, m, m.footprint.asleep if sleep_levels(m) else 0)
         if coming:
             self._coming[m] = coming
             self._sum(coming, 1)
@@ -93,8 +95,7 @@ class PolicyInputBuilder:
         w = see_waiting(self._engines, m)
         if m.spec.when_free is None or m.state is State.SLEEPING or not w.span:
             return w
-        room = room_beside_kept(self._engines.ledger, self._swaps.replicas.values())
-        free = vacant(self._engines.ledger, m, room, w.oldest if since is None else since)
+        free = self._fit.vacant(m, w.oldest if since is None else since)
         if len(free) < w.span:
             return w._replace(devices=())
         return w._replace(devices=tuple(free), needs=tuple(free.values()), need=min(free.values()))
@@ -123,7 +124,7 @@ _age = attrgetter("oldest", "model")
 
 def may_leave(m: Replica) -> bool:
     """Whether a policy may ask it to: it is on with its gate open, or sleeps without frozen requests."""
-    if m.kept or m.swap or not m.placement.devices or m.leave is not None:
+    if m.kept or m.leaving or not m.placement.devices:
         return False
     return m.state is State.READY or (m.state is State.SLEEPING and not m.running)
 
@@ -134,14 +135,13 @@ def see_waiting(engines: EngineTable, m: Replica) -> Waiting:
     asleep = m.state is State.SLEEPING
     frozen = len(m.running)
     asked = [m.wanted] if m.wanted is not None else []
-    since = [t for t in (m.oldest, m.changed if frozen else None, *asked) if t is not None]
     urged = m.urged and m.wanted is not None
     any_device = m.devices or tuple(engines.ledger.accounts)
     return Waiting(
         model=m.id,
         waiters=m.demand,
         arrived=(m.model.queue.arrived if m.queued else 0.0) + frozen * m.changed + sum(asked),
-        oldest=min(since, default=engines.now),
+        oldest=waited_since(m, engines.now),
         load=m.costs.wake(m.level if asleep else 0),
         sleep=m.costs.sleep(max(m.spec.sleep_levels, default=0)),
         service=m.costs.seconds("service"),
@@ -154,6 +154,12 @@ def see_waiting(engines: EngineTable, m: Replica) -> Waiting:
         learnt=m.costs.learnt(wake_kind(m.level if asleep else 0)),
         move=see_move(engines, m) if asleep else None,
     )
+
+
+def waited_since(m: Replica, now: float) -> float:
+    """When the oldest of what waits for it came: a request, those frozen in it, an operator's wish."""
+    since = (m.oldest, m.changed if m.running and m.state not in AWAKE else None, m.wanted)
+    return min([t for t in since if t is not None], default=now)
 
 
 def see_move(engines: EngineTable, m: Replica) -> Move | None:
@@ -176,13 +182,6 @@ def elsewhere(engines: EngineTable, m: Replica) -> tuple[int, ...]:
     here = m.placement.devices if len(m.placement.devices) == 1 else ()
     devices = tuple(i for i in m.devices or accounts if i in accounts and i not in here)
     return devices if len(devices) >= m.spec.device_count and set(devices) != set(m.placement.devices) else ()
-
-
-def waits_for_others(engines: EngineTable, models: Iterable[Replica], m: Replica) -> Wait | None:
-    """Who keeps it from starting on a free device, and what would be one; None if nobody does."""
-    if m.spec.when_free is None or m.state is State.SLEEPING or not engines.ledger.accounts:
-        return None
-    return held_back(engines.ledger, m, room_beside_kept(engines.ledger, models), see_waiting(engines, m).oldest)
 
 
 def device_count(engines: EngineTable, m: Replica) -> int:
@@ -241,14 +240,6 @@ def levels(engines: EngineTable, m: Replica, shallow: frozenset[str]) -> list[in
 def sleep_levels(m: Replica) -> frozenset[int]:
     """What its engine supports; one that failed at it twice is stopped instead."""
     return m.spec.sleep_levels if m.sleep_failures < 2 else frozenset()
-
-
-def could_come(engines: EngineTable, m: Replica) -> dict[int, int]:
-    """Bytes per device that would come free if it slept; of one awake or on the move, and not kept."""
-    if not m.placement.devices or m.kept or m.state is State.SLEEPING:
-        return {}
-    rest = m.footprint.asleep if sleep_levels(m) else 0
-    return {index: max(0, share - rest) for index, share in engines.ledger.held(m).items()}
 
 
 def remaining(m: Replica, now: float) -> float:

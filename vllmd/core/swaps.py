@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from vllmd.core.engine_table import EngineTable
-from vllmd.core.ledger import gib
-from vllmd.core.lifecycle import AWAKE
-from vllmd.core.model import INFINITY, Leave, Replica
+from vllmd.core.fit import Fit
+from vllmd.core.lifecycle import AWAKE, Job, Kind, Reason
+from vllmd.core.model import INFINITY, Replica
 from vllmd.core.policy import OffloadOption, Plan, drain_time
 from vllmd.core.types import State
-from vllmd.core.vacancy import grant, others_on, room_beside_kept, size_there
 
 
 class Claim(NamedTuple):
@@ -39,8 +38,9 @@ class Swap:
 class Swaps:
     """All swaps that are draining or queued; once the target's command is out there is nothing left to do."""
 
-    def __init__(self, engines: EngineTable, replicas: dict[str, Replica]) -> None:
+    def __init__(self, engines: EngineTable, replicas: dict[str, Replica], fit: Fit) -> None:
         self.engines = engines
+        self._fit = fit
         self.replicas = replicas
         self._by_target: dict[Replica, Swap] = {}
 
@@ -66,37 +66,29 @@ class Swaps:
         if target in victims:
             target.moved = now
         for m, option in victims.items():
-            m.swap = target
-            leave = _leave(m, option, plan, now)
-            if m.state is State.READY:
-                self.engines.drain(m, leave)
-            else:
-                m.leave = leave
+            self.engines.ask(m, _job(m, target, option, plan, now))
 
     def left(self, m: Replica) -> None:
         """A victim gave up its memory (or died of it)."""
-        ex = self._by_target.get(m.swap) if m.swap else None
-        if ex:
+        for ex in self._by_target.values():
             ex.victims.pop(m, None)
-        m.swap = None
 
-    def cancel(self, target: Replica | None) -> list[Replica]:
+    def cancel(self, target: Replica) -> list[Replica]:
         """Nobody wants ``target`` any more: victims that have not left yet stay. Returns its victims."""
-        ex = self._by_target.pop(target, None) if target else None
-        back = []
-        for m in ex.victims if ex else ():
-            m.swap = None
-            back.append(m)
-            if m.leave and m.leave.cause == "exchange":
-                if m.state is State.DRAINING:
-                    self.engines.reopen(m)
-                elif m.state is State.SLEEPING:
-                    m.leave = None
+        ex = self._by_target.pop(target, None)
+        back = list(ex.victims) if ex else []
+        for m in back:
+            self.engines.release(m)
         return back
 
-    def lapsed(self) -> list[Replica]:
-        """Targets that need no swap any more: nobody waits, or they cannot start now."""
-        return [t for t, ex in self._by_target.items() if not _wanted(t, ex)]
+    def lapsed(self) -> dict[Replica, str]:
+        """Targets whose swap is not to be, and why: nobody waits, they cannot start now, or a victim stays."""
+        why = {t: "nobody waits for it any more" for t, ex in self._by_target.items() if not _wanted(t, ex)}
+        for t, ex in self._by_target.items():
+            stays = [m.id for m in ex.victims if m.job is None or m.job.target is not t]
+            if stays and t not in why:
+                why[t] = f"{', '.join(stays)} is not to leave any more"
+        return why
 
     def advance(self) -> list[Replica]:
         """Start or wake each target whose victims are gone and whose devices are at rest. Returns those targets."""
@@ -106,10 +98,10 @@ class Swaps:
                 continue
             del self._by_target[m]
             moved.append(m)
-            if self.room_for(m, ex.devices):
+            if self._fit.has_room_on(m, ex.devices):
                 self.bring(m, ex.devices)
             else:
-                self.engines.record("replan", m, f"after the exchange {self._shortage(m, ex.devices)}")
+                self.engines.record("replan", m, f"after the exchange {self._fit.shortage(m, ex.devices)}")
         return moved
 
     def bring(self, m: Replica, devices: tuple[int, ...]) -> None:
@@ -117,45 +109,11 @@ class Swaps:
         if m.state is State.SLEEPING:
             self.engines.wake(m)
         elif m.spec.when_free and devices:
-            given = grant(m, [self.engines.ledger.accounts[index] for index in devices], self._room())
+            given = self._fit.grant(m, devices)
             self.engines.record("free", m, given.why, given.numbers)
             self.engines.start(m, devices, given.size)
         else:
             self.engines.start(m, devices)
-
-    def _room(self) -> dict[int, int]:
-        return room_beside_kept(self.engines.ledger, self.replicas.values())
-
-    def room_for(self, m: Replica, devices: tuple[int, ...]) -> bool:
-        """Whether the ledger has what it needs there."""
-        accounts = self.engines.ledger.accounts
-        if m.state is State.SLEEPING:
-            devices = m.placement.devices
-        needs = {i: self.need(m, i) for i in devices}
-        return all(
-            not accounts[i].avoided and need is not None and accounts[i].free >= need for i, need in needs.items()
-        )
-
-    def need(self, m: Replica, index: int) -> int | None:
-        """Bytes that it needs on the device beyond what it holds there, negative if that is more than it needs.
-
-        None: others do not leave that device free.
-        """
-        if m.state is State.SLEEPING:
-            return m.footprint.awake - self.engines.ledger.held(m).get(index, 0)
-        if m.spec.when_free is None:
-            return m.booking
-        account = self.engines.ledger.accounts[index]
-        return size_there(m, account, others_on(account, self._room()))
-
-    def _shortage(self, m: Replica, devices: tuple[int, ...]) -> str:
-        return "; ".join([self._short(i, self.need(m, i)) for i in devices])
-
-    def _short(self, index: int, need: int | None) -> str:
-        account = self.engines.ledger.accounts[index]
-        if need is None:
-            return f"others do not leave device {index} free: strangers hold {gib(account.external)} there"
-        return f"device {index} has {gib(account.free)} of {gib(need)} needed"
 
     def claims(self) -> dict[int, Claim]:
         """The devices on which a swap is draining or queued."""
@@ -171,7 +129,7 @@ class Swaps:
     def _claim(self, ex: Swap, leaving: list[Replica], index: int, drain: float) -> Claim:
         need = 0
         if index in ex.devices:
-            need = (ex.target.booking if ex.target in ex.victims else self.need(ex.target, index)) or 0
+            need = (ex.target.booking if ex.target in ex.victims else self._fit.need_on(ex.target, index)) or 0
         coming = sum([ex.victims[m].frees for m in leaving if index in m.placement.devices])
         return Claim(need, coming, drain)
 
@@ -192,11 +150,12 @@ class Swaps:
         return min(expected, max(0.0, ex.deadline - self.engines.now)) if m.freezable else expected
 
 
-def _leave(m: Replica, option: OffloadOption, plan: Plan, now: float) -> Leave:
+def _job(m: Replica, target: Replica, option: OffloadOption, plan: Plan, now: float) -> Job:
     freeze_at = now + plan.drain if option.level else INFINITY
     cut_at = now + m.spec.drain_limit if m.spec.drain_limit is not None else INFINITY
     goal = "to start on another device" if m.id == plan.target else f"to make room for {plan.target}"
-    return Leave(option.level, "exchange", f"{goal}: {plan.why}", freeze_at, cut_at)
+    kind, why = Kind.SLEEP if option.level else Kind.STOP, f"{goal}: {plan.why}"
+    return Job(kind, Reason.SWAP, why, now, option.level, freeze_at, cut_at, target=target)
 
 
 def _wanted(m: Replica, ex: Swap) -> bool:

@@ -144,6 +144,7 @@ class ReplicaSpec:
     max_restarts: int = 3
     restart_backoff: float = 5.0  # doubles with each failure in a row
     settings: str = ""  # a digest of what its engine depends on: figures measured under another one are forgotten
+    host_running: int = 0  # bytes of host memory that it takes as long as it runs; nothing waits for them
     keeps_host: bool = True  # once slept at level 1 its host memory stays taken until it stops (vLLM's does)
     when_free: WhenFree | None = None
     engine: str = ""

@@ -6,14 +6,12 @@ from collections.abc import Callable
 
 from vllmd.core.balancing import in_flight, resting
 from vllmd.core.common import Core
-from vllmd.core.engine_table import EngineTable
 from vllmd.core.idle import idle_due
 from vllmd.core.ledger import Account, gib
 from vllmd.core.model import INFINITY, HealthStatus, Model, Replica
 from vllmd.core.planner import Planner
 from vllmd.core.policy import PolicyInput
-from vllmd.core.policy_input import waits_for_others
-from vllmd.core.swaps import Swaps
+from vllmd.core.policy_input import waited_since
 from vllmd.core.types import DeviceView, ModelView, ReplicaView, Snapshot, State
 
 # Of several replicas' states the model's is the first one here that any of them has.
@@ -54,7 +52,7 @@ def _device(a: Account) -> DeviceView:
 
 def _model(core: Core, model: Model, now: float, outlook: Ask) -> ModelView:
     """The replicas as one: in the state of the best of them, with all their requests and memory."""
-    views = tuple(_replica(core, r, now, outlook) for r in model.replicas)
+    views = tuple(_replica(core, r, now, outlook) for r in (*model.replicas, *model.retired))
     best = min(views, key=lambda view: (not serves(view, model), BEST_FIRST.index(view.state)))
     up = [view for view in views if serves(view, model)]
     idle = [view.idle for view in views if view.idle is not None]
@@ -107,7 +105,7 @@ def _replica(core: Core, r: Replica, now: float, outlook: Ask) -> ReplicaView:
         since=now - r.changed,
         pinned=r.pinned,
         leases=tuple(r.leases),
-        waiting_for=_waiting_for(engines, core.swaps, r, now, outlook) if r.demand else "",
+        waiting_for=_waiting_for(core, r, now, outlook) if r.demand else "",
         failure=r.failure or (r.health.why if r.health else ""),
         standing=_standing(r),
         latency=r.health.latency if r.health else None,
@@ -122,7 +120,7 @@ def _standing(r: Replica) -> str:
     return "resting" if r in resting(r.model) else r.health.status.value
 
 
-def _waiting_for(engines: EngineTable, swaps: Swaps, m: Replica, now: float, outlook: Ask) -> str:
+def _waiting_for(core: Core, m: Replica, now: float, outlook: Ask) -> str:
     """Why queued requests wait, in a few words."""
     if m.state is State.STARTING:
         return f"its start ({now - m.changed:.0f} of about {m.costs.wake(0):.0f} s)"
@@ -136,14 +134,14 @@ def _waiting_for(engines: EngineTable, swaps: Swaps, m: Replica, now: float, out
         return f"a restart in {max(0.0, m.retry_at - now):.0f} s after: {m.failure}"
     if m.state not in (State.STOPPED, State.SLEEPING):
         return f"the end of its {m.state.value.replace('_', ' ')}"
-    return _waiting_for_room(engines, swaps, m, outlook)
+    return _waiting_for_room(core, m, now, outlook)
 
 
-def _waiting_for_room(engines: EngineTable, swaps: Swaps, m: Replica, outlook: Ask) -> str:
-    swap = swaps.get(m)
+def _waiting_for_room(core: Core, m: Replica, now: float, outlook: Ask) -> str:
+    engines, swap = core.engines, core.swaps.get(m)
     if swap and swap.victims:
         return outlook(m)
-    others = waits_for_others(engines, swaps.replicas.values(), m)
+    others = core.fit.held_back(m, waited_since(m, now))
     if others:
         return others.why
     holder = engines.holder(swap.devices if swap else m.placement.devices or tuple(engines.ledger.accounts))
@@ -154,6 +152,6 @@ def _waiting_for_room(engines: EngineTable, swaps: Swaps, m: Replica, outlook: A
     accounts = engines.ledger.accounts.values()
     wedged = [f"device {a.device.index} is avoided: {a.wedged}" for a in accounts if a.avoided]
     taken = [f"strangers hold {gib(a.external)} on device {a.device.index}" for a in accounts if a.external > a.missing]
-    kept = [other.id for other in swaps.replicas.values() if other.kept and other.loaded and other is not m]
+    kept = [other.id for other in core.replicas.values() if other.kept and other.loaded and other is not m]
     room = f"room beside {', '.join(kept)} (leased or pinned)" if kept else "room"
     return "; ".join([room, *wedged, *taken])

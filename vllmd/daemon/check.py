@@ -1,4 +1,4 @@
-"""``vllmd --check``: the configuration, and whether each of its models can work on this machine."""
+"""``vllmd --check``: the configuration, and whether each of its models, and its engine's program, can work here."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from vllmd.daemon.homes import Homes
 from vllmd.daemon.preflight import Machine, doubtful, look, wrong
 from vllmd.daemon.startup import find_devices
 from vllmd.engines.facts import size
+from vllmd.engines.programs import system_daemon_is_meant, troubles
 
 EX_CONFIG = 78
 # As vllmd.service says.
@@ -31,7 +32,8 @@ def check(config: Config, environment: Mapping[str, str]) -> int:
     prospects = look(engines_of(config.models).values(), machine, EngineResolver(quiet=True))
     for warning in [*config.warnings, *doubtful(prospects, machine)]:
         print(f"warning: {warning}", file=sys.stderr)
-    mistakes = wrong(prospects)
+    absent = troubles(engines_of(config.models).values(), system=system_daemon_is_meant())
+    mistakes = [*wrong(prospects), *map(str, absent)]
     for mistake in mistakes:
         print(mistake, file=sys.stderr)
     if mistakes:

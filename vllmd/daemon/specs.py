@@ -41,6 +41,7 @@ def replica_spec(model: ModelConfig, engine: Engine, told: Estimate) -> ReplicaS
         concurrency=model.concurrency,
         drain_limit=model.drain_limit,
         preempt=model.preempt,
+        host_running=told.host_running,
         when_free=model.when_free,
         max_restarts=model.max_restarts,
         restart_backoff=model.restart_backoff,

@@ -1,9 +1,11 @@
 """Engine kinds: each a small stateless class that says what to run and which calls mean what.
 
 ``base`` is the contract, the other modules are the kinds; ``engine_of`` finds a
-model's. Third parties register a class (or an instance) in the entry-point group
-``vllmd.engines``, or a runner (``runner.BaseRunner``); whatever one of theirs raises becomes a ConfigError that names
-it (``guard``), so a plug-in cannot take the daemon down.
+model's, and ``environments`` where an engine's program is installed. Third
+parties register a class (or an instance) in the entry-point group
+``vllmd.engines``, or a runner (``runner.BaseRunner``); whatever one of theirs
+raises becomes a ConfigError that names it (``guard``), so a plug-in cannot take
+the daemon down.
 """
 
 from __future__ import annotations

@@ -53,8 +53,7 @@ def weights_of(path: Path, tag: str = "", root: Path | None = None) -> Weights:
     if found.total:
         return found
     there = ggufs(folder, names)
-    projector = _projector(folder, there) if root else []
-    other = _gguf(folder, _gguf_files(folder, there, tag), projector) if there else _pytorch(folder, names)
+    other = _gguf(folder, _gguf_files(folder, there, tag)) if there else _pytorch(folder, names)
     return Weights(other.sizes, other.how, found.notes + other.notes)
 
 
@@ -64,6 +63,14 @@ def gguf_file(path: Path, tag: str = "", root: Path | None = None) -> Path | Non
         return path if path.suffix == ".gguf" else None
     folder = Folder(path, root)
     return next((path / name for name in _gguf_files(folder, ggufs(folder, folder.names()), tag)), None)
+
+
+def projector_file(path: Path, root: Path | None = None) -> Path | None:
+    """The GGUF file in a folder that lets a model see: ``mmproj*.gguf``. Raises OSError, Unreadable."""
+    folder = Folder(path, root) if path.is_dir() else None
+    there = ggufs(folder, folder.names()) if folder else []
+    names = [name for name in there if folder and is_projector(name) and folder.size(name)]
+    return path / min(names, key=len) if names else None
 
 
 # ---- safetensors ------------------------------------------------------------------------------
@@ -206,15 +213,8 @@ def _gguf_files(folder: Folder, names: Sequence[str], tag: str) -> list[str]:
     return max(tagged or whole.values(), key=lambda found: _sum(folder, found), default=[])
 
 
-def _projector(folder: Folder, names: Sequence[str]) -> list[str]:
-    """The largest of those that are here: of a repository llama.cpp loads one with the model."""
-    there = [name for name in names if is_projector(name)]
-    return sorted(there, key=lambda name: folder.size(name) or 0)[-1:]
-
-
-def _gguf(folder: Folder, names: Sequence[str], projector: Sequence[str] = ()) -> Weights:
-    told = f"size of {shown(names[0]) if names else 'no file'}" + "".join(f" and {shown(each)}" for each in projector)
-    return _sane(Weights({"GGUF": _sum(folder, [*names, *projector])} if names else {}, told))
+def _gguf(folder: Folder, names: Sequence[str]) -> Weights:
+    return _sane(Weights({"GGUF": _sum(folder, names)}, f"size of {shown(names[0]) if names else 'no file'}"))
 
 
 def _sum(folder: Folder, names: Iterable[str]) -> int:

@@ -36,6 +36,17 @@ def _row(pattern: str, advice: str, **flags: bool) -> Known:
 
 
 TABLE: tuple[Known, ...] = (
+    # -- what a model of llama.cpp brings along; of what follows from it a context that could not be made is one thing
+    _row(
+        r"(?:load|apply) lora adapter|llama_adapter_lora_init: failed to open",
+        "lora under options names a file that is not there, or no adapter for this model",
+        permanent=True,
+    ),
+    _row(
+        r"Failed to load CLIP model|failed to load multimodal model",
+        "mmproj under options names a file that is not there, or no projector for this model",
+        permanent=True,
+    ),
     # -- memory
     _row(
         r"Available memory on node \d+ \(([\d.]+)/([\d.]+) GiB\).*desired CPU memory utilization \(([\d.]+)",
@@ -74,7 +85,8 @@ TABLE: tuple[Known, ...] = (
         memory=True,
     ),
     _row(
-        r"failed to allocate buffer for kv cache|failed to (?:create|initialize) (?:the )?context",
+        r"failed to allocate buffer for kv cache|failed to (?:create|initialize) (?:the )?context"
+        r"|failed to allocate CPU buffer|ggml_aligned_malloc: insufficient memory",
         "a smaller max_model_len takes less for the cache",
         memory=True,
     ),
@@ -105,9 +117,14 @@ TABLE: tuple[Known, ...] = (
     ),
     _row(
         r"Error while deserializing header|SafetensorError|data is not within the file bounds|invalid magic"
-        r"|model is corrupted or incomplete|unexpectedly reached end of file|HeaderTooLarge|MetadataIncompleteBuffer",
+        r"|model is corrupted or incomplete|unexpectedly reached end of file|HeaderTooLarge|MetadataIncompleteBuffer"
+        r"|gguf_init_from_\w+: failed to read",
         "a file of the model is cut off or damaged: delete it and load it again",
         permanent=True,
+    ),
+    _row(
+        r"^error: (\S+) is not in the cache of this user, and this server downloads nothing",
+        "hf download {1} as the engines' user (under /var/lib/vllmd-engine, with HF_HOME as it is there) brings it",
     ),
     _row(
         r"does not appear to have a file named (\S+?)[.,]?(?:\s|$)",

@@ -1,27 +1,48 @@
 """llama.cpp: ``llama-server`` on a private Unix socket, one model each.
 
-Facts that shape this file (tools/server/README.md, and a build that was run):
+Where no llama-server is installed, PyPI's xllamacpp brings its server: ``xllamacpp_server.py``, our program, takes the
+same flags and runs in the environment that has the package (``environments.py``). Of the two the rest of this file
+needs not know which it is.
+
+Facts that shape this file (tools/server/README.md, and builds that were run):
 
 - A ``--host`` that ends in ``.sock`` is a Unix socket.
 - ``/health`` is 503 while the model loads, and wakes nothing.
-- ``--ctx-size`` is the room of all slots together.
+- ``--ctx-size`` is the room of all slots together. Without ``--parallel`` four slots share one.
 - It has no call that means sleep; ``--sleep-idle-seconds`` unloads the model by
   itself and loads it at the next request. A stop is worth as much: the file
   stays in the page cache, and a start from there takes as long as such a wake.
+- Prompts of slots that others took over are kept in host memory, 8 GiB of it unless told otherwise. Versions from
+  before that know no flag for it, so they are told by a variable.
+- On a CPU its threads wait for each other many times per token. GNU's OpenMP lets them spin meanwhile, which on cores
+  that others use as well made it twelve times slower (measured: 1.3 tokens/s against 15.6); so they are to sleep.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import ClassVar
 
 from vllmd.config.types import ModelConfig
-from vllmd.engines.base import Launch, Listen, Place, Progress
-from vllmd.engines.options import switch, unknown, whole
+from vllmd.engines import environments
+from vllmd.engines.base import Failure, Launch, Listen, Place, Progress
+from vllmd.engines.checkpoint import gguf_file, projector_file
+from vllmd.engines.facts import argument
+from vllmd.engines.llama_memory import MiB, prompt_cache
+from vllmd.engines.options import switch, text, unknown, whole, words
 from vllmd.engines.plain import Plain, environment
 from vllmd.engines.vllm import check_path
+from vllmd.foreign import Unreadable, within
+from vllmd.hub import is_repository, locate
 
 ALL_LAYERS = 999  # older versions do not know the word all
+LOOK = 2.0  # seconds for finding a model's files in the cache
+OWN_SERVER = Path(__file__).with_name("xllamacpp_server.py")
+_STAMP = re.compile(r"(?:\d+\.){3}\d+ (?P<level>[DIWE]) ")  # 0.00.032.878 E gguf_init_from_file: ...
+_PYTHON = re.compile(r"python[\d.]*")
+_SCALED = re.compile(r".+:-?\d+(\.\d+)?")
 _PHASES = {
     "load_model: loading model": "weights",
     "load_tensors:": "weights",
@@ -36,12 +57,20 @@ class LlamaCpp(Plain):
 
     kind = "llama.cpp"
     PROGRAM = "llama-server"
-    INSTALL = "install llama.cpp (https://github.com/ggml-org/llama.cpp), or name its llama-server in command"
+    INSTALL = (
+        "install llama.cpp (https://github.com/ggml-org/llama.cpp), name its llama-server in command, or take the one "
+        "from PyPI: python3 -m venv {env} && {env}/bin/pip install xllamacpp".format(
+            env=environments.SYSTEM / "llama.cpp/1"
+        )
+    )
     OPTIONS: ClassVar[Mapping[str, str]] = {
         "gpu_layers": "layers kept on the device (default: all); 0: it runs on the CPU and takes no device",
         "parallel": "requests that are worked on at a time",
         "embedding": "true: serve embeddings only",
         "reranking": "true: serve reranking",
+        "prompt_cache": "host memory for prompts that may come again, such as 2GiB (default: 512MiB); 0 keeps none",
+        "lora": "LoRA adapters: a GGUF file or a list of them, each with :SCALE behind it if it is not 1",
+        "mmproj": "file that lets it see and hear; without it mmproj*.gguf beside a model from the cache",
         "sleep_idle": "seconds after which it unloads its model by itself, to load it at the next request",
     }
     ROUTES: ClassVar[frozenset[str]] = frozenset(
@@ -72,36 +101,92 @@ class LlamaCpp(Plain):
         socket = place.run_dir / "engine.sock"
         check_path(socket, model)
         argv = (
-            *(model.command or ("llama-server",)),
-            *_model(model.source),
-            *("--host", str(socket), "--alias", self.served_name(model)),
-            *_context(model),
+            *_program(model),
+            *_files(model, place),
+            *("--host", str(socket), "--alias", self.served_name(model), "--metrics"),
+            *_context(model, place),
             *_layers(model, place),
             *_options(model),
             *model.extra_args,
         )
-        hidden = {"CUDA_VISIBLE_DEVICES": ""} if whole(model, "gpu_layers") == 0 else {}
         manages = whole(model, "sleep_idle") is not None
-        return Launch(argv, Listen(uds=str(socket)), environment(model, place) | hidden, self_managed=manages)
+        return Launch(argv, Listen(uds=str(socket)), _variables(model, place), self_managed=manages)
 
     def progress(self, line: str) -> Progress | None:
         """The phases of its start."""
         found = next((phase for words, phase in _PHASES.items() if words in line), None)
-        return Progress(found, line.strip()) if found else None
+        return Progress(found, _STAMP.sub("", line).strip()) if found else None
+
+    def failure(self, lines: Sequence[str]) -> Failure:
+        """What its errors say; its warnings come before them and are none."""
+        stamps = [(_STAMP.match(line), line) for line in lines]
+        failed = any(stamp and stamp["level"] == "E" for stamp, _ in stamps)
+        told = [line for stamp, line in stamps if not (failed and stamp and stamp["level"] in "DIW")]
+        return super().failure([_STAMP.sub("", line) for line in told])
+
+    def _absent(self, said: Sequence[str]) -> str:
+        """The same of the package whose server it may be."""
+        return next((line for line in said if "No module named 'xllamacpp'" in line), "") or super()._absent(said)
 
 
-def _model(source: str) -> tuple[str, str]:
-    """A file, a URL, or a repository with an optional quantization: ``ggml-org/gemma-3-1b-it-GGUF:Q4_K_M``."""
+def _program(model: ModelConfig) -> tuple[str, ...]:
+    """An installed llama-server, else the environment's own, else our program in that environment.
+
+    A ``command`` that is only a Python is one that has xllamacpp.
+    """
+    if model.command:
+        is_python = len(model.command) == 1 and _PYTHON.fullmatch(Path(model.command[0]).name)
+        return (model.command[0], "-I", str(OWN_SERVER)) if is_python else model.command
+    name = LlamaCpp.PROGRAM
+    found = environments.in_use(LlamaCpp.kind)
+    if found is None or environments.in_path(model, name):
+        return (name,)
+    own = found.program(name)
+    return (str(own),) if own else (str(found.python), "-I", str(OWN_SERVER))
+
+
+def _files(model: ModelConfig, place: Place) -> list[str]:
+    """What it loads: a file, also of a repository that the cache has; else a URL or a repository, for it to download.
+
+    A repository may name a quantization: ``ggml-org/gemma-3-1b-it-GGUF:Q4_K_M``.
+    """
+    source, projector = model.source, text(model, "mmproj")
+    seeing = ["--mmproj", projector] if projector else []
     if source.startswith(("http://", "https://")):
-        return "--model-url", source
-    is_file = source.startswith(("/", ".", "~")) or source.endswith(".gguf")
-    return ("--model", source) if is_file else ("--hf-repo", source)
+        return ["--model-url", source, *seeing]
+    if source.startswith(("/", ".", "~")) or source.endswith(".gguf"):
+        return ["--model", source, *seeing]
+    file, beside = _cached(source, place.hub, argument(model, "revision"))
+    if file is None:
+        return ["--hf-repo", source, *seeing]
+    return ["--model", str(file), *(seeing or (["--mmproj", str(beside)] if beside else []))]
 
 
-def _context(model: ModelConfig) -> list[str]:
+def _cached(source: str, hub: Path | None, revision: str) -> tuple[Path | None, Path | None]:
+    """The model's file in the cache, and the projector beside it; None for what is not there, or cannot be read."""
+    if hub is None or not is_repository(source.partition(":")[0]):
+        return None, None
+    cache = hub
+
+    def look() -> tuple[Path | None, Path | None]:
+        located = locate(source, cache, revision)
+        if located.path is None:
+            return None, None
+        file = gguf_file(located.path, located.tag, located.root)
+        return file, projector_file(located.path, located.root) if file else None
+
+    try:
+        return within(LOOK, look)
+    except (OSError, Unreadable):  # the engine itself may have better luck, and says why if it has not
+        return None, None
+
+
+def _context(model: ModelConfig, place: Place) -> list[str]:
+    """Slots, and the room of all of them: as configured, else what fits, else its own choice."""
     slots = whole(model, "parallel")
     flags = ["--parallel", str(slots)] if slots else []
-    return [*flags, "--ctx-size", str(model.max_model_len * (slots or 1))] if model.max_model_len else flags
+    tokens = model.max_model_len * (slots or 1) if model.max_model_len else place.context
+    return [*flags, "--ctx-size", str(tokens)] if tokens else flags
 
 
 def _layers(model: ModelConfig, place: Place) -> list[str]:
@@ -114,5 +199,13 @@ def _layers(model: ModelConfig, place: Place) -> list[str]:
 
 def _options(model: ModelConfig) -> list[str]:
     flags = [f"--{name}" for name in ("embedding", "reranking") if switch(model, name)]
+    for adapter in words(model, "lora"):
+        flags += ["--lora-scaled" if _SCALED.fullmatch(adapter) else "--lora", adapter]
     after = whole(model, "sleep_idle")
     return flags if after is None else [*flags, "--sleep-idle-seconds", str(after)]
+
+
+def _variables(model: ModelConfig, place: Place) -> dict[str, str]:
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if whole(model, "gpu_layers") == 0 else {}
+    own = {"LLAMA_ARG_CACHE_RAM": str(prompt_cache(model) // MiB), "OMP_WAIT_POLICY": "passive"}
+    return own | environment(model, place) | hidden

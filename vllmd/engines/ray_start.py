@@ -24,8 +24,8 @@ LOOK = """
 import json, logging, sys, ray
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level=logging.ERROR)
 nodes = {n["NodeManagerAddress"]: n["Resources"].get("GPU", 0) for n in ray.nodes() if n["Alive"]}
-print(json.dumps([nodes, ray.available_resources().get("GPU", 0)]))
-"""
+print("CLUSTER", json.dumps([nodes, ray.available_resources().get("GPU", 0)]))
+"""  # its line is marked: Ray, and what sits in its interpreter, print lines of their own at any time
 
 
 class RayError(Exception):
@@ -116,7 +116,10 @@ def what_is_missing(python: str, told: dict[str, Any]) -> str:
         return f"Ray at {address} does not answer within {LOOK_LIMIT:g} s"
     if look.returncode:
         return f"Ray at {address}: {(look.stderr.strip().splitlines() or ['no reason given'])[-1]}"
-    nodes, free = json.loads(look.stdout)
+    told_line = next((line for line in look.stdout.splitlines() if line.startswith("CLUSTER ")), "")
+    if not told_line:
+        return f"Ray at {address} has ended without a word about its nodes"
+    nodes, free = json.loads(told_line.removeprefix("CLUSTER "))
     return "" if free >= told["needed"] else too_small(address, nodes, free, told["needed"])
 
 

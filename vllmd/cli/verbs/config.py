@@ -1,8 +1,8 @@
 """Check, show or describe the configuration, without the daemon.
 
 check says everything that is wrong, each with file, line and what would be
-right. show prints what is in effect and where each setting comes from. schema
-prints the JSON Schema for editors.
+right, and whether the engines' programs start. show prints what is in effect
+and where each setting comes from. schema prints the JSON Schema for editors.
 """
 
 from __future__ import annotations
@@ -35,22 +35,26 @@ def run(arguments: argparse.Namespace) -> int:
 
 def check(arguments: argparse.Namespace) -> int:
     from vllmd.config.loader import read
+    from vllmd.config.replicas import engines_of
+    from vllmd.engines.programs import system_daemon_is_meant, troubles
 
     reading = read(arguments.file)
     config, problems = reading.config, reading.problems
+    absent = troubles(engines_of(config.models).values(), system=system_daemon_is_meant())
+    warnings = [*config.warnings, *map(str, absent)]
     if arguments.json:
         places = [{"file": p.where.source, "line": p.where.line, "column": p.where.column, "key": p.path,
                    "problem": p.what, "accepted": p.accepted, "nearest": p.nearest} for p in problems]  # fmt: skip
-        print(show.as_json({"valid": not problems, "problems": places, "warnings": config.warnings}))
+        print(show.as_json({"valid": not problems, "problems": places, "warnings": warnings}))
         return EX_CONFIG if problems else 0
-    for warning in config.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+    for warning in warnings:
+        show.say(f"warning: {warning}", sys.stderr)
     for problem in problems:
-        print(problem, file=sys.stderr)
+        show.say(str(problem), sys.stderr)
     if not problems:
         files = ", ".join(map(str, config.files)) or "no files (the defaults hold)"
-        print(f"valid: {len(config.models)} models, read from {files}")
-        print("vllmd --check looks at engines, model files and devices as well")
+        show.say(f"valid: {len(config.models)} models, read from {files}")
+        print("vllmd --check looks at model files and devices as well")
     return EX_CONFIG if problems else 0
 
 
@@ -60,7 +64,7 @@ def effective(arguments: argparse.Namespace) -> int:
 
     reading = read(arguments.file)
     for problem in reading.problems:
-        print(problem, file=sys.stderr)
+        show.say(str(problem), sys.stderr)
     if reading.problems:
         return EX_CONFIG
     print(show.as_json(as_data(reading)) if arguments.json else as_yaml(reading).rstrip())

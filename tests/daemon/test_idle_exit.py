@@ -1,0 +1,36 @@
+"""When a daemon that systemd activated exits: when nobody has wanted anything of it for long enough."""
+
+from __future__ import annotations
+
+from vllmd.daemon.idle_exit import IdleExit
+
+
+def test_it_ends_when_idle_for_long_enough() -> None:
+    """Not before, and never where it is switched off."""
+    exit = IdleExit(born=100.0)
+    assert not exit.due(109.9, 10.0, busy=False, accepted=0)
+    assert not exit.due(110.0, None, busy=False, accepted=0)
+    assert exit.due(110.0, 10.0, busy=False, accepted=0)
+
+
+def test_use_begins_the_time_anew() -> None:
+    """From the last look at which it was in use."""
+    exit = IdleExit(born=0.0)
+    assert not exit.due(50.0, 10.0, busy=True, accepted=0)
+    assert not exit.due(59.9, 10.0, busy=False, accepted=0)
+    assert exit.due(60.0, 10.0, busy=False, accepted=0)
+
+
+def test_connections_between_two_looks_keep_it_awake() -> None:
+    """Refused requests too: each would start it anew, and it would never rest."""
+    exit = IdleExit(born=0.0)
+    for look in range(1, 100):
+        assert not exit.due(float(look), 0.5, busy=False, accepted=look)
+    assert exit.due(100.0, 0.5, busy=False, accepted=99)
+
+
+def test_it_lives_a_second_at_least() -> None:
+    """Or a short idle_exit would look like a crash loop to systemd, which then starts it no more."""
+    exit = IdleExit(born=0.0)
+    assert not exit.due(0.9, 0.0, busy=False, accepted=0)
+    assert exit.due(1.0, 0.0, busy=False, accepted=0)

@@ -1,0 +1,25 @@
+"""The names of engine kinds, as far as the configuration must know them: ``defaults`` has settings by kind."""
+
+from __future__ import annotations
+
+# Those that come along, each under the name that its settings have; ``vllmd.engines`` has the kinds themselves.
+ENGINE_KINDS = (
+    *("vllm", "llama.cpp", "sglang", "transformers", "tei", "triton", "comfyui", "command", "remote", "sim"),
+)
+ALSO = {"llama-server": "llama.cpp", "simengine": "sim"}
+# Settings that mean nothing to another kind of engine.
+ENGINES_OWN = frozenset({"options", "extra_args", "command"})
+
+
+def one_name(kind: str) -> str:
+    """The one name of a kind that has several."""
+    return ALSO.get(kind, kind)
+
+
+def is_engine_kind(name: str) -> bool:
+    """Whether engines of this kind can be: it comes along, or a plug-in brings it."""
+    if one_name(name) in ENGINE_KINDS:
+        return True
+    from importlib import metadata  # most configurations name no plug-in, and the first request waits for imports
+
+    return any(entry.name == name for entry in metadata.entry_points(group="vllmd.engines"))

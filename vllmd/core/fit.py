@@ -1,0 +1,268 @@
+"""Does it fit? What an engine needs of a device, and what a device has for it, in bytes. Nothing else answers that.
+
+A *supply* says what each device has for one engine, what that engine holds there itself included:
+
+- ``alone``: with the devices to itself. What does not fit so never will;
+- ``beside``: beside certain others, such as the pinned ones;
+- ``beside_kept``: beside other programs, and the replicas that must stay (pinned or leased): the most that swaps
+  could ever give it. Nothing on a device that is avoided;
+- ``now``: with nobody leaving.
+
+What the policy sees of a device (``policy.DeviceSupply``) has the same ``free``, and ``sleepable``: what would be free
+if all that are awake slept (``freed_asleep``).
+
+A model with ``when_free`` starts only on devices that others leave free. Others are those who will still be there:
+other programs, and the replicas that must stay. Those that can leave do not count: they are not somebody else's work
+that a start would disturb, their memory is booked to the byte, and if they counted, a model would wait for ever for
+what one swap can give it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from vllmd.core.ledger import Account, Ledger, gib
+from vllmd.core.model import INFINITY, Replica
+from vllmd.core.types import State
+
+Supply = Mapping[int, int]  # device index -> bytes
+
+
+def need(m: Replica, a: Account, others: int) -> int | None:
+    """Bytes of the device that a start of ``m`` takes while others hold ``others`` of it; None: it does not start."""
+    rule = m.spec.when_free
+    if rule is None:
+        return m.booking
+    if others >= rule.used_below:
+        return None
+    if not rule.shares:
+        return m.booking
+    share = rule.share(_free_ratio(a, others))
+    return None if share is None else math.ceil(share * a.device.memory)
+
+
+def freed_asleep(ledger: Ledger, m: Replica, rest: int) -> dict[int, int]:
+    """Bytes per device that would come free if it slept, and kept ``rest`` of each; none of one that stays."""
+    if m.kept or m.state is State.SLEEPING:
+        return {}
+    return {index: max(0, share - rest) for index, share in ledger.held(m).items()}
+
+
+def _free_ratio(a: Account, others: int) -> float:
+    return (a.device.memory - others) / a.device.memory
+
+
+class Grant(NamedTuple):
+    """What a start takes, by how free its devices are at that moment."""
+
+    size: int | None  # bytes per device; None: by its footprint
+    why: str
+    numbers: Mapping[str, float | int | str]
+
+
+class Wait(NamedTuple):
+    """Why a start waits for others."""
+
+    why: str
+    numbers: Mapping[str, float | int | str]
+    unread: bool  # some device is yet to be looked at
+
+
+class Fit:
+    """The supplies, and the questions about them, of the devices of one ledger."""
+
+    def __init__(self, ledger: Ledger, replicas: Mapping[str, Replica]) -> None:
+        self._ledger = ledger
+        self._replicas = replicas
+
+    # -- supplies
+
+    def alone(self) -> Supply:
+        """Everything that can be promised."""
+        return {index: a.capacity for index, a in self._ledger.accounts.items()}
+
+    def beside(self, others: Iterable[Replica]) -> dict[int, int]:
+        """Without what these hold."""
+        left = {index: a.capacity for index, a in self._ledger.accounts.items()}
+        for other in others:
+            for index, share in self._ledger.held(other).items():
+                left[index] -= share
+        return left
+
+    def beside_kept(self, m: Replica) -> Supply:
+        """Without what other programs, and the replicas that must stay, hold; -1 where the device is avoided."""
+        left = self.beside(r for r in self._replicas.values() if r.kept and r is not m)
+        accounts = self._ledger.accounts
+        return {i: -1 if accounts[i].avoided else size - accounts[i].external for i, size in left.items()}
+
+    def now(self, m: Replica) -> Supply:
+        """With nobody leaving; -1 where the device is avoided."""
+        held = self._ledger.held(m)
+        return {i: -1 if a.avoided else a.free + held.get(i, 0) for i, a in self._ledger.accounts.items()}
+
+    # -- questions
+
+    def allowed(self, m: Replica) -> list[Account]:
+        """The devices that it may use."""
+        accounts = self._ledger.accounts
+        return [accounts[index] for index in dict.fromkeys(m.devices or accounts) if index in accounts]
+
+    def wakes(self, m: Replica, supply: Supply) -> bool:
+        """Whether it could wake where it sleeps."""
+        return all(supply[index] >= m.footprint.awake for index in m.placement.devices)
+
+    def starts(self, m: Replica, supply: Supply) -> int:
+        """On how many devices it could start."""
+        sizes = ((a.device.index, need(m, a, a.capacity - supply[a.device.index])) for a in self.allowed(m))
+        return sum(size is not None and supply[index] >= size for index, size in sizes)
+
+    def has_room(self, m: Replica) -> bool:
+        """Whether it could start, or wake where it sleeps, with nobody leaving."""
+        if self._ledger.held(m):
+            return self.wakes(m, self.now(m))
+        return not self._ledger.accounts or self.starts(m, self.now(m)) >= m.spec.device_count
+
+    def has_room_on(self, m: Replica, devices: Sequence[int]) -> bool:
+        """Whether it could start on these, or wake where it sleeps, at this moment."""
+        supply = self.now(m)
+        if m.state is State.SLEEPING:
+            return self.wakes(m, supply)
+        needs = {index: self.need_on(m, index) for index in devices}
+        return all(size is not None and supply[index] >= size for index, size in needs.items())
+
+    def need_on(self, m: Replica, index: int) -> int | None:
+        """Bytes that it needs on the device beyond what it holds there, negative if that is more than it needs.
+
+        None: others do not leave that device free.
+        """
+        if m.state is State.SLEEPING:
+            return m.footprint.awake - self._ledger.held(m).get(index, 0)
+        if m.spec.when_free is None:
+            return m.booking
+        a = self._ledger.accounts[index]
+        return need(m, a, a.capacity - self.beside_kept(m)[index])
+
+    def shortage(self, m: Replica, devices: Iterable[int]) -> str:
+        """What each of these devices lacks for it, readable."""
+        return "; ".join([self._short(self._ledger.accounts[index], self.need_on(m, index)) for index in devices])
+
+    def _short(self, a: Account, size: int | None) -> str:
+        if size is None:
+            return f"others do not leave device {a.device.index} free: strangers hold {gib(a.external)} there"
+        return f"device {a.device.index} has {gib(a.free)} of {gib(size)} needed"
+
+    # -- what can never be, with the arithmetic, so that nobody waits for it
+
+    def never(self, m: Replica) -> str:
+        """Why ``m`` cannot fit even with these devices to itself; empty if it can."""
+        count = m.spec.device_count
+        if not self._ledger.accounts or not count:
+            return ""
+        accounts = self.allowed(m)
+        if len(accounts) < count:
+            return f"{m.id!r} needs {_devices(count)}, and there {_are(len(accounts))} for it"
+        if self.starts(m, self.alone()) >= count:
+            return ""
+        most = max(need(m, a, 0) or 0 for a in accounts)
+        sizes = "; ".join(
+            f"device {a.device.index} has {gib(a.device.memory)} less a reserve of {gib(a.device.reserve)}: "
+            f"{gib(a.capacity)}"
+            for a in accounts
+        )
+        return f"{m.id!r} needs {gib(most)} on each of {_devices(count)}; {sizes}"
+
+    def pinned_out(self, m: Replica) -> str:
+        """Why pinned models leave no room for ``m``; empty if they do."""
+        count = m.spec.device_count
+        if not self._ledger.accounts or not count:
+            return ""
+        pinned = [r for r in self._replicas.values() if r.pinned and r.loaded and r is not m]
+        if self.starts(m, self.beside(pinned)) >= count:
+            return ""
+        names = ", ".join(f"{p.id!r}" for p in pinned)
+        if m.spec.when_free:
+            return f"{m.id!r} starts on devices that others leave free, and pinned models ({names}) do not leave enough"
+        return f"{m.id!r} needs {gib(m.booking)} on {_devices(count)}, and pinned models ({names}) leave less"
+
+    def stuck(self, m: Replica) -> str:
+        """Why a sleeper cannot wake where it is although it could start elsewhere; empty if that is not so."""
+        supply = self.beside_kept(m)
+        bad = [index for index in m.placement.devices if supply[index] < m.footprint.awake]
+        if not bad or self.starts(m, supply) < m.spec.device_count:
+            return ""
+        return f"it cannot wake on device {bad[0]}, and can start elsewhere"
+
+    # -- devices that others leave free
+
+    def vacant(self, m: Replica, since: float = -INFINITY) -> dict[int, int]:
+        """The devices on which ``m`` may start now, with what it would take of each.
+
+        ``since``: what was read before counts no more. When nothing is loaded nobody looks at the devices.
+        """
+        supply = self.beside_kept(m)
+        sizes = {a.device.index: need(m, a, a.capacity - supply[a.device.index]) for a in self.allowed(m)}
+        accounts = self._ledger.accounts
+        usable = {i: size for i, size in sizes.items() if not accounts[i].avoided and _read(accounts[i], since)}
+        return {index: size for index, size in usable.items() if size is not None}
+
+    def grant(self, m: Replica, devices: Sequence[int]) -> Grant:
+        """For a start on vacant devices: the share that the fullest of them allows."""
+        supply, accounts = self.beside_kept(m), [self._ledger.accounts[index] for index in devices]
+        used, fullest = max(
+            ((a.capacity - supply[a.device.index], a) for a in accounts),
+            key=lambda pair: -_free_ratio(pair[1], pair[0]),
+        )
+        free = _free_ratio(fullest, used)
+        why = f"others hold {gib(used)} of device {fullest.device.index}{', the fullest' * (len(accounts) > 1)}"
+        why = f"{why}, {free:.3f} of it is free"
+        where = ",".join(map(str, devices))
+        numbers: dict[str, float | int | str] = {"devices": where, "used": used, "free": round(free, 4)}
+        share = m.spec.when_free.share(free) if m.spec.when_free else None
+        if share is None:
+            return Grant(None, why, numbers)
+        size = math.ceil(share * min(a.device.memory for a in accounts))
+        return Grant(size, f"{why}: it takes {share:g}, {gib(size)}", {**numbers, "share": share, "memory": size})
+
+    def held_back(self, m: Replica, since: float) -> Wait | None:
+        """Who keeps a start of ``m`` waiting, and for what; None where others leave it enough devices."""
+        rule = m.spec.when_free
+        if rule is None or m.state is State.SLEEPING or not self._ledger.accounts:
+            return None
+        if len(self.vacant(m, since)) >= m.spec.device_count:
+            return None
+        supply = self.beside_kept(m)
+        used = {a.device.index: (a, a.capacity - supply[a.device.index]) for a in self.allowed(m)}
+        devices = "a free device" if m.spec.device_count == 1 else f"{m.spec.device_count} free devices"
+        least = f", at least {min(rule.shares):g} of it free" if rule.shares else ""
+        reasons = filter(None, (_reason(m, a, others, since) for a, others in used.values()))
+        why = f"{devices} (others use less than {gib(rule.used_below)}{least}): {'; '.join(reasons)}"
+        numbers = {f"used_{index}": others for index, (_, others) in used.items()}
+        return Wait(why, {"used_below": rule.used_below, **numbers}, not all(_read(a, since) for a, _ in used.values()))
+
+
+def _read(a: Account, since: float) -> bool:
+    return a.looked is None or a.looked >= since
+
+
+def _reason(m: Replica, a: Account, others: int, since: float) -> str:
+    index = a.device.index
+    if a.avoided:
+        return f"device {index} is avoided: {a.wedged}"
+    if not _read(a, since):
+        return f"device {index} is yet to be looked at"
+    if need(m, a, others) is not None:
+        return ""
+    kept = others - a.external
+    holders = [f"strangers hold {gib(a.external)}"] * (a.external > 0)
+    holders += [f"models that stay hold {gib(kept)}"] * (kept > 0)
+    return f"{' and '.join(holders)} on device {index}, {_free_ratio(a, others):.3f} is free"
+
+
+def _devices(count: int) -> str:
+    return "1 device" if count == 1 else f"{count} devices"
+
+
+def _are(count: int) -> str:
+    return "is 1" if count == 1 else f"are {count or 'none'}"

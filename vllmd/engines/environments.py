@@ -1,0 +1,104 @@
+"""Engines' own Python environments: where they are, and which one of a kind is in use.
+
+::
+
+    /var/lib/vllmd/engines/KIND/VERSION/                 the machine's, for its daemon and everybody's
+    $XDG_DATA_HOME/vllmd/engines/KIND/VERSION/           one user's (~/.local/share where that is not set)
+    .../KIND/current                                     a link to the VERSION in use; without it the newest
+
+Each is a Python environment as ``python3 -m venv`` and uv make them, with the engine's program in its ``bin``.
+``VLLMD_ENGINES`` names a folder to look in instead of these two. What an administrator has put into PATH goes before
+any of them, and a model's ``command`` before everything.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllmd.config.types import ModelConfig
+
+SYSTEM = Path("/var/lib/vllmd/engines")
+CURRENT = "current"
+# What the launcher gives to engines that run as another user; who stays the same user keeps his own.
+PATH = "/usr/local/bin:/usr/bin:/bin"
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """The environment of one version of an engine."""
+
+    kind: str
+    version: str
+    path: Path
+
+    @property
+    def python(self) -> Path:
+        return self.path / "bin/python"
+
+    def program(self, name: str) -> Path | None:
+        """The full path of a program that it has."""
+        found = self.path / "bin" / name
+        return found if os.access(found, os.X_OK) else None
+
+
+def roots(variables: Mapping[str, str] = os.environ) -> tuple[Path, ...]:
+    """The folders in which environments are looked for, the user's own before the machine's."""
+    if told := variables.get("VLLMD_ENGINES"):
+        return (Path(told),)
+    data = variables.get("XDG_DATA_HOME") or (f"{home}/.local/share" if (home := variables.get("HOME")) else "")
+    return (Path(data) / "vllmd/engines", SYSTEM) if data.startswith("/") else (SYSTEM,)
+
+
+def installed(kind: str, variables: Mapping[str, str] = os.environ) -> list[Environment]:
+    """All versions of a kind, the newest first; of two alike the user's own."""
+    found: dict[str, Environment] = {}
+    for root in roots(variables):
+        for path in _folders(root / kind):
+            found.setdefault(path.name, Environment(kind, path.name, path))
+    return sorted(found.values(), key=lambda one: _age(one.version), reverse=True)
+
+
+def in_use(kind: str, version: str = "", variables: Mapping[str, str] = os.environ) -> Environment | None:
+    """The environment that a kind's engines run in: of this version, else the current one, else the newest."""
+    if version:
+        return next((one for one in installed(kind, variables) if one.version == version), None)
+    for root in roots(variables):
+        linked = root / kind / CURRENT
+        if linked.is_symlink() and (linked / "bin/python").exists():
+            target = linked.resolve()
+            return Environment(kind, target.name, target)
+    return next(iter(installed(kind, variables)), None)
+
+
+def program(model: ModelConfig, kind: str, name: str) -> str:
+    """The program ``name`` that an engine of this kind runs: of PATH, else of the environment in use, else ``name``."""
+    if in_path(model, name):
+        return name
+    environment = in_use(kind)
+    found = environment.program(name) if environment else None
+    return str(found or name)
+
+
+def in_path(model: ModelConfig, name: str) -> str | None:
+    """Where the engine of a model finds a program, as its user and with its variables."""
+    return shutil.which(name, path=str(model.env.get("PATH") or os.environ.get("PATH") or PATH))
+
+
+def _folders(kind: Path) -> list[Path]:
+    """Environments that are whole: a Python is the first thing in one, a name with a dot before it is not finished."""
+    try:
+        entries = sorted(kind.iterdir())
+    except OSError:
+        return []
+    return [one for one in entries if not one.is_symlink() and one.name[0] != "." and (one / "bin/python").exists()]
+
+
+def _age(version: str) -> tuple[tuple[int, int, str], ...]:
+    """Sorts versions by their numbers, 0.9 before 0.10; letters come before the end (0.10rc1 before 0.10)."""
+    parts = re.findall(r"\d+|[A-Za-z]+", version)
+    return (*((2, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts), (1, 0, ""))

@@ -1,0 +1,171 @@
+"""Whether the programs of configured engines are there and start, for the user that will run them.
+
+Looked at before anything is started: by ``vllmd --check``, ``vllmctl config check`` and ``vllmctl doctor``. A program
+is proved by what costs little and loads no model: llama-server and text-embeddings-router tell their version; a Python
+tells whether it has the engine's module, which is found but not imported (vLLM takes ten seconds to import); of
+anything else, such as a server that the kind ``command`` runs, it is only asked whether it may be executed.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllmd.config.types import OWN_USER, ModelConfig
+from vllmd.engines import engine_of, environments
+from vllmd.engines.base import Place
+from vllmd.engines.llama_cpp import OWN_SERVER
+from vllmd.errors import ConfigError
+
+LIMIT = 20.0  # seconds; a program that takes longer has started, which was the question
+ENGINES_USER = "vllmd-engine"  # of the system's daemon, see units/vllmd-launcher.service
+MODULES = {"vllm": "vllm", "sglang": "sglang", "transformers": "transformers"}
+VERSION = frozenset({"llama-server", "text-embeddings-router", "tritonserver"})
+_HAS_MODULE = (
+    "import importlib.util, sys; name = sys.argv[1]; "
+    "sys.exit(0 if importlib.util.find_spec(name) else f'No module named {name!r} ({sys.executable})')"
+)
+_PYTHON = re.compile(r"#!\s*(/\S*/python[\d.]*)\b")
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """What keeps these models' engines from starting, and what would help."""
+
+    models: tuple[str, ...]
+    what: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.models)}: {self.what}" + (f"; {self.advice}" if self.advice else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What is run as whom. ``proof``: what shows that it starts; () if only its file is looked at."""
+
+    name: str
+    proof: tuple[str, ...]
+    path: str
+    user: str  # "": ourselves
+
+
+def troubles(models: Iterable[ModelConfig], *, system: bool) -> list[Trouble]:
+    """What is wrong with the programs of these models' engines; each program is looked at once.
+
+    ``system``: they are the system daemon's, whose engines run as a user of their own and with a PATH of their own.
+    """
+    users: dict[Program, list[ModelConfig]] = {}
+    for model in models:
+        if found := _program(model, system):
+            users.setdefault(found, []).append(model)
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(_look, users))
+    return [
+        Trouble(tuple(model.name for model in each), what, _advice(each[0], what))
+        for each, what in zip(users.values(), answers, strict=True)
+        if what
+    ]
+
+
+def system_daemon_is_meant() -> bool:
+    """Whether it is the system's daemon that is asked about: by root, where that is installed."""
+    return os.geteuid() == 0 and _user(ENGINES_USER) is not None
+
+
+def _program(model: ModelConfig, system: bool) -> Program | None:
+    """None for what is not ours to start, or cannot be composed, which is said elsewhere."""
+    try:
+        engine = engine_of(model)
+        argv = engine.launch(model, Place(Path("/run/vllmd-engine/check"), port=1)).argv
+    except ConfigError:
+        return None
+    if not argv or engine.kind == "sim":
+        return None
+    path = str(model.env.get("PATH") or ("" if system else os.environ.get("PATH", "")) or environments.PATH)
+    own = model.user if model.user != OWN_USER else ""
+    return Program(argv[0], tuple(_proof(engine.kind, argv, path)), path, own or (ENGINES_USER if system else ""))
+
+
+def _proof(kind: str, argv: Sequence[str], path: str) -> Iterator[str]:
+    program = Path(argv[0]).name
+    module = MODULES.get(kind, "")
+    if str(OWN_SERVER) in argv[:3]:
+        yield from (*argv[:3], "--version")
+    elif program in VERSION:
+        yield from (argv[0], "--version")
+    elif program.startswith("python") and module:
+        yield from (argv[0], "-c", _HAS_MODULE, module)
+    elif module and (interpreter := _interpreter(shutil.which(argv[0], path=path))):
+        yield from (interpreter, "-c", _HAS_MODULE, module)
+
+
+def _interpreter(script: str | None) -> str:
+    """The Python that a script's first line names; "" for any other program."""
+    try:
+        with open(script or "", "rb") as file:
+            found = _PYTHON.match(file.readline(300).decode(errors="replace"))
+    except OSError:
+        return ""
+    return found[1] if found else ""
+
+
+def _look(program: Program) -> str:
+    """What is wrong with it; "" if nothing is."""
+    who = f" for {program.user}" if program.user else ""
+    user = _user(program.user) if program.user and os.geteuid() == 0 else None
+    if shutil.which(program.name, path=program.path) is None:
+        if "/" in program.name and os.path.exists(program.name):
+            return f"{program.name} cannot be executed: Permission denied"
+        looked = "" if "/" in program.name else f": looked in {program.path}"
+        return f"there is no command {program.name!r}{who}{looked}"
+    command = program.proof or ("/bin/sh", "-c", 'test -x "$(command -v "$1")"', "sh", program.name)
+    try:
+        done = _run(command, program.path, user)
+    except subprocess.TimeoutExpired:
+        return ""
+    except OSError as error:
+        return f"{program.name} cannot be executed{who}: {error.strerror}"
+    if done.returncode == 0:
+        return ""
+    said = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+    if not program.proof:
+        return f"{program.name} cannot be executed{who}: Permission denied"
+    return f"{program.name} does not start{who}: {said[-1] if said else f'exit status {done.returncode}'}"
+
+
+def _run(command: Sequence[str], path: str, user: pwd.struct_passwd | None) -> subprocess.CompletedProcess[str]:
+    """Run it with a clean environment, as ``user`` if that is somebody else. Raises OSError, TimeoutExpired."""
+    return subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=LIMIT,
+        check=False,
+        cwd="/",
+        env={"PATH": path, "LANG": "C.UTF-8", "HOME": user.pw_dir if user else "/"},
+        user=user and user.pw_uid,
+        group=user and user.pw_gid,
+        extra_groups=user and os.getgrouplist(user.pw_name, user.pw_gid),
+    )
+
+
+def _user(name: str) -> pwd.struct_passwd | None:
+    try:
+        return pwd.getpwnam(name)
+    except KeyError:
+        return None
+
+
+def _advice(model: ModelConfig, what: str) -> str:
+    """What the kind says to a start that failed so."""
+    return engine_of(model).failure([what]).hint or "say where it is with command"
