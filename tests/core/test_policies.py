@@ -157,7 +157,7 @@ def test_first_comes_who_has_waited_most_per_second_of_load() -> None:
     many = waiting("many", age=4, waiters=5, arrived=5 * (NOW - 4))
     assert first(waiting("old", age=9), many) == "many"
     assert first(waiting("slow", age=9, load=20.0), waiting("quick", age=4)) == "quick"
-    assert first(waiting("old", age=9), waiting("dear", age=5, priority=2.0)) == "dear"
+    assert first(waiting("old", age=9), waiting("dear", age=8, priority=2.0)) == "dear"
     assert first(waiting("old", age=9), waiting("young", age=8)) == "old"
 
 

@@ -236,14 +236,15 @@ def in_turn(s: PolicyInput) -> Sequence[Waiting]:
 
 
 def by_worth(s: PolicyInput) -> Sequence[Waiting]:
-    """The order in which swaps are worth most: the request-seconds waited, times the priority, per second of load."""
+    """The order in which swaps are worth most: what was waited, times the age of the oldest, per second of load."""
     if len(s.waiting) < 2:
         return s.waiting
     return sorted(s.waiting, key=lambda w: (-_worth(w, s.now), w.oldest, w.model))
 
 
 def _worth(w: Waiting, now: float) -> float:
-    return (w.waiters * (now + HEADSTART) - w.arrived) * w.priority / max(w.load, LEAST_LOAD)
+    waited = w.waiters * (now + HEADSTART) - w.arrived
+    return waited * (now - w.oldest + HEADSTART) * w.priority / max(w.load, LEAST_LOAD)
 
 
 class Offer(NamedTuple):
@@ -259,10 +260,10 @@ class Offer(NamedTuple):
 class Adaptive:
     """Draining, with patience for the busy and none for the idle (the default).
 
-    Those who wait are looked at in turn: first who has waited most, all requests
-    together, per second that its load takes. A second of priority 2 counts as
-    two. So a swap first goes where it ends most waiting, and everybody's turn
-    comes, because waiting adds up.
+    Those who wait are looked at in turn. First comes where the product of what
+    all its requests have waited and the age of the oldest, per second of its
+    load and times its priority, is largest: a swap goes where it ends most
+    waiting, and everybody's turn comes, because age adds up twice.
 
     1. What fits is loaded at once.
     2. Else the set of victims with the lowest price is sought (``pricing.py``).
@@ -328,7 +329,7 @@ class _Turns:
     def __init__(self, s: PolicyInput) -> None:
         swaps = sum([w.load + w.sleep for w in s.waiting])
         drains = sum([w.service for w in s.waiting])
-        self.deadline = max(s.knobs.deadline, s.knobs.rounds * (swaps + s.knobs.drains * drains))
+        self.deadline = max(s.knobs.deadline, swaps + s.knobs.drains * drains)
         self.dear = swaps > s.knobs.dear
         self.prices = Prices(s)
         self.here = _by_device(s.residents)

@@ -126,8 +126,7 @@ class PolicyInput(NamedTuple):
 class Knobs(NamedTuple):
     """The numbers of the policy; ``design.md`` tells how they were found."""
 
-    deadline: float = 60.0  # D0: a waiter older than this, or than ...
-    rounds: float = 1.25  # ... so many times what all who wait need to be served, no longer asks what it costs: ...
+    deadline: float = 60.0  # a waiter older than this, or than all who wait need to be served, asks no price: ...
     drains: float = 2.0  # ... their loads and sleeps, and for each so many of its requests
     dear: float = 24.0  # seconds that all swaps waited for take together, from which on nobody overtakes
     kappa: float = 0.25  # the share of a plan's price that must have been waited where requests are to be frozen
