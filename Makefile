@@ -25,8 +25,8 @@ fast: ## the tests that need neither a container nor vLLM
 mutants: ## break promises of the scheduler on purpose, one at a time: does a test notice?
 	@$(SETUP) venv && $(PYTHON) -m tests.mutants
 
-demo: ## wake a model through the socket and watch it; MODEL=path for one of your own
-	@$(SETUP) host venv && $(PYTHON) packaging/demo $(if $(MODEL),--model "$(MODEL)")
+demo: ## a real model, woken through the socket, in half a minute; MODEL=sim without one, MODEL=path for vLLM
+	@$(SETUP) host venv $(if $(MODEL),,llama) && $(PYTHON) packaging/demo $(if $(MODEL),--model "$(MODEL)")
 
 bench-start: ## what waking costs: sockets, daemon, scopes
 	@$(SETUP) all && $(PYTHON) -m tests.bench.start

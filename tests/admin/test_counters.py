@@ -16,7 +16,8 @@ ENGINE = ReplicaView("m", State.SLEEPING, 1, (0,), 7 << 30, 2, 3, 1.5, None, 9.0
 
 def model(name: str, *replicas: ReplicaView, balanced: bool = False) -> ModelView:
     """Of these engines, in the state of the first."""
-    each = {field.name: getattr(replicas[0], field.name) for field in fields(ReplicaView) if field.name != "id"}
+    shared = {field.name for field in fields(ModelView)} & {field.name for field in fields(ReplicaView)}
+    each = {name: getattr(replicas[0], name) for name in shared}
     return ModelView(name=name, replicas=replicas, balanced=balanced, serving=1, degraded=False, **each)
 
 

@@ -84,7 +84,7 @@ def chat(words: str = WORDS, *, stream: bool) -> bytes:
 
 def raw(body: bytes) -> bytes:
     """A whole request with that body."""
-    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
     return head.encode() + b"%d\r\n\r\n" % len(body) + body
 
 

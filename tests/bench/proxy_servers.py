@@ -180,18 +180,18 @@ async def serve_relay(port: int, upstream_port: int) -> None:
     """vllmd's proxy with a gate that is always open, until killed."""
     from vllmd.engines.base import Listen
     from vllmd.proxy.access import ANYBODY, Caller
+    from vllmd.proxy.forward import Relay
     from vllmd.proxy.gate import Target
     from vllmd.proxy.limits import Limits
     from vllmd.proxy.models import add_model_routes
-    from vllmd.proxy.relay import Relay
     from vllmd.proxy.routing import Router
     from vllmd.proxy.server import Server
 
-    class OpenPassage:
+    class OpenPermit:
         upstream = Listen(port=upstream_port)
         target = None
 
-        def done(self, tokens: int | None = None, failed: str = "") -> None:
+        def release(self, tokens: int | None = None, size: int = 0, failed: str = "") -> None:
             """Nobody counts."""
 
         def on_cut(self, callback: Callable[[str], None]) -> None:
@@ -202,9 +202,9 @@ async def serve_relay(port: int, upstream_port: int) -> None:
             """Every name is good."""
             return Target(name, name)
 
-        async def enter(self, model: str, key: str, request_id: str, only: str = "") -> OpenPassage:
+        async def acquire(self, *_: object) -> OpenPermit:
             """At once."""
-            return OpenPassage()
+            return OpenPermit()
 
         def loading(self, model: str) -> str:
             """Never."""

@@ -8,15 +8,24 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from vllmd.admin.counters import Counters
 from vllmd.config.types import ModelConfig, ReplicaConfig
 from vllmd.core import commands, events
-from vllmd.daemon.admission_gate import AdmissionGate
+from vllmd.daemon.admission_gate import AdmissionGate, Permit
 from vllmd.daemon.engine_resolver import EngineResolver
+from vllmd.daemon.quotas import Quotas
 from vllmd.engines.base import Listen
 from vllmd.errors import EngineFailed, Unavailable, UpstreamFailed
 from vllmd.proxy.upstream import Unreached
 
 SOCKET = Listen(uds="/run/x/engine.sock")
+
+
+def closed_gate() -> AdmissionGate:
+    """The gate of a daemon that has not opened yet."""
+    gate = AdmissionGate(EngineResolver(), Quotas([]), Counters())
+    gate.configure({"m": ModelConfig("m")}, {"m": ModelConfig("m")})
+    return gate
 
 
 class Rig:
@@ -25,13 +34,29 @@ class Rig:
     def __init__(self) -> None:
         self.posted: list[events.Event] = []
         self.engine: Listen | None = SOCKET
-        opened = asyncio.Event()
-        opened.set()
-        self.gate = AdmissionGate(self.posted.append, lambda model: self.engine, EngineResolver(), opened)
-        self.gate.configure({"m": ModelConfig("m")}, {"m": ModelConfig("m")})
+        self.waited: list[str] = []
+        self.gate = closed_gate()
+        self.gate.open(self)
 
-    async def arrive(self) -> asyncio.Task[object]:
-        task: asyncio.Task[object] = asyncio.ensure_future(self.gate.acquire("m", "key", "id"))
+    # -- what is behind the gate
+
+    def post(self, event: events.Event) -> None:
+        self.posted.append(event)
+
+    def address_of(self, replica: str) -> Listen | None:
+        return self.engine
+
+    def phase_of(self, model: str) -> str:
+        return "weights"
+
+    def unreached(self, replica: str) -> None: ...
+
+    def retried(self, replica: str) -> None: ...
+
+    # -- what a test does
+
+    async def arrive(self) -> asyncio.Task[Permit]:
+        task = asyncio.ensure_future(self.gate.acquire("m", "key", waits=lambda: self.waited.append("m")))
         await asyncio.sleep(0)
         return task
 
@@ -65,10 +90,10 @@ async def test_admitted_and_done(rig: Rig) -> None:
     rig.gate.admit(commands.Admit("1", "m"))
     permit = await task
     assert permit.upstream == SOCKET
-    permit.done(7)
-    permit.done(7)
+    permit.release(7)
+    permit.release(7)
     assert rig.posted == [events.RequestArrived("1", "m", "key"), events.RequestFinished("1", 7)]
-    assert rig.gate.open == 0
+    assert rig.gate.requests == 0
 
 
 @script
@@ -85,7 +110,7 @@ async def test_a_permit_that_is_done_holds_its_request_no_longer(rig: Rig) -> No
     asker = Asker()
     permit.on_cut(asker.cut)
     gone = weakref.ref(asker)
-    permit.done()
+    permit.release()
     del asker
     assert gone() is None
     permit.on_cut(late := Asker().cut)
@@ -142,7 +167,7 @@ async def test_rejection_after_the_client_left_in_the_same_moment(rig: Rig) -> N
     rig.gate.reject(commands.Reject("1", "EngineFailed", "it broke"))
     await asyncio.wait({task})
     assert rig.kinds() == ["RequestArrived"]
-    assert rig.gate.open == 0
+    assert rig.gate.requests == 0
 
 
 @script
@@ -165,7 +190,7 @@ async def test_a_cut_reaches_the_relay_whenever_it_asks(rig: Rig) -> None:
     permit, heard = await task, []
     permit.on_cut(heard.append)
     assert heard == ["too long"]
-    permit.done()
+    permit.release()
     rig.gate.cut(commands.CutRequest("1", "again"))
     assert heard == ["too long"]
 
@@ -180,7 +205,7 @@ async def test_shutdown_refuses_those_who_wait_and_lets_the_others_end(rig: Rig)
     with pytest.raises(Unavailable, match="shutting down"):
         await waiting
     assert not await rig.gate.emptied(0.01)
-    permit.done()
+    permit.release()
     assert await rig.gate.emptied(0.01)
     assert rig.kinds() == ["RequestArrived", "RequestArrived", "RequestGone", "RequestFinished"]
 
@@ -194,7 +219,7 @@ async def test_a_request_that_a_replica_failed_goes_on_to_another(rig: Rig) -> N
     permit = await task
     assert permit.target is not None
     assert permit.target.model == "m@2"
-    permit.done(failed="it broke off")
+    permit.release(failed="it broke off")
     retry = asyncio.ensure_future(permit.retry(UpstreamFailed("it broke off")))
     await asyncio.sleep(0)
     assert rig.posted[1:] == [
@@ -204,9 +229,9 @@ async def test_a_request_that_a_replica_failed_goes_on_to_another(rig: Rig) -> N
     rig.gate.admit(commands.Admit("2", "m"))
     second = await retry
     second.answered(True)
-    second.done(5)
+    second.release(5)
     assert rig.posted[3:] == [events.RequestAnswered("2", True), events.RequestFinished("2", 5)]
-    assert rig.gate.open == 0
+    assert rig.gate.requests == 0
 
 
 @script
@@ -217,7 +242,7 @@ async def test_S_max_retry_attempts_are_bounded(rig: Rig) -> None:
     for number in range(1, 4):
         rig.gate.admit(commands.Admit(f"{number}", "m"))
         permit = await coming
-        permit.done(failed="no")
+        permit.release(failed="no")
         coming = asyncio.ensure_future(permit.retry(UpstreamFailed(f"failure {number}")))
         await asyncio.sleep(0)
     with pytest.raises(UpstreamFailed, match="failure 3"):
@@ -232,7 +257,7 @@ async def test_a_model_with_one_engine_has_nowhere_else(rig: Rig) -> None:
     rig.gate.admit(commands.Admit("1", "m"))
     permit = await task
     assert permit.target is None
-    permit.done(failed="no")
+    permit.release(failed="no")
     with pytest.raises(UpstreamFailed, match="it broke off"):
         await permit.retry(UpstreamFailed("it broke off"))
     retry = asyncio.ensure_future(permit.retry(Unreached("nobody listens")))
@@ -244,41 +269,33 @@ async def test_a_model_with_one_engine_has_nowhere_else(rig: Rig) -> None:
     assert rig.kinds()[-1] == "RequestGone"
 
 
-def opening(rig: Rig) -> asyncio.Event:
-    """The gate of a daemon that has not opened yet."""
-    opened = asyncio.Event()
-    rig.gate = AdmissionGate(rig.posted.append, lambda model: rig.engine, EngineResolver(), opened)
-    rig.gate.configure({"m": ModelConfig("m")}, {"m": ModelConfig("m")})
-    return opened
-
-
 @script
 async def test_who_comes_before_we_have_opened_is_counted_and_let_in_then(rig: Rig) -> None:
     """A shutdown that comes meanwhile waits for them as for everybody."""
-    opened = opening(rig)
+    rig.gate = closed_gate()
     task = await rig.arrive()
-    assert (rig.gate.open, rig.posted) == (1, [])
-    opened.set()
+    assert (rig.gate.requests, rig.posted, rig.waited) == (1, [], ["m"])
+    rig.gate.open(rig)
     while not rig.posted:  # noqa: ASYNC110
         await asyncio.sleep(0)
-    assert rig.gate.open == 1
+    assert rig.gate.requests == 1
     rig.gate.admit(commands.Admit("1", "m"))
-    (await task).done()  # type: ignore[attr-defined]
+    (await task).release()
     assert await rig.gate.emptied(1)
 
 
 @script
 async def test_who_comes_before_we_have_opened_is_told_when_we_shut_down(rig: Rig) -> None:
     """Nobody is left without an answer."""
-    opening(rig)
+    rig.gate = closed_gate()
     waiting, leaving = await rig.arrive(), await rig.arrive()
     leaving.cancel()
     await asyncio.wait({leaving})
-    assert rig.gate.open == 1
+    assert rig.gate.requests == 1
     rig.gate.reject_waiting("shutting down")
     with pytest.raises(Unavailable, match="shutting down"):
         await waiting
-    assert (rig.gate.open, rig.posted) == (0, [])
+    assert (rig.gate.requests, rig.posted) == (0, [])
 
 
 @pytest.mark.parametrize(

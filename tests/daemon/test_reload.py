@@ -29,6 +29,7 @@ from vllmd.daemon import startup
 from vllmd.daemon.listeners import Listeners
 from vllmd.daemon.service import Daemon, RuntimeEnvironment
 from vllmd.errors import VllmdError
+from vllmd.launcher.protocol import PROTOCOL
 
 BASE: dict[str, Any] = {
     "devices": [{"memory": "80GiB"}, {"memory": "80GiB"}],
@@ -144,7 +145,7 @@ class NoLauncher:
         await asyncio.get_running_loop().create_future()
 
     async def info(self) -> Any:
-        return SimpleNamespace(backend="none")
+        return SimpleNamespace(backend="none", protocol=PROTOCOL)
 
     async def list(self) -> list[Any]:
         return []
@@ -161,8 +162,8 @@ def lives(config: Config, folder: Path, act: Act, *, activated: bool = False) ->
         daemon = Daemon(config, around, lambda: config)
         daemon.config = await daemon._ours(config)
         daemon.engines = engines_of(daemon.config.models)
-        daemon.admission_gate.configure(daemon.config.models, daemon.engines)
-        daemon.listeners = Listeners(config, daemon.admission_gate, daemon.control, {})
+        daemon.admission_gate.configure(daemon.config.models, daemon.engines, daemon.config.server.keep_alive_limit)
+        daemon.listeners = Listeners(config, daemon.admission_gate, daemon.quotas, daemon.control, {})
         await startup.start(daemon)
         await act(daemon)
 
@@ -189,9 +190,9 @@ async def in_effect(daemon: Daemon) -> dict[str, Any]:
         "limits": asdict(listeners._limits) | {"buffered": listeners._memory.limit},
         "callers": [(digest, replace(caller, refusal=None)) for digest, caller in listeners._keys._callers],
         "stranger": replace(listeners._keys._stranger, refusal=None),
-        "meters": {name: meter.key for name, meter in listeners._meters._meters.items()},
+        "quotas": {name: quota.key for name, quota in listeners._quotas._quotas.items()},
         "hosts": listeners._keys.hosts._names,
-        "origins": listeners._cors._origins,
+        "origins": listeners._cors.origins,
         "policy": (core.settings, core.policy.name, core.engines.ledger.host_budget),
         "devices": [(a.device, a.capacity) for a in core.engines.ledger.accounts.values()],
         "files": (daemon.memory._files, daemon.memory.inventory),
@@ -206,6 +207,7 @@ async def in_effect(daemon: Daemon) -> dict[str, Any]:
         "replicas": {name: model.replicas and (model.replicas.probe, model.replicas.probe_route)
                      for name, model in daemon.config.models.items()},
         # read each time when they are needed
+        "keep_alive": daemon.admission_gate._keep_alive_limit,
         "read": (server.idle_exit, server.drain_timeout, daemon.config.discover, daemon.config.auth.allow_anonymous),
     }  # fmt: skip
 

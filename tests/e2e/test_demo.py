@@ -11,21 +11,47 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, RealLlama
 from tests.machine import container
 from tests.machine.container import CannotBoot, Machine
 
 
-def test_without_systemd_it_shows_everything_and_leaves_nothing() -> None:
-    """The README's first command, on a machine where no systemd runs."""
+def run_demo(*arguments: str) -> str:
+    """What it shows on a machine where no systemd runs; it leaves no file behind."""
     with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as folder:  # short: a socket's path has 107 characters
         environment = {**os.environ, "TMPDIR": folder, "XDG_RUNTIME_DIR": ""}
-        argv = [sys.executable, REPOSITORY / "packaging/demo"]
+        argv = [sys.executable, REPOSITORY / "packaging/demo", *arguments]
         demo = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120)
         assert list(Path(folder).iterdir()) == []
     assert demo.returncode == 0, demo.stdout + demo.stderr
     assert "systemd-socket-activate" in demo.stdout
-    told_in_order(demo.stdout)
+    return demo.stdout
+
+
+def test_without_systemd_it_shows_everything_and_leaves_nothing() -> None:
+    """With the stand-in: answered, asleep, stopped, gone."""
+    told_in_order(run_demo("--model", "sim"))
+
+
+@pytest.mark.llama
+def test_two_real_models_take_turns(llama: RealLlama) -> None:
+    """The README's first command: true answers, and nothing wider than a terminal."""
+    shown = run_demo()
+    steps = (
+        "> The capital of France is Paris.",
+        "the model 'sums'",
+        "4.",
+        "> The capital of France is Paris.",
+        "nobody asks any more",
+        "france: stop: to make room for sums",
+        "sums: stop: to make room for france",
+        "nothing is loaded and nobody is connected",
+        "left behind: no process",
+    )
+    at = 0
+    for step in steps:
+        assert (at := shown.find(step, at)) >= 0, f"{step}\n{shown}"
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +68,7 @@ def session() -> Iterator[Machine]:
 @pytest.mark.machine
 def test_in_a_session_it_uses_the_users_systemd(session: Machine) -> None:
     """Where systemd runs, the engine is in a scope of the user's manager; no unit stays behind."""
-    demo = session.run("cd /srv/vllmd && packaging/demo", user="ada", check=False, timeout=120)
+    demo = session.run("cd /srv/vllmd && packaging/demo --model sim", user="ada", check=False, timeout=120)
     assert demo.returncode == 0, demo.stdout + demo.stderr + session.journal()[-3000:]
     assert "systemd (user manager)" in demo.stdout
     assert "vllmd-model-demo-" in demo.stdout

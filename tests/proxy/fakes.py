@@ -15,11 +15,11 @@ from vllmd.engines.base import Listen
 from vllmd.errors import UnknownModel, VllmdError
 from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.proxy.exchange import Exchange
-from vllmd.proxy.gate import Target
+from vllmd.proxy.forward import Relay
+from vllmd.proxy.gate import Target, silent
 from vllmd.proxy.http import Request, Response, json_response
 from vllmd.proxy.limits import Limits
 from vllmd.proxy.models import add_model_routes
-from vllmd.proxy.relay import Relay
 from vllmd.proxy.routing import Router
 from vllmd.proxy.server import Server
 from vllmd.proxy.upstream import Unreached
@@ -42,7 +42,7 @@ async def until(condition: Callable[[], object]) -> None:
     await soon(turn())
 
 
-class FakePassage:
+class FakePermit:
     """Counts its endings."""
 
     def __init__(self, gate: FakeGate, upstream: Listen, target: Target | None) -> None:
@@ -59,13 +59,13 @@ class FakePassage:
         """The first byte of a replica's answer."""
         self.begun += 1
 
-    def done(self, tokens: int | None = None, failed: str = "") -> None:
+    def release(self, tokens: int | None = None, size: int = 0, failed: str = "") -> None:
         """Over."""
         self.endings.append(tokens)
         self.failed = failed
         self.over.set()
 
-    async def retry(self, error: VllmdError) -> FakePassage:
+    async def retry(self, error: VllmdError) -> FakePermit:
         """As the gate says."""
         return await self.gate.retry(self, error)
 
@@ -79,7 +79,7 @@ class FakeGate:
 
     def __init__(self, upstream: Listen) -> None:
         self.upstream = upstream
-        self.permits: list[FakePassage] = []
+        self.permits: list[FakePermit] = []
         self.waiting = 0
         self.left = 0
         self.entered = asyncio.Event()
@@ -98,18 +98,22 @@ class FakeGate:
             raise UnknownModel(f"no model {name!r}; there is 'm'", param="model")
         return self.target
 
-    async def retry(self, permit: FakePassage, error: VllmdError) -> FakePassage:
+    async def retry(self, permit: FakePermit, error: VllmdError) -> FakePermit:
         """Where nobody listened, and to the other replicas one after another."""
         if self.replicas:
-            return await self.acquire("m", "", "")
+            return await self.acquire("m", "")
         if not isinstance(error, Unreached) or len(self.permits) >= 20:
             raise error
         await asyncio.sleep(0.01)
-        return await self.acquire("m", "", "")
+        return await self.acquire("m", "")
 
-    async def acquire(self, model: str, key: str, request_id: str, only: str = "", body: bytes = b"") -> FakePassage:
+    async def acquire(
+        self, model: str, key: str, only: str = "", body: bytes = b"", waits: Callable[[], None] = silent
+    ) -> FakePermit:
         """Through, once it is open."""
         self.only.append(only)
+        if not self.opened.is_set():
+            waits()
         self.waiting += 1
         self.entered.set()
         try:
@@ -122,7 +126,7 @@ class FakeGate:
         if self.refusal is not None:
             raise self.refusal
         upstream, target = self.replicas.pop(0) if self.replicas else (self.upstream, None)
-        self.permits.append(FakePassage(self, upstream, target))
+        self.permits.append(FakePermit(self, upstream, target))
         return self.permits[-1]
 
     def loading(self, model: str) -> str:

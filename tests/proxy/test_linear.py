@@ -22,7 +22,7 @@ import pytest
 
 from vllmd.client import sse
 from vllmd.engines.base import Listen
-from vllmd.proxy import answer, framing, heads, reader, relay, response_heads, rewrite, tunnel, upstream
+from vllmd.proxy import answer, forward, framing, heads, reader, response_heads, rewrite, tunnel, upstream
 from vllmd.proxy.limits import Limits
 from vllmd.simengine import http as sim_http
 
@@ -31,7 +31,7 @@ CRUMBED = 8 << 10  # bytes fed one by one; who starts anew at each byte does 4,0
 LUMPED = 192 << 10  # bytes fed in pieces of ``LUMP``
 LUMP = 64 << 10
 FACTOR = 40
-MODULES = (answer, framing, heads, reader, relay, response_heads, rewrite, tunnel, upstream, sse, sim_http)
+MODULES = (answer, forward, framing, heads, reader, response_heads, rewrite, tunnel, upstream, sse, sim_http)
 
 
 class Work:
@@ -179,10 +179,10 @@ def renamed() -> Callable[[bytes], object]:
 
 def usage() -> Callable[[bytes], object]:
     """The meter of tokens."""
-    forward = relay.Forward.__new__(relay.Forward)
-    forward.heartbeats, forward._answer, forward._names_response = None, None, False
-    forward._tail = CountingBuffer()
-    return forward.data
+    passing = forward.AnswerRelay.__new__(forward.AnswerRelay)
+    passing._heartbeats, passing._answer, passing._names_response, passing._size = None, None, False, 0
+    passing._tail = CountingBuffer()
+    return passing.data
 
 
 def events() -> Callable[[bytes], object]:

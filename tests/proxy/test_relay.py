@@ -27,9 +27,9 @@ from tests.proxy.fakes import (
 from vllmd.config.types import RequestRules
 from vllmd.engines.base import Listen
 from vllmd.errors import Unavailable
+from vllmd.proxy.forward import AnswerRelay, total_tokens
 from vllmd.proxy.gate import Target
 from vllmd.proxy.limits import Limits
-from vllmd.proxy.relay import Forward, total_tokens
 
 ANSWER = b'{"model":"m","choices":[],"usage":{"prompt_tokens":3,"total_tokens":12}}'
 
@@ -570,10 +570,12 @@ def test_a_response_is_looked_up_where_it_was_made() -> None:
             assert act.engine.asked[1].body == b""
             client.send(get("/v1/responses/resp_2"))
             assert (await client.answer("GET")).status == 404
-            act.relay.forget("another")
+            act.relay.requests.responses.forget("another")
             client.send(get("/v1/responses/resp_1"))
             assert (await client.answer("GET")).status == 200
-            act.relay.forget("m")  # its engine has ended: to ask would start it in order to hear that it has nothing
+            act.relay.requests.responses.forget(
+                "m"
+            )  # its engine has ended: to ask would start it in order to hear that it has nothing
             client.send(get("/v1/responses/resp_1"))
             assert (await client.answer("GET")).status == 404
             assert len(act.gate.permits) == 3
@@ -877,8 +879,8 @@ def test_what_is_over_is_freed_at_once(script: Script, status: int) -> None:
             act.gate.permits[0].cut = lambda reason: None  # as a real one does when it is done
             await until(lambda: not forwards())
 
-    def forwards() -> list[Forward]:
-        return [each for each in gc.get_objects() if isinstance(each, Forward)]
+    def forwards() -> list[AnswerRelay]:
+        return [each for each in gc.get_objects() if isinstance(each, AnswerRelay)]
 
     gc.collect()
     gc.disable()

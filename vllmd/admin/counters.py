@@ -74,25 +74,26 @@ class Counters:
 
     def exchanged(self, exchange: Exchange) -> None:
         """A request has ended."""
-        request = exchange.request
+        request, model, elapsed, status = (
+            exchange.request,
+            exchange.model,
+            exchange.elapsed,
+            str(exchange.status or 499),
+        )
         route = request.route.replace(":path", "") or "none"
-        self.requests[route, request.method if request.route else "other", str(exchange.status or 499)] += 1
-        self.durations[(route,)].observe(exchange.elapsed)
+        self.requests[route, request.method if request.route else "other", status] += 1
+        self.durations[(route,)].observe(elapsed)
         if exchange.error:
-            self.errors[exchange.model, exchange.error] += 1
-        if request.key:
-            self.key_requests[(request.key,)] += 1
-        if exchange.model:
-            self._of_model(exchange)
-
-    def _of_model(self, exchange: Exchange) -> None:
-        model = (exchange.model,)
-        self.model_requests[exchange.model, str(exchange.status or 499)] += 1
-        self.model_durations[model].observe(exchange.elapsed)
-        if exchange.first_byte is not None:
-            self.first_bytes[model].observe(exchange.first_byte)
-        self.received[model] += exchange.request.received
-        self.sent[model] += exchange.sent
+            self.errors[model, exchange.error] += 1
+        if request.caller.name:
+            self.key_requests[(request.caller.name,)] += 1
+        if model:
+            self.model_requests[model, status] += 1
+            self.model_durations[(model,)].observe(elapsed)
+            if exchange.first_byte is not None:
+                self.first_bytes[(model,)].observe(exchange.first_byte)
+            self.received[(model,)] += request.received
+            self.sent[(model,)] += exchange.sent
 
     def login_failed(self, how: str) -> None:
         """An API key was wrong, or not looked at."""

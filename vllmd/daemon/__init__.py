@@ -8,7 +8,7 @@
     listen           sockets of our own, where systemd gives none; identity: the user to become then
     listeners        the listening sockets and their routes
     keys             authentication: API keys, peer credentials on the operators' sockets; logins: wrong keys
-    meters           what each key has used, and its limits
+    quotas           the limits of keys, and what each has used
     dispatcher       the inbox: events to the core, its commands to the parts that execute them
     admission_gate   the proxy's gate: one arrival and one ending per request, whatever happens between
     engine_manager   engines: start, wake, sleep, stop, each a task that posts its event

@@ -1,65 +1,83 @@
-"""The proxy's gate. A request that passes here is told to the core exactly twice: when it arrives, and when it ends.
+"""The proxy's gate: every request for a model passes here on its way to the core, and back.
 
-What lies between (waiting, admission, rejection, a client that leaves, a cut)
-may happen in any order; ``_PendingRequest`` keeps the account.
+The problem. A request is one thing to the core (it arrives, it is admitted or refused, it ends) and many to the proxy:
+its client leaves, the daemon shuts down, an engine dies, all of it at any moment. The core must hear of each request
+exactly twice, of its arrival and of its end, or its account of who runs where is wrong for good.
+
+So one object, the ``Permit``, is the request from its arrival to its end::
+
+    new ──arrived──► waiting ──admit──► admitted ──release──► over       tells the core: RequestFinished
+                        ├──reject──► over                                the core knows
+                        └──client left, shutdown──► over                 tells the core: RequestGone
+
+Only ``_left``, ``reject`` and ``Permit.release`` take it out of the gate's account, so whichever comes first is the
+only one. The core may admit within the very call that told it of the request, or at any time later; then somebody
+waits for ``Permit.decided``, which may have been cancelled in the same turn of the loop.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from typing import Protocol
 
 from vllmd import errors
+from vllmd.admin.counters import Counters
 from vllmd.config.types import ModelConfig, RequestRules
 from vllmd.core import commands, events
 from vllmd.daemon.failure_text import for_clients
 from vllmd.daemon.names import Names
+from vllmd.daemon.quotas import Quotas, Use
 from vllmd.engines.base import Engine, Listen
 from vllmd.proxy.access import ANYBODY, Caller
-from vllmd.proxy.gate import Permit, Target
+from vllmd.proxy.gate import Target, silent
 from vllmd.proxy.upstream import Unreached
 
 REACH_TRIES, REACH_PAUSE = 20, 0.1  # so often a request finds nobody listening, and seconds between
 
 
-@dataclass
-class _PendingRequest:
-    """One request between its arrival and its ending."""
+class BackEnd(Protocol):
+    """What the gate needs of what is behind it, once that is there."""
 
-    request: str
-    model: str
-    key: str
-    only: str
-    tried: tuple[str, ...]  # the engines that failed it before
-    admitted: asyncio.Future[Listen]
-    permit: _Permit | None = None
+    def post(self, event: events.Event) -> None:
+        """Hand an event to the core."""
+
+    def address_of(self, replica: str) -> Listen | None:
+        """Where the replica's engine listens; None if there is none."""
+
+    def phase_of(self, model: str) -> str:
+        """What clients who wait for the model are told; "" while nothing is done."""
+
+    def unreached(self, replica: str) -> None:
+        """Nobody listens where the replica's engine should."""
+
+    def retried(self, replica: str) -> None:
+        """A request goes from this replica to another one."""
 
 
 class AdmissionGate:
     """Implements ``vllmd.proxy.gate.Gate`` over the core."""
 
-    def __init__(
-        self,
-        post: Callable[[events.Event], None],
-        where: Callable[[str], Listen | None],
-        engine_of: Callable[[ModelConfig], Engine],
-        opened: asyncio.Event,
-    ) -> None:
-        self._opened = opened
-        self._before: set[asyncio.Future[None]] = set()  # requests that wait for us to open; the core knows none yet
-        self._empty = asyncio.Event()
+    def __init__(self, engine_of: Callable[[ModelConfig], Engine], quotas: Quotas, counters: Counters) -> None:
         self.refusal: errors.VllmdError | None = None  # what everybody is told instead, while it is set
-        self._post = post
-        self._where = where
         self._engine_of = engine_of
-        self._tickets: dict[str, _PendingRequest] = {}
+        self._quotas = quotas
+        self._counters = counters
+        self._back: BackEnd | None = None
+        self._opening: set[asyncio.Future[None]] = set()  # requests that wait for us to open; the core knows none yet
+        self._permits: dict[str, Permit] = {}  # by the core's name for a request
         self._numbers = itertools.count(1)
-        self.phase_of: Callable[[str], str] = lambda model: ""
-        self.on_unreached: Callable[[str], None] = lambda engine: None  # nobody listens there
-        self.on_retry: Callable[[str], None] = lambda engine: None  # a request goes from it to another replica
+        self._empty = asyncio.Event()
         self.configure({}, {})
+
+    def open(self, back: BackEnd) -> None:
+        """The devices, the core and the engines are there: let requests through to them."""
+        self._back = back
+        for waiting in self._opening:
+            if not waiting.done():
+                waiting.set_result(None)
 
     def configure(
         self,
@@ -76,12 +94,13 @@ class AdmissionGate:
         self._engines = dict(engines)
         self._names = Names(models.values())
         self._firsts = {engine.replica_of or name: name for name, engine in reversed(list(engines.items()))}
-        self._targets: dict[str, Target] = {}
+        self._targets: dict[str, Target] = {}  # by the id of an engine, or the name of its model
+        self._resolved: dict[str, Target] = {}  # by names that clients use and that mean the same to everybody
 
     @property
-    def open(self) -> int:
-        """Requests that have arrived and not ended."""
-        return len(self._tickets) + len(self._before)
+    def requests(self) -> int:
+        """How many have arrived and not ended."""
+        return len(self._permits) + len(self._opening)
 
     # -- what the proxy asks ---------------------------------------------------------------
 
@@ -89,8 +108,13 @@ class AdmissionGate:
         """What the client's name for a model means. Raises UnknownModel or BadRequest (ambiguous)."""
         if self.refusal:
             raise self.refusal.with_traceback(None)  # or each raise would add to the one that is kept
+        if name in self._resolved:
+            return self._resolved[name]
         model = self._names.resolve(name, caller.may_use)
-        return self._target(model, self._firsts[model])  # for what is alike in all replicas, the first one's
+        target = self._target(model, self._firsts[model])  # for what is alike in all replicas, the first one's
+        if name in target.names:  # any other is a guess, among the models that the caller may use
+            self._resolved[name] = target
+        return target
 
     def resolve_engine(self, name: str, caller: Caller = ANYBODY) -> str:
         """The configured name of a model, or the id of a replica. Raises as ``resolve`` does."""
@@ -110,189 +134,247 @@ class AdmissionGate:
             self._targets[name] = Target(name, served, routes, kind.headers(), rules, own_api, names)
         return self._targets[name]
 
-    async def acquire(self, model: str, key: str, request_id: str, only: str = "", body: bytes = b"") -> Permit:
+    async def acquire(
+        self, model: str, key: str, only: str = "", body: bytes = b"", waits: Callable[[], None] = silent
+    ) -> Permit:
         """Wait until the request is admitted. Raises VllmdError; cancelled when the client leaves."""
-        if not self._opened.is_set():
-            await self._opening()
-        return await self._admitted(model, key, only)
+        # 1. The key's quota: a key over its limit takes no place in a queue.
+        began, use = self._quotas.clock(), self._quotas.begin(key, body)
+        permit = Permit(self, model, key, only, waits)
+        try:
+            # 2. Devices and engines must have been found.
+            if self._back is None:
+                await self._opened(waits)
+            # 3. The core admits it, now or when the model is awake and it is its turn.
+            await self._admitted(permit)
+        except BaseException:
+            if use is not None:
+                use.abandon()
+            raise
+        permit.use = use
+        self._counters.waited(model, self._quotas.clock() - began)
+        return permit
 
-    async def _opening(self) -> None:
+    async def _opened(self, waits: Callable[[], None]) -> None:
         """Wait until we have opened. Raises Unavailable at a shutdown."""
+        waits()
         waiting = asyncio.get_running_loop().create_future()
-        self._before.add(waiting)
-
-        def let_in(_: object) -> None:
-            if not waiting.done():
-                waiting.set_result(None)
-
-        opened = asyncio.ensure_future(self._opened.wait())
-        opened.add_done_callback(let_in)
+        self._opening.add(waiting)
         try:
             await waiting
         finally:
-            opened.cancel()
-            self._before.discard(waiting)
-            self._say_if_empty()
+            self._opening.discard(waiting)
+            if not self.requests:
+                self._empty.set()
 
-    async def _admitted(self, model: str, key: str, only: str, tried: tuple[str, ...] = ()) -> Permit:
-        admitted = asyncio.get_running_loop().create_future()
-        ticket = _PendingRequest(f"{next(self._numbers)}", model, key, only, tried, admitted)
-        self._tickets[ticket.request] = ticket
-        self._post(events.RequestArrived(ticket.request, model, key, frozenset(tried), only))
-        try:
-            upstream = await ticket.admitted
-        except asyncio.CancelledError:
-            self._left(ticket)
-            raise
-        ticket.permit = ticket.permit or _Permit(self, ticket, upstream, model)
-        return ticket.permit
+    async def _admitted(self, permit: Permit) -> None:
+        """Tell the core of the request, and wait until it is admitted. Raises VllmdError if it is refused."""
+        permit.request = request = str(next(self._numbers))
+        self._permits[request] = permit
+        self.post(events.RequestArrived(request, permit.model, permit.key, frozenset(permit.tried), permit.only))
+        if not permit.admitted and permit.refusal is None:
+            permit.waits()
+            permit.decided = asyncio.get_running_loop().create_future()
+            try:
+                await permit.decided
+            except asyncio.CancelledError:
+                self._left(permit)
+                raise
+        if permit.refusal is not None:
+            raise permit.refusal
 
-    async def retry(self, ticket: _PendingRequest, engine: str, error: errors.VllmdError) -> Permit:
+    async def retry(self, permit: Permit, error: errors.VllmdError) -> Permit:
         """Once more, to another replica; one that is the only engine only if nobody listened there. Raises ``error``.
 
         Whoever did not listen has just died, and the core will hear of it.
         """
-        replicas = self._models[ticket.model].replicas if ticket.model in self._models else None
-        if replicas is None and isinstance(error, Unreached) and len(ticket.tried) < REACH_TRIES:
-            self.on_unreached(engine)
+        replicas = self._models[permit.model].replicas if permit.model in self._models else None
+        if self._back is None:
+            raise error
+        if replicas is None and isinstance(error, Unreached) and len(permit.tried) < REACH_TRIES:
+            self._back.unreached(permit.replica)
+            permit.waits()
             await asyncio.sleep(REACH_PAUSE)
-        elif replicas is None or ticket.only or len(ticket.tried) >= replicas.retries:
+        elif replicas is None or permit.only or len(permit.tried) >= replicas.retries:
             raise error
         else:
-            self.on_retry(engine)
-        return await self._admitted(ticket.model, ticket.key, ticket.only, (*ticket.tried, engine))
+            self._back.retried(permit.replica)
+        again = Permit(self, permit.model, permit.key, permit.only, permit.waits)
+        again.tried = (*permit.tried, permit.replica)
+        await self._admitted(again)
+        if permit.use is not None:
+            permit.use.resume()
+            again.use = permit.use
+        return again
 
     def loading(self, model: str) -> str:
         """What a waiting client may be told, such as ``loading weights``."""
-        return self.phase_of(model)
+        return self._back.phase_of(model) if self._back else ""
 
     def keep_alive(self, model: str, key: str, seconds: float) -> None:
-        """Tell the core that the model is wanted again, for as long as the configuration allows."""
-        limit = self._keep_alive_limit
-        if (limit is None or limit > 0) and model in self._models and self._opened.is_set():
-            self._post(events.KeptAlive(model, key, seconds if limit is None else min(seconds, limit)))
+        """Tell the core that the model is wanted again, for as long as the configuration and the key allow."""
+        allowed = self._quotas.keep_alive(key, seconds, self._keep_alive_limit)
+        if allowed is not None and model in self._models:
+            self.post(events.KeptAlive(model, key, allowed))
 
     # -- what the core says ----------------------------------------------------------------
 
     async def emptied(self, limit: float) -> bool:
         """Wait until no request is open, at most ``limit`` seconds."""
         self._empty.clear()
-        if not self.open:
+        if not self.requests:
             return True
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._empty.wait(), limit)
-        except TimeoutError:
-            return False
-        return True
-
-    def _drop(self, request: str) -> _PendingRequest | None:
-        ticket = self._tickets.pop(request, None)
-        self._say_if_empty()
-        return ticket
-
-    def _say_if_empty(self) -> None:
-        if not self.open:
-            self._empty.set()
+        return not self.requests
 
     def admit(self, command: commands.Admit) -> None:
         """Let it pass; an engine that is no longer there ends it at once."""
-        ticket = self._tickets[command.request]
-        upstream = self._where(command.replica)
-        ticket.permit = _Permit(self, ticket, upstream or Listen(), command.replica)
-        if ticket.admitted.cancelled():
-            return  # the client left in this very moment: enter() ends it
-        if upstream is None:
-            ticket.admitted.set_exception(errors.UpstreamFailed(f"the engine of {command.replica} is gone"))
-            ticket.permit.done()
+        permit, where = self._permits[command.request], self._back.address_of(command.replica) if self._back else None
+        permit.admitted, permit.replica = True, command.replica
+        permit.target = self._target_of(permit.model, command.replica)
+        if where is None:
+            permit.refusal = errors.UpstreamFailed(f"the engine of {command.replica} is gone")
+            permit.release()
         else:
-            ticket.admitted.set_result(upstream)
+            permit.upstream = where
+        permit.decide()
 
     def reject(self, command: commands.Reject) -> None:
         """Refuse it; the core owes and is owed nothing more."""
-        ticket = self._drop(command.request)
-        if ticket and not ticket.admitted.done():
+        permit = self._drop(command.request)
+        if permit is not None:
             kind: type[errors.VllmdError] = getattr(errors, command.error)
             message = for_clients(command.message)
             if kind is errors.EngineFailed:
-                message = f"{ticket.model}: {message}"
-            ticket.admitted.set_exception(kind(message, retry_after=command.retry_after))
-            ticket.admitted.exception()  # read once: a client that just left must not make asyncio complain
+                message = f"{permit.model}: {message}"
+            permit.refusal = kind(message, retry_after=command.retry_after)
+            permit.decide()
 
     def cut(self, command: commands.CutRequest) -> None:
         """Break off an admitted request; its permit still ends as every other."""
-        ticket = self._tickets.get(command.request)
-        if ticket and ticket.permit:
-            ticket.permit.cut(command.reason)
+        permit = self._permits.get(command.request)
+        if permit is not None and permit.admitted:
+            permit.cut(command.reason)
 
     def reject_waiting(self, why: str) -> None:
         """At shutdown: whoever still waits is told to come back."""
-        for waiting in self._before:
+        for waiting in self._opening:
             if not waiting.done():
                 waiting.set_exception(errors.Unavailable(why, retry_after=5))
                 waiting.exception()  # read once: a client that just left must not make asyncio complain
-        for ticket in [ticket for ticket in self._tickets.values() if ticket.permit is None]:
-            if not ticket.admitted.done():
-                ticket.admitted.set_exception(errors.Unavailable(why, retry_after=5))
-                self._left(ticket)
+        for permit in [permit for permit in self._permits.values() if not permit.admitted]:
+            permit.refusal = errors.Unavailable(why, retry_after=5)
+            permit.decide()
+            self._left(permit)
 
-    def _left(self, ticket: _PendingRequest) -> None:
-        if ticket.permit is not None:
-            ticket.permit.done()
-        elif self._drop(ticket.request):
-            self._post(events.RequestGone(ticket.request))
+    def _left(self, permit: Permit) -> None:
+        """Its client is gone, or was sent away."""
+        if permit.admitted:
+            permit.release()
+        elif self._drop(permit.request):
+            self.post(events.RequestGone(permit.request))
 
-    def target_of(self, ticket: _PendingRequest, engine: str) -> Target | None:
-        """What the model's name means to one of several replicas; None for an engine that is the only one."""
-        model = self._models.get(ticket.model)
-        return self._target(engine, engine) if model and model.replicas and engine in self._engines else None
+    # -- what permits say
 
-    def answered(self, ticket: _PendingRequest, streamed: bool) -> None:
-        """The head of a replica's answer came."""
-        self._post(events.RequestAnswered(ticket.request, streamed))
+    def post(self, event: events.Event) -> None:
+        """Hand an event to the core."""
+        if self._back is not None:
+            self._back.post(event)
 
-    def ended(self, ticket: _PendingRequest, tokens: int | None, failed: str) -> None:
+    def ended(self, permit: Permit, tokens: int | None, failed: str) -> None:
         """An admitted request is over."""
-        self._drop(ticket.request)
-        self._post(events.RequestFinished(ticket.request, tokens, failed))
+        self._drop(permit.request)
+        if tokens is not None:
+            self._counters.used(permit.model, permit.key, tokens)
+        self.post(events.RequestFinished(permit.request, tokens, failed))
+
+    def _drop(self, request: str) -> Permit | None:
+        permit = self._permits.pop(request, None)
+        if not self._permits and not self._opening:
+            self._empty.set()
+        return permit
+
+    def _target_of(self, model: str, engine: str) -> Target | None:
+        """What the model's name means to one of several replicas; None for an engine that is the only one."""
+        config = self._models.get(model)
+        return self._target(engine, engine) if config and config.replicas and engine in self._engines else None
 
 
-class _Permit:
-    """An admitted request; ``done`` may be called again and counts once."""
+class Permit:
+    """One request for a model, from its arrival to its end; once admitted, the leave to send it."""
 
-    def __init__(self, admission_gate: AdmissionGate, ticket: _PendingRequest, upstream: Listen, engine: str) -> None:
-        self.upstream = upstream
-        self.target = admission_gate.target_of(ticket, engine)
-        self._admission_gate = admission_gate
-        self._ticket = ticket
-        self._engine = engine
+    __slots__ = (
+        "_gate",
+        "_heard",
+        "_over",
+        "_reason",
+        "admitted",
+        "decided",
+        "key",
+        "model",
+        "only",
+        "refusal",
+        "replica",
+        "request",
+        "target",
+        "tried",
+        "upstream",
+        "use",
+        "waits",
+    )
+
+    def __init__(self, gate: AdmissionGate, model: str, key: str, only: str, waits: Callable[[], None]) -> None:
+        self.request = ""  # what the core calls it
+        self.model = model
+        self.key = key
+        self.only = only
+        self.use: Use | None = None  # of its key's quota, once admitted; None without limits
+        self.waits = waits
+        self.tried: tuple[str, ...] = ()  # the engines that failed it before
+        self.admitted = False
+        self.refusal: errors.VllmdError | None = None
+        self.decided: asyncio.Future[None] | None = None  # while somebody waits
+        self.replica = ""  # the one that it was admitted to
+        self.upstream = Listen()
+        self.target: Target | None = None
+        self._gate = gate
         self._over = False
-        self._on_cut: Callable[[str], None] | None = None
-        self._cut: str | None = None
+        self._heard: Callable[[str], None] | None = None  # who is told of a cut
+        self._reason: str | None = None  # why it was cut
+
+    def decide(self) -> None:
+        """It was admitted or refused: whoever waits goes on."""
+        if self.decided is not None and not self.decided.done():
+            self.decided.set_result(None)
 
     def answered(self, streamed: bool) -> None:
         """The head of a replica's answer came."""
-        self._admission_gate.answered(self._ticket, streamed)
+        self._gate.post(events.RequestAnswered(self.request, streamed))
 
-    def done(self, tokens: int | None = None, failed: str = "") -> None:
-        """The request ended, however it did."""
-        if not self._over:
-            self._over = True
-            self._on_cut = None  # it leads to the request's body, which is to be freed now and not by a late collection
-            self._admission_gate.ended(self._ticket, tokens, failed)
+    def release(self, tokens: int | None = None, size: int = 0, failed: str = "") -> None:
+        """The request ended, however it did; told twice, it counts once."""
+        if self._over:
+            return
+        self._over = True
+        self._heard = None  # it leads to the request's body, which is to be freed now and not by a late collection
+        if self.use is not None:
+            self.use.end(tokens, size)
+        self._gate.ended(self, tokens, failed)
 
     async def retry(self, error: errors.VllmdError) -> Permit:
         """Leave to send it once more. Raises ``error`` where that makes no sense."""
-        return await self._admission_gate.retry(self._ticket, self._engine, error)
+        return await self._gate.retry(self, error)
 
     def on_cut(self, callback: Callable[[str], None]) -> None:
         """Call ``callback(reason)`` when the daemon breaks the request off (at once if it has)."""
         if not self._over:
-            self._on_cut = callback
-        if self._cut is not None:
-            callback(self._cut)
+            self._heard = callback
+        if self._reason is not None:
+            callback(self._reason)
 
     def cut(self, reason: str) -> None:
         """Break it off."""
-        self._cut = reason
-        if self._on_cut:
-            self._on_cut(reason)
+        self._reason = reason
+        if self._heard is not None:
+            self._heard(reason)

@@ -87,7 +87,7 @@ class Dispatcher:
 
     def _handle(self, event: events.Event) -> None:
         try:
-            decided = self._scheduler.handle(event, self.now())
+            decided = self._scheduler.handle(event, self._loop.time())
         except Exception:  # a defect: say so, and keep serving everybody else
             log.exception("the scheduler could not handle %s", event)
             return

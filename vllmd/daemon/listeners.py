@@ -20,17 +20,18 @@ from vllmd.config.checks import is_loopback
 from vllmd.config.types import AuthConfig, Config
 from vllmd.daemon.keys import ApiKeyAuth, DenyAll, PeerCredentialAuth
 from vllmd.daemon.logins import FailedLogins
-from vllmd.daemon.meters import MeteredGate, Meters
+from vllmd.daemon.quotas import Quotas
 from vllmd.errors import VllmdError
+from vllmd.ollama.endpoints import add_ollama_routes
 from vllmd.proxy.body_memory import BodyMemory
 from vllmd.proxy.cors import Cors
 from vllmd.proxy.exchange import Exchange
+from vllmd.proxy.forward import Relay
 from vllmd.proxy.gate import Authenticator, Gate
 from vllmd.proxy.hosts import Hosts
 from vllmd.proxy.limits import Limits
 from vllmd.proxy.models import add_model_routes
 from vllmd.proxy.peers import are_ours
-from vllmd.proxy.relay import Relay
 from vllmd.proxy.routing import Router
 from vllmd.proxy.server import Server
 
@@ -45,19 +46,23 @@ class Listeners:
     """All servers with their routes."""
 
     def __init__(
-        self, config: Config, gate: Gate, control: Control, listeners: Mapping[str, Sequence[socket.socket]]
+        self,
+        config: Config,
+        gate: Gate,
+        quotas: Quotas,
+        control: Control,
+        listeners: Mapping[str, Sequence[socket.socket]],
     ) -> None:
         self._listeners = listeners
         self._control = control
         self._gate = gate
         failures = FailedLogins(time.monotonic, control.counters.login_failed)
         self._keys = ApiKeyAuth(config.auth, self._resolve, Hosts(config.server.hosts), failures)
-        self._meters = Meters(config.auth.keys)
-        self._metered = MeteredGate(gate, self._meters, control.counters)
+        self._quotas = quotas
         self._cors = Cors(config.server.cors_origins)
         self._limits = Limits.of(config.server)
         self._memory = BodyMemory(self._limits.max_buffered)  # one for all listeners
-        self._relay = Relay(self._metered, self._limits)
+        self._relay = Relay(gate, self._limits)
         self._reachable: list[tuple[Router, list[str]]] = []  # those at addresses that strangers can reach
         # Operators do not stand in the clients' line: their connections are counted apart.
         self.on_outcome: Callable[[str, int, bool], None] = lambda model, status, failed: None  # of a model's requests
@@ -93,6 +98,7 @@ class Listeners:
         add_public(router, self._control)
         add_operator(router, self._control)
         add_model_routes(router, self._relay)
+        add_ollama_routes(router, self._relay, self._control)
         return router
 
     def _server(self, router: Router, sockets: Sequence[socket.socket]) -> Server:
@@ -115,7 +121,7 @@ class Listeners:
         self._memory.limit = self._limits.max_buffered
         self._keys.hosts.configure(config.server.hosts)
         self._keys.configure(config.auth, self._resolve)
-        self._meters.configure(config.auth.keys)
+        self._quotas.configure(config.auth.keys)
         self._cors.configure(config.server.cors_origins)
         self._shut_or_open(config.auth)
 
@@ -134,7 +140,7 @@ class Listeners:
 
     def forget(self, model: str) -> None:
         """The model's engine has ended, and what it kept for clients with it."""
-        self._relay.forget(model)
+        self._relay.requests.responses.forget(model)
 
     @property
     def accepted(self) -> int:
@@ -183,7 +189,6 @@ class Listeners:
         self._control.counters.exchanged(exchange)
         if exchange.model and exchange.status and (not exchange.error or exchange.error in ENGINES_FAULTS):
             self.on_outcome(exchange.model, exchange.status, bool(exchange.error))
-        self._metered.settle(exchange.ticket, exchange.sent + exchange.received)
         _log(exchange)
 
 

@@ -28,6 +28,7 @@ from vllmd.daemon.failure_text import places
 from vllmd.daemon.idle_exit import IdleExit
 from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.listeners import Listeners
+from vllmd.daemon.quotas import Quotas
 from vllmd.daemon.runtime_models import addresses
 from vllmd.engines.base import Listen
 from vllmd.errors import ConfigError, Unavailable
@@ -87,8 +88,8 @@ class Daemon:
         self.notify = Notifier()
         self.kinds = EngineResolver()
         self.control = DaemonControl(self)
-        self.admission_gate = AdmissionGate(self.post, self._where, self.kinds, self.opened)
-        self.admission_gate.phase_of, self.admission_gate.on_retry = self.control.phase_of, self.control.retried
+        self.quotas = Quotas(config.auth.keys)
+        self.admission_gate = AdmissionGate(self.kinds, self.quotas, self.control.counters)
         self._side_tasks: set[asyncio.Task[None]] = set()
         self._sampling = asyncio.Lock()
         self.watch: DeviceWatch
@@ -111,9 +112,8 @@ class Daemon:
         self.engines = engines_of(self.config.models)
         self.admission_gate.configure(self.config.models, self.engines, self.config.server.keep_alive_limit)
         self.control.runtime_models.listen = addresses(listeners.get("http", ()))
-        self.listeners = Listeners(self.config, self.admission_gate, self.control, listeners)
+        self.listeners = Listeners(self.config, self.admission_gate, self.quotas, self.control, listeners)
         self.listeners.on_outcome = self._outcome
-        self.admission_gate.on_unreached = lambda engine: self.engine_manager.answered(engine, 0, failed=True)
         self._on_signals()
         self.listeners.open()
         self.notify.ready("looking for devices and engines")
@@ -152,7 +152,7 @@ class Daemon:
 
     async def shut_down(self) -> None:
         """Stop, each step bounded; engines under systemd are systemd's to stop, if it wants them stopped."""
-        self.notify.stopping(f"finishing {self.admission_gate.open} requests")
+        self.notify.stopping(f"finishing {self.admission_gate.requests} requests")
         last = not self.runtime.activated  # nobody comes after us whom clients could wait for
         self.listeners.drain(turn_away=last)
         if last:
@@ -182,9 +182,22 @@ class Daemon:
         """Hand an event to the core."""
         self.dispatcher.post(event)
 
-    def _where(self, model: str) -> Listen | None:
-        process = self.engine_manager.processes.get(model)
+    def address_of(self, replica: str) -> Listen | None:
+        """Where the replica's engine listens; None if there is none."""
+        process = self.engine_manager.processes.get(replica)
         return process.listen if process else None
+
+    def phase_of(self, model: str) -> str:
+        """What clients who wait for the model are told; "" while nothing is done."""
+        return self.control.phase_of(model)
+
+    def unreached(self, replica: str) -> None:
+        """Nobody listens where the replica's engine should."""
+        self.engine_manager.answered(replica, 0, failed=True)
+
+    def retried(self, replica: str) -> None:
+        """A request goes from this replica to another one."""
+        self.control.retried(replica)
 
     def _outcome(self, model: str, status: int, failed: bool) -> None:
         """What became of a request; of several replicas the scheduler itself judges."""
@@ -254,7 +267,9 @@ class Daemon:
         if any(view.waiting_for and view.state in (State.STOPPED, State.SLEEPING) for view in self._replicas()):
             return WAIT_INTERVAL
         in_use = self.memory.trouble or (
-            self.engine_manager.processes or self.admission_gate.open or any(device.wedged for device in seen.devices)
+            self.engine_manager.processes
+            or self.admission_gate.requests
+            or any(device.wedged for device in seen.devices)
         )
         return SAMPLE_INTERVAL if in_use else math.inf
 
@@ -282,7 +297,7 @@ class Daemon:
         if self.broken:
             return f"configuration invalid, serving errors: {self.broken.splitlines()[0]}"
         loaded = ", ".join(f"{name} {state}" for name, state in self._states().items()) or "none loaded"
-        return f"{len(self.config.models)} models configured; {loaded}; {self.admission_gate.open} requests"
+        return f"{len(self.config.models)} models configured; {loaded}; {self.admission_gate.requests} requests"
 
     def _states(self) -> dict[str, str]:
         if not self.opened.is_set():
@@ -296,7 +311,7 @@ class Daemon:
             not self.runtime.activated
             or not self.opened.is_set()
             or self.engine_manager.processes
-            or self.admission_gate.open
+            or self.admission_gate.requests
             or self.listeners.connections
             or self._awaited()
             or self._drained()
@@ -335,9 +350,9 @@ class Daemon:
         began = quiet = connected = time.monotonic()
         told = -math.inf
         while (now := time.monotonic()) < began + limit and not self._hurry.is_set():
-            if self.admission_gate.open or self.listeners.busy:
+            if self.admission_gate.requests or self.listeners.busy:
                 quiet = now
-            if now - quiet >= QUIET or not (self.listeners.clients or self.admission_gate.open):
+            if now - quiet >= QUIET or not (self.listeners.clients or self.admission_gate.requests):
                 break
             connected = now if self.opened.is_set() and self.launcher.connected else connected
             if now - connected >= LAUNCHER_LIMIT:
@@ -345,7 +360,9 @@ class Daemon:
             if now - told >= STATUS_INTERVAL:
                 told = now
                 self.notify.extend_timeout(10.0)
-                self.notify.status(f"stopping: waiting for {self.admission_gate.open or self.listeners.busy} requests")
+                self.notify.status(
+                    f"stopping: waiting for {self.admission_gate.requests or self.listeners.busy} requests"
+                )
                 self.notify.watchdog()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._hurry.wait(), DRAIN_LOOK)

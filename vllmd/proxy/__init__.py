@@ -7,8 +7,9 @@ From the wire inwards::
     reader       bytes -> heads and bodies (pure), over heads and framing
     access       authorisation: who a caller is, and what a route needs; hosts, cors: what browsers may
     routing      path -> handler; paths: what clients write instead; exchange: one request and its answer
-    relay        a model's request: decoding (to plain UTF-8), peek (find ``model``; large: in megabytes), gate (may it
-                 go?), loading_heartbeat (SSE comments until its first byte); eager spares it turns of the loop
+    forward      a model's request, from its last byte to its answer's: read this one first. Its steps:
+                 model_requests (which model does it want?), over decoding (to plain UTF-8) and peek (find ``model``;
+                 large: in megabytes); gate (may it go?), loading_heartbeat (SSE comments until its first byte)
     upstream     connections to engines, their pool, and ``request`` for control calls; response_heads: from pieces,
                  and put right
     peers        who listens where an engine should: nobody else gets a byte

@@ -42,15 +42,14 @@ class UpstreamRequest:
     path: str  # at the engine, with the query
     path_at: Callable[[Target], str] | None = None  # where the engine's name for the model is in it
     outside: str = ""  # what a client puts before a path of the engine's to reach it
+    only: str = ""  # the replica that alone can serve it
+    keep_alive: float | None = None  # seconds for which the client will want the model again, see ``proxy.keep_alive``
 
-    def at(self, target: Target) -> UpstreamRequest:
-        """The same for another replica."""
+    def at(self, target: Target | None) -> UpstreamRequest:
+        """The same for another replica, if it is for a certain one."""
+        if target is None:
+            return self
         return replace(self, target=target, path=self.path_at(target) if self.path_at else self.path)
-
-    def rewriter(self) -> Rewriter | None:
-        """What puts the client's name back into the answer, where that is needed."""
-        asked, served = self.asked.model, self.target.served_name
-        return Rewriter(served, asked) if asked and asked != served else None
 
 
 class Answer(Protocol):
@@ -75,7 +74,9 @@ def answer_for(
     if loading.begun and (head.status != 200 or not streamed):
         return ErrorEvent(loading, framing)
     loading.relaying = True
-    rewriter = upstream_request.rewriter() if streamed or head.content_type.startswith(b"application/json") else None
+    asked, served, rewriter = upstream_request.asked.model, upstream_request.target.served_name, None
+    if asked and asked != served and (streamed or head.content_type.startswith(b"application/json")):
+        rewriter = Rewriter(served, asked)
     if exchange.request.method == "HEAD":
         return PassThrough(exchange, head.status, opening(exchange, head, None, chunked=head.chunked))
     if rewriter is not None and head.length is not None and head.length <= MAX_HELD and not loading.begun:
@@ -84,7 +85,7 @@ def answer_for(
         if rewriter is None and head.chunked and exchange.takes_chunks:
             return PassThrough(exchange, 200, b"")
         return Reframed(exchange, framing, rewriter, 200, b"")
-    if rewriter is None and (exchange.takes_chunks or not head.chunked):
+    if rewriter is None and (not head.chunked or exchange.takes_chunks):
         return PassThrough(exchange, head.status, opening(exchange, head, head.length, chunked=head.chunked))
     return Reframed(exchange, framing, rewriter, head.status, opening(exchange, head, None, chunked=True))
 
@@ -102,13 +103,18 @@ def opening(exchange: Exchange, head: ResponseHead, length: int | None, *, chunk
         framing = b"transfer-encoding: chunked\r\n"
     else:
         exchange.end_with_connection()
+    connection = b""  # nothing is said of it where it is as HTTP/1.1 has it
+    if not exchange.keep_alive:
+        connection = b"connection: close\r\n"
+    elif exchange.request.version == "1.0":
+        connection = b"connection: keep-alive\r\n"
     return b"%b%b%bx-request-id: %b\r\n%b%b\r\n" % (
         status_line(head.status),
         b"" if head.dated else date_line(),
         head.headers.onward if head.headers.onward is not None else _onward(head),
         exchange.request.id.encode("ascii"),
         framing,
-        _connection_line(exchange),
+        connection,
     )
 
 
@@ -126,13 +132,6 @@ def relocated(head: ResponseHead, where: Address, outside: str) -> ResponseHead:
                 value = outside.encode("latin-1") + value.removeprefix(where.prefix.encode())
         fields.append((name, value))
     return replace(head, headers=Headers(fields))
-
-
-def _connection_line(exchange: Exchange) -> bytes:
-    """What is said of the connection: nothing where it is as HTTP/1.1 has it."""
-    if not exchange.keep_alive:
-        return b"connection: close\r\n"
-    return b"connection: keep-alive\r\n" if exchange.request.version == "1.0" else b""
 
 
 def _onward(head: ResponseHead) -> bytes:

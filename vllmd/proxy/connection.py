@@ -7,7 +7,6 @@ import enum
 import itertools
 import logging
 import os
-import re
 import socket
 import struct
 from collections.abc import Callable
@@ -15,7 +14,6 @@ from typing import Protocol, cast
 
 from vllmd.errors import BadRequest, RequestTimeout, TookTooLong, TooLarge, Unavailable, VllmdError
 from vllmd.proxy.body_memory import BodyMemory, Holder, place_of
-from vllmd.proxy.eager import Eager
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.heads import RequestHead
 from vllmd.proxy.http import Headers, Peer, Request
@@ -28,9 +26,7 @@ log = logging.getLogger(__name__)
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 DISCARDED = 64 << 10  # bytes of a body that are read and dropped on a route that takes none
 NO_ROOM = "too many request bodies are being held; come back later"
-REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 LINGER = 2.0  # seconds for a refused client to read the refusal before its connection is reset
-_numbers = itertools.count(1)
 _ids = (f"{prefix}{number:016x}" for prefix in (os.urandom(8).hex(),) for number in itertools.count(1))
 new_id = _ids.__next__  # for a request that brought none: unique, no secret
 
@@ -81,7 +77,7 @@ class Connection(asyncio.Protocol):
         self._request: Request
         self._handler: Handler
         self._exchange: Exchange | None = None
-        self._running: Eager | None = None
+        self._running: asyncio.Task[None] | None = None  # the handler, until the answer is whole
         self._tunnel: Callable[[bytes], None] | None = None
         self._place = ""  # whose memory for bodies it takes
         self._holder: Holder
@@ -89,7 +85,6 @@ class Connection(asyncio.Protocol):
         self._keep_alive = True
         self._in_head = False
         self._headed = False  # its head has been read, and it is not yet decided what to do with it
-        self._advancing = False
         self._gone = False
         self._half_closed = False
         self._unread = False  # bytes are on their way that nobody will read
@@ -147,8 +142,10 @@ class Connection(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
         self._release()
-        if self._running is not None:
-            self._running.cancel()
+        if self._exchange is not None:
+            self._exchange.client_left()
+        if self._running is not None:  # a task that is cancelled before its first step would not even note that it ends
+            self._loop.call_soon(self._running.cancel)
         self._host.left(self)
 
     def pause_writing(self) -> None:
@@ -174,45 +171,43 @@ class Connection(asyncio.Protocol):
     # -- reading requests
 
     def _advance(self) -> None:
-        """Read on. A request that is answered at once is followed by the next one here, not one within the other."""
-        if self._advancing:
-            return
-        self._advancing = True
+        """Read the next request as far as it has come, and have it answered once it is whole."""
+        reader = self._reader
         try:
-            while self._take_one() and self._reader.pending:
-                pass
+            # 1. The head. What can be refused by it is refused before the body is taken.
+            if self._phase is Phase.HEAD:
+                head = reader.head()
+                if head is None:
+                    if reader.pending and not self._in_head:
+                        self._in_head = True
+                        self._expect(self._limits.head_timeout, self._head_late)
+                    return
+                self._in_head = False
+                self._begin(head)
+            elif self._phase is not Phase.BODY:
+                return
+            # 2. The body, which takes memory as it comes, not as it was announced.
+            body, request = reader.body(), self._request
+            request.received = received = reader.received
+            if received > self._held and request.max_body != 0:
+                if not self._host.memory.take(self._holder, received - self._held):
+                    raise Unavailable(NO_ROOM, retry_after=5)
+                self._held = received
+            if body is None:
+                if self._late != self._body_late:
+                    self._expect_bytes()
+                return
+            # 3. The answer, in a task of its own.
+            request.body = body
+            self._phase, self._late = Phase.BUSY, None
+            self._serve()
         except VllmdError as error:
             self._refuse(error)
-        finally:
-            self._advancing = False
 
-    def _take_one(self) -> bool:
-        """Whether there was a whole request and it has its answer already."""
-        if self._phase is Phase.BODY or (self._phase is Phase.HEAD and self._next_head()):
-            self._next_body()
-            return self._phase is Phase.HEAD
-        return False
-
-    def _next_head(self) -> bool:
-        head = self._reader.head()
-        if head is None:
-            if self._reader.pending and not self._in_head:
-                self._in_head = True
-                self._expect(self._limits.head_timeout, self._head_late)
-            return False
-        self._in_head = False
+    def _begin(self, head: RequestHead) -> None:
+        """A request's head has come: find its handler, and refuse a body that is too large as it is announced."""
         self._keep_alive = head.keep_alive
-        self._request = request = self._requested(head)
-        self._headed = True
-        self._handler = self._host.begin(request)
-        if head.has_body:
-            self._expect_body(head)
-        self._phase, self._headed = Phase.BODY, False
-        return True
-
-    def _requested(self, head: RequestHead) -> Request:
-        given = head.headers.get("x-request-id")
-        return Request(
+        self._request = request = Request(
             head.method,
             head.target,
             head.path,
@@ -220,43 +215,27 @@ class Connection(asyncio.Protocol):
             head.headers,
             self.peer,
             head.version,
-            id=given if given and REQUEST_ID.fullmatch(given) else new_id(),
+            id=head.request_id or new_id(),
             upgrade=head.upgrade,
         )
-
-    def _expect_body(self, head: RequestHead) -> None:
-        """Refuse a body at its head where that can be told already; what is taken is counted as it comes."""
-        request, length = self._request, head.length or 0
-        most = self._limits.max_body if request.max_body is None else request.max_body
-        if not most:
-            most = DISCARDED
-            self._reader.discard(most)
-        elif request.max_body is not None:
-            self._reader.limit(most)
-        if length > most:
-            raise TooLarge(f"the body is {length} bytes; at most {most} are taken")
-        self._holder = self._place, request.key
-        if length > RECEIVE and request.max_body != 0 and not self._host.memory.has_room(self._holder, length):
-            raise Unavailable(NO_ROOM, retry_after=5)
-        if head.expects_continue and not self._reader.pending:
-            self._transport.write(CONTINUE)
-
-    def _next_body(self) -> None:
-        body = self._reader.body()
-        request = self._request
-        request.received = received = self._reader.received
-        if received > self._held and request.max_body != 0:
-            if not self._host.memory.take(self._holder, received - self._held):
+        self._headed = True
+        self._handler = self._host.begin(request)
+        if head.length != 0:
+            length, most = head.length or 0, self._limits.max_body
+            if request.max_body == 0:
+                most = DISCARDED
+                self._reader.discard(most)
+            elif request.max_body is not None:
+                most = request.max_body
+                self._reader.limit(most)
+            if length > most:
+                raise TooLarge(f"the body is {length} bytes; at most {most} are taken")
+            self._holder = self._place, request.caller.name
+            if length > RECEIVE and request.max_body != 0 and not self._host.memory.has_room(self._holder, length):
                 raise Unavailable(NO_ROOM, retry_after=5)
-            self._held = received
-        if body is None:
-            if self._late != self._body_late:
-                self._expect_bytes()
-            return
-        request.body = body
-        self._phase = Phase.BUSY
-        self._late = None
-        self._serve()
+            if head.expects_continue and not self._reader.pending:
+                self._transport.write(CONTINUE)
+        self._phase, self._headed = Phase.BODY, False
 
     def _expect_bytes(self) -> None:
         """Give the body time: so much for every so many bytes, so that one that stops is given up soon, however
@@ -293,14 +272,11 @@ class Connection(asyncio.Protocol):
         if self._transport.is_closing():
             return  # nobody is there to be answered; ``connection_lost`` is on its way
         keep_alive = self._keep_alive and not self._host.draining
-        ticket = f"{self._request.id}.{next(_numbers)}"
-        self._exchange = exchange = Exchange(self._request, self, ticket, keep_alive=keep_alive)
+        self._exchange = exchange = Exchange(self._request, self, self._transport.write, keep_alive=keep_alive)
         self._expiry = None
         if self._write_paused:
             exchange.pause(True)
-        running = Eager(self._run(exchange, self._handler), self._loop)
-        if running.waits:
-            self._running = running
+        self._running = self._loop.create_task(self._run(exchange, self._handler))
 
     async def _run(self, exchange: Exchange, handler: Handler) -> None:
         try:
@@ -317,11 +293,6 @@ class Connection(asyncio.Protocol):
             exchange.fail(VllmdError(f"internal error; the log has it under request {exchange.request.id}"))
         finally:
             self._host.ended(exchange)
-
-    def write(self, data: bytes) -> None:
-        """Send, or drop it when the client has gone."""
-        if not self._gone:
-            self._transport.write(data)
 
     def finished(self, *, keep_alive: bool) -> None:
         """The answer is whole."""
@@ -424,7 +395,7 @@ class Connection(asyncio.Protocol):
             self._request = Request("", "", "", "", Headers(), self.peer, id=new_id())
         self._unread = True
         self._reader.drop_body()
-        exchange = Exchange(self._request, self, self._request.id, keep_alive=False)
+        exchange = Exchange(self._request, self, self._transport.write, keep_alive=False)
         exchange.fail(error)
         self._host.ended(exchange)
 

@@ -33,18 +33,16 @@ class Cors:
 
     def configure(self, origins: Iterable[str]) -> None:
         """Go by these from now on."""
-        self._origins = frozenset(origin.lower().rstrip("/") for origin in origins)
+        self.origins = frozenset(origin.lower().rstrip("/") for origin in origins)
 
     def mark(self, request: Request) -> None:
         """Have every answer to ``request`` say that the page may read it, if it may."""
-        if not self._origins:
-            return
         if allowed := self._allowed(request):
             request.answer_fields = (
                 ("access-control-allow-origin", allowed),
                 ("access-control-expose-headers", READABLE),
             )
-        if "*" not in self._origins:  # a cache must not give one page's answer to another
+        if self.origins and "*" not in self.origins:  # a cache must not give one page's answer to another
             request.answer_fields = (*request.answer_fields, ("vary", "origin"))
 
     def refuse_foreign_pages(self, request: Request) -> None:
@@ -54,7 +52,7 @@ class Cors:
         if not request.headers.from_page:
             return
         site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
-        if (not origin and site not in FOREIGN) or "*" in self._origins or self._allowed(request):
+        if (not origin and site not in FOREIGN) or "*" in self.origins or self._allowed(request):
             return
         # A page of ours has our name. ``Sec-Fetch-Site`` alone must not clear one: only browsers are bound to it.
         if site not in FOREIGN and origin.partition("://")[2].lower() == request.headers.get("host").lower():
@@ -64,7 +62,7 @@ class Cors:
 
     def preflight(self, request: Request, methods: Iterable[str]) -> Response | None:
         """The answer to a browser that asks beforehand; None if that is not what it asks, or it may not."""
-        if not self._origins or not self._allowed(request) or "access-control-request-method" not in request.headers:
+        if not self.origins or not self._allowed(request) or "access-control-request-method" not in request.headers:
             return None
         fields = [("access-control-allow-methods", ", ".join(sorted(methods))), ("access-control-max-age", KEPT)]
         if wanted := request.headers.get("access-control-request-headers"):
@@ -77,6 +75,6 @@ class Cors:
         origin = request.headers.get("origin")
         if not origin:
             return ""
-        if "*" in self._origins:
+        if "*" in self.origins:
             return "*"
-        return origin if origin.lower() in self._origins else ""
+        return origin if origin.lower() in self.origins else ""

@@ -15,9 +15,6 @@ from vllmd.proxy.http import Pairs, Request, Response, error_response
 class Wire(Protocol):
     """What an exchange needs of its connection."""
 
-    def write(self, data: bytes) -> None:
-        """Send, or drop it when the client has gone."""
-
     def finished(self, *, keep_alive: bool) -> None:
         """The answer is whole: read the next request, or close."""
 
@@ -38,15 +35,15 @@ class Wire(Protocol):
 
 
 class Exchange:
-    """One request and its answer. ``ticket`` is unique even where clients repeat their request ids.
+    """One request and its answer.
 
     An answer is either given whole with ``respond``, or spoken: ``start``, ``write``..., then ``finish`` or
     ``abort``. ``on_pause(True)`` is called when the client stops taking data, ``on_pause(False)`` when it goes on.
     """
 
-    def __init__(self, request: Request, wire: Wire, ticket: str, *, keep_alive: bool) -> None:
+    def __init__(self, request: Request, wire: Wire, send: Callable[[bytes], None], *, keep_alive: bool) -> None:
+        """``send`` writes to the client's transport."""
         self.request = request
-        self.ticket = ticket
         self.keep_alive = keep_alive
         self.began = time.monotonic()
         self.first_byte: float | None = None  # seconds until the answer began
@@ -59,9 +56,10 @@ class Exchange:
         self.outlives_eof = True  # a client that shut its sending side still waits for this answer
         self.ends_with_connection = False  # the answer's head does not say where its body ends
         self.on_pause: Callable[[bool], None] | None = None
+        self.paused = False  # the client takes no data for now
         self._wire = wire
+        self._send = send
         self._writable: asyncio.Future[None] | None = None
-        self._paused = False
 
     @property
     def elapsed(self) -> float:
@@ -78,15 +76,18 @@ class Exchange:
     def start(self, status: int, head: bytes) -> None:
         """Send the head (and whatever body bytes are in hand already)."""
         self.status = status
-        self.first_byte = self.elapsed
+        self.first_byte = time.monotonic() - self.began
         self.write(with_fields(head, self.request.answer_fields) if self.request.answer_fields else head)
 
     def write(self, data: bytes) -> None:
         """Send ``data`` as it is; after the end, nothing more."""
-        if self.over:
-            return
-        self.sent += len(data)
-        self._wire.write(data)
+        if not self.over:
+            self.sent += len(data)
+            self._send(data)
+
+    def client_left(self) -> None:
+        """The connection is gone: whatever is still said goes nowhere."""
+        self._send = _drop
 
     def finish(self) -> None:
         """The answer is whole."""
@@ -189,23 +190,27 @@ class Exchange:
 
     async def writable(self) -> None:
         """Wait until the client takes more."""
-        if self._paused:
+        if self.paused:
             self._writable = asyncio.get_running_loop().create_future()
             await self._writable
 
     def follow_pauses(self, callback: Callable[[bool], None]) -> None:
         """Have ``callback(paused)`` called from now on, at once if the client has stopped taking data."""
         self.on_pause = callback
-        if self._paused:
+        if self.paused:
             callback(True)
 
     def pause(self, paused: bool) -> None:
         """The connection's word that the client stopped, or went on, taking data."""
-        self._paused = paused
+        self.paused = paused
         if not paused and self._writable is not None and not self._writable.done():
             self._writable.set_result(None)
         if self.on_pause is not None:
             self.on_pause(paused)
+
+
+def _drop(data: bytes) -> None:
+    """Nobody is there to be told."""
 
 
 LAST_CHUNK = b"0\r\n\r\n"

@@ -79,7 +79,7 @@ class Target:
 
 
 class Permit(Protocol):
-    """The leave to send one request to ``upstream``."""
+    """The leave to send one request to ``upstream``. It is given back by ``release``, exactly once."""
 
     @property
     def upstream(self) -> Address:
@@ -92,21 +92,26 @@ class Permit(Protocol):
     def answered(self, streamed: bool) -> None:
         """The head of a replica's answer came, ``streamed`` or whole. Only owed where ``target`` is not None."""
 
-    def done(self, tokens: int | None = None, failed: str = "") -> None:
-        """The request is over, however it went. Called exactly once. ``tokens``: the answer's usage, if it told.
+    def release(self, tokens: int | None = None, size: int = 0, failed: str = "") -> None:
+        """The request is over, however it went; counts once, though it may be called again.
 
-        ``failed``: why the engine gave no answer, or broke it off; "" if it is not to blame.
+        ``tokens``: the answer's usage, if it told. ``size``: bytes of the answer that came. ``failed``: why the engine
+        gave no answer, or broke it off; "" if it is not to blame.
         """
 
     async def retry(self, error: VllmdError) -> Permit:
-        """The leave to send it once more, to another replica if there are several. ``done`` must have been called.
+        """The leave to send it once more, to another replica if there are several. ``release`` comes before it.
 
         Only before the client has had a byte of the answer. Raises ``error``, by which it failed, where there is
         nothing more to be tried, and what ``acquire`` raises.
         """
 
     def on_cut(self, callback: Callable[[str], None]) -> None:
-        """Have ``callback(reason)`` called if the daemon breaks the request off; ``done`` is still owed then."""
+        """Have ``callback(reason)`` called if the daemon breaks the request off; ``release`` is still owed then."""
+
+
+def silent() -> None:
+    """Nobody wants to know that a request waits."""
 
 
 class Gate(Protocol):
@@ -118,14 +123,15 @@ class Gate(Protocol):
         Raises UnknownModel, or BadRequest if it is ambiguous or missing; neither names a model that is not its own.
         """
 
-    async def acquire(self, model: str, key: str, request_id: str, only: str = "", body: bytes = b"") -> Permit:
+    async def acquire(
+        self, model: str, key: str, only: str = "", body: bytes = b"", waits: Callable[[], None] = silent
+    ) -> Permit:
         """Wait until the request may go. Cancelled when the client leaves.
 
-        ``only``: the replica that alone can serve it (``Target.model`` of an earlier permit). ``body`` is looked at
-        only to tell how much the request asks for.
-        ``request_id`` is the proxy's own and unique, not the client's. Raises a VllmdError when the
-        request is refused. A cancelled or failed ``acquire`` owes no ``done``. What it does before it first waits,
-        it does outside any task: no ``asyncio.timeout`` there.
+        ``key``: the name of the caller's API key, whose limits hold. ``only``: the replica that alone can serve it
+        (``Target.model`` of an earlier permit). ``body`` is looked at only to tell how much the request asks for.
+        ``waits`` is called if the request does not go at once, also at a later ``retry``. Raises a VllmdError when the
+        request is refused. A cancelled or failed ``acquire`` owes no ``release``.
         """
 
     def loading(self, model: str) -> str:

@@ -45,6 +45,7 @@ BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 PLAIN_LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,15})\r\n")
 KEEP_ALIVE = re.compile(rb"(?:^|,)[ \t]*keep-alive[ \t]*(?:,|$)")
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 LAST_STATUS = 599
 BODYLESS = frozenset({204, 304})
 NO_SHAPE = (b"", b"")
@@ -54,7 +55,11 @@ FIELD_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 
 @dataclass(slots=True)
 class RequestHead:
-    """A request's head. ``length`` is its body's, None when ``chunked``. ``path`` is decoded, without dot segments."""
+    """A request's head.
+
+    ``length`` is its body's in bytes, 0 for none, None when it is chunked. ``path`` is decoded, without dot segments.
+    ``request_id`` is the client's own for it, "" for none or one that is not printable ASCII.
+    """
 
     method: str
     target: str
@@ -66,6 +71,7 @@ class RequestHead:
     keep_alive: bool
     expects_continue: bool
     upgrade: str
+    request_id: str
 
     def with_length(self, length: int) -> RequestHead:
         """The same head with another Content-Length."""
@@ -80,12 +86,8 @@ class RequestHead:
             self.keep_alive,
             self.expects_continue,
             self.upgrade,
+            self.request_id,
         )
-
-    @property
-    def has_body(self) -> bool:
-        """Whether anything follows the head."""
-        return self.length != 0
 
     def framing(self) -> Length | Chunked:
         """What finds the end of its body, keeping the payload."""
@@ -188,6 +190,7 @@ def parse_request_head(head: bytes) -> RequestHead:
         b"close" not in connection and (version == "1.1" or KEEP_ALIVE.search(connection) is not None),
         expect == b"100-continue" and version == "1.1",
         fields.get(b"upgrade", b"").decode("latin-1").lower() if b"upgrade" in connection and version == "1.1" else "",
+        given if (given := headers.get("x-request-id")) and REQUEST_ID.fullmatch(given) else "",
     )
 
 

@@ -17,6 +17,7 @@ from vllmd.proxy.access import NOBODY, Caller
 
 Pairs = Sequence[tuple[str, str]]
 ANTHROPIC_PATH = "/v1/messages"
+OLLAMA_PATH, OWN_PATH = "/api/", "/api/v1/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,26 +42,29 @@ class Peer:
 class Headers:
     """Header fields in their order. Names are lower case, values stripped; both are bytes on the wire.
 
-    Four things are worked out of them once for all messages whose fields differ in nothing but their length, as
-    those of one connection mostly do: ``onward``, what goes on to the next hop (``relay`` and ``answer`` write it);
+    Five things are worked out of them once for all messages whose fields differ in nothing but their length, as
+    those of one connection mostly do: ``onward``, what goes on to the next hop (``forward`` and ``answer`` write it);
     ``found``, who sent them, and by whose word (an authenticator writes it); ``from_page``, whether a browser may
-    have sent them for a page, and ``keep_alive``, what ``x-vllmd-keep-alive`` says (None: nobody has looked).
+    have sent them for a page; ``plain_json``, whether they say that the body is JSON in UTF-8 and not coded;
+    ``keep_alive``, what ``x-vllmd-keep-alive`` says (None: nobody has looked).
     """
 
-    __slots__ = ("found", "from_page", "keep_alive", "onward", "raw")
+    __slots__ = ("found", "from_page", "keep_alive", "onward", "plain_json", "raw")
 
     def __init__(self, raw: Sequence[tuple[bytes, bytes]] = (), onward: bytes | None = None) -> None:
         self.raw = raw
         self.onward = onward
         self.found: tuple[object, Caller] | None = None
         self.from_page: bool | None = None
+        self.plain_json: bool | None = None
         self.keep_alive: str | None = None
 
     def with_length(self, length: int) -> Headers:
         """The same with another Content-Length."""
         digits = b"%d" % length
         same = Headers([(k, digits if k == b"content-length" else v) for k, v in self.raw], self.onward)
-        same.found, same.from_page, same.keep_alive = self.found, self.from_page, self.keep_alive
+        same.found, same.from_page, same.plain_json = self.found, self.from_page, self.plain_json
+        same.keep_alive = self.keep_alive
         return same
 
     def but(self, name: str, *more: tuple[str, str]) -> Headers:
@@ -166,7 +170,9 @@ def text_response(text: str, status: int = 200, content_type: str = "text/plain;
 
 
 def error_body(error: VllmdError, path: str) -> dict[str, Any]:
-    """The error as the clients of the API at ``path`` expect it: Anthropic's, or else OpenAI's."""
+    """The error as the clients of the API at ``path`` expect it: Anthropic's, Ollama's, or else OpenAI's."""
+    if path.startswith(OLLAMA_PATH) and not path.startswith(OWN_PATH):
+        return error.to_ollama()
     return error.to_anthropic() if path.startswith(ANTHROPIC_PATH) else error.to_openai()
 
 

@@ -38,23 +38,20 @@ class LoadingHeartbeat:
         self._asked = asked
         self._gate = gate
         self._interval = limits.loading_comment_interval if stream else 0.0
+        self.wanted = self._interval > 0  # whether the client is to hear anything before its answer
         self._as_reasoning = limits.loading_as_reasoning
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self) -> None:
-        """The wait begins."""
-        if self._interval > 0:
+        """The wait begins, if it has not."""
+        if self.wanted and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._interval, self._comment)
 
     def end(self) -> None:
         """The wait is over."""
         if self._timer is not None:
             self._timer.cancel()
-
-    @property
-    def wanted(self) -> bool:
-        """Whether the client is to hear anything before its answer."""
-        return self._interval > 0
+            self._timer = None
 
     def _comment(self) -> None:
         self.say(self._told(self._gate.loading(self._model) or "waiting"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vllmd.proxy.relay import Relay
+from vllmd.proxy.forward import Relay
 from vllmd.proxy.routing import Route, Router
 from vllmd.proxy.tunnel import Tunnels
 
@@ -96,27 +96,32 @@ def most(method: str) -> int | None:
 
 def add_model_routes(router: Router, relay: Relay) -> None:
     """Put all model routes into ``router``."""
+    requests = relay.requests
     for path in (*JSON_PATHS, *EMBEDDING_PATHS, *LLAMA_PATHS):
         about = "relayed to the engine of the body's 'model'"
-        router.add_raw(Route("POST", path, relay.json, summary=about, doc=JSON))
+        router.add_raw(Route("POST", path, relay.handler(requests.json), summary=about, doc=JSON))
     for path in FORM_PATHS:
         about = "relayed to the engine of the form's 'model'"
-        router.add_raw(Route("POST", path, relay.form, summary=about, doc=FORM))
+        router.add_raw(Route("POST", path, relay.handler(requests.form), summary=about, doc=FORM))
     for method, path in KSERVE_PATHS:
         router.add_raw(
             Route(
-                method, path, relay.kserve, summary="relayed to the engine of the path's model", max_body=most(method)
+                method,
+                path,
+                relay.handler(requests.kserve),
+                summary="relayed to the engine of the path's model",
+                max_body=most(method),
             )
         )
     for path in QUERY_PATHS:
         about = "relayed to the engine of ?model="
-        router.add_raw(Route("GET", path, relay.query, summary=about, doc=QUERY, max_body=0))
+        router.add_raw(Route("GET", path, relay.handler(requests.query), summary=about, doc=QUERY, max_body=0))
     for method, path in RESPONSE_PATHS:
         router.add_raw(
             Route(
                 method,
                 path,
-                relay.response,
+                relay.handler(requests.response),
                 summary="relayed to the engine that made the response",
                 max_body=most(method),
             )
@@ -124,7 +129,12 @@ def add_model_routes(router: Router, relay: Relay) -> None:
     for method in ("GET", "POST", "PUT", "DELETE"):
         router.add_raw(
             Route(
-                method, "/upstream/{rest:path}", relay.upstream, "admin", "an engine's own API", max_body=most(method)
+                method,
+                "/upstream/{rest:path}",
+                relay.handler(requests.upstream),
+                "admin",
+                "an engine's own API",
+                max_body=most(method),
             )
         )
     realtime = Tunnels(relay).realtime

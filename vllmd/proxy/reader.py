@@ -22,7 +22,19 @@ class RequestReader:
     Every error it raises is final: what follows on the connection cannot be told apart.
     """
 
-    __slots__ = ("_begun", "_body", "_data", "_framing", "_heads", "_limits", "_most", "_scanned", "received")
+    __slots__ = (
+        "_begun",
+        "_body",
+        "_data",
+        "_framing",
+        "_heads",
+        "_keep",
+        "_limits",
+        "_most",
+        "_next",
+        "_scanned",
+        "received",
+    )
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -30,7 +42,9 @@ class RequestReader:
         self._data = bytearray()
         self._begun = False  # bytes of the next head have been seen
         self._scanned = 0  # bytes of an unfinished head already searched
-        self._framing: Length | Chunked | None = None
+        self._next: RequestHead | None = None  # the head whose body has not begun to be read
+        self._keep = True  # whether its payload is wanted
+        self._framing: Length | Chunked | None = None  # of a body that comes in pieces
         self._most = limits.max_body  # payload bytes that the present body may have
         self._body = bytearray()  # what has come of a body that comes in several pieces
         self.received = 0  # payload bytes of the present body
@@ -55,8 +69,12 @@ class RequestReader:
         Raises BadRequest, HeadTooLarge.
         """
         data = self._data
-        if not self._begun and not self._begin():
-            return None
+        if not self._begun:
+            if not data or data == b"\r":
+                return None
+            if data[:2] == b"\r\n":  # one stray line end before a head is forgiven (RFC 9112, 2.2)
+                del data[:2]
+            self._begun = True
         end = data.find(b"\r\n\r\n", max(0, self._scanned - 3))
         if end > self._limits.max_head or (
             end < 0 and len(data) > self._limits.max_head + 3
@@ -76,33 +94,18 @@ class RequestReader:
         del data[: end + 4]
         self._scanned = 0
         self._begun = False
-        self._expect(head)
-        return head
-
-    def _begin(self) -> bool:
-        """Whether a head has begun; one stray line end before it is forgiven (RFC 9112, 2.2)."""
-        data = self._data
-        if not data or data == b"\r":
-            return False
-        if data[:2] == b"\r\n":
-            del data[:2]
-        self._begun = True
-        return True
-
-    def _expect(self, head: RequestHead) -> None:
-        self._framing = head.framing() if head.has_body else None
+        self._next, self._framing, self._keep = head, None, True
         self._most = self._limits.max_body
         self.received = 0
+        return head
 
     def discard(self, most: int) -> None:
         """Keep nothing of the present body, which may have ``most`` bytes: its route takes none."""
-        self._most = most
-        if self._framing is not None:
-            self._framing.keep = False
+        self._most, self._keep = most, False
 
     def drop_body(self) -> None:
         """Let go of what has come of the present body: the request was refused."""
-        self._framing, self._body = None, bytearray()
+        self._next, self._framing, self._body = None, None, bytearray()
 
     def limit(self, most: int) -> None:
         """Take at most ``most`` bytes of the present body."""
@@ -116,7 +119,20 @@ class RequestReader:
         """
         framing, data = self._framing, self._data
         if framing is None:
-            return b""
+            head = self._next
+            if head is None or head.length == 0:
+                return b""
+            length = head.length
+            if length is not None and length <= len(data) and length <= self._most:  # the common case: it came whole
+                self.received, self._next = length, None
+                body = b""
+                if self._keep:
+                    with memoryview(data) as view:
+                        body = bytes(view[:length])
+                del data[:length]
+                return body
+            self._framing = framing = head.framing()
+            framing.keep = self._keep
         end = -1
         while data and end < 0:
             piece = self._next_piece(framing)
@@ -129,14 +145,15 @@ class RequestReader:
             self.received = self.received + len(piece) if isinstance(framing, Length) else framing.payload
             self._check_size(framing, whole=end >= 0)
             if end >= 0 and not self._body and len(pieces) == 1:
-                self._framing = None
-                return pieces[0]  # the common case: a body that came whole
+                self._next = self._framing = None
+                return pieces[0]
             for kept in pieces:
                 self._body += kept
             pieces.clear()
         if end < 0:
             return None
-        body, self._body, self._framing = bytes(self._body), bytearray(), None
+        body, self._body = bytes(self._body), bytearray()
+        self._next = self._framing = None
         return body
 
     def _next_piece(self, framing: Length | Chunked) -> bytes:

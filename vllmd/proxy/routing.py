@@ -6,7 +6,6 @@ matched after percent-decoding, so a model's id may be written with its slash or
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,8 @@ from vllmd.proxy.http import Request, Response
 LocalHandler = Callable[[Request], Awaitable[Response]]
 Handler = Callable[[Exchange], Awaitable[None]]
 
+# Scopes of routes that a page of another site may have its browser ask for: they load, move and ask no model.
+FOR_PAGES = frozenset({OPEN, HEALTH})
 LONGEST_TOLD = 200  # characters of a path that an error repeats
 LOCAL_BODY = 1 << 20  # bytes of a body for ourselves: settings of a model, an operator's order
 PARAMETER = re.compile(r"\\{(\w+)(:path)?\\}")
@@ -46,11 +47,6 @@ class Route:
     doc: Mapping[str, Any] = field(default_factory=dict)
     reach: Reach = Reach.ONE
     max_body: int | None = None
-
-    @property
-    def for_pages(self) -> bool:
-        """Whether a page of another site may have its browser ask for it: it loads, moves and asks no model."""
-        return self.scope in (OPEN, HEALTH)
 
 
 class NoSuchMethod(MethodNotAllowed):
@@ -84,14 +80,13 @@ class Router:
         """Have ``handler`` answer; a GET's answers HEAD too. It gets a body if ``doc`` says that it takes one."""
 
         async def respond(exchange: Exchange) -> None:
-            await asyncio.sleep(0)  # on in a task, as whoever writes a handler expects
             await exchange.respond(await handler(exchange.request))
 
         most = LOCAL_BODY if doc and "requestBody" in doc else 0
         self.add_raw(Route(method, pattern, respond, scope, summary, doc or {}, reach, max_body=most))
 
     def add_raw(self, route: Route) -> None:
-        """Have the route's handler speak on the exchange itself; its first step runs outside a task (``eager``)."""
+        """Have the route's handler speak on the exchange itself."""
         self.routes.append(route)
         if "{" not in route.pattern:
             self._fixed.setdefault(route.pattern, {})[route.method] = route
@@ -109,19 +104,21 @@ class Router:
         Raises NotFound, MethodNotAllowed, Forbidden, Unauthorized and what the authenticator raises.
         """
         request.caller = caller = self.authenticator.identify(request)
-        self.cors.mark(request)
-        methods = self._find(request)
+        if self.cors.origins:
+            self.cors.mark(request)
+        methods = self._fixed.get(request.path) or self._find(request)
         if request.method == "OPTIONS" and "OPTIONS" not in methods:
             request.max_body = 0
             return _options(self.cors.preflight(request, methods) or _allow(methods))
         route = methods.get("GET" if request.method == "HEAD" else request.method)
         if route is None:
             raise NoSuchMethod(request, sorted(methods))
-        if not route.for_pages:
+        if request.headers.from_page is not False and route.scope not in FOR_PAGES:
             self.cors.refuse_foreign_pages(request)
         request.route = route.pattern
         request.max_body = route.max_body
-        authorise(caller, route.scope, route.reach)
+        if route.scope not in caller.scopes or caller.models is not None:
+            authorise(caller, route.scope, route.reach)
         return route.handler
 
     def _find(self, request: Request) -> dict[str, Route]:

@@ -14,9 +14,9 @@ from vllmd.proxy.body_memory import BodyMemory
 from vllmd.proxy.connection import Connection
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.heads import write_response_head
-from vllmd.proxy.http import Request, error_response
+from vllmd.proxy.http import error_response
 from vllmd.proxy.limits import Limits, keep_alive
-from vllmd.proxy.routing import Handler, Router
+from vllmd.proxy.routing import Router
 
 log = logging.getLogger(__name__)
 
@@ -37,16 +37,16 @@ class Server:
         router: Router,
         limits: Limits,
         listeners: Iterable[socket.socket],
-        on_exchange: Callable[[Exchange], None] | None = None,
+        on_exchange: Callable[[Exchange], None] = lambda exchange: None,
         memory: BodyMemory | None = None,
     ) -> None:
         self.limits = limits
         self.memory = memory or BodyMemory(limits.max_buffered)
         self.draining = self.closing = False
         self.accepted = 0  # connections so far
-        self._router = router
+        self.begin = router.begin
         self._listeners = list(listeners)
-        self._on_exchange = on_exchange
+        self.ended = on_exchange
         self._connections: set[Connection] = set()
         self._opening: set[asyncio.Task[None]] = set()
         self._by_address: Counter[str] = Counter()
@@ -134,15 +134,6 @@ class Server:
         self._check_empty()
 
     # -- what connections ask and tell
-
-    def begin(self, request: Request) -> Handler:
-        """Route it. Raises VllmdError."""
-        return self._router.begin(request)
-
-    def ended(self, exchange: Exchange) -> None:
-        """An exchange is over."""
-        if self._on_exchange is not None:
-            self._on_exchange(exchange)
 
     def joined(self, connection: Connection) -> None:
         """The connection is there."""

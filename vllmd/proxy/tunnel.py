@@ -14,12 +14,12 @@ from urllib.parse import parse_qsl, urlencode
 from vllmd.errors import BadRequest, EngineFailed, UpstreamFailed, VllmdError
 from vllmd.proxy.answer import OURS
 from vllmd.proxy.exchange import Exchange, with_fields
+from vllmd.proxy.forward import KEPT_BACK, Relay
 from vllmd.proxy.framing import BadFraming
 from vllmd.proxy.gate import Address, Permit, Target
 from vllmd.proxy.heads import forwardable, parse_response_head, parse_upgrade_head, write_fields, write_request_head
 from vllmd.proxy.http import Request, Response, json_response
 from vllmd.proxy.limits import read_small
-from vllmd.proxy.relay import KEPT_BACK, Relay
 from vllmd.proxy.response_heads import HeadCollector
 from vllmd.proxy.upstream import connect, host_field
 
@@ -122,14 +122,13 @@ class Tunnels:
             raise BadRequest(
                 "this is a WebSocket: 'Connection: Upgrade', 'Upgrade: websocket', 'Sec-WebSocket-Key: ...'"
             )
-        target = self._relay.target(request, request.query.get("model", ""), request.path)
+        target = self._relay.requests.target(request, request.query.get("model", ""), request.path)
         exchange.model = target.model
-        await asyncio.sleep(0)  # on in a task: the waits below need one
-        permit = await self._relay.gate.acquire(target.model, request.key, exchange.ticket)
+        permit = await self._relay.gate.acquire(target.model, request.key)
         try:
             await self._through(exchange, permit, permit.target or target)
         finally:
-            permit.done()
+            permit.release(size=exchange.sent + exchange.received)
 
     async def _through(self, exchange: Exchange, permit: Permit, target: Target) -> None:
         try:

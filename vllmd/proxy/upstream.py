@@ -25,7 +25,7 @@ from vllmd.proxy.heads import HeadMemo, RawHeaders, ResponseHead, parse_response
 from vllmd.proxy.limits import UNACKNOWLEDGED, Limits, keep_alive, read_small
 from vllmd.proxy.peek import Parts
 from vllmd.proxy.peers import Impostor, connected
-from vllmd.proxy.response_heads import HeadCollector, head_end
+from vllmd.proxy.response_heads import HeadCollector
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +95,7 @@ class Upstream(asyncio.Protocol):
 
     def __init__(self, address: Address, pool: Pool | None = None) -> None:
         self.address = address
+        self.key = _key(address)
         self.reused = False
         self.idle_since = 0.0
         self._pool = pool
@@ -214,8 +215,9 @@ class Upstream(asyncio.Protocol):
 
         1xx answers before it are passed over: they are meant for a client that waits for one, and ours does not.
         """
-        self._begun = True
-        if self._collector.pending or (end := head_end(data)) < 0 or not data.startswith(b"HTTP/1.1 2"):
+        pieces, self._begun = self._begun, True
+        end = data.find(b"\n\r\n") + 3  # the common case: one plain head of a success, whole
+        if end < 3 or not data.startswith(b"HTTP/1.1 2") or pieces or data.find(b"\n\n", 0, end) >= 0:
             found = self._collector.feed(data)
             if found is None:
                 return
@@ -246,8 +248,9 @@ class Upstream(asyncio.Protocol):
             return
         if self._paused:
             self.resume()
-        unsent = bool(self._unsent) or self._transport.get_write_buffer_size() > 0
-        if self._pool is None or not self._keep_alive or not self.usable or unsent:
+        transport = self._transport
+        unsent = self._unsent or transport.get_write_buffer_size() > 0
+        if self._pool is None or not self._keep_alive or self._broken or unsent or transport.is_closing():
             self.abort()
         else:
             self._pool.put(self)
@@ -283,7 +286,6 @@ class Pool:
 
     async def connect(self, address: Address) -> Upstream:
         """A new connection. Raises UpstreamFailed."""
-        await asyncio.sleep(0)  # into a task, if this is a coroutine's first step: the time limit needs one
         return await connect(address, self._limits.connect_timeout, lambda: Upstream(address, self))
 
     def put(self, connection: Upstream) -> None:
@@ -293,15 +295,13 @@ class Pool:
             return
         loop = asyncio.get_running_loop()
         connection.idle_since = loop.time()
-        address = connection.address
-        self._idle.setdefault(_key(address), []).append(connection)
+        self._idle.setdefault(connection.key, []).append(connection)
         if self._timer is None:
             self._timer = loop.call_later(self._limits.upstream_idle, self._sweep)
 
     def forget(self, connection: Upstream) -> None:
         """It is gone."""
-        address = connection.address
-        idle = self._idle.get(_key(address), [])
+        idle = self._idle.get(connection.key, [])
         if connection in idle:
             idle.remove(connection)
 

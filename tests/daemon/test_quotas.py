@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 import pytest
 
-from vllmd.config.types import KeyConfig
-from vllmd.daemon.meters import Bucket, MeteredGate, Meters, prompt_tokens
+from vllmd.admin.counters import Counters
+from vllmd.config.types import KeyConfig, ModelConfig, ReplicaConfig
+from vllmd.core import commands, events
+from vllmd.daemon.admission_gate import AdmissionGate, Permit
+from vllmd.daemon.engine_resolver import EngineResolver
+from vllmd.daemon.quotas import Bucket, Quotas, prompt_tokens
 from vllmd.engines.base import Listen
-from vllmd.errors import TooManyRequests, Unavailable, VllmdError
-from vllmd.proxy.access import ANYBODY, Caller
-from vllmd.proxy.gate import Permit, Target
+from vllmd.errors import TooManyRequests, Unavailable, UpstreamFailed
 
 
 class Clock:
@@ -25,75 +26,46 @@ class Clock:
         return self.now
 
 
-class OpenGate:
-    """Lets everybody pass; notes whose permits ended with how many tokens."""
+class Core:
+    """What is behind the gate: it admits everybody, or refuses everybody."""
 
     def __init__(self) -> None:
-        self.ended: list[int | None] = []
-        self.refusal: Exception | None = None
+        self.gate: AdmissionGate
+        self.refuses = False
         self.kept_alive: list[float] = []
 
-    def resolve(self, name: str, caller: Caller = ANYBODY) -> Target:
-        return Target(name, name)
+    def post(self, event: events.Event) -> None:
+        if isinstance(event, events.RequestArrived) and self.refuses:
+            self.gate.reject(commands.Reject(event.request, "Unavailable", "no room"))
+        elif isinstance(event, events.RequestArrived):
+            self.gate.admit(commands.Admit(event.request, "m"))
+        elif isinstance(event, events.KeptAlive):
+            self.kept_alive.append(event.seconds)
 
-    def loading(self, model: str) -> str:
+    def address_of(self, replica: str) -> Listen:
+        return Listen(uds="/engine.sock")
+
+    def phase_of(self, model: str) -> str:
         return "weights"
 
-    def keep_alive(self, model: str, key: str, seconds: float) -> None:
-        self.kept_alive.append(seconds)
+    def unreached(self, replica: str) -> None: ...
 
-    async def acquire(self, model: str, key: str, request_id: str, only: str = "", body: bytes = b"") -> Permit:
-        if self.refusal:
-            raise self.refusal
-        return _Permit(self.ended)
-
-
-class _Permit:
-    upstream = Listen(uds="/engine.sock")
-    target = None
-
-    def __init__(self, ended: list[int | None]) -> None:
-        self._ended = ended
-
-    def answered(self, streamed: bool) -> None: ...
-
-    def done(self, tokens: int | None = None, failed: str = "") -> None:
-        self._ended.append(tokens)
-
-    async def retry(self, error: VllmdError) -> Permit:
-        return _Permit(self._ended)
-
-    def on_cut(self, callback: Callable[[str], None]) -> None:
-        callback("cut")
-
-
-class Noted:
-    """A ledger that only remembers."""
-
-    def __init__(self) -> None:
-        self.waits: list[tuple[str, float]] = []
-        self.uses: list[tuple[str, str, int]] = []
-
-    def waited(self, model: str, seconds: float) -> None:
-        self.waits.append((model, seconds))
-
-    def used(self, model: str, key: str, tokens: int) -> None:
-        self.uses.append((model, key, tokens))
+    def retried(self, replica: str) -> None: ...
 
 
 class Act:
     """A gate with limits."""
 
     def __init__(self, **limits: int) -> None:
-        self.clock, self.inner, self.noted = Clock(), OpenGate(), Noted()
+        self.clock, self.core, self.counters = Clock(), Core(), Counters()
         self.key = KeyConfig("k", "digest", **limits)  # type: ignore[arg-type]
-        self.meters = Meters([self.key], self.clock)
-        self.gate = MeteredGate(self.inner, self.meters, self.noted)
-        self._requests = 0
+        self.quotas = Quotas([self.key], self.clock)
+        self.gate = self.core.gate = AdmissionGate(EngineResolver(), self.quotas, self.counters)
+        self.gate.configure({"m": ModelConfig("m")}, {"m": ModelConfig("m")})
+        self.gate.open(self.core)
 
     def acquire(self, key: str = "k", body: bytes = b"") -> Permit:
-        self._requests += 1
-        return asyncio.run(self.gate.acquire("m", key, f"r{self._requests}", body=body))
+        return asyncio.run(self.gate.acquire("m", key, body=body))
 
     def refused(self) -> float:
         """Seconds after which the refused client is to come back."""
@@ -139,12 +111,12 @@ def test_concurrency() -> None:
     act = Act(concurrency=1)
     first = act.acquire()
     assert act.refused() == 1
-    first.done()
-    first.done()
-    act.inner.refusal = Unavailable("no room")
+    first.release()
+    first.release()
+    act.core.refuses = True
     with pytest.raises(Unavailable):
         act.acquire()
-    act.inner.refusal = None
+    act.core.refuses = False
     act.acquire()
     act.refused()
 
@@ -152,11 +124,11 @@ def test_concurrency() -> None:
 def test_tokens_per_minute_are_charged_afterwards() -> None:
     """An answer may overdraw; the key then waits until it is above nothing again."""
     act = Act(tokens_per_minute=60)
-    act.acquire().done(120)
+    act.acquire().release(120)
     assert act.refused() == 61
     act.clock.now += 61
     act.acquire()
-    assert act.noted.uses == [("m", "k", 120)]
+    assert act.counters.key_tokens[("k",)] == act.counters.tokens[("m",)] == 120
 
 
 PROMPT = b'{"prompt":"' + b"word " * 48 + b'"}'  # of 240 letters: some 60 tokens
@@ -165,10 +137,10 @@ PROMPT = b'{"prompt":"' + b"word " * 48 + b'"}'  # of 240 letters: some 60 token
 def test_a_prompt_is_charged_when_it_arrives() -> None:
     """Or a key could send any number at once before the first one is answered; one that gets nowhere costs nothing."""
     act = Act(tokens_per_minute=60)
-    act.inner.refusal = Unavailable("no room")
+    act.core.refuses = True
     with pytest.raises(Unavailable):
         act.acquire(body=PROMPT)
-    act.inner.refusal = None
+    act.core.refuses = False
     act.acquire(body=PROMPT)
     assert act.refused() == 4
 
@@ -176,17 +148,16 @@ def test_a_prompt_is_charged_when_it_arrives() -> None:
 def test_the_usage_puts_the_guess_of_the_prompt_right() -> None:
     """What was taken too much comes back, what was too little is taken."""
     act = Act(tokens_per_minute=60)
-    act.acquire(body=PROMPT).done(10)
-    act.acquire(body=PROMPT).done(80)
+    act.acquire(body=PROMPT).release(10)
+    act.acquire(body=PROMPT).release(80)
     assert act.refused() == 31
-    assert act.noted.uses == [("m", "k", 10), ("m", "k", 80)]
+    assert act.counters.key_tokens[("k",)] == 10 + 80
 
 
 def test_a_stream_without_usage_is_charged_for_its_prompt_too() -> None:
     """Clients of streams get no usage unless they ask: eight long prompts a minute were free."""
     act = Act(tokens_per_minute=60)
-    act.acquire(body=PROMPT * 2).done()
-    act.gate.settle("r1", 250 * 5)
+    act.acquire(body=PROMPT * 2).release(size=250 * 5)
     assert act.refused() == 126 + 5 - 60 + 1
 
 
@@ -198,17 +169,26 @@ def test_files_in_a_request_are_not_counted_by_their_letters() -> None:
     assert prompt_tokens(b"") == 0
 
 
-@pytest.mark.parametrize("order", ["answer first", "connection first"])
-def test_an_answer_that_does_not_tell_its_tokens_is_charged_by_its_size(order: str) -> None:
-    """Or a client could leave out the usage and be free; whichever end is heard of first."""
+def test_an_answer_that_does_not_tell_its_tokens_is_charged_by_its_size() -> None:
+    """Or a client could leave out the usage and be free; told twice it is charged once."""
     act = Act(tokens_per_minute=60)
     permit = act.acquire()
-    ends = [lambda: permit.done(), lambda: act.gate.settle("r1", 250 * 61)]
-    for end in ends if order == "answer first" else reversed(ends):
-        end()
+    permit.release(size=250 * 61)
+    permit.release(size=250 * 1000)
     assert act.refused() == 2
-    act.gate.settle("r1", 250 * 1000)  # twice counts once
     act.clock.now += 2
+    act.acquire()
+
+
+def test_a_request_that_is_sent_again_is_charged_once_and_is_one_at_a_time() -> None:
+    """An attempt without an answer took nothing; while the next one runs its key has one request running."""
+    act = Act(tokens_per_minute=60, concurrency=1)
+    act.gate.configure({"m": ModelConfig("m", replicas=ReplicaConfig(retries=1))}, {"m": ModelConfig("m")})
+    first = act.acquire(body=PROMPT)
+    first.release(failed="it broke off")
+    second = asyncio.run(first.retry(UpstreamFailed("it broke off")))
+    assert act.refused() == 1
+    second.release(10)
     act.acquire()
 
 
@@ -216,30 +196,26 @@ def test_other_keys_are_not_limited() -> None:
     """Nor are requests without one."""
     act = Act(requests_per_minute=1)
     for key in ("", "other", "", "other"):
-        act.acquire(key).done(5)
-    assert act.noted.uses[:2] == [("m", "", 5), ("m", "other", 5)]
+        act.acquire(key).release(5)
+    assert act.counters.tokens[("m",)] == 4 * 5
+    assert act.counters.key_tokens == {("other",): 10}
 
 
 def test_a_reload_keeps_what_was_used_by_keys_that_did_not_change() -> None:
     """Else every reload would be a way around the limits."""
     act = Act(requests_per_minute=1)
     act.acquire()
-    act.meters.configure([act.key])
+    act.quotas.configure([act.key])
     act.refused()
-    act.meters.configure([KeyConfig("k", "digest", requests_per_minute=5)])
+    act.quotas.configure([KeyConfig("k", "digest", requests_per_minute=5)])
     act.acquire()
 
 
-def test_the_gates_other_words_pass_unchanged() -> None:
-    """Waits are told, cuts and progress reach the proxy."""
+def test_waits_are_told() -> None:
+    """Also of those that did not have to."""
     act = Act(concurrency=5)
-    permit, heard = act.acquire(), list[str]()
-    permit.on_cut(heard.append)
-    assert heard == ["cut"]
-    assert permit.upstream.uds == "/engine.sock"
-    assert act.gate.loading("m") == "weights"
-    assert act.gate.resolve("x").model == "x"
-    assert act.noted.waits == [("m", 0.0)]
+    act.acquire()
+    assert sum(act.counters.waits[("m",)].counts) == 1
 
 
 @pytest.mark.parametrize(
@@ -250,4 +226,4 @@ def test_a_key_keeps_a_model_alive_within_its_limit(limit: float | None, wish: f
     """One whose limit is 0 has no say, not even that the model may go."""
     act = Act(keep_alive_limit=limit)  # type: ignore[arg-type]
     act.gate.keep_alive("m", "k", wish)
-    assert act.inner.kept_alive == passed
+    assert act.core.kept_alive == passed

@@ -1,0 +1,326 @@
+"""The way of a model's request: ``Relay.forward``, one procedure from the whole request to the last byte of its answer.
+
+The problem. Most of a request's time is the engine's: tokens come one after another for minutes, and each must cost
+the daemon next to nothing. So the answer's bytes do not pass through ``forward``. They go from the engine's connection
+(``upstream.Upstream``) to the client's (``connection.Connection``) within the callback that received them, by way of
+an ``AnswerRelay``, while ``forward`` waits for a single future: that all of it has passed, or why it has not.
+
+The invariants:
+
+- A request holds one permit at a time, and gives it back exactly once. That happens before the client has the last
+  byte of its answer: the next request of a client whose key may have one at a time must not find the last one there.
+- A request is sent a second time only if no engine can have answered the first: a kept connection turned out to be
+  closed before a byte of the answer, or nobody listened, or (where the daemon's rules allow it: ``Permit.retry``)
+  it failed before the client had a byte of its answer.
+- A client that leaves has its task cancelled, and the engine's connection is closed at once, so that the engine stops
+  generating.
+
+What a client sees of an engine's end: 502 before the answer began, a visible truncation in the middle of it.
+
+Each request is a task of its own. It costs two turns of the event loop that a callback would not (about 12
+microseconds, as much as 60 function calls): a coroutine that was run by hand, without them, was tried and given up for
+the rules that it brought (no time limit before the first wait, nothing after the last one).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+from vllmd.errors import EngineFailed, UpstreamFailed, VllmdError
+from vllmd.proxy.answer import EVENT_STREAM, Answer, Refusal, UpstreamRequest, answer_for, relocated
+from vllmd.proxy.exchange import Exchange, chunk
+from vllmd.proxy.framing import Framing
+from vllmd.proxy.gate import Address, Gate, Permit
+from vllmd.proxy.heads import ResponseHead, forwardable, write_fields
+from vllmd.proxy.http import Request
+from vllmd.proxy.limits import Limits
+from vllmd.proxy.loading_heartbeat import Heartbeats, LoadingHeartbeat
+from vllmd.proxy.model_requests import ModelRequests, StoredResponses
+from vllmd.proxy.peek import Parts
+from vllmd.proxy.routing import Handler
+from vllmd.proxy.upstream import Pool, Upstream, host_field
+
+# Of the client's fields an engine never sees these: its key, its cookies, and what we write ourselves.
+KEPT_BACK = frozenset(
+    b"host content-length expect authorization x-api-key api-key cookie accept-encoding x-request-id"
+    b" forwarded x-vllmd-keep-alive x-forwarded-for x-forwarded-host x-forwarded-proto x-real-ip"
+    b" origin access-control-request-method access-control-request-headers".split()
+)
+TOTAL_TOKENS = re.compile(rb'"total_tokens"\s*:\s*(\d{1,12})')
+IN_AND_OUT = [re.compile(rb'"%b_tokens"\s*:\s*(\d{1,12})' % which) for which in (b"input", b"output")]
+RESPONSE_ID = re.compile(rb'"id"\s*:\s*"(resp_[\w-]{1,128})"')
+REFUSALS = frozenset({502, 503, 504})  # of a replica: another one may serve
+TAIL = 1024  # bytes at an answer's end in which its usage is looked for
+MOST_TAIL = 16 * TAIL
+OPENING = 8192  # bytes at an answer's beginning in which its id is looked for
+LONGEST_ID = 256  # bytes of a response's id with its key
+
+Parse = Callable[[Exchange], Awaitable[UpstreamRequest | None]]
+
+
+class Relay:
+    """Serves the model routes."""
+
+    def __init__(self, gate: Gate, limits: Limits) -> None:
+        self.requests = ModelRequests(gate, limits)
+        self.pool = Pool(limits)
+        self.gate = gate
+        self.limits = limits
+        self.heartbeats = Heartbeats(limits)
+
+    def handler(self, parse: Parse) -> Handler:
+        """What answers the requests of a route; ``parse``, one of ``ModelRequests``, says what each asks for."""
+        return partial(self.forward, parse)
+
+    async def forward(self, parse: Parse, exchange: Exchange) -> None:
+        """Send one request to an engine, and the engine's answer to the client.
+
+        Raises VllmdError for what ``parse`` refuses; the client has been told of whatever goes wrong later.
+        """
+        # 1. Parse and authorise. Who the caller is was found by the head (routing.Router.begin), before the body was
+        #    read; which model it wants, and whether it may have that one, only the whole request tells.
+        wanted = await parse(exchange)
+        if wanted is None:
+            return
+        request, model = exchange.request, wanted.target.model
+        exchange.outlives_eof, exchange.model = False, model
+        if self.limits.request_timeout is not None:
+            exchange.expire(self.limits.request_timeout)
+        heartbeat = LoadingHeartbeat(
+            exchange, model, wanted.asked.model, stream=wanted.asked.stream, limits=self.limits, gate=self.gate
+        )
+        acquiring = self.gate.acquire(model, request.caller.name, wanted.only, wanted.asked.body, heartbeat.begin)
+        try:
+            while True:
+                # 2. Acquire: the key's limits, the model's queue, and an engine that is awake.
+                try:
+                    permit = await acquiring
+                finally:
+                    heartbeat.end()
+                sent, failure = wanted.at(permit.target), None
+                answer = AnswerRelay(exchange, sent, heartbeat, permit, self.requests.responses)
+                try:
+                    permit.on_cut(answer.cut)
+                    if heartbeat.wanted:
+                        answer.beat_by(self.heartbeats)
+                    # 3. Connect, 4. send, 5. relay: the answer passes while this waits.
+                    where = permit.upstream
+                    body = sent.asked.renamed(sent.target.served_name)
+                    head = request_head(request, sent, where, sum(map(len, body)))
+                    connection = self.pool.take(where) or await self.pool.connect(where)
+                    if not await answer.through(connection, head, body):  # it had been closed by the engine meanwhile
+                        await answer.through(await self.pool.connect(where), head, body)
+                    return
+                except VllmdError as error:
+                    # Whoever raised it may hold it, and by its traceback everybody's variables: the request's body
+                    # would stay in that circle, uncounted, until the cycle collector comes by.
+                    failure = error.with_traceback(None)
+                    if answer.begun or exchange.over:
+                        raise
+                    acquiring = permit.retry(failure)  # once this permit was given back; perhaps of another engine
+                finally:
+                    # 6. Release, unless the answer's last byte has done so already.
+                    answer.close(failure)
+        except VllmdError as error:
+            heartbeat.fail(error.with_traceback(None))
+        finally:
+            if wanted.keep_alive is not None:
+                self.gate.keep_alive(model, request.caller.name, wanted.keep_alive)
+
+
+class AnswerRelay:
+    """One answer on its way from an engine's connection, which reports to it (``upstream.Sink``), to the client."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        sent: UpstreamRequest,
+        heartbeat: LoadingHeartbeat,
+        permit: Permit,
+        responses: StoredResponses,
+    ) -> None:
+        self._exchange = exchange
+        self._sent = sent
+        self._heartbeat = heartbeat
+        self._permit: Permit | None = permit  # None once it was given back
+        self._over: asyncio.Future[None] | None = None
+        self._error: VllmdError | None = None
+        self._again = False  # a kept connection was closed before a byte of the answer
+        self._upstream: Upstream | None = None
+        self._answer: Answer | None = None
+        self._heartbeats: Heartbeats | None = None  # while no byte of the body has come, and the client wants to know
+        self._plain_events = False  # events that end with their last chunk or the connection: comments may precede them
+        self._size = 0  # bytes of the body that came
+        self._tail = bytearray()  # the last of them, TAIL or more
+        self._opening = bytearray()  # the first of them, as long as a response's id is looked for there
+        self._responses = responses
+        self._names_response = exchange.request.path == "/v1/responses"
+
+    @property
+    def begun(self) -> bool:
+        """Whether the client has bytes of the engine's answer."""
+        return self._heartbeat.relaying
+
+    async def through(self, upstream: Upstream, head: bytes, body: Parts) -> bool:
+        """Send the request, and wait until the answer has passed.
+
+        False if nothing of it can have: ``upstream`` was a kept connection, and is closed. Raises VllmdError.
+        """
+        self._upstream, self._again = upstream, False
+        if self._error is None:  # not cut off while it connected
+            self._over = asyncio.get_running_loop().create_future()
+            upstream.send(self._exchange.request.method, head, body, self)
+            self._exchange.on_pause = self._on_pause
+            if self._exchange.paused:
+                self._on_pause(True)
+            await self._over
+        if self._error is not None:
+            raise self._error
+        return not self._again
+
+    def close(self, failure: VllmdError | None) -> None:
+        """Close and give back whatever still is not; nothing more reaches the client. ``failure``: why it failed."""
+        self._exchange.on_pause = None
+        if self._heartbeats is not None:
+            self._quiet()
+        if self._upstream is not None:
+            self._upstream.abort()
+        if self._permit is not None:
+            self._error = self._error or failure
+            self._release()
+
+    def cut(self, reason: str) -> None:
+        """The daemon breaks the request off."""
+        self._settle(EngineFailed(f"the request was broken off: {reason}"))
+
+    def _release(self) -> None:
+        """Give the permit back, with what the answer's usage says that it took."""
+        permit, self._permit = self._permit, None
+        if permit is not None:
+            failed = self._error.message if self._error is not None else ""
+            permit.release(total_tokens(bytes(self._tail[-TAIL:])), self._size, failed)
+
+    # -- what the engine's connection says
+
+    def head(self, head: ResponseHead, framing: Framing) -> None:
+        """The answer begins."""
+        if self._permit is not None and self._permit.target is not None:
+            if head.status in REFUSALS:
+                self._answer = Refusal(head.status, framing)
+                return
+            self._permit.answered(head.content_type.startswith(EVENT_STREAM))
+        if head.has_location and self._permit is not None:
+            head = relocated(head, self._permit.upstream, self._sent.outside)
+        self._plain_events = head.status == 200 and head.length is None and head.content_type.startswith(EVENT_STREAM)
+        self._answer = answer_for(self._exchange, self._sent, self._heartbeat, head, framing)
+
+    def data(self, data: bytes) -> None:
+        """More of the body."""
+        size = len(data)
+        if size and self._heartbeats is not None:
+            self._quiet()
+        self._size += size
+        if size < TAIL:
+            tail = self._tail
+            tail += data
+            if len(tail) > MOST_TAIL:  # what is too old goes when there is much of it, not at each piece
+                del tail[:-TAIL]
+        else:
+            self._tail = bytearray(data[-TAIL:])
+        if self._names_response:
+            self._look_for_id(data)
+        if self._answer is not None:
+            self._answer.more(data)
+
+    def _look_for_id(self, data: bytes) -> None:
+        """The id is at the answer's beginning, perhaps cut in two."""
+        seen = len(self._opening)
+        self._opening += data[: OPENING - seen]
+        named = RESPONSE_ID.search(self._opening, max(0, seen - LONGEST_ID))
+        if named:
+            self._names_response = False
+            self._responses.note(named[1].decode(), self._sent.target.model, self._sent.asked.model)
+        elif len(self._opening) >= OPENING:
+            self._names_response = False
+
+    def whole(self) -> None:
+        """The answer is complete: the engine's connection is free again, and the client's request is over."""
+        self._upstream = None
+        self._exchange.on_pause = None
+        if isinstance(self._answer, Refusal):
+            self._settle(self._answer.error())
+            return
+        self._release()
+        if self._answer is not None:
+            self._answer.end()
+        self._settle(None)
+
+    def lost(self, reason: str, *, untouched: bool) -> None:
+        """The engine's connection broke off."""
+        self._again = untouched and self._upstream is not None and self._upstream.reused
+        self._upstream = None
+        self._settle(None if self._again else UpstreamFailed(f"the engine broke off: {reason}"))
+
+    def _settle(self, error: VllmdError | None) -> None:
+        self._error = self._error or error
+        if self._over is not None and not self._over.done():
+            self._over.set_result(None)
+
+    def _on_pause(self, paused: bool) -> None:
+        if self._upstream is not None:
+            (self._upstream.pause if paused else self._upstream.resume)()
+
+    # -- signs of life while the engine reads the prompt
+
+    def beat_by(self, heartbeats: Heartbeats) -> None:
+        """Have ``beat`` called from time to time until the answer's body begins."""
+        self._heartbeats = heartbeats
+        heartbeats.add(self)
+
+    def beat(self) -> None:
+        """A sign of life: behind a head of our own, or, if the engine has sent its head, as the body's first bytes."""
+        if self._answer is None:
+            self._heartbeat.reading()
+        elif self._plain_events:
+            comment = b": reading the prompt\n\n"
+            self._exchange.write(comment if self._exchange.ends_with_connection else chunk(comment))
+
+    def _quiet(self) -> None:
+        if self._heartbeats is not None:
+            self._heartbeats.discard(self)
+            self._heartbeats = None
+
+
+def request_head(request: Request, sent: UpstreamRequest, where: Address, length: int) -> bytes:
+    """What an engine is sent before a body of ``length`` bytes: the client's fields less what is not its business."""
+    onward = request.headers.onward
+    if onward is None:
+        onward = write_fields(forwardable(request.headers.raw, but=KEPT_BACK))
+        request.headers.onward = onward
+    more = ""
+    if sent.target.headers:
+        more = "".join([f"{name.lower()}: {value}\r\n" for name, value in sent.target.headers])
+    if where.key:
+        more += f"authorization: Bearer {where.key}\r\n"
+    line = f"{request.method} {where.prefix}{sent.path} HTTP/1.1\r\nhost: {host_field(where)}\r\n"
+    own = f"{more}x-request-id: {request.id}\r\ncontent-length: {length}\r\n\r\n"
+    return line.encode("ascii") + onward + own.encode("latin-1")
+
+
+def total_tokens(tail: bytes) -> int | None:
+    """What the usage in the last bytes of an answer says it took in all, if it does."""
+    start = max(0, len(tail) - TAIL)
+    at = tail.rfind(b'"total_tokens"', start)  # inside a string, the quotes would be escaped
+    if at < 0:
+        return _in_and_out(tail, start) if tail.find(b'"output_tokens"', start) >= 0 else None
+    told = TOTAL_TOKENS.match(tail, at)
+    return int(told[1]) if told else None
+
+
+def _in_and_out(tail: bytes, start: int) -> int | None:
+    """Anthropic's usage, which has no total; the last one is that of the whole answer, if it has both."""
+    told = [which.findall(tail, start) for which in IN_AND_OUT]
+    return sum(int(numbers[-1]) for numbers in told) if all(told) else None
