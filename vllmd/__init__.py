@@ -17,6 +17,7 @@ this table against the imports)::
                 room that knows pystemd                           systemd, errors, text
     proxy/      h11 heads, byte relay, the accept loop            core.types, errors
     admin/      model list, health, admin and metrics endpoints   proxy's HTTP types, core.types, errors
+    ollama/     Ollama's API, translated to the engines' own      proxy, admin.control, errors
     daemon/     the event queue; executes the core's commands     all but cli and client
     client/     the Python library                                errors
     cli/        vllmctl, one file per verb                        client, errors, config, engines, simulate, text

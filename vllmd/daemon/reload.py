@@ -43,7 +43,7 @@ async def take(daemon: Daemon, read: Config) -> dict[str, Any]:
     added, removed = sorted(config.models.keys() - was.keys()), sorted(was.keys() - config.models.keys())
     daemon.accept(config)
     daemon.engine_manager.relocate(startup.paths_of(daemon, config), config.engines.port_start, config.engines.port_end)
-    daemon.engine_manager.configure(engines, startup.kv_caches(prospects))
+    daemon.engine_manager.configure(engines, startup.estimates(prospects))
     if devices:
         _take_devices(daemon, config, devices)
     daemon.dispatcher.post(events.SettingsChanged(startup.settings_of(config)))
