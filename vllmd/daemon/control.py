@@ -295,9 +295,9 @@ class DaemonControl:
         """Have it started or woken; of several replicas one whatever it takes, the others where they fit."""
         await self._post(events.LoadAsked(model))
 
-    async def unload(self, model: str, *, force: bool) -> None:
-        """Have it stopped; clears a failure."""
-        await self._post(events.StopAsked(model, force))
+    async def unload(self, model: str, *, force: bool, device: int | None = None) -> None:
+        """Have it stopped, or only its engines on that device; clears a failure."""
+        await self._post(events.StopAsked(model, force, device))
 
     async def sleep(self, model: str, level: int) -> None:
         """Have it put to sleep, or stopped at 3."""
