@@ -7,7 +7,7 @@ in the comments of the rooms: 1 ``admission``, 2 ``engine_events``, 3 ``operator
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from vllmd.core import events as ev
@@ -48,7 +48,7 @@ class Scheduler:
     ) -> None:
         self.costs = costs or CostBook()
         core = self._core = Core(devices, settings, self.costs, policy or POLICIES[settings.policy])
-        self._planner = Planner(core, self._settle)
+        self._planner = Planner(core)
         self._health = HealthChecks(core)
         self._scaling = Scaling(core, self._planner, self._health)
         self._admission = Admission(core, self._planner, Balancer(core.engines, core.swaps, core.fit), self._health)
@@ -73,13 +73,20 @@ class Scheduler:
         if self._due <= core.now:
             self._expire()
         self._settle()
-        self._planner.plan()
-        if self._operator.preload and self._operator.preloading:
-            self._planner.preload(self._operator.preload)
-        while self._scaling.upkeep():
+        for _ in self._steps():
             self._settle()
         core.replan = False
         return core.engines.collect()
+
+    def _steps(self) -> Iterator[None]:
+        """What is begun on the core's own account (7, 8), one step after the other."""
+        core = self._core
+        if core.waiting or core.replan or self._planner.held_back:
+            yield from self._planner.plan()
+        if self._operator.preload and self._operator.preloading:
+            yield from self._planner.preload(self._operator.preload)
+        if core.balanced:
+            yield from self._scaling.upkeep()
 
     def next_timer(self) -> float | None:
         """When it wants ``TimePassed`` if nothing else happens before."""
