@@ -24,7 +24,7 @@ class Planner:
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        self.builder = PolicyInputBuilder(core.engines, core.swaps, core.fit)
+        self.builder = PolicyInputBuilder(core.engines, core.swaps, core.fit, core.changed)
         self._looked = -INFINITY
         self._filled = -INFINITY
         self._relocated = -INFINITY
