@@ -459,12 +459,26 @@ class DaemonControl:
             self._watchers.discard(queue)
 
     async def log(self, model: str, lines: int, *, follow: bool) -> AsyncIterator[str]:
-        """The engine's last log lines, and what comes."""
-        process = self._daemon.engine_manager.processes.get(self._only(model)) if self._daemon.opened.is_set() else None
+        """The engine's last log lines, and what comes; of one that has ended its last ones."""
+        await self._daemon.opened.wait()
+        engine = self._only(model)
+        process = self._daemon.engine_manager.processes.get(engine)
         if process is None:
-            raise Unavailable(f"{model} has no engine now; 'journalctl -t vllmd' or 'vllmctl logs' shows earlier ones")
+            for text in await self._ended_log(engine, lines):
+                yield text
+            return
         async for text in self._daemon.engine_manager.log_of(process, lines, follow=follow):
             yield text
+
+    async def _ended_log(self, engine: str, lines: int) -> list[str]:
+        """What its last engine wrote at last. Raises Unavailable."""
+        config, runs = self._daemon.engines.get(engine), self._daemon.learnt.runs.get(engine)
+        if config is None or not runs:
+            raise Unavailable(f"{engine} has no engine now, and none is known that has ended")
+        instance, at = runs[-1]
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+        text = await self._daemon.engine_manager.log_of_ended(config, instance, lines)
+        return [*text, f"-- its engine ended at {when} --"]
 
 
 def _concerns(decision: Decision, names: Set[str]) -> bool:

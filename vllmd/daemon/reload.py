@@ -49,7 +49,7 @@ async def take(daemon: Daemon, read: Config, still: Callable[[], bool] = lambda:
         raise Conflict("it is in use by now")
     daemon.accept(config)
     daemon.engine_manager.relocate(startup.paths_of(daemon, config), config.engines.port_start, config.engines.port_end)
-    daemon.engine_manager.configure(engines, startup.kv_caches(prospects))
+    daemon.engine_manager.configure(engines, startup.estimates(prospects))
     if devices:
         _take_devices(daemon, config, devices)
     daemon.dispatcher.post(events.SettingsChanged(startup.settings_of(config)))

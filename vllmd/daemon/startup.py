@@ -26,6 +26,7 @@ from vllmd.daemon.ports import PortPool
 from vllmd.daemon.preflight import Machine, Prospect, look, say
 from vllmd.daemon.service import Daemon
 from vllmd.daemon.specs import model_spec, replica_spec
+from vllmd.engines.estimate import Estimate
 from vllmd.errors import LauncherFailed
 from vllmd.gpu import Devices, open_devices
 from vllmd.launcher.client import LauncherClient
@@ -110,7 +111,7 @@ async def take_devices(daemon: Daemon, devices: Devices) -> None:
         if not devices.trouble:
             prospects = await asyncio.to_thread(expect, daemon, daemon.engines, daemon.config, devices.inventory())
             specs = specs_of(daemon.config.models, prospects)
-            daemon.engine_manager.configure(daemon.engines, kv_caches(prospects))
+            daemon.engine_manager.configure(daemon.engines, estimates(prospects))
             daemon.control.configure(specs)
             daemon.dispatcher.post(events.ModelsChanged(tuple(specs)))
         unknown = str(devices.trouble or "")
@@ -231,12 +232,13 @@ def make_fleet(daemon: Daemon, prospects: list[Prospect]) -> EngineManager:
     paths, ports = paths_of(daemon, daemon.config), PortPool(engines.port_start, engines.port_end)
     launch_planner = LaunchPlanner(daemon.memory, paths, daemon.kinds, ports, EngineKeys(around.cache))
     engine_manager = EngineManager(daemon.launcher, daemon.control.take, daemon.memory, launch_planner, around.logs)
-    engine_manager.configure(daemon.engines, kv_caches(prospects))
+    engine_manager.configure(daemon.engines, estimates(prospects))
+    engine_manager.on_ended = daemon.learnt.ended
     engine_manager.on_phase, engine_manager.look = daemon.control.stir, daemon.look
     engine_manager.usual = daemon.dispatcher.scheduler.costs.usual
     return engine_manager
 
 
-def kv_caches(prospects: list[Prospect]) -> dict[str, int]:
-    """Bytes per device that each engine is told to use as its cache; as estimated, never as measured."""
-    return {each.model.name: each.told.kv_cache for each in prospects}
+def estimates(prospects: list[Prospect]) -> dict[str, Estimate]:
+    """What each engine is told of the memory for it, such as the size of its cache: as estimated, never as measured."""
+    return {each.model.name: each.told for each in prospects}
