@@ -66,8 +66,7 @@ class InstanceEndpoints:
         going = [each["name"] for each in present if gpu is None or is_on(each, gpu)]
         if not going:
             raise NotFound(f"{name} is not running on GPU {gpu}", param="gpu_id")
-        for each in [name] if len(going) == len(present) else going:
-            await self._control.unload(each, force=False)
+        await self._control.unload(name, force=False, device=gpu)
         for each in going:
             async for _ in self._control.progress(each):
                 pass

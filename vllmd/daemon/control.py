@@ -316,9 +316,9 @@ class DaemonControl:
             for why in [view.failure for view in views if view.failure]:
                 raise ModelTooLarge(why)
 
-    async def unload(self, model: str, *, force: bool) -> None:
-        """Have it stopped; clears a failure."""
-        await self._post(events.StopAsked(model, force))
+    async def unload(self, model: str, *, force: bool, device: int | None = None) -> None:
+        """Have it stopped, or only its engines on that device; clears a failure."""
+        await self._post(events.StopAsked(model, force, device))
 
     async def sleep(self, model: str, level: int) -> None:
         """Have it put to sleep, or stopped at 3."""
