@@ -203,11 +203,14 @@ def host_budget(config: Config) -> int:
 
 async def connect_launcher(daemon: Daemon) -> LauncherClient:
     """The launcher's socket, or one of our own; tried again until it answers, requests wait meanwhile."""
+    said = ""
     while True:
         try:
             return await _launcher_once(daemon)
         except (LauncherFailed, OSError) as error:
-            log.error("cannot reach the launcher at %s: %s", daemon.runtime.launcher or "(private)", error)
+            if str(error) != said:
+                log.error("cannot reach the launcher at %s: %s", daemon.runtime.launcher or "(private)", error)
+            said = str(error)
             await asyncio.sleep(LAUNCHER_RETRY)
 
 
