@@ -89,8 +89,15 @@ def test_an_old_systemd_without_unified_control_groups(tmp_path: Path) -> None:
     make(tmp_path, "/run/systemd/system/", *SOCKETS)
     assert [what for _, what, _ in systemd(machine(tmp_path, {"--version": "systemd 247 (247.3)"}))] == [
         "systemd is version 247",
-        "control groups are not of version 2",
+        "control groups are of version 1: no engine can be started",
     ]
+
+
+def test_hybrid_control_groups_are_a_warning(tmp_path: Path) -> None:
+    """Engines run there; some limits do nothing."""
+    make(tmp_path, "/run/systemd/system/", *SOCKETS, "/sys/fs/cgroup/unified/cgroup.controllers")
+    host = machine(tmp_path, {"--version": "systemd 252 (252)"})
+    assert [(verdict, "oom_policy" in what) for verdict, what, _ in systemd(host)] == [("ok", False), ("warning", True)]
 
 
 def test_no_systemd_is_no_fault(tmp_path: Path) -> None:

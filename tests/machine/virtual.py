@@ -21,7 +21,7 @@ _MAKE = """
 mount -t overlay overlay -o "lowerdir=$1,upperdir=$2/upper,workdir=$2/work" "$2/root"
 cp "$4" "$2/root/root/package.deb"
 cp -r "$2/files/." "$2/root/"
-"$3" "$2/root" 'dpkg --force-unsafe-io --install /root/package.deb; systemctl enable experiment.service' >"$2/log" 2>&1
+"$3" "$2/root" 'dpkg --force-unsafe-io --force-confold --install /root/package.deb; systemctl enable experiment.service' >"$2/log" 2>&1
 truncate --size=2G "$2/disk"
 mkfs.ext4 -q -E root_owner=0:0 -d "$2/root" "$2/disk"
 """
@@ -51,14 +51,28 @@ def run(package: Path, program: str, files: Mapping[str, str], *, memory: int = 
             target.write_text(text)
         in_tree = REPOSITORY / "packaging/dev/in-tree"
         argv = ["unshare", "--mount", "--propagation", "private", "bash", "-euc", _MAKE, "make"]
-        made = subprocess.run([*argv, cache() / f"tree-{SUITE}", work, in_tree, package], capture_output=True, text=True)
+        made = subprocess.run(
+            [*argv, cache() / f"tree-{SUITE}", work, in_tree, package], capture_output=True, text=True
+        )
         if made.returncode:
             raise CannotBoot(f"no disk: {made.stderr}{(work / 'log').read_text()[-2000:]}")
         return _boot(work / "disk", memory, timeout)
 
 
 def _boot(disk: Path, memory: int, timeout: float) -> str:
-    machine = ["qemu-system-x86_64", "-M", "q35", "-cpu", "max", "-accel", "tcg,thread=multi", "-smp", "2", "-m", str(memory)]
+    machine = [
+        "qemu-system-x86_64",
+        "-M",
+        "q35",
+        "-cpu",
+        "max",
+        "-accel",
+        "tcg,thread=multi",
+        "-smp",
+        "2",
+        "-m",
+        str(memory),
+    ]
     machine += ["-nographic", "-no-reboot", "-nic", "none", "-drive", f"file={disk},format=raw,if=virtio,cache=unsafe"]
     machine += ["-kernel", str(KERNEL / "vmlinuz"), "-initrd", str(KERNEL / "initrd")]
     machine += ["-append", "console=ttyS0 quiet panic=1 systemd.show_status=0"]

@@ -99,7 +99,11 @@ def systemd(host: Host) -> Iterator[Finding]:
         yield "ok", f"systemd {version}", ""
     if not host.path("/sys/fs/cgroup/cgroup.controllers").exists():
         advice = "boot with systemd.unified_cgroup_hierarchy=1"
-        yield "bad", "control groups are not of version 2", advice
+        if host.path("/sys/fs/cgroup/unified/cgroup.controllers").exists():
+            what = "control groups are of both versions: memory_high, memory_swap_max and oom_policy have no effect"
+            yield "warning", what, advice
+        else:
+            yield "bad", "control groups are of version 1: no engine can be started", advice
 
 
 def units(host: Host) -> Iterator[Finding]:
