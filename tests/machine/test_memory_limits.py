@@ -53,7 +53,8 @@ import json, os, subprocess, time, urllib.request
 
 def ask(model):
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "hi"}]}).encode()
-    request = urllib.request.Request("http://127.0.0.1:33258/v1/chat/completions", body, {"Content-Type": "application/json"})
+    where = "http://127.0.0.1:33258/v1/chat/completions"
+    request = urllib.request.Request(where, body, {"Content-Type": "application/json"})
     try:
         return urllib.request.urlopen(request, timeout=300).status
     except urllib.error.HTTPError as error:
@@ -92,8 +93,8 @@ def play(model, file, gone):
     time.sleep(3 if not gone else 0)
     row["the engine lives"] = views()[model]["pid"] == before[model]["pid"]
     row["asked afterwards"] = ask(model)
-    row["reason"] = [line.partition("]: ")[2] for line in out("journalctl", "-q", "-u", "vllmd", "-u", "vllmd-launcher").splitlines()
-                     if f"{model}" in line and "memory" in line][-2:]
+    lines = out("journalctl", "-q", "-u", "vllmd", "-u", "vllmd-launcher").splitlines()
+    row["reason"] = [line.partition("]: ")[2] for line in lines if model in line and "memory" in line][-2:]
     row["neighbour and daemon untouched"] = (views()["neighbour"]["pid"], daemon()) == (first, master)
     row["neighbour answers"] = ask("neighbour")
     return row

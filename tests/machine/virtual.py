@@ -21,7 +21,9 @@ _MAKE = """
 mount -t overlay overlay -o "lowerdir=$1,upperdir=$2/upper,workdir=$2/work" "$2/root"
 cp "$4" "$2/root/root/package.deb"
 cp -r "$2/files/." "$2/root/"
-"$3" "$2/root" 'dpkg --force-unsafe-io --force-confold --install /root/package.deb; systemctl enable experiment.service' >"$2/log" 2>&1
+"$3" "$2/root" '
+    dpkg --force-unsafe-io --force-confold --install /root/package.deb
+    systemctl enable experiment.service' >"$2/log" 2>&1
 truncate --size=2G "$2/disk"
 mkfs.ext4 -q -E root_owner=0:0 -d "$2/root" "$2/disk"
 """
