@@ -31,6 +31,7 @@ from vllmd.errors import LauncherFailed
 from vllmd.gpu import Devices, open_devices
 from vllmd.launcher.client import LauncherClient
 from vllmd.launcher.protocol import PROTOCOL
+from vllmd.systemd.throttle import Repeated
 
 log = logging.getLogger("vllmd")
 
@@ -138,11 +139,12 @@ async def known_backend(daemon: Daemon) -> str:
 
 async def answered(ask: Callable[[], Awaitable[T]]) -> T:
     """The launcher's answer, however long it takes: nothing can be decided without it, and requests wait meanwhile."""
+    trouble = Repeated(log)
     while True:
         try:
             return await ask()
         except LauncherFailed as error:
-            log.error("%s; asking again", error)
+            trouble.say(logging.ERROR, "%s; asking again", error)
             await asyncio.sleep(LAUNCHER_RETRY)
 
 
@@ -203,11 +205,13 @@ def host_budget(config: Config) -> int:
 
 async def connect_launcher(daemon: Daemon) -> LauncherClient:
     """The launcher's socket, or one of our own; tried again until it answers, requests wait meanwhile."""
+    trouble = Repeated(log)
     while True:
         try:
             return await _launcher_once(daemon)
         except (LauncherFailed, OSError) as error:
-            log.error("cannot reach the launcher at %s: %s", daemon.runtime.launcher or "(private)", error)
+            where = daemon.runtime.launcher or "(private)"
+            trouble.say(logging.ERROR, "cannot reach the launcher at %s: %s; trying again", where, error)
             await asyncio.sleep(LAUNCHER_RETRY)
 
 
