@@ -29,7 +29,7 @@ from vllmd.core.policy_input import sleep_levels
 from vllmd.core.scaling import Scaling
 from vllmd.core.types import Device, ModelSpec, Settings, Snapshot, State
 from vllmd.core.unloading import DEEPEN_RETRY, Unloading
-from vllmd.core.views import snapshot
+from vllmd.core.views import BEST_FIRST, snapshot
 
 DEFAULTS = Settings()
 
@@ -91,6 +91,15 @@ class Scheduler:
         """Everything worth showing, copied."""
         core = self._core
         return snapshot(core, self._planner, max(now, core.now))
+
+    def foremost(self, model: str) -> tuple[str, State]:
+        """The replica of the model that is nearest to serving, and its state: what a client waits for.
+
+        Cheap, unlike ``snapshot``: it may be asked for every waiting client. ``("", STOPPED)`` for no such model.
+        """
+        known = self._core.models.get(model)
+        states = [(each.id, each.state) for each in known.replicas] if known else []
+        return min(states, key=lambda each: BEST_FIRST.index(each[1]), default=("", State.STOPPED))
 
     def _rooms(self) -> dict[type, Callable[[Any], None]]:
         """Who handles which event."""

@@ -53,9 +53,6 @@ class BackEnd(Protocol):
     def unreached(self, replica: str) -> None:
         """Nobody listens where the replica's engine should."""
 
-    def retried(self, replica: str) -> None:
-        """A request goes from this replica to another one."""
-
 
 class AdmissionGate:
     """Implements ``vllmd.proxy.gate.Gate`` over the core."""
@@ -198,7 +195,7 @@ class AdmissionGate:
         elif replicas is None or permit.only or len(permit.tried) >= replicas.retries:
             raise error
         else:
-            self._back.retried(permit.replica)
+            self._counters.retried(permit.model, permit.replica)
         again = Permit(self, permit.model, permit.key, permit.only, permit.waits)
         again.tried = (*permit.tried, permit.replica)
         await self._admitted(again)

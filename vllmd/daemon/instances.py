@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from vllmd.config.types import ModelConfig, ReplicaConfig
+from vllmd.config.types import Config, ModelConfig, ReplicaConfig
 from vllmd.core import commands, events
 from vllmd.core.types import ModelSpec, ReplicaSpec
+from vllmd.daemon.current import Current, Later
 from vllmd.errors import BadRequest, Conflict
 
 if TYPE_CHECKING:
-    from vllmd.daemon.service import Daemon
+    from vllmd.daemon.back_end import BackEnd
+
+Take = Callable[[Config], Awaitable[dict[str, Any]]]  # goes on with another configuration
 
 
 class Instances:
     """A model that has one engine becomes, with another, one of two replicas; the engine that runs is the first."""
 
-    def __init__(self, daemon: Daemon) -> None:
-        self._daemon = daemon
+    def __init__(self, current: Current, back: Later[BackEnd], take: Take, changing: asyncio.Lock) -> None:
+        self._current = current
+        self._back = back
+        self._take_configuration = take
+        self._changing = changing
         self._specs: tuple[ModelSpec, ...] = ()
         self._adding: dict[tuple[str, int], asyncio.Task[None]] = {}  # model, device -> one more is being made
         self._made: dict[str, ReplicaConfig] = {}  # model -> the replicas that it has by us
@@ -34,27 +40,20 @@ class Instances:
 
     async def load_on(self, model: str, device: int) -> str:
         """Have one of its engines on that device; which the core decides. Raises BadRequest, Conflict."""
-        await self._daemon.opened.wait()
-        config = self._daemon.engines.get(model)
-        name = (config.replica_of if config else "") or model
+        back = await self._back.wait()
+        name = self._current.model_of(model)
         for spec in [spec for spec in self._specs if spec.name == name]:
-            self._check(spec, device)
+            _check(spec, device, [known.index for known in back.memory.inventory])
         adding = self._adding.get((name, device))
         if adding is None:
-            self._daemon.post(events.LoadAsked(name, device))
+            back.post(events.LoadAsked(name, device))
             adding = self._adding.get((name, device))  # the core may have asked for one more
         if adding:
             await asyncio.shield(adding)
-        views = self._daemon.control.views(name)
+        models = [view for view in back.snapshot().models if view.name == name]
+        views = [each for view in models for each in view.replicas]
         there = [view.id for view in views if device in view.devices or view.bound == device]
         return next(iter(there), name)
-
-    def _check(self, model: ModelSpec, device: int) -> None:
-        """Whether some engine of the model can be put on that device alone. Raises BadRequest."""
-        known = [known.index for known in self._daemon.memory.inventory]
-        refused = [why for why in (_refusal(spec, device, known) for spec in model.replicas) if why]
-        if len(refused) == len(model.replicas):
-            raise BadRequest(refused[0], param="gpu_id")
 
     # -- further ones
 
@@ -67,12 +66,16 @@ class Instances:
     def _added(self, command: commands.AddReplica, task: asyncio.Task[None]) -> None:
         self._adding.pop((command.model, command.device), None)
         if task.cancelled() or task.exception():
-            self._daemon.post(events.ReplicaRefused(command.model, command.device))
+            self._post(events.ReplicaRefused(command.model, command.device))
+
+    def _post(self, event: events.Event) -> None:
+        if self._back.now is not None:
+            self._back.now.post(event)
 
     async def _add(self, model: str, device: int) -> None:
         """Raises Conflict."""
-        async with self._daemon.control.runtime_models.changing:
-            known = self._daemon.config.models.get(model)
+        async with self._changing:
+            known = self._current.config.models.get(model)
             if known is None:
                 raise Conflict(f"{model} is no longer configured", param="model_name")
             if known.replicas and not self._is_ours(known):
@@ -84,10 +87,10 @@ class Instances:
 
     async def drop(self, name: str) -> None:
         """Forget an engine that was added; the first of a model, and what a file has, stays."""
-        async with self._daemon.control.runtime_models.changing:
+        async with self._changing:
             for model, rules in list(self._made.items()):
                 left = tuple(one for one in rules.of if one.name != name or one is rules.of[0])
-                known = self._daemon.config.models.get(model)
+                known = self._current.config.models.get(model)
                 if known and self._is_ours(known) and len(left) < len(rules.of):
                     await self._take(known, replace(rules, of=left) if len(left) > 1 else None)
 
@@ -101,17 +104,26 @@ class Instances:
     def _with_another(self, model: ModelConfig, device: int) -> ReplicaConfig:
         base = replace(model, replicas=None, aliases=(), replica_of=model.name)
         rules = model.replicas or ReplicaConfig(of=(replace(base, name=f"{model.name}@1"),))
-        taken = {*self._daemon.config.models, *(one.name for one in rules.of)}
+        taken = {*self._current.config.models, *(one.name for one in rules.of)}
         name = next(name for n in itertools.count(2) if (name := f"{model.name}@{n}") not in taken)
         return replace(rules, of=(*rules.of, replace(base, name=name, devices=(device,))))
 
     async def _take(self, model: ModelConfig, rules: ReplicaConfig | None) -> None:
         """Go on with these replicas."""
-        config = self._daemon.config
-        await self._daemon.take(replace(config, models={**config.models, model.name: replace(model, replicas=rules)}))
+        config = self._current.config
+        await self._take_configuration(
+            replace(config, models={**config.models, model.name: replace(model, replicas=rules)})
+        )
         self._made.pop(model.name, None)
         if rules:
             self._made[model.name] = rules
+
+
+def _check(model: ModelSpec, device: int, known: Sequence[int]) -> None:
+    """Whether some engine of the model can be put on that device alone. Raises BadRequest."""
+    refused = [why for why in (_refusal(spec, device, known) for spec in model.replicas) if why]
+    if len(refused) == len(model.replicas):
+        raise BadRequest(refused[0], param="gpu_id")
 
 
 def _refusal(spec: ReplicaSpec, device: int, known: Sequence[int]) -> str:
