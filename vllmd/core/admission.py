@@ -68,7 +68,7 @@ class Admission:
 
     def _only_there(self, model: Model, e: RequestArrived) -> None:
         """8.1: what one replica alone has is to be had while its engine is up; it does not come back with another."""
-        r = next(iter(model.members), None) if e.only == model.name else self._core.replicas.get(e.only)
+        r = next(iter(model.replicas), None) if e.only == model.name else self._core.replicas.get(e.only)
         if r is None or r.model is not model:
             self._refuse(e, Refusal("Unavailable", f"{e.only!r}, which alone has it, is gone"))
             return
@@ -130,8 +130,8 @@ class Admission:
             nominee = self._nominate(model)
             if nominee is None:
                 self.reject_queue(model, self._all_down(model))  # 8.6
-            elif nominee.state is State.DRAINING and nominee.leave and nominee.leave.yields:
-                self._core.engines.reopen(nominee)
+            elif nominee.state is State.DRAINING and nominee.job and nominee.job.yields:
+                self._core.engines.call_off(nominee)
                 self.serve(model)
         elif model.rules:
             model.nominee = None
@@ -147,7 +147,7 @@ class Admission:
     def reject_waiters(self, r: Replica, error: str, message: str, retry_after: float | None = None) -> None:
         """It does not come up. Who waits for it waits for another replica, or gets this error."""
         model, failed = r.model, r.state is State.FAILED
-        r.wanted = None
+        self._core.engines.unwant(r)
         self._core.mark_dirty(r)
         if not len(model.queue) or model.nominee is not r:
             return
@@ -155,7 +155,7 @@ class Admission:
         worst = DOUBTFUL + 1 if failed else DOUBTFUL - 1
         if several and self._balancer.nominee(model, but=r, most=worst):
             return
-        if several and len(model.members) > 1 and failed:
+        if several and len(model.replicas) > 1 and failed:
             self.reject_queue(model, self._all_down(model))
         else:
             self.reject_queue(model, Refusal(error, message, retry_after))
@@ -193,8 +193,8 @@ class Admission:
 
     def _all_down(self, model: Model) -> Refusal:
         """8.6: with the reason of each."""
-        message = f"no replica of {model.name!r} serves: {trouble(model.members)}"
-        return Refusal("Unavailable", message, back_in(model.members, self._core.now))
+        message = f"no replica of {model.name!r} serves: {trouble(model.replicas)}"
+        return Refusal("Unavailable", message, back_in(model.replicas, self._core.now))
 
     def _full(self, model: Model, r: Replica) -> Refusal | None:
         if len(model.queue) >= model.spec.queue_limit:  # 1.3

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from vllmd.core.common import Core
 from vllmd.core.eviction import fits
-from vllmd.core.model import INFINITY, Leave, Replica
+from vllmd.core.lifecycle import Job, Kind, Reason
+from vllmd.core.model import INFINITY, Replica
 from vllmd.core.policy import Outlook, Plan, PolicyInput
 from vllmd.core.policy_input import PolicyInputBuilder, host_claims, levels, waited_since
 from vllmd.core.types import State
@@ -14,6 +15,7 @@ from vllmd.core.types import State
 TICK = 0.25  # seconds between two looks while anything waits
 FILL_AGE = 5.0  # seconds for which the choice of level-1 sleepers stands
 RECENT = 10.0  # seconds for which it is believed what others leave free, where nobody waits for it
+PRELOADED = "it is to be preloaded"
 RELOCATE_EVERY = 1.0  # seconds between two looks for sleepers that must move
 
 
@@ -84,7 +86,7 @@ class Planner:
         for m in sleepers:
             why = core.fit.stuck(m) if m not in core.swaps else ""
             if why:
-                core.leave(m, Leave(0, "moved", why))
+                core.ask(m, Job(Kind.STOP, Reason.MOVED, why, core.now))
         self._settle()
 
     def begin(self, plan: Plan) -> None:
@@ -106,7 +108,7 @@ class Planner:
             core.mark_dirty(core.replicas[victim.model])
         self._settle()
 
-    def bring(self, m: Replica, why: str, since: float, but: frozenset[int] = frozenset()) -> bool:
+    def bring(self, m: Replica, reason: Reason, why: str, since: float, but: frozenset[int] = frozenset()) -> bool:
         """Have it serve where it fits beside what is there; nobody leaves for it. Whether that could be begun.
 
         ``since``: from when the word must be on what others leave free, if it starts only there. ``but``: devices
@@ -117,7 +119,7 @@ class Planner:
         devices = fits(self.look(), self.builder.see_newcomer(m, since).without(but))
         if devices is None or self._core.fit.never(m):
             return False
-        m.wanted, m.urged = self._core.now, False
+        self._core.ask(m, Job(Kind.START, reason, why, self._core.now))
         self.begin(Plan(m.id, devices, why=why))
         return True
 
@@ -134,12 +136,11 @@ class Planner:
         for m in list(todo):
             if core.engines.ledger.unknown and m.spec.device_count:
                 continue
-            if m.state is not State.STOPPED or m.demand or self.bring(m, "it is to be preloaded", -INFINITY):
+            if m.state is not State.STOPPED or m.demand or self.bring(m, Reason.PRELOAD, PRELOADED, -INFINITY):
                 del todo[m]
             elif self._waits_for_others(m):
                 del todo[m]
-                m.wanted, m.urged = core.now, False
-                core.mark_dirty(m)
+                core.ask(m, Job(Kind.START, Reason.PRELOAD, PRELOADED, core.now))
                 self._settle()
                 self.plan()
             elif not any(supply.busy or supply.claimed for supply in self.look().supplies.values()):

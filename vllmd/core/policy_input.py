@@ -124,7 +124,7 @@ _age = attrgetter("oldest", "model")
 
 def may_leave(m: Replica) -> bool:
     """Whether a policy may ask it to: it is on with its gate open, or sleeps without frozen requests."""
-    if m.kept or m.swap or not m.placement.devices or m.leave is not None:
+    if m.kept or m.leaving or not m.placement.devices:
         return False
     return m.state is State.READY or (m.state is State.SLEEPING and not m.running)
 

@@ -20,7 +20,8 @@ from vllmd.core.devices import Devices
 from vllmd.core.engine_events import EngineEvents
 from vllmd.core.health import HealthChecks
 from vllmd.core.idle import idle_due
-from vllmd.core.model import INFINITY, Leave, Model, Replica
+from vllmd.core.lifecycle import Job, Kind, Reason
+from vllmd.core.model import INFINITY, Model, Replica
 from vllmd.core.operator_commands import OperatorCommands
 from vllmd.core.planner import Planner
 from vllmd.core.policies import POLICIES
@@ -168,12 +169,13 @@ class Scheduler:
             timeout = model.spec.queue_timeout
             due = min(due, oldest + (INFINITY if timeout is None else timeout))
             due = min(due, r.retry_at) if r.state is State.FAILED and model.nominee is r else due
-        if r.leave and r.running and r.state is State.DRAINING:
-            due = min(due, self._press_due(r, r.leave))
-        return min(due, self._core.now + DEEPEN_RETRY) if r.deepen and r.state is State.SLEEPING else due
+        if r.job and r.running and r.state is State.DRAINING:
+            due = min(due, self._press_due(r, r.job))
+        deepens = r.job and r.job.kind is Kind.SLEEP and r.state is State.SLEEPING
+        return min(due, self._core.now + DEEPEN_RETRY) if deepens else due
 
-    def _press_due(self, r: Replica, leave: Leave) -> float:
-        limits = (leave.cut_at, leave.freeze_at if r.freezable else INFINITY)
+    def _press_due(self, r: Replica, job: Job) -> float:
+        limits = (job.cut_at, job.freeze_at if r.freezable else INFINITY)
         return min((limit for limit in limits if limit > self._core.now), default=INFINITY)
 
     # -- after every event (5)
@@ -183,12 +185,12 @@ class Scheduler:
         core = self._core
         while core.dirty:
             self._review_dirty()
-            if len(self._unloading):
+            if core.engines.leaving:
                 self._unloading.advance()
             if not len(core.swaps):
                 continue
-            for target in core.swaps.lapsed():
-                core.engines.record("cancel", target, "nobody waits for it any more")
+            for target, why in core.swaps.lapsed().items():
+                core.engines.record("cancel", target, why)
                 for r in core.swaps.cancel(target):
                     core.mark_dirty(r)
             for r in core.swaps.advance():
@@ -211,16 +213,15 @@ class Scheduler:
             self._admission.serve(model)
         if model.rules:
             self._core.unkept[model] = None  # 5.5
-        for r in model.replicas if len(model.replicas) == 1 else list(model.replicas):
+        for r in (*model.replicas, *model.retired) if model.retired else model.replicas:
             self._review_replica(r)
-        if model.removed and not model.replicas:
+        if not model.replicas and not model.retired:
             del self._core.models[model.name]
 
     def _review_replica(self, r: Replica) -> None:
-        special = r.asked or r.deepen or r.removed or r.model.leases or r.queued
+        special = r.job or r.model.leases or r.queued
         if r.state is State.READY and r.running and not special:  # it works, and that is all: the case of most events
             self._core.waiting.pop(r, None)
-            self._unloading.drop(r)
             self._planner.builder.note(r)
             self._note_due(r, INFINITY)
             return
@@ -228,15 +229,14 @@ class Scheduler:
             self._do_for_itself(r)
         elif r.state is State.SLEEPING:
             self._review_sleeper(r)
-        if r.removed and not r.loaded:
+        if not r.loaded and r.removed:
             self._forget(r)
             return
-        wanted = r.demand and r.state in (State.STOPPED, State.SLEEPING) and not r.leave
+        wanted = r.demand and r.state in (State.STOPPED, State.SLEEPING) and not r.leaving
         if not wanted:
             self._core.waiting.pop(r, None)
         elif r not in self._core.waiting:
             self._wait(r)
-        self._unloading.note(r)
         self._planner.builder.note(r)
         self._note_due(r, self._due_of(r))
 
@@ -248,15 +248,13 @@ class Scheduler:
 
     def _do_for_itself(self, r: Replica) -> None:
         """One that serves may have something to do for itself, once it has let in what waits."""
-        if r.asked:
-            leave, r.asked = r.asked, None
-            self._core.engines.drain(r, leave)
-        elif r.deepen:
-            r.deepen = False
-            if not r.running:
-                self._core.engines.drain(r, Leave(2, "deepen", f"unused for {self._core.now - r.idle_since:.0f} s"))
+        engines, job = self._core.engines, r.job
+        if job and job.yields and r.running:
+            engines.call_off(r)
+        elif job:
+            engines.drain(r)
         elif self._proof_is_due(r):
-            self._core.engines.drain(r, Leave(0, "proof", "freezing is to be proved"))
+            engines.ask(r, Job(Kind.PROVE, Reason.PROOF, "freezing is to be proved", self._core.now))
 
     def _proof_is_due(self, r: Replica) -> bool:
         """5.4: at the first moment when it is idle, nobody else moves there, and sleeping is something it can do."""
@@ -266,14 +264,12 @@ class Scheduler:
 
     def _review_sleeper(self, r: Replica) -> None:
         """5.3: a request calls off what a sleeper was to do for itself."""
-        if r.asked and not r.running:
-            leave, r.asked = r.asked, None
-            self._core.leave(r, leave)
-        if r.leave and r.leave.yields and r.demand:
-            r.leave = None
-        r.deepen = r.deepen and not r.demand and not r.leave
-        if r.deepen and self._unloading.can_deepen(r):
-            self._core.engines.wake(r)
+        engines = self._core.engines
+        engines.thaw(r)
+        if r.demand and r.job and (r.job.yields or r.job.kind is Kind.SLEEP):
+            engines.call_off(r)
+        if r.job and r.job.kind is Kind.SLEEP and self._unloading.can_deepen(r):
+            engines.wake(r)
 
     def _wait(self, r: Replica) -> None:
         """5.2: it is wanted and not on; who can never be served is told so."""
@@ -295,9 +291,8 @@ class Scheduler:
     def _forget(self, r: Replica) -> None:
         core = self._core
         self._note_due(r, INFINITY)
-        r.model.replicas.remove(r)
+        r.model.retired.remove(r)
         core.replicas.pop(r.id, None)
         core.waiting.pop(r, None)
         core.swaps.cancel(r)
-        self._unloading.drop(r)
         self._planner.builder.note(r)

@@ -52,7 +52,7 @@ def _device(a: Account) -> DeviceView:
 
 def _model(core: Core, model: Model, now: float, outlook: Ask) -> ModelView:
     """The replicas as one: in the state of the best of them, with all their requests and memory."""
-    views = tuple(_replica(core, r, now, outlook) for r in model.replicas)
+    views = tuple(_replica(core, r, now, outlook) for r in (*model.replicas, *model.retired))
     best = min(views, key=lambda view: (not serves(view, model), BEST_FIRST.index(view.state)))
     up = [view for view in views if serves(view, model)]
     idle = [view.idle for view in views if view.idle is not None]
