@@ -13,7 +13,7 @@ from typing import Any
 from vllmd.core import events as ev
 from vllmd.core.admission import Admission
 from vllmd.core.balancing import Balancer
-from vllmd.core.commands import Command
+from vllmd.core.commands import Command, RejectReason
 from vllmd.core.common import Core
 from vllmd.core.costs import CostBook
 from vllmd.core.devices import Devices
@@ -276,12 +276,12 @@ class Scheduler:
         core, ledger = self._core, self._core.engines.ledger
         if ledger.unknown and r.spec.device_count:  # 9.1
             if not ledger.asking:
-                self._admission.reject_waiters(r, "Unavailable", ledger.unknown, 5.0)
+                self._admission.reject_waiters(r, RejectReason.UNAVAILABLE, ledger.unknown, 5.0)
             return
         wakes = r.state is State.SLEEPING and core.fit.wakes(r, core.fit.alone())  # even if it may not start any more
         why = "" if wakes else core.fit.never(r)
         if why:
-            self._admission.reject_waiters(r, "ModelTooLarge", why)
+            self._admission.reject_waiters(r, RejectReason.MODEL_TOO_LARGE, why)
             core.engines.record("refuse", r, why)
             r.failure = why
         else:
