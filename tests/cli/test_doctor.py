@@ -11,6 +11,9 @@ import pytest
 from tests.cli.fake_daemon import fake_daemon, status
 from vllmd.cli import main
 from vllmd.cli.examine import Host, accounts, configuration, driver, memory, python, systemd, units
+from vllmd.cli.examine_engines import vllm_on_cpu
+from vllmd.config.types import Config, ModelConfig
+from vllmd.engines import vllm_cpu
 
 
 def machine(root: Path, answers: dict[str, str] | None = None, **over: Any) -> Host:
@@ -176,6 +179,22 @@ def test_a_configuration_whose_command_and_model_are_missing(tmp_path: Path) -> 
         "h: /home/ann/m lies in somebody's home",
         "m: there is no command '/opt/vllm'",
     ]
+
+
+def test_what_vllm_lacks_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is a GPU, or no vLLM, it is not asked."""
+    monkeypatch.setattr(vllm_cpu, "has_accelerator", lambda: False)
+    monkeypatch.setattr(vllm_cpu, "COMPILERS", ("no-such-compiler",))
+    monkeypatch.setattr(vllm_cpu, "_LIBRARIES", ("/nowhere",))
+    vllm, other = (Config(models={"m": ModelConfig("m", engine=engine)}) for engine in ("vllm", "sim"))
+    assert list(vllm_on_cpu(machine(tmp_path), vllm)) == [
+        ("bad", "vLLM runs on the CPU here: its worker does not start without libnuma.so.1", "apt install libnuma1"),
+        ("warning", "vLLM runs on the CPU here: it runs without compiling (--enforce-eager), which is slower",
+         "apt install g++"),
+    ]  # fmt: skip
+    assert list(vllm_on_cpu(machine(tmp_path), other)) == []
+    monkeypatch.setattr(vllm_cpu, "has_accelerator", lambda: True)
+    assert list(vllm_on_cpu(machine(tmp_path), vllm)) == []
 
 
 def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -310,7 +310,7 @@ def test_a_stand_in_takes_what_its_options_say() -> None:
 
 def test_without_any_device_the_files_still_count(llama: Path) -> None:
     """A CPU-only machine: fractions of no device are left out."""
-    assert told(llama, device=0, gpu_memory=0.5).footprint.awake == told(llama).footprint.awake
+    assert told(llama, device=0, gpu_memory=0.5, dtype="auto").footprint.awake == told(llama).footprint.awake
 
 
 def test_the_cache_of_models_is_read(tmp_path: Path) -> None:

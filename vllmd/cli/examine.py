@@ -208,7 +208,7 @@ def memory(host: Host) -> Iterator[Finding]:
 
 def configuration(host: Host) -> Iterator[Finding]:
     """It is valid, and the engines' programs and files are there."""
-    from vllmd.cli.examine_engines import programs
+    from vllmd.cli.examine_engines import programs, vllm_on_cpu
     from vllmd.config.loader import read
 
     reading = read(env=host.env)
@@ -223,6 +223,7 @@ def configuration(host: Host) -> Iterator[Finding]:
     for name, model in reading.config.models.items():
         yield from _model(host, name, model.source)
     yield from programs(host, reading.config)
+    yield from vllm_on_cpu(host, reading.config)
 
 
 def _model(host: Host, name: str, source: str) -> Iterator[Finding]:

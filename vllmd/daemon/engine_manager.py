@@ -68,11 +68,16 @@ class EngineManager:
         on_phase: Callable[[], None] = lambda: None,
         look: Callable[[], Awaitable[None]] = _blind,
         usual: Usual = lambda model, kind: 0.0,
+        ended: Callable[[str, str], None] = lambda engine, instance: None,
     ) -> None:
-        """``on_phase`` is called when a start has come further; ``look`` has the core told what the devices hold."""
+        """``on_phase`` is called when a start has come further; ``look`` has the core told what the devices hold.
+
+        ``ended`` is told of each engine whose process was started and is gone: its id, and its instance.
+        """
         self.processes: dict[str, EngineProcess] = {}
         self._on_phase = on_phase
         self._look = look
+        self._told_ended = ended
         self.last_start: dict[str, float] = {}  # model -> seconds its last start took
         self._launcher = launcher
         self._report = post
@@ -323,6 +328,11 @@ class EngineManager:
         finally:
             process.listeners.discard(queue)
 
+    async def log_of_ended(self, model: ModelConfig, instance: str, lines: int) -> list[str]:
+        """The last log lines of an engine that has ended. Raises LauncherFailed."""
+        known = secrets.known_of(model)
+        return [secrets.kept_out(line, known) for line in await self._launcher.tail(instance, lines)]
+
     async def kill(self, process: EngineProcess, limit: float) -> bool:
         """SIGKILL to all of an engine, unasked by the core, which hears of its exit. True once it is gone."""
         try:
@@ -560,6 +570,8 @@ class EngineManager:
         if self.processes.get(process.name) is process:
             del self.processes[process.name]
         self._launch_planner.release(process)
+        if process.running:
+            self._told_ended(process.name, process.instance)
         if process.watcher:
             process.watcher.cancel()
         if process.file:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllmd.core.types import State
 from vllmd.daemon.changes import Changes
-from vllmd.daemon.current import Later
+from vllmd.daemon.current import Current, Later
 from vllmd.daemon.status import Status, views_of
 from vllmd.errors import Unavailable, UnknownModel
 
@@ -21,8 +21,9 @@ MOVING = frozenset({State.STARTING, State.WAKING, State.DRAINING, State.FALLING_
 class Following:
     """Implements ``vllmd.admin.control.Following``."""
 
-    def __init__(self, status: Status, changes: Changes, back: Later[BackEnd]) -> None:
+    def __init__(self, current: Current, status: Status, changes: Changes, back: Later[BackEnd]) -> None:
         self.watch = changes.watch
+        self._current = current
         self._status = status
         self._changes = changes
         self._back = back
@@ -55,13 +56,25 @@ class Following:
         return any(view.state in MOVING or bool(view.waiting_for) for view in views)
 
     async def log(self, model: str, lines: int, *, follow: bool) -> AsyncIterator[str]:
-        """The engine's last log lines, and what comes."""
-        back = self._back.now
-        process = back.engines.processes.get(self._status.only(model)) if back else None
-        if back is None or process is None:
-            raise Unavailable(f"{model} has no engine now; 'journalctl -t vllmd' or 'vllmctl logs' shows earlier ones")
+        """The engine's last log lines, and what comes; of one that has ended its last ones."""
+        back = await self._back.wait()
+        engine = self._status.only(model)
+        process = back.engines.processes.get(engine)
+        if process is None:
+            for text in await self._ended_log(back, engine, lines):
+                yield text
+            return
         async for text in back.engines.log_of(process, lines, follow=follow):
             yield text
+
+    async def _ended_log(self, back: BackEnd, engine: str, lines: int) -> list[str]:
+        """What its last engine wrote at last. Raises Unavailable."""
+        config, runs = self._current.engines.get(engine), back.learnt.runs.get(engine)
+        if config is None or not runs:
+            raise Unavailable(f"{engine} has no engine now, and none is known that has ended")
+        instance, at = runs[-1]
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+        return [*await back.engines.log_of_ended(config, instance, lines), f"-- its engine ended at {when} --"]
 
 
 def _at_rest(line: dict[str, Any], elapsed: float) -> dict[str, Any]:

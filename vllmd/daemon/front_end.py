@@ -99,7 +99,7 @@ def front_end(
     instances = Instances(current, back, take, changing)
     runtime_models = RuntimeModels(current, back, take, changing, instances.plain, addresses(sockets.get("http", ())))
     status = Status(current, runtime, resolver, gate, back, lambda: listeners.connections)
-    commands, following = OperatorCommands(back, instances, reload), Following(status, changes, back)
+    commands, following = OperatorCommands(back, instances, reload), Following(current, status, changes, back)
     control = Control(counters, status, commands, following, runtime_models)
 
     def outcome(model: str, answered: int, failed: bool) -> None:

@@ -82,7 +82,7 @@ async def back_end(front: FrontEnd) -> BackEnd:
     ports = PortPool(config.engines.port_start, config.engines.port_end)
     planner = LaunchPlanner(memory, paths, front.resolver, ports, EngineKeys(runtime.cache))
     stir, usual = front.changes.stir, scheduler.costs.usual
-    engines = EngineManager(launcher, report, memory, planner, runtime.logs, on_phase=stir, look=look, usual=usual)
+    engines = EngineManager(launcher, report, memory, planner, runtime.logs, stir, look, usual, learnt.ended)
     engines.configure(current.engines, kv_caches(prospects))
     execute = executors(engines, front.gate, front.instances.add)
     dispatcher = Dispatcher(scheduler, execute, front.changes.decided, stir)

@@ -18,7 +18,8 @@ learns the first. The rules, per device:
    taken at its word instead of 1-3's sum; the largest of ``when_free.shares`` too.
 6. Nothing known at all: 0.9 of the device, and as much of the host at level 1.
 
-llama.cpp has rules of its own in place of 2 and 3, see ``llama_memory``.
+llama.cpp has rules of its own in place of 2 and 3, see ``llama_memory``; and so has
+vLLM where there is no GPU, see ``vllm_cpu``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from pathlib import Path
 
 from vllmd.config.types import ModelConfig
 from vllmd.core.types import Device, Footprint, GiB, Source
-from vllmd.engines import llama_memory, options
+from vllmd.engines import llama_memory, options, vllm_cpu
 from vllmd.engines.architecture import Architecture
 from vllmd.engines.facts import Facts, argument, facts_of, is_wide, size, whole
 from vllmd.errors import ConfigError
@@ -66,26 +67,35 @@ class Estimate:
     host_running: int = 0
 
 
-def estimate(model: ModelConfig, hf_home: Path, device_memory: int) -> Estimate:
+def estimate(model: ModelConfig, hf_home: Path, device_memory: int, host_memory: int = 0) -> Estimate:
     """What ``model`` will take on devices of ``device_memory`` bytes (0: there is none). Never raises.
 
+    ``host_memory``: bytes that engines may use where there is no device; 0: not known.
     Reads the files of the model from a path or the cache under ``hf_home``; downloads nothing.
     """
     if model.engine == "remote":
         return Estimate(Footprint(0, 0), 0, 0, 0, "a remote engine takes nothing here")
     if model.engine == "sim":
         return _stand_in(model, device_memory)
+    on_cpu = not device_memory and model.engine == "vllm"
+    if on_cpu:
+        model = vllm_cpu.as_run(model)
     facts = facts_of(model, hf_home)
     if not model.model and model.engine not in BY_NAME:  # nor need its name be that of any files
         facts = replace(facts, notes=())
-    told = _known(model, facts, device_memory) if facts.weights else _unknown(model, facts, device_memory)
+    if not facts.weights:
+        told = _unknown(model, facts, device_memory)
+    elif on_cpu and host_memory:
+        told = _on_cpu(model, facts, host_memory)
+    else:
+        told = _known(model, facts, device_memory)
     return replace(told, host_running=_host_running(model, told.footprint.awake, device_memory))
 
 
 def _host_running(model: ModelConfig, awake: int, device_memory: int) -> int:
     """What it takes of the host while it runs: of llama.cpp its prompts, and all of it where that is on the CPU."""
     if model.engine not in llama_memory.KINDS:
-        return 0
+        return 0 if device_memory else awake
     on_host = not device_memory or model.options.get("gpu_layers") in (0, "0")
     try:
         return llama_memory.prompt_cache(model) + (awake if on_host else 0)
@@ -171,6 +181,16 @@ def _known(model: ModelConfig, facts: Facts, device_memory: int) -> Estimate:
     return Estimate(footprint, facts.weights, kv.per_token, kv.told, why, (*facts.notes, *kv.notes))
 
 
+def _on_cpu(model: ModelConfig, facts: Facts, host_memory: int) -> Estimate:
+    """vLLM without a GPU: its cache may take a part of the host's memory only, whatever context that leaves."""
+    kv = _kv(model, facts, host_memory // vllm_cpu.SHARE, fitted=not model.max_model_len)
+    beside = vllm_cpu.OVERHEAD
+    awake = facts.weights + kv.size + beside
+    why = _why(facts, 1, (facts.weights, kv.size, beside), kv.why.replace("0.9 of the device", "the host"), "")
+    footprint = _footprint(model, awake, facts.weights, 0)
+    return Estimate(footprint, facts.weights, kv.per_token, kv.told, why, (*facts.notes, *kv.notes))
+
+
 def _why(facts: Facts, ranks: int, parts: tuple[int, int, int], kv_why: str, budget: str) -> str:
     weights, kv_cache, overhead = parts
     divided = f" / {ranks} devices" if ranks > 1 else ""
@@ -235,8 +255,11 @@ class _Kv:
     notes: tuple[str, ...] = ()
 
 
-def _kv(model: ModelConfig, facts: Facts, room: int) -> _Kv:
-    """By rule 2; ``room`` bytes per device are left for it (not above 0: no device, or no room whatever is done)."""
+def _kv(model: ModelConfig, facts: Facts, room: int, *, fitted: bool = False) -> _Kv:
+    """By rule 2; ``room`` bytes per device are left for it (not above 0: no device, or no room whatever is done).
+
+    ``fitted``: the engine makes do with a shorter context where the longest does not fit.
+    """
     per_token = _per_token(model, facts)
     asked, why = _kv_asked(model)
     if asked is not None:
@@ -250,7 +273,7 @@ def _kv(model: ModelConfig, facts: Facts, room: int) -> _Kv:
     wanted, least = _kv_size(model, facts, tokens, requests), _kv_size(model, facts, length, 1)
     if not wanted:
         return _Kv(0, "it keeps none", 0, 0)
-    if wanted > room >= least:
+    if wanted > room >= (0 if fitted else least):
         return _Kv(room, f"what 0.9 of the device leaves; {size(wanted)} wanted", per_token, room)
     about = "" if facts.cache else "about "
     return _Kv(wanted, f"{tokens} tokens of {about}{size(per_token)}", per_token, wanted)

@@ -30,7 +30,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(show.as_json([dict(zip(keys, finding, strict=True)) for finding in findings]))
     else:
         for verdict, what, advice in findings:
-            print(f"{show.paint(f'{verdict:7}', COLOURS[verdict])}  {what}" + (f"; {advice}" if advice else ""))
+            show.say(
+                f"{show.paint(f'{verdict:7}', COLOURS[verdict])}  {what}" + (f"; {advice}" if advice else ""), indent=9
+            )
     return EX_UNAVAILABLE if any(verdict == "bad" for verdict, _, _ in findings) else 0
 
 

@@ -25,8 +25,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(show.as_json({"model": line, "decisions": made}))
         return 0
     for decision in made:
-        print(told(decision) + (_numbers(decision) if arguments.numbers else ""))
-    print(now(line, bool(made)))
+        show.say(told(decision) + (_numbers(decision) if arguments.numbers else ""))
+    show.say(now(line, bool(made)))
     return 0
 
 
