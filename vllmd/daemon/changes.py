@@ -12,6 +12,7 @@ from vllmd.admin.counters import Counters
 from vllmd.core import events
 from vllmd.core.types import Decision, ReplicaView
 from vllmd.daemon.current import Current
+from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.serializers import state_of
 
 if TYPE_CHECKING:
@@ -34,10 +35,13 @@ ENDINGS = frozenset({"stop", "exit"})  # changes after which the engine's proces
 class Changes:
     """Hears of decisions and engines' events as they pass; keeps nothing but who follows."""
 
-    def __init__(self, current: Current, counters: Counters, engine_gone: Callable[[str], None]) -> None:
+    def __init__(
+        self, current: Current, counters: Counters, learnt: Learnt, engine_gone: Callable[[str], None]
+    ) -> None:
         """``engine_gone`` is called with the id of an engine whose process has ended."""
         self._current = current
         self._counters = counters
+        self._learnt = learnt
         self._engine_gone = engine_gone
         self._watchers: set[asyncio.Queue[dict[str, Any]]] = set()
         self._changed = asyncio.Event()
@@ -48,8 +52,11 @@ class Changes:
     def decided(self, decision: Decision, now: float) -> None:
         """The core has decided something, at ``now`` by its clock."""
         self._counters.decided(decision)
+        told = dated(decision, now)
+        if told["model"]:
+            self._learnt.decided(told)
         if self._watchers:
-            self._tell(dated(decision, now))
+            self._tell(told)
 
     def engine_event(self, event: events.Event, dispatcher: Dispatcher) -> None:
         """An engine's event on its way to the core: count it, hand it on, and say what became of the engine."""
@@ -59,7 +66,7 @@ class Changes:
         change, failed = outcome
         engine: str = getattr(event, "replica", "")
         before = _view(dispatcher, engine)
-        took = before.since if before else 0.0
+        took = (before.since or 0.0) if before else 0.0
         self._counters.changed(self._current.model_of(engine), change, took, failed=failed)
         dispatcher.post(event)
         if change in ENDINGS:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from vllmd.config.replicas import engines_of
 from vllmd.config.types import Config, ModelConfig
 
 T = TypeVar("T")
+
+
+class Take(Protocol):
+    """Goes on with another configuration, if that is ``still`` right when the core is told. Raises Conflict if not."""
+
+    def __call__(self, config: Config, still: Callable[[], bool] = ..., /) -> Awaitable[dict[str, Any]]:
+        """The answer has what changed."""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from vllmd.daemon.logfile import LogFile, forget_old_runs, path_of
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.sleeps import Sleeps, finish_work
 from vllmd.engines.base import Listen, Progress
+from vllmd.engines.estimate import Estimate
 from vllmd.engines.plain import PROBE
 from vllmd.errors import ConfigError, LauncherFailed, VllmdError
 from vllmd.launcher.client import ExitReport, LauncherClient, StartOrder
@@ -90,10 +91,10 @@ class EngineManager:
         self._ended: dict[str, ExitReport] = {}  # of engines not known here: perhaps they are being adopted
         self._strays: dict[str, EngineProcess] = {}  # instance -> an engine being ended that the core does not know
 
-    def configure(self, models: Mapping[str, ModelConfig], kv_caches: Mapping[str, int]) -> None:
-        """Start engines by these settings from now on. ``kv_caches``: bytes per device, by model; 0: its own choice."""
+    def configure(self, models: Mapping[str, ModelConfig], estimates: Mapping[str, Estimate]) -> None:
+        """Start engines by these settings from now on. ``estimates``: what each is expected to take, by model."""
         self._models = models
-        self._launch_planner.configure(models, kv_caches)
+        self._launch_planner.configure(models, estimates)
 
     def relocate(self, paths: Paths, first_port: int, last_port: int) -> None:
         """Start engines there from now on."""
@@ -511,6 +512,8 @@ class EngineManager:
         """Write what a later daemon must know beside the engine's cgroup; one that runs elsewhere has none."""
         if not process.running:
             return
+        if "state" in metadata:
+            metadata["since"] = f"{time.time():.1f}"
         try:
             await self._launcher.annotate(process.instance, metadata)
         except LauncherFailed as error:

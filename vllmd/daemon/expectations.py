@@ -15,6 +15,7 @@ from vllmd.daemon.host import host_memory
 from vllmd.daemon.launch_planner import Paths
 from vllmd.daemon.preflight import Machine, Prospect, look, say
 from vllmd.daemon.specs import model_spec, replica_spec
+from vllmd.engines.estimate import Estimate
 from vllmd.gpu import Devices, open_devices
 
 
@@ -37,9 +38,9 @@ def specs_of(models: Mapping[str, ModelConfig], prospects: list[Prospect]) -> li
     return [model_spec(models[name], replicas) for name, replicas in engines.items()]
 
 
-def kv_caches(prospects: list[Prospect]) -> dict[str, int]:
-    """Bytes per device that each engine is told to use as its cache; as estimated, never as measured."""
-    return {each.model.name: each.told.kv_cache for each in prospects}
+def estimates(prospects: list[Prospect]) -> dict[str, Estimate]:
+    """What each engine is told of the memory for it, such as the size of its cache: as estimated, never as measured."""
+    return {each.model.name: each.told for each in prospects}
 
 
 def paths_of(config: Config, runtime: RuntimeEnvironment) -> Paths:

@@ -18,11 +18,12 @@ from vllmd.admin.counters import Counters
 from vllmd.config.types import Config
 from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.changes import Changes
-from vllmd.daemon.current import Current, Later, RuntimeEnvironment
+from vllmd.daemon.current import Current, Later, RuntimeEnvironment, Take
 from vllmd.daemon.engine_resolver import EngineResolver
 from vllmd.daemon.failure_text import places
 from vllmd.daemon.following import Following
 from vllmd.daemon.instances import Instances
+from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.listeners import Listeners
 from vllmd.daemon.operator_commands import OperatorCommands
 from vllmd.daemon.quotas import Quotas
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("vllmd")
 
 SHUTTING_DOWN = "vllmd is shutting down; try again in a few seconds"
-Take = Callable[[Config], Awaitable[dict[str, Any]]]  # goes on with another configuration; says what changed
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class FrontEnd:
     counters: Counters
     gate: AdmissionGate
     changes: Changes
+    learnt: Learnt
     status: Status
     instances: Instances
     runtime_models: RuntimeModels
@@ -95,10 +96,11 @@ def front_end(
         gate.refusal = Unavailable(what)
     limits = Limits.of(config.server)
     relay = Relay(gate, limits)
-    changes = Changes(current, counters, relay.requests.responses.forget)
+    learnt = Learnt(runtime.learnt)
+    changes = Changes(current, counters, learnt, relay.requests.responses.forget)
     instances = Instances(current, back, take, changing)
     runtime_models = RuntimeModels(current, back, take, changing, instances.plain, addresses(sockets.get("http", ())))
-    status = Status(current, runtime, resolver, gate, back, lambda: listeners.connections)
+    status = Status(current, runtime, resolver, gate, learnt, back, lambda: listeners.connections)
     commands, following = OperatorCommands(back, instances, reload), Following(current, status, changes, back)
     control = Control(counters, status, commands, following, runtime_models)
 
@@ -116,6 +118,7 @@ def front_end(
         counters=counters,
         gate=gate,
         changes=changes,
+        learnt=learnt,
         status=status,
         instances=instances,
         runtime_models=runtime_models,

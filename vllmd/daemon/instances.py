@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from vllmd.config.types import Config, ModelConfig, ReplicaConfig
+from vllmd.config.types import ModelConfig, ReplicaConfig
 from vllmd.core import commands, events
-from vllmd.core.types import ModelSpec, ReplicaSpec
-from vllmd.daemon.current import Current, Later
+from vllmd.core.types import ModelSpec, ReplicaSpec, State
+from vllmd.daemon.current import Current, Later, Take
 from vllmd.errors import BadRequest, Conflict
 
 if TYPE_CHECKING:
     from vllmd.daemon.back_end import BackEnd
-
-Take = Callable[[Config], Awaitable[dict[str, Any]]]  # goes on with another configuration
 
 
 class Instances:
@@ -92,7 +91,15 @@ class Instances:
                 left = tuple(one for one in rules.of if one.name != name or one is rules.of[0])
                 known = self._current.config.models.get(model)
                 if known and self._is_ours(known) and len(left) < len(rules.of):
-                    await self._take(known, replace(rules, of=left) if len(left) > 1 else None)
+                    with contextlib.suppress(Conflict):  # somebody has it loaded again: it stays
+                        fewer = replace(rules, of=left) if len(left) > 1 else None
+                        await self._take(known, fewer, lambda: self._rests(name))
+
+    def _rests(self, name: str) -> bool:
+        """Whether the engine is stopped, and nobody waits for it."""
+        models = self._back.now.snapshot().models if self._back.now else ()
+        views = [each for model in models for each in model.replicas if name in (model.name, each.id)]
+        return all(view.state in (State.STOPPED, State.FAILED) and not view.waiting_for for view in views)
 
     def plain(self, model: ModelConfig) -> ModelConfig:
         """The model without what was added here."""
@@ -108,12 +115,13 @@ class Instances:
         name = next(name for n in itertools.count(2) if (name := f"{model.name}@{n}") not in taken)
         return replace(rules, of=(*rules.of, replace(base, name=name, devices=(device,))))
 
-    async def _take(self, model: ModelConfig, rules: ReplicaConfig | None) -> None:
-        """Go on with these replicas."""
+    async def _take(
+        self, model: ModelConfig, rules: ReplicaConfig | None, still: Callable[[], bool] = lambda: True
+    ) -> None:
+        """Go on with these replicas, if that is ``still`` right then. Raises Conflict."""
         config = self._current.config
-        await self._take_configuration(
-            replace(config, models={**config.models, model.name: replace(model, replicas=rules)})
-        )
+        models = {**config.models, model.name: replace(model, replicas=rules)}
+        await self._take_configuration(replace(config, models=models), still)
         self._made.pop(model.name, None)
         if rules:
             self._made[model.name] = rules

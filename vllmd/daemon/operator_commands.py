@@ -7,11 +7,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from vllmd.core import events
+from vllmd.core.types import State
 from vllmd.daemon.current import Later
 from vllmd.daemon.instances import Instances
 from vllmd.daemon.probing import probe
 from vllmd.daemon.processes import kill
-from vllmd.errors import NotFound
+from vllmd.daemon.status import views_of
+from vllmd.errors import ModelTooLarge, NotFound
 
 if TYPE_CHECKING:
     from vllmd.daemon.back_end import BackEnd
@@ -29,12 +31,20 @@ class OperatorCommands:
         self._back = back
 
     async def load(self, model: str) -> None:
-        """Have it started or woken; of several replicas one whatever it takes, the others where they fit."""
-        (await self._back.wait()).post(events.LoadAsked(model))
+        """Have it started or woken; of several replicas one whatever it takes, the others where they fit.
 
-    async def unload(self, model: str, *, force: bool) -> None:
-        """Have it stopped; clears a failure."""
-        (await self._back.wait()).post(events.StopAsked(model, force))
+        Raises ModelTooLarge for one that can never be.
+        """
+        back = await self._back.wait()
+        back.post(events.LoadAsked(model))
+        views = views_of(back.snapshot(), model)
+        if views and all(view.state is State.STOPPED and not view.waiting_for for view in views):
+            for why in [view.failure for view in views if view.failure]:
+                raise ModelTooLarge(why)
+
+    async def unload(self, model: str, *, force: bool, device: int | None = None) -> None:
+        """Have it stopped, or only its engines on that device; clears a failure."""
+        (await self._back.wait()).post(events.StopAsked(model, force, device))
 
     async def sleep(self, model: str, level: int) -> None:
         """Have it put to sleep, or stopped at 3."""

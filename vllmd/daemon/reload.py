@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllmd.config.reload import LATER, in_force
@@ -19,16 +19,22 @@ from vllmd.core import events
 from vllmd.core.types import renamed
 from vllmd.daemon.back_end import BackEnd
 from vllmd.daemon.engine_process import fingerprint
-from vllmd.daemon.expectations import expect, files_of, kv_caches, opener, paths_of, settings_of, specs_of
+from vllmd.daemon.expectations import estimates, expect, files_of, opener, paths_of, settings_of, specs_of
 from vllmd.daemon.front_end import FrontEnd
 from vllmd.daemon.startup import adopt_running, say_devices
+from vllmd.errors import Conflict
 from vllmd.gpu import Devices
 
 log = logging.getLogger("vllmd")
 
 
-async def take(front: FrontEnd, back: BackEnd, read: Config) -> dict[str, Any]:
+async def take(
+    front: FrontEnd, back: BackEnd, read: Config, still: Callable[[], bool] = lambda: True
+) -> dict[str, Any]:
     """Go on with another configuration; engines are stopped only where their own settings changed.
+
+    ``still``: whether that is right, asked when all is reckoned and nothing comes between its answer and the core's
+    being told. Raises Conflict, nothing changed, if it is not.
 
     The answer has what changed of the models, and in ``later`` each setting that is not in force, with what becomes of
     it.
@@ -45,9 +51,11 @@ async def take(front: FrontEnd, back: BackEnd, read: Config) -> dict[str, Any]:
     kept = {name: known[name] for name in engines if name in known}
     changed = {name for name, old in kept.items() if fingerprint(engines[name]) != fingerprint(before[old])}
     added, removed = sorted(config.models.keys() - was.keys()), sorted(was.keys() - config.models.keys())
+    if not still():
+        raise Conflict("it is in use by now")
     front.accept(config)
     back.engines.relocate(paths, config.engines.port_start, config.engines.port_end)
-    back.engines.configure(engines, kv_caches(prospects))
+    back.engines.configure(engines, estimates(prospects))
     if devices:
         _take_devices(back, config, devices)
     back.post(events.SettingsChanged(settings_of(config)))

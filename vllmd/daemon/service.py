@@ -19,7 +19,7 @@ from vllmd.config.types import Config
 from vllmd.core import events
 from vllmd.core.types import ReplicaView, Snapshot, State
 from vllmd.daemon.current import RuntimeEnvironment
-from vllmd.daemon.discovery import hf_home, with_discovered
+from vllmd.daemon.discovery import with_discovered
 from vllmd.daemon.front_end import SHUTTING_DOWN, front_end
 from vllmd.daemon.idle_exit import IdleExit
 from vllmd.errors import ConfigError, Unavailable
@@ -48,7 +48,9 @@ async def meant_for_us(config: Config, runtime: RuntimeEnvironment) -> Config:
         log.info("left out, for they are meant for other machines: %s", ", ".join(elsewhere))
     if not config.discover:
         return config
-    cache = hf_home(runtime.environment, config.engines.home or runtime.home)
+    from vllmd.hub import cache_of  # most configurations do not ask for it
+
+    cache = cache_of(runtime.environment, config.engines.home or runtime.home)
     return await asyncio.to_thread(with_discovered, config, cache)
 
 
@@ -290,11 +292,11 @@ class Daemon:
         finally:
             self._notify.ready()
 
-    async def take(self, config: Config) -> dict[str, Any]:
-        """Go on with another configuration; says what changed. The caller holds ``front.changing``."""
+    async def take(self, config: Config, still: Callable[[], bool] = lambda: True) -> dict[str, Any]:
+        """Implements ``daemon.current.Take``. The caller holds ``front.changing``."""
         from vllmd.daemon.reload import take  # most daemons are never told to
 
-        return await take(self.front, await self.front.back.wait(), config)
+        return await take(self.front, await self.front.back.wait(), config, still)
 
     def side_task(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)

@@ -23,10 +23,9 @@ from vllmd.daemon.device_watch import DeviceWatch
 from vllmd.daemon.dispatcher import Dispatcher, executors
 from vllmd.daemon.engine_keys import EngineKeys
 from vllmd.daemon.engine_manager import EngineManager
-from vllmd.daemon.expectations import expect, files_of, kv_caches, opener, paths_of, settings_of, specs_of
+from vllmd.daemon.expectations import estimates, expect, files_of, opener, paths_of, settings_of, specs_of
 from vllmd.daemon.front_end import FrontEnd
 from vllmd.daemon.launch_planner import LaunchPlanner
-from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.ports import PortPool
 from vllmd.errors import LauncherFailed
@@ -52,7 +51,7 @@ async def back_end(front: FrontEnd) -> BackEnd:
     memory = Memory(await devices.begin(), files_of(config))
     say_devices(memory)
     # 2. The core: the models, what each will take, and what was learnt of them.
-    learnt, paths = Learnt(runtime.learnt), paths_of(config, runtime)
+    learnt, paths = front.learnt, paths_of(config, runtime)
     await asyncio.to_thread(learnt.load)
     prospects = await asyncio.to_thread(expect, current.engines, paths, memory.inventory, front.resolver)
     specs = specs_of(config.models, prospects)
@@ -83,7 +82,7 @@ async def back_end(front: FrontEnd) -> BackEnd:
     planner = LaunchPlanner(memory, paths, front.resolver, ports, EngineKeys(runtime.cache))
     stir, usual = front.changes.stir, scheduler.costs.usual
     engines = EngineManager(launcher, report, memory, planner, runtime.logs, stir, look, usual, learnt.ended)
-    engines.configure(current.engines, kv_caches(prospects))
+    engines.configure(current.engines, estimates(prospects))
     execute = executors(engines, front.gate, front.instances.add)
     dispatcher = Dispatcher(scheduler, execute, front.changes.decided, stir)
     readings = DeviceReadings(memory, engines, dispatcher)
@@ -127,7 +126,7 @@ async def take_devices(front: FrontEnd, back: BackEnd, devices: Devices) -> None
             paths = paths_of(config, front.runtime)
             prospects = await asyncio.to_thread(expect, engines, paths, devices.inventory(), front.resolver)
             specs = specs_of(config.models, prospects)
-            back.engines.configure(engines, kv_caches(prospects))
+            back.engines.configure(engines, estimates(prospects))
             front.instances.configure(specs)
             back.post(events.ModelsChanged(tuple(specs)))
         back.post(events.DevicesChanged(devices.inventory(), str(devices.trouble or ""), devices.asking))

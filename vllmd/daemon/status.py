@@ -18,9 +18,9 @@ from vllmd.core.types import Decision, ModelView, ReplicaView, Snapshot, State
 from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.changes import dated
 from vllmd.daemon.current import Current, Later, RuntimeEnvironment
-from vllmd.daemon.discovery import hf_home
 from vllmd.daemon.engine_resolver import EngineResolver
 from vllmd.daemon.failure_text import places
+from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.processes import gpus
 from vllmd.daemon.self_description import Descriptions
 from vllmd.daemon.serializers import about, card, health, line, state_of
@@ -96,7 +96,10 @@ def _line(seen: Sight, view: ModelView | ReplicaView, engine: str) -> dict[str, 
         return line(view, seen.engines.get(engine), None, None, None)
     engines, watts = seen.back.engines, seen.back.memory.power.watts.get(engine)
     process = engines.processes.get(engine)
-    return line(view, seen.engines.get(engine), process, engines.last_start.get(engine), watts)
+    shown = line(view, seen.engines.get(engine), process, engines.last_start.get(engine), watts)
+    if view.since is None and (runs := seen.back.learnt.runs.get(engine)):  # an earlier daemon's engine
+        shown["since"] = max(0.0, time.time() - runs[-1][1])
+    return shown
 
 
 def line_of(seen: Sight, model: str) -> dict[str, Any]:
@@ -131,6 +134,7 @@ class Status:
         runtime: RuntimeEnvironment,
         resolver: EngineResolver,
         gate: AdmissionGate,
+        learnt: Learnt,
         back: Later[BackEnd],
         connections: Callable[[], int],
     ) -> None:
@@ -138,6 +142,7 @@ class Status:
         self._runtime = runtime
         self._resolver = resolver
         self._gate = gate
+        self._learnt = learnt
         self._back = back
         self._connections = connections
         self._started = time.time()
@@ -176,12 +181,14 @@ class Status:
         return line_of(self.sight(), model)
 
     def decisions(self, model: str) -> list[dict[str, Any]]:
-        """The last decisions, oldest first."""
-        back = self._back.now
+        """The last decisions, oldest first; about a model also the last ones of earlier daemons."""
+        back, names = self._back.now, {model, *self._current.engines_of(model)}
+        kept = [each for name in names for each in self._learnt.decisions.get(name, ())]
+        before = sorted((each for each in kept if each["at"] < self._started), key=lambda each: float(each["at"]))
         if back is None:
-            return []
-        names, now = {model, *self._current.engines_of(model)}, back.dispatcher.now()
-        return [dated(each, now) for each in back.snapshot().decisions if not model or concerns(each, names)]
+            return before
+        now, made = back.dispatcher.now(), back.snapshot().decisions
+        return [*before, *(dated(each, now) for each in made if not model or concerns(each, names))]
 
     async def models(self) -> list[dict[str, Any]]:
         """Every model for ``/v1/models``."""
@@ -201,8 +208,10 @@ class Status:
         return cards
 
     def cache(self) -> Path:
-        """The engines' HF_HOME."""
-        return hf_home(self._runtime.environment, self._current.config.engines.home or self._runtime.home)
+        """The engines' Hugging Face cache."""
+        from vllmd.hub import cache_of  # not before the first client
+
+        return cache_of(self._runtime.environment, self._current.config.engines.home or self._runtime.home)
 
     async def gauges(self) -> Gauges:
         """How things stand; the devices are read for it, if they answer soon."""

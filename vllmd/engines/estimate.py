@@ -37,6 +37,7 @@ from vllmd.errors import ConfigError
 
 USABLE = 0.9  # of a device: what a model of which nothing is known is given, and what a guess may take
 REQUESTS, REQUEST_TOKENS = 16, 2048  # rule 2
+HOST_SHARE = 4  # without a device a cache may take a quarter of the host's memory, unless a length is asked for
 DEFAULT_LENGTH = 8192  # tokens, where neither the configuration nor the model tells
 CONTEXT = GiB // 2
 WORKING = GiB
@@ -55,7 +56,8 @@ class Estimate:
     ``weights``: of the whole model, as loaded. ``kv_per_token``: of the whole model, 0 if unknown or none.
     ``kv_cache``: per device, to be passed to the engine (``Place.kv_cache``); 0 leaves it to the engine.
     ``why``: the arithmetic. ``notes``: what was odd or had to be guessed.
-    ``host_running``: of the host as long as it runs, awake or asleep.
+    ``host_running``: of the host as long as it runs, awake or asleep. ``context``: tokens, to be passed to an engine
+    whose own longest context does not fit (``Place.context``); 0: its own choice.
     """
 
     footprint: Footprint
@@ -65,30 +67,25 @@ class Estimate:
     why: str
     notes: tuple[str, ...] = ()
     host_running: int = 0
+    context: int = 0
 
 
-def estimate(model: ModelConfig, hf_home: Path, device_memory: int, host_memory: int = 0) -> Estimate:
+def estimate(model: ModelConfig, hub: Path, device_memory: int, host_memory: int = 0) -> Estimate:
     """What ``model`` will take on devices of ``device_memory`` bytes (0: there is none). Never raises.
 
     ``host_memory``: bytes that engines may use where there is no device; 0: not known.
-    Reads the files of the model from a path or the cache under ``hf_home``; downloads nothing.
+    Reads the files of the model from a path or the cache under ``hub``; downloads nothing.
     """
     if model.engine == "remote":
         return Estimate(Footprint(0, 0), 0, 0, 0, "a remote engine takes nothing here")
     if model.engine == "sim":
         return _stand_in(model, device_memory)
-    on_cpu = not device_memory and model.engine == "vllm"
-    if on_cpu:
+    if not device_memory and model.engine == "vllm":
         model = vllm_cpu.as_run(model)
-    facts = facts_of(model, hf_home)
+    facts = facts_of(model, hub)
     if not model.model and model.engine not in BY_NAME:  # nor need its name be that of any files
         facts = replace(facts, notes=())
-    if not facts.weights:
-        told = _unknown(model, facts, device_memory)
-    elif on_cpu and host_memory:
-        told = _on_cpu(model, facts, host_memory)
-    else:
-        told = _known(model, facts, device_memory)
+    told = _known(model, facts, device_memory, host_memory) if facts.weights else _unknown(model, facts, device_memory)
     return replace(told, host_running=_host_running(model, told.footprint.awake, device_memory))
 
 
@@ -164,13 +161,15 @@ def _option(model: ModelConfig, name: str) -> int:
         return 0
 
 
-def _known(model: ModelConfig, facts: Facts, device_memory: int) -> Estimate:
+def _known(model: ModelConfig, facts: Facts, device_memory: int, host_memory: int) -> Estimate:
     ranks = model.all_devices
     weights = -(-facts.weights // ranks)
-    fixed = weights + _overhead(model, weights)
+    fixed = weights + _overhead(model, weights, on_cpu=not device_memory)
     budget, budget_how = _budget(model, device_memory)
-    if budget is None:
-        kv = _kv(model, facts, int(USABLE * device_memory) - fixed)
+    if budget is None and device_memory:
+        kv = _kv(model, facts, int(USABLE * device_memory) - fixed, f"what {USABLE:g} of the device leaves")
+    elif budget is None:
+        kv = _kv(model, facts, host_memory // HOST_SHARE, f"1/{HOST_SHARE} of the host's memory")
     else:
         kv = _kv_left(model, facts, budget, fixed)
     awake = fixed + kv.size if budget is None else budget
@@ -178,17 +177,8 @@ def _known(model: ModelConfig, facts: Facts, device_memory: int) -> Estimate:
         facts, ranks, (weights, kv.size, fixed - weights), kv.why, f"{size(awake)} {budget_how}" if budget else ""
     )
     footprint = _footprint(model, awake, weights, facts.weights * model.devices_here // ranks)
-    return Estimate(footprint, facts.weights, kv.per_token, kv.told, why, (*facts.notes, *kv.notes))
-
-
-def _on_cpu(model: ModelConfig, facts: Facts, host_memory: int) -> Estimate:
-    """vLLM without a GPU: its cache may take a part of the host's memory only, whatever context that leaves."""
-    kv = _kv(model, facts, host_memory // vllm_cpu.SHARE, fitted=not model.max_model_len)
-    beside = vllm_cpu.OVERHEAD
-    awake = facts.weights + kv.size + beside
-    why = _why(facts, 1, (facts.weights, kv.size, beside), kv.why.replace("0.9 of the device", "the host"), "")
-    footprint = _footprint(model, awake, facts.weights, 0)
-    return Estimate(footprint, facts.weights, kv.per_token, kv.told, why, (*facts.notes, *kv.notes))
+    notes = (*facts.notes, *kv.notes)
+    return Estimate(footprint, facts.weights, kv.per_token, kv.told, why, notes, context=kv.context)
 
 
 def _why(facts: Facts, ranks: int, parts: tuple[int, int, int], kv_why: str, budget: str) -> str:
@@ -232,10 +222,12 @@ def _budget(model: ModelConfig, device_memory: int) -> tuple[int | None, str]:
     return asked, "as configured"
 
 
-def _overhead(model: ModelConfig, weights: int) -> int:
+def _overhead(model: ModelConfig, weights: int, *, on_cpu: bool) -> int:
     """Bytes per device beside weights and cache (rule 3)."""
     if model.engine in llama_memory.KINDS:
         return llama_memory.overhead(weights, on_cpu=llama_memory.runs_on_cpu(model))
+    if on_cpu and model.engine == "vllm" and not vllm_cpu.has_accelerator():
+        return vllm_cpu.OVERHEAD
     total = CONTEXT + WORKING + weights * 6 // 100
     if argument(model, "enforce-eager") == "true":
         total -= EAGER_SAVES
@@ -253,12 +245,14 @@ class _Kv:
     per_token: int
     told: int
     notes: tuple[str, ...] = ()
+    context: int = 0
 
 
-def _kv(model: ModelConfig, facts: Facts, room: int, *, fitted: bool = False) -> _Kv:
-    """By rule 2; ``room`` bytes per device are left for it (not above 0: no device, or no room whatever is done).
+def _kv(model: ModelConfig, facts: Facts, room: int, what: str) -> _Kv:
+    """By rule 2; ``room`` bytes per device are left for it (not above 0: not known, or no room whatever is done).
 
-    ``fitted``: the engine makes do with a shorter context where the longest does not fit.
+    An engine that can make do with a shorter context is given one where the longest does not fit and nobody asked for
+    it: llama.cpp is told how long, vLLM on a CPU finds out. ``what``: which room that is.
     """
     per_token = _per_token(model, facts)
     asked, why = _kv_asked(model)
@@ -273,10 +267,21 @@ def _kv(model: ModelConfig, facts: Facts, room: int, *, fitted: bool = False) ->
     wanted, least = _kv_size(model, facts, tokens, requests), _kv_size(model, facts, length, 1)
     if not wanted:
         return _Kv(0, "it keeps none", 0, 0)
-    if wanted > room >= (0 if fitted else least):
-        return _Kv(room, f"what 0.9 of the device leaves; {size(wanted)} wanted", per_token, room)
+    if wanted > room > 0 and (room >= least or _may_be_shorter(model)):
+        context = 0
+        if model.engine in llama_memory.KINDS:
+            context = max(llama_memory.SHORTEST, tokens * room // wanted // 256 * 256)
+            room = _kv_size(model, facts, context, requests)
+        return _Kv(room, f"{what}; {size(wanted)} wanted", per_token, room, context=context)
     about = "" if facts.cache else "about "
     return _Kv(wanted, f"{tokens} tokens of {about}{size(per_token)}", per_token, wanted)
+
+
+def _may_be_shorter(model: ModelConfig) -> bool:
+    """Whether its context may be shorter than the model's own longest one."""
+    if _asked_length(model):
+        return False
+    return model.engine in llama_memory.KINDS or (model.engine == "vllm" and not vllm_cpu.has_accelerator())
 
 
 def _kv_left(model: ModelConfig, facts: Facts, budget: int, fixed: int) -> _Kv:
@@ -326,8 +331,12 @@ def _guessed_per_token(weights: int) -> int:
 
 
 def _length(model: ModelConfig, cache: Architecture | None) -> int:
-    asked = model.max_model_len or whole(argument(model, "max-model-len", "ctx-size", "c", "context-length"))
-    return asked or (cache.length if cache else 0) or DEFAULT_LENGTH
+    return _asked_length(model) or (cache.length if cache else 0) or DEFAULT_LENGTH
+
+
+def _asked_length(model: ModelConfig) -> int:
+    """Tokens that the user asked for, 0 if none."""
+    return model.max_model_len or whole(argument(model, "max-model-len", "ctx-size", "c", "context-length"))
 
 
 def _kv_width(model: ModelConfig) -> int:

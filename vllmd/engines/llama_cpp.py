@@ -104,7 +104,7 @@ class LlamaCpp(Plain):
             *_program(model),
             *_files(model, place),
             *("--host", str(socket), "--alias", self.served_name(model), "--metrics"),
-            *_context(model),
+            *_context(model, place),
             *_layers(model, place),
             *_options(model),
             *model.extra_args,
@@ -156,20 +156,20 @@ def _files(model: ModelConfig, place: Place) -> list[str]:
         return ["--model-url", source, *seeing]
     if source.startswith(("/", ".", "~")) or source.endswith(".gguf"):
         return ["--model", source, *seeing]
-    file, beside = _cached(source, place.hf_home, argument(model, "revision"))
+    file, beside = _cached(source, place.hub, argument(model, "revision"))
     if file is None:
         return ["--hf-repo", source, *seeing]
     return ["--model", str(file), *(seeing or (["--mmproj", str(beside)] if beside else []))]
 
 
-def _cached(source: str, hf_home: Path | None, revision: str) -> tuple[Path | None, Path | None]:
+def _cached(source: str, hub: Path | None, revision: str) -> tuple[Path | None, Path | None]:
     """The model's file in the cache, and the projector beside it; None for what is not there, or cannot be read."""
-    if hf_home is None or not is_repository(source.partition(":")[0]):
+    if hub is None or not is_repository(source.partition(":")[0]):
         return None, None
-    home = hf_home
+    cache = hub
 
     def look() -> tuple[Path | None, Path | None]:
-        located = locate(source, home, revision)
+        located = locate(source, cache, revision)
         if located.path is None:
             return None, None
         file = gguf_file(located.path, located.tag, located.root)
@@ -181,10 +181,12 @@ def _cached(source: str, hf_home: Path | None, revision: str) -> tuple[Path | No
         return None, None
 
 
-def _context(model: ModelConfig) -> list[str]:
+def _context(model: ModelConfig, place: Place) -> list[str]:
+    """Slots, and the room of all of them: as configured, else what fits, else its own choice."""
     slots = whole(model, "parallel")
     flags = ["--parallel", str(slots)] if slots else []
-    return [*flags, "--ctx-size", str(model.max_model_len * (slots or 1))] if model.max_model_len else flags
+    tokens = model.max_model_len * (slots or 1) if model.max_model_len else place.context
+    return [*flags, "--ctx-size", str(tokens)] if tokens else flags
 
 
 def _layers(model: ModelConfig, place: Place) -> list[str]:

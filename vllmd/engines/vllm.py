@@ -31,7 +31,7 @@ from typing import ClassVar
 
 from vllmd.config.types import ModelConfig
 from vllmd.core.types import Footprint
-from vllmd.engines import ray_cluster, vllm_cpu, vllm_log
+from vllmd.engines import environments, ray_cluster, vllm_cpu, vllm_log
 from vllmd.engines.base import Call, Failure, Launch, Listen, Place, Progress
 from vllmd.engines.options import choice, size, unknown
 from vllmd.engines.plain import PROBE, Plain, environment
@@ -131,7 +131,7 @@ class Vllm(Plain):
 
     def _command(self, model: ModelConfig) -> tuple[str, ...]:
         """The program and its subcommand, which a command configured in full brings along."""
-        command = model.command or ("vllm",)
+        command = model.command or (environments.program(model, self.kind, "vllm"),)
         is_module = len(command) > 1 and "-m" in command
         return command if is_module or "serve" in command else (*command, "serve")
 

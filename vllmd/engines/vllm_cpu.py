@@ -25,7 +25,6 @@ from vllmd.config.types import ModelConfig
 from vllmd.core.types import GiB
 
 ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd")  # CUDA, ROCm
-SHARE = 4  # its cache takes at most this part (a quarter) of the host's memory, unless that is said otherwise
 # Beside weights and cache: API server, engine core and worker, which each have imported all of PyTorch.
 OVERHEAD = GiB * 3 // 2
 COMPILERS = ("g++", "c++", "clang++")
