@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import logging
+import re
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -244,6 +245,7 @@ def launch(living: Living, name: str) -> Any:
         return error.message
     planner.release(process)
     told = str(order).replace(process.instance, "INSTANCE") if order else ""
+    told = re.sub(r"'(since|started)': '[^']*'", "", told)  # when: of each start another one
     kept = process.model
     return told, kept.warm_up, kept.start_timeout, kept.stop_timeout, kept.log_file
 
