@@ -274,6 +274,21 @@ def test_a_setting_that_came_later_changes_no_fingerprint_unless_it_is_set() -> 
     assert fingerprint(ModelConfig("m", user="own")) != fingerprint(ModelConfig("m"))
 
 
+def test_an_engine_that_never_answers_is_given_up_in_time(tmp_path: Path) -> None:
+    """Stopped by a signal, it lets one connect; nobody is served until it is known what becomes of it."""
+
+    async def story(rig: Rig) -> None:
+        engine = FakeEngine(rig.gpu, str(tmp_path / "e.sock"))
+        engine.answers["/is_sleeping"] = None
+        await engine.open()
+        running = Running("m-000001", 1, "u", metadata=notes(rig.model, tmp_path / "e.sock"), uid=os.geteuid())
+        what = await soon(examine(running, {"m": rig.model}, EngineResolver()))
+        assert (what.state, what.why) == (None, "expected it awake, it said nothing")
+        engine.close()
+
+    tell(story, tmp_path)
+
+
 def test_a_new_daemon_waits_for_a_new_launcher() -> None:
     """In an upgrade it may meet the old one for a moment, which could not tell whose its engines are."""
     told = [LauncherInfo("old", ""), LauncherInfo("old", ""), LauncherInfo("new", "", protocol=PROTOCOL)]

@@ -16,7 +16,6 @@ from vllmd.admin.control import Gauges
 from vllmd.admin.counters import Counters
 from vllmd.core import events
 from vllmd.core.types import Decision, ModelSpec, ModelView, ReplicaView, Snapshot, State
-from vllmd.daemon.discovery import hf_home
 from vllmd.daemon.failure_text import places
 from vllmd.daemon.instances import Instances
 from vllmd.daemon.probing import probe
@@ -109,9 +108,11 @@ class DaemonControl:
         return [process for name, process in self._daemon.engine_manager.processes.items() if name in ready]
 
     def cache(self) -> Path:
-        """The engines' HF_HOME."""
+        """The engines' Hugging Face cache."""
+        from vllmd.hub import cache_of  # not before the first client
+
         around, engines = self._daemon.runtime, self._daemon.config.engines
-        return hf_home(around.environment, engines.home or around.home)
+        return cache_of(around.environment, engines.home or around.home)
 
     def health(self) -> dict[str, Any]:
         """Whether we are well, with devices and models as P's document has them."""
