@@ -9,14 +9,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from vllmd.admin.control import Gauges
 from vllmd.admin.counters import Counters, Histogram
 from vllmd.admin.exposition import expose
-from vllmd.core.types import Decision, DeviceView, ModelView, ReplicaView, Snapshot, State
+from vllmd.core.types import Decision, DeviceView, ModelView, ReplicaView, Snapshot, State, View
 
 ENGINE = ReplicaView("m", State.SLEEPING, 1, (0,), 7 << 30, 2, 3, 1.5, None, 9.0, True, ("l",), "", "")
 
 
 def model(name: str, *replicas: ReplicaView, balanced: bool = False) -> ModelView:
     """Of these engines, in the state of the first."""
-    shared = {field.name for field in fields(ModelView)} & {field.name for field in fields(ReplicaView)}
+    shared = {field.name for field in fields(View)} - {"name"}
     each = {name: getattr(replicas[0], name) for name in shared}
     return ModelView(name=name, replicas=replicas, balanced=balanced, serving=1, degraded=False, **each)
 
