@@ -96,9 +96,9 @@ def test_how_things_stand() -> None:
 
 def test_replicas_are_told_apart_beside_their_model() -> None:
     """The model has all that they hold and run; a model with one engine has no series of replicas."""
-    one = replace(ENGINE, id="m@1", state=State.READY, standing="serving", latency=0.25, in_flight=2)
-    two = replace(ENGINE, id="m@2", state=State.STOPPED, devices=(), in_flight=0)
-    models = (model("m", one, two, balanced=True), model("n", replace(ENGINE, id="n")))
+    one = replace(ENGINE, name="m@1", state=State.READY, standing="serving", latency=0.25, in_flight=2)
+    two = replace(ENGINE, name="m@2", state=State.STOPPED, devices=(), in_flight=0)
+    models = (model("m", one, two, balanced=True), model("n", replace(ENGINE, name="n")))
     read = samples(Counters(), Gauges(replace(SNAPSHOT, models=models)))
     assert read["vllmd_model_state{model=m,state=running}"] == 1
     assert read["vllmd_model_memory_bytes{device=0,model=m}"] == 7 << 30

@@ -149,7 +149,7 @@ def _common(model: Line, line: Line) -> dict[str, Any]:
         "pid": line["pid"],
         "port": int(port) if port.isdecimal() and not line["socket"].startswith("/") else None,
         "created_at": _moment(line["started_at"]) if line["started_at"] else None,
-        "updated_at": _moment(time.time() - line["since"]),
+        "updated_at": _moment(time.time() - (line["since"] or 0.0)),
         "message": line["failure"],
     }
 

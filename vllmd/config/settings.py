@@ -687,8 +687,8 @@ ROOT = Group(
         Setting(
             "host_memory",
             k.AUTO_SIZE,
-            "Host memory for models asleep at level 1, over all of them; auto is half of the machine's, or of what "
-            "control groups leave.",
+            "Host memory for models asleep at level 1, over all of them, and for what llama.cpp, and engines on the "
+            "CPU, take of it as long as they run; auto is half of the machine's, or of what control groups leave.",
         ),
         Setting("idle", IDLE, "When unused models sleep and stop."),
         Setting(

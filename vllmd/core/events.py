@@ -156,6 +156,7 @@ class EngineAdopted(Event):
     level: int = 0
     idle: float = 0.0  # seconds since its last request ended
     footprint: Footprint | None = None
+    since: float = 0.0  # seconds that it has been in that state
 
 
 @dataclass(frozen=True, slots=True)
