@@ -177,6 +177,20 @@ def test_adopted_engines_are_told_to_the_core(tmp_path: Path) -> None:
     tell(story, tmp_path)
 
 
+def test_how_long_it_has_been_so_is_adopted_with_it(tmp_path: Path) -> None:
+    """By the wall clock that was noted: ps and why speak of the engine, not of the daemon."""
+
+    async def story(rig: Rig) -> None:
+        running = await _left(rig, since=f"{time.time() - 500}", started=f"{time.time() - 900}")
+        await soon(adopt_all(rig.engine_manager, [running], {"m": rig.model}, EngineResolver(), rig.posted.put_nowait))
+        adopted = await rig.event()
+        assert isinstance(adopted, events.EngineAdopted)
+        assert 500 <= adopted.since < 560
+        assert 900 <= time.monotonic() - rig.engine_manager.processes["m"].started < 960
+
+    tell(story, tmp_path)
+
+
 def test_an_adopted_start_goes_on(tmp_path: Path) -> None:
     """It becomes ready under the new daemon."""
 
@@ -258,6 +272,21 @@ def test_a_setting_that_came_later_changes_no_fingerprint_unless_it_is_set() -> 
     """An upgrade keeps the engines that run; the figure is what 0.1.0 noted for this model."""
     assert fingerprint(ModelConfig("m")) == "bb0bdfb09501ed57"
     assert fingerprint(ModelConfig("m", user="own")) != fingerprint(ModelConfig("m"))
+
+
+def test_an_engine_that_never_answers_is_given_up_in_time(tmp_path: Path) -> None:
+    """Stopped by a signal, it lets one connect; nobody is served until it is known what becomes of it."""
+
+    async def story(rig: Rig) -> None:
+        engine = FakeEngine(rig.gpu, str(tmp_path / "e.sock"))
+        engine.answers["/is_sleeping"] = None
+        await engine.open()
+        running = Running("m-000001", 1, "u", metadata=notes(rig.model, tmp_path / "e.sock"), uid=os.geteuid())
+        what = await soon(examine(running, {"m": rig.model}, EngineResolver()))
+        assert (what.state, what.why) == (None, "expected it awake, it said nothing")
+        engine.close()
+
+    tell(story, tmp_path)
 
 
 def test_a_new_daemon_waits_for_a_new_launcher() -> None:

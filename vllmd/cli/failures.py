@@ -28,7 +28,8 @@ EXITS = {
     EX_USAGE: "The command line is wrong.",
     EX_DATAERR: "What was named or given is wrong: there is no such model, or a file is broken.",
     EX_NOINPUT: "A file is missing.",
-    EX_UNAVAILABLE: "The daemon does not run, an engine fails, the devices do not answer, or doctor found a fault.",
+    EX_UNAVAILABLE: "The daemon does not run, an engine fails, a model can never fit, the devices do not answer, "
+    "or doctor found a fault.",
     EX_SOFTWARE: "A fault in vllmd.",
     EX_CANTCREAT: "A file cannot be written; it is as it was.",
     EX_TEMPFAIL: "Not now; try again later.",
@@ -52,7 +53,8 @@ STATUSES = {
     503: EX_TEMPFAIL,
     504: EX_TEMPFAIL,
 }
-CODES = {"invalid_configuration": EX_CONFIG, "engine_failed": EX_UNAVAILABLE, "launcher_failed": EX_UNAVAILABLE}
+CODES = {"invalid_configuration": EX_CONFIG, "engine_failed": EX_UNAVAILABLE, "launcher_failed": EX_UNAVAILABLE,
+         "model_too_large": EX_UNAVAILABLE}  # fmt: skip
 
 
 class Failure(Exception):

@@ -75,6 +75,11 @@ def age(seconds: float | None) -> str:
     return f"{whole // 86400}d{whole % 86400 // 3600}h"
 
 
+def counted(number: int, what: str) -> str:
+    """``1 request``, ``2 requests``."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def numbers(of: Sequence[int]) -> str:
     """Device numbers as 0-3,6."""
     groups: list[list[int]] = []

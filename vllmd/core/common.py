@@ -28,7 +28,8 @@ class Core:
         self.fit = Fit(self.engines.ledger, self.replicas)
         self.swaps = Swaps(self.engines, self.replicas, self.fit)
         self.balanced: list[Model] = []  # those whose replicas share their requests by rules
-        self.dirty: dict[Model, None] = {}
+        self.dirty: dict[Model, None] = {}  # what follows from a change of these is still to be found
+        self.changed: dict[Replica, None] = {}  # since the policy last looked
         self.unkept: dict[Model, None] = {}  # whose health and number of replicas are to be looked at
         self.waiting: dict[Replica, None] = {}  # wanted, and neither on nor on their way
         self.replan = False  # something happened that the policy should see at once
@@ -37,6 +38,14 @@ class Core:
     def now(self) -> float:
         """The time of the event being handled."""
         return self.engines.now
+
+    def mark_request(self, m: Replica) -> None:
+        """A request more or less runs in one that worked before and works on: mostly only a policy sees that."""
+        model = m.model
+        if m.job or model.queue or model.leases or model.rules or not m.on:
+            self.dirty[model] = None
+        else:
+            self.changed[m] = None
 
     def mark_dirty(self, m: Replica) -> None:
         """Something about it, or about its model, changed."""

@@ -79,6 +79,7 @@ class EngineEvents:
             m.learn(e.footprint)
             core.engines.rebook(m)
         m.idle_since = m.used = core.now - max(0.0, e.idle)
+        m.changed = core.now - max(0.0, e.since)
         core.engines.record("adopt", m, f"found {m.state.value}", {"level": m.level})
         self._settled(m)
 

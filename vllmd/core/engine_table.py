@@ -400,7 +400,7 @@ class EngineTable:
 
     def _move(self, m: Replica, step: Step) -> None:
         m.state = follow(m.id, m.state, step)
-        m.changed = self.now
+        m.changed, m.untouched = self.now, False
         self._track(m)
         devices = m.placement.devices
         if m.state in MOVING:

@@ -156,6 +156,7 @@ class Replica:
     costs: Costs
     changed: float  # since when it is in this state
     state: State = State.STOPPED
+    untouched: bool = True  # it has been in no other state
     level: int = 0
     placement: Placement = NOWHERE
     running: dict[str, Run] = field(default_factory=dict)

@@ -95,11 +95,15 @@ class OperatorCommands:
 
     def stop(self, e: StopAsked) -> None:
         """3.3: who waits now is told; who comes later starts it anew. A failure is forgotten."""
-        model = self._core.models.get(e.model)
+        model, replicas = self._core.models.get(e.model), self._core.named(e.model)
+        if e.device is not None:
+            present = [r for r in replicas if r.state is not State.STOPPED]
+            there = [r for r in present if e.device in r.placement.devices or not r.placement.devices]
+            model, replicas = (model, replicas) if len(there) == len(present) else (None, there)
         if model:
             why = f"{model.name!r} was stopped by an operator"
             self._admission.reject_queue(model, Refusal("Unavailable", why, 1.0))
-        for r in self._core.named(e.model):
+        for r in replicas:
             self._stop(r, e.force)
 
     def _stop(self, r: Replica, force: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 from vllmd.core.common import Core
 from vllmd.core.eviction import fits
@@ -22,40 +22,42 @@ RELOCATE_EVERY = 1.0  # seconds between two looks for sleepers that must move
 class Planner:
     """When to ask the policy, what it sees, and what becomes of its plans."""
 
-    def __init__(self, core: Core, settle: Callable[[], None]) -> None:
+    def __init__(self, core: Core) -> None:
         self._core = core
-        self.builder = PolicyInputBuilder(core.engines, core.swaps, core.fit)
-        self._settle = settle  # carries out what a plan has set in motion
+        self.builder = PolicyInputBuilder(core.engines, core.swaps, core.fit, core.changed)
         self._looked = -INFINITY
         self._filled = -INFINITY
         self._relocated = -INFINITY
         self._shallow: frozenset[str] = frozenset()
-        self._held_back: frozenset[Replica] = frozenset()  # who was recorded to wait for others to leave a device free
+        self.held_back: frozenset[Replica] = frozenset()  # who was recorded to wait for others to leave a device free
 
     @property
     def due(self) -> float:
         """When it wants to look again; infinite while nobody waits without a swap of his own."""
         return self._looked + TICK if len(self._core.waiting) > len(self._core.swaps) else INFINITY
 
-    def plan(self) -> None:
-        """7: at news, and each quarter of a second while anything waits: ask until there is nothing to begin."""
+    def plan(self) -> Iterator[None]:
+        """7: at news, and each quarter of a second while anything waits: ask until there is nothing to begin.
+
+        What a step has set in motion is carried out before the next one.
+        """
         core = self._core
         if not core.waiting:
-            self._held_back = frozenset()
-        if not core.waiting:
-            self._tidy()
+            self.held_back = frozenset()
+            yield from self._tidy()
         if not core.waiting or not (core.replan or core.now >= self._looked + TICK):
             return
         self._looked = core.now
-        self._relocate()
+        yield from self._relocate()
         for _ in range(len(core.waiting) + 1):
             plan = core.policy.choose(self.look())
             if plan is None:
                 break
             self.begin(plan)
+            yield
         self._record_held_back()
 
-    def _tidy(self) -> None:
+    def _tidy(self) -> Iterator[None]:
         """7.4: while nobody waits, models that are being used are moved to where they fit beside each other."""
         core = self._core
         if not core.replan or len(core.engines.ledger.accounts) < 2 or len(core.swaps):
@@ -64,17 +66,18 @@ class Planner:
             plan = core.policy.tidy(self.look())
             if plan:
                 self.begin(plan)
+                yield
 
     def _record_held_back(self) -> None:
         """7.3: who waits for others to leave a device free; once, not with each look."""
-        core, before = self._core, self._held_back
+        core, before = self._core, self.held_back
         picky = [m for m in core.waiting if m.spec.when_free]
         held = {m: wait for m in picky if (wait := core.fit.held_back(m, waited_since(m, core.now)))}
-        self._held_back = frozenset(m for m, wait in held.items() if not wait.unread)
-        for m in [m for m in held if m in self._held_back and m not in before]:
+        self.held_back = frozenset(m for m, wait in held.items() if not wait.unread)
+        for m in [m for m in held if m in self.held_back and m not in before]:
             core.engines.record("wait", m, f"it waits for {held[m].why}", held[m].numbers)
 
-    def _relocate(self) -> None:
+    def _relocate(self) -> Iterator[None]:
         """7.1: a sleeper that cannot wake where it sleeps is stopped, if it can start elsewhere."""
         core = self._core
         if core.now < self._relocated + RELOCATE_EVERY:
@@ -87,7 +90,7 @@ class Planner:
             why = core.fit.stuck(m) if m not in core.swaps else ""
             if why:
                 core.ask(m, Job(Kind.STOP, Reason.MOVED, why, core.now))
-        self._settle()
+        yield
 
     def begin(self, plan: Plan) -> None:
         """Record the plan, close the gates, and start what can start."""
@@ -106,7 +109,6 @@ class Planner:
         core.mark_dirty(m)
         for victim in plan.victims:
             core.mark_dirty(core.replicas[victim.model])
-        self._settle()
 
     def bring(self, m: Replica, reason: Reason, why: str, since: float, but: frozenset[int] = frozenset()) -> bool:
         """Have it serve where it fits beside what is there; nobody leaves for it. Whether that could be begun.
@@ -127,7 +129,7 @@ class Planner:
         w = self.builder.see_newcomer(m, since=-INFINITY)
         return bool(w.span) and not w.devices
 
-    def preload(self, todo: dict[Replica, None]) -> None:
+    def preload(self, todo: dict[Replica, None]) -> Iterator[None]:
         """7.2: load, in order, what fits beside what is there; nobody leaves for it.
 
         One that starts only on free devices is wanted from now on where others leave it none.
@@ -136,13 +138,16 @@ class Planner:
         for m in list(todo):
             if core.engines.ledger.unknown and m.spec.device_count:
                 continue
-            if m.state is not State.STOPPED or m.demand or self.bring(m, Reason.PRELOAD, PRELOADED, -INFINITY):
+            if m.state is not State.STOPPED or m.demand:
                 del todo[m]
+            elif self.bring(m, Reason.PRELOAD, PRELOADED, -INFINITY):
+                del todo[m]
+                yield
             elif self._waits_for_others(m):
                 del todo[m]
                 core.ask(m, Job(Kind.START, Reason.PRELOAD, PRELOADED, core.now))
-                self._settle()
-                self.plan()
+                yield
+                yield from self.plan()
             elif not any(supply.busy or supply.claimed for supply in self.look().supplies.values()):
                 del todo[m]
                 core.engines.record("skip", m, "it is to be preloaded, but does not fit beside the others")

@@ -28,22 +28,23 @@ class Scaling:
         """When time alone changes something for one of them."""
         return min([model.scale.due for model in self._core.balanced], default=INFINITY)
 
-    def upkeep(self) -> bool:
-        """Probe who has to show himself, bring up as many as are wanted. Whether there was a model to look at."""
+    def upkeep(self) -> Iterator[None]:
+        """Probe who has to show himself, bring up as many as are wanted.
+
+        What a step has set in motion is carried out before the next one.
+        """
         core = self._core
-        if not core.balanced:
-            return False  # asked after every event
-        models = {**core.unkept, **{model: None for model in core.balanced if model.scale.due <= core.now}}
-        core.unkept.clear()
-        for model in models:
-            if model.rules is None:
-                continue
-            for r in model.replicas:
-                self._health.look_at(r)
-            self._scale(model, model.rules)
-            self._bring_up(model, model.rules)
-            model.scale.due = self._due(model, model.rules)
-        return bool(models)
+        while models := {**core.unkept, **{model: None for model in core.balanced if model.scale.due <= core.now}}:
+            core.unkept.clear()
+            for model in models:
+                if model.rules is None:
+                    continue
+                for r in model.replicas:
+                    self._health.look_at(r)
+                self._scale(model, model.rules)
+                yield from self._bring_up(model, model.rules)
+                model.scale.due = self._due(model, model.rules)
+            yield
 
     # -- an operator's word
 
@@ -100,7 +101,7 @@ class Scaling:
 
     # -- which (8.5)
 
-    def _bring_up(self, model: Model, rules: ReplicaRules) -> None:
+    def _bring_up(self, model: Model, rules: ReplicaRules) -> Iterator[None]:
         """Those that are missing, where they fit beside what is there; nobody leaves for them."""
         core, scale = self._core, model.scale
         if not self._in_use(model, rules) or core.now < scale.tried + AGAIN:
@@ -114,7 +115,8 @@ class Scaling:
             if r.state is State.FAILED:
                 core.engines.forgive(r)
             why = f"{model.name} is to have {number} replicas here" if r.spec.device_count else f"{model.name} is used"
-            self._planner.bring(r, Reason.REPLICA, why, core.now - RECENT, _taken(r))
+            if self._planner.bring(r, Reason.REPLICA, why, core.now - RECENT, _taken(r)):
+                yield
 
     def _missing(self, model: Model, rules: ReplicaRules) -> Iterator[Replica]:
         """Those that ought to be brought up: all that take no device, and of the others as many as are wanted."""

@@ -7,7 +7,7 @@ in the comments of the rooms: 1 ``admission``, 2 ``engine_events``, 3 ``operator
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from vllmd.core import events as ev
@@ -48,7 +48,7 @@ class Scheduler:
     ) -> None:
         self.costs = costs or CostBook()
         core = self._core = Core(devices, settings, self.costs, policy or POLICIES[settings.policy])
-        self._planner = Planner(core, self._settle)
+        self._planner = Planner(core)
         self._health = HealthChecks(core)
         self._scaling = Scaling(core, self._planner, self._health)
         self._admission = Admission(core, self._planner, Balancer(core.engines, core.swaps, core.fit), self._health)
@@ -57,7 +57,6 @@ class Scheduler:
         self._unloading = Unloading(core, self._planner)
         self._devices = Devices(core, self._admission)
         self._due = INFINITY  # the least of all replicas' due
-        self._due_passed = False  # it was that of one which is due later now, or gone
         self._handlers = self._rooms()
         for spec in models:
             self._operator.configure(spec)
@@ -67,19 +66,26 @@ class Scheduler:
 
     def handle(self, event: ev.Event, now: float) -> list[Command]:
         """What is to be done because of ``event``. Raises LifecycleError, nothing changed, if it cannot have been."""
-        core = self._core
-        core.engines.now = max(now, core.engines.now)
+        core, engines = self._core, self._core.engines
+        if now > engines.now:
+            engines.now = now
         self._handlers[type(event)](event)
-        if self._due <= core.now:
+        if self._due <= engines.now:
             self._expire()
-        self._settle()
-        self._planner.plan()
-        if self._operator.preload and self._operator.preloading:
-            self._planner.preload(self._operator.preload)
-        while self._scaling.upkeep():
+        if core.dirty:
             self._settle()
-        core.replan = False
-        return core.engines.collect()
+        if core.waiting or core.replan or core.balanced or self._operator.preload or self._planner.held_back:
+            for _ in self._steps():
+                self._settle()
+            core.replan = False
+        return engines.collect()
+
+    def _steps(self) -> Iterator[None]:
+        """What is begun on the core's own account (7, 8), one step after the other."""
+        yield from self._planner.plan()
+        if self._operator.preload and self._operator.preloading:
+            yield from self._planner.preload(self._operator.preload)
+        yield from self._scaling.upkeep()
 
     def next_timer(self) -> float | None:
         """When it wants ``TimePassed`` if nothing else happens before."""
@@ -190,17 +196,15 @@ class Scheduler:
     def _review_dirty(self) -> None:
         core = self._core
         if core.policy.in_order:
-            core.dirty.update((model, None) for model in core.models.values() if len(model.queue))
+            core.dirty.update((model, None) for model in core.models.values() if model.queue)
         while core.dirty:
             model, _ = core.dirty.popitem()
             self._review(model)
-        if self._due_passed:
-            self._due_passed = False
-            self._due = min([r.due for r in core.replicas.values()], default=INFINITY)
+        self._due = min([r.due for r in core.replicas.values()], default=INFINITY)
 
     def _review(self, model: Model) -> None:
         """Bring everything that hangs on the model's and its engines' state up to date."""
-        if len(model.queue):
+        if model.queue:
             self._admission.serve(model)
         if model.rules:
             self._core.unkept[model] = None  # 5.5
@@ -210,12 +214,6 @@ class Scheduler:
             del self._core.models[model.name]
 
     def _review_replica(self, r: Replica) -> None:
-        special = r.job or r.model.leases or r.queued
-        if r.state is State.READY and r.running and not special:  # it works, and that is all: the case of most events
-            self._core.waiting.pop(r, None)
-            self._planner.builder.note(r)
-            self._note_due(r, INFINITY)
-            return
         if r.state is State.READY:
             self._do_for_itself(r)
         elif r.state is State.SLEEPING:
@@ -228,14 +226,8 @@ class Scheduler:
             self._core.waiting.pop(r, None)
         elif r not in self._core.waiting:
             self._wait(r)
-        self._planner.builder.note(r)
-        self._note_due(r, self._due_of(r))
-
-    def _note_due(self, r: Replica, due: float) -> None:
-        """Keep the least of all: it is only sought anew where the one that had it has it no more."""
-        self._due_passed = self._due_passed or r.due <= self._due < due
-        self._due = min(self._due, due)
-        r.due = due
+        self._core.changed[r] = None
+        r.due = self._due_of(r)
 
     def _do_for_itself(self, r: Replica) -> None:
         """One that serves may have something to do for itself, once it has let in what waits."""
@@ -281,9 +273,8 @@ class Scheduler:
 
     def _forget(self, r: Replica) -> None:
         core = self._core
-        self._note_due(r, INFINITY)
         r.model.retired.remove(r)
         core.replicas.pop(r.id, None)
         core.waiting.pop(r, None)
         core.swaps.cancel(r)
-        self._planner.builder.note(r)
+        core.changed[r] = None

@@ -501,6 +501,8 @@ class EngineManager:
         """Write what a later daemon must know beside the engine's cgroup; one that runs elsewhere has none."""
         if not process.running:
             return
+        if "state" in metadata:
+            metadata["since"] = f"{time.time():.1f}"
         try:
             await self._launcher.annotate(process.instance, metadata)
         except LauncherFailed as error:

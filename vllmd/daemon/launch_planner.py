@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -81,7 +82,7 @@ class LaunchPlanner:
         engine = self._engine_of(model)
         instance = instance_name(model.name)
         run_dir = self._paths.run / instance
-        place = replace(self._place(command, run_dir), hf_home=self._paths.homes.hf_home(model))
+        place = replace(self._place(command, run_dir), hub=self._paths.homes.hub(model))
         port = 0
         try:
             launch = engine.launch(model, place)
@@ -131,6 +132,8 @@ class LaunchPlanner:
                 "fingerprint": process.fingerprint,
                 "state": "starting",
                 "level": "0",
+                "since": f"{time.time():.1f}",
+                "started": f"{time.time():.1f}",
                 "run_dir": str(run_dir),
                 "ending": json.dumps([process.stop, process.stop_signal, process.self_managed]),
             },

@@ -52,7 +52,7 @@ async def start(daemon: Daemon) -> None:
     daemon.launcher = await connect_launcher(daemon)
     daemon.backend = await known_backend(daemon)
     daemon.engine_manager = make_fleet(daemon, prospects)
-    daemon.take = lambda config: _take(daemon, config)
+    daemon.take = lambda config, still=lambda: True: _take(daemon, config, still)
     daemon.dispatcher.connect(daemon.engine_manager, daemon.admission_gate, daemon.control.instances.add)
     daemon.dispatcher.on_decision, daemon.dispatcher.on_change = daemon.control.note, daemon.control.stir
     devices = daemon.memory.devices
@@ -79,10 +79,10 @@ def opener(config: Config, environment: Mapping[str, str]) -> Open:
     return lambda known: open_devices(config, environment, known=known)
 
 
-async def _take(daemon: Daemon, config: Config) -> dict[str, Any]:
+async def _take(daemon: Daemon, config: Config, still: Callable[[], bool]) -> dict[str, Any]:
     from vllmd.daemon.reload import take  # most daemons are never told to
 
-    return await take(daemon, config)
+    return await take(daemon, config, still)
 
 
 def files_of(config: Config) -> dict[int, Path]:
