@@ -465,8 +465,8 @@ MODEL = Group(
             "log_file",
             k.BOOL,
             "Write the engine's output to a rotating file, too, not only to the journal: MODEL_PORT.log in "
-            "/var/log/vllmd, or without a unit in ~/.local/state/vllmd/log. The last five runs are kept, 200 MiB of a model "
-            "at most, and what comes faster than 1 MiB/s is left out.",
+            "/var/log/vllmd, or without a unit in ~/.local/state/vllmd/log. The last five runs are kept, 200 MiB of a "
+            "model at most, and what comes faster than 1 MiB/s is left out.",
             reload=Reload.NEXT_LOAD,
         ),
         Setting("limits", LIMITS, "Resource limits of its scope.", reload=Reload.ENGINE),
