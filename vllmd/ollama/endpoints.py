@@ -229,19 +229,19 @@ class ListRoutes:
     async def ps(self, request: Request) -> Response:
         """``GET /api/ps``."""
         cards = await self._cards(request)
-        lines = self._control.status()["models"]
+        lines = self._control.status.status()["models"]
         return json_response(models.ps(cards, lines, time.time()))
 
     async def show(self, request: Request) -> Response:
         """``POST /api/show``. Raises UnknownModel, Forbidden."""
-        name = self._control.resolve(requests.model_of(read(request.body)), request.caller)
-        for card in await self._control.models():
+        name = self._control.status.resolve(requests.model_of(read(request.body)), request.caller)
+        for card in await self._control.status.models():
             if card["id"] == name:
                 return json_response(models.show(card, self._since))
         raise UnknownModel(f"the model {name!r} is no longer configured", param="model")
 
     async def _cards(self, request: Request) -> list[dict[str, Any]]:
-        return [card for card in await self._control.models() if request.caller.may_use(card["id"])]
+        return [card for card in await self._control.status.models() if request.caller.may_use(card["id"])]
 
 
 class StoreRoutes:
@@ -256,7 +256,7 @@ class StoreRoutes:
         members = read(request.body)
         name, stream = requests.model_of(members), Fields(members).flag("stream", True)
         try:
-            self._control.resolve(name, request.caller)
+            self._control.status.resolve(name, request.caller)
         except UnknownModel as error:
             if ADMIN not in request.caller.scopes:
                 raise Forbidden(f"{error.message}; pulling one needs a key of the scope admin", param="model") from None
