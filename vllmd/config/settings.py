@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
+from enum import Enum
 from functools import cache
 from typing import Any
 
 from vllmd.config import value_types as k
 from vllmd.config.nodes import Node
-from vllmd.config.reload import Reload
 from vllmd.config.types import (
     AuthConfig,
     Config,
@@ -28,6 +28,15 @@ from vllmd.config.types import (
 )
 from vllmd.config.value_types import Kind
 from vllmd.core.types import IdleRules, WhenFree
+
+
+class Reload(Enum):
+    """When a changed value counts; the value is the sentence that the manual prints."""
+
+    NOW = "At a reload it takes effect at once."
+    ENGINE = "At a reload the model's engine is replaced, once its requests have ended."
+    NEXT_LOAD = "At a reload it takes effect for engines that are started from then on."
+    NEXT_START = "At a reload it is only checked: it takes effect at the next start of vllmd."
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -435,7 +444,11 @@ MODEL = Group(
             ON_BUSY,
             "When there is no room: wait by the policy, reject at once, or evict idle models without waiting.",
         ),
-        Setting("queue_limit", k.count(0), "Requests that may wait for it; more are answered 503."),
+        Setting(
+            "queue_limit",
+            k.count(0),
+            "Requests that may wait for it; more are answered 429, with 0 all but the one that loads it.",
+        ),
         Setting("queue_timeout", k.OR_NEVER, "Longest wait of a request."),
         Setting("drain_limit", k.OR_NEVER, "Longest wait for running requests when it is to sleep or stop."),
         Setting(
@@ -451,8 +464,9 @@ MODEL = Group(
         Setting(
             "log_file",
             k.BOOL,
-            "Write the engine's output to a rotating file, too, not only to the journal; the last five runs are kept, "
-            "and what comes faster than 1 MiB/s is left out.",
+            "Write the engine's output to a rotating file, too, not only to the journal: MODEL_PORT.log in "
+            "/var/log/vllmd, or without a unit in ~/.local/state/vllmd/log. The last five runs are kept, 200 MiB of a "
+            "model at most, and what comes faster than 1 MiB/s is left out.",
             reload=Reload.NEXT_LOAD,
         ),
         Setting("limits", LIMITS, "Resource limits of its scope.", reload=Reload.ENGINE),
@@ -631,7 +645,11 @@ SERVER = Group(
         Setting("max_connections", k.count(1), "Connections in all."),
         Setting("max_connections_per_address", k.count(1, 2**31, "unlimited"), "Connections from one address."),
         Setting("drain_timeout", k.PAUSE, "Time running requests have to end at shutdown."),
-        Setting("queue_limit", k.count(0), "Waiting requests over all models."),
+        Setting(
+            "queue_limit",
+            k.count(0),
+            "Waiting requests over all models; more are answered 429, with 0 all but one that loads a model.",
+        ),
         Setting("loading_comment_interval", k.PAUSE, "Pause between comments to a stream that waits; 0 sends none."),
         Setting(
             "loading_as_reasoning",
@@ -687,8 +705,8 @@ ROOT = Group(
         Setting(
             "host_memory",
             k.AUTO_SIZE,
-            "Host memory for models asleep at level 1, over all of them; auto is half of the machine's, or of what "
-            "control groups leave.",
+            "Host memory for models asleep at level 1, over all of them, and for what llama.cpp, and engines on the "
+            "CPU, take of it as long as they run; auto is half of the machine's, or of what control groups leave.",
         ),
         Setting("idle", IDLE, "When unused models sleep and stop."),
         Setting(
