@@ -91,7 +91,7 @@ class DaemonControl:
             own = next((said[engine] for engine in engines if engine in said), None)
             routes, files_kind = daemon.kinds(first).routes(first), files.get(model.source, "")
             cards.append(card(model, routes, views.get(model.name), files_kind, own))
-        return cards
+        return [*cards, *daemon.admission_gate.offers.cards(cards)]
 
     def _serving(self, snapshot: Snapshot) -> list[EngineProcess]:
         """The engines that can be asked now without waking or delaying anything."""
@@ -252,6 +252,12 @@ class DaemonControl:
         """The configured name of a model, or the id of a replica. Raises UnknownModel, Forbidden."""
         found = self._daemon.admission_gate.resolve_engine(name, caller)
         caller.check(self._model_of(found), name)
+        return found
+
+    def called(self, name: str, caller: Caller = ANYBODY) -> str:
+        """The configured name of a model, an adapter, a variant or a pool. Raises UnknownModel, Forbidden."""
+        found = self._daemon.admission_gate.called(name, caller)
+        caller.check(found, name)
         return found
 
     def _only(self, model: str) -> str:

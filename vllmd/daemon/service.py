@@ -20,6 +20,7 @@ from vllmd.config.replicas import engines_of, is_this_host, meant_here
 from vllmd.config.types import Config, ModelConfig
 from vllmd.core import events
 from vllmd.core.types import ReplicaView, State
+from vllmd.daemon.adapter_loader import provide
 from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.control import DaemonControl
 from vllmd.daemon.discovery import with_discovered
@@ -28,10 +29,12 @@ from vllmd.daemon.failure_text import places
 from vllmd.daemon.idle_exit import IdleExit
 from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.listeners import Listeners
+from vllmd.daemon.offers import ORDER
 from vllmd.daemon.quotas import Quotas
 from vllmd.daemon.runtime_models import addresses
+from vllmd.daemon.serializers import state_of
 from vllmd.engines.base import Listen
-from vllmd.errors import ConfigError, Unavailable
+from vllmd.errors import ConfigError, EngineFailed, Unavailable
 from vllmd.systemd.notify import Notifier
 
 if TYPE_CHECKING:
@@ -110,7 +113,7 @@ class Daemon:
         """Serve until told to stop, or until there has been nothing to do for long enough."""
         self.config = await self._ours(self.config)
         self.engines = engines_of(self.config.models)
-        self.admission_gate.configure(self.config.models, self.engines, self.config.server.keep_alive_limit)
+        self._offer(self.config)
         self.control.runtime_models.listen = addresses(listeners.get("http", ()))
         self.listeners = Listeners(self.config, self.admission_gate, self.quotas, self.control, listeners)
         self.listeners.on_outcome = self._outcome
@@ -186,6 +189,28 @@ class Daemon:
         """Where the replica's engine listens; None if there is none."""
         process = self.engine_manager.processes.get(replica)
         return process.listen if process else None
+
+    def _offer(self, config: Config) -> None:
+        """Have the gate know what clients may ask for."""
+        self.admission_gate.configure(config.models, self.engines, config.server.keep_alive_limit, config.pools)
+
+    async def provide(self, replica: str, adapter: str, waits: Callable[[], None]) -> None:
+        """Have the replica's engine load the adapter, unless it has it. Raises EngineFailed."""
+        process = self.engine_manager.processes.get(replica)
+        if process is None:
+            raise EngineFailed(f"the engine of {replica} is gone")
+        await provide(process, adapter, waits)
+
+    def nearest(self, models: Sequence[str]) -> str:
+        """Of these models the one that will answer soonest, by its state; of several that run the least busy one."""
+        views = {view.name: view for view in self.dispatcher.scheduler.snapshot(self.dispatcher.now()).models}
+
+        def distance(name: str) -> tuple[int, int]:
+            view = views.get(name)
+            state = state_of(view) if view else ""
+            return ORDER.get(state, len(ORDER)), view.in_flight + view.queued if view and state == "running" else 0
+
+        return min(models, key=distance)
 
     def phase_of(self, model: str) -> str:
         """What clients who wait for the model are told; "" while nothing is done."""
@@ -391,7 +416,7 @@ class Daemon:
         logging.getLogger().setLevel(config.log_level.upper())
         self.admission_gate.refusal = None
         self.engines = engines_of(config.models)
-        self.admission_gate.configure(config.models, self.engines, config.server.keep_alive_limit)
+        self._offer(config)
         self.listeners.configure(config)
 
     def refuse(self, broken: str) -> None:
