@@ -17,10 +17,11 @@ this table against the imports)::
                 room that knows pystemd                           systemd, errors, text
     proxy/      h11 heads, byte relay, the accept loop            core.types, errors
     admin/      model list, health, admin and metrics endpoints   proxy's HTTP types, core.types, errors
+    ollama/     Ollama's API, translated to the engines' own      proxy, admin.control, errors
     daemon/     the event queue; executes the core's commands     all but cli and client
     client/     the Python library                                errors
     cli/        vllmctl, one file per verb                        client, errors, config, engines, simulate, text
-    simulate/   the core under a virtual clock over a trace       core, config, engines, gpu, errors
+    simulate/   the core under a virtual clock over a trace       core, config, engines, gpu, errors, text
     simengine   the stand-in engine                               nothing of ours
 
 ``core/design.md`` tells why, and draws the lifecycle.

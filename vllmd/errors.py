@@ -30,6 +30,10 @@ class VllmdError(Exception):
         """The body OpenAI's clients expect: ``{"error": {message, type, param, code}}``."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
+    def to_ollama(self) -> dict[str, Any]:
+        """The body Ollama's clients expect: ``{"error": message}``."""
+        return {"error": self.message}
+
     def to_anthropic(self) -> dict[str, Any]:
         """The body Anthropic's clients expect: ``{"type": "error", "error": {type, message}}``."""
         kind = ANTHROPIC_TYPES.get(self.status, "api_error")

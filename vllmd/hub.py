@@ -13,6 +13,7 @@ cache is the engines' to write: all of it is read through ``vllmd.foreign``.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -51,12 +52,16 @@ class Located:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A model in the cache. ``size``: bytes of its weight files. ``kind``: generate, embed, rerank or transcribe."""
+    """A model in the cache. ``size``: bytes of its weight files. ``kind``: generate, embed, rerank or transcribe.
+
+    ``engine``: the only kind of engine that its files are for, such as llama.cpp for GGUF; "" for any.
+    """
 
     name: str
     path: Path
     size: int
     kind: str
+    engine: str = ""
 
 
 def locate(source: str, hf_home: Path, revision: str = "") -> Located:
@@ -162,7 +167,8 @@ def _examine(folder: Path) -> Iterator[Found]:
     size = sum(_sizes(snapshot, names))
     kind = _kind(name, snapshot, frozenset(names)) if size else ""
     if kind:
-        yield Found(name, path, size, kind)
+        only_gguf = {os.path.splitext(each)[1] for each in names}.intersection(WEIGHTS) == {".gguf"}
+        yield Found(name, path, size, kind, "llama.cpp" if only_gguf else "")
 
 
 def _sizes(snapshot: Folder, names: Iterable[str]) -> Iterator[int]:

@@ -10,6 +10,7 @@ never be right (names, orders to the launcher) ``control_character`` refuses it.
 from __future__ import annotations
 
 import re
+import unicodedata
 
 # Complete sequences of a terminal: colours and movements (CSI), titles and links (OSC). Each part of the pattern is
 # possessive and stops at the next escape character, so that the time is linear in the text.
@@ -41,3 +42,31 @@ def control_character(text: str) -> str:
 
 def _written_out(found: re.Match[str]) -> str:
     return ascii(found[0])[1:-1]
+
+
+def width(text: str) -> int:
+    """Columns that the text takes on a terminal: colours none, wide characters two."""
+    if text.isascii() and "\033" not in text:
+        return len(text)
+    taken, hidden = 0, False
+    for char in text:
+        if char == "\033":
+            hidden = True
+        elif hidden:
+            hidden = char != "m"
+        else:
+            taken += 2 if unicodedata.east_asian_width(char) in "WF" else 1
+    return taken
+
+
+def shortened(text: str, most: int) -> str:
+    """The text in at most so many columns, the middle left out: both ends of a name tell it from others."""
+    if width(text) <= most:
+        return text
+    head, tail = list(text), list[str]()
+    keep = max(1, most - 2)
+    while head and width("".join(tail)) + width(head[-1]) <= keep // 2:
+        tail.insert(0, head.pop())
+    while head and width("".join(head)) + width("".join(tail)) > keep:
+        head.pop()
+    return "".join(head) + ".." + "".join(tail)

@@ -16,6 +16,7 @@ from tests.admin.site import Site, running
 from tests.proxy.fakes import FakeGate
 from vllmd.admin.routes import add_operator, add_public
 from vllmd.engines.base import Listen
+from vllmd.ollama.endpoints import add_ollama_routes
 from vllmd.proxy.access import Reach
 from vllmd.proxy.forward import Relay
 from vllmd.proxy.limits import Limits
@@ -75,7 +76,9 @@ def table() -> list[Route]:
     router, control = Router(), SimpleNamespace(guests=None, runtime_models=None)
     add_public(router, control)  # type: ignore[arg-type]
     add_operator(router, control)  # type: ignore[arg-type]
-    add_model_routes(router, Relay(FakeGate(Listen()), Limits()))
+    relay = Relay(FakeGate(Listen()), Limits())
+    add_model_routes(router, relay)
+    add_ollama_routes(router, relay, control)  # type: ignore[arg-type]
     return router.routes
 
 
@@ -136,7 +139,8 @@ def wrong(route: Route, kind: Kind, status: int, text: str) -> str:
         return ""
     if status in (401, 403, 421, 429) and "not among what is passed on" not in text:
         return "must be allowed"
-    if route.pattern in ("/health", "/metrics", "/v1/models", "/admin/status") and "alpha" not in text:
+    tell = ("/health", "/metrics", "/v1/models", "/admin/status", "/api/tags")
+    if route.pattern in tell and "alpha" not in text:
         return "must tell of alpha"
     return ""
 

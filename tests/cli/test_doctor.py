@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
-from tests.cli.fake_daemon import fake_daemon, status
+from tests.cli.fake_daemon import fake_daemon, model, status
 from vllmd.cli import main
 from vllmd.cli.examine import Host, accounts, configuration, driver, memory, python, systemd, units
+from vllmd.cli.examine_engines import vllm_on_cpu
+from vllmd.config.types import Config, ModelConfig
+from vllmd.engines import vllm_cpu
 
 
 def machine(root: Path, answers: dict[str, str] | None = None, **over: Any) -> Host:
@@ -178,6 +181,22 @@ def test_a_configuration_whose_command_and_model_are_missing(tmp_path: Path) -> 
     ]
 
 
+def test_what_vllm_lacks_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is a GPU, or no vLLM, it is not asked."""
+    monkeypatch.setattr(vllm_cpu, "has_accelerator", lambda: False)
+    monkeypatch.setattr(vllm_cpu, "COMPILERS", ("no-such-compiler",))
+    monkeypatch.setattr(vllm_cpu, "_LIBRARIES", ("/nowhere",))
+    vllm, other = (Config(models={"m": ModelConfig("m", engine=engine)}) for engine in ("vllm", "sim"))
+    assert list(vllm_on_cpu(machine(tmp_path), vllm)) == [
+        ("bad", "vLLM runs on the CPU here: its worker does not start without libnuma.so.1", "apt install libnuma1"),
+        ("warning", "vLLM runs on the CPU here: it runs without compiling (--enforce-eager), which is slower",
+         "apt install g++"),
+    ]  # fmt: skip
+    assert list(vllm_on_cpu(machine(tmp_path), other)) == []
+    monkeypatch.setattr(vllm_cpu, "has_accelerator", lambda: True)
+    assert list(vllm_on_cpu(machine(tmp_path), vllm)) == []
+
+
 def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """One line each, the daemon last; with anything bad the status says so."""
     file = tmp_path / "vllmd.yaml"
@@ -190,3 +209,62 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
         assert any(line.startswith(f"bad      {file}:1: polcy: there is no such setting") for line in lines)
         main(["doctor", "--json", "--socket", str(tmp_path / "s")])
         assert json.loads(capsys.readouterr().out)[-1]["verdict"] == "ok"
+
+
+def test_right_after_installing_nothing_is_red(tmp_path: Path) -> None:
+    """The launcher's socket is static: it is down until vllmd first runs, and enabling it would do nothing."""
+    make(tmp_path, "/run/systemd/system/")
+    fresh = {**WELL, "is-active vllmd-launcher.socket": "inactive", "is-active vllmd.service": "inactive"}
+    assert {verdict for verdict, _, _ in units(machine(tmp_path, fresh))} == {"ok"}
+    sick = {**fresh, "is-active vllmd.service": "active"}
+    assert [finding for finding in units(machine(tmp_path, sick)) if finding[0] != "ok"] == [
+        ("bad", "vllmd-launcher.socket does not listen", "systemctl start vllmd-launcher.socket")
+    ]
+
+
+def test_units_of_a_user(tmp_path: Path) -> None:
+    """They have no socket for onlookers, and other commands help."""
+    make(tmp_path, "/run/systemd/system/")
+    answers = {"is-active vllmd.socket": "inactive", "is-active vllmd-admin.socket": "active"}
+    found = list(units(machine(tmp_path, answers, user=True)))
+    assert found == [
+        ("bad", "vllmd.socket is inactive", "systemctl --user enable --now vllmd.socket"),
+        ("ok", "vllmd-admin.socket listens", ""),
+    ]
+
+
+def test_units_that_are_not_installed(tmp_path: Path) -> None:
+    """systemctl calls them inactive, too, and cannot enable them."""
+    make(tmp_path, "/run/systemd/system/")
+    answers = {"is-active vllmd.socket": "inactive", "--value vllmd.socket": "not-found", **WELL}
+    answers["is-active vllmd.socket"] = "inactive"
+    found = [finding for finding in units(machine(tmp_path, answers)) if finding[0] == "bad"]
+    assert found == [("bad", "vllmd.socket is not installed", "install vllmd anew")]
+
+
+def test_a_file_that_the_daemon_cannot_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The doctor, who is root, can."""
+    file = tmp_path / "vllmd.yaml"
+    file.write_text("models: {}")
+    monkeypatch.setenv("VLLMD_CONFIG", str(file))
+    host = machine(tmp_path, readable_by=lambda user, path: user != "vllmd")
+    assert (
+        "bad",
+        f"the daemon's user vllmd cannot read {file}",
+        f"chown root:vllmd {file} && chmod 640 {file}",
+    ) in list(configuration(host))
+
+
+def test_models_and_devices_that_are_not_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model that has failed or can never fit, and a device that is avoided, are what the doctor is asked about."""
+    monkeypatch.setenv("VLLMD_ADMIN_SOCKET", str(tmp_path / "admin.sock"))
+    told = status(model("bad", "error", failure="it died\nTraceback"), model("big", failure="it needs 90 GiB"))
+    told["devices"][0]["wedged"] = "1 GiB did not come back"
+    with fake_daemon({"GET /admin/status": (200, told)}, tmp_path / "admin.sock"):
+        assert main(["doctor"]) == 69
+    said = capsys.readouterr().out
+    assert "bad      bad has failed: it died; vllmctl why bad; vllmctl logs bad\n" in said
+    assert "bad      big cannot be loaded: it needs 90 GiB\n" in said
+    assert "bad      device 0 is avoided: 1 GiB did not come back; vllmctl gpus\n" in said

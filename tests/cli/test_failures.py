@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -16,8 +17,9 @@ import pytest
 
 import vllmd
 from tests.cli.fake_daemon import fake_daemon, model, status
-from vllmd.cli import admin, main
+from vllmd.cli import admin, arguments, failures, main
 from vllmd.cli.verbs import reload
+from vllmd.daemon.main import main as daemon_main
 
 
 def said(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
@@ -53,6 +55,10 @@ USAGE = [
     (["assign", "m", "--devices", "x"], "vllmctl: --devices: 'x' is not a number: devices are numbers from 0; "
      "accepted: auto, or device numbers such as [0, 1]"),
     (["bench", "m", "-n", "0"], "vllmctl: --requests and --clients must be at least 1"),
+    (["show", "m"], "vllmctl: there is no verb 'show'; "
+     "vllmctl why MODEL says how one stands, vllmctl models what it is"),
+    (["pull", "m"], "vllmctl: there is no verb 'pull'; "
+     "add it to models: in /etc/vllmd/vllmd.yaml; its files are fetched when it is first loaded"),
     (["--url", "ftp://x", "ps"], "vllmctl: 'ftp://x' is no URL; one is http://127.0.0.1:33258"),
 ]  # fmt: skip
 
@@ -204,3 +210,57 @@ NAMES = [
 def test_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str], two: str, name: str, message: str) -> None:
     """The close ones are named."""
     assert said(capsys, "--socket", two, "why", name) == (65, message)
+
+
+def in_order(*argv: str) -> list[str]:
+    return arguments.in_order(arguments.build([argv[0]]), argv)
+
+
+ANYWHERE = [
+    (["chat", "m", "--max-tokens", "5", "hi", "there"], ["chat", "--max-tokens", "5", "m", "hi", "there"]),
+    (["chat", "m", "hi", "--max-tok=5", "you"], ["chat", "--max-tok=5", "m", "hi", "you"]),
+    (["chat", "m", "-s", "be brief", "hi"], ["chat", "-s", "be brief", "m", "hi"]),
+    (["chat", "m", "--", "-5", "degrees?"], ["chat", "--", "m", "-5", "degrees?"]),
+    (["start", "a", "--no-wait", "b"], ["start", "--no-wait", "a", "b"]),
+    (["logs", "m", "-n5", "-f"], ["logs", "-n5", "-f", "m"]),
+    (["gpus", "--json"], ["gpus", "--json"]),
+    (["config", "check", "file", "--json"], ["config", "check", "file", "--json"]),
+    (["sleep", "a", "--level"], ["sleep", "a", "--level"]),
+]
+
+
+@pytest.mark.parametrize(("argv", "ordered"), ANYWHERE, ids=[" ".join(row[0]) for row in ANYWHERE])
+def test_options_stand_anywhere(argv: list[str], ordered: list[str]) -> None:
+    """Between words, too, which the argparse of Debian 12 does not take; what stands behind -- is no option."""
+    assert in_order(*argv) == ordered
+
+
+def test_words_on_both_sides_of_an_option_are_all_taken() -> None:
+    """For every verb that takes several."""
+    found = arguments.parse(["chat", "m", "one", "--max-tokens", "5", "two"])
+    assert (found.model, found.message, found.max_tokens) == ("m", ["one", "two"], 5)
+    assert arguments.parse(["--json", "start", "a", "--no-wait", "b"]).models == ["a", "b"]
+
+
+def test_the_manual_has_every_exit_status_and_none_that_never_comes() -> None:
+    """Its table is drawn from EXITS, and every status of a verb is one of those constants."""
+    constants = {name: value for name, value in vars(failures).items() if name.startswith("EX_")}
+    assert set(constants.values()) == set(failures.EXITS)
+    folder = Path(failures.__file__).parent
+    sources = [file.read_text() for file in folder.rglob("*.py")]
+    used = {name for name in constants for text in sources if len(re.findall(rf"\b{name}\b", text)) > 1 or (
+        re.search(rf"\b{name}\b", text) and "EXITS = {" not in text)}  # fmt: skip
+    assert used == set(constants)
+    literal = [each for text in sources for each in re.findall(r"return [1-9][0-9]*$|exit\([1-9]", text, re.M)]
+    assert literal == []
+    table = (Path(__file__).resolve().parents[2] / "man/vllmctl.1").read_text().partition(".Sh EXIT STATUS")[2]
+    told = re.findall(r"^\.It (\d+)$", table.partition(".Sh EXAMPLES")[0], re.M)
+    assert [int(each) for each in told] == list(failures.EXITS)
+
+
+def test_vllmd_itself_ends_with_64_for_a_wrong_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """As its manual says."""
+    with pytest.raises(SystemExit) as end:
+        daemon_main(["--nonsense"])
+    assert end.value.code == 64
+    assert "unrecognized arguments: --nonsense" in capsys.readouterr().err

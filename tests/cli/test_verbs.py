@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import vllmd
 from tests.cli.fake_daemon import FakeDaemon, GiB, fake_daemon, model, status
 from vllmd.cli import main
 
@@ -193,7 +194,7 @@ def test_gpus_tells_what_each_device_is_and_how_it_is(daemon: FakeDaemon, capsys
 def test_gpus_that_do_not_answer_are_an_error(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
     """Not an empty table."""
     daemon.answers["GET /admin/status"] = (200, {**status(), "devices": [], "trouble": "NVML: mismatch; reboot"})
-    assert main(["gpus"]) == 1
+    assert main(["gpus"]) == 69
     said = capsys.readouterr()
     assert (said.out, said.err) == ("", "the devices do not answer: NVML: mismatch; reboot\n")
 
@@ -488,3 +489,83 @@ def test_no_answer_commands_the_terminal(
         assert any(request == request_ for request, _, _ in running.seen), running.seen
     shown = "".join(capsys.readouterr())
     assert shown and not set(shown) & set("\x07\x1b\x9b\u202e")
+
+
+def test_status_is_the_daemon_and_its_models(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
+    """What people type first; of a model that failed the exit status says so."""
+    assert main(["status"]) == 0
+    said = capsys.readouterr().out
+    assert "version:" in said and "Qwen/Qwen3-0.6B  running" in said
+    assert main(["status", "q"]) == 0
+    assert capsys.readouterr().out.startswith("Qwen/Qwen3-0.6B is running since ")
+    assert main(["status", "bad"]) == 69
+    assert "it failed: the engine exited with status 1" in capsys.readouterr().out
+
+
+def test_version_is_that_of_both(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
+    """An upgrade may have changed one of them only."""
+    assert main(["version", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"vllmctl": vllmd.__version__, "vllmd": "0.1.0"}
+
+
+def test_version_starts_no_daemon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is asked only if it is there."""
+    monkeypatch.setenv("VLLMD_ADMIN_SOCKET", str(tmp_path / "none"))
+    assert main(["version", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["vllmd"] == "(does not run)"
+
+
+def test_restart_stops_and_starts(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
+    """In this order, each waited for."""
+    for verb, state in (("unload", "stopped"), ("load", "running")):
+        daemon.answers[f"POST /admin/models/big/{verb}?wait=true"] = (
+            200,
+            [json.dumps({"done": True, "state": state, "seconds": 2.0})],
+        )
+    assert main(["restart", "big"]) == 0
+    assert capsys.readouterr().out == "big is stopped after 2.0s\nbig is running after 2.0s\n"
+    assert [what for what, _ in asked(daemon)] == [f"POST /admin/models/big/{v}?wait=true" for v in ("unload", "load")]
+
+
+def test_help_of_a_verb_is_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """As with --help."""
+    with pytest.raises(SystemExit) as end:
+        main(["help", "sleep"])
+    assert end.value.code == 0
+    assert "--level" in capsys.readouterr().out
+
+
+def fake_journalctl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    program = tmp_path / "bin" / "journalctl"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr("vllmd.cli.verbs.logs.journal_is_readable", lambda: True)
+
+
+def test_the_last_lines_since_a_time_are_the_last_ones(
+    daemon: FakeDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """systemd 252 gives the first ones for -n with --since, so it is not told of -n then."""
+    fake_journalctl(tmp_path, monkeypatch, 'case "$*" in *--lines*) echo first;; *) seq 9;; esac')
+    assert main(["logs", "q", "--since", "yesterday", "-n", "3"]) == 0
+    assert capfd.readouterr().out.split() == ["7", "8", "9"]
+    assert main(["logs", "q", "--since", "yesterday"]) == 0
+    assert len(capfd.readouterr().out.split()) == 9
+
+
+def test_models_whose_names_begin_alike_are_not_mixed(
+    daemon: FakeDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Their units' names may begin alike; the daemon wrote which unit was whose."""
+    one, two = "organisation/a-model-of-a-very-long-name-instruct", "organisation/a-model-of-a-very-long-name-chat"
+    daemon.answers["GET /admin/status"] = (200, status(model(one), model(two), backend="systemd"))
+    records = [{"MODEL": one, "VLLMD_UNIT": "vllmd-model-x-000001.scope"}, {"MODEL": one}, {"MODEL": two,
+               "VLLMD_UNIT": "vllmd-model-x-000002.scope"}]  # fmt: skip
+    said = "\n".join(map(json.dumps, records))
+    fake_journalctl(tmp_path, monkeypatch, f'case "$*" in *=json*) echo \'{said}\';; *) echo "$@";; esac')
+    assert main(["logs", one]) == 0
+    assert [word for word in capfd.readouterr().out.split() if "unit" in word] == ["--unit=vllmd-model-x-000001.scope"]

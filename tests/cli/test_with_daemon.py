@@ -25,6 +25,7 @@ devices: [{memory: 80GiB}]
 server: {idle_exit: never}
 models:
   org/tiny: {engine: sim, aliases: [t], gpu_memory: 20GiB}
+  huge: {engine: sim, options: {memory: 90GiB}}
   broken: {engine: sim, command: /nonexistent/engine, gpu_memory: 1GiB}
 """
 
@@ -112,11 +113,27 @@ def test_an_engine_that_cannot_start_says_why(site: Site) -> None:
     assert site.state("broken") == "stopped"
 
 
+def test_the_lines_of_an_engine_that_has_ended_are_shown(site: Site) -> None:
+    """Also to whoever may not read the journal, or where there is none."""
+    site.ctl("start", "t")
+    site.ctl("stop", "t")
+    said = site.ctl("logs", "t")
+    assert said.splitlines()[-1].startswith("-- its engine ended at ") and len(said.splitlines()) > 2
+
+
+def test_a_model_that_can_never_fit_is_a_failure(site: Site) -> None:
+    """With status 69 and 400, however it is asked for, and not a model that has stopped."""
+    assert "'huge' needs 90.0 GiB" in site.ctl("start", "huge", status=69)
+    assert "'huge' needs 90.0 GiB" in site.ctl("start", "--no-wait", "huge", status=69)
+    assert "huge cannot be loaded: 'huge' needs 90.0 GiB" in site.ctl("doctor", status=69)
+    assert "broken" not in site.ctl("status").partition("MODEL")[0]
+
+
 def test_reload_of_a_broken_file_changes_nothing(site: Site) -> None:
     """The message names line and key, the models stay."""
     site.config.write_text(CONFIG + "polcy: lru\n")
     try:
-        assert f"{site.config}:6: polcy: there is no such setting" in site.ctl("reload", status=78)
+        assert f"{site.config}:7: polcy: there is no such setting" in site.ctl("reload", status=78)
         assert site.state("org/tiny") in ("running", "stopped", "sleeping_l1")
     finally:
         site.config.write_text(CONFIG)

@@ -586,3 +586,18 @@ def test_the_proxys_limits_are_settings(tmp_path: Path) -> None:
     assert Limits.of(of(tmp_path, "server: {upstream_idle: 2, request_timeout: 5m}").server) == Limits(
         upstream_idle=2.0, request_timeout=300.0
     )
+
+
+@pytest.mark.parametrize(
+    ("keys", "warning"),
+    [
+        ("[{name: ops, key: a-key-of-an-operator, scopes: [admin]}]", "nobody can use a model over the network"),
+        ("[{name: ann, key: a-key-of-somebody-, models: [typo]}]", "none of them is there: ann can use no model"),
+        ("[{name: ann, key: a-key-of-somebody-, models: [m, typo]}]", "there is no model 'typo'"),
+        ("[{name: ann, key: a-key-of-somebody-}]", ""),
+    ],
+)
+def test_keys_that_lock_out_are_warned_of(tmp_path: Path, keys: str, warning: str) -> None:
+    """They are valid, and hardly meant."""
+    said = "\n".join(of(tmp_path, f"auth: {{keys: {keys}}}\nmodels: {{m: {{}}}}").warnings)
+    assert warning in said if warning else said == ""

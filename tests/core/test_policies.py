@@ -61,8 +61,8 @@ def test_an_idle_victim_leaves_before_a_busy_one() -> None:
 
 def test_a_busy_victim_is_drained_only_at_the_deadline() -> None:
     """A drain leaves a whole engine idle; past the deadline the price is not asked."""
-    assert Adaptive().choose(see([waiting("w", age=20)], [busy("busy")])) is None
-    plan = Adaptive().choose(see([waiting("w", age=31)], [busy("busy")]))
+    assert Adaptive().choose(see([waiting("w", age=59)], [busy("busy")])) is None
+    plan = Adaptive().choose(see([waiting("w", age=61)], [busy("busy")]))
     assert victims(plan) == ["busy"]
     assert plan is not None
     assert plan.drain == INFINITY
@@ -129,7 +129,7 @@ def test_priority_orders_those_who_wait(policy: Policy) -> None:
 def test_priority_protects_work_in_progress() -> None:
     """A busy model is dearer by its priority: the other busy one is drained."""
     models = [busy("dear", priority=10.0), busy("cheap", rate=0.2)]
-    assert victims(Adaptive().choose(see([waiting("w", age=31)], models))) == ["cheap"]
+    assert victims(Adaptive().choose(see([waiting("w", age=61)], models))) == ["cheap"]
 
 
 def test_sleepers_are_not_stopped_for_want_of_patience() -> None:
@@ -147,9 +147,31 @@ def test_sleepers_are_stopped_where_nothing_else_is_enough(policy: Policy) -> No
     assert victims(policy.choose(s)) == ["a", "sleeper"]
 
 
+def test_first_comes_who_has_waited_most_per_second_of_load() -> None:
+    """A swap first goes where it ends most waiting: to many who came later, or to one that loads in a moment."""
+
+    def first(*ws: Waiting) -> str | None:
+        plan = Adaptive().choose(see(list(ws), [resident("idle")]))
+        return plan and plan.target
+
+    many = waiting("many", age=4, waiters=5, arrived=5 * (NOW - 4))
+    assert first(waiting("old", age=9), many) == "many"
+    assert first(waiting("slow", age=9, load=20.0), waiting("quick", age=4)) == "quick"
+    assert first(waiting("old", age=9), waiting("dear", age=8, priority=2.0)) == "dear"
+    assert first(waiting("old", age=9), waiting("young", age=8)) == "old"
+
+
+def test_past_the_deadline_the_oldest_comes_first_however_many_others_wait() -> None:
+    """Else one lone request could be overtaken for ever."""
+    many = waiting("many", age=50, waiters=9, arrived=9 * (NOW - 50))
+    plan = Adaptive().choose(see([waiting("late", age=62), many], [resident("idle")]))
+    assert plan is not None
+    assert plan.target == "late"
+
+
 def test_nobody_overtakes_one_that_is_overdue() -> None:
     """A large one waits for a busy model to serve its time; a small one may not take the idle one's place meanwhile."""
-    large = waiting("large", age=60, need=20)
+    large = waiting("large", age=61, need=20)
     small = waiting("small", age=5)
     models = [resident("idle"), busy("new", since=NOW - 1)]
     assert Adaptive().choose(see([large, small], models)) is None
@@ -158,7 +180,7 @@ def test_nobody_overtakes_one_that_is_overdue() -> None:
 
 def test_another_device_is_not_held() -> None:
     """The order holds only where it is a matter of the same memory."""
-    large = waiting("large", age=60, need=20)
+    large = waiting("large", age=61, need=20)
     small = waiting("small", age=5, devices=(1,))
     models = [resident("idle"), busy("new", since=NOW - 1), resident("there", devices=(1,))]
     plan = Adaptive().choose(see([large, small], models, supply(0), supply(1)))

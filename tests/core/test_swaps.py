@@ -7,7 +7,7 @@ import pytest
 from tests.core.helpers import GPU, PAIR, model
 from tests.core.world import World
 from vllmd.core.commands import Admit, SleepEngine, StartEngine, StopEngine, WakeEngine
-from vllmd.core.events import EngineAdopted, EngineAsleep, MemorySampled, ModelsChanged, SleepAsked
+from vllmd.core.events import EngineAdopted, EngineAsleep, MemorySampled, ModelsChanged, SleepAsked, StopAsked
 from vllmd.core.types import Footprint, GiB, Placement, Settings, State
 
 POLICIES = ("adaptive", "lru")
@@ -162,6 +162,21 @@ def test_host_memory_goes_to_one_and_the_other_sleeps_deeper() -> None:
     w.answer(first[0].replica)  # type: ignore[union-attr]
     (second,) = w.pending.values()
     assert {c.level for c in (*first, second) if isinstance(c, SleepEngine)} == {1, 2}
+
+
+def test_what_runs_on_the_host_leaves_less_to_sleep_in() -> None:
+    """Booked from the start to the stop, whatever its devices; nobody waits for it."""
+    hungry = model("host", 0, device_count=0, sleep_levels=frozenset(), host_running=10 * GiB)
+    w = World([hungry, model("a"), model("b", on_busy="evict")], [GPU], Settings(host_memory=15 * GiB))
+    assert [type(c) for c in w.ask("r", "host")] == [StartEngine]
+    assert w.seen.host_promised == 10 * GiB
+    w.answer("host")
+    w.load("a")
+    assert w.ask("s", "b") == [SleepEngine("a", 2)]  # at level 1 it would take 10 GiB
+    w.finish("r")
+    w.do(StopAsked("host"))
+    w.answer("host")
+    assert w.seen.host_promised == 0
 
 
 def test_engines_without_sleep_stop_instead() -> None:

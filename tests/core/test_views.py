@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.core.helpers import GPU, model
 from tests.core.world import World
 from vllmd.core.commands import Reject
 from vllmd.core.events import EngineExited, EngineStopped, LeaseTaken, LoadAsked, SleepAsked, StopAsked
 from vllmd.core.types import GiB, ModelView, State
+from vllmd.core.views import _so_far
 
 
 def view(w: World, name: str = "m") -> ModelView:
@@ -115,3 +118,17 @@ def test_an_operators_start_acts_at_once() -> None:
     w.ask("r1", "a")
     w.do(LoadAsked("b"))
     assert w.state("a") is State.DRAINING
+
+
+@pytest.mark.parametrize(
+    ("passed", "usual", "told"),
+    [
+        (8.4, 0.0, "8.4 s"),
+        (8.4, 0.5, "8.4 s, 0.5 s usually"),
+        (0.2, 0.5, "0.2 of about 0.5 s"),
+        (12, 48, "12 of about 48 s"),
+    ],
+)
+def test_what_it_usually_takes_is_told_where_it_says_something(passed: float, usual: float, told: str) -> None:
+    """Never "8 of about 0 s"."""
+    assert _so_far(passed, usual) == told

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.core.helpers import GPU, PAIR, model
+from tests.core.helpers import GPU, PAIR, model, replicas
 from tests.core.world import World
 from vllmd.core.commands import Admit, CutRequest, Reject, SleepEngine, StartEngine, StopEngine, WakeEngine
 from vllmd.core.events import (
@@ -272,3 +272,16 @@ def test_an_operators_pin_outlives_a_reload_and_the_configurations_own_does_not(
     w.do(PinSet("m", True))
     w.do(ModelsChanged((model("m", 20), model("n", 20))))
     assert [m.pinned for m in w.seen.models] == [True, False]
+
+
+def test_what_is_stopped_on_a_device_is_decided_by_what_is_there() -> None:
+    """Of several replicas only the one on it, or on its way there; the last one takes the model along."""
+    w = World(replicas(2), PAIR)
+    w.do(LoadAsked("m"))
+    w.settle()
+    on_0 = next(r.id for r in w.engines_seen if r.devices == (0,))
+    assert [c.replica for c in w.do(StopAsked("m", device=0)) if isinstance(c, StopEngine)] == [on_0]
+    assert w.do(StopAsked("m", device=0)) == []
+    w.settle()
+    other = next(r.id for r in w.engines_seen if r.devices == (1,))
+    assert [c.replica for c in w.do(StopAsked("m", device=1)) if isinstance(c, StopEngine)] == [other]

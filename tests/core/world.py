@@ -50,6 +50,7 @@ from vllmd.core.events import (
     StopAsked,
     TimePassed,
 )
+from vllmd.core.lifecycle import MOVING, Kind
 from vllmd.core.planner import RECENT
 from vllmd.core.policy import Policy
 from vllmd.core.scheduler import Scheduler
@@ -82,6 +83,46 @@ def told(event: Event) -> str:
     if isinstance(event, ModelsChanged):
         return f"ModelsChanged(({', '.join(map(brief, event.models))},), {event.restart!r})"
     return repr(event)
+
+
+JOBS: dict[State, frozenset[Kind | None]] = {  # what a replica can be about to do in each state, once an event is over
+    State.STOPPED: frozenset({None, Kind.START}),
+    State.FAILED: frozenset({None, Kind.START}),
+    State.STARTING: frozenset({Kind.START}),
+    State.READY: frozenset({None}),
+    State.DRAINING: frozenset({Kind.SLEEP, Kind.STOP, Kind.PROVE}),
+    State.FALLING_ASLEEP: frozenset({Kind.SLEEP, Kind.PROVE}),
+    State.SLEEPING: frozenset({None, Kind.WAKE, Kind.SLEEP, Kind.STOP}),
+    State.WAKING: frozenset({Kind.WAKE, Kind.SLEEP}),
+    State.STOPPING: frozenset({Kind.STOP}),
+}
+
+
+def check_jobs(scheduler: Scheduler) -> None:
+    """The state and the job of a replica tell the same story."""
+    for r in scheduler._core.replicas.values():
+        assert (r.job.kind if r.job else None) in JOBS[r.state], f"{r.id} is {r.state.value}, its job {r.job}"
+        assert r.job is None or r.job.target is None or r.job.leaves
+        assert r.loaded or not r.removed, f"{r.id} was to be forgotten"
+
+
+def check_kept(scheduler: Scheduler) -> None:
+    """What is kept from event to event is what a look at everything would find."""
+    core = scheduler._core
+    engines, replicas = core.engines, list(core.replicas.values())
+    assert set(replicas) == {r for m in core.models.values() for r in (*m.replicas, *m.retired)}
+    out = {r for r in replicas if r.leaving and r.state in (State.DRAINING, State.SLEEPING)}
+    assert set(engines.leaving) == out, "who is on his way out"
+    moved = {index: r for r in replicas if r.state in MOVING for index in r.placement.devices}
+    assert engines.moving == moved, "on which devices a command is under way"
+    if not engines.ledger.unknown:
+        waits = {r for r in replicas if r.demand and r.state in (State.STOPPED, State.SLEEPING) and not r.leaving}
+        assert set(core.waiting) == waits, "who waits for the policy"
+    assert scheduler._due == min((r.due for r in replicas), default=math.inf)
+    for r in replicas:
+        assert r.due <= scheduler._due_of(r), f"a timer of {r.id} is lost"
+    for index, account in engines.ledger.accounts.items():
+        assert account.promised == sum(engines.ledger.held(r).get(index, 0) for r in replicas), "what is promised"
 
 
 class World:
@@ -407,3 +448,5 @@ class World:
         if isinstance(event, LeaseTaken | LeaseReleased):
             held = [lease for m in seen.models for lease in m.leases]
             assert len(held) == len(set(held)), "a lease is held twice"
+        check_kept(self.scheduler)
+        check_jobs(self.scheduler)

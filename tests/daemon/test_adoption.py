@@ -177,6 +177,20 @@ def test_adopted_engines_are_told_to_the_core(tmp_path: Path) -> None:
     tell(story, tmp_path)
 
 
+def test_how_long_it_has_been_so_is_adopted_with_it(tmp_path: Path) -> None:
+    """By the wall clock that was noted: ps and why speak of the engine, not of the daemon."""
+
+    async def story(rig: Rig) -> None:
+        running = await _left(rig, since=f"{time.time() - 500}", started=f"{time.time() - 900}")
+        await soon(adopt_all(rig.engine_manager, [running], {"m": rig.model}, EngineResolver(), rig.posted.put_nowait))
+        adopted = await rig.event()
+        assert isinstance(adopted, events.EngineAdopted)
+        assert 500 <= adopted.since < 560
+        assert 900 <= time.monotonic() - rig.engine_manager.processes["m"].started < 960
+
+    tell(story, tmp_path)
+
+
 def test_an_adopted_start_goes_on(tmp_path: Path) -> None:
     """It becomes ready under the new daemon."""
 

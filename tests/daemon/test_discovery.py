@@ -8,8 +8,24 @@ from pathlib import Path
 import pytest
 
 from tests.estimate.files import LLAMA_8B, GiB, cached, model
-from vllmd.config.types import Config
+from vllmd.config.types import Config, ModelConfig
 from vllmd.daemon.discovery import with_discovered
+
+
+def test_gguf_files_are_for_llama_cpp(tmp_path: Path) -> None:
+    """vLLM, whose the defaults are, would not load them; what is configured for that kind holds for them."""
+    model(cached(tmp_path, "org/tensors"), LLAMA_8B, BF16=GiB)
+    (cached(tmp_path, "org/files-GGUF") / "files-Q4_K_M.gguf").write_bytes(b"GGUF")
+    both = cached(tmp_path, "org/both")
+    model(both, LLAMA_8B, BF16=GiB)
+    (both / "both.gguf").write_bytes(b"GGUF")
+    templates = {"llama.cpp": ModelConfig("", engine="llama.cpp", max_model_len=4096)}
+    template = ModelConfig("", command=("/opt/vllm/bin/vllm",))
+    found = with_discovered(Config(discover=True, template=template, templates=templates), tmp_path).models
+    assert {name: (each.engine, each.max_model_len) for name, each in found.items()} == {
+        "org/tensors": ("vllm", None), "org/both": ("vllm", None), "org/files-GGUF": ("llama.cpp", 4096),
+    }  # fmt: skip
+    assert found["org/files-GGUF"].command == ()
 
 
 @pytest.mark.parametrize(

@@ -88,3 +88,18 @@ def test_a_daemon_without_a_unit_remembers_in_the_users_cache(tmp_path: Path) ->
     cache.costs = {"m": {}}
     cache.save()
     assert learnt(tmp_path / "not" / "yet" / "there.json").costs == {"m": {}}
+
+
+def test_what_was_decided_and_which_engines_ran_outlives_the_daemon(tmp_path: Path) -> None:
+    """Why a model stands as it does is asked after an idle exit, too; the same decision again counts once."""
+    cache = learnt(tmp_path / "learnt.json")
+    for at in range(9):
+        cache.decided(
+            {"at": float(at), "what": "evict", "why": "room" if at < 7 else f"{at}", "model": "m", "numbers": {}}
+        )
+    for number in range(5):
+        cache.ended("m", f"m-{number:06}")
+    cache.save()
+    again = learnt(tmp_path / "learnt.json")
+    assert [(each["at"], each["why"]) for each in again.decisions["m"]] == [(6.0, "room"), (7.0, "7"), (8.0, "8")]
+    assert [instance for instance, _ in again.runs["m"]] == ["m-000002", "m-000003", "m-000004"]

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import socket
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -359,3 +360,30 @@ def test_an_engine_is_adopted_although_its_device_is_not_in_the_list(tmp_path: P
         )
 
     lives(less, tmp_path, adopted)
+
+
+def test_how_long_it_has_been_so_is_the_models_and_not_the_daemons(tmp_path: Path) -> None:
+    """An adopted engine has been ready for as long as it has; of one that never ran nothing is claimed."""
+    two = read(tmp_path, {**BASE, "models": {**BASE["models"], "n": {"engine": "sim", "gpu_memory": "1GiB"}}})
+
+    async def look(daemon: Daemon) -> None:
+        assert daemon.control.line("n")["since"] is None
+        daemon.post(events.EngineAdopted("m", Placement((0,)), State.READY, since=3600.0))
+        assert 3600 <= daemon.control.line("m")["since"] < 3660
+        daemon.learnt.runs["n"] = [("n-000001", time.time() - 7200)]
+        assert 7200 <= daemon.control.line("n")["since"] < 7260
+
+    lives(two, tmp_path, look)
+
+
+def test_what_was_decided_by_an_earlier_daemon_is_told(tmp_path: Path) -> None:
+    """And what is decided now is kept for the next one."""
+    config = read(tmp_path, BASE)
+
+    async def look(daemon: Daemon) -> None:
+        daemon.learnt.decided({"at": 1.0, "what": "evict", "why": "for another", "model": "m", "numbers": {}})
+        daemon.post(events.LoadAsked("m"))
+        assert [each["what"] for each in daemon.control.decisions("m")] == ["evict", "start"]
+        assert [each["what"] for each in daemon.learnt.decisions["m"]] == ["evict", "start"]
+
+    lives(config, tmp_path, look)

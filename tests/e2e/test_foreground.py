@@ -207,3 +207,20 @@ def test_a_closed_terminal_ends_it_and_a_hangup_without_one_reloads(tmp_path: Pa
 @pytest.fixture(autouse=True)
 def _path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
+
+
+def test_where_it_listens_is_said_at_the_start(tmp_path: Path) -> None:
+    """A port of 0 is one that nobody could know otherwise."""
+    serve = Serve(tmp_path)
+    serve.argv[-1] = "0"
+    env = {**serve.env, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(serve.argv, stderr=subprocess.PIPE, text=True, env=env) as process:
+        try:
+            assert process.stderr
+            said = next(line for line in process.stderr if "listening on " in line)
+            url = said.partition("listening on ")[2].split(" and ")[0].split(", ")[0].strip()
+            assert not url.endswith(":0") and str(serve.admin_path) in said
+            assert httpx.get(f"{url}/health/live", timeout=LIMIT).status_code == 200
+        finally:
+            process.terminate()
+            process.communicate(timeout=LIMIT)

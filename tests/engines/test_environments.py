@@ -77,6 +77,17 @@ def test_llama_cpp_is_an_installed_server_else_the_environments(root: Path, tmp_
     assert argv(command=("/opt/x/bin/python3.12",))[:2] == ("/opt/x/bin/python3.12", "-I")
 
 
+def test_vllm_is_that_of_path_else_the_environments(root: Path, tmp_path: Path) -> None:
+    """By the same rule."""
+    model = ModelConfig("m")
+    assert engine_of(model).launch(model, PLACE).argv[:2] == ("vllm", "serve")
+    made = environment(root, "0.33.0", "vllm", kind="vllm")
+    assert engine_of(model).launch(model, PLACE).argv[:2] == (str(made / "bin/vllm"), "serve")
+    (tmp_path / "bin/vllm").write_text("#!/bin/sh\n")
+    (tmp_path / "bin/vllm").chmod(0o755)
+    assert engine_of(model).launch(model, PLACE).argv[0] == "vllm"
+
+
 def test_a_repository_in_the_cache_is_a_file(root: Path, tmp_path: Path) -> None:
     """No server asks the hub for what is here; the projector beside it lets it see."""
     snapshot = cached(tmp_path, "org/name-GGUF")

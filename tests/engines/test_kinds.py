@@ -60,6 +60,14 @@ def test_llama_servers_context_is_the_room_of_all_slots() -> None:
     assert has(launch("llama.cpp", max_model_len=4096, options={"parallel": 4}).argv, "--ctx-size", "16384")
 
 
+def test_llama_servers_context_is_what_fits_where_nothing_is_said() -> None:
+    """By itself it would take the model's longest, or what happens to be free at that moment."""
+    place = Place(Path("/run/x"), context=6144)
+    assert has(launch("llama.cpp", place).argv, "--ctx-size", "6144")
+    assert has(launch("llama.cpp", place, max_model_len=2048).argv, "--ctx-size", "2048")
+    assert "--ctx-size" not in launch("llama.cpp").argv
+
+
 def test_llama_servers_extras_are_bounded_and_counted() -> None:
     """Metrics are on; prompts are kept in as much host memory as is booked for them; its threads do not spin."""
     order = launch(

@@ -362,7 +362,9 @@ def test_a_stand_in_takes_what_its_options_say() -> None:
 
 def test_without_any_device_the_files_still_count(llama: Path) -> None:
     """A CPU-only machine: fractions of no device are left out."""
-    assert told(llama, device=0, gpu_memory=0.5).footprint.awake == told(llama).footprint.awake
+    there = told(llama, engine="sglang")
+    nowhere = told(llama, engine="sglang", device=0, gpu_memory=0.5)
+    assert there.footprint.awake == nowhere.footprint.awake
 
 
 def test_the_cache_of_models_is_read(tmp_path: Path) -> None:
@@ -488,3 +490,23 @@ def test_flags_are_read_as_vllm_reads_them(args: tuple[str, ...], value: str) ->
 def test_numbers_are_read_as_vllm_reads_them(text: str, number: int) -> None:
     """Small letters are decimal, capitals binary."""
     assert whole(text) == number
+
+
+def test_llama_cpp_gets_the_context_that_fits(tmp_path: Path) -> None:
+    """Its own longest is often larger than any device; what somebody asked for is not cut."""
+    head: dict[str, str | int | list[str]] = {
+        "general.architecture": "llama", "llama.block_count": 32, "llama.context_length": 131072,
+        "llama.embedding_length": 4096, "llama.attention.head_count": 32, "llama.attention.head_count_kv": 8,
+    }  # fmt: skip
+    file = gguf(tmp_path / "a-Q8_0.gguf", head, 8 * GiB)
+    card = 16 * GiB
+    found = told(file, card, engine="llama.cpp")
+    assert 0 < found.context < 131072
+    assert found.context % 256 == 0
+    assert found.kv_cache == found.context * found.kv_per_token
+    assert found.footprint.awake <= 0.9 * card
+    assert told(file, 80 * GiB, engine="llama.cpp").context == 0
+    asked = told(file, card, engine="llama.cpp", max_model_len=131072)
+    assert (asked.context, asked.kv_cache) == (0, 131072 * found.kv_per_token)
+    on_cpu = estimate(ModelConfig("m", engine="llama.cpp", model=str(file)), NOWHERE, 0, 32 * GiB)
+    assert on_cpu.kv_cache <= 8 * GiB < on_cpu.kv_cache + 256 * on_cpu.kv_per_token

@@ -97,3 +97,25 @@ async def _started_by_the_second(tmp_path: Path) -> None:
     finally:
         await client.close()
         launcher.close()
+
+
+def test_who_asks_before_the_end_was_noticed_waits_for_the_next_launcher(tmp_path: Path) -> None:
+    """The packet cannot be sent; to try again at once, for ever, would stop the whole daemon."""
+    asyncio.run(asyncio.wait_for(_asked_of_the_dead(tmp_path), 60))
+
+
+async def _asked_of_the_dead(tmp_path: Path) -> None:
+    launcher = ScriptedLauncher(tmp_path / "s")
+    client, _ = await asyncio.gather(LauncherClient.connect(tmp_path / "s"), launcher.accept())
+    try:
+        launcher.die()
+        asking = asyncio.ensure_future(client.list())  # its first step comes before the loop looks at the socket
+        await launcher.accept()
+        for _ in range(2):  # the client that catches up, and who asked
+            id, request = await launcher.read()
+            assert isinstance(request, List)
+            launcher.say(Engines(()), id)
+        assert await asking == []
+    finally:
+        await client.close()
+        launcher.close()

@@ -116,7 +116,7 @@ MUTATIONS = (
         "core/test_wishes.py",
     ),
     Mutation(
-        "requests are cut at the drain limit once", "core/unloading.py", "leave.cut_at = INFINITY", "pass", ALL_CORE
+        "requests are cut at the drain limit once", "core/engine_table.py", "m.job.cut_at = INFINITY", "pass", ALL_CORE
     ),
     Mutation(
         "host memory stays booked after a wake",

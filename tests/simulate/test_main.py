@@ -29,11 +29,13 @@ def given(tmp_path: Path) -> list[str]:
 
 
 def test_policies_stand_side_by_side(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """One line per policy, then its models."""
+    """A column per policy, then each one's models; units in the headings."""
     assert run_cli([*given, "--policy", "adaptive,lru,llama-swap"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[:3] == ["policy", "requests", "failed"]
-    assert [line.split()[:3] for line in lines[1:4]] == [[p, "3", "0"] for p in ("adaptive", "lru", "llama-swap")]
+    assert lines[0].split() == ["policy", "adaptive", "lru", "llama-swap"]
+    assert [line.split() for line in lines[1:3]] == [["requests", "3", "3", "3"], ["failed", "0", "0", "0"]]
+    assert lines[5].startswith("wait, mean (s) ")
+    assert max(map(len, lines)) <= 80
     assert sum(line.startswith("large ") for line in lines) == 3
 
 

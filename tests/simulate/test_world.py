@@ -63,17 +63,22 @@ def test_a_drain_lets_the_running_request_end() -> None:
     assert report.models["b"].wait.longest == pytest.approx(20.70 - 10.0 + 1.205)
 
 
-def never_idle(policy: str) -> Report:
+def never_idle(policy: str, drain_limit: float | None = None) -> Report:
     """A model that always has somebody, beside a rare one that cannot live with it."""
     rows = [Row(4.0 * n, "busy", 0, 10) for n in range(400)]
     rows.append(Row(200.5, "rare", 0, 1))
-    m = machine(model("busy"), model("rare", queue_timeout=None), warm=Warm.ASLEEP)
+    m = machine(model("busy", drain_limit=drain_limit), model("rare", queue_timeout=None), warm=Warm.ASLEEP)
     return simulate(m, sorted(rows, key=lambda row: row.time), ALL[policy])
 
 
 def test_a_rare_model_beside_a_never_idle_one_is_served_within_the_deadline() -> None:
-    """30 s of waiting, then a drain of at most 10 s and an exchange."""
-    assert never_idle("adaptive").models["rare"].wait.longest < 30.25 + 10.5 + 2.0
+    """60 s of waiting, then a drain of at most 10 s and a swap."""
+    assert never_idle("adaptive").models["rare"].wait.longest < 60.25 + 10.5 + 2.0
+
+
+def test_a_drain_limit_bounds_that_wait() -> None:
+    """Who waits behind a model with one waits no longer than that, and the swap."""
+    assert never_idle("adaptive", drain_limit=12.0).models["rare"].wait.longest < 12.0 + 2.0
 
 
 @pytest.mark.parametrize("policy", ["llama-swap", "ollama"])

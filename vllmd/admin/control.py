@@ -90,8 +90,10 @@ class Control(Protocol):
     async def load(self, model: str) -> None:
         """Have it started or woken; returns at once."""
 
-    async def unload(self, model: str, *, force: bool) -> None:
-        """Have it stopped, after its requests unless ``force``; clears a failure."""
+    async def unload(self, model: str, *, force: bool, device: int | None = None) -> None:
+        """Have it stopped, or only its engines on that device, after their requests unless ``force``; clears a
+        failure.
+        """
 
     async def sleep(self, model: str, level: int) -> None:
         """Have it put to sleep at level 1 or 2, or stopped at 3, after its requests."""

@@ -66,8 +66,7 @@ class InstanceEndpoints:
         going = [each["name"] for each in present if gpu is None or is_on(each, gpu)]
         if not going:
             raise NotFound(f"{name} is not running on GPU {gpu}", param="gpu_id")
-        for each in [name] if len(going) == len(present) else going:
-            await self._control.unload(each, force=False)
+        await self._control.unload(name, force=False, device=gpu)
         for each in going:
             async for _ in self._control.progress(each):
                 pass
@@ -150,7 +149,7 @@ def _common(model: Line, line: Line) -> dict[str, Any]:
         "pid": line["pid"],
         "port": int(port) if port.isdecimal() and not line["socket"].startswith("/") else None,
         "created_at": _moment(line["started_at"]) if line["started_at"] else None,
-        "updated_at": _moment(time.time() - line["since"]),
+        "updated_at": _moment(time.time() - (line["since"] or 0.0)),
         "message": line["failure"],
     }
 

@@ -53,7 +53,7 @@ MODEL_LINE = {
     "queued": COUNT,
     "oldest_wait": maybe(NUMBER),
     "idle": maybe(NUMBER),
-    "since": NUMBER,
+    "since": maybe({**NUMBER, "description": "seconds in that state, where that is known"}),
     "pinned": BOOL,
     "leases": many(TEXT),
     "waiting_for": TEXT,

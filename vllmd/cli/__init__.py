@@ -3,7 +3,8 @@
     arguments  the argument parser, built from the verbs
     admin      the admin API over its Unix socket or a URL
     failures   what goes wrong, in words, with an exit status of sysexits(3)
-    show       tables, sizes, times, colour
+    show       sizes, times, states: how each is written
+    terminal   tables and prose that fit a terminal, a line that shows that something is under way
     completion shell completion, generated from the parser
 
 No httpx, no asyncio: ``vllmctl ps`` is for people who wait for it.
@@ -18,21 +19,22 @@ from collections.abc import Sequence
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns an exit status of sysexits(3)."""
     from vllmd.cli.arguments import parse
-    from vllmd.cli.failures import EX_SOFTWARE, Failure
+    from vllmd.cli.failures import EX_INTERRUPTED, EX_PIPE, EX_SOFTWARE, Failure
+    from vllmd.cli.terminal import say
 
     try:
         arguments = parse(list(sys.argv[1:] if argv is None else argv))
         return int(arguments.run(arguments) or 0)
     except Failure as failure:
-        print(f"vllmctl: {failure.message}", file=sys.stderr)
+        say(f"vllmctl: {failure.message}", sys.stderr)
         return failure.status
     except KeyboardInterrupt:
-        return 130
+        return EX_INTERRUPTED
     except BrokenPipeError:
         _forget_stdout()
-        return 141
+        return EX_PIPE
     except OSError as error:
-        print(f"vllmctl: {error}", file=sys.stderr)
+        say(f"vllmctl: {error}", sys.stderr)
         return EX_SOFTWARE
 
 

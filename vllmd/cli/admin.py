@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
 from vllmd.cli.failures import EX_CONFIG, EX_USAGE, Failure, of_answer, of_socket, of_url
+from vllmd.cli.terminal import Working
 from vllmd.text import printable_lines
 
 SYSTEM_SOCKET, READ_SOCKET = "/run/vllmd/admin.sock", "/run/vllmd/read.sock"
@@ -69,15 +70,16 @@ class Admin:
         Of a daemon whose configuration is invalid there is nothing to show: Failure, unless ``broken``.
         """
         until = time.monotonic() + OPENING
-        while True:
-            status: dict[str, Any] = self.get("/admin/status")
-            error = status.get("configuration", {}).get("error")
-            if error and not broken:
-                raise Failure(f"no model is served, the configuration is invalid; vllmctl reload once it is repaired:"
-                              f"\n{error}", EX_CONFIG)  # fmt: skip
-            if status.get("opened", True) or time.monotonic() > until:
-                return status
-            time.sleep(0.05)
+        with Working("vllmd is looking for devices and engines"):
+            while True:
+                status: dict[str, Any] = self.get("/admin/status")
+                error = status.get("configuration", {}).get("error")
+                if error and not broken:
+                    raise Failure(f"no model is served, the configuration is invalid; vllmctl reload once it is "
+                                  f"repaired:\n{error}", EX_CONFIG)  # fmt: skip
+                if status.get("opened", True) or time.monotonic() > until:
+                    return status
+                time.sleep(0.05)
 
     def get(self, path: str, **query: object) -> Any:
         """The JSON answer of a GET."""
@@ -93,7 +95,8 @@ class Admin:
 
     def lines(self, method: str, path: str, accept: str, body: object = None, **query: object) -> Iterator[str]:
         """The lines of an answer as they come; before they are shown they go through ``decoded`` or ``printable``."""
-        answer = self._request(method, path, query, body, None, accept)
+        with Working("waiting for vllmd", quiet=bool(self.url)):  # who asks a model says himself what he waits for
+            answer = self._request(method, path, query, body, None, accept)
         try:
             for line in answer:
                 yield line.decode("utf-8", "replace").rstrip("\r\n")
@@ -101,11 +104,12 @@ class Admin:
             raise self._unreachable(error) from None
 
     def _json(self, method: str, path: str, query: dict[str, object], body: object, timeout: float | None) -> Any:
-        answer = self._request(method, path, query, body, timeout, "application/json")
-        try:
-            return decoded(answer.read())
-        except OSError as error:
-            raise self._unreachable(error) from None
+        with Working("waiting for vllmd"):
+            answer = self._request(method, path, query, body, timeout, "application/json")
+            try:
+                return decoded(answer.read())
+            except OSError as error:
+                raise self._unreachable(error) from None
 
     def _request(
         self, method: str, path: str, query: dict[str, object], body: object, timeout: float | None, accept: str

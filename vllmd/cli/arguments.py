@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import sys
+import textwrap
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NoReturn
@@ -22,12 +24,32 @@ PACKAGE = "vllmd.cli.verbs"
 FOLDER = os.path.join(os.path.dirname(__file__), "verbs")
 WITH_VALUE = ("--socket", "--url", "--key")
 
+# What people try who come from elsewhere, and what does it here.
+TRIED = {
+    "show": "vllmctl why MODEL says how one stands, vllmctl models what it is",
+    "pull": "add it to models: in /etc/vllmd/vllmd.yaml; its files are fetched when it is first loaded",
+    "add": "add it to models: in /etc/vllmd/vllmd.yaml, then vllmctl reload",
+    "rm": "take it out of models: in /etc/vllmd/vllmd.yaml, then vllmctl reload",
+    "serve": "vllmd serve does that by hand, systemctl enable --now vllmd.socket for good",
+    "enable": "systemctl enable --now vllmd.socket",
+    "edit": "edit /etc/vllmd/vllmd.yaml, then vllmctl reload",
+    "check": "vllmctl config check looks at the file, vllmd --check at models and devices as well",
+    "devices": "vllmctl gpus",
+    "metrics": "curl http://127.0.0.1:33258/metrics",
+    "tail": "vllmctl logs -f MODEL",
+    "journal": "vllmctl logs MODEL, or journalctl -u vllmd",
+    "health": "vllmctl status, or vllmctl doctor",
+}
+TRIED |= dict.fromkeys(("create", "download"), TRIED["pull"]) | dict.fromkeys(("remove", "delete", "del"), TRIED["rm"])
+
 
 class Parser(argparse.ArgumentParser):
     """argparse, but wrong usage ends with EX_USAGE and offers the nearest verb."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EX_USAGE, f"{self.prog}: {message}\n{self.format_usage()}")
+        from vllmd.cli.terminal import columns, wrapped
+
+        self.exit(EX_USAGE, wrapped(f"{self.prog}: {message}", columns(sys.stderr)) + f"\n{self.format_usage()}")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
@@ -35,8 +57,17 @@ class Parser(argparse.ArgumentParser):
 
             near = difflib.get_close_matches(str(value), action.choices, 1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; {self.prog} --help lists them"
+            hint = f"; {TRIED[value]}" if value in TRIED else hint
             raise argparse.ArgumentError(None, f"there is no verb {value!r}{hint}")
         super()._check_value(action, value)
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of a description, but for those that the terminal is too narrow for."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines = super()._fill_text(text, width, indent).splitlines()
+        return "\n".join(part for line in lines for part in (textwrap.wrap(line, width) or [""]))
 
 
 def verbs() -> list[str]:
@@ -56,21 +87,61 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if len(names) == 1 and getattr(module(names[0]), "TAKES_ALL", False):
         rest = list(argv[argv.index(names[0]) + 1 :])
         return argparse.Namespace(run=module(names[0]).run, rest=rest)
-    arguments = build(names).parse_args(argv)
+    parser = build(names)
+    arguments = parser.parse_args(in_order(parser, argv))
     for name, value in (("socket", None), ("url", None), ("key", None), ("user", False), ("json", False)):
         arguments.__dict__.setdefault(name, value)
     return arguments
 
 
+def in_order(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
+    """The verb, its options, then its words: options may stand anywhere.
+
+    argparse of Python 3.11 takes no more words once an option stood between two of them.
+    """
+    place = _verb(argv)
+    choices = next(each.choices for each in parser._actions if isinstance(each, argparse._SubParsersAction))
+    verb = choices.get(argv[place]) if choices is not None and place < len(argv) else None
+    if verb is None or any(isinstance(each, argparse._SubParsersAction) for each in verb._actions):
+        return list(argv)
+    options, words, rest = list[str](), list[str](), iter(argv[place + 1 :])
+    for word in rest:
+        if word == "--":
+            words += rest
+        elif len(word) > 1 and word.startswith("-"):
+            options.append(word)
+            if _takes_value(verb, word):
+                value = next(rest, None)
+                if value is None:
+                    return list(argv)  # which is an error
+                options.append(value)
+        else:
+            words.append(word)
+    ends = ["--"] if any(word.startswith("-") for word in words) else []
+    return [*argv[: place + 1], *options, *ends, *words]
+
+
+def _takes_value(parser: argparse.ArgumentParser, word: str) -> bool:
+    """Whether the next word is the value of this option: it has none in itself."""
+    if "=" in word or (not word.startswith("--") and len(word) > 2):
+        return False
+    known = parser._option_string_actions
+    found = [known[word]] if word in known else [action for name, action in known.items() if name.startswith(word)]
+    return bool(found) and found[0].nargs != 0
+
+
+def _verb(argv: Sequence[str]) -> int:
+    """Where the verb stands."""
+    place = 0
+    while place < len(argv) and argv[place].startswith("-"):
+        place += 2 if argv[place] in WITH_VALUE else 1
+    return place
+
+
 def wanted(argv: Sequence[str]) -> list[str]:
     """The verbs that must be imported to understand ``argv``."""
-    words = iter(argv)
-    for word in words:
-        if word in WITH_VALUE:
-            next(words, None)
-        elif not word.startswith("-"):
-            return [word] if word in verbs() else verbs()
-    return verbs()
+    verb = argv[_verb(argv) :][:1]
+    return list(verb) if verb and verb[0] in verbs() else verbs()
 
 
 def build(names: Sequence[str]) -> Parser:
@@ -101,7 +172,7 @@ def add(subparsers: Any, name: str, everywhere: argparse.ArgumentParser) -> None
         description=(summary + "\n" + rest).strip(),
         aliases=getattr(verb, "ALIASES", ()),
         parents=[everywhere],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     verb.arguments(parser)
     parser.set_defaults(run=verb.run)

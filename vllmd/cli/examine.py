@@ -6,6 +6,7 @@ A finding is (verdict, what, advice): ``ok``, ``warning`` (works, but) or ``bad`
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -15,7 +16,9 @@ from pathlib import Path
 
 Finding = tuple[str, str, str]
 NEEDED = {"h11": "python3-h11", "yaml": "python3-yaml", "sdnotify": "python3-sdnotify", "pystemd": "python3-pystemd"}
-SOCKETS = ("vllmd.socket", "vllmd-admin.socket", "vllmd-read.socket", "vllmd-launcher.socket")
+SOCKETS = ("vllmd.socket", "vllmd-admin.socket", "vllmd-read.socket")
+USERS_SOCKETS = ("vllmd.socket", "vllmd-admin.socket")  # of systemctl --user
+LAUNCHER = "vllmd-launcher.socket"  # static: it comes up with vllmd.service, and is down before the first start
 GiB = 1 << 30
 
 
@@ -32,6 +35,24 @@ def has_module(name: str) -> bool:
     return find_spec(name) is not None
 
 
+def readable_by(user: str, path: Path) -> bool:
+    """Whether that user may read the file; True where that cannot be found out: only root can ask for somebody else."""
+    try:
+        who = pwd.getpwnam(user)
+    except KeyError:
+        return True
+    if os.geteuid() != 0:
+        return True
+    done = subprocess.run(
+        ["/bin/sh", "-c", 'test -r "$1"', "sh", str(path)],
+        user=who.pw_uid,
+        group=who.pw_gid,
+        extra_groups=os.getgrouplist(user, who.pw_gid),
+        check=False,
+    )
+    return done.returncode == 0
+
+
 @dataclass(frozen=True, slots=True)
 class Host:
     """The machine; tests give another root and other answers. ``user``: a daemon of systemctl --user is meant."""
@@ -40,6 +61,7 @@ class Host:
     user: bool = False
     run: Callable[..., str] = output
     has_module: Callable[[str], bool] = has_module
+    readable_by: Callable[[str, Path], bool] = readable_by
     env: dict[str, str] = field(default_factory=lambda: dict(os.environ))
 
     def path(self, absolute: str) -> Path:
@@ -78,15 +100,21 @@ def units(host: Host) -> Iterator[Finding]:
     """The sockets listen, no unit has failed, no scope is left over."""
     if not host.path("/run/systemd/system").is_dir():
         return
-    for unit in SOCKETS:
+    systemctl = "systemctl --user" if host.user else "systemctl"
+    for unit in USERS_SOCKETS if host.user else SOCKETS:
         state = host.systemctl("is-active", unit)
         if state == "active":
             yield "ok", f"{unit} listens", ""
+        elif host.systemctl("show", "--property=LoadState", "--value", unit) == "not-found":
+            yield "bad", f"{unit} is not installed", "install vllmd anew"
         else:
-            yield "bad", f"{unit} is {state or 'not installed'}", f"systemctl enable --now {unit}"
+            yield "bad", f"{unit} is {state or 'unknown'}", f"{systemctl} enable --now {unit}"
+    if host.systemctl("is-active", "vllmd.service") == "active" and host.systemctl("is-active", LAUNCHER) != "active":
+        yield "bad", f"{LAUNCHER} does not listen", f"{systemctl} start {LAUNCHER}"
     for unit in ("vllmd.service", "vllmd-launcher.service"):
         if host.systemctl("is-failed", unit) == "failed":
-            yield "bad", f"{unit} has failed", f"journalctl -u {unit}, then systemctl reset-failed {unit}"
+            journal = f"journalctl {'--user ' * host.user}-u {unit}"
+            yield "bad", f"{unit} has failed", f"{journal}, then {systemctl} reset-failed {unit}"
     yield from _leftovers(host)
 
 
@@ -208,10 +236,13 @@ def memory(host: Host) -> Iterator[Finding]:
 
 def configuration(host: Host) -> Iterator[Finding]:
     """It is valid, and the engines' programs and files are there."""
-    from vllmd.cli.examine_engines import programs
+    from vllmd.cli.examine_engines import programs, vllm_on_cpu
     from vllmd.config.loader import read
 
     reading = read(env=host.env)
+    for path in reading.config.files if not host.user else ():
+        if not host.readable_by("vllmd", path):
+            yield "bad", f"the daemon's user vllmd cannot read {path}", f"chown root:vllmd {path} && chmod 640 {path}"
     for problem in reading.problems:
         yield "bad", str(problem), "vllmctl config check"
     for warning in reading.config.warnings:
@@ -223,6 +254,7 @@ def configuration(host: Host) -> Iterator[Finding]:
     for name, model in reading.config.models.items():
         yield from _model(host, name, model.source)
     yield from programs(host, reading.config)
+    yield from vllm_on_cpu(host, reading.config)
 
 
 def _model(host: Host, name: str, source: str) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from vllmd.config.replicas import engines_of
 from vllmd.config.types import Config
+from vllmd.engines import vllm_cpu
 from vllmd.engines.programs import system_daemon_is_meant, troubles
 
 if TYPE_CHECKING:
@@ -18,3 +19,12 @@ def programs(host: Host, config: Config) -> Iterator[Finding]:
     system = not host.user and system_daemon_is_meant()
     for each in troubles(engines_of(config.models).values(), system=system):
         yield "bad", f"{', '.join(each.models)}: {each.what}", each.advice
+
+
+def vllm_on_cpu(host: Host, config: Config) -> Iterator[Finding]:
+    """What vLLM needs where there is no GPU."""
+    if not any(model.engine == "vllm" for model in engines_of(config.models).values()) or vllm_cpu.has_accelerator():
+        return
+    for package, what in vllm_cpu.lacks():
+        verdict = "bad" if package == "libnuma1" else "warning"
+        yield verdict, f"vLLM runs on the CPU here: {what}", f"apt install {package}"

@@ -7,17 +7,37 @@ import getpass
 from typing import Any
 
 EX_OK = 0
-EX_LATER = 3  # done, but for settings that take effect at the next start of vllmd
-EX_USAGE = 64  # the command line is wrong
-EX_DATAERR = 65  # what was given is wrong: no such model, a broken file
-EX_NOINPUT = 66  # a file is missing
-EX_UNAVAILABLE = 69  # no daemon, or the engine fails
-EX_SOFTWARE = 70  # vllmd is at fault
-EX_OSERR = 71  # a program that is needed is missing
-EX_CANTCREAT = 73  # a file cannot be written
-EX_TEMPFAIL = 75  # try again later
-EX_NOPERM = 77  # not allowed
-EX_CONFIG = 78  # the configuration is wrong
+EX_LATER = 3
+EX_USAGE = 64
+EX_DATAERR = 65
+EX_NOINPUT = 66
+EX_UNAVAILABLE = 69
+EX_SOFTWARE = 70
+EX_CANTCREAT = 73
+EX_TEMPFAIL = 75
+EX_NOPERM = 77
+EX_CONFIG = 78
+EX_INTERRUPTED = 130
+EX_PIPE = 141
+
+# The manual's table. ``logs`` ends as journalctl does where that shows them.
+EXITS = {
+    EX_OK: "It is done.",
+    EX_LATER: "reload: the configuration is in force, but for settings that take effect at the next start of vllmd(8), "
+    "which are named.",
+    EX_USAGE: "The command line is wrong.",
+    EX_DATAERR: "What was named or given is wrong: there is no such model, or a file is broken.",
+    EX_NOINPUT: "A file is missing.",
+    EX_UNAVAILABLE: "The daemon does not run, an engine fails, a model can never fit, the devices do not answer, "
+    "or doctor found a fault.",
+    EX_SOFTWARE: "A fault in vllmd.",
+    EX_CANTCREAT: "A file cannot be written; it is as it was.",
+    EX_TEMPFAIL: "Not now; try again later.",
+    EX_NOPERM: "You may not.",
+    EX_CONFIG: "The configuration is wrong.",
+    EX_INTERRUPTED: "It was interrupted, as by Ctrl-C.",
+    EX_PIPE: "Whoever read its output has gone.",
+}
 
 STATUSES = {
     400: EX_DATAERR,
@@ -33,7 +53,8 @@ STATUSES = {
     503: EX_TEMPFAIL,
     504: EX_TEMPFAIL,
 }
-CODES = {"invalid_configuration": EX_CONFIG, "engine_failed": EX_UNAVAILABLE, "launcher_failed": EX_UNAVAILABLE}
+CODES = {"invalid_configuration": EX_CONFIG, "engine_failed": EX_UNAVAILABLE, "launcher_failed": EX_UNAVAILABLE,
+         "model_too_large": EX_UNAVAILABLE}  # fmt: skip
 
 
 class Failure(Exception):

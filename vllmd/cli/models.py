@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -64,13 +65,16 @@ def follow(arguments: Namespace, verb: str, query: dict[str, object], done: str 
     def act(admin: Admin, model: str) -> Any:
         if getattr(arguments, "no_wait", False):
             answer = admin.post(model_path(model, verb), None, **query)
-            return arguments.json or print(f"{model}: asked for") or answer
-        return _await(admin, model, verb, query, done, arguments.json)
+            if not arguments.json:
+                show.say(f"{model}: asked for")
+            return answer
+        return change(admin, model, verb, query, done, quiet=arguments.json)
 
     return each(arguments, act)
 
 
-def _await(admin: Admin, model: str, verb: str, query: dict[str, object], done: str, quiet: bool) -> Any:
+def change(admin: Admin, model: str, verb: str, query: dict[str, object], done: str = "", *, quiet: bool) -> Any:
+    """Post ``verb`` and show how it comes along, until it has come to rest. Raises Failure where that is a failure."""
     line, began = show.StatusLine(quiet), time.monotonic()
     usual, last = usual_start(admin, model) if verb in ("load", "wake") else None, {}
     for text in admin.lines("POST", model_path(model, verb), NDJSON, wait=True, **query):
@@ -83,17 +87,21 @@ def _await(admin: Admin, model: str, verb: str, query: dict[str, object], done: 
         raise Failure(f"{model}: {last['error'].get('message', 'failed')}", EX_UNAVAILABLE)
     if not quiet:
         took = show.age(last.get("seconds", time.monotonic() - began))
-        print(f"{model} is {show.state(str(last.get('state', '')))} after {took}{done.format(model=model)}")
+        show.say(f"{model} is {show.state(str(last.get('state', '')))} after {took}{done.format(model=model)}")
     return last
 
 
-def progress(model: str, line: dict[str, Any], usual: float | None) -> str:
-    """``qwen: starting: weights 3/8, 12s (last time 44s)``."""
-    parts = [str(line.get("state", "")).replace("_", " ")]
-    if line.get("phase"):
-        parts.append(show.phase(line))
-    last = f" (last time {show.age(usual)})" if usual else ""
-    return f"{model}: {': '.join(parts)}, {show.age(line.get('elapsed', 0.0))}{last}"
+def progress(model: str, line: dict[str, Any], usual: float | None) -> Callable[[float], str]:
+    """``qwen: starting: weights 3/8, 12s of about 44s``, its seconds going on; on a terminal it fits one line."""
+    state = ": ".join(filter(None, (str(line.get("state", "")).replace("_", " "), show.phase(line))))
+    about = f" of about {show.age(usual)}" if usual else ""
+
+    def told(since: float) -> str:
+        rest = f": {state}, {show.age(line.get('elapsed', 0.0) + since)}{about}"
+        most = show.columns(sys.stderr)
+        return (model if most is None else show.shortened(model, max(12, most - 1 - show.width(rest)))) + rest
+
+    return told
 
 
 def usual_start(admin: Admin, model: str) -> float | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from vllmd.cli.admin import Admin, decoded
 from vllmd.cli.failures import EX_UNAVAILABLE, Failure
+from vllmd.text import printable
 
 DEFAULT_URL = "http://127.0.0.1:33258"
 
@@ -19,10 +20,17 @@ def client(arguments: Namespace) -> Admin:
     return Admin(Namespace(**{**vars(arguments), "url": url}))
 
 
-def stream(http: Admin, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The chunks of a streamed chat completion. Raises Failure for an error in the stream, too."""
+def stream(
+    http: Admin, request: dict[str, Any], told: Callable[[str], None] = lambda comment: None
+) -> Iterator[dict[str, Any]]:
+    """The chunks of a streamed chat completion. Raises Failure for an error in the stream, too.
+
+    ``told`` gets what the server says of the wait for the first one.
+    """
     body = {**request, "stream": True}
     for line in http.lines("POST", "/v1/chat/completions", "text/event-stream", body):
+        if line.startswith(":"):
+            told(printable(line[1:].strip()))
         data = line.removeprefix("data:").strip()
         if not line.startswith("data:") or data == "[DONE]":
             continue

@@ -1,15 +1,23 @@
-"""Tables, sizes, times; colour on terminals only."""
+"""Sizes, times, states: how each is written. How it fits a terminal is ``terminal``'s."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
-import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-COLOURS = {"red": 31, "green": 32, "yellow": 33, "blue": 34, "grey": 90, "bold": 1}
+from vllmd.cli.terminal import EMPTY as EMPTY
+from vllmd.cli.terminal import StatusLine as StatusLine
+from vllmd.cli.terminal import Working as Working
+from vllmd.cli.terminal import coloured as coloured
+from vllmd.cli.terminal import columns as columns
+from vllmd.cli.terminal import paint as paint
+from vllmd.cli.terminal import pairs as pairs
+from vllmd.cli.terminal import say as say
+from vllmd.cli.terminal import table as table
+from vllmd.text import shortened as shortened
+from vllmd.text import width as width
+
 STATES = {
     "running": "green",
     "starting": "yellow",
@@ -22,18 +30,7 @@ STATES = {
     "error": "red",
     "stopped": "grey",
 }
-EMPTY = "-"
 PHASE = 60  # characters that a phase may take: it stands in one line with others
-
-
-def coloured(stream: Any = None) -> bool:
-    """Whether to colour: a terminal that can, and no NO_COLOR."""
-    stream = stream or sys.stdout
-    return bool(stream.isatty()) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-
-
-def paint(text: str, colour: str) -> str:
-    return f"\033[{COLOURS[colour]}m{text}\033[0m" if colour and coloured() else text
 
 
 def state(name: str) -> str:
@@ -78,59 +75,22 @@ def age(seconds: float | None) -> str:
     return f"{whole // 86400}d{whole % 86400 // 3600}h"
 
 
-def width(text: str) -> int:
-    """Columns that the text takes on a terminal: colours none, wide characters two."""
-    columns, hidden = 0, False
-    for char in text:
-        if char == "\033":
-            hidden = True
-        elif hidden:
-            hidden = char != "m"
+def counted(number: int, what: str) -> str:
+    """``1 request``, ``2 requests``."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def numbers(of: Sequence[int]) -> str:
+    """Device numbers as 0-3,6."""
+    groups: list[list[int]] = []
+    for number in sorted(of):
+        if groups and groups[-1][-1] == number - 1:
+            groups[-1].append(number)
         else:
-            columns += 2 if unicodedata.east_asian_width(char) in "WF" else 1
-    return columns
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> str:
-    """Columns under their heads; those named in ``right`` are set right; the last column is ragged."""
-    widths = [max(width(cell) for cell in column) for column in zip(head, *rows, strict=True)]
-    lines = []
-    for row in (head, *rows):
-        cells = [
-            " " * (size_ - width(cell)) + cell if name in right else cell + " " * (size_ - width(cell))
-            for name, cell, size_ in zip(head, row, widths, strict=True)
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def pairs(entries: Mapping[str, object]) -> str:
-    """Names and values, aligned."""
-    longest = max(map(len, entries), default=0)
-    return "\n".join(f"{name + ':':{longest + 1}} {value}" for name, value in entries.items())
+            groups.append([number])
+    parts = (f"{group[0]}-{group[-1]}" if len(group) > 2 else ",".join(map(str, group)) for group in groups)
+    return ",".join(parts) or EMPTY
 
 
 def as_json(data: Any) -> str:
     return json.dumps(data, indent=2, ensure_ascii=False)
-
-
-class StatusLine:
-    """A line on the terminal that is written over, or one line per change where there is no terminal."""
-
-    def __init__(self, quiet: bool = False) -> None:
-        self.quiet, self.live, self.last = quiet, sys.stderr.isatty(), ""
-
-    def say(self, text: str, key: str) -> None:
-        """Show ``text``; without a terminal only when ``key`` is another one than before."""
-        if self.quiet:
-            return
-        if self.live:
-            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-        elif key != self.last:
-            print(text, file=sys.stderr, flush=True)
-        self.last = key
-
-    def clear(self) -> None:
-        if self.live and self.last and not self.quiet:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-        self.last = ""

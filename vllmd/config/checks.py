@@ -38,7 +38,13 @@ def doubts(config: Config) -> Iterator[Finding]:
     if config.server.max_buffered < 2 * config.server.max_body:
         what = f"less than twice max_body ({show_size(config.server.max_body)}): one address may hold half of it"
         yield _auth(config), "server.max_buffered", f"{what}, so the largest bodies are never taken"
+    if config.auth.keys and not any("models" in key.scopes for key in config.auth.keys):
+        what = "no key has the scope models: as there are keys, nobody can use a model over the network"
+        yield _auth(config), "auth.keys", what
     for key in config.auth.keys:
+        if key.models and not any(_known(name, config) for name in key.models) and not config.discover:
+            yield _auth(config), f"auth.keys.{key.name}.models", f"none of them is there: {key.name} can use no model"
+            continue
         for name in key.models:
             if not _known(name, config):
                 yield _auth(config), f"auth.keys.{key.name}.models", f"there is no model {name!r}"

@@ -54,10 +54,12 @@ class Admission:
         if r is None:
             self._refuse(e, self._all_down(model))
             return
-        core.mark_dirty(r)
-        if chosen and not len(model.queue) and not core.policy.in_order:  # 1.2
+        if chosen and not model.queue and not core.policy.in_order:  # 1.2
+            mark = core.mark_request if chosen.running else core.mark_dirty
             self._admit(chosen, e.request)
+            mark(chosen)
             return
+        core.mark_dirty(r)
         refusal = self._unknown_devices(r) or self._full(model, r) or self._failed(r)  # 1.3 to 1.7
         refusal = refusal or self._impossible(r) or self._busy(r)
         if refusal:
@@ -68,7 +70,7 @@ class Admission:
 
     def _only_there(self, model: Model, e: RequestArrived) -> None:
         """8.1: what one replica alone has is to be had while its engine is up; it does not come back with another."""
-        r = next(iter(model.members), None) if e.only == model.name else self._core.replicas.get(e.only)
+        r = next(iter(model.replicas), None) if e.only == model.name else self._core.replicas.get(e.only)
         if r is None or r.model is not model:
             self._refuse(e, Refusal("Unavailable", f"{e.only!r}, which alone has it, is gone"))
             return
@@ -101,7 +103,10 @@ class Admission:
             self._health.ended(r, e.request, e.failed)
         if run and r.state in AWAKE and not run.frozen and not e.failed:
             r.costs.observe("service", core.now - run.began)
-        if run and not r.running:
+        if run and r.running:
+            core.mark_request(r)
+            return
+        if run:
             r.idle_since = core.now
             core.replan = True
         core.mark_dirty(r)
@@ -120,18 +125,18 @@ class Admission:
     def serve(self, model: Model) -> None:
         """5.1: those with an open gate let in what waits; for the rest the replica is found that is to come up."""
         queue, in_order = model.queue, self._core.policy.in_order
-        while len(queue) and (r := self._balancer.choose(model)):
+        while queue and (r := self._balancer.choose(model)):
             if in_order and self._older_elsewhere(model):
                 break
             request, _ = queue.take()
             del self._queued[request]
             self._admit(r, request)
-        if len(queue):
+        if queue:
             nominee = self._nominate(model)
             if nominee is None:
                 self.reject_queue(model, self._all_down(model))  # 8.6
-            elif nominee.state is State.DRAINING and nominee.leave and nominee.leave.yields:
-                self._core.engines.reopen(nominee)
+            elif nominee.state is State.DRAINING and nominee.job and nominee.job.yields:
+                self._core.engines.call_off(nominee)
                 self.serve(model)
         elif model.rules:
             model.nominee = None
@@ -147,15 +152,15 @@ class Admission:
     def reject_waiters(self, r: Replica, error: str, message: str, retry_after: float | None = None) -> None:
         """It does not come up. Who waits for it waits for another replica, or gets this error."""
         model, failed = r.model, r.state is State.FAILED
-        r.wanted = None
+        self._core.engines.unwant(r)
         self._core.mark_dirty(r)
-        if not len(model.queue) or model.nominee is not r:
+        if not model.queue or model.nominee is not r:
             return
         several = model.rules is not None
         worst = DOUBTFUL + 1 if failed else DOUBTFUL - 1
         if several and self._balancer.nominee(model, but=r, most=worst):
             return
-        if several and len(model.members) > 1 and failed:
+        if several and len(model.replicas) > 1 and failed:
             self.reject_queue(model, self._all_down(model))
         else:
             self.reject_queue(model, Refusal(error, message, retry_after))
@@ -193,8 +198,8 @@ class Admission:
 
     def _all_down(self, model: Model) -> Refusal:
         """8.6: with the reason of each."""
-        message = f"no replica of {model.name!r} serves: {trouble(model.members)}"
-        return Refusal("Unavailable", message, back_in(model.members, self._core.now))
+        message = f"no replica of {model.name!r} serves: {trouble(model.replicas)}"
+        return Refusal("Unavailable", message, back_in(model.replicas, self._core.now))
 
     def _full(self, model: Model, r: Replica) -> Refusal | None:
         if len(model.queue) >= model.spec.queue_limit:  # 1.3
@@ -223,7 +228,7 @@ class Admission:
         return Refusal("Unavailable", ledger.unknown, 5.0)
 
     def _impossible(self, r: Replica) -> Refusal | None:
-        if r.loaded or len(r.model.queue):
+        if r.loaded or r.model.queue:
             return None
         why = self._core.fit.never(r)
         if why:  # 1.5

@@ -44,8 +44,8 @@ class Balancer:
     def nominee(self, model: Model, but: Replica | None = None, most: int = DOUBTFUL + 1) -> Replica | None:
         """The one that may be the first to serve who waits now; None: all are down. ``most``: the worst outlook."""
         if model.rules is None:
-            return model.replicas[0]
-        outlooks = [(outlook, r) for r in model.members if r is not but and (outlook := self._outlook(r)) is not None]
+            return next(iter(model.replicas), None)
+        outlooks = [(outlook, r) for r in model.replicas if r is not but and (outlook := self._outlook(r)) is not None]
         good = [(outlook, r) for outlook, r in outlooks if outlook[0] <= most]
         return min(good, key=lambda pair: pair[0], default=(None, None))[1]
 
@@ -59,7 +59,7 @@ class Balancer:
             return rank, other, len(r.running)
         if r.state in (State.STARTING, State.WAKING):
             return 1, other, remaining(r, now)
-        if r in self._swaps or (r.state is State.DRAINING and r.leave and r.leave.yields):
+        if r in self._swaps or (r.state is State.DRAINING and r.job and r.job.yields):
             return 2, other, 0.0
         if r.state in OFF and r.retry_at <= now:
             return 3 if self._fit.has_room(r) else 4, other, load_time(r)
@@ -71,7 +71,7 @@ class Balancer:
 
 def in_use(model: Model) -> list[Replica]:
     """Those that get requests; else those at rest; else those set aside for being slow: better late than never."""
-    ready = [r for r in model.members if r.state is State.READY]
+    ready = [r for r in model.replicas if r.state is State.READY]
     serving = [r for r in ready if health_status(r) is HealthStatus.SERVING]
     spare = resting(model)
     return (
@@ -83,7 +83,7 @@ def resting(model: Model) -> list[Replica]:
     """Those that serve beyond what is wanted: they get nothing, so that their idle rules take their course."""
     if model.rules is None:
         return []
-    up = [r for r in model.members if r.spec.device_count and r.state is State.READY]
+    up = [r for r in model.replicas if r.spec.device_count and r.state is State.READY]
     return up[max(model.scale.wanted, model.rules.least) :]
 
 
@@ -101,14 +101,14 @@ def slowness(r: Replica, now: float) -> float:
 
 def fastest(model: Model, streamed: bool, but: Replica | None = None) -> float | None:
     """Seconds to the first byte of the fastest that serves, by more than a few answers; None if none is known."""
-    serving = [r for r in model.members if r is not but and r.on and health_status(r) is HealthStatus.SERVING]
+    serving = [r for r in model.replicas if r is not but and r.on and health_status(r) is HealthStatus.SERVING]
     known = [r.health.latencies.get(streamed) for r in serving if r.health]
     return min([latency.value for latency in known if latency and latency.answers >= ENOUGH], default=None)
 
 
 def quickest(but: Replica) -> float | None:
     """Seconds of the quickest probe of the others that serve; None if no other does."""
-    others = [r.health for r in but.model.members if r is not but and r.health and r.state is State.READY]
+    others = [r.health for r in but.model.replicas if r is not but and r.health and r.state is State.READY]
     known = [health.took for health in others if health.status is HealthStatus.SERVING]
     return min([took for took in known if took is not None], default=None)
 

@@ -8,11 +8,11 @@ from vllmd.core.costs import CostBook
 from vllmd.core.engine_table import EngineTable
 from vllmd.core.fit import Fit
 from vllmd.core.ledger import Ledger
-from vllmd.core.lifecycle import LifecycleError
-from vllmd.core.model import INFINITY, Leave, Model, Replica
+from vllmd.core.lifecycle import Job, LifecycleError, Reason
+from vllmd.core.model import INFINITY, Model, Replica
 from vllmd.core.policy import Policy
 from vllmd.core.swaps import Swaps
-from vllmd.core.types import Device, Settings, State
+from vllmd.core.types import Device, Settings
 
 
 class Core:
@@ -28,7 +28,8 @@ class Core:
         self.fit = Fit(self.engines.ledger, self.replicas)
         self.swaps = Swaps(self.engines, self.replicas, self.fit)
         self.balanced: list[Model] = []  # those whose replicas share their requests by rules
-        self.dirty: dict[Model, None] = {}
+        self.dirty: dict[Model, None] = {}  # what follows from a change of these is still to be found
+        self.changed: dict[Replica, None] = {}  # since the policy last looked
         self.unkept: dict[Model, None] = {}  # whose health and number of replicas are to be looked at
         self.waiting: dict[Replica, None] = {}  # wanted, and neither on nor on their way
         self.replan = False  # something happened that the policy should see at once
@@ -37,6 +38,14 @@ class Core:
     def now(self) -> float:
         """The time of the event being handled."""
         return self.engines.now
+
+    def mark_request(self, m: Replica) -> None:
+        """A request more or less runs in one that worked before and works on: mostly only a policy sees that."""
+        model = m.model
+        if m.job or model.queue or model.leases or model.rules or not m.on:
+            self.dirty[model] = None
+        else:
+            self.changed[m] = None
 
     def mark_dirty(self, m: Replica) -> None:
         """Something about it, or about its model, changed."""
@@ -57,7 +66,7 @@ class Core:
     def named(self, name: str) -> list[Replica]:
         """The replicas of a model, or the one of that id. Raises LifecycleError."""
         model = self.models.get(name)
-        return model.members or model.replicas if model else [self.replica(name)]
+        return model.replicas or model.retired if model else [self.replica(name)]
 
     def rename(self, r: Replica, name: str) -> None:
         """It has another id from now on, and its figures as well."""
@@ -75,36 +84,16 @@ class Core:
         """When requests still running in a drain that begins now are cut."""
         return INFINITY if m.spec.drain_limit is None else self.now + m.spec.drain_limit
 
-    def leave(self, m: Replica, leave: Leave) -> None:
-        """Have it leave: now if it serves or sleeps, after the command under way if it moves.
-
-        Frozen requests are not lost: their engine wakes first, and drains.
-        """
+    def ask(self, m: Replica, job: Job) -> None:
+        """This is to happen to it, now or after what is under way."""
         self.mark_dirty(m)
-        if m.state is State.READY:
-            self.engines.drain(m, leave)
-        elif m.state is State.DRAINING:
-            m.leave = leave if leave.level == 0 or not m.swap else m.leave
-        elif m.state is State.SLEEPING and not (m.running and not leave.kill):
-            self._leave_asleep(m, leave)
-        elif m.state is State.STARTING and leave.cause == "operator" and not leave.level:
-            self.engines.stop(m, leave.why)
-        elif m.loaded and m.state is not State.STOPPING:
-            m.asked = leave
-
-    def _leave_asleep(self, m: Replica, leave: Leave) -> None:
-        if leave.level:
-            m.deepen = leave.level > m.level
-        else:
-            m.leave = leave
+        self.engines.ask(m, job)
 
     def stay(self, m: Replica) -> None:
         """It is to be kept: what would have made it leave, and can still be called off, is."""
-        if m.leave and m.leave.cause == "exchange":
-            for victim in self.swaps.cancel(m.swap):
+        if m.job and m.job.target and m.job.reason is Reason.SWAP:
+            for victim in self.swaps.cancel(m.job.target):
                 self.mark_urgent(victim)
-        elif m.leave and m.state is State.DRAINING:
-            self.engines.reopen(m)
-        elif m.leave and m.state is State.SLEEPING:
-            m.leave = None
+        else:
+            self.engines.call_off(m)
         self.mark_urgent(m)

@@ -58,8 +58,8 @@ class Rate:
 
     def arrived(self, now: float) -> None:
         """Count one arrival."""
-        self.value = self.read(now) + 1.0 / self.tau
-        self.at = now
+        fades = math.exp((self.at - now) / self.tau) if now > self.at else 1.0  # as read says; called for each request
+        self.value, self.at = self.value * fades + 1.0 / self.tau, now
 
     def read(self, now: float) -> float:
         """Arrivals per second, as of ``now``."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 from vllmd.core.admission import Admission
 from vllmd.core.common import Core
 from vllmd.core.events import DeviceDrained, DevicesChanged, DevicesTroubled
-from vllmd.core.model import Leave, Replica
+from vllmd.core.lifecycle import Job, Kind, Reason
+from vllmd.core.model import Replica
 from vllmd.core.types import State
 
 
@@ -81,14 +82,10 @@ class Devices:
     def _leave(self, m: Replica, why: str, *, at_once: bool) -> None:
         core = self._core
         if not at_once:
-            core.leave(m, Leave(0, "device", why, cut_at=core.cut_at(m)))
+            core.ask(m, Job(Kind.STOP, Reason.DEVICE, why, core.now, cut_at=core.cut_at(m)))
             return
         m.failure = why
         core.engines.cut(m, why)
         if m.state is not State.STOPPING:
             core.engines.record("stop", m, why)
-            if m.state is State.SLEEPING or m.state is State.READY or m.state is State.DRAINING:
-                core.leave(m, Leave(0, "device", why, kill=True))
-            else:
-                core.engines.stop(m, why, kill=True)
-        core.mark_dirty(m)
+        core.ask(m, Job(Kind.STOP, Reason.DEVICE, why, core.now, force=True))

@@ -18,7 +18,7 @@ from vllmd.core.events import (
     MemorySampled,
 )
 from vllmd.core.ledger import gib
-from vllmd.core.lifecycle import LifecycleError, Step
+from vllmd.core.lifecycle import Job, Kind, LifecycleError, Reason, Step
 from vllmd.core.model import Replica
 from vllmd.core.types import Footprint, State
 
@@ -79,6 +79,7 @@ class EngineEvents:
             m.learn(e.footprint)
             core.engines.rebook(m)
         m.idle_since = m.used = core.now - max(0.0, e.idle)
+        m.changed = core.now - max(0.0, e.since)
         core.engines.record("adopt", m, f"found {m.state.value}", {"level": m.level})
         self._settled(m)
 
@@ -104,7 +105,7 @@ class EngineEvents:
         if m:
             self._core.engines.gone(m, Step.START_FAILED)
             self._settled(m)
-            if e.memory and not e.permanent and not m.room_retried:
+            if e.memory and not e.permanent and not (m.job and m.job.retried):
                 self._more_room(m, e)
             else:
                 self._give_up(m, e.reason)
@@ -158,7 +159,7 @@ class EngineEvents:
 
     def _serves(self, m: Replica) -> None:
         self._core.engines.ready(m)
-        m.wanted, m.failure, m.given_up, m.room_retried = None, "", False, False
+        m.failure = ""
         self._settled(m)
 
     def _settled(self, m: Replica) -> None:
@@ -168,20 +169,21 @@ class EngineEvents:
 
     def _more_room(self, m: Replica, e: EngineStartFailed) -> None:
         """Learn that it needs more; whoever waits makes the policy find that room."""
-        m.room_retried, m.failure = True, e.reason
+        m.failure = e.reason
         largest = max((a.capacity for a in self._core.engines.ledger.accounts.values()), default=0)
         if e.needed:
             m.costs.asked = max(m.costs.asked, e.needed)
         f = m.footprint
         grown = max(m.booking, min(largest, m.booking * 11 // 10))
         m.costs.footprint = Footprint(grown, f.awake, f.asleep, f.host, f.source)
-        self._core.engines.forgive(m)
+        self._core.engines.retry(m)
         room = "what is free then" if m.spec.when_free else f"room for {gib(m.booking)} per device"
         why = f"it failed for lack of memory ({e.reason}); once more with {room}"
         self._core.engines.record("retry", m, why, {"booking": m.booking})
 
     def _give_up(self, m: Replica, reason: str) -> None:
-        left = self._failed(m, reason, given_up=True)
+        left = self._failed(m, reason)
+        self._core.engines.keep_down(m)
         self._core.engines.record("fail", m, reason, {"failures": m.failures, "retry_after": left})
         self._admission.reject_waiters(m, "EngineFailed", reason, left)
 
@@ -191,16 +193,17 @@ class EngineEvents:
         if m.failures >= m.spec.max_restarts:
             self._give_up(m, reason)
             return
-        left = self._failed(m, reason, given_up=False)
+        left = self._failed(m, reason)
+        self._core.ask(m, Job(Kind.START, Reason.RESTART, reason, self._core.now))
         numbers = {"failures": m.failures, "retry_after": left, "waiting": m.queued}
         self._core.engines.record("crash", m, reason, numbers)
 
-    def _failed(self, m: Replica, reason: str, given_up: bool) -> float:
+    def _failed(self, m: Replica, reason: str) -> float:
         """One more failure in a row. Returns the seconds until it may be tried again."""
         if m.failed_at < m.ready_at <= self._core.now - STABLE:
             m.failures = 0  # it has served since, and did not fail then
         m.failures, m.failed_at = m.failures + 1, self._core.now
-        m.failure, m.given_up = reason, given_up
+        m.failure = reason
         longest = LONGEST_BACKOFF if m.spec.device_count else LONGEST_ELSEWHERE
         backoff = min(longest, m.spec.restart_backoff * 2.0 ** min(m.failures - 1, 20))
         m.retry_at = self._core.now + backoff

@@ -1,7 +1,8 @@
-"""The engines: each step of a life changes state, ledger and learnt costs together, and says its command.
+"""The engines: each step of a life changes state, job, ledger and learnt costs together, and says its command.
 
-This is the only file that changes an engine's state. It decides nothing; it
-holds two rules: one command is outstanding per engine, and one per device.
+This is the only file that changes an engine's state and its job. It decides nothing; it
+holds three rules: one command is outstanding per engine, one per device, and what
+is asked of an engine is merged into its job by the table in ``lifecycle.py``.
 """
 
 from __future__ import annotations
@@ -25,8 +26,22 @@ from vllmd.core.commands import (
     WakeEngine,
 )
 from vllmd.core.ledger import Ledger
-from vllmd.core.lifecycle import LOADED, MOVING, LifecycleError, Step, follow
-from vllmd.core.model import Leave, Model, Replica, Run
+from vllmd.core.lifecycle import (
+    BY_HAND,
+    LOADED,
+    MOVING,
+    UP,
+    Job,
+    Kind,
+    LifecycleError,
+    Reason,
+    Step,
+    follow,
+    merge,
+    unwanted,
+    wanted,
+)
+from vllmd.core.model import INFINITY, Model, Replica, Run
 from vllmd.core.types import Decision, Placement, State
 
 DECISIONS_KEPT = 1000
@@ -48,6 +63,7 @@ class EngineTable:
         self._out: list[Command] = []
         self.calibrations = 0  # how often a time that was learnt changed what is expected of other engines
         self._busy: dict[int, Replica] = {}  # device -> whose command runs there
+        self.leaving: dict[Replica, None] = {}  # gate closed, or asleep and to be stopped, and no command out yet
 
     # -- what goes out
 
@@ -95,6 +111,8 @@ class EngineTable:
 
     def cut(self, m: Replica, why: str, requests: Iterable[str] | None = None) -> None:
         """Break off all that runs in the engine, or only these ``requests``."""
+        if requests is None and m.job:
+            m.job.cut_at = INFINITY  # once is enough
         self._out += [CutRequest(request, why) for request in (m.running if requests is None else requests)]
 
     # -- devices
@@ -115,11 +133,99 @@ class EngineTable:
         """No other engine is being moved on its devices."""
         return not any(self._busy.get(index, m) is not m for index in m.placement.devices)
 
+    # -- jobs
+
+    def ask(self, m: Replica, asked: Job) -> None:
+        """This is to happen to it. What becomes of its present job is in the table of merges.
+
+        Frozen requests are not lost: their engine wakes first, and drains.
+        """
+        if not m.loaded:
+            if asked.kind in UP:
+                self._set(m, merge(m.job, False, asked))
+            elif asked.reason in BY_HAND:
+                self._set(m, unwanted(m.job, False))
+            return
+        frozen = m.state is State.SLEEPING and bool(m.running)
+        if frozen and m.job is None:
+            m.job = Job(Kind.WAKE, Reason.REQUEST, "its requests are frozen", self.now)
+        moving = m.state in MOVING
+        job = merge(m.job, moving or frozen, asked)
+        if moving and job is asked:
+            self.stop(m, asked.why, asked.force, job)
+        else:
+            self._set(m, job)
+            self._follow_up(m)
+
+    def call_off(self, m: Replica) -> None:
+        """What it was to leave for, or was to do for itself, and has not begun, is not done."""
+        if m.job and m.state in MOVING:
+            m.job.then = wanted(m.job.then)
+        elif m.job and m.job.leaves:
+            self._set(m, m.job.then)
+            self._follow_up(m)
+
+    def unwant(self, m: Replica) -> None:
+        """Nobody wants it on any more but by a request."""
+        self._set(m, unwanted(m.job, m.state in MOVING))
+
+    def thaw(self, m: Replica) -> None:
+        """Nothing is frozen in it any more: what was to happen after its wake happens now."""
+        job = m.job
+        if job and job.kind is Kind.WAKE and job.then and not m.running and m.state is State.SLEEPING:
+            self._set(m, job.then)
+            self._follow_up(m)
+
+    def retry(self, m: Replica) -> None:
+        """A start that failed for lack of memory is to be tried once more."""
+        self.forgive(m)
+        if m.job:
+            m.job.retried = True
+
+    def keep_down(self, m: Replica) -> None:
+        """Its failure is for good: nothing brings it up again but a request after its back-off."""
+        self._set(m, None)
+
+    def release(self, m: Replica) -> None:
+        """It does not leave for another one's sake any more: if it has no other reason to, it stays."""
+        job = m.job
+        if job and job.target:
+            job.target = None
+            if job.reason is Reason.SWAP:
+                self.call_off(m)
+
+    def _follow_up(self, m: Replica) -> None:
+        """Close or open the gate as the job says; what is so already needs no job."""
+        job = m.job
+        if m.state is State.READY and job:
+            if job.leaves:
+                self._move(m, Step.DRAIN)
+            else:
+                self._set(m, None)
+        elif m.state is State.DRAINING and not (job and job.leaves):
+            self._move(m, Step.REOPEN)
+            self._set(m, None)
+        elif m.state is State.SLEEPING and job and job.kind is Kind.SLEEP and job.level <= m.level:
+            self._set(m, job.then)
+
+    def _set(self, m: Replica, job: Job | None) -> None:
+        if job and job.kind in UP and m.state not in MOVING:
+            job.kind = Kind.WAKE if m.state is State.SLEEPING else Kind.START
+        m.job = job
+        self._track(m)
+
+    def _track(self, m: Replica) -> None:
+        if m.leaving and m.state in (State.DRAINING, State.SLEEPING):
+            self.leaving[m] = None
+        else:
+            self.leaving.pop(m, None)
+
     # -- commands
 
     def start(self, m: Replica, devices: tuple[int, ...], size: int | None = None) -> None:
         """Start it there; its booking, ``size`` if it is not by its footprint, is in the ledger from now on."""
         m.placement = Placement(devices)
+        self._begin(m, Kind.START)
         self._move(m, Step.START)
         if size is not None:
             m.granted(size)
@@ -129,19 +235,19 @@ class EngineTable:
 
     def wake(self, m: Replica) -> None:
         """Wake it where it sleeps; it holds what it holds awake from now on."""
+        self._begin(m, Kind.WAKE)
         self._move(m, Step.WAKE)
         self.ledger.hold(m, dict.fromkeys(m.placement.devices, m.footprint.awake))
         self._out.append(WakeEngine(m.id, m.level))
 
-    def drain(self, m: Replica, leave: Leave) -> None:
-        """Close the gate. Running requests go on; it leaves when they are through."""
-        self._move(m, Step.DRAIN)
-        m.leave = leave
+    def _begin(self, m: Replica, kind: Kind) -> None:
+        """It is brought up: for whoever wanted it, or to sleep deeper, else for the clients that wait."""
+        if m.job is None or m.job.reason is Reason.RESTART:
+            m.job = Job(kind, Reason.REQUEST, "requests wait for it", self.now)
 
-    def reopen(self, m: Replica) -> None:
-        """It stays after all."""
-        self._move(m, Step.REOPEN)
-        m.leave = m.swap = None
+    def drain(self, m: Replica) -> None:
+        """Close the gate for its job. Running requests go on; it leaves when they are through."""
+        self._move(m, Step.DRAIN)
 
     def sleep(self, m: Replica, level: int, freeze: bool = False) -> None:
         """Put it to sleep; it still holds everything."""
@@ -158,14 +264,19 @@ class EngineTable:
         self._move(m, Step.PROVE)
         self._out.append(ProveFreeze(m.id))
 
-    def stop(self, m: Replica, why: str, kill: bool = False) -> None:
-        """Stop it, whatever it does."""
+    def stop(self, m: Replica, why: str, kill: bool = False, job: Job | None = None) -> None:
+        """Stop it, whatever it does; for its job, or for this one."""
+        m.job = job or m.job
+        if m.job:
+            m.job.kind = Kind.STOP
         self._move(m, Step.STOP)
         self._out.append(StopEngine(m.id, why, kill))
 
     def forgive(self, m: Replica) -> None:
         """A failed one may be started again."""
         self._move(m, Step.FORGIVE)
+        if m.job and m.job.reason is Reason.RESTART:
+            self._set(m, None)
 
     def probe(self, m: Replica, request: str, limit: float) -> None:
         """Ask it a question of the daemon's own, which runs in it as any other request does."""
@@ -178,10 +289,14 @@ class EngineTable:
         """It serves: after a start, a wake, or the proof of freezing."""
         self._learn_time(m)
         step = {State.STARTING: Step.READY, State.WAKING: Step.AWAKE}.get(m.state, Step.PROVED)
-        if not m.deepen and m.state is not State.FALLING_ASLEEP:  # its idle age counts on through those
+        deepens = m.job is not None and m.job.kind is Kind.SLEEP
+        if not deepens and m.state is not State.FALLING_ASLEEP:  # its idle age counts on through those
             m.idle_since = self.now
         self._move(m, step)
-        m.level, m.ready_at, m.leave = 0, self.now, None
+        m.level, m.ready_at = 0, self.now
+        then = m.job.then if m.job else None
+        if then or not deepens:
+            self._set(m, then if then and then.leaves else None)
         self.ledger.hold(m, dict.fromkeys(m.placement.devices, m.footprint.awake))
         self.settle_host(m)
 
@@ -189,8 +304,9 @@ class EngineTable:
         """It sleeps: the ledger has back what came free, as measured or as expected."""
         self._learn_time(m)
         self._move(m, Step.ASLEEP)
-        m.displaced = m.leave is not None and m.leave.cause == "exchange"
-        m.level, m.leave = level, None
+        job, m.job = m.job, None
+        m.displaced = job is not None and job.reason is Reason.SWAP
+        m.level = level
         if m.health:
             m.health.engine_left()
         m.slept_shallow = m.slept_shallow or level == 1
@@ -200,10 +316,14 @@ class EngineTable:
         if freed and rest:
             m.measured(asleep=max(rest.values()))
         self.settle_host(m)
+        if job and job.then:
+            self.ask(m, job.then)
 
     def broke(self, m: Replica, step: Step, why: str) -> None:
         """A sleep, a wake or the proof failed: its state is unknown, so it is stopped in full."""
         self.cut(m, why)
+        target = m.job.target if m.job else None
+        m.job = Job(Kind.STOP, Reason.FAILED, why, self.now, target=target, then=wanted(m.job))
         self._move(m, step)
         self._out.append(StopEngine(m.id, why, False))
 
@@ -214,9 +334,12 @@ class EngineTable:
         self._move(m, step)
         m.orphans.update(m.running)
         m.running.clear()
-        m.level, m.leave, m.placement = 0, None, Placement()
-        m.slept_shallow = m.deepen = False
-        m.asked = None
+        m.level, m.placement = 0, Placement()
+        m.slept_shallow = False
+        start = m.job if step is Step.START_FAILED and m.job and m.job.kind is Kind.START else wanted(m.job)
+        if start:
+            start.then = None
+        self._set(m, start)
         if m.health:
             m.health.engine_left()
         self.ledger.release(m)
@@ -231,6 +354,8 @@ class EngineTable:
             raise
         m.level, m.ready_at = level, self.now
         m.slept_shallow = level == 1
+        if state is State.STARTING:
+            self._begin(m, Kind.START)
         self.ledger.miss(placement.devices)
         self.rebook(m)
 
@@ -275,7 +400,8 @@ class EngineTable:
 
     def _move(self, m: Replica, step: Step) -> None:
         m.state = follow(m.id, m.state, step)
-        m.changed = self.now
+        m.changed, m.untouched = self.now, False
+        self._track(m)
         devices = m.placement.devices
         if m.state in MOVING:
             self._busy.update(dict.fromkeys(devices, m))
@@ -287,7 +413,7 @@ class EngineTable:
     def _learn_time(self, m: Replica) -> None:
         kinds = {State.STARTING: "start", State.WAKING: f"wake{m.level}", State.STOPPING: "stop"}
         kind = kinds.get(m.state, "")
-        if m.state is State.FALLING_ASLEEP and m.leave and m.leave.level:
+        if m.state is State.FALLING_ASLEEP and m.job and m.job.kind is not Kind.PROVE:
             kind = f"sleep{m.level}"
         if kind and m.costs.observe(kind, self.now - m.changed):
             self.calibrations += 1

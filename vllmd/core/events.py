@@ -150,6 +150,7 @@ class EngineAdopted:
     level: int = 0
     idle: float = 0.0  # seconds since its last request ended
     footprint: Footprint | None = None
+    since: float = 0.0  # seconds that it has been in that state
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,10 +249,14 @@ class SleepAsked:
 
 @dataclass(frozen=True, slots=True)
 class StopAsked:
-    """An operator wants it stopped and a failure forgotten. Drained first unless ``force``."""
+    """An operator wants it stopped and a failure forgotten. Drained first unless ``force``.
+
+    ``device``: only those of its engines that are there, or that have none; if all are, the model with them.
+    """
 
     model: str
     force: bool = False
+    device: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from vllmd.core.balancing import ENOUGH, fastest, quickest
 from vllmd.core.common import Core
 from vllmd.core.events import ProbeAsked, ReplicaProbed, ServerSilent
-from vllmd.core.model import INFINITY, Health, HealthStatus, Latency, Leave, Replica, Run
+from vllmd.core.lifecycle import Job, Kind, Reason
+from vllmd.core.model import INFINITY, Health, HealthStatus, Latency, Replica, Run
 from vllmd.core.types import ReplicaRules, State
 
 LEAST = 0.0005  # seconds; nothing takes no time
@@ -124,7 +125,8 @@ class HealthChecks:
         self._core.engines.cut(r, "its replica does not answer", list(h.unanswered))
         hangs = h.failed > self._rules(r).retries and r.spec.device_count
         if hangs and len(r.running) == len(h.unanswered):
-            self._core.leave(r, Leave(0, "replica", f"its engine hangs: {h.failed} probes in a row failed", kill=True))
+            why = f"its engine hangs: {h.failed} probes in a row failed"
+            self._core.ask(r, Job(Kind.STOP, Reason.REPLICA, why, self._core.now, force=True))
 
     def _set_aside(
         self, r: Replica, h: Health, to: HealthStatus, why: str, numbers: Mapping[str, float] = NO_NUMBERS

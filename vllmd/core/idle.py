@@ -31,7 +31,7 @@ def rest(m: Replica, now: float) -> Rest:
 
 def idle_due(m: Replica) -> float:
     """When its idle rules next want something; infinite while it is used, kept, or about to leave anyway."""
-    if m.running or m.demand or m.kept or m.leave or m.asked or m.swap or m.deepen:
+    if m.running or m.demand or m.kept or m.leaving:
         return INFINITY
     rules, since = m.spec.idle, m.idle_since
     stop = INFINITY if rules.stop_after is None else since + rules.stop_after
@@ -52,6 +52,6 @@ def _kept_alive(m: Replica, due: float) -> float:
 
 def _deepen_due(m: Replica) -> float:
     after = m.spec.idle.deepen_after
-    if after is None or m.level != 1 or 2 not in m.spec.sleep_levels:
-        return INFINITY
-    return max(m.idle_since + after, m.look_again)
+    if after is None or m.level != 1 or 2 not in m.spec.sleep_levels or m.job:
+        return INFINITY  # or it only waits for the room to
+    return m.idle_since + after

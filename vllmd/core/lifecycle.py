@@ -1,18 +1,31 @@
-"""The life of an engine: its states and the one table of transitions.
+"""The life of an engine: its states, the one table of transitions, its job, and the one table of what merges with what.
 
-Nothing else in vllmd says what may follow what. ``design.md`` draws its
-diagram from this table (``python -m vllmd.core.lifecycle`` prints it, a test
-keeps the two equal), and a step that the table does not have changes nothing
-and raises :class:`LifecycleError`, which says whose step it was.
+Nothing else in vllmd says what may follow what. ``design.md`` draws both tables
+(``python -m vllmd.core.lifecycle`` prints them, a test keeps them equal). A step
+that the first one does not have changes nothing and raises :class:`LifecycleError`,
+which says whose step it was.
+
+A replica has at most one job, as a unit of systemd's has: what is to happen to its
+engine next. A job *waits* (for the last request to end, for a device to come to
+rest, for the policy) until its command is out, and then *runs* until the command is
+answered. A new job is merged into it by :data:`MERGES`. What must come after it
+hangs on it (``then``): a stop that may not cost the model its place in the queue is
+followed by the start that was wanted.
 """
 
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from vllmd.core.types import State
+
+if TYPE_CHECKING:
+    from vllmd.core.model import Replica
 
 S = State
 
@@ -140,5 +153,206 @@ def diagram() -> str:
     return "\n".join(lines)
 
 
+# -- jobs
+
+
+class Kind(enum.Enum):
+    """What is to happen to an engine."""
+
+    START = "start"
+    WAKE = "wake"  # a start of one that sleeps
+    SLEEP = "sleep"  # with a level
+    STOP = "stop"
+    PROVE = "prove"  # that freezing its requests loses nothing
+
+
+class Reason(enum.Enum):
+    """On whose account. The values stand in the journal (``cause``) and in the metrics."""
+
+    REQUEST = "request"  # clients wait for it
+    OPERATOR = "operator"
+    PRELOAD = "preload"
+    REPLICA = "replica"  # so many replicas are wanted; this one hangs
+    RESTART = "restart"  # it crashed, and comes up again if somebody asks
+    LEASE = "lease"  # the last one ended
+    IDLE = "idle"
+    DEEPEN = "deepen"
+    PROOF = "proof"
+    SWAP = "exchange"  # another one needs its place
+    MOVED = "moved"  # it can never wake where it is
+    CONFIG = "config"
+    DEVICE = "device"
+    FAILED = "failed"  # its state is unknown
+
+
+UP = frozenset({Kind.START, Kind.WAKE})
+WANTS = frozenset({Reason.OPERATOR, Reason.PRELOAD, Reason.REPLICA})  # a start for these is wanted without a request
+OWN = frozenset({Reason.IDLE, Reason.DEEPEN, Reason.PROOF})  # what it does for itself: a request calls that off
+BY_HAND = frozenset({Reason.OPERATOR, Reason.LEASE})  # whoever has it leave for these wants it no more
+
+
+@dataclass(slots=True)
+class Job:
+    """What is to happen to an engine. Only ``engine_table.py`` changes a replica's."""
+
+    kind: Kind
+    reason: Reason
+    why: str  # readable
+    since: float  # when it was asked for
+    level: int = 0  # of a sleep
+    freeze_at: float = math.inf  # running requests are frozen from here on
+    cut_at: float = math.inf  # running requests are cut from here on
+    force: bool = False  # what runs is cut already, and the engine is killed
+    retried: bool = False  # this start failed for lack of memory, and is tried once more
+    target: Replica | None = None  # it leaves for this one's sake
+    then: Job | None = None  # what follows
+
+    @property
+    def leaves(self) -> bool:
+        """It ends with the engine not serving, or closes its gate for a while."""
+        return self.kind not in UP
+
+    @property
+    def yields(self) -> bool:
+        """A new request calls it off."""
+        return self.reason in OWN and self.kind not in UP
+
+
+class Current(enum.Enum):
+    """What a new job finds: the rows of the table."""
+
+    NONE = "nothing"
+    WANTED = "start or wake, waits"
+    STARTS = "start, runs"
+    WAKES = "wake, runs"
+    OWN = "of its own accord, waits"
+    BY_HAND = "by an operator or a lease, waits"
+    SWAP = "for a swap, waits"
+    MUST = "must leave, waits"
+    DOWN = "sleep or proof, runs"
+    STOPS = "stop, runs"
+
+
+class New(enum.Enum):
+    """The columns: a start, and the ways to leave."""
+
+    START = "start"
+    OWN = "of its own accord"
+    SLEEP = "operator's sleep"
+    STOP = "operator's stop"
+    MUST = "swap, lease, must leave"
+    FORCE = "force"
+
+
+class Merge(enum.Enum):
+    """What becomes of the two."""
+
+    TAKE = "takes over"  # one that waits is called off; a command under way is overtaken by the stop
+    KEEP = "dropped"  # the current one is as good, or matters more
+    JOIN = "joins"  # the same; it counts for both, and nothing follows it any more
+    AFTER = "after"  # merged into what follows the current one
+    FIRST = "first"  # and the current one follows
+
+
+_T, _K, _J, _A, _F = Merge.TAKE, Merge.KEEP, Merge.JOIN, Merge.AFTER, Merge.FIRST
+MERGES: Mapping[Current, Mapping[New, Merge]] = MappingProxyType(
+    {
+        row: MappingProxyType(dict(zip(New, cells, strict=True)))
+        for row, cells in {
+            #                 start own sleep stop must force
+            Current.NONE: (_T, _T, _T, _T, _T, _T),
+            Current.WANTED: (_J, _K, _T, _T, _F, _F),
+            Current.STARTS: (_J, _K, _A, _T, _A, _T),
+            Current.WAKES: (_J, _K, _A, _A, _A, _T),
+            Current.OWN: (_T, _T, _T, _T, _T, _T),
+            Current.BY_HAND: (_T, _K, _T, _T, _T, _T),
+            Current.SWAP: (_A, _K, _K, _T, _T, _T),
+            Current.MUST: (_A, _K, _K, _T, _T, _T),
+            Current.DOWN: (_A, _K, _A, _A, _A, _T),
+            Current.STOPS: (_A, _K, _K, _K, _K, _K),
+        }.items()
+    }
+)
+
+
+def current(job: Job | None, runs: bool) -> Current:
+    """The row of a job; ``runs``: its command is out."""
+    if job is None:
+        return Current.NONE
+    if runs:
+        rows = {Kind.START: Current.STARTS, Kind.WAKE: Current.WAKES, Kind.STOP: Current.STOPS}
+        return rows.get(job.kind, Current.DOWN)
+    if job.kind in UP:
+        return Current.WANTED
+    if job.reason in OWN:
+        return Current.OWN
+    if job.reason is Reason.SWAP:
+        return Current.SWAP
+    return Current.BY_HAND if job.reason in BY_HAND else Current.MUST
+
+
+def new(job: Job) -> New:
+    """The column of a job."""
+    if job.kind in UP:
+        return New.START
+    if job.force:
+        return New.FORCE
+    if job.reason in OWN:
+        return New.OWN
+    if job.reason is Reason.OPERATOR:
+        return New.SLEEP if job.kind is Kind.SLEEP else New.STOP
+    return New.MUST
+
+
+def merge(job: Job | None, runs: bool, asked: Job) -> Job | None:
+    """The job of a replica that had ``job`` when ``asked`` was asked for. Changes both of them."""
+    verb = MERGES[current(job, runs)][new(asked)]
+    if asked.leaves and asked.reason in BY_HAND:
+        job = unwanted(job, runs)
+    if job is None or verb is Merge.TAKE:
+        if job and asked.leaves:
+            asked.target = asked.target or job.target
+            asked.then = asked.then or wanted(job)
+        return asked
+    if verb is Merge.JOIN:
+        job.then = None
+        if job.reason not in WANTS or asked.reason is Reason.OPERATOR:
+            job.since = job.since if job.reason in WANTS else asked.since
+            job.reason, job.why = asked.reason, asked.why
+    elif verb is Merge.AFTER:
+        job.then = merge(job.then, False, asked)
+    elif verb is Merge.FIRST:
+        asked.then = job
+        return asked
+    return job
+
+
+def wanted(job: Job | None) -> Job | None:
+    """The start among a job and what follows it that somebody wants without a request; None: there is none."""
+    while job and not (job.kind in UP and job.reason in WANTS):
+        job = job.then
+    return job
+
+
+def unwanted(job: Job | None, runs: bool) -> Job | None:
+    """What is left of ``job`` when nobody wants the engine on any more; a start that ``runs`` is let end."""
+    if job is None:
+        return None
+    job.then = unwanted(job.then, False)
+    if job.kind not in UP or job.reason not in WANTS:
+        return job
+    if runs:
+        job.reason = Reason.REQUEST
+        return job
+    return job.then
+
+
+def jobs_table() -> str:
+    """The table of merges in Markdown: what a new job (the columns) does to the current one (the rows)."""
+    lines = [f"| | {' | '.join(column.value for column in New)} |", f"|---|{'---|' * len(New)}"]
+    lines += [f"| {row.value} | {' | '.join(verb.value for verb in cells.values())} |" for row, cells in MERGES.items()]
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(diagram())
+    print(diagram(), jobs_table(), sep="\n\n")

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, field
 
 from vllmd.core.costs import Costs
-from vllmd.core.lifecycle import AWAKE, LOADED
+from vllmd.core.lifecycle import AWAKE, LOADED, Job, Kind, Reason, wanted
 from vllmd.core.queues import Queue
 from vllmd.core.types import Footprint, ModelSpec, Placement, ReplicaRules, ReplicaSpec, Source, State
 
@@ -89,23 +89,6 @@ class Health:
 
 
 @dataclass(slots=True)
-class Leave:
-    """Where an engine goes once it has drained, and on whose account. ``level`` 0 stops it."""
-
-    level: int
-    cause: str  # idle, swap, operator, lease, config, proof, deepen, moved, replica, device
-    why: str
-    freeze_at: float = INFINITY  # running requests are frozen from here on
-    cut_at: float = INFINITY  # running requests are cut from here on
-    kill: bool = False
-
-    @property
-    def yields(self) -> bool:
-        """A new request calls it off."""
-        return self.cause in ("idle", "deepen", "proof")
-
-
-@dataclass(slots=True)
 class Lease:
     """Somebody keeps the model: until the deadline this replica is not made to leave."""
 
@@ -138,6 +121,7 @@ class Model:
 
     spec: ModelSpec
     replicas: list[Replica] = field(default_factory=list)
+    retired: list[Replica] = field(default_factory=list)  # those that the configuration has no more, and that still run
     queue: Queue = field(default_factory=Queue)
     nominee: Replica | None = None  # the replica that is to come up for the queue, or is the only one
     leases: dict[str, Lease] = field(default_factory=dict)
@@ -145,7 +129,6 @@ class Model:
     used: float = -INFINITY  # when a request last came
     added: set[int] = field(default_factory=set)  # devices for which one more replica was asked for
     scale: Scale = field(default_factory=Scale)
-    removed: bool = False  # the configuration has it no more
 
     @property
     def name(self) -> str:
@@ -153,9 +136,9 @@ class Model:
         return self.spec.name
 
     @property
-    def members(self) -> list[Replica]:
-        """The replicas that the configuration still has."""
-        return [r for r in self.replicas if not r.removed]
+    def removed(self) -> bool:
+        """The configuration has it no more."""
+        return not self.replicas
 
     @property
     def rules(self) -> ReplicaRules | None:
@@ -173,6 +156,7 @@ class Replica:
     costs: Costs
     changed: float  # since when it is in this state
     state: State = State.STOPPED
+    untouched: bool = True  # it has been in no other state
     level: int = 0
     placement: Placement = NOWHERE
     running: dict[str, Run] = field(default_factory=dict)
@@ -180,27 +164,18 @@ class Replica:
     ready_at: float = 0.0  # when it last became ready
     used: float = -INFINITY  # when a request last came or ended
     idle_since: float = 0.0
-    leave: Leave | None = None  # why the gate is closed (DRAINING), or what a sleeper still has to do
-    asked: Leave | None = None  # an operator's wish that must wait for the command under way
-    urged: bool = False  # who wants it is an operator, and busy models leave at once
+    job: Job | None = None  # what is to happen to it next, or happens: only engine_table.py changes it
     displaced: bool = False  # it sleeps because another one needed its place
     moved: float = -INFINITY  # when it was last moved to another device
-    deepen: bool = False  # woken only to sleep deeper
-    swap: Replica | None = None  # the target of the swap it is a victim of
-    wanted: float | None = None  # since when an operator wants it loaded
     pinned: bool = False
     bound: int | None = None  # the device that an operator wants it on, until it stops
     failures: int = 0  # in a row
     failed_at: float = 0.0  # when the last of them was
     failure: str = ""
-    given_up: bool = False
     retry_at: float = 0.0
-    room_retried: bool = False  # a start for lack of memory was tried once more
     freezes: bool | None = None  # its engine proved that frozen requests survive
     slept_shallow: bool = False  # at level 1 since it started: its host memory stays taken
     sleep_failures: int = 0  # sleeps and wakes that ended in a stop
-    look_again: float = -INFINITY  # no earlier look at whether it can sleep deeper
-    removed: bool = False  # the configuration has it no more
     health: Health | None = None  # of one of several engines of a model
     due: float = INFINITY  # when time alone changes something for it
 
@@ -253,10 +228,38 @@ class Replica:
         return self.model.queue.oldest if self.model.nominee is self else None
 
     @property
+    def removed(self) -> bool:
+        """The configuration has it no more."""
+        return self not in self.model.replicas
+
+    @property
+    def leaving(self) -> bool:
+        """It is on its way out: it drains, is being taken down, or sleeps and is to stop."""
+        job = self.job
+        return job is not None and job.leaves and not (job.kind is Kind.SLEEP and self.state is State.SLEEPING)
+
+    @property
+    def wanted(self) -> float | None:
+        """Since when it is wanted on without a request for it."""
+        start = wanted(self.job)
+        return start.since if start else None
+
+    @property
+    def urged(self) -> bool:
+        """Who wants it is an operator: busy models leave at once."""
+        start = wanted(self.job)
+        return start is not None and start.reason is Reason.OPERATOR
+
+    @property
+    def given_up(self) -> bool:
+        """It has failed, and nothing brings it up again but a request after its back-off."""
+        return self.state is State.FAILED and self.job is None
+
+    @property
     def demand(self) -> int:
         """How many wait for it to be on: requests queued, requests frozen, a load that was asked for."""
         frozen = len(self.running) if self.running and self.state not in AWAKE else 0
-        return self.queued + frozen + (self.wanted is not None)
+        return self.queued + frozen + (wanted(self.job) is not None)
 
     @property
     def freezable(self) -> bool:

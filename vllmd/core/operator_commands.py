@@ -15,12 +15,15 @@ from vllmd.core.events import (
     SleepAsked,
     StopAsked,
 )
-from vllmd.core.model import INFINITY, Health, HealthStatus, Lease, Leave, Model, Replica
+from vllmd.core.lifecycle import BY_HAND, OWN, Job, Kind, Reason
+from vllmd.core.model import INFINITY, Health, HealthStatus, Lease, Model, Replica
 from vllmd.core.policies import POLICIES
 from vllmd.core.scaling import Scaling
 from vllmd.core.types import ModelSpec, ReplicaSpec, State, renamed
 
 UP = frozenset({State.READY, State.STARTING, State.WAKING})
+CALLED_OFF = OWN | {Reason.SWAP, Reason.LEASE, Reason.MOVED}  # by a pin or a lease
+BY_OPERATOR = "an operator asked for it"
 
 
 class OperatorCommands:
@@ -50,8 +53,8 @@ class OperatorCommands:
 
     def _load_on(self, model: Model, device: int) -> None:
         """The one that is there or on its way there; else one that nobody uses or wants; else one more is asked for."""
-        there = next((r for r in model.members if device in r.placement.devices or _bound_for(r, device)), None)
-        spare = (r for r in model.members if r.state in (State.STOPPED, State.FAILED) and not r.demand)
+        there = next((r for r in model.replicas if device in r.placement.devices or _bound_for(r, device)), None)
+        spare = (r for r in model.replicas if r.state in (State.STOPPED, State.FAILED) and not r.demand)
         r = there or next((r for r in spare if can_be_on(r.spec, device)), None)
         if r is None:
             if device not in model.added:
@@ -69,17 +72,16 @@ class OperatorCommands:
 
     def _load(self, r: Replica, *, beside: bool) -> None:
         """A failure's back-off does not count for an operator."""
-        self._core.mark_dirty(r)
+        self._core.mark_urgent(r)
         self._scaling.resume(r)
-        r.asked, r.deepen = None, False
-        if r.leave and r.leave.cause != "exchange":
-            self._core.stay(r)
         if r.state is State.FAILED:
             self._core.engines.forgive(r)
         if beside:
             self._scaling.wish(r)
-        elif r.state is not State.READY and r.wanted is None:
-            r.wanted, r.urged = self._core.now, True
+            if r.job and r.job.reason in OWN | BY_HAND:
+                self._core.engines.call_off(r)
+            return
+        self._core.ask(r, Job(Kind.START, Reason.OPERATOR, BY_OPERATOR, self._core.now))
 
     def sleep(self, e: SleepAsked) -> None:
         """3.2: level 3 stops."""
@@ -87,40 +89,35 @@ class OperatorCommands:
             if e.level not in (1, 2):
                 self._stop(r, force=False)
                 continue
-            r.wanted = None
             self._scaling.halt(r)
-            self._core.leave(r, Leave(e.level, "operator", "an operator asked for it", cut_at=self._core.cut_at(r)))
+            cut_at = self._core.cut_at(r)
+            self._core.ask(r, Job(Kind.SLEEP, Reason.OPERATOR, BY_OPERATOR, self._core.now, e.level, cut_at=cut_at))
 
     def stop(self, e: StopAsked) -> None:
         """3.3: who waits now is told; who comes later starts it anew. A failure is forgotten."""
-        model = self._core.models.get(e.model)
+        model, replicas = self._core.models.get(e.model), self._core.named(e.model)
+        if e.device is not None:
+            present = [r for r in replicas if r.state is not State.STOPPED]
+            there = [r for r in present if e.device in r.placement.devices or not r.placement.devices]
+            model, replicas = (model, replicas) if len(there) == len(present) else (None, there)
         if model:
             why = f"{model.name!r} was stopped by an operator"
             self._admission.reject_queue(model, Refusal("Unavailable", why, 1.0))
-        for r in self._core.named(e.model):
+        for r in replicas:
             self._stop(r, e.force)
 
     def _stop(self, r: Replica, force: bool) -> None:
         r.bound = None
         self._scaling.halt(r)
         self._admission.reject_waiters(r, "Unavailable", f"{r.id!r} was stopped by an operator", 1.0)
-        r.failures, r.failure, r.given_up, r.room_retried, r.sleep_failures = 0, "", False, False, 0
+        r.failures, r.failure, r.sleep_failures = 0, "", 0
         if r.state is State.FAILED:
             self._core.engines.forgive(r)
-        if force:
-            self._force(r)
-        else:
-            self._core.leave(r, Leave(0, "operator", "an operator asked for it", cut_at=self._core.cut_at(r)))
-
-    def _force(self, r: Replica) -> None:
-        """At once if it is the one that moves; else as soon as its devices are at rest."""
-        self._core.engines.cut(r, "the model was stopped by force")
-        leave = Leave(0, "operator", "an operator forced it", kill=True)
-        if r.state in (State.STARTING, State.FALLING_ASLEEP, State.WAKING):
-            self._core.engines.stop(r, leave.why, kill=True)
-            self._core.mark_dirty(r)
-        else:
-            self._core.leave(r, leave)
+        job = Job(Kind.STOP, Reason.OPERATOR, BY_OPERATOR, self._core.now, cut_at=self._core.cut_at(r))
+        if force:  # at once if it is the one that moves; else as soon as its devices are at rest
+            self._core.engines.cut(r, "the model was stopped by force")
+            job = Job(Kind.STOP, Reason.OPERATOR, "an operator forced it", self._core.now, force=True)
+        self._core.ask(r, job)
 
     # -- pins and leases
 
@@ -144,7 +141,8 @@ class OperatorCommands:
 
     def _keep(self, r: Replica) -> None:
         self._core.mark_urgent(r)
-        if r.kept and r.leave and r.leave.cause in ("exchange", "idle", "lease", "deepen", "moved"):
+        jobs = (r.job, r.job.then) if r.job else ()
+        if r.kept and any(job and job.leaves and job.reason in CALLED_OFF for job in jobs):
             self._core.stay(r)
 
     def release(self, e: LeaseReleased) -> None:
@@ -158,9 +156,8 @@ class OperatorCommands:
         r.idle_since = max(r.idle_since, self._core.now)
         self._core.mark_urgent(r)
         if stop and not r.kept:
-            r.wanted = None
-            why = f"its last lease, {lease!r}, ended"
-            self._core.leave(r, Leave(0, "lease", why, cut_at=self._core.cut_at(r)))
+            why, cut_at = f"its last lease, {lease!r}, ended", self._core.cut_at(r)
+            self._core.ask(r, Job(Kind.STOP, Reason.LEASE, why, self._core.now, cut_at=cut_at))
 
     # -- configuration
 
@@ -169,11 +166,11 @@ class OperatorCommands:
         core = self._core
         specs = {spec.name: spec for spec in e.models}
         for model in [model for name, model in core.models.items() if name not in specs]:
-            model.removed = True
             why = f"{model.name!r} was removed from the configuration"
             self._admission.reject_queue(model, Refusal("UnknownModel", why))
-            for r in model.replicas:
-                self._remove(r)
+            gone, model.replicas = model.replicas, []
+            for r in gone:
+                self._retire(r)
         for spec in specs.values():
             self.configure(spec, e.restart)
         order = {name: place for place, name in enumerate(specs)}
@@ -197,12 +194,12 @@ class OperatorCommands:
         """
         core = self._core
         model = core.models.setdefault(spec.name, Model(spec))
-        model.spec, model.removed = spec, False
-        names = renamed([r.id for r in model.members], [each.id for each in spec.replicas])
+        model.spec = spec
+        names = renamed([r.id for r in model.replicas], [each.id for each in spec.replicas])
         if names:
             core.rename(core.replicas[names[0]], names[1])
-        known = {r.id: r for r in model.replicas}
-        replicas = []
+        known = {r.id: r for r in (*model.retired, *model.replicas)}
+        retired, replicas = set(model.retired), []
         for each in spec.replicas:
             r = known.pop(each.id, None)
             if r is None:
@@ -211,9 +208,10 @@ class OperatorCommands:
                 self._respec(r, each, each.id in restart)
             r.health = (r.health or Health()) if spec.balancing else None
             replicas.append(r)
+        model.replicas = replicas
+        model.retired = [r for r in known.values() if r in retired]
         for r in known.values():
-            self._remove(r)
-        model.replicas = [*replicas, *known.values()]
+            self._retire(r)
         model.nominee = None if spec.balancing else replicas[0]
         for r in replicas if model.added else ():
             if len(r.spec.devices) == 1 and r.spec.devices[0] in model.added:
@@ -237,22 +235,27 @@ class OperatorCommands:
         if spec.preload and not r.spec.preload and not r.loaded:
             self.preload[r] = None
             self.preloading = False
-        r.spec, r.removed = spec, False
+        r.spec = spec
         r.bound = r.bound if r.bound is not None and can_be_on(spec, r.bound) else None
         r.costs = self._core.costs.open(spec)
         self._core.waiting.pop(r, None)  # it is looked at again whether it can fit
         self._core.mark_urgent(r)
         if restart:
-            self._core.leave(r, Leave(0, "config", "its configuration changed", cut_at=self._core.cut_at(r)))
+            self._leave(r, "its configuration changed")
 
-    def _remove(self, r: Replica) -> None:
-        r.removed, r.pinned = True, False
+    def _retire(self, r: Replica) -> None:
+        """The configuration has it no more: it leaves for good."""
+        if r not in r.model.retired:
+            r.model.retired.append(r)
+        r.pinned = False
         for lease in r.leases:
             del r.model.leases[lease]
         self.preload.pop(r, None)
         self._admission.reject_waiters(r, "UnknownModel", f"{r.id!r} was removed from the configuration")
-        why = "it was removed from the configuration"
-        self._core.leave(r, Leave(0, "config", why, cut_at=self._core.cut_at(r)))
+        self._leave(r, "it was removed from the configuration")
+
+    def _leave(self, r: Replica, why: str) -> None:
+        self._core.ask(r, Job(Kind.STOP, Reason.CONFIG, why, self._core.now, cut_at=self._core.cut_at(r)))
 
 
 def can_be_on(spec: ReplicaSpec, device: int) -> bool:

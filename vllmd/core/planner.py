@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 from vllmd.core.common import Core
 from vllmd.core.eviction import fits
-from vllmd.core.model import INFINITY, Leave, Replica
+from vllmd.core.lifecycle import Job, Kind, Reason
+from vllmd.core.model import INFINITY, Replica
 from vllmd.core.policy import Outlook, Plan, PolicyInput
 from vllmd.core.policy_input import PolicyInputBuilder, host_claims, levels, waited_since
 from vllmd.core.types import State
@@ -14,46 +15,49 @@ from vllmd.core.types import State
 TICK = 0.25  # seconds between two looks while anything waits
 FILL_AGE = 5.0  # seconds for which the choice of level-1 sleepers stands
 RECENT = 10.0  # seconds for which it is believed what others leave free, where nobody waits for it
+PRELOADED = "it is to be preloaded"
 RELOCATE_EVERY = 1.0  # seconds between two looks for sleepers that must move
 
 
 class Planner:
     """When to ask the policy, what it sees, and what becomes of its plans."""
 
-    def __init__(self, core: Core, settle: Callable[[], None]) -> None:
+    def __init__(self, core: Core) -> None:
         self._core = core
-        self.builder = PolicyInputBuilder(core.engines, core.swaps, core.fit)
-        self._settle = settle  # carries out what a plan has set in motion
+        self.builder = PolicyInputBuilder(core.engines, core.swaps, core.fit, core.changed)
         self._looked = -INFINITY
         self._filled = -INFINITY
         self._relocated = -INFINITY
         self._shallow: frozenset[str] = frozenset()
-        self._held_back: frozenset[Replica] = frozenset()  # who was recorded to wait for others to leave a device free
+        self.held_back: frozenset[Replica] = frozenset()  # who was recorded to wait for others to leave a device free
 
     @property
     def due(self) -> float:
         """When it wants to look again; infinite while nobody waits without a swap of his own."""
         return self._looked + TICK if len(self._core.waiting) > len(self._core.swaps) else INFINITY
 
-    def plan(self) -> None:
-        """7: at news, and each quarter of a second while anything waits: ask until there is nothing to begin."""
+    def plan(self) -> Iterator[None]:
+        """7: at news, and each quarter of a second while anything waits: ask until there is nothing to begin.
+
+        What a step has set in motion is carried out before the next one.
+        """
         core = self._core
         if not core.waiting:
-            self._held_back = frozenset()
-        if not core.waiting:
-            self._tidy()
+            self.held_back = frozenset()
+            yield from self._tidy()
         if not core.waiting or not (core.replan or core.now >= self._looked + TICK):
             return
         self._looked = core.now
-        self._relocate()
+        yield from self._relocate()
         for _ in range(len(core.waiting) + 1):
             plan = core.policy.choose(self.look())
             if plan is None:
                 break
             self.begin(plan)
+            yield
         self._record_held_back()
 
-    def _tidy(self) -> None:
+    def _tidy(self) -> Iterator[None]:
         """7.4: while nobody waits, models that are being used are moved to where they fit beside each other."""
         core = self._core
         if not core.replan or len(core.engines.ledger.accounts) < 2 or len(core.swaps):
@@ -62,17 +66,18 @@ class Planner:
             plan = core.policy.tidy(self.look())
             if plan:
                 self.begin(plan)
+                yield
 
     def _record_held_back(self) -> None:
         """7.3: who waits for others to leave a device free; once, not with each look."""
-        core, before = self._core, self._held_back
+        core, before = self._core, self.held_back
         picky = [m for m in core.waiting if m.spec.when_free]
         held = {m: wait for m in picky if (wait := core.fit.held_back(m, waited_since(m, core.now)))}
-        self._held_back = frozenset(m for m, wait in held.items() if not wait.unread)
-        for m in [m for m in held if m in self._held_back and m not in before]:
+        self.held_back = frozenset(m for m, wait in held.items() if not wait.unread)
+        for m in [m for m in held if m in self.held_back and m not in before]:
             core.engines.record("wait", m, f"it waits for {held[m].why}", held[m].numbers)
 
-    def _relocate(self) -> None:
+    def _relocate(self) -> Iterator[None]:
         """7.1: a sleeper that cannot wake where it sleeps is stopped, if it can start elsewhere."""
         core = self._core
         if core.now < self._relocated + RELOCATE_EVERY:
@@ -84,8 +89,8 @@ class Planner:
         for m in sleepers:
             why = core.fit.stuck(m) if m not in core.swaps else ""
             if why:
-                core.leave(m, Leave(0, "moved", why))
-        self._settle()
+                core.ask(m, Job(Kind.STOP, Reason.MOVED, why, core.now))
+        yield
 
     def begin(self, plan: Plan) -> None:
         """Record the plan, close the gates, and start what can start."""
@@ -104,9 +109,8 @@ class Planner:
         core.mark_dirty(m)
         for victim in plan.victims:
             core.mark_dirty(core.replicas[victim.model])
-        self._settle()
 
-    def bring(self, m: Replica, why: str, since: float, but: frozenset[int] = frozenset()) -> bool:
+    def bring(self, m: Replica, reason: Reason, why: str, since: float, but: frozenset[int] = frozenset()) -> bool:
         """Have it serve where it fits beside what is there; nobody leaves for it. Whether that could be begun.
 
         ``since``: from when the word must be on what others leave free, if it starts only there. ``but``: devices
@@ -117,7 +121,7 @@ class Planner:
         devices = fits(self.look(), self.builder.see_newcomer(m, since).without(but))
         if devices is None or self._core.fit.never(m):
             return False
-        m.wanted, m.urged = self._core.now, False
+        self._core.ask(m, Job(Kind.START, reason, why, self._core.now))
         self.begin(Plan(m.id, devices, why=why))
         return True
 
@@ -125,7 +129,7 @@ class Planner:
         w = self.builder.see_newcomer(m, since=-INFINITY)
         return bool(w.span) and not w.devices
 
-    def preload(self, todo: dict[Replica, None]) -> None:
+    def preload(self, todo: dict[Replica, None]) -> Iterator[None]:
         """7.2: load, in order, what fits beside what is there; nobody leaves for it.
 
         One that starts only on free devices is wanted from now on where others leave it none.
@@ -134,14 +138,16 @@ class Planner:
         for m in list(todo):
             if core.engines.ledger.unknown and m.spec.device_count:
                 continue
-            if m.state is not State.STOPPED or m.demand or self.bring(m, "it is to be preloaded", -INFINITY):
+            if m.state is not State.STOPPED or m.demand:
                 del todo[m]
+            elif self.bring(m, Reason.PRELOAD, PRELOADED, -INFINITY):
+                del todo[m]
+                yield
             elif self._waits_for_others(m):
                 del todo[m]
-                m.wanted, m.urged = core.now, False
-                core.mark_dirty(m)
-                self._settle()
-                self.plan()
+                core.ask(m, Job(Kind.START, Reason.PRELOAD, PRELOADED, core.now))
+                yield
+                yield from self.plan()
             elif not any(supply.busy or supply.claimed for supply in self.look().supplies.values()):
                 del todo[m]
                 core.engines.record("skip", m, "it is to be preloaded, but does not fit beside the others")

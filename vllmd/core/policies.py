@@ -26,6 +26,7 @@ from vllmd.core.pricing import Prices, budgets, longest_drain, rate_of
 
 NUMBERS = dict[str, float | int | str]
 HEADSTART = 1.0  # seconds added to everybody's age, so that priority orders those who come together
+LEAST_LOAD = 0.01  # seconds; whoever loads faster gains nothing by it
 
 
 def plain(s: PolicyInput) -> Plan | None:
@@ -234,6 +235,18 @@ def in_turn(s: PolicyInput) -> Sequence[Waiting]:
     return sorted(s.waiting, key=lambda w: (-(s.now - w.oldest + HEADSTART) * w.priority, w.oldest, w.model))
 
 
+def by_worth(s: PolicyInput) -> Sequence[Waiting]:
+    """The order in which swaps are worth most: what was waited, times the age of the oldest, per second of load."""
+    if len(s.waiting) < 2:
+        return s.waiting
+    return sorted(s.waiting, key=lambda w: (-_worth(w, s.now), w.oldest, w.model))
+
+
+def _worth(w: Waiting, now: float) -> float:
+    waited = w.waiters * (now + HEADSTART) - w.arrived
+    return waited * (now - w.oldest + HEADSTART) * w.priority / max(w.load, LEAST_LOAD)
+
+
 class Offer(NamedTuple):
     """The best swap found for a waiter, and what it is worth."""
 
@@ -247,7 +260,10 @@ class Offer(NamedTuple):
 class Adaptive:
     """Draining, with patience for the busy and none for the idle (the default).
 
-    Those who wait are looked at in turn: in order of age, a second of priority 2 counting as two.
+    Those who wait are looked at in turn. First comes where the product of what
+    all its requests have waited and the age of the oldest, per second of its
+    load and times its priority, is largest: a swap goes where it ends most
+    waiting, and everybody's turn comes, because age adds up twice.
 
     1. What fits is loaded at once.
     2. Else the set of victims with the lowest price is sought (``pricing.py``).
@@ -265,10 +281,9 @@ class Adaptive:
        stands idle, as soon as the queue has waited ``kappa`` of the price.
     5. Nobody overtakes one who has waited past the deadline but must wait yet,
        for a transfer to end or a victim to have served its time: else small
-       models would take what a large one waits for. Where swaps are dear (all
-       who wait need longer than the shortest deadline: scarce host memory, cold
-       starts) the same holds from the beginning, for there it is what makes the
-       longest waits.
+       models would take what a large one waits for. Where swaps are ``dear``
+       (scarce host memory, cold starts) the same holds from the beginning, for
+       there it is what makes the longest waits.
     6. A busy model that has just been loaded stays for ``residency`` times what
        the swap costs, deadline or not, so that every swap serves somebody; but
        no longer than its drain limit.
@@ -314,8 +329,8 @@ class _Turns:
     def __init__(self, s: PolicyInput) -> None:
         swaps = sum([w.load + w.sleep for w in s.waiting])
         drains = sum([w.service for w in s.waiting])
-        self.deadline = max(s.knobs.deadline, s.knobs.rounds * (swaps + s.knobs.drains * drains))
-        self.dear = s.knobs.rounds * swaps > s.knobs.deadline
+        self.deadline = max(s.knobs.deadline, swaps + s.knobs.drains * drains)
+        self.dear = swaps > s.knobs.dear
         self.prices = Prices(s)
         self.here = _by_device(s.residents)
         self.supplies = dict(s.supplies)
@@ -326,7 +341,7 @@ class _Turns:
 
     def order(self) -> Iterator[Waiting]:
         """First those who may not be kept waiting, then those past the deadline by age, then the others in turn."""
-        turn = in_turn(self.s)
+        turn = by_worth(self.s)
         yield from [w for w in turn if w.impatient]
         late = [w for w in self.s.waiting if not w.impatient and self._late(w)]
         yield from late

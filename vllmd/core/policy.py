@@ -126,13 +126,12 @@ class PolicyInput(NamedTuple):
 class Knobs(NamedTuple):
     """The numbers of the policy; ``design.md`` tells how they were found."""
 
-    deadline: float = 30.0  # D0: a waiter older than this, or than ...
-    rounds: float = 1.25  # ... so many times what all who wait need to be served, no longer asks what it costs: ...
+    deadline: float = 60.0  # a waiter older than this, or than all who wait need to be served, asks no price: ...
     drains: float = 2.0  # ... their loads and sleeps, and for each so many of its requests
-    kappa: float = 0.1  # the share of a plan's price that must have been waited where requests are to be frozen
+    dear: float = 24.0  # seconds that all swaps waited for take together, from which on nobody overtakes
+    kappa: float = 0.25  # the share of a plan's price that must have been waited where requests are to be frozen
     patience: float = 40.0  # how many times dearer regret is where running requests must be drained: see Adaptive
-    frozen_patience: float = 0.7  # the same where they are frozen
-    residency: float = 3.0  # q: a busy model stays for so many times what the swap costs
+    residency: float = 1.0  # q: a busy model stays for so many times what the swap costs
     budgets: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0)  # drain budgets tried where requests can be frozen
     used: float = 300.0  # seconds for which a model counts as being used after its last request
     again: float = 20.0  # a model is moved again only after so many times what its start takes

@@ -22,8 +22,9 @@ SOON = 0.001  # a transfer that should have ended by now
 class PolicyInputBuilder:
     """Keeps the views of models that did not change: a look costs what changed since the last one."""
 
-    def __init__(self, engines: EngineTable, swaps: Swaps, fit: Fit) -> None:
+    def __init__(self, engines: EngineTable, swaps: Swaps, fit: Fit, changed: dict[Replica, None]) -> None:
         self._engines = engines
+        self._changed = changed  # since the last look; most changes need none
         self._fit = fit
         self._swaps = swaps
         self._waiting: dict[Replica, Waiting] = {}
@@ -33,11 +34,6 @@ class PolicyInputBuilder:
         self._sleepable: defaultdict[int, int] = defaultdict(int)  # their sums
         self._host: tuple[int, frozenset[str]] = (0, frozenset())
         self._calibrations = 0
-        self._noted: dict[Replica, None] = {}  # changed since the last look
-
-    def note(self, m: Replica) -> None:
-        """``m`` changed, or is known no more. What that means is found out at the next look: most changes need none."""
-        self._noted[m] = None
 
     def _take(self, m: Replica) -> None:
         self._waiting.pop(m, None)
@@ -58,9 +54,9 @@ class PolicyInputBuilder:
     def look(self, waiting: Iterable[Replica], shallow: frozenset[str]) -> PolicyInput:
         """Everything as it is now; ``shallow``: who sleeps at level 1 if it must."""
         engines = self._engines
-        for m in self._noted:
+        for m in self._changed:
             self._take(m)
-        self._noted.clear()
+        self._changed.clear()
         if engines.calibrations != self._calibrations:  # what is expected of engines that were never measured
             self._calibrations = engines.calibrations
             self._waiting.clear()
@@ -124,7 +120,7 @@ _age = attrgetter("oldest", "model")
 
 def may_leave(m: Replica) -> bool:
     """Whether a policy may ask it to: it is on with its gate open, or sleeps without frozen requests."""
-    if m.kept or m.swap or not m.placement.devices or m.leave is not None:
+    if m.kept or m.leaving or not m.placement.devices:
         return False
     return m.state is State.READY or (m.state is State.SLEEPING and not m.running)
 

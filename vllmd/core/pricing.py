@@ -79,7 +79,7 @@ class Prices:
             + 0.3 * (r.running - left) * drain  # those who have the engine to themselves meanwhile
             + back
         )
-        return r.priority * regret * (self._knobs.patience if budget == INFINITY else self._knobs.frozen_patience)
+        return r.priority * regret * (self._knobs.patience if budget == INFINITY else 1.0)
 
 
 def rate_of(r: Resident, now: float) -> float:

@@ -2,57 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 
+class Queue(dict[str, tuple[str, float]]):
+    """Waiting requests, in order of arrival, each with its key and when it came.
 
-class Queue:
-    """Waiting requests. Taking, removing and asking for the oldest cost the same however many there are."""
+    Taking, removing and asking for the oldest cost the same however many there are. Only the methods here change it.
+    """
 
-    __slots__ = ("_all", "_keys", "arrived")
+    __slots__ = ("_keys", "arrived")
 
     def __init__(self) -> None:
-        self._all: dict[str, tuple[str, float]] = {}  # request -> key, time; in order of arrival
         self._keys: dict[str, dict[str, None]] = {}  # key -> its requests in order; the key to serve next is first
         self.arrived = 0.0  # sum of the times of arrival
-
-    def __len__(self) -> int:
-        return len(self._all)
-
-    def __contains__(self, request: str) -> bool:
-        return request in self._all
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._all)
 
     @property
     def oldest(self) -> float | None:
         """When the oldest waiting request came."""
-        for _, arrived in self._all.values():
+        for _, arrived in self.values():
             return arrived
         return None
 
     def add(self, request: str, key: str, now: float) -> None:
         """``request`` of API key ``key`` waits from ``now`` on."""
-        self._all[request] = (key, now)
+        self[request] = (key, now)
         self._keys.setdefault(key, {})[request] = None
         self.arrived += now
 
-    def absorb(self, other: Queue) -> None:
-        """Everybody who waits in ``other`` waits here from now on, each since he came."""
-        waiting = sorted([*self._all.items(), *other._all.items()], key=lambda entry: entry[1][1])
-        for queue in (self, other):
-            queue._all, queue._keys, queue.arrived = {}, {}, 0.0
-        for request, (key, arrived) in waiting:
-            self.add(request, key, arrived)
-
     def remove(self, request: str) -> None:
         """``request`` waits no longer. Raises KeyError if it did not wait."""
-        key, arrived = self._all.pop(request)
+        key, arrived = self.pop(request)
         mine = self._keys[key]
         del mine[request]
         if not mine:
             del self._keys[key]
-        self.arrived = self.arrived - arrived if self._all else 0.0
+        self.arrived = self.arrived - arrived if self else 0.0
 
     def take(self) -> tuple[str, str]:
         """The next request and its key: the keys take turns, so that one caller's flood delays only itself."""
@@ -66,7 +49,7 @@ class Queue:
     def late(self, timeout: float, now: float) -> list[str]:
         """Those whose ``timeout`` has passed, oldest first."""
         late = []
-        for request, (_, arrived) in self._all.items():
+        for request, (_, arrived) in self.items():
             if arrived + timeout > now:
                 break
             late.append(request)

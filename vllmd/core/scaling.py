@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from vllmd.core.balancing import OFF, in_flight, load_time, resting
 from vllmd.core.common import Core
 from vllmd.core.health import HealthChecks
-from vllmd.core.lifecycle import AWAKE
+from vllmd.core.lifecycle import AWAKE, Reason
 from vllmd.core.model import INFINITY, Model, Replica
 from vllmd.core.planner import RECENT, Planner
 from vllmd.core.types import ReplicaRules, State
@@ -28,22 +28,23 @@ class Scaling:
         """When time alone changes something for one of them."""
         return min([model.scale.due for model in self._core.balanced], default=INFINITY)
 
-    def upkeep(self) -> bool:
-        """Probe who has to show himself, bring up as many as are wanted. Whether there was a model to look at."""
+    def upkeep(self) -> Iterator[None]:
+        """Probe who has to show himself, bring up as many as are wanted.
+
+        What a step has set in motion is carried out before the next one.
+        """
         core = self._core
-        if not core.balanced:
-            return False  # asked after every event
-        models = {**core.unkept, **{model: None for model in core.balanced if model.scale.due <= core.now}}
-        core.unkept.clear()
-        for model in models:
-            if model.rules is None:
-                continue
-            for r in model.members:
-                self._health.look_at(r)
-            self._scale(model, model.rules)
-            self._bring_up(model, model.rules)
-            model.scale.due = self._due(model, model.rules)
-        return bool(models)
+        while models := {**core.unkept, **{model: None for model in core.balanced if model.scale.due <= core.now}}:
+            core.unkept.clear()
+            for model in models:
+                if model.rules is None:
+                    continue
+                for r in model.replicas:
+                    self._health.look_at(r)
+                self._scale(model, model.rules)
+                yield from self._bring_up(model, model.rules)
+                model.scale.due = self._due(model, model.rules)
+            yield
 
     # -- an operator's word
 
@@ -52,7 +53,7 @@ class Scaling:
         if r.health is None:
             return
         r.health.halted = True
-        healths = [other.health for other in r.model.members if other.health]
+        healths = [other.health for other in r.model.replicas if other.health]
         if all(health.halted for health in healths):
             r.model.used = -INFINITY  # and none comes up before somebody asks
             for health in healths:
@@ -71,7 +72,7 @@ class Scaling:
         """A replica that is wanted is unused since the model's last use, whichever of them had it."""
         model = r.model
         if model.rules and r not in resting(model):
-            busy = any(other.running for other in model.members)
+            busy = any(other.running for other in model.replicas)
             r.idle_since = max(r.idle_since, self._core.now if busy else model.used)
 
     # -- how many (8.4)
@@ -79,7 +80,7 @@ class Scaling:
     def _scale(self, model: Model, rules: ReplicaRules) -> None:
         """One more or one fewer, when there was too much or too little for long enough."""
         scale, now, load = model.scale, self._core.now, _load(model)
-        least, most = max(1, rules.least), len([r for r in model.members if r.spec.device_count])
+        least, most = max(1, rules.least), len([r for r in model.replicas if r.spec.device_count])
         scale.wanted = max(least, min(scale.wanted, most))
         scale.crowded = self._since(scale.crowded, load > rules.busy * scale.wanted and scale.wanted < most)
         fewer = scale.wanted > least and load * 2 <= rules.busy * (scale.wanted - 1)
@@ -100,7 +101,7 @@ class Scaling:
 
     # -- which (8.5)
 
-    def _bring_up(self, model: Model, rules: ReplicaRules) -> None:
+    def _bring_up(self, model: Model, rules: ReplicaRules) -> Iterator[None]:
         """Those that are missing, where they fit beside what is there; nobody leaves for them."""
         core, scale = self._core, model.scale
         if not self._in_use(model, rules) or core.now < scale.tried + AGAIN:
@@ -114,13 +115,14 @@ class Scaling:
             if r.state is State.FAILED:
                 core.engines.forgive(r)
             why = f"{model.name} is to have {number} replicas here" if r.spec.device_count else f"{model.name} is used"
-            self._planner.bring(r, why, core.now - RECENT, _taken(r))
+            if self._planner.bring(r, Reason.REPLICA, why, core.now - RECENT, _taken(r)):
+                yield
 
     def _missing(self, model: Model, rules: ReplicaRules) -> Iterator[Replica]:
         """Those that ought to be brought up: all that take no device, and of the others as many as are wanted."""
-        up = [r for r in model.members if r.state in AWAKE or r.state in (State.STARTING, State.WAKING)]
+        up = [r for r in model.replicas if r.state in AWAKE or r.state in (State.STARTING, State.WAKING)]
         short = max(model.scale.wanted, rules.least) - len([r for r in up if r.spec.device_count])
-        off = [r for r in model.members if r.state in OFF and not (r.demand or r.leave or r.asked)]
+        off = [r for r in model.replicas if r.state in OFF and not (r.demand or r.leaving)]
         able = [r for r in off if r.retry_at <= self._core.now and not (r.health and r.health.halted)]
         for r in sorted(able, key=load_time):
             if not r.spec.device_count:
@@ -131,16 +133,16 @@ class Scaling:
 
     def _in_use(self, model: Model, rules: ReplicaRules) -> bool:
         recently = self._core.now < model.used + rules.calm_for
-        return recently or _load(model) > 0 or any(r.wanted is not None for r in model.members)
+        return recently or _load(model) > 0 or any(r.wanted is not None for r in model.replicas)
 
     # -- time
 
     def _due(self, model: Model, rules: ReplicaRules) -> float:
         scale, now = model.scale, self._core.now
         due = min(scale.crowded + rules.busy_for, scale.calm + rules.calm_for)
-        due = min([due, *(self._health.due(r) for r in model.members)])
+        due = min([due, *(self._health.due(r) for r in model.replicas)])
         if self._in_use(model, rules):
-            retries = [r.retry_at for r in model.members if r.state is State.FAILED and r.retry_at > now]
+            retries = [r.retry_at for r in model.replicas if r.state is State.FAILED and r.retry_at > now]
             due = min([due, *retries])
             if any(True for _ in self._missing(model, rules)):
                 due = min(due, scale.tried + AGAIN)
@@ -149,11 +151,11 @@ class Scaling:
 
 def _load(model: Model) -> int:
     """Clients' requests that run or wait."""
-    return sum(map(in_flight, model.members)) + len(model.queue)
+    return sum(map(in_flight, model.replicas)) + len(model.queue)
 
 
 def _taken(r: Replica) -> frozenset[int]:
     """Devices on which it would not help: those of the others, unless it is to use certain ones."""
     if r.devices or r.state is State.SLEEPING:
         return frozenset()
-    return frozenset(index for other in r.model.members if other is not r for index in other.placement.devices)
+    return frozenset(index for other in r.model.replicas if other is not r for index in other.placement.devices)

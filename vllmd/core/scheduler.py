@@ -7,7 +7,7 @@ in the comments of the rooms: 1 ``admission``, 2 ``engine_events``, 3 ``operator
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from vllmd.core import events as ev
@@ -20,7 +20,8 @@ from vllmd.core.devices import Devices
 from vllmd.core.engine_events import EngineEvents
 from vllmd.core.health import HealthChecks
 from vllmd.core.idle import idle_due
-from vllmd.core.model import INFINITY, Leave, Model, Replica
+from vllmd.core.lifecycle import Job, Kind, Reason
+from vllmd.core.model import INFINITY, Model, Replica
 from vllmd.core.operator_commands import OperatorCommands
 from vllmd.core.planner import Planner
 from vllmd.core.policies import POLICIES
@@ -47,7 +48,7 @@ class Scheduler:
     ) -> None:
         self.costs = costs or CostBook()
         core = self._core = Core(devices, settings, self.costs, policy or POLICIES[settings.policy])
-        self._planner = Planner(core, self._settle)
+        self._planner = Planner(core)
         self._health = HealthChecks(core)
         self._scaling = Scaling(core, self._planner, self._health)
         self._admission = Admission(core, self._planner, Balancer(core.engines, core.swaps, core.fit), self._health)
@@ -56,7 +57,6 @@ class Scheduler:
         self._unloading = Unloading(core, self._planner)
         self._devices = Devices(core, self._admission)
         self._due = INFINITY  # the least of all replicas' due
-        self._due_passed = False  # it was that of one which is due later now, or gone
         self._handlers = self._rooms()
         for spec in models:
             self._operator.configure(spec)
@@ -66,19 +66,26 @@ class Scheduler:
 
     def handle(self, event: ev.Event, now: float) -> list[Command]:
         """What is to be done because of ``event``. Raises LifecycleError, nothing changed, if it cannot have been."""
-        core = self._core
-        core.engines.now = max(now, core.engines.now)
+        core, engines = self._core, self._core.engines
+        if now > engines.now:
+            engines.now = now
         self._handlers[type(event)](event)
-        if self._due <= core.now:
+        if self._due <= engines.now:
             self._expire()
-        self._settle()
-        self._planner.plan()
-        if self._operator.preload and self._operator.preloading:
-            self._planner.preload(self._operator.preload)
-        while self._scaling.upkeep():
+        if core.dirty:
             self._settle()
-        core.replan = False
-        return core.engines.collect()
+        if core.waiting or core.replan or core.balanced or self._operator.preload or self._planner.held_back:
+            for _ in self._steps():
+                self._settle()
+            core.replan = False
+        return engines.collect()
+
+    def _steps(self) -> Iterator[None]:
+        """What is begun on the core's own account (7, 8), one step after the other."""
+        yield from self._planner.plan()
+        if self._operator.preload and self._operator.preloading:
+            yield from self._planner.preload(self._operator.preload)
+        yield from self._scaling.upkeep()
 
     def next_timer(self) -> float | None:
         """When it wants ``TimePassed`` if nothing else happens before."""
@@ -159,12 +166,13 @@ class Scheduler:
             timeout = model.spec.queue_timeout
             due = min(due, oldest + (INFINITY if timeout is None else timeout))
             due = min(due, r.retry_at) if r.state is State.FAILED and model.nominee is r else due
-        if r.leave and r.running and r.state is State.DRAINING:
-            due = min(due, self._press_due(r, r.leave))
-        return min(due, self._core.now + DEEPEN_RETRY) if r.deepen and r.state is State.SLEEPING else due
+        if r.job and r.running and r.state is State.DRAINING:
+            due = min(due, self._press_due(r, r.job))
+        deepens = r.job and r.job.kind is Kind.SLEEP and r.state is State.SLEEPING
+        return min(due, self._core.now + DEEPEN_RETRY) if deepens else due
 
-    def _press_due(self, r: Replica, leave: Leave) -> float:
-        limits = (leave.cut_at, leave.freeze_at if r.freezable else INFINITY)
+    def _press_due(self, r: Replica, job: Job) -> float:
+        limits = (job.cut_at, job.freeze_at if r.freezable else INFINITY)
         return min((limit for limit in limits if limit > self._core.now), default=INFINITY)
 
     # -- after every event (5)
@@ -174,12 +182,12 @@ class Scheduler:
         core = self._core
         while core.dirty:
             self._review_dirty()
-            if len(self._unloading):
+            if core.engines.leaving:
                 self._unloading.advance()
             if not len(core.swaps):
                 continue
-            for target in core.swaps.lapsed():
-                core.engines.record("cancel", target, "nobody waits for it any more")
+            for target, why in core.swaps.lapsed().items():
+                core.engines.record("cancel", target, why)
                 for r in core.swaps.cancel(target):
                     core.mark_dirty(r)
             for r in core.swaps.advance():
@@ -188,66 +196,48 @@ class Scheduler:
     def _review_dirty(self) -> None:
         core = self._core
         if core.policy.in_order:
-            core.dirty.update((model, None) for model in core.models.values() if len(model.queue))
+            core.dirty.update((model, None) for model in core.models.values() if model.queue)
         while core.dirty:
             model, _ = core.dirty.popitem()
             self._review(model)
-        if self._due_passed:
-            self._due_passed = False
-            self._due = min([r.due for r in core.replicas.values()], default=INFINITY)
+        self._due = min([r.due for r in core.replicas.values()], default=INFINITY)
 
     def _review(self, model: Model) -> None:
         """Bring everything that hangs on the model's and its engines' state up to date."""
-        if len(model.queue):
+        if model.queue:
             self._admission.serve(model)
         if model.rules:
             self._core.unkept[model] = None  # 5.5
-        for r in model.replicas if len(model.replicas) == 1 else list(model.replicas):
+        for r in (*model.replicas, *model.retired) if model.retired else model.replicas:
             self._review_replica(r)
-        if model.removed and not model.replicas:
+        if not model.replicas and not model.retired:
             del self._core.models[model.name]
 
     def _review_replica(self, r: Replica) -> None:
-        special = r.asked or r.deepen or r.removed or r.model.leases or r.queued
-        if r.state is State.READY and r.running and not special:  # it works, and that is all: the case of most events
-            self._core.waiting.pop(r, None)
-            self._unloading.drop(r)
-            self._planner.builder.note(r)
-            self._note_due(r, INFINITY)
-            return
         if r.state is State.READY:
             self._do_for_itself(r)
         elif r.state is State.SLEEPING:
             self._review_sleeper(r)
-        if r.removed and not r.loaded:
+        if not r.loaded and r.removed:
             self._forget(r)
             return
-        wanted = r.demand and r.state in (State.STOPPED, State.SLEEPING) and not r.leave
+        wanted = r.demand and r.state in (State.STOPPED, State.SLEEPING) and not r.leaving
         if not wanted:
             self._core.waiting.pop(r, None)
         elif r not in self._core.waiting:
             self._wait(r)
-        self._unloading.note(r)
-        self._planner.builder.note(r)
-        self._note_due(r, self._due_of(r))
-
-    def _note_due(self, r: Replica, due: float) -> None:
-        """Keep the least of all: it is only sought anew where the one that had it has it no more."""
-        self._due_passed = self._due_passed or r.due <= self._due < due
-        self._due = min(self._due, due)
-        r.due = due
+        self._core.changed[r] = None
+        r.due = self._due_of(r)
 
     def _do_for_itself(self, r: Replica) -> None:
         """One that serves may have something to do for itself, once it has let in what waits."""
-        if r.asked:
-            leave, r.asked = r.asked, None
-            self._core.engines.drain(r, leave)
-        elif r.deepen:
-            r.deepen = False
-            if not r.running:
-                self._core.engines.drain(r, Leave(2, "deepen", f"unused for {self._core.now - r.idle_since:.0f} s"))
+        engines, job = self._core.engines, r.job
+        if job and job.yields and r.running:
+            engines.call_off(r)
+        elif job:
+            engines.drain(r)
         elif self._proof_is_due(r):
-            self._core.engines.drain(r, Leave(0, "proof", "freezing is to be proved"))
+            engines.ask(r, Job(Kind.PROVE, Reason.PROOF, "freezing is to be proved", self._core.now))
 
     def _proof_is_due(self, r: Replica) -> bool:
         """5.4: at the first moment when it is idle, nobody else moves there, and sleeping is something it can do."""
@@ -257,14 +247,12 @@ class Scheduler:
 
     def _review_sleeper(self, r: Replica) -> None:
         """5.3: a request calls off what a sleeper was to do for itself."""
-        if r.asked and not r.running:
-            leave, r.asked = r.asked, None
-            self._core.leave(r, leave)
-        if r.leave and r.leave.yields and r.demand:
-            r.leave = None
-        r.deepen = r.deepen and not r.demand and not r.leave
-        if r.deepen and self._unloading.can_deepen(r):
-            self._core.engines.wake(r)
+        engines = self._core.engines
+        engines.thaw(r)
+        if r.demand and r.job and (r.job.yields or r.job.kind is Kind.SLEEP):
+            engines.call_off(r)
+        if r.job and r.job.kind is Kind.SLEEP and self._unloading.can_deepen(r):
+            engines.wake(r)
 
     def _wait(self, r: Replica) -> None:
         """5.2: it is wanted and not on; who can never be served is told so."""
@@ -285,10 +273,8 @@ class Scheduler:
 
     def _forget(self, r: Replica) -> None:
         core = self._core
-        self._note_due(r, INFINITY)
-        r.model.replicas.remove(r)
+        r.model.retired.remove(r)
         core.replicas.pop(r.id, None)
         core.waiting.pop(r, None)
         core.swaps.cancel(r)
-        self._unloading.drop(r)
-        self._planner.builder.note(r)
+        core.changed[r] = None

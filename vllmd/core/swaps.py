@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from vllmd.core.engine_table import EngineTable
 from vllmd.core.fit import Fit
-from vllmd.core.lifecycle import AWAKE
-from vllmd.core.model import INFINITY, Leave, Replica
+from vllmd.core.lifecycle import AWAKE, Job, Kind, Reason
+from vllmd.core.model import INFINITY, Replica
 from vllmd.core.policy import OffloadOption, Plan, drain_time
 from vllmd.core.types import State
 
@@ -66,37 +66,29 @@ class Swaps:
         if target in victims:
             target.moved = now
         for m, option in victims.items():
-            m.swap = target
-            leave = _leave(m, option, plan, now)
-            if m.state is State.READY:
-                self.engines.drain(m, leave)
-            else:
-                m.leave = leave
+            self.engines.ask(m, _job(m, target, option, plan, now))
 
     def left(self, m: Replica) -> None:
         """A victim gave up its memory (or died of it)."""
-        ex = self._by_target.get(m.swap) if m.swap else None
-        if ex:
+        for ex in self._by_target.values():
             ex.victims.pop(m, None)
-        m.swap = None
 
-    def cancel(self, target: Replica | None) -> list[Replica]:
+    def cancel(self, target: Replica) -> list[Replica]:
         """Nobody wants ``target`` any more: victims that have not left yet stay. Returns its victims."""
-        ex = self._by_target.pop(target, None) if target else None
-        back = []
-        for m in ex.victims if ex else ():
-            m.swap = None
-            back.append(m)
-            if m.leave and m.leave.cause == "exchange":
-                if m.state is State.DRAINING:
-                    self.engines.reopen(m)
-                elif m.state is State.SLEEPING:
-                    m.leave = None
+        ex = self._by_target.pop(target, None)
+        back = list(ex.victims) if ex else []
+        for m in back:
+            self.engines.release(m)
         return back
 
-    def lapsed(self) -> list[Replica]:
-        """Targets that need no swap any more: nobody waits, or they cannot start now."""
-        return [t for t, ex in self._by_target.items() if not _wanted(t, ex)]
+    def lapsed(self) -> dict[Replica, str]:
+        """Targets whose swap is not to be, and why: nobody waits, they cannot start now, or a victim stays."""
+        why = {t: "nobody waits for it any more" for t, ex in self._by_target.items() if not _wanted(t, ex)}
+        for t, ex in self._by_target.items():
+            stays = [m.id for m in ex.victims if m.job is None or m.job.target is not t]
+            if stays and t not in why:
+                why[t] = f"{', '.join(stays)} is not to leave any more"
+        return why
 
     def advance(self) -> list[Replica]:
         """Start or wake each target whose victims are gone and whose devices are at rest. Returns those targets."""
@@ -158,11 +150,12 @@ class Swaps:
         return min(expected, max(0.0, ex.deadline - self.engines.now)) if m.freezable else expected
 
 
-def _leave(m: Replica, option: OffloadOption, plan: Plan, now: float) -> Leave:
+def _job(m: Replica, target: Replica, option: OffloadOption, plan: Plan, now: float) -> Job:
     freeze_at = now + plan.drain if option.level else INFINITY
     cut_at = now + m.spec.drain_limit if m.spec.drain_limit is not None else INFINITY
     goal = "to start on another device" if m.id == plan.target else f"to make room for {plan.target}"
-    return Leave(option.level, "exchange", f"{goal}: {plan.why}", freeze_at, cut_at)
+    kind, why = Kind.SLEEP if option.level else Kind.STOP, f"{goal}: {plan.why}"
+    return Job(kind, Reason.SWAP, why, now, option.level, freeze_at, cut_at, target=target)
 
 
 def _wanted(m: Replica, ex: Swap) -> bool:

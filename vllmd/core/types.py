@@ -225,7 +225,7 @@ class ReplicaView:
     queued: int  # requests for whose sake it is to come up, or that wait for a place in it
     oldest_wait: float | None  # seconds
     idle: float | None  # seconds since the last request ended; None while busy or not loaded
-    since: float  # seconds in this state
+    since: float | None  # seconds in this state; None: it has been in no other one since the core knows it
     pinned: bool
     leases: tuple[str, ...]
     waiting_for: str  # why those who want it wait, readable; "" if nobody does
@@ -249,7 +249,7 @@ class ModelView:
     queued: int
     oldest_wait: float | None
     idle: float | None
-    since: float
+    since: float | None
     pinned: bool
     leases: tuple[str, ...]
     waiting_for: str

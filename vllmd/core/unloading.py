@@ -5,7 +5,8 @@ from __future__ import annotations
 from vllmd.core.common import Core
 from vllmd.core.events import KeptAlive
 from vllmd.core.idle import Rest, rest
-from vllmd.core.model import INFINITY, Leave, Replica
+from vllmd.core.lifecycle import Job, Kind, Reason
+from vllmd.core.model import Replica
 from vllmd.core.planner import Planner
 from vllmd.core.types import State
 
@@ -18,64 +19,52 @@ class Unloading:
     def __init__(self, core: Core, planner: Planner) -> None:
         self._core = core
         self._planner = planner
-        self._leaving: dict[Replica, None] = {}
-
-    def __len__(self) -> int:
-        return len(self._leaving)
-
-    def note(self, m: Replica) -> None:
-        """Whether ``m`` is on its way out may have changed."""
-        if m.leave and m.state in (State.DRAINING, State.SLEEPING):
-            self._leaving[m] = None
-        else:
-            self._leaving.pop(m, None)
-
-    def drop(self, m: Replica) -> None:
-        """``m`` is known no more."""
-        self._leaving.pop(m, None)
 
     def advance(self) -> None:
         """Let go whoever only waited for its requests to end or for a device to come to rest."""
-        for m in list(self._leaving):
-            if m.leave is None:
+        engines = self._core.engines
+        for m in list(engines.leaving):
+            job = m.job
+            if job is None or m not in engines.leaving:
                 continue
-            if m.running and m.state is State.DRAINING and not m.leave.kill:
-                self._press(m, m.leave)
-            elif self._core.engines.free_to_move(m):  # 6.1
-                self._go(m, m.leave)
+            if m.running and m.state is State.DRAINING and not job.force:
+                self._press(m, job)
+            elif engines.free_to_move(m):  # 6.1
+                self._go(m, job)
 
-    def _press(self, m: Replica, leave: Leave) -> None:
+    def _press(self, m: Replica, job: Job) -> None:
         """Its requests take longer than they were given."""
         core = self._core
-        level = self._planner.level(m, leave.level)
-        if core.now >= leave.freeze_at and m.freezable and level and core.engines.free_to_move(m):  # 6.2
-            target = m.swap.id if m.swap else ""
-            core.engines.record("freeze", m, leave.why, {"frozen": len(m.running), "for": target, "cause": leave.cause})
+        level = self._planner.level(m, job.level)
+        if core.now >= job.freeze_at and m.freezable and level and core.engines.free_to_move(m):  # 6.2
+            target = job.target.id if job.target else ""
+            core.engines.record(
+                "freeze", m, job.why, {"frozen": len(m.running), "for": target, "cause": job.reason.value}
+            )
             core.engines.sleep(m, level, freeze=True)
             core.mark_dirty(m)
-        elif core.now >= leave.cut_at:  # 6.3
-            leave.cut_at = INFINITY
+        elif core.now >= job.cut_at:  # 6.3
             core.engines.record("cut", m, "its drain limit has passed", {"cut": len(m.running)})
             core.engines.cut(m, "the model has to leave and its drain limit has passed")
             core.mark_dirty(m)
 
-    def _go(self, m: Replica, leave: Leave) -> None:
+    def _go(self, m: Replica, job: Job) -> None:
         core = self._core
         core.mark_dirty(m)
-        if leave.cause == "proof":
+        if job.kind is Kind.PROVE:
             core.engines.prove(m)
             return
-        level = self._planner.level(m, leave.level) if m.state is State.DRAINING else 0
+        level = self._planner.level(m, job.level) if m.state is State.DRAINING else 0
         numbers: dict[str, float | str] = {
             "level": level,
             "idle": round(core.now - m.idle_since, 3),
-            "cause": leave.cause,
+            "cause": job.reason.value,
         }
-        core.engines.record("sleep" if level else "stop", m, leave.why, numbers)
+        core.engines.record("sleep" if level else "stop", m, job.why, numbers)
         if level:
             core.engines.sleep(m, level)
         else:
-            core.engines.stop(m, leave.why, leave.kill)
+            core.engines.stop(m, job.why, job.force)
 
     # -- age
 
@@ -85,13 +74,11 @@ class Unloading:
         action = rest(m, core.now)
         why = f"unused for {core.now - m.idle_since:.0f} s"
         if action is Rest.STOP:
-            core.leave(m, Leave(0, "idle", why))
+            core.ask(m, Job(Kind.STOP, Reason.IDLE, why, core.now))
         elif action is Rest.SLEEP:
-            core.leave(m, Leave(m.spec.idle.level, "idle", why))
-        elif action is Rest.DEEPEN and self.can_deepen(m):
-            m.deepen = True
-        elif action is Rest.DEEPEN:
-            m.look_again = core.now + DEEPEN_RETRY
+            core.ask(m, Job(Kind.SLEEP, Reason.IDLE, why, core.now, m.spec.idle.level))
+        elif action is Rest.DEEPEN:  # as soon as there is room for it
+            core.ask(m, Job(Kind.SLEEP, Reason.DEEPEN, why, core.now, 2))
 
     def kept_alive(self, e: KeptAlive) -> None:
         """4.5: a client's wish replaces its own; the last one to need the model no more lets it go."""

@@ -52,7 +52,7 @@ def _device(a: Account) -> DeviceView:
 
 def _model(core: Core, model: Model, now: float, outlook: Ask) -> ModelView:
     """The replicas as one: in the state of the best of them, with all their requests and memory."""
-    views = tuple(_replica(core, r, now, outlook) for r in model.replicas)
+    views = tuple(_replica(core, r, now, outlook) for r in (*model.replicas, *model.retired))
     best = min(views, key=lambda view: (not serves(view, model), BEST_FIRST.index(view.state)))
     up = [view for view in views if serves(view, model)]
     idle = [view.idle for view in views if view.idle is not None]
@@ -102,7 +102,7 @@ def _replica(core: Core, r: Replica, now: float, outlook: Ask) -> ReplicaView:
         queued=r.queued,
         oldest_wait=None if oldest is None else now - oldest,
         idle=now - r.idle_since if at_rest else None,
-        since=now - r.changed,
+        since=None if r.untouched else now - r.changed,
         pinned=r.pinned,
         leases=tuple(r.leases),
         waiting_for=_waiting_for(core, r, now, outlook) if r.demand else "",
@@ -123,9 +123,9 @@ def _standing(r: Replica) -> str:
 def _waiting_for(core: Core, m: Replica, now: float, outlook: Ask) -> str:
     """Why queued requests wait, in a few words."""
     if m.state is State.STARTING:
-        return f"its start ({now - m.changed:.0f} of about {m.costs.wake(0):.0f} s)"
+        return f"its start ({_so_far(now - m.changed, m.costs.wake(0))})"
     if m.state is State.WAKING:
-        return f"its wake ({now - m.changed:.1f} of about {m.costs.wake(m.level):.1f} s)"
+        return f"its wake ({_so_far(now - m.changed, m.costs.wake(m.level))})"
     if m.health and m.state is State.READY and m.health.status is not HealthStatus.SERVING:
         return f"its answer to a probe{' after: ' * bool(m.health.why)}{m.health.why}"
     if m.state is State.READY:
@@ -135,6 +135,13 @@ def _waiting_for(core: Core, m: Replica, now: float, outlook: Ask) -> str:
     if m.state not in (State.STOPPED, State.SLEEPING):
         return f"the end of its {m.state.value.replace('_', ' ')}"
     return _waiting_for_room(core, m, now, outlook)
+
+
+def _so_far(passed: float, usual: float) -> str:
+    """How long it has taken, and of how much, as long as that says anything."""
+    digits = 1 if max(passed, usual) < 10 else 0
+    about = f" of about {usual:.{digits}f}" if usual > passed else ""
+    return f"{passed:.{digits}f}{about} s" + (f", {usual:.{digits}f} s usually" if 0.05 <= usual <= passed else "")
 
 
 def _waiting_for_room(core: Core, m: Replica, now: float, outlook: Ask) -> str:

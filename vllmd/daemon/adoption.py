@@ -81,7 +81,8 @@ async def _adopt(
     if process.model.log_file and found.state is not State.STARTING:
         engine_manager.spawn(engine_manager.follow(process, RECENT_LOG))
     log.info("%s: adopted pid %d, %s", process.model.name, running.pid, found.state.value)
-    post(events.EngineAdopted(process.model.name, process.placement, found.state, found.level, found.idle))
+    since = _ago(running.metadata, "since")
+    post(events.EngineAdopted(process.model.name, process.placement, found.state, found.level, found.idle, since=since))
     if found.state is State.STARTING:
         engine_manager.resume_start(process)
     engine_manager.catch_up(process)
@@ -127,7 +128,7 @@ def _engine_of(noted: str, models: Mapping[str, ModelConfig]) -> ModelConfig | N
 
 async def _resolve(process: EngineProcess, noted: Mapping[str, str], level: int, ended: Ended) -> Found:
     """Compare what was noted with what the engine says."""
-    idle, tells = _idle(noted), process.engine.asleep() is not None
+    idle, tells = _ago(noted, "idle_since"), process.engine.asleep() is not None
     match noted.get("state"):
         case "starting":
             return Found(process, State.STARTING)
@@ -185,6 +186,7 @@ def _member(running: Running, model: ModelConfig, engine: Engine, key_of: Callab
         placement=Placement(tuple(json.loads(noted["devices"]))),
         fingerprint=noted["fingerprint"],
         running=running,
+        started=time.monotonic() - _ago(noted, "started"),
     )
     _take_ending(process, noted)
     return process
@@ -207,9 +209,9 @@ def _stranger(running: Running) -> EngineProcess:
     return process
 
 
-def _idle(noted: Mapping[str, str]) -> float:
-    """Seconds since its last request ended, by the wall clock that was noted."""
+def _ago(noted: Mapping[str, str], what: str) -> float:
+    """Seconds since the time, by the wall clock, that was noted as ``what``; 0.0 where none was."""
     try:
-        return max(0.0, time.time() - float(noted["idle_since"]))
+        return max(0.0, time.time() - float(noted[what]))
     except (KeyError, ValueError):
         return 0.0

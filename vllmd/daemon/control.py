@@ -24,7 +24,16 @@ from vllmd.daemon.processes import gpus, kill
 from vllmd.daemon.runtime_models import RuntimeModels
 from vllmd.daemon.self_description import Descriptions
 from vllmd.daemon.serializers import about, card, health, line, state_of
-from vllmd.errors import BadRequest, Conflict, NotFound, Unavailable, UnknownModel, UpstreamFailed, VllmdError
+from vllmd.errors import (
+    BadRequest,
+    Conflict,
+    ModelTooLarge,
+    NotFound,
+    Unavailable,
+    UnknownModel,
+    UpstreamFailed,
+    VllmdError,
+)
 from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.proxy.upstream import request
 
@@ -153,7 +162,10 @@ class DaemonControl:
         engines = self._daemon.engine_manager
         config, process = self._daemon.engines.get(engine), engines.processes.get(engine)
         watts = self._daemon.memory.power.watts.get(engine)
-        return line(view, config, process, engines.last_start.get(engine), watts)
+        shown = line(view, config, process, engines.last_start.get(engine), watts)
+        if view.since is None and (runs := self._daemon.learnt.runs.get(engine)):  # an earlier daemon's engine
+            shown["since"] = max(0.0, time.time() - runs[-1][1])
+        return shown
 
     def _about(self, model: str) -> dict[str, Any]:
         config = self._daemon.config.models.get(model)
@@ -274,11 +286,13 @@ class DaemonControl:
         return engine_names()
 
     def decisions(self, model: str) -> list[dict[str, Any]]:
-        """The last decisions, oldest first."""
+        """The last decisions, oldest first; about a model also the last ones of earlier daemons."""
         snapshot = self.snapshot()
         made = snapshot.decisions if snapshot else ()
         names = {model, *self._engines(model)}
-        return [self._dated(each) for each in made if not model or _concerns(each, names)]
+        kept = [each for name in names for each in self._daemon.learnt.decisions.get(name, ())]
+        before = sorted((each for each in kept if each["at"] < self._daemon.started), key=lambda each: each["at"])
+        return [*before, *(self._dated(each) for each in made if not model or _concerns(each, names))]
 
     def _dated(self, decision: Decision) -> dict[str, Any]:
         """The decision with Unix time instead of the core's clock, about the replica where it is about one."""
@@ -298,12 +312,19 @@ class DaemonControl:
     # -- verbs -----------------------------------------------------------------------------
 
     async def load(self, model: str) -> None:
-        """Have it started or woken; of several replicas one whatever it takes, the others where they fit."""
-        await self._post(events.LoadAsked(model))
+        """Have it started or woken; of several replicas one whatever it takes, the others where they fit.
 
-    async def unload(self, model: str, *, force: bool) -> None:
-        """Have it stopped; clears a failure."""
-        await self._post(events.StopAsked(model, force))
+        Raises ModelTooLarge for one that can never be.
+        """
+        await self._post(events.LoadAsked(model))
+        views = self.views(model)
+        if views and all(view.state is State.STOPPED and not view.waiting_for for view in views):
+            for why in [view.failure for view in views if view.failure]:
+                raise ModelTooLarge(why)
+
+    async def unload(self, model: str, *, force: bool, device: int | None = None) -> None:
+        """Have it stopped, or only its engines on that device; clears a failure."""
+        await self._post(events.StopAsked(model, force, device))
 
     async def sleep(self, model: str, level: int) -> None:
         """Have it put to sleep, or stopped at 3."""
@@ -367,8 +388,11 @@ class DaemonControl:
     def note(self, decision: Decision) -> None:
         """Count a decision, and hand it to whoever watches."""
         self.counters.decided(decision)
+        dated = self._dated(decision)
+        if dated["model"]:
+            self._daemon.learnt.decided(dated)
         if self._watchers:
-            self._tell(self._dated(decision))
+            self._tell(dated)
 
     def retried(self, engine: str) -> None:
         """Count a request that one of several replicas did not answer, and that goes to another one."""
@@ -383,7 +407,7 @@ class DaemonControl:
         change, failed = outcome
         engine: str = getattr(event, "replica", "")
         view = self._view(engine)
-        took = view.since if view else 0.0
+        took = (view.since or 0.0) if view else 0.0
         self.counters.changed(self._model_of(engine), change, took, failed=failed)
         self._daemon.post(event)
         if change in ENDINGS:
@@ -465,12 +489,26 @@ class DaemonControl:
             self._watchers.discard(queue)
 
     async def log(self, model: str, lines: int, *, follow: bool) -> AsyncIterator[str]:
-        """The engine's last log lines, and what comes."""
-        process = self._daemon.engine_manager.processes.get(self._only(model)) if self._daemon.opened.is_set() else None
+        """The engine's last log lines, and what comes; of one that has ended its last ones."""
+        await self._daemon.opened.wait()
+        engine = self._only(model)
+        process = self._daemon.engine_manager.processes.get(engine)
         if process is None:
-            raise Unavailable(f"{model} has no engine now; 'journalctl -t vllmd' or 'vllmctl logs' shows earlier ones")
+            for text in await self._ended_log(engine, lines):
+                yield text
+            return
         async for text in self._daemon.engine_manager.log_of(process, lines, follow=follow):
             yield text
+
+    async def _ended_log(self, engine: str, lines: int) -> list[str]:
+        """What its last engine wrote at last. Raises Unavailable."""
+        config, runs = self._daemon.engines.get(engine), self._daemon.learnt.runs.get(engine)
+        if config is None or not runs:
+            raise Unavailable(f"{engine} has no engine now, and none is known that has ended")
+        instance, at = runs[-1]
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+        text = await self._daemon.engine_manager.log_of_ended(config, instance, lines)
+        return [*text, f"-- its engine ended at {when} --"]
 
 
 def _concerns(decision: Decision, names: Set[str]) -> bool:

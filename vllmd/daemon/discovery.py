@@ -42,4 +42,5 @@ def with_discovered(config: Config, cache: Path) -> Config:
 
 
 def _model(config: Config, found: Found) -> ModelConfig:
-    return replace(config.template, name=found.name, where=f"found in {found.path}")
+    template = config.template_of(found.engine) if found.engine else config.template
+    return replace(template, name=found.name, where=f"found in {found.path}")

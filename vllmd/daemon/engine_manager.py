@@ -29,6 +29,7 @@ from vllmd.daemon.logfile import LogFile, forget_old_runs, path_of
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.sleeps import Sleeps, finish_work
 from vllmd.engines.base import Listen, Progress
+from vllmd.engines.estimate import Estimate
 from vllmd.engines.plain import PROBE
 from vllmd.errors import ConfigError, LauncherFailed, VllmdError
 from vllmd.launcher.client import ExitReport, LauncherClient, StartOrder
@@ -64,6 +65,7 @@ class EngineManager:
     ) -> None:
         self.processes: dict[str, EngineProcess] = {}
         self.on_phase: Callable[[], None] = lambda: None
+        self.on_ended: Callable[[str, str], None] = lambda engine, instance: None
         self.look: Callable[[], Awaitable[None]] = _blind  # has the core told what the devices hold now
         self.last_start: dict[str, float] = {}  # model -> seconds its last start took
         self._launcher = launcher
@@ -78,10 +80,10 @@ class EngineManager:
         self._ended: dict[str, ExitReport] = {}  # of engines not known here: perhaps they are being adopted
         self._strays: dict[str, EngineProcess] = {}  # instance -> an engine being ended that the core does not know
 
-    def configure(self, models: Mapping[str, ModelConfig], kv_caches: Mapping[str, int]) -> None:
-        """Start engines by these settings from now on. ``kv_caches``: bytes per device, by model; 0: its own choice."""
+    def configure(self, models: Mapping[str, ModelConfig], estimates: Mapping[str, Estimate]) -> None:
+        """Start engines by these settings from now on. ``estimates``: what each is expected to take, by model."""
         self._models = models
-        self._launch_planner.configure(models, kv_caches)
+        self._launch_planner.configure(models, estimates)
 
     def relocate(self, paths: Paths, first_port: int, last_port: int) -> None:
         """Start engines there from now on."""
@@ -316,6 +318,11 @@ class EngineManager:
         finally:
             process.listeners.discard(queue)
 
+    async def log_of_ended(self, model: ModelConfig, instance: str, lines: int) -> list[str]:
+        """The last log lines of an engine that has ended. Raises LauncherFailed."""
+        known = secrets.known_of(model)
+        return [secrets.kept_out(line, known) for line in await self._launcher.tail(instance, lines)]
+
     async def kill(self, process: EngineProcess, limit: float) -> bool:
         """SIGKILL to all of an engine, unasked by the core, which hears of its exit. True once it is gone."""
         try:
@@ -494,6 +501,8 @@ class EngineManager:
         """Write what a later daemon must know beside the engine's cgroup; one that runs elsewhere has none."""
         if not process.running:
             return
+        if "state" in metadata:
+            metadata["since"] = f"{time.time():.1f}"
         try:
             await self._launcher.annotate(process.instance, metadata)
         except LauncherFailed as error:
@@ -553,6 +562,8 @@ class EngineManager:
         if self.processes.get(process.name) is process:
             del self.processes[process.name]
         self._launch_planner.release(process)
+        if process.running:
+            self.on_ended(process.name, process.instance)
         if process.watcher:
             process.watcher.cancel()
         if process.file:

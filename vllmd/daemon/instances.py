@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vllmd.config.types import ModelConfig, ReplicaConfig
 from vllmd.core import commands, events
-from vllmd.core.types import ModelSpec, ReplicaSpec
+from vllmd.core.types import ModelSpec, ReplicaSpec, State
 from vllmd.errors import BadRequest, Conflict
 
 if TYPE_CHECKING:
@@ -89,7 +90,14 @@ class Instances:
                 left = tuple(one for one in rules.of if one.name != name or one is rules.of[0])
                 known = self._daemon.config.models.get(model)
                 if known and self._is_ours(known) and len(left) < len(rules.of):
-                    await self._take(known, replace(rules, of=left) if len(left) > 1 else None)
+                    with contextlib.suppress(Conflict):  # somebody has it loaded again: it stays
+                        fewer = replace(rules, of=left) if len(left) > 1 else None
+                        await self._take(known, fewer, lambda: self._rests(name))
+
+    def _rests(self, name: str) -> bool:
+        """Whether the engine is stopped, and nobody waits for it."""
+        views = self._daemon.control.views(name)
+        return all(view.state in (State.STOPPED, State.FAILED) and not view.waiting_for for view in views)
 
     def plain(self, model: ModelConfig) -> ModelConfig:
         """The model without what was added here."""
@@ -105,10 +113,12 @@ class Instances:
         name = next(name for n in itertools.count(2) if (name := f"{model.name}@{n}") not in taken)
         return replace(rules, of=(*rules.of, replace(base, name=name, devices=(device,))))
 
-    async def _take(self, model: ModelConfig, rules: ReplicaConfig | None) -> None:
-        """Go on with these replicas."""
-        config = self._daemon.config
-        await self._daemon.take(replace(config, models={**config.models, model.name: replace(model, replicas=rules)}))
+    async def _take(
+        self, model: ModelConfig, rules: ReplicaConfig | None, still: Callable[[], bool] = lambda: True
+    ) -> None:
+        """Go on with these replicas, if that is ``still`` right then. Raises Conflict."""
+        models = {**self._daemon.config.models, model.name: replace(model, replicas=rules)}
+        await self._daemon.take(replace(self._daemon.config, models=models), still)
         self._made.pop(model.name, None)
         if rules:
             self._made[model.name] = rules

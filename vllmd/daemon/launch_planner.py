@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from vllmd.daemon.homes import Homes, ordered_user
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.ports import PortPool
 from vllmd.engines.base import Engine, Launch, Listen, Place
+from vllmd.engines.estimate import Estimate
 from vllmd.errors import ConfigError
 from vllmd.gpu import environment
 from vllmd.launcher.client import StartOrder
@@ -50,16 +52,16 @@ class LaunchPlanner:
         keys: EngineKeys | None = None,
     ) -> None:
         self._models: Mapping[str, ModelConfig] = {}
-        self._kv_caches: Mapping[str, int] = {}
+        self._estimates: Mapping[str, Estimate] = {}
         self._memory = memory
         self._paths = paths
         self._engine_of = engine_of
         self._ports = ports
         self.keys = keys or EngineKeys(None)
 
-    def configure(self, models: Mapping[str, ModelConfig], kv_caches: Mapping[str, int]) -> None:
-        """Start engines by these settings from now on. ``kv_caches``: bytes per device, by model; 0: its own choice."""
-        self._models, self._kv_caches = models, kv_caches
+    def configure(self, models: Mapping[str, ModelConfig], estimates: Mapping[str, Estimate]) -> None:
+        """Start engines by these settings from now on. ``estimates``: what each is expected to take, by model."""
+        self._models, self._estimates = models, estimates
 
     def relocate(self, paths: Paths, first_port: int, last_port: int) -> None:
         """Start engines there, and on ports of that range, from now on; those that run stay where they are."""
@@ -98,6 +100,7 @@ class LaunchPlanner:
 
     def _place(self, command: commands.StartEngine, run_dir: Path) -> Place:
         devices = self._memory.devices_of(command.placement)
+        told = self._estimates.get(command.replica)
         return Place(
             run_dir=run_dir,
             device_ids=tuple(device.id for device in devices),
@@ -105,7 +108,8 @@ class LaunchPlanner:
             device_memory=min((device.memory for device in devices), default=0),
             port=self._ports.reserve(),
             device_files=self._memory.files_of(command.placement),
-            kv_cache=self._kv_caches.get(command.replica, 0),
+            kv_cache=told.kv_cache if told else 0,
+            context=told.context if told else 0,
             visible=environment(devices),
             key=self.keys.of(run_dir.name),
         )
@@ -128,6 +132,8 @@ class LaunchPlanner:
                 "fingerprint": process.fingerprint,
                 "state": "starting",
                 "level": "0",
+                "since": f"{time.time():.1f}",
+                "started": f"{time.time():.1f}",
                 "run_dir": str(run_dir),
                 "ending": json.dumps([process.stop, process.stop_signal, process.self_managed]),
             },

@@ -1,8 +1,11 @@
 """Figures that were learnt, kept over restarts: a cache, safe to delete, never believed blindly.
 
 One JSON file in the service's cache directory, or for ``vllmd serve`` in the
-user's: ``{"costs": {...}}``, as ``vllmd.core.costs.CostBook`` has them.
-It forgets by itself what was measured of a model that is now configured otherwise.
+user's: ``{"costs": {...}, "runs": {...}, "decisions": {...}}``, the costs as ``vllmd.core.costs.CostBook``
+has them; it forgets by itself what was measured of a model that is now configured
+otherwise. ``runs`` are the last instances of each engine, so that what they wrote can
+be shown also to those who may not read the journal; ``decisions`` the last ones about
+each, as ``/admin/decisions`` has them: what is asked about a model outlives the daemon.
 """
 
 from __future__ import annotations
@@ -10,12 +13,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 from vllmd.foreign import Folder
 
 log = logging.getLogger("vllmd.learnt")
+
+RUNS, DECISIONS, MOST_ENGINES = 3, 5, 512  # of an engine, and engines, that are remembered
 
 
 class Learnt:
@@ -24,23 +30,47 @@ class Learnt:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self.costs: dict[str, Any] = {}
+        self.runs: dict[str, list[tuple[str, float]]] = {}  # engine -> its last instances, and when each ended
+        self.decisions: dict[str, list[dict[str, Any]]] = {}  # engine or model -> the last ones about it
         self._written = ""
+
+    def decided(self, decision: dict[str, Any]) -> None:
+        """Something was decided about a model; the same once more counts as the last time."""
+        known = self.decisions.pop(decision["model"], [])
+        if known and (known[-1]["what"], known[-1]["why"]) == (decision["what"], decision["why"]):
+            known = known[:-1]
+        self.decisions[decision["model"]] = [*known, decision][-DECISIONS:]
+        while len(self.decisions) > MOST_ENGINES:
+            del self.decisions[next(iter(self.decisions))]
+
+    def ended(self, engine: str, instance: str) -> None:
+        """An engine has ended."""
+        runs = self.runs.pop(engine, [])
+        self.runs[engine] = [*runs, (instance, time.time())][-RUNS:]  # behind those that ended before
+        while len(self.runs) > MOST_ENGINES:
+            del self.runs[next(iter(self.runs))]
 
     def load(self) -> None:
         """Read the file; one that is missing or damaged counts as empty."""
         if self._path is None or not self._path.exists():
             return
         try:
-            self.costs = dict(Folder(self._path.parent).json(self._path.name)["costs"])
+            told = Folder(self._path.parent).json(self._path.name)
+            self.costs = dict(told["costs"])
+            runs = dict(told.get("runs", {})).items()
+            self.runs = {name: [(str(run), float(at)) for run, at in ended] for name, ended in runs}
+            made = dict(told.get("decisions", {})).items()
+            self.decisions = {name: [_decision(name, each) for each in kept] for name, kept in made}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("ignoring %s, it is damaged (%s); figures are learnt anew", self._path, error)
-            self.costs = {}
+            self.costs, self.runs, self.decisions = {}, {}, {}
 
     def save(self) -> None:
         """Write it whole or not at all; a full disk is told and costs nothing but the figures."""
         if self._path is None:
             return
-        text = json.dumps({"costs": self.costs}, sort_keys=True)
+        kept = {"costs": self.costs, "runs": dict(self.runs), "decisions": dict(self.decisions)}
+        text = json.dumps(kept, sort_keys=True, default=str)
         if text == self._written:
             return
         part = self._path.with_suffix(".part")
@@ -51,3 +81,9 @@ class Learnt:
             self._written = text
         except OSError as error:
             log.warning("cannot keep learnt figures in %s: %s", self._path, error)
+
+
+def _decision(model: str, told: Any) -> dict[str, Any]:
+    """One that was read. Raises where it is none."""
+    at, what, why = float(told["at"]), str(told["what"]), str(told["why"])
+    return {"at": at, "what": what, "why": why, "model": model, "numbers": dict(told.get("numbers", {}))}

@@ -7,7 +7,7 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 log = logging.getLogger("vllmd")
@@ -42,7 +42,7 @@ def _all_that_can_be_had(addresses: tuple[str, ...]) -> list[socket.socket]:
     found: list[socket.socket] = []
     for address in addresses:
         try:
-            found.append(_listen(address))
+            found.append(_listen(_on_the_same_port(address, found)))
         except OSError as error:
             missing = address.startswith("[::1]:") and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
             if not missing or len(addresses) == 1:
@@ -51,6 +51,26 @@ def _all_that_can_be_had(addresses: tuple[str, ...]) -> list[socket.socket]:
                 raise OSError(error.errno, f"{address}: {error.strerror}") from None
             log.info("not listening on %s: this machine has no IPv6", address)
     return found
+
+
+def _on_the_same_port(address: str, found: Sequence[socket.socket]) -> str:
+    """An address whose port is free to choose gets the one that was chosen for the first."""
+    chosen = next((each.getsockname()[1] for each in found if each.family != socket.AF_UNIX), 0)
+    host, _, port = address.rpartition(":")
+    return f"{host}:{chosen}" if port == "0" and chosen else address
+
+
+def told(listeners: Mapping[str, Sequence[socket.socket]]) -> str:
+    """Where it can be reached, as people write it: ``http://127.0.0.1:33258 and http://[::1]:33258``."""
+    places = []
+    for name, sockets in listeners.items():
+        for listener in sockets:
+            if listener.family not in (socket.AF_INET, socket.AF_INET6):
+                places.append(f"{listener.getsockname() or '(no name)'} ({name})")
+                continue
+            host, port = listener.getsockname()[:2]
+            places.append(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+    return " and ".join([", ".join(places[:-1]), *places[-1:]] if len(places) > 1 else places)
 
 
 def admin_path(environment: Mapping[str, str]) -> Path:

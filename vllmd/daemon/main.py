@@ -13,14 +13,14 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import vllmd
 from vllmd.config.loader import load
 from vllmd.config.settings import flags
 from vllmd.config.types import Config
 from vllmd.daemon import identity
-from vllmd.daemon.listen import Listeners, listeners
+from vllmd.daemon.listen import Listeners, listeners, told
 from vllmd.daemon.service import Daemon, RuntimeEnvironment
 from vllmd.errors import ConfigError
 from vllmd.systemd.activation import take_listeners
@@ -77,6 +77,7 @@ def _serve(config: Config, broken: str, given: Listeners, reload: Any) -> int:
         except OSError as error:
             print(f"cannot listen on {error.strerror}", file=sys.stderr)
             return EX_UNAVAILABLE
+        log.info("listening on %s", told(sockets))
         identity.become(config, os.environ, activated=bool(given))
         around = stack.enter_context(runtime(os.environ, activated=bool(given)))
         return asyncio.run(_live(config, broken, around, reload, sockets))
@@ -139,8 +140,15 @@ def _logs(environment: Mapping[str, str]) -> Path:
     return Path(given or f"{state}/vllmd/log")
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, but wrong usage ends with EX_USAGE."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EX_USAGE, f"{self.prog}: {message}\n{self.format_usage()}")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("vllmd", description="A shared model server for the GPUs of this machine.")
+    parser = Parser("vllmd", description="A shared model server for the GPUs of this machine.")
     parser.add_argument("verb", nargs="?", choices=["serve"], help="serve is what it does anyway")
     parser.add_argument("--config", type=Path, metavar="FILE", help="instead of the standard places, see vllmd.yaml(5)")
     parser.add_argument("--check", action="store_true", help="say whether the configuration is valid, and exit")

@@ -14,6 +14,7 @@ from pathlib import Path
 from vllmd.config.types import ModelConfig
 from vllmd.core.types import Device
 from vllmd.daemon.homes import Homes, unknown_user
+from vllmd.daemon.host import host_memory
 from vllmd.engines.base import Engine, Place
 from vllmd.engines.estimate import Estimate, estimate, overfull_pins, too_large
 from vllmd.engines.facts import size
@@ -48,7 +49,8 @@ def look(models: Iterable[ModelConfig], machine: Machine, engine_of: Callable[[M
 
 def _prospect(model: ModelConfig, machine: Machine, engine_of: Callable[[ModelConfig], Engine]) -> Prospect:
     allowed = [device for device in machine.devices if not model.devices or device.index in model.devices]
-    told = estimate(model, machine.homes.hf_home(model), min((device.memory for device in allowed), default=0))
+    device_memory = min((device.memory for device in allowed), default=0)
+    told = estimate(model, machine.homes.hf_home(model), device_memory, host_memory())
     engine = engine_of(model)
     wrong = unknown_user(model) or _refusal(model, engine, machine) or too_large(model, told, machine.devices)
     return Prospect(model, engine, told, wrong)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllmd.config.reload import LATER, in_force
@@ -20,13 +20,17 @@ from vllmd.core.types import renamed
 from vllmd.daemon import startup
 from vllmd.daemon.engine_process import fingerprint
 from vllmd.daemon.service import Daemon
+from vllmd.errors import Conflict
 from vllmd.gpu import Devices
 
 log = logging.getLogger("vllmd")
 
 
-async def take(daemon: Daemon, read: Config) -> dict[str, Any]:
+async def take(daemon: Daemon, read: Config, still: Callable[[], bool] = lambda: True) -> dict[str, Any]:
     """Go on with another configuration; engines are stopped only where their own settings changed.
+
+    ``still``: whether that is right, asked when all is reckoned and nothing comes between its answer and the core's
+    being told. Raises Conflict, nothing changed, if it is not.
 
     The answer has what changed of the models, and in ``later`` each setting that is not in force, with what becomes of
     it.
@@ -41,9 +45,11 @@ async def take(daemon: Daemon, read: Config) -> dict[str, Any]:
     kept = {name: known[name] for name in engines if name in known}
     changed = {name for name, old in kept.items() if fingerprint(engines[name]) != fingerprint(before[old])}
     added, removed = sorted(config.models.keys() - was.keys()), sorted(was.keys() - config.models.keys())
+    if not still():
+        raise Conflict("it is in use by now")
     daemon.accept(config)
     daemon.engine_manager.relocate(startup.paths_of(daemon, config), config.engines.port_start, config.engines.port_end)
-    daemon.engine_manager.configure(engines, startup.kv_caches(prospects))
+    daemon.engine_manager.configure(engines, startup.estimates(prospects))
     if devices:
         _take_devices(daemon, config, devices)
     daemon.dispatcher.post(events.SettingsChanged(startup.settings_of(config)))

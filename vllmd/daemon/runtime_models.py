@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
@@ -44,8 +45,10 @@ class RuntimeModels:
             wanted = guest(name, settings, self._without(name), trusted=trusted)
             differs = _differences(self._daemon.control.instances.plain(known), wanted) if known else []
             if known is None or (differs and name in self._models and self._unused(name)):
-                await self._take(wanted)
-                known, differs = wanted, []
+                with contextlib.suppress(Conflict):  # in use by now: it stays as it is
+                    await self._take(wanted)
+                    known, differs = wanted, []
+            assert known
             return {
                 "model": known.name,
                 "configured": known.name not in self._models,
@@ -70,7 +73,8 @@ class RuntimeModels:
             what = f"{MOST} models were put already; DELETE /admin/guests/NAME those that are not needed"
             raise TooManyRequests(what)
         config = self._daemon.config
-        await self._daemon.take(replace(config, models={**config.models, model.name: model}))
+        models = {**config.models, model.name: model}
+        await self._daemon.take(replace(config, models=models), lambda: self._unused(model.name))
         self._models[model.name] = model
 
     def _without(self, name: str) -> Config:

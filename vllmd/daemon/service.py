@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vllmd.config.replicas import engines_of, is_this_host, meant_here
 from vllmd.config.types import Config, ModelConfig
@@ -73,6 +73,13 @@ class RuntimeEnvironment:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
+class Take(Protocol):
+    """Goes on with another configuration, if that is ``still`` right when the core is told. Raises Conflict if not."""
+
+    def __call__(self, config: Config, still: Callable[[], bool] = ..., /) -> Awaitable[dict[str, Any]]:
+        """The answer has what changed."""
+
+
 class Daemon:
     """Holds the rooms together; decides nothing about models itself."""
 
@@ -99,7 +106,7 @@ class Daemon:
         self._trouble = ""  # what the core was last told of the devices
         self._avoided: tuple[Mapping[int, str], Mapping[int, str]] = ({}, {})
         self.listeners: Listeners
-        self.take: Callable[[Config], Awaitable[dict[str, Any]]]  # goes on with another configuration
+        self.take: Take  # goes on with another configuration
         self.backend = ""
         self.failed = False
         self._reload = reload

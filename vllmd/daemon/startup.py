@@ -26,6 +26,7 @@ from vllmd.daemon.ports import PortPool
 from vllmd.daemon.preflight import Machine, Prospect, look, say
 from vllmd.daemon.service import Daemon
 from vllmd.daemon.specs import model_spec, replica_spec
+from vllmd.engines.estimate import Estimate
 from vllmd.errors import LauncherFailed
 from vllmd.gpu import Devices, open_devices
 from vllmd.launcher.client import LauncherClient
@@ -51,7 +52,7 @@ async def start(daemon: Daemon) -> None:
     daemon.launcher = await connect_launcher(daemon)
     daemon.backend = await known_backend(daemon)
     daemon.engine_manager = make_fleet(daemon, prospects)
-    daemon.take = lambda config: _take(daemon, config)
+    daemon.take = lambda config, still=lambda: True: _take(daemon, config, still)
     daemon.dispatcher.connect(daemon.engine_manager, daemon.admission_gate, daemon.control.instances.add)
     daemon.dispatcher.on_decision, daemon.dispatcher.on_change = daemon.control.note, daemon.control.stir
     devices = daemon.memory.devices
@@ -78,10 +79,10 @@ def opener(config: Config, environment: Mapping[str, str]) -> Open:
     return lambda known: open_devices(config, environment, known=known)
 
 
-async def _take(daemon: Daemon, config: Config) -> dict[str, Any]:
+async def _take(daemon: Daemon, config: Config, still: Callable[[], bool]) -> dict[str, Any]:
     from vllmd.daemon.reload import take  # most daemons are never told to
 
-    return await take(daemon, config)
+    return await take(daemon, config, still)
 
 
 def files_of(config: Config) -> dict[int, Path]:
@@ -110,7 +111,7 @@ async def take_devices(daemon: Daemon, devices: Devices) -> None:
         if not devices.trouble:
             prospects = await asyncio.to_thread(expect, daemon, daemon.engines, daemon.config, devices.inventory())
             specs = specs_of(daemon.config.models, prospects)
-            daemon.engine_manager.configure(daemon.engines, kv_caches(prospects))
+            daemon.engine_manager.configure(daemon.engines, estimates(prospects))
             daemon.control.configure(specs)
             daemon.dispatcher.post(events.ModelsChanged(tuple(specs)))
         unknown = str(devices.trouble or "")
@@ -231,12 +232,13 @@ def make_fleet(daemon: Daemon, prospects: list[Prospect]) -> EngineManager:
     paths, ports = paths_of(daemon, daemon.config), PortPool(engines.port_start, engines.port_end)
     launch_planner = LaunchPlanner(daemon.memory, paths, daemon.kinds, ports, EngineKeys(around.cache))
     engine_manager = EngineManager(daemon.launcher, daemon.control.take, daemon.memory, launch_planner, around.logs)
-    engine_manager.configure(daemon.engines, kv_caches(prospects))
+    engine_manager.configure(daemon.engines, estimates(prospects))
+    engine_manager.on_ended = daemon.learnt.ended
     engine_manager.on_phase, engine_manager.look = daemon.control.stir, daemon.look
     engine_manager.usual = daemon.dispatcher.scheduler.costs.usual
     return engine_manager
 
 
-def kv_caches(prospects: list[Prospect]) -> dict[str, int]:
-    """Bytes per device that each engine is told to use as its cache; as estimated, never as measured."""
-    return {each.model.name: each.told.kv_cache for each in prospects}
+def estimates(prospects: list[Prospect]) -> dict[str, Estimate]:
+    """What each engine is told of the memory for it, such as the size of its cache: as estimated, never as measured."""
+    return {each.model.name: each.told for each in prospects}

@@ -120,6 +120,7 @@ class Place:
     key: str = field(default="", repr=False)  # of this start alone: for an engine that can ask clients for one
     kv_cache: int = 0  # bytes per device for its key-value cache (Estimate.kv_cache); 0: it works that out itself
     visible: Mapping[str, str] = field(default_factory=dict)  # variables by which it sees these devices alone
+    context: int = 0  # tokens, where the model's own longest context does not fit (Estimate.context); 0: its own
     hf_home: Path | None = None  # where the engine's cache of models is
 
 

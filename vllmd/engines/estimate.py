@@ -20,7 +20,8 @@ learns the first. The rules, per device:
    taken at its word instead of 1-3's sum; the largest of ``when_free.shares`` too.
 6. Nothing known at all: 0.9 of the device, and as much of the host at level 1.
 
-llama.cpp has rules of its own in place of 2 and 3, see ``llama_memory``.
+llama.cpp has rules of its own in place of 2 and 3, see ``llama_memory``; and so has
+vLLM where there is no GPU, see ``vllm_cpu``.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ from pathlib import Path
 
 from vllmd.config.types import ModelConfig
 from vllmd.core.types import Device, Footprint, GiB, Source
-from vllmd.engines import adapters, llama_memory, options
+from vllmd.engines import adapters, llama_memory, options, vllm_cpu
 from vllmd.engines.architecture import Architecture
 from vllmd.engines.facts import Facts, argument, facts_of, is_wide, size, whole
 from vllmd.errors import ConfigError
 
 USABLE = 0.9  # of a device: what a model of which nothing is known is given, and what a guess may take
 REQUESTS, REQUEST_TOKENS = 16, 2048  # rule 2
+HOST_SHARE = 4  # without a device a cache may take a quarter of the host's memory, unless a length is asked for
 DEFAULT_LENGTH = 8192  # tokens, where neither the configuration nor the model tells
 CONTEXT = GiB // 2
 WORKING = GiB
@@ -56,7 +58,8 @@ class Estimate:
     ``weights``: of the whole model, as loaded. ``kv_per_token``: of the whole model, 0 if unknown or none.
     ``kv_cache``: per device, to be passed to the engine (``Place.kv_cache``); 0 leaves it to the engine.
     ``why``: the arithmetic. ``notes``: what was odd or had to be guessed.
-    ``host_running``: of the host as long as it runs, awake or asleep.
+    ``host_running``: of the host as long as it runs, awake or asleep. ``context``: tokens, to be passed to an engine
+    whose own longest context does not fit (``Place.context``); 0: its own choice.
     """
 
     footprint: Footprint
@@ -66,30 +69,34 @@ class Estimate:
     why: str
     notes: tuple[str, ...] = ()
     host_running: int = 0
+    context: int = 0
 
 
-def estimate(model: ModelConfig, hf_home: Path, device_memory: int) -> Estimate:
+def estimate(model: ModelConfig, hf_home: Path, device_memory: int, host_memory: int = 0) -> Estimate:
     """What ``model`` will take on devices of ``device_memory`` bytes (0: there is none). Never raises.
 
+    ``host_memory``: bytes that engines may use where there is no device; 0: not known.
     Reads the files of the model from a path or the cache under ``hf_home``; downloads nothing.
     """
     if model.engine == "remote":
         return Estimate(Footprint(0, 0), 0, 0, 0, "a remote engine takes nothing here")
     if model.engine == "sim":
         return _stand_in(model, device_memory)
+    if not device_memory and model.engine == "vllm":
+        model = vllm_cpu.as_run(model)
     facts = facts_of(model, hf_home)
     if not model.model and model.engine not in BY_NAME:  # nor need its name be that of any files
         facts = replace(facts, notes=())
-    facts = replace(facts, notes=(*facts.notes, *adapters.notes_of(model, hf_home)))
     lora = adapters.memory(model, hf_home, facts.weights)
-    told = _known(model, facts, device_memory, lora) if facts.weights else _unknown(model, facts, device_memory)
+    facts = replace(facts, adapters=lora, notes=(*facts.notes, *adapters.notes_of(model, hf_home)))
+    told = _known(model, facts, device_memory, host_memory) if facts.weights else _unknown(model, facts, device_memory)
     return replace(told, host_running=_host_running(model, told.footprint.awake, device_memory))
 
 
 def _host_running(model: ModelConfig, awake: int, device_memory: int) -> int:
     """What it takes of the host while it runs: of llama.cpp its prompts, and all of it where that is on the CPU."""
     if model.engine not in llama_memory.KINDS:
-        return 0
+        return 0 if device_memory else awake
     on_host = not device_memory or model.options.get("gpu_layers") in (0, "0")
     try:
         return llama_memory.prompt_cache(model) + (awake if on_host else 0)
@@ -158,21 +165,24 @@ def _option(model: ModelConfig, name: str) -> int:
         return 0
 
 
-def _known(model: ModelConfig, facts: Facts, device_memory: int, lora: int) -> Estimate:
+def _known(model: ModelConfig, facts: Facts, device_memory: int, host_memory: int) -> Estimate:
     ranks = model.all_devices
     weights = -(-facts.weights // ranks)
-    fixed = weights + _overhead(model, weights) + lora
+    fixed = weights + _overhead(model, weights, on_cpu=not device_memory) + facts.adapters
     budget, budget_how = _budget(model, device_memory)
-    if budget is None:
-        kv = _kv(model, facts, int(USABLE * device_memory) - fixed)
+    if budget is None and device_memory:
+        kv = _kv(model, facts, int(USABLE * device_memory) - fixed, f"what {USABLE:g} of the device leaves")
+    elif budget is None:
+        kv = _kv(model, facts, host_memory // HOST_SHARE, f"1/{HOST_SHARE} of the host's memory")
     else:
         kv = _kv_left(model, facts, budget, fixed)
     awake = fixed + kv.size if budget is None else budget
     why = _why(
         facts, ranks, (weights, kv.size, fixed - weights), kv.why, f"{size(awake)} {budget_how}" if budget else ""
-    ) + (f" ({size(lora)} of the overhead are for adapters)" if lora else "")
+    ) + (f" ({size(facts.adapters)} of the overhead are for adapters)" if facts.adapters else "")
     footprint = _footprint(model, awake, weights, facts.weights * model.devices_here // ranks)
-    return Estimate(footprint, facts.weights, kv.per_token, kv.told, why, (*facts.notes, *kv.notes))
+    notes = (*facts.notes, *kv.notes)
+    return Estimate(footprint, facts.weights, kv.per_token, kv.told, why, notes, context=kv.context)
 
 
 def _why(facts: Facts, ranks: int, parts: tuple[int, int, int], kv_why: str, budget: str) -> str:
@@ -216,10 +226,12 @@ def _budget(model: ModelConfig, device_memory: int) -> tuple[int | None, str]:
     return asked, "as configured"
 
 
-def _overhead(model: ModelConfig, weights: int) -> int:
+def _overhead(model: ModelConfig, weights: int, *, on_cpu: bool) -> int:
     """Bytes per device beside weights and cache (rule 3)."""
     if model.engine in llama_memory.KINDS:
         return llama_memory.overhead(weights, on_cpu=llama_memory.runs_on_cpu(model))
+    if on_cpu and model.engine == "vllm" and not vllm_cpu.has_accelerator():
+        return vllm_cpu.OVERHEAD
     total = CONTEXT + WORKING + weights * 6 // 100
     if argument(model, "enforce-eager") == "true":
         total -= EAGER_SAVES
@@ -237,10 +249,15 @@ class _Kv:
     per_token: int
     told: int
     notes: tuple[str, ...] = ()
+    context: int = 0
 
 
-def _kv(model: ModelConfig, facts: Facts, room: int) -> _Kv:
-    """By rule 2; ``room`` bytes per device are left for it (not above 0: no device, or no room whatever is done)."""
+def _kv(model: ModelConfig, facts: Facts, room: int, what: str) -> _Kv:
+    """By rule 2; ``room`` bytes per device are left for it (not above 0: not known, or no room whatever is done).
+
+    An engine that can make do with a shorter context is given one where the longest does not fit and nobody asked for
+    it: llama.cpp is told how long, vLLM on a CPU finds out. ``what``: which room that is.
+    """
     per_token = _per_token(model, facts)
     asked, why = _kv_asked(model)
     if asked is not None:
@@ -254,10 +271,21 @@ def _kv(model: ModelConfig, facts: Facts, room: int) -> _Kv:
     wanted, least = _kv_size(model, facts, tokens, requests), _kv_size(model, facts, length, 1)
     if not wanted:
         return _Kv(0, "it keeps none", 0, 0)
-    if wanted > room >= least:
-        return _Kv(room, f"what 0.9 of the device leaves; {size(wanted)} wanted", per_token, room)
+    if wanted > room > 0 and (room >= least or _may_be_shorter(model)):
+        context = 0
+        if model.engine in llama_memory.KINDS:
+            context = max(llama_memory.SHORTEST, tokens * room // wanted // 256 * 256)
+            room = _kv_size(model, facts, context, requests)
+        return _Kv(room, f"{what}; {size(wanted)} wanted", per_token, room, context=context)
     about = "" if facts.cache else "about "
     return _Kv(wanted, f"{tokens} tokens of {about}{size(per_token)}", per_token, wanted)
+
+
+def _may_be_shorter(model: ModelConfig) -> bool:
+    """Whether its context may be shorter than the model's own longest one."""
+    if _asked_length(model):
+        return False
+    return model.engine in llama_memory.KINDS or (model.engine == "vllm" and not vllm_cpu.has_accelerator())
 
 
 def _kv_left(model: ModelConfig, facts: Facts, budget: int, fixed: int) -> _Kv:
@@ -307,8 +335,12 @@ def _guessed_per_token(weights: int) -> int:
 
 
 def _length(model: ModelConfig, cache: Architecture | None) -> int:
-    asked = model.max_model_len or whole(argument(model, "max-model-len", "ctx-size", "c", "context-length"))
-    return asked or (cache.length if cache else 0) or DEFAULT_LENGTH
+    return _asked_length(model) or (cache.length if cache else 0) or DEFAULT_LENGTH
+
+
+def _asked_length(model: ModelConfig) -> int:
+    """Tokens that the user asked for, 0 if none."""
+    return model.max_model_len or whole(argument(model, "max-model-len", "ctx-size", "c", "context-length"))
 
 
 def _kv_width(model: ModelConfig) -> int:

@@ -103,7 +103,7 @@ class LlamaCpp(Plain):
             *_program(model),
             *_files(model, place),
             *("--host", str(socket), "--alias", self.served_name(model), "--metrics"),
-            *_context(model),
+            *_context(model, place),
             *_layers(model, place),
             *_options(model),
             *adapters.llama_flags(model),
@@ -185,10 +185,12 @@ def _cached(source: str, hf_home: Path | None, revision: str) -> tuple[Path | No
         return None, None
 
 
-def _context(model: ModelConfig) -> list[str]:
+def _context(model: ModelConfig, place: Place) -> list[str]:
+    """Slots, and the room of all of them: as configured, else what fits, else its own choice."""
     slots = whole(model, "parallel")
     flags = ["--parallel", str(slots)] if slots else []
-    return [*flags, "--ctx-size", str(model.max_model_len * (slots or 1))] if model.max_model_len else flags
+    tokens = model.max_model_len * (slots or 1) if model.max_model_len else place.context
+    return [*flags, "--ctx-size", str(tokens)] if tokens else flags
 
 
 def _layers(model: ModelConfig, place: Place) -> list[str]:

@@ -24,6 +24,7 @@ from vllmd.engines.facts import argument
 
 KINDS = frozenset({"llama.cpp", "llama-server"})
 MiB = 1 << 20
+SHORTEST = 512  # tokens of context: with less, a model is of no use
 PROGRAM = 52 * MiB
 PROMPT_CACHE = 512 * MiB  # llama-server's own default is 8 GiB
 BATCH = 1.4  # MiB for a model of 1 MiB

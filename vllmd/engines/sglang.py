@@ -23,7 +23,7 @@ from vllmd.config.types import ModelConfig
 from vllmd.engines.base import Call, Engine, Launch, Listen, Place
 from vllmd.engines.options import switch, unknown
 from vllmd.engines.plain import PROBE, Plain, environment, has_flag, own_key
-from vllmd.engines.vllm import has_accelerator
+from vllmd.engines.vllm_cpu import has_accelerator
 
 STATIC = 0.88  # of what was promised: the rest is for activations and CUDA graphs
 _RELEASE = Call("POST", "/release_memory_occupation", json={}, timeout=300.0)

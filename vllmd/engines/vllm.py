@@ -31,15 +31,15 @@ from typing import ClassVar
 
 from vllmd.config.types import ModelConfig
 from vllmd.core.types import Footprint
-from vllmd.engines import adapters, ray_cluster, vllm_log
+from vllmd.engines import adapters, environments, ray_cluster, vllm_cpu, vllm_log
 from vllmd.engines.base import Adapter, Call, Failure, Launch, Listen, Place, Progress
 from vllmd.engines.options import choice, size, unknown
 from vllmd.engines.plain import PROBE, Plain, environment
+from vllmd.engines.vllm_cpu import has_accelerator
 from vllmd.errors import ConfigError
 
 SUN_PATH = 107  # bytes of a Unix socket's path, the final NUL not counted
 _IPC_NAME = 37  # "/" and a UUID: the names of vLLM's own sockets in VLLM_RPC_BASE_PATH
-_ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd")  # CUDA, ROCm
 _SLEEP_TIMEOUT = 300.0  # seconds; offloading a large model's weights to host memory takes its time
 _WAKE_TIMEOUT = 600.0  # level 2 reads the weights from disk again
 
@@ -93,11 +93,6 @@ OWN_API = frozenset(
 )
 
 
-def has_accelerator() -> bool:
-    """Whether this machine has a GPU that vLLM's sleep mode knows."""
-    return any(os.path.exists(path) for path in _ACCELERATORS)
-
-
 class Vllm(Plain):
     """The contract of ``base.Engine`` for vLLM 0.32.
 
@@ -137,14 +132,16 @@ class Vllm(Plain):
 
     def _command(self, model: ModelConfig) -> tuple[str, ...]:
         """The program and its subcommand, which a command configured in full brings along."""
-        command = model.command or ("vllm",)
+        command = model.command or (environments.program(model, self.kind, "vllm"),)
         is_module = len(command) > 1 and "-m" in command
         return command if is_module or "serve" in command else (*command, "serve")
 
     def _flags(self, model: ModelConfig, place: Place, socket: Path) -> list[str]:
         flags = [model.source] if not self._is_module(model) else ["--model", model.source]
         flags += ["--uds", str(socket), "--served-model-name", self.served_name(model)]
-        return [*flags, *_parallel(model), *_of_model(model), *self._of_memory(model, place), *self._sleep_flag(model)]
+        flags += [*_parallel(model), *_of_model(model), *self._of_memory(model, place), *self._sleep_flag(model)]
+        on_cpu = not place.device_ids and not self._accelerator()
+        return [*flags, *vllm_cpu.flags(model, place.kv_cache)] if on_cpu else flags
 
     def _is_module(self, model: ModelConfig) -> bool:
         return "-m" in model.command and "serve" not in model.command
@@ -219,7 +216,7 @@ def memory_share(model: ModelConfig, place: Place) -> float | None:
     Rounded down to four digits, so that it never claims more than was promised.
     """
     if not place.device_ids:
-        return None  # on a CPU the flag means host memory
+        return None  # on a CPU the flag means host memory, see vllm_cpu
     if isinstance(model.gpu_memory, float):
         return model.gpu_memory
     if not place.memory or not place.device_memory:

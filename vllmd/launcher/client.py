@@ -294,7 +294,11 @@ class LauncherClient:
     async def _send(self, packet: bytes) -> None:
         if self._socket is None:
             raise ConnectionError("the connection is lost")
-        await asyncio.get_running_loop().sock_sendall(self._socket, packet)
+        try:
+            await asyncio.get_running_loop().sock_sendall(self._socket, packet)
+        except OSError:
+            self._give_up_connection()
+            raise
 
     def _received(self, packet: bytes) -> None:
         try:
@@ -380,6 +384,16 @@ class LauncherClient:
             if not pending.future.done():
                 pending.future.set_exception(error)
                 pending.future.exception()  # read once: who asked may just have given up
+
+    def _give_up_connection(self) -> None:
+        """A launcher that has died is met by who sends before who reads: nobody asks again until there is the next.
+
+        Asking again at once would fail without ever waiting, and so keep the event loop from noticing the end.
+        """
+        self._connected.clear()
+        if self._socket:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)  # the reader's end, whatever the error was
 
     async def _connect_again(self) -> None:
         delay = FIRST_RETRY

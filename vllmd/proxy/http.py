@@ -17,6 +17,7 @@ from vllmd.proxy.access import NOBODY, Caller
 
 Pairs = Sequence[tuple[str, str]]
 ANTHROPIC_PATH = "/v1/messages"
+OLLAMA_PATH, OWN_PATH = "/api/", "/api/v1/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +170,9 @@ def text_response(text: str, status: int = 200, content_type: str = "text/plain;
 
 
 def error_body(error: VllmdError, path: str) -> dict[str, Any]:
-    """The error as the clients of the API at ``path`` expect it: Anthropic's, or else OpenAI's."""
+    """The error as the clients of the API at ``path`` expect it: Anthropic's, Ollama's, or else OpenAI's."""
+    if path.startswith(OLLAMA_PATH) and not path.startswith(OWN_PATH):
+        return error.to_ollama()
     return error.to_anthropic() if path.startswith(ANTHROPIC_PATH) else error.to_openai()
 
 

@@ -82,7 +82,7 @@ class ModelRequests:
             plain = "charset" not in content_type.lower() and not request.headers.get("content-encoding")
             request.headers.plain_json = plain
             if not plain or request.body[:1] != b"{":
-                await self._make_plain(exchange, content_type)
+                await self.make_plain(exchange, content_type)
         large = len(request.body) > LARGE
         asked = await in_turns(in_large(request.body)) if large else in_json(request.body)
         return await self.to_model(exchange, asked, request.path)
@@ -93,7 +93,7 @@ class ModelRequests:
         content_type = request.headers.get("content-type")
         if content_type.partition(";")[0].strip().lower() != "multipart/form-data":
             raise BadRequest("the Content-Type must be multipart/form-data")
-        await self._make_plain(exchange, "")
+        await self.make_plain(exchange, "")
         asked = await in_turns(in_multipart(request.body, content_type))
         return await self.to_model(exchange, asked, request.path)
 
@@ -184,7 +184,7 @@ class ModelRequests:
             request.answer_fields = (*request.answer_fields, ("x-vllmd-model", quoted(target.called)))
         return target
 
-    async def _make_plain(self, exchange: Exchange, content_type: str) -> None:
+    async def make_plain(self, exchange: Exchange, content_type: str) -> None:
         """Take the body out of its Content-Encoding, and JSON (of this type, "" for a form) out of another charset.
 
         The engine gets the plain body, and fields that say no more of what it was.

@@ -19,7 +19,6 @@ _STATE = "vllmd alone puts engines to sleep, wakes, pauses and changes them; POS
 _OWN = "it is an engine's own; GET /upstream/NAME{path} has it, for keys with the scope admin"
 _SLOTS = "it shows what others ask; GET /upstream/NAME{path} has it, for keys with the scope admin"
 _ADAPTER = "adapters are the configuration's, not a client's"
-_OLLAMA = "Ollama's API is not spoken here; OpenAI's is, with the base URL /v1"
 # What vLLM or llama-server serve and vllmd does not, and what to do instead.
 REFERRED = {
     "/": "the API begins at /v1, its description is at /docs",
@@ -47,7 +46,6 @@ REFERRED = {
     "/embedding": "POST /v1/embeddings answers in OpenAI's form",
     "/cors-proxy": "vllmd asks no other servers for a page",
     "/tools": "tools run in the client",
-    **dict.fromkeys(("/api/tags", "/api/show", "/api/chat", "/api/generate", "/api/embed", "/api/version"), _OLLAMA),
 }
 
 

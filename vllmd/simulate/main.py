@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 from vllmd.core.baselines import ALL
 from vllmd.core.costs import CostBook
@@ -31,22 +34,31 @@ are a fit to vLLM on an A100 by the size of the weights.
 """
 
 
-def run_cli(argv: Sequence[str]) -> int:
-    """Run, and print; returns an exit status of sysexits(3)."""
+def run_cli(argv: Sequence[str], working: Callable[[str], AbstractContextManager[Any]] = nullcontext) -> int:
+    """Run, and print; returns an exit status of sysexits(3). ``working``: entered, with a word, for what takes time."""
     parser = _parser()
     try:
         options = parser.parse_args(argv)
     except SystemExit as exit_:
         return EX_USAGE if exit_.code else 0
     try:
-        reports = _run(options)
-        print(as_json(reports) if options.json else text(reports, options.models))
+        with working("simulating"):
+            reports = _run(options)
+        print(as_json(reports) if options.json else text(reports, options.models, _columns()))
         if options.plot:
             plot(reports, options.plot)
     except VllmdError as error:
         print(f"vllmctl simulate: {error.message}", file=sys.stderr)
         return _status(error)
     return 0
+
+
+def _columns() -> int | None:
+    """How wide a line may be; None where no terminal is."""
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or None if sys.stdout.isatty() else None
+    except (OSError, ValueError):
+        return None
 
 
 def _status(error: VllmdError) -> int:

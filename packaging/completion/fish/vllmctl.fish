@@ -90,6 +90,14 @@ complete -c vllmctl -n '__fish_seen_subcommand_from gpus' -l url -r -d 'over HTT
 complete -c vllmctl -n '__fish_seen_subcommand_from gpus' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
 complete -c vllmctl -n '__fish_seen_subcommand_from gpus' -l json -d 'print JSON instead of a table'
 complete -c vllmctl -n '__fish_seen_subcommand_from gpus' -F
+complete -c vllmctl -n __fish_use_subcommand -a help -d 'Show what vllmctl can do, or what a verb does'
+complete -c vllmctl -n '__fish_seen_subcommand_from help' -s h -l help -d 'show this help message and exit'
+complete -c vllmctl -n '__fish_seen_subcommand_from help' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
+complete -c vllmctl -n '__fish_seen_subcommand_from help' -l user -d 'the vllmd of systemctl --user'
+complete -c vllmctl -n '__fish_seen_subcommand_from help' -l url -r -d 'over HTTP, such as http://gpu1:33258; needs a key with the scope admin'
+complete -c vllmctl -n '__fish_seen_subcommand_from help' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
+complete -c vllmctl -n '__fish_seen_subcommand_from help' -l json -d 'print JSON instead of a table'
+complete -c vllmctl -n '__fish_seen_subcommand_from help' -F
 complete -c vllmctl -n __fish_use_subcommand -a import -d 'Turn another systems configuration into a file for models.d'
 complete -c vllmctl -n '__fish_seen_subcommand_from import' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from import' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
@@ -139,7 +147,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from logs' -l url -r -d 'over HTT
 complete -c vllmctl -n '__fish_seen_subcommand_from logs' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
 complete -c vllmctl -n '__fish_seen_subcommand_from logs' -l json -d 'print JSON instead of a table'
 complete -c vllmctl -n '__fish_seen_subcommand_from logs' -s f -l follow -d 'go on with what it writes, until interrupted'
-complete -c vllmctl -n '__fish_seen_subcommand_from logs' -s n -l lines -r -d 'the last N lines (default: 50)'
+complete -c vllmctl -n '__fish_seen_subcommand_from logs' -s n -l lines -r -d 'the last N lines (default: 50, or with --since all of them)'
 complete -c vllmctl -n '__fish_seen_subcommand_from logs' -l since -r -d 'from then on, as journalctl understands it, such as -1h'
 complete -c vllmctl -n '__fish_seen_subcommand_from logs' -a '(vllmctl completion models 2>/dev/null)'
 complete -c vllmctl -n '__fish_seen_subcommand_from logs' -F
@@ -151,7 +159,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from log' -l url -r -d 'over HTTP
 complete -c vllmctl -n '__fish_seen_subcommand_from log' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
 complete -c vllmctl -n '__fish_seen_subcommand_from log' -l json -d 'print JSON instead of a table'
 complete -c vllmctl -n '__fish_seen_subcommand_from log' -s f -l follow -d 'go on with what it writes, until interrupted'
-complete -c vllmctl -n '__fish_seen_subcommand_from log' -s n -l lines -r -d 'the last N lines (default: 50)'
+complete -c vllmctl -n '__fish_seen_subcommand_from log' -s n -l lines -r -d 'the last N lines (default: 50, or with --since all of them)'
 complete -c vllmctl -n '__fish_seen_subcommand_from log' -l since -r -d 'from then on, as journalctl understands it, such as -1h'
 complete -c vllmctl -n '__fish_seen_subcommand_from log' -a '(vllmctl completion models 2>/dev/null)'
 complete -c vllmctl -n '__fish_seen_subcommand_from log' -F
@@ -217,6 +225,16 @@ complete -c vllmctl -n '__fish_seen_subcommand_from reload' -l url -r -d 'over H
 complete -c vllmctl -n '__fish_seen_subcommand_from reload' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
 complete -c vllmctl -n '__fish_seen_subcommand_from reload' -l json -d 'print JSON instead of a table'
 complete -c vllmctl -n '__fish_seen_subcommand_from reload' -F
+complete -c vllmctl -n __fish_use_subcommand -a restart -d 'Stop models after their requests, and start them again'
+complete -c vllmctl -n '__fish_seen_subcommand_from restart' -s h -l help -d 'show this help message and exit'
+complete -c vllmctl -n '__fish_seen_subcommand_from restart' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
+complete -c vllmctl -n '__fish_seen_subcommand_from restart' -l user -d 'the vllmd of systemctl --user'
+complete -c vllmctl -n '__fish_seen_subcommand_from restart' -l url -r -d 'over HTTP, such as http://gpu1:33258; needs a key with the scope admin'
+complete -c vllmctl -n '__fish_seen_subcommand_from restart' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
+complete -c vllmctl -n '__fish_seen_subcommand_from restart' -l json -d 'print JSON instead of a table'
+complete -c vllmctl -n '__fish_seen_subcommand_from restart' -s f -l force -d 'break off running requests'
+complete -c vllmctl -n '__fish_seen_subcommand_from restart' -a '(vllmctl completion models 2>/dev/null)'
+complete -c vllmctl -n '__fish_seen_subcommand_from restart' -F
 complete -c vllmctl -n __fish_use_subcommand -a simulate -d 'Replay a trace of requests under a virtual clock, and compare policies'
 complete -c vllmctl -n '__fish_seen_subcommand_from simulate' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from simulate' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
@@ -266,6 +284,15 @@ complete -c vllmctl -n '__fish_seen_subcommand_from load' -l json -d 'print JSON
 complete -c vllmctl -n '__fish_seen_subcommand_from load' -l no-wait -d 'ask for it and return'
 complete -c vllmctl -n '__fish_seen_subcommand_from load' -a '(vllmctl completion models 2>/dev/null)'
 complete -c vllmctl -n '__fish_seen_subcommand_from load' -F
+complete -c vllmctl -n __fish_use_subcommand -a status -d 'Show how vllmd is doing: the daemon in a few lines, then the models; or how the models named stand'
+complete -c vllmctl -n '__fish_seen_subcommand_from status' -s h -l help -d 'show this help message and exit'
+complete -c vllmctl -n '__fish_seen_subcommand_from status' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
+complete -c vllmctl -n '__fish_seen_subcommand_from status' -l user -d 'the vllmd of systemctl --user'
+complete -c vllmctl -n '__fish_seen_subcommand_from status' -l url -r -d 'over HTTP, such as http://gpu1:33258; needs a key with the scope admin'
+complete -c vllmctl -n '__fish_seen_subcommand_from status' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
+complete -c vllmctl -n '__fish_seen_subcommand_from status' -l json -d 'print JSON instead of a table'
+complete -c vllmctl -n '__fish_seen_subcommand_from status' -a '(vllmctl completion models 2>/dev/null)'
+complete -c vllmctl -n '__fish_seen_subcommand_from status' -F
 complete -c vllmctl -n __fish_use_subcommand -a stop -d 'Stop models after their requests, and forget failures'
 complete -c vllmctl -n '__fish_seen_subcommand_from stop' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from stop' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
@@ -315,6 +342,14 @@ complete -c vllmctl -n '__fish_seen_subcommand_from unpin' -l key -r -d 'API key
 complete -c vllmctl -n '__fish_seen_subcommand_from unpin' -l json -d 'print JSON instead of a table'
 complete -c vllmctl -n '__fish_seen_subcommand_from unpin' -a '(vllmctl completion models 2>/dev/null)'
 complete -c vllmctl -n '__fish_seen_subcommand_from unpin' -F
+complete -c vllmctl -n __fish_use_subcommand -a version -d 'Show the version of vllmctl, and of the daemon if it runs'
+complete -c vllmctl -n '__fish_seen_subcommand_from version' -s h -l help -d 'show this help message and exit'
+complete -c vllmctl -n '__fish_seen_subcommand_from version' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
+complete -c vllmctl -n '__fish_seen_subcommand_from version' -l user -d 'the vllmd of systemctl --user'
+complete -c vllmctl -n '__fish_seen_subcommand_from version' -l url -r -d 'over HTTP, such as http://gpu1:33258; needs a key with the scope admin'
+complete -c vllmctl -n '__fish_seen_subcommand_from version' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
+complete -c vllmctl -n '__fish_seen_subcommand_from version' -l json -d 'print JSON instead of a table'
+complete -c vllmctl -n '__fish_seen_subcommand_from version' -F
 complete -c vllmctl -n __fish_use_subcommand -a wake-up -d 'Wake models, and wait until they serve'
 complete -c vllmctl -n '__fish_seen_subcommand_from wake-up' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from wake-up' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'

@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(show.as_json(said))
     else:
-        print(f"{name}: {', '.join(f'{key}: {value}' for key, value in settings.items())} written to {path}")
+        show.say(f"{name}: {', '.join(f'{key}: {value}' for key, value in settings.items())} written to {path}")
         print("it runs with that" if arguments.restart else "vllmctl reload puts it into force")
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -40,10 +41,14 @@ def run(arguments: argparse.Namespace) -> int:
         "messages": [{"role": "user", "content": arguments.prompt}],
         "stream_options": {"include_usage": True},
     }
-    loading = shoot(http, {**request, "max_tokens": 1})  # loads the model, which is not what is measured
+    with show.Working(f"loading {arguments.model}") as working:
+        loading = shoot(http, {**request, "max_tokens": 1}, working.say)  # which is not what is measured
     began = time.monotonic()
-    with ThreadPoolExecutor(arguments.clients) as pool:
-        shots = list(pool.map(lambda _: shoot(http, request), range(arguments.requests)))
+    with show.Working("measuring") as working, ThreadPoolExecutor(arguments.clients) as pool:
+        shots = []
+        for shot in pool.map(lambda _: shoot(http, request), range(arguments.requests)):
+            shots.append(shot)
+            working.say(f"measuring: {len(shots)} of {arguments.requests} requests are done")
     figures = summary(shots, time.monotonic() - began, loading)
     print(
         show.as_json(figures)
@@ -53,10 +58,10 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def shoot(http: Admin, request: dict[str, Any]) -> Shot:
-    """One request, timed."""
+def shoot(http: Admin, request: dict[str, Any], told: Callable[[str], None] = lambda comment: None) -> Shot:
+    """One request, timed; ``told`` gets what the server says of the wait."""
     began, first, tokens, chunks = time.monotonic(), 0.0, 0, 0
-    for chunk in openai.stream(http, request):
+    for chunk in openai.stream(http, request, told):
         if any(openai.delta(chunk)):
             first, chunks = first or time.monotonic() - began, chunks + 1
         tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)

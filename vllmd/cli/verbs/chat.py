@@ -71,10 +71,13 @@ class Talk:
         """Send a message, print the answer as it comes, remember both."""
         asked = [*self.messages, {"role": "user", "content": text}]
         settings = {key: value for key, value in self.settings.items() if value is not None}
-        answer = ""
-        for chunk in openai.stream(self.http, {**settings, "messages": self.system + asked}):
-            content, reasoning = openai.delta(chunk)
-            answer += content
-            print(show.paint(reasoning, "grey") if reasoning else "", content, sep="", end="", flush=True)
+        answer, waiting = "", show.Working(f"waiting for {self.settings['model']}")
+        with waiting:
+            for chunk in openai.stream(self.http, {**settings, "messages": self.system + asked}, waiting.say):
+                content, reasoning = openai.delta(chunk)
+                answer += content
+                if content or reasoning:
+                    waiting.clear()
+                print(show.paint(reasoning, "grey") if reasoning else "", content, sep="", end="", flush=True)
         print()
         self.messages = [*asked, {"role": "assistant", "content": answer}]

@@ -48,12 +48,12 @@ def check(arguments: argparse.Namespace) -> int:
         print(show.as_json({"valid": not problems, "problems": places, "warnings": warnings}))
         return EX_CONFIG if problems else 0
     for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        show.say(f"warning: {warning}", sys.stderr)
     for problem in problems:
-        print(problem, file=sys.stderr)
+        show.say(str(problem), sys.stderr)
     if not problems:
         files = ", ".join(map(str, config.files)) or "no files (the defaults hold)"
-        print(f"valid: {len(config.models)} models, read from {files}")
+        show.say(f"valid: {len(config.models)} models, read from {files}")
         print("vllmd --check looks at model files and devices as well")
     return EX_CONFIG if problems else 0
 
@@ -64,7 +64,7 @@ def effective(arguments: argparse.Namespace) -> int:
 
     reading = read(arguments.file)
     for problem in reading.problems:
-        print(problem, file=sys.stderr)
+        show.say(str(problem), sys.stderr)
     if reading.problems:
         return EX_CONFIG
     print(show.as_json(as_data(reading)) if arguments.json else as_yaml(reading).rstrip())

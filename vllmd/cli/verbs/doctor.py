@@ -7,6 +7,7 @@ driver and its device nodes, free space, the configuration and the daemon.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from typing import Any
 
 from vllmd.cli import show
@@ -14,6 +15,7 @@ from vllmd.cli.admin import Admin
 from vllmd.cli.failures import EX_UNAVAILABLE, Failure
 from vllmd.cli.verbs import ps
 
+Finding = tuple[str, str, str]
 COLOURS = {"ok": "green", "warning": "yellow", "bad": "red"}
 
 
@@ -30,12 +32,14 @@ def run(arguments: argparse.Namespace) -> int:
         print(show.as_json([dict(zip(keys, finding, strict=True)) for finding in findings]))
     else:
         for verdict, what, advice in findings:
-            print(f"{show.paint(f'{verdict:7}', COLOURS[verdict])}  {what}" + (f"; {advice}" if advice else ""))
+            show.say(
+                f"{show.paint(f'{verdict:7}', COLOURS[verdict])}  {what}" + (f"; {advice}" if advice else ""), indent=9
+            )
     return EX_UNAVAILABLE if any(verdict == "bad" for verdict, _, _ in findings) else 0
 
 
-def daemon(arguments: argparse.Namespace) -> list[tuple[str, str, str]]:
-    """Whether the daemon answers, with what configuration it runs, and whose replicas are not well."""
+def daemon(arguments: argparse.Namespace) -> list[Finding]:
+    """Whether the daemon answers, with what configuration it runs, and which devices and models are not well."""
     try:
         status = Admin(arguments).status(broken=True)
     except Failure as failure:
@@ -44,8 +48,28 @@ def daemon(arguments: argparse.Namespace) -> list[tuple[str, str, str]]:
     if broken:
         return [("bad", f"the daemon runs with an invalid configuration: {broken}", "repair it, then vllmctl reload")]
     answers = f"the daemon answers; engines are run by {status.get('backend') or '(still opening)'}"
-    degraded = [line for line in status["models"] if line.get("degraded")]
-    return [("ok", answers, ""), *(("warning", troubles(line), f"vllmctl why {line['name']}") for line in degraded)]
+    return [("ok", answers, ""), *devices(status), *models(status)]
+
+
+def devices(status: dict[str, Any]) -> Iterator[Finding]:
+    """Those that do not answer, or are avoided for another reason than an operator's word."""
+    if status.get("trouble"):
+        yield "bad", f"the devices do not answer: {status['trouble']}", ""
+    for device in status["devices"]:
+        if device["wedged"] and not device["drained"]:
+            yield "bad", f"device {device['index']} is avoided: {device['wedged']}", "vllmctl gpus"
+
+
+def models(status: dict[str, Any]) -> Iterator[Finding]:
+    """Those that have failed, can never be loaded, or miss a replica."""
+    for line in status["models"]:
+        name, why = line["name"], show.first_line(line["failure"])
+        if line["state"] == "error":
+            yield "bad", f"{name} has failed: {why}", f"vllmctl why {name}; vllmctl logs {name}"
+        elif line.get("degraded"):
+            yield "warning", troubles(line), f"vllmctl why {name}"
+        elif line["state"] == "stopped" and why:
+            yield "bad", f"{name} cannot be loaded: {why}", ""
 
 
 def troubles(line: dict[str, Any]) -> str:

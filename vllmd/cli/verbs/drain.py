@@ -22,7 +22,7 @@ def set_drained(arguments: argparse.Namespace, drained: bool) -> int:
     for device in arguments.devices:
         answers.append(admin.post(f"/admin/devices/{device}/drain", {"drained": drained}))
         if not arguments.json:
-            print(f"device {device} is {_told(drained)}")
+            show.say(f"device {device} is {_told(drained)}")
     if arguments.json:
         print(show.as_json(answers))
     return 0

@@ -21,7 +21,10 @@ def run(arguments: argparse.Namespace) -> int:
             continue
         event = decoded(line.removeprefix("data: "))
         if not arguments.model or concerns(event, arguments.model):
-            print(json.dumps(event) if arguments.json else told(event), flush=True)
+            if arguments.json:
+                print(json.dumps(event), flush=True)
+            else:
+                show.say(told(event))
     return 0
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from vllmd.cli import show
 from vllmd.cli.admin import Admin
+from vllmd.cli.failures import EX_UNAVAILABLE
 
 HEAD = ("DEVICE", "MEMORY", "PROMISED", "FREE", "RESERVE", "STRANGERS", "MODELS", "NOTE")
 RIGHT = ("DEVICE", "MEMORY", "PROMISED", "FREE", "RESERVE", "STRANGERS")
@@ -22,15 +23,21 @@ def run(arguments: argparse.Namespace) -> int:
     status = Admin(arguments).status()
     trouble = status.get("trouble", "")
     if trouble:
-        print(f"the devices do not answer: {trouble}", file=sys.stderr)
+        show.say(f"the devices do not answer: {trouble}", sys.stderr)
     if arguments.json:
         print(show.as_json(status["devices"]))
     elif status["devices"]:
-        print(show.table(HEAD, [row(device, status["models"]) for device in status["devices"]], RIGHT))
+        print(table(status))
     elif not trouble:
         why = status.get("source") or "NVML found none, and none are declared"
-        print(f"there are no devices ({why}); they may be declared, see devices in vllmd.yaml(5)")
-    return 1 if trouble else 0
+        show.say(f"there are no devices ({why}); they may be declared, see devices in vllmd.yaml(5)")
+    return EX_UNAVAILABLE if trouble else 0
+
+
+def table(status: dict[str, Any]) -> str:
+    """A row for each device."""
+    rows = [row(device, status["models"]) for device in status["devices"]]
+    return show.table(HEAD, rows, RIGHT, beneath=("MODELS", "NOTE"))
 
 
 def row(device: dict[str, Any], models: list[dict[str, Any]]) -> tuple[str, ...]:

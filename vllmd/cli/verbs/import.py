@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from vllmd.cli import files
+from vllmd.cli import files, show
 from vllmd.cli.failures import EX_CANTCREAT, EX_DATAERR, Failure
 
 SYSTEMS = ("vllama", "vllm-proxy", "llama-swap")
@@ -31,12 +31,12 @@ def run(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         raise Failure(f"{arguments.file}: {error}", EX_DATAERR) from None
     for line in left:
-        print(f"warning: {line}", file=sys.stderr)
+        show.say(f"warning: {line}", sys.stderr)
     if arguments.output is None:
         print(text, end="")
         return 0
     if arguments.output.exists() and not arguments.force:
         raise Failure(f"{arguments.output} exists; --force overwrites it", EX_CANTCREAT)
     files.replace(arguments.output, text)
-    print(f"written to {arguments.output}; vllmctl config check, then vllmctl reload")
+    show.say(f"written to {arguments.output}; vllmctl config check, then vllmctl reload")
     return 0

@@ -26,5 +26,8 @@ def process(text: str) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     answer = Admin(arguments).post(f"/admin/processes/{arguments.pid}/kill", None, force=arguments.force)
-    print(show.as_json(answer) if arguments.json else answer["message"])
+    if arguments.json:
+        print(show.as_json(answer))
+    else:
+        show.say(answer["message"])
     return 0

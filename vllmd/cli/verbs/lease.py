@@ -32,5 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
         line = admin.post(path, {"lease": arguments.name, "deadline_seconds": arguments.time})
         until = f"for {show.age(arguments.time)}" if arguments.time is not None else "until it is given back"
         said = f"{arguments.model}: lease {arguments.name} holds {until}"
-    print(show.as_json(line) if arguments.json else said)
+    if arguments.json:
+        print(show.as_json(line))
+    else:
+        show.say(said)
     return 0

@@ -1,16 +1,18 @@
 """Show what a model's engine wrote, of this run and of earlier ones.
 
 The journal keeps it: this runs journalctl. Where no journal is, or none that you
-may read, or with --url, the daemon is asked for the lines it still has.
+may read, or with --url, the daemon is asked for the last run's lines.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,14 @@ from vllmd.cli.admin import Admin, user_socket
 from vllmd.text import printable
 
 ALIASES = ("log",)
+LINES = 50
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     models.argument(parser, many=False)
     parser.add_argument("-f", "--follow", action="store_true", help="go on with what it writes, until interrupted")
-    parser.add_argument("-n", "--lines", type=int, default=50, metavar="N", help="the last N lines (default: 50)")
+    about = f"the last N lines (default: {LINES}, or with --since all of them)"
+    parser.add_argument("-n", "--lines", type=int, metavar="N", help=about)
     parser.add_argument("--since", metavar="TIME", help="from then on, as journalctl understands it, such as -1h")
 
 
@@ -36,8 +40,21 @@ def run(arguments: argparse.Namespace) -> int:
     user = backend == "systemd-user" or admin.path == user_socket()
     readable = shutil.which("journalctl") and (user or journal_is_readable())
     if admin.url or not backend.startswith("systemd") or not readable:
-        return _from_daemon(admin, line["name"], arguments)
-    return subprocess.call(journalctl(engines(status, line), arguments, user=user))
+        return _from_daemon(admin, line, arguments)
+    names = engines(status, line)
+    command = journalctl(matches(status, names, user=user), arguments)
+    if arguments.since and arguments.lines is not None and not arguments.follow:
+        return last_lines(command, max(0, arguments.lines))
+    return subprocess.call(command)
+
+
+def last_lines(command: list[str], lines: int) -> int:
+    """The last of the lines that a command prints: journalctl of systemd 252 gives the first ones since a time."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace") as process:
+        assert process.stdout
+        for line in deque(process.stdout, lines):
+            print(line, end="")
+    return process.returncode
 
 
 def journal_is_readable(folders: Sequence[str] = ("/var/log/journal", "/run/log/journal")) -> bool:
@@ -52,12 +69,41 @@ def engines(status: dict[str, Any], line: dict[str, Any]) -> list[str]:
     return [*(firsts[name] for name in names if name in firsts), *names]
 
 
-def journalctl(names: list[str], arguments: Any, user: bool) -> list[str]:
-    """The command that shows the engines' lines."""
+def matches(status: dict[str, Any], names: Sequence[str], user: bool) -> list[str]:
+    """What tells journalctl the engines' units: their names' pattern, or each unit where others have the same one."""
     from vllmd.config.names import unit_pattern
 
-    units = [f"--{'user-' * user}unit={unit_pattern(name)}" for name in names]
-    command = ["journalctl", "--no-pager", "--output=short-iso", *units, f"--lines={max(0, arguments.lines)}"]
+    others = {name for each, _ in models.every(status) for name in [each["name"]]} - {*names}
+    shared = {unit_pattern(name) for name in names} & {unit_pattern(name) for name in others}
+    units = known_units(names) if shared else []
+    return [f"--{'user-' * user}unit={unit}" for unit in units or [unit_pattern(name) for name in names]]
+
+
+def known_units(names: Sequence[str]) -> list[str]:
+    """The units of the engines' runs, by what the daemon wrote into the journal when it started each."""
+    models_of = dict.fromkeys(name.rpartition("@")[0] or name for name in names)
+    fields = [f"MODEL={name}" for name in {**models_of, **dict.fromkeys(names)}]
+    shape = ["--output=json", "--output-fields=MODEL,VLLMD_REPLICA,VLLMD_UNIT", "--quiet", "--no-pager"]
+    command = ["journalctl", *shape, "SYSLOG_IDENTIFIER=vllmd", *fields]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    return list(dict.fromkeys(_units(done.stdout.splitlines(), {*names})))
+
+
+def _units(records: Iterable[str], names: set[str]) -> Iterable[str]:
+    for record in records:
+        try:
+            told = json.loads(record)
+        except ValueError:
+            continue
+        if (told.get("VLLMD_REPLICA") or told.get("MODEL")) in names and isinstance(told.get("VLLMD_UNIT"), str):
+            yield told["VLLMD_UNIT"]
+
+
+def journalctl(units: list[str], arguments: Any) -> list[str]:
+    """The command that shows the engines' lines."""
+    command = ["journalctl", "--no-pager", "--output=short-iso", *units]
+    if not arguments.since:
+        command.append(f"--lines={max(0, LINES if arguments.lines is None else arguments.lines)}")
     if arguments.json:
         command.append("--output=json")
     if arguments.since:
@@ -65,10 +111,15 @@ def journalctl(names: list[str], arguments: Any, user: bool) -> list[str]:
     return [*command, "--follow"] if arguments.follow else command
 
 
-def _from_daemon(admin: Admin, name: str, arguments: argparse.Namespace) -> int:
+def _from_daemon(admin: Admin, line: dict[str, Any], arguments: argparse.Namespace) -> int:
     from urllib.parse import quote
 
-    path, lines = f"/admin/logs/{quote(name, safe='')}", min(10_000, max(0, arguments.lines))
-    for line in admin.lines("GET", path, "text/plain", lines=lines, follow=arguments.follow):
-        print(printable(line), flush=True)
+    lines = min(10_000, max(0, LINES if arguments.lines is None else arguments.lines))
+    names = [each["name"] for each in line.get("replicas") or [line]]
+    for name in names if not arguments.follow else [line["name"]]:
+        if len(names) > 1 and not arguments.follow:
+            print(f"== {name}")
+        path = f"/admin/logs/{quote(name, safe='')}"
+        for text in admin.lines("GET", path, "text/plain", lines=lines, follow=arguments.follow):
+            print(printable(text), flush=True)
     return 0

@@ -10,6 +10,8 @@ from vllmd.cli.admin import Admin
 
 ALIASES = ("list", "ls")
 
+HEAD = ("MODEL", "STATE", "ENGINE", "SOURCE", "ALIASES")
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """It takes none."""
@@ -20,7 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(show.as_json([{"name": line["name"], "state": line["state"], **line["config"]} for line in models]))
     elif models:
-        print(show.table(("MODEL", "STATE", "ENGINE", "SOURCE", "ALIASES"), [_row(line) for line in models]))
+        print(show.table(HEAD, [_row(line) for line in models], names=("MODEL",), beneath=("SOURCE", "ALIASES")))
     else:
         print("no models are configured; see vllmd.yaml(5)")
     return 0

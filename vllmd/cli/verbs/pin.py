@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from vllmd.cli import models
+from vllmd.cli import models, show
 from vllmd.cli.admin import Admin, model_path
 
 
@@ -23,7 +23,7 @@ def set_pin(arguments: argparse.Namespace, pinned: bool) -> int:
     def act(admin: Admin, model: str) -> Any:
         line = admin.post(model_path(model, "pin"), {"pinned": pinned})
         if not arguments.json:
-            print(f"{model} is {'pinned' if pinned else 'pinned no more'}, until the daemon restarts or reloads")
+            show.say(f"{model} is {'pinned' if pinned else 'pinned no more'}, until the daemon restarts or reloads")
         return line
 
     return models.each(arguments, act)

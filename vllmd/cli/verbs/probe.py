@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(show.as_json(answers))
     else:
-        print(show.table(HEAD, rows, RIGHT) if rows else "no model serves, and a probe loads none")
+        print(show.table(HEAD, rows, RIGHT, names=("REPLICA",)) if rows else "no model serves, and a probe loads none")
     return EX_UNAVAILABLE if any(answer["fastest"] is None for answer in answers) else 0
 
 

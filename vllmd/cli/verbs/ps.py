@@ -34,9 +34,9 @@ def table(models: list[dict[str, Any]], *, power: bool = False) -> str:
     """A row for each model, and below it one for each of its replicas; with ``power`` also what they draw."""
     lines = [line for model in models for line in (model, *replicas(model))]
     if not power:
-        return show.table(HEAD, [row(line) for line in lines], RIGHT)
+        return show.table(HEAD, [row(line) for line in lines], RIGHT, names=("MODEL",))
     rows = [(*cells[:-1], _watts(line), cells[-1]) for line in lines for cells in (row(line),)]
-    return show.table((*HEAD[:-1], "POWER", HEAD[-1]), rows, (*RIGHT, "POWER"))
+    return show.table((*HEAD[:-1], "POWER", HEAD[-1]), rows, (*RIGHT, "POWER"), names=("MODEL",))
 
 
 def _watts(line: dict[str, Any]) -> str:
@@ -55,7 +55,7 @@ def row(line: dict[str, Any]) -> tuple[str, ...]:
     return (
         line["name"],
         show.state(line["state"]),
-        ",".join(map(str, line["devices"])) or show.EMPTY,
+        show.numbers(line["devices"]),
         show.size(line["memory"]),
         str(line["in_flight"]),
         _queue(line),

@@ -38,9 +38,9 @@ def run(arguments: argparse.Namespace) -> int:
         told = [f"{kind}: {', '.join(answer[kind])}" for kind in ("changed", "added", "removed") if answer.get(kind)]
         print("the configuration is loaded" if told else "the configuration is loaded; no model changed")
         for line in (*told, *(f"{path} {what}" for path, what in later.items())):
-            print(line)
+            show.say(line)
         for warning in answer.get("warnings", ()):
-            print(f"warning: {warning}")
+            show.say(f"warning: {warning}")
     return EX_LATER if LATER in later.values() else 0
 
 

@@ -12,6 +12,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from vllmd.cli.terminal import Working
     from vllmd.simulate import run_cli
 
-    return int(run_cli(arguments.rest))
+    return int(run_cli(arguments.rest, Working))

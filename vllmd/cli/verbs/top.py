@@ -39,8 +39,7 @@ def screen(status: dict[str, Any]) -> str:
     head = f"vllmd {status['version']}, up {show.age(status['uptime'])}: {busy} requests run, {waiting} wait"
     parts = [show.paint(head, "bold")]
     if status["devices"]:
-        rows = [gpus.row(device, status["models"]) for device in status["devices"]]
-        parts.append(show.table(gpus.HEAD, rows, gpus.RIGHT))
+        parts.append(gpus.table(status))
     if status["models"]:
         parts.append(ps.table(status["models"]))
     return "\n\n".join(parts)

@@ -25,21 +25,23 @@ def run(arguments: argparse.Namespace) -> int:
         print(show.as_json({"model": line, "decisions": made}))
         return 0
     for decision in made:
-        print(told(decision) + (_numbers(decision) if arguments.numbers else ""))
-    print(now(line, bool(made)))
+        show.say(told(decision) + (_numbers(decision) if arguments.numbers else ""))
+    show.say(now(line, bool(made)))
     return 0
 
 
 def now(line: dict[str, Any], made: bool) -> str:
     """How it stands at present, in a sentence."""
-    since = f"{line['name']} is {show.state(line['state'])} since {show.age(line['since'])}"
+    since = f"{line['name']} is {show.state(line['state'])}"
+    since += f" since {show.age(line['since'])}" if line["since"] is not None else ""
     if line.get("replicas") or line.get("standing"):
         since += f" ({ps.replicas_of(line)})"
     if line["failure"]:
         since += f"; it failed: {line['failure']}\nvllmctl logs {line['name']} shows all of its output"
     if line["waiting_for"]:
-        since += f"; {line['queued']} requests wait: {line['waiting_for']}"
-    return since if made else f"{since}; nothing was decided about it yet"
+        who = f"{show.counted(line['queued'], 'request')} wait{'s' * (line['queued'] == 1)} for"
+        since += f"; {who if line['queued'] else 'it waits for'} {line['waiting_for']}"
+    return since if made or line["waiting_for"] else f"{since}; nothing has been decided about it yet"
 
 
 def _numbers(decision: dict[str, Any]) -> str:

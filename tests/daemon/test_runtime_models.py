@@ -1,0 +1,56 @@
+"""Models that programs bring along: one that is in use stays as it is, also if its use began while it was changed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from vllmd.config.types import Config
+from vllmd.core.types import State
+from vllmd.daemon.runtime_models import RuntimeModels
+from vllmd.errors import Conflict
+
+
+class FakeDaemon:
+    """A daemon whose change of configuration takes a moment, in which ``meanwhile`` happens."""
+
+    def __init__(self) -> None:
+        self.opened = asyncio.Event()
+        self.opened.set()
+        self.config = Config()
+        self.in_flight = 0
+        self.meanwhile: Callable[[], None] = lambda: None
+        self.control = SimpleNamespace(snapshot=self.snapshot, instances=SimpleNamespace(plain=lambda model: model))
+
+    def snapshot(self) -> Any:
+        def view(name: str) -> Any:
+            return SimpleNamespace(name=name, leases=(), in_flight=self.in_flight, queued=0, state=State.READY)
+
+        return SimpleNamespace(models=[view(name) for name in self.config.models])
+
+    async def take(self, config: Config, still: Callable[[], bool]) -> None:
+        self.meanwhile()
+        if not still():
+            raise Conflict("it is in use by now")
+        self.config = config
+
+
+def test_one_that_is_asked_for_while_it_is_changed_stays_as_it_is() -> None:
+    """Between the look and the change a request came: it is not cut off by an engine that restarts."""
+    asyncio.run(_one_that_is_asked_for_while_it_is_changed())
+
+
+async def _one_that_is_asked_for_while_it_is_changed() -> None:
+    daemon = FakeDaemon()
+    models = RuntimeModels(daemon)  # type: ignore[arg-type]
+    first = await models.put("m", {"model": "org/a"}, trusted=True)
+    assert first["differs"] == []
+    daemon.meanwhile = lambda: setattr(daemon, "in_flight", 1)
+    again = await models.put("m", {"model": "org/b"}, trusted=True)
+    assert again["differs"] == ["model"]
+    assert daemon.config.models["m"].model == "org/a"
+    daemon.in_flight, daemon.meanwhile = 0, lambda: None
+    assert (await models.put("m", {"model": "org/b"}, trusted=True))["differs"] == []
+    assert daemon.config.models["m"].model == "org/b"

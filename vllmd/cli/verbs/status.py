@@ -1,0 +1,45 @@
+"""Show how vllmd is doing: the daemon in a few lines, then the models; or how the models named stand.
+
+Exit status 69 where a model that is named has failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from vllmd.cli import models, show
+from vllmd.cli.admin import Admin
+from vllmd.cli.failures import EX_UNAVAILABLE
+from vllmd.cli.verbs import info, ps, why
+
+FACTS = ("version", "process", "devices", "requests", "configuration", "configuration error")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    models.argument(parser, optional=True)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    admin = Admin(arguments)
+    status = admin.status(broken=not arguments.models)
+    named = [models.find(status, name) for name in arguments.models]
+    if arguments.json:
+        print(show.as_json(named if named else status))
+    elif named:
+        for line in named:
+            show.say(why.now(line, made=True))
+    else:
+        print(overview(status, admin.url or admin.path))
+    return EX_UNAVAILABLE if any(line["state"] == "error" for line in named) else 0
+
+
+def overview(status: dict[str, Any], where: str) -> str:
+    """The daemon, then its models."""
+    facts = info.facts(status, where)
+    parts = [show.pairs({name: facts[name] for name in FACTS if name in facts})]
+    if status.get("trouble"):
+        parts[0] += f"\nthe devices do not answer: {status['trouble']}"
+    if status["models"]:
+        parts.append(ps.table(status["models"]))
+    return "\n\n".join(parts)

@@ -1,0 +1,296 @@
+"""The route table of Ollama's API, and what becomes of a request at each route."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+
+from vllmd.admin.control import Control
+from vllmd.errors import BadRequest, Forbidden, NotFound, UnknownModel, Unsupported
+from vllmd.ollama import models, requests, schemas
+from vllmd.ollama.answers import Piece, Reply, Timing, chat_piece, generate_piece
+from vllmd.ollama.embedding import embed_answer, embeddings_answer
+from vllmd.ollama.fields import Fields, read
+from vllmd.ollama.inner import Inner, Whole
+from vllmd.ollama.lines import Lines, stamp
+from vllmd.ollama.requests import CHAT, COMPLETIONS, EMBEDDINGS, INFILL, Translated
+from vllmd.ollama.schemas import described
+from vllmd.ollama.store import CONFIGURED, NoStore, Store
+from vllmd.proxy.access import ADMIN, MODELS, OPEN, Reach
+from vllmd.proxy.answer import UpstreamRequest
+from vllmd.proxy.exchange import Exchange
+from vllmd.proxy.forward import Relay
+from vllmd.proxy.gate import Rules, Target
+from vllmd.proxy.http import Pairs, Request, Response, json_response, text_response
+from vllmd.proxy.keep_alive import wish
+from vllmd.proxy.paths import referred
+from vllmd.proxy.peek import Asked
+from vllmd.proxy.routing import Route, Router
+
+RUNNING = "Ollama is running"  # what its clients look for
+VERSION = "0.24.0"  # of Ollama, whose API this is like: programs ask for it to know what they may send
+DOCS: Pairs = (("link", '</docs>; rel="service-doc"'),)
+ABLE = {CHAT: "chat", COMPLETIONS: "complete a prompt", EMBEDDINGS: "embed", INFILL: "fill in"}
+
+Parse = Callable[[Mapping[str, Any], Target], Translated]
+
+
+def add_ollama_routes(router: Router, relay: Relay, control: Control, store: Store | None = None) -> None:
+    """Put Ollama's routes into ``router``. Without a ``store`` nothing is fetched or deleted."""
+    asks, lists, changes = ModelRoutes(relay), ListRoutes(control), StoreRoutes(control, store or NoStore())
+    for path, handler, takes, about in (
+        ("/api/chat", asks.chat, schemas.CHAT, "a chat"),
+        ("/api/generate", asks.generate, schemas.GENERATE, "an answer to a prompt, or text between two"),
+        ("/api/embed", asks.embed, schemas.EMBED, "embeddings of texts"),
+        ("/api/embeddings", asks.embeddings, schemas.EMBEDDINGS, "the embedding of a text, in the older form"),
+    ):
+        gives = {**schemas.OBJECT, **schemas.LINES} if "stream" in takes else schemas.OBJECT
+        router.add_raw(Route("POST", path, handler, MODELS, f"Ollama's: {about}", described(takes, gives), Reach.ONE))
+    add, one, plain = router.add, described(schemas.MODEL), described()
+    add("GET", "/", lists.running, OPEN, "Ollama's: that it runs", described(gives=schemas.TEXT), Reach.NOTHING)
+    add("GET", "/api/version", lists.version, OPEN, "Ollama's: its version", plain, Reach.NOTHING)
+    add("GET", "/api/tags", lists.tags, MODELS, "Ollama's: the models", plain, Reach.EACH)
+    add("GET", "/api/ps", lists.ps, MODELS, "Ollama's: the models that are loaded", plain, Reach.EACH)
+    add("POST", "/api/show", lists.show, MODELS, "Ollama's: about a model", one, Reach.ONE)
+    pulled = described(schemas.PULL, {**schemas.OBJECT, **schemas.LINES})
+    add("POST", "/api/pull", changes.pull, MODELS, "Ollama's: have a model here", pulled, Reach.ONE)
+    add("DELETE", "/api/delete", changes.delete, ADMIN, "Ollama's: delete a model", one, Reach.MACHINE)
+    for path, why in (
+        ("/api/create", f"models are not made here: {CONFIGURED}"),
+        ("/api/copy", f"models are not copied: an alias in the configuration gives one another name ({CONFIGURED})"),
+        ("/api/push", "models are not pushed anywhere"),
+        ("/api/blobs/{digest}", f"files of models are not taken: {CONFIGURED}"),
+    ):
+        add("POST", path, refusal(why), MODELS, "Ollama's: refused", plain, Reach.NOTHING)
+    add("GET", "/api/blobs/{digest}", changes.blob, MODELS, "Ollama's: whether a file is here", plain, Reach.NOTHING)
+
+
+class ModelRoutes:
+    """Requests that an engine answers."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+
+    async def chat(self, exchange: Exchange) -> None:
+        """``POST /api/chat``."""
+        await self._generate(exchange, lambda members, target: requests.chat(members), chat_piece)
+
+    async def generate(self, exchange: Exchange) -> None:
+        """``POST /api/generate``."""
+
+        def parse(members: Mapping[str, Any], target: Target) -> Translated:
+            return requests.generate(members, infill=target.routes is not None and INFILL in target.routes)
+
+        await self._generate(exchange, parse, generate_piece)
+
+    async def embed(self, exchange: Exchange) -> None:
+        """``POST /api/embed``."""
+
+        def answer(asked: Translated, timing: Timing) -> Whole:
+            return lambda body: embed_answer(body, asked.inputs, asked.model, timing.told({}))
+
+        await self._embed(exchange, requests.embed, answer, lambda asked: {"model": asked.model, "embeddings": []})
+
+    async def embeddings(self, exchange: Exchange) -> None:
+        """``POST /api/embeddings``."""
+        parse = requests.embeddings
+        await self._embed(exchange, parse, lambda asked, timing: embeddings_answer, lambda asked: {"embedding": []})
+
+    async def _generate(self, exchange: Exchange, parse: Parse, piece: Piece) -> None:
+        timing = Timing()
+        asked, target = await self._read(exchange, parse)
+        if asked.load:
+            reason = await self._load(exchange, asked, target)
+            told = {"model": asked.model, "created_at": stamp(), **piece(""), "done": True, "done_reason": reason}
+            await exchange.respond(json_response(told))
+            return
+        reply = Reply(piece, timing, thinking=asked.thinking, said=asked.said)
+        lines = Lines(asked.model, reply)
+        await self._forward(exchange, asked, target, lines if asked.stream else None, lines.whole, timing)
+
+    async def _embed(
+        self,
+        exchange: Exchange,
+        parse: Callable[[Mapping[str, Any]], Translated],
+        answer: Callable[[Translated, Timing], Whole],
+        nothing: Callable[[Translated], Mapping[str, Any]],
+    ) -> None:
+        timing = Timing()
+        asked, target = await self._read(exchange, lambda members, target: parse(members))
+        if asked.load:
+            await self._load(exchange, asked, target)
+            await exchange.respond(json_response(nothing(asked)))
+            return
+        await self._forward(exchange, asked, target, None, answer(asked, timing), timing)
+
+    async def _read(self, exchange: Exchange, parse: Parse) -> tuple[Translated, Target]:
+        """What the request asks for, and whom. Raises BadRequest, UnknownModel, Forbidden."""
+        request = exchange.request
+        await self._relay.requests.make_plain(exchange, "application/json")
+        members = read(request.body)
+        target = self._relay.requests.target(request, requests.model_of(members), "")
+        asked = parse(members, target)
+        if not asked.load and target.routes is not None and asked.path not in target.routes:
+            raise BadRequest(f"the model {target.model!r} does not {ABLE[asked.path]}", param="model")
+        if asked.ignored:
+            request.answer_fields = (*request.answer_fields, ("x-vllmd-ignored", ", ".join(asked.ignored)[:1000]))
+        exchange.outlives_eof, exchange.model = False, target.model
+        return asked, target
+
+    async def _load(self, exchange: Exchange, asked: Translated, target: Target) -> str:
+        """Have the model there, as for a request that asks nothing, or let it go; why it is done then."""
+        gate, request = self._relay.gate, exchange.request
+        seconds = wish(request, _keeps(asked))
+        if seconds != 0:
+            if self._relay.limits.request_timeout is not None:
+                exchange.expire(self._relay.limits.request_timeout)
+            permit = await gate.acquire(target.model, request.key)
+            permit.release()
+        if seconds is not None:
+            gate.keep_alive(target.model, request.key, seconds)
+        return "unload" if seconds == 0 else "load"
+
+    async def _forward(
+        self, exchange: Exchange, asked: Translated, target: Target, lines: Lines | None, whole: Whole, timing: Timing
+    ) -> None:
+        request = exchange.request
+        body = openai_body(asked, target)
+        wanted = UpstreamRequest(target, body, asked.path, keep_alive=wish(request, _keeps(asked)))
+        request.body = b""  # what was translated is held in its place
+        exchange.body_grew(len(body.body))
+
+        async def parse(_: Exchange) -> UpstreamRequest:
+            return wanted
+
+        inner = Inner(exchange, asked.path, lines, whole, timing.sent)
+        exchange.follow_pauses(inner.pause)
+        try:
+            await self._relay.forward(parse, inner)
+        finally:
+            exchange.error = exchange.error or inner.error
+        if inner.response is not None:
+            await exchange.respond(inner.response)
+
+
+def openai_body(asked: Translated, target: Target) -> Asked:
+    """The body that an engine gets, with its own name for the model."""
+    members = dict(asked.body)
+    if asked.stream:
+        members["stream"] = True
+    if target.rules is not None:
+        members = ruled(members, target.rules)
+    name = json.dumps(target.served_name)
+    start = len('{"model":')
+    body = f'{{"model":{name},{json.dumps(members, separators=(",", ":"))[1:]}'.encode()
+    return Asked(target.served_name, asked.stream, body, start, start + len(name), quoted=True)
+
+
+def ruled(members: dict[str, Any], rules: Rules) -> dict[str, Any]:
+    """The members after the model's rules of requests: first ``strip``, then ``set``, then ``default``."""
+    kept = {name: value for name, value in members.items() if name not in rules.strip}
+    return {**rules.default, **kept, **rules.set}
+
+
+def _keeps(asked: Translated) -> Asked:
+    return Asked(asked.model, asked.stream, b"", keep_alive=(asked.keep_alive,))
+
+
+class ListRoutes:
+    """What needs no engine."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+        self._since = time.time()
+
+    async def running(self, request: Request) -> Response:
+        """``GET /``, by which clients look whether it runs. A person with a browser is shown the way."""
+        if "text/html" in request.headers.get("accept"):
+            raise NotFound(f"there is no page here: {referred('/')}")
+        answer = text_response(RUNNING)
+        answer.headers = DOCS
+        return answer
+
+    async def version(self, request: Request) -> Response:
+        """``GET /api/version``."""
+        return json_response({"version": VERSION})
+
+    async def tags(self, request: Request) -> Response:
+        """``GET /api/tags``: what the key may use and is not hidden."""
+        return json_response(models.tags(await self._cards(request), self._since))
+
+    async def ps(self, request: Request) -> Response:
+        """``GET /api/ps``."""
+        cards = await self._cards(request)
+        lines = self._control.status()["models"]
+        return json_response(models.ps(cards, lines, time.time()))
+
+    async def show(self, request: Request) -> Response:
+        """``POST /api/show``. Raises UnknownModel, Forbidden."""
+        name = self._control.resolve(requests.model_of(read(request.body)), request.caller)
+        for card in await self._control.models():
+            if card["id"] == name:
+                return json_response(models.show(card, self._since))
+        raise UnknownModel(f"the model {name!r} is no longer configured", param="model")
+
+    async def _cards(self, request: Request) -> list[dict[str, Any]]:
+        return [card for card in await self._control.models() if request.caller.may_use(card["id"])]
+
+
+class StoreRoutes:
+    """What changes which models there are."""
+
+    def __init__(self, control: Control, store: Store) -> None:
+        self._control = control
+        self._store = store
+
+    async def pull(self, request: Request) -> Response:
+        """``POST /api/pull``: nothing to do for a model that is here; others are for operators to fetch."""
+        members = read(request.body)
+        name, stream = requests.model_of(members), Fields(members).flag("stream", True)
+        try:
+            self._control.resolve(name, request.caller)
+        except UnknownModel as error:
+            if ADMIN not in request.caller.scopes:
+                raise Forbidden(f"{error.message}; pulling one needs a key of the scope admin", param="model") from None
+            progress = self._store.pull(name)
+        else:
+            progress = here()
+        if stream:
+            first = await anext(progress, None)  # what cannot be is an error, not a stream
+            return Response(200, _lines(first, progress), "application/x-ndjson")
+        async for last in progress:
+            told = last
+        return json_response(told)
+
+    async def delete(self, request: Request) -> Response:
+        """``DELETE /api/delete``."""
+        await self._store.delete(requests.model_of(read(request.body)))
+        return Response(200)
+
+    async def blob(self, request: Request) -> Response:
+        """``HEAD /api/blobs/DIGEST``: none is here."""
+        raise NotFound(f"the file {request.params['digest'][:100]} is not here")
+
+
+def refusal(why: str) -> Callable[[Request], Awaitable[Response]]:
+    """A handler that only says why not."""
+
+    async def refuse(request: Request) -> Response:
+        raise Unsupported(why)
+
+    return refuse
+
+
+async def here() -> AsyncIterator[dict[str, Any]]:
+    """The progress of pulling what is here already."""
+    yield {"status": "pulling manifest"}
+    yield {"status": "success"}
+
+
+async def _lines(first: dict[str, Any] | None, rest: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+    if first is not None:
+        yield json.dumps(first).encode() + b"\n"
+    async for line in rest:
+        yield json.dumps(line).encode() + b"\n"

@@ -1,0 +1,170 @@
+"""The exchange that the relay has in the client's place: what it writes there is translated, and goes to the client.
+
+It is an exchange as HTTP/1.0 has it: no chunks, so what is written is a head, and then the plain body. What the client
+does (it stops taking data, it leaves) and what the request may cost (time, memory) is passed on to where it belongs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import cast
+
+from vllmd.errors import UpstreamFailed, VllmdError
+from vllmd.ollama.answers import error_text
+from vllmd.ollama.lines import Lines
+from vllmd.proxy.exchange import LAST_CHUNK, Exchange, Wire, chunk
+from vllmd.proxy.heads import write_response_head
+from vllmd.proxy.http import Headers, Request, Response, json_response
+
+STREAM_HEAD = (("content-type", "application/x-ndjson"), ("cache-control", "no-store"), ("x-accel-buffering", "no"))
+PASSED_ON = ("retry-after", "www-authenticate")  # of an error's head
+NOT_KEPT = frozenset((b"content-type", b"content-length", b"content-encoding", b"transfer-encoding", b"accept"))
+MOST_WHOLE = 64 << 20  # bytes of an answer that is no stream
+BROKEN = "the engine broke off its answer"
+
+Whole = Callable[[bytes], bytes]  # an engine's answer that is no stream -> the client's
+
+
+class Inner(Exchange):
+    """See above. ``response`` is the answer once it is there, unless it was streamed to the client already."""
+
+    def __init__(self, outer: Exchange, path: str, lines: Lines | None, whole: Whole, sent: Callable[[], None]) -> None:
+        """The client's request at a ``path`` of OpenAI's. ``lines``: of a stream; ``whole``: of any other answer.
+
+        ``sent`` is called when an engine has the request.
+        """
+        self._on_sent = sent
+        self._follows_pauses: Callable[[bool], None] | None = None
+        super().__init__(_inner(outer.request, path), cast(Wire, None), self.write, keep_alive=True)
+        self.response: Response | None = None
+        self._outer = outer
+        self._lines = lines
+        self._translate = whole
+        self._opening = ""
+        self._body = bytearray()
+        self._streams = False
+
+    # -- what the relay does to it
+
+    def write(self, data: bytes) -> None:
+        """Take the head with what comes along with it, or more of the body."""
+        if self.over:
+            return
+        if not self._opening:
+            head, _, data = data.partition(b"\r\n\r\n")
+            self._opening = head.decode("latin-1").lower()
+            events = self.status == 200 and "\r\ncontent-type: text/event-stream" in self._opening
+            self._streams = events and self._lines is not None
+        if not self._streams:
+            self._body += data
+            if len(self._body) > MOST_WHOLE:
+                self._outer.fail(UpstreamFailed(f"the engine's answer has more than {MOST_WHOLE} bytes"))
+        elif self._lines is not None and data:
+            try:
+                self._deliver(self._lines.feed(data))
+            except UpstreamFailed as error:
+                self._outer.fail(error)  # closes the client's connection, by which the relay ends the engine's work
+
+    def finish(self) -> None:
+        """The answer is whole."""
+        if self.over:
+            return
+        self.over = True
+        if self._streams and self._lines is not None:
+            self._deliver(self._lines.end())
+            self._end_stream()
+        else:
+            self.response = self._response(bytes(self._body))
+
+    def abort(self) -> None:
+        """The answer broke off. A stream's last line says so, as Ollama's does; no client takes it for whole then."""
+        if self.over:
+            return
+        self.over = True
+        if self._streams and self._lines is not None:
+            self._deliver(self._lines.broken(BROKEN))
+            self._end_stream()
+        else:
+            self.response = told(UpstreamFailed(BROKEN))
+
+    def expire(self, seconds: float) -> None:
+        """The client's connection keeps the time."""
+        self._outer.expire(seconds)
+
+    def body_grew(self, size: int) -> None:
+        """The client's connection answers for the memory."""
+        self._outer.body_grew(size)
+
+    @property
+    def on_pause(self) -> Callable[[bool], None] | None:
+        """Whoever sends on what an engine says, from when that has the request."""
+        return self._follows_pauses
+
+    @on_pause.setter
+    def on_pause(self, callback: Callable[[bool], None] | None) -> None:
+        self._follows_pauses = callback
+        if callback is not None:
+            self._on_sent()
+
+    # -- what goes to the client
+
+    def _deliver(self, lines: bytes) -> None:
+        outer = self._outer
+        if not lines:
+            return
+        framed = chunk(lines) if outer.takes_chunks else lines
+        if outer.status:
+            outer.write(framed)
+            return
+        extra = [("x-request-id", outer.request.id)]
+        if outer.takes_chunks:
+            extra.append(("transfer-encoding", "chunked"))
+        else:
+            outer.end_with_connection()
+        if not outer.keep_alive:
+            extra.append(("connection", "close"))
+        outer.start(200, write_response_head(200, STREAM_HEAD, extra) + framed)
+
+    def _end_stream(self) -> None:
+        if self._outer.takes_chunks:
+            self._outer.write(LAST_CHUNK)
+        self._outer.finish()
+
+    def _response(self, body: bytes) -> Response:
+        if self.status != 200:
+            try:
+                text = error_text(json.loads(body), "")
+            except (ValueError, RecursionError):
+                text = ""
+            text = text or body[:1000].decode("utf-8", "replace").strip() or f"the engine answered {self.status}"
+            fields = (line.partition(": ") for line in self._opening.split("\r\n")[1:])
+            kept = [(name, value) for name, _, value in fields if name in PASSED_ON]
+            return json_response({"error": text}, self.status, kept)
+        try:
+            answer = self._translate(body)
+        except VllmdError as error:
+            return told(error)
+        return Response(200, answer, "application/json" if self._lines is None else "application/x-ndjson")
+
+
+def told(error: VllmdError) -> Response:
+    """An error as Ollama's clients expect it."""
+    return json_response({"error": error.message}, error.status)
+
+
+def _inner(request: Request, path: str) -> Request:
+    """The client's request as one of OpenAI's at ``path``; the body is the relay's, which it is given apart."""
+    fields = [(name, value) for name, value in request.headers.raw if name not in NOT_KEPT]
+    return Request(
+        method="POST",
+        target=path,
+        path=path,
+        query_string="",
+        headers=Headers([*fields, (b"content-type", b"application/json")]),
+        peer=request.peer,
+        version="1.0",
+        id=request.id,
+        caller=request.caller,
+        route=path,
+    )
