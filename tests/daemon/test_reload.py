@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import logging
+import re
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -59,6 +60,9 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "models.NAME.extra_args": ({"a": 1}, {"a": 2}),
     "models.NAME.request.set": ({"top_p": 1}, {"top_p": 0.5}),
     "models.NAME.request.default": ({"top_p": 1}, {"top_p": 0.5}),
+    "models.NAME.variants.NAME.request.set": ({"top_p": 1}, {"top_p": 0.5}),
+    "models.NAME.variants.NAME.request.default": ({"top_p": 1}, {"top_p": 0.5}),
+    "pools.NAME.models": (["m"], ["one"]),
     "models.NAME.when_free.shares": ({0.9: 0.5}, {0.9: 0.6}),
     "models.NAME.replicas.of": ([{"name": "a"}, {"name": "b"}], [{"name": "a"}, {"name": "c"}]),
     "models.NAME.tensor_parallel_size": (1, 2),
@@ -105,7 +109,8 @@ def document(leaf: Leaf, value: Any) -> dict[str, Any]:
     """A configuration in which the setting has that value, and all else that makes it count."""
     found = surroundings(leaf)
     place: Any = found
-    *path, name = leaf.path.replace("[]", "").replace("NAME", "m").split(".")
+    first = "pool" if leaf.path.startswith("pools.") else "m"
+    *path, name = leaf.path.replace("[]", "").replace("NAME", first, 1).replace("NAME", "other").split(".")
     for step in path:
         place = place.setdefault(step, {})
         place = place[0] if isinstance(place, list) else place
@@ -130,6 +135,11 @@ def surroundings(leaf: Leaf) -> dict[str, Any]:
             model["when_free"] = defaults["when_free"] = {"shares": {0.9: 0.7}}
         case [*_, "local_devices"]:
             defaults["tensor_parallel_size"] = 2
+        case ["pools", *_]:
+            found["models"]["one"] = {"engine": "sim", "command": "/bin/false"}
+            found["pools"] = {"pool": {"models": ["m"]}}
+        case [*_, "adapters", "NAME", _]:
+            model["adapters"] = {"other": {"path": "/lora"}}
         case [*_, "replicas", name]:
             model["replicas"] = {} if name == "of" else {"min": 2, "max": 16}
         case ["defaults", name]:
@@ -163,7 +173,7 @@ def lives(config: Config, folder: Path, act: Act, *, activated: bool = False) ->
         daemon = Daemon(config, around, lambda: config)
         daemon.config = await daemon._ours(config)
         daemon.engines = engines_of(daemon.config.models)
-        daemon.admission_gate.configure(daemon.config.models, daemon.engines, daemon.config.server.keep_alive_limit)
+        daemon._offer(daemon.config)
         daemon.listeners = Listeners(config, daemon.admission_gate, daemon.quotas, daemon.control, {})
         await startup.start(daemon)
         await act(daemon)
@@ -199,7 +209,8 @@ async def in_effect(daemon: Daemon) -> dict[str, Any]:
         "files": (daemon.memory._files, daemon.memory.inventory),
         "models": {name: model.spec for name, model in core.models.items()},
         "pinned": {name: r.pinned for name, r in core.replicas.items()},
-        "targets": {name: daemon.admission_gate.resolve(name) for name in daemon.config.models},
+        "targets": {name: daemon.admission_gate.resolve(name)
+                    for name in (*daemon.config.models, *daemon.admission_gate.offers)},
         "names": [resolved(daemon, name) for name in ("m", "one", "two")],
         "cards": await daemon.control.models(),
         "launches": {name: launch(daemon, name) for name in daemon.engines},
@@ -229,6 +240,7 @@ def launch(daemon: Daemon, name: str) -> Any:
         return error.message
     planner.release(process)
     told = str(order).replace(process.instance, "INSTANCE") if order else ""
+    told = re.sub(r"'(since|started)': '[\d.]+'", r"'\1': 'NOW'", told)
     kept = process.model
     return told, kept.warm_up, kept.start_timeout, kept.stop_timeout, kept.log_file
 
