@@ -11,7 +11,6 @@ from pathlib import Path
 
 PURE = (
     "admin/test_counters.py",
-    "admin/test_meters.py",
     "admin/test_relabel.py",
     "config/test_config_edit.py",
     "config/test_config_errors.py",

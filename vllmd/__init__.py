@@ -21,7 +21,7 @@ this table against the imports)::
     daemon/     the event queue; executes the core's commands     all but cli and client
     client/     the Python library                                errors
     cli/        vllmctl, one file per verb                        client, errors, config, engines, simulate, text
-    simulate/   the core under a virtual clock over a trace       core, config, engines, gpu, errors, text
+    simulate/   the core under a virtual clock over a trace       core, config, engines, gpu, hub, errors, text
     simengine   the stand-in engine                               nothing of ours
 
 ``core/design.md`` tells why, and draws the lifecycle.

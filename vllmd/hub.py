@@ -2,8 +2,10 @@
 
 ::
 
-    HF_HOME/hub/models--ORG--NAME/refs/main              a commit's hash
-    HF_HOME/hub/models--ORG--NAME/snapshots/HASH/...     links into ../../blobs
+    CACHE/models--ORG--NAME/refs/main              a commit's hash
+    CACHE/models--ORG--NAME/snapshots/HASH/...     links into ../../blobs
+
+CACHE is what ``cache_of`` says.
 
 Reads names and small JSON files only; downloads nothing, runs nothing, and
 never follows a name or a link out of the repository that it was found in. The
@@ -12,18 +14,19 @@ cache is the engines' to write: all of it is read through ``vllmd.foreign``.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vllmd.foreign import Folder, Unreadable, shown, within
 
-__all__ = ["Found", "Located", "Unreadable", "discover", "locate", "read_json"]
+__all__ = ["PLACES", "Found", "Located", "Unreadable", "cache_of", "discover", "ggufs", "locate", "read_json"]
 
 log = logging.getLogger("vllmd.hub")
 
@@ -35,6 +38,22 @@ _GENERATE = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ForImage
 _ADAPTER = "adapter_config.json"
 ONE_MODEL, ALL_MODELS = 2.0, 20.0  # seconds for looking at one repository of the cache, and at all
 REPOSITORIES = 5000  # that are looked at
+
+
+# Of the variables by which huggingface_hub is told where it is, those that name it, and all of them.
+CACHES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")
+PLACES = (*CACHES, "HF_HOME")
+
+
+def cache_of(environment: Mapping[str, str], home: Path | None = None) -> Path:
+    """Where an engine in this environment has its cache; ``home`` goes before ``HOME``."""
+    for name in CACHES:
+        if environment.get(name):
+            return Path(environment[name])
+    given, cache = environment.get("HF_HOME"), environment.get("XDG_CACHE_HOME") if home is None else None
+    if given:
+        return Path(given) / "hub"
+    return Path(cache or (home or Path(environment.get("HOME") or "/")) / ".cache") / "huggingface" / "hub"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +83,21 @@ class Found:
     engine: str = ""
 
 
-def locate(source: str, hf_home: Path, revision: str = "") -> Located:
+def locate(source: str, cache: Path, revision: str = "") -> Located:
     """The files of ``source``: a path, or a repository id (``org/name``, or ``org/name:TAG`` for a GGUF).
 
     Raises OSError, Unreadable.
     """
     if source.startswith(("/", "./", "../", "~")):
-        path = Path(source).expanduser()
+        try:
+            path = Path(source).expanduser()
+        except RuntimeError:
+            return Located(None, f"{source}: there is no home directory that ~ could mean")
         return Located(path, str(path)) if path.exists() else Located(None, f"{path} does not exist")
     repository, _, tag = source.partition(":")
     if not is_repository(repository):
         return Located(None, f"{source!r} is neither a path nor a repository id")
-    folder = _cache(hf_home) / ("models--" + repository.replace("/", "--"))
+    folder = cache / ("models--" + repository.replace("/", "--"))
     try:
         snapshot = _snapshot(folder, revision or "main")
     except OSError as error:
@@ -85,7 +107,7 @@ def locate(source: str, hf_home: Path, revision: str = "") -> Located:
     return Located(snapshot, f"{repository} in the cache", tag, folder)
 
 
-def discover(hf_home: Path) -> tuple[Found, ...]:
+def discover(cache: Path) -> tuple[Found, ...]:
     """Every model in the cache that an engine can serve, by name.
 
     Left out: data sets, adapters, tokenizers, image generators, downloads without any weights yet; and, with a line
@@ -93,10 +115,10 @@ def discover(hf_home: Path) -> tuple[Found, ...]:
     """
     found: list[Found] = []
     ends = time.monotonic() + ALL_MODELS
-    for folder in _repositories(_cache(hf_home)):
+    for folder in _repositories(cache):
         left = ends - time.monotonic()
         if left <= 0:
-            log.warning("%s: looked no further than %s after %g s", hf_home, shown(folder.name), ALL_MODELS)
+            log.warning("%s: looked no further than %s after %g s", cache, shown(folder.name), ALL_MODELS)
             break
         try:
             found += within(min(ONE_MODEL, left), lambda folder=folder: list(_examine(folder)))  # type: ignore[misc]
@@ -130,10 +152,6 @@ def read_json(path: Path, root: Path | None = None) -> dict[str, Any]:
     return Folder(path.parent, root).json(path.name)
 
 
-def _cache(hf_home: Path) -> Path:
-    return hf_home / "hub"
-
-
 def _snapshot(folder: Path, revision: str) -> Path | None:
     """The snapshot that a ref or a hash names; without that ref the newest one (as after an interrupted download)."""
     snapshots = folder / "snapshots"
@@ -164,11 +182,28 @@ def _examine(folder: Path) -> Iterator[Found]:
         return
     snapshot = Folder(path, folder)
     names = snapshot.names()
+    names += [name for name in ggufs(snapshot, names) if "/" in name]
     size = sum(_sizes(snapshot, names))
     kind = _kind(name, snapshot, frozenset(names)) if size else ""
     if kind:
         only_gguf = {os.path.splitext(each)[1] for each in names}.intersection(WEIGHTS) == {".gguf"}
         yield Found(name, path, size, kind, "llama.cpp" if only_gguf else "")
+
+
+def ggufs(folder: Folder, names: Iterable[str]) -> list[str]:
+    """The GGUF files in a folder, whose ``names`` are given, and in the folders in it: many have one for each
+    quantisation."""
+    found = [name for name in names if name.endswith(".gguf")]
+    for name in names:
+        if "." not in name:
+            with contextlib.suppress(OSError, Unreadable):
+                found += [f"{name}/{each}" for each in folder.sub(name).names() if each.endswith(".gguf")]
+    return found
+
+
+def is_projector(name: str) -> bool:
+    """Whether it turns images into tokens, beside a model; it is called mmproj-..., or ...-mmproj-..."""
+    return "mmproj" in name.rpartition("/")[2].lower()
 
 
 def _sizes(snapshot: Folder, names: Iterable[str]) -> Iterator[int]:
@@ -178,7 +213,7 @@ def _sizes(snapshot: Folder, names: Iterable[str]) -> Iterator[int]:
 
 def _kind(name: str, snapshot: Folder, names: frozenset[str]) -> str:
     """What it is for; "" if it is not a model that can be served."""
-    if any(each.endswith(".gguf") for each in names):
+    if any(each.endswith(".gguf") and not is_projector(each) for each in names):
         return "generate"
     if "config.json" not in names or _ADAPTER in names or "model_index.json" in names:
         return ""

@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -22,9 +21,8 @@ from vllmd.daemon import adoption, engine_manager, startup
 from vllmd.daemon.adoption import Found, adopt_all, examine
 from vllmd.daemon.engine_process import fingerprint
 from vllmd.daemon.engine_resolver import EngineResolver
-from vllmd.daemon.service import Daemon
 from vllmd.engines.base import Listen
-from vllmd.launcher.client import ExitReport, LauncherInfo, Running
+from vllmd.launcher.client import ExitReport, LauncherClient, LauncherInfo, Running
 from vllmd.launcher.protocol import PROTOCOL
 
 REFUSES = "refuses"
@@ -274,6 +272,21 @@ def test_a_setting_that_came_later_changes_no_fingerprint_unless_it_is_set() -> 
     assert fingerprint(ModelConfig("m", user="own")) != fingerprint(ModelConfig("m"))
 
 
+def test_an_engine_that_never_answers_is_given_up_in_time(tmp_path: Path) -> None:
+    """Stopped by a signal, it lets one connect; nobody is served until it is known what becomes of it."""
+
+    async def story(rig: Rig) -> None:
+        engine = FakeEngine(rig.gpu, str(tmp_path / "e.sock"))
+        engine.answers["/is_sleeping"] = None
+        await engine.open()
+        running = Running("m-000001", 1, "u", metadata=notes(rig.model, tmp_path / "e.sock"), uid=os.geteuid())
+        what = await soon(examine(running, {"m": rig.model}, EngineResolver()))
+        assert (what.state, what.why) == (None, "expected it awake, it said nothing")
+        engine.close()
+
+    tell(story, tmp_path)
+
+
 def test_a_new_daemon_waits_for_a_new_launcher() -> None:
     """In an upgrade it may meet the old one for a moment, which could not tell whose its engines are."""
     told = [LauncherInfo("old", ""), LauncherInfo("old", ""), LauncherInfo("new", "", protocol=PROTOCOL)]
@@ -282,5 +295,5 @@ def test_a_new_daemon_waits_for_a_new_launcher() -> None:
         async def info(self) -> LauncherInfo:
             return told.pop(0)
 
-    daemon = cast(Daemon, SimpleNamespace(launcher=Launcher()))
-    assert asyncio.run(asyncio.wait_for(startup.known_backend(daemon), 10)) == "new"
+    launcher = cast(LauncherClient, Launcher())
+    assert asyncio.run(asyncio.wait_for(startup.known_backend(launcher), 10)) == "new"

@@ -10,6 +10,7 @@ import pytest
 
 from vllmd.config.types import ModelConfig
 from vllmd.daemon.homes import Homes, ordered_user, own_name, unknown_user
+from vllmd.hub import cache_of
 from vllmd.launcher.own_users import NAME, PREFIX
 
 HOMES = Homes(Path("/var/lib/shared"), Path("/var/lib/own"), {"HF_HOME": "/srv/hf"})
@@ -36,14 +37,37 @@ def test_the_launcher_is_told_whom() -> None:
 def test_each_looks_for_models_in_his_own_cache() -> None:
     """The daemon's HF_HOME is that of the shared user."""
     mine, me = ModelConfig("m", user="own"), pwd.getpwuid(os.getuid())
-    assert HOMES.hf_home(ModelConfig("m")) == Path("/srv/hf")
-    assert HOMES.hf_home(mine) == Path("/var/lib/own") / own_name(mine) / ".cache/huggingface"
-    assert HOMES.hf_home(ModelConfig("m", user=me.pw_name)) == Path(me.pw_dir) / ".cache/huggingface"
+    assert HOMES.hub(ModelConfig("m")) == Path("/srv/hf/hub")
+    assert HOMES.hub(mine) == Path("/var/lib/own") / own_name(mine) / ".cache/huggingface/hub"
+    assert HOMES.hub(ModelConfig("m", user=me.pw_name)) == Path(me.pw_dir) / ".cache/huggingface/hub"
+
+
+@pytest.mark.parametrize(
+    ("around", "own", "arguments", "wanted"),
+    [
+        ({}, {}, (), "/home/e/.cache/huggingface/hub"),
+        ({"HF_HUB_CACHE": "/hub", "HF_HOME": "/hf"}, {}, (), "/hub"),
+        ({"HUGGINGFACE_HUB_CACHE": "/old"}, {}, (), "/old"),
+        ({"HF_HUB_CACHE": "/hub"}, {"HF_HOME": "/mine"}, (), "/mine/hub"),
+        ({"HF_HOME": "/hf"}, {"HF_HUB_CACHE": "/mine"}, (), "/mine"),
+        ({"HF_HOME": "/hf"}, {"HOME": "/elsewhere"}, (), "/hf/hub"),
+        ({}, {"HOME": "/elsewhere"}, (), "/elsewhere/.cache/huggingface/hub"),
+        ({"HF_HOME": "/hf"}, {}, ("--download-dir", "/models"), "/models"),
+    ],
+)
+def test_a_cache_is_where_the_model_or_everybody_says(
+    around: dict[str, str], own: dict[str, str], arguments: tuple[str, ...], wanted: str
+) -> None:
+    """By the same variables and flags as the engine's own library, which the engine is told as well."""
+    homes, model = Homes(Path("/home/e"), None, around), ModelConfig("m", env=own, extra_args=arguments)
+    assert homes.hub(model) == Path(wanted)
+    told = {**homes.variables(model), **own}
+    assert arguments or cache_of(told) == Path(wanted)
 
 
 def test_only_the_shared_home_is_told_by_the_daemon() -> None:
     """The launcher knows the others better."""
-    assert HOMES.variables(ModelConfig("m")) == {"HOME": "/var/lib/shared"}
+    assert HOMES.variables(ModelConfig("m")) == {"HOME": "/var/lib/shared", "HF_HOME": "/srv/hf"}
     assert HOMES.variables(ModelConfig("m", user="own")) == {}
 
 

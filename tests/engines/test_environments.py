@@ -94,7 +94,7 @@ def test_a_repository_in_the_cache_is_a_file(root: Path, tmp_path: Path) -> None
     for name in ("name-Q4_K_M.gguf", "name-Q8_0.gguf", "mmproj-name-f16.gguf"):
         (snapshot / name).write_bytes(b"GGUF" * len(name))
     model = ModelConfig("m", engine="llama.cpp", model="org/name-GGUF:Q4_K_M")
-    place = Place(Path("/run/x"), hf_home=tmp_path)
+    place = Place(Path("/run/x"), hub=tmp_path)
     words = engine_of(model).launch(model, place).argv
     assert words[1:5] == (
         "--model",

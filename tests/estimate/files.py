@@ -47,9 +47,9 @@ def model(folder: Path, config: Mapping[str, Any] | None = None, **sizes: int) -
     return folder
 
 
-def cached(hf_home: Path, name: str, commit: str = "abc123", ref: str = "main") -> Path:
+def cached(hub: Path, name: str, commit: str = "abc123", ref: str = "main") -> Path:
     """An empty snapshot of a repository in the cache, with its ref."""
-    folder = hf_home / "hub" / ("models--" + name.replace("/", "--"))
+    folder = hub / ("models--" + name.replace("/", "--"))
     (folder / "refs").mkdir(parents=True, exist_ok=True)
     (folder / "refs" / ref).write_text(commit)
     snapshot = folder / "snapshots" / commit

@@ -103,7 +103,7 @@ def test_auto_is_weights_cache_and_overhead(llama: Path) -> None:
 def test_a_name_that_is_no_models_is_not_looked_for() -> None:
     """A container's model is in its command: that the cache lacks its name is nothing odd. Of vLLM's it is."""
     notes = {kind: estimate(ModelConfig("boxed", engine=kind), NOWHERE, DEVICE).notes for kind in ("command", "vllm")}
-    assert notes == {"command": (), "vllm": ("boxed is not in the cache /no/such/cache/hub",)}
+    assert notes == {"command": (), "vllm": ("boxed is not in the cache /no/such/cache",)}
 
 
 def test_the_arithmetic_is_readable(llama: Path) -> None:

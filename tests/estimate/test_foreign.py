@@ -125,8 +125,7 @@ def test_a_link_leads_to_a_blob_but_not_out_of_the_repository(tmp_path: Path) ->
 def test_a_repository_may_lie_on_another_disk(tmp_path: Path) -> None:
     """People make a link of the whole folder; what is in it stays in it."""
     snapshot = model(cached(tmp_path / "disk", "org/m"), LLAMA_8B, BF16=GiB)
-    (tmp_path / "hub").mkdir()
-    (tmp_path / "hub/models--org--m").symlink_to(snapshot.parents[1])
+    (tmp_path / "models--org--m").symlink_to(snapshot.parents[1])
     assert [found.name for found in discover(tmp_path)] == ["org/m"]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.estimate.files import LLAMA_8B, GiB, cached, model, sparse
+from vllmd.engines.checkpoint import gguf_file, projector_file, weights_of
 from vllmd.hub import Unreadable, discover, locate, read_json
 
 
@@ -56,8 +57,8 @@ def test_a_ref_cannot_lead_out_of_the_cache(tmp_path: Path) -> None:
     assert locate("org/m", tmp_path, "../refs/main").path is None
 
 
-def snapshot(hf_home: Path, name: str, architecture: str = "LlamaForCausalLM") -> Path:
-    return model(cached(hf_home, name), LLAMA_8B | {"architectures": [architecture]}, BF16=GiB)
+def snapshot(hub: Path, name: str, architecture: str = "LlamaForCausalLM") -> Path:
+    return model(cached(hub, name), LLAMA_8B | {"architectures": [architecture]}, BF16=GiB)
 
 
 def test_discover_tells_name_path_size_and_kind(tmp_path: Path) -> None:
@@ -85,6 +86,39 @@ def test_discover_tells_name_path_size_and_kind(tmp_path: Path) -> None:
     assert found["org/m-GGUF"].size == GiB
 
 
+def test_quantisations_may_have_folders_of_their_own(tmp_path: Path) -> None:
+    """With shards in them, and a projector for images beside: the named one counts, with all its shards."""
+    snapshot = cached(tmp_path, "org/m-GGUF")
+    for folder, size in (("Q4_K_M", GiB), ("BF16", 8 * GiB)):
+        (snapshot / folder).mkdir()
+        for part in (1, 2):
+            sparse(snapshot / folder / f"m-{folder}-0000{part}-of-00002.gguf", size)
+    sparse(snapshot / "m-mmproj-F16.gguf", GiB // 2)
+    (found,) = discover(tmp_path)
+    assert (found.name, found.kind) == ("org/m-GGUF", "generate")
+    located = locate("org/m-GGUF:Q4_K_M", tmp_path)
+    assert located.path
+    assert weights_of(located.path, located.tag, located.root).total == 2 * GiB
+    assert weights_of(located.path, "", located.root).total == 16 * GiB
+    assert projector_file(located.path, located.root) == snapshot / "m-mmproj-F16.gguf"
+    assert gguf_file(located.path, "q4_k_m", located.root) == snapshot / "Q4_K_M/m-Q4_K_M-00001-of-00002.gguf"
+
+
+def test_a_projector_alone_is_no_model(tmp_path: Path) -> None:
+    """As an interrupted download leaves it."""
+    snapshot = cached(tmp_path, "org/m-GGUF")
+    sparse(snapshot / "mmproj-F16.gguf", GiB)
+    assert weights_of(snapshot).total == 0
+    assert discover(tmp_path) == ()
+
+
+def test_a_ref_whose_snapshot_is_gone_means_the_newest(tmp_path: Path) -> None:
+    """The repository has moved on, and the download of the new commit has not come yet; or the cache was tidied."""
+    snapshot = cached(tmp_path, "org/m", "aaa")
+    (snapshot.parents[1] / "refs/main").write_text("bbb")
+    assert locate("org/m", tmp_path).path == snapshot
+
+
 def test_discover_skips_what_no_engine_serves(tmp_path: Path) -> None:
     """Data sets, adapters, bare tokenizers, image generators, half downloads, broken configurations."""
     (snapshot(tmp_path, "org/lora") / "adapter_config.json").write_text("{}")
@@ -93,9 +127,9 @@ def test_discover_skips_what_no_engine_serves(tmp_path: Path) -> None:
     snapshot(tmp_path, "google/vit", "ViTForImageClassification")
     model(cached(tmp_path, "org/no-weights"), LLAMA_8B)
     model(cached(tmp_path, "org/no-config"), None, BF16=GiB)
-    (tmp_path / "hub/models--org--no-snapshot").mkdir()
-    (tmp_path / "hub/datasets--org--d").mkdir()
-    (tmp_path / "hub/models--org--a-file").touch()
+    (tmp_path / "models--org--no-snapshot").mkdir()
+    (tmp_path / "datasets--org--d").mkdir()
+    (tmp_path / "models--org--a-file").touch()
     assert discover(tmp_path) == ()
 
 

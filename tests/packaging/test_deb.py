@@ -78,6 +78,16 @@ def test_the_packages_own_test_passes(installed_machine: Machine) -> None:
     installed_machine.run("sh /root/wakes-on-request", timeout=180)
 
 
+def test_ollamas_address_is_there_once_it_is_enabled(installed_machine: Machine) -> None:
+    """Off by default, for Ollama itself may be there; a restart of the socket that everybody uses brings it."""
+    machine, ask = installed_machine, "curl -sS --max-time 20 http://127.0.0.1:11434/api/version"
+    assert machine.run(ask, check=False).returncode == 7  # nobody listens
+    machine.run("curl -sS --max-time 20 http://127.0.0.1:33258/health/live")  # the daemon runs, as it would anywhere
+    machine.run("systemctl enable vllmd-ollama.socket && systemctl restart vllmd.socket", timeout=60)
+    assert '"version"' in machine.out(ask)
+    machine.run("systemctl disable --now vllmd-ollama.socket", timeout=60)
+
+
 HAMMER = """
 import http.client, sys, time
 asked = failed = 0

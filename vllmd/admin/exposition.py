@@ -110,7 +110,7 @@ def _standing(gauges: Gauges) -> Iterator[Metric]:
     yield _gauge("requests_in_progress", "Model requests that wait or run.", [], {(): gauges.requests})
     snapshot = gauges.snapshot
     if snapshot:
-        yield _gauge("host_memory_budget_bytes", "Host memory for models asleep at level 1.", [],
+        yield _gauge("host_memory_budget_bytes", "Host memory for models asleep at level 1 and engines on it.", [],
                      {(): snapshot.host_memory})  # fmt: skip
         yield _gauge("host_memory_promised_bytes", "What of it is promised.", [], {(): snapshot.host_promised})
 

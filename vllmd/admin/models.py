@@ -36,14 +36,14 @@ class ModelEndpoints:
         """``GET /v1/models/{id}``, by its name, an alias, or its end. Raises UnknownModel."""
         asked = request.params["model"]
         with contextlib.suppress(Forbidden):  # what one may not use one need not know of
-            name = self._control.called(asked, request.caller)
+            name = self._control.status.called(asked, request.caller)
             for model in await self._models(request):
                 if model["id"] == name:
                     return json_response(_card(model, asked if asked in model["aliases"] else name))
         raise UnknownModel(f"model {asked!r} does not exist; GET /v1/models lists those that do", param="model")
 
     async def _models(self, request: Request) -> list[dict[str, Any]]:
-        return [model for model in await self._control.models() if request.caller.may_use(model["id"])]
+        return [model for model in await self._control.status.models() if request.caller.may_use(model["id"])]
 
     async def health(self, request: Request) -> Response:
         """``GET /health``: 200 with ``status: ok``, or 503 with what is wrong."""
@@ -56,7 +56,7 @@ class ModelEndpoints:
         return json_response(health, 200 if health["ready"] else 503)
 
     def _health(self, request: Request) -> dict[str, Any]:
-        health, may_use = self._control.health(), request.caller.may_use
+        health, may_use = self._control.status.health(), request.caller.may_use
         states = {model: state for model, state in health["model_status"].items() if may_use(model)}
         return {**health, "loaded_models": list(filter(may_use, health["loaded_models"])), "model_status": states}
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from vllmd.config.types import ModelConfig
+from vllmd.config.user_home import expanded
 
 LARGEST = 64 << 10
 DAEMON_GROUP = "vllmd"  # of the system's daemon, see units/vllmd.sysusers
@@ -35,7 +36,7 @@ def read(name: str, beside: Path, env: Mapping[str, str]) -> str:
 
 def place(name: str, beside: Path, env: Mapping[str, str]) -> Path:
     """Where that file is."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     credentials = env.get("CREDENTIALS_DIRECTORY")
     if credentials and not path.is_absolute() and (Path(credentials) / path).exists():
         return Path(credentials) / path

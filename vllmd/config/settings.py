@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
+from enum import Enum
 from functools import cache
 from typing import Any
 
 from vllmd.config import value_types as k
 from vllmd.config.nodes import Node
-from vllmd.config.reload import Reload
 from vllmd.config.types import (
     AdapterConfig,
     AuthConfig,
@@ -31,6 +31,15 @@ from vllmd.config.types import (
 )
 from vllmd.config.value_types import Kind
 from vllmd.core.types import IdleRules, WhenFree
+
+
+class Reload(Enum):
+    """When a changed value counts; the value is the sentence that the manual prints."""
+
+    NOW = "At a reload it takes effect at once."
+    ENGINE = "At a reload the model's engine is replaced, once its requests have ended."
+    NEXT_LOAD = "At a reload it takes effect for engines that are started from then on."
+    NEXT_START = "At a reload it is only checked: it takes effect at the next start of vllmd."
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -752,8 +761,8 @@ ROOT = Group(
         Setting(
             "host_memory",
             k.AUTO_SIZE,
-            "Host memory for models asleep at level 1, over all of them; auto is half of the machine's, or of what "
-            "control groups leave.",
+            "Host memory for models asleep at level 1, over all of them, and for what llama.cpp, and engines on the "
+            "CPU, take of it as long as they run; auto is half of the machine's, or of what control groups leave.",
         ),
         Setting("idle", IDLE, "When unused models sleep and stop."),
         Setting(

@@ -10,6 +10,7 @@ from vllmd.config.findings import Findings
 from vllmd.config.nodes import Node, Where, compose, from_plain, from_text
 from vllmd.config.settings import LEGACY, LEGACY_SECTIONS, ROOT, flags, variables
 from vllmd.config.trees import put
+from vllmd.config.user_home import user_home
 from vllmd.config.value_types import what_it_is
 
 
@@ -19,8 +20,10 @@ def default_file(env: Mapping[str, str] = os.environ) -> Path:
         return Path(env["VLLMD_CONFIG"])
     if os.getuid() < 1000:
         return Path("/etc/vllmd/vllmd.yaml")
-    own = Path(env.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "vllmd" / "vllmd.yaml"
-    return own if own.exists() or not Path("/etc/vllmd/vllmd.yaml").exists() else Path("/etc/vllmd/vllmd.yaml")
+    home, system = user_home(env), Path("/etc/vllmd/vllmd.yaml")
+    given = env.get("XDG_CONFIG_HOME") or (home and home / ".config")
+    own = Path(given) / "vllmd" / "vllmd.yaml" if given else system
+    return own if os.path.exists(own) or not system.exists() else system
 
 
 class Files:

@@ -327,9 +327,12 @@ def loopback(port: str) -> tuple[str, str]:
 
 
 def parse_path(node: Node) -> Any:
-    from pathlib import Path
+    from vllmd.config.user_home import expanded
 
-    path = Path(parse_text(node)).expanduser()
+    try:
+        path = expanded(parse_text(node))
+    except ValueError as error:
+        raise wrong(node, f"an absolute path ({error})") from None
     if not path.is_absolute():
         raise wrong(node, "an absolute path")
     return path

@@ -5,6 +5,7 @@ An engine goes by the id of its replica.
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
 from vllmd.core.types import Decision, Placement
@@ -105,15 +106,25 @@ class Admit:
     replica: str
 
 
+class RejectReason(enum.StrEnum):
+    """Why a request is refused: by the class of ``vllmd.errors`` that the client is told."""
+
+    ENGINE_FAILED = "EngineFailed"
+    UNAVAILABLE = "Unavailable"
+    UNKNOWN_MODEL = "UnknownModel"
+    TOO_MANY_REQUESTS = "TooManyRequests"
+    MODEL_TOO_LARGE = "ModelTooLarge"
+
+
 @dataclass(frozen=True, slots=True)
 class Reject:
     """Answer the request with an error; nothing more is owed for it.
 
-    ``error`` is the name of a class in ``vllmd.errors``; ``retry_after`` in seconds.
+    ``retry_after`` is in seconds.
     """
 
     request: str
-    error: str
+    error: RejectReason
     message: str
     retry_after: float | None = None
 

@@ -36,6 +36,13 @@ from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.proxy.gate import Target, silent
 from vllmd.proxy.upstream import Unreached
 
+ERRORS: Mapping[commands.RejectReason, type[errors.VllmdError]] = {
+    commands.RejectReason.ENGINE_FAILED: errors.EngineFailed,
+    commands.RejectReason.UNAVAILABLE: errors.Unavailable,
+    commands.RejectReason.UNKNOWN_MODEL: errors.UnknownModel,
+    commands.RejectReason.TOO_MANY_REQUESTS: errors.TooManyRequests,
+    commands.RejectReason.MODEL_TOO_LARGE: errors.ModelTooLarge,
+}
 REACH_TRIES, REACH_PAUSE = 20, 0.1  # so often a request finds nobody listening, and seconds between
 
 
@@ -53,9 +60,6 @@ class BackEnd(Protocol):
 
     def unreached(self, replica: str) -> None:
         """Nobody listens where the replica's engine should."""
-
-    def retried(self, replica: str) -> None:
-        """A request goes from this replica to another one."""
 
     async def provide(self, replica: str, adapter: str, waits: Callable[[], None]) -> None:
         """Have the replica's engine load the adapter, unless it has it; ``waits`` is called if that takes its time.
@@ -281,7 +285,7 @@ class AdmissionGate:
         elif replicas is None or permit.only or len(permit.tried) >= replicas.retries:
             raise error
         else:
-            self._back.retried(permit.replica)
+            self._counters.retried(permit.model, permit.replica)
         again = Permit(self, permit.model, permit.key, permit.only, permit.waits, permit.offer)
         again.tried = (*permit.tried, permit.replica)
         await self._admitted(again)
@@ -329,7 +333,7 @@ class AdmissionGate:
         """Refuse it; the core owes and is owed nothing more."""
         permit = self._drop(command.request)
         if permit is not None:
-            kind: type[errors.VllmdError] = getattr(errors, command.error)
+            kind = ERRORS[command.error]
             message = for_clients(command.message)
             if kind is errors.EngineFailed:
                 message = f"{permit.model}: {message}"

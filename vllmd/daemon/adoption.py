@@ -112,7 +112,10 @@ async def examine(
         return Found(process, None, why="it is ending already")
     if process.fingerprint not in (fingerprint(model), noted_by_older(model)):
         return Found(process, None, why="its model's settings have changed")
-    return await _resolve(process, noted, level, lambda: ended(running.instance))
+    try:
+        return await _resolve(process, noted, level, lambda: ended(running.instance))
+    except Impostor as error:  # it will not become the engine
+        return Found(process, None, why=error.message)
 
 
 def _engine_of(noted: str, models: Mapping[str, ModelConfig]) -> ModelConfig | None:
@@ -146,18 +149,16 @@ async def _resolve(process: EngineProcess, noted: Mapping[str, str], level: int,
 
 async def _expect(process: EngineProcess, found: Found, ended: Ended, *, asleep: bool) -> Found:
     """``found`` once the engine confirms it, within the limit; else it has to go."""
-    said: object = None
-    for _ in range(round(RESOLVE_LIMIT / RESOLVE_POLL)):
-        try:
-            said = await _is_asleep(process)
-        except Impostor as error:  # it will not become the engine
-            return Found(process, None, why=error.message)
-        if ended():
+    said: object = "nothing"
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(RESOLVE_LIMIT):  # everybody waits meanwhile, also for one that never answers
+            while not ended():
+                said = await _is_asleep(process)
+                if said is asleep:
+                    process.ready_after = 0.0
+                    return found
+                await asyncio.sleep(RESOLVE_POLL)
             return Found(process, None, why="it has just ended")
-        if said is asleep:
-            process.ready_after = 0.0
-            return found
-        await asyncio.sleep(RESOLVE_POLL)
     return Found(process, None, why=f"expected it {'asleep' if asleep else 'awake'}, it said {said}")
 
 

@@ -7,7 +7,6 @@ model loads already, under whatever name, is not offered twice.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,15 +18,8 @@ from vllmd.hub import Found, discover, is_repository
 log = logging.getLogger("vllmd.discovery")
 
 
-def hf_home(environment: Mapping[str, str], home: Path | None) -> Path:
-    """Where the engines' Hugging Face cache is; ``home`` is the engines' home directory."""
-    if "HF_HOME" in environment:
-        return Path(environment["HF_HOME"])
-    return (home or Path(environment.get("HOME", "/"))) / ".cache" / "huggingface"
-
-
 def with_discovered(config: Config, cache: Path) -> Config:
-    """``config`` with the models of ``cache`` (a HF_HOME) added, if it asks for them. Reads their files."""
+    """``config`` with the models of ``cache`` (see ``vllmd.hub``) added, if it asks for them. Reads their files."""
     if not config.discover:
         return config
     taken = {name for model in config.models.values() for name in (model.name, model.source, *model.aliases)}

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from vllmd.config.names import readable
 from vllmd.config.types import OWN_USER, ModelConfig
-from vllmd.daemon.discovery import hf_home
+from vllmd.engines.facts import argument
+from vllmd.hub import PLACES, cache_of
 
 
 def own_name(model: ModelConfig) -> str:
@@ -58,11 +59,21 @@ class Homes:
         except KeyError:
             return None
 
-    def hf_home(self, model: ModelConfig) -> Path:
-        """Where its engine looks for repositories."""
-        home = self.of(model)
-        return hf_home({} if model.user and home else self.environment, home)
+    def hub(self, model: ModelConfig) -> Path:
+        """The cache in which its engine looks for repositories: by its own settings, else as everybody's."""
+        if given := argument(model, "download-dir"):
+            return Path(given)
+        home = Path(model.env["HOME"]) if model.env.get("HOME") else self.of(model)
+        shared = {} if model.user and home else self.environment
+        own = {} if any(model.env.get(name) for name in PLACES) else {name: shared.get(name, "") for name in PLACES}
+        rest = {name: value for name, value in shared.items() if name not in PLACES}
+        return cache_of({**rest, **own, **model.env}, home)
 
     def variables(self, model: ModelConfig) -> dict[str, str]:
-        """What its engine is told; a user of its own has its home from the launcher."""
-        return {"HOME": str(self.shared)} if self.shared and not model.user else {}
+        """What its engine is told, so that it looks where we do; a user of its own has its home from the launcher."""
+        if model.user:
+            return {}
+        places = {name: self.environment[name] for name in PLACES if self.environment.get(name)}
+        if any(model.env.get(name) for name in PLACES):  # one of ours would go before another one of its own
+            places = {}
+        return {**({"HOME": str(self.shared)} if self.shared else {}), **places}

@@ -82,7 +82,7 @@ class LaunchPlanner:
         engine = self._engine_of(model)
         instance = instance_name(model.name)
         run_dir = self._paths.run / instance
-        place = replace(self._place(command, run_dir), hf_home=self._paths.homes.hf_home(model))
+        place = replace(self._place(command, run_dir), hub=self._paths.homes.hub(model))
         port = 0
         try:
             launch = engine.launch(model, place)

@@ -52,7 +52,7 @@ class Learnt:
 
     def load(self) -> None:
         """Read the file; one that is missing or damaged counts as empty."""
-        if self._path is None or not self._path.exists():
+        if self._path is None:
             return
         try:
             told = Folder(self._path.parent).json(self._path.name)
@@ -62,7 +62,10 @@ class Learnt:
             made = dict(told.get("decisions", {})).items()
             self.decisions = {name: [_decision(name, each) for each in kept] for name, kept in made}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            log.warning("ignoring %s, it is damaged (%s); figures are learnt anew", self._path, error)
+            if isinstance(error.__cause__, FileNotFoundError):  # nothing has been learnt yet
+                return
+            what = "cannot be read" if isinstance(error.__cause__, OSError) else "is damaged"
+            log.warning("ignoring %s, it %s (%s); figures are learnt anew", self._path, what, error)
             self.costs, self.runs, self.decisions = {}, {}, {}
 
     def save(self) -> None:

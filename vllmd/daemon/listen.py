@@ -10,9 +10,12 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from vllmd.text import printable
+
 log = logging.getLogger("vllmd")
 
 BACKLOG = 4096
+IP_FREEBIND = 15  # linux/in.h; allowed to everybody, and has effect on IPv6 as well
 Listeners = dict[str, list[socket.socket]]
 
 
@@ -48,9 +51,37 @@ def _all_that_can_be_had(addresses: tuple[str, ...]) -> list[socket.socket]:
             if not missing or len(addresses) == 1:
                 for listener in found:
                     listener.close()
-                raise OSError(error.errno, f"{address}: {error.strerror}") from None
+                raise OSError(error.errno, f"{address}: {_why(address, error)}") from None
             log.info("not listening on %s: this machine has no IPv6", address)
     return found
+
+
+def _why(address: str, error: OSError) -> str:
+    """What is wrong with the address, and what to do."""
+    if error.errno == errno.EADDRINUSE and not address.startswith("/"):
+        return f"{os.strerror(errno.EADDRINUSE)}: {holder(*_parts(address))} listens there; --port takes another one"
+    return os.strerror(error.errno or 0)
+
+
+def holder(host: str, port: int) -> str:
+    """Who listens on an address: process and user, as far as we may know."""
+    from vllmd.proxy.peers import listener_of, user_named  # for messages only
+
+    found = listener_of(host, port)
+    if found is None:
+        return "another process"
+    for entry in Path("/proc").glob("[0-9]*/fd/*"):  # those of others only root sees
+        with contextlib.suppress(OSError):
+            if os.readlink(entry) == f"socket:[{found.inode}]":
+                pid = entry.parts[2]
+                name = Path(f"/proc/{pid}/comm").read_text().strip()
+                return f"{printable(name)} (process {pid}, user {user_named(found.uid)})"
+    return f"a process of the user {user_named(found.uid)}"
+
+
+def _parts(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
 
 
 def _on_the_same_port(address: str, found: Sequence[socket.socket]) -> str:
@@ -98,7 +129,8 @@ def _admin(path: Path, owner: tuple[int, int] | None) -> socket.socket | None:
             os.chown(path, *owner, follow_symlinks=False)
         return listener
     except OSError as error:
-        log.warning("no admin socket at %s, vllmctl will not reach this vllmd: %s", path, error)
+        advice = "vllmctl will not reach this vllmd; VLLMD_ADMIN_SOCKET names another place, to both"
+        log.warning("no admin socket at %s: %s: %s", path, error.strerror or error, advice)
         return None
 
 
@@ -115,8 +147,29 @@ def _alive(path: Path) -> bool:
 def _listen(address: str) -> socket.socket:
     if address.startswith("/"):
         return socket.create_server(address, family=socket.AF_UNIX, backlog=BACKLOG)
-    host, _, port = address.rpartition(":")
-    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
-    listener = socket.create_server((host.strip("[]"), int(port)), family=family, backlog=BACKLOG)
+    place, family = _parts(address), socket.AF_INET6 if address.startswith("[") else socket.AF_INET
+    try:
+        listener = socket.create_server(place, family=family, backlog=BACKLOG)
+    except OSError as error:
+        if error.errno != errno.EADDRNOTAVAIL or address.startswith("[::1]:"):
+            raise
+        listener = _listen_early(place, family)
+        log.warning("%s is no address of this machine now; listening there in case it becomes one", place[0])
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+def _listen_early(place: tuple[str, int], family: socket.AddressFamily) -> socket.socket:
+    """As FreeBind= of a socket unit: at boot, or with a VPN, an address may come later than we do."""
+    listener = socket.socket(family)
+    try:
+        listener.setsockopt(socket.IPPROTO_IP, IP_FREEBIND, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(place)
+        listener.listen(BACKLOG)
+    except OSError:
+        listener.close()
+        raise
     return listener

@@ -52,8 +52,12 @@ class Listeners:
         gate: AdmissionGate,
         quotas: Quotas,
         control: Control,
+        relay: Relay,
+        limits: Limits,
         listeners: Mapping[str, Sequence[socket.socket]],
+        outcome: Callable[[str, int, bool], None],
     ) -> None:
+        """``outcome`` is told of each request for a model: its name, the status, and whether the engine failed it."""
         self._listeners = listeners
         self._control = control
         self._gate = gate
@@ -61,12 +65,12 @@ class Listeners:
         self._keys = ApiKeyAuth(config.auth, self._opens, Hosts(config.server.hosts), failures)
         self._quotas = quotas
         self._cors = Cors(config.server.cors_origins)
-        self._limits = Limits.of(config.server)
+        self._limits = limits
         self._memory = BodyMemory(self._limits.max_buffered)  # one for all listeners
-        self._relay = Relay(gate, self._limits)
+        self._relay = relay
         self._reachable: list[tuple[Router, list[str]]] = []  # those at addresses that strangers can reach
+        self._outcome = outcome
         # Operators do not stand in the clients' line: their connections are counted apart.
-        self.on_outcome: Callable[[str, int, bool], None] = lambda model, status, failed: None  # of a model's requests
         self._operators: list[Server] = []
         self._servers = [server for name, sockets in sorted(listeners.items()) for server in self._open(name, sockets)]
         self._clients = [server for server in self._servers if server not in self._operators]
@@ -139,10 +143,6 @@ class Listeners:
             log.error("%s", why)
             router.authenticator = DenyAll(why)
 
-    def forget(self, model: str) -> None:
-        """The model's engine has ended, and what it kept for clients with it."""
-        self._relay.requests.responses.forget(model)
-
     @property
     def accepted(self) -> int:
         """Connections that there have been."""
@@ -189,7 +189,7 @@ class Listeners:
     def _note(self, exchange: Exchange) -> None:
         self._control.counters.exchanged(exchange)
         if exchange.model and exchange.status and (not exchange.error or exchange.error in ENGINES_FAULTS):
-            self.on_outcome(exchange.model, exchange.status, bool(exchange.error))
+            self._outcome(exchange.model, exchange.status, bool(exchange.error))
         _log(exchange)
 
 

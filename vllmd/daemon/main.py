@@ -19,9 +19,11 @@ import vllmd
 from vllmd.config.loader import load
 from vllmd.config.settings import flags
 from vllmd.config.types import Config
+from vllmd.config.user_home import user_home
 from vllmd.daemon import identity
+from vllmd.daemon.current import RuntimeEnvironment
 from vllmd.daemon.listen import Listeners, listeners, told
-from vllmd.daemon.service import Daemon, RuntimeEnvironment
+from vllmd.daemon.service import Daemon, meant_for_us
 from vllmd.errors import ConfigError
 from vllmd.systemd.activation import take_listeners
 from vllmd.systemd.journal import setup_logging
@@ -79,7 +81,11 @@ def _serve(config: Config, broken: str, given: Listeners, reload: Any) -> int:
             return EX_UNAVAILABLE
         log.info("listening on %s", told(sockets))
         identity.become(config, os.environ, activated=bool(given))
-        around = stack.enter_context(runtime(os.environ, activated=bool(given)))
+        try:
+            around = stack.enter_context(runtime(os.environ, activated=bool(given)))
+        except ConfigError as error:
+            print(error.message, file=sys.stderr)
+            return EX_CONFIG
         return asyncio.run(_live(config, broken, around, reload, sockets))
 
 
@@ -92,29 +98,28 @@ def _raise_file_limit() -> None:
 
 
 async def _live(config: Config, broken: str, around: RuntimeEnvironment, reload: Any, sockets: Listeners) -> int:
-    daemon = Daemon(config, around, reload)
-    if broken:
-        daemon.refuse(broken)
-    await daemon.run(sockets)
+    daemon = Daemon(await meant_for_us(config, around), around, reload, sockets, broken)
+    await daemon.run()
     return EX_SOFTWARE if daemon.failed else 0
 
 
 def learnt_of(environment: Mapping[str, str]) -> Path | None:
     """The file in which a daemon without a unit keeps what it learnt, so that the next ``vllmd serve`` knows it.
 
-    In the user's cache, or where ``VLLMD_LEARNT`` says; None where that is empty: nothing is kept.
+    In the user's cache, or where ``VLLMD_LEARNT`` says; None where that is empty, and for a user without a home:
+    nothing is kept.
     """
     if "VLLMD_LEARNT" in environment:
         return Path(environment["VLLMD_LEARNT"]) if environment["VLLMD_LEARNT"] else None
-    home = environment.get("HOME")
-    cache = Path(environment.get("XDG_CACHE_HOME") or (Path(home) if home else Path.home()) / ".cache")
-    return cache / "vllmd" / "learnt.json"
+    home = user_home(environment)
+    cache = environment.get("XDG_CACHE_HOME") or (home and home / ".cache")
+    return Path(cache) / "vllmd" / "learnt.json" if cache else None
 
 
 @contextlib.contextmanager
 def runtime(environment: Mapping[str, str], *, activated: bool) -> Iterator[RuntimeEnvironment]:
     """What the unit file says by environment variables; without a run directory a private one while we live."""
-    own = "" if "VLLMD_ENGINE_RUN_DIR" in environment else tempfile.mkdtemp(prefix="vllmd-")
+    own = "" if "VLLMD_ENGINE_RUN_DIR" in environment else _private_folder()
     home, cache = environment.get("VLLMD_ENGINE_HOME", ""), environment.get("CACHE_DIRECTORY", "").split(":")[0]
     try:
         yield RuntimeEnvironment(
@@ -133,10 +138,19 @@ def runtime(environment: Mapping[str, str], *, activated: bool) -> Iterator[Runt
             shutil.rmtree(own, ignore_errors=True)
 
 
+def _private_folder() -> str:
+    """Raises ConfigError, which says what to do, where no folder for temporary files can be written."""
+    try:
+        return tempfile.mkdtemp(prefix="vllmd-")
+    except OSError as error:
+        what = "engines' sockets need a folder; TMPDIR or VLLMD_ENGINE_RUN_DIR names one that can be written"
+        raise ConfigError(f"{error.strerror or error}: {what}") from None
+
+
 def _logs(environment: Mapping[str, str]) -> Path:
     """Where engines' log files go: the unit's LogsDirectory=, else the user's state folder."""
     given = environment.get("LOGS_DIRECTORY", "").split(":")[0]
-    state = environment.get("XDG_STATE_HOME") or f"{environment.get('HOME', '')}/.local/state"
+    state = environment.get("XDG_STATE_HOME") or f"{user_home(environment) or tempfile.gettempdir()}/.local/state"
     return Path(given or f"{state}/vllmd/log")
 
 

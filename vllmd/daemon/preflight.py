@@ -50,7 +50,7 @@ def look(models: Iterable[ModelConfig], machine: Machine, engine_of: Callable[[M
 def _prospect(model: ModelConfig, machine: Machine, engine_of: Callable[[ModelConfig], Engine]) -> Prospect:
     allowed = [device for device in machine.devices if not model.devices or device.index in model.devices]
     device_memory = min((device.memory for device in allowed), default=0)
-    told = estimate(model, machine.homes.hf_home(model), device_memory, host_memory())
+    told = estimate(model, machine.homes.hub(model), device_memory, host_memory())
     engine = engine_of(model)
     wrong = unknown_user(model) or _refusal(model, engine, machine) or too_large(model, told, machine.devices)
     return Prospect(model, engine, told, wrong)

@@ -49,16 +49,16 @@ class Files:
     wrong: str = ""
 
 
-def files_of(path: str, hf_home: Path | None) -> Files:
+def files_of(path: str, hub: Path | None) -> Files:
     """Read an adapter's files: a folder as PEFT writes it, a GGUF file, or a repository of the cache. Never raises."""
     try:
-        return within(LOOK, lambda: _read(path, hf_home or Path("/nonexistent")))
+        return within(LOOK, lambda: _read(path, hub or Path("/nonexistent")))
     except (OSError, Unreadable) as error:
         return Files(wrong=about(shown(path), error))
 
 
-def _read(path: str, hf_home: Path) -> Files:
-    located = locate(path, hf_home)
+def _read(path: str, hub: Path) -> Files:
+    located = locate(path, hub)
     if located.path is None:
         return Files(wrong=located.why)
     if located.path.suffix == ".gguf":
@@ -99,12 +99,12 @@ def loads_late(model: ModelConfig) -> bool:
     return allowed and servers < 2 and (servers == 1 or not spread)
 
 
-def vllm_flags(model: ModelConfig, hf_home: Path | None) -> list[str]:
+def vllm_flags(model: ModelConfig, hub: Path | None) -> list[str]:
     """What vLLM is started with for the sake of the model's adapters; what its own arguments say is left out."""
     if not model.adapters:
         return []
     flags = [] if argument(model, "enable-lora") else ["--enable-lora"]
-    at_a_time, rank = slots(model), max_rank(model, hf_home)
+    at_a_time, rank = slots(model), max_rank(model, hub)
     for flag, value in (("--max-loras", at_a_time), ("--max-lora-rank", rank), ("--max-cpu-loras", _kept(model))):
         if not argument(model, flag.lstrip("-")):
             flags += [flag, str(value)]
@@ -124,36 +124,36 @@ def _kept(model: ModelConfig) -> int:
     return max(slots(model), len(adapters_of(model)))
 
 
-def max_rank(model: ModelConfig, hf_home: Path | None) -> int:
+def max_rank(model: ModelConfig, hub: Path | None) -> int:
     """The rank that vLLM is to have room for."""
     told = whole(argument(model, "max-lora-rank"))
     if told:
         return told
-    ranks = [files_of(path, hf_home).rank or UNKNOWN_RANK for path in adapters_of(model).values()]
+    ranks = [files_of(path, hub).rank or UNKNOWN_RANK for path in adapters_of(model).values()]
     wanted = max(ranks, default=16)
     return next((rank for rank in RANKS if rank >= wanted), RANKS[-1])
 
 
-def vllm_memory(model: ModelConfig, hf_home: Path | None, weights: int) -> int:
+def vllm_memory(model: ModelConfig, hub: Path | None, weights: int) -> int:
     """Bytes per device for vLLM's adapters, of a model of ``weights`` bytes: two thin matrices a linear layer."""
     if not adapters_of(model):
         return 0
-    rank = max_rank(model, hf_home)
-    sides = _sides(model, hf_home)
+    rank = max_rank(model, hub)
+    sides = _sides(model, hub)
     one = 2 * rank * sides if sides else weights * rank // 800  # 2 % of the weights at rank 16, where nothing is known
     return slots(model) * one // model.all_devices
 
 
-def _sides(model: ModelConfig, hf_home: Path | None) -> int:
+def _sides(model: ModelConfig, hub: Path | None) -> int:
     """Inputs and outputs of all linear layers of the usual decoder; 0 where its files do not tell."""
     try:
-        return within(LOOK, lambda: _read_sides(model, hf_home or Path("/nonexistent")))
+        return within(LOOK, lambda: _read_sides(model, hub or Path("/nonexistent")))
     except (OSError, Unreadable):
         return 0
 
 
-def _read_sides(model: ModelConfig, hf_home: Path) -> int:
-    located = locate(model.source, hf_home, argument(model, "revision"))
+def _read_sides(model: ModelConfig, hub: Path) -> int:
+    located = locate(model.source, hub, argument(model, "revision"))
     if located.path is None or not located.path.is_dir():
         return 0
     config = read_json(located.path / "config.json", located.root)
@@ -168,11 +168,11 @@ def _read_sides(model: ModelConfig, hf_home: Path) -> int:
     return layers * (2 * (hidden + queries) + 2 * (hidden + values) + 3 * (hidden + inner))
 
 
-def notes_of(model: ModelConfig, hf_home: Path | None) -> tuple[str, ...]:
+def notes_of(model: ModelConfig, hub: Path | None) -> tuple[str, ...]:
     """What is wrong with the files of a model's adapters; a repository that is not here yet is not wrong."""
     found = []
     for name, adapter in model.adapters.items():
-        wrong = files_of(adapter.path, hf_home).wrong
+        wrong = files_of(adapter.path, hub).wrong
         if wrong and "is not in the cache" not in wrong and not wrong.endswith("No such file or directory"):
             found.append(f"its adapter {name}: {wrong}")
     return tuple(found)
@@ -219,9 +219,9 @@ def _scale(word: str) -> float:
     return float(word.rpartition(":")[2]) if SCALED.fullmatch(word) else 1.0
 
 
-def memory(model: ModelConfig, hf_home: Path, weights: int) -> int:
+def memory(model: ModelConfig, hub: Path, weights: int) -> int:
     """Bytes per device that the model's adapters take, of a model of ``weights`` bytes."""
     if one_name(model.engine) == "llama.cpp":
-        size = sum(files_of(adapter.path, hf_home).size for adapter in model.adapters.values())
+        size = sum(files_of(adapter.path, hub).size for adapter in model.adapters.values())
         return size // model.all_devices
-    return vllm_memory(model, hf_home, weights) if one_name(model.engine) == "vllm" else 0
+    return vllm_memory(model, hub, weights) if one_name(model.engine) == "vllm" else 0

@@ -121,7 +121,7 @@ class Place:
     kv_cache: int = 0  # bytes per device for its key-value cache (Estimate.kv_cache); 0: it works that out itself
     visible: Mapping[str, str] = field(default_factory=dict)  # variables by which it sees these devices alone
     context: int = 0  # tokens, where the model's own longest context does not fit (Estimate.context); 0: its own
-    hf_home: Path | None = None  # where the engine's cache of models is
+    hub: Path | None = None  # where the engine's cache of models is, see ``vllmd.hub``
 
 
 class Engine(Protocol):

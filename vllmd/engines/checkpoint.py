@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vllmd.foreign import File, Folder, Unreadable, about, members, quoted, shown
+from vllmd.hub import ggufs, is_projector
 
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 MAX_INDEX = 64 << 20  # bytes; those of the largest models so far have 25 million
@@ -51,8 +52,8 @@ def weights_of(path: Path, tag: str = "", root: Path | None = None) -> Weights:
     found = _safetensors(folder, names)
     if found.total:
         return found
-    ggufs = any(name.endswith(".gguf") for name in names)
-    other = _gguf(folder, _gguf_files(folder, names, tag)) if ggufs else _pytorch(folder, names)
+    there = ggufs(folder, names)
+    other = _gguf(folder, _gguf_files(folder, there, tag)) if there else _pytorch(folder, names)
     return Weights(other.sizes, other.how, found.notes + other.notes)
 
 
@@ -61,18 +62,15 @@ def gguf_file(path: Path, tag: str = "", root: Path | None = None) -> Path | Non
     if path.is_file():
         return path if path.suffix == ".gguf" else None
     folder = Folder(path, root)
-    return next((path / name for name in _gguf_files(folder, folder.names(), tag)), None)
+    return next((path / name for name in _gguf_files(folder, ggufs(folder, folder.names()), tag)), None)
 
 
 def projector_file(path: Path, root: Path | None = None) -> Path | None:
     """The GGUF file in a folder that lets a model see: ``mmproj*.gguf``. Raises OSError, Unreadable."""
     folder = Folder(path, root) if path.is_dir() else None
-    names = [name for name in folder.names() if _is_projector(name) and folder.size(name)] if folder else []
+    there = ggufs(folder, folder.names()) if folder else []
+    names = [name for name in there if folder and is_projector(name) and folder.size(name)]
     return path / min(names, key=len) if names else None
-
-
-def _is_projector(name: str) -> bool:
-    return name.startswith("mmproj") and name.endswith(".gguf")
 
 
 # ---- safetensors ------------------------------------------------------------------------------
@@ -209,7 +207,7 @@ def _gguf_files(folder: Folder, names: Sequence[str], tag: str) -> list[str]:
     """One model's GGUF files: those that ``tag`` (such as Q4_K_M) names, else the largest; all parts of a split one."""
     whole: dict[str, list[str]] = {}
     for name in names:
-        if name.endswith(".gguf") and not _is_projector(name) and folder.size(name) is not None:
+        if not is_projector(name) and folder.size(name) is not None:
             whole.setdefault(_SPLIT.sub("", name.removesuffix(".gguf")), []).append(name)
     tagged = [found for stem, found in whole.items() if tag and tag.lower() in stem.lower()]
     return max(tagged or whole.values(), key=lambda found: _sum(folder, found), default=[])

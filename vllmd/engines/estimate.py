@@ -72,11 +72,11 @@ class Estimate:
     context: int = 0
 
 
-def estimate(model: ModelConfig, hf_home: Path, device_memory: int, host_memory: int = 0) -> Estimate:
+def estimate(model: ModelConfig, hub: Path, device_memory: int, host_memory: int = 0) -> Estimate:
     """What ``model`` will take on devices of ``device_memory`` bytes (0: there is none). Never raises.
 
     ``host_memory``: bytes that engines may use where there is no device; 0: not known.
-    Reads the files of the model from a path or the cache under ``hf_home``; downloads nothing.
+    Reads the files of the model from a path or the cache under ``hub``; downloads nothing.
     """
     if model.engine == "remote":
         return Estimate(Footprint(0, 0), 0, 0, 0, "a remote engine takes nothing here")
@@ -84,11 +84,11 @@ def estimate(model: ModelConfig, hf_home: Path, device_memory: int, host_memory:
         return _stand_in(model, device_memory)
     if not device_memory and model.engine == "vllm":
         model = vllm_cpu.as_run(model)
-    facts = facts_of(model, hf_home)
+    facts = facts_of(model, hub)
     if not model.model and model.engine not in BY_NAME:  # nor need its name be that of any files
         facts = replace(facts, notes=())
-    lora = adapters.memory(model, hf_home, facts.weights)
-    facts = replace(facts, adapters=lora, notes=(*facts.notes, *adapters.notes_of(model, hf_home)))
+    lora = adapters.memory(model, hub, facts.weights)
+    facts = replace(facts, adapters=lora, notes=(*facts.notes, *adapters.notes_of(model, hub)))
     told = _known(model, facts, device_memory, host_memory) if facts.weights else _unknown(model, facts, device_memory)
     return replace(told, host_running=_host_running(model, told.footprint.awake, device_memory))
 

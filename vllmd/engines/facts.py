@@ -41,19 +41,19 @@ class Facts:
     adapters: int = 0
 
 
-def facts_of(model: ModelConfig, hf_home: Path) -> Facts:
+def facts_of(model: ModelConfig, hub: Path) -> Facts:
     """The best source that says anything: the files, the configured count, the name."""
-    facts = _from_files(model, hf_home)
+    facts = _from_files(model, hub)
     if not facts.weights:
         told = _from_count(model) or _from_name(model) or Facts()
         facts = replace(told, cache=facts.cache, notes=facts.notes + told.notes)
     return facts
 
 
-def _from_files(model: ModelConfig, hf_home: Path) -> Facts:
+def _from_files(model: ModelConfig, hub: Path) -> Facts:
     """Whatever is wrong with them, and however they surprise us, is a note on this one model."""
     try:
-        return within(READING, lambda: _read_files(model, hf_home))
+        return within(READING, lambda: _read_files(model, hub))
     except OSError as error:
         return Facts(notes=(f"{error.filename or model.source}: {error.strerror}",))
     except Unreadable as error:
@@ -63,8 +63,8 @@ def _from_files(model: ModelConfig, hf_home: Path) -> Facts:
         return Facts(notes=(f"its files cannot be made sense of ({type(error).__name__})",))
 
 
-def _read_files(model: ModelConfig, hf_home: Path) -> Facts:
-    located = locate(model.source, hf_home, argument(model, "revision"))
+def _read_files(model: ModelConfig, hub: Path) -> Facts:
+    located = locate(model.source, hub, argument(model, "revision"))
     if located.path is None:
         return Facts(notes=(located.why,))
     weights = weights_of(located.path, located.tag, located.root)

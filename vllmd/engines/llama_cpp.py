@@ -160,20 +160,20 @@ def _files(model: ModelConfig, place: Place) -> list[str]:
         return ["--model-url", source, *seeing]
     if source.startswith(("/", ".", "~")) or source.endswith(".gguf"):
         return ["--model", source, *seeing]
-    file, beside = _cached(source, place.hf_home, argument(model, "revision"))
+    file, beside = _cached(source, place.hub, argument(model, "revision"))
     if file is None:
         return ["--hf-repo", source, *seeing]
     return ["--model", str(file), *(seeing or (["--mmproj", str(beside)] if beside else []))]
 
 
-def _cached(source: str, hf_home: Path | None, revision: str) -> tuple[Path | None, Path | None]:
+def _cached(source: str, hub: Path | None, revision: str) -> tuple[Path | None, Path | None]:
     """The model's file in the cache, and the projector beside it; None for what is not there, or cannot be read."""
-    if hf_home is None or not is_repository(source.partition(":")[0]):
+    if hub is None or not is_repository(source.partition(":")[0]):
         return None, None
-    home = hf_home
+    cache = hub
 
     def look() -> tuple[Path | None, Path | None]:
-        located = locate(source, home, revision)
+        located = locate(source, cache, revision)
         if located.path is None:
             return None, None
         file = gguf_file(located.path, located.tag, located.root)

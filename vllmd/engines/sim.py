@@ -58,7 +58,7 @@ class Sim(Vllm):
         check_path(socket, model)
         command = model.command or (sys.executable, "-m", "vllmd.simengine")
         flags = ["--model", model.source, "--served-model-name", self.served_name(model), "--uds", str(socket)]
-        lora = adapters.vllm_flags(model, place.hf_home)
+        lora = adapters.vllm_flags(model, place.hub)
         sized = (*_memory(model, place), *_options(model), *_devices(model, place))
         argv = (*command, *flags, *sized, *model.extra_args, *lora)
         return Launch(argv, Listen(uds=str(socket)), _env(model, place))

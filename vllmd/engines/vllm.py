@@ -123,7 +123,7 @@ class Vllm(Plain):
         unknown(model, self.OPTIONS)
         socket = place.run_dir / "engine.sock"
         check_path(socket, model)
-        lora = adapters.vllm_flags(model, place.hf_home)
+        lora = adapters.vllm_flags(model, place.hub)
         argv = (*self._command(model), *self._flags(model, place, socket), *model.extra_args, *lora)
         env, cluster = self._env(model, place), ray_cluster.cluster_of(model)
         if cluster:

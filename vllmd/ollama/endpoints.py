@@ -28,6 +28,7 @@ from vllmd.proxy.keep_alive import wish
 from vllmd.proxy.paths import referred
 from vllmd.proxy.peek import Asked
 from vllmd.proxy.routing import Route, Router
+from vllmd.proxy.system_prompt import CHAT
 
 RUNNING = "Ollama is running"  # what its clients look for
 VERSION = "0.24.0"  # of Ollama, whose API this is like: programs ask for it to know what they may send
@@ -136,7 +137,7 @@ class ModelRoutes:
             raise BadRequest(f"the model {target.model!r} does not {ABLE[asked.path]}", param="model")
         if asked.ignored:
             request.answer_fields = (*request.answer_fields, ("x-vllmd-ignored", ", ".join(asked.ignored)[:1000]))
-        exchange.outlives_eof, exchange.model = False, target.model
+        exchange.outlives_eof, exchange.model, exchange.offer = False, target.model, target.offer
         return asked, target
 
     async def _load(self, exchange: Exchange, asked: Translated, target: Target) -> str:
@@ -146,7 +147,7 @@ class ModelRoutes:
         if seconds != 0:
             if self._relay.limits.request_timeout is not None:
                 exchange.expire(self._relay.limits.request_timeout)
-            permit = await gate.acquire(target.model, request.key)
+            permit = await gate.acquire(target.model, request.key, offer=target.offer)
             permit.release()
         if seconds is not None:
             gate.keep_alive(target.model, request.key, seconds)
@@ -180,16 +181,18 @@ def openai_body(asked: Translated, target: Target) -> Asked:
     if asked.stream:
         members["stream"] = True
     if target.rules is not None:
-        members = ruled(members, target.rules)
+        members = ruled(members, target.rules, asked.path)
     name = json.dumps(target.served_name)
     start = len('{"model":')
     body = f'{{"model":{name},{json.dumps(members, separators=(",", ":"))[1:]}'.encode()
     return Asked(target.served_name, asked.stream, body, start, start + len(name), quoted=True)
 
 
-def ruled(members: dict[str, Any], rules: Rules) -> dict[str, Any]:
+def ruled(members: dict[str, Any], rules: Rules, route: str) -> dict[str, Any]:
     """The members after the model's rules of requests: first ``strip``, then ``set``, then ``default``."""
     kept = {name: value for name, value in members.items() if name not in rules.strip}
+    if rules.system and route in CHAT and not any(each["role"] in ("system", "developer") for each in kept["messages"]):
+        kept["messages"] = [{"role": "system", "content": rules.system}, *kept["messages"]]
     return {**rules.default, **kept, **rules.set}
 
 
@@ -223,19 +226,19 @@ class ListRoutes:
     async def ps(self, request: Request) -> Response:
         """``GET /api/ps``."""
         cards = await self._cards(request)
-        lines = self._control.status()["models"]
+        lines = self._control.status.status()["models"]
         return json_response(models.ps(cards, lines, time.time()))
 
     async def show(self, request: Request) -> Response:
         """``POST /api/show``. Raises UnknownModel, Forbidden."""
-        name = self._control.resolve(requests.model_of(read(request.body)), request.caller)
-        for card in await self._control.models():
+        name = self._control.status.called(requests.model_of(read(request.body)), request.caller)
+        for card in await self._control.status.models():
             if card["id"] == name:
                 return json_response(models.show(card, self._since))
         raise UnknownModel(f"the model {name!r} is no longer configured", param="model")
 
     async def _cards(self, request: Request) -> list[dict[str, Any]]:
-        return [card for card in await self._control.models() if request.caller.may_use(card["id"])]
+        return [card for card in await self._control.status.models() if request.caller.may_use(card["id"])]
 
 
 class StoreRoutes:
@@ -250,7 +253,7 @@ class StoreRoutes:
         members = read(request.body)
         name, stream = requests.model_of(members), Fields(members).flag("stream", True)
         try:
-            self._control.resolve(name, request.caller)
+            self._control.status.resolve(name, request.caller)
         except UnknownModel as error:
             if ADMIN not in request.caller.scopes:
                 raise Forbidden(f"{error.message}; pulling one needs a key of the scope admin", param="model") from None

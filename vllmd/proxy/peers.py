@@ -95,7 +95,8 @@ async def _unix(path: str, owner: int) -> socket.socket:
         if (found.st_dev, found.st_ino) in _ours:
             raise Impostor(f"{path} is a socket of vllmd itself")
         if found.st_uid != owner:
-            raise Impostor(f"{path} belongs to {_named(found.st_uid)}, not to the engine's user {_named(owner)}")
+            whose = user_named(found.st_uid)
+            raise Impostor(f"{path} belongs to {whose}, not to the engine's user {user_named(owner)}")
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.setblocking(False)
@@ -104,7 +105,7 @@ async def _unix(path: str, owner: int) -> socket.socket:
             if uid == NOBODY:  # asyncio takes a full queue of connections for a connection
                 raise BlockingIOError(errno.EAGAIN, "its queue of connections is full")
             if uid != owner:
-                raise Impostor(f"{_named(uid)} listens on {path}, not the engine's user {_named(owner)}")
+                raise Impostor(f"{user_named(uid)} listens on {path}, not the engine's user {user_named(owner)}")
         except BaseException:
             sock.close()
             raise
@@ -138,10 +139,16 @@ def _check(found: Listener, owner: int, host: str, port: int) -> None:
     if (0, found.inode) in _ours:
         raise Impostor(f"vllmd itself listens on {host}:{port}")
     if found.uid not in (owner, 0):
-        raise Impostor(f"{_named(found.uid)} listens on {host}:{port}, not the engine's user {_named(owner)}")
+        raise Impostor(f"{user_named(found.uid)} listens on {host}:{port}, not the engine's user {user_named(owner)}")
 
 
-def _named(uid: int) -> str:
+def listener_of(host: str, port: int) -> Listener | None:
+    """Who listens on that TCP address, for messages; None if nobody, or if that cannot be known."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return listener(family, host, port) or _listed(host, port)
+
+
+def user_named(uid: int) -> str:
     """A user for people."""
     import pwd  # for messages only
 

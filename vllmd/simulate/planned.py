@@ -14,6 +14,7 @@ from vllmd.engines import engine_of
 from vllmd.engines.estimate import Estimate, estimate, too_large
 from vllmd.errors import ConfigError
 from vllmd.gpu import open_devices
+from vllmd.hub import cache_of
 from vllmd.simulate.physics import Physics
 from vllmd.simulate.world import Machine, Warm
 
@@ -43,7 +44,7 @@ def machine_of(config: Config, physics: Physics, warm: Warm, env: Mapping[str, s
         devices.close()
     if not inventory and config.devices is None:
         raise ConfigError(f"there is no device to plan for ({devices.note}); say which, for example: --devices 80GiB")
-    specs = [spec_of(model, inventory, hf_home(env)) for model in config.models.values()]
+    specs = [spec_of(model, inventory, cache_of(env)) for model in config.models.values()]
     settings = Settings(config.policy, host_budget(config), config.server.queue_limit)
     return Machine(specs, inventory, settings, physics, warm)
 
@@ -82,11 +83,6 @@ def names_of(config: Config) -> dict[str, str]:
         for name in (model.source, *model.aliases):
             names.setdefault(name, model.name)
     return names | {name: name for name in config.models}
-
-
-def hf_home(env: Mapping[str, str]) -> Path:
-    """Where the Hugging Face cache is."""
-    return Path(env.get("HF_HOME") or Path(env.get("HOME", "/")) / ".cache" / "huggingface")
 
 
 def host_budget(config: Config) -> int:
