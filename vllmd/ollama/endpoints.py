@@ -18,6 +18,7 @@ from vllmd.ollama.lines import Lines, stamp
 from vllmd.ollama.requests import CHAT, COMPLETIONS, EMBEDDINGS, INFILL, Translated
 from vllmd.ollama.schemas import described
 from vllmd.ollama.store import CONFIGURED, NoStore, Store
+from vllmd.proxy import system_prompt
 from vllmd.proxy.access import ADMIN, MODELS, OPEN, Reach
 from vllmd.proxy.answer import UpstreamRequest
 from vllmd.proxy.exchange import Exchange
@@ -28,7 +29,6 @@ from vllmd.proxy.keep_alive import wish
 from vllmd.proxy.paths import referred
 from vllmd.proxy.peek import Asked
 from vllmd.proxy.routing import Route, Router
-from vllmd.proxy.system_prompt import CHAT
 
 RUNNING = "Ollama is running"  # what its clients look for
 VERSION = "0.24.0"  # of Ollama, whose API this is like: programs ask for it to know what they may send
@@ -191,7 +191,11 @@ def openai_body(asked: Translated, target: Target) -> Asked:
 def ruled(members: dict[str, Any], rules: Rules, route: str) -> dict[str, Any]:
     """The members after the model's rules of requests: first ``strip``, then ``set``, then ``default``."""
     kept = {name: value for name, value in members.items() if name not in rules.strip}
-    if rules.system and route in CHAT and not any(each["role"] in ("system", "developer") for each in kept["messages"]):
+    if (
+        rules.system
+        and route in system_prompt.CHAT
+        and not any(each["role"] in ("system", "developer") for each in kept["messages"])
+    ):
         kept["messages"] = [{"role": "system", "content": rules.system}, *kept["messages"]]
     return {**rules.default, **kept, **rules.set}
 
