@@ -506,7 +506,11 @@ MODEL = Group(
             ON_BUSY,
             "When there is no room: wait by the policy, reject at once, or evict idle models without waiting.",
         ),
-        Setting("queue_limit", k.count(0), "Requests that may wait for it; more are answered 503."),
+        Setting(
+            "queue_limit",
+            k.count(0),
+            "Requests that may wait for it; more are answered 429, with 0 all but the one that loads it.",
+        ),
         Setting("queue_timeout", k.OR_NEVER, "Longest wait of a request."),
         Setting("drain_limit", k.OR_NEVER, "Longest wait for running requests when it is to sleep or stop."),
         Setting(
@@ -522,8 +526,9 @@ MODEL = Group(
         Setting(
             "log_file",
             k.BOOL,
-            "Write the engine's output to a rotating file, too, not only to the journal; the last five runs are kept, "
-            "and what comes faster than 1 MiB/s is left out.",
+            "Write the engine's output to a rotating file, too, not only to the journal: MODEL_PORT.log in "
+            "/var/log/vllmd, or without a unit in ~/.local/state/vllmd/log. The last five runs are kept, 200 MiB of a "
+            "model at most, and what comes faster than 1 MiB/s is left out.",
             reload=Reload.NEXT_LOAD,
         ),
         Setting("limits", LIMITS, "Resource limits of its scope.", reload=Reload.ENGINE),
@@ -705,7 +710,11 @@ SERVER = Group(
         Setting("max_connections", k.count(1), "Connections in all."),
         Setting("max_connections_per_address", k.count(1, 2**31, "unlimited"), "Connections from one address."),
         Setting("drain_timeout", k.PAUSE, "Time running requests have to end at shutdown."),
-        Setting("queue_limit", k.count(0), "Waiting requests over all models."),
+        Setting(
+            "queue_limit",
+            k.count(0),
+            "Waiting requests over all models; more are answered 429, with 0 all but one that loads a model.",
+        ),
         Setting("loading_comment_interval", k.PAUSE, "Pause between comments to a stream that waits; 0 sends none."),
         Setting(
             "loading_as_reasoning",

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import difflib
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from vllmd.config.types import ModelConfig
 from vllmd.errors import BadRequest, UnknownModel
 from vllmd.proxy.gate import LONGEST_NAME, TOO_LONG_A_NAME
+
+MOST_TOLD = 3  # names in a message
 
 LATEST = ":latest"
 PREFIXES = ("openai/", "ollama/", "ollama_chat/", "hosted_vllm/", "vllm/", "llamacpp/", "lm_studio/", "custom_openai/")
@@ -59,8 +61,7 @@ class Names:
             if len(found) == 1:
                 return next(iter(found))
             if found:
-                several = ", ".join(sorted(found))
-                raise BadRequest(f"model {name!r} could be any of: {several}; name one of them", param="model")
+                raise BadRequest(f"model {name!r} could be {_either(sorted(found))}; name one of them", param="model")
         raise UnknownModel(self._unknown(name, visible), param="model")
 
     def with_replica(
@@ -111,6 +112,12 @@ class Names:
         if close:
             return f"model {name!r} does not exist; did you mean {' or '.join(map(repr, close[:3]))}?"
         return f"model {name!r} does not exist; GET /v1/models lists those that do"
+
+
+def _either(names: Sequence[str]) -> str:
+    """``'a' or 'b'``; of many the first ones."""
+    more = f" or {len(names) - MOST_TOLD} others" if len(names) > MOST_TOLD else ""
+    return " or ".join(map(repr, names[:MOST_TOLD])) + more
 
 
 def _suffixes(name: str) -> Iterable[str]:

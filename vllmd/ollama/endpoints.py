@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from vllmd.admin.control import Control
@@ -13,6 +14,7 @@ from vllmd.ollama import models, requests, schemas
 from vllmd.ollama.answers import Piece, Reply, Timing, chat_piece, generate_piece
 from vllmd.ollama.embedding import embed_answer, embeddings_answer
 from vllmd.ollama.fields import Fields, read
+from vllmd.ollama.files import Files
 from vllmd.ollama.inner import Inner, Whole
 from vllmd.ollama.lines import Lines, stamp
 from vllmd.ollama.requests import CHAT, COMPLETIONS, EMBEDDINGS, INFILL, Translated
@@ -26,6 +28,7 @@ from vllmd.proxy.forward import Relay
 from vllmd.proxy.gate import Rules, Target
 from vllmd.proxy.http import Pairs, Request, Response, json_response, text_response
 from vllmd.proxy.keep_alive import wish
+from vllmd.proxy.large import LARGE, in_turns
 from vllmd.proxy.paths import referred
 from vllmd.proxy.peek import Asked
 from vllmd.proxy.routing import Route, Router
@@ -107,7 +110,7 @@ class ModelRoutes:
             told = {"model": asked.model, "created_at": stamp(), **piece(""), "done": True, "done_reason": reason}
             await exchange.respond(json_response(told))
             return
-        reply = Reply(piece, timing, thinking=asked.thinking, said=asked.said)
+        reply = Reply(piece, timing, thinking=asked.thinking, said=None if asked.files else asked.said)
         lines = Lines(asked.model, reply)
         await self._forward(exchange, asked, target, lines if asked.stream else None, lines.whole, timing)
 
@@ -130,9 +133,10 @@ class ModelRoutes:
         """What the request asks for, and whom. Raises BadRequest, UnknownModel, Forbidden."""
         request = exchange.request
         await self._relay.requests.make_plain(exchange, "application/json")
-        members = read(request.body)
+        files = Files() if len(request.body) > LARGE else None
+        members = read(request.body if files is None else await in_turns(files.take_out(request.body)))
         target = self._relay.requests.target(request, requests.model_of(members), "")
-        asked = parse(members, target)
+        asked = replace(parse(members, target), files=files)
         if not asked.load and target.routes is not None and asked.path not in target.routes:
             raise BadRequest(f"the model {target.model!r} does not {ABLE[asked.path]}", param="model")
         if asked.ignored:
@@ -185,6 +189,8 @@ def openai_body(asked: Translated, target: Target) -> Asked:
     name = json.dumps(target.served_name)
     start = len('{"model":')
     body = f'{{"model":{name},{json.dumps(members, separators=(",", ":"))[1:]}'.encode()
+    if asked.files is not None:
+        body = asked.files.put_back(body)
     return Asked(target.served_name, asked.stream, body, start, start + len(name), quoted=True)
 
 
