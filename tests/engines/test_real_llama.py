@@ -83,6 +83,16 @@ def test_it_takes_what_was_estimated(start: Start, length: int, slots: int) -> N
     assert told.host_running == told.footprint.awake + GiB // 2  # all of it is host memory, and so are kept prompts
 
 
+def test_it_ends_in_the_middle_of_an_answer(start: Start) -> None:
+    """Whoever is still asking is cut off; xllamacpp's own end would wait for the last token."""
+    one = start(max_model_len=2048).wait_ready()
+    body = {"model": "m", "prompt": "Once upon a time", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    with one.http.stream("POST", "/v1/completions", json=body) as answer:
+        next(answer.iter_lines())
+        one.popen.send_signal(one.launch.stop_signal)
+        assert one.popen.wait(10.0) == 0
+
+
 def test_one_that_idles_by_itself_wakes_by_itself(start: Start) -> None:
     """Asleep it answers probes and stays asleep; a request wakes it."""
     one = start(max_model_len=512, options={"sleep_idle": 1}).wait_ready()
