@@ -179,6 +179,7 @@ class Rig:
         self.launcher.make = self._engine
         self.posted: asyncio.Queue[events.Event] = asyncio.Queue()
         self.looked = 0
+        self.usual: dict[str, float] = {}  # seconds, by kind of change
         devices = DeclaredDevices([DeviceConfig(80 * GiB, file=self.gpu.path)], 0)
         self.memory = Memory(devices, {0: self.gpu.path})
         self.ports = PortPool(33300, 33301)
@@ -187,8 +188,9 @@ class Rig:
             self.posted.put_nowait,
             self.memory,
             LaunchPlanner(self.memory, Paths(folder / "run"), EngineResolver(), self.ports),
+            look=self._look,
+            usual=lambda model, kind: self.usual.get(kind, 0.0),
         )
-        self.engine_manager.look = self._look
         self.launcher.on_exit = self.engine_manager.on_exit
         self.prepare: Callable[[FakeEngine], None] = lambda engine: None
         self.configure()

@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -22,9 +21,8 @@ from vllmd.daemon import adoption, engine_manager, startup
 from vllmd.daemon.adoption import Found, adopt_all, examine
 from vllmd.daemon.engine_process import fingerprint
 from vllmd.daemon.engine_resolver import EngineResolver
-from vllmd.daemon.service import Daemon
 from vllmd.engines.base import Listen
-from vllmd.launcher.client import ExitReport, LauncherInfo, Running
+from vllmd.launcher.client import ExitReport, LauncherClient, LauncherInfo, Running
 from vllmd.launcher.protocol import PROTOCOL
 
 REFUSES = "refuses"
@@ -297,5 +295,5 @@ def test_a_new_daemon_waits_for_a_new_launcher() -> None:
         async def info(self) -> LauncherInfo:
             return told.pop(0)
 
-    daemon = cast(Daemon, SimpleNamespace(launcher=Launcher()))
-    assert asyncio.run(asyncio.wait_for(startup.known_backend(daemon), 10)) == "new"
+    launcher = cast(LauncherClient, Launcher())
+    assert asyncio.run(asyncio.wait_for(startup.known_backend(launcher), 10)) == "new"

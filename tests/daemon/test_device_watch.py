@@ -26,7 +26,7 @@ class Script:
         self.answers = list(answers)
         self.asked: list[dict[str, int]] = []
         self.taken: asyncio.Queue[Devices] = asyncio.Queue()
-        self.watch = DeviceWatch(self.open, self._take)
+        self.watch = DeviceWatch(self.open)
 
     def open(self, known: Mapping[str, int]) -> Devices:
         self.asked.append(dict(known))
@@ -36,7 +36,7 @@ class Script:
             return nvidia("GPU-late")
         return answer
 
-    async def _take(self, devices: Devices) -> None:
+    async def take(self, devices: Devices) -> None:
         self.taken.put_nowait(devices)
 
 
@@ -90,7 +90,7 @@ def test_a_driver_that_fails_is_asked_again_with_growing_pauses_until_it_answers
     async def story() -> None:
         script = Script(Unanswered("nvml", SILENT), Unanswered("nvml", SILENT), nvidia("GPU-a"))
         assert (await script.watch.begin()).trouble == SILENT
-        run = asyncio.ensure_future(script.watch.run())
+        run = asyncio.ensure_future(script.watch.run(script.take))
         for _ in range(2):
             words.spoken.put_nowait(False)  # the pause is over, and nobody has spoken
         assert [device.id for device in (await script.taken.get()).inventory()] == ["GPU-a"]
@@ -109,7 +109,7 @@ def test_a_word_of_the_kernel_begins_the_pauses_anew(words: type[Words]) -> None
     async def story() -> None:
         script = Script(Unanswered("nvml", SILENT))
         await script.watch.begin()
-        run = asyncio.ensure_future(script.watch.run())
+        run = asyncio.ensure_future(script.watch.run(script.take))
         for spoken in (False, False, True, False):
             words.spoken.put_nowait(spoken)
         await until(lambda: len(words.limits) == 5)
@@ -128,7 +128,7 @@ def test_a_slow_driver_is_waited_for_and_asked_once(monkeypatch: pytest.MonkeyPa
         script = Script(stuck)
         first = await script.watch.begin(0.0)
         assert first.asking and first.trouble
-        run = asyncio.ensure_future(script.watch.run())
+        run = asyncio.ensure_future(script.watch.run(script.take))
         late = await script.taken.get()
         assert late.trouble and not late.asking
         assert len(script.asked) == 1
@@ -147,7 +147,7 @@ def test_a_new_device_is_taken_and_the_old_ones_keep_their_numbers(words: type[W
     async def story() -> None:
         script = Script(nvidia("GPU-b"), nvidia("GPU-a", "GPU-b"))
         await script.watch.begin()
-        run = asyncio.ensure_future(script.watch.run())
+        run = asyncio.ensure_future(script.watch.run(script.take))
         words.spoken.put_nowait(True)
         await script.taken.get()
         assert script.asked == [{}, {"GPU-b": 0}]
@@ -163,7 +163,7 @@ def test_a_source_that_falls_silent_is_looked_at_and_not_forgotten(words: type[W
         known = nvidia("GPU-a")
         script = Script(known, Unanswered("nvml", SILENT))
         await script.watch.begin()
-        run = asyncio.ensure_future(script.watch.run())
+        run = asyncio.ensure_future(script.watch.run(script.take))
         words.spoken.put_nowait(True)
         assert await script.taken.get() is known
         assert script.watch.current is known
@@ -181,7 +181,7 @@ def test_a_question_that_raises_is_no_answer() -> None:
     async def story() -> None:
         async def taken(devices: Devices) -> None: ...
 
-        found = await DeviceWatch(broken, taken).begin()
+        found = await DeviceWatch(broken).begin()
         assert found.trouble and "OSError: no" in found.trouble.why
 
     told(story)

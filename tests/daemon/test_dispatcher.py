@@ -57,7 +57,7 @@ def play(story: Story) -> None:
 
     async def told(loop: StillLoop) -> None:
         core = Wanting()
-        dispatcher = Dispatcher(core)
+        dispatcher = Dispatcher(core, {})
         await story(loop, dispatcher, core)
         dispatcher.close()
 
@@ -118,9 +118,8 @@ def test_refusals_do_not_drown_the_log(caplog: pytest.LogCaptureFixture) -> None
     """journald drops all of a service that logs too much, what operators did included. Each one is still counted."""
 
     async def told(loop: StillLoop) -> None:
-        dispatcher, decided = Dispatcher(Refusing()), list[Decision]()
-        dispatcher.on_decision = decided.append
-        dispatcher._execute = {Record: dispatcher._record}
+        decided = list[Decision]()
+        dispatcher = Dispatcher(Refusing(), {}, lambda decision, now: decided.append(decision))
         for _ in range(10 * DECISIONS):
             dispatcher.post(ARRIVED)
         dispatcher.post(events.TimePassed())

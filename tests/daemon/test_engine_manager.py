@@ -556,7 +556,7 @@ def test_a_sleep_that_hangs_is_given_up_when_it_has_taken_far_longer_than_usual(
 
     async def story(rig: Rig) -> None:
         engine = await rig.ready()
-        rig.engine_manager.usual = lambda model, kind: {"sleep1": 0.005}[kind]
+        rig.usual["sleep1"] = 0.005
         engine.answers["/sleep"] = None
         rig.engine_manager.sleep(SLEEP)
         failed = await rig.event()

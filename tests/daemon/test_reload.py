@@ -6,10 +6,11 @@ import asyncio
 import itertools
 import json
 import logging
+import re
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,16 +20,17 @@ import yaml
 
 from vllmd.config.loader import load
 from vllmd.config.nodes import Where, from_plain
-from vllmd.config.reload import BY_SYSTEMD, LATER, Reload
-from vllmd.config.replicas import engines_of
-from vllmd.config.settings import Group, Leaf, leaves
+from vllmd.config.reload import BY_SYSTEMD, LATER
+from vllmd.config.settings import Group, Leaf, Reload, leaves
 from vllmd.config.types import Config
 from vllmd.config.value_types import Wrong
 from vllmd.core import commands, events
 from vllmd.core.types import GiB, Placement, State
 from vllmd.daemon import startup
-from vllmd.daemon.listeners import Listeners
-from vllmd.daemon.service import Daemon, RuntimeEnvironment
+from vllmd.daemon.back_end import BackEnd
+from vllmd.daemon.current import RuntimeEnvironment
+from vllmd.daemon.front_end import FrontEnd
+from vllmd.daemon.service import Daemon, meant_for_us
 from vllmd.errors import VllmdError
 from vllmd.launcher.protocol import PROTOCOL
 
@@ -59,6 +61,9 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "models.NAME.extra_args": ({"a": 1}, {"a": 2}),
     "models.NAME.request.set": ({"top_p": 1}, {"top_p": 0.5}),
     "models.NAME.request.default": ({"top_p": 1}, {"top_p": 0.5}),
+    "models.NAME.variants.NAME.request.set": ({"top_p": 1}, {"top_p": 0.5}),
+    "models.NAME.variants.NAME.request.default": ({"top_p": 1}, {"top_p": 0.5}),
+    "pools.NAME.models": (["m"], ["one"]),
     "models.NAME.when_free.shares": ({0.9: 0.5}, {0.9: 0.6}),
     "models.NAME.replicas.of": ([{"name": "a"}, {"name": "b"}], [{"name": "a"}, {"name": "c"}]),
     "models.NAME.tensor_parallel_size": (1, 2),
@@ -105,7 +110,8 @@ def document(leaf: Leaf, value: Any) -> dict[str, Any]:
     """A configuration in which the setting has that value, and all else that makes it count."""
     found = surroundings(leaf)
     place: Any = found
-    *path, name = leaf.path.replace("[]", "").replace("NAME", "m").split(".")
+    first = "pool" if leaf.path.startswith("pools.") else "m"
+    *path, name = leaf.path.replace("[]", "").replace("NAME", first, 1).replace("NAME", "other").split(".")
     for step in path:
         place = place.setdefault(step, {})
         place = place[0] if isinstance(place, list) else place
@@ -130,10 +136,16 @@ def surroundings(leaf: Leaf) -> dict[str, Any]:
             model["when_free"] = defaults["when_free"] = {"shares": {0.9: 0.7}}
         case [*_, "local_devices"]:
             defaults["tensor_parallel_size"] = 2
+        case ["pools", *_]:
+            found["models"]["one"] = {"engine": "sim", "command": "/bin/false"}
+            found["pools"] = {"pool": {"models": ["m"]}}
+        case [*_, "adapters", "NAME", _]:
+            model["adapters"] = {"other": {"path": "/lora"}}
         case [*_, "replicas", name]:
             model["replicas"] = {} if name == "of" else {"min": 2, "max": 16}
         case ["defaults", name]:
             model.pop(name, None)
+            defaults["engine"] = "sim"  # whose kind what is an engine's own is for
     return found
 
 
@@ -152,7 +164,23 @@ class NoLauncher:
         return []
 
 
-Act = Callable[[Daemon], Awaitable[None]]
+@dataclass(frozen=True)
+class Living:
+    """A daemon that has opened."""
+
+    daemon: Daemon
+    back: BackEnd
+
+    @property
+    def front(self) -> FrontEnd:
+        return self.daemon.front
+
+    @property
+    def config(self) -> Config:
+        return self.front.current.config
+
+
+Act = Callable[[Living], Awaitable[None]]
 
 
 def lives(config: Config, folder: Path, act: Act, *, activated: bool = False) -> None:
@@ -160,17 +188,14 @@ def lives(config: Config, folder: Path, act: Act, *, activated: bool = False) ->
 
     async def main() -> None:
         around = RuntimeEnvironment(run_dir=Path("/nowhere"), logs=folder / "logs", activated=activated)
-        daemon = Daemon(config, around, lambda: config)
-        daemon.config = await daemon._ours(config)
-        daemon.engines = engines_of(daemon.config.models)
-        daemon.admission_gate.configure(daemon.config.models, daemon.engines, daemon.config.server.keep_alive_limit)
-        daemon.listeners = Listeners(config, daemon.admission_gate, daemon.quotas, daemon.control, {})
-        await startup.start(daemon)
-        await act(daemon)
+        daemon = Daemon(await meant_for_us(config, around), around, lambda: config, {})
+        back = await startup.back_end(daemon.front)
+        daemon.front.open(back)
+        await act(Living(daemon, back))
 
     with pytest.MonkeyPatch.context() as patch:
 
-        async def connect(_: Daemon) -> Any:
+        async def connect(*_: Any) -> Any:
             return NoLauncher()
 
         patch.setattr(startup, "connect_launcher", connect)
@@ -182,11 +207,11 @@ def lives(config: Config, folder: Path, act: Act, *, activated: bool = False) ->
             logging.getLogger().setLevel(level)
 
 
-async def in_effect(daemon: Daemon) -> dict[str, Any]:
+async def in_effect(living: Living) -> dict[str, Any]:
     """Everything by which the daemon acts, read where it acts by it and not from the configuration."""
-    listeners, core = daemon.listeners, daemon.dispatcher.scheduler._core
-    server = daemon.config.server
-    daemon.post(events.TimePassed())  # what is to be preloaded is looked at
+    listeners, core = living.front.listeners, living.back.dispatcher.scheduler._core
+    server = living.config.server
+    living.back.post(events.TimePassed())  # what is to be preloaded is looked at
     return {
         "limits": asdict(listeners._limits) | {"buffered": listeners._memory.limit},
         "callers": [(digest, replace(caller, refusal=None)) for digest, caller in listeners._keys._callers],
@@ -196,39 +221,41 @@ async def in_effect(daemon: Daemon) -> dict[str, Any]:
         "origins": listeners._cors.origins,
         "policy": (core.settings, core.policy.name, core.engines.ledger.host_budget),
         "devices": [(a.device, a.capacity) for a in core.engines.ledger.accounts.values()],
-        "files": (daemon.memory._files, daemon.memory.inventory),
+        "files": (living.back.memory._files, living.back.memory.inventory),
         "models": {name: model.spec for name, model in core.models.items()},
         "pinned": {name: r.pinned for name, r in core.replicas.items()},
-        "targets": {name: daemon.admission_gate.resolve(name) for name in daemon.config.models},
-        "names": [resolved(daemon, name) for name in ("m", "one", "two")],
-        "cards": await daemon.control.models(),
-        "launches": {name: launch(daemon, name) for name in daemon.engines},
-        "ports": daemon.engine_manager._launch_planner._ports._range,
+        "targets": {name: living.front.gate.resolve(name)
+                    for name in (*living.config.models, *living.front.gate.offers)},
+        "names": [resolved(living, name) for name in ("m", "one", "two")],
+        "cards": await living.front.status.models(),
+        "launches": {name: launch(living, name) for name in living.front.current.engines},
+        "ports": living.back.engines._launch_planner._ports._range,
         "level": logging.getLogger().level,
         "replicas": {name: model.replicas and (model.replicas.probe, model.replicas.probe_route)
-                     for name, model in daemon.config.models.items()},
+                     for name, model in living.config.models.items()},
         # read each time when they are needed
-        "keep_alive": daemon.admission_gate._keep_alive_limit,
-        "read": (server.idle_exit, server.drain_timeout, daemon.config.discover, daemon.config.auth.allow_anonymous),
+        "keep_alive": living.front.gate._keep_alive_limit,
+        "read": (server.idle_exit, server.drain_timeout, living.config.discover, living.config.auth.allow_anonymous),
     }  # fmt: skip
 
 
-def resolved(daemon: Daemon, name: str) -> str:
+def resolved(living: Living, name: str) -> str:
     try:
-        return daemon.admission_gate.resolve(name).model
+        return living.front.gate.resolve(name).model
     except VllmdError:
         return ""
 
 
-def launch(daemon: Daemon, name: str) -> Any:
+def launch(living: Living, name: str) -> Any:
     """How its engine would be started now."""
-    planner = daemon.engine_manager._launch_planner
+    planner = living.back.engines._launch_planner
     try:
         process, order = planner.prepare(commands.StartEngine(name, Placement((0,)), 10 * GiB))
     except VllmdError as error:
         return error.message
     planner.release(process)
     told = str(order).replace(process.instance, "INSTANCE") if order else ""
+    told = re.sub(r"'(since|started)': '[^']*'", "", told)  # when: of each start another one
     kept = process.model
     return told, kept.warm_up, kept.start_timeout, kept.stop_timeout, kept.log_file
 
@@ -249,13 +276,13 @@ def test_a_reload_does_with_a_setting_what_its_column_says(leaf: Leaf, tmp_path:
     seen: list[dict[str, Any]] = []
     answers: list[dict[str, Any]] = []
 
-    async def look(daemon: Daemon) -> None:
-        seen.append(await in_effect(daemon))
+    async def look(living: Living) -> None:
+        seen.append(await in_effect(living))
 
-    async def reload(daemon: Daemon) -> None:
-        await look(daemon)
-        answers.append(await daemon.take(await daemon._ours(after)))
-        await look(daemon)
+    async def reload(living: Living) -> None:
+        await look(living)
+        answers.append(await living.daemon.take(await meant_for_us(after, living.front.runtime)))
+        await look(living)
 
     lives(before, tmp_path, reload)
     lives(after, tmp_path, look)
@@ -279,8 +306,8 @@ def reloaded(before: dict[str, Any], after: dict[str, Any], folder: Path, *, act
     one, two = read(folder, before), read(folder, after)
     answers: list[dict[str, Any]] = []
 
-    async def reload(daemon: Daemon) -> None:
-        answers.append(await daemon.take(two))
+    async def reload(living: Living) -> None:
+        answers.append(await living.daemon.take(two))
 
     lives(one, folder, reload, activated=activated)
     return answers[0]
@@ -297,13 +324,13 @@ def test_what_is_not_in_force_is_said_again_until_it_is(tmp_path: Path, caplog: 
     """In the log as in the answer; and the value that is in force is what everybody is shown meanwhile."""
     before, after = read(tmp_path, BASE), read(tmp_path, {**BASE, "server": {"port": 1234}, "policy": "lru"})
 
-    async def reload(daemon: Daemon) -> None:
+    async def reload(living: Living) -> None:
         for _ in range(2):
-            answer = await daemon.take(after)
+            answer = await living.daemon.take(after)
             assert answer["later"] == {"server.listen": LATER}
-            assert daemon.config.server.listen == before.server.listen
-            assert daemon.control.status()["policy"] == "lru"
-        assert (await daemon.take(before))["later"] == {}
+            assert living.config.server.listen == before.server.listen
+            assert living.front.status.status()["policy"] == "lru"
+        assert (await living.daemon.take(before))["later"] == {}
 
     lives(before, tmp_path, reload)
     assert [each.getMessage() for each in caplog.records].count(f"server.listen {LATER}") == 2
@@ -318,10 +345,10 @@ def test_nothing_more_is_put_on_a_device_than_a_reload_says_that_it_has(tmp_path
     }
     one, two = read(tmp_path, bare), read(tmp_path, full)
 
-    async def reload(daemon: Daemon) -> None:
-        await daemon.take(two)
-        daemon.post(events.TimePassed())
-        states = {view.name: view.state for view in daemon.control.snapshot().models}  # type: ignore[union-attr]
+    async def reload(living: Living) -> None:
+        await living.daemon.take(two)
+        living.back.post(events.TimePassed())
+        states = {view.name: view.state for view in living.front.status.snapshot().models}  # type: ignore[union-attr]
         assert states == {"a": State.STARTING, "b": State.STOPPED}
 
     lives(one, tmp_path, reload)
@@ -332,10 +359,10 @@ def test_an_engine_goes_on_when_its_device_is_no_longer_in_the_list(tmp_path: Pa
     less = {**BASE, "devices": [{"memory": "80GiB"}]}
     one, two = read(tmp_path, BASE), read(tmp_path, less)
 
-    async def reload(daemon: Daemon) -> None:
-        daemon.post(events.EngineAdopted("m", Placement((1,)), State.READY))
-        await daemon.take(two)
-        status = daemon.control.status()
+    async def reload(living: Living) -> None:
+        living.back.post(events.EngineAdopted("m", Placement((1,)), State.READY))
+        await living.daemon.take(two)
+        status = living.front.status.status()
         assert [(line["name"], line["state"], tuple(line["devices"])) for line in status["models"]] == [
             ("m", "running", (1,))
         ]
@@ -351,10 +378,10 @@ def test_an_engine_is_adopted_although_its_device_is_not_in_the_list(tmp_path: P
     """As after a repair of a broken file, while the devices are not yet those of the file."""
     less = read(tmp_path, {**BASE, "devices": [{"memory": "80GiB"}]})
 
-    async def adopted(daemon: Daemon) -> None:
-        daemon.post(events.EngineAdopted("m", Placement((1,)), State.SLEEPING, 1))
-        daemon.post(events.LoadAsked("m"))
-        assert [(each["index"], each["wedged"]) for each in daemon.control.status()["devices"]][1] == (
+    async def adopted(living: Living) -> None:
+        living.back.post(events.EngineAdopted("m", Placement((1,)), State.SLEEPING, 1))
+        living.back.post(events.LoadAsked("m"))
+        assert [(each["index"], each["wedged"]) for each in living.front.status.status()["devices"]][1] == (
             1,
             "it is not there any more",
         )
@@ -366,12 +393,12 @@ def test_how_long_it_has_been_so_is_the_models_and_not_the_daemons(tmp_path: Pat
     """An adopted engine has been ready for as long as it has; of one that never ran nothing is claimed."""
     two = read(tmp_path, {**BASE, "models": {**BASE["models"], "n": {"engine": "sim", "gpu_memory": "1GiB"}}})
 
-    async def look(daemon: Daemon) -> None:
-        assert daemon.control.line("n")["since"] is None
-        daemon.post(events.EngineAdopted("m", Placement((0,)), State.READY, since=3600.0))
-        assert 3600 <= daemon.control.line("m")["since"] < 3660
-        daemon.learnt.runs["n"] = [("n-000001", time.time() - 7200)]
-        assert 7200 <= daemon.control.line("n")["since"] < 7260
+    async def look(living: Living) -> None:
+        assert living.front.status.line("n")["since"] is None
+        living.back.post(events.EngineAdopted("m", Placement((0,)), State.READY, since=3600.0))
+        assert 3600 <= living.front.status.line("m")["since"] < 3660
+        living.front.learnt.runs["n"] = [("n-000001", time.time() - 7200)]
+        assert 7200 <= living.front.status.line("n")["since"] < 7260
 
     lives(two, tmp_path, look)
 
@@ -380,10 +407,10 @@ def test_what_was_decided_by_an_earlier_daemon_is_told(tmp_path: Path) -> None:
     """And what is decided now is kept for the next one."""
     config = read(tmp_path, BASE)
 
-    async def look(daemon: Daemon) -> None:
-        daemon.learnt.decided({"at": 1.0, "what": "evict", "why": "for another", "model": "m", "numbers": {}})
-        daemon.post(events.LoadAsked("m"))
-        assert [each["what"] for each in daemon.control.decisions("m")] == ["evict", "start"]
-        assert [each["what"] for each in daemon.learnt.decisions["m"]] == ["evict", "start"]
+    async def look(living: Living) -> None:
+        living.front.learnt.decided({"at": 1.0, "what": "evict", "why": "for another", "model": "m", "numbers": {}})
+        living.back.post(events.LoadAsked("m"))
+        assert [each["what"] for each in living.front.status.decisions("m")] == ["evict", "start"]
+        assert [each["what"] for each in living.front.learnt.decisions["m"]] == ["evict", "start"]
 
     lives(config, tmp_path, look)

@@ -99,15 +99,18 @@ def test_a_hidden_model_is_not_listed_and_answers_by_its_name() -> None:
     """For a model that only some program uses."""
     models = [ModelConfig("a", display_name="The A", description="for all"), ModelConfig("b", hidden=True)]
 
-    class Control:
+    class Status:
         async def models(self) -> list[dict[str, Any]]:
             return [card(model, ROUTES, None, "") for model in models]
 
         def resolve(self, name: str, caller: object) -> str:
             return name
 
+        def called(self, name: str, caller: object) -> str:
+            return name
+
     async def play() -> None:
-        endpoints = ModelEndpoints(Control())  # type: ignore[arg-type]
+        endpoints = ModelEndpoints(SimpleNamespace(status=Status()))  # type: ignore[arg-type]
         listed = json.loads((await endpoints.every(Request("GET", "/", "/", "", Headers(), caller=ANYBODY))).body)  # type: ignore[arg-type]
         assert [(each["id"], each["display_name"], each["description"]) for each in listed["data"]] == [
             ("a", "The A", "for all")

@@ -10,18 +10,22 @@ import pytest
 from tests.daemon.rig import Rig, soon, tell
 from tests.engines.installed import daemon
 from tests.gpu.fake_nvml import FakeNvml, Gpu
+from vllmd.admin.counters import Counters
 from vllmd.config.types import ModelConfig
+from vllmd.core import events
 from vllmd.core.scheduler import Scheduler
 from vllmd.core.types import GiB, WhenFree
 from vllmd.daemon.admission_gate import AdmissionGate
-from vllmd.daemon.dispatcher import Dispatcher
+from vllmd.daemon.dispatcher import Dispatcher, executors
 from vllmd.daemon.engine_manager import EngineManager
 from vllmd.daemon.engine_resolver import EngineResolver
+from vllmd.daemon.expectations import specs_of
 from vllmd.daemon.homes import Homes
 from vllmd.daemon.launch_planner import LaunchPlanner, Paths
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.preflight import Machine, look
-from vllmd.daemon.startup import specs_of
+from vllmd.daemon.quotas import Quotas
+from vllmd.engines.base import Listen
 from vllmd.gpu.nvml import NvmlDevices
 from vllmd.proxy.gate import Permit
 from vllmd.simengine.device import FakeGpu, make_device
@@ -34,28 +38,38 @@ class Site:
         self.gpus, self.launcher = gpus, rig.launcher
         self._memory = Memory(NvmlDevices(0, {}, FakeNvml(*gpus)))
         machine = Machine(self._memory.inventory, Homes(folder), folder / "run")
-        self.dispatcher = Dispatcher(
-            Scheduler(specs_of({"m": model}, look([model], machine, EngineResolver())), machine.devices)
-        )
         self._fleet = EngineManager(
             rig.launcher,  # type: ignore[arg-type]
-            self.dispatcher.post,
+            self.post,
             self._memory,
             LaunchPlanner(self._memory, Paths(folder / "run"), EngineResolver(), rig.ports),
         )
         rig.launcher.on_exit = self._fleet.on_exit
         self._fleet.configure({"m": model}, {})
-        opened = asyncio.Event()
-        opened.set()
-        self._gate = AdmissionGate(
-            self.dispatcher.post, lambda name: self._fleet.processes[name].listen, EngineResolver(), opened
-        )
+        self._gate = AdmissionGate(EngineResolver(), Quotas([]), Counters())
         self._gate.configure({"m": model}, {"m": model})
-        self.dispatcher.connect(self._fleet, self._gate)
+        core = Scheduler(specs_of({"m": model}, look([model], machine, EngineResolver())), machine.devices)
+        self.dispatcher = Dispatcher(core, executors(self._fleet, self._gate, lambda command: None))
+        self._gate.open(self)
+
+    # -- what is behind the gate
+
+    def post(self, event: events.Event) -> None:
+        self.dispatcher.post(event)
+
+    def address_of(self, replica: str) -> Listen:
+        return self._fleet.processes[replica].listen
+
+    def phase_of(self, model: str) -> str:
+        return ""
+
+    def unreached(self, replica: str) -> None: ...
+
+    # -- what a test does
 
     async def ask(self) -> asyncio.Task[Permit]:
         """A client's request, which has arrived."""
-        task = asyncio.ensure_future(self._gate.acquire("m", "key", "id"))
+        task = asyncio.ensure_future(self._gate.acquire("m", "key"))
         await asyncio.sleep(0)
         return task
 

@@ -26,7 +26,7 @@ CARD = {"id": "m", "display_name": "M", "hidden": False, "aliases": ["m-alias"],
 CARD |= {"capabilities": ["chat", "embeddings"]}
 
 
-class FakeControl:
+class FakeStatus:
     """One model, ``m``."""
 
     async def models(self) -> list[dict[str, Any]]:
@@ -39,12 +39,15 @@ class FakeControl:
     def resolve(self, name: str, caller: object = ANYBODY) -> str:
         return SimpleNamespace(m="m", secret="secret").__dict__[name.removesuffix(":latest")]
 
+    def called(self, name: str, caller: object = ANYBODY) -> str:
+        return SimpleNamespace(m="m", secret="secret").__dict__[name.removesuffix(":latest")]
+
 
 @contextlib.asynccontextmanager
 async def ollama(script: Script | None = None, limits: Limits | None = None) -> AsyncIterator[Stage]:
     """A proxy with Ollama's routes in front of an engine."""
     async with stage(script, limits) as act:
-        add_ollama_routes(act.router, act.relay, FakeControl())  # type: ignore[arg-type]
+        add_ollama_routes(act.router, act.relay, SimpleNamespace(status=FakeStatus()))  # type: ignore[arg-type]
         yield act
 
 

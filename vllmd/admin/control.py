@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -32,22 +32,14 @@ class Gauges:
     unreadable: Sequence[int] = ()
 
 
-class Control(Protocol):
-    """The daemon, as the endpoints see it. Verbs raise UnknownModel for a name that is none.
+class Status(Protocol):
+    """Tells how things stand, and changes nothing.
 
     Whatever needs the devices or the engines waits, or raises Unavailable, while the daemon still looks for them.
     """
 
-    counters: Counters
-
-    @property
-    def runtime_models(self) -> RuntimeModels:
-        """Models that programs bring along."""
-
     async def opened(self) -> None:
         """Wait until devices and engines have been found."""
-
-    # -- reading
 
     async def models(self) -> list[dict[str, Any]]:
         """Every model: ``id``, ``aliases``, ``state``, ``capabilities``, ``limits``, ...; see the schema ``Model``."""
@@ -67,6 +59,9 @@ class Control(Protocol):
     def resolve(self, name: str, caller: Caller = ANYBODY) -> str:
         """The configured name of what the caller calls a model, or a replica of it. Raises UnknownModel, Forbidden."""
 
+    def called(self, name: str, caller: Caller = ANYBODY) -> str:
+        """The configured name of a model, an adapter, a variant or a pool. Raises UnknownModel, Forbidden."""
+
     def types(self) -> list[str]:
         """The kinds of engines that there are."""
 
@@ -82,7 +77,9 @@ class Control(Protocol):
     async def scrape(self, model: str) -> bytes:
         """The engine's own metrics. Raises Conflict if it has none now."""
 
-    # -- verbs
+
+class Commands(Protocol):
+    """Has things done; tells nothing but that. Each waits until devices and engines have been found."""
 
     async def load(self, model: str) -> None:
         """Have it started or woken; returns at once."""
@@ -111,10 +108,12 @@ class Control(Protocol):
         answered. Raises Conflict where none of them serves.
         """
 
-    async def load_on(self, model: str, device: int) -> str:
+    @property
+    def load_on(self) -> Callable[[str, int], Awaitable[str]]:
         """Have one of its engines on that device, and say which. Raises BadRequest, Conflict."""
 
-    async def drop_instance(self, name: str) -> None:
+    @property
+    def drop_instance(self) -> Callable[[str], Awaitable[None]]:
         """Forget an engine that was added; any other stays."""
 
     async def kill(self, pid: int, *, force: bool) -> str:
@@ -126,10 +125,13 @@ class Control(Protocol):
     async def drain(self, device: int, drained: bool) -> dict[str, Any]:
         """Take a device out of use, or give it back; how it is then. Raises NotFound."""
 
-    async def reload(self) -> dict[str, Any]:
+    @property
+    def reload(self) -> Callable[[], Awaitable[dict[str, Any]]]:
         """Take the configuration anew; ``{changed, added, removed, warnings}``. Raises ConfigError."""
 
-    # -- following
+
+class Following(Protocol):
+    """Tells what happens, as it happens."""
 
     def progress(self, model: str) -> AsyncIterator[dict[str, Any]]:
         """``{state, phase, detail, elapsed}`` now and at each change until it has come to rest.
@@ -137,8 +139,20 @@ class Control(Protocol):
         The last one is ``{done: true, state, seconds}`` or ``{error: {message}}``.
         """
 
-    def watch(self) -> AsyncIterator[dict[str, Any]]:
+    @property
+    def watch(self) -> Callable[[], AsyncIterator[dict[str, Any]]]:
         """Decisions and what became of them, as it happens, until the caller stops."""
 
     def log(self, model: str, lines: int, *, follow: bool) -> AsyncIterator[str]:
         """The engine's last log lines, and with ``follow`` what comes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """The daemon, as the endpoints see it."""
+
+    counters: Counters
+    status: Status
+    commands: Commands
+    following: Following
+    runtime_models: RuntimeModels

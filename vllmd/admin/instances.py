@@ -32,57 +32,59 @@ class InstanceEndpoints:
 
     async def gpus(self, request: Request) -> Response:
         """``GET /api/v1/gpus``: a list of ``GPUInfo``; 501 where no GPU can be read."""
-        return json_response(await self._control.gpus())
+        return json_response(await self._control.status.gpus())
 
     async def kill(self, request: Request) -> Response:
         """``DELETE /api/v1/processes/{pid}``: 404 for none, 403 for a stranger's without ``?force=true``."""
         pid = process_id(request)
-        return json_response(killed(pid, await self._control.kill(pid, force=params.flag(request, "force"))))
+        return json_response(killed(pid, await self._control.commands.kill(pid, force=params.flag(request, "force"))))
 
     async def start(self, request: Request) -> Response:
         """``POST /api/v1/models/start``: 202 with the ``ModelInstanceInfo`` as it begins."""
-        await self._control.opened()
+        await self._control.status.opened()
         body = params.fields(request, ["model_name", "model_type", "gpu_id", "config"])
         if body.get("config") not in (None, {}):
             await self._bring(request, body)
         name, gpu = self._named(request, body), params.index(body, "gpu_id")
         if gpu is None:
-            await self._control.load(name)
-        chosen = name if gpu is None else await self._control.load_on(name, gpu)
-        return json_response(instance(self._control.line(name), self._control.line(chosen)), 202)
+            await self._control.commands.load(name)
+        chosen = name if gpu is None else await self._control.commands.load_on(name, gpu)
+        return json_response(instance(self._control.status.line(name), self._control.status.line(chosen)), 202)
 
     async def stop(self, request: Request) -> Response:
         """``POST /api/v1/models/stop``: the ``ModelInstanceInfo`` once it has stopped, after its requests.
 
         With a ``gpu_id`` only the instance on that GPU; the last one to go takes the model along.
         """
-        await self._control.opened()
+        await self._control.status.opened()
         body = params.fields(request, ["model_name", "model_type", "gpu_id"])
         name, gpu = self._named(request, body), params.index(body, "gpu_id")
-        line = self._control.line(name)
+        line = self._control.status.line(name)
         if line["state"] == "stopped":
             raise NotFound(f"{name} is not running", param="model_name")
         present = [each for each in engines(line) if each["state"] != "stopped"]
         going = [each["name"] for each in present if gpu is None or is_on(each, gpu)]
         if not going:
             raise NotFound(f"{name} is not running on GPU {gpu}", param="gpu_id")
-        await self._control.unload(name, force=False, device=gpu)
+        await self._control.commands.unload(name, force=False, device=gpu)
         for each in going:
-            async for _ in self._control.progress(each):
+            async for _ in self._control.following.progress(each):
                 pass
-            await self._control.drop_instance(each)
-        return json_response(instance(self._control.line(line["replica_of"] or name)))
+            await self._control.commands.drop_instance(each)
+        return json_response(instance(self._control.status.line(line["replica_of"] or name)))
 
     async def status(self, request: Request) -> Response:
         """``GET /api/v1/models/status``: an item per instance, of all that are loaded or have failed."""
-        await self._control.opened()
-        lines = of_caller(self._control.status(), request.caller)["models"]
+        await self._control.status.opened()
+        lines = of_caller(self._control.status.status(), request.caller)["models"]
         return json_response([item for line in lines if line["state"] != "stopped" for item in items(line)])
 
     async def status_of(self, request: Request) -> Response:
         """``GET /api/v1/models/status/{name}``: the items of one model, also if it is stopped. Raises UnknownModel."""
-        await self._control.opened()
-        return json_response(items(self._control.line(self._control.resolve(request.params["name"], request.caller))))
+        await self._control.status.opened()
+        return json_response(
+            items(self._control.status.line(self._control.status.resolve(request.params["name"], request.caller)))
+        )
 
     async def _bring(self, request: Request, body: dict[str, Any]) -> None:
         """Make the model known with the settings of the body, if nobody knows it. Raises Conflict if they differ."""
@@ -99,8 +101,8 @@ class InstanceEndpoints:
 
     def _named(self, request: Request, body: dict[str, Any]) -> str:
         """The model that the body names, which is of the type that it names, if it does."""
-        name = self._control.resolve(params.text(body, "model_name", "the name of a model"), request.caller)
-        engine, kind = self._control.line(name)["config"].get("engine", ""), self._kind(body)
+        name = self._control.status.resolve(params.text(body, "model_name", "the name of a model"), request.caller)
+        engine, kind = self._control.status.line(name)["config"].get("engine", ""), self._kind(body)
         if kind and kind != engine:
             raise BadRequest(f"{name} is of the type {engine!r}, not {kind!r}", param="model_type")
         return name
@@ -109,7 +111,7 @@ class InstanceEndpoints:
         """The type in the body, "" without one. Raises BadRequest for one that there is not."""
         if body.get("model_type") is None:
             return ""
-        kind, types = params.text(body, "model_type", "a kind of engine").lower(), self._control.types()
+        kind, types = params.text(body, "model_type", "a kind of engine").lower(), self._control.status.types()
         if kind not in types:
             raise BadRequest(f"there is no type {kind!r}; there are {', '.join(types)}", param="model_type")
         return kind

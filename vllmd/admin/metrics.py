@@ -29,17 +29,17 @@ class MetricsEndpoints:
         if name:
             if READ not in request.caller.scopes:
                 authorise(request.caller, MODELS, Reach.ONE)  # its engine is asked
-            model = self._control.resolve(name, request.caller)
-            return _text(merged([(model, (await self._control.scrape(model)).decode("utf-8", "replace"))]))
+            model = self._control.status.resolve(name, request.caller)
+            return _text(merged([(model, (await self._control.status.scrape(model)).decode("utf-8", "replace"))]))
         # The client library is a room that only whoever scrapes has to enter.
         exposition = await asyncio.to_thread(importlib.import_module, "vllmd.admin.exposition")
-        accept, gauges = request.headers.get("accept"), await self._control.gauges()
+        accept, gauges = request.headers.get("accept"), await self._control.status.gauges()
         body, content_type = exposition.expose(self._control.counters, gauges, accept, request.caller)
         return Response(200, body, content_type)
 
     async def engines(self, request: Request) -> Response:
         """``GET /metrics/engines``: those of every loaded engine, labelled with its model, or its replica's name."""
-        models = of_caller(self._control.status(), request.caller)["models"]
+        models = of_caller(self._control.status.status(), request.caller)["models"]
         lines = [each for line in models for each in line["replicas"] or [line]]
         loaded = [line["name"] for line in lines if line["state"] not in UNLOADED]
         texts = await asyncio.gather(*(self._scraped(model) for model in loaded))
@@ -48,7 +48,7 @@ class MetricsEndpoints:
     async def _scraped(self, model: str) -> str:
         """One engine's; "" from one that does not answer, so that it does not hide the others."""
         try:
-            return (await self._control.scrape(model)).decode("utf-8", "replace")
+            return (await self._control.status.scrape(model)).decode("utf-8", "replace")
         except (Conflict, UpstreamFailed):
             return ""
 

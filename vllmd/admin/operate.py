@@ -28,7 +28,7 @@ class OperatorEndpoints:
 
     async def status(self, request: Request) -> Response:
         """``GET /admin/status``."""
-        return json_response(of_caller(self._control.status(), request.caller))
+        return json_response(of_caller(self._control.status.status(), request.caller))
 
     async def load(self, request: Request) -> Response:
         """``POST /admin/models/{model}/load``; ``?wait=true`` answers when it has settled.
@@ -36,7 +36,7 @@ class OperatorEndpoints:
         With ``Accept: application/x-ndjson`` each change is a line, the last one when it has settled.
         """
         model = self._model(request)
-        await self._control.load(model)
+        await self._control.commands.load(model)
         return await self._follow(request, model)
 
     async def wake(self, request: Request) -> Response:
@@ -46,7 +46,7 @@ class OperatorEndpoints:
     async def unload(self, request: Request) -> Response:
         """``POST /admin/models/{model}/unload``; ``?force=true`` breaks off its requests."""
         model = self._model(request)
-        await self._control.unload(model, force=params.flag(request, "force"))
+        await self._control.commands.unload(model, force=params.flag(request, "force"))
         return await self._follow(request, model)
 
     async def sleep(self, request: Request) -> Response:
@@ -54,60 +54,64 @@ class OperatorEndpoints:
         model, level = self._model(request), request.query.get("level", "1")
         if level not in ("1", "2", "3"):
             raise BadRequest(f"level {level!r} is none; use 1, 2 or 3 (stop)", param="level")
-        await self._control.opened()
-        if level != "3" and (state := self._control.line(model)["state"]) in ("stopped", "error"):
+        await self._control.status.opened()
+        if level != "3" and (state := self._control.status.line(model)["state"]) in ("stopped", "error"):
             raise Conflict(f"{model} cannot be put to sleep: it is not loaded ({state})")
-        await self._control.sleep(model, int(level))
+        await self._control.commands.sleep(model, int(level))
         return await self._follow(request, model)
 
     async def pin(self, request: Request) -> Response:
         """``POST /admin/models/{model}/pin`` with ``{"pinned": true}``."""
         model = self._model(request)
-        await self._control.pin(model, params.truth(params.fields(request, ["pinned"]), "pinned", True))
-        return json_response(self._control.line(model))
+        await self._control.commands.pin(model, params.truth(params.fields(request, ["pinned"]), "pinned", True))
+        return json_response(self._control.status.line(model))
 
     async def lease(self, request: Request) -> Response:
         """``POST /admin/models/{model}/lease`` with ``{"lease": NAME, "deadline_seconds": N or null}``."""
         model, body = self._model(request), params.fields(request, ["lease", "deadline_seconds"])
         lease = params.text(body, "lease", "a name of your choice, up to 200 printable characters")
-        await self._control.lease(lease, model, params.seconds(body, "deadline_seconds"))
-        return json_response(self._control.line(model))
+        await self._control.commands.lease(lease, model, params.seconds(body, "deadline_seconds"))
+        return json_response(self._control.status.line(model))
 
     async def release(self, request: Request) -> Response:
         """``DELETE /admin/models/{model}/lease?lease=NAME``; ``&stop=true``: the last to go stops the model at once."""
         model, lease = self._model(request), request.query.get("lease", "")
         if not lease:
             raise BadRequest("say which: ?lease=NAME", param="lease")
-        await self._control.release(lease, stop=params.flag(request, "stop"))
-        return json_response(self._control.line(model))
+        await self._control.commands.release(lease, stop=params.flag(request, "stop"))
+        return json_response(self._control.status.line(model))
 
     async def probe(self, request: Request) -> Response:
         """``POST /admin/models/{model}/probe``; ``?all=true`` waits for everybody, up to ``&limit=`` seconds."""
         limit, everybody = params.duration(request, "limit", LONGEST_PROBE), params.flag(request, "all")
-        return json_response(await self._control.probe(self._model(request), limit, everybody=everybody))
+        return json_response(await self._control.commands.probe(self._model(request), limit, everybody=everybody))
 
     async def decisions(self, request: Request) -> Response:
         """``GET /admin/decisions``; ``?model=`` one model's."""
         name = request.query.get("model", "")
         return json_response(
-            {"decisions": self._control.decisions(self._control.resolve(name, request.caller) if name else "")}
+            {
+                "decisions": self._control.status.decisions(
+                    self._control.status.resolve(name, request.caller) if name else ""
+                )
+            }
         )
 
     async def events(self, request: Request) -> Response:
         """``GET /admin/events``: decisions as server-sent events, as they are made."""
-        return event_stream(_framed(self._control.watch()))
+        return event_stream(_framed(self._control.following.watch()))
 
     async def log(self, request: Request) -> Response:
         """``GET /admin/logs/{model}``; ``?lines=50&follow=true``. Plain text."""
         lines = params.number(request, "lines", 50, MOST_LINES)
         follow = params.flag(request, "follow") and request.method != "HEAD"
-        text = await _begun(self._control.log(self._model(request), lines, follow=follow))
+        text = await _begun(self._control.following.log(self._model(request), lines, follow=follow))
         return Response(200, _lines(text), "text/plain; charset=utf-8", (("x-accel-buffering", "no"),))
 
     async def kill(self, request: Request) -> Response:
         """``POST /admin/processes/{pid}/kill``; ``?force=true`` a stranger on a GPU, too."""
         pid = process_id(request)
-        return json_response(killed(pid, await self._control.kill(pid, force=params.flag(request, "force"))))
+        return json_response(killed(pid, await self._control.commands.kill(pid, force=params.flag(request, "force"))))
 
     async def drain(self, request: Request) -> Response:
         """``POST /admin/devices/{device}/drain`` with ``{"drained": true}``; the device as it is then."""
@@ -115,26 +119,26 @@ class OperatorEndpoints:
         if not given.isdecimal():
             raise NotFound(f"there is no device {given!r}: devices have numbers, see vllmctl gpus")
         drained = params.truth(params.fields(request, ["drained"]), "drained", True)
-        return json_response(await self._control.drain(int(given), drained))
+        return json_response(await self._control.commands.drain(int(given), drained))
 
     async def reload(self, request: Request) -> Response:
         """``POST /admin/reload``: 400 with every error if the configuration is invalid; then nothing changed."""
-        return json_response(await self._control.reload())
+        return json_response(await self._control.commands.reload())
 
     def _model(self, request: Request) -> str:
-        return self._control.resolve(request.params["model"], request.caller)
+        return self._control.status.resolve(request.params["model"], request.caller)
 
     async def _follow(self, request: Request, model: str) -> Response:
         """What became of it: now, when it has settled, or line by line."""
         if "application/x-ndjson" in request.headers.get("accept"):
-            return Response(200, _ndjson(self._control.progress(model)), "application/x-ndjson")
+            return Response(200, _ndjson(self._control.following.progress(model)), "application/x-ndjson")
         if not params.flag(request, "wait"):
-            return json_response(self._control.line(model), 202)
-        async for line in self._control.progress(model):
+            return json_response(self._control.status.line(model), 202)
+        async for line in self._control.following.progress(model):
             last = line
         if "error" in last:
             raise EngineFailed(last["error"]["message"])
-        return json_response(self._control.line(model))
+        return json_response(self._control.status.line(model))
 
 
 def of_caller(status: dict[str, Any], caller: Caller) -> dict[str, Any]:

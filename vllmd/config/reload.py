@@ -8,20 +8,9 @@ value there, so that nothing which reads the configuration can see a value that 
 from __future__ import annotations
 
 from dataclasses import replace
-from enum import Enum
 from typing import Any
 
 from vllmd.config.types import Config
-
-
-class Reload(Enum):
-    """When a changed value counts; the value is the sentence that the manual prints."""
-
-    NOW = "At a reload it takes effect at once."
-    ENGINE = "At a reload the model's engine is replaced, once its requests have ended."
-    NEXT_LOAD = "At a reload it takes effect for engines that are started from then on."
-    NEXT_START = "At a reload it is only checked: it takes effect at the next start of vllmd."
-
 
 LATER = "takes effect at the next start of vllmd"
 BY_SYSTEMD = "is not used: vllmd.socket says where to listen, and vllmd.service who vllmd is"
@@ -33,7 +22,7 @@ def in_force(running: Config, read: Config, *, activated: bool) -> tuple[Config,
 
     ``activated``: its sockets are systemd's.
     """
-    from vllmd.config.settings import leaves
+    from vllmd.config.settings import Reload, leaves
 
     config, told = read, dict[str, str]()
     for path in [leaf.path for leaf in leaves() if leaf.reload is Reload.NEXT_START and leaf.row.field is not None]:

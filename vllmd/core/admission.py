@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from vllmd.core.balancing import DOUBTFUL, Balancer, back_in, trouble
+from vllmd.core.commands import RejectReason
 from vllmd.core.common import Core
 from vllmd.core.events import RequestAnswered, RequestArrived, RequestFinished, RequestGone
 from vllmd.core.eviction import cheapest, fits
@@ -16,9 +17,9 @@ from vllmd.core.types import Decision, State
 
 
 class Refusal(NamedTuple):
-    """A class of ``vllmd.errors``, its message, and seconds after which coming back makes sense."""
+    """Why, in words, and seconds after which coming back makes sense."""
 
-    error: str
+    error: RejectReason
     message: str
     retry_after: float | None = None
 
@@ -43,7 +44,7 @@ class Admission:
             raise LifecycleError(f"the daemon reported request {e.request!r} twice")
         model = core.models.get(e.model)
         if model is None or model.removed:
-            self._refuse(e, Refusal("UnknownModel", f"no model is called {e.model!r}"))  # 1.1
+            self._refuse(e, Refusal(RejectReason.UNKNOWN_MODEL, f"no model is called {e.model!r}"))  # 1.1
             return
         if e.only and model.rules:
             self._only_there(model, e)
@@ -72,13 +73,13 @@ class Admission:
         """8.1: what one replica alone has is to be had while its engine is up; it does not come back with another."""
         r = next(iter(model.replicas), None) if e.only == model.name else self._core.replicas.get(e.only)
         if r is None or r.model is not model:
-            self._refuse(e, Refusal("Unavailable", f"{e.only!r}, which alone has it, is gone"))
+            self._refuse(e, Refusal(RejectReason.UNAVAILABLE, f"{e.only!r}, which alone has it, is gone"))
             return
         self._core.mark_dirty(r)
         if r.state is State.READY and not r.full:
             self._admit(r, e.request)
         else:
-            self._refuse(e, Refusal("Unavailable", f"{r.id!r}, which alone has it, is {r.state.value}", 1.0))
+            self._refuse(e, Refusal(RejectReason.UNAVAILABLE, f"{r.id!r}, which alone has it, is {r.state.value}", 1.0))
 
     def _admit(self, r: Replica, request: str) -> None:
         self._admitted[request] = r
@@ -149,7 +150,7 @@ class Admission:
             self._core.engines.forgive(r)
         return r
 
-    def reject_waiters(self, r: Replica, error: str, message: str, retry_after: float | None = None) -> None:
+    def reject_waiters(self, r: Replica, error: RejectReason, message: str, retry_after: float | None = None) -> None:
         """It does not come up. Who waits for it waits for another replica, or gets this error."""
         model, failed = r.model, r.state is State.FAILED
         self._core.engines.unwant(r)
@@ -182,7 +183,7 @@ class Admission:
             self._drop(model, request)
             message = f"{model.name!r} could not be served within {timeout:g} s"
             patience = self._patience(model.nominee) if model.nominee else 1.0
-            self._core.engines.reject(request, "Unavailable", message, patience)
+            self._core.engines.reject(request, RejectReason.UNAVAILABLE, message, patience)
 
     def _older_elsewhere(self, model: Model) -> bool:
         oldest = model.queue.oldest
@@ -199,23 +200,24 @@ class Admission:
     def _all_down(self, model: Model) -> Refusal:
         """8.6: with the reason of each."""
         message = f"no replica of {model.name!r} serves: {trouble(model.replicas)}"
-        return Refusal("Unavailable", message, back_in(model.replicas, self._core.now))
+        return Refusal(RejectReason.UNAVAILABLE, message, back_in(model.replicas, self._core.now))
 
     def _full(self, model: Model, r: Replica) -> Refusal | None:
-        if len(model.queue) >= model.spec.queue_limit:  # 1.3
-            message = f"{len(model.queue)} requests already wait for {model.name!r}, its limit"
-        elif len(self._queued) >= self._core.settings.queue_limit:
-            message = f"{len(self._queued)} requests already wait on this server, its limit"
+        least = 0 if r.on else 1  # with a limit of 0 nobody waits but for the load that he himself causes
+        if len(model.queue) >= max(least, model.spec.queue_limit):  # 1.3
+            message = f"{_waiting(len(model.queue))} for {model.name!r}, its limit"
+        elif len(self._queued) >= max(least, self._core.settings.queue_limit):
+            message = f"{_waiting(len(self._queued))} on this server, its limit"
         else:
             return None
-        return Refusal("TooManyRequests", message, self._patience(r))
+        return Refusal(RejectReason.TOO_MANY_REQUESTS, message, self._patience(r))
 
     def _failed(self, r: Replica) -> Refusal | None:
         if r.state is not State.FAILED:
             return None
         left = r.retry_at - self._core.now
         if left > 0 and r.given_up:  # 1.4
-            return Refusal("EngineFailed", r.failure, left)
+            return Refusal(RejectReason.ENGINE_FAILED, r.failure, left)
         if left <= 0:
             self._core.engines.forgive(r)
         return None
@@ -225,16 +227,16 @@ class Admission:
         ledger = self._core.engines.ledger
         if not r.at_rest or not r.spec.device_count or not ledger.unknown or ledger.asking:
             return None
-        return Refusal("Unavailable", ledger.unknown, 5.0)
+        return Refusal(RejectReason.UNAVAILABLE, ledger.unknown, 5.0)
 
     def _impossible(self, r: Replica) -> Refusal | None:
         if r.loaded or r.model.queue:
             return None
         why = self._core.fit.never(r)
         if why:  # 1.5
-            return Refusal("ModelTooLarge", why)
+            return Refusal(RejectReason.MODEL_TOO_LARGE, why)
         why = self._core.fit.pinned_out(r)
-        return Refusal("Unavailable", why, self._patience(r)) if why else None  # 1.6
+        return Refusal(RejectReason.UNAVAILABLE, why, self._patience(r)) if why else None  # 1.6
 
     def _busy(self, r: Replica) -> Refusal | None:
         coming = r in self._core.swaps or r.state not in (State.STOPPED, State.SLEEPING)
@@ -248,7 +250,7 @@ class Admission:
         if fits(s, w) is not None or cheapest(s, w, idle, lambda each, option: 1.0) is not None:
             return None
         message = f"{r.model.name!r} needs memory that busy models hold"
-        return Refusal("Unavailable", message, self._patience(r))  # 1.7
+        return Refusal(RejectReason.UNAVAILABLE, message, self._patience(r))  # 1.7
 
     def _patience(self, r: Replica) -> float:
         """Seconds after which coming back makes sense: by then something will have moved."""
@@ -258,3 +260,7 @@ class Admission:
         if outlook:
             return max(1.0, outlook.seconds)
         return max(1.0, r.costs.wake(r.level if r.state is State.SLEEPING else 0))
+
+
+def _waiting(number: int) -> str:
+    return "no request may wait" if number == 0 else "1 request waits" if number == 1 else f"{number} requests wait"

@@ -8,6 +8,7 @@ are nothing is put on any, and who asks for that is told why; engines that run a
 from __future__ import annotations
 
 from vllmd.core.admission import Admission
+from vllmd.core.commands import RejectReason
 from vllmd.core.common import Core
 from vllmd.core.events import DeviceDrained, DevicesChanged, DevicesTroubled
 from vllmd.core.lifecycle import Job, Kind, Reason
@@ -48,7 +49,7 @@ class Devices:
         for other in self._core.swaps.cancel(m):
             self._core.mark_dirty(other)
         if told and m.at_rest:
-            self._admission.reject_waiters(m, "Unavailable", why, 5.0)
+            self._admission.reject_waiters(m, RejectReason.UNAVAILABLE, why, 5.0)
 
     def troubled(self, e: DevicesTroubled) -> None:
         """9.2: an ill device is avoided, and what is on it leaves once it has drained; on a lost one it has failed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vllmd.core.admission import Admission
+from vllmd.core.commands import RejectReason
 from vllmd.core.common import Core
 from vllmd.core.events import (
     EngineAdopted,
@@ -185,7 +186,7 @@ class EngineEvents:
         left = self._failed(m, reason)
         self._core.engines.keep_down(m)
         self._core.engines.record("fail", m, reason, {"failures": m.failures, "retry_after": left})
-        self._admission.reject_waiters(m, "EngineFailed", reason, left)
+        self._admission.reject_waiters(m, RejectReason.ENGINE_FAILED, reason, left)
 
     def _crashed(self, m: Replica, reason: str, stable: bool) -> None:
         if stable:

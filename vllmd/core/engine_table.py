@@ -19,6 +19,7 @@ from vllmd.core.commands import (
     ProveFreeze,
     Record,
     Reject,
+    RejectReason,
     RenameReplica,
     SleepEngine,
     StartEngine,
@@ -105,7 +106,7 @@ class EngineTable:
         self._out.append(RenameReplica(m.id, name))
         m.id = name
 
-    def reject(self, request: str, error: str, message: str, retry_after: float | None = None) -> None:
+    def reject(self, request: str, error: RejectReason, message: str, retry_after: float | None = None) -> None:
         """The request gets this error."""
         self._out.append(Reject(request, error, message, retry_after))
 

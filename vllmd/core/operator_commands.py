@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vllmd.core.admission import Admission, Refusal
+from vllmd.core.commands import RejectReason
 from vllmd.core.common import Core
 from vllmd.core.events import (
     LeaseReleased,
@@ -102,14 +103,14 @@ class OperatorCommands:
             model, replicas = (model, replicas) if len(there) == len(present) else (None, there)
         if model:
             why = f"{model.name!r} was stopped by an operator"
-            self._admission.reject_queue(model, Refusal("Unavailable", why, 1.0))
+            self._admission.reject_queue(model, Refusal(RejectReason.UNAVAILABLE, why, 1.0))
         for r in replicas:
             self._stop(r, e.force)
 
     def _stop(self, r: Replica, force: bool) -> None:
         r.bound = None
         self._scaling.halt(r)
-        self._admission.reject_waiters(r, "Unavailable", f"{r.id!r} was stopped by an operator", 1.0)
+        self._admission.reject_waiters(r, RejectReason.UNAVAILABLE, f"{r.id!r} was stopped by an operator", 1.0)
         r.failures, r.failure, r.sleep_failures = 0, "", 0
         if r.state is State.FAILED:
             self._core.engines.forgive(r)
@@ -167,7 +168,7 @@ class OperatorCommands:
         specs = {spec.name: spec for spec in e.models}
         for model in [model for name, model in core.models.items() if name not in specs]:
             why = f"{model.name!r} was removed from the configuration"
-            self._admission.reject_queue(model, Refusal("UnknownModel", why))
+            self._admission.reject_queue(model, Refusal(RejectReason.UNKNOWN_MODEL, why))
             gone, model.replicas = model.replicas, []
             for r in gone:
                 self._retire(r)
@@ -251,7 +252,7 @@ class OperatorCommands:
         for lease in r.leases:
             del r.model.leases[lease]
         self.preload.pop(r, None)
-        self._admission.reject_waiters(r, "UnknownModel", f"{r.id!r} was removed from the configuration")
+        self._admission.reject_waiters(r, RejectReason.UNKNOWN_MODEL, f"{r.id!r} was removed from the configuration")
         self._leave(r, "it was removed from the configuration")
 
     def _leave(self, r: Replica, why: str) -> None:

@@ -332,7 +332,8 @@ class _Turns:
         self.deadline = max(s.knobs.deadline, swaps + s.knobs.drains * drains)
         self.dear = swaps > s.knobs.dear
         self.prices = Prices(s)
-        self.here = _by_device(s.residents)
+        self.awake = _awake(s.residents)
+        self._here: dict[int, list[Resident]] | None = None  # all residents by device, once somebody needs to know
         self.supplies = dict(s.supplies)
         self.s = s._replace(supplies=self.supplies)  # without those that are held against whoever comes later
         self.roomiest = max([supply.free for supply in self.supplies.values() if not supply.busy], default=0)
@@ -361,9 +362,13 @@ class _Turns:
         if devices is not None:
             return Plan(w.model, devices, why="it fits", numbers=_waited(s, w))
         urgent = w.impatient or self._late(w)
+        if not urgent and self.must_wait(w):
+            if self.dear and self.begin.issuperset(w.devices):
+                self._hold(w.devices)
+            return None
         if not unclaimed(s, w):
             return moved(s, w, None)
-        residents = _may_leave(s, w, self._on(w.devices))
+        residents = _may_leave(s, w, self._on(w))
         eviction = cheapest(s, w, residents, partial(self.prices.alone, w, urgent))
         move = moved(s, w, eviction)
         if move:
@@ -381,11 +386,28 @@ class _Turns:
             self._hold(eviction.devices)
         return None
 
-    def _on(self, devices: Sequence[int]) -> Iterable[Resident]:
-        """Each of the residents of these devices once."""
-        if len(devices) == 1:
-            return self.here.get(devices[0], ())
-        return {r.model: r for device in devices for r in self.here.get(device, ())}.values()
+    def must_wait(self, w: Waiting) -> bool:
+        """Whether its device is another's, or cannot be had without draining somebody who need not drain yet.
+
+        The case of most waiters on a crowded machine, told without a search: whatever set of victims the search would
+        find, a busy one would be in it. False: that needs a closer look.
+        """
+        if len(w.devices) != 1 or (w.move and w.move.need <= self.roomiest):
+            return False
+        supply, awake = self.supplies.get(w.devices[0]), self.awake.get(w.devices[0], NOBODY)
+        if supply is None or supply.claimed:
+            return True
+        return not awake.pressed and supply.free + awake.idle < w.need <= supply.sleepable
+
+    def _on(self, w: Waiting) -> Iterable[Resident]:
+        """Each of the residents of its devices once; not the sleepers where it is enough if all others sleep."""
+        if len(w.devices) == 1 and self.supplies[w.devices[0]].sleepable >= w.need:
+            return self.awake.get(w.devices[0], NOBODY).residents
+        if self._here is None:
+            self._here = _by_device(self.s.residents)
+        if len(w.devices) == 1:
+            return self._here.get(w.devices[0], ())
+        return {r.model: r for device in w.devices for r in self._here.get(device, ())}.values()
 
     def _due(self, w: Waiting, offer: Offer, urgent: bool) -> str:
         """Why the swap begins now; empty: not yet."""
@@ -413,6 +435,38 @@ class _Turns:
 def _known(w: Waiting, candidates: Iterable[Candidate]) -> float:
     """Seconds that the swap takes, as far as that was measured."""
     return w.learnt + sum([option.learnt for _, _, option in candidates])
+
+
+class _Awake:
+    """Those that are awake on a device, in short."""
+
+    __slots__ = ("idle", "pressed", "residents")
+
+    def __init__(self) -> None:
+        self.residents: list[Resident] = []
+        self.idle = 0  # bytes that come free if all that are idle sleep
+        self.pressed = False  # a busy one may have to leave before the deadline: it can be frozen, or has a drain limit
+
+
+NOBODY = _Awake()
+
+
+def _awake(residents: Iterable[Resident]) -> dict[int, _Awake]:
+    """By device."""
+    found: dict[int, _Awake] = {}
+    for r in residents:
+        if r.asleep:
+            continue
+        for device in r.devices:
+            awake = found.get(device)
+            if awake is None:
+                awake = found[device] = _Awake()
+            awake.residents.append(r)
+            if not r.running and not r.queued:
+                awake.idle += r.options[0].frees
+            elif r.freezable or r.drain_limit < INFINITY:
+                awake.pressed = True
+    return found
 
 
 def _by_device(residents: Iterable[Resident]) -> dict[int, list[Resident]]:

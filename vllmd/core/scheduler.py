@@ -13,7 +13,7 @@ from typing import Any
 from vllmd.core import events as ev
 from vllmd.core.admission import Admission
 from vllmd.core.balancing import Balancer
-from vllmd.core.commands import Command
+from vllmd.core.commands import Command, RejectReason
 from vllmd.core.common import Core
 from vllmd.core.costs import CostBook
 from vllmd.core.devices import Devices
@@ -30,7 +30,7 @@ from vllmd.core.policy_input import sleep_levels
 from vllmd.core.scaling import Scaling
 from vllmd.core.types import Device, ModelSpec, Settings, Snapshot, State
 from vllmd.core.unloading import DEEPEN_RETRY, Unloading
-from vllmd.core.views import snapshot
+from vllmd.core.views import BEST_FIRST, snapshot
 
 DEFAULTS = Settings()
 
@@ -98,6 +98,15 @@ class Scheduler:
         """Everything worth showing, copied."""
         core = self._core
         return snapshot(core, self._planner, max(now, core.now))
+
+    def foremost(self, model: str) -> tuple[str, State]:
+        """The replica of the model that is nearest to serving, and its state: what a client waits for.
+
+        Cheap, unlike ``snapshot``: it may be asked for every waiting client. ``("", STOPPED)`` for no such model.
+        """
+        known = self._core.models.get(model)
+        states = [(each.id, each.state) for each in known.replicas] if known else []
+        return min(states, key=lambda each: BEST_FIRST.index(each[1]), default=("", State.STOPPED))
 
     def _rooms(self) -> dict[type, Callable[[Any], None]]:
         """Who handles which event."""
@@ -259,12 +268,12 @@ class Scheduler:
         core, ledger = self._core, self._core.engines.ledger
         if ledger.unknown and r.spec.device_count:  # 9.1
             if not ledger.asking:
-                self._admission.reject_waiters(r, "Unavailable", ledger.unknown, 5.0)
+                self._admission.reject_waiters(r, RejectReason.UNAVAILABLE, ledger.unknown, 5.0)
             return
         wakes = r.state is State.SLEEPING and core.fit.wakes(r, core.fit.alone())  # even if it may not start any more
         why = "" if wakes else core.fit.never(r)
         if why:
-            self._admission.reject_waiters(r, "ModelTooLarge", why)
+            self._admission.reject_waiters(r, RejectReason.MODEL_TOO_LARGE, why)
             core.engines.record("refuse", r, why)
             r.failure = why
         else:

@@ -3,8 +3,10 @@
 ::
 
     main             argv -> configuration -> listeners -> Daemon -> exit status
-    service          the life of the daemon, from its listeners to its shutdown
-    startup          finds devices, launcher and running engines once the listeners are open
+    service          the life of the daemon, from its listeners to its shutdown: both ends, chores, reload
+    front_end        what clients meet, built at once; current: the configuration in force, and what is there later
+    back_end         what is behind it, awaited once; startup builds it: devices, core, launcher, engines
+      expectations     what a configuration means on this machine; reload: going on with another one
     listen           sockets of our own, where systemd gives none; identity: the user to become then
     listeners        the listening sockets and their routes
     keys             authentication: API keys, peer credentials on the operators' sockets; logins: wrong keys
@@ -21,13 +23,17 @@
     adoption         engines found running when the daemon starts
     device_watch     asks which devices there are until that is known, and again when the kernel speaks of them
     memory           samples of the devices, and whether freed memory came back
+    device_readings  tells the core what the devices hold, once for each change
       power            watts and joules, shared out among the engines of a device
     host             the host's memory, as control groups leave it
     specs            configured models as the core sees them
     names            what a client calls a model -> the model
-    control          what the admin endpoints may do; runtime_models: models added over the API
+    status           what is shown of one moment, by pure functions; changes: what changes, as it does
+    following        a model's progress, an engine's log, for as long as somebody listens
+    operator_commands  what operators have done: each an event for the core
       probing          replicas are asked a short question by an operator: which answers first
       instances        M's start on a GPU of the caller's choice
+      runtime_models   models added over the API
     serializers      how models and devices are shown to clients and operators
     homes            whom an engine runs as, and where its home is
     self_description what a running engine says of itself: its context, its tasks

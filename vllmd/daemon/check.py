@@ -11,9 +11,9 @@ from pathlib import Path
 from vllmd.config.replicas import engines_of, is_this_host, meant_here
 from vllmd.config.types import Config
 from vllmd.daemon.engine_resolver import EngineResolver
+from vllmd.daemon.expectations import find_devices
 from vllmd.daemon.homes import Homes
 from vllmd.daemon.preflight import Machine, doubtful, look, wrong
-from vllmd.daemon.startup import find_devices
 from vllmd.engines.facts import size
 from vllmd.engines.programs import system_daemon_is_meant, troubles
 

@@ -24,13 +24,14 @@ FIRST_PAUSE, LAST_PAUSE = 1.0, 60.0  # seconds between questions, doubling
 SETTLE = 0.5  # seconds from a word of the kernel until nodes and driver are there
 
 Open = Callable[[Mapping[str, int]], Devices]
+Taken = Callable[[Devices], Awaitable[None]]
 
 
 class DeviceWatch:
-    """``open``: asks, given the indices that devices had before, by id; it may block. ``taken``: called with news."""
+    """``open``: asks, given the indices that devices had before, by id; it may block."""
 
-    def __init__(self, open: Open, taken: Callable[[Devices], Awaitable[None]]) -> None:
-        self._open, self._taken = open, taken
+    def __init__(self, open: Open) -> None:
+        self._open = open
         self._asked: asyncio.Future[Devices] | None = None
         self._turn = asyncio.Lock()  # one at a time waits for an answer, and takes it
         self._since = 0.0
@@ -62,15 +63,15 @@ class DeviceWatch:
         self._take(fresh)
         return fresh
 
-    async def run(self) -> None:
-        """For ever."""
+    async def run(self, taken: Taken) -> None:
+        """For ever; ``taken`` is called with what is new."""
         words = Uevents()
         pause = FIRST_PAUSE
         try:
             while True:
                 pause = await self._pause(words, pause)
                 try:
-                    await self._look(await self._ask(LIMIT))
+                    await self._look(await self._ask(LIMIT), taken)
                 except Exception:  # what is found cannot be taken: a defect, which must not end the watch
                     log.exception("the devices cannot be taken")
         finally:
@@ -113,17 +114,17 @@ class DeviceWatch:
         except Exception as error:
             return Unanswered("nvml", Trouble(f"the devices cannot be opened: {type(error).__name__}: {error}"))
 
-    async def _look(self, fresh: Devices) -> None:
+    async def _look(self, fresh: Devices, taken: Taken) -> None:
         """Take what is new. A source that falls silent after it had answered is the readings' to notice."""
         before = self.current
         known = not before.trouble
         if known and fresh.trouble:
-            await self._taken(before)
+            await taken(before)
         elif _same(before, fresh):
             fresh.close()
         else:
             self._take(fresh)
-            await self._taken(fresh)
+            await taken(fresh)
             if known:
                 before.close()
 

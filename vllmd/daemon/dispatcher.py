@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllmd.core import commands, events
@@ -25,42 +25,53 @@ log = logging.getLogger("vllmd")
 DECISIONS = 300  # of a kind that are logged per minute
 
 
+def _unheard(decision: Decision, now: float) -> None:
+    """Nobody wants to know."""
+
+
+def executors(
+    engine_manager: EngineManager, admission_gate: AdmissionGate, add_replica: Callable[[commands.AddReplica], None]
+) -> dict[type, Callable[[Any], None]]:
+    """Who carries out what; each takes its own command."""
+    return {
+        commands.StartEngine: engine_manager.start,
+        commands.WakeEngine: engine_manager.wake,
+        commands.SleepEngine: engine_manager.sleep,
+        commands.StopEngine: engine_manager.stop,
+        commands.ProveFreeze: engine_manager.prove_freeze,
+        commands.ProbeReplica: engine_manager.probe,
+        commands.RenameReplica: engine_manager.rename,
+        commands.AddReplica: add_replica,
+        commands.Admit: admission_gate.admit,
+        commands.Reject: admission_gate.reject,
+        commands.CutRequest: admission_gate.cut,
+    }
+
+
 class Dispatcher:
     """Owns the scheduler; nobody else calls it."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        execute: Mapping[type, Callable[[Any], None]],
+        decided: Callable[[Decision, float], None] = _unheard,
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``execute``: who carries out which kind of command (``executors``).
+
+        ``decided`` is told of each decision, with the core's clock; ``changed`` is called after each event.
+        """
         self._scheduler = scheduler
+        self._execute: dict[type, Callable[[Any], None]] = {**execute, commands.Record: self._record}
+        self._decided = decided
+        self._changed = changed
         self._inbox: deque[events.Event] = deque()
         self._handling = False
         self._due: float | None = None  # when the core wants to hear that time has passed
         self._timer: asyncio.TimerHandle | None = None  # then, or earlier
         self._loop = asyncio.get_running_loop()
-        self._execute: dict[type, Callable[[Any], None]] = {}  # each takes its own command
         self._throttles: dict[str, Throttle] = {}  # of the log, by kind of decision
-        self.on_decision: Callable[[Decision], None] = lambda decision: None
-        self.on_change: Callable[[], None] = lambda: None
-
-    def connect(
-        self,
-        engine_manager: EngineManager,
-        admission_gate: AdmissionGate,
-        add_replica: Callable[[commands.AddReplica], None] = lambda command: None,
-    ) -> None:
-        """Say who carries out what."""
-        self._execute = {
-            commands.StartEngine: engine_manager.start,
-            commands.WakeEngine: engine_manager.wake,
-            commands.SleepEngine: engine_manager.sleep,
-            commands.StopEngine: engine_manager.stop,
-            commands.ProveFreeze: engine_manager.prove_freeze,
-            commands.ProbeReplica: engine_manager.probe,
-            commands.RenameReplica: engine_manager.rename,
-            commands.AddReplica: add_replica,
-            commands.Admit: admission_gate.admit,
-            commands.Reject: admission_gate.reject,
-            commands.CutRequest: admission_gate.cut,
-            commands.Record: self._record,
-        }
 
     @property
     def scheduler(self) -> Scheduler:
@@ -83,7 +94,7 @@ class Dispatcher:
         finally:
             self._handling = False
         self._set_timer()
-        self.on_change()
+        self._changed()
 
     def _handle(self, event: events.Event) -> None:
         try:
@@ -122,7 +133,7 @@ class Dispatcher:
         # Clients lead to many of them, refused requests above all: each kind has a rate of its own.
         throttle = self._throttles.setdefault(decision.what, Throttle(log, burst=DECISIONS))
         throttle.say(logging.INFO, "%s: %s: %s", about, decision.what, decision.why, fields=fields)
-        self.on_decision(decision)
+        self._decided(decision, self._loop.time())
 
     def flush_log(self) -> None:
         """Say how many decisions were not logged, if none came since that would have said so."""

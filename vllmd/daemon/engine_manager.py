@@ -35,6 +35,7 @@ from vllmd.errors import ConfigError, LauncherFailed, VllmdError
 from vllmd.launcher.client import ExitReport, LauncherClient, StartOrder
 from vllmd.proxy.peers import Impostor
 from vllmd.proxy.upstream import describe
+from vllmd.systemd.throttle import Repeated
 
 log = logging.getLogger("vllmd.engines")
 
@@ -52,6 +53,10 @@ Post = Callable[[events.Event], None]
 TOLD = (events.EngineStartFailed, events.EngineWakeFailed, events.EngineSleepFailed, events.EngineExited)
 
 
+async def _blind() -> None:
+    """Nobody looks."""
+
+
 class EngineManager:
     """Starts, wakes, puts to sleep and stops engines through the launcher."""
 
@@ -62,11 +67,19 @@ class EngineManager:
         memory: Memory,
         launch_planner: LaunchPlanner,
         logs: Path | None = None,
+        on_phase: Callable[[], None] = lambda: None,
+        look: Callable[[], Awaitable[None]] = _blind,
+        usual: Usual = lambda model, kind: 0.0,
+        ended: Callable[[str, str], None] = lambda engine, instance: None,
     ) -> None:
+        """``on_phase`` is called when a start has come further; ``look`` has the core told what the devices hold.
+
+        ``ended`` is told of each engine whose process was started and is gone: its id, and its instance.
+        """
         self.processes: dict[str, EngineProcess] = {}
-        self.on_phase: Callable[[], None] = lambda: None
-        self.on_ended: Callable[[str, str], None] = lambda engine, instance: None
-        self.look: Callable[[], Awaitable[None]] = _blind  # has the core told what the devices hold now
+        self._on_phase = on_phase
+        self._look = look
+        self._told_ended = ended
         self.last_start: dict[str, float] = {}  # model -> seconds its last start took
         self._launcher = launcher
         self._report = post
@@ -74,9 +87,9 @@ class EngineManager:
         self._memory = memory
         self._launch_planner = launch_planner
         self._logs = logs
-        self.usual: Usual = lambda model, kind: 0.0
-        self._sleeps = Sleeps(memory, self.annotate, lambda model, kind: self.usual(model, kind))
+        self._sleeps = Sleeps(memory, self.annotate, usual)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._unnoted = Repeated(log)
         self._ended: dict[str, ExitReport] = {}  # of engines not known here: perhaps they are being adopted
         self._strays: dict[str, EngineProcess] = {}  # instance -> an engine being ended that the core does not know
 
@@ -267,7 +280,7 @@ class EngineManager:
             what = f"{what} in its phase {process.phase.phase!r}"
         reason = with_last_lines(with_root(what, failure) if lines else what, lines, failure.reason)
         if failure.memory:  # somebody took it: before more room is made it must be known how much there is
-            await self.look()
+            await self._look()
         self._forget(process)
         return events.EngineStartFailed(
             process.name,
@@ -426,7 +439,7 @@ class EngineManager:
             progress = process.engine.progress(line)
             if progress and process.ready_after is None:
                 process.phase, process.phase_since = progress, time.monotonic()
-                self.on_phase()
+                self._on_phase()
 
     # -- small things --------------------------------------------------------------------
 
@@ -506,7 +519,9 @@ class EngineManager:
         try:
             await self._launcher.annotate(process.instance, metadata)
         except LauncherFailed as error:
-            log.warning("%s: cannot note %s: %s", process.name, metadata, error, extra=of(process))
+            self._unnoted.say(
+                logging.WARNING, "cannot note how engines stand: %s", error, fields=of(process)["journal"]
+            )
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run a side task, kept alive until it ends."""
@@ -563,15 +578,11 @@ class EngineManager:
             del self.processes[process.name]
         self._launch_planner.release(process)
         if process.running:
-            self.on_ended(process.name, process.instance)
+            self._told_ended(process.name, process.instance)
         if process.watcher:
             process.watcher.cancel()
         if process.file:
             process.file.close()
-
-
-async def _blind() -> None:
-    """Nobody looks."""
 
 
 def _is_empty(process: EngineProcess) -> bool:

@@ -12,17 +12,21 @@ from typing import TYPE_CHECKING
 from vllmd.config.types import ModelConfig, ReplicaConfig
 from vllmd.core import commands, events
 from vllmd.core.types import ModelSpec, ReplicaSpec, State
+from vllmd.daemon.current import Current, Later, Take
 from vllmd.errors import BadRequest, Conflict
 
 if TYPE_CHECKING:
-    from vllmd.daemon.service import Daemon
+    from vllmd.daemon.back_end import BackEnd
 
 
 class Instances:
     """A model that has one engine becomes, with another, one of two replicas; the engine that runs is the first."""
 
-    def __init__(self, daemon: Daemon) -> None:
-        self._daemon = daemon
+    def __init__(self, current: Current, back: Later[BackEnd], take: Take, changing: asyncio.Lock) -> None:
+        self._current = current
+        self._back = back
+        self._take_configuration = take
+        self._changing = changing
         self._specs: tuple[ModelSpec, ...] = ()
         self._adding: dict[tuple[str, int], asyncio.Task[None]] = {}  # model, device -> one more is being made
         self._made: dict[str, ReplicaConfig] = {}  # model -> the replicas that it has by us
@@ -35,27 +39,20 @@ class Instances:
 
     async def load_on(self, model: str, device: int) -> str:
         """Have one of its engines on that device; which the core decides. Raises BadRequest, Conflict."""
-        await self._daemon.opened.wait()
-        config = self._daemon.engines.get(model)
-        name = (config.replica_of if config else "") or model
+        back = await self._back.wait()
+        name = self._current.model_of(model)
         for spec in [spec for spec in self._specs if spec.name == name]:
-            self._check(spec, device)
+            _check(spec, device, [known.index for known in back.memory.inventory])
         adding = self._adding.get((name, device))
         if adding is None:
-            self._daemon.post(events.LoadAsked(name, device))
+            back.post(events.LoadAsked(name, device))
             adding = self._adding.get((name, device))  # the core may have asked for one more
         if adding:
             await asyncio.shield(adding)
-        views = self._daemon.control.views(name)
+        models = [view for view in back.snapshot().models if view.name == name]
+        views = [each for view in models for each in view.replicas]
         there = [view.id for view in views if device in view.devices or view.bound == device]
         return next(iter(there), name)
-
-    def _check(self, model: ModelSpec, device: int) -> None:
-        """Whether some engine of the model can be put on that device alone. Raises BadRequest."""
-        known = [known.index for known in self._daemon.memory.inventory]
-        refused = [why for why in (_refusal(spec, device, known) for spec in model.replicas) if why]
-        if len(refused) == len(model.replicas):
-            raise BadRequest(refused[0], param="gpu_id")
 
     # -- further ones
 
@@ -68,12 +65,16 @@ class Instances:
     def _added(self, command: commands.AddReplica, task: asyncio.Task[None]) -> None:
         self._adding.pop((command.model, command.device), None)
         if task.cancelled() or task.exception():
-            self._daemon.post(events.ReplicaRefused(command.model, command.device))
+            self._post(events.ReplicaRefused(command.model, command.device))
+
+    def _post(self, event: events.Event) -> None:
+        if self._back.now is not None:
+            self._back.now.post(event)
 
     async def _add(self, model: str, device: int) -> None:
         """Raises Conflict."""
-        async with self._daemon.control.runtime_models.changing:
-            known = self._daemon.config.models.get(model)
+        async with self._changing:
+            known = self._current.config.models.get(model)
             if known is None:
                 raise Conflict(f"{model} is no longer configured", param="model_name")
             if known.replicas and not self._is_ours(known):
@@ -85,10 +86,10 @@ class Instances:
 
     async def drop(self, name: str) -> None:
         """Forget an engine that was added; the first of a model, and what a file has, stays."""
-        async with self._daemon.control.runtime_models.changing:
+        async with self._changing:
             for model, rules in list(self._made.items()):
                 left = tuple(one for one in rules.of if one.name != name or one is rules.of[0])
-                known = self._daemon.config.models.get(model)
+                known = self._current.config.models.get(model)
                 if known and self._is_ours(known) and len(left) < len(rules.of):
                     with contextlib.suppress(Conflict):  # somebody has it loaded again: it stays
                         fewer = replace(rules, of=left) if len(left) > 1 else None
@@ -96,7 +97,8 @@ class Instances:
 
     def _rests(self, name: str) -> bool:
         """Whether the engine is stopped, and nobody waits for it."""
-        views = self._daemon.control.views(name)
+        models = self._back.now.snapshot().models if self._back.now else ()
+        views = [each for model in models for each in model.replicas if name in (model.name, each.id)]
         return all(view.state in (State.STOPPED, State.FAILED) and not view.waiting_for for view in views)
 
     def plain(self, model: ModelConfig) -> ModelConfig:
@@ -109,7 +111,7 @@ class Instances:
     def _with_another(self, model: ModelConfig, device: int) -> ReplicaConfig:
         base = replace(model, replicas=None, aliases=(), replica_of=model.name)
         rules = model.replicas or ReplicaConfig(of=(replace(base, name=f"{model.name}@1"),))
-        taken = {*self._daemon.config.models, *(one.name for one in rules.of)}
+        taken = {*self._current.config.models, *(one.name for one in rules.of)}
         name = next(name for n in itertools.count(2) if (name := f"{model.name}@{n}") not in taken)
         return replace(rules, of=(*rules.of, replace(base, name=name, devices=(device,))))
 
@@ -117,11 +119,19 @@ class Instances:
         self, model: ModelConfig, rules: ReplicaConfig | None, still: Callable[[], bool] = lambda: True
     ) -> None:
         """Go on with these replicas, if that is ``still`` right then. Raises Conflict."""
-        models = {**self._daemon.config.models, model.name: replace(model, replicas=rules)}
-        await self._daemon.take(replace(self._daemon.config, models=models), still)
+        config = self._current.config
+        models = {**config.models, model.name: replace(model, replicas=rules)}
+        await self._take_configuration(replace(config, models=models), still)
         self._made.pop(model.name, None)
         if rules:
             self._made[model.name] = rules
+
+
+def _check(model: ModelSpec, device: int, known: Sequence[int]) -> None:
+    """Whether some engine of the model can be put on that device alone. Raises BadRequest."""
+    refused = [why for why in (_refusal(spec, device, known) for spec in model.replicas) if why]
+    if len(refused) == len(model.replicas):
+        raise BadRequest(refused[0], param="gpu_id")
 
 
 def _refusal(spec: ReplicaSpec, device: int, known: Sequence[int]) -> str:

@@ -18,6 +18,7 @@ from vllmd.admin.control import Control
 from vllmd.admin.routes import add_operator, add_public
 from vllmd.config.checks import is_loopback
 from vllmd.config.types import AuthConfig, Config
+from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.keys import ApiKeyAuth, DenyAll, PeerCredentialAuth
 from vllmd.daemon.logins import FailedLogins
 from vllmd.daemon.quotas import Quotas
@@ -27,7 +28,7 @@ from vllmd.proxy.body_memory import BodyMemory
 from vllmd.proxy.cors import Cors
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.forward import Relay
-from vllmd.proxy.gate import Authenticator, Gate
+from vllmd.proxy.gate import Authenticator
 from vllmd.proxy.hosts import Hosts
 from vllmd.proxy.limits import Limits
 from vllmd.proxy.models import add_model_routes
@@ -48,24 +49,28 @@ class Listeners:
     def __init__(
         self,
         config: Config,
-        gate: Gate,
+        gate: AdmissionGate,
         quotas: Quotas,
         control: Control,
+        relay: Relay,
+        limits: Limits,
         listeners: Mapping[str, Sequence[socket.socket]],
+        outcome: Callable[[str, int, bool], None],
     ) -> None:
+        """``outcome`` is told of each request for a model: its name, the status, and whether the engine failed it."""
         self._listeners = listeners
         self._control = control
         self._gate = gate
         failures = FailedLogins(time.monotonic, control.counters.login_failed)
-        self._keys = ApiKeyAuth(config.auth, self._resolve, Hosts(config.server.hosts), failures)
+        self._keys = ApiKeyAuth(config.auth, self._opens, Hosts(config.server.hosts), failures)
         self._quotas = quotas
         self._cors = Cors(config.server.cors_origins)
-        self._limits = Limits.of(config.server)
+        self._limits = limits
         self._memory = BodyMemory(self._limits.max_buffered)  # one for all listeners
-        self._relay = Relay(gate, self._limits)
+        self._relay = relay
         self._reachable: list[tuple[Router, list[str]]] = []  # those at addresses that strangers can reach
+        self._outcome = outcome
         # Operators do not stand in the clients' line: their connections are counted apart.
-        self.on_outcome: Callable[[str, int, bool], None] = lambda model, status, failed: None  # of a model's requests
         self._operators: list[Server] = []
         self._servers = [server for name, sockets in sorted(listeners.items()) for server in self._open(name, sockets)]
         self._clients = [server for server in self._servers if server not in self._operators]
@@ -120,7 +125,7 @@ class Listeners:
         self._limits.take(config.server)
         self._memory.limit = self._limits.max_buffered
         self._keys.hosts.configure(config.server.hosts)
-        self._keys.configure(config.auth, self._resolve)
+        self._keys.configure(config.auth, self._opens)
         self._quotas.configure(config.auth.keys)
         self._cors.configure(config.server.cors_origins)
         self._shut_or_open(config.auth)
@@ -137,10 +142,6 @@ class Listeners:
             )
             log.error("%s", why)
             router.authenticator = DenyAll(why)
-
-    def forget(self, model: str) -> None:
-        """The model's engine has ended, and what it kept for clients with it."""
-        self._relay.requests.responses.forget(model)
 
     @property
     def accepted(self) -> int:
@@ -182,13 +183,13 @@ class Listeners:
         await asyncio.gather(*closing, *(server.close(OPERATORS_LIMIT) for server in self._operators))
         self._relay.pool.close()
 
-    def _resolve(self, name: str) -> str:
-        return self._gate.resolve(name).model
+    def _opens(self, name: str) -> frozenset[str]:
+        return self._gate.opens(name)
 
     def _note(self, exchange: Exchange) -> None:
         self._control.counters.exchanged(exchange)
         if exchange.model and exchange.status and (not exchange.error or exchange.error in ENGINES_FAULTS):
-            self.on_outcome(exchange.model, exchange.status, bool(exchange.error))
+            self._outcome(exchange.model, exchange.status, bool(exchange.error))
         _log(exchange)
 
 

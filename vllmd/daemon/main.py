@@ -21,8 +21,9 @@ from vllmd.config.settings import flags
 from vllmd.config.types import Config
 from vllmd.config.user_home import user_home
 from vllmd.daemon import identity
+from vllmd.daemon.current import RuntimeEnvironment
 from vllmd.daemon.listen import Listeners, listeners, told
-from vllmd.daemon.service import Daemon, RuntimeEnvironment
+from vllmd.daemon.service import Daemon, meant_for_us
 from vllmd.errors import ConfigError
 from vllmd.systemd.activation import take_listeners
 from vllmd.systemd.journal import setup_logging
@@ -97,10 +98,8 @@ def _raise_file_limit() -> None:
 
 
 async def _live(config: Config, broken: str, around: RuntimeEnvironment, reload: Any, sockets: Listeners) -> int:
-    daemon = Daemon(config, around, reload)
-    if broken:
-        daemon.refuse(broken)
-    await daemon.run(sockets)
+    daemon = Daemon(await meant_for_us(config, around), around, reload, sockets, broken)
+    await daemon.run()
     return EX_SOFTWARE if daemon.failed else 0
 
 

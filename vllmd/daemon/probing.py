@@ -12,11 +12,12 @@ from vllmd.config.types import ReplicaConfig
 from vllmd.core import events
 from vllmd.core.types import State
 from vllmd.daemon.calls import asked
+from vllmd.daemon.serializers import state_of
 from vllmd.errors import Conflict
 
 if TYPE_CHECKING:
+    from vllmd.daemon.back_end import BackEnd
     from vllmd.daemon.engine_process import EngineProcess
-    from vllmd.daemon.service import Daemon
 
 _numbers = itertools.count(1)
 
@@ -30,15 +31,14 @@ class Probed:
     abandoned: bool = False
 
 
-async def probe(daemon: Daemon, model: str, limit: float | None, *, everybody: bool) -> dict[str, Any]:
+async def probe(back: BackEnd, model: str, limit: float | None, *, everybody: bool) -> dict[str, Any]:
     """Every engine of the model that serves, fastest first; but for ``everybody`` none is waited for in vain.
 
     Raises Conflict where none of them serves.
     """
-    await daemon.opened.wait()
-    processes = _serving(daemon, model)
+    processes = _serving(back, model)
     rules = processes[0].model.replicas or ReplicaConfig()
-    asking = [asyncio.ensure_future(_ask(daemon, process, limit or rules.probe_limit)) for process in processes]
+    asking = [asyncio.ensure_future(_ask(back, process, limit or rules.probe_limit)) for process in processes]
     try:
         await _raced(asking, everybody=everybody)
         found = _results(asking)
@@ -54,24 +54,25 @@ async def probe(daemon: Daemon, model: str, limit: float | None, *, everybody: b
     return {"model": model, "fastest": best, "replicas": lines}
 
 
-def _serving(daemon: Daemon, model: str) -> list[EngineProcess]:
-    ready = [view.id for view in daemon.control.views(model) if view.state is State.READY]
-    processes = [daemon.engine_manager.processes[name] for name in ready]
+def _serving(back: BackEnd, model: str) -> list[EngineProcess]:
+    views = [(view.name, each) for view in back.snapshot().models for each in view.replicas]
+    known = [each for name, each in views if model in (name, each.id)]
+    processes = [back.engines.processes[view.id] for view in known if view.state is State.READY]
     if not processes:
-        state = daemon.control.line(model)["state"]
+        state = state_of(known[0]) if known else "gone"
         raise Conflict(f"{model} does not serve now ({state}), and a probe loads nothing")
     return processes
 
 
-async def _ask(daemon: Daemon, process: EngineProcess, limit: float) -> Probed:
+async def _ask(back: BackEnd, process: EngineProcess, limit: float) -> Probed:
     """One probe, of which the core knows while it runs."""
     request = f"asked-{next(_numbers)}"
-    daemon.post(events.ProbeAsked(request, process.name))
+    back.post(events.ProbeAsked(request, process.name))
     seconds, why = None, "abandoned"
     try:
         seconds, why = await asked(process, limit)
     finally:
-        daemon.post(events.ReplicaProbed(request, seconds, why))
+        back.post(events.ReplicaProbed(request, seconds, why))
     return Probed(seconds, why)
 
 

@@ -17,16 +17,20 @@ from vllmd.config.replicas import engines_of
 from vllmd.config.types import Config, ModelConfig
 from vllmd.core import events
 from vllmd.core.types import renamed
-from vllmd.daemon import startup
+from vllmd.daemon.back_end import BackEnd
 from vllmd.daemon.engine_process import fingerprint
-from vllmd.daemon.service import Daemon
+from vllmd.daemon.expectations import estimates, expect, files_of, opener, paths_of, settings_of, specs_of
+from vllmd.daemon.front_end import FrontEnd
+from vllmd.daemon.startup import adopt_running, say_devices
 from vllmd.errors import Conflict
 from vllmd.gpu import Devices
 
 log = logging.getLogger("vllmd")
 
 
-async def take(daemon: Daemon, read: Config, still: Callable[[], bool] = lambda: True) -> dict[str, Any]:
+async def take(
+    front: FrontEnd, back: BackEnd, read: Config, still: Callable[[], bool] = lambda: True
+) -> dict[str, Any]:
     """Go on with another configuration; engines are stopped only where their own settings changed.
 
     ``still``: whether that is right, asked when all is reckoned and nothing comes between its answer and the core's
@@ -35,31 +39,33 @@ async def take(daemon: Daemon, read: Config, still: Callable[[], bool] = lambda:
     The answer has what changed of the models, and in ``later`` each setting that is not in force, with what becomes of
     it.
     """
-    config, later = in_force(daemon.config, read, activated=daemon.runtime.activated)
-    engines, before = engines_of(config.models), daemon.engines
-    devices = await _renewed(daemon, config)
-    inventory = devices.inventory() if devices else daemon.memory.inventory
-    prospects = await asyncio.to_thread(startup.expect, daemon, engines, config, inventory)
-    was, repaired = daemon.config.models, bool(daemon.broken)
+    current = front.current
+    config, later = in_force(current.config, read, activated=front.runtime.activated)
+    engines, before = engines_of(config.models), current.engines
+    devices = await _renewed(front, back, config)
+    inventory = devices.inventory() if devices else back.memory.inventory
+    paths = paths_of(config, front.runtime)
+    prospects = await asyncio.to_thread(expect, engines, paths, inventory, front.resolver)
+    was, repaired = current.config.models, bool(current.broken)
     known = {**{name: name for name in before}, **_renamed_engines(engines, before)}
     kept = {name: known[name] for name in engines if name in known}
     changed = {name for name, old in kept.items() if fingerprint(engines[name]) != fingerprint(before[old])}
     added, removed = sorted(config.models.keys() - was.keys()), sorted(was.keys() - config.models.keys())
     if not still():
         raise Conflict("it is in use by now")
-    daemon.accept(config)
-    daemon.engine_manager.relocate(startup.paths_of(daemon, config), config.engines.port_start, config.engines.port_end)
-    daemon.engine_manager.configure(engines, startup.estimates(prospects))
+    front.accept(config)
+    back.engines.relocate(paths, config.engines.port_start, config.engines.port_end)
+    back.engines.configure(engines, estimates(prospects))
     if devices:
-        _take_devices(daemon, config, devices)
-    daemon.dispatcher.post(events.SettingsChanged(startup.settings_of(config)))
-    specs = startup.specs_of(config.models, prospects)
-    daemon.control.configure(specs)
-    daemon.dispatcher.post(events.ModelsChanged(tuple(specs), frozenset(changed)))
+        _take_devices(back, config, devices)
+    back.post(events.SettingsChanged(settings_of(config)))
+    specs = specs_of(config.models, prospects)
+    front.instances.configure(specs)
+    back.post(events.ModelsChanged(tuple(specs), frozenset(changed)))
     if devices:
-        await daemon.look()
+        await back.readings.look()
     if repaired:
-        await startup.adopt_running(daemon)
+        await adopt_running(front, back)
     answer = {
         "models": len(config.models),
         "added": added,
@@ -72,20 +78,20 @@ async def take(daemon: Daemon, read: Config, still: Callable[[], bool] = lambda:
     return answer
 
 
-async def _renewed(daemon: Daemon, config: Config) -> Devices | None:
+async def _renewed(front: FrontEnd, back: BackEnd, config: Config) -> Devices | None:
     """The devices as this configuration wants them; None if it wants them as before, or they do not answer now."""
-    if (config.devices, config.reserve) == (daemon.config.devices, daemon.config.reserve):
+    before = front.current.config
+    if (config.devices, config.reserve) == (before.devices, before.reserve):
         return None
-    return await daemon.watch.renew(startup.opener(config, daemon.runtime.environment))
+    return await back.devices.renew(opener(config, front.runtime.environment))
 
 
-def _take_devices(daemon: Daemon, config: Config, devices: Devices) -> None:
-    before = daemon.memory.devices
-    daemon.memory.take(devices, startup.files_of(config))
+def _take_devices(back: BackEnd, config: Config, devices: Devices) -> None:
+    before = back.memory.devices
+    back.memory.take(devices, files_of(config))
     before.close()
-    startup.say_devices(daemon)
-    unknown = str(devices.trouble or "")
-    daemon.dispatcher.post(events.DevicesChanged(devices.inventory(), unknown, devices.asking))
+    say_devices(back.memory)
+    back.post(events.DevicesChanged(devices.inventory(), str(devices.trouble or ""), devices.asking))
 
 
 def _say(answer: Mapping[str, Any]) -> None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from vllmd.config.runtime_model import guest
 from vllmd.config.types import Config, ModelConfig
 from vllmd.core.types import State
+from vllmd.daemon.current import Current, Later, Take
 from vllmd.errors import Conflict, TooManyRequests, UnknownModel
 
 if TYPE_CHECKING:
-    from vllmd.daemon.service import Daemon
+    from vllmd.daemon.back_end import BackEnd
 
 MOST = 256  # guests at a time: a program in a loop must not fill the memory
 ABOUT_OURSELVES = frozenset({"where", "start_timeout"})  # what two programs may want otherwise and still share
@@ -24,11 +25,23 @@ ABOUT_OURSELVES = frozenset({"where", "start_timeout"})  # what two programs may
 class RuntimeModels:
     """Implements ``vllmd.admin.runtime_models.RuntimeModels``: models of the configuration that no file has."""
 
-    def __init__(self, daemon: Daemon) -> None:
-        self._daemon = daemon
+    def __init__(
+        self,
+        current: Current,
+        back: Later[BackEnd],
+        take: Take,
+        changing: asyncio.Lock,
+        plain: Callable[[ModelConfig], ModelConfig],
+        listen: tuple[str, ...],
+    ) -> None:
+        """``plain`` takes from a model what ``Instances`` added. ``listen``: where clients reach us over TCP."""
+        self._current = current
+        self._back = back
+        self._take_configuration = take
+        self._changing = changing
+        self._plain = plain
+        self._listen = listen
         self._models: dict[str, ModelConfig] = {}
-        self.changing = asyncio.Lock()  # one change of the configuration at a time, reloads included
-        self.listen: tuple[str, ...] = ()  # where clients reach us over TCP
 
     def added_to(self, config: Config) -> Config:
         """``config`` with the guests; a model that it has itself by now is no guest any more."""
@@ -37,13 +50,13 @@ class RuntimeModels:
 
     async def put(self, name: str, settings: Mapping[str, Any], *, trusted: bool) -> dict[str, Any]:
         """Make a model known, unless it is; says what of its settings is not as asked for. Raises BadRequest."""
-        await self._daemon.opened.wait()
-        async with self.changing:
-            config = self._daemon.config
+        await self._back.wait()
+        async with self._changing:
+            config = self._current.config
             known = self._known(name, config)
             name = known.name if known else name
             wanted = guest(name, settings, self._without(name), trusted=trusted)
-            differs = _differences(self._daemon.control.instances.plain(known), wanted) if known else []
+            differs = _differences(self._plain(known), wanted) if known else []
             if known is None or (differs and name in self._models and self._unused(name)):
                 with contextlib.suppress(Conflict):  # in use by now: it stays as it is
                     await self._take(wanted)
@@ -53,17 +66,17 @@ class RuntimeModels:
                 "model": known.name,
                 "configured": known.name not in self._models,
                 "differs": differs,
-                "listen": list(self.listen),
+                "listen": list(self._listen),
             }
 
     async def drop(self, name: str) -> None:
         """Forget it. Raises UnknownModel, Conflict."""
-        await self._daemon.opened.wait()
-        async with self.changing:
+        await self._back.wait()
+        async with self._changing:
             if name in self._models:
                 del self._models[name]
-                await self._daemon.take(self._without(name))
-            elif name in self._daemon.config.models:
+                await self._take_configuration(self._without(name))
+            elif name in self._current.config.models:
                 raise Conflict(f"{name!r} is configured in a file: remove it there, and reload")
             else:
                 raise UnknownModel(f"no model {name!r} was put", param="model")
@@ -72,14 +85,14 @@ class RuntimeModels:
         if model.name not in self._models and len(self._models) >= MOST:
             what = f"{MOST} models were put already; DELETE /admin/guests/NAME those that are not needed"
             raise TooManyRequests(what)
-        config = self._daemon.config
+        config = self._current.config
         models = {**config.models, model.name: model}
-        await self._daemon.take(replace(config, models=models), lambda: self._unused(model.name))
+        await self._take_configuration(replace(config, models=models), lambda: self._unused(model.name))
         self._models[model.name] = model
 
     def _without(self, name: str) -> Config:
         """The present configuration less one model."""
-        config = self._daemon.config
+        config = self._current.config
         return replace(config, models={key: model for key, model in config.models.items() if key != name})
 
     def _known(self, name: str, config: Config) -> ModelConfig | None:
@@ -89,7 +102,7 @@ class RuntimeModels:
         return next((model for model in config.models.values() if name in model.aliases), None)
 
     def _unused(self, name: str) -> bool:
-        snapshot = self._daemon.control.snapshot()
+        snapshot = self._back.now.snapshot() if self._back.now else None
         view = next((view for view in snapshot.models if view.name == name), None) if snapshot else None
         idle = view is None or not (view.leases or view.in_flight or view.queued)
         return idle or (view is not None and view.state is State.FAILED)

@@ -1,0 +1,118 @@
+"""The policy's shortcuts change no decision: held equal to the plain search in random situations."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from unittest.mock import patch
+
+import pytest
+
+from vllmd.core.policies import Adaptive, _Turns
+from vllmd.core.policy import (
+    INFINITY,
+    DeviceSupply,
+    Knobs,
+    Move,
+    OffloadOption,
+    Plan,
+    PolicyInput,
+    Resident,
+    Waiting,
+)
+
+NOW = 1000.0
+
+
+def resident(rng: random.Random, name: str, devices: int) -> Resident:
+    """Asleep, idle or busy; some can be frozen, or have a drain limit."""
+    asleep, size = rng.random() < 0.3, rng.choice((5, 10, 20, 40))
+    stop = OffloadOption(0, 1 if asleep else size, 3.0, rng.choice((2.0, 40.0)), rng.choice((0.0, 3.0)))
+    nap = OffloadOption(1, size - 1, rng.choice((0.1, 1.0)), 1.0, rng.choice((0.0, 1.0)))
+    busy = not asleep and rng.random() < 0.6
+    return Resident(
+        model=name,
+        devices=tuple(sorted(rng.sample(range(devices), rng.choice((1, 1, 1, min(2, devices)))))),
+        asleep=asleep,
+        options=(stop,) if asleep else (nap, stop),
+        since=NOW - rng.choice((0.5, 5.0, 500.0)),
+        used=NOW - rng.choice((0.0, 5.0, 500.0)),
+        running=rng.choice((1, 2, 5)) if busy else 0,
+        queued=0,
+        service=4.0,
+        rate=rng.choice((0.0, 0.02, 1.0)),
+        rate_long=rng.choice((0.0, 0.05)),
+        rate_at=NOW,
+        freezable=rng.random() < 0.1,
+        refrozen=False,
+        priority=rng.choice((1.0, 1.0, 5.0)),
+        drain_limit=rng.choice((INFINITY, INFINITY, INFINITY, 10.0)),
+        began=NOW - 3.0 if busy else INFINITY,
+        need=size,
+        allowed=tuple(range(devices)),
+    )
+
+
+def waiting(rng: random.Random, name: str, devices: int) -> Waiting:
+    """A sleeper where it sleeps, which may be able to move, or one that can start anywhere."""
+    count, age, need = rng.choice((1, 1, 6)), rng.choice((0.0, 1.0, 20.0, 70.0, 200.0)), rng.choice((4, 9, 19, 39))
+    span = rng.choice((1, 1, 1, min(2, devices)))
+    where = tuple(sorted(rng.sample(range(devices), span))) if rng.random() < 0.8 else tuple(range(devices))
+    stop = OffloadOption(0, 1, 3.0, 20.0)
+    move = Move(stop, 23.0, rng.choice((0.0, 23.0)), need, tuple(range(devices))) if rng.random() < 0.3 else None
+    load = rng.choice((0.5, 1.0, 30.0))
+    return Waiting(
+        model=name,
+        waiters=count,
+        arrived=count * (NOW - age),
+        oldest=NOW - age,
+        load=load,
+        sleep=1.0,
+        service=4.0,
+        need=need,
+        devices=where,
+        span=span,
+        priority=rng.choice((1.0, 1.0, 3.0)),
+        impatient=rng.random() < 0.1,
+        learnt=rng.choice((0.0, load)),
+        move=move if len(where) == span else None,
+    )
+
+
+def situation(rng: random.Random) -> PolicyInput:
+    """One to four devices, more or less full."""
+    count = rng.choice((1, 2, 4))
+    supplies = {}
+    for index in range(count):
+        free, claimed = rng.choice((-3, 0, 0, 4, 20)), rng.random() < 0.2
+        busy = rng.choice((0.0, 0.0, 0.5, 30.0))
+        supplies[index] = DeviceSupply(index, free, free + rng.choice((0, 10, 40, 80)), busy, claimed, 2.0 * claimed)
+    residents = [resident(rng, f"r{n}", count) for n in range(rng.randrange(9))]
+    waiters = [waiting(rng, f"w{n}", count) for n in range(rng.randrange(1, 6))]
+    return PolicyInput(NOW, sorted(waiters, key=lambda w: (w.oldest, w.model)), residents, supplies, Knobs())
+
+
+def plain(s: PolicyInput) -> Plan | None:
+    """The same policy with every search made in full."""
+
+    def everybody(self: _Turns, w: Waiting) -> Iterable[Resident]:
+        return [r for r in self.s.residents if not set(r.devices).isdisjoint(w.devices)]
+
+    with (
+        patch.object(_Turns, "must_wait", lambda self, w: False),
+        patch.object(_Turns, "closed", lambda self, w: False),
+        patch.object(_Turns, "_on", everybody),
+    ):
+        return Adaptive().choose(s)
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_no_shortcut_changes_a_decision(block: int) -> None:
+    """Two thousand situations in all; most have a plan, and many have none."""
+    rng, plans = random.Random(block), 0
+    for _ in range(500):
+        s = situation(rng)
+        expected = plain(s)
+        assert Adaptive().choose(s) == expected, s
+        plans += expected is not None
+    assert 150 < plans < 450

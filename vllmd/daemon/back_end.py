@@ -1,0 +1,109 @@
+"""What is behind the listeners: the core, the engines, the devices, the launcher. ``startup`` builds it, whole."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from vllmd.core import events
+from vllmd.core.types import ReplicaView, Snapshot, State
+from vllmd.daemon.adapter_loader import provide
+from vllmd.daemon.device_readings import DeviceReadings
+from vllmd.daemon.device_watch import DeviceWatch
+from vllmd.daemon.dispatcher import Dispatcher
+from vllmd.daemon.engine_manager import EngineManager
+from vllmd.daemon.learnt import Learnt
+from vllmd.daemon.memory import Memory
+from vllmd.daemon.offers import ORDER
+from vllmd.daemon.serializers import state_of
+from vllmd.engines.base import Listen
+from vllmd.errors import EngineFailed
+from vllmd.launcher.client import LauncherClient
+
+
+@dataclass(frozen=True)
+class BackEnd:
+    """Implements ``daemon.admission_gate.BackEnd``. ``launched_by``: the launcher's way to start engines."""
+
+    launched_by: str
+    launcher: LauncherClient
+    dispatcher: Dispatcher
+    engines: EngineManager
+    memory: Memory
+    devices: DeviceWatch
+    readings: DeviceReadings
+    learnt: Learnt
+
+    def post(self, event: events.Event) -> None:
+        """Hand an event to the core."""
+        self.dispatcher.post(event)
+
+    def snapshot(self) -> Snapshot:
+        """How everything stands. It is drawn anew each time, of all models: ask once and pass it on."""
+        return self.dispatcher.scheduler.snapshot(self.dispatcher.now())
+
+    def address_of(self, replica: str) -> Listen | None:
+        """Where the replica's engine listens; None if there is none."""
+        process = self.engines.processes.get(replica)
+        return process.listen if process else None
+
+    async def provide(self, replica: str, adapter: str, waits: Callable[[], None]) -> None:
+        """Have the replica's engine load the adapter, unless it has it. Raises EngineFailed."""
+        process = self.engines.processes.get(replica)
+        if process is None:
+            raise EngineFailed(f"the engine of {replica} is gone")
+        await provide(process, adapter, waits)
+
+    def nearest(self, models: Sequence[str]) -> str:
+        """Of these models the one that will answer soonest, by its state; of several that run the least busy one."""
+        views = {view.name: view for view in self.snapshot().models}
+
+        def distance(name: str) -> tuple[int, int]:
+            view = views.get(name)
+            if view is None:
+                return len(ORDER) + 1, 0
+            busy = view.in_flight + view.queued if view.state is State.READY else 0
+            return ORDER.get(state_of(view), len(ORDER)), busy
+
+        return min(models, key=distance)
+
+    def unreached(self, replica: str) -> None:
+        """Nobody listens where the replica's engine should."""
+        self.engines.answered(replica, 0, failed=True)
+
+    def phase_of(self, model: str) -> str:
+        """What clients who wait for the model are told: ``weights``, ``waking``, ...; "" while nothing is done."""
+        replica, state = self.dispatcher.scheduler.foremost(model)
+        if state is State.WAKING:
+            return str(state.value)
+        if state is not State.STARTING:
+            return ""
+        process = self.engines.processes.get(replica)
+        return str((process.phase.phase if process else "") or state.value)
+
+    async def note_idle(self) -> None:
+        """Leave each engine's idle clock beside its cgroup, for the next daemon."""
+        now = time.time()
+        for view in replicas(self.snapshot()):
+            process = self.engines.processes.get(view.id)
+            if process and view.idle is not None:
+                await self.engines.annotate(process, idle_since=f"{now - view.idle:.0f}")
+
+    async def keep_learnt(self) -> None:
+        """Write down what was learnt of the models."""
+        self.learnt.costs = self.dispatcher.scheduler.costs.to_dict()
+        await asyncio.to_thread(self.learnt.save)
+
+    async def close(self) -> None:
+        """Nothing more is decided, and the launcher is left alone."""
+        self.dispatcher.close()
+        with contextlib.suppress(OSError):
+            await self.launcher.close()
+
+
+def replicas(snapshot: Snapshot) -> list[ReplicaView]:
+    """How each engine stands."""
+    return [view for model in snapshot.models for view in model.replicas]

@@ -1,0 +1,134 @@
+"""What changes, counted and told to whoever follows: ``vllmctl watch``, the progress of a load."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from vllmd.admin.counters import Counters
+from vllmd.core import events
+from vllmd.core.types import Decision, ReplicaView
+from vllmd.daemon.current import Current
+from vllmd.daemon.learnt import Learnt
+from vllmd.daemon.serializers import state_of
+
+if TYPE_CHECKING:
+    from vllmd.daemon.dispatcher import Dispatcher
+
+WATCH_BACKLOG = 1000  # news kept for a watcher that does not read; then the oldest are lost to it
+OUTCOMES: dict[type, tuple[str, bool]] = {  # what an engine's event ends, and whether it failed
+    events.EngineReady: ("start", False),
+    events.EngineStartFailed: ("start", True),
+    events.EngineAwake: ("wake", False),
+    events.EngineWakeFailed: ("wake", True),
+    events.EngineAsleep: ("sleep", False),
+    events.EngineSleepFailed: ("sleep", True),
+    events.EngineStopped: ("stop", False),
+    events.EngineExited: ("exit", True),
+}
+ENDINGS = frozenset({"stop", "exit"})  # changes after which the engine's process is gone
+
+
+class Changes:
+    """Hears of decisions and engines' events as they pass; keeps nothing but who follows."""
+
+    def __init__(
+        self, current: Current, counters: Counters, learnt: Learnt, engine_gone: Callable[[str], None]
+    ) -> None:
+        """``engine_gone`` is called with the id of an engine whose process has ended."""
+        self._current = current
+        self._counters = counters
+        self._learnt = learnt
+        self._engine_gone = engine_gone
+        self._watchers: set[asyncio.Queue[dict[str, Any]]] = set()
+        self._changed = asyncio.Event()
+        self._followers = 0  # how many wait for a change
+
+    # -- what is heard
+
+    def decided(self, decision: Decision, now: float) -> None:
+        """The core has decided something, at ``now`` by its clock."""
+        self._counters.decided(decision)
+        told = dated(decision, now)
+        if told["model"]:
+            self._learnt.decided(told)
+        if self._watchers:
+            self._tell(told)
+
+    def engine_event(self, event: events.Event, dispatcher: Dispatcher) -> None:
+        """An engine's event on its way to the core: count it, hand it on, and say what became of the engine."""
+        if (outcome := OUTCOMES.get(type(event))) is None:
+            dispatcher.post(event)
+            return
+        change, failed = outcome
+        engine: str = getattr(event, "replica", "")
+        before = _view(dispatcher, engine)
+        took = (before.since or 0.0) if before else 0.0
+        self._counters.changed(self._current.model_of(engine), change, took, failed=failed)
+        dispatcher.post(event)
+        if change in ENDINGS:
+            self._engine_gone(engine)
+        if self._watchers:
+            now = _view(dispatcher, engine)
+            what, why = f"{change} failed" if failed else change, getattr(event, "reason", "") or f"{change} done"
+            state = state_of(now) if now else ""
+            self._tell({"at": time.time(), "what": what, "model": engine, "why": why, "numbers": {}, "state": state})
+
+    def stir(self) -> None:
+        """Something changed: wake whoever follows."""
+        if self._followers:
+            self._changed.set()
+            self._changed = asyncio.Event()
+
+    def _tell(self, news: dict[str, Any]) -> None:
+        for queue in self._watchers:
+            if queue.full():
+                queue.get_nowait()
+            queue.put_nowait(news)
+
+    # -- who follows
+
+    @contextlib.contextmanager
+    def following(self) -> Iterator[None]:
+        """While it lasts, ``next_change`` may be asked for."""
+        self._followers += 1
+        try:
+            yield
+        finally:
+            self._followers -= 1
+
+    @property
+    def next_change(self) -> asyncio.Event:
+        """Set at the next change. Take it before looking, so that what changes while one looks is not missed."""
+        return self._changed
+
+    async def changed(self, limit: float) -> None:
+        """Wait until something has happened, at most ``limit`` seconds."""
+        with self.following(), contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit):
+                await self._changed.wait()
+
+    async def watch(self) -> AsyncIterator[dict[str, Any]]:
+        """Decisions as they are made, and what became of them."""
+        queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue(WATCH_BACKLOG)
+        self._watchers.add(queue)
+        try:
+            while True:
+                yield await queue.get()
+        finally:
+            self._watchers.discard(queue)
+
+
+def dated(decision: Decision, now: float) -> dict[str, Any]:
+    """The decision with Unix time instead of the core's clock, which shows ``now``; about a replica where it is."""
+    at = time.time() - now + decision.at
+    told = {"what": decision.what, "why": decision.why, "numbers": dict(decision.numbers)}
+    return {**told, "model": decision.replica or decision.model, "at": at}
+
+
+def _view(dispatcher: Dispatcher, engine: str) -> ReplicaView | None:
+    seen = dispatcher.scheduler.snapshot(dispatcher.now())
+    return next((each for model in seen.models for each in model.replicas if engine in (each.id, model.name)), None)

@@ -1,0 +1,80 @@
+"""What all parts of the daemon share: where it runs, the configuration in force, and what is there only later."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+from vllmd.config.replicas import engines_of
+from vllmd.config.types import Config, ModelConfig
+
+T = TypeVar("T")
+
+
+class Take(Protocol):
+    """Goes on with another configuration, if that is ``still`` right when the core is told. Raises Conflict if not."""
+
+    def __call__(self, config: Config, still: Callable[[], bool] = ..., /) -> Awaitable[dict[str, Any]]:
+        """The answer has what changed."""
+
+
+@dataclass(frozen=True)
+class RuntimeEnvironment:
+    """Where this daemon runs, from its environment."""
+
+    launcher: str = ""  # socket path; "" makes a private launcher that takes its engines along
+    run_dir: Path = Path("/run/vllmd-engine")
+    home: Path | None = None  # of the engines
+    homes: Path | None = None  # where those of models with a user of their own are
+    cache: Path | None = None
+    learnt: Path | None = None  # the file of figures that are kept over restarts; None: none are
+    logs: Path | None = None
+    activated: bool = False  # listeners came from systemd: exit when idle
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+class Current:
+    """The configuration in force. A reload replaces it as a whole; whoever needs a setting reads it here each time."""
+
+    def __init__(self, config: Config, broken: str = "") -> None:
+        self.broken = broken  # why the configuration cannot be used, if it cannot
+        self.config = config
+        self.engines: Mapping[str, ModelConfig] = engines_of(config.models)  # by the id that the core knows each by
+
+    def take(self, config: Config) -> None:
+        """This configuration is in force from now on."""
+        self.config, self.broken = config, ""
+        self.engines = engines_of(config.models)
+
+    def model_of(self, engine: str) -> str:
+        """The model of an engine."""
+        config = self.engines.get(engine)
+        return (config.replica_of if config else "") or engine
+
+    def engines_of(self, model: str) -> list[str]:
+        """The ids of the engines that a model is to have, or the one id."""
+        found = [name for name, engine in self.engines.items() if model in (name, engine.replica_of)]
+        return found or [model]
+
+
+class Later(Generic[T]):
+    """One thing that is there once, later: the back end, while the front end serves already."""
+
+    def __init__(self) -> None:
+        self.now: T | None = None  # once it is there
+        self._there = asyncio.Event()
+
+    async def wait(self) -> T:
+        """Wait until it is there."""
+        await self._there.wait()
+        if self.now is None:
+            raise RuntimeError("it was said to be there, and is not")
+        return self.now
+
+    def set(self, thing: T) -> None:
+        """It is there."""
+        self.now = thing
+        self._there.set()

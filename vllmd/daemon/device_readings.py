@@ -1,0 +1,45 @@
+"""Tells the core what the devices hold, and which of them must not be used."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from vllmd.core import events
+from vllmd.daemon.dispatcher import Dispatcher
+from vllmd.daemon.engine_manager import EngineManager
+from vllmd.daemon.memory import Memory
+
+log = logging.getLogger("vllmd")
+
+
+class DeviceReadings:
+    """Remembers what the core was told last, so that it is told once."""
+
+    def __init__(self, memory: Memory, engines: EngineManager, dispatcher: Dispatcher) -> None:
+        self._memory = memory
+        self._engines = engines
+        self._dispatcher = dispatcher
+        self._trouble = ""  # what the core was last told of the devices
+        self._avoided: tuple[Mapping[int, str], Mapping[int, str]] = ({}, {})
+
+    async def look(self) -> None:
+        """Tell the core what the devices hold now, if they say."""
+        memory, dispatcher = self._memory, self._dispatcher
+        seen = dispatcher.scheduler.snapshot(dispatcher.now())
+        views = [view for model in seen.models for view in model.replicas]
+        expected = {(view.id, index): view.memory for view in views for index in view.devices}
+        sampled = await memory.report(self._engines.processes, expected)
+        if sampled is None and memory.readable:  # the driver hangs: nobody knows what others hold
+            sampled = events.MemorySampled({}, {}, {device.index: "no answer" for device in memory.inventory})
+        if sampled:
+            dispatcher.post(sampled)
+        if memory.readable and memory.trouble != self._trouble:
+            if self._trouble:
+                log.info("the devices answer again")
+            dispatcher.post(events.DevicesChanged(memory.inventory, memory.trouble))
+        self._trouble = memory.trouble
+        ill, lost = (memory.last.ill, memory.last.lost) if memory.last else ({}, {})
+        if (ill, lost) != self._avoided:
+            self._avoided = (dict(ill), dict(lost))
+            dispatcher.post(events.DevicesTroubled(dict(ill), dict(lost)))

@@ -1,0 +1,128 @@
+"""What clients meet: listeners, authentication, quotas, the admission gate. There at once, before any device is found.
+
+``front_end`` builds it, whole; ``startup.back_end`` builds what is behind it, and ``FrontEnd.open`` lets requests
+through to that. Clients who come earlier wait at the gate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllmd.admin.control import Control
+from vllmd.admin.counters import Counters
+from vllmd.config.types import Config
+from vllmd.daemon.admission_gate import AdmissionGate
+from vllmd.daemon.changes import Changes
+from vllmd.daemon.current import Current, Later, RuntimeEnvironment, Take
+from vllmd.daemon.engine_resolver import EngineResolver
+from vllmd.daemon.failure_text import places
+from vllmd.daemon.following import Following
+from vllmd.daemon.instances import Instances
+from vllmd.daemon.learnt import Learnt
+from vllmd.daemon.listeners import Listeners
+from vllmd.daemon.operator_commands import OperatorCommands
+from vllmd.daemon.quotas import Quotas
+from vllmd.daemon.runtime_models import RuntimeModels, addresses
+from vllmd.daemon.status import Status
+from vllmd.errors import Unavailable
+from vllmd.proxy.forward import Relay
+from vllmd.proxy.limits import Limits
+
+if TYPE_CHECKING:
+    from vllmd.daemon.back_end import BackEnd
+
+log = logging.getLogger("vllmd")
+
+SHUTTING_DOWN = "vllmd is shutting down; try again in a few seconds"
+
+
+@dataclass(frozen=True)
+class FrontEnd:
+    """All that serves before, and while, there is a back end."""
+
+    runtime: RuntimeEnvironment
+    current: Current
+    resolver: EngineResolver
+    counters: Counters
+    gate: AdmissionGate
+    changes: Changes
+    learnt: Learnt
+    status: Status
+    instances: Instances
+    runtime_models: RuntimeModels
+    changing: asyncio.Lock  # one change of the configuration at a time
+    listeners: Listeners
+    back: Later[BackEnd]
+
+    def open(self, back: BackEnd) -> None:
+        """Let requests through."""
+        self.back.set(back)
+        self.gate.open(back)
+
+    def accept(self, config: Config) -> None:
+        """Serve by this configuration from now on."""
+        logging.getLogger().setLevel(config.log_level.upper())
+        self.current.take(config)
+        self.gate.refusal = None
+        self.gate.configure(config.models, self.current.engines, config.server.keep_alive_limit, config.pools)
+        self.listeners.configure(config)
+
+    def turn_away(self) -> None:
+        """Whoever waits or comes is told to come back; answers that have begun go on."""
+        self.gate.refusal = Unavailable(SHUTTING_DOWN, retry_after=5)
+        self.gate.reject_waiting(SHUTTING_DOWN)
+
+
+def front_end(
+    config: Config,
+    broken: str,
+    runtime: RuntimeEnvironment,
+    sockets: Mapping[str, Sequence[socket.socket]],
+    take: Take,
+    reload: Callable[[], Awaitable[dict[str, Any]]],
+) -> FrontEnd:
+    """Everything but the first accept(). ``broken``: why the configuration cannot be used, "" if it can."""
+    current, back, changing = Current(config, broken), Later["BackEnd"](), asyncio.Lock()
+    resolver, counters, quotas = EngineResolver(), Counters(), Quotas(config.auth.keys)
+    gate = AdmissionGate(resolver, quotas, counters)
+    gate.configure(config.models, current.engines, config.server.keep_alive_limit, config.pools)
+    if broken:  # what is wrong there is for those who may read it: operators, and the log
+        what = f"vllmd's configuration is invalid, tell its administrator: {places(broken)}"
+        gate.refusal = Unavailable(what)
+    limits = Limits.of(config.server)
+    relay = Relay(gate, limits)
+    learnt = Learnt(runtime.learnt)
+    changes = Changes(current, counters, learnt, relay.requests.responses.forget)
+    instances = Instances(current, back, take, changing)
+    runtime_models = RuntimeModels(current, back, take, changing, instances.plain, addresses(sockets.get("http", ())))
+    status = Status(current, runtime, resolver, gate, learnt, back, lambda: listeners.connections)
+    commands, following = OperatorCommands(back, instances, reload), Following(current, status, changes, back)
+    control = Control(counters, status, commands, following, runtime_models)
+
+    def outcome(model: str, answered: int, failed: bool) -> None:
+        """What became of a request; of several replicas the scheduler itself judges."""
+        known = current.config.models.get(model)
+        if back.now is not None and known and not known.replicas:
+            back.now.engines.answered(model, answered, failed=failed)
+
+    listeners = Listeners(config, gate, quotas, control, relay, limits, sockets, outcome)
+    return FrontEnd(
+        runtime=runtime,
+        current=current,
+        resolver=resolver,
+        counters=counters,
+        gate=gate,
+        changes=changes,
+        learnt=learnt,
+        status=status,
+        instances=instances,
+        runtime_models=runtime_models,
+        changing=changing,
+        listeners=listeners,
+        back=back,
+    )

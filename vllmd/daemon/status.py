@@ -1,0 +1,313 @@
+"""What clients and operators are shown. A ``Sight`` is one moment; what is told of it are pure functions of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Callable, Mapping, Set
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import vllmd
+from vllmd.admin.control import Gauges
+from vllmd.config.types import Config, ModelConfig
+from vllmd.core.types import Decision, ModelView, ReplicaView, Snapshot, State
+from vllmd.daemon.admission_gate import AdmissionGate
+from vllmd.daemon.changes import dated
+from vllmd.daemon.current import Current, Later, RuntimeEnvironment
+from vllmd.daemon.engine_resolver import EngineResolver
+from vllmd.daemon.failure_text import places
+from vllmd.daemon.learnt import Learnt
+from vllmd.daemon.processes import gpus
+from vllmd.daemon.self_description import Descriptions
+from vllmd.daemon.serializers import about, card, health, line, state_of
+from vllmd.errors import BadRequest, Conflict, Unavailable, UnknownModel, UpstreamFailed
+from vllmd.proxy.access import ANYBODY, Caller
+from vllmd.proxy.upstream import request
+
+if TYPE_CHECKING:
+    from vllmd.daemon.back_end import BackEnd
+    from vllmd.daemon.engine_process import EngineProcess
+
+SCRAPE_LIMIT = 5.0  # seconds for an engine to tell its metrics
+SCRAPE_SAMPLE = 0.5  # seconds for the devices to be read; without an answer the last reading is shown
+
+
+@dataclass(frozen=True)
+class Sight:
+    """How everything stands at one moment. ``snapshot`` and ``back`` are None until devices and engines are found."""
+
+    config: Config
+    engines: Mapping[str, ModelConfig]  # by id
+    broken: str
+    requests: int
+    connections: int
+    back: BackEnd | None
+    snapshot: Snapshot | None
+
+
+def status(seen: Sight, started: float) -> dict[str, Any]:
+    """Everything that ``vllmctl`` shows. ``started`` is in Unix time."""
+    shown = {
+        "version": vllmd.__version__,
+        "pid": os.getpid(),
+        "uptime": time.time() - started,
+        "policy": seen.config.policy,
+        "opened": seen.snapshot is not None,
+        "configuration": {"files": [str(path) for path in seen.config.files], "error": seen.broken},
+        "requests": seen.requests,
+        "connections": seen.connections,
+    }
+    if seen.snapshot is None or seen.back is None:
+        return {**shown, "backend": "", "source": "", "trouble": "", "devices": [], "models": [],
+                "host_memory": {"budget": 0, "promised": 0}}  # fmt: skip
+    memory, snapshot = seen.back.memory, seen.snapshot
+    return {
+        **shown,
+        "backend": seen.back.launched_by,
+        "source": memory.source,
+        "trouble": memory.trouble,
+        "devices": [{**asdict(device), **memory.about(device.index)} for device in snapshot.devices],
+        "host_memory": {"budget": snapshot.host_memory, "promised": snapshot.host_promised},
+        "models": [model_line(seen, view) for view in snapshot.models],
+    }
+
+
+def model_line(seen: Sight, view: ModelView) -> dict[str, Any]:
+    """A model's line, with those of its replicas in it."""
+    if not view.balanced:
+        return _line(seen, view, view.replicas[0].id)
+    lines = [_replica_line(seen, each, view.name) for each in view.replicas]
+    leading = next((each["name"] for each in lines if each["state"] == state_of(view)), lines[0]["name"])
+    told = {"replicas": lines, "serving": view.serving, "degraded": view.degraded, "replica_of": view.name}
+    config = seen.config.models.get(view.name)
+    return {**_line(seen, view, leading), "config": about(config) if config else {}, **told}
+
+
+def _replica_line(seen: Sight, view: ReplicaView, model: str) -> dict[str, Any]:
+    return {**_line(seen, view, view.id), "replica_of": model}
+
+
+def _line(seen: Sight, view: ModelView | ReplicaView, engine: str) -> dict[str, Any]:
+    if seen.back is None:
+        return line(view, seen.engines.get(engine), None, None, None)
+    engines, watts = seen.back.engines, seen.back.memory.power.watts.get(engine)
+    process = engines.processes.get(engine)
+    shown = line(view, seen.engines.get(engine), process, engines.last_start.get(engine), watts)
+    if view.since is None and (runs := seen.back.learnt.runs.get(engine)):  # an earlier daemon's engine
+        shown["since"] = max(0.0, time.time() - runs[-1][1])
+    return shown
+
+
+def line_of(seen: Sight, model: str) -> dict[str, Any]:
+    """One model's line, or one replica's. Raises UnknownModel."""
+    for view in seen.snapshot.models if seen.snapshot else ():
+        if view.name == model:
+            return model_line(seen, view)
+        for each in view.replicas:
+            if each.id == model:
+                return _replica_line(seen, each, view.name)
+    raise UnknownModel(f"the model {model!r} is no longer configured", param="model")
+
+
+def views_of(snapshot: Snapshot | None, model: str) -> list[ReplicaView]:
+    """How each engine of the model stands, or the one of that id."""
+    views = [(view.name, each) for view in (snapshot.models if snapshot else ()) for each in view.replicas]
+    return [each for name, each in views if model in (name, each.id)]
+
+
+def concerns(decision: Decision, names: Set[str]) -> bool:
+    """Whether it is about one of them, or makes it leave."""
+    victims = str(decision.numbers.get("victims", "")).split(",")
+    return (decision.replica or decision.model) in names or any(v.rpartition(":")[0] in names for v in victims)
+
+
+class Status:
+    """Implements ``vllmd.admin.control.Status``: takes a sight, and tells what is asked of it. Changes nothing."""
+
+    def __init__(
+        self,
+        current: Current,
+        runtime: RuntimeEnvironment,
+        resolver: EngineResolver,
+        gate: AdmissionGate,
+        learnt: Learnt,
+        back: Later[BackEnd],
+        connections: Callable[[], int],
+    ) -> None:
+        self._current = current
+        self._runtime = runtime
+        self._resolver = resolver
+        self._gate = gate
+        self._learnt = learnt
+        self._back = back
+        self._connections = connections
+        self._started = time.time()
+        self._descriptions = Descriptions()
+        self._kinds: tuple[Config, dict[str, str]] | None = None  # repository -> kind of model, once asked for
+
+    def sight(self) -> Sight:
+        """How everything stands now."""
+        current, back = self._current, self._back.now
+        snapshot = back.snapshot() if back else None
+        connections, requests = self._connections(), self._gate.requests
+        return Sight(current.config, current.engines, current.broken, requests, connections, back, snapshot)
+
+    async def opened(self) -> None:
+        """Wait until devices and engines have been found."""
+        await self._back.wait()
+
+    def snapshot(self) -> Snapshot | None:
+        """The core's own words; None until the daemon has found its devices and engines."""
+        return self._back.now.snapshot() if self._back.now else None
+
+    def status(self) -> dict[str, Any]:
+        """Everything that ``vllmctl`` shows."""
+        return status(self.sight(), self._started)
+
+    def health(self) -> dict[str, Any]:
+        """Whether we are well, with devices and models as P's document has them."""
+        seen = self.sight()
+        views, devices = (seen.snapshot.models, seen.snapshot.devices) if seen.snapshot else ((), ())
+        trouble = seen.back.memory.trouble if seen.back else ""
+        return health(views, devices, places(seen.broken), trouble, ready=seen.snapshot is not None)
+
+    def line(self, model: str) -> dict[str, Any]:
+        """One model's line of ``status``, or one replica's. Raises Unavailable while the daemon opens, UnknownModel."""
+        self._opened()
+        return line_of(self.sight(), model)
+
+    def decisions(self, model: str) -> list[dict[str, Any]]:
+        """The last decisions, oldest first; about a model also the last ones of earlier daemons."""
+        back, names = self._back.now, {model, *self._current.engines_of(model)}
+        kept = [each for name in names for each in self._learnt.decisions.get(name, ())]
+        before = sorted((each for each in kept if each["at"] < self._started), key=lambda each: float(each["at"]))
+        if back is None:
+            return before
+        now, made = back.dispatcher.now(), back.snapshot().decisions
+        return [*before, *(dated(each, now) for each in made if not model or concerns(each, names))]
+
+    async def models(self) -> list[dict[str, Any]]:
+        """Every model for ``/v1/models``."""
+        config = self._current.config
+        if self._kinds is None or self._kinds[0] is not config:
+            self._kinds = config, await asyncio.to_thread(_kinds, self.cache())
+        files, seen = self._kinds[1], self.sight()
+        views = {view.name: view for view in seen.snapshot.models} if seen.snapshot else {}
+        said = await self._descriptions.of(_serving(seen))
+        cards = []
+        for model in seen.config.models.values():
+            engines = self._current.engines_of(model.name)
+            first = seen.engines[engines[0]]
+            own = next((said[engine] for engine in engines if engine in said), None)
+            routes, files_kind = self._resolver(first).routes(first), files.get(model.source, "")
+            cards.append(card(model, routes, views.get(model.name), files_kind, own))
+        return [*cards, *self._gate.offers.cards(cards)]
+
+    def cache(self) -> Path:
+        """The engines' Hugging Face cache."""
+        from vllmd.hub import cache_of  # not before the first client
+
+        return cache_of(self._runtime.environment, self._current.config.engines.home or self._runtime.home)
+
+    async def gauges(self) -> Gauges:
+        """How things stand; the devices are read for it, if they answer soon."""
+        back = self._back.now
+        if back is not None and not back.memory.hangs:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(back.memory.sample(), SCRAPE_SAMPLE)
+        seen = self.sight()
+        if back is None:
+            return Gauges(seen.snapshot, seen.connections, seen.requests, valid=not seen.broken)
+        memory, starts = back.memory, dict[str, float]()
+        devices = memory.last.devices if memory.last and memory.readable else {}
+        for engine, seconds in back.engines.last_start.items():
+            model = self._current.model_of(engine)
+            starts[model] = max(seconds, starts.get(model, 0.0))  # of several replicas the slowest one's
+        return Gauges(
+            seen.snapshot,
+            seen.connections,
+            seen.requests,
+            valid=not seen.broken,
+            last_starts=starts,
+            used={index: device.used for index, device in devices.items()},
+            power={index: device.power for index, device in devices.items() if device.power is not None},
+            load={i: device.utilisation / 100 for i, device in devices.items() if device.utilisation is not None},
+            energy=dict(memory.power.device_joules),
+            temperature={i: each.temperature for i, each in devices.items() if each.temperature is not None},
+            throttled={index: bool(device.throttled) for index, device in devices.items()},
+            model_power=self._by_model(memory.power.watts),
+            model_energy=self._by_model(memory.power.joules),
+        )
+
+    def _by_model(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The sums over each model's engines."""
+        sums: dict[str, float] = {}
+        for engine, value in values.items():
+            model = self._current.model_of(engine)
+            sums[model] = sums.get(model, 0.0) + value
+        return sums
+
+    async def gpus(self) -> list[dict[str, Any]]:
+        """M's ``GPUInfo`` of every device."""
+        return await gpus((await self._back.wait()).memory)
+
+    async def scrape(self, model: str) -> bytes:
+        """The engine's own metrics."""
+        process = self._opened().engines.processes.get(self.only(model))
+        if process is None or process.ready_after is None:
+            raise Conflict(f"{model} has no engine now that could tell its metrics")
+        answered, _, body = await request(process.listen, "GET", "/metrics", timeout=SCRAPE_LIMIT)
+        if answered != 200:
+            raise UpstreamFailed(f"the engine of {model} answered /metrics with {answered}")
+        return body
+
+    def resolve(self, name: str, caller: Caller = ANYBODY) -> str:
+        """The configured name of a model, or the id of a replica. Raises UnknownModel, Forbidden."""
+        found = self._gate.resolve_engine(name, caller)
+        caller.check(self._current.model_of(found), name)
+        return found
+
+    def called(self, name: str, caller: Caller = ANYBODY) -> str:
+        """The configured name of a model, an adapter, a variant or a pool. Raises UnknownModel, Forbidden."""
+        found = self._gate.called(name, caller)
+        caller.check(found, name)
+        return found
+
+    def only(self, model: str) -> str:
+        """The one engine that is meant. Raises BadRequest if there are several."""
+        engines = self._current.engines_of(model)
+        if len(engines) > 1:
+            raise BadRequest(f"{model} has several engines, name one: {', '.join(engines)}", param="model")
+        return engines[0]
+
+    def types(self) -> list[str]:
+        """The kinds of engines that there are."""
+        from vllmd.engines import engine_names
+
+        return engine_names()
+
+    def _opened(self) -> BackEnd:
+        """The back end. Raises Unavailable while it is not there."""
+        if self._back.now is None:
+            raise Unavailable("vllmd is still looking for its devices and engines; try again", retry_after=1)
+        return self._back.now
+
+
+def _serving(seen: Sight) -> list[EngineProcess]:
+    """The engines that can be asked now without waking or delaying anything."""
+    if seen.back is None or seen.snapshot is None:
+        return []
+    ready = {view.name for view in seen.snapshot.models if view.state is State.READY}
+    ready |= {each.id for view in seen.snapshot.models for each in view.replicas if each.state is State.READY}
+    return [process for name, process in seen.back.engines.processes.items() if name in ready]
+
+
+def _kinds(cache: Path) -> dict[str, str]:
+    """What each repository in the cache is for; reads their files."""
+    from vllmd.hub import discover
+
+    return {found.name: found.kind for found in discover(cache)}
