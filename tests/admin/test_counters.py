@@ -9,14 +9,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from vllmd.admin.control import Gauges
 from vllmd.admin.counters import Counters, Histogram
 from vllmd.admin.exposition import expose
-from vllmd.core.types import Decision, DeviceView, ModelView, ReplicaView, Snapshot, State
+from vllmd.core.types import Decision, DeviceView, ModelView, ReplicaView, Snapshot, State, View
 
 ENGINE = ReplicaView("m", State.SLEEPING, 1, (0,), 7 << 30, 2, 3, 1.5, None, 9.0, True, ("l",), "", "")
 
 
 def model(name: str, *replicas: ReplicaView, balanced: bool = False) -> ModelView:
     """Of these engines, in the state of the first."""
-    shared = {field.name for field in fields(ModelView)} & {field.name for field in fields(ReplicaView)}
+    shared = {field.name for field in fields(View)} - {"name"}
     each = {name: getattr(replicas[0], name) for name in shared}
     return ModelView(name=name, replicas=replicas, balanced=balanced, serving=1, degraded=False, **each)
 
@@ -96,9 +96,9 @@ def test_how_things_stand() -> None:
 
 def test_replicas_are_told_apart_beside_their_model() -> None:
     """The model has all that they hold and run; a model with one engine has no series of replicas."""
-    one = replace(ENGINE, id="m@1", state=State.READY, standing="serving", latency=0.25, in_flight=2)
-    two = replace(ENGINE, id="m@2", state=State.STOPPED, devices=(), in_flight=0)
-    models = (model("m", one, two, balanced=True), model("n", replace(ENGINE, id="n")))
+    one = replace(ENGINE, name="m@1", state=State.READY, standing="serving", latency=0.25, in_flight=2)
+    two = replace(ENGINE, name="m@2", state=State.STOPPED, devices=(), in_flight=0)
+    models = (model("m", one, two, balanced=True), model("n", replace(ENGINE, name="n")))
     read = samples(Counters(), Gauges(replace(SNAPSHOT, models=models)))
     assert read["vllmd_model_state{model=m,state=running}"] == 1
     assert read["vllmd_model_memory_bytes{device=0,model=m}"] == 7 << 30

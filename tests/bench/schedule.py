@@ -34,12 +34,12 @@ from typing import ClassVar, NamedTuple
 
 from tests.bench.oracle import EXACT, Oracle, Small, small_cases
 from tests.bench.scenarios import HOUR, SIZES_GB, Scenario, batch, days, fleet, scenarios
-from vllmd.core.baselines import ALL
 from vllmd.core.commands import Command
 from vllmd.core.costs import CostBook
 from vllmd.core.events import EngineReady, Event, RequestArrived, RequestFinished
 from vllmd.core.scheduler import Scheduler
 from vllmd.core.types import Device, Footprint, IdleRules, ModelSpec, Settings, single
+from vllmd.simulate.baselines import ALL
 from vllmd.simulate.physics import Physics
 from vllmd.simulate.report import Figures
 from vllmd.simulate.trace import Row

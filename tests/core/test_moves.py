@@ -9,12 +9,12 @@ import pytest
 
 from tests.core.helpers import NEVER, PAIR, model
 from tests.core.world import World
-from vllmd.core.baselines import ALL
 from vllmd.core.commands import SleepEngine, StartEngine, StopEngine
 from vllmd.core.events import EngineAdopted
 from vllmd.core.policies import Adaptive, Lru
 from vllmd.core.policy import Plan, Policy, PolicyInput
 from vllmd.core.types import Device, Footprint, GiB, ModelSpec, Placement, Settings, State, single
+from vllmd.simulate.baselines import ALL
 from vllmd.simulate.physics import Physics
 from vllmd.simulate.trace import Row
 from vllmd.simulate.world import Machine, Warm, simulate

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from vllmd.core.baselines import ALL, InOrder, LlamaSwap, Ollama
 from vllmd.core.eviction import Candidate, cover
 from vllmd.core.policies import Adaptive, Lru
 from vllmd.core.policy import INFINITY, DeviceSupply, Knobs, OffloadOption, Plan, Policy, PolicyInput, Resident, Waiting
+from vllmd.simulate.baselines import ALL, InOrder, LlamaSwap, Ollama
 
 NOW = 1000.0
 NAP = OffloadOption(1, 10, 1.0, 1.0)  # frees 10 bytes, a second each way

@@ -28,7 +28,7 @@ class Mutation(NamedTuple):
     tests: str = "core/test_survivors.py"
 
 
-REPLICAS, ALL_CORE = "core/test_replicas.py", "core"
+REPLICAS, JOBS, ALL_CORE = "core/test_replicas.py", "core/test_jobs.py", "core"
 MUTATIONS = (
     Mutation("nothing starts on a wedged device", "core/policy_input.py", "if account.avoided:", "if False:"),
     Mutation("a swap starts nothing there", "core/fit.py", "-1 if a.avoided else a.free + held", "a.free + held"),
@@ -72,6 +72,49 @@ MUTATIONS = (
         "return None",
         REPLICAS,
     ),
+    Mutation(
+        "a load does not call off what must leave",
+        "core/lifecycle.py",
+        "Current.MUST: (_A,",
+        "Current.MUST: (_T,",
+        JOBS,
+    ),
+    Mutation(
+        "who is made to leave comes back if it was wanted",
+        "core/lifecycle.py",
+        "asked.then = asked.then or wanted(job)",
+        "pass",
+        JOBS,
+    ),
+    Mutation(
+        "a swap ends when a victim stays",
+        "core/swaps.py",
+        "if stays and t not in why:",
+        "if False:",
+        JOBS,
+    ),
+    Mutation(
+        "an engine with frozen requests wakes before it stops",
+        "core/engine_table.py",
+        "job = merge(m.job, moving or frozen, asked)",
+        "job = merge(m.job, moving, asked)",
+        JOBS,
+    ),
+    Mutation(
+        "a start for lack of memory is tried once more only",
+        "core/engine_table.py",
+        "m.job.retried = True",
+        "pass",
+        JOBS,
+    ),
+    Mutation(
+        "a request calls off what a sleeper does for itself",
+        "core/scheduler.py",
+        "if r.demand and r.job and (",
+        "if False and (",
+        "core/test_idle.py",
+    ),
+    Mutation("the policy sees each request", "core/common.py", "self.changed[m] = None", "pass", ALL_CORE),
     Mutation("one late answer is no outlier", "core/health.py", "if h.late >= ENOUGH and", "if", REPLICAS),
     Mutation(
         "two choices weigh what runs",

@@ -6,9 +6,9 @@ import pytest
 
 from tests.bench.scenarios import scenarios
 from tests.bench.schedule import FOR_EVER, GB, VARIANTS, run, specs
-from vllmd.core.baselines import ALL
 from vllmd.core.types import Device, Footprint, ModelSpec, Settings, single
 from vllmd.errors import VllmdError
+from vllmd.simulate.baselines import ALL
 from vllmd.simulate.physics import Physics
 from vllmd.simulate.report import Report
 from vllmd.simulate.trace import Row

@@ -11,8 +11,14 @@ from dataclasses import dataclass
 from vllmd.core.types import Decision, Placement
 
 
+class Command:
+    """What is to be done."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
-class StartEngine:
+class StartEngine(Command):
     """Start the replica's engine on ``placement`` with ``memory`` bytes per device.
 
     Answered by EngineReady or EngineStartFailed.
@@ -24,7 +30,7 @@ class StartEngine:
 
 
 @dataclass(frozen=True, slots=True)
-class WakeEngine:
+class WakeEngine(Command):
     """Wake it from ``level``. Answered by EngineAwake or EngineWakeFailed."""
 
     replica: str
@@ -32,7 +38,7 @@ class WakeEngine:
 
 
 @dataclass(frozen=True, slots=True)
-class SleepEngine:
+class SleepEngine(Command):
     """Put it to sleep; ``freeze`` its running requests instead of having none.
 
     Answered by EngineAsleep or EngineSleepFailed.
@@ -44,7 +50,7 @@ class SleepEngine:
 
 
 @dataclass(frozen=True, slots=True)
-class StopEngine:
+class StopEngine(Command):
     """Stop it: SIGTERM to its main process, then its cgroup; ``kill`` skips the polite part.
 
     Answered by EngineStopped. It may be given while another command to the same engine
@@ -57,7 +63,7 @@ class StopEngine:
 
 
 @dataclass(frozen=True, slots=True)
-class ProveFreeze:
+class ProveFreeze(Command):
     """Show, with a request of the daemon's own, that a frozen request completes correctly after the wake.
 
     The engine is idle and its gate is closed. Answered by FreezeProved. The daemon asks it a deterministic
@@ -68,7 +74,7 @@ class ProveFreeze:
 
 
 @dataclass(frozen=True, slots=True)
-class ProbeReplica:
+class ProbeReplica(Command):
     """Ask the replica a short question and take the time. Answered by ReplicaProbed.
 
     ``limit``: seconds after which the question is given up. It counts among the engine's requests while it runs.
@@ -80,7 +86,7 @@ class ProbeReplica:
 
 
 @dataclass(frozen=True, slots=True)
-class RenameReplica:
+class RenameReplica(Command):
     """The replica has another id from now on: its model has got replicas, or lost them. Its engine goes on."""
 
     replica: str
@@ -88,7 +94,7 @@ class RenameReplica:
 
 
 @dataclass(frozen=True, slots=True)
-class AddReplica:
+class AddReplica(Command):
     """An operator wants the model on that device, and none of its replicas can be there: it is to have one more.
 
     Answered by ModelsChanged, with a replica whose only device it is, which is then loaded; or by ReplicaRefused.
@@ -99,7 +105,7 @@ class AddReplica:
 
 
 @dataclass(frozen=True, slots=True)
-class Admit:
+class Admit(Command):
     """Relay the request to the replica's engine now."""
 
     request: str
@@ -117,7 +123,7 @@ class RejectReason(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Reject:
+class Reject(Command):
     """Answer the request with an error; nothing more is owed for it.
 
     ``retry_after`` is in seconds.
@@ -130,7 +136,7 @@ class Reject:
 
 
 @dataclass(frozen=True, slots=True)
-class CutRequest:
+class CutRequest(Command):
     """Break off an admitted request; RequestFinished is still owed for it.
 
     Its drain limit has passed, it was forced, or its replica was found not to answer: then the daemon may send it
@@ -142,23 +148,7 @@ class CutRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class Record(Command):
     """Write the decision to the journal."""
 
     decision: Decision
-
-
-Command = (
-    StartEngine
-    | WakeEngine
-    | SleepEngine
-    | StopEngine
-    | ProveFreeze
-    | ProbeReplica
-    | RenameReplica
-    | AddReplica
-    | Admit
-    | Reject
-    | CutRequest
-    | Record
-)

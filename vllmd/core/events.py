@@ -16,8 +16,14 @@ from dataclasses import dataclass, field
 from vllmd.core.types import Device, Footprint, ModelSpec, Placement, Settings, State
 
 
+class Event:
+    """What happened."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
-class RequestArrived:
+class RequestArrived(Event):
     """A client asked for ``model``. ``request`` is unique; ``key`` names the API key, for fairness.
 
     ``avoid``: replicas that failed it before; another one gets it if one serves.
@@ -32,7 +38,7 @@ class RequestArrived:
 
 
 @dataclass(frozen=True, slots=True)
-class RequestAnswered:
+class RequestAnswered(Event):
     """The first byte of an admitted request's answer came. Told of requests to replicas only.
 
     ``streamed``: more of it is to come as it is made; else the answer began when all of it was made.
@@ -43,7 +49,7 @@ class RequestAnswered:
 
 
 @dataclass(frozen=True, slots=True)
-class RequestFinished:
+class RequestFinished(Event):
     """An admitted request ended, however it did. ``failed``: why its engine gave no answer, "" if it did."""
 
     request: str
@@ -52,14 +58,14 @@ class RequestFinished:
 
 
 @dataclass(frozen=True, slots=True)
-class RequestGone:
+class RequestGone(Event):
     """The client of a waiting request left."""
 
     request: str
 
 
 @dataclass(frozen=True, slots=True)
-class EngineReady:
+class EngineReady(Event):
     """Answers ``StartEngine``: it serves. ``footprint`` if it was measured."""
 
     replica: str
@@ -67,7 +73,7 @@ class EngineReady:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineStartFailed:
+class EngineStartFailed(Event):
     """Answers ``StartEngine``: it is gone, nothing is left of it.
 
     ``memory``: it failed for lack of device memory; ``needed``: bytes per device it said it wanted.
@@ -82,7 +88,7 @@ class EngineStartFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineAsleep:
+class EngineAsleep(Event):
     """Answers ``SleepEngine``. ``freed``: bytes that came back per device index, if measured."""
 
     replica: str
@@ -91,7 +97,7 @@ class EngineAsleep:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineSleepFailed:
+class EngineSleepFailed(Event):
     """Answers ``SleepEngine``: its state is unknown; the core stops it."""
 
     replica: str
@@ -99,14 +105,14 @@ class EngineSleepFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineAwake:
+class EngineAwake(Event):
     """Answers ``WakeEngine``: it serves again."""
 
     replica: str
 
 
 @dataclass(frozen=True, slots=True)
-class EngineWakeFailed:
+class EngineWakeFailed(Event):
     """Answers ``WakeEngine``: its state is unknown; the core stops it."""
 
     replica: str
@@ -114,7 +120,7 @@ class EngineWakeFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineStopped:
+class EngineStopped(Event):
     """Answers ``StopEngine``: every process is gone. ``missing``: bytes per device that did not come back."""
 
     replica: str
@@ -122,7 +128,7 @@ class EngineStopped:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineExited:
+class EngineExited(Event):
     """The engine died unasked, in whatever state; every process of it is gone. It answers a pending command too."""
 
     replica: str
@@ -130,7 +136,7 @@ class EngineExited:
 
 
 @dataclass(frozen=True, slots=True)
-class ServerSilent:
+class ServerSilent(Event):
     """A server elsewhere missed a look; it may only be slow. EngineExited follows if it does not answer again."""
 
     replica: str
@@ -138,7 +144,7 @@ class ServerSilent:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineAdopted:
+class EngineAdopted(Event):
     """A running engine was found when the daemon started.
 
     ``state`` is READY, SLEEPING (with ``level``) or STARTING (EngineReady or EngineStartFailed follows).
@@ -154,7 +160,7 @@ class EngineAdopted:
 
 
 @dataclass(frozen=True, slots=True)
-class FreezeProved:
+class FreezeProved(Event):
     """Answers ``ProveFreeze``: a frozen request completed correctly after the wake, and the engine serves.
 
     Not ``survived``: its answer differed or never came; the core stops the engine and only ever drains it.
@@ -165,7 +171,7 @@ class FreezeProved:
 
 
 @dataclass(frozen=True, slots=True)
-class ReplicaProbed:
+class ReplicaProbed(Event):
     """Answers ``ProbeReplica``: it took so many ``seconds``, or (None) failed, and why."""
 
     request: str
@@ -174,7 +180,7 @@ class ReplicaProbed:
 
 
 @dataclass(frozen=True, slots=True)
-class ProbeAsked:
+class ProbeAsked(Event):
     """An operator has an engine that serves asked its probe; ReplicaProbed follows. It tells the core nothing of it."""
 
     request: str
@@ -182,7 +188,7 @@ class ProbeAsked:
 
 
 @dataclass(frozen=True, slots=True)
-class MemorySampled:
+class MemorySampled(Event):
     """NVML's word, bytes: what other programs hold per device index, what its processes hold per (replica, index)."""
 
     external: Mapping[int, int]
@@ -191,7 +197,7 @@ class MemorySampled:
 
 
 @dataclass(frozen=True, slots=True)
-class DevicesChanged:
+class DevicesChanged(Event):
     """These are the devices from now on. ``unknown``: why nobody knows which there are, or what they hold; "": it is
     known. ``asking``: it may yet be known in a moment, so that who waits for one goes on waiting.
     """
@@ -202,7 +208,7 @@ class DevicesChanged:
 
 
 @dataclass(frozen=True, slots=True)
-class DevicesTroubled:
+class DevicesTroubled(Event):
     """All devices that must not be used any more, with why: ``ill`` ones still work, ``lost`` ones took their engines
     along.
     """
@@ -212,7 +218,7 @@ class DevicesTroubled:
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceDrained:
+class DeviceDrained(Event):
     """An operator took the device out of use, or gave it back."""
 
     device: int
@@ -220,7 +226,7 @@ class DeviceDrained:
 
 
 @dataclass(frozen=True, slots=True)
-class LoadAsked:
+class LoadAsked(Event):
     """An operator wants the model loaded, or woken: one replica whatever it takes, the others where they fit.
 
     ``device``: one of its replicas is to be there. The one that is there or on its way there does; else one that is
@@ -232,7 +238,7 @@ class LoadAsked:
 
 
 @dataclass(frozen=True, slots=True)
-class ReplicaRefused:
+class ReplicaRefused(Event):
     """Answers AddReplica: the model cannot have one more."""
 
     model: str
@@ -240,7 +246,7 @@ class ReplicaRefused:
 
 
 @dataclass(frozen=True, slots=True)
-class SleepAsked:
+class SleepAsked(Event):
     """An operator wants it asleep at level 1 or 2; 3 stops it. Drained first."""
 
     model: str
@@ -248,7 +254,7 @@ class SleepAsked:
 
 
 @dataclass(frozen=True, slots=True)
-class StopAsked:
+class StopAsked(Event):
     """An operator wants it stopped and a failure forgotten. Drained first unless ``force``.
 
     ``device``: only those of its engines that are there, or that have none; if all are, the model with them.
@@ -260,7 +266,7 @@ class StopAsked:
 
 
 @dataclass(frozen=True, slots=True)
-class PinSet:
+class PinSet(Event):
     """An operator pinned or unpinned the model."""
 
     model: str
@@ -268,7 +274,7 @@ class PinSet:
 
 
 @dataclass(frozen=True, slots=True)
-class LeaseTaken:
+class LeaseTaken(Event):
     """Somebody keeps the model until ``deadline`` (in the core's clock; None: until released). Replaces its own."""
 
     lease: str
@@ -277,7 +283,7 @@ class LeaseTaken:
 
 
 @dataclass(frozen=True, slots=True)
-class LeaseReleased:
+class LeaseReleased(Event):
     """The lease ended. ``stop``: the last one to go stops the model at once instead of by its idle rules."""
 
     lease: str
@@ -285,7 +291,7 @@ class LeaseReleased:
 
 
 @dataclass(frozen=True, slots=True)
-class KeptAlive:
+class KeptAlive(Event):
     """A client wants the model to be there for its next requests: no idle rule applies for so many ``seconds``.
 
     Not a lease: the model makes room for others all the same. ``client`` names whose wish it is, and replaces its own.
@@ -298,7 +304,7 @@ class KeptAlive:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelsChanged:
+class ModelsChanged(Event):
     """The configuration was reloaded. Replicas whose id is in ``restart`` or that are gone are drained and stopped."""
 
     models: tuple[ModelSpec, ...]
@@ -306,48 +312,12 @@ class ModelsChanged:
 
 
 @dataclass(frozen=True, slots=True)
-class SettingsChanged:
+class SettingsChanged(Event):
     """The configuration was reloaded: decide by this policy and within these limits from now on."""
 
     settings: Settings
 
 
 @dataclass(frozen=True, slots=True)
-class TimePassed:
+class TimePassed(Event):
     """A moment that ``Scheduler.next_timer`` asked for has come."""
-
-
-Event = (
-    RequestArrived
-    | RequestAnswered
-    | RequestFinished
-    | RequestGone
-    | EngineReady
-    | EngineStartFailed
-    | EngineAsleep
-    | EngineSleepFailed
-    | EngineAwake
-    | EngineWakeFailed
-    | EngineStopped
-    | EngineExited
-    | ServerSilent
-    | EngineAdopted
-    | FreezeProved
-    | ReplicaProbed
-    | ProbeAsked
-    | MemorySampled
-    | DevicesChanged
-    | DevicesTroubled
-    | DeviceDrained
-    | LoadAsked
-    | ReplicaRefused
-    | SleepAsked
-    | StopAsked
-    | PinSet
-    | LeaseTaken
-    | LeaseReleased
-    | KeptAlive
-    | ModelsChanged
-    | SettingsChanged
-    | TimePassed
-)

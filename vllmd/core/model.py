@@ -292,24 +292,13 @@ class Replica:
 
     def learn(self, seen: Footprint) -> None:
         """Take a measured footprint; figures it does not have (0) stay as they were."""
-        f = self.footprint
-        self.costs.footprint = Footprint(
-            starting=max(seen.starting, seen.awake),
-            awake=seen.awake,
-            asleep=seen.asleep or f.asleep,
-            host=seen.host or f.host,
-            source=Source.MEASURED,
-        )
+        f, starting = self.footprint, max(seen.starting, seen.awake)
+        asleep, host = seen.asleep or f.asleep, seen.host or f.host
+        self.costs.footprint = Footprint(starting, seen.awake, asleep, host, Source.MEASURED)
 
-    def measured(self, awake: int | None = None, asleep: int | None = None, host: int | None = None) -> None:
+    def measured(self, awake: int | None = None, asleep: int | None = None) -> None:
         """Learn what it really takes, bytes per device; what starting takes beyond serving stays as it was."""
         f = self.footprint
-        extra = max(0, f.starting - f.awake)
-        awake = f.awake if awake is None else awake
-        self.costs.footprint = Footprint(
-            starting=awake + extra,
-            awake=awake,
-            asleep=f.asleep if asleep is None else asleep,
-            host=f.host if host is None else host,
-            source=Source.MEASURED,
-        )
+        awake, asleep = f.awake if awake is None else awake, f.asleep if asleep is None else asleep
+        starting = awake + max(0, f.starting - f.awake)
+        self.costs.footprint = Footprint(starting, awake, asleep, f.host, Source.MEASURED)

@@ -213,10 +213,10 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True)
-class ReplicaView:
-    """A snapshot of one engine for ``ps``, metrics and the admin API."""
+class View:
+    """A snapshot for ``ps``, metrics and the admin API: what is told of a replica, and of a model, alike."""
 
-    id: str
+    name: str  # of a replica: its id
     state: State
     level: int  # 0 awake or not loaded, 1 or 2 asleep
     devices: tuple[int, ...]
@@ -232,35 +232,29 @@ class ReplicaView:
     failure: str  # the last failure's reason; "" if none
     standing: str = ""  # of one of several whose engine is up: new, serving, resting, slow, ejected
     latency: float | None = None  # of one of several: seconds to the first byte, the last answers weighing most
-    bound: int | None = None  # the only device that it may use
-    rests_in: float | None = None  # seconds until an idle rule would act if nobody came; None: none would
+    rests_in: float | None = field(default=None, kw_only=True)  # seconds until an idle rule would act if nobody came
 
 
 @dataclass(frozen=True, slots=True)
-class ModelView:
-    """A snapshot of one model: in the state of the best of its replicas, with the requests and memory of all."""
+class ReplicaView(View):
+    """One engine."""
 
-    name: str
-    state: State
-    level: int
-    devices: tuple[int, ...]
-    memory: int
-    in_flight: int
-    queued: int
-    oldest_wait: float | None
-    idle: float | None
-    since: float | None
-    pinned: bool
-    leases: tuple[str, ...]
-    waiting_for: str
-    failure: str
-    standing: str
-    latency: float | None
+    bound: int | None = None  # the only device that it may use
+
+    @property
+    def id(self) -> str:
+        """As events and commands call it."""
+        return self.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelView(View):
+    """One model: in the state of the best of its replicas, with the requests and memory of all."""
+
     replicas: tuple[ReplicaView, ...]  # as configured; one that a reload took away and that has not gone comes last
     balanced: bool  # its replicas share its requests by rules; else it has one engine
     serving: int  # replicas that get requests, or would if they were needed
     degraded: bool  # one is down that ought to serve
-    rests_in: float | None = None  # the least of its replicas'
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,7 +93,7 @@ def _replica(core: Core, r: Replica, now: float, outlook: Ask) -> ReplicaView:
     engines, oldest = core.engines, r.oldest
     at_rest = (r.on or r.state is State.SLEEPING) and not in_flight(r)
     return ReplicaView(
-        id=r.id,
+        name=r.id,
         state=r.state,
         level=r.level if r.state in (State.SLEEPING, State.WAKING, State.FALLING_ASLEEP) else 0,
         devices=r.placement.devices,

@@ -35,6 +35,7 @@ from vllmd.errors import ConfigError, LauncherFailed, VllmdError
 from vllmd.launcher.client import ExitReport, LauncherClient, StartOrder
 from vllmd.proxy.peers import Impostor
 from vllmd.proxy.upstream import describe
+from vllmd.systemd.throttle import Repeated
 
 log = logging.getLogger("vllmd.engines")
 
@@ -88,6 +89,7 @@ class EngineManager:
         self._logs = logs
         self._sleeps = Sleeps(memory, self.annotate, usual)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._unnoted = Repeated(log)
         self._ended: dict[str, ExitReport] = {}  # of engines not known here: perhaps they are being adopted
         self._strays: dict[str, EngineProcess] = {}  # instance -> an engine being ended that the core does not know
 
@@ -517,7 +519,9 @@ class EngineManager:
         try:
             await self._launcher.annotate(process.instance, metadata)
         except LauncherFailed as error:
-            log.warning("%s: cannot note %s: %s", process.name, metadata, error, extra=of(process))
+            self._unnoted.say(
+                logging.WARNING, "cannot note how engines stand: %s", error, fields=of(process)["journal"]
+            )
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run a side task, kept alive until it ends."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vllmd.daemon.engine_process import EngineProcess
     from vllmd.daemon.self_description import SelfDescription
 
-NOT_SHOWN = frozenset({"id", "replicas", "balanced", "bound"})  # of a view
+NOT_SHOWN = frozenset({"replicas", "balanced", "bound"})  # of a view
 UNLOADED = frozenset({State.STOPPED, State.FAILED})
 ABILITIES = {
     "/v1/chat/completions": "chat",
@@ -92,8 +92,7 @@ def line(
 ) -> dict[str, Any]:
     """A model, or a replica of one, for ``vllmctl``. ``power``: watts of its share of its devices."""
     shown = {each.name: getattr(view, each.name) for each in fields(view) if each.name not in NOT_SHOWN}
-    shown.update(name=view.id if isinstance(view, ReplicaView) else view.name, state=state_of(view))
-    shown.update(pid=None, unit="", socket="", replica_of="", replicas=[], degraded=False)
+    shown.update(state=state_of(view), pid=None, unit="", socket="", replica_of="", replicas=[], degraded=False)
     shown.update(serving=int(view.state is State.READY))
     shown.update(instance="", detail="", phase="", last_start_seconds=last_start, started_at=None, power=power)
     shown["config"] = about(model) if model else {}

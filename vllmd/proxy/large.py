@@ -15,6 +15,7 @@ from dataclasses import replace
 from vllmd.errors import BadRequest
 from vllmd.proxy.gate import Rules
 from vllmd.proxy.peek import KEEP_ALIVE, SLICE, Asked, T, Turns, model_name, with_rules
+from vllmd.proxy.system_prompt import Prompt
 
 LARGE = 1 << 20  # bytes; reading so much takes some ten milliseconds
 STEPS = 1000  # strings, escapes and brackets between two turns
@@ -53,7 +54,7 @@ def in_large(body: bytes) -> Turns[Asked]:
     return asked
 
 
-def ruled_large(body: bytes, rules: Rules) -> Turns[bytes]:
+def ruled_large(body: bytes, rules: Rules, prompt: Prompt | None = None) -> Turns[bytes]:
     """As ``peek.ruled``, of a body that ``in_large`` has read. Raises BadRequest if it has too many members."""
     members: list[tuple[int, int, int]] = []
 
@@ -68,7 +69,7 @@ def ruled_large(body: bytes, rules: Rules) -> Turns[bytes]:
     for (start, end, value), until in zip(members, ends, strict=False):
         until = yield from _stripped(body, value, until)
         kept[_key(body[start:end])] = view[start:until]
-    return with_rules(kept, rules)
+    return with_rules(kept, rules, prompt)
 
 
 def _walk(body: bytes, member: Callable[[int, int, int], None]) -> Turns[int]:

@@ -5,6 +5,7 @@ A capacity planner (what if I add a GPU?) and the benchmark of the policies::
     trace     requests from a CSV or JSON-lines file
     physics   how long an engine's starts, wakes, sleeps and tokens take
     engine    one stand-in engine: a batch whose requests share its speed
+    baselines what peers do, as policies, for comparison
     world     the clock: hands events to the Scheduler, carries out its commands
     report    what came of it: waits, latencies, swaps, utilisation, memory
     show      tables and JSON of reports

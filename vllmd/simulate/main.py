@@ -11,9 +11,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-from vllmd.core.baselines import ALL
 from vllmd.core.costs import CostBook
 from vllmd.errors import ConfigError, VllmdError
+from vllmd.simulate.baselines import ALL
 from vllmd.simulate.physics import Physics
 from vllmd.simulate.planned import machine_of, names_of, read_config
 from vllmd.simulate.plot import plot
