@@ -321,6 +321,25 @@ def test_a_large_body_is_translated_and_counted() -> None:
     asyncio.run(play())
 
 
+def test_what_is_held_of_a_body_is_what_is_sent() -> None:
+    """A megabyte of blanks is forgotten once it has been read."""
+
+    async def wait(engine: Engine, asked: Asked, writer: asyncio.StreamWriter) -> None:
+        await engine.go.wait()
+        await reply(json.dumps(WHOLE).encode())(engine, asked, writer)
+
+    async def play() -> None:
+        async with ollama(wait) as act:
+            client = await act.client()
+            client.post("/api/chat", json.dumps({**CHAT, "stream": False}).encode() + b" " * (1 << 20))
+            await until(lambda: act.engine.asked)
+            assert 0 < act.server.buffered < 1000
+            act.engine.go.set()
+            assert (await client.answer()).status == 200
+
+    asyncio.run(play())
+
+
 def test_a_body_that_is_too_large_is_refused() -> None:
     """At its head."""
 
