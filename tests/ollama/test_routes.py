@@ -39,6 +39,9 @@ class FakeStatus:
     def resolve(self, name: str, caller: object = ANYBODY) -> str:
         return SimpleNamespace(m="m", secret="secret").__dict__[name.removesuffix(":latest")]
 
+    def called(self, name: str, caller: object = ANYBODY) -> str:
+        return SimpleNamespace(m="m", secret="secret").__dict__[name.removesuffix(":latest")]
+
 
 @contextlib.asynccontextmanager
 async def ollama(script: Script | None = None, limits: Limits | None = None) -> AsyncIterator[Stage]:
