@@ -200,7 +200,7 @@ def two(tmp_path: Path) -> Iterator[str]:
 
 
 NAMES = [
-    ("m", "vllmctl: 'm' could be any of: a/m, b/m"),
+    ("m", "vllmctl: 'm' could be a/m or b/m; name one of them"),
     ("qwn", "vllmctl: there is no model 'qwn'; did you mean qwen?"),
     ("zzz", "vllmctl: there is no model 'zzz'; vllmctl models lists them"),
 ]

@@ -84,6 +84,21 @@ def test_a_full_queue_says_when_to_come_back() -> None:
     assert refusal.retry_after >= 1
 
 
+def test_a_limit_of_0_lets_nobody_wait_but_the_one_that_loads_the_model() -> None:
+    """ "Never wait" is about others: a model that is not loaded would else never be."""
+    for w in (
+        World([model("m", queue_limit=0, concurrency=1)], [GPU]),
+        World([model("m", concurrency=1)], [GPU], Settings(queue_limit=0)),
+    ):
+        assert any(isinstance(command, StartEngine) for command in w.ask("r1", "m"))
+        (refusal,) = w.ask("r2", "m")
+        assert isinstance(refusal, Reject) and refusal.error == "TooManyRequests"
+        w.answer("m")
+        (refusal,) = w.ask("r3", "m")
+        assert isinstance(refusal, Reject)
+        assert "no request may wait" in refusal.message
+
+
 def test_the_servers_queue_is_limited_over_all_models() -> None:
     """Many models cannot make the server hold what one could not."""
     w = World([model("a", 10), model("b", 10)], [GPU], Settings(queue_limit=1))

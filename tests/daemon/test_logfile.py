@@ -78,3 +78,15 @@ def test_only_the_last_runs_are_kept(tmp_path: Path) -> None:
     forget_old_runs(tmp_path, "m")
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {*others, mine[0], f"{mine[0]}.1", *mine[-(RUNS - 2) :]}
+
+
+def test_all_runs_of_a_model_have_a_bound(tmp_path: Path) -> None:
+    """Not only each: five runs of a chatty engine are as many files as it may have."""
+    for run in range(4):
+        for old in range(KEPT + 1):
+            file = tmp_path / f"m_3330{run}.log{f'.{old}' if old else ''}"
+            with file.open("wb") as hollow:
+                hollow.truncate(SIZE)
+            os.utime(file, (run, run))
+    forget_old_runs(tmp_path, "m")
+    assert {file.name.partition(".")[0] for file in tmp_path.iterdir()} == {"m_33303", "m_33302"}

@@ -80,6 +80,7 @@ def test_bytes_pass_both_ways_until_one_side_ends(end: str) -> None:
     ("script", "status"),
     [
         (raw(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 3\r\n\r\nno."), 403),
+        (raw(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n"), 404),
         (raw(b"HTTP/1.1 404 Not Found\nContent-Length: 0\n\n"), 404),
         (raw(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"), 502),
         (raw(close=True), 502),

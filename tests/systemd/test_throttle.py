@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from vllmd.systemd.throttle import Throttle
+from vllmd.systemd.throttle import Repeated, Throttle
 
 
 def test_a_flood_is_a_few_lines_and_a_count(caplog: pytest.LogCaptureFixture) -> None:
@@ -38,3 +38,20 @@ def test_a_level_that_is_not_logged_counts_nothing(caplog: pytest.LogCaptureFixt
             throttle.say(logging.INFO, "x")
         throttle.flush()
     assert caplog.messages == []
+
+
+def test_what_is_tried_again_and_again_is_said_once_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    """A launcher that is away for a day is no 86,400 lines; another reason is said at once."""
+    now = 0.0
+    repeated = Repeated(logging.getLogger("test"), clock=lambda: now)
+    with caplog.at_level(logging.ERROR):
+        for _ in range(24 * 3600):
+            repeated.say(logging.ERROR, "cannot reach %s", "it")
+            now += 1
+        repeated.say(logging.ERROR, "cannot reach %s", "another")
+        repeated.over()
+        repeated.say(logging.ERROR, "cannot reach %s", "another")
+    said = [record.getMessage() for record in caplog.records]
+    assert said[:3] == ["cannot reach it", "cannot reach it (60 times more)", "cannot reach it (120 times more)"]
+    assert said[-2:] == ["cannot reach another"] * 2
+    assert len(said) < 40

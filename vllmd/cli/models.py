@@ -35,7 +35,8 @@ def find(status: dict[str, Any], name: str) -> dict[str, Any]:
         return found[0]
     names = [line["name"] for line in found or status["models"]]
     if found:
-        raise Failure(f"{name!r} could be any of: {', '.join(names)}", EX_DATAERR)
+        more = f" or {len(names) - 3} others" if len(names) > 3 else ""
+        raise Failure(f"{name!r} could be {' or '.join(names[:3])}{more}; name one of them", EX_DATAERR)
     near = difflib.get_close_matches(name, names, 3, 0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else "vllmctl models lists them"
     raise Failure(f"there is no model {name!r}; {hint}", EX_DATAERR)

@@ -203,10 +203,11 @@ class Admission:
         return Refusal(RejectReason.UNAVAILABLE, message, back_in(model.replicas, self._core.now))
 
     def _full(self, model: Model, r: Replica) -> Refusal | None:
-        if len(model.queue) >= model.spec.queue_limit:  # 1.3
-            message = f"{len(model.queue)} requests already wait for {model.name!r}, its limit"
-        elif len(self._queued) >= self._core.settings.queue_limit:
-            message = f"{len(self._queued)} requests already wait on this server, its limit"
+        least = 0 if r.on else 1  # with a limit of 0 nobody waits but for the load that he himself causes
+        if len(model.queue) >= max(least, model.spec.queue_limit):  # 1.3
+            message = f"{_waiting(len(model.queue))} for {model.name!r}, its limit"
+        elif len(self._queued) >= max(least, self._core.settings.queue_limit):
+            message = f"{_waiting(len(self._queued))} on this server, its limit"
         else:
             return None
         return Refusal(RejectReason.TOO_MANY_REQUESTS, message, self._patience(r))
@@ -259,3 +260,7 @@ class Admission:
         if outlook:
             return max(1.0, outlook.seconds)
         return max(1.0, r.costs.wake(r.level if r.state is State.SLEEPING else 0))
+
+
+def _waiting(number: int) -> str:
+    return "no request may wait" if number == 0 else "1 request waits" if number == 1 else f"{number} requests wait"

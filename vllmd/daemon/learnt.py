@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vllmd.foreign import Folder
+from vllmd.systemd.throttle import Repeated
 
 log = logging.getLogger("vllmd.learnt")
 
@@ -33,6 +34,7 @@ class Learnt:
         self.runs: dict[str, list[tuple[str, float]]] = {}  # engine -> its last instances, and when each ended
         self.decisions: dict[str, list[dict[str, Any]]] = {}  # engine or model -> the last ones about it
         self._written = ""
+        self._trouble = Repeated(log)
 
     def decided(self, decision: dict[str, Any]) -> None:
         """Something was decided about a model; the same once more counts as the last time."""
@@ -82,8 +84,9 @@ class Learnt:
             part.write_text(text)
             os.replace(part, self._path)
             self._written = text
+            self._trouble.over()
         except OSError as error:
-            log.warning("cannot keep learnt figures in %s: %s", self._path, error)
+            self._trouble.say(logging.WARNING, "cannot keep learnt figures in %s: %s", self._path, error)
 
 
 def _decision(model: str, told: Any) -> dict[str, Any]:

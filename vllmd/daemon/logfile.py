@@ -16,6 +16,7 @@ from vllmd.config.names import readable
 log = logging.getLogger("vllmd.logfile")
 
 SIZE, KEPT = 10 << 20, 5  # bytes of one file, and how many old ones
+MOST = 200 << 20  # bytes of all runs of a model
 RUNS = 5  # of a model whose files are kept: an engine that dies at once, again and again, must not fill the disk
 RATE, BURST = 1 << 20, 8 << 20  # bytes per second in the long run, and at a time
 
@@ -80,16 +81,22 @@ def path_of(folder: Path, model: str, port_or_instance: str) -> Path:
 
 
 def forget_old_runs(folder: Path, model: str) -> None:
-    """Remove the files of a model's earlier runs but the last ones. Raises OSError."""
+    """Remove the files of a model's earlier runs but the last ones, of which all hold ``MOST`` bytes at most.
+
+    Raises OSError.
+    """
     name = re.compile(rf"({re.escape(_safe(model))}_(?:\d+|{re.escape(readable(model))}-[0-9a-f]{{6}}))\.log(?:\.\d+)?")
     runs: dict[str, list[Path]] = {}
     for path in folder.iterdir():
         if found := name.fullmatch(path.name):
             runs.setdefault(found[1], []).append(path)
     newest = sorted(runs.values(), key=lambda files: max(file.lstat().st_mtime for file in files), reverse=True)
-    for files in newest[RUNS - 1 :]:  # one more is about to begin
-        for file in files:
-            file.unlink(missing_ok=True)
+    room = MOST - SIZE * (KEPT + 1)  # one more is about to begin
+    for number, files in enumerate(newest):
+        room -= sum(file.lstat().st_size for file in files)
+        if number >= RUNS - 1 or room < 0:
+            for file in files:
+                file.unlink(missing_ok=True)
 
 
 def _safe(model: str) -> str:

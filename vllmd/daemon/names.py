@@ -10,24 +10,29 @@ from __future__ import annotations
 
 import difflib
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from vllmd.config.types import ModelConfig
 from vllmd.errors import BadRequest, UnknownModel
 from vllmd.proxy.gate import LONGEST_NAME, TOO_LONG_A_NAME
+
+MOST_TOLD = 3  # names in a message
 
 LATEST = ":latest"
 PREFIXES = ("openai/", "ollama/", "ollama_chat/", "hosted_vllm/", "vllm/", "llamacpp/", "lm_studio/", "custom_openai/")
 
 
 class Names:
-    """The names of all configured models and their aliases."""
+    """The names of all configured models and their aliases, and of what else is offered (``offers``)."""
 
-    def __init__(self, models: Iterable[ModelConfig]) -> None:
+    def __init__(self, models: Iterable[ModelConfig], offers: Iterable[str] = ()) -> None:
         self._exact: dict[str, str] = {}
         for model in models:
             for name in (model.name, *model.aliases):
                 self._exact[name] = model.name
+        self._models = frozenset(self._exact.values())
+        for name in offers:
+            self._exact.setdefault(name, name)
         self._folded: dict[str, set[str]] = {}
         self._suffixes: dict[str, set[str]] = {}
         self._folded_suffixes: dict[str, set[str]] = {}
@@ -39,7 +44,8 @@ class Names:
                 self._folded_suffixes.setdefault(folded(suffix), set()).add(model_name)
 
     def resolve(self, name: str, visible: Callable[[str], bool] = lambda model: True) -> str:
-        """The model's configured name. Raises UnknownModel, or BadRequest if it is missing or could be several.
+        """The configured name, of a model or another offer. Raises UnknownModel, or BadRequest if it is missing or
+        could be several.
 
         Only ``visible`` models are guessed and suggested; another one is found by its full name or alias alone,
         and whoever asks finds out whether it may be used.
@@ -55,8 +61,7 @@ class Names:
             if len(found) == 1:
                 return next(iter(found))
             if found:
-                several = ", ".join(sorted(found))
-                raise BadRequest(f"model {name!r} could be any of: {several}; name one of them", param="model")
+                raise BadRequest(f"model {name!r} could be {_either(sorted(found))}; name one of them", param="model")
         raise UnknownModel(self._unknown(name, visible), param="model")
 
     def with_replica(
@@ -92,7 +97,7 @@ class Names:
 
     def _only(self, visible: Callable[[str], bool]) -> str:
         """The model of a request that names none, as llama.cpp's own clients do: the only one there is."""
-        models = set(filter(visible, self._exact.values()))
+        models = set(filter(visible, self._models))
         if len(models) != 1:
             raise BadRequest("the request names no model; GET /v1/models lists those there are", param="model")
         return models.pop()
@@ -107,6 +112,12 @@ class Names:
         if close:
             return f"model {name!r} does not exist; did you mean {' or '.join(map(repr, close[:3]))}?"
         return f"model {name!r} does not exist; GET /v1/models lists those that do"
+
+
+def _either(names: Sequence[str]) -> str:
+    """``'a' or 'b'``; of many the first ones."""
+    more = f" or {len(names) - MOST_TOLD} others" if len(names) > MOST_TOLD else ""
+    return " or ".join(map(repr, names[:MOST_TOLD])) + more
 
 
 def _suffixes(name: str) -> Iterable[str]:

@@ -32,6 +32,7 @@ from vllmd.errors import LauncherFailed
 from vllmd.gpu import Devices
 from vllmd.launcher.client import ExitReport, LauncherClient
 from vllmd.launcher.protocol import PROTOCOL
+from vllmd.systemd.throttle import Repeated
 
 log = logging.getLogger("vllmd")
 
@@ -139,13 +140,15 @@ async def connect_launcher(address: str, ended: Ended, logged: Logged) -> Launch
     def lost() -> None:
         log.warning("lost the launcher; engines run on, connecting again")
 
+    trouble = Repeated(log)
     while True:
         try:
             if address:
                 return await LauncherClient.connect(address, ended, logged, lost)
             return await LauncherClient.spawn_private(ended, logged, lost)
         except (LauncherFailed, OSError) as error:
-            log.error("cannot reach the launcher at %s: %s", address or "(private)", error)
+            where = address or "(private)"
+            trouble.say(logging.ERROR, "cannot reach the launcher at %s: %s; trying again", where, error)
             await asyncio.sleep(LAUNCHER_RETRY)
 
 
@@ -168,9 +171,10 @@ async def known_backend(launcher: LauncherClient) -> str:
 
 async def answered(ask: Callable[[], Awaitable[T]]) -> T:
     """The launcher's answer, however long it takes: nothing can be decided without it, and requests wait meanwhile."""
+    trouble = Repeated(log)
     while True:
         try:
             return await ask()
         except LauncherFailed as error:
-            log.error("%s; asking again", error)
+            trouble.say(logging.ERROR, "%s; asking again", error)
             await asyncio.sleep(LAUNCHER_RETRY)

@@ -5,7 +5,8 @@ request is the translated one, and whose "connection" translates what is written
 signs of life and a client that leaves are the relay's business, here as everywhere, and nothing of this package is in
 another route's way.
 
-    fields      reading a request's members, each refusal with the member's name; bodies of megabytes, too
+    fields      reading a request's members, each refusal with the member's name
+    files       images and sounds of megabytes: moved, not read
     options     the table of ``options``: Ollama's name -> the engines'
     requests    /api/chat, /api/generate, /api/embed -> a request of OpenAI's; pure
     context     the conversation so far as the numbers that ``context`` is

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from vllmd.admin.control import Control
@@ -13,11 +14,13 @@ from vllmd.ollama import models, requests, schemas
 from vllmd.ollama.answers import Piece, Reply, Timing, chat_piece, generate_piece
 from vllmd.ollama.embedding import embed_answer, embeddings_answer
 from vllmd.ollama.fields import Fields, read
+from vllmd.ollama.files import Files
 from vllmd.ollama.inner import Inner, Whole
 from vllmd.ollama.lines import Lines, stamp
 from vllmd.ollama.requests import CHAT, COMPLETIONS, EMBEDDINGS, INFILL, Translated
 from vllmd.ollama.schemas import described
 from vllmd.ollama.store import CONFIGURED, NoStore, Store
+from vllmd.proxy import system_prompt
 from vllmd.proxy.access import ADMIN, MODELS, OPEN, Reach
 from vllmd.proxy.answer import UpstreamRequest
 from vllmd.proxy.exchange import Exchange
@@ -25,6 +28,7 @@ from vllmd.proxy.forward import Relay
 from vllmd.proxy.gate import Rules, Target
 from vllmd.proxy.http import Pairs, Request, Response, json_response, text_response
 from vllmd.proxy.keep_alive import wish
+from vllmd.proxy.large import LARGE, in_turns
 from vllmd.proxy.paths import referred
 from vllmd.proxy.peek import Asked
 from vllmd.proxy.routing import Route, Router
@@ -106,7 +110,7 @@ class ModelRoutes:
             told = {"model": asked.model, "created_at": stamp(), **piece(""), "done": True, "done_reason": reason}
             await exchange.respond(json_response(told))
             return
-        reply = Reply(piece, timing, thinking=asked.thinking, said=asked.said)
+        reply = Reply(piece, timing, thinking=asked.thinking, said=None if asked.files else asked.said)
         lines = Lines(asked.model, reply)
         await self._forward(exchange, asked, target, lines if asked.stream else None, lines.whole, timing)
 
@@ -129,14 +133,15 @@ class ModelRoutes:
         """What the request asks for, and whom. Raises BadRequest, UnknownModel, Forbidden."""
         request = exchange.request
         await self._relay.requests.make_plain(exchange, "application/json")
-        members = read(request.body)
+        files = Files() if len(request.body) > LARGE else None
+        members = read(request.body if files is None else await in_turns(files.take_out(request.body)))
         target = self._relay.requests.target(request, requests.model_of(members), "")
-        asked = parse(members, target)
+        asked = replace(parse(members, target), files=files)
         if not asked.load and target.routes is not None and asked.path not in target.routes:
             raise BadRequest(f"the model {target.model!r} does not {ABLE[asked.path]}", param="model")
         if asked.ignored:
             request.answer_fields = (*request.answer_fields, ("x-vllmd-ignored", ", ".join(asked.ignored)[:1000]))
-        exchange.outlives_eof, exchange.model = False, target.model
+        exchange.outlives_eof, exchange.model, exchange.offer = False, target.model, target.offer
         return asked, target
 
     async def _load(self, exchange: Exchange, asked: Translated, target: Target) -> str:
@@ -146,7 +151,7 @@ class ModelRoutes:
         if seconds != 0:
             if self._relay.limits.request_timeout is not None:
                 exchange.expire(self._relay.limits.request_timeout)
-            permit = await gate.acquire(target.model, request.key)
+            permit = await gate.acquire(target.model, request.key, offer=target.offer)
             permit.release()
         if seconds is not None:
             gate.keep_alive(target.model, request.key, seconds)
@@ -180,16 +185,24 @@ def openai_body(asked: Translated, target: Target) -> Asked:
     if asked.stream:
         members["stream"] = True
     if target.rules is not None:
-        members = ruled(members, target.rules)
+        members = ruled(members, target.rules, asked.path)
     name = json.dumps(target.served_name)
     start = len('{"model":')
     body = f'{{"model":{name},{json.dumps(members, separators=(",", ":"))[1:]}'.encode()
+    if asked.files is not None:
+        body = asked.files.put_back(body)
     return Asked(target.served_name, asked.stream, body, start, start + len(name), quoted=True)
 
 
-def ruled(members: dict[str, Any], rules: Rules) -> dict[str, Any]:
+def ruled(members: dict[str, Any], rules: Rules, route: str) -> dict[str, Any]:
     """The members after the model's rules of requests: first ``strip``, then ``set``, then ``default``."""
     kept = {name: value for name, value in members.items() if name not in rules.strip}
+    if (
+        rules.system
+        and route in system_prompt.CHAT
+        and not any(each["role"] in ("system", "developer") for each in kept["messages"])
+    ):
+        kept["messages"] = [{"role": "system", "content": rules.system}, *kept["messages"]]
     return {**rules.default, **kept, **rules.set}
 
 
@@ -228,7 +241,7 @@ class ListRoutes:
 
     async def show(self, request: Request) -> Response:
         """``POST /api/show``. Raises UnknownModel, Forbidden."""
-        name = self._control.status.resolve(requests.model_of(read(request.body)), request.caller)
+        name = self._control.status.called(requests.model_of(read(request.body)), request.caller)
         for card in await self._control.status.models():
             if card["id"] == name:
                 return json_response(models.show(card, self._since))

@@ -60,7 +60,8 @@ class Lines:
             self._held_size = 0
         if rest:
             self._hold(rest)
-        return b"".join([self._of(line) for line in head.split(b"\n") if line and line != b"\r"])
+        now = self._now().encode()
+        return b"".join([self._of(line, now) for line in head.split(b"\n") if line and line != b"\r"])
 
     def _hold(self, data: bytes) -> None:
         self._held.append(data)
@@ -87,8 +88,8 @@ class Lines:
         self.over, self._before = True, b""
         return json.dumps({"error": why}).encode() + b"\n"
 
-    def _of(self, line: bytes) -> bytes:
-        """What one line of the stream becomes."""
+    def _of(self, line: bytes, now: bytes) -> bytes:
+        """What one line of the stream becomes, that came at this time."""
         size = len(self._before)
         if size and line.startswith(self._before) and line.endswith(self._after):
             text = line[size : len(line) - len(self._after)]
@@ -96,7 +97,7 @@ class Lines:
                 if self.reply.heard is not None:
                     self.reply.heard.append(json.loads(text))
                 before, between, after = self._line
-                return b"".join((before, self._now().encode(), between, text, after))
+                return b"".join((before, now, between, text, after))
         if line.startswith(b":"):
             return self._written(self.reply.sign_of_life())
         if not line.startswith(b"data:") or self.over:

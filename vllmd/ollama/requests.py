@@ -15,6 +15,7 @@ from typing import Any
 from vllmd.errors import BadRequest
 from vllmd.ollama.context import Turn, decoded
 from vllmd.ollama.fields import Fields, wrong
+from vllmd.ollama.files import Files
 from vllmd.ollama.options import translated
 from vllmd.proxy.peek import model_name
 
@@ -43,7 +44,7 @@ class Translated:
     ``stream`` and ``keep_alive`` (as it came) are the client's wishes; ``load``: there is nothing to be asked, the
     model shall only be there. ``ignored``: options without effect. ``thinking``: False where the client wants none
     shown. ``said``: the conversation up to the answer, where that is to be given back as ``context``. ``inputs``: how
-    many texts are embedded.
+    many texts are embedded. ``files``: those that were taken out of a large body, and go back into what is sent.
     """
 
     model: str
@@ -56,6 +57,7 @@ class Translated:
     thinking: bool = True
     said: tuple[Turn, ...] | None = None
     inputs: int = 1
+    files: Files | None = None
 
 
 def chat(members: Mapping[str, Any]) -> Translated:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import cast
 from urllib.parse import parse_qsl, urlencode
 
-from vllmd.errors import BadRequest, EngineFailed, UpstreamFailed, VllmdError
+from vllmd.errors import BadRequest, EngineFailed, NotFound, UpstreamFailed, VllmdError
 from vllmd.proxy.answer import OURS
 from vllmd.proxy.exchange import Exchange, with_fields
 from vllmd.proxy.forward import KEPT_BACK, Relay
@@ -123,8 +123,8 @@ class Tunnels:
                 "this is a WebSocket: 'Connection: Upgrade', 'Upgrade: websocket', 'Sec-WebSocket-Key: ...'"
             )
         target = self._relay.requests.target(request, request.query.get("model", ""), request.path)
-        exchange.model = target.model
-        permit = await self._relay.gate.acquire(target.model, request.key)
+        exchange.model, exchange.offer = target.model, target.offer
+        permit = await self._relay.gate.acquire(target.model, request.key, offer=target.offer)
         try:
             await self._through(exchange, permit, permit.target or target)
         finally:
@@ -184,7 +184,11 @@ def _refusal(far: FarEnd, model: str, why: BadFraming) -> Response:
     if head is None or not 400 <= head.status < 600:
         raise UpstreamFailed(f"the engine of {model!r} refused the WebSocket: {why}")
     said = far.early[:REFUSAL_TOLD].decode("utf-8", "replace").strip()
-    error = UpstreamFailed(f"the engine of {model!r} refused the WebSocket with {head.status}{said and ': ' + said}")
+    if head.status in (403, 404) and not said:  # what is said where there is no such route, or not for such a model
+        unserved = NotFound(f"the model {model!r} does not serve this WebSocket: its engine refused it ({head.status})")
+        return json_response(unserved.to_openai(), unserved.status)
+    kind: type[VllmdError] = UpstreamFailed if head.status >= 500 else BadRequest
+    error = kind(f"the engine of {model!r} refused the WebSocket with {head.status}{said and ': ' + said}")
     return json_response(error.to_openai(), head.status)
 
 

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 
+FIRST_PAUSE, LAST_PAUSE = 60.0, 3600.0  # seconds until what repeats itself is said again, doubling
 BURST, PERIOD = 20, 60.0  # so many lines at once, and then one in each so many seconds divided by them
 
 
@@ -56,3 +57,33 @@ class Throttle:
         if count:
             message, values = self._last
             self._log.log(self._level, "%d more lines were left out, the last: %s", count, message % values)
+
+
+class Repeated:
+    """What goes wrong each time that it is tried again: said the first time, then counted and said ever more seldom.
+
+    Another text is said at once. ``over`` ends it: the next time is a first one.
+    """
+
+    def __init__(self, log: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
+        self._log, self._clock = log, clock
+        self._text, self._count = "", 0
+        self._pause, self._due = FIRST_PAUSE, 0.0
+
+    def say(self, level: int, message: str, *values: object, fields: Mapping[str, object] | None = None) -> None:
+        """Log it, or count it. ``fields``: of the journal."""
+        text, now = message % values if values else message, self._clock()
+        extra = {"journal": fields} if fields else None
+        if text != self._text:
+            self._text, self._count, self._pause, self._due = text, 0, FIRST_PAUSE, now + FIRST_PAUSE
+            self._log.log(level, "%s", text, extra=extra, stacklevel=2)
+            return
+        self._count += 1
+        if now >= self._due:
+            self._log.log(level, "%s (%d times more)", text, self._count, extra=extra, stacklevel=2)
+            self._count, self._pause = 0, min(2 * self._pause, LAST_PAUSE)
+            self._due = now + self._pause
+
+    def over(self) -> None:
+        """It works again."""
+        self._text, self._count = "", 0

@@ -26,7 +26,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from vllmd.cli.examine import Host, examine
 
-    findings = [*examine(Host(user=arguments.user)), *daemon(arguments)]
+    found = examine(Host(user=arguments.user))
+    findings = [*found, *daemon(arguments, said="\n".join(what for _, what, _ in found))]
     if arguments.json:
         keys = ("verdict", "what", "advice")
         print(show.as_json([dict(zip(keys, finding, strict=True)) for finding in findings]))
@@ -38,15 +39,19 @@ def run(arguments: argparse.Namespace) -> int:
     return EX_UNAVAILABLE if any(verdict == "bad" for verdict, _, _ in findings) else 0
 
 
-def daemon(arguments: argparse.Namespace) -> list[Finding]:
-    """Whether the daemon answers, with what configuration it runs, and which devices and models are not well."""
+def daemon(arguments: argparse.Namespace, said: str) -> list[Finding]:
+    """Whether the daemon answers, with what configuration it runs, and which devices and models are not well.
+
+    ``said``: what was found already, and need not be said again.
+    """
     try:
         status = Admin(arguments).status(broken=True)
     except Failure as failure:
         return [("bad", failure.message, "")]
     broken = status.get("configuration", {}).get("error")
     if broken:
-        return [("bad", f"the daemon runs with an invalid configuration: {broken}", "repair it, then vllmctl reload")]
+        told = "" if all(line in said for line in broken.splitlines()) else f": {broken}"
+        return [("bad", f"the daemon runs with an invalid configuration{told}", "repair it, then vllmctl reload")]
     answers = f"the daemon answers; engines are run by {status.get('backend') or '(still opening)'}"
     return [("ok", answers, ""), *devices(status), *models(status)]
 
