@@ -29,14 +29,14 @@ def request(*fields: tuple[str, str], peer: Peer = CLIENT) -> Request:
     return Request("GET", "/", "/", "", Headers(raw), peer)
 
 
-def resolve(name: str) -> str:
+def opens(name: str) -> tuple[str, ...]:
     if name == "gone":
         raise UnknownModel("gone")
-    return {"short": "org/long"}.get(name, name)
+    return ({"short": "org/long"}.get(name, name),)
 
 
 def keys(*which: KeyConfig, public: tuple[str, ...] = ("health", "metrics")) -> ApiKeyAuth:
-    return ApiKeyAuth(AuthConfig(which, public), resolve)
+    return ApiKeyAuth(AuthConfig(which, public), opens)
 
 
 def basic(credentials: str) -> str:
@@ -168,7 +168,7 @@ def test_a_key_for_some_models_is_for_those_only() -> None:
 def test_keys_are_replaced_by_a_reload() -> None:
     """The old one is worthless at once."""
     changing = keys(ALICE)
-    changing.configure(AuthConfig((BOSS,)), resolve)
+    changing.configure(AuthConfig((BOSS,)), opens)
     with pytest.raises(Unauthorized):
         may(changing.identify(request(("x-api-key", "a-secret"))), "models")
 
@@ -179,16 +179,16 @@ def test_what_was_found_of_a_connection_ends_with_the_configuration() -> None:
     same = request(("x-api-key", "a-secret"))
     assert changing.identify(same) is changing.identify(same)
     assert changing.identify(Request("GET", "/", "/", "", same.headers.with_length(5), CLIENT)).name == "alice"
-    changing.configure(AuthConfig((BOSS,)), resolve)
+    changing.configure(AuthConfig((BOSS,)), opens)
     with pytest.raises(Unauthorized):
         may(changing.identify(same), "models")
     open_to_all = keys()
     named = request(("host", "gpu1.example"))
     open_to_all.hosts.configure(["gpu1.example"])
-    open_to_all.configure(AuthConfig(), resolve)
+    open_to_all.configure(AuthConfig(), opens)
     open_to_all.identify(named)
     open_to_all.hosts.configure([])
-    open_to_all.configure(AuthConfig(), resolve)
+    open_to_all.configure(AuthConfig(), opens)
     with pytest.raises(Misdirected):
         open_to_all.identify(named)
 
@@ -257,7 +257,7 @@ class Guesser:
     def __init__(self) -> None:
         self.clock, self.counted = Clock(), Counter[str]()
         self.failures = FailedLogins(self.clock, lambda how: self.counted.update([how]))
-        self.keys = ApiKeyAuth(AuthConfig((ALICE,)), resolve, None, self.failures)
+        self.keys = ApiKeyAuth(AuthConfig((ALICE,)), opens, None, self.failures)
 
     def tries(self, key: str, address: str = "192.0.2.7") -> int:
         """The HTTP status of a request with it."""
@@ -302,7 +302,7 @@ def test_a_key_that_a_reload_took_away_is_a_wrong_one_again() -> None:
     """Or its owner could go on guessing at full speed."""
     guesser = Guesser()
     assert guesser.tries("a-secret") == 200
-    guesser.keys.configure(AuthConfig((BOSS,)), resolve)
+    guesser.keys.configure(AuthConfig((BOSS,)), opens)
     assert [guesser.tries("a-secret") for _ in range(21)] == [401] * 20 + [429]
 
 

@@ -66,7 +66,7 @@ def test_the_examples_in_the_manual_are_valid(tmp_path: Path) -> None:
     """What people copy works."""
     (tmp_path / "hf-token").write_text("hf_x")
     found = [text for text in examples("vllmd.yaml.5") if "models:" in text]
-    assert len(found) == 9
+    assert len(found) == 10
     for text in found:
         file = tmp_path / "vllmd.yaml"
         file.write_text(text)

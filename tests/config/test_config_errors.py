@@ -13,7 +13,9 @@ GPU = "devices: [{memory: 80GiB}]\n"
 SHARE = "a share such as 0.35 or 35%, a size such as 20GiB, or auto"
 SIZE = "a size such as 20GiB or 512MiB"
 NEVER = "a duration such as 300, 5m or 1h30m, or never"
-SECTIONS = "server, auth, devices, reserve, host_memory, idle, policy, log_level, engines, defaults, discover, models"
+SECTIONS = (
+    "server, auth, devices, reserve, host_memory, idle, policy, log_level, engines, defaults, discover, models, pools"
+)
 WHEN_FREE = "true, false, or a mapping"
 SHARES = "a mapping such as {0.95: 0.80, 0.85: 0.70}, or none"
 IDLE = "sleep_after, level, deepen_after, stop_after"
@@ -48,6 +50,43 @@ GOLDEN = [
         "reserve: 1GiB\ngpu: {reserved_memory_mb: 5}",
         "vllmd.yaml:2: gpu.reserved_memory_mb: reserve is the same setting, given in {dir}/vllmd.yaml:1",
     ),
+    # ---- other names
+    (
+        "models: {a: {aliases: [b], adapters: {b: /x}}}",
+        "vllmd.yaml:1: models.a.adapters.b: 'b' is an alias of 'a' already",
+    ),
+    (
+        "models: {a: {adapters: {c: /x}}, b: {variants: {c: {}}}}",
+        "vllmd.yaml:1: models.b.variants.c: 'c' is an adapter of 'a' already",
+    ),
+    (
+        "models: {a: {extra_args: [--lora-modules, l=/x], variants: {l: {}}}}",
+        "vllmd.yaml:1: models.a.variants.l: 'l' is an adapter of 'a' already",
+    ),
+    (
+        "models: {a: {adapters: {b: {}}}}",
+        "vllmd.yaml:1: models.a.adapters.b: path is missing: its folder, or a repository id",
+    ),
+    (
+        "models: {a: {engine: tei, adapters: {b: /x}}}",
+        "vllmd.yaml:1: models.a.adapters: the engine tei has no adapters here; llama.cpp, vllm have",
+    ),
+    (
+        "models: {a: {request: {set: {model: b}}}}",
+        "vllmd.yaml:1: models.a.request.set: the member model cannot be set: it says who gets the request; "
+        "accepted: a mapping such as {temperature: 0.7}",
+    ),
+    ("models: {a: {}}\npools: {p: [a, p]}", "vllmd.yaml:2: pools.p.models: 'p' is the pool itself"),
+    (
+        "models: {a: {}}\npools:\n  p: [a]\n  q: [p]",
+        "vllmd.yaml:4: pools.q.models: 'p' is a pool, and a pool is made of models",
+    ),
+    (
+        "models: {alpha: {}}\npools: {p: [alpah]}",
+        "vllmd.yaml:2: pools.p.models: there is no model 'alpah'; did you mean \"alpha\"?",
+    ),
+    ("models: {a: {}, b: {}}\npools: {a: [b]}", "vllmd.yaml:2: pools.a: 'a' is a model already"),
+    ("pools: {p: []}", "vllmd.yaml:1: pools.p.models: it names no model"),
     # ---- shapes
     ("server: 8080", "vllmd.yaml:1: server: a number is not a mapping; accepted: a mapping"),
     ("models: [a]", "vllmd.yaml:1: models: a list is not a mapping; accepted: models by name"),

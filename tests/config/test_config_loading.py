@@ -15,7 +15,16 @@ import pytest
 
 from vllmd.config.loader import load, read
 from vllmd.config.names import instance_name, unit_pattern
-from vllmd.config.types import Config, ModelConfig, RequestRules, ServerConfig
+from vllmd.config.offers import lora_modules
+from vllmd.config.types import (
+    AdapterConfig,
+    Config,
+    ModelConfig,
+    PoolConfig,
+    RequestRules,
+    ServerConfig,
+    VariantConfig,
+)
 from vllmd.core.types import IdleRules, WhenFree
 from vllmd.errors import ConfigError
 
@@ -531,6 +540,39 @@ def test_rules_for_requests(tmp_path: Path) -> None:
     rules = of(tmp_path, text).models["m"].request
     assert rules == RequestRules(("user",), {"stop": ["a"], "top_k": 3}, {"temperature": 0.5})
     assert of(tmp_path, "models: {m: {}}").models["m"].request == RequestRules()
+
+
+def test_adapters_variants_and_pools(tmp_path: Path) -> None:
+    """A path or a list in the place of a mapping is what it needs at least."""
+    text = """
+models:
+  m:
+    adapters: {short: /lora, long: {path: org/lora, hidden: true}}
+    variants:
+      m:think: {request: {default: {n: 1}, system: "Think.\\nThen speak."}, description: It thinks.}
+pools: {any: [m, long], all: {models: [m], hidden: true}}
+"""
+    config = of(tmp_path, text)
+    model = config.models["m"]
+    assert model.adapters == {"short": AdapterConfig("/lora"), "long": AdapterConfig("org/lora", hidden=True)}
+    rules = RequestRules(default={"n": 1}, system="Think.\nThen speak.")
+    assert model.variants == {"m:think": VariantConfig(rules, description="It thinks.")}
+    assert config.pools == {"any": PoolConfig(("m", "long")), "all": PoolConfig(("m",), hidden=True)}
+
+
+FLAGS = [
+    (("--lora-modules", "a=/x", "b=/y=z", "--enable-lora"), {"a": "/x", "b": "/y=z"}),
+    (("--lora_modules", '{"name": "a", "path": "/x"}'), {"a": "/x"}),
+    (("--lora-modules=a=/x", "--seed", "c=/z"), {"a": "/x"}),
+    (("--lora-modules", '[{"name": "a", "path": "/x"}, {"path": "/y"}]'), {"a": "/x"}),
+    (("--lora-modules", "{broken", "plain"), {}),
+]
+
+
+@pytest.mark.parametrize(("argv", "found"), FLAGS)
+def test_adapters_of_vllm_s_own_flags(argv: tuple[str, ...], found: dict[str, str]) -> None:
+    """In each form that vLLM takes."""
+    assert lora_modules(argv) == found
 
 
 def test_the_proxys_limits_are_settings(tmp_path: Path) -> None:

@@ -22,10 +22,12 @@ defaults: {dtype: half, env: {A: "1"}}
 models:
   Qwen/Qwen3-0.6B: {gpu_memory: 0.35, devices: [0, 1], tensor_parallel_size: 2, aliases: [q, "1.5"], idle: never}
   "no": {gpu_memory: 20GiB, command: /opt/vllm/bin/vllm, extra_args: {a: true, b: "x y"}, limits: {memory_max: 8GiB}}
-  free: {when_free: true}
+  free: {when_free: true, variants: {"free:er": {request: {system: "a\\nb", set: {n: 1}}}, other: {hidden: true}}}
+  tuned: {adapters: {law: /lora, art: {path: org/art, description: Art}}}
   freer: {when_free: {used_below: 4GiB, shares: none}, gpu_memory: 0.5}
   freest: {when_free: {shares: {60%: 0.5, 0.3: 0.25}}}
   模型: {engine: simengine, options: {load_time: 2.5, list: [1]}, hf_token: hf_secret, priority: 2}
+pools: {any: [free, law], all: {models: [free], display_name: All}}
 """
 
 

@@ -61,6 +61,9 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "models.NAME.extra_args": ({"a": 1}, {"a": 2}),
     "models.NAME.request.set": ({"top_p": 1}, {"top_p": 0.5}),
     "models.NAME.request.default": ({"top_p": 1}, {"top_p": 0.5}),
+    "models.NAME.variants.NAME.request.set": ({"top_p": 1}, {"top_p": 0.5}),
+    "models.NAME.variants.NAME.request.default": ({"top_p": 1}, {"top_p": 0.5}),
+    "pools.NAME.models": (["m"], ["one"]),
     "models.NAME.when_free.shares": ({0.9: 0.5}, {0.9: 0.6}),
     "models.NAME.replicas.of": ([{"name": "a"}, {"name": "b"}], [{"name": "a"}, {"name": "c"}]),
     "models.NAME.tensor_parallel_size": (1, 2),
@@ -107,7 +110,8 @@ def document(leaf: Leaf, value: Any) -> dict[str, Any]:
     """A configuration in which the setting has that value, and all else that makes it count."""
     found = surroundings(leaf)
     place: Any = found
-    *path, name = leaf.path.replace("[]", "").replace("NAME", "m").split(".")
+    first = "pool" if leaf.path.startswith("pools.") else "m"
+    *path, name = leaf.path.replace("[]", "").replace("NAME", first, 1).replace("NAME", "other").split(".")
     for step in path:
         place = place.setdefault(step, {})
         place = place[0] if isinstance(place, list) else place
@@ -132,6 +136,11 @@ def surroundings(leaf: Leaf) -> dict[str, Any]:
             model["when_free"] = defaults["when_free"] = {"shares": {0.9: 0.7}}
         case [*_, "local_devices"]:
             defaults["tensor_parallel_size"] = 2
+        case ["pools", *_]:
+            found["models"]["one"] = {"engine": "sim", "command": "/bin/false"}
+            found["pools"] = {"pool": {"models": ["m"]}}
+        case [*_, "adapters", "NAME", _]:
+            model["adapters"] = {"other": {"path": "/lora"}}
         case [*_, "replicas", name]:
             model["replicas"] = {} if name == "of" else {"min": 2, "max": 16}
         case ["defaults", name]:
@@ -215,7 +224,8 @@ async def in_effect(living: Living) -> dict[str, Any]:
         "files": (living.back.memory._files, living.back.memory.inventory),
         "models": {name: model.spec for name, model in core.models.items()},
         "pinned": {name: r.pinned for name, r in core.replicas.items()},
-        "targets": {name: living.front.gate.resolve(name) for name in living.config.models},
+        "targets": {name: living.front.gate.resolve(name)
+                    for name in (*living.config.models, *living.front.gate.offers)},
         "names": [resolved(living, name) for name in ("m", "one", "two")],
         "cards": await living.front.status.models(),
         "launches": {name: launch(living, name) for name in living.front.current.engines},

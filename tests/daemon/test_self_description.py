@@ -106,6 +106,9 @@ def test_a_hidden_model_is_not_listed_and_answers_by_its_name() -> None:
         def resolve(self, name: str, caller: object) -> str:
             return name
 
+        def called(self, name: str, caller: object) -> str:
+            return name
+
     async def play() -> None:
         endpoints = ModelEndpoints(SimpleNamespace(status=Status()))  # type: ignore[arg-type]
         listed = json.loads((await endpoints.every(Request("GET", "/", "/", "", Headers(), caller=ANYBODY))).body)  # type: ignore[arg-type]

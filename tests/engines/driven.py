@@ -66,8 +66,11 @@ class Driven:
         assert probe is not None
         return bool(self.call(probe).json()["is_sleeping"])
 
-    def chat(self) -> str:
-        body = {"model": self.engine.served_name(self.model), "messages": [{"role": "user", "content": "hello you"}]}
+    def chat(self, model: str = "") -> str:
+        body = {
+            "model": model or self.engine.served_name(self.model),
+            "messages": [{"role": "user", "content": "hello you"}],
+        }
         reply = self.http.post("/v1/chat/completions", json=body | {"temperature": 0, "max_tokens": 16})
         return str(reply.json()["choices"][0]["message"]["content"])
 

@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import RealLlama
 from tests.engines.adapter import write_adapter
 from tests.engines.driven import Driven
-from vllmd.config.types import ModelConfig
+from vllmd.config.types import AdapterConfig, ModelConfig
 from vllmd.core.types import GiB
 from vllmd.engines.base import Failure, Place
 from vllmd.engines.estimate import estimate
@@ -118,6 +118,25 @@ def test_an_adapter_is_applied_by_its_scale(start: Start, tmp_path: Path) -> Non
         one.end()
     assert "4" in answers[0]
     assert answers[0] != answers[1]
+
+
+def test_adapters_of_their_own_names_answer_apart(start: Start, tmp_path: Path) -> None:
+    """Each request has the adapter that it names, whatever the one before it had; those of the options stay as set."""
+    first, second = (write_adapter(tmp_path / f"{layer}.gguf", layer, WIDTH) for layer in (10, 20))
+    adapters = {"first": AdapterConfig(str(first)), "second": AdapterConfig(str(second))}
+    one = start(max_model_len=512, options={"lora": f"{first}:0"}, adapters=adapters).wait_ready()
+    known = one.engine.adapters(one.model)
+    body = {"model": "m", "messages": [{"role": "user", "content": "What is 2+2?"}], "temperature": 0, "max_tokens": 12}
+
+    def answer(name: str) -> str:
+        reply = one.http.post("/v1/chat/completions", json=body | dict(known[name].members))
+        assert reply.status_code == 200, reply.text
+        return str(reply.json()["choices"][0]["message"]["content"])
+
+    plain, changed, otherwise = (answer(name) for name in ("", "first", "second"))
+    assert "4" in plain
+    assert len({plain, changed, otherwise}) == 3
+    assert [answer(name) for name in ("second", "", "first")] == [otherwise, plain, changed]
 
 
 def test_a_command_that_is_a_python_has_the_package(

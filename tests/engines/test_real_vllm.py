@@ -9,8 +9,10 @@ import httpx
 import pytest
 
 from tests.conftest import RealVllm
+from tests.engines import lora
 from tests.engines.driven import Driven
-from vllmd.config.types import ModelConfig
+from vllmd.config.types import AdapterConfig, ModelConfig
+from vllmd.engines.adapters import LOADED_ALREADY
 from vllmd.engines.base import Place
 
 pytestmark = pytest.mark.vllm
@@ -28,8 +30,11 @@ def configured(vllm: RealVllm, **more: object) -> ModelConfig:
 
 @pytest.fixture(scope="module")
 def vllm(real_vllm: RealVllm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driven]:
-    """One real vLLM for all tests here, started as its kind says."""
-    one = Driven(configured(real_vllm), Place(tmp_path_factory.mktemp("v")), LIMIT)
+    """One real vLLM for all tests here, started as its kind says, with two adapters that are not loaded yet."""
+    folder = tmp_path_factory.mktemp("v")
+    paths = [lora.write(folder / "one"), lora.write(folder / "two", rank=12, seed=2)]
+    adapters = {path.name: AdapterConfig(str(path)) for path in paths}
+    one = Driven(configured(real_vllm, adapters={**adapters, "gone": AdapterConfig("/no/such")}), Place(folder), LIMIT)
     yield one.wait_ready()
     one.close()
 
@@ -51,6 +56,28 @@ def test_it_answers_the_same_after_a_sleep(vllm: Driven, level: int, freeze: boo
     assert vllm.is_asleep()
     vllm.call_all(vllm.engine.wake(level))
     assert not vllm.is_asleep()
+    assert vllm.chat() == before
+
+
+def test_adapters_are_loaded_while_it_runs(vllm: Driven) -> None:
+    """Each answers in its own way, also after a sleep that discards the weights; the base's answers stay as they were.
+
+    A second load of the same name and one of a folder that is not there are refused in the words that are looked for.
+    """
+    adapters, before = vllm.engine.adapters(vllm.model), vllm.chat()
+    for name in ("one", "two"):
+        load = adapters[name].load
+        assert load is not None
+        vllm.call(load)
+        assert LOADED_ALREADY in _post(vllm, load.path, load.json).text
+    missing = adapters["gone"].load
+    assert missing is not None
+    assert _post(vllm, missing.path, missing.json).status_code == 404
+    answers = [vllm.chat(adapters[name].served_name) for name in ("one", "two")]
+    assert len({before, *answers}) == 3
+    vllm.call_all(vllm.engine.sleep(2, freeze=False))
+    vllm.call_all(vllm.engine.wake(2))
+    assert [vllm.chat(name) for name in ("one", "two")] == answers
     assert vllm.chat() == before
 
 

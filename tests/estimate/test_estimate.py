@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.estimate.files import LLAMA_8B, GiB, cached, gguf, model, safetensors, sparse
-from vllmd.config.types import ModelConfig
+from vllmd.config.types import AdapterConfig, ModelConfig
 from vllmd.core.types import Device, Footprint, Source, WhenFree
+from vllmd.engines.adapters import vllm_flags
 from vllmd.engines.estimate import Estimate, estimate, overfull_pins, too_large
 from vllmd.engines.facts import argument, whole
 
@@ -31,6 +33,56 @@ def told(path: Path | str, device: int = DEVICE, **settings: Any) -> Estimate:
 def llama(tmp_path: Path) -> Path:
     """Llama 3 8B in 16 bits: 15 GiB of weights, 128 KiB of cache a token, 8,192 tokens."""
     return model(tmp_path / "llama", LLAMA_8B, BF16=15 * GiB)
+
+
+# ---- adapters -----------------------------------------------------------------------------------
+
+
+def peft(folder: Path, rank: int) -> Path:
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"r": rank, "rank_pattern": {"q_proj": 2 * rank}}))
+    safetensors(folder / "adapter_model.safetensors", {"F32": 3 * MiB})
+    return folder
+
+
+def test_vllm_s_adapters_are_thin_matrices_for_every_linear_layer(tmp_path: Path, llama: Path) -> None:
+    """Of the highest rank, in vLLM's steps, for as many as it has room for; each device has its part."""
+    (llama / "config.json").write_text(json.dumps(LLAMA_8B | {"intermediate_size": 14336}))
+    adapters = {"a": AdapterConfig(str(peft(tmp_path / "a", 10))), "b": AdapterConfig(str(peft(tmp_path / "b", 4)))}
+    sides = 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))  # inputs and outputs of all layers
+    more = 2 * (2 * 32 * sides)  # two slots of rank 32, two bytes a value
+    plain, with_them = told(llama), told(llama, adapters=adapters)
+    assert with_them.footprint.awake - plain.footprint.awake == more
+    assert "of the overhead are for adapters" in with_them.why
+    halved = told(llama, adapters=adapters, tensor_parallel_size=2).footprint.awake
+    assert halved - told(llama, tensor_parallel_size=2).footprint.awake == more // 2
+    flags = vllm_flags(ModelConfig("m", model=str(llama), adapters=adapters), None)
+    assert flags == ["--enable-lora", "--max-loras", "2", "--max-lora-rank", "32", "--max-cpu-loras", "2"]
+
+
+def test_llama_cpp_s_adapters_are_their_files(tmp_path: Path) -> None:
+    """Loaded at the start, all of them."""
+    file = gguf(tmp_path / "m.gguf", {"general.architecture": "llama"}, 100 * MiB)
+    one = sparse(tmp_path / "lora.gguf", 7 * MiB)
+    plain = told(file, engine="llama.cpp")
+    assert told(file, engine="llama.cpp", adapters={"a": AdapterConfig(str(one))}).weights == plain.weights
+    more = told(file, engine="llama.cpp", adapters={"a": AdapterConfig(str(one))}).footprint.awake
+    assert more - plain.footprint.awake == 7 * MiB
+
+
+def test_an_adapter_s_files_are_data(tmp_path: Path, llama: Path) -> None:
+    """A pipe, a missing folder or nonsense is a note, and costs no time."""
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    os.mkfifo(odd / "adapter_config.json")
+    adapters = {
+        "odd": AdapterConfig(str(odd)),
+        "gone": AdapterConfig("/no/such/folder"),
+        "later": AdapterConfig("org/x"),
+    }
+    found = told(llama, adapters=adapters)
+    assert [note.partition(": ")[0] for note in found.notes] == ["its adapter odd", "its adapter gone"]
+    assert "no regular file" in found.notes[0]
 
 
 # ---- the rules --------------------------------------------------------------------------------

@@ -108,7 +108,13 @@ class FakeGate:
         return await self.acquire("m", "")
 
     async def acquire(
-        self, model: str, key: str, only: str = "", body: bytes = b"", waits: Callable[[], None] = silent
+        self,
+        model: str,
+        key: str,
+        only: str = "",
+        body: bytes = b"",
+        waits: Callable[[], None] = silent,
+        offer: str = "",
     ) -> FakePermit:
         """Through, once it is open."""
         self.only.append(only)

@@ -59,6 +59,9 @@ class Status(Protocol):
     def resolve(self, name: str, caller: Caller = ANYBODY) -> str:
         """The configured name of what the caller calls a model, or a replica of it. Raises UnknownModel, Forbidden."""
 
+    def called(self, name: str, caller: Caller = ANYBODY) -> str:
+        """The configured name of a model, an adapter, a variant or a pool. Raises UnknownModel, Forbidden."""
+
     def types(self) -> list[str]:
         """The kinds of engines that there are."""
 

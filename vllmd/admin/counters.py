@@ -76,7 +76,7 @@ class Counters:
         """A request has ended."""
         request, model, elapsed, status = (
             exchange.request,
-            exchange.model,
+            exchange.offer or exchange.model,
             exchange.elapsed,
             str(exchange.status or 499),
         )

@@ -11,6 +11,7 @@ from vllmd.admin.control import Control
 from vllmd.errors import Forbidden, UnknownModel
 from vllmd.proxy.http import Request, Response, json_response
 
+KINSHIP = ("parent", "root")
 _STARTED = int(time.time())
 
 
@@ -23,6 +24,7 @@ class ModelEndpoints:
     async def every(self, request: Request) -> Response:
         """``GET /v1/models``: what the key may use and is not hidden, loaded or not, then their aliases.
 
+        An adapter, a variant and a pool are entries, too; ``parent`` is the model that they belong to.
         As vLLM lists several served names: an alias is an entry of its own whose
         ``root`` is the model, so that clients which offer a choice offer it, too.
         """
@@ -34,7 +36,7 @@ class ModelEndpoints:
         """``GET /v1/models/{id}``, by its name, an alias, or its end. Raises UnknownModel."""
         asked = request.params["model"]
         with contextlib.suppress(Forbidden):  # what one may not use one need not know of
-            name = self._control.status.resolve(asked, request.caller)
+            name = self._control.status.called(asked, request.caller)
             for model in await self._models(request):
                 if model["id"] == name:
                     return json_response(_card(model, asked if asked in model["aliases"] else name))
@@ -69,5 +71,5 @@ class ModelEndpoints:
 
 def _card(model: dict[str, Any], name: str) -> dict[str, Any]:
     """OpenAI's model object under one of its names, and our fields beside its own."""
-    own = {"id": name, "object": "model", "created": _STARTED, "owned_by": "vllmd", "root": model["id"]}
-    return {**model, **own}
+    own = {"id": name, "object": "model", "created": _STARTED, "owned_by": "vllmd"}
+    return {**model, "parent": None, "root": model["id"], **{key: model[key] for key in KINSHIP if key in model}, **own}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from vllmd.config import secrets
+from vllmd.config import offers, secrets
 from vllmd.config.nodes import Where
 from vllmd.config.types import Config, ModelConfig
 from vllmd.config.value_types import show_duration, show_size
@@ -23,6 +23,8 @@ def check(config: Config) -> Iterator[Finding]:
     yield from _names(config)
     yield from _ports(config)
     yield from _keys(config)
+    for model_name, path, what in offers.wrong(config):
+        yield _place(config.models[model_name]) if model_name else _auth(config), path, what
     for model in config.models.values():
         yield from _model(model, config)
         yield from _idle(model)
@@ -76,7 +78,7 @@ def _auth(config: Config) -> Where:
 
 
 def _known(name: str, config: Config) -> bool:
-    return name in config.models or any(name in model.aliases for model in config.models.values())
+    return name in offers.names_of(config) or name in config.pools
 
 
 def _names(config: Config) -> Iterator[Finding]:

@@ -128,13 +128,25 @@ class _Parser:
             if row is None or name in skip:
                 continue
             full = join(path, name)
-            if isinstance(row.kind, Group):
+            if isinstance(row.kind, Group) and row.many == "map":
+                found[row.field or name] = self.by_name(row.kind, value, full)
+            elif isinstance(row.kind, Group):
                 inner = self.values(row.kind, value, full) if value.is_map else None
                 found[row.field or name] = None if inner is None else row.kind.target(**inner)
             else:
                 parsed = self.parse(row.kind, value.as_secret() if row.secret else value, full)
                 if parsed is not FAILED and row.field is not None:
                     found[row.field or row.name] = parsed
+        return found
+
+    def by_name(self, group: Group, node: Node, path: str) -> dict[str, Any]:
+        """What a mapping of such groups has, each under its name."""
+        found = {}
+        for name, value in node.value.items():
+            if not checks.good_name(name):
+                self.findings.complain(value.key or value.where, f"{path}.{name}", f"a name has {checks.GOOD_NAME}")
+            self.findings.origins.setdefault(f"{path}.{name}", value.key or value.where)
+            found[name] = group.target(**self.values(group, value, f"{path}.{name}"))
         return found
 
     def parse(self, kind: Kind, node: Node, path: str) -> Any:

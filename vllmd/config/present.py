@@ -13,10 +13,11 @@ import yaml
 from vllmd.config import secrets, value_types
 from vllmd.config.loader import Reading
 from vllmd.config.nodes import Where
-from vllmd.config.settings import DEFAULTS, MODEL, ROOT, SHARES, Group, Setting, default
+from vllmd.config.settings import ADAPTER, DEFAULTS, MODEL, POOL, ROOT, SHARES, VARIANT, Group, Setting, default
 from vllmd.config.types import Config
 
 HIDDEN = "(hidden)"
+SPARSE = (MODEL, VARIANT, ADAPTER, POOL)  # groups by name, of which only what was set is shown
 PLAIN = re.compile(r"[A-Za-z0-9_/][A-Za-z0-9_./+%-]*( [A-Za-z0-9_./+%-]+)*")
 
 
@@ -46,14 +47,14 @@ class _Writer:
             value, full = getattr(values, row.field or row.name), f"{path}{row.name}"
             if isinstance(row.kind, Group):
                 yield from self.nested(row, row.kind, value, full, depth)
-            elif value != default(group, row) or ((group is not MODEL or self.defaults) and value not in (None, ())):
+            elif value != default(group, row) or ((group not in SPARSE or self.defaults) and value not in (None, ())):
                 yield self.line(row, value, full, depth)
-            elif group is not MODEL:
+            elif group not in SPARSE:
                 yield f"{'  ' * depth}# {row.name}: {row.kind.none}\n"
 
     def nested(self, row: Setting, group: Group, value: Any, path: str, depth: int) -> Iterator[str]:
         if row.many == "map":
-            yield from self.models(group, value, depth)
+            yield from self.by_name(row, group, value, path, depth)
         elif row.many == "list":
             yield from self.listed(row, group, value, path, depth)
         elif value is None and self.defaults:
@@ -72,11 +73,14 @@ class _Writer:
             first = "  " * (depth + 2)
             yield "  " * (depth + 1) + "- " + text.removeprefix(first)
 
-    def models(self, group: Group, models: Mapping[str, Any], depth: int) -> Iterator[str]:
-        yield "models:\n" if models else "models: {}\n"
-        for name, model in models.items():
-            yield f"{'  ' * (depth + 1)}{key(name)}:  # {model.where}\n"
-            yield from self.group(group, model, f"models.{name}.", depth + 2)
+    def by_name(self, row: Setting, group: Group, values: Mapping[str, Any], path: str, depth: int) -> Iterator[str]:
+        if not values and group is not MODEL:
+            return
+        yield f"{'  ' * depth}{row.name}:\n" if values else f"{row.name}: {{}}\n"
+        for name, value in values.items():
+            origin = value.where if group is MODEL else self.origins.get(f"{path}.{name}", "")
+            yield f"{'  ' * (depth + 1)}{key(name)}:  # {origin}\n"
+            yield from self.group(group, value, f"{path}.{name}.", depth + 2)
 
     def line(self, row: Setting, value: Any, path: str, depth: int) -> str:
         text = written(row, concealed(row, value) if row.secret else value)

@@ -51,7 +51,8 @@ def _nested(row: Setting, group: Group) -> dict[str, Any]:
     if row.many == "list":
         return {"type": ["array", "null"], "items": schema}
     if row.many == "map":
-        return {"type": ["object", "null"], "additionalProperties": {"anyOf": [schema, {"type": "null"}]}}
+        entry = {"anyOf": [schema, *group.forms, {"type": "null"}]}
+        return {"type": ["object", "null"], "additionalProperties": entry}
     word = [{"enum": ["never", "off"]}] if "never" in group.accepts else []
     switch = [{"type": "boolean"}] if group.optional else []
     return {"anyOf": [schema, *word, *switch, *group.forms, {"type": "null"}]}

@@ -15,16 +15,19 @@ from typing import Any
 from vllmd.config import value_types as k
 from vllmd.config.nodes import Node
 from vllmd.config.types import (
+    AdapterConfig,
     AuthConfig,
     Config,
     DeviceConfig,
     EngineDefaults,
     KeyConfig,
     ModelConfig,
+    PoolConfig,
     ReplicaConfig,
     RequestRules,
     ScopeLimits,
     ServerConfig,
+    VariantConfig,
 )
 from vllmd.config.value_types import Kind
 from vllmd.core.types import IdleRules, WhenFree
@@ -113,6 +116,11 @@ def several(node: Node) -> Node | None:
     if node.is_map or isinstance(node.value, bool):
         return None
     return replace(node, value={"min": node, "max": node})
+
+
+def under(name: str) -> Callable[[Node], Node | None]:
+    """A scalar or a list in the place of a group stands for its setting of this name."""
+    return lambda node: None if node.is_map or node.value is None else replace(node, value={name: node})
 
 
 def plainly(node: Node) -> Node | None:
@@ -219,7 +227,61 @@ REQUEST = Group(
         Setting("strip", MEMBERS, "Members that are taken out."),
         Setting("set", MEMBER_VALUES, "Members and the values they get, whatever the client says."),
         Setting("default", MEMBER_VALUES, "Members and the values they get when the client does not send them."),
+        Setting(
+            "system",
+            k.TEXT_OF_LINES,
+            "System prompt of chats, responses and messages whose client sends none.",
+        ),
     ),
+)
+
+LISTED = (
+    Setting("display_name", k.TEXT, "What it is called in lists that people read; without it its name."),
+    Setting("description", k.TEXT, "What GET /v1/models says of it."),
+    Setting("hidden", k.BOOL, "Leave it out of GET /v1/models; whoever knows its name may use it as ever."),
+)
+
+VARIANT = Group(
+    VariantConfig,
+    "Other names of the model, each with rules of its own for requests. Its key is the name that clients ask for, such "
+    "as qwen3:think. They go to the model's engine; keys that may use the model may use them, and a key may be for one "
+    "of them only.",
+    (
+        Setting("request", REQUEST, "What becomes of its JSON requests, after what request of the model says."),
+        *LISTED,
+    ),
+)
+
+ADAPTER = Group(
+    AdapterConfig,
+    "LoRA adapters of the model, of the engines vllm and llama.cpp. Its key is the name that clients ask for; requests "
+    "go to the model's engine, which loads the adapter at its first request if it can, else at its start. A key that "
+    "is for certain models must name it. A text in place of the mapping is path.",
+    (
+        Setting(
+            "path",
+            k.TEXT,
+            "Its folder as PEFT writes it, or a repository id; of llama.cpp its GGUF file.",
+        ),
+        *(replace(row, reload=Reload.NOW) for row in LISTED),
+    ),
+    under("path"),
+    "a path, a repository id, or a mapping",
+    forms=({"type": "string"},),
+)
+
+POOL = Group(
+    PoolConfig,
+    "Names for whichever of several models is loaded. Its key is the name that clients ask for. A request goes to the "
+    "one of them that runs and has the fewest requests; else to one that is being loaded, or sleeps; a cold one is "
+    "started only where none is, the first one that can be. A list in place of the mapping is models.",
+    (
+        Setting("models", k.NAMES, "Models, variants or adapters, those first that are to be taken before others."),
+        *LISTED,
+    ),
+    under("models"),
+    "a list of models, or a mapping",
+    forms=({"type": "array", "items": {"type": "string"}},),
 )
 
 LIMITS = Group(
@@ -254,8 +316,8 @@ REPLICAS = Group(
             k.MAPPINGS,
             "Each replica's own settings, beside those of the model, and name, which stands behind the model's "
             "name and @ in vllmctl, in place of a number. What belongs to the model as clients see it cannot "
-            "differ: aliases, api_key, request, priority, on_busy, queue_limit, queue_timeout, display_name, "
-            "description, hidden, capabilities.",
+            "differ: aliases, api_key, request, variants, adapters, priority, on_busy, queue_limit, queue_timeout, "
+            "display_name, description, hidden, capabilities.",
             field="given",
             secret=True,
         ),
@@ -477,6 +539,8 @@ MODEL = Group(
         ),
         Setting("replicas", REPLICAS, "Several engines of it."),
         Setting("request", REQUEST, "What becomes of its JSON requests."),
+        Setting("variants", VARIANT, "Other names of it, with rules of their own.", many="map"),
+        Setting("adapters", ADAPTER, "Its LoRA adapters, by name.", many="map", reload=Reload.ENGINE),
         Setting(
             "options",
             k.MAP,
@@ -496,10 +560,11 @@ MODEL = Group(
     accepts="a mapping of settings",
 )
 
-NOT_IN_DEFAULTS = frozenset({"model", "aliases", "api_key", "host", "replicas"})
+NOT_IN_DEFAULTS = frozenset({"model", "aliases", "api_key", "host", "replicas", "variants", "adapters"})
 # What clients ask for has these, however many engines answer: one name, one queue.
 OF_THE_MODEL = frozenset(
-    {"aliases", "api_key", "replicas", "request", "priority", "on_busy", "queue_limit", "queue_timeout"}
+    {"aliases", "api_key", "replicas", "request", "variants", "adapters", "priority", "on_busy", "queue_limit"}
+    | {"queue_timeout"}
     | {"display_name", "description", "hidden", "capabilities"}
 )
 REPLICA = replace(
@@ -723,6 +788,7 @@ ROOT = Group(
             "Offer every model in the engines' Hugging Face cache as well, with the settings of defaults.",
         ),
         Setting("models", MODEL, "The models, by name.", many="map"),
+        Setting("pools", POOL, "Names for whichever of several models is loaded.", many="map"),
     ),
     accepts="a mapping of sections",
 )

@@ -93,11 +93,11 @@ class Shape:
         return value.with_value({}) if checked is None else self.canonical(group, value, path)
 
     def canonical_map(self, group: Group, value: Node, path: str) -> Node:
-        if self.mapping(value, path, "models by name") is None:
+        if self.mapping(value, path, f"{path.rpartition('.')[2]} by name") is None:
             return value.with_value({})
         entries = {}
         for name, node in value.value.items():
-            node = node.with_value({}) if node.value is None else node
+            node = node.with_value({}) if node.value is None else group.short(node) or node
             if self.mapping(node, f"{path}.{name}", group.accepts) is not None:
                 entries[name] = self.canonical(group, node, f"{path}.{name}")
         return value.with_value(entries)

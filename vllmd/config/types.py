@@ -35,6 +35,46 @@ class RequestRules:
     strip: tuple[str, ...] = ()
     set: Mapping[str, object] = field(default_factory=dict)
     default: Mapping[str, object] = field(default_factory=dict)  # where the request has none of the name
+    system: str = ""  # the system prompt, where the request has none
+
+    def over(self, below: RequestRules) -> RequestRules:
+        """Both: ``below`` first, and these where the two say different things."""
+        return RequestRules(
+            tuple(dict.fromkeys((*below.strip, *self.strip))),
+            {**below.set, **self.set},
+            {**below.default, **self.default},
+            self.system or below.system,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """A LoRA adapter of a model. ``path``: its folder or file, or a repository id."""
+
+    path: str = ""
+    display_name: str = ""
+    description: str = ""
+    hidden: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class VariantConfig:
+    """Another name of a model, with rules of its own for requests, over those of the model."""
+
+    request: RequestRules = field(default_factory=RequestRules)
+    display_name: str = ""
+    description: str = ""
+    hidden: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PoolConfig:
+    """A name for whichever of several models is loaded, the first ones before the others."""
+
+    models: tuple[str, ...] = ()
+    display_name: str = ""
+    description: str = ""
+    hidden: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +157,8 @@ class ModelConfig:
     log_file: bool = False
     limits: ScopeLimits = ScopeLimits()
     request: RequestRules = field(default_factory=RequestRules)
+    variants: Mapping[str, VariantConfig] = field(default_factory=dict)
+    adapters: Mapping[str, AdapterConfig] = field(default_factory=dict)
     options: Mapping[str, object] = field(default_factory=dict, repr=False)  # the engine kind's own
     replicas: ReplicaConfig | None = None
     where: str = ""  # file:line, for errors
@@ -229,6 +271,7 @@ class Config:
     log_level: str = "info"
     engines: EngineDefaults = EngineDefaults()
     models: Mapping[str, ModelConfig] = field(default_factory=dict)
+    pools: Mapping[str, PoolConfig] = field(default_factory=dict)
     discover: bool = False  # offer the models in the Hugging Face cache, too
     template: ModelConfig = field(default=ModelConfig(""), compare=False)  # what the defaults make of a model
     templates: Mapping[str, ModelConfig] = field(default_factory=dict, compare=False)  # by kind, of those they name

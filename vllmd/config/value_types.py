@@ -79,6 +79,15 @@ def parse_text(node: Node) -> str:
     return node.text
 
 
+def parse_lines(node: Node) -> str:
+    """Text of one line or several."""
+    if node.is_map or node.is_list or node.value is None:
+        raise wrong(node, "text")
+    if not node.text.replace("\n", "").replace("\t", "").isprintable():
+        raise Wrong("control characters are not allowed")
+    return node.text
+
+
 def parse_user(node: Node) -> str:
     """The name of a user of this machine, ``own``, or "" for the engines' user."""
     name = parse_text(node)
@@ -531,6 +540,7 @@ MAPPINGS = Kind(
     {"type": "array", "items": {"type": "object"}},
     lambda value: f"{len(value)} of them" if value else "none",
 )
+TEXT_OF_LINES = Kind("text", parse_lines, {"type": "string"}, none="none")
 TEXT_OR_NONE = Kind("text, or none", or_none(parse_text, "none", "off"), {"type": ["string", "null"]}, none="none")
 HOST = Kind("a host name or address", parse_host, {"type": "string"}, none="both loopback addresses")
 PORT = count(0, 65535)

@@ -20,17 +20,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from vllmd import errors
 from vllmd.admin.counters import Counters
-from vllmd.config.types import ModelConfig, RequestRules
+from vllmd.config.types import ModelConfig, PoolConfig, RequestRules
 from vllmd.core import commands, events
 from vllmd.daemon.failure_text import for_clients
 from vllmd.daemon.names import Names
+from vllmd.daemon.offers import Offer, Offers
 from vllmd.daemon.quotas import Quotas, Use
-from vllmd.engines.base import Engine, Listen
+from vllmd.engines.base import Adapter, Engine, Listen
 from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.proxy.gate import Target, silent
 from vllmd.proxy.upstream import Unreached
@@ -60,6 +61,15 @@ class BackEnd(Protocol):
     def unreached(self, replica: str) -> None:
         """Nobody listens where the replica's engine should."""
 
+    async def provide(self, replica: str, adapter: str, waits: Callable[[], None]) -> None:
+        """Have the replica's engine load the adapter, unless it has it; ``waits`` is called if that takes its time.
+
+        Raises EngineFailed.
+        """
+
+    def nearest(self, models: Sequence[str]) -> str:
+        """Of these models the one that will answer soonest, by its state; the first of those that are alike."""
+
 
 class AdmissionGate:
     """Implements ``vllmd.proxy.gate.Gate`` over the core."""
@@ -88,17 +98,19 @@ class AdmissionGate:
         models: Mapping[str, ModelConfig],
         engines: Mapping[str, ModelConfig],
         keep_alive_limit: float | None = None,
+        pools: Mapping[str, PoolConfig] | None = None,
     ) -> None:
         """Take the models of a new configuration, and their engines: each model's one, or its replicas.
 
-        ``keep_alive_limit`` is in seconds, None for none; 0.0: no client's word counts.
+        ``pools`` by name. ``keep_alive_limit`` is in seconds, None for none; 0.0: no client's word counts.
         """
         self._keep_alive_limit = keep_alive_limit
         self._models = dict(models)
         self._engines = dict(engines)
-        self._names = Names(models.values())
         self._firsts = {engine.replica_of or name: name for name, engine in reversed(list(engines.items()))}
-        self._targets: dict[str, Target] = {}  # by the id of an engine, or the name of its model
+        self._offers = Offers(models, pools or {}, self._adapters)
+        self._names = Names(models.values(), self._offers)
+        self._targets: dict[tuple[str, str], Target] = {}  # by engine (or its model), and adapter or variant
         self._resolved: dict[str, Target] = {}  # by names that clients use and that mean the same to everybody
 
     @property
@@ -114,8 +126,10 @@ class AdmissionGate:
             raise self.refusal.with_traceback(None)  # or each raise would add to the one that is kept
         if name in self._resolved:
             return self._resolved[name]
-        model = self._names.resolve(name, caller.may_use)
-        target = self._target(model, self._firsts[model])  # for what is alike in all replicas, the first one's
+        called = self._names.resolve(name, caller.may_use)
+        if (pool := self._offers.pool(called)) is not None:
+            return self._meant(self._of_pool(called, pool, caller))
+        target = self._meant(called)
         if name in target.names:  # any other is a guess, among the models that the caller may use
             self._resolved[name] = target
         return target
@@ -124,39 +138,97 @@ class AdmissionGate:
         """The configured name of a model, or the id of a replica. Raises as ``resolve`` does."""
         if self.refusal and not (name in self._engines and self._engines[name].replica_of):
             raise self.refusal.with_traceback(None)
-        return self._names.with_replica(name, self._engines, caller.may_use)
+        found = self._names.with_replica(name, self._engines, caller.may_use)
+        if (pool := self._offers.pool(found)) is not None:
+            raise errors.BadRequest(f"{found!r} is a pool, name one of its models: {', '.join(pool)}", param="model")
+        offer = self._offers.get(found)
+        return offer.model if offer else found
 
-    def _target(self, name: str, engine: str) -> Target:
-        if name not in self._targets:
+    def opens(self, name: str) -> frozenset[str]:
+        """What a key with this name among its models may use. Raises as ``resolve`` does."""
+        if self.refusal:
+            raise self.refusal.with_traceback(None)
+        return self._offers.opened_by(self._names.resolve(name))
+
+    @property
+    def offers(self) -> Offers:
+        """What is offered beside the models."""
+        return self._offers
+
+    def called(self, name: str, caller: Caller = ANYBODY) -> str:
+        """The configured name of a model or another offer. Raises as ``resolve`` does."""
+        return self._names.resolve(name, caller.may_use)
+
+    def _of_pool(self, name: str, pool: Sequence[str], caller: Caller) -> str:
+        """The member of a pool that gets the next request of this caller."""
+        members = [member for member in pool if caller.may_use(member)]
+        if not members:
+            caller.check(name)
+            raise errors.UnknownModel(f"none of the models of the pool {name!r} is here", param="model")
+        models = [offer.model if (offer := self._offers.get(member)) else member for member in members]
+        nearest = self._back.nearest(models) if self._back else models[0]
+        return members[models.index(nearest)]
+
+    def _meant(self, called: str) -> Target:
+        """What a model's name means, or that of an adapter or a variant."""
+        offer = self._offers.get(called)
+        model = offer.model if offer else called
+        return self._target(model, self._firsts[model], offer)  # for what is alike in all replicas, the first one's
+
+    def _adapters(self, model: ModelConfig) -> Mapping[str, Adapter]:
+        """The adapters of a model, as its first engine has them."""
+        config = self._engines[self._firsts[model.name]]
+        return self._engine_of(config).adapters(config)
+
+    def _target(self, name: str, engine: str, offer: Offer | None = None) -> Target:
+        key = (name, offer.name if offer else "")
+        if key not in self._targets:
             config = self._engines[engine]
             kind = self._engine_of(config)
             served, routes = kind.served_name(config), kind.routes(config)
-            rules = config.request if config.request != RequestRules() else None
+            adapters = kind.adapters(config)
+            rules = config.request
+            if "" in adapters:
+                rules = RequestRules(set=adapters[""].members).over(rules)
+            if offer is not None:
+                rules = offer.rules.over(rules)
+                served = adapters[offer.name].served_name if offer.is_adapter else served
             model = config.replica_of or config.name
-            names = frozenset((model, *self._models.get(model, config).aliases))
+            names = frozenset((offer.name,) if offer else (model, *self._models.get(model, config).aliases))
             own_api = frozenset(kind.own_api(config))
-            self._targets[name] = Target(name, served, routes, kind.headers(), rules, own_api, names)
-        return self._targets[name]
+            found = None if rules == RequestRules() else rules
+            called = offer.name if offer else ""
+            self._targets[key] = Target(name, served, routes, kind.headers(), found, own_api, names, called)
+        return self._targets[key]
 
     async def acquire(
-        self, model: str, key: str, only: str = "", body: bytes = b"", waits: Callable[[], None] = silent
+        self,
+        model: str,
+        key: str,
+        only: str = "",
+        body: bytes = b"",
+        waits: Callable[[], None] = silent,
+        offer: str = "",
     ) -> Permit:
         """Wait until the request is admitted. Raises VllmdError; cancelled when the client leaves."""
         # 1. The key's quota: a key over its limit takes no place in a queue.
         began, use = self._quotas.clock(), self._quotas.begin(key, body)
-        permit = Permit(self, model, key, only, waits)
+        permit = Permit(self, model, key, only, waits, offer)
         try:
             # 2. Devices and engines must have been found.
             if self._back is None:
                 await self._opened(waits)
             # 3. The core admits it, now or when the model is awake and it is its turn.
             await self._admitted(permit)
+            # 4. An adapter is loaded, unless the engine has it.
+            if offer:
+                await self._provided(permit)
         except BaseException:
             if use is not None:
                 use.abandon()
             raise
         permit.use = use
-        self._counters.waited(model, self._quotas.clock() - began)
+        self._counters.waited(permit.called, self._quotas.clock() - began)
         return permit
 
     async def _opened(self, waits: Callable[[], None]) -> None:
@@ -187,6 +259,17 @@ class AdmissionGate:
         if permit.refusal is not None:
             raise permit.refusal
 
+    async def _provided(self, permit: Permit) -> None:
+        """Wait until the engine has the adapter that the request is for, if it is for one. Raises VllmdError."""
+        offer = self._offers.get(permit.offer)
+        if self._back is None or offer is None or not offer.is_adapter:
+            return
+        try:
+            await self._back.provide(permit.replica, offer.name, permit.waits)
+        except BaseException:
+            permit.release()
+            raise
+
     async def retry(self, permit: Permit, error: errors.VllmdError) -> Permit:
         """Once more, to another replica; one that is the only engine only if nobody listened there. Raises ``error``.
 
@@ -203,9 +286,11 @@ class AdmissionGate:
             raise error
         else:
             self._counters.retried(permit.model, permit.replica)
-        again = Permit(self, permit.model, permit.key, permit.only, permit.waits)
+        again = Permit(self, permit.model, permit.key, permit.only, permit.waits, permit.offer)
         again.tried = (*permit.tried, permit.replica)
         await self._admitted(again)
+        if again.offer:
+            await self._provided(again)
         if permit.use is not None:
             permit.use.resume()
             again.use = permit.use
@@ -236,7 +321,7 @@ class AdmissionGate:
         """Let it pass; an engine that is no longer there ends it at once."""
         permit, where = self._permits[command.request], self._back.address_of(command.replica) if self._back else None
         permit.admitted, permit.replica = True, command.replica
-        permit.target = self._target_of(permit.model, command.replica)
+        permit.target = self._target_of(permit.model, command.replica, permit.offer)
         if where is None:
             permit.refusal = errors.UpstreamFailed(f"the engine of {command.replica} is gone")
             permit.release()
@@ -290,7 +375,7 @@ class AdmissionGate:
         """An admitted request is over."""
         self._drop(permit.request)
         if tokens is not None:
-            self._counters.used(permit.model, permit.key, tokens)
+            self._counters.used(permit.called, permit.key, tokens)
         self.post(events.RequestFinished(permit.request, tokens, failed))
 
     def _drop(self, request: str) -> Permit | None:
@@ -299,10 +384,12 @@ class AdmissionGate:
             self._empty.set()
         return permit
 
-    def _target_of(self, model: str, engine: str) -> Target | None:
-        """What the model's name means to one of several replicas; None for an engine that is the only one."""
+    def _target_of(self, model: str, engine: str, called: str) -> Target | None:
+        """What the model's name means to one of several replicas, or that of an adapter or a variant of it; None for an
+        engine that is the only one."""
         config = self._models.get(model)
-        return self._target(engine, engine) if config and config.replicas and engine in self._engines else None
+        several = config and config.replicas and engine in self._engines
+        return self._target(engine, engine, self._offers.get(called)) if several else None
 
 
 class Permit:
@@ -317,6 +404,7 @@ class Permit:
         "decided",
         "key",
         "model",
+        "offer",
         "only",
         "refusal",
         "replica",
@@ -328,11 +416,14 @@ class Permit:
         "waits",
     )
 
-    def __init__(self, gate: AdmissionGate, model: str, key: str, only: str, waits: Callable[[], None]) -> None:
+    def __init__(
+        self, gate: AdmissionGate, model: str, key: str, only: str, waits: Callable[[], None], offer: str = ""
+    ) -> None:
         self.request = ""  # what the core calls it
         self.model = model
         self.key = key
         self.only = only
+        self.offer = offer  # the adapter or variant of the model that it is for
         self.use: Use | None = None  # of its key's quota, once admitted; None without limits
         self.waits = waits
         self.tried: tuple[str, ...] = ()  # the engines that failed it before
@@ -346,6 +437,11 @@ class Permit:
         self._over = False
         self._heard: Callable[[str], None] | None = None  # who is told of a cut
         self._reason: str | None = None  # why it was cut
+
+    @property
+    def called(self) -> str:
+        """What it is counted by."""
+        return self.offer or self.model
 
     def decide(self) -> None:
         """It was admitted or refused: whoever waits goes on."""

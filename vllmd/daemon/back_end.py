@@ -5,17 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vllmd.core import events
 from vllmd.core.types import ReplicaView, Snapshot, State
+from vllmd.daemon.adapter_loader import provide
 from vllmd.daemon.device_readings import DeviceReadings
 from vllmd.daemon.device_watch import DeviceWatch
 from vllmd.daemon.dispatcher import Dispatcher
 from vllmd.daemon.engine_manager import EngineManager
 from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.memory import Memory
+from vllmd.daemon.offers import ORDER
+from vllmd.daemon.serializers import state_of
 from vllmd.engines.base import Listen
+from vllmd.errors import EngineFailed
 from vllmd.launcher.client import LauncherClient
 
 
@@ -44,6 +49,26 @@ class BackEnd:
         """Where the replica's engine listens; None if there is none."""
         process = self.engines.processes.get(replica)
         return process.listen if process else None
+
+    async def provide(self, replica: str, adapter: str, waits: Callable[[], None]) -> None:
+        """Have the replica's engine load the adapter, unless it has it. Raises EngineFailed."""
+        process = self.engines.processes.get(replica)
+        if process is None:
+            raise EngineFailed(f"the engine of {replica} is gone")
+        await provide(process, adapter, waits)
+
+    def nearest(self, models: Sequence[str]) -> str:
+        """Of these models the one that will answer soonest, by its state; of several that run the least busy one."""
+        views = {view.name: view for view in self.snapshot().models}
+
+        def distance(name: str) -> tuple[int, int]:
+            view = views.get(name)
+            if view is None:
+                return len(ORDER) + 1, 0
+            busy = view.in_flight + view.queued if view.state is State.READY else 0
+            return ORDER.get(state_of(view), len(ORDER)), busy
+
+        return min(models, key=distance)
 
     def unreached(self, replica: str) -> None:
         """Nobody listens where the replica's engine should."""

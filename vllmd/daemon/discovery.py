@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vllmd.config.checks import good_name
+from vllmd.config.offers import names_of
 from vllmd.config.types import Config, ModelConfig
 from vllmd.hub import Found, discover, is_repository
 
@@ -22,6 +23,7 @@ def with_discovered(config: Config, cache: Path) -> Config:
     if not config.discover:
         return config
     taken = {name for model in config.models.values() for name in (model.name, model.source, *model.aliases)}
+    taken |= {*names_of(config), *config.pools}
     there = [one for one in discover(cache) if one.name not in taken]
     wrong = [one for one in there if not (good_name(one.name) and is_repository(one.name))]
     for one in wrong:  # engines may write there: a folder's name could be a path, a flag, or several lines

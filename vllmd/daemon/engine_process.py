@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import asdict, dataclass, field
 
 from vllmd.config.settings import of_the_engine
-from vllmd.config.types import ModelConfig, RequestRules
+from vllmd.config.types import ModelConfig
 from vllmd.core.types import Placement
 from vllmd.daemon.failure_text import how_it_ended, with_last_lines
 from vllmd.daemon.logfile import LogFile
@@ -75,6 +75,7 @@ class EngineProcess:
     watcher: asyncio.Task[None] | None = None  # of its health
     verdict: str = ""  # why we killed it, if we did
     listeners: set[asyncio.Queue[str]] = field(default_factory=set)
+    adapters: dict[str, asyncio.Task[str]] = field(default_factory=dict)  # loaded, or being loaded: what went wrong
 
     @property
     def name(self) -> str:
@@ -127,11 +128,16 @@ def _fingerprint(model: ModelConfig, name: str) -> str:
     wanted = of_the_engine()
     parts = {key: value for key, value in asdict(model).items() if key in wanted}
     parts |= {"name": name, "request": _NO_RULES}
+    parts["adapters"] = {adapter: told.path for adapter, told in model.adapters.items()}
     for setting, default in _SINCE_0_1_0.items():
         if parts[setting] == default:  # as if there were no such setting: an engine of an older version is kept
             del parts[setting]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-_SINCE_0_1_0 = {"user": ""}  # settings that 0.1.0 did not have, with the value that means what it did
-_NO_RULES = asdict(RequestRules())  # 0.1.0 took the rules for requests for the engine's: engines without any are kept
+_SINCE_0_1_0 = {"user": "", "adapters": {}}  # settings that 0.1.0 did not have, with the value that means what it did
+_NO_RULES: dict[str, object] = {
+    "strip": (),
+    "set": {},
+    "default": {},
+}  # 0.1.0 took the rules for requests for the engine's: engines without any are kept

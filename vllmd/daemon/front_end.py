@@ -69,7 +69,7 @@ class FrontEnd:
         logging.getLogger().setLevel(config.log_level.upper())
         self.current.take(config)
         self.gate.refusal = None
-        self.gate.configure(config.models, self.current.engines, config.server.keep_alive_limit)
+        self.gate.configure(config.models, self.current.engines, config.server.keep_alive_limit, config.pools)
         self.listeners.configure(config)
 
     def turn_away(self) -> None:
@@ -90,7 +90,7 @@ def front_end(
     current, back, changing = Current(config, broken), Later["BackEnd"](), asyncio.Lock()
     resolver, counters, quotas = EngineResolver(), Counters(), Quotas(config.auth.keys)
     gate = AdmissionGate(resolver, quotas, counters)
-    gate.configure(config.models, current.engines, config.server.keep_alive_limit)
+    gate.configure(config.models, current.engines, config.server.keep_alive_limit, config.pools)
     if broken:  # what is wrong there is for those who may read it: operators, and the log
         what = f"vllmd's configuration is invalid, tell its administrator: {places(broken)}"
         gate.refusal = Unavailable(what)

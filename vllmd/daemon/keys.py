@@ -12,7 +12,7 @@ import hmac
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from vllmd.config.types import AuthConfig, KeyConfig
@@ -37,22 +37,22 @@ class ApiKeyAuth:
     def __init__(
         self,
         auth: AuthConfig,
-        resolve: Callable[[str], str] = str,
+        opens: Callable[[str], Collection[str]] = lambda name: (name,),
         hosts: Hosts | None = None,
         failures: FailedLogins | None = None,
     ) -> None:
-        """``resolve`` tells a model's name from an alias; it may raise VllmdError."""
+        """``opens`` tells what a key with a model's name or alias may use; it may raise VllmdError."""
         self.hosts = hosts or Hosts()
         self._failures = failures or FailedLogins(time.monotonic, lambda how: None)
-        self.configure(auth, resolve)
+        self.configure(auth, opens)
 
-    def configure(self, auth: AuthConfig, resolve: Callable[[str], str]) -> None:
+    def configure(self, auth: AuthConfig, opens: Callable[[str], Collection[str]]) -> None:
         """Take the keys of a new configuration; a key that is gone opens nothing from now on.
 
         To be called after a change of ``hosts`` as well.
         """
         self._word = object()  # what was found before is worth nothing any more
-        self._callers = [(key.digest, _caller(key, resolve)) for key in auth.keys]
+        self._callers = [(key.digest, _caller(key, opens)) for key in auth.keys]
         if self._callers:
             models = None if "names" in auth.public else frozenset[str]()
             self._stranger = Caller(scopes=PUBLIC & {*auth.public} | {OPEN}, models=models, refusal=_no_key)
@@ -150,16 +150,16 @@ def _password(credentials: str) -> str:
     return password or user
 
 
-def _caller(key: KeyConfig, resolve: Callable[[str], str]) -> Caller:
-    models = frozenset(_names(key, resolve)) if key.models else None
+def _caller(key: KeyConfig, opens: Callable[[str], Collection[str]]) -> Caller:
+    models = frozenset(_names(key, opens)) if key.models else None
     return Caller(key.name, granted(key.scopes), models)
 
 
-def _names(key: KeyConfig, resolve: Callable[[str], str]) -> Sequence[str]:
-    names = []
+def _names(key: KeyConfig, opens: Callable[[str], Collection[str]]) -> Sequence[str]:
+    names: list[str] = []
     for name in key.models:
         try:
-            names.append(resolve(name))
+            names.extend(opens(name))
         except VllmdError:  # the loader has warned of it
             names.append(name)
     return names

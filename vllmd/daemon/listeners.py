@@ -18,6 +18,7 @@ from vllmd.admin.control import Control
 from vllmd.admin.routes import add_operator, add_public
 from vllmd.config.checks import is_loopback
 from vllmd.config.types import AuthConfig, Config
+from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.keys import ApiKeyAuth, DenyAll, PeerCredentialAuth
 from vllmd.daemon.logins import FailedLogins
 from vllmd.daemon.quotas import Quotas
@@ -27,7 +28,7 @@ from vllmd.proxy.body_memory import BodyMemory
 from vllmd.proxy.cors import Cors
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.forward import Relay
-from vllmd.proxy.gate import Authenticator, Gate
+from vllmd.proxy.gate import Authenticator
 from vllmd.proxy.hosts import Hosts
 from vllmd.proxy.limits import Limits
 from vllmd.proxy.models import add_model_routes
@@ -48,7 +49,7 @@ class Listeners:
     def __init__(
         self,
         config: Config,
-        gate: Gate,
+        gate: AdmissionGate,
         quotas: Quotas,
         control: Control,
         relay: Relay,
@@ -61,7 +62,7 @@ class Listeners:
         self._control = control
         self._gate = gate
         failures = FailedLogins(time.monotonic, control.counters.login_failed)
-        self._keys = ApiKeyAuth(config.auth, self._resolve, Hosts(config.server.hosts), failures)
+        self._keys = ApiKeyAuth(config.auth, self._opens, Hosts(config.server.hosts), failures)
         self._quotas = quotas
         self._cors = Cors(config.server.cors_origins)
         self._limits = limits
@@ -124,7 +125,7 @@ class Listeners:
         self._limits.take(config.server)
         self._memory.limit = self._limits.max_buffered
         self._keys.hosts.configure(config.server.hosts)
-        self._keys.configure(config.auth, self._resolve)
+        self._keys.configure(config.auth, self._opens)
         self._quotas.configure(config.auth.keys)
         self._cors.configure(config.server.cors_origins)
         self._shut_or_open(config.auth)
@@ -182,8 +183,8 @@ class Listeners:
         await asyncio.gather(*closing, *(server.close(OPERATORS_LIMIT) for server in self._operators))
         self._relay.pool.close()
 
-    def _resolve(self, name: str) -> str:
-        return self._gate.resolve(name).model
+    def _opens(self, name: str) -> frozenset[str]:
+        return self._gate.opens(name)
 
     def _note(self, exchange: Exchange) -> None:
         self._control.counters.exchanged(exchange)

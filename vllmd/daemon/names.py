@@ -23,13 +23,16 @@ PREFIXES = ("openai/", "ollama/", "ollama_chat/", "hosted_vllm/", "vllm/", "llam
 
 
 class Names:
-    """The names of all configured models and their aliases."""
+    """The names of all configured models and their aliases, and of what else is offered (``offers``)."""
 
-    def __init__(self, models: Iterable[ModelConfig]) -> None:
+    def __init__(self, models: Iterable[ModelConfig], offers: Iterable[str] = ()) -> None:
         self._exact: dict[str, str] = {}
         for model in models:
             for name in (model.name, *model.aliases):
                 self._exact[name] = model.name
+        self._models = frozenset(self._exact.values())
+        for name in offers:
+            self._exact.setdefault(name, name)
         self._folded: dict[str, set[str]] = {}
         self._suffixes: dict[str, set[str]] = {}
         self._folded_suffixes: dict[str, set[str]] = {}
@@ -41,7 +44,8 @@ class Names:
                 self._folded_suffixes.setdefault(folded(suffix), set()).add(model_name)
 
     def resolve(self, name: str, visible: Callable[[str], bool] = lambda model: True) -> str:
-        """The model's configured name. Raises UnknownModel, or BadRequest if it is missing or could be several.
+        """The configured name, of a model or another offer. Raises UnknownModel, or BadRequest if it is missing or
+        could be several.
 
         Only ``visible`` models are guessed and suggested; another one is found by its full name or alias alone,
         and whoever asks finds out whether it may be used.
@@ -93,7 +97,7 @@ class Names:
 
     def _only(self, visible: Callable[[str], bool]) -> str:
         """The model of a request that names none, as llama.cpp's own clients do: the only one there is."""
-        models = set(filter(visible, self._exact.values()))
+        models = set(filter(visible, self._models))
         if len(models) != 1:
             raise BadRequest("the request names no model; GET /v1/models lists those there are", param="model")
         return models.pop()

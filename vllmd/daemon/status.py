@@ -205,7 +205,7 @@ class Status:
             own = next((said[engine] for engine in engines if engine in said), None)
             routes, files_kind = self._resolver(first).routes(first), files.get(model.source, "")
             cards.append(card(model, routes, views.get(model.name), files_kind, own))
-        return cards
+        return [*cards, *self._gate.offers.cards(cards)]
 
     def cache(self) -> Path:
         """The engines' Hugging Face cache."""
@@ -269,6 +269,12 @@ class Status:
         """The configured name of a model, or the id of a replica. Raises UnknownModel, Forbidden."""
         found = self._gate.resolve_engine(name, caller)
         caller.check(self._current.model_of(found), name)
+        return found
+
+    def called(self, name: str, caller: Caller = ANYBODY) -> str:
+        """The configured name of a model, an adapter, a variant or a pool. Raises UnknownModel, Forbidden."""
+        found = self._gate.called(name, caller)
+        caller.check(found, name)
         return found
 
     def only(self, model: str) -> str:

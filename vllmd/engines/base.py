@@ -3,7 +3,7 @@
 An engine never does anything itself: it says what to run and which HTTP calls
 mean what, the daemon carries it out. Third parties register theirs in the
 entry-point group ``vllmd.engines``; of the contract they may leave out
-``alive``, ``busy``, ``device_count``, ``headers`` and ``own_api``, for which ``Plain`` has the defaults.
+``adapters``, ``alive``, ``busy``, ``device_count``, ``headers`` and ``own_api``, for which ``Plain`` has the defaults.
 """
 
 from __future__ import annotations
@@ -47,6 +47,21 @@ class Call:
     expect: int = 200
     optional: bool = False  # a failure is logged and passed over
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # a remote's key, for one
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """One LoRA adapter of an engine. ``path``: as configured. ``served_name``: what the engine knows it by.
+
+    ``members``: what a JSON request for it has, whatever the client says. ``load``: the call that loads it; None: it is
+    there from the engine's start on.
+    """
+
+    name: str
+    path: str
+    served_name: str
+    members: Mapping[str, object] = field(default_factory=dict)
+    load: Call | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +170,9 @@ class Engine(Protocol):
 
     def served_name(self, model: ModelConfig) -> str:
         """The name that the engine knows its model by."""
+
+    def adapters(self, model: ModelConfig) -> Mapping[str, Adapter]:
+        """The model's LoRA adapters by name; under "", if it is there, what requests for the model itself have."""
 
     def progress(self, line: str) -> Progress | None:
         """What a log line says of a start, if it does."""

@@ -11,7 +11,9 @@ learns the first. The rules, per device:
    not fit into 0.9 of the device. What the user set for it is taken as set.
 3. Overhead: CUDA's context 0.5 GiB, activations and CUDA graphs 1 GiB + 6 % of
    the weights (0.5 GiB less with ``--enforce-eager``), NCCL 0.5 GiB where
-   several devices work together; at most 4 GiB.
+   several devices work together; at most 4 GiB. LoRA adapters beside it: of vLLM
+   two thin matrices for each linear layer, of the highest rank, for as many adapters
+   as it has room for at a time; of llama.cpp their files.
 4. Asleep: 0.9 GiB + 4 % of the weights (0.9 to 1.2 GiB were seen at up to 8 GB
    of weights, 7 GB at about 125). Host at level 1: all weights.
 5. ``gpu_memory``: a fraction of the device (vLLM's own meaning), or bytes, is
@@ -30,7 +32,7 @@ from pathlib import Path
 
 from vllmd.config.types import ModelConfig
 from vllmd.core.types import Device, Footprint, GiB, Source
-from vllmd.engines import llama_memory, options, vllm_cpu
+from vllmd.engines import adapters, llama_memory, options, vllm_cpu
 from vllmd.engines.architecture import Architecture
 from vllmd.engines.facts import Facts, argument, facts_of, is_wide, size, whole
 from vllmd.errors import ConfigError
@@ -85,6 +87,8 @@ def estimate(model: ModelConfig, hub: Path, device_memory: int, host_memory: int
     facts = facts_of(model, hub)
     if not model.model and model.engine not in BY_NAME:  # nor need its name be that of any files
         facts = replace(facts, notes=())
+    lora = adapters.memory(model, hub, facts.weights)
+    facts = replace(facts, adapters=lora, notes=(*facts.notes, *adapters.notes_of(model, hub)))
     told = _known(model, facts, device_memory, host_memory) if facts.weights else _unknown(model, facts, device_memory)
     return replace(told, host_running=_host_running(model, told.footprint.awake, device_memory))
 
@@ -164,7 +168,7 @@ def _option(model: ModelConfig, name: str) -> int:
 def _known(model: ModelConfig, facts: Facts, device_memory: int, host_memory: int) -> Estimate:
     ranks = model.all_devices
     weights = -(-facts.weights // ranks)
-    fixed = weights + _overhead(model, weights, on_cpu=not device_memory)
+    fixed = weights + _overhead(model, weights, on_cpu=not device_memory) + facts.adapters
     budget, budget_how = _budget(model, device_memory)
     if budget is None and device_memory:
         kv = _kv(model, facts, int(USABLE * device_memory) - fixed, f"what {USABLE:g} of the device leaves")
@@ -175,7 +179,7 @@ def _known(model: ModelConfig, facts: Facts, device_memory: int, host_memory: in
     awake = fixed + kv.size if budget is None else budget
     why = _why(
         facts, ranks, (weights, kv.size, fixed - weights), kv.why, f"{size(awake)} {budget_how}" if budget else ""
-    )
+    ) + (f" ({size(facts.adapters)} of the overhead are for adapters)" if facts.adapters else "")
     footprint = _footprint(model, awake, weights, facts.weights * model.devices_here // ranks)
     notes = (*facts.notes, *kv.notes)
     return Estimate(footprint, facts.weights, kv.per_token, kv.told, why, notes, context=kv.context)

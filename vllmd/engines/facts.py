@@ -29,12 +29,16 @@ _PRECISION = re.compile(r"awq|gptq|bnb|gguf|(?:nv|mx)?fp[48]|int[48]|[48]-?bit|w
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What is known of a model before anything is divided or added. ``weights`` 0: nothing."""
+    """What is known of a model before anything is divided or added. ``weights`` 0: nothing.
+
+    ``adapters``: bytes that its LoRA adapters take on each device.
+    """
 
     weights: int = 0
     how: str = ""
     cache: Architecture | None = None
     notes: tuple[str, ...] = ()
+    adapters: int = 0
 
 
 def facts_of(model: ModelConfig, hub: Path) -> Facts:

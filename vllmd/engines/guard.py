@@ -6,12 +6,12 @@ So does an answer of the wrong type; and what it leaves out of the contract has 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from vllmd.config.types import ModelConfig
 from vllmd.core.types import Footprint
-from vllmd.engines.base import Bindable, Call, Engine, Failure, Launch, Place, Progress
+from vllmd.engines.base import Adapter, Bindable, Call, Engine, Failure, Launch, Place, Progress
 from vllmd.engines.options import wrong_setting
 from vllmd.engines.plain import Plain, usual_api
 from vllmd.errors import ConfigError, VllmdError
@@ -111,6 +111,11 @@ class Guarded:
 
     def served_name(self, model: ModelConfig) -> str:
         return str(attempt(self.kind, "served_name", lambda: self._engine.served_name(model), model))
+
+    def adapters(self, model: ModelConfig) -> Mapping[str, Adapter]:
+        if not hasattr(self._engine, "adapters"):
+            return {}
+        return attempt(self.kind, "adapters", lambda: dict(self._engine.adapters(model)), model)
 
     def progress(self, line: str) -> Progress | None:
         return self._read("progress", lambda: self._engine.progress(line))

@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import ClassVar
 
 from vllmd.config.types import ModelConfig
-from vllmd.engines import environments
-from vllmd.engines.base import Failure, Launch, Listen, Place, Progress
+from vllmd.engines import adapters, environments
+from vllmd.engines.base import Adapter, Failure, Launch, Listen, Place, Progress
 from vllmd.engines.checkpoint import gguf_file, projector_file
 from vllmd.engines.facts import argument
 from vllmd.engines.llama_memory import MiB, prompt_cache
-from vllmd.engines.options import switch, text, unknown, whole, words
+from vllmd.engines.options import switch, text, unknown, whole
 from vllmd.engines.plain import Plain, environment
 from vllmd.engines.vllm import check_path
 from vllmd.foreign import Unreadable, within
@@ -42,7 +42,6 @@ LOOK = 2.0  # seconds for finding a model's files in the cache
 OWN_SERVER = Path(__file__).with_name("xllamacpp_server.py")
 _STAMP = re.compile(r"(?:\d+\.){3}\d+ (?P<level>[DIWE]) ")  # 0.00.032.878 E gguf_init_from_file: ...
 _PYTHON = re.compile(r"python[\d.]*")
-_SCALED = re.compile(r".+:-?\d+(\.\d+)?")
 _PHASES = {
     "load_model: loading model": "weights",
     "load_tensors:": "weights",
@@ -107,10 +106,15 @@ class LlamaCpp(Plain):
             *_context(model, place),
             *_layers(model, place),
             *_options(model),
+            *adapters.llama_flags(model),
             *model.extra_args,
         )
         manages = whole(model, "sleep_idle") is not None
         return Launch(argv, Listen(uds=str(socket)), _variables(model, place), self_managed=manages)
+
+    def adapters(self, model: ModelConfig) -> Mapping[str, Adapter]:
+        """All loaded at the start; each request says which it wants, by number."""
+        return adapters.llama_adapters(model, self.served_name(model))
 
     def progress(self, line: str) -> Progress | None:
         """The phases of its start."""
@@ -199,8 +203,8 @@ def _layers(model: ModelConfig, place: Place) -> list[str]:
 
 def _options(model: ModelConfig) -> list[str]:
     flags = [f"--{name}" for name in ("embedding", "reranking") if switch(model, name)]
-    for adapter in words(model, "lora"):
-        flags += ["--lora-scaled" if _SCALED.fullmatch(adapter) else "--lora", adapter]
+    for adapter in adapters.option_words(model):
+        flags += ["--lora-scaled" if adapters.SCALED.fullmatch(adapter) else "--lora", adapter]
     after = whole(model, "sleep_idle")
     return flags if after is None else [*flags, "--sleep-idle-seconds", str(after)]
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from vllmd.config.types import ModelConfig
 from vllmd.core.types import Footprint
-from vllmd.engines.base import Call, Failure, Place, Progress
+from vllmd.engines.base import Adapter, Call, Failure, Place, Progress
 from vllmd.engines.known_failures import known
 
 PROBE = 5.0  # seconds for an answer of a server that may be busy loading
@@ -104,6 +104,10 @@ class Plain:
     def served_name(self, model: ModelConfig) -> str:
         """The configured name."""
         return model.replica_of or model.name
+
+    def adapters(self, model: ModelConfig) -> Mapping[str, Adapter]:
+        """None."""
+        return {}
 
     def progress(self, line: str) -> Progress | None:
         """Nothing that is worth reading."""

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from vllmd.config.types import ModelConfig
+from vllmd.engines import adapters
 from vllmd.engines.base import Launch, Listen, Place
 from vllmd.engines.options import text, unknown, words
 from vllmd.engines.plain import environment
@@ -57,7 +58,9 @@ class Sim(Vllm):
         check_path(socket, model)
         command = model.command or (sys.executable, "-m", "vllmd.simengine")
         flags = ["--model", model.source, "--served-model-name", self.served_name(model), "--uds", str(socket)]
-        argv = (*command, *flags, *_memory(model, place), *_options(model), *_devices(model, place), *model.extra_args)
+        lora = adapters.vllm_flags(model, place.hub)
+        sized = (*_memory(model, place), *_options(model), *_devices(model, place))
+        argv = (*command, *flags, *sized, *model.extra_args, *lora)
         return Launch(argv, Listen(uds=str(socket)), _env(model, place))
 
 
@@ -105,7 +108,8 @@ def _env(model: ModelConfig, place: Place) -> dict[str, str]:
     """
     root = str(Path(__file__).resolve().parents[2])
     devices = environment(model, place) if "cuda" in model.options else {}
-    return devices if model.command else {"PYTHONPATH": root, **devices}
+    late = {adapters.RUNTIME: "1"} if model.adapters and adapters.loads_late(model) else {}
+    return {**({} if model.command else {"PYTHONPATH": root}), **devices, **late}
 
 
 def _flag(name: str) -> str:

@@ -31,8 +31,8 @@ from typing import ClassVar
 
 from vllmd.config.types import ModelConfig
 from vllmd.core.types import Footprint
-from vllmd.engines import environments, ray_cluster, vllm_cpu, vllm_log
-from vllmd.engines.base import Call, Failure, Launch, Listen, Place, Progress
+from vllmd.engines import adapters, environments, ray_cluster, vllm_cpu, vllm_log
+from vllmd.engines.base import Adapter, Call, Failure, Launch, Listen, Place, Progress
 from vllmd.engines.options import choice, size, unknown
 from vllmd.engines.plain import PROBE, Plain, environment
 from vllmd.engines.vllm_cpu import has_accelerator
@@ -123,7 +123,8 @@ class Vllm(Plain):
         unknown(model, self.OPTIONS)
         socket = place.run_dir / "engine.sock"
         check_path(socket, model)
-        argv = (*self._command(model), *self._flags(model, place, socket), *model.extra_args)
+        lora = adapters.vllm_flags(model, place.hub)
+        argv = (*self._command(model), *self._flags(model, place, socket), *model.extra_args, *lora)
         env, cluster = self._env(model, place), ray_cluster.cluster_of(model)
         if cluster:
             argv, env = cluster.start(argv), env | cluster.env()
@@ -166,7 +167,13 @@ class Vllm(Plain):
         rpc = Path(str(model.options.get("rpc_dir", place.run_dir)))
         check_path(rpc / ("x" * (_IPC_NAME - 1)), model)
         env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_RPC_BASE_PATH": str(rpc), "VLLM_NO_USAGE_STATS": "1"}
+        if model.adapters and adapters.loads_late(model):
+            env[adapters.RUNTIME] = "1"
         return env | environment(model, place)
+
+    def adapters(self, model: ModelConfig) -> Mapping[str, Adapter]:
+        """Its own setting's, loaded when they are first asked for, and those of ``--lora-modules``."""
+        return adapters.vllm_adapters(model)
 
     def sleep(self, level: int, *, freeze: bool) -> Sequence[Call]:
         """One call. Requests in flight finish first, or (``freeze``) stay as they are and go on after the wake."""

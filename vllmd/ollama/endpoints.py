@@ -20,6 +20,7 @@ from vllmd.ollama.lines import Lines, stamp
 from vllmd.ollama.requests import CHAT, COMPLETIONS, EMBEDDINGS, INFILL, Translated
 from vllmd.ollama.schemas import described
 from vllmd.ollama.store import CONFIGURED, NoStore, Store
+from vllmd.proxy import system_prompt
 from vllmd.proxy.access import ADMIN, MODELS, OPEN, Reach
 from vllmd.proxy.answer import UpstreamRequest
 from vllmd.proxy.exchange import Exchange
@@ -140,7 +141,7 @@ class ModelRoutes:
             raise BadRequest(f"the model {target.model!r} does not {ABLE[asked.path]}", param="model")
         if asked.ignored:
             request.answer_fields = (*request.answer_fields, ("x-vllmd-ignored", ", ".join(asked.ignored)[:1000]))
-        exchange.outlives_eof, exchange.model = False, target.model
+        exchange.outlives_eof, exchange.model, exchange.offer = False, target.model, target.offer
         return asked, target
 
     async def _load(self, exchange: Exchange, asked: Translated, target: Target) -> str:
@@ -150,7 +151,7 @@ class ModelRoutes:
         if seconds != 0:
             if self._relay.limits.request_timeout is not None:
                 exchange.expire(self._relay.limits.request_timeout)
-            permit = await gate.acquire(target.model, request.key)
+            permit = await gate.acquire(target.model, request.key, offer=target.offer)
             permit.release()
         if seconds is not None:
             gate.keep_alive(target.model, request.key, seconds)
@@ -184,7 +185,7 @@ def openai_body(asked: Translated, target: Target) -> Asked:
     if asked.stream:
         members["stream"] = True
     if target.rules is not None:
-        members = ruled(members, target.rules)
+        members = ruled(members, target.rules, asked.path)
     name = json.dumps(target.served_name)
     start = len('{"model":')
     body = f'{{"model":{name},{json.dumps(members, separators=(",", ":"))[1:]}'.encode()
@@ -193,9 +194,15 @@ def openai_body(asked: Translated, target: Target) -> Asked:
     return Asked(target.served_name, asked.stream, body, start, start + len(name), quoted=True)
 
 
-def ruled(members: dict[str, Any], rules: Rules) -> dict[str, Any]:
+def ruled(members: dict[str, Any], rules: Rules, route: str) -> dict[str, Any]:
     """The members after the model's rules of requests: first ``strip``, then ``set``, then ``default``."""
     kept = {name: value for name, value in members.items() if name not in rules.strip}
+    if (
+        rules.system
+        and route in system_prompt.CHAT
+        and not any(each["role"] in ("system", "developer") for each in kept["messages"])
+    ):
+        kept["messages"] = [{"role": "system", "content": rules.system}, *kept["messages"]]
     return {**rules.default, **kept, **rules.set}
 
 
@@ -234,7 +241,7 @@ class ListRoutes:
 
     async def show(self, request: Request) -> Response:
         """``POST /api/show``. Raises UnknownModel, Forbidden."""
-        name = self._control.status.resolve(requests.model_of(read(request.body)), request.caller)
+        name = self._control.status.called(requests.model_of(read(request.body)), request.caller)
         for card in await self._control.status.models():
             if card["id"] == name:
                 return json_response(models.show(card, self._since))

@@ -51,6 +51,7 @@ class Exchange:
         self.sent = 0  # bytes of the answer, heads and framing included
         self.received = 0  # bytes that came through after an upgrade
         self.model = ""  # which model it was for, once known
+        self.offer = ""  # the adapter or variant of it, if it was for one
         self.error = ""  # why it failed, if it did
         self.over = False
         self.outlives_eof = True  # a client that shut its sending side still waits for this answer

@@ -86,13 +86,16 @@ class Relay:
         if wanted is None:
             return
         request, model = exchange.request, wanted.target.model
-        exchange.outlives_eof, exchange.model = False, model
+        offer = wanted.target.offer
+        exchange.outlives_eof, exchange.model, exchange.offer = False, model, offer
         if self.limits.request_timeout is not None:
             exchange.expire(self.limits.request_timeout)
         heartbeat = LoadingHeartbeat(
             exchange, model, wanted.asked.model, stream=wanted.asked.stream, limits=self.limits, gate=self.gate
         )
-        acquiring = self.gate.acquire(model, request.caller.name, wanted.only, wanted.asked.body, heartbeat.begin)
+        acquiring = self.gate.acquire(
+            model, request.caller.name, wanted.only, wanted.asked.body, heartbeat.begin, offer
+        )
         try:
             while True:
                 # 2. Acquire: the key's limits, the model's queue, and an engine that is awake.

@@ -46,6 +46,7 @@ class Address(Protocol):
 class Rules(Protocol):
     """What becomes of the top-level members of a JSON request: first ``strip``, then ``set``, then ``default``.
 
+    ``system``: the system prompt of one that has none; "" for nothing.
     ``vllmd.config.types.RequestRules`` is one.
     """
 
@@ -55,6 +56,8 @@ class Rules(Protocol):
     def set(self) -> Mapping[str, object]: ...
     @property
     def default(self) -> Mapping[str, object]: ...
+    @property
+    def system(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,8 @@ class Target:
     ``headers``: fields added to the upstream's request (a remote's own key, for one). ``rules``: what becomes of
     the members of a JSON request, None for nothing. ``own_api``: what of the engine's own API is passed on, see
     ``engine_api``. ``names``: what the configuration calls the model; a client that called it something else is told
-    which one it got. Empty where that is not known.
+    which one it got. Empty where that is not known. ``offer``: the name of an adapter or a variant of the model, by
+    which it is permitted and counted; "" for the model itself.
     """
 
     model: str
@@ -76,6 +80,12 @@ class Target:
     rules: Rules | None = None
     own_api: frozenset[str] = frozenset()
     names: frozenset[str] = frozenset()
+    offer: str = ""
+
+    @property
+    def called(self) -> str:
+        """What permits and counters know it by."""
+        return self.offer or self.model
 
 
 class Permit(Protocol):
@@ -124,14 +134,21 @@ class Gate(Protocol):
         """
 
     async def acquire(
-        self, model: str, key: str, only: str = "", body: bytes = b"", waits: Callable[[], None] = silent
+        self,
+        model: str,
+        key: str,
+        only: str = "",
+        body: bytes = b"",
+        waits: Callable[[], None] = silent,
+        offer: str = "",
     ) -> Permit:
         """Wait until the request may go. Cancelled when the client leaves.
 
         ``key``: the name of the caller's API key, whose limits hold. ``only``: the replica that alone can serve it
         (``Target.model`` of an earlier permit). ``body`` is looked at only to tell how much the request asks for.
-        ``waits`` is called if the request does not go at once, also at a later ``retry``. Raises a VllmdError when the
-        request is refused. A cancelled or failed ``acquire`` owes no ``release``.
+        ``offer``: ``Target.offer``; an adapter is loaded first. ``waits`` is called if the request does not go at once,
+        also at a later ``retry``. Raises a VllmdError when the request is refused. A cancelled or failed ``acquire``
+        owes no ``release``.
         """
 
     def loading(self, model: str) -> str:

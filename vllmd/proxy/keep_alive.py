@@ -31,6 +31,7 @@ class _Without:
     strip: tuple[str, ...] = KEEP_ALIVE
     set: Mapping[str, object] = field(default_factory=dict)
     default: Mapping[str, object] = field(default_factory=dict)
+    system: str = ""
 
 
 WITHOUT = _Without()

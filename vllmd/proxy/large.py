@@ -15,6 +15,7 @@ from dataclasses import replace
 from vllmd.errors import BadRequest
 from vllmd.proxy.gate import Rules
 from vllmd.proxy.peek import KEEP_ALIVE, SLICE, Asked, T, Turns, model_name, with_rules
+from vllmd.proxy.system_prompt import Prompt
 
 LARGE = 1 << 20  # bytes; reading so much takes some ten milliseconds
 STEPS = 1000  # strings, escapes and brackets between two turns
@@ -53,7 +54,7 @@ def in_large(body: bytes) -> Turns[Asked]:
     return asked
 
 
-def ruled_large(body: bytes, rules: Rules) -> Turns[bytes]:
+def ruled_large(body: bytes, rules: Rules, prompt: Prompt | None = None) -> Turns[bytes]:
     """As ``peek.ruled``, of a body that ``in_large`` has read. Raises BadRequest if it has too many members."""
     members: list[tuple[int, int, int]] = []
 
@@ -68,7 +69,7 @@ def ruled_large(body: bytes, rules: Rules) -> Turns[bytes]:
     for (start, end, value), until in zip(members, ends, strict=False):
         until = yield from _stripped(body, value, until)
         kept[_key(body[start:end])] = view[start:until]
-    return with_rules(kept, rules)
+    return with_rules(kept, rules, prompt)
 
 
 def _walk(body: bytes, member: Callable[[int, int, int], None]) -> Turns[int]:
@@ -107,13 +108,19 @@ def _walk(body: bytes, member: Callable[[int, int, int], None]) -> Turns[int]:
 
 def _past_space(body: bytes, pos: int) -> Turns[int]:
     """The place of the next byte that is no white space; the body's end if there is none."""
+    found = yield from _search(NO_SPACE, body, pos)
+    return len(body) if found < 0 else found
+
+
+def _search(what: re.Pattern[bytes], body: bytes, pos: int) -> Turns[int]:
+    """Where ``what`` begins from ``pos`` on, -1 if nowhere; others have their turn after each ``SLICE``."""
     while pos < len(body):
-        found = NO_SPACE.search(body, pos, pos + SLICE)
+        found = what.search(body, pos, pos + SLICE)
         if found:
             return found.start()
         pos += SLICE
         yield
-    return len(body)
+    return -1
 
 
 def _stripped(body: bytes, start: int, end: int) -> Turns[int]:
@@ -129,12 +136,10 @@ def _stripped(body: bytes, start: int, end: int) -> Turns[int]:
 
 
 def _find(what: re.Pattern[bytes], body: bytes, pos: int) -> Turns[int]:
-    while pos < len(body):
-        found = what.search(body, pos, pos + SLICE)
-        if found:
-            return found.start()
-        pos += SLICE
-        yield
+    """As ``_search``. Raises BadRequest where there is none."""
+    found = yield from _search(what, body, pos)
+    if found >= 0:
+        return found
     raise BadRequest("the body is not JSON: it ends in the middle")
 
 

@@ -12,6 +12,7 @@ from functools import lru_cache
 from urllib.parse import quote, unquote
 
 from vllmd.errors import BadRequest, Forbidden, NotFound, UnknownModel
+from vllmd.proxy import system_prompt
 from vllmd.proxy.answer import UpstreamRequest
 from vllmd.proxy.decoding import charset_of, decoded, in_utf8
 from vllmd.proxy.engine_api import allows
@@ -143,11 +144,12 @@ class ModelRequests:
         raise UnknownModel(f"no model's name begins {request.params['rest']!r}")
 
     def _model(self, request: Request, name: str) -> Target | None:
-        """What ``name`` means, if anything. Raises Forbidden."""
+        """What ``name`` means, if anything. Raises Forbidden. An adapter or a variant has no API of its own."""
         try:
-            return self.target(request, name, "")
+            target = self.target(request, name, "")
         except (UnknownModel, BadRequest):
             return None
+        return None if target.offer else target
 
     async def to_model(self, exchange: Exchange, asked: Asked, route: str, only: str = "") -> UpstreamRequest:
         """The request as it came, for the model that was ``asked`` for, which must serve ``route``.
@@ -157,9 +159,10 @@ class ModelRequests:
         request = exchange.request
         target = self.target(request, asked.model, route)
         keep_alive = wish(request, asked)
-        for rules in (target.rules if asked.quoted else None, WITHOUT if asked.keep_alive else None):
+        ours = target.rules if asked.quoted or asked.body[:1] == b"{" else None
+        for rules in (ours, WITHOUT if asked.keep_alive else None):
             if rules is not None:
-                asked = await _ruled(asked.body, rules)
+                asked = await _ruled(asked.body, rules, route)
                 request.body = asked.body  # the one that came is held no longer
         path = quoted(request.path)
         if request.query_string:
@@ -173,12 +176,12 @@ class ModelRequests:
         """
         target = self._gate.resolve(name, request.caller)
         if request.caller.models is not None:
-            request.caller.check(target.model, name)
+            request.caller.check(target.called, name)
         if route and target.routes is not None and route not in target.routes:
             where = INSTEAD.get(route, "")
             raise NotFound(f"the model {target.model!r} does not serve {route}{where and '; ' + where}")
         if target.names and name not in target.names:  # found by habit (``daemon.names``): say what was found
-            request.answer_fields = (*request.answer_fields, ("x-vllmd-model", quoted(target.model)))
+            request.answer_fields = (*request.answer_fields, ("x-vllmd-model", quoted(target.called)))
         return target
 
     async def make_plain(self, exchange: Exchange, content_type: str) -> None:
@@ -207,8 +210,9 @@ def with_query(request: Request, path: str) -> str:
     return f"{path}?{request.query_string}" if request.query_string else path
 
 
-async def _ruled(body: bytes, rules: Rules) -> Asked:
-    """What a sound body asks for after ``rules``."""
+async def _ruled(body: bytes, rules: Rules, route: str) -> Asked:
+    """What a sound body of the ``route`` asks for after ``rules``."""
+    prompt = system_prompt.Prompt(rules.system, route) if rules.system else None
     if len(body) > LARGE:
-        return await in_turns(in_large(await in_turns(ruled_large(body, rules))))
-    return in_json(ruled(body, rules))
+        return await in_turns(in_large(await in_turns(ruled_large(body, rules, prompt))))
+    return in_json(ruled(body, rules, prompt))

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from vllmd.errors import BadRequest
 from vllmd.proxy.gate import LONGEST_NAME, TOO_LONG_A_NAME, Rules
+from vllmd.proxy.system_prompt import Prompt
 
 # A body costs memory and time by its pieces, not its bytes: so many brackets and commas are taken, no more.
 MAX_PIECES = 4_000_000
@@ -130,20 +131,23 @@ def _walked(body: bytes, text: str) -> Asked:
     return Asked(name, stream, body, len(text[:start].encode()), len(text[:end].encode()), True, told)
 
 
-def ruled(body: bytes, rules: Rules) -> bytes:
+def ruled(body: bytes, rules: Rules, prompt: Prompt | None = None) -> bytes:
     """A sound JSON body after ``rules``; every member that they do not name keeps its bytes."""
     text = body.decode("utf-8")
     kept = {key: f"{json.dumps(key)}:{text[start:end]}".encode() for key, _, start, end in _members(text)}
-    return with_rules(kept, rules)
+    return with_rules(kept, rules, prompt)
 
 
-def with_rules(members: Mapping[str, bytes | memoryview], rules: Rules) -> bytes:
-    """The object of these members, each whole, after ``rules``."""
+def with_rules(members: Mapping[str, bytes | memoryview], rules: Rules, prompt: Prompt | None = None) -> bytes:
+    """The object of these members, each whole, after ``rules``, and with the ``prompt`` that they ask for."""
+    left = {key: member for key, member in members.items() if key not in rules.strip}
+    if prompt is not None:
+        left = prompt.before(left)
     kept: list[bytes | memoryview] = []
-    for key, member in members.items():
-        if key not in rules.strip and key not in rules.set:
+    for key, member in left.items():
+        if key not in rules.set:
             kept.extend((b",", member))
-    absent = {key: value for key, value in rules.default.items() if key not in members or key in rules.strip}
+    absent = {key: value for key, value in rules.default.items() if key not in left}
     for key, value in {**absent, **rules.set}.items():
         kept.extend((b",", f"{json.dumps(key)}:{json.dumps(value)}".encode()))
     return b"".join((b"{", *kept[1:], b"}"))  # one copy, whatever the size

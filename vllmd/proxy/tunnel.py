@@ -123,8 +123,8 @@ class Tunnels:
                 "this is a WebSocket: 'Connection: Upgrade', 'Upgrade: websocket', 'Sec-WebSocket-Key: ...'"
             )
         target = self._relay.requests.target(request, request.query.get("model", ""), request.path)
-        exchange.model = target.model
-        permit = await self._relay.gate.acquire(target.model, request.key)
+        exchange.model, exchange.offer = target.model, target.offer
+        permit = await self._relay.gate.acquire(target.model, request.key, offer=target.offer)
         try:
             await self._through(exchange, permit, permit.target or target)
         finally:

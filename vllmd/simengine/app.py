@@ -47,6 +47,10 @@ CONTROL: Mapping[tuple[str, str], Route] = {
     ("GET", "/load"): control.load,
     ("GET", "/metrics"): control.metrics,
 }
+ADAPTERS: Mapping[tuple[str, str], Route] = {
+    ("POST", "/v1/load_lora_adapter"): control.load_lora,
+    ("POST", "/v1/unload_lora_adapter"): control.unload_lora,
+}
 DEVELOPMENT: Mapping[tuple[str, str], Route] = {
     ("POST", "/sleep"): control.sleep,
     ("POST", "/wake_up"): control.wake_up,
@@ -77,6 +81,8 @@ class App:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._routes = dict(CONTROL) | dict(SERVING)
+        if context.options.late_lora:
+            self._routes |= dict(ADAPTERS)
         if context.options.dev_mode:
             self._routes |= dict(DEVELOPMENT)
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from vllmd.simengine.http import Request
@@ -57,6 +58,7 @@ class Context:
         self.began = time.time()
         self.in_flight = 0
         self.answered = 0
+        self.adapters = lora_modules(options.lora_modules)  # name -> path
         self.responses: dict[str, dict[str, Any]] = {}  # /v1/responses with store, newest last
         self.background: dict[str, asyncio.Task[None]] = {}  # by the response's id
 
@@ -75,7 +77,7 @@ class Context:
 
     def check_model(self, name: object) -> None:
         """Raise Refused (404) for a name that is not ours; none is the base model."""
-        if name and name not in self.options.names:
+        if name and name not in self.options.names and name not in self.adapters:
             valid = ", ".join(self.options.names)
             message = f"The model `{name}` does not exist. Valid aliases: {valid}."
             raise Refused(404, message, "NotFoundError", "model")
@@ -106,6 +108,17 @@ class Context:
     def request_id(request: Request, prefix: str, mark: str = "-") -> str:
         """``X-Request-Id`` behind the prefix, or a random one."""
         return f"{prefix}{mark}{request.get('x-request-id') or uuid.uuid4().hex}"
+
+
+def lora_modules(words: Sequence[str]) -> dict[str, str]:
+    """Adapters by name, from ``NAME=PATH`` or JSON objects."""
+    found = {}
+    for word in words:
+        told = (
+            json.loads(word) if word.startswith("{") else dict(zip(("name", "path"), word.split("=", 1), strict=True))
+        )
+        found[str(told["name"])] = str(told["path"])
+    return found
 
 
 def parse_json(data: bytes) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
-from vllmd.simengine.context import VERSION, Context, bad_request, invalid, parse_json
+from vllmd.simengine.context import VERSION, Context, Refused, bad_request, invalid, parse_json
 from vllmd.simengine.http import Connection, Request
 from vllmd.simengine.state import CallFailed
 
@@ -16,6 +17,8 @@ async def models(context: Context, request: Request, out: Connection) -> None:
     options = context.options
     card = {"object": "model", "created": context.created, "owned_by": "vllm", "root": options.model, "parent": None}
     data = [{"id": name} | card | {"max_model_len": options.max_model_len} for name in options.names]
+    own = {"parent": options.names[0], "max_model_len": None}
+    data += [{"id": name} | card | {"root": path} | own for name, path in context.adapters.items()]
     await out.send_json(200, {"object": "list", "data": data})
 
 
@@ -61,6 +64,36 @@ def _sleep_rows(level: int, name: str) -> list[str]:
     row = 'vllm:engine_sleep_state{{engine="0",model_name="{}",sleep_state="{}"}} {}'
     values = [row.format(name, state, float(i == level)) for i, state in enumerate(states)]
     return ["# TYPE vllm:engine_sleep_state gauge", *values]
+
+
+# Adapters
+
+
+async def load_lora(context: Context, request: Request, out: Connection) -> None:
+    """POST /v1/load_lora_adapter: an adapter is a folder with an ``adapter_config.json``."""
+    name, path = _named(request)
+    if name in context.adapters:
+        raise Refused(400, f"The lora adapter '{name}' has already been loaded.", "InvalidUserInput")
+    if not os.access(f"{path}/adapter_config.json", os.R_OK):
+        raise Refused(404, f"Loading lora {name} failed: No adapter found for <path>", "NotFoundError")
+    context.adapters[name] = path
+    await out.send(200, f"Success: LoRA adapter '{name}' added successfully.".encode())
+
+
+async def unload_lora(context: Context, request: Request, out: Connection) -> None:
+    """POST /v1/unload_lora_adapter."""
+    name = str(parse_json(request.body).get("lora_name", ""))
+    if context.adapters.pop(name, None) is None:
+        raise Refused(404, f"The lora adapter '{name}' cannot be found.", "NotFoundError")
+    await out.send(200, f"Success: LoRA adapter '{name}' removed successfully.".encode())
+
+
+def _named(request: Request) -> tuple[str, str]:
+    body = parse_json(request.body)
+    name, path = str(body.get("lora_name") or ""), str(body.get("lora_path") or "")
+    if not name or not path:
+        raise Refused(400, "Both 'lora_name' and 'lora_path' must be provided.", "InvalidUserInput")
+    return name, path
 
 
 # Development routes

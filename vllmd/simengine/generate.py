@@ -40,6 +40,8 @@ def _job(context: Context, body: dict[str, Any], prompt: str, prompt_tokens: int
     least = body.get("min_tokens") or 0
     fill = bool(body.get("ignore_eos")) or least > len(tokens(prompt))
     context.check_length(prompt_tokens, limit)
+    if body.get("model") in context.adapters:
+        prompt = prompt.upper()
     words, finish = answer(prompt, limit=limit or (least if fill else None), fill=fill)
     return Job(prompt_tokens, words, finish)
 

@@ -54,6 +54,9 @@ class Options:
     created: int | None = None
     enable_request_id_headers: bool = False
     enable_sleep_mode: bool = True
+    enable_lora: bool = False
+    lora_modules: tuple[str, ...] = ()
+    late_lora: bool = False  # adapters can be loaded while it runs
     dev_mode: bool = True
     quiet: bool = False
     fail: tuple[str, ...] = ()
@@ -73,7 +76,7 @@ def parse_options(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> O
     """Options from a command line; ends the process with a message where it is wrong, as argparse does."""
     if argv and argv[0] == "serve":
         return _parse_as_vllm(argv[1:], env)
-    return _options(_parser().parse_args(argv))
+    return _options(_parser().parse_args(argv), env)
 
 
 def size(text: str) -> int:
@@ -130,6 +133,10 @@ def _add_serving(parser: argparse.ArgumentParser) -> None:
     add("--port", type=int)
     add("--max-model-len", type=int, help="tokens; longer prompts are refused")
     add("--max-num-seqs", type=int, help="requests that run at a time; the others queue")
+    add("--enable-lora", action="store_true", help="serve adapters; what they say is in capitals")
+    add("--lora-modules", nargs="+", help="adapters from the start on, as JSON or NAME=PATH")
+    for flag in ("--max-loras", "--max-lora-rank", "--max-cpu-loras"):
+        add(flag, type=int, help="taken, and nothing else")
     add("--keep-alive", type=duration, help="seconds an idle connection is kept")
     add("--enable-request-id-headers", action="store_true", help="echo X-Request-Id")
     add("--quiet", action="store_true", help="no access log")
@@ -170,7 +177,7 @@ def _parse_as_vllm(argv: Sequence[str], env: Mapping[str, str]) -> Options:
     parser.add_argument("--enable-sleep-mode", action="store_true", default=False)
     given, _passed_over = parser.parse_known_args([*_tagged(argv), *shlex.split(env.get("VLLMD_SIM_ARGS", ""))])
     given.dev_mode = env.get("VLLM_SERVER_DEV_MODE") == "1"
-    return _options(given)
+    return _options(given, env)
 
 
 def _tagged(argv: Sequence[str]) -> list[str]:
@@ -180,13 +187,14 @@ def _tagged(argv: Sequence[str]) -> list[str]:
     return list(argv)
 
 
-def _options(given: argparse.Namespace) -> Options:
+def _options(given: argparse.Namespace, env: Mapping[str, str]) -> Options:
     known = {field.name for field in fields(Options)}
     values: dict[str, Any] = {name: value for name, value in vars(given).items() if name in known}
     values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     if values.get("cuda") == ():
         values["cuda"] = (0,)
-    return Options(**values)
+    late = bool(values.get("enable_lora")) and env.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING") in ("1", "true")
+    return Options(**values, late_lora=late)
 
 
 def main_options() -> Options:

@@ -1,0 +1,48 @@
+"""Loading adapters into engines that run, each once for as long as its engine lives.
+
+Several requests that want the same adapter wait for one load. What an engine has is kept beside its process, so a
+restart forgets it; an engine that was adopted from an earlier daemon says itself what it has already.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from vllmd.daemon.calls import call
+from vllmd.daemon.engine_process import EngineProcess, of
+from vllmd.engines.adapters import LOADED_ALREADY
+from vllmd.errors import EngineFailed
+
+log = logging.getLogger("vllmd.engines")
+
+
+async def provide(process: EngineProcess, name: str, waits: Callable[[], None]) -> None:
+    """Have the engine load the adapter called ``name``, unless it has it; ``waits`` is called if that takes its time.
+
+    Raises EngineFailed.
+    """
+    loading = process.adapters.get(name)
+    if loading is None:
+        loading = process.adapters[name] = asyncio.ensure_future(_load(process, name))
+    if not loading.done():
+        waits()
+    failure = await asyncio.shield(loading)  # a client that leaves takes nobody else's load along
+    if failure:
+        if process.adapters.get(name) is loading:  # the next request tries again
+            del process.adapters[name]
+        raise EngineFailed(f"the adapter {name!r} of {process.name} cannot be loaded: {failure}")
+
+
+async def _load(process: EngineProcess, name: str) -> str:
+    """Carry out its load call; what went wrong, or "" if it is loaded."""
+    adapter = process.engine.adapters(process.model).get(name)
+    if adapter is None or adapter.load is None:
+        return ""
+    failure = await call(process, adapter.load)
+    if not failure or LOADED_ALREADY in failure:
+        log.info("%s: its adapter %s is loaded", process.name, name, extra=of(process))
+        return ""
+    log.warning("%s: its adapter %s: %s", process.name, name, failure, extra=of(process))
+    return failure
