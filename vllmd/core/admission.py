@@ -225,10 +225,10 @@ class Admission:
 
     def _unknown_devices(self, r: Replica) -> Refusal | None:
         """9.1: it is not on, and nobody knows what there is that it could run on."""
-        ledger = self._core.engines.ledger
-        if not r.at_rest or not r.spec.device_count or not ledger.unknown or ledger.asking:
+        why = self._core.fit.unknown(r)
+        if not why or not r.at_rest or self._core.engines.ledger.asking:
             return None
-        return Refusal(RejectReason.UNAVAILABLE, ledger.unknown, 5.0)
+        return Refusal(RejectReason.UNAVAILABLE, why, 5.0)
 
     def _impossible(self, r: Replica) -> Refusal | None:
         if r.loaded or r.model.queue:
