@@ -4,7 +4,7 @@ PYTHON := $(shell $(SETUP) path)/venv/bin/python
 PREFIX ?= /usr/local
 # Tests run so many files at a time, most of them waiting for something; 0: one after the other, in one process.
 WORKERS ?= 4
-FAST   := not machine and not vllm and not gpu and not clients
+FAST   := not machine and not vllm and not gpu and not qemu and not clients
 
 .PHONY: help check unit lint fast mutants soak demo bench-start bench-proxy bench-schedule clients gpu-check deb rpm install
 help: ## list the targets
@@ -17,7 +17,7 @@ unit: ## the pure tests: no process, no socket, no root; half a minute
 	@$(SETUP) venv && $(PYTHON) -m pytest -n 2 -m pure
 
 lint: ## style, types, and what is generated
-	@$(SETUP) venv && $(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(PYTHON) -m mypy --strict vllmd && $(PYTHON) -m pytest -q -n 0 tests/test_house.py tests/cli/test_manual.py
+	@$(SETUP) venv && $(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(PYTHON) -m mypy --strict vllmd && $(PYTHON) -m pytest -q -n 0 tests/test_house.py tests/cli/test_manual.py tests/client/test_sync_client.py
 
 fast: ## the tests that need neither a container nor vLLM
 	@$(SETUP) venv && $(PYTHON) -m pytest -n $(WORKERS) -m "$(FAST)"

@@ -258,6 +258,30 @@ def test_a_client_that_leaves_frees_the_engine(stream: bool) -> None:
     asyncio.run(play())
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_engine_that_says_too_much_is_cut_off(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event without an end, or an answer of gigabytes: the client learns of it, and the engine's connection ends."""
+    monkeypatch.setattr("vllmd.ollama.lines.MOST_LINE", 100_000)
+    monkeypatch.setattr("vllmd.ollama.inner.MOST_WHOLE", 100_000)
+    head = (
+        EVENTS if stream else b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
+
+    async def pour(engine: Engine, asked: Asked, writer: asyncio.StreamWriter) -> None:
+        writer.write(head)
+        while True:
+            writer.write(chunked(b"x" * 10_000))
+            await writer.drain()
+
+    async def play() -> None:
+        async with ollama(pour) as act:
+            answer = await ask(act, "/api/chat", {**CHAT, "stream": stream})
+            assert (answer.status, "more than 100000 bytes" in answer.json()["error"]) == (502, True)
+            await soon(act.engine.ended.wait())
+
+    asyncio.run(play())
+
+
 def test_a_client_that_takes_nothing_pauses_the_engine() -> None:
     """What the engine makes is not heaped up here."""
     made = 0
@@ -296,6 +320,25 @@ def test_a_large_body_is_translated_and_counted() -> None:
             assert answer.status == 200
             asked = json.loads(act.engine.asked[0].body)["messages"][0]["content"]
             assert asked[1]["image_url"]["url"] == f"data:image/png;base64,{image}"
+
+    asyncio.run(play())
+
+
+def test_what_is_held_of_a_body_is_what_is_sent() -> None:
+    """A megabyte of blanks is forgotten once it has been read."""
+
+    async def wait(engine: Engine, asked: Asked, writer: asyncio.StreamWriter) -> None:
+        await engine.go.wait()
+        await reply(json.dumps(WHOLE).encode())(engine, asked, writer)
+
+    async def play() -> None:
+        async with ollama(wait) as act:
+            client = await act.client()
+            client.post("/api/chat", json.dumps({**CHAT, "stream": False}).encode() + b" " * (1 << 20))
+            await until(lambda: act.engine.asked)
+            assert 0 < act.server.buffered < 1000
+            act.engine.go.set()
+            assert (await client.answer()).status == 200
 
     asyncio.run(play())
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 Schema = dict[str, Any]
@@ -96,6 +97,14 @@ DEVICE_NOW = {
 }
 DECISION = {"at": NUMBER, "what": TEXT, "model": TEXT, "why": TEXT, "numbers": {"type": "object"}}
 
+INSTANCE: Mapping[str, Schema] = {  # what M's document says of an instance, wherever it is shown
+    "status": {"type": "string", "enum": [state.upper() for state in STATES]},
+    "pid": maybe(COUNT),
+    "port": maybe(COUNT),
+    "created_at": maybe(TEXT),
+    "updated_at": TEXT,
+    "message": TEXT,
+}
 SCHEMAS: dict[str, Schema] = {
     "Error": record(
         {"error": record({"message": TEXT, "type": TEXT, "param": maybe(TEXT), "code": maybe(TEXT)})},
@@ -218,32 +227,9 @@ SCHEMAS: dict[str, Schema] = {
         closed=True,
     ),
     "ModelInstanceInfo": record(
-        {
-            "model_name": TEXT,
-            "model_type": TEXT,
-            "active_gpu_ids": many(COUNT),
-            "total_instances": COUNT,
-            "status": {"type": "string", "enum": [state.upper() for state in STATES]},
-            "pid": maybe(COUNT),
-            "port": maybe(COUNT),
-            "created_at": maybe(TEXT),
-            "updated_at": TEXT,
-            "message": TEXT,
-        }
+        {"model_name": TEXT, "model_type": TEXT, "active_gpu_ids": many(COUNT), "total_instances": COUNT, **INSTANCE}
     ),
-    "ModelStatusItem": record(
-        {
-            "model_name": TEXT,
-            "model_type": TEXT,
-            "gpu_id": maybe(COUNT),
-            "status": {"type": "string", "enum": [state.upper() for state in STATES]},
-            "pid": maybe(COUNT),
-            "port": maybe(COUNT),
-            "created_at": maybe(TEXT),
-            "updated_at": TEXT,
-            "message": TEXT,
-        }
-    ),
+    "ModelStatusItem": record({"model_name": TEXT, "model_type": TEXT, "gpu_id": maybe(COUNT), **INSTANCE}),
 }
 
 ERROR = {"description": "what was wrong", "content": {"application/json": {"schema": ref("Error")}}}

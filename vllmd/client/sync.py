@@ -1,4 +1,7 @@
-"""The SDK for programs that wait."""
+"""The SDK for programs that wait.
+
+Made of ``asynchronous.py`` by ``packaging/dev/sync-client``: change that, and make this anew.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import json
 import logging
 import time
@@ -130,16 +131,27 @@ def probe_body(route: str, model: str, message: str) -> dict[str, Any]:
     return {"model": model, "input": message}
 
 
-async def looked_at(process: EngineProcess, limit: float) -> tuple[str, bool]:
-    """Whether a server that is not ours is there: what went wrong ("" if nothing), and whether nobody listened."""
-    look = replace(process.engine.alive(process.model), timeout=limit)
+class Look(enum.Enum):
+    """What a look at an engine found."""
+
+    WELL = "it answers as it should"
+    WRONG = "it answers otherwise"
+    SILENT = "it does not answer"
+    REFUSED = "nobody listens"
+
+
+async def looked_at(process: EngineProcess, limit: float) -> tuple[Look, str]:
+    """Whether an engine is there, by a question that asks nothing of it; and what went wrong, "" if nothing did."""
+    question = replace(process.engine.alive(process.model), timeout=limit)
     try:
-        status, _, _ = await ask(process.listen, look)
+        status, _, _ = await ask(process.listen, question)
     except Unreached as error:
-        return error.message, True
+        return Look.REFUSED, error.message
     except (OSError, VllmdError) as error:
-        return str(error) or type(error).__name__, False
-    return "" if status == look.expect else f"{look.method} {look.path} answered {status}", False
+        return Look.SILENT, str(error) or type(error).__name__
+    if status == question.expect:
+        return Look.WELL, ""
+    return Look.WRONG, f"{question.method} {question.path} answered {status}"
 
 
 async def is_busy(process: EngineProcess, probe: Call) -> bool:

@@ -21,7 +21,7 @@ from vllmd.config.types import ModelConfig
 from vllmd.core import commands, events
 from vllmd.core.types import Footprint, Placement, Source
 from vllmd.daemon import health
-from vllmd.daemon.calls import answers, asked, call, complete, looked_at, next_line, within
+from vllmd.daemon.calls import Look, answers, asked, call, complete, looked_at, next_line, within
 from vllmd.daemon.engine_process import EngineProcess, of
 from vllmd.daemon.failure_text import how_it_ended, with_hint, with_last_lines, with_root
 from vllmd.daemon.launch_planner import LaunchPlanner, Paths
@@ -31,6 +31,7 @@ from vllmd.daemon.sleeps import Sleeps, finish_work
 from vllmd.engines.base import Listen, Progress
 from vllmd.engines.estimate import Estimate
 from vllmd.engines.plain import PROBE
+from vllmd.engines.start_times import share_begun
 from vllmd.errors import ConfigError, LauncherFailed, VllmdError
 from vllmd.launcher.client import ExitReport, LauncherClient, StartOrder
 from vllmd.proxy.peers import Impostor
@@ -219,14 +220,14 @@ class EngineManager:
             await asyncio.sleep(process.watch)
             if self.processes.get(process.name) is not process:
                 return
-            failure, refused = await looked_at(process, limit)
+            found, failure = await looked_at(process, limit)
             if not failure:
                 looks = 0
                 continue
             looks, silent_since = looks + 1, silent_since if looks else time.monotonic()
             if looks == 1:
                 self._post(events.ServerSilent(process.name, failure))
-            if looks >= WATCH_FAILURES and (refused or time.monotonic() - silent_since >= SILENCE):
+            if looks >= WATCH_FAILURES and (found is Look.REFUSED or time.monotonic() - silent_since >= SILENCE):
                 break
         if self.processes.get(process.name) is process and process.task is None:
             self._forget(process)
@@ -438,8 +439,15 @@ class EngineManager:
                     queue.put_nowait(line)
             progress = process.engine.progress(line)
             if progress and process.ready_after is None:
-                process.phase, process.phase_since = progress, time.monotonic()
+                self._came_to(process, progress)
                 self._on_phase()
+
+    def _came_to(self, process: EngineProcess, progress: Progress) -> None:
+        """Its start is in another phase, or further in that one."""
+        before, process.phase, process.phase_since = process.phase, progress, time.monotonic()
+        share = share_begun(process.engine.kind, progress.phase)
+        if share is not None and progress.phase != before.phase:
+            self._post(events.StartProgressed(process.name, share))
 
     # -- small things --------------------------------------------------------------------
 

@@ -21,12 +21,9 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 
-from vllmd.daemon.calls import ask, asked
+from vllmd.daemon.calls import Look, asked, looked_at
 from vllmd.daemon.engine_process import ERRORS, EngineProcess
-from vllmd.errors import VllmdError
-from vllmd.proxy.upstream import Unreached
 
 log = logging.getLogger("vllmd.health")
 
@@ -66,17 +63,13 @@ async def watch(process: EngineProcess, kill: Callable[[str], Awaitable[object]]
 
 async def _look(process: EngineProcess) -> tuple[str, float]:
     """What is wrong with it, "" if nothing is, and for how many seconds that may be so."""
-    look = replace(process.engine.alive(process.model), timeout=PATIENCE)
-    try:
-        status, _, _ = await ask(process.listen, look)
-    except Unreached as error:
-        return error.message, REFUSED
-    except (OSError, VllmdError) as error:
-        return str(error) or type(error).__name__, SILENT
+    found, why = await looked_at(process, PATIENCE)
+    if found in (Look.REFUSED, Look.SILENT):
+        return why, REFUSED if found is Look.REFUSED else SILENT
     if process.asleep:  # what it answers then is its own affair
         return "", 0.0
-    if status != look.expect:
-        return f"{look.method} {look.path} answered {status}", WRONG
+    if found is Look.WRONG:
+        return why, WRONG
     if process.health.errors >= ERRORS:
         seconds, failure = await asked(process, PATIENCE)
         if seconds is None:

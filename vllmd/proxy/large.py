@@ -108,13 +108,19 @@ def _walk(body: bytes, member: Callable[[int, int, int], None]) -> Turns[int]:
 
 def _past_space(body: bytes, pos: int) -> Turns[int]:
     """The place of the next byte that is no white space; the body's end if there is none."""
+    found = yield from _search(NO_SPACE, body, pos)
+    return len(body) if found < 0 else found
+
+
+def _search(what: re.Pattern[bytes], body: bytes, pos: int) -> Turns[int]:
+    """Where ``what`` begins from ``pos`` on, -1 if nowhere; others have their turn after each ``SLICE``."""
     while pos < len(body):
-        found = NO_SPACE.search(body, pos, pos + SLICE)
+        found = what.search(body, pos, pos + SLICE)
         if found:
             return found.start()
         pos += SLICE
         yield
-    return len(body)
+    return -1
 
 
 def _stripped(body: bytes, start: int, end: int) -> Turns[int]:
@@ -130,12 +136,10 @@ def _stripped(body: bytes, start: int, end: int) -> Turns[int]:
 
 
 def _find(what: re.Pattern[bytes], body: bytes, pos: int) -> Turns[int]:
-    while pos < len(body):
-        found = what.search(body, pos, pos + SLICE)
-        if found:
-            return found.start()
-        pos += SLICE
-        yield
+    """As ``_search``. Raises BadRequest where there is none."""
+    found = yield from _search(what, body, pos)
+    if found >= 0:
+        return found
     raise BadRequest("the body is not JSON: it ends in the middle")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from vllmd.errors import NoUpgrade
 from vllmd.proxy.exchange import Exchange
-from vllmd.proxy.forward import Relay
+from vllmd.proxy.forward import Parse, Relay
 from vllmd.proxy.routing import NoSuchMethod, Route, Router
 from vllmd.proxy.tunnel import Tunnels
 
@@ -109,46 +109,24 @@ async def no_socket(exchange: Exchange) -> None:
 def add_model_routes(router: Router, relay: Relay) -> None:
     """Put all model routes into ``router``."""
     requests = relay.requests
+
+    def add(method: str, path: str, parse: Parse, about: str, doc: Mapping[str, Any] = {}, **more: Any) -> None:
+        router.add_raw(Route(method, path, relay.handler(parse), summary=about, doc=doc, **more))
+
     for path in (*JSON_PATHS, *EMBEDDING_PATHS, *LLAMA_PATHS):
-        about = "relayed to the engine of the body's 'model'"
-        router.add_raw(Route("POST", path, relay.handler(requests.json), summary=about, doc=JSON))
+        add("POST", path, requests.json, "relayed to the engine of the body's 'model'", JSON)
     for path in FORM_PATHS:
-        about = "relayed to the engine of the form's 'model'"
-        router.add_raw(Route("POST", path, relay.handler(requests.form), summary=about, doc=FORM))
+        add("POST", path, requests.form, "relayed to the engine of the form's 'model'", FORM)
     for method, path in KSERVE_PATHS:
-        router.add_raw(
-            Route(
-                method,
-                path,
-                relay.handler(requests.kserve),
-                summary="relayed to the engine of the path's model",
-                max_body=most(method),
-            )
-        )
+        add(method, path, requests.kserve, "relayed to the engine of the path's model", max_body=most(method))
     for path in QUERY_PATHS:
-        about = "relayed to the engine of ?model="
-        router.add_raw(Route("GET", path, relay.handler(requests.query), summary=about, doc=QUERY, max_body=0))
+        add("GET", path, requests.query, "relayed to the engine of ?model=", QUERY, max_body=0)
     for method, path in RESPONSE_PATHS:
-        router.add_raw(
-            Route(
-                method,
-                path,
-                relay.handler(requests.response),
-                summary="relayed to the engine that made the response",
-                max_body=most(method),
-            )
-        )
+        about = "relayed to the engine that made the response"
+        add(method, path, requests.response, about, max_body=most(method))
     for method in ("GET", "POST", "PUT", "DELETE"):
-        router.add_raw(
-            Route(
-                method,
-                "/upstream/{rest:path}",
-                relay.handler(requests.upstream),
-                "admin",
-                "an engine's own API",
-                max_body=most(method),
-            )
-        )
+        path, about = "/upstream/{rest:path}", "an engine's own API"
+        add(method, path, requests.upstream, about, scope="admin", max_body=most(method))
     router.add_raw(Route("GET", "/v1/responses", no_socket, summary="refuses a WebSocket: POST is served", max_body=0))
     realtime = Tunnels(relay).realtime
     router.add_raw(Route("GET", "/v1/realtime", realtime, summary="WebSocket to ?model=", doc=QUERY, max_body=0))
