@@ -4,7 +4,7 @@ PYTHON := $(shell $(SETUP) path)/venv/bin/python
 PREFIX ?= /usr/local
 # Tests run so many files at a time, most of them waiting for something; 0: one after the other, in one process.
 WORKERS ?= 4
-FAST   := not machine and not vllm and not gpu
+FAST   := not machine and not vllm and not gpu and not qemu
 
 .PHONY: help check unit lint fast mutants soak demo bench-start bench-proxy bench-schedule gpu-check deb rpm install
 help: ## list the targets

@@ -39,6 +39,7 @@ def make(root: Path, *paths: str) -> None:
             target.chmod(0o666)
 
 
+SOCKETS = ("/run/vllmd/admin.sock", "/run/vllmd/read.sock")
 WELL = {
     "systemctl --version": "systemd 252 (252.39-1~deb12u1)",
     "is-active vllmd.socket": "active",
@@ -51,11 +52,28 @@ WELL = {
 def test_a_machine_that_is_well(tmp_path: Path) -> None:
     """Nothing but ok."""
     make(tmp_path, "/run/systemd/system/", "/sys/fs/cgroup/cgroup.controllers", "/var/lib/vllmd-engine/")
+    make(tmp_path, "/run/vllmd/", "/run/vllmd-engine/", "/var/lib/vllmd-engines/")
+    make(tmp_path, *SOCKETS)
     make(tmp_path, "/proc/driver/nvidia/version", "/dev/nvidia0", "/dev/nvidiactl", "/dev/nvidia-uvm", "/etc/passwd")
     (tmp_path / "etc/passwd").write_text("vllmd:x:1:1\nvllmd-engine:x:2:2\n")
     host = machine(tmp_path, WELL)
     found = [f for question in (python, systemd, units, accounts, driver) for f in question(host)]
     assert {verdict for verdict, _, _ in found} == {"ok"}
+
+
+def test_what_the_package_made_and_somebody_removed(tmp_path: Path) -> None:
+    """Folders, groups and sockets' files, each with the command that makes it again."""
+    make(tmp_path, "/run/systemd/system/", "/sys/fs/cgroup/cgroup.controllers", "/etc/passwd", "/etc/group")
+    (tmp_path / "etc/passwd").write_text("vllmd:x:1:1\nvllmd-engine:x:2:2\n")
+    (tmp_path / "etc/group").write_text("vllmd:x:1:\nvllmd-read:x:2:\nvllmd-admin:x:2:\n")
+    make(tmp_path, "/run/vllmd/", "/run/vllmd/read.sock", "/var/lib/vllmd-engine/", "/var/lib/vllmd-engines/")
+    host = machine(tmp_path, WELL)
+    assert [f for question in (units, accounts) for f in question(host) if f[0] != "ok"] == [
+        ("bad", "vllmd-admin.socket listens at /run/vllmd/admin.sock, which is not there any more",
+         "systemctl restart vllmd-admin.socket"),
+        ("bad", "there is no group vllmd-sockets", "systemd-sysusers, then systemctl restart vllmd.socket"),
+        ("bad", "/run/vllmd-engine is missing", "systemd-tmpfiles --create"),
+    ]  # fmt: skip
 
 
 def test_packages_that_are_missing(tmp_path: Path) -> None:
@@ -68,11 +86,18 @@ def test_packages_that_are_missing(tmp_path: Path) -> None:
 
 def test_an_old_systemd_without_unified_control_groups(tmp_path: Path) -> None:
     """Both are said."""
-    make(tmp_path, "/run/systemd/system/")
+    make(tmp_path, "/run/systemd/system/", *SOCKETS)
     assert [what for _, what, _ in systemd(machine(tmp_path, {"--version": "systemd 247 (247.3)"}))] == [
         "systemd is version 247",
-        "control groups are not of version 2",
+        "control groups are of version 1: no engine can be started",
     ]
+
+
+def test_hybrid_control_groups_are_a_warning(tmp_path: Path) -> None:
+    """Engines run there; some limits do nothing."""
+    make(tmp_path, "/run/systemd/system/", *SOCKETS, "/sys/fs/cgroup/unified/cgroup.controllers")
+    host = machine(tmp_path, {"--version": "systemd 252 (252)"})
+    assert [(verdict, "oom_policy" in what) for verdict, what, _ in systemd(host)] == [("ok", False), ("warning", True)]
 
 
 def test_no_systemd_is_no_fault(tmp_path: Path) -> None:
@@ -83,7 +108,7 @@ def test_no_systemd_is_no_fault(tmp_path: Path) -> None:
 
 def test_sockets_that_do_not_listen_failed_units_and_leftovers(tmp_path: Path) -> None:
     """Each with the command that helps."""
-    make(tmp_path, "/run/systemd/system/")
+    make(tmp_path, "/run/systemd/system/", *SOCKETS)
     answers = {
         **WELL,
         "is-active vllmd.socket": "inactive",
@@ -101,7 +126,7 @@ def test_sockets_that_do_not_listen_failed_units_and_leftovers(tmp_path: Path) -
 
 def test_users_that_are_missing(tmp_path: Path) -> None:
     """For the system's daemon only; a user's own needs none."""
-    make(tmp_path, "/run/systemd/system/")
+    make(tmp_path, "/run/systemd/system/", *SOCKETS)
     assert [what for _, what, _ in accounts(machine(tmp_path))] == [
         "there is no user vllmd",
         "there is no user vllmd-engine",
@@ -213,7 +238,7 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
 
 def test_right_after_installing_nothing_is_red(tmp_path: Path) -> None:
     """The launcher's socket is static: it is down until vllmd first runs, and enabling it would do nothing."""
-    make(tmp_path, "/run/systemd/system/")
+    make(tmp_path, "/run/systemd/system/", *SOCKETS)
     fresh = {**WELL, "is-active vllmd-launcher.socket": "inactive", "is-active vllmd.service": "inactive"}
     assert {verdict for verdict, _, _ in units(machine(tmp_path, fresh))} == {"ok"}
     sick = {**fresh, "is-active vllmd.service": "active"}
@@ -224,7 +249,7 @@ def test_right_after_installing_nothing_is_red(tmp_path: Path) -> None:
 
 def test_units_of_a_user(tmp_path: Path) -> None:
     """They have no socket for onlookers, and other commands help."""
-    make(tmp_path, "/run/systemd/system/")
+    make(tmp_path, "/run/systemd/system/", *SOCKETS)
     answers = {"is-active vllmd.socket": "inactive", "is-active vllmd-admin.socket": "active"}
     found = list(units(machine(tmp_path, answers, user=True)))
     assert found == [
@@ -235,7 +260,7 @@ def test_units_of_a_user(tmp_path: Path) -> None:
 
 def test_units_that_are_not_installed(tmp_path: Path) -> None:
     """systemctl calls them inactive, too, and cannot enable them."""
-    make(tmp_path, "/run/systemd/system/")
+    make(tmp_path, "/run/systemd/system/", *SOCKETS)
     answers = {"is-active vllmd.socket": "inactive", "--value vllmd.socket": "not-found", **WELL}
     answers["is-active vllmd.socket"] = "inactive"
     found = [finding for finding in units(machine(tmp_path, answers)) if finding[0] == "bad"]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import ctypes
 import errno
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from vllmd.launcher import cgroup
+from vllmd.launcher import cgroup, scopes
 from vllmd.launcher.cgroup import WatchedCgroup, Watcher
 from vllmd.launcher.loop import Loop
+from vllmd.launcher.protocol import StartOrder
 
 
 class NoInotify:
@@ -44,3 +47,12 @@ def test_an_end_is_noticed_without_inotify(tmp_path: Path, monkeypatch: pytest.M
     group.watch(changed)
     loop.run()
     assert looks == [False, False, True]
+
+
+def test_without_version_2_no_engine_is_begun_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its processes could not be found again; how to boot the machine is in the answer."""
+    told: list[str] = []
+    monkeypatch.setattr(scopes, "hierarchy", lambda: None)
+    nobody: Any = cast(Any, SimpleNamespace())
+    scopes.Scopes.place(nobody, StartOrder("a", ("true",)), nobody, lambda group, why: told.append(why))
+    assert "systemd.unified_cgroup_hierarchy=1" in told[0]

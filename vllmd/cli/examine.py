@@ -71,6 +71,12 @@ class Host:
         return self.run("systemctl", *(["--user"] if self.user else []), *arguments)
 
 
+# What units/vllmd.sysusers and units/vllmd.tmpfiles make, and the sockets' files.
+GROUPS = ("vllmd-sockets", "vllmd-admin", "vllmd-read")
+FOLDERS = ("/run/vllmd", "/run/vllmd-engine", "/var/lib/vllmd-engine", "/var/lib/vllmd-engines")
+SOCKET_FILES = {"vllmd-admin.socket": "/run/vllmd/admin.sock", "vllmd-read.socket": "/run/vllmd/read.sock"}
+
+
 def python(host: Host) -> Iterator[Finding]:
     """The packages that it is built on."""
     missing = [package for module, package in NEEDED.items() if not host.has_module(module)]
@@ -93,7 +99,11 @@ def systemd(host: Host) -> Iterator[Finding]:
         yield "ok", f"systemd {version}", ""
     if not host.path("/sys/fs/cgroup/cgroup.controllers").exists():
         advice = "boot with systemd.unified_cgroup_hierarchy=1"
-        yield "bad", "control groups are not of version 2", advice
+        if host.path("/sys/fs/cgroup/unified/cgroup.controllers").exists():
+            what = "control groups are of both versions: memory_high, memory_swap_max and oom_policy have no effect"
+            yield "warning", what, advice
+        else:
+            yield "bad", "control groups are of version 1: no engine can be started", advice
 
 
 def units(host: Host) -> Iterator[Finding]:
@@ -103,7 +113,10 @@ def units(host: Host) -> Iterator[Finding]:
     systemctl = "systemctl --user" if host.user else "systemctl"
     for unit in USERS_SOCKETS if host.user else SOCKETS:
         state = host.systemctl("is-active", unit)
-        if state == "active":
+        file = SOCKET_FILES.get(unit, "")
+        if state == "active" and file and not host.user and not host.path(file).exists():
+            yield "bad", f"{unit} listens at {file}, which is not there any more", f"systemctl restart {unit}"
+        elif state == "active":
             yield "ok", f"{unit} listens", ""
         elif host.systemctl("show", "--property=LoadState", "--value", unit) == "not-found":
             yield "bad", f"{unit} is not installed", "install vllmd anew"
@@ -134,9 +147,13 @@ def accounts(host: Host) -> Iterator[Finding]:
     for name in ("vllmd", "vllmd-engine"):
         if name not in users:
             yield "bad", f"there is no user {name}", "systemd-sysusers"
-    home = host.path("/var/lib/vllmd-engine")
-    if "vllmd-engine" in users and not home.is_dir():
-        yield "bad", "/var/lib/vllmd-engine is missing", "systemd-tmpfiles --create"
+    groups = _names(host.path("/etc/group"))
+    for name in GROUPS:
+        if groups and name not in groups:
+            yield "bad", f"there is no group {name}", "systemd-sysusers, then systemctl restart vllmd.socket"
+    for folder in FOLDERS:
+        if not users.isdisjoint(("vllmd", "vllmd-engine")) and not host.path(folder).is_dir():
+            yield "bad", f"{folder} is missing", "systemd-tmpfiles --create"
 
 
 def _names(passwd: Path) -> set[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import builtins
 import contextlib
+import errno
 import logging
 import os
 import secrets
@@ -396,12 +397,14 @@ class LauncherClient:
                 self._socket.shutdown(socket.SHUT_RDWR)  # the reader's end, whatever the error was
 
     async def _connect_again(self) -> None:
-        delay = FIRST_RETRY
+        delay, said = FIRST_RETRY, ""
         while True:
             try:
                 return self._take(await asyncio.to_thread(self._dial))
             except OSError as error:
-                log.warning("cannot connect to the launcher: %s; trying again in %.2f s", error, delay)
+                if str(error) != said:
+                    log.warning("cannot connect to the launcher: %s; trying again", error)
+                said = str(error)
             await asyncio.sleep(delay)
             delay = min(2 * delay, LAST_RETRY)
 
@@ -472,5 +475,7 @@ def _connect_path(path: str | Path) -> socket.socket:
         connection.connect(str(path))
     except OSError as error:
         connection.close()
-        raise OSError(error.errno, f"{error.strerror}: {path}") from None
+        gone = error.errno in (errno.ENOENT, errno.ECONNREFUSED)
+        advice = "; `systemctl restart vllmd-launcher.socket` makes it again" if gone else ""
+        raise OSError(error.errno, f"{error.strerror}: {path}{advice}") from None
     return connection

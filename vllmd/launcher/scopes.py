@@ -63,6 +63,11 @@ _PROPERTIES: dict[str, tuple[bytes, Callable[[Any], Any]]] = {
     "oom_policy": (b"OOMPolicy", str.encode),
 }
 
+NO_VERSION_2 = (
+    "this machine has control groups of version 1 alone, in which an engine's processes cannot be watched; "
+    "boot it with systemd.unified_cgroup_hierarchy=1"
+)
+
 
 class Scopes:
     """A backend. Raises OSError if the bus cannot be reached."""
@@ -89,6 +94,9 @@ class Scopes:
 
     def place(self, order: StartOrder, process: Process, placed: Placed, tries: int = NAME_TRIES) -> None:
         """Make the scope with the process in it. While systemd cannot be asked it is tried again, until `retire`."""
+        if hierarchy() is None:
+            placed(None, NO_VERSION_2)
+            return
         unit = unit_of(order.instance)
         self._placing.pop(unit, None)
         try:

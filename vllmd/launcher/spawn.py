@@ -333,6 +333,9 @@ def _describe(order: StartOrder, user: User, error: BaseException) -> str:
     command = clip(order.argv[0], MAX_WORDS // 3)
     if not isinstance(error, OSError):
         return f"{command} could not be started: {error!r}"
+    root = os.path.dirname(order.run_dir)
+    if order.run_dir and not user.ours and not os.path.isdir(root):
+        return f"{command} could not be started: there is no {root}; `systemd-tmpfiles --create` makes it"
     if error.filename is not None:  # a folder or a socket, from _prepare_folders
         return f"{command} could not be started: {error.strerror}: {error.filename}"
     if error.errno == errno.ENOENT and "/" not in command:
