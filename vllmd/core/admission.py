@@ -13,6 +13,7 @@ from vllmd.core.health import HealthChecks
 from vllmd.core.lifecycle import AWAKE, LifecycleError
 from vllmd.core.model import INFINITY, Model, Replica
 from vllmd.core.planner import Planner
+from vllmd.core.policy_input import remaining
 from vllmd.core.types import Decision, State
 
 
@@ -256,6 +257,8 @@ class Admission:
         """Seconds after which coming back makes sense: by then something will have moved."""
         if r.on:
             return max(1.0, r.costs.seconds("service"))
+        if r.state in (State.STARTING, State.WAKING):
+            return max(1.0, remaining(r, self._core.now))
         outlook = self._planner.outlook(r)
         if outlook:
             return max(1.0, outlook.seconds)

@@ -126,6 +126,7 @@ class Scheduler:
             ev.ServerSilent: self._health.silent,
             ev.EngineAdopted: self._engine_events.adopted,
             ev.FreezeProved: self._engine_events.proved,
+            ev.StartProgressed: self._engine_events.progressed,
             ev.ReplicaProbed: self._health.probed,
             ev.ProbeAsked: self._health.asked,
             ev.MemorySampled: self._engine_events.sampled,
