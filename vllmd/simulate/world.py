@@ -56,7 +56,7 @@ def simulate(
             raise VllmdError(f"the trace asks for {row.model!r}, which is not one of the models: {_listed(known)}")
     world = World(machine, trace, policy, scheduler)
     world.run()
-    return summary(name or policy.name, machine, world.jobs, world.swaps, world.samples, world.busy)
+    return summary(name or policy.name, machine.devices, world.jobs, world.swaps, world.samples, world.busy)
 
 
 def _listed(names: Iterable[str]) -> str:
