@@ -178,7 +178,10 @@ def old_package() -> Path:
     made = subprocess.run([REPOSITORY / "packaging/dev/setup", "old"], capture_output=True, text=True)
     if made.returncode:
         pytest.skip(made.stderr.strip())
-    return container.cache() / "old/vllmd.deb"
+    package = container.cache() / "old/vllmd.deb"
+    if not package.exists():
+        pytest.xfail(made.stderr.strip())
+    return package
 
 
 @pytest.fixture(scope="session")

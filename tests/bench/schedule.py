@@ -11,7 +11,7 @@ to draining LRU, which is the only bounded one of the peers' rules.
     python -m tests.bench.schedule [--quick] [--seeds 1-5] [--share 1] [--world NAME] [--jobs 2] [--write]
 
 ``--quick`` takes one seed and a third of the length. ``--write`` keeps the tables in
-``tests/bench/schedule.md``.
+``tests/bench/schedule.md``, and a line of each run in its history.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
+from tests.bench.oracle import EXACT, Oracle, Small, small_cases
 from tests.bench.scenarios import HOUR, SIZES_GB, Scenario, batch, days, fleet, scenarios
 from vllmd.core.commands import Command
 from vllmd.core.costs import CostBook
@@ -114,10 +115,12 @@ VARIANTS = (
 )
 TABLE = Path(__file__).with_name("schedule.md")
 NOTES = "## How to read it\n"
+HISTORY = "## History\n"
 PEERS = ("lru", "llama-swap", "ollama")
 BOUNDED = ("lru",)  # of the peers' rules; under the others a model can wait for ever
 CONTENDERS = ("adaptive", "adaptive+freeze", "llama-swap", "ollama")
 METRICS = ("swaps", "mean", "p95", "p99", "longest", "lat mean", "lat p95", "lat p99")
+CASES = 8  # small cases of a seed
 LEAST = 0.01  # seconds; a wait below it is none, and no ratio to it means anything
 
 
@@ -161,6 +164,7 @@ def run(scenario: Scenario, variant: Variant, policy: str, seed: int) -> Figures
         physics,
         Warm.STOPPED if cold else Warm.ASLEEP,
         costs=learnt(models, physics) if variant.learnt else None,
+        samples=0,
     )
     trace = [Row(row.time, row.model, row.prompt, row.output) for row in scenario.rows]
     return simulate(machine, trace, ALL[name], policy).all
@@ -274,6 +278,7 @@ class Aim(NamedTuple):
     reached: float
     aim: float
     spread: str = ""  # the confidence interval
+    kept: bool = False  # it stands in the history
 
     @property
     def missed(self) -> bool:
@@ -298,10 +303,46 @@ def cell_aims(variant: Variant, lines: Mapping[str, Line]) -> Iterator[Aim]:
 def overall(found: Mapping[Variant, Mapping[str, Line]]) -> Iterator[Aim]:
     """Over all worlds, and of freezing over the first one's six scenarios."""
     ratios = [lines["adaptive"]["mean"] / min(lines[peer]["mean"] for peer in PEERS) for lines in found.values()]
-    yield Aim(f"{len(ratios)} worlds: mean wait / that of the best peer there", statistics.geometric_mean(ratios), 0.85)
+    yield Aim(
+        f"{len(ratios)} worlds: mean wait / that of the best peer there",
+        statistics.geometric_mean(ratios),
+        0.85,
+        kept=True,
+    )
     frozen = found.get(VARIANTS[0], {}).get("adaptive+freeze")
     for metric, aim in (("mean", 0.36), ("p95", 0.45), ("longest", 0.55)) if frozen else ():
-        yield Aim(f"freezing allowed: {metric} / that of draining LRU", frozen[metric], aim)
+        yield Aim(f"freezing allowed: {metric} / that of draining LRU", frozen[metric], aim, kept=True)
+
+
+# -- how far it is to what is possible
+
+
+def least(case: Small) -> float:
+    """The least total wait, seconds, by the oracle."""
+    spec = specs({"m0": case.size})[0].replicas[0]
+    seconds = [EXACT.prompt(spec, row.prompt) + row.output * EXACT.token(spec, 1) for row in case.rows]
+    return Oracle(case, EXACT.mean(spec, "wake1"), EXACT.mean(spec, "sleep1"), seconds).best()
+
+
+def waited(case: Small, policy: str) -> float:
+    """The total wait, seconds, under a policy that knows what things take, but not who comes."""
+    models = specs({f"m{n}": case.size for n in range(case.models)})
+    devices, settings = [Device(0, "0", case.device)], Settings(host_memory=1000 * GB)
+    costs = learnt(models, EXACT)
+    machine = Machine(models, devices, settings, EXACT, Warm.ASLEEP, costs=costs, samples=0)
+    figures = simulate(machine, [Row(*astuple(row)) for row in case.rows], ALL[policy], policy).all
+    return figures.wait.mean * figures.requests
+
+
+def distance(seeds: Iterable[int]) -> Iterator[str]:
+    """All policies beside the oracle, over small cases."""
+    cases = [case for seed in seeds for case in small_cases(seed, CASES)]
+    best = [least(case) for case in cases]
+    yield f"beside an oracle that knows the future: total waits of {len(cases)} small cases as multiples of the least"
+    for policy in ("adaptive", *PEERS):
+        waits = [waited(case, policy) for case in cases]
+        exact = sum(wait <= least + 0.01 for wait, least in zip(waits, best, strict=True))
+        yield f"  {policy:<16}{sum(waits) / sum(best):9.2f}   the least there is in {exact} of {len(cases)}"
 
 
 # -- what a decision costs
@@ -321,15 +362,16 @@ class Timed(Scheduler):
 
 
 def yardstick() -> float:
-    """Seconds that a fixed piece of pure Python takes in this process now: counting a million in a dict."""
-    best = math.inf
-    for _ in range(5):
-        begun = time.process_time()
+    """Seconds that a fixed piece of pure Python takes in this process now: counting a million in a dict.
+
+    The mean, not the best: what is measured beside it suffers from a busy machine in the same way.
+    """
+    begun = time.process_time()
+    for _ in range(10):
         table: dict[int, int] = {}
         for n in range(100_000):
             table[n % 997] = table.get(n % 997, 0) + n
-        best = min(best, time.process_time() - begun)
-    return best * 10
+    return time.process_time() - begun
 
 
 def decisions() -> list[float]:
@@ -339,7 +381,7 @@ def decisions() -> list[float]:
     names, shares = list(weights), [1 / (n + 1) ** 0.8 for n in range(100)]
     rows = [Row(n / 4, rng.choices(names, shares)[0], 900, 150) for n in range(3600)]
     devices = [Device(index, str(index), DEVICE) for index in range(8)]
-    machine = Machine(specs(weights), devices, Settings(host_memory=1000 * GB), warm=Warm.ASLEEP)
+    machine = Machine(specs(weights), devices, Settings(host_memory=1000 * GB), warm=Warm.ASLEEP, samples=0)
     Timed.taken.clear()
     simulate(machine, rows, ALL["adaptive"], scheduler=Timed)
     return sorted(Timed.taken)
@@ -365,12 +407,13 @@ def admission() -> float:
 
 def speed() -> Iterator[Aim]:
     """Microseconds, and as parts of the yardstick, so that a busy machine does not matter."""
-    yard, taken, request = yardstick(), decisions(), admission()
+    before, taken, between, request, after = yardstick(), decisions(), yardstick(), admission(), yardstick()
+    yard = statistics.fmean((before, between, after))
     mean = statistics.fmean(taken)
     yield Aim(f"a decision at 100 models and 8 devices, us in the mean of {len(taken)}", 1e6 * mean, 100.0)
     yield Aim("a request to a ready model in Scheduler.handle, us", 1e6 * request, 4.0)
-    yield Aim("  the decision in thousandths of the yardstick", 1e3 * mean / yard, 1.3)
-    yield Aim("  the request in thousandths of the yardstick", 1e3 * request / yard, 0.052)
+    yield Aim("  the decision in thousandths of the yardstick", 1e3 * mean / yard, 1.3, kept=True)
+    yield Aim("  the request in thousandths of the yardstick", 1e3 * request / yard, 0.052, kept=True)
     yield Aim("  (the yardstick, ms)", 1e3 * yard, math.inf)
 
 
@@ -404,6 +447,8 @@ def main(argv: Sequence[str]) -> int:
         found[variant] = {line.policy: line for line in lines}
         aims += cell_aims(variant, found[variant])
     aims += overall(found)
+    if not args.world:
+        show(*distance(seeds))
     aims += [] if args.world else speed()
     missed = sorted((aim for aim in aims if aim.missed), key=lambda aim: -aim.reached / aim.aim)
     aims = [*missed, *[aim for aim in aims if not aim.missed]]
@@ -411,8 +456,16 @@ def main(argv: Sequence[str]) -> int:
     length = f"{1 / 3 if args.quick else args.share:.2f} of the length"
     show(f"{len(missed)} of {len(aims)} missed; seeds {seeds[0]}-{seeds[-1]}, {length}; {time.time() - begun:.0f} s")
     if args.write:
-        write(shown)
+        write(shown, _summary(aims, f"seeds {seeds[0]}-{seeds[-1]}, {length}"))
     return 0
+
+
+def _summary(aims: Sequence[Aim], run: str) -> str:
+    """A run in a line, for the history."""
+    told = [f"{aim.name} {aim.reached:.2f}" for aim in aims if aim.kept]
+    return (
+        f"- {datetime.date.today()}, {run}: {'; '.join(told)}; {sum(aim.missed for aim in aims)} of {len(aims)} missed"
+    )
 
 
 def _chosen(wanted: str) -> list[Variant]:
@@ -421,12 +474,17 @@ def _chosen(wanted: str) -> list[Variant]:
     return [variant for variant in VARIANTS if wanted in variant.name]
 
 
-def write(lines: Sequence[str]) -> None:
-    """Keep them, with the day and the machine; what stands below the tables is by hand, and stays."""
-    _, _, notes = TABLE.read_text().partition(NOTES) if TABLE.exists() else ("", "", "")
+def write(lines: Sequence[str], summary: str) -> None:
+    """The newest tables in full, with the day and the machine; what was written by hand stays; a line for the history.
+
+    Older tables are in git.
+    """
+    _, _, kept = TABLE.read_text().partition(NOTES) if TABLE.exists() else ("", "", "")
+    notes, _, history = kept.partition(HISTORY)
     load = f"load {os.getloadavg()[0]:.1f} at the end"
     head = f"## {datetime.date.today()} · {os.cpu_count()} CPUs, Python {platform.python_version()}, {load}"
-    TABLE.write_text("\n".join([head, "", "```", *lines, "```", "", NOTES]) + notes)
+    tables = "\n".join([head, "", "```", *lines, "```", "", NOTES])
+    TABLE.write_text(f"{tables}{notes.rstrip()}\n\n{HISTORY}\n{summary}\n{history.strip()}\n".replace("\n\n\n", "\n\n"))
 
 
 if __name__ == "__main__":

@@ -212,14 +212,14 @@ def test_what_vllm_lacks_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(vllm_cpu, "COMPILERS", ("no-such-compiler",))
     monkeypatch.setattr(vllm_cpu, "_LIBRARIES", ("/nowhere",))
     vllm, other = (Config(models={"m": ModelConfig("m", engine=engine)}) for engine in ("vllm", "sim"))
-    assert list(vllm_on_cpu(machine(tmp_path), vllm)) == [
+    assert list(vllm_on_cpu(vllm)) == [
         ("bad", "vLLM runs on the CPU here: its worker does not start without libnuma.so.1", "apt install libnuma1"),
         ("warning", "vLLM runs on the CPU here: it runs without compiling (--enforce-eager), which is slower",
          "apt install g++"),
     ]  # fmt: skip
-    assert list(vllm_on_cpu(machine(tmp_path), other)) == []
+    assert list(vllm_on_cpu(other)) == []
     monkeypatch.setattr(vllm_cpu, "has_accelerator", lambda: True)
-    assert list(vllm_on_cpu(machine(tmp_path), vllm)) == []
+    assert list(vllm_on_cpu(vllm)) == []
 
 
 def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

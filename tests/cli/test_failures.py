@@ -217,12 +217,13 @@ def in_order(*argv: str) -> list[str]:
 
 
 ANYWHERE = [
-    (["chat", "m", "--max-tokens", "5", "hi", "there"], ["chat", "--max-tokens", "5", "m", "hi", "there"]),
+    (["chat", "m", "--max-tokens", "5", "hi", "there"], ["chat", "--max-tokens=5", "m", "hi", "there"]),
     (["chat", "m", "hi", "--max-tok=5", "you"], ["chat", "--max-tok=5", "m", "hi", "you"]),
-    (["chat", "m", "-s", "be brief", "hi"], ["chat", "-s", "be brief", "m", "hi"]),
+    (["chat", "m", "-s", "be brief", "hi"], ["chat", "-sbe brief", "m", "hi"]),
     (["chat", "m", "--", "-5", "degrees?"], ["chat", "--", "m", "-5", "degrees?"]),
     (["start", "a", "--no-wait", "b"], ["start", "--no-wait", "a", "b"]),
     (["logs", "m", "-n5", "-f"], ["logs", "-n5", "-f", "m"]),
+    (["logs", "m", "--since", "-1h", "-n", "2"], ["logs", "--since=-1h", "-n2", "m"]),
     (["gpus", "--json"], ["gpus", "--json"]),
     (["config", "check", "file", "--json"], ["config", "check", "file", "--json"]),
     (["sleep", "a", "--level"], ["sleep", "a", "--level"]),

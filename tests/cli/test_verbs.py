@@ -380,7 +380,14 @@ def test_logs_runs_journalctl_over_all_runs_of_the_model(
     assert main(["logs", "-f", "-n", "5", "q"]) == 0
     hexes = "[0-9a-f]" * 6
     unit = f"--unit=vllmd-model-qwen-qwen3-0-6b-{hexes}.scope"
-    assert capfd.readouterr().out.split() == ["--no-pager", "--output=short-iso", unit, "--lines=5", "--follow"]
+    assert capfd.readouterr().out.split() == [
+        "--no-pager",
+        "--no-hostname",
+        "--output=short-iso",
+        unit,
+        "--lines=5",
+        "--follow",
+    ]
 
 
 def test_logs_without_systemd_come_from_the_daemon(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
@@ -499,7 +506,7 @@ def test_status_is_the_daemon_and_its_models(daemon: FakeDaemon, capsys: pytest.
     assert main(["status", "q"]) == 0
     assert capsys.readouterr().out.startswith("Qwen/Qwen3-0.6B is running since ")
     assert main(["status", "bad"]) == 69
-    assert "it failed: the engine exited with status 1" in capsys.readouterr().out
+    assert "bad has failed 5.0s ago: the engine exited with status 1" in capsys.readouterr().out
 
 
 def test_version_is_that_of_both(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:

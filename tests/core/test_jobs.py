@@ -26,7 +26,7 @@ from vllmd.core.events import (
     StopAsked,
 )
 from vllmd.core.lifecycle import MERGES, Current, Job, Kind, New, Reason, current, jobs_table, merge, new
-from vllmd.core.types import GiB, State
+from vllmd.core.types import GiB, IdleRules, State
 
 
 def job(kind: Kind, reason: Reason, *, force: bool = False, then: Job | None = None) -> Job:
@@ -280,3 +280,16 @@ def test_a_wake_is_for_a_deeper_sleep_only_as_long_as_nothing_else_is_to_happen(
     assert w.do(SleepAsked("m", 2)) == [WakeEngine("m", 1)]
     assert w.do(StopAsked("m")) == []
     assert w.answer("m") == [StopEngine("m", "an operator asked for it", False)]
+
+
+def test_a_request_calls_off_what_a_sleeper_does_for_itself() -> None:
+    """Its time to stop came while another engine was moved on its device: whoever asks meanwhile finds it asleep."""
+    w = World([model("m", 20, idle=IdleRules(None, 1, None, 10.0)), model("b", 20)], [GPU])
+    w.load("m")
+    w.do(SleepAsked("m", 1))
+    w.answer("m")
+    w.ask("r", "b")
+    w.pass_time(20.0)
+    assert w.state("m") is State.SLEEPING
+    w.ask("r2", "m")
+    assert WakeEngine("m", 1) in w.answer("b")

@@ -34,6 +34,7 @@ from vllmd.core.events import (
     RequestGone,
     ServerSilent,
     SleepAsked,
+    StartProgressed,
     StopAsked,
     TimePassed,
 )
@@ -229,6 +230,11 @@ class CoreUnderAnything(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.0, 0.1, 0.25, 1.0, 7.0, 45.0, 400.0]))
     def wait(self, seconds: float) -> None:
         self.world.pass_time(self.world.now + seconds)
+
+    @rule(data=st.data(), share=st.sampled_from([0.0, 0.3, 1.0]))
+    def progress(self, data: st.DataObject, share: float) -> None:
+        """A log says how far a start is; it may be late, and then it says nothing."""
+        self.world.do(StartProgressed(data.draw(st.sampled_from(sorted({*NAMES, *self.world.specs}))), share))
 
     @rule()
     def ring(self) -> None:

@@ -182,6 +182,29 @@ def test_a_download_does_not_count_as_start_time(tmp_path: Path) -> None:
     tell(story, tmp_path)
 
 
+def test_the_core_is_told_how_far_a_start_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for each phase that its log shows, not for each line."""
+    monkeypatch.setattr(engine_manager, "share_begun", lambda kind, phase: {"download": 0.0, "weights": 0.3}.get(phase))
+
+    async def story(rig: Rig) -> None:
+        rig.prepare = lambda engine: engine.answers.update({"/health": (503, b"")})
+        await rig.start()
+        await soon(engine_asked(rig))
+        for line in (
+            "Downloading shards: 10%",
+            "Downloading shards: 20%",
+            "Loading safetensors",
+            "Application startup",
+        ):
+            rig.engine_manager.on_log(rig.instance, [line])
+        assert await rig.event() == events.StartProgressed("m", 0.0)
+        assert await rig.event() == events.StartProgressed("m", 0.3)
+        rig.engine.answers.clear()
+        assert isinstance(await rig.event(), events.EngineReady)
+
+    tell(story, tmp_path)
+
+
 def test_a_probe_that_breaks_leaves_no_engine_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A defect counts as a failed start, and a failed start leaves nothing."""
 

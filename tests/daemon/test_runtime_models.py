@@ -17,12 +17,13 @@ class FakeDaemon:
     """A daemon whose change of configuration takes a moment, in which ``meanwhile`` happens."""
 
     def __init__(self) -> None:
-        self.opened = asyncio.Event()
-        self.opened.set()
         self.config = Config()
         self.in_flight = 0
         self.meanwhile: Callable[[], None] = lambda: None
-        self.control = SimpleNamespace(snapshot=self.snapshot, instances=SimpleNamespace(plain=lambda model: model))
+        self.now = self  # it is open
+
+    async def wait(self) -> FakeDaemon:
+        return self
 
     def snapshot(self) -> Any:
         def view(name: str) -> Any:
@@ -44,7 +45,7 @@ def test_one_that_is_asked_for_while_it_is_changed_stays_as_it_is() -> None:
 
 async def _one_that_is_asked_for_while_it_is_changed() -> None:
     daemon = FakeDaemon()
-    models = RuntimeModels(daemon)  # type: ignore[arg-type]
+    models = RuntimeModels(daemon, daemon, daemon.take, asyncio.Lock(), lambda model: model, ())  # type: ignore[arg-type]
     first = await models.put("m", {"model": "org/a"}, trusted=True)
     assert first["differs"] == []
     daemon.meanwhile = lambda: setattr(daemon, "in_flight", 1)

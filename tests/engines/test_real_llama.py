@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.conftest import RealLlama
 from tests.engines.adapter import write_adapter
 from tests.engines.driven import Driven
+from tests.engines.installed import daemon
 from vllmd.config.types import AdapterConfig, ModelConfig
 from vllmd.core.types import GiB
 from vllmd.engines.base import Failure, Place
@@ -81,6 +86,16 @@ def test_it_takes_what_was_estimated(start: Start, length: int, slots: int) -> N
     told = estimate(one.model, Path("/nowhere"), 0)
     assert 0.85 < told.footprint.awake / resident < 1.15, f"{told.why}; it takes {resident >> 20} MiB"
     assert told.host_running == told.footprint.awake + GiB // 2  # all of it is host memory, and so are kept prompts
+
+
+def test_it_ends_in_the_middle_of_an_answer(start: Start) -> None:
+    """Whoever is still asking is cut off; xllamacpp's own end would wait for the last token."""
+    one = start(max_model_len=2048).wait_ready()
+    body = {"model": "m", "prompt": "Once upon a time", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    with one.http.stream("POST", "/v1/completions", json=body) as answer:
+        next(answer.iter_lines())
+        one.popen.send_signal(one.launch.stop_signal)
+        assert one.popen.wait(10.0) == 0
 
 
 def test_one_that_idles_by_itself_wakes_by_itself(start: Start) -> None:
@@ -167,3 +182,31 @@ def test_what_cannot_start_says_why(start: Start, settings: dict[str, Any], reas
     assert reason in failure.reason
     assert not failure.reason[0].isdigit()
     assert advice in failure.hint
+
+
+def test_a_client_that_leaves_frees_its_slot(llama: RealLlama, tmp_path: Path) -> None:
+    """Also one that waited for a whole answer: otherwise the engine works on for nobody, for minutes."""
+    options = {"gpu_layers": 0, "parallel": 1}
+    model = {"engine": "llama.cpp", "model": str(llama.model), "max_model_len": 4096, "options": options}
+    short = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))  # a socket's path has 107 characters
+    config = {"devices": [], "engines": {"run_dir": str(short)}, "models": {"m": model}}
+    with daemon(tmp_path / "site", config) as site:
+        site.answer("m", "hello")
+        transport = httpx.HTTPTransport(uds=str(next(short.rglob("engine.sock"))))
+        engine = httpx.Client(transport=transport, base_url="http://engine", timeout=LIMIT)
+
+        def works() -> bool:
+            return any(slot["is_processing"] for slot in engine.get("/slots").json())
+
+        body = {"model": "m", "prompt": "Once upon a time", "max_tokens": 3000, "ignore_eos": True}
+        with pytest.raises(httpx.ReadTimeout):
+            site.http.post("/v1/completions", json=body, timeout=2.0)
+        # It looks after a second without any other answer, so who asks more often than that keeps it from looking.
+        for _ in range(20):
+            time.sleep(2.0)
+            if not works():
+                break
+        else:
+            pytest.fail("it still works for somebody who has gone")
+        engine.close()
+    shutil.rmtree(short)

@@ -112,7 +112,7 @@ MUTATIONS = (
         "core/scheduler.py",
         "if r.demand and r.job and (",
         "if False and (",
-        "core/test_idle.py",
+        JOBS,
     ),
     Mutation("the policy sees each request", "core/common.py", "self.changed[m] = None", "pass", ALL_CORE),
     Mutation("one late answer is no outlier", "core/health.py", "if h.late >= ENOUGH and", "if", REPLICAS),

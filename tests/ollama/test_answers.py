@@ -88,21 +88,26 @@ def test_most_of_a_stream_is_not_read() -> None:
     assert len(read) < 8
 
 
-@pytest.mark.parametrize(
-    "trap",
-    [
-        b'data: {"choices":[{"delta":{"content":"a","content":"b"}}]}\n\n',
-        b'data: {"x":"content","choices":[{"delta":{"content":"a"}}]}\n\n',
-        b'data: {"choices":[{"delta":{"content":"a"}}],"note":{"content":"b"}}\n\n',
-        b'data: {"note":{"text":"a"},"choices":[{"delta":{"content":"a"}}]}\n\n',
-    ],
-)
-def test_what_could_be_taken_for_the_text_is_not(trap: bytes) -> None:
-    """An event in which the text's place is not certain is read each time."""
-    other = trap.replace(b'"a"', b'"c"')
-    expected = [json.loads(event[6:])["choices"][0]["delta"]["content"] for event in (trap, other)]
-    out = told(lines_of(), trap, other)
-    assert [line["message"]["content"] for line in out[:-1]] == expected
+TRAPS = [  # an event, what of it is another thing in the next event, and the texts of both
+    (b'{"choices":[{"delta":{"content":"a","content":"b"}}]}', b'"a"', b'"c"', "bb"),
+    (b'{"x":{"text":"a"},"choices":[{"delta":{"content":"a"}}]}', b'"text":"a"', b'"text":"c"', "aa"),
+    (b'{"x":{"text":"b"},"choices":[{"delta":{"\\u0063ontent":"a"}}]}', b'"b"', b'"c"', "aa"),
+    (b'{"choices":[{"delta":{"content":"a"}}]}', b'"a"', b'"b","content":"c"', "ac"),
+]
+
+
+@pytest.mark.parametrize(("event", "old", "new", "texts"), TRAPS)
+def test_what_could_be_taken_for_the_text_is_not(event: bytes, old: bytes, new: bytes, texts: str) -> None:
+    """Where its place is not certain an event is read, and so is one that has more than a string in that place."""
+    out = told(lines_of(), *(b"data: " + each + b"\n\n" for each in (event, event.replace(old, new))))
+    assert "".join(line["message"]["content"] for line in out) == texts
+
+
+def test_a_text_that_comes_with_a_call_is_read_each_time() -> None:
+    """The call's crumbs are gathered from every event."""
+    crumbs = [chunk({"content": each, "tool_calls": [{"index": 0, "function": {"arguments": "1"}}]}) for each in "ab"]
+    out = told(lines_of(), *crumbs, DONE)
+    assert [line["message"]["content"] for line in out] == ["a", "b", "11", ""]
 
 
 def test_the_last_line_has_counts_and_durations() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from tests.ollama.test_answers import DONE, chunk, usage
 from tests.proxy.fakes import EVENTS, Answer, Asked, Engine, Script, Stage, chunked, raw, reply, soon, stage, until
+from vllmd.config.types import RequestRules
 from vllmd.errors import EngineFailed, Unavailable
 from vllmd.ollama.endpoints import add_ollama_routes
 from vllmd.proxy.access import ANYBODY
@@ -128,6 +129,23 @@ def test_a_client_that_waits_for_lines_gets_one_where_the_engine_does_not_stream
         async with ollama(reply(json.dumps(WHOLE).encode())) as act:
             answer = await ask(act, "/api/chat", CHAT)
             assert (answer.headers["content-type"], texts(answer)) == ("application/x-ndjson", ["ab"])
+
+    asyncio.run(play())
+
+
+def test_the_models_rules_hold() -> None:
+    """What it sets and strips, and the system prompt of a variant, as on OpenAI's routes."""
+    rules = RequestRules(strip=("top_k",), set={"seed": 1}, default={"temperature": 0.5, "top_p": 1}, system="be brief")
+
+    async def play() -> None:
+        async with ollama(FRAMINGS[0]) as act:
+            act.gate.target = Target("m", "served", rules=rules)
+            answer = await ask(act, "/api/chat", {**CHAT, "options": {"top_k": 3, "top_p": 0.9}})
+            assert texts(answer) == ["a", "b", ""]
+            sent = json.loads(act.engine.asked[0].body)
+            assert (sent["model"], sent["stream"], sent["seed"], "top_k" in sent) == ("served", True, 1, False)
+            assert (sent["temperature"], sent["top_p"]) == (0.5, 0.9)
+            assert [each["role"] for each in sent["messages"]] == ["system", "user"]
 
     asyncio.run(play())
 
@@ -258,6 +276,30 @@ def test_a_client_that_leaves_frees_the_engine(stream: bool) -> None:
     asyncio.run(play())
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_engine_that_says_too_much_is_cut_off(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event without an end, or an answer of gigabytes: the client learns of it, and the engine's connection ends."""
+    monkeypatch.setattr("vllmd.ollama.lines.MOST_LINE", 100_000)
+    monkeypatch.setattr("vllmd.ollama.inner.MOST_WHOLE", 100_000)
+    head = (
+        EVENTS if stream else b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
+
+    async def pour(engine: Engine, asked: Asked, writer: asyncio.StreamWriter) -> None:
+        writer.write(head)
+        while True:
+            writer.write(chunked(b"x" * 10_000))
+            await writer.drain()
+
+    async def play() -> None:
+        async with ollama(pour) as act:
+            answer = await ask(act, "/api/chat", {**CHAT, "stream": stream})
+            assert (answer.status, "more than 100000 bytes" in answer.json()["error"]) == (502, True)
+            await soon(act.engine.ended.wait())
+
+    asyncio.run(play())
+
+
 def test_a_client_that_takes_nothing_pauses_the_engine() -> None:
     """What the engine makes is not heaped up here."""
     made = 0
@@ -300,6 +342,25 @@ def test_a_large_body_is_translated_and_counted() -> None:
     asyncio.run(play())
 
 
+def test_what_is_held_of_a_body_is_what_is_sent() -> None:
+    """A megabyte of blanks is forgotten once it has been read."""
+
+    async def wait(engine: Engine, asked: Asked, writer: asyncio.StreamWriter) -> None:
+        await engine.go.wait()
+        await reply(json.dumps(WHOLE).encode())(engine, asked, writer)
+
+    async def play() -> None:
+        async with ollama(wait) as act:
+            client = await act.client()
+            client.post("/api/chat", json.dumps({**CHAT, "stream": False}).encode() + b" " * (1 << 20))
+            await until(lambda: act.engine.asked)
+            assert 0 < act.server.buffered < 1000
+            act.engine.go.set()
+            assert (await client.answer()).status == 200
+
+    asyncio.run(play())
+
+
 def test_a_body_that_is_too_large_is_refused() -> None:
     """At its head."""
 
@@ -316,8 +377,10 @@ def test_options_without_effect_are_told_in_a_header() -> None:
 
     async def play() -> None:
         async with ollama(reply(json.dumps(WHOLE).encode())) as act:
-            answer = await ask(act, "/api/chat", {**CHAT, "stream": False, "options": {"num_ctx": 1, "num_gpu": 2}})
-            assert answer.headers["x-vllmd-ignored"] == "num_ctx, num_gpu"
+            options = {"num_ctx": 1, "num_gpu": 2, "x\r\nSet-Cookie: y": 3, "ä€": 4}
+            answer = await ask(act, "/api/chat", {**CHAT, "stream": False, "options": options})
+            assert answer.headers["x-vllmd-ignored"].startswith("num_ctx, num_gpu, x%0d%0aset-cookie%3a%20y, ")
+            assert "set-cookie" not in answer.headers
 
     asyncio.run(play())
 

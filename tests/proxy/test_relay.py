@@ -186,6 +186,25 @@ def test_a_body_that_ends_with_the_connection_is_passed_and_ended_so() -> None:
     asyncio.run(play())
 
 
+@pytest.mark.parametrize("body", [b'{"detail":"Not Found"}', b'{"detail":"not found"}'])
+def test_a_route_that_the_engine_does_not_have_is_said_in_words(body: bytes) -> None:
+    """A wrong kind of model, as one that embeds asked to chat; another answer of that length is the engine's own."""
+    head = "HTTP/1.1 404 Not Found\r\nContent-Type: application/json\r\n"
+
+    async def play() -> None:
+        async with stage(reply(body, head)) as act:
+            client = await act.client()
+            client.post()
+            answer = await client.answer()
+            assert answer.status == 404
+            if b"Not" in body:
+                assert "the model 'm' does not serve /v1/" in answer.json()["error"]["message"]
+            else:
+                assert answer.body == body
+
+    asyncio.run(play())
+
+
 def test_an_engines_error_passes_as_it_is() -> None:
     """Status, fields and body are the engine's; hop-by-hop fields are not passed on."""
     fields = ["Content-Type: application/json", "X-Engine: 1", "Server: uvicorn", "Keep-Alive: x", ""]

@@ -109,12 +109,11 @@ def in_order(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
         if word == "--":
             words += rest
         elif len(word) > 1 and word.startswith("-"):
-            options.append(word)
-            if _takes_value(verb, word):
-                value = next(rest, None)
-                if value is None:
-                    return list(argv)  # which is an error
-                options.append(value)
+            value = next(rest, None) if _takes_value(verb, word) else ""
+            if value is None:
+                return list(argv)  # which is an error
+            # In one word, as a value may begin with a dash, too: --since -1h.
+            options.append(word + ("=" * word.startswith("--") + value if value else ""))
         else:
             words.append(word)
     ends = ["--"] if any(word.startswith("-") for word in words) else []

@@ -270,8 +270,8 @@ def configuration(host: Host) -> Iterator[Finding]:
         yield "warning", "no models are configured", "vllmd.yaml(5) has examples"
     for name, model in reading.config.models.items():
         yield from _model(host, name, model.source)
-    yield from programs(host, reading.config)
-    yield from vllm_on_cpu(host, reading.config)
+    yield from programs(reading.config, users=host.user)
+    yield from vllm_on_cpu(reading.config)
 
 
 def _model(host: Host, name: str, source: str) -> Iterator[Finding]:

@@ -110,7 +110,11 @@ def table(
     for line, row, told in zip(lines[1:], rows, alike, strict=True):
         shown.append(line)
         shown += [wrapped(f"{' ' * BENEATH}{name}", most, 2) for name in told]
-        shown += [_note(head[place], row[place], most) for place in low if row[place] not in ("", EMPTY)]
+        shown += [
+            _note(head[place], row[place], most)
+            for place in low
+            if row[place] != EMPTY and row[place][:1] not in ("", "(")
+        ]
     return "\n".join(shown)
 
 

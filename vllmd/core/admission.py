@@ -13,6 +13,7 @@ from vllmd.core.health import HealthChecks
 from vllmd.core.lifecycle import AWAKE, LifecycleError
 from vllmd.core.model import INFINITY, Model, Replica
 from vllmd.core.planner import Planner
+from vllmd.core.policy_input import remaining
 from vllmd.core.types import Decision, State
 
 
@@ -224,10 +225,10 @@ class Admission:
 
     def _unknown_devices(self, r: Replica) -> Refusal | None:
         """9.1: it is not on, and nobody knows what there is that it could run on."""
-        ledger = self._core.engines.ledger
-        if not r.at_rest or not r.spec.device_count or not ledger.unknown or ledger.asking:
+        why = self._core.fit.unknown(r)
+        if not why or not r.at_rest or self._core.engines.ledger.asking:
             return None
-        return Refusal(RejectReason.UNAVAILABLE, ledger.unknown, 5.0)
+        return Refusal(RejectReason.UNAVAILABLE, why, 5.0)
 
     def _impossible(self, r: Replica) -> Refusal | None:
         if r.loaded or r.model.queue:
@@ -256,6 +257,8 @@ class Admission:
         """Seconds after which coming back makes sense: by then something will have moved."""
         if r.on:
             return max(1.0, r.costs.seconds("service"))
+        if r.state in (State.STARTING, State.WAKING):
+            return max(1.0, remaining(r, self._core.now))
         outlook = self._planner.outlook(r)
         if outlook:
             return max(1.0, outlook.seconds)

@@ -17,6 +17,7 @@ from vllmd.core.events import (
     EngineWakeFailed,
     FreezeProved,
     MemorySampled,
+    StartProgressed,
 )
 from vllmd.core.ledger import gib
 from vllmd.core.lifecycle import Job, Kind, LifecycleError, Reason, Step
@@ -44,6 +45,18 @@ class EngineEvents:
             if e.footprint:
                 m.learn(e.footprint)
             self._serves(m)
+
+    def progressed(self, e: StartProgressed) -> None:
+        """2.8: a first start goes on; until one was measured its pace is the better word for how long it takes."""
+        m, now = self._core.replicas.get(e.replica), self._core.now
+        if m is None or m.state is not State.STARTING or m.costs.learnt("start"):
+            return
+        left = (1.0 - e.share) * m.costs.wake(0)
+        if not e.share:
+            m.start.fetched = True
+        elif not m.start.fetched:  # what was seen of it counts as much as there was to be seen
+            left = (1.0 - e.share) * (now - m.changed + left)
+        m.start.ends = now + left
 
     def awake(self, e: EngineAwake) -> None:
         """The wake succeeded."""

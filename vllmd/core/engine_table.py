@@ -42,7 +42,7 @@ from vllmd.core.lifecycle import (
     unwanted,
     wanted,
 )
-from vllmd.core.model import INFINITY, Model, Replica, Run
+from vllmd.core.model import INFINITY, Model, Replica, Run, Start
 from vllmd.core.types import Decision, Placement, State
 
 DECISIONS_KEPT = 1000
@@ -225,7 +225,7 @@ class EngineTable:
 
     def start(self, m: Replica, devices: tuple[int, ...], size: int | None = None) -> None:
         """Start it there; its booking, ``size`` if it is not by its footprint, is in the ledger from now on."""
-        m.placement = Placement(devices)
+        m.placement, m.start = Placement(devices), Start()
         self._begin(m, Kind.START)
         self._move(m, Step.START)
         if size is not None:

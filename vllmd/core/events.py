@@ -160,6 +160,17 @@ class EngineAdopted(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class StartProgressed(Event):
+    """A start has come so far: ``share`` of the time that one usually takes lies behind it, by what its log says.
+
+    0: it waits for something that has nothing to do with that time, such as a download.
+    """
+
+    replica: str
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
 class FreezeProved(Event):
     """Answers ``ProveFreeze``: a frozen request completed correctly after the wake, and the engine serves.
 

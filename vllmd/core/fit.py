@@ -104,6 +104,10 @@ class Fit:
 
     # -- questions
 
+    def unknown(self, m: Replica) -> str:
+        """Why nobody knows what there is that it could run on; "" if it is known, or it needs no device."""
+        return self._ledger.unknown if m.spec.device_count else ""
+
     def allowed(self, m: Replica) -> list[Account]:
         """The devices that it may use."""
         accounts = self._ledger.accounts
@@ -111,7 +115,7 @@ class Fit:
 
     def wakes(self, m: Replica, supply: Supply) -> bool:
         """Whether it could wake where it sleeps."""
-        return all(supply[index] >= m.footprint.awake for index in m.placement.devices)
+        return all(supply.get(index, -1) >= m.footprint.awake for index in m.placement.devices)
 
     def starts(self, m: Replica, supply: Supply) -> int:
         """On how many devices it could start."""
@@ -189,7 +193,7 @@ class Fit:
     def stuck(self, m: Replica) -> str:
         """Why a sleeper cannot wake where it is although it could start elsewhere; empty if that is not so."""
         supply = self.beside_kept(m)
-        bad = [index for index in m.placement.devices if supply[index] < m.footprint.awake]
+        bad = [index for index in m.placement.devices if supply.get(index, -1) < m.footprint.awake]
         if not bad or self.starts(m, supply) < m.spec.device_count:
             return ""
         return f"it cannot wake on device {bad[0]}, and can start elsewhere"

@@ -21,6 +21,14 @@ NOWHERE = Placement()
 
 
 @dataclass(slots=True)
+class Start:
+    """What the log has said of a start that is under way."""
+
+    ends: float | None = None  # when it will serve, as expected
+    fetched: bool = False  # it waited for a download: how long it has taken says nothing
+
+
+@dataclass(slots=True)
 class Run:
     """A request in the engine: when it was admitted, and how often it was frozen."""
 
@@ -167,6 +175,7 @@ class Replica:
     job: Job | None = None  # what is to happen to it next, or happens: only engine_table.py changes it
     displaced: bool = False  # it sleeps because another one needed its place
     moved: float = -INFINITY  # when it was last moved to another device
+    start: Start = field(default_factory=Start)  # what is known of the one under way
     pinned: bool = False
     bound: int | None = None  # the device that an operator wants it on, until it stops
     failures: int = 0  # in a row

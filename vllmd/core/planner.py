@@ -116,7 +116,7 @@ class Planner:
         ``since``: from when the word must be on what others leave free, if it starts only there. ``but``: devices
         that it shall not use.
         """
-        if self._core.engines.ledger.unknown and m.spec.device_count:
+        if self._core.fit.unknown(m):
             return False
         devices = fits(self.look(), self.builder.see_newcomer(m, since).without(but))
         if devices is None or self._core.fit.never(m):
@@ -136,7 +136,7 @@ class Planner:
         """
         core = self._core
         for m in list(todo):
-            if core.engines.ledger.unknown and m.spec.device_count:
+            if core.fit.unknown(m):
                 continue
             if m.state is not State.STOPPED or m.demand:
                 del todo[m]

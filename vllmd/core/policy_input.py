@@ -240,6 +240,8 @@ def sleep_levels(m: Replica) -> frozenset[int]:
 
 def remaining(m: Replica, now: float) -> float:
     """Expected seconds until the command that ``m`` is under is answered."""
+    if m.state is State.STARTING and m.start.ends is not None:
+        return max(SOON, m.start.ends - now)
     if m.state is State.WAKING:
         expected = m.costs.wake(m.level)
     elif m.state is State.FALLING_ASLEEP:

@@ -126,6 +126,7 @@ class Scheduler:
             ev.ServerSilent: self._health.silent,
             ev.EngineAdopted: self._engine_events.adopted,
             ev.FreezeProved: self._engine_events.proved,
+            ev.StartProgressed: self._engine_events.progressed,
             ev.ReplicaProbed: self._health.probed,
             ev.ProbeAsked: self._health.asked,
             ev.MemorySampled: self._engine_events.sampled,
@@ -265,10 +266,10 @@ class Scheduler:
 
     def _wait(self, r: Replica) -> None:
         """5.2: it is wanted and not on; who can never be served is told so."""
-        core, ledger = self._core, self._core.engines.ledger
-        if ledger.unknown and r.spec.device_count:  # 9.1
-            if not ledger.asking:
-                self._admission.reject_waiters(r, RejectReason.UNAVAILABLE, ledger.unknown, 5.0)
+        core, unknown = self._core, self._core.fit.unknown(r)
+        if unknown:  # 9.1
+            if not core.engines.ledger.asking:
+                self._admission.reject_waiters(r, RejectReason.UNAVAILABLE, unknown, 5.0)
             return
         wakes = r.state is State.SLEEPING and core.fit.wakes(r, core.fit.alone())  # even if it may not start any more
         why = "" if wakes else core.fit.never(r)

@@ -123,7 +123,8 @@ def _standing(r: Replica) -> str:
 def _waiting_for(core: Core, m: Replica, now: float, outlook: Ask) -> str:
     """Why queued requests wait, in a few words."""
     if m.state is State.STARTING:
-        return f"its start ({_so_far(now - m.changed, m.costs.wake(0))})"
+        usual = m.costs.wake(0) if m.start.ends is None else m.start.ends - m.changed
+        return f"its start ({_so_far(now - m.changed, usual)})"
     if m.state is State.WAKING:
         return f"its wake ({_so_far(now - m.changed, m.costs.wake(m.level))})"
     if m.health and m.state is State.READY and m.health.status is not HealthStatus.SERVING:

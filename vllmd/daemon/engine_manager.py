@@ -31,6 +31,7 @@ from vllmd.daemon.sleeps import Sleeps, finish_work
 from vllmd.engines.base import Listen, Progress
 from vllmd.engines.estimate import Estimate
 from vllmd.engines.plain import PROBE
+from vllmd.engines.start_times import share_begun
 from vllmd.errors import ConfigError, LauncherFailed, VllmdError
 from vllmd.launcher.client import ExitReport, LauncherClient, StartOrder
 from vllmd.proxy.peers import Impostor
@@ -438,8 +439,15 @@ class EngineManager:
                     queue.put_nowait(line)
             progress = process.engine.progress(line)
             if progress and process.ready_after is None:
-                process.phase, process.phase_since = progress, time.monotonic()
+                self._came_to(process, progress)
                 self._on_phase()
+
+    def _came_to(self, process: EngineProcess, progress: Progress) -> None:
+        """Its start is in another phase, or further in that one."""
+        before, process.phase, process.phase_since = process.phase, progress, time.monotonic()
+        share = share_begun(process.engine.kind, progress.phase)
+        if share is not None and progress.phase != before.phase:
+            self._post(events.StartProgressed(process.name, share))
 
     # -- small things --------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 Rough figures for one modern machine with its files on a local disk: what the
 scheduler believes until the first start of that kind has ended. From then on it
-corrects them by what that one took.
+corrects them by what that one took. While one is under way, what its log has
+shown so far says how much is left.
 """
 
 from __future__ import annotations
@@ -26,6 +27,29 @@ _TIMES: Mapping[str, Callable[[float], float]] = {  # W: gigabytes of weights ->
     "command": lambda w: 5 + 0.2 * w,
     "remote": lambda w: 0.2,  # it is only looked whether it answers
 }
+
+# What share of a start lies behind it when a phase of its log begins. 0: a phase that has nothing to do with its pace.
+_SHARES: Mapping[str, Mapping[str, float]] = {
+    "vllm": {
+        "nodes": 0.0,
+        "download": 0.0,
+        "configuring": 0.15,
+        "weights": 0.3,
+        "profiling": 0.45,
+        "compile": 0.5,
+        "graphs": 0.8,
+        "warm-up": 0.95,
+        "serving": 0.98,
+    },
+    "llama.cpp": {"download": 0.0, "weights": 0.05, "context": 0.9, "serving": 0.98},
+    "tei": {"download": 0.0, "weights": 0.1, "warm-up": 0.7, "serving": 0.98},
+    "triton": {"weights": 0.2, "loaded": 0.9, "serving": 0.98},
+}
+
+
+def share_begun(kind: str, phase: str) -> float | None:
+    """The share of a start's time that lies behind it when ``phase`` begins; None where that is not known."""
+    return _SHARES.get(kind, {}).get(phase)
 
 
 def start_time(model: ModelConfig, kind: str, weights: int) -> float:

@@ -4,8 +4,8 @@ usage: python -I xllamacpp_server.py --model FILE.gguf --host SOCKET [FLAG ...]
 
 A program of its own. It runs in the environment that has xllamacpp, whose Python may be another one than vllmd's, as
 the engine's user. It takes llama-server's flags by the same names, with the same meanings, and ends as that does: by
-SIGTERM with status 0, by a model that cannot be loaded with 1, and by a flag that it does not know with 2. What it logs
-is llama.cpp's own.
+SIGTERM at once with status 0, by a model that cannot be loaded with 1, and by a flag that it does not know with 2. What
+it logs is llama.cpp's own.
 
 The package's server takes parameters, not a command line, so the flags are in a table here. It loads files only, and
 downloads nothing.
@@ -213,8 +213,9 @@ def main(argv: Sequence[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: None)
     os.read(reader, 1)
-    del server  # waits for its main loop, and frees the model
-    return 0
+    # The server's destructor waits for the last token of whatever is being answered. llama-server does not, and neither
+    # do we: who stops an engine has drained it, or means it. The kernel frees the memory.
+    os._exit(0 if server else 1)
 
 
 if __name__ == "__main__":

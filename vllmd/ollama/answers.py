@@ -105,7 +105,7 @@ class Reply:
         self.timing = timing
         self.heard: list[str] | None = None if said is None else []  # the answer's text, for ``context``
         self.piece = piece
-        self.plain = False  # the last event was a text and nothing else
+        self.plain = False  # the last event had a text, and no more than that is kept of it
         self._thinking = thinking
         self._said = said
         self._calls: dict[int, Object] = {}
@@ -125,8 +125,7 @@ class Reply:
         logprobs = _logprobs(choice)
         if text or thinking or logprobs:
             self.timing.answered()
-            more = thinking or calls or logprobs or event.get("usage") or choice.get("finish_reason")
-            self.plain = bool(text) and not more
+            self.plain = bool(text) and not calls
             yield {**self.piece(text, thinking), **({"logprobs": logprobs} if logprobs else {})}
 
     def sign_of_life(self) -> Object:

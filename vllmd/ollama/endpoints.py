@@ -20,15 +20,15 @@ from vllmd.ollama.lines import Lines, stamp
 from vllmd.ollama.requests import CHAT, COMPLETIONS, EMBEDDINGS, INFILL, Translated
 from vllmd.ollama.schemas import described
 from vllmd.ollama.store import CONFIGURED, NoStore, Store
-from vllmd.proxy import system_prompt
 from vllmd.proxy.access import ADMIN, MODELS, OPEN, Reach
 from vllmd.proxy.answer import UpstreamRequest
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.forward import Relay
-from vllmd.proxy.gate import Rules, Target
+from vllmd.proxy.gate import Target
 from vllmd.proxy.http import Pairs, Request, Response, json_response, text_response
 from vllmd.proxy.keep_alive import wish
 from vllmd.proxy.large import LARGE, in_turns
+from vllmd.proxy.model_requests import after_rules, quoted
 from vllmd.proxy.paths import referred
 from vllmd.proxy.peek import Asked
 from vllmd.proxy.routing import Route, Router
@@ -140,7 +140,10 @@ class ModelRoutes:
         if not asked.load and target.routes is not None and asked.path not in target.routes:
             raise BadRequest(f"the model {target.model!r} does not {ABLE[asked.path]}", param="model")
         if asked.ignored:
-            request.answer_fields = (*request.answer_fields, ("x-vllmd-ignored", ", ".join(asked.ignored)[:1000]))
+            request.answer_fields = (
+                *request.answer_fields,
+                ("x-vllmd-ignored", ", ".join(map(quoted, asked.ignored))[:1000]),
+            )
         exchange.outlives_eof, exchange.model, exchange.offer = False, target.model, target.offer
         return asked, target
 
@@ -162,6 +165,8 @@ class ModelRoutes:
     ) -> None:
         request = exchange.request
         body = openai_body(asked, target)
+        if target.rules is not None:
+            body = await after_rules(body.body, target.rules, asked.path)
         wanted = UpstreamRequest(target, body, asked.path, keep_alive=wish(request, _keeps(asked)))
         request.body = b""  # what was translated is held in its place
         exchange.body_grew(len(body.body))
@@ -184,26 +189,12 @@ def openai_body(asked: Translated, target: Target) -> Asked:
     members = dict(asked.body)
     if asked.stream:
         members["stream"] = True
-    if target.rules is not None:
-        members = ruled(members, target.rules, asked.path)
     name = json.dumps(target.served_name)
     start = len('{"model":')
     body = f'{{"model":{name},{json.dumps(members, separators=(",", ":"))[1:]}'.encode()
     if asked.files is not None:
         body = asked.files.put_back(body)
     return Asked(target.served_name, asked.stream, body, start, start + len(name), quoted=True)
-
-
-def ruled(members: dict[str, Any], rules: Rules, route: str) -> dict[str, Any]:
-    """The members after the model's rules of requests: first ``strip``, then ``set``, then ``default``."""
-    kept = {name: value for name, value in members.items() if name not in rules.strip}
-    if (
-        rules.system
-        and route in system_prompt.CHAT
-        and not any(each["role"] in ("system", "developer") for each in kept["messages"])
-    ):
-        kept["messages"] = [{"role": "system", "content": rules.system}, *kept["messages"]]
-    return {**rules.default, **kept, **rules.set}
 
 
 def _keeps(asked: Translated) -> Asked:
@@ -263,7 +254,7 @@ class StoreRoutes:
         members = read(request.body)
         name, stream = requests.model_of(members), Fields(members).flag("stream", True)
         try:
-            self._control.status.resolve(name, request.caller)
+            self._control.status.called(name, request.caller)
         except UnknownModel as error:
             if ADMIN not in request.caller.scopes:
                 raise Forbidden(f"{error.message}; pulling one needs a key of the scope admin", param="model") from None

@@ -6,6 +6,7 @@ does (it stops taking data, it leaves) and what the request may cost (time, memo
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from typing import cast
@@ -39,6 +40,7 @@ class Inner(Exchange):
         super().__init__(_inner(outer.request, path), cast(Wire, None), self.write, keep_alive=True)
         self.response: Response | None = None
         self._outer = outer
+        self._task = asyncio.current_task()
         self._lines = lines
         self._translate = whole
         self._opening = ""
@@ -56,15 +58,18 @@ class Inner(Exchange):
             self._opening = head.decode("latin-1").lower()
             events = self.status == 200 and "\r\ncontent-type: text/event-stream" in self._opening
             self._streams = events and self._lines is not None
-        if not self._streams:
-            self._body += data
-            if len(self._body) > MOST_WHOLE:
-                self._outer.fail(UpstreamFailed(f"the engine's answer has more than {MOST_WHOLE} bytes"))
-        elif self._lines is not None and data:
-            try:
+        try:
+            if self._streams and self._lines is not None:
                 self._deliver(self._lines.feed(data))
-            except UpstreamFailed as error:
-                self._outer.fail(error)  # closes the client's connection, by which the relay ends the engine's work
+            else:
+                self._body += data
+                if len(self._body) > MOST_WHOLE:
+                    raise UpstreamFailed(f"the engine's answer has more than {MOST_WHOLE} bytes")
+        except UpstreamFailed as error:
+            self.over = True
+            self._outer.fail(error)
+            if self._task is not None:
+                self._task.cancel()  # so the relay closes the engine's connection, as when a client leaves
 
     def finish(self) -> None:
         """The answer is whole."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from vllmd.errors import Unavailable, VllmdError
+from vllmd.errors import NotFound, Unavailable, VllmdError
 from vllmd.proxy.exchange import LAST_CHUNK, Exchange, chunk
 from vllmd.proxy.framing import Framing
 from vllmd.proxy.gate import Address, Target
@@ -29,6 +29,7 @@ OURS = frozenset(
     b" access-control-allow-headers access-control-expose-headers access-control-max-age".split()
 )
 EVENT_STREAM = b"text/event-stream"
+NO_ROUTE = b'{"detail":"Not Found"}'
 MAX_ERROR = 1 << 20  # bytes of an error answer that becomes an event
 MAX_HELD = 1 << 20  # bytes of an answer kept whole for the sake of its length; a longer one goes out in chunks
 
@@ -74,6 +75,9 @@ def answer_for(
     if loading.begun and (head.status != 200 or not streamed):
         return ErrorEvent(loading, framing)
     loading.relaying = True
+    plain = not (upstream_request.outside or loading.begun) and exchange.request.method != "HEAD"
+    if head.status == 404 and head.length == len(NO_ROUTE) and plain:
+        return NoRoute(exchange, head, framing, upstream_request)
     asked, served, rewriter = upstream_request.asked.model, upstream_request.target.served_name, None
     if asked and asked != served and (streamed or head.content_type.startswith(b"application/json")):
         rewriter = Rewriter(served, asked)
@@ -237,6 +241,24 @@ class Buffered(Kept):
         body = self._rewriter.renamed(self.body)
         head = opening(self._exchange, self._head, len(body), chunked=False)
         self._exchange.start(self._head.status, head + body)
+        self._exchange.finish()
+
+
+class NoRoute(Kept):
+    """What FastAPI says where an engine has no such route, as vLLM's are made for the kind of model: it says nothing of
+    the model, nor what would be right."""
+
+    def __init__(self, exchange: Exchange, head: ResponseHead, framing: Framing, asked: UpstreamRequest) -> None:
+        super().__init__(framing, MAX_HELD)
+        self._exchange, self._head, self._asked = exchange, head, asked
+
+    def end(self) -> None:
+        """Say so in the words of the API; anything else of that length is passed on."""
+        if self.body == NO_ROUTE:
+            path = self._exchange.request.path
+            self._exchange.fail(NotFound(f"the model {self._asked.target.model!r} does not serve {path}"))
+            return
+        self._exchange.start(404, opening(self._exchange, self._head, len(self.body), chunked=False) + self.body)
         self._exchange.finish()
 
 

@@ -162,7 +162,7 @@ class ModelRequests:
         ours = target.rules if asked.quoted or asked.body[:1] == b"{" else None
         for rules in (ours, WITHOUT if asked.keep_alive else None):
             if rules is not None:
-                asked = await _ruled(asked.body, rules, route)
+                asked = await after_rules(asked.body, rules, route)
                 request.body = asked.body  # the one that came is held no longer
         path = quoted(request.path)
         if request.query_string:
@@ -210,7 +210,7 @@ def with_query(request: Request, path: str) -> str:
     return f"{path}?{request.query_string}" if request.query_string else path
 
 
-async def _ruled(body: bytes, rules: Rules, route: str) -> Asked:
+async def after_rules(body: bytes, rules: Rules, route: str) -> Asked:
     """What a sound body of the ``route`` asks for after ``rules``."""
     prompt = system_prompt.Prompt(rules.system, route) if rules.system else None
     if len(body) > LARGE:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from vllmd.core.types import Device
 from vllmd.simulate.engine import Job
-
-if TYPE_CHECKING:
-    from vllmd.simulate.world import Machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +71,7 @@ class Report:
 
 def summary(
     policy: str,
-    machine: Machine,
+    devices: Sequence[Device],
     jobs: Sequence[Job],
     swaps: Mapping[str, int],
     samples: Sequence[Sample],
@@ -90,13 +88,13 @@ def summary(
     models = {name: figures(mine, swaps[name]) for name, mine in by_model.items()}
     share = {index: seconds / length if length else 0.0 for index, seconds in busy.items()}
     return Report(
-        policy, length, figures(jobs, sum(swaps.values())), models, share, _memory(machine, samples), errors, samples
+        policy, length, figures(jobs, sum(swaps.values())), models, share, _memory(devices, samples), errors, samples
     )
 
 
-def _memory(machine: Machine, samples: Sequence[Sample]) -> dict[int, float]:
+def _memory(devices: Sequence[Device], samples: Sequence[Sample]) -> dict[int, float]:
     count = max(1, len(samples))
-    return {d.index: sum(s.promised.get(d.index, 0) for s in samples) / count / d.memory for d in machine.devices}
+    return {d.index: sum(s.promised.get(d.index, 0) for s in samples) / count / d.memory for d in devices}
 
 
 def figures(jobs: Sequence[Job], swaps: int) -> Figures:

@@ -101,7 +101,7 @@ def _units(records: Iterable[str], names: set[str]) -> Iterable[str]:
 
 def journalctl(units: list[str], arguments: Any) -> list[str]:
     """The command that shows the engines' lines."""
-    command = ["journalctl", "--no-pager", "--output=short-iso", *units]
+    command = ["journalctl", "--no-pager", "--no-hostname", "--output=short-iso", *units]
     if not arguments.since:
         command.append(f"--lines={max(0, LINES if arguments.lines is None else arguments.lines)}")
     if arguments.json:

@@ -1,6 +1,7 @@
 """Show how vllmd is doing: the daemon in a few lines, then the models; or how the models named stand.
 
-Exit status 69 where a model that is named has failed.
+Exit status 69 where a model that is named has failed or the devices do not answer,
+78 where the daemon runs with an invalid configuration.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 from vllmd.cli import models, show
 from vllmd.cli.admin import Admin
-from vllmd.cli.failures import EX_UNAVAILABLE
+from vllmd.cli.failures import EX_CONFIG, EX_UNAVAILABLE
 from vllmd.cli.verbs import info, ps, why
 
 FACTS = ("version", "process", "devices", "requests", "configuration", "configuration error")
@@ -31,7 +32,9 @@ def run(arguments: argparse.Namespace) -> int:
             show.say(why.now(line, made=True))
     else:
         print(overview(status, admin.url or admin.path))
-    return EX_UNAVAILABLE if any(line["state"] == "error" for line in named) else 0
+    if status.get("configuration", {}).get("error"):
+        return EX_CONFIG
+    return EX_UNAVAILABLE if status.get("trouble") or any(line["state"] == "error" for line in named) else 0
 
 
 def overview(status: dict[str, Any], where: str) -> str:

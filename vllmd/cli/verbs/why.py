@@ -32,16 +32,22 @@ def run(arguments: argparse.Namespace) -> int:
 
 def now(line: dict[str, Any], made: bool) -> str:
     """How it stands at present, in a sentence."""
-    since = f"{line['name']} is {show.state(line['state'])}"
-    since += f" since {show.age(line['since'])}" if line["since"] is not None else ""
+    name, ago = line["name"], "" if line["since"] is None else show.age(line["since"])
+    if line["state"] == "error":
+        told = f"{name} has failed{f' {ago} ago' if ago else ''}: {line['failure']}"
+    else:
+        told = f"{name} is {show.state(line['state'])}{f' since {ago}' if ago else ''}"
     if line.get("replicas") or line.get("standing"):
-        since += f" ({ps.replicas_of(line)})"
-    if line["failure"]:
-        since += f"; it failed: {line['failure']}\nvllmctl logs {line['name']} shows all of its output"
+        told += f" ({ps.replicas_of(line)})"
+    if line["state"] != "error" and line["failure"]:
+        told += f"; it failed: {line['failure']}"
+    if "\n" in line["failure"]:
+        told += f"\nvllmctl logs {name} shows all of its output"
     if line["waiting_for"]:
-        who = f"{show.counted(line['queued'], 'request')} wait{'s' * (line['queued'] == 1)} for"
-        since += f"; {who if line['queued'] else 'it waits for'} {line['waiting_for']}"
-    return since if made or line["waiting_for"] else f"{since}; nothing has been decided about it yet"
+        queued = line["queued"]
+        who = f"{show.counted(queued, 'request')} wait{'s' * (queued == 1)} for" if queued else "it waits for"
+        told += f"; {who} {line['waiting_for']}"
+    return told if made or line["waiting_for"] else f"{told}; nothing has been decided about it yet"
 
 
 def _numbers(decision: dict[str, Any]) -> str:
