@@ -120,6 +120,13 @@ class Misdirected(VllmdError):
     status, type, code = 421, "invalid_request_error", "misdirected_request"
 
 
+class NoUpgrade(VllmdError):
+    """The path does not change to the protocol that the client asks for; without that it would be served."""
+
+    status, type, code = 426, "invalid_request_error", "upgrade_required"
+    headers = (("connection", "upgrade"), ("upgrade", "HTTP/1.1"))
+
+
 class HeadTooLarge(VllmdError):
     """The request's head is larger than the limit."""
 

@@ -13,6 +13,7 @@ from vllmd.proxy.http import Request, Response, json_response
 
 KINSHIP = ("parent", "root")
 _STARTED = int(time.time())
+_SINCE = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(_STARTED))  # RFC 3339, as Anthropic has it
 
 
 class ModelEndpoints:
@@ -26,11 +27,16 @@ class ModelEndpoints:
 
         An adapter, a variant and a pool are entries, too; ``parent`` is the model that they belong to.
         As vLLM lists several served names: an alias is an entry of its own whose
-        ``root`` is the model, so that clients which offer a choice offer it, too.
+        ``root`` is the model, so that clients which offer a choice offer it, too. The list is one page, as Anthropic
+        has them.
         """
         models = [model for model in await self._models(request) if not model["hidden"]]
         aliases = (_card(model, alias) for model in models for alias in model["aliases"])
-        return json_response({"object": "list", "data": [*(_card(model, model["id"]) for model in models), *aliases]})
+        data = [*(_card(model, model["id"]) for model in models), *aliases]
+        ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
+        # Codex wants descriptions of its own models, prompts and all, under ``models``; with none it has its defaults.
+        codex: dict[str, Any] = {"models": []} if "client_version" in request.query else {}
+        return json_response({"object": "list", "data": data, "has_more": False, **ends, **codex})
 
     async def one(self, request: Request) -> Response:
         """``GET /v1/models/{id}``, by its name, an alias, or its end. Raises UnknownModel."""
@@ -70,6 +76,7 @@ class ModelEndpoints:
 
 
 def _card(model: dict[str, Any], name: str) -> dict[str, Any]:
-    """OpenAI's model object under one of its names, and our fields beside its own."""
-    own = {"id": name, "object": "model", "created": _STARTED, "owned_by": "vllmd"}
-    return {**model, "parent": None, "root": model["id"], **{key: model[key] for key in KINSHIP if key in model}, **own}
+    """OpenAI's model object, and Anthropic's, under one of its names, and our fields beside its own."""
+    own = {"id": name, "object": "model", "type": "model", "created": _STARTED, "created_at": _SINCE}
+    kin = {"parent": None, "root": model["id"], **{key: model[key] for key in KINSHIP if key in model}}
+    return {**model, **kin, **own, "owned_by": "vllmd"}

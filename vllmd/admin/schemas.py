@@ -113,9 +113,12 @@ SCHEMAS: dict[str, Schema] = {
         {
             "id": TEXT,
             "object": {"const": "model"},
+            "type": {"const": "model"},
             "created": COUNT,
+            "created_at": {**TEXT, "format": "date-time"},
             "owned_by": TEXT,
             "root": TEXT,
+            "parent": {**maybe(TEXT), "description": "the model that an adapter or a variant belongs to"},
             "state": STATE,
             "display_name": TEXT,
             "description": TEXT,
@@ -129,9 +132,19 @@ SCHEMAS: dict[str, Schema] = {
             ),
             "memory": {**COUNT, "description": "bytes on each of its devices"},
             "discovered": {**BOOL, "description": "found in the cache, not configured"},
-        }
+        },
+        {"members": {**many(TEXT), "description": "of a pool"}},
     ),
-    "ModelList": record({"object": {"const": "list"}, "data": many(ref("Model"))}),
+    "ModelList": record(
+        {
+            "object": {"const": "list"},
+            "data": many(ref("Model")),
+            "has_more": {"const": False},
+            "first_id": maybe(TEXT),
+            "last_id": maybe(TEXT),
+        },
+        {"models": {"type": "array", "description": "for Codex, which asks with client_version"}},
+    ),
     "Health": record(
         {
             "status": {**TEXT, "description": "ok, or what is wrong"},

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vllmd.errors import NoUpgrade
+from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.forward import Parse, Relay
-from vllmd.proxy.routing import Route, Router
+from vllmd.proxy.routing import NoSuchMethod, Route, Router
 from vllmd.proxy.tunnel import Tunnels
 
 # vLLM's: what becomes of a request before the model sees it, and of tokens after
@@ -94,6 +96,16 @@ def most(method: str) -> int | None:
     return 0 if method in ("GET", "DELETE") else None
 
 
+async def no_socket(exchange: Exchange) -> None:
+    """Refuse OpenAI's WebSocket for responses, which no engine has. Codex goes on with POST after a 426.
+
+    Raises NoUpgrade, NoSuchMethod.
+    """
+    if exchange.request.upgrade:
+        raise NoUpgrade("/v1/responses speaks no WebSocket here: POST to it, with stream for events as they come")
+    raise NoSuchMethod(exchange.request, ["POST"])
+
+
 def add_model_routes(router: Router, relay: Relay) -> None:
     """Put all model routes into ``router``."""
     requests = relay.requests
@@ -115,5 +127,6 @@ def add_model_routes(router: Router, relay: Relay) -> None:
     for method in ("GET", "POST", "PUT", "DELETE"):
         path, about = "/upstream/{rest:path}", "an engine's own API"
         add(method, path, requests.upstream, about, scope="admin", max_body=most(method))
+    router.add_raw(Route("GET", "/v1/responses", no_socket, summary="refuses a WebSocket: POST is served", max_body=0))
     realtime = Tunnels(relay).realtime
     router.add_raw(Route("GET", "/v1/realtime", realtime, summary="WebSocket to ?model=", doc=QUERY, max_body=0))

@@ -18,7 +18,7 @@ SYNONYMS = {"/reranking": "/rerank", "/v1/reranking": "/v1/rerank"}
 _STATE = "vllmd alone puts engines to sleep, wakes, pauses and changes them; POST /admin/models/NAME/sleep, wake, load"
 _OWN = "it is an engine's own; GET /upstream/NAME{path} has it, for keys with the scope admin"
 _SLOTS = "it shows what others ask; GET /upstream/NAME{path} has it, for keys with the scope admin"
-_ADAPTER = "adapters are the configuration's, not a client's"
+_ADAPTER = "adapters are the configuration's (adapters of a model), not a client's; its name in a request loads it"
 # What vLLM or llama-server serve and vllmd does not, and what to do instead.
 REFERRED = {
     "/": "the API begins at /v1, its description is at /docs",

@@ -1,0 +1,64 @@
+"""openai, OpenAI's Python library."""
+
+from common import BASE, CHAT, EMBED, PICTURE, QUESTION, TOOLS, WEATHER, about_paris, ended, refused, run, true
+from openai import APIStatusError, NotFoundError, OpenAI
+
+client = OpenAI(base_url=f"{BASE}/v1", api_key="none", max_retries=0, timeout=120)
+MESSAGES = [{"role": "user", "content": QUESTION}]
+
+
+def listed() -> None:
+    true(CHAT in [model.id for model in client.models.list()], "the model is not in the list")
+
+
+def chat() -> None:
+    answer = client.chat.completions.create(model=CHAT, messages=MESSAGES, max_tokens=24, temperature=0)
+    about_paris(answer.choices[0].message.content)
+    true(answer.model == CHAT and answer.usage.total_tokens > 0, "model or usage is wrong")
+
+
+def responses() -> None:
+    about_paris(client.responses.create(model=CHAT, input=QUESTION, max_output_tokens=24, temperature=0).output_text)
+
+
+def stream() -> None:
+    events = client.chat.completions.create(
+        model=CHAT, messages=MESSAGES, max_tokens=24, temperature=0, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(events)
+    about_paris("".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices))
+    true(chunks[-1].usage is not None, "no usage at the end")
+
+
+def tools() -> None:
+    answer = client.chat.completions.create(
+        model=TOOLS, messages=[{"role": "user", "content": "Weather in Paris?"}], max_tokens=64, temperature=0,
+        tools=[{"type": "function", "function": WEATHER}],
+        tool_choice={"type": "function", "function": {"name": "weather"}},
+    )  # fmt: skip
+    true(answer.choices[0].message.tool_calls[0].function.name == "weather", "no call of the tool")
+
+
+def images() -> str:
+    content = [{"type": "text", "text": "What is it?"}, {"type": "image_url", "image_url": {"url": PICTURE}}]
+    ask = lambda: client.chat.completions.create(model=CHAT, messages=[{"role": "user", "content": content}])  # noqa: E731
+    return "refused by the engine, which sees none: " + refused(ask, APIStatusError, "image")
+
+
+def embeddings() -> None:
+    answer = client.embeddings.create(model=EMBED, input=["a cat", "a couch"])
+    true(len(answer.data) == 2 and len(answer.data[0].embedding) > 100, "no embeddings")
+
+
+def cancel() -> None:
+    with client.chat.completions.create(model=CHAT, messages=MESSAGES, max_tokens=4000, stream=True) as events:
+        next(iter(events))
+    ended()
+
+
+def errors() -> str:
+    return refused(lambda: client.chat.completions.create(model="nobody", messages=MESSAGES), NotFoundError, "nobody")
+
+
+run("openai", {"list": listed, "chat": chat, "responses": responses, "stream": stream, "tools": tools,
+               "images": images, "embeddings": embeddings, "cancel": cancel, "errors": errors})  # fmt: skip
