@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from tests import pure, side_by_side
@@ -23,6 +24,12 @@ os.environ["VLLMD_LEARNT"] = ""
 
 # Programs that tests start (python -m vllmd ...) find the package whatever their working directory.
 os.environ["PYTHONPATH"] = str(REPOSITORY)
+
+# How long an example takes says how busy the machine is, and nothing of what is tested.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 
 
 def _fail_in_ci(report: pytest.TestReport | pytest.CollectReport) -> None:

@@ -140,7 +140,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "S: several servers start at once, where there is room": (
         f"{S}::test_S_concurrent_start_of_several_servers",
         "engines/test_several_servers.py::test_S_several_servers_start_at_once_where_there_is_room",
-        "core/test_exchanges.py::test_starts_on_one_device_wait_for_each_other",
+        "core/test_swaps.py::test_starts_on_one_device_wait_for_each_other",
         "daemon/test_engine_manager.py::test_ports_go_around",
     ),
     "S: Server lists, chat and embedding": (f"{S}::test_S_server_lists_of_chat_and_embedding_are_both_routed",),
@@ -224,9 +224,9 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
     "V: the least recently used leaves, until there is enough room": (
         f"{SCHEDULING}::test_lru_evicts_the_one_that_was_used_longest_ago",
-        "core/test_exchanges.py::test_the_least_recently_used_leaves_first",
-        "core/test_exchanges.py::test_a_target_takes_as_many_victims_as_it_needs_and_no_more",
-        "core/test_exchanges.py::test_nobody_leaves_for_what_would_not_fit_even_then",
+        "core/test_swaps.py::test_the_least_recently_used_leaves_first",
+        "core/test_swaps.py::test_a_target_takes_as_many_victims_as_it_needs_and_no_more",
+        "core/test_swaps.py::test_nobody_leaves_for_what_would_not_fit_even_then",
     ),
     "V: level 2 wakes in three steps, in order": (
         "daemon/test_engine_manager.py::test_a_wake_from_level_2_goes_step_by_step",
@@ -234,7 +234,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
     "V: what a sleep freed is recorded and gates the wake": (
         "daemon/test_engine_manager.py::test_a_sleep_tells_what_came_free",
-        "core/test_exchanges.py::test_what_sleeping_freed_gates_the_wake",
+        "core/test_swaps.py::test_what_sleeping_freed_gates_the_wake",
     ),
     "V: engines end with the daemon": (
         f"{OPERATING}::test_V_serve_binds_host_and_port_and_takes_its_engines_along",

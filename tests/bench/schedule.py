@@ -462,7 +462,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _summary(aims: Sequence[Aim], run: str) -> str:
     """A run in a line, for the history."""
-    told = [f"{aim.name} {aim.reached:.2f}" for aim in aims if aim.kept]
+    told = [f"{aim.name.strip()} {aim.reached:.2f}" for aim in aims if aim.kept]
     return (
         f"- {datetime.date.today()}, {run}: {'; '.join(told)}; {sum(aim.missed for aim in aims)} of {len(aims)} missed"
     )

@@ -255,6 +255,14 @@ def test_devices(tmp_path: Path, yaml: str, devices: tuple[int, ...]) -> None:
     assert model(tmp_path, f"{{devices: {yaml}}}").devices == devices
 
 
+def test_a_scope_may_have_no_swap_at_all(tmp_path: Path) -> None:
+    """The commonest limit of swap; of memory itself nothing is a slip."""
+    yaml = "models: {a: {engine: sim, limits: {memory_max: 1GiB, memory_swap_max: 0}}}"
+    assert of(tmp_path, yaml).models["a"].limits.memory_swap_max == 0
+    with pytest.raises(ConfigError, match="memory_max: 0 bytes is too small"):
+        of(tmp_path, "models: {a: {engine: sim, limits: {memory_max: 0}}}")
+
+
 def test_defaults_lie_beneath_every_model(tmp_path: Path) -> None:
     """A model's own setting wins; mappings are combined entry by entry."""
     config = of(

@@ -14,7 +14,7 @@ import pytest
 from tests.machine import virtual
 from tests.machine.container import CannotBoot
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(1800)]
 
 POLICIES = ("continue", "stop", "kill")
 CONFIG = """

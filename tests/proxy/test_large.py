@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -142,3 +143,34 @@ def test_a_large_request_is_relayed_byte_for_byte() -> None:
             assert act.engine.asked[1].body == b'{"model":"m","n":1}'
 
     asyncio.run(play())
+
+
+@pytest.mark.parametrize(
+    "value",
+    [b"[" + b"[]," * 200_000 + b"[]]", b"[" + b'"a",' * 200_000 + b"1]", b'"' + rb"\\" * 300_000 + b'"',
+     b'"' + rb"\"" * 300_000 + b'"', b'[{"text":"' + rb"\u0061" * 100_000 + b'"}]'],
+)  # fmt: skip
+def test_what_is_in_a_value_is_not_gone_through_by_us(value: bytes) -> None:
+    """Thirty megabytes of brackets or escapes would keep a core busy for a quarter of a minute: some calls for each
+    piece, and none for each bracket."""
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    body, turns = b'{"model": "a", "x": ' + value + b"}", in_large(b'{"model": "a", "x": ' + value + b"}")
+    sys.setprofile(count)
+    try:
+        for _ in turns:
+            pass
+    finally:
+        sys.setprofile(None)
+    assert read(body).model == "a"
+    assert calls < len(body) // 50
+
+
+def test_more_members_than_anybody_sends_are_refused() -> None:
+    """Each costs a step; a request has some twenty."""
+    body = b"{" + b'"a":1,' * 200_000 + b'"model":"a"}'
+    assert outcome(read, body) == "the body has more than 10000 members"

@@ -290,7 +290,7 @@ LIMITS = Group(
     (
         Setting("memory_max", k.LIMIT_SIZE, "MemoryMax=: host memory it may use; beyond it the OOM killer acts."),
         Setting("memory_high", k.LIMIT_SIZE, "MemoryHigh=: host memory beyond which it is slowed down."),
-        Setting("memory_swap_max", k.LIMIT_SIZE, "MemorySwapMax=: swap it may use."),
+        Setting("memory_swap_max", k.SWAP_SIZE, "MemorySwapMax=: swap it may use; 0 is none at all."),
         Setting("cpu_weight", k.count(1, 10000, "none"), "CPUWeight=: its share of the CPU against others."),
         Setting("cpu_quota", CORES, "CPUQuota=: the cores it may use at most."),
         Setting("tasks_max", k.count(1, 2**31, "none"), "TasksMax=: processes and threads it may have."),

@@ -144,6 +144,11 @@ def parse_size(node: Node) -> int:
     return int(float(number) * base ** POWERS[prefix.lower()])
 
 
+def sized_or_nothing(node: Node) -> int:
+    """A size of memory, or 0."""
+    return sized(node) if parse_size(node) else 0
+
+
 def sized(node: Node) -> int:
     """A size of memory: at least 1 MiB, at most 1 PiB (``80`` without a unit is a slip, not 80 bytes)."""
     size = parse_size(node)
@@ -471,6 +476,9 @@ AUTO_SIZE = Kind(
     "a size such as 20GiB, or auto", or_none(sized, "auto"), {"type": ["number", "string", "null"]}, show_size, "auto"
 )
 LIMIT_SIZE = replace(AUTO_SIZE, accepts="a size such as 20GiB, or none", parse=or_none(sized, "none"), none="none")
+SWAP_SIZE = replace(
+    LIMIT_SIZE, accepts="a size such as 20GiB, 0 for no swap at all, or none", parse=or_none(sized_or_nothing, "none")
+)
 DURATION_KIND = Kind("a duration such as 300, 5m or 1h30m", positive_duration, NUMBER_OR_TEXT, show_duration)
 PAUSE = Kind("a duration such as 0, 300, 5m or 1h30m", parse_duration, NUMBER_OR_TEXT, show_duration)
 UP_TO = Kind(

@@ -48,7 +48,7 @@ from vllmd.launcher.protocol import (
     is_beneath,
     unit_of,
 )
-from vllmd.launcher.spawn import Child, User, Users, read_failure, spawn, sweep, tidy
+from vllmd.launcher.spawn import AGAIN, Child, User, Users, read_failure, spawn, sweep, tidy
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ GRACE = 0.5  # seconds between the main process's end and SIGKILL for what it le
 KILL_LIMIT = 20.0  # seconds for the kernel to end killed processes; a stuck driver can hold them
 RETIRE_LIMIT = 10.0  # seconds for systemd to forget the unit
 STATUS_TRIES, STATUS_WAIT = 20, 0.01  # for the exit status of one that is not our child
+TIDY_AGAIN = 10.0  # seconds
 TAIL_LINES = 50  # read where the end was not asked for: somebody will want to know why
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGKILL)
 
@@ -424,9 +425,12 @@ class Supervisor:
 
     def _tidy(self, run_dir: str, user: User) -> None:
         """Remove the run directory, which a killed engine leaves behind with its sockets."""
-        self._await_child(run_dir, lambda: tidy(run_dir, user))
+        later = lambda: self._loop.later(TIDY_AGAIN, lambda: self._tidy(run_dir, user))  # noqa: E731
+        self._await_child(run_dir, lambda: tidy(run_dir, user), later)
 
-    def _await_child(self, path: str, fork: Callable[[], Process | None]) -> None:
+    def _await_child(
+        self, path: str, fork: Callable[[], Process | None], again: Callable[[], object] = lambda: None
+    ) -> None:
         try:
             child = fork()
         except OSError as error:
@@ -436,7 +440,9 @@ class Supervisor:
             return
 
         def reap() -> None:
-            child.ending()
+            ending = child.ending()
+            if ending and ending.status == AGAIN:  # its disk is read-only, for now
+                again()
             self._loop.unwatch(child.fd)
             child.close()
 

@@ -27,6 +27,7 @@ from vllmd.launcher.protocol import Failed, StartOrder, clip
 from vllmd.text import printable
 
 MARKER = "VLLMD_INSTANCE"
+AGAIN = 75  # status of a child that could not tidy up, and may later
 NEW = 60.0  # seconds that a run directory without an engine is left alone
 KEY_FILE = "vllmd-key.yaml"  # what an engine's command writes for it, see engines/sglang.py
 PATH = "/usr/local/bin:/usr/bin:/bin"
@@ -209,12 +210,15 @@ def sweep(root: str, kept: Collection[str], user: User) -> Process | None:
 def _in_child(user: User, work: Callable[[], None]) -> Process:
     pid = os.fork()
     if pid == 0:
+        status = 0
         try:
             _reset_signals()
             _become(user, keeping=True)
             work()
+        except OSError as error:
+            status = AGAIN if error.errno == errno.EROFS else 0
         finally:
-            os._exit(0)
+            os._exit(status)
     return Process(pid)
 
 

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
 
 from vllmd.errors import BadRequest
 from vllmd.proxy.gate import Rules
@@ -18,16 +19,21 @@ from vllmd.proxy.peek import KEEP_ALIVE, SLICE, Asked, T, Turns, model_name, wit
 from vllmd.proxy.system_prompt import Prompt
 
 LARGE = 1 << 20  # bytes; reading so much takes some ten milliseconds
-STEPS = 1000  # strings, escapes and brackets between two turns
+STEPS = 1000  # strings and brackets between two turns
 
 STRUCTURE = re.compile(rb'["{}\[\]]')
-IN_STRING = re.compile(rb'["\\]')
+LEAST, BULK = 256, 32 << 10  # bytes of the inside of a value that are looked at as a whole
+SHORT = 1 << 10  # bytes in which most strings end
+NO_BRACKETS = bytes(set(range(256)) - set(b"{}[]"))
+DELTA = tuple(1 if byte in b"{[" else -1 for byte in range(256))
 NO_SPACE = re.compile(rb"[^ \t\r\n]")
 NAME = re.compile(rb'"(?:[^"\\]|\\.){1,4096}"')
 SMALL = re.compile(rb'"[^"\\\x00-\x1f]{0,64}"|-?[0-9]{1,16}(?:\.[0-9]{1,16})?(?=[ \t\r\n,}])|null|true|false')
 DEEPEST = 500  # brackets within brackets; engines' own readers give up at about twice that, not all of them gracefully
 LONGEST_KEY = 1024  # bytes; with every letter spelled by number a name has six times its letters
 MOST_MEMBERS = 10_000
+TOO_DEEP = "the body is not acceptable JSON: nested too deeply"
+MOST_STEPS = 3 * MOST_MEMBERS  # strings and brackets of the object itself
 QUOTE = 0x22
 BETWEEN = b" \t\r\n,"  # what may stand between a member's value and the next key
 
@@ -80,9 +86,14 @@ def _walk(body: bytes, member: Callable[[int, int, int], None]) -> Turns[int]:
     start = yield from _past_space(body, 0)
     if body[start : start + 1] != b"{":
         raise BadRequest("the body is not a JSON object")
-    depth, pos, steps, found = 0, start, 0, 0
+    depth, pos, steps, found, looked, size = 0, start, 0, 0, 0, LEAST
     while depth or not steps:
-        steps += 1
+        if depth > 1 and pos >= looked:
+            depth, pos, size = yield from _inside(body, pos, depth, size)
+            looked = pos + LEAST
+        steps += depth < 2
+        if steps > MOST_STEPS:
+            raise BadRequest(f"the body has more than {MOST_MEMBERS} members")
         if steps % STEPS == 0:
             yield
         found = yield from _find(STRUCTURE, body, pos)
@@ -90,20 +101,56 @@ def _walk(body: bytes, member: Callable[[int, int, int], None]) -> Turns[int]:
         if mark != QUOTE:
             depth += 1 if mark in b"{[" else -1
             if depth > DEEPEST:
-                raise BadRequest("the body is not acceptable JSON: nested too deeply")
+                raise BadRequest(TOO_DEEP)
             continue
         pos = yield from _string_end(body, pos)
-        end = pos
         if depth == 1:
-            pos = yield from _past_space(body, pos)
-            if body[pos : pos + 1] == b":":
-                pos = yield from _past_space(body, pos + 1)
-                member(found, end, pos)
-                if body[pos : pos + 1] == b'"':  # a value: whatever is in it, it is no key
-                    pos = yield from _string_end(body, pos + 1)
+            pos = yield from _value(body, found, pos, member)
     if (yield from _past_space(body, pos)) != len(body):
         raise BadRequest(f"the body is not JSON: extra data after the object, at byte {pos}")
     return found
+
+
+def _value(body: bytes, start: int, end: int, member: Callable[[int, int, int], None]) -> Turns[int]:
+    """Behind the key from ``start`` to ``end``: tell ``member``. Returns the place of the value, or a text's end."""
+    pos = yield from _past_space(body, end)
+    if body[pos : pos + 1] != b":":
+        return pos
+    pos = yield from _past_space(body, pos + 1)
+    member(start, end, pos)
+    # A text is no key, whatever is in it.
+    return (yield from _string_end(body, pos + 1)) if body[pos : pos + 1] == b'"' else pos
+
+
+def _inside(body: bytes, pos: int, depth: int, size: int) -> Turns[tuple[int, int, int]]:
+    """Go through the inside of a member's value, ``pos`` being in no string, in pieces as large as its end allows.
+
+    What costs a step for each bracket and string elsewhere is done by the interpreter's own loops here: a body of
+    nothing but brackets would keep a core busy for a quarter of a minute. ``size``: bytes of a piece that went well the
+    last time. Returns the depth, the place and the next such size; the rest, up to the end of the value or into a
+    string that is larger than a piece, has to be gone through step by step.
+    """
+    while pos < len(body):
+        piece = _without_escapes(body[pos : pos + size])
+        parts = piece.split(b'"')
+        end = len(piece) if len(parts) % 2 else piece.rindex(b'"')  # before a string that is cut off
+        outside = b"".join(parts[::2]).translate(None, NO_BRACKETS)
+        depths = list(accumulate(map(DELTA.__getitem__, outside), initial=depth))
+        if end and min(depths) > 1:
+            if max(depths) > DEEPEST:
+                raise BadRequest(TOO_DEEP)
+            pos, depth, size = pos + end, depths[-1], min(2 * size, BULK)
+            yield
+        elif size > LEAST:
+            size //= 4
+        else:
+            break
+    return depth, pos, max(size, LEAST)
+
+
+def _without_escapes(text: bytes) -> bytes:
+    """As long as ``text``, which begins with no second half of one; no quote in it is escaped."""
+    return text.replace(b"\\\\", b"..").replace(b'\\"', b"..") if b"\\" in text else text
 
 
 def _past_space(body: bytes, pos: int) -> Turns[int]:
@@ -145,13 +192,18 @@ def _find(what: re.Pattern[bytes], body: bytes, pos: int) -> Turns[int]:
 
 def _string_end(body: bytes, pos: int) -> Turns[int]:
     """The place after the closing quote of the string whose content starts at ``pos``."""
-    steps = 0
-    while body[found := (yield from _find(IN_STRING, body, pos))] != QUOTE:
-        pos = found + 2
-        steps += 1
-        if steps % STEPS == 0:
-            yield
-    return found + 1
+    size = SHORT
+    while pos < len(body):
+        piece = _without_escapes(body[pos : pos + size])
+        end = piece.find(b'"')
+        if end >= 0:
+            return pos + end + 1
+        step = len(piece) - piece.endswith(b"\\")  # half an escape is looked at with its other half
+        if not step:
+            break
+        pos, size = pos + step, SLICE
+        yield
+    raise BadRequest("the body is not JSON: it ends in the middle")
 
 
 def _member(asked: Asked, key: bytes, start: int) -> Asked:
