@@ -23,7 +23,7 @@ await run('@anthropic-ai/sdk', {
   },
   async tools() {
     const answer = await client.messages.create({
-      model: TOOLS, messages: [{ role: 'user', content: 'Weather in Paris?' }], max_tokens: 64, temperature: 0,
+      model: TOOLS, messages: [{ role: 'user', content: 'Weather in Paris?' }], max_tokens: 200, temperature: 0,
       tools: [{ name: 'weather', input_schema: PLACE }], tool_choice: { type: 'tool', name: 'weather' },
     })
     yes(answer.content.some((part) => part.type === 'tool_use' && part.name === 'weather'), 'no call of the tool')

@@ -4,6 +4,7 @@ from anthropic import Anthropic, APIStatusError, NotFoundError
 from common import BASE, CHAT, PIXEL, QUESTION, TOOLS, WEATHER, about_paris, ended, refused, run, true
 
 client = Anthropic(base_url=BASE, api_key="none", max_retries=0, timeout=120)
+COLD = {"extra_body": {"temperature": 0}}  # newer versions have no argument for it
 MESSAGES = [{"role": "user", "content": QUESTION}]
 TOOL = {"name": WEATHER["name"], "description": WEATHER["description"], "input_schema": WEATHER["parameters"]}
 
@@ -14,7 +15,7 @@ def listed() -> None:
 
 
 def chat() -> None:
-    answer = client.messages.create(model=CHAT, messages=MESSAGES, max_tokens=24, temperature=0)
+    answer = client.messages.create(model=CHAT, messages=MESSAGES, max_tokens=24, **COLD)
     about_paris(answer.content[0].text)
     true(answer.model == CHAT and answer.usage.output_tokens > 0, "model or usage is wrong")
 
@@ -24,13 +25,13 @@ def count() -> None:
 
 
 def stream() -> None:
-    with client.messages.stream(model=CHAT, messages=MESSAGES, max_tokens=24, temperature=0) as events:
+    with client.messages.stream(model=CHAT, messages=MESSAGES, max_tokens=24, **COLD) as events:
         about_paris(events.get_final_text())
 
 
 def tools() -> None:
     answer = client.messages.create(
-        model=TOOLS, messages=[{"role": "user", "content": "Weather in Paris?"}], max_tokens=64, temperature=0,
+        model=TOOLS, messages=[{"role": "user", "content": "Weather in Paris?"}], max_tokens=200, **COLD,
         tools=[TOOL], tool_choice={"type": "tool", "name": "weather"},
     )  # fmt: skip
     true(any(part.type == "tool_use" and part.name == "weather" for part in answer.content), "no call of the tool")

@@ -5,7 +5,7 @@ export const { BASE, CHAT_MODEL: CHAT, EMBED_MODEL: EMBED, TOOLS_MODEL: TOOLS } 
 export const QUESTION = 'What is the capital of France? Answer in one sentence.'
 export const PIXEL =
   'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=='
-export const PLACE = { type: 'object', properties: { place: { type: 'string' } }, required: ['place'] }
+export const PLACE = { type: 'object', properties: { place: { enum: ['Paris'] } }, required: ['place'] }
 const ENDED = 30_000
 
 export function yes(condition, what) {

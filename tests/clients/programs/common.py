@@ -23,7 +23,7 @@ PICTURE = "data:image/png;base64," + PIXEL
 WEATHER = {
     "name": "weather",
     "description": "The weather of a place",
-    "parameters": {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]},
+    "parameters": {"type": "object", "properties": {"place": {"enum": ["Paris"]}}, "required": ["place"]},
 }
 ENDED = 30.0  # seconds in which the engine must have ended what nobody wants any more
 

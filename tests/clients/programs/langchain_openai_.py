@@ -17,7 +17,7 @@ def stream() -> None:
 
 
 def tools() -> None:
-    bound = ChatOpenAI(model=TOOLS, temperature=0, max_tokens=64, **AT).bind_tools([WEATHER], tool_choice="weather")
+    bound = ChatOpenAI(model=TOOLS, temperature=0, max_tokens=200, **AT).bind_tools([WEATHER], tool_choice="weather")
     answer = bound.invoke("Weather in Paris?")
     calls = [*answer.tool_calls, *answer.invalid_tool_calls]  # a model of random weights makes no sound arguments
     true(calls and calls[0]["name"] == "weather", "no call of the tool")

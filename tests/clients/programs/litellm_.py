@@ -19,7 +19,7 @@ def stream() -> None:
 
 def tools() -> None:
     answer = completion(
-        model=f"openai/{TOOLS}", messages=[{"role": "user", "content": "Weather in Paris?"}], max_tokens=64,
+        model=f"openai/{TOOLS}", messages=[{"role": "user", "content": "Weather in Paris?"}], max_tokens=200,
         tools=[{"type": "function", "function": WEATHER}], temperature=0,
         tool_choice={"type": "function", "function": {"name": "weather"}}, **AT,
     )  # fmt: skip

@@ -26,7 +26,7 @@ await run('openai', {
   },
   async tools() {
     const answer = await client.chat.completions.create({
-      model: TOOLS, messages: [{ role: 'user', content: 'Weather in Paris?' }], max_tokens: 64, temperature: 0,
+      model: TOOLS, messages: [{ role: 'user', content: 'Weather in Paris?' }], max_tokens: 200, temperature: 0,
       tools: [{ type: 'function', function: { name: 'weather', parameters: PLACE } }], tool_choice: { type: 'function', function: { name: 'weather' } },
     })
     yes(answer.choices[0].message.tool_calls[0].function.name === 'weather', 'no call of the tool')

@@ -32,7 +32,7 @@ def stream() -> None:
 
 def tools() -> None:
     answer = client.chat.completions.create(
-        model=TOOLS, messages=[{"role": "user", "content": "Weather in Paris?"}], max_tokens=64, temperature=0,
+        model=TOOLS, messages=[{"role": "user", "content": "Weather in Paris?"}], max_tokens=200, temperature=0,
         tools=[{"type": "function", "function": WEATHER}],
         tool_choice={"type": "function", "function": {"name": "weather"}},
     )  # fmt: skip
