@@ -144,7 +144,7 @@ def running(folder: Path, config: str, address: str = "127.0.0.1", names: str = 
         yield site
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(30)
+        process.wait(120)
 
 
 def opened(site: Site) -> bool:

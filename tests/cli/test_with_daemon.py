@@ -69,7 +69,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         yield Site(config, {**os.environ, "VLLMD_ADMIN_SOCKET": str(admin), "VLLMD_URL": url})
     finally:
         daemon.send_signal(signal.SIGTERM)
-        daemon.wait(30)
+        daemon.wait(120)
 
 
 def test_V_a_day_of_a_model(site: Site) -> None:

@@ -98,7 +98,7 @@ def running(folder: Path, config: dict[str, Any], env: dict[str, str] | None = N
         yield Vllmd(address, str(admin), daemon.pid)
     finally:
         daemon.send_signal(signal.SIGTERM)
-        daemon.wait(30)
+        daemon.wait(120)
 
 
 def wait_until(condition: Callable[[], bool], limit: float = 20.0) -> None:

@@ -191,7 +191,7 @@ with ServerManager({"model": "Qwen/shared"}, auto_terminate="directly") as serve
         stream = client.chat_completion_stream("Qwen/shared", HELLO)
         pieces = [next(stream)]
         first = script(code, {})
-        assert first.communicate(timeout=30)[0] == "hi\n"
+        assert first.communicate(timeout=120)[0] == "hi\n"
         assert here.line("Qwen/shared")["pid"] == pid
         assert "".join([*pieces, *stream]) == "Hello to all of you"
     assert not exists(pid)
@@ -212,7 +212,7 @@ with ServerManager(args, auto_terminate="directly", verbose=True) as serve:
         assert second.stdout.readline() == "Qwen/large-two: waits for room beside Qwen/large-one (leased or pinned)\n"
         assert ask(first)
         assert here.state("Qwen/large-two") == "stopped"
-    assert "my turn" in second.communicate(timeout=30)[0]
+    assert "my turn" in second.communicate(timeout=120)[0]
     assert here.state("Qwen/large-one") == "stopped"
 
 
@@ -462,7 +462,7 @@ input()
     daemon, engine = map(int, pids)
     assert exists(daemon) and exists(engine)
     program.send_signal(signum)
-    program.wait(20)
+    program.wait(120)
     wait_until(lambda: not exists(daemon) and not exists(engine))
     assert not Path(folder).exists()
 
@@ -475,5 +475,5 @@ serve = ServerManager({"model": "Qwen/mine"})
 assert serve.start(), serve.failure
 print(serve._private.pid, serve._line()["pid"])
 """
-    out, _ = script(code, {}).communicate(timeout=40)
+    out, _ = script(code, {}).communicate(timeout=120)
     assert [exists(int(pid)) for pid in out.split()] == [False, False]

@@ -77,7 +77,7 @@ def test_L_two_users_share_one_model(shared: Machine) -> None:
     assert shared.out(f"ps -o user= -p {pid}") == "vllmd-engine"
     assert second.stdout.readline().split() == ["1", "0"]  # alive at 4 s, gone at 7 s
     assert second.stdout.readline().split() == ["1"]  # reset at 3 s: alive at 7 s
-    assert second.wait(20) == 0
+    assert second.wait(120) == 0
     shared.wait_until("! pgrep -u vllmd-engine", timeout=5)
 
 

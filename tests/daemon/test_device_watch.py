@@ -32,7 +32,7 @@ class Script:
         self.asked.append(dict(known))
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if isinstance(answer, threading.Event):
-            answer.wait(10)
+            answer.wait(120)
             return nvidia("GPU-late")
         return answer
 

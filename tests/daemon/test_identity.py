@@ -62,7 +62,7 @@ def test_root_is_told_that_engines_are_root_too(tmp_path: Path) -> None:
         ask(process)
     finally:
         process.terminate()
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=120)
     assert "running as root: engines, and whatever code comes with their models, run as root as well" in said
 
 
@@ -96,6 +96,6 @@ ASK = """curl -sf -H 'Content-Type: application/json' -d '{"model": "m", "prompt
 def test_a_user_that_is_not_there(tmp_path: Path, user: str, why: str) -> None:
     """An error at once, not as root after all."""
     process = serve(tmp_path, "--user", user)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=120)
     assert process.returncode == 78
     assert why in said

@@ -36,7 +36,7 @@ class Scripted:
         self.reads += 1
         reading = self._readings.pop(0) if len(self._readings) > 1 else self._readings[0]
         if isinstance(reading, threading.Event):
-            reading.wait(5)
+            reading.wait(120)
             return Sample()
         if isinstance(reading, Exception):
             raise reading

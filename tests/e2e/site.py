@@ -95,7 +95,7 @@ class Site:
         """The same request from several clients at once."""
         command = self._post_command(path, body) + " -w '\\n%{http_code}'"
         running = [self.machine.popen(command) for _ in range(number)]
-        return [_answer(process.communicate(timeout=60)[0]) for process in running]
+        return [_answer(process.communicate(timeout=120)[0]) for process in running]
 
     def chat(self, model: str, words: str, **more: object) -> dict[str, Any]:
         """Ask, and insist on an answer."""

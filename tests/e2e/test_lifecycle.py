@@ -157,7 +157,7 @@ def test_a_running_stream_survives_a_restart(site: Site) -> None:
     stream = site.machine.popen(site.curl_stream("keeper", "w " * 40, max_tokens=40))
     site.machine.wait_until(lambda: site.status()["requests"] == 1)
     site.machine.run("systemctl restart vllmd.service")
-    out, _ = stream.communicate(timeout=30)
+    out, _ = stream.communicate(timeout=120)
     assert out.rstrip().endswith("data: [DONE]")
 
 
@@ -170,7 +170,7 @@ def test_a_restart_under_kept_connections_takes_as_long_as_a_request(site: Site)
     site.machine.run("systemctl restart vllmd.service")
     assert time.monotonic() - began < 20  # and not the drain_timeout of 60
     site.machine.write("/run/enough", "")
-    out, error = clients.communicate(timeout=60)
+    out, error = clients.communicate(timeout=120)
     assert json.loads(out).keys() == {"200"}, (out, error)
 
 
@@ -202,7 +202,7 @@ def test_a_stop_that_comes_while_it_opens_is_told_to_the_client(site: Site) -> N
         waiting = site.machine.popen(site.curl("keeper", "hi") + " -w '%{http_code}'")
         site.machine.wait_until("systemctl is-active vllmd.service")
         site.machine.run("systemctl stop vllmd.service")
-        out, _ = waiting.communicate(timeout=60)
+        out, _ = waiting.communicate(timeout=120)
         assert out[-3:] in ("200", "503"), out
         site.machine.wait_until(lambda: site.machine.cgroup_pids("vllmd.slice") == [])
 
@@ -229,7 +229,7 @@ def test_it_serves_where_ipv6_is_switched_off(site: Site) -> None:
         site.machine.wait_until("curl -sf http://127.0.0.1:33258/health")
         served.terminate()
         site.machine.run("pkill -x vllmd", check=False)
-        _, error = served.communicate(timeout=30)
+        _, error = served.communicate(timeout=120)
         assert "[::1]:33258" in error
     finally:
         site.machine.run("sysctl -qw net.ipv6.conf.all.disable_ipv6=0; systemctl start vllmd.socket")
@@ -375,4 +375,4 @@ def test_a_client_that_leaves_frees_the_engine_at_once(site: Site) -> None:
     site.machine.run("pkill -x curl")
     site.machine.wait_until(lambda: site.view("keeper")["in_flight"] == 0)
     assert time.monotonic() - began < 5  # the answer itself would have taken ten seconds
-    assert stream.wait(10) != 0
+    assert stream.wait(120) != 0

@@ -167,7 +167,7 @@ def test_a_waiter_behind_a_model_that_is_never_idle_is_served_in_time(site: Site
     assert waited < 20
     assert decisions(site, "exchange", "rare")[-1]["numbers"]["deadline"] == 60
     site.machine.run("touch /run/enough")
-    crowd.wait(60)
+    crowd.wait(120)
 
 
 # ---- time, leases -------------------------------------------------------------------------------
@@ -209,8 +209,8 @@ def test_a_client_that_leaves_the_queue_causes_no_load(site: Site) -> None:
     leaving = site.machine.popen("exec timeout 1 " + site.curl("b", "x"))
     site.machine.wait_until(lambda: site.view("b")["queued"] == 1)
     site.machine.wait_until(lambda: site.view("b")["queued"] == 0)
-    assert leaving.wait(10) == 124
-    assert stream.communicate(timeout=30)[0].rstrip().endswith("data: [DONE]")
+    assert leaving.wait(120) == 124
+    assert stream.communicate(timeout=120)[0].rstrip().endswith("data: [DONE]")
     assert states(site) == {"a": "running", "b": "stopped"}
     assert "b: started" not in site.machine.journal("vllmd.service")
 
@@ -224,7 +224,7 @@ def test_requests_that_race_stops_and_sleeps_are_answered(site: Site) -> None:
         "'stop a --force'; do timeout 20 vllmctl $do; done; done >/run/meddling 2>&1"
     )
     outcomes = load(site, ["a", "b"], clients=8, seconds=15)
-    meddling.wait(60)
+    meddling.wait(120)
     assert {outcome.status for outcome in outcomes} <= {200, 502, 503}
     assert all(outcome.said is True for outcome in outcomes if outcome.status == 200)
     assert sum(outcome.status == 200 for outcome in outcomes) > len(outcomes) / 2
@@ -331,7 +331,7 @@ def test_a_device_that_keeps_memory_is_avoided_until_it_comes_back(site: Site) -
     site.machine.wait_until(lambda: site.state("a") == "stopping")
     lose = "from vllmd.simengine.device import FakeGpu; FakeGpu(%r).lose(%d << 30)"
     site.machine.python(lose % (GPU, 40))
-    stopping.wait(30)
+    stopping.wait(120)
     device = site.status()["devices"][0]
     assert "40.0 GiB" in device["wedged"]
     assert decisions(site, "wedged")[0]["numbers"]["missing"] == 40 << 30
@@ -339,7 +339,7 @@ def test_a_device_that_keeps_memory_is_avoided_until_it_comes_back(site: Site) -
     site.machine.wait_until(lambda: site.view("a")["queued"] == 1)
     assert "wedged" in site.view("a")["waiting_for"] or "avoided" in site.view("a")["waiting_for"]
     site.machine.python(lose % (GPU, 0))
-    assert "hello" in waiting.communicate(timeout=30)[0]
+    assert "hello" in waiting.communicate(timeout=120)[0]
     assert site.status()["devices"][0]["wedged"] == ""
 
 
@@ -404,4 +404,4 @@ def test_a_running_answer_is_frozen_for_another_model_and_completes(site: Site) 
     assert time.monotonic() - began < 10
     assert answer.poll() is None
     assert decisions(site, "freeze")
-    assert site.json(answer.communicate(timeout=60)[0])["choices"][0]["message"]["content"] == words
+    assert site.json(answer.communicate(timeout=120)[0])["choices"][0]["message"]["content"] == words

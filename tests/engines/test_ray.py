@@ -161,7 +161,7 @@ class Rehearsal:
     def refusal(self, *argv: str, **told: object) -> str:
         """The reason of a start that fails, as vllmd reads it from the log."""
         with self.run(*argv, **told) as script:
-            out, err = script.communicate(timeout=30)
+            out, err = script.communicate(timeout=120)
         assert script.returncode == 1
         return VLLM.failure([*out.splitlines(), *err.splitlines()]).reason
 
@@ -176,7 +176,7 @@ def rehearsal(tmp_path: Path) -> Iterator[Rehearsal]:
 def test_it_becomes_vllm_when_the_devices_are_there(rehearsal: Rehearsal) -> None:
     """The same process, so that signals reach vLLM, which finds the cluster by RAY_ADDRESS."""
     with rehearsal.run() as script:
-        assert script.communicate(timeout=30)[0] == f"vllm {script.pid} 127.0.0.1:{rehearsal.told['port']}\n"
+        assert script.communicate(timeout=120)[0] == f"vllm {script.pid} 127.0.0.1:{rehearsal.told['port']}\n"
 
 
 def test_a_cluster_that_is_too_small_is_described(rehearsal: Rehearsal) -> None:
@@ -237,7 +237,7 @@ def test_the_head_is_started_first(tmp_path: Path) -> None:
     with free_port() as port:
         rehearsal = Rehearsal(tmp_path, port)
         with rehearsal.run(head=True, wait=30) as script:
-            assert script.communicate(timeout=30)[0] == f"vllm {script.pid} 127.0.0.1:{port}\n"
+            assert script.communicate(timeout=120)[0] == f"vllm {script.pid} 127.0.0.1:{port}\n"
         os.killpg(script.pid, signal.SIGKILL)  # the head goes as with its scope
         flags = json.loads((tmp_path / "said.json.head").read_text())
     assert flags[:2] == ["start", "--head"]

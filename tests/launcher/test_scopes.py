@@ -292,7 +292,7 @@ def draining(site: Machine, verb: str) -> Iterator[None]:
         yield
     finally:
         site.run("rm -f /run/hold")
-        waiting.wait(20)
+        waiting.wait(120)
 
 
 async def test_nothing_starts_once_a_stop_is_asked(site: Machine) -> None:

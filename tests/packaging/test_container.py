@@ -108,7 +108,7 @@ def test_P_compose_plain_image_serves(boot_machine: Callable[..., Machine]) -> N
     assert "from outside" in machine.out(ASK)
     assert machine.out("ss -Hltn sport = :33258").split()[3] == "0.0.0.0:33258"
     machine.run(f"pkill -TERM -u {user} -f 'vllmd serve'")
-    assert served.wait(30) == 0
+    assert served.wait(120) == 0
     machine.wait_until(f"! pgrep -u {user}")
 
 

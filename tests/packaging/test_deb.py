@@ -151,7 +151,7 @@ def test_upgrade_under_load_refuses_nobody_and_reloads_no_model(installed_machin
     stream.stdout.readline()
     installed_machine.run(["dpkg", "--install", newer(installed_machine)], timeout=120)
     installed_machine.run(ASK, timeout=90)
-    assert stream.communicate(timeout=60)[0].rstrip().endswith("data: [DONE]")
+    assert stream.communicate(timeout=120)[0].rstrip().endswith("data: [DONE]")
     installed_machine.run("pkill -f http.clien[t]")
     out, err = hammer.communicate()
     asked, failed = out.splitlines()[-1].split()

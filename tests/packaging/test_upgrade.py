@@ -57,7 +57,7 @@ def test_an_upgrade_of_an_earlier_version_under_load_loses_nothing(
     machine.wait_until("test -e /run/going")
     machine.run(["apt-get", "install", "-qy", newer(machine, package)], timeout=180)
     machine.write("/run/enough", "")
-    out, error = load.communicate(timeout=90)
+    out, error = load.communicate(timeout=120)
     told = json.loads(out)
     print("requests at the upgrade:", told)
     assert error == "" and told.pop("repeated", 0) < told["200"] / 10, told

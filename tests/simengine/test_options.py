@@ -24,6 +24,12 @@ def test_durations(text: str, value: float) -> None:
     assert duration(text) == value
 
 
+def test_a_context_as_long_as_fits() -> None:
+    """vLLM's word for it; to a model that is none, its own length fits."""
+    assert parse_options(["--max-model-len", "auto"], {}).max_model_len == Options().max_model_len
+    assert parse_options(["--max-model-len", "77"], {}).max_model_len == 77
+
+
 def test_times_by_level() -> None:
     """One for both levels, or one for each."""
     assert by_level("2") == (2, 2)
@@ -52,7 +58,10 @@ def test_by_itself_it_can_sleep() -> None:
     assert options == Options(model="m", cuda=(0,))
 
 
-@pytest.mark.parametrize("argv", [["--nonsense"], ["--memory", "lots"], ["--fail", "odd"], ["--load-time", "soon"]])
+@pytest.mark.parametrize(
+    "argv",
+    [["--nonsense"], ["--max-model-len", "long"], ["--memory", "lots"], ["--fail", "odd"], ["--load-time", "soon"]],
+)
 def test_what_is_wrong_is_said(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """argparse's way: the flag, the reason, status 2."""
     with pytest.raises(SystemExit) as end:

@@ -83,5 +83,5 @@ def test_systemd_socket_activate_passes_a_listener(tmp_path):
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(path))
         assert client.recv(100) == b"http"
-    assert activate.wait(10) == 0
+    assert activate.wait(120) == 0
     activate.stderr.close()

@@ -20,6 +20,7 @@ from typing import Any
 
 from vllmd.simengine.failures import FAILURES, Failures, parse
 
+LONGEST = 32768  # tokens
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _TIMES = {"": 1.0, "s": 1.0, "ms": 0.001, "min": 60.0, "h": 3600.0}
 
@@ -48,7 +49,7 @@ class Options:
     prompt_overhead: float = 0.0
     prompt_tokens_per_second: float = 0.0
     max_num_seqs: int = 256
-    max_model_len: int = 32768
+    max_model_len: int = LONGEST
     dimensions: int = 8
     keep_alive: float = 5.0
     created: int | None = None
@@ -103,6 +104,16 @@ def by_level(text: str) -> tuple[float, float]:
     return times[0], times[-1]
 
 
+def context(text: str) -> int:
+    """``4096``, or vLLM's ``auto``, as long as fits: tokens. To a model that is none, all of its own length fits."""
+    if text == "auto":
+        return LONGEST
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no length; right are 4096, auto") from None
+
+
 def _failure(text: str) -> str:
     try:
         parse(text)
@@ -131,7 +142,7 @@ def _add_serving(parser: argparse.ArgumentParser) -> None:
     add("--uds", help="listen on this Unix socket, whose file it does not unlink (nor does vLLM)")
     add("--host")
     add("--port", type=int)
-    add("--max-model-len", type=int, help="tokens; longer prompts are refused")
+    add("--max-model-len", type=context, help="tokens, or auto; longer prompts are refused")
     add("--max-num-seqs", type=int, help="requests that run at a time; the others queue")
     add("--enable-lora", action="store_true", help="serve adapters; what they say is in capitals")
     add("--lora-modules", nargs="+", help="adapters from the start on, as JSON or NAME=PATH")
