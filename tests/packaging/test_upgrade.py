@@ -55,7 +55,7 @@ def test_an_upgrade_of_an_earlier_version_under_load_loses_nothing(
     before = {instance.rpartition("-")[0]: pid for pid, instance in engines(machine).items()}
     load = machine.popen(["/usr/bin/python3", "/root/clients.py", "on", "a", "b", "c", "d", "a", "b", "pair", "pair"])
     machine.wait_until("test -e /run/going")
-    machine.run(["apt-get", "install", "-qy", newer(machine, package)], timeout=180)
+    machine.run(["apt-get", "install", "-qy", "--no-install-recommends", newer(machine, package)], timeout=180)
     machine.write("/run/enough", "")
     out, error = load.communicate(timeout=120)
     told = json.loads(out)
