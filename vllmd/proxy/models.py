@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllmd.errors import NoUpgrade
+from vllmd.proxy.access import Reach
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.forward import Parse, Relay
 from vllmd.proxy.routing import NoSuchMethod, Route, Router
@@ -127,6 +128,7 @@ def add_model_routes(router: Router, relay: Relay) -> None:
     for method in ("GET", "POST", "PUT", "DELETE"):
         path, about = "/upstream/{rest:path}", "an engine's own API"
         add(method, path, requests.upstream, about, scope="admin", max_body=most(method))
-    router.add_raw(Route("GET", "/v1/responses", no_socket, summary="refuses a WebSocket: POST is served", max_body=0))
+    about, nothing = "refuses a WebSocket: POST is served", Reach.NOTHING
+    router.add_raw(Route("GET", "/v1/responses", no_socket, summary=about, reach=nothing, max_body=0))
     realtime = Tunnels(relay).realtime
     router.add_raw(Route("GET", "/v1/realtime", realtime, summary="WebSocket to ?model=", doc=QUERY, max_body=0))
