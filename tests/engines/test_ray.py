@@ -129,7 +129,7 @@ if os.environ.get("FAKE_HEAD"):
     sys.exit(os.environ["FAKE_HEAD"])
 port = int(sys.argv[sys.argv.index("--port") + 1])
 server = socket.create_server(("127.0.0.1", port))
-json.dump(sys.argv[1:], open(os.environ["FAKE_RAY"] + ".head", "w"))
+json.dump([os.environ.get("RAY_worker_niceness"), *sys.argv[1:]], open(os.environ["FAKE_RAY"] + ".head", "w"))
 if os.fork() == 0:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1), os.dup2(1, 2)
     time.sleep(60)
@@ -239,7 +239,8 @@ def test_the_head_is_started_first(tmp_path: Path) -> None:
         with rehearsal.run(head=True, wait=30) as script:
             assert script.communicate(timeout=120)[0] == f"vllm {script.pid} 127.0.0.1:{port}\n"
         os.killpg(script.pid, signal.SIGKILL)  # the head goes as with its scope
-        flags = json.loads((tmp_path / "said.json.head").read_text())
+        niceness, *flags = json.loads((tmp_path / "said.json.head").read_text())
+    assert niceness == "0"  # or the ranks would starve beside anything else
     assert flags[:2] == ["start", "--head"]
     values = dict(itertools.pairwise(flags))
     assert (values["--num-gpus"], values["--node-ip-address"]) == ("1", "127.0.0.1")

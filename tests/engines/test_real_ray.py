@@ -67,7 +67,8 @@ class Lab:
     def add_node(self, log: Path) -> None:
         """The other machine comes up and offers its device, as the unit in the manual does."""
         env = {**os.environ, **TOKEN, "PYTHONPATH": str(self.ray), "VLLM_HOST_IP": THERE, "GLOO_SOCKET_IFNAME": "ray0",
-               "RAY_gcs_rpc_server_reconnect_timeout_s": "5", "HF_HUB_OFFLINE": "1"}  # fmt: skip
+               "RAY_gcs_rpc_server_reconnect_timeout_s": "5", "RAY_worker_niceness": "0",
+               "HF_HUB_OFFLINE": "1"}  # fmt: skip
         python = self.vllm.command.with_name("python3")
         node = [python, "-m", "ray.scripts.scripts", "start", "--block", f"--address={HERE}:{PORT}",
                 f"--node-ip-address={THERE}", "--num-gpus=1", "--num-cpus=1", "--object-store-memory=100000000",

@@ -76,7 +76,8 @@ def start_head(python: str, told: dict[str, Any]) -> None:
     command += ["--node-ip-address", told["host"], "--port", str(told["port"]), "--num-gpus", str(told["here"])]
     command += ["--num-cpus", "1", "--object-store-memory", str(OBJECT_STORE), "--include-dashboard", "false"]
     command += ["--temp-dir", fresh_folder(f"/tmp/vllmd-ray-{told['port']}")]
-    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    # Ray runs its workers at nice 15; vLLM's ranks are no background work, and would starve beside anything else.
+    env = {"RAY_worker_niceness": "0"} | {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     if status := subprocess.run(command, env=env, check=False).returncode:
         sys.exit(f"ray start has ended with status {status}")  # why, it has said itself
 
