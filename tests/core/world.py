@@ -283,8 +283,11 @@ class World:
         elif isinstance(event, MemorySampled):
             self._sampled(event)
         elif isinstance(event, ModelsChanged):
+            wished = {self.model_of[name] for name in self.wished if name in self.model_of}
             self.configure(event.models)
             self.wished |= {name for name, spec in self.specs.items() if spec.preload}
+            # A model that gets replicas or loses them keeps its first one's engine, and what is wanted of it.
+            self.wished |= {spec.replicas[0].id for spec in event.models if spec.name in wished}
         elif isinstance(event, LoadAsked):
             self.wished |= {name for name in self.specs if event.model in (name, self.model_of[name])}
         elif isinstance(event, ProbeAsked):
