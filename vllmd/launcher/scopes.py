@@ -50,6 +50,7 @@ SERVICE, LAUNCHER, SLICE = "vllmd.service", "vllmd-launcher.service", "vllmd.sli
 PATIENCE = 0.1  # seconds for systemd to notice by itself that a scope is empty; it takes about one millisecond
 RETRY = 0.02  # seconds until systemd is asked again: for a name that it has not let go, or while it cannot be asked
 NAME_TRIES = 50
+FAILED_COST = 10  # of them, for a job that failed: what fails for another reason fails again
 JOB_LOOK = 1.0  # seconds after which a job is looked for: its end may have been told while nobody listened
 STOPPED = "vllmd is being stopped: no model is started any more"
 
@@ -119,7 +120,16 @@ class Scopes:
             placed(None, STOPPED)
             return
         self._loaded.add(unit)
-        self._await(job, unit, lambda result: self._made(unit, process, result, placed, was_down=_is_down(service)))
+
+        def ended(result: str) -> None:
+            # systemd cannot put a process into a group that it is just removing: that of the last unit of this name.
+            if result == "failed" and tries > 0:
+                again = lambda: self.place(order, process, placed, tries - FAILED_COST)  # noqa: E731
+                self._placing[unit] = self._loop.later(RETRY, again)
+            else:
+                self._made(unit, process, result, placed, was_down=_is_down(service))
+
+        self._await(job, unit, ended)
 
     def _make(self, unit: str, properties: Mapping[bytes, Any], service: Unit, slice: Unit) -> bytes | None:
         """The job, or None if nothing may be started. Raises BusError."""
