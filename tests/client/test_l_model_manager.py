@@ -172,6 +172,7 @@ def test_an_interrupted_call_is_never_answered_to_the_next(fake: Any) -> None:
 import os, signal
 from vllmd import errors
 from vllmd.client import ModelManager, offline
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, or CI, may have it ignored
 offline.END_LIMIT = 600.0  # whoever interrupted a call does not wait for its end
 model = ModelManager({"model": "m"})
 model.load_model()
