@@ -451,5 +451,8 @@ class World:
         if isinstance(event, LeaseTaken | LeaseReleased):
             held = [lease for m in seen.models for lease in m.leases]
             assert len(held) == len(set(held)), "a lease is held twice"
+        for view in seen.models:
+            told = (view.state, view.level, view.in_flight + view.queued)
+            assert self.scheduler.brief(view.name) == told, f"{view.name} in brief is not what its view says"
         check_kept(self.scheduler)
         check_jobs(self.scheduler)

@@ -348,7 +348,7 @@ def test_nothing_more_is_put_on_a_device_than_a_reload_says_that_it_has(tmp_path
     async def reload(living: Living) -> None:
         await living.daemon.take(two)
         living.back.post(events.TimePassed())
-        states = {view.name: view.state for view in living.front.status.snapshot().models}  # type: ignore[union-attr]
+        states = {view.name: view.state for view in living.front.status.sight().snapshot.models}  # type: ignore[union-attr]
         assert states == {"a": State.STARTING, "b": State.STOPPED}
 
     lives(one, tmp_path, reload)

@@ -399,3 +399,18 @@ def vllm_binds() -> dict[Path, str]:
     """Real vLLM and the tiny model, where this computer has them."""
     wanted = {cache() / "vllm": VLLM_INSIDE, cache() / "tiny-model": MODEL_INSIDE}
     return {outside: inside for outside, inside in wanted.items() if (outside / ".vllmd-stamp").exists()}
+
+
+def later_version(machine: Machine) -> str:
+    """Make of /root/vllmd.deb, which is there, the same under a later version, as the next release would be; its path.
+
+    The daemon of it tells 99.0.
+    """
+    machine.run(
+        "dpkg-deb --raw-extract /root/vllmd.deb /root/newer && "
+        "sed -i 's/^Version: .*/Version: 99.0/' /root/newer/DEBIAN/control && "
+        "sed -i '/vllmd.__init__.py/d' /root/newer/DEBIAN/md5sums && cd /root/newer/usr/lib/python3/dist-packages && "
+        "sed -i 's/^__version__ = .*/__version__ = \"99.0\"/' vllmd/__init__.py && "
+        "dpkg-deb --build --root-owner-group /root/newer /root/newer.deb"
+    )
+    return "/root/newer.deb"

@@ -111,18 +111,6 @@ STREAM = (
 )
 
 
-def newer(machine: Machine) -> str:
-    """The same package under a later version, as the next release would be; its path in there."""
-    machine.run(
-        "dpkg-deb --raw-extract /root/vllmd.deb /root/newer && "
-        "sed -i 's/^Version: .*/Version: 99.0/' /root/newer/DEBIAN/control && "
-        "sed -i '/vllmd.__init__.py/d' /root/newer/DEBIAN/md5sums && cd /root/newer/usr/lib/python3/dist-packages && "
-        "sed -i 's/^__version__ = .*/__version__ = \"99.0\"/' vllmd/__init__.py && "
-        "dpkg-deb --build --root-owner-group /root/newer /root/newer.deb"
-    )
-    return "/root/newer.deb"
-
-
 def test_an_upgrade_moves_the_members_of_the_old_group(installed_machine: Machine) -> None:
     """The daemon's group once was that of vllmctl's users: they keep vllmctl, and no longer read the configuration."""
     machine = installed_machine
@@ -149,7 +137,7 @@ def test_upgrade_under_load_refuses_nobody_and_reloads_no_model(installed_machin
     stream = installed_machine.popen("exec " + STREAM)
     assert stream.stdout is not None
     stream.stdout.readline()
-    installed_machine.run(["dpkg", "--install", newer(installed_machine)], timeout=120)
+    installed_machine.run(["dpkg", "--install", container.later_version(installed_machine)], timeout=120)
     installed_machine.run(ASK, timeout=90)
     assert stream.communicate(timeout=120)[0].rstrip().endswith("data: [DONE]")
     installed_machine.run("pkill -f http.clien[t]")

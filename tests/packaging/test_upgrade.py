@@ -55,7 +55,9 @@ def test_an_upgrade_of_an_earlier_version_under_load_loses_nothing(
     before = {instance.rpartition("-")[0]: pid for pid, instance in engines(machine).items()}
     load = machine.popen(["/usr/bin/python3", "/root/clients.py", "on", "a", "b", "c", "d", "a", "b", "pair", "pair"])
     machine.wait_until("test -e /run/going")
-    machine.run(["apt-get", "install", "-qy", "--no-install-recommends", newer(machine, package)], timeout=180)
+    machine.copy_in(package, "/root/vllmd.deb")
+    later = container.later_version(machine)
+    machine.run(["apt-get", "install", "-qy", "--no-install-recommends", later], timeout=180)
     machine.write("/run/enough", "")
     out, error = load.communicate(timeout=120)
     told = json.loads(out)
@@ -67,19 +69,6 @@ def test_an_upgrade_of_an_earlier_version_under_load_loses_nothing(
     names = {"a": "a", "b": "b", "pair@1": "pair", "pair@2": "pair-2"}
     assert {name: now[name] for name in names} == {name: before[old] for name, old in names.items()}
     assert machine.out("systemctl is-active vllmd{,-admin,-read}.socket").split() == ["active"] * 3
-
-
-def newer(machine: Machine, package: Path) -> str:
-    """This package under a later version, as a release would be; its path in there."""
-    machine.copy_in(package, "/root/vllmd.deb")
-    machine.run(
-        "dpkg-deb --raw-extract /root/vllmd.deb /root/newer && "
-        "sed -i 's/^Version: .*/Version: 99.0/' /root/newer/DEBIAN/control && "
-        "sed -i '/vllmd.__init__.py/d' /root/newer/DEBIAN/md5sums && cd /root/newer/usr/lib/python3/dist-packages && "
-        "sed -i 's/^__version__ = .*/__version__ = \"99.0\"/' vllmd/__init__.py && "
-        "dpkg-deb --build --root-owner-group /root/newer /root/newer.deb"
-    )
-    return "/root/newer.deb"
 
 
 # Half of them keep their connections, as every SDK does, and repeat a request on one that was closed meanwhile.

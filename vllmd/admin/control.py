@@ -53,9 +53,6 @@ class Status(Protocol):
     def line(self, model: str) -> dict[str, Any]:
         """One model's line of ``status``."""
 
-    def snapshot(self) -> Snapshot | None:
-        """The core's own words; None until the daemon has found its devices and engines."""
-
     def resolve(self, name: str, caller: Caller = ANYBODY) -> str:
         """The configured name of what the caller calls a model, or a replica of it. Raises UnknownModel, Forbidden."""
 

@@ -70,7 +70,7 @@ def wrong(config: Config) -> Iterator[tuple[str, str, str]]:
     for name, pool in config.pools.items():
         if name in owner:
             yield "", f"pools.{name}", f"{name!r} is {owner[name]} already"
-        yield from _members(name, pool, config)
+        yield from _members(name, pool, config, owner)
 
 
 def _of_model(model: ModelConfig, owner: dict[str, str]) -> Iterator[tuple[str, str, str]]:
@@ -91,8 +91,9 @@ def _of_model(model: ModelConfig, owner: dict[str, str]) -> Iterator[tuple[str, 
         owner.setdefault(name, f"{'an adapter' if setting == 'adapters' else 'a variant'} of {model.name!r}")
 
 
-def _members(name: str, pool: PoolConfig, config: Config) -> Iterator[tuple[str, str, str]]:
-    path, known = f"pools.{name}.models", names_of(config)
+def _members(name: str, pool: PoolConfig, config: Config, known: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    """``known``: every name but those of pools."""
+    path = f"pools.{name}.models"
     if not pool.models:
         yield "", path, "it names no model"
     for member in dict.fromkeys(pool.models):

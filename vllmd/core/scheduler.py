@@ -28,9 +28,9 @@ from vllmd.core.policies import POLICIES
 from vllmd.core.policy import Policy
 from vllmd.core.policy_input import sleep_levels
 from vllmd.core.scaling import Scaling
-from vllmd.core.types import Device, ModelSpec, Settings, Snapshot, State
+from vllmd.core.types import Brief, Device, ModelSpec, Settings, Snapshot, State
 from vllmd.core.unloading import DEEPEN_RETRY, Unloading
-from vllmd.core.views import BEST_FIRST, snapshot
+from vllmd.core.views import BEST_FIRST, brief, snapshot
 
 DEFAULTS = Settings()
 
@@ -98,6 +98,11 @@ class Scheduler:
         """Everything worth showing, copied."""
         core = self._core
         return snapshot(core, self._planner, max(now, core.now))
+
+    def brief(self, model: str) -> Brief | None:
+        """The model's state and open requests, cheaply; None for no such model."""
+        known = self._core.models.get(model)
+        return brief(known) if known else None
 
     def foremost(self, model: str) -> tuple[str, State]:
         """The replica of the model that is nearest to serving, and its state: what a client waits for.

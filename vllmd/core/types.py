@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 GiB = 1 << 30
 
@@ -270,6 +270,14 @@ class DeviceView:
     drained: bool = False  # by an operator
 
 
+class Brief(NamedTuple):
+    """What a ``ModelView`` says of a model's state, and how many of its requests run or wait."""
+
+    state: State
+    level: int
+    open: int
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """What the core shows others; never a reference into its state."""
@@ -280,3 +288,12 @@ class Snapshot:
     host_memory: int
     host_promised: int
     decisions: tuple[Decision, ...]
+
+    @property
+    def replicas(self) -> list[ReplicaView]:
+        """How each engine stands."""
+        return [view for model in self.models for view in model.replicas]
+
+    def replicas_of(self, name: str) -> list[ReplicaView]:
+        """How each engine of the model stands, or the one of that id; none if nothing is called so."""
+        return [view for model in self.models for view in model.replicas if name in (model.name, view.id)]

@@ -12,7 +12,7 @@ from vllmd.core.model import INFINITY, HealthStatus, Model, Replica
 from vllmd.core.planner import Planner
 from vllmd.core.policy import PolicyInput
 from vllmd.core.policy_input import waited_since
-from vllmd.core.types import DeviceView, ModelView, ReplicaView, Snapshot, State
+from vllmd.core.types import Brief, DeviceView, ModelView, ReplicaView, Snapshot, State
 
 # Of several replicas' states the model's is the first one here that any of them has.
 BEST_FIRST = (
@@ -52,9 +52,10 @@ def _device(a: Account) -> DeviceView:
 
 def _model(core: Core, model: Model, now: float, outlook: Ask) -> ModelView:
     """The replicas as one: in the state of the best of them, with all their requests and memory."""
-    views = tuple(_replica(core, r, now, outlook) for r in (*model.replicas, *model.retired))
-    best = min(views, key=lambda view: (not serves(view, model), BEST_FIRST.index(view.state)))
-    up = [view for view in views if serves(view, model)]
+    replicas = (*model.replicas, *model.retired)
+    views = tuple(_replica(core, r, now, outlook) for r in replicas)
+    _, best = min(zip(replicas, views, strict=True), key=lambda pair: _rank(pair[0]))
+    up = [view for r, view in zip(replicas, views, strict=True) if _serves(r)]
     idle = [view.idle for view in views if view.idle is not None]
     loaded = [view for view in views if view.devices]
     oldest = model.queue.oldest
@@ -84,9 +85,25 @@ def _model(core: Core, model: Model, now: float, outlook: Ask) -> ModelView:
     )
 
 
-def serves(view: ReplicaView, model: Model) -> bool:
+def brief(model: Model) -> Brief:
+    """Cheap, unlike a ``ModelView``: it may be asked for at every request."""
+    replicas = (*model.replicas, *model.retired)
+    best = min(replicas, key=_rank)
+    return Brief(best.state, _level(best), sum([in_flight(r) for r in replicas]) + len(model.queue))
+
+
+def _rank(r: Replica) -> tuple[bool, int]:
+    """The best of a model's replicas comes first."""
+    return not _serves(r), BEST_FIRST.index(r.state)
+
+
+def _serves(r: Replica) -> bool:
     """Whether it gets requests, or would if it were needed."""
-    return view.state is State.READY and (not model.rules or view.standing in SERVES)
+    return r.state is State.READY and (not r.model.rules or _standing(r) in SERVES)
+
+
+def _level(r: Replica) -> int:
+    return r.level if r.state in (State.SLEEPING, State.WAKING, State.FALLING_ASLEEP) else 0
 
 
 def _replica(core: Core, r: Replica, now: float, outlook: Ask) -> ReplicaView:
@@ -95,7 +112,7 @@ def _replica(core: Core, r: Replica, now: float, outlook: Ask) -> ReplicaView:
     return ReplicaView(
         name=r.id,
         state=r.state,
-        level=r.level if r.state in (State.SLEEPING, State.WAKING, State.FALLING_ASLEEP) else 0,
+        level=_level(r),
         devices=r.placement.devices,
         memory=engines.ledger.most(r),
         in_flight=in_flight(r),

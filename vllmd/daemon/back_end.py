@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vllmd.core import events
-from vllmd.core.types import ReplicaView, Snapshot, State
+from vllmd.core.types import Snapshot, State
 from vllmd.daemon.adapter_loader import provide
 from vllmd.daemon.device_readings import DeviceReadings
 from vllmd.daemon.device_watch import DeviceWatch
@@ -59,14 +59,12 @@ class BackEnd:
 
     def nearest(self, models: Sequence[str]) -> str:
         """Of these models the one that will answer soonest, by its state; of several that run the least busy one."""
-        views = {view.name: view for view in self.snapshot().models}
 
         def distance(name: str) -> tuple[int, int]:
-            view = views.get(name)
-            if view is None:
+            known = self.dispatcher.scheduler.brief(name)
+            if known is None:
                 return len(ORDER) + 1, 0
-            busy = view.in_flight + view.queued if view.state is State.READY else 0
-            return ORDER.get(state_of(view), len(ORDER)), busy
+            return ORDER.get(state_of(known), len(ORDER)), known.open if known.state is State.READY else 0
 
         return min(models, key=distance)
 
@@ -87,7 +85,7 @@ class BackEnd:
     async def note_idle(self) -> None:
         """Leave each engine's idle clock beside its cgroup, for the next daemon."""
         now = time.time()
-        for view in replicas(self.snapshot()):
+        for view in self.snapshot().replicas:
             process = self.engines.processes.get(view.id)
             if process and view.idle is not None:
                 await self.engines.annotate(process, idle_since=f"{now - view.idle:.0f}")
@@ -102,8 +100,3 @@ class BackEnd:
         self.dispatcher.close()
         with contextlib.suppress(OSError):
             await self.launcher.close()
-
-
-def replicas(snapshot: Snapshot) -> list[ReplicaView]:
-    """How each engine stands."""
-    return [view for model in snapshot.models for view in model.replicas]

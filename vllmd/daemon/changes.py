@@ -131,4 +131,4 @@ def dated(decision: Decision, now: float) -> dict[str, Any]:
 
 def _view(dispatcher: Dispatcher, engine: str) -> ReplicaView | None:
     seen = dispatcher.scheduler.snapshot(dispatcher.now())
-    return next((each for model in seen.models for each in model.replicas if engine in (each.id, model.name)), None)
+    return next(iter(seen.replicas_of(engine)), None)

@@ -27,8 +27,7 @@ class DeviceReadings:
         """Tell the core what the devices hold now, if they say."""
         memory, dispatcher = self._memory, self._dispatcher
         seen = dispatcher.scheduler.snapshot(dispatcher.now())
-        views = [view for model in seen.models for view in model.replicas]
-        expected = {(view.id, index): view.memory for view in views for index in view.devices}
+        expected = {(view.id, index): view.memory for view in seen.replicas for index in view.devices}
         sampled = await memory.report(self._engines.processes, expected)
         if sampled is None and memory.readable:  # the driver hangs: nobody knows what others hold
             sampled = events.MemorySampled({}, {}, {device.index: "no answer" for device in memory.inventory})

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vllmd.core.types import State
 from vllmd.daemon.changes import Changes
 from vllmd.daemon.current import Current, Later
-from vllmd.daemon.status import Status, views_of
+from vllmd.daemon.status import Sight, Status, line_of
 from vllmd.errors import Unavailable, UnknownModel
 
 if TYPE_CHECKING:
@@ -41,19 +41,17 @@ class Following:
     async def _steps(self, model: str, began: float) -> AsyncIterator[dict[str, Any]]:
         shown = ("", "", "")
         with self._changes.following():
-            while self._moves(model):
+            while True:
                 changed = self._changes.next_change  # before looking: what changes while the reader is busy counts
-                line = self._status.line(model)
+                seen = self._status.sight()
+                if not _moves(seen, model):
+                    return
+                line = line_of(seen, model)
                 if (line["state"], line["phase"], line["detail"]) != shown:
                     state, phase, detail = shown = (line["state"], line["phase"], line["detail"])
                     elapsed = time.monotonic() - began
                     yield {"state": state, "phase": phase, "detail": detail, "elapsed": elapsed}
                 await changed.wait()
-
-    def _moves(self, model: str) -> bool:
-        """Whether it is on its way somewhere, or about to be."""
-        views = views_of(self._status.snapshot(), model)
-        return any(view.state in MOVING or bool(view.waiting_for) for view in views)
 
     async def log(self, model: str, lines: int, *, follow: bool) -> AsyncIterator[str]:
         """The engine's last log lines, and what comes; of one that has ended its last ones."""
@@ -75,6 +73,12 @@ class Following:
         instance, at = runs[-1]
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
         return [*await back.engines.log_of_ended(config, instance, lines), f"-- its engine ended at {when} --"]
+
+
+def _moves(seen: Sight, model: str) -> bool:
+    """Whether it is on its way somewhere, or about to be."""
+    views = seen.snapshot.replicas_of(model) if seen.snapshot else ()
+    return any(view.state in MOVING or view.waiting_for for view in views)
 
 
 def _at_rest(line: dict[str, Any], elapsed: float) -> dict[str, Any]:

@@ -49,10 +49,8 @@ class Instances:
             adding = self._adding.get((name, device))  # the core may have asked for one more
         if adding:
             await asyncio.shield(adding)
-        models = [view for view in back.snapshot().models if view.name == name]
-        views = [each for view in models for each in view.replicas]
-        there = [view.id for view in views if device in view.devices or view.bound == device]
-        return next(iter(there), name)
+        views = back.snapshot().replicas_of(name)
+        return next((view.id for view in views if device in view.devices or view.bound == device), name)
 
     # -- further ones
 
@@ -97,8 +95,7 @@ class Instances:
 
     def _rests(self, name: str) -> bool:
         """Whether the engine is stopped, and nobody waits for it."""
-        models = self._back.now.snapshot().models if self._back.now else ()
-        views = [each for model in models for each in model.replicas if name in (model.name, each.id)]
+        views = self._back.now.snapshot().replicas_of(name) if self._back.now else ()
         return all(view.state in (State.STOPPED, State.FAILED) and not view.waiting_for for view in views)
 
     def plain(self, model: ModelConfig) -> ModelConfig:

@@ -12,7 +12,6 @@ from vllmd.daemon.current import Later
 from vllmd.daemon.instances import Instances
 from vllmd.daemon.probing import probe
 from vllmd.daemon.processes import kill
-from vllmd.daemon.status import views_of
 from vllmd.errors import ModelTooLarge, NotFound
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ class OperatorCommands:
         """
         back = await self._back.wait()
         back.post(events.LoadAsked(model))
-        views = views_of(back.snapshot(), model)
+        views = back.snapshot().replicas_of(model)
         if views and all(view.state is State.STOPPED and not view.waiting_for for view in views):
             for why in [view.failure for view in views if view.failure]:
                 raise ModelTooLarge(why)

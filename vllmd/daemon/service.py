@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vllmd.config.replicas import is_this_host, meant_here
 from vllmd.config.types import Config
 from vllmd.core import events
-from vllmd.core.types import ReplicaView, Snapshot, State
+from vllmd.core.types import Snapshot, State
 from vllmd.daemon.current import RuntimeEnvironment
 from vllmd.daemon.discovery import with_discovered
 from vllmd.daemon.front_end import SHUTTING_DOWN, front_end
@@ -174,7 +174,7 @@ class Daemon:
 
     def _look_interval(self, back: BackEnd, seen: Snapshot) -> float:
         """How often it matters what the devices hold: something waits for room, is loaded, or has not come back."""
-        if any(view.waiting_for and view.state in (State.STOPPED, State.SLEEPING) for view in _replicas(seen)):
+        if any(view.waiting_for and view.state in (State.STOPPED, State.SLEEPING) for view in seen.replicas):
             return WAIT_INTERVAL
         wedged = any(device.wedged for device in seen.devices)
         in_use = back.memory.trouble or back.engines.processes or self.front.gate.requests or wedged
@@ -192,7 +192,7 @@ class Daemon:
         if current.broken:
             return f"configuration invalid, serving errors: {current.broken.splitlines()[0]}"
         off = (State.STOPPED, State.FAILED)
-        states = [f"{each.id} {each.state.value}" for each in _replicas(seen) if each.state not in off]
+        states = [f"{each.id} {each.state.value}" for each in (seen.replicas if seen else ()) if each.state not in off]
         loaded, requests = ", ".join(states) or "none loaded", self.front.gate.requests
         return f"{len(current.config.models)} models configured; {loaded}; {requests} requests"
 
@@ -208,7 +208,7 @@ class Daemon:
             or back.engines.processes
             or front.gate.requests
             or front.listeners.connections
-            or any(view.waiting_for for view in _replicas(seen))
+            or any(view.waiting_for for view in (seen.replicas if seen else ()))
             or any(device.drained for device in (seen.devices if seen else ()))
         )
         after, accepted = front.current.config.server.idle_exit, front.listeners.accepted
@@ -302,11 +302,6 @@ class Daemon:
         task = asyncio.ensure_future(work)
         self._side_tasks.add(task)
         task.add_done_callback(self._side_tasks.discard)
-
-
-def _replicas(seen: Snapshot | None) -> list[ReplicaView]:
-    """How each engine stands; none until they have been found."""
-    return [view for model in (seen.models if seen else ()) for view in model.replicas]
 
 
 def _terminal() -> bool:

@@ -113,12 +113,6 @@ def line_of(seen: Sight, model: str) -> dict[str, Any]:
     raise UnknownModel(f"the model {model!r} is no longer configured", param="model")
 
 
-def views_of(snapshot: Snapshot | None, model: str) -> list[ReplicaView]:
-    """How each engine of the model stands, or the one of that id."""
-    views = [(view.name, each) for view in (snapshot.models if snapshot else ()) for each in view.replicas]
-    return [each for name, each in views if model in (name, each.id)]
-
-
 def concerns(decision: Decision, names: Set[str]) -> bool:
     """Whether it is about one of them, or makes it leave."""
     victims = str(decision.numbers.get("victims", "")).split(",")
@@ -159,10 +153,6 @@ class Status:
     async def opened(self) -> None:
         """Wait until devices and engines have been found."""
         await self._back.wait()
-
-    def snapshot(self) -> Snapshot | None:
-        """The core's own words; None until the daemon has found its devices and engines."""
-        return self._back.now.snapshot() if self._back.now else None
 
     def status(self) -> dict[str, Any]:
         """Everything that ``vllmctl`` shows."""
@@ -302,7 +292,7 @@ def _serving(seen: Sight) -> list[EngineProcess]:
     if seen.back is None or seen.snapshot is None:
         return []
     ready = {view.name for view in seen.snapshot.models if view.state is State.READY}
-    ready |= {each.id for view in seen.snapshot.models for each in view.replicas if each.state is State.READY}
+    ready |= {each.id for each in seen.snapshot.replicas if each.state is State.READY}
     return [process for name, process in seen.back.engines.processes.items() if name in ready]
 
 
