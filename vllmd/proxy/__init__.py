@@ -17,9 +17,8 @@ From the wire inwards::
     tunnel       WebSockets: bytes both ways
     models       the table of model routes; engine_api: what of an engine's own API is passed on
 
-What it costs (tests/bench; Debian's Python 3.11, one core of 2.6 GHz, everything in lock step): 42 microseconds of CPU
-for a short answer, 17 of them in its four system calls on sockets, and 11 for each further piece of a stream, 8 of
-them in recv() and send(). What gained nothing that could be measured: receiving into a buffer that is kept
+What it costs, beside nginx, HAProxy and others in the same run, is in tests/bench/proxy.md; a good part of it is system
+calls on sockets. What gained nothing that could be measured: receiving into a buffer that is kept
 (``BufferedProtocol``), a leaner selector, no garbage collection.
 
 What it needs of the daemon is in ``gate``; what it and ``admin`` say to each other is in ``http``.
