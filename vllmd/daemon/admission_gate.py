@@ -36,6 +36,7 @@ from vllmd.engines.base import Adapter, Engine, Listen
 from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.proxy.gate import Target, silent
 from vllmd.proxy.model_requests import unserved
+from vllmd.proxy.tokens import Tokens
 from vllmd.proxy.upstream import Unreached
 
 ERRORS: Mapping[commands.RejectReason, type[errors.VllmdError]] = {
@@ -391,12 +392,14 @@ class AdmissionGate:
         if self._back is not None:
             self._back.post(event)
 
-    def ended(self, permit: Permit, tokens: int | None, failed: str) -> None:
+    def ended(self, permit: Permit, tokens: Tokens | None, failed: str) -> None:
         """An admitted request is over."""
         self._drop(permit.request)
+        told = None
         if tokens is not None:
             self._counters.used(permit.called, permit.key, tokens)
-        self.post(events.RequestFinished(permit.request, tokens, failed))
+            told = None if tokens.estimated else tokens.total
+        self.post(events.RequestFinished(permit.request, told, failed))
 
     def _drop(self, request: str) -> Permit | None:
         permit = self._permits.pop(request, None)
@@ -472,7 +475,7 @@ class Permit:
         """The head of a replica's answer came."""
         self._gate.post(events.RequestAnswered(self.request, streamed))
 
-    def release(self, tokens: int | None = None, size: int = 0, failed: str = "") -> None:
+    def release(self, tokens: Tokens | None = None, size: int = 0, failed: str = "") -> None:
         """The request ended, however it did; told twice, it counts once."""
         if self._over:
             return

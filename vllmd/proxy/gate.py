@@ -13,6 +13,7 @@ from typing import Protocol
 from vllmd.errors import VllmdError
 from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.proxy.http import Request
+from vllmd.proxy.tokens import Tokens
 
 LONGEST_NAME = 256  # characters of a model's name; a longer one is refused before anything is compared with it
 TOO_LONG_A_NAME = f"a model's name has at most {LONGEST_NAME} characters"
@@ -104,11 +105,11 @@ class Permit(Protocol):
     def answered(self, streamed: bool) -> None:
         """The head of a replica's answer came, ``streamed`` or whole. Only owed where ``target`` is not None."""
 
-    def release(self, tokens: int | None = None, size: int = 0, failed: str = "") -> None:
+    def release(self, tokens: Tokens | None = None, size: int = 0, failed: str = "") -> None:
         """The request is over, however it went; counts once, though it may be called again.
 
-        ``tokens``: the answer's usage, if it told. ``size``: bytes of the answer that came. ``failed``: why the engine
-        gave no answer, or broke it off; "" if it is not to blame.
+        ``tokens``: what it took, where that is known. ``size``: bytes of the answer that came. ``failed``: why the
+        engine gave no answer, or broke it off; "" if it is not to blame.
         """
 
     async def retry(self, error: VllmdError) -> Permit:
