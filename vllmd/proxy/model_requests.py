@@ -171,7 +171,7 @@ class ModelRequests:
         path = quoted(request.path)
         if request.query_string:
             path = f"{path}?{request.query_string}"
-        return UpstreamRequest(target, asked, path, only=only, route=route, keep_alive=keep_alive)
+        return UpstreamRequest(target, asked, path, only=only, public=route, keep_alive=keep_alive)
 
     def target(self, request: Request, name: str, route: str) -> Target:
         """What ``name`` means to this client, who asks for ``route`` ("" for none of the public ones).
