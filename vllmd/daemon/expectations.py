@@ -27,13 +27,15 @@ class Expectations:
     """What a configuration comes to on these devices.
 
     ``specs``: what the core knows of the models. ``estimates``: what each engine is told of the memory for it, such as
-    the size of its cache: as estimated, never as measured.
+    the size of its cache: as estimated, never as measured. ``kinds``: what each engine's model is for, as its files
+    tell.
     """
 
     paths: Paths
     engines: Mapping[str, ModelConfig]  # by the id that the core knows each by
     specs: tuple[ModelSpec, ...]
     estimates: Mapping[str, Estimate]
+    kinds: Mapping[str, str]
 
 
 async def expect(
@@ -50,12 +52,13 @@ async def expect(
 
     replicas: dict[str, list[ReplicaSpec]] = {}
     estimates: dict[str, Estimate] = {}
-    for each in await asyncio.to_thread(reckon):
+    prospects = await asyncio.to_thread(reckon)
+    for each in prospects:
         name = each.model.replica_of or each.model.name
         replicas.setdefault(name, []).append(replica_spec(each.model, each.engine, each.told))
         estimates[each.model.name] = each.told
     specs = tuple(model_spec(config.models[name], of) for name, of in replicas.items())
-    return Expectations(paths, engines, specs, estimates)
+    return Expectations(paths, engines, specs, estimates, {each.model.name: each.kind for each in prospects})
 
 
 def paths_of(config: Config, runtime: RuntimeEnvironment) -> Paths:

@@ -56,6 +56,7 @@ async def take(
         front.accept(config)
         back.engines.relocate(expected.paths, config.engines.port_start, config.engines.port_end)
         back.engines.configure(engines, expected.estimates)
+        front.gate.learn_kinds(expected.kinds)
         if devices:
             old = back.memory.devices
             back.memory.take(devices, files_of(config))

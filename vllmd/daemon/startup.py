@@ -55,6 +55,7 @@ async def back_end(front: FrontEnd) -> BackEnd:
     learnt = front.learnt
     await asyncio.to_thread(learnt.load)
     expected = await expect(config, runtime, memory.inventory, front.resolver)
+    front.gate.learn_kinds(expected.kinds)
     scheduler = Scheduler(expected.specs, memory.inventory, settings_of(config), CostBook.from_dict(learnt.costs))
 
     # 3. The launcher. What it reports before there is anybody to hear it concerns engines that step 5 asks it for.
@@ -124,6 +125,7 @@ async def take_devices(front: FrontEnd, back: BackEnd, devices: Devices) -> None
         if not devices.trouble:
             expected = await expect(config, front.runtime, devices.inventory(), front.resolver)
             back.engines.configure(expected.engines, expected.estimates)
+            front.gate.learn_kinds(expected.kinds)
             back.post(events.ModelsChanged(expected.specs))
         back.post(events.DevicesChanged(devices.inventory(), str(devices.trouble or ""), devices.asking))
         await back.readings.look()
