@@ -2,10 +2,11 @@
 
 One JSON file in the service's cache directory, or for ``vllmd serve`` in the
 user's: ``{"costs": {...}, "runs": {...}, "decisions": {...}, "failures": {...}}``, the
-costs as ``vllmd.core.costs.CostBook`` has them; it forgets by itself what was measured of a model that is now configured
-otherwise. ``runs`` are the last instances of each engine, so that what they wrote can
-be shown also to those who may not read the journal; ``decisions`` the last ones about
-each, as ``/admin/decisions`` has them: what is asked about a model outlives the daemon.
+costs as ``vllmd.core.costs.CostBook`` has them; it forgets by itself what was measured
+of a model that is now configured otherwise. ``runs`` are the last instances of each
+engine, so that what they wrote can be shown also to those who may not read the journal;
+``decisions`` the last ones about each, as ``/admin/decisions`` has them: what is asked
+about a model outlives the daemon.
 ``failures`` are those that nobody has cleared (``failures.py``).
 """
 
