@@ -203,7 +203,7 @@ async def serve_relay(port: int, upstream_port: int) -> None:
             """Every name is good."""
             return Target(name, name)
 
-        async def acquire(self, *_: object, offer: str = "") -> OpenPermit:
+        async def acquire(self, *_: object, offer: str = "", route: str = "") -> OpenPermit:
             """At once."""
             return OpenPermit()
 

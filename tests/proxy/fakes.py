@@ -118,6 +118,7 @@ class FakeGate:
         body: bytes = b"",
         waits: Callable[[], None] = silent,
         offer: str = "",
+        route: str = "",
     ) -> FakePermit:
         """Through, once it is open."""
         self.only.append(only)

@@ -167,7 +167,7 @@ class ModelRoutes:
         body = openai_body(asked, target)
         if target.rules is not None:
             body = await after_rules(body.body, target.rules, asked.path)
-        wanted = UpstreamRequest(target, body, asked.path, keep_alive=wish(request, _keeps(asked)))
+        wanted = UpstreamRequest(target, body, asked.path, public=asked.path, keep_alive=wish(request, _keeps(asked)))
         request.body = b""  # what was translated is held in its place
         exchange.body_grew(len(body.body))
 

@@ -45,6 +45,7 @@ class UpstreamRequest:
     path_at: Callable[[Target], str] | None = None  # where the engine's name for the model is in it
     outside: str = ""  # what a client puts before a path of the engine's to reach it
     only: str = ""  # the replica that alone can serve it
+    public: str = ""  # the public path that the client asked for, "" for none of them
     keep_alive: float | None = None  # seconds for which the client will want the model again, see ``proxy.keep_alive``
 
     @property

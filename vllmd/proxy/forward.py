@@ -102,7 +102,7 @@ class Relay:
             exchange, model, wanted.asked.model, stream=wanted.asked.stream, limits=self.limits, gate=self.gate
         )
         acquiring = self.gate.acquire(
-            model, request.caller.name, wanted.only, wanted.asked.body, heartbeat.begin, offer
+            model, request.caller.name, wanted.only, wanted.asked.body, heartbeat.begin, offer, wanted.public
         )
         try:
             while True:
