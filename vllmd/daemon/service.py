@@ -144,7 +144,7 @@ class Daemon:
         looked = kept = -SAMPLE_INTERVAL
         while True:
             back = self.front.back.now
-            seen = back.snapshot() if back else None
+            seen = back.activity() if back else None
             self._notify.watchdog()
             self._say_status(seen)
             if self._may_exit(seen):
