@@ -135,7 +135,7 @@ def test_what_it_usually_takes_is_told_where_it_says_something(passed: float, us
 
 
 def test_the_view_of_an_unused_model_is_kept_until_something_changes() -> None:
-    """Of ten thousand models nearly all were never used; a lease, a request or a reload is seen at once all the same."""
+    """Of ten thousand models nearly all are never used; a lease, a request or a reload is seen at once all the same."""
     w = World([model("m"), model("other")], [GPU])
     unused = view(w, "other")
     w.now = 100.0

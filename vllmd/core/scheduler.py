@@ -105,7 +105,7 @@ class Scheduler:
         return snapshot(core, self._planner, max(now, core.now), core.models.values())
 
     def activity(self, now: float) -> Snapshot:
-        """The same with those models only of which something runs, is wanted, or has failed: cheap, however many rest."""
+        """The same of those models only of which something runs, is wanted, or has failed: cheap, however many rest."""
         core = self._core
         models = dict.fromkeys(r.model for r in core.active)
         return snapshot(core, self._planner, max(now, core.now), models)
