@@ -31,7 +31,7 @@ from vllmd.errors import ConfigError
 
 SYSTEM = Path("/var/lib/vllmd/engines")
 CURRENT = "current"
-# What the launcher gives to engines that run as another user; who stays the same user keeps his own.
+# The PATH that the launcher gives to engines of another user; an engine of the same user keeps the user's own.
 PATH = "/usr/local/bin:/usr/bin:/bin"
 # The kinds that have environments, each with the program that is looked for in PATH before; "": none is.
 PROGRAMS: dict[str, str] = {"vllm": "vllm", "llama.cpp": "llama-server", "sglang": "", "transformers": "transformers"}
