@@ -119,7 +119,11 @@ def check_kept(scheduler: Scheduler) -> None:
     if not engines.ledger.unknown:
         waits = {r for r in replicas if r.demand and r.state in (State.STOPPED, State.SLEEPING) and not r.leaving}
         assert set(core.waiting) == waits, "who waits for the policy"
-    assert scheduler._due == min((r.due for r in replicas), default=math.inf)
+    assert core.timers.due == min((r.due for r in replicas), default=math.inf)
+    active = {r for r in replicas if r.state is not State.STOPPED or r.demand}
+    assert set(core.active) == active, "what the daemon looks at once a second"
+    displaced = {r for r in replicas if r.displaced and r.state is State.SLEEPING}
+    assert set(engines.displaced) == displaced, "who sleeps because another one needed his place"
     for r in replicas:
         assert r.due <= scheduler._due_of(r), f"a timer of {r.id} is lost"
     for index, account in engines.ledger.accounts.items():
@@ -453,6 +457,7 @@ class World:
             held = [lease for m in seen.models for lease in m.leases]
             assert len(held) == len(set(held)), "a lease is held twice"
         for view in seen.replicas[len(self.script) % 7 : len(self.script) % 7 + 1]:
-            assert self.scheduler.view(view.id, self.now) == view, f"{view.id} alone is not what the snapshot says"
+            alone = self.scheduler.replicas_of(view.id, self.now)
+            assert alone == [view], f"{view.id} alone is not what the snapshot says"
         check_kept(self.scheduler)
         check_jobs(self.scheduler)

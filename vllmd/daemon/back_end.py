@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from vllmd.core import commands, events
-from vllmd.core.types import Snapshot, State
+from vllmd.core.types import ReplicaView, Snapshot, State
 from vllmd.daemon.adapter_loader import provide
 from vllmd.daemon.admission_gate import ERRORS
 from vllmd.daemon.boot_clock import moments
@@ -39,9 +39,10 @@ class BackEnd:
     learnt: Learnt
     keeping: asyncio.Lock = field(default_factory=asyncio.Lock)  # one writes what was learnt at a time
 
-    def post(self, event: events.Event) -> None:
-        """Hand an event to the core."""
-        self.dispatcher.post(event)
+    @property
+    def post(self) -> Callable[[events.Event], None]:
+        """Hands an event to the core."""
+        return self.dispatcher.post
 
     def ask(self, event: events.Asking, answered: Callable[[commands.Answer], None]) -> None:
         """Hand an event to the core, and have ``answered`` called before anything that follows from it begins."""
@@ -59,6 +60,14 @@ class BackEnd:
     def snapshot(self) -> Snapshot:
         """How everything stands. It is drawn anew each time, of all models: ask once and pass it on."""
         return self.dispatcher.scheduler.snapshot(self.dispatcher.now())
+
+    def activity(self) -> Snapshot:
+        """The same of those models only of which something runs, is wanted or has failed."""
+        return self.dispatcher.scheduler.activity(self.dispatcher.now())
+
+    def replicas_of(self, name: str) -> list[ReplicaView]:
+        """How each engine of the model stands, or the one of that id; none if nothing is called so."""
+        return self.dispatcher.scheduler.replicas_of(name, self.dispatcher.now())
 
     def address_of(self, replica: str) -> Listen | None:
         """Where the replica's engine listens; None if there is none."""
@@ -88,7 +97,7 @@ class BackEnd:
 
     async def note_idle(self) -> None:
         """Leave each engine's idle clock beside its cgroup, for the next daemon."""
-        for view in self.snapshot().replicas:
+        for view in self.activity().replicas:
             process = self.engines.processes.get(view.id)
             if process and view.idle is not None:
                 await self.engines.annotate(process, **moments(idle_since=view.idle))

@@ -142,4 +142,4 @@ def dated(decision: Decision, now: float) -> dict[str, Any]:
 
 
 def _view(dispatcher: Dispatcher, engine: str) -> ReplicaView | None:
-    return dispatcher.scheduler.view(engine, dispatcher.now())
+    return next(iter(dispatcher.scheduler.replicas_of(engine, dispatcher.now())), None)

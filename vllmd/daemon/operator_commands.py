@@ -69,7 +69,7 @@ class OperatorCommands:
         """Take a device out of use, or give it back; how it is then. Raises NotFound."""
         back = await self._back.wait()
         back.post(events.DeviceDrained(device, drained))
-        for view in back.snapshot().devices:
+        for view in back.activity().devices:
             if view.index == device:
                 return asdict(view)
         raise NotFound(f"there is no device {device}; vllmctl gpus lists those that there are")
