@@ -28,18 +28,29 @@ GOLDEN = [
     ("models: &a {x: *a}", "vllmd.yaml:1: this anchor contains itself"),
     ("? [a]\n: 1", "vllmd.yaml:1: a key must be plain text"),
     # ---- keys
-    ("polcy: lru", f'vllmd.yaml:1: polcy: there is no such setting; did you mean "policy"?; accepted: {SECTIONS}'),
+    ("polcy: lru", f'vllmd.yaml:1: polcy: there is no such setting; did you mean "policy"? accepted: {SECTIONS}'),
+    (
+        "models: {m: {gpu_memry: 1}}",
+        'vllmd.yaml:1: models.m.gpu_memry: there is no such setting; did you mean "gpu_memory"?',
+    ),
+    (
+        "models: {m: {zzz: 1}}",
+        "vllmd.yaml:1: models.m.zzz: there is no such setting; flags of the engine belong in extra_args; accepted: "
+        "engine, model, model_path, command, aliases, display_name, description, hidden, capabilities, devices, gpu_id, "
+        "tensor_parallel_size, pipeline_parallel_size, local_devices, gpu_memory, gpu_memory_utilization and others, "
+        "see vllmd.yaml(5)",
+    ),
     (
         "org/name: {devices: 0}",
         "vllmd.yaml:1: org/name: there is no such setting; models belong beneath models:; accepted: " + SECTIONS,
     ),
     (
         "idle:\n  sleep-after: 5m",
-        f'vllmd.yaml:2: idle.sleep-after: there is no such setting; did you mean "sleep_after"?; accepted: {IDLE}',
+        f'vllmd.yaml:2: idle.sleep-after: there is no such setting; did you mean "sleep_after"? accepted: {IDLE}',
     ),
     (
         "gpu:\n  gpu: 1",
-        'vllmd.yaml:2: gpu.gpu: there is no such setting; did you mean "gpu_id"?; '
+        'vllmd.yaml:2: gpu.gpu: there is no such setting; did you mean "gpu_id"? '
         "accepted: gpu_id, reserved_memory_mb, memory_utilization",
     ),
     (
@@ -225,7 +236,7 @@ GOLDEN = [
     ),
     (
         "models: {m: {when_free: {used_above: 5GiB}}}",
-        'vllmd.yaml:1: models.m.when_free.used_above: there is no such setting; did you mean "used_below"?; '
+        'vllmd.yaml:1: models.m.when_free.used_above: there is no such setting; did you mean "used_below"? '
         "accepted: used_below, shares",
     ),
     (
