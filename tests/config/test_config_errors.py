@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from vllmd.config.loader import load
+from vllmd.config.settings import MODEL
+from vllmd.config.shape import MANY, spellings
 from vllmd.errors import ConfigError
 
 GPU = "devices: [{memory: 80GiB}]\n"
@@ -37,9 +39,7 @@ GOLDEN = [
     (
         "models: {m: {zzz: 1}}",
         "vllmd.yaml:1: models.m.zzz: there is no such setting; flags of the engine belong in extra_args; accepted: "
-        "engine, model, model_path, command, aliases, display_name, description, hidden, capabilities, devices, "
-        "gpu_id, tensor_parallel_size, pipeline_parallel_size, local_devices, gpu_memory, gpu_memory_utilization and "
-        "others, see vllmd.yaml(5)",
+        f"{', '.join(spellings(MODEL)[:MANY])} and others, see vllmd.yaml(5)",
     ),
     (
         "org/name: {devices: 0}",
