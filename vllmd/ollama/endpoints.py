@@ -180,6 +180,7 @@ class ModelRoutes:
             await self._relay.forward(parse, inner)
         finally:
             exchange.error = exchange.error or inner.error
+            inner.close()
         if inner.response is not None:
             await exchange.respond(inner.response)
 
