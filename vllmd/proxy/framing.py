@@ -125,7 +125,7 @@ class Chunked:
     @property
     def between(self) -> bool:
         """Whether what comes next is a chunk's size line, from its first byte on."""
-        return self._step == self._size and not self._held
+        return self._step is Chunked._size and not self._held
 
     def _chunks(self, data: bytes, pos: int) -> int:
         """Skip the chunks that lie whole in ``data``: the common case, in one loop.
