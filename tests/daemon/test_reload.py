@@ -143,6 +143,8 @@ def surroundings(leaf: Leaf) -> dict[str, Any]:
             model["adapters"] = {"other": {"path": "/lora"}}
         case [*_, "replicas", name]:
             model["replicas"] = {} if name == "of" else {"min": 2, "max": 16}
+        case [*_, "engine_version"]:
+            model["engine"] = defaults["engine"] = "vllm"  # a kind that has versions; none is installed, which is said
         case ["defaults", name]:
             model.pop(name, None)
             defaults["engine"] = "sim"  # whose kind what is an engine's own is for
@@ -183,11 +185,11 @@ class Living:
 Act = Callable[[Living], Awaitable[None]]
 
 
-def lives(config: Config, folder: Path, act: Act, *, activated: bool = False) -> None:
+def lives(config: Config, folder: Path, act: Act, *, activated: bool = False, learnt: Path | None = None) -> None:
     """A whole daemon by that configuration, but for its sockets and its launcher."""
 
     async def main() -> None:
-        around = RuntimeEnvironment(run_dir=Path("/nowhere"), logs=folder / "logs", activated=activated)
+        around = RuntimeEnvironment(Path("/nowhere"), logs=folder / "logs", activated=activated, learnt=learnt)
         daemon = Daemon(await meant_for_us(config, around), around, lambda: config, {})
         back = await startup.back_end(daemon.front)
         daemon.front.open(back)
