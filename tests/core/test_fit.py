@@ -97,11 +97,11 @@ def test_a_sleeper_is_stuck_only_if_it_could_start_elsewhere() -> None:
     m = Machine()
     sleeper = m.add(replica("sleeper", 60), State.SLEEPING, 1, 0)
     pinned = m.add(replica("pinned", 40), State.READY, 40, 0)
-    assert m.fit.stuck(sleeper) == ""
+    assert m.fit.stuck([sleeper]) == {}
     pinned.pinned = True
-    assert m.fit.stuck(sleeper) == "it cannot wake on device 0, and can start elsewhere"
+    assert m.fit.stuck([sleeper]) == {sleeper: "it cannot wake on device 0, and can start elsewhere"}
     m.ledger.accounts[1].drained = True
-    assert m.fit.stuck(sleeper) == ""
+    assert m.fit.stuck([sleeper]) == {}
 
 
 def test_who_has_room_now() -> None:

@@ -25,7 +25,9 @@ from vllmd.core.events import (
     SleepAsked,
     StopAsked,
 )
-from vllmd.core.lifecycle import MERGES, Current, Job, Kind, New, Reason, current, jobs_table, merge, new
+from vllmd.core.jobs import current, merge, new
+from vllmd.core.lifecycle import MERGES, Current, Kind, New, Reason, jobs_table
+from vllmd.core.model import Job
 from vllmd.core.types import GiB, IdleRules, State
 
 

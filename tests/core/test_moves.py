@@ -176,7 +176,7 @@ class Checked(Adaptive):
             free = [
                 supply for i, supply in s.supplies.items() if i in there.devices and supply.free >= there.need_on(i)
             ]
-            open_ = [supply for supply in free if not supply.busy and not supply.claimed]
+            open_ = [supply for supply in free if not supply.until and not supply.claimed]
             if not moves and len(open_) >= w.span > 0:
                 # It sleeps, and to wake it here takes less than a start there; whoever leaves for it will move.
                 assert w.move, f"{plan} beside {open_}"
@@ -196,4 +196,4 @@ def test_no_swap_beside_room() -> None:
 
 def test_baselines_move_nobody() -> None:
     """Of the peers' rules none knows sleepers that could serve elsewhere."""
-    assert all(ALL[name].tidy(PolicyInput(0.0, [], [], {}, None)) is None for name in ("llama-swap", "ollama"))  # type: ignore[arg-type]
+    assert all(ALL[name].tidy(PolicyInput(0.0, [], {}, {}, None)) is None for name in ("llama-swap", "ollama"))  # type: ignore[arg-type]

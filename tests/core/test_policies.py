@@ -8,7 +8,18 @@ import pytest
 
 from vllmd.core.eviction import Candidate, cover
 from vllmd.core.policies import Adaptive, Lru
-from vllmd.core.policy import INFINITY, DeviceSupply, Knobs, OffloadOption, Plan, Policy, PolicyInput, Resident, Waiting
+from vllmd.core.policy import (
+    INFINITY,
+    DeviceSupply,
+    Knobs,
+    OffloadOption,
+    Plan,
+    Policy,
+    PolicyInput,
+    Resident,
+    Waiting,
+    by_device,
+)
 from vllmd.simulate.baselines import ALL, InOrder, LlamaSwap, Ollama
 
 NOW = 1000.0
@@ -39,7 +50,7 @@ def supply(device: int = 0, **other: Any) -> DeviceSupply:
 
 def see(ws: list[Waiting], rs: list[Resident], *supplies: DeviceSupply) -> PolicyInput:
     there = {each.device: each for each in supplies or (supply(),)}
-    return PolicyInput(NOW, sorted(ws, key=lambda w: w.oldest), rs, there, Knobs())
+    return PolicyInput(NOW, sorted(ws, key=lambda w: w.oldest), by_device(rs), there, Knobs())
 
 
 def victims(plan: Plan | None) -> list[str] | None:
@@ -136,7 +147,7 @@ def test_sleepers_are_not_stopped_for_want_of_patience() -> None:
     """All that is awake is on the move: waiting for it beats a cold start later on."""
     sleeper = resident("sleeper", asleep=True, options=(STOP,))
     for policy in (Adaptive(), Lru()):
-        assert policy.choose(see([waiting("w", age=60)], [sleeper], supply(busy=2.0))) is None
+        assert policy.choose(see([waiting("w", age=60)], [sleeper], supply(until=NOW + 2.0))) is None
 
 
 @pytest.mark.parametrize("policy", [Adaptive(), Lru()])
@@ -191,8 +202,8 @@ def test_another_device_is_not_held() -> None:
 def test_gates_are_not_closed_for_a_transfer_that_cannot_begin() -> None:
     """The device is taken for 20 s yet: the victim may serve until then."""
     for policy in (Adaptive(), Lru()):
-        assert policy.choose(see([waiting("w", age=60)], [resident("a")], supply(busy=20.0))) is None
-        assert policy.choose(see([waiting("w", age=60)], [resident("a")], supply(busy=0.5))) is not None
+        assert policy.choose(see([waiting("w", age=60)], [resident("a")], supply(until=NOW + 20.0))) is None
+        assert policy.choose(see([waiting("w", age=60)], [resident("a")], supply(until=NOW + 0.5))) is not None
 
 
 def test_lru_takes_the_least_recently_used_for_the_oldest() -> None:

@@ -38,6 +38,7 @@ from vllmd.core.events import (
     StopAsked,
     TimePassed,
 )
+from vllmd.core.policy import NOBODY
 from vllmd.core.policy_input import PolicyInputBuilder
 from vllmd.core.types import (
     Device,
@@ -285,6 +286,10 @@ class CoreUnderAnything(RuleBasedStateMachine):
         fresh = PolicyInputBuilder(core.engines, core.swaps, core.fit, dict.fromkeys(core.replicas.values()))
         kept, new = planner.look(), fresh.look(core.waiting, planner._shallow)
         assert sorted(kept.residents) == sorted(new.residents)
+        for index in kept.tenants.keys() | new.tenants.keys():
+            now, plain = kept.tenants.get(index, NOBODY), new.tenants.get(index, NOBODY)
+            assert (sorted(now.all), now.idle, now.pressed) == (sorted(plain.all), plain.idle, plain.pressed)
+            assert now.takes == pytest.approx(plain.takes)
         assert kept.supplies == new.supplies
         assert {w for w in new.waiting if core.replicas[w.model] not in core.swaps} == set(kept.waiting)
 

@@ -19,6 +19,7 @@ from vllmd.core.policy import (
     PolicyInput,
     Resident,
     Waiting,
+    by_device,
 )
 
 NOW = 1000.0
@@ -85,11 +86,11 @@ def situation(rng: random.Random) -> PolicyInput:
     supplies = {}
     for index in range(count):
         free, claimed = rng.choice((-3, 0, 0, 4, 20)), rng.random() < 0.2
-        busy = rng.choice((0.0, 0.0, 0.5, 30.0))
+        busy = rng.choice((0.0, 0.0, NOW + 0.5, NOW + 2.5, NOW + 30.0))
         supplies[index] = DeviceSupply(index, free, free + rng.choice((0, 10, 40, 80)), busy, claimed, 2.0 * claimed)
     residents = [resident(rng, f"r{n}", count) for n in range(rng.randrange(9))]
     waiters = [waiting(rng, f"w{n}", count) for n in range(rng.randrange(1, 6))]
-    return PolicyInput(NOW, sorted(waiters, key=lambda w: (w.oldest, w.model)), residents, supplies, Knobs())
+    return PolicyInput(NOW, sorted(waiters, key=lambda w: (w.oldest, w.model)), by_device(residents), supplies, Knobs())
 
 
 def plain(s: PolicyInput) -> Plan | None:

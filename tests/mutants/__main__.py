@@ -37,7 +37,7 @@ MUTATIONS = (
     Mutation(
         "preloading waits for a device",
         "core/planner.py",
-        "elif not any(supply.busy or supply.claimed for supply in self.look().supplies.values()):",
+        "elif not any(supply.until or supply.claimed for supply in self.look().supplies.values()):",
         "else:",
     ),
     Mutation(
@@ -95,7 +95,7 @@ MUTATIONS = (
     ),
     Mutation(
         "who is made to leave comes back if it was wanted",
-        "core/lifecycle.py",
+        "core/jobs.py",
         "asked.then = asked.then or wanted(job)",
         "pass",
         JOBS,

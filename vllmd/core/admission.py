@@ -8,7 +8,8 @@ from vllmd.core.balancing import DOUBTFUL, SOONEST, Balancer, back_in, best, in_
 from vllmd.core.commands import RejectReason
 from vllmd.core.common import Core
 from vllmd.core.events import PoolAsked, RequestAnswered, RequestArrived, RequestFinished, RequestGone
-from vllmd.core.eviction import cheapest, fits
+from vllmd.core.eviction import cheapest
+from vllmd.core.fit import fits
 from vllmd.core.health import HealthChecks
 from vllmd.core.lifecycle import AWAKE, LifecycleError
 from vllmd.core.model import INFINITY, Model, Replica
@@ -133,7 +134,7 @@ class Admission:
             r.costs.observe("service", now - run.began)
         if not r.running:
             r.idle_since = now
-            core.replan = True
+            core.news[r] = None
         core.mark_request(r)
 
     def gone(self, e: RequestGone) -> None:

@@ -9,8 +9,8 @@ from vllmd.core.engine_table import EngineTable
 from vllmd.core.fit import Fit
 from vllmd.core.idle import rules_due
 from vllmd.core.ledger import Ledger
-from vllmd.core.lifecycle import Job, LifecycleError, Reason
-from vllmd.core.model import INFINITY, Model, Replica
+from vllmd.core.lifecycle import LifecycleError, Reason
+from vllmd.core.model import INFINITY, Job, Model, Replica
 from vllmd.core.policy import Policy
 from vllmd.core.swaps import Swaps
 from vllmd.core.timers import Timers
@@ -36,7 +36,8 @@ class Core:
         self.changed: dict[Replica, None] = {}  # since the policy last looked
         self.unkept: dict[Model, None] = {}  # whose health and number of replicas are to be looked at
         self.waiting: dict[Replica, None] = {}  # wanted, and neither on nor on their way
-        self.replan = False  # something happened that the policy should see at once
+        self.news: dict[Replica, None] = {}  # something happened to these that the policy should see at once
+        self.replan = False  # or to everybody
 
     @property
     def now(self) -> float:
@@ -66,7 +67,7 @@ class Core:
     def mark_urgent(self, m: Replica) -> None:
         """Something about it changed that the policy should see at once."""
         self.dirty[m.model] = None
-        self.replan = True
+        self.news[m] = None
 
     def replica(self, name: str) -> Replica:
         """The replica of that id. Raises LifecycleError: the daemon should have known better."""

@@ -36,16 +36,17 @@ _PRIORS: Mapping[str, Callable[[float], float]] = {
     "service": lambda w: 5.0,
 }
 KINDS = tuple(_PRIORS)
+_BROUGHT_UP, _TAKEN_DOWN = ("start", "wake1", "wake2"), ("stop", "sleep1", "sleep2")  # by level; 0: not loaded
 
 
 def wake_kind(level: int) -> str:
     """The kind of the command that has an engine serve, from sleep ``level`` or from nothing (0)."""
-    return f"wake{level}" if level else "start"
+    return _BROUGHT_UP[level]
 
 
 def sleep_kind(level: int) -> str:
     """The kind of the command that puts an engine to sleep at ``level``, or stops it (0)."""
-    return f"sleep{level}" if level else "stop"
+    return _TAKEN_DOWN[level]
 
 
 class Rate:

@@ -11,8 +11,8 @@ from vllmd.core.admission import Admission
 from vllmd.core.commands import RejectReason
 from vllmd.core.common import Core
 from vllmd.core.events import DeviceDrained, DevicesChanged, DevicesTroubled
-from vllmd.core.lifecycle import Job, Kind, Reason
-from vllmd.core.model import Replica
+from vllmd.core.lifecycle import Kind, Reason
+from vllmd.core.model import Job, Replica
 from vllmd.core.types import State
 
 

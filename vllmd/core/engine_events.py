@@ -21,8 +21,8 @@ from vllmd.core.events import (
     StartProgressed,
 )
 from vllmd.core.ledger import gib
-from vllmd.core.lifecycle import Job, Kind, LifecycleError, Reason, Step
-from vllmd.core.model import Replica
+from vllmd.core.lifecycle import Kind, LifecycleError, Reason, Step
+from vllmd.core.model import Job, Replica
 from vllmd.core.types import Footprint, State
 
 STABLE = 60.0  # seconds; an engine that served so long has put its failures behind it
@@ -58,6 +58,7 @@ class EngineEvents:
         elif not m.start.fetched:  # what was seen of it counts as much as there was to be seen
             left = (1.0 - e.share) * (now - m.changed + left)
         m.start.ends = now + left
+        self._core.changed[m] = None
 
     def awake(self, e: EngineAwake) -> None:
         """The wake succeeded."""

@@ -27,23 +27,20 @@ from vllmd.core.commands import (
     StopEngine,
     WakeEngine,
 )
+from vllmd.core.jobs import merge, unwanted
 from vllmd.core.ledger import Ledger
 from vllmd.core.lifecycle import (
     BY_HAND,
     LOADED,
     MOVING,
     UP,
-    Job,
     Kind,
     LifecycleError,
     Reason,
     Step,
     follow,
-    merge,
-    unwanted,
-    wanted,
 )
-from vllmd.core.model import INFINITY, Model, Replica, Run, Start
+from vllmd.core.model import INFINITY, Job, Model, Replica, Run, Start, wanted
 from vllmd.core.types import Decision, Placement, State
 
 DECISIONS_KEPT = 1000
@@ -65,6 +62,7 @@ class EngineTable:
         self._out: list[Command] = []
         self.calibrations = 0  # how often a time that was learnt changed what is expected of other engines
         self._busy: dict[int, Replica] = {}  # device -> whose command runs there
+        self.stirred: set[int] = set()  # devices on which an engine's state changed, during this event
         self.leaving: dict[Replica, None] = {}  # gate closed, or asleep and to be stopped, and no command out yet
         self.displaced: dict[Replica, None] = {}  # asleep because another one needed their place
 
@@ -403,8 +401,8 @@ class EngineTable:
         self.ledger.hold(m, seen)
 
     def too_late(self, m: Replica, step: Step) -> None:
-        """The answer to a command that a stop has overtaken."""
-        self._move(m, step)
+        """The answer to a command that a stop has overtaken: it stops since it was told to, not since then."""
+        follow(m.id, m.state, step)
 
     def settle_host(self, m: Replica) -> None:
         """Book the host memory that it takes while it runs, and that of a level-1 sleeper.
@@ -422,6 +420,7 @@ class EngineTable:
         self.displaced.pop(m, None)  # it is no sleeper any more, or has just become one
         self._track(m)
         devices = m.placement.devices
+        self.stirred.update(devices)
         if m.state in MOVING:
             self._busy.update(dict.fromkeys(devices, m))
         else:

@@ -1,4 +1,4 @@
-"""What fits, and who would have to leave: sets of victims, by price or by age. Pure functions of a PolicyInput."""
+"""Who would have to leave for one that does not fit: sets of victims, by price or by age. Pure functions of a view."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from vllmd.core.fit import after_sleeps, enough, unclaimed
 from vllmd.core.policy import DeviceSupply, OffloadOption, PolicyInput, Resident, Victim, Waiting
 
 Price = Callable[[Resident, OffloadOption], float]  # what it costs to have a resident leave that way, in any one unit
@@ -36,69 +37,6 @@ class EvictionSet(NamedTuple):
         return tuple(candidate.victim for candidate in self.members)
 
 
-def fits(s: PolicyInput, w: Waiting) -> tuple[int, ...] | None:
-    """The devices on which ``w`` can be started or woken at once; None: it does not fit.
-
-    First the smallest that nobody uses, which leaves the large ones to large
-    models; else that with most room. Of several, where there is a choice, those
-    that are joined directly, else those of one NUMA node: layers that are split
-    over them exchange data all the time.
-    """
-    if not w.span:
-        return ()
-    if len(w.devices) == 1:
-        supply = s.supplies.get(w.devices[0])
-        return w.devices if supply and supply.free >= w.need and _usable_at_once(supply, w) else None
-    good = [
-        supply for supply in _supplies(s, w) if supply.free >= w.need_on(supply.device) and _usable_at_once(supply, w)
-    ]
-    if len(good) < w.span:
-        return None
-    good.sort(key=_spread)
-    return tuple(sorted(supply.device for supply in _near(good, w.span)))
-
-
-def _near(good: Sequence[DeviceSupply], span: int) -> Sequence[DeviceSupply]:
-    """The first ``span`` of them, or better ones: the nearest kind of which there are enough together."""
-    if 1 < span < len(good):
-        for near in (_linked, _same_node):
-            for first in good:
-                together = [first]
-                for supply in good:
-                    if supply is not first and all(near(supply, other) for other in together):
-                        together.append(supply)
-                if len(together) >= span:
-                    return together[:span]
-    return good[:span]
-
-
-def _linked(one: DeviceSupply, other: DeviceSupply) -> bool:
-    return other.device in one.links
-
-
-def _same_node(one: DeviceSupply, other: DeviceSupply) -> bool:
-    return one.node is not None and one.node == other.node
-
-
-def _spread(supply: DeviceSupply) -> tuple[bool, int, int]:
-    shared = supply.free < supply.sleepable
-    return shared, -supply.free if shared else supply.free, supply.device
-
-
-def _usable_at_once(supply: DeviceSupply, w: Waiting) -> bool:
-    return not supply.busy and (not supply.claimed or w.load <= supply.drain)
-
-
-def _supplies(s: PolicyInput, w: Waiting) -> list[DeviceSupply]:
-    return [s.supplies[index] for index in w.devices if index in s.supplies]
-
-
-def unclaimed(s: PolicyInput, w: Waiting) -> list[DeviceSupply]:
-    """Where a swap for ``w`` may begin: no other one is draining or queued there. Empty if they are too few."""
-    supplies = [supply for supply in _supplies(s, w) if not supply.claimed] if w.span else []
-    return supplies if len(supplies) >= w.span else []
-
-
 # -- the cheapest
 
 
@@ -126,7 +64,7 @@ def groups(
     here = {supply.device for supply in supplies}
     residents = [r for r in residents if not here.isdisjoint(r.devices)]
     yield [Candidate(price(r, r.options[0]), r, r.options[0]) for r in residents if not r.asleep]
-    if sum(supply.sleepable >= w.need_on(supply.device) for supply in supplies) >= w.span:
+    if len(after_sleeps(supplies, w)) >= w.span:
         return
     yield [Candidate(price(r, r.options[0]), r, r.options[0]) for r in residents]
     yield [Candidate(price(r, r.options[-1]), r, r.options[-1]) for r in residents]
@@ -237,22 +175,16 @@ def _in_order(w: Waiting, supplies: Sequence[DeviceSupply], ordered: Sequence[Ca
     free = {supply.device: supply.free for supply in supplies}
     leaving: list[Candidate] = []
     for candidate in ordered:
-        good = _enough(w, free)
+        good = enough(w, free)
         if good:
             break
         leaving.append(candidate)
         for device in candidate.resident.devices:
             if device in free:
                 free[device] += candidate.option.frees
-    good = _enough(w, free)
+    good = enough(w, free)
     if not good:
         return None
     return EvictionSet(
         good, tuple(candidate for candidate in leaving if not set(good).isdisjoint(candidate.resident.devices))
     )
-
-
-def _enough(w: Waiting, free: Mapping[int, int]) -> tuple[int, ...]:
-    enough = [device for device in free if free[device] >= w.need_on(device)]
-    good = sorted(enough, key=lambda device: (-free[device], device))
-    return tuple(sorted(good[: w.span])) if len(good) >= w.span else ()

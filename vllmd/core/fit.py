@@ -9,7 +9,7 @@ A *supply* says what each device has for one engine, what that engine holds ther
 - ``now``: with nobody leaving.
 
 What the policy sees of a device (``policy.DeviceSupply``) has the same ``free``, and ``sleepable``: what would be free
-if all that are awake slept (``freed_asleep``).
+if all that are awake slept (``freed_asleep``). What fits by that view stands at the end.
 
 A model with ``when_free`` starts only on devices that others leave free. Others are those who will still be there:
 other programs, and the replicas that must stay. Those that can leave do not count: they are not somebody else's work
@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 from vllmd.core.ledger import Account, Ledger, gib
 from vllmd.core.model import INFINITY, Replica
+from vllmd.core.policy import DeviceSupply, PolicyInput, Resident, Waiting
 from vllmd.core.types import State
 
 Supply = Mapping[int, int]  # device index -> bytes
@@ -91,7 +92,7 @@ class Fit:
                 left[index] -= share
         return left
 
-    def beside_kept(self, m: Replica) -> Supply:
+    def beside_kept(self, m: Replica | None) -> Supply:
         """Without what other programs, and the replicas that must stay, hold; -1 where the device is avoided."""
         left = self.beside(r for r in self._replicas.values() if r.kept and r is not m)
         accounts = self._ledger.accounts
@@ -192,13 +193,15 @@ class Fit:
             return f"{m.id!r} starts on devices that others leave free, and pinned models ({names}) do not leave enough"
         return f"{m.id!r} needs {gib(m.booking)} on {_devices(count)}, and pinned models ({names}) leave less"
 
-    def stuck(self, m: Replica) -> str:
-        """Why a sleeper cannot wake where it is although it could start elsewhere; empty if that is not so."""
-        supply = self.beside_kept(m)
-        bad = [index for index in m.placement.devices if supply.get(index, -1) < m.footprint.awake]
-        if not bad or self.starts(m, supply) < m.spec.device_count:
-            return ""
-        return f"it cannot wake on device {bad[0]}, and can start elsewhere"
+    def stuck(self, sleepers: Iterable[Replica]) -> dict[Replica, str]:
+        """Those that cannot wake where they are although they could start elsewhere, and why."""
+        common, found = self.beside_kept(None), {}
+        for m in sleepers:
+            supply = self.beside_kept(m) if m.kept else common
+            bad = [index for index in m.placement.devices if supply.get(index, -1) < m.footprint.awake]
+            if bad and self.starts(m, supply) >= m.spec.device_count:
+                found[m] = f"it cannot wake on device {bad[0]}, and can start elsewhere"
+        return found
 
     # -- devices that others leave free
 
@@ -272,3 +275,104 @@ def _devices(count: int) -> str:
 
 def _are(count: int) -> str:
     return "is 1" if count == 1 else f"are {count or 'none'}"
+
+
+# -- on a policy's view
+
+
+def fits(s: PolicyInput, w: Waiting) -> tuple[int, ...] | None:
+    """The devices on which ``w`` can be started or woken at once; None: it does not fit.
+
+    First the smallest that nobody uses, which leaves the large ones to large
+    models; else that with most room. Of several, where there is a choice, those
+    that are joined directly, else those of one NUMA node: layers that are split
+    over them exchange data all the time.
+    """
+    if not w.span:
+        return ()
+    if len(w.devices) == 1:
+        only = s.supplies.get(w.devices[0])
+        return w.devices if only and only.free >= w.need_on(only.device) and _at_once(only, w) else None
+    good = [
+        supply
+        for index in w.devices
+        if (supply := s.supplies.get(index)) and supply.free >= w.need_on(index) and _at_once(supply, w)
+    ]
+    if len(good) < w.span:
+        return None
+    good.sort(key=_spread)
+    return tuple(sorted([supply.device for supply in _near(good, w.span)]))
+
+
+def _near(good: Sequence[DeviceSupply], span: int) -> Sequence[DeviceSupply]:
+    """The first ``span`` of them, or better ones: the nearest kind of which there are enough together."""
+    if 1 < span < len(good):
+        for near in (_linked, _same_node):
+            for first in good:
+                together = [first]
+                for supply in good:
+                    if supply is not first and all(near(supply, other) for other in together):
+                        together.append(supply)
+                if len(together) >= span:
+                    return together[:span]
+    return good[:span]
+
+
+def _at_once(supply: DeviceSupply, w: Waiting) -> bool:
+    """Nothing is under way there, and a swap that is draining there can wait for so long."""
+    return not supply.until and (not supply.claimed or w.load <= supply.drain)
+
+
+def _linked(one: DeviceSupply, other: DeviceSupply) -> bool:
+    return other.device in one.links
+
+
+def _same_node(one: DeviceSupply, other: DeviceSupply) -> bool:
+    return one.node is not None and one.node == other.node
+
+
+def _spread(supply: DeviceSupply) -> tuple[bool, int, int]:
+    shared = supply.free < supply.sleepable
+    return shared, -supply.free if shared else supply.free, supply.device
+
+
+def unclaimed(s: PolicyInput, w: Waiting) -> list[DeviceSupply]:
+    """Where a swap for ``w`` may begin: no other one is draining or queued there. Empty if they are too few."""
+    supplies = [each for index in w.devices if (each := s.supplies.get(index)) and not each.claimed] if w.span else []
+    return supplies if len(supplies) >= w.span else []
+
+
+def after_sleeps(supplies: Iterable[DeviceSupply], w: Waiting) -> list[int]:
+    """The devices on which it would be enough for ``w`` if all others slept."""
+    return [supply.device for supply in supplies if supply.sleepable >= w.need_on(supply.device)]
+
+
+def enough(w: Waiting, free: Mapping[int, int]) -> tuple[int, ...]:
+    """The roomiest devices that ``w`` needs, with so many bytes free on each; none if they are too few."""
+    good = sorted([index for index in free if free[index] >= w.need_on(index)], key=lambda index: (-free[index], index))
+    return tuple(sorted(good[: w.span])) if len(good) >= w.span else ()
+
+
+def room_for_all(s: PolicyInput, there: Waiting, devices: Sequence[int]) -> bool:
+    """Whether it has room beside all that are being used there, asleep or not: else it would only swap with those."""
+    asked = {o.model for o in s.waiting}
+    for index in devices:
+        free = s.supplies[index].free - there.need_on(index)
+        for r in s.on((index,)):
+            if r.asleep and r.model != there.model and (r.model in asked or s.now - r.used < s.knobs.used):
+                free -= max(0, r.need - r.options[-1].frees)
+        if free < 0:
+            return False
+    return True
+
+
+def can_move(s: PolicyInput, r: Resident, devices: Sequence[int]) -> bool:
+    """Whether a resident can be stopped where it is and started there, at once and with nobody else leaving."""
+    for index in {*r.devices, *devices}:
+        supply = s.supplies.get(index)
+        if supply is None or supply.until or supply.claimed:
+            return False
+        own = r.options[-1].frees if index in r.devices else 0
+        if index in devices and supply.free + own < r.need:
+            return False
+    return True

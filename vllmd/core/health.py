@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from vllmd.core.balancing import ENOUGH, fastest, quickest
 from vllmd.core.common import Core
 from vllmd.core.events import ProbeAsked, ReplicaProbed, ServerSilent
-from vllmd.core.lifecycle import Job, Kind, Reason
-from vllmd.core.model import INFINITY, Health, HealthStatus, Latency, Replica, Run
+from vllmd.core.lifecycle import Kind, Reason
+from vllmd.core.model import INFINITY, Health, HealthStatus, Job, Latency, Replica, Run
 from vllmd.core.types import ReplicaRules, State
 
 LEAST = 0.0005  # seconds; nothing takes no time

@@ -8,24 +8,18 @@ which says whose step it was.
 A replica has at most one job, as a unit of systemd's has: what is to happen to its
 engine next. A job *waits* (for the last request to end, for a device to come to
 rest, for the policy) until its command is out, and then *runs* until the command is
-answered. A new job is merged into it by :data:`MERGES`. What must come after it
-hangs on it (``then``): a stop that may not cost the model its place in the queue is
-followed by the start that was wanted.
+answered. A new job is merged into it by :data:`MERGES` (``jobs.py``). What must come
+after it hangs on it (``then``): a stop that may not cost the model its place in the
+queue is followed by the start that was wanted.
 """
 
 from __future__ import annotations
 
 import enum
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 from vllmd.core.types import State
-
-if TYPE_CHECKING:
-    from vllmd.core.model import Replica
 
 S = State
 
@@ -193,33 +187,6 @@ OWN = frozenset({Reason.IDLE, Reason.DEEPEN, Reason.PROOF})  # what it does for 
 BY_HAND = frozenset({Reason.OPERATOR, Reason.LEASE})  # whoever has it leave for these wants it no more
 
 
-@dataclass(slots=True)
-class Job:
-    """What is to happen to an engine. Only ``engine_table.py`` changes a replica's."""
-
-    kind: Kind
-    reason: Reason
-    why: str  # readable
-    since: float  # when it was asked for
-    level: int = 0  # of a sleep
-    freeze_at: float = math.inf  # running requests are frozen from here on
-    cut_at: float = math.inf  # running requests are cut from here on
-    force: bool = False  # what runs is cut already, and the engine is killed
-    retried: bool = False  # this start failed for lack of memory, and is tried once more
-    target: Replica | None = None  # it leaves for this one's sake
-    then: Job | None = None  # what follows
-
-    @property
-    def leaves(self) -> bool:
-        """It ends with the engine not serving, or closes its gate for a while."""
-        return self.kind not in UP
-
-    @property
-    def yields(self) -> bool:
-        """A new request calls it off."""
-        return self.reason in OWN and self.kind not in UP
-
-
 class Current(enum.Enum):
     """What a new job finds: the rows of the table."""
 
@@ -275,78 +242,6 @@ MERGES: Mapping[Current, Mapping[New, Merge]] = MappingProxyType(
         }.items()
     }
 )
-
-
-def current(job: Job | None, runs: bool) -> Current:
-    """The row of a job; ``runs``: its command is out."""
-    if job is None:
-        return Current.NONE
-    if runs:
-        rows = {Kind.START: Current.STARTS, Kind.WAKE: Current.WAKES, Kind.STOP: Current.STOPS}
-        return rows.get(job.kind, Current.DOWN)
-    if job.kind in UP:
-        return Current.WANTED
-    if job.reason in OWN:
-        return Current.OWN
-    if job.reason is Reason.SWAP:
-        return Current.SWAP
-    return Current.BY_HAND if job.reason in BY_HAND else Current.MUST
-
-
-def new(job: Job) -> New:
-    """The column of a job."""
-    if job.kind in UP:
-        return New.START
-    if job.force:
-        return New.FORCE
-    if job.reason in OWN:
-        return New.OWN
-    if job.reason is Reason.OPERATOR:
-        return New.SLEEP if job.kind is Kind.SLEEP else New.STOP
-    return New.MUST
-
-
-def merge(job: Job | None, runs: bool, asked: Job) -> Job | None:
-    """The job of a replica that had ``job`` when ``asked`` was asked for. Changes both of them."""
-    verb = MERGES[current(job, runs)][new(asked)]
-    if asked.leaves and asked.reason in BY_HAND:
-        job = unwanted(job, runs)
-    if job is None or verb is Merge.TAKE:
-        if job and asked.leaves:
-            asked.target = asked.target or job.target
-            asked.then = asked.then or wanted(job)
-        return asked
-    if verb is Merge.JOIN:
-        job.then = None
-        if job.reason not in WANTS or asked.reason is Reason.OPERATOR:
-            job.since = job.since if job.reason in WANTS else asked.since
-            job.reason, job.why = asked.reason, asked.why
-    elif verb is Merge.AFTER:
-        job.then = merge(job.then, False, asked)
-    elif verb is Merge.FIRST:
-        asked.then = job
-        return asked
-    return job
-
-
-def wanted(job: Job | None) -> Job | None:
-    """The start among a job and what follows it that somebody wants without a request; None: there is none."""
-    while job and not (job.kind in UP and job.reason in WANTS):
-        job = job.then
-    return job
-
-
-def unwanted(job: Job | None, runs: bool) -> Job | None:
-    """What is left of ``job`` when nobody wants the engine on any more; a start that ``runs`` is let end."""
-    if job is None:
-        return None
-    job.then = unwanted(job.then, False)
-    if job.kind not in UP or job.reason not in WANTS:
-        return job
-    if runs:
-        job.reason = Reason.REQUEST
-        return job
-    return job.then
 
 
 def jobs_table() -> str:

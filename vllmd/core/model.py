@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, field
 
 from vllmd.core.costs import Costs
-from vllmd.core.lifecycle import AWAKE, LOADED, Job, Kind, Reason, wanted
+from vllmd.core.lifecycle import AWAKE, LOADED, OWN, UP, WANTS, Kind, Reason
 from vllmd.core.queues import Queue
 from vllmd.core.types import Footprint, ModelSpec, ModelView, Placement, ReplicaRules, ReplicaSpec, Source, State
 
@@ -94,6 +94,40 @@ class Health:
         self.status, self.look_at, self.probe, self.why = HealthStatus.NEW, INFINITY, "", ""
         self.late = self.timely = self.rounds = self.failed = 0
         self.unanswered.clear()
+
+
+@dataclass(slots=True)
+class Job:
+    """What is to happen to an engine. Only ``engine_table.py`` changes a replica's, by the rules in ``jobs.py``."""
+
+    kind: Kind
+    reason: Reason
+    why: str  # readable
+    since: float  # when it was asked for
+    level: int = 0  # of a sleep
+    freeze_at: float = INFINITY  # running requests are frozen from here on
+    cut_at: float = INFINITY  # running requests are cut from here on
+    force: bool = False  # what runs is cut already, and the engine is killed
+    retried: bool = False  # this start failed for lack of memory, and is tried once more
+    target: Replica | None = None  # it leaves for this one's sake
+    then: Job | None = None  # what follows
+
+    @property
+    def leaves(self) -> bool:
+        """It ends with the engine not serving, or closes its gate for a while."""
+        return self.kind not in UP
+
+    @property
+    def yields(self) -> bool:
+        """A new request calls it off."""
+        return self.reason in OWN and self.kind not in UP
+
+
+def wanted(job: Job | None) -> Job | None:
+    """The start among a job and what follows it that somebody wants without a request; None: there is none."""
+    while job and not (job.kind in UP and job.reason in WANTS):
+        job = job.then
+    return job
 
 
 @dataclass(slots=True)

@@ -17,8 +17,8 @@ from vllmd.core.events import (
     SleepAsked,
     StopAsked,
 )
-from vllmd.core.lifecycle import BY_HAND, OWN, Job, Kind, Reason
-from vllmd.core.model import INFINITY, Health, HealthStatus, Lease, Model, Replica
+from vllmd.core.lifecycle import BY_HAND, OWN, Kind, Reason
+from vllmd.core.model import INFINITY, Health, HealthStatus, Job, Lease, Model, Replica
 from vllmd.core.policies import POLICIES
 from vllmd.core.scaling import Scaling
 from vllmd.core.types import ModelSpec, ReplicaSpec, Settings, State, renamed

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vllmd.core.common import Core
-from vllmd.core.eviction import fits
-from vllmd.core.lifecycle import Job, Kind, Reason
-from vllmd.core.model import INFINITY, Replica
+from vllmd.core.fit import fits
+from vllmd.core.lifecycle import Kind, Reason
+from vllmd.core.model import INFINITY, Job, Replica
 from vllmd.core.policy import Outlook, Plan, PolicyInput
 from vllmd.core.policy_input import PolicyInputBuilder, host_claims, levels, waited_since
 from vllmd.core.types import State
@@ -37,7 +37,7 @@ class Planner:
         return self._looked + TICK if len(self._core.waiting) > len(self._core.swaps) else INFINITY
 
     def plan(self) -> Iterator[None]:
-        """7: at news, and each quarter of a second while anything waits: ask until there is nothing to begin.
+        """7: at news for one who waits, and each quarter of a second while anybody does: ask until there is no plan.
 
         What a step has set in motion is carried out before the next one.
         """
@@ -45,7 +45,7 @@ class Planner:
         if not core.waiting:
             self.held_back = frozenset()
             yield from self._tidy()
-        if not core.waiting or not (core.replan or core.now >= self._looked + TICK):
+        if not core.waiting or not (core.replan or core.now >= self._looked + TICK or self._concerns_anybody()):
             return
         self._looked = core.now
         yield from self._relocate()
@@ -57,10 +57,31 @@ class Planner:
             yield
         self._record_held_back()
 
+    def _concerns_anybody(self) -> bool:
+        """Whether what happened is news of one who waits, or of a device on which it could come up.
+
+        On a large machine most of what happens is not: nobody waits for that device. What time alone changes, or what
+        all who wait have in common, is seen at the next tick.
+        """
+        core, engines = self._core, self._core.engines
+        if not core.news and not engines.stirred:
+            return False
+        devices = engines.stirred.union(*[m.placement.devices for m in core.news])
+        accounts = [account for index in devices if (account := engines.ledger.accounts.get(index))]
+        room = max([a.free for a in accounts if not a.avoided and a.device.index not in engines.moving], default=-1)
+        for m in core.waiting:
+            if m in core.news:
+                return True
+            asleep = m.state is State.SLEEPING
+            here = m.placement.devices if asleep else m.devices or devices
+            if m not in core.swaps and (not devices.isdisjoint(here) or (asleep and room >= m.booking)):
+                return True
+        return False
+
     def _tidy(self) -> Iterator[None]:
         """7.4: while nobody waits, models that are being used are moved to where they fit beside each other."""
         core = self._core
-        if not core.replan or len(core.engines.ledger.accounts) < 2 or len(core.swaps):
+        if not (core.replan or core.news) or len(core.engines.ledger.accounts) < 2 or len(core.swaps):
             return
         if core.engines.displaced:  # before all is looked at
             plan = core.policy.tidy(self.look())
@@ -72,6 +93,8 @@ class Planner:
         """7.3: who waits for others to leave a device free; once, not with each look."""
         core, before = self._core, self.held_back
         picky = [m for m in core.waiting if m.spec.when_free]
+        if not picky and not before:
+            return
         held = {m: wait for m in picky if (wait := core.fit.held_back(m, waited_since(m, core.now)))}
         self.held_back = frozenset(m for m, wait in held.items() if not wait.unread)
         for m in [m for m in held if m in self.held_back and m not in before]:
@@ -82,14 +105,12 @@ class Planner:
         core = self._core
         if core.now < self._relocated + RELOCATE_EVERY:
             return
-        sleepers = [m for m in core.waiting if m.state is State.SLEEPING and not m.running]
+        sleepers = [m for m in core.waiting if m.state is State.SLEEPING and not m.running and m not in core.swaps]
         if not sleepers:
             return
         self._relocated = core.now
-        for m in sleepers:
-            why = core.fit.stuck(m) if m not in core.swaps else ""
-            if why:
-                core.ask(m, Job(Kind.STOP, Reason.MOVED, why, core.now))
+        for m, why in core.fit.stuck(sleepers).items():
+            core.ask(m, Job(Kind.STOP, Reason.MOVED, why, core.now))
         yield
 
     def begin(self, plan: Plan) -> None:
@@ -148,7 +169,7 @@ class Planner:
                 core.ask(m, Job(Kind.START, Reason.PRELOAD, PRELOADED, core.now))
                 yield
                 yield from self.plan()
-            elif not any(supply.busy or supply.claimed for supply in self.look().supplies.values()):
+            elif not any(supply.until or supply.claimed for supply in self.look().supplies.values()):
                 del todo[m]
                 core.engines.record("skip", m, "it is to be preloaded, but does not fit beside the others")
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
 from vllmd.core.assignment import Item, assign
-from vllmd.core.eviction import Candidate, EvictionSet, cheapest, fits, oldest_first, unclaimed
+from vllmd.core.eviction import Candidate, EvictionSet, cheapest, oldest_first
+from vllmd.core.fit import after_sleeps, can_move, fits, room_for_all, unclaimed
 from vllmd.core.policy import (
     INFINITY,
+    NOBODY,
     HostClaim,
     Outlook,
     Plan,
@@ -26,6 +28,7 @@ from vllmd.core.pricing import Prices, budgets, longest_drain, rate_of
 
 NUMBERS = dict[str, float | int | str]
 HEADSTART = 1.0  # seconds added to everybody's age, so that priority orders those who come together
+AHEAD = 1.0  # seconds that a device may stand idle between a transfer's end and that of the victims' leaving
 LEAST_LOAD = 0.01  # seconds; whoever loads faster gains nothing by it
 
 
@@ -40,8 +43,7 @@ def plain(s: PolicyInput) -> Plan | None:
 
 def too_early(s: PolicyInput, eviction: EvictionSet, drain: float) -> bool:
     """A transfer still under way there outlasts the victims' drain and sleep: closing gates now would idle them."""
-    busy = max((s.supplies[index].busy for index in eviction.devices), default=0.0)
-    return busy > 0 and drain + takes(eviction) + 1.0 < busy
+    return drain + takes(eviction) + AHEAD < max([s.supplies[index].until for index in eviction.devices]) - s.now
 
 
 def takes(eviction: EvictionSet) -> float:
@@ -59,7 +61,7 @@ def without(s: PolicyInput, devices: Iterable[int]) -> PolicyInput:
 
 def due_there(s: PolicyInput, w: Waiting) -> list[int]:
     """Devices where ``w`` cannot have its turn just now, but will once others have come to rest."""
-    return [supply.device for supply in unclaimed(s, w) if supply.sleepable >= w.need_on(supply.device)]
+    return after_sleeps(unclaimed(s, w), w)
 
 
 # -- sleepers that serve elsewhere
@@ -68,31 +70,17 @@ def due_there(s: PolicyInput, w: Waiting) -> list[int]:
 def moved(s: PolicyInput, w: Waiting, eviction: EvictionSet | None) -> Plan | None:
     """The plan to stop a sleeper and start it on a device that has room, if it serves sooner there; else None.
 
-    ``choice``: who would have to leave for it to wake where it sleeps; None: that cannot be just now.
+    ``eviction``: who would have to leave for it to wake where it sleeps; None: that cannot be just now.
     """
-    if w.move is None:
+    if w.move is None or w.move.load >= _until_it_wakes(s, w, eviction):
         return None
     there = w.elsewhere(w.move)
     devices = fits(s, there)
-    if devices is None or there.load >= _until_it_wakes(s, w, eviction) or not _room_for_all(s, there, devices):
+    if devices is None or not room_for_all(s, there, devices):
         return None
     where = ", ".join(map(str, devices))
     why = f"it serves sooner on device {where}, which has room, than where it sleeps"
     return Plan(w.model, devices, (Victim(w.model, w.move.stop),), why=why, numbers=_waited(s, w))
-
-
-def _room_for_all(s: PolicyInput, there: Waiting, devices: tuple[int, ...]) -> bool:
-    """Whether it has room beside all that are being used there, asleep or not: else it would only swap with those."""
-    asked = {o.model for o in s.waiting}
-    for index in devices:
-        free = s.supplies[index].free - there.need_on(index)
-        for r in s.residents:
-            if index in r.devices and r.asleep and r.model != there.model:
-                used = r.model in asked or s.now - r.used < s.knobs.used
-                free -= max(0, r.need - r.options[-1].frees) if used else 0
-        if free < 0:
-            return False
-    return True
 
 
 def _until_it_wakes(s: PolicyInput, w: Waiting, eviction: EvictionSet | None) -> float:
@@ -147,21 +135,10 @@ def tidy(s: PolicyInput) -> Plan | None:
     for r in sorted(used, key=lambda r: (not r.displaced, r.model)):
         place = places[r.model]
         again = r.moved + s.knobs.again * r.options[-1].back
-        if place != r.devices and not r.running and not r.queued and s.now >= again and _has_room(s, r, place):
+        if place != r.devices and not r.running and not r.queued and s.now >= again and can_move(s, r, place):
             why = f"all that are being used fit if it is on {', '.join(map(str, place))}"
             return Plan(r.model, place, (Victim(r.model, r.options[-1]),), why=why, unasked=True)
     return None
-
-
-def _has_room(s: PolicyInput, r: Resident, place: tuple[int, ...]) -> bool:
-    for index in place:
-        supply = s.supplies.get(index)
-        own = r.options[-1].frees if index in r.devices else 0
-        if supply is None or supply.busy or supply.claimed or supply.free + own < r.need:
-            return False
-    return all(
-        index in s.supplies and not s.supplies[index].busy and not s.supplies[index].claimed for index in r.devices
-    )
 
 
 class Lru:
@@ -177,7 +154,7 @@ class Lru:
             devices = fits(s, w)
             if devices is not None:
                 return Plan(w.model, devices, why="it fits", numbers=numbers)
-            eviction = oldest_first(s, w, s.residents)
+            eviction = oldest_first(s, w, s.on(w.devices))
             move = moved(s, w, eviction)
             if move:
                 return move
@@ -190,7 +167,7 @@ class Lru:
     def outlook(self, s: PolicyInput, model: str) -> Outlook | None:
         """The least recently used: they are drained as soon as the device is at rest."""
         w = _the(s, model)
-        return w and outlook(s, w, oldest_first(s, w, s.residents), 0.0, 0.0)
+        return w and outlook(s, w, oldest_first(s, w, s.on(w.devices)), 0.0, 0.0)
 
     def tidy(self, s: PolicyInput) -> Plan | None:
         """Models that are being used come to fit beside each other."""
@@ -210,7 +187,8 @@ def outlook(s: PolicyInput, w: Waiting, eviction: EvictionSet | None, patience: 
         return None
     busy = [r for _, r, _ in eviction.members if r.running or r.queued]
     names = ", ".join(candidate.resident.model for candidate in eviction.members) or "nobody"
-    moving = max([s.supplies[index].busy for index in eviction.devices if index in s.supplies], default=0.0)
+    ends = [s.supplies[index].until for index in eviction.devices if index in s.supplies]
+    moving = max(0.0, max(ends, default=0.0) - s.now)
     swap = takes(eviction) + w.load
     if busy:
         running = sum([r.running for r in busy])
@@ -235,14 +213,8 @@ def in_turn(s: PolicyInput) -> Sequence[Waiting]:
     return sorted(s.waiting, key=lambda w: (-(s.now - w.oldest + HEADSTART) * w.priority, w.oldest, w.model))
 
 
-def by_worth(s: PolicyInput) -> Sequence[Waiting]:
-    """The order in which swaps are worth most: what was waited, times the age of the oldest, per second of load."""
-    if len(s.waiting) < 2:
-        return s.waiting
-    return sorted(s.waiting, key=lambda w: (-_worth(w, s.now), w.oldest, w.model))
-
-
 def _worth(w: Waiting, now: float) -> float:
+    """What a swap is worth: what was waited, times the age of the oldest, per second of load."""
     waited = w.waiters * (now + HEADSTART) - w.arrived
     return waited * (now - w.oldest + HEADSTART) * w.priority / max(w.load, LEAST_LOAD)
 
@@ -308,7 +280,7 @@ class Adaptive:
         w, turns = _the(s, model), _Turns(s)
         if w is None:
             return None
-        eviction = cheapest(s, w, s.residents, partial(turns.prices.alone, w, False))
+        eviction = cheapest(s, w, s.on(w.devices), partial(turns.prices.alone, w, False))
         candidates, waited = eviction.members if eviction else (), s.now - w.oldest
         limits = [r.drain_limit - drain_time(r.service, r.running) for _, r, _ in candidates if r.running]
         patience = min(turns.deadline, max(limits, default=INFINITY)) - waited
@@ -332,28 +304,26 @@ class _Turns:
         self.deadline = max(s.knobs.deadline, swaps + s.knobs.drains * drains)
         self.dear = swaps > s.knobs.dear
         self.prices = Prices(s)
-        self.awake = _awake(s.residents)
-        self._here: dict[int, list[Resident]] | None = None  # all residents by device, once somebody needs to know
         self.supplies = dict(s.supplies)
         self.s = s._replace(supplies=self.supplies)  # without those that are held against whoever comes later
-        self.roomiest = max([supply.free for supply in self.supplies.values() if not supply.busy], default=0)
+        self.roomiest = max([supply.free for supply in self.supplies.values() if not supply.until], default=0)
         # Where a swap may begin.
         self.begin = {supply.device for supply in self.supplies.values() if not supply.claimed}
 
-    def order(self) -> Iterator[Waiting]:
+    def order(self) -> Sequence[Waiting]:
         """First those who may not be kept waiting, then those past the deadline by age, then the others in turn."""
-        turn = by_worth(self.s)
-        yield from [w for w in turn if w.impatient]
-        late = [w for w in self.s.waiting if not w.impatient and self._late(w)]
-        yield from late
-        yield from [w for w in turn if not w.impatient and not self._late(w)] if len(late) < len(turn) else ()
+        now, since = self.s.now, self.s.now - self.deadline
 
-    def _late(self, w: Waiting) -> bool:
-        return self.s.now - w.oldest > self.deadline
+        def turn(w: Waiting) -> tuple[int, float, float, str]:
+            if not w.impatient and w.oldest < since:
+                return 1, 0.0, w.oldest, w.model
+            return 0 if w.impatient else 2, -_worth(w, now), w.oldest, w.model
+
+        return sorted(self.s.waiting, key=turn) if len(self.s.waiting) > 1 else self.s.waiting
 
     def closed(self, w: Waiting) -> bool:
         """No room is large enough as it is, and none of its devices free to begin a swap on."""
-        return w.need > self.roomiest and w.span > 0 and self.begin.isdisjoint(w.devices) and w.move is None
+        return w.move is None and w.need > self.roomiest and w.span > 0 and self.begin.isdisjoint(w.devices)
 
     def next(self, w: Waiting) -> Plan | None:
         """Its plan, if its swap is due."""
@@ -361,7 +331,7 @@ class _Turns:
         devices = fits(s, w) if w.need <= self.roomiest or not w.span else None
         if devices is not None:
             return Plan(w.model, devices, why="it fits", numbers=_waited(s, w))
-        urgent = w.impatient or self._late(w)
+        urgent = w.impatient or s.now - w.oldest > self.deadline
         if not urgent and self.must_wait(w):
             if self.dear and self.begin.issuperset(w.devices):
                 self._hold(w.devices)
@@ -390,24 +360,22 @@ class _Turns:
         """Whether its device is another's, or cannot be had without draining somebody who need not drain yet.
 
         The case of most waiters on a crowded machine, told without a search: whatever set of victims the search would
-        find, a busy one would be in it. False: that needs a closer look.
+        find, a busy one would be in it, or it would be too early for it. False: that needs a closer look.
         """
         if len(w.devices) != 1 or (w.move and w.move.need <= self.roomiest):
             return False
-        supply, awake = self.supplies.get(w.devices[0]), self.awake.get(w.devices[0], NOBODY)
+        supply, there = self.supplies.get(w.devices[0]), self.s.tenants.get(w.devices[0], NOBODY)
         if supply is None or supply.claimed:
             return True
-        return not awake.pressed and supply.free + awake.idle < w.need <= supply.sleepable
+        if there.pressed or supply.sleepable < w.need:
+            return False
+        return supply.free + there.idle < w.need or there.takes + AHEAD < supply.until - self.s.now
 
     def _on(self, w: Waiting) -> Iterable[Resident]:
         """Each of the residents of its devices once; not the sleepers where it is enough if all others sleep."""
         if len(w.devices) == 1 and self.supplies[w.devices[0]].sleepable >= w.need:
-            return self.awake.get(w.devices[0], NOBODY).residents
-        if self._here is None:
-            self._here = _by_device(self.s.residents)
-        if len(w.devices) == 1:
-            return self._here.get(w.devices[0], ())
-        return {r.model: r for device in w.devices for r in self._here.get(device, ())}.values()
+            return self.s.tenants.get(w.devices[0], NOBODY).awake
+        return self.s.on(w.devices)
 
     def _due(self, w: Waiting, offer: Offer, urgent: bool) -> str:
         """Why the swap begins now; empty: not yet."""
@@ -435,46 +403,6 @@ class _Turns:
 def _known(w: Waiting, candidates: Iterable[Candidate]) -> float:
     """Seconds that the swap takes, as far as that was measured."""
     return w.learnt + sum([option.learnt for _, _, option in candidates])
-
-
-class _Awake:
-    """Those that are awake on a device, in short."""
-
-    __slots__ = ("idle", "pressed", "residents")
-
-    def __init__(self) -> None:
-        self.residents: list[Resident] = []
-        self.idle = 0  # bytes that come free if all that are idle sleep
-        self.pressed = False  # a busy one may have to leave before the deadline: it can be frozen, or has a drain limit
-
-
-NOBODY = _Awake()
-
-
-def _awake(residents: Iterable[Resident]) -> dict[int, _Awake]:
-    """By device."""
-    found: dict[int, _Awake] = {}
-    for r in residents:
-        if r.asleep:
-            continue
-        for device in r.devices:
-            awake = found.get(device)
-            if awake is None:
-                awake = found[device] = _Awake()
-            awake.residents.append(r)
-            if not r.running and not r.queued:
-                awake.idle += r.options[0].frees
-            elif r.freezable or r.drain_limit < INFINITY:
-                awake.pressed = True
-    return found
-
-
-def _by_device(residents: Iterable[Resident]) -> dict[int, list[Resident]]:
-    here: dict[int, list[Resident]] = {}
-    for r in residents:
-        for device in r.devices:
-            here.setdefault(device, []).append(r)
-    return here
 
 
 def _waited(s: PolicyInput, w: Waiting) -> NUMBERS:

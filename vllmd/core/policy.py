@@ -12,7 +12,7 @@ microseconds.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 INFINITY = math.inf
@@ -106,11 +106,40 @@ class DeviceSupply(NamedTuple):
     device: int  # its index
     free: int  # bytes free for a newcomer, reserve, strangers and claims subtracted; may be negative
     sleepable: int  # bytes that would be free if all that are awake or on the move there slept (pinned ones stay)
-    busy: float  # expected seconds until the start, wake, sleep or stop under way on it ends; 0 if none is
+    until: float  # when the start, wake, sleep or stop under way on it ends, as expected; 0 if none is
     claimed: bool  # a swap is draining or queued there
     drain: float  # where claimed: expected seconds until that swap can use the device
     links: frozenset[int] = frozenset()  # devices that it is joined with directly
     node: int | None = None  # its NUMA node
+
+
+class Tenants(NamedTuple):
+    """Those of the residents that are on one device."""
+
+    awake: tuple[Resident, ...] = ()
+    asleep: tuple[Resident, ...] = ()
+    idle: int = 0  # bytes that come free if all that are awake and idle sleep
+    takes: float = 0.0  # seconds until these sleep, one after the other
+    pressed: bool = False  # a busy one may have to leave before the deadline: it can be frozen, or has a drain limit
+
+    @classmethod
+    def of(cls, residents: Collection[Resident]) -> Tenants:
+        """What there is to say of these."""
+        awake = tuple([r for r in residents if not r.asleep])
+        asleep = tuple([r for r in residents if r.asleep])
+        frees, takes, pressed = 0, 0.0, False
+        for r in awake:
+            if not r.running and not r.queued:
+                frees += r.options[0].frees
+                takes += r.options[0].takes
+            elif r.freezable or r.drain_limit < INFINITY:
+                pressed = True
+        return cls(awake, asleep, frees, takes, pressed)
+
+    @property
+    def all(self) -> tuple[Resident, ...]:
+        """Awake or asleep."""
+        return (*self.awake, *self.asleep)
 
 
 class PolicyInput(NamedTuple):
@@ -118,9 +147,32 @@ class PolicyInput(NamedTuple):
 
     now: float
     waiting: Sequence[Waiting]  # oldest first
-    residents: Sequence[Resident]
+    tenants: Mapping[int, Tenants]  # by index of their device; none of one that has none
     supplies: Mapping[int, DeviceSupply]  # by index
     knobs: Knobs
+
+    @property
+    def residents(self) -> list[Resident]:
+        """Each once, though it may be on several devices."""
+        return list({r.model: r for tenants in self.tenants.values() for r in tenants.all}.values())
+
+    def on(self, devices: Sequence[int]) -> Sequence[Resident]:
+        """Those on any of these devices, each once."""
+        if len(devices) == 1:
+            return self.tenants.get(devices[0], NOBODY).all
+        return list({r.model: r for index in devices for r in self.tenants.get(index, NOBODY).all}.values())
+
+
+NOBODY = Tenants()
+
+
+def by_device(residents: Iterable[Resident]) -> dict[int, Tenants]:
+    """The residents as a view has them."""
+    here: dict[int, list[Resident]] = {}
+    for r in residents:
+        for device in r.devices:
+            here.setdefault(device, []).append(r)
+    return {index: Tenants.of(there) for index, there in here.items()}
 
 
 class Knobs(NamedTuple):

@@ -11,16 +11,26 @@ from vllmd.core.engine_table import EngineTable
 from vllmd.core.fit import Fit, freed_asleep
 from vllmd.core.lifecycle import AWAKE
 from vllmd.core.model import INFINITY, Replica
-from vllmd.core.policy import DeviceSupply, HostClaim, Knobs, Move, OffloadOption, PolicyInput, Resident, Waiting
+from vllmd.core.policy import (
+    DeviceSupply,
+    HostClaim,
+    Knobs,
+    Move,
+    OffloadOption,
+    PolicyInput,
+    Resident,
+    Tenants,
+    Waiting,
+)
 from vllmd.core.swaps import Swaps
-from vllmd.core.types import State
+from vllmd.core.types import Device, State
 
 KNOBS = Knobs()
 SOON = 0.001  # a transfer that should have ended by now
 
 
 class PolicyInputBuilder:
-    """Keeps the views of models that did not change: a look costs what changed since the last one."""
+    """Keeps the views of models that did not change, by device: a look costs what changed since the last one."""
 
     def __init__(self, engines: EngineTable, swaps: Swaps, fit: Fit, changed: dict[Replica, None]) -> None:
         self._engines = engines
@@ -30,17 +40,24 @@ class PolicyInputBuilder:
         self._waiting: dict[Replica, Waiting] = {}
         self._residents: dict[Replica, Resident] = {}
         self._stale: dict[Replica, None] = {}  # may leave, and changed since they were last seen
+        self._here: defaultdict[int, dict[Replica, Resident]] = defaultdict(dict)  # the residents by device
+        self._tenants: dict[int, Tenants] = {}  # what there is to say of these
+        self._astir: set[int] = set()  # devices of which that is to be said anew
         self._coming: dict[Replica, dict[int, int]] = {}  # bytes per device that would come free if the model slept
         self._sleepable: defaultdict[int, int] = defaultdict(int)  # their sums
+        self._ends: dict[Replica, float] = {}  # of those that are moving
+        self._quiet: dict[int, tuple[Device, DeviceSupply]] = {}  # of devices on which no swap is draining or queued
         self._host: tuple[int, frozenset[str]] = (0, frozenset())
         self._calibrations = 0
 
     def _take(self, m: Replica) -> None:
         self._waiting.pop(m, None)
-        self._residents.pop(m, None)
+        self._ends.pop(m, None)
         self._stale.pop(m, None)
         if may_leave(m):
             self._stale[m] = None
+        else:
+            self._house(m, None)
         self._sum(self._coming.pop(m, {}), -1)
         coming = freed_asleep(self._engines.ledger, m, m.footprint.asleep if sleep_levels(m) else 0)
         if coming:
@@ -51,6 +68,18 @@ class PolicyInputBuilder:
         for index, size in coming.items():
             self._sleepable[index] += sign * size
 
+    def _house(self, m: Replica, now: Resident | None) -> None:
+        """It is so now; None: it is no resident (any more)."""
+        before = self._residents.pop(m, None)
+        for index in before.devices if before else ():
+            del self._here[index][m]
+            self._astir.add(index)
+        if now:
+            self._residents[m] = now
+            for index in now.devices:
+                self._here[index][m] = now
+                self._astir.add(index)
+
     def look(self, waiting: Iterable[Replica], shallow: frozenset[str]) -> PolicyInput:
         """Everything as it is now; ``shallow``: who sleeps at level 1 if it must."""
         engines = self._engines
@@ -60,22 +89,22 @@ class PolicyInputBuilder:
         if engines.calibrations != self._calibrations:  # what is expected of engines that were never measured
             self._calibrations = engines.calibrations
             self._waiting.clear()
+            self._ends.clear()
             self._stale.update(dict.fromkeys(self._residents))
         host = (engines.ledger.host_budget - engines.ledger.host_promised, shallow)
         if host != self._host:  # who can sleep at which level depends on it
             self._host = host
             self._stale.update((m, None) for m, r in self._residents.items() if not r.asleep)
         for m in self._stale:
-            self._residents[m] = see_resident(engines, m, shallow)
+            self._house(m, see_resident(engines, m, shallow))
         self._stale.clear()
+        for index in self._astir:
+            self._tenants[index] = Tenants.of(self._here[index].values())
+        self._astir.clear()
         seen = [self._waiting.get(m) or self._see_waiting(m) for m in waiting]
-        return PolicyInput(
-            engines.now,
-            sorted([w for w in seen if w.devices or not w.span], key=_age),  # not those that wait for others to leave
-            list(self._residents.values()),
-            self._supplies(),
-            KNOBS,
-        )
+        # Not those that wait for others to leave a device free.
+        asking = sorted([w for w in seen if w.devices or not w.span], key=_age)
+        return PolicyInput(engines.now, asking, dict(self._tenants), self._supplies(), KNOBS)
 
     def _see_waiting(self, m: Replica) -> Waiting:
         if m.spec.when_free:
@@ -97,21 +126,28 @@ class PolicyInputBuilder:
         return w._replace(devices=tuple(free), needs=tuple(free.values()), need=min(free.values()))
 
     def _supplies(self) -> dict[int, DeviceSupply]:
-        engines, supplies = self._engines, {}
-        claims = self._swaps.claims()
+        engines, moving, supplies = self._engines, self._engines.moving, {}
+        claims = self._swaps.claims() if len(self._swaps) else {}
         for index, account in engines.ledger.accounts.items():
             if account.avoided:
                 continue
             free = account.free
             sleepable = free + self._sleepable[index]
-            moving = engines.moving.get(index)
-            busy = remaining(moving, engines.now) if moving else 0.0
-            claim, links, node = claims.get(index), account.device.links, account.device.node
-            if claim is None:
-                supplies[index] = DeviceSupply(index, free, sleepable, busy, False, 0.0, links, node)
-            else:
+            until, mover = 0.0, moving.get(index)
+            if mover:
+                until = self._ends[mover] = self._ends.get(mover) or ends(mover)
+            if index in claims:
+                claim, links, node = claims[index], account.device.links, account.device.node
                 left = min(free, free + claim.coming - claim.need)
-                supplies[index] = DeviceSupply(index, left, sleepable, busy, True, claim.drain, links, node)
+                supplies[index] = DeviceSupply(index, left, sleepable, until, True, claim.drain, links, node)
+                continue
+            device, known = self._quiet.get(index, (None, None))
+            same = known is not None and (known.free, known.sleepable, known.until) == (free, sleepable, until)
+            if known is None or not same or device is not account.device:
+                device = account.device
+                known = DeviceSupply(index, free, sleepable, until, False, 0.0, device.links, device.node)
+                self._quiet[index] = device, known
+            supplies[index] = known
         return supplies
 
 
@@ -238,17 +274,18 @@ def sleep_levels(m: Replica) -> frozenset[int]:
     return m.spec.sleep_levels if m.sleep_failures < 2 else frozenset()
 
 
+def ends(m: Replica) -> float:
+    """When the command that ``m`` is under is answered, as expected; that may be over."""
+    if m.state is State.STARTING and m.start.ends is not None:
+        return m.start.ends
+    bringing_up = m.state in (State.STARTING, State.WAKING)
+    level = m.level if m.state in (State.WAKING, State.FALLING_ASLEEP) else 0
+    return m.changed + (m.costs.wake(level) if bringing_up else m.costs.sleep(level))
+
+
 def remaining(m: Replica, now: float) -> float:
     """Expected seconds until the command that ``m`` is under is answered."""
-    if m.state is State.STARTING and m.start.ends is not None:
-        return max(SOON, m.start.ends - now)
-    if m.state is State.WAKING:
-        expected = m.costs.wake(m.level)
-    elif m.state is State.FALLING_ASLEEP:
-        expected = m.costs.sleep(m.level)
-    else:
-        expected = m.costs.wake(0) if m.state is State.STARTING else m.costs.sleep(0)
-    return max(SOON, expected + m.changed - now)
+    return max(SOON, ends(m) - now)
 
 
 def host_claims(engines: EngineTable, models: Iterable[Replica]) -> list[HostClaim]:

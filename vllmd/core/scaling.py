@@ -114,6 +114,7 @@ class Scaling:
         for r in missing:
             if r.state is State.FAILED:
                 core.engines.forgive(r)
+                core.mark_dirty(r)
             why = f"{model.name} is to have {number} replicas here" if r.spec.device_count else f"{model.name} is used"
             if self._planner.bring(r, Reason.REPLICA, why, core.now - RECENT, _taken(r)):
                 yield

@@ -20,8 +20,8 @@ from vllmd.core.devices import Devices
 from vllmd.core.engine_events import EngineEvents
 from vllmd.core.health import HealthChecks
 from vllmd.core.idle import idle_due
-from vllmd.core.lifecycle import Job, Kind, Reason
-from vllmd.core.model import INFINITY, Model, Replica
+from vllmd.core.lifecycle import Kind, Reason
+from vllmd.core.model import INFINITY, Job, Model, Replica
 from vllmd.core.operator_commands import OperatorCommands
 from vllmd.core.planner import Planner
 from vllmd.core.policies import POLICIES
@@ -74,10 +74,12 @@ class Scheduler:
         if core.dirty:
             self._settle()
         wanted = core.waiting or core.balanced or self._operator.preload or self._planner.held_back
-        if wanted or (core.replan and engines.displaced):
+        if wanted or (engines.displaced and (core.replan or core.news)):
             for _ in self._steps():
                 self._settle()
         core.replan = False
+        core.news.clear()
+        engines.stirred.clear()
         return engines.collect()
 
     def _steps(self) -> Iterator[None]:
@@ -302,7 +304,7 @@ class Scheduler:
             r.failure = why
         else:
             core.waiting[r] = None
-            core.replan = True
+            core.news[r] = None
 
     def _forget(self, r: Replica) -> None:
         core = self._core

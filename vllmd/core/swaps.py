@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from vllmd.core.engine_table import EngineTable
 from vllmd.core.fit import Fit
-from vllmd.core.lifecycle import AWAKE, Job, Kind, Reason
-from vllmd.core.model import INFINITY, Replica
+from vllmd.core.lifecycle import AWAKE, Kind, Reason
+from vllmd.core.model import INFINITY, Job, Replica
 from vllmd.core.policy import OffloadOption, Plan, drain_time
 from vllmd.core.types import State
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from vllmd.core.common import Core
 from vllmd.core.events import KeptAlive
 from vllmd.core.idle import Rest, rest
-from vllmd.core.lifecycle import Job, Kind, Reason
-from vllmd.core.model import Replica
+from vllmd.core.lifecycle import Kind, Reason
+from vllmd.core.model import Job, Replica
 from vllmd.core.planner import Planner
 from vllmd.core.types import State
 

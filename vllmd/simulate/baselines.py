@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from vllmd.core.eviction import fits, oldest_first
+from vllmd.core.eviction import oldest_first
+from vllmd.core.fit import fits
 from vllmd.core.policies import POLICIES, Lru, plain
 from vllmd.core.policy import HostClaim, Outlook, Plan, Policy, PolicyInput, Resident, Victim, Waiting, greedy_fill
 
