@@ -42,14 +42,15 @@ class Peer:
 class Headers:
     """Header fields in their order. Names are lower case, values stripped; both are bytes on the wire.
 
-    Five things are worked out of them once for all messages whose fields differ in nothing but their length, as
+    Six things are worked out of them once for all messages whose fields differ in nothing but their length, as
     those of one connection mostly do: ``onward``, what goes on to the next hop (``forward`` and ``answer`` write it);
     ``found``, who sent them, and by whose word (an authenticator writes it); ``from_page``, whether a browser may
     have sent them for a page; ``plain_json``, whether they say that the body is JSON in UTF-8 and not coded;
-    ``keep_alive``, what ``x-vllmd-keep-alive`` says (None: nobody has looked).
+    ``keep_alive``, what ``x-vllmd-keep-alive`` says (None: nobody has looked); ``sent``, what they became in the
+    head of a request to an engine, and of which engine, model and path (``forward.request_head``).
     """
 
-    __slots__ = ("found", "from_page", "keep_alive", "onward", "plain_json", "raw")
+    __slots__ = ("found", "from_page", "keep_alive", "onward", "plain_json", "raw", "sent")
 
     def __init__(self, raw: Sequence[tuple[bytes, bytes]] = (), onward: bytes | None = None) -> None:
         self.raw = raw
@@ -58,13 +59,14 @@ class Headers:
         self.from_page: bool | None = None
         self.plain_json: bool | None = None
         self.keep_alive: str | None = None
+        self.sent: tuple[object, object, str, bytes] | None = None
 
     def with_length(self, length: int) -> Headers:
         """The same with another Content-Length."""
         digits = b"%d" % length
         same = Headers([(k, digits if k == b"content-length" else v) for k, v in self.raw], self.onward)
         same.found, same.from_page, same.plain_json = self.found, self.from_page, self.plain_json
-        same.keep_alive = self.keep_alive
+        same.keep_alive, same.sent = self.keep_alive, self.sent
         return same
 
     def but(self, name: str, *more: tuple[str, str]) -> Headers:
