@@ -49,7 +49,9 @@ async def take(
     was, repaired = current.config.models, bool(current.broken)
     known = {**{name: name for name in before}, **_renamed_engines(engines, before)}
     kept = {name: known[name] for name in engines if name in known}
-    changed = {name for name, old in kept.items() if fingerprint(engines[name]) != fingerprint(before[old])}
+    others = [(name, old) for name, old in kept.items() if engines[name] != before[old]]
+    changed = {name for name, old in others if fingerprint(engines[name]) != fingerprint(before[old])}
+    specs = await asyncio.to_thread(specs_of, config.models, prospects)
     running = {name: back.engines.processes[old] for name, old in kept.items() if old in back.engines.processes}
     changed |= {name for name, process in running.items() if is_outdated(process, engines[name])}
     added, removed = sorted(config.models.keys() - was.keys()), sorted(was.keys() - config.models.keys())
@@ -61,7 +63,6 @@ async def take(
     if devices:
         _take_devices(back, config, devices)
     back.post(events.SettingsChanged(settings_of(config)))
-    specs = specs_of(config.models, prospects)
     front.instances.configure(specs)
     front.gate.learn_kinds(kinds(prospects))
     back.post(events.ModelsChanged(tuple(specs), frozenset(changed)))

@@ -57,7 +57,7 @@ async def back_end(front: FrontEnd) -> BackEnd:
     learnt, paths = front.learnt, paths_of(config, runtime)
     await asyncio.to_thread(learnt.load)
     prospects = await asyncio.to_thread(expect, current.engines, paths, memory.inventory, front.resolver)
-    specs = specs_of(config.models, prospects)
+    specs = await asyncio.to_thread(specs_of, config.models, prospects)
     front.instances.configure(specs)
     front.gate.learn_kinds(kinds(prospects))
     scheduler = Scheduler(specs, memory.inventory, settings_of(config), CostBook.from_dict(learnt.costs))

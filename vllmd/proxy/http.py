@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -9,13 +10,14 @@ from dataclasses import dataclass, field
 from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 from urllib.parse import parse_qsl
 
 from vllmd.errors import BadRequest, VllmdError
 from vllmd.proxy.access import NOBODY, Caller
 
 Pairs = Sequence[tuple[str, str]]
+AT_A_TIME = 200  # members of a list that are written in one turn of the loop
 ANTHROPIC_PATH = "/v1/messages"
 OLLAMA_PATH, OWN_PATH = "/api/", "/api/v1/"
 
@@ -164,6 +166,18 @@ class Response:
 def json_response(value: object, status: int = 200, headers: Pairs = ()) -> Response:
     """``value`` as compact JSON."""
     return Response(status, json.dumps(value, separators=(",", ":"), default=str).encode(), headers=headers)
+
+
+async def list_response(value: Mapping[str, object], name: str) -> Response:
+    """``value`` as compact JSON. Its member ``name`` may be a list of thousands: it is written in turns of the loop."""
+    items, written = cast(Sequence[object], value[name]), list[str]()
+    for start in range(0, len(items), AT_A_TIME):
+        if start:
+            await asyncio.sleep(0)
+        written.append(json.dumps(items[start : start + AT_A_TIME], separators=(",", ":"), default=str)[1:-1])
+    members = {key: json.dumps(each, separators=(",", ":"), default=str) for key, each in value.items() if key != name}
+    members = {key: f"[{','.join(written)}]" if key == name else members[key] for key in value}
+    return Response(200, f"{{{','.join(f'{json.dumps(key)}:{text}' for key, text in members.items())}}}".encode())
 
 
 def text_response(text: str, status: int = 200, content_type: str = "text/plain; charset=utf-8") -> Response:
