@@ -16,7 +16,9 @@ holds this table against the imports)::
     launcher/   the privileged helper and its client; the only
                 package that knows pystemd                           systemd, errors, text
     proxy/      h11 heads, byte relay, the accept loop            core.types, errors
-    admin/      model list, health, admin and metrics endpoints   proxy's HTTP types, core.types, errors
+    ui/         the page: its files                               proxy's HTTP types
+    admin/      model list, health, admin and metrics endpoints,
+                signing in to the page                            proxy's HTTP types, core.types, ui, errors
     ollama/     Ollama's API, translated to the engines' own      proxy, admin.control, errors
     daemon/     the event queue; executes the core's commands     all but cli and client
     client/     the Python library                                errors

@@ -78,6 +78,10 @@ def add_operator(router: Router, control: Control) -> None:
     _add_verbs(router, operator)
     add = router.add
     add("GET", "/admin/status", operator.status, "read", "Everything vllmctl shows", answers("Status"), EACH)
+    models = ModelEndpoints(control)
+    add("GET", "/admin/models", models.every, "read", "The models as /v1/models has them, for operators",
+        answers("ModelList"), EACH)  # fmt: skip
+    add("GET", "/admin/models/{model:path}", models.one, "read", "One model, likewise", answers("Model"))
     add("GET", "/admin/decisions", operator.decisions, "read", "The last decisions and their numbers",
         doc(answers("Decisions"), asks(model=(TEXT, "of that model only"))), MACHINE)  # fmt: skip
     add("GET", "/admin/events", operator.events, "read", "Decisions as they are made, and what becomes of them",
@@ -151,6 +155,8 @@ def audited(handler: LocalHandler) -> LocalHandler:
 
 def _record(request: Request, outcome: str) -> None:
     who = f"the key {request.key}" if request.key else str(request.peer)
+    if request.caller.page:
+        who = f"{request.key} on the page"
     fields = {"VLLMD_VERB": f"{request.method} {request.path}", "VLLMD_BY": who, "REQUEST_ID": request.id}
     if "model" in request.params:
         fields["MODEL"] = request.params["model"]

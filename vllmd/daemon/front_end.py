@@ -110,7 +110,7 @@ def front_end(
         if back.now is not None and known and not known.replicas:
             back.now.engines.answered(model, answered, failed=failed)
 
-    listeners = Listeners(config, gate, quotas, control, relay, limits, sockets, outcome)
+    listeners = Listeners(config, gate, quotas, control, relay, limits, sockets, outcome, runtime.sessions)
     return FrontEnd(
         runtime=runtime,
         current=current,
