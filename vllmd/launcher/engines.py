@@ -48,7 +48,7 @@ from vllmd.launcher.protocol import (
     is_beneath,
     unit_of,
 )
-from vllmd.launcher.spawn import AGAIN, Child, User, Users, read_failure, spawn, sweep, tidy
+from vllmd.launcher.spawn import AGAIN, Child, User, Users, read_failure, spawn, sweep, tidy, unused
 
 log = logging.getLogger(__name__)
 
@@ -133,6 +133,7 @@ class Supervisor:
         self._report = report
         self._roots = tuple(roots)
         self._engines: dict[str, Engine] = {}
+        self._unused: set[str] = set()  # run directories without an engine, at the last look
 
     def __len__(self) -> int:
         return len(self._engines)
@@ -245,12 +246,20 @@ class Supervisor:
         self._sweep()
 
     def _sweep(self) -> None:
-        """Now and again: what a launcher that died could not tidy any more, or a disk did not let it."""
+        """Now and again: what a launcher that died could not tidy any more, or a disk did not let it.
+
+        A directory without an engine may be that of one whose order is on its way, so it goes when it is seen a second
+        time. (Its age would not tell that: somebody may set the clock.)
+        """
         self._loop.later(SWEEP_AGAIN, self._sweep)
         kept = {os.path.basename(engine.run_dir) for engine in self._engines.values()}
+        found: set[str] = set()
         for root in filter(os.path.isdir, self._roots):
-            for user in self._users.everybody():
-                self._await_child(root, lambda root=root, user=user: sweep(root, kept, user))  # type: ignore[misc]
+            with contextlib.suppress(OSError):  # gone, or not readable now; the next look is soon
+                found |= unused(root, kept)
+        left, self._unused = found & self._unused, found
+        for user in self._users.everybody() if left else ():
+            self._await_child(", ".join(self._roots), lambda user=user: sweep(left, user))  # type: ignore[misc]
 
     # --- starting ---
 

@@ -16,7 +16,6 @@ import pwd
 import resource
 import signal
 import stat
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -28,7 +27,6 @@ from vllmd.text import printable
 
 MARKER = "VLLMD_INSTANCE"
 AGAIN = 75  # status of a child that could not tidy up, and may later
-NEW = 60.0  # seconds that a run directory without an engine is left alone
 KEY_FILE = "vllmd-key.yaml"  # what an engine's command writes for it, see engines/sglang.py
 PATH = "/usr/local/bin:/usr/bin:/bin"
 _PERMANENT = {errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR, errno.E2BIG, errno.EISDIR, errno.ELOOP}
@@ -186,18 +184,22 @@ def tidy(run_dir: str, user: User) -> Process:
     return _in_child(user, lambda: _empty(run_dir))
 
 
-def sweep(root: str, kept: Collection[str], user: User) -> Process | None:
-    """A child that, as the engine's user, tidies every run directory of that user beneath ``root`` but those ``kept``.
+def unused(root: str, kept: Collection[str]) -> set[str]:
+    """The paths of the directories in ``root`` that are not called like one of ``kept``. Raises OSError."""
+    return {entry.path for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False) and entry.name not in kept}
 
-    Such a one stays behind when an engine ends while there is no launcher. One that is new may be that of an engine
-    which is just being started. None if there is nothing to do. Raises OSError.
+
+def sweep(run_dirs: Collection[str], user: User) -> Process | None:
+    """A child that, as the engine's user, tidies those of these run directories that are that user's.
+
+    Such a one stays behind when an engine ends while there is no launcher. None if there is nothing to do. Raises
+    OSError.
     """
     left = []
-    for entry in os.scandir(root):
-        found = entry.stat(follow_symlinks=False)
-        old = stat.S_ISDIR(found.st_mode) and found.st_mtime < time.time() - NEW
-        if old and found.st_uid == user.uid and entry.name not in kept:
-            left.append(entry.path)
+    for path in run_dirs:
+        with contextlib.suppress(FileNotFoundError):
+            if os.lstat(path).st_uid == user.uid:
+                left.append(path)
 
     def empty_all() -> None:
         for path in left:

@@ -1,8 +1,9 @@
 """Print a link that signs in to the page, once, within five minutes.
 
-The page, /ui at the address where vllmd listens, shows the memory, the models, the decisions and their reasons, the logs,
-and does what vllmctl does. The link opens there what the admin socket opens here, for a day, but for the models: to try
-one where keys are set, the page asks for a key. Through the read-only socket the link opens what changes nothing.
+The page, /ui at the address where vllmd listens, shows the memory, the models, the decisions and their reasons, and
+the logs, and does what vllmctl does. The link opens there what the admin socket opens here, for a day, but for the
+models: to try one where keys are set, the page asks for a key. Through the read-only socket the link opens what changes
+nothing.
 """
 
 from __future__ import annotations
