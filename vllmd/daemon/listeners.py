@@ -12,7 +12,7 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from vllmd.admin.control import Control
@@ -60,11 +60,13 @@ class Listeners:
         limits: Limits,
         listeners: Mapping[str, Sequence[socket.socket]],
         outcome: Callable[[str, int, bool], None],
+        ended: Callable[[Exchange], None] = lambda exchange: None,
         sessions: Path | None = None,
     ) -> None:
         """``outcome`` is told of each request for a model: its name, the status, and whether the engine failed it.
 
-        ``sessions``: the file in which those of the page outlive the daemon; None: they do not.
+        ``ended`` is called at the end of every request. ``sessions``: the file in which those of the page outlive the
+        daemon; None: they do not.
         """
         self._ui = config.server.ui
         self._sessions = PageSessions(time.time, lambda name: self._keys.of_key(name), sessions)
@@ -80,6 +82,7 @@ class Listeners:
         self._relay = relay
         self._reachable: list[tuple[Router, list[str]]] = []  # those at addresses that strangers can reach
         self._outcome = outcome
+        self._ended = ended
         # Operators do not stand in the clients' line: their connections are counted apart.
         self._operators: list[Server] = []
         self._servers = [server for name, sockets in sorted(listeners.items()) for server in self._open(name, sockets)]
@@ -172,6 +175,10 @@ class Listeners:
         """Those of ``connections`` that are not operators."""
         return sum(server.connections for server in self._clients)
 
+    def exchanges(self) -> Iterator[Exchange]:
+        """The requests for models that are under way."""
+        return (each for server in self._servers for each in server.exchanges() if each.model)
+
     @property
     def busy(self) -> int:
         """Clients who are sending a request, or wait for an answer."""
@@ -207,6 +214,7 @@ class Listeners:
 
     def _note(self, exchange: Exchange) -> None:
         self._control.counters.exchanged(exchange)
+        self._ended(exchange)
         if exchange.model and exchange.status and (not exchange.error or exchange.error in ENGINES_FAULTS):
             self._outcome(exchange.model, exchange.status, bool(exchange.error))
         _log(exchange)
