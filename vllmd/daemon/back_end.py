@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vllmd.core import events
 from vllmd.core.types import Snapshot, State
 from vllmd.daemon.adapter_loader import provide
+from vllmd.daemon.boot_clock import moments
 from vllmd.daemon.device_readings import DeviceReadings
 from vllmd.daemon.device_watch import DeviceWatch
 from vllmd.daemon.dispatcher import Dispatcher
@@ -84,11 +84,10 @@ class BackEnd:
 
     async def note_idle(self) -> None:
         """Leave each engine's idle clock beside its cgroup, for the next daemon."""
-        now = time.time()
         for view in self.snapshot().replicas:
             process = self.engines.processes.get(view.id)
             if process and view.idle is not None:
-                await self.engines.annotate(process, idle_since=f"{now - view.idle:.0f}")
+                await self.engines.annotate(process, **moments(idle_since=view.idle))
 
     async def keep_learnt(self) -> None:
         """Write down what was learnt of the models."""

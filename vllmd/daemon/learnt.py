@@ -33,6 +33,7 @@ class Learnt:
         self.costs: dict[str, Any] = {}
         self.runs: dict[str, list[tuple[str, float]]] = {}  # engine -> its last instances, and when each ended
         self.decisions: dict[str, list[dict[str, Any]]] = {}  # engine or model -> the last ones about it
+        self.earlier: dict[str, list[dict[str, Any]]] = {}  # those of them that an earlier daemon made
         self._written = ""
         self._trouble = Repeated(log)
 
@@ -40,6 +41,8 @@ class Learnt:
         """Something was decided about a model; the same once more counts as the last time."""
         known = self.decisions.pop(decision["model"], [])
         if known and (known[-1]["what"], known[-1]["why"]) == (decision["what"], decision["why"]):
+            if (earlier := self.earlier.get(decision["model"])) and earlier[-1] is known[-1]:
+                earlier.pop()
             known = known[:-1]
         self.decisions[decision["model"]] = [*known, decision][-DECISIONS:]
         while len(self.decisions) > MOST_ENGINES:
@@ -63,12 +66,13 @@ class Learnt:
             self.runs = {name: [(str(run), float(at)) for run, at in ended] for name, ended in runs}
             made = dict(told.get("decisions", {})).items()
             self.decisions = {name: [_decision(name, each) for each in kept] for name, kept in made}
+            self.earlier = {name: list(kept) for name, kept in self.decisions.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error.__cause__, FileNotFoundError):  # nothing has been learnt yet
                 return
             what = "cannot be read" if isinstance(error.__cause__, OSError) else "is damaged"
             log.warning("ignoring %s, it %s (%s); figures are learnt anew", self._path, what, error)
-            self.costs, self.runs, self.decisions = {}, {}, {}
+            self.costs, self.runs, self.decisions, self.earlier = {}, {}, {}, {}
 
     def save(self) -> None:
         """Write it whole or not at all; a full disk is told and costs nothing but the figures."""

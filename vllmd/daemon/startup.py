@@ -23,7 +23,7 @@ from vllmd.daemon.device_watch import DeviceWatch
 from vllmd.daemon.dispatcher import Dispatcher, executors
 from vllmd.daemon.engine_keys import EngineKeys
 from vllmd.daemon.engine_manager import EngineManager
-from vllmd.daemon.expectations import estimates, expect, files_of, opener, paths_of, settings_of, specs_of
+from vllmd.daemon.expectations import estimates, expect, files_of, kinds, opener, paths_of, settings_of, specs_of
 from vllmd.daemon.front_end import FrontEnd
 from vllmd.daemon.launch_planner import LaunchPlanner
 from vllmd.daemon.memory import Memory
@@ -57,6 +57,7 @@ async def back_end(front: FrontEnd) -> BackEnd:
     prospects = await asyncio.to_thread(expect, current.engines, paths, memory.inventory, front.resolver)
     specs = specs_of(config.models, prospects)
     front.instances.configure(specs)
+    front.gate.learn_kinds(kinds(prospects))
     scheduler = Scheduler(specs, memory.inventory, settings_of(config), CostBook.from_dict(learnt.costs))
 
     # 3. The launcher. What it reports before there is anybody to hear it concerns engines that step 5 asks it for.
@@ -129,6 +130,7 @@ async def take_devices(front: FrontEnd, back: BackEnd, devices: Devices) -> None
             specs = specs_of(config.models, prospects)
             back.engines.configure(engines, estimates(prospects))
             front.instances.configure(specs)
+            front.gate.learn_kinds(kinds(prospects))
             back.post(events.ModelsChanged(tuple(specs)))
         back.post(events.DevicesChanged(devices.inventory(), str(devices.trouble or ""), devices.asking))
         await back.readings.look()
