@@ -114,7 +114,7 @@ def test_the_documentation_has_a_new_row(one_more: None) -> None:
     assert operation["summary"] == "Nudge a model"
     assert "scope admin" in operation["description"]
     assert [each["name"] for each in operation["parameters"]] == ["model", "times"]
-    times = {"type": "integer", "minimum": 1, "maximum": 9, "default": "1"}
+    times = {"type": "integer", "minimum": 1, "maximum": 9, "default": 1}
     assert operation["parameters"][1] == {"name": "times", "in": "query", "description": "how often", "schema": times}
     answer = operation["responses"]["200"]["content"]["application/json"]["schema"]
     assert answer == {"$ref": "#/components/schemas/ModelLine"}

@@ -156,8 +156,10 @@ def operation(verb: Verb) -> Schema:
 def parameter(param: Param) -> Schema:
     """One in the path or the query."""
     schema = param.kind.schema(text=True)
-    if param.default not in (verbs.REQUIRED, None, False, ""):
-        schema["default"] = str(param.default)
+    if param.default == "":
+        schema.pop("minLength", None)
+    elif param.default not in (verbs.REQUIRED, None, False):
+        schema["default"] = str(param.default) if schema["type"] == "string" else param.default
     required = {"required": True} if param.default is verbs.REQUIRED else {}
     return {"name": param.key, "in": param.place, "description": param.about, "schema": schema, **required}
 
