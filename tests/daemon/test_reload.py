@@ -183,11 +183,11 @@ class Living:
 Act = Callable[[Living], Awaitable[None]]
 
 
-def lives(config: Config, folder: Path, act: Act, *, activated: bool = False) -> None:
+def lives(config: Config, folder: Path, act: Act, *, activated: bool = False, learnt: Path | None = None) -> None:
     """A whole daemon by that configuration, but for its sockets and its launcher."""
 
     async def main() -> None:
-        around = RuntimeEnvironment(run_dir=Path("/nowhere"), logs=folder / "logs", activated=activated)
+        around = RuntimeEnvironment(Path("/nowhere"), logs=folder / "logs", activated=activated, learnt=learnt)
         daemon = Daemon(await meant_for_us(config, around), around, lambda: config, {})
         back = await startup.back_end(daemon.front)
         daemon.front.open(back)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vllmd.core import events
 from vllmd.core.types import Snapshot, State
@@ -15,6 +16,7 @@ from vllmd.daemon.device_readings import DeviceReadings
 from vllmd.daemon.device_watch import DeviceWatch
 from vllmd.daemon.dispatcher import Dispatcher
 from vllmd.daemon.engine_manager import EngineManager
+from vllmd.daemon.failures import noted
 from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.offers import ORDER
@@ -36,6 +38,7 @@ class BackEnd:
     devices: DeviceWatch
     readings: DeviceReadings
     learnt: Learnt
+    keeping: asyncio.Lock = field(default_factory=asyncio.Lock)  # one writes what was learnt at a time
 
     def post(self, event: events.Event) -> None:
         """Hand an event to the core."""
@@ -90,9 +93,12 @@ class BackEnd:
                 await self.engines.annotate(process, **moments(idle_since=view.idle))
 
     async def keep_learnt(self) -> None:
-        """Write down what was learnt of the models."""
-        self.learnt.costs = self.dispatcher.scheduler.costs.to_dict()
-        await asyncio.to_thread(self.learnt.save)
+        """Write down what was learnt of the models, and which of them have failed."""
+        async with self.keeping:
+            self.learnt.costs = self.dispatcher.scheduler.costs.to_dict()
+            if known := self.engines.configured:  # with a broken configuration nothing is known of them
+                self.learnt.failures = noted(self.snapshot(), known, self.learnt.failures, time.time())
+            await asyncio.to_thread(self.learnt.save)
 
     async def close(self) -> None:
         """Nothing more is decided, and the launcher is left alone."""

@@ -100,6 +100,11 @@ class EngineManager:
         self._models = models
         self._launch_planner.configure(models, estimates)
 
+    @property
+    def configured(self) -> Mapping[str, ModelConfig]:
+        """The engines that there may be, by id."""
+        return self._models
+
     def relocate(self, paths: Paths, first_port: int, last_port: int) -> None:
         """Start engines there from now on."""
         self._launch_planner.relocate(paths, first_port, last_port)
