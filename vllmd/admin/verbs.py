@@ -63,12 +63,15 @@ class VerbEndpoint:
         return json(told if told is not None else control.status.line(model))
 
     def _arguments(self, request: Request) -> dict[str, object]:
-        """The parameters by name; a model by its configured name. Raises UnknownModel, Forbidden for one of others."""
-        given = read(self._verb.takes, request)
-        for param in self._verb.takes:
-            if isinstance(param.kind, ModelName) and given[param.name]:
-                given[param.name] = self._control.status.resolve(str(given[param.name]), request.caller)
-        return given
+        """The parameters by name; a model by its configured name. Raises UnknownModel, Forbidden for one of others.
+
+        The models first: whoever may not use one is told nothing else about the request.
+        """
+        models = [each for each in self._verb.takes if isinstance(each.kind, ModelName)]
+        asked = {name: str(value) for name, value in read(models, request).items()}
+        resolve = self._control.status.resolve
+        found = {name: model and resolve(model, request.caller) for name, model in asked.items()}
+        return {**found, **read([each for each in self._verb.takes if each not in models], request)}
 
     async def _settled(self, request: Request, model: str, *, wait: bool) -> Response:
         """What became of it: line by line, now, or when it has come to rest."""
