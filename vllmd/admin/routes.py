@@ -12,6 +12,7 @@ from vllmd.admin.instances import KILL, START, STOP, InstanceEndpoints
 from vllmd.admin.metrics import MetricsEndpoints
 from vllmd.admin.models import ModelEndpoints
 from vllmd.admin.openapi import Documentation
+from vllmd.admin.records import add_records
 from vllmd.admin.runtime_models import add_guests
 from vllmd.admin.schemas import TEXT, answers, asks, doc, placed, streams
 from vllmd.admin.streams import LOG, StreamEndpoints
@@ -56,7 +57,7 @@ def add_public(router: Router, control: Control) -> None:
             answers(Health, also={503: Health}), EACH)  # fmt: skip
     add("GET", "/version", models.version, "open", "The version of vllmd", answers(Version), NOTHING)
     add("GET", "/metrics", metrics.own, "metrics", "Metrics for Prometheus",
-        doc(PLAIN, asks(model="that model's engine's own metrics instead")), EACH)  # fmt: skip
+        doc(PLAIN, asks(model=(TEXT, "that model's engine's own metrics instead"))), EACH)  # fmt: skip
     add("GET", "/metrics/engines", metrics.engines, "metrics", "All engines' own metrics, labelled by model", PLAIN,
         EACH)  # fmt: skip
     documentation = Documentation(router)
@@ -75,6 +76,7 @@ def add_operator(router: Router, control: Control) -> None:
         doc(streams("text/plain", "its lines"), placed([parameter(each) for each in LOG])))  # fmt: skip
     _add_instances(router, InstanceEndpoints(control))
     add_guests(router, control.runtime_models, audited)
+    add_records(router, control, audited)
 
 
 def _add_instances(router: Router, instances: InstanceEndpoints) -> None:

@@ -13,6 +13,28 @@ from vllmd.api.codec import Schema
 
 ERROR: Schema = {"description": "what was wrong", "content": {"application/json": {"schema": codec.schema(Error)}}}
 TEXT: Schema = {"type": "string"}
+BOOL: Schema = {"type": "boolean"}
+COUNT: Schema = {"type": "integer", "minimum": 0}
+NUMBER: Schema = {"type": "number"}
+FLAG: Schema = {"type": "string", "enum": ["true", "false", "1", "0", "yes", "no", "on", "off"]}
+
+
+def many(schema: Mapping[str, object]) -> Schema:
+    """A list of it."""
+    return {"type": "array", "items": schema}
+
+
+def maybe(schema: Mapping[str, object]) -> Schema:
+    """It, or null."""
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+def record(
+    required: Mapping[str, object], optional: Mapping[str, object] | None = None, *, closed: bool = False
+) -> Schema:
+    """An object with these properties; ``closed``: and no others."""
+    schema: Schema = {"type": "object", "properties": {**required, **(optional or {})}, "required": list(required)}
+    return {**schema, "additionalProperties": False} if closed else schema
 
 
 def answers(shape: object, status: int = 200, also: Mapping[int, type[Answer]] | None = None) -> Schema:
@@ -29,18 +51,18 @@ def streams(content_type: str, about: str, other: Mapping[str, object] | None = 
     return {"responses": {"200": {"description": about, "content": content}, "default": ERROR}}
 
 
-def asks(**parameters: str) -> Schema:
-    """Query parameters that are texts, none of which need be given, and what each is."""
-    return {"parameters": [{"name": name, "in": "query", "description": about, "schema": TEXT}
-                           for name, about in parameters.items()]}  # fmt: skip
+def asks(**parameters: tuple[Mapping[str, object], str]) -> Schema:
+    """Query parameters, none of which need be given, and what each is."""
+    return placed([{"name": name, "in": "query", "description": about, "schema": schema}
+                   for name, (schema, about) in parameters.items()])  # fmt: skip
 
 
-def takes(schema: Schema, *, required: bool = True) -> Schema:
+def takes(schema: Mapping[str, object], *, required: bool = True) -> Schema:
     """A JSON body."""
     return {"requestBody": {"required": required, "content": {"application/json": {"schema": schema}}}}
 
 
-def doc(*parts: Schema, about: str = "") -> Schema:
+def doc(*parts: Mapping[str, object], about: str = "") -> Schema:
     """The parts as one."""
     whole: Schema = {}
     for part in parts:
@@ -53,5 +75,5 @@ def placed(parameters: Sequence[Schema]) -> Schema:
     return {"parameters": list(parameters)} if parameters else {}
 
 
-def _json(about: str, schema: Schema) -> Schema:
+def _json(about: str, schema: Mapping[str, object]) -> Schema:
     return {"description": about, "content": {"application/json": {"schema": schema}}}
