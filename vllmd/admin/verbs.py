@@ -17,7 +17,7 @@ from vllmd.api import verbs
 from vllmd.api.codec import encoded
 from vllmd.api.kinds import ModelName
 from vllmd.api.verbs import Param, Verb
-from vllmd.errors import BadRequest, EngineFailed, VllmdError
+from vllmd.errors import BadRequest, ConfigError, EngineFailed, VllmdError
 from vllmd.proxy.access import Reach
 from vllmd.proxy.http import Request, Response
 from vllmd.proxy.routing import LocalHandler, Router
@@ -191,9 +191,10 @@ def audited(handler: LocalHandler) -> LocalHandler:
         try:
             response = await handler(request)
         except VllmdError as error:
-            _record(request, f"refused: {error.message.splitlines()[0]}")
+            known = isinstance(error, ConfigError) and request.path == "/admin/reload"  # the log has all of it already
+            _record(request, f"refused: {'the configuration is invalid' if known else error.message.splitlines()[0]}")
             raise
-        _record(request, "done" if response.status == 200 else "begun")
+        _record(request, "done" if response.status == 200 and isinstance(response.body, bytes) else "begun")
         return response
 
     return handle

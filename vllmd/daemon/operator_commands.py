@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from vllmd.api.answers import Killed
 from vllmd.core import events
-from vllmd.core.types import State
 from vllmd.daemon.current import Later
 from vllmd.daemon.instances import Instances
 from vllmd.daemon.probing import probe
 from vllmd.daemon.processes import kill
 from vllmd.daemon.serializers import UNLOADED
-from vllmd.errors import Conflict, ModelTooLarge, NotFound
+from vllmd.errors import Conflict, NotFound
 
 if TYPE_CHECKING:
     from vllmd.daemon.back_end import BackEnd
@@ -40,12 +39,7 @@ class OperatorCommands:
 
         Raises ModelTooLarge for one that can never be.
         """
-        back = await self._back.wait()
-        back.post(events.LoadAsked(model))
-        views = back.replicas_of(model)
-        if views and all(view.state is State.STOPPED and not view.waiting_for for view in views):
-            for why in [view.failure for view in views if view.failure]:
-                raise ModelTooLarge(why)
+        await (await self._back.wait()).asked(events.LoadAsked(model))
 
     async def unload(self, model: str, *, force: bool, device: int | None = None) -> None:
         """Have it stopped, or only its engines on that device; clears a failure."""
