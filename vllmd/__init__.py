@@ -20,9 +20,11 @@ holds this table against the imports)::
     launcher/   the privileged helper and its client; the only
                 package that knows pystemd                           systemd, errors, text
     proxy/      h11 heads, byte relay, the accept loop            core.types, errors
+    ui/         the page: its files                               proxy's HTTP types
     records/    the last requests, use by hour, key and model,
                 arrivals, and their store                         proxy, errors
-    admin/      model list, health, admin and metrics endpoints   api, proxy's HTTP types, core.types, records, errors
+    admin/      model list, health, admin and metrics endpoints,  api, proxy's HTTP types, core.types, records, ui,
+                signing in to the page                            errors
     ollama/     Ollama's API, translated to the engines' own      proxy, admin.control, errors
     daemon/     the event queue; executes the core's commands     all but cli and client
     client/     the Python library                                api, errors

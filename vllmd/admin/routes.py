@@ -69,7 +69,10 @@ def add_public(router: Router, control: Control) -> None:
 def add_operator(router: Router, control: Control) -> None:
     """What an operator may do."""
     add_verbs(router, control)
-    follow, add = StreamEndpoints(control), router.add
+    follow, models, add = StreamEndpoints(control), ModelEndpoints(control), router.add
+    add("GET", "/admin/models", models.every, "read", "The models as /v1/models has them, for operators",
+        answers(ModelList), EACH)  # fmt: skip
+    add("GET", "/admin/models/{model:path}", models.one, "read", "One model, likewise", answers(Model))
     add("GET", "/admin/events", follow.events, "read", "Decisions as they are made, and what becomes of them",
         streams("text/event-stream", "events whose data is a Decision"), MACHINE)  # fmt: skip
     add("GET", "/admin/logs/{model:path}", follow.log, "read", "An engine's log",
