@@ -92,7 +92,8 @@ def add_page(router: Router, page: PageEndpoints) -> None:
     add(
         "GET", "/ui/{file:path}", page.file, "open", "A file of the page", streams("text/javascript", "it"), open_to_all
     )
-    add("POST", "/ui/session", page.sign_in, "open", "Sign in to the page", doc(answers(SESSION), request_body((CODE,))),
+    add("POST", "/ui/session", page.sign_in, "open", "Sign in to the page",
+        doc(answers(SESSION), request_body((CODE,))),
         open_to_all)  # fmt: skip
     add("DELETE", "/ui/session", page.sign_out, "open", "Sign out", {"responses": {"204": {"description": "done"}}},
         open_to_all)  # fmt: skip
