@@ -47,6 +47,12 @@ def browser() -> Iterator[sync_api.Browser]:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("page")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLMD_USAGE", str(folder / "usage.db"))
+        yield from _site(folder)
+
+
+def _site(folder: Path) -> Iterator[Site]:
     with running(folder, CONFIG.format(folder=folder)) as site:
         yield site
 
