@@ -12,6 +12,8 @@ holds this table against the imports)::
     hub         models in the Hugging Face cache                  foreign
     engines/    an engine kind: spec -> argv, probes, sleep calls,
                 and what it will take of memory                   core.types, config, errors, hub, foreign, text
+    installer/  engines' environments: installed by pip, chosen,
+                removed; a service of its own                     engines, errors
     systemd/    socket activation, notify, journal                errors, text
     launcher/   the privileged helper and its client; the only
                 package that knows pystemd                           systemd, errors, text
@@ -22,7 +24,8 @@ holds this table against the imports)::
     ollama/     Ollama's API, translated to the engines' own      proxy, admin.control, errors
     daemon/     the event queue; executes the core's commands     all but cli and client
     client/     the Python library                                errors
-    cli/        vllmctl, one file per verb                        client, errors, config, engines, simulate, text
+    cli/        vllmctl, one file per verb                        client, errors, config, engines, installer,
+                                                                  simulate, text
     simulate/   the core under a virtual clock over a trace       core, config, engines, gpu, hub, errors, text
     simengine   the stand-in engine                               nothing of ours
 

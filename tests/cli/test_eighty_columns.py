@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from tests.cli.fake_daemon import FakeDaemon, GiB, fake_daemon, model, status
+from tests.engines.test_environments import environment
 from vllmd.cli import main
 from vllmd.cli.arguments import verbs
 from vllmd.cli.terminal import StatusLine, Working, table
@@ -123,6 +124,7 @@ SCREENS = [
     f"start {FIRST}", f"start --no-wait {FIRST}", f"stop {FIRST}", f"sleep {FIRST}", f"wake-up {FIRST}", f"pin {FIRST}",
     f"unpin {FIRST}", f"lease {FIRST} --for 5m", f"probe {FIRST}", "drain 0", "undrain 0", "kill 99",
     "status", f"status {FIRST}", "version", "help", f"restart {FIRST}", *(f"help {verb}" for verb in verbs()),
+    "engine list", "engine install foo", "engine use vllm 1",
     f"start {MISSING}", f"why {MISSING}", "pss", f"logs a {MISSING}", f"lease {MISSING} --for {MISSING}",
 ]  # fmt: skip
 # What shows what others wrote as it is, or a file to be read by programs, or is shown by others of these.
@@ -171,6 +173,9 @@ def lines(text: str) -> list[str]:
 @pytest.fixture
 def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDaemon]:
     monkeypatch.setenv("VLLMD_ADMIN_SOCKET", str(tmp_path / "admin.sock"))
+    monkeypatch.setenv("VLLMD_ENGINES", str(tmp_path / "engines"))
+    for version in ("2026.10.11549", "2026.9.1"):
+        environment(tmp_path / "engines", version)
     with fake_daemon(dict(ANSWERS), tmp_path / "admin.sock") as running:
         yield running
 

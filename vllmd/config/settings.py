@@ -366,6 +366,13 @@ MODEL = Group(
             reload=Reload.ENGINE,
         ),
         Setting(
+            "engine_version",
+            k.TEXT,
+            "Which of the installed versions of the engine it runs on, see engine in vllmctl(1); "
+            "without it the one in use.",
+            reload=Reload.ENGINE,
+        ),
+        Setting(
             "model",
             k.TEXT,
             "What the engine loads: a path or a repository id. Without it the model's own name is used.",
@@ -579,8 +586,8 @@ REPLICA = replace(
 DEFAULTS = replace(
     MODEL,
     doc="Settings of all models that do not say otherwise. env, idle, limits, options and a mapping in extra_args "
-    "are combined entry by entry. command, extra_args and options are for models of its own engine only, which is vllm "
-    "unless engine says another. Those of another kind have theirs under its name, as in "
+    "are combined entry by entry. command, engine_version, extra_args and options are for models of its own engine "
+    "only, which is vllm unless engine says another. Those of another kind have theirs under its name, as in "
     "llama.cpp: {extra_args: {flash-attn: on}}, a mapping of the same settings, which come before the others.",
     rows=tuple(row for row in MODEL.rows if row.name not in NOT_IN_DEFAULTS),
 )

@@ -112,6 +112,7 @@ class ModelConfig:
     replica_of: str = ""
     host: str = ""  # the only machine that it is meant for
     engine: str = "vllm"
+    engine_version: str = ""  # of the engine's environments; "" is the one in use
     user: str = ""  # whom its engine runs as: "" is the user of all, OWN_USER one of this model alone
     model: str = ""  # path or repository id; "" means the name
     command: tuple[str, ...] = field(

@@ -148,7 +148,7 @@ class Daemon:
         bad: frozenset[tuple[str, str]] | None = None  # what is in error, as kept last
         while True:
             back = self.front.back.now
-            seen = back.snapshot() if back else None
+            seen = back.activity() if back else None
             self._notify.watchdog()
             self._say_status(seen)
             if self._may_exit(seen):
