@@ -19,7 +19,7 @@ from vllmd.admin.operate import LONGEST_PROBE, OperatorEndpoints
 from vllmd.admin.records import add_records
 from vllmd.admin.runtime_models import add_guests
 from vllmd.admin.schemas import FLAG, TEXT, WAIT, answers, asks, doc, requires, streams, takes
-from vllmd.errors import VllmdError
+from vllmd.errors import ConfigError, VllmdError
 from vllmd.proxy.access import Reach
 from vllmd.proxy.http import Request, Response
 from vllmd.proxy.routing import LocalHandler, Router
@@ -143,9 +143,10 @@ def audited(handler: LocalHandler) -> LocalHandler:
         try:
             response = await handler(request)
         except VllmdError as error:
-            _record(request, f"refused: {error.message.splitlines()[0]}")
+            known = isinstance(error, ConfigError) and request.path == "/admin/reload"  # the log has all of it already
+            _record(request, f"refused: {'the configuration is invalid' if known else error.message.splitlines()[0]}")
             raise
-        _record(request, "done" if response.status == 200 else "begun")
+        _record(request, "done" if response.status == 200 and isinstance(response.body, bytes) else "begun")
         return response
 
     return handle

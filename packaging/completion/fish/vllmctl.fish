@@ -264,6 +264,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from reload' -l user -d 'the vllm
 complete -c vllmctl -n '__fish_seen_subcommand_from reload' -l url -r -d 'over HTTP, such as http://gpu1:33258; needs a key with the scope admin'
 complete -c vllmctl -n '__fish_seen_subcommand_from reload' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
 complete -c vllmctl -n '__fish_seen_subcommand_from reload' -l json -d 'print JSON instead of a table'
+complete -c vllmctl -n '__fish_seen_subcommand_from reload' -s q -l quiet -d 'say nothing of what vllmds log says, as for systemctl reload'
 complete -c vllmctl -n '__fish_seen_subcommand_from reload' -F
 complete -c vllmctl -n __fish_use_subcommand -a requests -d 'Show the last requests, one of them closely, or all as they end'
 complete -c vllmctl -n '__fish_seen_subcommand_from requests' -s h -l help -d 'show this help message and exit'
