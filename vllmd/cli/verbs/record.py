@@ -2,8 +2,8 @@
 
 Of a model's requests, or a key's; in memory only, files and secrets cut out.
 Clients are told by a field of each answer (x-vllmd-recorded). Only
-administrators see them: vllmctl requests show ID. With the last recording what
-is kept goes.
+administrators see them, by vllmctl requests show.
+With the last recording what is kept goes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Show who used how much: requests, tokens, seconds of engines and devices.
 
-IN and OUT are tokens. Days and hours are those of UTC. DEVICE is the share of devices' memory that a
-model held, times seconds; an idle model's belongs to the key that used it last.
+IN and OUT are tokens.
+Days and hours are in UTC, everywhere.
+DEVICE is the share of devices' memory that a model held, times seconds; an
+idle model's belongs to the key that used it last.
 """
 
 from __future__ import annotations
