@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -15,9 +15,9 @@ T = TypeVar("T")
 
 
 class Take(Protocol):
-    """Goes on with another configuration, if that is ``still`` right when the core is told. Raises Conflict if not."""
+    """Goes on with another configuration. Raises Conflict if the core finds one of ``unless_used`` in use then."""
 
-    def __call__(self, config: Config, still: Callable[[], bool] = ..., /) -> Awaitable[dict[str, Any]]:
+    def __call__(self, config: Config, unless_used: frozenset[str] = ..., /) -> Awaitable[dict[str, Any]]:
         """The answer has what changed."""
 
 
