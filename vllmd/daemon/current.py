@@ -33,6 +33,7 @@ class RuntimeEnvironment:
     learnt: Path | None = None  # the file of figures that are kept over restarts; None: none are
     usage: Path | None = None  # the file in which use is recorded; None: it is not
     logs: Path | None = None
+    sessions: Path | None = None  # the file of the page's sessions; None: they end with the daemon
     activated: bool = False  # listeners came from systemd: exit when idle
     environment: Mapping[str, str] = field(default_factory=dict)
 
