@@ -409,7 +409,8 @@ class Connection(asyncio.Protocol):
         self._phase = Phase.CLOSING
         if (self._unread or self._reader.pending) and not self._half_closed:
             try:
-                self._transport.write_eof()
+                if self._transport.can_write_eof():  # TLS has no half-closed connections
+                    self._transport.write_eof()
             except OSError:  # the client has reset the connection, and asyncio has not heard of it yet
                 self._transport.abort()
                 return
