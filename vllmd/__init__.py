@@ -18,7 +18,9 @@ holds this table against the imports)::
     launcher/   the privileged helper and its client; the only
                 package that knows pystemd                           systemd, errors, text
     proxy/      h11 heads, byte relay, the accept loop            core.types, errors
-    admin/      model list, health, admin and metrics endpoints   proxy's HTTP types, core.types, errors
+    records/    the last requests, use by hour, key and model,
+                arrivals, and their store                         proxy, errors
+    admin/      model list, health, admin and metrics endpoints   proxy's HTTP types, core.types, records, errors
     ollama/     Ollama's API, translated to the engines' own      proxy, admin.control, errors
     daemon/     the event queue; executes the core's commands     all but cli and client
     client/     the Python library                                errors

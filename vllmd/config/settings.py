@@ -23,6 +23,7 @@ from vllmd.config.types import (
     KeyConfig,
     ModelConfig,
     PoolConfig,
+    RecordsConfig,
     ReplicaConfig,
     RequestRules,
     ScopeLimits,
@@ -766,6 +767,32 @@ ENGINES = Group(
     ),
 )
 
+RECORDS = Group(
+    RecordsConfig,
+    "What is kept of requests, and of who used how much.",
+    (
+        Setting(
+            "requests",
+            k.count(0, 100_000),
+            "How many of the last requests can be looked into: times, sizes, tokens, heads without secrets. In memory.",
+        ),
+        Setting(
+            "bodies",
+            k.SMALL_SIZE,
+            "Memory for bodies, of all requests together, while an administrator has them recorded (vllmctl record).",
+        ),
+        Setting(
+            "access_log",
+            k.ACCESS_LOG,
+            "One record for each request: journal (fields of the log), or the absolute path of a file for JSON lines, "
+            "which the daemon may write; logrotate may move it. Never a body, never a key's text.",
+        ),
+        Setting("usage", k.BOOL, "Keep use by hour, key and model, and arrivals, in the service's state folder."),
+        Setting("usage_days", k.count(1, 36_500), "For how many days use is kept; by the hour it is two months."),
+        Setting("trace_days", k.count(1, 3_650), "For how many days arrivals are kept (vllmctl simulate --recorded)."),
+    ),
+)
+
 ROOT = Group(
     Config,
     "The file /etc/vllmd/vllmd.yaml.",
@@ -781,6 +808,7 @@ ROOT = Group(
             "CPU, take of it as long as they run; auto is half of the machine's, or of what control groups leave.",
         ),
         Setting("idle", IDLE, "When unused models sleep and stop."),
+        Setting("records", RECORDS, "What is kept of requests and use."),
         Setting(
             "policy",
             k.choice("adaptive", "lru"),

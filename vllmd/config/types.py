@@ -233,6 +233,18 @@ class EngineDefaults:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordsConfig:
+    """What is kept of requests and of use. Sizes in bytes."""
+
+    requests: int = 2000  # the last ones, in memory
+    bodies: int = 4 << 20  # of all bodies that are kept while somebody has them recorded
+    access_log: str | None = None  # "journal" or the path of a file; None: none
+    usage: bool = True
+    usage_days: int = 400
+    trace_days: int = 14
+
+
+@dataclass(frozen=True, slots=True)
 class KeyConfig:
     """One API key. Its text is not kept: ``digest`` is the SHA-256 of it in hex.
 
@@ -268,6 +280,7 @@ class Config:
     reserve: int = 512 << 20  # bytes per device never promised
     host_memory: int | None = None  # budget for level-1 sleepers; None: half of the host's
     idle: IdleRules = field(default_factory=IdleRules)  # what models have that say nothing
+    records: RecordsConfig = RecordsConfig()
     policy: str = "adaptive"
     log_level: str = "info"
     engines: EngineDefaults = EngineDefaults()

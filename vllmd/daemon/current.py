@@ -31,6 +31,7 @@ class RuntimeEnvironment:
     homes: Path | None = None  # where those of models with a user of their own are
     cache: Path | None = None
     learnt: Path | None = None  # the file of figures that are kept over restarts; None: none are
+    usage: Path | None = None  # the file in which use is recorded; None: it is not
     logs: Path | None = None
     activated: bool = False  # listeners came from systemd: exit when idle
     environment: Mapping[str, str] = field(default_factory=dict)

@@ -128,6 +128,8 @@ class Daemon:
                 await asyncio.wait_for(back.note_idle(), NOTES_LIMIT)
             await back.keep_learnt()
         await front.listeners.close(limit=0.0 if self._hurry.is_set() else ANSWERS_LIMIT)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(front.records.close(), NOTES_LIMIT)
         if back is not None:
             await back.close()
 
@@ -173,6 +175,7 @@ class Daemon:
             return
         async with self._sampling:
             await back.readings.look()
+            self.front.records.look(back.snapshot(), self.front.gate.running())
             if keep:
                 back.dispatcher.flush_log()
                 await back.note_idle()

@@ -55,6 +55,8 @@ class Inner(Exchange):
             return
         if not self._opening:
             head, _, data = data.partition(b"\r\n\r\n")
+            outer = self._outer.request
+            outer.answer_fields = (*outer.answer_fields, *self.request.answer_fields)
             self._opening = head.decode("latin-1").lower()
             events = self.status == 200 and "\r\ncontent-type: text/event-stream" in self._opening
             self._streams = events and self._lines is not None
