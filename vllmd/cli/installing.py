@@ -48,7 +48,11 @@ def perform(arguments: Namespace, request: Mapping[str, Any]) -> dict[str, Any]:
     line = show.StatusLine(quiet=arguments.json)
 
     def told(progress: Progress) -> None:
-        if line.live or progress.total >= WORTH_A_LINE or progress.phase not in ("resolving", "downloading", "unpacking"):
+        if (
+            line.live
+            or progress.total >= WORTH_A_LINE
+            or progress.phase not in ("resolving", "downloading", "unpacking")
+        ):
             line.say(lambda _: sentence(progress), f"{progress.phase} {progress.what}")
 
     try:
