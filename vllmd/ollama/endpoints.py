@@ -181,6 +181,7 @@ class ModelRoutes:
         finally:
             exchange.error, exchange.message = exchange.error or inner.error, exchange.message or inner.message
             exchange.account = inner.account
+            inner.close()
         if inner.response is not None:
             await exchange.respond(inner.response)
 
