@@ -109,8 +109,7 @@ def _asked(port: int, served: subprocess.Popen[str]) -> str:
 @pytest.mark.parametrize("image", ["Containerfile"], indirect=True)
 def test_the_image_with_systemd_answers(image: str, package: Path, llama: RealLlama) -> None:
     """Booted: the socket listens, the first request wakes the daemon, and another engine can be installed beside."""
-    machine = Machine(binds={llama.model: "/srv/smollm2.gguf"})
-    machine.lower = buildah("mount", image)
+    machine = Machine(binds={llama.model: "/srv/smollm2.gguf"}, lower=buildah("mount", image))
     try:
         machine.boot()
         machine.write("/etc/vllmd/vllmd.yaml", SMOLLM2)

@@ -25,7 +25,8 @@ OWN_PORT = (
     "use that one, or give yours its own: "
     r"printf '[Socket]\nListenStream=\nListenStream=127.0.0.1:33259\n' | "
     "install -D -m 644 /dev/stdin ~/.config/systemd/user/vllmd.socket.d/port.conf && "
-    "systemctl --user daemon-reload && systemctl --user stop vllmd.service && systemctl --user enable --now vllmd.socket"
+    "systemctl --user daemon-reload && systemctl --user stop vllmd.service && "
+    "systemctl --user enable --now vllmd.socket"
 )
 
 
