@@ -150,7 +150,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from kill' -l user -d 'the vllmd 
 complete -c vllmctl -n '__fish_seen_subcommand_from kill' -l url -r -d 'over HTTP, such as http://gpu1:33258; needs a key with the scope admin'
 complete -c vllmctl -n '__fish_seen_subcommand_from kill' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
 complete -c vllmctl -n '__fish_seen_subcommand_from kill' -l json -d 'print JSON instead of a table'
-complete -c vllmctl -n '__fish_seen_subcommand_from kill' -s f -l force -d 'also one that is no engines but is on a GPU'
+complete -c vllmctl -n '__fish_seen_subcommand_from kill' -s f -l force -d 'also a process that is no engines but is on a GPU'
 complete -c vllmctl -n '__fish_seen_subcommand_from kill' -F
 complete -c vllmctl -n __fish_use_subcommand -a lease -d 'Keep a model for a time, or until the lease is given back'
 complete -c vllmctl -n '__fish_seen_subcommand_from lease' -s h -l help -d 'show this help message and exit'
@@ -277,7 +277,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from sleep' -l user -d 'the vllmd
 complete -c vllmctl -n '__fish_seen_subcommand_from sleep' -l url -r -d 'over HTTP, such as http://gpu1:33258; needs a key with the scope admin'
 complete -c vllmctl -n '__fish_seen_subcommand_from sleep' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
 complete -c vllmctl -n '__fish_seen_subcommand_from sleep' -l json -d 'print JSON instead of a table'
-complete -c vllmctl -n '__fish_seen_subcommand_from sleep' -s l -l level -r -d 'how deep (default: 1)'
+complete -c vllmctl -n '__fish_seen_subcommand_from sleep' -s l -l level -r -d 'how deep; 3 stops it (default: 1)'
 complete -c vllmctl -n '__fish_seen_subcommand_from sleep' -l no-wait -d 'ask for it and return'
 complete -c vllmctl -n '__fish_seen_subcommand_from sleep' -a '(vllmctl completion models 2>/dev/null)'
 complete -c vllmctl -n '__fish_seen_subcommand_from sleep' -F
@@ -352,6 +352,14 @@ complete -c vllmctl -n '__fish_seen_subcommand_from top' -l json -d 'print JSON 
 complete -c vllmctl -n '__fish_seen_subcommand_from top' -s d -l delay -r -d 'pause (default: 1s)'
 complete -c vllmctl -n '__fish_seen_subcommand_from top' -s n -l times -r -d 'end after N times'
 complete -c vllmctl -n '__fish_seen_subcommand_from top' -F
+complete -c vllmctl -n __fish_use_subcommand -a ui -d 'Print a link that signs in to the page, once, within five minutes'
+complete -c vllmctl -n '__fish_seen_subcommand_from ui' -s h -l help -d 'show this help message and exit'
+complete -c vllmctl -n '__fish_seen_subcommand_from ui' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
+complete -c vllmctl -n '__fish_seen_subcommand_from ui' -l user -d 'the vllmd of systemctl --user'
+complete -c vllmctl -n '__fish_seen_subcommand_from ui' -l url -r -d 'over HTTP, such as http://gpu1:33258; needs a key with the scope admin'
+complete -c vllmctl -n '__fish_seen_subcommand_from ui' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
+complete -c vllmctl -n '__fish_seen_subcommand_from ui' -l json -d 'print JSON instead of a table'
+complete -c vllmctl -n '__fish_seen_subcommand_from ui' -F
 complete -c vllmctl -n __fish_use_subcommand -a undrain -d 'Give drained GPUs back'
 complete -c vllmctl -n '__fish_seen_subcommand_from undrain' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from undrain' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
