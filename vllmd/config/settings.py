@@ -704,7 +704,8 @@ SERVER = Group(
         Setting(
             "max_buffered",
             k.SMALL_SIZE,
-            "Request bodies held in all, half of it by one address; more are answered 503.",
+            "Request bodies, and heads of more than 4 KiB, held in all, half of it by one address; "
+            "more are answered 503.",
         ),
         Setting("pipeline", k.SMALL_SIZE, "What is read of a connection's next requests while one is answered."),
         Setting("head_timeout", k.DURATION_KIND, "Time a client has to send a request's head."),
