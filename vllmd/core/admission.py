@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from vllmd.core.balancing import DOUBTFUL, Balancer, back_in, trouble
+from vllmd.core.balancing import DOUBTFUL, SOONEST, Balancer, back_in, best, in_flight, level, trouble
 from vllmd.core.commands import RejectReason
 from vllmd.core.common import Core
-from vllmd.core.events import RequestAnswered, RequestArrived, RequestFinished, RequestGone
+from vllmd.core.events import PoolAsked, RequestAnswered, RequestArrived, RequestFinished, RequestGone
 from vllmd.core.eviction import cheapest, fits
 from vllmd.core.health import HealthChecks
 from vllmd.core.lifecycle import AWAKE, LifecycleError
@@ -15,6 +15,8 @@ from vllmd.core.model import INFINITY, Model, Replica
 from vllmd.core.planner import Planner
 from vllmd.core.policy_input import remaining
 from vllmd.core.types import Decision, State
+
+PROMISED = 5.0  # seconds in which a request that was told its model arrives, or does not
 
 
 class Refusal(NamedTuple):
@@ -44,22 +46,24 @@ class Admission:
         if e.request in self._admitted or e.request in self._queued:
             raise LifecycleError(f"the daemon reported request {e.request!r} twice")
         model = core.models.get(e.model)
-        if model is None or model.removed:
+        if model is None or not model.replicas:
             self._refuse(e, Refusal(RejectReason.UNKNOWN_MODEL, f"no model is called {e.model!r}"))  # 1.1
             return
         if e.only and model.rules:
             self._only_there(model, e)
             return
-        model.used = core.now
+        model.used = core.engines.now
+        if model.promised:
+            model.promised.pop(0)
         chosen = self._balancer.choose(model, e.avoid)
         r = chosen or self._nominate(model)
         if r is None:
             self._refuse(e, self._all_down(model))
             return
         if chosen and not model.queue and not core.policy.in_order:  # 1.2
-            mark = core.mark_request if chosen.running else core.mark_dirty
-            self._admit(chosen, e.request)
-            mark(chosen)
+            self._admitted[e.request] = chosen
+            core.engines.admit(chosen, e.request)
+            core.mark_request(chosen)
             return
         core.mark_dirty(r)
         refusal = self._unknown_devices(r) or self._full(model, r) or self._failed(r)  # 1.3 to 1.7
@@ -86,6 +90,25 @@ class Admission:
         self._admitted[request] = r
         self._core.engines.admit(r, request)
 
+    def pooled(self, e: PoolAsked) -> None:
+        """1.9: of a pool's models the one that answers soonest, by its state; of several that run the least busy.
+
+        Its request comes when its body has been read, and counts from now on: of two at once each gets another model.
+        """
+        core = self._core
+
+        def distance(model: Model) -> tuple[int, int]:
+            state = best(model.replicas).state, level(best(model.replicas))
+            model.promised = [at for at in model.promised if core.now - at < PROMISED]
+            open_ = sum(map(in_flight, model.replicas)) + len(model.queue) + len(model.promised)
+            return SOONEST.index(state) if state in SOONEST else len(SOONEST), open_ if state[0] is State.READY else 0
+
+        known = [core.models[name] for name in e.models if name in core.models]
+        model = min([model for model in known if model.replicas], key=distance, default=None)
+        if model:
+            model.promised.append(core.now)
+        core.engines.answer(e.ask, model.name if model else "")
+
     def answered(self, e: RequestAnswered) -> None:
         """The first byte of an answer."""
         r = self._admitted.get(e.request)
@@ -97,21 +120,21 @@ class Admission:
         r = self._admitted.pop(e.request, None)
         if r is None:
             return
-        core = self._core
-        r.used = core.now
+        core, now = self._core, self._core.engines.now
+        r.used = now
         r.orphans.discard(e.request)
         run = r.running.pop(e.request, None)
         if r.health:
             self._health.ended(r, e.request, e.failed)
-        if run and r.state in AWAKE and not run.frozen and not e.failed:
-            r.costs.observe("service", core.now - run.began)
-        if run and r.running:
-            core.mark_request(r)
+        if run is None:
+            core.mark_dirty(r)
             return
-        if run:
-            r.idle_since = core.now
+        if r.state in AWAKE and not run.frozen and not e.failed:
+            r.costs.observe("service", now - run.began)
+        if not r.running:
+            r.idle_since = now
             core.replan = True
-        core.mark_dirty(r)
+        core.mark_request(r)
 
     def gone(self, e: RequestGone) -> None:
         """The client of a waiting request left."""

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from vllmd.core.commands import (
     AddReplica,
     Admit,
+    Answer,
     Command,
     CutRequest,
     ProbeReplica,
@@ -65,6 +66,7 @@ class EngineTable:
         self.calibrations = 0  # how often a time that was learnt changed what is expected of other engines
         self._busy: dict[int, Replica] = {}  # device -> whose command runs there
         self.leaving: dict[Replica, None] = {}  # gate closed, or asleep and to be stopped, and no command out yet
+        self.displaced: dict[Replica, None] = {}  # asleep because another one needed their place
 
     # -- what goes out
 
@@ -96,6 +98,13 @@ class EngineTable:
         if m.health:
             m.health.unanswered[request] = self.now
         self._out.append(Admit(request, m.id))
+
+    def answer(
+        self, ask: str, chosen: str = "", refused: str = "", error: RejectReason = RejectReason.CONFLICT
+    ) -> None:
+        """What becomes of what was asked, if whoever asked wants to know."""
+        if ask:
+            self._out.append(Answer(ask, "", refused, error) if refused else Answer(ask, chosen))
 
     def add_replica(self, model: Model, device: int) -> None:
         """Have the model given one more replica, on that device."""
@@ -313,6 +322,8 @@ class EngineTable:
         self._move(m, Step.ASLEEP)
         job, m.job = m.job, None
         m.displaced = job is not None and job.reason is Reason.SWAP
+        if m.displaced:
+            self.displaced[m] = None
         m.level = level
         if m.health:
             m.health.engine_left()
@@ -408,6 +419,7 @@ class EngineTable:
     def _move(self, m: Replica, step: Step) -> None:
         m.state = follow(m.id, m.state, step)
         m.changed, m.untouched = self.now, False
+        self.displaced.pop(m, None)  # it is no sleeper any more, or has just become one
         self._track(m)
         devices = m.placement.devices
         if m.state in MOVING:

@@ -142,5 +142,4 @@ def dated(decision: Decision, now: float) -> dict[str, Any]:
 
 
 def _view(dispatcher: Dispatcher, engine: str) -> ReplicaView | None:
-    seen = dispatcher.scheduler.snapshot(dispatcher.now())
-    return next(iter(seen.replicas_of(engine)), None)
+    return next(iter(dispatcher.scheduler.replicas_of(engine, dispatcher.now())), None)

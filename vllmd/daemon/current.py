@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -15,9 +15,9 @@ T = TypeVar("T")
 
 
 class Take(Protocol):
-    """Goes on with another configuration, if that is ``still`` right when the core is told. Raises Conflict if not."""
+    """Goes on with another configuration. Raises Conflict if the core finds one of ``unless_used`` in use then."""
 
-    def __call__(self, config: Config, still: Callable[[], bool] = ..., /) -> Awaitable[dict[str, Any]]:
+    def __call__(self, config: Config, unless_used: frozenset[str] = ..., /) -> Awaitable[dict[str, Any]]:
         """The answer has what changed."""
 
 
@@ -33,6 +33,7 @@ class RuntimeEnvironment:
     learnt: Path | None = None  # the file of figures that are kept over restarts; None: none are
     usage: Path | None = None  # the file in which use is recorded; None: it is not
     logs: Path | None = None
+    sessions: Path | None = None  # the file of the page's sessions; None: they end with the daemon
     activated: bool = False  # listeners came from systemd: exit when idle
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -43,12 +44,18 @@ class Current:
     def __init__(self, config: Config, broken: str = "") -> None:
         self.broken = broken  # why the configuration cannot be used, if it cannot
         self.config = config
-        self.engines: Mapping[str, ModelConfig] = engines_of(config.models)  # by the id that the core knows each by
+        self._take_engines(config)
 
     def take(self, config: Config) -> None:
         """This configuration is in force from now on."""
         self.config, self.broken = config, ""
-        self.engines = engines_of(config.models)
+        self._take_engines(config)
+
+    def _take_engines(self, config: Config) -> None:
+        self.engines: Mapping[str, ModelConfig] = engines_of(config.models)  # by the id that the core knows each by
+        self._engines_of: dict[str, list[str]] = {}
+        for name, engine in self.engines.items():
+            self._engines_of.setdefault(engine.replica_of or name, []).append(name)
 
     def model_of(self, engine: str) -> str:
         """The model of an engine."""
@@ -57,8 +64,7 @@ class Current:
 
     def engines_of(self, model: str) -> list[str]:
         """The ids of the engines that a model is to have, or the one id."""
-        found = [name for name, engine in self.engines.items() if model in (name, engine.replica_of)]
-        return found or [model]
+        return list(self._engines_of.get(model, (model,)))
 
 
 class Later(Generic[T]):

@@ -55,7 +55,7 @@ async def probe(back: BackEnd, model: str, limit: float | None, *, everybody: bo
 
 
 def _serving(back: BackEnd, model: str) -> list[EngineProcess]:
-    known = back.snapshot().replicas_of(model)
+    known = back.replicas_of(model)
     processes = [back.engines.processes[view.id] for view in known if view.state is State.READY]
     if not processes:
         state = state_of(known[0]) if known else "gone"
@@ -66,7 +66,10 @@ def _serving(back: BackEnd, model: str) -> list[EngineProcess]:
 async def _ask(back: BackEnd, process: EngineProcess, limit: float) -> Probed:
     """One probe, of which the core knows while it runs."""
     request = f"asked-{next(_numbers)}"
-    back.post(events.ProbeAsked(request, process.name))
+    try:
+        await back.asked(events.ProbeAsked(request, process.name))
+    except Conflict as refusal:  # it has left since it was looked for
+        return Probed(None, refusal.message)
     seconds, why = None, "abandoned"
     try:
         seconds, why = await asked(process, limit)

@@ -148,7 +148,7 @@ class Daemon:
         bad: frozenset[tuple[str, str]] | None = None  # what is in error, as kept last
         while True:
             back = self.front.back.now
-            seen = back.snapshot() if back else None
+            seen = back.activity() if back else None
             self._notify.watchdog()
             self._say_status(seen)
             if self._may_exit(seen):
@@ -301,11 +301,11 @@ class Daemon:
         finally:
             self._notify.ready()
 
-    async def take(self, config: Config, still: Callable[[], bool] = lambda: True) -> dict[str, Any]:
+    async def take(self, config: Config, unless_used: frozenset[str] = frozenset()) -> dict[str, Any]:
         """Implements ``daemon.current.Take``. The caller holds ``front.changing``."""
         from vllmd.daemon.reload import take  # most daemons are never told to
 
-        return await take(self.front, await self.front.back.wait(), config, still)
+        return await take(self.front, await self.front.back.wait(), config, unless_used)
 
     def side_task(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
