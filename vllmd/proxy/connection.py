@@ -24,8 +24,9 @@ from vllmd.proxy.routing import Handler
 log = logging.getLogger(__name__)
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+SMALL_HEAD = 4 << 10  # bytes of a head that no account is kept of
 DISCARDED = 64 << 10  # bytes of a body that are read and dropped on a route that takes none
-NO_ROOM = "too many request bodies are being held; come back later"
+NO_ROOM = "too many large requests are being held; come back later"
 LINGER = 2.0  # seconds for a refused client to read the refusal before its connection is reset
 _ids = (f"{prefix}{number:016x}" for prefix in (os.urandom(8).hex(),) for number in itertools.count(1))
 new_id = _ids.__next__  # for a request that brought none: unique, no secret
@@ -81,7 +82,8 @@ class Connection(asyncio.Protocol):
         self._tunnel: Callable[[bytes], None] | None = None
         self._place = ""  # whose memory for bodies it takes
         self._holder: Holder
-        self._held = 0  # bytes of memory taken for the body
+        self._held = 0  # bytes of memory taken for the request
+        self._head_held = 0  # those of them that its head takes, if it is large
         self._keep_alive = True
         self._in_head = False
         self._headed = False  # its head has been read, and it is not yet decided what to do with it
@@ -181,6 +183,9 @@ class Connection(asyncio.Protocol):
                     if reader.pending and not self._in_head:
                         self._in_head = True
                         self._expect(self._limits.head_timeout, self._head_late)
+                    if reader.pending > SMALL_HEAD:
+                        self._holder = self._place, ""
+                        self._hold_head(reader.pending)
                     return
                 self._in_head = False
                 self._begin(head)
@@ -189,10 +194,8 @@ class Connection(asyncio.Protocol):
             # 2. The body, which takes memory as it comes, not as it was announced.
             body, request = reader.body(), self._request
             request.received = received = reader.received
-            if received > self._held and request.max_body != 0:
-                if not self._host.memory.take(self._holder, received - self._held):
-                    raise Unavailable(NO_ROOM, retry_after=5)
-                self._held = received
+            if received + self._head_held > self._held and request.max_body != 0:
+                self.body_grew(received)
             if body is None:
                 if self._late != self._body_late:
                     self._expect_bytes()
@@ -220,6 +223,10 @@ class Connection(asyncio.Protocol):
         )
         self._headed = True
         self._handler = self._host.begin(request)
+        if self._head_held or self._reader.head_size > SMALL_HEAD:
+            self._release()
+            self._holder = self._place, request.caller.name
+            self._hold_head(self._reader.head_size)
         if head.length != 0:
             length, most = head.length or 0, self._limits.max_body
             if request.max_body == 0:
@@ -252,6 +259,7 @@ class Connection(asyncio.Protocol):
 
     def body_grew(self, size: int) -> None:
         """The body takes ``size`` bytes now. Raises Unavailable if there is no room for them."""
+        size += self._head_held
         if size > self._held:
             if not self._host.memory.take(self._holder, size - self._held):
                 raise Unavailable(NO_ROOM, retry_after=5)
@@ -263,8 +271,18 @@ class Connection(asyncio.Protocol):
         """Give the body's memory back, and let go of the body."""
         if self._held:
             self._host.memory.give_back(self._holder, self._held)
-            self._held = 0
-            self._request.body = b""
+            if self._held > self._head_held:
+                self._request.body = b""
+            self._held = self._head_held = 0
+
+    def _hold_head(self, size: int) -> None:
+        """Take memory for a head of ``size`` bytes, as for a body. Raises Unavailable."""
+        before, self._head_held = self._head_held, size
+        try:
+            self.body_grew(0)
+        except Unavailable:
+            self._head_held = before
+            raise
 
     # -- answering
 
@@ -408,7 +426,8 @@ class Connection(asyncio.Protocol):
         self._phase = Phase.CLOSING
         if (self._unread or self._reader.pending) and not self._half_closed:
             try:
-                self._transport.write_eof()
+                if self._transport.can_write_eof():  # TLS has no half-closed connections
+                    self._transport.write_eof()
             except OSError:  # the client has reset the connection, and asyncio has not heard of it yet
                 self._transport.abort()
                 return

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import socket
+import ssl
 from collections import Counter
 from collections.abc import Callable, Iterable
 
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 ACCEPTS = 64  # connections taken per turn of the loop, so that those being served get theirs
 OUT_OF_FILES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 BREATH = 0.5  # seconds without accepting after that
+HANDSHAKE_LIMIT = 10.0  # seconds for TLS; a client that connects and says nothing holds a place no longer
 
 
 class Server:
@@ -53,6 +55,7 @@ class Server:
         self._empty = asyncio.Event()
         self._breath: asyncio.TimerHandle | None = None
         self._accepting = False
+        self.tls: ssl.SSLContext | None = None  # for connections that are accepted from now on
 
     @property
     def connections(self) -> int:
@@ -128,7 +131,10 @@ class Server:
 
     async def _open(self, sock: socket.socket) -> None:
         try:
-            await asyncio.get_running_loop().connect_accepted_socket(lambda: Connection(self), sock)
+            limit = HANDSHAKE_LIMIT if self.tls else None
+            await asyncio.get_running_loop().connect_accepted_socket(
+                lambda: Connection(self), sock, ssl=self.tls, ssl_handshake_timeout=limit
+            )
         except OSError as error:
             log.debug("a connection was gone before it was served: %s", error)
             sock.close()
