@@ -37,7 +37,9 @@ KILLS = (1, 1, 1, 2, 5, 10, 20)  # how often one blow kills, one of these
 CALM_LIMIT = 120.0  # seconds after a round within which all must be well
 # What a client may see of all this: answers, refusals that say to come back, and connections that break with a process.
 EXPECTED = {"200", "200 cut", "502", "503", "ConnectionResetError", "RemoteDisconnected", "IncompleteRead", "vanished"}
-EXPECTED |= {"BrokenPipeError", "ConnectionRefusedError", "CannotSendRequest", "ResponseNotReady"}
+EXPECTED |= {"BrokenPipeError", "CannotSendRequest", "ResponseNotReady"}
+# The sockets are systemd's: nobody is refused a connection but while they are restarted themselves.
+REFUSED, CLOSING = "ConnectionRefusedError", "restart the sockets"
 # What the two may hold when nobody is connected and four engines are loaded; a leak of one per request is hundreds.
 DESCRIPTORS, THREADS, MEMORY = 80, 40, 200 << 20
 
@@ -107,8 +109,9 @@ class Soak:
             raise self._broken("clients wait for ever", blows) from None
         ends = collections.Counter(json.loads(out)) if out else collections.Counter({error[-300:]: 1})
         self.ends += ends
-        dead = {"500"} if "engines are dead" in blows else set()  # so an engine without its core answers
-        if unexpected := {end for end in ends if end not in EXPECTED | dead and not end.startswith("{")}:
+        allowed = EXPECTED | ({"500"} if "engines are dead" in blows else set())  # so one without its core answers
+        allowed |= {REFUSED} if CLOSING in blows else set()
+        if unexpected := {end for end in ends if end not in allowed and not end.startswith("{")}:
             raise self._broken(f"{unexpected} of {dict(ends)}", blows)
         self.calm(blows, began, ends)
 
