@@ -14,7 +14,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ defaults: {{engine: sim, gpu_memory: 30GiB, start_timeout: 5s, stop_timeout: 5s,
            max_restarts: 20, options: {{load_time: 0.3s, tokens_per_second: 40, quiet: true, fail_file: {FAILURES}}}}}
 models: {{a: {{}}, b: {{}}, c: {{gpu_memory: 50GiB}}, d: {{options: {{load_time: 0.1s}}}}}}
 """
-KILLS = (1, 1, 1, 2, 5, 10, 20)  # how often one blow kills, one of these
+KILLS = (1, 1, 1, 2, 5, 10, 20)
 CALM_LIMIT = 120.0  # seconds after a round within which all must be well
 # What a client may see of all this: answers, refusals that say to come back, and connections that break with a process.
 EXPECTED = {"200", "200 cut", "502", "503", "ConnectionResetError", "RemoteDisconnected", "IncompleteRead", "vanished"}
@@ -51,9 +51,12 @@ class Broken(AssertionError):
 class Soak:
     """Rounds on one machine that has vllmd installed."""
 
-    def __init__(self, machine: Machine, seed: int, blows: Mapping[str, str] = ALL) -> None:
+    def __init__(
+        self, machine: Machine, seed: int, blows: Mapping[str, str] = ALL, kills: Sequence[int] = KILLS
+    ) -> None:
+        """``kills``: how often one blow may kill, for each of these alike."""
         self.machine, self.dice, self.seed, self.blows = machine, random.Random(seed), seed, blows
-        self.rounds, self.kills = 0, 0
+        self.rounds, self.kills, self._times = 0, 0, kills
         self.tried: collections.Counter[str] = collections.Counter()
         self.lost: list[Broken] = []
         self.ends: collections.Counter[str] = collections.Counter()
@@ -100,7 +103,7 @@ class Soak:
         for _ in range(actions):
             time.sleep(self.dice.uniform(0.1, 1.5))
             blows.append(self.dice.choice(list(self.blows)))
-            times = {"TIMES": str(self.dice.choice(KILLS))}
+            times = {"TIMES": str(self.dice.choice(self._times))}
             self.kills += machine.run(self.blows[blows[-1]], check=False, timeout=120, env=times).stdout.count("killed")
         machine.write("/run/enough", "")
         try:
