@@ -301,6 +301,7 @@ class Config:
     templates: Mapping[str, ModelConfig] = field(default_factory=dict, compare=False)  # by kind, of those they name
     files: tuple[Path, ...] = ()
     warnings: tuple[str, ...] = ()
+    origins: Mapping[str, object] = field(default_factory=dict, compare=False)  # of settings by path: file:line
 
     def template_of(self, kind: str) -> ModelConfig:
         """What the defaults make of a model of this kind of engine."""

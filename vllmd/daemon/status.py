@@ -185,13 +185,19 @@ class Status:
         self._opened()
         return line_of(self.sight(), model)
 
+    def settings(self, model: str) -> str:
+        """The configuration in force, or one model's part, as YAML with the origin of each setting; no secrets."""
+        from vllmd.config.present import of_config  # few look at it
+
+        return of_config(self._current.config, model)
+
     def decisions(self, model: str) -> Decisions:
-        """The last decisions, oldest first; about a model also the last ones of earlier daemons."""
+        """The last decisions, oldest first, those that are remembered of earlier daemons included."""
         return Decisions(tuple(parse(Decision, each) for each in self._decisions(model)))
 
     def _decisions(self, model: str) -> list[dict[str, Any]]:
         back, names = self._back.now, {model, *self._current.engines_of(model)}
-        kept = [each for name in names for each in self._learnt.earlier.get(name, ())]
+        kept = [each for name, told in self._learnt.earlier.items() if not model or name in names for each in told]
         before = sorted(kept, key=lambda each: float(each["at"]))
         if back is None:
             return before
