@@ -185,13 +185,19 @@ class Status:
         self._opened()
         return line_of(self.sight(), model)
 
+    def settings(self, model: str) -> str:
+        """The configuration in force, or one model's part, as YAML with the origin of each setting; no secrets."""
+        from vllmd.config.present import of_config  # few look at it
+
+        return of_config(self._current.config, model)
+
     def decisions(self, model: str) -> Decisions:
-        """The last decisions, oldest first; about a model also the last ones of earlier daemons."""
+        """The last decisions, oldest first, those that are remembered of earlier daemons included."""
         return Decisions(tuple(parse(Decision, each) for each in self._decisions(model)))
 
     def _decisions(self, model: str) -> list[dict[str, Any]]:
         back, names = self._back.now, {model, *self._current.engines_of(model)}
-        kept = [each for name in names for each in self._learnt.earlier.get(name, ())]
+        kept = [each for name, told in self._learnt.earlier.items() if not model or name in names for each in told]
         before = sorted(kept, key=lambda each: float(each["at"]))
         if back is None:
             return before
@@ -199,7 +205,9 @@ class Status:
         return [*before, *(dated(each, now) for each in made if not model or concerns(each, names))]
 
     async def models(self) -> list[dict[str, Any]]:
-        """Every model for ``/v1/models``."""
+        """Every model for ``/v1/models``. Raises Unavailable where none is served, as every request hears."""
+        if self._gate.refusal:
+            raise self._gate.refusal.with_traceback(None)
         config = self._current.config
         if self._kinds is None or self._kinds[0] is not config:
             self._kinds = config, await asyncio.to_thread(_kinds, self.cache())

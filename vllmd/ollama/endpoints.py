@@ -144,7 +144,7 @@ class ModelRoutes:
                 *request.answer_fields,
                 ("x-vllmd-ignored", ", ".join(map(quoted, asked.ignored))[:1000]),
             )
-        exchange.outlives_eof, exchange.model, exchange.offer = False, target.model, target.offer
+        exchange.model, exchange.offer = target.model, target.offer
         return asked, target
 
     async def _load(self, exchange: Exchange, asked: Translated, target: Target) -> str:

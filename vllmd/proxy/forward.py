@@ -94,7 +94,7 @@ class Relay:
             return
         request, model = exchange.request, wanted.target.model
         offer = wanted.target.offer
-        exchange.outlives_eof, exchange.model, exchange.offer = False, model, offer
+        exchange.model, exchange.offer = model, offer
         account = exchange.account = self._account(wanted, request)
         if self.limits.request_timeout is not None:
             exchange.expire(self.limits.request_timeout)
