@@ -77,7 +77,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _allowed(self, repository: str) -> bool:
         if repository not in self.hub.repositories:
-            self._answer(404, b'{"error": "Repository not found"}', "application/json", ("X-Error-Code", "RepoNotFound"))
+            self._answer(404, b"{}", "application/json", ("X-Error-Code", "RepoNotFound"))
             return False
         if repository in self.hub.status:
             status, code = self.hub.status[repository]

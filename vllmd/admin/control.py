@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from vllmd.admin.counters import Counters
 from vllmd.admin.runtime_models import RuntimeModels
+from vllmd.admin.store import Store
 from vllmd.core.types import Snapshot
 from vllmd.proxy.access import ANYBODY, Caller
 
@@ -153,3 +154,4 @@ class Control:
     commands: Commands
     following: Following
     runtime_models: RuntimeModels
+    store: Store

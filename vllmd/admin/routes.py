@@ -18,6 +18,7 @@ from vllmd.admin.openapi import Documentation
 from vllmd.admin.operate import LONGEST_PROBE, OperatorEndpoints
 from vllmd.admin.runtime_models import add_guests
 from vllmd.admin.schemas import FLAG, TEXT, WAIT, answers, asks, doc, requires, streams, takes
+from vllmd.admin.store import add_store
 from vllmd.errors import VllmdError
 from vllmd.proxy.access import Reach
 from vllmd.proxy.http import Request, Response
@@ -94,6 +95,7 @@ def add_operator(router: Router, control: Control) -> None:
         doc(answers("Device"), takes("Drain", required=False)), MACHINE)  # fmt: skip
     _add_instances(router, InstanceEndpoints(control))
     add_guests(router, control.runtime_models, audited)
+    add_store(router, control.store, audited)
 
 
 def _add_verbs(router: Router, operator: OperatorEndpoints) -> None:

@@ -207,6 +207,7 @@ class Daemon:
             or back is None
             or back.engines.processes
             or front.gate.requests
+            or front.store.active
             or front.listeners.connections
             or any(view.waiting_for for view in (seen.replicas if seen else ()))
             or any(device.drained for device in (seen.devices if seen else ()))

