@@ -1,10 +1,10 @@
 """vllmd turns a Linux box with GPUs into a shared model server.
 
-The rooms of the house, and who may enter whom (``tests/test_house.py`` holds
-this table against the imports)::
+The packages, and what each may import of the others (``tests/test_house.py``
+holds this table against the imports)::
 
     errors      one tree of errors, each with its HTTP status     imports nothing
-    text        what others wrote, made fit to be shown           imports nothing
+    text        text from outside, made fit to be shown           imports nothing
     foreign     files that somebody else may write: one reader    nothing of ours
     core/       decides everything about models and memory: pure  core
     config/     one table of settings, the loader                 core.types, errors, foreign, text
@@ -14,7 +14,7 @@ this table against the imports)::
                 and what it will take of memory                   core.types, config, errors, hub, foreign, text
     systemd/    socket activation, notify, journal                errors, text
     launcher/   the privileged helper and its client; the only
-                room that knows pystemd                           systemd, errors, text
+                package that knows pystemd                           systemd, errors, text
     proxy/      h11 heads, byte relay, the accept loop            core.types, errors
     admin/      model list, health, admin and metrics endpoints   proxy's HTTP types, core.types, errors
     store/      models as files: names, sources, the program

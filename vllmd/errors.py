@@ -1,7 +1,7 @@
 """One tree of errors, each with the HTTP status and OpenAI error type it becomes.
 
 Foreign exceptions are translated into these at one seam per room, so that
-whoever catches one knows whose fault it is and what to answer.
+the code that catches one knows whose fault it is and what to answer.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Forbidden(VllmdError):
 
 
 class NotFound(VllmdError):
-    """No such route."""
+    """The path is no route of vllmd."""
 
     status, type, code = 404, "invalid_request_error", "not_found"
 

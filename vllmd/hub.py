@@ -26,7 +26,18 @@ from typing import Any
 
 from vllmd.foreign import Folder, Unreadable, shown, within
 
-__all__ = ["PLACES", "Found", "Located", "Unreadable", "cache_of", "discover", "ggufs", "locate", "read_json"]
+__all__ = [
+    "PLACES",
+    "Found",
+    "Located",
+    "Unreadable",
+    "cache_of",
+    "discover",
+    "ggufs",
+    "kind_at",
+    "locate",
+    "read_json",
+]
 
 log = logging.getLogger("vllmd.hub")
 
@@ -233,6 +244,18 @@ def is_projector(name: str) -> bool:
 def _sizes(snapshot: Folder, names: Iterable[str]) -> Iterator[int]:
     """Sizes of its weight files; a link whose blob has not been downloaded is none."""
     return (snapshot.size(name) or 0 for name in names if name.endswith(WEIGHTS))
+
+
+def kind_at(located: Located) -> str:
+    """What the model whose files these are is for, see ``Found``; "" for GGUF files, which may be for anything.
+
+    Raises OSError, Unreadable.
+    """
+    if located.path is None or not located.path.is_dir():
+        return ""
+    folder = Folder(located.path, located.root)
+    names = folder.names()
+    return "" if any(name.endswith(".gguf") for name in names) else _kind("", folder, frozenset(names))
 
 
 def _kind(name: str, snapshot: Folder, names: frozenset[str]) -> str:

@@ -10,6 +10,7 @@ from vllmd.admin.control import Gauges
 from vllmd.admin.counters import Counters, Histogram
 from vllmd.admin.exposition import expose
 from vllmd.core.types import Decision, DeviceView, ModelView, ReplicaView, Snapshot, State, View
+from vllmd.proxy.tokens import Tokens
 
 ENGINE = ReplicaView("m", State.SLEEPING, 1, (0,), 7 << 30, 2, 3, 1.5, None, 9.0, True, ("l",), "", "")
 
@@ -51,7 +52,7 @@ def test_what_is_counted_is_what_is_read() -> None:
     """Counters end in _total, histograms have their count and sum."""
     counters = Counters()
     counters.waited("m", 0.3)
-    counters.used("m", "alice", 12)
+    counters.used("m", "alice", Tokens(8, 4, 3, estimated=True))
     counters.changed("m", "start", 4.0, failed=False)
     counters.changed("m", "wake", 1.0, failed=True)
     counters.decided(Decision(0.0, "sleep", "m", "to make room for x", {"cause": "exchange"}))
@@ -61,6 +62,10 @@ def test_what_is_counted_is_what_is_read() -> None:
     read = samples(counters, Gauges(None))
     assert read["vllmd_model_queue_wait_seconds_count{model=m}"] == 1
     assert read["vllmd_model_tokens_total{model=m}"] == 12
+    kinds = {kind: read[f"vllmd_model_tokens_by_kind_total{{kind={kind},model=m}}"] for kind in ("prompt", "answer")}
+    assert kinds == {"prompt": 8, "answer": 4}
+    assert read["vllmd_model_tokens_by_kind_total{kind=cached,model=m}"] == 3
+    assert read["vllmd_model_tokens_by_kind_total{kind=estimated,model=m}"] == 12
     assert read["vllmd_key_tokens_total{key=alice}"] == 12
     assert read["vllmd_model_change_duration_seconds_sum{change=start,model=m}"] == 4.0
     assert read["vllmd_model_failures_total{change=wake,model=m}"] == 1

@@ -186,12 +186,13 @@ async def serve_relay(port: int, upstream_port: int) -> None:
     from vllmd.proxy.models import add_model_routes
     from vllmd.proxy.routing import Router
     from vllmd.proxy.server import Server
+    from vllmd.proxy.tokens import Tokens
 
     class OpenPermit:
         upstream = Listen(port=upstream_port)
         target = None
 
-        def release(self, tokens: int | None = None, size: int = 0, failed: str = "") -> None:
+        def release(self, tokens: Tokens | None = None, size: int = 0, failed: str = "") -> None:
             """Nobody counts."""
 
         def on_cut(self, callback: Callable[[str], None]) -> None:
@@ -202,7 +203,7 @@ async def serve_relay(port: int, upstream_port: int) -> None:
             """Every name is good."""
             return Target(name, name)
 
-        async def acquire(self, *_: object, offer: str = "") -> OpenPermit:
+        async def acquire(self, *_: object, offer: str = "", route: str = "") -> OpenPermit:
             """At once."""
             return OpenPermit()
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import vllmd
 from tests.cli.fake_daemon import FakeDaemon, GiB, fake_daemon, model, status
 from vllmd.cli import main
+from vllmd.cli.verbs.events import moment
 
 QWEN = model(
     "Qwen/Qwen3-0.6B", "running", devices=[0], memory=2 * GiB, in_flight=3, pinned=True, leases=["ann"],
@@ -351,6 +353,14 @@ def test_events_are_told_as_they_come(daemon: FakeDaemon, capsys: pytest.Capture
     daemon.answers["GET /admin/events"] = (200, events)
     assert main(["events", "--model", "big"]) == 0
     assert capsys.readouterr().out.endswith("start big: asked for\n")
+
+
+def test_a_decision_of_another_day_has_its_date() -> None:
+    """`why` tells what earlier daemons decided, too, and a clock that was set back makes it a later day's."""
+    now = time.mktime((2026, 11, 28, 12, 0, 0, 0, 0, -1))
+    assert moment(now - 60, now) == "11:59:00"
+    assert moment(now - 86400, now) == "2026-11-27 12:00:00"
+    assert moment(now + 86400, now) == "2026-11-29 12:00:00"
 
 
 def test_reload(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:

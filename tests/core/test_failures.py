@@ -13,6 +13,7 @@ from vllmd.core.events import (
     EngineStartFailed,
     EngineStopped,
     EngineWakeFailed,
+    FailureRemembered,
     MemorySampled,
     RequestFinished,
     SleepAsked,
@@ -262,3 +263,22 @@ def test_a_measured_footprint_replaces_the_configured_one() -> None:
     w.answer("m")
     assert w.ask("again", "m") == [StartEngine("m", Placement((0,)), 50 * GiB)]
     assert w.seen.models[0].memory == 54 * GiB
+
+
+def test_a_failure_that_an_earlier_daemon_saw_is_shown_and_may_be_tried_again_at_once() -> None:
+    """Whoever restarts the daemon has often mended the cause; who looks into it wants to see the cause."""
+    w = World([model("m")], [GPU])
+    w.now = 100.0
+    w.do(FailureRemembered("m", "no such file", since=40.0))
+    seen = w.seen.models[0]
+    assert (seen.state, seen.failure, seen.since) == (State.FAILED, "no such file", 40.0)
+    assert isinstance(w.ask("r", "m")[0], StartEngine)
+
+
+def test_a_failure_is_not_remembered_of_an_engine_that_runs_or_is_to_be_preloaded() -> None:
+    """It has been started since, or is about to be."""
+    w = World([model("a"), model("b", preload=True)], PAIR)
+    w.do(EngineAdopted("a", Placement((0,)), State.READY))
+    w.do(FailureRemembered("a", "no such file"))
+    w.do(FailureRemembered("b", "no such file"))
+    assert [view.failure for view in w.seen.models] == ["", ""]

@@ -16,6 +16,7 @@ from vllmd.daemon.engine_resolver import EngineResolver
 from vllmd.daemon.quotas import Quotas
 from vllmd.engines.base import Listen
 from vllmd.errors import EngineFailed, Unavailable, UpstreamFailed
+from vllmd.proxy.tokens import Tokens
 from vllmd.proxy.upstream import Unreached
 
 SOCKET = Listen(uds="/run/x/engine.sock")
@@ -90,8 +91,8 @@ async def test_admitted_and_done(rig: Rig) -> None:
     rig.gate.admit(commands.Admit("1", "m"))
     permit = await task
     assert permit.upstream == SOCKET
-    permit.release(7)
-    permit.release(7)
+    permit.release(Tokens(7, 0))
+    permit.release(Tokens(7, 0))
     assert rig.posted == [events.RequestArrived("1", "m", "key"), events.RequestFinished("1", 7)]
     assert rig.gate.requests == 0
 
@@ -229,7 +230,7 @@ async def test_a_request_that_a_replica_failed_goes_on_to_another(rig: Rig) -> N
     rig.gate.admit(commands.Admit("2", "m"))
     second = await retry
     second.answered(True)
-    second.release(5)
+    second.release(Tokens(5, 0))
     assert rig.posted[3:] == [events.RequestAnswered("2", True), events.RequestFinished("2", 5)]
     assert rig.gate.requests == 0
 

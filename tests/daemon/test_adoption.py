@@ -17,8 +17,9 @@ from tests.daemon.rig import FakeEngine, Rig, soon, tell
 from vllmd.config.types import ModelConfig
 from vllmd.core import events
 from vllmd.core.types import Placement, State
-from vllmd.daemon import adoption, engine_manager, startup
+from vllmd.daemon import adoption, boot_clock, engine_manager, startup
 from vllmd.daemon.adoption import Found, adopt_all, examine
+from vllmd.daemon.boot_clock import moments, seconds_since
 from vllmd.daemon.engine_process import fingerprint
 from vllmd.daemon.engine_resolver import EngineResolver
 from vllmd.engines.base import Listen
@@ -146,10 +147,26 @@ def test_idle_clocks_survive_nonsense(tmp_path: Path) -> None:
     """A clock in the future, or no clock: idle since now."""
 
     async def story(rig: Rig) -> None:
-        for clock in ("x", f"{time.time() + 1000}"):
-            assert (await found(rig, tmp_path, {"idle_since": clock}, False)).idle == 0
+        for noted in ({"idle_since": "x"}, {"idle_since": f"{time.time() + 1000}"}, {"idle_since_monotonic": "x"}):
+            assert (await found(rig, tmp_path, {"idle_since": "x", **noted}, False)).idle == 0
 
     tell(story, tmp_path)
+
+
+def test_a_clock_that_was_set_changes_no_models_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one daemon notes for the next counts seconds since boot: nobody sets that, and no engine outlives it."""
+    left, now = moments(idle_since=100.0, started=5000.0), time.time()
+    for jump in (-86400.0, 3 * 86400.0):
+        monkeypatch.setattr(boot_clock.time, "time", lambda jump=jump: now + jump)
+        assert seconds_since(left, "idle_since") == pytest.approx(100, abs=5)
+        assert seconds_since(left, "started") == pytest.approx(5000, abs=5)
+
+
+def test_moments_that_an_older_version_noted_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It noted Unix time; what the newer one notes beside them counts."""
+    monkeypatch.setattr(boot_clock.time, "time", lambda: 2000.0)
+    assert seconds_since({"started": "1500.0"}, "started") == 500
+    assert seconds_since({"started": "1500.0", **moments(started=3.0)}, "started") == pytest.approx(3, abs=1)
 
 
 async def _left(rig: Rig, **more: str) -> Running:
@@ -176,10 +193,10 @@ def test_adopted_engines_are_told_to_the_core(tmp_path: Path) -> None:
 
 
 def test_how_long_it_has_been_so_is_adopted_with_it(tmp_path: Path) -> None:
-    """By the wall clock that was noted: ps and why speak of the engine, not of the daemon."""
+    """As was noted: ps and why speak of the engine, not of the daemon."""
 
     async def story(rig: Rig) -> None:
-        running = await _left(rig, since=f"{time.time() - 500}", started=f"{time.time() - 900}")
+        running = await _left(rig, **moments(since=500.0, started=900.0))
         await soon(adopt_all(rig.engine_manager, [running], {"m": rig.model}, EngineResolver(), rig.posted.put_nowait))
         adopted = await rig.event()
         assert isinstance(adopted, events.EngineAdopted)

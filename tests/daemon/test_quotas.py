@@ -11,9 +11,10 @@ from vllmd.config.types import KeyConfig, ModelConfig, ReplicaConfig
 from vllmd.core import commands, events
 from vllmd.daemon.admission_gate import AdmissionGate, Permit
 from vllmd.daemon.engine_resolver import EngineResolver
-from vllmd.daemon.quotas import Bucket, Quotas, prompt_tokens
+from vllmd.daemon.quotas import Bucket, Quotas
 from vllmd.engines.base import Listen
 from vllmd.errors import TooManyRequests, Unavailable, UpstreamFailed
+from vllmd.proxy.tokens import Tokens, prompt_tokens
 
 
 class Clock:
@@ -124,7 +125,7 @@ def test_concurrency() -> None:
 def test_tokens_per_minute_are_charged_afterwards() -> None:
     """An answer may overdraw; the key then waits until it is above nothing again."""
     act = Act(tokens_per_minute=60)
-    act.acquire().release(120)
+    act.acquire().release(Tokens(120, 0))
     assert act.refused() == 61
     act.clock.now += 61
     act.acquire()
@@ -148,8 +149,8 @@ def test_a_prompt_is_charged_when_it_arrives() -> None:
 def test_the_usage_puts_the_guess_of_the_prompt_right() -> None:
     """What was taken too much comes back, what was too little is taken."""
     act = Act(tokens_per_minute=60)
-    act.acquire(body=PROMPT).release(10)
-    act.acquire(body=PROMPT).release(80)
+    act.acquire(body=PROMPT).release(Tokens(10, 0))
+    act.acquire(body=PROMPT).release(Tokens(80, 0))
     assert act.refused() == 31
     assert act.counters.key_tokens[("k",)] == 10 + 80
 
@@ -188,7 +189,7 @@ def test_a_request_that_is_sent_again_is_charged_once_and_is_one_at_a_time() -> 
     first.release(failed="it broke off")
     second = asyncio.run(first.retry(UpstreamFailed("it broke off")))
     assert act.refused() == 1
-    second.release(10)
+    second.release(Tokens(10, 0))
     act.acquire()
 
 
@@ -196,7 +197,7 @@ def test_other_keys_are_not_limited() -> None:
     """Nor are requests without one."""
     act = Act(requests_per_minute=1)
     for key in ("", "other", "", "other"):
-        act.acquire(key).release(5)
+        act.acquire(key).release(Tokens(5, 0))
     assert act.counters.tokens[("m",)] == 4 * 5
     assert act.counters.key_tokens == {("other",): 10}
 

@@ -183,11 +183,11 @@ class Living:
 Act = Callable[[Living], Awaitable[None]]
 
 
-def lives(config: Config, folder: Path, act: Act, *, activated: bool = False) -> None:
+def lives(config: Config, folder: Path, act: Act, *, activated: bool = False, learnt: Path | None = None) -> None:
     """A whole daemon by that configuration, but for its sockets and its launcher."""
 
     async def main() -> None:
-        around = RuntimeEnvironment(run_dir=Path("/nowhere"), logs=folder / "logs", activated=activated)
+        around = RuntimeEnvironment(Path("/nowhere"), logs=folder / "logs", activated=activated, learnt=learnt)
         daemon = Daemon(await meant_for_us(config, around), around, lambda: config, {})
         back = await startup.back_end(daemon.front)
         daemon.front.open(back)
@@ -255,7 +255,7 @@ def launch(living: Living, name: str) -> Any:
         return error.message
     planner.release(process)
     told = str(order).replace(process.instance, "INSTANCE") if order else ""
-    told = re.sub(r"'(since|started)': '[^']*'", "", told)  # when: of each start another one
+    told = re.sub(r"'(since|started)_monotonic': '[^']*'", "", told)  # when: of each start another one
     kept = process.model
     return told, kept.warm_up, kept.start_timeout, kept.stop_timeout, kept.log_file
 
@@ -399,16 +399,19 @@ def test_how_long_it_has_been_so_is_the_models_and_not_the_daemons(tmp_path: Pat
         assert 3600 <= living.front.status.line("m")["since"] < 3660
         living.front.learnt.runs["n"] = [("n-000001", time.time() - 7200)]
         assert 7200 <= living.front.status.line("n")["since"] < 7260
+        living.front.learnt.runs["n"] = [("n-000001", time.time() + 7200)]  # the clock has been set back
+        assert living.front.status.line("n")["since"] is None
 
     lives(two, tmp_path, look)
 
 
 def test_what_was_decided_by_an_earlier_daemon_is_told(tmp_path: Path) -> None:
-    """And what is decided now is kept for the next one."""
+    """And what is decided now is kept for the next one. Somebody has set the clock back meanwhile."""
     config = read(tmp_path, BASE)
 
     async def look(living: Living) -> None:
-        living.front.learnt.decided({"at": 1.0, "what": "evict", "why": "for another", "model": "m", "numbers": {}})
+        earlier = {"at": time.time() + 3600, "what": "evict", "why": "for another", "model": "m", "numbers": {}}
+        living.front.learnt.decisions["m"], living.front.learnt.earlier["m"] = [earlier], [earlier]
         living.back.post(events.LoadAsked("m"))
         assert [each["what"] for each in living.front.status.decisions("m")] == ["evict", "start"]
         assert [each["what"] for each in living.front.learnt.decisions["m"]] == ["evict", "start"]

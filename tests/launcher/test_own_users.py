@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from vllmd.launcher.own_users import OwnUsers
-from vllmd.launcher.spawn import Users, sweep
+from vllmd.launcher.spawn import Users, sweep, unused
 
 root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: gives homes to others")
 
@@ -80,13 +80,11 @@ def test_what_their_engines_left_behind_is_swept_too() -> None:
         made(folder / "run", "left", 70001)
         made(folder / "run", "runs", 70001)
         socket.socket(socket.AF_UNIX).bind(str(folder / "run/left/e.sock"))
-        for each in ("left", "runs"):
-            os.utime(folder / "run" / each, (0, 0))
         os.chown(folder / "run/left/e.sock", 70001, 70001)
         users = Users(["nobody"], OwnUsers(70000, 70009, str(folder / "homes")))
         assert [user.name for user in users.everybody()] == ["nobody", "own:a"]
         for user in users.everybody():
-            child = sweep(str(folder / "run"), {"runs"}, user)
+            child = sweep(unused(str(folder / "run"), {"runs"}), user)
             if child:
                 os.waitpid(child.pid, 0)
                 child.close()

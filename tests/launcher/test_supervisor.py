@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 
 import pytest
 
+from vllmd.launcher import engines
 from vllmd.launcher.backend import Found, Placed
 from vllmd.launcher.engines import Supervisor
 from vllmd.launcher.logs import Pipes
@@ -214,3 +216,29 @@ def test_every_packet_has_one_answer() -> None:
     ours.send(NASTY[0])
     loop.run()
     assert answers == [5 if b'"id":5' in packet else 0 for packet in NASTY] + [77]
+
+
+def test_a_run_directory_is_swept_when_it_is_seen_without_an_engine_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first time it may be that of an order on its way. Its age counts for nothing: clocks are set."""
+    monkeypatch.setattr(engines, "SWEEP_AGAIN", 0.0)
+    (tmp_path / "left").mkdir()
+    os.utime(tmp_path / "left", (0, 0))
+    loop, looks, told = Loop(), list[bool](), list[ExitReport]()
+    users = Users()
+    monkeypatch.setattr(users, "everybody", lambda: (OURSELVES,))
+    supervisor = Supervisor(loop, Backend(loop, ""), users, told.append, [str(tmp_path)])
+    real = engines.unused
+
+    def look(root: str, kept: Collection[str]) -> set[str]:
+        looks.append((tmp_path / "left").exists())
+        if not looks[-1] or len(looks) > 1000:
+            loop.stop()
+        return real(root, kept)
+
+    monkeypatch.setattr(engines, "unused", look)
+    supervisor.adopt()
+    loop.run()
+    assert looks[:2] == [True, True]
+    assert not looks[-1]

@@ -22,6 +22,7 @@ from vllmd.proxy.limits import Limits
 from vllmd.proxy.models import add_model_routes
 from vllmd.proxy.routing import Router
 from vllmd.proxy.server import Server
+from vllmd.proxy.tokens import Tokens
 from vllmd.proxy.upstream import Unreached
 
 BOUND = 10.0  # seconds that nothing in these tests may take
@@ -52,6 +53,7 @@ class FakePermit:
         self.begun = 0
         self.failed = ""
         self.endings: list[int | None] = []
+        self.tokens: Tokens | None = None
         self.over = asyncio.Event()
         self.cut: Callable[[str], None] = lambda reason: None
 
@@ -59,9 +61,10 @@ class FakePermit:
         """The first byte of a replica's answer."""
         self.begun += 1
 
-    def release(self, tokens: int | None = None, size: int = 0, failed: str = "") -> None:
+    def release(self, tokens: Tokens | None = None, size: int = 0, failed: str = "") -> None:
         """Over."""
-        self.endings.append(tokens)
+        self.endings.append(None if tokens is None or tokens.estimated else tokens.total)
+        self.tokens = tokens
         self.failed = failed
         self.over.set()
 
@@ -115,6 +118,7 @@ class FakeGate:
         body: bytes = b"",
         waits: Callable[[], None] = silent,
         offer: str = "",
+        route: str = "",
     ) -> FakePermit:
         """Through, once it is open."""
         self.only.append(only)

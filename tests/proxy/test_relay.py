@@ -27,9 +27,10 @@ from tests.proxy.fakes import (
 from vllmd.config.types import RequestRules
 from vllmd.engines.base import Listen
 from vllmd.errors import Unavailable
-from vllmd.proxy.forward import AnswerRelay, total_tokens
+from vllmd.proxy.forward import AnswerRelay
 from vllmd.proxy.gate import Target
 from vllmd.proxy.limits import Limits
+from vllmd.proxy.tokens import told
 
 ANSWER = b'{"model":"m","choices":[],"usage":{"prompt_tokens":3,"total_tokens":12}}'
 
@@ -708,7 +709,8 @@ USAGES = [
 @pytest.mark.parametrize(("tail", "tokens"), USAGES)
 def test_the_usage_is_read_in_every_apis_words(tail: bytes, tokens: int | None) -> None:
     """OpenAI's has a total, Anthropic's has not; counting tokens spends none; what a text says is no usage."""
-    assert total_tokens(tail) == tokens
+    found = told(tail)
+    assert (found.total if found else None) == tokens
 
 
 def test_a_route_that_the_model_does_not_serve_is_a_404() -> None:

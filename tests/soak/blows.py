@@ -1,5 +1,6 @@
 """What is done to the machine: shell lines, each of which leaves it able to recover by itself.
 
+Those that kill do so as often as $TIMES says, with short pauses, and print "killed" each time.
 Engines hang by the stand-in's failures on demand, which they read from FAILURES whenever these matter.
 """
 
@@ -10,7 +11,12 @@ DISKS = ("/var/cache/vllmd", "/var/log/vllmd", "/run/vllmd-engine")  # small one
 
 
 def _kill(*units: str) -> str:
-    return f"systemctl kill -s KILL --kill-who=main {' '.join(units)}"
+    """Of units that have a main process just then; others cannot be killed."""
+    return _often(f"systemctl kill -s KILL --kill-who=main {' '.join(units)} 2>/dev/null")
+
+
+def _often(once: str) -> str:
+    return f"for n in $(seq ${{TIMES:-1}}); do {once} && echo killed; sleep 0.$((RANDOM % 5))$((RANDOM % 10)); done"
 
 
 def _engines(failure: str, seconds: float) -> str:
@@ -19,7 +25,7 @@ def _engines(failure: str, seconds: float) -> str:
 
 
 def _one_engine(signal: str) -> str:
-    return f"pids=$(pgrep -u vllmd-engine) && kill -{signal} $(echo $pids | tr ' ' '\\n' | shuf -n 1)"
+    return f"kill -{signal} $(pgrep -u vllmd-engine | shuf -n 1) 2>/dev/null"
 
 
 def _disks(before: str, after: str) -> str:
@@ -31,7 +37,7 @@ PROCESSES: dict[str, str] = {
     "kill the daemon": _kill("vllmd.service"),
     "kill the launcher": _kill("vllmd-launcher.service"),
     "kill both": _kill("vllmd.service", "vllmd-launcher.service"),
-    "kill an engine": _one_engine("KILL"),
+    "kill an engine": _often(_one_engine("KILL")),
     "stop": "systemctl stop vllmd.service",
     "restart": "systemctl restart vllmd.service",
     "restart the sockets": "systemctl restart vllmd.socket",

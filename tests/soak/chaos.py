@@ -2,6 +2,8 @@
 be well.
 
 usage: python -m tests.soak.chaos [SECONDS [SEED]]     (``make soak``: an hour)
+
+A round that loses something is told with its journal, and the rest of the time goes on with a new machine.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ defaults: {{engine: sim, gpu_memory: 30GiB, start_timeout: 5s, stop_timeout: 5s,
            max_restarts: 20, options: {{load_time: 0.3s, tokens_per_second: 40, quiet: true, fail_file: {FAILURES}}}}}
 models: {{a: {{}}, b: {{}}, c: {{gpu_memory: 50GiB}}, d: {{options: {{load_time: 0.1s}}}}}}
 """
+KILLS = (1, 1, 1, 2, 5, 10, 20)  # how often one blow kills, one of these
 CALM_LIMIT = 120.0  # seconds after a round within which all must be well
 # What a client may see of all this: answers, refusals that say to come back, and connections that break with a process.
 EXPECTED = {"200", "200 cut", "502", "503", "ConnectionResetError", "RemoteDisconnected", "IncompleteRead", "vanished"}
@@ -48,14 +51,16 @@ class Soak:
 
     def __init__(self, machine: Machine, seed: int, blows: Mapping[str, str] = ALL) -> None:
         self.machine, self.dice, self.seed, self.blows = machine, random.Random(seed), seed, blows
+        self.rounds, self.kills = 0, 0
         self.tried: collections.Counter[str] = collections.Counter()
+        self.lost: list[Broken] = []
         self.ends: collections.Counter[str] = collections.Counter()
         self.most: collections.Counter[str] = collections.Counter()  # what daemon and launcher held at a calm moment
-        self._prepare()
+        self.prepare(machine)
 
-    def _prepare(self) -> None:
-        """Small disks, one device, and every engine's ways learnt: how long a sleep takes is known then."""
-        machine = self.machine
+    def prepare(self, machine: Machine) -> None:
+        """Go on with this one: small disks, one device, and every engine's ways learnt, how long a sleep takes too."""
+        self.machine = machine
         machine.run("systemctl stop vllmd.service vllmd-launcher.service", check=False)
         for disk in DISKS:
             mode = machine.out(f"mkdir -p {disk} && stat -c 'mode=%a,uid=%u,gid=%g' {disk}")
@@ -74,17 +79,27 @@ class Soak:
         machine.run("systemctl stop vllmd.service")
 
     def round(self, actions: int = 5, clients: int = 6) -> None:
-        """Load, a few blows, calm; raises Broken."""
+        """Load, a few blows, calm; raises Broken, which is also kept in ``lost``."""
+        self.rounds += 1
+        blows: list[str] = []
+        try:
+            self._round(blows, actions, clients)
+        except Broken as broken:
+            self.lost.append(broken)
+            raise
+        finally:
+            self.tried.update(blows)
+
+    def _round(self, blows: list[str], actions: int, clients: int) -> None:
         machine = self.machine
         machine.run("rm -f /run/enough; systemctl reset-failed 'vllmd*'; systemctl start vllmd.socket", check=False)
         began = self.look()
         load = machine.popen(["/usr/bin/python3", "/run/load.py", str(self.dice.random())[2:8], str(clients), *MODELS])
-        blows = []
         for _ in range(actions):
             time.sleep(self.dice.uniform(0.1, 1.5))
             blows.append(self.dice.choice(list(self.blows)))
-            machine.run(self.blows[blows[-1]], check=False, timeout=120)
-        self.tried.update(blows)
+            times = {"TIMES": str(self.dice.choice(KILLS))}
+            self.kills += machine.run(self.blows[blows[-1]], check=False, timeout=120, env=times).stdout.count("killed")
         machine.write("/run/enough", "")
         try:
             out, error = load.communicate(timeout=240)
@@ -130,10 +145,12 @@ class Soak:
         return Broken(f"after {blows} (seed {self.seed}): {what}\n{state}")
 
     def table(self) -> str:
-        """What was tried, how the requests ended, and the most that was held afterwards."""
+        """What was tried, survived and lost, how the requests ended, and the most that was held afterwards."""
         parts = {"tried": self.tried, "requests": self.ends, "most, at rest after a round": self.most}
         lines = [[f"{name}:", *(f"{n:10} {what}" for what, n in rows.most_common())] for name, rows in parts.items()]
-        return "\n".join(line for part in lines for line in part)
+        head = f"{self.rounds} rounds, {self.rounds - len(self.lost)} survived, {len(self.lost)} lost something; "
+        head += f"{sum(self.tried.values())} blows, {self.kills} processes killed"
+        return "\n".join([head, *(line for part in lines for line in part)])
 
 
 def wrongs(seen: dict[str, Any], began: dict[str, Any], ends: Mapping[str, int]) -> list[str]:
@@ -174,23 +191,26 @@ ASK = (
 
 
 def main() -> int:
-    """Rounds until the time is over; 1 as soon as one is not survived."""
+    """Rounds until the time is over, on a new machine after one that lost something; 1 if any did."""
     seconds, seed = float((sys.argv[1:2] or ["3600"])[0]), int((sys.argv[2:3] or [str(time.time_ns() % 10**6)])[0])
     package = subprocess.run([REPOSITORY / "packaging/dev/build", "deb"], check=True, capture_output=True, text=True)
-    with container.booted() as machine:
-        container.install(machine, REPOSITORY / package.stdout.strip())
-        soak, end, rounds = Soak(machine, seed), time.monotonic() + seconds, 0
-        print(f"seed {seed}", flush=True)
-        while time.monotonic() < end:
+    end, soak = time.monotonic() + seconds, None
+    print(f"seed {seed}", flush=True)
+    while time.monotonic() < end:
+        with container.booted() as machine:
+            container.install(machine, REPOSITORY / package.stdout.strip())
+            if soak is None:
+                soak = Soak(machine, seed)
+            else:
+                soak.prepare(machine)
             try:
-                soak.round()
+                while time.monotonic() < end:
+                    soak.round()
+                    print(f"round {soak.rounds}: survived", flush=True)
             except Broken as error:
-                print(f"round {rounds}: {error}\n{soak.table()}\n{machine.journal()[-20000:]}")
-                return 1
-            rounds += 1
-            print(f"round {rounds}: survived", flush=True)
-        print(f"{rounds} rounds, {sum(soak.tried.values())} blows, nothing lost\n{soak.table()}")
-    return 0
+                print(f"round {soak.rounds}: {error}\n{machine.journal()[-20000:]}", flush=True)
+    print(soak.table() if soak else "no time for a round")
+    return int(soak is None or bool(soak.lost))
 
 
 if __name__ == "__main__":

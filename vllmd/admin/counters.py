@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from vllmd.core.types import Decision
 from vllmd.proxy.exchange import Exchange
+from vllmd.proxy.tokens import Tokens
 
 LATENCIES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
@@ -61,6 +62,7 @@ class Counters:
         self.received: Counter[tuple[str, ...]] = Counter()  # model
         self.sent: Counter[tuple[str, ...]] = Counter()  # model
         self.tokens: Counter[tuple[str, ...]] = Counter()  # model
+        self.token_kinds: Counter[tuple[str, ...]] = Counter()  # model, kind: prompt, answer, cached, estimated
         self.errors: Counter[tuple[str, ...]] = Counter()  # model, kind
         self.failed_logins: Counter[tuple[str, ...]] = Counter()  # how: wrong, unseen
         self.key_requests: Counter[tuple[str, ...]] = Counter()  # key
@@ -103,11 +105,18 @@ class Counters:
         """A request was admitted after so long."""
         self.waits[(model,)].observe(seconds)
 
-    def used(self, model: str, key: str, tokens: int) -> None:
-        """A request's answer told its tokens."""
-        self.tokens[(model,)] += tokens
+    def used(self, model: str, key: str, tokens: Tokens) -> None:
+        """What a request took is known, or reckoned."""
+        total, kinds = tokens.total, self.token_kinds
+        self.tokens[(model,)] += total
+        kinds[model, "prompt"] += tokens.prompt
+        kinds[model, "answer"] += tokens.answer
+        if tokens.cached:
+            kinds[model, "cached"] += tokens.cached
+        if tokens.estimated:
+            kinds[model, "estimated"] += total
         if key:
-            self.key_tokens[(key,)] += tokens
+            self.key_tokens[(key,)] += total
 
     def decided(self, decision: Decision) -> None:
         """The core decided something about a model, or about one of its replicas."""

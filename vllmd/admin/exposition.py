@@ -81,7 +81,10 @@ def _counted(counters: Counters) -> Iterator[Metric]:
                      model, counters.waits)  # fmt: skip
     yield _counter("model_received_bytes", "Request bodies relayed to a model.", model, counters.received)
     yield _counter("model_sent_bytes", "Answers relayed to clients, heads included.", model, counters.sent)
-    yield _counter("model_tokens", "Tokens in and out, where the answer's usage tells them.", model, counters.tokens)
+    yield _counter("model_tokens", "Tokens in and out: by the answer's usage, without one reckoned from sizes.", model,
+                   counters.tokens)  # fmt: skip
+    yield _counter("model_tokens_by_kind", "Of the prompt and the answer; cached ones are of the prompt, and estimated "
+                   "ones of both.", ["model", "kind"], counters.token_kinds)  # fmt: skip
     yield _counter(
         "errors", "Requests that ended in an error of ours, by its kind.", ["model", "kind"], counters.errors
     )

@@ -19,7 +19,7 @@ MEMORY_FLAGS = ("--gpu-memory-utilization", "--mem-fraction-static")  # of vLLM 
 
 
 def check(config: Config) -> Iterator[Finding]:
-    """Everything that cannot work."""
+    """Every reason why this configuration cannot work, as findings with their place."""
     yield from _names(config)
     yield from _ports(config)
     yield from _keys(config)

@@ -40,7 +40,7 @@ class Reading:
 
 
 class Findings:
-    """Collects them."""
+    """Collects problems and warnings of a configuration, each once, with its place."""
 
     def __init__(self) -> None:
         self._problems: dict[tuple[Where, str], Problem] = {}

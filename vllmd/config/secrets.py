@@ -35,7 +35,7 @@ def read(name: str, beside: Path, env: Mapping[str, str]) -> str:
 
 
 def place(name: str, beside: Path, env: Mapping[str, str]) -> Path:
-    """Where that file is."""
+    """The path of a file that a setting names: in systemd's credentials, absolute, or beside the configuration."""
     path = expanded(name)
     credentials = env.get("CREDENTIALS_DIRECTORY")
     if credentials and not path.is_absolute() and (Path(credentials) / path).exists():

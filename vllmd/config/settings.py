@@ -387,7 +387,7 @@ MODEL = Group(
             "capabilities",
             k.NAMES,
             "What GET /v1/models says that it can, such as chat or embeddings, "
-            "instead of what its engine and its files tell.",
+            "instead of what its engine and its files tell. Requests for these are not refused because of its files.",
         ),
         Setting(
             "devices",

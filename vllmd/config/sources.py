@@ -95,7 +95,7 @@ class Files:
         return self.mapping(node, "", ROOT.accepts) if node is not None and node.value is not None else None
 
     def unreadable(self, path: Path, error: OSError) -> None:
-        """It may be for whoever edits it, and closed to whoever runs the daemon: say who that is."""
+        """The file may be readable for the person who edits it and not for the daemon's user: name that user."""
         what = f"cannot be read: {error.strerror}"
         if isinstance(error, PermissionError):
             what += f"; the user {_user()} must be able to read it"

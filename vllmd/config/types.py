@@ -223,7 +223,7 @@ class ServerConfig:
 
 @dataclass(frozen=True, slots=True)
 class EngineDefaults:
-    """What holds for all engines: where they run and as whom is the launcher's business."""
+    """What holds for all engines. Where they run, and as which user, is the launcher's business."""
 
     run_dir: Path | None = None  # None: by the mode (system, user, by hand)
     home: Path | None = None
@@ -268,7 +268,7 @@ class KeyConfig:
 
 @dataclass(frozen=True, slots=True)
 class AuthConfig:
-    """Who may ask. Without keys everybody who reaches the address may."""
+    """The clients that may send requests. Without keys, every client that reaches the address may."""
 
     keys: tuple[KeyConfig, ...] = ()
     public: tuple[str, ...] = ("health", "metrics")  # what needs no key, of health, metrics, names

@@ -30,7 +30,7 @@ class Wrong(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of value."""
+    """One kind of value of a setting: what it accepts, how it is parsed, shown and put into JSON Schema."""
 
     accepts: str
     parse: Parse

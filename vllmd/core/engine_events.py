@@ -15,6 +15,7 @@ from vllmd.core.events import (
     EngineStartFailed,
     EngineStopped,
     EngineWakeFailed,
+    FailureRemembered,
     FreezeProved,
     MemorySampled,
     StartProgressed,
@@ -96,6 +97,13 @@ class EngineEvents:
         m.changed = core.now - max(0.0, e.since)
         core.engines.record("adopt", m, f"found {m.state.value}", {"level": m.level})
         self._settled(m)
+
+    def remembered(self, e: FailureRemembered) -> None:
+        """2.9: one that is adopted, or is about to be started anyway, has its failure behind it."""
+        m = self._core.replica(e.replica)
+        if m.state is State.STOPPED and m.job is None and not m.spec.preload:
+            self._core.engines.remember_failure(m, e.reason, max(0.0, e.since))
+            self._core.mark_dirty(m)
 
     def sampled(self, e: MemorySampled) -> None:
         """NVML's word corrects the ledger; a device that could not be read keeps its last figures."""

@@ -284,6 +284,12 @@ class EngineTable:
         m.running[request] = Run(self.now)
         self._out.append(ProbeReplica(request, m.id, limit))
 
+    def remember_failure(self, m: Replica, reason: str, since: float) -> None:
+        """It failed ``since`` seconds ago, before this daemon; it may be tried again whenever somebody asks."""
+        self._move(m, Step.ADOPTED_FAILED)
+        m.failures, m.failure, m.failed_at = 1, reason, self.now - since
+        m.changed, m.retry_at = m.failed_at, self.now
+
     # -- answers
 
     def ready(self, m: Replica) -> None:

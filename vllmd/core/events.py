@@ -160,6 +160,15 @@ class EngineAdopted(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class FailureRemembered(Event):
+    """An earlier daemon saw its engine fail for ``reason``, ``since`` seconds ago, and nobody has cleared that."""
+
+    replica: str
+    reason: str
+    since: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class StartProgressed(Event):
     """A start has come so far: ``share`` of the time that one usually takes lies behind it, by what its log says.
 

@@ -54,6 +54,7 @@ class Step(enum.Enum):
     ADOPTED_AWAKE = "adopted awake"
     ADOPTED_ASLEEP = "adopted asleep"
     ADOPTED_STARTING = "adopted starting"
+    ADOPTED_FAILED = "adopted failed"
 
 
 CORE_STEPS = frozenset(
@@ -80,6 +81,7 @@ TRANSITIONS: Mapping[State, Mapping[Step, State]] = MappingProxyType(
             Step.ADOPTED_AWAKE: S.READY,
             Step.ADOPTED_ASLEEP: S.SLEEPING,
             Step.ADOPTED_STARTING: S.STARTING,
+            Step.ADOPTED_FAILED: S.FAILED,
         },
         S.STARTING: {
             Step.READY: S.READY,

@@ -130,6 +130,7 @@ class Scheduler:
             ev.EngineExited: self._engine_events.exited,
             ev.ServerSilent: self._health.silent,
             ev.EngineAdopted: self._engine_events.adopted,
+            ev.FailureRemembered: self._engine_events.remembered,
             ev.FreezeProved: self._engine_events.proved,
             ev.StartProgressed: self._engine_events.progressed,
             ev.ReplicaProbed: self._health.probed,

@@ -28,12 +28,15 @@ from vllmd.admin.counters import Counters
 from vllmd.config.types import ModelConfig, PoolConfig, RequestRules
 from vllmd.core import commands, events
 from vllmd.daemon.failure_text import for_clients
+from vllmd.daemon.fitness import unfit
 from vllmd.daemon.names import Names
 from vllmd.daemon.offers import Offer, Offers
 from vllmd.daemon.quotas import Quotas, Use
 from vllmd.engines.base import Adapter, Engine, Listen
 from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.proxy.gate import Target, silent
+from vllmd.proxy.model_requests import unserved
+from vllmd.proxy.tokens import Tokens
 from vllmd.proxy.upstream import Unreached
 
 ERRORS: Mapping[commands.RejectReason, type[errors.VllmdError]] = {
@@ -84,6 +87,7 @@ class AdmissionGate:
         self._permits: dict[str, Permit] = {}  # by the core's name for a request
         self._numbers = itertools.count(1)
         self._empty = asyncio.Event()
+        self._kinds: Mapping[str, str] = {}  # by engine, once their files have been read
         self.configure({}, {})
 
     def open(self, back: BackEnd) -> None:
@@ -92,6 +96,12 @@ class AdmissionGate:
         for waiting in self._opening:
             if not waiting.done():
                 waiting.set_result(None)
+
+    def learn_kinds(self, kinds: Mapping[str, str]) -> None:
+        """What each engine's model is for, as its files tell (``hub.kind_at``)."""
+        self._kinds = kinds
+        self._targets.clear()
+        self._resolved.clear()
 
     def configure(
         self,
@@ -185,7 +195,9 @@ class AdmissionGate:
         if key not in self._targets:
             config = self._engines[engine]
             kind = self._engine_of(config)
-            served, routes = kind.served_name(config), kind.routes(config)
+            served = kind.served_name(config)
+            nature, others = unfit(config, self._kinds.get(engine, ""))
+            routes = kind.routes(config) - others
             adapters = kind.adapters(config)
             rules = config.request
             if "" in adapters:
@@ -198,7 +210,7 @@ class AdmissionGate:
             own_api = frozenset(kind.own_api(config))
             found = None if rules == RequestRules() else rules
             called = offer.name if offer else ""
-            self._targets[key] = Target(name, served, routes, kind.headers(), found, own_api, names, called)
+            self._targets[key] = Target(name, served, routes, kind.headers(), found, own_api, names, called, nature)
         return self._targets[key]
 
     async def acquire(
@@ -209,6 +221,7 @@ class AdmissionGate:
         body: bytes = b"",
         waits: Callable[[], None] = silent,
         offer: str = "",
+        route: str = "",
     ) -> Permit:
         """Wait until the request is admitted. Raises VllmdError; cancelled when the client leaves."""
         # 1. The key's quota: a key over its limit takes no place in a queue.
@@ -218,6 +231,7 @@ class AdmissionGate:
             # 2. Devices and engines must have been found.
             if self._back is None:
                 await self._opened(waits)
+                self._check_served(model, route)
             # 3. The core admits it, now or when the model is awake and it is its turn.
             await self._admitted(permit)
             # 4. An adapter is loaded, unless the engine has it.
@@ -230,6 +244,13 @@ class AdmissionGate:
         permit.use = use
         self._counters.waited(permit.called, self._quotas.clock() - began)
         return permit
+
+    def _check_served(self, model: str, route: str) -> None:
+        """Whether the model serves that public path ("" is any), by its files, too. Raises NotFound."""
+        if route and model in self._firsts:
+            target = self._target(model, self._firsts[model])
+            if target.routes is not None and route not in target.routes:
+                raise unserved(target, route)
 
     async def _opened(self, waits: Callable[[], None]) -> None:
         """Wait until we have opened. Raises Unavailable at a shutdown."""
@@ -371,12 +392,14 @@ class AdmissionGate:
         if self._back is not None:
             self._back.post(event)
 
-    def ended(self, permit: Permit, tokens: int | None, failed: str) -> None:
+    def ended(self, permit: Permit, tokens: Tokens | None, failed: str) -> None:
         """An admitted request is over."""
         self._drop(permit.request)
+        told = None
         if tokens is not None:
             self._counters.used(permit.called, permit.key, tokens)
-        self.post(events.RequestFinished(permit.request, tokens, failed))
+            told = None if tokens.estimated else tokens.total
+        self.post(events.RequestFinished(permit.request, told, failed))
 
     def _drop(self, request: str) -> Permit | None:
         permit = self._permits.pop(request, None)
@@ -452,7 +475,7 @@ class Permit:
         """The head of a replica's answer came."""
         self._gate.post(events.RequestAnswered(self.request, streamed))
 
-    def release(self, tokens: int | None = None, size: int = 0, failed: str = "") -> None:
+    def release(self, tokens: Tokens | None = None, size: int = 0, failed: str = "") -> None:
         """The request ended, however it did; told twice, it counts once."""
         if self._over:
             return

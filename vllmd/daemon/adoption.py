@@ -19,6 +19,7 @@ from typing import Any
 from vllmd.config.types import ModelConfig
 from vllmd.core import events
 from vllmd.core.types import Placement, State
+from vllmd.daemon.boot_clock import seconds_since
 from vllmd.daemon.calls import ask
 from vllmd.daemon.engine_manager import EngineManager
 from vllmd.daemon.engine_process import EngineProcess, fingerprint, noted_by_older
@@ -81,7 +82,7 @@ async def _adopt(
     if process.model.log_file and found.state is not State.STARTING:
         engine_manager.spawn(engine_manager.follow(process, RECENT_LOG))
     log.info("%s: adopted pid %d, %s", process.model.name, running.pid, found.state.value)
-    since = _ago(running.metadata, "since")
+    since = seconds_since(running.metadata, "since")
     post(events.EngineAdopted(process.model.name, process.placement, found.state, found.level, found.idle, since=since))
     if found.state is State.STARTING:
         engine_manager.resume_start(process)
@@ -133,7 +134,7 @@ def _engine_of(noted: str, models: Mapping[str, ModelConfig]) -> ModelConfig | N
 
 async def _resolve(process: EngineProcess, noted: Mapping[str, str], level: int, ended: Ended) -> Found:
     """Compare what was noted with what the engine says."""
-    idle, tells = _ago(noted, "idle_since"), process.engine.asleep() is not None
+    idle, tells = seconds_since(noted, "idle_since"), process.engine.asleep() is not None
     match noted.get("state"):
         case "starting":
             return Found(process, State.STARTING)
@@ -189,7 +190,7 @@ def _member(running: Running, model: ModelConfig, engine: Engine, key_of: Callab
         placement=Placement(tuple(json.loads(noted["devices"]))),
         fingerprint=noted["fingerprint"],
         running=running,
-        started=time.monotonic() - _ago(noted, "started"),
+        started=time.monotonic() - seconds_since(noted, "started"),
     )
     _take_ending(process, noted)
     return process
@@ -210,11 +211,3 @@ def _stranger(running: Running) -> EngineProcess:
     with contextlib.suppress(ValueError, TypeError):
         _take_ending(process, running.metadata)
     return process
-
-
-def _ago(noted: Mapping[str, str], what: str) -> float:
-    """Seconds since the time, by the wall clock, that was noted as ``what``; 0.0 where none was."""
-    try:
-        return max(0.0, time.time() - float(noted[what]))
-    except (KeyError, ValueError):
-        return 0.0

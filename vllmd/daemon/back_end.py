@@ -6,15 +6,17 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vllmd.core import events
 from vllmd.core.types import Snapshot, State
 from vllmd.daemon.adapter_loader import provide
+from vllmd.daemon.boot_clock import moments
 from vllmd.daemon.device_readings import DeviceReadings
 from vllmd.daemon.device_watch import DeviceWatch
 from vllmd.daemon.dispatcher import Dispatcher
 from vllmd.daemon.engine_manager import EngineManager
+from vllmd.daemon.failures import noted
 from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.offers import ORDER
@@ -36,6 +38,7 @@ class BackEnd:
     devices: DeviceWatch
     readings: DeviceReadings
     learnt: Learnt
+    keeping: asyncio.Lock = field(default_factory=asyncio.Lock)  # one writes what was learnt at a time
 
     def post(self, event: events.Event) -> None:
         """Hand an event to the core."""
@@ -84,16 +87,18 @@ class BackEnd:
 
     async def note_idle(self) -> None:
         """Leave each engine's idle clock beside its cgroup, for the next daemon."""
-        now = time.time()
         for view in self.snapshot().replicas:
             process = self.engines.processes.get(view.id)
             if process and view.idle is not None:
-                await self.engines.annotate(process, idle_since=f"{now - view.idle:.0f}")
+                await self.engines.annotate(process, **moments(idle_since=view.idle))
 
     async def keep_learnt(self) -> None:
-        """Write down what was learnt of the models."""
-        self.learnt.costs = self.dispatcher.scheduler.costs.to_dict()
-        await asyncio.to_thread(self.learnt.save)
+        """Write down what was learnt of the models, and which of them have failed."""
+        async with self.keeping:
+            self.learnt.costs = self.dispatcher.scheduler.costs.to_dict()
+            if known := self.engines.configured:  # with a broken configuration nothing is known of them
+                self.learnt.failures = noted(self.snapshot(), known, self.learnt.failures, time.time())
+            await asyncio.to_thread(self.learnt.save)
 
     async def close(self) -> None:
         """Nothing more is decided, and the launcher is left alone."""

@@ -21,6 +21,7 @@ from vllmd.config.types import ModelConfig
 from vllmd.core import commands, events
 from vllmd.core.types import Footprint, Placement, Source
 from vllmd.daemon import health
+from vllmd.daemon.boot_clock import moments
 from vllmd.daemon.calls import Look, answers, asked, call, complete, looked_at, next_line, within
 from vllmd.daemon.engine_process import EngineProcess, of
 from vllmd.daemon.failure_text import how_it_ended, with_hint, with_last_lines, with_root
@@ -98,6 +99,11 @@ class EngineManager:
         """Start engines by these settings from now on. ``estimates``: what each is expected to take, by model."""
         self._models = models
         self._launch_planner.configure(models, estimates)
+
+    @property
+    def configured(self) -> Mapping[str, ModelConfig]:
+        """The engines that there may be, by id."""
+        return self._models
 
     def relocate(self, paths: Paths, first_port: int, last_port: int) -> None:
         """Start engines there from now on."""
@@ -523,7 +529,7 @@ class EngineManager:
         if not process.running:
             return
         if "state" in metadata:
-            metadata["since"] = f"{time.time():.1f}"
+            metadata |= moments(since=0.0)
         try:
             await self._launcher.annotate(process.instance, metadata)
         except LauncherFailed as error:

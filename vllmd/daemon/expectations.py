@@ -43,6 +43,11 @@ def estimates(prospects: list[Prospect]) -> dict[str, Estimate]:
     return {each.model.name: each.told for each in prospects}
 
 
+def kinds(prospects: list[Prospect]) -> dict[str, str]:
+    """What each engine's model is for, as its files tell."""
+    return {each.model.name: each.kind for each in prospects}
+
+
 def paths_of(config: Config, runtime: RuntimeEnvironment) -> Paths:
     """Where engines that are started by that configuration live."""
     homes = Homes(config.engines.home or runtime.home, runtime.homes, runtime.environment)

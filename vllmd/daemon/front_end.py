@@ -99,7 +99,7 @@ def front_end(
     limits = Limits.of(config.server)
     relay = Relay(gate, limits)
     learnt = Learnt(runtime.learnt)
-    changes = Changes(current, counters, learnt, relay.requests.responses.forget)
+    changes = Changes(current, counters, learnt, relay.forget)
     instances = Instances(current, back, take, changing)
     runtime_models = RuntimeModels(current, back, take, changing, instances.plain, addresses(sockets.get("http", ())))
     store = ModelStore(current, runtime, back, changes, reload)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from vllmd.config.names import instance_name
 from vllmd.config.types import ModelConfig
 from vllmd.core import commands
+from vllmd.daemon.boot_clock import moments
 from vllmd.daemon.engine_keys import EngineKeys
 from vllmd.daemon.engine_process import EngineProcess, fingerprint
 from vllmd.daemon.homes import Homes, ordered_user
@@ -132,8 +132,7 @@ class LaunchPlanner:
                 "fingerprint": process.fingerprint,
                 "state": "starting",
                 "level": "0",
-                "since": f"{time.time():.1f}",
-                "started": f"{time.time():.1f}",
+                **moments(since=0.0, started=0.0),
                 "run_dir": str(run_dir),
                 "ending": json.dumps([process.stop, process.stop_signal, process.self_managed]),
             },

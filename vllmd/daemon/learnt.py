@@ -1,11 +1,13 @@
 """Figures that were learnt, kept over restarts: a cache, safe to delete, never believed blindly.
 
 One JSON file in the service's cache directory, or for ``vllmd serve`` in the
-user's: ``{"costs": {...}, "runs": {...}, "decisions": {...}}``, the costs as ``vllmd.core.costs.CostBook``
-has them; it forgets by itself what was measured of a model that is now configured
-otherwise. ``runs`` are the last instances of each engine, so that what they wrote can
-be shown also to those who may not read the journal; ``decisions`` the last ones about
-each, as ``/admin/decisions`` has them: what is asked about a model outlives the daemon.
+user's: ``{"costs": {...}, "runs": {...}, "decisions": {...}, "failures": {...}}``, the
+costs as ``vllmd.core.costs.CostBook`` has them; it forgets by itself what was measured
+of a model that is now configured otherwise. ``runs`` are the last instances of each
+engine, so that what they wrote can be shown also to those who may not read the journal;
+``decisions`` the last ones about each, as ``/admin/decisions`` has them: what is asked
+about a model outlives the daemon.
+``failures`` are those that nobody has cleared (``failures.py``).
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ import json
 import logging
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vllmd.daemon.failures import Failure
 from vllmd.foreign import Folder
 from vllmd.systemd.throttle import Repeated
 
@@ -33,6 +37,8 @@ class Learnt:
         self.costs: dict[str, Any] = {}
         self.runs: dict[str, list[tuple[str, float]]] = {}  # engine -> its last instances, and when each ended
         self.decisions: dict[str, list[dict[str, Any]]] = {}  # engine or model -> the last ones about it
+        self.earlier: dict[str, list[dict[str, Any]]] = {}  # those of them that an earlier daemon made
+        self.failures: dict[str, Failure] = {}  # by engine
         self._written = ""
         self._trouble = Repeated(log)
 
@@ -40,6 +46,8 @@ class Learnt:
         """Something was decided about a model; the same once more counts as the last time."""
         known = self.decisions.pop(decision["model"], [])
         if known and (known[-1]["what"], known[-1]["why"]) == (decision["what"], decision["why"]):
+            if (earlier := self.earlier.get(decision["model"])) and earlier[-1] is known[-1]:
+                earlier.pop()
             known = known[:-1]
         self.decisions[decision["model"]] = [*known, decision][-DECISIONS:]
         while len(self.decisions) > MOST_ENGINES:
@@ -63,18 +71,21 @@ class Learnt:
             self.runs = {name: [(str(run), float(at)) for run, at in ended] for name, ended in runs}
             made = dict(told.get("decisions", {})).items()
             self.decisions = {name: [_decision(name, each) for each in kept] for name, kept in made}
+            self.earlier = {name: list(kept) for name, kept in self.decisions.items()}
+            self.failures = {name: Failure.read(kept) for name, kept in dict(told.get("failures", {})).items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error.__cause__, FileNotFoundError):  # nothing has been learnt yet
                 return
             what = "cannot be read" if isinstance(error.__cause__, OSError) else "is damaged"
             log.warning("ignoring %s, it %s (%s); figures are learnt anew", self._path, what, error)
-            self.costs, self.runs, self.decisions = {}, {}, {}
+            self.costs, self.runs, self.decisions, self.earlier, self.failures = {}, {}, {}, {}, {}
 
     def save(self) -> None:
         """Write it whole or not at all; a full disk is told and costs nothing but the figures."""
         if self._path is None:
             return
-        kept = {"costs": self.costs, "runs": dict(self.runs), "decisions": dict(self.decisions)}
+        failures = {name: asdict(failure) for name, failure in self.failures.items()}
+        kept = {"costs": self.costs, "runs": dict(self.runs), "decisions": dict(self.decisions), "failures": failures}
         text = json.dumps(kept, sort_keys=True, default=str)
         if text == self._written:
             return

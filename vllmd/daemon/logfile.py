@@ -56,7 +56,7 @@ class LogFile:
         self._handler.emit(logging.makeLogRecord({"msg": line}))
 
     def close(self) -> None:
-        """No more; what a full disk did not take is lost."""
+        """Close the file; lines that a full disk did not take are lost."""
         self._tell_missed()
         with contextlib.suppress(OSError):
             self._handler.close()

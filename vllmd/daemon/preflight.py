@@ -13,6 +13,7 @@ from pathlib import Path
 
 from vllmd.config.types import ModelConfig
 from vllmd.core.types import Device
+from vllmd.daemon.fitness import kind_of
 from vllmd.daemon.homes import Homes, unknown_user
 from vllmd.daemon.host import host_memory
 from vllmd.engines.base import Engine, Place
@@ -25,12 +26,16 @@ log = logging.getLogger("vllmd")
 
 @dataclass(frozen=True)
 class Prospect:
-    """A model, its engine and what it is expected to take. ``wrong``: why it can never run; "" if it can."""
+    """A model, its engine and what it is expected to take.
+
+    ``wrong``: why it can never run; "" if it can. ``kind``: what its files are for, see ``fitness``.
+    """
 
     model: ModelConfig
     engine: Engine
     told: Estimate
     wrong: str
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ def _prospect(model: ModelConfig, machine: Machine, engine_of: Callable[[ModelCo
     told = estimate(model, machine.homes.hub(model), device_memory, host_memory())
     engine = engine_of(model)
     wrong = unknown_user(model) or _refusal(model, engine, machine) or too_large(model, told, machine.devices)
-    return Prospect(model, engine, told, wrong)
+    return Prospect(model, engine, told, wrong, kind_of(model, machine.homes.hub(model)))
 
 
 def _refusal(model: ModelConfig, engine: Engine, machine: Machine) -> str:

@@ -17,12 +17,9 @@ from dataclasses import dataclass
 from vllmd.config.types import KeyConfig
 from vllmd.daemon.keys import by_name
 from vllmd.errors import TooManyRequests
+from vllmd.proxy.tokens import BYTES_PER_EVENT, Tokens, prompt_tokens
 
 MINUTE = 60.0  # seconds
-BYTES_PER_TOKEN = 250  # of a streamed answer that does not tell its usage: about one event's size
-BYTES_PER_PROMPT_TOKEN = 4  # of a request: English text has about four letters in a token
-FILE = b";base64,"  # a file within JSON (a data: URL)
-TOKENS_PER_FILE = 1000  # of an image within JSON, or of a form with files: about what an image of 1 megapixel takes
 Clock = Callable[[], float]
 
 
@@ -98,13 +95,13 @@ class Use:
         """It failed before its answer and goes once more; it was counted already."""
         self.quota.running += 1
 
-    def end(self, tokens: int | None, size: int) -> None:
-        """It is over. ``tokens``: in all, by the answer's usage; without it they are reckoned from ``size`` bytes."""
+    def end(self, tokens: Tokens | None, size: int) -> None:
+        """It is over. ``tokens``: what it took; where nothing tells that, it is reckoned from ``size`` bytes."""
         self.quota.running -= 1
         if tokens is not None:
-            self.quota.charge(tokens - self.prompt)
+            self.quota.charge(tokens.total - self.prompt)
         elif size:
-            self.quota.charge(max(1, size // BYTES_PER_TOKEN))
+            self.quota.charge(max(1, size // BYTES_PER_EVENT))
 
 
 class Quotas:
@@ -136,17 +133,6 @@ class Quotas:
         """A request of the key called ``key`` arrives; None if that has no limits. Raises TooManyRequests."""
         quota = self._quotas.get(key)
         return quota.begin(self.clock(), body) if quota else None
-
-
-def prompt_tokens(body: bytes) -> int:
-    """About how many tokens an engine reads for a request with this body; a file in it counts as one of its kind."""
-    if body.startswith(b"--"):  # a form
-        return TOKENS_PER_FILE
-    if FILE not in body:
-        return len(body) // BYTES_PER_PROMPT_TOKEN
-    text, *files = body.split(FILE)
-    rest = sum(len(file) - (file.find(b'"') + 1 or len(file)) for file in files)
-    return (len(text) + rest) // BYTES_PER_PROMPT_TOKEN + TOKENS_PER_FILE * len(files)
 
 
 def _limit(key: KeyConfig, what: str) -> str:

@@ -19,7 +19,7 @@ from vllmd.core import events
 from vllmd.core.types import renamed
 from vllmd.daemon.back_end import BackEnd
 from vllmd.daemon.engine_process import fingerprint
-from vllmd.daemon.expectations import estimates, expect, files_of, opener, paths_of, settings_of, specs_of
+from vllmd.daemon.expectations import estimates, expect, files_of, kinds, opener, paths_of, settings_of, specs_of
 from vllmd.daemon.front_end import FrontEnd
 from vllmd.daemon.startup import adopt_running, say_devices
 from vllmd.errors import Conflict
@@ -61,6 +61,7 @@ async def take(
     back.post(events.SettingsChanged(settings_of(config)))
     specs = specs_of(config.models, prospects)
     front.instances.configure(specs)
+    front.gate.learn_kinds(kinds(prospects))
     back.post(events.ModelsChanged(tuple(specs), frozenset(changed)))
     if devices:
         await back.readings.look()

@@ -20,6 +20,7 @@ from vllmd.core import events
 from vllmd.core.types import Snapshot, State
 from vllmd.daemon.current import RuntimeEnvironment
 from vllmd.daemon.discovery import with_discovered
+from vllmd.daemon.failures import failed
 from vllmd.daemon.front_end import SHUTTING_DOWN, front_end
 from vllmd.daemon.idle_exit import IdleExit
 from vllmd.errors import ConfigError, Unavailable
@@ -142,6 +143,7 @@ class Daemon:
     async def _tick(self) -> None:
         """Once a second, or as often as the idle exit wants: watchdog, status, idle exit; now and then a sample."""
         looked = kept = -SAMPLE_INTERVAL
+        bad: frozenset[tuple[str, str]] | None = None  # what is in error, as kept last
         while True:
             back = self.front.back.now
             seen = back.snapshot() if back else None
@@ -151,6 +153,10 @@ class Daemon:
                 log.info("nothing is loaded and nobody is connected: exiting until the next connection")
                 self.stop()
             now = time.monotonic()
+            if back and seen and (news := failed(seen)) != bad:  # kept at once, whatever becomes of us
+                if bad is not None:
+                    self.side_task(back.keep_learnt())
+                bad = news
             if back and seen and now >= looked + self._look_interval(back, seen):
                 keep, looked = now >= kept + SAMPLE_INTERVAL, now
                 kept = now if keep else kept

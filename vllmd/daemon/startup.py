@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -23,7 +24,8 @@ from vllmd.daemon.device_watch import DeviceWatch
 from vllmd.daemon.dispatcher import Dispatcher, executors
 from vllmd.daemon.engine_keys import EngineKeys
 from vllmd.daemon.engine_manager import EngineManager
-from vllmd.daemon.expectations import estimates, expect, files_of, opener, paths_of, settings_of, specs_of
+from vllmd.daemon.expectations import estimates, expect, files_of, kinds, opener, paths_of, settings_of, specs_of
+from vllmd.daemon.failures import remembered
 from vllmd.daemon.front_end import FrontEnd
 from vllmd.daemon.launch_planner import LaunchPlanner
 from vllmd.daemon.memory import Memory
@@ -57,6 +59,7 @@ async def back_end(front: FrontEnd) -> BackEnd:
     prospects = await asyncio.to_thread(expect, current.engines, paths, memory.inventory, front.resolver)
     specs = specs_of(config.models, prospects)
     front.instances.configure(specs)
+    front.gate.learn_kinds(kinds(prospects))
     scheduler = Scheduler(specs, memory.inventory, settings_of(config), CostBook.from_dict(learnt.costs))
 
     # 3. The launcher. What it reports before there is anybody to hear it concerns engines that step 5 asks it for.
@@ -98,10 +101,12 @@ async def back_end(front: FrontEnd) -> BackEnd:
 
 
 async def adopt_running(front: FrontEnd, back: BackEnd) -> None:
-    """Take over, or end, every engine that an earlier daemon left."""
+    """Take over, or end, every engine that an earlier daemon left; remember which models had failed."""
     known = {process.instance for process in back.engines.processes.values()}
     running = [engine for engine in await answered(back.launcher.list) if engine.instance not in known]
     await adopt_all(back.engines, running, front.current.engines, front.resolver, back.post)
+    for failure in remembered(back.learnt.failures, front.current.engines, time.time()):
+        back.post(failure)
 
 
 def say_devices(memory: Memory) -> None:
@@ -129,6 +134,7 @@ async def take_devices(front: FrontEnd, back: BackEnd, devices: Devices) -> None
             specs = specs_of(config.models, prospects)
             back.engines.configure(engines, estimates(prospects))
             front.instances.configure(specs)
+            front.gate.learn_kinds(kinds(prospects))
             back.post(events.ModelsChanged(tuple(specs)))
         back.post(events.DevicesChanged(devices.inventory(), str(devices.trouble or ""), devices.asking))
         await back.readings.look()

@@ -50,11 +50,11 @@ class Sight:
 
 
 def status(seen: Sight, started: float) -> dict[str, Any]:
-    """Everything that ``vllmctl`` shows. ``started`` is in Unix time."""
+    """Everything that ``vllmctl`` shows. ``started``: by ``time.monotonic``."""
     shown = {
         "version": vllmd.__version__,
         "pid": os.getpid(),
-        "uptime": time.time() - started,
+        "uptime": time.monotonic() - started,
         "policy": seen.config.policy,
         "opened": seen.snapshot is not None,
         "configuration": {"files": [str(path) for path in seen.config.files], "error": seen.broken},
@@ -98,7 +98,8 @@ def _line(seen: Sight, view: ModelView | ReplicaView, engine: str) -> dict[str, 
     process = engines.processes.get(engine)
     shown = line(view, seen.engines.get(engine), process, engines.last_start.get(engine), watts)
     if view.since is None and (runs := seen.back.learnt.runs.get(engine)):  # an earlier daemon's engine
-        shown["since"] = max(0.0, time.time() - runs[-1][1])
+        ago = time.time() - runs[-1][1]
+        shown["since"] = ago if ago >= 0 else None  # the clock has been set back since: nobody knows
     return shown
 
 
@@ -141,7 +142,7 @@ class Status:
         self._back = back
         self._connections = connections
         self._downloads = downloads
-        self._started = time.time()
+        self._started = time.monotonic()
         self._descriptions = Descriptions()
         self._kinds: tuple[Config, dict[str, str]] | None = None  # repository -> kind of model, once asked for
 
@@ -175,8 +176,8 @@ class Status:
     def decisions(self, model: str) -> list[dict[str, Any]]:
         """The last decisions, oldest first; about a model also the last ones of earlier daemons."""
         back, names = self._back.now, {model, *self._current.engines_of(model)}
-        kept = [each for name in names for each in self._learnt.decisions.get(name, ())]
-        before = sorted((each for each in kept if each["at"] < self._started), key=lambda each: float(each["at"]))
+        kept = [each for name in names for each in self._learnt.earlier.get(name, ())]
+        before = sorted(kept, key=lambda each: float(each["at"]))
         if back is None:
             return before
         now, made = back.dispatcher.now(), back.snapshot().decisions

@@ -101,7 +101,7 @@ class Comfyui(Plain):
         return super()._absent(said) or next((line for line in said if _NO_DIRECTORY.search(line)), "")
 
     def ready(self, model: ModelConfig) -> Call:
-        """``/system_stats``."""
+        """ComfyUI has no ``/health``: it is ready when it answers ``/system_stats``."""
         return Call("GET", "/system_stats", timeout=PROBE)
 
     def busy(self) -> Call | None:

@@ -102,11 +102,11 @@ class CommandOf(Plain):
         self._self_managed, self._cpu = switch(model, "self_managed"), switch(model, "cpu")
 
     def sleep_levels(self, model: ModelConfig) -> frozenset[int]:
-        """Those that have calls."""
+        """The levels for which the configuration has calls, unless ``sleep_mode`` is false."""
         return frozenset() if model.sleep_mode is False else frozenset(self._sleep)
 
     def device_count(self, model: ModelConfig) -> int:
-        """None on the CPU."""
+        """How many devices the engine takes; 0 where it runs on the CPU."""
         return 0 if self._cpu else super().device_count(model)
 
     def launch(self, model: ModelConfig, place: Place) -> Launch:

@@ -24,7 +24,7 @@ from vllmd.config.types import ModelConfig
 
 SYSTEM = Path("/var/lib/vllmd/engines")
 CURRENT = "current"
-# What the launcher gives to engines that run as another user; who stays the same user keeps his own.
+# The PATH that the launcher gives to engines of another user; an engine of the same user keeps the user's own.
 PATH = "/usr/local/bin:/usr/bin:/bin"
 
 

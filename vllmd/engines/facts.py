@@ -184,7 +184,7 @@ def whole(text: str) -> int:
 
 
 def size(amount: float) -> str:
-    """Bytes for people."""
+    """An amount in bytes as people read it: ``1.5 GiB``, ``512 MiB``, ``12 B``."""
     for unit, scale in (("GiB", GiB), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if abs(amount) >= scale:
             return f"{amount / scale:.2f}".rstrip("0").rstrip(".") + f" {unit}"

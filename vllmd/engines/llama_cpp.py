@@ -37,6 +37,7 @@ from vllmd.engines.vllm import check_path
 from vllmd.foreign import Unreadable, within
 from vllmd.hub import is_repository, locate
 
+RANKING = frozenset({"/v1/rerank", "/rerank"})
 ALL_LAYERS = 999  # older versions do not know the word all
 LOOK = 2.0  # seconds for finding a model's files in the cache
 OWN_SERVER = Path(__file__).with_name("xllamacpp_server.py")
@@ -65,8 +66,8 @@ class LlamaCpp(Plain):
     OPTIONS: ClassVar[Mapping[str, str]] = {
         "gpu_layers": "layers kept on the device (default: all); 0: it runs on the CPU and takes no device",
         "parallel": "requests that are worked on at a time",
-        "embedding": "true: serve embeddings only",
-        "reranking": "true: serve reranking",
+        "embedding": "true: serve embeddings, too",
+        "reranking": "true: serve reranking, and embeddings, too",
         "prompt_cache": "host memory for prompts that may come again, such as 2GiB (default: 512MiB); 0 keeps none",
         "lora": "LoRA adapters: a GGUF file or a list of them, each with :SCALE behind it if it is not 1",
         "mmproj": "file that lets it see and hear; without it mmproj*.gguf beside a model from the cache",
@@ -89,6 +90,15 @@ class LlamaCpp(Plain):
             *("POST /embeddings", "POST /reranking", "POST /v1/reranking", "POST /apply-template"),
         }
     )
+
+    def routes(self, model: ModelConfig) -> frozenset[str]:
+        """Without the options or flags for it, it neither embeds nor ranks."""
+        if any(name.startswith("LLAMA_ARG_") for name in model.env):
+            return self.ROUTES
+        ranks = model.options.get("reranking") is True or bool(argument(model, "reranking", "rerank"))
+        embeds = model.options.get("embedding") is True or bool(argument(model, "embedding", "embeddings"))
+        served = self.ROUTES if ranks else self.ROUTES - RANKING
+        return served if ranks or embeds else served - {"/v1/embeddings"}
 
     def device_count(self, model: ModelConfig) -> int:
         """None where all layers stay on the CPU."""

@@ -62,7 +62,7 @@ class Plain:
         return frozenset()
 
     def ready(self, model: ModelConfig) -> Call:
-        """``/health``."""
+        """The engine is ready when ``/health`` answers with a 2xx status."""
         return Call("GET", "/health", timeout=PROBE)
 
     def alive(self, model: ModelConfig) -> Call:
@@ -78,7 +78,7 @@ class Plain:
         return model.devices_here
 
     def headers(self) -> Sequence[tuple[str, str]]:
-        """None."""
+        """Header fields that a request to the engine needs besides the client's: none here."""
         return ()
 
     def sleep(self, level: int, *, freeze: bool) -> Sequence[Call]:
@@ -86,15 +86,15 @@ class Plain:
         return ()
 
     def wake(self, level: int) -> Sequence[Call]:
-        """Nothing."""
+        """The calls that wake the engine: none, as it has no sleep."""
         return ()
 
     def asleep(self) -> Call | None:
-        """It cannot be asked."""
+        """The call that tells whether the engine sleeps: None, as it cannot be asked."""
         return None
 
     def routes(self, model: ModelConfig) -> frozenset[str]:
-        """What the kind serves."""
+        """The paths that engines of this kind serve, from the class's ``ROUTES``."""
         return self.ROUTES
 
     def own_api(self, model: ModelConfig) -> frozenset[str]:
@@ -102,11 +102,11 @@ class Plain:
         return usual_api(self.routes(model)) | self.OWN_API
 
     def served_name(self, model: ModelConfig) -> str:
-        """The configured name."""
+        """The name that the engine knows its model by: that of the configuration."""
         return model.replica_of or model.name
 
     def adapters(self, model: ModelConfig) -> Mapping[str, Adapter]:
-        """None."""
+        """The LoRA adapters that the engine serves beside its model: none here."""
         return {}
 
     def progress(self, line: str) -> Progress | None:

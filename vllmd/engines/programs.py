@@ -49,7 +49,7 @@ class Trouble:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What is run as whom. ``proof``: what shows that it starts; () if only its file is looked at."""
+    """A program and the user that runs it. ``proof``: the argv that shows that it starts; (): its file is enough."""
 
     name: str
     proof: tuple[str, ...]

@@ -33,7 +33,7 @@ class RayError(Exception):
 
 
 def main(told: dict[str, Any], argv: list[str]) -> None:
-    """Never returns."""
+    """Start or join the Ray cluster, then execute the engine's command in this process. Never returns."""
     python = python_of(argv)
     check_installed(python)
     if told["head"]:

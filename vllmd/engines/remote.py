@@ -66,11 +66,11 @@ class RemoteOf(Plain):
         self._own_api = rules(model, "upstream")
 
     def device_count(self, model: ModelConfig) -> int:
-        """None here."""
+        """Always 0: the engine takes no device of this machine."""
         return 0
 
     def launch(self, model: ModelConfig, place: Place) -> Launch:
-        """Only where it is."""
+        """No command is run here: the result says only where the engine listens."""
         return Launch((), self._listen, watch=self._watch)
 
     def ready(self, model: ModelConfig) -> Call:
@@ -84,7 +84,7 @@ class RemoteOf(Plain):
         return super().own_api(model) | self._own_api
 
     def served_name(self, model: ModelConfig) -> str:
-        """Its name over there."""
+        """The name that the engine there knows the model by."""
         return model.source
 
     def headers(self) -> tuple[tuple[str, str], ...]:
@@ -92,11 +92,11 @@ class RemoteOf(Plain):
         return self._headers
 
     def failure(self, lines: Sequence[str]) -> Failure:
-        """What its probe met."""
+        """The failure that the last probe met, as its last line says it."""
         return Failure(lines[-1] if lines else "it does not answer")
 
     def footprint(self, lines: Sequence[str]) -> Footprint | None:
-        """Nothing here."""
+        """Always zero: the engine takes no memory of this machine."""
         return Footprint(0, 0)
 
 
@@ -128,7 +128,7 @@ def _prefix(parts: SplitResult) -> str:
 
 
 def _trusted(model: ModelConfig, parts: SplitResult) -> str:
-    """``Listen.tls``."""
+    """The file of certificates for ``Listen.tls``; "" for those that the system trusts. Raises ConfigError."""
     path = text(model, "ca_file")
     if parts.scheme == "http":
         if path:

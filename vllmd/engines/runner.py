@@ -86,11 +86,11 @@ class RunnerKind(Plain):
         return Launch((*argv, json.dumps(told)), Listen(port=place.port), env)
 
     def ready(self, model: ModelConfig) -> Call:
-        """The runner's health path."""
+        """The engine is ready when the path answers that the runner's class names as ``HEALTH``."""
         return Call("GET", self._runner.HEALTH, timeout=PROBE)
 
     def routes(self, model: ModelConfig) -> frozenset[str]:
-        """The runner's."""
+        """The paths that the runner's class names as ``ROUTES``."""
         return frozenset(self._runner.ROUTES)
 
     def failure(self, lines: Sequence[str]) -> Failure:

@@ -81,7 +81,7 @@ class SglangOf(Plain):
         return frozenset({1 if self._backup else 2}) if wanted else frozenset()
 
     def launch(self, model: ModelConfig, place: Place) -> Launch:
-        """argv and environment."""
+        """The command line and environment of ``python3 -m sglang.launch_server``."""
         command = model.command or ("python3",)
         program = command if "-m" in command or "serve" in command else (*command, "-m", "sglang.launch_server")
         name = ("--model-path", model.source, "--served-model-name", self.served_name(model))

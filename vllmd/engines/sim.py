@@ -42,13 +42,13 @@ SWITCHES = ("quiet", "enable_request_id_headers")
 
 
 class Sim(Vllm):
-    """vLLM's protocol, another program."""
+    """The stand-in engine, which speaks vLLM's protocol: another program, the same calls."""
 
     kind = "sim"
     OPTIONS = dict.fromkeys((*FLAGS, *LISTS, *SWITCHES, "fail", "device_dir"), "see python -m vllmd.simengine --help")
 
     def sleep_levels(self, model: ModelConfig) -> frozenset[int]:
-        """Both, unless ``sleep_mode`` is false."""
+        """Both levels, unless ``sleep_mode`` is false."""
         return frozenset() if model.sleep_mode is False else frozenset({1, 2})
 
     def launch(self, model: ModelConfig, place: Place) -> Launch:

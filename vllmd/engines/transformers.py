@@ -55,11 +55,11 @@ class TransformersOf(Plain):
         return frozenset() if model.sleep_mode is False else frozenset({2})
 
     def device_count(self, model: ModelConfig) -> int:
-        """None on the CPU."""
+        """How many devices the engine takes; 0 where it runs on the CPU."""
         return 0 if self._cpu else super().device_count(model)
 
     def launch(self, model: ModelConfig, place: Place) -> Launch:
-        """argv and environment."""
+        """The command line and environment of ``transformers serve``."""
         command = model.command or ("transformers",)
         program = command if "serve" in command else (*command, "serve")
         where = ("--host", "127.0.0.1", "--port", str(place.port), "--log-level", "info")
@@ -72,7 +72,7 @@ class TransformersOf(Plain):
         return model.source
 
     def sleep(self, level: int, *, freeze: bool) -> Sequence[Call]:
-        """One call."""
+        """The only sleep there is: ``/reset`` unloads the model, whatever the level."""
         return (Call("POST", "/reset", timeout=120.0),)
 
     def wake(self, level: int) -> Sequence[Call]:

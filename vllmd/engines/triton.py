@@ -80,11 +80,11 @@ class TritonOf(Plain):
         return frozenset() if model.sleep_mode is False else frozenset({2})
 
     def device_count(self, model: ModelConfig) -> int:
-        """None on the CPU."""
+        """How many devices the engine takes; 0 where it runs on the CPU."""
         return 0 if self._cpu else super().device_count(model)
 
     def launch(self, model: ModelConfig, place: Place) -> Launch:
-        """argv and environment."""
+        """The command line and environment of ``tritonserver``."""
         argv = (
             *(model.command or ("tritonserver",)),
             f"--model-repository={self._repository}",
@@ -116,7 +116,7 @@ class TritonOf(Plain):
         return (self._control("unload", {"parameters": {"unload_dependents": True}}),)
 
     def wake(self, level: int) -> Sequence[Call]:
-        """Load it."""
+        """The call that loads the model again."""
         return (self._control("load", {}),)
 
     def _control(self, what: str, body: object) -> Call:

@@ -21,21 +21,21 @@ class Unusable(Plain):
         self.error = error
 
     def launch(self, model: ModelConfig, place: Place) -> Launch:
-        """Raises the ConfigError."""
+        """Raises the ConfigError that made the kind unusable."""
         raise self.error
 
     def ready(self, model: ModelConfig) -> Call:
-        """Raises the ConfigError."""
+        """Raises the ConfigError that made the kind unusable."""
         raise self.error
 
     def sleep(self, level: int, *, freeze: bool) -> Sequence[Call]:
-        """Raises the ConfigError."""
+        """Raises the ConfigError that made the kind unusable."""
         raise self.error
 
     def wake(self, level: int) -> Sequence[Call]:
-        """Raises the ConfigError."""
+        """Raises the ConfigError that made the kind unusable."""
         raise self.error
 
     def failure(self, lines: Sequence[str]) -> Failure:
-        """The reason."""
+        """The ConfigError's message, as a permanent failure."""
         return Failure(self.error.message, permanent=True)

@@ -214,7 +214,7 @@ def main(argv: Sequence[str]) -> int:
         signal.signal(number, lambda number, frame: None)
     os.read(reader, 1)
     # The server's destructor waits for the last token of whatever is being answered. llama-server does not, and neither
-    # do we: who stops an engine has drained it, or means it. The kernel frees the memory.
+    # do we: the daemon has drained an engine that it stops, or means it. The kernel frees the memory.
     os._exit(0 if server else 1)
 
 

@@ -11,7 +11,7 @@
     visible      which devices CUDA_VISIBLE_DEVICES leaves to us
     visibility   how an engine is told which devices are its own
     declared     devices from the configuration; their usage from a stand-in's file
-    attribution  whose memory it is: a model's by its processes, or a stranger's
+    attribution  whose memory it is: a model's by its processes, or external
     figures      a sample as the HTTP API shows it
     uevents      the kernel's word that the devices changed
     thread       calls that may never return

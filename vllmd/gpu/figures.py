@@ -29,7 +29,7 @@ class GpuInfo:
     processes: tuple[GpuProcess, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """As ``json.dumps`` wants it."""
+        """The figures as an object that ``json.dumps`` takes."""
         return asdict(self)
 
 

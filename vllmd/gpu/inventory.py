@@ -31,7 +31,7 @@ class Inventory:
         return self._inventory
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Nothing to free: no library is held open."""
 
 
 class NoDevices(Inventory):
@@ -44,7 +44,7 @@ class NoDevices(Inventory):
         super().__init__(notes=(why,))
 
     def sample(self) -> Sample:
-        """Nothing."""
+        """Always empty: there is nothing to read."""
         return Sample()
 
 
@@ -58,5 +58,5 @@ class Unanswered(Inventory):
         self.source, self.trouble, self.asking = source, trouble, asking
 
     def sample(self) -> Sample:
-        """Nothing."""
+        """Always empty: nothing answers."""
         return Sample()

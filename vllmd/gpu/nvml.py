@@ -104,7 +104,7 @@ class NvmlDevices(Inventory):
         return Sample(devices, failed, dict(self._ill), dict(self._lost))
 
     def close(self) -> None:
-        """Let the library go."""
+        """Shut the NVML library down; harmless if that fails."""
         with suppress(Exception):
             self._nvml.nvmlShutdown()
 

@@ -49,7 +49,7 @@ class Devices(Protocol):
         """One reading of them all; may block, never raises."""
 
     def close(self) -> None:
-        """Let them go."""
+        """Free what the source holds open, such as a library or a socket."""
 
 
 def open_devices(

@@ -161,7 +161,7 @@ class SysfsDevices(Inventory):
 
 
 class AmdDevices(SysfsDevices):
-    """amdgpu's."""
+    """AMD's devices, as the driver amdgpu shows them in sysfs."""
 
     source, runtime, drivers = "amdgpu", "hip", ("amdgpu",)
 

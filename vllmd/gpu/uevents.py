@@ -17,7 +17,7 @@ SUBSYSTEMS = frozenset({"drm", "kfd", "nvidia"})
 
 
 class Uevents:
-    """Opened where that is possible; else it never says anything, and who waits is left to time."""
+    """Opened where that is possible; else no event ever comes, and devices are looked for at intervals alone."""
 
     def __init__(self) -> None:
         self._socket: socket.socket | None = None
@@ -51,7 +51,7 @@ class Uevents:
         return b""
 
     def close(self) -> None:
-        """Let the socket go."""
+        """Close the netlink socket; no further events come."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None

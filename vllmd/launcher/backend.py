@@ -22,7 +22,7 @@ class Group(Protocol):
         """The path of its cgroup, "" if it has none."""
 
     def empty(self) -> bool:
-        """Whether none is alive."""
+        """Whether no process of the group is alive; a zombie does not count."""
 
     def kill(self) -> None:
         """SIGKILL to all of them."""
@@ -37,10 +37,10 @@ class Group(Protocol):
         """Keep these with it, beyond our own life where that is possible."""
 
     def annotations(self) -> dict[str, str]:
-        """What was kept."""
+        """The keys and values that ``annotate`` has written, also by an earlier launcher."""
 
     def close(self) -> None:
-        """No more calls."""
+        """End the calls that ``watch`` asked for, and free what watching takes."""
 
 
 class Logs(Protocol):
@@ -68,7 +68,7 @@ class Backend(Protocol):
 
     @property
     def name(self) -> str:
-        """As in ``LauncherInfo``."""
+        """The backend's name, one of those in ``LauncherInfo.backend``."""
 
     @property
     def detail(self) -> str:
@@ -88,7 +88,7 @@ class Backend(Protocol):
 
     @property
     def logs(self) -> Logs:
-        """Where their output goes."""
+        """Where the engines' output goes, and how it is read again."""
 
     def place(self, order: StartOrder, process: Process, placed: Placed) -> None:
         """Give the waiting child a group of its own; ``placed(None, why)`` if that failed. Called once."""

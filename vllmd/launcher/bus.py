@@ -96,15 +96,15 @@ class Bus:
     # --- calls; each raises BusError ---
 
     def start_scope(self, unit: str, mode: bytes, properties: Mapping[bytes, Any]) -> bytes:
-        """Returns the job."""
+        """Ask systemd for a transient scope. Returns the job's object path; raises BusError."""
         return self._call(lambda: self._manager.StartTransientUnit(unit.encode(), mode, properties))  # type: ignore[no-any-return]
 
     def start(self, unit: str) -> bytes:
-        """Returns the job."""
+        """Ask systemd to start a unit (mode ``fail``). Returns the job's object path; raises BusError."""
         return self._call(lambda: self._manager.StartUnit(unit.encode(), b"fail"))  # type: ignore[no-any-return]
 
     def stop(self, unit: str) -> bytes:
-        """Returns the job."""
+        """Ask systemd to stop a unit (mode ``replace``). Returns the job's object path; raises BusError."""
         return self._call(lambda: self._manager.StopUnit(unit.encode(), b"replace"))  # type: ignore[no-any-return]
 
     def abandon(self, unit: str) -> None:
@@ -187,7 +187,7 @@ class Bus:
     # --- signals ---
 
     def _subscribe(self) -> None:
-        """Hear of systemd's signals, and of who systemd is. The callbacks only take notes."""
+        """Subscribe to systemd's signals, and to changes of the bus name's owner. The callbacks only take notes."""
         self._keep: list[Any] = []  # pystemd does not hold the callbacks; a collected one is a crash
         on = self._on_signal
         on(_BUS, _BUS_PATH, _BUS, b"NameOwnerChanged", self._owner_changed)

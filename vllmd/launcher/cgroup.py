@@ -1,4 +1,4 @@
-"""A control group (v2): who is in it, whether anybody is, how to kill them all, and what is written on it."""
+"""A control group (v2): its processes, whether it is empty, killing all of them, and the attributes written on it."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ class Watcher:
         self._keep_looking()
 
     def remove(self, watches: list[int]) -> None:
-        """No more calls; the kernel may have removed the watch with the file."""
+        """End the calls of these watches; the kernel may have removed a watch with its file."""
         for watch in watches:
             if self._unwatched.pop(watch, None):
                 continue
@@ -174,14 +174,14 @@ class WatchedCgroup(Cgroup):
         self._watches: list[int] = []
 
     def location(self) -> str:
-        """Its path."""
+        """The group's directory, an absolute path."""
         return str(self.path)
 
     def watch(self, changed: Callable[[], None]) -> None:
-        """Call at every change of its event files."""
+        """Call ``changed`` at every change of the group's event files."""
         self._watches = self._watcher.add(self, changed)
 
     def close(self) -> None:
-        """No more calls."""
+        """End the calls that ``watch`` asked for."""
         self._watcher.remove(self._watches)
         self._watches = []

@@ -90,7 +90,7 @@ class LauncherClient:
         self._last_id = 0
         self._pending: dict[int, _Pending] = {}
         self._known: dict[str, Running] = {}
-        self._ordered: set[str] = set()  # whose start nobody has been told of yet; so neither is an end
+        self._ordered: set[str] = set()  # starts that are not answered yet: their ends are not reported either
         self._doubtful: set[str] = set()  # to be killed: whoever wanted them has given up
         self._over = ""  # why there will be no launcher any more, once that is so
         self._followed: set[str] = set()
@@ -134,7 +134,7 @@ class LauncherClient:
         return await client._open()
 
     async def close(self) -> None:
-        """Leave. A private launcher kills its engines and ends."""
+        """End the connection. A private launcher then kills its engines and ends."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -189,7 +189,7 @@ class LauncherClient:
                 await asyncio.sleep(FIRST_RETRY)  # the launcher is just ending what had begun
 
     async def _be_rid_of(self, instance: str) -> None:
-        """Kill it until the launcher says that there is no such engine, however long it takes."""
+        """Kill the engine again and again until the launcher knows of no such engine, however long it takes."""
         while True:
             try:
                 await self.kill(instance)
@@ -199,21 +199,21 @@ class LauncherClient:
             await asyncio.sleep(LAST_RETRY)
 
     def abandon(self, instance: str) -> None:
-        """Whatever becomes of it, kill it: now, or as soon as there is a launcher."""
+        """Kill the engine whatever becomes of its start: now, or as soon as there is a launcher."""
         self._doubtful.add(instance)
         if self.connected:
             self._side(self._kill_doubtful())
 
     async def signal(self, instance: str, signum: int) -> None:
-        """To the main process only."""
+        """Send a signal to the engine's main process only."""
         await self._ask(Signal(instance, signum), Done)
 
     async def kill(self, instance: str) -> None:
-        """SIGKILL to every process; ``on_exit`` follows."""
+        """Send SIGKILL to every process of the engine; ``on_exit`` follows."""
         await self._ask(Kill(instance), Done)
 
     async def list(self) -> list[Running]:
-        """Everything that runs, also what an earlier launcher or daemon started."""
+        """Every engine that runs, also what an earlier launcher or daemon started."""
         parts: builtins.list[Any] = []
         await self._ask(List(), Engines, parts)
         found = [engine for part in parts for engine in part.engines]
@@ -225,12 +225,12 @@ class LauncherClient:
         await self._ask(Annotate(instance, metadata), Done)
 
     async def follow(self, instance: str, lines: int = 50) -> None:
-        """``on_log`` gets the last lines and all further ones."""
+        """Have ``on_log`` called with the engine's last ``lines`` and with all further ones."""
         self._followed.add(instance)
         await self._ask(Follow(instance, lines), Done)
 
     async def unfollow(self, instance: str) -> None:
-        """No more of them."""
+        """End what ``follow`` began: ``on_log`` gets no more lines of this engine."""
         self._followed.discard(instance)
         await self._ask(Unfollow(instance), Done)
 
@@ -241,7 +241,7 @@ class LauncherClient:
         return [line for part in parts for line in part.lines]
 
     async def info(self) -> LauncherInfo:
-        """What the launcher is."""
+        """The launcher's backend, the limits that have effect there, and its protocol version."""
         return await self._ask(Info(), LauncherInfo)
 
     # --- requests and answers ---
@@ -376,7 +376,7 @@ class LauncherClient:
                 self._received(packet)
 
     def _hang_up(self, error: LauncherFailed) -> None:
-        """What was asked and not answered fails; whether it was done, nobody knows."""
+        """Fail every request that is not answered; whether the launcher has done it is not known."""
         self._connected.clear()
         if self._socket:
             self._socket.close()
@@ -384,10 +384,10 @@ class LauncherClient:
         for pending in self._pending.values():
             if not pending.future.done():
                 pending.future.set_exception(error)
-                pending.future.exception()  # read once: who asked may just have given up
+                pending.future.exception()  # read once: the caller may just have given up
 
     def _give_up_connection(self) -> None:
-        """A launcher that has died is met by who sends before who reads: nobody asks again until there is the next.
+        """Shut a connection whose launcher has died: a sender that notices it before the reader waits for the next one.
 
         Asking again at once would fail without ever waiting, and so keep the event loop from noticing the end.
         """

@@ -48,7 +48,7 @@ from vllmd.launcher.protocol import (
     is_beneath,
     unit_of,
 )
-from vllmd.launcher.spawn import AGAIN, Child, User, Users, read_failure, spawn, sweep, tidy
+from vllmd.launcher.spawn import AGAIN, Child, User, Users, read_failure, spawn, sweep, tidy, unused
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ Answer = Callable[[Started | Failed], None]
 
 
 class Phase(enum.Enum):
-    """See the picture above."""
+    """Where an engine's life stands; the picture at the head of this file shows what follows what."""
 
     PLACING = enum.auto()
     EXECUTING = enum.auto()
@@ -77,7 +77,10 @@ class Phase(enum.Enum):
 
 @dataclass(slots=True)
 class Engine:
-    """What is known of one. ``answer`` is still owed to whoever ordered it, until it runs or is gone."""
+    """What the launcher knows of one engine.
+
+    ``answer`` is owed to the client that ordered the engine, until it runs or is gone.
+    """
 
     instance: str
     phase: Phase
@@ -97,7 +100,7 @@ class Engine:
     timer: Timer | None = None
 
     def running(self) -> Running:
-        """As the daemon sees it."""
+        """The engine as the daemon is told of it."""
         pid = self.process.pid if self.process else 0
         return Running(
             self.instance,
@@ -130,12 +133,13 @@ class Supervisor:
         self._report = report
         self._roots = tuple(roots)
         self._engines: dict[str, Engine] = {}
+        self._unused: set[str] = set()  # run directories without an engine, at the last look
 
     def __len__(self) -> int:
         return len(self._engines)
 
     def has(self, instance: str) -> bool:
-        """Whether it is starting or runs, and its end is still to be reported."""
+        """Whether the engine is starting or running, or its end is still to be reported."""
         return instance in self._engines and not self._engines[instance].told
 
     # --- what is asked of it ---
@@ -179,7 +183,7 @@ class Supervisor:
         return safe
 
     def signal(self, instance: str, number: int) -> None:
-        """To the main process only. Raises KeyError if there is no such engine."""
+        """Send a signal to the engine's main process only. Raises KeyError if there is no such engine."""
         engine = self._engines[instance]
         # systemd also asks us to stop a scope that it is retiring for us: that is not why the engine ended.
         engine.asked_to_end |= number in ENDING_SIGNALS and engine.phase is not Phase.ENDING
@@ -187,7 +191,7 @@ class Supervisor:
             engine.process.signal(number)
 
     def kill(self, instance: str) -> None:
-        """Every process, now. Raises KeyError if there is no such engine."""
+        """Send SIGKILL to every process of the engine. Raises KeyError if there is no such engine."""
         engine = self._engines[instance]
         engine.asked_to_end |= engine.phase is not Phase.ENDING
         if engine.process:
@@ -196,7 +200,7 @@ class Supervisor:
             engine.group.kill()
 
     def kill_all(self) -> None:
-        """Every process of every engine."""
+        """Send SIGKILL to every process of every engine."""
         for instance in self._engines:
             self.kill(instance)
 
@@ -228,7 +232,9 @@ class Supervisor:
             engine.metadata = {key: value for key, value in notes.items() if "." not in key}
             engine.run_dir, engine.user = notes.get(RUN_DIR, ""), self._users.noted(notes.get(USER))
             if engine.user is None:
-                log.warning("%s: whom it runs as is not known: its run directory stays", unit_of(found.instance))
+                log.warning(
+                    "%s: the user that it runs as is not known: its run directory stays", unit_of(found.instance)
+                )
             self._engines[found.instance] = engine
             found.group.watch(lambda engine=engine: self._group_changed(engine))  # type: ignore[misc]
             if engine.process:
@@ -240,12 +246,20 @@ class Supervisor:
         self._sweep()
 
     def _sweep(self) -> None:
-        """Now and again: what a launcher that died could not tidy any more, or a disk did not let it."""
+        """Now and again: what a launcher that died could not tidy any more, or a disk did not let it.
+
+        A directory without an engine may be that of one whose order is on its way, so it goes when it is seen a second
+        time. (Its age would not tell that: somebody may set the clock.)
+        """
         self._loop.later(SWEEP_AGAIN, self._sweep)
         kept = {os.path.basename(engine.run_dir) for engine in self._engines.values()}
+        found: set[str] = set()
         for root in filter(os.path.isdir, self._roots):
-            for user in self._users.everybody():
-                self._await_child(root, lambda root=root, user=user: sweep(root, kept, user))  # type: ignore[misc]
+            with contextlib.suppress(OSError):  # gone, or not readable now; the next look is soon
+                found |= unused(root, kept)
+        left, self._unused = found & self._unused, found
+        for user in self._users.everybody() if left else ():
+            self._await_child(", ".join(self._roots), lambda user=user: sweep(left, user))  # type: ignore[misc]
 
     # --- starting ---
 
@@ -409,7 +423,7 @@ class Supervisor:
             self.start(*engine.successor)
 
     def _tell(self, engine: Engine, log_tail: tuple[str, ...] = ()) -> None:
-        """Report the end, once."""
+        """Report the engine's end to the daemon, at most once."""
         if engine.told:
             return
         engine.told = True

@@ -130,7 +130,7 @@ class Pipes:
         self._pipes: dict[str, _Pipe] = {}
 
     def open(self, instance: str) -> int:
-        """The writing end."""
+        """A pipe for the engine's output: returns the writing end, which the caller closes."""
         reader, writer = os.pipe()
         self._pipes[instance] = _Pipe(self._loop, reader)
         return writer
@@ -291,7 +291,7 @@ class _Follower:
             self._process = None
 
     def stop(self) -> None:
-        """No more lines."""
+        """End the following: no more lines are read or passed on."""
         if self._timer:
             self._timer.cancel()
         self._close()

@@ -26,7 +26,7 @@ class Timer:
     callback: Callback | None = field(compare=False)
 
     def cancel(self) -> None:
-        """It will not be called any more."""
+        """Drop the callback: it is not called any more."""
         self.callback = None
 
 
@@ -52,18 +52,18 @@ class Loop:
         self._selector.modify(fd, sum(callbacks), callbacks)
 
     def unwatch(self, fd: int) -> None:
-        """No more calls for it; harmless if there were none."""
+        """End the calls for a descriptor; harmless if it is not watched."""
         if fd in self._selector.get_map():
             self._selector.unregister(fd)
 
     def later(self, seconds: float, callback: Callback) -> Timer:
-        """Call it once, after so many seconds."""
+        """Call ``callback`` once, after so many seconds."""
         timer = Timer(time.monotonic() + seconds, next(self._numbers), callback)
         heapq.heappush(self._timers, timer)
         return timer
 
     def on_signals(self, callbacks: dict[int, Callback]) -> None:
-        """Call these for the process's signals; several of a kind may be told as one."""
+        """Call these for the process's signals; several signals of one number may be told as one."""
         reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in callbacks:
@@ -80,7 +80,7 @@ class Loop:
         self._stopped = True
 
     def run(self) -> None:
-        """Serve until ``stop``."""
+        """Call back for descriptors and timers until ``stop`` is called."""
         while not self._stopped:
             for key, mask in self._selector.select(self._patience()):
                 for event, callback in tuple(key.data.items()):

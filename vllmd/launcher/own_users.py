@@ -1,7 +1,7 @@
 """Users that are made up: a number out of a range for each model that asks for one, and a home that keeps it.
 
 The home is the record. It lies in a folder that is root's, where nobody can rename or remove another's, and belongs to
-the number that was given; so the next launcher finds who is who without a file of its own, the caches in it keep
+the number that was given; so the next launcher finds every user again without a file of its own, the caches in it keep
 working, and a number is free again when somebody has deleted the home. No such user is in passwd: nobody logs in as
 one, and one that the system's administrator has since made there is passed over.
 """

@@ -66,7 +66,7 @@ class Process:
         return Ending(code) if code >= 0 else Ending(signal=-code)
 
     def close(self) -> None:
-        """Forget it."""
+        """Close the pidfd; the process can no longer be signalled."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -88,7 +88,7 @@ def stat_of(pid: int) -> list[str]:
 
 
 def prctl(option: int, argument: int) -> None:
-    """prctl(2); raises OSError."""
+    """Call prctl(2) with one argument. Raises OSError."""
     if ctypes.CDLL(None, use_errno=True).prctl(option, argument, 0, 0, 0):
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error))

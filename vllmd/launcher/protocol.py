@@ -235,7 +235,7 @@ class Follow:
 
 @dataclass(frozen=True, slots=True)
 class Unfollow:
-    """No more of them. Answered by Done."""
+    """End what Follow began: send no more lines of this engine. Answered by Done."""
 
     instance: str
 
@@ -245,7 +245,7 @@ class Unfollow:
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """The last lines of a running or ended engine. Answered by Lines."""
+    """Ask for the last lines of a running or ended engine. Answered by Lines."""
 
     instance: str
     lines: int = 50
@@ -257,12 +257,12 @@ class Tail:
 
 @dataclass(frozen=True, slots=True)
 class List:
-    """Everything that runs. Answered by Engines."""
+    """Ask for every engine that runs. Answered by Engines."""
 
 
 @dataclass(frozen=True, slots=True)
 class Info:
-    """What this launcher is. Answered by LauncherInfo."""
+    """Ask what this launcher is. Answered by LauncherInfo."""
 
 
 # --- answers, and what comes unasked ---
@@ -270,12 +270,12 @@ class Info:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """It was done."""
+    """What was asked for has been done."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """It was refused or did not work. ``permanent``: trying again cannot help."""
+    """What was asked for was refused or did not work. ``permanent``: trying again cannot help."""
 
     message: str
     permanent: bool = False
@@ -306,7 +306,7 @@ class Lines:
 
 @dataclass(frozen=True, slots=True)
 class Exited:
-    """An engine has ended."""
+    """An engine has ended; sent unasked to every client."""
 
     report: ExitReport
 

@@ -288,13 +288,13 @@ class Scopes:
             self._stop(unit)
 
     def job_removed(self, job: bytes, result: str) -> None:
-        """It has ended."""
+        """A job of systemd's has ended with ``result``, such as ``done`` or ``failed``."""
         if waiting := self._jobs.pop(job, None):
             waiting.look.cancel()
             waiting.finish(result)
 
     def unit_removed(self, unit: str) -> None:
-        """systemd has forgotten it; its name is free."""
+        """systemd has forgotten the unit, so its name is free."""
         self._loaded.discard(unit)
         if folder := self._folders.pop(unit, None):
             with contextlib.suppress(OSError):  # systemd leaves it behind where it was not quite empty in that moment
@@ -319,12 +319,12 @@ class _Job:
 
 
 def _is_down(unit: Unit) -> bool:
-    """Nothing runs of it, and nothing is about to."""
+    """Whether nothing of the unit runs and nothing is about to start it."""
     return unit.active in ("inactive", "failed") and not unit.job
 
 
 def _is_in(process: Process, unit: str) -> Cgroup | None:
-    """The scope's group if the process is in it."""
+    """The scope's group if the process is in it, else None."""
     cgroup = cgroup_of(process.pid)
     return cgroup if cgroup and cgroup.path.name == unit else None
 

@@ -118,7 +118,7 @@ class Service:
 
     @property
     def clients(self) -> int:
-        """How many are connected."""
+        """How many clients are connected now."""
         return len(self._clients)
 
     def consider_idle(self) -> None:
@@ -199,7 +199,7 @@ class Service:
     def _start(self, client: Client, order: protocol.StartOrder, reply: Callable[[Reply], None]) -> None:
         def answer(outcome: Started | Failed) -> None:
             if client.closed and isinstance(outcome, Started):
-                # Whoever came after the one who ordered it has asked for the list already, and will never hear of it.
+                # A client that came after the one that ordered it has the list already, without this engine in it.
                 log.warning("%s started when nobody waited for it any more: killed", order.instance)
                 self.supervisor.kill(order.instance)
                 return
@@ -235,7 +235,7 @@ class Client:
 
     @property
     def closed(self) -> bool:
-        """Whether it has left."""
+        """Whether the client's connection has been closed."""
         return self._connection.fileno() < 0
 
     def send(self, message: Message, id: int = 0) -> None:
@@ -262,7 +262,7 @@ class Client:
         self._follows[instance] = begin(lambda lines: self.send_lines(instance, lines))
 
     def unfollow(self, instance: str) -> None:
-        """Send it no more."""
+        """Send this client no more lines of the engine."""
         self._follows.pop(instance, lambda: None)()
         self._missed.pop(instance, None)
 

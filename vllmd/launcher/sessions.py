@@ -75,7 +75,7 @@ class Sessions:
 
     @property
     def detail(self) -> str:
-        """For people."""
+        """One sentence for people: how engines are run and what is not possible here."""
         where = f"control groups in {self._base}" if self._base else "no control group may be made here"
         return f"no systemd: a session per engine, {where}"
 
@@ -110,7 +110,7 @@ class Sessions:
         retired()
 
     def adopt(self) -> Sequence[Found]:
-        """Nothing survives this launcher."""
+        """Always empty: no engine survives a launcher without systemd."""
         return []
 
     def reap_orphans(self) -> None:
@@ -128,7 +128,7 @@ class Sessions:
 
 
 class Family:
-    """An engine's processes where there is no control group: descendants, session mates, and who has the marker.
+    """An engine's processes where there is no control group: descendants, its session, and whatever has the marker.
 
     A process may leave any one of these, and vLLM rewrites its environment with its
     title; once seen, it is therefore remembered by number and start time.
@@ -163,7 +163,7 @@ class Family:
         return bool(stat and int(stat[3]) == self._main.pid) or _marked(pid, self._marker, self._session)
 
     def empty(self) -> bool:
-        """Nobody left."""
+        """Whether no process of the session is alive."""
         return not self.members()
 
     def kill(self) -> None:
@@ -177,7 +177,7 @@ class Family:
                 return
 
     def oom_killed(self) -> bool:
-        """Nobody counts it here."""
+        """Always False: without a control group nothing counts OOM kills."""
         return False
 
     def watch(self, changed: Callable[[], None]) -> None:
@@ -198,11 +198,11 @@ class Family:
         self._notes.update(values)
 
     def annotations(self) -> dict[str, str]:
-        """What was kept."""
+        """The keys and values that ``annotate`` has written, kept in memory."""
         return dict(self._notes)
 
     def close(self) -> None:
-        """No more looking."""
+        """End the calls that ``watch`` asked for."""
         if self._timer:
             self._timer.cancel()
 
@@ -240,7 +240,7 @@ def _processes() -> Iterator[int]:
 
 
 def _alive(pid: int) -> bool:
-    """A zombie is not."""
+    """Whether the process exists and is no zombie."""
     stat = stat_of(pid)
     return bool(stat) and stat[0] not in "ZX"
 

@@ -16,7 +16,6 @@ import pwd
 import resource
 import signal
 import stat
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -28,7 +27,6 @@ from vllmd.text import printable
 
 MARKER = "VLLMD_INSTANCE"
 AGAIN = 75  # status of a child that could not tidy up, and may later
-NEW = 60.0  # seconds that a run directory without an engine is left alone
 KEY_FILE = "vllmd-key.yaml"  # what an engine's command writes for it, see engines/sglang.py
 PATH = "/usr/local/bin:/usr/bin:/bin"
 _PERMANENT = {errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR, errno.E2BIG, errno.EISDIR, errno.ELOOP}
@@ -50,10 +48,10 @@ _OURS = (
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """Whom an engine runs as. ``name``: as ordered and noted. ``ours``: the launcher's own user, not to be become.
+    """The user that an engine runs as. ``name``: as ordered and noted. ``ours``: the launcher's own user.
 
     ``sockets``: the group of the folders in which run directories and homes are made, which only the daemon has
-    beside us; None: there is none. ``makes_home``: his home is made at his first start.
+    beside the launcher; None: there is none. ``makes_home``: the home is made at the user's first start.
     """
 
     name: str
@@ -101,7 +99,7 @@ class Users:
         return bool(self._allowed)
 
     def ordered(self, name: str) -> User:
-        """Whom an order means; "" is the first one. Raises ValueError."""
+        """The user that an order names; "" is the first one. Raises ValueError for one that is not allowed."""
         if not name:
             return self._default
         if name.startswith(PREFIX):
@@ -118,7 +116,7 @@ class Users:
         return (*self._allowed.values(), *(self._made_up(PREFIX + name, uid) for name, uid in made_up.items()))
 
     def noted(self, name: str | None) -> User | None:
-        """Whom a launcher noted beside an engine; None for somebody who is not allowed, and for no note at all."""
+        """The user in a launcher's note beside an engine; None for one that is not allowed, and without a note."""
         if name == OURSELVES.name and not self._allowed:
             return OURSELVES
         if name and name.startswith(PREFIX):
@@ -157,7 +155,7 @@ class Child:
 
 
 def spawn(order: StartOrder, user: User, output: int, *, die_with_us: bool) -> Child:
-    """Fork. ``user``: whom to become. ``output`` becomes stdout and stderr. Raises OSError."""
+    """Fork a child that becomes ``user``, writes to ``output``, and waits at its gate. Raises OSError."""
     gate_reader, gate_writer = os.pipe()
     error_reader, error_writer = os.pipe()
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -186,18 +184,22 @@ def tidy(run_dir: str, user: User) -> Process:
     return _in_child(user, lambda: _empty(run_dir))
 
 
-def sweep(root: str, kept: Collection[str], user: User) -> Process | None:
-    """A child that, as the engine's user, tidies every run directory of his beneath ``root`` but those ``kept``.
+def unused(root: str, kept: Collection[str]) -> set[str]:
+    """The paths of the directories in ``root`` that are not called like one of ``kept``. Raises OSError."""
+    return {entry.path for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False) and entry.name not in kept}
 
-    Such a one stays behind when an engine ends while there is no launcher. One that is new may be that of an engine
-    which is just being started. None if there is nothing to do. Raises OSError.
+
+def sweep(run_dirs: Collection[str], user: User) -> Process | None:
+    """A child that, as the engine's user, tidies those of these run directories that are that user's.
+
+    Such a one stays behind when an engine ends while there is no launcher. None if there is nothing to do. Raises
+    OSError.
     """
     left = []
-    for entry in os.scandir(root):
-        found = entry.stat(follow_symlinks=False)
-        old = stat.S_ISDIR(found.st_mode) and found.st_mtime < time.time() - NEW
-        if old and found.st_uid == user.uid and entry.name not in kept:
-            left.append(entry.path)
+    for path in run_dirs:
+        with contextlib.suppress(FileNotFoundError):
+            if os.lstat(path).st_uid == user.uid:
+                left.append(path)
 
     def empty_all() -> None:
         for path in left:
@@ -285,8 +287,8 @@ def _redirect(output: int, keep: set[int]) -> None:
 def _become(user: User, prepare: Callable[[], None] = lambda: None, *, keeping: bool = False) -> None:
     """Become the user, for good. ``keeping``: also the group of sockets; for what ends without an exec.
 
-    ``prepare`` is done as him already, so that no link in a folder of his own can lead root astray, but with the group
-    of sockets, which lets him make and remove what is his beside what is others': it gives no access to that.
+    ``prepare`` is called as that user already, so that no link in a folder of the user's own can lead root astray, but
+    with the group of sockets, which lets it make and remove its own files beside those of others, and not touch theirs.
     """
     if user.ours:
         prepare()
@@ -294,7 +296,7 @@ def _become(user: User, prepare: Callable[[], None] = lambda: None, *, keeping: 
     more = () if user.sockets is None else (user.sockets,)
     os.setgroups((*user.groups, *more))
     os.setresgid(user.gid, user.gid, user.gid)
-    os.setresuid(-1, user.uid, -1)  # root only in name, until he has been prepared
+    os.setresuid(-1, user.uid, -1)  # root only in name, until ``prepare`` is done
     prepare()
     os.setresuid(-1, 0, -1)
     if not keeping:
@@ -353,7 +355,7 @@ def _describe(order: StartOrder, user: User, error: BaseException) -> str:
 
 
 def environment(order: StartOrder, user: User) -> dict[str, str]:
-    """A clean base under the order's own. Who stays the same user keeps that user's environment, less what is ours."""
+    """The order's variables over a clean base, or, where the user stays the same, over that user's environment."""
     login = user.name.removeprefix(PREFIX)
     if not user.ours:
         base = {"PATH": PATH, "HOME": user.home, "USER": login, "LOGNAME": login, "SHELL": "/bin/sh"}

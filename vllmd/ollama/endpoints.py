@@ -167,7 +167,7 @@ class ModelRoutes:
         body = openai_body(asked, target)
         if target.rules is not None:
             body = await after_rules(body.body, target.rules, asked.path)
-        wanted = UpstreamRequest(target, body, asked.path, keep_alive=wish(request, _keeps(asked)))
+        wanted = UpstreamRequest(target, body, asked.path, public=asked.path, keep_alive=wish(request, _keeps(asked)))
         request.body = b""  # what was translated is held in its place
         exchange.body_grew(len(body.body))
 
@@ -194,7 +194,8 @@ def openai_body(asked: Translated, target: Target) -> Asked:
     body = f'{{"model":{name},{json.dumps(members, separators=(",", ":"))[1:]}'.encode()
     if asked.files is not None:
         body = asked.files.put_back(body)
-    return Asked(target.served_name, asked.stream, body, start, start + len(name), quoted=True)
+    options = (members["stream_options"],) if "stream_options" in members else ()
+    return Asked(target.served_name, asked.stream, body, start, start + len(name), True, stream_options=options)
 
 
 def _keeps(asked: Translated) -> Asked:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from vllmd.errors import NotFound, Unavailable, VllmdError
 from vllmd.proxy.exchange import LAST_CHUNK, Exchange, chunk
-from vllmd.proxy.framing import Framing
+from vllmd.proxy.framing import Chunked, Framing
 from vllmd.proxy.gate import Address, Target
 from vllmd.proxy.heads import BODYLESS, ResponseHead, forwardable, write_fields
 from vllmd.proxy.http import Headers, date_line, status_line
@@ -21,6 +21,7 @@ from vllmd.proxy.loading_heartbeat import LoadingHeartbeat
 from vllmd.proxy.peek import Asked
 from vllmd.proxy.rewrite import Rewriter
 from vllmd.proxy.upstream import host_field
+from vllmd.proxy.usage import Both, UsageFilter, WithoutUsage
 
 # Of the engine's fields a client never sees these: we write them ourselves, or they speak for another origin than ours.
 OURS = frozenset(
@@ -44,7 +45,13 @@ class UpstreamRequest:
     path_at: Callable[[Target], str] | None = None  # where the engine's name for the model is in it
     outside: str = ""  # what a client puts before a path of the engine's to reach it
     only: str = ""  # the replica that alone can serve it
+    public: str = ""  # the public path that the client asked for, "" for none of them
     keep_alive: float | None = None  # seconds for which the client will want the model again, see ``proxy.keep_alive``
+
+    @property
+    def route(self) -> str:
+        """The path at the engine, without the query."""
+        return self.path.partition("?")[0]
 
     def at(self, target: Target | None) -> UpstreamRequest:
         """The same for another replica, if it is for a certain one."""
@@ -69,8 +76,10 @@ def answer_for(
     loading: LoadingHeartbeat,
     head: ResponseHead,
     framing: Framing,
+    *,
+    uncounted: bool = False,
 ) -> Answer:
-    """The way that this answer has to go."""
+    """The way that this answer has to go. ``uncounted``: without the usage, which the client did not ask for."""
     streamed = head.content_type.startswith(EVENT_STREAM)
     if loading.begun and (head.status != 200 or not streamed):
         return ErrorEvent(loading, framing)
@@ -78,13 +87,17 @@ def answer_for(
     plain = not (upstream_request.outside or loading.begun) and exchange.request.method != "HEAD"
     if head.status == 404 and head.length == len(NO_ROUTE) and plain:
         return NoRoute(exchange, head, framing, upstream_request)
-    asked, served, rewriter = upstream_request.asked.model, upstream_request.target.served_name, None
-    if asked and asked != served and (streamed or head.content_type.startswith(b"application/json")):
-        rewriter = Rewriter(served, asked)
+    names = _rewriter(upstream_request, head)
+    rewriter: Rewriter | Both | None = names
     if exchange.request.method == "HEAD":
         return PassThrough(exchange, head.status, opening(exchange, head, None, chunked=head.chunked))
-    if rewriter is not None and head.length is not None and head.length <= MAX_HELD and not loading.begun:
-        return Buffered(exchange, head, framing, rewriter)
+    if uncounted and streamed and head.status == 200:
+        if rewriter is None and isinstance(framing, Chunked) and exchange.takes_chunks:
+            begun = b"" if loading.begun else opening(exchange, head, None, chunked=True)
+            return WithoutUsage(exchange, framing, begun)
+        rewriter = Both(UsageFilter(), names)
+    if names is not None and head.length is not None and head.length <= MAX_HELD and not loading.begun:
+        return Buffered(exchange, head, framing, names)
     if loading.begun:
         if rewriter is None and head.chunked and exchange.takes_chunks:
             return PassThrough(exchange, 200, b"")
@@ -92,6 +105,14 @@ def answer_for(
     if rewriter is None and (not head.chunked or exchange.takes_chunks):
         return PassThrough(exchange, head.status, opening(exchange, head, head.length, chunked=head.chunked))
     return Reframed(exchange, framing, rewriter, head.status, opening(exchange, head, None, chunked=True))
+
+
+def _rewriter(upstream_request: UpstreamRequest, head: ResponseHead) -> Rewriter | None:
+    """What puts the client's name of the model into the answer, where the engine's is another."""
+    asked, served = upstream_request.asked.model, upstream_request.target.served_name
+    if asked and asked != served and head.content_type.startswith((EVENT_STREAM, b"application/json")):
+        return Rewriter(served, asked)
+    return None
 
 
 def opening(exchange: Exchange, head: ResponseHead, length: int | None, *, chunked: bool) -> bytes:
@@ -172,7 +193,7 @@ class Reframed:
     """The payload in chunks of our own (or plain, for HTTP/1.0), with names put right."""
 
     def __init__(
-        self, exchange: Exchange, framing: Framing, rewriter: Rewriter | None, status: int, head: bytes
+        self, exchange: Exchange, framing: Framing, rewriter: Rewriter | Both | None, status: int, head: bytes
     ) -> None:
         self._exchange = exchange
         self._framing = framing
@@ -279,6 +300,29 @@ class Refusal(Kept):
         except (ValueError, LookupError, TypeError):
             told = "it said no more"
         return Unavailable(f"the engine answered {self.status}: {told}", retry_after=1)
+
+
+class OptionRefusal(Kept):
+    """An error that is perhaps about the ``stream_options`` that the client did not send; else it is the client's."""
+
+    def __init__(self, exchange: Exchange, loading: LoadingHeartbeat, head: ResponseHead, framing: Framing) -> None:
+        super().__init__(framing, MAX_ERROR)
+        self._exchange, self._loading, self._head = exchange, loading, head
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is about what we have added."""
+        return b"stream_options" in self._body or b"include_usage" in self._body
+
+    def end(self) -> None:
+        """It is the client's."""
+        if self._loading.begun:
+            self._loading.fail_with(self.body)
+            return
+        self._loading.relaying = True
+        head = opening(self._exchange, self._head, len(self._body), chunked=False)
+        self._exchange.start(self._head.status, head + self.body)
+        self._exchange.finish()
 
 
 class ErrorEvent(Kept):

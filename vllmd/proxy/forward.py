@@ -30,7 +30,8 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 
 from vllmd.errors import EngineFailed, UpstreamFailed, VllmdError
-from vllmd.proxy.answer import EVENT_STREAM, Answer, Refusal, UpstreamRequest, answer_for, relocated
+from vllmd.proxy import tokens, usage
+from vllmd.proxy.answer import EVENT_STREAM, Answer, OptionRefusal, Refusal, UpstreamRequest, answer_for, relocated
 from vllmd.proxy.exchange import Exchange, chunk
 from vllmd.proxy.framing import Framing
 from vllmd.proxy.gate import Address, Gate, Permit
@@ -41,6 +42,7 @@ from vllmd.proxy.loading_heartbeat import Heartbeats, LoadingHeartbeat
 from vllmd.proxy.model_requests import ModelRequests, StoredResponses
 from vllmd.proxy.peek import Parts
 from vllmd.proxy.routing import Handler
+from vllmd.proxy.tokens import TAIL, Tokens
 from vllmd.proxy.upstream import Pool, Upstream, host_field
 
 # Of the client's fields an engine never sees these: its key, its cookies, and what we write ourselves.
@@ -49,11 +51,8 @@ KEPT_BACK = frozenset(
     b" forwarded x-vllmd-keep-alive x-forwarded-for x-forwarded-host x-forwarded-proto x-real-ip"
     b" origin access-control-request-method access-control-request-headers".split()
 )
-TOTAL_TOKENS = re.compile(rb'"total_tokens"\s*:\s*(\d{1,12})')
-IN_AND_OUT = [re.compile(rb'"%b_tokens"\s*:\s*(\d{1,12})' % which) for which in (b"input", b"output")]
 RESPONSE_ID = re.compile(rb'"id"\s*:\s*"(resp_[\w-]{1,128})"')
 REFUSALS = frozenset({502, 503, 504})  # of a replica: another one may serve
-TAIL = 1024  # bytes at an answer's end in which its usage is looked for
 MOST_TAIL = 16 * TAIL
 OPENING = 8192  # bytes at an answer's beginning in which its id is looked for
 LONGEST_ID = 256  # bytes of a response's id with its key
@@ -70,6 +69,12 @@ class Relay:
         self.gate = gate
         self.limits = limits
         self.heartbeats = Heartbeats(limits)
+        self._not_asked: set[str] = set()  # engines that refuse to be asked for the usage of a stream
+
+    def forget(self, engine: str) -> None:
+        """The engine has ended, and what it knew and could with it."""
+        self.requests.responses.forget(engine)
+        self._not_asked.discard(engine)
 
     def handler(self, parse: Parse) -> Handler:
         """What answers the requests of a route; ``parse``, one of ``ModelRequests``, says what each asks for."""
@@ -94,7 +99,7 @@ class Relay:
             exchange, model, wanted.asked.model, stream=wanted.asked.stream, limits=self.limits, gate=self.gate
         )
         acquiring = self.gate.acquire(
-            model, request.caller.name, wanted.only, wanted.asked.body, heartbeat.begin, offer
+            model, request.caller.name, wanted.only, wanted.asked.body, heartbeat.begin, offer, wanted.public
         )
         try:
             while True:
@@ -111,11 +116,10 @@ class Relay:
                         answer.beat_by(self.heartbeats)
                     # 3. Connect, 4. send, 5. relay: the answer passes while this waits.
                     where = permit.upstream
-                    body = sent.asked.renamed(sent.target.served_name)
-                    head = request_head(request, sent, where, sum(map(len, body)))
                     connection = self.pool.take(where) or await self.pool.connect(where)
-                    if not await answer.through(connection, head, body):  # it had been closed by the engine meanwhile
-                        await answer.through(await self.pool.connect(where), head, body)
+                    # Once more if the engine had closed it meanwhile, or does not take our question for the usage.
+                    while not await answer.through(connection, *self._message(request, sent, where, answer)):
+                        connection = await self.pool.connect(where)
                     return
                 except VllmdError as error:
                     # Whoever raised it may hold it, and by its traceback everybody's variables: the request's body
@@ -132,6 +136,19 @@ class Relay:
         finally:
             if wanted.keep_alive is not None:
                 self.gate.keep_alive(model, request.caller.name, wanted.keep_alive)
+
+    def _message(
+        self, request: Request, sent: UpstreamRequest, where: Address, answer: AnswerRelay
+    ) -> tuple[bytes, Parts]:
+        """The head and the body that the engine is sent. ``answer`` is told if they ask for the usage unasked."""
+        target, asked = sent.target, sent.asked
+        if answer.refused:
+            self._not_asked.add(target.model)
+        answer.uncounted = (
+            asked.stream and usage.to_be_asked(asked, sent.route, target.rules) and target.model not in self._not_asked
+        )
+        body = usage.asking(asked, target.served_name) if answer.uncounted else asked.renamed(target.served_name)
+        return request_head(request, sent, where, sum(map(len, body))), body
 
 
 class AnswerRelay:
@@ -161,6 +178,9 @@ class AnswerRelay:
         self._opening = bytearray()  # the first of them, as long as a response's id is looked for there
         self._responses = responses
         self._names_response = exchange.request.path == "/v1/responses"
+        self.uncounted = False  # the engine is asked for the usage of a stream, and the client did not
+        self.refused = False  # the engine takes no such question
+        self._status = 0
 
     @property
     def begun(self) -> bool:
@@ -170,9 +190,10 @@ class AnswerRelay:
     async def through(self, upstream: Upstream, head: bytes, body: Parts) -> bool:
         """Send the request, and wait until the answer has passed.
 
-        False if nothing of it can have: ``upstream`` was a kept connection, and is closed. Raises VllmdError.
+        False if nothing of it has: ``upstream`` was a kept connection, and is closed; or the request was ``refused``
+        for what was added to it. Raises VllmdError.
         """
-        self._upstream, self._again = upstream, False
+        self._upstream, self._again, self.refused = upstream, False, False
         if self._error is None:  # not cut off while it connected
             self._over = asyncio.get_running_loop().create_future()
             upstream.send(self._exchange.request.method, head, body, self)
@@ -204,12 +225,20 @@ class AnswerRelay:
         permit, self._permit = self._permit, None
         if permit is not None:
             failed = self._error.message if self._error is not None else ""
-            permit.release(total_tokens(bytes(self._tail[-TAIL:])), self._size, failed)
+            permit.release(self._tokens(), self._size, failed)
+
+    def _tokens(self) -> Tokens | None:
+        """What the answer's usage says that it took; of one without, or that broke off, about that."""
+        told = tokens.told(bytes(self._tail[-TAIL:]))
+        if told is None and self._status == 200 and (route := self._sent.route).endswith(tokens.COUNTED):
+            return tokens.reckoned(route, self._sent.asked.body, self._size, stream=self._sent.asked.stream)
+        return told
 
     # -- what the engine's connection says
 
     def head(self, head: ResponseHead, framing: Framing) -> None:
         """The answer begins."""
+        self._status = head.status
         if self._permit is not None and self._permit.target is not None:
             if head.status in REFUSALS:
                 self._answer = Refusal(head.status, framing)
@@ -218,7 +247,11 @@ class AnswerRelay:
         if head.has_location and self._permit is not None:
             head = relocated(head, self._permit.upstream, self._sent.outside)
         self._plain_events = head.status == 200 and head.length is None and head.content_type.startswith(EVENT_STREAM)
-        self._answer = answer_for(self._exchange, self._sent, self._heartbeat, head, framing)
+        if self.uncounted and head.status in usage.REFUSALS:
+            self._answer = OptionRefusal(self._exchange, self._heartbeat, head, framing)
+            return
+        exchange, beat = self._exchange, self._heartbeat
+        self._answer = answer_for(exchange, self._sent, beat, head, framing, uncounted=self.uncounted)
 
     def data(self, data: bytes) -> None:
         """More of the body."""
@@ -255,6 +288,10 @@ class AnswerRelay:
         self._exchange.on_pause = None
         if isinstance(self._answer, Refusal):
             self._settle(self._answer.error())
+            return
+        if isinstance(self._answer, OptionRefusal) and self._answer.ours:
+            self._answer, self._again, self.refused = None, True, True
+            self._settle(None)
             return
         self._release()
         if self._answer is not None:
@@ -311,19 +348,3 @@ def request_head(request: Request, sent: UpstreamRequest, where: Address, length
     line = f"{request.method} {where.prefix}{sent.path} HTTP/1.1\r\nhost: {host_field(where)}\r\n"
     own = f"{more}x-request-id: {request.id}\r\ncontent-length: {length}\r\n\r\n"
     return line.encode("ascii") + onward + own.encode("latin-1")
-
-
-def total_tokens(tail: bytes) -> int | None:
-    """What the usage in the last bytes of an answer says it took in all, if it does."""
-    start = max(0, len(tail) - TAIL)
-    at = tail.rfind(b'"total_tokens"', start)  # inside a string, the quotes would be escaped
-    if at < 0:
-        return _in_and_out(tail, start) if tail.find(b'"output_tokens"', start) >= 0 else None
-    told = TOTAL_TOKENS.match(tail, at)
-    return int(told[1]) if told else None
-
-
-def _in_and_out(tail: bytes, start: int) -> int | None:
-    """Anthropic's usage, which has no total; the last one is that of the whole answer, if it has both."""
-    told = [which.findall(tail, start) for which in IN_AND_OUT]
-    return sum(int(numbers[-1]) for numbers in told) if all(told) else None

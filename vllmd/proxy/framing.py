@@ -120,6 +120,11 @@ class Chunked:
         """Only the last chunk ends it."""
         return False
 
+    @property
+    def between(self) -> bool:
+        """Whether what comes next is a chunk's size line, from its first byte on."""
+        return self._step == self._size and not self._held
+
     def _chunks(self, data: bytes, pos: int) -> int:
         """Skip the chunks that lie whole in ``data``: the common case, in one loop.
 

@@ -13,6 +13,7 @@ from typing import Protocol
 from vllmd.errors import VllmdError
 from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.proxy.http import Request
+from vllmd.proxy.tokens import Tokens
 
 LONGEST_NAME = 256  # characters of a model's name; a longer one is refused before anything is compared with it
 TOO_LONG_A_NAME = f"a model's name has at most {LONGEST_NAME} characters"
@@ -70,7 +71,8 @@ class Target:
     the members of a JSON request, None for nothing. ``own_api``: what of the engine's own API is passed on, see
     ``engine_api``. ``names``: what the configuration calls the model; a client that called it something else is told
     which one it got. Empty where that is not known. ``offer``: the name of an adapter or a variant of the model, by
-    which it is permitted and counted; "" for the model itself.
+    which it is permitted and counted; "" for the model itself. ``nature``: what the model is, where its files
+    tell, such as "an embedding model".
     """
 
     model: str
@@ -81,6 +83,7 @@ class Target:
     own_api: frozenset[str] = frozenset()
     names: frozenset[str] = frozenset()
     offer: str = ""
+    nature: str = ""
 
     @property
     def called(self) -> str:
@@ -102,11 +105,11 @@ class Permit(Protocol):
     def answered(self, streamed: bool) -> None:
         """The head of a replica's answer came, ``streamed`` or whole. Only owed where ``target`` is not None."""
 
-    def release(self, tokens: int | None = None, size: int = 0, failed: str = "") -> None:
+    def release(self, tokens: Tokens | None = None, size: int = 0, failed: str = "") -> None:
         """The request is over, however it went; counts once, though it may be called again.
 
-        ``tokens``: the answer's usage, if it told. ``size``: bytes of the answer that came. ``failed``: why the engine
-        gave no answer, or broke it off; "" if it is not to blame.
+        ``tokens``: what it took, where that is known. ``size``: bytes of the answer that came. ``failed``: why the
+        engine gave no answer, or broke it off; "" if it is not to blame.
         """
 
     async def retry(self, error: VllmdError) -> Permit:
@@ -141,14 +144,16 @@ class Gate(Protocol):
         body: bytes = b"",
         waits: Callable[[], None] = silent,
         offer: str = "",
+        route: str = "",
     ) -> Permit:
         """Wait until the request may go. Cancelled when the client leaves.
 
         ``key``: the name of the caller's API key, whose limits hold. ``only``: the replica that alone can serve it
         (``Target.model`` of an earlier permit). ``body`` is looked at only to tell how much the request asks for.
-        ``offer``: ``Target.offer``; an adapter is loaded first. ``waits`` is called if the request does not go at once,
-        also at a later ``retry``. Raises a VllmdError when the request is refused. A cancelled or failed ``acquire``
-        owes no ``release``.
+        ``offer``: ``Target.offer``; an adapter is loaded first. ``route``: the public path that is asked for, "" for
+        any; what the model serves may have been found out only after it was resolved. ``waits`` is called if the
+        request does not go at once, also at a later ``retry``. Raises a VllmdError when the request is refused. A
+        cancelled or failed ``acquire`` owes no ``release``.
         """
 
     def loading(self, model: str) -> str:

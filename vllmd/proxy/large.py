@@ -211,6 +211,8 @@ def _member(asked: Asked, key: bytes, start: int) -> Asked:
     name = _key(key)
     if name == "stream":
         return replace(asked, stream=asked.body[start : start + 4] == b"true")
+    if name == "stream_options":
+        return replace(asked, stream_options=(_object(asked.body, start),))
     if name in KEEP_ALIVE:
         return replace(asked, keep_alive=(_small(asked.body, start),))
     if name != "model":
@@ -226,6 +228,14 @@ def _small(body: bytes, start: int) -> object:
     """The number, string or word that is the value at ``start``; a list for anything else."""
     found = SMALL.match(body, start)
     return json.loads(found[0]) if found else []
+
+
+def _object(body: bytes, start: int) -> object:
+    """The value at ``start`` if it is a small one; else a list, which is what nobody takes for options."""
+    try:
+        return json.JSONDecoder().raw_decode(body[start : start + LONGEST_KEY].decode("latin-1"))[0]
+    except (ValueError, RecursionError):
+        return []
 
 
 def _key(string: bytes) -> str:

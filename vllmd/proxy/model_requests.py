@@ -34,6 +34,10 @@ INSTEAD = {
     "/props": "GET /v1/models tells what there is to tell of a model",
     "/tokenizer_info": "GET /v1/models tells what there is to tell of a model",
 }
+WELL_KNOWN = (
+    *("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/rerank", "/rerank", "/v1/score", "/classify"),
+    *("/pooling", "/v1/audio/transcriptions", "/v1/audio/translations", "/v1/audio/speech", "/v1/images/generations"),
+)
 RESPONSES_KEPT = 10_000
 
 quoted = lru_cache(maxsize=256)(quote)
@@ -167,7 +171,7 @@ class ModelRequests:
         path = quoted(request.path)
         if request.query_string:
             path = f"{path}?{request.query_string}"
-        return UpstreamRequest(target, asked, path, only=only, keep_alive=keep_alive)
+        return UpstreamRequest(target, asked, path, only=only, public=route, keep_alive=keep_alive)
 
     def target(self, request: Request, name: str, route: str) -> Target:
         """What ``name`` means to this client, who asks for ``route`` ("" for none of the public ones).
@@ -178,8 +182,7 @@ class ModelRequests:
         if request.caller.models is not None:
             request.caller.check(target.called, name)
         if route and target.routes is not None and route not in target.routes:
-            where = INSTEAD.get(route, "")
-            raise NotFound(f"the model {target.model!r} does not serve {route}{where and '; ' + where}")
+            raise unserved(target, route)
         if target.names and name not in target.names:  # found by habit (``daemon.names``): say what was found
             request.answer_fields = (*request.answer_fields, ("x-vllmd-model", quoted(target.called)))
         return target
@@ -203,6 +206,18 @@ class ModelRequests:
             request.body = await in_turns(work)
             exchange.body_grew(len(request.body))
             request.headers = request.headers.but("content-type", ("content-type", "application/json"))
+
+
+def unserved(target: Target, route: str) -> NotFound:
+    """The model does not serve this public path: why, and what it serves instead."""
+    told = f"the model {target.model!r} does not serve {route}"
+    if route in INSTEAD:
+        return NotFound(f"{told}; {INSTEAD[route]}")
+    known = [each for each in WELL_KNOWN if each in (target.routes or ())]
+    served = f"it serves {', '.join(known[:4])}" if known else ""
+    if target.nature:
+        return NotFound(f"{told}: it is {target.nature}{served and ', ' + served}")
+    return NotFound(f"{told}{served and '; ' + served}")
 
 
 def with_query(request: Request, path: str) -> str:

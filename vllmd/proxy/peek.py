@@ -53,8 +53,8 @@ _scan_once = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 class Asked:
     """What a body asks for: ``model`` ("" if it names none) and whether the answer shall be streamed.
 
-    ``body`` has the name, if at all, from byte ``start`` to ``end``; ``quoted``: as a JSON string. ``keep_alive``: what
-    it says of that, whatever it is; () if it says nothing.
+    ``body`` has the name, if at all, from byte ``start`` to ``end``; ``quoted``: as a JSON string. ``keep_alive`` and
+    ``stream_options``: what it says of that, whatever it is; () if it says nothing.
     """
 
     model: str
@@ -64,6 +64,7 @@ class Asked:
     end: int = 0
     quoted: bool = False
     keep_alive: tuple[object, ...] = ()
+    stream_options: tuple[object, ...] = ()
 
     def renamed(self, name: str) -> Parts:
         """The body with ``name`` in the place of the model's; a body without one is left alone.
@@ -109,12 +110,15 @@ def _spelled_once(body: bytes, text: str) -> Asked | None:
     keep = ()
     if "keep_alive" in members or "ttl" in members:
         keep = tuple(members[name] for name in KEEP_ALIVE if name in members)
-    return Asked(model_name(members["model"]), members.get("stream") is True, body, start, stop, True, keep)
+    stream = members.get("stream") is True
+    options = (members["stream_options"],) if stream and "stream_options" in members else ()
+    return Asked(model_name(members["model"]), stream, body, start, stop, True, keep, options)
 
 
 def _walked(body: bytes, text: str) -> Asked:
     found: tuple[str, int, int] | None = None
     stream, keep = False, dict[str, object]()
+    options: tuple[object, ...] = ()
     for key, value, start, end in _members(text):
         if key == "model":
             if found is not None:
@@ -122,13 +126,15 @@ def _walked(body: bytes, text: str) -> Asked:
             found = (model_name(value), start, end)
         elif key == "stream":
             stream = value is True
+        elif key == "stream_options":
+            options = (value,)
         elif key in KEEP_ALIVE:
             keep[key] = value
     told = tuple(keep[key] for key in KEEP_ALIVE if key in keep)
     if found is None:
-        return Asked("", stream, body, keep_alive=told)
+        return Asked("", stream, body, keep_alive=told, stream_options=options)
     name, start, end = found
-    return Asked(name, stream, body, len(text[:start].encode()), len(text[:end].encode()), True, told)
+    return Asked(name, stream, body, len(text[:start].encode()), len(text[:end].encode()), True, told, options)
 
 
 def ruled(body: bytes, rules: Rules, prompt: Prompt | None = None) -> bytes:

@@ -29,7 +29,7 @@ class Refused(Exception):
 
 
 def error_content(message: str, kind: str, code: int, param: str | None = None) -> dict[str, Any]:
-    """vLLM's error object."""
+    """The JSON object in which vLLM reports an error."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -133,7 +133,7 @@ def parse_json(data: bytes) -> dict[str, Any]:
 
 
 def usage(prompt: int, completion: int | None = None) -> dict[str, Any]:
-    """OpenAI's usage object."""
+    """OpenAI's ``usage`` object for so many tokens."""
     total = {"prompt_tokens": prompt, "total_tokens": prompt + (completion or 0)}
     details = {"prompt_tokens_details": None, "completion_tokens_details": None}
     return total | {"completion_tokens": completion or 0} | details

@@ -13,7 +13,7 @@ _MODES = ("abort", "wait", "keep")
 
 
 async def models(context: Context, request: Request, out: Connection) -> None:
-    """GET /v1/models."""
+    """``GET /v1/models``: the model, its aliases and its adapters."""
     options = context.options
     card = {"object": "model", "created": context.created, "owned_by": "vllm", "root": options.model, "parent": None}
     data = [{"id": name} | card | {"max_model_len": options.max_model_len} for name in options.names]
@@ -30,7 +30,7 @@ async def health(context: Context, request: Request, out: Connection) -> None:
 
 
 async def version(context: Context, request: Request, out: Connection) -> None:
-    """GET /version."""
+    """``GET /version``: the version of vLLM that is imitated."""
     await out.send_json(200, {"version": VERSION})
 
 
@@ -81,7 +81,7 @@ async def load_lora(context: Context, request: Request, out: Connection) -> None
 
 
 async def unload_lora(context: Context, request: Request, out: Connection) -> None:
-    """POST /v1/unload_lora_adapter."""
+    """``POST /v1/unload_lora_adapter``. Raises Refused for an adapter that is not loaded."""
     name = str(parse_json(request.body).get("lora_name", ""))
     if context.adapters.pop(name, None) is None:
         raise Refused(404, f"The lora adapter '{name}' cannot be found.", "NotFoundError")
@@ -100,14 +100,14 @@ def _named(request: Request) -> tuple[str, str]:
 
 
 async def sleep(context: Context, request: Request, out: Connection) -> None:
-    """POST /sleep?level&mode."""
+    """``POST /sleep?level&mode``: answered when the memory has been given back."""
     level = _level(request)
     await context.state.sleep(level, _mode(request))
     await out.send_json(200, {"status": "sleeping", "level": level})
 
 
 async def wake_up(context: Context, request: Request, out: Connection) -> None:
-    """POST /wake_up?tags."""
+    """``POST /wake_up?tags``: answered when the memory has been taken again."""
     tags = request.query.get("tags")
     awake = await context.state.wake_up(tags)
     await out.send_json(200, {"status": "awake" if awake else "sleeping", "tags": tags})
@@ -119,19 +119,19 @@ async def is_sleeping(context: Context, request: Request, out: Connection) -> No
 
 
 async def pause(context: Context, request: Request, out: Connection) -> None:
-    """POST /pause?mode."""
+    """``POST /pause?mode``: no request is scheduled until ``/resume``."""
     await context.state.pause_scheduler(_mode(request))
     await out.send_json(200, {"status": "paused"})
 
 
 async def resume(context: Context, request: Request, out: Connection) -> None:
-    """POST /resume."""
+    """``POST /resume``: end what ``/pause`` began."""
     context.state.resume_scheduler()
     await out.send_json(200, {"status": "resumed"})
 
 
 async def is_paused(context: Context, request: Request, out: Connection) -> None:
-    """GET /is_paused."""
+    """``GET /is_paused``: whether ``/pause`` holds requests."""
     await out.send_json(200, {"is_paused": bool(context.state.pause)})
 
 

@@ -339,7 +339,7 @@ async def _response_events(context: Context, job: Job, response: dict[str, Any])
 
 
 async def get_response(context: Context, request: Request, out: Connection) -> None:
-    """GET /v1/responses/ID."""
+    """``GET /v1/responses/ID``. Raises Refused for one that is not stored."""
     await out.send_json(200, _stored(context, request.path.split("/")[3]))
 
 
@@ -364,7 +364,7 @@ def _stored(context: Context, name: str) -> dict[str, Any]:
 
 
 async def messages(context: Context, request: Request, out: Connection) -> None:
-    """POST /v1/messages."""
+    """``POST /v1/messages``: Anthropic's API, whole or streamed."""
     body = context.body(request)
     _require_model(body)
     given = _messages(body)
@@ -409,7 +409,7 @@ async def _message_events(context: Context, job: Job, message: dict[str, Any]) -
 
 
 async def count_tokens(context: Context, request: Request, out: Connection) -> None:
-    """POST /v1/messages/count_tokens."""
+    """``POST /v1/messages/count_tokens``: Anthropic's count of a request's tokens."""
     body = context.body(request)
     _require_model(body)
     count = _count(_messages(body)) + len(tokens(content_text(body.get("system"))))

@@ -210,7 +210,7 @@ class Connection(asyncio.Protocol):
     # Writing
 
     async def send(self, status: int, body: bytes = b"", content_type: str = "application/json") -> None:
-        """A whole answer."""
+        """Send a whole answer, and wait until the client takes it."""
         self._head(status, (("content-type", content_type), ("content-length", str(len(body)))), body)
         await self.drain()
 
@@ -243,7 +243,7 @@ class Connection(asyncio.Protocol):
             self._buffer.clear()
 
     def write_raw(self, data: bytes) -> None:
-        """Bytes as they are."""
+        """Write bytes as they are, for answers that are wrong on purpose."""
         self._transport.write(data)
 
     def _head(self, status: int, headers: tuple[tuple[str, str], ...], body: bytes = b"") -> None:
@@ -344,5 +344,5 @@ def _drop_trailers(buffer: bytearray) -> bool:
 
 
 def dump(content: Any) -> bytes:
-    """Compact JSON in UTF-8."""
+    """Compact JSON in UTF-8; what is no Unicode becomes a question mark."""
     return json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace")

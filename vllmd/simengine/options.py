@@ -81,7 +81,7 @@ def parse_options(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> O
 
 
 def size(text: str) -> int:
-    """``20GiB``, ``512M``, ``1000``: bytes."""
+    """A size in bytes from ``20GiB``, ``512M`` or ``1000``. Raises argparse.ArgumentTypeError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
     if not match or match[2] == "i":
         raise argparse.ArgumentTypeError(f"{text!r} is no size; right are 20GiB, 512MiB, 1000")

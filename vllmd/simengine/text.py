@@ -25,7 +25,7 @@ def _cut(word: str) -> list[str]:
 
 
 def token_id(token: str) -> int:
-    """The token's number."""
+    """The number that stands for a token; the same token has always the same."""
     return int.from_bytes(b"\x01" + token.encode())
 
 

@@ -19,7 +19,7 @@ class _Baseline:
     in_order = False
 
     def outlook(self, s: PolicyInput, model: str) -> Outlook | None:
-        """These rules promise nothing."""
+        """Always None: these rules promise no waiter a time."""
         return None
 
     def tidy(self, s: PolicyInput) -> Plan | None:

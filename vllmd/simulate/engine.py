@@ -82,7 +82,7 @@ class Engine:
         heapify(self.batch)
 
     def drop(self, job: Job, now: float) -> None:
-        """Break it off."""
+        """Take a job out of the engine, whether it waits or runs."""
         self._catch_up(now)
         if job in self.line:
             self.line.remove(job)

@@ -77,7 +77,7 @@ def summary(
     samples: Sequence[Sample],
     busy: Mapping[int, float],
 ) -> Report:
-    """Count everything."""
+    """The report of one run: figures of all requests, by model, and of every device."""
     length = max((job.ended for job in jobs), default=0.0)
     by_model: dict[str, list[Job]] = {name: [] for name in swaps}
     errors: dict[str, int] = {}
@@ -98,7 +98,7 @@ def _memory(devices: Sequence[Device], samples: Sequence[Sample]) -> dict[int, f
 
 
 def figures(jobs: Sequence[Job], swaps: int) -> Figures:
-    """Of these requests."""
+    """Count these requests, and how long they waited (seconds)."""
     served = [job for job in jobs if not job.error]
     return Figures(
         requests=len(jobs),

@@ -1,4 +1,4 @@
-"""Traces: who asked for which model when, and how much. CSV or JSON lines.
+"""Traces: when each model was asked for, and for how many tokens. CSV or JSON lines.
 
 A CSV file names its columns in the first line; a JSON-lines file has one
 object per line. Columns: ``time`` (seconds, from any origin), ``model``,

@@ -35,7 +35,7 @@ class Warm(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What is simulated."""
+    """What is simulated: models, devices, settings, and how fast the hardware is."""
 
     specs: Sequence[ModelSpec]
     devices: Sequence[Device]

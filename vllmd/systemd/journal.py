@@ -95,7 +95,7 @@ class JournalHandler(logging.Handler):
             self.handleError(record)
 
     def close(self) -> None:
-        """Close the socket."""
+        """Close the socket to journald."""
         self._socket.close()
         super().close()
 

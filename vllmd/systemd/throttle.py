@@ -85,5 +85,5 @@ class Repeated:
             self._due = now + self._pause
 
     def over(self) -> None:
-        """It works again."""
+        """What went wrong works again: the next failure is logged as a first one."""
         self._text, self._count = "", 0

@@ -35,7 +35,14 @@ def concerns(event: dict[str, Any], model: str) -> bool:
 
 
 def told(decision: dict[str, Any]) -> str:
-    """``19:31:02 evict qwen: because ...``; of a failure what led to it, not the log below it."""
-    at = time.strftime("%H:%M:%S", time.localtime(decision["at"]))
+    """``19:31:02 evict qwen: because ...``; of a failure what led to it, not the log below it. Another day is named."""
+    at = moment(decision["at"], time.time())
     what, why = show.paint(decision["what"], "bold"), show.first_line(decision["why"])
     return f"{show.paint(at, 'grey')} {what} {decision['model']}: {why}"
+
+
+def moment(at: float, now: float) -> str:
+    """``19:31:02``; of another day than that of ``now``, which may be a later one, with its date. Both in Unix time."""
+    then = time.localtime(at)
+    today = then[:3] == time.localtime(now)[:3]
+    return time.strftime("%H:%M:%S" if today else "%Y-%m-%d %H:%M:%S", then)

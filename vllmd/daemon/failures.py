@@ -1,0 +1,60 @@
+"""Failed models, remembered by the next daemon: until they serve, an operator stops them, or their settings change.
+
+The daemon exits when nobody is there, so what an operator finds in the morning is another one than that which saw a
+start fail at night. What has failed is kept with the learnt figures (``learnt.py``), and told to the core of the next
+daemon before the first request is let through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllmd.config.types import ModelConfig
+from vllmd.core import events
+from vllmd.core.types import Snapshot, State
+from vllmd.daemon.engine_process import fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an engine of a model with that ``fingerprint`` failed, and when, in Unix time."""
+
+    why: str
+    at: float
+    fingerprint: str
+
+    @classmethod
+    def read(cls, kept: Mapping[str, Any]) -> Failure:
+        """One that was kept. Raises KeyError, TypeError, ValueError for what is none."""
+        return cls(str(kept["why"]), float(kept["at"]), str(kept["fingerprint"]))
+
+
+def failed(seen: Snapshot) -> frozenset[tuple[str, str]]:
+    """The engines that are in error now, each with the reason."""
+    return frozenset((each.id, each.failure) for each in seen.replicas if each.state is State.FAILED)
+
+
+def noted(
+    seen: Snapshot, engines: Mapping[str, ModelConfig], before: Mapping[str, Failure], now: float
+) -> dict[str, Failure]:
+    """What is to be kept. ``before``: what was; it keeps the times of those that fail for the same reason still."""
+    found = {}
+    for each in seen.replicas:
+        if each.state is State.FAILED and each.id in engines:
+            known, of = before.get(each.id), fingerprint(engines[each.id])
+            same = known is not None and (known.why, known.fingerprint) == (each.failure, of)
+            found[each.id] = known if same and known else Failure(each.failure, now - (each.since or 0.0), of)
+    return found
+
+
+def remembered(
+    kept: Mapping[str, Failure], engines: Mapping[str, ModelConfig], now: float
+) -> list[events.FailureRemembered]:
+    """What the core is to know of; not of engines whose settings are other ones now."""
+    return [
+        events.FailureRemembered(engine, failure.why, max(0.0, now - failure.at))
+        for engine, failure in kept.items()
+        if engine in engines and fingerprint(engines[engine]) == failure.fingerprint
+    ]
