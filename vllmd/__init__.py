@@ -18,12 +18,11 @@ holds this table against the imports)::
     proxy/      h11 heads, byte relay, the accept loop            core.types, errors
     admin/      model list, health, admin and metrics endpoints   proxy's HTTP types, core.types, errors
     store/      models as files: names, sources, the program
-                that fetches, what other programs have        hub, engines, foreign, errors, text
+                that fetches, what other programs have            hub, engines, foreign, errors, text
     ollama/     Ollama's API, translated to the engines' own      proxy, admin.control, errors
     daemon/     the event queue; executes the core's commands     all but cli and client
     client/     the Python library                                errors
-    cli/        vllmctl, one file per verb                        client, errors, config, engines, simulate, store,
-                                                              hub, text
+    cli/        vllmctl, one file per verb                        client, errors, config, engines, simulate, store, text
     simulate/   the core under a virtual clock over a trace       core, config, engines, gpu, hub, errors, text
     simengine   the stand-in engine                               nothing of ours
 

@@ -76,8 +76,15 @@ DECIDED = [
 FIRST = LONG.format(0)
 QUOTED = FIRST.replace("/", "%2F")
 DEVICE = {**MANY["devices"][0], "drained": True}
-CACHED = {"name": FIRST, "path": f"/var/lib/vllmd-engine/.cache/huggingface/hub/{FIRST}", "size": 9 * GiB, "models": [],
-          "kind": "generate", "engine": "llama.cpp", "files": [f"{LONG[25:].format(n)}-Q4_K_M.gguf" for n in range(9)]}
+CACHED = {
+    "name": FIRST,
+    "path": f"/var/lib/vllmd-engine/.cache/huggingface/hub/{FIRST}",
+    "size": 9 * GiB,
+    "models": [],
+    "kind": "generate",
+    "engine": "llama.cpp",
+    "files": [f"{LONG[25:].format(n)}-Q4_K_M.gguf" for n in range(9)],
+}
 FETCHING = {"model": FIRST, "phase": "downloading", "source": FIRST, "total": 9 * GiB, "rate": 1e7, "elapsed": 9.0}
 ANSWERS: dict[str, tuple[int, Any]] = {
     "GET /admin/status": (200, {**MANY, "downloads": [{**FETCHING, "completed": GiB}]}),

@@ -119,7 +119,7 @@ def test_whoever_leaves_last_ends_it_and_what_came_is_kept(tmp_path: Path, llama
         ("PUT", "models/x", {"command": "/bin/sh"}, 403, "command is for the administrator to say"),
         ("PUT", "models/x", {"engine": "command", "model": "/x"}, 400, "engine 'command' cannot be added"),
         ("PUT", "models/x", {"model": "/x", "options": {}}, 403, "options is for the administrator"),
-        ("PUT", "models/-x%20%20y", {"model": "/x"}, 400, "a name has"),
+        ("PUT", "models/-x%20%20y", {"model": "/x"}, 400, "printable characters without spaces"),
         ("DELETE", "models/kept", None, 409, "is configured in"),
         ("DELETE", "models/none", None, 404, "no model 'none'"),
         ("DELETE", "downloads/none", None, 404, "nothing called 'none' is being downloaded"),

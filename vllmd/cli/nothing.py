@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 FIRST_LINE = "no models yet; vllmctl run smollm2 fetches a small one, serves it and asks it"
@@ -30,7 +29,7 @@ def file_of(status: dict[str, Any]) -> str:
 
 def _own(cached: list[dict[str, Any]]) -> list[str]:
     """Models of the invoking user's cache that the engines' cache has not."""
-    from vllmd.hub import cache_of, discover
+    from vllmd.store.elsewhere import own_cache
 
     known = {one["name"] for one in cached}
-    return [one.name for one in discover(cache_of(os.environ)) if one.name not in known]
+    return [name for name, _ in own_cache() if name not in known]

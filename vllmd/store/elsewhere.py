@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllmd.foreign import Folder, Unreadable
-from vllmd.hub import is_projector
+from vllmd.hub import cache_of, discover, is_projector, locate
 
 MODEL_LAYER = "application/vnd.ollama.image.model"
 MOST = 2000
@@ -56,6 +56,16 @@ def everything(environment: Mapping[str, str] = os.environ) -> list[Elsewhere]:
     found = [one for root in ollama_roots(environment) for one in ollama(root)]
     found += [one for root in lmstudio_roots(environment) for one in lmstudio(root)]
     return sorted(found[:MOST], key=lambda one: one.name)
+
+
+def own_cache(environment: Mapping[str, str] = os.environ) -> list[tuple[str, int]]:
+    """Names and sizes of the models in the invoking user's own Hugging Face cache."""
+    return [(one.name, one.size) for one in discover(cache_of(environment))]
+
+
+def own_path(repository: str, environment: Mapping[str, str] = os.environ) -> Path | None:
+    """Where that cache has a repository."""
+    return locate(repository, cache_of(environment)).path if "/" in repository else None
 
 
 def ollama(root: Path) -> Iterator[Elsewhere]:

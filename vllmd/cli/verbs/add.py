@@ -8,7 +8,6 @@ the name that it has there. Nothing is copied. Without MODEL they are listed.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -51,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def offer(arguments: argparse.Namespace) -> int:
     """What could be added."""
-    from vllmd.store.elsewhere import everything
+    from vllmd.store.elsewhere import everything, own_cache
 
     rows: list[tuple[str, str, str]] = []
     if not (arguments.ollama or arguments.lmstudio):
@@ -74,6 +73,8 @@ def offer(arguments: argparse.Namespace) -> int:
 
 def meant(admin: Admin, arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """What the model is to be called, and its settings. Raises Failure where there is no such thing."""
+    from vllmd.store.elsewhere import own_path
+
     given = str(arguments.model)
     if arguments.ollama or arguments.lmstudio:
         return elsewhere(arguments, given)
@@ -125,20 +126,6 @@ def of_path(path: Path) -> tuple[str, dict[str, Any]]:
     if ggufs:
         return path.name, {"engine": "llama.cpp", "model": str(path / ggufs[0])}
     raise Failure(f"{path} has neither config.json nor a GGUF file: no engine would load it", EX_NOINPUT)
-
-
-def own_cache() -> list[tuple[str, int]]:
-    """Names and sizes of the models in the invoking user's own Hugging Face cache."""
-    from vllmd.hub import cache_of, discover
-
-    return [(one.name, one.size) for one in discover(cache_of(os.environ))]
-
-
-def own_path(repository: str) -> Path | None:
-    """Where the invoking user's own cache has it."""
-    from vllmd.hub import cache_of, locate
-
-    return locate(repository, cache_of(os.environ)).path if "/" in repository else None
 
 
 def unreadable(path: Path) -> str:

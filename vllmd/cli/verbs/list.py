@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if rows:
         print(show.table(HEAD, rows, ("SIZE",), names=("MODEL",), beneath=("SOURCE",)))
-    for text in [*downloads.under_way(status), *([] if rows else nothing.advice(status, cached))]:
+    for text in [*downloads.under_way(status), *([] if status["models"] else nothing.advice(status, cached))]:
         show.say(text)
     return 0
 
