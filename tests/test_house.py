@@ -38,7 +38,7 @@ def house_map() -> dict[str, set[str]]:
         if found := re.match(r"    (\w+)", line):
             room = found[1]
         if line.startswith("    ") and room and len(line) > third_column:
-            allowed[room] = set(_names(line[third_column:].removeprefix("imports ")))
+            allowed.setdefault(room, set()).update(_names(line[third_column:].removeprefix("imports ")))
     return allowed
 
 

@@ -12,17 +12,22 @@ holds this table against the imports)::
     hub         models in the Hugging Face cache                  foreign
     engines/    an engine kind: spec -> argv, probes, sleep calls,
                 and what it will take of memory                   core.types, config, errors, hub, foreign, text
+    installer/  engines' environments: installed by pip, chosen,
+                removed; a service of its own                     engines, errors
     systemd/    socket activation, notify, journal                errors, text
     launcher/   the privileged helper and its client; the only
                 package that knows pystemd                           systemd, errors, text
     proxy/      h11 heads, byte relay, the accept loop            core.types, errors
-    admin/      model list, health, admin and metrics endpoints   proxy's HTTP types, core.types, errors
+    records/    the last requests, use by hour, key and model,
+                arrivals, and their store                         proxy, errors
+    admin/      model list, health, admin and metrics endpoints   proxy's HTTP types, core.types, records, errors
     store/      models as files: names, sources, the program
                 that fetches, what other programs have            hub, engines, foreign, errors, text
     ollama/     Ollama's API, translated to the engines' own      proxy, admin.control, errors
     daemon/     the event queue; executes the core's commands     all but cli and client
     client/     the Python library                                errors
-    cli/        vllmctl, one file per verb                        client, errors, config, engines, simulate, store, text
+    cli/        vllmctl, one file per verb                        client, errors, config, engines, installer,
+                                                                  simulate, store, text
     simulate/   the core under a virtual clock over a trace       core, config, engines, gpu, hub, errors, text
     simengine   the stand-in engine                               nothing of ours
 

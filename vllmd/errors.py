@@ -175,6 +175,12 @@ class LauncherFailed(VllmdError):
     code = "launcher_failed"
 
 
+class InstallFailed(VllmdError):
+    """An engine could not be installed; the message has the cause and what would help."""
+
+    status, type, code = 502, "server_error", "install_failed"
+
+
 class ModelTooLarge(VllmdError):
     """The model can never fit on this machine's devices; the message has the arithmetic."""
 

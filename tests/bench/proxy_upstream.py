@@ -30,6 +30,7 @@ EVENT = (
 JSON_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 CHUNK = b"%x\r\n%b\r\n" % (len(EVENT), EVENT)
+DONE = b"e\r\ndata: [DONE]\n\n\r\n"
 LAST_CHUNK = b"0\r\n\r\n"
 LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 PACE = re.compile(rb"pace (\d+) (\d+)")
@@ -65,7 +66,7 @@ class UpstreamProtocol(asyncio.Protocol):
         elif b'"idle"' in body:
             self._transport.write(CHUNK)
         elif b'"at once"' in body:
-            self._transport.write(CHUNK * EVENTS + LAST_CHUNK)
+            self._transport.write(CHUNK * EVENTS + DONE + LAST_CHUNK)
         else:
             for _ in range(EVENTS):
                 self._transport.write(CHUNK)

@@ -45,6 +45,7 @@ WELL = {
     "is-active vllmd.socket": "active",
     "is-active vllmd-admin.socket": "active",
     "is-active vllmd-read.socket": "active",
+    "is-active vllmd-installer.socket": "active",
     "is-active vllmd-launcher.socket": "active",
 }
 

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from tests.cli.fake_daemon import FakeDaemon, GiB, fake_daemon, model, status
+from tests.engines.test_environments import environment
 from vllmd.cli import main
 from vllmd.cli.arguments import verbs
 from vllmd.cli.terminal import StatusLine, Working, table
@@ -124,6 +125,7 @@ SCREENS = [
     "list", f"show {FIRST}", f"pull {FIRST}", f"run {FIRST}", f"add {FIRST}", "add", f"rm --files --yes {FIRST}",
     "search qwen",
     "status", f"status {FIRST}", "version", "help", f"restart {FIRST}", *(f"help {verb}" for verb in verbs()),
+    "engine list", "engine install foo", "engine use vllm 1",
     f"start {MISSING}", f"why {MISSING}", "pss", f"logs a {MISSING}", f"lease {MISSING} --for {MISSING}",
 ]  # fmt: skip
 # What shows what others wrote as it is, or a file to be read by programs, or is shown by others of these.
@@ -172,6 +174,9 @@ def lines(text: str) -> list[str]:
 @pytest.fixture
 def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDaemon]:
     monkeypatch.setenv("VLLMD_ADMIN_SOCKET", str(tmp_path / "admin.sock"))
+    monkeypatch.setenv("VLLMD_ENGINES", str(tmp_path / "engines"))
+    for version in ("2026.10.11549", "2026.9.1"):
+        environment(tmp_path / "engines", version)
     with fake_daemon(dict(ANSWERS), tmp_path / "admin.sock") as running:
         yield running
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.core.helpers import GPU, PAIR, model
-from vllmd.core.costs import CostBook, Costs, Rate
+from vllmd.core.costs import CostBook, Costs
 from vllmd.core.ledger import Ledger
 from vllmd.core.queues import Queue
 from vllmd.core.types import Device, Footprint, GiB, ReplicaSpec, Source
@@ -104,9 +104,10 @@ def test_absurd_times_teach_nothing(absurd: float) -> None:
 
 def test_a_rate_forgets() -> None:
     """Sixty arrivals in a minute are about one a second; ten minutes later, none."""
-    rate = Rate(60.0)
+    costs = Costs(weights=40.0)
     for second in range(300):
-        rate.arrived(float(second))
+        costs.arrived(float(second))
+    rate = costs.rate
     assert rate.read(300.0) == pytest.approx(1.0, rel=0.05)
     assert rate.read(900.0) < 0.001
 

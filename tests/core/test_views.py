@@ -132,3 +132,20 @@ def test_an_operators_start_acts_at_once() -> None:
 def test_what_it_usually_takes_is_told_where_it_says_something(passed: float, usual: float, told: str) -> None:
     """Never "8 of about 0 s"."""
     assert _so_far(passed, usual) == told
+
+
+def test_the_view_of_an_unused_model_is_kept_until_something_changes() -> None:
+    """Of ten thousand models nearly all are never used; a lease, a request or a reload is seen at once all the same."""
+    w = World([model("m"), model("other")], [GPU])
+    unused = view(w, "other")
+    w.now = 100.0
+    assert view(w, "other") is unused
+    w.do(LeaseTaken("ada-17", "other"))
+    assert view(w, "other").leases == ("ada-17",)
+    w.ask("r", "m")
+    assert view(w).waiting_for
+    w.answer("m")
+    assert view(w).in_flight == 1
+    assert [each.name for each in w.scheduler.activity(w.now).models] == ["m"], "nothing goes on with the other one"
+    assert [each.id for each in w.scheduler.replicas_of("other", w.now)] == ["other"]
+    assert w.scheduler.replicas_of("nobody", w.now) == []

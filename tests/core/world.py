@@ -118,7 +118,11 @@ def check_kept(scheduler: Scheduler) -> None:
     if not engines.ledger.unknown:
         waits = {r for r in replicas if r.demand and r.state in (State.STOPPED, State.SLEEPING) and not r.leaving}
         assert set(core.waiting) == waits, "who waits for the policy"
-    assert scheduler._due == min((r.due for r in replicas), default=math.inf)
+    assert core.timers.due == min((r.due for r in replicas), default=math.inf)
+    active = {r for r in replicas if r.state is not State.STOPPED or r.demand}
+    assert set(core.active) == active, "what the daemon looks at once a second"
+    displaced = {r for r in replicas if r.displaced and r.state is State.SLEEPING}
+    assert set(engines.displaced) == displaced, "who sleeps because another one needed his place"
     for r in replicas:
         assert r.due <= scheduler._due_of(r), f"a timer of {r.id} is lost"
     for index, account in engines.ledger.accounts.items():

@@ -145,6 +145,8 @@ def surroundings(leaf: Leaf) -> dict[str, Any]:
             model["adapters"] = {"other": {"path": "/lora"}}
         case [*_, "replicas", name]:
             model["replicas"] = {} if name == "of" else {"min": 2, "max": 16}
+        case [*_, "engine_version"]:
+            model["engine"] = defaults["engine"] = "vllm"  # a kind that has versions; none is installed, which is said
         case ["defaults", name]:
             model.pop(name, None)
             defaults["engine"] = "sim"  # whose kind what is an engine's own is for

@@ -156,7 +156,8 @@ def test_an_engine_that_is_not_installed_says_what_to_install(engine: str, line:
     failure = engine_of(ModelConfig("m", engine=engine, options=NEEDED.get(engine, {}))).failure(["starting", line])
     assert failure.permanent
     assert failure.reason == line
-    assert any(word in failure.hint for word in ("pip install ", "https://", "NVIDIA's container"))
+    sources = ("vllmctl engine install ", "pip install ", "https://", "NVIDIA's container")
+    assert any(word in failure.hint for word in sources)
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,8 @@ def test_what_is_missing_is_said_once_with_where_it_was_looked_for(tmp_path: Pat
     ]
     first, second, third = troubles(models, system=False)
     assert (first.models, first.what) == (("a", "b"), f"there is no command 'vllm': looked in {tmp_path}")
-    assert "pip install vllm" in first.advice
-    assert "pip install xllamacpp" in second.advice
+    assert "vllmctl engine install vllm" in first.advice
+    assert "vllmctl engine install llama.cpp" in second.advice
     assert str(third).startswith("f: there is no command '/nowhere/tei'; ")
 
 
@@ -59,7 +59,7 @@ def test_a_python_without_the_engines_module_does_not_start(tmp_path: Path) -> N
     found = troubles(models, system=False)
     assert [trouble.models for trouble in found] == [("a",), ("b",)]
     assert all("does not start: No module named 'vllm'" in trouble.what for trouble in found)
-    assert all("pip install vllm" in trouble.advice for trouble in found)
+    assert all("vllmctl engine install vllm" in trouble.advice for trouble in found)
 
 
 def test_what_may_not_be_executed(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def text(content: str) -> dict[str, Any]:
 TEXTS = ["", "a", " b", '"quoted"', "back\\slash", "line\nend", "ä€😀", "\x7f", '","content":"trap', "}]}", "\u2028"]
 
 
-@pytest.mark.parametrize("size", [1, 7, 100, 10_000])
+@pytest.mark.parametrize("size", [1, 7, 100, 2_900, 10_000])
 @pytest.mark.parametrize("escaped", [True, False])
 def test_texts_go_on_whatever_is_in_them_and_however_they_are_cut(size: int, escaped: bool) -> None:
     """Most are moved without being read: what comes out is what reading all of them would give."""
@@ -81,7 +81,7 @@ def test_most_of_a_stream_is_not_read() -> None:
     lines = lines_of()
     read: list[bytes] = []
     whole = lines._read
-    lines._read = lambda line, payload: read.append(line) or whole(line, payload)  # type: ignore[method-assign, func-returns-value]
+    lines._read = lambda line, *more: read.append(line) or whole(line, *more)  # type: ignore[method-assign, func-returns-value]
     words = [chunk({"content": f"w{number}"}) for number in range(100)]
     out = told(lines, *words[:50], chunk({"content": "x"}, created=2), *words[50:], chunk({}, "stop"), DONE)
     assert len(out) == 102

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import RealLlama
 from tests.machine import container
 from tests.machine.container import REPOSITORY, Machine
 
 pytestmark = pytest.mark.machine
 
-SOCKETS = ("vllmd.socket", "vllmd-admin.socket", "vllmd-read.socket")
+SOCKETS = ("vllmd.socket", "vllmd-admin.socket", "vllmd-read.socket", "vllmd-installer.socket")
 SERVICES = ("vllmd.service", "vllmd-launcher.service")
 MODELS = "models:\n  rehearsal: {engine: sim, idle: never, options: {tokens_per_second: 20}}\n"
 ASK = (
@@ -32,8 +33,8 @@ def engine_pids(machine: Machine) -> list[str]:
 
 def test_listens_without_running(installed_machine: Machine) -> None:
     """A machine at rest pays for nothing but sockets."""
-    assert states(installed_machine, "is-active", *SOCKETS) == ["active"] * 3
-    assert states(installed_machine, "is-enabled", *SOCKETS) == ["enabled"] * 3
+    assert states(installed_machine, "is-active", *SOCKETS) == ["active"] * 4
+    assert states(installed_machine, "is-enabled", *SOCKETS) == ["enabled"] * 4
     assert states(installed_machine, "is-active", *SERVICES) == ["inactive"] * 2
     assert "127.0.0.1:33258" in installed_machine.out("ss -ltn")
     assert "[::1]:33258" in installed_machine.out("ss -ltn")
@@ -44,7 +45,7 @@ def test_listens_again_after_a_boot(boot_machine: Callable[..., Machine], packag
     machine = boot_machine()
     container.install(machine, package)
     machine.reboot()
-    assert states(machine, "is-active", *SOCKETS) == ["active"] * 3
+    assert states(machine, "is-active", *SOCKETS) == ["active"] * 4
     assert states(machine, "is-active", *SERVICES) == ["inactive"] * 2
 
 
@@ -86,6 +87,54 @@ def test_ollamas_address_is_there_once_it_is_enabled(installed_machine: Machine)
     machine.run("systemctl enable vllmd-ollama.socket && systemctl restart vllmd.socket", timeout=60)
     assert '"version"' in machine.out(ask)
     machine.run("systemctl disable --now vllmd-ollama.socket", timeout=60)
+
+
+CHAT = (
+    "curl -sSf --max-time 120 http://127.0.0.1:33258/v1/chat/completions -H 'Content-Type: application/json' -d "
+    """'{"model": "smollm2", "max_tokens": 12, "temperature": 0, """
+    """"messages": [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]}'"""
+)
+FOLDER = "/var/lib/vllmd/engines/llama.cpp"
+# Another version of the same, as if it had been installed: what it is called is all that differs.
+ANOTHER = (
+    f"cd {FOLDER} && cp -a $(readlink current) 9999.1 && "
+    f"sed -i s#{FOLDER}/$(readlink current)#{FOLDER}/9999.1# 9999.1/bin/*"
+)
+SMOLLM2 = "models: {smollm2: {engine: llama.cpp, model: /srv/models/smollm2.gguf, max_model_len: 512}}\n"
+
+
+def test_an_engine_is_installed_and_a_real_model_answers(installed_machine: Machine, llama: RealLlama) -> None:
+    """A service that may write nothing else installs it; a reload moves what runs to another version."""
+    machine = installed_machine
+    for wheel in (llama.environments / "wheels").glob("xllamacpp-*.whl"):
+        machine.copy_in(wheel, f"/srv/wheels/{wheel.name}")
+    machine.copy_in(llama.model, "/srv/models/smollm2.gguf")
+    machine.run("useradd --groups=vllmd-admin ada; useradd carl")
+    refused = machine.run("vllmctl engine install llama.cpp --offline /srv/wheels", user="ada", check=False)
+    assert (refused.returncode, "only root may say" in refused.stderr) == (77, True)
+    refused = machine.run("vllmctl engine install llama.cpp", user="carl", check=False)
+    assert (refused.returncode, "open to the group vllmd-admin" in refused.stderr) == (77, True)
+    told = machine.out("vllmctl engine install llama.cpp --offline /srv/wheels", timeout=300)
+    assert f"for the CPU is installed in {FOLDER}/" in told
+    assert machine.out(f"find {FOLDER} -printf '%u\\n' | sort -u") == "vllmd-installer"
+    for user in ("vllmd", "vllmd-engine"):
+        assert machine.run(f"touch {FOLDER}/current/x", user=user, check=False).returncode == 1
+    machine.write("/etc/vllmd/models.d/smollm2.yaml", SMOLLM2)
+    machine.run("vllmctl reload")
+    assert "Paris" in machine.out(CHAT, timeout=180)
+    version = machine.out(f"readlink {FOLDER}/current")
+    machine.run(
+        ["setpriv", "--reuid=vllmd-installer", "--regid=vllmd-installer", "--clear-groups", "sh", "-ec", ANOTHER]
+    )
+    assert f"9999.1 is in use, {version} was" in machine.out("vllmctl engine use llama.cpp 9999.1", user="ada")
+    refused = machine.run(f"vllmctl engine remove llama.cpp {version}", user="ada", check=False)
+    assert (refused.returncode, "runs, as process" in refused.stderr) == (75, True)
+    assert "Paris" in machine.out(CHAT)
+    machine.run("vllmctl reload")
+    machine.wait_until(f"vllmctl engine remove llama.cpp {version}", user="ada")
+    assert "Paris" in machine.out(CHAT, timeout=180)
+    assert f"{FOLDER}/9999.1/bin/python" in machine.out("pgrep -a -u vllmd-engine")
+    machine.run("rm /etc/vllmd/models.d/smollm2.yaml && vllmctl reload")
 
 
 HAMMER = """
@@ -174,7 +223,7 @@ def test_the_whole_path_on_debian_13(boot_machine: Callable[..., Machine], packa
     machine = boot_machine("trixie")
     container.install(machine, package)
     assert machine.out("systemctl --version").startswith("systemd 257 ")
-    assert states(machine, "is-active", *SOCKETS, *SERVICES) == ["active"] * 3 + ["inactive"] * 2
+    assert states(machine, "is-active", *SOCKETS, *SERVICES) == ["active"] * 4 + ["inactive"] * 2
     machine.write("/etc/vllmd/models.d/test.yaml", MODELS)
     assert "assistant" in machine.out(ASK, timeout=90)
     engines = engine_pids(machine)

@@ -11,7 +11,7 @@ from tests.machine.container import Machine
 
 pytestmark = pytest.mark.machine
 
-SOCKETS = ("vllmd.socket", "vllmd-admin.socket", "vllmd-read.socket")
+SOCKETS = ("vllmd.socket", "vllmd-admin.socket", "vllmd-read.socket", "vllmd-installer.socket")
 
 
 def test_installs_answers_upgrades_and_goes(boot_machine: Callable[..., Machine], rpm_package: Path) -> None:
@@ -19,7 +19,7 @@ def test_installs_answers_upgrades_and_goes(boot_machine: Callable[..., Machine]
     machine = boot_machine(build=True)
     machine.copy_in(rpm_package, "/root/vllmd.rpm")
     machine.run("rpm --install --nodeps /root/vllmd.rpm", timeout=120)
-    assert machine.out(f"systemctl is-enabled {' '.join(SOCKETS)}").split() == ["enabled"] * 3
+    assert machine.out(f"systemctl is-enabled {' '.join(SOCKETS)}").split() == ["enabled"] * 4
     assert machine.run("systemctl is-active vllmd.service", check=False).stdout.strip() == "inactive"
     assert '"data"' in machine.out("curl -sSf --max-time 60 http://127.0.0.1:33258/v1/models")
     machine.run("man -w vllmd vllmctl vllmd.yaml vllmd-launcher")

@@ -11,6 +11,7 @@ from vllmd.admin.runtime_models import RuntimeModels
 from vllmd.admin.store import Store
 from vllmd.core.types import Snapshot
 from vllmd.proxy.access import ANYBODY, Caller
+from vllmd.records.ring import Filter
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +146,39 @@ class Following(Protocol):
         """The engine's last log lines, and with ``follow`` what comes."""
 
 
+class Records(Protocol):
+    """What is kept of requests and of use. Requests that a caller may not see are not there for it."""
+
+    def requests(self, wanted: Filter, limit: int, caller: Caller) -> list[dict[str, Any]]:
+        """The last ones that have ended, the newest first."""
+
+    def under_way(self, wanted: Filter, caller: Caller) -> list[dict[str, Any]]:
+        """Those that have not ended, the oldest first."""
+
+    def request(self, request_id: str, caller: Caller) -> dict[str, Any]:
+        """One with its head, and with bodies if the caller may change things. Raises NotFound."""
+
+    def watch(self, wanted: Filter, caller: Caller) -> AsyncIterator[dict[str, Any]]:
+        """Requests as they end."""
+
+    def record(self, model: str, key: str, seconds: float, most: int) -> dict[str, Any]:
+        """Have bodies kept for so long, ``most`` bytes of each. Raises BadRequest."""
+
+    def stop_recording(self, number: int) -> dict[str, Any]:
+        """End a recording; 0: all. Raises NotFound."""
+
+    def recorded(self) -> dict[str, Any]:
+        """The recordings that go on, and how much is kept."""
+
+    async def usage(
+        self, by: tuple[str, ...], since: float, until: float, key: str | None, model: str
+    ) -> dict[str, Any]:
+        """Sums by these dimensions; times in Unix time. Raises BadRequest, Unavailable, NotFound."""
+
+    def trace(self, since: float, *, anonymised: bool) -> AsyncIterator[dict[str, Any]]:
+        """Arrivals from then on, as ``vllmctl simulate`` reads them. Raises Unavailable, NotFound."""
+
+
 @dataclass(frozen=True, slots=True)
 class Control:
     """The daemon, as the endpoints see it."""
@@ -155,3 +189,4 @@ class Control:
     following: Following
     runtime_models: RuntimeModels
     store: Store
+    records: Records

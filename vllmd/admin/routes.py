@@ -16,6 +16,7 @@ from vllmd.admin.metrics import MetricsEndpoints
 from vllmd.admin.models import ModelEndpoints
 from vllmd.admin.openapi import Documentation
 from vllmd.admin.operate import LONGEST_PROBE, OperatorEndpoints
+from vllmd.admin.records import add_records
 from vllmd.admin.runtime_models import add_guests
 from vllmd.admin.schemas import FLAG, TEXT, WAIT, answers, asks, doc, requires, streams, takes
 from vllmd.admin.store import add_store
@@ -96,6 +97,7 @@ def add_operator(router: Router, control: Control) -> None:
     _add_instances(router, InstanceEndpoints(control))
     add_guests(router, control.runtime_models, audited)
     add_store(router, control.store, audited)
+    add_records(router, control, audited)
 
 
 def _add_verbs(router: Router, operator: OperatorEndpoints) -> None:

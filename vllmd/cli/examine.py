@@ -16,7 +16,7 @@ from pathlib import Path
 
 Finding = tuple[str, str, str]
 NEEDED = {"h11": "python3-h11", "yaml": "python3-yaml", "sdnotify": "python3-sdnotify", "pystemd": "python3-pystemd"}
-SOCKETS = ("vllmd.socket", "vllmd-admin.socket", "vllmd-read.socket")
+SOCKETS = ("vllmd.socket", "vllmd-admin.socket", "vllmd-read.socket", "vllmd-installer.socket")
 USERS_SOCKETS = ("vllmd.socket", "vllmd-admin.socket")  # of systemctl --user
 LAUNCHER = "vllmd-launcher.socket"  # static: it comes up with vllmd.service, and is down before the first start
 GiB = 1 << 30

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterator
 
 from vllmd.config import offers, secrets
+from vllmd.config.engine_kinds import WITH_VERSIONS, one_name
 from vllmd.config.nodes import Where
 from vllmd.config.types import Config, ModelConfig
 from vllmd.config.value_types import show_duration, show_size
@@ -27,6 +28,7 @@ def check(config: Config) -> Iterator[Finding]:
         yield _place(config.models[model_name]) if model_name else _auth(config), path, what
     for model in config.models.values():
         yield from _model(model, config)
+        yield from _version(model)
         yield from _idle(model)
         yield from _replicas(model, config)
 
@@ -60,6 +62,13 @@ def _flags(config: Config) -> Iterator[Finding]:
             for flag in secrets.flags_with_secrets(argv):
                 what = f"the value of {flag} stands in the list of processes, which everybody can read; give it in env"
                 yield _place(model), f"models.{model.name}.{setting}", what
+
+
+def _version(model: ModelConfig) -> Iterator[Finding]:
+    """A version is that of an environment, which not every kind has, and which a command of its own goes before."""
+    if model.engine_version and (model.command or one_name(model.engine) not in WITH_VERSIONS):
+        why = "command says what runs" if model.command else f"{model.engine} has none; {', '.join(WITH_VERSIONS)} have"
+        yield _place(model), f"models.{model.name}.engine_version", f"there is no version to choose: {why}"
 
 
 def good_name(name: str) -> bool:

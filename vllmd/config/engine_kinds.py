@@ -7,8 +7,10 @@ ENGINE_KINDS = (
     *("vllm", "llama.cpp", "sglang", "transformers", "tei", "triton", "comfyui", "command", "remote", "sim"),
 )
 ALSO = {"llama-server": "llama.cpp", "simengine": "sim"}
+# Those that have environments, of which a model may name a version (``engines/environments.py``).
+WITH_VERSIONS = ("vllm", "llama.cpp", "sglang", "transformers")
 # Settings that mean nothing to another kind of engine.
-ENGINES_OWN = frozenset({"options", "extra_args", "command"})
+ENGINES_OWN = frozenset({"options", "extra_args", "command", "engine_version"})
 
 
 def one_name(kind: str) -> str:

@@ -24,6 +24,7 @@ from vllmd.config.types import (
     ModelConfig,
     PoolConfig,
     PullConfig,
+    RecordsConfig,
     ReplicaConfig,
     RequestRules,
     ScopeLimits,
@@ -366,6 +367,13 @@ MODEL = Group(
             reload=Reload.ENGINE,
         ),
         Setting(
+            "engine_version",
+            k.TEXT,
+            "Which of the installed versions of the engine it runs on, see engine in vllmctl(1); "
+            "without it the one in use.",
+            reload=Reload.ENGINE,
+        ),
+        Setting(
             "model",
             k.TEXT,
             "What the engine loads: a path or a repository id. Without it the model's own name is used.",
@@ -579,8 +587,8 @@ REPLICA = replace(
 DEFAULTS = replace(
     MODEL,
     doc="Settings of all models that do not say otherwise. env, idle, limits, options and a mapping in extra_args "
-    "are combined entry by entry. command, extra_args and options are for models of its own engine only, which is vllm "
-    "unless engine says another. Those of another kind have theirs under its name, as in "
+    "are combined entry by entry. command, engine_version, extra_args and options are for models of its own engine "
+    "only, which is vllm unless engine says another. Those of another kind have theirs under its name, as in "
     "llama.cpp: {extra_args: {flash-attn: on}}, a mapping of the same settings, which come before the others.",
     rows=tuple(row for row in MODEL.rows if row.name not in NOT_IN_DEFAULTS),
 )
@@ -782,6 +790,32 @@ PULL = Group(
     ),
 )
 
+RECORDS = Group(
+    RecordsConfig,
+    "What is kept of requests, and of who used how much.",
+    (
+        Setting(
+            "requests",
+            k.count(0, 100_000),
+            "How many of the last requests can be looked into: times, sizes, tokens, heads without secrets. In memory.",
+        ),
+        Setting(
+            "bodies",
+            k.SMALL_SIZE,
+            "Memory for bodies, of all requests together, while an administrator has them recorded (vllmctl record).",
+        ),
+        Setting(
+            "access_log",
+            k.ACCESS_LOG,
+            "One record for each request: journal (fields of the log), or the absolute path of a file for JSON lines, "
+            "which the daemon may write; logrotate may move it. Never a body, never a key's text.",
+        ),
+        Setting("usage", k.BOOL, "Keep use by hour, key and model, and arrivals, in the service's state folder."),
+        Setting("usage_days", k.count(1, 36_500), "For how many days use is kept; by the hour it is two months."),
+        Setting("trace_days", k.count(1, 3_650), "For how many days arrivals are kept (vllmctl simulate --recorded)."),
+    ),
+)
+
 ROOT = Group(
     Config,
     "The file /etc/vllmd/vllmd.yaml.",
@@ -797,6 +831,7 @@ ROOT = Group(
             "CPU, take of it as long as they run; auto is half of the machine's, or of what control groups leave.",
         ),
         Setting("idle", IDLE, "When unused models sleep and stop."),
+        Setting("records", RECORDS, "What is kept of requests and use."),
         Setting(
             "policy",
             k.choice("adaptive", "lru"),

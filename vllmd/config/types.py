@@ -112,6 +112,7 @@ class ModelConfig:
     replica_of: str = ""
     host: str = ""  # the only machine that it is meant for
     engine: str = "vllm"
+    engine_version: str = ""  # of the engine's environments; "" is the one in use
     user: str = ""  # whom its engine runs as: "" is the user of all, OWN_USER one of this model alone
     model: str = ""  # path or repository id; "" means the name
     command: tuple[str, ...] = field(
@@ -250,6 +251,18 @@ class PullConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordsConfig:
+    """What is kept of requests and of use. Sizes in bytes."""
+
+    requests: int = 2000  # the last ones, in memory
+    bodies: int = 4 << 20  # of all bodies that are kept while somebody has them recorded
+    access_log: str | None = None  # "journal" or the path of a file; None: none
+    usage: bool = True
+    usage_days: int = 400
+    trace_days: int = 14
+
+
+@dataclass(frozen=True, slots=True)
 class KeyConfig:
     """One API key. Its text is not kept: ``digest`` is the SHA-256 of it in hex.
 
@@ -285,6 +298,7 @@ class Config:
     reserve: int = 512 << 20  # bytes per device never promised
     host_memory: int | None = None  # budget for level-1 sleepers; None: half of the host's
     idle: IdleRules = field(default_factory=IdleRules)  # what models have that say nothing
+    records: RecordsConfig = RecordsConfig()
     policy: str = "adaptive"
     log_level: str = "info"
     engines: EngineDefaults = EngineDefaults()

@@ -530,6 +530,12 @@ NAMES = Kind(
     lambda value: ", ".join(value) or "none",
 )
 PATH = Kind("an absolute path", parse_path, {"type": "string"})
+ACCESS_LOG = Kind(
+    "journal, the absolute path of a file, or none",
+    or_none(lambda node: "journal" if node.text == "journal" else str(parse_path(node)), "none", "off"),
+    {"type": ["string", "null"]},
+    none="none",
+)
 FILE = Kind("the path of a file", parse_text, {"type": "string"})
 URL = Kind("an address such as https://mirror.example", parse_url, {"type": "string"}, none="none")
 COMMAND = Kind(

@@ -44,22 +44,22 @@ class Admission:
         if e.request in self._admitted or e.request in self._queued:
             raise LifecycleError(f"the daemon reported request {e.request!r} twice")
         model = core.models.get(e.model)
-        if model is None or model.removed:
+        if model is None or not model.replicas:
             self._refuse(e, Refusal(RejectReason.UNKNOWN_MODEL, f"no model is called {e.model!r}"))  # 1.1
             return
         if e.only and model.rules:
             self._only_there(model, e)
             return
-        model.used = core.now
+        model.used = core.engines.now
         chosen = self._balancer.choose(model, e.avoid)
         r = chosen or self._nominate(model)
         if r is None:
             self._refuse(e, self._all_down(model))
             return
         if chosen and not model.queue and not core.policy.in_order:  # 1.2
-            mark = core.mark_request if chosen.running else core.mark_dirty
-            self._admit(chosen, e.request)
-            mark(chosen)
+            self._admitted[e.request] = chosen
+            core.engines.admit(chosen, e.request)
+            core.mark_request(chosen)
             return
         core.mark_dirty(r)
         refusal = self._unknown_devices(r) or self._full(model, r) or self._failed(r)  # 1.3 to 1.7
@@ -97,21 +97,21 @@ class Admission:
         r = self._admitted.pop(e.request, None)
         if r is None:
             return
-        core = self._core
-        r.used = core.now
+        core, now = self._core, self._core.engines.now
+        r.used = now
         r.orphans.discard(e.request)
         run = r.running.pop(e.request, None)
         if r.health:
             self._health.ended(r, e.request, e.failed)
-        if run and r.state in AWAKE and not run.frozen and not e.failed:
-            r.costs.observe("service", core.now - run.began)
-        if run and r.running:
-            core.mark_request(r)
+        if run is None:
+            core.mark_dirty(r)
             return
-        if run:
-            r.idle_since = core.now
+        if r.state in AWAKE and not run.frozen and not e.failed:
+            r.costs.observe("service", now - run.began)
+        if not r.running:
+            r.idle_since = now
             core.replan = True
-        core.mark_dirty(r)
+        core.mark_request(r)
 
     def gone(self, e: RequestGone) -> None:
         """The client of a waiting request left."""

@@ -33,9 +33,9 @@ class Balancer:
 
     def choose(self, model: Model, avoid: Collection[str] = ()) -> Replica | None:
         """Of two that have a place, taken at random, the one that will answer sooner. None: none has."""
-        if model.rules is None:
-            only = model.replicas[0]
-            return only if only.state is State.READY and not only.full else None
+        if model.spec.balancing is None:
+            only, most = model.replicas[0], model.replicas[0].spec.concurrency
+            return only if only.state is State.READY and (most is None or len(only.running) < most) else None
         fit = [r for r in in_use(model) if not r.full and r.id not in avoid]
         pair = self._chance.sample(fit, min(2, len(fit)))
         now = self._engines.now

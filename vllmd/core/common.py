@@ -7,12 +7,14 @@ from collections.abc import Iterable
 from vllmd.core.costs import CostBook
 from vllmd.core.engine_table import EngineTable
 from vllmd.core.fit import Fit
+from vllmd.core.idle import rules_due
 from vllmd.core.ledger import Ledger
 from vllmd.core.lifecycle import Job, LifecycleError, Reason
 from vllmd.core.model import INFINITY, Model, Replica
 from vllmd.core.policy import Policy
 from vllmd.core.swaps import Swaps
-from vllmd.core.types import Device, Settings
+from vllmd.core.timers import Timers
+from vllmd.core.types import Device, Settings, State
 
 
 class Core:
@@ -23,12 +25,14 @@ class Core:
         self.costs = costs
         self.policy = policy
         self.engines = EngineTable(Ledger(devices, settings.host_memory))
+        self.timers = Timers()
         self.models: dict[str, Model] = {}
         self.replicas: dict[str, Replica] = {}  # of all models, by id
         self.fit = Fit(self.engines.ledger, self.replicas)
         self.swaps = Swaps(self.engines, self.replicas, self.fit)
         self.balanced: list[Model] = []  # those whose replicas share their requests by rules
         self.dirty: dict[Model, None] = {}  # what follows from a change of these is still to be found
+        self.active: dict[Replica, None] = {}  # those that have an engine, had one that failed, or are wanted
         self.changed: dict[Replica, None] = {}  # since the policy last looked
         self.unkept: dict[Model, None] = {}  # whose health and number of replicas are to be looked at
         self.waiting: dict[Replica, None] = {}  # wanted, and neither on nor on their way
@@ -40,12 +44,20 @@ class Core:
         return self.engines.now
 
     def mark_request(self, m: Replica) -> None:
-        """A request more or less runs in one that worked before and works on: mostly only a policy sees that."""
+        """A request has begun or ended in ``m``. Where nothing else goes on there, all that follows is done here.
+
+        That is the case of nearly every request: the engine serves, nobody waits, nothing keeps the replica or is to
+        happen to it. Then only the policy sees that one more or less runs, and the idle rules that it is used or not.
+        """
         model = m.model
-        if m.job or model.queue or model.leases or model.rules or not m.on:
+        if m.job or model.queue or model.leases or model.spec.balancing or m.state is not State.READY:
             self.dirty[model] = None
-        else:
-            self.changed[m] = None
+            return
+        if not m.running and (m.spec.preempt or self.policy.in_order):  # freezing may be to be proved; others may wait
+            self.dirty[model] = None
+            return
+        self.changed[m] = None
+        self.timers.set(m, INFINITY if m.running or m.pinned else rules_due(m))
 
     def mark_dirty(self, m: Replica) -> None:
         """Something about it, or about its model, changed."""

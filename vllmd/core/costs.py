@@ -49,17 +49,12 @@ def sleep_kind(level: int) -> str:
 
 
 class Rate:
-    """An arrival rate that forgets: each arrival counts 1/tau, and fades by e in tau seconds."""
+    """An arrival rate that forgets: each arrival counts 1/tau, and fades by e in tau seconds (``Costs.arrived``)."""
 
     __slots__ = ("at", "tau", "value")
 
     def __init__(self, tau: float, value: float = 0.0, at: float = 0.0) -> None:
         self.tau, self.value, self.at = tau, value, at
-
-    def arrived(self, now: float) -> None:
-        """Count one arrival."""
-        fades = math.exp((self.at - now) / self.tau) if now > self.at else 1.0  # as read says; called for each request
-        self.value, self.at = self.value * fades + 1.0 / self.tau, now
 
     def read(self, now: float) -> float:
         """Arrivals per second, as of ``now``."""
@@ -151,8 +146,9 @@ class Costs:
 
     def arrived(self, now: float) -> None:
         """Count a request."""
-        self.rate.arrived(now)
-        self.rate_long.arrived(now)
+        for rate in (self.rate, self.rate_long):
+            fades = math.exp((rate.at - now) / rate.tau) if now > rate.at else 1.0
+            rate.value, rate.at = rate.value * fades + 1.0 / rate.tau, now
 
     def to_dict(self) -> dict[str, Any]:
         """Only what was learnt; arrival rates are not kept (the clock is another one next time)."""

@@ -65,6 +65,7 @@ class EngineTable:
         self.calibrations = 0  # how often a time that was learnt changed what is expected of other engines
         self._busy: dict[int, Replica] = {}  # device -> whose command runs there
         self.leaving: dict[Replica, None] = {}  # gate closed, or asleep and to be stopped, and no command out yet
+        self.displaced: dict[Replica, None] = {}  # asleep because another one needed their place
 
     # -- what goes out
 
@@ -313,6 +314,8 @@ class EngineTable:
         self._move(m, Step.ASLEEP)
         job, m.job = m.job, None
         m.displaced = job is not None and job.reason is Reason.SWAP
+        if m.displaced:
+            self.displaced[m] = None
         m.level = level
         if m.health:
             m.health.engine_left()
@@ -408,6 +411,7 @@ class EngineTable:
     def _move(self, m: Replica, step: Step) -> None:
         m.state = follow(m.id, m.state, step)
         m.changed, m.untouched = self.now, False
+        self.displaced.pop(m, None)  # it is no sleeper any more, or has just become one
         self._track(m)
         devices = m.placement.devices
         if m.state in MOVING:

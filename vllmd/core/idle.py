@@ -33,6 +33,11 @@ def idle_due(m: Replica) -> float:
     """When its idle rules next want something; infinite while it is used, kept, or about to leave anyway."""
     if m.running or m.demand or m.kept or m.leaving:
         return INFINITY
+    return rules_due(m)
+
+
+def rules_due(m: Replica) -> float:
+    """The same of one that is not used, nor kept, nor about to leave."""
     rules, since = m.spec.idle, m.idle_since
     stop = INFINITY if rules.stop_after is None else since + rules.stop_after
     if m.state is State.READY:

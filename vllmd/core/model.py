@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from vllmd.core.costs import Costs
 from vllmd.core.lifecycle import AWAKE, LOADED, Job, Kind, Reason, wanted
 from vllmd.core.queues import Queue
-from vllmd.core.types import Footprint, ModelSpec, Placement, ReplicaRules, ReplicaSpec, Source, State
+from vllmd.core.types import Footprint, ModelSpec, ModelView, Placement, ReplicaRules, ReplicaSpec, Source, State
 
 INFINITY = math.inf
 NOWHERE = Placement()
@@ -137,6 +137,7 @@ class Model:
     used: float = -INFINITY  # when a request last came
     added: set[int] = field(default_factory=set)  # devices for which one more replica was asked for
     scale: Scale = field(default_factory=Scale)
+    unused_view: ModelView | None = None  # what is shown of one that was never used, until something changes (views.py)
 
     @property
     def name(self) -> str:
@@ -186,7 +187,8 @@ class Replica:
     slept_shallow: bool = False  # at level 1 since it started: its host memory stays taken
     sleep_failures: int = 0  # sleeps and wakes that ended in a stop
     health: Health | None = None  # of one of several engines of a model
-    due: float = INFINITY  # when time alone changes something for it
+    due: float = INFINITY  # when time alone changes something for it: only timers.py changes it
+    timer: float = INFINITY  # the first entry for it there
 
     def __post_init__(self) -> None:
         self.id = self.spec.id

@@ -62,7 +62,7 @@ class Planner:
         core = self._core
         if not core.replan or len(core.engines.ledger.accounts) < 2 or len(core.swaps):
             return
-        if any(m.displaced and m.state is State.SLEEPING for m in core.replicas.values()):  # before all is looked at
+        if core.engines.displaced:  # before all is looked at
             plan = core.policy.tidy(self.look())
             if plan:
                 self.begin(plan)

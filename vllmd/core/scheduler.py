@@ -28,7 +28,7 @@ from vllmd.core.policies import POLICIES
 from vllmd.core.policy import Policy
 from vllmd.core.policy_input import sleep_levels
 from vllmd.core.scaling import Scaling
-from vllmd.core.types import Brief, Device, ModelSpec, Settings, Snapshot, State
+from vllmd.core.types import Brief, Device, ModelSpec, ReplicaView, Settings, Snapshot, State
 from vllmd.core.unloading import DEEPEN_RETRY, Unloading
 from vllmd.core.views import BEST_FIRST, brief, snapshot
 
@@ -56,7 +56,6 @@ class Scheduler:
         self._operator = OperatorCommands(core, self._admission, self._scaling)
         self._unloading = Unloading(core, self._planner)
         self._devices = Devices(core, self._admission)
-        self._due = INFINITY  # the least of all replicas' due
         self._handlers = self._rooms()
         for spec in models:
             self._operator.configure(spec)
@@ -70,14 +69,15 @@ class Scheduler:
         if now > engines.now:
             engines.now = now
         self._handlers[type(event)](event)
-        if self._due <= engines.now:
+        if core.timers.due <= engines.now:
             self._expire()
         if core.dirty:
             self._settle()
-        if core.waiting or core.replan or core.balanced or self._operator.preload or self._planner.held_back:
+        wanted = core.waiting or core.balanced or self._operator.preload or self._planner.held_back
+        if wanted or (core.replan and engines.displaced):
             for _ in self._steps():
                 self._settle()
-            core.replan = False
+        core.replan = False
         return engines.collect()
 
     def _steps(self) -> Iterator[None]:
@@ -91,13 +91,30 @@ class Scheduler:
         """When it wants ``TimePassed`` if nothing else happens before."""
         if self._operator.preload and not self._operator.preloading:
             return self._core.now
-        due = min(self._due, self._planner.due, self._scaling.due)
+        core = self._core
+        due = core.timers.due
+        if core.waiting:
+            due = min(due, self._planner.due)
+        if core.balanced:
+            due = min(due, self._scaling.due)
         return None if due == INFINITY else due
 
     def snapshot(self, now: float) -> Snapshot:
         """Everything worth showing, copied."""
         core = self._core
-        return snapshot(core, self._planner, max(now, core.now))
+        return snapshot(core, self._planner, max(now, core.now), core.models.values())
+
+    def activity(self, now: float) -> Snapshot:
+        """The same of those models only of which something runs, is wanted, or has failed: cheap, however many rest."""
+        core = self._core
+        models = dict.fromkeys(r.model for r in core.active)
+        return snapshot(core, self._planner, max(now, core.now), models)
+
+    def replicas_of(self, name: str, now: float) -> list[ReplicaView]:
+        """How each engine of the model stands, or the one of that id; none if nothing is called so."""
+        core, r = self._core, self._core.replicas.get(name)
+        model = core.models.get(name) or (r.model if r else None)
+        return snapshot(core, self._planner, max(now, core.now), [model]).replicas_of(name) if model else []
 
     def brief(self, model: str) -> Brief | None:
         """The model's state and open requests, cheaply; None for no such model."""
@@ -160,7 +177,7 @@ class Scheduler:
 
     def _expire(self) -> None:
         now = self._core.now
-        for r in [r for r in self._core.replicas.values() if r.due <= now]:
+        for r in self._core.timers.expired(now):
             model = r.model
             self._core.mark_dirty(r)
             self._admission.expire(model)  # 4.1
@@ -216,10 +233,10 @@ class Scheduler:
         while core.dirty:
             model, _ = core.dirty.popitem()
             self._review(model)
-        self._due = min([r.due for r in core.replicas.values()], default=INFINITY)
 
     def _review(self, model: Model) -> None:
         """Bring everything that hangs on the model's and its engines' state up to date."""
+        model.unused_view = None
         if model.queue:
             self._admission.serve(model)
         if model.rules:
@@ -242,8 +259,12 @@ class Scheduler:
             self._core.waiting.pop(r, None)
         elif r not in self._core.waiting:
             self._wait(r)
+        if r.state is not State.STOPPED or r.demand:
+            self._core.active[r] = None
+        else:
+            self._core.active.pop(r, None)
         self._core.changed[r] = None
-        r.due = self._due_of(r)
+        self._core.timers.set(r, self._due_of(r))
 
     def _do_for_itself(self, r: Replica) -> None:
         """One that serves may have something to do for itself, once it has let in what waits."""
@@ -293,4 +314,6 @@ class Scheduler:
         core.replicas.pop(r.id, None)
         core.waiting.pop(r, None)
         core.swaps.cancel(r)
+        core.active.pop(r, None)
+        core.timers.set(r, INFINITY)
         core.changed[r] = None

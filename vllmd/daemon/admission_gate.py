@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -127,6 +128,10 @@ class AdmissionGate:
     def requests(self) -> int:
         """How many have arrived and not ended."""
         return len(self._permits) + len(self._opening)
+
+    def running(self) -> Counter[tuple[str, str]]:
+        """How many requests run, by their models and keys."""
+        return Counter((permit.model, permit.key) for permit in self._permits.values() if permit.admitted)
 
     # -- what the proxy asks ---------------------------------------------------------------
 

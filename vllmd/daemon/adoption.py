@@ -189,6 +189,7 @@ def _member(running: Running, model: ModelConfig, engine: Engine, key_of: Callab
         listen=replace(listen, key=key_of(running.instance) if listen.key else "", owner=running.uid),
         placement=Placement(tuple(json.loads(noted["devices"]))),
         fingerprint=noted["fingerprint"],
+        environment=noted.get("environment"),
         running=running,
         started=time.monotonic() - seconds_since(noted, "started"),
     )

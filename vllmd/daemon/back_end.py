@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from vllmd.core import events
-from vllmd.core.types import Snapshot, State
+from vllmd.core.types import ReplicaView, Snapshot, State
 from vllmd.daemon.adapter_loader import provide
 from vllmd.daemon.boot_clock import moments
 from vllmd.daemon.device_readings import DeviceReadings
@@ -40,13 +40,22 @@ class BackEnd:
     learnt: Learnt
     keeping: asyncio.Lock = field(default_factory=asyncio.Lock)  # one writes what was learnt at a time
 
-    def post(self, event: events.Event) -> None:
-        """Hand an event to the core."""
-        self.dispatcher.post(event)
+    @property
+    def post(self) -> Callable[[events.Event], None]:
+        """Hands an event to the core."""
+        return self.dispatcher.post
 
     def snapshot(self) -> Snapshot:
         """How everything stands. It is drawn anew each time, of all models: ask once and pass it on."""
         return self.dispatcher.scheduler.snapshot(self.dispatcher.now())
+
+    def activity(self) -> Snapshot:
+        """The same of those models only of which something runs, is wanted or has failed."""
+        return self.dispatcher.scheduler.activity(self.dispatcher.now())
+
+    def replicas_of(self, name: str) -> list[ReplicaView]:
+        """How each engine of the model stands, or the one of that id; none if nothing is called so."""
+        return self.dispatcher.scheduler.replicas_of(name, self.dispatcher.now())
 
     def address_of(self, replica: str) -> Listen | None:
         """Where the replica's engine listens; None if there is none."""
@@ -87,7 +96,7 @@ class BackEnd:
 
     async def note_idle(self) -> None:
         """Leave each engine's idle clock beside its cgroup, for the next daemon."""
-        for view in self.snapshot().replicas:
+        for view in self.activity().replicas:
             process = self.engines.processes.get(view.id)
             if process and view.idle is not None:
                 await self.engines.annotate(process, **moments(idle_since=view.idle))

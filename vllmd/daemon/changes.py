@@ -29,6 +29,7 @@ OUTCOMES: dict[type, tuple[str, bool]] = {  # what an engine's event ends, and w
     events.EngineStopped: ("stop", False),
     events.EngineExited: ("exit", True),
 }
+COMINGS = frozenset({"start", "wake"})  # changes after which it serves
 ENDINGS = frozenset({"stop", "exit"})  # changes after which the engine's process is gone
 
 
@@ -36,13 +37,22 @@ class Changes:
     """Hears of decisions and engines' events as they pass; keeps nothing but who follows."""
 
     def __init__(
-        self, current: Current, counters: Counters, learnt: Learnt, engine_gone: Callable[[str], None]
+        self,
+        current: Current,
+        counters: Counters,
+        learnt: Learnt,
+        engine_gone: Callable[[str], None],
+        engine_up: Callable[[str, float], None] = lambda engine, took: None,
     ) -> None:
-        """``engine_gone`` is called with the id of an engine whose process has ended."""
+        """``engine_gone`` is called with the id of an engine whose process has ended.
+
+        ``engine_up``: with that of one that has started or woken, and the seconds that it took.
+        """
         self._current = current
         self._counters = counters
         self._learnt = learnt
         self._engine_gone = engine_gone
+        self._engine_up = engine_up
         self._watchers: set[asyncio.Queue[dict[str, Any]]] = set()
         self._changed = asyncio.Event()
         self._followers = 0  # how many wait for a change
@@ -68,6 +78,8 @@ class Changes:
         before = _view(dispatcher, engine)
         took = (before.since or 0.0) if before else 0.0
         self._counters.changed(self._current.model_of(engine), change, took, failed=failed)
+        if change in COMINGS and not failed:
+            self._engine_up(engine, took)
         dispatcher.post(event)
         if change in ENDINGS:
             self._engine_gone(engine)
@@ -131,5 +143,4 @@ def dated(decision: Decision, now: float) -> dict[str, Any]:
 
 
 def _view(dispatcher: Dispatcher, engine: str) -> ReplicaView | None:
-    seen = dispatcher.scheduler.snapshot(dispatcher.now())
-    return next(iter(seen.replicas_of(engine)), None)
+    return next(iter(dispatcher.scheduler.replicas_of(engine, dispatcher.now())), None)

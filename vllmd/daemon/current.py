@@ -31,6 +31,7 @@ class RuntimeEnvironment:
     homes: Path | None = None  # where those of models with a user of their own are
     cache: Path | None = None
     learnt: Path | None = None  # the file of figures that are kept over restarts; None: none are
+    usage: Path | None = None  # the file in which use is recorded; None: it is not
     logs: Path | None = None
     activated: bool = False  # listeners came from systemd: exit when idle
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -42,12 +43,18 @@ class Current:
     def __init__(self, config: Config, broken: str = "") -> None:
         self.broken = broken  # why the configuration cannot be used, if it cannot
         self.config = config
-        self.engines: Mapping[str, ModelConfig] = engines_of(config.models)  # by the id that the core knows each by
+        self._take_engines(config)
 
     def take(self, config: Config) -> None:
         """This configuration is in force from now on."""
         self.config, self.broken = config, ""
-        self.engines = engines_of(config.models)
+        self._take_engines(config)
+
+    def _take_engines(self, config: Config) -> None:
+        self.engines: Mapping[str, ModelConfig] = engines_of(config.models)  # by the id that the core knows each by
+        self._engines_of: dict[str, list[str]] = {}
+        for name, engine in self.engines.items():
+            self._engines_of.setdefault(engine.replica_of or name, []).append(name)
 
     def model_of(self, engine: str) -> str:
         """The model of an engine."""
@@ -56,8 +63,7 @@ class Current:
 
     def engines_of(self, model: str) -> list[str]:
         """The ids of the engines that a model is to have, or the one id."""
-        found = [name for name, engine in self.engines.items() if model in (name, engine.replica_of)]
-        return found or [model]
+        return list(self._engines_of.get(model, (model,)))
 
 
 class Later(Generic[T]):

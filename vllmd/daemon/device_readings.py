@@ -26,7 +26,7 @@ class DeviceReadings:
     async def look(self) -> None:
         """Tell the core what the devices hold now, if they say."""
         memory, dispatcher = self._memory, self._dispatcher
-        seen = dispatcher.scheduler.snapshot(dispatcher.now())
+        seen = dispatcher.scheduler.activity(dispatcher.now())
         expected = {(view.id, index): view.memory for view in seen.replicas for index in view.devices}
         sampled = await memory.report(self._engines.processes, expected)
         if sampled is None and memory.readable:  # the driver hangs: nobody knows what others hold

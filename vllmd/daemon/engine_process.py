@@ -15,7 +15,9 @@ from vllmd.config.types import ModelConfig
 from vllmd.core.types import Placement
 from vllmd.daemon.failure_text import how_it_ended, with_last_lines
 from vllmd.daemon.logfile import LogFile
+from vllmd.engines import environments
 from vllmd.engines.base import Engine, Listen, Progress
+from vllmd.errors import ConfigError
 from vllmd.launcher.client import ExitReport, Running
 
 LOG_LINES = 1000  # kept of a start: each of several worker processes tells its own traceback of the one root error
@@ -69,6 +71,7 @@ class EngineProcess:
     stop_signal: int = signal.SIGTERM
     self_managed: bool = False
     watch: float = 0.0  # Launch.watch
+    environment: str | None = None  # that it was started in; "": it has none; None: an older version noted nothing
     ending: bool = False  # it was told to go
     asleep: bool = False
     health: Health = field(default_factory=Health)
@@ -114,6 +117,21 @@ def of(process: EngineProcess) -> dict[str, dict[str, str]]:
     return {"journal": {"MODEL": model, **replica, **unit}}
 
 
+def environment_now(model: ModelConfig) -> str:
+    """The environment that an engine of this model would be started in now; "" where it has none."""
+    try:
+        found = environments.chosen(model)
+    except ConfigError:  # which its start will say
+        return ""
+    return str(found.path) if found else ""
+
+
+def is_outdated(process: EngineProcess, model: ModelConfig) -> bool:
+    """Whether a reload is to replace it: another version of its engine is in use since it was started."""
+    now = environment_now(model)
+    return process.environment is not None and now not in ("", process.environment)
+
+
 def fingerprint(model: ModelConfig) -> str:
     """What of a model's settings its engine depends on; another value means another engine."""
     return _fingerprint(model, model.replica_of or model.name)
@@ -135,7 +153,8 @@ def _fingerprint(model: ModelConfig, name: str) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-_SINCE_0_1_0 = {"user": "", "adapters": {}}  # settings that 0.1.0 did not have, with the value that means what it did
+# Settings that 0.1.0 did not have, with the value that means what it did.
+_SINCE_0_1_0 = {"user": "", "adapters": {}, "engine_version": ""}
 _NO_RULES: dict[str, object] = {
     "strip": (),
     "set": {},

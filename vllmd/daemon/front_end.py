@@ -27,6 +27,7 @@ from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.listeners import Listeners
 from vllmd.daemon.operator_commands import OperatorCommands
 from vllmd.daemon.quotas import Quotas
+from vllmd.daemon.records import Records
 from vllmd.daemon.runtime_models import RuntimeModels, addresses
 from vllmd.daemon.status import Status
 from vllmd.daemon.store import ModelStore
@@ -59,6 +60,7 @@ class FrontEnd:
     store: ModelStore
     changing: asyncio.Lock  # one change of the configuration at a time
     listeners: Listeners
+    records: Records
     back: Later[BackEnd]
 
     def open(self, back: BackEnd) -> None:
@@ -72,6 +74,7 @@ class FrontEnd:
         self.current.take(config)
         self.gate.refusal = None
         self.gate.configure(config.models, self.current.engines, config.server.keep_alive_limit, config.pools)
+        self.records.configure(config.records)
         self.listeners.configure(config)
 
     def turn_away(self) -> None:
@@ -99,13 +102,15 @@ def front_end(
     limits = Limits.of(config.server)
     relay = Relay(gate, limits)
     learnt = Learnt(runtime.learnt)
-    changes = Changes(current, counters, learnt, relay.forget)
+    records = Records(config.records, runtime.usage)
+    relay.recorder = records.recordings
+    changes = Changes(current, counters, learnt, relay.forget, records.engine_up)
     instances = Instances(current, back, take, changing)
     runtime_models = RuntimeModels(current, back, take, changing, instances.plain, addresses(sockets.get("http", ())))
     store = ModelStore(current, runtime, back, changes, reload)
     status = Status(current, runtime, resolver, gate, learnt, back, lambda: listeners.connections, store.lines)
     commands, following = OperatorCommands(back, instances, reload), Following(current, status, changes, back)
-    control = Control(counters, status, commands, following, runtime_models, store)
+    control = Control(counters, status, commands, following, runtime_models, store, records)
 
     def outcome(model: str, answered: int, failed: bool) -> None:
         """What became of a request; of several replicas the scheduler itself judges."""
@@ -113,7 +118,8 @@ def front_end(
         if back.now is not None and known and not known.replicas:
             back.now.engines.answered(model, answered, failed=failed)
 
-    listeners = Listeners(config, gate, quotas, control, relay, limits, sockets, outcome)
+    listeners = Listeners(config, gate, quotas, control, relay, limits, sockets, outcome, records.ended)
+    records.live = listeners.exchanges
     return FrontEnd(
         runtime=runtime,
         current=current,
@@ -128,5 +134,6 @@ def front_end(
         store=store,
         changing=changing,
         listeners=listeners,
+        records=records,
         back=back,
     )

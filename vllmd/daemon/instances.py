@@ -49,7 +49,7 @@ class Instances:
             adding = self._adding.get((name, device))  # the core may have asked for one more
         if adding:
             await asyncio.shield(adding)
-        views = back.snapshot().replicas_of(name)
+        views = back.replicas_of(name)
         return next((view.id for view in views if device in view.devices or view.bound == device), name)
 
     # -- further ones
@@ -95,7 +95,7 @@ class Instances:
 
     def _rests(self, name: str) -> bool:
         """Whether the engine is stopped, and nobody waits for it."""
-        views = self._back.now.snapshot().replicas_of(name) if self._back.now else ()
+        views = self._back.now.replicas_of(name) if self._back.now else ()
         return all(view.state in (State.STOPPED, State.FAILED) and not view.waiting_for for view in views)
 
     def plain(self, model: ModelConfig) -> ModelConfig:

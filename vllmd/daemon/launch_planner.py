@@ -13,7 +13,7 @@ from vllmd.config.types import ModelConfig
 from vllmd.core import commands
 from vllmd.daemon.boot_clock import moments
 from vllmd.daemon.engine_keys import EngineKeys
-from vllmd.daemon.engine_process import EngineProcess, fingerprint
+from vllmd.daemon.engine_process import EngineProcess, environment_now, fingerprint
 from vllmd.daemon.homes import Homes, ordered_user
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.ports import PortPool
@@ -92,7 +92,7 @@ class LaunchPlanner:
                 self._ports.release(place.port)
         process = EngineProcess(model, engine, instance, launch.listen, command.placement, fingerprint(model))
         process.stop, process.stop_signal, process.self_managed = launch.stop, launch.stop_signal, launch.self_managed
-        process.watch = launch.watch
+        process.watch, process.environment = launch.watch, environment_now(model)
         try:
             return process, self._order(process, launch, run_dir) if launch.argv else None
         except ProtocolError as error:
@@ -130,6 +130,7 @@ class LaunchPlanner:
                 "listen": json.dumps(noted(process.listen)),
                 "devices": json.dumps(process.placement.devices),
                 "fingerprint": process.fingerprint,
+                "environment": process.environment or "",
                 "state": "starting",
                 "level": "0",
                 **moments(since=0.0, started=0.0),

@@ -12,7 +12,7 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from vllmd.admin.control import Control
 from vllmd.admin.routes import add_operator, add_public
@@ -56,8 +56,12 @@ class Listeners:
         limits: Limits,
         listeners: Mapping[str, Sequence[socket.socket]],
         outcome: Callable[[str, int, bool], None],
+        ended: Callable[[Exchange], None] = lambda exchange: None,
     ) -> None:
-        """``outcome`` is told of each request for a model: its name, the status, and whether the engine failed it."""
+        """``outcome`` is told of each request for a model: its name, the status, and whether the engine failed it.
+
+        ``ended`` is called at the end of every request.
+        """
         self._listeners = listeners
         self._control = control
         self._gate = gate
@@ -70,6 +74,7 @@ class Listeners:
         self._relay = relay
         self._reachable: list[tuple[Router, list[str]]] = []  # those at addresses that strangers can reach
         self._outcome = outcome
+        self._ended = ended
         # Operators do not stand in the clients' line: their connections are counted apart.
         self._operators: list[Server] = []
         self._servers = [server for name, sockets in sorted(listeners.items()) for server in self._open(name, sockets)]
@@ -153,6 +158,10 @@ class Listeners:
         """Those of ``connections`` that are not operators."""
         return sum(server.connections for server in self._clients)
 
+    def exchanges(self) -> Iterator[Exchange]:
+        """The requests for models that are under way."""
+        return (each for server in self._servers for each in server.exchanges() if each.model)
+
     @property
     def busy(self) -> int:
         """Clients who are sending a request, or wait for an answer."""
@@ -188,6 +197,7 @@ class Listeners:
 
     def _note(self, exchange: Exchange) -> None:
         self._control.counters.exchanged(exchange)
+        self._ended(exchange)
         if exchange.model and exchange.status and (not exchange.error or exchange.error in ENGINES_FAULTS):
             self._outcome(exchange.model, exchange.status, bool(exchange.error))
         _log(exchange)

@@ -23,6 +23,7 @@ from vllmd.config.user_home import user_home
 from vllmd.daemon import identity
 from vllmd.daemon.current import RuntimeEnvironment
 from vllmd.daemon.listen import Listeners, listeners, told
+from vllmd.daemon.records import store_path
 from vllmd.daemon.service import Daemon, meant_for_us
 from vllmd.errors import ConfigError
 from vllmd.systemd.activation import take_listeners
@@ -129,6 +130,7 @@ def runtime(environment: Mapping[str, str], *, activated: bool) -> Iterator[Runt
             homes=Path(environment["VLLMD_ENGINE_HOMES"]) if environment.get("VLLMD_ENGINE_HOMES") else None,
             cache=Path(cache) if cache else None,
             learnt=Path(cache) / "learnt.json" if cache else learnt_of(environment),
+            usage=store_path(environment, user_home(environment)),
             logs=_logs(environment),
             activated=activated,
             environment=environment,

@@ -36,7 +36,7 @@ class OperatorCommands:
         """
         back = await self._back.wait()
         back.post(events.LoadAsked(model))
-        views = back.snapshot().replicas_of(model)
+        views = back.replicas_of(model)
         if views and all(view.state is State.STOPPED and not view.waiting_for for view in views):
             for why in [view.failure for view in views if view.failure]:
                 raise ModelTooLarge(why)
@@ -75,7 +75,7 @@ class OperatorCommands:
         """Take a device out of use, or give it back; how it is then. Raises NotFound."""
         back = await self._back.wait()
         back.post(events.DeviceDrained(device, drained))
-        for view in back.snapshot().devices:
+        for view in back.activity().devices:
             if view.index == device:
                 return asdict(view)
         raise NotFound(f"there is no device {device}; vllmctl gpus lists those that there are")

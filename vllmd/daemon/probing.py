@@ -55,7 +55,7 @@ async def probe(back: BackEnd, model: str, limit: float | None, *, everybody: bo
 
 
 def _serving(back: BackEnd, model: str) -> list[EngineProcess]:
-    known = back.snapshot().replicas_of(model)
+    known = back.replicas_of(model)
     processes = [back.engines.processes[view.id] for view in known if view.state is State.READY]
     if not processes:
         state = state_of(known[0]) if known else "gone"

@@ -18,7 +18,7 @@ from vllmd.config.types import Config, ModelConfig
 from vllmd.core import events
 from vllmd.core.types import renamed
 from vllmd.daemon.back_end import BackEnd
-from vllmd.daemon.engine_process import fingerprint
+from vllmd.daemon.engine_process import fingerprint, is_outdated
 from vllmd.daemon.expectations import estimates, expect, files_of, kinds, opener, paths_of, settings_of, specs_of
 from vllmd.daemon.front_end import FrontEnd
 from vllmd.daemon.startup import adopt_running, say_devices
@@ -50,6 +50,8 @@ async def take(
     known = {**{name: name for name in before}, **_renamed_engines(engines, before)}
     kept = {name: known[name] for name in engines if name in known}
     changed = {name for name, old in kept.items() if fingerprint(engines[name]) != fingerprint(before[old])}
+    running = {name: back.engines.processes[old] for name, old in kept.items() if old in back.engines.processes}
+    changed |= {name for name, process in running.items() if is_outdated(process, engines[name])}
     added, removed = sorted(config.models.keys() - was.keys()), sorted(was.keys() - config.models.keys())
     if not still():
         raise Conflict("it is in use by now")

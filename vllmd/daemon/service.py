@@ -128,6 +128,8 @@ class Daemon:
                 await asyncio.wait_for(back.note_idle(), NOTES_LIMIT)
             await back.keep_learnt()
         await front.listeners.close(limit=0.0 if self._hurry.is_set() else ANSWERS_LIMIT)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(front.records.close(), NOTES_LIMIT)
         if back is not None:
             await back.close()
 
@@ -146,7 +148,7 @@ class Daemon:
         bad: frozenset[tuple[str, str]] | None = None  # what is in error, as kept last
         while True:
             back = self.front.back.now
-            seen = back.snapshot() if back else None
+            seen = back.activity() if back else None
             self._notify.watchdog()
             self._say_status(seen)
             if self._may_exit(seen):
@@ -173,6 +175,7 @@ class Daemon:
             return
         async with self._sampling:
             await back.readings.look()
+            self.front.records.look(back.snapshot(), self.front.gate.running())
             if keep:
                 back.dispatcher.flush_log()
                 await back.note_idle()

@@ -6,26 +6,35 @@
     $XDG_DATA_HOME/vllmd/engines/KIND/VERSION/           one user's (~/.local/share where that is not set)
     .../KIND/current                                     a link to the VERSION in use; without it the newest
 
-Each is a Python environment as ``python3 -m venv`` and uv make them, with the engine's program in its ``bin``.
-``VLLMD_ENGINES`` names a folder to look in instead of these two. What an administrator has put into PATH goes before
-any of them, and a model's ``command`` before everything.
+Each is a Python environment as ``python3 -m venv`` and uv make them, with the engine's program in its ``bin``;
+``vllmd/installer`` makes them. ``VLLMD_ENGINES`` names a folder to look in instead of these two. What an administrator
+has put into PATH goes before any of them, the version that a model names (``engine_version``) before PATH, and a
+model's ``command`` before everything.
+
+An engine runs in the environment that it was started in for as long as it lives: what is installed or chosen later
+is for the next start.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllmd.config.engine_kinds import one_name
 from vllmd.config.types import ModelConfig
+from vllmd.errors import ConfigError
 
 SYSTEM = Path("/var/lib/vllmd/engines")
 CURRENT = "current"
 # The PATH that the launcher gives to engines of another user; an engine of the same user keeps the user's own.
 PATH = "/usr/local/bin:/usr/bin:/bin"
+# The kinds that have environments, each with the program that is looked for in PATH before; "": none is.
+PROGRAMS: dict[str, str] = {"vllm": "vllm", "llama.cpp": "llama-server", "sglang": "", "transformers": "transformers"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +84,33 @@ def in_use(kind: str, version: str = "", variables: Mapping[str, str] = os.envir
     return next(iter(installed(kind, variables)), None)
 
 
-def program(model: ModelConfig, kind: str, name: str) -> str:
-    """The program ``name`` that an engine of this kind runs: of PATH, else of the environment in use, else ``name``."""
-    if in_path(model, name):
-        return name
-    environment = in_use(kind)
+def chosen(model: ModelConfig) -> Environment | None:
+    """The environment that an engine of this model is started in; None: it runs without one, or is not installed.
+
+    Raises ConfigError for a version that is not here.
+    """
+    kind = one_name(model.engine)
+    if kind not in PROGRAMS or model.command:
+        return None
+    if version := model.engine_version:
+        found = in_use(kind, version)
+        if found is None:
+            raise ConfigError(f"{f'{model.where}: ' if model.where else ''}models.{model.name}.engine_version: "
+                              f"{absent(kind, version)}")  # fmt: skip
+        return found
+    return None if PROGRAMS[kind] and in_path(model, PROGRAMS[kind]) else in_use(kind)
+
+
+def absent(kind: str, version: str) -> str:
+    """That a version is not installed, what is, and what helps."""
+    here = ", ".join(one.version for one in installed(kind)) or "none"
+    wanted = shlex.quote(f"{kind}=={version}")
+    return f"{kind} {version} is not installed (here: {here}); vllmctl engine install {wanted}"
+
+
+def program(model: ModelConfig, name: str) -> str:
+    """The program ``name`` that an engine of this model runs: of its environment, else ``name`` itself."""
+    environment = chosen(model)
     found = environment.program(name) if environment else None
     return str(found or name)
 

@@ -57,12 +57,7 @@ class LlamaCpp(Plain):
 
     kind = "llama.cpp"
     PROGRAM = "llama-server"
-    INSTALL = (
-        "install llama.cpp (https://github.com/ggml-org/llama.cpp), name its llama-server in command, or take the one "
-        "from PyPI: python3 -m venv {env} && {env}/bin/pip install xllamacpp".format(
-            env=environments.SYSTEM / "llama.cpp/1"
-        )
-    )
+    INSTALL = "vllmctl engine install llama.cpp, or name a llama-server that is installed in command"
     OPTIONS: ClassVar[Mapping[str, str]] = {
         "gpu_layers": "layers kept on the device (default: all); 0: it runs on the CPU and takes no device",
         "parallel": "requests that are worked on at a time",
@@ -152,8 +147,8 @@ def _program(model: ModelConfig) -> tuple[str, ...]:
         is_python = len(model.command) == 1 and _PYTHON.fullmatch(Path(model.command[0]).name)
         return (model.command[0], "-I", str(OWN_SERVER)) if is_python else model.command
     name = LlamaCpp.PROGRAM
-    found = environments.in_use(LlamaCpp.kind)
-    if found is None or environments.in_path(model, name):
+    found = environments.chosen(model)
+    if found is None:
         return (name,)
     own = found.program(name)
     return (str(own),) if own else (str(found.python), "-I", str(OWN_SERVER))

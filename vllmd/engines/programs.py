@@ -63,12 +63,17 @@ def troubles(models: Iterable[ModelConfig], *, system: bool) -> list[Trouble]:
     ``system``: they are the system daemon's, whose engines run as a user of their own and with a PATH of their own.
     """
     users: dict[Program, list[ModelConfig]] = {}
+    absent: list[Trouble] = []
     for model in models:
+        try:
+            environments.chosen(model)
+        except ConfigError as error:
+            absent.append(Trouble((model.name,), *error.message.rpartition(f"models.{model.name}.")[2].split("; ", 1)))
         if found := _program(model, system):
             users.setdefault(found, []).append(model)
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(_look, users))
-    return [
+    return absent + [
         Trouble(tuple(model.name for model in each), what, _advice(each[0], what))
         for each, what in zip(users.values(), answers, strict=True)
         if what

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from vllmd.config.types import ModelConfig
+from vllmd.engines import environments
 from vllmd.engines.base import Call, Engine, Launch, Listen, Place
 from vllmd.engines.options import switch, unknown
 from vllmd.engines.plain import PROBE, Plain, environment, has_flag, own_key
@@ -56,7 +57,7 @@ class SglangOf(Plain):
     """The contract of ``base.Engine`` for one model."""
 
     kind = "sglang"
-    INSTALL = "install it with: pip install sglang, and name its Python in command, such as /opt/sglang/bin/python"
+    INSTALL = "vllmctl engine install sglang, or name a Python that has it in command, such as /opt/sglang/bin/python"
     ROUTES: ClassVar[frozenset[str]] = frozenset(
         f"/v1/{name}"
         for name in ("chat/completions", "completions", "embeddings", "responses", "messages", "rerank", "score")
@@ -82,7 +83,7 @@ class SglangOf(Plain):
 
     def launch(self, model: ModelConfig, place: Place) -> Launch:
         """The command line and environment of ``python3 -m sglang.launch_server``."""
-        command = model.command or ("python3",)
+        command = model.command or (environments.program(model, "python3"),)
         program = command if "-m" in command or "serve" in command else (*command, "-m", "sglang.launch_server")
         name = ("--model-path", model.source, "--served-model-name", self.served_name(model))
         flags = [*name, "--host", "127.0.0.1", "--port", str(place.port), *_of_model(model), *_memory(model, place)]

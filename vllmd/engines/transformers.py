@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from vllmd.config.types import ModelConfig
+from vllmd.engines import environments
 from vllmd.engines.base import Call, Engine, Launch, Listen, Place
 from vllmd.engines.options import choice, switch, text, unknown
 from vllmd.engines.plain import Plain, environment
@@ -38,9 +39,7 @@ class TransformersOf(Plain):
     """The contract of ``base.Engine`` for one model."""
 
     kind = "transformers"
-    INSTALL = (
-        "install it with: pip install 'transformers[serving]' accelerate torch, or name its transformers in command"
-    )
+    INSTALL = "vllmctl engine install transformers, or name a transformers that is installed in command"
     ROUTES: ClassVar[frozenset[str]] = frozenset(
         {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/audio/transcriptions"}
     )
@@ -60,7 +59,7 @@ class TransformersOf(Plain):
 
     def launch(self, model: ModelConfig, place: Place) -> Launch:
         """The command line and environment of ``transformers serve``."""
-        command = model.command or ("transformers",)
+        command = model.command or (environments.program(model, "transformers"),)
         program = command if "serve" in command else (*command, "serve")
         where = ("--host", "127.0.0.1", "--port", str(place.port), "--log-level", "info")
         argv = (*program, model.source, *where, *_of_model(model), *self._options, *model.extra_args)

@@ -43,7 +43,7 @@ _IPC_NAME = 37  # "/" and a UUID: the names of vLLM's own sockets in VLLM_RPC_BA
 _SLEEP_TIMEOUT = 300.0  # seconds; offloading a large model's weights to host memory takes its time
 _WAKE_TIMEOUT = 600.0  # level 2 reads the weights from disk again
 
-INSTALL = "install it with: pip install vllm, and name it in command, such as /opt/vllm/bin/vllm"
+INSTALL = "vllmctl engine install vllm, or name one that is installed in command, such as /opt/vllm/bin/vllm"
 _NO_RAY = ("No module named 'ray'", "Failed to import Ray")
 _ABSENT = ("no command 'vllm'", "No module named 'vllm'", "No module named vllm")
 
@@ -132,7 +132,7 @@ class Vllm(Plain):
 
     def _command(self, model: ModelConfig) -> tuple[str, ...]:
         """The program and its subcommand, which a command configured in full brings along."""
-        command = model.command or (environments.program(model, self.kind, "vllm"),)
+        command = model.command or (environments.program(model, "vllm"),)
         is_module = len(command) > 1 and "-m" in command
         return command if is_module or "serve" in command else (*command, "serve")
 

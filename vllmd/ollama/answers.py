@@ -35,6 +35,9 @@ class Piece(Protocol):
     def __call__(self, text: str, thinking: str = "", calls: list[Object] | None = None) -> Object:
         """``calls``: of tools."""
 
+    def __hash__(self) -> int:
+        """A function has one: what is made of it once may be kept by it."""
+
 
 def chat_piece(text: str, thinking: str = "", calls: list[Object] | None = None) -> Object:
     """A piece of a chat's answer."""

@@ -179,7 +179,9 @@ class ModelRoutes:
         try:
             await self._relay.forward(parse, inner)
         finally:
-            exchange.error = exchange.error or inner.error
+            exchange.error, exchange.message = exchange.error or inner.error, exchange.message or inner.message
+            exchange.account = inner.account
+            inner.close()
         if inner.response is not None:
             await exchange.respond(inner.response)
 

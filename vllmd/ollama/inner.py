@@ -46,6 +46,12 @@ class Inner(Exchange):
         self._opening = ""
         self._body = bytearray()
         self._streams = False
+        self._closing = b""  # the last lines, while the engine's own end may still come along with them
+
+    def close(self) -> None:
+        """Nothing more comes: let go of the client, and of what refers back to here, which is freed at once then."""
+        self._outer.on_pause = self._follows_pauses = self._task = None
+        self.client_left()
 
     # -- what the relay does to it
 
@@ -55,12 +61,20 @@ class Inner(Exchange):
             return
         if not self._opening:
             head, _, data = data.partition(b"\r\n\r\n")
+            outer = self._outer.request
+            outer.answer_fields = (*outer.answer_fields, *self.request.answer_fields)
             self._opening = head.decode("latin-1").lower()
             events = self.status == 200 and "\r\ncontent-type: text/event-stream" in self._opening
             self._streams = events and self._lines is not None
         try:
             if self._streams and self._lines is not None:
-                self._deliver(self._lines.feed(data))
+                lines = self._lines.feed(data)
+                if self._lines.over and lines and not self._closing:
+                    # The engine's end of the answer mostly comes in the same read: then all goes out as one.
+                    self._closing = lines
+                    asyncio.get_running_loop().call_soon(self._close)
+                else:
+                    self._deliver(lines)
             else:
                 self._body += data
                 if len(self._body) > MOST_WHOLE:
@@ -77,8 +91,7 @@ class Inner(Exchange):
             return
         self.over = True
         if self._streams and self._lines is not None:
-            self._deliver(self._lines.end())
-            self._end_stream()
+            self._end_stream(self._lines.end())
         else:
             self.response = self._response(bytes(self._body))
 
@@ -88,8 +101,7 @@ class Inner(Exchange):
             return
         self.over = True
         if self._streams and self._lines is not None:
-            self._deliver(self._lines.broken(BROKEN))
-            self._end_stream()
+            self._end_stream(b"" if self._closing else self._lines.broken(BROKEN))
         else:
             self.response = told(UpstreamFailed(BROKEN))
 
@@ -114,11 +126,12 @@ class Inner(Exchange):
 
     # -- what goes to the client
 
-    def _deliver(self, lines: bytes) -> None:
+    def _deliver(self, lines: bytes, end: bytes = b"") -> None:
+        """Send ``lines``, the first along with the head, the last along with the ``end`` of the body."""
         outer = self._outer
-        if not lines:
+        if not (lines or end):
             return
-        framed = chunk(lines) if outer.takes_chunks else lines
+        framed = (chunk(lines) if lines and outer.takes_chunks else lines) + end
         if outer.status:
             outer.write(framed)
             return
@@ -131,9 +144,13 @@ class Inner(Exchange):
             extra.append(("connection", "close"))
         outer.start(200, write_response_head(200, STREAM_HEAD, extra) + framed)
 
-    def _end_stream(self) -> None:
-        if self._outer.takes_chunks:
-            self._outer.write(LAST_CHUNK)
+    def _close(self) -> None:
+        lines, self._closing = self._closing, b""
+        self._deliver(lines)
+
+    def _end_stream(self, lines: bytes) -> None:
+        lines, self._closing = self._closing + lines, b""
+        self._deliver(lines, LAST_CHUNK if self._outer.takes_chunks else b"")
         self._outer.finish()
 
     def _response(self, body: bytes) -> Response:

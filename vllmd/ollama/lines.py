@@ -3,7 +3,8 @@
 The events of a stream differ in one string, the text of a token or two. So when an event has been read whole, its
 bytes before and after that string are kept: a later one with the same bytes around a JSON string says the same with
 another text, and its text goes on as it is written, without being read. That is a tenth of the work, and most of the
-stream; whatever looks different is read whole again.
+stream; whatever looks different is read whole again. Where many such events come at once, as from an engine that is
+faster than we, one look tells of all their texts that they are sound, and one step puts what is between them.
 """
 
 from __future__ import annotations
@@ -15,12 +16,17 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from vllmd.errors import UpstreamFailed
-from vllmd.ollama.answers import Object, Reply, error_text
+from vllmd.ollama.answers import Object, Piece, Reply, error_text
 
-STRING = re.compile(rb'"(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))+"')  # one that is not empty
+PLAIN = rb'[^"\\\x00-\x1f]*+'
+STRING = re.compile(rb'"(?!")%b(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})%b)*+"' % (PLAIN, PLAIN))  # one that is not empty
 TEXT_KEY = re.compile(rb'"(?:content|text)"[ \t]*:[ \t]*(?=")')
 BLANK_TIME, BLANK_TEXT = "\ue000", "\ue001"  # stand in a line's pattern for what differs; no model's name has them
+WRITTEN = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make another one for each line
+END = b"\n\n"  # of an event
+NEVER = b"\n"  # what no event begins with
 MOST_LINE = 32 << 20  # bytes of one event
+STRINGS = re.compile(rb"%b(?:\x00%b)*+" % (STRING.pattern, STRING.pattern))  # no string holds what is between them
 
 
 @lru_cache(maxsize=2)
@@ -45,23 +51,39 @@ class Lines:
         self._model = model
         self._held: list[bytes] = []  # of an event that has not come whole
         self._held_size = 0
-        self._before = self._after = b""  # the bytes around the text of an event like those
-        self._line = (b"", b"", b"")  # before the time of its line, between that and the text, after the text
+        self._before, self._after = NEVER, b""  # the bytes around the text of an event like the last one
 
     def feed(self, data: bytes) -> bytes:
         """What follows from more of the stream. Raises UpstreamFailed for an event that is endless."""
-        head, newline, rest = data.rpartition(b"\n")
-        if not newline:
+        end = data.rfind(b"\n") + 1
+        if not end:
             self._hold(data)
             return b""
+        head, rest = data[:end], data[end:]
         if self._held:
             head = b"".join((*self._held, head))
             self._held.clear()
             self._held_size = 0
         if rest:
             self._hold(rest)
-        now = self._now().encode()
-        return b"".join([self._of(line, now) for line in head.split(b"\n") if line and line != b"\r"])
+        now = self._now()
+        made: list[bytes] = []
+        texts: list[bytes] = []  # of events in a row that look like the last one that was read
+        before, after = self._before, self._after
+        start, end, around = len(before), -len(after), len(before) + len(after)
+        for event in head.strip(b"\n").split(END):
+            if event.startswith(before) and event.endswith(after) and len(event) > around:
+                texts.append(event[start:end])
+                continue
+            if texts:
+                made.append(self._alike(texts, now))
+                texts = []
+            made += [self._other(line, now) for line in event.split(b"\n") if line]
+            before, after = self._before, self._after
+            start, end, around = len(before), -len(after), len(before) + len(after)
+        if texts:
+            made.append(self._alike(texts, now))
+        return b"".join(made)
 
     def _hold(self, data: bytes) -> None:
         self._held.append(data)
@@ -71,7 +93,7 @@ class Lines:
 
     def end(self) -> bytes:
         """The lines that close the answer, unless an error has."""
-        return b"" if self.over else self._last()
+        return b"" if self.over else self._last(self._now())
 
     def whole(self, body: bytes) -> bytes:
         """The one line that an answer becomes that is no stream. Raises UpstreamFailed if it is no such answer."""
@@ -81,33 +103,41 @@ class Lines:
             answer = None
         if not isinstance(answer, dict):
             raise UpstreamFailed("the engine's answer is not a JSON object")
-        return self._written(self.reply.whole(answer))
+        return self._written(self.reply.whole(answer), self._now())
 
     def broken(self, why: str) -> bytes:
         """The line that says that there is no more to come."""
-        self.over, self._before = True, b""
+        self.over, self._before = True, NEVER
         return json.dumps({"error": why}).encode() + b"\n"
 
-    def _of(self, line: bytes, now: bytes) -> bytes:
-        """What one line of the stream becomes, that came at this time."""
-        size = len(self._before)
-        if size and line.startswith(self._before) and line.endswith(self._after):
-            text = line[size : len(line) - len(self._after)]
-            if STRING.fullmatch(text):
-                if self.reply.heard is not None:
-                    self.reply.heard.append(json.loads(text))
-                before, between, after = self._line
-                return b"".join((before, now, between, text, after))
+    def _alike(self, texts: list[bytes], now: str) -> bytes:
+        """What events become that have, around these JSON strings, the bytes of the last one that was read."""
+        joined = b"\x00".join(texts)
+        if joined.count(b"\x00") >= len(texts) or STRINGS.fullmatch(joined) is None:
+            before, after = self._before, self._after
+            return b"".join([self._other(before + text + after, now) for text in texts])
+        if self.reply.heard is not None:
+            self.reply.heard.extend(map(json.loads, texts))
+        return self._moved(texts, now)
+
+    def _moved(self, texts: list[bytes], now: str) -> bytes:
+        """The lines of sound JSON strings."""
+        before, between, after = form(self._model, self.reply.piece)
+        before += now.encode() + between
+        return b"".join((before, (after + before).join(texts), after))
+
+    def _other(self, line: bytes, now: str) -> bytes:
+        """What a line of the stream becomes that is not like the last event."""
         if line.startswith(b":"):
-            return self._written(self.reply.sign_of_life())
+            return self._written(self.reply.sign_of_life(), now)
         if not line.startswith(b"data:") or self.over:
             return b""
         payload = line[5:].strip()
         if payload == b"[DONE]":
-            return self._last()
-        return self._read(line, payload)
+            return self._last(now)
+        return self._read(line, payload, now)
 
-    def _read(self, line: bytes, payload: bytes) -> bytes:
+    def _read(self, line: bytes, payload: bytes, now: str) -> bytes:
         try:
             event = json.loads(payload)
         except (ValueError, RecursionError):
@@ -117,30 +147,35 @@ class Lines:
         if event.get("error") or event.get("object") == "error":
             return self.broken(error_text(event, "the engine failed"))
         objects = list(self.reply.event(event))
-        if self.reply.plain:
-            self._learn(line, objects[0])
-        return b"".join(map(self._written, objects))
+        if self.reply.plain and (text := self._learn(line, objects[0])):
+            return self._moved([text], now)
+        return b"".join([self._written(each, now) for each in objects])
 
-    def _learn(self, line: bytes, read: Object) -> None:
-        """Remember what is around the text of ``line``, if its text is what it was ``read`` as."""
-        keys = TEXT_KEY.findall(line)
-        if len(keys) != 1 or (key := TEXT_KEY.search(line)) is None or (text := STRING.match(line, key.end())) is None:
-            return
-        if self.reply.piece(json.loads(text[0])) != read:
-            return
+    def _learn(self, line: bytes, read: Object) -> bytes:
+        """Remember what is around the text of ``line``, which is given, if its text is what it was ``read`` as."""
+        keys = list(TEXT_KEY.finditer(line))
+        text = STRING.match(line, keys[0].end()) if len(keys) == 1 else None
+        if text is None or self.reply.piece(json.loads(text[0])) != read:
+            return b""
         self._before, self._after = line[: text.start()], line[text.end() :]
-        pattern = self._object(self.reply.piece(BLANK_TEXT), BLANK_TIME)
-        before, rest = pattern.split(json.dumps(BLANK_TIME).encode())
-        between, after = rest.split(json.dumps(BLANK_TEXT).encode())
-        self._line = before + b'"', b'"' + between, after
+        return text[0]
 
-    def _written(self, what: Object) -> bytes:
-        return self._object(what, self._now())
+    def _written(self, what: Object, now: str) -> bytes:
+        return written(self._model, what, now)
 
-    def _object(self, what: Object, created_at: str) -> bytes:
-        line = {"model": self._model, "created_at": created_at, "done": False, **what}
-        return json.dumps(line, separators=(",", ":")).encode() + b"\n"
+    def _last(self, now: str) -> bytes:
+        self.over, self._before = True, NEVER
+        return b"".join([self._written(each, now) for each in (*self.reply.gathered(), self.reply.last())])
 
-    def _last(self) -> bytes:
-        self.over, self._before = True, b""
-        return b"".join(map(self._written, (*self.reply.gathered(), self.reply.last())))
+
+def written(model: str, what: Object, created_at: str) -> bytes:
+    """A line."""
+    return WRITTEN({"model": model, "created_at": created_at, "done": False, **what}).encode() + b"\n"
+
+
+@lru_cache(maxsize=256)
+def form(model: str, piece: Piece) -> tuple[bytes, bytes, bytes]:
+    """The bytes of a line with a piece of text: before the time, between that and the text, after the text."""
+    before, rest = written(model, piece(BLANK_TEXT), BLANK_TIME).split(json.dumps(BLANK_TIME).encode())
+    between, after = rest.split(json.dumps(BLANK_TEXT).encode())
+    return before + b'"', b'"' + between, after

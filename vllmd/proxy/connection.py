@@ -360,6 +360,11 @@ class Connection(asyncio.Protocol):
         return self._phase is Phase.HEAD and not self._in_head
 
     @property
+    def exchange(self) -> Exchange | None:
+        """The request that is being answered."""
+        return self._exchange
+
+    @property
     def busy(self) -> bool:
         """Whether a request has begun to come, or waits for its answer; an endless answer of our own is not counted."""
         exchange = self._exchange

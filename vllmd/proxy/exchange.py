@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 from vllmd.errors import VllmdError
+from vllmd.proxy.account import Account
 from vllmd.proxy.heads import BODYLESS, write_response_head
 from vllmd.proxy.http import Pairs, Request, Response, error_response
 
@@ -53,6 +54,8 @@ class Exchange:
         self.model = ""  # which model it was for, once known
         self.offer = ""  # the adapter or variant of it, if it was for one
         self.error = ""  # why it failed, if it did
+        self.message = ""  # the same in words
+        self.account: Account | None = None  # of a request for a model, once it is known which
         self.over = False
         self.outlives_eof = True  # a client that shut its sending side still waits for this answer
         self.ends_with_connection = False  # the answer's head does not say where its body ends
@@ -125,7 +128,7 @@ class Exchange:
 
     def fail(self, error: VllmdError) -> None:
         """Answer with the error, or break off if an answer had begun."""
-        self.error = self.error or type(error).__name__
+        self.error, self.message = self.error or type(error).__name__, self.message or error.message
         if self.over:
             return
         if self.status:

@@ -31,6 +31,7 @@ from functools import partial
 
 from vllmd.errors import EngineFailed, UpstreamFailed, VllmdError
 from vllmd.proxy import tokens, usage
+from vllmd.proxy.account import Account, Recorder
 from vllmd.proxy.answer import EVENT_STREAM, Answer, OptionRefusal, Refusal, UpstreamRequest, answer_for, relocated
 from vllmd.proxy.exchange import Exchange, chunk
 from vllmd.proxy.framing import Framing
@@ -69,6 +70,7 @@ class Relay:
         self.gate = gate
         self.limits = limits
         self.heartbeats = Heartbeats(limits)
+        self.recorder: Recorder | None = None  # who decides whether bodies are noted
         self._not_asked: set[str] = set()  # engines that refuse to be asked for the usage of a stream
 
     def forget(self, engine: str) -> None:
@@ -93,6 +95,7 @@ class Relay:
         request, model = exchange.request, wanted.target.model
         offer = wanted.target.offer
         exchange.outlives_eof, exchange.model, exchange.offer = False, model, offer
+        account = exchange.account = self._account(wanted, request)
         if self.limits.request_timeout is not None:
             exchange.expire(self.limits.request_timeout)
         heartbeat = LoadingHeartbeat(
@@ -109,6 +112,7 @@ class Relay:
                 finally:
                     heartbeat.end()
                 sent, failure = wanted.at(permit.target), None
+                account.admit(sent.target.model)
                 answer = AnswerRelay(exchange, sent, heartbeat, permit, self.requests.responses)
                 try:
                     permit.on_cut(answer.cut)
@@ -137,6 +141,13 @@ class Relay:
             if wanted.keep_alive is not None:
                 self.gate.keep_alive(model, request.caller.name, wanted.keep_alive)
 
+    def _account(self, wanted: UpstreamRequest, request: Request) -> Account:
+        """What is noted of the request from now on. The client is told of bodies, if somebody has that switched on."""
+        account, recorder, called = Account(stream=wanted.asked.stream), self.recorder, wanted.target.called
+        if recorder and recorder.active and recorder.begin(account, called, request.caller.name, wanted.asked.body):
+            request.answer_fields = (*request.answer_fields, ("x-vllmd-recorded", "bodies"))
+        return account
+
     def _message(
         self, request: Request, sent: UpstreamRequest, where: Address, answer: AnswerRelay
     ) -> tuple[bytes, Parts]:
@@ -163,6 +174,8 @@ class AnswerRelay:
         responses: StoredResponses,
     ) -> None:
         self._exchange = exchange
+        self._account = exchange.account
+        self._tap = exchange.account.answer if exchange.account is not None else None
         self._sent = sent
         self._heartbeat = heartbeat
         self._permit: Permit | None = permit  # None once it was given back
@@ -225,7 +238,10 @@ class AnswerRelay:
         permit, self._permit = self._permit, None
         if permit is not None:
             failed = self._error.message if self._error is not None else ""
-            permit.release(self._tokens(), self._size, failed)
+            took = self._tokens()
+            if self._account is not None:
+                self._account.tokens = took
+            permit.release(took, self._size, failed)
 
     def _tokens(self) -> Tokens | None:
         """What the answer's usage says that it took; of one without, or that broke off, about that."""
@@ -239,6 +255,8 @@ class AnswerRelay:
     def head(self, head: ResponseHead, framing: Framing) -> None:
         """The answer begins."""
         self._status = head.status
+        if self._tap is not None:
+            self._tap.chunked = head.chunked
         if self._permit is not None and self._permit.target is not None:
             if head.status in REFUSALS:
                 self._answer = Refusal(head.status, framing)
@@ -268,6 +286,8 @@ class AnswerRelay:
             self._tail = bytearray(data[-TAIL:])
         if self._names_response:
             self._look_for_id(data)
+        if self._tap is not None:
+            self._tap.more(data)
         if self._answer is not None:
             self._answer.more(data)
 

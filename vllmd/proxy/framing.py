@@ -7,6 +7,7 @@ byte, or -1 while it goes on. With ``keep`` the payload, free of framing, collec
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Protocol
 
 SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e]{0,256})?\r\n")
@@ -101,7 +102,8 @@ class Chunked:
         self._held = b""  # a line that has not come whole yet
         self._left = 0  # bytes of the present chunk still to come
         self._trailers = 0
-        self._step = self._size
+        # Of the class, not bound: an object that refers to itself waits for the cycle collector, one at each stream.
+        self._step: Callable[[Chunked, bytes, int], int] = Chunked._size
 
     def scan(self, data: bytes) -> int:
         """Walk over as many chunks as there are."""
@@ -111,8 +113,8 @@ class Chunked:
             data, self._held = self._held + data, b""
         pos, size = self._chunks(data, 0), len(data)
         while 0 <= pos < size:
-            pos = self._chunks(data, self._step(data, pos))
-            if self._step == self._over:
+            pos = self._chunks(data, self._step(self, data, pos))
+            if self._step is Chunked._over:
                 return pos - held
         return -1
 
@@ -123,7 +125,7 @@ class Chunked:
     @property
     def between(self) -> bool:
         """Whether what comes next is a chunk's size line, from its first byte on."""
-        return self._step == self._size and not self._held
+        return self._step is Chunked._size and not self._held
 
     def _chunks(self, data: bytes, pos: int) -> int:
         """Skip the chunks that lie whole in ``data``: the common case, in one loop.
@@ -131,7 +133,7 @@ class Chunked:
         A stream's size lines are mostly as long as the one before, so the end of a chunk and the size line after it
         are looked up together (``joint``): 0.1 microseconds per chunk instead of 0.35.
         """
-        if self._step != self._size or pos < 0:
+        if self._step is not Chunked._size or pos < 0:
             return pos
         sizes, joints, payload = _sizes, _joints, 0
         while (start := data.find(b"\n", pos, pos + 18) + 1) > pos:
@@ -163,7 +165,7 @@ class Chunked:
                 raise BadFraming(f"bad chunk size line {data[pos : pos + 20]!r}")
             return self._hold(data, pos)
         self._left = int(match[1], 16)
-        self._step = self._data if self._left else self._trailer
+        self._step = Chunked._data if self._left else Chunked._trailer
         return match.end()
 
     def _data(self, data: bytes, pos: int) -> int:
@@ -174,13 +176,13 @@ class Chunked:
         self.payload += end - pos
         if self._left:
             return -1
-        self._step = self._data_end
+        self._step = Chunked._data_end
         return end
 
     def _data_end(self, data: bytes, pos: int) -> int:
         mark = data[pos : pos + 2]
         if mark == b"\r\n":
-            self._step = self._size
+            self._step = Chunked._size
             return pos + 2
         if b"\r\n".startswith(mark):
             return self._hold(data, pos)
@@ -194,7 +196,7 @@ class Chunked:
             return self._hold(data, pos)
         line = data[pos : end + 1]
         if line == b"\r\n":
-            self._step = self._over
+            self._step = Chunked._over
             return end + 1
         if line[-2:] != b"\r\n" or TRAILER_LINE.fullmatch(line, 0, len(line) - 2) is None:
             raise BadFraming(f"bad trailer line {line[:40]!r}")

@@ -97,7 +97,7 @@ class LoadingHeartbeat:
 
     def fail(self, error: VllmdError) -> None:
         """Tell the client, in the way that is left."""
-        self._exchange.error = type(error).__name__
+        self._exchange.error, self._exchange.message = type(error).__name__, error.message
         if self.begun and not self.relaying and not self._exchange.over:
             self.fail_with(json.dumps(error_body(error, self._exchange.request.path)).encode())
         else:

@@ -59,6 +59,10 @@ class Server:
         """How many clients are connected."""
         return len(self._connections) + len(self._opening)
 
+    def exchanges(self) -> list[Exchange]:
+        """The requests that are being answered now."""
+        return [each.exchange for each in self._connections if each.exchange is not None]
+
     @property
     def buffered(self) -> int:
         """Bytes of request bodies held now."""

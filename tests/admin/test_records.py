@@ -1,0 +1,243 @@
+"""One daemon, looked into: its last requests, recorded bodies, who used how much, and its access log."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.admin.site import Site, running, until
+from vllmd.simengine.device import make_device
+
+GiB = 1 << 30
+WORDS = "one two three four five six seven eight nine"
+CONFIG = """
+devices: [{{memory: 80GiB, file: {device}}}]
+auth:
+  keys:
+    - {{name: alice, key: a-secret-key-of-alice}}
+    - {{name: bob, key: b-secret-key-of-bob, models: [small]}}
+    - {{name: looker, key: looker-secret, scopes: [read]}}
+    - {{name: boss, key: boss-secret, scopes: [admin]}}
+records: {{access_log: {log}}}
+models:
+  small: {{engine: sim, gpu_memory: 20GiB, aliases: [s], options: {{load_time: 0.3s}}}}
+  slow: {{engine: sim, gpu_memory: 20GiB, options: {{load_time: 1s}}}}
+"""
+ALICE, BOB, LOOKER, BOSS = "a-secret-key-of-alice", "b-secret-key-of-bob", "looker-secret", "boss-secret"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("records")
+    make_device(folder / "gpu", 80 * GiB)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLMD_USAGE", str(folder / "state" / "usage.db"))
+        config = CONFIG.format(device=folder / "gpu", log=folder / "access.log")
+        with running(folder, config) as found:
+            yield found
+
+
+def requests(site: Site, query: str = "", key: str = BOSS) -> list[dict[str, Any]]:
+    answer = site.ask("GET", f"/admin/requests{query}", key=key)
+    assert answer.status == 200, answer.text
+    return list(answer.json["requests"])
+
+
+def one(site: Site, request_id: str, key: str = BOSS) -> Any:
+    return site.ask("GET", f"/admin/requests/{request_id}", key=key).json
+
+
+def chat(site: Site, key: str, request_id: str, text: object = WORDS, **more: object) -> Any:
+    headers = {"X-Request-Id": request_id, "User-Agent": "test/1", "X-Private-Token": "very-secret"}
+    body = {"model": "small", "messages": [{"role": "user", "content": text}], **more}
+    answer = site.ask("POST", "/v1/chat/completions", body, key=key, headers=headers)
+    assert answer.status == 200, answer.text
+    return answer
+
+
+def test_a_request_can_be_looked_into(site: Site) -> None:
+    """Where its time went, what it took, to whom it went; its head without secrets; never a body unasked."""
+    chat(site, ALICE, "first", stream=True, max_tokens=7)
+    told = one(site, "first")
+    assert (told["model"], told["replica"], told["key"], told["status"]) == ("small", "small", "alice", 200)
+    assert told["load_seconds"] >= 0.25  # it had to be started
+    assert 0 <= told["queue_seconds"] < told["load_seconds"] <= told["first_byte_seconds"] <= told["seconds"]
+    assert told["tokens"]["answer"] == 7
+    assert told["tokens"]["estimated"] is False
+    assert (told["stream"], told["retries"], told["bodies"], told["recorded"]) == (True, 0, False, None)
+    fields = dict(map(tuple, told["headers"]))
+    assert fields["user-agent"] == "test/1"
+    assert fields["x-private-token"] == "(cut)"
+    assert "authorization" not in fields
+    assert ALICE not in json.dumps(told)
+    chat(site, ALICE, "second")
+    assert one(site, "second")["load_seconds"] == 0  # it was there
+
+
+def test_requests_are_found_by_what_is_known_of_them(site: Site) -> None:
+    """By model, key, status, time; failed ones with the reason."""
+    chat(site, ALICE, "ok")
+    assert site.ask("POST", "/v1/chat/completions", {"model": "nope", "messages": []}, key=ALICE).status == 404
+    assert requests(site)[0]["status"] == 404
+    assert "nope" in requests(site, "?failed=true")[0]["message"]
+    assert requests(site, "?status=4xx")[0]["error"] == "UnknownModel"
+    assert {each["key"] for each in requests(site, "?key=alice")} == {"alice"}
+    assert [each["id"] for each in requests(site, "?model=small&limit=1")] == ["ok"]
+    assert requests(site, "?since=2100000000") == []
+    assert requests(site, "?since=1h&slower=0.0")
+    assert requests(site, "?slower=1000") == []
+    for query, wrong in (
+        ("?status=9", "status"),
+        ("?since=soon", "since"),
+        ("?failed=x", "failed"),
+        ("?limit=-1", "limit"),
+    ):
+        answer = site.ask("GET", f"/admin/requests?{query}", key=BOSS)
+        assert (answer.status, answer.json["error"]["param"]) == (400, wrong)
+    assert site.ask("GET", "/admin/requests/none", key=BOSS).status == 404
+    assert site.ask("GET", "/admin/requests", key=ALICE).status == 403
+
+
+def test_what_is_under_way_is_shown(site: Site) -> None:
+    """A stream that goes on: who waits for what, for how long."""
+    connection = site.connect()
+    headers = {"Authorization": f"Bearer {ALICE}", "Content-Type": "application/json", "X-Request-Id": "waits"}
+    connection.request("POST", "/v1/completions", json.dumps({"model": "slow", "prompt": "hi"}), headers)
+    line: dict[str, Any] = {}
+
+    def seen() -> bool:
+        lines = site.ask("GET", "/admin/requests?model=slow", key=BOSS).json["under_way"]
+        line.update(lines[0] if lines else {})
+        return bool(lines)
+
+    until(seen)
+    assert (line["id"], line["key"], line["status"], line["queue_seconds"]) == ("waits", "alice", 0, None)
+    assert connection.getresponse().status == 200
+    connection.close()
+    assert one(site, "waits")["load_seconds"] > 0.5
+
+
+def test_bodies_are_recorded_only_when_asked_for(site: Site) -> None:
+    """Of a model or a key, for a time; files and secrets cut; said to the client; shown to administrators alone."""
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 5000}}
+    assert "x-vllmd-recorded" not in chat(site, ALICE, "before", "unrecorded").headers
+    begun = site.ask("POST", "/admin/recordings", {"key": "alice", "seconds": 60, "most_bytes": 4000}, key=BOSS).json
+    assert begun["recordings"][0]["key"] == "alice"
+    body = [{"type": "text", "text": "look, sk-abcdefghijklmnopqrstuvwx"}, picture]
+    answer = chat(site, ALICE, "seen", body, password="hunter2", stream=True, max_tokens=3)
+    assert answer.headers["x-vllmd-recorded"] == "bodies"
+    shown = one(site, "seen")["recorded"]
+    assert "look, (cut)" in shown["request"]
+    assert "(5000 bytes cut)" in shown["request"]
+    assert "hunter2" not in shown["request"]
+    assert shown["answer"].startswith("data: {")
+    assert shown["answer"].rstrip().endswith("[DONE]")
+    assert one(site, "seen", LOOKER)["recorded"] is None
+    assert one(site, "seen", LOOKER)["bodies"] is True
+    assert site.ask("POST", "/admin/recordings", {"key": "bob"}, key=LOOKER).status == 403
+    chat(site, BOB, "not-hers")
+    assert one(site, "not-hers")["bodies"] is False
+    ended = site.ask("DELETE", "/admin/recordings", key=BOSS).json
+    assert ended == {"recordings": [], "requests": 0, "bytes": 0}
+    assert one(site, "seen")["recorded"] is None
+    for wrong in ({}, {"model": 1}, {"model": "small", "seconds": 0}, {"model": "small", "x": 1}):
+        assert site.ask("POST", "/admin/recordings", wrong, key=BOSS).status == 400
+    assert "hunter2" not in site.log
+    assert "hunter2" not in (site.folder / "access.log").read_text()
+
+
+def usage(site: Site, query: str = "", key: str = BOSS) -> list[dict[str, Any]]:
+    answer = site.ask("GET", f"/admin/usage{query}", key=key)
+    assert answer.status == 200, answer.text
+    return list(answer.json["rows"])
+
+
+def test_use_is_added_up(site: Site) -> None:
+    """By key, model and day; what an idle model holds belongs to whoever used it last."""
+    before = {row["key"]: row for row in usage(site)}.get("bob", {"requests": 0, "answer": 0})
+    chat(site, BOB, "counted", stream=True, max_tokens=5)
+    after = {row["key"]: row for row in usage(site)}["bob"]
+    assert after["requests"] == before["requests"] + 1
+    assert after["answer"] == before["answer"] + 5
+    assert after["engine_seconds"] > 0
+    until(lambda: {row["key"]: row for row in usage(site)}["bob"]["device_seconds"] > 0, 30)
+    held = {row["key"]: row for row in usage(site, "?model=small")}["bob"]
+    assert held["memory_mib_seconds"] == pytest.approx(held["device_seconds"] * 80 * 1024, rel=0.01)  # of one device
+    assert usage(site, "?by=model,day&key=bob")[0]["model"] == "small"
+    assert usage(site, "?by=key&since=2100000000&until=2100000001") == []
+    assert site.ask("GET", "/admin/usage?by=colour", key=BOSS).status == 400
+    assert site.ask("GET", "/admin/usage", key=ALICE).status == 403
+
+
+def test_arrivals_can_be_taken_away(site: Site) -> None:
+    """As ``simulate`` reads them; without names where they go elsewhere."""
+    chat(site, BOB, "arrived", max_tokens=2)
+    lines = [json.loads(line) for line in site.ask("GET", "/admin/trace", key=BOSS).text.splitlines()]
+    assert (lines[-1]["model"], lines[-1]["output"], lines[-1]["key"]) == ("small", 2, "bob")
+    assert abs(lines[-1]["time"] - time.time()) < 60
+    hidden = site.ask("GET", "/admin/trace?anonymised=true", key=BOSS).text
+    assert "bob" not in hidden
+    assert json.loads(hidden.splitlines()[0])["time"] == 0
+
+
+def test_the_access_log_has_a_line_for_each(site: Site) -> None:
+    """Written in batches; where it was moved away it begins anew."""
+    path = site.folder / "access.log"
+    chat(site, ALICE, "logged-1")
+    until(lambda: path.exists() and "logged-1" in path.read_text())
+    path.rename(site.folder / "access.log.1")
+    chat(site, ALICE, "logged-2")
+    until(lambda: path.exists() and "logged-2" in path.read_text())
+    line = json.loads(path.read_text().splitlines()[-1])
+    assert (line["id"], line["key"], line["status"]) == ("logged-2", "alice", 200)
+
+
+def test_a_locked_store_costs_no_request(site: Site) -> None:
+    """It is said once, and what was used meanwhile is written afterwards."""
+    before = {row["key"]: row for row in usage(site)}["alice"]["requests"]
+    other = sqlite3.connect(site.folder / "state" / "usage.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    chat(site, ALICE, "while-locked")
+    until(lambda: "requests are served all the same" in site.log)
+    assert "locked" in site.ask("GET", "/admin/usage", key=BOSS).json["trouble"]
+    other.execute("ROLLBACK")
+    other.close()
+    assert {row["key"]: row for row in usage(site)}["alice"]["requests"] == before + 1
+    assert site.log.count("requests are served all the same") == 1
+
+
+def test_ollamas_requests_are_noted_too(site: Site) -> None:
+    """In its words on the outside, as one request."""
+    body = {"model": "small", "messages": [{"role": "user", "content": WORDS}], "options": {"num_predict": 4}}
+    answer = site.ask("POST", "/api/chat", body, key=ALICE, headers={"X-Request-Id": "as-ollama"})
+    assert answer.status == 200
+    told = one(site, "as-ollama")
+    assert (told["path"], told["model"], told["tokens"]["answer"]) == ("/api/chat", "small", 4)
+    assert len([each for each in requests(site) if each["id"] == "as-ollama"]) == 1
+
+
+def test_use_survives_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next daemon goes on from what was written; a store from the future stays as it is, and requests go on."""
+    monkeypatch.setenv("VLLMD_USAGE", str(tmp_path / "usage.db"))
+    config = "devices: []\nmodels: {m: {engine: sim}}\n"
+    with running(tmp_path, config) as first:
+        assert first.chat("m").status == 200
+        assert first.operate("GET", "/admin/usage")["rows"][0]["requests"] == 1
+        first.process.kill()
+    with sqlite3.connect(tmp_path / "usage.db") as look:
+        assert look.execute("SELECT SUM(requests) FROM hours").fetchone() == (1.0,)
+        look.execute("PRAGMA user_version = 99")
+    for name in ("admin.sock", "read.sock"):
+        (tmp_path / name).unlink()
+    with running(tmp_path, config) as second:
+        assert second.chat("m").status == 200
+        until(lambda: "written by a later vllmd" in second.log)
+        answer = second.ask("GET", "/admin/usage", admin=True)
+        assert answer.status == 503
+        assert "later vllmd" in answer.error

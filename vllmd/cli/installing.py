@@ -1,0 +1,122 @@
+"""What ``vllmctl engine`` asks to be done, by whom, and how it is shown while it lasts.
+
+On a machine with vllmd's units it is the installer's service that does it, for all users' engines; otherwise, and with
+``--user``, it is done here and now, in the folder in which the user's own daemon looks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from vllmd.cli import show
+from vllmd.cli.admin import decoded
+from vllmd.cli.failures import EX_NOPERM, EX_SOFTWARE, EX_UNAVAILABLE, EX_USAGE, STATUSES, Failure
+from vllmd.engines import environments
+from vllmd.errors import VllmdError
+from vllmd.installer import requests
+from vllmd.installer.pip import Progress
+
+SOCKET = "/run/vllmd/installer.sock"
+SILENCE = 60.0  # seconds after which a service that says nothing is given up; it says something twice a second
+CALLED = {"cpu": "for the CPU", "cuda": "for CUDA"}
+
+
+def by_service(arguments: Namespace) -> bool:
+    """Whether it is the machine's engines that are meant, and the service that changes them."""
+    if arguments.url:
+        raise Failure("an engine is installed on its own machine: run vllmctl there", EX_USAGE)
+    return not arguments.user and not os.environ.get("VLLMD_ENGINES") and os.path.exists(SOCKET)
+
+
+def own_root(arguments: Namespace) -> Path:
+    """The folder that we change ourselves: root's is the machine's, where there is no service."""
+    first, *_ = environments.roots()
+    told = os.environ.get("VLLMD_ENGINES")
+    return environments.SYSTEM if os.geteuid() == 0 and not arguments.user and not told else first
+
+
+def perform(arguments: Namespace, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Have it done; the answer, see ``installer.requests``. Shows how far it is. Raises Failure."""
+    line = show.StatusLine(quiet=arguments.json)
+
+    def told(progress: Progress) -> None:
+        line.say(lambda _: sentence(progress), f"{progress.phase} {progress.what}")
+
+    try:
+        if by_service(arguments):
+            return _asked(request, told)
+        own = {key: value for key, value in os.environ.items() if not key.startswith("VLLMD_")}
+        return requests.perform(request, own_root(arguments), told, own)
+    except VllmdError as error:
+        raise Failure(error.message, STATUSES.get(error.status, EX_UNAVAILABLE)) from None
+    finally:
+        line.clear()
+
+
+def sentence(progress: Progress) -> str:
+    """How far it is, in a line: ``downloading torch-2.13.0.whl, 45.2 of 200.1 MB (1.2 GB before)``."""
+    text = f"{progress.phase} {progress.what}".rstrip()
+    if progress.total:
+        text += f", {progress.done / 1e6:.1f} of {progress.total / 1e6:.1f} MB"
+    if progress.fetched and progress.phase == "downloading":
+        text += f" ({progress.fetched / 1e6:.0f} MB before)"
+    return text
+
+
+def _asked(request: Mapping[str, Any], told: Callable[[Progress], None]) -> dict[str, Any]:
+    """The service's answer."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(SILENCE)
+        try:
+            connection.connect(SOCKET)
+            connection.sendall(json.dumps(request).encode() + b"\n")
+            with connection.makefile("rb") as answer:
+                for line in answer:
+                    told_now = decoded(line)
+                    if "done" in told_now:
+                        return dict(told_now["done"])
+                    if "failed" in told_now:
+                        status = STATUSES.get(told_now.get("status", 0), EX_UNAVAILABLE)
+                        raise Failure(str(told_now["failed"]), status)
+                    told(Progress(**told_now["progress"]))
+        except PermissionError:
+            raise Failure(f"you may not use {SOCKET}, which is open to the group vllmd-admin: with sudo it works, and "
+                          "vllmctl --user engine installs for yourself", EX_NOPERM) from None  # fmt: skip
+        except (OSError, KeyError, TypeError) as error:
+            raise Failure(f"the installer broke off ({error}); journalctl -u 'vllmd-installer@*' says why",
+                          EX_SOFTWARE) from None  # fmt: skip
+    raise Failure("the installer broke off; journalctl -u 'vllmd-installer@*' says why", EX_SOFTWARE)
+
+
+def environment() -> dict[str, str]:
+    """The variables of our own that say how the network is reached; they are root's to hand on."""
+    names = (*requests.PROXIES, *requests.CERTIFICATES)
+    return {name: os.environ[name] for name in names if os.environ.get(name)} if os.geteuid() == 0 else {}
+
+
+def install(arguments: Namespace, kind: str, **more: Any) -> dict[str, Any]:
+    """Install an engine and use it. ``more``: version, build, index_url, offline, python, use."""
+    request = {"verb": "install", "kind": kind, "env": environment(), **{k: v for k, v in more.items() if v != ""}}
+    return perform(arguments, request)
+
+
+def ensure(arguments: Namespace, kind: str) -> None:
+    """See that a kind of engine is there, for a verb that needs one: install it where it is not. Raises Failure."""
+    if environments.in_use(kind) or (program := environments.PROGRAMS.get(kind)) is None or _in_path(program):
+        return
+    show.say(f"there is no {kind} here yet: installing it", sys.stderr)
+    done = install(arguments, kind)
+    show.say(f"{kind} {done['version']}, {CALLED.get(done['build'], '')}, is installed", sys.stderr)
+
+
+def _in_path(program: str) -> bool:
+    import shutil
+
+    return bool(program and shutil.which(program))

@@ -1,0 +1,152 @@
+"""Install engines, and choose between their versions.
+
+install makes an environment for llama.cpp, vllm, sglang or transformers, such
+as vllm==0.33.0, without a version for the newest; it is used once it has shown
+that it starts. list shows what is installed. use chooses another version,
+rollback the one before, remove deletes one. An engine that runs goes on as it
+is: vllmctl reload moves models that are loaded over, once their requests have
+ended. On a machine with vllmd's units the engines are everybody's, installed by
+a service of its own, which root and the group vllmd-admin may ask; with --user,
+or without the units, they are yours. A proxy is named by HTTPS_PROXY.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from vllmd.cli import show
+from vllmd.cli.failures import EX_USAGE, Failure
+
+ALIASES = ("engines",)
+ACTIONS = ("install", "list", "use", "rollback", "remove", "serve")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", nargs="?", default="list", metavar="install|list|use|rollback|remove")
+    parser.add_argument("engine", nargs="?", default="", metavar="ENGINE[==VERSION]")
+    parser.add_argument("version", nargs="?", default="", metavar="VERSION")
+    parser.add_argument(
+        "--build", choices=("auto", "cpu", "cuda"), default="auto", help="instead of what this machine is for"
+    )
+    parser.add_argument("--index-url", metavar="URL", default="", help="take packages from there and nowhere else")
+    parser.add_argument("--offline", metavar="DIR", default="", help="take packages from this folder of wheels")
+    parser.add_argument("--python", metavar="PATH", default="", help="the Python that runs it (default: vllmctl's own)")
+    parser.add_argument("--no-use", action="store_true", help="install it, and go on with the version in use")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    kind, _, version = arguments.engine.partition("==")
+    if arguments.version and version:
+        raise Failure(f"two versions: {version} and {arguments.version}", EX_USAGE)
+    version = version or arguments.version
+    match arguments.action:
+        case "list":
+            return listed(arguments, kind)
+        case "serve":
+            from vllmd.installer.service import serve
+
+            return serve()
+        case "install" | "rollback" if kind:
+            return (install if arguments.action == "install" else changed)(arguments, kind, version)
+        case "use" | "remove" if kind and version:
+            return changed(arguments, kind, version)
+        case "install" | "rollback" | "use" | "remove" as action:
+            words = (
+                "ENGINE" if action == "rollback" else "ENGINE[==VERSION]" if action == "install" else "ENGINE VERSION"
+            )
+            raise Failure(f"say which: vllmctl engine {action} {words}", EX_USAGE)
+        case action:
+            raise Failure(f"vllmctl engine cannot {action!r}; it can {', '.join(ACTIONS[:-1])}", EX_USAGE)
+
+
+def install(arguments: argparse.Namespace, kind: str, version: str) -> int:
+    from vllmd.cli import installing
+
+    folder = str(Path(arguments.offline).absolute()) if arguments.offline else ""
+    done = installing.install(
+        arguments,
+        kind,
+        version=version,
+        build=arguments.build,
+        index_url=arguments.index_url,
+        offline=folder,
+        python=arguments.python,
+        use=not arguments.no_use,
+    )
+    if arguments.json:
+        print(show.as_json(done))
+        return 0
+    build = installing.CALLED.get(done["build"], "")
+    is_ = "is installed" if done["fresh"] else "was installed already"
+    show.say(" ".join(filter(None, (kind, done["version"], build, is_, f"in {done['path']}"))))
+    if done["used"]:
+        _say_use(kind, done["version"], done["before"])
+    else:
+        show.say(f"vllmctl engine use {kind} {done['version']} lets models be started in it")
+    _say_hidden(kind)
+    return 0
+
+
+def changed(arguments: argparse.Namespace, kind: str, version: str) -> int:
+    """use, rollback and remove."""
+    from vllmd.cli import installing
+
+    done = installing.perform(arguments, {"verb": arguments.action, "kind": kind, "version": version})
+    if arguments.json:
+        print(show.as_json(done))
+    elif arguments.action == "remove":
+        now = f"; {done['now']} is in use" if done["now"] else f"; no {kind} is installed any more"
+        show.say(f"{kind} {version} is removed{now}")
+    else:
+        _say_use(kind, done["version"], done["before"])
+        _say_hidden(kind)
+    return 0
+
+
+def _say_use(kind: str, version: str, before: str) -> None:
+    if before in ("", version):
+        show.say(f"{kind} {version} is in use")
+    else:
+        show.say(f"{kind} {version} is in use, {before} was: vllmctl reload moves models over that are loaded, "
+                 f"vllmctl engine rollback {kind} goes back")  # fmt: skip
+
+
+def _say_hidden(kind: str) -> None:
+    """That an installed program goes before the environments."""
+    import shutil
+
+    from vllmd.engines import environments
+
+    program = environments.PROGRAMS[kind]
+    if program and (found := shutil.which(program)):
+        show.say(f"models run {found} all the same, which is in PATH, unless engine_version says a version", sys.stderr)
+
+
+def listed(arguments: argparse.Namespace, kind: str) -> int:
+    from vllmd.engines import environments
+    from vllmd.installer import folders
+
+    kinds = [folders.known_kind(kind)] if kind else list(environments.PROGRAMS)
+    lines: list[dict[str, Any]] = []
+    for each in kinds:
+        used = environments.in_use(each)
+        for one in environments.installed(each):
+            note = folders.noted(one)
+            told = {"build": note.build, "size": note.size, "installed": note.at, "path": str(one.path)}
+            is_used = used is not None and used.path == one.path
+            lines.append({"engine": each, "version": one.version, "in_use": is_used, **told})
+    if arguments.json:
+        print(show.as_json(lines))
+    elif not lines:
+        show.say(f"no engine is installed; vllmctl engine install {kind or 'llama.cpp'}")
+    else:
+        head = ("", "ENGINE", "VERSION", "BUILD", "SIZE", "PATH")
+        rows = [("*" if line["in_use"] else "", line["engine"], line["version"], line["build"] or show.EMPTY,
+                 show.size(line["size"]), line["path"]) for line in lines]  # fmt: skip
+        print(show.table(head, rows, right=("SIZE",), beneath=("PATH",)))
+        for each in {line["engine"] for line in lines}:
+            _say_hidden(each)
+    return 0

@@ -1,0 +1,380 @@
+"""What is kept of requests and of use, put together: the daemon's side of ``vllmd.records``.
+
+``ended`` is called at the end of every request and must cost a few microseconds: it notes a tuple in the ring, adds to
+the sums of this hour, and that is all. Once in ``FLUSH`` seconds what has gathered is written in a thread, and only
+while something has: an idle daemon wakes for nothing. What the store cannot take is kept and tried again.
+
+Who an idle model's memory belongs to: while requests run in it, to their keys, in equal parts; at rest, to the key
+that used it last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllmd.config.types import RecordsConfig
+from vllmd.core.types import Snapshot
+from vllmd.errors import BadRequest, NotFound, Unavailable
+from vllmd.proxy.access import ADMIN, Caller
+from vllmd.proxy.exchange import Exchange
+from vllmd.records import bodies, ring
+from vllmd.records.bodies import Recordings
+from vllmd.records.ring import Entry, Filter, Ring
+from vllmd.records.sums import DAY, Sums
+from vllmd.records.trace import Arrival, anonymous
+from vllmd.systemd.throttle import Repeated
+
+if TYPE_CHECKING:
+    from vllmd.records.store import Store
+
+log = logging.getLogger("vllmd.records")
+access_log = logging.getLogger("vllmd.access")
+
+FLUSH, RETRY = 2.0, 15.0  # seconds between writes, and after one that failed
+MOST_ARRIVALS = MOST_LINES = 20_000  # that wait to be written
+WATCH_BACKLOG = 1000  # requests kept for a watcher that does not read; then the oldest are lost to it
+MiB = 1 << 20
+LONGEST_LOOK = 60.0  # seconds between two looks at the devices; after a longer time nobody knows who held what
+
+
+class Records:
+    """Implements ``vllmd.admin.control.Records``."""
+
+    def __init__(self, config: RecordsConfig, path: Path | None) -> None:
+        """``path``: of the store; None: none is kept."""
+        self._config = config
+        self._ring = Ring(config.requests, self._loading)
+        self.recordings = Recordings(time.monotonic)
+        self._sums = Sums()
+        self._arrivals: list[Arrival] = []
+        self._lines: list[str] = []  # of the access log
+        self._path = path
+        self._store: Store | None = None
+        self._writing = asyncio.Lock()
+        self._timer: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._trouble, self._log_trouble = Repeated(log), Repeated(log)
+        self.trouble = ""  # why nothing can be written now
+        self._watchers: set[asyncio.Queue[Entry]] = set()
+        self._came_up: dict[str, tuple[float, float]] = {}  # replica -> when it began to come up, and when it was there
+        self._last_key: dict[str, str] = {}  # model -> who used it last
+        self._looked: float | None = None
+        self.live: Callable[[], Iterable[Exchange]] = lambda: ()  # requests for models that are under way
+
+    def configure(self, config: RecordsConfig) -> None:
+        """Take a changed configuration."""
+        self._config = config
+        self._ring.resize(config.requests)
+
+    # -- what is heard
+
+    def ended(self, exchange: Exchange) -> None:
+        """A request has ended."""
+        if not exchange.model and exchange.status < 400:
+            return  # operators, probes and lists
+        account, config = exchange.account, self._config
+        kept = None
+        if account is not None and account.request is not None:
+            kept = bodies.of(account, exchange.request.received)
+        entry = self._ring.note(exchange, exchange.elapsed, kept)
+        if kept is not None:
+            self._bound_bodies()
+        if exchange.model:
+            self._add_up(exchange, entry)
+        if config.access_log:
+            self._log(entry, config.access_log)
+        for queue in self._watchers:
+            if queue.full():
+                queue.get_nowait()
+            queue.put_nowait(entry)
+
+    def _add_up(self, exchange: Exchange, entry: Entry) -> None:
+        self._last_key[exchange.model] = entry.key
+        if self._path is None or not self._config.usage:
+            return
+        tokens = entry.tokens
+        engine = 0.0 if entry.waited is None else max(0.0, entry.seconds - entry.waited)
+        refused = entry.status >= 400 and entry.status != ring.GONE
+        failed = refused or entry.error not in ("", "ClientGone")
+        self._sums.request(entry.at, entry.key, entry.model, tokens, engine, failed=failed)
+        prompt, answer = (tokens.prompt, tokens.answer) if tokens is not None else (0, 0)
+        if len(self._arrivals) < MOST_ARRIVALS:
+            self._arrivals.append(Arrival(int(entry.at * 1000), exchange.model, entry.key, prompt, answer))
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(FLUSH, self._due)
+
+    def engine_up(self, replica: str, took: float) -> None:
+        """A replica has started or woken, which took so many seconds."""
+        now = time.monotonic()
+        self._came_up[replica] = now - took, now
+
+    def _loading(self, replica: str, began: float, ended: float) -> float:
+        """Of the time between these moments how much the replica has spent in coming up."""
+        since, until = self._came_up.get(replica, (0.0, 0.0))
+        return max(0.0, min(ended, until) - max(began, since))
+
+    def look(self, snapshot: Snapshot, running: Mapping[tuple[str, str], int]) -> None:
+        """Who holds what now; ``running``: how many requests of each key run in each model."""
+        now, at = time.monotonic(), time.time()
+        seconds = now - self._looked if self._looked is not None else 0.0
+        self._looked = now
+        if not 0.0 < seconds <= LONGEST_LOOK or self._path is None or not self._config.usage:
+            return
+        sizes = {device.index: device.memory for device in snapshot.devices}
+        users: dict[str, Counter[str]] = {}
+        for (model, key), number in running.items():
+            users.setdefault(model, Counter())[key] += number
+        for view in snapshot.models:
+            held = [(index, each.memory) for each in view.replicas for index in each.devices if each.memory]
+            if not held:
+                continue
+            memory = sum(size for _, size in held) / MiB * seconds
+            devices = sum(size / sizes[index] for index, size in held if sizes.get(index)) * seconds
+            keys = users.get(view.name) or Counter({self._last_key.get(view.name, ""): 1})
+            for key, number in keys.items():
+                share = number / keys.total()
+                self._sums.held(at, key, view.name, devices * share, memory * share)
+        if self._sums and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(FLUSH, self._due)
+
+    # -- the access log
+
+    def _log(self, entry: Entry, where: str) -> None:
+        told = ring.told(entry)
+        if where == "journal":
+            tokens = told["tokens"] or {}
+            fields = {
+                "REQUEST_ID": entry.id, "MODEL": entry.model, "VLLMD_KEY": entry.key, "VLLMD_STATUS": entry.status,
+                "VLLMD_SECONDS": f"{entry.seconds:.3f}", "VLLMD_REPLICA": entry.replica,
+                "VLLMD_QUEUE_SECONDS": told["queue_seconds"], "VLLMD_LOAD_SECONDS": told["load_seconds"],
+                "VLLMD_PROMPT_TOKENS": tokens.get("prompt"), "VLLMD_ANSWER_TOKENS": tokens.get("answer"),
+            }  # fmt: skip
+            kept = {name: str(value) for name, value in fields.items() if value not in (None, "")}
+            text = "%s %s %s %s %.3f s"
+            access_log.info(text, entry.method, entry.path, entry.model or "-", entry.status, entry.seconds,
+                            extra={"journal": kept})  # fmt: skip
+            return
+        if len(self._lines) < MOST_LINES:
+            self._lines.append(json.dumps(told, separators=(",", ":")) + "\n")
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(FLUSH, self._due)
+
+    # -- writing
+
+    def _due(self) -> None:
+        self._timer = None
+        task = asyncio.ensure_future(self.flush())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def flush(self) -> None:
+        """Write what has gathered; what cannot be written stays."""
+        async with self._writing:
+            lines, self._lines = self._lines, []
+            if lines and self._config.access_log:
+                await asyncio.to_thread(self._append, Path(self._config.access_log), "".join(lines))
+            rows, arrivals = self._sums.take(), self._arrivals
+            self._arrivals = []
+            if not rows and not arrivals:
+                return
+            failure = await asyncio.to_thread(self._write, rows, arrivals)
+            if failure:
+                self._sums.put_back(rows)
+                self._arrivals = (arrivals + self._arrivals)[-MOST_ARRIVALS:]
+                self._trouble.say(logging.ERROR, "%s; requests are served all the same", failure)
+                if self._timer is None:
+                    self._timer = asyncio.get_running_loop().call_later(RETRY, self._due)
+            elif self.trouble:
+                self._trouble.over()
+                log.info("the record of use is written again")
+            self.trouble = failure
+
+    def _write(self, rows: Mapping[Any, Any], arrivals: list[Arrival]) -> str:
+        """In a thread. What went wrong; "" if nothing did."""
+        from vllmd.records.store import StoreError
+
+        store = self._the_store()
+        try:
+            store.write(rows, arrivals, self._config.usage_days * DAY, self._config.trace_days * DAY)
+        except StoreError as error:
+            return error.message
+        finally:
+            if store.began_anew:
+                log.error("%s", store.began_anew)
+                store.began_anew = ""
+        return ""
+
+    def _append(self, path: Path, text: str) -> None:
+        """In a thread, to the file as it is called now: whoever rotates logs need not tell us."""
+        try:
+            with open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640), "w") as file:
+                file.write(text)
+            self._log_trouble.over()
+        except OSError as error:
+            self._log_trouble.say(logging.ERROR, "the access log %s cannot be written: %s", path, error.strerror)
+
+    async def close(self) -> None:
+        """Write what is left."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        await self.flush()
+        if self._store is not None:
+            await asyncio.to_thread(self._store.close)
+
+    def _the_store(self) -> Store:
+        """Raises NotFound where none is kept."""
+        if self._path is None or not self._config.usage:
+            raise NotFound("use is not recorded here: records.usage is off, or the daemon has no state folder")
+        if self._store is None:
+            from vllmd.records.store import Store  # SQLite is not needed for the first answer
+
+            self._store = Store(self._path)
+        return self._store
+
+    # -- what is asked: requests
+
+    def requests(self, wanted: Filter, limit: int, caller: Caller) -> list[dict[str, Any]]:
+        """The last ones that are wanted, the newest first; no more than ``limit``."""
+        found: list[dict[str, Any]] = []
+        for entry in self._ring.newest():
+            if len(found) >= limit:
+                break
+            if wanted.takes(entry) and ring.may_see(caller, entry):
+                found.append(ring.told(entry))
+        return found
+
+    def under_way(self, wanted: Filter, caller: Caller) -> list[dict[str, Any]]:
+        """Those that have not ended, the oldest first; what is not known yet is null."""
+        entries = (_unfinished(exchange) for exchange in self.live())
+        return [ring.told(each) for each in sorted(entries) if wanted.takes(each) and ring.may_see(caller, each)]
+
+    def request(self, request_id: str, caller: Caller) -> dict[str, Any]:
+        """One with its head, and with recorded bodies, if the caller may change things. Raises NotFound."""
+        entry = self._ring.find(request_id)
+        if entry is None or not ring.may_see(caller, entry):
+            raise NotFound(f"no request {request_id[:100]!r} is among the last {self._config.requests}")
+        shown = {**ring.told(entry), "headers": [list(field) for field in ring.headers(entry)], "recorded": None}
+        if entry.bodies is not None and ADMIN in caller.scopes:
+            shown["recorded"] = bodies.told(entry.bodies)
+        return shown
+
+    async def watch(self, wanted: Filter, caller: Caller) -> AsyncIterator[dict[str, Any]]:
+        """Requests as they end."""
+        queue: asyncio.Queue[Entry] = asyncio.Queue(WATCH_BACKLOG)
+        self._watchers.add(queue)
+        try:
+            while True:
+                entry = await queue.get()
+                if wanted.takes(entry) and ring.may_see(caller, entry):
+                    yield ring.told(entry)
+        finally:
+            self._watchers.discard(queue)
+
+    # -- recordings
+
+    def record(self, model: str, key: str, seconds: float, most: int) -> dict[str, Any]:
+        """Have bodies kept for so long, ``most`` bytes of each. Raises BadRequest."""
+        most = min(most, self._config.bodies)
+        self.recordings.start(model, key, seconds, most)
+        return self.recorded()
+
+    def stop_recording(self, number: int) -> dict[str, Any]:
+        """End a recording, and let go of what is kept of bodies if it was the last one; 0: all. Raises NotFound."""
+        numbers = [each.number for each in self.recordings.present()] if not number else [number]
+        ended = [self.recordings.stop(each) for each in numbers]
+        if not all(ended):
+            raise NotFound(f"there is no recording {number}")
+        if not self.recordings.present():
+            self._ring.without_bodies(lambda entry: False)
+        return self.recorded()
+
+    def recorded(self) -> dict[str, Any]:
+        """The recordings that go on, and how much is kept."""
+        now = time.monotonic()
+        running = [{"number": each.number, "model": each.model, "key": each.key, "most_bytes": each.most,
+                    "seconds_left": round(each.until - now, 1)} for each in self.recordings.present()]  # fmt: skip
+        kept = [entry.bodies.size for entry in self._ring.with_bodies if entry.bodies is not None]
+        return {"recordings": running, "requests": len(kept), "bytes": sum(kept)}
+
+    def _bound_bodies(self) -> None:
+        """The oldest bodies go where all together are too many."""
+        room, keep = self._config.bodies, set[int]()
+        for entry in reversed(self._ring.with_bodies):
+            if entry.bodies is not None and entry.bodies.size <= room:
+                room -= entry.bodies.size
+                keep.add(entry.number)
+            else:
+                break
+        if len(keep) < len(self._ring.with_bodies):
+            self._ring.without_bodies(lambda entry: entry.number in keep)
+
+    # -- what is asked: use
+
+    async def usage(
+        self, by: tuple[str, ...], since: float, until: float, key: str | None, model: str
+    ) -> dict[str, Any]:
+        """As the schema ``Usage`` has it; times in Unix time. Raises BadRequest, Unavailable, NotFound."""
+        store = self._the_store()
+        await self.flush()
+        from vllmd.records.store import Question, StoreError
+
+        try:
+            rows = await asyncio.to_thread(store.ask, Question(by, since, until, key, model))
+        except StoreError as error:
+            if "nothing has been recorded" not in error.message:
+                raise Unavailable(error.message) from None
+            rows = []
+        except ValueError as error:
+            raise BadRequest(f"by: {error}", param="by") from None
+        return {"by": list(by), "since": since, "until": until, "trouble": self.trouble, "rows": rows}
+
+    async def trace(self, since: float, *, anonymised: bool) -> AsyncIterator[dict[str, Any]]:
+        """Arrivals from then on (Unix time), as ``vllmctl simulate`` reads them. Raises Unavailable, NotFound."""
+        store = self._the_store()
+        await self.flush()
+        from vllmd.records.store import StoreError
+
+        try:
+            found = await asyncio.to_thread(lambda: list(store.arrivals(since)))
+        except StoreError as error:
+            raise Unavailable(error.message) from None
+        for each in anonymous(found) if anonymised else found:
+            told = {"time": each.at / 1000, "model": each.model, "prompt": each.prompt, "output": each.answer}
+            yield {**told, "key": each.key} if each.key else told
+
+
+def _unfinished(exchange: Exchange) -> Entry:
+    """A request that is under way as an entry of the ring."""
+    request, account = exchange.request, exchange.account
+    elapsed = exchange.elapsed
+    admitted = account.admitted if account is not None else None
+    return Entry(
+        0, time.time() - elapsed, request.id, request.method, request.path, request.route,
+        exchange.offer or exchange.model, account.replica if account else "", request.caller.name, request.peer,
+        exchange.status, "", "", account.stream if account else False, request.received, exchange.sent,
+        None if admitted is None else admitted - exchange.began, 0.0, exchange.first_byte, elapsed,
+        account.sends if account else 0, None, b"", None,
+    )  # fmt: skip
+
+
+def store_path(environment: Mapping[str, str], home: Path | None) -> Path | None:
+    """Where use is recorded: the unit's StateDirectory=, else the user's state folder, or where VLLMD_USAGE says.
+
+    None where that is empty, and for a user without a home.
+    """
+    if "VLLMD_USAGE" in environment:
+        return Path(environment["VLLMD_USAGE"]) if environment["VLLMD_USAGE"] else None
+    given = [each for each in environment.get("STATE_DIRECTORY", "").split(":") if each.endswith("/usage")]
+    if given:
+        return Path(given[0]) / "usage.db"
+    state = environment.get("XDG_STATE_HOME") or (home and home / ".local/state")
+    return Path(state) / "vllmd" / "usage.db" if state else None

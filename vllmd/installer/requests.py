@@ -1,0 +1,78 @@
+"""Who may ask the installer for what, and the lines that go back.
+
+A request is one line of JSON: ``{"verb": "install", "kind": "vllm", "version": "0.33.0"}``. The answer is lines of
+JSON: any number of ``{"progress": {...}}``, then ``{"done": {...}}`` or ``{"failed": "...", "status": 409}``, with the
+status that the error has over HTTP.
+
+Members of the group vllmd-admin may install what the recipes name, choose, go back and remove. Where packages come
+from, and for which Python, only root may say: whoever chooses that chooses what engines run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vllmd.errors import BadRequest, Forbidden
+from vllmd.installer import folders
+from vllmd.installer.install import Wanted, install
+from vllmd.installer.pip import Say
+
+LONGEST = 65536  # bytes of a request
+ROOTS_OWN = ("index_url", "offline", "python", "env")
+TEXTS = ("verb", "kind", "version", "build", "index_url", "offline", "python")
+# Variables that pip and the libraries under it read, and that the asker's shell may have.
+PROXIES = tuple(
+    word for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY") for word in (name, name.lower())
+)
+CERTIFICATES = ("PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
+
+
+def read(line: bytes) -> dict[str, Any]:
+    """The request. Raises BadRequest for what is none."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        raise BadRequest("the request is no line of JSON") from None
+    if not isinstance(found, dict) or not all(isinstance(found.get(name, ""), str) for name in TEXTS):
+        raise BadRequest("the request is no object of texts")
+    env = found.get("env", {})
+    if not isinstance(env, dict) or not all(isinstance(value, str) for pair in env.items() for value in pair):
+        raise BadRequest("env is no object of texts")
+    return found
+
+
+def allowed(request: Mapping[str, Any], *, trusted: bool) -> None:
+    """Raises Forbidden for what is root's to say."""
+    if said := [name.replace("_", "-") for name in ROOTS_OWN if not trusted and request.get(name)]:
+        raise Forbidden(f"{' and '.join(said)}: where packages come from, and for which Python, only root may say "
+                        "(with sudo; or for everybody in a drop-in of vllmd-installer@.service, as PIP_INDEX_URL and "
+                        "HTTPS_PROXY)")  # fmt: skip
+
+
+def perform(request: Mapping[str, Any], root: Path, say: Say, env: Mapping[str, str]) -> dict[str, Any]:
+    """Do it; ``env``: our own variables, for pip. Raises VllmdError."""
+    kind, version = str(request.get("kind", "")), str(request.get("version", ""))
+    match request.get("verb"):
+        case "install":
+            told = {name: request[name] for name in ("build", "index_url", "offline", "python") if request.get(name)}
+            use = request.get("use", True) is True
+            done = install(Wanted(kind, version, env={**env, **request.get("env", {})}, use=use, **told), root, say)
+            return asdict(done)
+        case "use":
+            with folders.changing(root, kind) as folder:
+                before = folders.use(folder, folders.known_version(version))
+            return {"kind": kind, "version": version, "before": before}
+        case "rollback":
+            with folders.changing(root, kind) as folder:
+                version, before = folders.rollback(folder)
+            return {"kind": kind, "version": version, "before": before}
+        case "remove":
+            with folders.changing(root, kind) as folder:
+                now = folders.remove(folder, folders.known_version(version))
+            return {"kind": kind, "version": version, "now": now}
+        case verb:
+            raise BadRequest(f"the installer knows no verb {verb!r}")

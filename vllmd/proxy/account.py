@@ -1,0 +1,61 @@
+"""What is noted of a request for a model on its way, for whoever looks into it later: ``vllmd.records``."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+from vllmd.proxy.tokens import Tokens
+
+
+class Tap:
+    """The beginning of an answer as the engine sent it, framing and all; at most ``most`` bytes."""
+
+    __slots__ = ("chunked", "data", "most")
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.data = bytearray()
+        self.chunked = False
+
+    def more(self, data: bytes) -> None:
+        """More of it came."""
+        room = self.most - len(self.data)
+        if room > 0:
+            self.data += data[:room]
+
+
+class Account:
+    """One request: when it was let through, to whom, how often it was sent, what it took.
+
+    ``admitted`` is in seconds of the monotonic clock, None before that; ``replica`` the one that it was sent to last.
+    ``request`` and ``answer`` are there only while bodies are recorded.
+    """
+
+    __slots__ = ("admitted", "answer", "replica", "request", "sends", "stream", "tokens")
+
+    def __init__(self, *, stream: bool) -> None:
+        self.stream = stream
+        self.admitted: float | None = None
+        self.replica = ""
+        self.sends = 0
+        self.tokens: Tokens | None = None
+        self.request: bytes | None = None
+        self.answer: Tap | None = None
+
+    def admit(self, replica: str) -> None:
+        """It goes to this replica now."""
+        self.admitted = time.monotonic()
+        self.replica = replica
+        self.sends += 1
+
+
+class Recorder(Protocol):
+    """Who decides whether bodies are recorded."""
+
+    @property
+    def active(self) -> bool:
+        """Whether any are."""
+
+    def begin(self, account: Account, model: str, key: str, body: bytes) -> bool:
+        """Whether this model's or this key's bodies are recorded; if so note this one, and have the answer's noted."""

@@ -1,0 +1,148 @@
+"""Bodies of requests and answers, kept in memory while somebody has that switched on: of a model or a key, for a time.
+
+They are what clients would rather not have kept, so nothing is kept unasked, nothing for ever and nothing on disk; the
+client is told by a field of the answer; only operators who may change things see them; and files and what looks like a
+secret is cut out before a body is kept at all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vllmd.errors import BadRequest
+from vllmd.proxy.account import Account, Tap
+from vllmd.proxy.framing import BadFraming, Chunked
+
+MOST_RECORDINGS = 50
+LOOKED_AT = 4  # so many times what is kept of a body is looked through for what is to be cut
+LONGEST_TIME = 7 * 86400.0  # seconds that a recording may go on
+
+FILES = re.compile(rb"(;base64,|\"(?:data|b64_json|image|audio)\"\s*:\s*\")([A-Za-z0-9+/=_-]{200,})")
+MEMBERS = re.compile(
+    rb'("[^"\\]{0,40}(?:api_?key|authorization|password|passwd|secret|access_?token|auth_?token)"\s*:\s*)"(?:[^"\\]|\\.)*"?',
+    re.IGNORECASE,
+)
+SECRETS = re.compile(
+    rb"\b(?:sk-[A-Za-z0-9_-]{16,}|hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{12,}"
+    rb"|xox[abpr]-[A-Za-z0-9-]{10,}|eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]*)"
+    rb"|Bearer [A-Za-z0-9._~+/=-]{12,}|-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*(?:-----END [A-Z ]*PRIVATE KEY-----)?"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Bodies:
+    """What is kept of a request's body and its answer's; ``sizes``: of the wholes, in bytes, as far as they came."""
+
+    request: bytes
+    answer: bytes
+    request_size: int
+    answer_cut: bool  # more of it came than is kept
+
+    @property
+    def size(self) -> int:
+        """Bytes that they take."""
+        return len(self.request) + len(self.answer)
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """Bodies of a model's or a key's requests are kept until ``until`` (by the clock given), ``most`` bytes of each."""
+
+    number: int
+    model: str
+    key: str
+    until: float
+    most: int
+
+    def takes(self, model: str, key: str) -> bool:
+        """Whether a request is among those."""
+        return self.model in ("", model) and self.key in ("", key)
+
+
+class Recordings:
+    """Implements ``proxy.account.Recorder``."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._numbers = itertools.count(1)
+        self._running: list[Recording] = []
+
+    @property
+    def active(self) -> bool:
+        """Whether any go on."""
+        return bool(self._running)
+
+    def start(self, model: str, key: str, seconds: float, most: int) -> Recording:
+        """Keep bodies of this model's requests, this key's, or of both together. Raises BadRequest."""
+        if not model and not key:
+            raise BadRequest("say whose bodies are to be recorded: model, key, or both")
+        self.present()
+        if len(self._running) >= MOST_RECORDINGS:
+            raise BadRequest(f"{MOST_RECORDINGS} recordings go on already; end one first")
+        found = Recording(next(self._numbers), model, key, self._clock() + min(seconds, LONGEST_TIME), most)
+        self._running.append(found)
+        return found
+
+    def stop(self, number: int) -> bool:
+        """End one. Whether there was one."""
+        before = len(self._running)
+        self._running = [each for each in self._running if each.number != number]
+        return len(self._running) < before
+
+    def present(self) -> list[Recording]:
+        """Those that go on now."""
+        now = self._clock()
+        self._running = [each for each in self._running if each.until > now]
+        return list(self._running)
+
+    def begin(self, account: Account, model: str, key: str, body: bytes) -> bool:
+        """Whether this model's or this key's bodies are recorded; if so note this one, and have the answer's noted."""
+        most = max((each.most for each in self.present() if each.takes(model, key)), default=0)
+        if not most:
+            return False
+        account.request = body[: LOOKED_AT * most]
+        account.answer = Tap(most)
+        return True
+
+
+def of(account: Account | None, received: int) -> Bodies | None:
+    """What is kept of a request that has ended; None if nothing is."""
+    if account is None or account.request is None or account.answer is None:
+        return None
+    tap = account.answer
+    cut = len(tap.data) >= tap.most
+    return Bodies(cleaned(account.request)[: tap.most], cleaned(_payload(tap)), received, cut)
+
+
+def told(bodies: Bodies) -> dict[str, Any]:
+    """As the schema ``Bodies`` has it."""
+    return {
+        "request": bodies.request.decode("utf-8", "replace"),
+        "answer": bodies.answer.decode("utf-8", "replace"),
+        "request_cut": bodies.request_size > len(bodies.request),
+        "answer_cut": bodies.answer_cut,
+    }
+
+
+def cleaned(body: bytes) -> bytes:
+    """``body`` without files and without what looks like a secret; what was there is said."""
+    body = FILES.sub(lambda m: m[1] + b"(%d bytes cut)" % len(m[2]), body)
+    body = MEMBERS.sub(rb'\1"(cut)"', body)
+    return SECRETS.sub(b"(cut)", body)
+
+
+def _payload(tap: Tap) -> bytes:
+    """The answer without its framing."""
+    data = bytes(tap.data)
+    if not tap.chunked:
+        return data
+    framing = Chunked(keep=True)
+    try:
+        framing.scan(data)
+    except BadFraming:
+        return data
+    return b"".join(framing.pieces)

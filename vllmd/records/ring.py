@@ -1,0 +1,206 @@
+"""The last requests, in memory: heads, times, sizes, tokens. Never a secret, and no body unless that was switched on.
+
+Noting one must cost next to nothing, so it is a tuple of what the exchange has at hand, and is put into words only
+when somebody looks (``told``). A head is kept as the bytes that went on to the engine: the client's key and cookies
+are not in them (``proxy.forward.KEPT_BACK``), and what else looks like a secret is cut out when it is shown.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from vllmd.proxy.access import Caller
+from vllmd.proxy.exchange import Exchange
+from vllmd.proxy.tokens import Tokens
+from vllmd.records.bodies import Bodies
+
+LONGEST_HEAD = 2048  # bytes that are kept of one
+SECRET = re.compile(r"key|token|secret|auth|passw|cookie|session|credential|signature", re.IGNORECASE)
+CUT = "(cut)"
+GONE = 499  # the status, as it is counted, of a request whose client left before its answer
+
+
+class Entry(NamedTuple):
+    """One request. Times in seconds, ``at`` (of its arrival) in Unix time; sizes in bytes."""
+
+    number: int
+    at: float
+    id: str
+    method: str
+    path: str
+    route: str
+    model: str
+    replica: str
+    key: str
+    peer: object
+    status: int
+    error: str
+    message: str
+    stream: bool
+    received: int
+    sent: int
+    waited: float | None
+    loading: float
+    first_byte: float | None
+    seconds: float
+    sends: int
+    tokens: Tokens | None
+    head: bytes
+    bodies: Bodies | None
+
+
+class Ring:
+    """The last ``size`` requests."""
+
+    def __init__(self, size: int, loading: Callable[[str, float, float], float] = lambda replica, began, ended: 0.0):
+        """``loading``: of the time between two moments (monotonic) how much a replica has spent in coming up."""
+        self._entries: deque[Entry] = deque(maxlen=size)
+        self._numbers = itertools.count(1)
+        self._loading = loading
+
+    def resize(self, size: int) -> None:
+        """Keep so many from now on."""
+        if size != self._entries.maxlen:
+            self._entries = deque(self._entries, maxlen=size)
+
+    def note(self, exchange: Exchange, elapsed: float, bodies: Bodies | None) -> Entry:
+        """A request has ended; it had taken ``elapsed`` seconds."""
+        request, account = exchange.request, exchange.account
+        head = request.headers.onward or b""
+        waited, loading, replica, stream, sends, tokens = None, 0.0, "", False, 0, None
+        if account is not None:
+            replica, stream, sends, tokens = account.replica, account.stream, account.sends, account.tokens
+            if account.admitted is not None:
+                waited = account.admitted - exchange.began
+                if waited > 0.01:  # nothing came up for a request that did not wait
+                    loading = self._loading(replica, exchange.began, account.admitted)
+        entry = Entry(
+            next(self._numbers),
+            time.time() - elapsed,
+            request.id,
+            request.method,
+            request.path,
+            request.route,
+            exchange.offer or exchange.model,
+            replica,
+            request.caller.name,
+            request.peer,
+            exchange.status or GONE,
+            exchange.error,
+            exchange.message,
+            stream,
+            request.received,
+            exchange.sent,
+            waited,
+            loading,
+            exchange.first_byte,
+            elapsed,
+            sends,
+            tokens,
+            head if len(head) <= LONGEST_HEAD else head[:LONGEST_HEAD],
+            bodies,
+        )
+        self._entries.append(entry)
+        return entry
+
+    def find(self, request_id: str) -> Entry | None:
+        """The last one with this id, which a client may have chosen."""
+        return next((entry for entry in reversed(self._entries) if entry.id == request_id), None)
+
+    def newest(self) -> Iterator[Entry]:
+        """All of them, the last one first."""
+        return reversed(self._entries)
+
+    @property
+    def with_bodies(self) -> list[Entry]:
+        """Those of which bodies are kept, the oldest first."""
+        return [entry for entry in self._entries if entry.bodies is not None]
+
+    def without_bodies(self, keep: Callable[[Entry], bool]) -> None:
+        """Let go of the bodies of all but those that are to be kept."""
+        size = self._entries.maxlen
+        kept = (e if e.bodies is None or keep(e) else e._replace(bodies=None) for e in self._entries)
+        self._entries = deque(kept, maxlen=size)
+
+
+class Filter(NamedTuple):
+    """Which requests are wanted; "" and None: any."""
+
+    model: str = ""
+    key: str | None = None  # "": of nobody's key
+    status: str = ""  # 429, 5xx
+    since: float = 0.0  # Unix time
+    failed: bool = False  # only those
+    slower: float = 0.0  # seconds
+
+    def takes(self, entry: Entry) -> bool:
+        """Whether it is one of them."""
+        return (
+            entry.at >= self.since
+            and (not self.model or self.model in (entry.model, entry.replica))
+            and (self.key is None or self.key == entry.key)
+            and (not self.status or _has_status(entry.status, self.status))
+            and (not self.failed or failed(entry))
+            and entry.seconds >= self.slower
+        )
+
+
+def _has_status(status: int, wanted: str) -> bool:
+    return str(status).startswith(wanted[0]) if wanted.endswith("xx") else str(status) == wanted
+
+
+def failed(entry: Entry) -> bool:
+    """Whether the client got no answer, or an error."""
+    return bool(entry.error) or entry.status >= 400
+
+
+def may_see(caller: Caller, entry: Entry) -> bool:
+    """Whether the caller is shown it."""
+    return caller.may_see_key(entry.key) and (caller.models is None or caller.may_use(entry.model))
+
+
+def told(entry: Entry) -> dict[str, Any]:
+    """As the schema ``RequestEntry`` has it, without head and bodies."""
+    tokens = entry.tokens
+    waited = entry.waited
+    return {
+        "id": entry.id,
+        "number": entry.number,
+        "at": round(entry.at, 3),
+        "method": entry.method,
+        "path": entry.path,
+        "model": entry.model,
+        "replica": entry.replica,
+        "key": entry.key,
+        "client": str(entry.peer),
+        "status": entry.status,
+        "error": entry.error,
+        "message": entry.message,
+        "stream": entry.stream,
+        "received": entry.received,
+        "sent": entry.sent,
+        "queue_seconds": None if waited is None else round(max(0.0, waited - entry.loading), 6),
+        "load_seconds": None if waited is None else round(entry.loading, 6),
+        "first_byte_seconds": None if entry.first_byte is None else round(entry.first_byte, 6),
+        "seconds": round(entry.seconds, 6),
+        "retries": max(0, entry.sends - 1),
+        "tokens": None if tokens is None else {
+            "prompt": tokens.prompt, "cached": tokens.cached, "answer": tokens.answer, "estimated": tokens.estimated,
+        },
+        "bodies": entry.bodies is not None,
+    }  # fmt: skip
+
+
+def headers(entry: Entry) -> list[tuple[str, str]]:
+    """The head's fields as they went on to the engine, secrets cut out."""
+    fields = []
+    for line in entry.head.decode("latin-1").split("\r\n"):
+        name, mark, value = line.partition(":")
+        if mark:
+            fields.append((name, CUT if SECRET.search(name) else value.strip()))
+    return fields
