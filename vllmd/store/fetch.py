@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -133,11 +134,10 @@ def from_hub(request: dict[str, Any], source: dict[str, Any], status: Status) ->
     }
     if request.get("endpoint"):
         os.environ["HF_ENDPOINT"] = request["endpoint"]
-    try:
-        import huggingface_hub
-        from huggingface_hub import constants
-    except ImportError:
-        raise Failed("huggingface_hub is not installed", "no_huggingface_hub") from None
+    _have_hub_library(request, status)
+    import huggingface_hub
+    from huggingface_hub import constants
+
     constants.DOWNLOAD_CHUNK_SIZE = CHUNK
     repository, revision = source["repository"], source.get("revision") or "main"
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repository, re.ASCII) or ".." in repository:
@@ -163,6 +163,30 @@ def from_hub(request: dict[str, Any], source: dict[str, Any], status: Status) ->
     single = files[0].name if source.get("file") else ""
     return {"repository": repository, "commit": commit, "quantization": quantization, "file": single,
             "snapshot": os.path.join(folder, "snapshots", commit)}  # fmt: skip
+
+
+def _have_hub_library(request: dict[str, Any], status: Status) -> None:
+    """See that huggingface_hub can be imported; where this Python has none, one of our own beside the models.
+
+    Raises Failed.
+    """
+    place = os.path.join(request["files"], ".huggingface_hub")
+    sys.path.append(place)
+    if importlib.util.find_spec("huggingface_hub") is not None:
+        return
+    status.told["source"] = "huggingface_hub from the Python index"
+    os.makedirs(request["files"], exist_ok=True)
+    made = f"{place}.new"
+    shutil.rmtree(made, ignore_errors=True)
+    command = [*_pip(), "install", "--quiet", "--no-input", "--disable-pip-version-check", "--only-binary=:all:"]
+    command += ["--target", made, *([f"--index-url={request['index']}"] if request.get("index") else [])]
+    done = _run([*command, "huggingface_hub"])
+    if done.returncode != 0:
+        what = f"huggingface_hub is not here, and pip could not fetch it: {_last_error(done)}"
+        raise Failed(what, "no_huggingface_hub")
+    shutil.rmtree(place, ignore_errors=True)
+    os.rename(made, place)
+    importlib.invalidate_caches()
 
 
 def _listed(siblings: list[Any], folder: str) -> Iterator[File]:
@@ -406,21 +430,37 @@ def _pip_download(request: dict[str, Any], source: dict[str, Any], work: str) ->
     command += ["--no-deps", "--only-binary=:all:", "--require-hashes", "--dest", work, "--requirement", wanted]
     if request.get("index"):
         command += [f"--index-url={request['index']}"]
-    done = subprocess.run(
-        command, env={**os.environ, "TMPDIR": work}, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        errors="replace", check=False,
-    )  # fmt: skip
+    done = _run(command, TMPDIR=work)
     wheels = [name for name in os.listdir(work) if name.endswith(".whl")]
     if done.returncode == 0 and len(wheels) == 1:
         return os.path.join(work, wheels[0])
-    said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    errors = [line for line in said if line.startswith("ERROR")] or said or [f"status {done.returncode}"]
     if "No space left" in done.stderr:
         raise Failed(f"the disk is full: {work}", "no_space", final=True)
     if "DO NOT MATCH THE HASHES" in done.stderr:
         what = f"the Python index has another {source['package']} {source['version']} than the one that is known"
         raise Failed(f"{what}: its hash is wrong, and it was thrown away", "wrong_hash")
-    raise Failed(f"pip could not fetch {source['package']}: {errors[-1][:300]}", "unreachable")
+    raise Failed(f"pip could not fetch {source['package']}: {_last_error(done)}", "unreachable")
+
+
+def _run(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run it to its end with these variables beside our own."""
+    environment = {**os.environ, **variables}
+    return subprocess.run(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+
+
+def _last_error(done: subprocess.CompletedProcess[str]) -> str:
+    """The last thing that pip complains of."""
+    said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    errors = [line for line in said if line.startswith("ERROR")] or said or [f"status {done.returncode}"]
+    return errors[-1][:300]
 
 
 def _pip() -> list[str]:

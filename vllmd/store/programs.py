@@ -14,20 +14,17 @@ from vllmd.engines import environments
 FETCH = Path(__file__).with_name("fetch.py")
 MODULE = "huggingface_hub"
 SYSTEM_PYTHON = Path("/usr/bin/python3")
-INSTALL = "vllmctl engine install llama.cpp brings it, as do vLLM, SGLang and transformers"
+INSTALL = "the environments of vLLM and transformers have it: vllmctl engine install transformers"
 _PYTHON = re.compile(rb"#!\s*(/\S*/python[\d.]*)\b")
 
 
-def interpreter(variables: Mapping[str, str] = os.environ, *, system: bool) -> tuple[str, bool]:
-    """A Python for it, and whether that has huggingface_hub; without it only wheels can be fetched.
+def interpreter(variables: Mapping[str, str] = os.environ, *, system: bool) -> str:
+    """A Python for it: the first that has huggingface_hub, else any; the program then has pip fetch it.
 
     ``system``: engines run as another user, who has not what we have in our own environment.
     """
     candidates = list(_candidates(variables, system))
-    for python, has in candidates:
-        if has:
-            return str(python), True
-    return str(candidates[0][0] if candidates else SYSTEM_PYTHON), False
+    return str(next((python for python, has in candidates if has), candidates[0][0]))
 
 
 def _candidates(variables: Mapping[str, str], system: bool) -> Iterator[tuple[Path, bool]]:

@@ -11,10 +11,12 @@ import argparse
 import sys
 from typing import Any
 
-from vllmd.cli import downloads, models, show
+from vllmd.cli import downloads, installing, models, show
 from vllmd.cli.admin import Admin
 from vllmd.cli.failures import Failure
 from vllmd.cli.verbs import chat
+
+INSTALLED = ("llama.cpp", "vllm")  # kinds of engine that a model which is fetched may need
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +29,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     admin = Admin(arguments)
-    arguments.model = here(admin, arguments.model)
+    arguments.model = here(admin, arguments)
     talk = chat.Talk(admin, arguments)
     prompt = " ".join(arguments.message)
     if not sys.stdin.isatty():
@@ -39,16 +41,21 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def here(admin: Admin, name: str) -> str:
-    """The configured name of the model, which is fetched and added if it has to be."""
+def here(admin: Admin, arguments: argparse.Namespace) -> str:
+    """The configured name of the model, which is fetched and added if it has to be, and its engine installed."""
     status = admin.status()
-    line = _configured(status, name)
-    if line is not None:
+    line = _configured(status, arguments.model)
+    if line is None:
+        last = downloads.follow(admin, arguments.model, add=True, quiet=False)
+        if last.get("added"):
+            show.say(f"{last['model']} was fetched ({show.size(last.get('total'))}) and added", sys.stderr)
+        line = _configured(admin.status(), str(last["model"])) or {"name": last["model"], "config": {}, "failure": "?"}
+    elif not line.get("failure"):
         return str(line["name"])
-    last = downloads.follow(admin, name, add=True, quiet=False)
-    if last.get("added"):
-        show.say(f"{last['model']} was fetched ({show.size(last.get('total'))}) and added", sys.stderr)
-    return str(last["model"])
+    kind = line["config"].get("engine", "")
+    if not admin.url and kind in INSTALLED:
+        installing.ensure(arguments, kind)
+    return str(line["name"])
 
 
 def _configured(status: dict[str, Any], name: str) -> dict[str, Any] | None:
