@@ -18,9 +18,11 @@ holds this table against the imports)::
     launcher/   the privileged helper and its client; the only
                 package that knows pystemd                           systemd, errors, text
     proxy/      h11 heads, byte relay, the accept loop            core.types, errors
+    ui/         the page: its files                               proxy's HTTP types
     records/    the last requests, use by hour, key and model,
                 arrivals, and their store                         proxy, errors
-    admin/      model list, health, admin and metrics endpoints   proxy's HTTP types, core.types, records, errors
+    admin/      model list, health, admin and metrics endpoints,
+                signing in to the page                            proxy's HTTP types, core.types, records, ui, errors
     store/      models as files: names, sources, the program
                 that fetches, what other programs have            hub, engines, foreign, errors, text
     ollama/     Ollama's API, translated to the engines' own      proxy, admin.control, errors

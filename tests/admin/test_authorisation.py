@@ -134,6 +134,7 @@ def wrong(route: Route, kind: Kind, status: int, text: str) -> str:
         if route.reach is Reach.MACHINE and status != 403:
             return "must be 403: it concerns all models"
         unknown = route.pattern.startswith(("/v1/models/{", "/v1/responses/{"))  # these do not tell what there is
+        unknown |= (route.method, route.pattern) == ("GET", "/admin/models/{model:path}")
         if route.reach is Reach.ONE and status != (404 if unknown else 403):
             return "must be refused: it is about alpha"
         return ""

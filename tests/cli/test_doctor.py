@@ -12,6 +12,7 @@ from tests.cli.fake_daemon import fake_daemon, model, status
 from vllmd.cli import main
 from vllmd.cli.examine import Host, accounts, configuration, driver, memory, python, systemd, units
 from vllmd.cli.examine_engines import vllm_on_cpu
+from vllmd.cli.verbs.doctor import known
 from vllmd.config.types import Config, ModelConfig
 from vllmd.engines import vllm_cpu
 
@@ -133,6 +134,23 @@ def test_users_that_are_missing(tmp_path: Path) -> None:
         "there is no user vllmd-engine",
     ]
     assert list(accounts(machine(tmp_path, user=True))) == []
+
+
+def test_a_machine_without_a_gpu_is_fine_where_devices_are_declared(tmp_path: Path) -> None:
+    """What was advised has been done."""
+    (tmp_path / "vllmd.yaml").write_text("devices: [{memory: 80GiB}]")
+    env = {"VLLMD_CONFIG": str(tmp_path / "vllmd.yaml")}
+    assert list(driver(machine(tmp_path, env=env))) == []
+    (tmp_path / "vllmd.yaml").write_text("")
+    assert [verdict for verdict, _, _ in driver(machine(tmp_path, env=env))] == ["warning"]
+
+
+def test_a_program_that_is_missing_is_said_once() -> None:
+    """It was looked for; that the start failed for want of it says nothing more."""
+    what = "m has failed: there is no command 'vllm': looked in /usr/bin"
+    assert known(("bad", what, ""), "m: there is no command 'vllm' for vllmd-engine: looked in /usr/bin")
+    assert not known(("bad", what, ""), "n: there is no command 'vllm' for vllmd-engine: looked in /usr/bin")
+    assert not known(("bad", "m has failed: out of memory", ""), "m: there is no command 'vllm'")
 
 
 def test_a_driver_without_its_device_nodes(tmp_path: Path) -> None:

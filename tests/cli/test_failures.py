@@ -18,6 +18,7 @@ import pytest
 import vllmd
 from tests.cli.fake_daemon import fake_daemon, model, status
 from vllmd.cli import admin, arguments, failures, main
+from vllmd.cli.terminal import cut
 from vllmd.cli.verbs import reload
 from vllmd.daemon.main import main as daemon_main
 
@@ -264,3 +265,11 @@ def test_vllmd_itself_ends_with_64_for_a_wrong_command_line(capsys: pytest.Captu
         daemon_main(["--nonsense"])
     assert end.value.code == 64
     assert "unrecognized arguments: --nonsense" in capsys.readouterr().err
+
+
+def test_what_is_left_out_is_marked_once() -> None:
+    """Engines and the daemon mark it already."""
+    text = "loading took 1.350... GiB"
+    shown = [cut(text, most) for most in range(10, len(text))]
+    assert "loading took 1.350..." in shown
+    assert not [each for each in shown if "...." in each or not each.endswith("...")]

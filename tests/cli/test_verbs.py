@@ -17,6 +17,7 @@ import vllmd
 from tests.cli.fake_daemon import FakeDaemon, GiB, fake_daemon, model, status
 from vllmd.cli import main
 from vllmd.cli.verbs.events import moment
+from vllmd.config.reload import LATER
 
 QWEN = model(
     "Qwen/Qwen3-0.6B", "running", devices=[0], memory=2 * GiB, in_flight=3, pinned=True, leases=["ann"],
@@ -342,7 +343,7 @@ def test_gpus(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
     """What each device has, and for whom."""
     assert main(["gpus"]) == 0
     assert capsys.readouterr().out.splitlines()[1] == (
-        "     0   80GiB     30GiB  49GiB     1GiB          -  Qwen/Qwen3-0.6B, big"
+        "     0   80GiB     30GiB  49GiB     1GiB         -  Qwen/Qwen3-0.6B, big"
     )
 
 
@@ -375,6 +376,18 @@ def test_reload(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
     daemon.answers["POST /admin/reload"] = (500, error)
     assert main(["reload"]) == 78
     assert capsys.readouterr().err == "vllmctl: a.yaml:1: x\na.yaml:2: y\n"
+
+
+def test_a_quiet_reload_leaves_the_word_to_the_log(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
+    """`systemctl reload` writes into the same journal as vllmd, which says all of it; a fault of its own is told."""
+    daemon.answers["POST /admin/reload"] = (200, {"changed": ["big"], "later": {"server.port": LATER}})
+    assert main(["reload", "--quiet"]) == 3
+    daemon.answers["POST /admin/reload"] = (400, {"error": {"message": "x", "code": "invalid_configuration"}})
+    assert main(["reload", "-q"]) == 78
+    assert capsys.readouterr() == ("", "")
+    daemon.answers["POST /admin/reload"] = (503, {"error": {"message": "it is opening"}})
+    assert main(["reload", "--quiet"]) == 75
+    assert "it is opening" in capsys.readouterr().err
 
 
 def test_logs_runs_journalctl_over_all_runs_of_the_model(

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from vllmd.config.loader import load
+from vllmd.config.settings import MODEL
+from vllmd.config.shape import MANY, spellings
 from vllmd.errors import ConfigError
 
 GPU = "devices: [{memory: 80GiB}]\n"
@@ -29,18 +31,27 @@ GOLDEN = [
     ("models: &a {x: *a}", "vllmd.yaml:1: this anchor contains itself"),
     ("? [a]\n: 1", "vllmd.yaml:1: a key must be plain text"),
     # ---- keys
-    ("polcy: lru", f'vllmd.yaml:1: polcy: there is no such setting; did you mean "policy"?; accepted: {SECTIONS}'),
+    ("polcy: lru", f'vllmd.yaml:1: polcy: there is no such setting; did you mean "policy"? accepted: {SECTIONS}'),
+    (
+        "models: {m: {gpu_memry: 1}}",
+        'vllmd.yaml:1: models.m.gpu_memry: there is no such setting; did you mean "gpu_memory"?',
+    ),
+    (
+        "models: {m: {zzz: 1}}",
+        "vllmd.yaml:1: models.m.zzz: there is no such setting; flags of the engine belong in extra_args; accepted: "
+        f"{', '.join(spellings(MODEL)[:MANY])} and others, see vllmd.yaml(5)",
+    ),
     (
         "org/name: {devices: 0}",
         "vllmd.yaml:1: org/name: there is no such setting; models belong beneath models:; accepted: " + SECTIONS,
     ),
     (
         "idle:\n  sleep-after: 5m",
-        f'vllmd.yaml:2: idle.sleep-after: there is no such setting; did you mean "sleep_after"?; accepted: {IDLE}',
+        f'vllmd.yaml:2: idle.sleep-after: there is no such setting; did you mean "sleep_after"? accepted: {IDLE}',
     ),
     (
         "gpu:\n  gpu: 1",
-        'vllmd.yaml:2: gpu.gpu: there is no such setting; did you mean "gpu_id"?; '
+        'vllmd.yaml:2: gpu.gpu: there is no such setting; did you mean "gpu_id"? '
         "accepted: gpu_id, reserved_memory_mb, memory_utilization",
     ),
     (
@@ -226,7 +237,7 @@ GOLDEN = [
     ),
     (
         "models: {m: {when_free: {used_above: 5GiB}}}",
-        'vllmd.yaml:1: models.m.when_free.used_above: there is no such setting; did you mean "used_below"?; '
+        'vllmd.yaml:1: models.m.when_free.used_above: there is no such setting; did you mean "used_below"? '
         "accepted: used_below, shares",
     ),
     (

@@ -603,7 +603,7 @@ def test_one_that_is_not_loaded_is_bound_to_the_device_that_is_asked_for() -> No
     assert isinstance(other, StartEngine)
     assert (other.replica != start.replica, other.placement.devices) == (True, (1,))
     assert w.do(LoadAsked("m", 0)) == [AddReplica("m", 0)]
-    w.do(ReplicaRefused("m", 0))
+    w.do(ReplicaRefused("m", 0, "a file says how many there are"))
     assert w.do(LoadAsked("m", 0)) == [AddReplica("m", 0)]
     w.do(StopAsked(start.replica))
     w.answer(start.replica)

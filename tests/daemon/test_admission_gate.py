@@ -44,6 +44,9 @@ class Rig:
     def post(self, event: events.Event) -> None:
         self.posted.append(event)
 
+    def ask(self, event: events.Asking, answered: Callable[[commands.Answer], None]) -> None:
+        self.posted.append(event)
+
     def address_of(self, replica: str) -> Listen | None:
         return self.engine
 

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from vllmd.core import events
-from vllmd.core.commands import Command, Record
+from vllmd.core.commands import AddReplica, Answer, Command, Record
 from vllmd.core.scheduler import Scheduler
 from vllmd.core.types import Decision
 from vllmd.daemon.dispatcher import DECISIONS, Dispatcher
@@ -104,6 +104,38 @@ def test_what_was_due_long_ago_is_due_now() -> None:
         assert core.heard == [100.0]
 
     play(story)
+
+
+class Answering(Wanting):
+    """A core that does what it is asked, or fails."""
+
+    def handle(self, event: events.Event, now: float) -> list[Command]:
+        assert isinstance(event, events.LoadAsked)
+        if event.model == "broken":
+            raise ValueError("a defect")
+        return [Answer(event.ask, event.model), AddReplica(event.model, 1)]
+
+
+def test_whoever_asks_hears_before_what_follows_begins() -> None:
+    """Once, of his own event; what he raises is raised to him, and what follows begins all the same."""
+    heard: list[str] = []
+
+    def refuse(answer: Answer) -> None:
+        raise ValueError(answer.chosen)
+
+    async def told(loop: StillLoop) -> None:
+        dispatcher = Dispatcher(Answering(), {AddReplica: lambda command: heard.append(f"add to {command.model}")})
+        dispatcher.ask(events.LoadAsked("m"), lambda answer: heard.append(answer.chosen))
+        with pytest.raises(ValueError, match="n"):
+            dispatcher.ask(events.LoadAsked("n"), refuse)
+        dispatcher.post(events.LoadAsked("o"))
+        dispatcher.ask(events.LoadAsked("broken"), lambda answer: heard.append(answer.refused))
+        dispatcher.close()
+
+    loop = StillLoop()
+    loop.run_until_complete(told(loop))
+    loop.close()
+    assert heard == ["m", "add to m", "add to n", "add to o", "vllmd could not do it; its log says why"]
 
 
 class Refusing(Wanting):

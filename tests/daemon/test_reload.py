@@ -394,6 +394,26 @@ def test_an_engine_is_adopted_although_its_device_is_not_in_the_list(tmp_path: P
     lives(less, tmp_path, adopted)
 
 
+def test_settings_for_a_model_that_is_used_by_now_change_nothing(tmp_path: Path) -> None:
+    """Two programs bring the same model along at once; whoever comes second finds it used, and leaves it as it is."""
+
+    async def put(living: Living) -> None:
+        models, settings = living.front.runtime_models, {"engine": "sim", "gpu_memory": "1GiB"}
+        await models.put("guest", settings, trusted=True)
+        other, asked = {**settings, "gpu_memory": "2GiB"}, events.RequestArrived("r", "guest")
+        first = asyncio.ensure_future(models.put("guest", other, trusted=True))
+        await asyncio.sleep(0)
+        assert living.front.changing.locked()  # its sizes are being reckoned
+        living.back.post(asked)
+        assert (await first)["differs"] == ["gpu_memory"]
+        assert living.config.models["guest"].gpu_memory == GiB
+        living.back.post(events.RequestGone("r"))
+        assert (await models.put("guest", other, trusted=True))["differs"] == []
+        assert living.config.models["guest"].gpu_memory == 2 * GiB
+
+    lives(read(tmp_path, BASE), tmp_path, put)
+
+
 def test_how_long_it_has_been_so_is_the_models_and_not_the_daemons(tmp_path: Path) -> None:
     """An adopted engine has been ready for as long as it has; of one that never ran nothing is claimed."""
     two = read(tmp_path, {**BASE, "models": {**BASE["models"], "n": {"engine": "sim", "gpu_memory": "1GiB"}}})

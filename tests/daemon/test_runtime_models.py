@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any
 
 from vllmd.config.types import Config
-from vllmd.core.types import State
 from vllmd.daemon.runtime_models import RuntimeModels
 from vllmd.errors import Conflict
 
@@ -25,16 +22,10 @@ class FakeDaemon:
     async def wait(self) -> FakeDaemon:
         return self
 
-    def snapshot(self) -> Any:
-        def view(name: str) -> Any:
-            return SimpleNamespace(name=name, leases=(), in_flight=self.in_flight, queued=0, state=State.READY)
-
-        return SimpleNamespace(models=[view(name) for name in self.config.models])
-
-    async def take(self, config: Config, still: Callable[[], bool]) -> None:
+    async def take(self, config: Config, unless_used: frozenset[str]) -> None:
         self.meanwhile()
-        if not still():
-            raise Conflict("it is in use by now")
+        if "m" in unless_used and self.in_flight:
+            raise Conflict("m is in use")
         self.config = config
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,19 +13,19 @@ from tests.engines.installed import daemon
 from tests.gpu.fake_nvml import FakeNvml, Gpu
 from vllmd.admin.counters import Counters
 from vllmd.config.types import ModelConfig
-from vllmd.core import events
+from vllmd.core import commands, events
 from vllmd.core.scheduler import Scheduler
 from vllmd.core.types import GiB, WhenFree
 from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.dispatcher import Dispatcher, executors
 from vllmd.daemon.engine_manager import EngineManager
 from vllmd.daemon.engine_resolver import EngineResolver
-from vllmd.daemon.expectations import specs_of
 from vllmd.daemon.homes import Homes
 from vllmd.daemon.launch_planner import LaunchPlanner, Paths
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.preflight import Machine, look
 from vllmd.daemon.quotas import Quotas
+from vllmd.daemon.specs import model_spec, replica_spec
 from vllmd.engines.base import Listen
 from vllmd.gpu.nvml import NvmlDevices
 from vllmd.proxy.gate import Permit
@@ -48,7 +49,8 @@ class Site:
         self._fleet.configure({"m": model}, {})
         self._gate = AdmissionGate(EngineResolver(), Quotas([]), Counters())
         self._gate.configure({"m": model}, {"m": model})
-        core = Scheduler(specs_of({"m": model}, look([model], machine, EngineResolver())), machine.devices)
+        (found,) = look([model], machine, EngineResolver())
+        core = Scheduler([model_spec(model, [replica_spec(model, found.engine, found.told)])], machine.devices)
         self.dispatcher = Dispatcher(core, executors(self._fleet, self._gate, lambda command: None))
         self._gate.open(self)
 
@@ -56,6 +58,9 @@ class Site:
 
     def post(self, event: events.Event) -> None:
         self.dispatcher.post(event)
+
+    def ask(self, event: events.Asking, answered: Callable[[commands.Answer], None]) -> None:
+        self.dispatcher.ask(event, answered)
 
     def address_of(self, replica: str) -> Listen:
         return self._fleet.processes[replica].listen
@@ -67,7 +72,7 @@ class Site:
 
     # -- what a test does
 
-    async def ask(self) -> asyncio.Task[Permit]:
+    async def arrive(self) -> asyncio.Task[Permit]:
         """A client's request, which has arrived."""
         task = asyncio.ensure_future(self._gate.acquire("m", "key"))
         await asyncio.sleep(0)
@@ -103,7 +108,7 @@ def test_S_is_gpu_free_starts_with_the_share_that_the_free_ratio_picks(tmp_path:
     async def story(rig: Rig) -> None:
         site = Site(rig, tmp_path, waits(), Gpu("GPU-a"))
         await site.sample(0)
-        asked = await site.ask()
+        asked = await site.arrive()
         for used in (23, 60, 10):
             await site.sample(used)
             assert site.shares == []
@@ -121,7 +126,7 @@ def test_S_is_gpu_free_looks_at_all_gpus_of_a_model(tmp_path: Path) -> None:
     async def story(rig: Rig) -> None:
         site = Site(rig, tmp_path, waits(tensor_parallel_size=2), Gpu("GPU-a"), Gpu("GPU-b"))
         await site.sample(0, 0)
-        asked = await site.ask()
+        asked = await site.arrive()
         for used in ((0, 23), (23, 0)):
             await site.sample(*used)
             assert site.shares == []

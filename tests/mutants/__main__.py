@@ -61,9 +61,23 @@ MUTATIONS = (
     Mutation(
         "one more replica is asked for once",
         "core/operator_commands.py",
-        "if device not in model.added:",
+        "if not asked:",
         "if True:",
         REPLICAS,
+    ),
+    Mutation(
+        "two at once for a pool go to two models",
+        "core/admission.py",
+        "model.promised.append(core.now)",
+        "pass",
+        "core/test_answers.py",
+    ),
+    Mutation(
+        "what is used is not changed",
+        "core/operator_commands.py",
+        "if used:",
+        "if False:",
+        "core/test_answers.py",
     ),
     Mutation(
         "a model that gets replicas keeps its engine",

@@ -20,7 +20,7 @@ from vllmd.admin.records import add_records
 from vllmd.admin.runtime_models import add_guests
 from vllmd.admin.schemas import FLAG, TEXT, WAIT, answers, asks, doc, requires, streams, takes
 from vllmd.admin.store import add_store
-from vllmd.errors import VllmdError
+from vllmd.errors import ConfigError, VllmdError
 from vllmd.proxy.access import Reach
 from vllmd.proxy.http import Request, Response
 from vllmd.proxy.routing import LocalHandler, Router
@@ -80,6 +80,10 @@ def add_operator(router: Router, control: Control) -> None:
     _add_verbs(router, operator)
     add = router.add
     add("GET", "/admin/status", operator.status, "read", "Everything vllmctl shows", answers("Status"), EACH)
+    models = ModelEndpoints(control)
+    add("GET", "/admin/models", models.every, "read", "The models as /v1/models has them, for operators",
+        answers("ModelList"), EACH)  # fmt: skip
+    add("GET", "/admin/models/{model:path}", models.one, "read", "One model, likewise", answers("Model"))
     add("GET", "/admin/decisions", operator.decisions, "read", "The last decisions and their numbers",
         doc(answers("Decisions"), asks(model=(TEXT, "of that model only"))), MACHINE)  # fmt: skip
     add("GET", "/admin/events", operator.events, "read", "Decisions as they are made, and what becomes of them",
@@ -145,9 +149,10 @@ def audited(handler: LocalHandler) -> LocalHandler:
         try:
             response = await handler(request)
         except VllmdError as error:
-            _record(request, f"refused: {error.message.splitlines()[0]}")
+            known = isinstance(error, ConfigError) and request.path == "/admin/reload"  # the log has all of it already
+            _record(request, f"refused: {'the configuration is invalid' if known else error.message.splitlines()[0]}")
             raise
-        _record(request, "done" if response.status == 200 else "begun")
+        _record(request, "done" if response.status == 200 and isinstance(response.body, bytes) else "begun")
         return response
 
     return handle
@@ -155,6 +160,8 @@ def audited(handler: LocalHandler) -> LocalHandler:
 
 def _record(request: Request, outcome: str) -> None:
     who = f"the key {request.key}" if request.key else str(request.peer)
+    if request.caller.page:
+        who = f"{request.key} on the page"
     fields = {"VLLMD_VERB": f"{request.method} {request.path}", "VLLMD_BY": who, "REQUEST_ID": request.id}
     if "model" in request.params:
         fields["MODEL"] = request.params["model"]

@@ -175,8 +175,15 @@ def driver(host: Host) -> Iterator[Finding]:
         yield "bad", f"there is an NVIDIA card at {', '.join(cards)}, but its driver is not loaded", advice
     if host.path("/dev/kfd").exists():
         yield from _amd(host)
-    elif not (loaded or host.path("/dev/dxg").exists() or list(_cards(host, "0x10de"))):
+    elif not (loaded or host.path("/dev/dxg").exists() or list(_cards(host, "0x10de"))) and not declared(host):
         yield "warning", "there is no GPU with a driver", "devices may be declared (devices: in vllmd.yaml(5))"
+
+
+def declared(host: Host) -> bool:
+    """Whether the configuration says which devices there are."""
+    from vllmd.config.loader import read
+
+    return bool(read(env=host.env).config.devices)
 
 
 def _cards(host: Host, vendor: str) -> Iterator[str]:

@@ -72,6 +72,7 @@ def of_answer(status: int, body: Any) -> Failure:
         return Failure(f"vllmd answered {status} without saying why", STATUSES.get(status, EX_SOFTWARE))
     code = str(error.get("code") or "")
     message = str(error.get("message") or f"vllmd answered {status}")
+    message = message.replace("GET /v1/models lists those", "vllmctl ps lists those")
     return Failure(message, CODES.get(code, STATUSES.get(status, EX_SOFTWARE)))
 
 

@@ -46,7 +46,7 @@ def first_line(text: str | None) -> str:
 def phase(line: dict[str, Any]) -> str:
     """The phase of a start, and the engine's own words as far as they are short."""
     told = f"{line.get('phase') or ''} {line.get('detail') or ''}".strip()
-    return told if len(told) <= PHASE else told[: PHASE - 3] + "..."
+    return told if len(told) <= PHASE else told[: PHASE - 3].rstrip(" .") + "..."
 
 
 def size(number: float | None) -> str:

@@ -51,7 +51,8 @@ def columns(stream: Any = None) -> int | None:
 def cut(text: str, most: int) -> str:
     """The text in at most so many columns, its end left out."""
     while width(text) > most:
-        text = text[: most - (width(text) > most) - 3] + "..." if len(text) > most else text[:-4] + "..."
+        text = text[: most - (width(text) > most) - 3] if len(text) > most else text[:-4]
+        text = text.rstrip(" .") + "..."
     return text
 
 

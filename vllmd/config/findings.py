@@ -21,13 +21,13 @@ class Problem:
     nearest: str = ""
 
     def __str__(self) -> str:
-        parts = [self.what]
+        told = self.what
         if self.nearest:
-            parts.append(f'did you mean "{self.nearest}"?')
+            told += f'; did you mean "{self.nearest}"?'
         if self.accepted:
-            parts.append(f"accepted: {self.accepted}")
+            told += f"{'' if told.endswith('?') else ';'} accepted: {self.accepted}"
         path = f"{self.path}: " if self.path else ""
-        return printable(f"{self.where}: {path}" + "; ".join(parts))  # names stand in paths, whoever wrote them
+        return printable(f"{self.where}: {path}{told}")  # names stand in paths, whoever wrote them
 
 
 @dataclass(frozen=True, slots=True)

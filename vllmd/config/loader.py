@@ -56,7 +56,7 @@ def load(
     """The configuration. ``overrides``: setting paths from the command line, such as ``server.port``.
 
     Raises ConfigError whose message has one line per problem:
-    ``file:line: key.path: what is wrong; accepted: ...; did you mean "..."?``
+    ``file:line: key.path: what is wrong; did you mean "..."? accepted: ...``
     """
     reading = read(config_file, env, overrides)
     if reading.problems:

@@ -737,6 +737,12 @@ SERVER = Group(
             "room for others all the same. Longer ones are cut to it, -1 as well; with 0 none counts.",
         ),
         Setting(
+            "ui",
+            k.BOOL,
+            "Serve the page at /ui; by default at loopback addresses only, since elsewhere what the page shows and "
+            "does can be overheard.",
+        ),
+        Setting(
             "cors_origins",
             k.NAMES,
             "Origins such as https://chat.example whose web pages may use the HTTP side; * is any. "

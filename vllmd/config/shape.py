@@ -9,6 +9,8 @@ from vllmd.config.settings import DEFAULTS, DEFAULTS_OF_KIND, LEGACY, LEGACY_SEC
 from vllmd.config.trees import find, join, put
 from vllmd.config.value_types import what_it_is
 
+MANY = 16  # names that a message lists; of more the manual has the list
+
 
 class Shape:
     """Complains of what has no place in the table."""
@@ -120,7 +122,10 @@ class Shape:
 
         near = difflib.get_close_matches(name.replace("-", "_"), known, 1, 0.6)
         what = "there is no such setting" + (f"; {advice}" if advice and not near else "")
-        self.findings.complain(value.key or value.where, path, what, ", ".join(known), near[0] if near else "")
+        accepted = ", ".join(known)
+        if len(known) > MANY:
+            accepted = "" if near else f"{', '.join(known[:MANY])} and others, see vllmd.yaml(5)"
+        self.findings.complain(value.key or value.where, path, what, accepted, near[0] if near else "")
 
 
 def is_of_kind(row: Setting | None, name: str, value: Node) -> bool:

@@ -218,6 +218,7 @@ class ServerConfig:
     loading_comment_interval: float = 10.0
     loading_as_reasoning: bool = False
     keep_alive_limit: float | None = 86400.0  # the longest keep_alive of a request; 0.0: none is listened to
+    ui: bool | None = None  # the page at /ui; None: at loopback addresses only
     hosts: tuple[str, ...] = ()  # names beside this machine's own under which it answers without keys; "*": any
     cors_origins: tuple[str, ...] = ()  # pages of which origins may read our answers; "*": of any
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from vllmd.core.balancing import DOUBTFUL, Balancer, back_in, trouble
+from vllmd.core.balancing import DOUBTFUL, SOONEST, Balancer, back_in, best, in_flight, level, trouble
 from vllmd.core.commands import RejectReason
 from vllmd.core.common import Core
-from vllmd.core.events import RequestAnswered, RequestArrived, RequestFinished, RequestGone
+from vllmd.core.events import PoolAsked, RequestAnswered, RequestArrived, RequestFinished, RequestGone
 from vllmd.core.eviction import cheapest, fits
 from vllmd.core.health import HealthChecks
 from vllmd.core.lifecycle import AWAKE, LifecycleError
@@ -15,6 +15,8 @@ from vllmd.core.model import INFINITY, Model, Replica
 from vllmd.core.planner import Planner
 from vllmd.core.policy_input import remaining
 from vllmd.core.types import Decision, State
+
+PROMISED = 5.0  # seconds in which a request that was told its model arrives, or does not
 
 
 class Refusal(NamedTuple):
@@ -51,6 +53,8 @@ class Admission:
             self._only_there(model, e)
             return
         model.used = core.engines.now
+        if model.promised:
+            model.promised.pop(0)
         chosen = self._balancer.choose(model, e.avoid)
         r = chosen or self._nominate(model)
         if r is None:
@@ -85,6 +89,25 @@ class Admission:
     def _admit(self, r: Replica, request: str) -> None:
         self._admitted[request] = r
         self._core.engines.admit(r, request)
+
+    def pooled(self, e: PoolAsked) -> None:
+        """1.9: of a pool's models the one that answers soonest, by its state; of several that run the least busy.
+
+        Its request comes when its body has been read, and counts from now on: of two at once each gets another model.
+        """
+        core = self._core
+
+        def distance(model: Model) -> tuple[int, int]:
+            state = best(model.replicas).state, level(best(model.replicas))
+            model.promised = [at for at in model.promised if core.now - at < PROMISED]
+            open_ = sum(map(in_flight, model.replicas)) + len(model.queue) + len(model.promised)
+            return SOONEST.index(state) if state in SOONEST else len(SOONEST), open_ if state[0] is State.READY else 0
+
+        known = [core.models[name] for name in e.models if name in core.models]
+        model = min([model for model in known if model.replicas], key=distance, default=None)
+        if model:
+            model.promised.append(core.now)
+        core.engines.answer(e.ask, model.name if model else "")
 
     def answered(self, e: RequestAnswered) -> None:
         """The first byte of an answer."""

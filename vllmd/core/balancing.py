@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from vllmd.core.engine_table import EngineTable
 from vllmd.core.fit import Fit
@@ -20,6 +20,18 @@ FORGET = 30.0  # seconds in which what is held against a replica falls to a thir
 ENOUGH = 3  # answers from which a replica's latency means something
 DOUBTFUL = 5  # the outlook of one that was ejected, or is on its way out; that of a failed one is worse
 OFF = frozenset({State.STOPPED, State.SLEEPING, State.FAILED})
+SERVE = frozenset({HealthStatus.SERVING, HealthStatus.SLOW})
+# Of several replicas' states the model's is the first one here that any of them has.
+BEST_FIRST = (
+    *(State.READY, State.DRAINING, State.WAKING, State.STARTING, State.FALLING_ASLEEP),
+    *(State.SLEEPING, State.STOPPING, State.FAILED, State.STOPPED),
+)
+# How soon a model answers, by its state and the level at which it sleeps; any other state comes last.
+SOONEST = (
+    *((State.READY, 0), (State.WAKING, 1), (State.WAKING, 2), (State.STARTING, 0), (State.SLEEPING, 1)),
+    *((State.FALLING_ASLEEP, 1), (State.FALLING_ASLEEP, 2), (State.DRAINING, 0), (State.SLEEPING, 2)),
+    (State.STOPPED, 0),
+)
 
 
 class Balancer:
@@ -116,6 +128,24 @@ def quickest(but: Replica) -> float | None:
 def health_status(r: Replica) -> HealthStatus:
     """What its answers have earned it."""
     return r.health.status if r.health else HealthStatus.SERVING
+
+
+# -- which of its replicas a model is judged by
+
+
+def best(replicas: Sequence[Replica]) -> Replica:
+    """The one that serves, or is nearest to serving."""
+    return min(replicas, key=lambda r: (not serves(r), BEST_FIRST.index(r.state)))
+
+
+def serves(r: Replica) -> bool:
+    """Whether it gets requests, or would if it were needed."""
+    return r.state is State.READY and (not r.model.rules or r in resting(r.model) or health_status(r) in SERVE)
+
+
+def level(r: Replica) -> int:
+    """At which it sleeps, is put to sleep, or was asleep when it was woken; else 0."""
+    return r.level if r.state in (State.SLEEPING, State.WAKING, State.FALLING_ASLEEP) else 0
 
 
 # -- who does not

@@ -113,13 +113,15 @@ class Admit(Command):
 
 
 class RejectReason(enum.StrEnum):
-    """Why a request is refused: by the class of ``vllmd.errors`` that the client is told."""
+    """Why a request, or what somebody asked, is refused: by the class of ``vllmd.errors`` that the client is told."""
 
     ENGINE_FAILED = "EngineFailed"
     UNAVAILABLE = "Unavailable"
     UNKNOWN_MODEL = "UnknownModel"
     TOO_MANY_REQUESTS = "TooManyRequests"
     MODEL_TOO_LARGE = "ModelTooLarge"
+    BAD_REQUEST = "BadRequest"
+    CONFLICT = "Conflict"
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +135,19 @@ class Reject(Command):
     error: RejectReason
     message: str
     retry_after: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer(Command):
+    """What becomes of what somebody asked, by the ``ask`` of the event. It comes before what follows from it.
+
+    ``chosen``: the model or replica that it will be. ``refused``: why nothing is done, "" if it is; then ``error``.
+    """
+
+    ask: str
+    chosen: str = ""
+    refused: str = ""
+    error: RejectReason = RejectReason.CONFLICT
 
 
 @dataclass(frozen=True, slots=True)

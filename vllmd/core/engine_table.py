@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from vllmd.core.commands import (
     AddReplica,
     Admit,
+    Answer,
     Command,
     CutRequest,
     ProbeReplica,
@@ -97,6 +98,13 @@ class EngineTable:
         if m.health:
             m.health.unanswered[request] = self.now
         self._out.append(Admit(request, m.id))
+
+    def answer(
+        self, ask: str, chosen: str = "", refused: str = "", error: RejectReason = RejectReason.CONFLICT
+    ) -> None:
+        """What becomes of what was asked, if whoever asked wants to know."""
+        if ask:
+            self._out.append(Answer(ask, "", refused, error) if refused else Answer(ask, chosen))
 
     def add_replica(self, model: Model, device: int) -> None:
         """Have the model given one more replica, on that device."""

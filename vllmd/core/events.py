@@ -6,6 +6,10 @@ and exactly one closing event per command to an engine; an event about an engine
 always speaks of the replica's present engine. Engines go by their replica's id,
 requests by their model's name; what operators ask is about either, ``model`` is
 then a model's name or a replica's id.
+
+Whoever must know what becomes of what he asks names it: an event with an ``ask``
+is answered by one ``Answer``, at once or (where it says so) later. Nobody looks
+at the state first and then asks: what he saw may be over.
 """
 
 from __future__ import annotations
@@ -201,10 +205,22 @@ class ReplicaProbed(Event):
 
 @dataclass(frozen=True, slots=True)
 class ProbeAsked(Event):
-    """An operator has an engine that serves asked its probe; ReplicaProbed follows. It tells the core nothing of it."""
+    """An operator has an engine asked its probe; ReplicaProbed follows. It tells the core nothing of it.
+
+    Refused if the engine does not serve (any more): then nothing follows.
+    """
 
     request: str
     replica: str
+    ask: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolAsked(Event):
+    """A request is to come for whichever of these models answers soonest; that one is chosen."""
+
+    models: tuple[str, ...]
+    ask: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,19 +266,22 @@ class LoadAsked(Event):
     """An operator wants the model loaded, or woken: one replica whatever it takes, the others where they fit.
 
     ``device``: one of its replicas is to be there. The one that is there or on its way there does; else one that is
-    not loaded is bound to that device until it stops; else AddReplica asks for one more.
+    not loaded is bound to that device until it stops; else AddReplica asks for one more, and the answer comes with it.
+    Chosen is the replica. Refused: it could not fit even alone, or cannot be on that device.
     """
 
     model: str
     device: int | None = None
+    ask: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaRefused(Event):
-    """Answers AddReplica: the model cannot have one more."""
+    """Answers AddReplica: the model cannot have one more, for that ``reason``."""
 
     model: str
     device: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,17 +344,22 @@ class KeptAlive(Event):
 
 @dataclass(frozen=True, slots=True)
 class ModelsChanged(Event):
-    """The configuration was reloaded. Replicas whose id is in ``restart`` or that are gone are drained and stopped."""
+    """The configuration was reloaded. Replicas whose id is in ``restart`` or that are gone are drained and stopped.
+
+    ``devices``, ``settings``: those that go with it, if they are others; they come first, because nothing may be put
+    on a device that is about to be another one. ``unless_used``: refused, nothing changed, if one of these (models, or
+    replicas by their id) is in use.
+    """
 
     models: tuple[ModelSpec, ...]
     restart: frozenset[str] = frozenset()
+    devices: DevicesChanged | None = None
+    settings: Settings | None = None
+    unless_used: frozenset[str] = frozenset()
+    ask: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class SettingsChanged(Event):
-    """The configuration was reloaded: decide by this policy and within these limits from now on."""
-
-    settings: Settings
+Asking = ProbeAsked | PoolAsked | LoadAsked | ModelsChanged  # what is answered, if it has a name
 
 
 @dataclass(frozen=True, slots=True)

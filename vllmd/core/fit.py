@@ -160,9 +160,11 @@ class Fit:
     # -- what can never be, with the arithmetic, so that nobody waits for it
 
     def never(self, m: Replica) -> str:
-        """Why ``m`` cannot fit even with these devices to itself; empty if it can."""
+        """Why ``m`` cannot fit even with these devices to itself; empty if it can, be it by waking where it sleeps."""
         count = m.spec.device_count
         if not self._ledger.accounts or not count:
+            return ""
+        if m.state is State.SLEEPING and self.wakes(m, self.alone()):
             return ""
         accounts = self.allowed(m)
         if len(accounts) < count:

@@ -84,8 +84,11 @@ class HealthChecks:
 
     def asked(self, e: ProbeAsked) -> None:
         """An operator's probe runs in it as any request does, so that nobody puts it to sleep meanwhile."""
-        r = self._core.replica(e.replica)
-        if r.state is State.READY:
+        r = self._core.replicas.get(e.replica)
+        serves = r is not None and r.state is State.READY
+        why = "" if serves else f"{e.replica} is {r.state.value if r else 'gone'}, and a probe loads nothing"
+        self._core.engines.answer(e.ask, e.replica, why)
+        if r and serves:
             r.running[e.request] = Run(self._core.now)
             self._probes[e.request] = r
             self._core.mark_dirty(r)

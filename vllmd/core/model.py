@@ -135,7 +135,7 @@ class Model:
     leases: dict[str, Lease] = field(default_factory=dict)
     keep_alive: KeepAlive = field(default_factory=KeepAlive)
     used: float = -INFINITY  # when a request last came
-    added: set[int] = field(default_factory=set)  # devices for which one more replica was asked for
+    promised: list[float] = field(default_factory=list)  # when it was chosen for requests that are yet to come
     scale: Scale = field(default_factory=Scale)
     unused_view: ModelView | None = None  # what is shown of one that was never used, until something changes (views.py)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from vllmd.core.admission import Admission, Refusal
+from vllmd.core.balancing import in_flight
 from vllmd.core.commands import RejectReason
 from vllmd.core.common import Core
+from vllmd.core.devices import Devices
 from vllmd.core.events import (
     LeaseReleased,
     LeaseTaken,
@@ -12,7 +14,6 @@ from vllmd.core.events import (
     ModelsChanged,
     PinSet,
     ReplicaRefused,
-    SettingsChanged,
     SleepAsked,
     StopAsked,
 )
@@ -20,7 +21,7 @@ from vllmd.core.lifecycle import BY_HAND, OWN, Job, Kind, Reason
 from vllmd.core.model import INFINITY, Health, HealthStatus, Lease, Model, Replica
 from vllmd.core.policies import POLICIES
 from vllmd.core.scaling import Scaling
-from vllmd.core.types import ModelSpec, ReplicaSpec, State, renamed
+from vllmd.core.types import ModelSpec, ReplicaSpec, Settings, State, renamed
 
 UP = frozenset({State.READY, State.STARTING, State.WAKING})
 CALLED_OFF = OWN | {Reason.SWAP, Reason.LEASE, Reason.MOVED}  # by a pin or a lease
@@ -30,10 +31,12 @@ BY_OPERATOR = "an operator asked for it"
 class OperatorCommands:
     """An operator's word is done, drained first; only force cuts."""
 
-    def __init__(self, core: Core, admission: Admission, scaling: Scaling) -> None:
+    def __init__(self, core: Core, admission: Admission, scaling: Scaling, devices: Devices) -> None:
         self._core = core
         self._admission = admission
         self._scaling = scaling
+        self._devices = devices
+        self._adding: dict[tuple[str, int], list[str]] = {}  # model, device -> who asked for one more replica there
         self.preload: dict[Replica, None] = {}  # to be loaded where they fit, in order
         self.preloading = False  # not before TimePassed: what already runs is adopted first
 
@@ -44,32 +47,50 @@ class OperatorCommands:
         replicas = self._core.named(e.model)
         rules = replicas[0].model.rules
         if e.device is not None:
-            self._load_on(replicas[0].model, e.device)
+            self._load_on(replicas[0].model, e.device, e.ask)
             return
         surely = next((r for r in replicas if r.state in UP), replicas[0])
+        why = self._core.fit.never(surely) if surely.at_rest else ""
+        self._core.engines.answer(e.ask, surely.id, why, RejectReason.MODEL_TOO_LARGE)
         for r in [r for r in replicas if r.state in (State.STOPPED, State.FAILED)]:
             r.bound = None
         for r in replicas[: rules.least] if rules else replicas:
             self._load(r, beside=r is not surely)
 
-    def _load_on(self, model: Model, device: int) -> None:
+    def _load_on(self, model: Model, device: int, ask: str) -> None:
         """The one that is there or on its way there; else one that nobody uses or wants; else one more is asked for."""
+        engines, refused = self._core.engines, [self._off_limits(r.spec, device) for r in model.replicas]
+        if all(refused):
+            engines.answer(ask, refused=refused[0], error=RejectReason.BAD_REQUEST)
+            return
         there = next((r for r in model.replicas if device in r.placement.devices or _bound_for(r, device)), None)
         spare = (r for r in model.replicas if r.state in (State.STOPPED, State.FAILED) and not r.demand)
         r = there or next((r for r in spare if can_be_on(r.spec, device)), None)
         if r is None:
-            if device not in model.added:
-                model.added.add(device)
-                self._core.engines.add_replica(model, device)
+            asked = self._adding.setdefault((model.name, device), [])
+            if not asked:
+                engines.add_replica(model, device)
+            asked.append(ask)
             return
         if r is not there:
             r.bound = device
+        engines.answer(ask, r.id)
         self._load(r, beside=False)
+
+    def _off_limits(self, spec: ReplicaSpec, device: int) -> str:
+        """Why the engine cannot be put on that device alone; "" if it can."""
+        known = sorted(i for i, account in self._core.engines.ledger.accounts.items() if not account.gone)
+        if device not in known:
+            there = f"there are {', '.join(map(str, known))}" if known else "there are none on this machine"
+            return f"there is no GPU {device}; {there}"
+        if spec.devices and device not in spec.devices:
+            return f"{spec.id} may use the GPUs {', '.join(map(str, spec.devices))} only"
+        return "" if spec.device_count == 1 else f"{spec.id} takes {spec.device_count} GPUs and cannot be put on one"
 
     def refused(self, e: ReplicaRefused) -> None:
         """There is not to be one more."""
-        if e.model in self._core.models:
-            self._core.models[e.model].added.discard(e.device)
+        for ask in self._adding.pop((e.model, e.device), ()):
+            self._core.engines.answer(ask, refused=e.reason)
 
     def _load(self, r: Replica, *, beside: bool) -> None:
         """A failure's back-off does not count for an operator."""
@@ -164,7 +185,14 @@ class OperatorCommands:
 
     def changed(self, e: ModelsChanged) -> None:
         """3.6: new ones are added, changed ones know it, those gone drain, stop and are forgotten."""
-        core = self._core
+        core, used = self._core, [why for name in sorted(e.unless_used) if (why := self._used(name))]
+        core.engines.answer(e.ask, refused="; ".join(used))
+        if used:
+            return
+        if e.devices:
+            self._devices.changed(e.devices)
+        if e.settings:
+            self._retune(e.settings)
         specs = {spec.name: spec for spec in e.models}
         for model in [model for name, model in core.models.items() if name not in specs]:
             why = f"{model.name!r} was removed from the configuration"
@@ -178,13 +206,21 @@ class OperatorCommands:
         core.models = dict(sorted(core.models.items(), key=lambda item: order.get(item[0], len(order))))
         core.regroup()
 
-    def retune(self, e: SettingsChanged) -> None:
+    def _used(self, name: str) -> str:
+        """How a model, or a replica by its id, is in use; "" if it is not, or has failed."""
+        model, r = self._core.models.get(name), self._core.replicas.get(name)
+        if model and any(each.state is not State.FAILED for each in model.replicas):
+            number = len(model.queue) + sum(map(in_flight, (*model.replicas, *model.retired)))
+            return f"{name} is in use ({number} requests, {len(model.leases)} leases)" if number or model.leases else ""
+        return f"{name} is {r.state.value}" if r and not model and (r.loaded or r.demand) else ""
+
+    def _retune(self, settings: Settings) -> None:
         """3.7: another policy or budget decides from now on; what was begun goes on."""
         core = self._core
-        if e.settings.policy != core.settings.policy:
-            core.policy = POLICIES[e.settings.policy]
-        core.settings = e.settings
-        core.engines.ledger.host_budget = e.settings.host_memory
+        if settings.policy != core.settings.policy:
+            core.policy = POLICIES[settings.policy]
+        core.settings = settings
+        core.engines.ledger.host_budget = settings.host_memory
         for r in core.replicas.values():
             core.mark_urgent(r)
 
@@ -214,10 +250,12 @@ class OperatorCommands:
         for r in known.values():
             self._retire(r)
         model.nominee = None if spec.balancing else replicas[0]
-        for r in replicas if model.added else ():
-            if len(r.spec.devices) == 1 and r.spec.devices[0] in model.added:
-                model.added.remove(r.spec.devices[0])
+        for r in replicas if self._adding else ():
+            asked = self._adding.pop((model.name, r.spec.devices[0]), None) if len(r.spec.devices) == 1 else None
+            if asked:
                 self._load(r, beside=False)
+            for ask in asked or ():
+                core.engines.answer(ask, r.id)
 
     def _add(self, model: Model, spec: ReplicaSpec) -> Replica:
         """A replica nobody knew before."""

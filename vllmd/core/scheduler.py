@@ -12,7 +12,7 @@ from typing import Any
 
 from vllmd.core import events as ev
 from vllmd.core.admission import Admission
-from vllmd.core.balancing import Balancer
+from vllmd.core.balancing import Balancer, best
 from vllmd.core.commands import Command, RejectReason
 from vllmd.core.common import Core
 from vllmd.core.costs import CostBook
@@ -28,9 +28,9 @@ from vllmd.core.policies import POLICIES
 from vllmd.core.policy import Policy
 from vllmd.core.policy_input import sleep_levels
 from vllmd.core.scaling import Scaling
-from vllmd.core.types import Brief, Device, ModelSpec, ReplicaView, Settings, Snapshot, State
+from vllmd.core.types import Device, ModelSpec, ReplicaView, Settings, Snapshot, State
 from vllmd.core.unloading import DEEPEN_RETRY, Unloading
-from vllmd.core.views import BEST_FIRST, brief, snapshot
+from vllmd.core.views import snapshot
 
 DEFAULTS = Settings()
 
@@ -53,9 +53,9 @@ class Scheduler:
         self._scaling = Scaling(core, self._planner, self._health)
         self._admission = Admission(core, self._planner, Balancer(core.engines, core.swaps, core.fit), self._health)
         self._engine_events = EngineEvents(core, self._admission)
-        self._operator = OperatorCommands(core, self._admission, self._scaling)
-        self._unloading = Unloading(core, self._planner)
         self._devices = Devices(core, self._admission)
+        self._operator = OperatorCommands(core, self._admission, self._scaling, self._devices)
+        self._unloading = Unloading(core, self._planner)
         self._handlers = self._rooms()
         for spec in models:
             self._operator.configure(spec)
@@ -116,19 +116,16 @@ class Scheduler:
         model = core.models.get(name) or (r.model if r else None)
         return snapshot(core, self._planner, max(now, core.now), [model]).replicas_of(name) if model else []
 
-    def brief(self, model: str) -> Brief | None:
-        """The model's state and open requests, cheaply; None for no such model."""
-        known = self._core.models.get(model)
-        return brief(known) if known else None
-
     def foremost(self, model: str) -> tuple[str, State]:
         """The replica of the model that is nearest to serving, and its state: what a client waits for.
 
         Cheap, unlike ``snapshot``: it may be asked for every waiting client. ``("", STOPPED)`` for no such model.
         """
         known = self._core.models.get(model)
-        states = [(each.id, each.state) for each in known.replicas] if known else []
-        return min(states, key=lambda each: BEST_FIRST.index(each[1]), default=("", State.STOPPED))
+        if not known or not known.replicas:
+            return "", State.STOPPED
+        r = best(known.replicas)
+        return r.id, r.state
 
     def _rooms(self) -> dict[type, Callable[[Any], None]]:
         """Who handles which event."""
@@ -137,6 +134,7 @@ class Scheduler:
             ev.RequestAnswered: self._admission.answered,
             ev.RequestFinished: self._admission.finished,
             ev.RequestGone: self._admission.gone,
+            ev.PoolAsked: self._admission.pooled,
             ev.EngineReady: self._engine_events.ready,
             ev.EngineStartFailed: self._engine_events.start_failed,
             ev.EngineAsleep: self._engine_events.asleep,
@@ -165,7 +163,6 @@ class Scheduler:
             ev.LeaseReleased: self._operator.release,
             ev.KeptAlive: self._unloading.kept_alive,
             ev.ModelsChanged: self._operator.changed,
-            ev.SettingsChanged: self._operator.retune,
             ev.TimePassed: self._passed,
         }
 
@@ -298,8 +295,7 @@ class Scheduler:
             if not core.engines.ledger.asking:
                 self._admission.reject_waiters(r, RejectReason.UNAVAILABLE, unknown, 5.0)
             return
-        wakes = r.state is State.SLEEPING and core.fit.wakes(r, core.fit.alone())  # even if it may not start any more
-        why = "" if wakes else core.fit.never(r)
+        why = core.fit.never(r)
         if why:
             self._admission.reject_waiters(r, RejectReason.MODEL_TOO_LARGE, why)
             core.engines.record("refuse", r, why)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 GiB = 1 << 30
 
@@ -268,14 +268,6 @@ class DeviceView:
     external: int  # memory held by others, as last sampled
     wedged: str  # why it is avoided; "" if it is not
     drained: bool = False  # by an operator
-
-
-class Brief(NamedTuple):
-    """What a ``ModelView`` says of a model's state, and how many of its requests run or wait."""
-
-    state: State
-    level: int
-    open: int
 
 
 @dataclass(frozen=True, slots=True)

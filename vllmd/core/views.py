@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from vllmd.core.balancing import in_flight, resting
+from vllmd.core.balancing import best, in_flight, level, resting, serves
 from vllmd.core.common import Core
 from vllmd.core.idle import idle_due
 from vllmd.core.ledger import Account, gib
@@ -12,14 +12,8 @@ from vllmd.core.model import INFINITY, HealthStatus, Model, Replica
 from vllmd.core.planner import Planner
 from vllmd.core.policy import PolicyInput
 from vllmd.core.policy_input import waited_since
-from vllmd.core.types import Brief, DeviceView, ModelView, ReplicaView, Snapshot, State
+from vllmd.core.types import DeviceView, ModelView, ReplicaView, Snapshot, State
 
-# Of several replicas' states the model's is the first one here that any of them has.
-BEST_FIRST = (
-    *(State.READY, State.DRAINING, State.WAKING, State.STARTING, State.FALLING_ASLEEP),
-    *(State.SLEEPING, State.STOPPING, State.FAILED, State.STOPPED),
-)
-SERVES = frozenset({"serving", "resting", "slow"})
 UNWELL = frozenset({"slow", "ejected"})
 
 Ask = Callable[[Replica], str]  # what a replica waits for, by the plan; "" if that cannot be said
@@ -58,28 +52,28 @@ def _model(core: Core, model: Model, now: float, outlook: Ask) -> ModelView:
     """The replicas as one: in the state of the best of them, with all their requests and memory."""
     replicas = (*model.replicas, *model.retired)
     views = tuple(_replica(core, r, now, outlook) for r in replicas)
-    _, best = min(zip(replicas, views, strict=True), key=lambda pair: _rank(pair[0]))
-    up = [view for r, view in zip(replicas, views, strict=True) if _serves(r)]
+    first = views[replicas.index(best(replicas))]
+    up = [view for r, view in zip(replicas, views, strict=True) if serves(r)]
     idle = [view.idle for view in views if view.idle is not None]
     loaded = [view for view in views if view.devices]
     oldest = model.queue.oldest
     failures = [(view.id, view.failure) for view in views if view.failure and (not model.rules or view not in up)]
     view = ModelView(
         name=model.name,
-        state=best.state,
-        level=best.level,
-        devices=tuple(sorted({index for view in views for index in view.devices})) if len(views) > 1 else best.devices,
+        state=first.state,
+        level=first.level,
+        devices=tuple(sorted({index for view in views for index in view.devices})) if len(views) > 1 else first.devices,
         memory=sum([view.memory for view in views]),
         in_flight=sum([view.in_flight for view in views]),
         queued=len(model.queue),
         oldest_wait=None if oldest is None else now - oldest,
         idle=min(idle, default=None) if len(views) == 1 or len(idle) == len(loaded) else None,
-        since=best.since,
+        since=first.since,
         pinned=all(view.pinned for view in views),
         leases=tuple(model.leases),
         waiting_for=next((view.waiting_for for view in views if view.waiting_for and (view.queued or not up)), ""),
         failure="; ".join(f"{name}: {why}" if model.rules else why for name, why in failures),
-        standing=best.standing,
+        standing=first.standing,
         latency=min([view.latency for view in up if view.latency is not None], default=None),
         replicas=views,
         balanced=model.rules is not None,
@@ -92,34 +86,13 @@ def _model(core: Core, model: Model, now: float, outlook: Ask) -> ModelView:
     return view
 
 
-def brief(model: Model) -> Brief:
-    """Cheap, unlike a ``ModelView``: it may be asked for at every request."""
-    replicas = (*model.replicas, *model.retired)
-    best = min(replicas, key=_rank)
-    return Brief(best.state, _level(best), sum([in_flight(r) for r in replicas]) + len(model.queue))
-
-
-def _rank(r: Replica) -> tuple[bool, int]:
-    """The best of a model's replicas comes first."""
-    return not _serves(r), BEST_FIRST.index(r.state)
-
-
-def _serves(r: Replica) -> bool:
-    """Whether it gets requests, or would if it were needed."""
-    return r.state is State.READY and (not r.model.rules or _standing(r) in SERVES)
-
-
-def _level(r: Replica) -> int:
-    return r.level if r.state in (State.SLEEPING, State.WAKING, State.FALLING_ASLEEP) else 0
-
-
 def _replica(core: Core, r: Replica, now: float, outlook: Ask) -> ReplicaView:
     engines, oldest = core.engines, r.oldest
     at_rest = (r.on or r.state is State.SLEEPING) and not in_flight(r)
     return ReplicaView(
         name=r.id,
         state=r.state,
-        level=_level(r),
+        level=level(r),
         devices=r.placement.devices,
         memory=engines.ledger.most(r),
         in_flight=in_flight(r),

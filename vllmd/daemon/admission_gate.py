@@ -46,6 +46,8 @@ ERRORS: Mapping[commands.RejectReason, type[errors.VllmdError]] = {
     commands.RejectReason.UNKNOWN_MODEL: errors.UnknownModel,
     commands.RejectReason.TOO_MANY_REQUESTS: errors.TooManyRequests,
     commands.RejectReason.MODEL_TOO_LARGE: errors.ModelTooLarge,
+    commands.RejectReason.BAD_REQUEST: errors.BadRequest,
+    commands.RejectReason.CONFLICT: errors.Conflict,
 }
 REACH_TRIES, REACH_PAUSE = 20, 0.1  # so often a request finds nobody listening, and seconds between
 
@@ -71,8 +73,8 @@ class BackEnd(Protocol):
         Raises EngineFailed.
         """
 
-    def nearest(self, models: Sequence[str]) -> str:
-        """Of these models the one that will answer soonest, by its state; the first of those that are alike."""
+    def ask(self, event: events.Asking, answered: Callable[[commands.Answer], None]) -> None:
+        """Hand an event to the core, and have ``answered`` called when it has said what becomes of it."""
 
 
 class AdmissionGate:
@@ -175,14 +177,16 @@ class AdmissionGate:
         return self._names.resolve(name, caller.may_use)
 
     def _of_pool(self, name: str, pool: Sequence[str], caller: Caller) -> str:
-        """The member of a pool that gets the next request of this caller."""
+        """The member of a pool that gets this request; the core says which, and counts on it to come."""
         members = [member for member in pool if caller.may_use(member)]
         if not members:
             caller.check(name)
             raise errors.UnknownModel(f"none of the models of the pool {name!r} is here", param="model")
         models = [offer.model if (offer := self._offers.get(member)) else member for member in members]
-        nearest = self._back.nearest(models) if self._back else models[0]
-        return members[models.index(nearest)]
+        answers: list[commands.Answer] = []
+        if self._back:
+            self._back.ask(events.PoolAsked(tuple(models)), answers.append)
+        return members[models.index(answers[0].chosen) if answers and answers[0].chosen else 0]
 
     def _meant(self, called: str) -> Target:
         """What a model's name means, or that of an adapter or a variant."""

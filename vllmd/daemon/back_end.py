@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from vllmd.core import events
+from vllmd.core import commands, events
 from vllmd.core.types import ReplicaView, Snapshot, State
 from vllmd.daemon.adapter_loader import provide
+from vllmd.daemon.admission_gate import ERRORS
 from vllmd.daemon.boot_clock import moments
 from vllmd.daemon.device_readings import DeviceReadings
 from vllmd.daemon.device_watch import DeviceWatch
@@ -19,8 +20,6 @@ from vllmd.daemon.engine_manager import EngineManager
 from vllmd.daemon.failures import noted
 from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.memory import Memory
-from vllmd.daemon.offers import ORDER
-from vllmd.daemon.serializers import state_of
 from vllmd.engines.base import Listen
 from vllmd.errors import EngineFailed
 from vllmd.launcher.client import LauncherClient
@@ -45,6 +44,19 @@ class BackEnd:
         """Hands an event to the core."""
         return self.dispatcher.post
 
+    def ask(self, event: events.Asking, answered: Callable[[commands.Answer], None]) -> None:
+        """Hand an event to the core, and have ``answered`` called before anything that follows from it begins."""
+        self.dispatcher.ask(event, answered)
+
+    async def asked(self, event: events.Asking) -> commands.Answer:
+        """What becomes of an event, once the core has said so. Raises the VllmdError with which it was refused."""
+        heard: asyncio.Future[commands.Answer] = asyncio.get_running_loop().create_future()
+        self.ask(event, lambda answer: None if heard.done() else heard.set_result(answer))
+        answer = await heard
+        if answer.refused:
+            raise ERRORS[answer.error](answer.refused)
+        return answer
+
     def snapshot(self) -> Snapshot:
         """How everything stands. It is drawn anew each time, of all models: ask once and pass it on."""
         return self.dispatcher.scheduler.snapshot(self.dispatcher.now())
@@ -68,17 +80,6 @@ class BackEnd:
         if process is None:
             raise EngineFailed(f"the engine of {replica} is gone")
         await provide(process, adapter, waits)
-
-    def nearest(self, models: Sequence[str]) -> str:
-        """Of these models the one that will answer soonest, by its state; of several that run the least busy one."""
-
-        def distance(name: str) -> tuple[int, int]:
-            known = self.dispatcher.scheduler.brief(name)
-            if known is None:
-                return len(ORDER) + 1, 0
-            return ORDER.get(state_of(known), len(ORDER)), known.open if known.state is State.READY else 0
-
-        return min(models, key=distance)
 
     def unreached(self, replica: str) -> None:
         """Nobody listens where the replica's engine should."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -15,9 +15,9 @@ T = TypeVar("T")
 
 
 class Take(Protocol):
-    """Goes on with another configuration, if that is ``still`` right when the core is told. Raises Conflict if not."""
+    """Goes on with another configuration. Raises Conflict if the core finds one of ``unless_used`` in use then."""
 
-    def __call__(self, config: Config, still: Callable[[], bool] = ..., /) -> Awaitable[dict[str, Any]]:
+    def __call__(self, config: Config, unless_used: frozenset[str] = ..., /) -> Awaitable[dict[str, Any]]:
         """The answer has what changed."""
 
 
@@ -33,6 +33,7 @@ class RuntimeEnvironment:
     learnt: Path | None = None  # the file of figures that are kept over restarts; None: none are
     usage: Path | None = None  # the file in which use is recorded; None: it is not
     logs: Path | None = None
+    sessions: Path | None = None  # the file of the page's sessions; None: they end with the daemon
     activated: bool = False  # listeners came from systemd: exit when idle
     environment: Mapping[str, str] = field(default_factory=dict)
 

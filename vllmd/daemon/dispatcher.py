@@ -3,14 +3,19 @@
 ``post`` may be called from anywhere in the event loop, also while another event
 is being handled: events are taken one after the other, and executing a command
 never waits. Slow work is a task whose result is posted as an event.
+
+Whoever needs to know what becomes of an event does not look at the core's state
+before or after, but asks: the core's ``Answer`` comes before what follows from it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from vllmd.core import commands, events
@@ -63,7 +68,10 @@ class Dispatcher:
         ``decided`` is told of each decision, with the core's clock; ``changed`` is called after each event.
         """
         self._scheduler = scheduler
-        self._execute: dict[type, Callable[[Any], None]] = {**execute, commands.Record: self._record}
+        own: dict[type, Callable[[Any], None]] = {commands.Record: self._record, commands.Answer: self._answer}
+        self._execute = {**execute, **own}
+        self._asked: dict[str, Callable[[commands.Answer], None]] = {}
+        self._numbers = itertools.count(1)
         self._decided = decided
         self._changed = changed
         self._inbox: deque[events.Event] = deque()
@@ -96,11 +104,38 @@ class Dispatcher:
         self._set_timer()
         self._changed()
 
+    def ask(self, event: events.Asking, answered: Callable[[commands.Answer], None]) -> None:
+        """Take an event in, as ``post`` does. ``answered`` is called once, before what follows from it begins.
+
+        What ``answered`` raises before this returns is raised here.
+        """
+        name, raised, asking = str(next(self._numbers)), list[Exception](), True
+
+        def hear(answer: commands.Answer) -> None:
+            try:
+                answered(answer)
+            except Exception as error:
+                if not asking:
+                    raise
+                raised.append(error)
+
+        self._asked[name] = hear
+        self.post(replace(event, ask=name))
+        asking = False
+        if raised:
+            raise raised[0]
+
+    def _answer(self, command: commands.Answer) -> None:
+        answered = self._asked.pop(command.ask, None)
+        if answered:
+            answered(command)
+
     def _handle(self, event: events.Event) -> None:
         try:
             decided = self._scheduler.handle(event, self._loop.time())
         except Exception:  # a defect: say so, and keep serving everybody else
             log.exception("the scheduler could not handle %s", event)
+            self._answer(commands.Answer(getattr(event, "ask", ""), refused="vllmd could not do it; its log says why"))
             return
         for command in decided:
             try:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from vllmd.config.replicas import engines_of
 from vllmd.config.types import Config, ModelConfig
 from vllmd.core.types import Device, ModelSpec, ReplicaSpec, Settings
 from vllmd.daemon.current import RuntimeEnvironment
@@ -19,33 +22,43 @@ from vllmd.engines.estimate import Estimate
 from vllmd.gpu import Devices, open_devices
 
 
-def expect(
-    models: Mapping[str, ModelConfig], paths: Paths, devices: Sequence[Device], resolver: EngineResolver
-) -> list[Prospect]:
+@dataclass(frozen=True)
+class Expectations:
+    """What a configuration comes to on these devices.
+
+    ``specs``: what the core knows of the models. ``estimates``: what each engine is told of the memory for it, such as
+    the size of its cache: as estimated, never as measured. ``kinds``: what each engine's model is for, as its files
+    tell.
+    """
+
+    paths: Paths
+    engines: Mapping[str, ModelConfig]  # by the id that the core knows each by
+    specs: tuple[ModelSpec, ...]
+    estimates: Mapping[str, Estimate]
+    kinds: Mapping[str, str]
+
+
+async def expect(
+    config: Config, runtime: RuntimeEnvironment, devices: Sequence[Device], resolver: EngineResolver
+) -> Expectations:
     """What the models will take, told to the log as well; reads their files."""
+    engines, paths = engines_of(config.models), paths_of(config, runtime)
     machine = Machine(tuple(devices), paths.homes, paths.run)
-    prospects = look(models.values(), machine, resolver)
-    say(prospects, machine)
-    return prospects
 
+    def reckon() -> list[Prospect]:
+        prospects = look(engines.values(), machine, resolver)
+        say(prospects, machine)
+        return prospects
 
-def specs_of(models: Mapping[str, ModelConfig], prospects: list[Prospect]) -> list[ModelSpec]:
-    """What the core knows of the models."""
-    engines: dict[str, list[ReplicaSpec]] = {}
+    replicas: dict[str, list[ReplicaSpec]] = {}
+    estimates: dict[str, Estimate] = {}
+    prospects = await asyncio.to_thread(reckon)
     for each in prospects:
         name = each.model.replica_of or each.model.name
-        engines.setdefault(name, []).append(replica_spec(each.model, each.engine, each.told))
-    return [model_spec(models[name], replicas) for name, replicas in engines.items()]
-
-
-def estimates(prospects: list[Prospect]) -> dict[str, Estimate]:
-    """What each engine is told of the memory for it, such as the size of its cache: as estimated, never as measured."""
-    return {each.model.name: each.told for each in prospects}
-
-
-def kinds(prospects: list[Prospect]) -> dict[str, str]:
-    """What each engine's model is for, as its files tell."""
-    return {each.model.name: each.kind for each in prospects}
+        replicas.setdefault(name, []).append(replica_spec(each.model, each.engine, each.told))
+        estimates[each.model.name] = each.told
+    specs = tuple(model_spec(config.models[name], of) for name, of in replicas.items())
+    return Expectations(paths, engines, specs, estimates, {each.model.name: each.kind for each in prospects})
 
 
 def paths_of(config: Config, runtime: RuntimeEnvironment) -> Paths:

@@ -11,6 +11,7 @@ from vllmd.launcher.client import ExitReport
 
 MOST_PLACES = 10
 REASON_LINES = 12  # of the log in a failure's reason
+INSTALL_OR_NAME = "; install it, or give the full path as `command`"  # the launcher, of any program
 AROUND = 3  # lines shown before and after the root error, where that is not among the last
 _DIRECTORIES = re.compile(r"(?<![\w.:/])/(?:[\w.@+~-]+/)+(?=[\w.@+~-])")  # of an absolute path; not of a URL
 
@@ -71,5 +72,5 @@ def places(broken: str) -> str:
 
 
 def with_hint(what: str, hint: str) -> str:
-    """``what``, and what would help."""
-    return f"{what}; {hint}" if hint else what
+    """``what``, and what would help; that is the engine's own advice, where it has any."""
+    return f"{what.removesuffix(INSTALL_OR_NAME)}; {hint}" if hint else what

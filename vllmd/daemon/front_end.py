@@ -118,7 +118,9 @@ def front_end(
         if back.now is not None and known and not known.replicas:
             back.now.engines.answered(model, answered, failed=failed)
 
-    listeners = Listeners(config, gate, quotas, control, relay, limits, sockets, outcome, records.ended)
+    listeners = Listeners(
+        config, gate, quotas, control, relay, limits, sockets, outcome, records.ended, runtime.sessions
+    )
     records.live = listeners.exchanges
     return FrontEnd(
         runtime=runtime,

@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vllmd.config.types import ModelConfig, ReplicaConfig
 from vllmd.core import commands, events
-from vllmd.core.types import ModelSpec, ReplicaSpec, State
 from vllmd.daemon.current import Current, Later, Take
-from vllmd.errors import BadRequest, Conflict
+from vllmd.errors import Conflict, VllmdError
 
 if TYPE_CHECKING:
     from vllmd.daemon.back_end import BackEnd
@@ -27,59 +25,46 @@ class Instances:
         self._back = back
         self._take_configuration = take
         self._changing = changing
-        self._specs: tuple[ModelSpec, ...] = ()
-        self._adding: dict[tuple[str, int], asyncio.Task[None]] = {}  # model, device -> one more is being made
+        self._adding: set[asyncio.Task[None]] = set()  # one more engine is being made
         self._made: dict[str, ReplicaConfig] = {}  # model -> the replicas that it has by us
-
-    def configure(self, specs: Iterable[ModelSpec]) -> None:
-        """Know what the core was told of the engines of a new configuration."""
-        self._specs = tuple(specs)
 
     # -- where they may be put
 
     async def load_on(self, model: str, device: int) -> str:
-        """Have one of its engines on that device; which the core decides. Raises BadRequest, Conflict."""
+        """Have one of its engines on that device; the core says which. Raises BadRequest, Conflict."""
         back = await self._back.wait()
-        name = self._current.model_of(model)
-        for spec in [spec for spec in self._specs if spec.name == name]:
-            _check(spec, device, [known.index for known in back.memory.inventory])
-        adding = self._adding.get((name, device))
-        if adding is None:
-            back.post(events.LoadAsked(name, device))
-            adding = self._adding.get((name, device))  # the core may have asked for one more
-        if adding:
-            await asyncio.shield(adding)
-        views = back.replicas_of(name)
-        return next((view.id for view in views if device in view.devices or view.bound == device), name)
+        try:
+            return (await back.asked(events.LoadAsked(self._current.model_of(model), device))).chosen
+        except VllmdError as refusal:
+            refusal.param = "gpu_id"
+            raise
 
     # -- further ones
 
     def add(self, command: commands.AddReplica) -> None:
         """Give the model one more engine, on that device, which the core then loads; or tell it that there is none."""
-        key = (command.model, command.device)
-        task = self._adding[key] = asyncio.ensure_future(self._add(*key))
+        task = asyncio.ensure_future(self._add(command.model, command.device))
+        self._adding.add(task)
         task.add_done_callback(lambda task: self._added(command, task))
 
     def _added(self, command: commands.AddReplica, task: asyncio.Task[None]) -> None:
-        self._adding.pop((command.model, command.device), None)
-        if task.cancelled() or task.exception():
-            self._post(events.ReplicaRefused(command.model, command.device))
-
-    def _post(self, event: events.Event) -> None:
-        if self._back.now is not None:
-            self._back.now.post(event)
+        self._adding.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if self._back.now is not None and (error or task.cancelled()):
+            reason = error.message if isinstance(error, VllmdError) else "it could not be given one more engine"
+            self._back.now.post(events.ReplicaRefused(command.model, command.device, reason))
 
     async def _add(self, model: str, device: int) -> None:
         """Raises Conflict."""
         async with self._changing:
             known = self._current.config.models.get(model)
             if known is None:
-                raise Conflict(f"{model} is no longer configured", param="model_name")
+                raise Conflict(f"{model} is no longer configured")
             if known.replicas and not self._is_ours(known):
                 what = (
                     f"all {len(known.replicas.of)} replicas of {model} are loaded; replicas in vllmd.yaml(5) gives more"
                 )
-                raise Conflict(what, param="gpu_id")
+                raise Conflict(what)
             await self._take(known, self._with_another(known, device))
 
     async def drop(self, name: str) -> None:
@@ -91,12 +76,7 @@ class Instances:
                 if known and self._is_ours(known) and len(left) < len(rules.of):
                     with contextlib.suppress(Conflict):  # somebody has it loaded again: it stays
                         fewer = replace(rules, of=left) if len(left) > 1 else None
-                        await self._take(known, fewer, lambda: self._rests(name))
-
-    def _rests(self, name: str) -> bool:
-        """Whether the engine is stopped, and nobody waits for it."""
-        views = self._back.now.replicas_of(name) if self._back.now else ()
-        return all(view.state in (State.STOPPED, State.FAILED) and not view.waiting_for for view in views)
+                        await self._take(known, fewer, frozenset({name}))
 
     def plain(self, model: ModelConfig) -> ModelConfig:
         """The model without what was added here."""
@@ -113,31 +93,12 @@ class Instances:
         return replace(rules, of=(*rules.of, replace(base, name=name, devices=(device,))))
 
     async def _take(
-        self, model: ModelConfig, rules: ReplicaConfig | None, still: Callable[[], bool] = lambda: True
+        self, model: ModelConfig, rules: ReplicaConfig | None, unless_used: frozenset[str] = frozenset()
     ) -> None:
-        """Go on with these replicas, if that is ``still`` right then. Raises Conflict."""
+        """Go on with these replicas. Raises Conflict if the core finds one of ``unless_used`` in use then."""
         config = self._current.config
         models = {**config.models, model.name: replace(model, replicas=rules)}
-        await self._take_configuration(replace(config, models=models), still)
+        await self._take_configuration(replace(config, models=models), unless_used)
         self._made.pop(model.name, None)
         if rules:
             self._made[model.name] = rules
-
-
-def _check(model: ModelSpec, device: int, known: Sequence[int]) -> None:
-    """Whether some engine of the model can be put on that device alone. Raises BadRequest."""
-    refused = [why for why in (_refusal(spec, device, known) for spec in model.replicas) if why]
-    if len(refused) == len(model.replicas):
-        raise BadRequest(refused[0], param="gpu_id")
-
-
-def _refusal(spec: ReplicaSpec, device: int, known: Sequence[int]) -> str:
-    """Why the engine cannot be put on that device alone; "" if it can."""
-    if device not in known:
-        there = f"there are {', '.join(map(str, known))}" if known else "there are none on this machine"
-        return f"there is no GPU {device}; {there}"
-    if spec.devices and device not in spec.devices:
-        return f"{spec.id} may use the GPUs {', '.join(map(str, spec.devices))} only"
-    if spec.device_count != 1:
-        return f"{spec.id} takes {spec.device_count} GPUs and cannot be put on one"
-    return ""

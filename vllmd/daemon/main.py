@@ -130,6 +130,7 @@ def runtime(environment: Mapping[str, str], *, activated: bool) -> Iterator[Runt
             homes=Path(environment["VLLMD_ENGINE_HOMES"]) if environment.get("VLLMD_ENGINE_HOMES") else None,
             cache=Path(cache) if cache else None,
             learnt=Path(cache) / "learnt.json" if cache else learnt_of(environment),
+            sessions=Path(cache) / "sessions.json" if cache else None,
             usage=store_path(environment, user_home(environment)),
             logs=_logs(environment),
             activated=activated,

@@ -7,12 +7,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from vllmd.core import events
-from vllmd.core.types import State
 from vllmd.daemon.current import Later
 from vllmd.daemon.instances import Instances
 from vllmd.daemon.probing import probe
 from vllmd.daemon.processes import kill
-from vllmd.errors import ModelTooLarge, NotFound
+from vllmd.errors import NotFound
 
 if TYPE_CHECKING:
     from vllmd.daemon.back_end import BackEnd
@@ -34,12 +33,7 @@ class OperatorCommands:
 
         Raises ModelTooLarge for one that can never be.
         """
-        back = await self._back.wait()
-        back.post(events.LoadAsked(model))
-        views = back.replicas_of(model)
-        if views and all(view.state is State.STOPPED and not view.waiting_for for view in views):
-            for why in [view.failure for view in views if view.failure]:
-                raise ModelTooLarge(why)
+        await (await self._back.wait()).asked(events.LoadAsked(model))
 
     async def unload(self, model: str, *, force: bool, device: int | None = None) -> None:
         """Have it stopped, or only its engines on that device; clears a failure."""

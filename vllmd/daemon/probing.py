@@ -66,7 +66,10 @@ def _serving(back: BackEnd, model: str) -> list[EngineProcess]:
 async def _ask(back: BackEnd, process: EngineProcess, limit: float) -> Probed:
     """One probe, of which the core knows while it runs."""
     request = f"asked-{next(_numbers)}"
-    back.post(events.ProbeAsked(request, process.name))
+    try:
+        await back.asked(events.ProbeAsked(request, process.name))
+    except Conflict as refusal:  # it has left since it was looked for
+        return Probed(None, refusal.message)
     seconds, why = None, "abandoned"
     try:
         seconds, why = await asked(process, limit)

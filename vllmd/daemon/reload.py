@@ -7,19 +7,17 @@ device that is about to be another one; engines that are adopted come last.
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from vllmd.config.reload import LATER, in_force
-from vllmd.config.replicas import engines_of
 from vllmd.config.types import Config, ModelConfig
-from vllmd.core import events
+from vllmd.core import commands, events
 from vllmd.core.types import renamed
 from vllmd.daemon.back_end import BackEnd
 from vllmd.daemon.engine_process import fingerprint, is_outdated
-from vllmd.daemon.expectations import estimates, expect, files_of, kinds, opener, paths_of, settings_of, specs_of
+from vllmd.daemon.expectations import expect, files_of, opener, settings_of
 from vllmd.daemon.front_end import FrontEnd
 from vllmd.daemon.startup import adopt_running, say_devices
 from vllmd.errors import Conflict
@@ -29,23 +27,22 @@ log = logging.getLogger("vllmd")
 
 
 async def take(
-    front: FrontEnd, back: BackEnd, read: Config, still: Callable[[], bool] = lambda: True
+    front: FrontEnd, back: BackEnd, read: Config, unless_used: frozenset[str] = frozenset()
 ) -> dict[str, Any]:
     """Go on with another configuration; engines are stopped only where their own settings changed.
 
-    ``still``: whether that is right, asked when all is reckoned and nothing comes between its answer and the core's
-    being told. Raises Conflict, nothing changed, if it is not.
+    ``unless_used``: models, or replicas by their id. Raises Conflict, nothing changed, if the core finds one of them in
+    use when all is reckoned.
 
     The answer has what changed of the models, and in ``later`` each setting that is not in force, with what becomes of
     it.
     """
     current = front.current
     config, later = in_force(current.config, read, activated=front.runtime.activated)
-    engines, before = engines_of(config.models), current.engines
-    devices = await _renewed(front, back, config)
+    devices, before = await _renewed(front, back, config), current.engines
     inventory = devices.inventory() if devices else back.memory.inventory
-    paths = paths_of(config, front.runtime)
-    prospects = await asyncio.to_thread(expect, engines, paths, inventory, front.resolver)
+    expected = await expect(config, front.runtime, inventory, front.resolver)
+    engines = expected.engines
     was, repaired = current.config.models, bool(current.broken)
     known = {**{name: name for name in before}, **_renamed_engines(engines, before)}
     kept = {name: known[name] for name in engines if name in known}
@@ -53,18 +50,24 @@ async def take(
     running = {name: back.engines.processes[old] for name, old in kept.items() if old in back.engines.processes}
     changed |= {name for name, process in running.items() if is_outdated(process, engines[name])}
     added, removed = sorted(config.models.keys() - was.keys()), sorted(was.keys() - config.models.keys())
-    if not still():
-        raise Conflict("it is in use by now")
-    front.accept(config)
-    back.engines.relocate(paths, config.engines.port_start, config.engines.port_end)
-    back.engines.configure(engines, estimates(prospects))
-    if devices:
-        _take_devices(back, config, devices)
-    back.post(events.SettingsChanged(settings_of(config)))
-    specs = specs_of(config.models, prospects)
-    front.instances.configure(specs)
-    front.gate.learn_kinds(kinds(prospects))
-    back.post(events.ModelsChanged(tuple(specs), frozenset(changed)))
+
+    def answered(answer: commands.Answer) -> None:
+        """The core goes on with it, or not; if so, everybody else does, before any engine is started by it."""
+        if answer.refused:
+            raise Conflict(answer.refused)
+        front.accept(config)
+        back.engines.relocate(expected.paths, config.engines.port_start, config.engines.port_end)
+        back.engines.configure(engines, expected.estimates)
+        front.gate.learn_kinds(expected.kinds)
+        if devices:
+            old = back.memory.devices
+            back.memory.take(devices, files_of(config))
+            old.close()
+            say_devices(back.memory)
+
+    now = events.DevicesChanged(inventory, str(devices.trouble or ""), devices.asking) if devices else None
+    settings = settings_of(config)
+    back.ask(events.ModelsChanged(expected.specs, frozenset(changed), now, settings, unless_used), answered)
     if devices:
         await back.readings.look()
     if repaired:
@@ -87,14 +90,6 @@ async def _renewed(front: FrontEnd, back: BackEnd, config: Config) -> Devices | 
     if (config.devices, config.reserve) == (before.devices, before.reserve):
         return None
     return await back.devices.renew(opener(config, front.runtime.environment))
-
-
-def _take_devices(back: BackEnd, config: Config, devices: Devices) -> None:
-    before = back.memory.devices
-    back.memory.take(devices, files_of(config))
-    before.close()
-    say_devices(back.memory)
-    back.post(events.DevicesChanged(devices.inventory(), str(devices.trouble or ""), devices.asking))
 
 
 def _say(answer: Mapping[str, Any]) -> None:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from vllmd.config.runtime_model import guest
 from vllmd.config.types import Config, ModelConfig
-from vllmd.core.types import State
 from vllmd.daemon.current import Current, Later, Take
 from vllmd.errors import Conflict, TooManyRequests, UnknownModel
 
@@ -57,8 +56,8 @@ class RuntimeModels:
             name = known.name if known else name
             wanted = guest(name, settings, self._without(name), trusted=trusted)
             differs = _differences(self._plain(known), wanted) if known else []
-            if known is None or (differs and name in self._models and self._unused(name)):
-                with contextlib.suppress(Conflict):  # in use by now: it stays as it is
+            if known is None or (differs and name in self._models):
+                with contextlib.suppress(Conflict):  # it is in use, and stays as it is
                     await self._take(wanted)
                     known, differs = wanted, []
             assert known
@@ -87,7 +86,7 @@ class RuntimeModels:
             raise TooManyRequests(what)
         config = self._current.config
         models = {**config.models, model.name: model}
-        await self._take_configuration(replace(config, models=models), lambda: self._unused(model.name))
+        await self._take_configuration(replace(config, models=models), frozenset({model.name}))
         self._models[model.name] = model
 
     def _without(self, name: str) -> Config:
@@ -100,12 +99,6 @@ class RuntimeModels:
         if name in config.models:
             return config.models[name]
         return next((model for model in config.models.values() if name in model.aliases), None)
-
-    def _unused(self, name: str) -> bool:
-        snapshot = self._back.now.snapshot() if self._back.now else None
-        view = next((view for view in snapshot.models if view.name == name), None) if snapshot else None
-        idle = view is None or not (view.leases or view.in_flight or view.queued)
-        return idle or (view is not None and view.state is State.FAILED)
 
 
 def addresses(listeners: Iterable[socket.socket]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from vllmd.config.types import ModelConfig
-from vllmd.core.types import Brief, DeviceView, ModelView, ReplicaView, State
+from vllmd.core.types import DeviceView, ModelView, ReplicaView, State
 
 if TYPE_CHECKING:
     from vllmd.daemon.engine_process import EngineProcess
@@ -42,7 +42,7 @@ BY_KIND = {
 }
 
 
-def state_of(view: ModelView | ReplicaView | Brief) -> str:
+def state_of(view: ModelView | ReplicaView) -> str:
     """``sleeping_l1`` says more than ``sleeping``."""
     return f"sleeping_l{view.level}" if view.state is State.SLEEPING else view.state.value
 

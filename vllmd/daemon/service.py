@@ -302,11 +302,11 @@ class Daemon:
         finally:
             self._notify.ready()
 
-    async def take(self, config: Config, still: Callable[[], bool] = lambda: True) -> dict[str, Any]:
+    async def take(self, config: Config, unless_used: frozenset[str] = frozenset()) -> dict[str, Any]:
         """Implements ``daemon.current.Take``. The caller holds ``front.changing``."""
         from vllmd.daemon.reload import take  # most daemons are never told to
 
-        return await take(self.front, await self.front.back.wait(), config, still)
+        return await take(self.front, await self.front.back.wait(), config, unless_used)
 
     def side_task(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)

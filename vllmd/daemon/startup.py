@@ -24,7 +24,7 @@ from vllmd.daemon.device_watch import DeviceWatch
 from vllmd.daemon.dispatcher import Dispatcher, executors
 from vllmd.daemon.engine_keys import EngineKeys
 from vllmd.daemon.engine_manager import EngineManager
-from vllmd.daemon.expectations import estimates, expect, files_of, kinds, opener, paths_of, settings_of, specs_of
+from vllmd.daemon.expectations import expect, files_of, opener, settings_of
 from vllmd.daemon.failures import remembered
 from vllmd.daemon.front_end import FrontEnd
 from vllmd.daemon.launch_planner import LaunchPlanner
@@ -54,13 +54,11 @@ async def back_end(front: FrontEnd) -> BackEnd:
     memory = Memory(await devices.begin(), files_of(config))
     say_devices(memory)
     # 2. The core: the models, what each will take, and what was learnt of them.
-    learnt, paths = front.learnt, paths_of(config, runtime)
+    learnt = front.learnt
     await asyncio.to_thread(learnt.load)
-    prospects = await asyncio.to_thread(expect, current.engines, paths, memory.inventory, front.resolver)
-    specs = specs_of(config.models, prospects)
-    front.instances.configure(specs)
-    front.gate.learn_kinds(kinds(prospects))
-    scheduler = Scheduler(specs, memory.inventory, settings_of(config), CostBook.from_dict(learnt.costs))
+    expected = await expect(config, runtime, memory.inventory, front.resolver)
+    front.gate.learn_kinds(expected.kinds)
+    scheduler = Scheduler(expected.specs, memory.inventory, settings_of(config), CostBook.from_dict(learnt.costs))
 
     # 3. The launcher. What it reports before there is anybody to hear it concerns engines that step 5 asks it for.
     def ended(report: ExitReport) -> None:
@@ -83,10 +81,10 @@ async def back_end(front: FrontEnd) -> BackEnd:
         await readings.look()
 
     ports = PortPool(config.engines.port_start, config.engines.port_end)
-    planner = LaunchPlanner(memory, paths, front.resolver, ports, EngineKeys(runtime.cache))
+    planner = LaunchPlanner(memory, expected.paths, front.resolver, ports, EngineKeys(runtime.cache))
     stir, usual = front.changes.stir, scheduler.costs.usual
     engines = EngineManager(launcher, report, memory, planner, runtime.logs, stir, look, usual, learnt.ended)
-    engines.configure(current.engines, estimates(prospects))
+    engines.configure(expected.engines, expected.estimates)
     execute = executors(engines, front.gate, front.instances.add)
     dispatcher = Dispatcher(scheduler, execute, front.changes.decided, stir)
     readings = DeviceReadings(memory, engines, dispatcher)
@@ -125,17 +123,14 @@ async def take_devices(front: FrontEnd, back: BackEnd, devices: Devices) -> None
     async with front.changing:  # a reload reckons with the devices, too
         if devices is not back.devices.current:  # it has taken others meanwhile
             return
-        config, engines = front.current.config, front.current.engines
+        config = front.current.config
         back.memory.take(devices, files_of(config))
         say_devices(back.memory)
         if not devices.trouble:
-            paths = paths_of(config, front.runtime)
-            prospects = await asyncio.to_thread(expect, engines, paths, devices.inventory(), front.resolver)
-            specs = specs_of(config.models, prospects)
-            back.engines.configure(engines, estimates(prospects))
-            front.instances.configure(specs)
-            front.gate.learn_kinds(kinds(prospects))
-            back.post(events.ModelsChanged(tuple(specs)))
+            expected = await expect(config, front.runtime, devices.inventory(), front.resolver)
+            back.engines.configure(expected.engines, expected.estimates)
+            front.gate.learn_kinds(expected.kinds)
+            back.post(events.ModelsChanged(expected.specs))
         back.post(events.DevicesChanged(devices.inventory(), str(devices.trouble or ""), devices.asking))
         await back.readings.look()
 

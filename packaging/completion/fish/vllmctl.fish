@@ -275,6 +275,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from reload' -l user -d 'the vllm
 complete -c vllmctl -n '__fish_seen_subcommand_from reload' -l url -r -d 'over HTTP, such as http://gpu1:33258; needs a key with the scope admin'
 complete -c vllmctl -n '__fish_seen_subcommand_from reload' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
 complete -c vllmctl -n '__fish_seen_subcommand_from reload' -l json -d 'print JSON instead of a table'
+complete -c vllmctl -n '__fish_seen_subcommand_from reload' -s q -l quiet -d 'say nothing of what vllmds log says, as for systemctl reload'
 complete -c vllmctl -n '__fish_seen_subcommand_from reload' -F
 complete -c vllmctl -n __fish_use_subcommand -a restart -d 'Stop models after their requests, and start them again'
 complete -c vllmctl -n '__fish_seen_subcommand_from restart' -s h -l help -d 'show this help message and exit'
@@ -419,6 +420,14 @@ complete -c vllmctl -n '__fish_seen_subcommand_from top' -l json -d 'print JSON 
 complete -c vllmctl -n '__fish_seen_subcommand_from top' -s d -l delay -r -d 'pause (default: 1s)'
 complete -c vllmctl -n '__fish_seen_subcommand_from top' -s n -l times -r -d 'end after N times'
 complete -c vllmctl -n '__fish_seen_subcommand_from top' -F
+complete -c vllmctl -n __fish_use_subcommand -a ui -d 'Print a link that signs in to the page, once, within five minutes'
+complete -c vllmctl -n '__fish_seen_subcommand_from ui' -s h -l help -d 'show this help message and exit'
+complete -c vllmctl -n '__fish_seen_subcommand_from ui' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
+complete -c vllmctl -n '__fish_seen_subcommand_from ui' -l user -d 'the vllmd of systemctl --user'
+complete -c vllmctl -n '__fish_seen_subcommand_from ui' -l url -r -d 'over HTTP, such as http://gpu1:33258; needs a key with the scope admin'
+complete -c vllmctl -n '__fish_seen_subcommand_from ui' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
+complete -c vllmctl -n '__fish_seen_subcommand_from ui' -l json -d 'print JSON instead of a table'
+complete -c vllmctl -n '__fish_seen_subcommand_from ui' -F
 complete -c vllmctl -n __fish_use_subcommand -a undrain -d 'Give drained GPUs back'
 complete -c vllmctl -n '__fish_seen_subcommand_from undrain' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from undrain' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'

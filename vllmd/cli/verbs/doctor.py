@@ -53,7 +53,7 @@ def daemon(arguments: argparse.Namespace, said: str) -> list[Finding]:
         told = "" if all(line in said for line in broken.splitlines()) else f": {broken}"
         return [("bad", f"the daemon runs with an invalid configuration{told}", "repair it, then vllmctl reload")]
     answers = f"the daemon answers; engines are run by {status.get('backend') or '(still opening)'}"
-    return [("ok", answers, ""), *devices(status), *models(status)]
+    return [("ok", answers, ""), *devices(status), *(each for each in models(status) if not known(each, said))]
 
 
 def devices(status: dict[str, Any]) -> Iterator[Finding]:
@@ -63,6 +63,13 @@ def devices(status: dict[str, Any]) -> Iterator[Finding]:
     for device in status["devices"]:
         if device["wedged"] and not device["drained"]:
             yield "bad", f"device {device['index']} is avoided: {device['wedged']}", "vllmctl gpus"
+
+
+def known(finding: Finding, said: str) -> bool:
+    """Whether it is a start that failed for want of a program, which was looked for and not found above."""
+    _, what, _ = finding
+    name, failed, why = what.partition(" has failed: there is no command ")
+    return bool(failed) and f"{name}: there is no command {why.partition(':')[0]}" in said
 
 
 def models(status: dict[str, Any]) -> Iterator[Finding]:

@@ -11,8 +11,8 @@ from vllmd.cli import show
 from vllmd.cli.admin import Admin
 from vllmd.cli.failures import EX_UNAVAILABLE
 
-HEAD = ("DEVICE", "MEMORY", "PROMISED", "FREE", "RESERVE", "STRANGERS", "MODELS", "NOTE")
-RIGHT = ("DEVICE", "MEMORY", "PROMISED", "FREE", "RESERVE", "STRANGERS")
+HEAD = ("DEVICE", "MEMORY", "PROMISED", "FREE", "RESERVE", "EXTERNAL", "MODELS", "NOTE")
+RIGHT = ("DEVICE", "MEMORY", "PROMISED", "FREE", "RESERVE", "EXTERNAL")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -38,7 +38,7 @@ def facts(status: dict[str, Any], where: str) -> dict[str, object]:
         "devices": f"{len(status['devices'])}" + (f", from {status['source']}" if status.get("source") else ""),
         "host memory": f"{promised} of {show.size(host['budget'])} for sleeping models",
         "models": ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "none",
-        "requests": f"{status.get('requests', 0)} on {status.get('connections', 0)} connections",
+        "requests": f"{status.get('requests', 0)} on {show.counted(status.get('connections', 0), 'connection')}",
         "configuration": ", ".join(config.get("files", ())) or "no files; the defaults",
     }
     if config.get("error"):

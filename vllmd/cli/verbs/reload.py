@@ -23,18 +23,25 @@ SYSTEM_FILE = Path("/etc/vllmd/vllmd.yaml")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """It takes none."""
+    parser.add_argument(
+        "-q", "--quiet", action="store_true", help="say nothing of what vllmd's log says, as for systemctl reload"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     admin = Admin(arguments)
     if not admin.url and not runs(admin.path):
         return check(arguments, system=admin.path in SYSTEMS)
-    answer = admin.post("/admin/reload")
+    try:
+        answer = admin.post("/admin/reload")
+    except Failure as failure:
+        if arguments.quiet and failure.status == EX_CONFIG:
+            return EX_CONFIG
+        raise
     later = answer.get("later", {})
     if arguments.json:
         print(show.as_json(answer))
-    else:
+    elif not arguments.quiet:
         told = [f"{kind}: {', '.join(answer[kind])}" for kind in ("changed", "added", "removed") if answer.get(kind)]
         print("the configuration is loaded" if told else "the configuration is loaded; no model changed")
         for line in (*told, *(f"{path} {what}" for path, what in later.items())):
