@@ -98,7 +98,7 @@ def test_requests_are_found_by_what_is_known_of_them(site: Site) -> None:
         ("?failed=x", "failed"),
         ("?limit=-1", "limit"),
     ):
-        answer = site.ask("GET", f"/admin/requests?{query}", key=BOSS)
+        answer = site.ask("GET", f"/admin/requests{query}", key=BOSS)
         assert (answer.status, answer.json["error"]["param"]) == (400, wrong)
     assert site.ask("GET", "/admin/requests/none", key=BOSS).status == 404
     assert site.ask("GET", "/admin/requests", key=ALICE).status == 403

@@ -116,10 +116,29 @@ ANSWERS: dict[str, tuple[int, Any]] = {
     f"DELETE /admin/store/models/{QUOTED}?files=true": (200, {
         "file": "/x", "freed": 9 * GiB, "kept": f"other files of {FIRST} stay, for {LONG.format(1)}"}),
 }  # fmt: skip
+REQUEST = {
+    "id": "0123456789abcdef0123456789abcdef", "number": 7, "at": 1.0, "method": "POST", "path": "/v1/chat/completions",
+    "model": FIRST, "replica": f"{FIRST}@1", "key": "a-key-of-somebody", "client": "192.168.100.100:65535",
+    "status": 503, "error": "EngineFailed", "message": WHY, "stream": True, "received": 123456, "sent": 1234567,
+    "queue_seconds": 123.4, "load_seconds": 0.1, "first_byte_seconds": None, "seconds": 99999.0, "retries": 2,
+    "tokens": {"prompt": 123456, "cached": 123, "answer": 12345, "estimated": True}, "bodies": True,
+}  # fmt: skip
+USE = {"requests": 123456.0, "errors": 12.0, "prompt": 123456789.0, "cached": 1e9, "answer": 1e7, "estimated": 1e5,
+       "engine_seconds": 1e6, "device_seconds": 1e6, "memory_mib_seconds": 1e12}  # fmt: skip
+ANSWERS |= {
+    "GET /admin/requests?limit=20": (200, {"requests": [REQUEST, {**REQUEST, "tokens": None}], "under_way": [REQUEST]}),
+    "GET /admin/requests/x": (200, {**REQUEST, "headers": [["user-agent", "x" * 100]], "recorded": {
+        "request": '{"model": "' + "x " * 200 + '"}', "answer": "y " * 200, "request_cut": False, "answer_cut": True}}),
+    "GET /admin/usage?by=key%2Cmodel%2Cday&since=30d": (200, {"by": ["key", "model", "day"], "trouble": WHY, "rows": [
+        {"key": "a-key-of-somebody", "model": LONG.format(n), "day": "2024-10-04", **USE} for n in range(3)]}),
+    "GET /admin/recordings": (200, {"recordings": [
+        {"number": 1, "model": FIRST, "key": "a-key-of-somebody", "most_bytes": 65536, "seconds_left": 1234.0}],
+        "requests": 3, "bytes": 123456}),
+}  # fmt: skip
 MISSING = LONG.format("X")
 SCREENS = [
     "ps", "ps --power", "ps --running", "info", "models", "gpus", "top -n 1", f"why {FIRST} --numbers", "events",
-    "reload",
+    "reload", "requests", "requests show x", "usage --by key,model,day", "record",
     f"start {FIRST}", f"start --no-wait {FIRST}", f"stop {FIRST}", f"sleep {FIRST}", f"wake-up {FIRST}", f"pin {FIRST}",
     f"unpin {FIRST}", f"lease {FIRST} --for 5m", f"probe {FIRST}", "drain 0", "undrain 0", "kill 99",
     "list", f"show {FIRST}", f"pull {FIRST}", f"run {FIRST}", f"add {FIRST}", "add", f"rm --files --yes {FIRST}",

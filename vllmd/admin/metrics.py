@@ -6,7 +6,6 @@ import asyncio
 import importlib
 
 from vllmd.admin.control import Control
-from vllmd.admin.operate import of_caller
 from vllmd.admin.relabel import merged
 from vllmd.core.types import State
 from vllmd.errors import Conflict, UpstreamFailed
@@ -39,7 +38,7 @@ class MetricsEndpoints:
 
     async def engines(self, request: Request) -> Response:
         """``GET /metrics/engines``: those of every loaded engine, labelled with its model, or its replica's name."""
-        models = of_caller(self._control.status.status(), request.caller)["models"]
+        models = self._control.status.status(request.caller)["models"]
         lines = [each for line in models for each in line["replicas"] or [line]]
         loaded = [line["name"] for line in lines if line["state"] not in UNLOADED]
         texts = await asyncio.gather(*(self._scraped(model) for model in loaded))

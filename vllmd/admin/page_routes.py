@@ -5,9 +5,11 @@ from __future__ import annotations
 import pwd
 from collections.abc import Callable, Sequence
 
-from vllmd.admin import params
 from vllmd.admin.page_sessions import COOKIE, LIFE, LINK_LIFE, Opened, PageSessions, of_operator
 from vllmd.admin.schemas import COUNT, NUMBER, TEXT, answers, doc, many, record, streams
+from vllmd.admin.verbs import read, request_body
+from vllmd.api.kinds import Text
+from vllmd.api.verbs import Param
 from vllmd.errors import Forbidden, NotFound
 from vllmd.proxy.access import READ, Reach
 from vllmd.proxy.http import Peer, Request, Response, json_response
@@ -20,7 +22,7 @@ OFF = (
 )
 SESSION = record({"token": TEXT, "name": TEXT, "scopes": many(TEXT), "expires": {**NUMBER, "description": "Unix time"}})
 LINK = record({"path": TEXT, "expires_in": {**COUNT, "description": "seconds"}, "listen": many(TEXT)})
-CODE = {"type": "object", "properties": {"code": TEXT}, "additionalProperties": False}
+CODE = Param("code", Text("the code of a link"), place="body", default=None)
 
 
 class PageEndpoints:
@@ -50,7 +52,7 @@ class PageEndpoints:
     async def sign_in(self, request: Request) -> Response:
         """``POST /ui/session`` with the code of a link, or with an API key. Raises Unauthorized, Forbidden."""
         self._check()
-        if code := params.fields(request, ["code"]).get("code"):
+        if code := read((CODE,), request)["code"]:
             return self._answer(self._sessions.open_by_link(str(code)))
         caller = request.caller
         if caller.refusal is not None:
@@ -90,8 +92,9 @@ def add_page(router: Router, page: PageEndpoints) -> None:
     add(
         "GET", "/ui/{file:path}", page.file, "open", "A file of the page", streams("text/javascript", "it"), open_to_all
     )
-    body = {"requestBody": {"required": False, "content": {"application/json": {"schema": CODE}}}}
-    add("POST", "/ui/session", page.sign_in, "open", "Sign in to the page", doc(answers(SESSION), body), open_to_all)
+    add("POST", "/ui/session", page.sign_in, "open", "Sign in to the page",
+        doc(answers(SESSION), request_body((CODE,))),
+        open_to_all)  # fmt: skip
     add("DELETE", "/ui/session", page.sign_out, "open", "Sign out", {"responses": {"204": {"description": "done"}}},
         open_to_all)  # fmt: skip
     add(

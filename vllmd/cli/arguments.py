@@ -1,4 +1,4 @@
-"""The argument parser, built from the files in ``verbs/``.
+"""The argument parser, built from the files in ``verbs/`` and the table of operators' verbs (``table``).
 
 A verb is a module there: its name is the file's (``_`` for ``-``), its help the
 first line of its docstring, the rest of the docstring its description; it has
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
+from vllmd.cli import table
 from vllmd.cli.failures import EX_USAGE
 
 PACKAGE = "vllmd.cli.verbs"
@@ -74,11 +75,13 @@ class Help(argparse.RawDescriptionHelpFormatter):
 def verbs() -> list[str]:
     """The names of all verbs, sorted."""
     files = (name[:-3] for name in os.listdir(FOLDER) if name.endswith(".py") and not name.startswith("_"))
-    return sorted(name.replace("_", "-") for name in files)
+    return sorted({*(name.replace("_", "-") for name in files), *table.commands()})
 
 
-def module(verb: str) -> ModuleType:
-    """A verb's module."""
+def module(verb: str) -> ModuleType | table.TableVerb:
+    """A verb's module, or what a row of the table has in its place."""
+    if found := table.commands().get(verb):
+        return found
     return importlib.import_module(f"{PACKAGE}.{verb.replace('-', '_')}")
 
 

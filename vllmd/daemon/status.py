@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import vllmd
 from vllmd.admin.control import Gauges
+from vllmd.api.answers import Decision, Decisions
+from vllmd.api.codec import parse
 from vllmd.config.types import Config, ModelConfig
-from vllmd.core.types import Decision, ModelView, ReplicaView, Snapshot, State
+from vllmd.core import types as core
+from vllmd.core.types import ModelView, ReplicaView, Snapshot, State
 from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.changes import dated
 from vllmd.daemon.current import Current, Later, RuntimeEnvironment
@@ -114,7 +117,17 @@ def line_of(seen: Sight, model: str) -> dict[str, Any]:
     raise UnknownModel(f"the model {model!r} is no longer configured", param="model")
 
 
-def concerns(decision: Decision, names: Set[str]) -> bool:
+def of_caller(status: dict[str, Any], caller: Caller) -> dict[str, Any]:
+    """The status as one sees it who may use some models only: without the others, and what is said of them."""
+    if caller.models is None:
+        return status
+    lines = [line for line in status["models"] if caller.may_use(line["name"])]
+    own = [{**line, "waiting_for": line["waiting_for"] and "room"} for line in lines]  # it names who holds it
+    error = status["configuration"]["error"] and "invalid"
+    return {**status, "models": own, "configuration": {**status["configuration"], "error": error}}
+
+
+def concerns(decision: core.Decision, names: Set[str]) -> bool:
     """Whether it is about one of them, or makes it leave."""
     victims = str(decision.numbers.get("victims", "")).split(",")
     return (decision.replica or decision.model) in names or any(v.rpartition(":")[0] in names for v in victims)
@@ -157,9 +170,10 @@ class Status:
         """Wait until devices and engines have been found."""
         await self._back.wait()
 
-    def status(self) -> dict[str, Any]:
-        """Everything that ``vllmctl`` shows."""
-        return {**status(self.sight(), self._started), "downloads": self._downloads()}
+    def status(self, caller: Caller = ANYBODY) -> dict[str, Any]:
+        """Everything that ``vllmctl`` shows, of the models that the caller may use."""
+        shown = of_caller(status(self.sight(), self._started), caller)
+        return {**shown, "downloads": self._downloads() if caller.models is None else []}
 
     def health(self) -> dict[str, Any]:
         """Whether we are well, with devices and models as P's document has them."""
@@ -173,8 +187,11 @@ class Status:
         self._opened()
         return line_of(self.sight(), model)
 
-    def decisions(self, model: str) -> list[dict[str, Any]]:
+    def decisions(self, model: str) -> Decisions:
         """The last decisions, oldest first; about a model also the last ones of earlier daemons."""
+        return Decisions(tuple(parse(Decision, each) for each in self._decisions(model)))
+
+    def _decisions(self, model: str) -> list[dict[str, Any]]:
         back, names = self._back.now, {model, *self._current.engines_of(model)}
         kept = [each for name in names for each in self._learnt.earlier.get(name, ())]
         before = sorted(kept, key=lambda each: float(each["at"]))

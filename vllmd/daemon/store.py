@@ -17,9 +17,12 @@ import hashlib
 import logging
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllmd.api.answers import Added, Cached, CachedModel, Removed
+from vllmd.api.answers import Download as DownloadLine
 from vllmd.config.names import readable
 from vllmd.config.types import Config, ModelConfig
 from vllmd.daemon.changes import Changes
@@ -41,7 +44,7 @@ GGUF_KIND = "llama.cpp"
 
 
 class ModelStore:
-    """Implements ``vllmd.admin.store.Store``."""
+    """Implements ``vllmd.admin.control.Store``."""
 
     def __init__(
         self,
@@ -79,11 +82,6 @@ class ModelStore:
             self._made = Downloads(self._current, self._runtime, self._back, self._changes.stir, self._changes.tell)
         return self._made
 
-    @property
-    def hub(self) -> str:
-        """The hub that is configured; "" for the usual one."""
-        return self._current.config.pull.endpoint or ""
-
     # -- fetching
 
     async def pull(self, name: str, *, add: bool, detached: bool) -> AsyncGenerator[dict[str, Any], None]:
@@ -120,17 +118,17 @@ class ModelStore:
         back = await self._back.wait()
         return wanted(name, device=bool(back.memory.inventory) and await asyncio.to_thread(_has_vllm))
 
-    def stop(self, name: str) -> dict[str, Any]:
+    def stop(self, model: str) -> DownloadLine:
         """End a download. Raises NotFound."""
-        download = self._made.running(name) if self._made else None
+        download = self._made.running(model) if self._made else None
         if self._made is None or download is None:
-            raise NotFound(f"nothing called {name!r} is being downloaded; vllmctl ps shows what is")
+            raise NotFound(f"nothing called {model!r} is being downloaded; vllmctl ps shows what is")
         self._made.cancel(download)
-        return download.line()
+        return DownloadLine(**download.line())
 
     # -- adding and removing
 
-    async def add(self, name: str, settings: Mapping[str, Any], *, ours: bool = False) -> dict[str, Any]:
+    async def add(self, name: str, settings: Mapping[str, Any], *, ours: bool = False) -> Added:
         """Serve a model from now on. ``ours``: the settings are our own, not a caller's.
 
         Raises BadRequest, Conflict, ConfigError, Forbidden.
@@ -153,24 +151,22 @@ class ModelStore:
                 await asyncio.to_thread(path.unlink)
                 raise
             log.info("%s was added: %s", name, path)
-            return {"model": name, "file": str(path), "settings": dict(settings)}
+            return Added(name, str(path), dict(settings))
 
-    async def remove(self, name: str, *, files: bool, dry: bool = False) -> dict[str, Any]:
+    async def remove(self, model: str, *, files: bool, dry: bool = False) -> Removed:
         """Serve a model no more, and with ``files`` remove what it was loaded from, if nothing else needs it.
 
         ``dry``: only say what would be removed. Raises UnknownModel, Conflict.
         """
         async with self._writing:
-            config = self._configuration()
-            model = config.models.get(name)
-            paths, kept = await asyncio.to_thread(self._files, config, name, model) if files else ((), "")
-            if model is None and not paths:
+            config, name = self._configuration(), model
+            known = config.models.get(name)
+            paths, kept = await asyncio.to_thread(self._files, config, name, known) if files else ((), "")
+            if known is None and not paths:
                 raise UnknownModel(f"no model {name!r} is configured, or in the cache", param="model")
-            file = _added(config, model) if model is not None and not _is_discovered(model) else None
-            told = {
-                "model": name, "file": str(file or ""), "removed": [str(path) for path in paths], "kept": kept,
-                "freed": 0, "bytes": await asyncio.to_thread(_sizes, paths),
-            }  # fmt: skip
+            file = _added(config, known) if known is not None and not _is_discovered(known) else None
+            removed, size = tuple(map(str, paths)), await asyncio.to_thread(_sizes, paths)
+            told = Removed(name, str(file or ""), removed, kept, size)
             if dry:
                 return told
             if file is not None:
@@ -178,14 +174,15 @@ class ModelStore:
                 await self._reload()
                 log.info("%s was removed: %s", name, file)
             if paths:
-                told["freed"] = await self._downloads.remove(name, list(paths))
+                told = replace(told, freed=await self._downloads.remove(name, list(paths)))
                 if config.discover:
                     await self._reload()
             return told
 
-    async def contents(self) -> list[dict[str, Any]]:
-        """What the engines' caches hold: ``{name, path, size, kind, engine, models}``, of which models it is."""
-        return await asyncio.to_thread(self._contents)
+    async def contents(self) -> Cached:
+        """What the engines' caches hold, and which models are loaded from it."""
+        found = await asyncio.to_thread(self._contents)
+        return Cached(tuple(found), self._current.config.pull.endpoint or "")
 
     # -- on the way there
 
@@ -210,7 +207,7 @@ class ModelStore:
 
         return paths_of(self._current.config, self._runtime).homes.hub(ModelConfig(""))
 
-    def _contents(self) -> list[dict[str, Any]]:
+    def _contents(self) -> list[CachedModel]:
         from vllmd.daemon.downloads import files_of
         from vllmd.hub import discover, ggufs_of
 
@@ -218,15 +215,14 @@ class ModelStore:
         users = _users(self._current.config)
         found = []
         for one in discover(hub):
-            tags = sorted(ggufs_of(one.path)) if one.engine else []
-            names = [name for source, name in users if source.partition(":")[0] == one.name]
-            found.append({"name": one.name, "path": str(one.path), "size": one.size, "kind": one.kind,
-                          "engine": one.engine, "files": tags, "models": names})  # fmt: skip
+            tags = tuple(sorted(ggufs_of(one.path))) if one.engine else ()
+            names = tuple(name for source, name in users if source.partition(":")[0] == one.name)
+            found.append(CachedModel(one.name, str(one.path), one.size, one.kind, one.engine, tags, names))
         with contextlib.suppress(OSError):
             for path in sorted(files_of(hub).glob("*/*.gguf")):
-                names = [name for source, name in users if source == str(path)]
-                found.append({"name": path.name, "path": str(path), "size": path.stat().st_size, "kind": "generate",
-                              "engine": GGUF_KIND, "files": [], "models": names})  # fmt: skip
+                names = tuple(name for source, name in users if source == str(path))
+                size = path.stat().st_size
+                found.append(CachedModel(path.name, str(path), size, "generate", GGUF_KIND, (), names))
         return found
 
     def _files(self, config: Config, name: str, model: ModelConfig | None) -> tuple[tuple[Path, ...], str]:
