@@ -288,8 +288,8 @@ VERBS: tuple[Verb, ...] = (
          python=Method("stop_download", "End a download; what has come is kept for the next one.")),
     Verb("remove", "DELETE", "/admin/store/models/{model:path}", "Serve a model no more", Removed,
          (NAMED, FILES, DRY), does="store.remove", patient=True, refuses=(404, 409),
-         python=Method("remove_model", "Serve an added model no more; ``files``: and remove what it was loaded from, "
-                                       "``dry``: only say what would go.")),
+         python=Method("remove_model",
+                       "Serve an added model no more, and with ``files`` remove those; ``dry``: only say so.")),
 )  # fmt: skip
 
 

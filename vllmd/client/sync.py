@@ -191,7 +191,7 @@ class Client:
         return self._told("stop-download", answers.Download, model=model)
 
     def remove_model(self, model: str, *, files: bool = False, dry: bool = False) -> answers.Removed:
-        """Serve an added model no more; ``files``: and remove what it was loaded from, ``dry``: only say what would go."""
+        """Serve an added model no more, and with ``files`` remove those; ``dry``: only say so."""
         return self._told("remove", answers.Removed, model=model, files=files, dry=dry)
 
     # -- end
