@@ -119,6 +119,7 @@ def front_end(
         config, gate, quotas, control, relay, limits, sockets, outcome, records.ended, runtime.sessions
     )
     records.live = listeners.exchanges
+    records.base_of = lambda name: offer.model if (offer := gate.offers.get(name)) else name
     return FrontEnd(
         runtime=runtime,
         current=current,
