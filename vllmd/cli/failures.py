@@ -83,7 +83,7 @@ def of_socket(path: str, error: OSError) -> Failure:
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return Failure(
             f"vllmd is not running: there is no {path}; {systemctl} start vllmd.socket, "
-            "and if that is not enough, vllmctl doctor",
+            f"and if that is not enough, vllmctl {'--user ' * user_mode}doctor",
             EX_UNAVAILABLE,
         )
     if error.errno == errno.ECONNREFUSED:
