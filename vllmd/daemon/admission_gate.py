@@ -277,7 +277,8 @@ class AdmissionGate:
         """Tell the core of the request, and wait until it is admitted. Raises VllmdError if it is refused."""
         permit.request = request = str(next(self._numbers))
         self._permits[request] = permit
-        self.post(events.RequestArrived(request, permit.model, permit.key, frozenset(permit.tried), permit.only))
+        tried, rank = frozenset(permit.tried), self._quotas.rank(permit.key)
+        self.post(events.RequestArrived(request, permit.model, permit.key, tried, permit.only, rank))
         if not permit.admitted and permit.refusal is None:
             permit.waits()
             permit.decided = asyncio.get_running_loop().create_future()
@@ -407,6 +408,8 @@ class AdmissionGate:
         told = None
         if tokens is not None:
             self._counters.used(permit.called, permit.key, tokens)
+            if permit.use is None and permit.key:  # it has no limits now; it may be given some today
+                self._quotas.spent(permit.key, tokens.total, 0.0)
             told = None if tokens.estimated else tokens.total
         self.post(events.RequestFinished(permit.request, told, failed))
 

@@ -71,6 +71,7 @@ class Records:
         self._last_key: dict[str, str] = {}  # model -> who used it last
         self._looked: float | None = None
         self.base_of: Callable[[str], str] = lambda name: name  # the model that an adapter or a variant belongs to
+        self.spend: Callable[[str, float, float], None] = lambda key, tokens, device: None  # a key holds devices
         self.live: Callable[[], Iterable[Exchange]] = lambda: ()  # requests for models that are under way
 
     def configure(self, config: RecordsConfig) -> None:
@@ -141,7 +142,7 @@ class Records:
         now, at = time.monotonic(), time.time()
         seconds = now - self._looked if self._looked is not None else 0.0
         self._looked = now
-        if not 0.0 < seconds <= LONGEST_LOOK or not self._keeps:
+        if not 0.0 < seconds <= LONGEST_LOOK:
             return
         sizes = {device.index: device.memory for device in snapshot.devices}
         users: dict[str, Counter[str]] = {}
@@ -156,7 +157,9 @@ class Records:
             keys = users.get(view.name) or Counter({self._last_key.get(view.name, ""): 1})
             for key, number in keys.items():
                 share = number / keys.total()
-                self._sums.held(at, key, view.name, devices * share, memory * share)
+                self.spend(key, 0.0, devices * share)
+                if self._keeps:
+                    self._sums.held(at, key, view.name, devices * share, memory * share)
         if self._sums and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(FLUSH, self._due)
 
@@ -352,6 +355,26 @@ class Records:
         except ValueError as error:
             raise BadRequest(f"by: {error}", param="by") from None
         return {"by": list(by), "since": since, "until": until, "trouble": self.trouble, "rows": rows}
+
+    async def spent(self) -> tuple[dict[str, tuple[float, float]], dict[str, tuple[float, float]]]:
+        """What each key has used, of today and of the days of this month before: tokens and seconds of devices."""
+        if not self._keeps:
+            return {}, {}
+        from vllmd.records.store import Question, StoreError
+
+        now, store = time.time(), self._the_store()
+        today = now // DAY * DAY
+        month = now - (time.gmtime(now).tm_mday - 1) * DAY - now % DAY
+        found = []
+        for since, until in ((today, today + DAY), (month, today)):
+            try:
+                rows = await asyncio.to_thread(store.ask, Question(("key",), since, until)) if until > since else []
+            except StoreError as error:
+                if store.path.exists():
+                    log.error("limits per day and month begin anew: %s", error.message)
+                rows = []
+            found.append({row["key"]: (row["prompt"] + row["answer"], row["device_seconds"]) for row in rows})
+        return found[0], found[1]
 
     async def trace(self, since: float, *, anonymised: bool) -> AsyncIterator[dict[str, Any]]:
         """Arrivals from then on (Unix time), as ``vllmctl simulate`` reads them. Raises Unavailable, NotFound."""
