@@ -132,7 +132,7 @@ SCREENS = [
 ]  # fmt: skip
 # What shows what others wrote as it is, or a file to be read by programs, or is shown by others of these.
 NOT_HERE = frozenset(
-    {"logs", "chat", "bench", "completion", "config", "import", "assign", "doctor", "simulate", "trace"}
+    {"logs", "chat", "bench", "completion", "config", "import", "assign", "doctor", "simulate", "trace", "ui"}
 )
 
 
