@@ -100,7 +100,7 @@ def test_whoever_leaves_last_ends_it_and_what_came_is_kept(tmp_path: Path, llama
                 if json.loads(text)["completed"] > 10_000_000:
                     break
         until = time.monotonic() + LIMIT
-        while (last := site.admin.get("/admin/store/downloads").json()["downloads"])[-1]["phase"] != "failed":
+        while (last := site.admin.get("/admin/status").json()["downloads"])[-1]["phase"] != "failed":
             assert time.monotonic() < until, last
             time.sleep(0.05)
         assert "was ended" in last[-1]["error"]

@@ -47,6 +47,12 @@ def browser() -> Iterator[sync_api.Browser]:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("page")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLMD_USAGE", str(folder / "usage.db"))
+        yield from _site(folder)
+
+
+def _site(folder: Path) -> Iterator[Site]:
     with running(folder, CONFIG.format(folder=folder)) as site:
         yield site
 
@@ -139,6 +145,58 @@ def test_embeddings_are_shown_by_their_beginning(page: sync_api.Page) -> None:
     page.get_by_text('"embedding": [').wait_for()
 
 
+def test_a_model_is_kept_probed_and_its_settings_have_an_origin(page: sync_api.Page, site: Site) -> None:
+    assert site.chat("alpha").status == 200
+    page.goto("/ui#/models/alpha")
+    page.get_by_label("settings").get_by_text("gpu_memory: 50GiB  # ").wait_for()
+    page.get_by_role("button", name="Keep it loaded").click()
+    page.get_by_role("button", name="Give the lease back").wait_for()
+    assert site.line("alpha")["leases"] == ["page"]
+    page.get_by_role("button", name="Give the lease back").click()
+    page.get_by_role("button", name="Keep it loaded").wait_for()
+    page.get_by_role("button", name="Probe its engines").click()
+    page.get_by_role("status").get_by_text("alpha: ").wait_for()
+
+
+def test_a_failed_request_of_last_night_is_found_and_looked_into(page: sync_api.Page, site: Site) -> None:
+    assert site.chat("broken").status >= 500
+    page.get_by_role("link", name="Requests").click()
+    page.get_by_label("only failed").check()
+    found = page.get_by_role("row").filter(has_text="broken").first
+    found.get_by_text("EngineFailed").wait_for()
+    found.get_by_role("link").click()
+    page.get_by_role("heading", name="Head").wait_for()
+    page.get_by_text("/v1/chat/completions").wait_for()
+    page.get_by_text("broken: the engine exited").wait_for()
+
+
+def test_bodies_are_seen_only_after_somebody_said_so(page: sync_api.Page, site: Site) -> None:
+    page.get_by_role("link", name="Requests").click()
+    page.get_by_role("button", name="Record bodies").click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_role("combobox", name="Model").select_option("beta")
+    dialog.get_by_role("button", name="Record").click()
+    dialog.get_by_text("left").wait_for()
+    dialog.get_by_role("button", name="Close").click()
+    answer = site.ask("POST", "/v1/completions", {"model": "beta", "prompt": "who goes there", "max_tokens": 3})
+    assert answer.status == 200 and "x-vllmd-recorded" in answer.headers
+    page.get_by_role("row").filter(has_text="beta").first.get_by_role("link").click()
+    page.get_by_role("heading", name="Request body").wait_for()
+    page.get_by_text("who goes there").first.wait_for()
+    site.operate("DELETE", "/admin/recordings")
+
+
+def test_usage_is_shown_and_taken_along(page: sync_api.Page, site: Site) -> None:
+    assert site.chat("alpha").status == 200
+    page.get_by_role("link", name="Usage").click()
+    page.get_by_role("combobox", name="By").select_option("model")
+    page.get_by_role("rowheader", name="alpha").wait_for()
+    with page.expect_download() as saved:
+        page.get_by_role("button", name="Export as CSV").click()
+    lines = saved.value.path().read_text().splitlines()
+    assert lines[0].startswith("model,requests,") and any(line.startswith('"alpha",') for line in lines)
+
+
 def test_another_tab_signs_out_and_no_page_remembers(page: sync_api.Page) -> None:
     page.get_by_role("button", name="Sign out").click()
     page.get_by_role("heading", name="With a link").wait_for()
@@ -180,7 +238,7 @@ def test_none_and_many_models(browser: sync_api.Browser, tmp_path: Path, models:
             next(visits)
 
 
-@pytest.mark.parametrize("view", ["now", "why", "models", "models/alpha", "try"])
+@pytest.mark.parametrize("view", ["now", "why", "requests", "models", "models/alpha", "try", "usage"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_everybody_can_use_it(browser: sync_api.Browser, site: Site, view: str, scheme: str) -> None:
     """axe's rules: contrast, names of controls, order of headings and the like; in both colour schemes."""

@@ -202,6 +202,8 @@ def audited(handler: LocalHandler) -> LocalHandler:
 
 def _record(request: Request, outcome: str) -> None:
     who = f"the key {request.key}" if request.key else str(request.peer)
+    if request.caller.page:
+        who = f"{request.key} on the page"
     fields = {"VLLMD_VERB": f"{request.method} {request.path}", "VLLMD_BY": who, "REQUEST_ID": request.id}
     if "model" in request.params:
         fields["MODEL"] = request.params["model"]

@@ -23,14 +23,17 @@ from vllmd.api.answers import (
     Decisions,
     Device,
     Download,
+    KeyLine,
+    Keys,
     Killed,
     ModelLine,
+    NewKey,
     Probed,
     Reloaded,
     Removed,
     Status,
 )
-from vllmd.api.kinds import Choice, Count, Flag, Kind, ModelName, Seconds, Text
+from vllmd.api.kinds import Choice, Count, Flag, JsonObject, Kind, ModelName, Seconds, Text
 from vllmd.errors import BadRequest, NotFound
 
 LONGEST_PROBE = 3600.0  # seconds
@@ -212,6 +215,10 @@ FILES = Param("files", Flag(), "its files in the engines' cache as well", defaul
 DRY = Param("dry", Flag(), "only say what would go", default=False, keyword=True)
 DRAINED = Param("drained", Flag(), "whether it is to be", "body", default=True)
 
+KEY = Param("name", Text("the name of a key"), "its name", "path", missing="there is no key {value!r}")
+KEY_SETTINGS = Param("settings", JsonObject("an object"), "scopes, models, limits, priority, share, as in auth.keys "
+                     "of the configuration; null takes a limit away", "body", default={})  # fmt: skip
+
 PROBES = """\
 Ask each of its engines a short question, all at the same time: ``fastest``, and ``replicas`` with seconds.
 
@@ -290,6 +297,18 @@ VERBS: tuple[Verb, ...] = (
          (NAMED, FILES, DRY), does="store.remove", patient=True, refuses=(404, 409),
          python=Method("remove_model",
                        "Serve an added model no more, and with ``files`` remove those; ``dry``: only say so.")),
+    Verb("keys", "GET", "/admin/keys", "The API keys, without their text", Keys, does="keys.list", scope="read",
+         python=Method("keys", "All keys, without their text.", "keys")),
+    Verb("create_key", "POST", "/admin/keys", "Make an API key; its text is told this once", NewKey,
+         (Param("name", Text("a name"), "whose it is", "body"), KEY_SETTINGS), does="keys.create", refuses=(409,),
+         about="Without any keys everybody may use the models: from the first one on every request needs one.",
+         python=Method("create_key", "Make a key; its text is told this once.")),
+    Verb("limit_key", "POST", "/admin/keys/{name}/limits", "Change what a key may, at once", KeyLine,
+         (KEY, KEY_SETTINGS), does="keys.limit",
+         python=Method("limit_key", "Change the settings that are named, and no others.")),
+    Verb("revoke_key", "DELETE", "/admin/keys/{name}", "Have a key open nothing any more, at once", Keys, (KEY,),
+         does="keys.revoke",
+         python=Method("revoke_key", "Have it open nothing any more.", "keys")),
 )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from vllmd.config.types import (
     RequestRules,
     ScopeLimits,
     ServerConfig,
+    TlsConfig,
     VariantConfig,
 )
 from vllmd.config.value_types import Kind
@@ -643,6 +644,20 @@ KEY = Group(
         Setting("requests_per_minute", k.count(1, 2**31, "unlimited"), "Requests per minute."),
         Setting("tokens_per_minute", k.count(1, 2**31, "unlimited"), "Tokens in and out per minute."),
         Setting("keep_alive_limit", k.UP_TO, "Longest keep_alive, within that of the server; 0: it has no say."),
+        Setting("tokens_per_day", k.count(1, 2**53, "unlimited"), "Tokens in and out per day; days are UTC's."),
+        Setting("tokens_per_month", k.count(1, 2**53, "unlimited"), "Tokens in and out per month."),
+        Setting(
+            "device_seconds_per_day",
+            k.count(1, 2**53, "unlimited"),
+            "Seconds of devices per day: the share of their memory that models hold for this key, times seconds.",
+        ),
+        Setting("device_seconds_per_month", k.count(1, 2**53, "unlimited"), "The same per month."),
+        Setting(
+            "priority",
+            k.count(0, 1000),
+            "Of its requests that wait for a model: those of the highest come first, always.",
+        ),
+        Setting("share", k.count(1, 1000), "How many turns it has to one of others, among keys of its priority."),
     ),
 )
 
@@ -658,6 +673,15 @@ AUTH = Group(
             "with names also of every model, as they tell a key of the models that it may use.",
         ),
         Setting("allow_anonymous", k.BOOL, "Allow listening beyond loopback without any key."),
+    ),
+)
+
+TLS = Group(
+    TlsConfig,
+    "The certificate by which clients beyond loopback know this server.",
+    (
+        Setting("cert", k.PATH, "File in PEM with the certificate, and those of its issuers behind it."),
+        Setting("key", k.PATH, "File in PEM with its key, without a password. The user vllmd must be able to read it."),
     ),
 )
 
@@ -695,7 +719,8 @@ SERVER = Group(
         Setting(
             "max_buffered",
             k.SMALL_SIZE,
-            "Request bodies held in all, half of it by one address; more are answered 503.",
+            "Request bodies, and heads of more than 4 KiB, held in all, half of it by one address; "
+            "more are answered 503.",
         ),
         Setting("pipeline", k.SMALL_SIZE, "What is read of a connection's next requests while one is answered."),
         Setting("head_timeout", k.DURATION_KIND, "Time a client has to send a request's head."),
@@ -735,6 +760,11 @@ SERVER = Group(
             k.UP_TO,
             "Longest keep_alive, ttl or X-Vllmd-Keep-Alive of a request, for which the model does not age; it makes "
             "room for others all the same. Longer ones are cut to it, -1 as well; with 0 none counts.",
+        ),
+        Setting(
+            "tls",
+            TLS,
+            "TLS at every address that others can reach; loopback addresses stay plain. A reload reads the files anew.",
         ),
         Setting(
             "ui",

@@ -7,11 +7,13 @@ import { currentSession, onSession, signOut } from "./api.js";
 import { follow, useLive } from "./live.js";
 import { Models } from "./models.js";
 import { Now } from "./now.js";
+import { Requests } from "./requests.js";
 import { SignIn, codeOf } from "./signin.js";
 import { Try } from "./try.js";
+import { Usage } from "./usage.js";
 import { Why } from "./why.js";
 
-const VIEWS = { now: ["Now", Now], why: ["Why", Why], models: ["Models", Models], try: ["Try", Try] };
+const VIEWS = { now: ["Now", Now], why: ["Why", Why], requests: ["Requests", Requests], models: ["Models", Models], try: ["Try", Try], usage: ["Usage", Usage] };
 
 /** `#/models/NAME` is the view `models` with the name. */
 function placeOf(hash) {
