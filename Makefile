@@ -4,9 +4,9 @@ PYTHON := $(shell $(SETUP) path)/venv/bin/python
 PREFIX ?= /usr/local
 # Tests run so many files at a time, most of them waiting for something; 0: one after the other, in one process.
 WORKERS ?= 4
-FAST   := not machine and not vllm and not gpu and not qemu and not clients
+FAST   := not machine and not vllm and not gpu and not qemu and not clients and not images
 
-.PHONY: help check unit lint fast mutants soak demo bench-start bench-proxy bench-schedule clients gpu-check deb rpm install
+.PHONY: help check unit lint fast mutants soak demo stopwatch images bench-start bench-proxy bench-schedule clients gpu-check deb rpm install
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
@@ -39,6 +39,12 @@ bench-proxy: ## the proxy beside nginx and HAProxy
 
 clients: ## which client can do what: docs/clients.md, with real engines behind
 	@$(SETUP) venv llama vllm model clients && $(PYTHON) -m pytest -n 0 -m clients tests/clients && $(PYTHON) -m tests.clients.table
+
+stopwatch: ## from a bare Debian 12 and 13 to the first token of a real model, each command as typed (root, network)
+	@$(SETUP) host build venv bare && VLLMD_SUITE=trixie $(SETUP) bare && $(PYTHON) -m tests.bench.stopwatch
+
+images: ## build both container images with buildah, run each, ask a real model (needs root and a network)
+	@$(SETUP) images && $(PYTHON) -m pytest -n 0 -m images tests/packaging/test_images.py
 
 bench-schedule: ## the scheduling policies over traces
 	@$(SETUP) venv && $(PYTHON) -m tests.bench.schedule

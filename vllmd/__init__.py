@@ -7,6 +7,8 @@ holds this table against the imports)::
     text        text from outside, made fit to be shown           imports nothing
     foreign     files that somebody else may write: one reader    nothing of ours
     core/       decides everything about models and memory: pure  core
+    api/        what daemon and clients tell each other, and
+                the table of operators' verbs                     errors
     config/     one table of settings, the loader                 core.types, errors, foreign, text
     gpu/        NVML, or the devices that the configuration says  core.types, config, errors, simengine
     hub         models in the Hugging Face cache                  foreign
@@ -18,14 +20,18 @@ holds this table against the imports)::
     launcher/   the privileged helper and its client; the only
                 package that knows pystemd                           systemd, errors, text
     proxy/      h11 heads, byte relay, the accept loop            core.types, errors
+    ui/         the page: its files                               proxy's HTTP types
     records/    the last requests, use by hour, key and model,
                 arrivals, and their store                         proxy, errors
-    admin/      model list, health, admin and metrics endpoints   proxy's HTTP types, core.types, records, errors
+    admin/      model list, health, admin and metrics endpoints,  api, proxy's HTTP types, core.types, records, ui,
+                signing in to the page                            errors
+    store/      models as files: names, sources, the program
+                that fetches, what other programs have            hub, engines, foreign, errors, text
     ollama/     Ollama's API, translated to the engines' own      proxy, admin.control, errors
     daemon/     the event queue; executes the core's commands     all but cli and client
-    client/     the Python library                                errors
-    cli/        vllmctl, one file per verb                        client, errors, config, engines, installer,
-                                                                  simulate, text
+    client/     the Python library                                api, errors
+    cli/        vllmctl, a row or a file per verb                 api, client, errors, config, engines, installer,
+                                                                  simulate, store, text
     simulate/   the core under a virtual clock over a trace       core, config, engines, gpu, hub, errors, text
     simengine   the stand-in engine                               nothing of ours
 

@@ -73,7 +73,7 @@ BOUNDARY = "zz"
 
 def table() -> list[Route]:
     """Every row of the daemon's route table. Nothing of the daemon is needed to write it down."""
-    router, control = Router(), SimpleNamespace(guests=None, runtime_models=None)
+    router, control = Router(), SimpleNamespace(guests=None, runtime_models=None, store=None)
     add_public(router, control)  # type: ignore[arg-type]
     add_operator(router, control)  # type: ignore[arg-type]
     relay = Relay(FakeGate(Listen()), Limits())
@@ -134,6 +134,7 @@ def wrong(route: Route, kind: Kind, status: int, text: str) -> str:
         if route.reach is Reach.MACHINE and status != 403:
             return "must be 403: it concerns all models"
         unknown = route.pattern.startswith(("/v1/models/{", "/v1/responses/{"))  # these do not tell what there is
+        unknown |= (route.method, route.pattern) == ("GET", "/admin/models/{model:path}")
         if route.reach is Reach.ONE and status != (404 if unknown else 403):
             return "must be refused: it is about alpha"
         return ""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vllmd.admin import operate
+from vllmd.admin import streams
 from vllmd.errors import Unavailable
 
 Script = Callable[[], Awaitable[None]]
@@ -31,11 +31,11 @@ class Source:
 
 def test_events_are_kept_alive_and_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
     """A quiet hour must not look like a dead connection to a proxy in between."""
-    monkeypatch.setattr(operate, "KEEP_ALIVE", 0.001)
+    monkeypatch.setattr(streams, "KEEP_ALIVE", 0.001)
 
     async def script() -> None:
         source = Source()
-        stream = operate._framed(source.items())
+        stream = streams._framed(source.items())
         assert (await anext(stream)).startswith(b": decisions")
         assert await anext(stream) == b": still here\n\n"
         source.queue.put_nowait({"what": "start"})
@@ -56,19 +56,19 @@ def test_a_log_that_cannot_be_had_is_an_error_and_not_a_broken_answer() -> None:
         yield ""
 
     with pytest.raises(Unavailable):
-        asyncio.run(operate._begun(none()))  # type: ignore[arg-type]
+        asyncio.run(streams._begun(none()))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("limit", [0.0, 5.0])
 def test_a_log_is_passed_on_whole_and_let_go_of(monkeypatch: pytest.MonkeyPatch, limit: float) -> None:
     """Whether its first line was waited for or not."""
-    monkeypatch.setattr(operate, "FIRST_LINE", limit)
+    monkeypatch.setattr(streams, "FIRST_LINE", limit)
 
     async def script() -> None:
         source = Source()
         for line in ("a", "b", "c"):
             source.queue.put_nowait(line)
-        lines = await operate._begun(source.items())
+        lines = await streams._begun(source.items())
         assert [await anext(lines), await anext(lines)] == ["a", "b"]
         await lines.aclose()  # type: ignore[attr-defined]
         assert source.left
@@ -82,6 +82,6 @@ def test_an_empty_log_is_an_empty_answer() -> None:
     async def script() -> None:
         source = Source()
         source.queue.put_nowait(None)
-        assert [line async for line in await operate._begun(source.items())] == []
+        assert [line async for line in await streams._begun(source.items())] == []
 
     asyncio.run(script())

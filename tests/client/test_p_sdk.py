@@ -77,16 +77,19 @@ def test_P_list_get_health(vllmd: Vllmd) -> None:
 def test_P_load_unload_and_the_other_verbs(vllmd: Vllmd) -> None:
     """Over the admin socket, each done when it returns."""
     with vllmd.client() as client:
-        assert client.load_model("org/tiny")["state"] == "running"
-        assert client.sleep_model("org/tiny", 2)["state"] == "sleeping_l2"
-        assert client.wake_model("org/tiny")["state"] == "running"
-        assert client.pin_model("org/tiny")["pinned"] is True
-        assert client.pin_model("org/tiny", False)["pinned"] is False
-        assert client.lease_model("org/tiny", "me")["leases"] == ["me"]
-        assert client.release_model("org/tiny", "me")["leases"] == []
-        assert client.unload_model("org/tiny")["state"] == "stopped"
-        assert {"start", "sleep", "wake", "stop"} <= {each["what"] for each in client.decisions("org/tiny")}
-        assert {line["name"] for line in client.status()["models"]} >= {"org/tiny"}
+        assert client.load_model("org/tiny").state == "running"
+        assert client.sleep_model("org/tiny", 2).state == "sleeping_l2"
+        assert client.wake_model("org/tiny").state == "running"
+        assert client.pin_model("org/tiny").pinned is True
+        assert client.pin_model("org/tiny", False).pinned is False
+        assert client.lease_model("org/tiny", "me").leases == ("me",)
+        assert client.release_model("org/tiny", "me").leases == ()
+        assert client.unload_model("org/tiny")["state"] == "stopped"  # as earlier versions of the client had it
+        assert {"start", "sleep", "wake", "stop"} <= {each.what for each in client.decisions("org/tiny")}
+        assert {line.name for line in client.status().models} >= {"org/tiny"}
+        assert client.drain_device(0).drained is True
+        assert client.drain_device(0, False).drained is False
+        assert client.reload().changed == ()
 
 
 def test_P_the_async_client_does_the_same(vllmd: Vllmd) -> None:

@@ -1,4 +1,4 @@
-"""The client for programs that wait is made of the one for asyncio."""
+"""What of the clients is made of the table of verbs, and of each other."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def test_the_synchronous_client_is_current() -> None:
-    """Whoever changes a method of ``asynchronous.py`` runs packaging/dev/sync-client: nothing is written twice."""
-    script = [sys.executable, str(REPOSITORY / "packaging/dev/sync-client"), "--print"]
-    made = subprocess.run(script, capture_output=True, text=True, check=True).stdout
-    assert (REPOSITORY / "vllmd/client/sync.py").read_text() == made
+def test_the_clients_are_current() -> None:
+    """Whoever changes ``asynchronous.py`` or a row of the table of verbs runs packaging/dev/make-clients."""
+    script = [sys.executable, str(REPOSITORY / "packaging/dev/make-clients"), "--check"]
+    assert subprocess.run(script, capture_output=True, text=True).stdout == ""

@@ -72,12 +72,20 @@ class Machine:
     """One container. Use `booted()` to get one that is certainly taken down again."""
 
     def __init__(
-        self, suite: str = "bookworm", binds: Mapping[Path, str] | None = None, *, build: bool = False
+        self,
+        suite: str = "bookworm",
+        binds: Mapping[Path, str] | None = None,
+        *,
+        build: bool = False,
+        lower: str = "",
+        network: bool = False,
     ) -> None:
+        """``build``: with compilers. ``lower``: of these files instead. ``network``: this computer's, not its own."""
         check_host()
         remove_leftovers()
         self.name = f"vllmd-{os.getpid()}-{next(_numbers)}"
-        self.lower = base_layers(suite, build)
+        self.lower = lower or base_layers(suite, build)
+        self.network = network
         self.binds = dict(binds or {})
         self.folder = machines_folder() / self.name
         with _nobody_removes_leftovers():
@@ -107,7 +115,8 @@ class Machine:
 
     def _argv(self) -> list[str]:
         return [
-            *("systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--settings=no", "--private-network"),
+            *("systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--settings=no"),
+            *(() if self.network else ("--private-network",)),
             *("--boot", "--kill-signal=SIGRTMIN+4", "--console=read-only", "--link-journal=no"),
             *("--resolv-conf=off", "--timezone=off", f"--machine={self.name}", f"--directory={self.folder}/root"),
             *(f"--bind-ro={outside}:{inside}" for outside, inside in self.binds.items()),

@@ -18,10 +18,11 @@ ASK = (
 )
 
 
-def sources() -> bytes:
-    """What an sdist is made of, as a tar archive."""
+def sources(*more: str) -> bytes:
+    """What an sdist is made of, and ``more``, as a tar archive."""
+    wanted = ["vllmd", "pyproject.toml", "README.md", "LICENSE", *more]
     names = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "vllmd", "pyproject.toml", "README.md"],
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *wanted],
         cwd=REPOSITORY,
         capture_output=True,
         check=True,

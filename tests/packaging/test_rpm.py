@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.machine.container import Machine
+from tests.packaging.test_pip import sources
 
 pytestmark = pytest.mark.machine
 
@@ -38,3 +39,18 @@ def test_says_what_it_needs(boot_machine: Callable[..., Machine], rpm_package: P
     needs = machine.out("rpm --query --requires --package /root/vllmd.rpm")
     for name in ("h11", "httpx", "prometheus-client", "pystemd", "pyyaml", "sdnotify"):
         assert f"python3dist({name})" in needs
+
+
+def test_modules_are_where_the_targets_python_looks(boot_machine: Callable[..., Machine]) -> None:
+    """Fedora's macros come with its build machines: with the value that they have there, the files are there."""
+    machine = boot_machine(build=True)
+    archive = machine.folder / "sources.tar"
+    archive.write_bytes(sources("packaging", "units", "man"))
+    machine.copy_in(archive, "/root/sources.tar")
+    machine.run("mkdir -p /root/vllmd-0.1.0 /root/rpm/SOURCES && tar -xf /root/sources.tar -C /root/vllmd-0.1.0")
+    machine.run("tar -C /root -czf /root/rpm/SOURCES/vllmd-0.1.0.tar.gz vllmd-0.1.0")
+    fedora = "--define '_topdir /root/rpm' --define 'python3_sitelib /usr/lib/python3.14/site-packages'"
+    machine.run(f"rpmbuild -bb --nodeps {fedora} /root/vllmd-0.1.0/packaging/rpm/vllmd.spec", timeout=300)
+    files = machine.out("rpm --query --list --package /root/rpm/RPMS/noarch/*.rpm").splitlines()
+    assert "/usr/lib/python3.14/site-packages/vllmd/cli/__init__.py" in files
+    assert [name for name in files if "dist-packages" in name] == []

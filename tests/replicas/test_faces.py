@@ -154,10 +154,8 @@ def test_the_figures_from_asyncio(site: Site) -> None:
             best = await asking.fastest("a")
             assert best
             assert best[0] in ("org/m@1", "org/m@2")
-            assert [line["seconds"] is None for line in (await asking.probe("a", all=True))["replicas"]] == [
-                False,
-                False,
-            ]
+            probed = await asking.probe("a", all=True)
+            assert [line.seconds is None for line in probed.replicas] == [False, False]
             assert list(await asking.latencies("a")) == ["org/m@1", "org/m@2"]
             assert await asking.running() == ["org/m"]
 

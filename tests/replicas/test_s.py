@@ -11,6 +11,7 @@ from typing import Any
 
 from tests.engines.installed import Site, daemon
 from tests.replicas.stubs import config, lists, replica, stubs, until
+from vllmd.api.answers import ProbedReplica
 from vllmd.client import Client
 from vllmd.errors import Unavailable, VllmdError
 
@@ -56,10 +57,10 @@ def test_S_get_fastest_server_skips_the_slower(tmp_path: Path) -> None:
         with client(site) as asking:
             answer = asking.probe("m")
             best = asking.fastest("m")
-    first, second = answer["replicas"]
-    assert (answer["fastest"], first["name"], second["name"]) == ("m@fast", "m@fast", "m@slow")
-    assert 0.2 <= first["seconds"] < 1.0
-    assert second == {"name": "m@slow", "seconds": None, "message": f"slower than {first['seconds']:.3f} s"}
+    first, second = answer.replicas
+    assert (answer.fastest, first.name) == ("m@fast", "m@fast")
+    assert first.seconds is not None and 0.2 <= first.seconds < 1.0
+    assert second == ProbedReplica("m@slow", None, f"slower than {first.seconds:.3f} s")
     assert best
     assert best[0] == "m@fast"
 
@@ -71,10 +72,10 @@ def test_S_everybodys_time_is_to_be_had_as_well(tmp_path: Path) -> None:
         with client(site) as asking:
             answer = asking.probe("m", all=True, limit=1.0)
         standing = replica(site, "m@slow")["standing"]
-    assert [line["name"] for line in answer["replicas"]] == ["m@fast", "m@slow", "m@third"]
-    assert answer["replicas"][1]["seconds"] >= 0.3
-    assert answer["replicas"][2]["seconds"] is None
-    assert answer["replicas"][2]["message"]
+    assert [line.name for line in answer.replicas] == ["m@fast", "m@slow", "m@third"]
+    assert (answer.replicas[1].seconds or 0.0) >= 0.3
+    assert answer.replicas[2].seconds is None
+    assert answer.replicas[2].message
     assert standing == "serving"
 
 

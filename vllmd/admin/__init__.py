@@ -5,7 +5,7 @@
     control     what they may ask of the daemon
     routes      which path is whose, who may, and what /openapi.json says of it
     models      what any client may read: models, health, version
-    operate     the operator's verbs, logs, events; params checks what they are given
+    verbs       the operator's verbs, each a row of vllmd.api.verbs; streams: logs and events
     instances   M's API under /api/v1: GPUs, processes, models on GPUs
     runtime_models  models that programs bring along
     counters    what is counted as it happens

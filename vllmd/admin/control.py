@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from vllmd.admin.counters import Counters
 from vllmd.admin.runtime_models import RuntimeModels
+from vllmd.api.answers import Added, Cached, Decisions, Download, KeyLine, Keys, Killed, NewKey, Removed
 from vllmd.core.types import Snapshot
 from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.records.ring import Filter
@@ -48,8 +49,8 @@ class Status(Protocol):
     def health(self) -> dict[str, Any]:
         """``status`` (``ok`` or what is wrong), ``ready``, devices, and the state of every model."""
 
-    def status(self) -> dict[str, Any]:
-        """Everything that ``vllmctl ps``, ``info`` and ``gpus`` show; bytes and seconds."""
+    def status(self, caller: Caller = ANYBODY) -> dict[str, Any]:
+        """Everything that ``vllmctl ps``, ``info`` and ``gpus`` show, of the models that the caller may use."""
 
     def line(self, model: str) -> dict[str, Any]:
         """One model's line of ``status``."""
@@ -63,8 +64,11 @@ class Status(Protocol):
     def types(self) -> list[str]:
         """The kinds of engines that there are."""
 
-    def decisions(self, model: str) -> list[dict[str, Any]]:
-        """The last decisions (``at`` in Unix time), oldest first; all of them, or one model's."""
+    def settings(self, model: str) -> str:
+        """The configuration in force, or one model's part, as YAML with the origin of each setting; no secrets."""
+
+    def decisions(self, model: str) -> Decisions:
+        """The last decisions, oldest first; all of them, or one model's."""
 
     async def gauges(self) -> Gauges:
         """How things stand; the devices are read for it."""
@@ -79,6 +83,9 @@ class Status(Protocol):
 class Commands(Protocol):
     """Has things done; tells nothing but that. Each waits until devices and engines have been found."""
 
+    async def post(self, event: str, fields: Mapping[str, object]) -> None:
+        """Have the core decide on an event of ``vllmd.core.events``, by its name and its fields."""
+
     async def load(self, model: str) -> None:
         """Have it started or woken; returns at once."""
 
@@ -88,21 +95,18 @@ class Commands(Protocol):
         """
 
     async def sleep(self, model: str, level: int) -> None:
-        """Have it put to sleep at level 1 or 2, or stopped at 3, after its requests."""
+        """Have it put to sleep at level 1 or 2, or stopped at 3, after its requests. Raises Conflict if not loaded."""
 
-    async def pin(self, model: str, pinned: bool) -> None:
-        """Keep it loaded once it is, or do so no more."""
-
-    async def lease(self, lease: str, model: str, seconds: float | None) -> None:
+    async def lease(self, model: str, lease: str, seconds: float | None) -> None:
         """Keep it for ``seconds`` (None: until released)."""
 
-    async def release(self, lease: str, *, stop: bool) -> None:
+    async def release(self, model: str, lease: str, *, stop: bool) -> None:
         """Give a lease back; ``stop``: the last one to go stops the model."""
 
-    async def probe(self, model: str, limit: float | None, *, everybody: bool) -> dict[str, Any]:
+    async def probe(self, model: str, all: bool, *, limit: float | None) -> dict[str, Any]:
         """Ask each engine of it that serves its probe, all at the same time; see the schema ``Probed``.
 
-        Unless ``everybody`` is to have ``limit`` seconds (None: as configured), none is waited for once another has
+        Unless ``all`` are to have ``limit`` seconds (None: as configured), none is waited for once another has
         answered. Raises Conflict where none of them serves.
         """
 
@@ -114,8 +118,8 @@ class Commands(Protocol):
     def drop_instance(self) -> Callable[[str], Awaitable[None]]:
         """Forget an engine that was added; any other stays."""
 
-    async def kill(self, pid: int, *, force: bool) -> str:
-        """End the engine that has the process, or with ``force`` a stranger on a GPU; says what was done.
+    async def kill(self, pid: int, *, force: bool) -> Killed:
+        """End the engine that has the process, or with ``force`` another process that is on a GPU.
 
         Raises NotFound, Forbidden.
         """
@@ -178,6 +182,48 @@ class Records(Protocol):
         """Arrivals from then on, as ``vllmctl simulate`` reads them. Raises Unavailable, NotFound."""
 
 
+class Store(Protocol):
+    """The daemon, as far as these endpoints need it. Each raises a VllmdError for what cannot be."""
+
+    def pull(self, name: str, *, add: bool, detached: bool) -> AsyncGenerator[dict[str, Any], None]:
+        """Have a model's files here, and with ``add`` the model served; how far it is, line by line.
+
+        The last line has ``done``. ``detached``: it goes on when the caller has left.
+        """
+
+    def stop(self, model: str) -> Download:
+        """End a download. Raises NotFound."""
+
+    async def contents(self) -> Cached:
+        """What the engines' caches hold, and which models are loaded from it."""
+
+    async def add(self, name: str, settings: Mapping[str, Any]) -> Added:
+        """Serve a model from now on. Raises BadRequest, Conflict, Forbidden."""
+
+    async def remove(self, model: str, *, files: bool, dry: bool) -> Removed:
+        """Serve it no more; ``files``: and remove them. ``dry``: only say what would be removed.
+
+        Raises UnknownModel, Conflict.
+        """
+
+
+class KeyStore(Protocol):
+    """Keys that are made while it runs; each change counts at once."""
+
+    @property
+    def list(self) -> Callable[[], Keys]:
+        """All keys, those of the configuration among them; never their text."""
+
+    def create(self, name: str, settings: Mapping[str, object]) -> NewKey:
+        """Make one; its text is told this once. Raises BadRequest, Conflict, Unavailable."""
+
+    def revoke(self, name: str) -> Keys:
+        """It opens nothing from now on; those that are left. Raises NotFound, Unavailable."""
+
+    def limit(self, name: str, settings: Mapping[str, object]) -> KeyLine:
+        """Change what is named of it; null takes a limit away. Raises NotFound, BadRequest, Unavailable."""
+
+
 @dataclass(frozen=True, slots=True)
 class Control:
     """The daemon, as the endpoints see it."""
@@ -187,4 +233,6 @@ class Control:
     commands: Commands
     following: Following
     runtime_models: RuntimeModels
+    store: Store
     records: Records
+    keys: KeyStore

@@ -11,17 +11,35 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from vllmd.admin import params
 from vllmd.admin.control import Control
-from vllmd.admin.operate import killed, of_caller, process_id
+from vllmd.admin.verbs import into, json
+from vllmd.api.kinds import Count, JsonObject, Text
+from vllmd.api.verbs import FORCE_KILL, PID, Param
 from vllmd.errors import BadRequest, Conflict, NotFound
 from vllmd.proxy.access import ADMIN, Reach, authorise
 from vllmd.proxy.http import Request, Response, json_response
 
 Line = dict[str, Any]
 UNLOADED = frozenset({"stopped", "error"})
+NAME = Param("model_name", Text("the name of a model"), place="body")
+KIND = Param("model_type", Text("a kind of engine"), place="body", default=None)
+GPU = Param("gpu_id", Count(), place="body", default=None)
+CONFIG = Param("config", JsonObject("an object with settings as in vllmd.yaml(5)"), place="body", default=None)
+START, STOP, KILL = (NAME, KIND, GPU, CONFIG), (NAME, KIND, GPU), (PID, FORCE_KILL)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the body asks for."""
+
+    model_name: str
+    model_type: str | None
+    gpu_id: int | None
+    config: Mapping[str, object] | None = None
 
 
 class InstanceEndpoints:
@@ -36,16 +54,15 @@ class InstanceEndpoints:
 
     async def kill(self, request: Request) -> Response:
         """``DELETE /api/v1/processes/{pid}``: 404 for none, 403 for a stranger's without ``?force=true``."""
-        pid = process_id(request)
-        return json_response(killed(pid, await self._control.commands.kill(pid, force=params.flag(request, "force"))))
+        return json(await into(self._control.commands.kill, KILL, request))
 
     async def start(self, request: Request) -> Response:
         """``POST /api/v1/models/start``: 202 with the ``ModelInstanceInfo`` as it begins."""
         await self._control.status.opened()
-        body = params.fields(request, ["model_name", "model_type", "gpu_id", "config"])
-        if body.get("config") not in (None, {}):
-            await self._bring(request, body)
-        name, gpu = self._named(request, body), params.index(body, "gpu_id")
+        asked = into(Asked, START, request)
+        if asked.config:
+            await self._bring(request, asked)
+        name, gpu = self._named(request, asked), asked.gpu_id
         if gpu is None:
             await self._control.commands.load(name)
         chosen = name if gpu is None else await self._control.commands.load_on(name, gpu)
@@ -57,8 +74,8 @@ class InstanceEndpoints:
         With a ``gpu_id`` only the instance on that GPU; the last one to go takes the model along.
         """
         await self._control.status.opened()
-        body = params.fields(request, ["model_name", "model_type", "gpu_id"])
-        name, gpu = self._named(request, body), params.index(body, "gpu_id")
+        asked = into(Asked, STOP, request)
+        name, gpu = self._named(request, asked), asked.gpu_id
         line = self._control.status.line(name)
         if line["state"] == "stopped":
             raise NotFound(f"{name} is not running", param="model_name")
@@ -76,7 +93,7 @@ class InstanceEndpoints:
     async def status(self, request: Request) -> Response:
         """``GET /api/v1/models/status``: an item per instance, of all that are loaded or have failed."""
         await self._control.status.opened()
-        lines = of_caller(self._control.status.status(), request.caller)["models"]
+        lines = self._control.status.status(request.caller)["models"]
         return json_response([item for line in lines if line["state"] != "stopped" for item in items(line)])
 
     async def status_of(self, request: Request) -> Response:
@@ -86,32 +103,30 @@ class InstanceEndpoints:
             items(self._control.status.line(self._control.status.resolve(request.params["name"], request.caller)))
         )
 
-    async def _bring(self, request: Request, body: dict[str, Any]) -> None:
+    async def _bring(self, request: Request, asked: Asked) -> None:
         """Make the model known with the settings of the body, if nobody knows it. Raises Conflict if they differ."""
         authorise(request.caller, ADMIN, Reach.MACHINE)  # as PUT /admin/guests is
-        name, settings = params.text(body, "model_name", "the name of a model"), body["config"]
-        if not isinstance(settings, dict):
-            raise BadRequest("config must be an object with settings as in vllmd.yaml(5), or null", param="config")
-        if kind := self._kind(body):
+        name, settings = asked.model_name, asked.config or {}
+        if kind := self._kind(asked):
             settings = {"engine": kind, **settings}
         known = await self._control.runtime_models.put(name, settings, trusted=request.peer.uid in (0, os.getuid()))
         if known["differs"]:
             where = "is configured" if known["configured"] else "is in use"
             raise Conflict(f"{name} {where} with another {', '.join(known['differs'])}", param="config")
 
-    def _named(self, request: Request, body: dict[str, Any]) -> str:
+    def _named(self, request: Request, asked: Asked) -> str:
         """The model that the body names, which is of the type that it names, if it does."""
-        name = self._control.status.resolve(params.text(body, "model_name", "the name of a model"), request.caller)
-        engine, kind = self._control.status.line(name)["config"].get("engine", ""), self._kind(body)
+        name = self._control.status.resolve(asked.model_name, request.caller)
+        engine, kind = self._control.status.line(name)["config"].get("engine", ""), self._kind(asked)
         if kind and kind != engine:
             raise BadRequest(f"{name} is of the type {engine!r}, not {kind!r}", param="model_type")
         return name
 
-    def _kind(self, body: dict[str, Any]) -> str:
+    def _kind(self, asked: Asked) -> str:
         """The type in the body, "" without one. Raises BadRequest for one that there is not."""
-        if body.get("model_type") is None:
+        if asked.model_type is None:
             return ""
-        kind, types = params.text(body, "model_type", "a kind of engine").lower(), self._control.status.types()
+        kind, types = asked.model_type.lower(), self._control.status.types()
         if kind not in types:
             raise BadRequest(f"there is no type {kind!r}; there are {', '.join(types)}", param="model_type")
         return kind

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import vllmd
 from vllmd.admin.page import PAGE
-from vllmd.admin.schemas import ERROR, SCHEMAS
+from vllmd.admin.schemas import ERROR
+from vllmd.api.answers import Answer
+from vllmd.api.codec import components
 from vllmd.proxy.http import Request, Response, json_response
 from vllmd.proxy.routing import Route, Router
 
@@ -64,7 +66,7 @@ def document(routes: Iterable[Route]) -> dict[str, Any]:
         "security": [{}, {"bearer": []}, {"header": []}],
         "paths": paths,
         "components": {
-            "schemas": SCHEMAS,
+            "schemas": components(_all_below(Answer)),
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer"},
                 "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
@@ -73,10 +75,19 @@ def document(routes: Iterable[Route]) -> dict[str, Any]:
     }
 
 
+def _all_below(kind: type[Answer]) -> Iterator[type[Answer]]:
+    """Every dataclass that is told, by whichever route."""
+    for each in kind.__subclasses__():
+        yield each
+        yield from _all_below(each)
+
+
 def _operation(route: Route) -> dict[str, Any]:
     own = dict(route.doc) if _answered_here(route) else {**ENGINES_OWN, **route.doc}
     about = " ".join(filter(None, (own.pop("description", ""), SCOPES[route.scope])))
-    parameters = [*_path_parameters(route.pattern), *own.pop("parameters", ())]
+    told = own.pop("parameters", ())
+    known = {each["name"] for each in told if each["in"] == "path"}
+    parameters = [*(each for each in _path_parameters(route.pattern) if each["name"] not in known), *told]
     operation = {
         "operationId": _identifier(route),
         "tags": [_tag(route)],
@@ -89,9 +100,8 @@ def _operation(route: Route) -> dict[str, Any]:
 
 
 def _path_parameters(pattern: str) -> list[dict[str, Any]]:
-    schemas = {"pid": {"type": "integer", "minimum": 1}}
     return [
-        {"name": name, "in": "path", "required": True, "schema": schemas.get(name, {"type": "string", "minLength": 1})}
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
         for name, _ in PARAMETER.findall(pattern)
     ]
 

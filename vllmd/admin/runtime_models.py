@@ -6,24 +6,14 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from vllmd.admin.schemas import TEXT, answers, doc
+from vllmd.admin.schemas import answers, doc, takes
+from vllmd.api.answers import Dropped, Known
 from vllmd.errors import BadRequest
 from vllmd.proxy.access import Reach
 from vllmd.proxy.http import Request, Response, json_response
 from vllmd.proxy.routing import LocalHandler, Router
 
-NAMES = {"type": "array", "items": TEXT}
-SETTINGS = {"type": "object", "description": "settings of one model, as in vllmd.yaml(5)"}
-KNOWN = {
-    "type": "object",
-    "required": ["model", "configured", "differs", "listen"],
-    "properties": {"model": TEXT, "configured": {"type": "boolean"}, "differs": NAMES, "listen": NAMES},
-}
-DROPPED = {
-    "type": "object",
-    "required": ["model", "dropped"],
-    "properties": {"model": TEXT, "dropped": {"type": "boolean"}},
-}
+SETTINGS: dict[str, object] = {"type": "object", "description": "settings of one model, as in vllmd.yaml(5)"}
 
 
 class RuntimeModels(Protocol):
@@ -64,7 +54,6 @@ def add_guests(router: Router, runtime_models: RuntimeModels, audited: Callable[
     """Their rows of the route table."""
     endpoints, add = RuntimeModelEndpoints(runtime_models), router.add
     add("PUT", "/admin/guests/{model:path}", audited(endpoints.put), "admin", "Make a model known until vllmd ends",
-        doc(answers(KNOWN), {"requestBody": {"content": {"application/json": {"schema": SETTINGS}}}}),
-        Reach.MACHINE)  # fmt: skip
+        doc(answers(Known), takes(SETTINGS, required=False)), Reach.MACHINE)  # fmt: skip
     add("DELETE", "/admin/guests/{model:path}", audited(endpoints.drop), "admin", "Forget such a model",
-        answers(DROPPED), Reach.MACHINE)  # fmt: skip
+        answers(Dropped), Reach.MACHINE)  # fmt: skip

@@ -8,16 +8,18 @@ import os
 import socket
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import urlencode, urlsplit
 
+from vllmd.api.verbs import Verb
 from vllmd.cli.failures import EX_CONFIG, EX_USAGE, Failure, of_answer, of_socket, of_url
 from vllmd.cli.terminal import Working
 from vllmd.text import printable_lines
 
 SYSTEM_SOCKET, READ_SOCKET = "/run/vllmd/admin.sock", "/run/vllmd/read.sock"
 OPENING = 10.0  # seconds that a daemon which has just been woken may take to look around
+NDJSON = "application/x-ndjson"
 ANSWER = 30.0  # seconds the daemon has for an answer that it need not wait for
 
 
@@ -89,9 +91,25 @@ class Admin:
         """The JSON answer of a POST, waited for as long as it takes."""
         return self._json("POST", path, query, body, None)
 
+    def put(self, path: str, body: object = None) -> Any:
+        """The JSON answer of a PUT, waited for as long as it takes."""
+        return self._json("PUT", path, {}, body, None)
+
     def delete(self, path: str, **query: object) -> Any:
         """The JSON answer of a DELETE."""
         return self._json("DELETE", path, query, None, ANSWER)
+
+    def ask(self, verb: Verb, arguments: Mapping[str, object]) -> Any:
+        """The JSON answer to an operator's verb; one that changes something is waited for as long as it takes."""
+        call = verb.call(arguments)
+        return self._json(
+            call.method, call.path, dict(call.query), call.body, None if call.method == "POST" else ANSWER
+        )
+
+    def follow(self, verb: Verb, arguments: Mapping[str, object]) -> Iterator[str]:
+        """The lines of how a model comes along, until it has come to rest."""
+        call = verb.call({**arguments, "wait": True})
+        return self.lines(call.method, call.path, NDJSON, call.body, **call.query)
 
     def lines(self, method: str, path: str, accept: str, body: object = None, **query: object) -> Iterator[str]:
         """The lines of an answer as they come; before they are shown they go through ``decoded`` or ``printable``."""
@@ -142,11 +160,6 @@ class Admin:
         if not isinstance(error, OSError):
             error = ConnectionError(f"the answer broke off ({type(error).__name__})")
         return of_url(self.url, error) if self.url else of_socket(self.path, error)
-
-
-def model_path(model: str, verb: str) -> str:
-    """The path of a verb on a model, whose name may hold slashes."""
-    return f"/admin/models/{quote(model, safe='')}/{verb}"
 
 
 def _word(value: object) -> str:

@@ -1,4 +1,4 @@
-"""The argument parser, built from the files in ``verbs/``.
+"""The argument parser, built from the files in ``verbs/`` and the table of operators' verbs (``table``).
 
 A verb is a module there: its name is the file's (``_`` for ``-``), its help the
 first line of its docstring, the rest of the docstring its description; it has
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
+from vllmd.cli import table
 from vllmd.cli.failures import EX_USAGE
 
 PACKAGE = "vllmd.cli.verbs"
@@ -26,10 +27,11 @@ WITH_VALUE = ("--socket", "--url", "--key")
 
 # What people try who come from elsewhere, and what does it here.
 TRIED = {
-    "show": "vllmctl why MODEL says how one stands, vllmctl models what it is",
-    "pull": "add it to models: in /etc/vllmd/vllmd.yaml; its files are fetched when it is first loaded",
-    "add": "add it to models: in /etc/vllmd/vllmd.yaml, then vllmctl reload",
-    "rm": "take it out of models: in /etc/vllmd/vllmd.yaml, then vllmctl reload",
+    "create": "vllmctl add serves a model whose files are here, vllmctl pull fetches one",
+    "download": "vllmctl pull fetches a model",
+    "install": "vllmctl run MODEL fetches a model and asks it",
+    "cp": "aliases: in the configuration gives a model another name",
+    "push": "models are not pushed anywhere",
     "serve": "vllmd serve does that by hand, systemctl enable --now vllmd.socket for good",
     "enable": "systemctl enable --now vllmd.socket",
     "edit": "edit /etc/vllmd/vllmd.yaml, then vllmctl reload",
@@ -40,7 +42,7 @@ TRIED = {
     "journal": "vllmctl logs MODEL, or journalctl -u vllmd",
     "health": "vllmctl status, or vllmctl doctor",
 }
-TRIED |= dict.fromkeys(("create", "download"), TRIED["pull"]) | dict.fromkeys(("remove", "delete", "del"), TRIED["rm"])
+TRIED |= dict.fromkeys(("delete", "del", "uninstall"), "vllmctl rm removes a model")
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,11 +75,13 @@ class Help(argparse.RawDescriptionHelpFormatter):
 def verbs() -> list[str]:
     """The names of all verbs, sorted."""
     files = (name[:-3] for name in os.listdir(FOLDER) if name.endswith(".py") and not name.startswith("_"))
-    return sorted(name.replace("_", "-") for name in files)
+    return sorted({*(name.replace("_", "-") for name in files), *table.commands()})
 
 
-def module(verb: str) -> ModuleType:
-    """A verb's module."""
+def module(verb: str) -> ModuleType | table.TableVerb:
+    """A verb's module, or what a row of the table has in its place."""
+    if found := table.commands().get(verb):
+        return found
     return importlib.import_module(f"{PACKAGE}.{verb.replace('-', '_')}")
 
 

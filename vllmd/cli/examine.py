@@ -20,6 +20,14 @@ SOCKETS = ("vllmd.socket", "vllmd-admin.socket", "vllmd-read.socket", "vllmd-ins
 USERS_SOCKETS = ("vllmd.socket", "vllmd-admin.socket")  # of systemctl --user
 LAUNCHER = "vllmd-launcher.socket"  # static: it comes up with vllmd.service, and is down before the first start
 GiB = 1 << 30
+# A daemon of one's own beside the system's: one line that can be pasted.
+OWN_PORT = (
+    "use that one, or give yours its own: "
+    r"printf '[Socket]\nListenStream=\nListenStream=127.0.0.1:33259\n' | "
+    "install -D -m 644 /dev/stdin ~/.config/systemd/user/vllmd.socket.d/port.conf && "
+    "systemctl --user daemon-reload && systemctl --user stop vllmd.service && "
+    "systemctl --user enable --now vllmd.socket"
+)
 
 
 def output(*command: str) -> str:
@@ -118,6 +126,8 @@ def units(host: Host) -> Iterator[Finding]:
             yield "bad", f"{unit} listens at {file}, which is not there any more", f"systemctl restart {unit}"
         elif state == "active":
             yield "ok", f"{unit} listens", ""
+        elif host.user and unit == "vllmd.socket" and host.run("systemctl", "is-active", unit) == "active":
+            yield "bad", f"{unit} is {state or 'unknown'}: the port is that of the system's vllmd", OWN_PORT
         elif host.systemctl("show", "--property=LoadState", "--value", unit) == "not-found":
             yield "bad", f"{unit} is not installed", "install vllmd anew"
         else:
@@ -282,7 +292,12 @@ def configuration(host: Host) -> Iterator[Finding]:
 
 
 def _model(host: Host, name: str, source: str) -> Iterator[Finding]:
-    if source.startswith("/") and not host.path(source).exists():
+    try:
+        missing = source.startswith("/") and not host.path(source).exists()
+    except PermissionError:
+        yield "warning", f"{name}: you may not look at {source}", "sudo vllmctl doctor may"
+        return
+    if missing:
         yield "bad", f"{name}: there is no {source}", "say where it is with model:"
     elif source.startswith(("/root/", "/home/")) and not host.user:
         advice = "vllmd-engine must be able to read every directory of that path"

@@ -25,6 +25,7 @@ from vllmd.installer.pip import Progress
 
 SOCKET = "/run/vllmd/installer.sock"
 SILENCE = 60.0  # seconds after which a service that says nothing is given up; it says something twice a second
+WORTH_A_LINE = 10**7  # bytes of a download that is told where no terminal is
 CALLED = {"cpu": "for the CPU", "cuda": "for CUDA"}
 
 
@@ -47,7 +48,12 @@ def perform(arguments: Namespace, request: Mapping[str, Any]) -> dict[str, Any]:
     line = show.StatusLine(quiet=arguments.json)
 
     def told(progress: Progress) -> None:
-        line.say(lambda _: sentence(progress), f"{progress.phase} {progress.what}")
+        if (
+            line.live
+            or progress.total >= WORTH_A_LINE
+            or progress.phase not in ("resolving", "downloading", "unpacking")
+        ):
+            line.say(lambda _: sentence(progress), f"{progress.phase} {progress.what}")
 
     try:
         if by_service(arguments):

@@ -7,14 +7,14 @@ import difflib
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from vllmd.api.verbs import Verb
 from vllmd.cli import show
-from vllmd.cli.admin import Admin, decoded, model_path
+from vllmd.cli.admin import Admin, decoded
 from vllmd.cli.failures import EX_DATAERR, EX_UNAVAILABLE, Failure
-
-NDJSON = "application/x-ndjson"
+from vllmd.cli.terminal import cut
 
 
 def argument(parser: argparse.ArgumentParser, many: bool = True, optional: bool = False) -> None:
@@ -60,25 +60,25 @@ def each(arguments: Namespace, act: Callable[[Admin, str], Any]) -> int:
     return 0
 
 
-def follow(arguments: Namespace, verb: str, query: dict[str, object], done: str = "") -> int:
-    """Post ``verb`` for every model and show how it comes along; ``done`` ends what is said then."""
+def follow(arguments: Namespace, verb: Verb, given: Mapping[str, object], done: str = "") -> int:
+    """Do it with every model and show how it comes along; ``done`` ends what is said then."""
 
     def act(admin: Admin, model: str) -> Any:
         if getattr(arguments, "no_wait", False):
-            answer = admin.post(model_path(model, verb), None, **query)
+            answer = admin.ask(verb, {**given, "model": model})
             if not arguments.json:
                 show.say(f"{model}: asked for")
             return answer
-        return change(admin, model, verb, query, done, quiet=arguments.json)
+        return change(admin, model, verb, given, done, quiet=arguments.json)
 
     return each(arguments, act)
 
 
-def change(admin: Admin, model: str, verb: str, query: dict[str, object], done: str = "", *, quiet: bool) -> Any:
-    """Post ``verb`` and show how it comes along, until it has come to rest. Raises Failure where that is a failure."""
+def change(admin: Admin, model: str, verb: Verb, given: Mapping[str, object], done: str = "", *, quiet: bool) -> Any:
+    """Do it and show how the model comes along, until it has come to rest. Raises Failure where that is a failure."""
     line, began = show.StatusLine(quiet), time.monotonic()
-    usual, last = usual_start(admin, model) if verb in ("load", "wake") else None, {}
-    for text in admin.lines("POST", model_path(model, verb), NDJSON, wait=True, **query):
+    usual, last = usual_start(admin, model) if verb.name in ("load", "wake") else None, {}
+    for text in admin.follow(verb, {**given, "model": model}):
         last = _object(text)
         if "error" in last or last.get("done"):
             break
@@ -98,9 +98,11 @@ def progress(model: str, line: dict[str, Any], usual: float | None) -> Callable[
     about = f" of about {show.age(usual)}" if usual else ""
 
     def told(since: float) -> str:
-        rest = f": {state}, {show.age(line.get('elapsed', 0.0) + since)}{about}"
-        most = show.columns(sys.stderr)
-        return (model if most is None else show.shortened(model, max(12, most - 1 - show.width(rest)))) + rest
+        rest, seconds = f": {state}", f", {show.age(line.get('elapsed', 0.0) + since)}{about}"
+        if (most := show.columns(sys.stderr)) is None:
+            return model + rest + seconds
+        room = most - 1 - show.width(seconds)
+        return cut(show.shortened(model, max(12, room - show.width(rest))) + rest, room) + seconds
 
     return told
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import ipaddress
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
 
+from vllmd.api.answers import Answer
+from vllmd.api.codec import Unexpected, parse
 from vllmd.client.calls import Call
 from vllmd.client.errors import of_answer
 from vllmd.errors import BadRequest, UpstreamFailed
+
+T = TypeVar("T", bound=Answer)
 
 CONNECT_TIMEOUT = 10.0  # seconds
 
@@ -69,6 +73,14 @@ def decoded(answer: httpx.Response) -> Any:
         return json.loads(answer.content)
     except ValueError:
         raise UpstreamFailed(f"the answer is not JSON: {answer.text[:200]!r}") from None
+
+
+def answer_of(kind: type[T], data: object) -> T:
+    """The answer in decoded JSON. Raises UpstreamFailed for another."""
+    try:
+        return parse(kind, data)
+    except Unexpected as error:
+        raise UpstreamFailed(f"the answer is none of vllmd's: {error}") from None
 
 
 def check(answer: httpx.Response) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import httpx
 
+from vllmd.api import answers
 from vllmd.client import calls, figures
-from vllmd.client.address import Address, check, decoded, request_of
+from vllmd.client.address import Address, answer_of, check, decoded, request_of
 from vllmd.client.calls import Call, Message
 from vllmd.client.errors import StreamFailed, of_transport
 from vllmd.client.sse import Events, text_of
 from vllmd.errors import Conflict
+
+T = TypeVar("T", bound=answers.Answer)
 
 
 class AsyncClient:
@@ -97,34 +100,6 @@ class AsyncClient:
 
     # -- what an operator may: an admin key, or the admin socket ---------------------------------
 
-    async def load_model(self, model: str, *, wait: bool = True) -> dict[str, Any]:
-        """Start or wake it. Raises EngineFailed where it was waited for and did not start."""
-        return await self._object(calls.load(model, wait=wait))
-
-    async def unload_model(self, model: str, *, force: bool = False, wait: bool = True) -> dict[str, Any]:
-        """Stop it, after its requests unless ``force``."""
-        return await self._object(calls.unload(model, force=force, wait=wait))
-
-    async def sleep_model(self, model: str, level: int = 1, *, wait: bool = True) -> dict[str, Any]:
-        """Put it to sleep at level 1 or 2, or stop it (3)."""
-        return await self._object(calls.sleep(model, level, wait=wait))
-
-    async def wake_model(self, model: str, *, wait: bool = True) -> dict[str, Any]:
-        """Wake or start it."""
-        return await self._object(calls.wake(model, wait=wait))
-
-    async def pin_model(self, model: str, pinned: bool = True) -> dict[str, Any]:
-        """Keep it loaded once it is, or do so no more."""
-        return await self._object(calls.pin(model, pinned=pinned))
-
-    async def lease_model(self, model: str, lease: str, seconds: float | None = None) -> dict[str, Any]:
-        """Keep it under the name ``lease``; after ``seconds`` the lease ends, and the last one stops the model."""
-        return await self._object(calls.lease(model, lease, seconds))
-
-    async def release_model(self, model: str, lease: str, *, stop: bool = False) -> dict[str, Any]:
-        """Give a lease back; ``stop``: if it was the last, stop the model at once."""
-        return await self._object(calls.release(model, lease, stop=stop))
-
     async def put_model(self, model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Make a model known with the settings of vllmd.yaml(5), for as long as the daemon lives."""
         return await self._object(calls.put_model(model, settings))
@@ -132,22 +107,6 @@ class AsyncClient:
     async def drop_model(self, model: str) -> dict[str, Any]:
         """Have a model forgotten that was put."""
         return await self._object(calls.drop_model(model))
-
-    async def status(self) -> dict[str, Any]:
-        """Everything that vllmctl shows."""
-        return await self._object(calls.status())
-
-    async def decisions(self, model: str = "") -> list[dict[str, Any]]:
-        """The last decisions with their numbers, oldest first."""
-        return list((await self._object(calls.decisions(model)))["decisions"])
-
-    async def probe(self, model: str, all: bool = False, *, limit: float | None = None) -> dict[str, Any]:
-        """Ask each of its engines a short question, all at the same time: ``fastest``, and ``replicas`` with seconds.
-
-        But with ``all``, which gives each of them ``limit`` seconds, nobody is waited for once another has answered.
-        Raises Conflict where none of them serves.
-        """
-        return await self._object(calls.probe(model, everybody=all, limit=limit))
 
     async def fastest(self, model: str) -> tuple[str, float] | None:
         """The engine of it that answers first, and after how many seconds; None if none does, or none serves."""
@@ -164,11 +123,99 @@ class AsyncClient:
         """The models of which an engine serves now."""
         return figures.running(await self.status())
 
+    # -- operators' verbs, made of the table vllmd/api/verbs.py by packaging/dev/make-clients: begin
+
+    async def load_model(self, model: str, *, wait: bool = True) -> answers.ModelLine:
+        """Start or wake it. Raises EngineFailed where it was waited for and did not start."""
+        return await self._told("load", answers.ModelLine, model=model, wait=wait)
+
+    async def wake_model(self, model: str, *, wait: bool = True) -> answers.ModelLine:
+        """Wake or start it."""
+        return await self._told("wake", answers.ModelLine, model=model, wait=wait)
+
+    async def unload_model(self, model: str, *, force: bool = False, wait: bool = True) -> answers.ModelLine:
+        """Stop it, after its requests unless ``force``."""
+        return await self._told("unload", answers.ModelLine, model=model, force=force, wait=wait)
+
+    async def sleep_model(self, model: str, level: int = 1, *, wait: bool = True) -> answers.ModelLine:
+        """Put it to sleep at level 1 or 2, or stop it (3)."""
+        return await self._told("sleep", answers.ModelLine, model=model, level=level, wait=wait)
+
+    async def pin_model(self, model: str, pinned: bool = True) -> answers.ModelLine:
+        """Keep it loaded once it is, or do so no more."""
+        return await self._told("pin", answers.ModelLine, model=model, pinned=pinned)
+
+    async def probe(self, model: str, all: bool = False, *, limit: float | None = None) -> answers.Probed:
+        """Ask each of its engines a short question, all at the same time: ``fastest``, and ``replicas`` with seconds.
+
+        But with ``all``, which gives each of them ``limit`` seconds, nobody is waited for once another has answered.
+        Raises Conflict where none of them serves.
+        """
+        return await self._told("probe", answers.Probed, model=model, all=all, limit=limit)
+
+    async def lease_model(self, model: str, lease: str, seconds: float | None = None) -> answers.ModelLine:
+        """Keep it under the name ``lease``; after ``seconds`` the lease ends, and the last one stops the model."""
+        return await self._told("lease", answers.ModelLine, model=model, lease=lease, seconds=seconds)
+
+    async def release_model(self, model: str, lease: str, *, stop: bool = False) -> answers.ModelLine:
+        """Give a lease back; ``stop``: if it was the last, stop the model at once."""
+        return await self._told("release", answers.ModelLine, model=model, lease=lease, stop=stop)
+
+    async def status(self) -> answers.Status:
+        """Everything that vllmctl shows."""
+        return await self._told("status", answers.Status)
+
+    async def decisions(self, model: str = "") -> tuple[answers.Decision, ...]:
+        """The last decisions with their numbers, oldest first."""
+        return (await self._told("decisions", answers.Decisions, model=model)).decisions
+
+    async def reload(self) -> answers.Reloaded:
+        """Take the configuration anew. Raises ConfigError if it is invalid; nothing changed."""
+        return await self._told("reload", answers.Reloaded)
+
+    async def kill_process(self, pid: int, *, force: bool = False) -> answers.Killed:
+        """Kill the engine that has the process, as a whole."""
+        return await self._told("kill", answers.Killed, pid=pid, force=force)
+
+    async def drain_device(self, device: int, drained: bool = True) -> answers.Device:
+        """Take a device out of use, or give it back; how it is then."""
+        return await self._told("drain", answers.Device, device=device, drained=drained)
+
+    async def cached_models(self) -> tuple[answers.CachedModel, ...]:
+        """What the engines' caches hold, and which models are loaded from it."""
+        return (await self._told("cached", answers.Cached)).cached
+
+    async def stop_download(self, model: str) -> answers.Download:
+        """End a download; what has come is kept for the next one."""
+        return await self._told("stop-download", answers.Download, model=model)
+
+    async def remove_model(self, model: str, *, files: bool = False, dry: bool = False) -> answers.Removed:
+        """Serve an added model no more, and with ``files`` remove those; ``dry``: only say so."""
+        return await self._told("remove", answers.Removed, model=model, files=files, dry=dry)
+
+    async def keys(self) -> tuple[answers.KeyLine, ...]:
+        """All keys, without their text."""
+        return (await self._told("keys", answers.Keys)).keys
+
+    async def create_key(self, name: str, settings: Mapping[str, object] = {}) -> answers.NewKey:
+        """Make a key; its text is told this once."""
+        return await self._told("create_key", answers.NewKey, name=name, settings=settings)
+
+    async def limit_key(self, name: str, settings: Mapping[str, object] = {}) -> answers.KeyLine:
+        """Change the settings that are named, and no others."""
+        return await self._told("limit_key", answers.KeyLine, name=name, settings=settings)
+
+    async def revoke_key(self, name: str) -> tuple[answers.KeyLine, ...]:
+        """Have it open nothing any more."""
+        return (await self._told("revoke_key", answers.Keys, name=name)).keys
+
+    # -- end
+
     # -- sending -------------------------------------------------------------------------------
 
     async def stream(self, call: Call) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of a streamed answer. Raises StreamFailed if it breaks off, also where a chunk says so."""
-        request = request_of(self._http, Call(call.method, call.path, {**call.body, "stream": True}))
+        request = request_of(self._http, Call(call.method, call.path, {**(call.body or {}), "stream": True}))
         events, begun = Events(), False
         try:
             answer = await self._http.send(request, stream=True)
@@ -183,6 +230,10 @@ class AsyncClient:
         except httpx.HTTPError as error:
             raise of_transport(error, str(self.address), begun=begun) from error
         events.end()
+
+    async def _told(self, verb: str, kind: type[T], **arguments: object) -> T:
+        """The answer to a verb of the table. Raises UpstreamFailed for one that is not as the table says."""
+        return answer_of(kind, await self._object(calls.verb(verb, arguments)))
 
     async def _object(self, call: Call) -> dict[str, Any]:
         try:

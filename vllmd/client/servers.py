@@ -14,10 +14,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from vllmd.api.answers import ModelLine
 from vllmd.client import locate
 from vllmd.client.address import Address
 from vllmd.client.engine_args import VLLMEngineArgs
 from vllmd.client.errors import TimedOut, Unreachable
+from vllmd.client.figures import names
 from vllmd.client.holding import Holding
 from vllmd.client.port_forwarder import PortForwarder
 from vllmd.client.private import HOUSEHOLD, PrivateDaemon
@@ -121,7 +123,7 @@ class ServerManager:
         """Whether it is served at this moment, awake or asleep."""
         with self._lock:
             try:
-                return self._client is not None and self._line()["state"] not in GONE
+                return self._client is not None and self._line().state not in GONE
             except VllmdError:
                 return False
 
@@ -212,13 +214,13 @@ class ServerManager:
 
     def _load(self, deadline: float) -> None:
         """Raises EngineFailed, Unavailable, TimedOut."""
-        began, shown = time.monotonic(), ("", "")
+        began, shown = time.monotonic(), tuple[str, ...]()
         line = self._asked().load_model(self.server_name, wait=False)
-        while line["state"] != "running":
-            if line["state"] == "error":
-                raise EngineFailed(line["failure"])
-            if line["state"] == "stopped" and not line["waiting_for"]:
-                raise Unavailable(f"{self.server_name} was stopped while it was loaded: {line['failure']}")
+        while line.state != "running":
+            if line.state == "error":
+                raise EngineFailed(line.failure)
+            if line.state == "stopped" and not line.waiting_for:
+                raise Unavailable(f"{self.server_name} was stopped while it was loaded: {line.failure}")
             if time.monotonic() > deadline:
                 raise TimedOut(f"{self.server_name} was not ready within {self._startup_timeout:g} s: {_story(line)}")
             if _news(line) != shown:
@@ -228,13 +230,13 @@ class ServerManager:
             line = self._line()
         self._say(f"ready after {time.monotonic() - began:.1f} s")
 
-    def _line(self) -> dict[str, Any]:
+    def _line(self) -> ModelLine:
         """The model's line of the daemon's status."""
         if self._private:
             self._private.check()
-        for line in self._asked().status()["models"]:
-            if line["name"] == self.server_name or self.server_name in line["config"].get("aliases", ()):
-                return dict(line)
+        for line in self._asked().status().models:
+            if self.server_name in names(line):
+                return line
         raise Unavailable(f"vllmd does not know {self.server_name} any more")
 
     def _asked(self) -> Client:
@@ -277,9 +279,9 @@ class ServerManager:
         """Wait until it is stopped, unless somebody else holds it."""
         while time.monotonic() < deadline:
             line = self._line()
-            if line["state"] in GONE or line["leases"] or line["pinned"]:
-                others = ", ".join(line["leases"])
-                self._say(f"given up; it is {line['state']}{others and f', held by {others}'}")
+            if line.state in GONE or line.leases or line.pinned:
+                others = ", ".join(line.leases)
+                self._say(f"given up; it is {line.state}{others and f', held by {others}'}")
                 return
             time.sleep(LOOK)
         log.warning("%s still finishes its requests", self.server_name)
@@ -313,14 +315,14 @@ class ServerManager:
             print(f"{self.server_name}: {what}", flush=True)
 
 
-def _story(line: Mapping[str, Any]) -> str:
+def _story(line: ModelLine) -> str:
     """``starting: weights: Loading safetensors checkpoint shards: its start (2 of about 37 s)`` and the like."""
-    if line["state"] == "stopped" and line["waiting_for"]:
-        return f"waits for {line['waiting_for']}"
-    parts = (line["state"], line.get("phase"), line.get("detail"), line["waiting_for"])
-    return ": ".join(dict.fromkeys(str(part) for part in parts if part))
+    if line.state == "stopped" and line.waiting_for:
+        return f"waits for {line.waiting_for}"
+    parts = (line.state, line.phase, line.detail, line.waiting_for)
+    return ": ".join(dict.fromkeys(part for part in parts if part))
 
 
-def _news(line: Mapping[str, Any]) -> tuple[str, str]:
+def _news(line: ModelLine) -> tuple[str, ...]:
     """What is worth another line when it changes: not how many seconds it has been waiting."""
-    return _story({**line, "waiting_for": ""}), re.sub(r"\d+", "", str(line["waiting_for"]))
+    return line.state, line.phase, line.detail, re.sub(r"\d+", "", line.waiting_for)

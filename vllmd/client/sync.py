@@ -1,22 +1,25 @@
 """The SDK for programs that wait.
 
-Made of ``asynchronous.py`` by ``packaging/dev/sync-client``: change that, and make this anew.
+Made of ``asynchronous.py`` by ``packaging/dev/make-clients``: change that, and make this anew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import httpx
 
+from vllmd.api import answers
 from vllmd.client import calls, figures
-from vllmd.client.address import Address, check, decoded, request_of
+from vllmd.client.address import Address, answer_of, check, decoded, request_of
 from vllmd.client.calls import Call, Message
 from vllmd.client.errors import StreamFailed, of_transport
 from vllmd.client.sse import Events, text_of
 from vllmd.errors import Conflict
+
+T = TypeVar("T", bound=answers.Answer)
 
 
 class Client:
@@ -98,34 +101,6 @@ class Client:
 
     # -- what an operator may: an admin key, or the admin socket ---------------------------------
 
-    def load_model(self, model: str, *, wait: bool = True) -> dict[str, Any]:
-        """Start or wake it. Raises EngineFailed where it was waited for and did not start."""
-        return self._object(calls.load(model, wait=wait))
-
-    def unload_model(self, model: str, *, force: bool = False, wait: bool = True) -> dict[str, Any]:
-        """Stop it, after its requests unless ``force``."""
-        return self._object(calls.unload(model, force=force, wait=wait))
-
-    def sleep_model(self, model: str, level: int = 1, *, wait: bool = True) -> dict[str, Any]:
-        """Put it to sleep at level 1 or 2, or stop it (3)."""
-        return self._object(calls.sleep(model, level, wait=wait))
-
-    def wake_model(self, model: str, *, wait: bool = True) -> dict[str, Any]:
-        """Wake or start it."""
-        return self._object(calls.wake(model, wait=wait))
-
-    def pin_model(self, model: str, pinned: bool = True) -> dict[str, Any]:
-        """Keep it loaded once it is, or do so no more."""
-        return self._object(calls.pin(model, pinned=pinned))
-
-    def lease_model(self, model: str, lease: str, seconds: float | None = None) -> dict[str, Any]:
-        """Keep it under the name ``lease``; after ``seconds`` the lease ends, and the last one stops the model."""
-        return self._object(calls.lease(model, lease, seconds))
-
-    def release_model(self, model: str, lease: str, *, stop: bool = False) -> dict[str, Any]:
-        """Give a lease back; ``stop``: if it was the last, stop the model at once."""
-        return self._object(calls.release(model, lease, stop=stop))
-
     def put_model(self, model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Make a model known with the settings of vllmd.yaml(5), for as long as the daemon lives."""
         return self._object(calls.put_model(model, settings))
@@ -133,22 +108,6 @@ class Client:
     def drop_model(self, model: str) -> dict[str, Any]:
         """Have a model forgotten that was put."""
         return self._object(calls.drop_model(model))
-
-    def status(self) -> dict[str, Any]:
-        """Everything that vllmctl shows."""
-        return self._object(calls.status())
-
-    def decisions(self, model: str = "") -> list[dict[str, Any]]:
-        """The last decisions with their numbers, oldest first."""
-        return list((self._object(calls.decisions(model)))["decisions"])
-
-    def probe(self, model: str, all: bool = False, *, limit: float | None = None) -> dict[str, Any]:
-        """Ask each of its engines a short question, all at the same time: ``fastest``, and ``replicas`` with seconds.
-
-        But with ``all``, which gives each of them ``limit`` seconds, nobody is waited for once another has answered.
-        Raises Conflict where none of them serves.
-        """
-        return self._object(calls.probe(model, everybody=all, limit=limit))
 
     def fastest(self, model: str) -> tuple[str, float] | None:
         """The engine of it that answers first, and after how many seconds; None if none does, or none serves."""
@@ -165,11 +124,99 @@ class Client:
         """The models of which an engine serves now."""
         return figures.running(self.status())
 
+    # -- operators' verbs, made of the table vllmd/api/verbs.py by packaging/dev/make-clients: begin
+
+    def load_model(self, model: str, *, wait: bool = True) -> answers.ModelLine:
+        """Start or wake it. Raises EngineFailed where it was waited for and did not start."""
+        return self._told("load", answers.ModelLine, model=model, wait=wait)
+
+    def wake_model(self, model: str, *, wait: bool = True) -> answers.ModelLine:
+        """Wake or start it."""
+        return self._told("wake", answers.ModelLine, model=model, wait=wait)
+
+    def unload_model(self, model: str, *, force: bool = False, wait: bool = True) -> answers.ModelLine:
+        """Stop it, after its requests unless ``force``."""
+        return self._told("unload", answers.ModelLine, model=model, force=force, wait=wait)
+
+    def sleep_model(self, model: str, level: int = 1, *, wait: bool = True) -> answers.ModelLine:
+        """Put it to sleep at level 1 or 2, or stop it (3)."""
+        return self._told("sleep", answers.ModelLine, model=model, level=level, wait=wait)
+
+    def pin_model(self, model: str, pinned: bool = True) -> answers.ModelLine:
+        """Keep it loaded once it is, or do so no more."""
+        return self._told("pin", answers.ModelLine, model=model, pinned=pinned)
+
+    def probe(self, model: str, all: bool = False, *, limit: float | None = None) -> answers.Probed:
+        """Ask each of its engines a short question, all at the same time: ``fastest``, and ``replicas`` with seconds.
+
+        But with ``all``, which gives each of them ``limit`` seconds, nobody is waited for once another has answered.
+        Raises Conflict where none of them serves.
+        """
+        return self._told("probe", answers.Probed, model=model, all=all, limit=limit)
+
+    def lease_model(self, model: str, lease: str, seconds: float | None = None) -> answers.ModelLine:
+        """Keep it under the name ``lease``; after ``seconds`` the lease ends, and the last one stops the model."""
+        return self._told("lease", answers.ModelLine, model=model, lease=lease, seconds=seconds)
+
+    def release_model(self, model: str, lease: str, *, stop: bool = False) -> answers.ModelLine:
+        """Give a lease back; ``stop``: if it was the last, stop the model at once."""
+        return self._told("release", answers.ModelLine, model=model, lease=lease, stop=stop)
+
+    def status(self) -> answers.Status:
+        """Everything that vllmctl shows."""
+        return self._told("status", answers.Status)
+
+    def decisions(self, model: str = "") -> tuple[answers.Decision, ...]:
+        """The last decisions with their numbers, oldest first."""
+        return (self._told("decisions", answers.Decisions, model=model)).decisions
+
+    def reload(self) -> answers.Reloaded:
+        """Take the configuration anew. Raises ConfigError if it is invalid; nothing changed."""
+        return self._told("reload", answers.Reloaded)
+
+    def kill_process(self, pid: int, *, force: bool = False) -> answers.Killed:
+        """Kill the engine that has the process, as a whole."""
+        return self._told("kill", answers.Killed, pid=pid, force=force)
+
+    def drain_device(self, device: int, drained: bool = True) -> answers.Device:
+        """Take a device out of use, or give it back; how it is then."""
+        return self._told("drain", answers.Device, device=device, drained=drained)
+
+    def cached_models(self) -> tuple[answers.CachedModel, ...]:
+        """What the engines' caches hold, and which models are loaded from it."""
+        return (self._told("cached", answers.Cached)).cached
+
+    def stop_download(self, model: str) -> answers.Download:
+        """End a download; what has come is kept for the next one."""
+        return self._told("stop-download", answers.Download, model=model)
+
+    def remove_model(self, model: str, *, files: bool = False, dry: bool = False) -> answers.Removed:
+        """Serve an added model no more, and with ``files`` remove those; ``dry``: only say so."""
+        return self._told("remove", answers.Removed, model=model, files=files, dry=dry)
+
+    def keys(self) -> tuple[answers.KeyLine, ...]:
+        """All keys, without their text."""
+        return (self._told("keys", answers.Keys)).keys
+
+    def create_key(self, name: str, settings: Mapping[str, object] = {}) -> answers.NewKey:
+        """Make a key; its text is told this once."""
+        return self._told("create_key", answers.NewKey, name=name, settings=settings)
+
+    def limit_key(self, name: str, settings: Mapping[str, object] = {}) -> answers.KeyLine:
+        """Change the settings that are named, and no others."""
+        return self._told("limit_key", answers.KeyLine, name=name, settings=settings)
+
+    def revoke_key(self, name: str) -> tuple[answers.KeyLine, ...]:
+        """Have it open nothing any more."""
+        return (self._told("revoke_key", answers.Keys, name=name)).keys
+
+    # -- end
+
     # -- sending -------------------------------------------------------------------------------
 
     def stream(self, call: Call) -> Generator[dict[str, Any], None, None]:
         """The chunks of a streamed answer. Raises StreamFailed if it breaks off, also where a chunk says so."""
-        request = request_of(self._http, Call(call.method, call.path, {**call.body, "stream": True}))
+        request = request_of(self._http, Call(call.method, call.path, {**(call.body or {}), "stream": True}))
         events, begun = Events(), False
         try:
             answer = self._http.send(request, stream=True)
@@ -183,6 +230,10 @@ class Client:
         except httpx.HTTPError as error:
             raise of_transport(error, str(self.address), begun=begun) from error
         events.end()
+
+    def _told(self, verb: str, kind: type[T], **arguments: object) -> T:
+        """The answer to a verb of the table. Raises UpstreamFailed for one that is not as the table says."""
+        return answer_of(kind, self._object(calls.verb(verb, arguments)))
 
     def _object(self, call: Call) -> dict[str, Any]:
         try:

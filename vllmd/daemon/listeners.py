@@ -13,15 +13,19 @@ import socket
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 from vllmd.admin.control import Control
+from vllmd.admin.page_routes import PageEndpoints, add_page
+from vllmd.admin.page_sessions import PageSessions
 from vllmd.admin.routes import add_operator, add_public
 from vllmd.config.checks import is_loopback
-from vllmd.config.types import AuthConfig, Config
+from vllmd.config.types import AuthConfig, Config, TlsConfig
 from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.keys import ApiKeyAuth, DenyAll, PeerCredentialAuth
 from vllmd.daemon.logins import FailedLogins
 from vllmd.daemon.quotas import Quotas
+from vllmd.daemon.runtime_models import addresses
 from vllmd.errors import VllmdError
 from vllmd.ollama.endpoints import add_ollama_routes
 from vllmd.proxy.body_memory import BodyMemory
@@ -57,16 +61,20 @@ class Listeners:
         listeners: Mapping[str, Sequence[socket.socket]],
         outcome: Callable[[str, int, bool], None],
         ended: Callable[[Exchange], None] = lambda exchange: None,
+        sessions: Path | None = None,
     ) -> None:
         """``outcome`` is told of each request for a model: its name, the status, and whether the engine failed it.
 
-        ``ended`` is called at the end of every request.
+        ``ended`` is called at the end of every request. ``sessions``: the file in which those of the page outlive the
+        daemon; None: they do not.
         """
+        self._ui, self._tls = config.server.ui, config.server.tls is not None
+        self._sessions = PageSessions(time.time, lambda name: self._keys.of_key(name), sessions)
         self._listeners = listeners
         self._control = control
         self._gate = gate
         failures = FailedLogins(time.monotonic, control.counters.login_failed)
-        self._keys = ApiKeyAuth(config.auth, self._opens, Hosts(config.server.hosts), failures)
+        self._keys = ApiKeyAuth(config.auth, self._opens, Hosts(config.server.hosts), failures, self._sessions.identify)
         self._quotas = quotas
         self._cors = Cors(config.server.cors_origins)
         self._limits = limits
@@ -77,9 +85,11 @@ class Listeners:
         self._ended = ended
         # Operators do not stand in the clients' line: their connections are counted apart.
         self._operators: list[Server] = []
+        self._far: list[Server] = []  # those at addresses that others can reach
         self._servers = [server for name, sockets in sorted(listeners.items()) for server in self._open(name, sockets)]
         self._clients = [server for server in self._servers if server not in self._operators]
         self._shut_or_open(config.auth)
+        self._encrypt(config.server.tls)
 
     def _open(self, name: str, sockets: Sequence[socket.socket]) -> Iterable[Server]:
         """The servers of a group of listeners: those that strangers can reach are apart.
@@ -90,21 +100,30 @@ class Listeners:
         if operators:
             anybody = any(map(anybody_can_connect, operators))
             operator = PeerCredentialAuth(anybody_can_connect=anybody, read_only=name == READ)
-            self._operators.append(self._server(self._router(operator), operators))
+            self._operators.append(self._server(self._router(operator, near=True), operators))
             yield self._operators[-1]
         clients = [sock for sock in sockets if sock not in operators]
         reachable = {sock.fileno(): address for sock in clients if (address := reachable_at(sock))}
         near = [sock for sock in clients if sock.fileno() not in reachable]
         far = [sock for sock in clients if sock.fileno() in reachable]
         if near:
-            yield self._server(self._router(self._keys), near)
+            yield self._server(self._router(self._keys, near=True), near)
         if far:
-            router = self._router(self._keys)
+            router = self._router(self._keys, near=False)
             self._reachable.append((router, list(reachable.values())))
-            yield self._server(router, far)
+            self._far.append(self._server(router, far))
+            yield self._far[-1]
 
-    def _router(self, authenticator: Authenticator) -> Router:
+    def _router(self, authenticator: Authenticator, *, near: bool) -> Router:
+        """``near``: only this machine can reach it, so that the page is served unless the configuration says no."""
         router = Router(authenticator, self._cors)
+        page = PageEndpoints(
+            self._sessions,
+            lambda: near if self._ui is None else self._ui,
+            lambda: not near and self._tls,
+            addresses(self._listeners.get("http", ())),
+        )
+        add_page(router, page)
         add_public(router, self._control)
         add_operator(router, self._control)
         add_model_routes(router, self._relay)
@@ -127,6 +146,7 @@ class Listeners:
 
     def configure(self, config: Config) -> None:
         """Take what a changed configuration says of clients; connections stay."""
+        self._ui = config.server.ui
         self._limits.take(config.server)
         self._memory.limit = self._limits.max_buffered
         self._keys.hosts.configure(config.server.hosts)
@@ -134,15 +154,27 @@ class Listeners:
         self._quotas.configure(config.auth.keys)
         self._cors.configure(config.server.cors_origins)
         self._shut_or_open(config.auth)
+        self._encrypt(config.server.tls)
+
+    def _encrypt(self, tls: TlsConfig | None) -> None:
+        """Speak TLS where others can reach us, with the files as they are now; ``config.checks`` has seen them."""
+        self._tls = tls is not None
+        made = None
+        if tls is not None and self._far:
+            from vllmd.config.tls import context
+
+            made = context(tls.cert, tls.key)
+        for server in self._far:
+            server.tls = made
 
     def _shut_or_open(self, auth: AuthConfig) -> None:
         """Serve addresses that strangers can reach only with keys, or where that was allowed."""
-        for router, addresses in self._reachable:
+        for router, places in self._reachable:
             if auth.keys or auth.allow_anonymous:
                 router.authenticator = self._keys
                 continue
             why = (
-                f"vllmd does not serve {', '.join(addresses)}, which others can reach, without keys: "
+                f"vllmd does not serve {', '.join(places)}, which others can reach, without keys: "
                 "add one to auth.keys, or set auth.allow_anonymous if everybody may use it"
             )
             log.error("%s", why)

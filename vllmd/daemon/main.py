@@ -20,14 +20,16 @@ from vllmd.config.loader import load
 from vllmd.config.settings import flags
 from vllmd.config.types import Config
 from vllmd.config.user_home import user_home
-from vllmd.daemon import identity
+from vllmd.daemon import collector, identity
 from vllmd.daemon.current import RuntimeEnvironment
+from vllmd.daemon.key_store import key_store_path
 from vllmd.daemon.listen import Listeners, listeners, told
 from vllmd.daemon.records import store_path
 from vllmd.daemon.service import Daemon, meant_for_us
 from vllmd.errors import ConfigError
 from vllmd.systemd.activation import take_listeners
 from vllmd.systemd.journal import setup_logging
+from vllmd.text import make_legible
 
 log = logging.getLogger("vllmd")
 
@@ -37,13 +39,15 @@ EX_USAGE, EX_UNAVAILABLE, EX_SOFTWARE, EX_CONFIG = 64, 69, 70, 78
 
 def main(argv: list[str] | None = None) -> int:
     """Run vllmd; returns an exit status of sysexits(3)."""
+    make_legible(sys.stdout, sys.stderr)
     arguments = _parser().parse_args(argv)
     given = {leaf.path: getattr(arguments, flag.lstrip("-").replace("-", "_")) for flag, leaf in flags().items()}
     overrides = {path: value for path, value in given.items() if value is not None}
     given_sockets = take_listeners()
     config, broken = Config(), ""
     try:
-        config = load(arguments.config, os.environ, overrides)
+        with collector.paused():
+            config = load(arguments.config, os.environ, overrides)
     except ConfigError as error:
         broken = error.message
     if broken and (arguments.check or not given_sockets):
@@ -130,6 +134,8 @@ def runtime(environment: Mapping[str, str], *, activated: bool) -> Iterator[Runt
             homes=Path(environment["VLLMD_ENGINE_HOMES"]) if environment.get("VLLMD_ENGINE_HOMES") else None,
             cache=Path(cache) if cache else None,
             learnt=Path(cache) / "learnt.json" if cache else learnt_of(environment),
+            sessions=Path(cache) / "sessions.json" if cache else None,
+            keys=key_store_path(environment, user_home(environment)),
             usage=store_path(environment, user_home(environment)),
             logs=_logs(environment),
             activated=activated,

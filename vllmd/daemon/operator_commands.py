@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from vllmd.api.answers import Killed
 from vllmd.core import events
 from vllmd.daemon.current import Later
 from vllmd.daemon.instances import Instances
 from vllmd.daemon.probing import probe
 from vllmd.daemon.processes import kill
-from vllmd.errors import NotFound
+from vllmd.daemon.serializers import UNLOADED
+from vllmd.errors import Conflict, NotFound
 
 if TYPE_CHECKING:
     from vllmd.daemon.back_end import BackEnd
@@ -28,6 +30,10 @@ class OperatorCommands:
         self.drop_instance = instances.drop
         self._back = back
 
+    async def post(self, event: str, fields: Mapping[str, object]) -> None:
+        """Have the core decide on an event of ``vllmd.core.events``, by its name and its fields."""
+        (await self._back.wait()).post(getattr(events, event)(**fields))
+
     async def load(self, model: str) -> None:
         """Have it started or woken; of several replicas one whatever it takes, the others where they fit.
 
@@ -40,30 +46,30 @@ class OperatorCommands:
         (await self._back.wait()).post(events.StopAsked(model, force, device))
 
     async def sleep(self, model: str, level: int) -> None:
-        """Have it put to sleep, or stopped at 3."""
-        (await self._back.wait()).post(events.SleepAsked(model, level))
+        """Have it put to sleep, or stopped at 3. Raises Conflict for one that is not loaded and is to sleep."""
+        back = await self._back.wait()
+        views = back.replicas_of(model)
+        if level != 3 and views and all(view.state in UNLOADED for view in views):
+            raise Conflict(f"{model} cannot be put to sleep: it is not loaded ({views[0].state.value})")
+        back.post(events.SleepAsked(model, level))
 
-    async def pin(self, model: str, pinned: bool) -> None:
-        """Pin or unpin it."""
-        (await self._back.wait()).post(events.PinSet(model, pinned))
-
-    async def lease(self, lease: str, model: str, seconds: float | None) -> None:
+    async def lease(self, model: str, lease: str, seconds: float | None) -> None:
         """Keep it for ``seconds``; of several replicas one that serves."""
         back = await self._back.wait()
         back.post(events.LeaseTaken(lease, model, None if seconds is None else back.dispatcher.now() + seconds))
 
-    async def release(self, lease: str, *, stop: bool) -> None:
+    async def release(self, model: str, lease: str, *, stop: bool) -> None:
         """Give a lease back."""
         (await self._back.wait()).post(events.LeaseReleased(lease, stop))
 
-    async def probe(self, model: str, limit: float | None, *, everybody: bool) -> dict[str, Any]:
+    async def probe(self, model: str, all: bool, *, limit: float | None) -> dict[str, Any]:
         """Ask each engine of it that serves its probe, all at the same time."""
-        return await probe(await self._back.wait(), model, limit, everybody=everybody)
+        return await probe(await self._back.wait(), model, limit, everybody=all)
 
-    async def kill(self, pid: int, *, force: bool) -> str:
+    async def kill(self, pid: int, *, force: bool) -> Killed:
         """End the engine that has the process; with ``force`` any process on a GPU."""
         back = await self._back.wait()
-        return await kill(pid, back.engines, back.memory, force=force)
+        return Killed(pid, message=await kill(pid, back.engines, back.memory, force=force))
 
     async def drain(self, device: int, drained: bool) -> dict[str, Any]:
         """Take a device out of use, or give it back; how it is then. Raises NotFound."""

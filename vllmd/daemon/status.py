@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import vllmd
 from vllmd.admin.control import Gauges
+from vllmd.api.answers import Decision, Decisions
+from vllmd.api.codec import parse
 from vllmd.config.types import Config, ModelConfig
-from vllmd.core.types import Decision, ModelView, ReplicaView, Snapshot, State
+from vllmd.core import types as core
+from vllmd.core.types import ModelView, ReplicaView, Snapshot, State
 from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.changes import dated
 from vllmd.daemon.current import Current, Later, RuntimeEnvironment
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from vllmd.daemon.back_end import BackEnd
     from vllmd.daemon.engine_process import EngineProcess
 
+AT_A_TIME = 100  # models that are told of in one turn of the loop
 SCRAPE_LIMIT = 5.0  # seconds for an engine to tell its metrics
 SCRAPE_SAMPLE = 0.5  # seconds for the devices to be read; without an answer the last reading is shown
 
@@ -114,7 +118,17 @@ def line_of(seen: Sight, model: str) -> dict[str, Any]:
     raise UnknownModel(f"the model {model!r} is no longer configured", param="model")
 
 
-def concerns(decision: Decision, names: Set[str]) -> bool:
+def of_caller(status: dict[str, Any], caller: Caller) -> dict[str, Any]:
+    """The status as one sees it who may use some models only: without the others, and what is said of them."""
+    if caller.models is None:
+        return status
+    lines = [line for line in status["models"] if caller.may_use(line["name"])]
+    own = [{**line, "waiting_for": line["waiting_for"] and "room"} for line in lines]  # it names who holds it
+    error = status["configuration"]["error"] and "invalid"
+    return {**status, "models": own, "configuration": {**status["configuration"], "error": error}}
+
+
+def concerns(decision: core.Decision, names: Set[str]) -> bool:
     """Whether it is about one of them, or makes it leave."""
     victims = str(decision.numbers.get("victims", "")).split(",")
     return (decision.replica or decision.model) in names or any(v.rpartition(":")[0] in names for v in victims)
@@ -132,6 +146,7 @@ class Status:
         learnt: Learnt,
         back: Later[BackEnd],
         connections: Callable[[], int],
+        downloads: Callable[[], list[dict[str, Any]]] = list,
     ) -> None:
         self._current = current
         self._runtime = runtime
@@ -140,6 +155,7 @@ class Status:
         self._learnt = learnt
         self._back = back
         self._connections = connections
+        self._downloads = downloads
         self._started = time.monotonic()
         self._descriptions = Descriptions()
         self._kinds: tuple[Config, dict[str, str]] | None = None  # repository -> kind of model, once asked for
@@ -155,9 +171,10 @@ class Status:
         """Wait until devices and engines have been found."""
         await self._back.wait()
 
-    def status(self) -> dict[str, Any]:
-        """Everything that ``vllmctl`` shows."""
-        return status(self.sight(), self._started)
+    def status(self, caller: Caller = ANYBODY) -> dict[str, Any]:
+        """Everything that ``vllmctl`` shows, of the models that the caller may use."""
+        shown = of_caller(status(self.sight(), self._started), caller)
+        return {**shown, "downloads": self._downloads() if caller.models is None else []}
 
     def health(self) -> dict[str, Any]:
         """Whether we are well, with devices and models as P's document has them."""
@@ -171,10 +188,19 @@ class Status:
         self._opened()
         return line_of(self.sight(), model)
 
-    def decisions(self, model: str) -> list[dict[str, Any]]:
-        """The last decisions, oldest first; about a model also the last ones of earlier daemons."""
+    def settings(self, model: str) -> str:
+        """The configuration in force, or one model's part, as YAML with the origin of each setting; no secrets."""
+        from vllmd.config.present import of_config  # few look at it
+
+        return of_config(self._current.config, model)
+
+    def decisions(self, model: str) -> Decisions:
+        """The last decisions, oldest first, those that are remembered of earlier daemons included."""
+        return Decisions(tuple(parse(Decision, each) for each in self._decisions(model)))
+
+    def _decisions(self, model: str) -> list[dict[str, Any]]:
         back, names = self._back.now, {model, *self._current.engines_of(model)}
-        kept = [each for name in names for each in self._learnt.earlier.get(name, ())]
+        kept = [each for name, told in self._learnt.earlier.items() if not model or name in names for each in told]
         before = sorted(kept, key=lambda each: float(each["at"]))
         if back is None:
             return before
@@ -182,16 +208,20 @@ class Status:
         return [*before, *(dated(each, now) for each in made if not model or concerns(each, names))]
 
     async def models(self) -> list[dict[str, Any]]:
-        """Every model for ``/v1/models``."""
+        """Every model for ``/v1/models``. Raises Unavailable where none is served, as every request hears."""
+        if self._gate.refusal:
+            raise self._gate.refusal.with_traceback(None)
         config = self._current.config
         if self._kinds is None or self._kinds[0] is not config:
             self._kinds = config, await asyncio.to_thread(_kinds, self.cache())
-        files, seen = self._kinds[1], self.sight()
+        files, seen, ids = self._kinds[1], self.sight(), self._current.ids
         views = {view.name: view for view in seen.snapshot.models} if seen.snapshot else {}
         said = await self._descriptions.of(_serving(seen))
         cards = []
-        for model in seen.config.models.values():
-            engines = self._current.engines_of(model.name)
+        for number, model in enumerate(seen.config.models.values(), 1):
+            if number % AT_A_TIME == 0:
+                await asyncio.sleep(0)
+            engines = ids[model.name]
             first = seen.engines[engines[0]]
             own = next((said[engine] for engine in engines if engine in said), None)
             routes, files_kind = self._resolver(first).routes(first), files.get(model.source, "")

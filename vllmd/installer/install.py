@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vllmd.engines.environments import Environment
@@ -56,7 +56,10 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """What was installed, and which version was in use before. ``fresh``: it was not there before."""
+    """What was installed, and which version was in use before.
+
+    ``fresh``: it was not there before. ``lacks``: a package that was not to be had, and that it can do without.
+    """
 
     kind: str
     version: str
@@ -65,6 +68,7 @@ class Installed:
     before: str = ""
     fresh: bool = True
     used: bool = True
+    lacks: str = ""
 
 
 def install(wanted: Wanted, root: Path, say: Say) -> Installed:
@@ -127,13 +131,14 @@ class _Making:
         if here and not self._wanted.version and (newest := self._newest()) in here:
             return _used(self._folder, newest, self._wanted, fresh=False)
         self._install()
+        lacks = "" if self._add(self._recipe.useful) else self._recipe.useful
         version = self._version()
         if version in here:  # a --offline folder may have another than was asked for
             return _used(self._folder, version, self._wanted, fresh=False)
         self._name(version)
         self._prove()
         self._put_in_place(version)
-        return _used(self._folder, version, self._wanted, fresh=True)
+        return replace(_used(self._folder, version, self._wanted, fresh=True), lacks=lacks)
 
     def _make_environment(self) -> None:
         self._say(Progress("making an environment"))
@@ -153,9 +158,25 @@ class _Making:
         if status:
             raise InstallFailed(f"{self._wanted.kind} was not installed: {pip.why(lines, **self._words())}")
 
-    def _pip(self, verb: str, *words: str) -> tuple[int, list[str]]:
+    def _add(self, package: str) -> bool:
+        """Install a package that is useful, from wherever everything else is; whether that was possible."""
+        if not package:
+            return True
+        sources = self._sources() if self._wanted.offline or self._wanted.index_url else []
+        return self._pip("install", "--no-compile", package, sources=sources)[0] == 0
+
+    def _pip(self, verb: str, *words: str, sources: list[str] | None = None) -> tuple[int, list[str]]:
         options = ("--disable-pip-version-check", "--no-input", "--prefer-binary", "--progress-bar=off", "--retries=3")
-        argv = [self._python, "-I", "-m", "pip", verb, *options, *self._sources(), *words]
+        argv = [
+            self._python,
+            "-I",
+            "-m",
+            "pip",
+            verb,
+            *options,
+            *(self._sources() if sources is None else sources),
+            *words,
+        ]
         return self._run(argv, Progress("resolving", self._wanted.kind))
 
     def _run(self, argv: list[str], began: Progress, limit: float | None = None) -> tuple[int, list[str]]:

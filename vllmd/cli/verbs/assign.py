@@ -9,8 +9,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from vllmd.api.verbs import verb
 from vllmd.cli import files, models, show
-from vllmd.cli.admin import Admin, model_path
+from vllmd.cli.admin import Admin
 from vllmd.cli.failures import EX_CONFIG, EX_DATAERR, EX_USAGE, Failure
 
 
@@ -109,7 +110,7 @@ def place(name: str, read_files: tuple[Path, ...], main: Path) -> tuple[Path, bo
 def restart(admin: Admin, name: str) -> bool:
     """Reload, and start the model if it was loaded."""
     loaded = models.find(admin.status(), name)["state"] not in ("stopped", "error")
-    admin.post("/admin/reload")
+    admin.ask(verb("reload"), {})
     if loaded:
-        admin.post(model_path(name, "load"), wait=True)
+        admin.ask(verb("load"), {"model": name, "wait": True})
     return loaded

@@ -82,6 +82,8 @@ def install(arguments: argparse.Namespace, kind: str, version: str) -> int:
     build = installing.CALLED.get(done["build"], "")
     is_ = "is installed" if done["fresh"] else "was installed already"
     show.say(" ".join(filter(None, (kind, done["version"], build, is_, f"in {done['path']}"))))
+    if done["lacks"]:
+        show.say(f"without {done['lacks']}, which was not to be had: vllmctl pull finds nothing on the hub", sys.stderr)
     if done["used"]:
         _say_use(kind, done["version"], done["before"])
     else:

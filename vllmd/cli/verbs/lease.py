@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import getpass
 
+from vllmd.api.verbs import verb
 from vllmd.cli import models, show
-from vllmd.cli.admin import Admin, model_path
+from vllmd.cli.admin import Admin
 from vllmd.cli.values import duration
 
 
@@ -24,12 +25,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    admin, path = Admin(arguments), model_path(arguments.model, "lease")
+    admin, which = Admin(arguments), {"model": arguments.model, "lease": arguments.name}
     if arguments.release:
-        line = admin.delete(path, lease=arguments.name, stop=arguments.stop)
+        line = admin.ask(verb("release"), {**which, "stop": arguments.stop})
         said = f"{arguments.model}: lease {arguments.name} is given back"
     else:
-        line = admin.post(path, {"lease": arguments.name, "deadline_seconds": arguments.time})
+        line = admin.ask(verb("lease"), {**which, "seconds": arguments.time})
         until = f"for {show.age(arguments.time)}" if arguments.time is not None else "until it is given back"
         said = f"{arguments.model}: lease {arguments.name} holds {until}"
     if arguments.json:

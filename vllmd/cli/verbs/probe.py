@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from vllmd.api.verbs import verb
 from vllmd.cli import models, show
-from vllmd.cli.admin import Admin, model_path
+from vllmd.cli.admin import Admin
 from vllmd.cli.failures import EX_UNAVAILABLE
 from vllmd.cli.values import duration
 
@@ -28,8 +29,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     admin = Admin(arguments)
     named = arguments.models or [line["name"] for line in admin.status()["models"] if line["serving"]]
-    query = {"all": arguments.all, "limit": arguments.limit}
-    answers = [admin.post(model_path(model, "probe"), None, **query) for model in named]
+    given = {"all": arguments.all, "limit": arguments.limit}
+    answers = [admin.ask(verb("probe"), {**given, "model": model}) for model in named]
     rows = [row(line) for answer in answers for line in answer["replicas"]]
     if arguments.json:
         print(show.as_json(answers))

@@ -12,6 +12,7 @@ import os
 import subprocess
 from pathlib import Path
 
+from vllmd.api.verbs import verb
 from vllmd.cli import show
 from vllmd.cli.admin import READ_SOCKET, SYSTEM_SOCKET, Admin, user_socket
 from vllmd.cli.failures import EX_CONFIG, EX_LATER, EX_NOPERM, Failure
@@ -33,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not admin.url and not runs(admin.path):
         return check(arguments, system=admin.path in SYSTEMS)
     try:
-        answer = admin.post("/admin/reload")
+        answer = admin.ask(verb("reload"), {})
     except Failure as failure:
         if arguments.quiet and failure.status == EX_CONFIG:
             return EX_CONFIG

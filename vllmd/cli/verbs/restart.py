@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from vllmd.api.verbs import verb
 from vllmd.cli import models
 from vllmd.cli.admin import Admin
 
@@ -16,7 +17,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     def act(admin: Admin, model: str) -> Any:
-        models.change(admin, model, "unload", {"force": arguments.force}, quiet=arguments.json)
-        return models.change(admin, model, "load", {}, quiet=arguments.json)
+        models.change(admin, model, verb("unload"), {"force": arguments.force}, quiet=arguments.json)
+        return models.change(admin, model, verb("load"), {}, quiet=arguments.json)
 
     return models.each(arguments, act)

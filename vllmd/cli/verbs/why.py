@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from vllmd.api.verbs import verb
 from vllmd.cli import models, show
 from vllmd.cli.admin import Admin
 from vllmd.cli.verbs import ps
@@ -20,7 +21,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     admin = Admin(arguments)
     line = models.find(admin.status(), arguments.model)
-    made = admin.get("/admin/decisions", model=line["name"])["decisions"][-max(0, arguments.lines) :]
+    made = admin.ask(verb("decisions"), {"model": line["name"]})["decisions"][-max(0, arguments.lines) :]
     if arguments.json:
         print(show.as_json({"model": line, "decisions": made}))
         return 0

@@ -1,0 +1,265 @@
+"""The page in a real browser, with a real daemon and stand-in engines behind it: what an operator does with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.admin.site import Site, running
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright here: packaging/dev/setup venv")
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: packaging/dev/setup host")
+
+# Chromium must not look for its maker's servers: this machine has no way there, and it would wait for them.
+SWITCHES = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync"),
+]
+LIMIT = 30_000  # ms that the page may take to show something on a busy machine
+AXE = Path(os.environ.get("VLLMD_DEV_CACHE", Path.home() / ".cache/vllmd-dev")) / "axe" / "axe.min.js"
+CONFIG = """\
+devices: [{{memory: 80GiB, file: {folder}/gpu0}}]
+server: {{idle_exit: never}}
+idle: {{sleep_after: never}}
+defaults: {{engine: sim}}
+models:
+  alpha: {{gpu_memory: 50GiB, options: {{load_time: 0.2s}}}}
+  beta: {{gpu_memory: 50GiB, options: {{load_time: 0.2s}}}}
+  broken: {{gpu_memory: 10GiB, options: {{fail: exit-at-start}}}}
+"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[sync_api.Browser]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("page")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLMD_USAGE", str(folder / "usage.db"))
+        yield from _site(folder)
+
+
+def _site(folder: Path) -> Iterator[Site]:
+    with running(folder, CONFIG.format(folder=folder)) as site:
+        yield site
+
+
+@pytest.fixture
+def page(browser: sync_api.Browser, site: Site) -> Iterator[sync_api.Page]:
+    """Signed in by a link; whatever the browser complains of fails the test."""
+    yield from visit(browser, site)
+
+
+def visit(browser: sync_api.Browser, site: Site, **more: object) -> Iterator[sync_api.Page]:
+    context = browser.new_context(base_url=f"http://127.0.0.1:{site.port}", **more)  # type: ignore[arg-type]
+    page, complaints = context.new_page(), []
+    page.set_default_timeout(LIMIT)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda message: message.type == "error" and complaints.append(message.text))
+    page.goto(site.operate("POST", "/admin/ui/links")["path"])
+    page.get_by_role("navigation").wait_for()
+    yield page
+    context.close()
+    # The browser's console calls each refused request an error, also those that are refused on purpose.
+    assert [text for text in complaints if "Failed to load resource" not in text] == []
+
+
+def row(page: sync_api.Page, name: str) -> sync_api.Locator:
+    """A model's row of the table."""
+    return page.get_by_role("row").filter(has=page.get_by_role("rowheader", name=name))
+
+
+def test_the_link_signs_in_and_is_gone_from_the_address(page: sync_api.Page) -> None:
+    """A screenshot of the window gives nobody the way in."""
+    assert "code=" not in page.url
+    row(page, "alpha").get_by_text("stopped").wait_for()
+
+
+def test_a_cold_start_and_what_it_moves_can_be_watched(page: sync_api.Page, site: Site) -> None:
+    """Two models that do not fit together: the page shows each as it becomes so, without a reload."""
+    assert site.chat("alpha").status == 200
+    row(page, "alpha").get_by_text("running").wait_for()
+    page.get_by_role("img", name="alpha").wait_for()
+    assert site.chat("beta").status == 200
+    row(page, "beta").get_by_text("running").wait_for()
+    row(page, "alpha").get_by_text("asleep").wait_for()
+
+
+def test_an_operator_reads_what_a_verb_does_before_it_does_it(page: sync_api.Page, site: Site) -> None:
+    assert site.chat("beta").status == 200
+    row(page, "beta").get_by_role("button", name="stop beta").click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_text("Its engine is stopped and all of its memory is free").wait_for()
+    assert site.line("beta")["state"] == "running", "nothing is done before it is confirmed"
+    dialog.get_by_role("button", name="stop beta").click()
+    row(page, "beta").get_by_text("stopped").wait_for()
+
+
+def test_why_shows_who_left_for_whom(page: sync_api.Page, site: Site) -> None:
+    assert site.chat("alpha").status == site.chat("beta").status == 200
+    page.get_by_role("link", name="Why").click()
+    decision = page.get_by_role("row").filter(has_text="alpha sleeps").first
+    decision.wait_for()
+    decision.get_by_role("button").click()
+    decision.get_by_text("waiting").first.wait_for()
+
+
+def test_a_failure_stands_where_one_looks_with_its_cause(page: sync_api.Page, site: Site) -> None:
+    assert site.chat("broken").status >= 500
+    row(page, "broken").get_by_text("failed", exact=True).wait_for()
+    page.get_by_role("link", name="broken").click()
+    page.get_by_role("alert").get_by_text("It failed.").wait_for()
+    page.get_by_role("tab", name="Log").click()
+    page.get_by_label("log").wait_for()
+
+
+def test_a_model_can_be_tried_beside_another(page: sync_api.Page) -> None:
+    page.get_by_role("link", name="Try").click()
+    page.get_by_role("combobox", name="Model").select_option("alpha")
+    page.get_by_label("Message").fill("tell me about nothing")
+    page.get_by_role("button", name="Send").click()
+    page.get_by_role("article", name="answer of alpha").get_by_text("tell me about nothing").wait_for()
+    page.get_by_text("first word after").wait_for()
+    page.get_by_text("The same as a command").click()
+    page.get_by_text("curl http://127.0.0.1").wait_for()
+
+
+def test_embeddings_are_shown_by_their_beginning(page: sync_api.Page) -> None:
+    page.get_by_role("link", name="Try").click()
+    page.get_by_role("combobox", name="What").select_option("embeddings")
+    page.get_by_role("textbox", name="Text").fill("nothing")
+    page.get_by_role("button", name="Send").click()
+    page.get_by_text('"embedding": [').wait_for()
+
+
+def test_a_model_is_kept_probed_and_its_settings_have_an_origin(page: sync_api.Page, site: Site) -> None:
+    assert site.chat("alpha").status == 200
+    page.goto("/ui#/models/alpha")
+    page.get_by_label("settings").get_by_text("gpu_memory: 50GiB  # ").wait_for()
+    page.get_by_role("button", name="Keep it loaded").click()
+    page.get_by_role("button", name="Give the lease back").wait_for()
+    assert site.line("alpha")["leases"] == ["page"]
+    page.get_by_role("button", name="Give the lease back").click()
+    page.get_by_role("button", name="Keep it loaded").wait_for()
+    page.get_by_role("button", name="Probe its engines").click()
+    page.get_by_role("status").get_by_text("alpha: ").wait_for()
+
+
+def test_a_failed_request_of_last_night_is_found_and_looked_into(page: sync_api.Page, site: Site) -> None:
+    assert site.chat("broken").status >= 500
+    page.get_by_role("link", name="Requests").click()
+    page.get_by_label("only failed").check()
+    found = page.get_by_role("row").filter(has_text="broken").first
+    found.get_by_text("EngineFailed").wait_for()
+    found.get_by_role("link").click()
+    page.get_by_role("heading", name="Head").wait_for()
+    page.get_by_text("/v1/chat/completions").wait_for()
+    page.get_by_text("broken: the engine exited").wait_for()
+
+
+def test_bodies_are_seen_only_after_somebody_said_so(page: sync_api.Page, site: Site) -> None:
+    page.get_by_role("link", name="Requests").click()
+    page.get_by_role("button", name="Record bodies").click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_role("combobox", name="Model").select_option("beta")
+    dialog.get_by_role("button", name="Record").click()
+    dialog.get_by_text("left").wait_for()
+    dialog.get_by_role("button", name="Close").click()
+    answer = site.ask("POST", "/v1/completions", {"model": "beta", "prompt": "who goes there", "max_tokens": 3})
+    assert answer.status == 200 and "x-vllmd-recorded" in answer.headers
+    page.get_by_role("row").filter(has_text="beta").first.get_by_role("link").click()
+    page.get_by_role("heading", name="Request body").wait_for()
+    page.get_by_text("who goes there").first.wait_for()
+    site.operate("DELETE", "/admin/recordings")
+
+
+def test_usage_is_shown_and_taken_along(page: sync_api.Page, site: Site) -> None:
+    assert site.chat("alpha").status == 200
+    page.get_by_role("link", name="Usage").click()
+    page.get_by_role("combobox", name="By").select_option("model")
+    page.get_by_role("rowheader", name="alpha").wait_for()
+    with page.expect_download() as saved:
+        page.get_by_role("button", name="Export as CSV").click()
+    lines = saved.value.path().read_text().splitlines()
+    assert lines[0].startswith("model,requests,") and any(line.startswith('"alpha",') for line in lines)
+
+
+def test_another_tab_signs_out_and_no_page_remembers(page: sync_api.Page) -> None:
+    page.get_by_role("button", name="Sign out").click()
+    page.get_by_role("heading", name="With a link").wait_for()
+    page.reload()
+    page.get_by_role("heading", name="With a link").wait_for()
+    assert page.evaluate("localStorage.length") == 0
+
+
+def test_the_page_says_that_the_daemon_is_away_and_goes_on_when_it_is_back(
+    browser: sync_api.Browser, tmp_path: Path
+) -> None:
+    """Its sessions do not outlive this daemon, which has no cache folder: signing in is then what is asked for."""
+    with running(tmp_path, CONFIG.format(folder=tmp_path)) as site:
+        visits = visit(browser, site)
+        page = next(visits)
+        row(page, "alpha").wait_for()
+        site.process.terminate()
+        site.process.wait(60)
+        page.get_by_text("vllmd does not answer").wait_for()
+        with pytest.raises(StopIteration):
+            next(visits)
+
+
+@pytest.mark.parametrize("models", [0, 80])
+def test_none_and_many_models(browser: sync_api.Browser, tmp_path: Path, models: int) -> None:
+    """With none, the first words say what to do; with many, they can be searched."""
+    names = {f"model-{number:03}": {"engine": "sim"} for number in range(models)}
+    with running(tmp_path, json.dumps({"server": {"idle_exit": "never"}, "devices": [], "models": names})) as site:
+        visits = visit(browser, site)
+        page = next(visits)
+        if models:
+            page.get_by_role("searchbox").fill("model-07")
+            row(page, "model-079").wait_for()
+            assert page.get_by_role("rowheader").count() == 10
+        else:
+            page.get_by_role("heading", name="No model is configured").wait_for()
+            page.get_by_text("vllmctl run").wait_for()
+        with pytest.raises(StopIteration):
+            next(visits)
+
+
+@pytest.mark.parametrize("view", ["now", "why", "requests", "models", "models/alpha", "try", "usage"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_everybody_can_use_it(browser: sync_api.Browser, site: Site, view: str, scheme: str) -> None:
+    """axe's rules: contrast, names of controls, order of headings and the like; in both colour schemes."""
+    assert AXE.exists(), "no axe here: packaging/dev/setup axe"
+    visits = visit(browser, site, color_scheme=scheme, bypass_csp=True)
+    page = next(visits)
+    row(page, "alpha").wait_for()
+    page.goto(f"/ui#/{view}")
+    page.locator("main h2").first.wait_for()
+    page.add_script_tag(path=AXE)
+    found = page.evaluate("axe.run().then(found => found.violations.map(each => each.id + ': ' + each.nodes[0].html))")
+    assert found == []
+    with pytest.raises(StopIteration):
+        next(visits)
+
+
+def test_a_phone_shows_all_of_it(browser: sync_api.Browser, site: Site) -> None:
+    """Nothing is cut off at the right."""
+    visits = visit(browser, site, viewport={"width": 390, "height": 844})
+    page = next(visits)
+    row(page, "alpha").wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    with pytest.raises(StopIteration):
+        next(visits)

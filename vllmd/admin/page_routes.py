@@ -1,0 +1,110 @@
+"""``/ui`` and what it takes to sign in there."""
+
+from __future__ import annotations
+
+import pwd
+from collections.abc import Callable, Sequence
+
+from vllmd.admin.page_sessions import COOKIE, LIFE, LINK_LIFE, Opened, PageSessions, of_operator
+from vllmd.admin.schemas import COUNT, NUMBER, TEXT, answers, doc, many, record, streams
+from vllmd.admin.verbs import read, request_body
+from vllmd.api.kinds import Text
+from vllmd.api.verbs import Param
+from vllmd.errors import Forbidden, NotFound
+from vllmd.proxy.access import READ, Reach
+from vllmd.proxy.http import Peer, Request, Response, json_response
+from vllmd.proxy.routing import Router
+from vllmd.ui import files
+
+OFF = (
+    "the page is switched off here, as it is at every address that others can reach; server.ui: true in vllmd.yaml "
+    "switches it on, and server.tls keeps what it shows from being overheard"
+)
+SESSION = record({"token": TEXT, "name": TEXT, "scopes": many(TEXT), "expires": {**NUMBER, "description": "Unix time"}})
+LINK = record({"path": TEXT, "expires_in": {**COUNT, "description": "seconds"}, "listen": many(TEXT)})
+CODE = Param("code", Text("the code of a link"), place="body", default=None)
+
+
+class PageEndpoints:
+    """The page, as one listener serves it: ``enabled`` tells whether it does; ``secure``: it is reached by TLS."""
+
+    def __init__(
+        self, sessions: PageSessions, enabled: Callable[[], bool], secure: Callable[[], bool], listen: Sequence[str]
+    ) -> None:
+        self._sessions = sessions
+        self._enabled = enabled
+        self._secure = secure
+        self._listen = list(listen)
+
+    async def page(self, request: Request) -> Response:
+        """``GET /ui``: the page itself."""
+        self._check()
+        return files.answer(request, "index.html")
+
+    async def file(self, request: Request) -> Response:
+        """``GET /ui/{file}``. Raises NotFound for what is no file of the page."""
+        self._check()
+        name = request.params["file"]
+        if name not in files.names():
+            raise NotFound(f"the page has no file {name[:100]!r}")
+        return files.answer(request, name)
+
+    async def sign_in(self, request: Request) -> Response:
+        """``POST /ui/session`` with the code of a link, or with an API key. Raises Unauthorized, Forbidden."""
+        self._check()
+        if code := read((CODE,), request)["code"]:
+            return self._answer(self._sessions.open_by_link(str(code)))
+        caller = request.caller
+        if caller.refusal is not None:
+            raise caller.refusal()
+        if READ not in caller.scopes:
+            raise Forbidden(
+                f"the key {caller.name!r} opens models, not this page: it wants one of the scope read or admin"
+            )
+        return self._answer(self._sessions.open_by_key(caller))
+
+    async def sign_out(self, request: Request) -> Response:
+        """``DELETE /ui/session``."""
+        self._sessions.close(request)
+        return Response(204, headers=(("set-cookie", f"{COOKIE}=; Path=/; Max-Age=0; HttpOnly; SameSite=Strict"),))
+
+    async def link(self, request: Request) -> Response:
+        """``POST /admin/ui/links``: a path that signs its first visitor in, as whoever asks for it here."""
+        code = self._sessions.link(of_operator(request.caller, _name_of(request.peer)))
+        return json_response({"path": f"/ui#code={code}", "expires_in": LINK_LIFE, "listen": self._listen})
+
+    def _check(self) -> None:
+        if not self._enabled():
+            raise NotFound(OFF)
+
+    def _answer(self, opened: Opened) -> Response:
+        session = opened.session
+        secure = "; Secure" if self._secure() else ""
+        cookie = f"{COOKIE}={opened.cookie}; Path=/; Max-Age={LIFE:.0f}; HttpOnly; SameSite=Strict{secure}"
+        told = {"token": opened.token, "name": session.name, "scopes": session.scopes, "expires": session.expires}
+        return json_response(told, headers=(("set-cookie", cookie), ("cache-control", "no-store")))
+
+
+def add_page(router: Router, page: PageEndpoints) -> None:
+    """The page's routes. Its files are no secret; what it shows wants a session."""
+    open_to_all, add = Reach.NOTHING, router.add
+    add("GET", "/ui", page.page, "open", "The page", streams("text/html", "the page"), open_to_all)
+    add(
+        "GET", "/ui/{file:path}", page.file, "open", "A file of the page", streams("text/javascript", "it"), open_to_all
+    )
+    add("POST", "/ui/session", page.sign_in, "open", "Sign in to the page",
+        doc(answers(SESSION), request_body((CODE,))),
+        open_to_all)  # fmt: skip
+    add("DELETE", "/ui/session", page.sign_out, "open", "Sign out", {"responses": {"204": {"description": "done"}}},
+        open_to_all)  # fmt: skip
+    add(
+        "POST", "/admin/ui/links", page.link, "read", "A link that signs in to the page once", answers(LINK), Reach.EACH
+    )
+
+
+def _name_of(peer: Peer) -> str:
+    """The user at the other end of an operators' socket."""
+    try:
+        return pwd.getpwuid(peer.uid).pw_name if peer.uid is not None else ""
+    except KeyError:
+        return f"uid {peer.uid}"

@@ -1,0 +1,191 @@
+"""Signing in to the page: one-time links, sessions, and the scopes that they open.
+
+A session has two halves, a cookie that scripts cannot read and a token that the page keeps for its own origin; every
+request needs both. A cookie alone is sent to every port of a machine, so it proves nothing by itself; the token also
+stands against requests that another page has the browser send (CSRF). A session opens what its owner's scopes open,
+less the models: those want an API key, and a session is none.
+
+Only digests are kept, in a file of the daemon's, so that a session outlives the idle exit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import json
+import logging
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vllmd.errors import Unauthorized
+from vllmd.proxy.access import MODELS, OPEN, Caller
+from vllmd.proxy.http import Request
+
+log = logging.getLogger("vllmd.admin")
+
+COOKIE, TOKEN_FIELD = "vllmd_session", "x-vllmd-session"
+LINK_LIFE = 300.0  # seconds in which a link must be used
+LIFE = 86400.0  # seconds of a session
+MOST_LINKS, MOST_SESSIONS = 64, 256  # the oldest are forgotten first
+BYTES = 32  # of randomness in each secret
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """Who is signed in. ``key``: the name of the API key that was used, whose scopes are looked up each time.
+
+    ``expires`` is Unix time. ``models``: the only ones that its owner may see; None: all.
+    """
+
+    cookie: str  # digest
+    token: str  # digest
+    name: str
+    scopes: tuple[str, ...]
+    expires: float
+    key: str = ""
+    models: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A session that was just opened: what the browser gets, and what the page is told."""
+
+    session: Session
+    cookie: str
+    token: str
+
+
+class PageSessions:
+    """Hands out links, opens sessions, and knows the owner of each.
+
+    ``clock`` tells Unix time. ``current``: what the API key of a name opens now, None where there is none any more.
+    """
+
+    def __init__(self, clock: Callable[[], float], current: Callable[[str], Caller | None], file: Path | None) -> None:
+        self._clock = clock
+        self._current = current
+        self._file = file
+        self._links: dict[str, tuple[float, Caller]] = {}  # by digest
+        self._sessions = {session.cookie: session for session in _read(file)}
+
+    def link(self, caller: Caller) -> str:
+        """The code of a link that signs in once, as ``caller``, within ``LINK_LIFE``."""
+        code = secrets.token_urlsafe(BYTES)
+        self._links[_digest(code)] = (self._clock() + LINK_LIFE, caller)
+        _keep_newest(self._links, MOST_LINKS)
+        return code
+
+    def open_by_link(self, code: str) -> Opened:
+        """Use a link's code up. Raises Unauthorized for one that is unknown, used or too old."""
+        expires, caller = self._links.pop(_digest(code), (0.0, None))
+        if caller is None or expires < self._clock():
+            raise Unauthorized("the link has been used, or is older than five minutes; `vllmctl ui` prints a new one")
+        return self._open(caller, key="")
+
+    def open_by_key(self, caller: Caller) -> Opened:
+        """Sign in with the API key that the request brought."""
+        return self._open(caller, key=caller.name)
+
+    def _open(self, caller: Caller, key: str) -> Opened:
+        cookie, token = secrets.token_urlsafe(BYTES), secrets.token_urlsafe(BYTES)
+        models = None if caller.models is None else tuple(sorted(caller.models))
+        scopes = tuple(sorted(caller.scopes - {MODELS}))
+        expires = self._clock() + LIFE
+        session = Session(_digest(cookie), _digest(token), caller.name, scopes, expires, key, models)
+        self._sessions[session.cookie] = session
+        _keep_newest(self._sessions, MOST_SESSIONS)
+        self._write()
+        return Opened(session, cookie, token)
+
+    def identify(self, request: Request) -> Caller | None:
+        """The owner of the session that the request belongs to; None if it brings no token.
+
+        Raises Unauthorized for a session that has ended, or of which a half is missing or wrong.
+        """
+        token = request.headers.get(TOKEN_FIELD)
+        if not token:
+            return None
+        session = self._sessions.get(_digest(cookie_of(request)))
+        if session is None or session.expires < self._clock() or not _same(session.token, _digest(token)):
+            raise Unauthorized("the session has ended; sign in again")
+        models = None if session.models is None else frozenset(session.models)
+        scopes = frozenset(session.scopes) | {OPEN}
+        if session.key:
+            now = self._current(session.key)
+            if now is None:
+                raise Unauthorized(f"the key {session.key!r} is no longer configured; sign in again")
+            scopes, models = now.scopes - {MODELS}, now.models
+        return Caller(session.name, scopes, models, page=True)
+
+    def close(self, request: Request) -> None:
+        """End the session that the request belongs to."""
+        self._sessions.pop(_digest(cookie_of(request)), None)
+        self._write()
+
+    def _write(self) -> None:
+        """Keep the sessions; where that fails they last until the daemon ends, which is no reason to refuse one."""
+        if self._file is None:
+            return
+        kept = [asdict(session) for session in self._sessions.values() if session.expires > self._clock()]
+        beside = self._file.with_suffix(".new")
+        try:
+            with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
+                json.dump(kept, out)
+            beside.replace(self._file)
+        except OSError as error:
+            log.warning("sessions of the page will not outlive vllmd: %s: %s", self._file, error.strerror)
+
+
+def cookie_of(request: Request) -> str:
+    """The session's cookie, "" without one."""
+    for pair in request.headers.get("cookie").split(";"):
+        name, _, value = pair.strip().partition("=")
+        if name == COOKIE:
+            return value
+    return ""
+
+
+def of_operator(caller: Caller, name: str) -> Caller:
+    """The operator of a socket by name: those have no key to be called by."""
+    return replace(caller, name=caller.name or name)
+
+
+def _digest(secret: str) -> str:
+    return hashlib.sha256(secret.encode("utf-8", "replace")).hexdigest()
+
+
+def _same(first: str, second: str) -> bool:
+    return hmac.compare_digest(first, second)
+
+
+def _keep_newest(kept: dict[str, Any], most: int) -> None:
+    while len(kept) > most:
+        del kept[next(iter(kept))]
+
+
+def _read(file: Path | None) -> list[Session]:
+    """What an earlier daemon kept. Whatever cannot be read is nothing: people sign in again."""
+    found: list[Session] = []
+    if file is None:
+        return found
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        found = [_session(each) for each in json.loads(file.read_text())]
+    return found
+
+
+def _session(told: Mapping[str, Any]) -> Session:
+    models = told["models"]
+    return Session(
+        cookie=str(told["cookie"]),
+        token=str(told["token"]),
+        name=str(told["name"]),
+        scopes=tuple(map(str, told["scopes"])),
+        expires=float(told["expires"]),
+        key=str(told["key"]),
+        models=None if models is None else tuple(map(str, models)),
+    )

@@ -1,0 +1,500 @@
+"""What is told over HTTP, as it is on the wire. Memory is in bytes, time in seconds, a moment in Unix time.
+
+The daemon makes these (``vllmd.daemon.serializers``), the clients and vllmctl read them, and their JSON Schema is drawn
+from them (``codec.schema``). The daemon tells all fields but those in ``sparse``; a default is what a client sees of an
+older daemon that does not tell the field. Whatever a daemon tells beyond these fields is kept, and has no type.
+
+No class here has slots: ``vars()`` of an answer is its JSON object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
+
+Object = Mapping[str, object]  # JSON that is not ours to describe: settings of a model, the numbers of a decision
+
+STATES = (
+    *("stopped", "starting", "running", "draining", "falling_asleep"),
+    *("sleeping_l1", "sleeping_l2", "waking", "stopping", "error"),
+)
+State = Annotated[str, {"enum": list(STATES)}]
+Standing = Annotated[str, {"enum": ["", "new", "serving", "resting", "slow", "ejected"]}]
+Watts = Annotated[float, "watts"]
+Moment = Annotated[str, {"format": "date-time"}]
+
+
+class Answer:
+    """Base of all that is told."""
+
+    sparse: ClassVar[frozenset[str]] = frozenset()  # fields that are left out where they are None
+
+    def __getitem__(self, name: str) -> object:
+        """A field by its name, as in the JSON object that it stands in."""
+        return getattr(self, name)
+
+
+# -- models and devices, as operators see them
+
+
+@dataclass(frozen=True)
+class ModelSettings(Answer):
+    """What of a model's settings is shown beside its state; empty once the configuration has the model no more."""
+
+    sparse = frozenset({"engine", "model", "aliases"})
+
+    engine: str | None = None
+    model: str | None = None
+    aliases: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class ModelLine(Answer):
+    """A model, or one of its replicas, as ``vllmctl ps`` shows it."""
+
+    name: str
+    state: State
+    level: int = 0
+    devices: tuple[int, ...] = ()
+    memory: int = 0
+    in_flight: int = 0
+    queued: int = 0
+    oldest_wait: float | None = None
+    idle: float | None = None
+    since: Annotated[float | None, "seconds in that state, where that is known"] = None
+    pinned: bool = False
+    leases: tuple[str, ...] = ()
+    waiting_for: str = ""
+    failure: str = ""
+    standing: Standing = ""
+    latency: Annotated[float | None, "of a replica: seconds to the first byte of its answers"] = None
+    rests_in: Annotated[float | None, "seconds until it would sleep, sleep deeper or stop for its age"] = None
+    pid: int | None = None
+    unit: str = ""
+    socket: str = ""
+    instance: str = ""
+    phase: str = ""
+    detail: str = ""
+    last_start_seconds: float | None = None
+    power: Annotated[float | None, "watts, its share of its devices"] = None
+    started_at: Annotated[float | None, "Unix time"] = None
+    config: ModelSettings = ModelSettings()
+    replica_of: Annotated[str, "the model of which it is one of several engines"] = ""
+    replicas: tuple[ModelLine, ...] = ()
+    serving: Annotated[int, "how many of its engines serve"] = 0
+    degraded: Annotated[bool, "a replica is down that ought to serve"] = False
+
+
+@dataclass(frozen=True)
+class Device(Answer):
+    """What a device has, and what of it is promised."""
+
+    index: int
+    memory: int = 0
+    reserve: int = 0
+    promised: int = 0
+    external: int = 0
+    wedged: Annotated[str, "why nothing is put there"] = ""
+    drained: Annotated[bool, "by an operator"] = False
+
+
+@dataclass(frozen=True)
+class DeviceNow(Device):
+    """And what it is, and how it was at the last reading."""
+
+    name: str = ""
+    id: str = ""
+    links: Annotated[tuple[int, ...], "devices that NVLink joins it with"] = ()
+    node: Annotated[int | None, "its NUMA node"] = None
+    power: Watts | None = None
+    temperature: Annotated[float | None, "degrees Celsius"] = None
+    throttled: Annotated[str, "why it is slowed down against its will"] = ""
+
+
+@dataclass(frozen=True)
+class Configuration(Answer):
+    """Which files were read, and why they are not in force, if they are not."""
+
+    files: tuple[str, ...] = ()
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class HostMemory(Answer):
+    """For models that sleep at level 1."""
+
+    budget: int = 0
+    promised: int = 0
+
+
+@dataclass(frozen=True)
+class Download(Answer):
+    """A download of a model: how far it is, or how it ended."""
+
+    model: str
+    phase: Annotated[str, "waiting, looking, downloading, unpacking, done or failed"] = ""
+    source: str = ""
+    completed: Annotated[int, "bytes"] = 0
+    total: Annotated[int, "bytes, 0 where that is not known yet"] = 0
+    rate: Annotated[float, "bytes per second"] = 0.0
+    elapsed: float = 0.0
+    error: Annotated[str, "why it failed"] = ""
+
+
+@dataclass(frozen=True)
+class CachedModel(Answer):
+    """A model in the engines' caches; ``models``: those that are loaded from it."""
+
+    name: str
+    path: str = ""
+    size: Annotated[int, "bytes of its weight files"] = 0
+    kind: Annotated[str, "generate, embed, rerank or transcribe"] = ""
+    engine: Annotated[str, "the only kind of engine that its files are for, or nothing"] = ""
+    files: Annotated[tuple[str, ...], "its GGUF files"] = ()
+    models: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cached(Answer):
+    """What the engines' caches hold. ``hub``: the address of the hub that is configured, if one is."""
+
+    cached: tuple[CachedModel, ...] = ()
+    hub: str = ""
+
+
+@dataclass(frozen=True)
+class Added(Answer):
+    """A model that is served from now on, and the file that says so."""
+
+    model: str
+    file: str = ""
+    settings: Object = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Removed(Answer):
+    """A model that is served no more. ``kept``: why files stay. ``bytes``: of what goes, ``freed``: of what is gone."""
+
+    model: str
+    file: str = ""
+    removed: tuple[str, ...] = ()
+    kept: str = ""
+    bytes: int = 0
+    freed: int = 0
+
+
+@dataclass(frozen=True)
+class Status(Answer):
+    """Everything that vllmctl shows."""
+
+    version: str
+    pid: int = 0
+    uptime: float = 0.0
+    policy: str = ""
+    opened: Annotated[bool, "devices and engines have been found"] = True
+    configuration: Configuration = Configuration()
+    requests: int = 0
+    connections: int = 0
+    backend: str = ""
+    source: str = ""
+    trouble: Annotated[str, "why the devices do not answer"] = ""
+    devices: tuple[DeviceNow, ...] = ()
+    models: tuple[ModelLine, ...] = ()
+    host_memory: HostMemory = HostMemory()
+    downloads: tuple[Download, ...] = ()
+
+
+@dataclass(frozen=True)
+class Decision(Answer):
+    """What was decided about a model, and why; in a stream of events also what became of it, with the ``state``."""
+
+    sparse = frozenset({"state"})
+
+    at: float
+    what: str
+    model: str = ""
+    why: str = ""
+    numbers: Object = field(default_factory=dict)
+    state: str | None = None
+
+
+@dataclass(frozen=True)
+class Decisions(Answer):
+    """The last ones, oldest first."""
+
+    decisions: tuple[Decision, ...] = ()
+
+
+@dataclass(frozen=True)
+class ErrorText(Answer):
+    """What went wrong, in a progress that ends with it."""
+
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Progress(Answer):
+    """A line of an answer that tells how a model comes along; the last one is ``done``."""
+
+    sparse = frozenset({"phase", "detail", "elapsed", "seconds", "done", "error"})
+
+    state: str = ""
+    phase: str | None = None
+    detail: str | None = None
+    elapsed: float | None = None
+    seconds: float | None = None
+    done: bool | None = None
+    error: ErrorText | None = None
+
+
+# -- what became of an operator's word
+
+
+@dataclass(frozen=True)
+class ProbedReplica(Answer):
+    """One engine's answer to a probe."""
+
+    name: str
+    seconds: Annotated[float | None, "until its answer; null if there was none"] = None
+    message: Annotated[str, "why there are no seconds"] = ""
+
+
+@dataclass(frozen=True)
+class Probed(Answer):
+    """All of them, the fastest first; ``fastest`` is null where none answered."""
+
+    model: str = ""
+    fastest: str | None = None
+    replicas: tuple[ProbedReplica, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reloaded(Answer):
+    """What a reload changed; ``later``: each setting that is not in force, with what becomes of it."""
+
+    models: int = 0
+    added: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+    later: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Killed(Answer):
+    """A process that is gone."""
+
+    pid: int = 0
+    status: Literal["killed"] = "killed"
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class KeyLine(Answer):
+    """An API key, without its text. ``settings``: its limits and the like, where they are not as every key has them."""
+
+    name: str
+    scopes: tuple[str, ...] = ()
+    models: Annotated[tuple[str, ...], "the only ones that it may use; empty: all"] = ()
+    configured: Annotated[bool, "in the configuration, where alone it can be changed"] = False
+    at: Annotated[float | None, "when it was made, in Unix time; null for a configured one"] = None
+    settings: Object = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Keys(Answer):
+    """All keys."""
+
+    keys: tuple[KeyLine, ...] = ()
+
+
+@dataclass(frozen=True)
+class NewKey(Answer):
+    """A key that was made: its text is told this once."""
+
+    name: str
+    key: str = ""
+
+
+@dataclass(frozen=True)
+class Known(Answer):
+    """A model that a program brought along; ``differs``: settings that are not as asked for."""
+
+    model: str
+    configured: bool = False
+    differs: tuple[str, ...] = ()
+    listen: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Dropped(Answer):
+    """And one that is forgotten."""
+
+    model: str
+    dropped: bool = True
+
+
+# -- what any client may read
+
+
+@dataclass(frozen=True)
+class Limits(Answer):
+    """Requests at a time, requests that may wait, and for how long."""
+
+    concurrency: int | None = None
+    queue: int = 0
+    queue_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Card(Answer):
+    """A model, an adapter, a variant or a pool, as clients see it."""
+
+    sparse = frozenset({"members"})
+
+    id: str
+    display_name: str = ""
+    description: str = ""
+    hidden: Annotated[bool, "not in lists"] = False
+    aliases: tuple[str, ...] = ()
+    state: State = "stopped"
+    engine: str = ""
+    max_model_len: Annotated[int | None, "the running engine's, else the configured one"] = None
+    capabilities: tuple[str, ...] = ()
+    limits: Limits = Limits()
+    memory: Annotated[int, "bytes on each of its devices"] = 0
+    discovered: Annotated[bool, "found in the cache, not configured"] = False
+    parent: Annotated[str | None, "the model that an adapter or a variant belongs to"] = None
+    root: str = ""
+    members: Annotated[tuple[str, ...] | None, "of a pool"] = None
+
+
+@dataclass(frozen=True)
+class Model(Card):
+    """The card as OpenAI and Anthropic have it, under one of its names."""
+
+    object: Literal["model"] = "model"
+    type: Literal["model"] = "model"
+    created: int = 0
+    created_at: Moment = ""
+    owned_by: str = "vllmd"
+
+
+@dataclass(frozen=True)
+class ModelList(Answer):
+    """One page of all of them, as OpenAI and Anthropic have it."""
+
+    sparse = frozenset({"models"})
+
+    object: Literal["list"] = "list"
+    data: tuple[Model, ...] = ()
+    has_more: Annotated[bool, {"const": False}] = False
+    first_id: str | None = None
+    last_id: str | None = None
+    models: Annotated[tuple[str, ...] | None, "for Codex, which asks with client_version"] = None
+
+
+@dataclass(frozen=True)
+class DeviceFree(Device):
+    """What of it may still be promised."""
+
+    free: int = 0
+
+
+@dataclass(frozen=True)
+class Health(Answer):
+    """Whether vllmd is well."""
+
+    status: Annotated[str, "ok, or what is wrong"] = "ok"
+    ready: bool = True
+    gpu: tuple[DeviceFree, ...] = ()
+    loaded_models: tuple[str, ...] = ()
+    model_status: Mapping[str, State] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Alive(Answer):
+    """It answers."""
+
+    status: Literal["ok"] = "ok"
+
+
+@dataclass(frozen=True)
+class Version(Answer):
+    """Of the program."""
+
+    version: str
+
+
+@dataclass(frozen=True)
+class ErrorDetails(Answer):
+    """As OpenAI has them."""
+
+    message: str
+    type: str = ""
+    param: str | None = None
+    code: str | None = None
+
+
+@dataclass(frozen=True)
+class Error(Answer):
+    """The body of an answer that is an error."""
+
+    error: ErrorDetails
+
+
+# -- M's API
+
+
+@dataclass(frozen=True)
+class GPUProcess(Answer):
+    """A process on a GPU."""
+
+    pid: int
+    name: str = ""
+    gpu_memory_usage: Annotated[int | None, "MiB"] = None
+
+
+@dataclass(frozen=True)
+class GPUInfo(Answer):
+    """A GPU."""
+
+    id: int
+    memory_usage: Annotated[float, "per cent"] = 0.0
+    power_draw: Watts | None = None
+    processes: tuple[GPUProcess, ...] = ()
+
+
+@dataclass(frozen=True)
+class KillProcessResponse(Killed):
+    """M's name of it."""
+
+
+@dataclass(frozen=True)
+class Instance(Answer):
+    """A model as instances on GPUs; its state is in capitals."""
+
+    model_name: str
+    model_type: str = ""
+    status: Annotated[str, {"enum": [state.upper() for state in STATES]}] = "STOPPED"
+    pid: int | None = None
+    port: int | None = None
+    created_at: str | None = None
+    updated_at: str = ""
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class ModelInstanceInfo(Instance):
+    """All instances of a model, with the state of one."""
+
+    active_gpu_ids: tuple[int, ...] = ()
+    total_instances: int = 0
+
+
+@dataclass(frozen=True)
+class ModelStatusItem(Instance):
+    """One instance, and its first GPU."""
+
+    gpu_id: int | None = None

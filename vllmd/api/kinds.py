@@ -1,0 +1,205 @@
+"""The kinds of values that a verb takes: how each is checked, and how it is described.
+
+``of_text`` reads what stands in a path or a query, ``of_json`` what stands in a body; both raise ValueError for what is
+not acceptable, and ``accepts`` says what would be.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+Schema = dict[str, object]
+
+TRUE, FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off"})
+LONGEST_NAME = 200  # characters
+
+
+class Kind(Protocol):
+    """A kind of value."""
+
+    @property
+    def annotation(self) -> str:
+        """Its type in Python, as the clients' methods are annotated."""
+
+    @property
+    def accepts(self) -> str:
+        """What it may be, in words that follow "must be"."""
+
+    def schema(self, *, text: bool) -> Schema:
+        """Its JSON Schema; ``text``: as it is written in a path or a query."""
+
+    def of_text(self, text: str) -> object:
+        """Its value of what was written."""
+
+    def of_json(self, value: object) -> object:
+        """Its value of decoded JSON."""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """True or false."""
+
+    annotation: ClassVar[str] = "bool"
+    accepts: ClassVar[str] = "true or false"
+
+    def schema(self, *, text: bool) -> Schema:
+        words = ["true", "false", "1", "0", "yes", "no", "on", "off"]
+        return {"type": "string", "enum": words} if text else {"type": "boolean"}
+
+    def of_text(self, text: str) -> bool:
+        if text.lower() not in TRUE | FALSE:
+            raise ValueError
+        return text.lower() in TRUE
+
+    def of_json(self, value: object) -> bool:
+        if not isinstance(value, bool):
+            raise ValueError
+        return value
+
+
+@dataclass(frozen=True)
+class Text:
+    """A word or several, in printable characters. ``what`` it is, in words."""
+
+    what: str = "a text"
+    longest: int = LONGEST_NAME
+    annotation: ClassVar[str] = "str"
+
+    @property
+    def accepts(self) -> str:
+        return f"{self.what}, up to {self.longest} printable characters"
+
+    def schema(self, *, text: bool) -> Schema:
+        return {"type": "string", "minLength": 1, "maxLength": self.longest, "pattern": "^[^\\x00-\\x1f\\x7f]+$"}
+
+    def of_text(self, text: str) -> str:
+        return self.of_json(text)
+
+    def of_json(self, value: object) -> str:
+        if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= self.longest:
+            raise ValueError
+        return value
+
+
+@dataclass(frozen=True)
+class ModelName:
+    """A model's name, alias, or the end of a name that only one model has; whether it is known the daemon says."""
+
+    annotation: ClassVar[str] = "str"
+    accepts: ClassVar[str] = "the name of a model"
+
+    def schema(self, *, text: bool) -> Schema:
+        return {"type": "string", "minLength": 1}
+
+    def of_text(self, text: str) -> str:
+        return self.of_json(text)
+
+    def of_json(self, value: object) -> str:
+        if not isinstance(value, str) or not value:
+            raise ValueError
+        return value
+
+
+@dataclass(frozen=True)
+class Count:
+    """A whole number."""
+
+    least: int = 0
+    most: int = 999_999_999
+    what: str = ""
+    annotation: ClassVar[str] = "int"
+
+    @property
+    def accepts(self) -> str:
+        return self.what or f"a number from {self.least} to {self.most}"
+
+    def schema(self, *, text: bool) -> Schema:
+        return {"type": "integer", "minimum": self.least, "maximum": self.most}
+
+    def of_text(self, text: str) -> int:
+        if not (text.isascii() and text.isdecimal()) or len(text) > len(str(self.most)):
+            raise ValueError
+        return self.of_json(int(text))
+
+    def of_json(self, value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not self.least <= value <= self.most:
+            raise ValueError
+        return value
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of a few numbers."""
+
+    among: tuple[int, ...]
+    annotation: ClassVar[str] = "int"
+
+    @property
+    def accepts(self) -> str:
+        return f"{', '.join(map(str, self.among[:-1]))} or {self.among[-1]}"
+
+    def schema(self, *, text: bool) -> Schema:
+        return {"type": "string", "enum": [str(each) for each in self.among]} if text else {"enum": list(self.among)}
+
+    def of_text(self, text: str) -> int:
+        found = next((each for each in self.among if str(each) == text), None)
+        if found is None:
+            raise ValueError
+        return found
+
+    def of_json(self, value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value not in self.among:
+            raise ValueError
+        return value
+
+
+@dataclass(frozen=True)
+class JsonObject:
+    """An object whose fields somebody else checks."""
+
+    what: str = "an object"
+    annotation: ClassVar[str] = "Mapping[str, object]"
+
+    @property
+    def accepts(self) -> str:
+        return self.what
+
+    def schema(self, *, text: bool) -> Schema:
+        return {"type": "object"}
+
+    def of_text(self, text: str) -> object:
+        raise ValueError
+
+    def of_json(self, value: object) -> dict[str, object]:
+        if not isinstance(value, dict):
+            raise ValueError
+        return value
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """A time. ``above_zero``: no time at all is too short."""
+
+    most: float
+    above_zero: bool = False
+    annotation: ClassVar[str] = "float"
+
+    @property
+    def accepts(self) -> str:
+        return f"a number of seconds {'above' if self.above_zero else 'from'} 0, up to {self.most:g}"
+
+    def schema(self, *, text: bool) -> Schema:
+        least = "exclusiveMinimum" if self.above_zero else "minimum"
+        return {"type": "number", least: 0, "maximum": self.most}
+
+    def of_text(self, text: str) -> float:
+        return self.of_json(float(text))
+
+    def of_json(self, value: object) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError
+        if not 0 <= value <= self.most or (self.above_zero and value == 0):
+            raise ValueError
+        return float(value)

@@ -1,0 +1,89 @@
+"""Show who used how much: requests, tokens, seconds of engines and devices.
+
+IN and OUT are tokens.
+Days and hours are in UTC, everywhere.
+DEVICE is the share of devices' memory that a model held, times seconds; an
+idle model's belongs to the key that used it last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from typing import Any
+
+from vllmd.cli import show
+from vllmd.cli.admin import Admin
+
+FIELDS = ("requests", "errors", "prompt", "cached", "answer", "estimated", "engine_seconds", "device_seconds",
+          "memory_mib_seconds")  # fmt: skip
+HEADS = ("REQUESTS", "IN", "CACHED", "OUT", "ENGINE", "DEVICE")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--by", default="key", metavar="WHAT", help="key, model, hour, day or month, or several: key,day (default: key)"
+    )
+    parser.add_argument("--since", default="30d", metavar="TIME", help="12h, 30d or Unix time (default: 30d)")
+    parser.add_argument("--until", metavar="TIME", help="the same (default: now)")
+    parser.add_argument("-k", "--of-key", metavar="NAME", help="of the key with this name only; - is nobody's")
+    parser.add_argument("-m", "--model", help="of this model only")
+    parser.add_argument("--csv", action="store_true", help="print CSV with all columns, for a spreadsheet")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    query = {"since": arguments.since, "until": arguments.until, "key": arguments.of_key, "model": arguments.model}
+    told = Admin(arguments).get("/admin/usage", by=arguments.by, **query)
+    rows = told["rows"]
+    if arguments.json:
+        print(show.as_json(told))
+        return 0
+    if arguments.csv:
+        writer = csv.DictWriter(sys.stdout, [*told["by"], *FIELDS], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: plain(value) for name, value in row.items()} for row in rows)
+        return 0
+    if rows:
+        print(table(told["by"], rows))
+    else:
+        show.say("nothing was used in that time")
+    if told["trouble"]:
+        show.say(told["trouble"], sys.stderr)
+    return 0
+
+
+def table(by: list[str], rows: list[dict[str, Any]]) -> str:
+    """A row for each, those who used most first; times in their order."""
+    if not set(by) & {"day", "hour", "month"}:
+        rows = sorted(rows, key=lambda row: -(row["prompt"] + row["answer"]))
+    names = tuple(name.upper() for name in by)
+    cells = [(*(str(row[name]) or show.EMPTY for name in by), *_numbers(row), _note(row)) for row in rows]
+    return show.table((*names, *HEADS, "NOTE"), cells, HEADS, names=names)
+
+
+def _numbers(row: dict[str, Any]) -> list[str]:
+    counts = [short(row[name]) for name in ("requests", "prompt", "cached", "answer")]
+    return [*counts, show.age(row["engine_seconds"]), show.age(row["device_seconds"])]
+
+
+def _note(row: dict[str, Any]) -> str:
+    errors = f"{short(row['errors'])} errors" if row["errors"] else ""
+    reckoned = f"{short(row['estimated'])} tokens are reckoned from sizes" if row["estimated"] else ""
+    return ", ".join(part for part in (errors, reckoned) if part)
+
+
+def short(number: float) -> str:
+    """``999``, ``12.3k``, ``4.5M``, ``1.2G``."""
+    for unit in ("", "k", "M"):
+        if number < 1000:
+            return f"{number:.0f}" if not unit else f"{number:.1f}{unit}"
+        number /= 1000
+    return f"{number:.1f}G"
+
+
+def plain(value: object) -> object:
+    """Whole numbers without a point, others with three digits behind it."""
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else round(value, 3)
+    return value

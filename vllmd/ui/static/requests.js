@@ -1,0 +1,152 @@
+// Requests: those under way and the last ones, each with where its time went; bodies where somebody switched that on.
+
+import { html } from "./html.js";
+import { useEffect, useState } from "./vendor/hooks.js";
+import { call, events, maySee } from "./api.js";
+import { bytes, clock, count, plural, seconds } from "./format.js";
+import { useLive } from "./live.js";
+import { Dialog, Empty, Problem, Rows, useLoaded } from "./parts.js";
+
+const ROW = 41; // pixels
+const KEPT = 1000; // rows
+const COLUMNS = [["time"], ["model"], ["key", "wide"], ["status"], ["queue", "number wide"], ["load", "number wide"],
+  ["first byte", "number wide"], ["in all", "number"], ["tokens", "number"]]; // prettier-ignore
+
+export function Requests({ name }) {
+  const { status } = useLive();
+  const [filter, setFilter] = useState({ model: "", key: "", status: "", failed: false });
+  const [recording, setRecording] = useState(false);
+  const { rows, underWay, error } = useRequests(filter);
+  const set = (field) => (event) => setFilter({ ...filter, [field]: event.target.type === "checkbox" ? event.target.checked : event.target.value });
+  if (name) return html`<${One} id=${name} />`;
+  return html`<section aria-labelledby="requests"><h2 id="requests">Requests</h2>
+    <div class="filters">
+      <label>Model <select value=${filter.model} onChange=${set("model")}><option value="">all</option>${(status?.models || []).map((line) => html`<option value=${line.name}>${line.name}</option>`)}</select></label>
+      <label>Key <input type="search" value=${filter.key} onChange=${set("key")} placeholder="name, or - for none" /></label>
+      <label>Status <select value=${filter.status} onChange=${set("status")}><option value="">all</option><option>2xx</option><option>4xx</option><option>429</option><option>5xx</option></select></label>
+      <label class="check"><input type="checkbox" checked=${filter.failed} onChange=${set("failed")} /> only failed</label>
+      ${maySee("admin") && html`<button type="button" onClick=${() => setRecording(true)}>Record bodies</button>`}</div>
+    <${Problem} error=${error} />
+    ${rows.length + underWay.length === 0 && !error
+      ? html`<${Empty} title="No request yet"><p>The last requests stand here, with their times, as soon as there are some. The view <a href="#/try">Try</a> makes one.</p></${Empty}>`
+      : html`<${Rows} items=${[...underWay, ...rows]} height=${ROW} columns=${COLUMNS} label="requests" render=${(entry) => html`<${Line} key=${entry.id + entry.number} entry=${entry} />`} />`}
+    </section>${recording && html`<${Recording} onClose=${() => setRecording(false)} />`}`;
+}
+
+/** The last requests that a filter lets through, newest first, and what has come since. */
+function useRequests(filter) {
+  const [found, setFound] = useState({ rows: [], underWay: [], error: null });
+  useEffect(() => {
+    const stop = new AbortController();
+    const query = queryOf(filter);
+    const read = async () => {
+      const answer = await call("GET", `/admin/requests?limit=200${query}`, undefined, { signal: stop.signal });
+      setFound({ rows: answer.requests, underWay: answer.under_way, error: null });
+    };
+    (async () => {
+      try {
+        await read();
+        for await (const entry of events(`/admin/events/requests?${query.slice(1)}`, { signal: stop.signal }))
+          setFound((before) => ({
+            rows: [entry, ...before.rows].slice(0, KEPT),
+            underWay: before.underWay.filter((each) => each.id !== entry.id),
+            error: null,
+          }));
+      } catch (error) {
+        if (!stop.signal.aborted) setFound((before) => ({ ...before, error }));
+      }
+    })();
+    const again = setInterval(() => document.hidden || read().catch(() => {}), 5000); // those under way are told by no event
+    return () => {
+      clearInterval(again);
+      stop.abort();
+    };
+  }, [JSON.stringify(filter)]);
+  return found;
+}
+
+export function queryOf(filter) {
+  const wanted = Object.entries(filter).filter(([, value]) => value !== "" && value !== false);
+  return wanted.map(([name, value]) => `&${name}=${encodeURIComponent(value)}`).join("");
+}
+
+export function tokensOf(tokens) {
+  if (!tokens) return "";
+  return `${tokens.estimated ? "about " : ""}${count(tokens.prompt)} + ${count(tokens.answer)}`;
+}
+
+const statusOf = (entry) => (entry.status === 0 ? "under way" : entry.status === 499 ? "client left" : String(entry.status));
+const failed = (entry) => entry.status >= 400 || Boolean(entry.error);
+
+function Line({ entry }) {
+  return html`<tr class=${failed(entry) ? "failed" : ""}>
+    <td class="nowrap"><a href=${`#/requests/${encodeURIComponent(entry.id)}`}>${clock(entry.at)}</a></td>
+    <th scope="row">${entry.model || entry.path}</th><td class="wide">${entry.key || "-"}</td>
+    <td>${failed(entry) ? html`<span class="bad-text" title=${entry.message}>${statusOf(entry)} ${entry.error}</span>` : statusOf(entry)}
+      ${entry.retries > 0 && html` <span class="tag">${plural(entry.retries, "retry").replace("retrys", "retries")}</span>`}</td>
+    <td class="number wide">${seconds(entry.queue_seconds)}</td><td class="number wide">${seconds(entry.load_seconds)}</td>
+    <td class="number wide">${seconds(entry.first_byte_seconds)}</td><td class="number">${seconds(entry.seconds)}</td>
+    <td class="number nowrap">${tokensOf(entry.tokens)}</td></tr>`;
+}
+
+function One({ id }) {
+  const { value: entry, error } = useLoaded((signal) => call("GET", `/admin/requests/${encodeURIComponent(id)}`, undefined, { signal }), [id]);
+  if (error) return html`<${Problem} error=${error} /><p><a href="#/requests">All requests</a></p>`;
+  if (!entry) return html`<p class="soft">Reading the request.</p>`;
+  const facts = [
+    ["came", clock(entry.at)], ["asked", `${entry.method} ${entry.path}`], ["model", entry.model], ["replica", entry.replica],
+    ["key", entry.key || "none"], ["client", entry.client], ["status", statusOf(entry)], ["error", entry.message || entry.error],
+    ["retries", entry.retries], ["tokens", entry.tokens && `${tokensOf(entry.tokens)}, ${count(entry.tokens.cached)} of the prompt from the cache`],
+    ["received", bytes(entry.received)], ["sent", bytes(entry.sent)],
+  ]; // prettier-ignore
+  return html`<h2>Request ${entry.id}</h2><${Times} entry=${entry} />
+    <dl class="facts">${facts.filter(([, value]) => value).map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${String(value)}</dd></div>`)}</dl>
+    <h3>Head</h3><pre>${entry.headers.map(([name, value]) => `${name}: ${value}`).join("\n")}</pre>
+    ${entry.recorded ? html`<h3>Request body${entry.recorded.request_cut ? ", its beginning" : ""}</h3><pre>${entry.recorded.request}</pre>
+        <h3>Answer${entry.recorded.answer_cut ? ", its beginning" : ""}</h3><pre>${entry.recorded.answer}</pre>`
+      : html`<p class="soft">Its bodies were not recorded. ${maySee("admin") ? "“Record bodies” in the list of requests does that, for a time." : "An administrator can have that done."}</p>`}
+    <p><a href="#/requests">All requests</a></p>`;
+}
+
+/** Where the time of a request went, as one bar. */
+function Times({ entry }) {
+  const whole = Math.max(entry.seconds, 0.001);
+  const load = entry.load_seconds || 0, queue = entry.queue_seconds || 0;
+  const first = entry.first_byte_seconds === null ? whole : Math.max(entry.first_byte_seconds - queue - load, 0);
+  const parts = [["waited for its turn", queue, 30], ["waited while the model loaded", load, 265], ["until the first byte", first, 210],
+    ["the rest of the answer", Math.max(whole - queue - load - first, 0), 140]].filter(([, amount]) => amount > 0); // prettier-ignore
+  return html`<div class="bar" role="img" aria-label=${parts.map(([what, amount]) => `${what}: ${seconds(amount)}`).join("; ")}>
+      ${parts.map(([what, amount, hue]) => html`<span key=${what} class="share" style=${{ width: `${(100 * amount) / whole}%`, "--hue": hue }} title=${`${what}: ${seconds(amount)}`}></span>`)}</div>
+    <p class="soft">${parts.map(([what, amount]) => `${what} ${seconds(amount)}`).join(", ")}; ${seconds(entry.seconds)} in all</p>`;
+}
+
+function Recording({ onClose }) {
+  const { status } = useLive();
+  const { value, error, again } = useLoaded((signal) => call("GET", "/admin/recordings", undefined, { signal }), []);
+  const [model, setModel] = useState("");
+  const [key, setKey] = useState("");
+  const [minutes, setMinutes] = useState(10);
+  const [failure, setFailure] = useState(null);
+  const act = async (method, path, body) => {
+    try {
+      await call(method, path, body);
+      setFailure(null);
+      again();
+    } catch (refused) {
+      setFailure(refused);
+    }
+  };
+  const begin = (event) => {
+    event.preventDefault();
+    act("POST", "/admin/recordings", { ...(model && { model }), ...(key && { key }), seconds: 60 * minutes });
+  };
+  return html`<${Dialog} title="Record bodies" onClose=${onClose}>
+    <p>What clients send and get is kept in memory for the time that you say, up to 64 KiB of each; images and what looks like a secret are cut out. Clients are told by the field <code>x-vllmd-recorded</code>.</p>
+    <${Problem} error=${failure || error} />
+    ${(value?.recordings || []).map((each) => html`<p key=${each.number}>${each.model || "all models"}, ${each.key || "all keys"}: ${seconds(each.seconds_left)} left
+      <button type="button" class="small" onClick=${() => act("DELETE", `/admin/recordings?number=${each.number}`)}>end</button></p>`)}
+    <form onSubmit=${begin}><div class="filters"><label>Model <select value=${model} onChange=${(event) => setModel(event.target.value)}><option value="">all</option>${(status?.models || []).map((line) => html`<option value=${line.name}>${line.name}</option>`)}</select></label>
+      <label>Key <input value=${key} onInput=${(event) => setKey(event.target.value)} placeholder="all" /></label>
+      <label>Minutes <input type="number" min="1" max="10080" value=${minutes} onInput=${(event) => setMinutes(Number(event.target.value))} /></label></div>
+      <div class="buttons"><button type="button" onClick=${onClose}>Close</button><button type="submit" class="primary">Record</button></div></form></${Dialog}>`;
+}
