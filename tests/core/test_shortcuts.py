@@ -8,6 +8,9 @@ from unittest.mock import patch
 
 import pytest
 
+from tests.core.helpers import PAIR, model
+from tests.core.world import World
+from vllmd.core.commands import SleepEngine
 from vllmd.core.policies import Adaptive, _Turns
 from vllmd.core.policy import (
     INFINITY,
@@ -117,3 +120,30 @@ def test_no_shortcut_changes_a_decision(block: int) -> None:
         assert Adaptive().choose(s) == expected, s
         plans += expected is not None
     assert 150 < plans < 450
+
+
+class Counting(Adaptive):
+    """Counts how often it is asked."""
+
+    asked = 0
+
+    def choose(self, s: PolicyInput) -> Plan | None:
+        self.asked += 1
+        return super().choose(s)
+
+
+def test_what_happens_on_a_device_is_no_news_for_who_cannot_come_up_there() -> None:
+    """Nobody is looked at anew because an engine on another device falls idle; on its own the swap begins at once."""
+    policy = Counting()
+    models = [model("a", 70, devices=(0,)), model("b", 70, devices=(1,)), model("w", 70, devices=(0,))]
+    w = World(models, PAIR, policy=policy)
+    for name in ("a", "b"):
+        w.ask(f"load-{name}", name)
+        w.answer(name)
+    w.ask("r", "w")
+    before = policy.asked
+    w.finish("load-b")
+    assert policy.asked == before
+    (sleep,) = w.finish("load-a")
+    assert isinstance(sleep, SleepEngine)
+    assert policy.asked > before

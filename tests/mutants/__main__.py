@@ -147,8 +147,8 @@ MUTATIONS = (
     Mutation(
         "keys take turns in a queue",
         "core/queues.py",
-        "self._keys[key] = mine\n        self.remove",
-        "self._keys = {key: mine, **self._keys}\n        self.remove",
+        "self._keys[key] = self._keys.pop(key)  # behind the others",
+        "pass",
         "core/test_requests.py",
     ),
     Mutation(
