@@ -25,7 +25,7 @@ holds this table against the imports)::
                 arrivals, and their store                         proxy, errors
     admin/      model list, health, admin and metrics endpoints,  api, proxy's HTTP types, core.types, records, ui,
                 signing in to the page                            errors
-    ollama/     Ollama's API, translated to the engines' own      proxy, admin.control, errors
+    ollama/     Ollama's API, translated to the engines' own      api, proxy, admin.control, errors
     daemon/     the event queue; executes the core's commands     all but cli and client
     client/     the Python library                                api, errors
     cli/        vllmctl, a row or a file per verb                 api, client, errors, config, engines, installer,

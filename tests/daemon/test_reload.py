@@ -331,7 +331,7 @@ def test_what_is_not_in_force_is_said_again_until_it_is(tmp_path: Path, caplog: 
             answer = await living.daemon.take(after)
             assert answer["later"] == {"server.listen": LATER}
             assert living.config.server.listen == before.server.listen
-            assert living.front.status.status()["policy"] == "lru"
+            assert living.front.status.status().policy == "lru"
         assert (await living.daemon.take(before))["later"] == {}
 
     lives(before, tmp_path, reload)
@@ -365,10 +365,8 @@ def test_an_engine_goes_on_when_its_device_is_no_longer_in_the_list(tmp_path: Pa
         living.back.post(events.EngineAdopted("m", Placement((1,)), State.READY))
         await living.daemon.take(two)
         status = living.front.status.status()
-        assert [(line["name"], line["state"], tuple(line["devices"])) for line in status["models"]] == [
-            ("m", "running", (1,))
-        ]
-        assert [(each["index"], each["wedged"]) for each in status["devices"]] == [
+        assert [(line.name, line.state, line.devices) for line in status.models] == [("m", "running", (1,))]
+        assert [(each.index, each.wedged) for each in status.devices] == [
             (0, ""),
             (1, "it is not there any more"),
         ]
@@ -383,7 +381,7 @@ def test_an_engine_is_adopted_although_its_device_is_not_in_the_list(tmp_path: P
     async def adopted(living: Living) -> None:
         living.back.post(events.EngineAdopted("m", Placement((1,)), State.SLEEPING, 1))
         living.back.post(events.LoadAsked("m"))
-        assert [(each["index"], each["wedged"]) for each in living.front.status.status()["devices"]][1] == (
+        assert [(each.index, each.wedged) for each in living.front.status.status().devices][1] == (
             1,
             "it is not there any more",
         )
@@ -405,7 +403,7 @@ def test_settings_for_a_model_that_is_used_by_now_change_nothing(tmp_path: Path)
         assert (await first)["differs"] == ["gpu_memory"]
         assert living.config.models["guest"].gpu_memory == GiB
         living.back.post(events.RequestGone("r"))
-        assert (await models.put("guest", other, trusted=True))["differs"] == []
+        assert (await models.put("guest", other, trusted=True)).differs == ()
         assert living.config.models["guest"].gpu_memory == 2 * GiB
 
     lives(read(tmp_path, BASE), tmp_path, put)
@@ -435,7 +433,7 @@ def test_what_was_decided_by_an_earlier_daemon_is_told(tmp_path: Path) -> None:
         earlier = {"at": time.time() + 3600, "what": "evict", "why": "for another", "model": "m", "numbers": {}}
         living.front.learnt.decisions["m"], living.front.learnt.earlier["m"] = [earlier], [earlier]
         living.back.post(events.LoadAsked("m"))
-        assert [each["what"] for each in living.front.status.decisions("m")] == ["evict", "start"]
+        assert [each.what for each in living.front.status.decisions("m").decisions] == ["evict", "start"]
         assert [each["what"] for each in living.front.learnt.decisions["m"]] == ["evict", "start"]
 
     lives(config, tmp_path, look)
