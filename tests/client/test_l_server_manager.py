@@ -71,7 +71,7 @@ def test_L_start_is_false_for_a_bad_model(here: Vllmd) -> None:
     assert serve.start() is False
     assert "no such model" in serve.failure
     line = here.line("Qwen/broken")
-    assert (line["pid"], line["leases"]) == (None, [])
+    assert (line.pid, line.leases) == (None, ())
     with pytest.raises(errors.EngineFailed, match="no such model"), serve:
         pass
 

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
+from vllmd.api.answers import Reloaded
 from vllmd.config.loader import load
 from vllmd.config.nodes import Where, from_plain
 from vllmd.config.reload import BY_SYSTEMD, LATER
@@ -276,7 +277,7 @@ def test_a_reload_does_with_a_setting_what_its_column_says(leaf: Leaf, tmp_path:
     before, after = read(tmp_path, document(leaf, one)), read(tmp_path, document(leaf, two))
     assert before != after
     seen: list[dict[str, Any]] = []
-    answers: list[dict[str, Any]] = []
+    answers: list[Reloaded] = []
 
     async def look(living: Living) -> None:
         seen.append(await in_effect(living))
@@ -289,7 +290,7 @@ def test_a_reload_does_with_a_setting_what_its_column_says(leaf: Leaf, tmp_path:
     lives(before, tmp_path, reload)
     lives(after, tmp_path, look)
     was, is_now, is_after_a_start = seen
-    later = answers[0]["later"]
+    later = answers[0].later
     if leaf.reload is Reload.NEXT_START:
         assert set(later.values()) == {LATER} and len(later) == 1
         assert is_now == was
@@ -298,15 +299,15 @@ def test_a_reload_does_with_a_setting_what_its_column_says(leaf: Leaf, tmp_path:
     assert was != is_after_a_start, "the test cannot see this setting"
     assert is_now == is_after_a_start
     if leaf.reload is not Reload.ENGINE:
-        assert answers[0]["changed"] == []
+        assert answers[0].changed == ()
     elif not leaf.path.startswith("models.NAME.replicas"):
-        assert answers[0]["changed"] == ["m"]
+        assert answers[0].changed == ("m",)
 
 
-def reloaded(before: dict[str, Any], after: dict[str, Any], folder: Path, *, activated: bool = False) -> dict[str, Any]:
+def reloaded(before: dict[str, Any], after: dict[str, Any], folder: Path, *, activated: bool = False) -> Reloaded:
     """What the daemon answers."""
     one, two = read(folder, before), read(folder, after)
-    answers: list[dict[str, Any]] = []
+    answers: list[Reloaded] = []
 
     async def reload(living: Living) -> None:
         answers.append(await living.daemon.take(two))
@@ -318,8 +319,8 @@ def reloaded(before: dict[str, Any], after: dict[str, Any], folder: Path, *, act
 def test_where_systemd_listens_the_addresses_are_said_to_be_its_own(tmp_path: Path) -> None:
     """A restart would not change them either."""
     after = {**BASE, "server": {"port": 1234}}
-    assert reloaded(BASE, after, tmp_path)["later"] == {"server.listen": LATER}
-    assert reloaded(BASE, after, tmp_path, activated=True)["later"] == {"server.listen": BY_SYSTEMD}
+    assert reloaded(BASE, after, tmp_path).later == {"server.listen": LATER}
+    assert reloaded(BASE, after, tmp_path, activated=True).later == {"server.listen": BY_SYSTEMD}
 
 
 def test_what_is_not_in_force_is_said_again_until_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -329,10 +330,10 @@ def test_what_is_not_in_force_is_said_again_until_it_is(tmp_path: Path, caplog: 
     async def reload(living: Living) -> None:
         for _ in range(2):
             answer = await living.daemon.take(after)
-            assert answer["later"] == {"server.listen": LATER}
+            assert answer.later == {"server.listen": LATER}
             assert living.config.server.listen == before.server.listen
             assert living.front.status.status().policy == "lru"
-        assert (await living.daemon.take(before))["later"] == {}
+        assert (await living.daemon.take(before)).later == {}
 
     lives(before, tmp_path, reload)
     assert [each.getMessage() for each in caplog.records].count(f"server.listen {LATER}") == 2
@@ -400,7 +401,7 @@ def test_settings_for_a_model_that_is_used_by_now_change_nothing(tmp_path: Path)
         await asyncio.sleep(0)
         assert living.front.changing.locked()  # its sizes are being reckoned
         living.back.post(asked)
-        assert (await first)["differs"] == ["gpu_memory"]
+        assert (await first).differs == ("gpu_memory",)
         assert living.config.models["guest"].gpu_memory == GiB
         living.back.post(events.RequestGone("r"))
         assert (await models.put("guest", other, trusted=True)).differs == ()
