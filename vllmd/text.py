@@ -9,8 +9,10 @@ never be right (names, orders to the launcher) ``control_character`` refuses it.
 
 from __future__ import annotations
 
+import io
 import re
 import unicodedata
+from typing import TextIO
 
 # Complete sequences of a terminal: colours and movements (CSI), titles and links (OSC). Each part of the pattern is
 # possessive and stops at the next escape character, so that the time is linear in the text.
@@ -19,6 +21,16 @@ _SEQUENCES = re.compile(r"\x1b\[[0-?]*+[ -/]*+[@-~]|\x1b\][^\x07\x1b]*+(?:\x07|\
 # halves of surrogate pairs, which no encoding can write.
 _UNSAFE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def make_legible(*streams: TextIO) -> None:
+    """Have what the encoding of these streams has no character for shown as ``?``, or into a file as ``\\u2019``.
+
+    Names, engines and models speak any language; a terminal of latin-1 must not be the end of whoever tells of them.
+    """
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace" if stream.isatty() else "backslashreplace")
 
 
 def printable(line: str) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vllmd.daemon.logfile import BURST, KEPT, RATE, RUNS, SIZE, LogFile, forget_old_runs, path_of
+from vllmd.daemon import logfile
+from vllmd.daemon.logfile import BURST, KEPT, RATE, RUNS, SIZE, LogFile, forget_old_runs, forget_removed_models, path_of
 
 
 def test_lines_are_appended_under_a_name_without_slashes(tmp_path: Path) -> None:
@@ -90,3 +91,15 @@ def test_all_runs_of_a_model_have_a_bound(tmp_path: Path) -> None:
             os.utime(file, (run, run))
     forget_old_runs(tmp_path, "m")
     assert {file.name.partition(".")[0] for file in tmp_path.iterdir()} == {"m_33303", "m_33302"}
+
+
+def test_files_of_removed_models_are_bounded_all_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody starts such a model again, so nobody else would remove them; the newest stay, and what is not ours."""
+    monkeypatch.setattr(logfile, "MOST", 250)
+    names = ["org_gone_org-gone-0a0a0a.log", "org_gone_org-gone-0a0a0a.log.1", "old_old-0b0b0b.log", "m_m-0c0c0c.log"]
+    others = ["backup_2024-aabbcc.log", "gone_else-0a0a0a.log", "notes.txt"]
+    for age, name in enumerate([*names, *others]):
+        (tmp_path / name).write_text("x" * 100)
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    forget_removed_models(tmp_path, ["m", "new"])
+    assert {path.name for path in tmp_path.iterdir()} == {*names[:2], names[3], *others}

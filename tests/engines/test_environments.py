@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.estimate.files import cached
+from vllmd.config.sources import default_file
 from vllmd.config.types import ModelConfig
 from vllmd.engines import engine_of, environments
 from vllmd.engines.base import Place
@@ -104,3 +108,28 @@ def test_a_repository_in_the_cache_is_a_file(root: Path, tmp_path: Path) -> None
     )
     absent = ModelConfig("m", engine="llama.cpp", model="org/other:Q8_0")
     assert engine_of(absent).launch(absent, place).argv[1:3] == ("--hf-repo", "org/other:Q8_0")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root becomes somebody else for this")
+def test_a_home_that_is_closed_to_us_has_no_environments() -> None:
+    """``sudo -u`` keeps root's HOME: that is not the end of whoever asks."""
+    with tempfile.TemporaryDirectory() as closed:  # only root may look into it
+        assert ended_as_somebody(lambda: environments.in_use("vllm", variables={"HOME": closed}) is None)
+        assert ended_as_somebody(lambda: not environments.installed("vllm", {"HOME": closed}))
+        config = {"HOME": closed, "XDG_CONFIG_HOME": closed}
+        assert ended_as_somebody(lambda: str(default_file(config)).endswith("vllmd.yaml"))
+
+
+def ended_as_somebody(question: Callable[[], bool]) -> bool:
+    """The answer of a user without rights."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            status = 0 if question() else 2
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

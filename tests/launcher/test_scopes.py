@@ -526,12 +526,13 @@ async def test_what_engines_left_while_there_was_no_launcher_is_removed(site: Ma
         make = "import os, socket, sys; [os.mkdir(d, 0o750) for d in sys.argv[1:]]; "
         make += "[socket.socket(socket.AF_UNIX).bind(d + '/s') for d in sys.argv[1:]]"
         left, new, full = (f"/run/vllmd-engine/{name}" for name in ("left-1", "new-1", "full-1"))
-        site.python(make, left, new, full)
-        site.run(f"touch {full}/data; chown -R vllmd-engine: {left} {new} {full}")
-        site.run(f"touch -d '1 hour ago' {left} {full} {folder}")
+        site.python(make, left, full)
+        site.run(f"touch {full}/data; chown -R vllmd-engine: {left} {full}")
         kill_launcher(site)
         await driver.client.info()
-        site.wait_until(f"test ! -e {left}", timeout=5)
+        site.python(make, new)  # after its first look, before its second one
+        site.run(f"chown -R vllmd-engine: {new}")
+        site.wait_until(f"test ! -e {left}", timeout=25)
         site.run(f"test -e {new} && test -e {full}/data && test -e {folder}")
         await driver.client.kill(engine.instance)
         await driver.exit()

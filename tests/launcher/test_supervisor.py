@@ -222,7 +222,7 @@ def test_a_run_directory_is_swept_when_it_is_seen_without_an_engine_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first time it may be that of an order on its way. Its age counts for nothing: clocks are set."""
-    monkeypatch.setattr(engines, "SWEEP_AGAIN", 0.0)
+    monkeypatch.setattr(engines, "SWEEP_SOON", 0.0)
     (tmp_path / "left").mkdir()
     os.utime(tmp_path / "left", (0, 0))
     loop, looks, told = Loop(), list[bool](), list[ExitReport]()

@@ -214,6 +214,41 @@ def test_a_request_may_come_in_any_pieces(step: int) -> None:
     asyncio.run(play())
 
 
+def test_large_heads_take_of_the_same_memory() -> None:
+    """While they come, and as long as their request lasts: many of them are as much as a body. All is given back."""
+    field = b"X-Large: " + b"a" * 20_000
+
+    async def play() -> None:
+        async with stage(limits=Limits(max_buffered=70_000)) as act:
+            memory = act.server.memory
+            coming = [await act.client(), await act.client()]
+            coming[0].send(b"GET /hello HTTP/1.1\r\nHost: a\r\n" + field)
+            await until(lambda: memory.held > 20_000)
+            coming[1].send(b"GET /hello HTTP/1.1\r\nHost: a\r\n" + field)
+            assert (await coming[1].answer()).status == 503
+            await until(lambda: memory.held < 21_000)
+            coming[0].send(b"\r\n\r\n")
+            assert (await coming[0].answer()).status == 200
+            await until(lambda: memory.held == 0)
+            # With a body, and while the request waits.
+            act.gate.opened.clear()
+            waiting = await act.client()
+            waiting.send(post("/v1/chat/completions", ANSWER).replace(b"\r\n\r\n", b"\r\n" + field + b"\r\n\r\n"))
+            await soon(act.gate.entered.wait())
+            assert memory.held > 20_000 + len(ANSWER)
+            act.gate.opened.set()
+            await waiting.answer()
+            await until(lambda: memory.held == 0)
+            # One that leaves in the middle of its head.
+            leaving = await act.client()
+            leaving.send(b"GET /hello HTTP/1.1\r\nHost: a\r\n" + field)
+            await until(lambda: memory.held > 0)
+            leaving.writer.transport.abort()
+            await until(lambda: memory.held == 0)
+
+    asyncio.run(play())
+
+
 def test_memory_for_bodies_is_bounded_over_all_connections() -> None:
     """The sum of what is held has a limit of its own; what was refused and what is over is given back."""
 

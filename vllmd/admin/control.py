@@ -77,6 +77,9 @@ class Status(Protocol):
     def types(self) -> list[str]:
         """The kinds of engines that there are."""
 
+    def settings(self, model: str) -> str:
+        """The configuration in force, or one model's part, as YAML with the origin of each setting; no secrets."""
+
     def decisions(self, model: str) -> Decisions:
         """The last decisions, oldest first; all of them, or one model's."""
 

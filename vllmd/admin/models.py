@@ -10,8 +10,9 @@ import vllmd
 from vllmd.admin.control import Control
 from vllmd.admin.responses import json
 from vllmd.api.answers import Alive, Card, Health, Model, ModelList, Version
+from vllmd.api.codec import fields, plain
 from vllmd.errors import Forbidden, UnknownModel
-from vllmd.proxy.http import Request, Response
+from vllmd.proxy.http import Request, Response, list_response, text_response
 
 _STARTED = int(time.time())
 _SINCE = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(_STARTED))  # RFC 3339, as Anthropic has it
@@ -37,7 +38,8 @@ class ModelEndpoints:
         first, last = (data[0].id, data[-1].id) if data else (None, None)
         # Codex wants descriptions of its own models, prompts and all, under ``models``; with none it has its defaults.
         codex = () if "client_version" in request.query else None
-        return json(ModelList(data=tuple(data), first_id=first, last_id=last, models=codex))
+        whole = fields(ModelList(data=tuple(data), first_id=first, last_id=last, models=codex))
+        return await list_response(whole, "data", plain)
 
     async def one(self, request: Request) -> Response:
         """``GET /v1/models/{id}``, by its name, an alias, or its end. Raises UnknownModel."""
@@ -48,6 +50,12 @@ class ModelEndpoints:
                 if model.id == name:
                     return json(_card(model, asked if asked in model.aliases else name))
         raise UnknownModel(f"model {asked!r} does not exist; GET /v1/models lists those that do", param="model")
+
+    async def settings(self, request: Request) -> Response:
+        """``GET /admin/config``: what is in force, with the origin of each setting; ``?model=``: that model's part."""
+        name = request.query.get("model", "")
+        model = self._control.status.resolve(name, request.caller) if name else ""
+        return text_response(self._control.status.settings(model), content_type="application/yaml")
 
     async def _models(self, request: Request) -> list[Card]:
         return [model for model in await self._control.status.models() if request.caller.may_use(model.id)]

@@ -21,7 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vllmd.cli.arguments import parse
     from vllmd.cli.failures import EX_INTERRUPTED, EX_PIPE, EX_SOFTWARE, Failure
     from vllmd.cli.terminal import say
+    from vllmd.text import make_legible
 
+    make_legible(sys.stdin, sys.stdout, sys.stderr)
     try:
         arguments = parse(list(sys.argv[1:] if argv is None else argv))
         return int(arguments.run(arguments) or 0)

@@ -292,7 +292,12 @@ def configuration(host: Host) -> Iterator[Finding]:
 
 
 def _model(host: Host, name: str, source: str) -> Iterator[Finding]:
-    if source.startswith("/") and not host.path(source).exists():
+    try:
+        missing = source.startswith("/") and not host.path(source).exists()
+    except PermissionError:
+        yield "warning", f"{name}: you may not look at {source}", "sudo vllmctl doctor may"
+        return
+    if missing:
         yield "bad", f"{name}: there is no {source}", "say where it is with model:"
     elif source.startswith(("/root/", "/home/")) and not host.user:
         advice = "vllmd-engine must be able to read every directory of that path"

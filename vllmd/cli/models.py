@@ -14,6 +14,7 @@ from vllmd.api.verbs import Verb
 from vllmd.cli import show
 from vllmd.cli.admin import Admin, decoded
 from vllmd.cli.failures import EX_DATAERR, EX_UNAVAILABLE, Failure
+from vllmd.cli.terminal import cut
 
 
 def argument(parser: argparse.ArgumentParser, many: bool = True, optional: bool = False) -> None:
@@ -97,9 +98,11 @@ def progress(model: str, line: dict[str, Any], usual: float | None) -> Callable[
     about = f" of about {show.age(usual)}" if usual else ""
 
     def told(since: float) -> str:
-        rest = f": {state}, {show.age(line.get('elapsed', 0.0) + since)}{about}"
-        most = show.columns(sys.stderr)
-        return (model if most is None else show.shortened(model, max(12, most - 1 - show.width(rest)))) + rest
+        rest, seconds = f": {state}", f", {show.age(line.get('elapsed', 0.0) + since)}{about}"
+        if (most := show.columns(sys.stderr)) is None:
+            return model + rest + seconds
+        room = most - 1 - show.width(seconds)
+        return cut(show.shortened(model, max(12, room - show.width(rest))) + rest, room) + seconds
 
     return told
 

@@ -24,6 +24,7 @@ def check(config: Config) -> Iterator[Finding]:
     yield from _names(config)
     yield from _ports(config)
     yield from _keys(config)
+    yield from _tls(config)
     for model_name, path, what in offers.wrong(config):
         yield _place(config.models[model_name]) if model_name else _auth(config), path, what
     for model in config.models.values():
@@ -80,6 +81,18 @@ def good_name(name: str) -> bool:
 def _place(model: ModelConfig) -> Where:
     source, _, line = model.where.rpartition(":")
     return Where(source, int(line)) if line.isdigit() else Where(model.where)
+
+
+def _tls(config: Config) -> Iterator[Finding]:
+    """Whether the certificate can be used, by whoever looks: the daemon does so before it takes a configuration."""
+    if config.server.tls is None:
+        return
+    from vllmd.config.tls import context  # most configurations have none
+
+    try:
+        context(config.server.tls.cert, config.server.tls.key)
+    except ValueError as error:
+        yield _auth(config), "server.tls", str(error)
 
 
 def _auth(config: Config) -> Where:

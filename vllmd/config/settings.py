@@ -28,6 +28,7 @@ from vllmd.config.types import (
     RequestRules,
     ScopeLimits,
     ServerConfig,
+    TlsConfig,
     VariantConfig,
 )
 from vllmd.config.value_types import Kind
@@ -660,6 +661,15 @@ AUTH = Group(
     ),
 )
 
+TLS = Group(
+    TlsConfig,
+    "The certificate by which clients beyond loopback know this server.",
+    (
+        Setting("cert", k.PATH, "File in PEM with the certificate, and those of its issuers behind it."),
+        Setting("key", k.PATH, "File in PEM with its key, without a password. The user vllmd must be able to read it."),
+    ),
+)
+
 SERVER = Group(
     ServerConfig,
     "The HTTP side. Under systemd the addresses are those of vllmd.socket, whatever is said here.",
@@ -694,7 +704,8 @@ SERVER = Group(
         Setting(
             "max_buffered",
             k.SMALL_SIZE,
-            "Request bodies held in all, half of it by one address; more are answered 503.",
+            "Request bodies, and heads of more than 4 KiB, held in all, half of it by one address; "
+            "more are answered 503.",
         ),
         Setting("pipeline", k.SMALL_SIZE, "What is read of a connection's next requests while one is answered."),
         Setting("head_timeout", k.DURATION_KIND, "Time a client has to send a request's head."),
@@ -734,6 +745,11 @@ SERVER = Group(
             k.UP_TO,
             "Longest keep_alive, ttl or X-Vllmd-Keep-Alive of a request, for which the model does not age; it makes "
             "room for others all the same. Longer ones are cut to it, -1 as well; with 0 none counts.",
+        ),
+        Setting(
+            "tls",
+            TLS,
+            "TLS at every address that others can reach; loopback addresses stay plain. A reload reads the files anew.",
         ),
         Setting(
             "ui",

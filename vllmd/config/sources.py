@@ -23,7 +23,7 @@ def default_file(env: Mapping[str, str] = os.environ) -> Path:
     home, system = user_home(env), Path("/etc/vllmd/vllmd.yaml")
     given = env.get("XDG_CONFIG_HOME") or (home and home / ".config")
     own = Path(given) / "vllmd" / "vllmd.yaml" if given else system
-    return own if os.path.exists(own) or not system.exists() else system
+    return own if os.path.exists(own) or not os.path.exists(system) else system
 
 
 class Files:

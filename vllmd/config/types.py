@@ -193,6 +193,14 @@ class DeviceConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class TlsConfig:
+    """What shows clients whom they talk to: files in PEM, the certificate with those of its issuers behind it."""
+
+    cert: Path
+    key: Path
+
+
+@dataclass(frozen=True, slots=True)
 class ServerConfig:
     """The HTTP side. Sizes in bytes, times in seconds."""
 
@@ -218,6 +226,7 @@ class ServerConfig:
     loading_comment_interval: float = 10.0
     loading_as_reasoning: bool = False
     keep_alive_limit: float | None = 86400.0  # the longest keep_alive of a request; 0.0: none is listened to
+    tls: TlsConfig | None = None  # at addresses that others can reach; loopback stays plain
     ui: bool | None = None  # the page at /ui; None: at loopback addresses only
     hosts: tuple[str, ...] = ()  # names beside this machine's own under which it answers without keys; "*": any
     cors_origins: tuple[str, ...] = ()  # pages of which origins may read our answers; "*": of any
@@ -292,6 +301,7 @@ class Config:
     templates: Mapping[str, ModelConfig] = field(default_factory=dict, compare=False)  # by kind, of those they name
     files: tuple[Path, ...] = ()
     warnings: tuple[str, ...] = ()
+    origins: Mapping[str, object] = field(default_factory=dict, compare=False)  # of settings by path: file:line
 
     def template_of(self, kind: str) -> ModelConfig:
         """What the defaults make of a model of this kind of engine."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -54,9 +54,10 @@ class Current:
 
     def _take_engines(self, config: Config) -> None:
         self.engines: Mapping[str, ModelConfig] = engines_of(config.models)  # by the id that the core knows each by
-        self._engines_of: dict[str, list[str]] = {}
+        ids: dict[str, list[str]] = {}
         for name, engine in self.engines.items():
-            self._engines_of.setdefault(engine.replica_of or name, []).append(name)
+            ids.setdefault(engine.replica_of or name, []).append(name)
+        self.ids: Mapping[str, Sequence[str]] = ids  # of each model's engines
 
     def model_of(self, engine: str) -> str:
         """The model of an engine."""
@@ -65,7 +66,7 @@ class Current:
 
     def engines_of(self, model: str) -> list[str]:
         """The ids of the engines that a model is to have, or the one id."""
-        return list(self._engines_of.get(model, (model,)))
+        return list(self.ids.get(model, (model,)))
 
 
 class Later(Generic[T]):

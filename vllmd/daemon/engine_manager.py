@@ -26,7 +26,7 @@ from vllmd.daemon.calls import Look, answers, asked, call, complete, looked_at, 
 from vllmd.daemon.engine_process import EngineProcess, of
 from vllmd.daemon.failure_text import how_it_ended, with_hint, with_last_lines, with_root
 from vllmd.daemon.launch_planner import LaunchPlanner, Paths
-from vllmd.daemon.logfile import LogFile, forget_old_runs, path_of
+from vllmd.daemon.logfile import LogFile, forget_old_runs, forget_removed_models, path_of
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.sleeps import Sleeps, finish_work
 from vllmd.engines.base import Listen, Progress
@@ -513,6 +513,7 @@ class EngineManager:
             name = str(process.listen.port or process.instance)
             with contextlib.suppress(OSError):  # the file itself will tell
                 forget_old_runs(self._logs, process.name)
+                forget_removed_models(self._logs, self._models)
             process.file = LogFile(path_of(self._logs, process.name, name))
             log.info("%s: its output is also in %s", process.name, process.file.path, extra=of(process))
         try:

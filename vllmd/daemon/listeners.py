@@ -20,7 +20,7 @@ from vllmd.admin.page_routes import PageEndpoints, add_page
 from vllmd.admin.page_sessions import PageSessions
 from vllmd.admin.routes import add_operator, add_public
 from vllmd.config.checks import is_loopback
-from vllmd.config.types import AuthConfig, Config
+from vllmd.config.types import AuthConfig, Config, TlsConfig
 from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.keys import ApiKeyAuth, DenyAll, PeerCredentialAuth
 from vllmd.daemon.logins import FailedLogins
@@ -68,7 +68,7 @@ class Listeners:
         ``ended`` is called at the end of every request. ``sessions``: the file in which those of the page outlive the
         daemon; None: they do not.
         """
-        self._ui = config.server.ui
+        self._ui, self._tls = config.server.ui, config.server.tls is not None
         self._sessions = PageSessions(time.time, lambda name: self._keys.of_key(name), sessions)
         self._listeners = listeners
         self._control = control
@@ -85,9 +85,11 @@ class Listeners:
         self._ended = ended
         # Operators do not stand in the clients' line: their connections are counted apart.
         self._operators: list[Server] = []
+        self._far: list[Server] = []  # those at addresses that others can reach
         self._servers = [server for name, sockets in sorted(listeners.items()) for server in self._open(name, sockets)]
         self._clients = [server for server in self._servers if server not in self._operators]
         self._shut_or_open(config.auth)
+        self._encrypt(config.server.tls)
 
     def _open(self, name: str, sockets: Sequence[socket.socket]) -> Iterable[Server]:
         """The servers of a group of listeners: those that strangers can reach are apart.
@@ -109,7 +111,8 @@ class Listeners:
         if far:
             router = self._router(self._keys, near=False)
             self._reachable.append((router, list(reachable.values())))
-            yield self._server(router, far)
+            self._far.append(self._server(router, far))
+            yield self._far[-1]
 
     def _router(self, authenticator: Authenticator, *, near: bool) -> Router:
         """``near``: only this machine can reach it, so that the page is served unless the configuration says no."""
@@ -117,7 +120,7 @@ class Listeners:
         page = PageEndpoints(
             self._sessions,
             lambda: near if self._ui is None else self._ui,
-            lambda: False,
+            lambda: not near and self._tls,
             addresses(self._listeners.get("http", ())),
         )
         add_page(router, page)
@@ -151,6 +154,18 @@ class Listeners:
         self._quotas.configure(config.auth.keys)
         self._cors.configure(config.server.cors_origins)
         self._shut_or_open(config.auth)
+        self._encrypt(config.server.tls)
+
+    def _encrypt(self, tls: TlsConfig | None) -> None:
+        """Speak TLS where others can reach us, with the files as they are now; ``config.checks`` has seen them."""
+        self._tls = tls is not None
+        made = None
+        if tls is not None and self._far:
+            from vllmd.config.tls import context
+
+            made = context(tls.cert, tls.key)
+        for server in self._far:
+            server.tls = made
 
     def _shut_or_open(self, auth: AuthConfig) -> None:
         """Serve addresses that strangers can reach only with keys, or where that was allowed."""

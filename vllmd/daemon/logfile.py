@@ -7,7 +7,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
@@ -18,6 +18,7 @@ log = logging.getLogger("vllmd.logfile")
 SIZE, KEPT = 10 << 20, 5  # bytes of one file, and how many old ones
 MOST = 200 << 20  # bytes of all runs of a model
 RUNS = 5  # of a model whose files are kept: an engine that dies at once, again and again, must not fill the disk
+_RUN = re.compile(r"(?P<model>.+)_(?P<name>[a-z0-9-]+)-[0-9a-f]{6}\.log(?:\.\d+)?")
 RATE, BURST = 1 << 20, 8 << 20  # bytes per second in the long run, and at a time
 
 
@@ -97,6 +98,23 @@ def forget_old_runs(folder: Path, model: str) -> None:
         if number >= RUNS - 1 or room < 0:
             for file in files:
                 file.unlink(missing_ok=True)
+
+
+def forget_removed_models(folder: Path, models: Collection[str]) -> None:
+    """Remove the oldest files of models that are none of these any more, until the rest holds ``MOST`` bytes in all.
+
+    By their names alone, so that what somebody else keeps there stays. Raises OSError.
+    """
+    known, left = {_safe(model) for model in models}, []
+    for path in folder.iterdir():
+        found = _RUN.fullmatch(path.name)
+        if found and found["model"] not in known and found["name"] == readable(found["model"]):
+            left.append((path.lstat(), path))
+    room = MOST
+    for seen, path in sorted(left, key=lambda entry: entry[0].st_mtime, reverse=True):
+        room -= seen.st_size
+        if room < 0:
+            path.unlink(missing_ok=True)
 
 
 def _safe(model: str) -> str:

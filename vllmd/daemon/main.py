@@ -28,6 +28,7 @@ from vllmd.daemon.service import Daemon, meant_for_us
 from vllmd.errors import ConfigError
 from vllmd.systemd.activation import take_listeners
 from vllmd.systemd.journal import setup_logging
+from vllmd.text import make_legible
 
 log = logging.getLogger("vllmd")
 
@@ -37,6 +38,7 @@ EX_USAGE, EX_UNAVAILABLE, EX_SOFTWARE, EX_CONFIG = 64, 69, 70, 78
 
 def main(argv: list[str] | None = None) -> int:
     """Run vllmd; returns an exit status of sysexits(3)."""
+    make_legible(sys.stdout, sys.stderr)
     arguments = _parser().parse_args(argv)
     given = {leaf.path: getattr(arguments, flag.lstrip("-").replace("-", "_")) for flag, leaf in flags().items()}
     overrides = {path: value for path, value in given.items() if value is not None}

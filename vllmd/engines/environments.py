@@ -78,7 +78,7 @@ def in_use(kind: str, version: str = "", variables: Mapping[str, str] = os.envir
         return next((one for one in installed(kind, variables) if one.version == version), None)
     for root in roots(variables):
         linked = root / kind / CURRENT
-        if linked.is_symlink() and (linked / "bin/python").exists():
+        if os.path.islink(linked) and os.path.exists(linked / "bin/python"):  # no folder that is closed to us raises
             target = linked.resolve()
             return Environment(kind, target.name, target)
     return next(iter(installed(kind, variables)), None)
@@ -126,7 +126,8 @@ def _folders(kind: Path) -> list[Path]:
         entries = sorted(kind.iterdir())
     except OSError:
         return []
-    return [one for one in entries if not one.is_symlink() and one.name[0] != "." and (one / "bin/python").exists()]
+    folders = [one for one in entries if one.name[0] != "." and not os.path.islink(one)]
+    return [one for one in folders if os.path.exists(one / "bin/python")]
 
 
 def _age(version: str) -> tuple[tuple[int, int, str], ...]:

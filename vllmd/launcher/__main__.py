@@ -23,6 +23,7 @@ from vllmd.launcher.spawn import Users
 from vllmd.systemd.activation import take_listeners
 from vllmd.systemd.journal import setup_logging
 from vllmd.systemd.notify import Notifier
+from vllmd.text import make_legible
 
 log = logging.getLogger("vllmd.launcher")
 RUN_ROOT = "/run/vllmd-engine"  # where the launcher that is root lets run directories be
@@ -31,6 +32,7 @@ END_LIMIT = 10.0  # seconds for the engines of a private launcher to be gone
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run until not needed any more. 2 for a wrong command line, 1 where it cannot work."""
+    make_legible(sys.stdout, sys.stderr)
     options = _parse(sys.argv[1:] if argv is None else argv)
     setup_logging(options.log_level, identifier="vllmd-launcher")
     try:

@@ -57,7 +57,7 @@ GRACE = 0.5  # seconds between the main process's end and SIGKILL for what it le
 KILL_LIMIT = 20.0  # seconds for the kernel to end killed processes; a stuck driver can hold them
 RETIRE_LIMIT = 10.0  # seconds for systemd to forget the unit
 STATUS_TRIES, STATUS_WAIT = 20, 0.01  # for the exit status of one that is not our child
-TIDY_AGAIN, SWEEP_AGAIN = 10.0, 30.0  # seconds
+TIDY_AGAIN, SWEEP_SOON, SWEEP_AGAIN = 10.0, 5.0, 30.0  # seconds
 TAIL_LINES = 50  # read where the end was not asked for: somebody will want to know why
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGKILL)
 
@@ -243,15 +243,15 @@ class Supervisor:
                 engine.ending = Ending()
                 self._end(engine)
             log.info("found %s again, main process %s", unit_of(found.instance), engine.running().pid or "gone")
-        self._sweep()
+        self._sweep(SWEEP_SOON)
 
-    def _sweep(self) -> None:
+    def _sweep(self, again: float = SWEEP_AGAIN) -> None:
         """Now and again: what a launcher that died could not tidy any more, or a disk did not let it.
 
         A directory without an engine may be that of one whose order is on its way, so it goes when it is seen a second
         time. (Its age would not tell that: somebody may set the clock.)
         """
-        self._loop.later(SWEEP_AGAIN, self._sweep)
+        self._loop.later(again, self._sweep)
         kept = {os.path.basename(engine.run_dir) for engine in self._engines.values()}
         found: set[str] = set()
         for root in filter(os.path.isdir, self._roots):

@@ -1,4 +1,4 @@
-"""How much memory request bodies may take, and who may take how much of it.
+"""How much memory requests may take, and who may take how much of it: their bodies, and heads that are large.
 
 The problem: a body is held from its first byte until its request is over, which is minutes where a model loads. One
 limit for all (``server.max_buffered``) keeps the daemon from being killed for its memory, but whoever reaches it first
@@ -23,7 +23,7 @@ Holder = tuple[str, str]  # a place (``place_of``) and a key's name
 
 
 class BodyMemory:
-    """Keeps count of the bytes of request bodies that are held, in all and by holder."""
+    """Keeps count of the bytes of requests that are held, in all and by holder."""
 
     def __init__(self, limit: int) -> None:
         """``limit`` is in bytes, over all holders."""

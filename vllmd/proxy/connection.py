@@ -14,6 +14,7 @@ from typing import Protocol, cast
 
 from vllmd.errors import BadRequest, RequestTimeout, TookTooLong, TooLarge, Unavailable, VllmdError
 from vllmd.proxy.body_memory import BodyMemory, Holder, place_of
+from vllmd.proxy.departures import CONTINUE, VANISHED, HalfClosed, has_vanished
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.heads import RequestHead
 from vllmd.proxy.http import Headers, Peer, Request
@@ -23,9 +24,10 @@ from vllmd.proxy.routing import Handler
 
 log = logging.getLogger(__name__)
 
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+CUT_SHORT = "malformed request: the connection ended in the middle of it"
+SMALL_HEAD = 4 << 10  # bytes of a head that no account is kept of
 DISCARDED = 64 << 10  # bytes of a body that are read and dropped on a route that takes none
-NO_ROOM = "too many request bodies are being held; come back later"
+NO_ROOM = "too many large requests are being held; come back later"
 LINGER = 2.0  # seconds for a refused client to read the refusal before its connection is reset
 _ids = (f"{prefix}{number:016x}" for prefix in (os.urandom(8).hex(),) for number in itertools.count(1))
 new_id = _ids.__next__  # for a request that brought none: unique, no secret
@@ -81,7 +83,8 @@ class Connection(asyncio.Protocol):
         self._tunnel: Callable[[bytes], None] | None = None
         self._place = ""  # whose memory for bodies it takes
         self._holder: Holder
-        self._held = 0  # bytes of memory taken for the body
+        self._held = 0  # bytes of memory taken for the request
+        self._head_held = 0  # those of them that its head takes, if it is large
         self._keep_alive = True
         self._in_head = False
         self._headed = False  # its head has been read, and it is not yet decided what to do with it
@@ -120,19 +123,15 @@ class Connection(asyncio.Protocol):
             self._transport.pause_reading()
 
     def eof_received(self) -> bool:
-        """The client says no more. While a model or a stream answers it, that means it has left.
-
-        One that only shut its sending side still gets the answer of a local handler, which is short.
-        """
+        """The client says no more: it has left, or it waits for its answer (``departures``)."""
         self._half_closed = True
         if self._phase is Phase.TUNNEL:
             self._transport.abort()
         elif self._phase is Phase.BUSY and self._exchange is not None:
-            if self._exchange.outlives_eof:
-                return True
-            self._transport.abort()
+            HalfClosed(self._transport, self._exchange)
+            return True
         elif self._phase is Phase.BODY or (self._phase is Phase.HEAD and self._in_head):
-            self._refuse(BadRequest("malformed request: the connection ended in the middle of it"))
+            self._refuse(BadRequest(CUT_SHORT))
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -181,6 +180,9 @@ class Connection(asyncio.Protocol):
                     if reader.pending and not self._in_head:
                         self._in_head = True
                         self._expect(self._limits.head_timeout, self._head_late)
+                    if reader.pending > SMALL_HEAD:
+                        self._holder = self._place, ""
+                        self._hold_head(reader.pending)
                     return
                 self._in_head = False
                 self._begin(head)
@@ -189,18 +191,16 @@ class Connection(asyncio.Protocol):
             # 2. The body, which takes memory as it comes, not as it was announced.
             body, request = reader.body(), self._request
             request.received = received = reader.received
-            if received > self._held and request.max_body != 0:
-                if not self._host.memory.take(self._holder, received - self._held):
-                    raise Unavailable(NO_ROOM, retry_after=5)
-                self._held = received
+            if received + self._head_held > self._held and request.max_body != 0:
+                self.body_grew(received)
             if body is None:
                 if self._late != self._body_late:
                     self._expect_bytes()
                 return
             # 3. The answer, in a task of its own.
             request.body = body
-            self._phase, self._late = Phase.BUSY, None
-            self._serve()
+            self._phase, self._late, self._expiry = Phase.BUSY, None, None
+            self._serve(request)
         except VllmdError as error:
             self._refuse(error)
 
@@ -220,6 +220,10 @@ class Connection(asyncio.Protocol):
         )
         self._headed = True
         self._handler = self._host.begin(request)
+        if self._head_held or self._reader.head_size > SMALL_HEAD:
+            self._release()
+            self._holder = self._place, request.caller.name
+            self._hold_head(self._reader.head_size)
         if head.length != 0:
             length, most = head.length or 0, self._limits.max_body
             if request.max_body == 0:
@@ -252,6 +256,7 @@ class Connection(asyncio.Protocol):
 
     def body_grew(self, size: int) -> None:
         """The body takes ``size`` bytes now. Raises Unavailable if there is no room for them."""
+        size += self._head_held
         if size > self._held:
             if not self._host.memory.take(self._holder, size - self._held):
                 raise Unavailable(NO_ROOM, retry_after=5)
@@ -263,17 +268,26 @@ class Connection(asyncio.Protocol):
         """Give the body's memory back, and let go of the body."""
         if self._held:
             self._host.memory.give_back(self._holder, self._held)
-            self._held = 0
-            self._request.body = b""
+            if self._held > self._head_held:
+                self._request.body = b""
+            self._held = self._head_held = 0
+
+    def _hold_head(self, size: int) -> None:
+        """Take memory for a head of ``size`` bytes, as for a body. Raises Unavailable."""
+        before, self._head_held = self._head_held, size
+        try:
+            self.body_grew(0)
+        except Unavailable:
+            self._head_held = before
+            raise
 
     # -- answering
 
-    def _serve(self) -> None:
+    def _serve(self, request: Request) -> None:
         if self._transport.is_closing():
-            return  # nobody is there to be answered; ``connection_lost`` is on its way
+            return  # the client is gone, and ``connection_lost`` is on its way
         keep_alive = self._keep_alive and not self._host.draining
-        self._exchange = exchange = Exchange(self._request, self, self._transport.write, keep_alive=keep_alive)
-        self._expiry = None
+        self._exchange = exchange = Exchange(request, self, self._transport.write, keep_alive=keep_alive)
         if self._write_paused:
             exchange.pause(True)
         self._running = self._loop.create_task(self._run(exchange, self._handler))
@@ -301,7 +315,8 @@ class Connection(asyncio.Protocol):
         self._release()
         if self._gone:
             return
-        if not keep_alive or self._half_closed or self._tunnel is not None or self._host.closing:
+        more = self._reader.pending or not self._half_closed
+        if not keep_alive or not more or self._tunnel is not None or self._host.closing:
             self._close()
             return
         self._phase = Phase.HEAD
@@ -310,6 +325,16 @@ class Connection(asyncio.Protocol):
         if self._reader.pending:
             self._transport.resume_reading()
             self._advance()
+            if self._half_closed and self._exchange is not None:
+                HalfClosed(self._transport, self._exchange)
+            elif self._half_closed and self._phase in (Phase.HEAD, Phase.BODY):
+                self._refuse(BadRequest(CUT_SHORT))
+
+    def look(self) -> None:
+        """Close it if the client has vanished in the middle of an answer."""
+        if self._exchange is not None and has_vanished(self._transport.get_extra_info("socket")):
+            log.info("%s has vanished: it acknowledged nothing for %g s", self.peer, VANISHED)
+            self._transport.abort()
 
     def abort(self, *, reset: bool) -> None:
         """Close so that the client sees the answer as broken off."""
@@ -409,7 +434,8 @@ class Connection(asyncio.Protocol):
         self._phase = Phase.CLOSING
         if (self._unread or self._reader.pending) and not self._half_closed:
             try:
-                self._transport.write_eof()
+                if self._transport.can_write_eof():  # TLS has no half-closed connections
+                    self._transport.write_eof()
             except OSError:  # the client has reset the connection, and asyncio has not heard of it yet
                 self._transport.abort()
                 return

@@ -33,6 +33,7 @@ class RequestReader:
         "_most",
         "_next",
         "_scanned",
+        "head_size",
         "received",
     )
 
@@ -48,6 +49,7 @@ class RequestReader:
         self._most = limits.max_body  # payload bytes that the present body may have
         self._body = bytearray()  # what has come of a body that comes in several pieces
         self.received = 0  # payload bytes of the present body
+        self.head_size = 0  # bytes of the present request's head
 
     @property
     def pending(self) -> int:
@@ -91,6 +93,7 @@ class RequestReader:
             self._scanned = len(data)
             return None
         head = self._heads.read(bytes(data[: end + 4]))
+        self.head_size = end + 4
         del data[: end + 4]
         self._scanned = 0
         self._begun = False

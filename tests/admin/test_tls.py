@@ -1,0 +1,138 @@
+"""TLS at addresses that others can reach: what is spoken there, who is refused, and a certificate that is renewed."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import ssl
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.admin.site import Site, running, until
+
+CONFIG = """\
+server: {{idle_exit: never, head_timeout: 2s, ui: true, tls: {{cert: {folder}/cert.pem, key: {folder}/key.pem}}}}
+auth: {{keys: [{{name: lab, key: a-key-for-the-lab, scopes: [models, admin]}}]}}
+devices: []
+models: {{alpha: {{engine: sim, options: {{load_time: 0.01s, tokens_per_second: 500}}}}}}
+"""
+
+
+def certificate(folder: Path, name: str) -> None:
+    """A certificate of ``name`` for 127.0.0.1, signed by itself."""
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
+         "-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1",
+         "-keyout", folder / "key.pem", "-out", folder / "cert.pem"], check=True, capture_output=True)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("tls")
+    certificate(folder, "first")
+    with running(folder, CONFIG.format(folder=folder), address="0.0.0.0") as site:
+        yield site
+
+
+def connect(site: Site) -> http.client.HTTPSConnection:
+    trusted = ssl.create_default_context(cafile=str(site.folder / "cert.pem"))
+    return http.client.HTTPSConnection("127.0.0.1", site.port, timeout=30, context=trusted)
+
+
+def ask(site: Site, method: str, path: str, body: str = "", **headers: str) -> tuple[int, bytes, dict[str, str]]:
+    connection = connect(site)
+    sent = {"Content-Type": "application/json", "Authorization": "Bearer a-key-for-the-lab", **headers}
+    connection.request(method, path, body or None, sent)
+    answer = connection.getresponse()
+    found = answer.status, answer.read(), {name.lower(): value for name, value in answer.getheaders()}
+    connection.close()
+    return found
+
+
+def test_a_chat_and_a_stream_go_through(site: Site) -> None:
+    body = '{"model": "alpha", "max_tokens": 50, "messages": [{"role": "user", "content": "hello"}]%s}'
+    assert ask(site, "POST", "/v1/chat/completions", body % "")[0] == 200
+    status, text, _ = ask(site, "POST", "/v1/chat/completions", body % ', "stream": true')
+    assert status == 200 and text.endswith(b"data: [DONE]\n\n")
+
+
+def test_a_large_body_and_a_refused_one_are_answered(site: Site) -> None:
+    """TLS has no half-closed connections: the refusal must reach a client that is still sending."""
+    text = "x" * 3_000_000
+    assert ask(site, "POST", "/v1/embeddings", f'{{"model": "alpha", "input": "{text}"}}')[0] in (200, 400)
+    connection = connect(site)
+    connection.putrequest("POST", "/v1/embeddings")
+    connection.putheader("Content-Length", str(10**12))
+    connection.putheader("Authorization", "Bearer a-key-for-the-lab")
+    connection.endheaders(b"{")
+    assert connection.getresponse().status == 413
+
+
+def test_the_pages_cookie_is_for_tls_only_then(site: Site) -> None:
+    status, _, headers = ask(site, "POST", "/ui/session", "{}")
+    assert status == 200 and "; Secure" in headers["set-cookie"]
+
+
+def test_a_client_without_tls_is_not_served_and_harms_nobody(site: Site) -> None:
+    with socket.create_connection(("127.0.0.1", site.port), timeout=30) as plain:
+        plain.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert not plain.recv(100).startswith(b"HTTP/")
+    assert ask(site, "GET", "/health/live")[0] == 200
+
+
+def test_a_renewed_certificate_is_taken_at_a_reload_and_a_broken_one_is_refused(site: Site) -> None:
+    """Certificates of today live for weeks: a renewal must not cost a restart, nor a bad file the one in use."""
+    certificate(site.folder, "second")
+    site.operate("POST", "/admin/reload")
+    shown = ssl.get_server_certificate(("127.0.0.1", site.port))
+    assert shown.split() == (site.folder / "cert.pem").read_text().split()
+    good = (site.folder / "key.pem").read_text()
+    (site.folder / "key.pem").write_text("nothing of the kind")
+    refused = site.ask("POST", "/admin/reload", admin=True)
+    assert refused.status == 400 and "key.pem" in refused.error
+    assert ask(site, "GET", "/health/live")[0] == 200
+    (site.folder / "key.pem").write_text(good)
+
+
+def test_loopback_stays_plain(tmp_path: Path) -> None:
+    """Programs on this machine go on as they are."""
+    certificate(tmp_path, "own")
+    with running(tmp_path, CONFIG.format(folder=tmp_path)) as site:
+        assert site.ask("GET", "/health/live").status == 200
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [("no key", "key.pem cannot be read: No such file"), ("another key", "does not belong to the certificate"),
+     ("no certificate", "no certificate in PEM"), ("a password", "encrypted")],
+)  # fmt: skip
+def test_what_is_wrong_with_the_files_is_said(tmp_path: Path, fault: str, said: str) -> None:
+    certificate(tmp_path, "own")
+    match fault:
+        case "no key":
+            (tmp_path / "key.pem").unlink()
+        case "another key":
+            kept = (tmp_path / "cert.pem").read_text()
+            certificate(tmp_path, "other")
+            (tmp_path / "cert.pem").write_text(kept)
+        case "no certificate":
+            (tmp_path / "cert.pem").write_text("-----BEGIN CERTIFICATE-----\nrubbish\n-----END CERTIFICATE-----\n")
+        case "a password":
+            key = tmp_path / "key.pem"
+            subprocess.run(["openssl", "ec", "-in", key, "-aes256", "-passout", "pass:secret", "-out", key],
+                           check=True, capture_output=True)  # fmt: skip
+    from vllmd.config.tls import context
+
+    with pytest.raises(ValueError, match=said):
+        context(tmp_path / "cert.pem", tmp_path / "key.pem")
+
+
+def test_a_client_that_says_nothing_holds_no_place(site: Site) -> None:
+    """It is not even counted as connected once its handshake is given up; others are served meanwhile."""
+    with socket.create_connection(("127.0.0.1", site.port), timeout=30):
+        until(lambda: site.operate("GET", "/admin/status")["connections"] >= 2)
+        assert ask(site, "GET", "/health/live")[0] == 200
+    until(lambda: site.operate("GET", "/admin/status")["connections"] == 1)
