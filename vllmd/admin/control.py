@@ -16,8 +16,11 @@ from vllmd.api.answers import (
     Device,
     GPUInfo,
     Health,
+    KeyLine,
+    Keys,
     Killed,
     ModelLine,
+    NewKey,
     Probed,
     Progress,
     Reloaded,
@@ -192,6 +195,23 @@ class Records(Protocol):
         """Arrivals from then on, as ``vllmctl simulate`` reads them. Raises Unavailable, NotFound."""
 
 
+class KeyStore(Protocol):
+    """Keys that are made while it runs; each change counts at once."""
+
+    @property
+    def list(self) -> Callable[[], Keys]:
+        """All keys, those of the configuration among them; never their text."""
+
+    def create(self, name: str, settings: Mapping[str, object]) -> NewKey:
+        """Make one; its text is told this once. Raises BadRequest, Conflict, Unavailable."""
+
+    def revoke(self, name: str) -> Keys:
+        """It opens nothing from now on; those that are left. Raises NotFound, Unavailable."""
+
+    def limit(self, name: str, settings: Mapping[str, object]) -> KeyLine:
+        """Change what is named of it; null takes a limit away. Raises NotFound, BadRequest, Unavailable."""
+
+
 @dataclass(frozen=True, slots=True)
 class Control:
     """The daemon, as the endpoints see it."""
@@ -202,3 +222,4 @@ class Control:
     following: Following
     runtime_models: RuntimeModels
     records: Records
+    keys: KeyStore
