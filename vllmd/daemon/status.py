@@ -153,6 +153,7 @@ class Status:
         learnt: Learnt,
         back: Later[BackEnd],
         connections: Callable[[], int],
+        downloads: Callable[[], list[answers.Download]] = list,
     ) -> None:
         self._current = current
         self._runtime = runtime
@@ -161,6 +162,7 @@ class Status:
         self._learnt = learnt
         self._back = back
         self._connections = connections
+        self._downloads = downloads
         self._started = time.monotonic()
         self._descriptions = Descriptions()
         self._kinds: tuple[Config, dict[str, str]] | None = None  # repository -> kind of model, once asked for
@@ -178,7 +180,8 @@ class Status:
 
     def status(self, caller: Caller = ANYBODY) -> answers.Status:
         """Everything that ``vllmctl`` shows, of the models that the caller may use."""
-        return of_caller(status(self.sight(), self._started), caller)
+        shown = of_caller(status(self.sight(), self._started), caller)
+        return replace(shown, downloads=tuple(self._downloads())) if caller.models is None else shown
 
     def health(self) -> answers.Health:
         """Whether we are well, with devices and models as P's document has them."""
