@@ -205,7 +205,9 @@ class Status:
         return [*before, *(dated(each, now) for each in made if not model or concerns(each, names))]
 
     async def models(self) -> list[dict[str, Any]]:
-        """Every model for ``/v1/models``."""
+        """Every model for ``/v1/models``. Raises Unavailable where none is served, as every request hears."""
+        if self._gate.refusal:
+            raise self._gate.refusal.with_traceback(None)
         config = self._current.config
         if self._kinds is None or self._kinds[0] is not config:
             self._kinds = config, await asyncio.to_thread(_kinds, self.cache())
