@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from vllmd.admin.control import Control
-from vllmd.errors import BadRequest, Forbidden, NotFound, UnknownModel, Unsupported
+from vllmd.errors import BadRequest, Forbidden, NotFound, UnknownModel, Unsupported, VllmdError
 from vllmd.ollama import models, requests, schemas
 from vllmd.ollama.answers import Piece, Reply, Timing, chat_piece, generate_piece
 from vllmd.ollama.embedding import embed_answer, embeddings_answer
@@ -322,5 +322,8 @@ async def here() -> AsyncIterator[dict[str, Any]]:
 async def _lines(first: dict[str, Any] | None, rest: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
     if first is not None:
         yield json.dumps(first).encode() + b"\n"
-    async for line in rest:
-        yield json.dumps(line).encode() + b"\n"
+    try:
+        async for line in rest:
+            yield json.dumps(line).encode() + b"\n"
+    except VllmdError as error:  # once the answer has begun, its last line says so, as Ollama's does
+        yield json.dumps(error.to_ollama()).encode() + b"\n"
