@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,7 @@ class _Parser:
         return tuple(found)
 
     def idle(self, node: Node, path: str) -> IdleRules:
-        return settle_idle(self.values(IDLE, node, path))
+        return _settled(tuple(sorted(self.values(IDLE, node, path).items())))
 
     def auth(self, node: Node | None) -> AuthConfig:
         if node is None or not node.is_map:
@@ -396,6 +397,12 @@ def is_for_kind(name: str, node: Node) -> bool:
     return row is None or (node.is_map and row.kind is COMMAND)
 
 
+@lru_cache
+def _settled(values: tuple[tuple[str, Any], ...]) -> IdleRules:
+    """Most models have the same rules, and then share one object."""
+    return settle_idle(dict(values))
+
+
 def settle_idle(values: dict[str, Any]) -> IdleRules:
     """Level 3 means to stop where others sleep.
 
@@ -412,4 +419,4 @@ def settle_idle(values: dict[str, Any]) -> IdleRules:
     stop = rules.stop_after if rules.stop_after is not None else float("inf")
     late = [name for name in ("sleep_after", "deepen_after") if (getattr(rules, name) or 0.0) > stop]
     never: dict[str, Any] = dict.fromkeys(name for name in late if name not in values)
-    return replace(rules, **never)
+    return replace(rules, **never) if never else rules

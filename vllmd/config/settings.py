@@ -969,6 +969,7 @@ def leaves(group: Group = ROOT, prefix: str = "", reload: Reload = Reload.NOW) -
             yield from leaves(row.kind, leaf.path + end, leaf.reload)
 
 
+@cache
 def of_the_engine() -> frozenset[str]:
     """The fields of ``ModelConfig`` that an engine depends on: with another value there it is another engine."""
     return frozenset(
