@@ -181,6 +181,18 @@ class AsyncClient:
         """Take a device out of use, or give it back; how it is then."""
         return await self._told("drain", answers.Device, device=device, drained=drained)
 
+    async def cached_models(self) -> tuple[answers.CachedModel, ...]:
+        """What the engines' caches hold, and which models are loaded from it."""
+        return (await self._told("cached", answers.Cached)).cached
+
+    async def stop_download(self, model: str) -> answers.Download:
+        """End a download; what has come is kept for the next one."""
+        return await self._told("stop-download", answers.Download, model=model)
+
+    async def remove_model(self, model: str, *, files: bool = False, dry: bool = False) -> answers.Removed:
+        """Serve an added model no more, and with ``files`` remove those; ``dry``: only say so."""
+        return await self._told("remove", answers.Removed, model=model, files=files, dry=dry)
+
     async def keys(self) -> tuple[answers.KeyLine, ...]:
         """All keys, without their text."""
         return (await self._told("keys", answers.Keys)).keys

@@ -31,6 +31,7 @@ from vllmd.daemon.quotas import Quotas
 from vllmd.daemon.records import Records
 from vllmd.daemon.runtime_models import RuntimeModels, addresses
 from vllmd.daemon.status import Status
+from vllmd.daemon.store import ModelStore
 from vllmd.errors import Unavailable
 from vllmd.proxy.forward import Relay
 from vllmd.proxy.limits import Limits
@@ -57,6 +58,7 @@ class FrontEnd:
     status: Status
     instances: Instances
     runtime_models: RuntimeModels
+    store: ModelStore
     changing: asyncio.Lock  # one change of the configuration at a time
     listeners: Listeners
     records: Records
@@ -113,9 +115,10 @@ def front_end(
     changes = Changes(current, counters, learnt, relay.forget, records.engine_up)
     instances = Instances(current, back, take, changing)
     runtime_models = RuntimeModels(current, back, take, changing, instances.plain, addresses(sockets.get("http", ())))
-    status = Status(current, runtime, resolver, gate, learnt, back, lambda: listeners.connections)
+    store = ModelStore(current, runtime, back, changes, reload)
+    status = Status(current, runtime, resolver, gate, learnt, back, lambda: listeners.connections, store.lines)
     commands, following = OperatorCommands(back, instances, reload), Following(current, status, changes, back)
-    control = Control(counters, status, commands, following, runtime_models, records, key_store)
+    control = Control(counters, status, commands, following, runtime_models, store, records, key_store)
 
     def outcome(model: str, answered: int, failed: bool) -> None:
         """What became of a request; of several replicas the scheduler itself judges."""
@@ -141,6 +144,7 @@ def front_end(
         status=status,
         instances=instances,
         runtime_models=runtime_models,
+        store=store,
         changing=changing,
         listeners=listeners,
         records=records,
