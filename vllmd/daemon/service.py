@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from vllmd.api.answers import Reloaded
 from vllmd.config.replicas import is_this_host, meant_here
 from vllmd.config.types import Config
 from vllmd.core import events
@@ -24,6 +25,7 @@ from vllmd.daemon.discovery import with_discovered
 from vllmd.daemon.failures import failed
 from vllmd.daemon.front_end import SHUTTING_DOWN, front_end
 from vllmd.daemon.idle_exit import IdleExit
+from vllmd.daemon.names import FIRST_MODEL
 from vllmd.errors import ConfigError, Unavailable
 from vllmd.systemd.notify import Notifier
 
@@ -85,6 +87,8 @@ class Daemon:
         """Serve until told to stop, or until there has been nothing to do for long enough."""
         self._on_signals()
         self.front.listeners.open()
+        if not self.front.current.config.models and not self.front.current.broken:
+            log.info("no models are configured yet; %s fetches a small one, serves it and asks it", FIRST_MODEL)
         self._notify.ready("looking for devices and engines")
         chores = [asyncio.ensure_future(chore) for chore in (self._open(), self._tick())]
         try:
@@ -299,7 +303,7 @@ class Daemon:
         with contextlib.suppress(ConfigError):
             await self.reload()
 
-    async def reload(self) -> dict[str, Any]:
+    async def reload(self) -> Reloaded:
         """Take a changed configuration; an invalid one changes nothing. Raises ConfigError."""
         await self.front.back.wait()
         self._notify.reloading()
@@ -316,7 +320,7 @@ class Daemon:
         finally:
             self._notify.ready()
 
-    async def take(self, config: Config, unless_used: frozenset[str] = frozenset()) -> dict[str, Any]:
+    async def take(self, config: Config, unless_used: frozenset[str] = frozenset()) -> Reloaded:
         """Implements ``daemon.current.Take``. The caller holds ``front.changing``."""
         from vllmd.daemon.reload import take  # most daemons are never told to
 
