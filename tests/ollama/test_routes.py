@@ -25,7 +25,7 @@ CHAT = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
 STREAM = [chunk({"content": "a"}), chunk({"content": "b"}), chunk({}, "stop"), usage(), DONE]
 WHOLE = {"choices": [{"message": {"role": "assistant", "content": "ab"}, "finish_reason": "stop"}]}
 CARD = {"id": "m", "display_name": "M", "hidden": False, "aliases": ["m-alias"], "engine": "vllm", "max_model_len": 99}
-CARD |= {"capabilities": ["chat", "embeddings"]}
+CARD |= {"capabilities": ["chat", "embeddings", "tools"]}
 
 
 class FakeStatus:
