@@ -56,10 +56,9 @@ USAGE = [
     (["assign", "m", "--devices", "x"], "vllmctl: --devices: 'x' is not a number: devices are numbers from 0; "
      "accepted: auto, or device numbers such as [0, 1]"),
     (["bench", "m", "-n", "0"], "vllmctl: --requests and --clients must be at least 1"),
-    (["show", "m"], "vllmctl: there is no verb 'show'; "
-     "vllmctl why MODEL says how one stands, vllmctl models what it is"),
-    (["pull", "m"], "vllmctl: there is no verb 'pull'; "
-     "add it to models: in /etc/vllmd/vllmd.yaml; its files are fetched when it is first loaded"),
+    (["show"], "vllmctl show: the following arguments are required: MODEL"),
+    (["download", "m"], "vllmctl: there is no verb 'download'; vllmctl pull fetches a model"),
+    (["del", "m"], "vllmctl: there is no verb 'del'; vllmctl rm removes a model"),
     (["--url", "ftp://x", "ps"], "vllmctl: 'ftp://x' is no URL; one is http://127.0.0.1:33258"),
 ]  # fmt: skip
 
@@ -190,6 +189,14 @@ def test_the_daemon_says_no(
             code,
             f"vllmctl: {body['error']['message']}",
         )
+
+
+def test_an_administrator_is_not_told_to_tell_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """What clients hear of an invalid configuration is for those who cannot repair it."""
+    message = "vllmd's configuration is invalid, tell its administrator: a.yaml:9"
+    with fake_daemon({"POST /admin/models/x/pin": (503, {"error": {"message": message}})}, tmp_path / "s"):
+        told = "vllmctl: vllmd's configuration is invalid, see vllmctl config check: a.yaml:9"
+        assert said(capsys, "--socket", str(tmp_path / "s"), "pin", "x") == (78, told)
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = REPOSITORY / "docs" / "clients.md"
 PROGRAMS = Path(__file__).with_name("programs")
 FUNCTIONS = ("list", "chat", "responses", "stream", "tools", "images", "embeddings", "count tokens", "cancel", "errors")
-LIMIT = 600.0  # seconds for all functions of one client
+LIMIT = 2400.0  # seconds for all functions of one client
 CHAT_MODEL, EMBED_MODEL, TOOLS_MODEL, IMAGES_MODEL, AGENT_MODEL = "smollm2", "minilm", "tiny", "stand-in", "coder"
 # Without heat a model of random weights puts white space between the parts of a call for ever, so tools are asked with.
 TOOL_ARGS = {"enable-auto-tool-choice": True, "tool-call-parser": "hermes"}

@@ -90,10 +90,10 @@ def test_what_an_engine_says_counts_more_than_its_files_and_a_setting_more_than_
     assert "chat" in card(model, ROUTES, None, "")["capabilities"]
     assert "chat" in card(model, ROUTES, None, "generate")["capabilities"]
     told = card(model, ROUTES, None, "generate", said)
-    assert (told["capabilities"], told["max_model_len"]) == (["embeddings", "tokenize"], 512)
+    assert (told["capabilities"], told["max_model_len"]) == (("embeddings", "tokenize"), 512)
     assert card(model, ROUTES, None, "generate", SelfDescription())["max_model_len"] == 100
     own = ModelConfig("m", capabilities=("vision", "chat"))
-    assert card(own, ROUTES, None, "generate", said)["capabilities"] == ["chat", "vision"]
+    assert card(own, ROUTES, None, "generate", said)["capabilities"] == ("chat", "vision")
 
 
 TEMPLATES = {"chat_template_caps": {"supports_tools": False}}
@@ -118,9 +118,9 @@ def test_tools_are_claimed_where_the_engine_takes_calls(
     model: ModelConfig, said: SelfDescription | None, able: bool
 ) -> None:
     """vLLM only with its flag, llama.cpp by its template; programs leave out models that do not claim it."""
-    found = card(model, ROUTES, None, "generate", said)["capabilities"]
-    assert ("tools" in found) == able
-    assert ("tools" in abilities({"capabilities": found})) == able
+    found = card(model, ROUTES, None, "generate", said)
+    assert ("tools" in found.capabilities) == able
+    assert ("tools" in abilities(found)) == able
 
 
 def test_a_hidden_model_is_not_listed_and_answers_by_its_name() -> None:

@@ -15,6 +15,7 @@ from vllmd.admin.openapi import Documentation
 from vllmd.admin.records import add_records
 from vllmd.admin.runtime_models import add_guests
 from vllmd.admin.schemas import TEXT, answers, asks, doc, placed, streams
+from vllmd.admin.store import add_store
 from vllmd.admin.streams import LOG, StreamEndpoints
 from vllmd.admin.verbs import add_verbs, audited, parameter, request_body
 from vllmd.api.answers import (
@@ -73,12 +74,16 @@ def add_operator(router: Router, control: Control) -> None:
     add("GET", "/admin/models", models.every, "read", "The models as /v1/models has them, for operators",
         answers(ModelList), EACH)  # fmt: skip
     add("GET", "/admin/models/{model:path}", models.one, "read", "One model, likewise", answers(Model))
+    add("GET", "/admin/config", models.settings, "read", "The settings in force, and where each comes from",
+        doc(streams("application/yaml", "vllmd.yaml without secrets"), asks(model=(TEXT, "of that model only"))),
+        MACHINE)  # fmt: skip
     add("GET", "/admin/events", follow.events, "read", "Decisions as they are made, and what becomes of them",
         streams("text/event-stream", "events whose data is a Decision"), MACHINE)  # fmt: skip
     add("GET", "/admin/logs/{model:path}", follow.log, "read", "An engine's log",
         doc(streams("text/plain", "its lines"), placed([parameter(each) for each in LOG])))  # fmt: skip
     _add_instances(router, InstanceEndpoints(control))
     add_guests(router, control.runtime_models, audited)
+    add_store(router, control.store, audited)
     add_records(router, control, audited)
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from vllmd.admin.control import Control
+from vllmd.api.answers import Card
 from vllmd.errors import BadRequest, Forbidden, NotFound, UnknownModel, Unsupported
 from vllmd.ollama import models, requests, schemas
 from vllmd.ollama.answers import Piece, Reply, Timing, chat_piece, generate_piece
@@ -25,7 +26,7 @@ from vllmd.proxy.answer import UpstreamRequest
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.forward import Relay
 from vllmd.proxy.gate import Target
-from vllmd.proxy.http import Pairs, Request, Response, json_response, text_response
+from vllmd.proxy.http import Pairs, Request, Response, json_response, list_response, text_response
 from vllmd.proxy.keep_alive import wish
 from vllmd.proxy.large import LARGE, in_turns
 from vllmd.proxy.model_requests import after_rules, quoted
@@ -225,24 +226,24 @@ class ListRoutes:
 
     async def tags(self, request: Request) -> Response:
         """``GET /api/tags``: what the key may use and is not hidden."""
-        return json_response(models.tags(await self._cards(request), self._since))
+        return await list_response(models.tags(await self._cards(request), self._since), "models")
 
     async def ps(self, request: Request) -> Response:
         """``GET /api/ps``."""
         cards = await self._cards(request)
-        lines = self._control.status.status()["models"]
+        lines = self._control.status.status().models
         return json_response(models.ps(cards, lines, time.time()))
 
     async def show(self, request: Request) -> Response:
         """``POST /api/show``. Raises UnknownModel, Forbidden."""
         name = self._control.status.called(requests.model_of(read(request.body)), request.caller)
         for card in await self._control.status.models():
-            if card["id"] == name:
+            if card.id == name:
                 return json_response(models.show(card, self._since))
         raise UnknownModel(f"the model {name!r} is no longer configured", param="model")
 
-    async def _cards(self, request: Request) -> list[dict[str, Any]]:
-        return [card for card in await self._control.status.models() if request.caller.may_use(card["id"])]
+    async def _cards(self, request: Request) -> list[Card]:
+        return [card for card in await self._control.status.models() if request.caller.may_use(card.id)]
 
 
 class StoreRoutes:

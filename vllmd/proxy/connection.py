@@ -199,8 +199,8 @@ class Connection(asyncio.Protocol):
                 return
             # 3. The answer, in a task of its own.
             request.body = body
-            self._phase, self._late = Phase.BUSY, None
-            self._serve()
+            self._phase, self._late, self._expiry = Phase.BUSY, None, None
+            self._serve(request)
         except VllmdError as error:
             self._refuse(error)
 
@@ -283,12 +283,11 @@ class Connection(asyncio.Protocol):
 
     # -- answering
 
-    def _serve(self) -> None:
+    def _serve(self, request: Request) -> None:
         if self._transport.is_closing():
-            return  # nobody is there to be answered; ``connection_lost`` is on its way
+            return  # the client is gone, and ``connection_lost`` is on its way
         keep_alive = self._keep_alive and not self._host.draining
-        self._exchange = exchange = Exchange(self._request, self, self._transport.write, keep_alive=keep_alive)
-        self._expiry = None
+        self._exchange = exchange = Exchange(request, self, self._transport.write, keep_alive=keep_alive)
         if self._write_paused:
             exchange.pause(True)
         self._running = self._loop.create_task(self._run(exchange, self._handler))
