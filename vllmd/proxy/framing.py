@@ -25,7 +25,7 @@ class BadFraming(ValueError):
 
 
 class Framing(Protocol):
-    """One body's end-finder."""
+    """Finds the end of one body in the bytes as they come. Counts, so it serves one body only."""
 
     keep: bool
     pieces: list[bytes]
@@ -48,7 +48,7 @@ class Length:
         self.pieces: list[bytes] = []
 
     def scan(self, data: bytes) -> int:
-        """Count."""
+        """The index after the last of ``length`` bytes, -1 if it has not come."""
         size = len(data)
         if size < self.left:
             self.left -= size
@@ -75,7 +75,7 @@ class UntilEof:
         self.pieces: list[bytes] = []
 
     def scan(self, data: bytes) -> int:
-        """It always goes on."""
+        """-1: only the end of the connection ends it."""
         if self.keep:
             self.pieces.append(data)
         return -1
