@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from vllmd.daemon.current import RuntimeEnvironment
 from vllmd.daemon.idle_exit import IdleExit
+from vllmd.daemon.service import Daemon
 
 
 def test_it_ends_when_idle_for_long_enough() -> None:
@@ -34,3 +41,19 @@ def test_it_lives_a_second_at_least() -> None:
     exit = IdleExit(born=0.0)
     assert not exit.due(0.9, 0.0, busy=False, accepted=0)
     assert exit.due(1.0, 0.0, busy=False, accepted=0)
+
+
+@pytest.mark.parametrize(("connections", "requests", "exits"), [(0, 0, True), (1, 0, False), (0, 1, False)])
+def test_it_stays_while_somebody_is_connected(connections: int, requests: int, exits: bool) -> None:
+    """A client that keeps its connection, or waits for an answer, would see it break."""
+    daemon = Daemon.__new__(Daemon)
+    server, engines = SimpleNamespace(idle_exit=1.0), SimpleNamespace(processes={})
+    daemon.front = SimpleNamespace(  # type: ignore[assignment]
+        back=SimpleNamespace(now=SimpleNamespace(engines=engines)),
+        gate=SimpleNamespace(requests=requests),
+        listeners=SimpleNamespace(connections=connections, accepted=0),
+        current=SimpleNamespace(config=SimpleNamespace(server=server)),
+    )
+    daemon._runtime = RuntimeEnvironment(activated=True)
+    daemon._idle_exit = IdleExit(time.monotonic() - 100.0)
+    assert daemon._may_exit(None) is exits
