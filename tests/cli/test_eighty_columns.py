@@ -77,8 +77,18 @@ DECIDED = [
 FIRST = LONG.format(0)
 QUOTED = FIRST.replace("/", "%2F")
 DEVICE = {**MANY["devices"][0], "drained": True}
+CACHED = {
+    "name": FIRST,
+    "path": f"/var/lib/vllmd-engine/.cache/huggingface/hub/{FIRST}",
+    "size": 9 * GiB,
+    "models": [],
+    "kind": "generate",
+    "engine": "llama.cpp",
+    "files": [f"{LONG[25:].format(n)}-Q4_K_M.gguf" for n in range(9)],
+}
+FETCHING = {"model": FIRST, "phase": "downloading", "source": FIRST, "total": 9 * GiB, "rate": 1e7, "elapsed": 9.0}
 ANSWERS: dict[str, tuple[int, Any]] = {
-    "GET /admin/status": (200, MANY),
+    "GET /admin/status": (200, {**MANY, "downloads": [{**FETCHING, "completed": GiB}]}),
     f"GET /admin/decisions?model={QUOTED}": (200, {"decisions": DECIDED}),
     f"POST /admin/models/{QUOTED}/load": (202, line(0)),
     f"POST /admin/models/{QUOTED}/pin": (200, line(0)),
@@ -97,6 +107,14 @@ ANSWERS: dict[str, tuple[int, Any]] = {
     f"POST /admin/models/{QUOTED}/sleep?level=1&wait=true": (200, [
         json.dumps({"done": True, "state": "sleeping_l1", "seconds": 100.0})]),
     "GET /admin/events": (200, [f"data: {json.dumps(DECIDED[0])}"]),
+    "GET /admin/store": (200, {"cached": [CACHED], "hub": "http://127.0.0.1:9"}),
+    f"GET /v1/models/{QUOTED}": (200, {"max_model_len": 4096, "capabilities": ["chat", "completion"] * 9,
+                                       "description": WHY}),
+    "POST /admin/store/pull": (200, [json.dumps({**FETCHING, "completed": at}) for at in (0, 5 * GiB)] + [
+        json.dumps({"done": True, "model": FIRST, "total": 9 * GiB, "seconds": 700.0, "added": True})]),
+    f"PUT /admin/store/models/{QUOTED}": (200, {"file": f"/var/lib/vllmd/models.d/{LONG.format(0)[25:]}.yaml"}),
+    f"DELETE /admin/store/models/{QUOTED}?files=true": (200, {
+        "file": "/x", "freed": 9 * GiB, "kept": f"other files of {FIRST} stay, for {LONG.format(1)}"}),
 }  # fmt: skip
 REQUEST = {
     "id": "0123456789abcdef0123456789abcdef", "number": 7, "at": 1.0, "method": "POST", "path": "/v1/chat/completions",
@@ -113,6 +131,9 @@ ANSWERS |= {
         "request": '{"model": "' + "x " * 200 + '"}', "answer": "y " * 200, "request_cut": False, "answer_cut": True}}),
     "GET /admin/usage?by=key%2Cmodel%2Cday&since=30d": (200, {"by": ["key", "model", "day"], "trouble": WHY, "rows": [
         {"key": "a-key-of-somebody", "model": LONG.format(n), "day": "2024-10-04", **USE} for n in range(3)]}),
+    "GET /admin/keys": (200, {"keys": [
+        {"name": "a-key-of-somebody-" * 3, "scopes": ["models", "read", "admin"], "models": [FIRST], "configured": True,
+         "at": None, "settings": {"tokens_per_month": 123456789, "device_seconds_per_day": 86400, "priority": 9}}]}),
     "GET /admin/recordings": (200, {"recordings": [
         {"number": 1, "model": FIRST, "key": "a-key-of-somebody", "most_bytes": 65536, "seconds_left": 1234.0}],
         "requests": 3, "bytes": 123456}),
@@ -120,15 +141,19 @@ ANSWERS |= {
 MISSING = LONG.format("X")
 SCREENS = [
     "ps", "ps --power", "ps --running", "info", "models", "gpus", "top -n 1", f"why {FIRST} --numbers", "events",
-    "reload", "requests", "requests show x", "usage --by key,model,day", "record",
+    "reload", "requests", "requests show x", "usage --by key,model,day", "record", "key list",
     f"start {FIRST}", f"start --no-wait {FIRST}", f"stop {FIRST}", f"sleep {FIRST}", f"wake-up {FIRST}", f"pin {FIRST}",
     f"unpin {FIRST}", f"lease {FIRST} --for 5m", f"probe {FIRST}", "drain 0", "undrain 0", "kill 99",
+    "list", f"show {FIRST}", f"pull {FIRST}", f"run {FIRST}", f"add {FIRST}", "add", f"rm --files --yes {FIRST}",
+    "search qwen",
     "status", f"status {FIRST}", "version", "help", f"restart {FIRST}", *(f"help {verb}" for verb in verbs()),
     "engine list", "engine install foo", "engine use vllm 1",
     f"start {MISSING}", f"why {MISSING}", "pss", f"logs a {MISSING}", f"lease {MISSING} --for {MISSING}",
 ]  # fmt: skip
 # What shows what others wrote as it is, or a file to be read by programs, or is shown by others of these.
-NOT_HERE = frozenset({"logs", "chat", "bench", "completion", "config", "import", "assign", "doctor", "simulate"})
+NOT_HERE = frozenset(
+    {"logs", "chat", "bench", "completion", "config", "import", "assign", "doctor", "simulate", "trace", "ui"}
+)
 
 
 class Screen:

@@ -69,6 +69,8 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "models.NAME.tensor_parallel_size": (1, 2),
     "models.NAME.pipeline_parallel_size": (1, 2),
     "idle.level": (1, 2),
+    "pull.endpoint": ("http://one.example", "http://two.example"),
+    "pull.index": ("http://one.example", "http://two.example"),
     "models.NAME.preload": (False, True),
     "models.NAME.gpu_memory": ("10GiB", "20GiB"),
     "models.NAME.idle.level": (1, 2),
@@ -237,6 +239,7 @@ async def in_effect(living: Living) -> dict[str, Any]:
                      for name, model in living.config.models.items()},
         # read each time when they are needed
         "keep_alive": living.front.gate._keep_alive_limit,
+        "pull": living.config.pull,
         "read": (server.idle_exit, server.drain_timeout, living.config.discover, living.config.auth.allow_anonymous),
     }  # fmt: skip
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from vllmd.admin.counters import Counters
 from vllmd.admin.runtime_models import RuntimeModels
-from vllmd.api.answers import Decisions, Killed
+from vllmd.api.answers import Added, Cached, Decisions, Download, KeyLine, Keys, Killed, NewKey, Removed
 from vllmd.core.types import Snapshot
 from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.records.ring import Filter
@@ -182,6 +182,48 @@ class Records(Protocol):
         """Arrivals from then on, as ``vllmctl simulate`` reads them. Raises Unavailable, NotFound."""
 
 
+class Store(Protocol):
+    """The daemon, as far as these endpoints need it. Each raises a VllmdError for what cannot be."""
+
+    def pull(self, name: str, *, add: bool, detached: bool) -> AsyncGenerator[dict[str, Any], None]:
+        """Have a model's files here, and with ``add`` the model served; how far it is, line by line.
+
+        The last line has ``done``. ``detached``: it goes on when the caller has left.
+        """
+
+    def stop(self, model: str) -> Download:
+        """End a download. Raises NotFound."""
+
+    async def contents(self) -> Cached:
+        """What the engines' caches hold, and which models are loaded from it."""
+
+    async def add(self, name: str, settings: Mapping[str, Any]) -> Added:
+        """Serve a model from now on. Raises BadRequest, Conflict, Forbidden."""
+
+    async def remove(self, model: str, *, files: bool, dry: bool) -> Removed:
+        """Serve it no more; ``files``: and remove them. ``dry``: only say what would be removed.
+
+        Raises UnknownModel, Conflict.
+        """
+
+
+class KeyStore(Protocol):
+    """Keys that are made while it runs; each change counts at once."""
+
+    @property
+    def list(self) -> Callable[[], Keys]:
+        """All keys, those of the configuration among them; never their text."""
+
+    def create(self, name: str, settings: Mapping[str, object]) -> NewKey:
+        """Make one; its text is told this once. Raises BadRequest, Conflict, Unavailable."""
+
+    def revoke(self, name: str) -> Keys:
+        """It opens nothing from now on; those that are left. Raises NotFound, Unavailable."""
+
+    def limit(self, name: str, settings: Mapping[str, object]) -> KeyLine:
+        """Change what is named of it; null takes a limit away. Raises NotFound, BadRequest, Unavailable."""
+
+
 @dataclass(frozen=True, slots=True)
 class Control:
     """The daemon, as the endpoints see it."""
@@ -191,4 +233,6 @@ class Control:
     commands: Commands
     following: Following
     runtime_models: RuntimeModels
+    store: Store
     records: Records
+    keys: KeyStore

@@ -129,6 +129,62 @@ class HostMemory(Answer):
 
 
 @dataclass(frozen=True)
+class Download(Answer):
+    """A download of a model: how far it is, or how it ended."""
+
+    model: str
+    phase: Annotated[str, "waiting, looking, downloading, unpacking, done or failed"] = ""
+    source: str = ""
+    completed: Annotated[int, "bytes"] = 0
+    total: Annotated[int, "bytes, 0 where that is not known yet"] = 0
+    rate: Annotated[float, "bytes per second"] = 0.0
+    elapsed: float = 0.0
+    error: Annotated[str, "why it failed"] = ""
+
+
+@dataclass(frozen=True)
+class CachedModel(Answer):
+    """A model in the engines' caches; ``models``: those that are loaded from it."""
+
+    name: str
+    path: str = ""
+    size: Annotated[int, "bytes of its weight files"] = 0
+    kind: Annotated[str, "generate, embed, rerank or transcribe"] = ""
+    engine: Annotated[str, "the only kind of engine that its files are for, or nothing"] = ""
+    files: Annotated[tuple[str, ...], "its GGUF files"] = ()
+    models: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cached(Answer):
+    """What the engines' caches hold. ``hub``: the address of the hub that is configured, if one is."""
+
+    cached: tuple[CachedModel, ...] = ()
+    hub: str = ""
+
+
+@dataclass(frozen=True)
+class Added(Answer):
+    """A model that is served from now on, and the file that says so."""
+
+    model: str
+    file: str = ""
+    settings: Object = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Removed(Answer):
+    """A model that is served no more. ``kept``: why files stay. ``bytes``: of what goes, ``freed``: of what is gone."""
+
+    model: str
+    file: str = ""
+    removed: tuple[str, ...] = ()
+    kept: str = ""
+    bytes: int = 0
+    freed: int = 0
+
+
+@dataclass(frozen=True)
 class Status(Answer):
     """Everything that vllmctl shows."""
 
@@ -146,6 +202,7 @@ class Status(Answer):
     devices: tuple[DeviceNow, ...] = ()
     models: tuple[ModelLine, ...] = ()
     host_memory: HostMemory = HostMemory()
+    downloads: tuple[Download, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -231,6 +288,33 @@ class Killed(Answer):
     pid: int = 0
     status: Literal["killed"] = "killed"
     message: str = ""
+
+
+@dataclass(frozen=True)
+class KeyLine(Answer):
+    """An API key, without its text. ``settings``: its limits and the like, where they are not as every key has them."""
+
+    name: str
+    scopes: tuple[str, ...] = ()
+    models: Annotated[tuple[str, ...], "the only ones that it may use; empty: all"] = ()
+    configured: Annotated[bool, "in the configuration, where alone it can be changed"] = False
+    at: Annotated[float | None, "when it was made, in Unix time; null for a configured one"] = None
+    settings: Object = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Keys(Answer):
+    """All keys."""
+
+    keys: tuple[KeyLine, ...] = ()
+
+
+@dataclass(frozen=True)
+class NewKey(Answer):
+    """A key that was made: its text is told this once."""
+
+    name: str
+    key: str = ""
 
 
 @dataclass(frozen=True)

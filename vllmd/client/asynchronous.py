@@ -181,6 +181,34 @@ class AsyncClient:
         """Take a device out of use, or give it back; how it is then."""
         return await self._told("drain", answers.Device, device=device, drained=drained)
 
+    async def cached_models(self) -> tuple[answers.CachedModel, ...]:
+        """What the engines' caches hold, and which models are loaded from it."""
+        return (await self._told("cached", answers.Cached)).cached
+
+    async def stop_download(self, model: str) -> answers.Download:
+        """End a download; what has come is kept for the next one."""
+        return await self._told("stop-download", answers.Download, model=model)
+
+    async def remove_model(self, model: str, *, files: bool = False, dry: bool = False) -> answers.Removed:
+        """Serve an added model no more, and with ``files`` remove those; ``dry``: only say so."""
+        return await self._told("remove", answers.Removed, model=model, files=files, dry=dry)
+
+    async def keys(self) -> tuple[answers.KeyLine, ...]:
+        """All keys, without their text."""
+        return (await self._told("keys", answers.Keys)).keys
+
+    async def create_key(self, name: str, settings: Mapping[str, object] = {}) -> answers.NewKey:
+        """Make a key; its text is told this once."""
+        return await self._told("create_key", answers.NewKey, name=name, settings=settings)
+
+    async def limit_key(self, name: str, settings: Mapping[str, object] = {}) -> answers.KeyLine:
+        """Change the settings that are named, and no others."""
+        return await self._told("limit_key", answers.KeyLine, name=name, settings=settings)
+
+    async def revoke_key(self, name: str) -> tuple[answers.KeyLine, ...]:
+        """Have it open nothing any more."""
+        return (await self._told("revoke_key", answers.Keys, name=name)).keys
+
     # -- end
 
     # -- sending -------------------------------------------------------------------------------

@@ -182,6 +182,34 @@ class Client:
         """Take a device out of use, or give it back; how it is then."""
         return self._told("drain", answers.Device, device=device, drained=drained)
 
+    def cached_models(self) -> tuple[answers.CachedModel, ...]:
+        """What the engines' caches hold, and which models are loaded from it."""
+        return (self._told("cached", answers.Cached)).cached
+
+    def stop_download(self, model: str) -> answers.Download:
+        """End a download; what has come is kept for the next one."""
+        return self._told("stop-download", answers.Download, model=model)
+
+    def remove_model(self, model: str, *, files: bool = False, dry: bool = False) -> answers.Removed:
+        """Serve an added model no more, and with ``files`` remove those; ``dry``: only say so."""
+        return self._told("remove", answers.Removed, model=model, files=files, dry=dry)
+
+    def keys(self) -> tuple[answers.KeyLine, ...]:
+        """All keys, without their text."""
+        return (self._told("keys", answers.Keys)).keys
+
+    def create_key(self, name: str, settings: Mapping[str, object] = {}) -> answers.NewKey:
+        """Make a key; its text is told this once."""
+        return self._told("create_key", answers.NewKey, name=name, settings=settings)
+
+    def limit_key(self, name: str, settings: Mapping[str, object] = {}) -> answers.KeyLine:
+        """Change the settings that are named, and no others."""
+        return self._told("limit_key", answers.KeyLine, name=name, settings=settings)
+
+    def revoke_key(self, name: str) -> tuple[answers.KeyLine, ...]:
+        """Have it open nothing any more."""
+        return (self._told("revoke_key", answers.Keys, name=name)).keys
+
     # -- end
 
     # -- sending -------------------------------------------------------------------------------

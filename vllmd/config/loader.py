@@ -34,7 +34,7 @@ from vllmd.config.settings import (
     Group,
 )
 from vllmd.config.shape import Shape
-from vllmd.config.sources import Files, command_line, default_file, environment
+from vllmd.config.sources import Files, added_folder, command_line, default_file, environment
 from vllmd.config.trees import join, listen_of, overlay_layer
 from vllmd.config.types import AuthConfig, Config, DeviceConfig, KeyConfig, ModelConfig, ServerConfig
 from vllmd.config.value_types import COMMAND, HOST, PORT, TEXT, Kind, Wrong
@@ -76,13 +76,14 @@ def read(
     ``texts`` stand for the contents of files that are about to be written.
     """
     findings = Findings()
-    files, shape = Files(findings, texts or {}), Shape(findings)
     given = config_file or env.get("VLLMD_CONFIG")
     main = Path(given) if given else default_file(env)
+    added = added_folder(main, env)
+    files, shape = Files(findings, texts or {}, added), Shape(findings)
     tree = shape.canonical(ROOT, shape.adopt_legacy(files.tree(main, bool(given))), "")
     for layer in (environment(env), command_line(overrides or {})):
         tree = overlay_layer(tree, shape.canonical(ROOT, layer, ""))
-    config = replace(_Parser(findings, env).config(tree), files=tuple(files.read))
+    config = replace(_Parser(findings, env).config(tree), files=tuple(files.read), added=added)
     for where, path, what in checks.check(config):
         findings.complain(findings.origins.get(path, where), path, what)
     for where, path, what in checks.doubts(config):

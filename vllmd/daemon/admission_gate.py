@@ -284,7 +284,8 @@ class AdmissionGate:
         """Tell the core of the request, which may admit it at once. Raises VllmdError if it is refused at once."""
         permit.request = request = str(next(self._numbers))
         self._permits[request] = permit
-        self._post(events.RequestArrived(request, permit.model, permit.key, frozenset(permit.tried), permit.only))
+        tried, rank = frozenset(permit.tried), self._quotas.rank(permit.key)
+        self._post(events.RequestArrived(request, permit.model, permit.key, tried, permit.only, rank))
         if permit.refusal is not None:
             raise permit.refusal
 
@@ -425,6 +426,8 @@ class AdmissionGate:
             self._empty.set()
         if tokens is not None:
             self._counters.used(permit.called, permit.key, tokens)
+            if permit.use is None and permit.key:  # it has no limits now; it may be given some today
+                self._quotas.spent(permit.key, tokens.total, 0.0)
             told = None if tokens.estimated else tokens.total
         self._post(events.RequestFinished(permit.request, told, failed))
 

@@ -66,7 +66,7 @@ class Changes:
         if told["model"]:
             self._learnt.decided(told)
         if self._watchers:
-            self._tell(told)
+            self.tell(told)
 
     def engine_event(self, event: events.Event, dispatcher: Dispatcher) -> None:
         """An engine's event on its way to the core: count it, hand it on, and say what became of the engine."""
@@ -87,7 +87,7 @@ class Changes:
             now = _view(dispatcher, engine)
             what, why = f"{change} failed" if failed else change, getattr(event, "reason", "") or f"{change} done"
             state = state_of(now) if now else ""
-            self._tell({"at": time.time(), "what": what, "model": engine, "why": why, "numbers": {}, "state": state})
+            self.tell({"at": time.time(), "what": what, "model": engine, "why": why, "numbers": {}, "state": state})
 
     def stir(self) -> None:
         """Something changed: wake whoever follows."""
@@ -95,7 +95,8 @@ class Changes:
             self._changed.set()
             self._changed = asyncio.Event()
 
-    def _tell(self, news: dict[str, Any]) -> None:
+    def tell(self, news: dict[str, Any]) -> None:
+        """News for those who watch, as ``watch`` yields them."""
         for queue in self._watchers:
             if queue.full():
                 queue.get_nowait()

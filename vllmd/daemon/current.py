@@ -31,6 +31,7 @@ class RuntimeEnvironment:
     homes: Path | None = None  # where those of models with a user of their own are
     cache: Path | None = None
     learnt: Path | None = None  # the file of figures that are kept over restarts; None: none are
+    keys: Path | None = None  # the file of keys that were made with vllmctl; None: none can be
     usage: Path | None = None  # the file in which use is recorded; None: it is not
     logs: Path | None = None
     sessions: Path | None = None  # the file of the page's sessions; None: they end with the daemon

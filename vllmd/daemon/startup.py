@@ -64,7 +64,7 @@ async def back_end(front: FrontEnd) -> BackEnd:
 
     # 3. The launcher. What it reports before there is anybody to hear it concerns engines that step 5 asks it for.
     def ended(report: ExitReport) -> None:
-        if engines is not None:
+        if not front.store.ended(report) and engines is not None:
             engines.on_exit(report)
 
     def logged(instance: str, lines: list[str]) -> None:

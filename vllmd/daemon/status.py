@@ -146,6 +146,7 @@ class Status:
         learnt: Learnt,
         back: Later[BackEnd],
         connections: Callable[[], int],
+        downloads: Callable[[], list[dict[str, Any]]] = list,
     ) -> None:
         self._current = current
         self._runtime = runtime
@@ -154,6 +155,7 @@ class Status:
         self._learnt = learnt
         self._back = back
         self._connections = connections
+        self._downloads = downloads
         self._started = time.monotonic()
         self._descriptions = Descriptions()
         self._kinds: tuple[Config, dict[str, str]] | None = None  # repository -> kind of model, once asked for
@@ -171,7 +173,8 @@ class Status:
 
     def status(self, caller: Caller = ANYBODY) -> dict[str, Any]:
         """Everything that ``vllmctl`` shows, of the models that the caller may use."""
-        return of_caller(status(self.sight(), self._started), caller)
+        shown = of_caller(status(self.sight(), self._started), caller)
+        return {**shown, "downloads": self._downloads() if caller.models is None else []}
 
     def health(self) -> dict[str, Any]:
         """Whether we are well, with devices and models as P's document has them."""
