@@ -107,11 +107,19 @@ class Chunked:
 
     def scan(self, data: bytes) -> int:
         """Walk over as many chunks as there are."""
-        self.seen += len(data)
-        held = len(self._held)
+        size, held = len(data), len(self._held)
+        self.seen += size
+        if not held and self._step is Chunked._size:  # the common case, at each event of a stream: one chunk, whole
+            start = data.find(b"\n", 0, 18) + 1
+            payload = _sizes.get(data[:start], 0)
+            if payload and start + payload + 2 == size and data[-2:] == b"\r\n":
+                self.payload += payload
+                if self.keep:
+                    self.pieces.append(data[start:-2])
+                return -1
         if held:
-            data, self._held = self._held + data, b""
-        pos, size = self._chunks(data, 0), len(data)
+            data, self._held, size = self._held + data, b"", held + size
+        pos = self._chunks(data, 0)
         while 0 <= pos < size:
             pos = self._chunks(data, self._step(self, data, pos))
             if self._step is Chunked._over:
