@@ -27,7 +27,7 @@ holds this table against the imports)::
                 signing in to the page                            errors
     store/      models as files: names, sources, the program
                 that fetches, what other programs have            hub, engines, foreign, errors, text
-    ollama/     Ollama's API, translated to the engines' own      proxy, admin.control, errors
+    ollama/     Ollama's API, translated to the engines' own      api, proxy, admin.control, errors
     daemon/     the event queue; executes the core's commands     all but cli and client
     client/     the Python library                                api, errors
     cli/        vllmctl, a row or a file per verb                 api, client, errors, config, engines, installer,

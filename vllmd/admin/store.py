@@ -8,8 +8,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 from vllmd.admin.control import Store
+from vllmd.admin.responses import json as answered
 from vllmd.admin.schemas import BOOL, COUNT, NUMBER, TEXT, answers, doc, record, takes
-from vllmd.admin.verbs import json as answered
 from vllmd.admin.verbs import read, request_body
 from vllmd.api.answers import Added
 from vllmd.api.kinds import Flag, Text

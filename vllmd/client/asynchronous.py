@@ -100,13 +100,13 @@ class AsyncClient:
 
     # -- what an operator may: an admin key, or the admin socket ---------------------------------
 
-    async def put_model(self, model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    async def put_model(self, model: str, settings: Mapping[str, Any]) -> answers.Known:
         """Make a model known with the settings of vllmd.yaml(5), for as long as the daemon lives."""
-        return await self._object(calls.put_model(model, settings))
+        return answer_of(answers.Known, await self._object(calls.put_model(model, settings)))
 
-    async def drop_model(self, model: str) -> dict[str, Any]:
+    async def drop_model(self, model: str) -> answers.Dropped:
         """Have a model forgotten that was put."""
-        return await self._object(calls.drop_model(model))
+        return answer_of(answers.Dropped, await self._object(calls.drop_model(model)))
 
     async def fastest(self, model: str) -> tuple[str, float] | None:
         """The engine of it that answers first, and after how many seconds; None if none does, or none serves."""

@@ -101,13 +101,13 @@ class Client:
 
     # -- what an operator may: an admin key, or the admin socket ---------------------------------
 
-    def put_model(self, model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def put_model(self, model: str, settings: Mapping[str, Any]) -> answers.Known:
         """Make a model known with the settings of vllmd.yaml(5), for as long as the daemon lives."""
-        return self._object(calls.put_model(model, settings))
+        return answer_of(answers.Known, self._object(calls.put_model(model, settings)))
 
-    def drop_model(self, model: str) -> dict[str, Any]:
+    def drop_model(self, model: str) -> answers.Dropped:
         """Have a model forgotten that was put."""
-        return self._object(calls.drop_model(model))
+        return answer_of(answers.Dropped, self._object(calls.drop_model(model)))
 
     def fastest(self, model: str) -> tuple[str, float] | None:
         """The engine of it that answers first, and after how many seconds; None if none does, or none serves."""

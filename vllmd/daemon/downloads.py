@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllmd.api.answers import Decision
 from vllmd.config import secrets as secret_files
 from vllmd.config.names import readable
 from vllmd.config.types import ModelConfig
@@ -124,7 +125,7 @@ class Downloads:
         runtime: RuntimeEnvironment,
         back: Later[BackEnd],
         stir: Callable[[], None],
-        tell: Callable[[dict[str, Any]], None],
+        tell: Callable[[Decision], None],
     ) -> None:
         """``stir``: something has changed that is shown. ``tell``: news for those who watch everything."""
         self._current, self._runtime, self._back = current, runtime, back
@@ -257,7 +258,7 @@ class Downloads:
 
     def _say(self, download: Download, what: str, why: str) -> None:
         numbers = {"completed": download.done, "total": download.total}
-        self._tell({"at": time.time(), "what": what, "model": download.name, "why": why, "numbers": numbers})
+        self._tell(Decision(time.time(), what, download.name, why, numbers))
 
     async def _run(self, download: Download, largest: int | None, remove: Sequence[Path]) -> None:
         """Start its process and look at its file until that says how it ended. Raises VllmdError."""

@@ -11,10 +11,11 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllmd.admin.control import Control
 from vllmd.admin.counters import Counters
+from vllmd.api.answers import Reloaded
 from vllmd.config.types import Config
 from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.changes import Changes
@@ -93,7 +94,7 @@ def front_end(
     runtime: RuntimeEnvironment,
     sockets: Mapping[str, Sequence[socket.socket]],
     take: Take,
-    reload: Callable[[], Awaitable[dict[str, Any]]],
+    reload: Callable[[], Awaitable[Reloaded]],
 ) -> FrontEnd:
     """Everything but the first accept(). ``broken``: why the configuration cannot be used, "" if it can."""
     current, back, changing = Current(config, broken), Later["BackEnd"](), asyncio.Lock()

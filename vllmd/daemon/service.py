@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from vllmd.api.answers import Reloaded
 from vllmd.config.replicas import is_this_host, meant_here
 from vllmd.config.types import Config
 from vllmd.core import events
@@ -299,7 +300,7 @@ class Daemon:
         with contextlib.suppress(ConfigError):
             await self.reload()
 
-    async def reload(self) -> dict[str, Any]:
+    async def reload(self) -> Reloaded:
         """Take a changed configuration; an invalid one changes nothing. Raises ConfigError."""
         await self.front.back.wait()
         self._notify.reloading()
@@ -316,7 +317,7 @@ class Daemon:
         finally:
             self._notify.ready()
 
-    async def take(self, config: Config, unless_used: frozenset[str] = frozenset()) -> dict[str, Any]:
+    async def take(self, config: Config, unless_used: frozenset[str] = frozenset()) -> Reloaded:
         """Implements ``daemon.current.Take``. The caller holds ``front.changing``."""
         from vllmd.daemon.reload import take  # most daemons are never told to
 

@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllmd.api.answers import Added, Cached, CachedModel, Removed
+from vllmd.api.answers import Added, Cached, CachedModel, Reloaded, Removed
 from vllmd.api.answers import Download as DownloadLine
 from vllmd.config.names import readable
 from vllmd.config.types import Config, ModelConfig
@@ -52,7 +52,7 @@ class ModelStore:
         runtime: RuntimeEnvironment,
         back: Later[BackEnd],
         changes: Changes,
-        reload: Callable[[], Awaitable[dict[str, Any]]],
+        reload: Callable[[], Awaitable[Reloaded]],
     ) -> None:
         self._current, self._runtime, self._back, self._changes = current, runtime, back, changes
         self._reload = reload
@@ -70,9 +70,9 @@ class ModelStore:
         """Whether the process that ended was a download's."""
         return self._made is not None and self._made.ended(report)
 
-    def lines(self) -> list[dict[str, Any]]:
+    def lines(self) -> list[DownloadLine]:
         """The downloads, as they are shown."""
-        return self._made.lines() if self._made else []
+        return [DownloadLine(**line) for line in self._made.lines()] if self._made else []
 
     @property
     def _downloads(self) -> Downloads:
