@@ -135,6 +135,11 @@ class Chunked:
         """Whether what comes next is a chunk's size line, from its first byte on."""
         return self._step is Chunked._size and not self._held
 
+    @property
+    def over(self) -> bool:
+        """Whether the last chunk has come."""
+        return self._step is Chunked._over
+
     def _chunks(self, data: bytes, pos: int) -> int:
         """Skip the chunks that lie whole in ``data``: the common case, in one loop.
 
