@@ -199,8 +199,8 @@ MUTATIONS = (
     Mutation(
         "keys take turns in a queue",
         "core/queues.py",
-        "self._keys[key] = mine\n        self.remove",
-        "self._keys = {key: mine, **self._keys}\n        self.remove",
+        "self._keys[key] = self._keys.pop(key)",
+        "pass",
         "core/test_requests.py",
     ),
     Mutation(
