@@ -38,6 +38,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     make_device(folder / "gpu", 80 * GiB)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLMD_USAGE", str(folder / "state" / "usage.db"))
+        patch.setenv("VLLMD_KEYS", str(folder / "state" / "keys.json"))
         config = CONFIG.format(device=folder / "gpu", log=folder / "access.log")
         with running(folder, config) as found:
             yield found
@@ -222,9 +223,31 @@ def test_ollamas_requests_are_noted_too(site: Site) -> None:
     assert len([each for each in requests(site) if each["id"] == "as-ollama"]) == 1
 
 
+def test_a_key_is_made_limited_and_revoked(site: Site) -> None:
+    """Each at once, without a reload, and a reload leaves it as it is."""
+    made = site.operate("POST", "/admin/keys", {"name": "carol", "settings": {"models": ["small"]}})
+    chat(site, made["key"], "carols")
+    assert one(site, "carols")["key"] == "carol"
+    site.operate("POST", "/admin/keys/carol/limits", {"settings": {"tokens_per_day": 1}})
+    refused = site.chat("small", made["key"])
+    assert (refused.status, "tokens per day" in refused.error) == (429, True)
+    assert 0 < int(refused.headers["retry-after"]) <= 86400
+    site.operate("POST", "/admin/keys/carol/limits", {"settings": {"tokens_per_day": None}})
+    assert site.chat("small", made["key"]).status == 200
+    site.operate("POST", "/admin/reload")
+    assert site.chat("small", made["key"]).status == 200
+    assert "carol" in [key["name"] for key in site.operate("GET", "/admin/keys")["keys"]]
+    site.operate("DELETE", "/admin/keys/carol")
+    assert site.chat("small", made["key"]).status == 401
+    assert made["key"] not in site.log
+    assert site.ask("GET", "/admin/keys", key=ALICE).status == 403
+    assert site.ask("POST", "/admin/keys", {"name": "x"}, key=LOOKER).status == 403
+
+
 def test_use_survives_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next daemon goes on from what was written; a store from the future stays as it is, and requests go on."""
     monkeypatch.setenv("VLLMD_USAGE", str(tmp_path / "usage.db"))
+    monkeypatch.setenv("VLLMD_KEYS", "")
     config = "devices: []\nmodels: {m: {engine: sim}}\n"
     with running(tmp_path, config) as first:
         assert first.chat("m").status == 200

@@ -512,6 +512,8 @@ def test_a_broken_configuration_is_unhealthy_and_repaired_by_a_reload(tmp_path: 
         assert site.ask("GET", "/health/ready").status == 503
         assert site.ask("GET", "/health/live").status == 200
         assert "vllmd_configuration_valid 0.0" in site.ask("GET", "/metrics").text
+        listed = site.ask("GET", "/v1/models")  # no list, which would say that there is nothing to be served
+        assert (listed.status, listed.error.endswith("vllmd.yaml:1")) == (503, True)
         site.reconfigure("models: {m: {engine: sim}}\n")
         assert site.ask("GET", "/health").status == 200
         assert site.chat("m").status == 200

@@ -113,6 +113,9 @@ ANSWERS |= {
         "request": '{"model": "' + "x " * 200 + '"}', "answer": "y " * 200, "request_cut": False, "answer_cut": True}}),
     "GET /admin/usage?by=key%2Cmodel%2Cday&since=30d": (200, {"by": ["key", "model", "day"], "trouble": WHY, "rows": [
         {"key": "a-key-of-somebody", "model": LONG.format(n), "day": "2024-10-04", **USE} for n in range(3)]}),
+    "GET /admin/keys": (200, {"keys": [
+        {"name": "a-key-of-somebody-" * 3, "scopes": ["models", "read", "admin"], "models": [FIRST], "configured": True,
+         "at": None, "settings": {"tokens_per_month": 123456789, "device_seconds_per_day": 86400, "priority": 9}}]}),
     "GET /admin/recordings": (200, {"recordings": [
         {"number": 1, "model": FIRST, "key": "a-key-of-somebody", "most_bytes": 65536, "seconds_left": 1234.0}],
         "requests": 3, "bytes": 123456}),
@@ -120,7 +123,7 @@ ANSWERS |= {
 MISSING = LONG.format("X")
 SCREENS = [
     "ps", "ps --power", "ps --running", "info", "models", "gpus", "top -n 1", f"why {FIRST} --numbers", "events",
-    "reload", "requests", "requests show x", "usage --by key,model,day", "record",
+    "reload", "requests", "requests show x", "usage --by key,model,day", "record", "key list",
     f"start {FIRST}", f"start --no-wait {FIRST}", f"stop {FIRST}", f"sleep {FIRST}", f"wake-up {FIRST}", f"pin {FIRST}",
     f"unpin {FIRST}", f"lease {FIRST} --for 5m", f"probe {FIRST}", "drain 0", "undrain 0", "kill 99",
     "status", f"status {FIRST}", "version", "help", f"restart {FIRST}", *(f"help {verb}" for verb in verbs()),
@@ -128,7 +131,9 @@ SCREENS = [
     f"start {MISSING}", f"why {MISSING}", "pss", f"logs a {MISSING}", f"lease {MISSING} --for {MISSING}",
 ]  # fmt: skip
 # What shows what others wrote as it is, or a file to be read by programs, or is shown by others of these.
-NOT_HERE = frozenset({"logs", "chat", "bench", "completion", "config", "import", "assign", "doctor", "simulate"})
+NOT_HERE = frozenset(
+    {"logs", "chat", "bench", "completion", "config", "import", "assign", "doctor", "simulate", "trace", "ui"}
+)
 
 
 class Screen:

@@ -192,6 +192,14 @@ def test_the_daemon_says_no(
         )
 
 
+def test_an_administrator_is_not_told_to_tell_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """What clients hear of an invalid configuration is for those who cannot repair it."""
+    message = "vllmd's configuration is invalid, tell its administrator: a.yaml:9"
+    with fake_daemon({"POST /admin/models/x/pin": (503, {"error": {"message": message}})}, tmp_path / "s"):
+        told = "vllmctl: vllmd's configuration is invalid, see vllmctl config check: a.yaml:9"
+        assert said(capsys, "--socket", str(tmp_path / "s"), "pin", "x") == (78, told)
+
+
 @pytest.fixture
 def two(tmp_path: Path) -> Iterator[str]:
     """The socket of a daemon with two models that share an end."""

@@ -78,6 +78,47 @@ def test_use_becomes_a_spreadsheet(capsys: pytest.CaptureFixture[str]) -> None:
     assert (told["key"], told["requests"], told["engine_seconds"]) == ("a, b", "123456", "1.235")
 
 
+def test_keys_are_asked_for_in_the_apis_words(capsys: pytest.CaptureFixture[str]) -> None:
+    """The key is the one thing on the standard output; what takes no limits says so."""
+    line = {"name": "a", "scopes": ["models"], "models": [], "configured": False, "at": 1.0, "settings": {"share": 2}}
+    answers: dict[str, tuple[int, Any]] = {
+        "POST /admin/keys": (200, {"name": "a", "key": "sk-1"}),
+        "POST /admin/keys/a%2Fb/limits": (200, line),
+        "DELETE /admin/keys/a": (200, {"keys": []}),
+        "GET /admin/keys": (200, {"keys": []}),
+    }
+    given = {"scopes": ["read", "admin"], "tokens_per_day": 5}
+    argv = ("key", "create", "a", "--scopes", "read,admin", "--tokens-per-day", "5")
+    assert ctl(answers, *argv)[1] == [("POST /admin/keys", {"name": "a", "settings": given})]
+    assert capsys.readouterr().out == "sk-1\n"
+    _, seen = ctl(answers, "key", "limit", "a/b", "--share", "2", "--tokens-per-month", "none")
+    assert seen == [("POST /admin/keys/a%2Fb/limits", {"settings": {"tokens_per_month": None, "share": 2}})]
+    assert ctl(answers, "key", "revoke", "a")[0] == 0
+    assert ctl(answers, "key", "list")[0] == 0
+    assert "there are no keys" in capsys.readouterr().out
+    for wrong in (("limit", "a"), ("revoke",), ("list", "a"), ("revoke", "a", "--share", "2")):
+        assert ctl(answers, "key", *wrong)[0] == 64
+
+
+def test_the_own_traffic_is_simulated(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """And exported, into a file that nobody else reads; models that are gone are left out, and that is said."""
+    trace = ['{"time": 1700000000, "model": "m", "prompt": 10, "output": 5, "key": "k"}',
+             '{"time": 1700000001, "model": "gone", "prompt": 10, "output": 5}']  # fmt: skip
+    (tmp_path / "vllmd.yaml").write_text("devices: [{memory: 80GiB}]\nmodels: {m: {engine: sim, gpu_memory: 20GiB}}\n")
+    answers = {f"GET /admin/trace?since={since}": (200, trace) for since in ("7d", "1d")}
+    with fake_daemon(answers) as daemon:
+        argv = ["simulate", "--recorded", "7d", "-c", str(tmp_path / "vllmd.yaml"), "--url", daemon.address, "--json"]
+        assert main(argv) == 0
+        told = capsys.readouterr()
+        assert "left out" in told.err
+        assert "gone" in told.err
+        out = tmp_path / "trace.jsonl"
+        assert main(["--url", daemon.address, "trace", "export", "--since", "1d", "-o", str(out)]) == 0
+    assert out.read_text().splitlines() == trace
+    assert out.stat().st_mode & 0o777 == 0o600
+    assert main(["simulate"]) == 64
+
+
 def test_recordings_are_begun_and_ended(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Nothing is begun unasked: without a word on whose, those that go on are shown."""
     nothing = (200, {"recordings": [], "requests": 0, "bytes": 0})

@@ -228,3 +228,76 @@ def test_a_key_keeps_a_model_alive_within_its_limit(limit: float | None, wish: f
     act = Act(keep_alive_limit=limit)  # type: ignore[arg-type]
     act.gate.keep_alive("m", "k", wish)
     assert act.core.kept_alive == passed
+
+
+NOON = 19_999 * 86400 + 43200.0  # 2024-10-03
+
+
+class Days:
+    """A key with limits by day and month, and a calendar that the test turns."""
+
+    def __init__(self, **limits: int) -> None:
+        self.wall = NOON
+        self.keys = [KeyConfig("k", "-", **limits)]  # type: ignore[arg-type]
+        self.quotas = Quotas(self.keys, lambda: 0.0, lambda: self.wall)
+
+    def use(self, tokens: int) -> None:
+        use = self.quotas.begin("k", b"")
+        assert use is not None
+        use.end(Tokens(tokens, 0), 0)
+
+    def refused(self) -> tuple[str, float]:
+        with pytest.raises(TooManyRequests) as caught:
+            self.quotas.begin("k", b"")
+        return caught.value.message, caught.value.retry_after or 0
+
+
+def test_tokens_per_day_begin_anew_at_midnight() -> None:
+    """In UTC; and whoever is over is told when to come back."""
+    act = Days(tokens_per_day=100)
+    act.use(60)
+    act.use(60)
+    assert act.refused() == ("the key 'k' has reached its limit of 100 tokens per day", 43200)
+    act.wall = NOON + 43200
+    act.use(1)
+
+
+def test_the_month_outlives_the_day() -> None:
+    """Until the first of the next one."""
+    act = Days(tokens_per_month=100, tokens_per_day=1000)
+    act.use(100)
+    act.wall += 86400
+    message, wait = act.refused()
+    assert "per month" in message
+    act.wall += wait
+    act.use(1)
+    act.wall -= 1
+
+
+def test_devices_count_too() -> None:
+    """A model that is held for a key takes of its seconds, also where nobody asks."""
+    act = Days(device_seconds_per_day=50)
+    act.quotas.spent("k", 0.0, 49.0)
+    act.use(10)
+    act.quotas.spent("k", 0.0, 2.0)
+    assert "seconds of devices per day" in act.refused()[0]
+
+
+def test_what_was_used_before_counts() -> None:
+    """By an earlier daemon, today and this month; and it stays when the limits change."""
+    act = Days(tokens_per_month=100)
+    act.quotas.spent_this_month("k", 80.0, 0.0)
+    act.use(10)
+    act.quotas.configure([KeyConfig("k", "-", tokens_per_month=90)])
+    assert "90 tokens per month" in act.refused()[0]
+    act.quotas.configure([KeyConfig("k", "-", tokens_per_day=20)])
+    act.use(10)
+    assert "per day" in act.refused()[0]
+
+
+def test_a_rank_is_the_keys() -> None:
+    """As it is configured now."""
+    quotas = Quotas([KeyConfig("k", "-", priority=5)])
+    assert (quotas.rank("k"), quotas.rank("")) == ((5, 1), (0, 1))
+    quotas.configure([KeyConfig("k", "-", share=3)])
+    assert quotas.rank("k") == (0, 3)

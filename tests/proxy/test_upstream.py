@@ -109,7 +109,7 @@ def test_a_large_body_is_not_in_memory_twice(tmp_path: Path) -> None:
             listen = Listen(uds=str(tmp_path / "s"))
             connection = await connect(listen, 5.0, lambda: Upstream(listen))
             sink = _Collected(100)
-            connection.send("POST", b"head", parts, sink)
+            connection.send("POST", b"head", parts, sum(map(len, parts)), sink)
             await soon(began.wait())
             assert connection._transport.get_write_buffer_size() <= 2 * WRITE_LIMIT
             go.set()

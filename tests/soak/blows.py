@@ -11,12 +11,13 @@ DISKS = ("/var/cache/vllmd", "/var/log/vllmd", "/run/vllmd-engine")  # small one
 
 
 def _kill(*units: str) -> str:
-    """Of units that have a main process just then; others cannot be killed."""
-    return _often(f"systemctl kill -s KILL --kill-who=main {' '.join(units)} 2>/dev/null")
+    """Of units that have a main process just then; others cannot be killed. Not eight within five seconds, after
+    which systemd gives a unit up, and closes its sockets."""
+    return _often(f"systemctl kill -s KILL --kill-who=main {' '.join(units)} 2>/dev/null", "0.$((RANDOM % 30 + 70))")
 
 
-def _often(once: str) -> str:
-    return f"for n in $(seq ${{TIMES:-1}}); do {once} && echo killed; sleep 0.$((RANDOM % 5))$((RANDOM % 10)); done"
+def _often(once: str, pause: str) -> str:
+    return f"for n in $(seq ${{TIMES:-1}}); do {once} && echo killed; sleep {pause}; done"
 
 
 def _engines(failure: str, seconds: float) -> str:
@@ -37,7 +38,7 @@ PROCESSES: dict[str, str] = {
     "kill the daemon": _kill("vllmd.service"),
     "kill the launcher": _kill("vllmd-launcher.service"),
     "kill both": _kill("vllmd.service", "vllmd-launcher.service"),
-    "kill an engine": _often(_one_engine("KILL")),
+    "kill an engine": _often(_one_engine("KILL"), "0.$((RANDOM % 5))"),
     "stop": "systemctl stop vllmd.service",
     "restart": "systemctl restart vllmd.service",
     "restart the sockets": "systemctl restart vllmd.socket",

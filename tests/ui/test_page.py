@@ -145,6 +145,19 @@ def test_embeddings_are_shown_by_their_beginning(page: sync_api.Page) -> None:
     page.get_by_text('"embedding": [').wait_for()
 
 
+def test_a_model_is_kept_probed_and_its_settings_have_an_origin(page: sync_api.Page, site: Site) -> None:
+    assert site.chat("alpha").status == 200
+    page.goto("/ui#/models/alpha")
+    page.get_by_label("settings").get_by_text("gpu_memory: 50GiB  # ").wait_for()
+    page.get_by_role("button", name="Keep it loaded").click()
+    page.get_by_role("button", name="Give the lease back").wait_for()
+    assert site.line("alpha")["leases"] == ["page"]
+    page.get_by_role("button", name="Give the lease back").click()
+    page.get_by_role("button", name="Keep it loaded").wait_for()
+    page.get_by_role("button", name="Probe its engines").click()
+    page.get_by_role("status").get_by_text("alpha: ").wait_for()
+
+
 def test_a_failed_request_of_last_night_is_found_and_looked_into(page: sync_api.Page, site: Site) -> None:
     assert site.chat("broken").status >= 500
     page.get_by_role("link", name="Requests").click()

@@ -123,3 +123,25 @@ def test_without_keys_the_link_is_the_only_way_in(tmp_path: Path) -> None:
         assert site.ask("POST", "/ui/session", {}).status in (401, 403)
         assert site.ask("GET", "/admin/status", headers=by_link(site)).status == 200
         assert json.loads(site.chat("alpha").body)["choices"]
+
+
+def test_the_timeline_of_all_models_goes_back_before_this_daemon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon exits when nothing is loaded: what it decided at night must be there in the morning."""
+    monkeypatch.setenv("VLLMD_LEARNT", str(tmp_path / "learnt.json"))
+    with running(tmp_path, CONFIG) as site:
+        assert site.chat("alpha").status == 200
+    (tmp_path / "admin.sock").unlink()
+    (tmp_path / "read.sock").unlink()
+    with running(tmp_path, CONFIG) as site:
+        made = site.operate("GET", "/admin/decisions")["decisions"]
+        assert ("start", "alpha") in [(each["what"], each["model"]) for each in made]
+
+
+def test_the_settings_in_force_have_their_origin_and_no_secret(site: Site) -> None:
+    shown = site.ask("GET", "/admin/config", admin=True)
+    assert shown.status == 200 and "idle_exit: never  # " in shown.text
+    assert not any(key in shown.text for key in KEYS.values())
+    assert "engine: sim" in site.ask("GET", "/admin/config?model=alpha", admin=True).text
+    assert site.ask("GET", "/admin/config?model=nobody", admin=True).status == 404

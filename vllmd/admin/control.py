@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from vllmd.admin.counters import Counters
 from vllmd.admin.runtime_models import RuntimeModels
-from vllmd.api.answers import Decisions, Killed
+from vllmd.api.answers import Decisions, KeyLine, Keys, Killed, NewKey
 from vllmd.core.types import Snapshot
 from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.records.ring import Filter
@@ -63,6 +63,9 @@ class Status(Protocol):
 
     def types(self) -> list[str]:
         """The kinds of engines that there are."""
+
+    def settings(self, model: str) -> str:
+        """The configuration in force, or one model's part, as YAML with the origin of each setting; no secrets."""
 
     def decisions(self, model: str) -> Decisions:
         """The last decisions, oldest first; all of them, or one model's."""
@@ -179,6 +182,23 @@ class Records(Protocol):
         """Arrivals from then on, as ``vllmctl simulate`` reads them. Raises Unavailable, NotFound."""
 
 
+class KeyStore(Protocol):
+    """Keys that are made while it runs; each change counts at once."""
+
+    @property
+    def list(self) -> Callable[[], Keys]:
+        """All keys, those of the configuration among them; never their text."""
+
+    def create(self, name: str, settings: Mapping[str, object]) -> NewKey:
+        """Make one; its text is told this once. Raises BadRequest, Conflict, Unavailable."""
+
+    def revoke(self, name: str) -> Keys:
+        """It opens nothing from now on; those that are left. Raises NotFound, Unavailable."""
+
+    def limit(self, name: str, settings: Mapping[str, object]) -> KeyLine:
+        """Change what is named of it; null takes a limit away. Raises NotFound, BadRequest, Unavailable."""
+
+
 @dataclass(frozen=True, slots=True)
 class Control:
     """The daemon, as the endpoints see it."""
@@ -189,3 +209,4 @@ class Control:
     following: Following
     runtime_models: RuntimeModels
     records: Records
+    keys: KeyStore

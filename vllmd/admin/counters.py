@@ -6,6 +6,7 @@ be imported before the first client is served.
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
@@ -76,26 +77,25 @@ class Counters:
 
     def exchanged(self, exchange: Exchange) -> None:
         """A request has ended."""
-        request, model, elapsed, status = (
-            exchange.request,
-            exchange.offer or exchange.model,
-            exchange.elapsed,
-            str(exchange.status or 499),
-        )
+        request, model, status = exchange.request, exchange.offer or exchange.model, str(exchange.status or 499)
+        elapsed = time.monotonic() - exchange.began
         route = request.route.replace(":path", "") or "none"
         self.requests[route, request.method if request.route else "other", status] += 1
-        self.durations[(route,)].observe(elapsed)
+        times = [(self.durations[(route,)], elapsed)]
         if exchange.error:
             self.errors[model, exchange.error] += 1
         if request.caller.name:
             self.key_requests[(request.caller.name,)] += 1
         if model:
             self.model_requests[model, status] += 1
-            self.model_durations[(model,)].observe(elapsed)
+            times.append((self.model_durations[(model,)], elapsed))
             if exchange.first_byte is not None:
-                self.first_bytes[(model,)].observe(exchange.first_byte)
+                times.append((self.first_bytes[(model,)], exchange.first_byte))
             self.received[(model,)] += request.received
             self.sent[(model,)] += exchange.sent
+        for histogram, seconds in times:  # as ``observe`` does
+            histogram.counts[bisect_left(histogram.bounds, seconds)] += 1
+            histogram.total += seconds
 
     def login_failed(self, how: str) -> None:
         """An API key was wrong, or not looked at."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -18,6 +18,9 @@ from vllmd.core.types import DeviceView, ModelView, State
 from vllmd.proxy.access import ANYBODY, Caller
 
 Labels = tuple[str, ...]
+Values = Mapping[Any, float] | Iterable[tuple[Labels, float]]  # by label values
+PIECE = 500  # series that are written in one turn of the loop: about 5 ms
+END = b"# EOF\n"  # of OpenMetrics
 STANDINGS = ("new", "serving", "resting", "slow", "ejected", "down")
 STATES = (*(state.value for state in State if state is not State.SLEEPING), "sleeping_l1", "sleeping_l2")
 
@@ -27,117 +30,164 @@ def expose(counters: Counters, gauges: Gauges, accept: str, caller: Caller = ANY
 
     Series of models and keys that the caller may not see are left out.
     """
-    registry = CollectorRegistry()
-    registry.register(_Collector(counters, gauges, caller))
-    ProcessCollector(registry=registry)
+    work = expose_in_turns(counters, gauges, accept, caller)
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+
+
+def expose_in_turns(
+    counters: Counters, gauges: Gauges, accept: str, caller: Caller = ANYBODY
+) -> Generator[None, None, tuple[bytes, str]]:
+    """The same, yielding where others may have their turn: ten thousand models have two hundred thousand lines.
+
+    Families come in pieces, each is written by itself, and what is said of a family is kept from its first piece.
+    """
     encode, content_type = choose_encoder(accept)
-    return encode(registry), content_type
+    written: dict[str, list[bytes]] = {}
+    for metric in ProcessCollector(registry=None).collect():
+        written[metric.name] = [_text(encode, metric)]
+    for metric in _families(counters, gauges):
+        metric.samples = [sample for sample in metric.samples if _shown(sample.labels, caller)]
+        text = _text(encode, metric)
+        if metric.name in written:
+            written[metric.name].append(text[_end_of_comments(text) :])
+        else:
+            written[metric.name] = [text]
+        yield
+    end = END if "openmetrics" in content_type else b""
+    return b"".join([piece for pieces in written.values() for piece in pieces]) + end, content_type
 
 
-class _Collector:
-    """prometheus_client's collector over what was counted and how things stand."""
+class _One(CollectorRegistry):
+    """A registry of one metric, for the encoders."""
 
-    def __init__(self, counters: Counters, gauges: Gauges, caller: Caller) -> None:
-        self._counters = counters
-        self._gauges = gauges
-        self._caller = caller
-
-    def describe(self) -> list[Metric]:
-        """Nothing beforehand: a registry lives for one scrape."""
-        return []
+    def __init__(self, metric: Metric) -> None:
+        super().__init__()
+        self._metric = metric
 
     def collect(self) -> Iterator[Metric]:
-        """Everything that the caller may see: whichever family a series is in, its labels say whom it is about."""
-        for metric in self._all():
-            metric.samples = [sample for sample in metric.samples if self._shown(sample.labels)]
-            yield metric
+        yield self._metric
 
-    def _shown(self, labels: Mapping[str, str]) -> bool:
-        model, key = labels.get("model"), labels.get("key")
-        return (not model or self._caller.may_use(model)) and (key is None or self._caller.may_see_key(key))
 
-    def _all(self) -> Iterator[Metric]:
-        yield from _counted(self._counters)
-        yield from _standing(self._gauges)
-        snapshot = self._gauges.snapshot
-        if snapshot:
-            yield from _models(self._gauges)
-            yield from _replicas(self._gauges)
-            yield from _devices(snapshot.devices, self._gauges)
+def _text(encode: Callable[[CollectorRegistry], bytes], metric: Metric) -> bytes:
+    return encode(_One(metric)).removesuffix(END)
+
+
+def _end_of_comments(text: bytes) -> int:
+    """Where the samples begin, behind the lines about the family."""
+    at = 0
+    while text.startswith(b"#", at):
+        at = text.index(b"\n", at) + 1
+    return at
+
+
+def _shown(labels: Mapping[str, str], caller: Caller) -> bool:
+    """Whether the caller may see a series: whichever family it is in, its labels say whom it is about."""
+    model, key = labels.get("model"), labels.get("key")
+    return (not model or caller.may_use(model)) and (key is None or caller.may_see_key(key))
+
+
+def _families(counters: Counters, gauges: Gauges) -> Iterator[Metric]:
+    yield from _counted(counters)
+    yield from _standing(gauges)
+    snapshot = gauges.snapshot
+    if snapshot:
+        yield from _models(gauges)
+        yield from _replicas(gauges)
+        yield from _devices(snapshot.devices, gauges)
 
 
 def _counted(counters: Counters) -> Iterator[Metric]:
     model = ["model"]
-    yield _counter("http_requests", "Requests by route, method and status.", ["route", "method", "code"],
+    yield from _counter("http_requests", "Requests by route, method and status.", ["route", "method", "code"],
                    counters.requests)  # fmt: skip
-    yield _histogram("http_request_duration_seconds", "From a whole request to the end of its answer.", ["route"],
+    yield from _histogram("http_request_duration_seconds", "From a whole request to the end of its answer.", ["route"],
                      counters.durations)  # fmt: skip
-    yield _counter("model_requests", "Requests for a model, by status.", ["model", "code"], counters.model_requests)
-    yield _histogram("model_request_duration_seconds", "The same of requests for a model.", model,
+    yield from _counter(
+        "model_requests", "Requests for a model, by status.", ["model", "code"], counters.model_requests
+    )
+    yield from _histogram("model_request_duration_seconds", "The same of requests for a model.", model,
                      counters.model_durations)  # fmt: skip
-    yield _histogram("model_time_to_first_byte_seconds", "From a whole request to the first byte of its answer.",
+    yield from _histogram("model_time_to_first_byte_seconds", "From a whole request to the first byte of its answer.",
                      model, counters.first_bytes)  # fmt: skip
-    yield _histogram("model_queue_wait_seconds", "From a request's arrival to its admission, loading included.",
+    yield from _histogram("model_queue_wait_seconds", "From a request's arrival to its admission, loading included.",
                      model, counters.waits)  # fmt: skip
-    yield _counter("model_received_bytes", "Request bodies relayed to a model.", model, counters.received)
-    yield _counter("model_sent_bytes", "Answers relayed to clients, heads included.", model, counters.sent)
-    yield _counter("model_tokens", "Tokens in and out: by the answer's usage, without one reckoned from sizes.", model,
-                   counters.tokens)  # fmt: skip
-    yield _counter("model_tokens_by_kind", "Of the prompt and the answer; cached ones are of the prompt, and estimated "
-                   "ones of both.", ["model", "kind"], counters.token_kinds)  # fmt: skip
-    yield _counter(
+    yield from _counter("model_received_bytes", "Request bodies relayed to a model.", model, counters.received)
+    yield from _counter("model_sent_bytes", "Answers relayed to clients, heads included.", model, counters.sent)
+    yield from _counter(
+        "model_tokens",
+        "Tokens in and out: by the answer's usage, without one reckoned from sizes.",
+        model,
+        counters.tokens,
+    )
+    yield from _counter(
+        "model_tokens_by_kind",
+        "Of the prompt and the answer; cached ones are of the prompt, and estimated ones of both.",
+        ["model", "kind"],
+        counters.token_kinds,
+    )
+    yield from _counter(
         "errors", "Requests that ended in an error of ours, by its kind.", ["model", "kind"], counters.errors
     )
-    yield _counter("failed_logins", "API keys that were wrong, or not looked at after too many wrong ones.", ["how"],
-                   counters.failed_logins)  # fmt: skip
-    yield _counter("key_requests", "Requests by the name of their API key.", ["key"], counters.key_requests)
-    yield _counter("key_tokens", "Tokens by the name of the API key.", ["key"], counters.key_tokens)
-    yield _histogram("model_change_duration_seconds", "Starts, wakes, sleeps and stops that succeeded.",
+    yield from _counter(
+        "failed_logins",
+        "API keys that were wrong, or not looked at after too many wrong ones.",
+        ["how"],
+        counters.failed_logins,
+    )
+    yield from _counter("key_requests", "Requests by the name of their API key.", ["key"], counters.key_requests)
+    yield from _counter("key_tokens", "Tokens by the name of the API key.", ["key"], counters.key_tokens)
+    yield from _histogram("model_change_duration_seconds", "Starts, wakes, sleeps and stops that succeeded.",
                      ["model", "change"], counters.changes)  # fmt: skip
-    yield _counter("model_failures", "Starts, wakes, sleeps that failed, and exits that nobody asked for.",
+    yield from _counter("model_failures", "Starts, wakes, sleeps that failed, and exits that nobody asked for.",
                    ["model", "change"], counters.failures)  # fmt: skip
-    yield _counter("decisions", "What the scheduler decided.", ["model", "decision"], counters.decisions)
-    yield _counter("replica_decisions", "Those about one of several replicas, such as eject.",
+    yield from _counter("decisions", "What the scheduler decided.", ["model", "decision"], counters.decisions)
+    yield from _counter("replica_decisions", "Those about one of several replicas, such as eject.",
                    ["model", "replica", "decision"], counters.replica_decisions)  # fmt: skip
-    yield _counter("replica_retries", "Requests that it did not answer, and that went to another replica.",
+    yield from _counter("replica_retries", "Requests that it did not answer, and that went to another replica.",
                    ["model", "replica"], counters.retries)  # fmt: skip
-    yield _counter("model_departures", "Sleeps, stops and freezes by cause; exchange: evicted for another model.",
+    yield from _counter("model_departures", "Sleeps, stops and freezes by cause; exchange: evicted for another model.",
                    ["model", "how", "cause"], counters.departures)  # fmt: skip
 
 
 def _standing(gauges: Gauges) -> Iterator[Metric]:
-    yield _gauge("build_info", "The version.", ["version"], {(vllmd.__version__,): 1})
-    yield _gauge("ready", "Whether devices and engines have been found.", [], {(): gauges.snapshot is not None})
-    yield _gauge("configuration_valid", "Whether the last configuration read was usable.", [], {(): gauges.valid})
-    yield _gauge("connections", "Clients and operators who are connected.", [], {(): gauges.connections})
-    yield _gauge("requests_in_progress", "Model requests that wait or run.", [], {(): gauges.requests})
+    yield from _gauge("build_info", "The version.", ["version"], {(vllmd.__version__,): 1})
+    yield from _gauge("ready", "Whether devices and engines have been found.", [], {(): gauges.snapshot is not None})
+    yield from _gauge("configuration_valid", "Whether the last configuration read was usable.", [], {(): gauges.valid})
+    yield from _gauge("connections", "Clients and operators who are connected.", [], {(): gauges.connections})
+    yield from _gauge("requests_in_progress", "Model requests that wait or run.", [], {(): gauges.requests})
     snapshot = gauges.snapshot
     if snapshot:
-        yield _gauge("host_memory_budget_bytes", "Host memory for models asleep at level 1 and engines on it.", [],
+        yield from _gauge("host_memory_budget_bytes", "Host memory for models asleep at level 1 and engines on it.", [],
                      {(): snapshot.host_memory})  # fmt: skip
-        yield _gauge("host_memory_promised_bytes", "What of it is promised.", [], {(): snapshot.host_promised})
+        yield from _gauge("host_memory_promised_bytes", "What of it is promised.", [], {(): snapshot.host_promised})
 
 
 def _models(gauges: Gauges) -> Iterator[Metric]:
     """Each model as clients know it: with replicas in the state of the best of them, and with all their requests."""
     models = gauges.snapshot.models if gauges.snapshot else ()
 
-    def each(name: str, about: str, value: Callable[[ModelView], float]) -> Metric:
-        return _gauge(f"model_{name}", about, ["model"], {(view.name,): value(view) for view in models})
+    def each(name: str, about: str, value: Callable[[ModelView], float]) -> Iterator[Metric]:
+        return _gauge(f"model_{name}", about, ["model"], (((view.name,), value(view)) for view in models))
 
-    yield _gauge("model_state", "1 for the state that the model is in.", ["model", "state"],
-                 {(view.name, state): state == state_of(view) for view in models for state in STATES})  # fmt: skip
-    yield each("queue_length", "Requests that wait.", lambda view: view.queued)
-    yield each("running_requests", "Requests that run.", lambda view: view.in_flight)
-    yield each("oldest_wait_seconds", "How long the first of the waiting has waited.", lambda v: v.oldest_wait or 0.0)
-    yield each("pinned", "Whether it is pinned.", lambda view: view.pinned)
-    yield each("leases", "Leases that keep it.", lambda view: len(view.leases))
+    yield from _gauge("model_state", "1 for the state that the model is in.", ["model", "state"],
+                 (((view.name, state), state == state_of(view)) for view in models for state in STATES))  # fmt: skip
+    yield from each("queue_length", "Requests that wait.", lambda view: view.queued)
+    yield from each("running_requests", "Requests that run.", lambda view: view.in_flight)
+    yield from each(
+        "oldest_wait_seconds", "How long the first of the waiting has waited.", lambda v: v.oldest_wait or 0.0
+    )
+    yield from each("pinned", "Whether it is pinned.", lambda view: view.pinned)
+    yield from each("leases", "Leases that keep it.", lambda view: len(view.leases))
     held: Counter[Labels] = Counter()
     for view in models:
         for engine in view.replicas:
             held.update({(view.name, str(index)): engine.memory for index in engine.devices})
-    yield _gauge("model_memory_bytes", "What the ledger has it at, on each device.", ["model", "device"], held)
-    yield _gauge("model_last_start_seconds", "How long its last start took.", ["model"],
+    yield from _gauge("model_memory_bytes", "What the ledger has it at, on each device.", ["model", "device"], held)
+    yield from _gauge("model_last_start_seconds", "How long its last start took.", ["model"],
                  {(name,): took for name, took in gauges.last_starts.items()})  # fmt: skip
 
 
@@ -146,39 +196,47 @@ def _replicas(gauges: Gauges) -> Iterator[Metric]:
     models = [model for model in (gauges.snapshot.models if gauges.snapshot else ()) if model.balanced]
     known = [((model.name, replica.id), replica) for model in models for replica in model.replicas]
     labels = ["model", "replica"]
-    yield _gauge("replica_standing", "1 for what its answers have earned it; down: its engine is not up.",
+    yield from _gauge("replica_standing", "1 for what its answers have earned it; down: its engine is not up.",
                  [*labels, "standing"], {(*of, standing): standing == (view.standing or "down")
                                          for of, view in known for standing in STANDINGS})  # fmt: skip
-    yield _gauge("replica_latency_seconds", "Time to the first byte of its answers, the last ones weighing most.",
+    yield from _gauge("replica_latency_seconds", "Time to the first byte of its answers, the last ones weighing most.",
                  labels, {of: view.latency for of, view in known if view.latency is not None})  # fmt: skip
-    yield _gauge("replica_running_requests", "Requests that run in it.", labels,
+    yield from _gauge("replica_running_requests", "Requests that run in it.", labels,
                  {of: view.in_flight for of, view in known})  # fmt: skip
 
 
 def _devices(devices: tuple[DeviceView, ...], gauges: Gauges) -> Iterator[Metric]:
-    def each(name: str, about: str, value: Callable[[DeviceView], float]) -> Metric:
+    def each(name: str, about: str, value: Callable[[DeviceView], float]) -> Iterator[Metric]:
         return _gauge(f"device_{name}", about, ["device"], {(str(view.index),): value(view) for view in devices})
 
-    def read(name: str, about: str, values: Mapping[int, float]) -> Metric:
+    def read(name: str, about: str, values: Mapping[int, float]) -> Iterator[Metric]:
         return _gauge(f"device_{name}", about, ["device"], {(str(index),): value for index, value in values.items()})
 
-    yield each("memory_bytes", "The device's memory.", lambda view: view.memory)
-    yield each("memory_reserve_bytes", "Memory that is never promised.", lambda view: view.reserve)
-    yield each("memory_promised_bytes", "Memory that is promised to models.", lambda view: view.promised)
-    yield each("memory_external_bytes", "Memory that others hold, as last read.", lambda view: view.external)
-    yield each("avoided", "Whether it is avoided: memory did not come back, or it cannot be read.",
+    yield from each("memory_bytes", "The device's memory.", lambda view: view.memory)
+    yield from each("memory_reserve_bytes", "Memory that is never promised.", lambda view: view.reserve)
+    yield from each("memory_promised_bytes", "Memory that is promised to models.", lambda view: view.promised)
+    yield from each("memory_external_bytes", "Memory that others hold, as last read.", lambda view: view.external)
+    yield from each("avoided", "Whether it is avoided: memory did not come back, or it cannot be read.",
                lambda view: bool(view.wedged))  # fmt: skip
-    yield read("memory_used_bytes", "Memory in use by anybody, as the driver says.", gauges.used)
-    yield read("power_watts", "Power draw.", gauges.power)
-    yield read("temperature_celsius", "Temperature.", gauges.temperature)
-    yield read("throttled", "Whether it is slowed down against its will: heat, power.", gauges.throttled)
-    yield _counter("device_energy_joules", "What it has drawn while it was read, since the daemon's start.", ["device"],
-                   {(str(index),): joules for index, joules in gauges.energy.items()})  # fmt: skip
-    yield _gauge("model_power_watts", "Its share of what its devices draw, by the memory it holds there.", ["model"],
-                 {(name,): watts for name, watts in gauges.model_power.items()})  # fmt: skip
-    yield _counter("model_energy_joules", "The same, summed up since the daemon's start.", ["model"],
+    yield from read("memory_used_bytes", "Memory in use by anybody, as the driver says.", gauges.used)
+    yield from read("power_watts", "Power draw.", gauges.power)
+    yield from read("temperature_celsius", "Temperature.", gauges.temperature)
+    yield from read("throttled", "Whether it is slowed down against its will: heat, power.", gauges.throttled)
+    yield from _counter(
+        "device_energy_joules",
+        "What it has drawn while it was read, since the daemon's start.",
+        ["device"],
+        {(str(index),): joules for index, joules in gauges.energy.items()},
+    )
+    yield from _gauge(
+        "model_power_watts",
+        "Its share of what its devices draw, by the memory it holds there.",
+        ["model"],
+        {(name,): watts for name, watts in gauges.model_power.items()},
+    )
+    yield from _counter("model_energy_joules", "The same, summed up since the daemon's start.", ["model"],
                    {(name,): joules for name, joules in gauges.model_energy.items()})  # fmt: skip
-    yield read("utilization_ratio", "Share of time that it computed, as the driver says.", gauges.load)
+    yield from read("utilization_ratio", "Share of time that it computed, as the driver says.", gauges.load)
 
 
 def state_of(view: ModelView) -> str:
@@ -186,23 +244,34 @@ def state_of(view: ModelView) -> str:
     return f"sleeping_l{view.level}" if view.state is State.SLEEPING else view.state.value
 
 
-def _counter(name: str, about: str, labels: list[str], values: Mapping[Labels, float]) -> Metric:
-    return _filled(CounterMetricFamily(f"vllmd_{name}", about, labels=labels), values)
+# -- families, in pieces
 
 
-def _gauge(name: str, about: str, labels: list[str], values: Mapping[Labels, float]) -> Metric:
-    return _filled(GaugeMetricFamily(f"vllmd_{name}", about, labels=labels), values)
+def _counter(name: str, about: str, labels: list[str], values: Values) -> Iterator[Metric]:
+    return _filled(lambda: CounterMetricFamily(f"vllmd_{name}", about, labels=labels), values)
 
 
-def _filled(family: Any, values: Mapping[Labels, float]) -> Metric:
-    for labels, value in values.items():
+def _gauge(name: str, about: str, labels: list[str], values: Values) -> Iterator[Metric]:
+    return _filled(lambda: GaugeMetricFamily(f"vllmd_{name}", about, labels=labels), values)
+
+
+def _filled(new: Callable[[], Any], values: Values) -> Iterator[Metric]:
+    """At least one piece: a family without series is told of, too."""
+    pairs = iter(list(values.items()) if isinstance(values, Mapping) else values)  # a counter may get a new series
+    family = new()
+    for number, (labels, value) in enumerate(pairs, 1):
         family.add_metric(labels, float(value))
-    metric: Metric = family
-    return metric
+        if number % PIECE == 0:
+            yield family
+            family = new()
+    yield family
 
 
-def _histogram(name: str, about: str, labels: list[str], values: Mapping[Labels, Histogram]) -> Metric:
+def _histogram(name: str, about: str, labels: list[str], values: Mapping[Labels, Histogram]) -> Iterator[Metric]:
     family = HistogramMetricFamily(f"vllmd_{name}", about, labels=labels)
-    for key, histogram in values.items():
+    for number, (key, histogram) in enumerate(list(values.items()), 1):
         family.add_metric(list(key), histogram.buckets(), histogram.total)
-    return family
+        if number % (PIECE // 10) == 0:
+            yield family
+            family = HistogramMetricFamily(f"vllmd_{name}", about, labels=labels)
+    yield family

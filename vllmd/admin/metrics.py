@@ -11,6 +11,7 @@ from vllmd.core.types import State
 from vllmd.errors import Conflict, UpstreamFailed
 from vllmd.proxy.access import MODELS, READ, Reach, authorise
 from vllmd.proxy.http import Request, Response
+from vllmd.proxy.large import in_turns
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 UNLOADED = frozenset(state.value for state in (State.STOPPED, State.STARTING, State.STOPPING, State.FAILED))
@@ -33,7 +34,8 @@ class MetricsEndpoints:
         # The client library is a room that only whoever scrapes has to enter.
         exposition = await asyncio.to_thread(importlib.import_module, "vllmd.admin.exposition")
         accept, gauges = request.headers.get("accept"), await self._control.status.gauges()
-        body, content_type = exposition.expose(self._control.counters, gauges, accept, request.caller)
+        work = exposition.expose_in_turns(self._control.counters, gauges, accept, request.caller)
+        body, content_type = await in_turns(work)
         return Response(200, body, content_type)
 
     async def engines(self, request: Request) -> Response:

@@ -9,7 +9,7 @@ from typing import Any
 import vllmd
 from vllmd.admin.control import Control
 from vllmd.errors import Forbidden, UnknownModel
-from vllmd.proxy.http import Request, Response, json_response
+from vllmd.proxy.http import Request, Response, json_response, list_response, text_response
 
 KINSHIP = ("parent", "root")
 _STARTED = int(time.time())
@@ -36,7 +36,7 @@ class ModelEndpoints:
         ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
         # Codex wants descriptions of its own models, prompts and all, under ``models``; with none it has its defaults.
         codex: dict[str, Any] = {"models": []} if "client_version" in request.query else {}
-        return json_response({"object": "list", "data": data, "has_more": False, **ends, **codex})
+        return await list_response({"object": "list", "data": data, "has_more": False, **ends, **codex}, "data")
 
     async def one(self, request: Request) -> Response:
         """``GET /v1/models/{id}``, by its name, an alias, or its end. Raises UnknownModel."""
@@ -47,6 +47,12 @@ class ModelEndpoints:
                 if model["id"] == name:
                     return json_response(_card(model, asked if asked in model["aliases"] else name))
         raise UnknownModel(f"model {asked!r} does not exist; GET /v1/models lists those that do", param="model")
+
+    async def settings(self, request: Request) -> Response:
+        """``GET /admin/config``: what is in force, with the origin of each setting; ``?model=``: that model's part."""
+        name = request.query.get("model", "")
+        model = self._control.status.resolve(name, request.caller) if name else ""
+        return text_response(self._control.status.settings(model), content_type="application/yaml")
 
     async def _models(self, request: Request) -> list[dict[str, Any]]:
         return [model for model in await self._control.status.models() if request.caller.may_use(model["id"])]

@@ -73,6 +73,9 @@ def add_operator(router: Router, control: Control) -> None:
     add("GET", "/admin/models", models.every, "read", "The models as /v1/models has them, for operators",
         answers(ModelList), EACH)  # fmt: skip
     add("GET", "/admin/models/{model:path}", models.one, "read", "One model, likewise", answers(Model))
+    add("GET", "/admin/config", models.settings, "read", "The settings in force, and where each comes from",
+        doc(streams("application/yaml", "vllmd.yaml without secrets"), asks(model=(TEXT, "of that model only"))),
+        MACHINE)  # fmt: skip
     add("GET", "/admin/events", follow.events, "read", "Decisions as they are made, and what becomes of them",
         streams("text/event-stream", "events whose data is a Decision"), MACHINE)  # fmt: skip
     add("GET", "/admin/logs/{model:path}", follow.log, "read", "An engine's log",

@@ -234,6 +234,33 @@ class Killed(Answer):
 
 
 @dataclass(frozen=True)
+class KeyLine(Answer):
+    """An API key, without its text. ``settings``: its limits and the like, where they are not as every key has them."""
+
+    name: str
+    scopes: tuple[str, ...] = ()
+    models: Annotated[tuple[str, ...], "the only ones that it may use; empty: all"] = ()
+    configured: Annotated[bool, "in the configuration, where alone it can be changed"] = False
+    at: Annotated[float | None, "when it was made, in Unix time; null for a configured one"] = None
+    settings: Object = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Keys(Answer):
+    """All keys."""
+
+    keys: tuple[KeyLine, ...] = ()
+
+
+@dataclass(frozen=True)
+class NewKey(Answer):
+    """A key that was made: its text is told this once."""
+
+    name: str
+    key: str = ""
+
+
+@dataclass(frozen=True)
 class Known(Answer):
     """A model that a program brought along; ``differs``: settings that are not as asked for."""
 

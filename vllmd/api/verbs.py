@@ -17,8 +17,20 @@ from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import quote
 
-from vllmd.api.answers import Answer, Decisions, Device, Killed, ModelLine, Probed, Reloaded, Status
-from vllmd.api.kinds import Choice, Count, Flag, Kind, ModelName, Seconds, Text
+from vllmd.api.answers import (
+    Answer,
+    Decisions,
+    Device,
+    KeyLine,
+    Keys,
+    Killed,
+    ModelLine,
+    NewKey,
+    Probed,
+    Reloaded,
+    Status,
+)
+from vllmd.api.kinds import Choice, Count, Flag, JsonObject, Kind, ModelName, Seconds, Text
 from vllmd.errors import BadRequest, NotFound
 
 LONGEST_PROBE = 3600.0  # seconds
@@ -197,6 +209,10 @@ DEVICE = Param("device", Count(), "its number in vllmctl gpus", "path", metavar=
                missing="there is no device {value!r}: devices have numbers, see vllmctl gpus")  # fmt: skip
 DRAINED = Param("drained", Flag(), "whether it is to be", "body", default=True)
 
+KEY = Param("name", Text("the name of a key"), "its name", "path", missing="there is no key {value!r}")
+KEY_SETTINGS = Param("settings", JsonObject("an object"), "scopes, models, limits, priority, share, as in auth.keys "
+                     "of the configuration; null takes a limit away", "body", default={})  # fmt: skip
+
 PROBES = """\
 Ask each of its engines a short question, all at the same time: ``fastest``, and ``replicas`` with seconds.
 
@@ -265,6 +281,18 @@ VERBS: tuple[Verb, ...] = (
                                 "vllmctl gpus shows what still runs there"),
                    Command("undrain", "Give drained GPUs back", fixed={"drained": False},
                            said="device {device} is in use again"))),
+    Verb("keys", "GET", "/admin/keys", "The API keys, without their text", Keys, does="keys.list", scope="read",
+         python=Method("keys", "All keys, without their text.", "keys")),
+    Verb("create_key", "POST", "/admin/keys", "Make an API key; its text is told this once", NewKey,
+         (Param("name", Text("a name"), "whose it is", "body"), KEY_SETTINGS), does="keys.create", refuses=(409,),
+         about="Without any keys everybody may use the models: from the first one on every request needs one.",
+         python=Method("create_key", "Make a key; its text is told this once.")),
+    Verb("limit_key", "POST", "/admin/keys/{name}/limits", "Change what a key may, at once", KeyLine,
+         (KEY, KEY_SETTINGS), does="keys.limit",
+         python=Method("limit_key", "Change the settings that are named, and no others.")),
+    Verb("revoke_key", "DELETE", "/admin/keys/{name}", "Have a key open nothing any more, at once", Keys, (KEY,),
+         does="keys.revoke",
+         python=Method("revoke_key", "Have it open nothing any more.", "keys")),
 )  # fmt: skip
 
 

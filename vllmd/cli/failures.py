@@ -73,6 +73,9 @@ def of_answer(status: int, body: Any) -> Failure:
     code = str(error.get("code") or "")
     message = str(error.get("message") or f"vllmd answered {status}")
     message = message.replace("GET /v1/models lists those", "vllmctl ps lists those")
+    invalid, _, where = message.partition(", tell its administrator: ")
+    if where:  # who asks is one
+        return Failure(f"{invalid}, see vllmctl config check: {where}", EX_CONFIG)
     return Failure(message, CODES.get(code, STATUSES.get(status, EX_SOFTWARE)))
 
 

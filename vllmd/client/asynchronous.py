@@ -181,6 +181,22 @@ class AsyncClient:
         """Take a device out of use, or give it back; how it is then."""
         return await self._told("drain", answers.Device, device=device, drained=drained)
 
+    async def keys(self) -> tuple[answers.KeyLine, ...]:
+        """All keys, without their text."""
+        return (await self._told("keys", answers.Keys)).keys
+
+    async def create_key(self, name: str, settings: Mapping[str, object] = {}) -> answers.NewKey:
+        """Make a key; its text is told this once."""
+        return await self._told("create_key", answers.NewKey, name=name, settings=settings)
+
+    async def limit_key(self, name: str, settings: Mapping[str, object] = {}) -> answers.KeyLine:
+        """Change the settings that are named, and no others."""
+        return await self._told("limit_key", answers.KeyLine, name=name, settings=settings)
+
+    async def revoke_key(self, name: str) -> tuple[answers.KeyLine, ...]:
+        """Have it open nothing any more."""
+        return (await self._told("revoke_key", answers.Keys, name=name)).keys
+
     # -- end
 
     # -- sending -------------------------------------------------------------------------------

@@ -87,7 +87,8 @@ def read(
     for where, path, what in checks.doubts(config):
         findings.warn(findings.origins.get(path, where), path, what)
     warnings = tuple(map(str, findings.warnings))
-    return Reading(replace(config, warnings=warnings), findings.problems(), findings.origins)
+    config = replace(config, warnings=warnings, origins=findings.origins)
+    return Reading(config, findings.problems(), findings.origins)
 
 
 def parse_model(name: str, node: Node, findings: Findings) -> tuple[ModelConfig, frozenset[str]]:

@@ -12,7 +12,6 @@ import yaml
 
 from vllmd.config import secrets, value_types
 from vllmd.config.loader import Reading
-from vllmd.config.nodes import Where
 from vllmd.config.settings import ADAPTER, DEFAULTS, MODEL, POOL, ROOT, SHARES, VARIANT, Group, Setting, default
 from vllmd.config.types import Config
 
@@ -26,13 +25,22 @@ def as_yaml(reading: Reading) -> str:
     return "".join(_Writer(reading.origins, reading.config).group(ROOT, reading.config, "", 0))
 
 
+def of_config(config: Config, model: str = "") -> str:
+    """The same of a configuration in force; ``model``: of that model only, "" where it has no settings."""
+    writer = _Writer(config.origins, config)
+    if not model:
+        return "".join(writer.group(ROOT, config, "", 0))
+    known = config.models.get(model)
+    return "" if known is None else "".join(writer.group(MODEL, known, f"models.{model}.", 0))
+
+
 def as_data(reading: Reading) -> Any:
     """The same as plain data."""
     return yaml.safe_load(as_yaml(reading))
 
 
 class _Writer:
-    def __init__(self, origins: Mapping[str, Where], config: Config) -> None:
+    def __init__(self, origins: Mapping[str, object], config: Config) -> None:
         self.origins = origins
         self.defaults = config.template if config.discover else None  # models yet to be found will need them
 

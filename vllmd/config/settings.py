@@ -643,6 +643,20 @@ KEY = Group(
         Setting("requests_per_minute", k.count(1, 2**31, "unlimited"), "Requests per minute."),
         Setting("tokens_per_minute", k.count(1, 2**31, "unlimited"), "Tokens in and out per minute."),
         Setting("keep_alive_limit", k.UP_TO, "Longest keep_alive, within that of the server; 0: it has no say."),
+        Setting("tokens_per_day", k.count(1, 2**53, "unlimited"), "Tokens in and out per day; days are UTC's."),
+        Setting("tokens_per_month", k.count(1, 2**53, "unlimited"), "Tokens in and out per month."),
+        Setting(
+            "device_seconds_per_day",
+            k.count(1, 2**53, "unlimited"),
+            "Seconds of devices per day: the share of their memory that models hold for this key, times seconds.",
+        ),
+        Setting("device_seconds_per_month", k.count(1, 2**53, "unlimited"), "The same per month."),
+        Setting(
+            "priority",
+            k.count(0, 1000),
+            "Of its requests that wait for a model: those of the highest come first, always.",
+        ),
+        Setting("share", k.count(1, 1000), "How many turns it has to one of others, among keys of its priority."),
     ),
 )
 

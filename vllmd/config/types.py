@@ -269,6 +269,12 @@ class KeyConfig:
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     keep_alive_limit: float | None = None  # seconds; 0.0: it cannot say
+    tokens_per_day: int | None = None
+    tokens_per_month: int | None = None
+    device_seconds_per_day: int | None = None
+    device_seconds_per_month: int | None = None
+    priority: int = 0  # of its requests in a model's queue: the higher ones first
+    share: int = 1  # of the turns among keys of the same priority
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +307,7 @@ class Config:
     templates: Mapping[str, ModelConfig] = field(default_factory=dict, compare=False)  # by kind, of those they name
     files: tuple[Path, ...] = ()
     warnings: tuple[str, ...] = ()
+    origins: Mapping[str, object] = field(default_factory=dict, compare=False)  # of settings by path: file:line
 
     def template_of(self, kind: str) -> ModelConfig:
         """What the defaults make of a model of this kind of engine."""

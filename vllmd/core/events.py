@@ -31,7 +31,7 @@ class RequestArrived(Event):
     """A client asked for ``model``. ``request`` is unique; ``key`` names the API key, for fairness.
 
     ``avoid``: replicas that failed it before; another one gets it if one serves.
-    ``only``: the replica that alone can serve it; "": any.
+    ``only``: the replica that alone can serve it; "": any. ``rank``: the key's priority and share.
     """
 
     request: str
@@ -39,6 +39,7 @@ class RequestArrived(Event):
     key: str = ""
     avoid: frozenset[str] = frozenset()
     only: str = ""
+    rank: tuple[int, int] = (0, 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -217,6 +217,8 @@ class OperatorCommands:
     def _retune(self, settings: Settings) -> None:
         """3.7: another policy or budget decides from now on; what was begun goes on."""
         core = self._core
+        if settings == core.settings:
+            return
         if settings.policy != core.settings.policy:
             core.policy = POLICIES[settings.policy]
         core.settings = settings
@@ -231,6 +233,9 @@ class OperatorCommands:
         """
         core = self._core
         model = core.models.setdefault(spec.name, Model(spec))
+        resting = model.replicas and not model.retired and not any(r in core.active for r in model.replicas)
+        if resting and model.spec == spec and restart.isdisjoint(r.id for r in model.replicas):
+            return  # nothing is new, nothing runs, nobody waits: of ten thousand models nearly all are such
         model.spec = spec
         names = renamed([r.id for r in model.replicas], [each.id for each in spec.replicas])
         if names:

@@ -1,6 +1,13 @@
-"""The requests that wait for one model: round robin over API keys, oldest first within a key."""
+"""The requests that wait for one model: round robin over API keys, oldest first within a key.
+
+A key may have a rank: those of the highest priority come first, always; among keys of one priority each has as many
+turns in a row as its share says.
+"""
 
 from __future__ import annotations
+
+Rank = tuple[int, int]  # priority and share
+USUAL: Rank = (0, 1)
 
 
 class Queue(dict[str, tuple[str, float]]):
@@ -9,10 +16,12 @@ class Queue(dict[str, tuple[str, float]]):
     Taking, removing and asking for the oldest cost the same however many there are. Only the methods here change it.
     """
 
-    __slots__ = ("_keys", "arrived")
+    __slots__ = ("_keys", "_ranks", "_turns", "arrived")
 
     def __init__(self) -> None:
         self._keys: dict[str, dict[str, None]] = {}  # key -> its requests in order; the key to serve next is first
+        self._ranks: dict[str, Rank] = {}  # of the keys that wait, where they are not as usual
+        self._turns: dict[str, int] = {}  # that a key has had of its share, this time round
         self.arrived = 0.0  # sum of the times of arrival
 
     @property
@@ -22,9 +31,11 @@ class Queue(dict[str, tuple[str, float]]):
             return arrived
         return None
 
-    def add(self, request: str, key: str, now: float) -> None:
-        """``request`` of API key ``key`` waits from ``now`` on."""
+    def add(self, request: str, key: str, now: float, rank: Rank = USUAL) -> None:
+        """``request`` of API key ``key`` waits from ``now`` on. ``rank``: the key's, as it is now."""
         self[request] = (key, now)
+        if rank != USUAL or self._ranks:
+            self._ranks[key] = rank
         self._keys.setdefault(key, {})[request] = None
         self.arrived += now
 
@@ -35,14 +46,26 @@ class Queue(dict[str, tuple[str, float]]):
         del mine[request]
         if not mine:
             del self._keys[key]
+            self._ranks.pop(key, None)
+            self._turns.pop(key, None)
         self.arrived = self.arrived - arrived if self else 0.0
 
     def take(self) -> tuple[str, str]:
         """The next request and its key: the keys take turns, so that one caller's flood delays only itself."""
-        key = next(iter(self._keys))
-        mine = self._keys.pop(key)
+        key, share = next(iter(self._keys)), 1
+        if self._ranks:
+            ranks = self._ranks
+            highest = max([ranks.get(each, USUAL)[0] for each in self._keys])
+            key = next(each for each in self._keys if ranks.get(each, USUAL)[0] == highest)
+            share = ranks.get(key, USUAL)[1]
+        mine = self._keys[key]
         request = next(iter(mine))
-        self._keys[key] = mine
+        turns = self._turns.get(key, 0) + 1 if share > 1 else 1
+        if turns >= share:
+            self._turns.pop(key, None)
+            self._keys[key] = self._keys.pop(key)  # behind the others
+        else:
+            self._turns[key] = turns
         self.remove(request)
         return request, key
 

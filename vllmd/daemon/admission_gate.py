@@ -77,6 +77,10 @@ class BackEnd(Protocol):
         """Hand an event to the core, and have ``answered`` called when it has said what becomes of it."""
 
 
+def _unheard(event: events.Event) -> None:
+    """Before the back end is there no request has reached the core, so none has anything to tell it."""
+
+
 class AdmissionGate:
     """Implements ``vllmd.proxy.gate.Gate`` over the core."""
 
@@ -86,6 +90,7 @@ class AdmissionGate:
         self._quotas = quotas
         self._counters = counters
         self._back: BackEnd | None = None
+        self._post: Callable[[events.Event], None] = _unheard  # the back end's, once it is there
         self._opening: set[asyncio.Future[None]] = set()  # requests that wait for us to open; the core knows none yet
         self._permits: dict[str, Permit] = {}  # by the core's name for a request
         self._numbers = itertools.count(1)
@@ -95,7 +100,7 @@ class AdmissionGate:
 
     def open(self, back: BackEnd) -> None:
         """The devices, the core and the engines are there: let requests through to them."""
-        self._back = back
+        self._back, self._post = back, back.post
         for waiting in self._opening:
             if not waiting.done():
                 waiting.set_result(None)
@@ -242,7 +247,9 @@ class AdmissionGate:
                 await self._opened(waits)
                 self._check_served(model, route)
             # 3. The core admits it, now or when the model is awake and it is its turn.
-            await self._admitted(permit)
+            self._arrive(permit)
+            if not permit.admitted:
+                await self._decided(permit)
             # 4. An adapter is loaded, unless the engine has it.
             if offer:
                 await self._provided(permit)
@@ -251,7 +258,7 @@ class AdmissionGate:
                 use.abandon()
             raise
         permit.use = use
-        self._counters.waited(permit.called, self._quotas.clock() - began)
+        self._counters.waited(offer or model, self._quotas.clock() - began)
         return permit
 
     def _check_served(self, model: str, route: str) -> None:
@@ -273,19 +280,24 @@ class AdmissionGate:
             if not self.requests:
                 self._empty.set()
 
-    async def _admitted(self, permit: Permit) -> None:
-        """Tell the core of the request, and wait until it is admitted. Raises VllmdError if it is refused."""
+    def _arrive(self, permit: Permit) -> None:
+        """Tell the core of the request, which may admit it at once. Raises VllmdError if it is refused at once."""
         permit.request = request = str(next(self._numbers))
         self._permits[request] = permit
-        self.post(events.RequestArrived(request, permit.model, permit.key, frozenset(permit.tried), permit.only))
-        if not permit.admitted and permit.refusal is None:
-            permit.waits()
-            permit.decided = asyncio.get_running_loop().create_future()
-            try:
-                await permit.decided
-            except asyncio.CancelledError:
-                self._left(permit)
-                raise
+        tried, rank = frozenset(permit.tried), self._quotas.rank(permit.key)
+        self._post(events.RequestArrived(request, permit.model, permit.key, tried, permit.only, rank))
+        if permit.refusal is not None:
+            raise permit.refusal
+
+    async def _decided(self, permit: Permit) -> None:
+        """Wait until a request that has arrived is admitted. Raises VllmdError if it is refused."""
+        permit.waits()
+        permit.decided = asyncio.get_running_loop().create_future()
+        try:
+            await permit.decided
+        except asyncio.CancelledError:
+            self._left(permit)
+            raise
         if permit.refusal is not None:
             raise permit.refusal
 
@@ -318,7 +330,9 @@ class AdmissionGate:
             self._counters.retried(permit.model, permit.replica)
         again = Permit(self, permit.model, permit.key, permit.only, permit.waits, permit.offer)
         again.tried = (*permit.tried, permit.replica)
-        await self._admitted(again)
+        self._arrive(again)
+        if not again.admitted:
+            await self._decided(again)
         if again.offer:
             await self._provided(again)
         if permit.use is not None:
@@ -334,7 +348,7 @@ class AdmissionGate:
         """Tell the core that the model is wanted again, for as long as the configuration and the key allow."""
         allowed = self._quotas.keep_alive(key, seconds, self._keep_alive_limit)
         if allowed is not None and model in self._models:
-            self.post(events.KeptAlive(model, key, allowed))
+            self._post(events.KeptAlive(model, key, allowed))
 
     # -- what the core says ----------------------------------------------------------------
 
@@ -349,15 +363,19 @@ class AdmissionGate:
 
     def admit(self, command: commands.Admit) -> None:
         """Let it pass; an engine that is no longer there ends it at once."""
-        permit, where = self._permits[command.request], self._back.address_of(command.replica) if self._back else None
-        permit.admitted, permit.replica = True, command.replica
-        permit.target = self._target_of(permit.model, command.replica, permit.offer)
+        permit, replica = self._permits[command.request], command.replica
+        where = self._back.address_of(replica) if self._back else None
+        permit.admitted, permit.replica = True, replica
+        model = self._models.get(permit.model)
+        if model is not None and model.replicas and replica in self._engines:  # what its name means to this replica
+            permit.target = self._target(replica, replica, self._offers.get(permit.offer))
         if where is None:
-            permit.refusal = errors.UpstreamFailed(f"the engine of {command.replica} is gone")
+            permit.refusal = errors.UpstreamFailed(f"the engine of {replica} is gone")
             permit.release()
         else:
             permit.upstream = where
-        permit.decide()
+        if permit.decided is not None:
+            permit.decide()
 
     def reject(self, command: commands.Reject) -> None:
         """Refuse it; the core owes and is owed nothing more."""
@@ -392,36 +410,32 @@ class AdmissionGate:
         if permit.admitted:
             permit.release()
         elif self._drop(permit.request):
-            self.post(events.RequestGone(permit.request))
+            self._post(events.RequestGone(permit.request))
 
     # -- what permits say
 
-    def post(self, event: events.Event) -> None:
-        """Hand an event to the core."""
-        if self._back is not None:
-            self._back.post(event)
+    def answered(self, permit: Permit, streamed: bool) -> None:
+        """The head of a replica's answer came."""
+        self._post(events.RequestAnswered(permit.request, streamed))
 
     def ended(self, permit: Permit, tokens: Tokens | None, failed: str) -> None:
         """An admitted request is over."""
-        self._drop(permit.request)
-        told = None
+        permits, told = self._permits, None
+        permits.pop(permit.request, None)
+        if not permits and not self._opening:
+            self._empty.set()
         if tokens is not None:
             self._counters.used(permit.called, permit.key, tokens)
+            if permit.use is None and permit.key:  # it has no limits now; it may be given some today
+                self._quotas.spent(permit.key, tokens.total, 0.0)
             told = None if tokens.estimated else tokens.total
-        self.post(events.RequestFinished(permit.request, told, failed))
+        self._post(events.RequestFinished(permit.request, told, failed))
 
     def _drop(self, request: str) -> Permit | None:
         permit = self._permits.pop(request, None)
         if not self._permits and not self._opening:
             self._empty.set()
         return permit
-
-    def _target_of(self, model: str, engine: str, called: str) -> Target | None:
-        """What the model's name means to one of several replicas, or that of an adapter or a variant of it; None for an
-        engine that is the only one."""
-        config = self._models.get(model)
-        several = config and config.replicas and engine in self._engines
-        return self._target(engine, engine, self._offers.get(called)) if several else None
 
 
 class Permit:
@@ -433,6 +447,7 @@ class Permit:
         "_over",
         "_reason",
         "admitted",
+        "called",
         "decided",
         "key",
         "model",
@@ -465,15 +480,11 @@ class Permit:
         self.replica = ""  # the one that it was admitted to
         self.upstream = Listen()
         self.target: Target | None = None
+        self.called = offer or model  # what it is counted by
         self._gate = gate
         self._over = False
         self._heard: Callable[[str], None] | None = None  # who is told of a cut
         self._reason: str | None = None  # why it was cut
-
-    @property
-    def called(self) -> str:
-        """What it is counted by."""
-        return self.offer or self.model
 
     def decide(self) -> None:
         """It was admitted or refused: whoever waits goes on."""
@@ -482,7 +493,7 @@ class Permit:
 
     def answered(self, streamed: bool) -> None:
         """The head of a replica's answer came."""
-        self._gate.post(events.RequestAnswered(self.request, streamed))
+        self._gate.answered(self, streamed)
 
     def release(self, tokens: Tokens | None = None, size: int = 0, failed: str = "") -> None:
         """The request ended, however it did; told twice, it counts once."""

@@ -97,11 +97,31 @@ class Dispatcher:
             return
         self._handling = True
         try:
+            # 1. The event, and the events that carrying out its commands led to.
             while self._inbox:
-                self._handle(self._inbox.popleft())
+                event = self._inbox.popleft()
+                try:
+                    decided = self._scheduler.handle(event, self._loop.time())
+                except Exception:  # a defect: say so, and keep serving everybody else
+                    log.exception("the scheduler could not handle %s", event)
+                    why = "vllmd could not do it; its log says why"
+                    self._answer(commands.Answer(getattr(event, "ask", ""), refused=why))
+                    continue
+                for command in decided:
+                    try:
+                        self._execute[type(command)](command)
+                    except Exception:
+                        log.exception("could not carry out %s", command)
         finally:
             self._handling = False
-        self._set_timer()
+        # 2. The timer. It is moved only when it would come too late: a request puts off what is due, and two new
+        #    timers would cost it 3 µs.
+        self._due = due = self._scheduler.next_timer()
+        if due is not None and (self._timer is None or self._timer.when() > due):
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._loop.call_at(due, self._pass_time)
+        # 3. Whoever follows what changes.
         self._changed()
 
     def ask(self, event: events.Asking, answered: Callable[[commands.Answer], None]) -> None:
@@ -129,28 +149,6 @@ class Dispatcher:
         answered = self._asked.pop(command.ask, None)
         if answered:
             answered(command)
-
-    def _handle(self, event: events.Event) -> None:
-        try:
-            decided = self._scheduler.handle(event, self._loop.time())
-        except Exception:  # a defect: say so, and keep serving everybody else
-            log.exception("the scheduler could not handle %s", event)
-            self._answer(commands.Answer(getattr(event, "ask", ""), refused="vllmd could not do it; its log says why"))
-            return
-        for command in decided:
-            try:
-                self._execute[type(command)](command)
-            except Exception:
-                log.exception("could not carry out %s", command)
-
-    def _set_timer(self) -> None:
-        """Moved only when it would come too late: a request puts off what is due, and two new timers cost it 3 µs."""
-        self._due = self._scheduler.next_timer()
-        if self._due is None or (self._timer and self._timer.when() <= self._due):
-            return
-        if self._timer:
-            self._timer.cancel()
-        self._timer = self._loop.call_at(self._due, self._pass_time)
 
     def _pass_time(self) -> None:
         self._timer = None

@@ -16,7 +16,7 @@ from vllmd.daemon.engine_resolver import EngineResolver
 from vllmd.daemon.homes import Homes
 from vllmd.daemon.host import host_memory
 from vllmd.daemon.launch_planner import Paths
-from vllmd.daemon.preflight import Machine, Prospect, look, say
+from vllmd.daemon.preflight import Machine, look, say
 from vllmd.daemon.specs import model_spec, replica_spec
 from vllmd.engines.estimate import Estimate
 from vllmd.gpu import Devices, open_devices
@@ -45,20 +45,19 @@ async def expect(
     engines, paths = engines_of(config.models), paths_of(config, runtime)
     machine = Machine(tuple(devices), paths.homes, paths.run)
 
-    def reckon() -> list[Prospect]:
+    def reckon() -> Expectations:
         prospects = look(engines.values(), machine, resolver)
         say(prospects, machine)
-        return prospects
+        replicas: dict[str, list[ReplicaSpec]] = {}
+        estimates: dict[str, Estimate] = {}
+        for each in prospects:
+            name = each.model.replica_of or each.model.name
+            replicas.setdefault(name, []).append(replica_spec(each.model, each.engine, each.told))
+            estimates[each.model.name] = each.told
+        specs = tuple(model_spec(config.models[name], of) for name, of in replicas.items())
+        return Expectations(paths, engines, specs, estimates, {each.model.name: each.kind for each in prospects})
 
-    replicas: dict[str, list[ReplicaSpec]] = {}
-    estimates: dict[str, Estimate] = {}
-    prospects = await asyncio.to_thread(reckon)
-    for each in prospects:
-        name = each.model.replica_of or each.model.name
-        replicas.setdefault(name, []).append(replica_spec(each.model, each.engine, each.told))
-        estimates[each.model.name] = each.told
-    specs = tuple(model_spec(config.models[name], of) for name, of in replicas.items())
-    return Expectations(paths, engines, specs, estimates, {each.model.name: each.kind for each in prospects})
+    return await asyncio.to_thread(reckon)
 
 
 def paths_of(config: Config, runtime: RuntimeEnvironment) -> Paths:

@@ -52,7 +52,7 @@ def with_last_lines(what: str, lines: Sequence[str], root: str = "") -> str:
             "[...]",
             *last,
         ])  # fmt: skip
-    return "\n".join([f"{what}; its last log lines:", *last])
+    return "\n".join([f"{what.removesuffix('.')}; its last log lines:", *last])
 
 
 def for_clients(reason: str) -> str:

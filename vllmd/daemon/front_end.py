@@ -23,6 +23,7 @@ from vllmd.daemon.engine_resolver import EngineResolver
 from vllmd.daemon.failure_text import places
 from vllmd.daemon.following import Following
 from vllmd.daemon.instances import Instances
+from vllmd.daemon.key_store import KeyStore
 from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.listeners import Listeners
 from vllmd.daemon.operator_commands import OperatorCommands
@@ -59,6 +60,8 @@ class FrontEnd:
     changing: asyncio.Lock  # one change of the configuration at a time
     listeners: Listeners
     records: Records
+    key_store: KeyStore
+    quotas: Quotas
     back: Later[BackEnd]
 
     def open(self, back: BackEnd) -> None:
@@ -73,7 +76,8 @@ class FrontEnd:
         self.gate.refusal = None
         self.gate.configure(config.models, self.current.engines, config.server.keep_alive_limit, config.pools)
         self.records.configure(config.records)
-        self.listeners.configure(config)
+        self.key_store.load()
+        self.listeners.configure(self.key_store.added_to(config))
 
     def turn_away(self) -> None:
         """Whoever waits or comes is told to come back; answers that have begun go on."""
@@ -91,7 +95,11 @@ def front_end(
 ) -> FrontEnd:
     """Everything but the first accept(). ``broken``: why the configuration cannot be used, "" if it can."""
     current, back, changing = Current(config, broken), Later["BackEnd"](), asyncio.Lock()
-    resolver, counters, quotas = EngineResolver(), Counters(), Quotas(config.auth.keys)
+    key_store = KeyStore(runtime.keys)
+    key_store.load()
+    key_store.configured = lambda: current.config.auth
+    with_keys = key_store.added_to(config)
+    resolver, counters, quotas = EngineResolver(), Counters(), Quotas(with_keys.auth.keys)
     gate = AdmissionGate(resolver, quotas, counters)
     gate.configure(config.models, current.engines, config.server.keep_alive_limit, config.pools)
     if broken:  # what is wrong there is for those who may read it: operators, and the log
@@ -107,7 +115,7 @@ def front_end(
     runtime_models = RuntimeModels(current, back, take, changing, instances.plain, addresses(sockets.get("http", ())))
     status = Status(current, runtime, resolver, gate, learnt, back, lambda: listeners.connections)
     commands, following = OperatorCommands(back, instances, reload), Following(current, status, changes, back)
-    control = Control(counters, status, commands, following, runtime_models, records)
+    control = Control(counters, status, commands, following, runtime_models, records, key_store)
 
     def outcome(model: str, answered: int, failed: bool) -> None:
         """What became of a request; of several replicas the scheduler itself judges."""
@@ -116,9 +124,12 @@ def front_end(
             back.now.engines.answered(model, answered, failed=failed)
 
     listeners = Listeners(
-        config, gate, quotas, control, relay, limits, sockets, outcome, records.ended, runtime.sessions
+        with_keys, gate, quotas, control, relay, limits, sockets, outcome, records.ended, runtime.sessions
     )
     records.live = listeners.exchanges
+    records.spend = quotas.spent
+    key_store.changed = lambda: listeners.configure(key_store.added_to(current.config))
+    records.base_of = lambda name: offer.model if (offer := gate.offers.get(name)) else name
     return FrontEnd(
         runtime=runtime,
         current=current,
@@ -133,5 +144,7 @@ def front_end(
         changing=changing,
         listeners=listeners,
         records=records,
+        key_store=key_store,
+        quotas=quotas,
         back=back,
     )

@@ -205,5 +205,6 @@ _UNTRUSTED = Caller(models=frozenset(), refusal=_untrusted)
 
 def by_name(keys: Sequence[KeyConfig]) -> dict[str, KeyConfig]:
     """The keys that have limits, by name."""
-    limits = ("concurrency", "requests_per_minute", "tokens_per_minute", "keep_alive_limit")
+    limits = ("concurrency", "requests_per_minute", "tokens_per_minute", "keep_alive_limit", "tokens_per_day",
+              "tokens_per_month", "device_seconds_per_day", "device_seconds_per_month")  # fmt: skip
     return {key.name: key for key in keys if any(getattr(key, limit) is not None for limit in limits)}

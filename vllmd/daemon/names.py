@@ -9,6 +9,7 @@ without what stands before its slashes. Nothing that could be two models is gues
 from __future__ import annotations
 
 import difflib
+import itertools
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -17,6 +18,7 @@ from vllmd.errors import BadRequest, UnknownModel
 from vllmd.proxy.gate import LONGEST_NAME, TOO_LONG_A_NAME
 
 MOST_TOLD = 3  # names in a message
+MOST_COMPARED = 500  # names that a wrong one is compared with
 
 LATEST = ":latest"
 PREFIXES = ("openai/", "ollama/", "ollama_chat/", "hosted_vllm/", "vllm/", "llamacpp/", "lm_studio/", "custom_openai/")
@@ -107,6 +109,9 @@ class Names:
             return f"model {name!r} does not exist: no models are configured"
         seen = [known for known, model in self._exact.items() if visible(model)]
         lowered = {known.lower(): known for known in seen}
+        if len(lowered) > MOST_COMPARED:  # a comparison takes 50 microseconds, and everybody else waits
+            alike = (known for known in lowered if known[:2] == name[:2].lower() and abs(len(known) - len(name)) < 4)
+            lowered = {known: lowered[known] for known in itertools.islice(alike, MOST_COMPARED)}
         close = [lowered[hit] for hit in difflib.get_close_matches(name.lower(), list(lowered), n=3, cutoff=0.5)]
         close += [known for known in seen if name and name.lower() in known.lower() and known not in close]
         if close:

@@ -49,13 +49,16 @@ class Machine:
 
 def look(models: Iterable[ModelConfig], machine: Machine, engine_of: Callable[[ModelConfig], Engine]) -> list[Prospect]:
     """Look at each model; reads their files."""
-    return [_prospect(model, machine, engine_of) for model in models]
+    memory = host_memory()
+    return [_prospect(model, machine, engine_of, memory) for model in models]
 
 
-def _prospect(model: ModelConfig, machine: Machine, engine_of: Callable[[ModelConfig], Engine]) -> Prospect:
+def _prospect(
+    model: ModelConfig, machine: Machine, engine_of: Callable[[ModelConfig], Engine], memory: int
+) -> Prospect:
     allowed = [device for device in machine.devices if not model.devices or device.index in model.devices]
     device_memory = min((device.memory for device in allowed), default=0)
-    told = estimate(model, machine.homes.hub(model), device_memory, host_memory())
+    told = estimate(model, machine.homes.hub(model), device_memory, memory)
     engine = engine_of(model)
     wrong = unknown_user(model) or _refusal(model, engine, machine) or too_large(model, told, machine.devices)
     return Prospect(model, engine, told, wrong, kind_of(model, machine.homes.hub(model)))

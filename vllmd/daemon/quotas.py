@@ -9,6 +9,7 @@ bucket may go below zero, and the key waits until it is above again.
 
 from __future__ import annotations
 
+import calendar
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -19,8 +20,58 @@ from vllmd.daemon.keys import by_name
 from vllmd.errors import TooManyRequests
 from vllmd.proxy.tokens import BYTES_PER_EVENT, Tokens, prompt_tokens
 
-MINUTE = 60.0  # seconds
+MINUTE, DAY = 60.0, 86400  # seconds
 Clock = Callable[[], float]
+
+
+@dataclass
+class Spent:
+    """What a key has used of this day and this month (UTC), by their numbers since 1970."""
+
+    day: int = 0
+    month: int = 0
+    tokens_today: float = 0.0
+    tokens_this_month: float = 0.0
+    device_today: float = 0.0  # seconds
+    device_this_month: float = 0.0
+
+    def add(self, wall: float, tokens: float, device: float) -> None:
+        """It used so much more. ``wall`` is Unix time."""
+        day = int(wall // DAY)
+        if day != self.day:
+            self.day, self.tokens_today, self.device_today = day, 0.0, 0.0
+            month = month_of(wall)
+            if month != self.month:
+                self.month, self.tokens_this_month, self.device_this_month = month, 0.0, 0.0
+        self.tokens_today += tokens
+        self.tokens_this_month += tokens
+        self.device_today += device
+        self.device_this_month += device
+
+    def over(self, key: KeyConfig, wall: float) -> tuple[str, float] | None:
+        """Which limit it has reached, in words, and the seconds until that begins anew; None if it has not."""
+        self.add(wall, 0.0, 0.0)
+        today, this_month = DAY - wall % DAY, month_begins(self.month + 1) - wall
+        for used, limit, what, wait in (
+            (self.tokens_this_month, key.tokens_per_month, "tokens per month", this_month),
+            (self.device_this_month, key.device_seconds_per_month, "seconds of devices per month", this_month),
+            (self.tokens_today, key.tokens_per_day, "tokens per day", today),
+            (self.device_today, key.device_seconds_per_day, "seconds of devices per day", today),
+        ):
+            if limit is not None and used >= limit:
+                return f"{limit} {what}", wait
+        return None
+
+
+def month_of(wall: float) -> int:
+    """The number of the month of a Unix time (UTC)."""
+    year, month = time.gmtime(wall)[:2]
+    return year * 12 + month - 1
+
+
+def month_begins(month: int) -> float:
+    """The Unix time at which that month begins (UTC)."""
+    return float(calendar.timegm((month // 12, month % 12 + 1, 1, 0, 0, 0)))
 
 
 class Bucket:
@@ -49,13 +100,16 @@ class Quota:
     key: KeyConfig
     requests: Bucket | None
     tokens: Bucket | None
+    spent: Spent
+    wall: Clock
     running: int = 0
 
     @classmethod
-    def of(cls, key: KeyConfig, now: float) -> Quota:
-        """A fresh one, everything unused."""
+    def of(cls, key: KeyConfig, now: float, spent: Spent, wall: Clock) -> Quota:
+        """A fresh one, of whose minute everything is unused."""
         requests, tokens = key.requests_per_minute, key.tokens_per_minute
-        return cls(key, Bucket(requests, now) if requests else None, Bucket(tokens, now) if tokens else None)
+        minute = Bucket(requests, now) if requests else None, Bucket(tokens, now) if tokens else None
+        return cls(key, *minute, spent, wall)
 
     def begin(self, now: float, body: bytes) -> Use:
         """A request arrives with this body. Raises TooManyRequests; then nothing was taken."""
@@ -66,6 +120,8 @@ class Quota:
             if bucket and (wait := bucket.wait(now, least)) > 0:
                 text = _limit(key, f"{bucket.capacity:.0f} {what} per minute")
                 raise TooManyRequests(text, retry_after=math.ceil(wait))
+        if found := self.spent.over(key, self.wall()):
+            raise TooManyRequests(_limit(key, found[0]), retry_after=math.ceil(found[1]))
         if self.requests:
             self.requests.take(1.0)
         use = Use(self, prompt_tokens(body) if self.tokens else 0)
@@ -99,6 +155,7 @@ class Use:
         """It is over. ``tokens``: what it took; where nothing tells that, it is reckoned from ``size`` bytes."""
         self.quota.running -= 1
         if tokens is not None:
+            self.quota.spent.add(self.quota.wall(), tokens.total, 0.0)
             self.quota.charge(tokens.total - self.prompt)
         elif size:
             self.quota.charge(max(1, size // BYTES_PER_EVENT))
@@ -107,18 +164,36 @@ class Use:
 class Quotas:
     """The quotas of all keys that have limits."""
 
-    def __init__(self, keys: Sequence[KeyConfig], clock: Clock = time.monotonic) -> None:
-        self.clock = clock
+    def __init__(self, keys: Sequence[KeyConfig], clock: Clock = time.monotonic, wall: Clock = time.time) -> None:
+        """``wall`` tells Unix time, by which days and months go."""
+        self.clock, self._wall = clock, wall
+        self._spent: dict[str, Spent] = {}  # by key; also of those whose limits have just changed
         self._quotas: dict[str, Quota] = {}
         self.configure(keys)
 
     def configure(self, keys: Sequence[KeyConfig]) -> None:
         """Take the keys of a new configuration; one that did not change goes on from where it was."""
         was, now = self._quotas, self.clock()
+        ranks = {key.name: (key.priority, key.share) for key in keys}
+        self._ranks = {name: rank for name, rank in ranks.items() if rank != (0, 1)}
         self._quotas = {
-            name: was[name] if name in was and was[name].key == key else Quota.of(key, now)
+            name: was[name] if name in was and was[name].key == key else self._fresh(name, key, now)
             for name, key in by_name(keys).items()
         }
+
+    def _fresh(self, name: str, key: KeyConfig, now: float) -> Quota:
+        return Quota.of(key, now, self._spent.setdefault(name, Spent()), self._wall)
+
+    def spent(self, key: str, tokens: float, device: float) -> None:
+        """A key has used so many tokens, and seconds of devices, of today: before this daemon, or without a request."""
+        self._spent.setdefault(key, Spent()).add(self._wall(), tokens, device)
+
+    def spent_this_month(self, key: str, tokens: float, device: float) -> None:
+        """The same of the days of this month that are past."""
+        found = self._spent.setdefault(key, Spent())
+        found.add(self._wall(), 0.0, 0.0)
+        found.tokens_this_month += tokens
+        found.device_this_month += device
 
     def keep_alive(self, key: str, seconds: float, limit: float | None) -> float | None:
         """For how many ``seconds`` the key may keep a model, at most ``limit`` (None: any); None: it has no say."""
@@ -128,6 +203,10 @@ class Quotas:
                 return None
             seconds = seconds if most is None else min(seconds, most)
         return seconds
+
+    def rank(self, key: str) -> tuple[int, int]:
+        """The key's priority and share in queues."""
+        return self._ranks.get(key, (0, 1))
 
     def begin(self, key: str, body: bytes) -> Use | None:
         """A request of the key called ``key`` arrives; None if that has no limits. Raises TooManyRequests."""

@@ -1,8 +1,8 @@
 """What is kept of requests and of use, put together: the daemon's side of ``vllmd.records``.
 
-``ended`` is called at the end of every request and must cost a few microseconds: it notes a tuple in the ring, adds to
-the sums of this hour, and that is all. Once in ``FLUSH`` seconds what has gathered is written in a thread, and only
-while something has: an idle daemon wakes for nothing. What the store cannot take is kept and tried again.
+``ended`` is called at the end of every request and must cost a few microseconds: it notes a tuple in the ring, and that
+is all. Once in ``FLUSH`` seconds what has gathered is added up and written in a thread, and only while something has:
+an idle daemon wakes for nothing. What the store cannot take is kept and tried again.
 
 Who an idle model's memory belongs to: while requests run in it, to their keys, in equal parts; at rest, to the key
 that used it last.
@@ -39,6 +39,7 @@ log = logging.getLogger("vllmd.records")
 access_log = logging.getLogger("vllmd.access")
 
 FLUSH, RETRY = 2.0, 15.0  # seconds between writes, and after one that failed
+MOST_FRESH = 4000  # requests that wait to be added up by the thread that writes
 MOST_ARRIVALS = MOST_LINES = 20_000  # that wait to be written
 WATCH_BACKLOG = 1000  # requests kept for a watcher that does not read; then the oldest are lost to it
 MiB = 1 << 20
@@ -54,9 +55,11 @@ class Records:
         self._ring = Ring(config.requests, self._loading)
         self.recordings = Recordings(time.monotonic)
         self._sums = Sums()
+        self._fresh: list[Entry] = []  # not added up yet
         self._arrivals: list[Arrival] = []
         self._lines: list[str] = []  # of the access log
         self._path = path
+        self._keeps = path is not None and config.usage
         self._store: Store | None = None
         self._writing = asyncio.Lock()
         self._timer: asyncio.TimerHandle | None = None
@@ -67,11 +70,14 @@ class Records:
         self._came_up: dict[str, tuple[float, float]] = {}  # replica -> when it began to come up, and when it was there
         self._last_key: dict[str, str] = {}  # model -> who used it last
         self._looked: float | None = None
+        self.base_of: Callable[[str], str] = lambda name: name  # the model that an adapter or a variant belongs to
+        self.spend: Callable[[str, float, float], None] = lambda key, tokens, device: None  # a key holds devices
         self.live: Callable[[], Iterable[Exchange]] = lambda: ()  # requests for models that are under way
 
     def configure(self, config: RecordsConfig) -> None:
         """Take a changed configuration."""
         self._config = config
+        self._keeps = self._path is not None and config.usage
         self._ring.resize(config.requests)
 
     # -- what is heard
@@ -84,11 +90,15 @@ class Records:
         kept = None
         if account is not None and account.request is not None:
             kept = bodies.of(account, exchange.request.received)
-        entry = self._ring.note(exchange, exchange.elapsed, kept)
+        entry = self._ring.note(exchange, kept)
         if kept is not None:
             self._bound_bodies()
         if exchange.model:
-            self._add_up(exchange, entry)
+            self._last_key[exchange.model] = entry.key
+            if self._keeps:
+                self._fresh.append(entry)
+                if self._timer is None or len(self._fresh) >= MOST_FRESH:
+                    self._schedule()
         if config.access_log:
             self._log(entry, config.access_log)
         for queue in self._watchers:
@@ -96,20 +106,26 @@ class Records:
                 queue.get_nowait()
             queue.put_nowait(entry)
 
-    def _add_up(self, exchange: Exchange, entry: Entry) -> None:
-        self._last_key[exchange.model] = entry.key
-        if self._path is None or not self._config.usage:
-            return
-        tokens = entry.tokens
-        engine = 0.0 if entry.waited is None else max(0.0, entry.seconds - entry.waited)
-        refused = entry.status >= 400 and entry.status != ring.GONE
-        failed = refused or entry.error not in ("", "ClientGone")
-        self._sums.request(entry.at, entry.key, entry.model, tokens, engine, failed=failed)
-        prompt, answer = (tokens.prompt, tokens.answer) if tokens is not None else (0, 0)
-        if len(self._arrivals) < MOST_ARRIVALS:
-            self._arrivals.append(Arrival(int(entry.at * 1000), exchange.model, entry.key, prompt, answer))
+    def _schedule(self) -> None:
+        """Have what has gathered written soon; where requests come faster than that, add them up now."""
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(FLUSH, self._due)
+        if len(self._fresh) >= MOST_FRESH:
+            fresh, self._fresh = self._fresh, []
+            self._add_up(fresh, self._sums, self._arrivals)
+
+    @staticmethod
+    def _add_up(entries: list[Entry], sums: Sums, arrivals: list[Arrival]) -> None:
+        """Requests as use and as arrivals."""
+        for entry in entries:
+            tokens = entry.tokens
+            engine = 0.0 if entry.waited is None else max(0.0, entry.seconds - entry.waited)
+            refused = entry.status >= 400 and entry.status != ring.GONE
+            failed = refused or entry.error not in ("", "ClientGone")
+            sums.request(entry.at, entry.key, entry.model, tokens, engine, failed=failed)
+            prompt, answer = (tokens.prompt, tokens.answer) if tokens is not None else (0, 0)
+            arrivals.append(Arrival(int(entry.at * 1000), entry.model, entry.key, prompt, answer))
+        del arrivals[: max(0, len(arrivals) - MOST_ARRIVALS)]
 
     def engine_up(self, replica: str, took: float) -> None:
         """A replica has started or woken, which took so many seconds."""
@@ -126,7 +142,7 @@ class Records:
         now, at = time.monotonic(), time.time()
         seconds = now - self._looked if self._looked is not None else 0.0
         self._looked = now
-        if not 0.0 < seconds <= LONGEST_LOOK or self._path is None or not self._config.usage:
+        if not 0.0 < seconds <= LONGEST_LOOK:
             return
         sizes = {device.index: device.memory for device in snapshot.devices}
         users: dict[str, Counter[str]] = {}
@@ -141,7 +157,9 @@ class Records:
             keys = users.get(view.name) or Counter({self._last_key.get(view.name, ""): 1})
             for key, number in keys.items():
                 share = number / keys.total()
-                self._sums.held(at, key, view.name, devices * share, memory * share)
+                self.spend(key, 0.0, devices * share)
+                if self._keeps:
+                    self._sums.held(at, key, view.name, devices * share, memory * share)
         if self._sums and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(FLUSH, self._due)
 
@@ -181,13 +199,13 @@ class Records:
             lines, self._lines = self._lines, []
             if lines and self._config.access_log:
                 await asyncio.to_thread(self._append, Path(self._config.access_log), "".join(lines))
-            rows, arrivals = self._sums.take(), self._arrivals
-            self._arrivals = []
-            if not rows and not arrivals:
+            fresh, sums, arrivals = self._fresh, self._sums, self._arrivals
+            self._fresh, self._sums, self._arrivals = [], Sums(), []
+            if not fresh and not sums and not arrivals:
                 return
-            failure = await asyncio.to_thread(self._write, rows, arrivals)
+            failure = await asyncio.to_thread(self._write, fresh, sums, arrivals)
             if failure:
-                self._sums.put_back(rows)
+                self._sums.put_back(sums.take())
                 self._arrivals = (arrivals + self._arrivals)[-MOST_ARRIVALS:]
                 self._trouble.say(logging.ERROR, "%s; requests are served all the same", failure)
                 if self._timer is None:
@@ -197,13 +215,14 @@ class Records:
                 log.info("the record of use is written again")
             self.trouble = failure
 
-    def _write(self, rows: Mapping[Any, Any], arrivals: list[Arrival]) -> str:
-        """In a thread. What went wrong; "" if nothing did."""
+    def _write(self, fresh: list[Entry], sums: Sums, arrivals: list[Arrival]) -> str:
+        """In a thread. What went wrong, "" if nothing did; then all is in ``sums`` and ``arrivals``."""
         from vllmd.records.store import StoreError
 
+        self._add_up(fresh, sums, arrivals)
         store = self._the_store()
         try:
-            store.write(rows, arrivals, self._config.usage_days * DAY, self._config.trace_days * DAY)
+            store.write(sums.rows, arrivals, self._config.usage_days * DAY, self._config.trace_days * DAY)
         except StoreError as error:
             return error.message
         finally:
@@ -337,6 +356,26 @@ class Records:
             raise BadRequest(f"by: {error}", param="by") from None
         return {"by": list(by), "since": since, "until": until, "trouble": self.trouble, "rows": rows}
 
+    async def spent(self) -> tuple[dict[str, tuple[float, float]], dict[str, tuple[float, float]]]:
+        """What each key has used, of today and of the days of this month before: tokens and seconds of devices."""
+        if not self._keeps:
+            return {}, {}
+        from vllmd.records.store import Question, StoreError
+
+        now, store = time.time(), self._the_store()
+        today = now // DAY * DAY
+        month = now - (time.gmtime(now).tm_mday - 1) * DAY - now % DAY
+        found = []
+        for since, until in ((today, today + DAY), (month, today)):
+            try:
+                rows = await asyncio.to_thread(store.ask, Question(("key",), since, until)) if until > since else []
+            except StoreError as error:
+                if store.path.exists():
+                    log.error("limits per day and month begin anew: %s", error.message)
+                rows = []
+            found.append({row["key"]: (row["prompt"] + row["answer"], row["device_seconds"]) for row in rows})
+        return found[0], found[1]
+
     async def trace(self, since: float, *, anonymised: bool) -> AsyncIterator[dict[str, Any]]:
         """Arrivals from then on (Unix time), as ``vllmctl simulate`` reads them. Raises Unavailable, NotFound."""
         store = self._the_store()
@@ -348,7 +387,8 @@ class Records:
         except StoreError as error:
             raise Unavailable(error.message) from None
         for each in anonymous(found) if anonymised else found:
-            told = {"time": each.at / 1000, "model": each.model, "prompt": each.prompt, "output": each.answer}
+            model = each.model if anonymised else self.base_of(each.model)
+            told = {"time": each.at / 1000, "model": model, "prompt": each.prompt, "output": each.answer}
             yield {**told, "key": each.key} if each.key else told
 
 

@@ -46,7 +46,8 @@ async def take(
     was, repaired = current.config.models, bool(current.broken)
     known = {**{name: name for name in before}, **_renamed_engines(engines, before)}
     kept = {name: known[name] for name in engines if name in known}
-    changed = {name for name, old in kept.items() if fingerprint(engines[name]) != fingerprint(before[old])}
+    others = [(name, old) for name, old in kept.items() if engines[name] != before[old]]
+    changed = {name for name, old in others if fingerprint(engines[name]) != fingerprint(before[old])}
     running = {name: back.engines.processes[old] for name, old in kept.items() if old in back.engines.processes}
     changed |= {name for name, process in running.items() if is_outdated(process, engines[name])}
     added, removed = sorted(config.models.keys() - was.keys()), sorted(was.keys() - config.models.keys())

@@ -103,12 +103,21 @@ class Daemon:
             startup = await asyncio.to_thread(importlib.import_module, "vllmd.daemon.startup")
             back: BackEnd = await startup.back_end(self.front)
             self.front.open(back)
+            self.side_task(self._remember_use())
             self.side_task(back.devices.run(lambda devices: startup.take_devices(self.front, back, devices)))
             back.post(events.TimePassed())
         except Exception:  # a defect, and nothing can be served: the next start may fare better
             log.exception("vllmd cannot open")
             self.failed = True
             self.stop()
+
+    async def _remember_use(self) -> None:
+        """What keys have used before: limits per day and month go on from there."""
+        today, before = await self.front.records.spent()
+        for key, (tokens, device) in today.items():
+            self.front.quotas.spent(key, tokens, device)
+        for key, (tokens, device) in before.items():
+            self.front.quotas.spent_this_month(key, tokens, device)
 
     async def shut_down(self) -> None:
         """Stop, each step bounded; engines under systemd are systemd's to stop, if it wants them stopped."""

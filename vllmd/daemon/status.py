@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from vllmd.daemon.back_end import BackEnd
     from vllmd.daemon.engine_process import EngineProcess
 
+AT_A_TIME = 100  # models that are told of in one turn of the loop
 SCRAPE_LIMIT = 5.0  # seconds for an engine to tell its metrics
 SCRAPE_SAMPLE = 0.5  # seconds for the devices to be read; without an answer the last reading is shown
 
@@ -184,13 +185,19 @@ class Status:
         self._opened()
         return line_of(self.sight(), model)
 
+    def settings(self, model: str) -> str:
+        """The configuration in force, or one model's part, as YAML with the origin of each setting; no secrets."""
+        from vllmd.config.present import of_config  # few look at it
+
+        return of_config(self._current.config, model)
+
     def decisions(self, model: str) -> Decisions:
-        """The last decisions, oldest first; about a model also the last ones of earlier daemons."""
+        """The last decisions, oldest first, those that are remembered of earlier daemons included."""
         return Decisions(tuple(parse(Decision, each) for each in self._decisions(model)))
 
     def _decisions(self, model: str) -> list[dict[str, Any]]:
         back, names = self._back.now, {model, *self._current.engines_of(model)}
-        kept = [each for name in names for each in self._learnt.earlier.get(name, ())]
+        kept = [each for name, told in self._learnt.earlier.items() if not model or name in names for each in told]
         before = sorted(kept, key=lambda each: float(each["at"]))
         if back is None:
             return before
@@ -198,16 +205,20 @@ class Status:
         return [*before, *(dated(each, now) for each in made if not model or concerns(each, names))]
 
     async def models(self) -> list[dict[str, Any]]:
-        """Every model for ``/v1/models``."""
+        """Every model for ``/v1/models``. Raises Unavailable where none is served, as every request hears."""
+        if self._gate.refusal:
+            raise self._gate.refusal.with_traceback(None)
         config = self._current.config
         if self._kinds is None or self._kinds[0] is not config:
             self._kinds = config, await asyncio.to_thread(_kinds, self.cache())
-        files, seen = self._kinds[1], self.sight()
+        files, seen, ids = self._kinds[1], self.sight(), self._current.ids
         views = {view.name: view for view in seen.snapshot.models} if seen.snapshot else {}
         said = await self._descriptions.of(_serving(seen))
         cards = []
-        for model in seen.config.models.values():
-            engines = self._current.engines_of(model.name)
+        for number, model in enumerate(seen.config.models.values(), 1):
+            if number % AT_A_TIME == 0:
+                await asyncio.sleep(0)
+            engines = ids[model.name]
             first = seen.engines[engines[0]]
             own = next((said[engine] for engine in engines if engine in said), None)
             routes, files_kind = self._resolver(first).routes(first), files.get(model.source, "")

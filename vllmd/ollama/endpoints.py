@@ -25,7 +25,7 @@ from vllmd.proxy.answer import UpstreamRequest
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.forward import Relay
 from vllmd.proxy.gate import Target
-from vllmd.proxy.http import Pairs, Request, Response, json_response, text_response
+from vllmd.proxy.http import Pairs, Request, Response, json_response, list_response, text_response
 from vllmd.proxy.keep_alive import wish
 from vllmd.proxy.large import LARGE, in_turns
 from vllmd.proxy.model_requests import after_rules, quoted
@@ -144,7 +144,7 @@ class ModelRoutes:
                 *request.answer_fields,
                 ("x-vllmd-ignored", ", ".join(map(quoted, asked.ignored))[:1000]),
             )
-        exchange.outlives_eof, exchange.model, exchange.offer = False, target.model, target.offer
+        exchange.model, exchange.offer = target.model, target.offer
         return asked, target
 
     async def _load(self, exchange: Exchange, asked: Translated, target: Target) -> str:
@@ -225,7 +225,7 @@ class ListRoutes:
 
     async def tags(self, request: Request) -> Response:
         """``GET /api/tags``: what the key may use and is not hidden."""
-        return json_response(models.tags(await self._cards(request), self._since))
+        return await list_response(models.tags(await self._cards(request), self._since), "models")
 
     async def ps(self, request: Request) -> Response:
         """``GET /api/ps``."""

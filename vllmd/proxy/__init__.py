@@ -4,6 +4,7 @@ From the wire inwards::
 
     server       accepts on listeners that are open already, counts, drains
     connection   one client: request after request, limits and deadlines; body_memory: whose bodies may take how much
+                 departures: is a client still there that says nothing more?
     reader       bytes -> heads and bodies (pure), over heads and framing
     access       authorisation: who a caller is, and what a route needs; hosts, cors: what browsers may
     routing      path -> handler; paths: what clients write instead; exchange: one request and its answer
@@ -12,7 +13,7 @@ From the wire inwards::
                  large: in megabytes); gate (may it go?), loading_heartbeat (SSE comments until its first byte)
     upstream     connections to engines, their pool, and ``request`` for control calls; response_heads: from pieces,
                  and put right
-    peers        who listens where an engine should: nobody else gets a byte
+    peers        who listens where an engine should: nobody else gets a byte; who holds a client's end
     answer       the engine's answer on its way back; rewrite puts the client's name into it
     tunnel       WebSockets: bytes both ways
     models       the table of model routes; engine_api: what of an engine's own API is passed on

@@ -63,11 +63,13 @@ class UpstreamRequest:
 class Answer(Protocol):
     """Takes an answer's body as it comes off the engine's connection."""
 
-    def more(self, data: bytes) -> None:
-        """More of the body, as framed by the engine."""
+    @property
+    def more(self) -> Callable[[bytes], None]:
+        """Takes more of the body, as framed by the engine."""
 
-    def end(self) -> None:
-        """The body is whole."""
+    @property
+    def end(self) -> Callable[[], None]:
+        """To be called when the body is whole."""
 
 
 def answer_for(
@@ -169,24 +171,21 @@ def _onward(head: ResponseHead) -> bytes:
 
 
 class PassThrough:
-    """The body's bytes as they come."""
+    """The body's bytes as they come: once the head is out, the exchange itself takes them."""
+
+    __slots__ = ("_exchange", "_head", "_status", "end", "more")
 
     def __init__(self, exchange: Exchange, status: int, head: bytes) -> None:
         self._exchange = exchange
         self._status = status
         self._head = head
+        self.more: Callable[[bytes], None] = self._first if head else exchange.write
+        self.end: Callable[[], None] = exchange.finish
 
-    def more(self, data: bytes) -> None:
-        """Pass it on, the first piece along with the head."""
-        if self._head:
-            head, self._head = self._head, b""
-            self._exchange.start(self._status, head + data)
-        elif data:
-            self._exchange.write(data)
-
-    def end(self) -> None:
-        """Everything has been passed on."""
-        self._exchange.finish()
+    def _first(self, data: bytes) -> None:
+        """Send the first piece along with the head."""
+        self.more = self._exchange.write
+        self._exchange.start(self._status, self._head + data)
 
 
 class Reframed:

@@ -14,6 +14,7 @@ from typing import Protocol, cast
 
 from vllmd.errors import BadRequest, RequestTimeout, TookTooLong, TooLarge, Unavailable, VllmdError
 from vllmd.proxy.body_memory import BodyMemory, Holder, place_of
+from vllmd.proxy.departures import CONTINUE, VANISHED, HalfClosed, has_vanished
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.heads import RequestHead
 from vllmd.proxy.http import Headers, Peer, Request
@@ -23,7 +24,7 @@ from vllmd.proxy.routing import Handler
 
 log = logging.getLogger(__name__)
 
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+CUT_SHORT = "malformed request: the connection ended in the middle of it"
 SMALL_HEAD = 4 << 10  # bytes of a head that no account is kept of
 DISCARDED = 64 << 10  # bytes of a body that are read and dropped on a route that takes none
 NO_ROOM = "too many large requests are being held; come back later"
@@ -122,19 +123,15 @@ class Connection(asyncio.Protocol):
             self._transport.pause_reading()
 
     def eof_received(self) -> bool:
-        """The client says no more. While a model or a stream answers it, that means it has left.
-
-        One that only shut its sending side still gets the answer of a local handler, which is short.
-        """
+        """The client says no more: it has left, or it waits for its answer (``departures``)."""
         self._half_closed = True
         if self._phase is Phase.TUNNEL:
             self._transport.abort()
         elif self._phase is Phase.BUSY and self._exchange is not None:
-            if self._exchange.outlives_eof:
-                return True
-            self._transport.abort()
+            HalfClosed(self._transport, self._exchange)
+            return True
         elif self._phase is Phase.BODY or (self._phase is Phase.HEAD and self._in_head):
-            self._refuse(BadRequest("malformed request: the connection ended in the middle of it"))
+            self._refuse(BadRequest(CUT_SHORT))
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -202,8 +199,8 @@ class Connection(asyncio.Protocol):
                 return
             # 3. The answer, in a task of its own.
             request.body = body
-            self._phase, self._late = Phase.BUSY, None
-            self._serve()
+            self._phase, self._late, self._expiry = Phase.BUSY, None, None
+            self._serve(request)
         except VllmdError as error:
             self._refuse(error)
 
@@ -286,12 +283,11 @@ class Connection(asyncio.Protocol):
 
     # -- answering
 
-    def _serve(self) -> None:
+    def _serve(self, request: Request) -> None:
         if self._transport.is_closing():
-            return  # nobody is there to be answered; ``connection_lost`` is on its way
+            return  # the client is gone, and ``connection_lost`` is on its way
         keep_alive = self._keep_alive and not self._host.draining
-        self._exchange = exchange = Exchange(self._request, self, self._transport.write, keep_alive=keep_alive)
-        self._expiry = None
+        self._exchange = exchange = Exchange(request, self, self._transport.write, keep_alive=keep_alive)
         if self._write_paused:
             exchange.pause(True)
         self._running = self._loop.create_task(self._run(exchange, self._handler))
@@ -319,7 +315,8 @@ class Connection(asyncio.Protocol):
         self._release()
         if self._gone:
             return
-        if not keep_alive or self._half_closed or self._tunnel is not None or self._host.closing:
+        more = self._reader.pending or not self._half_closed
+        if not keep_alive or not more or self._tunnel is not None or self._host.closing:
             self._close()
             return
         self._phase = Phase.HEAD
@@ -328,6 +325,16 @@ class Connection(asyncio.Protocol):
         if self._reader.pending:
             self._transport.resume_reading()
             self._advance()
+            if self._half_closed and self._exchange is not None:
+                HalfClosed(self._transport, self._exchange)
+            elif self._half_closed and self._phase in (Phase.HEAD, Phase.BODY):
+                self._refuse(BadRequest(CUT_SHORT))
+
+    def look(self) -> None:
+        """Close it if the client has vanished in the middle of an answer."""
+        if self._exchange is not None and has_vanished(self._transport.get_extra_info("socket")):
+            log.info("%s has vanished: it acknowledged nothing for %g s", self.peer, VANISHED)
+            self._transport.abort()
 
     def abort(self, *, reset: bool) -> None:
         """Close so that the client sees the answer as broken off."""

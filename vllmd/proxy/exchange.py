@@ -57,7 +57,6 @@ class Exchange:
         self.message = ""  # the same in words
         self.account: Account | None = None  # of a request for a model, once it is known which
         self.over = False
-        self.outlives_eof = True  # a client that shut its sending side still waits for this answer
         self.ends_with_connection = False  # the answer's head does not say where its body ends
         self.on_pause: Callable[[bool], None] | None = None
         self.paused = False  # the client takes no data for now
@@ -158,7 +157,6 @@ class Exchange:
         self.finish()
 
     async def _stream(self, response: Response, pieces: AsyncIterator[bytes]) -> None:
-        self.outlives_eof = False
         framing = [("content-type", response.content_type)]
         if self.takes_chunks:
             framing.append(("transfer-encoding", "chunked"))

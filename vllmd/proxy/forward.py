@@ -43,7 +43,7 @@ from vllmd.proxy.loading_heartbeat import Heartbeats, LoadingHeartbeat
 from vllmd.proxy.model_requests import ModelRequests, StoredResponses
 from vllmd.proxy.peek import Parts
 from vllmd.proxy.routing import Handler
-from vllmd.proxy.tokens import TAIL, Tokens
+from vllmd.proxy.tokens import TAIL
 from vllmd.proxy.upstream import Pool, Upstream, host_field
 
 # Of the client's fields an engine never sees these: its key, its cookies, and what we write ourselves.
@@ -94,7 +94,7 @@ class Relay:
             return
         request, model = exchange.request, wanted.target.model
         offer = wanted.target.offer
-        exchange.outlives_eof, exchange.model, exchange.offer = False, model, offer
+        exchange.model, exchange.offer = model, offer
         account = exchange.account = self._account(wanted, request)
         if self.limits.request_timeout is not None:
             exchange.expire(self.limits.request_timeout)
@@ -111,7 +111,7 @@ class Relay:
                     permit = await acquiring
                 finally:
                     heartbeat.end()
-                sent, failure = wanted.at(permit.target), None
+                sent, failure = wanted if permit.target is None else wanted.at(permit.target), None
                 account.admit(sent.target.model)
                 answer = AnswerRelay(exchange, sent, heartbeat, permit, self.requests.responses)
                 try:
@@ -150,8 +150,11 @@ class Relay:
 
     def _message(
         self, request: Request, sent: UpstreamRequest, where: Address, answer: AnswerRelay
-    ) -> tuple[bytes, Parts]:
-        """The head and the body that the engine is sent. ``answer`` is told if they ask for the usage unasked."""
+    ) -> tuple[bytes, Parts, int]:
+        """The head and the body that the engine is sent, and the body's size.
+
+        ``answer`` is told if they ask for the usage unasked.
+        """
         target, asked = sent.target, sent.asked
         if answer.refused:
             self._not_asked.add(target.model)
@@ -159,7 +162,8 @@ class Relay:
             asked.stream and usage.to_be_asked(asked, sent.route, target.rules) and target.model not in self._not_asked
         )
         body = usage.asking(asked, target.served_name) if answer.uncounted else asked.renamed(target.served_name)
-        return request_head(request, sent, where, sum(map(len, body))), body
+        size = sum(map(len, body))
+        return request_head(request, sent, where, size), body, size
 
 
 class AnswerRelay:
@@ -200,8 +204,8 @@ class AnswerRelay:
         """Whether the client has bytes of the engine's answer."""
         return self._heartbeat.relaying
 
-    async def through(self, upstream: Upstream, head: bytes, body: Parts) -> bool:
-        """Send the request, and wait until the answer has passed.
+    async def through(self, upstream: Upstream, head: bytes, body: Parts, size: int) -> bool:
+        """Send the request, whose body has ``size`` bytes, and wait until the answer has passed.
 
         False if nothing of it has: ``upstream`` was a kept connection, and is closed; or the request was ``refused``
         for what was added to it. Raises VllmdError.
@@ -209,7 +213,7 @@ class AnswerRelay:
         self._upstream, self._again, self.refused = upstream, False, False
         if self._error is None:  # not cut off while it connected
             self._over = asyncio.get_running_loop().create_future()
-            upstream.send(self._exchange.request.method, head, body, self)
+            upstream.send(self._exchange.request.method, head, body, size, self)
             self._exchange.on_pause = self._on_pause
             if self._exchange.paused:
                 self._on_pause(True)
@@ -238,17 +242,12 @@ class AnswerRelay:
         permit, self._permit = self._permit, None
         if permit is not None:
             failed = self._error.message if self._error is not None else ""
-            took = self._tokens()
+            took, sent = tokens.told(bytes(self._tail[-TAIL:])), self._sent
+            if took is None and self._status == 200 and sent.route.endswith(tokens.COUNTED):  # untold, or broken off
+                took = tokens.reckoned(sent.route, sent.asked.body, self._size, stream=sent.asked.stream)
             if self._account is not None:
                 self._account.tokens = took
             permit.release(took, self._size, failed)
-
-    def _tokens(self) -> Tokens | None:
-        """What the answer's usage says that it took; of one without, or that broke off, about that."""
-        told = tokens.told(bytes(self._tail[-TAIL:]))
-        if told is None and self._status == 200 and (route := self._sent.route).endswith(tokens.COUNTED):
-            return tokens.reckoned(route, self._sent.asked.body, self._size, stream=self._sent.asked.stream)
-        return told
 
     # -- what the engine's connection says
 
@@ -316,7 +315,8 @@ class AnswerRelay:
         self._release()
         if self._answer is not None:
             self._answer.end()
-        self._settle(None)
+        if self._over is not None and not self._over.done():
+            self._over.set_result(None)
 
     def lost(self, reason: str, *, untouched: bool) -> None:
         """The engine's connection broke off."""
@@ -356,15 +356,17 @@ class AnswerRelay:
 
 def request_head(request: Request, sent: UpstreamRequest, where: Address, length: int) -> bytes:
     """What an engine is sent before a body of ``length`` bytes: the client's fields less what is not its business."""
-    onward = request.headers.onward
-    if onward is None:
-        onward = write_fields(forwardable(request.headers.raw, but=KEPT_BACK))
-        request.headers.onward = onward
-    more = ""
-    if sent.target.headers:
-        more = "".join([f"{name.lower()}: {value}\r\n" for name, value in sent.target.headers])
-    if where.key:
-        more += f"authorization: Bearer {where.key}\r\n"
-    line = f"{request.method} {where.prefix}{sent.path} HTTP/1.1\r\nhost: {host_field(where)}\r\n"
-    own = f"{more}x-request-id: {request.id}\r\ncontent-length: {length}\r\n\r\n"
-    return line.encode("ascii") + onward + own.encode("latin-1")
+    headers, target = request.headers, sent.target
+    known = headers.sent
+    if known is not None and known[0] is where and known[1] is target and known[2] == sent.path:
+        same = known[3]  # a client's requests on one connection are mostly for one model
+    else:
+        if headers.onward is None:
+            headers.onward = write_fields(forwardable(headers.raw, but=KEPT_BACK))
+        line = f"{request.method} {where.prefix}{sent.path} HTTP/1.1\r\nhost: {host_field(where)}\r\n"
+        more = "".join([f"{name.lower()}: {value}\r\n" for name, value in target.headers])
+        if where.key:
+            more += f"authorization: Bearer {where.key}\r\n"
+        same = line.encode("ascii") + headers.onward + more.encode("latin-1")
+        headers.sent = where, target, sent.path, same
+    return b"%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (same, request.id.encode("ascii"), length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -9,13 +10,14 @@ from dataclasses import dataclass, field
 from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 from urllib.parse import parse_qsl
 
 from vllmd.errors import BadRequest, VllmdError
 from vllmd.proxy.access import NOBODY, Caller
 
 Pairs = Sequence[tuple[str, str]]
+AT_A_TIME = 200  # members of a list that are written in one turn of the loop
 ANTHROPIC_PATH = "/v1/messages"
 OLLAMA_PATH, OWN_PATH = "/api/", "/api/v1/"
 
@@ -42,14 +44,15 @@ class Peer:
 class Headers:
     """Header fields in their order. Names are lower case, values stripped; both are bytes on the wire.
 
-    Five things are worked out of them once for all messages whose fields differ in nothing but their length, as
+    Six things are worked out of them once for all messages whose fields differ in nothing but their length, as
     those of one connection mostly do: ``onward``, what goes on to the next hop (``forward`` and ``answer`` write it);
     ``found``, who sent them, and by whose word (an authenticator writes it); ``from_page``, whether a browser may
     have sent them for a page; ``plain_json``, whether they say that the body is JSON in UTF-8 and not coded;
-    ``keep_alive``, what ``x-vllmd-keep-alive`` says (None: nobody has looked).
+    ``keep_alive``, what ``x-vllmd-keep-alive`` says (None: nobody has looked); ``sent``, what they became in the
+    head of a request to an engine, and of which engine, model and path (``forward.request_head``).
     """
 
-    __slots__ = ("found", "from_page", "keep_alive", "onward", "plain_json", "raw")
+    __slots__ = ("found", "from_page", "keep_alive", "onward", "plain_json", "raw", "sent")
 
     def __init__(self, raw: Sequence[tuple[bytes, bytes]] = (), onward: bytes | None = None) -> None:
         self.raw = raw
@@ -58,13 +61,14 @@ class Headers:
         self.from_page: bool | None = None
         self.plain_json: bool | None = None
         self.keep_alive: str | None = None
+        self.sent: tuple[object, object, str, bytes] | None = None
 
     def with_length(self, length: int) -> Headers:
         """The same with another Content-Length."""
         digits = b"%d" % length
         same = Headers([(k, digits if k == b"content-length" else v) for k, v in self.raw], self.onward)
         same.found, same.from_page, same.plain_json = self.found, self.from_page, self.plain_json
-        same.keep_alive = self.keep_alive
+        same.keep_alive, same.sent = self.keep_alive, self.sent
         return same
 
     def but(self, name: str, *more: tuple[str, str]) -> Headers:
@@ -162,6 +166,18 @@ class Response:
 def json_response(value: object, status: int = 200, headers: Pairs = ()) -> Response:
     """``value`` as compact JSON."""
     return Response(status, json.dumps(value, separators=(",", ":"), default=str).encode(), headers=headers)
+
+
+async def list_response(value: Mapping[str, object], name: str) -> Response:
+    """``value`` as compact JSON. Its member ``name`` may be a list of thousands: it is written in turns of the loop."""
+    items, written = cast(Sequence[object], value[name]), list[str]()
+    for start in range(0, len(items), AT_A_TIME):
+        if start:
+            await asyncio.sleep(0)
+        written.append(json.dumps(items[start : start + AT_A_TIME], separators=(",", ":"), default=str)[1:-1])
+    members = {key: json.dumps(each, separators=(",", ":"), default=str) for key, each in value.items() if key != name}
+    members = {key: f"[{','.join(written)}]" if key == name else members[key] for key in value}
+    return Response(200, f"{{{','.join(f'{json.dumps(key)}:{text}' for key, text in members.items())}}}".encode())
 
 
 def text_response(text: str, status: int = 200, content_type: str = "text/plain; charset=utf-8") -> Response:

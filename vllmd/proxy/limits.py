@@ -12,20 +12,23 @@ RECEIVE = 64 << 10
 
 
 # A peer whose machine or network vanished says nothing: after half a minute of silence the kernel asks it, and gives
-# it up after three more questions. What was sent to an engine's machine and not acknowledged has two minutes.
+# it up after three more questions. What was sent to an engine's machine and not acknowledged has two minutes; what was
+# sent to a client, ``departures.VANISHED``.
 KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))  # seconds, and a number
 UNACKNOWLEDGED = 120.0  # seconds
 
 
-def keep_alive(sock: socket.socket, unacknowledged: float) -> None:
+def keep_alive(sock: socket.socket, unacknowledged: float = 0.0) -> None:
     """Have the kernel notice that the peer of a TCP connection is gone.
 
-    What it has not acknowledged or not taken for ``unacknowledged`` seconds says so, too.
+    What it has not acknowledged for ``unacknowledged`` seconds says so, too. That time would replace the one by
+    questions, and runs for a peer that is there and only takes nothing, so clients have none.
     """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in KEEPALIVE:
         sock.setsockopt(socket.IPPROTO_TCP, option, value)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, round(unacknowledged * 1000)))
+    if unacknowledged:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, round(unacknowledged * 1000)))
 
 
 def read_small(transport: asyncio.BaseTransport) -> None:

@@ -162,7 +162,7 @@ class ModelRequests:
         """
         request = exchange.request
         target = self.target(request, asked.model, route)
-        keep_alive = wish(request, asked)
+        keep_alive = wish(request, asked) if asked.keep_alive or request.headers.keep_alive != "" else None
         ours = target.rules if asked.quoted or asked.body[:1] == b"{" else None
         for rules in (ours, WITHOUT if asked.keep_alive else None):
             if rules is not None:

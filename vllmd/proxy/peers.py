@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY, _NLMSG_ERROR, _NLM_F_REQUEST = 20, 2, 1
 _LISTEN = 10  # TCP_LISTEN
+_ANY = 0xFFF  # whatever state it is in
 _HEADER = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, port
 _REQUEST = struct.Struct("=BBBBI")  # inet_diag_req_v2 up to its id: family, protocol, extensions, padding, states
 _UID_INODE = 4 + 48 + 3 * 4  # in inet_diag_msg: after four bytes, the id, and three numbers
@@ -47,7 +48,7 @@ class Impostor(UpstreamFailed):
 
 
 class Listener(NamedTuple):
-    """A listening TCP socket: its owner's user id, and the number that no other socket ever has."""
+    """A TCP socket: its owner's user id, and the number that no other ever has, 0 if no process has it open."""
 
     uid: int
     inode: int
@@ -173,8 +174,25 @@ def listener(family: socket.AddressFamily, host: str, port: int) -> Listener | N
     else:
         packed = socket.inet_aton(host).ljust(16, b"\0")
     # As the server's end of a connection from nowhere: that finds no connection, so the listener.
-    place = struct.pack("!HH", port, 0) + packed + bytes(16) + bytes(4) + b"\xff" * 8
-    body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, 1 << _LISTEN) + place
+    return _diagnosed(family, 1 << _LISTEN, struct.pack("!HH", port, 0) + packed + bytes(16))
+
+
+def is_held(peer: tuple[str, int], ours: tuple[str, int]) -> bool | None:
+    """Whether a process has the other end of a TCP connection open; None if that is not on this machine, or not known.
+
+    ``peer``, ``ours``: the addresses of its two ends.
+    """
+    hosts = [host.partition("%")[0].removeprefix("::ffff:") for host, _ in (peer, ours)]
+    family = socket.AF_INET6 if ":" in hosts[0] else socket.AF_INET
+    place = struct.pack("!HH", peer[1], ours[1])
+    place += b"".join(socket.inet_pton(family, host).ljust(16, b"\0") for host in hosts)
+    found = _diagnosed(family, _ANY, place)
+    return None if found is None else found.inode != 0
+
+
+def _diagnosed(family: socket.AddressFamily, states: int, place: bytes) -> Listener | None:
+    """The TCP socket with these ports and addresses; None if there is none, or the kernel cannot be asked."""
+    body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, states) + place + bytes(4) + b"\xff" * 8
     try:
         kernel = _asked()
         kernel.send(_HEADER.pack(_HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 1, 0) + body)

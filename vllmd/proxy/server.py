@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from vllmd.errors import TooManyRequests, Unavailable, VllmdError
 from vllmd.proxy.body_memory import BodyMemory
 from vllmd.proxy.connection import Connection
+from vllmd.proxy.departures import SWEEP
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.heads import write_response_head
 from vllmd.proxy.http import error_response
@@ -54,6 +55,7 @@ class Server:
         self._by_address: Counter[str] = Counter()
         self._empty = asyncio.Event()
         self._breath: asyncio.TimerHandle | None = None
+        self._sweeping: asyncio.TimerHandle | None = None
         self._accepting = False
         self.tls: ssl.SSLContext | None = None  # for connections that are accepted from now on
 
@@ -116,7 +118,7 @@ class Server:
         sock.setblocking(False)
         if sock.family != socket.AF_UNIX:  # asyncio does this only for sockets that were made with proto 6
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            keep_alive(sock, self.limits.send_timeout)
+            keep_alive(sock)
         opening = asyncio.get_running_loop().create_task(self._open(sock))
         self._opening.add(opening)
         opening.add_done_callback(self._opened)
@@ -148,6 +150,8 @@ class Server:
     def joined(self, connection: Connection) -> None:
         """The connection is there."""
         self._connections.add(connection)
+        if self._sweeping is None:
+            self._sweeping = asyncio.get_running_loop().call_later(SWEEP, self._sweep)
         if connection.peer.address:
             self._by_address[connection.peer.address] += 1
 
@@ -160,6 +164,14 @@ class Server:
             if not self._by_address[address]:
                 del self._by_address[address]
         self._check_empty()
+
+    def _sweep(self) -> None:
+        """Look for clients that vanished in the middle of an answer."""
+        self._sweeping = None
+        for connection in list(self._connections):
+            connection.look()
+        if self._connections:
+            self._sweeping = asyncio.get_running_loop().call_later(SWEEP, self._sweep)
 
     def _check_empty(self) -> None:
         if not self.connections:

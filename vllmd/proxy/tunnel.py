@@ -116,7 +116,6 @@ class Tunnels:
 
     async def realtime(self, exchange: Exchange) -> None:
         """``GET /v1/realtime``."""
-        exchange.outlives_eof = False
         request = exchange.request
         if request.method != "GET" or request.upgrade != "websocket" or not request.headers.get("sec-websocket-key"):
             raise BadRequest(

@@ -123,17 +123,32 @@ class Upstream(asyncio.Protocol):
             keep_alive(sock, UNACKNOWLEDGED)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of an answer; from an idle connection they are a reason to drop it."""
-        if self._sink is None:
+        """Bytes of an answer; from an idle connection they are a reason to drop it.
+
+        This is called for every piece of every answer: all that a piece of a body costs here is a look for its end.
+        """
+        sink = self._sink
+        if sink is None:
             self.abort()
             return
         try:
-            if self._framing is None:
-                self._read_head(data)
-            else:
-                self._pass_on(self._framing, data)
+            framing = self._framing
+            if framing is None:
+                rest = self._read_head(data, sink)
+                if rest is None:
+                    return
+                data, framing = rest, cast(Framing, self._framing)
+            end = framing.scan(data)
         except BadFraming as error:
             self._break(f"malformed answer: {error}")
+            return
+        if end < 0:
+            sink.data(data)
+            return
+        if end != len(data):  # more than was announced: what follows cannot be told apart
+            self._keep_alive, data = False, data[:end]
+        sink.data(data)
+        self._finish()
 
     def eof_received(self) -> None:
         """The engine says no more: asyncio closes, and ``connection_lost`` judges."""
@@ -166,15 +181,15 @@ class Upstream(asyncio.Protocol):
         """Whether another request may be sent on it."""
         return not self._broken and not self._transport.is_closing()
 
-    def send(self, method: str, head: bytes, body: Parts, sink: Sink) -> None:
-        """Send one request; ``sink`` gets the answer.
+    def send(self, method: str, head: bytes, body: Parts, size: int, sink: Sink) -> None:
+        """Send one request, whose body has ``size`` bytes in all; ``sink`` gets the answer.
 
         A large body goes out in pieces as fast as the engine takes them: given to the transport whole, it would be
         copied into its buffer, and be in memory twice.
         """
         self._sink, self._method = sink, method
         self._framing, self._begun = None, False
-        if sum(map(len, body)) <= WRITE_LIMIT:
+        if size <= WRITE_LIMIT:
             self._transport.write(b"".join((head, *body)))
         else:
             self._transport.write(head)
@@ -210,8 +225,8 @@ class Upstream(asyncio.Protocol):
 
     # -- reading
 
-    def _read_head(self, data: bytes) -> None:
-        """Collect the head, and read it once it is whole.
+    def _read_head(self, data: bytes, sink: Sink) -> bytes | None:
+        """Collect the head, and hand it on once it is whole: what has come of the body along with it, else None.
 
         1xx answers before it are passed over: they are meant for a client that waits for one, and ours does not.
         """
@@ -220,27 +235,12 @@ class Upstream(asyncio.Protocol):
         if end < 3 or not data.startswith(b"HTTP/1.1 2") or pieces or data.find(b"\n\n", 0, end) >= 0:
             found = self._collector.feed(data)
             if found is None:
-                return
+                return None
             data, end = found
         head = self._heads.read(data[:end]) if self._method == "POST" else parse_response_head(data[:end], self._method)
         self._framing, self._keep_alive = head.framing(), head.keep_alive
-        sink = cast(Sink, self._sink)
         sink.head(head, self._framing)
-        rest = data[end:]
-        if rest or head.length == 0:
-            self._pass_on(self._framing, rest)
-        else:
-            sink.data(b"")
-
-    def _pass_on(self, framing: Framing, data: bytes) -> None:
-        sink = cast(Sink, self._sink)
-        end = framing.scan(data)
-        if end < 0:
-            sink.data(data)
-            return
-        self._keep_alive &= end == len(data)
-        sink.data(data if end == len(data) else data[:end])
-        self._finish()
+        return data[end:]
 
     def _finish(self) -> None:
         sink, self._sink = self._sink, None
@@ -278,7 +278,7 @@ class Pool:
         oldest = asyncio.get_running_loop().time() - self._limits.upstream_idle
         while idle:
             connection = idle.pop()
-            if connection.usable and connection.idle_since > oldest:
+            if connection.idle_since > oldest and connection.usable:
                 connection.reused = True
                 return connection
             connection.abort()
@@ -437,7 +437,7 @@ async def request(
     try:
         async with asyncio.timeout(timeout):
             connection = await connect(listen, timeout, lambda: Upstream(listen))
-            connection.send(method, write_request_head(method, listen.prefix + path, fields), (body,), sink)
+            connection.send(method, write_request_head(method, listen.prefix + path, fields), (body,), len(body), sink)
             head = await sink.over
     except TimeoutError:
         raise UpstreamFailed(f"{method} {path} to {describe(listen)} was not answered within {timeout:g} s") from None

@@ -22,6 +22,7 @@ from vllmd.records.bodies import Bodies
 LONGEST_HEAD = 2048  # bytes that are kept of one
 SECRET = re.compile(r"key|token|secret|auth|passw|cookie|session|credential|signature", re.IGNORECASE)
 CUT = "(cut)"
+_new = tuple.__new__
 GONE = 499  # the status, as it is counted, of a request whose client left before its answer
 
 
@@ -68,9 +69,10 @@ class Ring:
         if size != self._entries.maxlen:
             self._entries = deque(self._entries, maxlen=size)
 
-    def note(self, exchange: Exchange, elapsed: float, bodies: Bodies | None) -> Entry:
-        """A request has ended; it had taken ``elapsed`` seconds."""
+    def note(self, exchange: Exchange, bodies: Bodies | None) -> Entry:
+        """A request has ended."""
         request, account = exchange.request, exchange.account
+        elapsed = time.monotonic() - exchange.began
         head = request.headers.onward or b""
         waited, loading, replica, stream, sends, tokens = None, 0.0, "", False, 0, None
         if account is not None:
@@ -79,31 +81,34 @@ class Ring:
                 waited = account.admitted - exchange.began
                 if waited > 0.01:  # nothing came up for a request that did not wait
                     loading = self._loading(replica, exchange.began, account.admitted)
-        entry = Entry(
-            next(self._numbers),
-            time.time() - elapsed,
-            request.id,
-            request.method,
-            request.path,
-            request.route,
-            exchange.offer or exchange.model,
-            replica,
-            request.caller.name,
-            request.peer,
-            exchange.status or GONE,
-            exchange.error,
-            exchange.message,
-            stream,
-            request.received,
-            exchange.sent,
-            waited,
-            loading,
-            exchange.first_byte,
-            elapsed,
-            sends,
-            tokens,
-            head if len(head) <= LONGEST_HEAD else head[:LONGEST_HEAD],
-            bodies,
+        entry = _new(  # past the constructor, which costs as much again as all the rest
+            Entry,
+            (
+                next(self._numbers),
+                time.time() - elapsed,
+                request.id,
+                request.method,
+                request.path,
+                request.route,
+                exchange.offer or exchange.model,
+                replica,
+                request.caller.name,
+                request.peer,
+                exchange.status or GONE,
+                exchange.error,
+                exchange.message,
+                stream,
+                request.received,
+                exchange.sent,
+                waited,
+                loading,
+                exchange.first_byte,
+                elapsed,
+                sends,
+                tokens,
+                head if len(head) <= LONGEST_HEAD else head[:LONGEST_HEAD],
+                bodies,
+            ),
         )
         self._entries.append(entry)
         return entry

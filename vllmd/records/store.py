@@ -172,27 +172,22 @@ class Store:
         of = {"key": "key", "model": "model", "day": f"date({seconds}, 'unixepoch')",
               "hour": f"strftime('%Y-%m-%dT%H:00Z', {seconds}, 'unixepoch')",
               "month": f"strftime('%Y-%m', {seconds}, 'unixepoch')"}  # fmt: skip
-        # The unit itself is grouped by first: dates are made of few rows then, not of all.
-        inner = [name for name in ("key", "model") if name in question.by]
+        where = [f"{unit} >= ?", f"{unit} < ?"]
+        told: list[object] = [question.since // size, -(-question.until // size)]
+        for name, value in (("key", question.key), ("model", question.model or None)):
+            if value is not None:
+                where.append(f"{name} = ?")
+                told.append(value)
+        # By the unit itself first: dates are made of few rows then, not of all.
         timed = any(name not in ("key", "model") for name in question.by)
-        groups = [*([unit] if timed else []), *inner]
-        where, values = [f"{unit} >= ?", f"{unit} < ?"], [question.since // size, -(-question.until // size)]
-        told: list[Any] = [*values]
-        if question.key is not None:
-            where.append("key = ?")
-            told.append(question.key)
-        if question.model:
-            where.append("model = ?")
-            told.append(question.model)
-        summed = ", ".join([*groups, *(f"SUM({name}) AS {name}" for name in FIELDS)])
-        grouped = f" GROUP BY {', '.join(groups)}" if groups else ""
+        groups = [*([unit] if timed else []), *(name for name in ("key", "model") if name in question.by)]
+        whole = len(groups) == 3  # every row by itself: nothing is to be added up
+        summed = ", ".join([*groups, *(name if whole else f"SUM({name}) AS {name}" for name in FIELDS)])
+        grouped = f" GROUP BY {', '.join(groups)}" if groups and not whole else ""
         source = f"SELECT {summed} FROM {table} WHERE {' AND '.join(where)}{grouped}"
-        if timed and question.by != (unit, *inner):
-            names = [of[name] for name in question.by]
-            source = f"SELECT {', '.join([*names, SUMS])} FROM ({source}) GROUP BY {', '.join(names)}"
-        else:
-            names = [of[name] for name in question.by]
-            source = f"SELECT {', '.join([*names, *FIELDS])} FROM ({source})"
+        names, again = [of[name] for name in question.by], timed and unit not in question.by
+        more = f" GROUP BY {', '.join(names)}" if again else ""
+        source = f"SELECT {', '.join([*names, *([SUMS] if again else FIELDS)])} FROM ({source}){more}"
         with self._told(), self._reading() as connection:
             rows = connection.execute(f"{source} LIMIT {BUSIEST}", told).fetchall()
         columns = (*question.by, *FIELDS)

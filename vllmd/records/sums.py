@@ -55,6 +55,11 @@ class Sums:
         row[DEVICE] += device_seconds
         row[MEMORY] += memory
 
+    @property
+    def rows(self) -> Mapping[Row, list[float]]:
+        """What there is."""
+        return self._rows
+
     def take(self) -> dict[Row, list[float]]:
         """All of it; what comes from now on is added up anew."""
         rows, self._rows = self._rows, {}

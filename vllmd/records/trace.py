@@ -32,14 +32,17 @@ class Damaged(ValueError):
 def packed(arrivals: Iterable[Arrival]) -> tuple[int, bytes]:
     """When the first came (0 where there is none), and the segment."""
     ordered = sorted(arrivals)
-    models, keys = _indices(a.model for a in ordered), _indices(a.key for a in ordered)
-    first = last = ordered[0].at if ordered else 0
+    models, keys = _indices(a[1] for a in ordered), _indices(a[2] for a in ordered)
+    first = last = ordered[0][0] if ordered else 0
     out = bytearray(json.dumps([list(models), list(keys)], separators=(",", ":")).encode() + b"\n")
-    for arrival in ordered:
-        for number in (arrival.at - last, models[arrival.model], keys[arrival.key], arrival.prompt, arrival.answer):
-            _put(out, max(0, number))
-        last = arrival.at
-    return first, zlib.compress(bytes(out), 6)
+    for at, model, key, prompt, answer in ordered:
+        for number in (at - last, models[model], keys[key], prompt, answer):
+            while number > 0x7F:
+                out.append(number & 0x7F | 0x80)
+                number >>= 7
+            out.append(number)
+        last = at
+    return first, zlib.compress(out, 1)
 
 
 def unpacked(first: int, segment: bytes) -> Iterator[Arrival]:
@@ -73,13 +76,6 @@ def anonymous(arrivals: Iterable[Arrival]) -> Iterator[Arrival]:
 
 def _indices(names: Iterable[str]) -> dict[str, int]:
     return {name: index for index, name in enumerate(dict.fromkeys(names))}
-
-
-def _put(out: bytearray, number: int) -> None:
-    while number > 0x7F:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    out.append(number)
 
 
 def _numbers(data: Sequence[int]) -> Iterator[int]:

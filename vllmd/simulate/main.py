@@ -28,22 +28,39 @@ FREEZE = "+freeze"
 EPILOG = f"""
 A trace is CSV (its first line names the columns) or JSON lines with time
 (seconds), model, prompt and output (tokens) and, if wanted, key (the API key).
+With --recorded it is the daemon's own traffic (records.usage).
 Policies: {", ".join(ALL)}. With {FREEZE} appended, running requests may be
 frozen (preempt: true for all that can sleep). Times of starts, wakes and sleeps
 are a fit to vLLM on an A100 by the size of the weights.
 """
 
 
-def run_cli(argv: Sequence[str], working: Callable[[str], AbstractContextManager[Any]] = nullcontext) -> int:
-    """Run, and print; returns an exit status of sysexits(3). ``working``: entered, with a word, for what takes time."""
+Recorded = Callable[[argparse.Namespace], AbstractContextManager[str]]
+
+
+def run_cli(
+    argv: Sequence[str],
+    working: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+    recorded: Recorded | None = None,
+) -> int:
+    """Run, and print; returns an exit status of sysexits(3). ``working``: entered, with a word, for what takes time.
+
+    ``recorded`` fetches the daemon's own traffic for these options: a trace's path, for as long as it is entered.
+    """
     parser = _parser()
     try:
         options = parser.parse_args(argv)
+        if (options.trace is None) == (options.recorded is None):
+            parser.error("one of --trace and --recorded is needed")
     except SystemExit as exit_:
         return EX_USAGE if exit_.code else 0
     try:
-        with working("simulating"):
-            reports = _run(options)
+        if options.recorded is not None and recorded is not None:
+            with recorded(options) as path, working("simulating"):
+                reports = _run(options, path)
+        else:
+            with working("simulating"):
+                reports = _run(options, options.trace)
         print(as_json(reports) if options.json else text(reports, options.models, _columns()))
         if options.plot:
             plot(reports, options.plot)
@@ -76,7 +93,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("-c", "--config", metavar="FILE", help="the configuration (default: the daemon's)")
-    add("-t", "--trace", metavar="FILE", required=True, help="the requests")
+    add("-t", "--trace", metavar="FILE", help="the requests")
+    add("-r", "--recorded", metavar="TIME", help="the requests that the daemon has had in that time, such as 7d")
+    add("--socket", metavar="PATH", help="the daemon's admin socket, for --recorded")
+    add("--user", action="store_true", help="the vllmd of systemctl --user")
+    add("--url", help="the daemon over HTTP, such as http://gpu1:33258; needs a key with the scope read")
+    add("--key", help="API key for --url (default: $VLLMD_API_KEY)")
     add("-p", "--policy", metavar="NAMES", help="one or more, separated by commas (default: the configured one)")
     add("--devices", metavar="SIZES", default="", help="what if: these devices, such as 80GiB,80GiB")
     add("--host-memory", metavar="SIZE", default="", help="what if: so much host memory for level-1 sleepers")
@@ -88,11 +110,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(options: argparse.Namespace) -> list[Report]:
+def _run(options: argparse.Namespace, path: str) -> list[Report]:
     config = read_config(options.config, [size for size in options.devices.split(",") if size], options.host_memory)
     policies = _policies(options.policy or config.policy)
     machine = machine_of(config, Physics(seed=options.seed), Warm(options.warm))
-    trace = load_trace(options.trace, names_of(config))
+    names = names_of(config)
+    if options.recorded is None:
+        trace = load_trace(path, names)
+    else:  # whoever was asked for then may be gone by now, or is not in this configuration yet
+        rows = load_trace(path)
+        trace = [replace(row, model=names[row.model]) for row in rows if row.model in names]
+        gone = sorted({row.model for row in rows} - names.keys())
+        if gone:
+            print(f"left out, for this configuration does not have them: {', '.join(gone)}", file=sys.stderr)
+        if not trace:
+            raise TraceError("nothing was recorded in that time of the models of this configuration")
     return [simulate(_as(machine, name), trace, ALL[name.removesuffix(FREEZE)], name) for name in policies]
 
 

@@ -2,13 +2,14 @@
 
 import { html } from "./html.js";
 import { useEffect, useRef, useState } from "./vendor/hooks.js";
-import { call, lines, text } from "./api.js";
+import { call, lines, maySee, modelPath, text } from "./api.js";
 import { bytes, seconds } from "./format.js";
-import { useLive } from "./live.js";
+import { refresh, useLive } from "./live.js";
 import { Empty, Problem, State, useLoaded } from "./parts.js";
 import { Why } from "./why.js";
 
 const KEPT_LINES = 2000;
+const LEASE = "page"; // the name of the leases that are made here
 
 export function Models({ name }) {
   const { status } = useLive();
@@ -30,6 +31,40 @@ function List({ status }) {
       <td class="wide soft">${(cards[line.name]?.capabilities || []).join(", ")}</td></tr>`)}</tbody></table>`;
 }
 
+function Lease({ line }) {
+  const [hours, setHours] = useState(4);
+  const [error, setError] = useState(null);
+  const held = line.leases.includes(LEASE);
+  const act = async (event) => {
+    event.preventDefault();
+    try {
+      if (held) await call("DELETE", `${modelPath(line.name, "lease")}?lease=${LEASE}`);
+      else await call("POST", modelPath(line.name, "lease"), { lease: LEASE, deadline_seconds: 3600 * hours });
+      setError(null);
+      refresh();
+    } catch (refused) {
+      setError(refused);
+    }
+  };
+  return html`<form onSubmit=${act} class="filters">${!held && html`<label>Hours <input type="number" min="0.1" step="0.1" value=${hours} onInput=${(event) => setHours(Number(event.target.value))} /></label>`}
+    <button type="submit">${held ? "Give the lease back" : "Keep it loaded"}</button></form><${Problem} error=${error} />`;
+}
+
+function Probe({ line }) {
+  const [found, setFound] = useState(null);
+  const [error, setError] = useState(null);
+  const probe = async () => {
+    try {
+      setError(null);
+      setFound(await call("POST", `${modelPath(line.name, "probe")}?all=true&limit=60`));
+    } catch (refused) {
+      setError(refused);
+    }
+  };
+  return html`<p><button type="button" onClick=${probe}>Probe its engines</button>
+    ${found && html` <span role="status">${found.replicas.map((each) => `${each.name}: ${each.seconds === null ? each.message : seconds(each.seconds)}`).join("; ")}</span>`}</p><${Problem} error=${error} />`;
+}
+
 function Model({ line }) {
   const [tab, setTab] = useState("about");
   const tabs = { about: "About", log: "Log", why: "Why", metrics: "Metrics" };
@@ -37,7 +72,7 @@ function Model({ line }) {
     <div role="tablist" class="tabs" aria-label=${line.name}>${Object.entries(tabs).map(([id, title]) => html`<button type="button" role="tab" id=${`tab-${id}`}
       aria-selected=${tab === id} aria-controls="panel" onClick=${() => setTab(id)}>${title}</button>`)}</div>
     <div role="tabpanel" id="panel" aria-labelledby=${`tab-${tab}`}>
-      ${tab === "about" && html`<${About} line=${line} />`}${tab === "log" && html`<${Log} name=${line.name} />`}
+      ${tab === "about" && html`<${About} line=${line} />${maySee("admin") && html`<h3>Keep and probe</h3><${Lease} line=${line} /><${Probe} line=${line} />`}`}${tab === "log" && html`<${Log} name=${line.name} />`}
       ${tab === "why" && html`<${Why} model=${line.name} />`}${tab === "metrics" && html`<${Metrics} line=${line} />`}</div>`;
 }
 
@@ -52,9 +87,11 @@ function About({ line }) {
     ["last start", seconds(line.last_start_seconds)], ["unit", line.unit], ["process", line.pid],
     ["waits for", line.waiting_for], ["leases", line.leases.join(", ")],
   ]; // prettier-ignore
+  const { value: settings } = useLoaded((signal) => text(`/admin/config?model=${encodeURIComponent(line.name)}`, { signal }), [line.name]);
   return html`<${Problem} error=${error} />
     ${line.failure && html`<div class="problem" role="alert"><strong>It failed.</strong><pre>${line.failure}</pre></div>`}
     <dl class="facts">${facts.filter(([, value]) => value).map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${String(value)}</dd></div>`)}</dl>
+    ${settings && html`<h3>Settings</h3><p class="soft">Those that are not the defaults, and where each comes from.</p><pre class="log" tabindex="0" aria-label="settings">${settings}</pre>`}
     ${line.replicas.length > 1 && html`<h3>Replicas</h3><table class="rows"><thead><tr><th scope="col">replica</th><th scope="col">state</th><th scope="col">health</th>
       <th scope="col" class="number">running</th><th scope="col" class="number">first byte</th></tr></thead><tbody>${line.replicas.map((each) => html`<tr key=${each.name}>
       <th scope="row">${each.name}</th><td><${State} state=${each.state} /></td><td>${each.standing}</td><td class="number">${each.in_flight}</td><td class="number">${seconds(each.latency)}</td></tr>`)}</tbody></table>`}`;

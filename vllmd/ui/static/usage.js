@@ -5,7 +5,7 @@ import { useEffect, useRef, useState } from "./vendor/hooks.js";
 import uPlot from "./vendor/uplot.js";
 import { call } from "./api.js";
 import { count, seconds } from "./format.js";
-import { Empty, Problem, useLoaded } from "./parts.js";
+import { Command, Empty, Problem, useLoaded } from "./parts.js";
 
 const TIMES = [["24h", "the last day"], ["7d", "the last week"], ["30d", "the last 30 days"], ["365d", "the last year"]];
 const WHAT = [
@@ -35,7 +35,9 @@ export function Usage() {
       : html`${over.value && html`<${Curves} rows=${over.value.rows} by=${by === "day" ? "model" : by} what=${what} />`}
         <table class="rows" aria-label="usage"><thead><tr>${by.split(",").map((each) => html`<th scope="col">${each}</th>`)}${shown.map(([field, title]) => html`<th scope="col" class="number">${title}</th>`)}</tr></thead>
         <tbody>${rows.map((row) => html`<tr key=${by.split(",").map((each) => row[each]).join(" ")}>${by.split(",").map((each) => html`<th scope="row">${row[each] || "(no key)"}</th>`)}
-          ${shown.map(([field, , format]) => html`<td class="number">${format(row[field])}</td>`)}</tr>`)}</tbody></table>`}`;
+          ${shown.map(([field, , format]) => html`<td class="number">${format(row[field])}</td>`)}</tr>`)}</tbody></table>
+        <h3>Plan</h3><p>How this week's requests would fare on other devices, with other models or another policy:</p>
+        <p><${Command} text="vllmctl simulate --recorded 7d" /></p>`}`;
 }
 
 export function csvOf(rows) {

@@ -1,0 +1,105 @@
+"""Make, list, limit and revoke API keys; each change counts at once.
+
+"key create NAME" prints the key, this once: only its SHA-256 is kept, in a file
+of the daemon's own. From the first key on every request needs one.
+"key limit NAME" changes what is named and nothing else; none takes a limit away.
+Keys of the configuration are shown, and changed there.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+from urllib.parse import quote
+
+from vllmd.cli import show
+from vllmd.cli.admin import Admin
+from vllmd.cli.failures import EX_USAGE, Failure
+
+WORDS = ("create", "list", "revoke", "limit")
+LIMITS = {  # option -> setting, and what it says
+    "concurrency": "requests at a time",
+    "requests-per-minute": "requests per minute",
+    "tokens-per-minute": "tokens in and out per minute",
+    "tokens-per-day": "tokens per day (UTC)",
+    "tokens-per-month": "tokens per month",
+    "device-seconds-per-day": "seconds of devices per day, by the share of memory that is held",
+    "device-seconds-per-month": "the same per month",
+    "priority": "higher ones are served first where requests wait (default: 0)",
+    "share": "turns to one of others of its priority (default: 1)",
+}
+HEAD = ("NAME", "SCOPES", "MODELS", "LIMITS", "NOTE")
+
+
+def _count(text: str) -> int | None:
+    if text in ("none", "unlimited"):
+        return None
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor none")
+    return int(text)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("word", choices=WORDS, metavar="create|list|revoke|limit", help="what to do")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="of the key: whose it is")
+    parser.add_argument(
+        "--scopes", metavar="LIST", help="of models, read, admin, with commas between (default: models)"
+    )
+    parser.add_argument("--models", metavar="LIST", help="the only models that it may use, with commas between")
+    for option, about in LIMITS.items():
+        parser.add_argument(f"--{option}", type=_count, default=argparse.SUPPRESS, metavar="N", help=about)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    admin, word, name = Admin(arguments), arguments.word, arguments.name
+    given = settings(arguments)
+    if (word == "list") != (name is None):
+        raise Failure("key list takes no name" if name else f"say whose: vllmctl key {word} NAME", EX_USAGE)
+    if given and word not in ("create", "limit"):
+        raise Failure(f"key {word} takes no limits", EX_USAGE)
+    path = f"/admin/keys/{quote(name or '', safe='')}"
+    if word == "create":
+        told = admin.post("/admin/keys", {"name": name, "settings": given})
+        print(show.as_json(told) if arguments.json else told["key"])
+        return 0
+    if word == "limit":
+        if not given:
+            raise Failure("say what to change, such as --tokens-per-day 1000000", EX_USAGE)
+        told = {"keys": [admin.post(f"{path}/limits", {"settings": given})]}
+    else:
+        told = admin.get("/admin/keys") if word == "list" else admin.delete(path)
+    if arguments.json:
+        print(show.as_json(told))
+    elif word == "revoke":
+        show.say(f"{name} opens nothing any more")
+    elif told["keys"]:
+        print(
+            show.table(
+                HEAD, [row(each) for each in told["keys"]], names=("NAME",), beneath=("MODELS", "LIMITS", "NOTE")
+            )
+        )
+    else:
+        show.say("there are no keys: whoever reaches vllmd may use the models; vllmctl key create NAME makes one")
+    return 0
+
+
+def settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was given of them, as the API takes it."""
+    given: dict[str, Any] = {}
+    for name in ("scopes", "models"):
+        text = getattr(arguments, name)
+        if text is not None:
+            given[name] = [part.strip() for part in text.split(",") if part.strip()]
+    for option in LIMITS:
+        name = option.replace("-", "_")
+        if hasattr(arguments, name):
+            given[name] = getattr(arguments, name)
+    return given
+
+
+def row(key: dict[str, Any]) -> tuple[str, ...]:
+    """A key as a row of the table."""
+    limits = {name: value for name, value in key["settings"].items() if name not in ("scopes", "models")}
+    told = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in limits.items())
+    models = ", ".join(key["models"]) or "all"
+    return key["name"], ", ".join(key["scopes"]), models, told, "configured" if key["configured"] else ""
