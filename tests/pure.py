@@ -35,6 +35,7 @@ PURE = (
     "ollama/test_answers.py",
     "ollama/test_files.py",
     "ollama/test_requests.py",
+    "store/test_names.py",
     "proxy/test_framing.py",
     "proxy/test_heads.py",
     "proxy/test_peek.py",

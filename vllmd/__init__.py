@@ -25,11 +25,13 @@ holds this table against the imports)::
                 arrivals, and their store                         proxy, errors
     admin/      model list, health, admin and metrics endpoints,  api, proxy's HTTP types, core.types, records, ui,
                 signing in to the page                            errors
-    ollama/     Ollama's API, translated to the engines' own      proxy, admin.control, errors
+    store/      models as files: names, sources, the program
+                that fetches, what other programs have            hub, engines, foreign, errors, text
+    ollama/     Ollama's API, translated to the engines' own      api, proxy, admin.control, errors
     daemon/     the event queue; executes the core's commands     all but cli and client
     client/     the Python library                                api, errors
     cli/        vllmctl, a row or a file per verb                 api, client, errors, config, engines, installer,
-                                                                  simulate, text
+                                                                  simulate, store, text
     simulate/   the core under a virtual clock over a trace       core, config, engines, gpu, hub, errors, text
     simengine   the stand-in engine                               nothing of ours
 

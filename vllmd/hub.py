@@ -212,6 +212,30 @@ def ggufs(folder: Folder, names: Iterable[str]) -> list[str]:
     return found
 
 
+def ggufs_of(path: Path) -> list[str]:
+    """The GGUF files that are models in a snapshot; none where it cannot be read."""
+    with contextlib.suppress(OSError, Unreadable):
+        folder = Folder(path, path.parents[1])
+        return [name for name in ggufs(folder, folder.names()) if not is_projector(name) and folder.size(name)]
+    return []
+
+
+def cached_files(cache: Path, repository: str, tag: str = "", *, whole: bool) -> tuple[Path, ...]:
+    """What of the cache is a repository's, or of its GGUF files those of one quantisation.
+
+    ``whole``: the repository itself, where nothing else than that would be left. () where nothing is there.
+    """
+    folder = cache / ("models--" + repository.replace("/", "--"))
+    if not is_repository(repository) or not folder.is_dir() or folder.is_symlink():
+        return ()
+    snapshot = _snapshot(folder, "main")
+    there = ggufs_of(snapshot) if snapshot else []
+    mine = [name for name in there if tag.lower() in name.rpartition("/")[2].lower()]
+    if whole and (not tag or len(mine) == len(there) or not snapshot):
+        return (folder,)
+    return tuple(snapshot / name for name in mine) if snapshot and tag else ()
+
+
 def is_projector(name: str) -> bool:
     """Whether it turns images into tokens, beside a model; it is called mmproj-..., or ...-mmproj-..."""
     return "mmproj" in name.rpartition("/")[2].lower()

@@ -7,6 +7,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllmd.admin.control import Gauges
@@ -43,6 +44,15 @@ def test_every_metric_on_the_dashboard_exists() -> None:
     asked = {name for expression in expressions for name in re.findall(r"vllmd_\w+", expression)}
     assert len(asked) > 15
     assert asked <= known()
+
+
+def test_every_metric_of_the_alerts_exists_and_each_says_what_to_look_at() -> None:
+    """A rule that asks for a metric of another name is never true, and nobody notices."""
+    groups = yaml.safe_load((FOLDER.parent / "prometheus/vllmd.rules.yaml").read_text())["groups"]
+    rules = [rule for group in groups for rule in group["rules"]]
+    asked = {name for rule in rules for name in re.findall(r"\bvllmd_\w+", rule["expr"])}
+    assert len(rules) >= 8 and asked <= known()
+    assert all(rule["annotations"]["summary"] and rule["annotations"]["description"] for rule in rules)
 
 
 def test_it_is_up_to_date() -> None:

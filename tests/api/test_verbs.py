@@ -26,8 +26,10 @@ from vllmd.api.verbs import MODEL, Command, Method, Param, Verb
 from vllmd.cli import main
 from vllmd.cli.completion import script
 from vllmd.core import events
+from vllmd.daemon.key_store import KeyStore
 from vllmd.daemon.operator_commands import OperatorCommands
 from vllmd.daemon.status import Status
+from vllmd.daemon.store import ModelStore
 from vllmd.errors import BadRequest, NotFound
 from vllmd.proxy.access import ANYBODY
 from vllmd.proxy.exchange import Exchange
@@ -155,7 +157,16 @@ def test_vllmctl_has_a_verb_of_a_new_row(
 
 def _written(hint: object) -> str:
     """``float | None``, ``int``."""
-    return hint.__name__ if isinstance(hint, type) else str(hint)
+    return hint.__name__ if isinstance(hint, type) else str(hint).removeprefix("collections.abc.")
+
+
+# A field of Control -> what it is described by, and what it is.
+PLACES: dict[str, tuple[type, type]] = {
+    "commands": (control.Commands, OperatorCommands),
+    "status": (control.Status, Status),
+    "keys": (control.KeyStore, KeyStore),
+    "store": (control.Store, ModelStore),
+}
 
 
 def doers(verb: Verb) -> list[Any]:
@@ -163,8 +174,7 @@ def doers(verb: Verb) -> list[Any]:
     if verb.event:
         return [getattr(events, verb.event)]
     place, _, name = verb.does.partition(".")
-    described, real = {"commands": (control.Commands, OperatorCommands), "status": (control.Status, Status)}[place]
-    found = [getattr(kind, name, None) for kind in (described, real)]
+    found = [getattr(kind, name, None) for kind in PLACES[place]]
     return [each for each in found if inspect.isfunction(each)]
 
 

@@ -37,7 +37,7 @@ class _Handler(BaseHTTPRequestHandler):
         for line in lines:
             self.wfile.write(line.encode() + b"\n")
 
-    do_GET = do_POST = do_DELETE = _answer
+    do_GET = do_POST = do_PUT = do_DELETE = _answer
 
     def address_string(self) -> str:
         return "client"

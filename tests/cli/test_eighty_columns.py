@@ -77,8 +77,18 @@ DECIDED = [
 FIRST = LONG.format(0)
 QUOTED = FIRST.replace("/", "%2F")
 DEVICE = {**MANY["devices"][0], "drained": True}
+CACHED = {
+    "name": FIRST,
+    "path": f"/var/lib/vllmd-engine/.cache/huggingface/hub/{FIRST}",
+    "size": 9 * GiB,
+    "models": [],
+    "kind": "generate",
+    "engine": "llama.cpp",
+    "files": [f"{LONG[25:].format(n)}-Q4_K_M.gguf" for n in range(9)],
+}
+FETCHING = {"model": FIRST, "phase": "downloading", "source": FIRST, "total": 9 * GiB, "rate": 1e7, "elapsed": 9.0}
 ANSWERS: dict[str, tuple[int, Any]] = {
-    "GET /admin/status": (200, MANY),
+    "GET /admin/status": (200, {**MANY, "downloads": [{**FETCHING, "completed": GiB}]}),
     f"GET /admin/decisions?model={QUOTED}": (200, {"decisions": DECIDED}),
     f"POST /admin/models/{QUOTED}/load": (202, line(0)),
     f"POST /admin/models/{QUOTED}/pin": (200, line(0)),
@@ -97,6 +107,14 @@ ANSWERS: dict[str, tuple[int, Any]] = {
     f"POST /admin/models/{QUOTED}/sleep?level=1&wait=true": (200, [
         json.dumps({"done": True, "state": "sleeping_l1", "seconds": 100.0})]),
     "GET /admin/events": (200, [f"data: {json.dumps(DECIDED[0])}"]),
+    "GET /admin/store": (200, {"cached": [CACHED], "hub": "http://127.0.0.1:9"}),
+    f"GET /v1/models/{QUOTED}": (200, {"max_model_len": 4096, "capabilities": ["chat", "completion"] * 9,
+                                       "description": WHY}),
+    "POST /admin/store/pull": (200, [json.dumps({**FETCHING, "completed": at}) for at in (0, 5 * GiB)] + [
+        json.dumps({"done": True, "model": FIRST, "total": 9 * GiB, "seconds": 700.0, "added": True})]),
+    f"PUT /admin/store/models/{QUOTED}": (200, {"file": f"/var/lib/vllmd/models.d/{LONG.format(0)[25:]}.yaml"}),
+    f"DELETE /admin/store/models/{QUOTED}?files=true": (200, {
+        "file": "/x", "freed": 9 * GiB, "kept": f"other files of {FIRST} stay, for {LONG.format(1)}"}),
 }  # fmt: skip
 REQUEST = {
     "id": "0123456789abcdef0123456789abcdef", "number": 7, "at": 1.0, "method": "POST", "path": "/v1/chat/completions",
@@ -126,6 +144,8 @@ SCREENS = [
     "reload", "requests", "requests show x", "usage --by key,model,day", "record", "key list",
     f"start {FIRST}", f"start --no-wait {FIRST}", f"stop {FIRST}", f"sleep {FIRST}", f"wake-up {FIRST}", f"pin {FIRST}",
     f"unpin {FIRST}", f"lease {FIRST} --for 5m", f"probe {FIRST}", "drain 0", "undrain 0", "kill 99",
+    "list", f"show {FIRST}", f"pull {FIRST}", f"run {FIRST}", f"add {FIRST}", "add", f"rm --files --yes {FIRST}",
+    "search qwen",
     "status", f"status {FIRST}", "version", "help", f"restart {FIRST}", *(f"help {verb}" for verb in verbs()),
     "engine list", "engine install foo", "engine use vllm 1",
     f"start {MISSING}", f"why {MISSING}", "pss", f"logs a {MISSING}", f"lease {MISSING} --for {MISSING}",

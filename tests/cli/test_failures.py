@@ -56,10 +56,9 @@ USAGE = [
     (["assign", "m", "--devices", "x"], "vllmctl: --devices: 'x' is not a number: devices are numbers from 0; "
      "accepted: auto, or device numbers such as [0, 1]"),
     (["bench", "m", "-n", "0"], "vllmctl: --requests and --clients must be at least 1"),
-    (["show", "m"], "vllmctl: there is no verb 'show'; "
-     "vllmctl why MODEL says how one stands, vllmctl models what it is"),
-    (["pull", "m"], "vllmctl: there is no verb 'pull'; "
-     "add it to models: in /etc/vllmd/vllmd.yaml; its files are fetched when it is first loaded"),
+    (["show"], "vllmctl show: the following arguments are required: MODEL"),
+    (["download", "m"], "vllmctl: there is no verb 'download'; vllmctl pull fetches a model"),
+    (["del", "m"], "vllmctl: there is no verb 'del'; vllmctl rm removes a model"),
     (["--url", "ftp://x", "ps"], "vllmctl: 'ftp://x' is no URL; one is http://127.0.0.1:33258"),
 ]  # fmt: skip
 

@@ -123,7 +123,7 @@ def test_start_of_a_model_that_fails(daemon: FakeDaemon, capsys: pytest.CaptureF
 def test_start_without_waiting(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
     """For scripts that load several."""
     daemon.answers["POST /admin/models/big/load"] = (202, BIG)
-    assert main(["run", "--no-wait", "big"]) == 0
+    assert main(["load", "--no-wait", "big"]) == 0
     assert capsys.readouterr().out == "big: asked for\n"
 
 
@@ -436,7 +436,7 @@ def test_over_a_url_with_a_key(daemon: FakeDaemon, capsys: pytest.CaptureFixture
     with fake_daemon({"GET /admin/status": (200, status())}) as remote:
         assert main(["--url", remote.address, "--key", "sesame", "ps"]) == 0
         assert remote.seen[0][2]["Authorization"] == "Bearer sesame"
-    assert "no models are configured" in capsys.readouterr().out
+    assert "no models yet; vllmctl run smollm2" in capsys.readouterr().out
 
 
 def test_top_shows_devices_and_models_once(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllmd.api.answers import ModelLine
 from vllmd.client import Client
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -71,13 +72,13 @@ class Vllmd:
     def client(self) -> Client:
         return Client(f"unix:{self.socket}")
 
-    def line(self, model: str) -> dict[str, Any]:
+    def line(self, model: str) -> ModelLine:
         """The model's line of the status."""
         with self.client() as client:
-            return next(line for line in client.status()["models"] if line["name"] == model)
+            return next(line for line in client.status().models if line.name == model)
 
     def state(self, model: str) -> str:
-        return str(self.line(model)["state"])
+        return self.line(model).state
 
 
 @contextmanager

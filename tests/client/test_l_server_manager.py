@@ -58,10 +58,10 @@ def test_L_start_is_true_when_it_serves(here: Vllmd) -> None:
     """True means that an immediate request is answered; a second call changes nothing."""
     serve = ServerManager(args("started"))
     assert serve.start() is True
-    pid = here.line("Qwen/started")["pid"]
+    pid = here.line("Qwen/started").pid
     assert ask(serve)
     assert serve.start() is True
-    assert here.line("Qwen/started")["pid"] == pid
+    assert here.line("Qwen/started").pid == pid
     serve.stop()
 
 
@@ -71,7 +71,7 @@ def test_L_start_is_false_for_a_bad_model(here: Vllmd) -> None:
     assert serve.start() is False
     assert "no such model" in serve.failure
     line = here.line("Qwen/broken")
-    assert (line["pid"], line["leases"]) == (None, [])
+    assert (line.pid, line.leases) == (None, ())
     with pytest.raises(errors.EngineFailed, match="no such model"), serve:
         pass
 
@@ -81,14 +81,14 @@ def test_L_a_start_that_takes_too_long_leaves_nothing(here: Vllmd) -> None:
     serve = ServerManager(args("slow"), server_startup_timeout=0.5)
     assert serve.start() is False
     assert "0.5 s" in serve.failure
-    wait_until(lambda: here.line("Qwen/slow")["pid"] is None)
+    wait_until(lambda: here.line("Qwen/slow").pid is None)
 
 
 def test_L_stop_is_immediate_and_harmless_when_repeated(here: Vllmd) -> None:
     """On return the process is gone."""
     serve = ServerManager(args("stopped"))
     serve.start()
-    pid = here.line("Qwen/stopped")["pid"]
+    pid = here.line("Qwen/stopped").pid
     serve.stop()
     assert not exists(pid)
     serve.stop()
@@ -141,11 +141,11 @@ def test_L_auto_terminate_delay(here: Vllmd) -> None:
         time.sleep(1.2)
         assert serve.running
     assert serve.running and serve.remaining_time is not None
-    pid = here.line("Qwen/delay")["pid"]
+    pid = here.line("Qwen/delay").pid
     with serve:
         assert serve.remaining_time is None
         time.sleep(1.2)
-        assert here.line("Qwen/delay")["pid"] == pid
+        assert here.line("Qwen/delay").pid == pid
     wait_until(lambda: not serve.running, limit=3)
     serve.stop()
 
@@ -187,12 +187,12 @@ with ServerManager({"model": "Qwen/shared"}, auto_terminate="directly") as serve
         messages=[{"role": "user", "content": "hi"}]).choices[0].message.content)
 """
     with ServerManager(args("shared"), auto_terminate="directly"), here.client() as client:
-        pid = here.line("Qwen/shared")["pid"]
+        pid = here.line("Qwen/shared").pid
         stream = client.chat_completion_stream("Qwen/shared", HELLO)
         pieces = [next(stream)]
         first = script(code, {})
         assert first.communicate(timeout=120)[0] == "hi\n"
-        assert here.line("Qwen/shared")["pid"] == pid
+        assert here.line("Qwen/shared").pid == pid
         assert "".join([*pieces, *stream]) == "Hello to all of you"
     assert not exists(pid)
 
@@ -387,7 +387,7 @@ def test_L_multimodal_and_tools_pass_through(here: Vllmd, stub: Stub) -> None:
 
 
 def record_of(here: Vllmd) -> Path:
-    return Path(here.line("Qwen/echo")["socket"]).with_name("body.json")
+    return Path(here.line("Qwen/echo").socket).with_name("body.json")
 
 
 def test_L_make_client_without_the_official_client(here: Vllmd, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -264,4 +264,4 @@ def test_a_stream_left_early_frees_the_engine(vllmd: Vllmd) -> None:
         client.load_model("org/tiny")
         for _ in client.chat_completion_stream("org/tiny", HELLO):
             break
-        wait_until(lambda: vllmd.line("org/tiny")["in_flight"] == 0)
+        wait_until(lambda: vllmd.line("org/tiny").in_flight == 0)

@@ -117,10 +117,10 @@ def test_a_guest_is_listed_served_and_dropped(vllmd: Vllmd) -> None:
     """Like a configured model, but for where it is written: nowhere."""
     with vllmd.client() as client:
         answer = client.put_model("guest/a", {"engine": "sim"})
-        assert (answer["model"], answer["configured"], answer["differs"]) == ("guest/a", False, [])
-        assert f"http://{answer['listen'][0]}" == vllmd.url
+        assert (answer.model, answer.configured, answer.differs) == ("guest/a", False, ())
+        assert f"http://{answer.listen[0]}" == vllmd.url
         client.load_model("guest/a")
-        assert client.drop_model("guest/a")["dropped"] is True
+        assert client.drop_model("guest/a").dropped is True
         with pytest.raises(errors.UnknownModel):
             client.drop_model("guest/a")
         with pytest.raises(errors.UnknownModel):
@@ -132,17 +132,17 @@ def test_a_guest_changes_only_while_nobody_uses_it(vllmd: Vllmd) -> None:
     with vllmd.client() as client:
         client.put_model("guest/b", {"engine": "sim", "max_model_len": 100})
         client.lease_model("guest/b", "mine")
-        assert client.put_model("guest/b", {"engine": "sim", "max_model_len": 200})["differs"] == ["max_model_len"]
+        assert client.put_model("guest/b", {"engine": "sim", "max_model_len": 200}).differs == ("max_model_len",)
         client.release_model("guest/b", "mine")
-        assert client.put_model("guest/b", {"engine": "sim", "max_model_len": 200})["differs"] == []
+        assert client.put_model("guest/b", {"engine": "sim", "max_model_len": 200}).differs == ()
 
 
 def test_a_configured_model_is_never_changed(vllmd: Vllmd) -> None:
     """Nor by one of its other names; and only a file can take it away."""
     with vllmd.client() as client:
         answer = client.put_model("t", {"engine": "sim", "max_model_len": 7})
-        assert (answer["model"], answer["configured"]) == ("org/tiny", True)
-        assert "max_model_len" in answer["differs"]
+        assert (answer.model, answer.configured) == ("org/tiny", True)
+        assert "max_model_len" in answer.differs
         with pytest.raises(errors.Conflict, match="configured in a file"):
             client.drop_model("org/tiny")
 
@@ -152,11 +152,9 @@ def test_a_guest_survives_a_reload_and_not_the_daemon(tmp_path: Path) -> None:
     config = {"devices": [], "models": {"org/a": {"engine": "sim"}}}
     with running(tmp_path, config) as daemon, daemon.client() as client:
         client.put_model("guest/c", {"engine": "sim"})
-        pid = client.load_model("guest/c")["pid"]
-        from vllmd.client.calls import Call
-
-        assert client._object(Call("POST", "/admin/reload"))["removed"] == []
-        assert daemon.line("guest/c")["pid"] == pid
+        pid = client.load_model("guest/c").pid
+        assert client.reload().removed == ()
+        assert daemon.line("guest/c").pid == pid
     (tmp_path / "admin.sock").unlink()
     with running(tmp_path, config) as daemon, daemon.client() as client:
         assert "guest/c" not in [model["id"] for model in client.list_models()]

@@ -17,7 +17,7 @@ SIZE = "a size such as 20GiB or 512MiB"
 NEVER = "a duration such as 300, 5m or 1h30m, or never"
 SECTIONS = (
     "server, auth, devices, reserve, host_memory, idle, records, policy, log_level, engines, defaults, discover, "
-    "models, pools"
+    "pull, models, pools"
 )
 WHEN_FREE = "true, false, or a mapping"
 SHARES = "a mapping such as {0.95: 0.80, 0.85: 0.70}, or none"

@@ -609,3 +609,28 @@ def test_keys_that_lock_out_are_warned_of(tmp_path: Path, keys: str, warning: st
     """They are valid, and hardly meant."""
     said = "\n".join(of(tmp_path, f"auth: {{keys: {keys}}}\nmodels: {{m: {{}}}}").warnings)
     assert warning in said if warning else said == ""
+
+
+def test_models_that_the_daemon_added_give_way_to_the_administrators(tmp_path: Path) -> None:
+    """What vllmctl add wrote is read beside the files in /etc, and never makes those invalid."""
+    main, added = tmp_path / "etc/vllmd.yaml", tmp_path / "state"
+    (main.parent / "models.d").mkdir(parents=True)
+    added.mkdir()
+    main.write_text("models: {a: {model: /srv/a}}\n")
+    (main.parent / "models.d/b.yaml").write_text("b: {model: /srv/b}\n")
+    (added / "x.yaml").write_text("models:\n  a: {model: /other/a}\n  b: {model: /other/b}\n  c: {model: /srv/c}\n")
+    reading = read(main, {"VLLMD_MODELS": str(added)})
+    assert not reading.problems and reading.config.added == added
+    assert {name: model.model for name, model in reading.config.models.items()} == {
+        "a": "/srv/a", "b": "/srv/b", "c": "/srv/c",
+    }  # fmt: skip
+    assert [warning for warning in reading.config.warnings if "configured already in" in warning]
+    assert set(read(main, {}).config.models) == {"a", "b"}
+    assert read(main, {}).config.added == main.parent / "models.d"
+
+
+@pytest.mark.parametrize("url", ["ftp://x", "https://user:pw@host", "https://host/?a=b", "-x", "https://host --evil"])
+def test_an_address_to_fetch_from_is_nothing_else(tmp_path: Path, url: str) -> None:
+    """It becomes a word of a command line, and is shown."""
+    (tmp_path / "vllmd.yaml").write_text(f"pull: {{endpoint: '{url}'}}\n")
+    assert "no address of HTTP" in str(read(tmp_path / "vllmd.yaml", {}).problems[0])

@@ -35,7 +35,7 @@ def comparable(config: Config) -> Config:
     """Without what legitimately differs: places, warnings, hidden secrets."""
     apart = {"hf_token": None, "options": {}, "env": {}, "where": ""}
     models = {name: replace(model, **apart) for name, model in config.models.items()}  # type: ignore[arg-type]
-    return replace(config, models=models, template=ModelConfig(""), files=(), warnings=())
+    return replace(config, models=models, template=ModelConfig(""), files=(), added=None, warnings=())
 
 
 def test_what_is_shown_is_a_configuration_that_means_the_same(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_each_setting_shows_its_origin(tmp_path: Path) -> None:
 def test_the_table_covers_every_field_of_the_dataclasses() -> None:
     """No setting without a row, no row without its field."""
     own = {
-        Config: {"files", "warnings", "template", "templates"},
+        Config: {"files", "added", "warnings", "template", "templates"},
         ModelConfig: {"name", "where", "replica_of"},
         ReplicaConfig: {"of"},
     }

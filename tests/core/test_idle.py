@@ -7,9 +7,17 @@ import pytest
 from tests.core.helpers import GPU, NEVER, PAIR, model
 from tests.core.world import World
 from vllmd.core.commands import Admit, SleepEngine, StartEngine, StopEngine, WakeEngine
-from vllmd.core.events import EngineAdopted, KeptAlive, PinSet, TimePassed
+from vllmd.core.events import (
+    EngineAdopted,
+    EngineReady,
+    EngineStopped,
+    KeptAlive,
+    PinSet,
+    StopAsked,
+    TimePassed,
+)
 from vllmd.core.lifecycle import LifecycleError
-from vllmd.core.types import Footprint, GiB, IdleRules, Placement, Settings, State
+from vllmd.core.types import Device, Footprint, GiB, IdleRules, Placement, Settings, State
 
 RULES = IdleRules(sleep_after=300.0, level=1, deepen_after=900.0, stop_after=1800.0)
 
@@ -147,6 +155,17 @@ def test_an_adopted_engine_brings_its_measured_footprint() -> None:
     w = World([model("m", 20)], [GPU])
     w.do(EngineAdopted("m", Placement((0,)), State.READY, footprint=Footprint(0, 23 * GiB)))
     assert w.seen.models[0].memory == 23 * GiB
+
+
+def test_an_engine_that_fills_its_device_is_started_again() -> None:
+    """What was measured of it is more than can be promised: a part lay in the reserve. It ran, so it will run again."""
+    w = World([model("m", 78)], [Device(0, "gpu0", 80 * GiB, reserve=GiB)])
+    w.ask("r1", "m")
+    w.do(EngineReady("m", Footprint(81 * GiB, 80 * GiB)))
+    w.finish("r1")
+    w.do(StopAsked("m"))
+    w.do(EngineStopped("m"))
+    assert [type(c) for c in w.ask("r2", "m")] == [StartEngine]
 
 
 def test_no_engine_is_adopted_twice() -> None:

@@ -9,7 +9,7 @@ from tests.core.world import World
 from vllmd.core.commands import Reject
 from vllmd.core.events import EngineExited, EngineStopped, LeaseTaken, LoadAsked, SleepAsked, StopAsked
 from vllmd.core.types import GiB, ModelView, State
-from vllmd.core.views import _so_far
+from vllmd.core.views import _model, _so_far
 
 
 def view(w: World, name: str = "m") -> ModelView:
@@ -138,6 +138,8 @@ def test_the_view_of_an_unused_model_is_kept_until_something_changes() -> None:
     """Of ten thousand models nearly all are never used; a lease, a request or a reload is seen at once all the same."""
     w = World([model("m"), model("other")], [GPU])
     unused = view(w, "other")
+    core = w.scheduler._core
+    assert unused == _model(core, core.models["other"], 0.0, lambda r: ""), "drawn by a shorter way"
     w.now = 100.0
     assert view(w, "other") is unused
     w.do(LeaseTaken("ada-17", "other"))

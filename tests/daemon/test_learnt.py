@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from vllmd.api.answers import Decision
 from vllmd.core.costs import CostBook
 from vllmd.core.types import Footprint, GiB, ReplicaSpec, Source
 from vllmd.daemon.learnt import Learnt
@@ -94,12 +95,10 @@ def test_what_was_decided_and_which_engines_ran_outlives_the_daemon(tmp_path: Pa
     """Why a model stands as it does is asked after an idle exit, too; the same decision again counts once."""
     cache = learnt(tmp_path / "learnt.json")
     for at in range(9):
-        cache.decided(
-            {"at": float(at), "what": "evict", "why": "room" if at < 7 else f"{at}", "model": "m", "numbers": {}}
-        )
+        cache.decided(Decision(float(at), "evict", "m", "room" if at < 7 else f"{at}"))
     for number in range(5):
         cache.ended("m", f"m-{number:06}")
     cache.save()
     again = learnt(tmp_path / "learnt.json")
-    assert [(each["at"], each["why"]) for each in again.decisions["m"]] == [(6.0, "room"), (7.0, "7"), (8.0, "8")]
+    assert [(each.at, each.why) for each in again.decisions["m"]] == [(6.0, "room"), (7.0, "7"), (8.0, "8")]
     assert [instance for instance, _ in again.runs["m"]] == ["m-000002", "m-000003", "m-000004"]

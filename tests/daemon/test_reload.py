@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
+from vllmd.api.answers import Reloaded
 from vllmd.config.loader import load
 from vllmd.config.nodes import Where, from_plain
 from vllmd.config.reload import BY_SYSTEMD, LATER
@@ -69,6 +70,8 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "models.NAME.tensor_parallel_size": (1, 2),
     "models.NAME.pipeline_parallel_size": (1, 2),
     "idle.level": (1, 2),
+    "pull.endpoint": ("http://one.example", "http://two.example"),
+    "pull.index": ("http://one.example", "http://two.example"),
     "models.NAME.preload": (False, True),
     "models.NAME.gpu_memory": ("10GiB", "20GiB"),
     "models.NAME.idle.level": (1, 2),
@@ -237,6 +240,7 @@ async def in_effect(living: Living) -> dict[str, Any]:
                      for name, model in living.config.models.items()},
         # read each time when they are needed
         "keep_alive": living.front.gate._keep_alive_limit,
+        "pull": living.config.pull,
         "read": (server.idle_exit, server.drain_timeout, living.config.discover, living.config.auth.allow_anonymous),
     }  # fmt: skip
 
@@ -276,7 +280,7 @@ def test_a_reload_does_with_a_setting_what_its_column_says(leaf: Leaf, tmp_path:
     before, after = read(tmp_path, document(leaf, one)), read(tmp_path, document(leaf, two))
     assert before != after
     seen: list[dict[str, Any]] = []
-    answers: list[dict[str, Any]] = []
+    answers: list[Reloaded] = []
 
     async def look(living: Living) -> None:
         seen.append(await in_effect(living))
@@ -289,7 +293,7 @@ def test_a_reload_does_with_a_setting_what_its_column_says(leaf: Leaf, tmp_path:
     lives(before, tmp_path, reload)
     lives(after, tmp_path, look)
     was, is_now, is_after_a_start = seen
-    later = answers[0]["later"]
+    later = answers[0].later
     if leaf.reload is Reload.NEXT_START:
         assert set(later.values()) == {LATER} and len(later) == 1
         assert is_now == was
@@ -298,15 +302,15 @@ def test_a_reload_does_with_a_setting_what_its_column_says(leaf: Leaf, tmp_path:
     assert was != is_after_a_start, "the test cannot see this setting"
     assert is_now == is_after_a_start
     if leaf.reload is not Reload.ENGINE:
-        assert answers[0]["changed"] == []
+        assert answers[0].changed == ()
     elif not leaf.path.startswith("models.NAME.replicas"):
-        assert answers[0]["changed"] == ["m"]
+        assert answers[0].changed == ("m",)
 
 
-def reloaded(before: dict[str, Any], after: dict[str, Any], folder: Path, *, activated: bool = False) -> dict[str, Any]:
+def reloaded(before: dict[str, Any], after: dict[str, Any], folder: Path, *, activated: bool = False) -> Reloaded:
     """What the daemon answers."""
     one, two = read(folder, before), read(folder, after)
-    answers: list[dict[str, Any]] = []
+    answers: list[Reloaded] = []
 
     async def reload(living: Living) -> None:
         answers.append(await living.daemon.take(two))
@@ -318,8 +322,8 @@ def reloaded(before: dict[str, Any], after: dict[str, Any], folder: Path, *, act
 def test_where_systemd_listens_the_addresses_are_said_to_be_its_own(tmp_path: Path) -> None:
     """A restart would not change them either."""
     after = {**BASE, "server": {"port": 1234}}
-    assert reloaded(BASE, after, tmp_path)["later"] == {"server.listen": LATER}
-    assert reloaded(BASE, after, tmp_path, activated=True)["later"] == {"server.listen": BY_SYSTEMD}
+    assert reloaded(BASE, after, tmp_path).later == {"server.listen": LATER}
+    assert reloaded(BASE, after, tmp_path, activated=True).later == {"server.listen": BY_SYSTEMD}
 
 
 def test_what_is_not_in_force_is_said_again_until_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -329,10 +333,10 @@ def test_what_is_not_in_force_is_said_again_until_it_is(tmp_path: Path, caplog: 
     async def reload(living: Living) -> None:
         for _ in range(2):
             answer = await living.daemon.take(after)
-            assert answer["later"] == {"server.listen": LATER}
+            assert answer.later == {"server.listen": LATER}
             assert living.config.server.listen == before.server.listen
-            assert living.front.status.status()["policy"] == "lru"
-        assert (await living.daemon.take(before))["later"] == {}
+            assert living.front.status.status().policy == "lru"
+        assert (await living.daemon.take(before)).later == {}
 
     lives(before, tmp_path, reload)
     assert [each.getMessage() for each in caplog.records].count(f"server.listen {LATER}") == 2
@@ -365,10 +369,8 @@ def test_an_engine_goes_on_when_its_device_is_no_longer_in_the_list(tmp_path: Pa
         living.back.post(events.EngineAdopted("m", Placement((1,)), State.READY))
         await living.daemon.take(two)
         status = living.front.status.status()
-        assert [(line["name"], line["state"], tuple(line["devices"])) for line in status["models"]] == [
-            ("m", "running", (1,))
-        ]
-        assert [(each["index"], each["wedged"]) for each in status["devices"]] == [
+        assert [(line.name, line.state, line.devices) for line in status.models] == [("m", "running", (1,))]
+        assert [(each.index, each.wedged) for each in status.devices] == [
             (0, ""),
             (1, "it is not there any more"),
         ]
@@ -383,7 +385,7 @@ def test_an_engine_is_adopted_although_its_device_is_not_in_the_list(tmp_path: P
     async def adopted(living: Living) -> None:
         living.back.post(events.EngineAdopted("m", Placement((1,)), State.SLEEPING, 1))
         living.back.post(events.LoadAsked("m"))
-        assert [(each["index"], each["wedged"]) for each in living.front.status.status()["devices"]][1] == (
+        assert [(each.index, each.wedged) for each in living.front.status.status().devices][1] == (
             1,
             "it is not there any more",
         )
@@ -402,10 +404,10 @@ def test_settings_for_a_model_that_is_used_by_now_change_nothing(tmp_path: Path)
         await asyncio.sleep(0)
         assert living.front.changing.locked()  # its sizes are being reckoned
         living.back.post(asked)
-        assert (await first)["differs"] == ["gpu_memory"]
+        assert (await first).differs == ("gpu_memory",)
         assert living.config.models["guest"].gpu_memory == GiB
         living.back.post(events.RequestGone("r"))
-        assert (await models.put("guest", other, trusted=True))["differs"] == []
+        assert (await models.put("guest", other, trusted=True)).differs == ()
         assert living.config.models["guest"].gpu_memory == 2 * GiB
 
     lives(read(tmp_path, BASE), tmp_path, put)
@@ -435,7 +437,7 @@ def test_what_was_decided_by_an_earlier_daemon_is_told(tmp_path: Path) -> None:
         earlier = {"at": time.time() + 3600, "what": "evict", "why": "for another", "model": "m", "numbers": {}}
         living.front.learnt.decisions["m"], living.front.learnt.earlier["m"] = [earlier], [earlier]
         living.back.post(events.LoadAsked("m"))
-        assert [each["what"] for each in living.front.status.decisions("m")] == ["evict", "start"]
+        assert [each.what for each in living.front.status.decisions("m").decisions] == ["evict", "start"]
         assert [each["what"] for each in living.front.learnt.decisions["m"]] == ["evict", "start"]
 
     lives(config, tmp_path, look)

@@ -38,11 +38,11 @@ async def _one_that_is_asked_for_while_it_is_changed() -> None:
     daemon = FakeDaemon()
     models = RuntimeModels(daemon, daemon, daemon.take, asyncio.Lock(), lambda model: model, ())  # type: ignore[arg-type]
     first = await models.put("m", {"model": "org/a"}, trusted=True)
-    assert first["differs"] == []
+    assert first.differs == ()
     daemon.meanwhile = lambda: setattr(daemon, "in_flight", 1)
     again = await models.put("m", {"model": "org/b"}, trusted=True)
-    assert again["differs"] == ["model"]
+    assert again.differs == ("model",)
     assert daemon.config.models["m"].model == "org/a"
     daemon.in_flight, daemon.meanwhile = 0, lambda: None
-    assert (await models.put("m", {"model": "org/b"}, trusted=True))["differs"] == []
+    assert (await models.put("m", {"model": "org/b"}, trusted=True)).differs == ()
     assert daemon.config.models["m"].model == "org/b"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -156,7 +157,7 @@ def test_gpu_infos_have_percent_watts_and_names() -> None:
     """The figures of ``GET /api/v1/gpus``: per cent, watts, MiB, and the process's name."""
     me = os.getpid()
     gpu = Gpu(A, used=20 * GiB, computing={me: 3 * GiB, 999_999_999: None}, watts=150.74)
-    info = gpu_infos(opened(gpu).sample())[0].to_json()
+    info = asdict(gpu_infos(opened(gpu).sample())[0])
     assert (info["id"], info["memory_usage"], info["power_draw"]) == (0, 25.0, 150.7)
     mine = {"pid": me, "name": Path("/proc/self/comm").read_text().strip(), "gpu_memory_usage": 3072}
     assert list(info["processes"]) == [mine, {"pid": 999_999_999, "name": "", "gpu_memory_usage": None}]

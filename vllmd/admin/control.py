@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from vllmd.admin.counters import Counters
 from vllmd.admin.runtime_models import RuntimeModels
-from vllmd.api.answers import Decisions, KeyLine, Keys, Killed, NewKey
+from vllmd.api import answers
+from vllmd.api.answers import (
+    Added,
+    Cached,
+    Card,
+    Decision,
+    Decisions,
+    Device,
+    Download,
+    GPUInfo,
+    Health,
+    KeyLine,
+    Keys,
+    Killed,
+    ModelLine,
+    NewKey,
+    Probed,
+    Progress,
+    Reloaded,
+    Removed,
+)
 from vllmd.core.types import Snapshot
 from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.records.ring import Filter
@@ -43,16 +63,16 @@ class Status(Protocol):
     async def opened(self) -> None:
         """Wait until devices and engines have been found."""
 
-    async def models(self) -> list[dict[str, Any]]:
-        """Every model: ``id``, ``aliases``, ``state``, ``capabilities``, ``limits``, ...; see the schema ``Model``."""
+    async def models(self) -> list[Card]:
+        """Every model, adapter, variant and pool."""
 
-    def health(self) -> dict[str, Any]:
-        """``status`` (``ok`` or what is wrong), ``ready``, devices, and the state of every model."""
+    def health(self) -> Health:
+        """Whether vllmd is well, with devices, and the state of every model."""
 
-    def status(self, caller: Caller = ANYBODY) -> dict[str, Any]:
+    def status(self, caller: Caller = ANYBODY) -> answers.Status:
         """Everything that ``vllmctl ps``, ``info`` and ``gpus`` show, of the models that the caller may use."""
 
-    def line(self, model: str) -> dict[str, Any]:
+    def line(self, model: str) -> ModelLine:
         """One model's line of ``status``."""
 
     def resolve(self, name: str, caller: Caller = ANYBODY) -> str:
@@ -73,8 +93,8 @@ class Status(Protocol):
     async def gauges(self) -> Gauges:
         """How things stand; the devices are read for it."""
 
-    async def gpus(self) -> list[dict[str, Any]]:
-        """``{id, memory_usage, power_draw, processes}`` per device. Raises Unsupported where none can be read."""
+    async def gpus(self) -> list[GPUInfo]:
+        """The devices with the processes on them. Raises Unsupported where none can be read."""
 
     async def scrape(self, model: str) -> bytes:
         """The engine's own metrics. Raises Conflict if it has none now."""
@@ -103,8 +123,8 @@ class Commands(Protocol):
     async def release(self, model: str, lease: str, *, stop: bool) -> None:
         """Give a lease back; ``stop``: the last one to go stops the model."""
 
-    async def probe(self, model: str, all: bool, *, limit: float | None) -> dict[str, Any]:
-        """Ask each engine of it that serves its probe, all at the same time; see the schema ``Probed``.
+    async def probe(self, model: str, all: bool, *, limit: float | None) -> Probed:
+        """Ask each engine of it that serves its probe, all at the same time.
 
         Unless ``all`` are to have ``limit`` seconds (None: as configured), none is waited for once another has
         answered. Raises Conflict where none of them serves.
@@ -124,25 +144,22 @@ class Commands(Protocol):
         Raises NotFound, Forbidden.
         """
 
-    async def drain(self, device: int, drained: bool) -> dict[str, Any]:
+    async def drain(self, device: int, drained: bool) -> Device:
         """Take a device out of use, or give it back; how it is then. Raises NotFound."""
 
     @property
-    def reload(self) -> Callable[[], Awaitable[dict[str, Any]]]:
-        """Take the configuration anew; ``{changed, added, removed, warnings}``. Raises ConfigError."""
+    def reload(self) -> Callable[[], Awaitable[Reloaded]]:
+        """Take the configuration anew. Raises ConfigError."""
 
 
 class Following(Protocol):
     """Tells what happens, as it happens."""
 
-    def progress(self, model: str) -> AsyncIterator[dict[str, Any]]:
-        """``{state, phase, detail, elapsed}`` now and at each change until it has come to rest.
-
-        The last one is ``{done: true, state, seconds}`` or ``{error: {message}}``.
-        """
+    def progress(self, model: str) -> AsyncIterator[Progress]:
+        """Its state and phase now and at each change until it has come to rest; the last one is ``done``."""
 
     @property
-    def watch(self) -> Callable[[], AsyncIterator[dict[str, Any]]]:
+    def watch(self) -> Callable[[], AsyncIterator[Decision]]:
         """Decisions and what became of them, as it happens, until the caller stops."""
 
     def log(self, model: str, lines: int, *, follow: bool) -> AsyncIterator[str]:
@@ -182,6 +199,31 @@ class Records(Protocol):
         """Arrivals from then on, as ``vllmctl simulate`` reads them. Raises Unavailable, NotFound."""
 
 
+class Store(Protocol):
+    """The daemon, as far as these endpoints need it. Each raises a VllmdError for what cannot be."""
+
+    def pull(self, name: str, *, add: bool, detached: bool) -> AsyncGenerator[dict[str, Any], None]:
+        """Have a model's files here, and with ``add`` the model served; how far it is, line by line.
+
+        The last line has ``done``. ``detached``: it goes on when the caller has left.
+        """
+
+    def stop(self, model: str) -> Download:
+        """End a download. Raises NotFound."""
+
+    async def contents(self) -> Cached:
+        """What the engines' caches hold, and which models are loaded from it."""
+
+    async def add(self, name: str, settings: Mapping[str, Any]) -> Added:
+        """Serve a model from now on. Raises BadRequest, Conflict, Forbidden."""
+
+    async def remove(self, model: str, *, files: bool, dry: bool) -> Removed:
+        """Serve it no more; ``files``: and remove them. ``dry``: only say what would be removed.
+
+        Raises UnknownModel, Conflict.
+        """
+
+
 class KeyStore(Protocol):
     """Keys that are made while it runs; each change counts at once."""
 
@@ -208,5 +250,6 @@ class Control:
     commands: Commands
     following: Following
     runtime_models: RuntimeModels
+    store: Store
     records: Records
     keys: KeyStore

@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from vllmd.admin.control import Control
-from vllmd.admin.verbs import into, json
+from vllmd.admin.responses import json
+from vllmd.admin.verbs import into
+from vllmd.api.answers import Instance, ModelInstanceInfo, ModelLine, ModelStatusItem
 from vllmd.api.kinds import Count, JsonObject, Text
 from vllmd.api.verbs import FORCE_KILL, PID, Param
 from vllmd.errors import BadRequest, Conflict, NotFound
 from vllmd.proxy.access import ADMIN, Reach, authorise
-from vllmd.proxy.http import Request, Response, json_response
+from vllmd.proxy.http import Request, Response
 
-Line = dict[str, Any]
 UNLOADED = frozenset({"stopped", "error"})
 NAME = Param("model_name", Text("the name of a model"), place="body")
 KIND = Param("model_type", Text("a kind of engine"), place="body", default=None)
@@ -50,7 +50,7 @@ class InstanceEndpoints:
 
     async def gpus(self, request: Request) -> Response:
         """``GET /api/v1/gpus``: a list of ``GPUInfo``; 501 where no GPU can be read."""
-        return json_response(await self._control.status.gpus())
+        return json(await self._control.status.gpus())
 
     async def kill(self, request: Request) -> Response:
         """``DELETE /api/v1/processes/{pid}``: 404 for none, 403 for a stranger's without ``?force=true``."""
@@ -66,7 +66,7 @@ class InstanceEndpoints:
         if gpu is None:
             await self._control.commands.load(name)
         chosen = name if gpu is None else await self._control.commands.load_on(name, gpu)
-        return json_response(instance(self._control.status.line(name), self._control.status.line(chosen)), 202)
+        return json(instance(self._control.status.line(name), self._control.status.line(chosen)), 202)
 
     async def stop(self, request: Request) -> Response:
         """``POST /api/v1/models/stop``: the ``ModelInstanceInfo`` once it has stopped, after its requests.
@@ -77,10 +77,10 @@ class InstanceEndpoints:
         asked = into(Asked, STOP, request)
         name, gpu = self._named(request, asked), asked.gpu_id
         line = self._control.status.line(name)
-        if line["state"] == "stopped":
+        if line.state == "stopped":
             raise NotFound(f"{name} is not running", param="model_name")
-        present = [each for each in engines(line) if each["state"] != "stopped"]
-        going = [each["name"] for each in present if gpu is None or is_on(each, gpu)]
+        present = [each for each in engines(line) if each.state != "stopped"]
+        going = [each.name for each in present if gpu is None or is_on(each, gpu)]
         if not going:
             raise NotFound(f"{name} is not running on GPU {gpu}", param="gpu_id")
         await self._control.commands.unload(name, force=False, device=gpu)
@@ -88,18 +88,18 @@ class InstanceEndpoints:
             async for _ in self._control.following.progress(each):
                 pass
             await self._control.commands.drop_instance(each)
-        return json_response(instance(self._control.status.line(line["replica_of"] or name)))
+        return json(instance(self._control.status.line(line.replica_of or name)))
 
     async def status(self, request: Request) -> Response:
         """``GET /api/v1/models/status``: an item per instance, of all that are loaded or have failed."""
         await self._control.status.opened()
-        lines = self._control.status.status(request.caller)["models"]
-        return json_response([item for line in lines if line["state"] != "stopped" for item in items(line)])
+        lines = self._control.status.status(request.caller).models
+        return json([item for line in lines if line.state != "stopped" for item in items(line)])
 
     async def status_of(self, request: Request) -> Response:
         """``GET /api/v1/models/status/{name}``: the items of one model, also if it is stopped. Raises UnknownModel."""
         await self._control.status.opened()
-        return json_response(
+        return json(
             items(self._control.status.line(self._control.status.resolve(request.params["name"], request.caller)))
         )
 
@@ -110,14 +110,14 @@ class InstanceEndpoints:
         if kind := self._kind(asked):
             settings = {"engine": kind, **settings}
         known = await self._control.runtime_models.put(name, settings, trusted=request.peer.uid in (0, os.getuid()))
-        if known["differs"]:
-            where = "is configured" if known["configured"] else "is in use"
-            raise Conflict(f"{name} {where} with another {', '.join(known['differs'])}", param="config")
+        if known.differs:
+            where = "is configured" if known.configured else "is in use"
+            raise Conflict(f"{name} {where} with another {', '.join(known.differs)}", param="config")
 
     def _named(self, request: Request, asked: Asked) -> str:
         """The model that the body names, which is of the type that it names, if it does."""
         name = self._control.status.resolve(asked.model_name, request.caller)
-        engine, kind = self._control.status.line(name)["config"].get("engine", ""), self._kind(asked)
+        engine, kind = self._control.status.line(name).config.engine or "", self._kind(asked)
         if kind and kind != engine:
             raise BadRequest(f"{name} is of the type {engine!r}, not {kind!r}", param="model_type")
         return name
@@ -132,43 +132,44 @@ class InstanceEndpoints:
         return kind
 
 
-def engines(line: Line) -> list[Line]:
+def engines(line: ModelLine) -> Sequence[ModelLine]:
     """The lines of a model's replicas, or its own."""
-    return list(line["replicas"]) or [line]
+    return line.replicas or (line,)
 
 
-def is_on(line: Line, gpu: int) -> bool:
+def is_on(line: ModelLine, gpu: int) -> bool:
     """Whether the instance is there; one that has no GPU, as it failed or is yet to get one, is nowhere else."""
-    return gpu in line["devices"] or not line["devices"]
+    return gpu in line.devices or not line.devices
 
 
-def instance(line: Line, one: Line | None = None) -> dict[str, Any]:
-    """``ModelInstanceInfo`` of a model, from its line of the status; with the state of ``one`` of its instances."""
-    loaded = [each for each in engines(line) if each["state"] not in UNLOADED]
-    gpus = sorted({gpu for each in loaded for gpu in each["devices"]})
-    told = one if one and not one["replicas"] else next(iter(loaded), engines(line)[0])
-    return {**_common(line, told), "active_gpu_ids": gpus, "total_instances": len(loaded)}
+def instance(line: ModelLine, one: ModelLine | None = None) -> ModelInstanceInfo:
+    """A model, from its line of the status; with the state of ``one`` of its instances."""
+    loaded = [each for each in engines(line) if each.state not in UNLOADED]
+    gpus = sorted({gpu for each in loaded for gpu in each.devices})
+    told = one if one and not one.replicas else next(iter(loaded), engines(line)[0])
+    common = vars(_common(line, told))
+    return ModelInstanceInfo(**common, active_gpu_ids=tuple(gpus), total_instances=len(loaded))
 
 
-def items(line: Line) -> list[dict[str, Any]]:
-    """``ModelStatusItem`` per instance that is loaded or has failed, or of the model; it names its first GPU."""
-    present = [each for each in engines(line) if each["state"] != "stopped"] or engines(line)[:1]
-    return [{**_common(line, each), "gpu_id": next(iter(each["devices"]), None)} for each in present]
+def items(line: ModelLine) -> list[ModelStatusItem]:
+    """An item per instance that is loaded or has failed, or of the model; it names its first GPU."""
+    present = [each for each in engines(line) if each.state != "stopped"] or engines(line)[:1]
+    return [ModelStatusItem(**vars(_common(line, each)), gpu_id=next(iter(each.devices), None)) for each in present]
 
 
-def _common(model: Line, line: Line) -> dict[str, Any]:
+def _common(model: ModelLine, line: ModelLine) -> Instance:
     """What both say of an instance; all of them bear the model's name."""
-    _, _, port = line["socket"].rpartition(":")
-    return {
-        "model_name": model["name"],
-        "model_type": line["config"].get("engine", ""),
-        "status": line["state"].upper(),
-        "pid": line["pid"],
-        "port": int(port) if port.isdecimal() and not line["socket"].startswith("/") else None,
-        "created_at": _moment(line["started_at"]) if line["started_at"] else None,
-        "updated_at": _moment(time.time() - (line["since"] or 0.0)),
-        "message": line["failure"],
-    }
+    _, _, port = line.socket.rpartition(":")
+    return Instance(
+        model_name=model.name,
+        model_type=line.config.engine or "",
+        status=line.state.upper(),
+        pid=line.pid,
+        port=int(port) if port.isdecimal() and not line.socket.startswith("/") else None,
+        created_at=_moment(line.started_at) if line.started_at else None,
+        updated_at=_moment(time.time() - (line.since or 0.0)),
+        message=line.failure,
+    )
 
 
 def _moment(at: float) -> str:

@@ -40,9 +40,9 @@ class MetricsEndpoints:
 
     async def engines(self, request: Request) -> Response:
         """``GET /metrics/engines``: those of every loaded engine, labelled with its model, or its replica's name."""
-        models = self._control.status.status(request.caller)["models"]
-        lines = [each for line in models for each in line["replicas"] or [line]]
-        loaded = [line["name"] for line in lines if line["state"] not in UNLOADED]
+        models = self._control.status.status(request.caller).models
+        lines = [each for line in models for each in line.replicas or (line,)]
+        loaded = [line.name for line in lines if line.state not in UNLOADED]
         texts = await asyncio.gather(*(self._scraped(model) for model in loaded))
         return _text(merged(zip(loaded, texts, strict=True)))
 

@@ -15,6 +15,7 @@ from vllmd.admin.openapi import Documentation
 from vllmd.admin.records import add_records
 from vllmd.admin.runtime_models import add_guests
 from vllmd.admin.schemas import TEXT, answers, asks, doc, placed, streams
+from vllmd.admin.store import add_store
 from vllmd.admin.streams import LOG, StreamEndpoints
 from vllmd.admin.verbs import add_verbs, audited, parameter, request_body
 from vllmd.api.answers import (
@@ -82,6 +83,7 @@ def add_operator(router: Router, control: Control) -> None:
         doc(streams("text/plain", "its lines"), placed([parameter(each) for each in LOG])))  # fmt: skip
     _add_instances(router, InstanceEndpoints(control))
     add_guests(router, control.runtime_models, audited)
+    add_store(router, control.store, audited)
     add_records(router, control, audited)
 
 

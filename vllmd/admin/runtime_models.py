@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
+from vllmd.admin.responses import json
 from vllmd.admin.schemas import answers, doc, takes
 from vllmd.api.answers import Dropped, Known
 from vllmd.errors import BadRequest
 from vllmd.proxy.access import Reach
-from vllmd.proxy.http import Request, Response, json_response
+from vllmd.proxy.http import Request, Response
 from vllmd.proxy.routing import LocalHandler, Router
 
 SETTINGS: dict[str, object] = {"type": "object", "description": "settings of one model, as in vllmd.yaml(5)"}
@@ -19,8 +20,8 @@ SETTINGS: dict[str, object] = {"type": "object", "description": "settings of one
 class RuntimeModels(Protocol):
     """The daemon, as far as these endpoints need it."""
 
-    async def put(self, name: str, settings: Mapping[str, Any], *, trusted: bool) -> dict[str, Any]:
-        """Make a model known. ``{model, configured, differs, listen}``. Raises BadRequest, TooManyRequests."""
+    async def put(self, name: str, settings: Mapping[str, object], *, trusted: bool) -> Known:
+        """Make a model known. Raises BadRequest, TooManyRequests."""
 
     async def drop(self, name: str) -> None:
         """Forget one; it is drained and stopped. Raises UnknownModel, Conflict for a configured one."""
@@ -42,12 +43,12 @@ class RuntimeModelEndpoints:
         if not isinstance(settings, dict):
             raise BadRequest("the body must be a JSON object with the settings of one model")
         trusted = request.peer.uid in (0, os.getuid())
-        return json_response(await self._guests.put(request.params["model"], settings, trusted=trusted))
+        return json(await self._guests.put(request.params["model"], settings, trusted=trusted))
 
     async def drop(self, request: Request) -> Response:
         """``DELETE /admin/guests/{model}``."""
         await self._guests.drop(request.params["model"])
-        return json_response({"model": request.params["model"], "dropped": True})
+        return json(Dropped(request.params["model"]))
 
 
 def add_guests(router: Router, runtime_models: RuntimeModels, audited: Callable[[LocalHandler], LocalHandler]) -> None:

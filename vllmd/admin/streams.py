@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any
 
 from vllmd.admin.control import Control
 from vllmd.admin.verbs import into
+from vllmd.api.codec import encoded
 from vllmd.api.kinds import Count, Flag
 from vllmd.api.verbs import MODEL, Param
 from vllmd.proxy.http import Request, Response, event_stream
@@ -52,7 +51,7 @@ class StreamEndpoints:
         return Response(200, _lines(text), "text/plain; charset=utf-8", (("x-accel-buffering", "no"),))
 
 
-async def _framed(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+async def _framed(events: AsyncIterator[object]) -> AsyncIterator[bytes]:
     """Server-sent events, and a comment whenever nothing has happened for a while, so that nothing times out."""
     yield b": decisions and what becomes of them\n\n"
     coming = asyncio.ensure_future(anext(events))
@@ -60,7 +59,7 @@ async def _framed(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]
         while True:
             done, _ = await asyncio.wait({coming}, timeout=KEEP_ALIVE)
             if done:
-                yield b"data: " + json.dumps(coming.result(), default=str).encode() + b"\n\n"
+                yield b"data: " + encoded(coming.result()) + b"\n\n"
                 coming = asyncio.ensure_future(anext(events))
             else:
                 yield b": still here\n\n"
@@ -90,7 +89,7 @@ async def _from(first: asyncio.Future[str | None] | None, lines: AsyncIterator[s
             await _close(lines)
 
 
-async def _close(lines: AsyncIterator[Any]) -> None:
+async def _close(lines: AsyncIterator[object]) -> None:
     """Let a generator that is not read to its end leave what it holds."""
     close = getattr(lines, "aclose", None)
     if close:

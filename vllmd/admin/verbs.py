@@ -13,6 +13,7 @@ from operator import attrgetter
 from typing import TypeVar
 
 from vllmd.admin.control import Control
+from vllmd.admin.responses import json
 from vllmd.api import verbs
 from vllmd.api.codec import encoded
 from vllmd.api.kinds import ModelName
@@ -82,14 +83,9 @@ class VerbEndpoint:
             return json(self._control.status.line(model), 202)
         async for line in progress:
             last = line
-        if "error" in last:
-            raise EngineFailed(last["error"]["message"])
+        if last.error:
+            raise EngineFailed(last.error.message)
         return json(self._control.status.line(model))
-
-
-def json(value: object, status: int = 200) -> Response:
-    """``value``, which may hold answers, as JSON."""
-    return Response(status, encoded(value))
 
 
 async def _lines(values: AsyncIterator[object]) -> AsyncIterator[bytes]:

@@ -9,9 +9,9 @@ No class here has slots: ``vars()`` of an answer is its JSON object.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Annotated, ClassVar, Literal, TypeVar, dataclass_transform
 
 Object = Mapping[str, object]  # JSON that is not ours to describe: settings of a model, the numbers of a decision
 
@@ -25,20 +25,52 @@ Watts = Annotated[float, "watts"]
 Moment = Annotated[str, {"format": "date-time"}]
 
 
+T = TypeVar("T", bound="Answer")
+_MISSING = object()
+
+
 class Answer:
     """Base of all that is told."""
 
     sparse: ClassVar[frozenset[str]] = frozenset()  # fields that are left out where they are None
+    _blank: ClassVar[dict[str, object]] = {}  # every field with its default, or _MISSING
+    _made: ClassVar[tuple[tuple[str, Callable[[], object]], ...]] = ()  # fields whose default is made each time
+    _needed: ClassVar[tuple[str, ...]] = ()  # fields without a default
+
+    def __init__(self, *given: object, **named: object) -> None:
+        """As a dataclass has it, in a tenth of the time: a frozen one that is not ours sets its fields one by one."""
+        kind = type(self)
+        told = {**kind._blank, **named}
+        if given:
+            told.update(zip(kind._blank, given, strict=False))
+        for name, make in kind._made:
+            if told[name] is _MISSING:
+                told[name] = make()
+        if len(told) != len(kind._blank) or len(given) > len(told) or any(told[n] is _MISSING for n in kind._needed):
+            raise TypeError(f"{kind.__name__} has other fields, or needs {', '.join(kind._needed)}")
+        vars(self).update(told)
 
     def __getitem__(self, name: str) -> object:
         """A field by its name, as in the JSON object that it stands in."""
         return getattr(self, name)
 
 
+@dataclass_transform(frozen_default=True)
+def answer(kind: type[T]) -> type[T]:
+    """A frozen dataclass with the constructor of Answer."""
+    kind = dataclass(frozen=True, init=False)(kind)
+    every = fields(kind)  # type: ignore[arg-type]
+    kind._blank = {each.name: _MISSING if each.default is MISSING else each.default for each in every}
+    kind._made = tuple((each.name, each.default_factory) for each in every if each.default_factory is not MISSING)
+    made = {name for name, _ in kind._made}
+    kind._needed = tuple(name for name, default in kind._blank.items() if default is _MISSING and name not in made)
+    return kind
+
+
 # -- models and devices, as operators see them
 
 
-@dataclass(frozen=True)
+@answer
 class ModelSettings(Answer):
     """What of a model's settings is shown beside its state; empty once the configuration has the model no more."""
 
@@ -49,7 +81,7 @@ class ModelSettings(Answer):
     aliases: tuple[str, ...] | None = None
 
 
-@dataclass(frozen=True)
+@answer
 class ModelLine(Answer):
     """A model, or one of its replicas, as ``vllmctl ps`` shows it."""
 
@@ -86,7 +118,7 @@ class ModelLine(Answer):
     degraded: Annotated[bool, "a replica is down that ought to serve"] = False
 
 
-@dataclass(frozen=True)
+@answer
 class Device(Answer):
     """What a device has, and what of it is promised."""
 
@@ -99,7 +131,7 @@ class Device(Answer):
     drained: Annotated[bool, "by an operator"] = False
 
 
-@dataclass(frozen=True)
+@answer
 class DeviceNow(Device):
     """And what it is, and how it was at the last reading."""
 
@@ -112,7 +144,7 @@ class DeviceNow(Device):
     throttled: Annotated[str, "why it is slowed down against its will"] = ""
 
 
-@dataclass(frozen=True)
+@answer
 class Configuration(Answer):
     """Which files were read, and why they are not in force, if they are not."""
 
@@ -120,7 +152,7 @@ class Configuration(Answer):
     error: str = ""
 
 
-@dataclass(frozen=True)
+@answer
 class HostMemory(Answer):
     """For models that sleep at level 1."""
 
@@ -128,7 +160,63 @@ class HostMemory(Answer):
     promised: int = 0
 
 
-@dataclass(frozen=True)
+@answer
+class Download(Answer):
+    """A download of a model: how far it is, or how it ended."""
+
+    model: str
+    phase: Annotated[str, "waiting, looking, downloading, unpacking, done or failed"] = ""
+    source: str = ""
+    completed: Annotated[int, "bytes"] = 0
+    total: Annotated[int, "bytes, 0 where that is not known yet"] = 0
+    rate: Annotated[float, "bytes per second"] = 0.0
+    elapsed: float = 0.0
+    error: Annotated[str, "why it failed"] = ""
+
+
+@answer
+class CachedModel(Answer):
+    """A model in the engines' caches; ``models``: those that are loaded from it."""
+
+    name: str
+    path: str = ""
+    size: Annotated[int, "bytes of its weight files"] = 0
+    kind: Annotated[str, "generate, embed, rerank or transcribe"] = ""
+    engine: Annotated[str, "the only kind of engine that its files are for, or nothing"] = ""
+    files: Annotated[tuple[str, ...], "its GGUF files"] = ()
+    models: tuple[str, ...] = ()
+
+
+@answer
+class Cached(Answer):
+    """What the engines' caches hold. ``hub``: the address of the hub that is configured, if one is."""
+
+    cached: tuple[CachedModel, ...] = ()
+    hub: str = ""
+
+
+@answer
+class Added(Answer):
+    """A model that is served from now on, and the file that says so."""
+
+    model: str
+    file: str = ""
+    settings: Object = field(default_factory=dict)
+
+
+@answer
+class Removed(Answer):
+    """A model that is served no more. ``kept``: why files stay. ``bytes``: of what goes, ``freed``: of what is gone."""
+
+    model: str
+    file: str = ""
+    removed: tuple[str, ...] = ()
+    kept: str = ""
+    bytes: int = 0
+    freed: int = 0
+
+
+@answer
 class Status(Answer):
     """Everything that vllmctl shows."""
 
@@ -146,9 +234,10 @@ class Status(Answer):
     devices: tuple[DeviceNow, ...] = ()
     models: tuple[ModelLine, ...] = ()
     host_memory: HostMemory = HostMemory()
+    downloads: tuple[Download, ...] = ()
 
 
-@dataclass(frozen=True)
+@answer
 class Decision(Answer):
     """What was decided about a model, and why; in a stream of events also what became of it, with the ``state``."""
 
@@ -162,21 +251,21 @@ class Decision(Answer):
     state: str | None = None
 
 
-@dataclass(frozen=True)
+@answer
 class Decisions(Answer):
     """The last ones, oldest first."""
 
     decisions: tuple[Decision, ...] = ()
 
 
-@dataclass(frozen=True)
+@answer
 class ErrorText(Answer):
     """What went wrong, in a progress that ends with it."""
 
     message: str = ""
 
 
-@dataclass(frozen=True)
+@answer
 class Progress(Answer):
     """A line of an answer that tells how a model comes along; the last one is ``done``."""
 
@@ -194,7 +283,7 @@ class Progress(Answer):
 # -- what became of an operator's word
 
 
-@dataclass(frozen=True)
+@answer
 class ProbedReplica(Answer):
     """One engine's answer to a probe."""
 
@@ -203,7 +292,7 @@ class ProbedReplica(Answer):
     message: Annotated[str, "why there are no seconds"] = ""
 
 
-@dataclass(frozen=True)
+@answer
 class Probed(Answer):
     """All of them, the fastest first; ``fastest`` is null where none answered."""
 
@@ -212,7 +301,7 @@ class Probed(Answer):
     replicas: tuple[ProbedReplica, ...] = ()
 
 
-@dataclass(frozen=True)
+@answer
 class Reloaded(Answer):
     """What a reload changed; ``later``: each setting that is not in force, with what becomes of it."""
 
@@ -224,7 +313,7 @@ class Reloaded(Answer):
     warnings: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@answer
 class Killed(Answer):
     """A process that is gone."""
 
@@ -233,7 +322,7 @@ class Killed(Answer):
     message: str = ""
 
 
-@dataclass(frozen=True)
+@answer
 class KeyLine(Answer):
     """An API key, without its text. ``settings``: its limits and the like, where they are not as every key has them."""
 
@@ -245,14 +334,14 @@ class KeyLine(Answer):
     settings: Object = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@answer
 class Keys(Answer):
     """All keys."""
 
     keys: tuple[KeyLine, ...] = ()
 
 
-@dataclass(frozen=True)
+@answer
 class NewKey(Answer):
     """A key that was made: its text is told this once."""
 
@@ -260,7 +349,7 @@ class NewKey(Answer):
     key: str = ""
 
 
-@dataclass(frozen=True)
+@answer
 class Known(Answer):
     """A model that a program brought along; ``differs``: settings that are not as asked for."""
 
@@ -270,7 +359,7 @@ class Known(Answer):
     listen: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@answer
 class Dropped(Answer):
     """And one that is forgotten."""
 
@@ -281,7 +370,7 @@ class Dropped(Answer):
 # -- what any client may read
 
 
-@dataclass(frozen=True)
+@answer
 class Limits(Answer):
     """Requests at a time, requests that may wait, and for how long."""
 
@@ -290,7 +379,7 @@ class Limits(Answer):
     queue_seconds: float | None = None
 
 
-@dataclass(frozen=True)
+@answer
 class Card(Answer):
     """A model, an adapter, a variant or a pool, as clients see it."""
 
@@ -313,7 +402,7 @@ class Card(Answer):
     members: Annotated[tuple[str, ...] | None, "of a pool"] = None
 
 
-@dataclass(frozen=True)
+@answer
 class Model(Card):
     """The card as OpenAI and Anthropic have it, under one of its names."""
 
@@ -324,7 +413,7 @@ class Model(Card):
     owned_by: str = "vllmd"
 
 
-@dataclass(frozen=True)
+@answer
 class ModelList(Answer):
     """One page of all of them, as OpenAI and Anthropic have it."""
 
@@ -338,14 +427,14 @@ class ModelList(Answer):
     models: Annotated[tuple[str, ...] | None, "for Codex, which asks with client_version"] = None
 
 
-@dataclass(frozen=True)
+@answer
 class DeviceFree(Device):
     """What of it may still be promised."""
 
     free: int = 0
 
 
-@dataclass(frozen=True)
+@answer
 class Health(Answer):
     """Whether vllmd is well."""
 
@@ -356,21 +445,21 @@ class Health(Answer):
     model_status: Mapping[str, State] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@answer
 class Alive(Answer):
     """It answers."""
 
     status: Literal["ok"] = "ok"
 
 
-@dataclass(frozen=True)
+@answer
 class Version(Answer):
     """Of the program."""
 
     version: str
 
 
-@dataclass(frozen=True)
+@answer
 class ErrorDetails(Answer):
     """As OpenAI has them."""
 
@@ -380,7 +469,7 @@ class ErrorDetails(Answer):
     code: str | None = None
 
 
-@dataclass(frozen=True)
+@answer
 class Error(Answer):
     """The body of an answer that is an error."""
 
@@ -390,7 +479,7 @@ class Error(Answer):
 # -- M's API
 
 
-@dataclass(frozen=True)
+@answer
 class GPUProcess(Answer):
     """A process on a GPU."""
 
@@ -399,7 +488,7 @@ class GPUProcess(Answer):
     gpu_memory_usage: Annotated[int | None, "MiB"] = None
 
 
-@dataclass(frozen=True)
+@answer
 class GPUInfo(Answer):
     """A GPU."""
 
@@ -409,12 +498,12 @@ class GPUInfo(Answer):
     processes: tuple[GPUProcess, ...] = ()
 
 
-@dataclass(frozen=True)
+@answer
 class KillProcessResponse(Killed):
     """M's name of it."""
 
 
-@dataclass(frozen=True)
+@answer
 class Instance(Answer):
     """A model as instances on GPUs; its state is in capitals."""
 
@@ -428,7 +517,7 @@ class Instance(Answer):
     message: str = ""
 
 
-@dataclass(frozen=True)
+@answer
 class ModelInstanceInfo(Instance):
     """All instances of a model, with the state of one."""
 
@@ -436,7 +525,7 @@ class ModelInstanceInfo(Instance):
     total_instances: int = 0
 
 
-@dataclass(frozen=True)
+@answer
 class ModelStatusItem(Instance):
     """One instance, and its first GPU."""
 

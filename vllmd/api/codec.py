@@ -38,11 +38,13 @@ def encoded(value: object) -> bytes:
 
 def plain(value: object) -> object:
     """An answer as the JSON object that it is, its parts as they are; for ``json.dumps(default=...)``."""
-    if isinstance(value, Answer):
-        fields = vars(value)
-        sparse = type(value).sparse
-        return {n: each for n, each in fields.items() if each is not None or n not in sparse} if sparse else fields
-    return str(value)
+    return fields(value) if isinstance(value, Answer) else str(value)
+
+
+def fields(answer: Answer) -> dict[str, object]:
+    """The fields that are told."""
+    told, sparse = vars(answer), type(answer).sparse
+    return {n: each for n, each in told.items() if each is not None or n not in sparse} if sparse else told
 
 
 # -- from JSON

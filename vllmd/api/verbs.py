@@ -19,8 +19,10 @@ from urllib.parse import quote
 
 from vllmd.api.answers import (
     Answer,
+    Cached,
     Decisions,
     Device,
+    Download,
     KeyLine,
     Keys,
     Killed,
@@ -28,6 +30,7 @@ from vllmd.api.answers import (
     NewKey,
     Probed,
     Reloaded,
+    Removed,
     Status,
 )
 from vllmd.api.kinds import Choice, Count, Flag, JsonObject, Kind, ModelName, Seconds, Text
@@ -207,6 +210,9 @@ PID = Param("pid", Count(2, what="the number of a process"), "a process, as ps a
             metavar="PID", missing="there is no process {value!r} that could be an engine's")  # fmt: skip
 DEVICE = Param("device", Count(), "its number in vllmctl gpus", "path", metavar="GPU", many=True,
                missing="there is no device {value!r}: devices have numbers, see vllmctl gpus")  # fmt: skip
+NAMED = Param("model", Text("the name of a model"), "its name", "path", metavar="MODEL")
+FILES = Param("files", Flag(), "its files in the engines' cache as well", default=False, keyword=True)
+DRY = Param("dry", Flag(), "only say what would go", default=False, keyword=True)
 DRAINED = Param("drained", Flag(), "whether it is to be", "body", default=True)
 
 KEY = Param("name", Text("the name of a key"), "its name", "path", missing="there is no key {value!r}")
@@ -225,7 +231,7 @@ VERBS: tuple[Verb, ...] = (
          does="commands.load", settles=True,
          python=Method("load_model",
                        "Start or wake it. Raises EngineFailed where it was waited for and did not start."),
-         commands=(Command("start", "Start or wake models, and wait until they serve", aliases=("run", "load"),
+         commands=(Command("start", "Start or wake models, and wait until they serve", aliases=("load",),
                            said="; its output: vllmctl logs {model}"),)),
     Verb("wake", "POST", f"{ON_MODEL}/wake", "Wake or start a model", ModelLine, (MODEL,),
          does="commands.load", settles=True,
@@ -281,6 +287,16 @@ VERBS: tuple[Verb, ...] = (
                                 "vllmctl gpus shows what still runs there"),
                    Command("undrain", "Give drained GPUs back", fixed={"drained": False},
                            said="device {device} is in use again"))),
+    Verb("cached", "GET", "/admin/store", "What the engines' caches hold", Cached, does="store.contents", scope="read",
+         python=Method("cached_models", "What the engines' caches hold, and which models are loaded from it.",
+                       "cached")),
+    Verb("stop-download", "DELETE", "/admin/store/downloads/{model:path}", "End the download of a model", Download,
+         (NAMED,), does="store.stop", refuses=(404,),
+         python=Method("stop_download", "End a download; what has come is kept for the next one.")),
+    Verb("remove", "DELETE", "/admin/store/models/{model:path}", "Serve a model no more", Removed,
+         (NAMED, FILES, DRY), does="store.remove", patient=True, refuses=(404, 409),
+         python=Method("remove_model",
+                       "Serve an added model no more, and with ``files`` remove those; ``dry``: only say so.")),
     Verb("keys", "GET", "/admin/keys", "The API keys, without their text", Keys, does="keys.list", scope="read",
          python=Method("keys", "All keys, without their text.", "keys")),
     Verb("create_key", "POST", "/admin/keys", "Make an API key; its text is told this once", NewKey,

@@ -91,6 +91,10 @@ class Admin:
         """The JSON answer of a POST, waited for as long as it takes."""
         return self._json("POST", path, query, body, None)
 
+    def put(self, path: str, body: object = None) -> Any:
+        """The JSON answer of a PUT, waited for as long as it takes."""
+        return self._json("PUT", path, {}, body, None)
+
     def delete(self, path: str, **query: object) -> Any:
         """The JSON answer of a DELETE."""
         return self._json("DELETE", path, query, None, ANSWER)

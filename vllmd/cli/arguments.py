@@ -27,10 +27,11 @@ WITH_VALUE = ("--socket", "--url", "--key")
 
 # What people try who come from elsewhere, and what does it here.
 TRIED = {
-    "show": "vllmctl why MODEL says how one stands, vllmctl models what it is",
-    "pull": "add it to models: in /etc/vllmd/vllmd.yaml; its files are fetched when it is first loaded",
-    "add": "add it to models: in /etc/vllmd/vllmd.yaml, then vllmctl reload",
-    "rm": "take it out of models: in /etc/vllmd/vllmd.yaml, then vllmctl reload",
+    "create": "vllmctl add serves a model whose files are here, vllmctl pull fetches one",
+    "download": "vllmctl pull fetches a model",
+    "install": "vllmctl run MODEL fetches a model and asks it",
+    "cp": "aliases: in the configuration gives a model another name",
+    "push": "models are not pushed anywhere",
     "serve": "vllmd serve does that by hand, systemctl enable --now vllmd.socket for good",
     "enable": "systemctl enable --now vllmd.socket",
     "edit": "edit /etc/vllmd/vllmd.yaml, then vllmctl reload",
@@ -41,7 +42,7 @@ TRIED = {
     "journal": "vllmctl logs MODEL, or journalctl -u vllmd",
     "health": "vllmctl status, or vllmctl doctor",
 }
-TRIED |= dict.fromkeys(("create", "download"), TRIED["pull"]) | dict.fromkeys(("remove", "delete", "del"), TRIED["rm"])
+TRIED |= dict.fromkeys(("delete", "del", "uninstall"), "vllmctl rm removes a model")
 
 
 class Parser(argparse.ArgumentParser):

@@ -100,13 +100,13 @@ class AsyncClient:
 
     # -- what an operator may: an admin key, or the admin socket ---------------------------------
 
-    async def put_model(self, model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    async def put_model(self, model: str, settings: Mapping[str, Any]) -> answers.Known:
         """Make a model known with the settings of vllmd.yaml(5), for as long as the daemon lives."""
-        return await self._object(calls.put_model(model, settings))
+        return answer_of(answers.Known, await self._object(calls.put_model(model, settings)))
 
-    async def drop_model(self, model: str) -> dict[str, Any]:
+    async def drop_model(self, model: str) -> answers.Dropped:
         """Have a model forgotten that was put."""
-        return await self._object(calls.drop_model(model))
+        return answer_of(answers.Dropped, await self._object(calls.drop_model(model)))
 
     async def fastest(self, model: str) -> tuple[str, float] | None:
         """The engine of it that answers first, and after how many seconds; None if none does, or none serves."""
@@ -180,6 +180,18 @@ class AsyncClient:
     async def drain_device(self, device: int, drained: bool = True) -> answers.Device:
         """Take a device out of use, or give it back; how it is then."""
         return await self._told("drain", answers.Device, device=device, drained=drained)
+
+    async def cached_models(self) -> tuple[answers.CachedModel, ...]:
+        """What the engines' caches hold, and which models are loaded from it."""
+        return (await self._told("cached", answers.Cached)).cached
+
+    async def stop_download(self, model: str) -> answers.Download:
+        """End a download; what has come is kept for the next one."""
+        return await self._told("stop-download", answers.Download, model=model)
+
+    async def remove_model(self, model: str, *, files: bool = False, dry: bool = False) -> answers.Removed:
+        """Serve an added model no more, and with ``files`` remove those; ``dry``: only say so."""
+        return await self._told("remove", answers.Removed, model=model, files=files, dry=dry)
 
     async def keys(self) -> tuple[answers.KeyLine, ...]:
         """All keys, without their text."""

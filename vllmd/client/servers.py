@@ -206,10 +206,10 @@ class ServerManager:
             if self._private:
                 self._private.check(within=1.0)
             raise
-        self._listen = [str(each) for each in known["listen"]]
-        if known["differs"]:
-            by = "is configured" if known["configured"] else "is in use already"
-            what = f"{self.server_name} {by} with other settings, which count: {', '.join(known['differs'])}"
+        self._listen = list(known.listen)
+        if known.differs:
+            by = "is configured" if known.configured else "is in use already"
+            what = f"{self.server_name} {by} with other settings, which count: {', '.join(known.differs)}"
             warnings.warn(what, stacklevel=2)
 
     def _load(self, deadline: float) -> None:

@@ -101,13 +101,13 @@ class Client:
 
     # -- what an operator may: an admin key, or the admin socket ---------------------------------
 
-    def put_model(self, model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def put_model(self, model: str, settings: Mapping[str, Any]) -> answers.Known:
         """Make a model known with the settings of vllmd.yaml(5), for as long as the daemon lives."""
-        return self._object(calls.put_model(model, settings))
+        return answer_of(answers.Known, self._object(calls.put_model(model, settings)))
 
-    def drop_model(self, model: str) -> dict[str, Any]:
+    def drop_model(self, model: str) -> answers.Dropped:
         """Have a model forgotten that was put."""
-        return self._object(calls.drop_model(model))
+        return answer_of(answers.Dropped, self._object(calls.drop_model(model)))
 
     def fastest(self, model: str) -> tuple[str, float] | None:
         """The engine of it that answers first, and after how many seconds; None if none does, or none serves."""
@@ -181,6 +181,18 @@ class Client:
     def drain_device(self, device: int, drained: bool = True) -> answers.Device:
         """Take a device out of use, or give it back; how it is then."""
         return self._told("drain", answers.Device, device=device, drained=drained)
+
+    def cached_models(self) -> tuple[answers.CachedModel, ...]:
+        """What the engines' caches hold, and which models are loaded from it."""
+        return (self._told("cached", answers.Cached)).cached
+
+    def stop_download(self, model: str) -> answers.Download:
+        """End a download; what has come is kept for the next one."""
+        return self._told("stop-download", answers.Download, model=model)
+
+    def remove_model(self, model: str, *, files: bool = False, dry: bool = False) -> answers.Removed:
+        """Serve an added model no more, and with ``files`` remove those; ``dry``: only say so."""
+        return self._told("remove", answers.Removed, model=model, files=files, dry=dry)
 
     def keys(self) -> tuple[answers.KeyLine, ...]:
         """All keys, without their text."""

@@ -48,6 +48,26 @@ def has_model(text: str, model: str, flat: bool = False) -> bool:
     return _child(root if flat else _child(root, "models")[1], model)[0] is not None
 
 
+def document(model: str, settings: Mapping[str, Any]) -> str:
+    """The text of a file of models.d with this one model; the settings are plain data."""
+    inner = (
+        yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, default_flow_style=False)
+        if settings
+        else "{}"
+    )
+    lines = "".join(f"    {line}\n" for line in inner.splitlines())
+    return f"models:\n  {quoted(model)}:\n{lines}"
+
+
+def models_of(text: str) -> list[str]:
+    """The names of the models in a text that has them under ``models:``; none where it is no such text."""
+    try:
+        models = _child(yaml.compose(text, Loader=yaml.SafeLoader), "models")[1]
+    except yaml.YAMLError:
+        return []
+    return [str(name.value) for name, _ in models.value] if isinstance(models, yaml.MappingNode) else []
+
+
 def is_flat(text: str) -> bool:
     """Whether a file of models.d has its models at the top."""
     root = yaml.compose(text, Loader=yaml.SafeLoader)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from vllmd.config.settings import (
     Group,
 )
 from vllmd.config.shape import Shape
-from vllmd.config.sources import Files, command_line, default_file, environment
+from vllmd.config.sources import Files, added_folder, command_line, default_file, environment
 from vllmd.config.trees import join, listen_of, overlay_layer
 from vllmd.config.types import AuthConfig, Config, DeviceConfig, KeyConfig, ModelConfig, ServerConfig
 from vllmd.config.value_types import COMMAND, HOST, PORT, TEXT, Kind, Wrong
@@ -75,13 +76,14 @@ def read(
     ``texts`` stand for the contents of files that are about to be written.
     """
     findings = Findings()
-    files, shape = Files(findings, texts or {}), Shape(findings)
     given = config_file or env.get("VLLMD_CONFIG")
     main = Path(given) if given else default_file(env)
+    added = added_folder(main, env)
+    files, shape = Files(findings, texts or {}, added), Shape(findings)
     tree = shape.canonical(ROOT, shape.adopt_legacy(files.tree(main, bool(given))), "")
     for layer in (environment(env), command_line(overrides or {})):
         tree = overlay_layer(tree, shape.canonical(ROOT, layer, ""))
-    config = replace(_Parser(findings, env).config(tree), files=tuple(files.read))
+    config = replace(_Parser(findings, env).config(tree), files=tuple(files.read), added=added)
     for where, path, what in checks.check(config):
         findings.complain(findings.origins.get(path, where), path, what)
     for where, path, what in checks.doubts(config):
@@ -188,7 +190,7 @@ class _Parser:
         return tuple(found)
 
     def idle(self, node: Node, path: str) -> IdleRules:
-        return settle_idle(self.values(IDLE, node, path))
+        return _settled(tuple(sorted(self.values(IDLE, node, path).items())))
 
     def auth(self, node: Node | None) -> AuthConfig:
         if node is None or not node.is_map:
@@ -395,6 +397,12 @@ def is_for_kind(name: str, node: Node) -> bool:
     return row is None or (node.is_map and row.kind is COMMAND)
 
 
+@lru_cache
+def _settled(values: tuple[tuple[str, Any], ...]) -> IdleRules:
+    """Most models have the same rules, and then share one object."""
+    return settle_idle(dict(values))
+
+
 def settle_idle(values: dict[str, Any]) -> IdleRules:
     """Level 3 means to stop where others sleep.
 
@@ -411,4 +419,4 @@ def settle_idle(values: dict[str, Any]) -> IdleRules:
     stop = rules.stop_after if rules.stop_after is not None else float("inf")
     late = [name for name in ("sleep_after", "deepen_after") if (getattr(rules, name) or 0.0) > stop]
     never: dict[str, Any] = dict.fromkeys(name for name in late if name not in values)
-    return replace(rules, **never)
+    return replace(rules, **never) if never else rules

@@ -121,7 +121,8 @@ class _Builder:
         """Each YAML node once, however often it is referred to."""
         if id(node) not in self.built:
             self.built[id(node)] = self.convert_once(node, key)
-        return replace(self.built[id(node)], key=key)
+        known = self.built[id(node)]
+        return known if known.key is key else replace(known, key=key)
 
     def convert_once(self, node: Any, key: Where | None) -> Node:
         where = self.place(node)

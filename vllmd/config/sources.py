@@ -13,6 +13,8 @@ from vllmd.config.trees import put
 from vllmd.config.user_home import user_home
 from vllmd.config.value_types import what_it_is
 
+SYSTEM_ADDED = Path("/var/lib/vllmd/models.d")
+
 
 def default_file(env: Mapping[str, str] = os.environ) -> Path:
     """``VLLMD_CONFIG``, else /etc/vllmd/vllmd.yaml for root and system users, else ~/.config/vllmd/vllmd.yaml."""
@@ -26,20 +28,39 @@ def default_file(env: Mapping[str, str] = os.environ) -> Path:
     return own if os.path.exists(own) or not os.path.exists(system) else system
 
 
-class Files:
-    """The main file and those in ``models.d`` beside it. ``texts`` stand for contents about to be written."""
+def added_folder(main: Path, env: Mapping[str, str]) -> Path:
+    """Where files of models are that ``vllmctl add`` has the daemon write: ``VLLMD_MODELS``, else by the main file.
 
-    def __init__(self, findings: Findings, texts: Mapping[Path, str]) -> None:
-        self.findings, self.texts = findings, texts
+    The system's daemon may not write into /etc, and shall not: what it could change there an administrator would have
+    to doubt. What it adds is in its own state, which is read beside /etc/vllmd/models.d and gives way to it.
+    """
+    if env.get("VLLMD_MODELS"):
+        return Path(env["VLLMD_MODELS"])
+    return SYSTEM_ADDED if main == Path("/etc/vllmd/vllmd.yaml") else main.parent / "models.d"
+
+
+class Files:
+    """The main file, those in ``models.d`` beside it, and those ``added`` by the daemon.
+
+    ``texts`` stand for contents about to be written.
+    """
+
+    def __init__(self, findings: Findings, texts: Mapping[Path, str], added: Path | None = None) -> None:
+        self.findings, self.texts, self.added = findings, texts, added
         self.read: list[Path] = []
 
     def tree(self, main: Path, required: bool) -> Node:
         """All of them as one tree; a missing main file is a problem if it is ``required``."""
         root = self.file(main, required) or Node(Where(str(main)), {})
-        for extra in self.directory(main.parent / "models.d"):
+        own = main.parent / "models.d"
+        for extra in self.directory(own):
             node = self.file(extra, True)
             if node is not None:
                 root = self.add_models(root, node)
+        for extra in self.directory(self.added) if self.added is not None and self.added != own else ():
+            node = self.file(extra, True)
+            if node is not None:
+                root = self.add_models(root, node, yields=True)
         return root
 
     def directory(self, path: Path) -> list[Path]:
@@ -86,8 +107,11 @@ class Files:
         self.findings.complain(node.where, path, f"{what_it_is(node)} is not a mapping", accepts)
         return None
 
-    def add_models(self, root: Node, extra: Node) -> Node:
-        """A file of models.d: ``models:`` with models, or, flat, nothing but models."""
+    def add_models(self, root: Node, extra: Node, *, yields: bool = False) -> Node:
+        """A file of models.d: ``models:`` with models, or, flat, nothing but models.
+
+        ``yields``: a model that is configured elsewhere as well is that one, and no mistake.
+        """
         sectioned = "models" in extra.value
         for name, node in extra.value.items():
             known = ROOT.row(name) or name in LEGACY_SECTIONS
@@ -103,9 +127,8 @@ class Files:
                 continue
             if name in merged:
                 first = merged[name].key or merged[name].where
-                self.findings.complain(
-                    node.key or node.where, f"models.{name}", f"this model is configured already in {first}"
-                )
+                say = self.findings.warn if yields else self.findings.complain
+                say(node.key or node.where, f"models.{name}", f"this model is configured already in {first}")
             merged.setdefault(name, node)
         return root.with_value({**root.value, "models": (models or found).with_value(merged)})
 

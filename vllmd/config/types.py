@@ -243,6 +243,24 @@ class EngineDefaults:
 
 
 @dataclass(frozen=True, slots=True)
+class PullConfig:
+    """Where models are fetched from, and whether a request may have one fetched. Sizes in bytes.
+
+    ``owners``: whose repositories a request may name, nobody's if there are none. ``largest``: of what a request has
+    fetched; None: there is no limit. ``keep_free``: of the disk, whoever asks. ``endpoint``, ``index``: the hub and the
+    Python index; None are huggingface_hub's and pip's own.
+    """
+
+    on_request: bool = False
+    owners: tuple[str, ...] = ()
+    largest: int | None = 20 << 30
+    keep_free: int = 2 << 30
+    endpoint: str | None = None
+    index: str | None = None
+    token_file: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RecordsConfig:
     """What is kept of requests and of use. Sizes in bytes."""
 
@@ -303,9 +321,11 @@ class Config:
     models: Mapping[str, ModelConfig] = field(default_factory=dict)
     pools: Mapping[str, PoolConfig] = field(default_factory=dict)
     discover: bool = False  # offer the models in the Hugging Face cache, too
+    pull: PullConfig = PullConfig()
     template: ModelConfig = field(default=ModelConfig(""), compare=False)  # what the defaults make of a model
     templates: Mapping[str, ModelConfig] = field(default_factory=dict, compare=False)  # by kind, of those they name
     files: tuple[Path, ...] = ()
+    added: Path | None = None  # where files of models are that vllmctl adds
     warnings: tuple[str, ...] = ()
     origins: Mapping[str, object] = field(default_factory=dict, compare=False)  # of settings by path: file:line
 

@@ -308,6 +308,14 @@ def parse_listen(node: Node) -> str:
     return text
 
 
+def parse_url(node: Node) -> str:
+    """An address of HTTP without a query; it becomes part of a command line and of messages."""
+    text = parse_text(node)
+    if not re.fullmatch(r"https?://[A-Za-z0-9.\[\]:_-]+(/[A-Za-z0-9._~/%-]*)?", text):
+        raise Wrong("this is no address of HTTP, or has a password or a query in it")
+    return text.rstrip("/")
+
+
 def parse_host(node: Node) -> str:
     """A host name or an address, without a port."""
     text = parse_text(node)
@@ -529,6 +537,7 @@ ACCESS_LOG = Kind(
     none="none",
 )
 FILE = Kind("the path of a file", parse_text, {"type": "string"})
+URL = Kind("an address such as https://mirror.example", parse_url, {"type": "string"}, none="none")
 COMMAND = Kind(
     "a command as a list of words or one line",
     parse_command,

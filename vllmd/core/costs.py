@@ -91,14 +91,23 @@ class Calibration:
 class Costs:
     """The figures of one replica."""
 
-    __slots__ = ("_calibration", "_known", "_prior", "_seen", "asked", "footprint", "of", "rate", "rate_long")
+    __slots__ = (
+        "_calibration",
+        "_known",
+        "_seen",
+        "_start_time",
+        "_weights",
+        "asked",
+        "footprint",
+        "of",
+        "rate",
+        "rate_long",
+    )
 
     def __init__(
         self, weights: float = 0.0, start_time: float | None = None, calibration: Calibration | None = None
     ) -> None:
-        self._prior: dict[str, float] = {kind: prior(weights) for kind, prior in _PRIORS.items()}
-        if start_time is not None:
-            self._prior["start"] = start_time
+        self._weights, self._start_time = weights, start_time
         self._known: dict[str, float] = {}
         self._seen: dict[str, int] = {}
         self._calibration = calibration or Calibration()
@@ -107,10 +116,13 @@ class Costs:
         self.asked = 0  # bytes per device that a start was learnt to need beyond the configured
         self.of = ""  # the specification whose footprint was measured
 
+    def _prior(self, kind: str) -> float:
+        return self._start_time if kind == "start" and self._start_time is not None else _PRIORS[kind](self._weights)
+
     def seconds(self, kind: str) -> float:
         """The expected time of ``kind``, one of KINDS."""
         known = self._known.get(kind)
-        return self._prior[kind] * self._calibration.factor(kind) if known is None else known
+        return self._prior(kind) * self._calibration.factor(kind) if known is None else known
 
     def learnt(self, kind: str) -> float:
         """The expected time of ``kind`` if it was ever measured; else 0."""
@@ -137,7 +149,7 @@ class Costs:
         self._known[kind] = known + max(NEWEST, 1.0 / seen) * (seconds - known)
         if kind == "service":  # how long answers are is the clients' affair
             return False
-        return self._calibration.observe(kind, seconds / self._prior[kind])
+        return self._calibration.observe(kind, seconds / self._prior(kind))
 
     def forget_times(self) -> None:
         """It is an engine of another kind, or a model of another size."""
@@ -149,6 +161,11 @@ class Costs:
         for rate in (self.rate, self.rate_long):
             fades = math.exp((rate.at - now) / rate.tau) if now > rate.at else 1.0
             rate.value, rate.at = rate.value * fades + 1.0 / rate.tau, now
+
+    @property
+    def has_learnt(self) -> bool:
+        """Whether there is anything to keep."""
+        return bool(self._seen or self.footprint or self.asked)
 
     def to_dict(self) -> dict[str, Any]:
         """Only what was learnt; arrival rates are not kept (the clock is another one next time)."""
@@ -162,10 +179,10 @@ class Costs:
     def restore(self, learnt: Mapping[str, Any]) -> None:
         """Take back what :meth:`to_dict` gave. Raises ValueError, TypeError or KeyError if it is something else."""
         for kind, (seconds, count) in learnt["seconds"].items():
-            if kind in self._prior and 0 <= float(seconds) < math.inf and int(count) > 0:
+            if kind in _PRIORS and 0 <= float(seconds) < math.inf and int(count) > 0:
                 self._known[kind], self._seen[kind] = float(seconds), int(count)
                 if kind != "service":
-                    self._calibration.observe(kind, float(seconds) / self._prior[kind])
+                    self._calibration.observe(kind, float(seconds) / self._prior(kind))
         self.of, self.asked = str(learnt["of"]), int(learnt["asked"])
         if "footprint" in learnt:
             starting, awake, asleep, host = (int(n) for n in learnt["footprint"])
@@ -221,7 +238,8 @@ class CostBook:
 
     def to_dict(self) -> dict[str, Any]:
         """For the daemon's cache: plain numbers, strings, lists and dicts."""
-        return {**self._learnt, **{name: costs.to_dict() for name, costs in self._replicas.items()}}
+        known = {name: costs.to_dict() for name, costs in self._replicas.items() if costs.has_learnt}
+        return {**self._learnt, **known}
 
     @classmethod
     def from_dict(cls, learnt: Mapping[str, Any]) -> CostBook:

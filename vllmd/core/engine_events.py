@@ -44,7 +44,7 @@ class EngineEvents:
         m = self._answered(e.replica, State.STARTING, Step.READY)
         if m:
             if e.footprint:
-                m.learn(e.footprint)
+                m.learn(e.footprint, self._core.engines.most(m))
             self._serves(m)
 
     def progressed(self, e: StartProgressed) -> None:
@@ -91,7 +91,7 @@ class EngineEvents:
         m = core.replica(e.replica)
         core.engines.adopt(m, e.placement, e.state, e.level if e.state is State.SLEEPING else 0)
         if e.footprint:
-            m.learn(e.footprint)
+            m.learn(e.footprint, core.engines.most(m))
             core.engines.rebook(m)
         m.idle_since = m.used = core.now - max(0.0, e.idle)
         m.changed = core.now - max(0.0, e.since)

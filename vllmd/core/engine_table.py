@@ -332,7 +332,7 @@ class EngineTable:
         rest = {i: max(0, b - freed[i]) if i in freed else min(b, m.footprint.asleep) for i, b in held.items()}
         self.ledger.hold(m, rest)
         if freed and rest:
-            m.measured(asleep=max(rest.values()))
+            m.measured(self.most(m), asleep=max(rest.values()))
         self.settle_host(m)
         if job and job.then:
             self.ask(m, job.then)
@@ -384,6 +384,12 @@ class EngineTable:
         self.ledger.hold(m, dict.fromkeys(m.placement.devices, share))
         self.settle_host(m)
 
+    def most(self, m: Replica) -> int:
+        """Bytes that can be promised of the smallest of its devices."""
+        accounts = self.ledger.accounts
+        found = (accounts[index].capacity for index in m.placement.devices if index in accounts)
+        return min(found, default=1 << 62)
+
     def measured(self, m: Replica, shares: Mapping[int, int]) -> None:
         """What its processes were seen to hold, bytes per device.
 
@@ -395,9 +401,9 @@ class EngineTable:
             return
         settled = self.now - m.changed >= SETTLED
         if m.state is State.READY and settled:
-            m.measured(awake=max(seen.values()))
+            m.measured(self.most(m), awake=max(seen.values()))
         elif m.state is State.SLEEPING and settled:
-            m.measured(asleep=max(seen.values()))
+            m.measured(self.most(m), asleep=max(seen.values()))
         else:
             seen = {index: max(size, held[index]) for index, size in seen.items()}
         self.ledger.hold(m, seen)

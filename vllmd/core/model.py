@@ -301,15 +301,24 @@ class Replica:
         f = self.footprint
         self.costs.footprint = Footprint(size, size, min(f.asleep, size), f.host, Source.CONFIGURED)
 
-    def learn(self, seen: Footprint) -> None:
-        """Take a measured footprint; figures it does not have (0) stay as they were."""
+    def learn(self, seen: Footprint, most: int) -> None:
+        """Take a measured footprint; figures it does not have (0) stay as they were.
+
+        ``most``: bytes that can be promised of its device. It runs there, so it needs no more for a start, whatever
+        was measured: the rest is in the reserve, or was there for a moment. Else an engine that fills its device
+        could be started once and never again.
+        """
         f, starting = self.footprint, max(seen.starting, seen.awake)
         asleep, host = seen.asleep or f.asleep, seen.host or f.host
-        self.costs.footprint = Footprint(starting, seen.awake, asleep, host, Source.MEASURED)
+        self._learnt(starting, seen.awake, asleep, host, most)
 
-    def measured(self, awake: int | None = None, asleep: int | None = None) -> None:
+    def measured(self, most: int, awake: int | None = None, asleep: int | None = None) -> None:
         """Learn what it really takes, bytes per device; what starting takes beyond serving stays as it was."""
         f = self.footprint
         awake, asleep = f.awake if awake is None else awake, f.asleep if asleep is None else asleep
-        starting = awake + max(0, f.starting - f.awake)
-        self.costs.footprint = Footprint(starting, awake, asleep, f.host, Source.MEASURED)
+        self._learnt(awake + max(0, f.starting - f.awake), awake, asleep, f.host, most)
+
+    def _learnt(self, starting: int, awake: int, asleep: int, host: int, most: int) -> None:
+        self.costs.footprint = Footprint(
+            min(starting, most), min(awake, most), min(asleep, most), host, Source.MEASURED
+        )

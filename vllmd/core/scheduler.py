@@ -307,6 +307,7 @@ class Scheduler:
     def _forget(self, r: Replica) -> None:
         core = self._core
         r.model.retired.remove(r)
+        r.model.nominee = None if r.model.nominee is r else r.model.nominee  # nothing leads back to it
         core.replicas.pop(r.id, None)
         core.waiting.pop(r, None)
         core.swaps.cancel(r)

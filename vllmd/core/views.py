@@ -36,7 +36,7 @@ def snapshot(core: Core, planner: Planner, now: float, models: Iterable[Model]) 
     engines = core.engines
     return Snapshot(
         at=now,
-        models=tuple([m.unused_view or _model(core, m, now, outlook) for m in models]),
+        models=tuple([m.unused_view or _unused(core, m) or _model(core, m, now, outlook) for m in models]),
         devices=tuple(_device(account) for account in engines.ledger.accounts.values()),
         host_memory=engines.ledger.host_budget,
         host_promised=engines.ledger.host_promised,
@@ -58,7 +58,7 @@ def _model(core: Core, model: Model, now: float, outlook: Ask) -> ModelView:
     loaded = [view for view in views if view.devices]
     oldest = model.queue.oldest
     failures = [(view.id, view.failure) for view in views if view.failure and (not model.rules or view not in up)]
-    view = ModelView(
+    return ModelView(
         name=model.name,
         state=first.state,
         level=first.level,
@@ -81,9 +81,24 @@ def _model(core: Core, model: Model, now: float, outlook: Ask) -> ModelView:
         degraded=bool(model.rules) and any(view.state is State.FAILED or view.standing in UNWELL for view in views),
         rests_in=min([view.rests_in for view in views if view.rests_in is not None], default=None),
     )
-    if not any(r in core.active or not r.untouched for r in replicas):
-        model.unused_view = view
-    return view
+
+
+def _unused(core: Core, model: Model) -> ModelView | None:
+    """The same, a tenth as dear, of a model with one engine that nobody has used or wants; None for any other."""
+    r = model.replicas[0] if len(model.replicas) == 1 else None
+    if r is None or r in core.active or not r.untouched or model.retired or model.rules or model.leases or r.failure:
+        return None
+    bound = r.devices[0] if len(r.devices) == 1 else None
+    at_rest = (State.STOPPED, 0, (), 0, 0, 0, None, None, None, r.pinned, (), "", "")
+    model.unused_view = ModelView(
+        model.name,
+        *at_rest,
+        replicas=(ReplicaView(r.id, *at_rest, bound=bound),),
+        balanced=False,
+        serving=0,
+        degraded=False,
+    )
+    return model.unused_view
 
 
 def _replica(core: Core, r: Replica, now: float, outlook: Ask) -> ReplicaView:

@@ -103,6 +103,8 @@ async def examine(
     """
     noted = running.metadata
     model = _engine_of(noted.get("model", ""), models)
+    if "pull" in noted:
+        return Found(_stranger(running), None, why="it is a download; the next one goes on where it is")
     if model is None:
         return Found(_stranger(running), None, why="its model is no longer configured")
     try:

@@ -6,14 +6,16 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllmd.admin.counters import Counters
+from vllmd.api.answers import Decision
 from vllmd.core import events
-from vllmd.core.types import Decision, ReplicaView
+from vllmd.core import types as core
+from vllmd.core.types import ReplicaView
 from vllmd.daemon.current import Current
 from vllmd.daemon.learnt import Learnt
-from vllmd.daemon.serializers import state_of
+from vllmd.daemon.serializers import decision, state_of
 
 if TYPE_CHECKING:
     from vllmd.daemon.dispatcher import Dispatcher
@@ -53,20 +55,20 @@ class Changes:
         self._learnt = learnt
         self._engine_gone = engine_gone
         self._engine_up = engine_up
-        self._watchers: set[asyncio.Queue[dict[str, Any]]] = set()
+        self._watchers: set[asyncio.Queue[Decision]] = set()
         self._changed = asyncio.Event()
         self._followers = 0  # how many wait for a change
 
     # -- what is heard
 
-    def decided(self, decision: Decision, now: float) -> None:
+    def decided(self, made: core.Decision, now: float) -> None:
         """The core has decided something, at ``now`` by its clock."""
-        self._counters.decided(decision)
-        told = dated(decision, now)
-        if told["model"]:
+        self._counters.decided(made)
+        told = decision(made, now)
+        if told.model:
             self._learnt.decided(told)
         if self._watchers:
-            self._tell(told)
+            self.tell(told)
 
     def engine_event(self, event: events.Event, dispatcher: Dispatcher) -> None:
         """An engine's event on its way to the core: count it, hand it on, and say what became of the engine."""
@@ -87,7 +89,7 @@ class Changes:
             now = _view(dispatcher, engine)
             what, why = f"{change} failed" if failed else change, getattr(event, "reason", "") or f"{change} done"
             state = state_of(now) if now else ""
-            self._tell({"at": time.time(), "what": what, "model": engine, "why": why, "numbers": {}, "state": state})
+            self.tell(Decision(time.time(), what, engine, why, state=state))
 
     def stir(self) -> None:
         """Something changed: wake whoever follows."""
@@ -95,7 +97,8 @@ class Changes:
             self._changed.set()
             self._changed = asyncio.Event()
 
-    def _tell(self, news: dict[str, Any]) -> None:
+    def tell(self, news: Decision) -> None:
+        """News for those who watch, as ``watch`` yields them."""
         for queue in self._watchers:
             if queue.full():
                 queue.get_nowait()
@@ -123,22 +126,15 @@ class Changes:
             async with asyncio.timeout(limit):
                 await self._changed.wait()
 
-    async def watch(self) -> AsyncIterator[dict[str, Any]]:
+    async def watch(self) -> AsyncIterator[Decision]:
         """Decisions as they are made, and what became of them."""
-        queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue(WATCH_BACKLOG)
+        queue: asyncio.Queue[Decision] = asyncio.Queue(WATCH_BACKLOG)
         self._watchers.add(queue)
         try:
             while True:
                 yield await queue.get()
         finally:
             self._watchers.discard(queue)
-
-
-def dated(decision: Decision, now: float) -> dict[str, Any]:
-    """The decision with Unix time instead of the core's clock, which shows ``now``; about a replica where it is."""
-    at = time.time() - now + decision.at
-    told = {"what": decision.what, "why": decision.why, "numbers": dict(decision.numbers)}
-    return {**told, "model": decision.replica or decision.model, "at": at}
 
 
 def _view(dispatcher: Dispatcher, engine: str) -> ReplicaView | None:

@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
+from vllmd.api.answers import Reloaded
 from vllmd.config.replicas import engines_of
 from vllmd.config.types import Config, ModelConfig
 
@@ -17,7 +18,7 @@ T = TypeVar("T")
 class Take(Protocol):
     """Goes on with another configuration. Raises Conflict if the core finds one of ``unless_used`` in use then."""
 
-    def __call__(self, config: Config, unless_used: frozenset[str] = ..., /) -> Awaitable[dict[str, Any]]:
+    def __call__(self, config: Config, unless_used: frozenset[str] = ..., /) -> Awaitable[Reloaded]:
         """The answer has what changed."""
 
 

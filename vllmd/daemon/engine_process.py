@@ -8,7 +8,7 @@ import json
 import signal
 import time
 from collections import deque
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from vllmd.config.settings import of_the_engine
@@ -145,8 +145,10 @@ def noted_by_older(model: ModelConfig) -> str:
 
 def _plain(value: Any) -> Any:
     """As ``asdict`` has it, for JSON; without its copy of everything, which took most of a start with 10,000 models."""
+    if value is None or isinstance(value, str | int | float):
+        return value
     if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
+        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
     if isinstance(value, tuple | list):
         return [_plain(each) for each in value]
     if isinstance(value, dict):

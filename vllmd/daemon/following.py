@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from vllmd.api.answers import ErrorText, ModelLine, Progress
 from vllmd.core.types import State
 from vllmd.daemon.changes import Changes
 from vllmd.daemon.current import Current, Later
@@ -28,7 +29,7 @@ class Following:
         self._changes = changes
         self._back = back
 
-    async def progress(self, model: str) -> AsyncIterator[dict[str, Any]]:
+    async def progress(self, model: str) -> AsyncIterator[Progress]:
         """How it comes along, until it has come to rest."""
         began = time.monotonic()
         try:
@@ -36,9 +37,9 @@ class Following:
                 yield step
             yield _at_rest(self._status.line(model), time.monotonic() - began)
         except UnknownModel as error:  # a reload removed it meanwhile
-            yield {"error": {"message": error.message}, "done": True, "state": "removed"}
+            yield Progress("removed", done=True, error=ErrorText(error.message))
 
-    async def _steps(self, model: str, began: float) -> AsyncIterator[dict[str, Any]]:
+    async def _steps(self, model: str, began: float) -> AsyncIterator[Progress]:
         shown = ("", "", "")
         with self._changes.following():
             while True:
@@ -47,10 +48,9 @@ class Following:
                 if not _moves(seen, model):
                     return
                 line = line_of(seen, model)
-                if (line["state"], line["phase"], line["detail"]) != shown:
-                    state, phase, detail = shown = (line["state"], line["phase"], line["detail"])
-                    elapsed = time.monotonic() - began
-                    yield {"state": state, "phase": phase, "detail": detail, "elapsed": elapsed}
+                if (line.state, line.phase, line.detail) != shown:
+                    shown = (line.state, line.phase, line.detail)
+                    yield Progress(*shown, elapsed=time.monotonic() - began)
                 await changed.wait()
 
     async def log(self, model: str, lines: int, *, follow: bool) -> AsyncIterator[str]:
@@ -81,8 +81,8 @@ def _moves(seen: Sight, model: str) -> bool:
     return any(view.state in MOVING or view.waiting_for for view in views)
 
 
-def _at_rest(line: dict[str, Any], elapsed: float) -> dict[str, Any]:
+def _at_rest(line: ModelLine, elapsed: float) -> Progress:
     """The last line of a progress."""
-    if line["state"] == State.FAILED.value:
-        return {"error": {"message": line["failure"]}, "done": True, "state": line["state"]}
-    return {"done": True, "state": line["state"], "seconds": elapsed}
+    if line.state == State.FAILED.value:
+        return Progress(line.state, done=True, error=ErrorText(line.failure))
+    return Progress(line.state, done=True, seconds=elapsed)

@@ -11,10 +11,11 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllmd.admin.control import Control
 from vllmd.admin.counters import Counters
+from vllmd.api.answers import Reloaded
 from vllmd.config.types import Config
 from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.changes import Changes
@@ -31,6 +32,7 @@ from vllmd.daemon.quotas import Quotas
 from vllmd.daemon.records import Records
 from vllmd.daemon.runtime_models import RuntimeModels, addresses
 from vllmd.daemon.status import Status
+from vllmd.daemon.store import ModelStore
 from vllmd.errors import Unavailable
 from vllmd.proxy.forward import Relay
 from vllmd.proxy.limits import Limits
@@ -57,6 +59,7 @@ class FrontEnd:
     status: Status
     instances: Instances
     runtime_models: RuntimeModels
+    store: ModelStore
     changing: asyncio.Lock  # one change of the configuration at a time
     listeners: Listeners
     records: Records
@@ -91,7 +94,7 @@ def front_end(
     runtime: RuntimeEnvironment,
     sockets: Mapping[str, Sequence[socket.socket]],
     take: Take,
-    reload: Callable[[], Awaitable[dict[str, Any]]],
+    reload: Callable[[], Awaitable[Reloaded]],
 ) -> FrontEnd:
     """Everything but the first accept(). ``broken``: why the configuration cannot be used, "" if it can."""
     current, back, changing = Current(config, broken), Later["BackEnd"](), asyncio.Lock()
@@ -113,9 +116,10 @@ def front_end(
     changes = Changes(current, counters, learnt, relay.forget, records.engine_up)
     instances = Instances(current, back, take, changing)
     runtime_models = RuntimeModels(current, back, take, changing, instances.plain, addresses(sockets.get("http", ())))
-    status = Status(current, runtime, resolver, gate, learnt, back, lambda: listeners.connections)
+    store = ModelStore(current, runtime, back, changes, reload)
+    status = Status(current, runtime, resolver, gate, learnt, back, lambda: listeners.connections, store.lines)
     commands, following = OperatorCommands(back, instances, reload), Following(current, status, changes, back)
-    control = Control(counters, status, commands, following, runtime_models, records, key_store)
+    control = Control(counters, status, commands, following, runtime_models, store, records, key_store)
 
     def outcome(model: str, answered: int, failed: bool) -> None:
         """What became of a request; of several replicas the scheduler itself judges."""
@@ -141,6 +145,7 @@ def front_end(
         status=status,
         instances=instances,
         runtime_models=runtime_models,
+        store=store,
         changing=changing,
         listeners=listeners,
         records=records,

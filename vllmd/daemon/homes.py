@@ -9,6 +9,7 @@ import hashlib
 import pwd
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from vllmd.config.names import readable
@@ -59,10 +60,16 @@ class Homes:
         except KeyError:
             return None
 
+    @cached_property
+    def _shared_hub(self) -> Path:
+        return cache_of(self.environment, self.shared)
+
     def hub(self, model: ModelConfig) -> Path:
         """The cache in which its engine looks for repositories: by its own settings, else as everybody's."""
         if given := argument(model, "download-dir"):
             return Path(given)
+        if not (model.user or model.env):
+            return self._shared_hub
         home = Path(model.env["HOME"]) if model.env.get("HOME") else self.of(model)
         shared = {} if model.user and home else self.environment
         own = {} if any(model.env.get(name) for name in PLACES) else {name: shared.get(name, "") for name in PLACES}

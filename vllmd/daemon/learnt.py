@@ -16,10 +16,13 @@ import json
 import logging
 import os
 import time
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from vllmd.api.answers import Decision
+from vllmd.api.codec import parse, plain
 from vllmd.daemon.failures import Failure
 from vllmd.foreign import Folder
 from vllmd.systemd.throttle import Repeated
@@ -36,20 +39,20 @@ class Learnt:
         self._path = path
         self.costs: dict[str, Any] = {}
         self.runs: dict[str, list[tuple[str, float]]] = {}  # engine -> its last instances, and when each ended
-        self.decisions: dict[str, list[dict[str, Any]]] = {}  # engine or model -> the last ones about it
-        self.earlier: dict[str, list[dict[str, Any]]] = {}  # those of them that an earlier daemon made
+        self.decisions: dict[str, list[Decision]] = {}  # engine or model -> the last ones about it
+        self.earlier: dict[str, list[Decision]] = {}  # those of them that an earlier daemon made
         self.failures: dict[str, Failure] = {}  # by engine
         self._written = ""
         self._trouble = Repeated(log)
 
-    def decided(self, decision: dict[str, Any]) -> None:
+    def decided(self, decision: Decision) -> None:
         """Something was decided about a model; the same once more counts as the last time."""
-        known = self.decisions.pop(decision["model"], [])
-        if known and (known[-1]["what"], known[-1]["why"]) == (decision["what"], decision["why"]):
-            if (earlier := self.earlier.get(decision["model"])) and earlier[-1] is known[-1]:
+        known = self.decisions.pop(decision.model, [])
+        if known and (known[-1].what, known[-1].why) == (decision.what, decision.why):
+            if (earlier := self.earlier.get(decision.model)) and earlier[-1] is known[-1]:
                 earlier.pop()
             known = known[:-1]
-        self.decisions[decision["model"]] = [*known, decision][-DECISIONS:]
+        self.decisions[decision.model] = [*known, decision][-DECISIONS:]
         while len(self.decisions) > MOST_ENGINES:
             del self.decisions[next(iter(self.decisions))]
 
@@ -86,7 +89,7 @@ class Learnt:
             return
         failures = {name: asdict(failure) for name, failure in self.failures.items()}
         kept = {"costs": self.costs, "runs": dict(self.runs), "decisions": dict(self.decisions), "failures": failures}
-        text = json.dumps(kept, sort_keys=True, default=str)
+        text = json.dumps(kept, sort_keys=True, default=plain)
         if text == self._written:
             return
         part = self._path.with_suffix(".part")
@@ -100,7 +103,6 @@ class Learnt:
             self._trouble.say(logging.WARNING, "cannot keep learnt figures in %s: %s", self._path, error)
 
 
-def _decision(model: str, told: Any) -> dict[str, Any]:
+def _decision(model: str, told: Mapping[str, object]) -> Decision:
     """One that was read. Raises where it is none."""
-    at, what, why = float(told["at"]), str(told["what"]), str(told["why"])
-    return {"at": at, "what": what, "why": why, "model": model, "numbers": dict(told.get("numbers", {}))}
+    return replace(parse(Decision, told), model=model)

@@ -20,7 +20,7 @@ from vllmd.config.loader import load
 from vllmd.config.settings import flags
 from vllmd.config.types import Config
 from vllmd.config.user_home import user_home
-from vllmd.daemon import identity
+from vllmd.daemon import collector, identity
 from vllmd.daemon.current import RuntimeEnvironment
 from vllmd.daemon.key_store import key_store_path
 from vllmd.daemon.listen import Listeners, listeners, told
@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     given_sockets = take_listeners()
     config, broken = Config(), ""
     try:
-        config = load(arguments.config, os.environ, overrides)
+        with collector.paused():
+            config = load(arguments.config, os.environ, overrides)
     except ConfigError as error:
         broken = error.message
     if broken and (arguments.check or not given_sockets):

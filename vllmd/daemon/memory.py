@@ -11,11 +11,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from vllmd.api.answers import DeviceNow
 from vllmd.core import events
-from vllmd.core.types import Device, Placement
+from vllmd.core.types import Device, DeviceView, Placement
 from vllmd.daemon.power import Power
 from vllmd.gpu import Devices, Sample, attribute, in_thread, pids_of
 
@@ -85,18 +87,19 @@ class Memory:
         files = tuple(str(self._files[index]) for index in placement.devices if index in self._files)
         return files if len(files) == len(placement.devices) else ()
 
-    def about(self, index: int) -> dict[str, Any]:
-        """What a device is, and how it was at the last reading: plain data, None where it does not tell."""
-        device, last = self._by_index.get(index), self.last.devices.get(index) if self.last else None
-        return {
-            "name": device.name if device else "",
-            "id": device.id if device else "",
-            "links": sorted(device.links) if device else [],
-            "node": device.node if device else None,
-            "power": last.power if last else None,
-            "temperature": last.temperature if last else None,
-            "throttled": last.throttled if last else "",
-        }
+    def about(self, view: DeviceView) -> DeviceNow:
+        """What a device is, and how it was at the last reading; None where it does not tell."""
+        device, last = self._by_index.get(view.index), self.last.devices.get(view.index) if self.last else None
+        return DeviceNow(
+            **asdict(view),
+            name=device.name if device else "",
+            id=device.id if device else "",
+            links=tuple(sorted(device.links)) if device else (),
+            node=device.node if device else None,
+            power=last.power if last else None,
+            temperature=last.temperature if last else None,
+            throttled=last.throttled if last else "",
+        )
 
     async def sample(self) -> Sample | None:
         """One reading of all devices, shared by all who ask meanwhile; None if they cannot be read or do not answer."""

@@ -8,9 +8,9 @@ loaded; what was chosen is permitted and counted by its own name.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
+from vllmd.api.answers import Card
 from vllmd.config.offers import adapters_of as named_adapters
 from vllmd.config.types import ModelConfig, PoolConfig, RequestRules
 from vllmd.engines.base import Adapter
@@ -29,11 +29,18 @@ class Offer:
     description: str = ""
     hidden: bool = False
 
-    def card(self, base: Mapping[str, Any]) -> dict[str, Any]:
+    def card(self, base: Card) -> Card:
         """It for ``/v1/models``: as its model, of which it says what it is, as vLLM says of an adapter."""
-        own = {"id": self.name, "display_name": self.display_name or self.name, "description": self.description}
-        own |= {"parent": self.model, "root": self.path or self.model}
-        return {**base, **own, "hidden": self.hidden, "aliases": []}
+        return replace(
+            base,
+            id=self.name,
+            display_name=self.display_name or self.name,
+            description=self.description,
+            parent=self.model,
+            root=self.path or self.model,
+            hidden=self.hidden,
+            aliases=(),
+        )
 
 
 class Offers:
@@ -78,9 +85,9 @@ class Offers:
         variants = {each.name for each in self._offers.values() if each.model in opened and not each.is_adapter}
         return frozenset(opened | variants)
 
-    def cards(self, models: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    def cards(self, models: Sequence[Card]) -> Iterator[Card]:
         """All for ``/v1/models``, made of the cards of the models."""
-        known = {card["id"]: card for card in models}
+        known = {card.id: card for card in models}
         for offer in self._offers.values():
             if offer.model in known:
                 known[offer.name] = card = offer.card(known[offer.model])
@@ -111,24 +118,24 @@ def _known(pool: PoolConfig, named: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(named[member] for member in pool.models if member in named))
 
 
-def _pool_card(name: str, pool: PoolConfig, members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _pool_card(name: str, pool: PoolConfig, members: Sequence[Card]) -> Card:
     """A pool for ``/v1/models``: what all of its members can do, and the state of the one that has come furthest."""
-    able = set.intersection(*(set(card["capabilities"]) for card in members))
-    lengths = [card["max_model_len"] for card in members if card["max_model_len"]]
-    best = min(members, key=lambda card: ORDER.get(card["state"], len(ORDER)))
-    return {
-        **best,
-        "id": name,
-        "display_name": pool.display_name or name,
-        "description": pool.description,
-        "hidden": pool.hidden,
-        "aliases": [],
-        "members": [card["id"] for card in members],
-        "capabilities": sorted(able),
-        "max_model_len": min(lengths, default=None),
-        "parent": None,
-        "root": name,
-    }
+    able = set.intersection(*(set(card.capabilities) for card in members))
+    lengths = [card.max_model_len for card in members if card.max_model_len]
+    best = min(members, key=lambda card: ORDER.get(card.state, len(ORDER)))
+    return replace(
+        best,
+        id=name,
+        display_name=pool.display_name or name,
+        description=pool.description,
+        hidden=pool.hidden,
+        aliases=(),
+        members=tuple(card.id for card in members),
+        capabilities=tuple(sorted(able)),
+        max_model_len=min(lengths, default=None),
+        parent=None,
+        root=name,
+    )
 
 
 # How soon a model answers, by its state.

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from vllmd.api.answers import Killed
+from vllmd.api.answers import Device, Killed, Probed, Reloaded
 from vllmd.core import events
 from vllmd.daemon.current import Later
 from vllmd.daemon.instances import Instances
 from vllmd.daemon.probing import probe
 from vllmd.daemon.processes import kill
 from vllmd.daemon.serializers import UNLOADED
+from vllmd.daemon.serializers import device as device_of
 from vllmd.errors import Conflict, NotFound
 
 if TYPE_CHECKING:
@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 class OperatorCommands:
     """Implements ``vllmd.admin.control.Commands``. Every verb waits until devices and engines have been found."""
 
-    def __init__(
-        self, back: Later[BackEnd], instances: Instances, reload: Callable[[], Awaitable[dict[str, Any]]]
-    ) -> None:
+    def __init__(self, back: Later[BackEnd], instances: Instances, reload: Callable[[], Awaitable[Reloaded]]) -> None:
         self.reload = reload
         self.load_on = instances.load_on
         self.drop_instance = instances.drop
@@ -62,7 +60,7 @@ class OperatorCommands:
         """Give a lease back."""
         (await self._back.wait()).post(events.LeaseReleased(lease, stop))
 
-    async def probe(self, model: str, all: bool, *, limit: float | None) -> dict[str, Any]:
+    async def probe(self, model: str, all: bool, *, limit: float | None) -> Probed:
         """Ask each engine of it that serves its probe, all at the same time."""
         return await probe(await self._back.wait(), model, limit, everybody=all)
 
@@ -71,11 +69,11 @@ class OperatorCommands:
         back = await self._back.wait()
         return Killed(pid, message=await kill(pid, back.engines, back.memory, force=force))
 
-    async def drain(self, device: int, drained: bool) -> dict[str, Any]:
+    async def drain(self, device: int, drained: bool) -> Device:
         """Take a device out of use, or give it back; how it is then. Raises NotFound."""
         back = await self._back.wait()
         back.post(events.DeviceDrained(device, drained))
         for view in back.activity().devices:
             if view.index == device:
-                return asdict(view)
+                return device_of(view)
         raise NotFound(f"there is no device {device}; vllmctl gpus lists those that there are")

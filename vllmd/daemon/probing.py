@@ -6,8 +6,9 @@ import asyncio
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from vllmd.api.answers import Probed, ProbedReplica
 from vllmd.config.types import ReplicaConfig
 from vllmd.core import events
 from vllmd.core.types import State
@@ -23,7 +24,7 @@ _numbers = itertools.count(1)
 
 
 @dataclass(frozen=True, slots=True)
-class Probed:
+class Outcome:
     """What became of one probe: its seconds, or None and why it has none; ``abandoned``: it was not waited for."""
 
     seconds: float | None
@@ -31,7 +32,7 @@ class Probed:
     abandoned: bool = False
 
 
-async def probe(back: BackEnd, model: str, limit: float | None, *, everybody: bool) -> dict[str, Any]:
+async def probe(back: BackEnd, model: str, limit: float | None, *, everybody: bool) -> Probed:
     """Every engine of the model that serves, fastest first; but for ``everybody`` none is waited for in vain.
 
     Raises Conflict where none of them serves.
@@ -46,12 +47,9 @@ async def probe(back: BackEnd, model: str, limit: float | None, *, everybody: bo
         for each in asking:
             each.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
-    lines = [
-        {"name": process.name, "seconds": each.seconds, "message": each.message}
-        for process, each in sorted(zip(processes, found, strict=True), key=lambda pair: _rank(pair[1]))
-    ]
-    best = lines[0]["name"] if lines[0]["seconds"] is not None else None
-    return {"model": model, "fastest": best, "replicas": lines}
+    ranked = sorted(zip(processes, found, strict=True), key=lambda pair: _rank(pair[1]))
+    lines = tuple(ProbedReplica(process.name, each.seconds, each.message) for process, each in ranked)
+    return Probed(model, lines[0].name if lines[0].seconds is not None else None, lines)
 
 
 def _serving(back: BackEnd, model: str) -> list[EngineProcess]:
@@ -63,22 +61,22 @@ def _serving(back: BackEnd, model: str) -> list[EngineProcess]:
     return processes
 
 
-async def _ask(back: BackEnd, process: EngineProcess, limit: float) -> Probed:
+async def _ask(back: BackEnd, process: EngineProcess, limit: float) -> Outcome:
     """One probe, of which the core knows while it runs."""
     request = f"asked-{next(_numbers)}"
     try:
         await back.asked(events.ProbeAsked(request, process.name))
     except Conflict as refusal:  # it has left since it was looked for
-        return Probed(None, refusal.message)
+        return Outcome(None, refusal.message)
     seconds, why = None, "abandoned"
     try:
         seconds, why = await asked(process, limit)
     finally:
         back.post(events.ReplicaProbed(request, seconds, why))
-    return Probed(seconds, why)
+    return Outcome(seconds, why)
 
 
-async def _raced(asking: Sequence[asyncio.Task[Probed]], *, everybody: bool) -> None:
+async def _raced(asking: Sequence[asyncio.Task[Outcome]], *, everybody: bool) -> None:
     """Wait for all, or until one has answered: they began together, so whoever has not is slower than that one."""
     waiting = set(asking)
     while waiting:
@@ -87,13 +85,13 @@ async def _raced(asking: Sequence[asyncio.Task[Probed]], *, everybody: bool) -> 
             return
 
 
-def _results(asking: Sequence[asyncio.Task[Probed]]) -> list[Probed]:
+def _results(asking: Sequence[asyncio.Task[Outcome]]) -> list[Outcome]:
     done = [each.result() for each in asking if each.done()]
     best = min((each.seconds for each in done if each.seconds is not None), default=0.0)
-    slower = Probed(None, f"slower than {best:.3f} s", abandoned=True)
+    slower = Outcome(None, f"slower than {best:.3f} s", abandoned=True)
     return [each.result() if each.done() else slower for each in asking]
 
 
-def _rank(each: Probed) -> tuple[bool, bool, float]:
+def _rank(each: Outcome) -> tuple[bool, bool, float]:
     """The fastest first, then who was only slower, then who failed."""
     return each.seconds is None, not each.abandoned, each.seconds or 0.0

@@ -12,9 +12,11 @@ import asyncio
 import os
 import signal
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from vllmd.api.answers import GPUInfo, GPUProcess
 from vllmd.errors import Conflict, Forbidden, NotFound, Unavailable, Unsupported
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 KILL_LIMIT = 10.0  # seconds for a killed engine's cgroup to become empty
 
 
-async def gpus(memory: Memory) -> list[dict[str, Any]]:
+async def gpus(memory: Memory) -> list[GPUInfo]:
     """M's ``GPUInfo`` per device that can be read. Raises Unsupported, Unavailable."""
     from vllmd.gpu import gpu_infos
 
@@ -36,7 +38,10 @@ async def gpus(memory: Memory) -> list[dict[str, Any]]:
     sample = await memory.sample()
     if sample is None:
         raise Unavailable(memory.trouble or "the GPU driver does not answer", retry_after=5)
-    return [info.to_json() for info in await asyncio.to_thread(gpu_infos, sample)]
+    return [
+        GPUInfo(each.id, each.memory_usage, each.power_draw, tuple(GPUProcess(**asdict(p)) for p in each.processes))
+        for each in await asyncio.to_thread(gpu_infos, sample)
+    ]
 
 
 async def kill(pid: int, engine_manager: EngineManager, memory: Memory, *, force: bool) -> str:

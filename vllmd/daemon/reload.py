@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
 
+from vllmd.api.answers import Reloaded
 from vllmd.config.reload import LATER, in_force
 from vllmd.config.types import Config, ModelConfig
 from vllmd.core import commands, events
@@ -26,9 +26,7 @@ from vllmd.gpu import Devices
 log = logging.getLogger("vllmd")
 
 
-async def take(
-    front: FrontEnd, back: BackEnd, read: Config, unless_used: frozenset[str] = frozenset()
-) -> dict[str, Any]:
+async def take(front: FrontEnd, back: BackEnd, read: Config, unless_used: frozenset[str] = frozenset()) -> Reloaded:
     """Go on with another configuration; engines are stopped only where their own settings changed.
 
     ``unless_used``: models, or replicas by their id. Raises Conflict, nothing changed, if the core finds one of them in
@@ -73,16 +71,16 @@ async def take(
         await back.readings.look()
     if repaired:
         await adopt_running(front, back)
-    answer = {
-        "models": len(config.models),
-        "added": added,
-        "removed": removed,
-        "changed": sorted(changed),
-        "later": later,
-        "warnings": list(config.warnings),
-    }
-    _say(answer)
-    return answer
+    done = Reloaded(
+        models=len(config.models),
+        added=tuple(added),
+        removed=tuple(removed),
+        changed=tuple(sorted(changed)),
+        later=later,
+        warnings=tuple(config.warnings),
+    )
+    _say(done)
+    return done
 
 
 async def _renewed(front: FrontEnd, back: BackEnd, config: Config) -> Devices | None:
@@ -93,15 +91,15 @@ async def _renewed(front: FrontEnd, back: BackEnd, config: Config) -> Devices | 
     return await back.devices.renew(opener(config, front.runtime.environment))
 
 
-def _say(answer: Mapping[str, Any]) -> None:
+def _say(done: Reloaded) -> None:
     """Into the log what ``vllmctl reload`` prints."""
     log.info(
-        *("configuration reloaded: %d models, added %s, removed %s, changed %s", answer["models"]),
-        *(", ".join(answer[kind]) or "none" for kind in ("added", "removed", "changed")),
+        *("configuration reloaded: %d models, added %s, removed %s, changed %s", done.models),
+        *(", ".join(names) or "none" for names in (done.added, done.removed, done.changed)),
     )
-    for warning in answer["warnings"]:
+    for warning in done.warnings:
         log.warning("%s", warning)
-    for path, what in answer["later"].items():
+    for path, what in done.later.items():
         log.log(logging.WARNING if what == LATER else logging.INFO, "%s %s", path, what)
 
 

@@ -7,8 +7,9 @@ import contextlib
 import socket
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from vllmd.api.answers import Known
 from vllmd.config.runtime_model import guest
 from vllmd.config.types import Config, ModelConfig
 from vllmd.daemon.current import Current, Later, Take
@@ -47,7 +48,7 @@ class RuntimeModels:
         self._models = {name: model for name, model in self._models.items() if name not in config.models}
         return replace(config, models={**config.models, **self._models}) if self._models else config
 
-    async def put(self, name: str, settings: Mapping[str, Any], *, trusted: bool) -> dict[str, Any]:
+    async def put(self, name: str, settings: Mapping[str, object], *, trusted: bool) -> Known:
         """Make a model known, unless it is; says what of its settings is not as asked for. Raises BadRequest."""
         await self._back.wait()
         async with self._changing:
@@ -61,12 +62,7 @@ class RuntimeModels:
                     await self._take(wanted)
                     known, differs = wanted, []
             assert known
-            return {
-                "model": known.name,
-                "configured": known.name not in self._models,
-                "differs": differs,
-                "listen": list(self._listen),
-            }
+            return Known(known.name, known.name not in self._models, tuple(differs), self._listen)
 
     async def drop(self, name: str) -> None:
         """Forget it. Raises UnknownModel, Conflict."""

@@ -1,20 +1,22 @@
-"""How models and devices are shown to clients and operators: plain data made of snapshots, nothing else."""
+"""How models and devices are shown to clients and operators: answers made of snapshots, nothing else."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
+from vllmd.api.answers import Card, Decision, Device, DeviceFree, Health, Limits, ModelLine, ModelSettings
 from vllmd.config.types import ModelConfig
+from vllmd.core import types as core
 from vllmd.core.types import DeviceView, ModelView, ReplicaView, State
 
 if TYPE_CHECKING:
     from vllmd.daemon.engine_process import EngineProcess
     from vllmd.daemon.self_description import SelfDescription
 
-NOT_SHOWN = frozenset({"replicas", "balanced", "bound"})  # of a view
+NO_SETTINGS = ModelSettings()
 UNLOADED = frozenset({State.STOPPED, State.FAILED})
 ABILITIES = {
     "/v1/chat/completions": "chat",
@@ -49,7 +51,7 @@ def state_of(view: ModelView | ReplicaView) -> str:
 
 def card(
     model: ModelConfig, routes: Iterable[str], view: ModelView | None, kind: str, said: SelfDescription | None = None
-) -> dict[str, Any]:
+) -> Card:
     """A model for ``/v1/models``.
 
     ``kind`` as its files in the cache tell, "" if they do not. ``said``: what its running engine says of itself, which
@@ -63,67 +65,94 @@ def card(
         able &= served
     elif kind:
         able &= BY_KIND[kind]
-    return {
-        "id": model.name,
-        "display_name": model.display_name or model.name,
-        "description": model.description,
-        "hidden": model.hidden,
-        "aliases": list(model.aliases),
-        "state": state_of(view) if view else State.STOPPED.value,
-        "engine": model.engine,
-        "max_model_len": (said.context if said else None) or model.max_model_len,
-        "capabilities": sorted(able),
-        "limits": {
-            "concurrency": model.concurrency,
-            "queue": model.queue_limit,
-            "queue_seconds": model.queue_timeout,
-        },
-        "memory": view.memory if view else 0,
-        "discovered": model.where.startswith("found in "),
-    }
+    return Card(
+        id=model.name,
+        display_name=model.display_name or model.name,
+        description=model.description,
+        hidden=model.hidden,
+        aliases=model.aliases,
+        state=state_of(view) if view else State.STOPPED.value,
+        engine=model.engine,
+        max_model_len=(said.context if said else None) or model.max_model_len,
+        capabilities=tuple(sorted(able)),
+        limits=Limits(model.concurrency, model.queue_limit, model.queue_timeout),
+        memory=view.memory if view else 0,
+        discovered=model.where.startswith("found in "),
+        parent=None,
+        root=model.name,
+    )
 
 
 def line(
     view: ModelView | ReplicaView,
-    model: ModelConfig | None,
-    process: EngineProcess | None,
-    last_start: float | None,
-    power: float | None,
-) -> dict[str, Any]:
-    """A model, or a replica of one, for ``vllmctl``. ``power``: watts of its share of its devices."""
-    shown = {each.name: getattr(view, each.name) for each in fields(view) if each.name not in NOT_SHOWN}
-    shown.update(state=state_of(view), pid=None, unit="", socket="", replica_of="", replicas=[], degraded=False)
-    shown.update(serving=int(view.state is State.READY))
-    shown.update(instance="", detail="", phase="", last_start_seconds=last_start, started_at=None, power=power)
-    shown["config"] = about(model) if model else {}
-    if process:
-        shown["instance"] = process.instance
-        shown["started_at"] = time.time() - (time.monotonic() - process.started)
-        shown["socket"] = process.listen.uds or f"{process.listen.host}:{process.listen.port}"
-        if view.state is State.STARTING:
-            shown.update(phase=process.phase.phase, detail=process.phase.detail)
-    if process and process.running:
-        shown.update(pid=process.running.pid, unit=process.running.unit)
-    return shown
+    config: ModelSettings,
+    process: EngineProcess | None = None,
+    *,
+    since: float | None = None,
+    last_start: float | None = None,
+    power: float | None = None,
+    replica_of: str = "",
+    replicas: tuple[ModelLine, ...] = (),
+) -> ModelLine:
+    """A model, or a replica of one, for ``vllmctl``. ``power``: watts of its share of its devices.
+
+    ``since``: seconds in its state, where the core does not know. ``process``: its engine, of a model with
+    ``replicas`` that of the one which is as the model is.
+    """
+    running = process.running if process else None
+    starting = process.phase if process and view.state is State.STARTING else None
+    return ModelLine(
+        name=view.name,
+        state=state_of(view),
+        level=view.level,
+        devices=view.devices,
+        memory=view.memory,
+        in_flight=view.in_flight,
+        queued=view.queued,
+        oldest_wait=view.oldest_wait,
+        idle=view.idle,
+        since=view.since if view.since is not None else since,
+        pinned=view.pinned,
+        leases=view.leases,
+        waiting_for=view.waiting_for,
+        failure=view.failure,
+        standing=view.standing,
+        latency=view.latency,
+        rests_in=view.rests_in,
+        pid=running.pid if running else None,
+        unit=running.unit if running else "",
+        socket=(process.listen.uds or f"{process.listen.host}:{process.listen.port}") if process else "",
+        instance=process.instance if process else "",
+        phase=starting.phase if starting else "",
+        detail=starting.detail if starting else "",
+        last_start_seconds=last_start,
+        power=power,
+        started_at=time.time() - (time.monotonic() - process.started) if process else None,
+        config=config,
+        replica_of=replica_of,
+        replicas=replicas,
+        serving=view.serving if replicas and isinstance(view, ModelView) else int(view.state is State.READY),
+        degraded=isinstance(view, ModelView) and view.balanced and view.degraded,
+    )
 
 
-def about(model: ModelConfig) -> dict[str, Any]:
+def about(model: ModelConfig | None) -> ModelSettings:
     """What of a model's settings is shown beside its state."""
-    return {"engine": model.engine, "model": model.source, "aliases": model.aliases}
+    return ModelSettings(model.engine, model.source, model.aliases) if model else NO_SETTINGS
 
 
 def health(
     views: Iterable[ModelView], devices: Iterable[DeviceView], broken: str, trouble: str, *, ready: bool
-) -> dict[str, Any]:
+) -> Health:
     """Whether we are well, with devices and models as P's document has them. ``trouble``: why devices do not answer."""
     views = list(views)
-    return {
-        "status": _status(broken, trouble),
-        "ready": ready and not broken,
-        "gpu": [_device(device) for device in devices],
-        "loaded_models": [view.name for view in views if view.state not in UNLOADED],
-        "model_status": {view.name: state_of(view) for view in views},
-    }
+    return Health(
+        status=_status(broken, trouble),
+        ready=ready and not broken,
+        gpu=tuple(_device(device) for device in devices),
+        loaded_models=tuple(view.name for view in views if view.state not in UNLOADED),
+        model_status={view.name: state_of(view) for view in views},
+    )
 
 
 def _status(broken: str, trouble: str) -> str:
@@ -132,5 +161,17 @@ def _status(broken: str, trouble: str) -> str:
     return f"the devices do not answer, models without devices are served: {trouble}" if trouble else "ok"
 
 
-def _device(view: DeviceView) -> dict[str, Any]:
-    return {**asdict(view), "free": max(0, view.memory - view.reserve - view.promised - view.external)}
+def device(view: DeviceView) -> Device:
+    """What a device has, and what of it is promised."""
+    return Device(**asdict(view))
+
+
+def _device(view: DeviceView) -> DeviceFree:
+    free = max(0, view.memory - view.reserve - view.promised - view.external)
+    return DeviceFree(**asdict(view), free=free)
+
+
+def decision(made: core.Decision, now: float) -> Decision:
+    """A decision with Unix time instead of the core's clock, which shows ``now``; about a replica where it is."""
+    at = time.time() - now + made.at
+    return Decision(at, made.what, made.replica or made.model, made.why, dict(made.numbers))

@@ -14,10 +14,12 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from vllmd.api.answers import Reloaded
 from vllmd.config.replicas import is_this_host, meant_here
 from vllmd.config.types import Config
 from vllmd.core import events
 from vllmd.core.types import Snapshot, State
+from vllmd.daemon import collector
 from vllmd.daemon.current import RuntimeEnvironment
 from vllmd.daemon.discovery import with_discovered
 from vllmd.daemon.failures import failed
@@ -102,6 +104,7 @@ class Daemon:
         try:
             startup = await asyncio.to_thread(importlib.import_module, "vllmd.daemon.startup")
             back: BackEnd = await startup.back_end(self.front)
+            collector.overlook(len(self.front.current.config.models))
             self.front.open(back)
             self.side_task(self._remember_use())
             self.side_task(back.devices.run(lambda devices: startup.take_devices(self.front, back, devices)))
@@ -225,6 +228,7 @@ class Daemon:
             or back is None
             or back.engines.processes
             or front.gate.requests
+            or front.store.active
             or front.listeners.connections
             or any(view.waiting_for for view in (seen.replicas if seen else ()))
             or any(device.drained for device in (seen.devices if seen else ()))
@@ -296,21 +300,24 @@ class Daemon:
         with contextlib.suppress(ConfigError):
             await self.reload()
 
-    async def reload(self) -> dict[str, Any]:
+    async def reload(self) -> Reloaded:
         """Take a changed configuration; an invalid one changes nothing. Raises ConfigError."""
         await self.front.back.wait()
         self._notify.reloading()
         try:
-            config = await meant_for_us(await asyncio.to_thread(self._read), self._runtime)
-            async with self.front.changing:
-                return await self.take(self.front.runtime_models.added_to(config))
+            with collector.paused():
+                config = await meant_for_us(await asyncio.to_thread(self._read), self._runtime)
+                async with self.front.changing:
+                    answer = await self.take(self.front.runtime_models.added_to(config))
+                collector.overlook(len(config.models))
+                return answer
         except ConfigError as error:
             log.error("not reloaded, the configuration is invalid:\n%s", error.message)
             raise
         finally:
             self._notify.ready()
 
-    async def take(self, config: Config, unless_used: frozenset[str] = frozenset()) -> dict[str, Any]:
+    async def take(self, config: Config, unless_used: frozenset[str] = frozenset()) -> Reloaded:
         """Implements ``daemon.current.Take``. The caller holds ``front.changing``."""
         from vllmd.daemon.reload import take  # most daemons are never told to
 

@@ -17,6 +17,7 @@ from typing import TypeVar
 from vllmd.core import events
 from vllmd.core.costs import CostBook
 from vllmd.core.scheduler import Scheduler
+from vllmd.daemon import collector
 from vllmd.daemon.adoption import adopt_all
 from vllmd.daemon.back_end import BackEnd
 from vllmd.daemon.device_readings import DeviceReadings
@@ -56,13 +57,14 @@ async def back_end(front: FrontEnd) -> BackEnd:
     # 2. The core: the models, what each will take, and what was learnt of them.
     learnt = front.learnt
     await asyncio.to_thread(learnt.load)
-    expected = await expect(config, runtime, memory.inventory, front.resolver)
-    front.gate.learn_kinds(expected.kinds)
-    scheduler = Scheduler(expected.specs, memory.inventory, settings_of(config), CostBook.from_dict(learnt.costs))
+    with collector.paused():
+        expected = await expect(config, runtime, memory.inventory, front.resolver)
+        front.gate.learn_kinds(expected.kinds)
+        scheduler = Scheduler(expected.specs, memory.inventory, settings_of(config), CostBook.from_dict(learnt.costs))
 
     # 3. The launcher. What it reports before there is anybody to hear it concerns engines that step 5 asks it for.
     def ended(report: ExitReport) -> None:
-        if engines is not None:
+        if not front.store.ended(report) and engines is not None:
             engines.on_exit(report)
 
     def logged(instance: str, lines: list[str]) -> None:

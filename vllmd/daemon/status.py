@@ -7,26 +7,25 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping, Set
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import vllmd
 from vllmd.admin.control import Gauges
-from vllmd.api.answers import Decision, Decisions
-from vllmd.api.codec import parse
+from vllmd.api import answers
+from vllmd.api.answers import Card, Decisions, GPUInfo, ModelLine
 from vllmd.config.types import Config, ModelConfig
 from vllmd.core import types as core
 from vllmd.core.types import ModelView, ReplicaView, Snapshot, State
 from vllmd.daemon.admission_gate import AdmissionGate
-from vllmd.daemon.changes import dated
 from vllmd.daemon.current import Current, Later, RuntimeEnvironment
 from vllmd.daemon.engine_resolver import EngineResolver
 from vllmd.daemon.failure_text import places
 from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.processes import gpus
 from vllmd.daemon.self_description import Descriptions
-from vllmd.daemon.serializers import about, card, health, line, state_of
+from vllmd.daemon.serializers import about, card, decision, health, line, state_of
 from vllmd.errors import BadRequest, Conflict, Unavailable, UnknownModel, UpstreamFailed
 from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.proxy.upstream import request
@@ -53,79 +52,87 @@ class Sight:
     snapshot: Snapshot | None
 
 
-def status(seen: Sight, started: float) -> dict[str, Any]:
+def status(seen: Sight, started: float) -> answers.Status:
     """Everything that ``vllmctl`` shows. ``started``: by ``time.monotonic``."""
-    shown = {
-        "version": vllmd.__version__,
-        "pid": os.getpid(),
-        "uptime": time.monotonic() - started,
-        "policy": seen.config.policy,
-        "opened": seen.snapshot is not None,
-        "configuration": {"files": [str(path) for path in seen.config.files], "error": seen.broken},
-        "requests": seen.requests,
-        "connections": seen.connections,
-    }
+    shown = answers.Status(
+        version=vllmd.__version__,
+        pid=os.getpid(),
+        uptime=time.monotonic() - started,
+        policy=seen.config.policy,
+        opened=seen.snapshot is not None,
+        configuration=answers.Configuration(tuple(map(str, seen.config.files)), seen.broken),
+        requests=seen.requests,
+        connections=seen.connections,
+    )
     if seen.snapshot is None or seen.back is None:
-        return {**shown, "backend": "", "source": "", "trouble": "", "devices": [], "models": [],
-                "host_memory": {"budget": 0, "promised": 0}}  # fmt: skip
+        return shown
     memory, snapshot = seen.back.memory, seen.snapshot
-    return {
-        **shown,
-        "backend": seen.back.launched_by,
-        "source": memory.source,
-        "trouble": memory.trouble,
-        "devices": [{**asdict(device), **memory.about(device.index)} for device in snapshot.devices],
-        "host_memory": {"budget": snapshot.host_memory, "promised": snapshot.host_promised},
-        "models": [model_line(seen, view) for view in snapshot.models],
-    }
+    return replace(
+        shown,
+        backend=seen.back.launched_by,
+        source=memory.source,
+        trouble=memory.trouble,
+        devices=tuple(memory.about(device) for device in snapshot.devices),
+        host_memory=answers.HostMemory(snapshot.host_memory, snapshot.host_promised),
+        models=tuple([model_line(seen, view) for view in snapshot.models]),
+    )
 
 
-def model_line(seen: Sight, view: ModelView) -> dict[str, Any]:
+def model_line(seen: Sight, view: ModelView) -> ModelLine:
     """A model's line, with those of its replicas in it."""
     if not view.balanced:
         return _line(seen, view, view.replicas[0].id)
-    lines = [_replica_line(seen, each, view.name) for each in view.replicas]
-    leading = next((each["name"] for each in lines if each["state"] == state_of(view)), lines[0]["name"])
-    told = {"replicas": lines, "serving": view.serving, "degraded": view.degraded, "replica_of": view.name}
-    config = seen.config.models.get(view.name)
-    return {**_line(seen, view, leading), "config": about(config) if config else {}, **told}
+    lines = tuple(_line(seen, each, each.id, replica_of=view.name) for each in view.replicas)
+    leading = next((each.name for each in lines if each.state == state_of(view)), lines[0].name)
+    return _line(seen, view, leading, replica_of=view.name, replicas=lines)
 
 
-def _replica_line(seen: Sight, view: ReplicaView, model: str) -> dict[str, Any]:
-    return {**_line(seen, view, view.id), "replica_of": model}
-
-
-def _line(seen: Sight, view: ModelView | ReplicaView, engine: str) -> dict[str, Any]:
+def _line(
+    seen: Sight,
+    view: ModelView | ReplicaView,
+    engine: str,
+    replica_of: str = "",
+    replicas: tuple[ModelLine, ...] = (),
+) -> ModelLine:
+    """The line of a model or of a replica, with what is known of that engine."""
+    config = about(seen.config.models.get(view.name) if replicas else seen.engines.get(engine))
     if seen.back is None:
-        return line(view, seen.engines.get(engine), None, None, None)
-    engines, watts = seen.back.engines, seen.back.memory.power.watts.get(engine)
-    process = engines.processes.get(engine)
-    shown = line(view, seen.engines.get(engine), process, engines.last_start.get(engine), watts)
+        return line(view, config, replica_of=replica_of, replicas=replicas)
+    engines, since = seen.back.engines, None
     if view.since is None and (runs := seen.back.learnt.runs.get(engine)):  # an earlier daemon's engine
         ago = time.time() - runs[-1][1]
-        shown["since"] = ago if ago >= 0 else None  # the clock has been set back since: nobody knows
-    return shown
+        since = ago if ago >= 0 else None  # the clock has been set back since: nobody knows
+    return line(
+        view,
+        config,
+        engines.processes.get(engine),
+        since=since,
+        last_start=engines.last_start.get(engine),
+        power=seen.back.memory.power.watts.get(engine),
+        replica_of=replica_of,
+        replicas=replicas,
+    )
 
 
-def line_of(seen: Sight, model: str) -> dict[str, Any]:
+def line_of(seen: Sight, model: str) -> ModelLine:
     """One model's line, or one replica's. Raises UnknownModel."""
     for view in seen.snapshot.models if seen.snapshot else ():
         if view.name == model:
             return model_line(seen, view)
         for each in view.replicas:
             if each.id == model:
-                return _replica_line(seen, each, view.name)
+                return _line(seen, each, each.id, replica_of=view.name)
     raise UnknownModel(f"the model {model!r} is no longer configured", param="model")
 
 
-def of_caller(status: dict[str, Any], caller: Caller) -> dict[str, Any]:
+def of_caller(status: answers.Status, caller: Caller) -> answers.Status:
     """The status as one sees it who may use some models only: without the others, and what is said of them."""
     if caller.models is None:
         return status
-    lines = [line for line in status["models"] if caller.may_use(line["name"])]
-    own = [{**line, "waiting_for": line["waiting_for"] and "room"} for line in lines]  # it names who holds it
-    error = status["configuration"]["error"] and "invalid"
-    return {**status, "models": own, "configuration": {**status["configuration"], "error": error}}
+    lines = [line for line in status.models if caller.may_use(line.name)]
+    own = tuple(replace(line, waiting_for=line.waiting_for and "room") for line in lines)  # it names who holds it
+    error = status.configuration.error and "invalid"
+    return replace(status, models=own, configuration=replace(status.configuration, error=error))
 
 
 def concerns(decision: core.Decision, names: Set[str]) -> bool:
@@ -146,6 +153,7 @@ class Status:
         learnt: Learnt,
         back: Later[BackEnd],
         connections: Callable[[], int],
+        downloads: Callable[[], list[answers.Download]] = list,
     ) -> None:
         self._current = current
         self._runtime = runtime
@@ -154,6 +162,7 @@ class Status:
         self._learnt = learnt
         self._back = back
         self._connections = connections
+        self._downloads = downloads
         self._started = time.monotonic()
         self._descriptions = Descriptions()
         self._kinds: tuple[Config, dict[str, str]] | None = None  # repository -> kind of model, once asked for
@@ -169,18 +178,19 @@ class Status:
         """Wait until devices and engines have been found."""
         await self._back.wait()
 
-    def status(self, caller: Caller = ANYBODY) -> dict[str, Any]:
+    def status(self, caller: Caller = ANYBODY) -> answers.Status:
         """Everything that ``vllmctl`` shows, of the models that the caller may use."""
-        return of_caller(status(self.sight(), self._started), caller)
+        shown = of_caller(status(self.sight(), self._started), caller)
+        return replace(shown, downloads=tuple(self._downloads())) if caller.models is None else shown
 
-    def health(self) -> dict[str, Any]:
+    def health(self) -> answers.Health:
         """Whether we are well, with devices and models as P's document has them."""
         seen = self.sight()
         views, devices = (seen.snapshot.models, seen.snapshot.devices) if seen.snapshot else ((), ())
         trouble = seen.back.memory.trouble if seen.back else ""
         return health(views, devices, places(seen.broken), trouble, ready=seen.snapshot is not None)
 
-    def line(self, model: str) -> dict[str, Any]:
+    def line(self, model: str) -> ModelLine:
         """One model's line of ``status``, or one replica's. Raises Unavailable while the daemon opens, UnknownModel."""
         self._opened()
         return line_of(self.sight(), model)
@@ -193,18 +203,15 @@ class Status:
 
     def decisions(self, model: str) -> Decisions:
         """The last decisions, oldest first, those that are remembered of earlier daemons included."""
-        return Decisions(tuple(parse(Decision, each) for each in self._decisions(model)))
-
-    def _decisions(self, model: str) -> list[dict[str, Any]]:
         back, names = self._back.now, {model, *self._current.engines_of(model)}
         kept = [each for name, told in self._learnt.earlier.items() if not model or name in names for each in told]
-        before = sorted(kept, key=lambda each: float(each["at"]))
+        before = tuple(sorted(kept, key=lambda each: each.at))
         if back is None:
-            return before
+            return Decisions(before)
         now, made = back.dispatcher.now(), back.snapshot().decisions
-        return [*before, *(dated(each, now) for each in made if not model or concerns(each, names))]
+        return Decisions((*before, *(decision(each, now) for each in made if not model or concerns(each, names))))
 
-    async def models(self) -> list[dict[str, Any]]:
+    async def models(self) -> list[Card]:
         """Every model for ``/v1/models``. Raises Unavailable where none is served, as every request hears."""
         if self._gate.refusal:
             raise self._gate.refusal.with_traceback(None)
@@ -269,7 +276,7 @@ class Status:
             sums[model] = sums.get(model, 0.0) + value
         return sums
 
-    async def gpus(self) -> list[dict[str, Any]]:
+    async def gpus(self) -> list[GPUInfo]:
         """M's ``GPUInfo`` of every device."""
         return await gpus((await self._back.wait()).memory)
 

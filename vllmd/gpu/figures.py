@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vllmd.gpu.nvml import names_of
 from vllmd.gpu.sample import DeviceSample, Sample
@@ -27,10 +26,6 @@ class GpuInfo:
     memory_usage: float
     power_draw: float | None
     processes: tuple[GpuProcess, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """The figures as an object that ``json.dumps`` takes."""
-        return asdict(self)
 
 
 def gpu_infos(sample: Sample, proc: Path = Path("/proc")) -> list[GpuInfo]:

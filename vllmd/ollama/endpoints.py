@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from vllmd.admin.control import Control
+from vllmd.api.answers import Card
 from vllmd.errors import BadRequest, Forbidden, NotFound, UnknownModel, Unsupported
 from vllmd.ollama import models, requests, schemas
 from vllmd.ollama.answers import Piece, Reply, Timing, chat_piece, generate_piece
@@ -230,19 +231,19 @@ class ListRoutes:
     async def ps(self, request: Request) -> Response:
         """``GET /api/ps``."""
         cards = await self._cards(request)
-        lines = self._control.status.status()["models"]
+        lines = self._control.status.status().models
         return json_response(models.ps(cards, lines, time.time()))
 
     async def show(self, request: Request) -> Response:
         """``POST /api/show``. Raises UnknownModel, Forbidden."""
         name = self._control.status.called(requests.model_of(read(request.body)), request.caller)
         for card in await self._control.status.models():
-            if card["id"] == name:
+            if card.id == name:
                 return json_response(models.show(card, self._since))
         raise UnknownModel(f"the model {name!r} is no longer configured", param="model")
 
-    async def _cards(self, request: Request) -> list[dict[str, Any]]:
-        return [card for card in await self._control.status.models() if request.caller.may_use(card["id"])]
+    async def _cards(self, request: Request) -> list[Card]:
+        return [card for card in await self._control.status.models() if request.caller.may_use(card.id)]
 
 
 class StoreRoutes:

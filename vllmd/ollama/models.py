@@ -8,7 +8,8 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-Card = Mapping[str, Any]
+from vllmd.api.answers import Card, ModelLine
+
 LATEST = ":latest"
 NEVER = "9999-12-31T23:59:59Z"  # when a model goes that does not
 LOADED = frozenset({"running", "starting", "waking"})
@@ -34,35 +35,35 @@ def tagged(name: str) -> str:
 
 def tags(cards: Iterable[Card], since: float) -> dict[str, Any]:
     """``GET /api/tags``: each model, and each alias, as what is listed. ``since``: Unix time."""
-    shown = [card for card in cards if not card["hidden"]]
-    names = [(name, card) for card in shown for name in (card["id"], *card["aliases"])]
+    shown = [card for card in cards if not card.hidden]
+    names = [(name, card) for card in shown for name in (card.id, *card.aliases)]
     return {"models": [{**_entry(name, card), "modified_at": _time(since), "size": 0} for name, card in names]}
 
 
-def ps(cards: Iterable[Card], lines: Iterable[Card], now: float) -> dict[str, Any]:
+def ps(cards: Iterable[Card], lines: Iterable[ModelLine], now: float) -> dict[str, Any]:
     """``GET /api/ps``: those that serve, or are about to. To Ollama's clients one that sleeps is not loaded."""
-    known = {card["id"]: card for card in cards if not card["hidden"]}
+    known = {card.id: card for card in cards if not card.hidden}
     running = []
     for line in lines:
-        card = known.get(line["name"])
-        if card is None or line["state"] not in LOADED:
+        card = known.get(line.name)
+        if card is None or line.state not in LOADED:
             continue
-        size = line["memory"] * max(1, len(line["devices"]))
-        goes = NEVER if line["rests_in"] is None else _time(now + line["rests_in"])
-        more = {"size": size, "size_vram": size, "expires_at": goes, "context_length": card["max_model_len"] or 0}
-        running.append({**_entry(card["id"], card), **more})
+        size = line.memory * max(1, len(line.devices))
+        goes = NEVER if line.rests_in is None else _time(now + line.rests_in)
+        more = {"size": size, "size_vram": size, "expires_at": goes, "context_length": card.max_model_len or 0}
+        running.append({**_entry(card.id, card), **more})
     return {"models": running}
 
 
 def show(card: Card, since: float) -> dict[str, Any]:
     """``POST /api/show``. Programs take the context's length from it, and what the model can."""
     family = _family(card)
-    info: dict[str, Any] = {"general.architecture": family, "general.basename": card["display_name"]}
-    if card["max_model_len"]:
-        info[f"{family}.context_length"] = card["max_model_len"]
+    info: dict[str, Any] = {"general.architecture": family, "general.basename": card.display_name}
+    if card.max_model_len:
+        info[f"{family}.context_length"] = card.max_model_len
     return {
         "license": "",
-        "modelfile": f"# {card['display_name']}, as vllmd is configured\nFROM {card['id']}\n",
+        "modelfile": f"# {card.display_name}, as vllmd is configured\nFROM {card.id}\n",
         "parameters": "",
         "template": "",
         "details": _details(card),
@@ -74,11 +75,11 @@ def show(card: Card, since: float) -> dict[str, Any]:
 
 def abilities(card: Card) -> list[str]:
     """What it can, in Ollama's words."""
-    return sorted({word for ability in card["capabilities"] for word in ABILITIES.get(ability, ())})
+    return sorted({word for ability in card.capabilities for word in ABILITIES.get(ability, ())})
 
 
 def _entry(name: str, card: Card) -> dict[str, Any]:
-    digest = hashlib.sha256(card["id"].encode()).hexdigest()  # clients tell models apart by it, and show its beginning
+    digest = hashlib.sha256(card.id.encode()).hexdigest()  # clients tell models apart by it, and show its beginning
     listed = tagged(name)
     return {"name": listed, "model": listed, "digest": digest, "details": _details(card)}
 
@@ -87,7 +88,7 @@ def _details(card: Card) -> dict[str, Any]:
     family = _family(card)
     return {
         "parent_model": "",
-        "format": "gguf" if card["engine"] in GGUF else "safetensors",
+        "format": "gguf" if card.engine in GGUF else "safetensors",
         "family": family,
         "families": [family],
         "parameter_size": "",
@@ -97,7 +98,7 @@ def _details(card: Card) -> dict[str, Any]:
 
 def _family(card: Card) -> str:
     """The engine's kind stands for the architecture, which the configuration does not know."""
-    return re.sub(r"\W+", "_", str(card["engine"]).removesuffix(".cpp"))
+    return re.sub(r"\W+", "_", str(card.engine).removesuffix(".cpp"))
 
 
 def _time(moment: float) -> str:

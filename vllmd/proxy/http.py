@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from functools import lru_cache
@@ -168,14 +168,19 @@ def json_response(value: object, status: int = 200, headers: Pairs = ()) -> Resp
     return Response(status, json.dumps(value, separators=(",", ":"), default=str).encode(), headers=headers)
 
 
-async def list_response(value: Mapping[str, object], name: str) -> Response:
-    """``value`` as compact JSON. Its member ``name`` may be a list of thousands: it is written in turns of the loop."""
+async def list_response(value: Mapping[str, object], name: str, default: Callable[[object], object] = str) -> Response:
+    """``value`` as compact JSON. Its member ``name`` may be a list of thousands: it is written in turns of the loop.
+
+    ``default`` makes JSON of what JSON does not know.
+    """
     items, written = cast(Sequence[object], value[name]), list[str]()
     for start in range(0, len(items), AT_A_TIME):
         if start:
             await asyncio.sleep(0)
-        written.append(json.dumps(items[start : start + AT_A_TIME], separators=(",", ":"), default=str)[1:-1])
-    members = {key: json.dumps(each, separators=(",", ":"), default=str) for key, each in value.items() if key != name}
+        written.append(json.dumps(items[start : start + AT_A_TIME], separators=(",", ":"), default=default)[1:-1])
+    members = {
+        key: json.dumps(each, separators=(",", ":"), default=default) for key, each in value.items() if key != name
+    }
     members = {key: f"[{','.join(written)}]" if key == name else members[key] for key in value}
     return Response(200, f"{{{','.join(f'{json.dumps(key)}:{text}' for key, text in members.items())}}}".encode())
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from vllmd.cli import show
+from vllmd.cli import nothing, show
 from vllmd.cli.admin import Admin
-
-ALIASES = ("list", "ls")
 
 HEAD = ("MODEL", "STATE", "ENGINE", "SOURCE", "ALIASES")
 
@@ -24,7 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
     elif models:
         print(show.table(HEAD, [_row(line) for line in models], names=("MODEL",), beneath=("SOURCE", "ALIASES")))
     else:
-        print("no models are configured; see vllmd.yaml(5)")
+        print(nothing.FIRST_LINE)
     return 0
 
 

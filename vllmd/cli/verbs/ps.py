@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from vllmd.cli import show
+from vllmd.cli import downloads, nothing, show
 from vllmd.cli.admin import Admin
 
 HEAD = ("MODEL", "STATE", "DEVICES", "MEMORY", "ACTIVE", "QUEUED", "IDLE", "NOTE")
@@ -18,15 +18,21 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    models = Admin(arguments).status()["models"]
+    status = Admin(arguments).status()
+    models = status["models"]
     if arguments.running:
         models = [line for line in models if line["state"] != "stopped"]
     if arguments.json:
         print(show.as_json(models))
     elif models:
         print(table(models, power=arguments.power))
+    elif arguments.running:
+        print("no model is loaded")
     else:
-        print("no model is loaded" if arguments.running else "no models are configured; see vllmd.yaml(5)")
+        for text in nothing.advice(status):
+            show.say(text)
+    for text in [] if arguments.json else downloads.under_way(status):
+        show.say(text)
     return 0
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from vllmd.cli import models, show
+from vllmd.cli import downloads, models, nothing, show
 from vllmd.cli.admin import Admin
 from vllmd.cli.failures import EX_CONFIG, EX_UNAVAILABLE
+from vllmd.cli.terminal import wrapped
 from vllmd.cli.verbs import info, ps, why
 
 FACTS = ("version", "process", "devices", "requests", "configuration", "configuration error")
@@ -45,4 +46,8 @@ def overview(status: dict[str, Any], where: str) -> str:
         parts[0] += f"\nthe devices do not answer: {status['trouble']}"
     if status["models"]:
         parts.append(ps.table(status["models"]))
+    elif not status.get("configuration", {}).get("error"):
+        parts.append("\n".join(wrapped(text, show.columns()) for text in nothing.advice(status)))
+    if fetching := downloads.under_way(status):
+        parts.append("\n".join(wrapped(text, show.columns()) for text in fetching))
     return "\n\n".join(parts)

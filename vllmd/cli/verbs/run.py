@@ -1,0 +1,78 @@
+"""Talk with a model; one that is not here is fetched and added first.
+
+With PROMPT, or something on the standard input, it prints the answer and ends;
+else each line is a message, as in chat. MODEL is the name of a configured
+model, or what pull takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from vllmd.cli import downloads, installing, models, show
+from vllmd.cli.admin import Admin
+from vllmd.cli.failures import Failure
+from vllmd.cli.verbs import chat
+
+INSTALLED = ("llama.cpp", "vllm")  # kinds of engine that a model which is fetched may need
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="smollm2, ORG/NAME[:QUANT], or a configured one")
+    parser.add_argument("message", nargs="*", metavar="PROMPT", help="ask this, print the answer, and end")
+    parser.add_argument("-s", "--system", metavar="TEXT", help="system prompt")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer")
+    parser.add_argument("--temperature", type=float, metavar="T", help="randomness")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    admin = Admin(arguments)
+    arguments.model = here(admin, arguments)
+    talk = chat.Talk(admin, arguments)
+    prompt = " ".join(arguments.message)
+    if not sys.stdin.isatty():
+        prompt = "\n\n".join(filter(None, (prompt, sys.stdin.read().strip() if not prompt else _piped())))
+    if prompt:
+        talk.ask(prompt)
+    elif sys.stdin.isatty():
+        chat.converse(talk)
+    return 0
+
+
+def here(admin: Admin, arguments: argparse.Namespace) -> str:
+    """The configured name of the model, which is fetched and added if it has to be, and its engine installed."""
+    status = admin.status()
+    line = _configured(status, arguments.model)
+    if line is None:
+        last = downloads.follow(admin, arguments.model, add=True, quiet=False)
+        if last.get("added"):
+            show.say(f"{last['model']} was fetched ({show.size(last.get('total'))}) and added", sys.stderr)
+        line = _configured(admin.status(), str(last["model"])) or {"name": last["model"], "config": {}, "failure": "?"}
+    elif not line.get("failure"):
+        return str(line["name"])
+    kind = line["config"].get("engine", "")
+    if not admin.url and kind in INSTALLED:
+        installing.ensure(arguments, kind)
+    return str(line["name"])
+
+
+def _configured(status: dict[str, Any], name: str) -> dict[str, Any] | None:
+    try:
+        return models.find(status, name)
+    except Failure:
+        return None
+
+
+def _piped() -> str:
+    """What a pipe or a file on the standard input has beside a prompt; nothing where nobody writes there."""
+    import select
+    import stat
+    from os import fstat
+
+    mode = fstat(sys.stdin.fileno()).st_mode
+    if stat.S_ISREG(mode):
+        return sys.stdin.read().strip()
+    ready = stat.S_ISFIFO(mode) and select.select([sys.stdin], [], [], 0.2)[0]
+    return sys.stdin.read().strip() if ready else ""

@@ -1,0 +1,335 @@
+"""The models that operators fetch, add and remove; and those that requests have fetched, where that is allowed.
+
+Who writes what, and why so. A model's files belong to the engines' user: ``downloads`` has them fetched and removed by
+a process of that user. That a model is served stands in a file of the daemon's own state, one for each model
+(``Config.added``), never in the administrator's: the daemon could not write there, and what it could write an
+administrator would have to doubt. It says no more than what model it is, of which kind of engine, and by which other
+names, so whoever may add models cannot have a program of his choice run by it; that is written by root, by hand.
+
+Nothing of ``downloads`` is imported before it is wanted: most daemons fetch nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllmd.api.answers import Added, Cached, CachedModel, Reloaded, Removed
+from vllmd.api.answers import Download as DownloadLine
+from vllmd.config.names import readable
+from vllmd.config.types import Config, ModelConfig
+from vllmd.daemon.changes import Changes
+from vllmd.daemon.current import Current, Later, RuntimeEnvironment
+from vllmd.errors import BadRequest, ConfigError, Conflict, Forbidden, NotFound, UnknownModel, Unsupported, VllmdError
+from vllmd.launcher.client import ExitReport
+
+if TYPE_CHECKING:
+    from vllmd.daemon.back_end import BackEnd
+    from vllmd.daemon.downloads import Download, Downloads
+    from vllmd.store.names import Wanted
+
+log = logging.getLogger("vllmd.store")
+
+HEAD = "# Written by vllmctl add; vllmctl rm removes it. Settings for the model may be added here: vllmd.yaml(5).\n"
+MAY_SAY = ("engine", "model", "aliases", "display_name", "description", "max_model_len")
+MAY_BE = ("vllm", "llama.cpp", "sglang", "transformers", "tei")  # kinds of engine that load a model's files
+GGUF_KIND = "llama.cpp"
+
+
+class ModelStore:
+    """Implements ``vllmd.admin.control.Store``."""
+
+    def __init__(
+        self,
+        current: Current,
+        runtime: RuntimeEnvironment,
+        back: Later[BackEnd],
+        changes: Changes,
+        reload: Callable[[], Awaitable[Reloaded]],
+    ) -> None:
+        self._current, self._runtime, self._back, self._changes = current, runtime, back, changes
+        self._reload = reload
+        self._writing = asyncio.Lock()
+        self._made: Downloads | None = None
+
+    # -- what the daemon itself asks
+
+    @property
+    def active(self) -> int:
+        """How many downloads run or wait."""
+        return self._made.active if self._made else 0
+
+    def ended(self, report: ExitReport) -> bool:
+        """Whether the process that ended was a download's."""
+        return self._made is not None and self._made.ended(report)
+
+    def lines(self) -> list[DownloadLine]:
+        """The downloads, as they are shown."""
+        return [DownloadLine(**line) for line in self._made.lines()] if self._made else []
+
+    @property
+    def _downloads(self) -> Downloads:
+        if self._made is None:
+            from vllmd.daemon.downloads import Downloads  # see the head of this file
+
+            self._made = Downloads(self._current, self._runtime, self._back, self._changes.stir, self._changes.tell)
+        return self._made
+
+    # -- fetching
+
+    async def pull(self, name: str, *, add: bool, detached: bool) -> AsyncGenerator[dict[str, Any], None]:
+        """Have a model's files here, and with ``add`` the model served. How far it is, line by line.
+
+        The last line has ``done``, or ``error``. Raises BadRequest before the first one for what is no model's name.
+        """
+        wanted = await self.meant(name)
+        if wanted.name in self._current.config.models and add:
+            yield {"done": True, "model": wanted.name, "added": False, "phase": "done"}
+            return
+        download = self._downloads.begin(wanted, detached=detached)
+        async with contextlib.aclosing(self._downloads.follow(download)) as lines:
+            async for line in lines:
+                yield line
+        try:
+            yield await self._end(download, wanted, add=add)
+        except VllmdError as error:
+            yield {"error": error.to_openai()["error"], "done": True, "model": wanted.name}
+
+    async def _end(self, download: Download, wanted: Wanted, *, add: bool) -> dict[str, Any]:
+        """The last line of a pull."""
+        found = await self._downloads.finished(download)
+        settings = settings_of(found, wanted)
+        told = {"done": True, "model": wanted.name, "settings": settings, "seconds": download.line()["elapsed"]}
+        if add and wanted.name not in self._current.config.models:
+            await self.add(wanted.name, settings, ours=True)
+        return {**told, "phase": "done", "total": download.total, "added": add}
+
+    async def meant(self, name: str) -> Wanted:
+        """What is to be fetched. On a machine with a device and vLLM well-known names mean the files for that."""
+        from vllmd.store.names import wanted
+
+        back = await self._back.wait()
+        return wanted(name, device=bool(back.memory.inventory) and await asyncio.to_thread(_has_vllm))
+
+    def stop(self, model: str) -> DownloadLine:
+        """End a download. Raises NotFound."""
+        download = self._made.running(model) if self._made else None
+        if self._made is None or download is None:
+            raise NotFound(f"nothing called {model!r} is being downloaded; vllmctl ps shows what is")
+        self._made.cancel(download)
+        return DownloadLine(**download.line())
+
+    # -- adding and removing
+
+    async def add(self, name: str, settings: Mapping[str, Any], *, ours: bool = False) -> Added:
+        """Serve a model from now on. ``ours``: the settings are our own, not a caller's.
+
+        Raises BadRequest, Conflict, ConfigError, Forbidden.
+        """
+        from vllmd.config.edit import document
+        from vllmd.config.runtime_model import guest
+
+        async with self._writing:
+            config = self._configuration()
+            if name in config.models:
+                raise Conflict(f"{name!r} is configured already, in {config.models[name].where or 'memory only'}")
+            if not ours:
+                _check(settings)
+            guest(name, settings, config, trusted=True)
+            path = self._place(config, name)
+            await asyncio.to_thread(_write, path, HEAD + document(name, settings))
+            try:
+                await self._reload()
+            except ConfigError:
+                await asyncio.to_thread(path.unlink)
+                raise
+            log.info("%s was added: %s", name, path)
+            return Added(name, str(path), dict(settings))
+
+    async def remove(self, model: str, *, files: bool, dry: bool = False) -> Removed:
+        """Serve a model no more, and with ``files`` remove what it was loaded from, if nothing else needs it.
+
+        ``dry``: only say what would be removed. Raises UnknownModel, Conflict.
+        """
+        async with self._writing:
+            config, name = self._configuration(), model
+            known = config.models.get(name)
+            paths, kept = await asyncio.to_thread(self._files, config, name, known) if files else ((), "")
+            if known is None and not paths:
+                raise UnknownModel(f"no model {name!r} is configured, or in the cache", param="model")
+            file = _added(config, known) if known is not None and not _is_discovered(known) else None
+            removed, size = tuple(map(str, paths)), await asyncio.to_thread(_sizes, paths)
+            told = Removed(name, str(file or ""), removed, kept, size)
+            if dry:
+                return told
+            if file is not None:
+                await asyncio.to_thread(file.unlink)
+                await self._reload()
+                log.info("%s was removed: %s", name, file)
+            if paths:
+                told = replace(told, freed=await self._downloads.remove(name, list(paths)))
+                if config.discover:
+                    await self._reload()
+            return told
+
+    async def contents(self) -> Cached:
+        """What the engines' caches hold, and which models are loaded from it."""
+        found = await asyncio.to_thread(self._contents)
+        return Cached(tuple(found), self._current.config.pull.endpoint or "")
+
+    # -- on the way there
+
+    def _configuration(self) -> Config:
+        if self._current.broken:
+            raise Conflict("the configuration is invalid; vllmctl config check says where")
+        return self._current.config
+
+    def _place(self, config: Config, name: str) -> Path:
+        """The file of a model that is to be added."""
+        if config.added is None:
+            raise Unsupported("this vllmd has no folder for models that are added")
+        path = config.added / f"{readable(name)}.yaml"
+        if path.exists():
+            path = config.added / f"{readable(name)}-{hashlib.sha256(name.encode()).hexdigest()[:8]}.yaml"
+        if path.exists():
+            raise Conflict(f"{path} is there, and has another model than {name!r}")
+        return path
+
+    def _hub(self) -> Path:
+        from vllmd.daemon.expectations import paths_of
+
+        return paths_of(self._current.config, self._runtime).homes.hub(ModelConfig(""))
+
+    def _contents(self) -> list[CachedModel]:
+        from vllmd.daemon.downloads import files_of
+        from vllmd.hub import discover, ggufs_of
+
+        hub = self._hub()
+        users = _users(self._current.config)
+        found = []
+        for one in discover(hub):
+            tags = tuple(sorted(ggufs_of(one.path))) if one.engine else ()
+            names = tuple(name for source, name in users if source.partition(":")[0] == one.name)
+            found.append(CachedModel(one.name, str(one.path), one.size, one.kind, one.engine, tags, names))
+        with contextlib.suppress(OSError):
+            for path in sorted(files_of(hub).glob("*/*.gguf")):
+                names = tuple(name for source, name in users if source == str(path))
+                size = path.stat().st_size
+                found.append(CachedModel(path.name, str(path), size, "generate", GGUF_KIND, (), names))
+        return found
+
+    def _files(self, config: Config, name: str, model: ModelConfig | None) -> tuple[tuple[Path, ...], str]:
+        """What is removed with a model (or a repository of the cache), and why the rest stays."""
+        from vllmd.daemon.downloads import files_of
+        from vllmd.hub import cached_files, is_repository
+
+        source, hub = model.source if model else name, self._hub()
+        others = [(other, user) for other, user in _users(config) if user != name]
+        same = [user for other, user in others if other == source]
+        if same:
+            return (), f"{source} is also the model of {', '.join(same)}: its files stay"
+        if source.startswith("/"):
+            path = Path(source)
+            if path.parent.parent == files_of(hub):
+                return (path.parent,), ""
+            return (), f"{source} is not in the engines' cache: it stays"
+        repository, _, tag = source.partition(":")
+        if not is_repository(repository):
+            return (), f"{source} is no repository of the cache: nothing of it is removed"
+        shared = [user for other, user in others if other.partition(":")[0] == repository]
+        paths = cached_files(hub, repository, tag, whole=not shared)
+        return paths, f"other files of {repository} stay, for {', '.join(shared)}" if shared else ""
+
+
+def settings_of(found: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
+    """How a model is configured whose files have come."""
+    settings = dict(wanted.settings)
+    if found.get("path"):
+        return {**settings, "engine": GGUF_KIND, "model": str(found["path"])}
+    repository, tag, file = (str(found.get(name) or "") for name in ("repository", "quantization", "file"))
+    if file:
+        return {**settings, "engine": GGUF_KIND, "model": f"{found['snapshot']}/{file}"}
+    if tag:
+        return {**settings, "engine": GGUF_KIND, "model": f"{repository}:{tag}"}
+    return {**settings, **({"model": repository} if repository != wanted.name else {})}
+
+
+def _has_vllm() -> bool:
+    """Whether engines would find vLLM."""
+    from vllmd.engines.environments import in_path, in_use
+
+    return in_use("vllm") is not None or in_path(ModelConfig(""), "vllm") is not None
+
+
+def _check(settings: Mapping[str, Any]) -> None:
+    """Raises Forbidden for settings that only a file of the administrator's may have."""
+    for name in settings:
+        if name not in MAY_SAY:
+            raise Forbidden(f"{name} is for the administrator to say, in vllmd.yaml; here may be: {', '.join(MAY_SAY)}")
+    if settings.get("engine") not in (None, *MAY_BE):
+        raise BadRequest(
+            f"engine {settings['engine']!r} cannot be added; right are {', '.join(MAY_BE)}", param="engine"
+        )
+
+
+def _is_discovered(model: ModelConfig) -> bool:
+    return model.where.startswith("found in ")
+
+
+def _added(config: Config, model: ModelConfig) -> Path:
+    """The file that was written for it. Raises Conflict where somebody else wrote it."""
+    from vllmd.config.edit import models_of
+
+    source, _, line = model.where.rpartition(":")
+    path = Path(source if line.isdecimal() else model.where)
+    if config.added is not None and path.parent == config.added and path.is_file():
+        text = path.read_text("utf-8")
+        if text.startswith(HEAD) and models_of(text) == [model.name]:
+            return path
+    what = f"{model.name!r} is configured in {model.where}" if model.where else f"{model.name!r} is in memory only"
+    raise Conflict(f"{what}: take it out there, then vllmctl reload")
+
+
+def _users(config: Config) -> list[tuple[str, str]]:
+    """What is loaded, and by which model."""
+    found = []
+    for model in config.models.values():
+        for each in (model, *(model.replicas.of if model.replicas else ())):
+            if (each.source, model.name) not in found:
+                found.append((each.source, model.name))
+    return found
+
+
+def _sizes(paths: tuple[Path, ...]) -> int:
+    """Bytes of what would be removed."""
+    total = 0
+    for path in paths:
+        with contextlib.suppress(OSError):
+            inner = [Path(at, name) for at, _, names in os.walk(path) for name in names] if path.is_dir() else [path]
+            total += sum(each.lstat().st_size if path.is_dir() else each.stat().st_size for each in inner)
+    return total
+
+
+def _write(path: Path, text: str) -> None:
+    """In one step, for everybody to read. Raises Conflict, in words, where it cannot be written."""
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
+        with open(descriptor, "w", encoding="utf-8") as file:
+            os.fchmod(descriptor, 0o644)
+            file.write(text)
+            file.flush()
+            os.fsync(descriptor)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise Conflict(f"{path} cannot be written: {error.strerror}") from None
