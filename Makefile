@@ -6,7 +6,7 @@ PREFIX ?= /usr/local
 WORKERS ?= 4
 FAST   := not machine and not vllm and not gpu and not qemu and not clients and not images
 
-.PHONY: help check unit lint fast mutants soak demo stopwatch images bench-start bench-proxy bench-schedule clients gpu-check deb rpm install
+.PHONY: help check unit lint fast mutants soak demo stopwatch images bench-start bench-proxy bench-schedule clients vllm-tests gpu-check deb rpm install
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
@@ -45,6 +45,9 @@ stopwatch: ## from a bare Debian 12 and 13 to the first token of a real model, e
 
 images: ## build both container images with buildah, run each, ask a real model (needs root and a network)
 	@$(SETUP) images && $(PYTHON) -m pytest -n 0 -m images tests/packaging/test_images.py
+
+vllm-tests: ## vLLM's own tests of LoRA, tokenizers and Anthropic's API, directly and through vllmd: tests/clients/vllm.md
+	@$(SETUP) venv vllm model vllm-tests && $(PYTHON) -m tests.clients.vllm_tests
 
 bench-schedule: ## the scheduling policies over traces
 	@$(SETUP) venv && $(PYTHON) -m tests.bench.schedule

@@ -14,10 +14,11 @@ import pytest
 from tests.proxy.fakes import Asked, Engine, until
 from vllmd.admin.models import ModelEndpoints
 from vllmd.config.types import ModelConfig
-from vllmd.daemon.self_description import Descriptions, SelfDescription, context_of
+from vllmd.daemon.self_description import Descriptions, SelfDescription, context_of, tools_of
 from vllmd.daemon.serializers import card
 from vllmd.engines.base import Listen
 from vllmd.engines.vllm import ROUTES
+from vllmd.ollama.models import abilities
 from vllmd.proxy.access import ANYBODY
 from vllmd.proxy.http import Headers, Request
 
@@ -89,10 +90,37 @@ def test_what_an_engine_says_counts_more_than_its_files_and_a_setting_more_than_
     assert "chat" in card(model, ROUTES, None, "")["capabilities"]
     assert "chat" in card(model, ROUTES, None, "generate")["capabilities"]
     told = card(model, ROUTES, None, "generate", said)
-    assert (told["capabilities"], told["max_model_len"]) == (["embeddings", "tokenize"], 512)
+    assert (told["capabilities"], told["max_model_len"]) == (("embeddings", "tokenize"), 512)
     assert card(model, ROUTES, None, "generate", SelfDescription())["max_model_len"] == 100
     own = ModelConfig("m", capabilities=("vision", "chat"))
-    assert card(own, ROUTES, None, "generate", said)["capabilities"] == ["chat", "vision"]
+    assert card(own, ROUTES, None, "generate", said)["capabilities"] == ("chat", "vision")
+
+
+TEMPLATES = {"chat_template_caps": {"supports_tools": False}}
+
+
+@pytest.mark.parametrize(
+    ("model", "said", "able"),
+    [
+        (ModelConfig("m"), None, False),
+        (ModelConfig("m", extra_args=("--enable-auto-tool-choice", "--tool-call-parser=hermes")), None, True),
+        (ModelConfig("m", engine="sglang", extra_args=("--tool-call-parser", "qwen")), None, True),
+        (ModelConfig("m", engine="sglang"), None, False),
+        (ModelConfig("m", engine="llama.cpp"), None, True),  # not known before it runs
+        (ModelConfig("m", engine="llama.cpp"), SelfDescription(tools=tools_of(TEMPLATES)), False),
+        (ModelConfig("m", engine="llama.cpp"), SelfDescription(tools=tools_of({"chat_template": "x"})), True),
+        (ModelConfig("m", engine="remote"), None, True),
+        (ModelConfig("m", capabilities=("chat",)), None, False),
+        (ModelConfig("m", capabilities=("chat", "tools")), None, True),
+    ],
+)
+def test_tools_are_claimed_where_the_engine_takes_calls(
+    model: ModelConfig, said: SelfDescription | None, able: bool
+) -> None:
+    """vLLM only with its flag, llama.cpp by its template; programs leave out models that do not claim it."""
+    found = card(model, ROUTES, None, "generate", said)
+    assert ("tools" in found.capabilities) == able
+    assert ("tools" in abilities(found)) == able
 
 
 def test_a_hidden_model_is_not_listed_and_answers_by_its_name() -> None:

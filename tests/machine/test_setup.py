@@ -39,7 +39,7 @@ def test_an_unknown_verb_is_named_with_the_known_ones(tmp_path: Path) -> None:
     """A typing error is answered with what would be right."""
     done = setup("tres", cache=tmp_path)
     assert done.returncode == 1
-    assert "unknown verb 'tres' (host venv tree" in done.stderr
+    assert "unknown verb 'tres' (host venv " in done.stderr
 
 
 def test_help_lists_the_verbs() -> None:

@@ -76,7 +76,7 @@ def test_tools(site: Site) -> None:
 def test_images_formats_options_and_thinking(site: Site) -> None:
     """All that a chat may have is taken."""
     seen = [{"role": "user", "content": "see", "images": [base64.b64decode(PNG)]}]
-    assert client(site).chat("alpha", seen).message.content == "see"
+    assert client(site).chat("alpha", seen).message.content == "see [image]"
     for format in ("json", {"type": "object", "properties": {"x": {"type": "integer"}}}):
         assert client(site).chat("alpha", HELLO, format=format).done
     short = client(site).chat("alpha", HELLO, think=False, options={"num_predict": 1, "num_ctx": 9, "temperature": 0})

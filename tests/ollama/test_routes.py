@@ -7,6 +7,7 @@ import contextlib
 import gc
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from tests.ollama.test_answers import DONE, chunk, usage
 from tests.proxy.fakes import EVENTS, Answer, Asked, Engine, Script, Stage, chunked, raw, reply, soon, stage, until
+from vllmd.api.answers import Card, ModelLine
 from vllmd.config.types import RequestRules
 from vllmd.errors import EngineFailed, Unavailable
 from vllmd.ollama.endpoints import add_ollama_routes
@@ -24,19 +26,19 @@ from vllmd.proxy.limits import Limits
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
 STREAM = [chunk({"content": "a"}), chunk({"content": "b"}), chunk({}, "stop"), usage(), DONE]
 WHOLE = {"choices": [{"message": {"role": "assistant", "content": "ab"}, "finish_reason": "stop"}]}
-CARD = {"id": "m", "display_name": "M", "hidden": False, "aliases": ["m-alias"], "engine": "vllm", "max_model_len": 99}
-CARD |= {"capabilities": ["chat", "embeddings"]}
+CARD = Card("m", display_name="M", aliases=("m-alias",), engine="vllm", max_model_len=99,
+            capabilities=("chat", "embeddings", "tools"))  # fmt: skip
 
 
 class FakeStatus:
     """One model, ``m``."""
 
-    async def models(self) -> list[dict[str, Any]]:
-        return [CARD, {**CARD, "id": "secret", "hidden": True, "aliases": []}]
+    async def models(self) -> list[Card]:
+        return [CARD, replace(CARD, id="secret", hidden=True, aliases=())]
 
-    def status(self) -> dict[str, Any]:
-        line = {"memory": 5, "devices": [0, 1], "state": "running", "rests_in": 60.0}
-        return {"models": [{"name": "m", **line}, {"name": "secret", **line}]}
+    def status(self) -> SimpleNamespace:
+        known = {"memory": 5, "devices": (0, 1), "rests_in": 60.0}
+        return SimpleNamespace(models=[ModelLine(name, "running", **known) for name in ("m", "secret")])
 
     def resolve(self, name: str, caller: object = ANYBODY) -> str:
         return SimpleNamespace(m="m", secret="secret").__dict__[name.removesuffix(":latest")]

@@ -2,7 +2,7 @@
 
 The configuration knows what was asked for, the files what the model could; only the engine knows what became of it:
 ``max_model_len: auto`` is decided at its start, and vLLM registers the routes of those tasks that the loaded model has.
-It is asked once per start, when somebody first lists the models, and by two questions that change nothing.
+It is asked once per start, when somebody first lists the models, and by questions that change nothing.
 """
 
 from __future__ import annotations
@@ -24,18 +24,38 @@ CONTEXT = ("max_model_len", "context_length", "context_window", "n_ctx")
 
 @dataclass(frozen=True, slots=True)
 class SelfDescription:
-    """``context`` in tokens, None if it was not told; ``routes``: the paths that it has, empty if that was not told."""
+    """``context`` in tokens, None if it was not told; ``routes``: the paths that it has, empty if that was not told.
+
+    ``tools``: whether its model's chat template takes tools, None if that was not told.
+    """
 
     context: int | None = None
     routes: frozenset[str] = frozenset()
+    tools: bool | None = None
 
 
 async def describe_itself(process: EngineProcess) -> SelfDescription:
     """Ask it. What it does not answer, or not in a form that is known, is not told."""
     model = process.engine.served_name(process.model)
-    models, schema = await asyncio.gather(_json(process, "/v1/models"), _json(process, "/openapi.json"))
+    models, schema, props = await _asked(process)
     paths = schema.get("paths") if isinstance(schema, dict) else None
-    return SelfDescription(context_of(models, model), frozenset(paths) if isinstance(paths, dict) else frozenset())
+    routes = frozenset(paths) if isinstance(paths, dict) else frozenset()
+    return SelfDescription(context_of(models, model), routes, tools_of(props))
+
+
+async def _asked(process: EngineProcess) -> list[Any]:
+    questions = ["/v1/models", "/openapi.json"]
+    if process.model.engine == "llama.cpp":
+        questions.append("/props")
+    answers: list[Any] = await asyncio.gather(*(_json(process, path) for path in questions))
+    return [*answers, None][:3]
+
+
+def tools_of(props: Any) -> bool | None:
+    """Whether the chat template takes tools, in an answer to llama.cpp's ``GET /props``."""
+    caps = props.get("chat_template_caps") if isinstance(props, dict) else None
+    told = caps.get("supports_tools") if isinstance(caps, dict) else None
+    return told if isinstance(told, bool) else None
 
 
 def context_of(models: Any, name: str) -> int | None:

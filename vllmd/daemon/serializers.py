@@ -11,6 +11,7 @@ from vllmd.api.answers import Card, Decision, Device, DeviceFree, Health, Limits
 from vllmd.config.types import ModelConfig
 from vllmd.core import types as core
 from vllmd.core.types import DeviceView, ModelView, ReplicaView, State
+from vllmd.engines.facts import argument
 
 if TYPE_CHECKING:
     from vllmd.daemon.engine_process import EngineProcess
@@ -35,6 +36,7 @@ ABILITIES = {
     "/v1/realtime": "realtime",
     "/tokenize": "tokenize",
 }
+TOOL_FLAGS = {"vllm": "enable-auto-tool-choice", "sglang": "tool-call-parser"}
 # What of it a model's files allow, by the kind that they are of (vllmd.hub); realtime takes the model's own word.
 BY_KIND = {
     "generate": frozenset({"chat", "completion", "responses", "messages", "tokenize"}),
@@ -65,6 +67,8 @@ def card(
         able &= served
     elif kind:
         able &= BY_KIND[kind]
+    if not model.capabilities and "chat" in able and calls_tools(model, said):
+        able.add("tools")
     return Card(
         id=model.name,
         display_name=model.display_name or model.name,
@@ -81,6 +85,16 @@ def card(
         parent=None,
         root=model.name,
     )
+
+
+def calls_tools(model: ModelConfig, said: SelfDescription | None) -> bool:
+    """Whether it can call tools by its own choice, as far as that is known; so it is of an engine that cannot be asked.
+
+    vLLM and SGLang look for calls in an answer only if they are told how the model writes them.
+    """
+    if model.engine in TOOL_FLAGS:
+        return bool(argument(model, TOOL_FLAGS[model.engine]))
+    return said is None or said.tools is not False
 
 
 def line(

@@ -16,7 +16,7 @@ LOADED = frozenset({"running", "starting", "waking"})
 GGUF = frozenset({"llama.cpp"})  # kinds of engines that load such files
 # What a model can, as the configuration or its engine says it -> what Ollama calls it
 ABILITIES: Mapping[str, tuple[str, ...]] = {
-    "chat": ("completion", "tools"),  # whether its template knows tools, its engine tells who tries
+    "chat": ("completion",),
     "completion": ("completion",),
     "embeddings": ("embedding",),
     "tools": ("tools",),

@@ -49,8 +49,11 @@ def answer(prompt: str, *, limit: int | None, fill: bool) -> tuple[list[str], st
     return words, "stop"
 
 
+IMAGES = frozenset(("image_url", "input_image", "image"))  # chat's, responses' and Anthropic's parts with a picture
+
+
 def content_text(content: Any) -> str:
-    """The text of a message's content: a string, or parts of which the texts count."""
+    """The text of a message's content: a string, or parts; a picture stands in it as ``[image]``."""
     if isinstance(content, str):
         return content
     if isinstance(content, list):
@@ -61,7 +64,9 @@ def content_text(content: Any) -> str:
 def _part_text(part: Any) -> str:
     if isinstance(part, str):
         return part
-    return str(part.get("text") or "") if isinstance(part, dict) else ""
+    if not isinstance(part, dict):
+        return ""
+    return "[image]" if part.get("type") in IMAGES else str(part.get("text") or "")
 
 
 def vector(text: str, dimensions: int) -> list[float]:

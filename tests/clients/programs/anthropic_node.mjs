@@ -1,5 +1,5 @@
 // @anthropic-ai/sdk, Anthropic's JavaScript library.
-import { BASE, CHAT, PIXEL, PLACE, QUESTION, TOOLS, aboutParis, ended, refused, run, yes } from './common.mjs'
+import { BASE, CHAT, IMAGES, PIXEL, PLACE, QUESTION, TOOLS, aboutParis, ended, refused, run, sees, yes } from './common.mjs'
 
 const { default: Anthropic } = await import(`${process.env.NODE_MODULES}/@anthropic-ai/sdk/index.mjs`)
 const client = new Anthropic({ baseURL: BASE, apiKey: 'none', maxRetries: 0 })
@@ -23,16 +23,16 @@ await run('@anthropic-ai/sdk', {
   },
   async tools() {
     const answer = await client.messages.create({
-      model: TOOLS, messages: [{ role: 'user', content: 'Weather in Paris?' }], max_tokens: 200, temperature: 0,
-      tools: [{ name: 'weather', input_schema: PLACE }], tool_choice: { type: 'tool', name: 'weather' },
+      model: TOOLS, messages: [{ role: 'user', content: 'Weather in Paris?' }], max_tokens: 1500, temperature: 1,
+      tools: [{ name: 'weather', strict: true, input_schema: PLACE }], tool_choice: { type: 'tool', name: 'weather' },
     })
-    yes(answer.content.some((part) => part.type === 'tool_use' && part.name === 'weather'), 'no call of the tool')
+    yes(answer.content.some((part) => part.type === 'tool_use' && part.input.place === 'Paris'), 'no call of the tool')
   },
   async images() {
     const source = { type: 'base64', media_type: 'image/png', data: PIXEL }
     const content = [{ type: 'image', source }, { type: 'text', text: 'What is it?' }]
-    const ask = () => client.messages.create({ model: CHAT, max_tokens: 8, messages: [{ role: 'user', content }] })
-    return `refused by the engine, which sees none: ${await refused(ask, 0, 'image')}`
+    const answer = await client.messages.create({ model: IMAGES, max_tokens: 8, messages: [{ role: 'user', content }] })
+    sees(answer.content[0].text)
   },
   async cancel() {
     const events = client.messages.stream({ model: CHAT, messages, max_tokens: 4000 })

@@ -1,11 +1,12 @@
 // What the Node programs share; see common.py.
 import { readFileSync } from 'node:fs'
 
-export const { BASE, CHAT_MODEL: CHAT, EMBED_MODEL: EMBED, TOOLS_MODEL: TOOLS } = process.env
+export const { BASE, CHAT_MODEL: CHAT, EMBED_MODEL: EMBED, TOOLS_MODEL: TOOLS, IMAGES_MODEL: IMAGES } = process.env
 export const QUESTION = 'What is the capital of France? Answer in one sentence.'
 export const PIXEL =
   'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=='
 export const PLACE = { type: 'object', properties: { place: { enum: ['Paris'] } }, required: ['place'] }
+export const TEXTS = ['a cat', 'a kitten', 'the annual report of a bank']
 const ENDED = 30_000
 
 export function yes(condition, what) {
@@ -14,6 +15,15 @@ export function yes(condition, what) {
 
 export function aboutParis(text) {
   yes(text?.includes('Paris'), `no true answer: ${text}`)
+}
+
+export function sees(text) {
+  yes(text?.includes('[image]'), `the engine has not seen it: ${text}`)
+}
+
+export function alike([cat, kitten, report]) {
+  const far = (a, b) => Math.hypot(...a.map((value, at) => value - b[at]))
+  yes(far(cat, kitten) < 0.8 * far(cat, report), 'a cat is no more like a kitten than like a report')
 }
 
 export async function ended() {

@@ -1,5 +1,7 @@
 // openai, OpenAI's JavaScript library.
-import { BASE, CHAT, EMBED, PIXEL, PLACE, QUESTION, TOOLS, aboutParis, ended, refused, run, yes } from './common.mjs'
+import {
+  BASE, CHAT, EMBED, IMAGES, PIXEL, PLACE, QUESTION, TEXTS, TOOLS, aboutParis, alike, ended, refused, run, sees, yes,
+} from './common.mjs'
 
 const { default: OpenAI } = await import(`${process.env.NODE_MODULES}/openai/index.mjs`)
 const client = new OpenAI({ baseURL: `${BASE}/v1`, apiKey: 'none', maxRetries: 0 })
@@ -26,20 +28,19 @@ await run('openai', {
   },
   async tools() {
     const answer = await client.chat.completions.create({
-      model: TOOLS, messages: [{ role: 'user', content: 'Weather in Paris?' }], max_tokens: 200, temperature: 0,
-      tools: [{ type: 'function', function: { name: 'weather', parameters: PLACE } }], tool_choice: { type: 'function', function: { name: 'weather' } },
+      model: TOOLS, messages: [{ role: 'user', content: 'Weather in Paris?' }], max_tokens: 1500, temperature: 1,
+      tools: [{ type: 'function', function: { name: 'weather', strict: true, parameters: PLACE } }], tool_choice: { type: 'function', function: { name: 'weather' } },
     })
-    yes(answer.choices[0].message.tool_calls[0].function.name === 'weather', 'no call of the tool')
+    yes(JSON.parse(answer.choices[0].message.tool_calls[0].function.arguments).place === 'Paris', 'no call of the tool')
   },
   async images() {
     const url = `data:image/png;base64,${PIXEL}`
     const content = [{ type: 'text', text: 'What is it?' }, { type: 'image_url', image_url: { url } }]
-    const ask = () => client.chat.completions.create({ model: CHAT, messages: [{ role: 'user', content }] })
-    return `refused by the engine, which sees none: ${await refused(ask, 0, 'image')}`
+    const answer = await client.chat.completions.create({ model: IMAGES, messages: [{ role: 'user', content }] })
+    sees(answer.choices[0].message.content)
   },
   async embeddings() {
-    const answer = await client.embeddings.create({ model: EMBED, input: ['a cat', 'a couch'] })
-    yes(answer.data.length === 2 && answer.data[0].embedding.length > 100, 'no embeddings')
+    alike((await client.embeddings.create({ model: EMBED, input: TEXTS })).data.map((each) => each.embedding))
   },
   async cancel() {
     const events = await client.chat.completions.create({ model: CHAT, messages, max_tokens: 4000, stream: true })
