@@ -34,6 +34,7 @@ async def app(scope, receive, send):
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
     await send({"type": "http.response.body", "body": b"ok"})
 """
+PATH = "/v1/chat/completions"
 CHAT = json.dumps({"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}).encode()
 WIDE = json.dumps(
     {"model": "m", "messages": [{"role": "user", "content": "h\u00e4"}], "max_tokens": 1}, ensure_ascii=False
@@ -41,7 +42,7 @@ WIDE = json.dumps(
 
 
 def post(
-    body: bytes = CHAT, *fields: str, path: str = "/v1/chat/completions", version: str = "1.1", host: str = "Host: localhost"
+    body: bytes = CHAT, *fields: str, path: str = PATH, version: str = "1.1", host: str = "Host: localhost"
 ) -> bytes:
     kind = (
         [] if any(field.lower().startswith("content-type") for field in fields) else ["Content-Type: application/json"]
