@@ -76,6 +76,7 @@ def test_an_invalid_file_changes_nothing_and_says_why(site: Site, command: str) 
     assert failed.returncode != 0
     told = failed.stderr if "vllmctl" in command else site.machine.journal("vllmd.service", "--lines=20")
     assert f'{CONFIG_FILE}:8: models.going.engin: there is no such setting; did you mean "engine"?' in told
+    assert told.count("there is no such setting") == 1
     assert site.engine_pid("steady") == pid
     assert site.active("vllmd.service") == "active"
     assert "on" in site.chat("going", "on")["choices"][0]["message"]["content"]

@@ -72,7 +72,7 @@ class BackEnd(Protocol):
         """What clients who wait for the model are told; "" while nothing is done."""
 
     def unreached(self, replica: str) -> None:
-        """Nobody listens where the replica's engine should."""
+        """No process listens where the replica's engine should."""
 
     async def provide(self, replica: str, adapter: str, waits: Callable[[], None]) -> None:
         """Have the replica's engine load the adapter, unless it has it; ``waits`` is called if that takes its time.
@@ -371,7 +371,7 @@ class AdmissionGate:
     async def retry(self, permit: Permit, error: errors.VllmdError) -> Permit:
         """Once more, to another replica; one that is the only engine only if nobody listened there. Raises ``error``.
 
-        Whoever did not listen has just died, and the core will hear of it.
+        An engine that does not listen has just died, and the core will hear of it.
         """
         replicas = self._models[permit.model].replicas if permit.model in self._models else None
         if self._back is None:
@@ -453,7 +453,7 @@ class AdmissionGate:
             permit.cut(command.reason)
 
     def reject_waiting(self, why: str) -> None:
-        """At shutdown: whoever still waits is told to come back."""
+        """At shutdown: requests that still wait are refused, with a time to come back."""
         for waiting in self._opening:
             if not waiting.done():
                 waiting.set_exception(errors.Unavailable(why, retry_after=5))
@@ -547,7 +547,7 @@ class Permit:
         self._reason: str | None = None  # why it was cut
 
     def decide(self) -> None:
-        """It was admitted or refused: whoever waits goes on."""
+        """It was admitted or refused: ``AdmissionGate.acquire`` goes on."""
         if self.decided is not None and not self.decided.done():
             self.decided.set_result(None)
 
@@ -577,7 +577,7 @@ class Permit:
             callback(self._reason)
 
     def cut(self, reason: str) -> None:
-        """Break it off."""
+        """Tell the relay that the daemon breaks the request off, and why."""
         self._reason = reason
         if self._heard is not None:
             self._heard(reason)

@@ -140,7 +140,7 @@ class Listeners:
         return sum(server.connections for server in self._servers)
 
     def open(self) -> None:
-        """Accept."""
+        """Accept connections on every listener."""
         are_ours(sock for sockets in self._listeners.values() for sock in sockets)
         for server in self._servers:
             server.start()

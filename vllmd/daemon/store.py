@@ -29,11 +29,11 @@ from vllmd.config.types import Config, ModelConfig
 from vllmd.daemon.changes import Changes
 from vllmd.daemon.current import Current, Later, RuntimeEnvironment
 from vllmd.errors import BadRequest, ConfigError, Conflict, Forbidden, NotFound, UnknownModel, Unsupported, VllmdError
-from vllmd.launcher.client import ExitReport
 
 if TYPE_CHECKING:
     from vllmd.daemon.back_end import BackEnd
     from vllmd.daemon.downloads import Download, Downloads
+    from vllmd.launcher.client import ExitReport
     from vllmd.store.names import Wanted
 
 log = logging.getLogger("vllmd.store")
