@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from vllmd.core import events
-from vllmd.core.commands import AddReplica, Answer, Command, Record
+from vllmd.core.commands import AddReplica, Admit, Answer, Command, Record
 from vllmd.core.scheduler import Scheduler
 from vllmd.core.types import Decision
 from vllmd.daemon.dispatcher import DECISIONS, Dispatcher
@@ -167,3 +167,24 @@ def test_refusals_do_not_drown_the_log(caplog: pytest.LogCaptureFixture) -> None
     assert caplog.messages.count("m: evict: its queue is full") == 1
     left = sum(int(text.split()[0]) for text in caplog.messages if "were left out" in text)
     assert left + caplog.messages.count("m: refuse: its queue is full") == 10 * DECISIONS
+
+
+def test_a_command_that_fails_takes_no_other_along(caplog: pytest.LogCaptureFixture) -> None:
+    """Two requests are admitted by one event: the second one is, whatever goes wrong with the first."""
+    admitted: list[str] = []
+
+    def admit(command: Admit) -> None:
+        if command.request == "1":
+            raise RuntimeError("a defect")
+        admitted.append(command.request)
+
+    class Deciding(Wanting):
+        def handle(self, event: events.Event, now: float) -> list[Command]:
+            return [Admit("1", "m"), Admit("2", "m")]
+
+    async def story() -> None:
+        Dispatcher(Deciding(), {Admit: admit}).post(ARRIVED)
+
+    asyncio.run(story())
+    assert admitted == ["2"]
+    assert "could not carry out Admit" in caplog.text

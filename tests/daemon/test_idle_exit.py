@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from vllmd.daemon.current import RuntimeEnvironment
 from vllmd.daemon.idle_exit import IdleExit
+from vllmd.daemon.service import Daemon
 
 
 def test_it_ends_when_idle_for_long_enough() -> None:
@@ -34,3 +41,28 @@ def test_it_lives_a_second_at_least() -> None:
     exit = IdleExit(born=0.0)
     assert not exit.due(0.9, 0.0, busy=False, accepted=0)
     assert exit.due(1.0, 0.0, busy=False, accepted=0)
+
+
+class Idle(SimpleNamespace):
+    """A part of the daemon in which nothing goes on, but for what is said."""
+
+    def __getattr__(self, name: str) -> Idle:
+        return Idle()
+
+    def __bool__(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize(("connections", "requests", "exits"), [(0, 0, True), (1, 0, False), (0, 1, False)])
+def test_it_stays_while_somebody_is_connected(connections: int, requests: int, exits: bool) -> None:
+    """A client that keeps its connection, or waits for an answer, would see it break."""
+    daemon = Daemon.__new__(Daemon)
+    config = SimpleNamespace(server=SimpleNamespace(idle_exit=1.0))
+    daemon.front = Idle(  # type: ignore[assignment]
+        gate=SimpleNamespace(requests=requests),
+        listeners=SimpleNamespace(connections=connections, accepted=0),
+        current=SimpleNamespace(config=config),
+    )
+    daemon._runtime = RuntimeEnvironment(activated=True)
+    daemon._idle_exit = IdleExit(time.monotonic() - 100.0)
+    assert daemon._may_exit(None) is exits

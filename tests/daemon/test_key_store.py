@@ -105,7 +105,7 @@ def test_where_nothing_can_be_written_nothing_changes(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match="nothing changed"):
         keys.create("alice", {})
     assert len(keys.list().keys) == 1
-    with pytest.raises(Unavailable, match="no state folder"):
+    with pytest.raises(Conflict, match="no state folder"):
         store(None).create("alice", {})
 
 

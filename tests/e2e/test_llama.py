@@ -9,7 +9,7 @@ import pytest
 
 from tests.e2e.site import Site
 from tests.machine import container
-from tests.machine.container import CannotBoot
+from tests.machine.container import REPOSITORY, CannotBoot
 
 pytestmark = [pytest.mark.machine, pytest.mark.llama]
 
@@ -17,6 +17,7 @@ CONFIG = """
 server: {idle_exit: never}
 devices: []
 idle: never
+pull: {endpoint: "http://127.0.0.1:8099", keep_free: 0}
 models:
   smollm2: {engine: llama.cpp, model: /srv/smollm2.gguf, max_model_len: 1024, start_timeout: 5m}
   absent: {engine: llama.cpp, model: /srv/absent.gguf}
@@ -71,6 +72,34 @@ def test_a_model_without_its_file_is_told_of_in_one_line(site: Site) -> None:
     assert "/srv/absent.gguf" not in str(answer)
     why = site.machine.out("vllmctl why absent")
     assert "failed to open GGUF file '/srv/absent.gguf'" in why
+
+
+def test_a_model_comes_from_the_hub_by_one_command_and_goes_again(site: Site) -> None:
+    """Fetched as the engines' user, its file the daemon's, answering, removed; all by a member of vllmd-admin."""
+    machine, name = site.machine, "org/SmolLM2-GGUF"
+    machine.add_user("op", groups="vllmd-admin")
+    machine.copy_in(REPOSITORY / "tests/store/hub.py", "/srv/hub.py")
+    machine.run("ln -sf /srv/smollm2.gguf /srv/SmolLM2-Q4_1.gguf")
+    machine.run(
+        f"systemd-run --unit=hub python3 /srv/hub.py 8099 {name}=/srv/SmolLM2-Q4_1.gguf && "
+        "timeout 20 sh -c 'until curl -s http://127.0.0.1:8099 || python3 -c \"import socket; "
+        'socket.create_connection((\\"127.0.0.1\\", 8099))"; do sleep 0.1; done\''
+    )
+    said = machine.run(["vllmctl", "run", name, "--temperature", "0", *QUESTION.split()], user="op", check=False)
+    assert said.stdout == "The capital of France is Paris.\n", said.stderr + machine.journal()[-3000:]
+    assert "was fetched" in said.stderr
+    file = "/var/lib/vllmd/models.d/org-smollm2-gguf.yaml"
+    assert machine.out(f"stat -c '%U %a' {file}").split() == ["vllmd", "644"]
+    repository = "/var/lib/vllmd-engine/.cache/huggingface/hub/models--org--SmolLM2-GGUF"
+    assert machine.out(f"stat -c %U {repository}").strip() == "vllmd-engine"
+    assert "org/SmolLM2-GGUF" in machine.out("vllmctl list", user="op")
+    machine.run("systemctl restart vllmd.service")
+    assert site.state(name) in ("running", "stopped")
+    machine.run(["vllmctl", "rm", "--files", "--yes", name], user="op")
+    assert machine.run(f"test -e {repository} -o -e {file}", check=False).returncode == 1
+    machine.add_user("somebody")
+    refused = machine.run(["vllmctl", "pull", name], user="somebody", check=False)
+    assert refused.returncode == 77
 
 
 def test_it_stops_and_leaves_nothing(site: Site) -> None:

@@ -128,6 +128,58 @@ MUTATIONS = (
         "if False and (",
         JOBS,
     ),
+    Mutation(
+        "a request that was answered in part is not sent again",
+        "proxy/forward.py",
+        "self._again = untouched and",
+        "self._again =",
+        "proxy/test_relay.py",
+    ),
+    Mutation(
+        "a paused connection is read again when it is kept",
+        "proxy/upstream.py",
+        "        if self._paused:\n            self.resume()",
+        "        pass",
+        "proxy/test_upstream.py",
+    ),
+    Mutation(
+        "heads are remembered up to a size", "proxy/heads.py", "len(raw) <= MEMO_SIZE", "True", "proxy/test_heads.py"
+    ),
+    Mutation(
+        "a failed command takes no other along",
+        "daemon/dispatcher.py",
+        'log.exception("could not carry out %s", command)',
+        "break",
+        "daemon/test_dispatcher.py",
+    ),
+    Mutation(
+        "no idle exit while clients are connected",
+        "daemon/service.py",
+        "or front.listeners.connections",
+        "or False",
+        "daemon/test_idle_exit.py",
+    ),
+    Mutation(
+        "a crash is a failure",
+        "daemon/changes.py",
+        'events.EngineExited: ("exit", True)',
+        'events.EngineExited: ("exit", False)',
+        "daemon/test_changes.py",
+    ),
+    Mutation(
+        "a timer that was put off rings no earlier",
+        "core/timers.py",
+        "while heap and heap[0][0] != heap[0][2].due:",
+        "while False:",
+        "core/test_timers.py",
+    ),
+    Mutation(
+        "a lease on an unused model is shown",
+        "core/scheduler.py",
+        "model.unused_view = None",
+        "pass",
+        "core/test_views.py",
+    ),
     Mutation("the policy sees each request", "core/common.py", "self.changed[m] = None", "pass", ALL_CORE),
     Mutation("one late answer is no outlier", "core/health.py", "if h.late >= ENOUGH and", "if", REPLICAS),
     Mutation(
@@ -147,8 +199,8 @@ MUTATIONS = (
     Mutation(
         "keys take turns in a queue",
         "core/queues.py",
-        "self._keys[key] = mine\n        self.remove",
-        "self._keys = {key: mine, **self._keys}\n        self.remove",
+        "self._keys[key] = self._keys.pop(key)",
+        "pass",
         "core/test_requests.py",
     ),
     Mutation(

@@ -506,7 +506,8 @@ def test_what_changes_models() -> None:
             lines = (await ask(act, "/api/pull", {"model": "m"})).body.splitlines()
             assert json.loads(lines[-1]) == {"status": "success"}
             for path in ("/api/create", "/api/copy", "/api/push", "/api/blobs/sha256:00"):
-                answer = await ask(act, path, {"model": "m"})
+                body = {"source": "m", "destination": "n"} if path == "/api/copy" else {"model": "n", "from": "m"}
+                answer = await ask(act, path, body)
                 assert (answer.status, len(answer.json()["error"]) > 20) == (501, True)
             assert (await got(act, "/api/blobs/sha256:00", method="HEAD")).status == 404
 

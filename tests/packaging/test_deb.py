@@ -106,8 +106,10 @@ SMOLLM2 = "models: {smollm2: {engine: llama.cpp, model: /srv/models/smollm2.gguf
 def test_an_engine_is_installed_and_a_real_model_answers(installed_machine: Machine, llama: RealLlama) -> None:
     """A service that may write nothing else installs it; a reload moves what runs to another version."""
     machine = installed_machine
-    for wheel in (llama.environments / "wheels").glob("xllamacpp-*.whl"):
-        machine.copy_in(wheel, f"/srv/wheels/{wheel.name}")
+    wheel = next((container.cache() / "wheels").glob("xllamacpp-*.whl"), None) or pytest.skip(
+        "packaging/dev/setup wheels"
+    )
+    machine.copy_in(wheel, f"/srv/wheels/{wheel.name}")
     machine.copy_in(llama.model, "/srv/models/smollm2.gguf")
     machine.run("useradd --groups=vllmd-admin ada; useradd carl")
     refused = machine.run("vllmctl engine install llama.cpp --offline /srv/wheels", user="ada", check=False)

@@ -6,7 +6,15 @@ import pytest
 
 from vllmd.errors import BadRequest
 from vllmd.proxy.framing import Chunked, Length
-from vllmd.proxy.heads import HeadMemo, forwardable, parse_request_head, parse_response_head, write_response_head
+from vllmd.proxy.heads import (
+    MEMO_SIZE,
+    HeadMemo,
+    RequestHead,
+    forwardable,
+    parse_request_head,
+    parse_response_head,
+    write_response_head,
+)
 from vllmd.proxy.upstream import describe
 
 
@@ -76,3 +84,19 @@ def test_an_address_is_described_as_people_write_it() -> None:
     from vllmd.engines.base import Listen
 
     assert [describe(Listen(uds="/run/x")), describe(Listen(port=5))] == ["/run/x", "127.0.0.1:5"]
+
+
+def test_only_heads_of_usual_size_are_remembered() -> None:
+    """Ten thousand connections remember one each: what a client sends must not stay for as long as it is connected."""
+    parsed: list[int] = []
+
+    def parse(raw: bytes) -> RequestHead:
+        parsed.append(len(raw))
+        return parse_request_head(raw)
+
+    memo = HeadMemo(parse)
+    usual = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
+    large = usual[:-2] + b"X: " + b"x" * MEMO_SIZE + b"\r\n\r\n"
+    for raw in (usual, usual, large, large, usual):
+        memo.read(raw)
+    assert parsed == [len(usual), len(large), len(large)]

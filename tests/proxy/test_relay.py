@@ -315,6 +315,26 @@ def test_an_engine_that_answers_nothing_sound_is_a_502(script: object) -> None:
     asyncio.run(play())
 
 
+@pytest.mark.parametrize("part", [b"HTTP/1.1 200", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n"])
+def test_a_request_that_was_answered_in_part_is_not_sent_again(part: bytes) -> None:
+    """On a kept connection, too, a byte of an answer means that the engine has had the request: it may have acted."""
+
+    async def script(engine: Engine, asked: Asked, writer: asyncio.StreamWriter) -> None:
+        await (raw(part, close=True) if len(engine.asked) == 2 else reply(ANSWER))(engine, asked, writer)
+
+    async def play() -> None:
+        async with stage(script) as act:
+            client = await act.client()
+            client.post()
+            assert (await client.answer()).status == 200
+            client.post()
+            await until(lambda: len(act.engine.asked) == 2)
+            await until(lambda: all(permit.over.is_set() for permit in act.gate.permits))
+            assert len(act.engine.asked) == 2
+
+    asyncio.run(play())
+
+
 def test_who_finds_nobody_listening_waits_at_the_gate_again() -> None:
     """Its engine has just died and the gate does not know yet: nothing was sent, so nothing is sent twice."""
 

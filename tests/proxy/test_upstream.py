@@ -10,7 +10,8 @@ import pytest
 from tests.proxy.fakes import EVENTS, Asked, Engine, chunked, raw, reply, soon, until
 from vllmd.engines.base import Listen
 from vllmd.errors import UpstreamFailed
-from vllmd.proxy.upstream import WRITE_LIMIT, Upstream, _Collected, connect, request
+from vllmd.proxy.limits import Limits
+from vllmd.proxy.upstream import WRITE_LIMIT, Pool, Upstream, _Collected, connect, request
 
 
 async def asked_of(script: object, path: Path, **options: object) -> tuple[int, bytes, Asked]:
@@ -116,5 +117,48 @@ def test_a_large_body_is_not_in_memory_twice(tmp_path: Path) -> None:
             assert (await soon(sink.over)).status == 200
             assert got == b"head" + body
             connection.abort()
+
+    asyncio.run(play())
+
+
+class Wire(asyncio.Transport):
+    """A transport that goes nowhere; ``reading`` is whether it would be read."""
+
+    reading = True
+
+    def pause_reading(self) -> None:
+        """As asyncio's."""
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        """As asyncio's."""
+        self.reading = True
+
+    def is_closing(self) -> bool:
+        """Never."""
+        return False
+
+    def write(self, data: object) -> None:
+        """Nobody reads it."""
+
+    def get_write_buffer_size(self) -> int:
+        """Everything is sent at once."""
+        return 0
+
+
+def test_a_connection_that_was_paused_is_read_again_when_it_is_kept() -> None:
+    """Its client took nothing, and the rest of the answer was on its way already: the next request must be answered."""
+
+    async def play() -> None:
+        pool, wire, listen = Pool(Limits()), Wire(), Listen()
+        connection = Upstream(listen, pool)
+        connection.connection_made(wire)
+        connection.send("POST", b"head", (b"",), 0, _Collected(100))
+        connection.data_received(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n1")
+        connection.pause()
+        assert not wire.reading
+        connection.data_received(b"2")
+        assert (pool.take(listen), wire.reading) == (connection, True)
+        pool.close()
 
     asyncio.run(play())

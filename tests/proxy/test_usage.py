@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from tests.proxy.fakes import EVENTS, Engine, Script, chunked, raw, reply, soon, stage, until
 from tests.proxy.fakes import Asked as Got
+from vllmd.proxy.exchange import LAST_CHUNK, chunk
 from vllmd.proxy.framing import Chunked
 from vllmd.proxy.gate import Target
 from vllmd.proxy.large import in_large
@@ -271,3 +274,17 @@ def test_what_is_told_in_each_api() -> None:
     assert tokens_told(b'"usage":{"total_tokens":7}') == Tokens(7, 0)
     assert reckoned(CHAT, b"x" * 400, 1000, stream=True) == Tokens(100, 4, estimated=True)
     assert reckoned("/v1/embeddings", b"x" * 400, 1000, stream=False) == Tokens(100, 0, estimated=True)
+
+
+def test_a_stream_without_usage_is_not_taken_apart_at_its_end() -> None:
+    """Under load much of a stream comes in one piece with its last chunk: it passes as it came, and costs no look."""
+    sent: list[bytes] = []
+    exchange: Any = SimpleNamespace(write=sent.append, finish=lambda: None)
+    framing = Chunked()
+    answer = WithoutUsage(exchange, framing, b"")
+    answer._closer = None  # type: ignore[assignment, method-assign]
+    piece = chunk(b'data: {"choices":[{"index":0}]}\n\n') * 3 + chunk(b"data: [DONE]\n\n") + LAST_CHUNK
+    assert framing.scan(piece) == len(piece)
+    answer.more(piece)
+    answer.end()
+    assert sent == [piece]

@@ -146,3 +146,16 @@ def hub(repositories: dict[str, dict[str, bytes]], **over: Any) -> Iterator[Hub]
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+if __name__ == "__main__":  # in a container: PORT, then NAME=FILE of each repository's one file
+    import sys
+    from pathlib import Path
+
+    served = {}
+    for word in sys.argv[2:]:
+        name, _, path = word.partition("=")
+        served[name] = {Path(path).name: Path(path).read_bytes(), "README.md": b"x"}
+    alone = Hub(served, f"http://127.0.0.1:{sys.argv[1]}")
+    alone.gate.set()
+    ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), type("Handler", (_Handler,), {"hub": alone})).serve_forever()

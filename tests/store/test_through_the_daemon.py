@@ -132,6 +132,28 @@ def test_what_is_refused_changes_nothing(site: Site, verb: str, path: str, body:
     assert os.listdir(site.log.parent).count("models.d") == 0
 
 
+def test_ollamas_clients_pull_copy_and_delete(tmp_path: Path, llama: RealLlama) -> None:
+    """By the same store, with its own words: a bar in bytes, success, and a name that is gone."""
+    with stores(tmp_path / "d", llama) as (site, _):
+        ask_admin = site.admin.request
+        lines = [json.loads(each) for each in ask_admin("POST", "/api/pull", json={"model": NAME}).iter_lines()]
+        assert lines[-1] == {"status": "success"}
+        assert any(line.get("total") == llama.model.stat().st_size and line["digest"] for line in lines)
+        copied = ask_admin("POST", "/api/copy", json={"source": NAME, "destination": "x"})
+        assert copied.status_code == 200, copied.text
+        assert ask_admin("POST", "/api/create", json={"model": "y", "from": "x"}).json() == {"status": "success"}
+        made = ask_admin("POST", "/api/create", json={"model": "z", "from": "x", "system": "Be brief."})
+        assert made.status_code == 501 and "system cannot be made part of a model here" in made.text
+        tags = {each["name"] for each in ask_admin("GET", "/api/tags").json()["models"]}
+        assert tags == {f"{NAME}:latest", "x:latest", "y:latest"}
+        for name in ("x", NAME, "y"):
+            assert ask_admin("DELETE", "/api/delete", json={"model": name}).status_code == 200
+        assert site.admin.get("/admin/store").json()["cached"] == []
+        assert ask_admin("DELETE", "/api/delete", json={"model": "x"}).status_code == 404
+        refused = ask_admin("POST", "/api/pull", json={"model": "org/none"})
+        assert "there is no repository org/none" in refused.text
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("refusals")
@@ -144,3 +166,53 @@ def test_only_operators_may(site: Site) -> None:
     with httpx.Client(base_url=f"http://127.0.0.1:{site.port}") as anybody:
         for verb, path in (("POST", "pull"), ("PUT", "models/x"), ("DELETE", "models/x"), ("GET", "")):
             assert anybody.request(verb, f"/admin/store/{path}".rstrip("/")).status_code in (401, 403)
+
+
+def ask(site: Site, model: str, answers: list[httpx.Response]) -> threading.Thread:
+    """Ask it, beside what else is done."""
+    body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+
+    def post() -> None:
+        answers.append(httpx.post(f"http://127.0.0.1:{site.port}/v1/chat/completions", json=body, timeout=120))
+
+    thread = threading.Thread(target=post)
+    thread.start()
+    return thread
+
+
+def test_a_request_has_its_model_fetched_once_for_all(tmp_path: Path, llama: RealLlama) -> None:
+    """Of owners that are allowed: one download for all; who waits sees how far it is; a failure is told to all."""
+    pull = {"on_request": True, "owners": ["org"]}
+    with stores(tmp_path / "d", llama, pull=pull, server={"loading_comment_interval": "100ms"}) as (site, at):
+        at.gate.clear()
+        answers: list[httpx.Response] = []
+        asking = [ask(site, NAME, answers)]
+        until = time.monotonic() + LIMIT
+        while not any(d["phase"] == "downloading" for d in site.admin.get("/admin/status").json()["downloads"]):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        assert "does not exist" in site.refusal("other/Model-GGUF")  # nobody else waits meanwhile
+        body = {"model": NAME, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "stream": True}
+        url = f"http://127.0.0.1:{site.port}/v1/chat/completions"
+        with httpx.stream("POST", url, json=body, timeout=120) as streamed:
+            lines = streamed.iter_lines()
+            assert any("fetching" in line for line in lines)  # as a comment, while it comes
+            at.gate.set()
+            assert "data: [DONE]" in list(lines)
+        asking[0].join(120)
+        assert [each.status_code for each in answers] == [200], [each.text for each in answers]
+        assert len([seen for seen in at.seen if seen.startswith("GET /lfs/")]) == 1
+        asking = [ask(site, "org/none", answers), ask(site, "org/none", answers)]
+        for thread in asking:
+            thread.join(60)
+        assert [each.status_code for each in answers[1:]] == [404, 404]
+        assert all("there is no repository org/none" in each.text for each in answers[1:])
+        asked = len(at.seen)
+        assert "there is no repository org/none" in site.refusal("org/none") and len(at.seen) == asked
+
+
+def test_a_request_has_nothing_fetched_that_is_too_large(tmp_path: Path, llama: RealLlama) -> None:
+    """Nor anything where that is not allowed."""
+    with stores(tmp_path / "d", llama, pull={"on_request": True, "owners": ["org"], "largest": "1MiB"}) as (site, at):
+        assert "at most 1.0 MB may be fetched" in site.refusal(NAME)
+        assert not [seen for seen in at.seen if seen.startswith("GET /lfs/")]

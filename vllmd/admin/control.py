@@ -217,6 +217,9 @@ class Store(Protocol):
     async def add(self, name: str, settings: Mapping[str, Any]) -> Added:
         """Serve a model from now on. Raises BadRequest, Conflict, Forbidden."""
 
+    async def copy(self, model: str, name: str) -> Added:
+        """Serve what a model is loaded from under another name as well. Raises UnknownModel, Conflict."""
+
     async def remove(self, model: str, *, files: bool, dry: bool) -> Removed:
         """Serve it no more; ``files``: and remove them. ``dry``: only say what would be removed.
 

@@ -29,7 +29,7 @@ class Histogram:
         self.total = 0.0
 
     def observe(self, value: float) -> None:
-        """One more."""
+        """Count one more value, in seconds."""
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
@@ -76,7 +76,7 @@ class Counters:
         self.departures: Counter[tuple[str, ...]] = Counter()  # model, how (sleep, stop, freeze), cause
 
     def exchanged(self, exchange: Exchange) -> None:
-        """A request has ended."""
+        """Count a request that has ended: by route, and by model, key and error where it has them."""
         request, model, status = exchange.request, exchange.offer or exchange.model, str(exchange.status or 499)
         elapsed = time.monotonic() - exchange.began
         route = request.route.replace(":path", "") or "none"

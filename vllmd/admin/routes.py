@@ -33,6 +33,7 @@ from vllmd.api.answers import (
 from vllmd.proxy.access import Reach
 from vllmd.proxy.routing import Router
 
+OBJECT = {"type": "object"}
 NOTHING, EACH, MACHINE = Reach.NOTHING, Reach.EACH, Reach.MACHINE  # a row without one is about one model
 ANOTHER = """\
 On a GPU where none of its instances is, one of its replicas that is not loaded is started there; a model without
@@ -75,7 +76,8 @@ def add_operator(router: Router, control: Control) -> None:
         answers(ModelList), EACH)  # fmt: skip
     add("GET", "/admin/models/{model:path}", models.one, "read", "One model, likewise", answers(Model))
     add("GET", "/admin/config", models.settings, "read", "The settings in force, and where each comes from",
-        doc(streams("application/yaml", "vllmd.yaml without secrets"), asks(model=(TEXT, "of that model only"))),
+        doc(streams("application/yaml", "vllmd.yaml without secrets", {"application/yaml": {"schema": OBJECT}}),
+            asks(model=(TEXT, "of that model only"))),
         MACHINE)  # fmt: skip
     add("GET", "/admin/events", follow.events, "read", "Decisions as they are made, and what becomes of them",
         streams("text/event-stream", "events whose data is a Decision"), MACHINE)  # fmt: skip

@@ -10,7 +10,7 @@ No class here has slots: ``vars()`` of an answer is its JSON object.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, FrozenInstanceError, dataclass, field, fields
 from typing import Annotated, ClassVar, Literal, TypeVar, dataclass_transform
 
 Object = Mapping[str, object]  # JSON that is not ours to describe: settings of a model, the numbers of a decision
@@ -50,6 +50,22 @@ class Answer:
             raise TypeError(f"{kind.__name__} has other fields, or needs {', '.join(kind._needed)}")
         vars(self).update(told)
 
+    def __setattr__(self, name: str, value: object) -> None:
+        raise FrozenInstanceError(f"cannot assign to field {name!r}")
+
+    def __delattr__(self, name: str) -> None:
+        raise FrozenInstanceError(f"cannot delete field {name!r}")
+
+    def __eq__(self, other: object) -> bool:
+        same = type(other) is type(self)
+        return all(getattr(self, each) == getattr(other, each) for each in self._blank) if same else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(tuple([getattr(self, each) for each in self._blank]))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{each}={getattr(self, each)!r}' for each in self._blank)})"
+
     def __getitem__(self, name: str) -> object:
         """A field by its name, as in the JSON object that it stands in."""
         return getattr(self, name)
@@ -57,8 +73,8 @@ class Answer:
 
 @dataclass_transform(frozen_default=True)
 def answer(kind: type[T]) -> type[T]:
-    """A frozen dataclass with the constructor of Answer."""
-    kind = dataclass(frozen=True, init=False)(kind)
+    """A frozen dataclass with the methods of Answer: none is compiled for each class, so that vllmctl starts soon."""
+    kind = dataclass(init=False, repr=False, eq=False)(kind)
     every = fields(kind)  # type: ignore[arg-type]
     kind._blank = {each.name: _MISSING if each.default is MISSING else each.default for each in every}
     kind._made = tuple((each.name, each.default_factory) for each in every if each.default_factory is not MISSING)

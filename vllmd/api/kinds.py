@@ -37,7 +37,7 @@ class Kind(Protocol):
         """Its value of decoded JSON."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Flag:
     """True or false."""
 
@@ -59,7 +59,7 @@ class Flag:
         return value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Text:
     """A word or several, in printable characters. ``what`` it is, in words."""
 
@@ -83,7 +83,7 @@ class Text:
         return value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ModelName:
     """A model's name, alias, or the end of a name that only one model has; whether it is known the daemon says."""
 
@@ -102,7 +102,7 @@ class ModelName:
         return value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Count:
     """A whole number."""
 
@@ -129,7 +129,7 @@ class Count:
         return value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Choice:
     """One of a few numbers."""
 
@@ -155,7 +155,7 @@ class Choice:
         return value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class JsonObject:
     """An object whose fields somebody else checks."""
 
@@ -178,7 +178,7 @@ class JsonObject:
         return value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Seconds:
     """A time. ``above_zero``: no time at all is too short."""
 

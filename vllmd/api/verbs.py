@@ -41,7 +41,7 @@ LONGEST_LEASE = 1e9  # seconds; some thirty years
 REQUIRED = ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Param:
     """One parameter.
 
@@ -93,7 +93,7 @@ class Param:
         return BadRequest(f"{self.key} must be {self.kind.accepts}{null}, not {value!r:.100}", param=self.key)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Method:
     """A method of the clients. ``part``: which field of the answer it returns, "" for the answer."""
 
@@ -102,7 +102,7 @@ class Method:
     part: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Command:
     """A verb of vllmctl. ``about`` is its line of help, ``more`` the rest of its description.
 
@@ -118,7 +118,7 @@ class Command:
     said: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Call:
     """One request. ``patient``: its answer may take as long as a model takes to load, so no read timeout counts."""
 
@@ -129,7 +129,7 @@ class Call:
     patient: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Verb:
     """One row.
 

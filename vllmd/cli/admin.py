@@ -9,13 +9,17 @@ import socket
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlencode, urlsplit
 
+from vllmd.api.answers import Answer, Status
+from vllmd.api.codec import Unexpected, parse
 from vllmd.api.verbs import Verb
-from vllmd.cli.failures import EX_CONFIG, EX_USAGE, Failure, of_answer, of_socket, of_url
+from vllmd.cli.failures import EX_CONFIG, EX_SOFTWARE, EX_USAGE, Failure, of_answer, of_socket, of_url
 from vllmd.cli.terminal import Working
 from vllmd.text import printable_lines
+
+T = TypeVar("T", bound=Answer)
 
 SYSTEM_SOCKET, READ_SOCKET = "/run/vllmd/admin.sock", "/run/vllmd/read.sock"
 OPENING = 10.0  # seconds that a daemon which has just been woken may take to look around
@@ -66,7 +70,7 @@ class Admin:
         self.path = "" if self.url else socket_path(arguments)
         self.key: str = arguments.key or os.environ.get("VLLMD_API_KEY", "")
 
-    def status(self, *, broken: bool = False) -> dict[str, Any]:
+    def status(self, *, broken: bool = False) -> Status:
         """Everything that the daemon shows, once it has found its devices and engines (or after 10 s without).
 
         Of a daemon whose configuration is invalid there is nothing to show: Failure, unless ``broken``.
@@ -74,12 +78,12 @@ class Admin:
         until = time.monotonic() + OPENING
         with Working("vllmd is looking for devices and engines"):
             while True:
-                status: dict[str, Any] = self.get("/admin/status")
-                error = status.get("configuration", {}).get("error")
+                status = understood(Status, self.get("/admin/status"))
+                error = status.configuration.error
                 if error and not broken:
                     raise Failure(f"no model is served, the configuration is invalid; vllmctl reload once it is "
                                   f"repaired:\n{error}", EX_CONFIG)  # fmt: skip
-                if status.get("opened", True) or time.monotonic() > until:
+                if status.opened or time.monotonic() > until:
                     return status
                 time.sleep(0.05)
 
@@ -105,6 +109,10 @@ class Admin:
         return self._json(
             call.method, call.path, dict(call.query), call.body, None if call.method == "POST" else ANSWER
         )
+
+    def told(self, verb: Verb, kind: type[T], arguments: Mapping[str, object]) -> T:
+        """The same as an answer. Raises Failure for one that is none of vllmd's."""
+        return understood(kind, self.ask(verb, arguments))
 
     def follow(self, verb: Verb, arguments: Mapping[str, object]) -> Iterator[str]:
         """The lines of how a model comes along, until it has come to rest."""
@@ -164,6 +172,14 @@ class Admin:
 
 def _word(value: object) -> str:
     return "true" if value is True else str(value)
+
+
+def understood(kind: type[T], data: object) -> T:
+    """The answer in decoded JSON. Raises Failure for one that is none of vllmd's."""
+    try:
+        return parse(kind, data)
+    except Unexpected as error:
+        raise Failure(f"the answer is none of vllmd's: {error}", EX_SOFTWARE) from None
 
 
 def decoded(data: bytes | str) -> Any:

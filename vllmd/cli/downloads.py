@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from vllmd.api.answers import Status
 from vllmd.cli import show
 from vllmd.cli.admin import Admin, decoded
 from vllmd.cli.failures import CODES, EX_DATAERR, EX_NOPERM, EX_UNAVAILABLE, Failure
@@ -32,10 +33,10 @@ def line(told: dict[str, Any], since: float = 0.0) -> str:
     return ", ".join(filter(None, parts))
 
 
-def under_way(status: dict[str, Any]) -> list[str]:
+def under_way(status: Status) -> list[str]:
     """A line for each download that runs."""
-    running = [each for each in status.get("downloads", ()) if each["phase"] not in ("done", "failed")]
-    return [f"fetching {each['model']}: {line(each)}" for each in running]
+    running = [each for each in status.downloads if each.phase not in ("done", "failed")]
+    return [f"fetching {each.model}: {line(vars(each))}" for each in running]
 
 
 def follow(admin: Admin, model: str, *, add: bool, quiet: bool) -> dict[str, Any]:

@@ -284,7 +284,7 @@ def configuration(host: Host) -> Iterator[Finding]:
     if not reading.problems:
         yield "ok", f"the configuration is valid, with {len(reading.config.models)} models", ""
     if not reading.problems and not reading.config.models:
-        yield "warning", "no models are configured", "vllmd.yaml(5) has examples"
+        yield "warning", "no models are configured", "vllmctl run smollm2 fetches a small one and asks it"
     for name, model in reading.config.models.items():
         yield from _model(host, name, model.source)
     yield from programs(reading.config, users=host.user)

@@ -7,6 +7,7 @@ On a machine with vllmd's units it is the installer's service that does it, for 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import sys
@@ -58,6 +59,7 @@ def perform(arguments: Namespace, request: Mapping[str, Any]) -> dict[str, Any]:
     try:
         if by_service(arguments):
             return _asked(request, told)
+        logging.getLogger("vllmd.installer").setLevel(logging.ERROR)  # pip's many lines, of which a sentence is made
         own = {key: value for key, value in os.environ.items() if not key.startswith("VLLMD_")}
         return requests.perform(request, own_root(arguments), told, own)
     except VllmdError as error:

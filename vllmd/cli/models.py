@@ -10,9 +10,10 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from vllmd.api.answers import ModelLine, Progress, Status
 from vllmd.api.verbs import Verb
 from vllmd.cli import show
-from vllmd.cli.admin import Admin, decoded
+from vllmd.cli.admin import Admin, decoded, understood
 from vllmd.cli.failures import EX_DATAERR, EX_UNAVAILABLE, Failure
 from vllmd.cli.terminal import cut
 
@@ -26,14 +27,14 @@ def argument(parser: argparse.ArgumentParser, many: bool = True, optional: bool 
         parser.add_argument("model", metavar="MODEL", help=about)
 
 
-def find(status: dict[str, Any], name: str) -> dict[str, Any]:
+def find(status: Status, name: str) -> ModelLine:
     """The line of a model in the status, or of a replica, by name, alias or unique end."""
     lines = list(every(status))
     found = [line for line, names in lines if name in names]
     found = found or [line for line, (full, *_) in lines if full.endswith(f"/{name}")]
     if len(found) == 1:
         return found[0]
-    names = [line["name"] for line in found or status["models"]]
+    names = [line.name for line in found or status.models]
     if found:
         more = f" or {len(names) - 3} others" if len(names) > 3 else ""
         raise Failure(f"{name!r} could be {' or '.join(names[:3])}{more}; name one of them", EX_DATAERR)
@@ -42,13 +43,13 @@ def find(status: dict[str, Any], name: str) -> dict[str, Any]:
     raise Failure(f"there is no model {name!r}; {hint}", EX_DATAERR)
 
 
-def every(status: dict[str, Any]) -> Iterator[tuple[dict[str, Any], list[str]]]:
+def every(status: Status) -> Iterator[tuple[ModelLine, list[str]]]:
     """The line of every model and replica, with all its names: a replica of ``m``, alias ``a``, is ``a@2`` as well."""
-    for line in status["models"]:
-        names = [line["name"], *line.get("config", {}).get("aliases", ())]
+    for line in status.models:
+        names = [line.name, *(line.config.aliases or ())]
         yield line, names
-        for replica in line.get("replicas", ()):
-            yield replica, [name + replica["name"].removeprefix(line["name"]) for name in names]
+        for replica in line.replicas:
+            yield replica, [name + replica.name.removeprefix(line.name) for name in names]
 
 
 def each(arguments: Namespace, act: Callable[[Admin, str], Any]) -> int:
@@ -74,31 +75,33 @@ def follow(arguments: Namespace, verb: Verb, given: Mapping[str, object], done: 
     return each(arguments, act)
 
 
-def change(admin: Admin, model: str, verb: Verb, given: Mapping[str, object], done: str = "", *, quiet: bool) -> Any:
+def change(
+    admin: Admin, model: str, verb: Verb, given: Mapping[str, object], done: str = "", *, quiet: bool
+) -> Progress:
     """Do it and show how the model comes along, until it has come to rest. Raises Failure where that is a failure."""
     line, began = show.StatusLine(quiet), time.monotonic()
-    usual, last = usual_start(admin, model) if verb.name in ("load", "wake") else None, {}
+    usual, last = usual_start(admin, model) if verb.name in ("load", "wake") else None, Progress()
     for text in admin.follow(verb, {**given, "model": model}):
-        last = _object(text)
-        if "error" in last or last.get("done"):
+        last = understood(Progress, decoded(text) or {})
+        if last.error or last.done:
             break
-        line.say(progress(model, last, usual), f"{last.get('state')} {last.get('phase')}")
+        line.say(progress(model, last, usual), f"{last.state} {last.phase}")
     line.clear()
-    if "error" in last:
-        raise Failure(f"{model}: {last['error'].get('message', 'failed')}", EX_UNAVAILABLE)
+    if last.error:
+        raise Failure(f"{model}: {last.error.message or 'failed'}", EX_UNAVAILABLE)
     if not quiet:
-        took = show.age(last.get("seconds", time.monotonic() - began))
-        show.say(f"{model} is {show.state(str(last.get('state', '')))} after {took}{done.format(model=model)}")
+        took = show.age(time.monotonic() - began if last.seconds is None else last.seconds)
+        show.say(f"{model} is {show.state(last.state)} after {took}{done.format(model=model)}")
     return last
 
 
-def progress(model: str, line: dict[str, Any], usual: float | None) -> Callable[[float], str]:
+def progress(model: str, line: Progress, usual: float | None) -> Callable[[float], str]:
     """``qwen: starting: weights 3/8, 12s of about 44s``, its seconds going on; on a terminal it fits one line."""
-    state = ": ".join(filter(None, (str(line.get("state", "")).replace("_", " "), show.phase(line))))
+    state = ": ".join(filter(None, (line.state.replace("_", " "), show.phase(line))))
     about = f" of about {show.age(usual)}" if usual else ""
 
     def told(since: float) -> str:
-        rest, seconds = f": {state}", f", {show.age(line.get('elapsed', 0.0) + since)}{about}"
+        rest, seconds = f": {state}", f", {show.age((line.elapsed or 0.0) + since)}{about}"
         if (most := show.columns(sys.stderr)) is None:
             return model + rest + seconds
         room = most - 1 - show.width(seconds)
@@ -110,12 +113,7 @@ def progress(model: str, line: dict[str, Any], usual: float | None) -> Callable[
 def usual_start(admin: Admin, model: str) -> float | None:
     """How long its last start took, in seconds, if it is known."""
     try:
-        seconds = find(admin.status(), model).get("last_start_seconds")
+        seconds = find(admin.status(), model).last_start_seconds
     except Failure:
         return None  # the verb itself will say what is wrong, in the daemon's words
-    return float(seconds) if seconds else None
-
-
-def _object(text: str) -> dict[str, Any]:
-    data = decoded(text)
-    return data if isinstance(data, dict) else {}
+    return seconds or None

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+
+from vllmd.api.answers import CachedModel, Status
 
 FIRST_LINE = "no models yet; vllmctl run smollm2 fetches a small one, serves it and asks it"
 
 
-def advice(status: dict[str, Any], cached: list[dict[str, Any]] | None = None) -> list[str]:
+def advice(status: Status, cached: Sequence[CachedModel] = ()) -> list[str]:
     """Lines for a person; what is in the caches is told where it is known."""
     lines = [FIRST_LINE]
-    names = [one["name"] for one in cached or ()]
+    names = [one.name for one in cached]
     lines += [f"in the engines' cache: {name}; vllmctl add {name} serves it" for name in names[:3]]
     if len(names) > 1:
         lines.append(f"all of the cache: discover: true in {file_of(status)}, then vllmctl reload")
-    own = _own(cached or [])
+    own = _own(cached)
     if own:
         lines.append(f"in your own cache: {', '.join(own[:3])}; vllmctl add {own[0]} serves it from there")
     lines.append(f"the configuration is {file_of(status)}, see vllmd.yaml(5)")
     return lines
 
 
-def file_of(status: dict[str, Any]) -> str:
+def file_of(status: Status) -> str:
     """The main file of the configuration."""
-    files = status.get("configuration", {}).get("files") or ()
+    files = status.configuration.files
     return str(files[0]) if files else "/etc/vllmd/vllmd.yaml"
 
 
-def _own(cached: list[dict[str, Any]]) -> list[str]:
+def _own(cached: Sequence[CachedModel]) -> list[str]:
     """Models of the invoking user's cache that the engines' cache has not."""
     from vllmd.store.elsewhere import own_cache
 
-    known = {one["name"] for one in cached}
+    known = {one.name for one in cached}
     return [name for name, _ in own_cache() if name not in known]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
+from vllmd.api.answers import ModelLine, Progress
+from vllmd.api.codec import plain
 from vllmd.cli.terminal import EMPTY as EMPTY
 from vllmd.cli.terminal import StatusLine as StatusLine
 from vllmd.cli.terminal import Working as Working
@@ -43,9 +44,9 @@ def first_line(text: str | None) -> str:
     return (text or "").partition("\n")[0].removesuffix("; its last log lines:")
 
 
-def phase(line: dict[str, Any]) -> str:
+def phase(line: ModelLine | Progress) -> str:
     """The phase of a start, and the engine's own words as far as they are short."""
-    told = f"{line.get('phase') or ''} {line.get('detail') or ''}".strip()
+    told = f"{line.phase or ''} {line.detail or ''}".strip()
     return told if len(told) <= PHASE else told[: PHASE - 3].rstrip(" .") + "..."
 
 
@@ -92,5 +93,5 @@ def numbers(of: Sequence[int]) -> str:
     return ",".join(parts) or EMPTY
 
 
-def as_json(data: Any) -> str:
-    return json.dumps(data, indent=2, ensure_ascii=False)
+def as_json(data: object) -> str:
+    return json.dumps(data, indent=2, ensure_ascii=False, default=plain)

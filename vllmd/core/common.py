@@ -59,6 +59,11 @@ class Core:
         self.changed[m] = None
         self.timers.set(m, INFINITY if m.running or m.pinned else rules_due(m))
 
+    def forgive(self, m: Replica) -> None:
+        """A failed one may be started again."""
+        self.engines.forgive(m)
+        self.mark_dirty(m)
+
     def mark_dirty(self, m: Replica) -> None:
         """Something about it, or about its model, changed."""
         self.dirty[m.model] = None

@@ -97,7 +97,7 @@ class OperatorCommands:
         self._core.mark_urgent(r)
         self._scaling.resume(r)
         if r.state is State.FAILED:
-            self._core.engines.forgive(r)
+            self._core.forgive(r)
         if beside:
             self._scaling.wish(r)
             if r.job and r.job.reason in OWN | BY_HAND:
@@ -134,7 +134,7 @@ class OperatorCommands:
         self._admission.reject_waiters(r, RejectReason.UNAVAILABLE, f"{r.id!r} was stopped by an operator", 1.0)
         r.failures, r.failure, r.sleep_failures = 0, "", 0
         if r.state is State.FAILED:
-            self._core.engines.forgive(r)
+            self._core.forgive(r)
         job = Job(Kind.STOP, Reason.OPERATOR, BY_OPERATOR, self._core.now, cut_at=self._core.cut_at(r))
         if force:  # at once if it is the one that moves; else as soon as its devices are at rest
             self._core.engines.cut(r, "the model was stopped by force")

@@ -21,7 +21,8 @@ import asyncio
 import contextlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from vllmd import errors
@@ -49,6 +50,12 @@ ERRORS: Mapping[commands.RejectReason, type[errors.VllmdError]] = {
     commands.RejectReason.BAD_REQUEST: errors.BadRequest,
     commands.RejectReason.CONFLICT: errors.Conflict,
 }
+
+
+async def _nothing(name: str) -> None:
+    """Fetch nothing."""
+
+
 REACH_TRIES, REACH_PAUSE = 20, 0.1  # so often a request finds nobody listening, and seconds between
 
 
@@ -65,7 +72,7 @@ class BackEnd(Protocol):
         """What clients who wait for the model are told; "" while nothing is done."""
 
     def unreached(self, replica: str) -> None:
-        """Nobody listens where the replica's engine should."""
+        """No process listens where the replica's engine should."""
 
     async def provide(self, replica: str, adapter: str, waits: Callable[[], None]) -> None:
         """Have the replica's engine load the adapter, unless it has it; ``waits`` is called if that takes its time.
@@ -81,10 +88,30 @@ def _unheard(event: events.Event) -> None:
     """Before the back end is there no request has reached the core, so none has anything to tell it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Fetching:
+    """Models that are not here and may be fetched on request.
+
+    ``may``: whether a name means one. ``fetch``: has it fetched and served, however long that takes; raises VllmdError.
+    ``told``: how far that is, for those who wait; "" for none.
+    """
+
+    may: Callable[[str], bool] = lambda name: False
+    fetch: Callable[[str], Awaitable[None]] = field(default=_nothing)
+    told: Callable[[str], str] = lambda name: ""
+
+
 class AdmissionGate:
     """Implements ``vllmd.proxy.gate.Gate`` over the core."""
 
-    def __init__(self, engine_of: Callable[[ModelConfig], Engine], quotas: Quotas, counters: Counters) -> None:
+    def __init__(
+        self,
+        engine_of: Callable[[ModelConfig], Engine],
+        quotas: Quotas,
+        counters: Counters,
+        fetching: Fetching = Fetching(),
+    ) -> None:
+        self._fetching = fetching
         self.refusal: errors.VllmdError | None = None  # what everybody is told instead, while it is set
         self._engine_of = engine_of
         self._quotas = quotas
@@ -148,7 +175,13 @@ class AdmissionGate:
             raise self.refusal.with_traceback(None)  # or each raise would add to the one that is kept
         if name in self._resolved:
             return self._resolved[name]
-        called = self._names.resolve(name, caller.may_use)
+        try:
+            called = self._names.resolve(name, caller.may_use)
+        except errors.UnknownModel:
+            # Only who may use every model has others fetched: another one's key names what it is for.
+            if caller.models is not None or not self._fetching.may(name):
+                raise
+            return Target(name, name, names=frozenset({name}))
         if (pool := self._offers.pool(called)) is not None:
             return self._meant(self._of_pool(called, pool, caller))
         target = self._meant(called)
@@ -246,6 +279,9 @@ class AdmissionGate:
             if self._back is None:
                 await self._opened(waits)
                 self._check_served(model, route)
+            # A model that is not here is fetched first; what its name means is known only then.
+            if model not in self._models and self._fetching.may(model):
+                await self._fetched(permit, route)
             # 3. The core admits it, now or when the model is awake and it is its turn.
             self._arrive(permit)
             if not permit.admitted:
@@ -267,6 +303,26 @@ class AdmissionGate:
             target = self._target(model, self._firsts[model])
             if target.routes is not None and route not in target.routes:
                 raise unserved(target, route)
+
+    async def _fetched(self, permit: Permit, route: str) -> None:
+        """Wait until the model has been fetched and is served. Raises VllmdError; at a shutdown Unavailable."""
+        permit.waits()
+        leave = asyncio.get_running_loop().create_future()
+        fetching = asyncio.ensure_future(self._fetching.fetch(permit.model))
+        self._opening.add(leave)
+        try:
+            await asyncio.wait({leave, fetching}, return_when=asyncio.FIRST_COMPLETED)
+            if leave.done():
+                leave.result()
+            fetching.result()
+        finally:
+            self._opening.discard(leave)
+            fetching.cancel()
+            if not self.requests:
+                self._empty.set()
+        target = self.resolve(permit.model)
+        permit.model, permit.fetched = target.model, target
+        self._check_served(permit.model, route)
 
     async def _opened(self, waits: Callable[[], None]) -> None:
         """Wait until we have opened. Raises Unavailable at a shutdown."""
@@ -315,7 +371,7 @@ class AdmissionGate:
     async def retry(self, permit: Permit, error: errors.VllmdError) -> Permit:
         """Once more, to another replica; one that is the only engine only if nobody listened there. Raises ``error``.
 
-        Whoever did not listen has just died, and the core will hear of it.
+        An engine that does not listen has just died, and the core will hear of it.
         """
         replicas = self._models[permit.model].replicas if permit.model in self._models else None
         if self._back is None:
@@ -342,6 +398,8 @@ class AdmissionGate:
 
     def loading(self, model: str) -> str:
         """What a waiting client may be told, such as ``loading weights``."""
+        if model not in self._models and (told := self._fetching.told(model)):
+            return told
         return self._back.phase_of(model) if self._back else ""
 
     def keep_alive(self, model: str, key: str, seconds: float) -> None:
@@ -365,7 +423,7 @@ class AdmissionGate:
         """Let it pass; an engine that is no longer there ends it at once."""
         permit, replica = self._permits[command.request], command.replica
         where = self._back.address_of(replica) if self._back else None
-        permit.admitted, permit.replica = True, replica
+        permit.admitted, permit.replica, permit.target = True, replica, permit.fetched
         model = self._models.get(permit.model)
         if model is not None and model.replicas and replica in self._engines:  # what its name means to this replica
             permit.target = self._target(replica, replica, self._offers.get(permit.offer))
@@ -395,7 +453,7 @@ class AdmissionGate:
             permit.cut(command.reason)
 
     def reject_waiting(self, why: str) -> None:
-        """At shutdown: whoever still waits is told to come back."""
+        """At shutdown: requests that still wait are refused, with a time to come back."""
         for waiting in self._opening:
             if not waiting.done():
                 waiting.set_exception(errors.Unavailable(why, retry_after=5))
@@ -449,6 +507,7 @@ class Permit:
         "admitted",
         "called",
         "decided",
+        "fetched",
         "key",
         "model",
         "offer",
@@ -480,6 +539,7 @@ class Permit:
         self.replica = ""  # the one that it was admitted to
         self.upstream = Listen()
         self.target: Target | None = None
+        self.fetched: Target | None = None  # what its model's name means, where that had to be fetched first
         self.called = offer or model  # what it is counted by
         self._gate = gate
         self._over = False
@@ -487,7 +547,7 @@ class Permit:
         self._reason: str | None = None  # why it was cut
 
     def decide(self) -> None:
-        """It was admitted or refused: whoever waits goes on."""
+        """It was admitted or refused: ``AdmissionGate.acquire`` goes on."""
         if self.decided is not None and not self.decided.done():
             self.decided.set_result(None)
 
@@ -517,7 +577,7 @@ class Permit:
             callback(self._reason)
 
     def cut(self, reason: str) -> None:
-        """Break it off."""
+        """Tell the relay that the daemon breaks the request off, and why."""
         self._reason = reason
         if self._heard is not None:
             self._heard(reason)

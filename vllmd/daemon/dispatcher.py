@@ -31,7 +31,7 @@ DECISIONS = 300  # of a kind that are logged per minute
 
 
 def _unheard(decision: Decision, now: float) -> None:
-    """Nobody wants to know."""
+    """For a dispatcher of whose decisions nothing is to be told."""
 
 
 def executors(
@@ -54,7 +54,7 @@ def executors(
 
 
 class Dispatcher:
-    """Owns the scheduler; nobody else calls it."""
+    """Owns the scheduler: only the dispatcher hands it events; others may ask it for views."""
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class Dispatcher:
             if self._timer is not None:
                 self._timer.cancel()
             self._timer = self._loop.call_at(due, self._pass_time)
-        # 3. Whoever follows what changes.
+        # 3. Those that follow what changes (``vllmctl watch``, the progress of a load).
         self._changed()
 
     def ask(self, event: events.Asking, answered: Callable[[commands.Answer], None]) -> None:
@@ -174,6 +174,6 @@ class Dispatcher:
             throttle.flush()
 
     def close(self) -> None:
-        """Wait for nothing more."""
+        """Cancel the timer: the core hears nothing more."""
         if self._timer:
             self._timer.cancel()

@@ -203,7 +203,7 @@ class Downloads:
                 each.exited.set()
                 each.stir()
                 return True
-        return report.instance.startswith("pull-")
+        return False
 
     async def remove(self, name: str, paths: Sequence[Path]) -> int:
         """Have these removed from the engines' cache; the bytes that were freed. Raises VllmdError."""

@@ -17,7 +17,7 @@ from vllmd.admin.control import Control
 from vllmd.admin.counters import Counters
 from vllmd.api.answers import Reloaded
 from vllmd.config.types import Config
-from vllmd.daemon.admission_gate import AdmissionGate
+from vllmd.daemon.admission_gate import AdmissionGate, Fetching
 from vllmd.daemon.changes import Changes
 from vllmd.daemon.current import Current, Later, RuntimeEnvironment, Take
 from vllmd.daemon.engine_resolver import EngineResolver
@@ -103,7 +103,10 @@ def front_end(
     key_store.configured = lambda: current.config.auth
     with_keys = key_store.added_to(config)
     resolver, counters, quotas = EngineResolver(), Counters(), Quotas(with_keys.auth.keys)
-    gate = AdmissionGate(resolver, quotas, counters)
+    fetching = Fetching(
+        lambda name: store.may_fetch(name), lambda name: store.fetch(name), lambda name: store.how_far(name)
+    )
+    gate = AdmissionGate(resolver, quotas, counters, fetching)
     gate.configure(config.models, current.engines, config.server.keep_alive_limit, config.pools)
     if broken:  # what is wrong there is for those who may read it: operators, and the log
         what = f"vllmd's configuration is invalid, tell its administrator: {places(broken)}"

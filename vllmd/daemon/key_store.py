@@ -123,7 +123,7 @@ class KeyStore:
     def _write(self, keys: dict[str, Made]) -> None:
         """A small file, and seldom: the loop can wait for it. Raises Unavailable."""
         if self._path is None:
-            raise Unavailable("this daemon has no state folder to keep keys in; add them to auth.keys")
+            raise Conflict("this daemon has no state folder to keep keys in; add them to auth.keys")
         if self._unreadable:
             raise Unavailable(self._unreadable)
         text = json.dumps({"keys": {name: _told(made) for name, made in keys.items()}}, indent=1)

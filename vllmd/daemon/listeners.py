@@ -28,6 +28,7 @@ from vllmd.daemon.quotas import Quotas
 from vllmd.daemon.runtime_models import addresses
 from vllmd.errors import VllmdError
 from vllmd.ollama.endpoints import add_ollama_routes
+from vllmd.ollama.store import DaemonStore
 from vllmd.proxy.body_memory import BodyMemory
 from vllmd.proxy.cors import Cors
 from vllmd.proxy.exchange import Exchange
@@ -127,7 +128,7 @@ class Listeners:
         add_public(router, self._control)
         add_operator(router, self._control)
         add_model_routes(router, self._relay)
-        add_ollama_routes(router, self._relay, self._control)
+        add_ollama_routes(router, self._relay, self._control, DaemonStore(self._control))
         return router
 
     def _server(self, router: Router, sockets: Sequence[socket.socket]) -> Server:
@@ -139,7 +140,7 @@ class Listeners:
         return sum(server.connections for server in self._servers)
 
     def open(self) -> None:
-        """Accept."""
+        """Accept connections on every listener."""
         are_ours(sock for sockets in self._listeners.values() for sock in sockets)
         for server in self._servers:
             server.start()

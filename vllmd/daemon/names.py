@@ -20,6 +20,7 @@ from vllmd.proxy.gate import LONGEST_NAME, TOO_LONG_A_NAME
 MOST_TOLD = 3  # names in a message
 MOST_COMPARED = 500  # names that a wrong one is compared with
 
+FIRST_MODEL = "vllmctl run smollm2"  # fetches one, serves it and asks it
 LATEST = ":latest"
 PREFIXES = ("openai/", "ollama/", "ollama_chat/", "hosted_vllm/", "vllm/", "llamacpp/", "lm_studio/", "custom_openai/")
 
@@ -106,7 +107,7 @@ class Names:
 
     def _unknown(self, name: str, visible: Callable[[str], bool]) -> str:
         if not self._exact:
-            return f"model {name!r} does not exist: no models are configured"
+            return f"model {name!r} does not exist: no models are configured; on its machine: {FIRST_MODEL}"
         seen = [known for known, model in self._exact.items() if visible(model)]
         lowered = {known.lower(): known for known in seen}
         if len(lowered) > MOST_COMPARED:  # a comparison takes 50 microseconds, and everybody else waits

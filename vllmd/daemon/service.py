@@ -25,6 +25,7 @@ from vllmd.daemon.discovery import with_discovered
 from vllmd.daemon.failures import failed
 from vllmd.daemon.front_end import SHUTTING_DOWN, front_end
 from vllmd.daemon.idle_exit import IdleExit
+from vllmd.daemon.names import FIRST_MODEL
 from vllmd.errors import ConfigError, Unavailable
 from vllmd.systemd.notify import Notifier
 
@@ -86,6 +87,8 @@ class Daemon:
         """Serve until told to stop, or until there has been nothing to do for long enough."""
         self._on_signals()
         self.front.listeners.open()
+        if not self.front.current.config.models and not self.front.current.broken:
+            log.info("no models are configured yet; %s fetches a small one, serves it and asks it", FIRST_MODEL)
         self._notify.ready("looking for devices and engines")
         chores = [asyncio.ensure_future(chore) for chore in (self._open(), self._tick())]
         try:

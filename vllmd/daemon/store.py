@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -28,11 +29,11 @@ from vllmd.config.types import Config, ModelConfig
 from vllmd.daemon.changes import Changes
 from vllmd.daemon.current import Current, Later, RuntimeEnvironment
 from vllmd.errors import BadRequest, ConfigError, Conflict, Forbidden, NotFound, UnknownModel, Unsupported, VllmdError
-from vllmd.launcher.client import ExitReport
 
 if TYPE_CHECKING:
     from vllmd.daemon.back_end import BackEnd
     from vllmd.daemon.downloads import Download, Downloads
+    from vllmd.launcher.client import ExitReport
     from vllmd.store.names import Wanted
 
 log = logging.getLogger("vllmd.store")
@@ -41,6 +42,11 @@ HEAD = "# Written by vllmctl add; vllmctl rm removes it. Settings for the model 
 MAY_SAY = ("engine", "model", "aliases", "display_name", "description", "max_model_len")
 MAY_BE = ("vllm", "llama.cpp", "sglang", "transformers", "tei")  # kinds of engine that load a model's files
 GGUF_KIND = "llama.cpp"
+AGAIN = 60.0  # seconds for which a failure is remembered
+
+
+class _AlreadyServed(Conflict):
+    """It is configured already."""
 
 
 class ModelStore:
@@ -58,6 +64,7 @@ class ModelStore:
         self._reload = reload
         self._writing = asyncio.Lock()
         self._made: Downloads | None = None
+        self._refused: dict[str, tuple[float, VllmdError | None]] = {}  # name -> when and why a request's failed
 
     # -- what the daemon itself asks
 
@@ -107,8 +114,9 @@ class ModelStore:
         found = await self._downloads.finished(download)
         settings = settings_of(found, wanted)
         told = {"done": True, "model": wanted.name, "settings": settings, "seconds": download.line()["elapsed"]}
-        if add and wanted.name not in self._current.config.models:
-            await self.add(wanted.name, settings, ours=True)
+        if add:
+            with contextlib.suppress(_AlreadyServed):  # by another one who waited for it
+                await self.add(wanted.name, settings, ours=True)
         return {**told, "phase": "done", "total": download.total, "added": add}
 
     async def meant(self, name: str) -> Wanted:
@@ -126,6 +134,50 @@ class ModelStore:
         self._made.cancel(download)
         return DownloadLine(**download.line())
 
+    # -- fetching on request
+
+    def may_fetch(self, name: str) -> bool:
+        """Whether a request for what is called so may have it fetched: its owner is one of ``pull.owners``."""
+        pull = self._current.config.pull
+        if not pull.on_request or not pull.owners or self._current.broken:
+            return False
+        from vllmd.store.names import Hub, wanted
+
+        try:
+            meant = wanted(name)
+        except BadRequest:
+            return False
+        owners = {source.owner for source in meant.sources if isinstance(source, Hub)}
+        return meant.name == name and bool(owners) and owners <= set(pull.owners)
+
+    async def fetch(self, name: str) -> None:
+        """Have it fetched and served, for all who ask for it at once. Raises why it failed, to all of them.
+
+        For a while after that whoever asks again is told the same: each try is a process, and a question to the hub.
+        """
+        at, error = self._refused.get(name, (0.0, None))
+        if error is not None and time.monotonic() - at < AGAIN:
+            raise error
+        wanted = await self.meant(name)
+        download = self._downloads.begin(wanted, largest=self._current.config.pull.largest)
+        if not download.followers:
+            log.info("%s is fetched, for a request asks for it", name)
+        try:
+            await self._end(download, wanted, add=True)
+        except VllmdError as failed:
+            if not isinstance(failed, Conflict):  # which is that everybody left, and nobody is told of
+                self._refused = {key: value for key, value in self._refused.items() if _is_recent(value[0])}
+                self._refused[name] = time.monotonic(), type(failed)(failed.message, retry_after=AGAIN)
+            raise
+
+    def how_far(self, name: str) -> str:
+        """What those who wait for it are told: ``fetching 35 %``."""
+        download = self._made.running(name) if self._made else None
+        if download is None:
+            return ""
+        total = download.total
+        return f"fetching {min(100, 100 * download.done // total)} %" if total else "fetching"
+
     # -- adding and removing
 
     async def add(self, name: str, settings: Mapping[str, Any], *, ours: bool = False) -> Added:
@@ -139,7 +191,7 @@ class ModelStore:
         async with self._writing:
             config = self._configuration()
             if name in config.models:
-                raise Conflict(f"{name!r} is configured already, in {config.models[name].where or 'memory only'}")
+                raise _AlreadyServed(f"{name!r} is configured already, in {config.models[name].where or 'memory only'}")
             if not ours:
                 _check(settings)
             guest(name, settings, config, trusted=True)
@@ -152,6 +204,13 @@ class ModelStore:
                 raise
             log.info("%s was added: %s", name, path)
             return Added(name, str(path), dict(settings))
+
+    async def copy(self, model: str, name: str) -> Added:
+        """Serve what a model is loaded from under another name as well, with the defaults of its kind of engine."""
+        known = self._configuration().models.get(model)
+        if known is None:
+            raise UnknownModel(f"no model {model!r} is configured", param="model")
+        return await self.add(name, {"engine": known.engine, "model": known.source})
 
     async def remove(self, model: str, *, files: bool, dry: bool = False) -> Removed:
         """Serve a model no more, and with ``files`` remove what it was loaded from, if nothing else needs it.
@@ -246,6 +305,10 @@ class ModelStore:
         shared = [user for other, user in others if other.partition(":")[0] == repository]
         paths = cached_files(hub, repository, tag, whole=not shared)
         return paths, f"other files of {repository} stay, for {', '.join(shared)}" if shared else ""
+
+
+def _is_recent(at: float) -> bool:
+    return time.monotonic() - at < AGAIN
 
 
 def settings_of(found: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:

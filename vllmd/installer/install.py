@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import email
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ from vllmd.installer import folders, pip, recipes
 from vllmd.installer.pip import Progress, Say
 from vllmd.installer.recipes import Recipe
 
+log = logging.getLogger("vllmd.installer")
 PROOF_LIMIT = 600.0  # seconds in which an engine must have shown that it starts
 NO_VENV = "there is no venv module for {python}: apt install python3-venv, then try again"
 # Packages whose libraries wheels take from the system.
@@ -151,12 +153,12 @@ class _Making:
             said = "\n".join(lines)
             if "ensurepip" in said or "No module named venv" in said:
                 raise InstallFailed(NO_VENV.format(python=python))
-            raise InstallFailed(pip.why(lines, **self._words()))
+            raise InstallFailed(self._why(lines))
 
     def _install(self) -> None:
         status, lines = self._pip("install", "--no-compile", *self._requirements())
         if status:
-            raise InstallFailed(f"{self._wanted.kind} was not installed: {pip.why(lines, **self._words())}")
+            raise InstallFailed(f"{self._wanted.kind} was not installed: {self._why(lines)}")
 
     def _add(self, package: str) -> bool:
         """Install a package that is useful, from wherever everything else is; whether that was possible."""
@@ -194,6 +196,11 @@ class _Making:
     def _requirements(self) -> list[str]:
         first, *others = self._recipe.packages
         return [f"{first}=={self._wanted.version}" if self._wanted.version else first, *others]
+
+    def _why(self, lines: list[str]) -> str:
+        """The cause in a sentence; all that pip said is in the service's log."""
+        log.warning("%s", "\n".join(lines))
+        return pip.why(lines, **self._words())
 
     def _words(self) -> dict[str, str]:
         """What the sentence about a failure is made of."""
@@ -252,6 +259,7 @@ class _Making:
         status, lines = self._run(argv, began, PROOF_LIMIT)
         if status == 0:
             return
+        log.warning("%s", "\n".join(lines))
         said = [line.strip() for line in lines if line.strip()] or [f"exit status {status}"]
         for library, package in LIBRARIES.items():
             if any(f"{library}: cannot open shared object" in line for line in said):

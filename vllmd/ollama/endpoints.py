@@ -10,7 +10,7 @@ from typing import Any
 
 from vllmd.admin.control import Control
 from vllmd.api.answers import Card
-from vllmd.errors import BadRequest, Forbidden, NotFound, UnknownModel, Unsupported
+from vllmd.errors import BadRequest, Forbidden, NotFound, UnknownModel, Unsupported, VllmdError
 from vllmd.ollama import models, requests, schemas
 from vllmd.ollama.answers import Piece, Reply, Timing, chat_piece, generate_piece
 from vllmd.ollama.embedding import embed_answer, embeddings_answer
@@ -61,10 +61,11 @@ def add_ollama_routes(router: Router, relay: Relay, control: Control, store: Sto
     add("POST", "/api/show", lists.show, MODELS, "Ollama's: about a model", one, Reach.ONE)
     pulled = described(schemas.PULL, {**schemas.OBJECT, **schemas.LINES})
     add("POST", "/api/pull", changes.pull, MODELS, "Ollama's: have a model here", pulled, Reach.ONE)
+    copied, created = described(schemas.COPY), described(schemas.CREATE)
+    add("POST", "/api/copy", changes.copy, ADMIN, "Ollama's: another name for a model", copied, Reach.MACHINE)
+    add("POST", "/api/create", changes.create, ADMIN, "Ollama's: another name of one", created, Reach.MACHINE)
     add("DELETE", "/api/delete", changes.delete, ADMIN, "Ollama's: delete a model", one, Reach.MACHINE)
     for path, why in (
-        ("/api/create", f"models are not made here: {CONFIGURED}"),
-        ("/api/copy", f"models are not copied: an alias in the configuration gives one another name ({CONFIGURED})"),
         ("/api/push", "models are not pushed anywhere"),
         ("/api/blobs/{digest}", f"files of models are not taken: {CONFIGURED}"),
     ):
@@ -273,9 +274,31 @@ class StoreRoutes:
         return json_response(told)
 
     async def delete(self, request: Request) -> Response:
-        """``DELETE /api/delete``."""
-        await self._store.delete(requests.model_of(read(request.body)))
+        """``DELETE /api/delete``: the model and, where nothing else needs them, its files."""
+        name = requests.model_of(read(request.body))
+        await self._store.delete(self._control.status.called(name, request.caller))
         return Response(200)
+
+    async def copy(self, request: Request) -> Response:
+        """``POST /api/copy`` with ``source`` and ``destination``."""
+        fields = Fields(read(request.body))
+        await self._copied(request, fields.text("source"), fields.text("destination"))
+        return Response(200)
+
+    async def create(self, request: Request) -> Response:
+        """``POST /api/create``: another name for a model (``from``); whatever would be made of it is refused."""
+        members = read(request.body)
+        more = sorted(set(members) - {"model", "name", "from", "stream"})
+        if more or not members.get("from"):
+            what = f"{', '.join(more)} cannot be made part of a model here" if more else "say from which model"
+            raise Unsupported(f"{what}: variants in the configuration give a model other names and parameters")
+        await self._copied(request, Fields(members).text("from"), requests.model_of(members))
+        return json_response({"status": "success"})
+
+    async def _copied(self, request: Request, source: str, name: str) -> None:
+        if not source or not name:
+            raise BadRequest("name both: the model that is here, and what it is to be called as well")
+        await self._store.copy(self._control.status.called(source, request.caller), name.removesuffix(":latest"))
 
     async def blob(self, request: Request) -> Response:
         """``HEAD /api/blobs/DIGEST``: none is here."""
@@ -300,5 +323,8 @@ async def here() -> AsyncIterator[dict[str, Any]]:
 async def _lines(first: dict[str, Any] | None, rest: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
     if first is not None:
         yield json.dumps(first).encode() + b"\n"
-    async for line in rest:
-        yield json.dumps(line).encode() + b"\n"
+    try:
+        async for line in rest:
+            yield json.dumps(line).encode() + b"\n"
+    except VllmdError as error:  # once the answer has begun, its last line says so, as Ollama's does
+        yield json.dumps(error.to_ollama()).encode() + b"\n"

@@ -40,6 +40,8 @@ GENERATE: Schema = {
 }
 EMBED: Schema = {**COMMON, "input": TEXTS, "truncate": maybe("boolean"), "dimensions": maybe("integer")}
 EMBEDDINGS: Schema = {**COMMON, "prompt": maybe("string")}
+COPY: Schema = {"source": MODEL["model"], "destination": MODEL["model"]}
+CREATE: Schema = {**MODEL, "from": maybe("string")}
 PULL: Schema = {**MODEL, "stream": maybe("boolean", default=True)}
 
 OBJECT: Schema = {"application/json": {"schema": {"type": "object"}}}

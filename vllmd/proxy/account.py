@@ -19,7 +19,7 @@ class Tap:
         self.chunked = False
 
     def more(self, data: bytes) -> None:
-        """More of it came."""
+        """Note more of the answer, in bytes as framed by the engine."""
         room = self.most - len(self.data)
         if room > 0:
             self.data += data[:room]
@@ -55,7 +55,7 @@ class Recorder(Protocol):
 
     @property
     def active(self) -> bool:
-        """Whether any are."""
+        """Whether bodies of any requests are being recorded."""
 
     def begin(self, account: Account, model: str, key: str, body: bytes) -> bool:
         """Whether this model's or this key's bodies are recorded; if so note this one, and have the answer's noted."""

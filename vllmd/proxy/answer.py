@@ -37,7 +37,7 @@ MAX_HELD = 1 << 20  # bytes of an answer kept whole for the sake of its length; 
 
 @dataclass(frozen=True, slots=True)
 class UpstreamRequest:
-    """A request ready to be sent: to whom, with what."""
+    """A request ready to be sent: the model that it is for, its body, and its path at the engine."""
 
     target: Target
     asked: Asked
@@ -243,7 +243,7 @@ class Kept:
 
     @property
     def body(self) -> bytes:
-        """What came of it."""
+        """The payload so far, in bytes."""
         return bytes(self._body)
 
 
@@ -290,10 +290,10 @@ class Refusal(Kept):
         self.status = status
 
     def end(self) -> None:
-        """It is judged by whoever asked."""
+        """Nothing is sent to the client: ``Relay.forward`` decides whether another replica is tried."""
 
     def error(self) -> VllmdError:
-        """What to tell the client, if nobody else serves it."""
+        """The error for the client, if no other replica serves the request."""
         try:
             told = str(json.loads(self.body)["error"]["message"])
         except (ValueError, LookupError, TypeError):
@@ -332,5 +332,5 @@ class ErrorEvent(Kept):
         self._loading = loading
 
     def end(self) -> None:
-        """Tell it."""
+        """Send the error as the stream's last event."""
         self._loading.fail_with(self.body)

@@ -52,20 +52,30 @@ class Host(Protocol):
     closing: bool  # and connections that have nothing to answer are closed
 
     def begin(self, request: Request) -> Handler:
-        """Route it. Raises VllmdError."""
+        """The handler for a request whose head alone has been read. Raises VllmdError if it is refused."""
 
     def ended(self, exchange: Exchange) -> None:
-        """An exchange is over."""
+        """A request was answered, refused or given up: count it and write it to the log."""
 
     def joined(self, connection: Connection) -> None:
-        """The connection is there."""
+        """Count a connection in that has just been made."""
 
     def left(self, connection: Connection) -> None:
-        """The connection is gone."""
+        """Count a connection out that has been closed."""
 
 
 class Connection(asyncio.Protocol):
-    """One client."""
+    """One client's connection: its requests are read one after another, and each is answered before the next is begun.
+
+    The states are those of ``Phase``. Each has a time limit, and there is one timer for all of them (``_expect``): it
+    is moved only when it would come too late, because most requests change the limit and few ever reach it.
+
+    A request's handler runs in a task, and writes to the transport through an ``Exchange``. Three things end a request,
+    and whichever comes first is the only one that counts: the answer is whole (``finished``), the answer is broken off
+    (``abort``), or the client leaves (``connection_lost``), which cancels the task at once so that the engine stops
+    generating. What arrives behind a request is kept, up to ``Limits.pipeline`` bytes, and then the client is not read
+    any more until its answer is whole.
+    """
 
     def __init__(self, host: Host) -> None:
         self.peer = Peer()
@@ -101,7 +111,7 @@ class Connection(asyncio.Protocol):
     # -- asyncio's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """A client has come."""
+        """Called by asyncio once a client is connected: find out who it is, and give it time for a first request."""
         self._transport = cast(asyncio.Transport, transport)
         read_small(transport)
         self.peer = peer_of(transport)
@@ -110,7 +120,7 @@ class Connection(asyncio.Protocol):
         self._expect(self._limits.head_timeout, self._close_quietly)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes from the client."""
+        """Called by asyncio with up to ``RECEIVE`` bytes: of a request, the next one, or what follows an upgrade."""
         if self._phase is Phase.CLOSING:
             return
         if self._tunnel is not None:
@@ -135,7 +145,7 @@ class Connection(asyncio.Protocol):
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client is gone."""
+        """Called by asyncio when the connection is closed: free the body's memory, and stop whatever answers."""
         self._gone = True
         self._late = None
         if self._timer is not None:
@@ -155,7 +165,7 @@ class Connection(asyncio.Protocol):
             self._exchange.pause(True)
 
     def resume_writing(self) -> None:
-        """It does again."""
+        """The client takes data again: its stall has no time limit any more, what it interrupted has."""
         self._write_paused = False
         if self._phase is Phase.HEAD:
             self._expect(self._limits.keepalive_timeout, self._close_quietly)
@@ -309,7 +319,7 @@ class Connection(asyncio.Protocol):
             self._host.ended(exchange)
 
     def finished(self, *, keep_alive: bool) -> None:
-        """The answer is whole."""
+        """The answer has been written whole: read the next request, or close."""
         self.served += 1
         self._exchange = self._running = None
         self._release()

@@ -71,7 +71,7 @@ class Exchange:
 
     @property
     def takes_chunks(self) -> bool:
-        """HTTP/1.0 clients do not."""
+        """Whether the client understands a chunked body; one that speaks HTTP/1.0 does not."""
         return self.request.version != "1.0"
 
     # -- speaking
@@ -93,7 +93,7 @@ class Exchange:
         self._send = _drop
 
     def finish(self) -> None:
-        """The answer is whole."""
+        """End the answer: its last byte has been written."""
         if not self.over:
             self.over = True
             self._wire.finished(keep_alive=self.keep_alive)
@@ -212,7 +212,7 @@ class Exchange:
 
 
 def _drop(data: bytes) -> None:
-    """Nobody is there to be told."""
+    """What a client that has left is still sent."""
 
 
 LAST_CHUNK = b"0\r\n\r\n"

@@ -62,7 +62,7 @@ Parse = Callable[[Exchange], Awaitable[UpstreamRequest | None]]
 
 
 class Relay:
-    """Serves the model routes."""
+    """The handlers of all routes that are relayed to engines, and the connections to engines that they share."""
 
     def __init__(self, gate: Gate, limits: Limits) -> None:
         self.requests = ModelRequests(gate, limits)
@@ -126,8 +126,8 @@ class Relay:
                         connection = await self.pool.connect(where)
                     return
                 except VllmdError as error:
-                    # Whoever raised it may hold it, and by its traceback everybody's variables: the request's body
-                    # would stay in that circle, uncounted, until the cycle collector comes by.
+                    # What raised it may hold it, and its traceback holds the variables of every function on the way:
+                    # the request's body would stay in that circle, uncounted, until the cycle collector finds it.
                     failure = error.with_traceback(None)
                     if answer.begun or exchange.over:
                         raise
@@ -252,7 +252,7 @@ class AnswerRelay:
     # -- what the engine's connection says
 
     def head(self, head: ResponseHead, framing: Framing) -> None:
-        """The answer begins."""
+        """The engine's head has come: decide how its body goes to the client (``answer_for``)."""
         self._status = head.status
         if self._tap is not None:
             self._tap.chunked = head.chunked
@@ -271,7 +271,7 @@ class AnswerRelay:
         self._answer = answer_for(exchange, self._sent, beat, head, framing, uncounted=self.uncounted)
 
     def data(self, data: bytes) -> None:
-        """More of the body."""
+        """More of the body has come, framing included: hand it on, and keep its end, where the usage is."""
         size = len(data)
         if size and self._heartbeats is not None:
             self._quiet()

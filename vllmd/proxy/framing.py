@@ -25,7 +25,7 @@ class BadFraming(ValueError):
 
 
 class Framing(Protocol):
-    """One body's end-finder."""
+    """Finds the end of one body in the bytes as they come. Counts, so it serves one body only."""
 
     keep: bool
     pieces: list[bytes]
@@ -48,7 +48,7 @@ class Length:
         self.pieces: list[bytes] = []
 
     def scan(self, data: bytes) -> int:
-        """Count."""
+        """The index after the last of ``length`` bytes, -1 if it has not come."""
         size = len(data)
         if size < self.left:
             self.left -= size
@@ -75,7 +75,7 @@ class UntilEof:
         self.pieces: list[bytes] = []
 
     def scan(self, data: bytes) -> int:
-        """It always goes on."""
+        """-1: only the end of the connection ends it."""
         if self.keep:
             self.pieces.append(data)
         return -1
@@ -107,11 +107,19 @@ class Chunked:
 
     def scan(self, data: bytes) -> int:
         """Walk over as many chunks as there are."""
-        self.seen += len(data)
-        held = len(self._held)
+        size, held = len(data), len(self._held)
+        self.seen += size
+        if not held and self._step is Chunked._size:  # the common case, at each event of a stream: one chunk, whole
+            start = data.find(b"\n", 0, 18) + 1
+            payload = _sizes.get(data[:start], 0)
+            if payload and start + payload + 2 == size and data[-2:] == b"\r\n":
+                self.payload += payload
+                if self.keep:
+                    self.pieces.append(data[start:-2])
+                return -1
         if held:
-            data, self._held = self._held + data, b""
-        pos, size = self._chunks(data, 0), len(data)
+            data, self._held, size = self._held + data, b"", held + size
+        pos = self._chunks(data, 0)
         while 0 <= pos < size:
             pos = self._chunks(data, self._step(self, data, pos))
             if self._step is Chunked._over:
@@ -126,6 +134,11 @@ class Chunked:
     def between(self) -> bool:
         """Whether what comes next is a chunk's size line, from its first byte on."""
         return self._step is Chunked._size and not self._held
+
+    @property
+    def over(self) -> bool:
+        """Whether the last chunk has come."""
+        return self._step is Chunked._over
 
     def _chunks(self, data: bytes, pos: int) -> int:
         """Skip the chunks that lie whole in ``data``: the common case, in one loop.

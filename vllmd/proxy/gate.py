@@ -96,7 +96,7 @@ class Permit(Protocol):
 
     @property
     def upstream(self) -> Address:
-        """Where to send it."""
+        """The engine to which the request is to be sent."""
 
     @property
     def target(self) -> Target | None:
@@ -124,7 +124,7 @@ class Permit(Protocol):
 
 
 def silent() -> None:
-    """Nobody wants to know that a request waits."""
+    """For a request of which the client is not told that it waits."""
 
 
 class Gate(Protocol):
@@ -177,8 +177,8 @@ class Authenticator(Protocol):
 
 
 class AllowAll:
-    """Lets everybody do everything."""
+    """The authenticator where there are no keys to be shown: every caller may use every route."""
 
     def identify(self, request: Request) -> Caller:
-        """Nobody is asked."""
+        """``ANYBODY``, whatever the request shows."""
         return ANYBODY

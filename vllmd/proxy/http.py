@@ -164,7 +164,7 @@ class Response:
 
 
 def json_response(value: object, status: int = 200, headers: Pairs = ()) -> Response:
-    """``value`` as compact JSON."""
+    """A 200, or another ``status``, whose body is ``value`` as compact JSON."""
     return Response(status, json.dumps(value, separators=(",", ":"), default=str).encode(), headers=headers)
 
 
@@ -186,7 +186,7 @@ async def list_response(value: Mapping[str, object], name: str, default: Callabl
 
 
 def text_response(text: str, status: int = 200, content_type: str = "text/plain; charset=utf-8") -> Response:
-    """``text`` as it is."""
+    """A 200, or another ``status``, whose body is ``text`` in UTF-8."""
     return Response(status, text.encode(), content_type)
 
 

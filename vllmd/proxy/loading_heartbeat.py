@@ -48,7 +48,7 @@ class LoadingHeartbeat:
             self._timer = asyncio.get_running_loop().call_later(self._interval, self._comment)
 
     def end(self) -> None:
-        """The wait is over."""
+        """The wait for the model has ended: no more comments about it."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -136,7 +136,7 @@ class Heartbeats:
             self._timer = asyncio.get_running_loop().call_later(self._limits.loading_comment_interval, self._sweep)
 
     def discard(self, waiting: Waiting) -> None:
-        """It waits no more."""
+        """The stream's first byte has come, or its client has left: no more signs of life."""
         self._new.discard(waiting)
         self._old.discard(waiting)
 

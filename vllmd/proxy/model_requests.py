@@ -62,13 +62,13 @@ class StoredResponses:
         return self._known[response_id]
 
     def forget(self, engine: str) -> None:
-        """The engine has ended, and its responses with it: nobody shall start it to be told so."""
+        """The engine has ended, and its responses with it: asking for one must not start it."""
         for response_id in [kept for kept, (of, _) in self._known.items() if of == engine]:
             del self._known[response_id]
 
 
 class ModelRequests:
-    """Reads requests for models."""
+    """Works out what a request is for: one method for each way in which clients name the model."""
 
     def __init__(self, gate: Gate, limits: Limits) -> None:
         self.responses = StoredResponses()

@@ -1,4 +1,4 @@
-"""Who listens where an engine should: asked of the kernel, before a byte is sent.
+"""Which process listens where an engine should: asked of the kernel, before a byte is sent.
 
 A request carries somebody's prompt, and its answer is taken for the model's. So a connection to an engine is used only
 if the engine's user listens at its other end (``Address.owner``):
@@ -150,7 +150,7 @@ def listener_of(host: str, port: int) -> Listener | None:
 
 
 def user_named(uid: int) -> str:
-    """A user for people."""
+    """A user's name with its id, for messages."""
     import pwd  # for messages only
 
     try:

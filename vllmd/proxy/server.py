@@ -76,7 +76,7 @@ class Server:
     # -- accepting
 
     def start(self) -> None:
-        """Accept (again)."""
+        """Accept connections from now on; may be called again after ``stop_accepting``."""
         self._accepting = True
         for listener in self._listeners:
             listener.setblocking(False)
@@ -148,7 +148,7 @@ class Server:
     # -- what connections ask and tell
 
     def joined(self, connection: Connection) -> None:
-        """The connection is there."""
+        """Count a connection in that has just been made."""
         self._connections.add(connection)
         if self._sweeping is None:
             self._sweeping = asyncio.get_running_loop().call_later(SWEEP, self._sweep)
@@ -156,7 +156,7 @@ class Server:
             self._by_address[connection.peer.address] += 1
 
     def left(self, connection: Connection) -> None:
-        """The connection is gone."""
+        """Count a connection out that has been closed."""
         self._connections.discard(connection)
         address = connection.peer.address
         if address:
@@ -191,7 +191,7 @@ class Server:
             connection.last_one()
 
     def refuse_unread(self, error: VllmdError) -> None:
-        """Answer whoever has sent only a part of a request."""
+        """Answer the clients that have sent only a part of a request."""
         for connection in list(self._connections):
             connection.refuse_unread(error)
 
@@ -210,7 +210,7 @@ class Server:
         return await self._wait_empty(max(0.0, limit - grace))
 
     async def close(self, limit: float = 0.0) -> None:
-        """Drain within ``limit`` seconds, then cut off whoever is left. Listeners stay open."""
+        """Drain within ``limit`` seconds, then cut off the clients that are left. Listeners stay open."""
         await self.drain(limit)
         for connection in list(self._connections):
             connection.cut()

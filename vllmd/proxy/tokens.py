@@ -27,7 +27,7 @@ class Tokens:
 
     @property
     def total(self) -> int:
-        """In and out."""
+        """Tokens of the prompt and of the answer."""
         return self.prompt + self.answer
 
 

@@ -66,7 +66,7 @@ class FarEnd(asyncio.Protocol):
             self._transport.pause_reading()  # until the client has been told
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The tunnel's end."""
+        """The engine's side is closed: close the client's."""
         for future in (self.answered, self.closed):
             if not future.done():
                 future.cancel()
@@ -99,7 +99,7 @@ class FarEnd(asyncio.Protocol):
             self._transport.resume_reading()
 
     def close(self) -> None:
-        """End it at once."""
+        """Close both sides at once."""
         self._exchange.on_pause = None
         self._transport.abort()
 
@@ -109,13 +109,13 @@ class FarEnd(asyncio.Protocol):
 
 
 class Tunnels:
-    """Serves the WebSocket routes."""
+    """The handlers of the routes that are relayed to engines as WebSockets."""
 
     def __init__(self, relay: Relay) -> None:
         self._relay = relay
 
     async def realtime(self, exchange: Exchange) -> None:
-        """``GET /v1/realtime``."""
+        """``GET /v1/realtime``: a WebSocket to the engine of ``?model=``. Raises VllmdError if it is refused."""
         request = exchange.request
         if request.method != "GET" or request.upgrade != "websocket" or not request.headers.get("sec-websocket-key"):
             raise BadRequest(

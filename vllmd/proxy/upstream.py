@@ -1,7 +1,7 @@
 """Connections to engines: one request at a time on each, kept a short while for the next one.
 
 A ``Upstream`` reads the answer's head through h11 and hands the body on as the bytes it came in. Foreign
-errors end here: whoever uses it sees ``UpstreamFailed`` or a ``lost`` call.
+errors end here: its callers see ``UpstreamFailed`` or a ``lost`` call.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WRITE_LIMIT = 256 << 10  # the transport says stop when it holds more than this
 
 
 class Unreached(UpstreamFailed):
-    """Nobody listens there: the engine never saw the request, so it may be sent anew."""
+    """No process listens there: the engine never saw the request, so it may be sent anew."""
 
 
 class Sink(Protocol):
@@ -91,7 +91,7 @@ def _key(address: Address) -> _Key:
 
 
 class Upstream(asyncio.Protocol):
-    """One connection to an engine."""
+    """One connection to an engine: one request at a time, whose ``Sink`` hears of the answer."""
 
     def __init__(self, address: Address, pool: Pool | None = None) -> None:
         self.address = address
@@ -115,7 +115,7 @@ class Upstream(asyncio.Protocol):
     # -- asyncio's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Connected."""
+        """Called by asyncio once the engine has accepted the connection."""
         self._transport = cast(asyncio.Transport, transport)
         read_small(transport)
         sock = transport.get_extra_info("socket")
@@ -170,7 +170,7 @@ class Upstream(asyncio.Protocol):
         self._write_paused = True
 
     def resume_writing(self) -> None:
-        """It does again."""
+        """The engine takes the request's body again: send on."""
         self._write_paused = False
         self._send_on()
 
@@ -211,7 +211,7 @@ class Upstream(asyncio.Protocol):
             self._transport.pause_reading()
 
     def resume(self) -> None:
-        """Take on."""
+        """Read from the engine again, after ``pause``."""
         if self.usable:
             self._paused = False
             self._transport.resume_reading()
@@ -300,7 +300,7 @@ class Pool:
             self._timer = loop.call_later(self._limits.upstream_idle, self._sweep)
 
     def forget(self, connection: Upstream) -> None:
-        """It is gone."""
+        """Keep a connection no longer that has been closed."""
         idle = self._idle.get(connection.key, [])
         if connection in idle:
             idle.remove(connection)
@@ -402,12 +402,12 @@ class _Collected:
             self.over.set_exception(UpstreamFailed(f"the answer is larger than {self._limit} bytes"))
 
     def whole(self) -> None:
-        """Done."""
+        """Give the answer to the future ``over``."""
         if not self.over.done():
             self.over.set_result(cast(ResponseHead, self._head))
 
     def lost(self, reason: str, *, untouched: bool) -> None:
-        """Failed."""
+        """Have ``over`` raise UpstreamFailed with the reason."""
         if not self.over.done():
             self.over.set_exception(UpstreamFailed(f"the connection broke off: {reason}"))
 

@@ -158,7 +158,7 @@ class WithoutUsage:
 
     def more(self, data: bytes) -> None:
         """Pass it on, the first piece along with the head."""
-        if self._between and b"[]" not in data and data[-4:] == b"\n\n\r\n":
+        if self._between and b"[]" not in data and (data[-4:] == b"\n\n\r\n" or self._framing.over):
             self._between = self._framing.between
         elif data:
             data = self._closer(data)

@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     show.say(f"{name} is served from now on; vllmctl run {name} asks it. Its settings: {told['file']}")
     source = str(settings.get("model", ""))
-    if source.startswith("/") and admin.status().get("backend") == "systemd" and (advice := unreadable(Path(source))):
+    if source.startswith("/") and admin.status().backend == "systemd" and (advice := unreadable(Path(source))):
         show.say(advice)
     return 0
 

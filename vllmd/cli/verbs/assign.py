@@ -109,7 +109,7 @@ def place(name: str, read_files: tuple[Path, ...], main: Path) -> tuple[Path, bo
 
 def restart(admin: Admin, name: str) -> bool:
     """Reload, and start the model if it was loaded."""
-    loaded = models.find(admin.status(), name)["state"] not in ("stopped", "error")
+    loaded = models.find(admin.status(), name).state not in ("stopped", "error")
     admin.ask(verb("reload"), {})
     if loaded:
         admin.ask(verb("load"), {"model": name, "wait": True})

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from typing import Any
 
+from vllmd.api.answers import ModelLine, Status
 from vllmd.cli import show
 from vllmd.cli.admin import Admin
 from vllmd.cli.failures import EX_UNAVAILABLE, Failure
@@ -48,21 +48,21 @@ def daemon(arguments: argparse.Namespace, said: str) -> list[Finding]:
         status = Admin(arguments).status(broken=True)
     except Failure as failure:
         return [("bad", failure.message, "")]
-    broken = status.get("configuration", {}).get("error")
+    broken = status.configuration.error
     if broken:
         told = "" if all(line in said for line in broken.splitlines()) else f": {broken}"
         return [("bad", f"the daemon runs with an invalid configuration{told}", "repair it, then vllmctl reload")]
-    answers = f"the daemon answers; engines are run by {status.get('backend') or '(still opening)'}"
+    answers = f"the daemon answers; engines are run by {status.backend or '(still opening)'}"
     return [("ok", answers, ""), *devices(status), *(each for each in models(status) if not known(each, said))]
 
 
-def devices(status: dict[str, Any]) -> Iterator[Finding]:
+def devices(status: Status) -> Iterator[Finding]:
     """Those that do not answer, or are avoided for another reason than an operator's word."""
-    if status.get("trouble"):
-        yield "bad", f"the devices do not answer: {status['trouble']}", ""
-    for device in status["devices"]:
-        if device["wedged"] and not device["drained"]:
-            yield "bad", f"device {device['index']} is avoided: {device['wedged']}", "vllmctl gpus"
+    if status.trouble:
+        yield "bad", f"the devices do not answer: {status.trouble}", ""
+    for device in status.devices:
+        if device.wedged and not device.drained:
+            yield "bad", f"device {device.index} is avoided: {device.wedged}", "vllmctl gpus"
 
 
 def known(finding: Finding, said: str) -> bool:
@@ -72,19 +72,19 @@ def known(finding: Finding, said: str) -> bool:
     return bool(failed) and f"{name}: there is no command {why.partition(':')[0]}" in said
 
 
-def models(status: dict[str, Any]) -> Iterator[Finding]:
+def models(status: Status) -> Iterator[Finding]:
     """Those that have failed, can never be loaded, or miss a replica."""
-    for line in status["models"]:
-        name, why = line["name"], show.first_line(line["failure"])
-        if line["state"] == "error":
+    for line in status.models:
+        name, why = line.name, show.first_line(line.failure)
+        if line.state == "error":
             yield "bad", f"{name} has failed: {why}", f"vllmctl why {name}; vllmctl logs {name}"
-        elif line.get("degraded"):
+        elif line.degraded:
             yield "warning", troubles(line), f"vllmctl why {name}"
-        elif line["state"] == "stopped" and why:
+        elif line.state == "stopped" and why:
             yield "bad", f"{name} cannot be loaded: {why}", ""
 
 
-def troubles(line: dict[str, Any]) -> str:
+def troubles(line: ModelLine) -> str:
     """What is wrong with the replicas of a model."""
-    told = [f"{each['name']}: {show.first_line(each['failure'])}" for each in line["replicas"] if each["failure"]]
-    return f"{line['name']} is degraded, {ps.replicas_of(line).partition(',')[0]}: {'; '.join(told)}"
+    told = [f"{each.name}: {show.first_line(each.failure)}" for each in line.replicas if each.failure]
+    return f"{line.name} is degraded, {ps.replicas_of(line).partition(',')[0]}: {'; '.join(told)}"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from typing import Any
 
+from vllmd.api.answers import Decision
+from vllmd.api.codec import plain
 from vllmd.cli import show
-from vllmd.cli.admin import Admin, decoded
+from vllmd.cli.admin import Admin, decoded, understood
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,26 +20,26 @@ def run(arguments: argparse.Namespace) -> int:
     for line in Admin(arguments).lines("GET", "/admin/events", "text/event-stream"):
         if not line.startswith("data: "):
             continue
-        event = decoded(line.removeprefix("data: "))
+        event = understood(Decision, decoded(line.removeprefix("data: ")))
         if not arguments.model or concerns(event, arguments.model):
             if arguments.json:
-                print(json.dumps(event), flush=True)
+                print(json.dumps(event, default=plain), flush=True)
             else:
                 show.say(told(event))
     return 0
 
 
-def concerns(event: dict[str, Any], model: str) -> bool:
+def concerns(event: Decision, model: str) -> bool:
     """Whether it is about the model, or about a replica of it."""
-    name = str(event.get("model"))
+    name = event.model
     return name == model or name.startswith(f"{model}@")
 
 
-def told(decision: dict[str, Any]) -> str:
+def told(decision: Decision) -> str:
     """``19:31:02 evict qwen: because ...``; of a failure what led to it, not the log below it. Another day is named."""
-    at = moment(decision["at"], time.time())
-    what, why = show.paint(decision["what"], "bold"), show.first_line(decision["why"])
-    return f"{show.paint(at, 'grey')} {what} {decision['model']}: {why}"
+    at = moment(decision.at, time.time())
+    what, why = show.paint(decision.what, "bold"), show.first_line(decision.why)
+    return f"{show.paint(at, 'grey')} {what} {decision.model}: {why}"
 
 
 def moment(at: float, now: float) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
+from vllmd.api.answers import DeviceNow, ModelLine, Status
 from vllmd.cli import show
 from vllmd.cli.admin import Admin
 from vllmd.cli.failures import EX_UNAVAILABLE
@@ -21,46 +21,46 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     status = Admin(arguments).status()
-    trouble = status.get("trouble", "")
+    trouble = status.trouble
     if trouble:
         show.say(f"the devices do not answer: {trouble}", sys.stderr)
     if arguments.json:
-        print(show.as_json(status["devices"]))
-    elif status["devices"]:
+        print(show.as_json(status.devices))
+    elif status.devices:
         print(table(status))
     elif not trouble:
-        why = status.get("source") or "NVML found none, and none are declared"
+        why = status.source or "NVML found none, and none are declared"
         show.say(f"there are no devices ({why}); they may be declared, see devices in vllmd.yaml(5)")
     return EX_UNAVAILABLE if trouble else 0
 
 
-def table(status: dict[str, Any]) -> str:
+def table(status: Status) -> str:
     """A row for each device."""
-    rows = [row(device, status["models"]) for device in status["devices"]]
+    rows = [row(device, status.models) for device in status.devices]
     return show.table(HEAD, rows, RIGHT, beneath=("MODELS", "NOTE"))
 
 
-def row(device: dict[str, Any], models: list[dict[str, Any]]) -> tuple[str, ...]:
-    free = device["memory"] - device["promised"] - device["reserve"] - device["external"]
-    engines = [line for model in models for line in model.get("replicas") or [model]]
-    held = [line["name"] for line in engines if device["index"] in line["devices"]]
-    sizes = (device["memory"], device["promised"], max(0, free), device["reserve"], device["external"])
-    return (str(device["index"]), *map(show.size, sizes), ", ".join(held) or show.EMPTY, "; ".join(_notes(device)))
+def row(device: DeviceNow, models: Sequence[ModelLine]) -> tuple[str, ...]:
+    free = device.memory - device.promised - device.reserve - device.external
+    engines = [line for model in models for line in model.replicas or (model,)]
+    held = [line.name for line in engines if device.index in line.devices]
+    sizes = (device.memory, device.promised, max(0, free), device.reserve, device.external)
+    return (str(device.index), *map(show.size, sizes), ", ".join(held) or show.EMPTY, "; ".join(_notes(device)))
 
 
-def _notes(device: dict[str, Any]) -> Iterator[str]:
+def _notes(device: DeviceNow) -> Iterator[str]:
     """What it is, what it draws, whom it is near, what is wrong with it."""
-    if device["wedged"]:
-        yield f"avoided: {device['wedged']}"
-    if device.get("throttled"):
-        yield f"slowed down: {device['throttled']}"
-    if device.get("name"):
-        yield device["name"]
-    figures = ((device.get("power"), "W"), (device.get("temperature"), "\N{DEGREE SIGN}C"))
+    if device.wedged:
+        yield f"avoided: {device.wedged}"
+    if device.throttled:
+        yield f"slowed down: {device.throttled}"
+    if device.name:
+        yield device.name
+    figures = ((device.power, "W"), (device.temperature, "\N{DEGREE SIGN}C"))
     told = " ".join(f"{value:.0f}{unit}" for value, unit in figures if value is not None)
     if told:
         yield told
-    if device.get("links"):
-        yield f"NVLink to {', '.join(map(str, device['links']))}"
-    if device.get("node") is not None:
-        yield f"node {device['node']}"
+    if device.links:
+        yield f"NVLink to {', '.join(map(str, device.links))}"
+    if device.node is not None:
+        yield f"node {device.node}"

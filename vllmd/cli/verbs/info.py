@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from typing import Any
 
+from vllmd.api.answers import Status
 from vllmd.cli import show
 from vllmd.cli.admin import Admin
 
@@ -18,29 +18,29 @@ def run(arguments: argparse.Namespace) -> int:
     admin = Admin(arguments)
     status = admin.status(broken=True)
     if arguments.json:
-        print(show.as_json({key: value for key, value in status.items() if key != "models"}))
+        print(show.as_json({key: value for key, value in vars(status).items() if key != "models"}))
     else:
         print(show.pairs(facts(status, admin.url or admin.path)))
     return 0
 
 
-def facts(status: dict[str, Any], where: str) -> dict[str, object]:
+def facts(status: Status, where: str) -> dict[str, object]:
     """What is shown, by name."""
-    host, config = status["host_memory"], status.get("configuration", {})
-    promised = show.size(host["promised"]) if host["promised"] else 0
-    states = Counter(line["state"] for line in status["models"])
-    shown = {
-        "version": status["version"],
-        "process": f"{status['pid']}, for {show.age(status['uptime'])}",
+    host, config = status.host_memory, status.configuration
+    promised = show.size(host.promised) if host.promised else 0
+    states = Counter(line.state for line in status.models)
+    shown: dict[str, object] = {
+        "version": status.version,
+        "process": f"{status.pid}, for {show.age(status.uptime)}",
         "admin API": where,
-        "engines run by": status.get("backend") or "(still opening)",
-        "policy": status["policy"],
-        "devices": f"{len(status['devices'])}" + (f", from {status['source']}" if status.get("source") else ""),
-        "host memory": f"{promised} of {show.size(host['budget'])} for sleeping models",
+        "engines run by": status.backend or "(still opening)",
+        "policy": status.policy,
+        "devices": f"{len(status.devices)}" + (f", from {status.source}" if status.source else ""),
+        "host memory": f"{promised} of {show.size(host.budget)} for sleeping models",
         "models": ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "none",
-        "requests": f"{status.get('requests', 0)} on {show.counted(status.get('connections', 0), 'connection')}",
-        "configuration": ", ".join(config.get("files", ())) or "no files; the defaults",
+        "requests": f"{status.requests} on {show.counted(status.connections, 'connection')}",
+        "configuration": ", ".join(config.files) or "no files; the defaults",
     }
-    if config.get("error"):
-        shown["configuration error"] = config["error"]
+    if config.error:
+        shown["configuration error"] = config.error
     return shown

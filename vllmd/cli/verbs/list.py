@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Sequence
 
+from vllmd.api.answers import Cached, CachedModel, ModelLine
+from vllmd.api.verbs import verb
 from vllmd.cli import downloads, nothing, show
 from vllmd.cli.admin import Admin
 
@@ -18,37 +20,37 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     admin = Admin(arguments)
-    status, cached = admin.status(), admin.get("/admin/store")["cached"]
-    rows = [_row(line, cached) for line in status["models"]]
-    rows += [_cached(one) for one in cached if not one["models"]]
+    status, cached = admin.status(), admin.told(verb("cached"), Cached, {}).cached
+    rows = [_row(line, cached) for line in status.models]
+    rows += [_cached(one) for one in cached if not one.models]
     if arguments.json:
         keys = [name.lower() for name in HEAD]
         print(show.as_json([dict(zip(keys, row, strict=True)) for row in rows]))
         return 0
     if rows:
         print(show.table(HEAD, rows, ("SIZE",), names=("MODEL",), beneath=("SOURCE",)))
-    for text in [*downloads.under_way(status), *([] if status["models"] else nothing.advice(status, cached))]:
+    for text in [*downloads.under_way(status), *([] if status.models else nothing.advice(status, cached))]:
         show.say(text)
     return 0
 
 
-def size_of(line: dict[str, Any], cached: list[dict[str, Any]]) -> int:
+def size_of(line: ModelLine, cached: Sequence[CachedModel]) -> int:
     """Bytes of a model's files in the cache, as far as they are there."""
-    return sum(one["size"] for one in cached if line["name"] in one["models"])
+    return sum(one.size for one in cached if line.name in one.models)
 
 
-def _row(line: dict[str, Any], cached: list[dict[str, Any]]) -> tuple[str, ...]:
-    config = line["config"]
-    source = config.get("model") or line["name"]
+def _row(line: ModelLine, cached: Sequence[CachedModel]) -> tuple[str, ...]:
+    config = line.config
+    source = config.model or line.name
     return (
-        line["name"],
-        show.state(line["state"]),
+        line.name,
+        show.state(line.state),
         show.size(size_of(line, cached)),
-        config.get("engine", show.EMPTY),
-        "(its name)" if source == line["name"] else source,
+        config.engine or show.EMPTY,
+        "(its name)" if source == line.name else source,
     )
 
 
-def _cached(one: dict[str, Any]) -> tuple[str, ...]:
-    engine = one["engine"] or show.EMPTY
-    return one["name"], "cached", show.size(one["size"]), engine, f"(vllmctl add {one['name']} serves it)"
+def _cached(one: CachedModel) -> tuple[str, ...]:
+    engine = one.engine or show.EMPTY
+    return one.name, "cached", show.size(one.size), engine, f"(vllmctl add {one.name} serves it)"

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllmd.api.answers import ModelLine, Status
 from vllmd.cli import models
 from vllmd.cli.admin import Admin, user_socket
 from vllmd.text import printable
@@ -36,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     admin = Admin(arguments)
     status = admin.status()
     line = models.find(status, arguments.model)
-    backend = str(status.get("backend", ""))
+    backend = status.backend
     user = backend == "systemd-user" or admin.path == user_socket()
     readable = shutil.which("journalctl") and (user or journal_is_readable())
     if admin.url or not backend.startswith("systemd") or not readable:
@@ -62,18 +63,18 @@ def journal_is_readable(folders: Sequence[str] = ("/var/log/journal", "/run/log/
     return any(os.access(file, os.R_OK) for folder in folders for file in Path(folder).glob("*/system.journal"))
 
 
-def engines(status: dict[str, Any], line: dict[str, Any]) -> list[str]:
+def engines(status: Status, line: ModelLine) -> list[str]:
     """Whose lines are meant. The first of several replicas may have been started when the model had one engine."""
-    firsts = {model["replicas"][0]["name"]: model["name"] for model in status["models"] if model.get("replicas")}
-    names = [each["name"] for each in line.get("replicas") or [line]]
+    firsts = {model.replicas[0].name: model.name for model in status.models if model.replicas}
+    names = [each.name for each in line.replicas or (line,)]
     return [*(firsts[name] for name in names if name in firsts), *names]
 
 
-def matches(status: dict[str, Any], names: Sequence[str], user: bool) -> list[str]:
+def matches(status: Status, names: Sequence[str], user: bool) -> list[str]:
     """What tells journalctl the engines' units: their names' pattern, or each unit where others have the same one."""
     from vllmd.config.names import unit_pattern
 
-    others = {name for each, _ in models.every(status) for name in [each["name"]]} - {*names}
+    others = {name for each, _ in models.every(status) for name in [each.name]} - {*names}
     shared = {unit_pattern(name) for name in names} & {unit_pattern(name) for name in others}
     units = known_units(names) if shared else []
     return [f"--{'user-' * user}unit={unit}" for unit in units or [unit_pattern(name) for name in names]]
@@ -111,12 +112,12 @@ def journalctl(units: list[str], arguments: Any) -> list[str]:
     return [*command, "--follow"] if arguments.follow else command
 
 
-def _from_daemon(admin: Admin, line: dict[str, Any], arguments: argparse.Namespace) -> int:
+def _from_daemon(admin: Admin, line: ModelLine, arguments: argparse.Namespace) -> int:
     from urllib.parse import quote
 
     lines = min(10_000, max(0, LINES if arguments.lines is None else arguments.lines))
-    names = [each["name"] for each in line.get("replicas") or [line]]
-    for name in names if not arguments.follow else [line["name"]]:
+    names = [each.name for each in line.replicas or (line,)]
+    for name in names if not arguments.follow else [line.name]:
         if len(names) > 1 and not arguments.follow:
             print(f"== {name}")
         path = f"/admin/logs/{quote(name, safe='')}"

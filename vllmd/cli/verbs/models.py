@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
+from vllmd.api.answers import ModelLine
+from vllmd.api.codec import fields
 from vllmd.cli import nothing, show
 from vllmd.cli.admin import Admin
 
@@ -16,9 +17,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    models = Admin(arguments).status()["models"]
+    models = Admin(arguments).status().models
     if arguments.json:
-        print(show.as_json([{"name": line["name"], "state": line["state"], **line["config"]} for line in models]))
+        print(show.as_json([{"name": line.name, "state": line.state, **fields(line.config)} for line in models]))
     elif models:
         print(show.table(HEAD, [_row(line) for line in models], names=("MODEL",), beneath=("SOURCE", "ALIASES")))
     else:
@@ -26,13 +27,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _row(line: dict[str, Any]) -> tuple[str, ...]:
-    config = line["config"]
-    source = config.get("model") or line["name"]
+def _row(line: ModelLine) -> tuple[str, ...]:
+    config = line.config
+    source = config.model or line.name
     return (
-        line["name"],
-        show.state(line["state"]),
-        config.get("engine", show.EMPTY),
-        "(its name)" if source == line["name"] else source,
-        ", ".join(config.get("aliases", ())) or show.EMPTY,
+        line.name,
+        show.state(line.state),
+        config.engine or show.EMPTY,
+        "(its name)" if source == line.name else source,
+        ", ".join(config.aliases or ()) or show.EMPTY,
     )

@@ -6,8 +6,8 @@ Without --all none is waited for once another engine of the model has answered.
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
+from vllmd.api.answers import Probed, ProbedReplica
 from vllmd.api.verbs import verb
 from vllmd.cli import models, show
 from vllmd.cli.admin import Admin
@@ -28,18 +28,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     admin = Admin(arguments)
-    named = arguments.models or [line["name"] for line in admin.status()["models"] if line["serving"]]
+    named = arguments.models or [line.name for line in admin.status().models if line.serving]
     given = {"all": arguments.all, "limit": arguments.limit}
-    answers = [admin.ask(verb("probe"), {**given, "model": model}) for model in named]
-    rows = [row(line) for answer in answers for line in answer["replicas"]]
+    answers = [admin.told(verb("probe"), Probed, {**given, "model": model}) for model in named]
+    rows = [row(line) for answer in answers for line in answer.replicas]
     if arguments.json:
         print(show.as_json(answers))
     else:
         print(show.table(HEAD, rows, RIGHT, names=("REPLICA",)) if rows else "no model serves, and a probe loads none")
-    return EX_UNAVAILABLE if any(answer["fastest"] is None for answer in answers) else 0
+    return EX_UNAVAILABLE if any(answer.fastest is None for answer in answers) else 0
 
 
-def row(line: dict[str, Any]) -> tuple[str, ...]:
+def row(line: ProbedReplica) -> tuple[str, ...]:
     """An engine, the time of its answer, and why it has none."""
-    time = show.EMPTY if line["seconds"] is None else f"{line['seconds'] * 1000:.0f}ms"
-    return line["name"], time, line["message"]
+    time = show.EMPTY if line.seconds is None else f"{line.seconds * 1000:.0f}ms"
+    return line.name, time, line.message

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
+from vllmd.api.answers import ModelLine
 from vllmd.cli import downloads, nothing, show
 from vllmd.cli.admin import Admin
 
@@ -19,9 +21,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     status = Admin(arguments).status()
-    models = status["models"]
+    models: Sequence[ModelLine] = status.models
     if arguments.running:
-        models = [line for line in models if line["state"] != "stopped"]
+        models = [line for line in models if line.state != "stopped"]
     if arguments.json:
         print(show.as_json(models))
     elif models:
@@ -36,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def table(models: list[dict[str, Any]], *, power: bool = False) -> str:
+def table(models: Sequence[ModelLine], *, power: bool = False) -> str:
     """A row for each model, and below it one for each of its replicas; with ``power`` also what they draw."""
     lines = [line for model in models for line in (model, *replicas(model))]
     if not power:
@@ -45,52 +47,52 @@ def table(models: list[dict[str, Any]], *, power: bool = False) -> str:
     return show.table((*HEAD[:-1], "POWER", HEAD[-1]), rows, (*RIGHT, "POWER"), names=("MODEL",))
 
 
-def _watts(line: dict[str, Any]) -> str:
+def _watts(line: ModelLine) -> str:
     """Of a model with replicas their sum."""
-    told = [each["power"] for each in line.get("replicas") or [line] if each.get("power") is not None]
+    told = [each.power for each in line.replicas or (line,) if each.power is not None]
     return f"{sum(told):.0f}W" if told else show.EMPTY
 
 
-def replicas(model: dict[str, Any]) -> list[dict[str, Any]]:
+def replicas(model: ModelLine) -> list[ModelLine]:
     """The lines of its replicas, called by what stands behind the model's name."""
-    return [{**line, "name": f"  {line['name'].removeprefix(model['name'])}"} for line in model.get("replicas", ())]
+    return [replace(line, name=f"  {line.name.removeprefix(model.name)}") for line in model.replicas]
 
 
-def row(line: dict[str, Any]) -> tuple[str, ...]:
+def row(line: ModelLine) -> tuple[str, ...]:
     """A model, or a replica of one, as a row of the table."""
     return (
-        line["name"],
-        show.state(line["state"]),
-        show.numbers(line["devices"]),
-        show.size(line["memory"]),
-        str(line["in_flight"]),
+        line.name,
+        show.state(line.state),
+        show.numbers(line.devices),
+        show.size(line.memory),
+        str(line.in_flight),
         _queue(line),
-        show.age(line["idle"]),
+        show.age(line.idle),
         note(line),
     )
 
 
-def replicas_of(line: dict[str, Any]) -> str:
+def replicas_of(line: ModelLine) -> str:
     """How many of a model's replicas serve; of a replica what its answers have earned it, and how soon they begin."""
-    if line.get("replicas"):
-        return f"{line['serving']} of {len(line['replicas'])} replicas serve{', degraded' * line['degraded']}"
-    if not line.get("standing"):
+    if line.replicas:
+        return f"{line.serving} of {len(line.replicas)} replicas serve{', degraded' * line.degraded}"
+    if not line.standing:
         return ""
-    latency = f" ({line['latency'] * 1000:.0f} ms to the first byte)" if line["latency"] is not None else ""
-    return f"{line['standing']}{latency}"
+    latency = f" ({line.latency * 1000:.0f} ms to the first byte)" if line.latency is not None else ""
+    return f"{line.standing}{latency}"
 
 
-def _queue(line: dict[str, Any]) -> str:
-    oldest = line.get("oldest_wait")
-    return f"{line['queued']} ({show.age(oldest)})" if line["queued"] and oldest is not None else str(line["queued"])
+def _queue(line: ModelLine) -> str:
+    oldest = line.oldest_wait
+    return f"{line.queued} ({show.age(oldest)})" if line.queued and oldest is not None else str(line.queued)
 
 
-def note(line: dict[str, Any]) -> str:
+def note(line: ModelLine) -> str:
     """What is remarkable about it: phase of a start, pin, leases, why its requests wait, why it failed."""
     parts = [show.phase(line)]
     parts.append(replicas_of(line))
-    parts.append("pinned" if line["pinned"] else "")
-    parts.append(f"leased to {', '.join(line['leases'])}" if line["leases"] else "")
-    parts.append(str(line["waiting_for"]))
-    parts.append("" if line.get("replicas") else show.first_line(line["failure"]))  # its replicas' lines have it
+    parts.append("pinned" if line.pinned else "")
+    parts.append(f"leased to {', '.join(line.leases)}" if line.leases else "")
+    parts.append(line.waiting_for)
+    parts.append("" if line.replicas else show.first_line(line.failure))  # its replicas' lines have it
     return "; ".join(part for part in parts if part)

@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
             last = downloads.follow(admin, model, add=False, quiet=arguments.json)
             answers.append(last)
             name = last["model"]
-            known = any(name == line["name"] for line in admin.status()["models"])
+            known = any(name == line.name for line in admin.status().models)
             said = f"{name} is here after {show.age(last.get('seconds'))}, {show.size(last.get('total'))}"
             said += "" if known else f"; vllmctl run {name} serves it"
         if not arguments.json:

@@ -12,6 +12,7 @@ import os
 import subprocess
 from pathlib import Path
 
+from vllmd.api.answers import Reloaded
 from vllmd.api.verbs import verb
 from vllmd.cli import show
 from vllmd.cli.admin import READ_SOCKET, SYSTEM_SOCKET, Admin, user_socket
@@ -34,20 +35,21 @@ def run(arguments: argparse.Namespace) -> int:
     if not admin.url and not runs(admin.path):
         return check(arguments, system=admin.path in SYSTEMS)
     try:
-        answer = admin.ask(verb("reload"), {})
+        answer = admin.told(verb("reload"), Reloaded, {})
     except Failure as failure:
         if arguments.quiet and failure.status == EX_CONFIG:
             return EX_CONFIG
         raise
-    later = answer.get("later", {})
+    later = answer.later
     if arguments.json:
         print(show.as_json(answer))
     elif not arguments.quiet:
-        told = [f"{kind}: {', '.join(answer[kind])}" for kind in ("changed", "added", "removed") if answer.get(kind)]
+        kinds = {"changed": answer.changed, "added": answer.added, "removed": answer.removed}
+        told = [f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
         print("the configuration is loaded" if told else "the configuration is loaded; no model changed")
         for line in (*told, *(f"{path} {what}" for path, what in later.items())):
             show.say(line)
-        for warning in answer.get("warnings", ()):
+        for warning in answer.warnings:
             show.say(f"warning: {warning}")
     return EX_LATER if LATER in later.values() else 0
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
 
+from vllmd.api.answers import ModelLine, Status
 from vllmd.cli import downloads, installing, models, show
 from vllmd.cli.admin import Admin
 from vllmd.cli.failures import Failure
@@ -49,16 +49,16 @@ def here(admin: Admin, arguments: argparse.Namespace) -> str:
         last = downloads.follow(admin, arguments.model, add=True, quiet=False)
         if last.get("added"):
             show.say(f"{last['model']} was fetched ({show.size(last.get('total'))}) and added", sys.stderr)
-        line = _configured(admin.status(), str(last["model"])) or {"name": last["model"], "config": {}, "failure": "?"}
-    elif not line.get("failure"):
-        return str(line["name"])
-    kind = line["config"].get("engine", "")
+        line = _configured(admin.status(), str(last["model"])) or ModelLine(str(last["model"]), "stopped")
+    elif not line.failure:
+        return line.name
+    kind = line.config.engine or ""
     if not admin.url and kind in INSTALLED:
         installing.ensure(arguments, kind)
-    return str(line["name"])
+    return line.name
 
 
-def _configured(status: dict[str, Any], name: str) -> dict[str, Any] | None:
+def _configured(status: Status, name: str) -> ModelLine | None:
     try:
         return models.find(status, name)
     except Failure:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
+from vllmd.api.answers import Cached, CachedModel, ModelLine, Status
+from vllmd.api.verbs import verb
 from vllmd.cli import models, show
 from vllmd.cli.admin import Admin
 from vllmd.cli.failures import Failure
@@ -18,13 +21,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     admin = Admin(arguments)
-    status, cached = admin.status(), admin.get("/admin/store")["cached"]
+    status, cached = admin.status(), admin.told(verb("cached"), Cached, {}).cached
     facts = of_cache(arguments.model, cached) if not _is_configured(status, arguments.model) else {}
     if not facts:
         line = models.find(status, arguments.model)
-        name = line.get("replica_of") or line["name"]
+        name = line.replica_of or line.name
         card = admin.get(f"/v1/models/{quote(name, safe='')}")
-        facts = of_model(line, card, [one for one in cached if name in one["models"]])
+        facts = of_model(line, card, [one for one in cached if name in one.models])
     if arguments.json:
         print(show.as_json(facts))
     else:
@@ -32,40 +35,40 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _is_configured(status: dict[str, Any], name: str) -> bool:
+def _is_configured(status: Status, name: str) -> bool:
     try:
         return bool(models.find(status, name))
     except Failure:
         return False
 
 
-def of_cache(name: str, cached: list[dict[str, Any]]) -> dict[str, object]:
+def of_cache(name: str, cached: Sequence[CachedModel]) -> dict[str, object]:
     """What the cache has under that name; nothing if it has none."""
-    found = next((one for one in cached if name in (one["name"], one["path"])), None)
+    found = next((one for one in cached if name in (one.name, one.path)), None)
     return {"model": name, "state": f"cached; vllmctl add {name} serves it", **_files([found])} if found else {}
 
 
-def of_model(line: dict[str, Any], card: dict[str, Any], cached: list[dict[str, Any]]) -> dict[str, object]:
+def of_model(line: ModelLine, card: Mapping[str, Any], cached: Sequence[CachedModel]) -> dict[str, object]:
     """What there is to say of a configured one."""
-    config = line["config"]
+    config = line.config
     return {
-        "model": line["name"],
-        "state": line["state"],
+        "model": line.name,
+        "state": line.state,
         "note": ps.note(line),
-        "engine": config.get("engine", ""),
-        "source": config.get("model") or line["name"],
+        "engine": config.engine or "",
+        "source": config.model or line.name,
         **_files(cached),
-        "aliases": ", ".join(config.get("aliases", ())),
+        "aliases": ", ".join(config.aliases or ()),
         "context": card.get("max_model_len") or "",
         "can": ", ".join(card.get("capabilities", ())),
-        "memory": show.size(line["memory"]) if line["memory"] else "",
+        "memory": show.size(line.memory) if line.memory else "",
         "description": card.get("description", ""),
     }
 
 
-def _files(cached: list[dict[str, Any]]) -> dict[str, object]:
+def _files(cached: Sequence[CachedModel]) -> dict[str, object]:
     return {
-        "files": ", ".join(one["path"] for one in cached),
-        "size": show.size(sum(one["size"] for one in cached)) if cached else "",
-        "quantisations": ", ".join(name for one in cached for name in one["files"]),
+        "files": ", ".join(one.path for one in cached),
+        "size": show.size(sum(one.size for one in cached)) if cached else "",
+        "quantisations": ", ".join(name for one in cached for name in one.files),
     }

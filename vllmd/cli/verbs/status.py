@@ -7,8 +7,8 @@ Exit status 69 where a model that is named has failed or the devices do not answ
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
+from vllmd.api.answers import Status
 from vllmd.cli import downloads, models, nothing, show
 from vllmd.cli.admin import Admin
 from vllmd.cli.failures import EX_CONFIG, EX_UNAVAILABLE
@@ -33,20 +33,20 @@ def run(arguments: argparse.Namespace) -> int:
             show.say(why.now(line, made=True))
     else:
         print(overview(status, admin.url or admin.path))
-    if status.get("configuration", {}).get("error"):
+    if status.configuration.error:
         return EX_CONFIG
-    return EX_UNAVAILABLE if status.get("trouble") or any(line["state"] == "error" for line in named) else 0
+    return EX_UNAVAILABLE if status.trouble or any(line.state == "error" for line in named) else 0
 
 
-def overview(status: dict[str, Any], where: str) -> str:
+def overview(status: Status, where: str) -> str:
     """The daemon, then its models."""
     facts = info.facts(status, where)
     parts = [show.pairs({name: facts[name] for name in FACTS if name in facts})]
-    if status.get("trouble"):
-        parts[0] += f"\nthe devices do not answer: {status['trouble']}"
-    if status["models"]:
-        parts.append(ps.table(status["models"]))
-    elif not status.get("configuration", {}).get("error"):
+    if status.trouble:
+        parts[0] += f"\nthe devices do not answer: {status.trouble}"
+    if status.models:
+        parts.append(ps.table(status.models))
+    elif not status.configuration.error:
         parts.append("\n".join(wrapped(text, show.columns()) for text in nothing.advice(status)))
     if fetching := downloads.under_way(status):
         parts.append("\n".join(wrapped(text, show.columns()) for text in fetching))

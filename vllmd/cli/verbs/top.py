@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from typing import Any
 
+from vllmd.api.answers import Status
 from vllmd.cli import show
 from vllmd.cli.admin import Admin
 from vllmd.cli.values import duration
@@ -32,14 +32,14 @@ def run(arguments: argparse.Namespace) -> int:
         time.sleep(max(0.1, arguments.delay))
 
 
-def screen(status: dict[str, Any]) -> str:
+def screen(status: Status) -> str:
     """What is shown at a time."""
-    busy = sum(line["in_flight"] for line in status["models"])
-    waiting = sum(line["queued"] for line in status["models"])
-    head = f"vllmd {status['version']}, up {show.age(status['uptime'])}: {busy} requests run, {waiting} wait"
+    busy = sum(line.in_flight for line in status.models)
+    waiting = sum(line.queued for line in status.models)
+    head = f"vllmd {status.version}, up {show.age(status.uptime)}: {busy} requests run, {waiting} wait"
     parts = [show.paint(head, "bold")]
-    if status["devices"]:
+    if status.devices:
         parts.append(gpus.table(status))
-    if status["models"]:
-        parts.append(ps.table(status["models"]))
+    if status.models:
+        parts.append(ps.table(status.models))
     return "\n\n".join(parts)

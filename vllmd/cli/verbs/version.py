@@ -26,6 +26,6 @@ def daemon(arguments: argparse.Namespace) -> str:
     admin = Admin(arguments)
     try:
         running = bool(admin.url) or runs(admin.path)
-        return str(admin.status(broken=True)["version"]) if running else "(does not run)"
+        return admin.status(broken=True).version if running else "(does not run)"
     except Failure:
         return "(cannot be asked)"

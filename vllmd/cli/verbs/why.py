@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
+from vllmd.api.answers import Decision, Decisions, ModelLine
 from vllmd.api.verbs import verb
 from vllmd.cli import models, show
 from vllmd.cli.admin import Admin
@@ -21,7 +21,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     admin = Admin(arguments)
     line = models.find(admin.status(), arguments.model)
-    made = admin.ask(verb("decisions"), {"model": line["name"]})["decisions"][-max(0, arguments.lines) :]
+    made = admin.told(verb("decisions"), Decisions, {"model": line.name}).decisions[-max(0, arguments.lines) :]
     if arguments.json:
         print(show.as_json({"model": line, "decisions": made}))
         return 0
@@ -31,28 +31,28 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def now(line: dict[str, Any], made: bool) -> str:
+def now(line: ModelLine, made: bool) -> str:
     """How it stands at present, in a sentence."""
-    name, ago = line["name"], "" if line["since"] is None else show.age(line["since"])
-    if line["state"] == "error":
-        told = f"{name} has failed{f' {ago} ago' if ago else ''}: {line['failure']}"
+    name, ago = line.name, "" if line.since is None else show.age(line.since)
+    if line.state == "error":
+        told = f"{name} has failed{f' {ago} ago' if ago else ''}: {line.failure}"
     else:
-        told = f"{name} is {show.state(line['state'])}{f' since {ago}' if ago else ''}"
-    if line.get("replicas") or line.get("standing"):
+        told = f"{name} is {show.state(line.state)}{f' since {ago}' if ago else ''}"
+    if line.replicas or line.standing:
         told += f" ({ps.replicas_of(line)})"
-    if line["state"] != "error" and line["failure"]:
-        told += f"; it failed: {line['failure']}"
-    if "\n" in line["failure"]:
+    if line.state != "error" and line.failure:
+        told += f"; it failed: {line.failure}"
+    if "\n" in line.failure:
         told += f"\nvllmctl logs {name} shows all of its output"
-    if line["waiting_for"]:
-        queued = line["queued"]
+    if line.waiting_for:
+        queued = line.queued
         who = f"{show.counted(queued, 'request')} wait{'s' * (queued == 1)} for" if queued else "it waits for"
-        told += f"; {who} {line['waiting_for']}"
-    return told if made or line["waiting_for"] else f"{told}; nothing has been decided about it yet"
+        told += f"; {who} {line.waiting_for}"
+    return told if made or line.waiting_for else f"{told}; nothing has been decided about it yet"
 
 
-def _numbers(decision: dict[str, Any]) -> str:
+def _numbers(decision: Decision) -> str:
     shown = (f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
-             for key, value in decision.get("numbers", {}).items())  # fmt: skip
+             for key, value in decision.numbers.items())  # fmt: skip
     text = " ".join(shown)
     return f" [{text}]" if text else ""
