@@ -331,3 +331,56 @@ def test_kill_ends_the_engine_that_has_the_process(site: Site) -> None:
     refused = site.machine.run(f"vllmctl kill {number}", check=False)
     assert (refused.returncode, number in refused.stderr) == (77, True)
     assert bystander.poll() is None
+
+
+def test_use_and_keys_are_kept_where_the_unit_says(site: Site) -> None:
+    """In folders that nobody else can look into, over a kill of the daemon; the engines' programs stay root's."""
+    machine = site.machine
+    key = machine.run(["vllmctl", "key", "create", "alice", "--tokens-per-day", "100000"]).stdout.strip()
+    body = json.dumps({"model": "steady", "messages": [{"role": "user", "content": "one two three"}], "stream": True})
+    address = "http://127.0.0.1:33258/v1/chat/completions"
+    chat = [
+        "curl",
+        "-sf",
+        "-H",
+        f"Authorization: Bearer {key}",
+        "-H",
+        "Content-Type: application/json",
+        "-d",
+        body,
+        address,
+    ]
+    try:
+        assert "[DONE]" in machine.run(chat, timeout=60).stdout
+        assert machine.run([*chat[:2], *chat[4:]], check=False).returncode == 22  # without the key
+        (row,) = json.loads(machine.run(["vllmctl", "usage", "--json", "-k", "alice"]).stdout)["rows"]
+        assert (row["requests"], row["answer"], row["estimated"]) == (1, 3, 0)
+        machine.run("systemctl kill --signal=KILL --kill-whom=main vllmd.service")
+        (row,) = json.loads(machine.run(["vllmctl", "usage", "--json", "-k", "alice"], timeout=60).stdout)["rows"]
+        assert row["requests"] == 1
+        assert "[DONE]" in machine.run(chat, timeout=60).stdout
+        owners = machine.run("stat -c '%U %a %n' /var/lib/vllmd /var/lib/vllmd/*").stdout
+        assert "root 755 /var/lib/vllmd\n" in owners
+        assert "vllmd 700 /var/lib/vllmd/keys" in owners
+        assert "vllmd 700 /var/lib/vllmd/usage" in owners
+    finally:
+        machine.run("vllmctl key revoke alice")
+
+
+def test_a_changed_file_is_taken_by_itself(site: Site) -> None:
+    """Once the unit for that is on; an invalid one changes nothing, and its log says why."""
+    machine = site.machine
+    machine.run("systemctl start vllmd-reload.path")
+    try:
+        machine.run("vllmctl ps")
+        site.write_config(CONFIG + "  another: {engine: sim}\n")
+        machine.run(
+            "for i in $(seq 100); do vllmctl models | grep -q another && exit; sleep 0.1; done; exit 1", timeout=60
+        )
+        site.write_config(CONFIG + "polcy: lru\n")
+        failed = "systemctl show --property=Result --value vllmd-reload.service | grep -q exit-code"
+        machine.run(f"for i in $(seq 100); do {failed} && exit; sleep 0.1; done; exit 1", timeout=60)
+        assert "another" in machine.run("vllmctl models").stdout
+        assert "polcy" in machine.run("journalctl -u vllmd-reload.service").stdout
+    finally:
+        machine.run("systemctl stop vllmd-reload.path; systemctl reset-failed vllmd-reload.service", check=False)

@@ -6,6 +6,7 @@ nothing of vllmd but where it is and what its models are called.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -110,7 +111,8 @@ def interrupted(*argv: object, model: str = CHAT, **environment: str) -> None:
         os.killpg(one.pid, signal.SIGINT)
         ended(model)
     finally:
-        os.killpg(one.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.killpg(one.pid, signal.SIGKILL)
         one.wait()
 
 
