@@ -55,7 +55,7 @@ class ModelEndpoints:
         """``GET /admin/config``: what is in force, with the origin of each setting; ``?model=``: that model's part."""
         name = request.query.get("model", "")
         model = self._control.status.resolve(name, request.caller) if name else ""
-        return text_response(self._control.status.settings(model), content_type="application/yaml")
+        return text_response(self._control.status.settings(model), content_type="text/plain; charset=utf-8")
 
     async def _models(self, request: Request) -> list[Card]:
         return [model for model in await self._control.status.models() if request.caller.may_use(model.id)]

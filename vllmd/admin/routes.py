@@ -76,7 +76,7 @@ def add_operator(router: Router, control: Control) -> None:
         answers(ModelList), EACH)  # fmt: skip
     add("GET", "/admin/models/{model:path}", models.one, "read", "One model, likewise", answers(Model))
     add("GET", "/admin/config", models.settings, "read", "The settings in force, and where each comes from",
-        doc(streams("application/yaml", "vllmd.yaml without secrets", {"application/yaml": {"schema": OBJECT}}),
+        doc(streams("text/plain", "vllmd.yaml without secrets", {"application/yaml": {"schema": OBJECT}}),
             asks(model=(TEXT, "of that model only"))),
         MACHINE)  # fmt: skip
     add("GET", "/admin/events", follow.events, "read", "Decisions as they are made, and what becomes of them",
