@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 
 from tests.client.site import Stub, Vllmd, exists, running, script, wait_until
 from vllmd import errors
+from vllmd.api.answers import ModelLine
 from vllmd.client import ServerManager, VLLMEngineArgs
 from vllmd.client import holding as holding_module
 from vllmd.client.holding import Holding
@@ -364,11 +366,11 @@ def test_L_verbose(here: Vllmd, capsys: pytest.CaptureFixture[str], verbose: boo
 
 def test_L_progress_is_not_a_clock() -> None:
     """A start of minutes is a line for each phase, not for each second."""
-    line = {"state": "starting", "phase": "weights", "detail": "1/2", "waiting_for": "its start (2 of about 37 s)"}
+    line = ModelLine("m", "starting", phase="weights", detail="1/2", waiting_for="its start (2 of about 37 s)")
     assert _story(line) == "starting: weights: 1/2: its start (2 of about 37 s)"
-    assert _news(line) == _news({**line, "waiting_for": "its start (3 of about 37 s)"})
-    assert _news(line) != _news({**line, "detail": "2/2"})
-    assert _story({**line, "phase": "starting", "detail": ""}) == "starting: its start (2 of about 37 s)"
+    assert _news(line) == _news(replace(line, waiting_for="its start (3 of about 37 s)"))
+    assert _news(line) != _news(replace(line, detail="2/2"))
+    assert _story(replace(line, phase="starting", detail="")) == "starting: its start (2 of about 37 s)"
 
 
 def test_L_multimodal_and_tools_pass_through(here: Vllmd, stub: Stub) -> None:
