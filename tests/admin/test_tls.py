@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.admin.site import Site, running, until
+from vllmd.config.loader import load
+from vllmd.errors import ConfigError
 
 CONFIG = """\
 server: {{idle_exit: never, head_timeout: 2s, ui: true, tls: {{cert: {folder}/cert.pem, key: {folder}/key.pem}}}}
@@ -128,6 +130,15 @@ def test_what_is_wrong_with_the_files_is_said(tmp_path: Path, fault: str, said: 
 
     with pytest.raises(ValueError, match=said):
         context(tmp_path / "cert.pem", tmp_path / "key.pem")
+
+
+@pytest.mark.parametrize("given", ["cert", "key"])
+def test_half_of_it_is_an_error_with_its_place(tmp_path: Path, given: str) -> None:
+    certificate(tmp_path, "own")
+    file = tmp_path / "vllmd.yaml"
+    file.write_text(f"server: {{tls: {{{given}: {tmp_path}/{given}.pem}}}}\n")
+    with pytest.raises(ConfigError, match=rf"vllmd.yaml:1: server.tls.{given}.* needs both cert and key"):
+        load(file, env={})
 
 
 def test_a_client_that_says_nothing_holds_no_place(site: Site) -> None:

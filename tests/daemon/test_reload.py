@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import functools
 import itertools
 import json
 import logging
 import re
+import shutil
 import socket
+import subprocess
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +23,7 @@ from typing import Any
 import pytest
 import yaml
 
-from vllmd.api.answers import Reloaded
+from vllmd.api.answers import Decision, Reloaded
 from vllmd.config.loader import load
 from vllmd.config.nodes import Where, from_plain
 from vllmd.config.reload import BY_SYSTEMD, LATER
@@ -91,12 +96,40 @@ def settings() -> list[Leaf]:
 def values(leaf: Leaf, folder: Path) -> tuple[Any, Any]:
     """Two values of the setting."""
     alike = leaf.path.replace("defaults.", "models.NAME.") if leaf.path.startswith("defaults.") else leaf.path
+    if leaf.path.startswith("server.tls."):
+        one, two, key, other = certificates()
+        return (str(one), str(two)) if leaf.row.name == "cert" else (str(key), str(other))
     if leaf.row.name in FILES:
         for name in ("one", "two"):
             (folder / name).write_text(f"the-key-of-{name}")
             (folder / name).chmod(0o600)
         return str(folder / "one"), str(folder / "two")
     return VALUES.get(alike) or next(_two(leaf))
+
+
+@functools.cache
+def certificates() -> tuple[Path, Path, Path, Path]:
+    """Two certificates of one key, the key, and the key once more."""
+    folder = Path(tempfile.mkdtemp(prefix="vllmd-test-tls-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    paths = folder / "one.pem", folder / "two.pem", folder / "key.pem", folder / "other.pem"
+    new = ["openssl", "req", "-x509", "-days", "2", "-subj", "/CN=test"]
+    made = [
+        *new,
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-nodes",
+        "-keyout",
+        paths[2],
+        "-out",
+        paths[0],
+    ]
+    subprocess.run(made, check=True, capture_output=True)
+    subprocess.run([*new, "-key", paths[2], "-out", paths[1]], check=True, capture_output=True)
+    shutil.copy(paths[2], paths[3])
+    return paths
 
 
 def _two(leaf: Leaf) -> Iterator[tuple[Any, Any]]:
@@ -129,6 +162,9 @@ def surroundings(leaf: Leaf) -> dict[str, Any]:
     match leaf.path.split("."):
         case ["server", "host" | "port"]:
             found["server"] = {"host": "127.0.0.1", "port": 1024}
+        case ["server", "tls", _]:
+            cert, _, key, _ = certificates()
+            found["server"] = {"tls": {"cert": str(cert), "key": str(key)}}
         case ["auth", *_]:
             somebody = (
                 {"name": "somebody"} if leaf.row.name == "key_file" else {"name": "somebody", "key": "a-key-of-his"}
@@ -215,13 +251,16 @@ def lives(config: Config, folder: Path, act: Act, *, activated: bool = False, le
 async def in_effect(living: Living) -> dict[str, Any]:
     """Everything by which the daemon acts, read where it acts by it and not from the configuration."""
     listeners, core = living.front.listeners, living.back.dispatcher.scheduler._core
-    server = living.config.server
+    server, records = living.config.server, living.front.records
     living.back.post(events.TimePassed())  # what is to be preloaded is looked at
     return {
         "limits": asdict(listeners._limits) | {"buffered": listeners._memory.limit},
         "callers": [(digest, replace(caller, refusal=None)) for digest, caller in listeners._keys._callers],
         "stranger": replace(listeners._keys._stranger, refusal=None),
         "quotas": {name: quota.key for name, quota in listeners._quotas._quotas.items()},
+        "ranks": listeners._quotas._ranks,
+        "page": (listeners._ui, listeners._tls),
+        "records": (records._config, records._keeps, records._ring._entries.maxlen),
         "hosts": listeners._keys.hosts._names,
         "origins": listeners._cors.origins,
         "policy": (core.settings, core.policy.name, core.engines.ledger.host_budget),
@@ -434,10 +473,10 @@ def test_what_was_decided_by_an_earlier_daemon_is_told(tmp_path: Path) -> None:
     config = read(tmp_path, BASE)
 
     async def look(living: Living) -> None:
-        earlier = {"at": time.time() + 3600, "what": "evict", "why": "for another", "model": "m", "numbers": {}}
+        earlier = Decision(time.time() + 3600, "evict", "m", "for another")
         living.front.learnt.decisions["m"], living.front.learnt.earlier["m"] = [earlier], [earlier]
         living.back.post(events.LoadAsked("m"))
         assert [each.what for each in living.front.status.decisions("m").decisions] == ["evict", "start"]
-        assert [each["what"] for each in living.front.learnt.decisions["m"]] == ["evict", "start"]
+        assert [each.what for each in living.front.learnt.decisions["m"]] == ["evict", "start"]
 
     lives(config, tmp_path, look)

@@ -85,12 +85,17 @@ def _place(model: ModelConfig) -> Where:
 
 def _tls(config: Config) -> Iterator[Finding]:
     """Whether the certificate can be used, by whoever looks: the daemon does so before it takes a configuration."""
-    if config.server.tls is None:
+    tls = config.server.tls
+    if tls is None:
+        return
+    if tls.cert is None or tls.key is None:
+        given = "server.tls.cert" if tls.cert else "server.tls.key" if tls.key else "server.tls"
+        yield _auth(config), given, "TLS needs both cert and key, two files in PEM"
         return
     from vllmd.config.tls import context  # most configurations have none
 
     try:
-        context(config.server.tls.cert, config.server.tls.key)
+        context(tls.cert, tls.key)
     except ValueError as error:
         yield _auth(config), "server.tls", str(error)
 

@@ -196,8 +196,8 @@ class DeviceConfig:
 class TlsConfig:
     """What shows clients whom they talk to: files in PEM, the certificate with those of its issuers behind it."""
 
-    cert: Path
-    key: Path
+    cert: Path | None = None  # both are needed; ``checks`` says so
+    key: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,7 @@ class Listeners:
         ``ended`` is called at the end of every request. ``sessions``: the file in which those of the page outlive the
         daemon; None: they do not.
         """
-        self._ui, self._tls = config.server.ui, config.server.tls is not None
+        self._ui, self._tls = config.server.ui, config.server.tls
         self._sessions = PageSessions(time.time, lambda name: self._keys.of_key(name), sessions)
         self._listeners = listeners
         self._control = control
@@ -121,7 +121,7 @@ class Listeners:
         page = PageEndpoints(
             self._sessions,
             lambda: near if self._ui is None else self._ui,
-            lambda: not near and self._tls,
+            lambda: not near and self._tls is not None,
             addresses(self._listeners.get("http", ())),
         )
         add_page(router, page)
@@ -159,9 +159,8 @@ class Listeners:
 
     def _encrypt(self, tls: TlsConfig | None) -> None:
         """Speak TLS where others can reach us, with the files as they are now; ``config.checks`` has seen them."""
-        self._tls = tls is not None
-        made = None
-        if tls is not None and self._far:
+        self._tls, made = tls, None
+        if tls is not None and tls.cert and tls.key and self._far:
             from vllmd.config.tls import context
 
             made = context(tls.cert, tls.key)
