@@ -82,6 +82,7 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "models.NAME.idle.level": (1, 2),
 }
 FILES = frozenset({"key_file", "hf_token_file"})
+WITH_KEY: dict[str, dict[str, str]] = {"key_file": {}}  # the setting that is a key's secret itself
 CANDIDATES: list[Any] = [
     *(True, False, "70MiB", "80MiB", 7, 8, "7s", "8s", 0.5, 0.6, "models", "read", "lru", "adaptive"),
     *("debug", "warning", "continue", "kill", "wait", "evict", "/tmp/one", "/tmp/two", ["one"], ["two"], "one", "two"),
@@ -163,13 +164,9 @@ def surroundings(leaf: Leaf) -> dict[str, Any]:
         case ["server", "host" | "port"]:
             found["server"] = {"host": "127.0.0.1", "port": 1024}
         case ["server", "tls", _]:
-            cert, _, key, _ = certificates()
-            found["server"] = {"tls": {"cert": str(cert), "key": str(key)}}
+            found["server"] = {"tls": dict(zip(("cert", "key"), map(str, certificates()[::2]), strict=True))}
         case ["auth", *_]:
-            somebody = (
-                {"name": "somebody"} if leaf.row.name == "key_file" else {"name": "somebody", "key": "a-key-of-his"}
-            )
-            found["auth"] = {"keys": [somebody]}
+            found["auth"] = {"keys": [{"name": "somebody", **WITH_KEY.get(leaf.row.name, {"key": "a-key-of-his"})}]}
         case [*_, "when_free", _]:
             del model["gpu_memory"]
             model["when_free"] = defaults["when_free"] = {"shares": {0.9: 0.7}}
