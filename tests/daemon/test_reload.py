@@ -156,15 +156,21 @@ def document(leaf: Leaf, value: Any) -> dict[str, Any]:
     return found
 
 
+def server(path: list[str]) -> dict[str, Any]:
+    """The same of a setting of the server."""
+    if path[0] == "tls":
+        cert, _, key, _ = certificates()
+        return {"tls": {"cert": str(cert), "key": str(key)}}
+    return {"host": "127.0.0.1", "port": 1024} if path[0] in ("host", "port") else {}
+
+
 def surroundings(leaf: Leaf) -> dict[str, Any]:
     """What makes the setting count."""
     found = json.loads(json.dumps(BASE))
     model, defaults = found["models"]["m"], found.setdefault("defaults", {})
     match leaf.path.split("."):
-        case ["server", "host" | "port"]:
-            found["server"] = {"host": "127.0.0.1", "port": 1024}
-        case ["server", "tls", _]:
-            found["server"] = {"tls": dict(zip(("cert", "key"), map(str, certificates()[::2]), strict=True))}
+        case ["server", *rest]:
+            found["server"] = server(rest)
         case ["auth", *_]:
             found["auth"] = {"keys": [{"name": "somebody", **WITH_KEY.get(leaf.row.name, {"key": "a-key-of-his"})}]}
         case [*_, "when_free", _]:
