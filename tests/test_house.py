@@ -151,6 +151,18 @@ def run_tool(*argv: str) -> str:
     return "" if done.returncode == 0 else done.stdout + done.stderr
 
 
+def test_docstrings_say_something() -> None:
+    """Four words repeat a name; a docstring tells what a name cannot: the subject, shapes, units, errors."""
+    short = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                told = ast.get_docstring(node)
+                if told and len(told.split()) <= 4 and not told.startswith("Implements ``"):
+                    short.append(f"{path.relative_to(PACKAGE)} {node.name}: {told}")
+    assert short == []
+
+
 def test_ruff_finds_nothing() -> None:
     """One style, so that differences mean something."""
     assert run_tool("ruff", "check", ".") == ""

@@ -179,7 +179,7 @@ class Records(Protocol):
         """One with its head, and with bodies if the caller may change things. Raises NotFound."""
 
     def watch(self, wanted: Filter, caller: Caller) -> AsyncIterator[dict[str, Any]]:
-        """Requests as they end."""
+        """Requests as they end, those that the filter lets through, until the caller stops."""
 
     def record(self, model: str, key: str, seconds: float, most: int) -> dict[str, Any]:
         """Have bodies kept for so long, ``most`` bytes of each. Raises BadRequest."""

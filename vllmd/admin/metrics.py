@@ -18,7 +18,7 @@ UNLOADED = frozenset(state.value for state in (State.STOPPED, State.STARTING, St
 
 
 class MetricsEndpoints:
-    """``/metrics`` and ``/metrics/engines``."""
+    """The handlers of ``/metrics`` and ``/metrics/engines``."""
 
     def __init__(self, control: Control) -> None:
         self._control = control

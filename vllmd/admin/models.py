@@ -80,7 +80,7 @@ class ModelEndpoints:
         return json(Alive())
 
     async def version(self, request: Request) -> Response:
-        """``GET /version``."""
+        """``GET /version``: the version of vllmd, for anybody."""
         return json(Version(vllmd.__version__))
 
 

@@ -41,12 +41,12 @@ class Documentation:
         self._document: dict[str, Any] = {}
 
     async def schema(self, request: Request) -> Response:
-        """``GET /openapi.json``."""
+        """``GET /openapi.json``: the route table as OpenAPI 3.1."""
         self._document = self._document or document(self._router.routes)
         return json_response(self._document)
 
     async def page(self, request: Request) -> Response:
-        """``GET /docs``."""
+        """``GET /docs``: a page that shows the same."""
         return Response(200, PAGE.encode(), "text/html; charset=utf-8", SECURITY_HEADERS)
 
 

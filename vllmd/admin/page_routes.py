@@ -64,7 +64,7 @@ class PageEndpoints:
         return self._answer(self._sessions.open_by_key(caller))
 
     async def sign_out(self, request: Request) -> Response:
-        """``DELETE /ui/session``."""
+        """``DELETE /ui/session``: end the session that the request belongs to."""
         self._sessions.close(request)
         return Response(204, headers=(("set-cookie", f"{COOKIE}=; Path=/; Max-Age=0; HttpOnly; SameSite=Strict"),))
 

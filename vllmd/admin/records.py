@@ -112,31 +112,31 @@ def add_records(router: Router, control: Control, audited: Callable[[LocalHandle
 
 
 class RecordsEndpoints:
-    """The handlers."""
+    """The handlers of requests, recordings, usage and traces."""
 
     def __init__(self, control: Control) -> None:
         self._control = control
 
     async def requests(self, request: Request) -> Response:
-        """``GET /admin/requests``."""
+        """``GET /admin/requests``: those that ended last, and those under way."""
         found, limit = wanted(request), _number(request, "limit", SHOWN, MOST_SHOWN)
         told = self._control.records.requests(found, limit, request.caller)
         return json_response({"requests": told, "under_way": self._control.records.under_way(found, request.caller)})
 
     async def request(self, request: Request) -> Response:
-        """``GET /admin/requests/{id}``."""
+        """``GET /admin/requests/{id}``: one of them in full. Raises NotFound."""
         return json_response(self._control.records.request(request.params["id"], request.caller))
 
     async def watch(self, request: Request) -> Response:
-        """``GET /admin/events/requests``."""
+        """``GET /admin/events/requests``: requests as they end, as server-sent events."""
         return event_stream(_framed(self._control.records.watch(wanted(request), request.caller)))
 
     async def recorded(self, request: Request) -> Response:
-        """``GET /admin/recordings``."""
+        """``GET /admin/recordings``: the recordings of bodies that go on."""
         return json_response(self._control.records.recorded())
 
     async def record(self, request: Request) -> Response:
-        """``POST /admin/recordings``."""
+        """``POST /admin/recordings``: begin to record bodies. Raises BadRequest."""
         body = request.json() if request.body else {}
         if not isinstance(body, dict) or not set(body) <= {"model", "key", "seconds", "most_bytes"}:
             raise BadRequest("the body must be a JSON object with model, key, seconds, most_bytes, or some of them")
@@ -151,11 +151,11 @@ class RecordsEndpoints:
         return json_response(self._control.records.record(model, key, float(seconds), most))
 
     async def stop(self, request: Request) -> Response:
-        """``DELETE /admin/recordings``."""
+        """``DELETE /admin/recordings``: end one, or all of them."""
         return json_response(self._control.records.stop_recording(_number(request, "number", 0, 10**9)))
 
     async def usage(self, request: Request) -> Response:
-        """``GET /admin/usage``."""
+        """``GET /admin/usage``: sums by key, model or time. Raises BadRequest, Unavailable."""
         by = tuple(name.strip() for name in request.query.get("by", "key").split(",") if name.strip())
         now = time.time()
         since, until = moment(request, "since", now - MONTH, now), moment(request, "until", now, now)
@@ -163,7 +163,7 @@ class RecordsEndpoints:
         return json_response(await self._control.records.usage(by, since, until, key, request.query.get("model", "")))
 
     async def trace(self, request: Request) -> Response:
-        """``GET /admin/trace``."""
+        """``GET /admin/trace``: arrivals, a JSON object a line."""
         now = time.time()
         since = moment(request, "since", now - 7 * 86400, now)
         found = self._control.records.trace(since, anonymised=_flag(request, "anonymised"))

@@ -90,7 +90,7 @@ def add_operator(router: Router, control: Control) -> None:
 
 
 def _add_instances(router: Router, instances: InstanceEndpoints) -> None:
-    """M's API."""
+    """The routes of ``/api/v1``, by which some programs start and stop models."""
     add = router.add
     add("GET", "/api/v1/gpus", instances.gpus, "read", "The GPUs and the processes on them",
         answers(tuple[GPUInfo, ...], also={501: Error}), MACHINE)  # fmt: skip

@@ -46,7 +46,7 @@ class RuntimeModelEndpoints:
         return json(await self._guests.put(request.params["model"], settings, trusted=trusted))
 
     async def drop(self, request: Request) -> Response:
-        """``DELETE /admin/guests/{model}``."""
+        """``DELETE /admin/guests/{model}``: forget such a model. Raises UnknownModel, Conflict."""
         await self._guests.drop(request.params["model"])
         return json(Dropped(request.params["model"]))
 

@@ -20,12 +20,12 @@ FLAG: Schema = {"type": "string", "enum": ["true", "false", "1", "0", "yes", "no
 
 
 def many(schema: Mapping[str, object]) -> Schema:
-    """A list of it."""
+    """The schema of a list of such values."""
     return {"type": "array", "items": schema}
 
 
 def maybe(schema: Mapping[str, object]) -> Schema:
-    """It, or null."""
+    """The schema of such a value, or null."""
     return {"anyOf": [schema, {"type": "null"}]}
 
 
@@ -58,12 +58,12 @@ def asks(**parameters: tuple[Mapping[str, object], str]) -> Schema:
 
 
 def takes(schema: Mapping[str, object], *, required: bool = True) -> Schema:
-    """A JSON body."""
+    """OpenAPI's request body: JSON of this schema."""
     return {"requestBody": {"required": required, "content": {"application/json": {"schema": schema}}}}
 
 
 def doc(*parts: Mapping[str, object], about: str = "") -> Schema:
-    """The parts as one."""
+    """The parts of an operation joined into one; their parameters add up."""
     whole: Schema = {}
     for part in parts:
         whole |= part

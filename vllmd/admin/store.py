@@ -36,7 +36,7 @@ SETTINGS: dict[str, object] = {
 
 
 class StoreEndpoints:
-    """``/admin/store/...``."""
+    """The handlers of ``/admin/store/...``: models as files."""
 
     def __init__(self, store: Store) -> None:
         self._store = store

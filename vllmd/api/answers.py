@@ -234,7 +234,7 @@ class Removed(Answer):
 
 @answer
 class Status(Answer):
-    """Everything that vllmctl shows."""
+    """How everything stands: the daemon, its devices, its models."""
 
     version: str
     pid: int = 0
@@ -352,7 +352,7 @@ class KeyLine(Answer):
 
 @answer
 class Keys(Answer):
-    """All keys."""
+    """All API keys, without their text."""
 
     keys: tuple[KeyLine, ...] = ()
 
@@ -452,7 +452,7 @@ class DeviceFree(Device):
 
 @answer
 class Health(Answer):
-    """Whether vllmd is well."""
+    """Whether vllmd is well, and can serve at once."""
 
     status: Annotated[str, "ok, or what is wrong"] = "ok"
     ready: bool = True
@@ -463,21 +463,21 @@ class Health(Answer):
 
 @answer
 class Alive(Answer):
-    """It answers."""
+    """The answer of a daemon that is there, whatever else is wrong."""
 
     status: Literal["ok"] = "ok"
 
 
 @answer
 class Version(Answer):
-    """Of the program."""
+    """The version of the program."""
 
     version: str
 
 
 @answer
 class ErrorDetails(Answer):
-    """As OpenAI has them."""
+    """What went wrong, with OpenAI's names."""
 
     message: str
     type: str = ""
@@ -506,7 +506,7 @@ class GPUProcess(Answer):
 
 @answer
 class GPUInfo(Answer):
-    """A GPU."""
+    """A GPU and the processes on it."""
 
     id: int
     memory_usage: Annotated[float, "per cent"] = 0.0
@@ -516,7 +516,7 @@ class GPUInfo(Answer):
 
 @answer
 class KillProcessResponse(Killed):
-    """M's name of it."""
+    """What became of the process, under ``/api/v1``."""
 
 
 @answer

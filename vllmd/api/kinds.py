@@ -17,7 +17,7 @@ LONGEST_NAME = 200  # characters
 
 
 class Kind(Protocol):
-    """A kind of value."""
+    """The kind of a parameter's value: how it is checked, documented and typed."""
 
     @property
     def annotation(self) -> str:
@@ -39,7 +39,7 @@ class Kind(Protocol):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Flag:
-    """True or false."""
+    """A parameter that is true or false."""
 
     annotation: ClassVar[str] = "bool"
     accepts: ClassVar[str] = "true or false"
@@ -104,7 +104,7 @@ class ModelName:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Count:
-    """A whole number."""
+    """A parameter that is a whole number, within bounds."""
 
     least: int = 0
     most: int = 999_999_999

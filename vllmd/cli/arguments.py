@@ -134,7 +134,7 @@ def _takes_value(parser: argparse.ArgumentParser, word: str) -> bool:
 
 
 def _verb(argv: Sequence[str]) -> int:
-    """Where the verb stands."""
+    """The place of the verb among the words of the command line."""
     place = 0
     while place < len(argv) and argv[place].startswith("-"):
         place += 2 if argv[place] in WITH_VALUE else 1

@@ -25,7 +25,7 @@ class Verb:
 
 
 def table() -> list[Verb]:
-    """Every verb and alias."""
+    """Every verb and alias, with its options and what it is about."""
     return [_verb(name, parser, about) for name, parser, about in parsers()]
 
 
@@ -91,7 +91,7 @@ complete -F _vllmctl vllmctl
 
 
 def zsh() -> str:
-    """For zsh."""
+    """The completion script for zsh."""
     names = "\n".join(f"        {_quote(f'{verb.name}:{verb.about}')}" for verb in table())
     cases = "\n".join(_zsh_case(verb) for verb in table())
     return f"""\
@@ -134,7 +134,7 @@ def _zsh_case(verb: Verb) -> str:
 
 
 def fish() -> str:
-    """For fish."""
+    """The completion script for fish."""
     lines = ["# fish completion for vllmctl; made by: vllmctl completion fish", "complete -c vllmctl -f"]
     for verb in table():
         lines.append(f"complete -c vllmctl -n __fish_use_subcommand -a {verb.name} -d {_quote(verb.about)}")

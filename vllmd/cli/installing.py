@@ -79,7 +79,7 @@ def sentence(progress: Progress) -> str:
 
 
 def _asked(request: Mapping[str, Any], told: Callable[[Progress], None]) -> dict[str, Any]:
-    """The service's answer."""
+    """Ask the installer's service. Returns its last answer; raises Failure."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(SILENCE)
         try:

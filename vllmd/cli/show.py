@@ -51,7 +51,7 @@ def phase(line: ModelLine | Progress) -> str:
 
 
 def size(number: float | None) -> str:
-    """Bytes as 1.5GiB."""
+    """An amount in bytes as tables show it: ``1.5GiB``."""
     if not number:
         return EMPTY
     for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
@@ -77,12 +77,12 @@ def age(seconds: float | None) -> str:
 
 
 def counted(number: int, what: str) -> str:
-    """``1 request``, ``2 requests``."""
+    """A number with its noun: ``1 request``, ``2 requests``."""
     return f"{number} {what}{'s' * (number != 1)}"
 
 
 def numbers(of: Sequence[int]) -> str:
-    """Device numbers as 0-3,6."""
+    """Device numbers in ranges, such as ``0-3,6``."""
     groups: list[list[int]] = []
     for number in sorted(of):
         if groups and groups[-1][-1] == number - 1:

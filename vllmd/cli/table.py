@@ -99,7 +99,7 @@ def many(verb: Verb) -> Param | None:
 
 
 def dest(param: Param) -> str:
-    """Where argparse keeps it."""
+    """The name under which argparse keeps the parameter's value."""
     return f"{param.name}s" if param.many else param.name
 
 

@@ -173,7 +173,7 @@ def _note(head: str, cell: str, most: int) -> str:
 
 
 def pairs(entries: Mapping[str, object]) -> str:
-    """Names and values, aligned."""
+    """Names and values in two columns, wrapped to the terminal."""
     longest = max(map(len, entries), default=0)
     lines = [f"{name + ':':{longest + 1}} {value}" for name, value in entries.items()]
     return "\n".join(wrapped(line, columns(), longest + 2) for line in lines)
@@ -213,7 +213,7 @@ class StatusLine:
             self._thread.start()
 
     def clear(self) -> None:
-        """Take it away."""
+        """Take the line off the terminal, and end its clock."""
         self._ended.set()
         if self._thread:
             self._thread.join()

@@ -33,7 +33,7 @@ class AsyncClient:
         self._http = httpx.AsyncClient(transport=transport, **self.address.options(api_key, timeout))
 
     async def aclose(self) -> None:
-        """Close its connections."""
+        """Close the client's connections; it cannot be used any more."""
         await self._http.aclose()
 
     close = aclose
@@ -61,7 +61,7 @@ class AsyncClient:
                 yield text
 
     async def text_completion(self, model: str, prompt: str | Sequence[Any], **more: Any) -> dict[str, Any]:
-        """OpenAI's completion."""
+        """``POST /v1/completions``: the answer as a dictionary. ``more``: further members of the request."""
         return await self._object(calls.completion(model, prompt, more))
 
     async def text_completion_stream(
@@ -73,7 +73,7 @@ class AsyncClient:
                 yield text
 
     async def embeddings(self, model: str, input: str | Sequence[Any], **more: Any) -> dict[str, Any]:
-        """OpenAI's embeddings."""
+        """``POST /v1/embeddings``: a vector for each input. ``more``: further members of the request."""
         return await self._object(calls.embeddings(model, input, more))
 
     async def rerank(self, model: str, query: str, documents: Sequence[str], **more: Any) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class AsyncClient:
     async def score(
         self, model: str, text_1: str | Sequence[str], text_2: str | Sequence[str], **more: Any
     ) -> dict[str, Any]:
-        """How alike texts are."""
+        """``POST /v1/score``: how alike texts are. ``more``: further members of the request."""
         return await self._object(calls.score(model, text_1, text_2, more))
 
     async def list_models(self) -> list[dict[str, Any]]:
@@ -91,7 +91,7 @@ class AsyncClient:
         return list((await self._object(calls.models()))["data"])
 
     async def get_model(self, model: str) -> dict[str, Any]:
-        """One model. Raises UnknownModel."""
+        """One model as ``GET /v1/models/{id}`` has it. Raises UnknownModel."""
         return await self._object(calls.model(model))
 
     async def health(self) -> dict[str, Any]:
@@ -130,7 +130,7 @@ class AsyncClient:
         return await self._told("load", answers.ModelLine, model=model, wait=wait)
 
     async def wake_model(self, model: str, *, wait: bool = True) -> answers.ModelLine:
-        """Wake or start it."""
+        """Wake the model, or start it where it is not loaded."""
         return await self._told("wake", answers.ModelLine, model=model, wait=wait)
 
     async def unload_model(self, model: str, *, force: bool = False, wait: bool = True) -> answers.ModelLine:
@@ -162,7 +162,7 @@ class AsyncClient:
         return await self._told("release", answers.ModelLine, model=model, lease=lease, stop=stop)
 
     async def status(self) -> answers.Status:
-        """Everything that vllmctl shows."""
+        """How everything stands: the daemon, its devices, its models."""
         return await self._told("status", answers.Status)
 
     async def decisions(self, model: str = "") -> tuple[answers.Decision, ...]:

@@ -19,37 +19,37 @@ def chat(model: str, messages: Sequence[Message], more: Mapping[str, Any]) -> Ca
 
 
 def completion(model: str, prompt: str | Sequence[Any], more: Mapping[str, Any]) -> Call:
-    """``POST /v1/completions``."""
+    """The call of ``POST /v1/completions``."""
     return Call("POST", "/v1/completions", {"model": model, "prompt": prompt, **more})
 
 
 def embeddings(model: str, text: str | Sequence[Any], more: Mapping[str, Any]) -> Call:
-    """``POST /v1/embeddings``."""
+    """The call of ``POST /v1/embeddings``."""
     return Call("POST", "/v1/embeddings", {"model": model, "input": text, **more})
 
 
 def rerank(model: str, query: str, documents: Sequence[str], more: Mapping[str, Any]) -> Call:
-    """``POST /v1/rerank``."""
+    """The call of ``POST /v1/rerank``."""
     return Call("POST", "/v1/rerank", {"model": model, "query": query, "documents": list(documents), **more})
 
 
 def score(model: str, first: str | Sequence[str], second: str | Sequence[str], more: Mapping[str, Any]) -> Call:
-    """``POST /v1/score``."""
+    """The call of ``POST /v1/score``."""
     return Call("POST", "/v1/score", {"model": model, "text_1": first, "text_2": second, **more})
 
 
 def models() -> Call:
-    """``GET /v1/models``."""
+    """The call of ``GET /v1/models``."""
     return Call("GET", "/v1/models")
 
 
 def model(name: str) -> Call:
-    """``GET /v1/models/{id}``."""
+    """The call of ``GET /v1/models/{id}``."""
     return Call("GET", f"/v1/models/{quote(name)}")
 
 
 def health() -> Call:
-    """``GET /health``."""
+    """The call of ``GET /health``."""
     return Call("GET", "/health")
 
 

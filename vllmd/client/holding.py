@@ -37,7 +37,7 @@ class Holding:
 
     @property
     def kept(self) -> bool:
-        """Whether it is renewed."""
+        """Whether a thread renews the lease, so that it does not end."""
         return self._renewing is not None
 
     def keep(self) -> None:
@@ -57,7 +57,7 @@ class Holding:
             self._deadline = time.monotonic() + seconds
 
     def give_back(self) -> None:
-        """End it now."""
+        """Give the lease back now; the last one to go stops the model."""
         with self._lock:
             self._end_renewals()
             self._deadline = None

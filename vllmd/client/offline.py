@@ -65,7 +65,7 @@ class ModelManager:
 
     @property
     def loaded(self) -> bool:
-        """Whether its process runs."""
+        """Whether the process that has the model runs."""
         return self._child is not None and self._child.running
 
     @property

@@ -55,7 +55,7 @@ def hand_on(sockets: list[int]) -> None:
 
 
 def main() -> None:
-    """Become the module, watched."""
+    """Become the module that argv names, and end when the parent does."""
     parent, folder, sockets, module, *arguments = sys.argv[1:]
     hand_on([int(fd) for fd in sockets.split(",")])
     watch(int(parent), end_in_order)

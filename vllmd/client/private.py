@@ -42,7 +42,7 @@ class PrivateDaemon:
 
     @property
     def pid(self) -> int:
-        """Its process."""
+        """The process id of the daemon."""
         return self._process.pid
 
     @property

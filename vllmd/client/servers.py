@@ -213,7 +213,7 @@ class ServerManager:
             warnings.warn(what, stacklevel=2)
 
     def _load(self, deadline: float) -> None:
-        """Raises EngineFailed, Unavailable, TimedOut."""
+        """Load the model and wait until it serves. Raises EngineFailed, Unavailable, TimedOut."""
         began, shown = time.monotonic(), tuple[str, ...]()
         line = self._asked().load_model(self.server_name, wait=False)
         while line.state != "running":

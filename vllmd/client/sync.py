@@ -36,7 +36,7 @@ class Client:
         self._http = httpx.Client(transport=transport, **self.address.options(api_key, timeout))
 
     def close(self) -> None:
-        """Close its connections."""
+        """Close the client's connections; it cannot be used any more."""
         self._http.close()
 
     def __enter__(self) -> Client:
@@ -62,7 +62,7 @@ class Client:
                 yield text
 
     def text_completion(self, model: str, prompt: str | Sequence[Any], **more: Any) -> dict[str, Any]:
-        """OpenAI's completion."""
+        """``POST /v1/completions``: the answer as a dictionary. ``more``: further members of the request."""
         return self._object(calls.completion(model, prompt, more))
 
     def text_completion_stream(
@@ -74,7 +74,7 @@ class Client:
                 yield text
 
     def embeddings(self, model: str, input: str | Sequence[Any], **more: Any) -> dict[str, Any]:
-        """OpenAI's embeddings."""
+        """``POST /v1/embeddings``: a vector for each input. ``more``: further members of the request."""
         return self._object(calls.embeddings(model, input, more))
 
     def rerank(self, model: str, query: str, documents: Sequence[str], **more: Any) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class Client:
     def score(
         self, model: str, text_1: str | Sequence[str], text_2: str | Sequence[str], **more: Any
     ) -> dict[str, Any]:
-        """How alike texts are."""
+        """``POST /v1/score``: how alike texts are. ``more``: further members of the request."""
         return self._object(calls.score(model, text_1, text_2, more))
 
     def list_models(self) -> list[dict[str, Any]]:
@@ -92,7 +92,7 @@ class Client:
         return list((self._object(calls.models()))["data"])
 
     def get_model(self, model: str) -> dict[str, Any]:
-        """One model. Raises UnknownModel."""
+        """One model as ``GET /v1/models/{id}`` has it. Raises UnknownModel."""
         return self._object(calls.model(model))
 
     def health(self) -> dict[str, Any]:
@@ -131,7 +131,7 @@ class Client:
         return self._told("load", answers.ModelLine, model=model, wait=wait)
 
     def wake_model(self, model: str, *, wait: bool = True) -> answers.ModelLine:
-        """Wake or start it."""
+        """Wake the model, or start it where it is not loaded."""
         return self._told("wake", answers.ModelLine, model=model, wait=wait)
 
     def unload_model(self, model: str, *, force: bool = False, wait: bool = True) -> answers.ModelLine:
@@ -163,7 +163,7 @@ class Client:
         return self._told("release", answers.ModelLine, model=model, lease=lease, stop=stop)
 
     def status(self) -> answers.Status:
-        """Everything that vllmctl shows."""
+        """How everything stands: the daemon, its devices, its models."""
         return self._told("status", answers.Status)
 
     def decisions(self, model: str = "") -> tuple[answers.Decision, ...]:

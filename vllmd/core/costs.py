@@ -158,7 +158,7 @@ class Costs:
         self._seen.clear()
 
     def arrived(self, now: float) -> None:
-        """Count a request."""
+        """Count a request, in the rates of the last minutes and of the last hours."""
         for rate in (self.rate, self.rate_long):
             fades = math.exp((rate.at - now) / rate.tau) if now > rate.at else 1.0
             rate.value, rate.at = rate.value * fades + 1.0 / rate.tau, now

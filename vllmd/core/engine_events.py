@@ -40,7 +40,7 @@ class EngineEvents:
     # -- good news
 
     def ready(self, e: EngineReady) -> None:
-        """The start succeeded."""
+        """The engine's start succeeded: it serves."""
         m = self._answered(e.replica, State.STARTING, Step.READY)
         if m:
             if e.footprint:
@@ -61,13 +61,13 @@ class EngineEvents:
         self._core.changed[m] = None
 
     def awake(self, e: EngineAwake) -> None:
-        """The wake succeeded."""
+        """The engine's wake succeeded: it serves."""
         m = self._answered(e.replica, State.WAKING, Step.AWAKE)
         if m:
             self._serves(m)
 
     def asleep(self, e: EngineAsleep) -> None:
-        """The sleep succeeded."""
+        """The engine sleeps, at the level and with the memory freed that the event says."""
         m = self._answered(e.replica, State.FALLING_ASLEEP, Step.ASLEEP)
         if m:
             self._core.engines.asleep(m, e.level, e.freed)
@@ -134,11 +134,11 @@ class EngineEvents:
                 self._give_up(m, e.reason)
 
     def sleep_failed(self, e: EngineSleepFailed) -> None:
-        """Its state is unknown."""
+        """The sleep failed, so nothing is known of the engine's state: it is stopped."""
         self._half_done(e.replica, State.FALLING_ASLEEP, Step.SLEEP_FAILED, f"falling asleep failed: {e.reason}")
 
     def wake_failed(self, e: EngineWakeFailed) -> None:
-        """Its state is unknown."""
+        """The wake failed, so nothing is known of the engine's state: it is stopped."""
         self._half_done(e.replica, State.WAKING, Step.WAKE_FAILED, f"waking failed: {e.reason}")
 
     def proved(self, e: FreezeProved) -> None:

@@ -21,7 +21,7 @@ from vllmd.core.types import Device, Footprint, ModelSpec, Placement, Settings, 
 
 
 class Event:
-    """What happened."""
+    """Something that happened outside the core, and that it decides about."""
 
     __slots__ = ()
 

@@ -85,7 +85,7 @@ class Fit:
         return {index: a.capacity for index, a in self._ledger.accounts.items()}
 
     def beside(self, others: Iterable[Replica]) -> dict[int, int]:
-        """Without what these hold."""
+        """What can be promised beside what these replicas hold; bytes by device."""
         left = {index: a.capacity for index, a in self._ledger.accounts.items()}
         for other in others:
             for index, share in self._ledger.held(other).items():

@@ -53,7 +53,7 @@ class Latency:
     answers: int = 1
 
     def learn(self, seconds: float, weight: float) -> None:
-        """One more answer."""
+        """Take one more answer's time (seconds) into the average."""
         self.value += weight * (seconds - self.value)
         self.answers += 1
 
@@ -175,7 +175,7 @@ class Model:
 
     @property
     def name(self) -> str:
-        """What clients call it."""
+        """The name by which clients call the model."""
         return self.spec.name
 
     @property
@@ -244,7 +244,7 @@ class Replica:
 
     @property
     def loaded(self) -> bool:
-        """It has an engine."""
+        """Whether the replica has an engine, on its way up or down included."""
         return self.state in LOADED
 
     @property

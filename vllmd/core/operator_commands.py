@@ -106,7 +106,7 @@ class OperatorCommands:
         self._core.ask(r, Job(Kind.START, Reason.OPERATOR, BY_OPERATOR, self._core.now))
 
     def sleep(self, e: SleepAsked) -> None:
-        """3.2: level 3 stops."""
+        """3.2: put each of the named replicas to sleep; level 3 stops it."""
         for r in self._core.named(e.model):
             if e.level not in (1, 2):
                 self._stop(r, force=False)
@@ -168,7 +168,7 @@ class OperatorCommands:
             self._core.stay(r)
 
     def release(self, e: LeaseReleased) -> None:
-        """The lease ended early."""
+        """A lease is given back before its deadline."""
         for model in [model for model in self._core.models.values() if e.lease in model.leases]:
             self.end_lease(model, e.lease, e.stop)
 

@@ -291,7 +291,7 @@ class Adaptive:
         return tidy(s)
 
     def shallow(self, claims: Iterable[HostClaim], budget: int) -> frozenset[str]:
-        """The greedy fill."""
+        """Who keeps its weights in host memory: the greedy fill of the budget."""
         return greedy_fill(claims, budget)
 
 

@@ -138,7 +138,7 @@ class Tenants(NamedTuple):
 
     @property
     def all(self) -> tuple[Resident, ...]:
-        """Awake or asleep."""
+        """The replicas that hold memory of devices, awake or asleep."""
         return (*self.awake, *self.asleep)
 
 

@@ -102,7 +102,7 @@ class Scheduler:
         return None if due == INFINITY else due
 
     def snapshot(self, now: float) -> Snapshot:
-        """Everything worth showing, copied."""
+        """Everything worth showing, copied: models with their replicas, devices, decisions."""
         core = self._core
         return snapshot(core, self._planner, max(now, core.now), core.models.values())
 
@@ -130,7 +130,7 @@ class Scheduler:
         return r.id, r.state
 
     def _rooms(self) -> dict[type, Callable[[Any], None]]:
-        """Who handles which event."""
+        """The function that handles each type of event."""
         return {
             ev.RequestArrived: self._admission.arrived,
             ev.RequestAnswered: self._admission.answered,

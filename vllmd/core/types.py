@@ -237,7 +237,7 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaView(View):
-    """One engine."""
+    """How one engine stands, as others are shown it."""
 
     bound: int | None = None  # the only device that it may use
 
@@ -283,7 +283,7 @@ class Snapshot:
 
     @property
     def replicas(self) -> list[ReplicaView]:
-        """How each engine stands."""
+        """The views of all engines, in the order of their models."""
         return [view for model in self.models for view in model.replicas]
 
     def replicas_of(self, name: str) -> list[ReplicaView]:

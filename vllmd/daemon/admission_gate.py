@@ -53,7 +53,7 @@ ERRORS: Mapping[commands.RejectReason, type[errors.VllmdError]] = {
 
 
 async def _nothing(name: str) -> None:
-    """Fetch nothing."""
+    """The stand-in for fetching adapters: there is nothing to fetch."""
 
 
 REACH_TRIES, REACH_PAUSE = 20, 0.1  # so often a request finds nobody listening, and seconds between

@@ -20,7 +20,7 @@ MANY = 1000  # models; with fewer a collection takes a few milliseconds, and eve
 
 @contextlib.contextmanager
 def paused() -> Iterator[None]:
-    """No collections meanwhile."""
+    """While it lasts, Python's cycle collector does not run."""
     was = gc.isenabled()
     gc.disable()
     try:

@@ -85,6 +85,6 @@ class Later(Generic[T]):
         return self.now
 
     def set(self, thing: T) -> None:
-        """It is there."""
+        """Say that the thing is there; whoever waits for it goes on."""
         self.now = thing
         self._there.set()

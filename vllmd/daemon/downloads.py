@@ -111,7 +111,7 @@ class Download:
         return before != (self.phase, self.done, self.total, self.source)
 
     def stir(self) -> None:
-        """Tell whoever follows."""
+        """Wake everybody who follows this download."""
         self.changed.set()
         self.changed = asyncio.Event()
 

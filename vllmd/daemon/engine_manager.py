@@ -56,7 +56,7 @@ TOLD = (events.EngineStartFailed, events.EngineWakeFailed, events.EngineSleepFai
 
 
 async def _blind() -> None:
-    """Nobody looks."""
+    """The stand-in for looking at the devices: nobody looks."""
 
 
 class EngineManager:

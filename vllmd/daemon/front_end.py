@@ -68,7 +68,7 @@ class FrontEnd:
     back: Later[BackEnd]
 
     def open(self, back: BackEnd) -> None:
-        """Let requests through."""
+        """Let requests through to the back end."""
         self.back.set(back)
         self.gate.open(back)
 

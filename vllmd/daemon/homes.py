@@ -25,7 +25,7 @@ def own_name(model: ModelConfig) -> str:
 
 
 def ordered_user(model: ModelConfig) -> str:
-    """``StartOrder.user`` for it."""
+    """The value of ``StartOrder.user`` for a model's engine."""
     return f"{OWN_USER}:{own_name(model)}" if model.user == OWN_USER else model.user
 
 

@@ -55,7 +55,7 @@ class Instances:
             self._back.now.post(events.ReplicaRefused(command.model, command.device, reason))
 
     async def _add(self, model: str, device: int) -> None:
-        """Raises Conflict."""
+        """Give the model one more engine, on this device. Raises Conflict where that cannot be."""
         async with self._changing:
             known = self._current.config.models.get(model)
             if known is None:

@@ -128,7 +128,7 @@ class DenyAll:
         self._why = why
 
     def identify(self, request: Request) -> Caller:
-        """Raises Unavailable."""
+        """Always raises Unavailable, with the reason why nothing is served here."""
         raise Unavailable(self._why)
 
 

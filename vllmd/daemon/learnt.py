@@ -57,7 +57,7 @@ class Learnt:
             del self.decisions[next(iter(self.decisions))]
 
     def ended(self, engine: str, instance: str) -> None:
-        """An engine has ended."""
+        """Note when the run of an engine ended."""
         runs = self.runs.pop(engine, [])
         self.runs[engine] = [*runs, (instance, time.time())][-RUNS:]  # behind those that ended before
         while len(self.runs) > MOST_ENGINES:

@@ -37,7 +37,7 @@ class LogFile:
         self._room, self._at, self._missed = float(BURST), clock(), 0
 
     def write(self, lines: Iterable[str]) -> None:
-        """Append the lines."""
+        """Append lines, at most so many in a time; the rest is counted and said."""
         now = self._clock()
         self._room, self._at = min(float(BURST), self._room + (now - self._at) * RATE), now
         for line in lines:

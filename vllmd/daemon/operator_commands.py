@@ -57,7 +57,7 @@ class OperatorCommands:
         back.post(events.LeaseTaken(lease, model, None if seconds is None else back.dispatcher.now() + seconds))
 
     async def release(self, model: str, lease: str, *, stop: bool) -> None:
-        """Give a lease back."""
+        """Give a lease back before its deadline."""
         (await self._back.wait()).post(events.LeaseReleased(lease, stop))
 
     async def probe(self, model: str, all: bool, *, limit: float | None) -> Probed:

@@ -75,7 +75,7 @@ class Records:
         self.live: Callable[[], Iterable[Exchange]] = lambda: ()  # requests for models that are under way
 
     def configure(self, config: RecordsConfig) -> None:
-        """Take a changed configuration."""
+        """Take what a changed configuration says of records."""
         self._config = config
         self._keeps = self._path is not None and config.usage
         self._ring.resize(config.requests)
@@ -83,7 +83,7 @@ class Records:
     # -- what is heard
 
     def ended(self, exchange: Exchange) -> None:
-        """A request has ended."""
+        """Note a request that has ended, if it was one for a model or failed."""
         if not exchange.model and exchange.status < 400:
             return  # operators, probes and lists
         account, config = exchange.account, self._config
@@ -241,7 +241,7 @@ class Records:
             self._log_trouble.say(logging.ERROR, "the access log %s cannot be written: %s", path, error.strerror)
 
     async def close(self) -> None:
-        """Write what is left."""
+        """Write what has not been written yet, and close the store."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -287,7 +287,7 @@ class Records:
         return shown
 
     async def watch(self, wanted: Filter, caller: Caller) -> AsyncIterator[dict[str, Any]]:
-        """Requests as they end."""
+        """Requests as they end, those that the filter lets through, until the caller stops."""
         queue: asyncio.Queue[Entry] = asyncio.Queue(WATCH_BACKLOG)
         self._watchers.add(queue)
         try:

@@ -53,7 +53,7 @@ class Sleeps:
         return events.EngineAsleep(process.name, command.level, freed)
 
     async def wake(self, process: EngineProcess, level: int) -> events.Event:
-        """Its calls, in order."""
+        """Have the engine woken: its kind's calls, one after the other, within their limits."""
         await self._annotate(process, state="waking", level=str(level))
         failure = await call_all(process, self._limited(process, level, "wake", process.engine.wake(level)))
         if failure:

@@ -168,7 +168,7 @@ class Status:
         self._kinds: tuple[Config, dict[str, str]] | None = None  # repository -> kind of model, once asked for
 
     def sight(self) -> Sight:
-        """How everything stands now."""
+        """One consistent look at everything: the core's snapshot, counts, the configuration."""
         current, back = self._current, self._back.now
         snapshot = back.snapshot() if back else None
         connections, requests = self._connections(), self._gate.requests
@@ -281,7 +281,7 @@ class Status:
         return await gpus((await self._back.wait()).memory)
 
     async def scrape(self, model: str) -> bytes:
-        """The engine's own metrics."""
+        """The metrics that the model's own engine tells. Raises Conflict where none serves."""
         process = self._opened().engines.processes.get(self.only(model))
         if process is None or process.ready_after is None:
             raise Conflict(f"{model} has no engine now that could tell its metrics")

@@ -46,7 +46,7 @@ AGAIN = 60.0  # seconds for which a failure is remembered
 
 
 class _AlreadyServed(Conflict):
-    """It is configured already."""
+    """The model is configured already, so there is nothing to add."""
 
 
 class ModelStore:

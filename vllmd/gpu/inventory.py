@@ -58,5 +58,5 @@ class Unanswered(Inventory):
         self.source, self.trouble, self.asking = source, trouble, asking
 
     def sample(self) -> Sample:
-        """Always empty: nothing answers."""
+        """Always empty: the devices do not answer."""
         return Sample()

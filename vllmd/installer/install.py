@@ -114,7 +114,7 @@ def _size(number: int) -> str:
 
 
 class _Making:
-    """One installation under way."""
+    """One installation under way, until it is put in place or has failed."""
 
     def __init__(self, wanted: Wanted, recipe: Recipe, build: str, folder: Path, making: Path, say: Say) -> None:
         self._wanted, self._recipe, self._build, self._say = wanted, recipe, build, say

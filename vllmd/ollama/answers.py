@@ -33,7 +33,7 @@ class Piece(Protocol):
     """How a route puts a piece of an answer."""
 
     def __call__(self, text: str, thinking: str = "", calls: list[Object] | None = None) -> Object:
-        """``calls``: of tools."""
+        """The members of one piece of an answer; ``calls`` are calls of tools."""
 
     def __hash__(self) -> int:
         """A function has one: what is made of it once may be kept by it."""
@@ -142,7 +142,7 @@ class Reply:
             yield self.piece(broken, "", calls)
 
     def last(self) -> Object:
-        """What closes a stream."""
+        """The object that closes a stream: an empty piece, with the durations and counts."""
         return {**self.piece(""), **self._done()}
 
     def whole(self, answer: Object) -> Object:

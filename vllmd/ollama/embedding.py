@@ -29,5 +29,5 @@ def embed_answer(answer: bytes, inputs: int, model: str, durations: dict[str, in
 
 
 def embeddings_answer(answer: bytes) -> bytes:
-    """``/api/embeddings``' answer."""
+    """The answer of ``/api/embeddings``, which has one vector."""
     return b'{"embedding": ' + vectors(answer, 1)[0] + b"}"

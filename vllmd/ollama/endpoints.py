@@ -80,11 +80,11 @@ class ModelRoutes:
         self._relay = relay
 
     async def chat(self, exchange: Exchange) -> None:
-        """``POST /api/chat``."""
+        """``POST /api/chat``, by the engine's chat route."""
         await self._generate(exchange, lambda members, target: requests.chat(members), chat_piece)
 
     async def generate(self, exchange: Exchange) -> None:
-        """``POST /api/generate``."""
+        """``POST /api/generate``, by the engine's completion route, or that for infills."""
 
         def parse(members: Mapping[str, Any], target: Target) -> Translated:
             return requests.generate(members, infill=target.routes is not None and INFILL in target.routes)
@@ -92,7 +92,7 @@ class ModelRoutes:
         await self._generate(exchange, parse, generate_piece)
 
     async def embed(self, exchange: Exchange) -> None:
-        """``POST /api/embed``."""
+        """``POST /api/embed``, by the engine's embeddings route: a vector for each input."""
 
         def answer(asked: Translated, timing: Timing) -> Whole:
             return lambda body: embed_answer(body, asked.inputs, asked.model, timing.told({}))
@@ -100,7 +100,7 @@ class ModelRoutes:
         await self._embed(exchange, requests.embed, answer, lambda asked: {"model": asked.model, "embeddings": []})
 
     async def embeddings(self, exchange: Exchange) -> None:
-        """``POST /api/embeddings``."""
+        """``POST /api/embeddings``, likewise, for one input."""
         parse = requests.embeddings
         await self._embed(exchange, parse, lambda asked, timing: embeddings_answer, lambda asked: {"embedding": []})
 
@@ -207,7 +207,7 @@ def _keeps(asked: Translated) -> Asked:
 
 
 class ListRoutes:
-    """What needs no engine."""
+    """The routes that need no engine: lists, versions, what is loaded."""
 
     def __init__(self, control: Control) -> None:
         self._control = control
@@ -222,7 +222,7 @@ class ListRoutes:
         return answer
 
     async def version(self, request: Request) -> Response:
-        """``GET /api/version``."""
+        """``GET /api/version``: the version of Ollama's API that is spoken."""
         return json_response({"version": VERSION})
 
     async def tags(self, request: Request) -> Response:
@@ -230,7 +230,7 @@ class ListRoutes:
         return await list_response(models.tags(await self._cards(request), self._since), "models")
 
     async def ps(self, request: Request) -> Response:
-        """``GET /api/ps``."""
+        """``GET /api/ps``: the models that are loaded."""
         cards = await self._cards(request)
         lines = self._control.status.status().models
         return json_response(models.ps(cards, lines, time.time()))

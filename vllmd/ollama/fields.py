@@ -21,7 +21,7 @@ class Fields:
         return self._members.get(name)
 
     def text(self, name: str, default: str = "") -> str:
-        """A string."""
+        """A member that is a string, or ``default``. Raises BadRequest."""
         value = self.get(name)
         if value is None:
             return default
@@ -30,7 +30,7 @@ class Fields:
         return value
 
     def flag(self, name: str, default: bool | None = None) -> bool | None:
-        """True or false."""
+        """A member that is true or false, or ``default``. Raises BadRequest."""
         value = self.get(name)
         if value is None:
             return default
@@ -65,7 +65,7 @@ class Fields:
         return found
 
     def object(self, name: str) -> Fields:
-        """An object's members."""
+        """The members of a member that is an object. Raises BadRequest."""
         value = self.get(name)
         if value is not None and not isinstance(value, dict):
             raise self._wrong(name, "an object")

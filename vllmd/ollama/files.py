@@ -20,7 +20,7 @@ MOST_TEXT = 8 << 20  # bytes of what is no file; more than any model reads, and 
 
 
 class Files:
-    """Those of one body."""
+    """The images of one body, kept apart from its JSON while that is translated."""
 
     def __init__(self) -> None:
         self._mark = os.urandom(12).hex().encode()

@@ -86,7 +86,7 @@ class Inner(Exchange):
                 self._task.cancel()  # so the relay closes the engine's connection, as when a client leaves
 
     def finish(self) -> None:
-        """The answer is whole."""
+        """The engine's answer is whole: close the client's."""
         if self.over:
             return
         self.over = True

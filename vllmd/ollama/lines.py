@@ -169,7 +169,7 @@ class Lines:
 
 
 def written(model: str, what: Object, created_at: str) -> bytes:
-    """A line."""
+    """One object of a stream, as a line of JSON."""
     return WRITTEN({"model": model, "created_at": created_at, "done": False, **what}).encode() + b"\n"
 
 

@@ -61,7 +61,7 @@ class Translated:
 
 
 def chat(members: Mapping[str, Any]) -> Translated:
-    """``POST /api/chat``. Raises BadRequest."""
+    """The body for the engine's chat route, from one of ``/api/chat``. Raises BadRequest."""
     request = Fields(members)
     messages = _messages(request.objects("messages"))
     body = {"messages": messages, **_tools(request), **_logprobs(request)}

@@ -23,7 +23,7 @@ class Store(Protocol):
         """Fetch it; how far it is: ``{"status", "digest", "total", "completed"}``."""
 
     async def delete(self, model: str) -> None:
-        """Delete it."""
+        """Take a model out, and its files. Raises UnknownModel, Conflict, Unsupported."""
 
     async def copy(self, model: str, name: str) -> None:
         """Serve it under another name as well."""
@@ -33,16 +33,16 @@ class NoStore:
     """Refuses everything, with who can do it."""
 
     async def pull(self, model: str) -> AsyncIterator[dict[str, Any]]:
-        """Raises Unsupported."""
+        """Always raises Unsupported: there is no store here."""
         raise Unsupported(f"{model!r} is not here and cannot be pulled: {CONFIGURED}")
         yield {}
 
     async def delete(self, model: str) -> None:
-        """Raises Unsupported."""
+        """Always raises Unsupported: there is no store here."""
         raise Unsupported(f"{model!r} cannot be deleted here: {CONFIGURED}")
 
     async def copy(self, model: str, name: str) -> None:
-        """Raises Unsupported."""
+        """Always raises Unsupported: there is no store here."""
         raise Unsupported(f"{model!r} cannot be copied here: {CONFIGURED}")
 
 

@@ -314,7 +314,7 @@ class OptionRefusal(Kept):
         return b"stream_options" in self._body or b"include_usage" in self._body
 
     def end(self) -> None:
-        """It is the client's."""
+        """Hand the refusal on to the client: it was not about an option of ours."""
         if self._loading.begun:
             self._loading.fail_with(self.body)
             return

@@ -81,7 +81,7 @@ def _zlib(body: bytes) -> Iterator[bytes]:
 
 
 class _Buffer(ctypes.Structure):
-    """libzstd's ZSTD_inBuffer and ZSTD_outBuffer."""
+    """A ``ZSTD_inBuffer`` or ``ZSTD_outBuffer`` of libzstd: pointer, size, position."""
 
     _fields_ = (("data", ctypes.c_void_p), ("size", ctypes.c_size_t), ("pos", ctypes.c_size_t))
 

@@ -45,7 +45,7 @@ class FarEnd(asyncio.Protocol):
         self.early = b""  # what came along with the head
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Connected."""
+        """The engine has accepted the tunnel's connection."""
         self._transport = cast(asyncio.Transport, transport)
         read_small(transport)
 
@@ -76,11 +76,11 @@ class FarEnd(asyncio.Protocol):
         self._exchange.hold(True)
 
     def resume_writing(self) -> None:
-        """It does again."""
+        """The engine takes bytes again: so may the client send."""
         self._exchange.hold(False)
 
     def send(self, data: bytes) -> None:
-        """Bytes from the client."""
+        """Pass on bytes from the client to the engine."""
         if not self._transport.is_closing():
             self._transport.write(data)
 

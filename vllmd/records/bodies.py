@@ -44,7 +44,7 @@ class Bodies:
 
     @property
     def size(self) -> int:
-        """Bytes that they take."""
+        """Bytes of memory that both bodies take."""
         return len(self.request) + len(self.answer)
 
 
@@ -73,7 +73,7 @@ class Recordings:
 
     @property
     def active(self) -> bool:
-        """Whether any go on."""
+        """Whether bodies of anybody's requests are recorded now."""
         return bool(self._running)
 
     def start(self, model: str, key: str, seconds: float, most: int) -> Recording:

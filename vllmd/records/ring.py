@@ -56,7 +56,7 @@ class Entry(NamedTuple):
 
 
 class Ring:
-    """The last ``size`` requests."""
+    """The last ``size`` requests for models, in memory."""
 
     def __init__(self, size: int, loading: Callable[[str, float, float], float] = lambda replica, began, ended: 0.0):
         """``loading``: of the time between two moments (monotonic) how much a replica has spent in coming up."""
@@ -70,7 +70,7 @@ class Ring:
             self._entries = deque(self._entries, maxlen=size)
 
     def note(self, exchange: Exchange, bodies: Bodies | None) -> Entry:
-        """A request has ended."""
+        """Note a request that has ended, and return what is kept of it."""
         request, account = exchange.request, exchange.account
         elapsed = time.monotonic() - exchange.began
         head = request.headers.onward or b""

@@ -100,7 +100,7 @@ class Store:
                     self._pruned = newest
 
     def close(self) -> None:
-        """Leave the file."""
+        """Close the file; it is opened again when it is needed."""
         if self._connection is not None:
             with contextlib.suppress(sqlite3.Error):
                 self._connection.close()
@@ -219,7 +219,7 @@ class Store:
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
-        """Foreign errors as ours."""
+        """Within it, SQLite's errors become StoreError, in words."""
         try:
             yield
         except sqlite3.Error as error:

@@ -57,7 +57,7 @@ class Sums:
 
     @property
     def rows(self) -> Mapping[Row, list[float]]:
-        """What there is."""
+        """What has come since the last ``take``, by hour, key and model."""
         return self._rows
 
     def take(self) -> dict[Row, list[float]]:

@@ -79,7 +79,7 @@ class Status:
         self.write()
 
     def write(self) -> None:
-        """Replace the file."""
+        """Replace the file in which the daemon reads how far the download is."""
         measure = self.measure
         if measure is not None:
             with contextlib.suppress(OSError):
@@ -248,7 +248,7 @@ def quantization_of(name: str) -> str:
 
 
 def _those(models: list[File]) -> str:
-    """Which there are instead."""
+    """Which quantisations the repository has instead, for a message."""
     tags = sorted({quantization_of(file.name) or file.name for file in models})[:12]
     return f"; it has {', '.join(tags)}" if tags else "; it has none with GGUF"
 
@@ -556,7 +556,7 @@ def remove(request: dict[str, Any], status: Status) -> None:
 
 
 def _remove(path: str, cache: str) -> int:
-    """Bytes that were freed."""
+    """Remove a file or folder. Returns the bytes that were freed."""
     try:
         if os.path.isdir(path) and not os.path.islink(path):
             size = sum(os.lstat(os.path.join(at, name)).st_size for at, _, names in os.walk(path) for name in names)

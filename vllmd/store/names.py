@@ -83,7 +83,7 @@ def _of_known(name: str, known: Known, *, device: bool) -> Wanted:
 
 
 def _hub(name: str) -> Hub:
-    """Raises BadRequest."""
+    """The repository that a name means on the hub. Raises BadRequest for what is none."""
     parts = name.split("/")
     if len(parts) < 2:
         near = difflib.get_close_matches(name.lower(), KNOWN, 3, 0.5)

@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def offer(arguments: argparse.Namespace) -> int:
-    """What could be added."""
+    """Show what could be added: the models in the caches of this machine."""
     from vllmd.store.elsewhere import everything, own_cache
 
     rows: list[tuple[str, str, str]] = []

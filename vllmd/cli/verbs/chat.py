@@ -64,7 +64,7 @@ class Talk:
         self.messages: list[dict[str, Any]] = []
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Begin a new conversation, without what was said."""
         self.messages = []
 
     def ask(self, text: str) -> None:

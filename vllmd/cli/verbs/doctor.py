@@ -20,7 +20,7 @@ COLOURS = {"ok": "green", "warning": "yellow", "bad": "red"}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """It takes none."""
+    """The verb has no arguments of its own."""
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -93,7 +93,7 @@ def install(arguments: argparse.Namespace, kind: str, version: str) -> int:
 
 
 def changed(arguments: argparse.Namespace, kind: str, version: str) -> int:
-    """use, rollback and remove."""
+    """Do ``use``, ``rollback`` or ``remove``, and say what came of it."""
     from vllmd.cli import installing
 
     done = installing.perform(arguments, {"verb": arguments.action, "kind": kind, "version": version})

@@ -16,7 +16,7 @@ RIGHT = ("DEVICE", "MEMORY", "PROMISED", "FREE", "RESERVE", "EXTERNAL")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """It takes none."""
+    """The verb has no arguments of its own."""
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ HEAD = ("MODEL", "STATE", "SIZE", "ENGINE", "SOURCE")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """It takes none."""
+    """The verb has no arguments of its own."""
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ HEAD = ("MODEL", "STATE", "ENGINE", "SOURCE", "ALIASES")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """It takes none."""
+    """The verb has no arguments of its own."""
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -80,7 +80,7 @@ def _show(admin: Admin, arguments: argparse.Namespace) -> int:
 
 
 def table(entries: list[dict[str, Any]]) -> str:
-    """A row for each."""
+    """The requests as a table, a row for each."""
     now = time.time()
     return show.table(
         HEAD, [row(each, now) for each in entries], RIGHT, names=("MODEL",), beneath=("KEY", "ID", "NOTE")
@@ -105,7 +105,7 @@ def row(entry: dict[str, Any], now: float) -> tuple[str, ...]:
 
 
 def seconds(value: float | None) -> str:
-    """``0.012s``, ``1.2s``, ``3m05s``."""
+    """A time as tables show it: ``0.012s``, ``1.2s``, ``3m05s``."""
     if value is None:
         return show.EMPTY
     return f"{value:.3f}s" if value < 1 else f"{value:.1f}s" if value < 100 else show.age(value)
@@ -117,7 +117,7 @@ def tokens(told: dict[str, Any] | None) -> str:
 
 
 def closely(entry: dict[str, Any]) -> str:
-    """One request in full."""
+    """One request with all that is known of it."""
     lines = [
         f"{entry['method']} {entry['path']}",
         f"id {entry['id']}, {moment(entry['at'], time.time())}, from {entry['client']}"

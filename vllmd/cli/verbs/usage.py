@@ -74,7 +74,7 @@ def _note(row: dict[str, Any]) -> str:
 
 
 def short(number: float) -> str:
-    """``999``, ``12.3k``, ``4.5M``, ``1.2G``."""
+    """A number in at most five characters: ``999``, ``12.3k``, ``4.5M``, ``1.2G``."""
     for unit in ("", "k", "M"):
         if number < 1000:
             return f"{number:.0f}" if not unit else f"{number:.1f}{unit}"

@@ -12,7 +12,7 @@ from vllmd.cli.verbs.reload import runs
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """It takes none."""
+    """The verb has no arguments of its own."""
 
 
 def run(arguments: argparse.Namespace) -> int:
