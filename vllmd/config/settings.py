@@ -683,6 +683,8 @@ TLS = Group(
         Setting("cert", k.PATH, "File in PEM with the certificate, and those of its issuers behind it."),
         Setting("key", k.PATH, "File in PEM with its key, without a password. The user vllmd must be able to read it."),
     ),
+    accepts="a mapping, or false",
+    optional=True,
 )
 
 SERVER = Group(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vllmd.config.engine_kinds import one_name
-from vllmd.core.types import IdleRules, WhenFree
+from vllmd.core.types import Balancing, IdleRules, WhenFree
 
 OWN_USER = "own"
 
@@ -78,8 +78,8 @@ class PoolConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class ReplicaConfig:
-    """Several engines of one model. Times in seconds; the rules are those of ``core.types.ReplicaRules``.
+class ReplicaConfig(Balancing):
+    """Several engines of one model.
 
     ``min``: how many are brought up while it is used, None: all. ``max``: how many alike there may be here.
     ``given``: what each entry of the list says, as plain data; ``of``: each one's settings, complete. Their names
@@ -91,14 +91,8 @@ class ReplicaConfig:
     max: int | None = None
     given: tuple[Mapping[str, object], ...] = field(default=(), repr=False)
     of: tuple[ModelConfig, ...] = ()
-    busy: int = 8
-    busy_for: float = 10.0
-    calm_for: float = 60.0
     probe: str | None = "Say hi."
     probe_route: str = "/v1/chat/completions"
-    probe_limit: float = 5.0
-    growth: float = 4.0
-    retries: int = 3
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,28 +74,36 @@ class IdleRules:
 
 
 @dataclass(frozen=True, slots=True)
-class ReplicaRules:
-    """How several engines of one model, its replicas, share its requests. Times in seconds.
+class Balancing:
+    """When a model's replicas become more or fewer, and which of them get its requests. Times in seconds.
 
-    ``least``: so many are brought up, where they fit, while the model is used. One more is wanted when for
-    ``busy_for`` there were more than ``busy`` requests per replica, waiting ones included; one fewer when for
-    ``calm_for`` half as many would have been enough for one fewer.
-    ``probe``: a replica serves once it has answered a short request of the daemon's own. It may take ``growth``
-    times as long as the fastest replica's did, or ``probe_limit`` while nobody's is known; each attempt in a row
-    may take ``growth`` times longer than the one before.
+    One more is wanted when for ``busy_for`` there were more than ``busy`` requests per replica, waiting ones
+    included; one fewer when for ``calm_for`` half as many would have been enough for one fewer.
+    A probe may take ``growth`` times as long as the fastest replica's did, or ``probe_limit`` while nobody's is
+    known; each attempt in a row may take ``growth`` times longer than the one before.
     A replica whose answers begin ``growth`` times later than the fastest one's is set aside for a while.
     ``retries``: so many other attempts a request gets that failed before a byte of its answer; a replica that
     failed so often in a row counts as down.
     """
 
-    least: int = 1
     busy: int = 8
     busy_for: float = 10.0
     calm_for: float = 60.0
-    probe: bool = True
     probe_limit: float = 5.0
     growth: float = 4.0
     retries: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaRules(Balancing):
+    """How several engines of one model, its replicas, share its requests.
+
+    ``least``: so many are brought up, where they fit, while the model is used. ``probe``: a replica serves once it
+    has answered a short request of the daemon's own.
+    """
+
+    least: int = 1
+    probe: bool = True
 
 
 @dataclass(frozen=True, slots=True)

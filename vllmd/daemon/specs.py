@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 from vllmd.config.types import ModelConfig, ReplicaConfig
-from vllmd.core.types import ModelSpec, ReplicaRules, ReplicaSpec
+from vllmd.core.types import Balancing, ModelSpec, ReplicaRules, ReplicaSpec
 from vllmd.daemon.engine_process import fingerprint
 from vllmd.engines.base import Engine
 from vllmd.engines.estimate import Estimate
@@ -51,13 +52,5 @@ def replica_spec(model: ModelConfig, engine: Engine, told: Estimate) -> ReplicaS
 
 
 def _rules(told: ReplicaConfig) -> ReplicaRules:
-    return ReplicaRules(
-        least=told.min or len(told.of),
-        busy=told.busy,
-        busy_for=told.busy_for,
-        calm_for=told.calm_for,
-        probe=told.probe is not None,
-        probe_limit=told.probe_limit,
-        growth=told.growth,
-        retries=told.retries,
-    )
+    balancing = {each.name: getattr(told, each.name) for each in fields(Balancing)}
+    return ReplicaRules(**balancing, least=told.min or len(told.of), probe=told.probe is not None)
