@@ -210,7 +210,7 @@ def test_removal_stops_everything_and_purge_forgets(installed_machine: Machine) 
     assert "vllmd.yaml" in installed_machine.out("ls /etc/vllmd")
     installed_machine.run("dpkg --purge vllmd", timeout=120)
     left = installed_machine.out("find / -xdev -path /proc -prune -o -path /opt -prune -o -name '*vllmd*' -print")
-    known = ("/root/", "/.vllmd-stamp", "/var/lib/dpkg/")
+    known = ("/root/", "/.vllmd-stamp", "/.vllmd-more", "/var/lib/dpkg/")
     assert [path for path in left.splitlines() if not path.startswith(known)] == []
     assert installed_machine.out("id -un vllmd") == "vllmd"
 

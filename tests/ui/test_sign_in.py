@@ -93,7 +93,7 @@ def test_the_page_and_nothing_beside_it_is_served(site: Site) -> None:
     assert page.status == 200 and "text/html" in page.headers["content-type"]
     assert site.ask("GET", "/ui").body == page.body
     assert site.ask("GET", "/ui/vendor/preact.js").status == 200
-    for path in ("/ui/../files.py", "/ui/%2e%2e/files.py", "/ui/vendor", "/ui/versions.json", "/ui/vendor/LICENSE.htm"):
+    for path in ("/ui/../files.py", "/ui/%2e%2e/files.py", "/ui/vendor", "/ui/versions.json", "/ui/vendor/NOTICE"):
         assert site.ask("GET", path).status in (400, 404), path
 
 
