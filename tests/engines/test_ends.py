@@ -187,6 +187,6 @@ def test_a_missing_program_says_what_to_install(tmp_path: Path) -> None:
         failed = await rig.event()
         assert isinstance(failed, events.EngineStartFailed)
         assert failed.permanent
-        assert "; install llama.cpp (https://github.com/ggml-org/llama.cpp)" in failed.reason
+        assert "; vllmctl engine install llama.cpp" in failed.reason
 
     tell(story, tmp_path)

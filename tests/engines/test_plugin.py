@@ -69,7 +69,7 @@ def test_a_kind_may_make_an_engine_of_each_models_options(site: Site) -> None:
         ("quitter", "cannot be loaded: SystemExit: this machine is not supported"),
         ("unknown", "unknown engine 'vlm'; did you mean 'vllm'? (known: "),
         ("template", "unknown variable ${PROT} (known: ${SOCKET}, ${PORT}"),
-        ("absent", "install llama.cpp (https://github.com/ggml-org/llama.cpp)"),
+        ("absent", "vllmctl engine install llama.cpp"),
         ("spoken", "is no address of an HTTP server; right is one such as http://"),
     ],
 )
