@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -35,9 +36,9 @@ class Site:
         """Start launcher and daemon."""
         for name in ("run", "home", "log", "cache"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        socket = self.folder / "l.sock"
-        self.launcher = self._run("launcher", "-m", "tests.gpu.check.launcher", str(socket))
-        if not wait_for(socket.exists, START_LIMIT):
+        listener = self.folder / "l.sock"
+        self.launcher = self._run("launcher", "-m", "tests.gpu.check.launcher", str(listener))
+        if not wait_for(listener.exists, START_LIMIT):
             raise RuntimeError(f"the launcher did not start:\n{self.log('launcher')[-2000:]}")
         (self.folder / "vllmd.yaml").write_text(json.dumps(self.config))  # YAML takes JSON
         self.start()
@@ -160,8 +161,10 @@ def _streamed(data: str) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def site(bench: Bench, name: str, port: int, config: Mapping[str, Any]) -> Iterator[Site]:
-    """An open one; whatever happens, nothing of it is left running."""
+def site(bench: Bench, name: str, config: Mapping[str, Any]) -> Iterator[Site]:
+    """An open one, at a port that is free; whatever happens, nothing of it is left running."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     folder = bench.folder / name
     folder.mkdir()
     here = Site(bench, folder, {"server": {"listen": [f"127.0.0.1:{port}"]}, **config}, port)

@@ -8,7 +8,6 @@ from tests.gpu.check.attribution import alive
 from tests.gpu.check.bench import REPOSITORY, Bench, MiB, gib, wait_for
 from tests.gpu.check.daemon import Site, site
 
-PORT = 33459
 LAYERS = 12  # of 1024 wide: about 0.15 G weights in bf16, enough to be seen beside a CUDA context
 
 MAKE = """
@@ -39,7 +38,7 @@ def run(bench: Bench) -> None:
              "dtype": "bfloat16", "log_file": True, "start_timeout": "150s", "max_restarts": 0,
              "env": {"PYTHONPATH": bench.environment()["PYTHONPATH"], **bench.torch}}  # fmt: skip
     before = bench.sample().used
-    with site(bench, "served", PORT, {"models": {"real": model}}) as here:
+    with site(bench, "served", {"models": {"real": model}}) as here:
         began = time.monotonic()
         status, text, finish = here.chat("real")
         took = time.monotonic() - began

@@ -25,7 +25,6 @@ SPELLS = 6
 RETURN_LIMIT = 2.0
 SLACK = 512 * MiB  # between what the ledger has and what the driver counts, contexts that come up included
 INTERVAL = 0.03
-PORT = 33458
 
 
 @dataclass
@@ -152,7 +151,7 @@ def run(bench: Bench) -> None:
     model = {"engine": "sim", "gpu_memory": SHARE, "options": options, "log_file": True,
              "env": {"PYTHONPATH": bench.environment()["PYTHONPATH"], **bench.torch}}  # fmt: skip
     models = dict(zip(MODELS, (model, {**model, "sleep_mode": False}), strict=True))
-    with site(bench, "turns", PORT, {"models": models}) as here:
+    with site(bench, "turns", {"models": models}) as here:
         _load(bench, here)
         if bench.left > 45:
             _adopted(bench, here)
