@@ -64,7 +64,7 @@ def page(browser: sync_api.Browser, site: Site) -> Iterator[sync_api.Page]:
 
 
 def visit(browser: sync_api.Browser, site: Site, **more: object) -> Iterator[sync_api.Page]:
-    context = browser.new_context(base_url=f"http://127.0.0.1:{site.port}", **more)  # type: ignore[arg-type]
+    context = browser.new_context(base_url=f"http://vllmd.localhost:{site.port}", **more)  # type: ignore[arg-type]
     page, complaints = context.new_page(), []
     page.set_default_timeout(LIMIT)
     page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -134,7 +134,7 @@ def test_a_model_can_be_tried_beside_another(page: sync_api.Page) -> None:
     page.get_by_role("article", name="answer of alpha").get_by_text("tell me about nothing").wait_for()
     page.get_by_text("first word after").wait_for()
     page.get_by_text("The same as a command").click()
-    page.get_by_text("curl http://127.0.0.1").wait_for()
+    page.get_by_text("curl http://vllmd.localhost").wait_for()
 
 
 def test_embeddings_are_shown_by_their_beginning(page: sync_api.Page) -> None:

@@ -101,14 +101,18 @@ def test_a_session_that_only_reads_changes_nothing() -> None:
 
 def test_a_keys_session_is_as_good_as_the_key_is_now() -> None:
     """A key that loses a scope, or is taken away, takes its sessions along: without a restart."""
-    keys = {"lab": Caller("lab", frozenset({OPEN, READ, ADMIN}))}
+    keys = {"digest": Caller("lab", frozenset({OPEN, READ, ADMIN}), digest="digest")}
     kept = sessions(keys=keys)
-    mine = of(kept.open_by_key(keys["lab"]))
-    keys["lab"] = Caller("lab", frozenset({OPEN, READ}), frozenset({"small"}))
-    caller = kept.identify(mine)
-    assert caller and (caller.scopes, caller.models) == ({OPEN, READ}, {"small"})
-    del keys["lab"]
-    with pytest.raises(Unauthorized, match="'lab' is no longer configured"):
+    mine, linked = of(kept.open(keys["digest"])), of(kept.open_by_link(kept.link(keys["digest"])))
+    keys["digest"] = Caller("lab", frozenset({OPEN, READ}), frozenset({"small"}), digest="digest")
+    for session in (mine, linked):
+        caller = kept.identify(session)
+        assert caller and (caller.scopes, caller.models) == ({OPEN, READ}, {"small"})
+    keys["another"] = keys.pop("digest")  # the same name, another secret
+    for session in (mine, linked):
+        with pytest.raises(Unauthorized, match="'lab' is no longer what was signed in with"):
+            kept.identify(session)
+    with pytest.raises(Unauthorized):
         kept.identify(mine)
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import http.cookies
 import json
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -32,11 +36,20 @@ def session_of(answer: Answer) -> dict[str, str]:
     return {"Cookie": f"vllmd_session={cookie.value}", "X-Vllmd-Session": answer.json["token"]}
 
 
+def at_the_page(site: Site) -> dict[str, str]:
+    """The name under which the page is served at loopback addresses."""
+    return {"Host": f"vllmd.localhost:{site.port}"}
+
+
+def sign_in(site: Site, body: object, key: str = "") -> Answer:
+    return site.ask("POST", "/ui/session", body, key=key, headers=at_the_page(site))
+
+
 def by_link(site: Site) -> dict[str, str]:
     link = site.operate("POST", "/admin/ui/links")
     assert link["listen"] == [f"127.0.0.1:{site.port}"]
     code = link["path"].removeprefix("/ui#code=")
-    return session_of(site.ask("POST", "/ui/session", {"code": code}))
+    return session_of(sign_in(site, {"code": code}))
 
 
 def test_a_link_opens_what_the_admin_socket_opens(site: Site) -> None:
@@ -61,13 +74,13 @@ def test_a_session_uses_no_model(site: Site) -> None:
 
 
 def test_keys_sign_in_by_their_scopes(site: Site) -> None:
-    reading = session_of(site.ask("POST", "/ui/session", {}, key=KEYS["read"]))
+    reading = session_of(sign_in(site, {}, KEYS["read"]))
     assert site.ask("GET", "/admin/status", headers=reading).status == 200
     assert site.ask("POST", "/admin/models/alpha/pin", {}, headers=reading).status == 403
-    assert site.ask("POST", "/ui/session", {}, key=KEYS["models"]).status == 403
-    assert site.ask("POST", "/ui/session", {}, key="wrong").status == 401
-    assert site.ask("POST", "/ui/session", {}).status == 401
-    assert site.ask("POST", "/ui/session", {"code": "wrong"}).status == 401
+    assert sign_in(site, {}, KEYS["models"]).status == 403
+    assert sign_in(site, {}, "wrong").status == 401
+    assert sign_in(site, {}).status == 401
+    assert sign_in(site, {"code": "wrong"}).status == 401
 
 
 def test_half_a_session_is_none(site: Site) -> None:
@@ -88,10 +101,90 @@ def test_another_page_signs_nobody_in_and_does_nothing(site: Site) -> None:
     assert site.ask("POST", "/admin/models/alpha/pin", {}, headers={**by_link(site), **foreign}).status == 403
 
 
+def test_a_page_of_an_engine_has_another_origin(site: Site) -> None:
+    """Its script would find the session otherwise, and act as the operator who is signed in."""
+    sent_on = site.ask("GET", "/ui")
+    assert (sent_on.status, sent_on.headers["location"]) == (307, f"http://vllmd.localhost:{site.port}/ui")
+    refused = site.ask("POST", "/ui/session", {}, key=KEYS["admin"])
+    assert refused.status == 403 and "vllmd.localhost" in refused.error
+
+
+class Evil(BaseHTTPRequestHandler):
+    """An engine that answers everything with a page."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        body = b"<script>steal(localStorage)</script>"
+        self.send_response(200)
+        for name, value in (
+            ("Content-Type", "text/html"),
+            ("Content-Length", str(len(body))),
+            ("Service-Worker-Allowed", "/"),
+            ("Clear-Site-Data", '"*"'),
+        ):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *words: object) -> None:
+        """Say nothing."""
+
+
+def test_what_an_engine_sends_runs_no_script_where_the_page_is(tmp_path: Path) -> None:
+    """Under the page's name it is shut in; under another one ComfyUI's page works, and can reach no session."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Evil) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        model = f'{{engine: remote, options: {{url: "{url}", upstream: ["GET /index.html"]}}}}'
+        config = KEYED.replace("models: {", f"models: {{evil: {model}, ", 1).replace("[admin]", "[admin, models]")
+        with running(tmp_path, config) as site:
+            here = site.ask("GET", "/upstream/evil/index.html", key=KEYS["admin"], headers=at_the_page(site))
+            there = site.ask("GET", "/upstream/evil/index.html", key=KEYS["admin"])
+        server.shutdown()
+    assert here.status == there.status == 200 and b"<script>" in here.body
+    assert here.headers["content-security-policy"] == "sandbox"
+    assert "content-security-policy" not in there.headers
+    for answer in (here, there):
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert not {"service-worker-allowed", "clear-site-data"} & set(answer.headers)
+
+
+def test_a_session_makes_no_links(site: Site) -> None:
+    """Else one that was made by a key would outlive the key."""
+    assert site.ask("POST", "/admin/ui/links", headers=by_link(site)).status == 403
+    linked = site.ask("POST", "/admin/ui/links", key=KEYS["read"]).json["path"].removeprefix("/ui#code=")
+    session = session_of(sign_in(site, {"code": linked}))
+    assert site.ask("GET", "/admin/status", headers=session).status == 200
+    assert site.ask("POST", "/admin/models/alpha/pin", {}, headers=session).status == 403
+
+
+def test_a_key_that_a_browser_sends_by_itself_is_no_operators(site: Site) -> None:
+    """A browser that was once given a password adds it to whatever a page asks for."""
+    basic = {"Authorization": "Basic " + base64.b64encode(f"x:{KEYS['admin']}".encode()).decode()}
+    refused = site.ask("GET", "/admin/status", headers=basic)
+    assert refused.status == 403 and "as Bearer" in refused.error
+    with contextlib.closing(
+        site.connect()
+    ) as connection:  # what was allowed once on a connection is not for other paths
+        for path, status in (("/upstream/alpha/version", (200, 503)), ("/admin/status", (403,))):
+            connection.request("GET", path, headers=basic)
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status in status, path
+
+
+def test_strangers_do_not_fill_the_list_of_requests(site: Site) -> None:
+    for _ in range(5):
+        assert site.ask("GET", "/admin/status").status == 401
+    kept = site.operate("GET", "/admin/requests")["requests"]
+    assert not [each for each in kept if each["path"] == "/admin/status"]
+
+
 def test_the_page_and_nothing_beside_it_is_served(site: Site) -> None:
-    page = site.ask("GET", "/ui/")
+    page = site.ask("GET", "/ui/", headers=at_the_page(site))
     assert page.status == 200 and "text/html" in page.headers["content-type"]
-    assert site.ask("GET", "/ui").body == page.body
+    assert site.ask("GET", "/ui", headers=at_the_page(site)).body == page.body
     assert site.ask("GET", "/ui/vendor/preact.js").status == 200
     for path in ("/ui/../files.py", "/ui/%2e%2e/files.py", "/ui/vendor", "/ui/versions.json", "/ui/vendor/NOTICE"):
         assert site.ask("GET", path).status in (400, 404), path
@@ -99,9 +192,9 @@ def test_the_page_and_nothing_beside_it_is_served(site: Site) -> None:
 
 def test_a_key_that_is_taken_away_ends_its_sessions(tmp_path: Path) -> None:
     with running(tmp_path, KEYED) as site:
-        mine = session_of(site.ask("POST", "/ui/session", {}, key=KEYS["admin"]))
+        mine = session_of(sign_in(site, {}, KEYS["admin"]))
         assert site.ask("GET", "/admin/status", headers=mine).status == 200
-        site.reconfigure(KEYED.replace("name: admin", "name: other"))
+        site.reconfigure(KEYED.replace(KEYS["admin"], "another-secret-1"))  # the name alone is not the key
         assert site.ask("GET", "/admin/status", headers=mine).status == 401
         site.reconfigure(KEYED.replace("idle_exit: never", "idle_exit: never, ui: false"))
         off = site.ask("GET", "/ui/")
@@ -120,7 +213,7 @@ def test_an_address_that_others_can_reach_has_no_page_unless_it_is_wanted(tmp_pa
 def test_without_keys_the_link_is_the_only_way_in(tmp_path: Path) -> None:
     """Everybody on the machine may use the models then; only operators see the page."""
     with running(tmp_path, CONFIG) as site:
-        assert site.ask("POST", "/ui/session", {}).status in (401, 403)
+        assert sign_in(site, {}).status in (401, 403)
         assert site.ask("GET", "/admin/status", headers=by_link(site)).status == 200
         assert json.loads(site.chat("alpha").body)["choices"]
 

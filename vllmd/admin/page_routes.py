@@ -12,6 +12,7 @@ from vllmd.api.kinds import Text
 from vllmd.api.verbs import Param
 from vllmd.errors import Forbidden, NotFound
 from vllmd.proxy.access import READ, Reach
+from vllmd.proxy.hosts import PAGE_HOST, shares_the_page
 from vllmd.proxy.http import Peer, Request, Response, json_response
 from vllmd.proxy.routing import Router
 from vllmd.ui import files
@@ -26,19 +27,32 @@ CODE = Param("code", Text("the code of a link"), place="body", default=None)
 
 
 class PageEndpoints:
-    """The page, as one listener serves it: ``enabled`` tells whether it does; ``secure``: it is reached by TLS."""
+    """The page, as one listener serves it: ``enabled`` tells whether it does; ``secure``: it is reached by TLS.
+
+    ``near``: only this machine reaches it; then the page has an origin of its own, see ``proxy.hosts.PAGE_HOST``.
+    """
 
     def __init__(
-        self, sessions: PageSessions, enabled: Callable[[], bool], secure: Callable[[], bool], listen: Sequence[str]
+        self,
+        sessions: PageSessions,
+        enabled: Callable[[], bool],
+        near: bool,
+        secure: Callable[[], bool],
+        listen: Sequence[str],
     ) -> None:
         self._sessions = sessions
         self._enabled = enabled
+        self._near = near
         self._secure = secure
         self._listen = list(listen)
 
     async def page(self, request: Request) -> Response:
-        """``GET /ui``: the page itself."""
+        """``GET /ui``: the page itself; under another name than its own the browser is sent there."""
         self._check()
+        if self._elsewhere(request):
+            port = request.headers.get("host").rpartition(":")[2]
+            place = f"http://{PAGE_HOST}{f':{port}' if port.isdecimal() else ''}/ui"
+            return Response(307, headers=(("location", place), ("cache-control", "no-store")))
         return files.answer(request, "index.html")
 
     async def file(self, request: Request) -> Response:
@@ -52,6 +66,8 @@ class PageEndpoints:
     async def sign_in(self, request: Request) -> Response:
         """``POST /ui/session`` with the code of a link, or with an API key. Raises Unauthorized, Forbidden."""
         self._check()
+        if self._elsewhere(request):
+            raise Forbidden(f"the page is served under the name {PAGE_HOST} here, and signed in to there")
         if code := read((CODE,), request)["code"]:
             return self._answer(self._sessions.open_by_link(str(code)))
         caller = request.caller
@@ -61,7 +77,7 @@ class PageEndpoints:
             raise Forbidden(
                 f"the key {caller.name!r} opens models, not this page: it wants one of the scope read or admin"
             )
-        return self._answer(self._sessions.open_by_key(caller))
+        return self._answer(self._sessions.open(caller))
 
     async def sign_out(self, request: Request) -> Response:
         """``DELETE /ui/session``: end the session that the request belongs to."""
@@ -70,8 +86,14 @@ class PageEndpoints:
 
     async def link(self, request: Request) -> Response:
         """``POST /admin/ui/links``: a path that signs its first visitor in, as whoever asks for it here."""
+        if request.caller.page:
+            raise Forbidden("a session makes no links: `vllmctl ui` does, or the key that was signed in with")
         code = self._sessions.link(of_operator(request.caller, _name_of(request.peer)))
         return json_response({"path": f"/ui#code={code}", "expires_in": LINK_LIFE, "listen": self._listen})
+
+    def _elsewhere(self, request: Request) -> bool:
+        """Whether a page of an engine could have the origin that the request was sent to."""
+        return self._near and not request.peer.local and not shares_the_page(request)
 
     def _check(self) -> None:
         if not self._enabled():

@@ -37,7 +37,7 @@ BYTES = 32  # of randomness in each secret
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """Who is signed in. ``key``: the name of the API key that was used, whose scopes are looked up each time.
+    """Who is signed in. ``key``: the digest of the API key that was used, whose scopes are looked up each time.
 
     ``expires`` is Unix time. ``models``: the only ones that its owner may see; None: all.
     """
@@ -63,7 +63,7 @@ class Opened:
 class PageSessions:
     """Hands out links, opens sessions, and knows the owner of each.
 
-    ``clock`` tells Unix time. ``current``: what the API key of a name opens now, None where there is none any more.
+    ``clock`` tells Unix time. ``current``: what the API key of a digest opens now, None where there is none any more.
     """
 
     def __init__(self, clock: Callable[[], float], current: Callable[[str], Caller | None], file: Path | None) -> None:
@@ -85,18 +85,15 @@ class PageSessions:
         expires, caller = self._links.pop(_digest(code), (0.0, None))
         if caller is None or expires < self._clock():
             raise Unauthorized("the link has been used, or is older than five minutes; `vllmctl ui` prints a new one")
-        return self._open(caller, key="")
+        return self.open(caller)
 
-    def open_by_key(self, caller: Caller) -> Opened:
-        """Sign in with the API key that the request brought."""
-        return self._open(caller, key=caller.name)
-
-    def _open(self, caller: Caller, key: str) -> Opened:
+    def open(self, caller: Caller) -> Opened:
+        """Sign in as ``caller``; if that came by an API key, for as long as there is that key, and with its scopes."""
         cookie, token = secrets.token_urlsafe(BYTES), secrets.token_urlsafe(BYTES)
         models = None if caller.models is None else tuple(sorted(caller.models))
         scopes = tuple(sorted(caller.scopes - {MODELS}))
         expires = self._clock() + LIFE
-        session = Session(_digest(cookie), _digest(token), caller.name, scopes, expires, key, models)
+        session = Session(_digest(cookie), _digest(token), caller.name, scopes, expires, caller.digest, models)
         self._sessions[session.cookie] = session
         _keep_newest(self._sessions, MOST_SESSIONS)
         self._write()
@@ -118,9 +115,9 @@ class PageSessions:
         if session.key:
             now = self._current(session.key)
             if now is None:
-                raise Unauthorized(f"the key {session.key!r} is no longer configured; sign in again")
+                raise Unauthorized(f"the key {session.name!r} is no longer what was signed in with; sign in again")
             scopes, models = now.scopes - {MODELS}, now.models
-        return Caller(session.name, scopes, models, page=True)
+        return Caller(session.name, scopes, models, page=True, digest=session.key)
 
     def close(self, request: Request) -> None:
         """End the session that the request belongs to."""

@@ -18,11 +18,12 @@ from dataclasses import replace
 from vllmd.config.types import AuthConfig, KeyConfig
 from vllmd.daemon.logins import FailedLogins
 from vllmd.errors import Forbidden, TooManyRequests, Unauthorized, Unavailable, VllmdError
-from vllmd.proxy.access import EVERYTHING, HEALTH, METRICS, MODELS, OPEN, PUBLIC, READ, Caller, granted
+from vllmd.proxy.access import ADMIN, EVERYTHING, HEALTH, METRICS, MODELS, OPEN, PUBLIC, READ, Caller, granted
 from vllmd.proxy.hosts import Hosts
 from vllmd.proxy.http import Request
 from vllmd.proxy.tunnel import KEY_PROTOCOL
 
+ENGINES_PAGES = "/upstream/"
 MOST_KEYS = 4  # that one request may bring; each is a guess
 # What clients send that want a key and were given none; beside a true key it is no guess.
 PLACEHOLDERS = frozenset(
@@ -58,16 +59,16 @@ class ApiKeyAuth:
         """
         self._word = object()  # what was found before is worth nothing any more
         self._callers = [(key.digest, _caller(key, opens)) for key in auth.keys]
-        self._by_name = {caller.name: caller for _, caller in self._callers}
+        self._by_digest = dict(self._callers)
         if self._callers:
             models = None if "names" in auth.public else frozenset[str]()
             self._stranger = Caller(scopes=PUBLIC & {*auth.public} | {OPEN}, models=models, refusal=_no_key)
         else:
             self._stranger = Caller(scopes=frozenset({OPEN, HEALTH, METRICS, MODELS}), refusal=_no_key)
 
-    def of_key(self, name: str) -> Caller | None:
-        """What the key of that name opens; None where there is none."""
-        return self._by_name.get(name)
+    def of_key(self, digest: str) -> Caller | None:
+        """What the key of that digest opens; None where there is none."""
+        return self._by_digest.get(digest)
 
     def identify(self, request: Request) -> Caller:
         """The key's owner, or a stranger. Raises Misdirected where there are no keys and the host is not ours."""
@@ -76,7 +77,8 @@ class ApiKeyAuth:
             return known[1]
         caller = self._look(request)
         # A wrong key is to be counted each time, and a session of the page may have ended meanwhile.
-        if (caller.refusal is None or not self._callers) and not caller.page:
+        # What a password opens depends on the path, too.
+        if (caller.refusal is None or not self._callers) and not caller.page and not by_password(request):
             request.headers.found = self._word, caller
         return caller
 
@@ -87,7 +89,8 @@ class ApiKeyAuth:
             return signed_in
         if not self._callers:
             return self._stranger
-        digests = [hashlib.sha256(secret.encode("latin-1", "replace")).hexdigest() for secret in presented(request)]
+        secrets = presented(request)
+        digests = [hashlib.sha256(secret.encode("latin-1", "replace")).hexdigest() for secret in secrets]
         if not digests:
             return self._stranger
         wait, refused = 0.0, []
@@ -98,7 +101,8 @@ class ApiKeyAuth:
             found = [caller for known, caller in self._callers if hmac.compare_digest(known, digest)]  # no early end
             if found:
                 self._failures.passed(request.peer, digest)
-                return found[0]
+                by_itself = by_password(request) == secrets and not request.path.startswith(ENGINES_PAGES)
+                return for_pages(found[0]) if by_itself else found[0]
             self._failures.failed(request.peer, digest)
             refused.append(digest)
         return replace(self._stranger, refusal=_wrong_key if refused else lambda: _too_many(wait))
@@ -156,6 +160,22 @@ def presented(request: Request) -> list[str]:
     return list(dict.fromkeys(true or secrets))[:MOST_KEYS]
 
 
+def by_password(request: Request) -> list[str]:
+    """The secret that a browser was asked for and sends along by itself, with whatever page it shows."""
+    scheme, _, credentials = request.headers.get("authorization").strip().partition(" ")
+    return [_password(credentials).strip()] if scheme.lower() == "basic" else []
+
+
+def for_pages(caller: Caller) -> Caller:
+    """What a key opens that a browser sends by itself: models and engines' pages, and nothing else of an operator's,
+    lest such a page acts as one."""
+    return replace(caller, scopes=caller.scopes - {READ, ADMIN}, refusal=_by_password)
+
+
+def _by_password() -> VllmdError:
+    return Forbidden("a key that comes as a password (Basic) opens models and /upstream; operators send it as Bearer")
+
+
 def _password(credentials: str) -> str:
     try:
         user, _, password = base64.b64decode(credentials.strip(), validate=True).decode("latin-1").partition(":")
@@ -166,7 +186,7 @@ def _password(credentials: str) -> str:
 
 def _caller(key: KeyConfig, opens: Callable[[str], Collection[str]]) -> Caller:
     models = frozenset(_names(key, opens)) if key.models else None
-    return Caller(key.name, granted(key.scopes), models)
+    return Caller(key.name, granted(key.scopes), models, digest=key.digest)
 
 
 def _names(key: KeyConfig, opens: Callable[[str], Collection[str]]) -> Sequence[str]:

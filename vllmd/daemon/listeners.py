@@ -70,7 +70,8 @@ class Listeners:
         daemon; None: they do not.
         """
         self._ui, self._tls = config.server.ui, config.server.tls
-        self._sessions = PageSessions(time.time, lambda name: self._keys.of_key(name), sessions)
+        self._far_routers: list[Router] = []
+        self._sessions = PageSessions(time.time, lambda digest: self._keys.of_key(digest), sessions)
         self._listeners = listeners
         self._control = control
         self._gate = gate
@@ -121,10 +122,13 @@ class Listeners:
         page = PageEndpoints(
             self._sessions,
             lambda: near if self._ui is None else self._ui,
+            near,
             lambda: not near and self._tls is not None,
             addresses(self._listeners.get("http", ())),
         )
         add_page(router, page)
+        if not near:
+            self._far_routers.append(router)
         add_public(router, self._control)
         add_operator(router, self._control)
         add_model_routes(router, self._relay)
@@ -160,6 +164,8 @@ class Listeners:
     def _encrypt(self, tls: TlsConfig | None) -> None:
         """Speak TLS where others can reach us, with the files as they are now; ``config.checks`` has seen them."""
         self._tls, made = tls, None
+        for router in self._far_routers:
+            router.fenced = bool(self._ui)
         if tls is not None and tls.cert and tls.key and self._far:
             from vllmd.config.tls import context
 

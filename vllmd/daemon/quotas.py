@@ -158,7 +158,9 @@ class Use:
             self.quota.spent.add(self.quota.wall(), tokens.total, 0.0)
             self.quota.charge(tokens.total - self.prompt)
         elif size:
-            self.quota.charge(max(1, size // BYTES_PER_EVENT))
+            reckoned = max(1, size // BYTES_PER_EVENT)
+            self.quota.spent.add(self.quota.wall(), reckoned, 0.0)
+            self.quota.charge(reckoned)
 
 
 class Quotas:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from vllmd.config.types import RecordsConfig
 from vllmd.core.types import Snapshot
 from vllmd.errors import BadRequest, NotFound, Unavailable
-from vllmd.proxy.access import ADMIN, Caller
+from vllmd.proxy.access import ADMIN, MODELS, Caller
 from vllmd.proxy.exchange import Exchange
 from vllmd.records import bodies, ring
 from vllmd.records.bodies import Recordings
@@ -84,8 +84,8 @@ class Records:
 
     def ended(self, exchange: Exchange) -> None:
         """Note a request that has ended, if it was one for a model or failed."""
-        if not exchange.model and exchange.status < 400:
-            return  # operators, probes and lists
+        if not exchange.model and (exchange.status < 400 or MODELS not in exchange.request.caller.scopes):
+            return  # operators, probes and lists; and strangers, who could fill the ring with what was refused
         account, config = exchange.account, self._config
         kept = None
         if account is not None and account.request is not None:

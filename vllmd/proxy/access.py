@@ -54,6 +54,7 @@ class Caller:
     ``name`` is the API key's, "" without one. ``models``: the only ones it may use, by their configured names;
     None: all. ``refusal`` makes what the caller is told of a scope that it lacks; None: that its key does not open it.
     ``page``: signed in to the page, and ``name`` is the user's or the key's that did so; a session never opens models.
+    ``digest``: of the API key that it came by, "" without one.
     """
 
     name: str = ""
@@ -61,6 +62,7 @@ class Caller:
     models: frozenset[str] | None = None
     refusal: Callable[[], VllmdError] | None = None
     page: bool = False
+    digest: str = ""
 
     def may_use(self, model: str) -> bool:
         """Whether the configured model is among its own."""

@@ -16,6 +16,7 @@ from vllmd.proxy.exchange import LAST_CHUNK, Exchange, chunk
 from vllmd.proxy.framing import Chunked, Framing
 from vllmd.proxy.gate import Address, Target
 from vllmd.proxy.heads import BODYLESS, ResponseHead, forwardable, write_fields
+from vllmd.proxy.hosts import shares_the_page
 from vllmd.proxy.http import Headers, date_line, status_line
 from vllmd.proxy.loading_heartbeat import LoadingHeartbeat
 from vllmd.proxy.peek import Asked
@@ -27,8 +28,12 @@ from vllmd.proxy.usage import Both, UsageFilter, WithoutUsage
 OURS = frozenset(
     b"content-length x-request-id x-accel-buffering server set-cookie alt-svc strict-transport-security"
     b" access-control-allow-origin access-control-allow-credentials access-control-allow-methods"
-    b" access-control-allow-headers access-control-expose-headers access-control-max-age".split()
+    b" access-control-allow-headers access-control-expose-headers access-control-max-age"
+    b" service-worker-allowed clear-site-data x-content-type-options".split()
 )
+# What a browser never runs. Everything else of an engine's may hold a script, which would run as a page of ours.
+HARMLESS = (b"application/json", b"text/event-stream")
+PLAIN, FENCED = b"x-content-type-options: nosniff\r\n", b"content-security-policy: sandbox\r\n"
 EVENT_STREAM = b"text/event-stream"
 NO_ROUTE = b'{"detail":"Not Found"}'
 MAX_ERROR = 1 << 20  # bytes of an error answer that becomes an event
@@ -135,6 +140,8 @@ def opening(exchange: Exchange, head: ResponseHead, length: int | None, *, chunk
         connection = b"connection: close\r\n"
     elif exchange.request.version == "1.0":
         connection = b"connection: keep-alive\r\n"
+    if not head.content_type.startswith(HARMLESS):
+        connection += PLAIN + FENCED if shares_the_page(exchange.request) else PLAIN
     return b"%b%b%bx-request-id: %b\r\n%b%b\r\n" % (
         status_line(head.status),
         b"" if head.dated else date_line(),

@@ -18,6 +18,9 @@ from vllmd.proxy.http import Request
 # A page has a name: nothing points an address somewhere else. A name that ends in a number is an IPv4 address.
 ADDRESS = re.compile(r"\[[0-9a-f:.]+\]|[0-9]+(\.[0-9]+){3}")
 LOCALHOST = re.compile(r"([a-z0-9_-]+\.)*localhost")  # nobody can have a name below it (RFC 6761, 6.3)
+# Under this name, which browsers take for this machine, the page is served at loopback addresses, and nothing of an
+# engine's runs a script: a page of an engine (``/upstream/NAME/``) has another origin, and cannot act as an operator.
+PAGE_HOST = "vllmd.localhost"
 ETC_HOSTS = Path("/etc/hosts")
 MOST_MET = 64
 
@@ -53,6 +56,11 @@ class Hosts:
         name = _plain(host)
         known = name in self._names or "*" in self._names
         return known or bool(ADDRESS.fullmatch(name) or LOCALHOST.fullmatch(name))
+
+
+def shares_the_page(request: Request) -> bool:
+    """Whether a browser takes the answer for one of the same origin as the page's."""
+    return request.fenced or _plain(request.headers.get("host")) == PAGE_HOST
 
 
 def machine_names(etc_hosts: Path = ETC_HOSTS) -> frozenset[str]:

@@ -102,6 +102,7 @@ class Request:
     ``upgrade`` is the protocol it wants to change to, "" for none. ``route`` is the pattern that its path matched;
     ``answer_fields`` are carried by every answer to it. ``max_body`` is what its route takes of a body, in bytes: None
     for the server's own limit, 0 for nothing, and then what comes is dropped. ``received`` is how much of a body came.
+    ``fenced``: the page is served at the same address under any name, so no script of an engine's may run there.
     """
 
     method: str
@@ -120,6 +121,7 @@ class Request:
     answer_fields: Pairs = ()
     max_body: int | None = None
     received: int = 0
+    fenced: bool = False
 
     @property
     def key(self) -> str:

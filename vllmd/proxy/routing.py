@@ -66,6 +66,7 @@ class Router:
         self._fixed: dict[str, dict[str, Route]] = {}
         self._patterns: list[tuple[re.Pattern[str], dict[str, Route]]] = []
         self.routes: list[Route] = []
+        self.fenced = False  # see ``Request.fenced``
 
     def add(
         self,
@@ -116,6 +117,8 @@ class Router:
         if request.headers.from_page is not False and route.scope not in FOR_PAGES:
             self.cors.refuse_foreign_pages(request)
         request.route = route.pattern
+        if self.fenced:
+            request.fenced = True
         request.max_body = route.max_body
         if route.scope not in caller.scopes or caller.models is not None:
             authorise(caller, route.scope, route.reach)

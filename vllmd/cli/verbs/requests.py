@@ -158,6 +158,6 @@ def curl(entry: dict[str, Any], url: str) -> str:
         if name not in NOT_SENT and value != "(cut)":
             command += ["-H", f"{name}: {value}"]
     if recorded:
-        command += ["--data-binary", recorded["request"]]
+        command += ["--data-raw", recorded["request"]]
     key = ' -H "Authorization: Bearer $VLLMD_API_KEY"' if entry["key"] else ""
     return shlex.join(command) + key  # what a client wrote is quoted: whoever pastes it runs nothing of it

@@ -26,12 +26,13 @@ def run(arguments: argparse.Namespace) -> int:
     link = admin.post("/admin/ui/links")
     if not admin.url and not link["listen"]:
         raise Failure("vllmd listens at no address that a browser could open", EX_UNAVAILABLE)
-    here = admin.url.rstrip("/") if "//" in admin.url else f"http://{admin.url or link['listen'][0]}"
+    port = link["listen"][0].rpartition(":")[2] if link["listen"] else ""
+    own = f"vllmd.localhost:{port}"  # browsers take it for this machine; engines' own pages have another origin
+    here = admin.url.rstrip("/") if "//" in admin.url else f"http://{admin.url or own}"
     if arguments.json:
         print(show.as_json({"url": here + link["path"], "expires_in": link["expires_in"]}))
         return 0
     print(here + link["path"])
     if not admin.url and sys.stdout.isatty():
-        port = link["listen"][0].rpartition(":")[2]
         show.say(f"From another machine: ssh -L {port}:127.0.0.1:{port} {socket.gethostname()}")
     return 0

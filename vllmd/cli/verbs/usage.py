@@ -83,7 +83,9 @@ def short(number: float) -> str:
 
 
 def plain(value: object) -> object:
-    """Whole numbers without a point, others with three digits behind it."""
+    """Whole numbers without a point, others with three digits; what a spreadsheet would take for a formula, as text."""
+    if isinstance(value, str) and value[:1] in "=+-@\t\r" and value:
+        return f"'{value}"
     if isinstance(value, float):
         return int(value) if value.is_integer() else round(value, 3)
     return value
