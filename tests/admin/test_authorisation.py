@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.admin.site import Site, running
+from tests.admin.site import Site, running, until
 from tests.proxy.fakes import FakeGate
 from vllmd.admin.routes import add_operator, add_public
 from vllmd.engines.base import Listen
@@ -39,6 +39,8 @@ auth:
     - {key: read-beta-key, scopes: [read], models: [beta]}
     - {key: admin-key, scopes: [admin]}
     - {key: admin-beta-key, scopes: [admin], models: [beta]}
+    - {key: both-key, scopes: [models, admin]}
+    - {key: both-beta-key, scopes: [models, admin], models: [beta]}
 """
 PUBLIC = frozenset({"open", "health", "metrics"})
 
@@ -228,3 +230,15 @@ def test_suggestions_and_candidates_are_the_keys_own(site: Site) -> None:
     assert (answer.status, "alpha" in answer.text) == (404, False)
     assert "did you mean 'alpha'" in site.chat("alpa", "models-key").error
     assert "'beta'" in site.chat("bet", "beta-key").error
+
+
+def test_ollamas_operators_are_operators_of_all_models_and_leave_a_record(site: Site) -> None:
+    """A key for some models adds no other one; whoever may, and tried, is named in the log."""
+    body = {"model": "../none", "source": "none", "destination": "x", "from": "none", "stream": False}
+    for key in ("models-key", "both-beta-key"):
+        assert site.ask("POST", "/api/pull", body, key=key).status == 403
+    assert site.ask("POST", "/api/pull", body, key="both-key").status == 400
+    for method, path in (("POST", "pull"), ("POST", "copy"), ("POST", "create"), ("DELETE", "delete")):
+        site.ask(method, f"/api/{path}", body, admin=True)
+        until(lambda said=f"{method} /api/{path} by pid": said in site.log)  # type: ignore[misc]
+    assert site.log.count("POST /api/pull by the key") == 1

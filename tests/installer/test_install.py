@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import socket
 import subprocess
 import sys
@@ -126,11 +127,14 @@ def test_a_request_is_an_object_of_texts(line: bytes) -> None:
 
 
 @contextmanager
-def asked(root: Path, request: dict[str, Any]) -> Iterator[tuple[socket.socket, subprocess.Popen[bytes]]]:
-    """A connection to the service as systemd hands it over, with a request on its way."""
+def asked(
+    root: Path, request: dict[str, Any], daemon: str = "vllmd"
+) -> Iterator[tuple[socket.socket, subprocess.Popen[bytes]]]:
+    """A connection to the service as systemd hands it over, with a request on its way; ``daemon``: its user."""
     ours, its = socket.socketpair()
     code = (
-        f"import pathlib, sys; from vllmd.installer.service import serve; sys.exit(serve(pathlib.Path({str(root)!r})))"
+        f"import pathlib, sys; from vllmd.installer import service; service.DAEMON = {daemon!r}; "
+        f"sys.exit(service.serve(pathlib.Path({str(root)!r})))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdin=its, stdout=its, stderr=subprocess.PIPE)
     its.close()
@@ -146,6 +150,15 @@ def test_the_service_answers_one_request(root: Path) -> None:
         answer = json.loads(connection.makefile("rb").readline())
         assert answer["status"] == 404
         assert "llama.cpp 1.0 is not installed" in answer["failed"]
+        assert process.wait(60) == 0
+
+
+def test_the_daemons_user_changes_no_engine(root: Path) -> None:
+    """It is in the group that the socket is open to, and the first that an attacker would have."""
+    daemon = pwd.getpwuid(os.geteuid()).pw_name
+    with asked(root, {"verb": "use", "kind": "llama.cpp", "version": "1.0"}, daemon) as (connection, process):
+        answer = json.loads(connection.makefile("rb").readline())
+        assert (answer["status"], "runs the daemon" in answer["failed"]) == (403, True), answer
         assert process.wait(60) == 0
 
 

@@ -19,6 +19,7 @@ from vllmd.admin.control import Control
 from vllmd.admin.page_routes import PageEndpoints, add_page
 from vllmd.admin.page_sessions import PageSessions
 from vllmd.admin.routes import add_operator, add_public
+from vllmd.admin.verbs import audited
 from vllmd.config.checks import is_loopback
 from vllmd.config.types import AuthConfig, Config, TlsConfig
 from vllmd.daemon.admission_gate import AdmissionGate
@@ -132,7 +133,7 @@ class Listeners:
         add_public(router, self._control)
         add_operator(router, self._control)
         add_model_routes(router, self._relay)
-        add_ollama_routes(router, self._relay, self._control, DaemonStore(self._control))
+        add_ollama_routes(router, self._relay, self._control, DaemonStore(self._control), audited)
         return router
 
     def _server(self, router: Router, sockets: Sequence[socket.socket]) -> Server:

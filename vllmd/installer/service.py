@@ -1,9 +1,14 @@
-"""One request over a connection that systemd has accepted: standard input and output are the connection."""
+"""One request over a connection that systemd has accepted: standard input and output are the connection.
+
+The socket is open to the group vllmd-admin, in which the daemon's own user is, too. The daemon reads what the network
+sends, so it is refused: whoever takes it over changes no engine's environment.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import pwd
 import signal
 import socket
 import struct
@@ -13,10 +18,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vllmd.engines import environments
-from vllmd.errors import VllmdError
+from vllmd.errors import Forbidden, VllmdError
 from vllmd.installer import requests
 
 PATIENCE = 30.0  # seconds in which the request must be here
+DAEMON = "vllmd"  # the daemon's user, see units/vllmd.sysusers
 
 
 def serve(root: Path = environments.SYSTEM) -> int:
@@ -31,9 +37,11 @@ def serve(root: Path = environments.SYSTEM) -> int:
 
         try:
             try:
+                peer = _peer(connection)
+                _not_the_daemon(peer)
                 with connection.makefile("rb") as incoming:
                     request = requests.read(incoming.readline(requests.LONGEST))
-                requests.allowed(request, trusted=_peer(connection) in (0, os.geteuid()))
+                requests.allowed(request, trusted=peer in (0, os.geteuid()))
                 tell(done=requests.perform(request, root, lambda now: tell(progress=asdict(now)), _variables()))
             except VllmdError as error:
                 tell(failed=error.message, status=error.status)
@@ -56,6 +64,17 @@ def _peer(connection: socket.socket) -> int:
     """The user at the other end."""
     told = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     return int(struct.unpack("3i", told)[1])
+
+
+def _not_the_daemon(peer: int) -> None:
+    """Raises Forbidden for the daemon's user."""
+    try:
+        daemon = pwd.getpwnam(DAEMON).pw_uid
+    except KeyError:
+        return
+    if peer == daemon:
+        raise Forbidden(f"the user {DAEMON} runs the daemon, which installs and removes no engines: use vllmctl engine "
+                        "as a member of the group vllmd-admin, or with sudo")  # fmt: skip
 
 
 def _stop(number: int, frame: object) -> NoReturn:

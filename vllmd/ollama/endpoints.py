@@ -21,7 +21,7 @@ from vllmd.ollama.lines import Lines, stamp
 from vllmd.ollama.requests import CHAT, COMPLETIONS, EMBEDDINGS, INFILL, Translated
 from vllmd.ollama.schemas import described
 from vllmd.ollama.store import CONFIGURED, NoStore, Store
-from vllmd.proxy.access import ADMIN, MODELS, OPEN, Reach
+from vllmd.proxy.access import ADMIN, MODELS, OPEN, Reach, authorise
 from vllmd.proxy.answer import UpstreamRequest
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.forward import Relay
@@ -32,19 +32,29 @@ from vllmd.proxy.large import LARGE, in_turns
 from vllmd.proxy.model_requests import after_rules, quoted
 from vllmd.proxy.paths import referred
 from vllmd.proxy.peek import Asked
-from vllmd.proxy.routing import Route, Router
+from vllmd.proxy.routing import LocalHandler, Route, Router
 
 RUNNING = "Ollama is running"  # what its clients look for
 VERSION = "0.24.0"  # of Ollama, whose API this is like: programs ask for it to know what they may send
 DOCS: Pairs = (("link", '</docs>; rel="service-doc"'),)
 ABLE = {CHAT: "chat", COMPLETIONS: "complete a prompt", EMBEDDINGS: "embed", INFILL: "fill in"}
 
+Audited = Callable[[LocalHandler], LocalHandler]
 Parse = Callable[[Mapping[str, Any], Target], Translated]
 
 
-def add_ollama_routes(router: Router, relay: Relay, control: Control, store: Store | None = None) -> None:
-    """Put Ollama's routes into ``router``. Without a ``store`` nothing is fetched or deleted."""
-    asks, lists, changes = ModelRoutes(relay), ListRoutes(control), StoreRoutes(control, store or NoStore())
+def add_ollama_routes(
+    router: Router,
+    relay: Relay,
+    control: Control,
+    store: Store | None = None,
+    audited: Audited = lambda handler: handler,
+) -> None:
+    """Put Ollama's routes into ``router``. Without a ``store`` nothing is fetched or deleted.
+
+    ``audited`` notes who used one that changes which models there are.
+    """
+    asks, lists, changes = ModelRoutes(relay), ListRoutes(control), StoreRoutes(control, store or NoStore(), audited)
     for path, handler, takes, about in (
         ("/api/chat", asks.chat, schemas.CHAT, "a chat"),
         ("/api/generate", asks.generate, schemas.GENERATE, "an answer to a prompt, or text between two"),
@@ -62,9 +72,9 @@ def add_ollama_routes(router: Router, relay: Relay, control: Control, store: Sto
     pulled = described(schemas.PULL, {**schemas.OBJECT, **schemas.LINES})
     add("POST", "/api/pull", changes.pull, MODELS, "Ollama's: have a model here", pulled, Reach.ONE)
     copied, created = described(schemas.COPY), described(schemas.CREATE)
-    add("POST", "/api/copy", changes.copy, ADMIN, "Ollama's: another name for a model", copied, Reach.MACHINE)
-    add("POST", "/api/create", changes.create, ADMIN, "Ollama's: another name of one", created, Reach.MACHINE)
-    add("DELETE", "/api/delete", changes.delete, ADMIN, "Ollama's: delete a model", one, Reach.MACHINE)
+    add("POST", "/api/copy", audited(changes.copy), ADMIN, "Ollama's: another name for a model", copied, Reach.MACHINE)
+    add("POST", "/api/create", audited(changes.create), ADMIN, "Ollama's: another name of one", created, Reach.MACHINE)
+    add("DELETE", "/api/delete", audited(changes.delete), ADMIN, "Ollama's: delete a model", one, Reach.MACHINE)
     for path, why in (
         ("/api/push", "models are not pushed anywhere"),
         ("/api/blobs/{digest}", f"files of models are not taken: {CONFIGURED}"),
@@ -250,32 +260,32 @@ class ListRoutes:
 class StoreRoutes:
     """What changes which models there are."""
 
-    def __init__(self, control: Control, store: Store) -> None:
+    def __init__(self, control: Control, store: Store, audited: Audited) -> None:
         self._control = control
         self._store = store
+        self._fetch = audited(self._fetched)
 
     async def pull(self, request: Request) -> Response:
         """``POST /api/pull``: nothing to do for a model that is here; others are for operators to fetch."""
-        members = read(request.body)
-        name, stream = requests.model_of(members), Fields(members).flag("stream", True)
+        name, stream = _pulled(request)
         try:
             self._control.status.called(name, request.caller)
         except UnknownModel as error:
             if ADMIN not in request.caller.scopes:
                 raise Forbidden(f"{error.message}; pulling one needs a key of the scope admin", param="model") from None
-            progress = self._store.pull(name)
-        else:
-            progress = here()
-        if stream:
-            first = await anext(progress, None)  # what cannot be is an error, not a stream
-            return Response(200, _lines(first, progress), "application/x-ndjson")
-        async for last in progress:
-            told = last
-        return json_response(told)
+            authorise(request.caller, ADMIN, Reach.MACHINE)  # whoever may use some models only adds no others
+            return await self._fetch(request)
+        return await _progress(here(), stream=stream)
+
+    async def _fetched(self, request: Request) -> Response:
+        name, stream = _pulled(request)
+        request.params = {"model": name}
+        return await _progress(self._store.pull(name), stream=stream)
 
     async def delete(self, request: Request) -> Response:
         """``DELETE /api/delete``: the model and, where nothing else needs them, its files."""
         name = requests.model_of(read(request.body))
+        request.params = {"model": name}
         await self._store.delete(self._control.status.called(name, request.caller))
         return Response(200)
 
@@ -298,11 +308,28 @@ class StoreRoutes:
     async def _copied(self, request: Request, source: str, name: str) -> None:
         if not source or not name:
             raise BadRequest("name both: the model that is here, and what it is to be called as well")
+        request.params = {"model": name}
         await self._store.copy(self._control.status.called(source, request.caller), name.removesuffix(":latest"))
 
     async def blob(self, request: Request) -> Response:
         """``HEAD /api/blobs/DIGEST``: none is here."""
         raise NotFound(f"the file {request.params['digest'][:100]} is not here")
+
+
+def _pulled(request: Request) -> tuple[str, bool]:
+    """What is to be here, and whether to tell how far that is."""
+    members = read(request.body)
+    return requests.model_of(members), bool(Fields(members).flag("stream", True))
+
+
+async def _progress(lines: AsyncIterator[dict[str, Any]], *, stream: bool) -> Response:
+    """The lines, or only the last one."""
+    if stream:
+        first = await anext(lines, None)  # what cannot be is an error, not a stream
+        return Response(200, _lines(first, lines), "application/x-ndjson")
+    async for last in lines:
+        told = last
+    return json_response(told)
 
 
 def refusal(why: str) -> Callable[[Request], Awaitable[Response]]:
