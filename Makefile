@@ -6,7 +6,7 @@ PREFIX ?= /usr/local
 WORKERS ?= 4
 FAST   := not machine and not vllm and not gpu and not qemu and not clients and not images
 
-.PHONY: help check unit lint fast mutants soak demo stopwatch images bench-start bench-proxy bench-schedule clients vllm-tests gpu-check deb rpm install
+.PHONY: help check unit lint generate fast mutants soak demo stopwatch images bench-start bench-proxy bench-schedule clients vllm-tests gpu-check deb rpm install
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
@@ -18,6 +18,9 @@ unit: ## the pure tests: no process, no socket, no root; half a minute
 
 lint: ## style, types, and what is generated
 	@$(SETUP) venv && $(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(PYTHON) -m mypy --strict vllmd && $(PYTHON) -m pytest -q -n 0 tests/test_house.py tests/cli/test_manual.py tests/client/test_sync_client.py
+
+generate: ## write what is drawn from tables: manuals, completions, the schema, the Python clients, the dashboard
+	@$(SETUP) venv && $(PYTHON) man/generate && $(PYTHON) packaging/dev/make-clients && $(PYTHON) packaging/grafana/make-dashboard
 
 fast: ## the tests that need neither a container nor vLLM
 	@$(SETUP) venv && $(PYTHON) -m pytest -n $(WORKERS) -m "$(FAST)"

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from tests.core.helpers import GPU, PAIR, model
+from vllmd.core import events
 from vllmd.core.costs import CostBook, Costs
 from vllmd.core.ledger import Ledger
 from vllmd.core.queues import Queue
-from vllmd.core.types import Device, Footprint, GiB, ReplicaSpec, Source
+from vllmd.core.scheduler import Scheduler
+from vllmd.core.types import Device, Footprint, GiB, ReplicaSpec, Settings, Source
 
 
 def of(name: str, **fields: Any) -> ReplicaSpec:
@@ -137,3 +139,10 @@ def test_a_damaged_cache_is_no_cache(damage: object) -> None:
     """It is safe to delete, so it is safe to ignore."""
     book = CostBook.from_dict({"m": damage})  # type: ignore[dict-item]
     assert book.open(ENGINE).seconds("start") == CostBook().open(ENGINE).seconds("start")
+
+
+def test_every_event_has_a_handler() -> None:
+    """One without is an operator's verb that answers 200 and does nothing."""
+    told = {each for each in vars(events).values() if isinstance(each, type) and issubclass(each, events.Event)}
+    handled = Scheduler([], [], Settings())._handlers_by_event()
+    assert told - {events.Event} == set(handled)

@@ -56,7 +56,7 @@ class Scheduler:
         self._devices = Devices(core, self._admission)
         self._operator = OperatorCommands(core, self._admission, self._scaling, self._devices)
         self._unloading = Unloading(core, self._planner)
-        self._handlers = self._rooms()
+        self._handlers = self._handlers_by_event()
         for spec in models:
             self._operator.configure(spec)
         core.regroup()
@@ -129,8 +129,8 @@ class Scheduler:
         r = best(known.replicas)
         return r.id, r.state
 
-    def _rooms(self) -> dict[type, Callable[[Any], None]]:
-        """The function that handles each type of event."""
+    def _handlers_by_event(self) -> dict[type, Callable[[Any], None]]:
+        """The function that handles each type of event: a new event needs a line here."""
         return {
             ev.RequestArrived: self._admission.arrived,
             ev.RequestAnswered: self._admission.answered,
