@@ -31,7 +31,8 @@ PULL = (
 )
 SETTINGS: dict[str, object] = {
     "type": "object",
-    "description": "engine, model, aliases, display_name, description, max_model_len, as in vllmd.yaml(5)",
+    "description": "engine, model, aliases, display_name, description, max_model_len, as in vllmd.yaml(5); "
+    "model is an absolute path without ~, or ORG/NAME or ORG/NAME:TAG",
 }
 
 

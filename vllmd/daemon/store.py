@@ -4,7 +4,8 @@ Who writes what, and why so. A model's files belong to the engines' user: ``down
 a process of that user. That a model is served stands in a file of the daemon's own state, one for each model
 (``Config.added``), never in the administrator's: the daemon could not write there, and what it could write an
 administrator would have to doubt. It says no more than what model it is, of which kind of engine, and by which other
-names, so whoever may add models cannot have a program of his choice run by it; that is written by root, by hand.
+names, so whoever may add models cannot have a program of his choice run by it; that is written by root, by hand. What
+model it is can be a file of this machine or a repository: engines take addresses, too, which are root's to say.
 
 Nothing of ``downloads`` is imported before it is wanted: most daemons fetch nothing.
 """
@@ -16,6 +17,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import replace
@@ -42,6 +44,7 @@ HEAD = "# Written by vllmctl add; vllmctl rm removes it. Settings for the model 
 MAY_SAY = ("engine", "model", "aliases", "display_name", "description", "max_model_len")
 MAY_BE = ("vllm", "llama.cpp", "sglang", "transformers", "tei")  # kinds of engine that load a model's files
 GGUF_KIND = "llama.cpp"
+_REPOSITORY = re.compile(r"(?!.*(?:\.\.|--))[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?::[A-Za-z0-9][\w.-]*)?", re.ASCII)
 AGAIN = 60.0  # seconds for which a failure is remembered
 
 
@@ -193,7 +196,7 @@ class ModelStore:
             if name in config.models:
                 raise _AlreadyServed(f"{name!r} is configured already, in {config.models[name].where or 'memory only'}")
             if not ours:
-                _check(settings)
+                _check(name, settings)
             guest(name, settings, config, trusted=True)
             path = self._place(config, name)
             await asyncio.to_thread(_write, path, HEAD + document(name, settings))
@@ -331,7 +334,7 @@ def _has_vllm() -> bool:
     return in_use("vllm") is not None or in_path(ModelConfig(""), "vllm") is not None
 
 
-def _check(settings: Mapping[str, Any]) -> None:
+def _check(model: str, settings: Mapping[str, Any]) -> None:
     """Raises Forbidden for settings that only a file of the administrator's may have."""
     for name in settings:
         if name not in MAY_SAY:
@@ -340,6 +343,19 @@ def _check(settings: Mapping[str, Any]) -> None:
         raise BadRequest(
             f"engine {settings['engine']!r} cannot be added; right are {', '.join(MAY_BE)}", param="engine"
         )
+    source = settings.get("model") or model  # what it is loaded from
+    if isinstance(source, str) and not _is_source(source):
+        what = "right are an absolute path without ~, and a repository as ORG/NAME or ORG/NAME:TAG"
+        raise Forbidden(
+            f"a model from {source!r} is for the administrator to say, in vllmd.yaml; {what}", param="model"
+        )
+
+
+def _is_source(text: str) -> bool:
+    """Whether it is a path of this machine or a repository, and to no engine an address or somebody's home."""
+    if text.startswith("/"):
+        return "~" not in text and "://" not in text
+    return _REPOSITORY.fullmatch(text) is not None
 
 
 def _is_discovered(model: ModelConfig) -> bool:

@@ -1,0 +1,53 @@
+"""What may be added, and what may be fetched for a request: the daemon's store alone, no process, no socket."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllmd.api.answers import Reloaded
+from vllmd.config.types import Config, ModelConfig
+from vllmd.daemon.current import Later
+from vllmd.daemon.store import ModelStore
+from vllmd.errors import Forbidden
+
+
+def store(folder: Path, **config: Any) -> ModelStore:
+    """One that adds to a folder, and reloads nothing."""
+
+    async def reload() -> Reloaded:
+        return Reloaded()
+
+    current: Any = SimpleNamespace(config=Config(added=folder / "models.d", **config), broken=None)
+    runtime: Any = SimpleNamespace()
+    changes: Any = SimpleNamespace(stir=lambda: None, tell=lambda decision: None)
+    return ModelStore(current, runtime, Later(), changes, reload)
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["s3://bucket/m", "http://h/m", "gs://b/m", "~root/m", "~/m", "/~root/m", "./m", "../m", "a/../b", "a/b/c", "a/--b",
+     "hf://a/b", "file:///etc", "m", "-a/b", "a/b:", "a/b\n"],
+)  # fmt: skip
+def test_a_model_that_is_added_comes_from_this_machine_or_a_repository(tmp_path: Path, source: str) -> None:
+    """Engines load addresses as well: whether the name or the setting says one, it is root's to say."""
+    it = store(tmp_path)
+    with pytest.raises(Forbidden, match="for the administrator to say"):
+        asyncio.run(it.add("x", {"engine": "vllm", "model": source}))
+    with pytest.raises(Forbidden, match="for the administrator to say"):
+        asyncio.run(it.add(source, {"engine": "vllm"}))
+    with pytest.raises(Forbidden, match="for the administrator to say"):
+        asyncio.run(store(tmp_path, models={"m": ModelConfig("m", engine="vllm", model=source)}).copy("m", "x"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_may_be_added_is(tmp_path: Path) -> None:
+    """A file, a repository, one quantisation of it; with a name of its own or the repository's."""
+    it = store(tmp_path)
+    for number, source in enumerate(("/models/m.gguf", "org/m", "org/m.1:Q4_K_M")):
+        assert asyncio.run(it.add(f"m{number}", {"engine": "llama.cpp", "model": source})).settings["model"] == source
+    assert Path(asyncio.run(it.add("org/m", {"engine": "vllm"})).file).is_file()
