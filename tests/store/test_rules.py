@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from vllmd.api.answers import Reloaded
-from vllmd.config.types import Config, ModelConfig
+from vllmd.config.types import Config, ModelConfig, PullConfig
 from vllmd.daemon.current import Later
 from vllmd.daemon.store import ModelStore
 from vllmd.errors import Forbidden
@@ -25,7 +25,9 @@ def store(folder: Path, **config: Any) -> ModelStore:
     current: Any = SimpleNamespace(config=Config(added=folder / "models.d", **config), broken=None)
     runtime: Any = SimpleNamespace()
     changes: Any = SimpleNamespace(stir=lambda: None, tell=lambda decision: None)
-    return ModelStore(current, runtime, Later(), changes, reload)
+    back: Any = Later()
+    back.set(SimpleNamespace(memory=SimpleNamespace(inventory=("a device",))))
+    return ModelStore(current, runtime, back, changes, reload)
 
 
 @pytest.mark.parametrize(
@@ -51,3 +53,11 @@ def test_what_may_be_added_is(tmp_path: Path) -> None:
     for number, source in enumerate(("/models/m.gguf", "org/m", "org/m.1:Q4_K_M")):
         assert asyncio.run(it.add(f"m{number}", {"engine": "llama.cpp", "model": source})).settings["model"] == source
     assert Path(asyncio.run(it.add("org/m", {"engine": "vllm"})).file).is_file()
+
+
+def test_the_owner_is_looked_at_of_what_is_really_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a device and vLLM a well-known name means another repository, of somebody else."""
+    monkeypatch.setattr("vllmd.daemon.store._has_vllm", lambda: True)
+    it = store(tmp_path, pull=PullConfig(on_request=True, owners=("bartowski",)))
+    with pytest.raises(Forbidden, match="smollm2 would be fetched from HuggingFaceTB, of which a request may"):
+        asyncio.run(it.fetch("smollm2"))

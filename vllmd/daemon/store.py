@@ -144,13 +144,13 @@ class ModelStore:
         pull = self._current.config.pull
         if not pull.on_request or not pull.owners or self._current.broken:
             return False
-        from vllmd.store.names import Hub, wanted
+        from vllmd.store.names import wanted
 
         try:
             meant = wanted(name)
         except BadRequest:
             return False
-        owners = {source.owner for source in meant.sources if isinstance(source, Hub)}
+        owners = _owners(meant)
         return meant.name == name and bool(owners) and owners <= set(pull.owners)
 
     async def fetch(self, name: str) -> None:
@@ -162,6 +162,10 @@ class ModelStore:
         if error is not None and time.monotonic() - at < AGAIN:
             raise error
         wanted = await self.meant(name)
+        owners = _owners(wanted)  # with a device other ones than may_fetch has seen
+        if not owners or not owners <= set(self._current.config.pull.owners):
+            what = f"{name} would be fetched from {', '.join(sorted(owners)) or 'no hub'}"
+            raise Forbidden(f"{what}, of which a request may have nothing fetched", param="model")
         download = self._downloads.begin(wanted, largest=self._current.config.pull.largest)
         if not download.followers:
             log.info("%s is fetched, for a request asks for it", name)
@@ -308,6 +312,13 @@ class ModelStore:
         shared = [user for other, user in others if other.partition(":")[0] == repository]
         paths = cached_files(hub, repository, tag, whole=not shared)
         return paths, f"other files of {repository} stay, for {', '.join(shared)}" if shared else ""
+
+
+def _owners(wanted: Wanted) -> set[str]:
+    """Whose repositories it would be fetched from."""
+    from vllmd.store.names import Hub
+
+    return {source.owner for source in wanted.sources if isinstance(source, Hub)}
 
 
 def _is_recent(at: float) -> bool:
