@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.admin.site import Site, running
+from tests.machine.container import cache
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright here: packaging/dev/setup venv")
 
@@ -23,7 +23,7 @@ SWITCHES = [
     *("--disable-component-update", "--disable-sync"),
 ]
 LIMIT = 30_000  # ms that the page may take to show something on a busy machine
-AXE = Path(os.environ.get("VLLMD_DEV_CACHE", Path.home() / ".cache/vllmd-dev")) / "axe" / "axe.min.js"
+AXE = cache() / "axe" / "axe.min.js"
 CONFIG = """\
 devices: [{{memory: 80GiB, file: {folder}/gpu0}}]
 server: {{idle_exit: never}}
