@@ -97,6 +97,18 @@ def test_a_quantisation_lies_in_the_cache_as_engines_look_for_it(tmp_path: Path)
     assert locate("org/m", tmp_path / "x/hub").path == tmp_path / f"x/hub/models--org--m/snapshots/{COMMIT}"
 
 
+def test_a_request_that_says_another_name_has_nothing_fetched(tmp_path: Path) -> None:
+    """Before a byte comes; an operator's words are understood, and what came is called by its own name."""
+    with hub({"org/m": GGUF}) as at:
+        told = Run(tmp_path / "x", at.url, source={"quantization": "8_0"}, exact=True)()
+        assert told["phase"] == "failed" and told["error"].endswith("its own name only, which is org/m:Q8_0"), told
+        assert large(at) == []
+        told = Run(tmp_path / "x", at.url, source={"quantization": "Q8_0"}, exact=True)()
+        assert (told["phase"], told["found"]["called"]) == ("done", "org/m:Q8_0")
+        told = Run(tmp_path / "x", at.url, source={"quantization": "8_0"})()
+        assert (told["phase"], told["found"]["quantization"]) == ("done", "Q8_0")
+
+
 def test_of_a_checkpoint_come_weights_in_one_form(tmp_path: Path) -> None:
     """Half of what many repositories hold is the same weights for other programs."""
     with hub({"org/m": CHECKPOINT}) as at:

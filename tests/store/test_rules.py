@@ -12,7 +12,7 @@ import pytest
 from vllmd.api.answers import Reloaded
 from vllmd.config.types import Config, ModelConfig, PullConfig
 from vllmd.daemon.current import Later
-from vllmd.daemon.store import ModelStore
+from vllmd.daemon.store import MOST_REQUESTED, ModelStore
 from vllmd.errors import Forbidden
 
 
@@ -61,3 +61,33 @@ def test_the_owner_is_looked_at_of_what_is_really_fetched(tmp_path: Path, monkey
     it = store(tmp_path, pull=PullConfig(on_request=True, owners=("bartowski",)))
     with pytest.raises(Forbidden, match="smollm2 would be fetched from HuggingFaceTB, of which a request may"):
         asyncio.run(it.fetch("smollm2"))
+
+
+def test_a_request_has_one_name_for_what_it_has_fetched(tmp_path: Path) -> None:
+    """A repository, or a quantisation of it; no address, no file of it, no well-known name."""
+    it = store(tmp_path, pull=PullConfig(on_request=True, owners=("org", "bartowski", "HuggingFaceTB")))
+    assert it.may_fetch("org/m") and it.may_fetch("org/m:Q8_0")
+    for name in ("other/m", "hf.co/org/m", " org/m", "org/m/m-Q8_0.gguf", "smollm2", "SmolLM2:latest", "org/m:", "org"):
+        assert not it.may_fetch(name), name
+
+
+def test_requests_add_so_many_models_and_operators_more(tmp_path: Path) -> None:
+    """Whoever may ask for any model adds none without end; what was added is counted over restarts."""
+    pull, full = (
+        PullConfig(on_request=True, owners=("org",)),
+        f"requests have added {MOST_REQUESTED} models, and no more",
+    )
+
+    async def fill(it: ModelStore) -> None:
+        for number in range(MOST_REQUESTED):
+            await it.add(f"org/m{number}", {}, ours=True, requested=True)
+
+    asyncio.run(fill(store(tmp_path, pull=pull)))
+    again = store(tmp_path, pull=pull)
+    with pytest.raises(Forbidden, match=full):
+        asyncio.run(again.add("org/more", {}, ours=True, requested=True))
+    with pytest.raises(Forbidden, match=full):
+        asyncio.run(again.fetch("org/more"))
+    Path(asyncio.run(again.add("org/more", {})).file).unlink()
+    next((tmp_path / "models.d").iterdir()).unlink()
+    asyncio.run(again.add("org/more", {}, ours=True, requested=True))

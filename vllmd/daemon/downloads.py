@@ -58,7 +58,10 @@ PASSED = ("PROXY", "SSL_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "PIP_", "
 
 @dataclass
 class Download:
-    """One, from the moment it is wanted. ``found``: what came, as ``fetch.py`` says. Times by ``time.monotonic``."""
+    """One, from the moment it is wanted. ``found``: what came, as ``fetch.py`` says. Times by ``time.monotonic``.
+
+    ``exact``: only if what it is called is its own name.
+    """
 
     name: str
     wanted: Wanted
@@ -72,6 +75,7 @@ class Download:
     found: Mapping[str, Any] = field(default_factory=dict)
     followers: int = 0
     detached: bool = False
+    exact: bool = False
     over: asyncio.Event = field(default_factory=asyncio.Event)
     exited: asyncio.Event = field(default_factory=asyncio.Event)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -148,7 +152,9 @@ class Downloads:
         """The one that is under way for what is called so."""
         return next((each for each in self._running.values() if each.name == name), None)
 
-    def begin(self, wanted: Wanted, *, largest: int | None = None, detached: bool = False) -> Download:
+    def begin(
+        self, wanted: Wanted, *, largest: int | None = None, detached: bool = False, exact: bool = False
+    ) -> Download:
         """Have it fetched, or follow whoever has it fetched already. ``detached``: whoever leaves, it goes on.
 
         Raises TooManyRequests.
@@ -158,7 +164,7 @@ class Downloads:
         if download is None:
             if len(self._running) >= MOST:
                 raise TooManyRequests(f"{MOST} downloads run or wait already; vllmctl ps shows them")
-            download = self._running[key] = Download(wanted.name, wanted)
+            download = self._running[key] = Download(wanted.name, wanted, exact=exact)
             self._ended.pop(wanted.name, None)
             task = asyncio.ensure_future(self._life(key, download, largest))
             self._tasks.add(task)
@@ -320,6 +326,7 @@ class Downloads:
             "endpoint": pull.endpoint or "",
             "index": pull.index or "",
             "largest": largest or 0,
+            "exact": download.exact,
             "keep_free": pull.keep_free,
             "linger": LINGER,
         }

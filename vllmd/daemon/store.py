@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("vllmd.store")
 
 HEAD = "# Written by vllmctl add; vllmctl rm removes it. Settings for the model may be added here: vllmd.yaml(5).\n"
+REQUESTED = "# A request had it fetched.\n"  # stands after the head
+MOST_REQUESTED = 64  # models that are here because a request had them fetched
 MAY_SAY = ("engine", "model", "aliases", "display_name", "description", "max_model_len")
 MAY_BE = ("vllm", "llama.cpp", "sglang", "transformers", "tei")  # kinds of engine that load a model's files
 GGUF_KIND = "llama.cpp"
@@ -112,14 +114,22 @@ class ModelStore:
         except VllmdError as error:
             yield {"error": error.to_openai()["error"], "done": True, "model": wanted.name}
 
-    async def _end(self, download: Download, wanted: Wanted, *, add: bool) -> dict[str, Any]:
+    async def _check_room(self, config: Config) -> None:
+        """Raises Forbidden where requests have added as many models as they may."""
+        if config.added is not None and await asyncio.to_thread(_requested, config.added) >= MOST_REQUESTED:
+            what = f"requests have added {MOST_REQUESTED} models, and no more are; vllmctl rm takes one out"
+            raise Forbidden(f"{what}, vllmctl pull fetches others", param="model")
+
+    async def _end(self, download: Download, wanted: Wanted, *, add: bool, requested: bool = False) -> dict[str, Any]:
         """The last line of a pull."""
         found = await self._downloads.finished(download)
+        if requested and found.get("called") != wanted.name:  # it may have followed an operator's download
+            raise Forbidden(f"a request has {wanted.name} fetched only by its own name", param="model")
         settings = settings_of(found, wanted)
         told = {"done": True, "model": wanted.name, "settings": settings, "seconds": download.line()["elapsed"]}
         if add:
             with contextlib.suppress(_AlreadyServed):  # by another one who waited for it
-                await self.add(wanted.name, settings, ours=True)
+                await self.add(wanted.name, settings, ours=True, requested=requested)
         return {**told, "phase": "done", "total": download.total, "added": add}
 
     async def meant(self, name: str) -> Wanted:
@@ -140,7 +150,10 @@ class ModelStore:
     # -- fetching on request
 
     def may_fetch(self, name: str) -> bool:
-        """Whether a request for what is called so may have it fetched: its owner is one of ``pull.owners``."""
+        """Whether a request for what is called so may have it fetched: its owner is one of ``pull.owners``.
+
+        Only ORG/NAME and ORG/NAME:QUANT are: each other name of the same would add one more model.
+        """
         pull = self._current.config.pull
         if not pull.on_request or not pull.owners or self._current.broken:
             return False
@@ -151,7 +164,8 @@ class ModelStore:
         except BadRequest:
             return False
         owners = _owners(meant)
-        return meant.name == name and bool(owners) and owners <= set(pull.owners)
+        plain = [str(source) for source in meant.sources] == [name] and name.count("/") == 1  # ORG/NAME[:QUANT]
+        return plain and bool(owners) and owners <= set(pull.owners)
 
     async def fetch(self, name: str) -> None:
         """Have it fetched and served, for all who ask for it at once. Raises why it failed, to all of them.
@@ -166,11 +180,12 @@ class ModelStore:
         if not owners or not owners <= set(self._current.config.pull.owners):
             what = f"{name} would be fetched from {', '.join(sorted(owners)) or 'no hub'}"
             raise Forbidden(f"{what}, of which a request may have nothing fetched", param="model")
-        download = self._downloads.begin(wanted, largest=self._current.config.pull.largest)
+        await self._check_room(self._current.config)
+        download = self._downloads.begin(wanted, largest=self._current.config.pull.largest, exact=True)
         if not download.followers:
             log.info("%s is fetched, for a request asks for it", name)
         try:
-            await self._end(download, wanted, add=True)
+            await self._end(download, wanted, add=True, requested=True)
         except VllmdError as failed:
             if not isinstance(failed, Conflict):  # which is that everybody left, and nobody is told of
                 self._refused = {key: value for key, value in self._refused.items() if _is_recent(value[0])}
@@ -187,8 +202,10 @@ class ModelStore:
 
     # -- adding and removing
 
-    async def add(self, name: str, settings: Mapping[str, Any], *, ours: bool = False) -> Added:
-        """Serve a model from now on. ``ours``: the settings are our own, not a caller's.
+    async def add(
+        self, name: str, settings: Mapping[str, Any], *, ours: bool = False, requested: bool = False
+    ) -> Added:
+        """Serve a model from now on. ``ours``: the settings are our own, not a caller's. ``requested``: for a request.
 
         Raises BadRequest, Conflict, ConfigError, Forbidden.
         """
@@ -201,9 +218,11 @@ class ModelStore:
                 raise _AlreadyServed(f"{name!r} is configured already, in {config.models[name].where or 'memory only'}")
             if not ours:
                 _check(name, settings)
+            if requested:
+                await self._check_room(config)
             guest(name, settings, config, trusted=True)
             path = self._place(config, name)
-            await asyncio.to_thread(_write, path, HEAD + document(name, settings))
+            await asyncio.to_thread(_write, path, HEAD + REQUESTED * requested + document(name, settings))
             try:
                 await self._reload()
             except ConfigError:
@@ -312,6 +331,15 @@ class ModelStore:
         shared = [user for other, user in others if other.partition(":")[0] == repository]
         paths = cached_files(hub, repository, tag, whole=not shared)
         return paths, f"other files of {repository} stay, for {', '.join(shared)}" if shared else ""
+
+
+def _requested(folder: Path) -> int:
+    """How many models of those that were added are here for a request."""
+    number, head = 0, (HEAD + REQUESTED).encode()
+    for path in folder.glob("*.yaml"):
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            number += file.read(len(head)) == head
+    return number
 
 
 def _owners(wanted: Wanted) -> set[str]:

@@ -144,11 +144,15 @@ def from_hub(request: dict[str, Any], source: dict[str, Any], status: Status) ->
         raise Failed(f"{repository!r} is no repository", final=True)
     with _in_words(repository, constants.ENDPOINT):
         told = huggingface_hub.HfApi().model_info(repository, revision=revision, files_metadata=True)
-    commit = str(told.sha)
+    commit, called = str(told.sha), str(getattr(told, "id", None) or repository)
     if not _HASH.fullmatch(commit):
         raise Failed(f"{constants.ENDPOINT} names no commit of {repository}")
     folder = os.path.join(request["cache"], "models--" + repository.replace("/", "--"))
     files, quantization = _chosen(list(_listed(told.siblings or [], folder)), source, repository)
+    if source.get("quantization"):
+        called = f"{called}:{quantization_of(files[0].name)}".removesuffix(":")
+    if request.get("exact"):
+        _check_called(source, called)
     status.told |= {"total": sum(file.size for file in files), "files": len(files), "quantization": quantization}
     _check_size(request, status.told["total"])
     for inner in ("blobs", "refs", os.path.join("snapshots", commit)):
@@ -161,8 +165,19 @@ def from_hub(request: dict[str, Any], source: dict[str, Any], status: Status) ->
     with open(os.path.join(folder, "refs", revision), "w", encoding="ascii") as ref:
         ref.write(commit)
     single = files[0].name if source.get("file") else ""
-    return {"repository": repository, "commit": commit, "quantization": quantization, "file": single,
+    return {"repository": repository, "commit": commit, "quantization": quantization, "file": single, "called": called,
             "snapshot": os.path.join(folder, "snapshots", commit)}  # fmt: skip
+
+
+def _check_called(source: dict[str, Any], called: str) -> None:
+    """For a request: that it says the one name of what it would have fetched. Raises Failed.
+
+    The hub takes a repository's name in any case, and an older one; and a quantisation goes by any part of its file's
+    name. Each would be a model of its own here, so that a client could add as many as it likes.
+    """
+    asked = f"{source['repository']}{':' * bool(source.get('quantization'))}{source.get('quantization') or ''}"
+    if asked != called:
+        raise Failed(f"a request has it fetched by its own name only, which is {called}", "not_found", final=True)
 
 
 def _have_hub_library(request: dict[str, Any], status: Status) -> None:
@@ -230,7 +245,9 @@ def _quantized(models: list[File], wish: str, repository: str) -> tuple[File, st
         exact = [file for file in models if quantization_of(file.name).upper() == wish.upper()]
         found = exact or [file for file in models if wish.lower() in file.name.lower()]
         if found:
-            return found[0], wish
+            tag = quantization_of(found[0].name)
+            own = next((file for file in models if tag and quantization_of(file.name).upper() == tag.upper()), None)
+            return found[0], tag if own is found[0] else wish  # where the tag alone means another file, what was said
         raise Failed(f"{repository} has no quantisation {wish}{_those(models)}", "not_found", final=True)
     for usual in USUAL:
         for file in models:
