@@ -52,8 +52,15 @@ def _no_cache_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_from_nothing_to_an_answer_and_back(tmp_path: Path, llama: RealLlama) -> None:
     """What an operator sees of a model: progress in bytes, its file, an answer, where it lies, and that it is gone."""
-    with stores(tmp_path / "d", llama) as (site, _):
-        lines = pull(site, add=True)
+    with stores(tmp_path / "d", llama) as (site, at):
+        at.gate.clear()  # the file waits until somebody has been told that it comes
+        lines: list[dict[str, Any]] = []
+        asked = {"json": {"model": NAME, "add": True}, "headers": {"accept": "application/x-ndjson"}}
+        with site.admin.stream("POST", "/admin/store/pull", **asked) as answer:
+            for line in answer.iter_lines():
+                lines.append(json.loads(line))
+                if lines[-1].get("phase") == "downloading":
+                    at.gate.set()
         size = llama.model.stat().st_size
         assert lines[-1]["done"] and lines[-1]["added"] and lines[-1]["total"] == size, lines[-1]
         assert any(line["phase"] == "downloading" and line["total"] == size for line in lines)
