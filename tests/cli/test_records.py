@@ -36,7 +36,7 @@ def test_a_request_is_sent_again_as_it_was() -> None:
     command = curl(SHOWN, "http://h:1")
     words = shlex.split(command)
     assert words[:3] == ["curl", "-N", "http://h:1/v1/chat/completions"]
-    assert words[words.index("--data-binary") + 1] == BODY
+    assert words[words.index("--data-raw") + 1] == BODY
     assert "x-mine: `touch /tmp/x` $HOME 'q'" in words
     assert command.endswith('-H "Authorization: Bearer $VLLMD_API_KEY"')
     assert "x-token" not in command

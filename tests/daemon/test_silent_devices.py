@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 
 from tests.admin.site import REPOSITORY, Site, running, until
-from tests.engines.test_stand_ins import free_port
 from tests.gpu.check.bench import Bench, Table
 from tests.gpu.check.daemon import site as outliving
 from vllmd.core.types import Device, GiB
@@ -165,7 +164,7 @@ def test_a_daemon_that_starts_while_the_driver_fails_adopts_what_runs(here: Mach
     bench = Bench(NoDevices(""), Device(0, "0", 0), here.folder, Table(), time.monotonic() + 120)
     options = {"device_file": str(here.gpu), "memory": 8 * GiB, "quiet": True}
     models = {"gpu": {"engine": "sim", "gpu_memory": 0.5, "options": options}}
-    with outliving(bench, "s", free_port(), {"models": models}) as site:
+    with outliving(bench, "s", {"models": models}) as site:
         assert site.chat("gpu")[0] == 200
         pid = site.model("gpu")["pid"]
         here.fails(**MISMATCH)
