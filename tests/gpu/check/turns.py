@@ -51,6 +51,7 @@ class Watcher:
     returns: list[Return] = field(default_factory=list)
     failures: set[str] = field(default_factory=set)
     _ledger: int | None = None
+    _most: int = 0  # bytes that the device held at most since the ledger was last read
     _held: dict[int, int] = field(default_factory=dict)
     _end: threading.Event = field(default_factory=threading.Event)
 
@@ -76,8 +77,7 @@ class Watcher:
         sample, now = self.bench.sample(), time.monotonic()
         self.readings += 1
         self.highest = max(self.highest, sample.used)
-        if self._ledger is not None:
-            self.over = max(self.over, sample.used - self._ledger)
+        self._most = max(self._most, sample.used)
         for each in self.returns:
             if each.took is None and sample.used <= each.before - 0.9 * each.held:
                 each.took = now - each.at
@@ -97,13 +97,20 @@ class Watcher:
         if size > GiB // 4:
             self.returns.append(Return("stop", pid, now, size, before))
 
+    def _compare(self, ledger: int) -> None:
+        """What the device held since the last look, against the ledger before and after: either may be a moment old."""
+        most, self._most = self._most, 0
+        if self._ledger is not None:
+            self.over = max(self.over, most - max(ledger, self._ledger))
+        self._ledger = ledger
+
     def _books(self) -> None:
         index = self.bench.device.index
         while not self._end.is_set():
             with contextlib.suppress(OSError, ValueError):
                 status = self.site.status()
                 device = next(each for each in status["devices"] if each["index"] == index)
-                self._ledger = device["promised"] + device["external"]
+                self._compare(device["promised"] + device["external"])
                 self.failures |= {f"{line['name']}: {line['failure']}" for line in status["models"] if line["failure"]}
             time.sleep(0.2)
 
