@@ -56,7 +56,7 @@ def test_from_nothing_to_an_answer_and_back(tmp_path: Path, llama: RealLlama) ->
         at.gate.clear()  # the file waits until somebody has been told that it comes
         lines: list[dict[str, Any]] = []
         asked = {"json": {"model": NAME, "add": True}, "headers": {"accept": "application/x-ndjson"}}
-        with site.admin.stream("POST", "/admin/store/pull", **asked) as answer:
+        with site.admin.stream("POST", "/admin/store/pull", timeout=120, **asked) as answer:
             for line in answer.iter_lines():
                 lines.append(json.loads(line))
                 if lines[-1].get("phase") == "downloading":
