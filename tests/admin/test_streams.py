@@ -36,7 +36,7 @@ def test_events_are_kept_alive_and_let_go_of(monkeypatch: pytest.MonkeyPatch) ->
 
     async def script() -> None:
         source = Source()
-        stream = streams._framed(source.items())
+        stream = streams.framed(source.items(), b"decisions and what becomes of them")
         assert (await anext(stream)).startswith(b": decisions")
         assert await anext(stream) == b": still here\n\n"
         source.queue.put_nowait({"what": "start"})

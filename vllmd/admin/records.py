@@ -5,7 +5,6 @@ A caller sees what its key may: the requests of its own key or, with the scope r
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import time
@@ -14,6 +13,7 @@ from typing import Any
 
 from vllmd.admin.control import Control
 from vllmd.admin.schemas import BOOL, COUNT, FLAG, NUMBER, TEXT, answers, asks, doc, many, maybe, record, streams
+from vllmd.admin.streams import framed
 from vllmd.errors import BadRequest
 from vllmd.proxy.access import Reach
 from vllmd.proxy.http import Request, Response, event_stream, json_response
@@ -25,7 +25,6 @@ MOST_SHOWN, SHOWN = 10_000, 100  # requests in one answer
 LONGEST_RECORDING, RECORDING = 7 * 86400.0, 600.0  # seconds
 LONGEST_BODY, BODY = 16 << 20, 64 << 10  # bytes kept of one
 MONTH = 30 * 86400.0
-KEEP_ALIVE = 15.0  # seconds between comments in a stream of events
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 AGO = re.compile(r"(\d{1,9}(?:\.\d{1,3})?)(s|m|h|d|w)")
 STATUS = re.compile(r"[1-5]\d\d|[1-5]xx")
@@ -129,7 +128,8 @@ class RecordsEndpoints:
 
     async def watch(self, request: Request) -> Response:
         """``GET /admin/events/requests``: requests as they end, as server-sent events."""
-        return event_stream(_framed(self._control.records.watch(wanted(request), request.caller)))
+        events = self._control.records.watch(wanted(request), request.caller)
+        return event_stream(framed(events, b"requests as they end"))
 
     async def recorded(self, request: Request) -> Response:
         """``GET /admin/recordings``: the recordings of bodies that go on."""
@@ -224,20 +224,3 @@ async def _lines(first: dict[str, Any] | None, rest: AsyncIterator[dict[str, Any
         yield json.dumps(first).encode() + b"\n"
     async for line in rest:
         yield json.dumps(line).encode() + b"\n"
-
-
-async def _framed(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
-    """Server-sent events, and a comment whenever nothing has happened for a while, so that nothing times out."""
-    yield b": requests as they end\n\n"
-    coming = asyncio.ensure_future(anext(events))
-    try:
-        while True:
-            done, _ = await asyncio.wait({coming}, timeout=KEEP_ALIVE)
-            if done:
-                yield b"data: " + json.dumps(coming.result()).encode() + b"\n\n"
-                coming = asyncio.ensure_future(anext(events))
-            else:
-                yield b": still here\n\n"
-    finally:
-        coming.cancel()
-        await asyncio.wait({coming})

@@ -40,7 +40,7 @@ class StreamEndpoints:
 
     async def events(self, request: Request) -> Response:
         """``GET /admin/events``: decisions as server-sent events, as they are made."""
-        return event_stream(_framed(self._control.following.watch()))
+        return event_stream(framed(self._control.following.watch(), b"decisions and what becomes of them"))
 
     async def log(self, request: Request) -> Response:
         """``GET /admin/logs/{model}``; ``?lines=50&follow=true``. Plain text."""
@@ -51,9 +51,12 @@ class StreamEndpoints:
         return Response(200, _lines(text), "text/plain; charset=utf-8", (("x-accel-buffering", "no"),))
 
 
-async def _framed(events: AsyncIterator[object]) -> AsyncIterator[bytes]:
-    """Server-sent events, and a comment whenever nothing has happened for a while, so that nothing times out."""
-    yield b": decisions and what becomes of them\n\n"
+async def framed(events: AsyncIterator[object], about: bytes) -> AsyncIterator[bytes]:
+    """Server-sent events, and a comment whenever nothing has happened for a while, so that nothing times out.
+
+    ``about`` is the first comment: it opens the answer before anything has happened.
+    """
+    yield b": %b\n\n" % about
     coming = asyncio.ensure_future(anext(events))
     try:
         while True:

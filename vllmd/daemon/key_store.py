@@ -21,6 +21,7 @@ from pathlib import Path
 from vllmd.api.answers import KeyLine, Keys, NewKey
 from vllmd.config.secrets import digest
 from vllmd.config.types import AuthConfig, Config, KeyConfig
+from vllmd.daemon.current import state_file
 from vllmd.errors import BadRequest, Conflict, NotFound, Unavailable
 
 log = logging.getLogger("vllmd.keys")
@@ -200,14 +201,5 @@ def _made(name: str, told: Mapping[str, object]) -> Made:
 
 
 def key_store_path(environment: Mapping[str, str], home: Path | None) -> Path | None:
-    """Where the file is: in the unit's StateDirectory=, else in the user's state folder, or where VLLMD_KEYS says.
-
-    None where that is empty, and for a user without a home.
-    """
-    if "VLLMD_KEYS" in environment:
-        return Path(environment["VLLMD_KEYS"]) if environment["VLLMD_KEYS"] else None
-    given = [each for each in environment.get("STATE_DIRECTORY", "").split(":") if each.endswith("/keys")]
-    if given:
-        return Path(given[0]) / "keys.json"
-    state = environment.get("XDG_STATE_HOME") or (home and home / ".local/state")
-    return Path(state) / "vllmd" / "keys.json" if state else None
+    """Where the file is, see ``state_file``; VLLMD_KEYS may say another place."""
+    return state_file(environment, home, "VLLMD_KEYS", "keys/keys.json")

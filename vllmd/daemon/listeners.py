@@ -71,7 +71,6 @@ class Listeners:
         daemon; None: they do not.
         """
         self._ui, self._tls = config.server.ui, config.server.tls
-        self._far_routers: list[Router] = []
         self._sessions = PageSessions(time.time, lambda digest: self._keys.of_key(digest), sessions)
         self._listeners = listeners
         self._control = control
@@ -128,8 +127,6 @@ class Listeners:
             addresses(self._listeners.get("http", ())),
         )
         add_page(router, page)
-        if not near:
-            self._far_routers.append(router)
         add_public(router, self._control)
         add_operator(router, self._control)
         add_model_routes(router, self._relay)
@@ -165,8 +162,6 @@ class Listeners:
     def _encrypt(self, tls: TlsConfig | None) -> None:
         """Speak TLS where others can reach us, with the files as they are now; ``config.checks`` has seen them."""
         self._tls, made = tls, None
-        for router in self._far_routers:
-            router.fenced = bool(self._ui)
         if tls is not None and tls.cert and tls.key and self._far:
             from vllmd.config.tls import context
 
@@ -177,6 +172,7 @@ class Listeners:
     def _shut_or_open(self, auth: AuthConfig) -> None:
         """Serve addresses that strangers can reach only with keys, or where that was allowed."""
         for router, places in self._reachable:
+            router.fenced = bool(self._ui)
             if auth.keys or auth.allow_anonymous:
                 router.authenticator = self._keys
                 continue

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllmd.config.types import RecordsConfig
 from vllmd.core.types import Snapshot
+from vllmd.daemon.current import state_file
 from vllmd.errors import BadRequest, NotFound, Unavailable
 from vllmd.proxy.access import ADMIN, MODELS, Caller
 from vllmd.proxy.exchange import Exchange
@@ -407,14 +408,5 @@ def _unfinished(exchange: Exchange) -> Entry:
 
 
 def store_path(environment: Mapping[str, str], home: Path | None) -> Path | None:
-    """Where use is recorded: the unit's StateDirectory=, else the user's state folder, or where VLLMD_USAGE says.
-
-    None where that is empty, and for a user without a home.
-    """
-    if "VLLMD_USAGE" in environment:
-        return Path(environment["VLLMD_USAGE"]) if environment["VLLMD_USAGE"] else None
-    given = [each for each in environment.get("STATE_DIRECTORY", "").split(":") if each.endswith("/usage")]
-    if given:
-        return Path(given[0]) / "usage.db"
-    state = environment.get("XDG_STATE_HOME") or (home and home / ".local/state")
-    return Path(state) / "vllmd" / "usage.db" if state else None
+    """Where use is recorded, see ``state_file``; VLLMD_USAGE may say another place."""
+    return state_file(environment, home, "VLLMD_USAGE", "usage/usage.db")

@@ -18,6 +18,11 @@ from vllmd.cli.admin import Admin
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="the model's name")
     parser.add_argument("message", nargs="*", metavar="MESSAGE", help="ask this, print the answer, and end")
+    options(parser)
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """How a model is talked with, by whichever verb."""
     parser.add_argument("-s", "--system", metavar="TEXT", help="system prompt")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer")
     parser.add_argument("--temperature", type=float, metavar="T", help="randomness")

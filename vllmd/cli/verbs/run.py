@@ -22,9 +22,7 @@ INSTALLED = ("llama.cpp", "vllm")  # kinds of engine that a model which is fetch
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="smollm2, ORG/NAME[:QUANT], or a configured one")
     parser.add_argument("message", nargs="*", metavar="PROMPT", help="ask this, print the answer, and end")
-    parser.add_argument("-s", "--system", metavar="TEXT", help="system prompt")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer")
-    parser.add_argument("--temperature", type=float, metavar="T", help="randomness")
+    chat.options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
