@@ -112,6 +112,7 @@ class ModelLine(Answer):
     idle: float | None = None
     since: Annotated[float | None, "seconds in that state, where that is known"] = None
     pinned: bool = False
+    disabled: Annotated[str, "what clients are told instead of an answer: an operator has disabled it"] = ""
     leases: tuple[str, ...] = ()
     waiting_for: str = ""
     failure: str = ""
@@ -407,6 +408,7 @@ class Card(Answer):
     hidden: Annotated[bool, "not in lists"] = False
     aliases: tuple[str, ...] = ()
     state: State = "stopped"
+    disabled: Annotated[str, "what is told instead of an answer, where an operator has disabled it"] = ""
     engine: str = ""
     max_model_len: Annotated[int | None, "the running engine's, else the configured one"] = None
     capabilities: tuple[str, ...] = ()

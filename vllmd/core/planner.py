@@ -159,7 +159,7 @@ class Planner:
         for m in list(todo):
             if core.fit.unknown(m):
                 continue
-            if m.state is not State.STOPPED or m.demand:
+            if m.state is not State.STOPPED or m.demand or m.off:
                 del todo[m]
             elif self.bring(m, Reason.PRELOAD, PRELOADED, -INFINITY):
                 del todo[m]
