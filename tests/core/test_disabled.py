@@ -16,6 +16,7 @@ from vllmd.core.events import (
     ModelsChanged,
     PoolAsked,
     SleepAsked,
+    StopAsked,
     TimePassed,
 )
 from vllmd.core.types import Placement, ReplicaRules, State
@@ -129,6 +130,17 @@ def test_a_replica_is_taken_out_and_the_others_serve() -> None:
     assert w.ask("late", "m") == [refused("late")], "with all of its replicas the model is disabled"
     w.do(ModelEnabled("m"))
     assert [view.disabled for view in w.engines_seen] == ["", ""]
+
+
+def test_a_disabled_replica_stays_down_when_an_operator_has_stopped_the_others() -> None:
+    """With the last that an operator took down all may come up again for the next request: but not this one."""
+    w = World(replicas(2, rules=ReplicaRules(least=2, probe=False)), PAIR)
+    w.do(ModelDisabled("m@1", WORDS))
+    w.do(StopAsked("m@2"))
+    (start,) = w.ask("r", "m")
+    assert isinstance(start, StartEngine) and start.replica == "m@2"
+    w.answer("m@2")
+    assert not any(isinstance(command, StartEngine) for command in w.pass_time(60.0))
 
 
 @pytest.mark.parametrize("known", [["m", "n"], ["n"]])

@@ -187,7 +187,7 @@ class OperatorCommands:
             core.mark_urgent(r)
 
     def _reckon_off(self, model: Model) -> None:
-        """Whether anybody is served."""
+        """What whoever comes is told, if no replica is to serve anybody."""
         all_off = model.replicas and all(r.disabled for r in model.replicas)
         model.off = model.disabled or (model.replicas[0].disabled if all_off else "")
 
