@@ -71,7 +71,7 @@ class Daemon:
         self.status = SimpleNamespace(resolve=lambda name, caller: f"org/{name}", line=lambda name: {"name": name})
 
     async def wait(self) -> Any:
-        return SimpleNamespace(post=self.posted.append)
+        return SimpleNamespace(perform=self.posted.append)
 
 
 def ask(router: Router, method: str, path: str, query: str = "", body: object = None) -> Any:

@@ -149,7 +149,7 @@ def _counted(counters: Counters) -> Iterator[Metric]:
                    ["model", "replica", "decision"], counters.replica_decisions)  # fmt: skip
     yield from _counter("replica_retries", "Requests that it did not answer, and that went to another replica.",
                    ["model", "replica"], counters.retries)  # fmt: skip
-    yield from _counter("model_departures", "Sleeps, stops and freezes by cause; exchange: evicted for another model.",
+    yield from _counter("model_departures", "Sleeps, stops and freezes by cause; swap: evicted for another model.",
                    ["model", "how", "cause"], counters.departures)  # fmt: skip
 
 
