@@ -203,15 +203,18 @@ def test_the_access_log_has_a_line_for_each(site: Site) -> None:
 
 def test_a_locked_store_costs_no_request(site: Site) -> None:
     """It is said once, and what was used meanwhile is written afterwards."""
+    chat(site, ALICE, "before-the-lock")
     before = {row["key"]: row for row in usage(site)}["alice"]["requests"]
     other = sqlite3.connect(site.folder / "state" / "usage.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     chat(site, ALICE, "while-locked")
     until(lambda: "requests are served all the same" in site.log)
     assert "locked" in site.ask("GET", "/admin/usage", key=BOSS).json["trouble"]
+    assert "vllmd_usage_written 0.0" in site.ask("GET", "/metrics").text
     other.execute("ROLLBACK")
     other.close()
     assert {row["key"]: row for row in usage(site)}["alice"]["requests"] == before + 1
+    assert "vllmd_usage_written 1.0" in site.ask("GET", "/metrics").text
     assert site.log.count("requests are served all the same") == 1
 
 
