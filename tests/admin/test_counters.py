@@ -53,6 +53,8 @@ def test_what_is_counted_is_what_is_read() -> None:
     counters = Counters()
     counters.waited("m", 0.3)
     counters.used("m", "alice", Tokens(8, 4, 3, estimated=True))
+    counters.held("alice", 1.5)
+    counters.held("", 9.0)
     counters.changed("m", "start", 4.0, failed=False)
     counters.changed("m", "wake", 1.0, failed=True)
     counters.decided(Decision(0.0, "sleep", "m", "to make room for x", {"cause": "exchange"}))
@@ -67,6 +69,10 @@ def test_what_is_counted_is_what_is_read() -> None:
     assert read["vllmd_model_tokens_by_kind_total{kind=cached,model=m}"] == 3
     assert read["vllmd_model_tokens_by_kind_total{kind=estimated,model=m}"] == 12
     assert read["vllmd_key_tokens_total{key=alice}"] == 12
+    assert [name for name in read if "key_device" in name and "total" in name] == [
+        "vllmd_key_device_seconds_total{key=alice}"
+    ]
+    assert read["vllmd_key_device_seconds_total{key=alice}"] == 1.5
     assert read["vllmd_model_change_duration_seconds_sum{change=start,model=m}"] == 4.0
     assert read["vllmd_model_failures_total{change=wake,model=m}"] == 1
     assert read["vllmd_model_departures_total{cause=exchange,how=sleep,model=m}"] == 1

@@ -57,6 +57,7 @@ class Gauges:
     model_power: Mapping[str, float] = field(default_factory=dict)  # watts
     model_energy: Mapping[str, float] = field(default_factory=dict)  # joules
     unreadable: Sequence[int] = ()
+    use_written: bool = True  # the record of use can be written
 
 
 class Status(Protocol):
@@ -173,6 +174,10 @@ class Following(Protocol):
 
 class Records(Protocol):
     """What is kept of requests and of use. Requests that a caller may not see are not there for it."""
+
+    @property
+    def trouble(self) -> str:
+        """Why use cannot be written down now, "" if it can."""
 
     def requests(
         self,
