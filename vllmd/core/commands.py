@@ -123,6 +123,7 @@ class RejectReason(enum.StrEnum):
     BAD_REQUEST = "BadRequest"
     CONFLICT = "Conflict"
     DISABLED = "ModelDisabled"
+    DEFECT = "InternalError"  # the core itself failed at it
 
 
 @dataclass(frozen=True, slots=True)

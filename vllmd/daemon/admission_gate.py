@@ -50,6 +50,7 @@ ERRORS: Mapping[commands.RejectReason, type[errors.VllmdError]] = {
     commands.RejectReason.BAD_REQUEST: errors.BadRequest,
     commands.RejectReason.CONFLICT: errors.Conflict,
     commands.RejectReason.DISABLED: errors.ModelDisabled,
+    commands.RejectReason.DEFECT: errors.InternalError,
 }
 
 
