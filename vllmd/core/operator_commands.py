@@ -184,7 +184,7 @@ class OperatorCommands:
             if r.spec.preload and not r.loaded:
                 self.preload[r] = None
                 self.preloading = False
-            core.mark_urgent(r)
+            core.mark_news(r)
 
     def _reckon_off(self, model: Model) -> None:
         """What whoever comes is told, if no replica is to serve anybody."""
