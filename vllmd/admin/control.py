@@ -48,6 +48,7 @@ class Gauges:
     requests: int = 0
     valid: bool = True  # the configuration
     last_starts: Mapping[str, float] = field(default_factory=dict)  # model -> seconds
+    last_phases: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # model -> phase -> seconds
     used: Mapping[int, int] = field(default_factory=dict)
     power: Mapping[int, float] = field(default_factory=dict)
     load: Mapping[int, float] = field(default_factory=dict)

@@ -15,6 +15,8 @@ from typing import Annotated, ClassVar, Literal, TypeVar, dataclass_transform
 
 Object = Mapping[str, object]  # JSON that is not ours to describe: settings of a model, the numbers of a decision
 
+Phases = Mapping[str, float]  # of the start under way, else of the last one: phase -> seconds
+
 STATES = (
     *("stopped", "starting", "running", "draining", "falling_asleep"),
     *("sleeping_l1", "sleeping_l2", "waking", "stopping", "error"),
@@ -126,6 +128,7 @@ class ModelLine(Answer):
     phase: str = ""
     detail: str = ""
     last_start_seconds: float | None = None
+    start_phases: Phases = field(default_factory=dict)
     power: Annotated[float | None, "watts, its share of its devices"] = None
     started_at: Annotated[float | None, "Unix time"] = None
     config: ModelSettings = ModelSettings()

@@ -85,7 +85,9 @@ async def back_end(front: FrontEnd) -> BackEnd:
     ports = PortPool(config.engines.port_start, config.engines.port_end)
     planner = LaunchPlanner(memory, expected.paths, front.resolver, ports, EngineKeys(runtime.cache))
     stir, usual = front.changes.stir, scheduler.costs.usual
-    engines = EngineManager(launcher, report, memory, planner, runtime.logs, stir, look, usual, learnt.ended)
+    engines = EngineManager(
+        launcher, report, memory, planner, runtime.logs, stir, look, usual, learnt.ended, learnt.starts
+    )
     engines.configure(expected.engines, expected.estimates)
     execute = executors(engines, front.gate, front.instances.add)
     dispatcher = Dispatcher(scheduler, execute, front.changes.decided, stir)

@@ -295,6 +295,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from ps' -l url -r -d 'over HTTP,
 complete -c vllmctl -n '__fish_seen_subcommand_from ps' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
 complete -c vllmctl -n '__fish_seen_subcommand_from ps' -l json -d 'print JSON instead of a table'
 complete -c vllmctl -n '__fish_seen_subcommand_from ps' -s p -l power -d 'show the watts of each ones share of its devices'
+complete -c vllmctl -n '__fish_seen_subcommand_from ps' -s s -l starts -d 'show where the time of each ones start goes or went'
 complete -c vllmctl -n '__fish_seen_subcommand_from ps' -s r -l running -d 'leave out models that are stopped'
 complete -c vllmctl -n '__fish_seen_subcommand_from ps' -F
 complete -c vllmctl -n __fish_use_subcommand -a pull -d 'Fetch models into the engines cache, without serving them yet'
