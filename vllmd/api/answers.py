@@ -153,8 +153,9 @@ class DeviceNow(Device):
 
     name: str = ""
     id: str = ""
-    links: Annotated[tuple[int, ...], "devices that NVLink joins it with"] = ()
+    links: Annotated[tuple[int, ...], "devices that NVLink or XGMI joins it with"] = ()
     node: Annotated[int | None, "its NUMA node"] = None
+    switch: Annotated[str, "the PCIe root port above it: those with the same one share a switch"] = ""
     power: Watts | None = None
     temperature: Annotated[float | None, "degrees Celsius"] = None
     throttled: Annotated[str, "why it is slowed down against its will"] = ""
