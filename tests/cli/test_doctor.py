@@ -11,8 +11,9 @@ import pytest
 
 from tests.cli.fake_daemon import fake_daemon, model, status
 from vllmd.cli import examine_devices, main
-from vllmd.cli.examine import Host, accounts, configuration, driver, memory, python, systemd, units
+from vllmd.cli.examine import accounts, configuration, driver, memory, python, systemd, units
 from vllmd.cli.examine_engines import vllm_on_cpu
+from vllmd.cli.examined import Host
 from vllmd.cli.verbs.doctor import known
 from vllmd.config.types import Config, ModelConfig
 from vllmd.core.types import Device

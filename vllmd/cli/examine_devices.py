@@ -9,12 +9,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from vllmd.gpu import Devices, Presence, Sample, open_devices
-
-if TYPE_CHECKING:
-    from vllmd.cli.examine import Finding, Host
+from vllmd.cli.examined import Finding, Host
+from vllmd.gpu import Devices, Presence, Sample
 
 PATIENCE = 10.0  # seconds for a driver's answer: without persistence mode it takes some
 UNKNOWN = "dmesg says what it met; it comes back with a reset of the GPU, or a reboot"
@@ -161,13 +158,6 @@ def _asked(host: Host) -> tuple[Devices, Sample] | None:
     thread.start()
     thread.join(PATIENCE)
     return answers[0] if answers else None
-
-
-def of_this_machine(here: Presence) -> Devices:
-    """As the daemon would ask for them, with nothing configured and nothing hidden."""
-    from vllmd.config.types import Config
-
-    return open_devices(Config(), {}, here=here)
 
 
 def _first_fields(file: Path) -> set[str]:

@@ -22,7 +22,7 @@ class Hwmon:
         return next((value / 1e6 for value in self._all("energy1_input")), None)
 
     def celsius(self) -> float | None:
-        """Of the hottest sensor."""
+        """Degrees of the hottest sensor; None where none tells."""
         return max((value / 1000 for value in self._all("temp[0-9]*_input")), default=None)
 
     def overheated(self) -> str:

@@ -182,12 +182,12 @@ class SysfsDevices(Inventory):
         return (joules - before[1]) / (now - before[0])
 
     def busy(self, card: Card) -> float | None:
-        """In per cent; None where it does not tell."""
+        """How busy it is, in per cent; None where it does not tell."""
         told = card.text("gpu_busy_percent")
         return float(told) if told.isdecimal() else None
 
     def celsius(self, card: Card) -> float | None:
-        """Of its hottest sensor."""
+        """Degrees of its hottest sensor; None where it does not tell."""
         return card.sensors.celsius()
 
     def sample(self) -> Sample:
@@ -212,7 +212,7 @@ class SysfsDevices(Inventory):
         return Sample(devices, failed, ill, lost)
 
     def _read(self, device: Device, card: Card, held: dict[int, int], blind: bool) -> DeviceSample:
-        """Raises OSError, ValueError."""
+        """One device. Raises OSError, ValueError where it does not tell its memory."""
         total = self.memory(card) or 0
         used = max(self.used(card, sum(held.values())), 0)
         wrong = absurdity(total, used, max(0, total - used), device.memory)

@@ -24,7 +24,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from vllmd.cli.examine import Host, examine
+    from vllmd.cli.examine import examine
+    from vllmd.cli.examined import Host
 
     found = examine(Host(user=arguments.user))
     findings = [*found, *daemon(arguments, said="\n".join(what for _, what, _ in found))]
