@@ -23,6 +23,7 @@ from vllmd.errors import ConfigError
 from vllmd.gpu import environment
 from vllmd.launcher.client import StartOrder
 from vllmd.launcher.protocol import ProtocolError
+from vllmd.place import cpus
 
 LONGEST_STOP = 3600.0  # seconds between SIGTERM and SIGKILL that the launcher accepts
 
@@ -101,6 +102,7 @@ class LaunchPlanner:
     def _place(self, command: commands.StartEngine, run_dir: Path) -> Place:
         devices = self._memory.devices_of(command.placement)
         told = self._estimates.get(command.replica)
+        here = cpus().within(self._models[command.replica].limits.cpu_quota)
         return Place(
             run_dir=run_dir,
             device_ids=tuple(device.id for device in devices),
@@ -111,6 +113,8 @@ class LaunchPlanner:
             kv_cache=told.kv_cache if told else 0,
             context=told.context if told else 0,
             visible=environment(devices),
+            cpus=here.count if here.count < here.machine else 0,
+            quota=here.quota is not None and here.count < here.machine,
             key=self.keys.of(run_dir.name),
         )
 
