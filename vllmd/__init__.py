@@ -22,7 +22,7 @@ holds this table against the imports)::
     proxy/      h11 heads, byte relay, the accept loop            core.types, errors
     ui/         the page: its files                               proxy's HTTP types
     records/    the last requests, use by hour, key and model,
-                arrivals, and their store                         proxy, errors
+                arrivals, and their store                         api, proxy, errors
     admin/      model list, health, admin and metrics endpoints,  api, proxy's HTTP types, core.types, records, ui,
                 signing in to the page                            errors
     store/      models as files: names, sources, the program

@@ -163,6 +163,12 @@ class TookTooLong(VllmdError):
     status, type, code = 504, "server_error", "request_timeout"
 
 
+class InternalError(VllmdError):
+    """A defect of vllmd: nothing was done, or not all of it, and the log says why."""
+
+    code = "internal_error"
+
+
 class Unsupported(VllmdError):
     """This machine cannot do that, whatever is asked: it has no device that can be read, for one."""
 

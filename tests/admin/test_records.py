@@ -6,6 +6,8 @@ import json
 import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import closing
+from http.client import IncompleteRead
 from pathlib import Path
 from typing import Any
 
@@ -201,15 +203,18 @@ def test_the_access_log_has_a_line_for_each(site: Site) -> None:
 
 def test_a_locked_store_costs_no_request(site: Site) -> None:
     """It is said once, and what was used meanwhile is written afterwards."""
+    chat(site, ALICE, "before-the-lock")
     before = {row["key"]: row for row in usage(site)}["alice"]["requests"]
     other = sqlite3.connect(site.folder / "state" / "usage.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     chat(site, ALICE, "while-locked")
     until(lambda: "requests are served all the same" in site.log)
     assert "locked" in site.ask("GET", "/admin/usage", key=BOSS).json["trouble"]
+    assert "vllmd_usage_written 0.0" in site.ask("GET", "/metrics").text
     other.execute("ROLLBACK")
     other.close()
     assert {row["key"]: row for row in usage(site)}["alice"]["requests"] == before + 1
+    assert "vllmd_usage_written 1.0" in site.ask("GET", "/metrics").text
     assert site.log.count("requests are served all the same") == 1
 
 
@@ -221,6 +226,23 @@ def test_ollamas_requests_are_noted_too(site: Site) -> None:
     told = one(site, "as-ollama")
     assert (told["path"], told["model"], told["tokens"]["answer"]) == ("/api/chat", "small", 4)
     assert len([each for each in requests(site) if each["id"] == "as-ollama"]) == 1
+
+
+@pytest.mark.parametrize("path", ["/admin/events", "/admin/events/requests", "/admin/logs/small?follow=true"])
+def test_what_an_operator_follows_ends_with_his_key(site: Site, path: str) -> None:
+    """A stream that was opened before the key was revoked would go on telling for days; who reconnects is refused."""
+    site.operate("POST", "/admin/models/small/load?wait=true")
+    made = site.operate("POST", "/admin/keys", {"name": "leaver", "settings": {"scopes": ["read"]}})["key"]
+    field = {"Authorization": f"Bearer {made}"}
+    connection = site.connect()
+    with closing(connection):
+        connection.request("GET", path, headers=field)
+        stream = connection.getresponse()
+        assert (stream.status, stream.readline() != b"") == (200, True)
+        site.operate("DELETE", "/admin/keys/leaver")
+        with pytest.raises(IncompleteRead):  # broken off, so that nobody takes it for the end of what there is
+            stream.read()
+    assert site.ask("GET", path, headers=field).status == 401
 
 
 def test_a_key_is_made_limited_and_revoked(site: Site) -> None:

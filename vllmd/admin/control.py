@@ -11,6 +11,7 @@ from vllmd.admin.runtime_models import RuntimeModels
 from vllmd.api import answers
 from vllmd.api.answers import (
     Added,
+    Arrival,
     Cached,
     Card,
     Decision,
@@ -26,8 +27,12 @@ from vllmd.api.answers import (
     NewKey,
     Probed,
     Progress,
+    Recordings,
     Reloaded,
     Removed,
+    RequestEntry,
+    RequestInFull,
+    Requests,
 )
 from vllmd.core.types import Snapshot
 from vllmd.proxy.access import ANYBODY, Caller
@@ -52,6 +57,7 @@ class Gauges:
     model_power: Mapping[str, float] = field(default_factory=dict)  # watts
     model_energy: Mapping[str, float] = field(default_factory=dict)  # joules
     unreadable: Sequence[int] = ()
+    use_written: bool = True  # the record of use can be written
 
 
 class Status(Protocol):
@@ -169,34 +175,45 @@ class Following(Protocol):
 class Records(Protocol):
     """What is kept of requests and of use. Requests that a caller may not see are not there for it."""
 
-    def requests(self, wanted: Filter, limit: int, caller: Caller) -> list[dict[str, Any]]:
-        """The last ones that have ended, the newest first."""
+    @property
+    def trouble(self) -> str:
+        """Why use cannot be written down now, "" if it can."""
 
-    def under_way(self, wanted: Filter, caller: Caller) -> list[dict[str, Any]]:
-        """Those that have not ended, the oldest first."""
+    def requests(
+        self,
+        model: str,
+        key: str | None,
+        status: str,
+        since: float | None,
+        failed: bool,
+        slower: float | None,
+        limit: int,
+        caller: Caller,
+    ) -> Requests:
+        """The last ones that have ended and those under way, as ``Filter.of`` has it; no more than ``limit``."""
 
-    def request(self, request_id: str, caller: Caller) -> dict[str, Any]:
+    def request(self, request_id: str, caller: Caller) -> RequestInFull:
         """One with its head, and with bodies if the caller may change things. Raises NotFound."""
 
-    def watch(self, wanted: Filter, caller: Caller) -> AsyncIterator[dict[str, Any]]:
+    def watch(self, wanted: Filter, caller: Caller) -> AsyncIterator[RequestEntry]:
         """Requests as they end, those that the filter lets through, until the caller stops."""
 
-    def record(self, model: str, key: str, seconds: float, most: int) -> dict[str, Any]:
-        """Have bodies kept for so long, ``most`` bytes of each. Raises BadRequest."""
+    def record(self, model: str | None, key: str | None, seconds: float, most_bytes: int) -> Recordings:
+        """Have bodies kept for so long, ``most_bytes`` of each. Raises BadRequest."""
 
-    def stop_recording(self, number: int) -> dict[str, Any]:
-        """End a recording; 0: all. Raises NotFound."""
+    def stop_recording(self, number: int | None) -> Recordings:
+        """End a recording; None: all. Raises NotFound."""
 
-    def recorded(self) -> dict[str, Any]:
+    def recorded(self) -> Recordings:
         """The recordings that go on, and how much is kept."""
 
     async def usage(
-        self, by: tuple[str, ...], since: float, until: float, key: str | None, model: str
-    ) -> dict[str, Any]:
-        """Sums by these dimensions; times in Unix time. Raises BadRequest, Unavailable, NotFound."""
+        self, by: str, since: float | None, until: float | None, key: str | None, model: str
+    ) -> answers.Usage:
+        """Sums by these dimensions, which have commas between. Raises BadRequest, Unavailable, NotFound."""
 
-    def trace(self, since: float, *, anonymised: bool) -> AsyncIterator[dict[str, Any]]:
-        """Arrivals from then on, as ``vllmctl simulate`` reads them. Raises Unavailable, NotFound."""
+    def trace(self, since: float | None, *, anonymised: bool) -> AsyncIterator[Arrival]:
+        """Arrivals from then on (None: of seven days), for ``vllmctl simulate``. Raises Unavailable, NotFound."""
 
 
 class Store(Protocol):

@@ -140,6 +140,8 @@ def _counted(counters: Counters) -> Iterator[Metric]:
     )
     yield from _counter("key_requests", "Requests by the name of their API key.", ["key"], counters.key_requests)
     yield from _counter("key_tokens", "Tokens by the name of the API key.", ["key"], counters.key_tokens)
+    yield from _counter("key_device_seconds", "Seconds for which models that the key used held whole devices.", ["key"],
+                   counters.key_devices)  # fmt: skip
     yield from _histogram("model_change_duration_seconds", "Starts, wakes, sleeps and stops that succeeded.",
                      ["model", "change"], counters.changes)  # fmt: skip
     yield from _counter("model_failures", "Starts, wakes, sleeps that failed, and exits that nobody asked for.",
@@ -149,7 +151,7 @@ def _counted(counters: Counters) -> Iterator[Metric]:
                    ["model", "replica", "decision"], counters.replica_decisions)  # fmt: skip
     yield from _counter("replica_retries", "Requests that it did not answer, and that went to another replica.",
                    ["model", "replica"], counters.retries)  # fmt: skip
-    yield from _counter("model_departures", "Sleeps, stops and freezes by cause; exchange: evicted for another model.",
+    yield from _counter("model_departures", "Sleeps, stops and freezes by cause; swap: evicted for another model.",
                    ["model", "how", "cause"], counters.departures)  # fmt: skip
 
 
@@ -157,6 +159,8 @@ def _standing(gauges: Gauges) -> Iterator[Metric]:
     yield from _gauge("build_info", "The version.", ["version"], {(vllmd.__version__,): 1})
     yield from _gauge("ready", "Whether devices and engines have been found.", [], {(): gauges.snapshot is not None})
     yield from _gauge("configuration_valid", "Whether the last configuration read was usable.", [], {(): gauges.valid})
+    yield from _gauge("usage_written", "Whether the record of use can be written; what waits is kept.", [],
+                 {(): gauges.use_written})  # fmt: skip
     yield from _gauge("connections", "Clients and operators who are connected.", [], {(): gauges.connections})
     yield from _gauge("requests_in_progress", "Model requests that wait or run.", [], {(): gauges.requests})
     snapshot = gauges.snapshot

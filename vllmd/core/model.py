@@ -123,7 +123,7 @@ class Job:
         return self.reason in OWN and self.kind not in UP
 
 
-def wanted(job: Job | None) -> Job | None:
+def asked_start(job: Job | None) -> Job | None:
     """The start among a job and what follows it that somebody wants without a request; None: there is none."""
     while job and not (job.kind in UP and job.reason in WANTS):
         job = job.then
@@ -284,15 +284,15 @@ class Replica:
         return job is not None and job.leaves and not (job.kind is Kind.SLEEP and self.state is State.SLEEPING)
 
     @property
-    def wanted(self) -> float | None:
-        """Since when it is wanted on without a request for it."""
-        start = wanted(self.job)
+    def start_asked(self) -> float | None:
+        """When a start was asked for that no request is behind: by an operator, to preload, as one more replica."""
+        start = asked_start(self.job)
         return start.since if start else None
 
     @property
     def urged(self) -> bool:
         """Who wants it is an operator: busy models leave at once."""
-        start = wanted(self.job)
+        start = asked_start(self.job)
         return start is not None and start.reason is Reason.OPERATOR
 
     @property
@@ -304,7 +304,7 @@ class Replica:
     def demand(self) -> int:
         """How many wait for it to be on: requests queued, requests frozen, a load that was asked for."""
         frozen = len(self.running) if self.running and self.state not in AWAKE else 0
-        return self.queued + frozen + (wanted(self.job) is not None)
+        return self.queued + frozen + (asked_start(self.job) is not None)
 
     @property
     def freezable(self) -> bool:

@@ -94,7 +94,7 @@ class OperatorCommands:
 
     def _load(self, r: Replica, *, beside: bool) -> None:
         """A failure's back-off does not count for an operator."""
-        self._core.mark_urgent(r)
+        self._core.mark_news(r)
         self._scaling.resume(r)
         if r.state is State.FAILED:
             self._core.forgive(r)
@@ -162,7 +162,7 @@ class OperatorCommands:
         self._keep(kept)
 
     def _keep(self, r: Replica) -> None:
-        self._core.mark_urgent(r)
+        self._core.mark_news(r)
         jobs = (r.job, r.job.then) if r.job else ()
         if r.kept and any(job and job.leaves and job.reason in CALLED_OFF for job in jobs):
             self._core.stay(r)
@@ -176,7 +176,7 @@ class OperatorCommands:
         """3.5: the last one to go may stop the replica; its idle age counts from here."""
         r = model.leases.pop(lease).replica
         r.idle_since = max(r.idle_since, self._core.now)
-        self._core.mark_urgent(r)
+        self._core.mark_news(r)
         if stop and not r.kept:
             why, cut_at = f"its last lease, {lease!r}, ended", self._core.cut_at(r)
             self._core.ask(r, Job(Kind.STOP, Reason.LEASE, why, self._core.now, cut_at=cut_at))
@@ -224,7 +224,7 @@ class OperatorCommands:
         core.settings = settings
         core.engines.ledger.host_budget = settings.host_memory
         for r in core.replicas.values():
-            core.mark_urgent(r)
+            core.mark_news(r)
 
     def configure(self, spec: ModelSpec, restart: frozenset[str] = frozenset()) -> None:
         """A model, new or known, is to be like this; each replica that stays keeps its engine.
@@ -267,7 +267,7 @@ class OperatorCommands:
         r = Replica(model, spec, self._core.costs.open(spec), self._core.now)
         r.pinned = spec.pinned
         self._core.replicas[r.id] = r
-        self._core.mark_dirty(r)
+        self._core.mark_for_review(r)
         if spec.preload:
             self.preload[r] = None
             self.preloading = False
@@ -283,7 +283,7 @@ class OperatorCommands:
         r.bound = r.bound if r.bound is not None and can_be_on(spec, r.bound) else None
         r.costs = self._core.costs.open(spec)
         self._core.waiting.pop(r, None)  # it is looked at again whether it can fit
-        self._core.mark_urgent(r)
+        self._core.mark_news(r)
         if restart:
             self._leave(r, "its configuration changed")
 

@@ -34,8 +34,8 @@ class Scaling:
         What a step has set in motion is carried out before the next one.
         """
         core = self._core
-        while models := {**core.unkept, **{model: None for model in core.balanced if model.scale.due <= core.now}}:
-            core.unkept.clear()
+        while models := {**core.for_upkeep, **{model: None for model in core.balanced if model.scale.due <= core.now}}:
+            core.for_upkeep.clear()
             for model in models:
                 if model.rules is None:
                     continue
@@ -133,7 +133,7 @@ class Scaling:
 
     def _in_use(self, model: Model, rules: ReplicaRules) -> bool:
         recently = self._core.now < model.used + rules.calm_for
-        return recently or _load(model) > 0 or any(r.wanted is not None for r in model.replicas)
+        return recently or _load(model) > 0 or any(r.start_asked is not None for r in model.replicas)
 
     # -- time
 

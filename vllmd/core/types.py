@@ -213,7 +213,7 @@ class Decision:
     """One decision with its numbers: a journal record, a line of ``vllmctl why``."""
 
     at: float
-    what: str  # start, wake, sleep, stop, evict, refuse, restart, ...
+    what: str  # start, wake, swap, sleep, stop, refuse, restart, ...
     model: str
     why: str  # one readable sentence
     numbers: Mapping[str, float | int | str] = field(default_factory=dict)

@@ -49,6 +49,7 @@ ERRORS: Mapping[commands.RejectReason, type[errors.VllmdError]] = {
     commands.RejectReason.MODEL_TOO_LARGE: errors.ModelTooLarge,
     commands.RejectReason.BAD_REQUEST: errors.BadRequest,
     commands.RejectReason.CONFLICT: errors.Conflict,
+    commands.RejectReason.DEFECT: errors.InternalError,
 }
 
 

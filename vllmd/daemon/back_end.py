@@ -44,6 +44,11 @@ class BackEnd:
         """Hands an event to the core."""
         return self.dispatcher.post
 
+    @property
+    def perform(self) -> Callable[[events.Event], None]:
+        """Hands it an operator's event. Raises InternalError if the core fails at it."""
+        return self.dispatcher.perform
+
     def ask(self, event: events.Asking, answered: Callable[[commands.Answer], None]) -> None:
         """Hand an event to the core, and have ``answered`` called before anything that follows from it begins."""
         self.dispatcher.ask(event, answered)

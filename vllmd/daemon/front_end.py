@@ -130,11 +130,16 @@ def front_end(
         if back.now is not None and known and not known.replicas:
             back.now.engines.answered(model, answered, failed=failed)
 
+    def spend(key: str, tokens: float, device: float) -> None:
+        """A key's models have held devices for so many seconds more."""
+        quotas.spent(key, tokens, device)
+        counters.held(key, device)
+
     listeners = Listeners(
         with_keys, gate, quotas, control, relay, limits, sockets, outcome, records.ended, runtime.sessions
     )
     records.live = listeners.exchanges
-    records.spend = quotas.spent
+    records.spend = spend
     key_store.changed = lambda: listeners.configure(key_store.added_to(current.config))
     records.base_of = lambda name: offer.model if (offer := gate.offers.get(name)) else name
     return FrontEnd(
