@@ -68,7 +68,7 @@ class Daemon:
 
     def __init__(self) -> None:
         self.posted: list[events.Event] = []
-        self.commands = OperatorCommands(self, SimpleNamespace(load_on=None, drop=None), None)  # type: ignore[arg-type]
+        self.commands = OperatorCommands(self, SimpleNamespace(load_on=None, drop=None), None, None, None)  # type: ignore[arg-type]
         self.status = SimpleNamespace(resolve=lambda name, caller: f"org/{name}", line=lambda name: {"name": name})
 
     async def wait(self) -> Any:

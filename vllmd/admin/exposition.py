@@ -185,6 +185,7 @@ def _models(gauges: Gauges) -> Iterator[Metric]:
         "oldest_wait_seconds", "How long the first of the waiting has waited.", lambda v: v.oldest_wait or 0.0
     )
     yield from each("pinned", "Whether it is pinned.", lambda view: view.pinned)
+    yield from each("disabled", "Whether an operator has disabled it.", lambda view: bool(view.disabled))
     yield from each("leases", "Leases that keep it.", lambda view: len(view.leases))
     held: Counter[Labels] = Counter()
     for view in models:

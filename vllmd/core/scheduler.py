@@ -161,6 +161,8 @@ class Scheduler:
             ev.SleepAsked: self._operator.sleep,
             ev.StopAsked: self._operator.stop,
             ev.PinSet: self._operator.pin,
+            ev.ModelDisabled: self._operator.disable,
+            ev.ModelEnabled: self._operator.enable,
             ev.LeaseTaken: self._operator.lease,
             ev.LeaseReleased: self._operator.release,
             ev.KeptAlive: self._unloading.kept_alive,

@@ -103,12 +103,14 @@ async def back_end(front: FrontEnd) -> BackEnd:
 
 
 async def adopt_running(front: FrontEnd, back: BackEnd) -> None:
-    """Take over, or end, every engine that an earlier daemon left; remember which models had failed."""
+    """Take over, or end, every engine that an earlier daemon left; remember which had failed, or are disabled."""
     known = {process.instance for process in back.engines.processes.values()}
     running = [engine for engine in await answered(back.launcher.list) if engine.instance not in known]
     await adopt_all(back.engines, running, front.current.engines, front.resolver, back.post)
     for failure in remembered(back.learnt.failures, front.current.engines, time.time()):
         back.post(failure)
+    for order in front.disabled.orders({*front.current.config.models, *front.current.engines}):
+        back.post(order)
 
 
 def say_devices(memory: Memory) -> None:

@@ -102,6 +102,7 @@ def note(line: ModelLine) -> str:
     """What is remarkable about it: phase of a start, pin, leases, why its requests wait, why it failed."""
     parts = [show.phase(line)]
     parts.append(replicas_of(line))
+    parts.append(f"disabled: {line.disabled}" if line.disabled else "")
     parts.append("pinned" if line.pinned else "")
     parts.append(f"leased to {', '.join(line.leases)}" if line.leases else "")
     parts.append(line.waiting_for)
