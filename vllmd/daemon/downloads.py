@@ -84,7 +84,7 @@ class Download:
     _first: tuple[float, int] | None = None  # when bytes began to come, and how many were here then
 
     def line(self) -> answers.Download:
-        """How far it is."""
+        """How far it is, as answers tell it."""
         return answers.Download(
             model=self.name,
             phase=self.phase,
