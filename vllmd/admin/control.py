@@ -53,6 +53,7 @@ class Gauges:
     model_energy: Mapping[str, float] = field(default_factory=dict)  # joules
     unreadable: Sequence[int] = ()
     use_written: bool = True  # the record of use can be written
+    traced: Mapping[str, int] = field(default_factory=dict)  # requests by what became of their spans
 
 
 class Status(Protocol):
@@ -173,6 +174,9 @@ class Records(Protocol):
     @property
     def trouble(self) -> str:
         """Why use cannot be written down now, "" if it can."""
+
+    def traced(self) -> dict[str, int]:
+        """How many requests' spans were ``sent`` to a collector, and how many ``dropped``; {} where none are sent."""
 
     def requests(self, wanted: Filter, limit: int, caller: Caller) -> list[dict[str, Any]]:
         """The last ones that have ended, the newest first."""
