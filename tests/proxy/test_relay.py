@@ -887,6 +887,11 @@ def test_many_refused_requests_in_one_piece_are_answered_in_order() -> None:
     [
         ("http://localhost/v1/chat/completions/?a=1", "/v1/chat/completions", "/v1/chat/completions/?a=1"),
         ("http://127.0.0.1:{port}/docs", "/v1/completions", "/docs"),
+        ("//127.0.0.1:{port}/docs?a", "/v1/completions", "/docs?a"),
+        ("http://LOCALHOST:{port}", "/v1/completions", "/"),
+        ("http://0.0.0.0:{port}/docs", "/v1/completions", "/docs"),
+        ("http://127.0.0.1:{port}?a=1", "/v1/completions", "/?a=1"),
+        ("//elsewhere.example/x", "/v1/completions", "//elsewhere.example/x"),
         ("/login", "/v1/completions", "/login"),
         ("https://elsewhere.example/x", "/v1/completions", "https://elsewhere.example/x"),
         ("next", "/v1/completions", "next"),
@@ -904,6 +909,39 @@ def test_a_redirect_makes_sense_outside(location: str, path: str, told: str) -> 
                 client.post(path)
                 answer = await client.answer()
                 assert (answer.status, answer.headers["location"]) == (307, told)
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("query", ["key=s", "a=1&api_key=s&b", "API-Key=s&a=1", "a=1&access_token=s", "token=s"])
+def test_a_key_in_a_query_reaches_no_engine(query: str) -> None:
+    """It opens nothing here, and an engine would write it to its log; what else is asked goes on."""
+
+    async def play() -> None:
+        async with stage(reply(ANSWER)) as act:
+            client = await act.client()
+            client.post(f"/v1/completions?{query}")
+            assert (await client.answer()).status == 200
+            seen = act.engine.asked[0].line
+            assert "=s" not in seen and ("a=1" in seen) == ("a=1" in query)
+
+    asyncio.run(play())
+
+
+def test_azures_paths_name_the_model() -> None:
+    """Its clients call a model a deployment, and their bodies say of the model what they like."""
+
+    async def play() -> None:
+        async with stage(reply(ANSWER)) as act:
+            client = await act.client()
+            for path in ("/openai/deployments/m-alias/completions?api-version=2024", "/v1/engines/m-alias/completions"):
+                client.post(path, b'{"model":"gpt-4o","prompt":"x"}')
+                assert (await client.answer()).status == 200
+                asked = act.engine.asked[-1]
+                assert (asked.line.split()[1].partition("?")[0], json.loads(asked.body)["model"]) == (
+                    "/v1/completions",
+                    "m",
+                )
 
     asyncio.run(play())
 

@@ -11,6 +11,7 @@ from vllmd.admin.runtime_models import RuntimeModels
 from vllmd.api import answers
 from vllmd.api.answers import (
     Added,
+    Arrival,
     Cached,
     Card,
     Decision,
@@ -26,8 +27,12 @@ from vllmd.api.answers import (
     NewKey,
     Probed,
     Progress,
+    Recordings,
     Reloaded,
     Removed,
+    RequestEntry,
+    RequestInFull,
+    Requests,
 )
 from vllmd.core.types import Snapshot
 from vllmd.proxy.access import ANYBODY, Caller
@@ -43,6 +48,7 @@ class Gauges:
     requests: int = 0
     valid: bool = True  # the configuration
     last_starts: Mapping[str, float] = field(default_factory=dict)  # model -> seconds
+    last_phases: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # model -> phase -> seconds
     used: Mapping[int, int] = field(default_factory=dict)
     power: Mapping[int, float] = field(default_factory=dict)
     load: Mapping[int, float] = field(default_factory=dict)
@@ -119,6 +125,15 @@ class Commands(Protocol):
     async def sleep(self, model: str, level: int) -> None:
         """Have it put to sleep at level 1 or 2, or stopped at 3, after its requests. Raises Conflict if not loaded."""
 
+    async def disable(self, model: str, message: str | None) -> None:
+        """Serve nobody by it until it is enabled, whoever restarts meanwhile; clients are told ``message``.
+
+        What runs comes to its end, and its engine is stopped. Raises Unavailable where that cannot be kept.
+        """
+
+    async def enable(self, model: str) -> None:
+        """Serve it again, with all its replicas. Raises Unavailable."""
+
     async def lease(self, model: str, lease: str, seconds: float | None) -> None:
         """Keep it for ``seconds`` (None: until released)."""
 
@@ -178,34 +193,41 @@ class Records(Protocol):
     def traced(self) -> dict[str, int]:
         """How many requests' spans were ``sent`` to a collector, and how many ``dropped``; {} where none are sent."""
 
-    def requests(self, wanted: Filter, limit: int, caller: Caller) -> list[dict[str, Any]]:
-        """The last ones that have ended, the newest first."""
+    def requests(
+        self,
+        model: str,
+        key: str | None,
+        status: str,
+        since: float | None,
+        failed: bool,
+        slower: float | None,
+        limit: int,
+        caller: Caller,
+    ) -> Requests:
+        """The last ones that have ended and those under way, as ``Filter.of`` has it; no more than ``limit``."""
 
-    def under_way(self, wanted: Filter, caller: Caller) -> list[dict[str, Any]]:
-        """Those that have not ended, the oldest first."""
-
-    def request(self, request_id: str, caller: Caller) -> dict[str, Any]:
+    def request(self, request_id: str, caller: Caller) -> RequestInFull:
         """One with its head, and with bodies if the caller may change things. Raises NotFound."""
 
-    def watch(self, wanted: Filter, caller: Caller) -> AsyncIterator[dict[str, Any]]:
+    def watch(self, wanted: Filter, caller: Caller) -> AsyncIterator[RequestEntry]:
         """Requests as they end, those that the filter lets through, until the caller stops."""
 
-    def record(self, model: str, key: str, seconds: float, most: int) -> dict[str, Any]:
-        """Have bodies kept for so long, ``most`` bytes of each. Raises BadRequest."""
+    def record(self, model: str | None, key: str | None, seconds: float, most_bytes: int) -> Recordings:
+        """Have bodies kept for so long, ``most_bytes`` of each. Raises BadRequest."""
 
-    def stop_recording(self, number: int) -> dict[str, Any]:
-        """End a recording; 0: all. Raises NotFound."""
+    def stop_recording(self, number: int | None) -> Recordings:
+        """End a recording; None: all. Raises NotFound."""
 
-    def recorded(self) -> dict[str, Any]:
+    def recorded(self) -> Recordings:
         """The recordings that go on, and how much is kept."""
 
     async def usage(
-        self, by: tuple[str, ...], since: float, until: float, key: str | None, model: str
-    ) -> dict[str, Any]:
-        """Sums by these dimensions; times in Unix time. Raises BadRequest, Unavailable, NotFound."""
+        self, by: str, since: float | None, until: float | None, key: str | None, model: str
+    ) -> answers.Usage:
+        """Sums by these dimensions, which have commas between. Raises BadRequest, Unavailable, NotFound."""
 
-    def trace(self, since: float, *, anonymised: bool) -> AsyncIterator[dict[str, Any]]:
-        """Arrivals from then on, as ``vllmctl simulate`` reads them. Raises Unavailable, NotFound."""
+    def trace(self, since: float | None, *, anonymised: bool) -> AsyncIterator[Arrival]:
+        """Arrivals from then on (None: of seven days), for ``vllmctl simulate``. Raises Unavailable, NotFound."""
 
 
 class Store(Protocol):

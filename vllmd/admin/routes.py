@@ -86,7 +86,7 @@ def add_operator(router: Router, control: Control) -> None:
     _add_instances(router, InstanceEndpoints(control))
     add_guests(router, control.runtime_models, audited)
     add_store(router, control.store, audited)
-    add_records(router, control, audited)
+    add_records(router, control)
 
 
 def _add_instances(router: Router, instances: InstanceEndpoints) -> None:

@@ -155,8 +155,9 @@ def operation(verb: Verb) -> Schema:
 def parameter(param: Param) -> Schema:
     """One in the path or the query."""
     schema = param.kind.schema(text=True)
-    if param.default == "":
+    if param.default == "":  # an empty one is none
         schema.pop("minLength", None)
+        schema |= {"pattern": f"^$|{schema['pattern']}"} if "pattern" in schema else {}
     elif param.default not in (verbs.REQUIRED, None, False):
         schema["default"] = str(param.default) if schema["type"] == "string" else param.default
     required = {"required": True} if param.default is verbs.REQUIRED else {}

@@ -15,6 +15,8 @@ from typing import Annotated, ClassVar, Literal, TypeVar, dataclass_transform
 
 Object = Mapping[str, object]  # JSON that is not ours to describe: settings of a model, the numbers of a decision
 
+Phases = Mapping[str, float]  # of the start under way, else of the last one: phase -> seconds
+
 STATES = (
     *("stopped", "starting", "running", "draining", "falling_asleep"),
     *("sleeping_l1", "sleeping_l2", "waking", "stopping", "error"),
@@ -112,6 +114,7 @@ class ModelLine(Answer):
     idle: float | None = None
     since: Annotated[float | None, "seconds in that state, where that is known"] = None
     pinned: bool = False
+    disabled: Annotated[str, "what clients are told instead of an answer: an operator has disabled it"] = ""
     leases: tuple[str, ...] = ()
     waiting_for: str = ""
     failure: str = ""
@@ -125,6 +128,7 @@ class ModelLine(Answer):
     phase: str = ""
     detail: str = ""
     last_start_seconds: float | None = None
+    start_phases: Phases = field(default_factory=dict)
     power: Annotated[float | None, "watts, its share of its devices"] = None
     started_at: Annotated[float | None, "Unix time"] = None
     config: ModelSettings = ModelSettings()
@@ -153,8 +157,9 @@ class DeviceNow(Device):
 
     name: str = ""
     id: str = ""
-    links: Annotated[tuple[int, ...], "devices that NVLink joins it with"] = ()
+    links: Annotated[tuple[int, ...], "devices that NVLink or XGMI joins it with"] = ()
     node: Annotated[int | None, "its NUMA node"] = None
+    switch: Annotated[str, "the PCIe root port above it: those with the same one share a switch"] = ""
     power: Watts | None = None
     temperature: Annotated[float | None, "degrees Celsius"] = None
     throttled: Annotated[str, "why it is slowed down against its will"] = ""
@@ -407,6 +412,7 @@ class Card(Answer):
     hidden: Annotated[bool, "not in lists"] = False
     aliases: tuple[str, ...] = ()
     state: State = "stopped"
+    disabled: Annotated[str, "what is told instead of an answer, where an operator has disabled it"] = ""
     engine: str = ""
     max_model_len: Annotated[int | None, "the running engine's, else the configured one"] = None
     capabilities: tuple[str, ...] = ()
@@ -490,6 +496,139 @@ class Error(Answer):
     """The body of an answer that is an error."""
 
     error: ErrorDetails
+
+
+# -- requests, and who used how much
+
+
+@answer
+class RequestTokens(Answer):
+    """Tokens that a request took. ``cached``: of the prompt's, those that its engine had already."""
+
+    prompt: int = 0
+    cached: int = 0
+    answer: int = 0
+    estimated: Annotated[bool, "reckoned from sizes: no usage told them"] = False
+
+
+@answer
+class RequestEntry(Answer):
+    """A request that ended, or one under way, of which null is what is not known yet."""
+
+    id: Annotated[str, "the x-request-id"]
+    number: Annotated[int, "counts up; 0 while it is under way"] = 0
+    at: Annotated[float, "when it came, in Unix time"] = 0.0
+    method: str = ""
+    path: str = ""
+    model: str = ""
+    replica: str = ""
+    key: str = ""
+    client: Annotated[str, "its address, or the process on a Unix socket"] = ""
+    status: Annotated[int, "499 where the client left before an answer, 0 while there is none"] = 0
+    error: Annotated[str, "the kind of error, if vllmd ended it with one"] = ""
+    message: str = ""
+    stream: bool = False
+    received: Annotated[int, "bytes"] = 0
+    sent: Annotated[int, "bytes"] = 0
+    queue_seconds: Annotated[float | None, "waited for others and for room"] = None
+    load_seconds: Annotated[float | None, "waited while the model started or woke"] = None
+    first_byte_seconds: Annotated[float | None, "from its arrival to the first byte of its answer"] = None
+    seconds: Annotated[float, "from its arrival to its end, or until now"] = 0.0
+    retries: int = 0
+    tokens: RequestTokens | None = None
+    bodies: Annotated[bool, "whether its bodies were recorded"] = False
+
+
+@answer
+class Requests(Answer):
+    """The last requests, the newest first, and those under way, the oldest first."""
+
+    requests: tuple[RequestEntry, ...] = ()
+    under_way: tuple[RequestEntry, ...] = ()
+
+
+@answer
+class RecordedBodies(Answer):
+    """The bodies of a request and of its answer, files and secrets cut out. ``..._cut``: only the beginning is kept."""
+
+    request: str = ""
+    answer: str = ""
+    request_cut: bool = False
+    answer_cut: bool = False
+
+
+@answer
+class RequestInFull(RequestEntry):
+    """A request with its head, and with its bodies if they were recorded and the caller may change things."""
+
+    headers: Annotated[tuple[tuple[str, ...], ...], "name and value of each field"] = ()
+    recorded: RecordedBodies | None = None
+
+
+@answer
+class Recording(Answer):
+    """Bodies of a model's requests, a key's, or of both together are recorded."""
+
+    number: int
+    model: str = ""
+    key: str = ""
+    most_bytes: Annotated[int, "kept of each body"] = 0
+    seconds_left: float = 0.0
+
+
+@answer
+class Recordings(Answer):
+    """The recordings that go on, and what is kept."""
+
+    recordings: tuple[Recording, ...] = ()
+    requests: Annotated[int, "how many requests have bodies now"] = 0
+    bytes: Annotated[int, "what these take"] = 0
+
+
+@answer
+class UsageRow(Answer):
+    """Sums of one key, model or time, by what was asked for."""
+
+    sparse = frozenset({"key", "model", "day", "hour", "month"})
+
+    key: str | None = None
+    model: str | None = None
+    day: str | None = None
+    hour: str | None = None
+    month: str | None = None
+    requests: float = 0
+    errors: float = 0
+    prompt: Annotated[float, "tokens"] = 0
+    cached: Annotated[float, "tokens"] = 0
+    answer: Annotated[float, "tokens"] = 0
+    estimated: Annotated[float, "tokens that were reckoned from sizes"] = 0
+    engine_seconds: float = 0
+    device_seconds: Annotated[float, "the share of devices' memory that was held, times seconds"] = 0
+    memory_mib_seconds: float = 0
+
+
+@answer
+class Usage(Answer):
+    """Who used how much between two moments in Unix time."""
+
+    by: tuple[str, ...] = ()
+    since: float = 0.0
+    until: float = 0.0
+    trouble: Annotated[str, "why nothing can be written down now"] = ""
+    rows: tuple[UsageRow, ...] = ()
+
+
+@answer
+class Arrival(Answer):
+    """A request as ``vllmctl simulate`` reads it: when it came, and its tokens in and out."""
+
+    sparse = frozenset({"key"})
+
+    time: float
+    model: str = ""
+    prompt: int = 0
+    output: int = 0
+    key: str | None = None
 
 
 # -- M's API

@@ -49,6 +49,8 @@ from vllmd.proxy.upstream import Pool, Upstream, host_field
 # Of the client's fields an engine never sees these: its key, its cookies, and what we write ourselves.
 KEPT_BACK = frozenset(
     b"host content-length expect authorization x-api-key api-key cookie accept-encoding x-request-id"
+    b" apikey x-goog-api-key x-auth-token x-access-token x-auth-key ocp-apim-subscription-key x-litellm-api-key"
+    b" openai-api-key anthropic-api-key"
     b" forwarded x-vllmd-keep-alive x-forwarded-for x-forwarded-host x-forwarded-proto x-real-ip"
     b" origin access-control-request-method access-control-request-headers".split()
 )
