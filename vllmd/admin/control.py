@@ -60,6 +60,7 @@ class Gauges:
     model_energy: Mapping[str, float] = field(default_factory=dict)  # joules
     unreadable: Sequence[int] = ()
     use_written: bool = True  # the record of use can be written
+    traced: Mapping[str, int] = field(default_factory=dict)  # requests by what became of their spans
 
 
 class Status(Protocol):
@@ -189,6 +190,9 @@ class Records(Protocol):
     @property
     def trouble(self) -> str:
         """Why use cannot be written down now, "" if it can."""
+
+    def traced(self) -> dict[str, int]:
+        """How many requests' spans were ``sent`` to a collector, and how many ``dropped``; {} where none are sent."""
 
     def requests(
         self,
