@@ -69,7 +69,9 @@ class Previews:
 
     def _sleep(self, back: BackEnd, view: View, caller: Caller) -> tuple[str, bool]:
         there = back.dispatcher.scheduler.would_leave(view.name, 1)
-        return _joined([f"{_called(each, there)}{_leaving(each)}" for each in there], "It is not loaded."), any(each.state is not State.SLEEPING for each in there)
+        return _joined([f"{_called(each, there)}{_leaving(each)}" for each in there], "It is not loaded."), any(
+            each.state is not State.SLEEPING for each in there
+        )
 
     def _unload(self, back: BackEnd, view: View, caller: Caller) -> tuple[str, bool]:
         there = back.dispatcher.scheduler.would_leave(view.name, 0)
