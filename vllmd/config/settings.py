@@ -803,6 +803,12 @@ ENGINES = Group(
         Setting("home", k.PATH, "Engines' home directory, with the cache of models; without it that of the service."),
         Setting("port_start", k.count(1024, 65535), "First port for engines without Unix sockets."),
         Setting("port_end", k.count(1024, 65535), "Last port for engines without Unix sockets."),
+        Setting(
+            "read_ahead",
+            k.BOOL,
+            "Read the weight files of a model that is next in line, or starts, into the page cache, while others make "
+            "room for it and its engine does not read yet; never more than there is free memory for.",
+        ),
     ),
 )
 
