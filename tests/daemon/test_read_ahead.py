@@ -14,9 +14,9 @@ from vllmd.config.types import ModelConfig
 from vllmd.core import commands, events
 from vllmd.core.types import Placement
 from vllmd.daemon import read_ahead
-from vllmd.daemon.host import free_memory
 from vllmd.daemon.read_ahead import PIECE, RESERVE, ReadAhead, is_cached, read_piece
 from vllmd.engines.weight_files import WeightFile, weight_files
+from vllmd.place import free_memory
 
 GiB = 1 << 30
 LIMIT = 20.0  # seconds

@@ -28,9 +28,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from vllmd.core import commands, events
-from vllmd.daemon.host import free_memory
 from vllmd.engines.weight_files import WeightFile
 from vllmd.foreign import Folder, Unreadable
+from vllmd.place import free_memory
 
 log = logging.getLogger("vllmd.engines")
 
