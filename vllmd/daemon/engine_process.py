@@ -8,6 +8,7 @@ import json
 import signal
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -18,13 +19,15 @@ from vllmd.daemon.failure_text import how_it_ended, with_last_lines
 from vllmd.daemon.logfile import LogFile
 from vllmd.engines import environments
 from vllmd.engines.base import Engine, Listen, Progress
+from vllmd.engines.standby import Standby
 from vllmd.errors import ConfigError
-from vllmd.launcher.client import ExitReport, Running
+from vllmd.launcher.client import ExitReport, Running, StartOrder
 
 LOG_LINES = 1000  # kept of a start: each of several worker processes tells its own traceback of the one root error
 LINES_AFTERWARDS = 50
 ERRORS = 3  # answers with 5xx in a row, after which an engine is in doubt
 STARTING = Progress("starting")
+Anew = Callable[[], "tuple[EngineProcess, StartOrder | None]"]
 
 
 @dataclass
@@ -73,6 +76,8 @@ class EngineProcess:
     self_managed: bool = False
     watch: float = 0.0  # Launch.watch
     environment: str | None = None  # that it was started in; "": it has none; None: an older version noted nothing
+    standby: Standby | None = None  # what a standby has to be to become it
+    anew: Anew | None = None  # writes its order once more, should the standby that it is made of be at fault
     ending: bool = False  # it was told to go
     asleep: bool = False
     health: Health = field(default_factory=Health)
@@ -85,6 +90,17 @@ class EngineProcess:
     def name(self) -> str:
         """The id of its replica; it changes when the model gets replicas, or loses them: ask when you need it."""
         return self.model.name
+
+    def become(self, other: EngineProcess) -> None:
+        """Be that start instead, the one before being gone."""
+        for name in ("model", "instance", "listen", "fingerprint", "environment", "started", "phase", "phase_since"):
+            setattr(self, name, getattr(other, name))
+        self.stop, self.stop_signal, self.self_managed, self.watch = (
+            *(other.stop, other.stop_signal, other.self_managed, other.watch),
+        )
+        self.running = self.ordered = self.report = self.watcher = self.file = self.anew = None
+        self.exited, self.health, self.ending, self.verdict = asyncio.Event(), Health(), False, ""
+        self.lines.clear()
 
     def reason(self) -> str:
         """Why it is gone, with its last words where they are at hand."""
