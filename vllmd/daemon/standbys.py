@@ -84,9 +84,7 @@ class Standbys:
         self.kept: dict[str, Kept] = {}
         self._count: int | None = 0
         self._models: Iterable[ModelConfig] = ()
-        self._recent: OrderedDict[Standby, int] = (
-            OrderedDict()
-        )  # what was started, the last one last; failures in a row
+        self._recent = OrderedDict[Standby, int]()  # what was started, the last one last, and its failures in a row
         self._tasks: set[asyncio.Task[None]] = set()
         self._busy_until = self._looked = 0.0
         self._told = 0
@@ -192,7 +190,7 @@ class Standbys:
             self._give_up(next(iter(self.kept.values())), "its memory is promised to models")
         elif self.kept and self._spare() < self._reserve() // 2:
             self._give_up(next(iter(self.kept.values())), "the machine is short of memory")
-        elif wanted and self._is_calm(now) and over <= 0 and self._spare() >= EXPECTED + self._reserve():
+        elif wanted and not busy and self._is_calm(now) and over <= 0 and self._spare() >= EXPECTED + self._reserve():
             self._begin(wanted[0])
 
     def _is_calm(self, now: float) -> bool:

@@ -16,7 +16,6 @@ Facts about 0.32 that shape this file (its source read, and run on a CPU):
 from __future__ import annotations
 
 import glob
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from vllmd.engines.base import Launch
 from vllmd.engines.standby import Standby
 
 FORK = Path(__file__).with_name("vllm_standby_fork.py")
+NVIDIA = Path("/dev/nvidiactl")
 METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 MAIN = "from vllm.entrypoints.cli.main import main"  # in the script that pip and uv make; any other is the user's own
 LARGEST = 2000  # bytes of such a script
@@ -76,7 +76,7 @@ WORKERS = {"cuda": ("vllm.v1.worker.gpu_worker",), "cpu": ("vllm.v1.worker.cpu_w
 
 def standby(model: ModelConfig, launch: Launch, *, accelerator: bool) -> Standby | None:
     """What a standby has to be for that engine; None where none can be: another program, another platform."""
-    if accelerator and not os.path.exists("/dev/nvidiactl"):
+    if accelerator and not NVIDIA.exists():
         return None  # ROCm reads its devices at import, and XPU does not fork
     path = str(launch.env.get("PATH") or model.env.get("PATH") or environments.PATH)
     program = shutil.which(launch.argv[0], path=path)
