@@ -22,7 +22,7 @@ holds this table against the imports)::
     proxy/      h11 heads, byte relay, the accept loop            core.types, errors
     ui/         the page: its files                               proxy's HTTP types
     records/    the last requests, use by hour, key and model,
-                arrivals, and their store                         proxy, errors
+                arrivals, and their store                         api, proxy, errors
     admin/      model list, health, admin and metrics endpoints,  api, proxy's HTTP types, core.types, records, ui,
                 signing in to the page                            errors
     store/      models as files: names, sources, the program
@@ -30,7 +30,7 @@ holds this table against the imports)::
     ollama/     Ollama's API, translated to the engines' own      api, proxy, admin.control, errors
     daemon/     the event queue; executes the core's commands     all but cli and client
     client/     the Python library                                api, errors
-    cli/        vllmctl, a row or a file per verb                 api, client, errors, config, engines, installer,
+    cli/        vllmctl, a row or a file per verb                 api, client, errors, config, engines, gpu, installer,
                                                                   simulate, store, text
     simulate/   the core under a virtual clock over a trace       core, config, engines, gpu, hub, errors, text
     simengine   the stand-in engine                               nothing of ours

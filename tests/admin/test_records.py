@@ -6,12 +6,15 @@ import json
 import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import closing
+from http.client import IncompleteRead
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.admin.site import Site, running, until
+from tests.records.otlp import attributes, collector
 from vllmd.simengine.device import make_device
 
 GiB = 1 << 30
@@ -201,16 +204,40 @@ def test_the_access_log_has_a_line_for_each(site: Site) -> None:
 
 def test_a_locked_store_costs_no_request(site: Site) -> None:
     """It is said once, and what was used meanwhile is written afterwards."""
+    chat(site, ALICE, "before-the-lock")
     before = {row["key"]: row for row in usage(site)}["alice"]["requests"]
     other = sqlite3.connect(site.folder / "state" / "usage.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     chat(site, ALICE, "while-locked")
     until(lambda: "requests are served all the same" in site.log)
     assert "locked" in site.ask("GET", "/admin/usage", key=BOSS).json["trouble"]
+    assert "vllmd_usage_written 0.0" in site.ask("GET", "/metrics").text
     other.execute("ROLLBACK")
     other.close()
     assert {row["key"]: row for row in usage(site)}["alice"]["requests"] == before + 1
+    assert "vllmd_usage_written 1.0" in site.ask("GET", "/metrics").text
     assert site.log.count("requests are served all the same") == 1
+
+
+def test_spans_go_to_a_collector(site: Site) -> None:
+    """From the configuration's next reload on, under the client's own trace; one that does not listen costs nothing."""
+    trace, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    before = site.config.read_text()
+    with collector() as at:
+        try:
+            site.reconfigure(before.replace("records: {", f"records: {{spans: {at.url}, spans_share: 0, "))
+            chat(site, ALICE, "unasked")
+            body = {"model": "small", "prompt": WORDS, "max_tokens": 3}
+            fields = {"traceparent": f"00-{trace}-{parent}-01", "X-Request-Id": "traced"}
+            assert site.ask("POST", "/v1/completions", body, key=ALICE, headers=fields).status == 200
+            until(lambda: at.named("POST /v1/completions"))
+            until(lambda: 'vllmd_traced_requests_total{outcome="sent"} 1.0' in site.ask("GET", "/metrics").text)
+        finally:
+            site.reconfigure(before)
+    (span,) = at.named("POST /v1/completions")
+    assert (span.trace_id.hex(), span.parent_span_id.hex()) == (trace, parent)
+    assert attributes(span)["vllmd.request_id"] == "traced"
+    assert not at.named("POST /v1/chat/completions")
 
 
 def test_ollamas_requests_are_noted_too(site: Site) -> None:
@@ -221,6 +248,23 @@ def test_ollamas_requests_are_noted_too(site: Site) -> None:
     told = one(site, "as-ollama")
     assert (told["path"], told["model"], told["tokens"]["answer"]) == ("/api/chat", "small", 4)
     assert len([each for each in requests(site) if each["id"] == "as-ollama"]) == 1
+
+
+@pytest.mark.parametrize("path", ["/admin/events", "/admin/events/requests", "/admin/logs/small?follow=true"])
+def test_what_an_operator_follows_ends_with_his_key(site: Site, path: str) -> None:
+    """A stream that was opened before the key was revoked would go on telling for days; who reconnects is refused."""
+    site.operate("POST", "/admin/models/small/load?wait=true")
+    made = site.operate("POST", "/admin/keys", {"name": "leaver", "settings": {"scopes": ["read"]}})["key"]
+    field = {"Authorization": f"Bearer {made}"}
+    connection = site.connect()
+    with closing(connection):
+        connection.request("GET", path, headers=field)
+        stream = connection.getresponse()
+        assert (stream.status, stream.readline() != b"") == (200, True)
+        site.operate("DELETE", "/admin/keys/leaver")
+        with pytest.raises(IncompleteRead):  # broken off, so that nobody takes it for the end of what there is
+            stream.read()
+    assert site.ask("GET", path, headers=field).status == 401
 
 
 def test_a_key_is_made_limited_and_revoked(site: Site) -> None:

@@ -11,6 +11,8 @@ import pytest
 
 from tests.cli.fake_daemon import fake_daemon
 from tests.cli.test_eighty_columns import REQUEST, USE
+from vllmd.api.answers import RequestInFull, RequestTokens
+from vllmd.api.codec import parse
 from vllmd.cli import main
 from vllmd.cli.verbs.requests import curl, tokens
 from vllmd.cli.verbs.usage import short
@@ -33,7 +35,7 @@ def test_a_request_is_sent_again_as_it_was() -> None:
     """Whoever pastes the command runs nothing that a client wrote; its key is the administrator's to give."""
     import shlex
 
-    command = curl(SHOWN, "http://h:1")
+    command = curl(parse(RequestInFull, SHOWN), "http://h:1")
     words = shlex.split(command)
     assert words[:3] == ["curl", "-N", "http://h:1/v1/chat/completions"]
     assert words[words.index("--data-raw") + 1] == BODY
@@ -63,7 +65,7 @@ def test_filters_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_was_reckoned_is_marked() -> None:
     """A tilde says so; large numbers are rounded."""
-    assert tokens(REQUEST["tokens"]) == "~123456+12345"
+    assert tokens(parse(RequestTokens, REQUEST["tokens"])) == "~123456+12345"
     assert tokens(None) == "-"
     assert [short(number) for number in (0, 999, 1000, 123456, 4.5e6, 7e9)] == ["0", "999", "1.0k", "123.5k", "4.5M",
                                                                                "7.0G"]  # fmt: skip
@@ -125,7 +127,7 @@ def test_recordings_are_begun_and_ended(capsys: pytest.CaptureFixture[str], tmp_
     answers = dict.fromkeys(("GET /admin/recordings", "POST /admin/recordings", "DELETE /admin/recordings",
                              "DELETE /admin/recordings?number=2"), nothing)  # fmt: skip
     assert ctl(answers, "record")[1] == [("GET /admin/recordings", None)]
-    given = {"model": "m", "seconds": 300.0, "most_bytes": 1024}
+    given = {"model": "m", "key": None, "seconds": 300.0, "most_bytes": 1024}
     assert ctl(answers, "record", "-m", "m", "--for", "5m", "--most", "1KiB")[1] == [("POST /admin/recordings", given)]
     assert ctl(answers, "record", "--stop", "all")[1] == [("DELETE /admin/recordings", None)]
     assert ctl(answers, "record", "--stop", "2")[1] == [("DELETE /admin/recordings?number=2", None)]

@@ -10,7 +10,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -26,7 +26,8 @@ class Hub:
 
     ``cut``: a large file's connection is closed after so many bytes, once for each that is left in ``cuts``.
     ``status``: repository -> what every request for it is answered, with an X-Error-Code. ``false``: files whose bytes
-    are not those that the list says. ``gate``: cleared, large files wait before their last byte.
+    are not those that the list says. ``longer``: files of which more bytes come than it says. ``gate``: cleared, large
+    files wait before their last byte.
     """
 
     repositories: dict[str, dict[str, bytes]]
@@ -36,6 +37,7 @@ class Hub:
     cuts: int = 0
     status: dict[str, tuple[int, str]] = field(default_factory=dict)
     false: set[str] = field(default_factory=set)
+    longer: set[str] = field(default_factory=set)
     gate: threading.Event = field(default_factory=threading.Event)
     extra: list[dict[str, Any]] = field(default_factory=list)  # more entries of every list
 
@@ -99,6 +101,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _large(self, name: str, data: bytes) -> None:
         if name in self.hub.false:
             data = bytes(len(data))
+        if name in self.hub.longer:
+            data = data * 8
         begin = int(m[1]) if (m := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")) else 0
         self.send_response(206 if begin else 200)
         self.send_header("Content-Length", str(len(data) - begin))
@@ -113,10 +117,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[: self.hub.cut])
             self.close_connection = True
             return
-        self.wfile.write(body[:-1])
-        self.wfile.flush()
-        self.hub.gate.wait(60)
-        self.wfile.write(body[-1:])
+        with suppress(ConnectionError):  # who fetches may have had enough of it
+            self.wfile.write(body[:-1])
+            self.wfile.flush()
+            self.hub.gate.wait(60)
+            self.wfile.write(body[-1:])
 
     def _answer(self, status: int, body: bytes, kind: str, *fields: tuple[str, str]) -> None:
         self.send_response(status)

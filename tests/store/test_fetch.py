@@ -152,6 +152,14 @@ def test_other_bytes_than_listed_are_thrown_away(tmp_path: Path) -> None:
     assert hashlib.sha256(DATA).hexdigest() not in "".join(blobs(tmp_path / "x"))
 
 
+def test_a_mirror_that_sends_more_than_it_lists_fills_no_disk(tmp_path: Path) -> None:
+    """What the room on the disk was checked for is all that is written, and none of it is kept."""
+    with hub({"org/m": GGUF}, longer={"m-Q4_K_M.gguf"}) as at:
+        told = Run(tmp_path / "x", at.url)()
+    assert told["code"] == "wrong_size" and f"longer than the {len(DATA)} bytes" in told["error"]
+    assert hashlib.sha256(DATA).hexdigest() not in "".join(blobs(tmp_path / "x"))
+
+
 def test_names_and_hashes_of_the_server_lead_nowhere_else(tmp_path: Path) -> None:
     """A hub that lists ../../x, or calls a blob so, gets neither written."""
     evil = [

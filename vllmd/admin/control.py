@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from vllmd.admin.counters import Counters
 from vllmd.admin.runtime_models import RuntimeModels
 from vllmd.api import answers
 from vllmd.api.answers import (
     Added,
+    Arrival,
     Cached,
     Card,
     Decision,
@@ -26,8 +27,13 @@ from vllmd.api.answers import (
     NewKey,
     Probed,
     Progress,
+    Pulled,
+    Recordings,
     Reloaded,
     Removed,
+    RequestEntry,
+    RequestInFull,
+    Requests,
 )
 from vllmd.core.types import Snapshot
 from vllmd.proxy.access import ANYBODY, Caller
@@ -43,6 +49,7 @@ class Gauges:
     requests: int = 0
     valid: bool = True  # the configuration
     last_starts: Mapping[str, float] = field(default_factory=dict)  # model -> seconds
+    last_phases: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # model -> phase -> seconds
     used: Mapping[int, int] = field(default_factory=dict)
     power: Mapping[int, float] = field(default_factory=dict)
     load: Mapping[int, float] = field(default_factory=dict)
@@ -52,6 +59,8 @@ class Gauges:
     model_power: Mapping[str, float] = field(default_factory=dict)  # watts
     model_energy: Mapping[str, float] = field(default_factory=dict)  # joules
     unreadable: Sequence[int] = ()
+    use_written: bool = True  # the record of use can be written
+    traced: Mapping[str, int] = field(default_factory=dict)  # requests by what became of their spans
 
 
 class Status(Protocol):
@@ -117,6 +126,15 @@ class Commands(Protocol):
     async def sleep(self, model: str, level: int) -> None:
         """Have it put to sleep at level 1 or 2, or stopped at 3, after its requests. Raises Conflict if not loaded."""
 
+    async def disable(self, model: str, message: str | None) -> None:
+        """Serve nobody by it until it is enabled, whoever restarts meanwhile; clients are told ``message``.
+
+        What runs comes to its end, and its engine is stopped. Raises Unavailable where that cannot be kept.
+        """
+
+    async def enable(self, model: str) -> None:
+        """Serve it again, with all its replicas. Raises Unavailable."""
+
     async def lease(self, model: str, lease: str, seconds: float | None) -> None:
         """Keep it for ``seconds`` (None: until released)."""
 
@@ -169,43 +187,57 @@ class Following(Protocol):
 class Records(Protocol):
     """What is kept of requests and of use. Requests that a caller may not see are not there for it."""
 
-    def requests(self, wanted: Filter, limit: int, caller: Caller) -> list[dict[str, Any]]:
-        """The last ones that have ended, the newest first."""
+    @property
+    def trouble(self) -> str:
+        """Why use cannot be written down now, "" if it can."""
 
-    def under_way(self, wanted: Filter, caller: Caller) -> list[dict[str, Any]]:
-        """Those that have not ended, the oldest first."""
+    def traced(self) -> dict[str, int]:
+        """How many requests' spans were ``sent`` to a collector, and how many ``dropped``; {} where none are sent."""
 
-    def request(self, request_id: str, caller: Caller) -> dict[str, Any]:
+    def requests(
+        self,
+        model: str,
+        key: str | None,
+        status: str,
+        since: float | None,
+        failed: bool,
+        slower: float | None,
+        limit: int,
+        caller: Caller,
+    ) -> Requests:
+        """The last ones that have ended and those under way, as ``Filter.of`` has it; no more than ``limit``."""
+
+    def request(self, request_id: str, caller: Caller) -> RequestInFull:
         """One with its head, and with bodies if the caller may change things. Raises NotFound."""
 
-    def watch(self, wanted: Filter, caller: Caller) -> AsyncIterator[dict[str, Any]]:
+    def watch(self, wanted: Filter, caller: Caller) -> AsyncIterator[RequestEntry]:
         """Requests as they end, those that the filter lets through, until the caller stops."""
 
-    def record(self, model: str, key: str, seconds: float, most: int) -> dict[str, Any]:
-        """Have bodies kept for so long, ``most`` bytes of each. Raises BadRequest."""
+    def record(self, model: str | None, key: str | None, seconds: float, most_bytes: int) -> Recordings:
+        """Have bodies kept for so long, ``most_bytes`` of each. Raises BadRequest."""
 
-    def stop_recording(self, number: int) -> dict[str, Any]:
-        """End a recording; 0: all. Raises NotFound."""
+    def stop_recording(self, number: int | None) -> Recordings:
+        """End a recording; None: all. Raises NotFound."""
 
-    def recorded(self) -> dict[str, Any]:
+    def recorded(self) -> Recordings:
         """The recordings that go on, and how much is kept."""
 
     async def usage(
-        self, by: tuple[str, ...], since: float, until: float, key: str | None, model: str
-    ) -> dict[str, Any]:
-        """Sums by these dimensions; times in Unix time. Raises BadRequest, Unavailable, NotFound."""
+        self, by: str, since: float | None, until: float | None, key: str | None, model: str
+    ) -> answers.Usage:
+        """Sums by these dimensions, which have commas between. Raises BadRequest, Unavailable, NotFound."""
 
-    def trace(self, since: float, *, anonymised: bool) -> AsyncIterator[dict[str, Any]]:
-        """Arrivals from then on, as ``vllmctl simulate`` reads them. Raises Unavailable, NotFound."""
+    def trace(self, since: float | None, *, anonymised: bool) -> AsyncIterator[Arrival]:
+        """Arrivals from then on (None: of seven days), for ``vllmctl simulate``. Raises Unavailable, NotFound."""
 
 
 class Store(Protocol):
     """The daemon, as far as these endpoints need it. Each raises a VllmdError for what cannot be."""
 
-    def pull(self, name: str, *, add: bool, detached: bool) -> AsyncGenerator[dict[str, Any], None]:
+    def pull(self, name: str, *, add: bool, detached: bool) -> AsyncGenerator[Pulled, None]:
         """Have a model's files here, and with ``add`` the model served; how far it is, line by line.
 
-        The last line has ``done``. ``detached``: it goes on when the caller has left.
+        The last line is ``done``. ``detached``: it goes on when the caller has left.
         """
 
     def stop(self, model: str) -> Download:
@@ -214,7 +246,7 @@ class Store(Protocol):
     async def contents(self) -> Cached:
         """What the engines' caches hold, and which models are loaded from it."""
 
-    async def add(self, name: str, settings: Mapping[str, Any]) -> Added:
+    async def add(self, name: str, settings: Mapping[str, object]) -> Added:
         """Serve a model from now on. Raises BadRequest, Conflict, Forbidden."""
 
     async def copy(self, model: str, name: str) -> Added:

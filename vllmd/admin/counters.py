@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from vllmd.core.types import Decision
@@ -68,6 +68,7 @@ class Counters:
         self.failed_logins: Counter[tuple[str, ...]] = Counter()  # how: wrong, unseen
         self.key_requests: Counter[tuple[str, ...]] = Counter()  # key
         self.key_tokens: Counter[tuple[str, ...]] = Counter()  # key
+        self.key_devices: defaultdict[tuple[str, ...], float] = defaultdict(float)  # key: seconds
         self.changes = Histograms()  # model, change: start, wake, sleep, stop
         self.failures: Counter[tuple[str, ...]] = Counter()  # model, change (exit: unasked)
         self.decisions: Counter[tuple[str, ...]] = Counter()  # model, decision
@@ -117,6 +118,11 @@ class Counters:
             kinds[model, "estimated"] += total
         if key:
             self.key_tokens[(key,)] += total
+
+    def held(self, key: str, seconds: float) -> None:
+        """A key's models held devices for so many seconds; half of one for a second is half a second."""
+        if key:
+            self.key_devices[(key,)] += seconds
 
     def decided(self, decision: Decision) -> None:
         """The core decided something about a model, or about one of its replicas."""

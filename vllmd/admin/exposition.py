@@ -140,6 +140,8 @@ def _counted(counters: Counters) -> Iterator[Metric]:
     )
     yield from _counter("key_requests", "Requests by the name of their API key.", ["key"], counters.key_requests)
     yield from _counter("key_tokens", "Tokens by the name of the API key.", ["key"], counters.key_tokens)
+    yield from _counter("key_device_seconds", "Seconds for which models that the key used held whole devices.", ["key"],
+                   counters.key_devices)  # fmt: skip
     yield from _histogram("model_change_duration_seconds", "Starts, wakes, sleeps and stops that succeeded.",
                      ["model", "change"], counters.changes)  # fmt: skip
     yield from _counter("model_failures", "Starts, wakes, sleeps that failed, and exits that nobody asked for.",
@@ -149,7 +151,7 @@ def _counted(counters: Counters) -> Iterator[Metric]:
                    ["model", "replica", "decision"], counters.replica_decisions)  # fmt: skip
     yield from _counter("replica_retries", "Requests that it did not answer, and that went to another replica.",
                    ["model", "replica"], counters.retries)  # fmt: skip
-    yield from _counter("model_departures", "Sleeps, stops and freezes by cause; exchange: evicted for another model.",
+    yield from _counter("model_departures", "Sleeps, stops and freezes by cause; swap: evicted for another model.",
                    ["model", "how", "cause"], counters.departures)  # fmt: skip
 
 
@@ -157,6 +159,10 @@ def _standing(gauges: Gauges) -> Iterator[Metric]:
     yield from _gauge("build_info", "The version.", ["version"], {(vllmd.__version__,): 1})
     yield from _gauge("ready", "Whether devices and engines have been found.", [], {(): gauges.snapshot is not None})
     yield from _gauge("configuration_valid", "Whether the last configuration read was usable.", [], {(): gauges.valid})
+    yield from _gauge("usage_written", "Whether the record of use can be written; what waits is kept.", [],
+                 {(): gauges.use_written})  # fmt: skip
+    yield from _counter("traced_requests", "Requests whose spans a collector has taken, or which were dropped.",
+                   ["outcome"], {(how,): number for how, number in gauges.traced.items()})  # fmt: skip
     yield from _gauge("connections", "Clients and operators who are connected.", [], {(): gauges.connections})
     yield from _gauge("requests_in_progress", "Model requests that wait or run.", [], {(): gauges.requests})
     snapshot = gauges.snapshot
@@ -181,6 +187,7 @@ def _models(gauges: Gauges) -> Iterator[Metric]:
         "oldest_wait_seconds", "How long the first of the waiting has waited.", lambda v: v.oldest_wait or 0.0
     )
     yield from each("pinned", "Whether it is pinned.", lambda view: view.pinned)
+    yield from each("disabled", "Whether an operator has disabled it.", lambda view: bool(view.disabled))
     yield from each("leases", "Leases that keep it.", lambda view: len(view.leases))
     held: Counter[Labels] = Counter()
     for view in models:
@@ -189,6 +196,9 @@ def _models(gauges: Gauges) -> Iterator[Metric]:
     yield from _gauge("model_memory_bytes", "What the ledger has it at, on each device.", ["model", "device"], held)
     yield from _gauge("model_last_start_seconds", "How long its last start took.", ["model"],
                  {(name,): took for name, took in gauges.last_starts.items()})  # fmt: skip
+    yield from _gauge("model_last_start_phase_seconds", "And how long each phase of it: imports, weights, compile ...",
+                 ["model", "phase"], {(name, phase): took for name, phases in gauges.last_phases.items()
+                                      for phase, took in phases.items()})  # fmt: skip
 
 
 def _replicas(gauges: Gauges) -> Iterator[Metric]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+from dataclasses import replace
 
 from vllmd.admin.control import Control
 from vllmd.admin.relabel import merged
@@ -34,6 +35,8 @@ class MetricsEndpoints:
         # The client library is a room that only whoever scrapes has to enter.
         exposition = await asyncio.to_thread(importlib.import_module, "vllmd.admin.exposition")
         accept, gauges = request.headers.get("accept"), await self._control.status.gauges()
+        records = self._control.records
+        gauges = replace(gauges, use_written=not records.trouble, traced=records.traced())
         work = exposition.expose_in_turns(self._control.counters, gauges, accept, request.caller)
         body, content_type = await in_turns(work)
         return Response(200, body, content_type)

@@ -13,7 +13,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, FrozenInstanceError, dataclass, field, fields
 from typing import Annotated, ClassVar, Literal, TypeVar, dataclass_transform
 
+from vllmd.errors import VllmdError
+
 Object = Mapping[str, object]  # JSON that is not ours to describe: settings of a model, the numbers of a decision
+
+Phases = Mapping[str, float]  # of the start under way, else of the last one: phase -> seconds
 
 STATES = (
     *("stopped", "starting", "running", "draining", "falling_asleep"),
@@ -87,6 +91,16 @@ def answer(kind: type[T]) -> type[T]:
 
 
 @answer
+class ErrorDetails(Answer):
+    """What went wrong, with OpenAI's names."""
+
+    message: str
+    type: str = ""
+    param: str | None = None
+    code: str | None = None
+
+
+@answer
 class ModelSettings(Answer):
     """What of a model's settings is shown beside its state; empty once the configuration has the model no more."""
 
@@ -112,6 +126,7 @@ class ModelLine(Answer):
     idle: float | None = None
     since: Annotated[float | None, "seconds in that state, where that is known"] = None
     pinned: bool = False
+    disabled: Annotated[str, "what clients are told instead of an answer: an operator has disabled it"] = ""
     leases: tuple[str, ...] = ()
     waiting_for: str = ""
     failure: str = ""
@@ -125,6 +140,7 @@ class ModelLine(Answer):
     phase: str = ""
     detail: str = ""
     last_start_seconds: float | None = None
+    start_phases: Phases = field(default_factory=dict)
     power: Annotated[float | None, "watts, its share of its devices"] = None
     started_at: Annotated[float | None, "Unix time"] = None
     config: ModelSettings = ModelSettings()
@@ -153,8 +169,9 @@ class DeviceNow(Device):
 
     name: str = ""
     id: str = ""
-    links: Annotated[tuple[int, ...], "devices that NVLink joins it with"] = ()
+    links: Annotated[tuple[int, ...], "devices that NVLink or XGMI joins it with"] = ()
     node: Annotated[int | None, "its NUMA node"] = None
+    switch: Annotated[str, "the PCIe root port above it: those with the same one share a switch"] = ""
     power: Watts | None = None
     temperature: Annotated[float | None, "degrees Celsius"] = None
     throttled: Annotated[str, "why it is slowed down against its will"] = ""
@@ -201,6 +218,26 @@ class Download(Answer):
     rate: Annotated[float, "bytes per second"] = 0.0
     elapsed: float = 0.0
     error: Annotated[str, "why it failed"] = ""
+
+
+@answer
+class Pulled(Answer):
+    """A line of an answer that tells how a download comes along; the last one is ``done``, or has the ``error``."""
+
+    sparse = frozenset({"done", "added", "settings", "seconds", "error"})
+
+    model: str = ""
+    phase: Annotated[str, "as in Download"] = ""
+    source: str = ""
+    completed: Annotated[int, "bytes"] = 0
+    total: Annotated[int, "bytes, 0 where that is not known yet"] = 0
+    rate: Annotated[float, "bytes per second"] = 0.0
+    elapsed: float = 0.0
+    done: bool | None = None
+    added: Annotated[bool | None, "whether it is served from now on"] = None
+    settings: Annotated[Object | None, "with which it is, or would be, served"] = None
+    seconds: float | None = None
+    error: ErrorDetails | None = None
 
 
 @answer
@@ -423,6 +460,7 @@ class Card(Answer):
     hidden: Annotated[bool, "not in lists"] = False
     aliases: tuple[str, ...] = ()
     state: State = "stopped"
+    disabled: Annotated[str, "what is told instead of an answer, where an operator has disabled it"] = ""
     engine: str = ""
     max_model_len: Annotated[int | None, "the running engine's, else the configured one"] = None
     capabilities: tuple[str, ...] = ()
@@ -492,20 +530,170 @@ class Version(Answer):
 
 
 @answer
-class ErrorDetails(Answer):
-    """What went wrong, with OpenAI's names."""
-
-    message: str
-    type: str = ""
-    param: str | None = None
-    code: str | None = None
-
-
-@answer
 class Error(Answer):
     """The body of an answer that is an error."""
 
     error: ErrorDetails
+
+
+def failure(error: VllmdError) -> ErrorDetails:
+    """An error as it stands in an answer."""
+    return ErrorDetails(error.message, error.type, error.param, error.code)
+
+
+# -- signing in to the page
+
+
+@answer
+class PageSession(Answer):
+    """Who is signed in to the page, until when; ``token``: the half of the session that the page keeps."""
+
+    token: str
+    name: str = ""
+    scopes: tuple[str, ...] = ()
+    expires: Annotated[float, "Unix time"] = 0.0
+
+
+@answer
+class PageLink(Answer):
+    """A path that signs its first visitor in, and the addresses that it is a path of."""
+
+    path: str
+    expires_in: Annotated[float, "seconds"] = 0.0
+    listen: tuple[str, ...] = ()
+
+
+# -- requests, and who used how much
+
+
+@answer
+class RequestTokens(Answer):
+    """Tokens that a request took. ``cached``: of the prompt's, those that its engine had already."""
+
+    prompt: int = 0
+    cached: int = 0
+    answer: int = 0
+    estimated: Annotated[bool, "reckoned from sizes: no usage told them"] = False
+
+
+@answer
+class RequestEntry(Answer):
+    """A request that ended, or one under way, of which null is what is not known yet."""
+
+    id: Annotated[str, "the x-request-id"]
+    number: Annotated[int, "counts up; 0 while it is under way"] = 0
+    at: Annotated[float, "when it came, in Unix time"] = 0.0
+    method: str = ""
+    path: str = ""
+    model: str = ""
+    replica: str = ""
+    key: str = ""
+    client: Annotated[str, "its address, or the process on a Unix socket"] = ""
+    status: Annotated[int, "499 where the client left before an answer, 0 while there is none"] = 0
+    error: Annotated[str, "the kind of error, if vllmd ended it with one"] = ""
+    message: str = ""
+    stream: bool = False
+    received: Annotated[int, "bytes"] = 0
+    sent: Annotated[int, "bytes"] = 0
+    queue_seconds: Annotated[float | None, "waited for others and for room"] = None
+    load_seconds: Annotated[float | None, "waited while the model started or woke"] = None
+    first_byte_seconds: Annotated[float | None, "from its arrival to the first byte of its answer"] = None
+    seconds: Annotated[float, "from its arrival to its end, or until now"] = 0.0
+    retries: int = 0
+    tokens: RequestTokens | None = None
+    bodies: Annotated[bool, "whether its bodies were recorded"] = False
+
+
+@answer
+class Requests(Answer):
+    """The last requests, the newest first, and those under way, the oldest first."""
+
+    requests: tuple[RequestEntry, ...] = ()
+    under_way: tuple[RequestEntry, ...] = ()
+
+
+@answer
+class RecordedBodies(Answer):
+    """The bodies of a request and of its answer, files and secrets cut out. ``..._cut``: only the beginning is kept."""
+
+    request: str = ""
+    answer: str = ""
+    request_cut: bool = False
+    answer_cut: bool = False
+
+
+@answer
+class RequestInFull(RequestEntry):
+    """A request with its head, and with its bodies if they were recorded and the caller may change things."""
+
+    headers: Annotated[tuple[tuple[str, ...], ...], "name and value of each field"] = ()
+    recorded: RecordedBodies | None = None
+
+
+@answer
+class Recording(Answer):
+    """Bodies of a model's requests, a key's, or of both together are recorded."""
+
+    number: int
+    model: str = ""
+    key: str = ""
+    most_bytes: Annotated[int, "kept of each body"] = 0
+    seconds_left: float = 0.0
+
+
+@answer
+class Recordings(Answer):
+    """The recordings that go on, and what is kept."""
+
+    recordings: tuple[Recording, ...] = ()
+    requests: Annotated[int, "how many requests have bodies now"] = 0
+    bytes: Annotated[int, "what these take"] = 0
+
+
+@answer
+class UsageRow(Answer):
+    """Sums of one key, model or time, by what was asked for."""
+
+    sparse = frozenset({"key", "model", "day", "hour", "month"})
+
+    key: str | None = None
+    model: str | None = None
+    day: str | None = None
+    hour: str | None = None
+    month: str | None = None
+    requests: float = 0
+    errors: float = 0
+    prompt: Annotated[float, "tokens"] = 0
+    cached: Annotated[float, "tokens"] = 0
+    answer: Annotated[float, "tokens"] = 0
+    estimated: Annotated[float, "tokens that were reckoned from sizes"] = 0
+    engine_seconds: float = 0
+    device_seconds: Annotated[float, "the share of devices' memory that was held, times seconds"] = 0
+    memory_mib_seconds: float = 0
+
+
+@answer
+class Usage(Answer):
+    """Who used how much between two moments in Unix time."""
+
+    by: tuple[str, ...] = ()
+    since: float = 0.0
+    until: float = 0.0
+    trouble: Annotated[str, "why nothing can be written down now"] = ""
+    rows: tuple[UsageRow, ...] = ()
+
+
+@answer
+class Arrival(Answer):
+    """A request as ``vllmctl simulate`` reads it: when it came, and its tokens in and out."""
+
+    sparse = frozenset({"key"})
+
+    time: float
+    model: str = ""
+    prompt: int = 0
+    output: int = 0
+    key: str | None = None
 
 
 # -- M's API

@@ -7,6 +7,8 @@ not acceptable, and ``accepts`` says what would be.
 from __future__ import annotations
 
 import math
+import re
+import time
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -14,6 +16,10 @@ Schema = dict[str, object]
 
 TRUE, FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off"})
 LONGEST_NAME = 200  # characters
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+AGO = re.compile(r"(\d{1,9}(?:\.\d{1,3})?)(s|m|h|d|w)")
+STATUS = re.compile(r"[1-5]\d\d|[1-5]xx")
+LATEST = 1e11  # Unix time; some three thousand years from now
 
 
 class Kind(Protocol):
@@ -203,3 +209,42 @@ class Seconds:
         if not 0 <= value <= self.most or (self.above_zero and value == 0):
             raise ValueError
         return float(value)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Moment:
+    """A moment in Unix time; in a query also how long before now."""
+
+    annotation: ClassVar[str] = "float"
+    accepts: ClassVar[str] = "a Unix time, or how long ago, such as 90m, 12h or 30d"
+
+    def schema(self, *, text: bool) -> Schema:
+        return {"type": "string", "minLength": 1} if text else {"type": "number"}
+
+    def of_text(self, text: str) -> float:
+        ago = AGO.fullmatch(text)
+        return time.time() - float(ago[1]) * UNITS[ago[2]] if ago else self.of_json(float(text))
+
+    def of_json(self, value: object) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+            raise ValueError
+        return min(max(float(value), 0.0), LATEST)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class StatusClass:
+    """An HTTP status, or all that begin with its digit."""
+
+    annotation: ClassVar[str] = "str"
+    accepts: ClassVar[str] = "an HTTP status such as 429, or several such as 4xx"
+
+    def schema(self, *, text: bool) -> Schema:
+        return {"type": "string", "pattern": f"^({STATUS.pattern})$"}
+
+    def of_text(self, text: str) -> str:
+        return self.of_json(text.lower())
+
+    def of_json(self, value: object) -> str:
+        if not isinstance(value, str) or STATUS.fullmatch(value) is None:
+            raise ValueError
+        return value

@@ -29,15 +29,22 @@ from vllmd.api.answers import (
     ModelLine,
     NewKey,
     Probed,
+    Recordings,
     Reloaded,
     Removed,
+    RequestInFull,
+    Requests,
     Status,
+    Usage,
 )
-from vllmd.api.kinds import Choice, Count, Flag, JsonObject, Kind, ModelName, Seconds, Text
+from vllmd.api.kinds import Choice, Count, Flag, JsonObject, Kind, ModelName, Moment, Seconds, StatusClass, Text
 from vllmd.errors import BadRequest, NotFound
 
 LONGEST_PROBE = 3600.0  # seconds
 LONGEST_LEASE = 1e9  # seconds; some thirty years
+LONGEST_RECORDING, RECORDING = 7 * 86400.0, 600.0  # seconds
+LONGEST_BODY, BODY = 16 << 20, 64 << 10  # bytes kept of one
+MOST_SHOWN, SHOWN = 10_000, 100  # requests in one answer
 REQUIRED = ...
 
 
@@ -199,6 +206,8 @@ FORCE_KILL = Param("force", Flag(), "also a process that is no engine's but is o
                    flags=("-f", "--force"))  # fmt: skip
 LEVEL = Param("level", Choice((1, 2, 3)), "how deep; 3 stops it (default: 1)", default=1, flags=("-l", "--level"))
 PINNED = Param("pinned", Flag(), "whether it is to be", "body", default=True)
+MESSAGE = Param("message", Text("a message", 500), "what its clients are told", "body", None,
+                flags=("-m", "--message"), metavar="TEXT")  # fmt: skip
 LEASE = Param("lease", Text("a name of your choice"), "its name", "body")
 SECONDS = Param("seconds", Seconds(LONGEST_LEASE), "for how long; null: until released", "body", None,
                 wire="deadline_seconds")  # fmt: skip
@@ -218,6 +227,19 @@ DRAINED = Param("drained", Flag(), "whether it is to be", "body", default=True)
 KEY = Param("name", Text("the name of a key"), "its name", "path", missing="there is no key {value!r}")
 KEY_SETTINGS = Param("settings", JsonObject("an object"), "scopes, models, limits, priority, share, as in auth.keys "
                      "of the configuration; null takes a limit away", "body", default={})  # fmt: skip
+
+OF_MODEL = Param("model", Text("the name of a model"), "of that model only", default="")
+OF_KEY = Param("key", Text("the name of a key, or -"), "of the key with that name only; - is nobody's", default=None)
+WANTED = (
+    OF_MODEL,
+    OF_KEY,
+    Param("status", StatusClass(), "with that status only, such as 429 or 5xx", default=""),
+    Param("since", Moment(), "that came since then: Unix time, or how long ago, such as 1h", default=None),
+    Param("failed", Flag(), "only those that failed", default=False),
+    Param("slower", Seconds(LONGEST_LEASE), "only those that took so many seconds or more", default=None),
+)
+REQUEST_ID = Param("request_id", Text("the id of a request"), "its x-request-id", "path",
+                   missing="there is no request {value!r}")  # fmt: skip
 
 PROBES = """\
 Ask each of its engines a short question, all at the same time: ``fastest``, and ``replicas`` with seconds.
@@ -254,6 +276,21 @@ VERBS: tuple[Verb, ...] = (
                            said="{model} is pinned, until the daemon restarts or reloads"),
                    Command("unpin", "Let models be evicted and sleep again", fixed={"pinned": False},
                            said="{model} is pinned no more, until the daemon restarts or reloads"))),
+    Verb("disable", "POST", f"{ON_MODEL}/disable", "Serve nobody by a model until it is enabled", ModelLine,
+         (MODEL, MESSAGE), does="commands.disable", refuses=(503,),
+         about="Requests for it get 503 with the code model_disabled and the message. Those that run come to their "
+               "end, then its engine is stopped. It stays disabled over restarts. A replica may be named, too.",
+         python=Method("disable_model", "Have its clients told ``message``; it stops once its requests have ended."),
+         commands=(Command("disable", "Take models out of use: who asks for them gets your message",
+                           "Requests that run come to their end, then the engine is stopped; those that wait, and all "
+                           "that come, get status 503 with the message. Nothing loads the model, over restarts as "
+                           "well, until vllmctl enable. Of a model with replicas one may be named, such as MODEL@2.",
+                           said="{model} is disabled; clients are told: {disabled}"),)),
+    Verb("enable", "POST", f"{ON_MODEL}/enable", "Serve a disabled model again", ModelLine, (MODEL,),
+         does="commands.enable", refuses=(503,),
+         python=Method("enable_model", "Serve it again, with all its replicas."),
+         commands=(Command("enable", "Put models in use again that were disabled",
+                           said="{model} is in use again; the next request loads it"),)),
     Verb("probe", "POST", f"{ON_MODEL}/probe", "How soon each of a model's engines answers", Probed,
          (MODEL, ALL, LIMIT), does="commands.probe", patient=True, refuses=(409,),
          python=Method("probe", PROBES)),
@@ -309,6 +346,36 @@ VERBS: tuple[Verb, ...] = (
     Verb("revoke_key", "DELETE", "/admin/keys/{name}", "Have a key open nothing any more, at once", Keys, (KEY,),
          does="keys.revoke",
          python=Method("revoke_key", "Have it open nothing any more.", "keys")),
+    Verb("requests", "GET", "/admin/requests", "The last requests, and those under way", Requests,
+         (*WANTED, Param("limit", Count(0, MOST_SHOWN), "how many of the last", default=SHOWN)),
+         does="records.requests", scope="read", each=True,
+         python=Method("requests", "The last requests and those under way that are as asked for, from ``since`` on.")),
+    Verb("request", "GET", "/admin/requests/{request_id}", "One of the last requests, with its head", RequestInFull,
+         (REQUEST_ID,), does="records.request", scope="read", each=True, refuses=(404,),
+         about="With bodies, if they were recorded and the caller may change things.",
+         python=Method("request", "One of the last requests. Raises NotFound.")),
+    Verb("recordings", "GET", "/admin/recordings", "Whose bodies are recorded now", Recordings,
+         does="records.recorded", scope="read",
+         python=Method("recordings", "Whose bodies are recorded, and how much is kept.")),
+    Verb("record", "POST", "/admin/recordings", "Record bodies of a model's or a key's requests", Recordings,
+         (Param("model", Text("the name of a model"), "of that model", "body", default=None),
+          Param("key", Text("the name of a key"), "of the key with that name", "body", default=None),
+          Param("seconds", Seconds(LONGEST_RECORDING, above_zero=True), "for how long", "body", default=RECORDING),
+          Param("most_bytes", Count(1, LONGEST_BODY), "how much of each body", "body", default=BODY)),
+         does="records.record",
+         about="Clients are told by the field x-vllmd-recorded of each answer.",
+         python=Method("record", "Have bodies kept, in memory, of a model's requests, a key's, or of both together.")),
+    Verb("stop-recording", "DELETE", "/admin/recordings", "End a recording, or all", Recordings,
+         (Param("number", Count(), "which; all without it", default=None),), does="records.stop_recording",
+         about="With the last one what is kept of bodies goes.", refuses=(404,),
+         python=Method("stop_recording", "End one, or all of them.")),
+    Verb("usage", "GET", "/admin/usage", "Who used how much", Usage,
+         (Param("by", Text("key, model, day, hour or month, or several with commas between"), "what to add up by",
+                default="key"),
+          Param("since", Moment(), "Unix time, or how long ago; 30d without it", default=None),
+          Param("until", Moment(), "the same; now without it", default=None), OF_KEY, OF_MODEL),
+         does="records.usage", scope="read", refuses=(404, 503),
+         python=Method("usage", "Sums of use; ``since`` and ``until``: Unix time, the last 30 days without them.")),
 )  # fmt: skip
 
 

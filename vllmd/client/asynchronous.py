@@ -145,6 +145,14 @@ class AsyncClient:
         """Keep it loaded once it is, or do so no more."""
         return await self._told("pin", answers.ModelLine, model=model, pinned=pinned)
 
+    async def disable_model(self, model: str, message: str | None = None) -> answers.ModelLine:
+        """Have its clients told ``message``; it stops once its requests have ended."""
+        return await self._told("disable", answers.ModelLine, model=model, message=message)
+
+    async def enable_model(self, model: str) -> answers.ModelLine:
+        """Serve it again, with all its replicas."""
+        return await self._told("enable", answers.ModelLine, model=model)
+
     async def probe(self, model: str, all: bool = False, *, limit: float | None = None) -> answers.Probed:
         """Ask each of its engines a short question, all at the same time: ``fastest``, and ``replicas`` with seconds.
 
@@ -208,6 +216,60 @@ class AsyncClient:
     async def revoke_key(self, name: str) -> tuple[answers.KeyLine, ...]:
         """Have it open nothing any more."""
         return (await self._told("revoke_key", answers.Keys, name=name)).keys
+
+    async def requests(
+        self,
+        model: str = "",
+        key: str | None = None,
+        status: str = "",
+        since: float | None = None,
+        failed: bool = False,
+        slower: float | None = None,
+        limit: int = 100,
+    ) -> answers.Requests:
+        """The last requests and those under way that are as asked for, from ``since`` on."""
+        return await self._told(
+            "requests",
+            answers.Requests,
+            model=model,
+            key=key,
+            status=status,
+            since=since,
+            failed=failed,
+            slower=slower,
+            limit=limit,
+        )
+
+    async def request(self, request_id: str) -> answers.RequestInFull:
+        """One of the last requests. Raises NotFound."""
+        return await self._told("request", answers.RequestInFull, request_id=request_id)
+
+    async def recordings(self) -> answers.Recordings:
+        """Whose bodies are recorded, and how much is kept."""
+        return await self._told("recordings", answers.Recordings)
+
+    async def record(
+        self, model: str | None = None, key: str | None = None, seconds: float = 600.0, most_bytes: int = 65536
+    ) -> answers.Recordings:
+        """Have bodies kept, in memory, of a model's requests, a key's, or of both together."""
+        return await self._told(
+            "record", answers.Recordings, model=model, key=key, seconds=seconds, most_bytes=most_bytes
+        )
+
+    async def stop_recording(self, number: int | None = None) -> answers.Recordings:
+        """End one, or all of them."""
+        return await self._told("stop-recording", answers.Recordings, number=number)
+
+    async def usage(
+        self,
+        by: str = "key",
+        since: float | None = None,
+        until: float | None = None,
+        key: str | None = None,
+        model: str = "",
+    ) -> answers.Usage:
+        """Sums of use; ``since`` and ``until``: Unix time, the last 30 days without them."""
+        return await self._told("usage", answers.Usage, by=by, since=since, until=until, key=key, model=model)
 
     # -- end
 

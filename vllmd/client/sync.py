@@ -146,6 +146,14 @@ class Client:
         """Keep it loaded once it is, or do so no more."""
         return self._told("pin", answers.ModelLine, model=model, pinned=pinned)
 
+    def disable_model(self, model: str, message: str | None = None) -> answers.ModelLine:
+        """Have its clients told ``message``; it stops once its requests have ended."""
+        return self._told("disable", answers.ModelLine, model=model, message=message)
+
+    def enable_model(self, model: str) -> answers.ModelLine:
+        """Serve it again, with all its replicas."""
+        return self._told("enable", answers.ModelLine, model=model)
+
     def probe(self, model: str, all: bool = False, *, limit: float | None = None) -> answers.Probed:
         """Ask each of its engines a short question, all at the same time: ``fastest``, and ``replicas`` with seconds.
 
@@ -209,6 +217,58 @@ class Client:
     def revoke_key(self, name: str) -> tuple[answers.KeyLine, ...]:
         """Have it open nothing any more."""
         return (self._told("revoke_key", answers.Keys, name=name)).keys
+
+    def requests(
+        self,
+        model: str = "",
+        key: str | None = None,
+        status: str = "",
+        since: float | None = None,
+        failed: bool = False,
+        slower: float | None = None,
+        limit: int = 100,
+    ) -> answers.Requests:
+        """The last requests and those under way that are as asked for, from ``since`` on."""
+        return self._told(
+            "requests",
+            answers.Requests,
+            model=model,
+            key=key,
+            status=status,
+            since=since,
+            failed=failed,
+            slower=slower,
+            limit=limit,
+        )
+
+    def request(self, request_id: str) -> answers.RequestInFull:
+        """One of the last requests. Raises NotFound."""
+        return self._told("request", answers.RequestInFull, request_id=request_id)
+
+    def recordings(self) -> answers.Recordings:
+        """Whose bodies are recorded, and how much is kept."""
+        return self._told("recordings", answers.Recordings)
+
+    def record(
+        self, model: str | None = None, key: str | None = None, seconds: float = 600.0, most_bytes: int = 65536
+    ) -> answers.Recordings:
+        """Have bodies kept, in memory, of a model's requests, a key's, or of both together."""
+        return self._told("record", answers.Recordings, model=model, key=key, seconds=seconds, most_bytes=most_bytes)
+
+    def stop_recording(self, number: int | None = None) -> answers.Recordings:
+        """End one, or all of them."""
+        return self._told("stop-recording", answers.Recordings, number=number)
+
+    def usage(
+        self,
+        by: str = "key",
+        since: float | None = None,
+        until: float | None = None,
+        key: str | None = None,
+        model: str = "",
+    ) -> answers.Usage:
+        """Sums of use; ``since`` and ``until``: Unix time, the last 30 days without them."""
+        return self._told("usage", answers.Usage, by=by, since=since, until=until, key=key, model=model)
 
     # -- end
 

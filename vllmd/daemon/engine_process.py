@@ -20,13 +20,13 @@ from vllmd.daemon.logfile import LogFile
 from vllmd.engines import environments
 from vllmd.engines.base import Engine, Listen, Progress
 from vllmd.engines.standby import Standby
+from vllmd.engines.start_phases import StartPhases
 from vllmd.errors import ConfigError
 from vllmd.launcher.client import ExitReport, Running, StartOrder
 
 LOG_LINES = 1000  # kept of a start: each of several worker processes tells its own traceback of the one root error
 LINES_AFTERWARDS = 50
 ERRORS = 3  # answers with 5xx in a row, after which an engine is in doubt
-STARTING = Progress("starting")
 Anew = Callable[[], "tuple[EngineProcess, StartOrder | None]"]
 
 
@@ -63,8 +63,7 @@ class EngineProcess:
     running: Running | None = None
     ordered: asyncio.Future[Running] | None = None
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=LOG_LINES))
-    phase: Progress = STARTING
-    phase_since: float = field(default_factory=time.monotonic)
+    phases: StartPhases = field(default_factory=StartPhases)
     started: float = field(default_factory=time.monotonic)
     ready_after: float | None = None  # seconds its start took
     exited: asyncio.Event = field(default_factory=asyncio.Event)
@@ -78,6 +77,7 @@ class EngineProcess:
     environment: str | None = None  # that it was started in; "": it has none; None: an older version noted nothing
     standby: Standby | None = None  # what a standby has to be to become it
     anew: Anew | None = None  # writes its order once more, should the standby that it is made of be at fault
+    first: bool = False  # no start of such an engine is known that came through
     ending: bool = False  # it was told to go
     asleep: bool = False
     health: Health = field(default_factory=Health)
@@ -87,17 +87,29 @@ class EngineProcess:
     adapters: dict[str, asyncio.Task[str]] = field(default_factory=dict)  # loaded, or being loaded: what went wrong
 
     @property
+    def phase(self) -> Progress:
+        """The phase that its start is in, with the log line that told of it."""
+        return self.phases.now
+
+    @property
+    def told(self) -> str:
+        """The same in words, as whoever waits is told it."""
+        return f"{self.phase.phase}, first time only" if self.phase.once and self.first else self.phase.phase
+
+    @property
+    def like(self) -> str:
+        """What another start must have in common with this one to find what this one has compiled."""
+        return f"{self.fingerprint} {self.environment or ''}".rstrip()
+
+    @property
     def name(self) -> str:
         """The id of its replica; it changes when the model gets replicas, or loses them: ask when you need it."""
         return self.model.name
 
     def become(self, other: EngineProcess) -> None:
-        """Be that start instead, the one before being gone."""
-        for name in ("model", "instance", "listen", "fingerprint", "environment", "started", "phase", "phase_since"):
+        """Be that attempt instead, the one before being gone. The time that it took counts in this start."""
+        for name in ("model", "instance", "listen", "fingerprint", "environment", "stop", "stop_signal"):
             setattr(self, name, getattr(other, name))
-        self.stop, self.stop_signal, self.self_managed, self.watch = (
-            *(other.stop, other.stop_signal, other.self_managed, other.watch),
-        )
         self.running = self.ordered = self.report = self.watcher = self.file = self.anew = None
         self.exited, self.health, self.ending, self.verdict = asyncio.Event(), Health(), False, ""
         self.lines.clear()

@@ -20,6 +20,7 @@ from vllmd.config.types import Config
 from vllmd.daemon.admission_gate import AdmissionGate, Fetching
 from vllmd.daemon.changes import Changes
 from vllmd.daemon.current import Current, Later, RuntimeEnvironment, Take
+from vllmd.daemon.disabled import Disabled
 from vllmd.daemon.engine_resolver import EngineResolver
 from vllmd.daemon.failure_text import places
 from vllmd.daemon.following import Following
@@ -64,6 +65,7 @@ class FrontEnd:
     listeners: Listeners
     records: Records
     key_store: KeyStore
+    disabled: Disabled
     quotas: Quotas
     back: Later[BackEnd]
 
@@ -80,6 +82,7 @@ class FrontEnd:
         self.gate.configure(config.models, self.current.engines, config.server.keep_alive_limit, config.pools)
         self.records.configure(config.records)
         self.key_store.load()
+        self.disabled.load()
         self.listeners.configure(self.key_store.added_to(config))
 
     def turn_away(self) -> None:
@@ -115,13 +118,16 @@ def front_end(
     relay = Relay(gate, limits)
     learnt = Learnt(runtime.learnt)
     records = Records(config.records, runtime.usage)
-    relay.recorder = records.recordings
+    relay.recorder, relay.tracer = records.recordings, records
     changes = Changes(current, counters, learnt, relay.forget, records.engine_up)
     instances = Instances(current, back, take, changing)
     runtime_models = RuntimeModels(current, back, take, changing, instances.plain, addresses(sockets.get("http", ())))
     store = ModelStore(current, runtime, back, changes, reload)
     status = Status(current, runtime, resolver, gate, learnt, back, lambda: listeners.connections, store.lines)
-    commands, following = OperatorCommands(back, instances, reload), Following(current, status, changes, back)
+    disabled = Disabled(runtime.disabled)
+    disabled.load()
+    commands = OperatorCommands(back, instances, disabled, current.engines_of, reload)
+    following = Following(current, status, changes, back)
     control = Control(counters, status, commands, following, runtime_models, store, records, key_store)
 
     def outcome(model: str, answered: int, failed: bool) -> None:
@@ -130,11 +136,16 @@ def front_end(
         if back.now is not None and known and not known.replicas:
             back.now.engines.answered(model, answered, failed=failed)
 
+    def spend(key: str, tokens: float, device: float) -> None:
+        """A key's models have held devices for so many seconds more."""
+        quotas.spent(key, tokens, device)
+        counters.held(key, device)
+
     listeners = Listeners(
         with_keys, gate, quotas, control, relay, limits, sockets, outcome, records.ended, runtime.sessions
     )
     records.live = listeners.exchanges
-    records.spend = quotas.spent
+    records.spend = spend
     key_store.changed = lambda: listeners.configure(key_store.added_to(current.config))
     records.base_of = lambda name: offer.model if (offer := gate.offers.get(name)) else name
     return FrontEnd(
@@ -153,6 +164,7 @@ def front_end(
         listeners=listeners,
         records=records,
         key_store=key_store,
+        disabled=disabled,
         quotas=quotas,
         back=back,
     )

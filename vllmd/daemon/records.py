@@ -11,21 +11,27 @@ that used it last.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from vllmd.api import answers
+from vllmd.api.answers import RequestEntry, RequestInFull, Requests, Usage
+from vllmd.api.codec import encoded
+from vllmd.config.checks import without_otlp
 from vllmd.config.types import RecordsConfig
 from vllmd.core.types import Snapshot
 from vllmd.daemon.current import state_file
 from vllmd.errors import BadRequest, NotFound, Unavailable
 from vllmd.proxy.access import ADMIN, MODELS, Caller
+from vllmd.proxy.account import Trace
 from vllmd.proxy.exchange import Exchange
+from vllmd.proxy.http import Request
 from vllmd.records import bodies, ring
 from vllmd.records.bodies import Recordings
 from vllmd.records.ring import Entry, Filter, Ring
@@ -34,6 +40,7 @@ from vllmd.records.trace import Arrival, anonymous
 from vllmd.systemd.throttle import Repeated
 
 if TYPE_CHECKING:
+    from vllmd.daemon.spans import Spans
     from vllmd.records.store import Store
 
 log = logging.getLogger("vllmd.records")
@@ -44,6 +51,7 @@ MOST_FRESH = 4000  # requests that wait to be added up by the thread that writes
 MOST_ARRIVALS = MOST_LINES = 20_000  # that wait to be written
 WATCH_BACKLOG = 1000  # requests kept for a watcher that does not read; then the oldest are lost to it
 MiB = 1 << 20
+USAGE_SHOWN, TRACE_SHOWN = 30 * DAY, 7 * DAY  # seconds, where nothing else is asked for
 LONGEST_LOOK = 60.0  # seconds between two looks at the devices; after a longer time nobody knows who held what
 
 
@@ -67,6 +75,8 @@ class Records:
         self._tasks: set[asyncio.Task[None]] = set()
         self._trouble, self._log_trouble = Repeated(log), Repeated(log)
         self.trouble = ""  # why nothing can be written now
+        self.spans: Spans | None = None  # who sends them, if somebody does
+        self.configure_spans(config)
         self._watchers: set[asyncio.Queue[Entry]] = set()
         self._came_up: dict[str, tuple[float, float]] = {}  # replica -> when it began to come up, and when it was there
         self._last_key: dict[str, str] = {}  # model -> who used it last
@@ -80,6 +90,31 @@ class Records:
         self._config = config
         self._keeps = self._path is not None and config.usage
         self._ring.resize(config.requests)
+        self.configure_spans(config)
+
+    def configure_spans(self, config: RecordsConfig) -> None:
+        """Send spans where the configuration says, if it says so and the packages are there."""
+        before = self.spans
+        if before is not None and (before.endpoint, before.share) == (config.spans, config.spans_share):
+            return
+        self.spans = None
+        if config.spans:
+            from vllmd.daemon.spans import Spans  # most daemons send none
+
+            if why := without_otlp():
+                log.error("records.spans %s", why)
+            else:
+                self.spans = Spans(config.spans, config.spans_share)
+        if before is not None:
+            asyncio.get_running_loop().run_in_executor(None, before.close)
+
+    def traced(self) -> dict[str, int]:
+        """How many requests' spans were sent, and how many dropped; {} where none are sent."""
+        return {"sent": self.spans.sent, "dropped": self.spans.dropped} if self.spans is not None else {}
+
+    def begin(self, request: Request) -> Trace | None:
+        """The trace of a request that has just arrived, None if it is not to be recorded."""
+        return self.spans.begin(request) if self.spans is not None else None
 
     # -- what is heard
 
@@ -94,6 +129,8 @@ class Records:
         entry = self._ring.note(exchange, kept)
         if kept is not None:
             self._bound_bodies()
+        if account is not None and account.trace is not None and self.spans is not None:
+            self.spans.note(entry, account.trace)
         if exchange.model:
             self._last_key[exchange.model] = entry.key
             if self._keeps:
@@ -102,6 +139,11 @@ class Records:
                     self._schedule()
         if config.access_log:
             self._log(entry, config.access_log)
+        if self._watchers:
+            self._show(entry)
+
+    def _show(self, entry: Entry) -> None:
+        """Have it told to everybody who watches."""
         for queue in self._watchers:
             if queue.full():
                 queue.get_nowait()
@@ -169,12 +211,12 @@ class Records:
     def _log(self, entry: Entry, where: str) -> None:
         told = ring.told(entry)
         if where == "journal":
-            tokens = told["tokens"] or {}
+            tokens = told.tokens
             fields = {
                 "REQUEST_ID": entry.id, "MODEL": entry.model, "VLLMD_KEY": entry.key, "VLLMD_STATUS": entry.status,
                 "VLLMD_SECONDS": f"{entry.seconds:.3f}", "VLLMD_REPLICA": entry.replica,
-                "VLLMD_QUEUE_SECONDS": told["queue_seconds"], "VLLMD_LOAD_SECONDS": told["load_seconds"],
-                "VLLMD_PROMPT_TOKENS": tokens.get("prompt"), "VLLMD_ANSWER_TOKENS": tokens.get("answer"),
+                "VLLMD_QUEUE_SECONDS": told.queue_seconds, "VLLMD_LOAD_SECONDS": told.load_seconds,
+                "VLLMD_PROMPT_TOKENS": tokens and tokens.prompt, "VLLMD_ANSWER_TOKENS": tokens and tokens.answer,
             }  # fmt: skip
             kept = {name: str(value) for name, value in fields.items() if value not in (None, "")}
             text = "%s %s %s %s %.3f s"
@@ -182,7 +224,7 @@ class Records:
                             extra={"journal": kept})  # fmt: skip
             return
         if len(self._lines) < MOST_LINES:
-            self._lines.append(json.dumps(told, separators=(",", ":")) + "\n")
+            self._lines.append(encoded(told).decode() + "\n")
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(FLUSH, self._due)
 
@@ -247,6 +289,8 @@ class Records:
             self._timer.cancel()
             self._timer = None
         await self.flush()
+        if self.spans is not None:
+            await asyncio.to_thread(self.spans.close)
         if self._store is not None:
             await asyncio.to_thread(self._store.close)
 
@@ -262,32 +306,34 @@ class Records:
 
     # -- what is asked: requests
 
-    def requests(self, wanted: Filter, limit: int, caller: Caller) -> list[dict[str, Any]]:
-        """The last ones that are wanted, the newest first; no more than ``limit``."""
-        found: list[dict[str, Any]] = []
-        for entry in self._ring.newest():
-            if len(found) >= limit:
-                break
-            if wanted.takes(entry) and ring.may_see(caller, entry):
-                found.append(ring.told(entry))
-        return found
+    def requests(
+        self,
+        model: str,
+        key: str | None,
+        status: str,
+        since: float | None,
+        failed: bool,
+        slower: float | None,
+        limit: int,
+        caller: Caller,
+    ) -> Requests:
+        """The last ones that are wanted, the newest first, and those under way, the oldest first."""
+        wanted = Filter.of(model, key, status, since, failed, slower)
+        shown = (each for each in self._ring.newest() if wanted.takes(each) and ring.may_see(caller, each))
+        live = sorted(_unfinished(exchange) for exchange in self.live())
+        under_way = (each for each in live if wanted.takes(each) and ring.may_see(caller, each))
+        return Requests(tuple(map(ring.told, islice(shown, limit))), tuple(map(ring.told, under_way)))
 
-    def under_way(self, wanted: Filter, caller: Caller) -> list[dict[str, Any]]:
-        """Those that have not ended, the oldest first; what is not known yet is null."""
-        entries = (_unfinished(exchange) for exchange in self.live())
-        return [ring.told(each) for each in sorted(entries) if wanted.takes(each) and ring.may_see(caller, each)]
-
-    def request(self, request_id: str, caller: Caller) -> dict[str, Any]:
+    def request(self, request_id: str, caller: Caller) -> RequestInFull:
         """One with its head, and with recorded bodies, if the caller may change things. Raises NotFound."""
         entry = self._ring.find(request_id)
         if entry is None or not ring.may_see(caller, entry):
             raise NotFound(f"no request {request_id[:100]!r} is among the last {self._config.requests}")
-        shown = {**ring.told(entry), "headers": [list(field) for field in ring.headers(entry)], "recorded": None}
-        if entry.bodies is not None and ADMIN in caller.scopes:
-            shown["recorded"] = bodies.told(entry.bodies)
-        return shown
+        shown = ADMIN in caller.scopes and entry.bodies is not None
+        recorded = bodies.told(entry.bodies) if shown and entry.bodies is not None else None
+        return RequestInFull(**vars(ring.told(entry)), headers=ring.headers(entry), recorded=recorded)
 
-    async def watch(self, wanted: Filter, caller: Caller) -> AsyncIterator[dict[str, Any]]:
+    async def watch(self, wanted: Filter, caller: Caller) -> AsyncIterator[RequestEntry]:
         """Requests as they end, those that the filter lets through, until the caller stops."""
         queue: asyncio.Queue[Entry] = asyncio.Queue(WATCH_BACKLOG)
         self._watchers.add(queue)
@@ -301,14 +347,13 @@ class Records:
 
     # -- recordings
 
-    def record(self, model: str, key: str, seconds: float, most: int) -> dict[str, Any]:
-        """Have bodies kept for so long, ``most`` bytes of each. Raises BadRequest."""
-        most = min(most, self._config.bodies)
-        self.recordings.start(model, key, seconds, most)
+    def record(self, model: str | None, key: str | None, seconds: float, most_bytes: int) -> answers.Recordings:
+        """Have bodies kept for so long, ``most_bytes`` of each. Raises BadRequest."""
+        self.recordings.start(model or "", key or "", seconds, min(most_bytes, self._config.bodies))
         return self.recorded()
 
-    def stop_recording(self, number: int) -> dict[str, Any]:
-        """End a recording, and let go of what is kept of bodies if it was the last one; 0: all. Raises NotFound."""
+    def stop_recording(self, number: int | None) -> answers.Recordings:
+        """End a recording, and let go of what is kept of bodies if it was the last one; None: all. Raises NotFound."""
         numbers = [each.number for each in self.recordings.present()] if not number else [number]
         ended = [self.recordings.stop(each) for each in numbers]
         if not all(ended):
@@ -317,13 +362,15 @@ class Records:
             self._ring.without_bodies(lambda entry: False)
         return self.recorded()
 
-    def recorded(self) -> dict[str, Any]:
+    def recorded(self) -> answers.Recordings:
         """The recordings that go on, and how much is kept."""
         now = time.monotonic()
-        running = [{"number": each.number, "model": each.model, "key": each.key, "most_bytes": each.most,
-                    "seconds_left": round(each.until - now, 1)} for each in self.recordings.present()]  # fmt: skip
+        running = (
+            answers.Recording(each.number, each.model, each.key, each.most, round(each.until - now, 1))
+            for each in self.recordings.present()
+        )
         kept = [entry.bodies.size for entry in self._ring.with_bodies if entry.bodies is not None]
-        return {"recordings": running, "requests": len(kept), "bytes": sum(kept)}
+        return answers.Recordings(tuple(running), len(kept), sum(kept))
 
     def _bound_bodies(self) -> None:
         """The oldest bodies go where all together are too many."""
@@ -339,23 +386,25 @@ class Records:
 
     # -- what is asked: use
 
-    async def usage(
-        self, by: tuple[str, ...], since: float, until: float, key: str | None, model: str
-    ) -> dict[str, Any]:
-        """As the schema ``Usage`` has it; times in Unix time. Raises BadRequest, Unavailable, NotFound."""
+    async def usage(self, by: str, since: float | None, until: float | None, key: str | None, model: str) -> Usage:
+        """Sums by the dimensions in ``by``; times in Unix time. Raises BadRequest, Unavailable, NotFound."""
+        now = time.time()
+        since, until = now - USAGE_SHOWN if since is None else since, now if until is None else until
+        names = tuple(name.strip() for name in by.split(",") if name.strip())
         store = self._the_store()
         await self.flush()
         from vllmd.records.store import Question, StoreError
 
+        key = "" if key == "-" else key
         try:
-            rows = await asyncio.to_thread(store.ask, Question(by, since, until, key, model))
+            rows = await asyncio.to_thread(store.ask, Question(names, since, until, key, model))
         except StoreError as error:
             if "nothing has been recorded" not in error.message:
                 raise Unavailable(error.message) from None
             rows = []
         except ValueError as error:
             raise BadRequest(f"by: {error}", param="by") from None
-        return {"by": list(by), "since": since, "until": until, "trouble": self.trouble, "rows": rows}
+        return Usage(names, since, until, self.trouble, tuple(rows))
 
     async def spent(self) -> tuple[dict[str, tuple[float, float]], dict[str, tuple[float, float]]]:
         """What each key has used, of today and of the days of this month before: tokens and seconds of devices."""
@@ -374,23 +423,23 @@ class Records:
                 if store.path.exists():
                     log.error("limits per day and month begin anew: %s", error.message)
                 rows = []
-            found.append({row["key"]: (row["prompt"] + row["answer"], row["device_seconds"]) for row in rows})
+            found.append({row.key or "": (row.prompt + row.answer, row.device_seconds) for row in rows})
         return found[0], found[1]
 
-    async def trace(self, since: float, *, anonymised: bool) -> AsyncIterator[dict[str, Any]]:
+    async def trace(self, since: float | None, *, anonymised: bool) -> AsyncIterator[answers.Arrival]:
         """Arrivals from then on (Unix time), as ``vllmctl simulate`` reads them. Raises Unavailable, NotFound."""
         store = self._the_store()
         await self.flush()
         from vllmd.records.store import StoreError
 
+        since = time.time() - TRACE_SHOWN if since is None else since
         try:
             found = await asyncio.to_thread(lambda: list(store.arrivals(since)))
         except StoreError as error:
             raise Unavailable(error.message) from None
         for each in anonymous(found) if anonymised else found:
             model = each.model if anonymised else self.base_of(each.model)
-            told = {"time": each.at / 1000, "model": model, "prompt": each.prompt, "output": each.answer}
-            yield {**told, "key": each.key} if each.key else told
+            yield answers.Arrival(each.at / 1000, model, each.prompt, each.answer, each.key or None)
 
 
 def _unfinished(exchange: Exchange) -> Entry:

@@ -88,7 +88,9 @@ async def back_end(front: FrontEnd) -> BackEnd:
     stir, usual = front.changes.stir, scheduler.costs.usual
     standbys = Standbys(launcher, planner.standby_of, lambda size: report(events.StandbysHeld(size)))
     launcher.on_waiting = standbys.waits
-    engines = EngineManager(launcher, report, memory, planner, runtime.logs, stir, look, usual, learnt.ended, standbys)
+    engines = EngineManager(
+        launcher, report, memory, planner, runtime.logs, stir, look, usual, learnt.ended, learnt.starts, standbys
+    )
     engines.configure(expected.engines, expected.estimates)
     standbys.configure(config.engines.standby, expected.engines.values())
     execute = executors(engines, front.gate, front.instances.add)
@@ -105,12 +107,14 @@ async def back_end(front: FrontEnd) -> BackEnd:
 
 
 async def adopt_running(front: FrontEnd, back: BackEnd) -> None:
-    """Take over, or end, every engine that an earlier daemon left; remember which models had failed."""
+    """Take over, or end, every engine that an earlier daemon left; remember which had failed, or are disabled."""
     known = {process.instance for process in back.engines.processes.values()}
     running = [engine for engine in await answered(back.launcher.list) if engine.instance not in known]
     await adopt_all(back.engines, running, front.current.engines, front.resolver, back.post)
     for failure in remembered(back.learnt.failures, front.current.engines, time.time()):
         back.post(failure)
+    for order in front.disabled.orders({*front.current.config.models, *front.current.engines}):
+        back.post(order)
 
 
 def say_devices(memory: Memory) -> None:

@@ -6,15 +6,17 @@ matched after percent-decoding, so a model's id may be written with its slash or
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
 from vllmd.errors import MethodNotAllowed, NotFound
 from vllmd.proxy import paths
-from vllmd.proxy.access import HEALTH, MODELS, OPEN, Reach, authorise
+from vllmd.proxy.access import ADMIN, HEALTH, MODELS, OPEN, READ, Reach, authorise
 from vllmd.proxy.cors import Cors
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.gate import AllowAll, Authenticator
@@ -25,6 +27,8 @@ Handler = Callable[[Exchange], Awaitable[None]]
 
 # Scopes of routes that a page of another site may have its browser ask for: they load, move and ask no model.
 FOR_PAGES = frozenset({OPEN, HEALTH})
+OPERATORS = frozenset({READ, ADMIN})  # scopes whose streams end when the caller has lost them
+RECHECK = 1.0  # seconds after which an operator's stream asks whether its caller is still allowed
 LONGEST_TOLD = 200  # characters of a path that an error repeats
 LOCAL_BODY = 1 << 20  # bytes of a body for ourselves: settings of a model, an operator's order
 PARAMETER = re.compile(r"\\{(\w+)(:path)?\\}")
@@ -81,7 +85,11 @@ class Router:
         """Have ``handler`` answer; a GET's answers HEAD too. It gets a body if ``doc`` says that it takes one."""
 
         async def respond(exchange: Exchange) -> None:
-            await exchange.respond(await handler(exchange.request))
+            response = await handler(exchange.request)
+            if scope in OPERATORS and not isinstance(response.body, bytes):
+                still = partial(self._reauthorise, exchange.request, scope, reach)
+                response.body = while_allowed(response.body, still)
+            await exchange.respond(response)
 
         most = LOCAL_BODY if doc and "requestBody" in doc else 0
         self.add_raw(Route(method, pattern, respond, scope, summary, doc or {}, reach, max_body=most))
@@ -124,6 +132,10 @@ class Router:
             authorise(caller, route.scope, route.reach)
         return route.handler
 
+    def _reauthorise(self, request: Request, scope: str, reach: Reach) -> None:
+        """Raise what the request would be refused with if it came now."""
+        authorise(self.authenticator.identify(request), scope, reach)
+
     def _find(self, request: Request) -> dict[str, Route]:
         """The routes of the request's path; one that clients write otherwise by habit is put right first."""
         methods = self._at(request, request.path)
@@ -150,6 +162,37 @@ class Router:
                 request.params = match.groupdict()
                 return methods
         return None
+
+
+async def while_allowed(
+    pieces: AsyncIterator[bytes], still: Callable[[], None], every: float = RECHECK
+) -> AsyncIterator[bytes]:
+    """``pieces`` until ``still`` raises. It is asked every so many seconds, and before a piece that comes later.
+
+    What an operator follows may go on for days: it ends when the key of the caller is revoked or the session is over.
+    Answers of models are not held to this; they end by themselves.
+    """
+    loop = asyncio.get_running_loop()
+    coming = asyncio.ensure_future(anext(pieces, None))
+    due = loop.time() + every
+    try:
+        while True:
+            await asyncio.wait({coming}, timeout=max(0.0, due - loop.time()))
+            if loop.time() >= due:
+                still()
+                due = loop.time() + every
+            if not coming.done():
+                continue
+            if (piece := coming.result()) is None:
+                return
+            yield piece
+            coming = asyncio.ensure_future(anext(pieces, None))
+    finally:
+        coming.cancel()
+        await asyncio.wait({coming})
+        close = getattr(pieces, "aclose", None)
+        if close is not None:
+            await close()
 
 
 def compiled(pattern: str) -> re.Pattern[str]:

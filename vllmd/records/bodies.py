@@ -11,8 +11,8 @@ import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
+from vllmd.api.answers import RecordedBodies
 from vllmd.errors import BadRequest
 from vllmd.proxy.account import Account, Tap
 from vllmd.proxy.framing import BadFraming, Chunked
@@ -118,14 +118,14 @@ def of(account: Account | None, received: int) -> Bodies | None:
     return Bodies(cleaned(account.request)[: tap.most], cleaned(_payload(tap)), received, cut)
 
 
-def told(bodies: Bodies) -> dict[str, Any]:
-    """As the schema ``Bodies`` has it."""
-    return {
-        "request": bodies.request.decode("utf-8", "replace"),
-        "answer": bodies.answer.decode("utf-8", "replace"),
-        "request_cut": bodies.request_size > len(bodies.request),
-        "answer_cut": bodies.answer_cut,
-    }
+def told(bodies: Bodies) -> RecordedBodies:
+    """Both as text; what is no UTF-8 in them is replaced."""
+    return RecordedBodies(
+        request=bodies.request.decode("utf-8", "replace"),
+        answer=bodies.answer.decode("utf-8", "replace"),
+        request_cut=bodies.request_size > len(bodies.request),
+        answer_cut=bodies.answer_cut,
+    )
 
 
 def cleaned(body: bytes) -> bytes:

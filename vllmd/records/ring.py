@@ -12,8 +12,9 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from vllmd.api.answers import RequestEntry, RequestTokens
 from vllmd.proxy.access import Caller
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.tokens import Tokens
@@ -143,6 +144,13 @@ class Filter(NamedTuple):
     failed: bool = False  # only those
     slower: float = 0.0  # seconds
 
+    @classmethod
+    def of(
+        cls, model: str, key: str | None, status: str, since: float | None, failed: bool, slower: float | None
+    ) -> Filter:
+        """As a request asks for them, where ``-`` is nobody's key."""
+        return cls(model, "" if key == "-" else key, status, since or 0.0, failed, slower or 0.0)
+
     def takes(self, entry: Entry) -> bool:
         """Whether it is one of them."""
         return (
@@ -169,43 +177,41 @@ def may_see(caller: Caller, entry: Entry) -> bool:
     return caller.may_see_key(entry.key) and (caller.models is None or caller.may_use(entry.model))
 
 
-def told(entry: Entry) -> dict[str, Any]:
-    """As the schema ``RequestEntry`` has it, without head and bodies."""
-    tokens = entry.tokens
-    waited = entry.waited
-    return {
-        "id": entry.id,
-        "number": entry.number,
-        "at": round(entry.at, 3),
-        "method": entry.method,
-        "path": entry.path,
-        "model": entry.model,
-        "replica": entry.replica,
-        "key": entry.key,
-        "client": str(entry.peer),
-        "status": entry.status,
-        "error": entry.error,
-        "message": entry.message,
-        "stream": entry.stream,
-        "received": entry.received,
-        "sent": entry.sent,
-        "queue_seconds": None if waited is None else round(max(0.0, waited - entry.loading), 6),
-        "load_seconds": None if waited is None else round(entry.loading, 6),
-        "first_byte_seconds": None if entry.first_byte is None else round(entry.first_byte, 6),
-        "seconds": round(entry.seconds, 6),
-        "retries": max(0, entry.sends - 1),
-        "tokens": None if tokens is None else {
-            "prompt": tokens.prompt, "cached": tokens.cached, "answer": tokens.answer, "estimated": tokens.estimated,
-        },
-        "bodies": entry.bodies is not None,
-    }  # fmt: skip
+def told(entry: Entry) -> RequestEntry:
+    """The request in words, without head and bodies."""
+    took, waited = entry.tokens, entry.waited
+    tokens = None if took is None else RequestTokens(took.prompt, took.cached, took.answer, took.estimated)
+    return RequestEntry(
+        id=entry.id,
+        number=entry.number,
+        at=round(entry.at, 3),
+        method=entry.method,
+        path=entry.path,
+        model=entry.model,
+        replica=entry.replica,
+        key=entry.key,
+        client=str(entry.peer),
+        status=entry.status,
+        error=entry.error,
+        message=entry.message,
+        stream=entry.stream,
+        received=entry.received,
+        sent=entry.sent,
+        queue_seconds=None if waited is None else round(max(0.0, waited - entry.loading), 6),
+        load_seconds=None if waited is None else round(entry.loading, 6),
+        first_byte_seconds=None if entry.first_byte is None else round(entry.first_byte, 6),
+        seconds=round(entry.seconds, 6),
+        retries=max(0, entry.sends - 1),
+        tokens=tokens,
+        bodies=entry.bodies is not None,
+    )
 
 
-def headers(entry: Entry) -> list[tuple[str, str]]:
+def headers(entry: Entry) -> tuple[tuple[str, str], ...]:
     """The head's fields as they went on to the engine, secrets cut out."""
     fields = []
     for line in entry.head.decode("latin-1").split("\r\n"):
         name, mark, value = line.partition(":")
         if mark:
             fields.append((name, CUT if SECRET.search(name) else value.strip()))
-    return fields
+    return tuple(fields)

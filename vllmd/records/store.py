@@ -20,8 +20,9 @@ import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from vllmd.api.answers import UsageRow
 from vllmd.errors import VllmdError
 from vllmd.records.sums import DAY, FIELDS, HOUR, Row
 from vllmd.records.trace import Arrival, Damaged, packed, unpacked
@@ -158,7 +159,7 @@ class Store:
 
     # -- asking
 
-    def ask(self, question: Question) -> list[dict[str, Any]]:
+    def ask(self, question: Question) -> list[UsageRow]:
         """Rows with the dimensions that were asked for and the sums of ``FIELDS``. Raises StoreError, ValueError.
 
         Asked by the hour, or for less than three days, hours are looked at; else whole days.
@@ -191,7 +192,7 @@ class Store:
         with self._told(), self._reading() as connection:
             rows = connection.execute(f"{source} LIMIT {BUSIEST}", told).fetchall()
         columns = (*question.by, *FIELDS)
-        return [dict(zip(columns, row, strict=True)) for row in rows if row[len(question.by)] is not None]
+        return [UsageRow(**dict(zip(columns, row, strict=True))) for row in rows if row[len(question.by)] is not None]
 
     def arrivals(self, since: float) -> Iterator[Arrival]:
         """The requests that came from then on (Unix time), about in their order. Raises StoreError."""

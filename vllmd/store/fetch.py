@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -119,6 +120,21 @@ class File:
             while piece := file.read(CHUNK):
                 found.update(piece)
         return found.hexdigest() == self.digest
+
+
+class Partial(io.FileIO):
+    """What there is of a blob, open for more of it; a server that sends more than it listed cannot fill the disk."""
+
+    def __init__(self, file: File) -> None:
+        super().__init__(file.partial, "ab")
+        self._file = file
+
+    def write(self, data: Any) -> int:
+        """Append. Raises Failed where that would be more than the file has."""
+        if self.tell() + len(data) > self._file.size:
+            what = f"{self._file.name} is longer than the {self._file.size} bytes that its repository says it has"
+            raise Failed(f"{what}: the rest was not taken", "wrong_size")
+        return super().write(data)
 
 
 # ---- the hub ----------------------------------------------------------------------------------
@@ -334,7 +350,7 @@ def _download(file: File, url: str) -> None:
 
     fruitless = 0
     while True:
-        with open(file.partial, "ab", buffering=0) as partial:
+        with Partial(file) as partial:
             had = partial.tell()
             if len(file.digest) == 40 or had > file.size:  # small, or not of this file
                 partial.truncate(0)
@@ -343,6 +359,9 @@ def _download(file: File, url: str) -> None:
                 return
             try:
                 http_get(url, partial, resume_size=had, headers=build_hf_headers(), expected_size=file.size)
+            except Failed:
+                os.unlink(file.partial)  # what has come by then cannot be trusted either
+                raise
             except Exception as error:
                 came = os.fstat(partial.fileno()).st_size - had
                 fruitless = 0 if came > 0 else fruitless + 1

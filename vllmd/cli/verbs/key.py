@@ -9,9 +9,9 @@ Keys of the configuration are shown, and changed there.
 from __future__ import annotations
 
 import argparse
-from typing import Any
-from urllib.parse import quote
 
+from vllmd.api.answers import KeyLine, Keys, NewKey
+from vllmd.api.verbs import verb
 from vllmd.cli import show
 from vllmd.cli.admin import Admin
 from vllmd.cli.failures import EX_USAGE, Failure
@@ -57,35 +57,34 @@ def run(arguments: argparse.Namespace) -> int:
         raise Failure("key list takes no name" if name else f"say whose: vllmctl key {word} NAME", EX_USAGE)
     if given and word not in ("create", "limit"):
         raise Failure(f"key {word} takes no limits", EX_USAGE)
-    path = f"/admin/keys/{quote(name or '', safe='')}"
     if word == "create":
-        told = admin.post("/admin/keys", {"name": name, "settings": given})
-        print(show.as_json(told) if arguments.json else told["key"])
+        made = admin.told(verb("create_key"), NewKey, {"name": name, "settings": given})
+        print(show.as_json(made) if arguments.json else made.key)
         return 0
     if word == "limit":
         if not given:
             raise Failure("say what to change, such as --tokens-per-day 1000000", EX_USAGE)
-        told = {"keys": [admin.post(f"{path}/limits", {"settings": given})]}
+        told = Keys((admin.told(verb("limit_key"), KeyLine, {"name": name, "settings": given}),))
+    elif word == "list":
+        told = admin.told(verb("keys"), Keys, {})
     else:
-        told = admin.get("/admin/keys") if word == "list" else admin.delete(path)
+        told = admin.told(verb("revoke_key"), Keys, {"name": name})
     if arguments.json:
         print(show.as_json(told))
     elif word == "revoke":
         show.say(f"{name} opens nothing any more")
-    elif told["keys"]:
+    elif told.keys:
         print(
-            show.table(
-                HEAD, [row(each) for each in told["keys"]], names=("NAME",), beneath=("MODELS", "LIMITS", "NOTE")
-            )
+            show.table(HEAD, [row(each) for each in told.keys], names=("NAME",), beneath=("MODELS", "LIMITS", "NOTE"))
         )
     else:
         show.say("there are no keys: whoever reaches vllmd may use the models; vllmctl key create NAME makes one")
     return 0
 
 
-def settings(arguments: argparse.Namespace) -> dict[str, Any]:
+def settings(arguments: argparse.Namespace) -> dict[str, object]:
     """What was given of them, as the API takes it."""
-    given: dict[str, Any] = {}
+    given: dict[str, object] = {}
     for name in ("scopes", "models"):
         text = getattr(arguments, name)
         if text is not None:
@@ -97,9 +96,9 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
-def row(key: dict[str, Any]) -> tuple[str, ...]:
+def row(key: KeyLine) -> tuple[str, ...]:
     """A key as a row of the table."""
-    limits = {name: value for name, value in key["settings"].items() if name not in ("scopes", "models")}
+    limits = {name: value for name, value in key.settings.items() if name not in ("scopes", "models")}
     told = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in limits.items())
-    models = ", ".join(key["models"]) or "all"
-    return key["name"], ", ".join(key["scopes"]), models, told, "configured" if key["configured"] else ""
+    models = ", ".join(key.models) or "all"
+    return key.name, ", ".join(key.scopes), models, told, "configured" if key.configured else ""

@@ -9,8 +9,9 @@ With the last recording what is kept goes.
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
+from vllmd.api.answers import Recording, Recordings
+from vllmd.api.verbs import verb
 from vllmd.cli import show
 from vllmd.cli.admin import Admin
 from vllmd.cli.failures import EX_USAGE, Failure
@@ -39,24 +40,23 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.stop is not None:
         if given:
             raise Failure("--stop ends one: it takes no other options", EX_USAGE)
-        told = admin.delete("/admin/recordings", number=None if arguments.stop == "all" else arguments.stop)
-    elif given:
-        told = admin.post("/admin/recordings", given)
+        asked = "stop-recording", {"number": None if arguments.stop == "all" else arguments.stop}
     else:
-        told = admin.get("/admin/recordings")
+        asked = ("record", given) if given else ("recordings", {})
+    told = admin.told(verb(asked[0]), Recordings, asked[1])
     print(show.as_json(told)) if arguments.json else show.say(in_words(told))
     return 0
 
 
-def in_words(told: dict[str, Any]) -> str:
+def in_words(told: Recordings) -> str:
     """Whose bodies are recorded, and what there is."""
-    lines = [_line(each) for each in told["recordings"]] or ["no bodies are recorded"]
-    if told["requests"]:
-        lines.append(f"{show.counted(told['requests'], 'request')} with bodies, {show.size(told['bytes'])}")
+    lines = [_line(each) for each in told.recordings] or ["no bodies are recorded"]
+    if told.requests:
+        lines.append(f"{show.counted(told.requests, 'request')} with bodies, {show.size(told.bytes)}")
     return "\n".join(lines)
 
 
-def _line(each: dict[str, Any]) -> str:
-    whose = " and ".join(f"the {what} {each[what]}" for what in ("model", "key") if each[what])
-    left = show.age(each["seconds_left"])
-    return f"{each['number']}: bodies of {whose}, {show.size(each['most_bytes'])} of each, for {left} yet"
+def _line(each: Recording) -> str:
+    whose = " and ".join(f"the {what} {name}" for what, name in (("model", each.model), ("key", each.key)) if name)
+    left = show.age(each.seconds_left)
+    return f"{each.number}: bodies of {whose}, {show.size(each.most_bytes)} of each, for {left} yet"

@@ -9,14 +9,14 @@ woke, queue: the rest); FIRST, to the first byte of its answer; TOTAL, to its en
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import time
-from typing import Any
-from urllib.parse import quote
 
+from vllmd.api.answers import RequestEntry, RequestInFull, Requests, RequestTokens
+from vllmd.api.codec import encoded
+from vllmd.api.verbs import verb
 from vllmd.cli import show
-from vllmd.cli.admin import Admin, decoded
+from vllmd.cli.admin import Admin, decoded, understood
 from vllmd.cli.failures import EX_NOINPUT, EX_USAGE, Failure
 from vllmd.cli.verbs.events import moment
 
@@ -46,11 +46,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise Failure("say which: vllmctl requests show ID --curl", EX_USAGE)
     query = {"model": arguments.model, "key": arguments.of_key, "status": arguments.status, "since": arguments.since,
              "failed": arguments.failed, "slower": arguments.slower}  # fmt: skip
-    told = admin.get("/admin/requests", **query, limit=max(0, arguments.lines))
+    told = admin.told(verb("requests"), Requests, {**query, "limit": max(0, arguments.lines)})
     if arguments.json and not arguments.follow:
         print(show.as_json(told))
         return 0
-    entries = [*reversed(told["requests"]), *told["under_way"]]
+    entries = [*reversed(told.requests), *told.under_way]
     if entries and not arguments.json:
         print(table(entries))
     elif not arguments.json and not arguments.follow:
@@ -58,9 +58,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.follow:
         for line in admin.lines("GET", "/admin/events/requests", "text/event-stream", **query):
             if line.startswith("data: "):
-                entry = decoded(line.removeprefix("data: "))
+                entry = understood(RequestEntry, decoded(line.removeprefix("data: ")))
                 if arguments.json:
-                    print(json.dumps(entry), flush=True)
+                    print(encoded(entry).decode(), flush=True)
                 else:
                     show.say("  ".join(row(entry, time.time())).rstrip())
     return 0
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _show(admin: Admin, arguments: argparse.Namespace) -> int:
     if len(arguments.words) != 2 or arguments.words[0] != "show":
         raise Failure("vllmctl requests lists them, vllmctl requests show ID shows one", EX_USAGE)
-    entry = admin.get(f"/admin/requests/{quote(arguments.words[1], safe='')}")
+    entry = admin.told(verb("request"), RequestInFull, {"request_id": arguments.words[1]})
     if arguments.curl:
         print(curl(entry, admin.url or "http://127.0.0.1:33258"))
     elif arguments.json:
@@ -79,7 +79,7 @@ def _show(admin: Admin, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def table(entries: list[dict[str, Any]]) -> str:
+def table(entries: list[RequestEntry]) -> str:
     """The requests as a table, a row for each."""
     now = time.time()
     return show.table(
@@ -87,20 +87,20 @@ def table(entries: list[dict[str, Any]]) -> str:
     )
 
 
-def row(entry: dict[str, Any], now: float) -> tuple[str, ...]:
+def row(entry: RequestEntry, now: float) -> tuple[str, ...]:
     """One as a row of the table."""
-    queue, load = entry["queue_seconds"], entry["load_seconds"]
+    queue, load = entry.queue_seconds, entry.load_seconds
     return (
-        moment(entry["at"], now),
-        str(entry["status"] or "-"),
-        entry["model"] or show.EMPTY,
-        seconds(None if queue is None else queue + load),
-        seconds(entry["first_byte_seconds"]),
-        seconds(entry["seconds"]),
-        tokens(entry["tokens"]),
-        entry["key"] or show.EMPTY,
-        entry["id"],
-        show.first_line(entry["message"]),
+        moment(entry.at, now),
+        str(entry.status or "-"),
+        entry.model or show.EMPTY,
+        seconds(None if queue is None or load is None else queue + load),
+        seconds(entry.first_byte_seconds),
+        seconds(entry.seconds),
+        tokens(entry.tokens),
+        entry.key or show.EMPTY,
+        entry.id,
+        show.first_line(entry.message),
     )
 
 
@@ -111,53 +111,53 @@ def seconds(value: float | None) -> str:
     return f"{value:.3f}s" if value < 1 else f"{value:.1f}s" if value < 100 else show.age(value)
 
 
-def tokens(told: dict[str, Any] | None) -> str:
+def tokens(told: RequestTokens | None) -> str:
     """``120+34``: in and out; ``~`` before what was reckoned."""
-    return f"{'~' * told['estimated']}{told['prompt']}+{told['answer']}" if told else show.EMPTY
+    return f"{'~' * told.estimated}{told.prompt}+{told.answer}" if told else show.EMPTY
 
 
-def closely(entry: dict[str, Any]) -> str:
+def closely(entry: RequestInFull) -> str:
     """One request with all that is known of it."""
     lines = [
-        f"{entry['method']} {entry['path']}",
-        f"id {entry['id']}, {moment(entry['at'], time.time())}, from {entry['client']}"
-        + (f" with the key {entry['key']}" if entry["key"] else ""),
-        f"model {entry['model'] or show.EMPTY}" + (f", sent to {entry['replica']}" if entry["replica"] else "")
-        + (f" at the attempt number {entry['retries'] + 1}" if entry["retries"] else ""),
-        f"status {entry['status'] or 'none yet'}"
-        + (f", {entry['error']}: {entry['message']}" if entry["error"] else ""),
-        f"queue {seconds(entry['queue_seconds'])}, load {seconds(entry['load_seconds'])}, "
-        f"first byte {seconds(entry['first_byte_seconds'])}, total {seconds(entry['seconds'])}",
-        f"received {entry['received']} bytes, sent {entry['sent']}{', as a stream' * entry['stream']}",
+        f"{entry.method} {entry.path}",
+        f"id {entry.id}, {moment(entry.at, time.time())}, from {entry.client}"
+        + (f" with the key {entry.key}" if entry.key else ""),
+        f"model {entry.model or show.EMPTY}" + (f", sent to {entry.replica}" if entry.replica else "")
+        + (f" at the attempt number {entry.retries + 1}" if entry.retries else ""),
+        f"status {entry.status or 'none yet'}"
+        + (f", {entry.error}: {entry.message}" if entry.error else ""),
+        f"queue {seconds(entry.queue_seconds)}, load {seconds(entry.load_seconds)}, "
+        f"first byte {seconds(entry.first_byte_seconds)}, total {seconds(entry.seconds)}",
+        f"received {entry.received} bytes, sent {entry.sent}{', as a stream' * entry.stream}",
     ]  # fmt: skip
-    took = entry["tokens"]
+    took = entry.tokens
     if took:
-        cached = f" ({took['cached']} of them cached)" if took["cached"] else ""
-        lines.append(f"tokens: {took['prompt']} in{cached}, {took['answer']} out"
-                     + (", reckoned from sizes" if took["estimated"] else ""))  # fmt: skip
-    lines += ["", *(f"{name}: {value}" for name, value in entry["headers"])]
-    if entry["recorded"]:
-        for which in ("request", "answer"):
-            more = " (its beginning)" if entry["recorded"][f"{which}_cut"] else ""
-            lines += ["", f"-- {which}{more}", entry["recorded"][which]]
-    elif entry["bodies"]:
+        cached = f" ({took.cached} of them cached)" if took.cached else ""
+        lines.append(f"tokens: {took.prompt} in{cached}, {took.answer} out"
+                     + (", reckoned from sizes" if took.estimated else ""))  # fmt: skip
+    lines += ["", *(f"{name}: {value}" for name, value in entry.headers)]
+    if entry.recorded:
+        kept = entry.recorded
+        for which, body, cut in (("request", kept.request, kept.request_cut), ("answer", kept.answer, kept.answer_cut)):
+            lines += ["", f"-- {which}{' (its beginning)' * cut}", body]
+    elif entry.bodies:
         lines += ["", "its bodies were recorded; only administrators are shown them"]
     else:
         lines += ["", "its bodies were not recorded; vllmctl record has those of later ones kept"]
     return "\n".join(lines)
 
 
-def curl(entry: dict[str, Any], url: str) -> str:
+def curl(entry: RequestInFull, url: str) -> str:
     """The command that sends it again. Raises Failure where its body is not known."""
-    recorded = entry["recorded"]
-    if entry["method"] != "GET" and (not recorded or recorded["request_cut"]):
+    recorded = entry.recorded
+    if entry.method != "GET" and (not recorded or recorded.request_cut):
         why = "was recorded in part only" if recorded else "was not recorded (vllmctl record has later ones kept)"
         raise Failure(f"it cannot be sent again: its body {why}", EX_NOINPUT)
-    command = ["curl", "-N", url + entry["path"], "-X", entry["method"], "-H", "Content-Type: application/json"]
-    for name, value in entry["headers"]:
+    command = ["curl", "-N", url + entry.path, "-X", entry.method, "-H", "Content-Type: application/json"]
+    for name, value in entry.headers:
         if name not in NOT_SENT and value != "(cut)":
             command += ["-H", f"{name}: {value}"]
     if recorded:
-        command += ["--data-raw", recorded["request"]]
-    key = ' -H "Authorization: Bearer $VLLMD_API_KEY"' if entry["key"] else ""
+        command += ["--data-raw", recorded.request]
+    key = ' -H "Authorization: Bearer $VLLMD_API_KEY"' if entry.key else ""
     return shlex.join(command) + key  # what a client wrote is quoted: whoever pastes it runs nothing of it

@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from typing import Any
+from collections.abc import Sequence
 
+from vllmd.api.answers import Usage, UsageRow
+from vllmd.api.codec import fields_of
+from vllmd.api.verbs import verb
 from vllmd.cli import show
 from vllmd.cli.admin import Admin
 
-FIELDS = ("requests", "errors", "prompt", "cached", "answer", "estimated", "engine_seconds", "device_seconds",
-          "memory_mib_seconds")  # fmt: skip
 HEADS = ("REQUESTS", "IN", "CACHED", "OUT", "ENGINE", "DEVICE")
 
 
@@ -34,42 +35,41 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     query = {"since": arguments.since, "until": arguments.until, "key": arguments.of_key, "model": arguments.model}
-    told = Admin(arguments).get("/admin/usage", by=arguments.by, **query)
-    rows = told["rows"]
+    told = Admin(arguments).told(verb("usage"), Usage, {"by": arguments.by, **query})
     if arguments.json:
         print(show.as_json(told))
         return 0
     if arguments.csv:
-        writer = csv.DictWriter(sys.stdout, [*told["by"], *FIELDS], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({name: plain(value) for name, value in row.items()} for row in rows)
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        columns = [*told.by, *(name for name in fields_of(UsageRow) if name not in UsageRow.sparse)]
+        writer.writerows([columns, *([plain(row[name]) for name in columns] for row in told.rows)])
         return 0
-    if rows:
-        print(table(told["by"], rows))
+    if told.rows:
+        print(table(told.by, told.rows))
     else:
         show.say("nothing was used in that time")
-    if told["trouble"]:
-        show.say(told["trouble"], sys.stderr)
+    if told.trouble:
+        show.say(told.trouble, sys.stderr)
     return 0
 
 
-def table(by: list[str], rows: list[dict[str, Any]]) -> str:
+def table(by: Sequence[str], rows: Sequence[UsageRow]) -> str:
     """A row for each, those who used most first; times in their order."""
     if not set(by) & {"day", "hour", "month"}:
-        rows = sorted(rows, key=lambda row: -(row["prompt"] + row["answer"]))
+        rows = sorted(rows, key=lambda row: -(row.prompt + row.answer))
     names = tuple(name.upper() for name in by)
     cells = [(*(str(row[name]) or show.EMPTY for name in by), *_numbers(row), _note(row)) for row in rows]
     return show.table((*names, *HEADS, "NOTE"), cells, HEADS, names=names)
 
 
-def _numbers(row: dict[str, Any]) -> list[str]:
-    counts = [short(row[name]) for name in ("requests", "prompt", "cached", "answer")]
-    return [*counts, show.age(row["engine_seconds"]), show.age(row["device_seconds"])]
+def _numbers(row: UsageRow) -> list[str]:
+    counts = [short(each) for each in (row.requests, row.prompt, row.cached, row.answer)]
+    return [*counts, show.age(row.engine_seconds), show.age(row.device_seconds)]
 
 
-def _note(row: dict[str, Any]) -> str:
-    errors = f"{short(row['errors'])} errors" if row["errors"] else ""
-    reckoned = f"{short(row['estimated'])} tokens are reckoned from sizes" if row["estimated"] else ""
+def _note(row: UsageRow) -> str:
+    errors = f"{short(row.errors)} errors" if row.errors else ""
+    reckoned = f"{short(row.estimated)} tokens are reckoned from sizes" if row.estimated else ""
     return ", ".join(part for part in (errors, reckoned) if part)
 
 
