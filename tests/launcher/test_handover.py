@@ -30,7 +30,7 @@ import slow
 if __name__ == "__main__":
     fds = sorted(os.path.realpath(f"/proc/self/fd/{{fd}}") for fd in os.listdir("/proc/self/fd") if int(fd) > 2)
     said = dict(pid=os.getpid(), born=slow.PID, argv=sys.argv, cwd=os.getcwd(), env=dict(os.environ),
-                main=sys.modules["__main__"].__file__, path=sys.path[0],
+                cpus=sorted(os.sched_getaffinity(0)), main=sys.modules["__main__"].__file__, path=sys.path[0],
                 fds=[fd for fd in fds if "/proc/" not in fd])
     print(json.dumps(said), flush=True)
     print("serving", file=sys.stderr, flush=True)
@@ -122,8 +122,8 @@ def _descendants(pid: int) -> list[int]:
 async def test_a_standby_becomes_the_engine_that_was_ordered(tmp_path: Path, options: tuple[str, ...]) -> None:
     """The same process, as if it had just been started: arguments, environment, directory, output, and no more."""
     async with place(tmp_path, options) as here:
-        standby = await here.standby()
-        engine = await here.start(standby, "serve", "model", "child")
+        standby, cpu = await here.standby(), max(os.sched_getaffinity(0))
+        engine = await here.start(standby, "serve", "model", "child", cpus=(cpu,), node=0)
         assert here.waiting[standby.instance] > 1 << 20
         assert (engine.pid, engine.standby) == (standby.pid, standby.instance)
         said = await here.told(engine)
@@ -135,7 +135,7 @@ async def test_a_standby_becomes_the_engine_that_was_ordered(tmp_path: Path, opt
         assert env == {"EARLY": "1", "LATE": engine.instance, "OURS": "kept", "METHOD": "fork", "MADE_BY_IMPORT": "yes"}
         assert said["env"]["VLLMD_INSTANCE"] == engine.instance
         assert not [name for name in said["env"] if name.startswith("VLLMD_STANDBY")]
-        assert said["fds"] == []
+        assert (said["fds"], said["cpus"]) == ([], [cpu])
         assert [one.instance for one in await here.driver.client.list()] == [engine.instance]
         (child,) = await until(lambda: children(engine.pid))
         await here.driver.client.signal(engine.instance, signal.SIGTERM)

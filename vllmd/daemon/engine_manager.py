@@ -648,7 +648,7 @@ class EngineManager:
         self._part_with(process)
 
     def _part_with(self, process: EngineProcess) -> None:
-        """Its process is gone."""
+        """What a process that is gone leaves: its port, its watcher, its file."""
         self._launch_planner.release(process)
         if process.running:
             self._told_ended(process.name, process.instance)

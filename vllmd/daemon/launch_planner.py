@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from vllmd.config.names import instance_name
 from vllmd.config.types import ModelConfig
 from vllmd.core import commands
+from vllmd.core.types import Device
 from vllmd.daemon.boot_clock import moments
 from vllmd.daemon.engine_keys import EngineKeys
 from vllmd.daemon.engine_process import EngineProcess, environment_now, fingerprint
@@ -24,6 +25,7 @@ from vllmd.errors import ConfigError, VllmdError
 from vllmd.gpu import environment
 from vllmd.launcher.client import StartOrder
 from vllmd.launcher.protocol import ProtocolError
+from vllmd.place import Cpus, cpus
 
 LONGEST_STOP = 3600.0  # seconds between SIGTERM and SIGKILL that the launcher accepts
 
@@ -103,6 +105,7 @@ class LaunchPlanner:
     def _place(self, command: commands.StartEngine, run_dir: Path) -> Place:
         devices = self._memory.devices_of(command.placement)
         told = self._estimates.get(command.replica)
+        here = self._cpus(self._models[command.replica], devices)
         return Place(
             run_dir=run_dir,
             device_ids=tuple(device.id for device in devices),
@@ -113,6 +116,8 @@ class LaunchPlanner:
             kv_cache=told.kv_cache if told else 0,
             context=told.context if told else 0,
             visible=environment(devices),
+            cpus=here.count if here.count < here.machine else 0,
+            quota=here.quota is not None and here.count < here.machine,
             key=self.keys.of(run_dir.name),
         )
 
@@ -121,7 +126,17 @@ class LaunchPlanner:
         engine = self._engine_of(model)
         if not isinstance(engine, CanStandBy):
             return None
-        place = Place(self._paths.run / instance_name(model.name), port=1, hub=self._paths.homes.hub(model))
+        devices = self._memory.inventory[: engine.device_count(model)]
+        here = self._cpus(model, devices)
+        place = Place(
+            run_dir=self._paths.run / instance_name(model.name),
+            device_ids=tuple(device.id for device in devices),
+            port=1,
+            hub=self._paths.homes.hub(model),
+            visible=environment(devices),
+            cpus=here.count if here.count < here.machine else 0,
+            quota=here.quota is not None and here.count < here.machine,
+        )
         try:
             return self._standby(model, engine, engine.launch(model, place))
         except VllmdError:  # its start will say
@@ -144,7 +159,14 @@ class LaunchPlanner:
         told = self._estimates.get(model.name)
         return told.host_running if told else 0
 
+    def _cpus(self, model: ModelConfig, devices: Sequence[Device]) -> Cpus:
+        here = cpus().within(model.limits.cpu_quota)
+        near = near_cpus(model, devices)
+        return replace(here, count=min(here.count, len(near))) if near else here
+
     def _order(self, process: EngineProcess, launch: Launch, run_dir: Path) -> StartOrder:
+        devices = self._memory.devices_of(process.placement)
+        near = near_cpus(process.model, devices)
         return StartOrder(
             instance=process.instance,
             argv=launch.argv,
@@ -155,6 +177,8 @@ class LaunchPlanner:
             listen_uds=launch.listen.uds,
             stop_timeout=min(max(process.model.stop_timeout, 1.0), LONGEST_STOP),
             limits={key: value for key, value in asdict(process.model.limits).items() if value is not None},
+            cpus=near,
+            node=(devices[0].node or 0) if near else -1,
             metadata={
                 "model": process.model.name,
                 "listen": json.dumps(noted(process.listen)),
@@ -183,3 +207,9 @@ class LaunchPlanner:
         """The engine is gone: its port is free, unless it is somebody else's."""
         if process.ordered or process.running:
             self._ports.release(process.listen.port)
+
+
+def near_cpus(model: ModelConfig, devices: Sequence[Device]) -> tuple[int, ...]:
+    """The CPUs of the NUMA node that all of its devices are of; none where there is no such, or nobody wants it."""
+    nodes = {device.node for device in devices}
+    return devices[0].cpus if model.numa and len(nodes) == 1 and None not in nodes else ()

@@ -24,10 +24,10 @@ from typing import Any
 from vllmd.config.names import instance_name
 from vllmd.config.types import ModelConfig
 from vllmd.core.types import GiB
-from vllmd.daemon.host import host_memory
 from vllmd.engines.standby import Standby
 from vllmd.errors import LauncherFailed
 from vllmd.launcher.client import ExitReport, LauncherClient, StartOrder
+from vllmd.place import host_memory
 
 log = logging.getLogger("vllmd.standby")
 
@@ -97,7 +97,7 @@ class Standbys:
 
     @property
     def held(self) -> int:
-        """Bytes that they hold."""
+        """Bytes of host memory that they hold together."""
         return sum(one.memory for one in self.kept.values())
 
     # -- starts
@@ -145,7 +145,7 @@ class Standbys:
     # -- what the launcher tells
 
     def waits(self, instance: str, memory: int) -> None:
-        """It has imported everything."""
+        """One has imported everything: it can be given away."""
         if one := self.kept.get(instance):
             one.ready, one.memory = True, memory or EXPECTED
             seconds = time.monotonic() - one.since

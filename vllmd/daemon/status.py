@@ -82,7 +82,7 @@ def status(seen: Sight, started: float) -> answers.Status:
 
 
 def standby_line(one: Kept) -> answers.StandbyLine:
-    """A standby's line."""
+    """A standby as operators are shown it."""
     state = "waiting" if one.ready else "importing"
     return answers.StandbyLine(one.instance, one.standby.program, state, one.memory)
 

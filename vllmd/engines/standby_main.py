@@ -14,8 +14,9 @@ inherited from the launcher, the only one who can talk to it; its end means: exi
     then      a file of Python that is executed when the imports are done; "": none
 
 Its words are ``ready``, ``taken``, and ``refused: WHY``. One message comes in: JSON with ``argv``, ``env`` (all of
-it) and ``cwd``, together with one descriptor for stdout and stderr. Then it becomes the program, as if that had just
-been started: the same arguments, environment, directory and output. It serves one model and no second one.
+it), ``cwd``, ``cpus`` and ``node`` (as in ``launcher.affinity``), together with one descriptor for stdout and stderr.
+Then it becomes the program, as if that had just been started: the same arguments, environment, directory and output. It
+serves one model and no second one.
 
 What was read at import cannot be taken back, so an order whose environment differs in anything but ``late`` is
 refused, and so is every order after an import that has opened a device.
@@ -36,6 +37,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 LONGEST = 256 << 10  # bytes of the message
+AFFINITY = os.path.join(os.path.dirname(__file__), "../launcher/affinity.py")
 
 
 class Order(NamedTuple):
@@ -44,6 +46,8 @@ class Order(NamedTuple):
     argv: list[str]
     env: dict[str, str]
     cwd: str
+    cpus: list[int]
+    node: int
     output: int
 
 
@@ -122,16 +126,18 @@ def received(link: socket.socket) -> Order:
 
 def read(told: Any, output: int) -> Order:
     """What the message says. Raises Refused."""
-    if not isinstance(told, dict) or sorted(told) != ["argv", "cwd", "env"]:
-        raise Refused("the message is not an object with argv, env and cwd")
-    argv, env, cwd = told["argv"], told["env"], told["cwd"]
+    if not isinstance(told, dict) or sorted(told) != ["argv", "cpus", "cwd", "env", "node"]:
+        raise Refused("the message is not an object with argv, env, cwd, cpus and node")
+    argv, env, cwd, cpus, node = (told[name] for name in ("argv", "env", "cwd", "cpus", "node"))
     if not (isinstance(argv, list) and argv and all(isinstance(word, str) for word in argv)):
         raise Refused("argv is not a list of words")
     if not (isinstance(env, dict) and all(isinstance(value, str) for value in env.values())):
         raise Refused("env is not variables and their values")
     if not isinstance(cwd, str):
         raise Refused("cwd is not a path")
-    return Order(argv, env, cwd, output)
+    if not (isinstance(cpus, list) and all(type(number) is int for number in (node, *cpus))):
+        raise Refused("cpus and node are not numbers")
+    return Order(argv, env, cwd, cpus, node, output)
 
 
 def check(env: Mapping[str, str], born: Mapping[str, str], free: set[str]) -> None:
@@ -150,6 +156,7 @@ def become(order: Order, kept: Mapping[str, str], spec: Mapping[str, Any]) -> No
         os.chdir(order.cwd or "/")
     except OSError as error:
         raise Refused(f"cannot change to its directory: {error.strerror}") from None
+    settle(order)
     sys.stdout.flush()
     sys.stderr.flush()
     os.dup2(order.output, 1)
@@ -164,6 +171,17 @@ def become(order: Order, kept: Mapping[str, str], spec: Mapping[str, Any]) -> No
             comm.write(os.path.basename(spec["program"]))
     except OSError:
         pass
+
+
+def settle(order: Order) -> None:
+    """Be on the CPUs that it says, with the threads that imports have begun; memory by the node from now on."""
+    if order.cpus:
+        for thread in os.listdir("/proc/self/task"):
+            try:
+                os.sched_setaffinity(int(thread), order.cpus)
+            except OSError:  # one is offline: it stays where it may
+                break
+    runpy.run_path(AFFINITY)["settle"](order.cpus, order.node)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,8 @@ class Link:
 
     def send(self, order: StartOrder, env: Mapping[str, str], output: int) -> None:
         """Send it the order. Raises OSError, also where it would not fit."""
-        told = {"argv": order.argv, "env": dict(env), "cwd": order.cwd or order.run_dir}
+        place = {"cwd": order.cwd or order.run_dir, "cpus": order.cpus, "node": order.node}
+        told = {"argv": order.argv, "env": dict(env), **place}
         message = json.dumps(told, separators=(",", ":")).encode()
         if len(message) > LONGEST_ORDER:
             raise OSError(f"an order of {len(message)} bytes; at most {LONGEST_ORDER} fit a message")
