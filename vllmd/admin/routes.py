@@ -7,6 +7,7 @@ it. What an operator may have done is ``vllmd.api.verbs``.
 
 from __future__ import annotations
 
+from vllmd.admin.adapters import add_adapters
 from vllmd.admin.control import Control
 from vllmd.admin.instances import KILL, START, STOP, InstanceEndpoints
 from vllmd.admin.metrics import MetricsEndpoints
@@ -85,6 +86,7 @@ def add_operator(router: Router, control: Control) -> None:
         doc(streams("text/plain", "its lines"), placed([parameter(each) for each in LOG])))  # fmt: skip
     _add_instances(router, InstanceEndpoints(control))
     add_guests(router, control.runtime_models, audited)
+    add_adapters(router, control.adapters, audited)
     add_store(router, control.store, audited)
     add_records(router, control)
 
