@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from vllmd.admin.schemas import doc, streams, takes
+from vllmd.admin.schemas import doc, streams, takes_object
 from vllmd.errors import BadRequest
 from vllmd.proxy.access import ADMIN, Caller
 from vllmd.proxy.http import Request, Response
@@ -56,5 +56,5 @@ def add_adapters(router: Router, adapters: RuntimeAdapters, audited: Callable[[L
         ("/v1/load_lora_adapter", ends.load, ADDED, "Load an adapter into a model that has runtime_adapters"),
         ("/v1/unload_lora_adapter", ends.unload, {"lora_name": TEXT}, "Unload such an adapter"),
     ):
-        body = takes({"type": "object", "properties": members})
+        body = takes_object({"type": "object", "properties": members})
         router.add("POST", path, audited(handler), ADMIN, about, doc(SAID, body))

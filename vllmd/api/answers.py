@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, FrozenInstanceError, dataclass, field, fields
 from typing import Annotated, ClassVar, Literal, TypeVar, dataclass_transform
 
+from vllmd.errors import VllmdError
+
 Object = Mapping[str, object]  # JSON that is not ours to describe: settings of a model, the numbers of a decision
 
 Phases = Mapping[str, float]  # of the start under way, else of the last one: phase -> seconds
@@ -86,6 +88,16 @@ def answer(kind: type[T]) -> type[T]:
 
 
 # -- models and devices, as operators see them
+
+
+@answer
+class ErrorDetails(Answer):
+    """What went wrong, with OpenAI's names."""
+
+    message: str
+    type: str = ""
+    param: str | None = None
+    code: str | None = None
 
 
 @answer
@@ -193,6 +205,26 @@ class Download(Answer):
     rate: Annotated[float, "bytes per second"] = 0.0
     elapsed: float = 0.0
     error: Annotated[str, "why it failed"] = ""
+
+
+@answer
+class Pulled(Answer):
+    """A line of an answer that tells how a download comes along; the last one is ``done``, or has the ``error``."""
+
+    sparse = frozenset({"done", "added", "settings", "seconds", "error"})
+
+    model: str = ""
+    phase: Annotated[str, "as in Download"] = ""
+    source: str = ""
+    completed: Annotated[int, "bytes"] = 0
+    total: Annotated[int, "bytes, 0 where that is not known yet"] = 0
+    rate: Annotated[float, "bytes per second"] = 0.0
+    elapsed: float = 0.0
+    done: bool | None = None
+    added: Annotated[bool | None, "whether it is served from now on"] = None
+    settings: Annotated[Object | None, "with which it is, or would be, served"] = None
+    seconds: float | None = None
+    error: ErrorDetails | None = None
 
 
 @answer
@@ -482,20 +514,37 @@ class Version(Answer):
 
 
 @answer
-class ErrorDetails(Answer):
-    """What went wrong, with OpenAI's names."""
-
-    message: str
-    type: str = ""
-    param: str | None = None
-    code: str | None = None
-
-
-@answer
 class Error(Answer):
     """The body of an answer that is an error."""
 
     error: ErrorDetails
+
+
+def failure(error: VllmdError) -> ErrorDetails:
+    """An error as it stands in an answer."""
+    return ErrorDetails(error.message, error.type, error.param, error.code)
+
+
+# -- signing in to the page
+
+
+@answer
+class PageSession(Answer):
+    """Who is signed in to the page, until when; ``token``: the half of the session that the page keeps."""
+
+    token: str
+    name: str = ""
+    scopes: tuple[str, ...] = ()
+    expires: Annotated[float, "Unix time"] = 0.0
+
+
+@answer
+class PageLink(Answer):
+    """A path that signs its first visitor in, and the addresses that it is a path of."""
+
+    path: str
+    expires_in: Annotated[float, "seconds"] = 0.0
+    listen: tuple[str, ...] = ()
 
 
 # -- requests, and who used how much

@@ -265,6 +265,8 @@ class RecordsConfig:
     usage: bool = True
     usage_days: int = 400
     trace_days: int = 14
+    spans: str | None = None  # an OpenTelemetry collector's address; None: none are sent
+    spans_share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
