@@ -75,7 +75,7 @@ BOUNDARY = "zz"
 
 def table() -> list[Route]:
     """Every row of the daemon's route table. Nothing of the daemon is needed to write it down."""
-    router, control = Router(), SimpleNamespace(guests=None, runtime_models=None, store=None)
+    router, control = Router(), SimpleNamespace(guests=None, runtime_models=None, store=None, adapters=None)
     add_public(router, control)  # type: ignore[arg-type]
     add_operator(router, control)  # type: ignore[arg-type]
     relay = Relay(FakeGate(Listen()), Limits())

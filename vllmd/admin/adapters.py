@@ -34,11 +34,11 @@ class AdapterEndpoints:
         self._adapters = adapters
 
     async def load(self, request: Request) -> Response:
-        """``POST /v1/load_lora_adapter``."""
+        """``POST /v1/load_lora_adapter``: the engine has its say, or we refuse it. Raises VllmdError."""
         return await self._adapters.load(_members(request), request.caller)
 
     async def unload(self, request: Request) -> Response:
-        """``POST /v1/unload_lora_adapter``."""
+        """``POST /v1/unload_lora_adapter``: 200 once nobody is offered it. Raises VllmdError."""
         return await self._adapters.unload(_members(request), request.caller)
 
 

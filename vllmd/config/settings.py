@@ -554,8 +554,8 @@ MODEL = Group(
         Setting(
             "runtime_adapters",
             k.BOOL,
-            "Let keys of the scope admin load more of them while it runs, by POST /v1/load_lora_adapter of vLLM's API. "
-            "The engine, of the kind vllm, is started with room for four of rank 64 unless extra_args says otherwise.",
+            "Let keys of the scope admin load more of them while it runs, by POST /v1/load_lora_adapter. "
+            "An engine of the kind vllm is started with room for four of rank 64 unless extra_args says otherwise.",
             reload=Reload.ENGINE,
         ),
         Setting(
