@@ -306,7 +306,7 @@ def launch(living: Living, name: str) -> Any:
     told = str(order).replace(process.instance, "INSTANCE") if order else ""
     told = re.sub(r"'(since|started)_monotonic': '[^']*'", "", told)  # when: of each start another one
     kept = process.model
-    return told, kept.warm_up, kept.start_timeout, kept.stop_timeout, kept.log_file
+    return told, kept.warm_up, kept.start_timeout, kept.stop_timeout, kept.log_file, kept.numa
 
 
 def read(folder: Path, document: dict[str, Any]) -> Config:

@@ -171,6 +171,7 @@ class DeviceNow(Device):
     id: str = ""
     links: Annotated[tuple[int, ...], "devices that NVLink or XGMI joins it with"] = ()
     node: Annotated[int | None, "its NUMA node"] = None
+    cpus: Annotated[tuple[int, ...], "those of its NUMA node, where the machine has more than one"] = ()
     switch: Annotated[str, "the PCIe root port above it: those with the same one share a switch"] = ""
     power: Watts | None = None
     temperature: Annotated[float | None, "degrees Celsius"] = None

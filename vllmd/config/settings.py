@@ -543,6 +543,13 @@ MODEL = Group(
         ),
         Setting("limits", LIMITS, "Resource limits of its scope.", reload=Reload.ENGINE),
         Setting(
+            "numa",
+            k.BOOL,
+            "Run it on the CPUs of its devices' NUMA node, with that node's memory as long as there is some; true by "
+            "default. Without effect where the devices are of several nodes, or the machine has one.",
+            reload=Reload.NEXT_LOAD,
+        ),
+        Setting(
             "host",
             k.TEXT,
             "Name or address of the only machine that it is meant for; others that read this file leave it out.",

@@ -151,6 +151,7 @@ class ModelConfig:
     restart_backoff: float = 5.0
     log_file: bool = False
     limits: ScopeLimits = ScopeLimits()
+    numa: bool = True
     request: RequestRules = field(default_factory=RequestRules)
     variants: Mapping[str, VariantConfig] = field(default_factory=dict)
     adapters: Mapping[str, AdapterConfig] = field(default_factory=dict)
