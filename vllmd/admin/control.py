@@ -26,6 +26,7 @@ from vllmd.api.answers import (
     Killed,
     ModelLine,
     NewKey,
+    Preview,
     Probed,
     Progress,
     Pulled,
@@ -171,6 +172,16 @@ class Commands(Protocol):
         """Take the configuration anew. Raises ConfigError."""
 
 
+class Previews(Protocol):
+    """Tells what operators' verbs would do, and does nothing."""
+
+    async def of_model(self, model: str, action: str, *, caller: Caller = ANYBODY) -> Preview:
+        """What the verb would do with a model or a replica, as things stand. Raises UnknownModel."""
+
+    async def of_device(self, device: int, action: str) -> Preview:
+        """What draining a device, or giving it back, would do. Raises NotFound."""
+
+
 class Following(Protocol):
     """Tells what happens, as it happens."""
 
@@ -284,6 +295,7 @@ class Control:
     counters: Counters
     status: Status
     commands: Commands
+    previews: Previews
     following: Following
     runtime_models: RuntimeModels
     store: Store
