@@ -6,7 +6,8 @@ holds this table against the imports)::
     errors      one tree of errors, each with its HTTP status     imports nothing
     text        text from outside, made fit to be shown           imports nothing
     foreign     files that somebody else may write: one reader    nothing of ours
-    core/       decides everything about models and memory: pure  core
+    frozen      values that are made at each request              nothing of ours
+    core/       decides everything about models and memory: pure  core, frozen
     api/        what daemon and clients tell each other, and
                 the table of operators' verbs                     errors
     config/     one table of settings, the loader                 core.types, errors, foreign, text
@@ -19,7 +20,7 @@ holds this table against the imports)::
     systemd/    socket activation, notify, journal                errors, text
     launcher/   the privileged helper and its client; the only
                 package that knows pystemd                           systemd, errors, text
-    proxy/      h11 heads, byte relay, the accept loop            core.types, errors
+    proxy/      h11 heads, byte relay, the accept loop            core.types, errors, frozen
     ui/         the page: its files                               proxy's HTTP types
     records/    the last requests, use by hour, key and model,
                 arrivals, and their store                         api, proxy, errors
