@@ -31,7 +31,7 @@ holds this table against the imports)::
     ollama/     Ollama's API, translated to the engines' own      api, proxy, admin.control, errors
     daemon/     the event queue; executes the core's commands     all but cli and client
     client/     the Python library                                api, errors
-    cli/        vllmctl, a row or a file per verb                 api, client, errors, config, engines, installer,
+    cli/        vllmctl, a row or a file per verb                 api, client, errors, config, engines, gpu, installer,
                                                                   simulate, store, text
     simulate/   the core under a virtual clock over a trace       core, config, engines, gpu, hub, errors, text
     simengine   the stand-in engine                               nothing of ours

@@ -151,6 +151,12 @@ class EngineFailed(Unavailable):
     code = "engine_failed"
 
 
+class ModelDisabled(Unavailable):
+    """An operator has disabled the model; the message has the operator's words."""
+
+    code = "model_disabled"
+
+
 class UpstreamFailed(VllmdError):
     """The engine broke off before it answered anything."""
 
@@ -161,6 +167,12 @@ class TookTooLong(VllmdError):
     """The request was not answered within the time that requests have."""
 
     status, type, code = 504, "server_error", "request_timeout"
+
+
+class InternalError(VllmdError):
+    """A defect of vllmd: nothing was done, or not all of it, and the log says why."""
+
+    code = "internal_error"
 
 
 class Unsupported(VllmdError):

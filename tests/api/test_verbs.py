@@ -68,11 +68,11 @@ class Daemon:
 
     def __init__(self) -> None:
         self.posted: list[events.Event] = []
-        self.commands = OperatorCommands(self, SimpleNamespace(load_on=None, drop=None), None)  # type: ignore[arg-type]
+        self.commands = OperatorCommands(self, SimpleNamespace(load_on=None, drop=None), None, None, None)  # type: ignore[arg-type]
         self.status = SimpleNamespace(resolve=lambda name, caller: f"org/{name}", line=lambda name: {"name": name})
 
     async def wait(self) -> Any:
-        return SimpleNamespace(post=self.posted.append)
+        return SimpleNamespace(perform=self.posted.append)
 
 
 def ask(router: Router, method: str, path: str, query: str = "", body: object = None) -> Any:

@@ -98,9 +98,9 @@ AFTERWARDS: dict[Current, tuple[str, str, str, str, str, str]] = {
         "stop device",
     ),
     Current.SWAP: (
-        "sleep exchange, start operator",
-        "sleep exchange",
-        "sleep exchange",
+        "sleep swap, start operator",
+        "sleep swap",
+        "sleep swap",
         "stop operator",
         "stop device",
         "stop device",
@@ -149,8 +149,8 @@ def test_the_table_has_a_cell_for_everything() -> None:
 def test_what_follows_is_merged_like_the_rest() -> None:
     """A device is drained under a model that falls asleep and is wanted: it stops, and comes back elsewhere."""
     sleeps = job(Kind.SLEEP, Reason.SWAP, then=a_start())
-    assert told(merge(sleeps, True, job(Kind.STOP, Reason.DEVICE))) == "sleep exchange, stop device, start operator"
-    assert told(merge(sleeps, True, job(Kind.STOP, Reason.OPERATOR))) == "sleep exchange, stop operator"
+    assert told(merge(sleeps, True, job(Kind.STOP, Reason.DEVICE))) == "sleep swap, stop device, start operator"
+    assert told(merge(sleeps, True, job(Kind.STOP, Reason.OPERATOR))) == "sleep swap, stop operator"
 
 
 def test_the_documents_table_is_the_codes() -> None:

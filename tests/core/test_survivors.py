@@ -42,7 +42,7 @@ def test_of_two_devices_the_wedged_one_is_passed_over_though_it_is_the_emptier()
     assert start.placement.devices == (1 - bad,)
 
 
-def test_an_exchange_whose_device_is_wedged_meanwhile_starts_nothing_there() -> None:
+def test_a_swap_whose_device_is_wedged_meanwhile_starts_nothing_there() -> None:
     """Its victim was the one that did not give its memory back."""
     w = World([model("a", 50, sleep_levels=frozenset()), model("b", 20), model("c", 40, on_busy="evict")], [GPU])
     w.load("a")

@@ -33,7 +33,7 @@ def test_the_least_recently_used_leaves_first() -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_an_exchange_step_by_step(policy: str) -> None:
+def test_a_swap_step_by_step(policy: str) -> None:
     """Gate closed, drained, asleep, and only then does the target start; the victim's new requests wait."""
     w = World([model("a"), model("b")], [GPU], Settings(policy, 64 * GiB))
     w.load("a")
@@ -187,13 +187,13 @@ def test_engines_without_sleep_stop_instead() -> None:
     assert [type(c) for c in w.answer("a")] == [StartEngine]
 
 
-def test_every_exchange_is_recorded_with_its_numbers() -> None:
+def test_every_swap_is_recorded_with_its_numbers() -> None:
     """``vllmctl why`` can say who left for whom, and what was weighed."""
     w = World([model("a"), model("b")], [GPU])
     w.load("a")
     w.ask("r", "b")
     w.pass_time(100.0)
-    swap = next(d for d in w.seen.decisions if d.what == "exchange")
+    swap = next(d for d in w.seen.decisions if d.what == "swap")
     assert swap.model == "b"
     assert swap.numbers["victims"] == "a:1"
     assert swap.numbers["drain"] == "unlimited"

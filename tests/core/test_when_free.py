@@ -190,7 +190,7 @@ def test_nobody_waits_behind_it(policy: str) -> None:
     assert w.ask("r2", "b") == [StartEngine("b", ON_0, 20 * GiB)]
 
 
-def test_who_comes_back_during_the_exchange_stops_it() -> None:
+def test_who_comes_back_during_the_swap_stops_it() -> None:
     """The rule holds at the moment of the start, too."""
     w = World([model("a"), model("m", when_free=WhenFree(), on_busy="evict")], [GPU])
     w.load("a")
@@ -199,7 +199,7 @@ def test_who_comes_back_during_the_exchange_stops_it() -> None:
     assert w.answer("a") == []
     assert "strangers hold 11.0 GiB on device 0, 0.863 is free" in waiting_for(w)
     why = [d.why for d in w.seen.decisions if d.what == "replan"]
-    assert why == ["after the exchange others do not leave device 0 free: strangers hold 11.0 GiB there"]
+    assert why == ["after the swap others do not leave device 0 free: strangers hold 11.0 GiB there"]
     assert w.do(external(0)) == [StartEngine("m", ON_0, 64 * GiB)]
 
 

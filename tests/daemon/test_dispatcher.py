@@ -9,10 +9,12 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from vllmd.core import events
-from vllmd.core.commands import AddReplica, Admit, Answer, Command, Record
+from vllmd.core.commands import AddReplica, Admit, Answer, Command, Record, Reject, RejectReason
 from vllmd.core.scheduler import Scheduler
 from vllmd.core.types import Decision
-from vllmd.daemon.dispatcher import DECISIONS, Dispatcher
+from vllmd.daemon.admission_gate import ERRORS
+from vllmd.daemon.dispatcher import DECISIONS, FAILED, Dispatcher
+from vllmd.errors import InternalError
 
 ARRIVED = events.RequestArrived("1", "m")
 
@@ -139,6 +141,32 @@ def test_whoever_asks_hears_before_what_follows_begins() -> None:
     loop.run_until_complete(told(loop))
     loop.close()
     assert heard == ["m", "add to m", "add to n", "add to o", "vllmd could not do it; its log says why"]
+
+
+def test_what_the_scheduler_fails_at_is_told_as_a_defect(caplog: pytest.LogCaptureFixture) -> None:
+    """Who asked, who operates and who waits hear of it with status 500; the next event is handled."""
+    done: list[object] = []
+
+    class Failing(Wanting):
+        def handle(self, event: events.Event, now: float) -> list[Command]:
+            if event != events.PinSet("m", False):
+                raise ValueError("a defect")
+            return [Admit("2", "m")]
+
+    async def story() -> None:
+        dispatcher = Dispatcher(Failing(), {Reject: done.append, Admit: done.append})
+        with pytest.raises(InternalError, match="its log says why"):
+            dispatcher.perform(events.PinSet("m", True))
+        dispatcher.ask(events.LoadAsked("m"), done.append)
+        dispatcher.post(ARRIVED)
+        dispatcher.perform(events.PinSet("m", False))
+        dispatcher.close()
+
+    asyncio.run(story())
+    told = (FAILED, RejectReason.DEFECT)
+    assert done == [Answer("1", "", *told), Reject("1", told[1], told[0]), Admit("2", "m")]
+    assert (ERRORS[RejectReason.DEFECT], InternalError.status) == (InternalError, 500)
+    assert caplog.text.count("ValueError: a defect") == 3
 
 
 class Refusing(Wanting):

@@ -92,15 +92,15 @@ def test_two_that_do_not_fit_together_share_the_device_under_load(site: Site) ->
     slow = "{options: {sleep_time: 1s, wake_time: 1s}}"
     configured(site, f"  a: {slow}\n  b: {slow}\n")
     outcomes = load(site, ["a", "b"], clients=16, seconds=60)
-    exchanges = decisions(site, "exchange")
+    swaps = decisions(site, "swap")
     log = site.machine.journal()
     assert failed(outcomes) == {}
     assert len(outcomes) > 200
     assert {outcome.model for outcome in outcomes} == {"a", "b"}
     assert log.count("ready after") == 2  # each started once: they slept for each other
     assert not [line for line in ("aborted by the shutdown", "killing its cgroup", "crash", "cut:") if line in log]
-    assert 4 <= len(exchanges) <= 30  # at two seconds each there is no time for more
-    assert len(outcomes) / len(exchanges) > 8  # an exchange serves a batch, not a request
+    assert 4 <= len(swaps) <= 30  # at two seconds each there is no time for more
+    assert len(outcomes) / len(swaps) > 8  # a swap serves a batch, not a request
 
 
 def test_engines_that_cannot_sleep_share_it_as_well(site: Site) -> None:
@@ -149,7 +149,7 @@ def test_a_pinned_model_never_leaves(site: Site) -> None:
     assert status == 503
     assert "pinned models ('keep')" in answer["error"]["message"]
     assert (states(site)["keep"], pids(site)["keep"]) == ("running", pid)
-    assert len(decisions(site, "exchange")) >= 2
+    assert len(decisions(site, "swap")) >= 2
 
 
 def test_a_waiter_behind_a_model_that_is_never_idle_is_served_in_time(site: Site) -> None:
@@ -165,7 +165,7 @@ def test_a_waiter_behind_a_model_that_is_never_idle_is_served_in_time(site: Site
     site.chat("rare", "at last")
     waited = time.monotonic() - began
     assert waited < 20
-    assert decisions(site, "exchange", "rare")[-1]["numbers"]["deadline"] == 60
+    assert decisions(site, "swap", "rare")[-1]["numbers"]["deadline"] == 60
     site.machine.run("touch /run/enough")
     crowd.wait(120)
 
@@ -377,13 +377,13 @@ def test_an_eviction_is_explained_with_its_numbers(site: Site) -> None:
     configured(site, "  a: {}\n  b: {}\n")
     site.chat("a", "x")
     site.chat("b", "x")
-    lines = site.machine.out("journalctl --sync; journalctl -o json DECISION=exchange").splitlines()
+    lines = site.machine.out("journalctl --sync; journalctl -o json DECISION=swap").splitlines()
     record = json.loads(lines[-1])
     assert (record["MODEL"], record["VLLMD_VICTIMS"], record["VLLMD_DEVICES"]) == ("b", "a:1", "0")
     assert all(float(record[f"VLLMD_{name}"]) >= 0 for name in ("PRICE", "COST", "WAITED"))
     for model in "ab":
         why = site.machine.out(f"vllmctl why {model} --numbers")
-        assert "exchange b" in why
+        assert "swap b" in why
         assert "price=" in why
     assert "sleep a: to make room for b" in site.machine.out("vllmctl why a")
 
@@ -391,7 +391,7 @@ def test_an_eviction_is_explained_with_its_numbers(site: Site) -> None:
 def test_a_running_answer_is_frozen_for_another_model_and_completes(site: Site) -> None:
     """With ``preempt: true``, and only after the engine has proved that it can: nothing of the answer is lost."""
     configured(site, "  a: {preempt: true, options: {tokens_per_second: 20}}\n  b: {}\n")
-    site.chat("b", "x")  # what an exchange costs is learnt
+    site.chat("b", "x")  # what a swap costs is learnt
     site.chat("a", "x")
     site.machine.wait_until(lambda: decisions(site, "prove"))
     assert decisions(site, "prove")[0]["why"] == "frozen requests survive"

@@ -55,7 +55,7 @@ MUTATIONS = (
     Mutation(
         "one command at a time on a device",
         "core/engine_table.py",
-        "return not any(self._busy.get(index, m) is not m for index in m.placement.devices)",
+        "return not any(self._busy.get(index, r) is not r for index in r.placement.devices)",
         "return True",
     ),
     Mutation(
@@ -96,7 +96,7 @@ MUTATIONS = (
     Mutation(
         "who is made to leave comes back if it was wanted",
         "core/jobs.py",
-        "asked.then = asked.then or wanted(job)",
+        "asked.then = asked.then or asked_start(job)",
         "pass",
         JOBS,
     ),
@@ -110,14 +110,14 @@ MUTATIONS = (
     Mutation(
         "an engine with frozen requests wakes before it stops",
         "core/engine_table.py",
-        "job = merge(m.job, moving or frozen, asked)",
-        "job = merge(m.job, moving, asked)",
+        "job = merge(r.job, moving or frozen, asked)",
+        "job = merge(r.job, moving, asked)",
         JOBS,
     ),
     Mutation(
         "a start for lack of memory is tried once more only",
         "core/engine_table.py",
-        "m.job.retried = True",
+        "r.job.retried = True",
         "pass",
         JOBS,
     ),
@@ -180,7 +180,7 @@ MUTATIONS = (
         "pass",
         "core/test_views.py",
     ),
-    Mutation("the policy sees each request", "core/common.py", "self.changed[m] = None", "pass", ALL_CORE),
+    Mutation("the policy sees each request", "core/common.py", "self.changed[r] = None", "pass", ALL_CORE),
     Mutation("one late answer is no outlier", "core/health.py", "if h.late >= ENOUGH and", "if", REPLICAS),
     Mutation(
         "two choices weigh what runs",
@@ -192,9 +192,23 @@ MUTATIONS = (
     Mutation(
         "what an operator took down stays down",
         "core/balancing.py",
-        "if r.removed or (r.health and r.health.halted):",
-        "if r.removed:",
+        "if r.removed or r.off or (r.health and r.health.halted):",
+        "if r.removed or r.off:",
         ALL_CORE,
+    ),
+    Mutation(
+        "nobody waits for a disabled replica",
+        "core/balancing.py",
+        "if r.removed or r.off or (r.health and r.health.halted):",
+        "if r.removed or (r.health and r.health.halted):",
+        "core/test_disabled.py",
+    ),
+    Mutation(
+        "a disabled replica is not one of those that are missing",
+        "core/scaling.py",
+        "r.retry_at <= self._core.now and not r.off and not",
+        "r.retry_at <= self._core.now and not",
+        "core/test_disabled.py",
     ),
     Mutation(
         "keys take turns in a queue",
@@ -206,7 +220,7 @@ MUTATIONS = (
     Mutation(
         "a failed sleep is stopped in full",
         "core/engine_events.py",
-        "m.sleep_failures += 1",
+        "r.sleep_failures += 1",
         "pass",
         "core/test_failures.py",
     ),
@@ -225,19 +239,19 @@ MUTATIONS = (
         "core/test_wishes.py",
     ),
     Mutation(
-        "requests are cut at the drain limit once", "core/engine_table.py", "m.job.cut_at = INFINITY", "pass", ALL_CORE
+        "requests are cut at the drain limit once", "core/engine_table.py", "r.job.cut_at = INFINITY", "pass", ALL_CORE
     ),
     Mutation(
         "host memory stays booked after a wake",
         "core/engine_table.py",
-        "keeps = m.level == 1 or (m.slept_shallow and m.spec.keeps_host)",
-        "keeps = m.level == 1",
+        "keeps = r.level == 1 or (r.slept_shallow and r.spec.keeps_host)",
+        "keeps = r.level == 1",
         ALL_CORE,
     ),
     Mutation(
         "a measured footprint replaces the booking",
         "core/engine_table.py",
-        "settled = self.now - m.changed >= SETTLED",
+        "settled = self.now - r.changed >= SETTLED",
         "settled = True",
         "core/test_failures.py",
     ),

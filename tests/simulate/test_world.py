@@ -46,7 +46,7 @@ def test_a_loaded_model_serves_at_once() -> None:
     assert report.all.swaps == 1
 
 
-def test_two_that_do_not_fit_together_exchange_places_by_sleeping() -> None:
+def test_two_that_do_not_fit_together_swap_places_by_sleeping() -> None:
     """b at 100 s finds a idle: sleep a (0.05 + 0.455 s), wake b (0.25 + 0.45 s)."""
     rows = Row(0.0, "a", 0, 1), Row(100.0, "b", 0, 1)
     report = play(machine(model("a"), model("b"), warm=Warm.ASLEEP), *rows, policy="lru")
@@ -56,7 +56,7 @@ def test_two_that_do_not_fit_together_exchange_places_by_sleeping() -> None:
 
 
 def test_a_drain_lets_the_running_request_end() -> None:
-    """LRU closes a's gate at 10 s; its 20 tokens run until 20.7 s, then the exchange takes 1.205 s."""
+    """LRU closes a's gate at 10 s; its 20 tokens run until 20.7 s, then the swap takes 1.205 s."""
     rows = Row(0.0, "a", 0, 20), Row(10.0, "b", 0, 1)
     report = play(machine(model("a"), model("b"), warm=Warm.ASLEEP), *rows, policy="lru")
     assert report.models["a"].latency.longest == pytest.approx(20.70)

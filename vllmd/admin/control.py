@@ -48,6 +48,7 @@ class Gauges:
     requests: int = 0
     valid: bool = True  # the configuration
     last_starts: Mapping[str, float] = field(default_factory=dict)  # model -> seconds
+    last_phases: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # model -> phase -> seconds
     used: Mapping[int, int] = field(default_factory=dict)
     power: Mapping[int, float] = field(default_factory=dict)
     load: Mapping[int, float] = field(default_factory=dict)
@@ -122,6 +123,15 @@ class Commands(Protocol):
 
     async def sleep(self, model: str, level: int) -> None:
         """Have it put to sleep at level 1 or 2, or stopped at 3, after its requests. Raises Conflict if not loaded."""
+
+    async def disable(self, model: str, message: str | None) -> None:
+        """Serve nobody by it until it is enabled, whoever restarts meanwhile; clients are told ``message``.
+
+        What runs comes to its end, and its engine is stopped. Raises Unavailable where that cannot be kept.
+        """
+
+    async def enable(self, model: str) -> None:
+        """Serve it again, with all its replicas. Raises Unavailable."""
 
     async def lease(self, model: str, lease: str, seconds: float | None) -> None:
         """Keep it for ``seconds`` (None: until released)."""

@@ -152,7 +152,7 @@ def _counted(counters: Counters) -> Iterator[Metric]:
                    ["model", "replica", "decision"], counters.replica_decisions)  # fmt: skip
     yield from _counter("replica_retries", "Requests that it did not answer, and that went to another replica.",
                    ["model", "replica"], counters.retries)  # fmt: skip
-    yield from _counter("model_departures", "Sleeps, stops and freezes by cause; exchange: evicted for another model.",
+    yield from _counter("model_departures", "Sleeps, stops and freezes by cause; swap: evicted for another model.",
                    ["model", "how", "cause"], counters.departures)  # fmt: skip
 
 
@@ -186,6 +186,7 @@ def _models(gauges: Gauges) -> Iterator[Metric]:
         "oldest_wait_seconds", "How long the first of the waiting has waited.", lambda v: v.oldest_wait or 0.0
     )
     yield from each("pinned", "Whether it is pinned.", lambda view: view.pinned)
+    yield from each("disabled", "Whether an operator has disabled it.", lambda view: bool(view.disabled))
     yield from each("leases", "Leases that keep it.", lambda view: len(view.leases))
     held: Counter[Labels] = Counter()
     for view in models:
@@ -194,6 +195,9 @@ def _models(gauges: Gauges) -> Iterator[Metric]:
     yield from _gauge("model_memory_bytes", "What the ledger has it at, on each device.", ["model", "device"], held)
     yield from _gauge("model_last_start_seconds", "How long its last start took.", ["model"],
                  {(name,): took for name, took in gauges.last_starts.items()})  # fmt: skip
+    yield from _gauge("model_last_start_phase_seconds", "And how long each phase of it: imports, weights, compile ...",
+                 ["model", "phase"], {(name, phase): took for name, phases in gauges.last_phases.items()
+                                      for phase, took in phases.items()})  # fmt: skip
 
 
 def _replicas(gauges: Gauges) -> Iterator[Metric]:

@@ -15,6 +15,8 @@ from typing import Annotated, ClassVar, Literal, TypeVar, dataclass_transform
 
 Object = Mapping[str, object]  # JSON that is not ours to describe: settings of a model, the numbers of a decision
 
+Phases = Mapping[str, float]  # of the start under way, else of the last one: phase -> seconds
+
 STATES = (
     *("stopped", "starting", "running", "draining", "falling_asleep"),
     *("sleeping_l1", "sleeping_l2", "waking", "stopping", "error"),
@@ -112,6 +114,7 @@ class ModelLine(Answer):
     idle: float | None = None
     since: Annotated[float | None, "seconds in that state, where that is known"] = None
     pinned: bool = False
+    disabled: Annotated[str, "what clients are told instead of an answer: an operator has disabled it"] = ""
     leases: tuple[str, ...] = ()
     waiting_for: str = ""
     failure: str = ""
@@ -125,6 +128,7 @@ class ModelLine(Answer):
     phase: str = ""
     detail: str = ""
     last_start_seconds: float | None = None
+    start_phases: Phases = field(default_factory=dict)
     power: Annotated[float | None, "watts, its share of its devices"] = None
     started_at: Annotated[float | None, "Unix time"] = None
     config: ModelSettings = ModelSettings()
@@ -153,8 +157,9 @@ class DeviceNow(Device):
 
     name: str = ""
     id: str = ""
-    links: Annotated[tuple[int, ...], "devices that NVLink joins it with"] = ()
+    links: Annotated[tuple[int, ...], "devices that NVLink or XGMI joins it with"] = ()
     node: Annotated[int | None, "its NUMA node"] = None
+    switch: Annotated[str, "the PCIe root port above it: those with the same one share a switch"] = ""
     power: Watts | None = None
     temperature: Annotated[float | None, "degrees Celsius"] = None
     throttled: Annotated[str, "why it is slowed down against its will"] = ""
@@ -407,6 +412,7 @@ class Card(Answer):
     hidden: Annotated[bool, "not in lists"] = False
     aliases: tuple[str, ...] = ()
     state: State = "stopped"
+    disabled: Annotated[str, "what is told instead of an answer, where an operator has disabled it"] = ""
     engine: str = ""
     max_model_len: Annotated[int | None, "the running engine's, else the configured one"] = None
     capabilities: tuple[str, ...] = ()

@@ -206,6 +206,8 @@ FORCE_KILL = Param("force", Flag(), "also a process that is no engine's but is o
                    flags=("-f", "--force"))  # fmt: skip
 LEVEL = Param("level", Choice((1, 2, 3)), "how deep; 3 stops it (default: 1)", default=1, flags=("-l", "--level"))
 PINNED = Param("pinned", Flag(), "whether it is to be", "body", default=True)
+MESSAGE = Param("message", Text("a message", 500), "what its clients are told", "body", None,
+                flags=("-m", "--message"), metavar="TEXT")  # fmt: skip
 LEASE = Param("lease", Text("a name of your choice"), "its name", "body")
 SECONDS = Param("seconds", Seconds(LONGEST_LEASE), "for how long; null: until released", "body", None,
                 wire="deadline_seconds")  # fmt: skip
@@ -274,6 +276,21 @@ VERBS: tuple[Verb, ...] = (
                            said="{model} is pinned, until the daemon restarts or reloads"),
                    Command("unpin", "Let models be evicted and sleep again", fixed={"pinned": False},
                            said="{model} is pinned no more, until the daemon restarts or reloads"))),
+    Verb("disable", "POST", f"{ON_MODEL}/disable", "Serve nobody by a model until it is enabled", ModelLine,
+         (MODEL, MESSAGE), does="commands.disable", refuses=(503,),
+         about="Requests for it get 503 with the code model_disabled and the message. Those that run come to their "
+               "end, then its engine is stopped. It stays disabled over restarts. A replica may be named, too.",
+         python=Method("disable_model", "Have its clients told ``message``; it stops once its requests have ended."),
+         commands=(Command("disable", "Take models out of use: who asks for them gets your message",
+                           "Requests that run come to their end, then the engine is stopped; those that wait, and all "
+                           "that come, get status 503 with the message. Nothing loads the model, over restarts as "
+                           "well, until vllmctl enable. Of a model with replicas one may be named, such as MODEL@2.",
+                           said="{model} is disabled; clients are told: {disabled}"),)),
+    Verb("enable", "POST", f"{ON_MODEL}/enable", "Serve a disabled model again", ModelLine, (MODEL,),
+         does="commands.enable", refuses=(503,),
+         python=Method("enable_model", "Serve it again, with all its replicas."),
+         commands=(Command("enable", "Put models in use again that were disabled",
+                           said="{model} is in use again; the next request loads it"),)),
     Verb("probe", "POST", f"{ON_MODEL}/probe", "How soon each of a model's engines answers", Probed,
          (MODEL, ALL, LIMIT), does="commands.probe", patient=True, refuses=(409,),
          python=Method("probe", PROBES)),

@@ -145,6 +145,14 @@ class AsyncClient:
         """Keep it loaded once it is, or do so no more."""
         return await self._told("pin", answers.ModelLine, model=model, pinned=pinned)
 
+    async def disable_model(self, model: str, message: str | None = None) -> answers.ModelLine:
+        """Have its clients told ``message``; it stops once its requests have ended."""
+        return await self._told("disable", answers.ModelLine, model=model, message=message)
+
+    async def enable_model(self, model: str) -> answers.ModelLine:
+        """Serve it again, with all its replicas."""
+        return await self._told("enable", answers.ModelLine, model=model)
+
     async def probe(self, model: str, all: bool = False, *, limit: float | None = None) -> answers.Probed:
         """Ask each of its engines a short question, all at the same time: ``fastest``, and ``replicas`` with seconds.
 

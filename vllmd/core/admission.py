@@ -50,6 +50,9 @@ class Admission:
         if model is None or not model.replicas:
             self._refuse(e, Refusal(RejectReason.UNKNOWN_MODEL, f"no model is called {e.model!r}"))  # 1.1
             return
+        if model.off:
+            self._refuse(e, Refusal(RejectReason.DISABLED, model.off))  # 1.1
+            return
         if e.only and model.rules:
             self._only_there(model, e)
             return
@@ -66,7 +69,7 @@ class Admission:
             core.engines.admit(chosen, e.request)
             core.mark_request(chosen)
             return
-        core.mark_dirty(r)
+        core.mark_for_review(r)
         refusal = self._unknown_devices(r) or self._full(model, r) or self._failed(r)  # 1.3 to 1.7
         refusal = refusal or self._impossible(r) or self._busy(r)
         if refusal:
@@ -81,7 +84,7 @@ class Admission:
         if r is None or r.model is not model:
             self._refuse(e, Refusal(RejectReason.UNAVAILABLE, f"{e.only!r}, which alone has it, is gone"))
             return
-        self._core.mark_dirty(r)
+        self._core.mark_for_review(r)
         if r.state is State.READY and not r.full:
             self._admit(r, e.request)
         else:
@@ -98,11 +101,12 @@ class Admission:
         """
         core = self._core
 
-        def distance(model: Model) -> tuple[int, int]:
+        def distance(model: Model) -> tuple[bool, int, int]:
             state = best(model.replicas).state, level(best(model.replicas))
             model.promised = [at for at in model.promised if core.now - at < PROMISED]
             open_ = sum(map(in_flight, model.replicas)) + len(model.queue) + len(model.promised)
-            return SOONEST.index(state) if state in SOONEST else len(SOONEST), open_ if state[0] is State.READY else 0
+            place = SOONEST.index(state) if state in SOONEST else len(SOONEST)
+            return bool(model.off), place, open_ if state[0] is State.READY else 0
 
         known = [core.models[name] for name in e.models if name in core.models]
         model = min([model for model in known if model.replicas], key=distance, default=None)
@@ -128,7 +132,7 @@ class Admission:
         if r.health:
             self._health.ended(r, e.request, e.failed)
         if run is None:
-            core.mark_dirty(r)
+            core.mark_for_review(r)
             return
         if r.state in AWAKE and not run.frozen and not e.failed:
             r.costs.observe("service", now - run.began)
@@ -142,7 +146,7 @@ class Admission:
         model = self._queued.get(e.request)
         if model:
             self._drop(model, e.request)
-            self._core.dirty[model] = None
+            self._core.for_review[model] = None
         else:
             self.finished(RequestFinished(e.request))
 
@@ -179,7 +183,7 @@ class Admission:
         """It does not come up. Who waits for it waits for another replica, or gets this error."""
         model, failed = r.model, r.state is State.FAILED
         self._core.engines.unwant(r)
-        self._core.mark_dirty(r)
+        self._core.mark_for_review(r)
         if not model.queue or model.nominee is not r:
             return
         several = model.rules is not None

@@ -18,7 +18,7 @@ from vllmd.core.types import Device, Settings, State
 
 
 class Core:
-    """One per scheduler. Its parts change a replica, then mark it dirty; what follows from that is the scheduler's."""
+    """One per scheduler. Whoever changes a replica marks it for review; what follows from that the scheduler finds."""
 
     def __init__(self, devices: Iterable[Device], settings: Settings, costs: CostBook, policy: Policy) -> None:
         self.settings = settings
@@ -31,48 +31,48 @@ class Core:
         self.fit = Fit(self.engines.ledger, self.replicas)
         self.swaps = Swaps(self.engines, self.replicas, self.fit)
         self.balanced: list[Model] = []  # those whose replicas share their requests by rules
-        self.dirty: dict[Model, None] = {}  # what follows from a change of these is still to be found
+        self.for_review: dict[Model, None] = {}  # changed; what follows from that is still to be found
         self.active: dict[Replica, None] = {}  # those that have an engine, had one that failed, or are wanted
         self.changed: dict[Replica, None] = {}  # since the policy last looked
-        self.unkept: dict[Model, None] = {}  # whose health and number of replicas are to be looked at
+        self.for_upkeep: dict[Model, None] = {}  # whose health and number of replicas are to be looked at
         self.waiting: dict[Replica, None] = {}  # wanted, and neither on nor on their way
-        self.news: dict[Replica, None] = {}  # something happened to these that the policy should see at once
-        self.replan = False  # or to everybody
+        self.news: dict[Replica, None] = {}  # what happened to these the policy should see at once
+        self.news_for_all = False  # and what happened in this event may concern everybody who waits
 
     @property
     def now(self) -> float:
         """The time of the event being handled."""
         return self.engines.now
 
-    def mark_request(self, m: Replica) -> None:
-        """A request has begun or ended in ``m``. Where nothing else goes on there, all that follows is done here.
+    def mark_request(self, r: Replica) -> None:
+        """A request has begun or ended in ``r``. Where nothing else goes on there, all that follows is done here.
 
         That is the case of nearly every request: the engine serves, nobody waits, nothing keeps the replica or is to
         happen to it. Then only the policy sees that one more or less runs, and the idle rules that it is used or not.
         """
-        model = m.model
-        if m.job or model.queue or model.leases or model.spec.balancing or m.state is not State.READY:
-            self.dirty[model] = None
+        model = r.model
+        if r.job or model.queue or model.leases or model.spec.balancing or r.state is not State.READY:
+            self.for_review[model] = None
             return
-        if not m.running and (m.spec.preempt or self.policy.in_order):  # freezing may be to be proved; others may wait
-            self.dirty[model] = None
+        if not r.running and (r.spec.preempt or self.policy.in_order):  # freezing may be to be proved; others may wait
+            self.for_review[model] = None
             return
-        self.changed[m] = None
-        self.timers.set(m, INFINITY if m.running or m.pinned else rules_due(m))
+        self.changed[r] = None
+        self.timers.set(r, INFINITY if r.running or r.pinned else rules_due(r))
 
-    def forgive(self, m: Replica) -> None:
+    def forgive(self, r: Replica) -> None:
         """A failed one may be started again."""
-        self.engines.forgive(m)
-        self.mark_dirty(m)
+        self.engines.forgive(r)
+        self.mark_for_review(r)
 
-    def mark_dirty(self, m: Replica) -> None:
-        """Something about it, or about its model, changed."""
-        self.dirty[m.model] = None
+    def mark_for_review(self, r: Replica) -> None:
+        """Something about it, or about its model, changed: what follows from that is found before the event is over."""
+        self.for_review[r.model] = None
 
-    def mark_urgent(self, m: Replica) -> None:
-        """Something about it changed that the policy should see at once."""
-        self.dirty[m.model] = None
-        self.news[m] = None
+    def mark_news(self, r: Replica) -> None:
+        """The same; and the policy is asked at once, if that is news for anybody who waits."""
+        self.for_review[r.model] = None
+        self.news[r] = None
 
     def replica(self, name: str) -> Replica:
         """The replica of that id. Raises LifecycleError: the daemon should have known better."""
@@ -96,22 +96,22 @@ class Core:
     def regroup(self) -> None:
         """The models are others than before."""
         self.balanced = [model for model in self.models.values() if model.rules]
-        self.unkept.update(dict.fromkeys(self.balanced))
+        self.for_upkeep.update(dict.fromkeys(self.balanced))
 
-    def cut_at(self, m: Replica) -> float:
+    def cut_at(self, r: Replica) -> float:
         """When requests still running in a drain that begins now are cut."""
-        return INFINITY if m.spec.drain_limit is None else self.now + m.spec.drain_limit
+        return INFINITY if r.spec.drain_limit is None else self.now + r.spec.drain_limit
 
-    def ask(self, m: Replica, job: Job) -> None:
+    def ask(self, r: Replica, job: Job) -> None:
         """This is to happen to it, now or after what is under way."""
-        self.mark_dirty(m)
-        self.engines.ask(m, job)
+        self.mark_for_review(r)
+        self.engines.ask(r, job)
 
-    def stay(self, m: Replica) -> None:
+    def stay(self, r: Replica) -> None:
         """It is to be kept: what would have made it leave, and can still be called off, is."""
-        if m.job and m.job.target and m.job.reason is Reason.SWAP:
-            for victim in self.swaps.cancel(m.job.target):
-                self.mark_urgent(victim)
+        if r.job and r.job.target and r.job.reason is Reason.SWAP:
+            for victim in self.swaps.cancel(r.job.target):
+                self.mark_news(victim)
         else:
-            self.engines.call_off(m)
-        self.mark_urgent(m)
+            self.engines.call_off(r)
+        self.mark_news(r)

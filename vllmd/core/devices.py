@@ -32,24 +32,24 @@ class Devices:
         before = ledger.unknown
         ledger.take(e.devices)
         ledger.unknown, ledger.asking = e.unknown, e.asking
-        for m in core.replicas.values():
-            if m.loaded and not ledger.held(m):
-                ledger.miss(m.placement.devices)
-                core.engines.rebook(m)
-            if e.unknown and m.spec.device_count:
-                self._put_off(m, e.unknown, told=not e.asking)
-            core.mark_dirty(m)
+        for r in core.replicas.values():
+            if r.loaded and not ledger.held(r):
+                ledger.miss(r.placement.devices)
+                core.engines.rebook(r)
+            if e.unknown and r.spec.device_count:
+                self._put_off(r, e.unknown, told=not e.asking)
+            core.mark_for_review(r)
         if e.unknown != before:
             core.engines.record("devices", None, e.unknown or f"there are {len(e.devices)}, and they answer")
-        core.replan = True
+        core.news_for_all = True
 
-    def _put_off(self, m: Replica, why: str, *, told: bool) -> None:
+    def _put_off(self, r: Replica, why: str, *, told: bool) -> None:
         """It is not brought up now. Requests that wait for it go on waiting, or are told."""
-        self._core.waiting.pop(m, None)
-        for other in self._core.swaps.cancel(m):
-            self._core.mark_dirty(other)
-        if told and m.at_rest:
-            self._admission.reject_waiters(m, RejectReason.UNAVAILABLE, why, 5.0)
+        self._core.waiting.pop(r, None)
+        for other in self._core.swaps.cancel(r):
+            self._core.mark_for_review(other)
+        if told and r.at_rest:
+            self._admission.reject_waiters(r, RejectReason.UNAVAILABLE, why, 5.0)
 
     def troubled(self, e: DevicesTroubled) -> None:
         """9.2: an ill device is avoided, and what is on it leaves once it has drained; on a lost one it has failed."""
@@ -61,9 +61,9 @@ class Devices:
             account.ill = why
             if why:
                 self._core.engines.record("avoid", None, f"device {index} is avoided: {why}", {"device": index})
-            for m in self._on(index) if why else ():
-                self._leave(m, f"device {index}: {why}", at_once=index in e.lost)
-        self._core.replan = True
+            for r in self._on(index) if why else ():
+                self._leave(r, f"device {index}: {why}", at_once=index in e.lost)
+        self._core.news_for_all = True
 
     def drained(self, e: DeviceDrained) -> None:
         """9.3: an operator takes a device out, or gives it back. What is on it leaves as its requests end."""
@@ -73,20 +73,20 @@ class Devices:
         account.drained = e.drained
         self._core.engines.record("drain" if e.drained else "undrain", None, f"device {e.device}, by an operator",
                                 {"device": e.device})  # fmt: skip
-        for m in self._on(e.device) if e.drained else ():
-            self._leave(m, f"device {e.device} is drained for maintenance", at_once=False)
-        self._core.replan = True
+        for r in self._on(e.device) if e.drained else ():
+            self._leave(r, f"device {e.device} is drained for maintenance", at_once=False)
+        self._core.news_for_all = True
 
     def _on(self, index: int) -> list[Replica]:
-        return [m for m in self._core.replicas.values() if index in m.placement.devices and m.loaded]
+        return [r for r in self._core.replicas.values() if index in r.placement.devices and r.loaded]
 
-    def _leave(self, m: Replica, why: str, *, at_once: bool) -> None:
+    def _leave(self, r: Replica, why: str, *, at_once: bool) -> None:
         core = self._core
         if not at_once:
-            core.ask(m, Job(Kind.STOP, Reason.DEVICE, why, core.now, cut_at=core.cut_at(m)))
+            core.ask(r, Job(Kind.STOP, Reason.DEVICE, why, core.now, cut_at=core.cut_at(r)))
             return
-        m.failure = why
-        core.engines.cut(m, why)
-        if m.state is not State.STOPPING:
-            core.engines.record("stop", m, why)
-        core.ask(m, Job(Kind.STOP, Reason.DEVICE, why, core.now, force=True))
+        r.failure = why
+        core.engines.cut(r, why)
+        if r.state is not State.STOPPING:
+            core.engines.record("stop", r, why)
+        core.ask(r, Job(Kind.STOP, Reason.DEVICE, why, core.now, force=True))

@@ -31,24 +31,24 @@ from vllmd.core.types import State
 Supply = Mapping[int, int]  # device index -> bytes
 
 
-def need(m: Replica, a: Account, others: int) -> int | None:
-    """Bytes of the device that a start of ``m`` takes while others hold ``others`` of it; None: it does not start."""
-    rule = m.spec.when_free
+def need(r: Replica, a: Account, others: int) -> int | None:
+    """Bytes of the device that a start of ``r`` takes while others hold ``others`` of it; None: it does not start."""
+    rule = r.spec.when_free
     if rule is None:
-        return m.booking
+        return r.booking
     if others >= rule.used_below:
         return None
     if not rule.shares:
-        return m.booking
+        return r.booking
     share = rule.share(_free_ratio(a, others))
     return None if share is None else math.ceil(share * a.device.memory)
 
 
-def freed_asleep(ledger: Ledger, m: Replica, rest: int) -> dict[int, int]:
+def freed_asleep(ledger: Ledger, r: Replica, rest: int) -> dict[int, int]:
     """Bytes per device that would come free if it slept, and kept ``rest`` of each; none of one that stays."""
-    if m.kept or m.state is State.SLEEPING:
+    if r.kept or r.state is State.SLEEPING:
         return {}
-    return {index: max(0, share - rest) for index, share in ledger.held(m).items()}
+    return {index: max(0, share - rest) for index, share in ledger.held(r).items()}
 
 
 def _free_ratio(a: Account, others: int) -> float:
@@ -92,66 +92,66 @@ class Fit:
                 left[index] -= share
         return left
 
-    def beside_kept(self, m: Replica | None) -> Supply:
+    def beside_kept(self, r: Replica | None) -> Supply:
         """Without what other programs, and the replicas that must stay, hold; -1 where the device is avoided."""
-        left = self.beside(r for r in self._replicas.values() if r.kept and r is not m)
+        left = self.beside(other for other in self._replicas.values() if other.kept and other is not r)
         accounts = self._ledger.accounts
         return {i: -1 if accounts[i].avoided else size - accounts[i].external for i, size in left.items()}
 
-    def now(self, m: Replica) -> Supply:
+    def now(self, r: Replica) -> Supply:
         """With nobody leaving; -1 where the device is avoided."""
-        held = self._ledger.held(m)
+        held = self._ledger.held(r)
         return {i: -1 if a.avoided else a.free + held.get(i, 0) for i, a in self._ledger.accounts.items()}
 
     # -- questions
 
-    def unknown(self, m: Replica) -> str:
+    def unknown(self, r: Replica) -> str:
         """Why nobody knows what there is that it could run on; "" if it is known, or it needs no device."""
-        return self._ledger.unknown if m.spec.device_count else ""
+        return self._ledger.unknown if r.spec.device_count else ""
 
-    def allowed(self, m: Replica) -> list[Account]:
+    def allowed(self, r: Replica) -> list[Account]:
         """The devices that it may use."""
         accounts = self._ledger.accounts
-        return [accounts[index] for index in dict.fromkeys(m.devices or accounts) if index in accounts]
+        return [accounts[index] for index in dict.fromkeys(r.devices or accounts) if index in accounts]
 
-    def wakes(self, m: Replica, supply: Supply) -> bool:
+    def wakes(self, r: Replica, supply: Supply) -> bool:
         """Whether it could wake where it sleeps."""
-        return all(supply.get(index, -1) >= m.footprint.awake for index in m.placement.devices)
+        return all(supply.get(index, -1) >= r.footprint.awake for index in r.placement.devices)
 
-    def starts(self, m: Replica, supply: Supply) -> int:
+    def starts(self, r: Replica, supply: Supply) -> int:
         """On how many devices it could start."""
-        sizes = ((a.device.index, need(m, a, a.capacity - supply[a.device.index])) for a in self.allowed(m))
+        sizes = ((a.device.index, need(r, a, a.capacity - supply[a.device.index])) for a in self.allowed(r))
         return sum(size is not None and supply[index] >= size for index, size in sizes)
 
-    def has_room(self, m: Replica) -> bool:
+    def has_room(self, r: Replica) -> bool:
         """Whether it could start, or wake where it sleeps, with nobody leaving."""
-        if self._ledger.held(m):
-            return self.wakes(m, self.now(m))
-        return not self._ledger.accounts or self.starts(m, self.now(m)) >= m.spec.device_count
+        if self._ledger.held(r):
+            return self.wakes(r, self.now(r))
+        return not self._ledger.accounts or self.starts(r, self.now(r)) >= r.spec.device_count
 
-    def has_room_on(self, m: Replica, devices: Sequence[int]) -> bool:
+    def has_room_on(self, r: Replica, devices: Sequence[int]) -> bool:
         """Whether it could start on these, or wake where it sleeps, at this moment."""
-        supply = self.now(m)
-        if m.state is State.SLEEPING:
-            return self.wakes(m, supply)
-        needs = {index: self.need_on(m, index) for index in devices}
+        supply = self.now(r)
+        if r.state is State.SLEEPING:
+            return self.wakes(r, supply)
+        needs = {index: self.need_on(r, index) for index in devices}
         return all(size is not None and supply[index] >= size for index, size in needs.items())
 
-    def need_on(self, m: Replica, index: int) -> int | None:
+    def need_on(self, r: Replica, index: int) -> int | None:
         """Bytes that it needs on the device beyond what it holds there, negative if that is more than it needs.
 
         None: others do not leave that device free.
         """
-        if m.state is State.SLEEPING:
-            return m.footprint.awake - self._ledger.held(m).get(index, 0)
-        if m.spec.when_free is None:
-            return m.booking
+        if r.state is State.SLEEPING:
+            return r.footprint.awake - self._ledger.held(r).get(index, 0)
+        if r.spec.when_free is None:
+            return r.booking
         a = self._ledger.accounts[index]
-        return need(m, a, a.capacity - self.beside_kept(m)[index])
+        return need(r, a, a.capacity - self.beside_kept(r)[index])
 
-    def shortage(self, m: Replica, devices: Iterable[int]) -> str:
+    def shortage(self, r: Replica, devices: Iterable[int]) -> str:
         """What each of these devices lacks for it, readable."""
-        return "; ".join([self._short(self._ledger.accounts[index], self.need_on(m, index)) for index in devices])
+        return "; ".join([self._short(self._ledger.accounts[index], self.need_on(r, index)) for index in devices])
 
     def _short(self, a: Account, size: int | None) -> str:
         if size is None:
@@ -160,65 +160,65 @@ class Fit:
 
     # -- what can never be, with the arithmetic, so that nobody waits for it
 
-    def never(self, m: Replica) -> str:
-        """Why ``m`` cannot fit even with these devices to itself; empty if it can, be it by waking where it sleeps."""
-        count = m.spec.device_count
+    def never(self, r: Replica) -> str:
+        """Why ``r`` cannot fit even with these devices to itself; empty if it can, be it by waking where it sleeps."""
+        count = r.spec.device_count
         if not self._ledger.accounts or not count:
             return ""
-        if m.state is State.SLEEPING and self.wakes(m, self.alone()):
+        if r.state is State.SLEEPING and self.wakes(r, self.alone()):
             return ""
-        accounts = self.allowed(m)
+        accounts = self.allowed(r)
         if len(accounts) < count:
-            return f"{m.id!r} needs {_devices(count)}, and there {_are(len(accounts))} for it"
-        if self.starts(m, self.alone()) >= count:
+            return f"{r.id!r} needs {_devices(count)}, and there {_are(len(accounts))} for it"
+        if self.starts(r, self.alone()) >= count:
             return ""
-        most = max(need(m, a, 0) or 0 for a in accounts)
+        most = max(need(r, a, 0) or 0 for a in accounts)
         sizes = "; ".join(
             f"device {a.device.index} has {gib(a.device.memory)} less a reserve of {gib(a.device.reserve)}: "
             f"{gib(a.capacity)}"
             for a in accounts
         )
-        return f"{m.id!r} needs {gib(most)} on each of {_devices(count)}; {sizes}"
+        return f"{r.id!r} needs {gib(most)} on each of {_devices(count)}; {sizes}"
 
-    def pinned_out(self, m: Replica) -> str:
-        """Why pinned models leave no room for ``m``; empty if they do."""
-        count = m.spec.device_count
+    def pinned_out(self, r: Replica) -> str:
+        """Why pinned models leave no room for ``r``; empty if they do."""
+        count = r.spec.device_count
         if not self._ledger.accounts or not count:
             return ""
-        pinned = [r for r in self._replicas.values() if r.pinned and r.loaded and r is not m]
-        if self.starts(m, self.beside(pinned)) >= count:
+        pinned = [p for p in self._replicas.values() if p.pinned and p.loaded and p is not r]
+        if self.starts(r, self.beside(pinned)) >= count:
             return ""
         names = ", ".join(f"{p.id!r}" for p in pinned)
-        if m.spec.when_free:
-            return f"{m.id!r} starts on devices that others leave free, and pinned models ({names}) do not leave enough"
-        return f"{m.id!r} needs {gib(m.booking)} on {_devices(count)}, and pinned models ({names}) leave less"
+        if r.spec.when_free:
+            return f"{r.id!r} starts on devices that others leave free, and pinned models ({names}) do not leave enough"
+        return f"{r.id!r} needs {gib(r.booking)} on {_devices(count)}, and pinned models ({names}) leave less"
 
     def stuck(self, sleepers: Iterable[Replica]) -> dict[Replica, str]:
         """Those that cannot wake where they are although they could start elsewhere, and why."""
         common, found = self.beside_kept(None), {}
-        for m in sleepers:
-            supply = self.beside_kept(m) if m.kept else common
-            bad = [index for index in m.placement.devices if supply.get(index, -1) < m.footprint.awake]
-            if bad and self.starts(m, supply) >= m.spec.device_count:
-                found[m] = f"it cannot wake on device {bad[0]}, and can start elsewhere"
+        for r in sleepers:
+            supply = self.beside_kept(r) if r.kept else common
+            bad = [index for index in r.placement.devices if supply.get(index, -1) < r.footprint.awake]
+            if bad and self.starts(r, supply) >= r.spec.device_count:
+                found[r] = f"it cannot wake on device {bad[0]}, and can start elsewhere"
         return found
 
     # -- devices that others leave free
 
-    def vacant(self, m: Replica, since: float = -INFINITY) -> dict[int, int]:
-        """The devices on which ``m`` may start now, with what it would take of each.
+    def vacant(self, r: Replica, since: float = -INFINITY) -> dict[int, int]:
+        """The devices on which ``r`` may start now, with what it would take of each.
 
         ``since``: what was read before counts no more. When nothing is loaded nobody looks at the devices.
         """
-        supply = self.beside_kept(m)
-        sizes = {a.device.index: need(m, a, a.capacity - supply[a.device.index]) for a in self.allowed(m)}
+        supply = self.beside_kept(r)
+        sizes = {a.device.index: need(r, a, a.capacity - supply[a.device.index]) for a in self.allowed(r)}
         accounts = self._ledger.accounts
         usable = {i: size for i, size in sizes.items() if not accounts[i].avoided and _read(accounts[i], since)}
         return {index: size for index, size in usable.items() if size is not None}
 
-    def grant(self, m: Replica, devices: Sequence[int]) -> Grant:
+    def grant(self, r: Replica, devices: Sequence[int]) -> Grant:
         """For a start on vacant devices: the share that the fullest of them allows."""
-        supply, accounts = self.beside_kept(m), [self._ledger.accounts[index] for index in devices]
+        supply, accounts = self.beside_kept(r), [self._ledger.accounts[index] for index in devices]
         used, fullest = max(
             ((a.capacity - supply[a.device.index], a) for a in accounts),
             key=lambda pair: -_free_ratio(pair[1], pair[0]),
@@ -228,24 +228,24 @@ class Fit:
         why = f"{why}, {free:.3f} of it is free"
         where = ",".join(map(str, devices))
         numbers: dict[str, float | int | str] = {"devices": where, "used": used, "free": round(free, 4)}
-        share = m.spec.when_free.share(free) if m.spec.when_free else None
+        share = r.spec.when_free.share(free) if r.spec.when_free else None
         if share is None:
             return Grant(None, why, numbers)
         size = math.ceil(share * min(a.device.memory for a in accounts))
         return Grant(size, f"{why}: it takes {share:g}, {gib(size)}", {**numbers, "share": share, "memory": size})
 
-    def held_back(self, m: Replica, since: float) -> Wait | None:
-        """Who keeps a start of ``m`` waiting, and for what; None where others leave it enough devices."""
-        rule = m.spec.when_free
-        if rule is None or m.state is State.SLEEPING or not self._ledger.accounts:
+    def held_back(self, r: Replica, since: float) -> Wait | None:
+        """Who keeps a start of ``r`` waiting, and for what; None where others leave it enough devices."""
+        rule = r.spec.when_free
+        if rule is None or r.state is State.SLEEPING or not self._ledger.accounts:
             return None
-        if len(self.vacant(m, since)) >= m.spec.device_count:
+        if len(self.vacant(r, since)) >= r.spec.device_count:
             return None
-        supply = self.beside_kept(m)
-        used = {a.device.index: (a, a.capacity - supply[a.device.index]) for a in self.allowed(m)}
-        devices = "a free device" if m.spec.device_count == 1 else f"{m.spec.device_count} free devices"
+        supply = self.beside_kept(r)
+        used = {a.device.index: (a, a.capacity - supply[a.device.index]) for a in self.allowed(r)}
+        devices = "a free device" if r.spec.device_count == 1 else f"{r.spec.device_count} free devices"
         least = f", at least {min(rule.shares):g} of it free" if rule.shares else ""
-        reasons = filter(None, (_reason(m, a, others, since) for a, others in used.values()))
+        reasons = filter(None, (_reason(r, a, others, since) for a, others in used.values()))
         why = f"{devices} (others use less than {gib(rule.used_below)}{least}): {'; '.join(reasons)}"
         numbers = {f"used_{index}": others for index, (_, others) in used.items()}
         return Wait(why, {"used_below": rule.used_below, **numbers}, not all(_read(a, since) for a, _ in used.values()))
@@ -255,13 +255,13 @@ def _read(a: Account, since: float) -> bool:
     return a.looked is None or a.looked >= since
 
 
-def _reason(m: Replica, a: Account, others: int, since: float) -> str:
+def _reason(r: Replica, a: Account, others: int, since: float) -> str:
     index = a.device.index
     if a.avoided:
         return f"device {index} is avoided: {a.wedged}"
     if not _read(a, since):
         return f"device {index} is yet to be looked at"
-    if need(m, a, others) is not None:
+    if need(r, a, others) is not None:
         return ""
     kept = others - a.external
     holders = [f"strangers hold {gib(a.external)}"] * (a.external > 0)
@@ -307,7 +307,7 @@ def fits(s: PolicyInput, w: Waiting) -> tuple[int, ...] | None:
 def _near(good: Sequence[DeviceSupply], span: int) -> Sequence[DeviceSupply]:
     """The first ``span`` of them, or better ones: the nearest kind of which there are enough together."""
     if 1 < span < len(good):
-        for near in (_linked, _same_node):
+        for near in NEAR:
             for first in good:
                 together = [first]
                 for supply in good:
@@ -327,8 +327,21 @@ def _linked(one: DeviceSupply, other: DeviceSupply) -> bool:
     return other.device in one.links
 
 
+def _same_switch(one: DeviceSupply, other: DeviceSupply) -> bool:
+    return bool(one.switch) and one.switch == other.switch
+
+
 def _same_node(one: DeviceSupply, other: DeviceSupply) -> bool:
     return one.node is not None and one.node == other.node
+
+
+NEAR = (_linked, _same_switch, _same_node)  # from the nearest on
+
+
+def distance(supply: DeviceSupply, others: Iterable[DeviceSupply]) -> int:
+    """How far it is from the farthest of the others: 0 joined directly, and so on as in ``NEAR``; 0 where none are."""
+    steps = (next((n for n, near in enumerate(NEAR) if near(supply, other)), len(NEAR)) for other in others)
+    return max(steps, default=0)
 
 
 def _spread(supply: DeviceSupply) -> tuple[bool, int, int]:

@@ -50,7 +50,7 @@ class HealthChecks:
             h.latencies[streamed] = Latency(took)
         if h.status is HealthStatus.SERVING:
             self._judge(r, h, took, fastest(r.model, streamed, but=r), h.latencies[streamed].value)
-        self._core.mark_dirty(r)
+        self._core.mark_for_review(r)
 
     def _judge(self, r: Replica, h: Health, took: float, best: float | None, latency: float) -> None:
         """Too late too often beside the fastest of the others: it is set aside."""
@@ -73,14 +73,14 @@ class HealthChecks:
         h.unanswered.pop(request, None)
         if failed and r.on and h.status in (HealthStatus.SERVING, HealthStatus.SLOW):
             self._set_aside(r, h, HealthStatus.EJECTED, failed)
-            self._core.mark_dirty(r)
+            self._core.mark_for_review(r)
 
     def silent(self, e: ServerSilent) -> None:
         """It gets nothing more until it has answered a probe."""
         r = self._core.replica(e.replica)
         if r.health and r.state is State.READY and r.health.status is not HealthStatus.EJECTED:
             self._set_aside(r, r.health, HealthStatus.EJECTED, e.reason)
-            self._core.mark_dirty(r)
+            self._core.mark_for_review(r)
 
     def asked(self, e: ProbeAsked) -> None:
         """An operator's probe runs in it as any request does, so that nobody puts it to sleep meanwhile."""
@@ -91,7 +91,7 @@ class HealthChecks:
         if r and serves:
             r.running[e.request] = Run(self._core.now)
             self._probes[e.request] = r
-            self._core.mark_dirty(r)
+            self._core.mark_for_review(r)
 
     def probed(self, e: ReplicaProbed) -> None:
         """A probe came back, or did not."""
@@ -100,7 +100,7 @@ class HealthChecks:
             return
         r.running.pop(e.request, None)
         r.orphans.discard(e.request)
-        self._core.mark_urgent(r)
+        self._core.mark_news(r)
         h = r.health
         if h is None or r.model.rules is None or h.probe != e.request:
             return
@@ -149,7 +149,7 @@ class HealthChecks:
             return
         if h.status is HealthStatus.NEW and not self._rules(r).probe:
             h.status = HealthStatus.SERVING
-            self._core.mark_urgent(r)
+            self._core.mark_news(r)
         elif h.status is HealthStatus.NEW or min(h.look_at, self._hangs_at(r, h)) <= self._core.now:
             self._probe(r, h)
 
@@ -162,13 +162,13 @@ class HealthChecks:
         rules = self._rules(r)
         if not rules.probe and h.status is not HealthStatus.SERVING:
             self._probe_passed(r, h, h.took or 0.0)  # its time apart is all that there is to judge by
-            self._core.mark_urgent(r)
+            self._core.mark_news(r)
             return
         best = quickest(but=r) if h.status is not HealthStatus.SERVING else None
         limit = rules.probe_limit if best is None else max(QUICKEST_PROBE, rules.growth * best)
         h.probe, h.asked = f"probe-{next(self._numbers)}", self._core.now
         self._probes[h.probe] = r
-        self._core.mark_dirty(r)
+        self._core.mark_for_review(r)
         self._core.engines.probe(r, h.probe, min(LONGEST_PROBE, limit * rules.growth ** min(h.failed, 10)))
 
     def _hang_limit(self, r: Replica, h: Health) -> float:

@@ -17,46 +17,46 @@ class Rest(enum.Enum):
     STOP = enum.auto()
 
 
-def rest(m: Replica, now: float) -> Rest:
-    """What ``m`` does now, by its idle rules."""
-    if idle_due(m) > now:
+def rest(r: Replica, now: float) -> Rest:
+    """What ``r`` does now, by its idle rules."""
+    if idle_due(r) > now:
         return Rest.NONE
-    rules = m.spec.idle
-    if rules.stop_after is not None and m.idle_since + rules.stop_after <= now:
+    rules = r.spec.idle
+    if rules.stop_after is not None and r.idle_since + rules.stop_after <= now:
         return Rest.STOP
-    if m.state is State.READY:
-        return Rest.SLEEP if m.spec.sleep_levels and rules.level in (1, 2) else Rest.STOP
+    if r.state is State.READY:
+        return Rest.SLEEP if r.spec.sleep_levels and rules.level in (1, 2) else Rest.STOP
     return Rest.DEEPEN
 
 
-def idle_due(m: Replica) -> float:
+def idle_due(r: Replica) -> float:
     """When its idle rules next want something; infinite while it is used, kept, or about to leave anyway."""
-    if m.running or m.demand or m.kept or m.leaving:
+    if r.running or r.demand or r.kept or r.leaving:
         return INFINITY
-    return rules_due(m)
+    return rules_due(r)
 
 
-def rules_due(m: Replica) -> float:
+def rules_due(r: Replica) -> float:
     """The same of one that is not used, nor kept, nor about to leave."""
-    rules, since = m.spec.idle, m.idle_since
+    rules, since = r.spec.idle, r.idle_since
     stop = INFINITY if rules.stop_after is None else since + rules.stop_after
-    if m.state is State.READY:
-        return _kept_alive(m, stop if rules.sleep_after is None else min(stop, since + rules.sleep_after))
-    if m.state is State.SLEEPING:
-        return min(stop, _deepen_due(m))
+    if r.state is State.READY:
+        return _kept_alive(r, stop if rules.sleep_after is None else min(stop, since + rules.sleep_after))
+    if r.state is State.SLEEPING:
+        return min(stop, _deepen_due(r))
     return INFINITY
 
 
-def _kept_alive(m: Replica, due: float) -> float:
+def _kept_alive(r: Replica, due: float) -> float:
     """4.5: later than ``due`` where a client will use it again, at once where the last one said that it will not."""
-    wishes = m.model.keep_alive
-    if wishes.let_go >= m.idle_since:  # and nobody has used it since
-        return m.idle_since
+    wishes = r.model.keep_alive
+    if wishes.let_go >= r.idle_since:  # and nobody has used it since
+        return r.idle_since
     return max(due, *wishes.until.values()) if wishes.until else due
 
 
-def _deepen_due(m: Replica) -> float:
-    after = m.spec.idle.deepen_after
-    if after is None or m.level != 1 or 2 not in m.spec.sleep_levels or m.job:
+def _deepen_due(r: Replica) -> float:
+    after = r.spec.idle.deepen_after
+    if after is None or r.level != 1 or 2 not in r.spec.sleep_levels or r.job:
         return INFINITY  # or it only waits for the room to
-    return m.idle_since + after
+    return r.idle_since + after

@@ -174,7 +174,7 @@ class Reason(enum.Enum):
     IDLE = "idle"
     DEEPEN = "deepen"
     PROOF = "proof"
-    SWAP = "exchange"  # another one needs its place
+    SWAP = "swap"  # another one needs its place
     MOVED = "moved"  # it can never wake where it is
     CONFIG = "config"
     DEVICE = "device"

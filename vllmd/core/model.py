@@ -123,7 +123,7 @@ class Job:
         return self.reason in OWN and self.kind not in UP
 
 
-def wanted(job: Job | None) -> Job | None:
+def asked_start(job: Job | None) -> Job | None:
     """The start among a job and what follows it that somebody wants without a request; None: there is none."""
     while job and not (job.kind in UP and job.reason in WANTS):
         job = job.then
@@ -171,6 +171,8 @@ class Model:
     used: float = -INFINITY  # when a request last came
     promised: list[float] = field(default_factory=list)  # when it was chosen for requests that are yet to come
     scale: Scale = field(default_factory=Scale)
+    disabled: str = ""  # what clients are told of a model that an operator has disabled
+    off: str = ""  # the same, or of one whose replicas are all disabled the first one's: nobody is served
     unused_view: ModelView | None = None  # what is shown of one that was never used, until something changes (views.py)
 
     @property
@@ -212,6 +214,7 @@ class Replica:
     moved: float = -INFINITY  # when it was last moved to another device
     start: Start = field(default_factory=Start)  # what is known of the one under way
     pinned: bool = False
+    disabled: str = ""  # why an operator has disabled this one of several
     bound: int | None = None  # the device that an operator wants it on, until it stops
     failures: int = 0  # in a row
     failed_at: float = 0.0  # when the last of them was
@@ -236,6 +239,11 @@ class Replica:
     def at_rest(self) -> bool:
         """It does not serve, nor is anything under way that ends in serving."""
         return self.state in (State.STOPPED, State.SLEEPING, State.FAILED)
+
+    @property
+    def off(self) -> str:
+        """Why it is not to be up, whoever wants it: an operator has disabled it, or its model; else ""."""
+        return self.disabled or self.model.disabled
 
     @property
     def on(self) -> bool:
@@ -284,15 +292,15 @@ class Replica:
         return job is not None and job.leaves and not (job.kind is Kind.SLEEP and self.state is State.SLEEPING)
 
     @property
-    def wanted(self) -> float | None:
-        """Since when it is wanted on without a request for it."""
-        start = wanted(self.job)
+    def start_asked(self) -> float | None:
+        """When a start was asked for that no request is behind: by an operator, to preload, as one more replica."""
+        start = asked_start(self.job)
         return start.since if start else None
 
     @property
     def urged(self) -> bool:
         """Who wants it is an operator: busy models leave at once."""
-        start = wanted(self.job)
+        start = asked_start(self.job)
         return start is not None and start.reason is Reason.OPERATOR
 
     @property
@@ -304,7 +312,7 @@ class Replica:
     def demand(self) -> int:
         """How many wait for it to be on: requests queued, requests frozen, a load that was asked for."""
         frozen = len(self.running) if self.running and self.state not in AWAKE else 0
-        return self.queued + frozen + (wanted(self.job) is not None)
+        return self.queued + frozen + (asked_start(self.job) is not None)
 
     @property
     def freezable(self) -> bool:

@@ -45,7 +45,7 @@ class Planner:
         if not core.waiting:
             self.held_back = frozenset()
             yield from self._tidy()
-        if not core.waiting or not (core.replan or core.now >= self._looked + TICK or self._concerns_anybody()):
+        if not core.waiting or not (core.news_for_all or core.now >= self._looked + TICK or self._concerns_anybody()):
             return
         self._looked = core.now
         yield from self._relocate()
@@ -66,22 +66,22 @@ class Planner:
         core, engines = self._core, self._core.engines
         if not core.news and not engines.stirred:
             return False
-        devices = engines.stirred.union(*[m.placement.devices for m in core.news])
+        devices = engines.stirred.union(*[r.placement.devices for r in core.news])
         accounts = [account for index in devices if (account := engines.ledger.accounts.get(index))]
         room = max([a.free for a in accounts if not a.avoided and a.device.index not in engines.moving], default=-1)
-        for m in core.waiting:
-            if m in core.news:
+        for r in core.waiting:
+            if r in core.news:
                 return True
-            asleep = m.state is State.SLEEPING
-            here = m.placement.devices if asleep else m.devices or devices
-            if m not in core.swaps and (not devices.isdisjoint(here) or (asleep and room >= m.booking)):
+            asleep = r.state is State.SLEEPING
+            here = r.placement.devices if asleep else r.devices or devices
+            if r not in core.swaps and (not devices.isdisjoint(here) or (asleep and room >= r.booking)):
                 return True
         return False
 
     def _tidy(self) -> Iterator[None]:
         """7.4: while nobody waits, models that are being used are moved to where they fit beside each other."""
         core = self._core
-        if not (core.replan or core.news) or len(core.engines.ledger.accounts) < 2 or len(core.swaps):
+        if not (core.news_for_all or core.news) or len(core.engines.ledger.accounts) < 2 or len(core.swaps):
             return
         if core.engines.displaced:  # before all is looked at
             plan = core.policy.tidy(self.look())
@@ -92,62 +92,62 @@ class Planner:
     def _record_held_back(self) -> None:
         """7.3: who waits for others to leave a device free; once, not with each look."""
         core, before = self._core, self.held_back
-        picky = [m for m in core.waiting if m.spec.when_free]
+        picky = [r for r in core.waiting if r.spec.when_free]
         if not picky and not before:
             return
-        held = {m: wait for m in picky if (wait := core.fit.held_back(m, waited_since(m, core.now)))}
-        self.held_back = frozenset(m for m, wait in held.items() if not wait.unread)
-        for m in [m for m in held if m in self.held_back and m not in before]:
-            core.engines.record("wait", m, f"it waits for {held[m].why}", held[m].numbers)
+        held = {r: wait for r in picky if (wait := core.fit.held_back(r, waited_since(r, core.now)))}
+        self.held_back = frozenset(r for r, wait in held.items() if not wait.unread)
+        for r in [r for r in held if r in self.held_back and r not in before]:
+            core.engines.record("wait", r, f"it waits for {held[r].why}", held[r].numbers)
 
     def _relocate(self) -> Iterator[None]:
         """7.1: a sleeper that cannot wake where it sleeps is stopped, if it can start elsewhere."""
         core = self._core
         if core.now < self._relocated + RELOCATE_EVERY:
             return
-        sleepers = [m for m in core.waiting if m.state is State.SLEEPING and not m.running and m not in core.swaps]
+        sleepers = [r for r in core.waiting if r.state is State.SLEEPING and not r.running and r not in core.swaps]
         if not sleepers:
             return
         self._relocated = core.now
-        for m, why in core.fit.stuck(sleepers).items():
-            core.ask(m, Job(Kind.STOP, Reason.MOVED, why, core.now))
+        for r, why in core.fit.stuck(sleepers).items():
+            core.ask(r, Job(Kind.STOP, Reason.MOVED, why, core.now))
         yield
 
     def begin(self, plan: Plan) -> None:
         """Record the plan, close the gates, and start what can start."""
         core = self._core
-        m = core.replicas[plan.target]
-        moves = any(v.model == m.id for v in plan.victims)
-        verb = "move" if moves else "wake" if m.state is State.SLEEPING else "start"
+        r = core.replicas[plan.target]
+        moves = any(v.model == r.id for v in plan.victims)
+        verb = "move" if moves else "wake" if r.state is State.SLEEPING else "start"
         numbers: dict[str, float | int | str] = {**plan.numbers, "devices": ",".join(map(str, plan.devices))}
         if plan.victims:
             numbers["victims"] = ",".join(f"{v.model}:{v.option.level or 'stop'}" for v in plan.victims)
             numbers["drain"] = "unlimited" if plan.drain == INFINITY else plan.drain
-            core.engines.record("exchange", m, f"{verb} it: {plan.why}", numbers)
+            core.engines.record("swap", r, f"{verb} it: {plan.why}", numbers)
         else:
-            core.engines.record(verb, m, plan.why, numbers)
+            core.engines.record(verb, r, plan.why, numbers)
         core.swaps.begin(plan)
-        core.mark_dirty(m)
+        core.mark_for_review(r)
         for victim in plan.victims:
-            core.mark_dirty(core.replicas[victim.model])
+            core.mark_for_review(core.replicas[victim.model])
 
-    def bring(self, m: Replica, reason: Reason, why: str, since: float, but: frozenset[int] = frozenset()) -> bool:
+    def bring(self, r: Replica, reason: Reason, why: str, since: float, but: frozenset[int] = frozenset()) -> bool:
         """Have it serve where it fits beside what is there; nobody leaves for it. Whether that could be begun.
 
         ``since``: from when the word must be on what others leave free, if it starts only there. ``but``: devices
         that it shall not use.
         """
-        if self._core.fit.unknown(m):
+        if self._core.fit.unknown(r):
             return False
-        devices = fits(self.look(), self.builder.see_newcomer(m, since).without(but))
-        if devices is None or self._core.fit.never(m):
+        devices = fits(self.look(), self.builder.see_newcomer(r, since).without(but))
+        if devices is None or self._core.fit.never(r):
             return False
-        self._core.ask(m, Job(Kind.START, reason, why, self._core.now))
-        self.begin(Plan(m.id, devices, why=why))
+        self._core.ask(r, Job(Kind.START, reason, why, self._core.now))
+        self.begin(Plan(r.id, devices, why=why))
         return True
 
-    def _waits_for_others(self, m: Replica) -> bool:
-        w = self.builder.see_newcomer(m, since=-INFINITY)
+    def _waits_for_others(self, r: Replica) -> bool:
+        w = self.builder.see_newcomer(r, since=-INFINITY)
         return bool(w.span) and not w.devices
 
     def preload(self, todo: dict[Replica, None]) -> Iterator[None]:
@@ -156,22 +156,22 @@ class Planner:
         One that starts only on free devices is wanted from now on where others leave it none.
         """
         core = self._core
-        for m in list(todo):
-            if core.fit.unknown(m):
+        for r in list(todo):
+            if core.fit.unknown(r):
                 continue
-            if m.state is not State.STOPPED or m.demand:
-                del todo[m]
-            elif self.bring(m, Reason.PRELOAD, PRELOADED, -INFINITY):
-                del todo[m]
+            if r.state is not State.STOPPED or r.demand or r.off:
+                del todo[r]
+            elif self.bring(r, Reason.PRELOAD, PRELOADED, -INFINITY):
+                del todo[r]
                 yield
-            elif self._waits_for_others(m):
-                del todo[m]
-                core.ask(m, Job(Kind.START, Reason.PRELOAD, PRELOADED, core.now))
+            elif self._waits_for_others(r):
+                del todo[r]
+                core.ask(r, Job(Kind.START, Reason.PRELOAD, PRELOADED, core.now))
                 yield
                 yield from self.plan()
             elif not any(supply.until or supply.claimed for supply in self.look().supplies.values()):
-                del todo[m]
-                core.engines.record("skip", m, "it is to be preloaded, but does not fit beside the others")
+                del todo[r]
+                core.engines.record("skip", r, "it is to be preloaded, but does not fit beside the others")
 
     def look(self) -> PolicyInput:
         """What the policy sees now."""
@@ -206,11 +206,11 @@ class Planner:
     def sight(self) -> PolicyInput:
         """What the policy would see; that somebody looks changes nothing."""
         begun = self._core.swaps.targets()
-        return self.builder.look([m for m in self._core.waiting if m not in begun], self._shallow)
+        return self.builder.look([r for r in self._core.waiting if r not in begun], self._shallow)
 
-    def level(self, m: Replica, wish: int) -> int:
+    def level(self, r: Replica, wish: int) -> int:
         """The sleep level wished for, the other one where that cannot be, or 0: stop."""
-        usable = levels(self._core.engines, m, self._shallow)
+        usable = levels(self._core.engines, r, self._shallow)
         if wish == 0 or wish in usable:
             return wish
         return usable[0] if usable else 0

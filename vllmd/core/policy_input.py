@@ -50,41 +50,41 @@ class PolicyInputBuilder:
         self._host: tuple[int, frozenset[str]] = (0, frozenset())
         self._calibrations = 0
 
-    def _take(self, m: Replica) -> None:
-        self._waiting.pop(m, None)
-        self._ends.pop(m, None)
-        self._stale.pop(m, None)
-        if may_leave(m):
-            self._stale[m] = None
+    def _take(self, r: Replica) -> None:
+        self._waiting.pop(r, None)
+        self._ends.pop(r, None)
+        self._stale.pop(r, None)
+        if may_leave(r):
+            self._stale[r] = None
         else:
-            self._house(m, None)
-        self._sum(self._coming.pop(m, {}), -1)
-        coming = freed_asleep(self._engines.ledger, m, m.footprint.asleep if sleep_levels(m) else 0)
+            self._house(r, None)
+        self._sum(self._coming.pop(r, {}), -1)
+        coming = freed_asleep(self._engines.ledger, r, r.footprint.asleep if sleep_levels(r) else 0)
         if coming:
-            self._coming[m] = coming
+            self._coming[r] = coming
             self._sum(coming, 1)
 
     def _sum(self, coming: dict[int, int], sign: int) -> None:
         for index, size in coming.items():
             self._sleepable[index] += sign * size
 
-    def _house(self, m: Replica, now: Resident | None) -> None:
+    def _house(self, r: Replica, now: Resident | None) -> None:
         """It is so now; None: it is no resident (any more)."""
-        before = self._residents.pop(m, None)
+        before = self._residents.pop(r, None)
         for index in before.devices if before else ():
-            del self._here[index][m]
+            del self._here[index][r]
             self._astir.add(index)
         if now:
-            self._residents[m] = now
+            self._residents[r] = now
             for index in now.devices:
-                self._here[index][m] = now
+                self._here[index][r] = now
                 self._astir.add(index)
 
     def look(self, waiting: Iterable[Replica], shallow: frozenset[str]) -> PolicyInput:
         """Everything as it is now; ``shallow``: who sleeps at level 1 if it must."""
         engines = self._engines
-        for m in self._changed:
-            self._take(m)
+        for r in self._changed:
+            self._take(r)
         self._changed.clear()
         if engines.calibrations != self._calibrations:  # what is expected of engines that were never measured
             self._calibrations = engines.calibrations
@@ -94,33 +94,33 @@ class PolicyInputBuilder:
         host = (engines.ledger.host_budget - engines.ledger.host_promised, shallow)
         if host != self._host:  # who can sleep at which level depends on it
             self._host = host
-            self._stale.update((m, None) for m, r in self._residents.items() if not r.asleep)
-        for m in self._stale:
-            self._house(m, see_resident(engines, m, shallow))
+            self._stale.update((r, None) for r, resident in self._residents.items() if not resident.asleep)
+        for r in self._stale:
+            self._house(r, see_resident(engines, r, shallow))
         self._stale.clear()
         for index in self._astir:
             self._tenants[index] = Tenants.of(self._here[index].values())
         self._astir.clear()
-        seen = [self._waiting.get(m) or self._see_waiting(m) for m in waiting]
+        seen = [self._waiting.get(r) or self._see_waiting(r) for r in waiting]
         # Not those that wait for others to leave a device free.
         asking = sorted([w for w in seen if w.devices or not w.span], key=_age)
         return PolicyInput(engines.now, asking, dict(self._tenants), self._supplies(), KNOBS)
 
-    def _see_waiting(self, m: Replica) -> Waiting:
-        if m.spec.when_free:
-            return self.see_newcomer(m)  # that depends on others: it is looked at each time
-        seen = self._waiting[m] = see_waiting(self._engines, m)
+    def _see_waiting(self, r: Replica) -> Waiting:
+        if r.spec.when_free:
+            return self.see_newcomer(r)  # that depends on others: it is looked at each time
+        seen = self._waiting[r] = see_waiting(self._engines, r)
         return seen
 
-    def see_newcomer(self, m: Replica, since: float | None = None) -> Waiting:
+    def see_newcomer(self, r: Replica, since: float | None = None) -> Waiting:
         """What waits for it; for one that starts where others leave devices free, only those, none if too few.
 
         ``since``: from when the word for that must be; None: from when the oldest came.
         """
-        w = see_waiting(self._engines, m)
-        if m.spec.when_free is None or m.state is State.SLEEPING or not w.span:
+        w = see_waiting(self._engines, r)
+        if r.spec.when_free is None or r.state is State.SLEEPING or not w.span:
             return w
-        free = self._fit.vacant(m, w.oldest if since is None else since)
+        free = self._fit.vacant(r, w.oldest if since is None else since)
         if len(free) < w.span:
             return w._replace(devices=())
         return w._replace(devices=tuple(free), needs=tuple(free.values()), need=min(free.values()))
@@ -137,163 +137,166 @@ class PolicyInputBuilder:
             if mover:
                 until = self._ends[mover] = self._ends.get(mover) or ends(mover)
             if index in claims:
-                claim, links, node = claims[index], account.device.links, account.device.node
+                claim, near = claims[index], _nearness(account.device)
                 left = min(free, free + claim.coming - claim.need)
-                supplies[index] = DeviceSupply(index, left, sleepable, until, True, claim.drain, links, node)
+                supplies[index] = DeviceSupply(index, left, sleepable, until, True, claim.drain, *near)
                 continue
             device, known = self._quiet.get(index, (None, None))
             same = known is not None and (known.free, known.sleepable, known.until) == (free, sleepable, until)
             if known is None or not same or device is not account.device:
                 device = account.device
-                known = DeviceSupply(index, free, sleepable, until, False, 0.0, device.links, device.node)
+                known = DeviceSupply(index, free, sleepable, until, False, 0.0, *_nearness(device))
                 self._quiet[index] = device, known
             supplies[index] = known
         return supplies
 
 
+def _nearness(device: Device) -> tuple[frozenset[int], int | None, str]:
+    return device.links, device.node, device.switch
+
+
 _age = attrgetter("oldest", "model")
 
 
-def may_leave(m: Replica) -> bool:
+def may_leave(r: Replica) -> bool:
     """Whether a policy may ask it to: it is on with its gate open, or sleeps without frozen requests."""
-    if m.kept or m.leaving or not m.placement.devices:
+    if r.kept or r.leaving or not r.placement.devices:
         return False
-    return m.state is State.READY or (m.state is State.SLEEPING and not m.running)
+    return r.state is State.READY or (r.state is State.SLEEPING and not r.running)
 
 
-def see_waiting(engines: EngineTable, m: Replica) -> Waiting:
+def see_waiting(engines: EngineTable, r: Replica) -> Waiting:
     """What waits for a model that is not on."""
-    held = engines.ledger.most(m)
-    asleep = m.state is State.SLEEPING
-    frozen = len(m.running)
-    asked = [m.wanted] if m.wanted is not None else []
-    urged = m.urged and m.wanted is not None
-    any_device = m.devices or tuple(engines.ledger.accounts)
+    held = engines.ledger.most(r)
+    asleep = r.state is State.SLEEPING
+    frozen = len(r.running)
+    asked = [r.start_asked] if r.start_asked is not None else []
+    any_device = r.devices or tuple(engines.ledger.accounts)
     return Waiting(
-        model=m.id,
-        waiters=m.demand,
-        arrived=(m.model.queue.arrived if m.queued else 0.0) + frozen * m.changed + sum(asked),
-        oldest=waited_since(m, engines.now),
-        load=m.costs.wake(m.level if asleep else 0),
-        sleep=m.costs.sleep(max(m.spec.sleep_levels, default=0)),
-        service=m.costs.seconds("service"),
-        need=m.footprint.awake - held if asleep else m.booking,
-        devices=m.placement.devices if asleep else any_device,
-        span=len(m.placement.devices) if asleep else device_count(engines, m),
-        priority=m.model.spec.priority,
-        impatient=urged or m.model.spec.on_busy == "evict",
-        urged=urged,
-        learnt=m.costs.learnt(wake_kind(m.level if asleep else 0)),
-        move=see_move(engines, m) if asleep else None,
+        model=r.id,
+        waiters=r.demand,
+        arrived=(r.model.queue.arrived if r.queued else 0.0) + frozen * r.changed + sum(asked),
+        oldest=waited_since(r, engines.now),
+        load=r.costs.wake(r.level if asleep else 0),
+        sleep=r.costs.sleep(max(r.spec.sleep_levels, default=0)),
+        service=r.costs.seconds("service"),
+        need=r.footprint.awake - held if asleep else r.booking,
+        devices=r.placement.devices if asleep else any_device,
+        span=len(r.placement.devices) if asleep else device_count(engines, r),
+        priority=r.model.spec.priority,
+        impatient=r.urged or r.model.spec.on_busy == "evict",
+        urged=r.urged,
+        learnt=r.costs.learnt(wake_kind(r.level if asleep else 0)),
+        move=see_move(engines, r) if asleep else None,
     )
 
 
-def waited_since(m: Replica, now: float) -> float:
+def waited_since(r: Replica, now: float) -> float:
     """When the oldest of what waits for it came: a request, those frozen in it, an operator's wish."""
-    since = (m.oldest, m.changed if m.running and m.state not in AWAKE else None, m.wanted)
+    since = (r.oldest, r.changed if r.running and r.state not in AWAKE else None, r.start_asked)
     return min([t for t in since if t is not None], default=now)
 
 
-def see_move(engines: EngineTable, m: Replica) -> Move | None:
+def see_move(engines: EngineTable, r: Replica) -> Move | None:
     """How a sleeper could serve elsewhere; None if it cannot: there is nowhere, or requests are frozen in it."""
-    devices = elsewhere(engines, m)
+    devices = elsewhere(engines, r)
     if not devices:
         return None
-    c, held = m.costs, engines.ledger.held(m)
+    c, held = r.costs, engines.ledger.held(r)
     stop = OffloadOption(0, min(held.values(), default=0), c.sleep(0), c.wake(0), c.learnt("stop"))
-    needs = tuple(m.booking - held.get(index, 0) for index in devices)
+    needs = tuple(r.booking - held.get(index, 0) for index in devices)
     learnt = c.learnt("stop") + c.learnt("start") if c.learnt("start") else 0.0
     return Move(stop, stop.takes + stop.back, learnt, min(needs), devices, needs if held.keys() & set(devices) else ())
 
 
-def elsewhere(engines: EngineTable, m: Replica) -> tuple[int, ...]:
+def elsewhere(engines: EngineTable, r: Replica) -> tuple[int, ...]:
     """The devices to which it may be moved; those of a model over several devices may be partly the same."""
     accounts = engines.ledger.accounts
-    if len(accounts) < 2 or m.running or m.spec.when_free or m.removed or not m.placement.devices:
+    if len(accounts) < 2 or r.running or r.spec.when_free or r.removed or not r.placement.devices:
         return ()
-    here = m.placement.devices if len(m.placement.devices) == 1 else ()
-    devices = tuple(i for i in m.devices or accounts if i in accounts and i not in here)
-    return devices if len(devices) >= m.spec.device_count and set(devices) != set(m.placement.devices) else ()
+    here = r.placement.devices if len(r.placement.devices) == 1 else ()
+    devices = tuple(i for i in r.devices or accounts if i in accounts and i not in here)
+    return devices if len(devices) >= r.spec.device_count and set(devices) != set(r.placement.devices) else ()
 
 
-def device_count(engines: EngineTable, m: Replica) -> int:
+def device_count(engines: EngineTable, r: Replica) -> int:
     """How many devices it takes; none on a machine without any."""
-    return m.spec.device_count if engines.ledger.accounts else 0
+    return r.spec.device_count if engines.ledger.accounts else 0
 
 
-def see_resident(engines: EngineTable, m: Replica, shallow: frozenset[str]) -> Resident:
+def see_resident(engines: EngineTable, r: Replica, shallow: frozenset[str]) -> Resident:
     """A model that could leave."""
-    rate = m.costs.rate
+    rate = r.costs.rate
     return Resident(
-        model=m.id,
-        devices=m.placement.devices,
-        asleep=m.state is State.SLEEPING,
-        options=options(engines, m, shallow),
-        since=m.ready_at,
-        used=m.used,
-        running=len(m.running),
-        queued=m.queued,
-        service=m.costs.seconds("service"),
+        model=r.id,
+        devices=r.placement.devices,
+        asleep=r.state is State.SLEEPING,
+        options=options(engines, r, shallow),
+        since=r.ready_at,
+        used=r.used,
+        running=len(r.running),
+        queued=r.queued,
+        service=r.costs.seconds("service"),
         rate=rate.value,
-        rate_long=m.costs.rate_long.value,
+        rate_long=r.costs.rate_long.value,
         rate_at=rate.at,
-        freezable=m.freezable,
-        refrozen=m.spec.preempt and any(run.frozen > 1 for run in m.running.values()),
-        priority=m.model.spec.priority,
-        drain_limit=INFINITY if m.spec.drain_limit is None else m.spec.drain_limit,
-        began=min([run.began for run in m.running.values()], default=INFINITY),
-        need=m.booking,
-        allowed=() if m.spec.when_free or m.removed else m.devices or tuple(engines.ledger.accounts),
-        displaced=m.displaced,
-        moved=m.moved,
+        freezable=r.freezable,
+        refrozen=r.spec.preempt and any(run.frozen > 1 for run in r.running.values()),
+        priority=r.model.spec.priority,
+        drain_limit=INFINITY if r.spec.drain_limit is None else r.spec.drain_limit,
+        began=min([run.began for run in r.running.values()], default=INFINITY),
+        need=r.booking,
+        allowed=() if r.spec.when_free or r.removed else r.devices or tuple(engines.ledger.accounts),
+        displaced=r.displaced,
+        moved=r.moved,
     )
 
 
-def options(engines: EngineTable, m: Replica, shallow: frozenset[str]) -> tuple[OffloadOption, ...]:
+def options(engines: EngineTable, r: Replica, shallow: frozenset[str]) -> tuple[OffloadOption, ...]:
     """How it can leave its devices, the preferred way first, stopping last."""
-    held = min(engines.ledger.held(m).values(), default=0)
-    stop = OffloadOption(0, held, m.costs.sleep(0), m.costs.wake(0), m.costs.learnt("stop"))
-    if m.state is State.SLEEPING:
+    held = min(engines.ledger.held(r).values(), default=0)
+    stop = OffloadOption(0, held, r.costs.sleep(0), r.costs.wake(0), r.costs.learnt("stop"))
+    if r.state is State.SLEEPING:
         return (stop,)
-    rest = max(0, held - m.footprint.asleep)
-    c = m.costs
-    naps = [OffloadOption(n, rest, c.sleep(n), c.wake(n), c.learnt(sleep_kind(n))) for n in levels(engines, m, shallow)]
+    rest = max(0, held - r.footprint.asleep)
+    c = r.costs
+    naps = [OffloadOption(n, rest, c.sleep(n), c.wake(n), c.learnt(sleep_kind(n))) for n in levels(engines, r, shallow)]
     return (*naps, stop)
 
 
-def levels(engines: EngineTable, m: Replica, shallow: frozenset[str]) -> list[int]:
+def levels(engines: EngineTable, r: Replica, shallow: frozenset[str]) -> list[int]:
     """The sleep levels it can use now, the preferred one first."""
-    usable = sleep_levels(m)
-    if 1 in usable and engines.ledger.host_free_for(m) < m.footprint.host:
+    usable = sleep_levels(r)
+    if 1 in usable and engines.ledger.host_free_for(r) < r.footprint.host:
         usable -= {1}
-    return sorted(usable, reverse=m.id not in shallow)
+    return sorted(usable, reverse=r.id not in shallow)
 
 
-def sleep_levels(m: Replica) -> frozenset[int]:
+def sleep_levels(r: Replica) -> frozenset[int]:
     """What its engine supports; one that failed at it twice is stopped instead."""
-    return m.spec.sleep_levels if m.sleep_failures < 2 else frozenset()
+    return r.spec.sleep_levels if r.sleep_failures < 2 else frozenset()
 
 
-def ends(m: Replica) -> float:
-    """When the command that ``m`` is under is answered, as expected; that may be over."""
-    if m.state is State.STARTING and m.start.ends is not None:
-        return m.start.ends
-    bringing_up = m.state in (State.STARTING, State.WAKING)
-    level = m.level if m.state in (State.WAKING, State.FALLING_ASLEEP) else 0
-    return m.changed + (m.costs.wake(level) if bringing_up else m.costs.sleep(level))
+def ends(r: Replica) -> float:
+    """When the command that ``r`` is under is answered, as expected; that may be over."""
+    if r.state is State.STARTING and r.start.ends is not None:
+        return r.start.ends
+    bringing_up = r.state in (State.STARTING, State.WAKING)
+    level = r.level if r.state in (State.WAKING, State.FALLING_ASLEEP) else 0
+    return r.changed + (r.costs.wake(level) if bringing_up else r.costs.sleep(level))
 
 
-def remaining(m: Replica, now: float) -> float:
-    """Expected seconds until the command that ``m`` is under is answered."""
-    return max(SOON, ends(m) - now)
+def remaining(r: Replica, now: float) -> float:
+    """Expected seconds until the command that ``r`` is under is answered."""
+    return max(SOON, ends(r) - now)
 
 
 def host_claims(engines: EngineTable, models: Iterable[Replica]) -> list[HostClaim]:
     """Who could sleep at level 1, and what it would save."""
     claims = []
-    for m in models:
-        if 1 in m.spec.sleep_levels:
-            deep = m.costs.wake(2 if 2 in m.spec.sleep_levels else 0)
-            gain = max(0.0, deep - m.costs.wake(1))
-            claims.append(HostClaim(m.id, m.footprint.host, gain, m.costs.rate_long.read(engines.now)))
+    for r in models:
+        if 1 in r.spec.sleep_levels:
+            deep = r.costs.wake(2 if 2 in r.spec.sleep_levels else 0)
+            gain = max(0.0, deep - r.costs.wake(1))
+            claims.append(HostClaim(r.id, r.footprint.host, gain, r.costs.rate_long.read(engines.now)))
     return claims

@@ -34,8 +34,8 @@ class Scaling:
         What a step has set in motion is carried out before the next one.
         """
         core = self._core
-        while models := {**core.unkept, **{model: None for model in core.balanced if model.scale.due <= core.now}}:
-            core.unkept.clear()
+        while models := {**core.for_upkeep, **{model: None for model in core.balanced if model.scale.due <= core.now}}:
+            core.for_upkeep.clear()
             for model in models:
                 if model.rules is None:
                     continue
@@ -123,7 +123,7 @@ class Scaling:
         up = [r for r in model.replicas if r.state in AWAKE or r.state in (State.STARTING, State.WAKING)]
         short = max(model.scale.wanted, rules.least) - len([r for r in up if r.spec.device_count])
         off = [r for r in model.replicas if r.state in OFF and not (r.demand or r.leaving)]
-        able = [r for r in off if r.retry_at <= self._core.now and not (r.health and r.health.halted)]
+        able = [r for r in off if r.retry_at <= self._core.now and not r.off and not (r.health and r.health.halted)]
         for r in sorted(able, key=load_time):
             if not r.spec.device_count:
                 yield r
@@ -133,7 +133,7 @@ class Scaling:
 
     def _in_use(self, model: Model, rules: ReplicaRules) -> bool:
         recently = self._core.now < model.used + rules.calm_for
-        return recently or _load(model) > 0 or any(r.wanted is not None for r in model.replicas)
+        return recently or _load(model) > 0 or any(r.start_asked is not None for r in model.replicas)
 
     # -- time
 

@@ -1,7 +1,7 @@
 """handle(event, now) -> commands: the front of the core.
 
 ``design.md`` has the decision tree as numbered prose; the same numbers stand
-in the comments of the rooms: 1 ``admission``, 2 ``engine_events``, 3 ``operator_commands``,
+in the comments of the files: 1 ``admission``, 2 ``engine_events``, 3 ``operator_commands``,
 4 and 5 here, 6 ``unloading``, 7 ``planner``, 8 ``balancing``, ``health``, ``scaling``.
 """
 
@@ -71,13 +71,13 @@ class Scheduler:
         self._handlers[type(event)](event)
         if core.timers.none_before <= engines.now:
             self._expire()
-        if core.dirty:
+        if core.for_review:
             self._settle()
         wanted = core.waiting or core.balanced or self._operator.preload or self._planner.held_back
-        if wanted or (engines.displaced and (core.replan or core.news)):
+        if wanted or (engines.displaced and (core.news_for_all or core.news)):
             for _ in self._steps():
                 self._settle()
-        core.replan = False
+        core.news_for_all = False
         core.news.clear()
         engines.stirred.clear()
         return engines.collect()
@@ -169,6 +169,8 @@ class Scheduler:
             ev.SleepAsked: self._operator.sleep,
             ev.StopAsked: self._operator.stop,
             ev.PinSet: self._operator.pin,
+            ev.ModelDisabled: self._operator.disable,
+            ev.ModelEnabled: self._operator.enable,
             ev.LeaseTaken: self._operator.lease,
             ev.LeaseReleased: self._operator.release,
             ev.KeptAlive: self._unloading.kept_alive,
@@ -186,7 +188,7 @@ class Scheduler:
         now = self._core.now
         for r in self._core.timers.expired(now):
             model = r.model
-            self._core.mark_dirty(r)
+            self._core.mark_for_review(r)
             self._admission.expire(model)  # 4.1
             for lease in [name for name, lease in model.leases.items() if lease.deadline <= now]:
                 self._operator.end_lease(model, lease, stop=True)  # 4.2
@@ -218,10 +220,10 @@ class Scheduler:
     # -- after every event (5)
 
     def _settle(self) -> None:
-        """Everything that follows, without the policy, from what was marked dirty."""
+        """Everything that follows, without the policy, for the models marked for review."""
         core = self._core
-        while core.dirty:
-            self._review_dirty()
+        while core.for_review:
+            self._review_marked()
             if core.engines.leaving:
                 self._unloading.advance()
             if not len(core.swaps):
@@ -229,16 +231,16 @@ class Scheduler:
             for target, why in core.swaps.lapsed().items():
                 core.engines.record("cancel", target, why)
                 for r in core.swaps.cancel(target):
-                    core.mark_dirty(r)
+                    core.mark_for_review(r)
             for r in core.swaps.advance():
-                core.mark_urgent(r)
+                core.mark_news(r)
 
-    def _review_dirty(self) -> None:
+    def _review_marked(self) -> None:
         core = self._core
         if core.policy.in_order:
-            core.dirty.update((model, None) for model in core.models.values() if model.queue)
-        while core.dirty:
-            model, _ = core.dirty.popitem()
+            core.for_review.update((model, None) for model in core.models.values() if model.queue)
+        while core.for_review:
+            model, _ = core.for_review.popitem()
             self._review(model)
 
     def _review(self, model: Model) -> None:
@@ -247,7 +249,7 @@ class Scheduler:
         if model.queue:
             self._admission.serve(model)
         if model.rules:
-            self._core.unkept[model] = None  # 5.5
+            self._core.for_upkeep[model] = None  # 5.5
         for r in (*model.replicas, *model.retired) if model.retired else model.replicas:
             self._review_replica(r)
         if not model.replicas and not model.retired:

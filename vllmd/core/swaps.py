@@ -65,27 +65,27 @@ class Swaps:
         self._by_target[target] = Swap(target, plan.devices, victims, now + plan.drain, now, plan.why, plan.unasked)
         if target in victims:
             target.moved = now
-        for m, option in victims.items():
-            self.engines.ask(m, _job(m, target, option, plan, now))
+        for r, option in victims.items():
+            self.engines.ask(r, _job(r, target, option, plan, now))
 
-    def left(self, m: Replica) -> None:
+    def left(self, r: Replica) -> None:
         """A victim gave up its memory (or died of it)."""
-        for ex in self._by_target.values():
-            ex.victims.pop(m, None)
+        for swap in self._by_target.values():
+            swap.victims.pop(r, None)
 
     def cancel(self, target: Replica) -> list[Replica]:
         """Nobody wants ``target`` any more: victims that have not left yet stay. Returns its victims."""
-        ex = self._by_target.pop(target, None)
-        back = list(ex.victims) if ex else []
-        for m in back:
-            self.engines.release(m)
+        swap = self._by_target.pop(target, None)
+        back = list(swap.victims) if swap else []
+        for r in back:
+            self.engines.release(r)
         return back
 
     def lapsed(self) -> dict[Replica, str]:
         """Targets whose swap is not to be, and why: nobody waits, they cannot start now, or a victim stays."""
-        why = {t: "nobody waits for it any more" for t, ex in self._by_target.items() if not _wanted(t, ex)}
-        for t, ex in self._by_target.items():
-            stays = [m.id for m in ex.victims if m.job is None or m.job.target is not t]
+        why = {t: "nobody waits for it any more" for t, swap in self._by_target.items() if not _wanted(t, swap)}
+        for t, swap in self._by_target.items():
+            stays = [r.id for r in swap.victims if r.job is None or r.job.target is not t]
             if stays and t not in why:
                 why[t] = f"{', '.join(stays)} is not to leave any more"
         return why
@@ -93,73 +93,72 @@ class Swaps:
     def advance(self) -> list[Replica]:
         """Start or wake each target whose victims are gone and whose devices are at rest. Returns those targets."""
         moved = []
-        for m, ex in list(self._by_target.items()):
-            if ex.victims or self.engines.holder(ex.devices):
+        for r, swap in list(self._by_target.items()):
+            if swap.victims or self.engines.holder(swap.devices):
                 continue
-            del self._by_target[m]
-            moved.append(m)
-            if self._fit.has_room_on(m, ex.devices):
-                self.bring(m, ex.devices)
+            del self._by_target[r]
+            moved.append(r)
+            if self._fit.has_room_on(r, swap.devices):
+                self.bring(r, swap.devices)
             else:
-                self.engines.record("replan", m, f"after the exchange {self._fit.shortage(m, ex.devices)}")
+                self.engines.record("replan", r, f"after the swap {self._fit.shortage(r, swap.devices)}")
         return moved
 
-    def bring(self, m: Replica, devices: tuple[int, ...]) -> None:
+    def bring(self, r: Replica, devices: tuple[int, ...]) -> None:
         """Wake it where it sleeps, or start it on ``devices``."""
-        if m.state is State.SLEEPING:
-            self.engines.wake(m)
-        elif m.spec.when_free and devices:
-            given = self._fit.grant(m, devices)
-            self.engines.record("free", m, given.why, given.numbers)
-            self.engines.start(m, devices, given.size)
+        if r.state is State.SLEEPING:
+            self.engines.wake(r)
+        elif r.spec.when_free and devices:
+            given = self._fit.grant(r, devices)
+            self.engines.record("free", r, given.why, given.numbers)
+            self.engines.start(r, devices, given.size)
         else:
-            self.engines.start(m, devices)
+            self.engines.start(r, devices)
 
     def claims(self) -> dict[int, Claim]:
         """The devices on which a swap is draining or queued."""
         claims: dict[int, Claim] = {}
-        for ex in self._by_target.values():
-            leaving = list(ex.victims)
-            drain = max([self.drain_left(ex, m) for m in leaving if m.state in AWAKE], default=0.0)
-            for index in {*ex.devices, *[index for m in leaving for index in m.placement.devices]}:
+        for swap in self._by_target.values():
+            leaving = list(swap.victims)
+            drain = max([self.drain_left(swap, r) for r in leaving if r.state in AWAKE], default=0.0)
+            for index in {*swap.devices, *[index for r in leaving for index in r.placement.devices]}:
                 if index not in claims:
-                    claims[index] = self._claim(ex, leaving, index, drain)
+                    claims[index] = self._claim(swap, leaving, index, drain)
         return claims
 
-    def _claim(self, ex: Swap, leaving: list[Replica], index: int, drain: float) -> Claim:
+    def _claim(self, swap: Swap, leaving: list[Replica], index: int, drain: float) -> Claim:
         need = 0
-        if index in ex.devices:
-            need = (ex.target.booking if ex.target in ex.victims else self._fit.need_on(ex.target, index)) or 0
-        coming = sum([ex.victims[m].frees for m in leaving if index in m.placement.devices])
+        if index in swap.devices:
+            need = (swap.target.booking if swap.target in swap.victims else self._fit.need_on(swap.target, index)) or 0
+        coming = sum([swap.victims[r].frees for r in leaving if index in r.placement.devices])
         return Claim(need, coming, drain)
 
-    def until_served(self, ex: Swap) -> float:
+    def until_served(self, swap: Swap) -> float:
         """Expected seconds until the target serves."""
-        target = ex.target
-        drain = max([self.drain_left(ex, m) for m in ex.victims if m.state in AWAKE], default=0.0)
-        anew = target in ex.victims or target.state is not State.SLEEPING
-        return (
-            drain + sum(option.takes for option in ex.victims.values()) + target.costs.wake(0 if anew else target.level)
-        )
+        target = swap.target
+        drain = max([self.drain_left(swap, r) for r in swap.victims if r.state in AWAKE], default=0.0)
+        leave = sum(option.takes for option in swap.victims.values())
+        anew = target in swap.victims or target.state is not State.SLEEPING
+        return drain + leave + target.costs.wake(0 if anew else target.level)
 
-    def drain_left(self, ex: Swap, m: Replica) -> float:
+    def drain_left(self, swap: Swap, r: Replica) -> float:
         """Expected seconds until the victim's requests have ended. One that drained long will take long yet."""
-        if not m.running:
+        if not r.running:
             return 0.0
-        expected = max(drain_time(m.costs.seconds("service"), len(m.running)), self.engines.now - ex.begun)
-        return min(expected, max(0.0, ex.deadline - self.engines.now)) if m.freezable else expected
+        expected = max(drain_time(r.costs.seconds("service"), len(r.running)), self.engines.now - swap.begun)
+        return min(expected, max(0.0, swap.deadline - self.engines.now)) if r.freezable else expected
 
 
-def _job(m: Replica, target: Replica, option: OffloadOption, plan: Plan, now: float) -> Job:
+def _job(r: Replica, target: Replica, option: OffloadOption, plan: Plan, now: float) -> Job:
     freeze_at = now + plan.drain if option.level else INFINITY
-    cut_at = now + m.spec.drain_limit if m.spec.drain_limit is not None else INFINITY
-    goal = "to start on another device" if m.id == plan.target else f"to make room for {plan.target}"
+    cut_at = now + r.spec.drain_limit if r.spec.drain_limit is not None else INFINITY
+    goal = "to start on another device" if r.id == plan.target else f"to make room for {plan.target}"
     kind, why = Kind.SLEEP if option.level else Kind.STOP, f"{goal}: {plan.why}"
     return Job(kind, Reason.SWAP, why, now, option.level, freeze_at, cut_at, target=target)
 
 
-def _wanted(m: Replica, ex: Swap) -> bool:
+def _wanted(r: Replica, swap: Swap) -> bool:
     """Somebody waits for it, or it is on its way to another device; and it can start, or will be able to."""
-    on_its_way = ex.unasked or m in ex.victims
-    able = m.state in (State.STOPPED, State.SLEEPING) or (on_its_way and m.state in (State.READY, State.DRAINING))
-    return (m.demand > 0 or ex.unasked) and (able or (on_its_way and m.state is State.STOPPING))
+    on_its_way = swap.unasked or r in swap.victims
+    able = r.state in (State.STOPPED, State.SLEEPING) or (on_its_way and r.state in (State.READY, State.DRAINING))
+    return (r.demand > 0 or swap.unasked) and (able or (on_its_way and r.state is State.STOPPING))

@@ -50,6 +50,7 @@ class Device:
     ``runtime``: whose variable makes it visible to an engine: ``cuda``, ``hip``, ``xpu``; "" for one that is declared.
     ``number``: what that runtime calls it, counting in the order of the PCI bus; None where that is not certain.
     ``links``: indices of the devices that it is joined with directly; ``node``: its NUMA node, None where not told.
+    ``switch``: those with the same one talk through a PCIe switch of their own; "" where not told.
     """
 
     index: int
@@ -61,6 +62,7 @@ class Device:
     number: int | None = None
     links: frozenset[int] = frozenset()
     node: int | None = None
+    switch: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +215,7 @@ class Decision:
     """One decision with its numbers: a journal record, a line of ``vllmctl why``."""
 
     at: float
-    what: str  # start, wake, sleep, stop, evict, refuse, restart, ...
+    what: str  # start, wake, swap, sleep, stop, refuse, restart, ...
     model: str
     why: str  # one readable sentence
     numbers: Mapping[str, float | int | str] = field(default_factory=dict)
@@ -241,6 +243,7 @@ class View:
     standing: str = ""  # of one of several whose engine is up: new, serving, resting, slow, ejected
     latency: float | None = None  # of one of several: seconds to the first byte, the last answers weighing most
     rests_in: float | None = field(default=None, kw_only=True)  # seconds until an idle rule would act if nobody came
+    disabled: str = field(default="", kw_only=True)  # what an operator, who has disabled it, has its clients told
 
 
 @dataclass(frozen=True, slots=True)

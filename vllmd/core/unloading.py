@@ -23,62 +23,62 @@ class Unloading:
     def advance(self) -> None:
         """Let go whoever only waited for its requests to end or for a device to come to rest."""
         engines = self._core.engines
-        for m in list(engines.leaving):
-            job = m.job
-            if job is None or m not in engines.leaving:
+        for r in list(engines.leaving):
+            job = r.job
+            if job is None or r not in engines.leaving:
                 continue
-            if m.running and m.state is State.DRAINING and not job.force:
-                self._press(m, job)
-            elif engines.free_to_move(m):  # 6.1
-                self._go(m, job)
+            if r.running and r.state is State.DRAINING and not job.force:
+                self._press(r, job)
+            elif engines.free_to_move(r):  # 6.1
+                self._go(r, job)
 
-    def _press(self, m: Replica, job: Job) -> None:
+    def _press(self, r: Replica, job: Job) -> None:
         """Its requests take longer than they were given."""
         core = self._core
-        level = self._planner.level(m, job.level)
-        if core.now >= job.freeze_at and m.freezable and level and core.engines.free_to_move(m):  # 6.2
+        level = self._planner.level(r, job.level)
+        if core.now >= job.freeze_at and r.freezable and level and core.engines.free_to_move(r):  # 6.2
             target = job.target.id if job.target else ""
             core.engines.record(
-                "freeze", m, job.why, {"frozen": len(m.running), "for": target, "cause": job.reason.value}
+                "freeze", r, job.why, {"frozen": len(r.running), "for": target, "cause": job.reason.value}
             )
-            core.engines.sleep(m, level, freeze=True)
-            core.mark_dirty(m)
+            core.engines.sleep(r, level, freeze=True)
+            core.mark_for_review(r)
         elif core.now >= job.cut_at:  # 6.3
-            core.engines.record("cut", m, "its drain limit has passed", {"cut": len(m.running)})
-            core.engines.cut(m, "the model has to leave and its drain limit has passed")
-            core.mark_dirty(m)
+            core.engines.record("cut", r, "its drain limit has passed", {"cut": len(r.running)})
+            core.engines.cut(r, "the model has to leave and its drain limit has passed")
+            core.mark_for_review(r)
 
-    def _go(self, m: Replica, job: Job) -> None:
+    def _go(self, r: Replica, job: Job) -> None:
         core = self._core
-        core.mark_dirty(m)
+        core.mark_for_review(r)
         if job.kind is Kind.PROVE:
-            core.engines.prove(m)
+            core.engines.prove(r)
             return
-        level = self._planner.level(m, job.level) if m.state is State.DRAINING else 0
+        level = self._planner.level(r, job.level) if r.state is State.DRAINING else 0
         numbers: dict[str, float | str] = {
             "level": level,
-            "idle": round(core.now - m.idle_since, 3),
+            "idle": round(core.now - r.idle_since, 3),
             "cause": job.reason.value,
         }
-        core.engines.record("sleep" if level else "stop", m, job.why, numbers)
+        core.engines.record("sleep" if level else "stop", r, job.why, numbers)
         if level:
-            core.engines.sleep(m, level)
+            core.engines.sleep(r, level)
         else:
-            core.engines.stop(m, job.why, job.force)
+            core.engines.stop(r, job.why, job.force)
 
     # -- age
 
-    def age(self, m: Replica) -> None:
+    def age(self, r: Replica) -> None:
         """4.4: what an unused model does next, if its time has come."""
         core = self._core
-        action = rest(m, core.now)
-        why = f"unused for {core.now - m.idle_since:.0f} s"
+        action = rest(r, core.now)
+        why = f"unused for {core.now - r.idle_since:.0f} s"
         if action is Rest.STOP:
-            core.ask(m, Job(Kind.STOP, Reason.IDLE, why, core.now))
+            core.ask(r, Job(Kind.STOP, Reason.IDLE, why, core.now))
         elif action is Rest.SLEEP:
-            core.ask(m, Job(Kind.SLEEP, Reason.IDLE, why, core.now, m.spec.idle.level))
+            core.ask(r, Job(Kind.SLEEP, Reason.IDLE, why, core.now, r.spec.idle.level))
         elif action is Rest.DEEPEN:  # as soon as there is room for it
-            core.ask(m, Job(Kind.SLEEP, Reason.DEEPEN, why, core.now, 2))
+            core.ask(r, Job(Kind.SLEEP, Reason.DEEPEN, why, core.now, 2))
 
     def kept_alive(self, e: KeptAlive) -> None:
         """4.5: a client's wish replaces its own; the last one to need the model no more lets it go."""
@@ -90,10 +90,10 @@ class Unloading:
                 wishes.until[e.client] = core.now + e.seconds
             elif not wishes.until:
                 wishes.let_go = core.now
-            core.mark_dirty(r)
+            core.mark_for_review(r)
 
-    def can_deepen(self, m: Replica) -> bool:
+    def can_deepen(self, r: Replica) -> bool:
         """An engine cannot go from level 1 to 2 asleep: it must wake in between, and has room to, unasked."""
         core = self._core
-        claimed = not core.swaps.claims().keys().isdisjoint(m.placement.devices)
-        return core.engines.free_to_move(m) and not claimed and core.fit.has_room(m)
+        claimed = not core.swaps.claims().keys().isdisjoint(r.placement.devices)
+        return core.engines.free_to_move(r) and not claimed and core.fit.has_room(r)

@@ -36,7 +36,7 @@ def snapshot(core: Core, planner: Planner, now: float, models: Iterable[Model]) 
     engines = core.engines
     return Snapshot(
         at=now,
-        models=tuple([m.unused_view or _unused(core, m) or _model(core, m, now, outlook) for m in models]),
+        models=tuple([each.unused_view or _unused(core, each) or _model(core, each, now, outlook) for each in models]),
         devices=tuple(_device(account) for account in engines.ledger.accounts.values()),
         host_memory=engines.ledger.host_budget,
         host_promised=engines.ledger.host_promised,
@@ -79,6 +79,7 @@ def _model(core: Core, model: Model, now: float, outlook: Ask) -> ModelView:
         balanced=model.rules is not None,
         serving=len(up),
         degraded=bool(model.rules) and any(view.state is State.FAILED or view.standing in UNWELL for view in views),
+        disabled=model.off,
         rests_in=min([view.rests_in for view in views if view.rests_in is not None], default=None),
     )
 
@@ -87,6 +88,8 @@ def _unused(core: Core, model: Model) -> ModelView | None:
     """The same, a tenth as dear, of a model with one engine that nobody has used or wants; None for any other."""
     r = model.replicas[0] if len(model.replicas) == 1 else None
     if r is None or r in core.active or not r.untouched or model.retired or model.rules or model.leases or r.failure:
+        return None
+    if model.off:
         return None
     bound = r.devices[0] if len(r.devices) == 1 else None
     at_rest = (State.STOPPED, 0, (), 0, 0, 0, None, None, None, r.pinned, (), "", "")
@@ -122,6 +125,7 @@ def _replica(core: Core, r: Replica, now: float, outlook: Ask) -> ReplicaView:
         standing=_standing(r),
         latency=r.health.latency if r.health else None,
         bound=r.devices[0] if len(r.devices) == 1 else None,
+        disabled=r.off,
         rests_in=None if (due := idle_due(r)) == INFINITY else max(0.0, due - now),
     )
 
@@ -132,22 +136,22 @@ def _standing(r: Replica) -> str:
     return "resting" if r in resting(r.model) else r.health.status.value
 
 
-def _waiting_for(core: Core, m: Replica, now: float, outlook: Ask) -> str:
+def _waiting_for(core: Core, r: Replica, now: float, outlook: Ask) -> str:
     """Why queued requests wait, in a few words."""
-    if m.state is State.STARTING:
-        usual = m.costs.wake(0) if m.start.ends is None else m.start.ends - m.changed
-        return f"its start ({_so_far(now - m.changed, usual)})"
-    if m.state is State.WAKING:
-        return f"its wake ({_so_far(now - m.changed, m.costs.wake(m.level))})"
-    if m.health and m.state is State.READY and m.health.status is not HealthStatus.SERVING:
-        return f"its answer to a probe{' after: ' * bool(m.health.why)}{m.health.why}"
-    if m.state is State.READY:
-        return f"a place in the engine ({len(m.running)} run at a time)"
-    if m.state is State.FAILED:
-        return f"a restart in {max(0.0, m.retry_at - now):.0f} s after: {m.failure}"
-    if m.state not in (State.STOPPED, State.SLEEPING):
-        return f"the end of its {m.state.value.replace('_', ' ')}"
-    return _waiting_for_room(core, m, now, outlook)
+    if r.state is State.STARTING:
+        usual = r.costs.wake(0) if r.start.ends is None else r.start.ends - r.changed
+        return f"its start ({_so_far(now - r.changed, usual)})"
+    if r.state is State.WAKING:
+        return f"its wake ({_so_far(now - r.changed, r.costs.wake(r.level))})"
+    if r.health and r.state is State.READY and r.health.status is not HealthStatus.SERVING:
+        return f"its answer to a probe{' after: ' * bool(r.health.why)}{r.health.why}"
+    if r.state is State.READY:
+        return f"a place in the engine ({len(r.running)} run at a time)"
+    if r.state is State.FAILED:
+        return f"a restart in {max(0.0, r.retry_at - now):.0f} s after: {r.failure}"
+    if r.state not in (State.STOPPED, State.SLEEPING):
+        return f"the end of its {r.state.value.replace('_', ' ')}"
+    return _waiting_for_room(core, r, now, outlook)
 
 
 def _so_far(passed: float, usual: float) -> str:
@@ -157,21 +161,21 @@ def _so_far(passed: float, usual: float) -> str:
     return f"{passed:.{digits}f}{about} s" + (f", {usual:.{digits}f} s usually" if 0.05 <= usual <= passed else "")
 
 
-def _waiting_for_room(core: Core, m: Replica, now: float, outlook: Ask) -> str:
-    engines, swap = core.engines, core.swaps.get(m)
+def _waiting_for_room(core: Core, r: Replica, now: float, outlook: Ask) -> str:
+    engines, swap = core.engines, core.swaps.get(r)
     if swap and swap.victims:
-        return outlook(m)
-    others = core.fit.held_back(m, waited_since(m, now))
+        return outlook(r)
+    others = core.fit.held_back(r, waited_since(r, now))
     if others:
         return others.why
-    holder = engines.holder(swap.devices if swap else m.placement.devices or tuple(engines.ledger.accounts))
+    holder = engines.holder(swap.devices if swap else r.placement.devices or tuple(engines.ledger.accounts))
     if holder:
         return f"{holder.id}, which is {holder.state.value.replace('_', ' ')}"
-    if told := outlook(m):
+    if told := outlook(r):
         return told
     accounts = engines.ledger.accounts.values()
     wedged = [f"device {a.device.index} is avoided: {a.wedged}" for a in accounts if a.avoided]
     taken = [f"strangers hold {gib(a.external)} on device {a.device.index}" for a in accounts if a.external > a.missing]
-    kept = [other.id for other in core.replicas.values() if other.kept and other.loaded and other is not m]
+    kept = [other.id for other in core.replicas.values() if other.kept and other.loaded and other is not r]
     room = f"room beside {', '.join(kept)} (leased or pinned)" if kept else "room"
     return "; ".join([room, *wedged, *taken])

@@ -44,6 +44,11 @@ class BackEnd:
         """Hands an event to the core."""
         return self.dispatcher.post
 
+    @property
+    def perform(self) -> Callable[[events.Event], None]:
+        """Hands it an operator's event. Raises InternalError if the core fails at it."""
+        return self.dispatcher.perform
+
     def ask(self, event: events.Asking, answered: Callable[[commands.Answer], None]) -> None:
         """Hand an event to the core, and have ``answered`` called before anything that follows from it begins."""
         self.dispatcher.ask(event, answered)
@@ -93,7 +98,7 @@ class BackEnd:
         if state is not State.STARTING:
             return ""
         process = self.engines.processes.get(replica)
-        return str((process.phase.phase if process else "") or state.value)
+        return str((process.told if process else "") or state.value)
 
     async def note_idle(self) -> None:
         """Leave each engine's idle clock beside its cgroup, for the next daemon."""

@@ -24,15 +24,24 @@ from vllmd.core.scheduler import Scheduler
 from vllmd.core.types import Decision
 from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.engine_manager import EngineManager
+from vllmd.errors import InternalError
 from vllmd.systemd.throttle import Throttle
 
 log = logging.getLogger("vllmd")
 
 DECISIONS = 300  # of a kind that are logged per minute
+FAILED = "vllmd could not do it; its log says why"
 
 
 def _unheard(decision: Decision, now: float) -> None:
     """For a dispatcher of whose decisions nothing is to be told."""
+
+
+def _refusal(event: events.Event) -> list[commands.Command]:
+    """What is owed to whoever waits for an event at which the scheduler failed."""
+    if isinstance(event, events.RequestArrived):
+        return [commands.Reject(event.request, commands.RejectReason.DEFECT, FAILED)]
+    return [commands.Answer(getattr(event, "ask", ""), refused=FAILED, error=commands.RejectReason.DEFECT)]
 
 
 def executors(
@@ -77,10 +86,9 @@ class Dispatcher:
         self._changed = changed
         self._inbox: deque[events.Event] = deque()
         self._handling = False
-        self._timer: asyncio.TimerHandle | None = (
-            None  # for when the core wants to hear that time has passed, or earlier
-        )
-        self._wakes = math.inf  # when that is
+        self._failed: events.Event | None = None  # the last one that the scheduler failed at
+        self._timer: asyncio.TimerHandle | None = None
+        self._wakes = math.inf  # when it does: when the core wants to hear that time has passed, or earlier
         self._loop = asyncio.get_running_loop()
         self._throttles: dict[str, Throttle] = {}  # of the log, by kind of decision
 
@@ -107,9 +115,7 @@ class Dispatcher:
                     decided = self._scheduler.handle(event, self._loop.time())
                 except Exception:  # a defect: say so, and keep serving everybody else
                     log.exception("the scheduler could not handle %s", event)
-                    why = "vllmd could not do it; its log says why"
-                    self._answer(commands.Answer(getattr(event, "ask", ""), refused=why))
-                    continue
+                    self._failed, decided = event, _refusal(event)
                 for command in decided:
                     try:
                         self._execute[type(command)](command)
@@ -123,6 +129,15 @@ class Dispatcher:
             self._set_timer()
         # 3. Those that follow what changes (``vllmctl watch``, the progress of a load).
         self._changed()
+
+    def perform(self, event: events.Event) -> None:
+        """Take an operator's event in, as ``post`` does. Raises InternalError if the scheduler fails at it.
+
+        Not for events that carrying out a command leads to: those are taken in later.
+        """
+        self.post(event)
+        if self._failed is event:
+            raise InternalError(FAILED)
 
     def ask(self, event: events.Asking, answered: Callable[[commands.Answer], None]) -> None:
         """Take an event in, as ``post`` does. ``answered`` is called once, before what follows from it begins.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from vllmd.api.answers import Device, Killed, Probed, Reloaded
 from vllmd.core import events
 from vllmd.daemon.current import Later
+from vllmd.daemon.disabled import Disabled
 from vllmd.daemon.instances import Instances
 from vllmd.daemon.probing import probe
 from vllmd.daemon.processes import kill
@@ -22,15 +23,24 @@ if TYPE_CHECKING:
 class OperatorCommands:
     """Implements ``vllmd.admin.control.Commands``. Every verb waits until devices and engines have been found."""
 
-    def __init__(self, back: Later[BackEnd], instances: Instances, reload: Callable[[], Awaitable[Reloaded]]) -> None:
+    def __init__(
+        self,
+        back: Later[BackEnd],
+        instances: Instances,
+        disabled: Disabled,
+        engines_of: Callable[[str], Sequence[str]],
+        reload: Callable[[], Awaitable[Reloaded]],
+    ) -> None:
         self.reload = reload
         self.load_on = instances.load_on
         self.drop_instance = instances.drop
         self._back = back
+        self._disabled = disabled
+        self._engines_of = engines_of
 
     async def post(self, event: str, fields: Mapping[str, object]) -> None:
-        """Have the core decide on an event of ``vllmd.core.events``, by its name and its fields."""
-        (await self._back.wait()).post(getattr(events, event)(**fields))
+        """Have the core decide on an event of ``vllmd.core.events`` of that name. Raises InternalError."""
+        (await self._back.wait()).perform(getattr(events, event)(**fields))
 
     async def load(self, model: str) -> None:
         """Have it started or woken; of several replicas one whatever it takes, the others where they fit.
@@ -41,7 +51,7 @@ class OperatorCommands:
 
     async def unload(self, model: str, *, force: bool, device: int | None = None) -> None:
         """Have it stopped, or only its engines on that device; clears a failure."""
-        (await self._back.wait()).post(events.StopAsked(model, force, device))
+        (await self._back.wait()).perform(events.StopAsked(model, force, device))
 
     async def sleep(self, model: str, level: int) -> None:
         """Have it put to sleep, or stopped at 3. Raises Conflict for one that is not loaded and is to sleep."""
@@ -49,16 +59,27 @@ class OperatorCommands:
         views = back.replicas_of(model)
         if level != 3 and views and all(view.state in UNLOADED for view in views):
             raise Conflict(f"{model} cannot be put to sleep: it is not loaded ({views[0].state.value})")
-        back.post(events.SleepAsked(model, level))
+        back.perform(events.SleepAsked(model, level))
+
+    async def disable(self, model: str, message: str | None) -> None:
+        """Have clients told ``message``, and the engine stopped, until it is enabled. Raises Unavailable."""
+        back = await self._back.wait()
+        back.post(await self._disabled.add(model, message or ""))
+
+    async def enable(self, model: str) -> None:
+        """Serve it again, with all its replicas. Raises Unavailable."""
+        back = await self._back.wait()
+        await self._disabled.remove(model, *self._engines_of(model))
+        back.post(events.ModelEnabled(model))
 
     async def lease(self, model: str, lease: str, seconds: float | None) -> None:
         """Keep it for ``seconds``; of several replicas one that serves."""
         back = await self._back.wait()
-        back.post(events.LeaseTaken(lease, model, None if seconds is None else back.dispatcher.now() + seconds))
+        back.perform(events.LeaseTaken(lease, model, None if seconds is None else back.dispatcher.now() + seconds))
 
     async def release(self, model: str, lease: str, *, stop: bool) -> None:
         """Give a lease back before its deadline."""
-        (await self._back.wait()).post(events.LeaseReleased(lease, stop))
+        (await self._back.wait()).perform(events.LeaseReleased(lease, stop))
 
     async def probe(self, model: str, all: bool, *, limit: float | None) -> Probed:
         """Ask each engine of it that serves its probe, all at the same time."""
@@ -72,7 +93,7 @@ class OperatorCommands:
     async def drain(self, device: int, drained: bool) -> Device:
         """Take a device out of use, or give it back; how it is then. Raises NotFound."""
         back = await self._back.wait()
-        back.post(events.DeviceDrained(device, drained))
+        back.perform(events.DeviceDrained(device, drained))
         for view in back.activity().devices:
             if view.index == device:
                 return device_of(view)

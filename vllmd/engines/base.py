@@ -87,10 +87,14 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A phase of a start, read from a log line: ``weights``, ``compile``, ``graphs``, ``download``, ..."""
+    """A phase of a start, read from a log line: ``weights``, ``compile``, ``graphs``, ``download``, ...
+
+    ``once``: what the phase makes is kept, so that later starts are spared it.
+    """
 
     phase: str
     detail: str = ""
+    once: bool = False
 
 
 @dataclass(frozen=True, slots=True)

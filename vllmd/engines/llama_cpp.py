@@ -46,6 +46,8 @@ _PYTHON = re.compile(r"python[\d.]*")
 _PHASES = {
     "load_model: loading model": "weights",
     "load_tensors:": "weights",
+    "threadpool init": "context",
+    "warming up the model": "warm-up",
     "load_model: initializing": "context",
     "model loaded": "serving",
     "downloading": "download",

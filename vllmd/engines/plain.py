@@ -14,6 +14,7 @@ from vllmd.core.types import Footprint
 from vllmd.engines.base import Adapter, Call, Failure, Place, Progress
 from vllmd.engines.known_failures import known
 
+DETAIL = 160  # characters of a log line that are worth showing as a start's progress
 PROBE = 5.0  # seconds for an answer of a server that may be busy loading
 _ABSENT = re.compile(
     r"there is no command|No module named|not found|No such file or directory|cannot (run|execute|find)", re.I
