@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from vllmd.admin.counters import Counters
 from vllmd.admin.runtime_models import RuntimeModels
@@ -27,6 +27,7 @@ from vllmd.api.answers import (
     NewKey,
     Probed,
     Progress,
+    Pulled,
     Recordings,
     Reloaded,
     Removed,
@@ -59,6 +60,7 @@ class Gauges:
     model_energy: Mapping[str, float] = field(default_factory=dict)  # joules
     unreadable: Sequence[int] = ()
     use_written: bool = True  # the record of use can be written
+    traced: Mapping[str, int] = field(default_factory=dict)  # requests by what became of their spans
 
 
 class Status(Protocol):
@@ -189,6 +191,9 @@ class Records(Protocol):
     def trouble(self) -> str:
         """Why use cannot be written down now, "" if it can."""
 
+    def traced(self) -> dict[str, int]:
+        """How many requests' spans were ``sent`` to a collector, and how many ``dropped``; {} where none are sent."""
+
     def requests(
         self,
         model: str,
@@ -229,10 +234,10 @@ class Records(Protocol):
 class Store(Protocol):
     """The daemon, as far as these endpoints need it. Each raises a VllmdError for what cannot be."""
 
-    def pull(self, name: str, *, add: bool, detached: bool) -> AsyncGenerator[dict[str, Any], None]:
+    def pull(self, name: str, *, add: bool, detached: bool) -> AsyncGenerator[Pulled, None]:
         """Have a model's files here, and with ``add`` the model served; how far it is, line by line.
 
-        The last line has ``done``. ``detached``: it goes on when the caller has left.
+        The last line is ``done``. ``detached``: it goes on when the caller has left.
         """
 
     def stop(self, model: str) -> Download:
@@ -241,7 +246,7 @@ class Store(Protocol):
     async def contents(self) -> Cached:
         """What the engines' caches hold, and which models are loaded from it."""
 
-    async def add(self, name: str, settings: Mapping[str, Any]) -> Added:
+    async def add(self, name: str, settings: Mapping[str, object]) -> Added:
         """Serve a model from now on. Raises BadRequest, Conflict, Forbidden."""
 
     async def copy(self, model: str, name: str) -> Added:

@@ -118,7 +118,7 @@ def front_end(
     relay = Relay(gate, limits)
     learnt = Learnt(runtime.learnt)
     records = Records(config.records, runtime.usage)
-    relay.recorder = records.recordings
+    relay.recorder, relay.tracer = records.recordings, records
     changes = Changes(current, counters, learnt, relay.forget, records.engine_up)
     instances = Instances(current, back, take, changing)
     runtime_models = RuntimeModels(current, back, take, changing, instances.plain, addresses(sockets.get("http", ())))

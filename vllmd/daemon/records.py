@@ -23,12 +23,15 @@ from typing import TYPE_CHECKING
 from vllmd.api import answers
 from vllmd.api.answers import RequestEntry, RequestInFull, Requests, Usage
 from vllmd.api.codec import encoded
+from vllmd.config.checks import without_otlp
 from vllmd.config.types import RecordsConfig
 from vllmd.core.types import Snapshot
 from vllmd.daemon.current import state_file
 from vllmd.errors import BadRequest, NotFound, Unavailable
 from vllmd.proxy.access import ADMIN, MODELS, Caller
+from vllmd.proxy.account import Trace
 from vllmd.proxy.exchange import Exchange
+from vllmd.proxy.http import Request
 from vllmd.records import bodies, ring
 from vllmd.records.bodies import Recordings
 from vllmd.records.ring import Entry, Filter, Ring
@@ -37,6 +40,7 @@ from vllmd.records.trace import Arrival, anonymous
 from vllmd.systemd.throttle import Repeated
 
 if TYPE_CHECKING:
+    from vllmd.daemon.spans import Spans
     from vllmd.records.store import Store
 
 log = logging.getLogger("vllmd.records")
@@ -71,6 +75,8 @@ class Records:
         self._tasks: set[asyncio.Task[None]] = set()
         self._trouble, self._log_trouble = Repeated(log), Repeated(log)
         self.trouble = ""  # why nothing can be written now
+        self.spans: Spans | None = None  # who sends them, if somebody does
+        self.configure_spans(config)
         self._watchers: set[asyncio.Queue[Entry]] = set()
         self._came_up: dict[str, tuple[float, float]] = {}  # replica -> when it began to come up, and when it was there
         self._last_key: dict[str, str] = {}  # model -> who used it last
@@ -84,6 +90,31 @@ class Records:
         self._config = config
         self._keeps = self._path is not None and config.usage
         self._ring.resize(config.requests)
+        self.configure_spans(config)
+
+    def configure_spans(self, config: RecordsConfig) -> None:
+        """Send spans where the configuration says, if it says so and the packages are there."""
+        before = self.spans
+        if before is not None and (before.endpoint, before.share) == (config.spans, config.spans_share):
+            return
+        self.spans = None
+        if config.spans:
+            from vllmd.daemon.spans import Spans  # most daemons send none
+
+            if why := without_otlp():
+                log.error("records.spans %s", why)
+            else:
+                self.spans = Spans(config.spans, config.spans_share)
+        if before is not None:
+            asyncio.get_running_loop().run_in_executor(None, before.close)
+
+    def traced(self) -> dict[str, int]:
+        """How many requests' spans were sent, and how many dropped; {} where none are sent."""
+        return {"sent": self.spans.sent, "dropped": self.spans.dropped} if self.spans is not None else {}
+
+    def begin(self, request: Request) -> Trace | None:
+        """The trace of a request that has just arrived, None if it is not to be recorded."""
+        return self.spans.begin(request) if self.spans is not None else None
 
     # -- what is heard
 
@@ -98,6 +129,8 @@ class Records:
         entry = self._ring.note(exchange, kept)
         if kept is not None:
             self._bound_bodies()
+        if account is not None and account.trace is not None and self.spans is not None:
+            self.spans.note(entry, account.trace)
         if exchange.model:
             self._last_key[exchange.model] = entry.key
             if self._keeps:
@@ -106,6 +139,11 @@ class Records:
                     self._schedule()
         if config.access_log:
             self._log(entry, config.access_log)
+        if self._watchers:
+            self._show(entry)
+
+    def _show(self, entry: Entry) -> None:
+        """Have it told to everybody who watches."""
         for queue in self._watchers:
             if queue.full():
                 queue.get_nowait()
@@ -252,6 +290,8 @@ class Records:
             self._timer.cancel()
             self._timer = None
         await self.flush()
+        if self.spans is not None:
+            await asyncio.to_thread(self.spans.close)
         if self._store is not None:
             await asyncio.to_thread(self._store.close)
 

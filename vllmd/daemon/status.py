@@ -248,7 +248,8 @@ class Status:
         seen = self.sight()
         if back is None:
             return Gauges(seen.snapshot, seen.connections, seen.requests, valid=not seen.broken)
-        memory, starts = back.memory, dict[str, Start]()
+        memory = back.memory
+        starts: dict[str, Start] = {}
         devices = memory.last.devices if memory.last and memory.readable else {}
         for engine, start in back.learnt.starts.items():
             model = self._current.model_of(engine)

@@ -173,6 +173,8 @@ class Vllm(Plain):
         env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_RPC_BASE_PATH": str(rpc), "VLLM_NO_USAGE_STATS": "1"}
         if model.adapters and adapters.loads_late(model):
             env[adapters.RUNTIME] = "1"
+        if place.quota and not place.device_ids and not self._accelerator():
+            env[vllm_cpu.BIND] = "nobind"  # else it has a thread for each CPU that it may be on, whatever the quota
         return env | environment(model, place)
 
     def adapters(self, model: ModelConfig) -> Mapping[str, Adapter]:

@@ -27,7 +27,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from assign' -l restart -d 'reloa
 complete -c vllmctl -n '__fish_seen_subcommand_from assign' -l config -r -d 'instead of the standard place'
 complete -c vllmctl -n '__fish_seen_subcommand_from assign' -a '(vllmctl completion models 2>/dev/null)'
 complete -c vllmctl -n '__fish_seen_subcommand_from assign' -F
-complete -c vllmctl -n __fish_use_subcommand -a bench -d 'Measure a model: time to the first token, tokens per second, under so many clients'
+complete -c vllmctl -n __fish_use_subcommand -a bench -d 'Measure a model: time to the first token, tokens per second, under so many clients; or (--cold) its start'
 complete -c vllmctl -n '__fish_seen_subcommand_from bench' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from bench' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
 complete -c vllmctl -n '__fish_seen_subcommand_from bench' -l user -d 'the vllmd of systemctl --user'
@@ -37,6 +37,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from bench' -l json -d 'print JSO
 complete -c vllmctl -n '__fish_seen_subcommand_from bench' -s n -l requests -r -d 'requests in all (default: 16)'
 complete -c vllmctl -n '__fish_seen_subcommand_from bench' -s c -l clients -r -d 'requests at a time (default: 4)'
 complete -c vllmctl -n '__fish_seen_subcommand_from bench' -l max-tokens -r -d 'tokens per answer (default: 128)'
+complete -c vllmctl -n '__fish_seen_subcommand_from bench' -l cold -d 'measure its start instead, beside that of the same command without vllmd; it is stopped and started, once without vllmd, for which it takes root or the engines user'
 complete -c vllmctl -n '__fish_seen_subcommand_from bench' -l prompt -r -d 'what is asked'
 complete -c vllmctl -n '__fish_seen_subcommand_from bench' -a '(vllmctl completion models 2>/dev/null)'
 complete -c vllmctl -n '__fish_seen_subcommand_from bench' -F
