@@ -141,6 +141,7 @@ class Records:
             self._log(entry, config.access_log)
         if self._watchers:
             self._show(entry)
+        return entry
 
     def _show(self, entry: Entry) -> None:
         """Have it told to everybody who watches."""
@@ -148,7 +149,6 @@ class Records:
             if queue.full():
                 queue.get_nowait()
             queue.put_nowait(entry)
-        return entry
 
     def _schedule(self) -> None:
         """Have what has gathered written soon; where requests come faster than that, add them up now."""
