@@ -116,7 +116,7 @@ class Counters:
         A busy daemon has thousands a second that differ in times and sizes alone.
         """
         self._entries.append(entry)
-        if len(self._entries) >= AT_A_TIME or entry.bodies is not None:  # bodies are the record's alone to keep
+        if len(self._entries) >= AT_A_TIME:
             self.add_up()
 
     def add_up(self) -> None:

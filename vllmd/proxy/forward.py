@@ -289,10 +289,10 @@ class AnswerRelay:
             self._tail = data[-TAIL:]
         elif len(tail) > MOST_TAIL:  # what is too old goes when there is much of it, not at each piece
             self._tail = tail[-TAIL:] + data
-        elif isinstance(tail, bytearray):
-            tail += data
         else:
-            self._tail = bytearray(tail) + data
+            if not isinstance(tail, bytearray):
+                self._tail = tail = bytearray(tail)
+            tail += data
         if self._names_response:
             self._look_for_id(data)
         if self._tap is not None:
