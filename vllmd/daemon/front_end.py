@@ -29,6 +29,7 @@ from vllmd.daemon.key_store import KeyStore
 from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.listeners import Listeners
 from vllmd.daemon.operator_commands import OperatorCommands
+from vllmd.daemon.previews import Previews
 from vllmd.daemon.quotas import Quotas
 from vllmd.daemon.records import Records
 from vllmd.daemon.runtime_models import RuntimeModels, addresses
@@ -128,7 +129,8 @@ def front_end(
     disabled.load()
     commands = OperatorCommands(back, instances, disabled, current.engines_of, reload)
     following = Following(current, status, changes, back)
-    control = Control(counters, status, commands, following, runtime_models, store, records, key_store)
+    previews = Previews(back, lambda: current.config)
+    control = Control(counters, status, commands, previews, following, runtime_models, store, records, key_store)
 
     def outcome(model: str, answered: int, failed: bool) -> None:
         """What became of a request; of several replicas the scheduler itself judges."""

@@ -64,7 +64,7 @@ class Watcher:
         self.woken = asyncio.Event()
 
     def hear(self, entry: Entry) -> None:
-        """A request has ended."""
+        """A request has ended: keep it until it is told, if it is one of those that are wanted."""
         if self._wanted.takes(entry) and ring.may_see(self._caller, entry):
             self._waiting.append(entry)
             if not self.woken.is_set():

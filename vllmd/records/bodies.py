@@ -83,7 +83,7 @@ class KeptBodies:
             self._drop()
 
     def clear(self) -> None:
-        """Let go of all."""
+        """Let go of all bodies that are kept."""
         self._kept.clear()
         self.size = 0
 
