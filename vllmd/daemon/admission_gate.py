@@ -59,6 +59,7 @@ async def _nothing(name: str) -> None:
     """The stand-in for fetching adapters: there is nothing to fetch."""
 
 
+NOWHERE = Listen()  # where a request goes that has not been admitted
 REACH_TRIES, REACH_PAUSE = 20, 0.1  # so often a request finds nobody listening, and seconds between
 
 
@@ -580,7 +581,7 @@ class Permit:
         self.refusal: errors.VllmdError | None = None
         self.decided: asyncio.Future[None] | None = None  # while somebody waits
         self.replica = ""  # the one that it was admitted to
-        self.upstream = Listen()
+        self.upstream = NOWHERE
         self.target: Target | None = None
         self.fetched: Target | None = None  # what its model's name means, where that had to be fetched first
         self.called = offer or model  # what it is counted by
