@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from tests.cli.fake_daemon import fake_daemon, model, status
+from tests.gpu.trees import write
 from vllmd.cli import examine_devices, main
-from vllmd.cli.examine import accounts, configuration, driver, memory, python, systemd, units
+from vllmd.cli.examine import accounts, configuration, driver, memory, place, python, systemd, units
 from vllmd.cli.examine_engines import vllm_on_cpu
 from vllmd.cli.examined import Host
 from vllmd.cli.verbs.doctor import known
@@ -257,6 +258,21 @@ def test_devices_that_do_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ((verdict, what, _),) = driver(machine(tmp_path, devices=lambda here: stuck.wait(60) and NoDevices("")))
     stuck.set()
     assert verdict == "bad" and "has not answered" in what
+
+
+def test_a_place_that_is_too_narrow(tmp_path: Path) -> None:
+    """CPUs, tasks and ports, each with the command that widens it."""
+    (tmp_path / "vllmd.yaml").write_text("")
+    host = machine(tmp_path, env={"VLLMD_CONFIG": str(tmp_path / "vllmd.yaml")})
+    assert list(place(host)) == []
+    group = "sys/fs/cgroup"
+    write(tmp_path, **{"proc/self/cgroup": "0::/", f"{group}/cpu.max": "50000 100000", f"{group}/pids.max": "100"})
+    write(tmp_path, **{"proc/sys/net/ipv4/ip_unprivileged_port_start": "40000"})
+    assert [(verdict, what) for verdict, what, _ in place(host)] == [
+        ("warning", "control groups leave engines 0.5 of a CPU"),
+        ("warning", "only 100 processes and threads may run here; an engine has some hundred"),
+        ("bad", "engines' ports 33300-34300 are below 40000, where only root may listen"),
+    ]
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

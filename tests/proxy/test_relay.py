@@ -27,8 +27,10 @@ from tests.proxy.fakes import (
 from vllmd.config.types import RequestRules
 from vllmd.engines.base import Listen
 from vllmd.errors import Unavailable
+from vllmd.proxy.account import Trace
 from vllmd.proxy.forward import AnswerRelay
 from vllmd.proxy.gate import Target
+from vllmd.proxy.http import Request
 from vllmd.proxy.limits import Limits
 from vllmd.proxy.tokens import told
 
@@ -70,6 +72,30 @@ def test_the_engine_gets_the_body_byte_for_byte() -> None:
                 "content-length": str(len(body)),
             }
             assert act.gate.permits[0].endings == [12]
+
+    asyncio.run(play())
+
+
+def test_a_traced_request_makes_the_engines_spans_children_of_ours() -> None:
+    """The engine gets our ``traceparent`` instead of the client's, on every way that a request may go."""
+    trace = Trace("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7", "1122334455667788")
+
+    class Tracing:
+        def begin(self, request: Request) -> Trace | None:
+            return trace if request.headers.get("traceparent") else None
+
+    async def play() -> None:
+        async with stage(reply(ANSWER)) as act:
+            act.relay.tracer = Tracing()
+            client = await act.client()
+            for fields in (["traceparent: 00-1-1122334455667788-01", "tracestate: a=b"], []):
+                client.post("/v1/chat/completions", b'{"model":"m"}', *fields)
+                assert (await client.answer()).status == 200
+            traced, plain = act.engine.asked
+            assert traced.headers["traceparent"] == trace.field
+            assert traced.head.lower().count("traceparent") == 1
+            assert traced.headers["tracestate"] == "a=b"
+            assert "traceparent" not in plain.headers
 
     asyncio.run(play())
 

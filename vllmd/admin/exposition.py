@@ -46,6 +46,7 @@ def expose_in_turns(
     Families come in pieces, each is written by itself, and what is said of a family is kept from its first piece.
     """
     encode, content_type = choose_encoder(accept)
+    counters.add_up()
     written: dict[str, list[bytes]] = {}
     for metric in ProcessCollector(registry=None).collect():
         written[metric.name] = [_text(encode, metric)]
@@ -161,6 +162,8 @@ def _standing(gauges: Gauges) -> Iterator[Metric]:
     yield from _gauge("configuration_valid", "Whether the last configuration read was usable.", [], {(): gauges.valid})
     yield from _gauge("usage_written", "Whether the record of use can be written; what waits is kept.", [],
                  {(): gauges.use_written})  # fmt: skip
+    yield from _counter("traced_requests", "Requests whose spans a collector has taken, or which were dropped.",
+                   ["outcome"], {(how,): number for how, number in gauges.traced.items()})  # fmt: skip
     yield from _gauge("connections", "Clients and operators who are connected.", [], {(): gauges.connections})
     yield from _gauge("requests_in_progress", "Model requests that wait or run.", [], {(): gauges.requests})
     snapshot = gauges.snapshot

@@ -11,12 +11,14 @@ from pathlib import Path
 
 from vllmd.cli.examine_devices import driver
 from vllmd.cli.examined import Finding, Host
+from vllmd.place import cpus, port_limits, tasks
 
 NEEDED = {"h11": "python3-h11", "yaml": "python3-yaml", "sdnotify": "python3-sdnotify", "pystemd": "python3-pystemd"}
 SOCKETS = ("vllmd.socket", "vllmd-admin.socket", "vllmd-read.socket", "vllmd-installer.socket")
 USERS_SOCKETS = ("vllmd.socket", "vllmd-admin.socket")  # of systemctl --user
 LAUNCHER = "vllmd-launcher.socket"  # static: it comes up with vllmd.service, and is down before the first start
 GiB = 1 << 30
+FEWEST_TASKS = 1024
 # A daemon of one's own beside the system's: one line that can be pasted.
 OWN_PORT = (
     "use that one, or give yours its own: "
@@ -134,6 +136,24 @@ def memory(host: Host) -> Iterator[Finding]:
             yield "warning", f"only {free / GiB:.1f}GiB are free in {path}", why
 
 
+def place(host: Host) -> Iterator[Finding]:
+    """What a container, control groups and sysctls leave of the machine, where that is less than an engine wants."""
+    from vllmd.config.loader import read
+
+    here, limit = cpus(host.root), tasks(host.root)
+    if here.quota is not None and here.quota < 1:
+        what = f"control groups leave engines {here.quota:g} of a CPU"
+        yield "warning", what, "systemctl set-property vllmd.slice CPUQuota= lifts vllmd's own limit"
+    if limit is not None and limit < FEWEST_TASKS:
+        advice = "systemctl set-property vllmd.slice TasksMax=infinity, or the container's --pids-limit=-1"
+        yield "warning", f"only {limit} processes and threads may run here; an engine has some hundred", advice
+    engines, limits = read(env=host.env).config.engines, port_limits(host.root)
+    ports = range(engines.port_start, engines.port_end + 1)
+    if not any(port >= limits.least for port in ports):
+        what = f"engines' ports {ports.start}-{ports.stop - 1} are below {limits.least}, where only root may listen"
+        yield "bad", what, "move them: engines.port_start and port_end"
+
+
 def configuration(host: Host) -> Iterator[Finding]:
     """It is valid, and the engines' programs and files are there."""
     from vllmd.cli.examine_engines import programs, vllm_on_cpu
@@ -170,7 +190,7 @@ def _model(host: Host, name: str, source: str) -> Iterator[Finding]:
         yield "warning", f"{name}: {source} lies in somebody's home", advice
 
 
-QUESTIONS = (python, systemd, units, accounts, driver, memory, configuration)
+QUESTIONS = (python, systemd, units, accounts, driver, memory, place, configuration)
 
 
 def examine(host: Host) -> list[Finding]:

@@ -543,6 +543,13 @@ MODEL = Group(
         ),
         Setting("limits", LIMITS, "Resource limits of its scope.", reload=Reload.ENGINE),
         Setting(
+            "numa",
+            k.BOOL,
+            "Run it on the CPUs of its devices' NUMA node, with that node's memory as long as there is some; true by "
+            "default. Without effect where the devices are of several nodes, or the machine has one.",
+            reload=Reload.NEXT_LOAD,
+        ),
+        Setting(
             "host",
             k.TEXT,
             "Name or address of the only machine that it is meant for; others that read this file leave it out.",
@@ -551,6 +558,13 @@ MODEL = Group(
         Setting("request", REQUEST, "What becomes of its JSON requests."),
         Setting("variants", VARIANT, "Other names of it, with rules of their own.", many="map"),
         Setting("adapters", ADAPTER, "Its LoRA adapters, by name.", many="map", reload=Reload.ENGINE),
+        Setting(
+            "runtime_adapters",
+            k.BOOL,
+            "Let keys of the scope admin load more of them while it runs, by POST /v1/load_lora_adapter. "
+            "An engine of the kind vllm is started with room for four of rank 64 unless extra_args says otherwise.",
+            reload=Reload.ENGINE,
+        ),
         Setting(
             "options",
             k.MAP,
@@ -803,6 +817,13 @@ ENGINES = Group(
         Setting("home", k.PATH, "Engines' home directory, with the cache of models; without it that of the service."),
         Setting("port_start", k.count(1024, 65535), "First port for engines without Unix sockets."),
         Setting("port_end", k.count(1024, 65535), "Last port for engines without Unix sockets."),
+        Setting(
+            "standby",
+            k.count(0, 16, "auto"),
+            "How many engines are kept ready for models that are not loaded, see STANDBY ENGINES; auto is one, where "
+            "the machine has 16 GiB of memory or more and 4 GiB of it would stay available.",
+            reload=Reload.NOW,
+        ),
     ),
 )
 
@@ -851,6 +872,18 @@ RECORDS = Group(
         Setting("usage", k.BOOL, "Keep use by hour, key and model, and arrivals, in the service's state folder."),
         Setting("usage_days", k.count(1, 36_500), "For how many days use is kept; by the hour it is two months."),
         Setting("trace_days", k.count(1, 3_650), "For how many days arrivals are kept (vllmctl simulate --recorded)."),
+        Setting(
+            "spans",
+            k.URL,
+            "The collector, such as http://collector:4318, that is sent spans of requests (queue, load, first byte, "
+            "answer) by OTLP over HTTP, if the package opentelemetry-exporter-otlp-proto-http is there; its "
+            "variables, such as OTEL_SERVICE_NAME, hold as well.",
+        ),
+        Setting(
+            "spans_share",
+            k.PART,
+            "Of the requests whose client sends no traceparent, how many are traced; one that sends it decides itself.",
+        ),
     ),
 )
 

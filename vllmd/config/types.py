@@ -151,9 +151,11 @@ class ModelConfig:
     restart_backoff: float = 5.0
     log_file: bool = False
     limits: ScopeLimits = ScopeLimits()
+    numa: bool = True
     request: RequestRules = field(default_factory=RequestRules)
     variants: Mapping[str, VariantConfig] = field(default_factory=dict)
     adapters: Mapping[str, AdapterConfig] = field(default_factory=dict)
+    runtime_adapters: bool = False
     options: Mapping[str, object] = field(default_factory=dict, repr=False)  # the engine kind's own
     replicas: ReplicaConfig | None = None
     where: str = ""  # file:line, for errors
@@ -234,6 +236,7 @@ class EngineDefaults:
     home: Path | None = None
     port_start: int = 33300
     port_end: int = 34300
+    standby: int | None = None  # processes that are kept ready; None: by the machine's memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +267,8 @@ class RecordsConfig:
     usage: bool = True
     usage_days: int = 400
     trace_days: int = 14
+    spans: str | None = None  # an OpenTelemetry collector's address; None: none are sent
+    spans_share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,8 @@ class Device:
     ``runtime``: whose variable makes it visible to an engine: ``cuda``, ``hip``, ``xpu``; "" for one that is declared.
     ``number``: what that runtime calls it, counting in the order of the PCI bus; None where that is not certain.
     ``links``: indices of the devices that it is joined with directly; ``node``: its NUMA node, None where not told.
-    ``switch``: those with the same one talk through a PCIe switch of their own; "" where not told.
+    ``switch``: those with the same one talk through a PCIe switch of their own; "" where not told. ``cpus``: those of
+    its node, where the machine has more than one.
     """
 
     index: int
@@ -63,6 +64,7 @@ class Device:
     links: frozenset[int] = frozenset()
     node: int | None = None
     switch: str = ""
+    cpus: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +293,7 @@ class Snapshot:
     host_memory: int
     host_promised: int
     decisions: tuple[Decision, ...]
+    host_standbys: int = 0  # bytes of it that standby engines hold
 
     @property
     def replicas(self) -> list[ReplicaView]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from vllmd.config.names import instance_name
 from vllmd.config.types import ModelConfig
 from vllmd.core import commands
+from vllmd.core.types import Device
 from vllmd.daemon.boot_clock import moments
 from vllmd.daemon.engine_keys import EngineKeys
 from vllmd.daemon.engine_process import EngineProcess, environment_now, fingerprint
@@ -19,10 +20,12 @@ from vllmd.daemon.memory import Memory
 from vllmd.daemon.ports import PortPool
 from vllmd.engines.base import Engine, Launch, Listen, Place
 from vllmd.engines.estimate import Estimate
-from vllmd.errors import ConfigError
+from vllmd.engines.standby import CanStandBy, Standby, early
+from vllmd.errors import ConfigError, VllmdError
 from vllmd.gpu import environment
 from vllmd.launcher.client import StartOrder
 from vllmd.launcher.protocol import ProtocolError
+from vllmd.place import Cpus, cpus
 
 LONGEST_STOP = 3600.0  # seconds between SIGTERM and SIGKILL that the launcher accepts
 
@@ -93,6 +96,7 @@ class LaunchPlanner:
         process = EngineProcess(model, engine, instance, launch.listen, command.placement, fingerprint(model))
         process.stop, process.stop_signal, process.self_managed = launch.stop, launch.stop_signal, launch.self_managed
         process.watch, process.environment = launch.watch, environment_now(model)
+        process.standby = self._standby(model, engine, launch)
         try:
             return process, self._order(process, launch, run_dir) if launch.argv else None
         except ProtocolError as error:
@@ -101,6 +105,7 @@ class LaunchPlanner:
     def _place(self, command: commands.StartEngine, run_dir: Path) -> Place:
         devices = self._memory.devices_of(command.placement)
         told = self._estimates.get(command.replica)
+        here = self._cpus(self._models[command.replica], devices)
         return Place(
             run_dir=run_dir,
             device_ids=tuple(device.id for device in devices),
@@ -111,20 +116,69 @@ class LaunchPlanner:
             kv_cache=told.kv_cache if told else 0,
             context=told.context if told else 0,
             visible=environment(devices),
+            cpus=here.count if here.count < here.machine else 0,
+            quota=here.quota is not None and here.count < here.machine,
             key=self.keys.of(run_dir.name),
         )
 
+    def standby_of(self, model: ModelConfig) -> Standby | None:
+        """What a standby has to be for the model's engine, were it started now; None where there can be none."""
+        engine = self._engine_of(model)
+        if not isinstance(engine, CanStandBy):
+            return None
+        devices = self._memory.inventory[: engine.device_count(model)]
+        here = self._cpus(model, devices)
+        place = Place(
+            run_dir=self._paths.run / instance_name(model.name),
+            device_ids=tuple(device.id for device in devices),
+            port=1,
+            hub=self._paths.homes.hub(model),
+            visible=environment(devices),
+            cpus=here.count if here.count < here.machine else 0,
+            quota=here.quota is not None and here.count < here.machine,
+        )
+        try:
+            return self._standby(model, engine, engine.launch(model, place))
+        except VllmdError:  # its start will say
+            return None
+
+    def _standby(self, model: ModelConfig, engine: Engine, launch: Launch) -> Standby | None:
+        """None also for a user of its own: a standby is the shared user's. What a device can do is read at import."""
+        alike = len({device.name for device in self._memory.inventory}) <= 1
+        special = model.user or launch.cwd or launch.stop or not launch.argv
+        if special or not alike or not isinstance(engine, CanStandBy):
+            return None
+        found = engine.standby(model, launch)
+        return found and replace(found, env=early(self._variables(model, launch), found.late))
+
+    def _variables(self, model: ModelConfig, launch: Launch) -> dict[str, str]:
+        return {**self._paths.homes.variables(model), **launch.env, **model.env}
+
+    def needs(self, model: ModelConfig) -> int:
+        """Bytes of host memory that its engine is expected to take."""
+        told = self._estimates.get(model.name)
+        return told.host_running if told else 0
+
+    def _cpus(self, model: ModelConfig, devices: Sequence[Device]) -> Cpus:
+        here = cpus().within(model.limits.cpu_quota)
+        near = near_cpus(model, devices)
+        return replace(here, count=min(here.count, len(near))) if near else here
+
     def _order(self, process: EngineProcess, launch: Launch, run_dir: Path) -> StartOrder:
+        devices = self._memory.devices_of(process.placement)
+        near = near_cpus(process.model, devices)
         return StartOrder(
             instance=process.instance,
             argv=launch.argv,
-            env={**self._paths.homes.variables(process.model), **launch.env, **process.model.env},
+            env=self._variables(process.model, launch),
             user=ordered_user(process.model),
             cwd=launch.cwd,
             run_dir=str(run_dir),
             listen_uds=launch.listen.uds,
             stop_timeout=min(max(process.model.stop_timeout, 1.0), LONGEST_STOP),
             limits={key: value for key, value in asdict(process.model.limits).items() if value is not None},
+            cpus=near,
+            node=(devices[0].node or 0) if near else -1,
             metadata={
                 "model": process.model.name,
                 "listen": json.dumps(noted(process.listen)),
@@ -153,3 +207,9 @@ class LaunchPlanner:
         """The engine is gone: its port is free, unless it is somebody else's."""
         if process.ordered or process.running:
             self._ports.release(process.listen.port)
+
+
+def near_cpus(model: ModelConfig, devices: Sequence[Device]) -> tuple[int, ...]:
+    """The CPUs of the NUMA node that all of its devices are of; none where there is no such, or nobody wants it."""
+    nodes = {device.node for device in devices}
+    return devices[0].cpus if model.numa and len(nodes) == 1 and None not in nodes else ()

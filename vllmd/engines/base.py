@@ -126,6 +126,8 @@ class Place:
     visible: Mapping[str, str] = field(default_factory=dict)  # variables by which it sees these devices alone
     context: int = 0  # tokens, where the model's own longest context does not fit (Estimate.context); 0: its own
     hub: Path | None = None  # where the engine's cache of models is, see ``vllmd.hub``
+    cpus: int = 0  # CPUs that it may use at a time, where the machine has more; 0: all
+    quota: bool = False  # a quota leaves so few: it may run on more of them, and finds those
 
 
 class Engine(Protocol):

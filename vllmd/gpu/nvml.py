@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from vllmd.core.types import Device
 from vllmd.gpu.inventory import Inventory
 from vllmd.gpu.sample import DeviceSample, Sample, absurdity
-from vllmd.gpu.topology import node_of, switch_of
+from vllmd.gpu.topology import cpus_of, node_of, switch_of
 from vllmd.gpu.trouble import Presence, Trouble, code_of, cure_of, is_lost, judge, no_module, words_of
 from vllmd.gpu.visible import visible
 
@@ -202,9 +202,10 @@ class NvmlDevices(Inventory):
         if index in self._unified:
             problems.append(f"GPU {index} shares the host's memory: its figures are MemTotal and MemAvailable")
         address = self._address(found.whole or found.handle)
-        node, switch = node_of(self._here.root, address), switch_of(self._here.root, address)
-        name = self._name(found.handle)
-        return Device(index, found.uuid, memory, reserve, name, "cuda", number, node=node, switch=switch)
+        root, name = self._here.root, self._name(found.handle)
+        node = node_of(root, address)
+        return Device(index, found.uuid, memory, reserve, name, "cuda", number,
+                      node=node, switch=switch_of(root, address), cpus=cpus_of(root, node))  # fmt: skip
 
     def _address(self, handle: Any) -> str:
         """On the PCI bus, as the kernel writes it; NVML has a domain of eight digits."""

@@ -20,7 +20,7 @@ from vllmd.core.types import Device, GiB
 from vllmd.gpu.hwmon import Hwmon
 from vllmd.gpu.inventory import Inventory
 from vllmd.gpu.sample import DeviceSample, Sample, absurdity
-from vllmd.gpu.topology import kfd_links, kfd_nodes, node_of, switch_of
+from vllmd.gpu.topology import cpus_of, kfd_links, kfd_nodes, node_of, switch_of
 from vllmd.gpu.trouble import Presence, Trouble
 from vllmd.gpu.visible import left_of
 
@@ -125,8 +125,9 @@ class SysfsDevices(Inventory):
     def _device(self, index: int, card: Card, memory: int, reserve: int, number: int | None) -> Device:
         name = card.text("product_name") or f"{self.source} {card.address}"
         root = self._here.root
+        node = node_of(root, card.address)
         return Device(index, self.id_of(card), memory, reserve, name, self.runtime, number,
-                      node=node_of(root, card.address), switch=switch_of(root, card.address))  # fmt: skip
+                      node=node, switch=switch_of(root, card.address), cpus=cpus_of(root, node))  # fmt: skip
 
     def _linked(self, devices: list[Device]) -> Iterator[Device]:
         """Each with those that its own links reach."""

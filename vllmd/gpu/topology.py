@@ -33,12 +33,16 @@ def switch_of(root: Path, address: str) -> str:
     return ports[0] if len(ports) > 1 else ""
 
 
-def cpus_of(root: Path, node: int) -> frozenset[int]:
-    """The CPUs of a NUMA node; empty if that is not told."""
-    try:
-        return frozenset(listed((root / f"sys/devices/system/node/node{node}/cpulist").read_text()))
-    except (OSError, ValueError):
-        return frozenset()
+def cpus_of(root: Path, node: int | None) -> tuple[int, ...]:
+    """The CPUs of a NUMA node; none if that is not told, or all of the machine's are."""
+    lists: dict[str, tuple[int, ...]] = {}
+    for path in (root / "sys/devices/system/node").glob("node*/cpulist"):
+        try:
+            lists[path.parent.name] = tuple(listed(path.read_text()))
+        except (OSError, ValueError):
+            continue
+    with_cpus = {name: cpus for name, cpus in lists.items() if cpus}
+    return with_cpus.get(f"node{node}", ()) if len(with_cpus) > 1 else ()
 
 
 def listed(text: str) -> Iterator[int]:

@@ -17,9 +17,9 @@ The invariants:
 
 What a client sees of an engine's end: 502 before the answer began, a visible truncation in the middle of it.
 
-Each request is a task of its own. It costs two turns of the event loop that a callback would not (about 12
-microseconds, as much as 60 function calls): a coroutine that was run by hand, without them, was tried and given up for
-the rules that it brought (no time limit before the first wait, nothing after the last one).
+Each request is a task of its own, so that whatever is waited for has time limits and can be cancelled. Its first step
+is taken within the callback that read the request, its last one within the callback that read the answer
+(``proxy.loop``).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from functools import partial
 
 from vllmd.errors import EngineFailed, UpstreamFailed, VllmdError
 from vllmd.proxy import tokens, usage
-from vllmd.proxy.account import Account, Recorder
+from vllmd.proxy.account import Account, Recorder, Trace, Tracer
 from vllmd.proxy.answer import EVENT_STREAM, Answer, OptionRefusal, Refusal, UpstreamRequest, answer_for, relocated
 from vllmd.proxy.exchange import Exchange, chunk
 from vllmd.proxy.framing import Framing
@@ -40,6 +40,7 @@ from vllmd.proxy.heads import ResponseHead, forwardable, write_fields
 from vllmd.proxy.http import Request
 from vllmd.proxy.limits import Limits
 from vllmd.proxy.loading_heartbeat import Heartbeats, LoadingHeartbeat
+from vllmd.proxy.loop import resume
 from vllmd.proxy.model_requests import ModelRequests, StoredResponses
 from vllmd.proxy.peek import Parts
 from vllmd.proxy.routing import Handler
@@ -54,6 +55,7 @@ KEPT_BACK = frozenset(
     b" forwarded x-vllmd-keep-alive x-forwarded-for x-forwarded-host x-forwarded-proto x-real-ip"
     b" origin access-control-request-method access-control-request-headers".split()
 )
+KEPT_BACK_TRACED = KEPT_BACK | {b"traceparent"}  # which the engine has from us then
 RESPONSE_ID = re.compile(rb'"id"\s*:\s*"(resp_[\w-]{1,128})"')
 REFUSALS = frozenset({502, 503, 504})  # of a replica: another one may serve
 MOST_TAIL = 16 * TAIL
@@ -73,6 +75,7 @@ class Relay:
         self.limits = limits
         self.heartbeats = Heartbeats(limits)
         self.recorder: Recorder | None = None  # who decides whether bodies are noted
+        self.tracer: Tracer | None = None  # who decides which requests are traced
         self._not_asked: set[str] = set()  # engines that refuse to be asked for the usage of a stream
 
     def forget(self, engine: str) -> None:
@@ -146,6 +149,8 @@ class Relay:
     def _account(self, wanted: UpstreamRequest, request: Request) -> Account:
         """What is noted of the request from now on. The client is told of bodies, if somebody has that switched on."""
         account, recorder, called = Account(stream=wanted.asked.stream), self.recorder, wanted.target.called
+        if self.tracer is not None:
+            account.trace = self.tracer.begin(request)
         if recorder and recorder.active and recorder.begin(account, called, request.caller.name, wanted.asked.body):
             request.answer_fields = (*request.answer_fields, ("x-vllmd-recorded", "bodies"))
         return account
@@ -165,7 +170,8 @@ class Relay:
         )
         body = usage.asking(asked, target.served_name) if answer.uncounted else asked.renamed(target.served_name)
         size = sum(map(len, body))
-        return request_head(request, sent, where, size), body, size
+        account = answer.account
+        return request_head(request, sent, where, size, account.trace if account else None), body, size
 
 
 class AnswerRelay:
@@ -180,7 +186,7 @@ class AnswerRelay:
         responses: StoredResponses,
     ) -> None:
         self._exchange = exchange
-        self._account = exchange.account
+        self.account = exchange.account
         self._tap = exchange.account.answer if exchange.account is not None else None
         self._sent = sent
         self._heartbeat = heartbeat
@@ -193,8 +199,8 @@ class AnswerRelay:
         self._heartbeats: Heartbeats | None = None  # while no byte of the body has come, and the client wants to know
         self._plain_events = False  # events that end with their last chunk or the connection: comments may precede them
         self._size = 0  # bytes of the body that came
-        self._tail = bytearray()  # the last of them, TAIL or more
-        self._opening = bytearray()  # the first of them, as long as a response's id is looked for there
+        self._tail: bytes | bytearray = b""  # the last of them, TAIL or more
+        self._opening = b""  # the first of them, as long as a response's id is looked for there
         self._responses = responses
         self._names_response = exchange.request.path == "/v1/responses"
         self.uncounted = False  # the engine is asked for the usage of a stream, and the client did not
@@ -244,11 +250,11 @@ class AnswerRelay:
         permit, self._permit = self._permit, None
         if permit is not None:
             failed = self._error.message if self._error is not None else ""
-            took, sent = tokens.told(bytes(self._tail[-TAIL:])), self._sent
+            took, sent = tokens.told(self._tail), self._sent
             if took is None and self._status == 200 and sent.route.endswith(tokens.COUNTED):  # untold, or broken off
                 took = tokens.reckoned(sent.route, sent.asked.body, self._size, stream=sent.asked.stream)
-            if self._account is not None:
-                self._account.tokens = took
+            if self.account is not None:
+                self.account.tokens = took
             permit.release(took, self._size, failed)
 
     # -- what the engine's connection says
@@ -275,16 +281,18 @@ class AnswerRelay:
     def data(self, data: bytes) -> None:
         """More of the body has come, framing included: hand it on, and keep its end, where the usage is."""
         size = len(data)
-        if size and self._heartbeats is not None:
-            self._quiet()
         self._size += size
-        if size < TAIL:
-            tail = self._tail
-            tail += data
-            if len(tail) > MOST_TAIL:  # what is too old goes when there is much of it, not at each piece
-                del tail[:-TAIL]
+        if self._heartbeats is not None and size:
+            self._quiet()
+        tail = self._tail
+        if size >= TAIL or not tail:
+            self._tail = data[-TAIL:]
+        elif len(tail) > MOST_TAIL:  # what is too old goes when there is much of it, not at each piece
+            self._tail = tail[-TAIL:] + data
         else:
-            self._tail = bytearray(data[-TAIL:])
+            if not isinstance(tail, bytearray):
+                self._tail = tail = bytearray(tail)
+            tail += data
         if self._names_response:
             self._look_for_id(data)
         if self._tap is not None:
@@ -318,7 +326,7 @@ class AnswerRelay:
         if self._answer is not None:
             self._answer.end()
         if self._over is not None and not self._over.done():
-            self._over.set_result(None)
+            resume(self._over)
 
     def lost(self, reason: str, *, untouched: bool) -> None:
         """The engine's connection broke off."""
@@ -356,7 +364,9 @@ class AnswerRelay:
             self._heartbeats = None
 
 
-def request_head(request: Request, sent: UpstreamRequest, where: Address, length: int) -> bytes:
+def request_head(
+    request: Request, sent: UpstreamRequest, where: Address, length: int, trace: Trace | None = None
+) -> bytes:
     """What an engine is sent before a body of ``length`` bytes: the client's fields less what is not its business."""
     headers, target = request.headers, sent.target
     known = headers.sent
@@ -364,11 +374,13 @@ def request_head(request: Request, sent: UpstreamRequest, where: Address, length
         same = known[3]  # a client's requests on one connection are mostly for one model
     else:
         if headers.onward is None:
-            headers.onward = write_fields(forwardable(headers.raw, but=KEPT_BACK))
+            headers.onward = write_fields(forwardable(headers.raw, but=KEPT_BACK_TRACED if trace else KEPT_BACK))
         line = f"{request.method} {where.prefix}{sent.path} HTTP/1.1\r\nhost: {host_field(where)}\r\n"
         more = "".join([f"{name.lower()}: {value}\r\n" for name, value in target.headers])
         if where.key:
             more += f"authorization: Bearer {where.key}\r\n"
         same = line.encode("ascii") + headers.onward + more.encode("latin-1")
         headers.sent = where, target, sent.path, same
+    if trace is not None:
+        same += b"traceparent: %b\r\n" % trace.field.encode("ascii")
     return b"%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (same, request.id.encode("ascii"), length)

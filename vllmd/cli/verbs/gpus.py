@@ -71,4 +71,4 @@ def _notes(device: DeviceNow, all_devices: Sequence[DeviceNow]) -> Iterator[str]
     if len(beside) > 1:
         yield f"switch with {show.numbers([index for index in beside if index != device.index])}"
     if device.node is not None:
-        yield f"node {device.node}"
+        yield f"node {device.node}" + (f" (CPUs {show.numbers(device.cpus)})" if device.cpus else "")
