@@ -559,6 +559,13 @@ MODEL = Group(
         Setting("variants", VARIANT, "Other names of it, with rules of their own.", many="map"),
         Setting("adapters", ADAPTER, "Its LoRA adapters, by name.", many="map", reload=Reload.ENGINE),
         Setting(
+            "runtime_adapters",
+            k.BOOL,
+            "Let keys of the scope admin load more of them while it runs, by POST /v1/load_lora_adapter. "
+            "An engine of the kind vllm is started with room for four of rank 64 unless extra_args says otherwise.",
+            reload=Reload.ENGINE,
+        ),
+        Setting(
             "options",
             k.MAP,
             "Settings of the engine kind, see ENGINES in vllmd.yaml(5).",
@@ -815,6 +822,13 @@ ENGINES = Group(
             k.BOOL,
             "Read the weight files of a model that is next in line, or starts, into the page cache, while others make "
             "room for it and its engine does not read yet; never more than there is free memory for.",
+        ),
+        Setting(
+            "standby",
+            k.count(0, 16, "auto"),
+            "How many engines are kept ready for models that are not loaded, see STANDBY ENGINES; auto is one, where "
+            "the machine has 16 GiB of memory or more and 4 GiB of it would stay available.",
+            reload=Reload.NOW,
         ),
     ),
 )
