@@ -12,6 +12,8 @@ from vllmd.core.events import (
     EngineReady,
     EngineStopped,
     KeptAlive,
+    LeaseTaken,
+    MachineSlept,
     PinSet,
     StopAsked,
     TimePassed,
@@ -257,3 +259,34 @@ def test_a_sleeper_is_left_to_its_age() -> None:
     w.answer("m")
     w.do(KeptAlive("m", "ada", 9000.0))
     assert w.pass_time(900.0) == [WakeEngine("m", 1)]
+
+
+def test_the_time_that_the_machine_slept_counts_for_what_was_unused() -> None:
+    """Five minutes before and eight hours asleep: it is not kept for another 25 minutes."""
+    w = idle_world()
+    w.do(KeptAlive("m", "ada", 1000.0))
+    w.pass_time(200.0)
+    assert w.do(MachineSlept(500.0)) == []  # ada's wish ends at 500 now
+    assert w.pass_time(499.0) == []
+    assert w.pass_time(501.0) == [SleepEngine("m", 1)]
+    w.answer("m")
+    assert w.do(MachineSlept(28_800.0)) == [StopEngine("m", "unused for 29801 s")]
+
+
+def test_a_lease_ends_by_the_time_of_day() -> None:
+    """An hour is an hour, also of a machine that slept for half of it."""
+    w = idle_world()
+    w.do(LeaseTaken("l", "m", 3600.0))
+    w.pass_time(1700.0)
+    w.do(MachineSlept(1800.0))
+    assert w.pass_time(1799.0) == []
+    assert [type(command) for command in w.pass_time(1801.0)] == [StopEngine]
+
+
+def test_what_runs_or_waits_is_not_late_for_the_machines_sleep() -> None:
+    """Nothing could happen meanwhile: neither is a queue's patience over, nor a request cut."""
+    w = World([model("m", 60, drain_limit=10.0), model("n", 60, queue_timeout=100.0)], [GPU])
+    w.load("m")
+    w.ask("r1", "m")
+    w.ask("r2", "n")
+    assert w.do(MachineSlept(5000.0)) == []

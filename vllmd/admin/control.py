@@ -34,6 +34,7 @@ from vllmd.api.answers import (
     RequestEntry,
     RequestInFull,
     Requests,
+    Suspended,
 )
 from vllmd.core.types import Snapshot
 from vllmd.proxy.access import ANYBODY, Caller
@@ -164,6 +165,9 @@ class Commands(Protocol):
 
     async def drain(self, device: int, drained: bool) -> Device:
         """Take a device out of use, or give it back; how it is then. Raises NotFound."""
+
+    async def suspend(self, suspended: bool) -> Suspended:
+        """Have engines leave the devices before the machine sleeps, or come back."""
 
     @property
     def reload(self) -> Callable[[], Awaitable[Reloaded]]:

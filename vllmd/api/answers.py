@@ -368,6 +368,15 @@ class Reloaded(Answer):
 
 
 @answer
+class Suspended(Answer):
+    """Which devices engines have left for the machine's sleep, or have again."""
+
+    devices: tuple[int, ...] = ()
+    stopped: Annotated[tuple[str, ...], "the engines that were on them"] = ()
+    left: Annotated[tuple[str, ...], "those that would not end in time"] = ()
+
+
+@answer
 class Killed(Answer):
     """A process that is gone."""
 

@@ -256,10 +256,22 @@ class DevicesTroubled(Event):
 
 @dataclass(frozen=True, slots=True)
 class DeviceDrained(Event):
-    """An operator took the device out of use, or gave it back."""
+    """An operator took the device out of use, or gave it back. ``why``: another reason than maintenance."""
 
     device: int
     drained: bool = True
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MachineSlept(Event):
+    """The machine was suspended for so many seconds, in which the core's clock stood still.
+
+    Models were unused for so much longer, and what was promised until a time of day ends so much sooner. What is
+    measured, or waited for, is not touched: nothing happened meanwhile that anybody could have been late with.
+    """
+
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from vllmd.daemon.failures import failed
 from vllmd.daemon.front_end import SHUTTING_DOWN, front_end
 from vllmd.daemon.idle_exit import IdleExit
 from vllmd.daemon.names import FIRST_MODEL
+from vllmd.daemon.suspension import SleptTime
 from vllmd.errors import ConfigError, Unavailable
 from vllmd.systemd.notify import Notifier
 
@@ -160,6 +161,7 @@ class Daemon:
     async def _tick(self) -> None:
         """Once a second, or as often as the idle exit wants: watchdog, status, idle exit; now and then a sample."""
         looked = kept = -SAMPLE_INTERVAL
+        slept = SleptTime()
         bad: frozenset[tuple[str, str]] | None = None  # what is in error, as kept last
         while True:
             back = self.front.back.now
@@ -169,6 +171,9 @@ class Daemon:
             if self._may_exit(seen):
                 log.info("nothing is loaded and nobody is connected: exiting until the next connection")
                 self.stop()
+            if back and (seconds := slept.passed()):
+                log.info("the machine has slept for %.0f s", seconds)
+                back.post(events.MachineSlept(seconds))
             now = time.monotonic()
             if back and seen and (news := failed(seen)) != bad:  # kept at once, whatever becomes of us
                 if bad is not None:
