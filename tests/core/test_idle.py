@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.core.helpers import GPU, NEVER, PAIR, model
@@ -14,6 +16,7 @@ from vllmd.core.events import (
     KeptAlive,
     LeaseTaken,
     MachineSlept,
+    MemorySampled,
     PinSet,
     StopAsked,
     TimePassed,
@@ -290,3 +293,22 @@ def test_what_runs_or_waits_is_not_late_for_the_machines_sleep() -> None:
     w.ask("r1", "m")
     w.ask("r2", "n")
     assert w.do(MachineSlept(5000.0)) == []
+
+
+def test_a_model_that_has_drawn_enough_unused_sleeps_before_its_time() -> None:
+    """Counted from its last request on, and never what is older; a client's wish still holds it off."""
+    w = idle_world(idle=replace(RULES, energy=18_000.0))
+    w.pass_time(100.0)
+    assert w.do(MemorySampled({}, {}, drawn={"m": 17_999.0})) == []
+    w.do(KeptAlive("m", "ada", 200.0))
+    assert w.do(MemorySampled({}, {}, drawn={"m": 18_001.0})) == []
+    w.ask("r1", "m")
+    w.finish("r1")
+    assert w.pass_time(250.0) == []  # what it drew before that request is not held against it
+    assert w.do(MemorySampled({}, {}, drawn={"m": 18_001.0})) == [SleepEngine("m", 1)]
+
+
+def test_without_a_limit_of_energy_it_may_draw_what_it_likes() -> None:
+    """That is so by default."""
+    w = idle_world()
+    assert w.do(MemorySampled({}, {}, drawn={"m": 1e9, "unknown": 5.0})) == []

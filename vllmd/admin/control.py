@@ -59,6 +59,7 @@ class Gauges:
     throttled: Mapping[int, bool] = field(default_factory=dict)
     model_power: Mapping[str, float] = field(default_factory=dict)  # watts
     model_energy: Mapping[str, float] = field(default_factory=dict)  # joules
+    unused_energy: Mapping[str, float] = field(default_factory=dict)  # of these the ones that were drawn unused
     unreadable: Sequence[int] = ()
     use_written: bool = True  # the record of use can be written
     traced: Mapping[str, int] = field(default_factory=dict)  # requests by what became of their spans

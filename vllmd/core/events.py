@@ -231,6 +231,7 @@ class MemorySampled(Event):
     external: Mapping[int, int]
     replicas: Mapping[tuple[str, int], int]
     failed: Mapping[int, str] = field(default_factory=dict)  # devices that could not be read, and why
+    drawn: Mapping[str, float] = field(default_factory=dict)  # joules of each replica's engine since its last request
 
 
 @dataclass(frozen=True, slots=True)

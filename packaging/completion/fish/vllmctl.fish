@@ -295,7 +295,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from ps' -l user -d 'the vllmd of
 complete -c vllmctl -n '__fish_seen_subcommand_from ps' -l url -r -d 'over HTTP, such as http://gpu1:33258; needs a key with the scope admin'
 complete -c vllmctl -n '__fish_seen_subcommand_from ps' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
 complete -c vllmctl -n '__fish_seen_subcommand_from ps' -l json -d 'print JSON instead of a table'
-complete -c vllmctl -n '__fish_seen_subcommand_from ps' -s p -l power -d 'show the watts of each ones share of its devices'
+complete -c vllmctl -n '__fish_seen_subcommand_from ps' -s p -l power -d 'show watts, each ones share of its devices, and what it has drawn since its last request'
 complete -c vllmctl -n '__fish_seen_subcommand_from ps' -s s -l starts -d 'show where the time of each ones start goes or went'
 complete -c vllmctl -n '__fish_seen_subcommand_from ps' -s r -l running -d 'leave out models that are stopped'
 complete -c vllmctl -n '__fish_seen_subcommand_from ps' -F
