@@ -6,6 +6,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from http.client import IncompleteRead
 from pathlib import Path
@@ -217,6 +218,25 @@ def test_a_locked_store_costs_no_request(site: Site) -> None:
     assert {row["key"]: row for row in usage(site)}["alice"]["requests"] == before + 1
     assert "vllmd_usage_written 1.0" in site.ask("GET", "/metrics").text
     assert site.log.count("requests are served all the same") == 1
+
+
+def test_a_watcher_is_told_the_newest_where_many_end(site: Site) -> None:
+    """Nobody reads hundreds in a second, and writing them would cost the requests themselves."""
+    connection = site.connect(admin=True)
+    with closing(connection):
+        connection.request("GET", "/admin/events/requests?model=small")
+        stream = connection.getresponse()
+        assert stream.readline().startswith(b":")
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda number: chat(site, ALICE, f"flood-{number}", max_tokens=1), range(120)))
+        chat(site, ALICE, "the-last")
+        seen = []
+        while "the-last" not in seen:
+            line = stream.readline()
+            assert line
+            if line.startswith(b"data: "):
+                seen.append(json.loads(line.removeprefix(b"data: "))["id"])
+    assert len(seen) == len(set(seen)) <= 121
 
 
 def test_spans_go_to_a_collector(site: Site) -> None:

@@ -17,7 +17,7 @@ from vllmd.records.ring import Entry
 TRACE, PARENT, OWN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7", "1122334455667788"
 GONE = Entry(
     7, 1000.0, "r-1", "POST", "/v1/chat/completions", "/v1/chat/completions", "m", "", "alice", Peer(), 499,
-    "ClientGone", "", False, 10, 0, None, 0.0, None, 2.0, 0, None, b"", None,
+    "ClientGone", "", False, 10, 0, None, 0.0, None, 2.0, 0, None, b"",
 )  # fmt: skip
 SERVED = GONE._replace(
     status=200, error="", replica="m@2", waited=3.0, loading=2.0, first_byte=3.5, seconds=5.0, sends=1,
