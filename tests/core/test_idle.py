@@ -297,16 +297,17 @@ def test_what_runs_or_waits_is_not_late_for_the_machines_sleep() -> None:
 
 def test_a_model_that_has_drawn_enough_unused_sleeps_before_its_time() -> None:
     """Counted from its last request on, and never what is older; a client's wish still holds it off."""
-    w = idle_world(idle=replace(RULES, energy=18_000.0))
+    w = idle_world(idle=replace(RULES, sleep_after=1000.0, energy=18_000.0))
     w.pass_time(100.0)
     assert w.do(MemorySampled({}, {}, drawn={"m": 17_999.0})) == []
-    w.do(KeptAlive("m", "ada", 200.0))
+    w.do(KeptAlive("m", "ada", 500.0))
     assert w.do(MemorySampled({}, {}, drawn={"m": 18_001.0})) == []
     w.ask("r1", "m")
     w.finish("r1")
-    assert w.pass_time(250.0) == []  # what it drew before that request is not held against it
+    assert w.pass_time(350.0) == []  # what it drew before that request is not held against it
     w.do(MemorySampled({}, {}, drawn={"m": 18_001.0}))
-    assert w.pass_time(250.0) == [SleepEngine("m", 1)]
+    assert w.pass_time(599.0) == []  # ada's wish
+    assert w.pass_time(600.0) == [SleepEngine("m", 1)]
 
 
 def test_without_a_limit_of_energy_it_may_draw_what_it_likes() -> None:
