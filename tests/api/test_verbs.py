@@ -28,6 +28,7 @@ from vllmd.cli.completion import script
 from vllmd.core import events
 from vllmd.daemon.key_store import KeyStore
 from vllmd.daemon.operator_commands import OperatorCommands
+from vllmd.daemon.previews import Previews
 from vllmd.daemon.records import Records
 from vllmd.daemon.status import Status
 from vllmd.daemon.store import ModelStore
@@ -167,6 +168,7 @@ PLACES: dict[str, tuple[type, type]] = {
     "status": (control.Status, Status),
     "keys": (control.KeyStore, KeyStore),
     "store": (control.Store, ModelStore),
+    "previews": (control.Previews, Previews),
     "records": (control.Records, Records),
 }
 

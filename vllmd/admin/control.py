@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from vllmd.admin.adapters import RuntimeAdapters
 from vllmd.admin.counters import Counters
 from vllmd.admin.runtime_models import RuntimeModels
 from vllmd.api import answers
@@ -25,6 +26,7 @@ from vllmd.api.answers import (
     Killed,
     ModelLine,
     NewKey,
+    Preview,
     Probed,
     Progress,
     Pulled,
@@ -175,6 +177,16 @@ class Commands(Protocol):
         """Take the configuration anew. Raises ConfigError."""
 
 
+class Previews(Protocol):
+    """Tells what operators' verbs would do, and does nothing."""
+
+    async def of_model(self, model: str, action: str, *, caller: Caller = ANYBODY) -> Preview:
+        """What the verb would do with a model or a replica, as things stand. Raises UnknownModel."""
+
+    async def of_device(self, device: int, action: str) -> Preview:
+        """What draining a device, or giving it back, would do. Raises NotFound."""
+
+
 class Following(Protocol):
     """Tells what happens, as it happens."""
 
@@ -288,8 +300,10 @@ class Control:
     counters: Counters
     status: Status
     commands: Commands
+    previews: Previews
     following: Following
     runtime_models: RuntimeModels
     store: Store
     records: Records
     keys: KeyStore
+    adapters: RuntimeAdapters

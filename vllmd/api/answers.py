@@ -180,6 +180,15 @@ class DeviceNow(Device):
 
 
 @answer
+class Preview(Answer):
+    """What a verb would do as things stand, in sentences. ``possible``: it would change anything."""
+
+    action: str
+    text: str = ""
+    possible: bool = True
+
+
+@answer
 class Configuration(Answer):
     """Which files were read, and why they are not in force, if they are not."""
 

@@ -28,6 +28,7 @@ from vllmd.api.answers import (
     Killed,
     ModelLine,
     NewKey,
+    Preview,
     Probed,
     Recordings,
     Reloaded,
@@ -38,7 +39,7 @@ from vllmd.api.answers import (
     Suspended,
     Usage,
 )
-from vllmd.api.kinds import Choice, Count, Flag, JsonObject, Kind, ModelName, Moment, Seconds, StatusClass, Text
+from vllmd.api.kinds import Choice, Count, Flag, JsonObject, Kind, ModelName, Moment, Seconds, StatusClass, Text, Word
 from vllmd.errors import BadRequest, NotFound
 
 LONGEST_PROBE = 3600.0  # seconds
@@ -199,6 +200,9 @@ def quoted(value: object) -> str:
     return quote(str(value), safe="")
 
 
+PREVIEWED_DRAIN = Param("action", Word(("drain", "undrain")), "which verb")
+PREVIEWED = Param("action", Word(("load", "sleep", "unload", "restart", "pin", "unpin", "lease", "release", "probe",
+                                "disable", "enable")), "which verb")  # fmt: skip
 WAIT = Param("wait", Flag(), "answer when it has settled, not at once", default=False, keyword=True)
 MODEL = Param("model", ModelName(), place="path", metavar="MODEL", many=True,
               about="name, alias, or the end of a name that only one model has")  # fmt: skip
@@ -303,6 +307,12 @@ VERBS: tuple[Verb, ...] = (
     Verb("release", "DELETE", f"{ON_MODEL}/lease", "Give a lease back", ModelLine,
          (MODEL, Param("lease", Text("the name of a lease"), "its name"), STOP), does="commands.release",
          python=Method("release_model", "Give a lease back; ``stop``: if it was the last, stop the model at once.")),
+    Verb("preview", "GET", f"{ON_MODEL}/preview", "What a verb would do with a model, as things stand", Preview,
+         (MODEL, PREVIEWED), does="previews.of_model", scope="read", each=True,
+         python=Method("preview", "What that verb would do with it as things stand; nothing is done.")),
+    Verb("preview_device", "GET", "/admin/devices/{device}/preview", "What a verb would do with a device",
+         Preview, (DEVICE, PREVIEWED_DRAIN), does="previews.of_device", scope="read",
+         python=Method("preview_device", "What draining the device, or giving it back, would do; nothing is done.")),
     Verb("status", "GET", "/admin/status", "Everything vllmctl shows", Status, does="status.status", scope="read",
          each=True,
          python=Method("status", "How everything stands: the daemon, its devices, its models.")),

@@ -169,6 +169,14 @@ class AsyncClient:
         """Give a lease back; ``stop``: if it was the last, stop the model at once."""
         return await self._told("release", answers.ModelLine, model=model, lease=lease, stop=stop)
 
+    async def preview(self, model: str, action: str) -> answers.Preview:
+        """What that verb would do with it as things stand; nothing is done."""
+        return await self._told("preview", answers.Preview, model=model, action=action)
+
+    async def preview_device(self, device: int, action: str) -> answers.Preview:
+        """What draining the device, or giving it back, would do; nothing is done."""
+        return await self._told("preview_device", answers.Preview, device=device, action=action)
+
     async def status(self) -> answers.Status:
         """How everything stands: the daemon, its devices, its models."""
         return await self._told("status", answers.Status)

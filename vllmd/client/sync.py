@@ -170,6 +170,14 @@ class Client:
         """Give a lease back; ``stop``: if it was the last, stop the model at once."""
         return self._told("release", answers.ModelLine, model=model, lease=lease, stop=stop)
 
+    def preview(self, model: str, action: str) -> answers.Preview:
+        """What that verb would do with it as things stand; nothing is done."""
+        return self._told("preview", answers.Preview, model=model, action=action)
+
+    def preview_device(self, device: int, action: str) -> answers.Preview:
+        """What draining the device, or giving it back, would do; nothing is done."""
+        return self._told("preview_device", answers.Preview, device=device, action=action)
+
     def status(self) -> answers.Status:
         """How everything stands: the daemon, its devices, its models."""
         return self._told("status", answers.Status)

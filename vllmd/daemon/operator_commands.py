@@ -66,13 +66,13 @@ class OperatorCommands:
     async def disable(self, model: str, message: str | None) -> None:
         """Have clients told ``message``, and the engine stopped, until it is enabled. Raises Unavailable."""
         back = await self._back.wait()
-        back.post(await self._disabled.add(model, message or ""))
+        back.perform(await self._disabled.add(model, message or ""))
 
     async def enable(self, model: str) -> None:
         """Serve it again, with all its replicas. Raises Unavailable."""
         back = await self._back.wait()
         await self._disabled.remove(model, *self._engines_of(model))
-        back.post(events.ModelEnabled(model))
+        back.perform(events.ModelEnabled(model))
 
     async def lease(self, model: str, lease: str, seconds: float | None) -> None:
         """Keep it for ``seconds``; of several replicas one that serves."""

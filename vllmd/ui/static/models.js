@@ -87,7 +87,7 @@ function About({ line }) {
     ["last start", seconds(line.last_start_seconds)],
     ["of which", Object.entries(line.start_phases || {}).filter(([, took]) => took >= 0.05).map(([phase, took]) => `${phase} ${seconds(took)}`).join(", ")],
     ["unit", line.unit], ["process", line.pid],
-    ["waits for", line.waiting_for], ["leases", line.leases.join(", ")],
+    ["disabled", line.disabled], ["waits for", line.waiting_for], ["leases", line.leases.join(", ")],
   ]; // prettier-ignore
   const { value: settings } = useLoaded((signal) => text(`/admin/config?model=${encodeURIComponent(line.name)}`, { signal }), [line.name]);
   return html`<${Problem} error=${error} />
