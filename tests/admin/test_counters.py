@@ -126,8 +126,8 @@ def entry(**fields: object) -> Entry:
 def test_how_things_stand() -> None:
     """States are one series each, memory is in bytes and per device."""
     devices = {"used": {0: 3 << 30}, "power": {0: 99.5}, "load": {0: 0.25}, "energy": {0: 7200.0},
-               "throttled": {0: True}, "model_power": {"m": 60.5}, "model_energy": {"m": 3600.0}, "unused_energy": {"m": 60.0},
-               "last_phases": {"m": {"compile": 12.5}}}  # fmt: skip
+               "throttled": {0: True}, "model_power": {"m": 60.5}, "model_energy": {"m": 3600.0},
+               "unused_energy": {"m": 60.0}, "last_phases": {"m": {"compile": 12.5}}}  # fmt: skip
     read = samples(Counters(), Gauges(SNAPSHOT, 4, 5, **devices))  # type: ignore[arg-type]
     assert read["vllmd_model_state{model=m,state=sleeping_l1}"] == 1
     assert read["vllmd_model_state{model=m,state=running}"] == 0
