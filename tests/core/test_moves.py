@@ -172,7 +172,7 @@ class Checked(Adaptive):
         if plan and plan.victims:
             w = next(w for w in s.waiting if w.model == plan.target)
             moves = plan.victims[0].model == plan.target
-            there = w.elsewhere(w.move) if w.move else w
+            there = w.move.there if w.move else w
             free = [
                 supply for i, supply in s.supplies.items() if i in there.devices and supply.free >= there.need_on(i)
             ]

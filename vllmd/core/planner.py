@@ -13,7 +13,7 @@ from vllmd.core.policy_input import PolicyInputBuilder, host_claims, levels, wai
 from vllmd.core.types import State
 
 TICK = 0.25  # seconds between two looks while anything waits
-FILL_AGE = 5.0  # seconds for which the choice of level-1 sleepers stands
+FILL_AGE = 15.0  # seconds for which the choice of level-1 sleepers stands; the rates it goes by fade in 900
 RECENT = 10.0  # seconds for which it is believed what others leave free, where nobody waits for it
 PRELOADED = "it is to be preloaded"
 RELOCATE_EVERY = 1.0  # seconds between two looks for sleepers that must move
@@ -24,7 +24,7 @@ class Planner:
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        self.builder = PolicyInputBuilder(core.engines, core.swaps, core.fit, core.changed)
+        self.builder = PolicyInputBuilder(core.engines, core.swaps, core.fit, core.changed, core.used)
         self._looked = -INFINITY
         self._filled = -INFINITY
         self._relocated = -INFINITY
@@ -175,13 +175,18 @@ class Planner:
 
     def look(self) -> PolicyInput:
         """What the policy sees now."""
-        core = self._core
-        if core.now >= self._filled + FILL_AGE:
-            self._filled = core.now
-            claims = host_claims(core.engines, core.replicas.values())
-            running = sum(r.spec.host_running for r in core.replicas.values() if core.engines.ledger.host_held(r))
-            self._shallow = core.policy.shallow(claims, core.settings.host_memory - running)
+        self._fill()
         return self.sight()
+
+    def _fill(self) -> None:
+        """Choose anew who sleeps at level 1, of those that have an engine or are wanted."""
+        core = self._core
+        if core.now < self._filled + FILL_AGE:
+            return
+        self._filled = core.now
+        claims = host_claims(core.engines, core.active)
+        running = sum(r.spec.host_running for r in core.active if core.engines.ledger.host_held(r))
+        self._shallow = core.policy.shallow(claims, core.settings.host_memory - running)
 
     def outlook(self, r: Replica, s: PolicyInput | None = None) -> Outlook | None:
         """What one that is wanted and not on waits for, and how long; None where that cannot be said.
@@ -210,6 +215,7 @@ class Planner:
 
     def level(self, r: Replica, wish: int) -> int:
         """The sleep level wished for, the other one where that cannot be, or 0: stop."""
+        self._fill()
         usable = levels(self._core.engines, r, self._shallow)
         if wish == 0 or wish in usable:
             return wish

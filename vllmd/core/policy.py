@@ -54,17 +54,6 @@ class Resident(NamedTuple):
     moved: float = -INFINITY  # when it was last moved to another device
 
 
-class Move(NamedTuple):
-    """How a sleeper could serve elsewhere: stopped where it is, and started there."""
-
-    stop: OffloadOption
-    load: float  # seconds for both
-    learnt: float  # of that, what was measured
-    need: int  # bytes on each device
-    devices: tuple[int, ...]  # where it could go
-    needs: tuple[int, ...] = ()  # the need on each of them where it already holds some
-
-
 class Waiting(NamedTuple):
     """A model that is wanted and not on. A load that an operator asked for counts as one request."""
 
@@ -85,11 +74,6 @@ class Waiting(NamedTuple):
     urged: bool = False  # an operator asked for it: not even those that were just loaded are spared
     move: Move | None = None  # of a sleeper that may serve elsewhere as well
 
-    def elsewhere(self, move: Move) -> Waiting:
-        """The same, as it would be if it were moved."""
-        m = move
-        return self._replace(load=m.load, learnt=m.learnt, need=m.need, devices=m.devices, needs=m.needs, move=None)
-
     def need_on(self, device: int) -> int:
         """Bytes that it needs on this one of its devices."""
         return self.needs[self.devices.index(device)] if self.needs else self.need
@@ -98,6 +82,13 @@ class Waiting(NamedTuple):
         """The same, not on these."""
         left = tuple(index for index in self.devices if index not in devices)
         return self._replace(devices=left, needs=tuple(map(self.need_on, left)) if self.needs else ())
+
+
+class Move(NamedTuple):
+    """How a sleeper could serve elsewhere: stopped where it is, and started there."""
+
+    stop: OffloadOption
+    there: Waiting  # the same, where it could go; ``load`` is then for both
 
 
 class DeviceSupply(NamedTuple):

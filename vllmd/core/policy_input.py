@@ -32,9 +32,18 @@ SOON = 0.001  # a transfer that should have ended by now
 class PolicyInputBuilder:
     """Keeps the views of models that did not change, by device: a look costs what changed since the last one."""
 
-    def __init__(self, engines: EngineTable, swaps: Swaps, fit: Fit, changed: dict[Replica, None]) -> None:
+    def __init__(
+        self,
+        engines: EngineTable,
+        swaps: Swaps,
+        fit: Fit,
+        changed: dict[Replica, None],
+        used: dict[Replica, None],
+    ) -> None:
+        """``changed``, ``used``: those that changed since the last look, or only got or ended requests."""
         self._engines = engines
-        self._changed = changed  # since the last look; most changes need none
+        self._changed = changed
+        self._used = used
         self._fit = fit
         self._swaps = swaps
         self._waiting: dict[Replica, Waiting] = {}
@@ -85,7 +94,11 @@ class PolicyInputBuilder:
         engines = self._engines
         for r in self._changed:
             self._take(r)
+        for r in self._used:
+            if r not in self._changed and (before := self._residents.get(r)):
+                self._house(r, see_resident(engines, r, before.options))
         self._changed.clear()
+        self._used.clear()
         if engines.calibrations != self._calibrations:  # what is expected of engines that were never measured
             self._calibrations = engines.calibrations
             self._waiting.clear()
@@ -96,7 +109,7 @@ class PolicyInputBuilder:
             self._host = host
             self._stale.update((r, None) for r, resident in self._residents.items() if not resident.asleep)
         for r in self._stale:
-            self._house(r, see_resident(engines, r, shallow))
+            self._house(r, see_resident(engines, r, options(engines, r, shallow)))
         self._stale.clear()
         for index in self._astir:
             self._tenants[index] = Tenants.of(self._here[index].values())
@@ -168,7 +181,7 @@ def see_waiting(engines: EngineTable, r: Replica) -> Waiting:
     frozen = len(r.running)
     asked = [r.start_asked] if r.start_asked is not None else []
     any_device = r.devices or tuple(engines.ledger.accounts)
-    return Waiting(
+    here = Waiting(
         model=r.id,
         waiters=r.demand,
         arrived=(r.model.queue.arrived if r.queued else 0.0) + frozen * r.changed + sum(asked),
@@ -183,8 +196,8 @@ def see_waiting(engines: EngineTable, r: Replica) -> Waiting:
         impatient=r.urged or r.model.spec.on_busy == "evict",
         urged=r.urged,
         learnt=r.costs.learnt(wake_kind(r.level if asleep else 0)),
-        move=see_move(engines, r) if asleep else None,
     )
+    return here._replace(move=see_move(engines, r, here)) if asleep else here
 
 
 def waited_since(r: Replica, now: float) -> float:
@@ -193,7 +206,7 @@ def waited_since(r: Replica, now: float) -> float:
     return min([t for t in since if t is not None], default=now)
 
 
-def see_move(engines: EngineTable, r: Replica) -> Move | None:
+def see_move(engines: EngineTable, r: Replica, here: Waiting) -> Move | None:
     """How a sleeper could serve elsewhere; None if it cannot: there is nowhere, or requests are frozen in it."""
     devices = elsewhere(engines, r)
     if not devices:
@@ -201,8 +214,14 @@ def see_move(engines: EngineTable, r: Replica) -> Move | None:
     c, held = r.costs, engines.ledger.held(r)
     stop = OffloadOption(0, min(held.values(), default=0), c.sleep(0), c.wake(0), c.learnt("stop"))
     needs = tuple(r.booking - held.get(index, 0) for index in devices)
-    learnt = c.learnt("stop") + c.learnt("start") if c.learnt("start") else 0.0
-    return Move(stop, stop.takes + stop.back, learnt, min(needs), devices, needs if held.keys() & set(devices) else ())
+    there = here._replace(
+        load=stop.takes + stop.back,
+        learnt=c.learnt("stop") + c.learnt("start") if c.learnt("start") else 0.0,
+        need=min(needs),
+        devices=devices,
+        needs=needs if held.keys() & set(devices) else (),
+    )
+    return Move(stop, there)
 
 
 def elsewhere(engines: EngineTable, r: Replica) -> tuple[int, ...]:
@@ -220,14 +239,14 @@ def device_count(engines: EngineTable, r: Replica) -> int:
     return r.spec.device_count if engines.ledger.accounts else 0
 
 
-def see_resident(engines: EngineTable, r: Replica, shallow: frozenset[str]) -> Resident:
-    """A model that could leave."""
+def see_resident(engines: EngineTable, r: Replica, options: tuple[OffloadOption, ...]) -> Resident:
+    """A model that could leave, by these ways."""
     rate = r.costs.rate
     return Resident(
         model=r.id,
         devices=r.placement.devices,
         asleep=r.state is State.SLEEPING,
-        options=options(engines, r, shallow),
+        options=options,
         since=r.ready_at,
         used=r.used,
         running=len(r.running),
