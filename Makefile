@@ -6,7 +6,7 @@ PREFIX ?= /usr/local
 WORKERS ?= 4
 FAST   := not machine and not vllm and not gpu and not qemu and not clients and not images
 
-.PHONY: help check unit lint generate fast mutants soak demo stopwatch images bench-start bench-proxy bench-schedule clients vllm-tests gpu-check deb rpm install
+.PHONY: help check unit lint generate fast mutants soak demo stopwatch images bench-start bench-proxy bench-records bench-schedule clients vllm-tests gpu-check deb rpm install
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
@@ -39,6 +39,9 @@ soak: ## an hour of kills, stops and restarts from a seed, under load (SECONDS=3
 
 bench-proxy: ## the proxy beside nginx and HAProxy
 	@$(SETUP) host bench venv && $(PYTHON) -m tests.bench.proxy
+
+bench-records: ## what records, bodies and an open page cost a request; questions to a store of ten million requests
+	@$(SETUP) host bench venv && $(PYTHON) -m tests.bench.records && $(PYTHON) -m tests.bench.watched
 
 clients: ## which client can do what: docs/clients.md, with real engines behind
 	@$(SETUP) venv llama vllm model clients && $(PYTHON) -m pytest -n 0 -m clients tests/clients && $(PYTHON) -m tests.clients.table

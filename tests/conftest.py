@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 # What daemons of the tests learn stays out of the user's cache.
 os.environ["VLLMD_LEARNT"] = ""
-os.environ["VLLMD_USAGE"] = os.environ["VLLMD_KEYS"] = ""
+os.environ["VLLMD_USAGE"] = os.environ["VLLMD_KEYS"] = os.environ["VLLMD_DISABLED"] = ""
 
 # Programs that tests start (python -m vllmd ...) find the package whatever their working directory.
 os.environ["PYTHONPATH"] = str(REPOSITORY)

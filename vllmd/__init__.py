@@ -6,6 +6,8 @@ holds this table against the imports)::
     errors      one tree of errors, each with its HTTP status     imports nothing
     text        text from outside, made fit to be shown           imports nothing
     foreign     files that somebody else may write: one reader    nothing of ours
+    place       what control groups and sysctls leave of this
+                machine: memory, CPUs, tasks, ports               imports nothing
     core/       decides everything about models and memory: pure  core
     api/        what daemon and clients tell each other, and
                 the table of operators' verbs                     errors
@@ -30,8 +32,8 @@ holds this table against the imports)::
     ollama/     Ollama's API, translated to the engines' own      api, proxy, admin.control, errors
     daemon/     the event queue; executes the core's commands     all but cli and client
     client/     the Python library                                api, errors
-    cli/        vllmctl, a row or a file per verb                 api, client, errors, config, engines, installer,
-                                                                  simulate, store, text
+    cli/        vllmctl, a row or a file per verb                 api, client, errors, config, engines, gpu, installer,
+                                                                  place, simulate, store, text
     simulate/   the core under a virtual clock over a trace       core, config, engines, gpu, hub, errors, text
     simengine   the stand-in engine                               nothing of ours
 

@@ -151,6 +151,12 @@ class EngineFailed(Unavailable):
     code = "engine_failed"
 
 
+class ModelDisabled(Unavailable):
+    """An operator has disabled the model; the message has the operator's words."""
+
+    code = "model_disabled"
+
+
 class UpstreamFailed(VllmdError):
     """The engine broke off before it answered anything."""
 

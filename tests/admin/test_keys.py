@@ -64,12 +64,31 @@ def may(found: Caller, scope: str, reach: Reach = Reach.ONE) -> str:
         (("authorization", "Bearer none"), ("api-key", "a-secret")),
         (("x-api-key", ""), ("authorization", "Bearer a-secret")),
         (("authorization", "Basic ?"), ("x-api-key", "a-secret")),
+        (("authorization", "Bearer\ta-secret"),),
+        (("authorization", "a-secret"),),
+        (("authorization", "Bearer Bearer a-secret"),),
+        (("authorization", "Bearer: a-secret"),),
+        (("authorization", 'Bearer "a-secret"'),),
+        (("x-api-key", "Bearer a-secret"),),
+        (("authorization", basic("me:a-secret").rstrip("=")),),
+        (("authorization", ""), ("authorization", "Bearer a-secret")),
+        (("authorization", "Bearer wrong"), ("authorization", "Bearer a-secret")),
+        (("x-api-key", ""), ("x-api-key", "a-secret")),
+        (("authorization", "Negotiate a b"), ("api-key", "a-secret")),
         (("x-api-key", "wrong"), ("api-key", "a-secret")),
     ],
 )
 def test_a_key_is_found_wherever_clients_put_it(fields: tuple[tuple[str, str], ...]) -> None:
     """Nobody has to configure a client for us; and an empty or wrong one hides no good one."""
     assert may(keys(ALICE).identify(request(*fields)), "models") == "alice"
+
+
+@pytest.mark.parametrize("more", [(), (("x-api-key", "junk"),), (("api-key", "none"),), (("authorization", "x y"),)])
+def test_a_password_is_no_operators_whatever_comes_along(more: tuple[tuple[str, str], ...]) -> None:
+    """A browser adds it by itself to what an engine's page asks for, and the page may add fields of its own."""
+    found = keys(BOSS).identify(request(("authorization", basic("me:b-secret")), *more))
+    with pytest.raises(Forbidden, match="as Bearer"):
+        may(found, "admin")
 
 
 def test_a_web_sockets_key_is_a_sub_protocol() -> None:

@@ -6,6 +6,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from http.client import IncompleteRead
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.admin.site import Site, running, until
+from tests.records.otlp import attributes, collector
 from vllmd.simengine.device import make_device
 
 GiB = 1 << 30
@@ -216,6 +218,46 @@ def test_a_locked_store_costs_no_request(site: Site) -> None:
     assert {row["key"]: row for row in usage(site)}["alice"]["requests"] == before + 1
     assert "vllmd_usage_written 1.0" in site.ask("GET", "/metrics").text
     assert site.log.count("requests are served all the same") == 1
+
+
+def test_a_watcher_is_told_the_newest_where_many_end(site: Site) -> None:
+    """Nobody reads hundreds in a second, and writing them would cost the requests themselves."""
+    connection = site.connect(admin=True)
+    with closing(connection):
+        connection.request("GET", "/admin/events/requests?model=small")
+        stream = connection.getresponse()
+        assert stream.readline().startswith(b":")
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda number: chat(site, ALICE, f"flood-{number}", max_tokens=1), range(120)))
+        chat(site, ALICE, "the-last")
+        seen = []
+        while "the-last" not in seen:
+            line = stream.readline()
+            assert line
+            if line.startswith(b"data: "):
+                seen.append(json.loads(line.removeprefix(b"data: "))["id"])
+    assert len(seen) == len(set(seen)) <= 121
+
+
+def test_spans_go_to_a_collector(site: Site) -> None:
+    """From the configuration's next reload on, under the client's own trace; one that does not listen costs nothing."""
+    trace, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    before = site.config.read_text()
+    with collector() as at:
+        try:
+            site.reconfigure(before.replace("records: {", f"records: {{spans: {at.url}, spans_share: 0, "))
+            chat(site, ALICE, "unasked")
+            body = {"model": "small", "prompt": WORDS, "max_tokens": 3}
+            fields = {"traceparent": f"00-{trace}-{parent}-01", "X-Request-Id": "traced"}
+            assert site.ask("POST", "/v1/completions", body, key=ALICE, headers=fields).status == 200
+            until(lambda: at.named("POST /v1/completions"))
+            until(lambda: 'vllmd_traced_requests_total{outcome="sent"} 1.0' in site.ask("GET", "/metrics").text)
+        finally:
+            site.reconfigure(before)
+    (span,) = at.named("POST /v1/completions")
+    assert (span.trace_id.hex(), span.parent_span_id.hex()) == (trace, parent)
+    assert attributes(span)["vllmd.request_id"] == "traced"
+    assert not at.named("POST /v1/chat/completions")
 
 
 def test_ollamas_requests_are_noted_too(site: Site) -> None:

@@ -197,6 +197,7 @@ def test_P_metrics_move(site: Site) -> None:
     assert after["vllmd_model_memory_bytes{org/tiny}"] >= 20 << 30
     assert after["vllmd_device_memory_used_bytes{}"] >= 20 << 30
     assert moved("vllmd_key_requests_total{}") >= 1
+    assert after["vllmd_model_last_start_phase_seconds{org/tiny}"] > 0.2
     assert after["process_resident_memory_bytes{}"] > 1 << 20
 
 

@@ -28,6 +28,7 @@ from vllmd.cli.completion import script
 from vllmd.core import events
 from vllmd.daemon.key_store import KeyStore
 from vllmd.daemon.operator_commands import OperatorCommands
+from vllmd.daemon.previews import Previews
 from vllmd.daemon.records import Records
 from vllmd.daemon.status import Status
 from vllmd.daemon.store import ModelStore
@@ -68,7 +69,7 @@ class Daemon:
 
     def __init__(self) -> None:
         self.posted: list[events.Event] = []
-        self.commands = OperatorCommands(self, SimpleNamespace(load_on=None, drop=None), None)  # type: ignore[arg-type]
+        self.commands = OperatorCommands(self, SimpleNamespace(load_on=None, drop=None), None, None, None)  # type: ignore[arg-type]
         self.status = SimpleNamespace(resolve=lambda name, caller: f"org/{name}", line=lambda name: {"name": name})
 
     async def wait(self) -> Any:
@@ -167,6 +168,7 @@ PLACES: dict[str, tuple[type, type]] = {
     "status": (control.Status, Status),
     "keys": (control.KeyStore, KeyStore),
     "store": (control.Store, ModelStore),
+    "previews": (control.Previews, Previews),
     "records": (control.Records, Records),
 }
 

@@ -14,6 +14,7 @@ from vllmd.api.answers import DeviceNow
 from vllmd.config.types import Config, ModelConfig, ReplicaConfig
 from vllmd.core.types import Decision, DeviceView, ModelView, ReplicaView, Snapshot, State
 from vllmd.daemon import serializers, status
+from vllmd.daemon.last_starts import Start
 from vllmd.daemon.self_description import SelfDescription
 from vllmd.engines.base import Listen, Progress
 from vllmd.proxy.access import Caller
@@ -57,7 +58,9 @@ DECISION = Decision(90.0, "evict", "pair", "it makes room", {"victims": "a:1", "
 def process(name: str, listen: Listen) -> Any:
     phase = Progress("weights", "3/8")
     running = SimpleNamespace(pid=77, unit=f"vllmd-model-{name}.scope")
-    return SimpleNamespace(instance=f"{name}#1", started=1.0, listen=listen, phase=phase, running=running)
+    phases = SimpleNamespace(whole=True, spent=lambda at: {"imports": 8.0})
+    return SimpleNamespace(instance=f"{name}#1", started=1.0, listen=listen, phase=phase, running=running,
+                           told="weights", phases=phases)  # fmt: skip
 
 
 def sight(**over: Any) -> status.Sight:
@@ -67,8 +70,8 @@ def sight(**over: Any) -> status.Sight:
     memory = SimpleNamespace(source="declared", trouble="", about=lambda view: DeviceNow(**asdict(view), **device_now),
                              power=SimpleNamespace(watts={"pair@1": 99.5}))  # fmt: skip
     back: Any = SimpleNamespace(
-        engines=SimpleNamespace(processes=processes, last_start={"org/alone": 44.0}),
-        memory=memory, learnt=SimpleNamespace(runs={}), launched_by="systemd",
+        engines=SimpleNamespace(processes=processes), memory=memory,
+        learnt=SimpleNamespace(runs={}, starts={"org/alone": Start(44.0)}), launched_by="systemd",
     )  # fmt: skip
     snapshot = Snapshot(100.0, VIEWS, (DEVICE,), 64 * GiB, GiB, (DECISION,))
     config = Config(models={"org/alone": ALONE, "pair": PAIR}, files=(Path("/etc/vllmd/vllmd.yaml"),))

@@ -105,8 +105,8 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def command(name: str, port: int, upstream: int, folder: Path) -> list[str] | None:
-    """The command line of the server called ``name``; None if it is not to be had."""
+def command(name: str, port: int, upstream: int, folder: Path, settings: str = "") -> list[str] | None:
+    """The command line of the server called ``name``; None if it is not to be had. ``settings``: more of vllmd's."""
 
     def configured(text: str, suffix: str) -> str:
         file = folder / f"{name}.{suffix}"
@@ -118,7 +118,7 @@ def command(name: str, port: int, upstream: int, folder: Path) -> list[str] | No
         interpreter = VENV / "bin" / "python"
         return [str(interpreter) if interpreter.exists() else python(), "-m", "tests.bench.proxy_upstream", str(port)]
     if name == "vllmd":
-        return [python(), "-m", "vllmd", "--config", configured(VLLMD, "yaml")]
+        return [python(), "-m", "vllmd", "--config", configured(VLLMD + settings, "yaml")]
     if name == "relay":
         return [python(), "-m", "tests.bench.proxy_servers", str(port), str(upstream)]
     if name == "nginx" and shutil.which("nginx"):
@@ -136,10 +136,10 @@ def command(name: str, port: int, upstream: int, folder: Path) -> list[str] | No
 
 
 @contextlib.contextmanager
-def running(name: str, upstream: int, folder: Path, chat: bytes) -> Iterator[Runner | None]:
+def running(name: str, upstream: int, folder: Path, chat: bytes, settings: str = "") -> Iterator[Runner | None]:
     """Start it, wait until it answers the request ``chat``, and stop it. None if it cannot be had."""
     port = free_port()
-    argv = command(name, port, upstream, folder)
+    argv = command(name, port, upstream, folder, settings)
     if argv is None:
         yield None
         return

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.cli.fake_daemon import fake_daemon, model, status
-from vllmd.cli import main
-from vllmd.cli.examine import Host, accounts, configuration, driver, memory, python, systemd, units
+from tests.gpu.trees import write
+from vllmd.cli import examine_devices, main
+from vllmd.cli.examine import accounts, configuration, driver, memory, place, python, systemd, units
 from vllmd.cli.examine_engines import vllm_on_cpu
+from vllmd.cli.examined import Host
 from vllmd.cli.verbs.doctor import known
 from vllmd.config.types import Config, ModelConfig
+from vllmd.core.types import Device
 from vllmd.engines import vllm_cpu
+from vllmd.gpu import DeviceSample, NoDevices, Sample, Trouble, Unanswered
 
 
 def machine(root: Path, answers: dict[str, str] | None = None, **over: Any) -> Host:
@@ -24,7 +29,7 @@ def machine(root: Path, answers: dict[str, str] | None = None, **over: Any) -> H
         line = " ".join(command)
         return next((answer for end, answer in (answers or {}).items() if line.endswith(end)), "")
 
-    settings: dict[str, Any] = {"run": run, "has_module": lambda name: True}
+    settings: dict[str, Any] = {"run": run, "has_module": lambda name: True, "devices": lambda here: NoDevices("none")}
     return Host(root=root, **{**settings, **over})
 
 
@@ -197,10 +202,77 @@ def test_wsl_without_windows_library(tmp_path: Path) -> None:
 
 
 def test_engines_that_may_not_use_amds_driver(tmp_path: Path) -> None:
-    """/dev/kfd belongs to the group render."""
+    """/dev/kfd and the render nodes belong to the group render, unless they are open to everybody."""
     files = {"dev/kfd": "", "etc/passwd": "vllmd-engine:x:2:2\n", "etc/group": "render:x:105:\n"}
-    assert list(findings(tmp_path, **files).values()) == ["usermod --append --groups render,video vllmd-engine"]
+    assert list(findings(tmp_path, **files).values()) == ["udevadm trigger --subsystem-match=drm --subsystem-match=kfd"]
+    assert findings(tmp_path, **{"dev/dri/renderD128": ""}) == {}
+    (tmp_path / "dev/kfd").chmod(0o660)
+    assert list(findings(tmp_path).values()) == ["usermod -aG render,video vllmd-engine"]
     assert findings(tmp_path, **{"etc/group": "render:x:105:other,vllmd-engine\n"}) == {}
+    assert list(findings(tmp_path, **{"etc/group": "video:x:44:\n"}).values()) == ["systemd-sysusers"]
+
+
+def test_a_card_of_amds_whose_driver_is_not_loaded(tmp_path: Path) -> None:
+    """And a compute driver without its node."""
+    card = {"sys/bus/pci/devices/0000:03:00.0/vendor": "0x1002\n", "sys/bus/pci/devices/0000:03:00.0/class": "0x030000"}
+    assert findings(tmp_path, **card) == {}  # a desktop may well do without
+    (told,) = [found for found in driver(machine(tmp_path)) if "AMD" in found[1]]
+    assert told[0] == "warning" and told[2].startswith("modprobe amdgpu")
+    (tmp_path / "sys/class/kfd").mkdir(parents=True)
+    ((what, advice),) = findings(tmp_path).items()
+    assert "there is no /dev/kfd" in what and advice.startswith("udevadm trigger")
+
+
+def answering(devices: list[Device], sample: Sample) -> Any:
+    """What the daemon would be told."""
+    found = NoDevices("")
+    found._inventory, found.readable, found.sample = tuple(devices), True, lambda: sample  # type: ignore[method-assign]
+    return lambda here: found
+
+
+def test_each_device_that_answers_is_a_line(tmp_path: Path) -> None:
+    """What is wrong with it is said, with the one command."""
+    devices = [Device(index, f"GPU-{index}", 80 << 30, name="H100") for index in range(4)]
+    hot = DeviceSample(80 << 30, 0, 80 << 30, throttled="hardware thermal slowdown")
+    well = DeviceSample(80 << 30, 0, 80 << 30)
+    sample = Sample(
+        {0: well, 1: hot, 2: well}, {3: "GPU is lost"}, {2: "2 uncorrectable ECC errors"}, {3: "GPU is lost"}
+    )
+    found = list(driver(machine(tmp_path, devices=answering(devices, sample))))
+    assert [(verdict, what.partition(": ")[2], advice.partition(" keeps")[0]) for verdict, what, advice in found] == [
+        ("ok", "80GiB", ""),
+        ("warning", "it is slowed down: hardware thermal slowdown", "look after its cooling and its power"),
+        ("bad", "2 uncorrectable ECC errors", "vllmctl drain 2"),
+        ("bad", "GPU is lost", "vllmctl drain 3"),
+    ]
+
+
+def test_devices_that_do_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With cause and cure; one that hangs keeps nobody from reading the rest."""
+    silent = Unanswered("nvml", Trouble("NVML: Driver/library version mismatch", "reboot"))
+    assert list(driver(machine(tmp_path, devices=lambda here: silent))) == [
+        ("bad", "NVML: Driver/library version mismatch", "reboot")
+    ]
+    monkeypatch.setattr(examine_devices, "PATIENCE", 0.05)
+    stuck = threading.Event()
+    ((verdict, what, _),) = driver(machine(tmp_path, devices=lambda here: stuck.wait(60) and NoDevices("")))
+    stuck.set()
+    assert verdict == "bad" and "has not answered" in what
+
+
+def test_a_place_that_is_too_narrow(tmp_path: Path) -> None:
+    """CPUs, tasks and ports, each with the command that widens it."""
+    (tmp_path / "vllmd.yaml").write_text("")
+    host = machine(tmp_path, env={"VLLMD_CONFIG": str(tmp_path / "vllmd.yaml")})
+    assert list(place(host)) == []
+    group = "sys/fs/cgroup"
+    write(tmp_path, **{"proc/self/cgroup": "0::/", f"{group}/cpu.max": "50000 100000", f"{group}/pids.max": "100"})
+    write(tmp_path, **{"proc/sys/net/ipv4/ip_unprivileged_port_start": "40000"})
+    assert [(verdict, what) for verdict, what, _ in place(host)] == [
+        ("warning", "control groups leave engines 0.5 of a CPU"),
+        ("warning", "only 100 processes and threads may run here; an engine has some hundred"),
+        ("bad", "engines' ports 33300-34300 are below 40000, where only root may listen"),
+    ]
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ GGUF = {"name": "org/m-GGUF", "path": "/hub/m", "size": 90 * MiB, "kind": "gener
         "files": ["m-Q4_K_M.gguf"], "models": []}  # fmt: skip
 FETCHING = {"model": "smollm2", "phase": "downloading", "source": "x", "total": 90 * MiB, "rate": 9.0 * MiB,
             "completed": 30 * MiB, "elapsed": 3.0, "error": ""}  # fmt: skip
+PULLING = {name: value for name, value in FETCHING.items() if name != "error"}  # as a pull tells it
 DONE = {"done": True, "model": "smollm2", "phase": "done", "total": 90 * MiB, "seconds": 9.0, "added": True}
 ANSWER = [f"data: {json.dumps({'choices': [{'delta': {'content': word}}]})}" for word in ("Par", "is.")]
 
@@ -33,7 +34,7 @@ def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDaem
     answers: dict[str, tuple[int, Any]] = {
         "GET /admin/status": (200, status(downloads=[FETCHING])),
         "GET /admin/store": (200, {"cached": [GGUF], "hub": "http://127.0.0.1:9"}),
-        "POST /admin/store/pull": (200, [json.dumps(each) for each in (FETCHING, DONE)]),
+        "POST /admin/store/pull": (200, [json.dumps(each) for each in (PULLING, DONE)]),
         "POST /v1/chat/completions": (200, [*ANSWER, "data: [DONE]"]),
     }
     with fake_daemon(answers, tmp_path / "admin.sock") as running:
@@ -71,7 +72,7 @@ def test_a_download_that_fails_says_why(daemon: FakeDaemon, capsys: pytest.Captu
     daemon.answers["POST /admin/store/pull"] = (200, [json.dumps(failed)])
     assert main(["pull", "org/x"]) == 65
     assert capsys.readouterr().err == "vllmctl: x cannot be had: no\n"
-    daemon.answers["POST /admin/store/pull"] = (200, [json.dumps(FETCHING)])
+    daemon.answers["POST /admin/store/pull"] = (200, [json.dumps(PULLING)])
     assert main(["pull", "org/x"]) == 69
     assert "broke off; vllmctl pull org/x goes on where it was" in capsys.readouterr().err
 

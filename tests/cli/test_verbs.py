@@ -188,10 +188,13 @@ def test_gpus_tells_what_each_device_is_and_how_it_is(daemon: FakeDaemon, capsys
     told = status(PAIR)
     told["devices"][0] |= {"wedged": "an operator drained it", "name": "NVIDIA H200", "power": 123.5}
     told["devices"][0] |= {"temperature": 38.0, "links": [1, 2], "node": 0, "throttled": "hardware thermal slowdown"}
+    told["devices"][0] |= {"switch": "0000:00:01.0"}
+    told["devices"].append({"index": 1, "memory": 0, "switch": "0000:00:01.0"})
     daemon.answers["GET /admin/status"] = (200, told)
     assert main(["gpus"]) == 0
     note = "avoided: an operator drained it; slowed down: hardware thermal slowdown; NVIDIA H200; 124W 38°C; "
-    assert capsys.readouterr().out.rstrip().endswith(note + "NVLink to 1, 2; node 0")
+    first = capsys.readouterr().out.split("\n")[:-2]
+    assert (note + "linked to 1,2; switch with 1; node 0") in " ".join(" ".join(first).split())
 
 
 def test_gpus_that_do_not_answer_are_an_error(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,6 +92,18 @@ def test_chat_and_bench_go_through_the_front_door(site: Site) -> None:
     assert "tokens/s in all" in site.ctl("bench", "t", "-n", "3", "-c", "2", "--max-tokens", "5")
 
 
+def test_V_a_start_is_measured_beside_the_engine_alone(site: Site) -> None:
+    """Both pass through the same phases, and the model serves afterwards, from vllmd's own start."""
+    measured = json.loads(site.ctl("bench", "--cold", "t", "--json"))
+    assert site.state("org/tiny") == "running"
+    for each in ("vllmd", "alone"):
+        assert {"imports", "weights"} <= measured[each]["phases"].keys()
+        assert sum(measured[each]["phases"].values()) <= measured[each]["seconds"] + 0.01
+    assert "last start" in site.ctl("show", "t")
+    assert "imports " in site.ctl("ps", "--starts")
+    assert site.ctl("chat", "t", "hello") == "hello\n"
+
+
 def test_what_is_shown_comes_from_the_daemon(site: Site) -> None:
     """Devices, decisions, the engine's lines."""
     site.ctl("start", "t")

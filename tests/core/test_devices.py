@@ -6,7 +6,7 @@ import pytest
 
 from tests.core.helpers import GPU, PAIR, model
 from tests.core.world import World
-from vllmd.core.commands import Admit, CutRequest, Reject, StartEngine, StopEngine
+from vllmd.core.commands import Admit, CutRequest, Reject, SleepEngine, StartEngine, StopEngine
 from vllmd.core.events import (
     DeviceDrained,
     DevicesChanged,
@@ -144,10 +144,15 @@ def test_a_reserve_that_changes_is_kept_from_now_on() -> None:
     assert isinstance(refused, Reject) and refused.error == "ModelTooLarge"
 
 
-def four(links: dict[int, set[int]] | None = None, nodes: tuple[int | None, ...] = (None,) * 4) -> list[Device]:
+def four(
+    links: dict[int, set[int]] | None = None, nodes: tuple[int | None, ...] = (None,) * 4, switches: str = "    "
+) -> list[Device]:
     """Four alike, joined so."""
-    joined = links or {}
-    return [Device(i, f"gpu{i}", 80 * GiB, links=frozenset(joined.get(i, ())), node=nodes[i]) for i in range(4)]
+    joined, names = links or {}, [switch.strip() for switch in switches]
+    return [
+        Device(i, f"gpu{i}", 80 * GiB, links=frozenset(joined.get(i, ())), node=nodes[i], switch=names[i])
+        for i in range(4)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -157,15 +162,29 @@ def four(links: dict[int, set[int]] | None = None, nodes: tuple[int | None, ...]
         (four({0: {2}, 2: {0}, 1: {3}, 3: {1}}), (0, 2)),  # bridges between pairs
         (four(nodes=(0, 1, 1, 0)), (0, 3)),
         (four({1: {2}, 2: {1}}, (0, 1, 1, 0)), (1, 2)),  # a bridge is nearer than a node
+        (four(nodes=(0, 0, 0, 0), switches="aba "), (0, 2)),  # as is a switch
+        (four({1: {2}, 2: {1}}, switches="aba "), (1, 2)),  # than which a bridge is nearer
     ],
 )
 def test_a_model_on_several_devices_gets_such_as_are_near_each_other(
     devices: list[Device], where: tuple[int, ...]
 ) -> None:
-    """NVLink first, then the same NUMA node, then as ever."""
+    """NVLink first, then the same PCIe switch, then the same NUMA node, then as ever."""
     w = World([model("m", 30, device_count=2)], devices)
     (start,) = w.ask("r1", "m")
     assert isinstance(start, StartEngine) and start.placement == Placement(where)
+
+
+def test_a_swap_that_costs_the_same_anywhere_goes_where_devices_are_near() -> None:
+    """Four are full alike; the two that are to become free are a pair."""
+    pairs = four({0: {2}, 2: {0}, 1: {3}, 3: {1}})
+    residents = [model(f"r{i}", 60, devices=(i,)) for i in range(4)]
+    w = World([*residents, model("m", 60, device_count=2)], pairs)
+    for resident in residents:
+        w.load(resident.name)
+    told = w.ask("r1", "m")
+    leaving = sorted(command.replica for command in told if isinstance(command, SleepEngine | StopEngine))
+    assert leaving in (["r0", "r2"], ["r1", "r3"])
 
 
 def test_nearness_gives_way_to_room() -> None:

@@ -25,6 +25,8 @@ from vllmd.core.events import (
     LeaseTaken,
     LoadAsked,
     MemorySampled,
+    ModelDisabled,
+    ModelEnabled,
     ModelsChanged,
     PinSet,
     ReplicaProbed,
@@ -247,6 +249,12 @@ class CoreUnderAnything(RuleBasedStateMachine):
         model = data.draw(st.sampled_from(sorted({*NAMES, *self.world.specs})))
         asks = (LoadAsked(model), SleepAsked(model, 1), SleepAsked(model, 2), StopAsked(model), StopAsked(model, True))
         self.world.do(asks[what])
+
+    @rule(data=st.data(), disabled=st.booleans())
+    def disable(self, data: st.DataObject, disabled: bool) -> None:
+        """A model, or one of its replicas, is taken out of use or given back."""
+        model = data.draw(st.sampled_from(sorted({*NAMES, *self.world.specs})))
+        self.world.do(ModelDisabled(model, "maintenance") if disabled else ModelEnabled(model))
 
     @rule(model=models, pinned=st.booleans())
     def pin(self, model: str, pinned: bool) -> None:

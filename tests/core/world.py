@@ -42,6 +42,8 @@ from vllmd.core.events import (
     LeaseTaken,
     LoadAsked,
     MemorySampled,
+    ModelDisabled,
+    ModelEnabled,
     ModelsChanged,
     ProbeAsked,
     ReplicaProbed,
@@ -164,6 +166,7 @@ class World:
         self.looked: dict[int, float] = {}
         self.came: dict[str, float] = {}  # request -> when
         self.wished = {name for name, spec in self.specs.items() if spec.preload}  # wanted without a request, once
+        self.disabled: set[str] = set()  # models and replicas that an operator has taken out of use
         self._forced: set[str] = set()
 
     def configure(self, models: Iterable[ModelSpec]) -> None:
@@ -180,6 +183,8 @@ class World:
         self.script.append(f"s.handle({told(event)}, now={self.now!r})")
         if isinstance(event, DevicesChanged):
             self.devices.update({device.index: device for device in event.devices})
+        if isinstance(event, ModelDisabled | ModelEnabled):
+            self._disable(event)
         self._before(event)
         commands = self.scheduler.handle(event, self.now)
         try:
@@ -291,6 +296,7 @@ class World:
         elif isinstance(event, ModelsChanged):
             wished = {self.model_of[name] for name in self.wished if name in self.model_of}
             self.configure(event.models)
+            self.disabled &= {*self.specs, *(model.name for model in event.models)}
             self.wished |= {name for name, spec in self.specs.items() if spec.preload}
             # A model that gets replicas or loses them keeps its first one's engine, and what is wanted of it.
             self.wished |= {spec.replicas[0].id for spec in event.models if spec.name in wished}
@@ -309,6 +315,12 @@ class World:
             self._forced |= {name for name in self.engines if event.model in (name, self.model_of[name])}
         elif hasattr(event, "replica") and type(event).__name__.startswith(("Engine", "FreezeProved")):
             self._engine_told(event, event.replica)
+
+    def _disable(self, event: ModelDisabled | ModelEnabled) -> None:
+        if isinstance(event, ModelDisabled):
+            self.disabled.add(event.model)
+        else:
+            self.disabled -= {event.model, *(name for name in self.specs if self.model_of[name] == event.model)}
 
     def _sampled(self, event: MemorySampled) -> None:
         for index, size in event.external.items():
@@ -371,6 +383,7 @@ class World:
 
     def _admit(self, command: Admit) -> None:
         asked, model = self.queued.pop(command.request, None), command.replica
+        assert self.model_of[model] not in self.disabled, f"{command}, but the model is disabled"
         assert asked == self.model_of[model], f"{command} of a request that does not wait for it"
         assert self.engines.get(model) == "on", f"{command}, but the engine is {self.engines.get(model)}"
         self.running[command.request] = model
@@ -381,6 +394,7 @@ class World:
             assert model not in self.pending, f"{command} while {self.pending[model]} is outstanding"
         if isinstance(command, StartEngine):
             assert model not in self.engines, f"{command}, but it runs already"
+            assert self.disabled.isdisjoint({model, self.model_of[model]}), f"{command}, but it is disabled"
             self.placed[model] = command.placement.devices
         for other in self.pending:
             shared = set(self.placed.get(other, ())) & set(self.placed[model])

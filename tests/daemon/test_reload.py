@@ -76,6 +76,7 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "models.NAME.pipeline_parallel_size": (1, 2),
     "idle.level": (1, 2),
     "pull.endpoint": ("http://one.example", "http://two.example"),
+    "records.spans": ("http://one.example", "http://two.example"),
     "pull.index": ("http://one.example", "http://two.example"),
     "models.NAME.preload": (False, True),
     "models.NAME.gpu_memory": ("10GiB", "20GiB"),
@@ -305,7 +306,7 @@ def launch(living: Living, name: str) -> Any:
     told = str(order).replace(process.instance, "INSTANCE") if order else ""
     told = re.sub(r"'(since|started)_monotonic': '[^']*'", "", told)  # when: of each start another one
     kept = process.model
-    return told, kept.warm_up, kept.start_timeout, kept.stop_timeout, kept.log_file
+    return told, kept.warm_up, kept.start_timeout, kept.stop_timeout, kept.log_file, kept.numa
 
 
 def read(folder: Path, document: dict[str, Any]) -> Config:

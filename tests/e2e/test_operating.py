@@ -363,6 +363,7 @@ def test_use_and_keys_are_kept_where_the_unit_says(site: Site) -> None:
         assert "root 755 /var/lib/vllmd\n" in owners
         assert "vllmd 700 /var/lib/vllmd/keys" in owners
         assert "vllmd 700 /var/lib/vllmd/usage" in owners
+        assert "vllmd 700 /var/lib/vllmd/orders" in owners
     finally:
         machine.run("vllmctl key revoke alice")
 

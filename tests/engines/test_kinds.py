@@ -55,6 +55,14 @@ def test_llama_server_offloads_all_layers_to_its_devices_unless_told_otherwise()
     assert engine.launch(model, NO_GPU).env["CUDA_VISIBLE_DEVICES"] == ""
 
 
+def test_llama_server_has_a_thread_for_each_cpu_that_it_may_use() -> None:
+    """By itself it counts the machine's cores; what the model says goes before."""
+    place = Place(Path("/run/x"), cpus=3)
+    assert has(launch("llama.cpp", place).argv, "--threads", "3")
+    assert launch("llama.cpp", place, extra_args=("--threads", "5")).argv.count("--threads") == 1
+    assert "--threads" not in launch("llama.cpp").argv
+
+
 def test_llama_servers_context_is_the_room_of_all_slots() -> None:
     """Each of four requests shall have what was configured."""
     assert has(launch("llama.cpp", max_model_len=4096, options={"parallel": 4}).argv, "--ctx-size", "16384")

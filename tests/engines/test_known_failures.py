@@ -18,6 +18,8 @@ SERVER = "(APIServer pid=1) "
 # What each engine wrote, the words of the advice that matter, whether memory lacked, whether no retry can help.
 # vLLM's are the wheels' own sentences with figures filled in, the others' as their issues have them.
 RECORDED = [
+    ("vllm", "ValueError: invalid literal for int() with base 10: 'GPU-336f5171-d808-d9e0-f3ce-45b66e3a83f3'",
+             "a newer one takes ids", False, True),
     ("vllm", "ValueError: Available memory on node 0 (11.2/23.4 GiB) on startup is less than desired CPU memory "
              "utilization (0.92, 21.53 GiB). On the CPU backend, the `--gpu-memory-utilization` flag controls the "
              "fraction of CPU memory reserved (despite its name).", "set it below 11.2/23.4", False, True),

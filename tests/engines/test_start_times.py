@@ -21,9 +21,9 @@ def test_a_stand_in_says_how_long_it_loads(options: dict[str, object], seconds: 
 
 def test_the_phases_of_a_start_come_in_the_order_of_their_shares() -> None:
     """Each phase that a kind's log shows has one, downloads count for nothing, and none is the whole start."""
-    order = ("configuring", "weights", "profiling", "compile", "graphs", "warm-up", "serving")
+    order = ("configuring", "workers", "weights", "profiling", "compile", "graphs", "warm-up", "serving")
     shares = [share_begun("vllm", phase) or 0.0 for phase in order]
     assert shares == sorted(shares) and shares[0] > 0.0 and shares[-1] < 1.0
-    assert {phase for phase, _ in PHASES} == {*order, "nodes", "download"}
+    assert {phase for phase, _ in PHASES} == {*order, "nodes", "download", "imports"}  # which come back
     assert share_begun("vllm", "download") == share_begun("llama.cpp", "download") == 0.0
     assert share_begun("vllm", "dancing") is share_begun("no such kind", "weights") is None

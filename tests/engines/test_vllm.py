@@ -38,6 +38,34 @@ def test_its_environment() -> None:
     assert env["HF_TOKEN"] == "hf_x"
 
 
+@pytest.mark.parametrize(
+    ("version", "told", "refused"),
+    [
+        ("0.22.0", "0,1", False),
+        ("0.22.0", "GPU-a,GPU-b", True),
+        ("0.23.1", "MIG-a", True),
+        ("0.24.0", "GPU-a,GPU-b", False),
+        ("0.33.0rc1", "MIG-a", False),
+        ("nightly", "GPU-a", False),  # nobody knows: its own words tell
+    ],
+)
+def test_a_version_that_takes_numbers_alone_is_not_given_ids(
+    version: str, told: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would die of them a minute later, in int()."""
+    python = tmp_path / "vllm" / version / "bin/python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    monkeypatch.setenv("VLLMD_ENGINES", str(tmp_path))
+    monkeypatch.setenv("PATH", "/nowhere")
+    place = Place(Path("/run/x"), tuple(told.split(",")), GiB, 2 * GiB, visible={"CUDA_VISIBLE_DEVICES": told})
+    if refused:
+        with pytest.raises(ConfigError, match=r"takes devices by their numbers alone.*engine install"):
+            launch(place)
+    else:
+        assert launch(place).env["CUDA_VISIBLE_DEVICES"] == told
+
+
 def test_without_a_token_or_devices_it_gets_neither() -> None:
     """A token reaches the engine it was configured for and no other."""
     assert {"HF_TOKEN", "CUDA_VISIBLE_DEVICES"}.isdisjoint(launch(CPU).env)

@@ -98,3 +98,14 @@ def test_its_cache_takes_a_quarter_of_the_host_at_most(tmp_path: Path) -> None:
     assert on_cpu(llama, 2 * GiB, max_model_len=8192).kv_cache == 4 * GiB
     found = on_cpu(llama)
     assert found.host_running == found.footprint.awake == 15 * GiB + 4 * GiB + vllm_cpu.OVERHEAD
+
+
+def test_under_a_quota_it_has_a_thread_for_each_cpu_that_is_left() -> None:
+    """By itself it takes each that it may be on; told what a model's env says, or nothing on a GPU."""
+    place = Place(Path("/run/x"), cpus=2, quota=True)
+    env = Vllm(accelerator=lambda: False).launch(ModelConfig("m"), place).env
+    assert (env["VLLM_CPU_OMP_THREADS_BIND"], env["OMP_NUM_THREADS"]) == ("nobind", "2")
+    own_choice, on_gpu = Place(Path("/run/x"), cpus=2), Place(Path("/run/x"), ("0",), cpus=2, quota=True)
+    for accelerator, other in ((False, own_choice), (True, on_gpu)):
+        env = Vllm(accelerator=lambda here=accelerator: here).launch(ModelConfig("m"), other).env  # type: ignore[misc]
+        assert {"VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS"}.isdisjoint(env)

@@ -192,9 +192,23 @@ MUTATIONS = (
     Mutation(
         "what an operator took down stays down",
         "core/balancing.py",
-        "if r.removed or (r.health and r.health.halted):",
-        "if r.removed:",
+        "if r.removed or r.off or (r.health and r.health.halted):",
+        "if r.removed or r.off:",
         ALL_CORE,
+    ),
+    Mutation(
+        "nobody waits for a disabled replica",
+        "core/balancing.py",
+        "if r.removed or r.off or (r.health and r.health.halted):",
+        "if r.removed or (r.health and r.health.halted):",
+        "core/test_disabled.py",
+    ),
+    Mutation(
+        "a disabled replica is not one of those that are missing",
+        "core/scaling.py",
+        "r.retry_at <= self._core.now and not r.off and not",
+        "r.retry_at <= self._core.now and not",
+        "core/test_disabled.py",
     ),
     Mutation(
         "keys take turns in a queue",

@@ -159,6 +159,7 @@ class Asked:
     line: str
     headers: dict[str, str]
     body: bytes
+    head: str = ""  # as it came
 
 
 Script = Callable[["Engine", Asked, asyncio.StreamWriter], Awaitable[None]]
@@ -194,7 +195,7 @@ class Engine:
         line, *fields = head.rstrip("\r\n").split("\r\n")
         headers = {name.lower(): value.strip() for name, value in (field.split(":", 1) for field in fields)}
         body = await reader.readexactly(int(headers.get("content-length", "0")))
-        asked = Asked(line, headers, body)
+        asked = Asked(line, headers, body, head)
         self.asked.append(asked)
         work = asyncio.ensure_future(self.script(self, asked, writer))
         gone = asyncio.ensure_future(reader.read(1))

@@ -55,6 +55,14 @@ def test_a_compressed_body_reaches_the_engine_plain(coding: str) -> None:
         (BODY.decode().encode("utf-16-le"), "application/json; charset=utf-16le"),
         (BODY.decode().encode("utf-16-be"), 'application/json;charset="UTF-16"'),
         (BODY.decode().encode("utf-32-be"), "application/json; charset=UTF-32BE"),
+        (BODY.decode().encode("utf-32-be"), "application/json; charset=utf_32_be"),
+        (BODY.decode().encode("utf-16-le"), "application/json; charset=UTF-16-LE"),
+        *(
+            (BODY.decode().encode(f"utf-{coding}"), "application/json")
+            for coding in ("16-le", "16-be", "32-le", "32-be")
+        ),
+        (BODY, "text/json"),
+        (BODY, "application/vnd.api+json; charset=utf-8"),
     ],
 )
 def test_json_in_another_charset_reaches_the_engine_in_utf_8(body: bytes, content_type: str) -> None:

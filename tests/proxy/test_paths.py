@@ -83,6 +83,15 @@ def test_whatever_engines_serve_is_served_or_answered_with_where_to_go(method: s
         ("/openai/v1/chat/completions", "/v1/chat/completions"),
         ("/api/v1/chat/completions", "/v1/chat/completions"),
         ("/api/chat/completions", "/v1/chat/completions"),
+        ("/v1beta/openai/chat/completions", "/v1/chat/completions"),
+        ("/v1/openai/chat/completions", "/v1/chat/completions"),
+        ("/api/v0/chat/completions", "/v1/chat/completions"),
+        ("/engines/llama.cpp/v1/chat/completions", "/v1/chat/completions"),
+        ("/llm/v1/chat/completions/", "/v1/chat/completions"),
+        ("/a/v1/b/v1/chat/completions", "/v1/chat/completions"),
+        ("/ollama/api/chat", "/api/chat"),
+        ("/ollama/v1/chat/completions", "/v1/chat/completions"),
+        ("/anthropic/v1/messages", "/v1/messages"),
         ("/responses", "/v1/responses"),
         ("/messages", "/v1/messages"),
         ("/v1/tokenize", "/tokenize"),
@@ -109,6 +118,9 @@ def test_what_is_meant_is_served(target: str, route: str) -> None:
         ("/v1/health", "/health", "health"),
         ("/v1/metrics", "/metrics", "metrics"),
         ("//health/live", "/health/live", "open"),
+        ("/healthz", "/health", "health"),
+        ("/livez", "/health/live", "open"),
+        ("/proxy/v1/models", "/v1/models", "models"),
     ],
 )
 def test_reading_is_forgiven_too(target: str, route: str, scope: str) -> None:
@@ -117,6 +129,16 @@ def test_reading_is_forgiven_too(target: str, route: str, scope: str) -> None:
     ROUTER.begin(request)
     assert request.route == route
     assert next(each.scope for each in ROUTER.routes if each.pattern == route) == scope
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1", "/v1/files/x", "/files", "/v1/batches", "/v1/usage", "/upstream/", "/v1/complete"]
+)
+def test_what_others_serve_and_we_do_not_is_answered_with_where_to_go(path: str) -> None:
+    """OpenAI's own service has more than engines have."""
+    with pytest.raises(NotFound) as caught:
+        ROUTER.begin(sent("GET", path))
+    assert "GET /v1/models lists the models" not in caught.value.message
 
 
 def test_a_path_that_is_right_gets_no_header() -> None:
@@ -128,7 +150,7 @@ def test_a_path_that_is_right_gets_no_header() -> None:
 
 @given(
     st.sampled_from([route for route in ROUTER.routes if "{" not in route.pattern]),
-    st.lists(st.sampled_from(["slash", "v1", "tail", "openai", "api"]), max_size=4),
+    st.lists(st.sampled_from(["slash", "v1", "tail", "openai", "api", "root"]), max_size=4),
 )
 def test_no_spelling_gets_around_a_scope(route: object, changes: list[str]) -> None:
     """Whatever a path was changed by: who gets in gets in by the scope of the route that answers."""
@@ -139,6 +161,7 @@ def test_no_spelling_gets_around_a_scope(route: object, changes: list[str]) -> N
             "v1": "/v1" + path,
             "tail": path + "/",
             "openai": "/openai" + path,
+            "root": "/any/v1" + path,
             "api": "/api" + path,
         }[change]
     request = sent(route.method, path)  # type: ignore[attr-defined]

@@ -13,7 +13,7 @@ from tests.proxy.test_large import SteppedThrough
 from vllmd.errors import BadRequest
 from vllmd.proxy import peek
 from vllmd.proxy.gate import LONGEST_NAME
-from vllmd.proxy.large import in_turns
+from vllmd.proxy.large import in_large, in_turns
 from vllmd.proxy.peek import Asked, in_json, in_multipart
 
 NAMES = st.text(st.characters(categories=["L", "N", "P"]), min_size=1, max_size=20)
@@ -52,7 +52,7 @@ def test_any_body_is_read_as_the_standard_library_does_or_refused(body: bytes) -
         asked = in_json(body)
     except BadRequest:
         return
-    assert json.loads(body).get("model", "") == asked.model
+    assert (json.loads(body).get("model") or "") == asked.model
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_any_body_is_read_as_the_standard_library_does_or_refused(body: bytes) -
         (b"\xef\xbb\xbf{}", "not a JSON object"),
         (b'{"x":' + b"[" * 100_000, "nested too deeply"),
         (b'{"x":' + b"1" * 5000 + b"}", "not acceptable JSON"),
-        (b'{"model":""}', "must be a string"),
+        (b'{"model":5}', "must be a string"),
         (b'{"model":["m"]}', "must be a string"),
         (b'{"model":"a\\u0000"}', "characters that no model's name has"),
         (b'{"model":"\\ud800"}', "characters that no model's name has"),
@@ -138,8 +138,37 @@ def test_forms_as_clients_send_them(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "called",
+    [
+        b"x; name=model.wav",
+        b'x; name=\\"model\\"',
+        b"x;name=model;",
+        b"name=model",
+        b"a; name*=utf-8''model",
+        b"C:\\a.wav",
+    ],
+)
+def test_a_file_may_be_called_like_a_field(called: bytes) -> None:
+    """What stands in quotes is a name of a file, wherever quotes end."""
+    file = b'Content-Disposition: form-data; name="file"; filename="%b"\r\n\r\nx' % called
+    assert in_form(form(file, part(b"model", b"m")), TYPE).model == "m"
+
+
+@pytest.mark.parametrize("value", [b"null", b'""', b'"" '])
+def test_a_name_that_is_null_or_empty_names_none(value: bytes) -> None:
+    """As vLLM takes it; the engine gets the name of the model that is found then."""
+    body = b'{"x":1,"model":%b,"y":2}' % value
+    for asked in (in_json(body), SteppedThrough(in_large(body)).result):
+        assert asked.model == ""
+        assert json.loads(b"".join(asked.renamed("m"))) == {"x": 1, "model": "m", "y": 2}
+
+
+@pytest.mark.parametrize(
     ("content_type", "body", "says"),
     [
+        (TYPE, form(b'Content-Disposition: form-data; filename="a; name=model"; name="x"\r\n\r\nm'), "with one name"),
+        (TYPE, form(b'Content-Disposition: form-data; filename="a\\"; name="model\\""; name="x"\r\n\r\nm'), "one name"),
+        (TYPE, form(b'Content-Disposition: form-data; name="x"; filename="a\\"; name="model"\r\n\r\nm'), "one name"),
         ("multipart/form-data", form(part(b"model", b"m")), "must have one boundary"),
         ("multipart/form-data; xboundary=x-y", form(part(b"model", b"m")), "must have one boundary"),
         (f"{TYPE}; boundary=z", form(part(b"model", b"m")), "must have one boundary"),

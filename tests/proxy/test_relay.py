@@ -27,8 +27,10 @@ from tests.proxy.fakes import (
 from vllmd.config.types import RequestRules
 from vllmd.engines.base import Listen
 from vllmd.errors import Unavailable
+from vllmd.proxy.account import Trace
 from vllmd.proxy.forward import AnswerRelay
 from vllmd.proxy.gate import Target
+from vllmd.proxy.http import Request
 from vllmd.proxy.limits import Limits
 from vllmd.proxy.tokens import told
 
@@ -70,6 +72,30 @@ def test_the_engine_gets_the_body_byte_for_byte() -> None:
                 "content-length": str(len(body)),
             }
             assert act.gate.permits[0].endings == [12]
+
+    asyncio.run(play())
+
+
+def test_a_traced_request_makes_the_engines_spans_children_of_ours() -> None:
+    """The engine gets our ``traceparent`` instead of the client's, on every way that a request may go."""
+    trace = Trace("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7", "1122334455667788")
+
+    class Tracing:
+        def begin(self, request: Request) -> Trace | None:
+            return trace if request.headers.get("traceparent") else None
+
+    async def play() -> None:
+        async with stage(reply(ANSWER)) as act:
+            act.relay.tracer = Tracing()
+            client = await act.client()
+            for fields in (["traceparent: 00-1-1122334455667788-01", "tracestate: a=b"], []):
+                client.post("/v1/chat/completions", b'{"model":"m"}', *fields)
+                assert (await client.answer()).status == 200
+            traced, plain = act.engine.asked
+            assert traced.headers["traceparent"] == trace.field
+            assert traced.head.lower().count("traceparent") == 1
+            assert traced.headers["tracestate"] == "a=b"
+            assert "traceparent" not in plain.headers
 
     asyncio.run(play())
 
@@ -861,6 +887,11 @@ def test_many_refused_requests_in_one_piece_are_answered_in_order() -> None:
     [
         ("http://localhost/v1/chat/completions/?a=1", "/v1/chat/completions", "/v1/chat/completions/?a=1"),
         ("http://127.0.0.1:{port}/docs", "/v1/completions", "/docs"),
+        ("//127.0.0.1:{port}/docs?a", "/v1/completions", "/docs?a"),
+        ("http://LOCALHOST:{port}", "/v1/completions", "/"),
+        ("http://0.0.0.0:{port}/docs", "/v1/completions", "/docs"),
+        ("http://127.0.0.1:{port}?a=1", "/v1/completions", "/?a=1"),
+        ("//elsewhere.example/x", "/v1/completions", "//elsewhere.example/x"),
         ("/login", "/v1/completions", "/login"),
         ("https://elsewhere.example/x", "/v1/completions", "https://elsewhere.example/x"),
         ("next", "/v1/completions", "next"),
@@ -878,6 +909,39 @@ def test_a_redirect_makes_sense_outside(location: str, path: str, told: str) -> 
                 client.post(path)
                 answer = await client.answer()
                 assert (answer.status, answer.headers["location"]) == (307, told)
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("query", ["key=s", "a=1&api_key=s&b", "API-Key=s&a=1", "a=1&access_token=s", "token=s"])
+def test_a_key_in_a_query_reaches_no_engine(query: str) -> None:
+    """It opens nothing here, and an engine would write it to its log; what else is asked goes on."""
+
+    async def play() -> None:
+        async with stage(reply(ANSWER)) as act:
+            client = await act.client()
+            client.post(f"/v1/completions?{query}")
+            assert (await client.answer()).status == 200
+            seen = act.engine.asked[0].line
+            assert "=s" not in seen and ("a=1" in seen) == ("a=1" in query)
+
+    asyncio.run(play())
+
+
+def test_azures_paths_name_the_model() -> None:
+    """Its clients call a model a deployment, and their bodies say of the model what they like."""
+
+    async def play() -> None:
+        async with stage(reply(ANSWER)) as act:
+            client = await act.client()
+            for path in ("/openai/deployments/m-alias/completions?api-version=2024", "/v1/engines/m-alias/completions"):
+                client.post(path, b'{"model":"gpt-4o","prompt":"x"}')
+                assert (await client.answer()).status == 200
+                asked = act.engine.asked[-1]
+                assert (asked.line.split()[1].partition("?")[0], json.loads(asked.body)["model"]) == (
+                    "/v1/completions",
+                    "m",
+                )
 
     asyncio.run(play())
 

@@ -20,6 +20,8 @@ FORMS = {
     "an empty line that is a line feed": b"\n" + OK,
     "no reason phrase": OK.replace(b"200 OK", b"200 "),
     "no reason phrase, and no space": OK.replace(b"200 OK", b"200"),
+    "more space in the status line": OK.replace(b"HTTP/1.1 200 OK", b" HTTP/1.1\t200   OK "),
+    "more space and no reason phrase": OK.replace(b"HTTP/1.1 200 OK", b"HTTP/1.1  200  "),
     "a folded line": OK.replace(b"a b", b"a\r\n b"),
     "a line folded by a tab and a line feed": OK.replace(b"a b", b"a\n\tb"),
     "a space before the colon": OK.replace(b"Content-Length:", b"Content-Length :"),

@@ -69,7 +69,8 @@ def test_from_nothing_to_an_answer_and_back(tmp_path: Path, llama: RealLlama) ->
         assert "engine: llama.cpp" in file.read_text() and f"model: {NAME}:Q4_1" in file.read_text()
         (cached,) = site.admin.get("/admin/store").json()["cached"]
         assert (cached["name"], cached["size"], cached["models"]) == (NAME, size, [NAME])
-        assert pull(site, add=True) == [{"done": True, "model": NAME, "added": False, "phase": "done"}]
+        (line,) = pull(site, add=True)
+        assert (line["model"], line["phase"], line["done"], line["added"]) == (NAME, "done", True, False)
         gone = site.admin.delete(f"/admin/store/models/{NAME}", params={"files": "true"}).json()
         assert gone["freed"] >= size and gone["file"] == str(file) and not file.exists()
         assert site.admin.get("/admin/store").json()["cached"] == []

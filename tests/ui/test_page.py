@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.admin.site import Site, running
+from tests.admin.site import Site, running, until
 from tests.machine.container import cache
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright here: packaging/dev/setup venv")
@@ -102,10 +102,63 @@ def test_an_operator_reads_what_a_verb_does_before_it_does_it(page: sync_api.Pag
     assert site.chat("beta").status == 200
     row(page, "beta").get_by_role("button", name="stop beta").click()
     dialog = page.get_by_role("dialog")
-    dialog.get_by_text("Its engine is stopped and all of its memory is free").wait_for()
+    dialog.get_by_text("It answers nothing now. Its engine is stopped, and 50.0 GiB on GPU 0 come free.").wait_for()
     assert site.line("beta")["state"] == "running", "nothing is done before it is confirmed"
     dialog.get_by_role("button", name="stop beta").click()
     row(page, "beta").get_by_text("stopped").wait_for()
+
+
+def test_a_load_says_who_leaves_for_it(page: sync_api.Page, site: Site) -> None:
+    """The daemon's own words, from what decides it in earnest."""
+    assert site.chat("beta").status == 200
+    until(lambda: site.line("alpha")["state"] in ("sleeping_l1", "sleeping_l2", "stopped"))
+    row(page, "alpha").get_by_role("button", name="load alpha").click()
+    page.get_by_role("dialog").get_by_text("after others have made room: beta is put to sleep").wait_for()
+    page.get_by_role("button", name="Cancel").click()
+    page.get_by_role("button", name="drain GPU 0").click()
+    page.get_by_role("dialog").get_by_text("Nothing new is put on GPU 0.").wait_for()
+    page.get_by_role("dialog").get_by_text("beta is stopped.").wait_for()
+
+
+def test_every_action_is_there_and_says_what_it_does(page: sync_api.Page, site: Site) -> None:
+    """Those without a button of their own are behind "more"."""
+    assert site.chat("beta").status == 200
+    row(page, "beta").get_by_text("running").wait_for()
+    row(page, "beta").get_by_role("button", name="more for beta").click()
+    dialog = page.get_by_role("dialog")
+    action = dialog.get_by_role("combobox", name="Action")
+    said = {
+        "load": "It serves already",
+        "sleep": "The next request wakes it",
+        "stop": "Its engine is stopped",
+        "restart": "started anew",
+        "pin": "until it is unpinned",
+        "lease": "Until the lease ends",
+        "disable": "Who asks for it from now on gets status 503",
+        "probe": "one short question",
+    }
+    assert set(action.locator("option").all_inner_texts()) == set(said)
+    for name, words in said.items():
+        action.select_option(name)
+        dialog.get_by_text(words).wait_for()
+    dialog.get_by_role("button", name="probe beta").click()
+    dialog.get_by_role("status").get_by_text("beta: ").wait_for()
+    assert site.line("beta")["state"] == "running", "looking has done nothing"
+
+
+def test_a_model_is_disabled_with_a_message_and_given_back(page: sync_api.Page, site: Site) -> None:
+    row(page, "beta").get_by_role("button", name="more for beta").click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_role("combobox", name="Action").select_option("disable")
+    dialog.get_by_label("Message to its clients").fill("back on Monday")
+    dialog.get_by_role("button", name="disable beta").click()
+    row(page, "beta").get_by_text("disabled: back on Monday").wait_for()
+    refused = site.chat("beta")
+    assert (refused.status, refused.error) == (503, "beta is disabled: back on Monday")
+    row(page, "beta").get_by_role("button", name="enable beta").click()
+    page.get_by_role("dialog").get_by_role("button", name="enable beta").click()
+    row(page, "beta").get_by_role("button", name="load beta").wait_for()
+    assert site.chat("beta").status == 200
 
 
 def test_why_shows_who_left_for_whom(page: sync_api.Page, site: Site) -> None:

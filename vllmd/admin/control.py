@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from vllmd.admin.counters import Counters
 from vllmd.admin.runtime_models import RuntimeModels
@@ -25,8 +25,10 @@ from vllmd.api.answers import (
     Killed,
     ModelLine,
     NewKey,
+    Preview,
     Probed,
     Progress,
+    Pulled,
     Recordings,
     Reloaded,
     Removed,
@@ -48,6 +50,7 @@ class Gauges:
     requests: int = 0
     valid: bool = True  # the configuration
     last_starts: Mapping[str, float] = field(default_factory=dict)  # model -> seconds
+    last_phases: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # model -> phase -> seconds
     used: Mapping[int, int] = field(default_factory=dict)
     power: Mapping[int, float] = field(default_factory=dict)
     load: Mapping[int, float] = field(default_factory=dict)
@@ -58,6 +61,7 @@ class Gauges:
     model_energy: Mapping[str, float] = field(default_factory=dict)  # joules
     unreadable: Sequence[int] = ()
     use_written: bool = True  # the record of use can be written
+    traced: Mapping[str, int] = field(default_factory=dict)  # requests by what became of their spans
 
 
 class Status(Protocol):
@@ -123,6 +127,15 @@ class Commands(Protocol):
     async def sleep(self, model: str, level: int) -> None:
         """Have it put to sleep at level 1 or 2, or stopped at 3, after its requests. Raises Conflict if not loaded."""
 
+    async def disable(self, model: str, message: str | None) -> None:
+        """Serve nobody by it until it is enabled, whoever restarts meanwhile; clients are told ``message``.
+
+        What runs comes to its end, and its engine is stopped. Raises Unavailable where that cannot be kept.
+        """
+
+    async def enable(self, model: str) -> None:
+        """Serve it again, with all its replicas. Raises Unavailable."""
+
     async def lease(self, model: str, lease: str, seconds: float | None) -> None:
         """Keep it for ``seconds`` (None: until released)."""
 
@@ -158,6 +171,16 @@ class Commands(Protocol):
         """Take the configuration anew. Raises ConfigError."""
 
 
+class Previews(Protocol):
+    """Tells what operators' verbs would do, and does nothing."""
+
+    async def of_model(self, model: str, action: str, *, caller: Caller = ANYBODY) -> Preview:
+        """What the verb would do with a model or a replica, as things stand. Raises UnknownModel."""
+
+    async def of_device(self, device: int, action: str) -> Preview:
+        """What draining a device, or giving it back, would do. Raises NotFound."""
+
+
 class Following(Protocol):
     """Tells what happens, as it happens."""
 
@@ -178,6 +201,9 @@ class Records(Protocol):
     @property
     def trouble(self) -> str:
         """Why use cannot be written down now, "" if it can."""
+
+    def traced(self) -> dict[str, int]:
+        """How many requests' spans were ``sent`` to a collector, and how many ``dropped``; {} where none are sent."""
 
     def requests(
         self,
@@ -219,10 +245,10 @@ class Records(Protocol):
 class Store(Protocol):
     """The daemon, as far as these endpoints need it. Each raises a VllmdError for what cannot be."""
 
-    def pull(self, name: str, *, add: bool, detached: bool) -> AsyncGenerator[dict[str, Any], None]:
+    def pull(self, name: str, *, add: bool, detached: bool) -> AsyncGenerator[Pulled, None]:
         """Have a model's files here, and with ``add`` the model served; how far it is, line by line.
 
-        The last line has ``done``. ``detached``: it goes on when the caller has left.
+        The last line is ``done``. ``detached``: it goes on when the caller has left.
         """
 
     def stop(self, model: str) -> Download:
@@ -231,7 +257,7 @@ class Store(Protocol):
     async def contents(self) -> Cached:
         """What the engines' caches hold, and which models are loaded from it."""
 
-    async def add(self, name: str, settings: Mapping[str, Any]) -> Added:
+    async def add(self, name: str, settings: Mapping[str, object]) -> Added:
         """Serve a model from now on. Raises BadRequest, Conflict, Forbidden."""
 
     async def copy(self, model: str, name: str) -> Added:
@@ -268,6 +294,7 @@ class Control:
     counters: Counters
     status: Status
     commands: Commands
+    previews: Previews
     following: Following
     runtime_models: RuntimeModels
     store: Store

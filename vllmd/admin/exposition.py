@@ -161,6 +161,8 @@ def _standing(gauges: Gauges) -> Iterator[Metric]:
     yield from _gauge("configuration_valid", "Whether the last configuration read was usable.", [], {(): gauges.valid})
     yield from _gauge("usage_written", "Whether the record of use can be written; what waits is kept.", [],
                  {(): gauges.use_written})  # fmt: skip
+    yield from _counter("traced_requests", "Requests whose spans a collector has taken, or which were dropped.",
+                   ["outcome"], {(how,): number for how, number in gauges.traced.items()})  # fmt: skip
     yield from _gauge("connections", "Clients and operators who are connected.", [], {(): gauges.connections})
     yield from _gauge("requests_in_progress", "Model requests that wait or run.", [], {(): gauges.requests})
     snapshot = gauges.snapshot
@@ -185,6 +187,7 @@ def _models(gauges: Gauges) -> Iterator[Metric]:
         "oldest_wait_seconds", "How long the first of the waiting has waited.", lambda v: v.oldest_wait or 0.0
     )
     yield from each("pinned", "Whether it is pinned.", lambda view: view.pinned)
+    yield from each("disabled", "Whether an operator has disabled it.", lambda view: bool(view.disabled))
     yield from each("leases", "Leases that keep it.", lambda view: len(view.leases))
     held: Counter[Labels] = Counter()
     for view in models:
@@ -193,6 +196,9 @@ def _models(gauges: Gauges) -> Iterator[Metric]:
     yield from _gauge("model_memory_bytes", "What the ledger has it at, on each device.", ["model", "device"], held)
     yield from _gauge("model_last_start_seconds", "How long its last start took.", ["model"],
                  {(name,): took for name, took in gauges.last_starts.items()})  # fmt: skip
+    yield from _gauge("model_last_start_phase_seconds", "And how long each phase of it: imports, weights, compile ...",
+                 ["model", "phase"], {(name, phase): took for name, phases in gauges.last_phases.items()
+                                      for phase, took in phases.items()})  # fmt: skip
 
 
 def _replicas(gauges: Gauges) -> Iterator[Metric]:

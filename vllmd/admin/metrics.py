@@ -35,7 +35,8 @@ class MetricsEndpoints:
         # The client library is a room that only whoever scrapes has to enter.
         exposition = await asyncio.to_thread(importlib.import_module, "vllmd.admin.exposition")
         accept, gauges = request.headers.get("accept"), await self._control.status.gauges()
-        gauges = replace(gauges, use_written=not self._control.records.trouble)
+        records = self._control.records
+        gauges = replace(gauges, use_written=not records.trouble, traced=records.traced())
         work = exposition.expose_in_turns(self._control.counters, gauges, accept, request.caller)
         body, content_type = await in_turns(work)
         return Response(200, body, content_type)

@@ -6,14 +6,16 @@ import pwd
 from collections.abc import Callable, Sequence
 
 from vllmd.admin.page_sessions import COOKIE, LIFE, LINK_LIFE, Opened, PageSessions, of_operator
-from vllmd.admin.schemas import COUNT, NUMBER, TEXT, answers, doc, many, record, streams
-from vllmd.admin.verbs import read, request_body
+from vllmd.admin.responses import json
+from vllmd.admin.schemas import answers, doc, streams, takes
+from vllmd.admin.verbs import read
+from vllmd.api.answers import PageLink, PageSession
 from vllmd.api.kinds import Text
 from vllmd.api.verbs import Param
 from vllmd.errors import Forbidden, NotFound
 from vllmd.proxy.access import READ, Reach
 from vllmd.proxy.hosts import PAGE_HOST, shares_the_page
-from vllmd.proxy.http import Peer, Request, Response, json_response
+from vllmd.proxy.http import Peer, Request, Response
 from vllmd.proxy.routing import Router
 from vllmd.ui import files
 
@@ -21,8 +23,6 @@ OFF = (
     "the page is switched off here, as it is at every address that others can reach; server.ui: true in vllmd.yaml "
     "switches it on, and server.tls keeps what it shows from being overheard"
 )
-SESSION = record({"token": TEXT, "name": TEXT, "scopes": many(TEXT), "expires": {**NUMBER, "description": "Unix time"}})
-LINK = record({"path": TEXT, "expires_in": {**COUNT, "description": "seconds"}, "listen": many(TEXT)})
 CODE = Param("code", Text("the code of a link"), place="body", default=None)
 
 
@@ -44,7 +44,7 @@ class PageEndpoints:
         self._enabled = enabled
         self._near = near
         self._secure = secure
-        self._listen = list(listen)
+        self._listen = tuple(listen)
 
     async def page(self, request: Request) -> Response:
         """``GET /ui``: the page itself; under another name than its own the browser is sent there."""
@@ -89,7 +89,7 @@ class PageEndpoints:
         if request.caller.page:
             raise Forbidden("a session makes no links: `vllmctl ui` does, or the key that was signed in with")
         code = self._sessions.link(of_operator(request.caller, _name_of(request.peer)))
-        return json_response({"path": f"/ui#code={code}", "expires_in": LINK_LIFE, "listen": self._listen})
+        return json(PageLink(f"/ui#code={code}", LINK_LIFE, self._listen))
 
     def _elsewhere(self, request: Request) -> bool:
         """Whether a page of an engine could have the origin that the request was sent to."""
@@ -103,8 +103,8 @@ class PageEndpoints:
         session = opened.session
         secure = "; Secure" if self._secure() else ""
         cookie = f"{COOKIE}={opened.cookie}; Path=/; Max-Age={LIFE:.0f}; HttpOnly; SameSite=Strict{secure}"
-        told = {"token": opened.token, "name": session.name, "scopes": session.scopes, "expires": session.expires}
-        return json_response(told, headers=(("set-cookie", cookie), ("cache-control", "no-store")))
+        told = PageSession(opened.token, session.name, session.scopes, session.expires)
+        return json(told, headers=(("set-cookie", cookie), ("cache-control", "no-store")))
 
 
 def add_page(router: Router, page: PageEndpoints) -> None:
@@ -115,12 +115,18 @@ def add_page(router: Router, page: PageEndpoints) -> None:
         "GET", "/ui/{file:path}", page.file, "open", "A file of the page", streams("text/javascript", "it"), open_to_all
     )
     add("POST", "/ui/session", page.sign_in, "open", "Sign in to the page",
-        doc(answers(SESSION), request_body((CODE,))),
+        doc(answers(PageSession), takes((CODE,))),
         open_to_all)  # fmt: skip
     add("DELETE", "/ui/session", page.sign_out, "open", "Sign out", {"responses": {"204": {"description": "done"}}},
         open_to_all)  # fmt: skip
     add(
-        "POST", "/admin/ui/links", page.link, "read", "A link that signs in to the page once", answers(LINK), Reach.EACH
+        "POST",
+        "/admin/ui/links",
+        page.link,
+        "read",
+        "A link that signs in to the page once",
+        answers(PageLink),
+        Reach.EACH,
     )
 
 

@@ -20,13 +20,15 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vllmd.errors import Unauthorized
 from vllmd.proxy.access import MODELS, OPEN, Caller
 from vllmd.proxy.http import Request
 
 log = logging.getLogger("vllmd.admin")
+
+T = TypeVar("T")
 
 COOKIE, TOKEN_FIELD = "vllmd_session", "x-vllmd-session"
 LINK_LIFE = 300.0  # seconds in which a link must be used
@@ -160,7 +162,7 @@ def _same(first: str, second: str) -> bool:
     return hmac.compare_digest(first, second)
 
 
-def _keep_newest(kept: dict[str, Any], most: int) -> None:
+def _keep_newest(kept: dict[str, T], most: int) -> None:
     while len(kept) > most:
         del kept[next(iter(kept))]
 

@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from vllmd.admin.control import Control
-from vllmd.admin.schemas import doc, placed, streams
+from vllmd.admin.schemas import doc, streams, takes
 from vllmd.admin.streams import framed
-from vllmd.admin.verbs import NDJSON, into, parameter
+from vllmd.admin.verbs import NDJSON, into
 from vllmd.api.answers import Arrival
 from vllmd.api.codec import encoded
 from vllmd.api.kinds import Flag, Moment
@@ -40,10 +40,10 @@ def add_records(router: Router, control: Control) -> None:
     """The routes of what comes piece by piece."""
     ends = RecordsEndpoints(control)
     router.add("GET", "/admin/events/requests", ends.watch, "read", "Requests as they end", doc(
-        streams("text/event-stream", "events whose data is a RequestEntry"), placed([*map(parameter, WANTED)])),
+        streams("text/event-stream", "events whose data is a RequestEntry"), takes(WANTED)),
         Reach.EACH)  # fmt: skip
     router.add("GET", "/admin/trace", ends.trace, "read", "Arrivals, as vllmctl simulate reads them", doc(
-        streams(NDJSON, "a line for each, an Arrival"), placed([*map(parameter, TRACE)])), Reach.MACHINE)  # fmt: skip
+        streams(NDJSON, "a line for each, an Arrival"), takes(TRACE)), Reach.MACHINE)  # fmt: skip
 
 
 class RecordsEndpoints:

@@ -7,6 +7,8 @@ it. What an operator may have done is ``vllmd.api.verbs``.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from vllmd.admin.control import Control
 from vllmd.admin.instances import KILL, START, STOP, InstanceEndpoints
 from vllmd.admin.metrics import MetricsEndpoints
@@ -14,10 +16,10 @@ from vllmd.admin.models import ModelEndpoints
 from vllmd.admin.openapi import Documentation
 from vllmd.admin.records import add_records
 from vllmd.admin.runtime_models import add_guests
-from vllmd.admin.schemas import TEXT, answers, asks, doc, placed, streams
+from vllmd.admin.schemas import TEXT, answers, doc, streams, takes
 from vllmd.admin.store import add_store
 from vllmd.admin.streams import LOG, StreamEndpoints
-from vllmd.admin.verbs import add_verbs, audited, parameter, request_body
+from vllmd.admin.verbs import add_verbs, audited
 from vllmd.api.answers import (
     Alive,
     Error,
@@ -30,10 +32,12 @@ from vllmd.api.answers import (
     ModelStatusItem,
     Version,
 )
+from vllmd.api.verbs import OF_MODEL
 from vllmd.proxy.access import Reach
 from vllmd.proxy.routing import Router
 
 OBJECT = {"type": "object"}
+ENGINE_OF = replace(OF_MODEL, about="that model's engine's own metrics instead")
 NOTHING, EACH, MACHINE = Reach.NOTHING, Reach.EACH, Reach.MACHINE  # a row without one is about one model
 ANOTHER = """\
 On a GPU where none of its instances is, one of its replicas that is not loaded is started there; a model without
@@ -59,7 +63,7 @@ def add_public(router: Router, control: Control) -> None:
             answers(Health, also={503: Health}), EACH)  # fmt: skip
     add("GET", "/version", models.version, "open", "The version of vllmd", answers(Version), NOTHING)
     add("GET", "/metrics", metrics.own, "metrics", "Metrics for Prometheus",
-        doc(PLAIN, asks(model=(TEXT, "that model's engine's own metrics instead"))), EACH)  # fmt: skip
+        doc(PLAIN, takes((ENGINE_OF,))), EACH)  # fmt: skip
     add("GET", "/metrics/engines", metrics.engines, "metrics", "All engines' own metrics, labelled by model", PLAIN,
         EACH)  # fmt: skip
     documentation = Documentation(router)
@@ -77,12 +81,12 @@ def add_operator(router: Router, control: Control) -> None:
     add("GET", "/admin/models/{model:path}", models.one, "read", "One model, likewise", answers(Model))
     add("GET", "/admin/config", models.settings, "read", "The settings in force, and where each comes from",
         doc(streams("text/plain", "vllmd.yaml without secrets", {"application/yaml": {"schema": OBJECT}}),
-            asks(model=(TEXT, "of that model only"))),
+            takes((OF_MODEL,))),
         MACHINE)  # fmt: skip
     add("GET", "/admin/events", follow.events, "read", "Decisions as they are made, and what becomes of them",
         streams("text/event-stream", "events whose data is a Decision"), MACHINE)  # fmt: skip
     add("GET", "/admin/logs/{model:path}", follow.log, "read", "An engine's log",
-        doc(streams("text/plain", "its lines"), placed([parameter(each) for each in LOG])))  # fmt: skip
+        doc(streams("text/plain", "its lines"), takes(LOG)))  # fmt: skip
     _add_instances(router, InstanceEndpoints(control))
     add_guests(router, control.runtime_models, audited)
     add_store(router, control.store, audited)
@@ -95,11 +99,11 @@ def _add_instances(router: Router, instances: InstanceEndpoints) -> None:
     add("GET", "/api/v1/gpus", instances.gpus, "read", "The GPUs and the processes on them",
         answers(tuple[GPUInfo, ...], also={501: Error}), MACHINE)  # fmt: skip
     add("DELETE", "/api/v1/processes/{pid}", audited(instances.kill), "admin", "Kill the engine that has a process",
-        doc(answers(KillProcessResponse), placed([parameter(each) for each in KILL])), MACHINE)  # fmt: skip
+        doc(answers(KillProcessResponse), takes(KILL)), MACHINE)  # fmt: skip
     add("POST", "/api/v1/models/start", audited(instances.start), "admin", "Start a model, on a GPU",
-        doc(answers(ModelInstanceInfo, 202), request_body(START), about=ANOTHER))  # fmt: skip
+        doc(answers(ModelInstanceInfo, 202), takes(START), about=ANOTHER))  # fmt: skip
     add("POST", "/api/v1/models/stop", audited(instances.stop), "admin", "Stop a model",
-        doc(answers(ModelInstanceInfo), request_body(STOP), about=ONE))  # fmt: skip
+        doc(answers(ModelInstanceInfo), takes(STOP), about=ONE))  # fmt: skip
     items = answers(tuple[ModelStatusItem, ...])
     add("GET", "/api/v1/models/status", instances.status, "read", "The instances that are loaded", items, EACH)
     add("GET", "/api/v1/models/status/{name:path}", instances.status_of, "read", "The instances of a model", items)

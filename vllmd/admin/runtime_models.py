@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from vllmd.admin.responses import json
-from vllmd.admin.schemas import answers, doc, takes
+from vllmd.admin.schemas import answers, doc, takes_object
 from vllmd.api.answers import Dropped, Known
 from vllmd.errors import BadRequest
 from vllmd.proxy.access import Reach
@@ -55,6 +55,6 @@ def add_guests(router: Router, runtime_models: RuntimeModels, audited: Callable[
     """Their rows of the route table."""
     endpoints, add = RuntimeModelEndpoints(runtime_models), router.add
     add("PUT", "/admin/guests/{model:path}", audited(endpoints.put), "admin", "Make a model known until vllmd ends",
-        doc(answers(Known), takes(SETTINGS, required=False)), Reach.MACHINE)  # fmt: skip
+        doc(answers(Known), takes_object(SETTINGS)), Reach.MACHINE)  # fmt: skip
     add("DELETE", "/admin/guests/{model:path}", audited(endpoints.drop), "admin", "Forget such a model",
         answers(Dropped), Reach.MACHINE)  # fmt: skip

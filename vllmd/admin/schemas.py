@@ -10,31 +10,10 @@ from collections.abc import Mapping, Sequence
 from vllmd.api import codec
 from vllmd.api.answers import Answer, Error
 from vllmd.api.codec import Schema
+from vllmd.api.verbs import REQUIRED, Param
 
 ERROR: Schema = {"description": "what was wrong", "content": {"application/json": {"schema": codec.schema(Error)}}}
 TEXT: Schema = {"type": "string"}
-BOOL: Schema = {"type": "boolean"}
-COUNT: Schema = {"type": "integer", "minimum": 0}
-NUMBER: Schema = {"type": "number"}
-FLAG: Schema = {"type": "string", "enum": ["true", "false", "1", "0", "yes", "no", "on", "off"]}
-
-
-def many(schema: Mapping[str, object]) -> Schema:
-    """The schema of a list of such values."""
-    return {"type": "array", "items": schema}
-
-
-def maybe(schema: Mapping[str, object]) -> Schema:
-    """The schema of such a value, or null."""
-    return {"anyOf": [schema, {"type": "null"}]}
-
-
-def record(
-    required: Mapping[str, object], optional: Mapping[str, object] | None = None, *, closed: bool = False
-) -> Schema:
-    """An object with these properties; ``closed``: and no others."""
-    schema: Schema = {"type": "object", "properties": {**required, **(optional or {})}, "required": list(required)}
-    return {**schema, "additionalProperties": False} if closed else schema
 
 
 def answers(shape: object, status: int = 200, also: Mapping[int, type[Answer]] | None = None) -> Schema:
@@ -51,28 +30,48 @@ def streams(content_type: str, about: str, other: Mapping[str, object] | None = 
     return {"responses": {"200": {"description": about, "content": content}, "default": ERROR}}
 
 
-def asks(**parameters: tuple[Mapping[str, object], str]) -> Schema:
-    """Query parameters, none of which need be given, and what each is."""
-    return placed([{"name": name, "in": "query", "description": about, "schema": schema}
-                   for name, (schema, about) in parameters.items()])  # fmt: skip
+def takes(params: Sequence[Param]) -> Schema:
+    """What an operation takes: in the path and the query, and in a JSON object as the body."""
+    placed = [_parameter(each) for each in params if each.place != "body"]
+    fields = [each for each in params if each.place == "body"]
+    return {**({"parameters": placed} if placed else {}), **(_body(fields) if fields else {})}
 
 
-def takes(schema: Mapping[str, object], *, required: bool = True) -> Schema:
-    """OpenAPI's request body: JSON of this schema."""
-    return {"requestBody": {"required": required, "content": {"application/json": {"schema": schema}}}}
+def takes_object(schema: Mapping[str, object]) -> Schema:
+    """A JSON object of this schema as the body, which may be left out."""
+    return {"requestBody": {"required": False, "content": {"application/json": {"schema": schema}}}}
 
 
 def doc(*parts: Mapping[str, object], about: str = "") -> Schema:
-    """The parts of an operation joined into one; their parameters add up."""
+    """The parts of an operation joined into one."""
     whole: Schema = {}
     for part in parts:
         whole |= part
     return {**whole, "description": about} if about else whole
 
 
-def placed(parameters: Sequence[Schema]) -> Schema:
-    """Parameters in the path and the query."""
-    return {"parameters": list(parameters)} if parameters else {}
+def _parameter(param: Param) -> Schema:
+    """One in the path or the query."""
+    schema = param.kind.schema(text=True)
+    if param.default == "":  # an empty one is none
+        schema.pop("minLength", None)
+        schema |= {"pattern": f"^$|{schema['pattern']}"} if "pattern" in schema else {}
+    elif param.default not in (REQUIRED, None, False):
+        schema["default"] = str(param.default) if schema["type"] == "string" else param.default
+    required = {"required": True} if param.default is REQUIRED else {}
+    return {"name": param.key, "in": param.place, "description": param.about, "schema": schema, **required}
+
+
+def _body(params: Sequence[Param]) -> Schema:
+    """The JSON object of these."""
+    properties, required = {}, [each.key for each in params if each.default is REQUIRED]
+    for each in params:
+        schema = each.kind.schema(text=False)
+        schema = {"anyOf": [schema, {"type": "null"}]} if each.default is None else schema
+        default = {} if each.default in (REQUIRED, None) else {"default": each.default}
+        properties[each.key] = {**schema, **default, **({"description": each.about} if each.about else {})}
+    schema = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+    return {"requestBody": {"required": bool(required), "content": {"application/json": {"schema": schema}}}}
 
 
 def _json(about: str, schema: Mapping[str, object]) -> Schema:

@@ -14,8 +14,9 @@ from typing import TypeVar
 
 from vllmd.admin.control import Control
 from vllmd.admin.responses import json
+from vllmd.admin.schemas import doc, takes
 from vllmd.api import verbs
-from vllmd.api.codec import encoded
+from vllmd.api.codec import Schema, encoded
 from vllmd.api.kinds import ModelName
 from vllmd.api.verbs import Param, Verb
 from vllmd.errors import BadRequest, ConfigError, EngineFailed, VllmdError
@@ -26,7 +27,6 @@ from vllmd.proxy.routing import LocalHandler, Router
 log = logging.getLogger("vllmd.admin")
 
 T = TypeVar("T")
-Schema = dict[str, object]
 
 NDJSON = "application/x-ndjson"
 
@@ -146,36 +146,7 @@ def operation(verb: Verb) -> Schema:
     for status in verb.refuses:
         responses[str(status)] = {"description": "not as asked", "content": {"application/json": error}}
     responses["default"] = {"description": "what was wrong", "content": {"application/json": error}}
-    placed = [parameter(each) for each in verb.takes if each.place != "body"]
-    body = request_body([each for each in verb.takes if each.place == "body"])
-    about = {"description": verb.about} if verb.about else {}
-    return {**about, **({"parameters": placed} if placed else {}), **body, "responses": responses}
-
-
-def parameter(param: Param) -> Schema:
-    """One in the path or the query."""
-    schema = param.kind.schema(text=True)
-    if param.default == "":  # an empty one is none
-        schema.pop("minLength", None)
-        schema |= {"pattern": f"^$|{schema['pattern']}"} if "pattern" in schema else {}
-    elif param.default not in (verbs.REQUIRED, None, False):
-        schema["default"] = str(param.default) if schema["type"] == "string" else param.default
-    required = {"required": True} if param.default is verbs.REQUIRED else {}
-    return {"name": param.key, "in": param.place, "description": param.about, "schema": schema, **required}
-
-
-def request_body(params: Sequence[Param]) -> Schema:
-    """The JSON object of these; {} where there are none."""
-    if not params:
-        return {}
-    properties, required = {}, [each.key for each in params if each.default is verbs.REQUIRED]
-    for each in params:
-        schema = each.kind.schema(text=False)
-        schema = {"anyOf": [schema, {"type": "null"}]} if each.default is None else schema
-        default = {} if each.default in (verbs.REQUIRED, None) else {"default": each.default}
-        properties[each.key] = {**schema, **default, **({"description": each.about} if each.about else {})}
-    schema = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
-    return {"requestBody": {"required": bool(required), "content": {"application/json": {"schema": schema}}}}
+    return doc(takes(verb.takes), {"responses": responses}, about=verb.about)
 
 
 # -- the record

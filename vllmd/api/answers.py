@@ -13,7 +13,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, FrozenInstanceError, dataclass, field, fields
 from typing import Annotated, ClassVar, Literal, TypeVar, dataclass_transform
 
+from vllmd.errors import VllmdError
+
 Object = Mapping[str, object]  # JSON that is not ours to describe: settings of a model, the numbers of a decision
+
+Phases = Mapping[str, float]  # of the start under way, else of the last one: phase -> seconds
 
 STATES = (
     *("stopped", "starting", "running", "draining", "falling_asleep"),
@@ -87,6 +91,16 @@ def answer(kind: type[T]) -> type[T]:
 
 
 @answer
+class ErrorDetails(Answer):
+    """What went wrong, with OpenAI's names."""
+
+    message: str
+    type: str = ""
+    param: str | None = None
+    code: str | None = None
+
+
+@answer
 class ModelSettings(Answer):
     """What of a model's settings is shown beside its state; empty once the configuration has the model no more."""
 
@@ -112,6 +126,7 @@ class ModelLine(Answer):
     idle: float | None = None
     since: Annotated[float | None, "seconds in that state, where that is known"] = None
     pinned: bool = False
+    disabled: Annotated[str, "what clients are told instead of an answer: an operator has disabled it"] = ""
     leases: tuple[str, ...] = ()
     waiting_for: str = ""
     failure: str = ""
@@ -125,6 +140,7 @@ class ModelLine(Answer):
     phase: str = ""
     detail: str = ""
     last_start_seconds: float | None = None
+    start_phases: Phases = field(default_factory=dict)
     power: Annotated[float | None, "watts, its share of its devices"] = None
     started_at: Annotated[float | None, "Unix time"] = None
     config: ModelSettings = ModelSettings()
@@ -153,11 +169,22 @@ class DeviceNow(Device):
 
     name: str = ""
     id: str = ""
-    links: Annotated[tuple[int, ...], "devices that NVLink joins it with"] = ()
+    links: Annotated[tuple[int, ...], "devices that NVLink or XGMI joins it with"] = ()
     node: Annotated[int | None, "its NUMA node"] = None
+    cpus: Annotated[tuple[int, ...], "those of its NUMA node, where the machine has more than one"] = ()
+    switch: Annotated[str, "the PCIe root port above it: those with the same one share a switch"] = ""
     power: Watts | None = None
     temperature: Annotated[float | None, "degrees Celsius"] = None
     throttled: Annotated[str, "why it is slowed down against its will"] = ""
+
+
+@answer
+class Preview(Answer):
+    """What a verb would do as things stand, in sentences. ``possible``: it would change anything."""
+
+    action: str
+    text: str = ""
+    possible: bool = True
 
 
 @answer
@@ -188,6 +215,26 @@ class Download(Answer):
     rate: Annotated[float, "bytes per second"] = 0.0
     elapsed: float = 0.0
     error: Annotated[str, "why it failed"] = ""
+
+
+@answer
+class Pulled(Answer):
+    """A line of an answer that tells how a download comes along; the last one is ``done``, or has the ``error``."""
+
+    sparse = frozenset({"done", "added", "settings", "seconds", "error"})
+
+    model: str = ""
+    phase: Annotated[str, "as in Download"] = ""
+    source: str = ""
+    completed: Annotated[int, "bytes"] = 0
+    total: Annotated[int, "bytes, 0 where that is not known yet"] = 0
+    rate: Annotated[float, "bytes per second"] = 0.0
+    elapsed: float = 0.0
+    done: bool | None = None
+    added: Annotated[bool | None, "whether it is served from now on"] = None
+    settings: Annotated[Object | None, "with which it is, or would be, served"] = None
+    seconds: float | None = None
+    error: ErrorDetails | None = None
 
 
 @answer
@@ -407,6 +454,7 @@ class Card(Answer):
     hidden: Annotated[bool, "not in lists"] = False
     aliases: tuple[str, ...] = ()
     state: State = "stopped"
+    disabled: Annotated[str, "what is told instead of an answer, where an operator has disabled it"] = ""
     engine: str = ""
     max_model_len: Annotated[int | None, "the running engine's, else the configured one"] = None
     capabilities: tuple[str, ...] = ()
@@ -476,20 +524,37 @@ class Version(Answer):
 
 
 @answer
-class ErrorDetails(Answer):
-    """What went wrong, with OpenAI's names."""
-
-    message: str
-    type: str = ""
-    param: str | None = None
-    code: str | None = None
-
-
-@answer
 class Error(Answer):
     """The body of an answer that is an error."""
 
     error: ErrorDetails
+
+
+def failure(error: VllmdError) -> ErrorDetails:
+    """An error as it stands in an answer."""
+    return ErrorDetails(error.message, error.type, error.param, error.code)
+
+
+# -- signing in to the page
+
+
+@answer
+class PageSession(Answer):
+    """Who is signed in to the page, until when; ``token``: the half of the session that the page keeps."""
+
+    token: str
+    name: str = ""
+    scopes: tuple[str, ...] = ()
+    expires: Annotated[float, "Unix time"] = 0.0
+
+
+@answer
+class PageLink(Answer):
+    """A path that signs its first visitor in, and the addresses that it is a path of."""
+
+    path: str
+    expires_in: Annotated[float, "seconds"] = 0.0
+    listen: tuple[str, ...] = ()
 
 
 # -- requests, and who used how much

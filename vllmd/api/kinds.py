@@ -162,6 +162,29 @@ class Choice:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class Word:
+    """One of a few words."""
+
+    among: tuple[str, ...]
+    annotation: ClassVar[str] = "str"
+
+    @property
+    def accepts(self) -> str:
+        return f"{', '.join(self.among[:-1])} or {self.among[-1]}"
+
+    def schema(self, *, text: bool) -> Schema:
+        return {"type": "string", "enum": list(self.among)}
+
+    def of_text(self, text: str) -> str:
+        return self.of_json(text)
+
+    def of_json(self, value: object) -> str:
+        if value not in self.among:
+            raise ValueError
+        return str(value)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class JsonObject:
     """An object whose fields somebody else checks."""
 

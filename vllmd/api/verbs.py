@@ -28,6 +28,7 @@ from vllmd.api.answers import (
     Killed,
     ModelLine,
     NewKey,
+    Preview,
     Probed,
     Recordings,
     Reloaded,
@@ -37,7 +38,7 @@ from vllmd.api.answers import (
     Status,
     Usage,
 )
-from vllmd.api.kinds import Choice, Count, Flag, JsonObject, Kind, ModelName, Moment, Seconds, StatusClass, Text
+from vllmd.api.kinds import Choice, Count, Flag, JsonObject, Kind, ModelName, Moment, Seconds, StatusClass, Text, Word
 from vllmd.errors import BadRequest, NotFound
 
 LONGEST_PROBE = 3600.0  # seconds
@@ -198,6 +199,9 @@ def quoted(value: object) -> str:
     return quote(str(value), safe="")
 
 
+PREVIEWED_DRAIN = Param("action", Word(("drain", "undrain")), "which verb")
+PREVIEWED = Param("action", Word(("load", "sleep", "unload", "restart", "pin", "unpin", "lease", "release", "probe",
+                                "disable", "enable")), "which verb")  # fmt: skip
 WAIT = Param("wait", Flag(), "answer when it has settled, not at once", default=False, keyword=True)
 MODEL = Param("model", ModelName(), place="path", metavar="MODEL", many=True,
               about="name, alias, or the end of a name that only one model has")  # fmt: skip
@@ -206,6 +210,8 @@ FORCE_KILL = Param("force", Flag(), "also a process that is no engine's but is o
                    flags=("-f", "--force"))  # fmt: skip
 LEVEL = Param("level", Choice((1, 2, 3)), "how deep; 3 stops it (default: 1)", default=1, flags=("-l", "--level"))
 PINNED = Param("pinned", Flag(), "whether it is to be", "body", default=True)
+MESSAGE = Param("message", Text("a message", 500), "what its clients are told", "body", None,
+                flags=("-m", "--message"), metavar="TEXT")  # fmt: skip
 LEASE = Param("lease", Text("a name of your choice"), "its name", "body")
 SECONDS = Param("seconds", Seconds(LONGEST_LEASE), "for how long; null: until released", "body", None,
                 wire="deadline_seconds")  # fmt: skip
@@ -274,6 +280,21 @@ VERBS: tuple[Verb, ...] = (
                            said="{model} is pinned, until the daemon restarts or reloads"),
                    Command("unpin", "Let models be evicted and sleep again", fixed={"pinned": False},
                            said="{model} is pinned no more, until the daemon restarts or reloads"))),
+    Verb("disable", "POST", f"{ON_MODEL}/disable", "Serve nobody by a model until it is enabled", ModelLine,
+         (MODEL, MESSAGE), does="commands.disable", refuses=(503,),
+         about="Requests for it get 503 with the code model_disabled and the message. Those that run come to their "
+               "end, then its engine is stopped. It stays disabled over restarts. A replica may be named, too.",
+         python=Method("disable_model", "Have its clients told ``message``; it stops once its requests have ended."),
+         commands=(Command("disable", "Take models out of use: who asks for them gets your message",
+                           "Requests that run come to their end, then the engine is stopped; those that wait, and all "
+                           "that come, get status 503 with the message. Nothing loads the model, over restarts as "
+                           "well, until vllmctl enable. Of a model with replicas one may be named, such as MODEL@2.",
+                           said="{model} is disabled; clients are told: {disabled}"),)),
+    Verb("enable", "POST", f"{ON_MODEL}/enable", "Serve a disabled model again", ModelLine, (MODEL,),
+         does="commands.enable", refuses=(503,),
+         python=Method("enable_model", "Serve it again, with all its replicas."),
+         commands=(Command("enable", "Put models in use again that were disabled",
+                           said="{model} is in use again; the next request loads it"),)),
     Verb("probe", "POST", f"{ON_MODEL}/probe", "How soon each of a model's engines answers", Probed,
          (MODEL, ALL, LIMIT), does="commands.probe", patient=True, refuses=(409,),
          python=Method("probe", PROBES)),
@@ -284,6 +305,12 @@ VERBS: tuple[Verb, ...] = (
     Verb("release", "DELETE", f"{ON_MODEL}/lease", "Give a lease back", ModelLine,
          (MODEL, Param("lease", Text("the name of a lease"), "its name"), STOP), does="commands.release",
          python=Method("release_model", "Give a lease back; ``stop``: if it was the last, stop the model at once.")),
+    Verb("preview", "GET", f"{ON_MODEL}/preview", "What a verb would do with a model, as things stand", Preview,
+         (MODEL, PREVIEWED), does="previews.of_model", scope="read", each=True,
+         python=Method("preview", "What that verb would do with it as things stand; nothing is done.")),
+    Verb("preview_device", "GET", "/admin/devices/{device}/preview", "What a verb would do with a device",
+         Preview, (DEVICE, PREVIEWED_DRAIN), does="previews.of_device", scope="read",
+         python=Method("preview_device", "What draining the device, or giving it back, would do; nothing is done.")),
     Verb("status", "GET", "/admin/status", "Everything vllmctl shows", Status, does="status.status", scope="read",
          each=True,
          python=Method("status", "How everything stands: the daemon, its devices, its models.")),

@@ -49,7 +49,7 @@ def socket_path(arguments: Namespace) -> str:
     return READ_SOCKET if looks_on else SYSTEM_SOCKET
 
 
-class _UnixConnection(http.client.HTTPConnection):
+class UnixConnection(http.client.HTTPConnection):
     """HTTP over a Unix socket."""
 
     def __init__(self, path: str, timeout: float | None) -> None:
@@ -157,7 +157,7 @@ class Admin:
 
     def _connection(self, timeout: float | None) -> tuple[http.client.HTTPConnection, str]:
         if not self.url:
-            return _UnixConnection(self.path, timeout), ""
+            return UnixConnection(self.path, timeout), ""
         parts = urlsplit(self.url if "//" in self.url else f"http://{self.url}")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise Failure(f"{self.url!r} is no URL; one is http://127.0.0.1:33258", EX_USAGE)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from typing import Any
 
-from vllmd.api.answers import Status
+from vllmd.api.answers import Download, Pulled, Status
 from vllmd.cli import show
-from vllmd.cli.admin import Admin, decoded
+from vllmd.cli.admin import Admin, decoded, understood
 from vllmd.cli.failures import CODES, EX_DATAERR, EX_NOPERM, EX_UNAVAILABLE, Failure
 
 NDJSON = "application/x-ndjson"
@@ -17,12 +16,12 @@ STATUSES = {"model_not_found": EX_DATAERR, "not_found": EX_DATAERR, "insufficien
 PHASES = {"waiting": "waiting for its turn", "looking": "asking", "unpacking": "unpacking"}
 
 
-def line(told: dict[str, Any], since: float = 0.0) -> str:
+def line(told: Download | Pulled, since: float = 0.0) -> str:
     """``34.1MiB of 93.8MiB, 36 %, 4.2MiB/s, 14s left``; before and after that what is done."""
-    phase, source = str(told.get("phase", "")), str(told.get("source", ""))
+    phase = told.phase
     if phase != "downloading":
-        return " ".join(filter(None, (PHASES.get(phase, phase), source if phase == "looking" else "")))
-    done, total, rate = (float(told.get(name) or 0) for name in ("completed", "total", "rate"))
+        return " ".join(filter(None, (PHASES.get(phase, phase), told.source if phase == "looking" else "")))
+    done, total, rate = told.completed, told.total, told.rate
     parts = [f"{show.size(done)} of {show.size(total)}"] if total else [show.size(done)]
     if total:
         parts.append(f"{min(100, int(100 * done / total))} %")
@@ -36,29 +35,27 @@ def line(told: dict[str, Any], since: float = 0.0) -> str:
 def under_way(status: Status) -> list[str]:
     """A line for each download that runs."""
     running = [each for each in status.downloads if each.phase not in ("done", "failed")]
-    return [f"fetching {each.model}: {line(vars(each))}" for each in running]
+    return [f"fetching {each.model}: {line(each)}" for each in running]
 
 
-def follow(admin: Admin, model: str, *, add: bool, quiet: bool) -> dict[str, Any]:
+def follow(admin: Admin, model: str, *, add: bool, quiet: bool) -> Pulled:
     """Have the model fetched, and show how it comes along; its last line. Raises Failure."""
-    shown, last = show.StatusLine(quiet), dict[str, Any]()
+    shown, last = show.StatusLine(quiet), Pulled(model)
     try:
         for text in admin.lines("POST", "/admin/store/pull", NDJSON, {"model": model, "add": add}):
-            told = decoded(text)
-            last = told if isinstance(told, dict) else {}
-            if not last.get("done") and last.get("phase") not in ("done", "failed"):
+            last = understood(Pulled, decoded(text))
+            if not last.done and last.phase not in ("done", "failed"):
                 shown.say(_render(model, last), _key(last))
     finally:
         shown.clear()
-    if error := last.get("error"):
-        message, code = (error.get("message"), error.get("code")) if isinstance(error, dict) else (error, "")
-        raise Failure(str(message), STATUSES.get(str(code), EX_UNAVAILABLE))
-    if not last.get("done"):
+    if last.error:
+        raise Failure(last.error.message, STATUSES.get(str(last.error.code), EX_UNAVAILABLE))
+    if not last.done:
         raise Failure(f"the download of {model} broke off; vllmctl pull {model} goes on where it was", EX_UNAVAILABLE)
     return last
 
 
-def _render(model: str, told: dict[str, Any]) -> Callable[[float], str]:
+def _render(model: str, told: Pulled) -> Callable[[float], str]:
     def render(since: float) -> str:
         rest = f": {line(told, since)}"
         most = show.columns(sys.stderr)
@@ -67,8 +64,7 @@ def _render(model: str, told: dict[str, Any]) -> Callable[[float], str]:
     return render
 
 
-def _key(told: dict[str, Any]) -> str:
+def _key(told: Pulled) -> str:
     """Without a terminal a line is written for each phase, and for each tenth of the way."""
-    done, total = float(told.get("completed") or 0), float(told.get("total") or 0)
-    tenth = int(10 * done / total) if total and told.get("phase") == "downloading" else 0
-    return json.dumps([told.get("phase"), told.get("source"), tenth])
+    tenth = 10 * told.completed // told.total if told.total and told.phase == "downloading" else 0
+    return json.dumps([told.phase, told.source, tenth])

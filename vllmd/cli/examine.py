@@ -5,21 +5,20 @@ A finding is (verdict, what, advice): ``ok``, ``warning`` (works, but) or ``bad`
 
 from __future__ import annotations
 
-import os
-import pwd
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from importlib.util import find_spec
+from collections.abc import Iterator
 from pathlib import Path
 
-Finding = tuple[str, str, str]
+from vllmd.cli.examine_devices import driver
+from vllmd.cli.examined import Finding, Host
+from vllmd.place import cpus, port_limits, tasks
+
 NEEDED = {"h11": "python3-h11", "yaml": "python3-yaml", "sdnotify": "python3-sdnotify", "pystemd": "python3-pystemd"}
 SOCKETS = ("vllmd.socket", "vllmd-admin.socket", "vllmd-read.socket", "vllmd-installer.socket")
 USERS_SOCKETS = ("vllmd.socket", "vllmd-admin.socket")  # of systemctl --user
 LAUNCHER = "vllmd-launcher.socket"  # static: it comes up with vllmd.service, and is down before the first start
 GiB = 1 << 30
+FEWEST_TASKS = 1024
 # A daemon of one's own beside the system's: one line that can be pasted.
 OWN_PORT = (
     "use that one, or give yours its own: "
@@ -28,55 +27,6 @@ OWN_PORT = (
     "systemctl --user daemon-reload && systemctl --user stop vllmd.service && "
     "systemctl --user enable --now vllmd.socket"
 )
-
-
-def output(*command: str) -> str:
-    """What a command prints; "" where it fails or is missing."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip()
-
-
-def has_module(name: str) -> bool:
-    return find_spec(name) is not None
-
-
-def readable_by(user: str, path: Path) -> bool:
-    """Whether that user may read the file; True where that cannot be found out: only root can ask for somebody else."""
-    try:
-        who = pwd.getpwnam(user)
-    except KeyError:
-        return True
-    if os.geteuid() != 0:
-        return True
-    done = subprocess.run(
-        ["/bin/sh", "-c", 'test -r "$1"', "sh", str(path)],
-        user=who.pw_uid,
-        group=who.pw_gid,
-        extra_groups=os.getgrouplist(user, who.pw_gid),
-        check=False,
-    )
-    return done.returncode == 0
-
-
-@dataclass(frozen=True, slots=True)
-class Host:
-    """The machine; tests give another root and other answers. ``user``: a daemon of systemctl --user is meant."""
-
-    root: Path = Path("/")
-    user: bool = False
-    run: Callable[..., str] = output
-    has_module: Callable[[str], bool] = has_module
-    readable_by: Callable[[str, Path], bool] = readable_by
-    env: dict[str, str] = field(default_factory=lambda: dict(os.environ))
-
-    def path(self, absolute: str) -> Path:
-        return self.root / absolute.lstrip("/")
-
-    def systemctl(self, *arguments: str) -> str:
-        return self.run("systemctl", *(["--user"] if self.user else []), *arguments)
 
 
 # What units/vllmd.sysusers and units/vllmd.tmpfiles make, and the sockets' files.
@@ -173,88 +123,6 @@ def _names(passwd: Path) -> set[str]:
         return set()
 
 
-def driver(host: Host) -> Iterator[Finding]:
-    """The GPUs' drivers, their device nodes, and what reads them; each with the one command that mends it."""
-    loaded = host.path("/proc/driver/nvidia/version").exists()
-    if host.path("/dev/dxg").exists():
-        yield from _wsl(host)
-    elif loaded:
-        yield from _nvidia(host)
-    elif cards := list(_cards(host, "0x10de")):
-        advice = "modprobe nvidia; if it fails, dmesg says why (no module for this kernel, Secure Boot, nouveau)"
-        yield "bad", f"there is an NVIDIA card at {', '.join(cards)}, but its driver is not loaded", advice
-    if host.path("/dev/kfd").exists():
-        yield from _amd(host)
-    elif not (loaded or host.path("/dev/dxg").exists() or list(_cards(host, "0x10de"))) and not declared(host):
-        yield "warning", "there is no GPU with a driver", "devices may be declared (devices: in vllmd.yaml(5))"
-
-
-def declared(host: Host) -> bool:
-    """Whether the configuration says which devices there are."""
-    from vllmd.config.loader import read
-
-    return bool(read(env=host.env).config.devices)
-
-
-def _cards(host: Host, vendor: str) -> Iterator[str]:
-    """PCI addresses of one maker's display controllers."""
-    for path in sorted(host.path("/sys/bus/pci/devices").glob("*")):
-        if _text(path / "vendor") == vendor and _text(path / "class").startswith("0x03"):
-            yield path.name
-
-
-def _nvidia(host: Host) -> Iterator[Finding]:
-    yield "ok", "NVIDIA's driver is loaded", ""
-    nodes = sorted(path for path in host.path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit())
-    if not nodes:
-        yield "bad", "there are no /dev/nvidia0, /dev/nvidia1, ...", "nvidia-modprobe -c 0"
-    for path in (*nodes, host.path("/dev/nvidiactl")):
-        if path.exists() and path.stat().st_mode & 0o006 != 0o006:
-            yield "bad", f"/dev/{path.name} is not open to everybody", f"chmod 0666 /dev/{path.name}"
-    if nodes and not host.path("/dev/nvidia-uvm").exists():
-        advice = "nvidia-modprobe -u -c 0, or enable nvidia-persistenced; engines may not load it themselves"
-        yield "bad", "/dev/nvidia-uvm is missing", advice
-    module, library = _text(host.path("/sys/module/nvidia/version")), _nvml_version(host)
-    if module and library and module != library:
-        what = f"the driver was upgraded: module {module} is loaded, the library is {library}"
-        yield "bad", what, "reboot"
-    if not host.has_module("pynvml"):
-        yield "bad", "NVIDIA's GPUs cannot be read without NVML's Python package", "apt install python3-pynvml"
-
-
-def _nvml_version(host: Host) -> str:
-    """The release that the installed library is of, by its file's name; "" where that does not tell."""
-    for folder in ("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib"):
-        for path in host.path(folder).glob("libnvidia-ml.so.*.*"):
-            return path.name.removeprefix("libnvidia-ml.so.")
-    return ""
-
-
-def _wsl(host: Host) -> Iterator[Finding]:
-    if host.path("/usr/lib/wsl/lib/libnvidia-ml.so.1").exists():
-        yield "ok", "Windows' NVIDIA driver is there", ""
-    else:
-        what = "this is WSL, but Windows gives it no NVIDIA library"
-        yield "bad", what, "wsl --update in Windows, and NVIDIA's driver there; none belongs into Linux"
-
-
-def _amd(host: Host) -> Iterator[Finding]:
-    yield "ok", "AMD's compute driver is loaded", ""
-    groups = dict(line.split(":")[0::3] for line in _text(host.path("/etc/group")).splitlines() if line.count(":") == 3)
-    if host.user or "vllmd-engine" not in _names(host.path("/etc/passwd")):
-        return
-    if "vllmd-engine" not in groups.get("render", "").split(","):
-        what = "vllmd-engine is not in the group render, which owns /dev/kfd"
-        yield "bad", what, "usermod --append --groups render,video vllmd-engine"
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
-
-
 def memory(host: Host) -> Iterator[Finding]:
     """Room in /dev/shm and on the disk of the engines' home."""
     for path, least, why in (
@@ -266,6 +134,24 @@ def memory(host: Host) -> Iterator[Finding]:
         free = shutil.disk_usage(host.path(path)).free
         if free < least:
             yield "warning", f"only {free / GiB:.1f}GiB are free in {path}", why
+
+
+def place(host: Host) -> Iterator[Finding]:
+    """What a container, control groups and sysctls leave of the machine, where that is less than an engine wants."""
+    from vllmd.config.loader import read
+
+    here, limit = cpus(host.root), tasks(host.root)
+    if here.quota is not None and here.quota < 1:
+        what = f"control groups leave engines {here.quota:g} of a CPU"
+        yield "warning", what, "systemctl set-property vllmd.slice CPUQuota= lifts vllmd's own limit"
+    if limit is not None and limit < FEWEST_TASKS:
+        advice = "systemctl set-property vllmd.slice TasksMax=infinity, or the container's --pids-limit=-1"
+        yield "warning", f"only {limit} processes and threads may run here; an engine has some hundred", advice
+    engines, limits = read(env=host.env).config.engines, port_limits(host.root)
+    ports = range(engines.port_start, engines.port_end + 1)
+    if not any(port >= limits.least for port in ports):
+        what = f"engines' ports {ports.start}-{ports.stop - 1} are below {limits.least}, where only root may listen"
+        yield "bad", what, "move them: engines.port_start and port_end"
 
 
 def configuration(host: Host) -> Iterator[Finding]:
@@ -304,7 +190,7 @@ def _model(host: Host, name: str, source: str) -> Iterator[Finding]:
         yield "warning", f"{name}: {source} lies in somebody's home", advice
 
 
-QUESTIONS = (python, systemd, units, accounts, driver, memory, configuration)
+QUESTIONS = (python, systemd, units, accounts, driver, memory, place, configuration)
 
 
 def examine(host: Host) -> list[Finding]:

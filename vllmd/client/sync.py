@@ -146,6 +146,14 @@ class Client:
         """Keep it loaded once it is, or do so no more."""
         return self._told("pin", answers.ModelLine, model=model, pinned=pinned)
 
+    def disable_model(self, model: str, message: str | None = None) -> answers.ModelLine:
+        """Have its clients told ``message``; it stops once its requests have ended."""
+        return self._told("disable", answers.ModelLine, model=model, message=message)
+
+    def enable_model(self, model: str) -> answers.ModelLine:
+        """Serve it again, with all its replicas."""
+        return self._told("enable", answers.ModelLine, model=model)
+
     def probe(self, model: str, all: bool = False, *, limit: float | None = None) -> answers.Probed:
         """Ask each of its engines a short question, all at the same time: ``fastest``, and ``replicas`` with seconds.
 
@@ -161,6 +169,14 @@ class Client:
     def release_model(self, model: str, lease: str, *, stop: bool = False) -> answers.ModelLine:
         """Give a lease back; ``stop``: if it was the last, stop the model at once."""
         return self._told("release", answers.ModelLine, model=model, lease=lease, stop=stop)
+
+    def preview(self, model: str, action: str) -> answers.Preview:
+        """What that verb would do with it as things stand; nothing is done."""
+        return self._told("preview", answers.Preview, model=model, action=action)
+
+    def preview_device(self, device: int, action: str) -> answers.Preview:
+        """What draining the device, or giving it back, would do; nothing is done."""
+        return self._told("preview_device", answers.Preview, device=device, action=action)
 
     def status(self) -> answers.Status:
         """How everything stands: the daemon, its devices, its models."""

@@ -6,6 +6,8 @@ is possible but hardly meant.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import itertools
 from collections.abc import Iterator
 
@@ -38,6 +40,8 @@ def doubts(config: Config) -> Iterator[Finding]:
     """Everything that works, but hardly as meant."""
     yield from _pins(config)
     yield from _flags(config)
+    if config.records.spans and (why := without_otlp()):
+        yield _auth(config), "records.spans", why
     if config.server.max_buffered < 2 * config.server.max_body:
         what = f"less than twice max_body ({show_size(config.server.max_body)}): one address may hold half of it"
         yield _auth(config), "server.max_buffered", f"{what}, so the largest bodies are never taken"
@@ -51,6 +55,15 @@ def doubts(config: Config) -> Iterator[Finding]:
         for name in key.models:
             if not _known(name, config):
                 yield _auth(config), f"auth.keys.{key.name}.models", f"there is no model {name!r}"
+
+
+def without_otlp() -> str:
+    """Why no spans can be sent: OpenTelemetry's packages are optional; "" if they are there."""
+    package = "opentelemetry-exporter-otlp-proto-http"
+    with contextlib.suppress(ModuleNotFoundError):  # it asks for the packages around it
+        if importlib.util.find_spec("opentelemetry.exporter.otlp.proto.http") is not None:
+            return ""
+    return f"needs {package}, which the Python that runs vllmd does not have: no spans are sent"
 
 
 GOOD_NAME = "1 to 200 printable characters without spaces at its ends, the first of them not '-'"

@@ -543,6 +543,13 @@ MODEL = Group(
         ),
         Setting("limits", LIMITS, "Resource limits of its scope.", reload=Reload.ENGINE),
         Setting(
+            "numa",
+            k.BOOL,
+            "Run it on the CPUs of its devices' NUMA node, with that node's memory as long as there is some; true by "
+            "default. Without effect where the devices are of several nodes, or the machine has one.",
+            reload=Reload.NEXT_LOAD,
+        ),
+        Setting(
             "host",
             k.TEXT,
             "Name or address of the only machine that it is meant for; others that read this file leave it out.",
@@ -851,6 +858,18 @@ RECORDS = Group(
         Setting("usage", k.BOOL, "Keep use by hour, key and model, and arrivals, in the service's state folder."),
         Setting("usage_days", k.count(1, 36_500), "For how many days use is kept; by the hour it is two months."),
         Setting("trace_days", k.count(1, 3_650), "For how many days arrivals are kept (vllmctl simulate --recorded)."),
+        Setting(
+            "spans",
+            k.URL,
+            "The collector, such as http://collector:4318, that is sent spans of requests (queue, load, first byte, "
+            "answer) by OTLP over HTTP, if the package opentelemetry-exporter-otlp-proto-http is there; its "
+            "variables, such as OTEL_SERVICE_NAME, hold as well.",
+        ),
+        Setting(
+            "spans_share",
+            k.PART,
+            "Of the requests whose client sends no traceparent, how many are traced; one that sends it decides itself.",
+        ),
     ),
 )
 

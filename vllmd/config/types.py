@@ -151,6 +151,7 @@ class ModelConfig:
     restart_backoff: float = 5.0
     log_file: bool = False
     limits: ScopeLimits = ScopeLimits()
+    numa: bool = True
     request: RequestRules = field(default_factory=RequestRules)
     variants: Mapping[str, VariantConfig] = field(default_factory=dict)
     adapters: Mapping[str, AdapterConfig] = field(default_factory=dict)
@@ -264,6 +265,8 @@ class RecordsConfig:
     usage: bool = True
     usage_days: int = 400
     trace_days: int = 14
+    spans: str | None = None  # an OpenTelemetry collector's address; None: none are sent
+    spans_share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

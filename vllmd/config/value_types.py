@@ -276,6 +276,12 @@ def _ratio(node: Node) -> float:
     return _fraction(node, text.removesuffix("%"), 100.0 if text.endswith("%") else 1.0)
 
 
+def parse_part(node: Node) -> float:
+    """0, 0.1 or 10%: how many of something, none and all included. Raises Wrong."""
+    text = node.text.strip()
+    return 0.0 if text in ("0", "0.0", "0%") else _ratio(node)
+
+
 def show_shares(shares: Mapping[float, float]) -> str:
     return f"{{{', '.join(f'{ratio:g}: {share:g}' for ratio, share in shares.items())}}}" if shares else "none"
 
@@ -510,6 +516,7 @@ SHARE = Kind(
     str,
     "auto",
 )
+PART = Kind("a share from 0 to 1 such as 0.1 or 10%", parse_part, NUMBER_OR_TEXT)
 DEVICES = Kind(
     "auto, or device numbers such as [0, 1]",
     parse_devices,

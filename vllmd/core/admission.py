@@ -50,6 +50,9 @@ class Admission:
         if model is None or not model.replicas:
             self._refuse(e, Refusal(RejectReason.UNKNOWN_MODEL, f"no model is called {e.model!r}"))  # 1.1
             return
+        if model.off:
+            self._refuse(e, Refusal(RejectReason.DISABLED, model.off))  # 1.1
+            return
         if e.only and model.rules:
             self._only_there(model, e)
             return
@@ -98,11 +101,12 @@ class Admission:
         """
         core = self._core
 
-        def distance(model: Model) -> tuple[int, int]:
+        def distance(model: Model) -> tuple[bool, int, int]:
             state = best(model.replicas).state, level(best(model.replicas))
             model.promised = [at for at in model.promised if core.now - at < PROMISED]
             open_ = sum(map(in_flight, model.replicas)) + len(model.queue) + len(model.promised)
-            return SOONEST.index(state) if state in SOONEST else len(SOONEST), open_ if state[0] is State.READY else 0
+            place = SOONEST.index(state) if state in SOONEST else len(SOONEST)
+            return bool(model.off), place, open_ if state[0] is State.READY else 0
 
         known = [core.models[name] for name in e.models if name in core.models]
         model = min([model for model in known if model.replicas], key=distance, default=None)

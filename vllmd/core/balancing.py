@@ -153,7 +153,7 @@ def level(r: Replica) -> int:
 
 def down(r: Replica, now: float) -> bool:
     """It will not serve whoever comes now: it is gone, has failed for good, or failed one probe after another."""
-    if r.removed or (r.health and r.health.halted):
+    if r.removed or r.off or (r.health and r.health.halted):
         return True
     if r.state is State.FAILED:
         return r.given_up and r.retry_at > now
@@ -170,6 +170,8 @@ def trouble(replicas: Iterable[Replica]) -> str:
 
 def ailment(r: Replica) -> str:
     """Why a replica does not serve although it should; "" if nothing is wrong with it."""
+    if r.off:
+        return f"disabled: {r.off}"
     if r.state is State.FAILED:
         return r.failure
     return r.health.why if r.health and r.state is State.READY else ""

@@ -122,6 +122,7 @@ class RejectReason(enum.StrEnum):
     MODEL_TOO_LARGE = "ModelTooLarge"
     BAD_REQUEST = "BadRequest"
     CONFLICT = "Conflict"
+    DISABLED = "ModelDisabled"
     DEFECT = "InternalError"  # the core itself failed at it
 
 

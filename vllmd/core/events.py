@@ -314,6 +314,21 @@ class PinSet(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class ModelDisabled(Event):
+    """An operator took the model, or one of its replicas, out of use. ``message``: what its clients are told."""
+
+    model: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEnabled(Event):
+    """An operator gave the model back, with all of its replicas, or one replica."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
 class LeaseTaken(Event):
     """Somebody keeps the model until ``deadline`` (in the core's clock; None: until released). Replaces its own."""
 

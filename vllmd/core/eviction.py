@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from vllmd.core.fit import after_sleeps, enough, unclaimed
+from vllmd.core.fit import after_sleeps, distance, enough, unclaimed
 from vllmd.core.policy import DeviceSupply, OffloadOption, PolicyInput, Resident, Victim, Waiting
 
 Price = Callable[[Resident, OffloadOption], float]  # what it costs to have a resident leave that way, in any one unit
@@ -71,21 +71,24 @@ def groups(
 
 
 def _jointly(w: Waiting, supplies: Sequence[DeviceSupply], group: Sequence[Candidate], most: int) -> EvictionSet | None:
-    """One device after the other: always that which costs least on top of those who leave already."""
+    """One device after the other: always that which costs least on top of those who leave already, the nearest of such.
+
+    How near is to those that are chosen already: the model will exchange data among them.
+    """
     leaving: dict[str, Candidate] = {}
-    devices: list[int] = []
+    chosen: list[DeviceSupply] = []
     for _ in range(w.span):
         options = [
-            (sum(candidate.price for candidate in extra), -supply.free, supply.device, extra)
+            (sum(candidate.price for candidate in extra), distance(supply, chosen), -supply.free, supply.device, extra)
             for supply in supplies
-            if supply.device not in devices and (extra := _extra(w, supply, group, leaving, most)) is not None
+            if supply not in chosen and (extra := _extra(w, supply, group, leaving, most)) is not None
         ]
         if not options:
             return None
-        _, _, device, extra = min(options, key=lambda option: option[:3])
-        devices.append(device)
+        *_, device, extra = min(options, key=lambda option: option[:4])
+        chosen.append(next(supply for supply in supplies if supply.device == device))
         leaving.update((candidate.resident.model, candidate) for candidate in extra)
-    return EvictionSet(tuple(sorted(devices)), tuple(leaving.values()))
+    return EvictionSet(tuple(sorted(supply.device for supply in chosen)), tuple(leaving.values()))
 
 
 def _extra(

@@ -308,7 +308,7 @@ def fits(s: PolicyInput, w: Waiting) -> tuple[int, ...] | None:
 def _near(good: Sequence[DeviceSupply], span: int) -> Sequence[DeviceSupply]:
     """The first ``span`` of them, or better ones: the nearest kind of which there are enough together."""
     if 1 < span < len(good):
-        for near in (_linked, _same_node):
+        for near in NEAR:
             for first in good:
                 together = [first]
                 for supply in good:
@@ -328,8 +328,21 @@ def _linked(one: DeviceSupply, other: DeviceSupply) -> bool:
     return other.device in one.links
 
 
+def _same_switch(one: DeviceSupply, other: DeviceSupply) -> bool:
+    return bool(one.switch) and one.switch == other.switch
+
+
 def _same_node(one: DeviceSupply, other: DeviceSupply) -> bool:
     return one.node is not None and one.node == other.node
+
+
+NEAR = (_linked, _same_switch, _same_node)  # from the nearest on
+
+
+def distance(supply: DeviceSupply, others: Iterable[DeviceSupply]) -> int:
+    """How far it is from the farthest of the others: 0 joined directly, and so on as in ``NEAR``; 0 where none are."""
+    steps = (next((n for n, near in enumerate(NEAR) if near(supply, other)), len(NEAR)) for other in others)
+    return max(steps, default=0)
 
 
 def _spread(supply: DeviceSupply) -> tuple[bool, int, int]:

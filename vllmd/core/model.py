@@ -171,6 +171,8 @@ class Model:
     used: float = -INFINITY  # when a request last came
     promised: list[float] = field(default_factory=list)  # when it was chosen for requests that are yet to come
     scale: Scale = field(default_factory=Scale)
+    disabled: str = ""  # what clients are told of a model that an operator has disabled
+    off: str = ""  # the same, or of one whose replicas are all disabled the first one's: nobody is served
     unused_view: ModelView | None = None  # what is shown of one that was never used, until something changes (views.py)
 
     @property
@@ -212,6 +214,7 @@ class Replica:
     moved: float = -INFINITY  # when it was last moved to another device
     start: Start = field(default_factory=Start)  # what is known of the one under way
     pinned: bool = False
+    disabled: str = ""  # why an operator has disabled this one of several
     bound: int | None = None  # the device that an operator wants it on, until it stops
     failures: int = 0  # in a row
     failed_at: float = 0.0  # when the last of them was
@@ -236,6 +239,11 @@ class Replica:
     def at_rest(self) -> bool:
         """It does not serve, nor is anything under way that ends in serving."""
         return self.state in (State.STOPPED, State.SLEEPING, State.FAILED)
+
+    @property
+    def off(self) -> str:
+        """Why it is not to be up, whoever wants it: an operator has disabled it, or its model; else ""."""
+        return self.disabled or self.model.disabled
 
     @property
     def on(self) -> bool:

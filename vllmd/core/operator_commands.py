@@ -11,6 +11,8 @@ from vllmd.core.events import (
     LeaseReleased,
     LeaseTaken,
     LoadAsked,
+    ModelDisabled,
+    ModelEnabled,
     ModelsChanged,
     PinSet,
     ReplicaRefused,
@@ -44,7 +46,11 @@ class OperatorCommands:
 
     def load(self, e: LoadAsked) -> None:
         """3.1: of several replicas one is wanted as by a request, the others where they fit beside what is there."""
-        replicas = self._core.named(e.model)
+        replicas = [r for r in self._core.named(e.model) if not r.off]
+        if not replicas:
+            why = self._core.named(e.model)[0].off
+            self._core.engines.answer(e.ask, refused=f"{e.model} is disabled: {why}")
+            return
         rules = replicas[0].model.rules
         if e.device is not None:
             self._load_on(replicas[0].model, e.device, e.ask)
@@ -63,8 +69,9 @@ class OperatorCommands:
         if all(refused):
             engines.answer(ask, refused=refused[0], error=RejectReason.BAD_REQUEST)
             return
-        there = next((r for r in model.replicas if device in r.placement.devices or _bound_for(r, device)), None)
-        spare = (r for r in model.replicas if r.state in (State.STOPPED, State.FAILED) and not r.demand)
+        able = [r for r in model.replicas if not r.off]
+        there = next((r for r in able if device in r.placement.devices or _bound_for(r, device)), None)
+        spare = (r for r in able if r.state in (State.STOPPED, State.FAILED) and not r.demand)
         r = there or next((r for r in spare if can_be_on(r.spec, device)), None)
         if r is None:
             asked = self._adding.setdefault((model.name, device), [])
@@ -106,9 +113,9 @@ class OperatorCommands:
         self._core.ask(r, Job(Kind.START, Reason.OPERATOR, BY_OPERATOR, self._core.now))
 
     def sleep(self, e: SleepAsked) -> None:
-        """3.2: put each of the named replicas to sleep; level 3 stops it."""
+        """3.2: put each of the named replicas to sleep; level 3 stops it, and so does any for one that is disabled."""
         for r in self._core.named(e.model):
-            if e.level not in (1, 2):
+            if e.level not in (1, 2) or r.off:
                 self._stop(r, force=False)
                 continue
             self._scaling.halt(r)
@@ -140,6 +147,49 @@ class OperatorCommands:
             self._core.engines.cut(r, "the model was stopped by force")
             job = Job(Kind.STOP, Reason.OPERATOR, "an operator forced it", self._core.now, force=True)
         self._core.ask(r, job)
+
+    # -- in use or not
+
+    def disable(self, e: ModelDisabled) -> None:
+        """3.8: who waits and who comes is told the operator's words; what runs comes to its end, and it is stopped.
+
+        Said again it is done again: a daemon that has just adopted its engines is told of the orders of an earlier one.
+        """
+        core, model, replicas = self._core, self._core.models.get(e.model), self._core.named(e.model)
+        if model:
+            model.disabled = e.message
+        else:
+            replicas[0].disabled = e.message
+        self._reckon_off(replicas[0].model)
+        core.engines.record("disable", model or replicas[0], e.message)
+        if model:
+            self._admission.reject_queue(model, Refusal(RejectReason.DISABLED, e.message))
+        for r in replicas:
+            self.preload.pop(r, None)
+            self._stop(r, force=False)
+
+    def enable(self, e: ModelEnabled) -> None:
+        """3.8: nothing is loaded by this but what is to be preloaded; a model's replicas are all given back with it."""
+        core, model, replicas = self._core, self._core.models.get(e.model), self._core.named(e.model)
+        if model:
+            model.disabled = ""
+        for r in replicas:
+            r.disabled = ""
+        self._reckon_off(replicas[0].model)
+        core.engines.record("enable", model or replicas[0], "an operator gave it back")
+        for r in replicas:
+            if r.off:
+                continue
+            self._scaling.resume(r)
+            if r.spec.preload and not r.loaded:
+                self.preload[r] = None
+                self.preloading = False
+            core.mark_news(r)
+
+    def _reckon_off(self, model: Model) -> None:
+        """What whoever comes is told, if no replica is to serve anybody."""
+        all_off = model.replicas and all(r.disabled for r in model.replicas)
+        model.off = model.disabled or (model.replicas[0].disabled if all_off else "")
 
     # -- pins and leases
 
@@ -197,7 +247,7 @@ class OperatorCommands:
         for model in [model for name, model in core.models.items() if name not in specs]:
             why = f"{model.name!r} was removed from the configuration"
             self._admission.reject_queue(model, Refusal(RejectReason.UNKNOWN_MODEL, why))
-            gone, model.replicas = model.replicas, []
+            gone, model.replicas, model.disabled = model.replicas, [], ""
             for r in gone:
                 self._retire(r)
         for spec in specs.values():
@@ -240,6 +290,7 @@ class OperatorCommands:
         names = renamed([r.id for r in model.replicas], [each.id for each in spec.replicas])
         if names:
             core.rename(core.replicas[names[0]], names[1])
+            core.replicas[names[1]].disabled = ""  # that was said of one of several, by its id
         known = {r.id: r for r in (*model.retired, *model.replicas)}
         retired, replicas = set(model.retired), []
         for each in spec.replicas:
@@ -255,6 +306,7 @@ class OperatorCommands:
         for r in known.values():
             self._retire(r)
         model.nominee = None if spec.balancing else replicas[0]
+        self._reckon_off(model)
         for r in replicas if self._adding else ():
             asked = self._adding.pop((model.name, r.spec.devices[0]), None) if len(r.spec.devices) == 1 else None
             if asked:
@@ -291,7 +343,7 @@ class OperatorCommands:
         """The configuration has it no more: it leaves for good."""
         if r not in r.model.retired:
             r.model.retired.append(r)
-        r.pinned = False
+        r.pinned, r.disabled = False, ""
         for lease in r.leases:
             del r.model.leases[lease]
         self.preload.pop(r, None)

@@ -159,7 +159,7 @@ class Planner:
         for r in list(todo):
             if core.fit.unknown(r):
                 continue
-            if r.state is not State.STOPPED or r.demand:
+            if r.state is not State.STOPPED or r.demand or r.off:
                 del todo[r]
             elif self.bring(r, Reason.PRELOAD, PRELOADED, -INFINITY):
                 del todo[r]

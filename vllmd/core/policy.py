@@ -102,6 +102,7 @@ class DeviceSupply(NamedTuple):
     drain: float  # where claimed: expected seconds until that swap can use the device
     links: frozenset[int] = frozenset()  # devices that it is joined with directly
     node: int | None = None  # its NUMA node
+    switch: str = ""  # of PCIe, above it
 
 
 class Tenants(NamedTuple):

@@ -150,18 +150,22 @@ class PolicyInputBuilder:
             if mover:
                 until = self._ends[mover] = self._ends.get(mover) or ends(mover)
             if index in claims:
-                claim, links, node = claims[index], account.device.links, account.device.node
+                claim, near = claims[index], _nearness(account.device)
                 left = min(free, free + claim.coming - claim.need)
-                supplies[index] = DeviceSupply(index, left, sleepable, until, True, claim.drain, links, node)
+                supplies[index] = DeviceSupply(index, left, sleepable, until, True, claim.drain, *near)
                 continue
             device, known = self._quiet.get(index, (None, None))
             same = known is not None and (known.free, known.sleepable, known.until) == (free, sleepable, until)
             if known is None or not same or device is not account.device:
                 device = account.device
-                known = DeviceSupply(index, free, sleepable, until, False, 0.0, device.links, device.node)
+                known = DeviceSupply(index, free, sleepable, until, False, 0.0, *_nearness(device))
                 self._quiet[index] = device, known
             supplies[index] = known
         return supplies
+
+
+def _nearness(device: Device) -> tuple[frozenset[int], int | None, str]:
+    return device.links, device.node, device.switch
 
 
 _age = attrgetter("oldest", "model")

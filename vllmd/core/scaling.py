@@ -123,7 +123,7 @@ class Scaling:
         up = [r for r in model.replicas if r.state in AWAKE or r.state in (State.STARTING, State.WAKING)]
         short = max(model.scale.wanted, rules.least) - len([r for r in up if r.spec.device_count])
         off = [r for r in model.replicas if r.state in OFF and not (r.demand or r.leaving)]
-        able = [r for r in off if r.retry_at <= self._core.now and not (r.health and r.health.halted)]
+        able = [r for r in off if r.retry_at <= self._core.now and not r.off and not (r.health and r.health.halted)]
         for r in sorted(able, key=load_time):
             if not r.spec.device_count:
                 yield r

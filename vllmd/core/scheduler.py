@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from vllmd.core import events as ev
+from vllmd.core import preview
 from vllmd.core.admission import Admission
 from vllmd.core.balancing import Balancer, best
 from vllmd.core.commands import Command, RejectReason
@@ -114,9 +115,25 @@ class Scheduler:
 
     def replicas_of(self, name: str, now: float) -> list[ReplicaView]:
         """How each engine of the model stands, or the one of that id; none if nothing is called so."""
+        return self.snapshot_of(name, now).replicas_of(name)
+
+    def snapshot_of(self, name: str, now: float) -> Snapshot:
+        """The snapshot of one model alone, by its name or a replica's id; of none if nothing is called so."""
         core, r = self._core, self._core.replicas.get(name)
         model = core.models.get(name) or (r.model if r else None)
-        return snapshot(core, self._planner, max(now, core.now), [model]).replicas_of(name) if model else []
+        return snapshot(core, self._planner, max(now, core.now), [model] if model else [])
+
+    def would_load(self, name: str) -> preview.Loading:
+        """What a load of the model, or of the replica of that id, would do as things stand. Raises LifecycleError."""
+        return preview.load(self._core, self._planner, name)
+
+    def would_leave(self, name: str, level: int) -> tuple[preview.Leaving, ...]:
+        """What putting it to sleep at ``level``, or stopping it (0), would do. Raises LifecycleError."""
+        return preview.leave(self._core, self._planner, name, level)
+
+    def would_drain(self, device: int) -> tuple[preview.Leaving, ...]:
+        """What draining the device would do."""
+        return preview.drained(self._core, self._planner, device)
 
     def foremost(self, model: str) -> tuple[str, State]:
         """The replica of the model that is nearest to serving, and its state: what a client waits for.
@@ -161,6 +178,8 @@ class Scheduler:
             ev.SleepAsked: self._operator.sleep,
             ev.StopAsked: self._operator.stop,
             ev.PinSet: self._operator.pin,
+            ev.ModelDisabled: self._operator.disable,
+            ev.ModelEnabled: self._operator.enable,
             ev.LeaseTaken: self._operator.lease,
             ev.LeaseReleased: self._operator.release,
             ev.KeptAlive: self._unloading.kept_alive,

@@ -52,6 +52,8 @@ class Device:
     ``runtime``: whose variable makes it visible to an engine: ``cuda``, ``hip``, ``xpu``; "" for one that is declared.
     ``number``: what that runtime calls it, counting in the order of the PCI bus; None where that is not certain.
     ``links``: indices of the devices that it is joined with directly; ``node``: its NUMA node, None where not told.
+    ``switch``: those with the same one talk through a PCIe switch of their own; "" where not told. ``cpus``: those of
+    its node, where the machine has more than one.
     """
 
     index: int
@@ -63,6 +65,8 @@ class Device:
     number: int | None = None
     links: frozenset[int] = frozenset()
     node: int | None = None
+    switch: str = ""
+    cpus: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +247,7 @@ class View:
     standing: str = ""  # of one of several whose engine is up: new, serving, resting, slow, ejected
     latency: float | None = None  # of one of several: seconds to the first byte, the last answers weighing most
     rests_in: float | None = field(default=None, kw_only=True)  # seconds until an idle rule would act if nobody came
+    disabled: str = field(default="", kw_only=True)  # what an operator, who has disabled it, has its clients told
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,6 +79,7 @@ def _model(core: Core, model: Model, now: float, outlook: Ask) -> ModelView:
         balanced=model.rules is not None,
         serving=len(up),
         degraded=bool(model.rules) and any(view.state is State.FAILED or view.standing in UNWELL for view in views),
+        disabled=model.off,
         rests_in=min([view.rests_in for view in views if view.rests_in is not None], default=None),
     )
 
@@ -87,6 +88,8 @@ def _unused(core: Core, model: Model) -> ModelView | None:
     """The same, a tenth as dear, of a model with one engine that nobody has used or wants; None for any other."""
     r = model.replicas[0] if len(model.replicas) == 1 else None
     if r is None or r in core.active or not r.untouched or model.retired or model.rules or model.leases or r.failure:
+        return None
+    if model.off:
         return None
     bound = r.devices[0] if len(r.devices) == 1 else None
     at_rest = (State.STOPPED, 0, (), 0, 0, 0, None, None, None, r.pinned, (), "", "")
@@ -122,6 +125,7 @@ def _replica(core: Core, r: Replica, now: float, outlook: Ask) -> ReplicaView:
         standing=_standing(r),
         latency=r.health.latency if r.health else None,
         bound=r.devices[0] if len(r.devices) == 1 else None,
+        disabled=r.off,
         rests_in=None if (due := idle_due(r)) == INFINITY else max(0.0, due - now),
     )
 

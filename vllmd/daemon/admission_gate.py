@@ -49,6 +49,7 @@ ERRORS: Mapping[commands.RejectReason, type[errors.VllmdError]] = {
     commands.RejectReason.MODEL_TOO_LARGE: errors.ModelTooLarge,
     commands.RejectReason.BAD_REQUEST: errors.BadRequest,
     commands.RejectReason.CONFLICT: errors.Conflict,
+    commands.RejectReason.DISABLED: errors.ModelDisabled,
     commands.RejectReason.DEFECT: errors.InternalError,
 }
 
@@ -444,6 +445,8 @@ class AdmissionGate:
             message = for_clients(command.message)
             if kind is errors.EngineFailed:
                 message = f"{permit.model}: {message}"
+            elif kind is errors.ModelDisabled:  # an operator's own words, for clients
+                message = f"{permit.model} is disabled: {command.message}"
             permit.refusal = kind(message, retry_after=command.retry_after)
             permit.decide()
 

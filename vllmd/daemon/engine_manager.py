@@ -25,6 +25,7 @@ from vllmd.daemon.boot_clock import moments
 from vllmd.daemon.calls import Look, answers, asked, call, complete, looked_at, next_line, within
 from vllmd.daemon.engine_process import EngineProcess, of
 from vllmd.daemon.failure_text import how_it_ended, with_hint, with_last_lines, with_root
+from vllmd.daemon.last_starts import Start, Starts, in_words
 from vllmd.daemon.launch_planner import LaunchPlanner, Paths
 from vllmd.daemon.logfile import LogFile, forget_old_runs, forget_removed_models, path_of
 from vllmd.daemon.memory import Memory
@@ -32,7 +33,8 @@ from vllmd.daemon.sleeps import Sleeps, finish_work
 from vllmd.engines.base import Listen, Progress
 from vllmd.engines.estimate import Estimate
 from vllmd.engines.plain import PROBE
-from vllmd.engines.start_times import share_begun
+from vllmd.engines.start_phases import WARM_UP, fields
+from vllmd.engines.start_times import first_phase, share_begun
 from vllmd.errors import ConfigError, LauncherFailed, VllmdError
 from vllmd.launcher.client import ExitReport, LauncherClient, StartOrder
 from vllmd.proxy.peers import Impostor
@@ -42,6 +44,7 @@ from vllmd.systemd.throttle import Repeated
 log = logging.getLogger("vllmd.engines")
 
 READY_POLL = 0.02  # seconds between probes while starting: the lag after true readiness stays under 50 ms
+READY = Progress("ready")
 KILL_LIMIT = 10.0  # seconds for a killed cgroup to become empty before the engine is given up
 LOG_BACKLOG = 1000  # lines for a reader of the log that does not keep up; the rest it misses
 WATCH_FAILURES = 2  # looks at a server that is not ours that must fail before it counts as gone
@@ -73,16 +76,18 @@ class EngineManager:
         look: Callable[[], Awaitable[None]] = _blind,
         usual: Usual = lambda model, kind: 0.0,
         ended: Callable[[str, str], None] = lambda engine, instance: None,
+        starts: Starts | None = None,
     ) -> None:
         """``on_phase`` is called when a start has come further; ``look`` has the core told what the devices hold.
 
-        ``ended`` is told of each engine whose process was started and is gone: its id, and its instance.
+        ``ended`` is told of each engine whose process was started and is gone: its id, and its instance. ``starts``:
+        where it is noted how each one's last start went.
         """
         self.processes: dict[str, EngineProcess] = {}
         self._on_phase = on_phase
         self._look = look
         self._told_ended = ended
-        self.last_start: dict[str, float] = {}  # model -> seconds its last start took
+        self._starts = Starts() if starts is None else starts
         self._launcher = launcher
         self._report = post
         self._models: Mapping[str, ModelConfig] = {}
@@ -131,6 +136,8 @@ class EngineManager:
             self._post(events.EngineStartFailed(command.replica, why))
             return
         self.processes[command.replica] = process
+        known = self._starts.get(process.name)
+        process.first = known is None or known.like != process.like
         work = self._start(process, order) if order else self._reach(process)
         self._run(process, work, lambda why: events.EngineStartFailed(process.name, why))
 
@@ -180,8 +187,8 @@ class EngineManager:
 
     def rename(self, command: commands.RenameReplica) -> None:
         """Its model has got replicas, or lost them: whatever is under way goes on, and ends by the new id."""
-        if command.replica in self.last_start:
-            self.last_start[command.now] = self.last_start.pop(command.replica)
+        if command.replica in self._starts:
+            self._starts[command.now] = self._starts.pop(command.replica)
         process = self.processes.pop(command.replica, None)
         if process:
             process.model = self._launch_planner.renamed(process.model, command.now)
@@ -201,6 +208,7 @@ class EngineManager:
         process.listen = replace(process.listen, owner=process.running.uid)
         pid, unit = process.running.pid, process.running.unit
         log.info("%s: started as pid %d in %s", process.name, pid, unit, extra=of(process))
+        process.phases.come_to(Progress(first_phase(process.engine.kind)))
         self._watch_health(process)
         await self.follow(process)
         return await self.await_ready(process)
@@ -210,7 +218,7 @@ class EngineManager:
         if failure := await call(process, process.engine.ready(process.model)):
             self._forget(process)
             return events.EngineStartFailed(process.name, failure)
-        process.phase, process.ready_after = Progress("ready"), time.monotonic() - process.started
+        process.phases.now, process.ready_after = READY, time.monotonic() - process.started
         self.spawn(self._watch(process))
         log.info("%s: %s answers", process.name, describe(process.listen), extra=of(process))
         return events.EngineReady(process.name, None)
@@ -268,14 +276,17 @@ class EngineManager:
 
     async def _is_ready(self, process: EngineProcess) -> events.Event:
         await self._warm_up(process)
-        process.ready_after = self.last_start[process.name] = time.monotonic() - process.started
-        process.phase = Progress("ready")
+        process.ready_after, spent = time.monotonic() - process.started, process.phases.end()
+        process.phases.now = READY
+        self._starts.note(process.name, Start(process.ready_after, spent, process.like))
         if not process.file:
             with contextlib.suppress(LauncherFailed):
                 await self._launcher.unfollow(process.instance)
         await self.annotate(process, state="ready", level="0")
         held = {} if process.self_managed else await self._memory.held(process)
-        log.info("%s: ready after %.1f s", process.name, process.ready_after, extra=of(process))
+        where = f": {words}" if (words := in_words(spent)) else ""
+        extra = {"journal": {**of(process)["journal"], **fields(spent)}}
+        log.info("%s: ready after %.1f s%s", process.name, process.ready_after, where, extra=extra)
         measured = _measured(process.engine.footprint(list(process.lines)), held)
         process.forget_start()
         return events.EngineReady(process.name, measured)
@@ -315,6 +326,7 @@ class EngineManager:
     async def _warm_up(self, process: EngineProcess) -> None:
         """One short request of our own, so that the first client does not pay for what is made lazily."""
         if process.model.warm_up and "/v1/completions" in process.engine.routes(process.model):
+            process.phases.come_to(Progress(WARM_UP))
             body = {"model": process.engine.served_name(process.model), "prompt": "Hello", "max_tokens": 1}
             if await complete(process, body) is None:
                 log.warning("%s: the warm-up request failed", process.name, extra=of(process))
@@ -450,9 +462,9 @@ class EngineManager:
 
     def _came_to(self, process: EngineProcess, progress: Progress) -> None:
         """Its start is in another phase, or further in that one."""
-        before, process.phase, process.phase_since = process.phase, progress, time.monotonic()
+        another = process.phases.come_to(progress)
         share = share_begun(process.engine.kind, progress.phase)
-        if share is not None and progress.phase != before.phase:
+        if share is not None and another:
             self._post(events.StartProgressed(process.name, share))
 
     # -- small things --------------------------------------------------------------------
@@ -522,6 +534,7 @@ class EngineManager:
             log.warning("%s: its output is not read: %s", process.name, error, extra=of(process))
 
     async def _resume_start(self, process: EngineProcess) -> events.Event:
+        process.phases.whole = False  # its log is read in one go now
         await self.follow(process)
         return await self.await_ready(process)
 

@@ -18,13 +18,13 @@ from vllmd.daemon.failure_text import how_it_ended, with_last_lines
 from vllmd.daemon.logfile import LogFile
 from vllmd.engines import environments
 from vllmd.engines.base import Engine, Listen, Progress
+from vllmd.engines.start_phases import StartPhases
 from vllmd.errors import ConfigError
 from vllmd.launcher.client import ExitReport, Running
 
 LOG_LINES = 1000  # kept of a start: each of several worker processes tells its own traceback of the one root error
 LINES_AFTERWARDS = 50
 ERRORS = 3  # answers with 5xx in a row, after which an engine is in doubt
-STARTING = Progress("starting")
 
 
 @dataclass
@@ -60,8 +60,7 @@ class EngineProcess:
     running: Running | None = None
     ordered: asyncio.Future[Running] | None = None
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=LOG_LINES))
-    phase: Progress = STARTING
-    phase_since: float = field(default_factory=time.monotonic)
+    phases: StartPhases = field(default_factory=StartPhases)
     started: float = field(default_factory=time.monotonic)
     ready_after: float | None = None  # seconds its start took
     exited: asyncio.Event = field(default_factory=asyncio.Event)
@@ -73,6 +72,7 @@ class EngineProcess:
     self_managed: bool = False
     watch: float = 0.0  # Launch.watch
     environment: str | None = None  # that it was started in; "": it has none; None: an older version noted nothing
+    first: bool = False  # no start of such an engine is known that came through
     ending: bool = False  # it was told to go
     asleep: bool = False
     health: Health = field(default_factory=Health)
@@ -80,6 +80,21 @@ class EngineProcess:
     verdict: str = ""  # why we killed it, if we did
     listeners: set[asyncio.Queue[str]] = field(default_factory=set)
     adapters: dict[str, asyncio.Task[str]] = field(default_factory=dict)  # loaded, or being loaded: what went wrong
+
+    @property
+    def phase(self) -> Progress:
+        """The phase that its start is in, with the log line that told of it."""
+        return self.phases.now
+
+    @property
+    def told(self) -> str:
+        """The same in words, as whoever waits is told it."""
+        return f"{self.phase.phase}, first time only" if self.phase.once and self.first else self.phase.phase
+
+    @property
+    def like(self) -> str:
+        """What another start must have in common with this one to find what this one has compiled."""
+        return f"{self.fingerprint} {self.environment or ''}".rstrip()
 
     @property
     def name(self) -> str:

@@ -14,12 +14,12 @@ from vllmd.daemon.current import RuntimeEnvironment
 from vllmd.daemon.device_watch import LIMIT, DeviceWatch, Open
 from vllmd.daemon.engine_resolver import EngineResolver
 from vllmd.daemon.homes import Homes
-from vllmd.daemon.host import host_memory
 from vllmd.daemon.launch_planner import Paths
 from vllmd.daemon.preflight import Machine, look, say
 from vllmd.daemon.specs import model_spec, replica_spec
 from vllmd.engines.estimate import Estimate
 from vllmd.gpu import Devices, open_devices
+from vllmd.place import host_memory
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from vllmd.config.types import Config
 from vllmd.daemon.admission_gate import AdmissionGate, Fetching
 from vllmd.daemon.changes import Changes
 from vllmd.daemon.current import Current, Later, RuntimeEnvironment, Take
+from vllmd.daemon.disabled import Disabled
 from vllmd.daemon.engine_resolver import EngineResolver
 from vllmd.daemon.failure_text import places
 from vllmd.daemon.following import Following
@@ -28,6 +29,7 @@ from vllmd.daemon.key_store import KeyStore
 from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.listeners import Listeners
 from vllmd.daemon.operator_commands import OperatorCommands
+from vllmd.daemon.previews import Previews
 from vllmd.daemon.quotas import Quotas
 from vllmd.daemon.records import Records
 from vllmd.daemon.runtime_models import RuntimeModels, addresses
@@ -64,6 +66,7 @@ class FrontEnd:
     listeners: Listeners
     records: Records
     key_store: KeyStore
+    disabled: Disabled
     quotas: Quotas
     back: Later[BackEnd]
 
@@ -80,6 +83,7 @@ class FrontEnd:
         self.gate.configure(config.models, self.current.engines, config.server.keep_alive_limit, config.pools)
         self.records.configure(config.records)
         self.key_store.load()
+        self.disabled.load()
         self.listeners.configure(self.key_store.added_to(config))
 
     def turn_away(self) -> None:
@@ -115,14 +119,18 @@ def front_end(
     relay = Relay(gate, limits)
     learnt = Learnt(runtime.learnt)
     records = Records(config.records, runtime.usage)
-    relay.recorder = records.recordings
+    relay.recorder, relay.tracer = records.recordings, records
     changes = Changes(current, counters, learnt, relay.forget, records.engine_up)
     instances = Instances(current, back, take, changing)
     runtime_models = RuntimeModels(current, back, take, changing, instances.plain, addresses(sockets.get("http", ())))
     store = ModelStore(current, runtime, back, changes, reload)
     status = Status(current, runtime, resolver, gate, learnt, back, lambda: listeners.connections, store.lines)
-    commands, following = OperatorCommands(back, instances, reload), Following(current, status, changes, back)
-    control = Control(counters, status, commands, following, runtime_models, store, records, key_store)
+    disabled = Disabled(runtime.disabled)
+    disabled.load()
+    commands = OperatorCommands(back, instances, disabled, current.engines_of, reload)
+    following = Following(current, status, changes, back)
+    previews = Previews(back, lambda: current.config)
+    control = Control(counters, status, commands, previews, following, runtime_models, store, records, key_store)
 
     def outcome(model: str, answered: int, failed: bool) -> None:
         """What became of a request; of several replicas the scheduler itself judges."""
@@ -158,6 +166,7 @@ def front_end(
         listeners=listeners,
         records=records,
         key_store=key_store,
+        disabled=disabled,
         quotas=quotas,
         back=back,
     )

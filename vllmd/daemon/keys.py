@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -24,6 +25,8 @@ from vllmd.proxy.http import Request
 from vllmd.proxy.tunnel import KEY_PROTOCOL
 
 ENGINES_PAGES = "/upstream/"
+BASIC = re.compile(r"\s*basic(?=\s|$)", re.IGNORECASE)
+BEARER = re.compile(r"\s*(?:bearer[:\s]\s*|bearer$)+", re.IGNORECASE)
 MOST_KEYS = 4  # that one request may bring; each is a guess
 # What clients send that want a key and were given none; beside a true key it is no guess.
 PLACEHOLDERS = frozenset(
@@ -90,18 +93,19 @@ class ApiKeyAuth:
         if not self._callers:
             return self._stranger
         secrets = presented(request)
-        digests = [hashlib.sha256(secret.encode("latin-1", "replace")).hexdigest() for secret in secrets]
-        if not digests:
+        if not secrets:
             return self._stranger
         wait, refused = 0.0, []
-        for digest in digests:
+        for secret in secrets:
+            digest = hashlib.sha256(secret.encode("latin-1", "replace")).hexdigest()
             wait = self._failures.wait(request.peer, digest)
             if wait > 0:
                 continue
             found = [caller for known, caller in self._callers if hmac.compare_digest(known, digest)]  # no early end
             if found:
                 self._failures.passed(request.peer, digest)
-                by_itself = by_password(request) == secrets and not request.path.startswith(ENGINES_PAGES)
+                # Whatever else it brings: a page can add fields to what its browser sends by itself.
+                by_itself = secret in by_password(request) and not request.path.startswith(ENGINES_PAGES)
                 return for_pages(found[0]) if by_itself else found[0]
             self._failures.failed(request.peer, digest)
             refused.append(digest)
@@ -139,31 +143,42 @@ class DenyAll:
 def presented(request: Request) -> list[str]:
     """The secrets that the request brings, in every place where clients put them; empty ones are none.
 
-    ``Authorization: Bearer`` (OpenAI) or ``Basic`` (browsers; the key is the password, or the user without one),
-    ``x-api-key`` (Anthropic), ``api-key`` (Azure), and a WebSocket's sub-protocol (OpenAI's in browsers). A query's
+    ``Authorization: Bearer`` (OpenAI) or ``Basic`` (browsers; the key is the password, or the user without one), or the
+    key alone; ``x-api-key`` (Anthropic), ``api-key`` (Azure), and a WebSocket's sub-protocol (OpenAI's in browsers).
+    Each field may come several times; a word ``Bearer`` that somebody wrote along with the key is left out. A query's
     ``key=`` is none: it would stand in every log on the way, and no client of a kind of engine here does so.
     """
     headers, found = request.headers, []
-    scheme, _, credentials = headers.get("authorization").strip().partition(" ")
-    if scheme.lower() == "bearer":
-        found.append(credentials)
-    elif scheme.lower() == "basic":
-        found.append(_password(credentials))
-    found += [headers.get("x-api-key"), headers.get("api-key")]
+    for name, value in headers:
+        if name == "authorization":
+            found.append(_password(value) if BASIC.match(value) else _bearer(value))
+        elif name in ("x-api-key", "api-key"):
+            found.append(_bearer(value))
     if request.upgrade:
         protocols = headers.get("sec-websocket-protocol").split(",")
         found += [
             each.strip().removeprefix(KEY_PROTOCOL) for each in protocols if each.strip().startswith(KEY_PROTOCOL)
         ]
-    secrets = [secret.strip() for secret in found if secret.strip()]
+    secrets = [secret for secret in map(_bare, found) if secret]
     true = [secret for secret in secrets if secret.lower() not in PLACEHOLDERS]
     return list(dict.fromkeys(true or secrets))[:MOST_KEYS]
 
 
+def _bearer(value: str) -> str:
+    """The key, with or without a word before it; "" for what is of another scheme, such as Negotiate."""
+    bare = BEARER.sub("", value).strip()
+    return "" if " " in bare else bare
+
+
+def _bare(secret: str) -> str:
+    """Without the space and the quotes that came along with it."""
+    return secret.strip().strip("\"'").strip()
+
+
 def by_password(request: Request) -> list[str]:
     """The secret that a browser was asked for and sends along by itself, with whatever page it shows."""
-    scheme, _, credentials = request.headers.get("authorization").strip().partition(" ")
-    return [_password(credentials).strip()] if scheme.lower() == "basic" else []
+    fields = [value for name, value in request.headers if name == "authorization"]
+    return [_bare(_password(value)) for value in fields if BASIC.match(value)]
 
 
 def for_pages(caller: Caller) -> Caller:
@@ -176,9 +191,12 @@ def _by_password() -> VllmdError:
     return Forbidden("a key that comes as a password (Basic) opens models and /upstream; operators send it as Bearer")
 
 
-def _password(credentials: str) -> str:
+def _password(field: str) -> str:
+    """The password in a field's ``Basic`` credentials, or the user without one; "" for what is no such thing."""
+    coded = BASIC.sub("", field).strip().rstrip("=")
     try:
-        user, _, password = base64.b64decode(credentials.strip(), validate=True).decode("latin-1").partition(":")
+        decoded = base64.b64decode(coded + "=" * (-len(coded) % 4), validate=True)
+        user, _, password = decoded.decode("latin-1").partition(":")
     except ValueError:
         return ""
     return password or user

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from vllmd.config.names import instance_name
 from vllmd.config.types import ModelConfig
 from vllmd.core import commands
+from vllmd.core.types import Device
 from vllmd.daemon.boot_clock import moments
 from vllmd.daemon.engine_keys import EngineKeys
 from vllmd.daemon.engine_process import EngineProcess, environment_now, fingerprint
@@ -23,6 +24,7 @@ from vllmd.errors import ConfigError
 from vllmd.gpu import environment
 from vllmd.launcher.client import StartOrder
 from vllmd.launcher.protocol import ProtocolError
+from vllmd.place import Cpus, cpus
 
 LONGEST_STOP = 3600.0  # seconds between SIGTERM and SIGKILL that the launcher accepts
 
@@ -101,6 +103,7 @@ class LaunchPlanner:
     def _place(self, command: commands.StartEngine, run_dir: Path) -> Place:
         devices = self._memory.devices_of(command.placement)
         told = self._estimates.get(command.replica)
+        here = self._cpus(self._models[command.replica], devices)
         return Place(
             run_dir=run_dir,
             device_ids=tuple(device.id for device in devices),
@@ -111,10 +114,19 @@ class LaunchPlanner:
             kv_cache=told.kv_cache if told else 0,
             context=told.context if told else 0,
             visible=environment(devices),
+            cpus=here.count if here.count < here.machine else 0,
+            quota=here.quota is not None and here.count < here.machine,
             key=self.keys.of(run_dir.name),
         )
 
+    def _cpus(self, model: ModelConfig, devices: Sequence[Device]) -> Cpus:
+        here = cpus().within(model.limits.cpu_quota)
+        near = near_cpus(model, devices)
+        return replace(here, count=min(here.count, len(near))) if near else here
+
     def _order(self, process: EngineProcess, launch: Launch, run_dir: Path) -> StartOrder:
+        devices = self._memory.devices_of(process.placement)
+        near = near_cpus(process.model, devices)
         return StartOrder(
             instance=process.instance,
             argv=launch.argv,
@@ -125,6 +137,8 @@ class LaunchPlanner:
             listen_uds=launch.listen.uds,
             stop_timeout=min(max(process.model.stop_timeout, 1.0), LONGEST_STOP),
             limits={key: value for key, value in asdict(process.model.limits).items() if value is not None},
+            cpus=near,
+            node=(devices[0].node or 0) if near else -1,
             metadata={
                 "model": process.model.name,
                 "listen": json.dumps(noted(process.listen)),
@@ -153,3 +167,9 @@ class LaunchPlanner:
         """The engine is gone: its port is free, unless it is somebody else's."""
         if process.ordered or process.running:
             self._ports.release(process.listen.port)
+
+
+def near_cpus(model: ModelConfig, devices: Sequence[Device]) -> tuple[int, ...]:
+    """The CPUs of the NUMA node that all of its devices are of; none where there is no such, or nobody wants it."""
+    nodes = {device.node for device in devices}
+    return devices[0].cpus if model.numa and len(nodes) == 1 and None not in nodes else ()

@@ -1,12 +1,13 @@
 """Figures that were learnt, kept over restarts: a cache, safe to delete, never believed blindly.
 
 One JSON file in the service's cache directory, or for ``vllmd serve`` in the
-user's: ``{"costs": {...}, "runs": {...}, "decisions": {...}, "failures": {...}}``, the
+user's: ``{"costs": {...}, "runs": {...}, "decisions": {...}, "starts": {...}, "failures": {...}}``, the
 costs as ``vllmd.core.costs.CostBook`` has them; it forgets by itself what was measured
 of a model that is now configured otherwise. ``runs`` are the last instances of each
 engine, so that what they wrote can be shown also to those who may not read the journal;
 ``decisions`` the last ones about each, as ``/admin/decisions`` has them: what is asked
 about a model outlives the daemon.
+``starts`` tell of each engine's last start how long it took and where that time went: the daemon ends when it is idle.
 ``failures`` are those that nobody has cleared (``failures.py``).
 """
 
@@ -24,6 +25,7 @@ from typing import Any
 from vllmd.api.answers import Decision
 from vllmd.api.codec import parse, plain
 from vllmd.daemon.failures import Failure
+from vllmd.daemon.last_starts import Start, Starts
 from vllmd.foreign import Folder
 from vllmd.systemd.throttle import Repeated
 
@@ -41,6 +43,7 @@ class Learnt:
         self.runs: dict[str, list[tuple[str, float]]] = {}  # engine -> its last instances, and when each ended
         self.decisions: dict[str, list[Decision]] = {}  # engine or model -> the last ones about it
         self.earlier: dict[str, list[Decision]] = {}  # those of them that an earlier daemon made
+        self.starts = Starts()
         self.failures: dict[str, Failure] = {}  # by engine
         self._written = ""
         self._trouble = Repeated(log)
@@ -75,6 +78,8 @@ class Learnt:
             made = dict(told.get("decisions", {})).items()
             self.decisions = {name: [_decision(name, each) for each in kept] for name, kept in made}
             self.earlier = {name: list(kept) for name, kept in self.decisions.items()}
+            starts = dict(told.get("starts", {})).items()
+            self.starts = Starts((name, Start.read(kept)) for name, kept in starts)
             self.failures = {name: Failure.read(kept) for name, kept in dict(told.get("failures", {})).items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error.__cause__, FileNotFoundError):  # nothing has been learnt yet
@@ -82,13 +87,16 @@ class Learnt:
             what = "cannot be read" if isinstance(error.__cause__, OSError) else "is damaged"
             log.warning("ignoring %s, it %s (%s); figures are learnt anew", self._path, what, error)
             self.costs, self.runs, self.decisions, self.earlier, self.failures = {}, {}, {}, {}, {}
+            self.starts = Starts()
 
     def save(self) -> None:
         """Write it whole or not at all; a full disk is told and costs nothing but the figures."""
         if self._path is None:
             return
         failures = {name: asdict(failure) for name, failure in self.failures.items()}
-        kept = {"costs": self.costs, "runs": dict(self.runs), "decisions": dict(self.decisions), "failures": failures}
+        starts = {name: asdict(start) for name, start in self.starts.items()}
+        kept = {"costs": self.costs, "runs": dict(self.runs), "decisions": dict(self.decisions), "starts": starts}
+        kept["failures"] = failures
         text = json.dumps(kept, sort_keys=True, default=plain)
         if text == self._written:
             return

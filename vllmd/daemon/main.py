@@ -22,6 +22,7 @@ from vllmd.config.types import Config
 from vllmd.config.user_home import user_home
 from vllmd.daemon import collector, identity
 from vllmd.daemon.current import RuntimeEnvironment
+from vllmd.daemon.disabled import disabled_path
 from vllmd.daemon.key_store import key_store_path
 from vllmd.daemon.listen import Listeners, listeners, told
 from vllmd.daemon.records import store_path
@@ -136,6 +137,7 @@ def runtime(environment: Mapping[str, str], *, activated: bool) -> Iterator[Runt
             learnt=Path(cache) / "learnt.json" if cache else learnt_of(environment),
             sessions=Path(cache) / "sessions.json" if cache else None,
             keys=key_store_path(environment, user_home(environment)),
+            disabled=disabled_path(environment, user_home(environment)),
             usage=store_path(environment, user_home(environment)),
             logs=_logs(environment),
             activated=activated,

@@ -96,6 +96,8 @@ class Memory:
             id=device.id if device else "",
             links=tuple(sorted(device.links)) if device else (),
             node=device.node if device else None,
+            switch=device.switch if device else "",
+            cpus=device.cpus if device else (),
             power=last.power if last else None,
             temperature=last.temperature if last else None,
             throttled=last.throttled if last else "",

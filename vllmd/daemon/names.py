@@ -3,7 +3,8 @@
 The exact name or alias first. What clients make of names by habit comes after it, one habit after another, and each
 only where it leads to one model: a tag ``:latest`` (Ollama's clients), other case or another Unicode form of the same
 letters, a provider's prefix (LiteLLM's and others' ``openai/``, ``ollama/``, ``hosted_vllm/``), and the end of a name
-without what stands before its slashes. Nothing that could be two models is guessed.
+without what stands before its slashes. White space and slashes at either end mean nothing. Nothing that could be two
+models is guessed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,16 @@ MOST_COMPARED = 500  # names that a wrong one is compared with
 
 FIRST_MODEL = "vllmctl run smollm2"  # fetches one, serves it and asks it
 LATEST = ":latest"
-PREFIXES = ("openai/", "ollama/", "ollama_chat/", "hosted_vllm/", "vllm/", "llamacpp/", "lm_studio/", "custom_openai/")
+# By which programs choose an API; some send it on with the name.
+PREFIXES = tuple(
+    f"{name}/"
+    for name in (
+        *("openai", "ollama", "ollama_chat", "hosted_vllm", "vllm", "llamacpp", "lm_studio", "custom_openai"),
+        *("vllmd", "openai_like", "text-completion-openai", "azure", "azure_ai", "anthropic", "litellm_proxy"),
+        *("openrouter", "together_ai", "huggingface", "llamafile", "lmstudio", "llama.cpp", "llama_cpp", "xinference"),
+        "models",
+    )
+)
 
 
 class Names:
@@ -86,7 +96,9 @@ class Names:
 
     def _readings(self, name: str) -> Iterator[set[str]]:
         """The models that ``name`` can mean, by one habit after another."""
-        plain = name.removesuffix(LATEST)
+        plain = name.strip().strip("/")
+        if plain.lower().endswith(LATEST):
+            plain = plain[: -len(LATEST)]
         for tagged in (plain, plain + LATEST):
             if tagged in self._exact:
                 yield {self._exact[tagged]}

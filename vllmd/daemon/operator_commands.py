@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from vllmd.api.answers import Device, Killed, Probed, Reloaded
 from vllmd.core import events
 from vllmd.daemon.current import Later
+from vllmd.daemon.disabled import Disabled
 from vllmd.daemon.instances import Instances
 from vllmd.daemon.probing import probe
 from vllmd.daemon.processes import kill
@@ -22,11 +23,20 @@ if TYPE_CHECKING:
 class OperatorCommands:
     """Implements ``vllmd.admin.control.Commands``. Every verb waits until devices and engines have been found."""
 
-    def __init__(self, back: Later[BackEnd], instances: Instances, reload: Callable[[], Awaitable[Reloaded]]) -> None:
+    def __init__(
+        self,
+        back: Later[BackEnd],
+        instances: Instances,
+        disabled: Disabled,
+        engines_of: Callable[[str], Sequence[str]],
+        reload: Callable[[], Awaitable[Reloaded]],
+    ) -> None:
         self.reload = reload
         self.load_on = instances.load_on
         self.drop_instance = instances.drop
         self._back = back
+        self._disabled = disabled
+        self._engines_of = engines_of
 
     async def post(self, event: str, fields: Mapping[str, object]) -> None:
         """Have the core decide on an event of ``vllmd.core.events`` of that name. Raises InternalError."""
@@ -50,6 +60,17 @@ class OperatorCommands:
         if level != 3 and views and all(view.state in UNLOADED for view in views):
             raise Conflict(f"{model} cannot be put to sleep: it is not loaded ({views[0].state.value})")
         back.perform(events.SleepAsked(model, level))
+
+    async def disable(self, model: str, message: str | None) -> None:
+        """Have clients told ``message``, and the engine stopped, until it is enabled. Raises Unavailable."""
+        back = await self._back.wait()
+        back.perform(await self._disabled.add(model, message or ""))
+
+    async def enable(self, model: str) -> None:
+        """Serve it again, with all its replicas. Raises Unavailable."""
+        back = await self._back.wait()
+        await self._disabled.remove(model, *self._engines_of(model))
+        back.perform(events.ModelEnabled(model))
 
     async def lease(self, model: str, lease: str, seconds: float | None) -> None:
         """Keep it for ``seconds``; of several replicas one that serves."""

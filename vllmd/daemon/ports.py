@@ -6,20 +6,30 @@ import socket
 from collections import deque
 
 from vllmd.errors import Unavailable
+from vllmd.place import PortLimits, port_limits
 
 
 class PortPool:
-    """TCP ports for engines that have no Unix sockets: each given once until it comes back."""
+    """TCP ports for engines that have no Unix sockets: each given once until it comes back.
 
-    def __init__(self, start: int, end: int) -> None:
-        self._free = deque(range(start, end + 1))
+    Those come last that the kernel may give to an outgoing connection at any moment, be it between our look and the
+    engine's; those that only root may listen on do not come at all.
+    """
+
+    def __init__(self, start: int, end: int, limits: PortLimits | None = None) -> None:
+        self._limits = port_limits() if limits is None else limits
         self._range = range(start, end + 1)
+        self._free = self._ordered(frozenset())
 
     def take(self, start: int, end: int) -> None:
         """Have this range from now on; a port that is in use is not given again before it comes back."""
-        used = set(self._range) - set(self._free)
+        used = frozenset(self._range) - frozenset(self._free)
         self._range = range(start, end + 1)
-        self._free = deque(port for port in self._range if port not in used)
+        self._free = self._ordered(used)
+
+    def _ordered(self, used: frozenset[int]) -> deque[int]:
+        usable = (port for port in self._range if port >= self._limits.least and port not in used)
+        return deque(sorted(usable, key=lambda port: (self._limits.taken(port), port)))
 
     def reserve(self) -> int:
         """A port that no other engine of ours has and nobody listens on. Raises Unavailable when there is none."""

@@ -15,11 +15,11 @@ from vllmd.config.types import ModelConfig
 from vllmd.core.types import Device
 from vllmd.daemon.fitness import kind_of
 from vllmd.daemon.homes import Homes, unknown_user
-from vllmd.daemon.host import host_memory
 from vllmd.engines.base import Engine, Place
 from vllmd.engines.estimate import Estimate, estimate, overfull_pins, too_large
 from vllmd.engines.facts import size
 from vllmd.errors import ConfigError
+from vllmd.place import host_memory
 
 log = logging.getLogger("vllmd")
 

@@ -14,7 +14,7 @@ import asyncio
 import logging
 import os
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
@@ -23,20 +23,24 @@ from typing import TYPE_CHECKING
 from vllmd.api import answers
 from vllmd.api.answers import RequestEntry, RequestInFull, Requests, Usage
 from vllmd.api.codec import encoded
+from vllmd.config.checks import without_otlp
 from vllmd.config.types import RecordsConfig
 from vllmd.core.types import Snapshot
 from vllmd.daemon.current import state_file
 from vllmd.errors import BadRequest, NotFound, Unavailable
 from vllmd.proxy.access import ADMIN, MODELS, Caller
+from vllmd.proxy.account import Account, Trace
 from vllmd.proxy.exchange import Exchange
+from vllmd.proxy.http import Request
 from vllmd.records import bodies, ring
-from vllmd.records.bodies import Recordings
+from vllmd.records.bodies import KeptBodies, Recordings
 from vllmd.records.ring import Entry, Filter, Ring
 from vllmd.records.sums import DAY, Sums
 from vllmd.records.trace import Arrival, anonymous
 from vllmd.systemd.throttle import Repeated
 
 if TYPE_CHECKING:
+    from vllmd.daemon.spans import Spans
     from vllmd.records.store import Store
 
 log = logging.getLogger("vllmd.records")
@@ -45,10 +49,32 @@ access_log = logging.getLogger("vllmd.access")
 FLUSH, RETRY = 2.0, 15.0  # seconds between writes, and after one that failed
 MOST_FRESH = 4000  # requests that wait to be added up by the thread that writes
 MOST_ARRIVALS = MOST_LINES = 20_000  # that wait to be written
-WATCH_BACKLOG = 1000  # requests kept for a watcher that does not read; then the oldest are lost to it
+MOST_AT_ONCE, WATCH_PAUSE = 25, 0.25  # requests that a watcher is told, and the seconds until it is told more
 MiB = 1 << 20
 USAGE_SHOWN, TRACE_SHOWN = 30 * DAY, 7 * DAY  # seconds, where nothing else is asked for
 LONGEST_LOOK = 60.0  # seconds between two looks at the devices; after a longer time nobody knows who held what
+
+
+class Watcher:
+    """Somebody who watches requests end, and those that have not been told yet."""
+
+    def __init__(self, wanted: Filter, caller: Caller) -> None:
+        self._wanted, self._caller = wanted, caller
+        self._waiting: deque[Entry] = deque(maxlen=MOST_AT_ONCE)
+        self.woken = asyncio.Event()
+
+    def hear(self, entry: Entry) -> None:
+        """A request has ended: keep it until it is told, if it is one of those that are wanted."""
+        if self._wanted.takes(entry) and ring.may_see(self._caller, entry):
+            self._waiting.append(entry)
+            if not self.woken.is_set():
+                self.woken.set()
+
+    def taken(self) -> list[Entry]:
+        """What is to be told now."""
+        waiting = list(self._waiting)
+        self._waiting.clear()
+        return waiting
 
 
 class Records:
@@ -59,6 +85,7 @@ class Records:
         self._config = config
         self._ring = Ring(config.requests, self._loading)
         self.recordings = Recordings(time.monotonic)
+        self._bodies = KeptBodies(config.bodies)
         self._sums = Sums()
         self._fresh: list[Entry] = []  # not added up yet
         self._arrivals: list[Arrival] = []
@@ -71,7 +98,9 @@ class Records:
         self._tasks: set[asyncio.Task[None]] = set()
         self._trouble, self._log_trouble = Repeated(log), Repeated(log)
         self.trouble = ""  # why nothing can be written now
-        self._watchers: set[asyncio.Queue[Entry]] = set()
+        self.spans: Spans | None = None  # who sends them, if somebody does
+        self.configure_spans(config)
+        self._watchers: set[Watcher] = set()
         self._came_up: dict[str, tuple[float, float]] = {}  # replica -> when it began to come up, and when it was there
         self._last_key: dict[str, str] = {}  # model -> who used it last
         self._looked: float | None = None
@@ -84,6 +113,32 @@ class Records:
         self._config = config
         self._keeps = self._path is not None and config.usage
         self._ring.resize(config.requests)
+        self._bodies.most = config.bodies
+        self.configure_spans(config)
+
+    def configure_spans(self, config: RecordsConfig) -> None:
+        """Send spans where the configuration says, if it says so and the packages are there."""
+        before = self.spans
+        if before is not None and (before.endpoint, before.share) == (config.spans, config.spans_share):
+            return
+        self.spans = None
+        if config.spans:
+            from vllmd.daemon.spans import Spans  # most daemons send none
+
+            if why := without_otlp():
+                log.error("records.spans %s", why)
+            else:
+                self.spans = Spans(config.spans, config.spans_share)
+        if before is not None:
+            asyncio.get_running_loop().run_in_executor(None, before.close)
+
+    def traced(self) -> dict[str, int]:
+        """How many requests' spans were sent, and how many dropped; {} where none are sent."""
+        return {"sent": self.spans.sent, "dropped": self.spans.dropped} if self.spans is not None else {}
+
+    def begin(self, request: Request) -> Trace | None:
+        """The trace of a request that has just arrived, None if it is not to be recorded."""
+        return self.spans.begin(request) if self.spans is not None else None
 
     # -- what is heard
 
@@ -92,12 +147,11 @@ class Records:
         if not exchange.model and (exchange.status < 400 or MODELS not in exchange.request.caller.scopes):
             return  # operators, probes and lists; and strangers, who could fill the ring with what was refused
         account, config = exchange.account, self._config
-        kept = None
+        entry = self._ring.note(exchange)
         if account is not None and account.request is not None:
-            kept = bodies.of(account, exchange.request.received)
-        entry = self._ring.note(exchange, kept)
-        if kept is not None:
-            self._bound_bodies()
+            self._keep_bodies(entry.number, account, exchange.request.received)
+        if account is not None and account.trace is not None and self.spans is not None:
+            self.spans.note(entry, account.trace)
         if exchange.model:
             self._last_key[exchange.model] = entry.key
             if self._keeps:
@@ -106,10 +160,8 @@ class Records:
                     self._schedule()
         if config.access_log:
             self._log(entry, config.access_log)
-        for queue in self._watchers:
-            if queue.full():
-                queue.get_nowait()
-            queue.put_nowait(entry)
+        for watcher in self._watchers:
+            watcher.hear(entry)
 
     def _schedule(self) -> None:
         """Have what has gathered written soon; where requests come faster than that, add them up now."""
@@ -251,6 +303,8 @@ class Records:
             self._timer.cancel()
             self._timer = None
         await self.flush()
+        if self.spans is not None:
+            await asyncio.to_thread(self.spans.close)
         if self._store is not None:
             await asyncio.to_thread(self._store.close)
 
@@ -282,28 +336,33 @@ class Records:
         shown = (each for each in self._ring.newest() if wanted.takes(each) and ring.may_see(caller, each))
         live = sorted(_unfinished(exchange) for exchange in self.live())
         under_way = (each for each in live if wanted.takes(each) and ring.may_see(caller, each))
-        return Requests(tuple(map(ring.told, islice(shown, limit))), tuple(map(ring.told, under_way)))
+        return Requests(tuple(map(self._told, islice(shown, limit))), tuple(map(ring.told, under_way)))
 
     def request(self, request_id: str, caller: Caller) -> RequestInFull:
         """One with its head, and with recorded bodies, if the caller may change things. Raises NotFound."""
         entry = self._ring.find(request_id)
         if entry is None or not ring.may_see(caller, entry):
             raise NotFound(f"no request {request_id[:100]!r} is among the last {self._config.requests}")
-        shown = ADMIN in caller.scopes and entry.bodies is not None
-        recorded = bodies.told(entry.bodies) if shown and entry.bodies is not None else None
-        return RequestInFull(**vars(ring.told(entry)), headers=ring.headers(entry), recorded=recorded)
+        kept = self._bodies.of(entry.number) if ADMIN in caller.scopes else None
+        recorded = None if kept is None else bodies.told(kept)
+        return RequestInFull(**vars(self._told(entry)), headers=ring.headers(entry), recorded=recorded)
 
     async def watch(self, wanted: Filter, caller: Caller) -> AsyncIterator[RequestEntry]:
-        """Requests as they end, those that the filter lets through, until the caller stops."""
-        queue: asyncio.Queue[Entry] = asyncio.Queue(WATCH_BACKLOG)
-        self._watchers.add(queue)
+        """Requests as they end, those that the filter lets through, until the caller stops.
+
+        Nobody reads more than ``MOST_AT_ONCE`` in each ``WATCH_PAUSE`` seconds: where more end, the newest are told.
+        """
+        watcher = Watcher(wanted, caller)
+        self._watchers.add(watcher)
         try:
             while True:
-                entry = await queue.get()
-                if wanted.takes(entry) and ring.may_see(caller, entry):
-                    yield ring.told(entry)
+                await watcher.woken.wait()
+                watcher.woken.clear()
+                for entry in watcher.taken():
+                    yield self._told(entry)
+                await asyncio.sleep(WATCH_PAUSE)
         finally:
-            self._watchers.discard(queue)
+            self._watchers.discard(watcher)
 
     # -- recordings
 
@@ -319,7 +378,7 @@ class Records:
         if not all(ended):
             raise NotFound(f"there is no recording {number}")
         if not self.recordings.present():
-            self._ring.without_bodies(lambda entry: False)
+            self._bodies.clear()
         return self.recorded()
 
     def recorded(self) -> answers.Recordings:
@@ -329,20 +388,17 @@ class Records:
             answers.Recording(each.number, each.model, each.key, each.most, round(each.until - now, 1))
             for each in self.recordings.present()
         )
-        kept = [entry.bodies.size for entry in self._ring.with_bodies if entry.bodies is not None]
-        return answers.Recordings(tuple(running), len(kept), sum(kept))
+        return answers.Recordings(tuple(running), len(self._bodies), self._bodies.size)
 
-    def _bound_bodies(self) -> None:
-        """The oldest bodies go where all together are too many."""
-        room, keep = self._config.bodies, set[int]()
-        for entry in reversed(self._ring.with_bodies):
-            if entry.bodies is not None and entry.bodies.size <= room:
-                room -= entry.bodies.size
-                keep.add(entry.number)
-            else:
-                break
-        if len(keep) < len(self._ring.with_bodies):
-            self._ring.without_bodies(lambda entry: entry.number in keep)
+    def _keep_bodies(self, number: int, account: Account, received: int) -> None:
+        """Keep a request's bodies for as long as the request itself is kept, or until newer ones need their memory."""
+        found = bodies.of(account, received)
+        if found is not None:
+            self._bodies.forget_before(self._ring.oldest)
+            self._bodies.keep(number, found)
+
+    def _told(self, entry: Entry) -> RequestEntry:
+        return ring.told(entry, bodies=self._bodies.of(entry.number) is not None)
 
     # -- what is asked: use
 
@@ -412,7 +468,7 @@ def _unfinished(exchange: Exchange) -> Entry:
         exchange.offer or exchange.model, account.replica if account else "", request.caller.name, request.peer,
         exchange.status, "", "", account.stream if account else False, request.received, exchange.sent,
         None if admitted is None else admitted - exchange.began, 0.0, exchange.first_byte, elapsed,
-        account.sends if account else 0, None, b"", None,
+        account.sends if account else 0, None, b"",
     )  # fmt: skip
 
 

@@ -67,6 +67,11 @@ async def take(front: FrontEnd, back: BackEnd, read: Config, unless_used: frozen
     now = events.DevicesChanged(inventory, str(devices.trouble or ""), devices.asking) if devices else None
     settings = settings_of(config)
     back.ask(events.ModelsChanged(expected.specs, frozenset(changed), now, settings, unless_used), answered)
+    there = {*config.models, *engines}
+    if not repaired:
+        for order in front.disabled.orders(there):  # of a model that is new here, or of a file that has been mended
+            back.post(order)
+        await front.disabled.remove(*({*was, *before} - there))
     if devices:
         await back.readings.look()
     if repaired:

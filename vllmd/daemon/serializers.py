@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from vllmd.engines.facts import argument
 
 if TYPE_CHECKING:
     from vllmd.daemon.engine_process import EngineProcess
+    from vllmd.daemon.last_starts import Start
     from vllmd.daemon.self_description import SelfDescription
 
 NO_SETTINGS = ModelSettings()
@@ -76,6 +77,7 @@ def card(
         hidden=model.hidden,
         aliases=model.aliases,
         state=state_of(view) if view else State.STOPPED.value,
+        disabled=view.disabled if view else "",
         engine=model.engine,
         max_model_len=(said.context if said else None) or model.max_model_len,
         capabilities=tuple(sorted(able)),
@@ -103,7 +105,7 @@ def line(
     process: EngineProcess | None = None,
     *,
     since: float | None = None,
-    last_start: float | None = None,
+    last_start: Start | None = None,
     power: float | None = None,
     replica_of: str = "",
     replicas: tuple[ModelLine, ...] = (),
@@ -127,6 +129,7 @@ def line(
         idle=view.idle,
         since=view.since if view.since is not None else since,
         pinned=view.pinned,
+        disabled=view.disabled,
         leases=view.leases,
         waiting_for=view.waiting_for,
         failure=view.failure,
@@ -137,9 +140,10 @@ def line(
         unit=running.unit if running else "",
         socket=(process.listen.uds or f"{process.listen.host}:{process.listen.port}") if process else "",
         instance=process.instance if process else "",
-        phase=starting.phase if starting else "",
+        phase=process.told if process and starting else "",
         detail=starting.detail if starting else "",
-        last_start_seconds=last_start,
+        last_start_seconds=last_start.seconds if last_start else None,
+        start_phases=_phases(process if starting else None, last_start),
         power=power,
         started_at=time.time() - (time.monotonic() - process.started) if process else None,
         config=config,
@@ -148,6 +152,13 @@ def line(
         serving=view.serving if replicas and isinstance(view, ModelView) else int(view.state is State.READY),
         degraded=isinstance(view, ModelView) and view.balanced and view.degraded,
     )
+
+
+def _phases(starting: EngineProcess | None, last_start: Start | None) -> Mapping[str, float]:
+    """Where the time of the start under way goes, else where that of the last one went."""
+    if starting:
+        return starting.phases.spent(time.monotonic()) if starting.phases.whole else {}
+    return last_start.phases if last_start else {}
 
 
 def about(model: ModelConfig | None) -> ModelSettings:

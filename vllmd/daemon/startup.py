@@ -85,7 +85,9 @@ async def back_end(front: FrontEnd) -> BackEnd:
     ports = PortPool(config.engines.port_start, config.engines.port_end)
     planner = LaunchPlanner(memory, expected.paths, front.resolver, ports, EngineKeys(runtime.cache))
     stir, usual = front.changes.stir, scheduler.costs.usual
-    engines = EngineManager(launcher, report, memory, planner, runtime.logs, stir, look, usual, learnt.ended)
+    engines = EngineManager(
+        launcher, report, memory, planner, runtime.logs, stir, look, usual, learnt.ended, learnt.starts
+    )
     engines.configure(expected.engines, expected.estimates)
     execute = executors(engines, front.gate, front.instances.add)
     dispatcher = Dispatcher(scheduler, execute, front.changes.decided, stir)
@@ -101,12 +103,14 @@ async def back_end(front: FrontEnd) -> BackEnd:
 
 
 async def adopt_running(front: FrontEnd, back: BackEnd) -> None:
-    """Take over, or end, every engine that an earlier daemon left; remember which models had failed."""
+    """Take over, or end, every engine that an earlier daemon left; remember which had failed, or are disabled."""
     known = {process.instance for process in back.engines.processes.values()}
     running = [engine for engine in await answered(back.launcher.list) if engine.instance not in known]
     await adopt_all(back.engines, running, front.current.engines, front.resolver, back.post)
     for failure in remembered(back.learnt.failures, front.current.engines, time.time()):
         back.post(failure)
+    for order in front.disabled.orders({*front.current.config.models, *front.current.engines}):
+        back.post(order)
 
 
 def say_devices(memory: Memory) -> None:

@@ -33,6 +33,7 @@ from vllmd.proxy.upstream import request
 if TYPE_CHECKING:
     from vllmd.daemon.back_end import BackEnd
     from vllmd.daemon.engine_process import EngineProcess
+    from vllmd.daemon.last_starts import Start
 
 AT_A_TIME = 100  # models that are told of in one turn of the loop
 SCRAPE_LIMIT = 5.0  # seconds for an engine to tell its metrics
@@ -107,7 +108,7 @@ def _line(
         config,
         engines.processes.get(engine),
         since=since,
-        last_start=engines.last_start.get(engine),
+        last_start=seen.back.learnt.starts.get(engine),
         power=seen.back.memory.power.watts.get(engine),
         replica_of=replica_of,
         replicas=replicas,
@@ -247,17 +248,20 @@ class Status:
         seen = self.sight()
         if back is None:
             return Gauges(seen.snapshot, seen.connections, seen.requests, valid=not seen.broken)
-        memory, starts = back.memory, dict[str, float]()
+        memory = back.memory
+        starts: dict[str, Start] = {}
         devices = memory.last.devices if memory.last and memory.readable else {}
-        for engine, seconds in back.engines.last_start.items():
+        for engine, start in back.learnt.starts.items():
             model = self._current.model_of(engine)
-            starts[model] = max(seconds, starts.get(model, 0.0))  # of several replicas the slowest one's
+            if model not in starts or start.seconds > starts[model].seconds:  # of several replicas the slowest one's
+                starts[model] = start
         return Gauges(
             seen.snapshot,
             seen.connections,
             seen.requests,
             valid=not seen.broken,
-            last_starts=starts,
+            last_starts={model: start.seconds for model, start in starts.items()},
+            last_phases={model: start.phases for model, start in starts.items()},
             used={index: device.used for index, device in devices.items()},
             power={index: device.power for index, device in devices.items() if device.power is not None},
             load={i: device.utilisation / 100 for i, device in devices.items() if device.utilisation is not None},

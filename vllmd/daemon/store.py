@@ -22,9 +22,9 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from vllmd.api.answers import Added, Cached, CachedModel, Reloaded, Removed
+from vllmd.api.answers import Added, Cached, CachedModel, Pulled, Reloaded, Removed, failure
 from vllmd.api.answers import Download as DownloadLine
 from vllmd.config.names import readable
 from vllmd.config.types import Config, ModelConfig
@@ -84,7 +84,7 @@ class ModelStore:
 
     def lines(self) -> list[DownloadLine]:
         """The downloads, as they are shown."""
-        return [DownloadLine(**line) for line in self._made.lines()] if self._made else []
+        return self._made.lines() if self._made else []
 
     @property
     def _downloads(self) -> Downloads:
@@ -96,23 +96,23 @@ class ModelStore:
 
     # -- fetching
 
-    async def pull(self, name: str, *, add: bool, detached: bool) -> AsyncGenerator[dict[str, Any], None]:
+    async def pull(self, name: str, *, add: bool, detached: bool) -> AsyncGenerator[Pulled, None]:
         """Have a model's files here, and with ``add`` the model served. How far it is, line by line.
 
         The last line has ``done``, or ``error``. Raises BadRequest before the first one for what is no model's name.
         """
         wanted = await self.meant(name)
         if wanted.name in self._current.config.models and add:
-            yield {"done": True, "model": wanted.name, "added": False, "phase": "done"}
+            yield Pulled(wanted.name, "done", done=True, added=False)
             return
         download = self._downloads.begin(wanted, detached=detached)
         async with contextlib.aclosing(self._downloads.follow(download)) as lines:
             async for line in lines:
-                yield line
+                yield _pulled(line)
         try:
             yield await self._end(download, wanted, add=add)
         except VllmdError as error:
-            yield {"error": error.to_openai()["error"], "done": True, "model": wanted.name}
+            yield Pulled(wanted.name, "failed", done=True, error=failure(error))
 
     async def _check_room(self, config: Config) -> None:
         """Raises Forbidden where requests have added as many models as they may."""
@@ -120,17 +120,17 @@ class ModelStore:
             what = f"requests have added {MOST_REQUESTED} models, and no more are; vllmctl rm takes one out"
             raise Forbidden(f"{what}, vllmctl pull fetches others", param="model")
 
-    async def _end(self, download: Download, wanted: Wanted, *, add: bool, requested: bool = False) -> dict[str, Any]:
+    async def _end(self, download: Download, wanted: Wanted, *, add: bool, requested: bool = False) -> Pulled:
         """The last line of a pull."""
         found = await self._downloads.finished(download)
         if requested and found.get("called") != wanted.name:  # it may have followed an operator's download
             raise Forbidden(f"a request has {wanted.name} fetched only by its own name", param="model")
         settings = settings_of(found, wanted)
-        told = {"done": True, "model": wanted.name, "settings": settings, "seconds": download.line()["elapsed"]}
+        line = download.line()
         if add:
             with contextlib.suppress(_AlreadyServed):  # by another one who waited for it
                 await self.add(wanted.name, settings, ours=True, requested=requested)
-        return {**told, "phase": "done", "total": download.total, "added": add}
+        return replace(_pulled(line), model=wanted.name, done=True, added=add, settings=settings, seconds=line.elapsed)
 
     async def meant(self, name: str) -> Wanted:
         """What is to be fetched. On a machine with a device and vLLM well-known names mean the files for that."""
@@ -145,7 +145,7 @@ class ModelStore:
         if self._made is None or download is None:
             raise NotFound(f"nothing called {model!r} is being downloaded; vllmctl ps shows what is")
         self._made.cancel(download)
-        return DownloadLine(**download.line())
+        return download.line()
 
     # -- fetching on request
 
@@ -203,7 +203,7 @@ class ModelStore:
     # -- adding and removing
 
     async def add(
-        self, name: str, settings: Mapping[str, Any], *, ours: bool = False, requested: bool = False
+        self, name: str, settings: Mapping[str, object], *, ours: bool = False, requested: bool = False
     ) -> Added:
         """Serve a model from now on. ``ours``: the settings are our own, not a caller's. ``requested``: for a request.
 
@@ -353,7 +353,12 @@ def _is_recent(at: float) -> bool:
     return time.monotonic() - at < AGAIN
 
 
-def settings_of(found: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
+def _pulled(line: DownloadLine) -> Pulled:
+    """The line of a download as one of the answer to who has it fetched."""
+    return Pulled(line.model, line.phase, line.source, line.completed, line.total, line.rate, line.elapsed)
+
+
+def settings_of(found: Mapping[str, object], wanted: Wanted) -> dict[str, object]:
     """How a model is configured whose files have come."""
     settings = dict(wanted.settings)
     if found.get("path"):
@@ -373,7 +378,7 @@ def _has_vllm() -> bool:
     return in_use("vllm") is not None or in_path(ModelConfig(""), "vllm") is not None
 
 
-def _check(model: str, settings: Mapping[str, Any]) -> None:
+def _check(model: str, settings: Mapping[str, object]) -> None:
     """Raises Forbidden for settings that only a file of the administrator's may have."""
     for name in settings:
         if name not in MAY_SAY:

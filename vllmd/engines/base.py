@@ -87,10 +87,14 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A phase of a start, read from a log line: ``weights``, ``compile``, ``graphs``, ``download``, ..."""
+    """A phase of a start, read from a log line: ``weights``, ``compile``, ``graphs``, ``download``, ...
+
+    ``once``: what the phase makes is kept, so that later starts are spared it.
+    """
 
     phase: str
     detail: str = ""
+    once: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +126,8 @@ class Place:
     visible: Mapping[str, str] = field(default_factory=dict)  # variables by which it sees these devices alone
     context: int = 0  # tokens, where the model's own longest context does not fit (Estimate.context); 0: its own
     hub: Path | None = None  # where the engine's cache of models is, see ``vllmd.hub``
+    cpus: int = 0  # CPUs that it may use at a time, where the machine has more; 0: all
+    quota: bool = False  # a quota leaves so few: it may run on more of them, and finds those
 
 
 class Engine(Protocol):

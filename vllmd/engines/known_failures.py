@@ -47,6 +47,12 @@ TABLE: tuple[Known, ...] = (
         "mmproj under options names a file that is not there, or no projector for this model",
         permanent=True,
     ),
+    # -- devices
+    _row(
+        r"invalid literal for int\(\) with base 10: '(?:GPU|MIG)-",
+        "vLLM up to 0.23 takes devices by their numbers, which these do not have (docs/gpus.md): a newer one takes ids",
+        permanent=True,
+    ),
     # -- memory
     _row(
         r"Available memory on node \d+ \(([\d.]+)/([\d.]+) GiB\).*desired CPU memory utilization \(([\d.]+)",

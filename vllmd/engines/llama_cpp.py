@@ -32,7 +32,7 @@ from vllmd.engines.checkpoint import gguf_file, projector_file
 from vllmd.engines.facts import argument
 from vllmd.engines.llama_memory import MiB, prompt_cache
 from vllmd.engines.options import switch, text, unknown, whole
-from vllmd.engines.plain import Plain, environment
+from vllmd.engines.plain import Plain, environment, has_flag
 from vllmd.engines.vllm import check_path
 from vllmd.foreign import Unreadable, within
 from vllmd.hub import is_repository, locate
@@ -46,6 +46,8 @@ _PYTHON = re.compile(r"python[\d.]*")
 _PHASES = {
     "load_model: loading model": "weights",
     "load_tensors:": "weights",
+    "threadpool init": "context",
+    "warming up the model": "warm-up",
     "load_model: initializing": "context",
     "model loaded": "serving",
     "downloading": "download",
@@ -110,6 +112,7 @@ class LlamaCpp(Plain):
             *("--host", str(socket), "--alias", self.served_name(model), "--metrics"),
             *_context(model, place),
             *_layers(model, place),
+            *_threads(model, place),
             *_options(model),
             *adapters.llama_flags(model),
             *model.extra_args,
@@ -204,6 +207,12 @@ def _layers(model: ModelConfig, place: Place) -> list[str]:
         return []
     split = ["--split-mode", "row"] if model.tensor_parallel_size > 1 else []
     return ["--n-gpu-layers", str(ALL_LAYERS if layers is None else layers), *split]
+
+
+def _threads(model: ModelConfig, place: Place) -> list[str]:
+    """It counts the machine's cores, whatever a quota or an affinity leaves of them."""
+    told = has_flag(model, "-t", "--threads") or "LLAMA_ARG_THREADS" in model.env
+    return ["--threads", str(place.cpus)] if place.cpus and not told else []
 
 
 def _options(model: ModelConfig) -> list[str]:

@@ -14,6 +14,7 @@ from vllmd.core.types import Footprint
 from vllmd.engines.base import Adapter, Call, Failure, Place, Progress
 from vllmd.engines.known_failures import known
 
+DETAIL = 160  # characters of a log line that are worth showing as a start's progress
 PROBE = 5.0  # seconds for an answer of a server that may be busy loading
 _ABSENT = re.compile(
     r"there is no command|No module named|not found|No such file or directory|cannot (run|execute|find)", re.I
@@ -139,10 +140,18 @@ class Plain:
 
 
 def environment(model: ModelConfig, place: Place) -> dict[str, str]:
-    """What every engine gets: its devices, and the token for gated models."""
+    """What every engine gets: its devices, the CPUs that it may use without any, and the token for gated models."""
     token = {"HF_TOKEN": model.hf_token} if model.hf_token else {}
     by_id = {"CUDA_VISIBLE_DEVICES": ",".join(place.device_ids), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-    return {**(place.visible or (by_id if place.device_ids else {})), **token}
+    return {**(place.visible or (by_id if place.device_ids else threads(place))), **token}
+
+
+def threads(place: Place) -> dict[str, str]:
+    """OpenMP's, and Rayon's for servers in Rust: both count the CPUs that they see, and not what a quota leaves.
+
+    With a thread for each of 64 CPUs under a quota of four, all wait for each other most of the time.
+    """
+    return {name: str(place.cpus) for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")} if place.quota else {}
 
 
 def own_key(model: ModelConfig, place: Place, variable: str, *flags: str) -> str:

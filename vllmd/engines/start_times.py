@@ -34,6 +34,7 @@ _SHARES: Mapping[str, Mapping[str, float]] = {
         "nodes": 0.0,
         "download": 0.0,
         "configuring": 0.15,
+        "workers": 0.25,
         "weights": 0.3,
         "profiling": 0.45,
         "compile": 0.5,
@@ -41,10 +42,20 @@ _SHARES: Mapping[str, Mapping[str, float]] = {
         "warm-up": 0.95,
         "serving": 0.98,
     },
-    "llama.cpp": {"download": 0.0, "weights": 0.05, "context": 0.9, "serving": 0.98},
+    "llama.cpp": {"download": 0.0, "weights": 0.05, "context": 0.9, "warm-up": 0.92, "serving": 0.98},
+    "sglang": {"configuring": 0.15, "weights": 0.35, "profiling": 0.55, "graphs": 0.6, "warm-up": 0.9, "serving": 0.98},
+    "transformers": {"weights": 0.5, "serving": 0.98},
     "tei": {"download": 0.0, "weights": 0.1, "warm-up": 0.7, "serving": 0.98},
     "triton": {"weights": 0.2, "loaded": 0.9, "serving": 0.98},
 }
+
+# What a program does before its log says anything, where that is no import of Python's modules.
+_FIRST: Mapping[str, str] = {"llama.cpp": "program", "tei": "program", "command": "program", "remote": "program"}
+
+
+def first_phase(kind: str) -> str:
+    """What a start is called that has not said anything yet."""
+    return _FIRST.get(kind, "imports")
 
 
 def share_begun(kind: str, phase: str) -> float | None:

@@ -8,14 +8,22 @@ answers to; ``/reset`` drops the model and empties PyTorch's cache;
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from vllmd.config.types import ModelConfig
 from vllmd.engines import environments
-from vllmd.engines.base import Call, Engine, Launch, Listen, Place
+from vllmd.engines.base import Call, Engine, Launch, Listen, Place, Progress
 from vllmd.engines.options import choice, switch, text, unknown
-from vllmd.engines.plain import Plain, environment
+from vllmd.engines.plain import DETAIL, Plain, environment
+
+# Phase -> what of its log shows that it has begun; it loads before it listens.
+PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
+    ("download", re.compile(r"Fetching \d+ files|\.(?:safetensors|bin)[^|]*:\s+\d+%\|")),
+    ("serving", re.compile(r"Started server process|Application startup complete|Uvicorn running on")),
+    ("weights", re.compile(r"\bLoading (?:weights|checkpoint shards|\S+$)")),
+)
 
 
 class Transformers:
@@ -73,6 +81,11 @@ class TransformersOf(Plain):
     def sleep(self, level: int, *, freeze: bool) -> Sequence[Call]:
         """The only sleep there is: ``/reset`` unloads the model, whatever the level."""
         return (Call("POST", "/reset", timeout=120.0),)
+
+    def progress(self, line: str) -> Progress | None:
+        """The phases of its start."""
+        found = next((phase for phase, pattern in PHASES if pattern.search(line)), None)
+        return Progress(found, line.strip()[:DETAIL]) if found else None
 
     def wake(self, level: int) -> Sequence[Call]:
         """One call, whose stream of events ends when the model is loaded."""

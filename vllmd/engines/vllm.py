@@ -14,7 +14,8 @@ Facts about 0.32 that shape this file:
   0.24 on it asks NVML for the number of what is none. For a MIG slice that is its
   place within its GPU, which it then takes for a GPU's number: so it works for
   the first slices only. On ROCm it copies HIP_VISIBLE_DEVICES to CUDA's variable,
-  and on XPU it reads ZE_AFFINITY_MASK.
+  and on XPU it reads ZE_AFFINITY_MASK; of both it takes numbers alone. docs/gpus.md
+  has the table.
 
 Every flag, variable and route that is used here was found in the wheels of 0.22,
 0.24, 0.32 and 0.33 (read, not run), also ``mode`` of ``/sleep``.
@@ -25,6 +26,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -38,6 +40,7 @@ from vllmd.engines.plain import PROBE, Plain, environment
 from vllmd.engines.vllm_cpu import has_accelerator
 from vllmd.errors import ConfigError
 
+FIRST_WITH_IDS = [0, 24]
 SUN_PATH = 107  # bytes of a Unix socket's path, the final NUL not counted
 _IPC_NAME = 37  # "/" and a UUID: the names of vLLM's own sockets in VLLM_RPC_BASE_PATH
 _SLEEP_TIMEOUT = 300.0  # seconds; offloading a large model's weights to host memory takes its time
@@ -123,6 +126,7 @@ class Vllm(Plain):
         unknown(model, self.OPTIONS)
         socket = place.run_dir / "engine.sock"
         check_path(socket, model)
+        check_ids(model, place)
         lora = adapters.vllm_flags(model, place.hub)
         argv = (*self._command(model), *self._flags(model, place, socket), *model.extra_args, *lora)
         env, cluster = self._env(model, place), ray_cluster.cluster_of(model)
@@ -169,6 +173,8 @@ class Vllm(Plain):
         env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_RPC_BASE_PATH": str(rpc), "VLLM_NO_USAGE_STATS": "1"}
         if model.adapters and adapters.loads_late(model):
             env[adapters.RUNTIME] = "1"
+        if place.quota and not place.device_ids and not self._accelerator():
+            env[vllm_cpu.BIND] = "nobind"  # else it has a thread for each CPU that it may be on, whatever the quota
         return env | environment(model, place)
 
     def adapters(self, model: ModelConfig) -> Mapping[str, Adapter]:
@@ -222,6 +228,19 @@ def memory_share(model: ModelConfig, place: Place) -> float | None:
     if not place.memory or not place.device_memory:
         return None
     return max(0.0001, math.floor(place.memory / place.device_memory * 10000) / 10000)
+
+
+def check_ids(model: ModelConfig, place: Place) -> None:
+    """Raise ConfigError where devices can be told by their ids alone, and the vLLM that is used takes only numbers."""
+    told = place.visible.get("CUDA_VISIBLE_DEVICES", "")
+    if not told or all(word.isdecimal() for word in told.split(",")):
+        return
+    used = environments.chosen(model)
+    release = [int(part) for part in re.findall(r"\d+", used.version)[:2]] if used else []
+    if used and len(release) == 2 and release < FIRST_WITH_IDS:
+        what = f"vLLM {used.version} takes devices by their numbers alone, and here they have only ids ({told})"
+        raise ConfigError(f"{model.where}: models.{model.name}: {what}; vllmctl engine install 'vllm>=0.24'"
+                          .removeprefix(": "))  # fmt: skip
 
 
 def check_path(path: Path, model: ModelConfig) -> None:

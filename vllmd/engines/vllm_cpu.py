@@ -9,6 +9,8 @@ Facts about 0.32 that shape this file:
   that emulates it: with AVX2 alone one row times 2048 x 2048 took 11.6 ms, and 3.0 ms in float32 (measured).
 - It compiles C++ as it starts, which takes a compiler and Python's headers; with ``--enforce-eager`` it does not.
 - Its worker loads libnuma.so.1.
+- It has a thread for each CPU that it may be on, whatever a quota leaves of them, unless VLLM_CPU_OMP_THREADS_BIND is
+  ``nobind``; then OMP_NUM_THREADS counts.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from vllmd.core.types import GiB
 ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd")  # CUDA, ROCm
 # Beside weights and cache: API server, engine core and worker, which each have imported all of PyTorch.
 OVERHEAD = GiB * 3 // 2
+BIND = "VLLM_CPU_OMP_THREADS_BIND"
 COMPILERS = ("g++", "c++", "clang++")
 _BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "avx512f", "bf16"})  # of /proc/cpuinfo, x86 and ARM
 _LIBRARIES = ("/lib", "/usr/lib", "/usr/local/lib", "/lib64", "/usr/lib64", "/lib/*-linux-gnu", "/usr/lib/*-linux-gnu")

@@ -23,12 +23,20 @@ _CONTEXT = GiB  # what CUDA's context and the allocator keep beside what vLLM li
 # Phase -> what shows that it has begun. The first match counts.
 PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("nodes", re.compile(r"^Waiting for Ray:")),
-    ("configuring", re.compile(r"non-default args:|Resolved architecture|Initializing a V1 LLM engine")),
+    ("configuring", re.compile(r"non-default args:|Resolved architecture")),
+    ("imports", re.compile(r"^Using max model len")),  # the engine core is a process of its own, and imports anew
+    ("workers", re.compile(r"Initializing a V1 LLM engine")),  # likewise, where there are several devices, or none
     ("download", re.compile(r"Downloading|Fetching \d+ files|\.(?:safetensors|bin|gguf)[^|]*:\s+\d+%\|")),
     ("weights", re.compile(r"Starting to load model|Time spent downloading weights|Loading safetensors")),
     ("profiling", re.compile(r"Model loading took ([\d.]+) GiB")),
-    ("compile", re.compile(r"Dynamo bytecode transform|Compiling a graph|Using cache directory|Starting torch\.comp")),
-    ("profiling", re.compile(r"torch\.compile took|Directly load the compiled graph")),
+    (
+        "compile",
+        re.compile(
+            r"Dynamo bytecode transform|Compiling a graph|Using cache directory|Starting torch\.comp"
+            r"|Warming up model for the compilation|Compiling model again due to a load failure"
+        ),
+    ),
+    ("profiling", re.compile(r"torch\.compile took|Directly load |^Warming up done|saved AOT compiled function")),
     ("graphs", re.compile(r"GPU KV cache size:|Capturing CUDA graphs")),
     ("warm-up", re.compile(r"KV cache size:|Graph capturing finished")),
     ("serving", re.compile(r"init engine \(profile|Starting vLLM server on|Application startup complete")),
@@ -81,7 +89,8 @@ def progress(line: str) -> Progress | None:
     text = clean(line)
     for phase, pattern in PHASES:
         if pattern.search(text):
-            return Progress(phase, text if len(text) <= _DETAIL else f"{text[:_DETAIL]}...")
+            detail = text if len(text) <= _DETAIL else f"{text[:_DETAIL]}..."
+            return Progress(phase, detail, once=phase == "compile")
     return None
 
 

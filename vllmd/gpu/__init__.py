@@ -8,7 +8,10 @@
     sample       one reading: figures per device, and what could not be read
     nvml         NVIDIA's library, through nvidia-ml-py
     sysfs        AMD's and Intel's kernel drivers, through their files
-    visible      which devices CUDA_VISIBLE_DEVICES leaves to us
+    amdsmi       AMD's library, where it is installed, before those
+    hwmon        power and heat, as kernel drivers tell them
+    topology     how near devices are to each other and to the CPUs
+    visible      which devices the environment leaves to us (CUDA_VISIBLE_DEVICES and its like)
     visibility   how an engine is told which devices are its own
     declared     devices from the configuration; their usage from a stand-in's file
     attribution  whose memory it is: a model's by its processes, or external

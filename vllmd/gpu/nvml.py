@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from vllmd.core.types import Device
 from vllmd.gpu.inventory import Inventory
 from vllmd.gpu.sample import DeviceSample, Sample, absurdity
+from vllmd.gpu.topology import cpus_of, node_of, switch_of
 from vllmd.gpu.trouble import Presence, Trouble, code_of, cure_of, is_lost, judge, no_module, words_of
 from vllmd.gpu.visible import visible
 
@@ -58,7 +59,11 @@ class _Found:
 
     uuid: str = ""
     handle: Any = None
-    mig: bool = False
+    whole: Any = None  # the GPU that a MIG slice is of
+
+    @property
+    def mig(self) -> bool:
+        return self.whole is not None
 
 
 class NvmlDevices(Inventory):
@@ -178,7 +183,7 @@ class NvmlDevices(Inventory):
         for number in range(self._field(lambda: self._nvml.nvmlDeviceGetMaxMigDeviceCount(whole.handle), 0)):
             with suppress(Exception):  # a place in the table without a slice in it
                 handle = self._nvml.nvmlDeviceGetMigDeviceHandleByIndex(whole.handle, number)
-                slices.append(_Found(_text(self._nvml.nvmlDeviceGetUUID(handle)), handle, mig=True))
+                slices.append(_Found(_text(self._nvml.nvmlDeviceGetUUID(handle)), handle, whole.handle))
         return slices
 
     def _device(
@@ -196,19 +201,17 @@ class NvmlDevices(Inventory):
             return None
         if index in self._unified:
             problems.append(f"GPU {index} shares the host's memory: its figures are MemTotal and MemAvailable")
-        return Device(
-            index, found.uuid, memory, reserve, self._name(found.handle), "cuda", number, node=self._node(found.handle)
-        )
+        address = self._address(found.whole or found.handle)
+        root, name = self._here.root, self._name(found.handle)
+        node = node_of(root, address)
+        return Device(index, found.uuid, memory, reserve, name, "cuda", number,
+                      node=node, switch=switch_of(root, address), cpus=cpus_of(root, node))  # fmt: skip
 
-    def _node(self, handle: Any) -> int | None:
-        """Its NUMA node, as the kernel has it; None where there is only one."""
+    def _address(self, handle: Any) -> str:
+        """On the PCI bus, as the kernel writes it; NVML has a domain of eight digits."""
         bus = self._field(lambda: _text(self._nvml.nvmlDeviceGetPciInfo(handle).busId), "").lower()
         domain, _, rest = bus.partition(":")
-        try:
-            node = int((self._here.root / "sys/bus/pci/devices" / f"{domain[-4:]}:{rest}" / "numa_node").read_text())
-        except (OSError, ValueError):
-            return None
-        return node if node >= 0 else None
+        return f"{domain[-4:]}:{rest}"
 
     def _linked(self, devices: list[Device]) -> Iterator[Device]:
         """Each with those that it reaches by NVLink, through a switch or not."""

@@ -11,8 +11,8 @@ from vllmd.gpu.declared import DeclaredDevices
 from vllmd.gpu.inventory import NoDevices, Unanswered
 from vllmd.gpu.nvml import HERE, NOTHING, NoNvml, NvmlDevices
 from vllmd.gpu.sample import Sample
-from vllmd.gpu.sysfs import amd, intel
-from vllmd.gpu.trouble import NVIDIA, Presence, Trouble
+from vllmd.gpu.sysfs import BAD, AmdDevices, IntelDevices, SysfsDevices, cards
+from vllmd.gpu.trouble import AMD, NVIDIA, Presence, Trouble
 
 
 class Devices(Protocol):
@@ -58,12 +58,13 @@ def open_devices(
     pynvml: Any = None,
     here: Presence = HERE,
     known: Mapping[str, int] = NOTHING,
+    amdsmi: Any = None,
 ) -> Devices:
     """The declared devices if there are any, else NVIDIA's, else AMD's, else Intel's, else none.
 
     Three answers: these, none, or (``trouble``) something is there that does not answer. ``env`` is the daemon's own
-    environment (CUDA_VISIBLE_DEVICES). An empty list of declared devices means: none, do not ask. ``known``: the
-    indices that devices had before, by id. May block in the driver; never raises.
+    environment (CUDA_VISIBLE_DEVICES and its like). An empty list of declared devices means: none, do not ask.
+    ``known``: the indices that devices had before, by id. May block in the driver; never raises.
     """
     if config.devices is not None:
         if not config.devices:
@@ -80,11 +81,52 @@ def open_devices(
             return devices
         devices.close()
         why = devices.note
-    return amd(config.reserve, here, known) or intel(config.reserve, here, known) or NoDevices(
-        f"{why}{_without_driver(here)}; engines run on the CPU")  # fmt: skip
+    for source in (_amd, _intel):
+        if found := source(config.reserve, here, env, known, amdsmi):
+            return found
+    return NoDevices(f"{why}{_without_driver(here)}; engines run on the CPU")
+
+
+def _amd(reserve: int, here: Presence, env: Mapping[str, str], known: Mapping[str, int], amdsmi: Any) -> Devices | None:
+    """By AMD's library where it can be had and begun with, else by the driver's files."""
+    if not cards(here, AmdDevices.drivers):
+        return None
+    from vllmd.gpu.amdsmi import SmiDevices, load  # few machines have a card of AMD's
+
+    library = amdsmi or load()
+    try:
+        devices: AmdDevices = SmiDevices(reserve, here, env, known, library) if library else _by_files(
+            reserve, here, env, known)  # fmt: skip
+    except Exception as error:  # the files may tell what it does not
+        devices = _by_files(reserve, here, env, known)
+        devices.notes = (*devices.notes, f"amdsmi does not answer: {error}")
+    return _answer(devices)
+
+
+def _by_files(reserve: int, here: Presence, env: Mapping[str, str], known: Mapping[str, int]) -> AmdDevices:
+    return AmdDevices(reserve, here, env, known)
+
+
+def _intel(
+    reserve: int, here: Presence, env: Mapping[str, str], known: Mapping[str, int], amdsmi: Any
+) -> Devices | None:
+    return _answer(IntelDevices(reserve, here, env, known))
+
+
+def _answer(devices: SysfsDevices) -> Devices | None:
+    """None if there are none of that maker's."""
+    if devices.inventory():
+        return devices
+    devices.close()
+    if devices.problems:
+        return Unanswered(devices.source, Trouble("; ".join(devices.problems), BAD.cure))
+    if devices.hidden:
+        return NoDevices(f"{devices.note}: that hides every device; engines run on the CPU")
+    return None
 
 
 def _without_driver(here: Presence) -> str:
     """A card that nobody has installed a driver for is worth a word."""
-    cards = here.displays(NVIDIA)
-    return f"; there is an NVIDIA card at {', '.join(cards)} without its driver" if cards else ""
+    makers = (("an NVIDIA", here.displays(NVIDIA)), ("an AMD", here.unbound(AMD)))
+    told = [f"there is {maker} card at {', '.join(cards)} without its driver" for maker, cards in makers if cards]
+    return "".join(f"; {words}" for words in told)

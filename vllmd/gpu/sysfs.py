@@ -1,30 +1,38 @@
 """AMD's and Intel's devices, by the files of their kernel drivers (amdgpu; xe and i915): no library is needed.
 
-What the files tell is what amd-smi and xpu-smi tell, too. Whose memory it is AMD's compute driver says for everybody to
-read; else each process says it in its fdinfo, which only root and the process's own user may read. Intel's drivers have
-no figure for what is used on the whole device, so there the sum over the processes stands for it.
+What the files tell is what amd-smi and xpu-smi tell, too; where AMD's library is installed ``amdsmi`` asks that first.
+Whose memory it is AMD's compute driver says for everybody to read; else each process says it in its fdinfo, which only
+root and the process's own user may read. Intel's drivers have no figure for what is used on the whole device, so there
+the sum over the processes stands for it.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 from vllmd.core.types import Device, GiB
-from vllmd.gpu.inventory import Inventory, Unanswered
+from vllmd.gpu.hwmon import Hwmon
+from vllmd.gpu.inventory import Inventory
 from vllmd.gpu.sample import DeviceSample, Sample, absurdity
+from vllmd.gpu.topology import cpus_of, kfd_links, kfd_nodes, node_of, switch_of
 from vllmd.gpu.trouble import Presence, Trouble
+from vllmd.gpu.visible import left_of
 
 LEAST = 4 * GiB  # of memory of its own: what has less is a CPU's own graphics, which shares the host's
 _SIZE = re.compile(r"(\d+)\s*(KiB|MiB|GiB)?")
 _SCALE = {None: 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _VRAM = ("drm-resident-vram", "drm-memory-vram", "drm-total-vram", "drm-resident-local", "drm-total-local")
-D = TypeVar("D", bound="SysfsDevices")
-_BAD = Trouble("", "dmesg says what the driver met; a reset or a reboot brings the device back")
+BAD = Trouble("", "dmesg says what the driver met; a reset or a reboot brings the device back")
+# i915's names of what slows a device down against its will; xe's are the same with another beginning. Its power limits
+# are not among them: a device that works is always at one.
+UNCORRECTED = "{} uncorrectable ECC errors since its driver was loaded: reset it or reboot"
+_SLOWDOWNS = ("thermal", "prochot", "vr_thermalert", "vr_tdc", "ratl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +59,10 @@ class Card:
         except ValueError:
             return None
 
-    def watts(self) -> float | None:
-        """From hwmon, which has microwatts."""
-        for path in sorted((self.folder / "device/hwmon").glob("hwmon*/power1_*")):
-            if path.name in ("power1_average", "power1_input"):
-                try:
-                    return int(path.read_text()) / 1e6
-                except (OSError, ValueError):
-                    continue
-        return None
+    @property
+    def sensors(self) -> Hwmon:
+        """What the driver has in hwmon of it."""
+        return Hwmon(self.folder / "device/hwmon")
 
 
 def cards(here: Presence, drivers: tuple[str, ...]) -> list[Card]:
@@ -78,38 +81,69 @@ def cards(here: Presence, drivers: tuple[str, ...]) -> list[Card]:
 
 
 class SysfsDevices(Inventory):
-    """The devices of one maker. ``problems``: cards that could not be read."""
+    """The devices of one maker. ``problems``: cards that could not be read. ``env``: the daemon's own environment."""
 
     readable = True
     source: ClassVar[str] = ""
     runtime: ClassVar[str] = ""
     drivers: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, reserve: int, here: Presence, known: Mapping[str, int]) -> None:
+    def __init__(self, reserve: int, here: Presence, env: Mapping[str, str], known: Mapping[str, int]) -> None:
         self._here = here
         self._cards: dict[int, Card] = {}
+        self._spent: dict[int, tuple[float, float]] = {}  # seconds and joules of those that count only joules
         self.problems: list[str] = []
+        self.hidden = False  # somebody's environment leaves none of those that are there
         notes: list[str] = []
         devices: list[Device] = []
-        for number, card in enumerate(self.ordered(cards(here, self.drivers))):
+        found = self.ordered(cards(here, self.drivers))
+        left = left_of(self.runtime, env, [self.id_of(card) for card in found])
+        for place, card in enumerate(found):
             try:
                 memory = self.memory(card)
-            except OSError as error:
-                self.problems.append(f"the device at {card.address} cannot be read: {error.strerror}")
+            except (OSError, ValueError) as error:
+                why = (error.strerror if isinstance(error, OSError) else "") or error
+                self.problems.append(f"the device at {card.address} cannot be read: {why}")
                 continue
             if not memory or memory < LEAST:
                 own = f"{(memory or 0) / GiB:.1f} GiB of memory of its own"
                 notes.append(f"the device at {card.address} is left out: it has {own}")
                 continue
-            name = card.text("product_name") or f"{self.source} {card.address}"
-            id = self.id_of(card)
+            if place not in left.numbers:
+                self.hidden = True
+                continue
             taken = {device.index for device in devices} | set(known.values())
-            index = known.get(id, number if number not in taken else max(taken) + 1)
-            node = card.number("numa_node")
-            devices.append(Device(index, id, memory, reserve, name, self.runtime, number,
-                                  node=node if node is not None and node >= 0 else None))  # fmt: skip
+            id = self.id_of(card)
+            index = known.get(id, place if place not in taken else max(taken) + 1)
+            number = left.numbers[place] if self.counted(card) else None
+            devices.append(self._device(index, card, memory, reserve, number))
             self._cards[index] = card
-        super().__init__(tuple(devices), (f"driver {'/'.join(self.drivers)}", *notes, *self.problems))
+        self.hidden = self.hidden and not devices
+        notes = [note for note in (*notes, left.note, *self.problems) if note]
+        super().__init__(tuple(self._linked(devices)), (f"driver {'/'.join(self.drivers)}", *notes))
+
+    def _device(self, index: int, card: Card, memory: int, reserve: int, number: int | None) -> Device:
+        name = card.text("product_name") or f"{self.source} {card.address}"
+        root = self._here.root
+        node = node_of(root, card.address)
+        return Device(index, self.id_of(card), memory, reserve, name, self.runtime, number,
+                      node=node, switch=switch_of(root, card.address), cpus=cpus_of(root, node))  # fmt: skip
+
+    def _linked(self, devices: list[Device]) -> Iterator[Device]:
+        """Each with those that its own links reach."""
+        links = self.links()
+        index_at = {self._cards[device.index].address: device.index for device in devices}
+        for device in devices:
+            reached = links.get(self._cards[device.index].address, frozenset())
+            yield replace(device, links=frozenset(index_at[address] for address in reached if address in index_at))
+
+    def links(self) -> Mapping[str, frozenset[str]]:
+        """Addresses by address; nothing is known of a maker's links."""
+        return {}
+
+    def counted(self, card: Card) -> bool:
+        """Whether the maker's runtime surely counts it at its place."""
+        return True
 
     def ordered(self, found: list[Card]) -> list[Card]:
         """As the maker's runtime counts them."""
@@ -120,40 +154,76 @@ class SysfsDevices(Inventory):
         return card.address
 
     def memory(self, card: Card) -> int | None:
-        """Bytes of its own; None where it does not tell. Raises OSError."""
+        """Bytes of its own; None where it does not tell. Raises OSError, ValueError."""
         raise NotImplementedError
 
     def used(self, card: Card, held: int) -> int:
         """Bytes in use; ``held``: by the processes that could be seen. Raises OSError, ValueError."""
         raise NotImplementedError
 
+    def illness(self, card: Card) -> str:
+        """What makes it unfit although it answers; "" if nothing does."""
+        return ""
+
+    def slowdown(self, card: Card) -> str:
+        """Why it is slowed down against its will; "" if it is not, or does not tell."""
+        return card.sensors.overheated()
+
+    def watts(self, index: int, card: Card) -> float | None:
+        """As it says, else as the joules that it counts grow from one reading to the next."""
+        told = card.sensors.watts()
+        if told is not None:
+            return told
+        joules, now, before = card.sensors.joules(), time.monotonic(), self._spent.get(index)
+        if joules is None:
+            return None
+        self._spent[index] = now, joules
+        if before is None or now <= before[0] or joules < before[1]:
+            return None
+        return (joules - before[1]) / (now - before[0])
+
+    def busy(self, card: Card) -> float | None:
+        """How busy it is, in per cent; None where it does not tell."""
+        told = card.text("gpu_busy_percent")
+        return float(told) if told.isdecimal() else None
+
+    def celsius(self, card: Card) -> float | None:
+        """Degrees of its hottest sensor; None where it does not tell."""
+        return card.sensors.celsius()
+
     def sample(self) -> Sample:
         """Read every device; never raises."""
         devices: dict[int, DeviceSample] = {}
         failed: dict[int, str] = {}
         lost: dict[int, str] = {}
+        ill: dict[int, str] = {}
         seen, blind = self._processes()
         for device in self._inventory:
             card = self._cards[device.index]
             held = seen.get(card.address, {})
             try:
-                total = self.memory(card) or 0
-                used = max(self.used(card, sum(held.values())), 0)
-                wrong = absurdity(total, used, max(0, total - used), device.memory)
-                if wrong:
-                    raise ValueError(wrong)
+                devices[device.index] = self._read(device, card, held, blind)
             except (OSError, ValueError) as error:
-                failed[device.index] = str(Trouble(f"{card.address}: {error}", _BAD.cure))
+                failed[device.index] = str(Trouble(f"{card.address}: {error}", BAD.cure))
                 if not (card.folder / "device").exists():
                     lost[device.index] = f"{card.address} is not on the bus any more"
-                continue
-            busy = card.text("gpu_busy_percent")
-            hidden = blind and used > sum(held.values()) + (64 << 20)
-            devices[device.index] = DeviceSample(
-                total, used, total - used, held, frozenset(), hidden, device.name, card.watts(),
-                float(busy) if busy.isdecimal() else None,
-            )  # fmt: skip
-        return Sample(devices, failed, {}, lost)
+            else:
+                if why := self.illness(card):
+                    ill[device.index] = why
+        return Sample(devices, failed, ill, lost)
+
+    def _read(self, device: Device, card: Card, held: dict[int, int], blind: bool) -> DeviceSample:
+        """One device. Raises OSError, ValueError where it does not tell its memory."""
+        total = self.memory(card) or 0
+        used = max(self.used(card, sum(held.values())), 0)
+        wrong = absurdity(total, used, max(0, total - used), device.memory)
+        if wrong:
+            raise ValueError(wrong)
+        hidden = blind and used > sum(held.values()) + (64 << 20)
+        return DeviceSample(
+            total, used, total - used, held, frozenset(), hidden, device.name, self.watts(device.index, card),
+            self.busy(card), self.celsius(card), self.slowdown(card),
+        )  # fmt: skip
 
     def _processes(self) -> tuple[dict[str, dict[int, int]], bool]:
         """Bytes by PCI address and pid, and whether some processes could not be asked."""
@@ -181,6 +251,20 @@ class AmdDevices(SysfsDevices):
         told = card.number("mem_info_vram_used")
         return held if told is None else told
 
+    def counted(self, card: Card) -> bool:
+        """A card that its compute driver does not have is none of ROCm's; without that driver nothing is known."""
+        nodes = kfd_nodes(self._here.root).values()
+        return card.address in nodes or not nodes
+
+    def links(self) -> Mapping[str, frozenset[str]]:
+        return kfd_links(self._here.root)
+
+    def illness(self, card: Card) -> str:
+        """By the counters of its memory controller, ``ue: 2`` and ``ce: 17``."""
+        told = dict(line.split(":", 1) for line in card.text("ras/umc_err_count").splitlines() if ":" in line)
+        errors = told.get("ue", "").strip()
+        return UNCORRECTED.format(errors) if errors.isdecimal() and int(errors) else ""
+
     def _processes(self) -> tuple[dict[str, dict[int, int]], bool]:
         seen, blind = super()._processes()
         computing = from_kfd(self._here.root)
@@ -196,50 +280,23 @@ class IntelDevices(SysfsDevices):
 
     def memory(self, card: Card) -> int | None:
         """As the driver says; else the window on the bus by which the CPU reaches all of it, where that is as large."""
-        told = card.text("tile0/physical_vram_size_bytes")
-        if told:
-            return int(told, 0)
-        total = _file(card.folder / "lmem_total_bytes")
-        return total if total is not None else _window(card.text("resource"))
+        for path in (card.folder / "device/tile0/physical_vram_size_bytes", card.folder / "lmem_total_bytes"):
+            if path.exists():
+                return int(path.read_text(), 0)
+        return _window(card.text("resource"))
+
+    def slowdown(self, card: Card) -> str:
+        names = [*(card.folder / "gt").glob("gt*"), *(card.folder / "device").glob("tile*/gt*/freq*/throttle")]
+        told = [
+            reason.replace("_", " ")
+            for reason in _SLOWDOWNS
+            if any(_file(folder / f"{kind}_{reason}") for folder in names for kind in ("throttle_reason", "reason"))
+        ]
+        return ", ".join(told) or super().slowdown(card)
 
     def used(self, card: Card, held: int) -> int:
         total, free = _file(card.folder / "lmem_total_bytes"), _file(card.folder / "lmem_avail_bytes")
         return held if total is None or free is None else total - free
-
-
-def amd(reserve: int, here: Presence, known: Mapping[str, int]) -> AmdDevices | Unanswered | None:
-    """AMD's devices; None if there are none."""
-    return _answer(AmdDevices(reserve, here, known))
-
-
-def intel(reserve: int, here: Presence, known: Mapping[str, int]) -> IntelDevices | Unanswered | None:
-    """Intel's devices; None if there are none."""
-    return _answer(IntelDevices(reserve, here, known))
-
-
-def _answer(devices: D) -> D | Unanswered | None:
-    if devices.inventory():
-        return devices
-    if devices.problems:
-        return Unanswered(devices.source, Trouble("; ".join(devices.problems), _BAD.cure))
-    return None
-
-
-def kfd_nodes(root: Path) -> dict[str, str]:
-    """PCI address by gpu_id, in the compute driver's order."""
-    found: dict[int, tuple[str, str]] = {}
-    for folder in (root / "sys/class/kfd/kfd/topology/nodes").glob("*"):
-        try:
-            gpu = (folder / "gpu_id").read_text().strip()
-            lines = (line.split() for line in (folder / "properties").read_text().splitlines())
-            told = {words[0]: int(words[1]) for words in lines if len(words) == 2}
-        except (OSError, ValueError):
-            continue
-        if gpu not in ("", "0"):
-            place = told.get("location_id", 0)
-            address = f"{told.get('domain', 0):04x}:{place >> 8 & 0xFF:02x}:{place >> 3 & 0x1F:02x}.{place & 7}"
-            found[int(folder.name)] = (gpu, address)
-    return {gpu: address for _, (gpu, address) in sorted(found.items())}
 
 
 def from_kfd(root: Path) -> dict[str, dict[int, int]]:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from vllmd.core.types import Device
 
-VARIABLES = {"cuda": "CUDA_VISIBLE_DEVICES", "hip": "HIP_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}
+NUMBERS = {"cuda": "CUDA_VISIBLE_DEVICES", "hip": "HIP_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}
+IDS = {**NUMBERS, "hip": "ROCR_VISIBLE_DEVICES"}  # HIP's own takes numbers alone
+ORDER = {"cuda": ("CUDA_DEVICE_ORDER", "PCI_BUS_ID"), "xpu": ("ZE_ENABLE_PCI_ID_DEVICE_ORDER", "1")}
 
 
 def environment(devices: Sequence[Device]) -> dict[str, str]:
@@ -14,17 +16,20 @@ def environment(devices: Sequence[Device]) -> dict[str, str]:
 
     As numbers where all of them have one: every version of every engine takes those (vLLM up to 0.23 does ``int()`` on
     them). As ids where it is not certain how the runtime counts: MIG slices have no number, and a runtime leaves out
-    cards that it does not know.
+    cards that it does not know. docs/gpus.md has what which vLLM takes.
     """
     if not devices:
         return {}
     runtime = devices[0].runtime or "cuda"
     numbers = [device.number for device in devices]
     told = [str(number) for number in numbers if number is not None]
-    value = ",".join(told if len(told) == len(devices) else [device.id for device in devices])
-    found = {VARIABLES[runtime]: value}
-    if runtime == "cuda":
-        found["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-    elif runtime == "xpu":
-        found["ZE_ENABLE_PCI_ID_DEVICE_ORDER"] = "1"
-    return found
+    if len(told) == len(devices):
+        found = {NUMBERS[runtime]: ",".join(told)}
+    else:
+        found = {IDS[runtime]: ",".join(device.id for device in devices)}
+    return {**found, **dict([ORDER[runtime]] if runtime in ORDER else [])}
+
+
+def by_number(devices: Sequence[Device]) -> bool:
+    """Whether an engine on these is told numbers, which each version takes."""
+    return all(device.number is not None for device in devices)

@@ -23,7 +23,7 @@ from typing import Any
 
 from vllmd.text import control_character
 
-PROTOCOL = 2  # raised when a daemon needs what an older launcher cannot do; 1 is that of 0.1.0
+PROTOCOL = 3  # raised when a daemon needs what an older launcher cannot do; 1 is that of 0.1.0
 MAX_PACKET = 128 << 10  # bytes; the kernel's default send buffer takes 208 KiB
 MAX_ID = (1 << 53) - 1  # what every JSON library can count to
 MAX_LINE = 8 << 10  # characters of a log line that are passed on
@@ -38,6 +38,7 @@ MAX_METADATA = 64, 16 << 10  # keys, and bytes as JSON: a cgroup takes 128 attri
 MAX_ARGUMENTS, MAX_ARGUMENT = 1024, 64 << 10  # words of argv or variables in env, bytes of one
 MAX_PATH, MAX_SOCKET = 4095, 107  # bytes, of any path and of a Unix socket's
 MAX_NUMBER = (1 << 63) - 1
+MAX_CPUS, MAX_NODE = 8192, 1023  # what the kernel can be built for
 LIMITS: Mapping[str, tuple[tuple[type, ...], float, float]] = {  # types, lowest and highest
     "memory_max": ((int,), 0, MAX_NUMBER),  # bytes
     "memory_high": ((int,), 0, MAX_NUMBER),
@@ -85,7 +86,8 @@ class StartOrder:
     ``listen_uds``: a stale socket file in it that is unlinked first. ``user``: "" is the launcher's default.
     ``limits``: fields of ``config.types.ScopeLimits`` that are set. ``metadata`` survives launcher and daemon.
     ``timeout``: for the scope to be made and the command executed. ``stop_timeout``: between SIGTERM
-    and SIGKILL when systemd itself stops the scope.
+    and SIGKILL when systemd itself stops the scope. ``cpus``: those that it begins on, empty for all; ``node``: the
+    NUMA node from which it takes memory while there is some, -1 for any.
     """
 
     instance: str
@@ -99,6 +101,8 @@ class StartOrder:
     metadata: Mapping[str, str] = field(default_factory=dict)
     timeout: float = 10.0
     stop_timeout: float = 30.0
+    cpus: tuple[int, ...] = ()
+    node: int = -1
 
     def __post_init__(self) -> None:
         check_instance(self.instance)
@@ -122,6 +126,7 @@ class StartOrder:
         check_path("listen_uds", self.listen_uds, MAX_SOCKET)
         if self.listen_uds and not is_beneath(self.listen_uds, self.run_dir):
             raise ProtocolError(f"listen_uds {self.listen_uds!r} is not in run_dir {self.run_dir!r}")
+        check_place(self.cpus, self.node)
         if not (0 < self.timeout <= 600 and 0 < self.stop_timeout <= 3600):
             raise ProtocolError("timeout must be in (0, 600] and stop_timeout in (0, 3600] seconds")
 
@@ -447,6 +452,14 @@ def check_metadata(metadata: Mapping[str, str]) -> None:
         if not METADATA_KEY.match(key):
             raise ProtocolError(f"metadata key {brief(key)} must be 1 to 63 of a-z, 0-9 and '_', a letter first")
         check_text(f"the metadata {key!r}", value, MAX_METADATA_VALUE)
+
+
+def check_place(cpus: tuple[int, ...], node: int) -> None:
+    """Raises ProtocolError for CPUs or a NUMA node that no kernel has."""
+    if len(cpus) > MAX_CPUS or not all(0 <= cpu < MAX_CPUS for cpu in cpus):
+        raise ProtocolError(f"cpus must be numbers below {MAX_CPUS}")
+    if not -1 <= node <= MAX_NODE:
+        raise ProtocolError(f"node must be -1 to {MAX_NODE}, not {node}")
 
 
 def check_limits(limits: Mapping[str, int | float | str]) -> None:

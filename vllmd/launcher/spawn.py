@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+from vllmd.launcher.affinity import settle
 from vllmd.launcher.own_users import PREFIX, OwnUsers
 from vllmd.launcher.process import PR_SET_PDEATHSIG, Process, prctl
 from vllmd.launcher.protocol import Failed, StartOrder, clip
@@ -257,6 +258,7 @@ def _become_engine(order: StartOrder, user: User, fds: tuple[int, int, int], die
         _raise_file_limit()
         if os.read(gate, 1) != b"G":
             os._exit(125)
+        settle(order.cpus, order.node)  # only now: being moved into its group sets CPUs anew
         _execute(order, environment(order, user))
     except BaseException as error:
         _report(errors, order, user, error)

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
 from vllmd.admin.control import Control
+from vllmd.api.answers import Pulled
 from vllmd.errors import Unavailable, Unsupported
 
 CONFIGURED = "models are those of the configuration; an operator adds them with vllmctl add, or in vllmd.yaml"
@@ -56,12 +57,11 @@ class DaemonStore:
         """Fetch it and serve it. Whoever leaves ends it, unless somebody else waits for the same model."""
         async with contextlib.aclosing(self._control.store.pull(model, add=True, detached=False)) as lines:
             async for line in lines:
-                if error := line.get("error"):
-                    message = error.get("message") if isinstance(error, dict) else error
-                    raise Unavailable(str(message))
-                if line.get("done"):
+                if line.error:
+                    raise Unavailable(line.error.message)
+                if line.done:
                     yield {"status": "success"}
-                elif line.get("phase") == "downloading" and line.get("total"):
+                elif line.phase == "downloading" and line.total:
                     yield _progress(line)
                 else:
                     yield {"status": "pulling manifest"}
@@ -75,11 +75,11 @@ class DaemonStore:
         await self._control.store.copy(model, name)
 
 
-def _progress(line: dict[str, Any]) -> dict[str, Any]:
+def _progress(line: Pulled) -> dict[str, Any]:
     """How far a download is. Ollama's own program has a bar for each digest, and takes its letters 7 to 19 for a name;
 
     ours is of the source, for the files are several.
     """
-    digest = "sha256:" + hashlib.sha256(str(line.get("source")).encode()).hexdigest()
-    told = {"digest": digest, "total": line["total"], "completed": line.get("completed", 0)}
+    digest = "sha256:" + hashlib.sha256(line.source.encode()).hexdigest()
+    told = {"digest": digest, "total": line.total, "completed": line.completed}
     return {"status": f"pulling {digest[7:19]}", **told}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from vllmd.proxy.http import Request
 from vllmd.proxy.tokens import Tokens
 
 
@@ -25,6 +26,19 @@ class Tap:
             self.data += data[:room]
 
 
+class Trace(NamedTuple):
+    """Where a request's span belongs: ids in hex, as a ``traceparent`` has them. ``parent``: "" without one."""
+
+    trace_id: str
+    span_id: str
+    parent: str
+
+    @property
+    def field(self) -> str:
+        """The ``traceparent`` that makes an engine's spans children of ours."""
+        return f"00-{self.trace_id}-{self.span_id}-01"
+
+
 class Account:
     """One request: when it was let through, to whom, how often it was sent, what it took.
 
@@ -32,7 +46,7 @@ class Account:
     ``request`` and ``answer`` are there only while bodies are recorded.
     """
 
-    __slots__ = ("admitted", "answer", "replica", "request", "sends", "stream", "tokens")
+    __slots__ = ("admitted", "answer", "replica", "request", "sends", "stream", "tokens", "trace")
 
     def __init__(self, *, stream: bool) -> None:
         self.stream = stream
@@ -40,6 +54,7 @@ class Account:
         self.replica = ""
         self.sends = 0
         self.tokens: Tokens | None = None
+        self.trace: Trace | None = None
         self.request: bytes | None = None
         self.answer: Tap | None = None
 
@@ -59,3 +74,10 @@ class Recorder(Protocol):
 
     def begin(self, account: Account, model: str, key: str, body: bytes) -> bool:
         """Whether this model's or this key's bodies are recorded; if so note this one, and have the answer's noted."""
+
+
+class Tracer(Protocol):
+    """Who decides which requests are traced."""
+
+    def begin(self, request: Request) -> Trace | None:
+        """The trace of a request that has just arrived, None if it is not to be recorded."""

@@ -7,6 +7,7 @@ must be: another name goes into it, the client speaks HTTP/1.0, or the client's 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -35,6 +36,8 @@ OURS = frozenset(
 HARMLESS = (b"application/json", b"text/event-stream")
 PLAIN, FENCED = b"x-content-type-options: nosniff\r\n", b"content-security-policy: sandbox\r\n"
 EVENT_STREAM = b"text/event-stream"
+LOOPBACK = ("127.0.0.1", "localhost", "0.0.0.0", "[::1]", "::1")  # names of this machine that engines know theirs by
+ABSOLUTE = re.compile(r"(?:https?:)?//([^/?#]*)(.*)", re.IGNORECASE)
 NO_ROUTE = b'{"detail":"Not Found"}'
 MAX_ERROR = 1 << 20  # bytes of an error answer that becomes an event
 MAX_HELD = 1 << 20  # bytes of an answer kept whole for the sake of its length; a longer one goes out in chunks
@@ -155,13 +158,14 @@ def opening(exchange: Exchange, head: ResponseHead, length: int | None, *, chunk
 def relocated(head: ResponseHead, where: Address, outside: str) -> ResponseHead:
     """``head`` whose Location makes sense outside: a path of ours, where it was one at the engine's own address."""
     own = {host_field(where), "localhost"} | ({f"{where.host}:{where.port}", where.host} if where.host else set())
+    if where.host in LOOPBACK:
+        own |= {f"{name}:{where.port}" for name in LOOPBACK}
     fields = []
     for name, value in head.headers.raw:
         if name == b"location":
-            scheme, mark, rest = value.decode("latin-1").partition("://")
-            host, slash, path = rest.partition("/")
-            if mark and scheme.lower() in ("http", "https") and host.lower() in own:
-                value = f"{slash or '/'}{path}".encode("latin-1")
+            absolute = ABSOLUTE.match(value.decode("latin-1"))
+            if absolute is not None and absolute[1].lower() in own:
+                value = (absolute[2] if absolute[2].startswith("/") else "/" + absolute[2]).encode("latin-1")
             if value.startswith(b"/") and not value.startswith(b"//"):
                 value = outside.encode("latin-1") + value.removeprefix(where.prefix.encode())
         fields.append((name, value))

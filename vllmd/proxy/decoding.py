@@ -1,8 +1,9 @@
 """Request bodies in another form than plain UTF-8, made plain before anybody looks into them.
 
-``Content-Encoding`` gzip, deflate or zstd (Codex sends zstd), and JSON in UTF-16 or UTF-32 where the Content-Type says
-so, or with a byte-order mark. What comes out has the limit that bodies have, and is counted as it comes: a body of a
-kilobyte that would become a terabyte ends there. The work is done in turns, and the engine gets the plain body.
+``Content-Encoding`` gzip, deflate or zstd (Codex sends zstd), and JSON in UTF-16 or UTF-32: where the Content-Type says
+so, with a byte-order mark, or by where its NULs are, as Python's own reader knows it. What comes out has the limit
+that bodies have, and is counted as it comes: a body of a kilobyte that would become a terabyte ends there. The work is
+done in turns, and the engine gets the plain body.
 
 zstd is libzstd's, by ctypes: every Linux with a package manager has it, and no Python before 3.14 does.
 """
@@ -30,8 +31,18 @@ BOMS = (  # the longer ones first: UTF-32's begins like UTF-16's
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-WIDE = {"utf-16": "utf-16-be", "utf-16le": "utf-16-le", "utf-16be": "utf-16-be", "ucs-2": "utf-16-be",
-        "utf-32": "utf-32-be", "utf-32le": "utf-32-le", "utf-32be": "utf-32-be"}  # fmt: skip
+WIDE = {"utf16": "utf-16-be", "utf16le": "utf-16-le", "utf16be": "utf-16-be", "ucs2": "utf-16-be",
+        "utf32": "utf-32-be", "utf32le": "utf-32-le", "utf32be": "utf-32-be"}  # fmt: skip
+NULS: dict[
+    tuple[bool, ...], str
+] = {  # where they are in the first four bytes of JSON, which begins with a character of ASCII
+    (True, True, True, False): "utf-32-be",
+    (False, True, True, True): "utf-32-le",
+    (True, False, True, False): "utf-16-be",
+    (False, True, False, True): "utf-16-le",
+    (True, False, False, False): "utf-16-be",  # the second character is none of ASCII
+    (False, True, False, False): "utf-16-le",
+}
 
 
 class Decoder(Protocol):
@@ -136,12 +147,14 @@ def _zstd(body: bytes) -> Iterator[bytes]:
 
 
 def charset_of(body: bytes, content_type: str) -> str:
-    """The charset of a JSON body where it is not plain UTF-8, "" where it is: by byte-order mark or declaration."""
+    """The charset of a JSON body where it is not plain UTF-8, "" where it is: by its mark, its NULs or declaration."""
     for bom, charset in BOMS:
         if body.startswith(bom):
             return charset
+    if (nuls := tuple(not byte for byte in body[:4])) in NULS:
+        return NULS[nuls]
     declared = CHARSET.search(content_type) if "charset" in content_type.lower() else None
-    return WIDE.get(declared[1].lower().replace("_", "-"), "") if declared else ""
+    return WIDE.get(re.sub("[-_]", "", declared[1].lower()), "") if declared else ""
 
 
 def in_utf8(body: bytes, charset: str, most: int, grew: Callable[[int], None]) -> Turns[bytes]:

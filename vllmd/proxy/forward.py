@@ -31,7 +31,7 @@ from functools import partial
 
 from vllmd.errors import EngineFailed, UpstreamFailed, VllmdError
 from vllmd.proxy import tokens, usage
-from vllmd.proxy.account import Account, Recorder
+from vllmd.proxy.account import Account, Recorder, Trace, Tracer
 from vllmd.proxy.answer import EVENT_STREAM, Answer, OptionRefusal, Refusal, UpstreamRequest, answer_for, relocated
 from vllmd.proxy.exchange import Exchange, chunk
 from vllmd.proxy.framing import Framing
@@ -49,9 +49,12 @@ from vllmd.proxy.upstream import Pool, Upstream, host_field
 # Of the client's fields an engine never sees these: its key, its cookies, and what we write ourselves.
 KEPT_BACK = frozenset(
     b"host content-length expect authorization x-api-key api-key cookie accept-encoding x-request-id"
+    b" apikey x-goog-api-key x-auth-token x-access-token x-auth-key ocp-apim-subscription-key x-litellm-api-key"
+    b" openai-api-key anthropic-api-key"
     b" forwarded x-vllmd-keep-alive x-forwarded-for x-forwarded-host x-forwarded-proto x-real-ip"
     b" origin access-control-request-method access-control-request-headers".split()
 )
+KEPT_BACK_TRACED = KEPT_BACK | {b"traceparent"}  # which the engine has from us then
 RESPONSE_ID = re.compile(rb'"id"\s*:\s*"(resp_[\w-]{1,128})"')
 REFUSALS = frozenset({502, 503, 504})  # of a replica: another one may serve
 MOST_TAIL = 16 * TAIL
@@ -71,6 +74,7 @@ class Relay:
         self.limits = limits
         self.heartbeats = Heartbeats(limits)
         self.recorder: Recorder | None = None  # who decides whether bodies are noted
+        self.tracer: Tracer | None = None  # who decides which requests are traced
         self._not_asked: set[str] = set()  # engines that refuse to be asked for the usage of a stream
 
     def forget(self, engine: str) -> None:
@@ -144,6 +148,8 @@ class Relay:
     def _account(self, wanted: UpstreamRequest, request: Request) -> Account:
         """What is noted of the request from now on. The client is told of bodies, if somebody has that switched on."""
         account, recorder, called = Account(stream=wanted.asked.stream), self.recorder, wanted.target.called
+        if self.tracer is not None:
+            account.trace = self.tracer.begin(request)
         if recorder and recorder.active and recorder.begin(account, called, request.caller.name, wanted.asked.body):
             request.answer_fields = (*request.answer_fields, ("x-vllmd-recorded", "bodies"))
         return account
@@ -163,7 +169,8 @@ class Relay:
         )
         body = usage.asking(asked, target.served_name) if answer.uncounted else asked.renamed(target.served_name)
         size = sum(map(len, body))
-        return request_head(request, sent, where, size), body, size
+        account = answer.account
+        return request_head(request, sent, where, size, account.trace if account else None), body, size
 
 
 class AnswerRelay:
@@ -178,7 +185,7 @@ class AnswerRelay:
         responses: StoredResponses,
     ) -> None:
         self._exchange = exchange
-        self._account = exchange.account
+        self.account = exchange.account
         self._tap = exchange.account.answer if exchange.account is not None else None
         self._sent = sent
         self._heartbeat = heartbeat
@@ -245,8 +252,8 @@ class AnswerRelay:
             took, sent = tokens.told(bytes(self._tail[-TAIL:])), self._sent
             if took is None and self._status == 200 and sent.route.endswith(tokens.COUNTED):  # untold, or broken off
                 took = tokens.reckoned(sent.route, sent.asked.body, self._size, stream=sent.asked.stream)
-            if self._account is not None:
-                self._account.tokens = took
+            if self.account is not None:
+                self.account.tokens = took
             permit.release(took, self._size, failed)
 
     # -- what the engine's connection says
@@ -354,7 +361,9 @@ class AnswerRelay:
             self._heartbeats = None
 
 
-def request_head(request: Request, sent: UpstreamRequest, where: Address, length: int) -> bytes:
+def request_head(
+    request: Request, sent: UpstreamRequest, where: Address, length: int, trace: Trace | None = None
+) -> bytes:
     """What an engine is sent before a body of ``length`` bytes: the client's fields less what is not its business."""
     headers, target = request.headers, sent.target
     known = headers.sent
@@ -362,11 +371,13 @@ def request_head(request: Request, sent: UpstreamRequest, where: Address, length
         same = known[3]  # a client's requests on one connection are mostly for one model
     else:
         if headers.onward is None:
-            headers.onward = write_fields(forwardable(headers.raw, but=KEPT_BACK))
+            headers.onward = write_fields(forwardable(headers.raw, but=KEPT_BACK_TRACED if trace else KEPT_BACK))
         line = f"{request.method} {where.prefix}{sent.path} HTTP/1.1\r\nhost: {host_field(where)}\r\n"
         more = "".join([f"{name.lower()}: {value}\r\n" for name, value in target.headers])
         if where.key:
             more += f"authorization: Bearer {where.key}\r\n"
         same = line.encode("ascii") + headers.onward + more.encode("latin-1")
         headers.sent = where, target, sent.path, same
+    if trace is not None:
+        same += b"traceparent: %b\r\n" % trace.field.encode("ascii")
     return b"%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (same, request.id.encode("ascii"), length)

@@ -15,7 +15,7 @@ from itertools import accumulate
 
 from vllmd.errors import BadRequest
 from vllmd.proxy.gate import Rules
-from vllmd.proxy.peek import KEEP_ALIVE, SLICE, Asked, T, Turns, model_name, with_rules
+from vllmd.proxy.peek import KEEP_ALIVE, NO_NAME, SLICE, Asked, T, Turns, model_name, with_rules
 from vllmd.proxy.system_prompt import Prompt
 
 LARGE = 1 << 20  # bytes; reading so much takes some ten milliseconds
@@ -27,7 +27,7 @@ SHORT = 1 << 10  # bytes in which most strings end
 NO_BRACKETS = bytes(set(range(256)) - set(b"{}[]"))
 DELTA = tuple(1 if byte in b"{[" else -1 for byte in range(256))
 NO_SPACE = re.compile(rb"[^ \t\r\n]")
-NAME = re.compile(rb'"(?:[^"\\]|\\.){1,4096}"')
+NAME = re.compile(rb'"(?:[^"\\]|\\.){0,4096}"|null(?=[ \t\r\n,}])')
 SMALL = re.compile(rb'"[^"\\\x00-\x1f]{0,64}"|-?[0-9]{1,16}(?:\.[0-9]{1,16})?(?=[ \t\r\n,}])|null|true|false')
 DEEPEST = 500  # brackets within brackets; engines' own readers give up at about twice that, not all of them gracefully
 LONGEST_KEY = 1024  # bytes; with every letter spelled by number a name has six times its letters
@@ -220,8 +220,10 @@ def _member(asked: Asked, key: bytes, start: int) -> Asked:
     if asked.end:
         raise BadRequest("the body has 'model' twice", param="model")
     value = NAME.match(asked.body, start)
-    model = model_name(_text(value[0]) if value else None)
-    return replace(asked, model=model, start=start, end=value.end() if value else start, quoted=True)
+    if value is None:
+        raise BadRequest(NO_NAME, param="model")
+    model = model_name(None if value[0] == b"null" else _text(value[0]))
+    return replace(asked, model=model, start=start, end=value.end(), quoted=True)
 
 
 def _small(body: bytes, start: int) -> object:

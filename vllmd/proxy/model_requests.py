@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from urllib.parse import quote, unquote
 
@@ -22,7 +24,7 @@ from vllmd.proxy.http import Request, Response
 from vllmd.proxy.keep_alive import WITHOUT, wish
 from vllmd.proxy.large import LARGE, in_large, in_turns, ruled_large
 from vllmd.proxy.limits import Limits
-from vllmd.proxy.peek import Asked, in_json, in_multipart, ruled
+from vllmd.proxy.peek import Asked, in_json, in_multipart, model_name, ruled
 
 # What to ask a model that does not serve a route that other engines have.
 INSTEAD = {
@@ -39,6 +41,8 @@ WELL_KNOWN = (
     *("/pooling", "/v1/audio/transcriptions", "/v1/audio/translations", "/v1/audio/speech", "/v1/images/generations"),
 )
 RESPONSES_KEPT = 10_000
+JSON = "application/json"
+KEY_IN_QUERY = re.compile(r"(?:^|(?<=&))(?:api[-_]?key|key|access_token|token)=", re.IGNORECASE)
 
 quoted = lru_cache(maxsize=256)(quote)
 
@@ -67,6 +71,16 @@ class StoredResponses:
             del self._known[response_id]
 
 
+@dataclass(frozen=True)
+class _Named:
+    """Rules (``gate.Rules``) that give a request its model's name."""
+
+    set: Mapping[str, object]
+    strip: tuple[str, ...] = ()
+    default: Mapping[str, object] = field(default_factory=dict)
+    system: str = ""
+
+
 class ModelRequests:
     """Works out what a request is for: one method for each way in which clients name the model."""
 
@@ -77,19 +91,37 @@ class ModelRequests:
 
     async def json(self, exchange: Exchange) -> UpstreamRequest:
         """A route whose JSON body names the model."""
+        return await self.to_model(exchange, await self._asked(exchange), exchange.request.path)
+
+    async def deployment(self, exchange: Exchange) -> UpstreamRequest:
+        """Azure's ``/openai/deployments/{model}/...``, and OpenAI's own old form of it: the path names the model.
+
+        What the body says of it counts for nothing, as there.
+        """
+        asked, request = await self._asked(exchange), exchange.request
+        request.path = "/v1" + request.route.partition(":path}")[2]
+        name = model_name(request.params["model"])
+        if asked.model != name:
+            asked = await after_rules(request.body, _Named({"model": name}), request.path)
+            request.body = asked.body
+        return await self.to_model(exchange, asked, request.path)
+
+    async def _asked(self, exchange: Exchange) -> Asked:
+        """What the JSON body asks for. Raises BadRequest for one that is none."""
         request = exchange.request
-        if not request.headers.plain_json or request.body[:1] != b"{":
+        if not request.headers.plain_json or not request.body.startswith(b"{") or request.body[1:2] == b"\0":
             content_type = request.headers.get("content-type")
             kind = content_type.partition(";")[0].strip().lower()
-            if kind != "application/json" and not kind.endswith("+json"):
+            if kind != JSON and kind != "text/json" and not kind.endswith("+json"):
                 raise BadRequest("the Content-Type must be application/json")
-            plain = "charset" not in content_type.lower() and not request.headers.get("content-encoding")
-            request.headers.plain_json = plain
-            if not plain or request.body[:1] != b"{":
+            plain = kind == JSON and "charset" not in content_type.lower()
+            request.headers.plain_json = plain and not request.headers.get("content-encoding")
+            if not request.headers.plain_json or not request.body.startswith(b"{") or request.body[1:2] == b"\0":
                 await self.make_plain(exchange, content_type)
+            if kind != JSON:  # engines take no other name of it
+                request.headers = request.headers.but("content-type", ("content-type", JSON))
         large = len(request.body) > LARGE
-        asked = await in_turns(in_large(request.body)) if large else in_json(request.body)
-        return await self.to_model(exchange, asked, request.path)
+        return await in_turns(in_large(request.body)) if large else in_json(request.body)
 
     async def form(self, exchange: Exchange) -> UpstreamRequest:
         """A route whose multipart form names the model."""
@@ -133,7 +165,7 @@ class ModelRequests:
         if self._model(request, unquote("/".join(segments))):
             # Nothing more than a model: its page is one slash further, and the client is told so. Links in a page are
             # relative to the last slash: without one they would leave the engine's own paths.
-            location = with_query(request, path + "/")
+            location = f"{path}/?{request.query_string}" if request.query_string else f"{path}/"
             await exchange.respond(Response(308, headers=(("location", location), ("cache-control", "no-store"))))
             return None
         for cut in range(len(segments) - 1, 0, -1):
@@ -143,7 +175,8 @@ class ModelRequests:
             if not allows(target.own_api, request.method, rest):
                 what = f"{request.method} /{unquote('/'.join(rest))} is not among what is passed on"
                 raise Forbidden(f"{what} to the engine of {target.model!r}: what changes it, vllmd does alone")
-            onward = with_query(request, "/" + "/".join(rest))
+            onward = "/" + "/".join(rest)
+            onward = f"{onward}?{request.query_string}" if request.query_string else onward  # its own clients', whole
             return UpstreamRequest(target, Asked("", False, request.body), onward, outside=f"/upstream/{name}")
         raise UnknownModel(f"no model's name begins {request.params['rest']!r}")
 
@@ -170,7 +203,7 @@ class ModelRequests:
                 request.body = asked.body  # the one that came is held no longer
         path = quoted(request.path)
         if request.query_string:
-            path = f"{path}?{request.query_string}"
+            path = with_query(request, path)
         return UpstreamRequest(target, asked, path, only=only, public=route, keep_alive=keep_alive)
 
     def target(self, request: Request, name: str, route: str) -> Target:
@@ -221,8 +254,11 @@ def unserved(target: Target, route: str) -> NotFound:
 
 
 def with_query(request: Request, path: str) -> str:
-    """``path`` with the request's own query."""
-    return f"{path}?{request.query_string}" if request.query_string else path
+    """``path`` with the request's own query, without what looks like a key: none reaches an engine, nor its log."""
+    query = request.query_string
+    if query and KEY_IN_QUERY.search(query):
+        query = "&".join(each for each in query.split("&") if not KEY_IN_QUERY.match(each))
+    return f"{path}?{query}" if query else path
 
 
 async def after_rules(body: bytes, rules: Rules, route: str) -> Asked:

@@ -69,6 +69,12 @@ KSERVE_PATHS = (
     ("GET", "/v2/models/{model:path}/config"),
     ("GET", "/v2/models/{model:path}"),
 )
+# Azure's, and OpenAI's own of old: the model is the path's, and what follows it is below /v1
+DEPLOYMENT_PATHS = tuple(
+    f"{root}/{{model:path}}/{rest}"
+    for root in ("/openai/deployments", "/v1/engines")
+    for rest in ("chat/completions", "completions", "embeddings")
+)
 FORM_PATHS = ("/v1/audio/transcriptions", "/v1/audio/translations", "/v1/images/edits", "/v1/images/variations")
 RESPONSE_PATHS = (
     ("GET", "/v1/responses/{id}"),
@@ -116,6 +122,8 @@ def add_model_routes(router: Router, relay: Relay) -> None:
 
     for path in (*JSON_PATHS, *EMBEDDING_PATHS, *LLAMA_PATHS):
         add("POST", path, requests.json, "relayed to the engine of the body's 'model'", JSON)
+    for path in DEPLOYMENT_PATHS:
+        add("POST", path, requests.deployment, "relayed to the engine of the path's model", JSON)
     for path in FORM_PATHS:
         add("POST", path, requests.form, "relayed to the engine of the form's 'model'", FORM)
     for method, path in KSERVE_PATHS:

@@ -11,17 +11,41 @@ from collections.abc import Iterator
 
 SLASHES = re.compile(r"/{2,}")
 V1_AGAIN = re.compile(r"/v1(?:/v1)+(?=/|$)")
-# Base URLs that people know from other servers: Groq's, OpenRouter's and LM Studio's.
-FOREIGN_ROOTS = ("/openai", "/api")
-SYNONYMS = {"/reranking": "/rerank", "/v1/reranking": "/v1/rerank"}
+# Base URLs that people know from other servers: Groq's, OpenRouter's, LM Studio's, Google's, Docker's, Fireworks'.
+FOREIGN_ROOTS = ("/openai", "/api", "/api/v0", "/v1beta/openai", "/v1/openai", "/engines", "/inference", "/anthropic")
+# Whatever stands before the API's own root: what somebody else's reverse proxy would have taken away.
+TAIL = re.compile(r"/(?:v1|api)/(?!.*/v1/).*")
+SYNONYMS = {
+    "/reranking": "/rerank",
+    "/v1/reranking": "/v1/rerank",
+    "/healthz": "/health",
+    "/livez": "/health/live",
+    "/readyz": "/health/ready",
+    "/redoc": "/docs",
+    "/swagger": "/docs",
+}
 
 _STATE = "vllmd alone puts engines to sleep, wakes, pauses and changes them; POST /admin/models/NAME/sleep, wake, load"
 _OWN = "it is an engine's own; GET /upstream/NAME{path} has it, for keys with the scope admin"
 _SLOTS = "it shows what others ask; GET /upstream/NAME{path} has it, for keys with the scope admin"
 _ADAPTER = "adapters are the configuration's (adapters of a model), not a client's; its name in a request loads it"
+_USAGE = "GET /admin/usage tells who used how much, for keys with the scope read"
+_KEPT = "nothing of a client's is kept here: each request has all that it needs, see /docs"
+# What OpenAI's own service keeps for its clients, with all that is below.
+KEPT = tuple(
+    f"/v1/{name}"
+    for name in ("files", "batches", "uploads", "assistants", "threads", "vector_stores", "conversations", "containers",
+                 "evals", "fine_tuning", "videos", "messages/batches")
+)  # fmt: skip
 # What vLLM or llama-server serve and vllmd does not, and what to do instead.
 REFERRED = {
-    "/": "the API begins at /v1, its description is at /docs",
+    **dict.fromkeys(("/", "/v1"), "the API begins at /v1, its description is at /docs"),
+    "/upstream": "/upstream/NAME/ is the own API of a model's engine, for keys with the scope admin",
+    **dict.fromkeys(("/v1/model/info", "/v1/model", "/key/info"), "GET /v1/models tells what there is to tell"),
+    **dict.fromkeys(("/v1/usage", "/v1/organization/usage", "/v1/dashboard/billing/usage"), _USAGE),
+    "/v1/moderations": "POST /classify asks a model that classifies, /v1/chat/completions any other one",
+    "/v1/complete": "Anthropic's messages are at /v1/messages, OpenAI's completions at /v1/completions",
+    "/v1/chat": "OpenAI's chat is at /v1/chat/completions, Ollama's at /api/chat",
     **dict.fromkeys(
         ("/sleep", "/wake_up", "/pause", "/resume", "/abort_requests", "/release_kv_cache_memory", "/collective_rpc"),
         _STATE,
@@ -54,7 +78,12 @@ def meant(path: str) -> Iterator[str]:
     tidy = V1_AGAIN.sub("/v1", SLASHES.sub("/", path))
     if len(tidy) > 1:
         tidy = tidy.removesuffix("/")
-    for plain in (tidy, *(tidy.removeprefix(root) for root in FOREIGN_ROOTS if tidy.startswith(root + "/"))):
+    tails = [found[0] for found in [TAIL.search(tidy, 1)] if found]
+    roots = [tidy.removeprefix(root) for root in FOREIGN_ROOTS if tidy.startswith(root + "/")]
+    for plain in (tidy, *tails):
+        if plain != path:
+            yield SYNONYMS.get(plain, plain)
+    for plain in (tidy, *roots, *tails):
         plain = SYNONYMS.get(plain, plain)
         for each in (plain, plain.removeprefix("/v1") if plain.startswith("/v1/") else "/v1" + plain):
             if each != path:
@@ -66,6 +95,8 @@ def referred(path: str) -> str:
     for each in (path, *meant(path)):
         if each in REFERRED:
             return REFERRED[each].replace("{path}", each)
+        if any(each == kept or each.startswith(kept + "/") for kept in KEPT):
+            return _KEPT
         if each.startswith("/slots/"):
             return _SLOTS.replace("{path}", each)
     return ""

@@ -27,6 +27,7 @@ MOST_PARTS = 1000  # of a form; servers of Python's commonly take as many
 LONGEST_PART_HEAD = 16 << 10  # bytes of the fields before a part's content
 LONGEST_PREAMBLE = 16 << 10  # bytes before a form's first part
 KEEP_ALIVE = ("keep_alive", "ttl")  # two names of one member that is ours, see ``proxy.keep_alive``
+NO_NAME = "'model' must be a string that names a model"
 LONGEST_FLAG = 64  # bytes of a field that says true or false
 
 WHITESPACE = re.compile(r"[ \t\n\r]*")
@@ -41,6 +42,8 @@ FIELD_NAME = re.compile(rb"[ !#$&-\[\]-~]+")  # what some reader would unescape 
 CHARSET = re.compile(r";[ \t]*charset\*?=(?!\"?(?:utf-?8|us-ascii)\"?[ \t]*(?:;|$))", re.IGNORECASE)
 EXTENDED_NAME = re.compile(rb"[; \t]name\*", re.IGNORECASE)  # RFC 8187's; forms do not have it (RFC 7578, 4.2)
 FIELD_OF_DISPOSITION = re.compile(rb'[; \t]name[ \t]*=[ \t]*(?:"([^"]*)"|([^"; \t]+))', re.IGNORECASE)
+# What stands in quotes, as the two kinds of reader see its end: a backslash escapes a quote, or it does not (WHATWG).
+QUOTED = (re.compile(rb'"(?:[^"\\]|\\.)*"'), re.compile(rb'"[^"]*"'))
 
 T = TypeVar("T")
 Turns = Generator[None, None, T]  # yields where others may have their turn
@@ -166,9 +169,11 @@ def _refuse_too_many_pieces(body: bytes) -> None:
 
 
 def model_name(value: object) -> str:
-    """``value`` if it can be a model's name. Raises BadRequest."""
-    if not isinstance(value, str) or not value:
-        raise BadRequest("'model' must be a string that names a model", param="model")
+    """``value`` if it can be a model's name, "" if it is null or empty: that names none. Raises BadRequest."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise BadRequest(NO_NAME, param="model")
     if len(value) > LONGEST_NAME:
         raise BadRequest(TOO_LONG_A_NAME, param="model")
     if not value.isprintable():
@@ -302,13 +307,22 @@ def _find_in_turns(body: bytes, what: bytes, pos: int) -> Turns[int]:
     return found
 
 
+def _is_first_name(line: bytes, quoted: re.Pattern[bytes]) -> bool:
+    """Whether a disposition has one name and its first ``name=`` is that: a file may be called ``a; name=model``."""
+    if EXTENDED_NAME.search(quoted.sub(b'""', line)):
+        return False
+    bare = FIELD_OF_DISPOSITION.findall(quoted.sub(lambda found: b'"%b"' % (b"x" * (len(found[0]) - 2)), line))
+    first, inside = FIELD_OF_DISPOSITION.search(line), [found.span() for found in quoted.finditer(line)]
+    return len(bare) == 1 and first is not None and not any(start < first.start() < end for start, end in inside)
+
+
 def _field(head: bytes) -> bytes:
     """The name in a part's head. Raises BadRequest for a head that another reader could read in another way."""
     if PART_HEAD.fullmatch(head) is None:
         raise BadRequest("the head of a part of the form is malformed: lines end with CRLF, fields are NAME: VALUE")
     lines = DISPOSITION.findall(head)
     names = FIELD_OF_DISPOSITION.findall(lines[0]) if len(DISPOSITIONS.findall(head)) == len(lines) == 1 else []
-    if len(names) != 1 or EXTENDED_NAME.search(lines[0]):
+    if not names or any(not _is_first_name(lines[0], quoted) for quoted in QUOTED):
         raise BadRequest("a part of the form must have one Content-Disposition, of form-data, with one name")
     name = bytes(names[0][0] or names[0][1])
     if FIELD_NAME.fullmatch(name) is None:

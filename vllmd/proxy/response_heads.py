@@ -5,7 +5,7 @@ was configured, often one that somebody wrote by hand, and nobody reads it but u
 but one meaning is taken in every form that the RFC allows a recipient to take, and written anew in the plain form:
 
 - lines that end with LF alone (2.2), and empty lines before the status line;
-- a status line without a reason phrase (4);
+- a status line without a reason phrase, or with other white space between its words (4);
 - white space between a field's name and the colon (5.1), folded lines (5.2), a bare CR or another control character
   within a line (2.2, and RFC 9110, 5.5): a space, or nothing.
 
@@ -24,6 +24,8 @@ INTERIM = tuple(b"HTTP/1.%d 1%b" % (minor, code) for minor in (0, 1) for code in
 
 IRREGULAR = re.compile(rb"(?<!\r)\n|\r(?!\n)|\r\n[ \t]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\n[^\r\n:]*[ \t]:")
 NO_PHRASE = re.compile(rb"HTTP/\d\.\d [0-9]{3}\r\n")
+SPACED = re.compile(rb"[ \t]*(HTTP/\d\.\d)[ \t]+([0-9]{3})(?:[ \t]+([^\r\n]*?))?[ \t]*\r\n")
+PLAIN = re.compile(rb"HTTP/\d\.\d [0-9]{3} [^ \t]")
 FOLD = re.compile(rb"[ \t]*\n[ \t]+")
 CONTROL = re.compile(rb"[\x00-\x08\x0b-\x1f\x7f]")
 BEFORE_COLON = re.compile(rb"^([^:\n]*?)[ \t]+:", re.MULTILINE)
@@ -45,6 +47,8 @@ def tidied(head: bytes) -> bytes:
         text = CONTROL.sub(b" ", FOLD.sub(b" ", text))
         status, _, fields = text.partition(b"\n")
         head = (status + b"\n" + BEFORE_COLON.sub(rb"\1:", fields)).rstrip(b"\n").replace(b"\n", b"\r\n") + b"\r\n\r\n"
+    if not PLAIN.match(head) and (words := SPACED.match(head)) is not None:
+        head = b"%b %b %b\r\n%b" % (words[1], words[2], words[3] or b"", head[words.end() :])
     if NO_PHRASE.match(head):
         head = head.replace(b"\r\n", b" \r\n", 1)
     return head

@@ -20,6 +20,7 @@ from vllmd.proxy.gate import Address, Permit, Target
 from vllmd.proxy.heads import forwardable, parse_response_head, parse_upgrade_head, write_fields, write_request_head
 from vllmd.proxy.http import Request, Response, json_response
 from vllmd.proxy.limits import read_small
+from vllmd.proxy.model_requests import KEY_IN_QUERY
 from vllmd.proxy.response_heads import HeadCollector
 from vllmd.proxy.upstream import connect, host_field
 
@@ -193,7 +194,8 @@ def _refusal(far: FarEnd, model: str, why: BadFraming) -> Response:
 
 def handshake(request: Request, target: Target, address: Address) -> bytes:
     """The request for the engine, with its own name for the model."""
-    query = [(key, value) for key, value in parse_qsl(request.query_string) if key != "model"]
+    told = parse_qsl(request.query_string)
+    query = [(key, value) for key, value in told if key != "model" and not KEY_IN_QUERY.match(f"{key}=")]
     query.append(("model", target.served_name))
     fields = [
         (b"host", host_field(address).encode()),

@@ -18,7 +18,6 @@ from vllmd.api.answers import RequestEntry, RequestTokens
 from vllmd.proxy.access import Caller
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.tokens import Tokens
-from vllmd.records.bodies import Bodies
 
 LONGEST_HEAD = 2048  # bytes that are kept of one
 SECRET = re.compile(r"key|token|secret|auth|passw|cookie|session|credential|signature", re.IGNORECASE)
@@ -53,7 +52,6 @@ class Entry(NamedTuple):
     sends: int
     tokens: Tokens | None
     head: bytes
-    bodies: Bodies | None
 
 
 class Ring:
@@ -70,7 +68,7 @@ class Ring:
         if size != self._entries.maxlen:
             self._entries = deque(self._entries, maxlen=size)
 
-    def note(self, exchange: Exchange, bodies: Bodies | None) -> Entry:
+    def note(self, exchange: Exchange) -> Entry:
         """Note a request that has ended, and return what is kept of it."""
         request, account = exchange.request, exchange.account
         elapsed = time.monotonic() - exchange.began
@@ -108,7 +106,6 @@ class Ring:
                 sends,
                 tokens,
                 head if len(head) <= LONGEST_HEAD else head[:LONGEST_HEAD],
-                bodies,
             ),
         )
         self._entries.append(entry)
@@ -123,15 +120,9 @@ class Ring:
         return reversed(self._entries)
 
     @property
-    def with_bodies(self) -> list[Entry]:
-        """Those of which bodies are kept, the oldest first."""
-        return [entry for entry in self._entries if entry.bodies is not None]
-
-    def without_bodies(self, keep: Callable[[Entry], bool]) -> None:
-        """Let go of the bodies of all but those that are to be kept."""
-        size = self._entries.maxlen
-        kept = (e if e.bodies is None or keep(e) else e._replace(bodies=None) for e in self._entries)
-        self._entries = deque(kept, maxlen=size)
+    def oldest(self) -> int:
+        """The number of the oldest one, 0 if there is none."""
+        return self._entries[0].number if self._entries else 0
 
 
 class Filter(NamedTuple):
@@ -177,8 +168,8 @@ def may_see(caller: Caller, entry: Entry) -> bool:
     return caller.may_see_key(entry.key) and (caller.models is None or caller.may_use(entry.model))
 
 
-def told(entry: Entry) -> RequestEntry:
-    """The request in words, without head and bodies."""
+def told(entry: Entry, *, bodies: bool = False) -> RequestEntry:
+    """The request in words, without head and bodies. ``bodies``: whether they are kept."""
     took, waited = entry.tokens, entry.waited
     tokens = None if took is None else RequestTokens(took.prompt, took.cached, took.answer, took.estimated)
     return RequestEntry(
@@ -203,7 +194,7 @@ def told(entry: Entry) -> RequestEntry:
         seconds=round(entry.seconds, 6),
         retries=max(0, entry.sends - 1),
         tokens=tokens,
-        bodies=entry.bodies is not None,
+        bodies=bodies,
     )
 
 

@@ -27,7 +27,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from assign' -l restart -d 'reloa
 complete -c vllmctl -n '__fish_seen_subcommand_from assign' -l config -r -d 'instead of the standard place'
 complete -c vllmctl -n '__fish_seen_subcommand_from assign' -a '(vllmctl completion models 2>/dev/null)'
 complete -c vllmctl -n '__fish_seen_subcommand_from assign' -F
-complete -c vllmctl -n __fish_use_subcommand -a bench -d 'Measure a model: time to the first token, tokens per second, under so many clients'
+complete -c vllmctl -n __fish_use_subcommand -a bench -d 'Measure a model: time to the first token, tokens per second, under so many clients; or (--cold) its start'
 complete -c vllmctl -n '__fish_seen_subcommand_from bench' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from bench' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
 complete -c vllmctl -n '__fish_seen_subcommand_from bench' -l user -d 'the vllmd of systemctl --user'
@@ -37,6 +37,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from bench' -l json -d 'print JSO
 complete -c vllmctl -n '__fish_seen_subcommand_from bench' -s n -l requests -r -d 'requests in all (default: 16)'
 complete -c vllmctl -n '__fish_seen_subcommand_from bench' -s c -l clients -r -d 'requests at a time (default: 4)'
 complete -c vllmctl -n '__fish_seen_subcommand_from bench' -l max-tokens -r -d 'tokens per answer (default: 128)'
+complete -c vllmctl -n '__fish_seen_subcommand_from bench' -l cold -d 'measure its start instead, beside that of the same command without vllmd; it is stopped and started, once without vllmd, for which it takes root or the engines user'
 complete -c vllmctl -n '__fish_seen_subcommand_from bench' -l prompt -r -d 'what is asked'
 complete -c vllmctl -n '__fish_seen_subcommand_from bench' -a '(vllmctl completion models 2>/dev/null)'
 complete -c vllmctl -n '__fish_seen_subcommand_from bench' -F
@@ -70,6 +71,16 @@ complete -c vllmctl -n '__fish_seen_subcommand_from config' -l key -r -d 'API ke
 complete -c vllmctl -n '__fish_seen_subcommand_from config' -l json -d 'print JSON instead of a table'
 complete -c vllmctl -n '__fish_seen_subcommand_from config' -a 'check show schema'
 complete -c vllmctl -n '__fish_seen_subcommand_from config' -F
+complete -c vllmctl -n __fish_use_subcommand -a disable -d 'Take models out of use: who asks for them gets your message'
+complete -c vllmctl -n '__fish_seen_subcommand_from disable' -s h -l help -d 'show this help message and exit'
+complete -c vllmctl -n '__fish_seen_subcommand_from disable' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
+complete -c vllmctl -n '__fish_seen_subcommand_from disable' -l user -d 'the vllmd of systemctl --user'
+complete -c vllmctl -n '__fish_seen_subcommand_from disable' -l url -r -d 'over HTTP, such as http://gpu1:33258; needs a key with the scope admin'
+complete -c vllmctl -n '__fish_seen_subcommand_from disable' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
+complete -c vllmctl -n '__fish_seen_subcommand_from disable' -l json -d 'print JSON instead of a table'
+complete -c vllmctl -n '__fish_seen_subcommand_from disable' -s m -l message -r -d 'what its clients are told'
+complete -c vllmctl -n '__fish_seen_subcommand_from disable' -a '(vllmctl completion models 2>/dev/null)'
+complete -c vllmctl -n '__fish_seen_subcommand_from disable' -F
 complete -c vllmctl -n __fish_use_subcommand -a doctor -d 'Find what is wrong with this machine, and say what helps'
 complete -c vllmctl -n '__fish_seen_subcommand_from doctor' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from doctor' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
@@ -86,6 +97,15 @@ complete -c vllmctl -n '__fish_seen_subcommand_from drain' -l url -r -d 'over HT
 complete -c vllmctl -n '__fish_seen_subcommand_from drain' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
 complete -c vllmctl -n '__fish_seen_subcommand_from drain' -l json -d 'print JSON instead of a table'
 complete -c vllmctl -n '__fish_seen_subcommand_from drain' -F
+complete -c vllmctl -n __fish_use_subcommand -a enable -d 'Put models in use again that were disabled'
+complete -c vllmctl -n '__fish_seen_subcommand_from enable' -s h -l help -d 'show this help message and exit'
+complete -c vllmctl -n '__fish_seen_subcommand_from enable' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
+complete -c vllmctl -n '__fish_seen_subcommand_from enable' -l user -d 'the vllmd of systemctl --user'
+complete -c vllmctl -n '__fish_seen_subcommand_from enable' -l url -r -d 'over HTTP, such as http://gpu1:33258; needs a key with the scope admin'
+complete -c vllmctl -n '__fish_seen_subcommand_from enable' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
+complete -c vllmctl -n '__fish_seen_subcommand_from enable' -l json -d 'print JSON instead of a table'
+complete -c vllmctl -n '__fish_seen_subcommand_from enable' -a '(vllmctl completion models 2>/dev/null)'
+complete -c vllmctl -n '__fish_seen_subcommand_from enable' -F
 complete -c vllmctl -n __fish_use_subcommand -a engine -d 'Install engines, and choose between their versions'
 complete -c vllmctl -n '__fish_seen_subcommand_from engine' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from engine' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
@@ -276,6 +296,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from ps' -l url -r -d 'over HTTP,
 complete -c vllmctl -n '__fish_seen_subcommand_from ps' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
 complete -c vllmctl -n '__fish_seen_subcommand_from ps' -l json -d 'print JSON instead of a table'
 complete -c vllmctl -n '__fish_seen_subcommand_from ps' -s p -l power -d 'show the watts of each ones share of its devices'
+complete -c vllmctl -n '__fish_seen_subcommand_from ps' -s s -l starts -d 'show where the time of each ones start goes or went'
 complete -c vllmctl -n '__fish_seen_subcommand_from ps' -s r -l running -d 'leave out models that are stopped'
 complete -c vllmctl -n '__fish_seen_subcommand_from ps' -F
 complete -c vllmctl -n __fish_use_subcommand -a pull -d 'Fetch models into the engines cache, without serving them yet'

@@ -1,4 +1,4 @@
-"""Measure a model: time to the first token, tokens per second, under so many clients."""
+"""Measure a model: time to the first token, tokens per second, under so many clients; or (--cold) its start."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from vllmd.cli import openai, show
@@ -28,10 +29,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", "--requests", type=int, default=16, metavar="N", help="requests in all (default: 16)")
     parser.add_argument("-c", "--clients", type=int, default=4, metavar="N", help="requests at a time (default: 4)")
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="tokens per answer (default: 128)")
+    parser.add_argument(
+        "--cold", action="store_true", help="measure its start instead, beside that of the same command without vllmd; "
+        "it is stopped and started, once without vllmd, for which it takes root or the engine's user")  # fmt: skip
     parser.add_argument("--prompt", default=PROMPT, metavar="TEXT", help="what is asked")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.cold:
+        return _cold(arguments)
     if arguments.requests < 1 or arguments.clients < 1:
         raise Failure("--requests and --clients must be at least 1", EX_USAGE)
     http = openai.client(arguments)
@@ -55,6 +61,16 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json
         else show.pairs({name: f"{value:.{0 if value > 1000 else 3}f}" for name, value in figures.items()})
     )
+    return 0
+
+
+def _cold(arguments: argparse.Namespace) -> int:
+    from vllmd.cli import cold  # it needs the kinds of engines, which no other measurement does
+
+    with show.Working(f"loading {arguments.model}") as working:
+        measured = cold.measure(Admin(arguments), arguments.model, working.say)
+    print(show.as_json({name: asdict(each) for name, each in measured.items()}) if arguments.json
+          else cold.table(measured))  # fmt: skip
     return 0
 
 

@@ -24,7 +24,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from vllmd.cli.examine import Host, examine
+    from vllmd.cli.examine import examine
+    from vllmd.cli.examined import Host
 
     found = examine(Host(user=arguments.user))
     findings = [*found, *daemon(arguments, said="\n".join(what for _, what, _ in found))]
@@ -53,12 +54,12 @@ def daemon(arguments: argparse.Namespace, said: str) -> list[Finding]:
         told = "" if all(line in said for line in broken.splitlines()) else f": {broken}"
         return [("bad", f"the daemon runs with an invalid configuration{told}", "repair it, then vllmctl reload")]
     answers = f"the daemon answers; engines are run by {status.backend or '(still opening)'}"
-    return [("ok", answers, ""), *devices(status), *(each for each in models(status) if not known(each, said))]
+    return [("ok", answers, ""), *devices(status, said), *(each for each in models(status) if not known(each, said))]
 
 
-def devices(status: Status) -> Iterator[Finding]:
+def devices(status: Status, said: str = "") -> Iterator[Finding]:
     """Those that do not answer, or are avoided for another reason than an operator's word."""
-    if status.trouble:
+    if status.trouble and status.trouble.partition(";")[0] not in said:
         yield "bad", f"the devices do not answer: {status.trouble}", ""
     for device in status.devices:
         if device.wedged and not device.drained:

@@ -36,19 +36,24 @@ def run(arguments: argparse.Namespace) -> int:
 
 def table(status: Status) -> str:
     """A row for each device."""
-    rows = [row(device, status.models) for device in status.devices]
+    rows = [row(device, status.models, status.devices) for device in status.devices]
     return show.table(HEAD, rows, RIGHT, beneath=("MODELS", "NOTE"))
 
 
-def row(device: DeviceNow, models: Sequence[ModelLine]) -> tuple[str, ...]:
+def row(device: DeviceNow, models: Sequence[ModelLine], all_devices: Sequence[DeviceNow] = ()) -> tuple[str, ...]:
     free = device.memory - device.promised - device.reserve - device.external
     engines = [line for model in models for line in model.replicas or (model,)]
     held = [line.name for line in engines if device.index in line.devices]
     sizes = (device.memory, device.promised, max(0, free), device.reserve, device.external)
-    return (str(device.index), *map(show.size, sizes), ", ".join(held) or show.EMPTY, "; ".join(_notes(device)))
+    return (
+        str(device.index),
+        *map(show.size, sizes),
+        ", ".join(held) or show.EMPTY,
+        "; ".join(_notes(device, all_devices)),
+    )
 
 
-def _notes(device: DeviceNow) -> Iterator[str]:
+def _notes(device: DeviceNow, all_devices: Sequence[DeviceNow]) -> Iterator[str]:
     """What it is, what it draws, whom it is near, what is wrong with it."""
     if device.wedged:
         yield f"avoided: {device.wedged}"
@@ -61,6 +66,9 @@ def _notes(device: DeviceNow) -> Iterator[str]:
     if told:
         yield told
     if device.links:
-        yield f"NVLink to {', '.join(map(str, device.links))}"
+        yield f"linked to {show.numbers(device.links)}"
+    beside = [other.index for other in all_devices if device.switch and other.switch == device.switch]
+    if len(beside) > 1:
+        yield f"switch with {show.numbers([index for index in beside if index != device.index])}"
     if device.node is not None:
-        yield f"node {device.node}"
+        yield f"node {device.node}" + (f" (CPUs {show.numbers(device.cpus)})" if device.cpus else "")

@@ -44,7 +44,7 @@ def _row(line: ModelLine, cached: Sequence[CachedModel]) -> tuple[str, ...]:
     source = config.model or line.name
     return (
         line.name,
-        show.state(line.state),
+        "disabled" if line.disabled else show.state(line.state),
         show.size(size_of(line, cached)),
         config.engine or show.EMPTY,
         "(its name)" if source == line.name else source,

@@ -16,6 +16,9 @@ RIGHT = ("MEMORY", "ACTIVE", "QUEUED", "IDLE")
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-p", "--power", action="store_true", help="show the watts of each one's share of its devices")
+    parser.add_argument(
+        "-s", "--starts", action="store_true", help="show where the time of each one's start goes or went"
+    )
     parser.add_argument("-r", "--running", action="store_true", help="leave out models that are stopped")
 
 
@@ -27,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(show.as_json(models))
     elif models:
-        print(table(models, power=arguments.power))
+        print(starts(models) if arguments.starts else table(models, power=arguments.power))
     elif arguments.running:
         print("no model is loaded")
     else:
@@ -45,6 +48,14 @@ def table(models: Sequence[ModelLine], *, power: bool = False) -> str:
         return show.table(HEAD, [row(line) for line in lines], RIGHT, names=("MODEL",))
     rows = [(*cells[:-1], _watts(line), cells[-1]) for line in lines for cells in (row(line),)]
     return show.table((*HEAD[:-1], "POWER", HEAD[-1]), rows, (*RIGHT, "POWER"), names=("MODEL",))
+
+
+def starts(models: Sequence[ModelLine]) -> str:
+    """A row for each engine: how long its last start took, and where its time goes or went."""
+    lines = [line for model in models for line in (replicas(model) and (model, *replicas(model))) or (model,)]
+    rows = [(line.name, show.state(line.state), show.age(line.last_start_seconds), show.phases(line) or show.EMPTY)
+            for line in lines]  # fmt: skip
+    return show.table(("MODEL", "STATE", "LAST START", "OF WHICH"), rows, ("LAST START",), names=("MODEL",))
 
 
 def _watts(line: ModelLine) -> str:
@@ -91,6 +102,7 @@ def note(line: ModelLine) -> str:
     """What is remarkable about it: phase of a start, pin, leases, why its requests wait, why it failed."""
     parts = [show.phase(line)]
     parts.append(replicas_of(line))
+    parts.append(f"disabled: {line.disabled}" if line.disabled else "")
     parts.append("pinned" if line.pinned else "")
     parts.append(f"leased to {', '.join(line.leases)}" if line.leases else "")
     parts.append(line.waiting_for)

@@ -9,10 +9,11 @@ off, unless somebody else waits for the same model.
 from __future__ import annotations
 
 import argparse
-from urllib.parse import quote
 
+from vllmd.api.answers import Answer, Download, Pulled
+from vllmd.api.verbs import verb
 from vllmd.cli import downloads, show
-from vllmd.cli.admin import Admin
+from vllmd.cli.admin import Admin, understood
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,20 +23,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    admin, answers = Admin(arguments), []
+    admin, answers = Admin(arguments), list[Answer]()
     for model in arguments.models:
         if arguments.stop:
-            answers.append(admin.delete(f"/admin/store/downloads/{quote(model, safe='')}"))
+            answers.append(admin.told(verb("stop-download"), Download, {"model": model}))
             said = f"{model}: ended; what has come is kept"
         elif arguments.no_wait:
-            answers.append(admin.post("/admin/store/pull", {"model": model, "detach": True}))
+            answers.append(understood(Pulled, admin.post("/admin/store/pull", {"model": model, "detach": True})))
             said = f"{model}: begun; vllmctl ps shows how far it is"
         else:
             last = downloads.follow(admin, model, add=False, quiet=arguments.json)
             answers.append(last)
-            name = last["model"]
+            name = last.model
             known = any(name == line.name for line in admin.status().models)
-            said = f"{name} is here after {show.age(last.get('seconds'))}, {show.size(last.get('total'))}"
+            said = f"{name} is here after {show.age(last.seconds)}, {show.size(last.total)}"
             said += "" if known else f"; vllmctl run {name} serves it"
         if not arguments.json:
             show.say(said)

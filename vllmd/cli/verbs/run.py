@@ -45,9 +45,9 @@ def here(admin: Admin, arguments: argparse.Namespace) -> str:
     line = _configured(status, arguments.model)
     if line is None:
         last = downloads.follow(admin, arguments.model, add=True, quiet=False)
-        if last.get("added"):
-            show.say(f"{last['model']} was fetched ({show.size(last.get('total'))}) and added", sys.stderr)
-        line = _configured(admin.status(), str(last["model"])) or ModelLine(str(last["model"]), "stopped")
+        if last.added:
+            show.say(f"{last.model} was fetched ({show.size(last.total)}) and added", sys.stderr)
+        line = _configured(admin.status(), last.model) or ModelLine(last.model, "stopped")
     elif not line.failure:
         return line.name
     kind = line.config.engine or ""

@@ -55,6 +55,7 @@ def of_model(line: ModelLine, card: Mapping[str, Any], cached: Sequence[CachedMo
         "model": line.name,
         "state": line.state,
         "note": ps.note(line),
+        **_start(line),
         "engine": config.engine or "",
         "source": config.model or line.name,
         **_files(cached),
@@ -64,6 +65,15 @@ def of_model(line: ModelLine, card: Mapping[str, Any], cached: Sequence[CachedMo
         "memory": show.size(line.memory) if line.memory else "",
         "description": card.get("description", ""),
     }
+
+
+def _start(line: ModelLine) -> dict[str, object]:
+    """How its start goes, or how its last one went."""
+    if line.state == "starting":
+        return {"start so far": show.phases(line)}
+    phases = show.phases(line)
+    return {"last start": f"{show.age(line.last_start_seconds)}{f': {phases}' if phases else ''}"
+            if line.last_start_seconds else ""}  # fmt: skip
 
 
 def _files(cached: Sequence[CachedModel]) -> dict[str, object]:

@@ -44,6 +44,8 @@ def now(line: ModelLine, made: bool) -> str:
         told += f"; it failed: {line.failure}"
     if "\n" in line.failure:
         told += f"\nvllmctl logs {name} shows all of its output"
+    if line.disabled:
+        told += f"; an operator has disabled it: {line.disabled}"
     if line.waiting_for:
         queued = line.queued
         who = f"{show.counted(queued, 'request')} wait{'s' * (queued == 1)} for" if queued else "it waits for"

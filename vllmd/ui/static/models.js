@@ -84,8 +84,10 @@ function About({ line }) {
     ["memory expected", card && bytes(card.memory) && `${bytes(card.memory)} on each of its devices`],
     ["memory held", line.memory > 0 && `${bytes(line.memory)} on GPU ${line.devices.join(", ")}`],
     ["requests at a time", card?.limits?.concurrency], ["longest queue", card?.limits?.queue],
-    ["last start", seconds(line.last_start_seconds)], ["unit", line.unit], ["process", line.pid],
-    ["waits for", line.waiting_for], ["leases", line.leases.join(", ")],
+    ["last start", seconds(line.last_start_seconds)],
+    ["of which", Object.entries(line.start_phases || {}).filter(([, took]) => took >= 0.05).map(([phase, took]) => `${phase} ${seconds(took)}`).join(", ")],
+    ["unit", line.unit], ["process", line.pid],
+    ["disabled", line.disabled], ["waits for", line.waiting_for], ["leases", line.leases.join(", ")],
   ]; // prettier-ignore
   const { value: settings } = useLoaded((signal) => text(`/admin/config?model=${encodeURIComponent(line.name)}`, { signal }), [line.name]);
   return html`<${Problem} error=${error} />

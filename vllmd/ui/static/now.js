@@ -5,7 +5,7 @@ import { useState } from "./vendor/hooks.js";
 import { call, maySee, modelPath } from "./api.js";
 import { bytes, isAsleep, isMoving, percent, plural, rate, seconds, shortState } from "./format.js";
 import { refresh, sharesOf, useLive } from "./live.js";
-import { Command, Dialog, Empty, Problem, Rows, State } from "./parts.js";
+import { Command, Dialog, Empty, Problem, Rows, State, useLoaded } from "./parts.js";
 
 const ROW = 41; // pixels, as in style.css
 
@@ -13,7 +13,7 @@ export function Now() {
   const { status, rates } = useLive();
   const [words, setWords] = useState("");
   const [only, setOnly] = useState("all");
-  const [asked, setAsked] = useState(null); // {verb, line}, to be confirmed
+  const [asked, setAsked] = useState(null); // {verb, line} or {verb, device}, to be confirmed
   if (!status) return html`<p class="soft">Reading the status.</p>`;
   if (status.configuration.error)
     return html`<${Empty} title="The configuration is invalid: no model is served">
@@ -37,14 +37,15 @@ export function Now() {
           <${Rows} items=${shown} height=${ROW} columns=${COLUMNS} label="models"
             render=${(line) => html`<${Line} key=${line.name} line=${line} rates=${rates[line.name]} onAsk=${setAsked} />`} />
           ${shown.length === 0 && html`<p class="soft">No model is called so.</p>`}`}</section>
-    ${asked && html`<${Confirm} ...${asked} status=${status} onClose=${() => setAsked(null)} />`}`;
+    ${asked && html`<${Ask} ...${asked} line=${asked.line && (status.models.find((line) => line.name === asked.line.name) || asked.line)} onClose=${() => setAsked(null)} />`}`;
 }
 
-const GROUPS = ["waiting", "loaded", "asleep", "stopped", "failed"];
+const GROUPS = ["waiting", "loaded", "asleep", "stopped", "failed", "disabled"];
 const COLUMNS = [["model"], ["state"], ["queue", "number"], ["running", "number"], ["tokens/s", "number wide"],
   ["first byte", "number wide"], ["next", "wide"], [html`<span class="unseen">actions</span>`, "verbs"]]; // prettier-ignore
 
 function groupOf(line) {
+  if (line.disabled) return "disabled";
   if (line.queued || line.waiting_for) return "waiting";
   if (line.state === "error") return "failed";
   if (line.state === "stopped") return "stopped";
@@ -82,7 +83,7 @@ function Device({ status, device, onAsk }) {
       ${device.temperature !== null && html`<span class="soft">${Math.round(device.temperature)} °C</span>`}
       ${device.throttled && html`<span class="warn">slowed down: ${device.throttled}</span>`}
       ${device.wedged && html`<span class="warn">${device.wedged}</span>`}
-      ${maySee("admin") && html`<button type="button" class="small" onClick=${() => onAsk({ verb: device.drained ? "undrain" : "drain", device })}>
+      ${maySee("admin") && html`<button type="button" class="small" aria-label=${`${device.drained ? "give back" : "drain"} GPU ${device.index}`} onClick=${() => onAsk({ verb: device.drained ? "undrain" : "drain", device })}>
         ${device.drained ? "give back" : "drain"}</button>`}</div>
     <div class="bar" role="img" aria-label=${`GPU ${device.index}: ${[...said, `${bytes(free)} free`].join("; ")}`}>
       ${shares.map((share) => html`<span key=${share.name} class=${`share ${isAsleep(share.state) ? "asleep" : ""}`} style=${{ ...width(share.memory), "--hue": hueOf(share.name) }}
@@ -113,6 +114,7 @@ function Line({ line, rates, onAsk }) {
       ${line.leases.length > 0 && html` <span class="tag" title=${line.leases.join(", ")}>${plural(line.leases.length, "lease")}</span>`}
       ${line.replicas.length > 1 && html` <span class="tag">${line.serving} of ${line.replicas.length} replicas</span>`}</th>
     <td><${State} state=${line.state} />
+      ${line.disabled && html` <span class="warn" title=${line.disabled}>disabled: ${line.disabled}</span>`}
       ${phase && html` <span class="soft">${phase}</span>`}
       ${waits && html` <span class="warn">waits for ${waits}</span>`}
       ${line.state === "error" && html` <span class="bad-text" title=${line.failure}>${line.failure.split("\n")[0]}</span>`}</td>
@@ -120,7 +122,8 @@ function Line({ line, rates, onAsk }) {
     <td class="number wide">${rate(rates?.tokens)}</td><td class="number wide">${seconds(rates?.firstByte)}</td>
     <td class="wide soft">${nextOf(line)}</td>
     <td class="verbs">${maySee("admin") && verbsOf(line).map((verb) => html`<button type="button" class="small" aria-label=${`${VERBS[verb].title} ${line.name}`}
-      onClick=${() => onAsk({ verb, line })}>${VERBS[verb].title}</button>`)}</td></tr>`;
+      onClick=${() => onAsk({ verb, line })}>${VERBS[verb].title}</button>`)}
+      ${maySee("admin") && html`<button type="button" class="small" aria-haspopup="dialog" aria-label=${`more for ${line.name}`} onClick=${() => onAsk({ verb: line.leases.includes(LEASE) ? "release" : "lease", line })}>more</button>`}</td></tr>`;
 }
 
 function nextOf(line) {
@@ -128,90 +131,74 @@ function nextOf(line) {
   return line.idle !== null && line.state === "running" ? `idle for ${seconds(line.idle)}` : "";
 }
 
+/** Those that have a button of their own; `every` action is behind "more". */
 export function verbsOf(line) {
+  if (line.disabled) return ["enable"];
   if (line.state === "stopped" || line.state === "error") return ["load"];
   if (isAsleep(line.state)) return ["load", "unload"];
   return ["sleep", "unload", "restart", line.pinned ? "unpin" : "pin"];
 }
 
+const every = (line) => ["load", "sleep", "unload", "restart", line.pinned ? "unpin" : "pin", line.leases.includes(LEASE) ? "release" : "lease", "probe", line.disabled ? "enable" : "disable"];
+
+const LEASE = "page"; // the name of the leases that are made here
+const post = (name, verb, body) => call("POST", modelPath(name, verb), body);
 const VERBS = {
-  load: { title: "load", does: whatLoadDoes, act: (name) => call("POST", modelPath(name, "load")) },
-  sleep: {
-    title: "sleep",
-    does: (line) => `${finishes(line)} Its weights move to host memory, and its device memory is free for others. The next request wakes it.`,
-    act: (name) => call("POST", modelPath(name, "sleep")),
-  },
-  unload: {
-    title: "stop",
-    does: (line) => `${finishes(line)} Its engine is stopped and all of its memory is free. The next request starts it again${lastStart(line)}.`,
-    act: (name) => call("POST", modelPath(name, "unload")),
-  },
+  load: { title: "load", act: (name) => post(name, "load") },
+  sleep: { title: "sleep", act: (name) => post(name, "sleep") },
+  unload: { title: "stop", act: (name) => post(name, "unload") },
   restart: {
     title: "restart",
-    does: (line) => `${finishes(line)} Its engine is stopped and started anew${lastStart(line)}. Requests that come meanwhile wait.`,
     act: async (name) => {
-      await call("POST", `${modelPath(name, "unload")}?wait=true`);
-      return call("POST", modelPath(name, "load"));
+      await post(name, "unload?wait=true");
+      return post(name, "load");
     },
   },
-  pin: {
-    title: "pin",
-    does: () => "It is neither put to sleep nor stopped to make room for others, until it is unpinned or vllmd restarts.",
-    act: (name) => call("POST", modelPath(name, "pin"), { pinned: true }),
-  },
-  unpin: {
-    title: "unpin",
-    does: () => "It may sleep, and make room for others, again.",
-    act: (name) => call("POST", modelPath(name, "pin"), { pinned: false }),
-  },
-  drain: {
-    title: "drain",
-    does: (_, status, device) => `Nothing new is put on GPU ${device.index}. ${onDevice(status, device)} Meant for maintenance; an idle vllmd does not exit while a GPU is drained.`,
-    act: (_, device) => call("POST", `/admin/devices/${device.index}/drain`, { drained: true }),
-  },
-  undrain: {
-    title: "give back",
-    does: (_, status, device) => `Models may be put on GPU ${device.index} again.`,
-    act: (_, device) => call("POST", `/admin/devices/${device.index}/drain`, { drained: false }),
-  },
+  pin: { title: "pin", act: (name) => post(name, "pin", { pinned: true }) },
+  unpin: { title: "unpin", act: (name) => post(name, "pin", { pinned: false }) },
+  lease: { title: "lease", act: (name, { hours }) => post(name, "lease", { lease: LEASE, deadline_seconds: 3600 * hours }) },
+  release: { title: "give the lease back", act: (name) => call("DELETE", `${modelPath(name, "lease")}?lease=${LEASE}`) },
+  probe: { title: "probe", act: (name) => post(name, "probe?all=true&limit=60"), tells: (found) => found.replicas.map((each) => `${each.name}: ${each.seconds === null ? each.message : seconds(each.seconds)}`).join("; ") },
+  disable: { title: "disable", act: (name, { message }) => post(name, "disable", message ? { message } : {}) },
+  enable: { title: "enable", act: (name) => post(name, "enable") },
+  drain: { title: "drain", act: (index) => call("POST", `/admin/devices/${index}/drain`, { drained: true }) },
+  undrain: { title: "give back", act: (index) => call("POST", `/admin/devices/${index}/drain`, { drained: false }) },
 };
 
-const finishes = (line) => (line.in_flight ? `${plural(line.in_flight, "request")} that it answers now come to their end first.` : "It answers nothing now.");
-const lastStart = (line) => (line.last_start_seconds ? `, which took ${seconds(line.last_start_seconds)} last time` : "");
-
-function whatLoadDoes(line, status) {
-  const free = status.devices.map((device) => sharesOf(status, device).free);
-  const room = free.length ? `Free now: ${free.map((amount, index) => `${bytes(amount)} on GPU ${index}`).join(", ")}. ` : "";
-  const time = line.last_start_seconds ? ` Its last start took ${seconds(line.last_start_seconds)}.` : "";
-  const how = isAsleep(line.state) ? "It is woken." : "Its engine is started.";
-  return `${how} ${room}Where it does not fit, models that are idle leave for it; busy ones finish what they answer first.${time}`;
-}
-
-function onDevice(status, device) {
-  const names = sharesOf(status, device).shares.map((share) => share.name);
-  return names.length ? `${names.join(", ")} finish what they answer and leave it.` : "Nothing is on it now.";
-}
-
-function Confirm({ verb, line, device, status, onClose }) {
+/** What it will do, in the daemon's own words, and then it does it. */
+function Ask({ verb: first, line, device, onClose }) {
+  const [verb, setVerb] = useState(first);
+  const [given, setGiven] = useState({ hours: 4, message: "" });
   const [error, setError] = useState(null);
   const [busy, setBusy] = useState(false);
-  const { title, does, act } = VERBS[verb];
+  const [told, setTold] = useState("");
+  const { title, act, tells } = VERBS[verb];
   const what = device ? `GPU ${device.index}` : line.name;
+  const path = device ? `/admin/devices/${device.index}/preview` : modelPath(line.name, "preview");
+  const preview = useLoaded((signal) => call("GET", `${path}?action=${verb}`, undefined, { signal }), [verb, line?.state, line?.in_flight]);
   const confirmed = async (event) => {
     event.preventDefault();
     setBusy(true);
+    setError(null);
     try {
-      await act(device ? null : line.name, device);
+      const found = await act(device ? device.index : line.name, given);
       refresh();
-      onClose();
+      if (!tells) return onClose();
+      setTold(tells(found));
     } catch (failure) {
       setError(failure);
-      setBusy(false);
     }
+    setBusy(false);
   };
-  return html`<${Dialog} title=${`${title} ${what}`} onClose=${onClose}>
-    <p>${does(line, status, device)}</p><${Problem} error=${error} />
-    <form onSubmit=${confirmed} class="buttons">
-      <button type="button" onClick=${onClose}>Cancel</button>
-      <button type="submit" class="primary" disabled=${busy}>${title} ${what}</button></form></${Dialog}>`;
+  const set = (name, value) => setGiven({ ...given, [name]: value });
+  return html`<${Dialog} title=${first ? `${title} ${what}` : what} onClose=${onClose}>
+    <form onSubmit=${confirmed}>
+      ${!device && html`<label class="block">Action <select value=${verb} onChange=${(event) => (setVerb(event.target.value), setTold(""), setError(null))}>
+        ${every(line).map((each) => html`<option value=${each}>${VERBS[each].title}</option>`)}</select></label>`}
+      ${verb === "disable" && html`<label class="block">Message to its clients <input maxlength="500" value=${given.message} placeholder="an operator has taken it out of use" onInput=${(event) => set("message", event.target.value)} /></label>`}
+      ${verb === "lease" && html`<label class="block">Hours <input type="number" min="0.1" step="0.1" required value=${given.hours} onInput=${(event) => set("hours", Number(event.target.value))} /></label>`}
+      <p class="preview" aria-live="polite">${preview.value?.action === verb ? preview.value.text : "Asking vllmd what that would do."}</p>
+      <${Problem} error=${error || preview.error} />${told && html`<p role="status">${told}</p>`}
+      <div class="buttons"><button type="button" onClick=${onClose}>${told ? "Close" : "Cancel"}</button>
+        <button type="submit" class="primary" disabled=${busy || preview.value?.action !== verb || !preview.value.possible}>${title} ${what}</button></div></form></${Dialog}>`;
 }

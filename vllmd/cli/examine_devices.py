@@ -1,0 +1,171 @@
+"""``vllmctl doctor`` about devices: drivers, nodes, groups, libraries; and whether what is there answers.
+
+Each finding has the one command that mends it. What the files show already is not asked of the driver again: it would
+say the same in other words.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from vllmd.cli.examined import Finding, Host
+from vllmd.gpu import Devices, Presence, Sample
+
+PATIENCE = 10.0  # seconds for a driver's answer: without persistence mode it takes some
+UNKNOWN = "dmesg says what it met; it comes back with a reset of the GPU, or a reboot"
+RULES = "udevadm trigger --subsystem-match=drm --subsystem-match=kfd"
+
+
+def driver(host: Host) -> Iterator[Finding]:
+    """The GPUs' drivers, their device nodes and what reads them; then, if all is as it should be, their answer."""
+    found = list(_by_files(host))
+    yield from found
+    if not any(verdict == "bad" for verdict, _, _ in found):
+        yield from _answers(host, quiet=not found)
+
+
+def _by_files(host: Host) -> Iterator[Finding]:
+    loaded = host.path("/proc/driver/nvidia/version").exists()
+    wsl = host.path("/dev/dxg").exists()
+    here = Presence(host.root)
+    if wsl:
+        yield from _wsl(host)
+    elif loaded:
+        yield from _nvidia(host)
+    elif cards := here.displays("0x10de"):
+        advice = "modprobe nvidia; if it fails, dmesg says why (no module for this kernel, Secure Boot, nouveau)"
+        yield "bad", f"there is an NVIDIA card at {', '.join(cards)}, but its driver is not loaded", advice
+    yield from _amd(host, here)
+    yield from _intel(host, here)
+
+
+def declared(host: Host) -> bool:
+    """Whether the configuration says which devices there are."""
+    from vllmd.config.loader import read
+
+    return read(env=host.env).config.devices is not None
+
+
+def _nvidia(host: Host) -> Iterator[Finding]:
+    yield "ok", "NVIDIA's driver is loaded", ""
+    nodes = sorted(path for path in host.path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit())
+    if not nodes:
+        yield "bad", "there are no /dev/nvidia0, /dev/nvidia1, ...", "nvidia-modprobe -c 0"
+    for path in (*nodes, host.path("/dev/nvidiactl")):
+        if path.exists() and path.stat().st_mode & 0o006 != 0o006:
+            yield "bad", f"/dev/{path.name} is not open to everybody", f"chmod 0666 /dev/{path.name}"
+    if nodes and not host.path("/dev/nvidia-uvm").exists():
+        advice = "nvidia-modprobe -u -c 0, or enable nvidia-persistenced; engines may not load it themselves"
+        yield "bad", "/dev/nvidia-uvm is missing", advice
+    module, library = _text(host.path("/sys/module/nvidia/version")), _nvml_version(host)
+    if module and library and module != library:
+        what = f"the driver was upgraded: module {module} is loaded, the library is {library}"
+        yield "bad", what, "reboot"
+    if not host.has_module("pynvml"):
+        yield "bad", "NVIDIA's GPUs cannot be read without NVML's Python package", "apt install python3-pynvml"
+
+
+def _nvml_version(host: Host) -> str:
+    """The release that the installed library is of, by its file's name; "" where that does not tell."""
+    for folder in ("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib"):
+        for path in host.path(folder).glob("libnvidia-ml.so.*.*"):
+            return path.name.removeprefix("libnvidia-ml.so.")
+    return ""
+
+
+def _wsl(host: Host) -> Iterator[Finding]:
+    if host.path("/usr/lib/wsl/lib/libnvidia-ml.so.1").exists():
+        yield "ok", "Windows' NVIDIA driver is there", ""
+    else:
+        what = "this is WSL, but Windows gives it no NVIDIA library"
+        yield "bad", what, "wsl --update in Windows, and NVIDIA's driver there; none belongs into Linux"
+
+
+def _amd(host: Host, here: Presence) -> Iterator[Finding]:
+    unbound = set(here.unbound("0x1002"))
+    if host.path("/dev/kfd").exists():
+        yield "ok", "AMD's compute driver is loaded", ""
+        yield from _access(host, "/dev/kfd", "AMD's")
+    elif host.path("/sys/class/kfd").is_dir():
+        yield "bad", "AMD's compute driver is loaded, but there is no /dev/kfd", RULES
+    elif unbound:
+        advice = "modprobe amdgpu; if it fails, dmesg says why (firmware: apt install firmware-amd-graphics)"
+        yield "warning", f"there is an AMD card at {', '.join(sorted(unbound))}, but its driver is not loaded", advice
+
+
+def _intel(host: Host, here: Presence) -> Iterator[Finding]:
+    """Of cards with memory of their own; nearly every office machine has one of Intel's without."""
+    drivers = [name for name in ("xe", "i915") if host.path(f"/sys/bus/pci/drivers/{name}").is_dir()]
+    if not drivers or (not list(host.path("/sys/class/drm").glob("card*/lmem_total_bytes")) and "xe" not in drivers):
+        return
+    yield "ok", f"Intel's driver is loaded ({', '.join(drivers)})", ""
+    yield from _access(host, "/dev/dri", "Intel's")
+
+
+def _access(host: Host, what: str, whose: str) -> Iterator[Finding]:
+    """Whether engines may open it: it and the render nodes beside it are the group render's."""
+    nodes = [path for path in sorted(host.path("/dev/dri").glob("renderD*")) if path.exists()]
+    if not nodes:
+        yield "bad", f"there is no /dev/dri/renderD128, by which {whose} GPUs are used", RULES
+    user = "vllmd-engine"
+    if host.user or user not in _first_fields(host.path("/etc/passwd")):
+        return
+    groups = dict(line.split(":")[0::3] for line in _text(host.path("/etc/group")).splitlines() if line.count(":") == 3)
+    closed = [path for path in (host.path(what), *nodes) if path.exists() and path.stat().st_mode & 0o006 != 0o006]
+    if "render" not in groups:
+        yield "bad", f"there is no group render, which owns {what}", "systemd-sysusers"
+    elif closed and user not in groups["render"].split(","):
+        yield "bad", f"{user} is not in the group render, which owns {what}", f"usermod -aG render,video {user}"
+
+
+def _answers(host: Host, *, quiet: bool) -> Iterator[Finding]:
+    """What the daemon would be told if it asked now."""
+    if declared(host):
+        return
+    told = _asked(host)
+    if told is None:
+        yield "bad", f"the GPU driver has not answered for {PATIENCE:.0f} s", UNKNOWN
+        return
+    devices, sample = told
+    if devices.trouble:
+        yield "bad", devices.trouble.why, devices.trouble.cure or UNKNOWN
+    elif not devices.inventory() and quiet:
+        why = devices.note.partition(";")[0]
+        yield "warning", f"there is no GPU with a driver ({why})", "devices may be declared (devices: in vllmd.yaml(5))"
+    for device in devices.inventory():
+        name = f"device {device.index}, {device.name or device.id}"
+        wrong = sample.lost.get(device.index) or sample.failed.get(device.index) or sample.ill.get(device.index)
+        seen = sample.devices.get(device.index)
+        if wrong:
+            yield "bad", f"{name}: {wrong}", f"vllmctl drain {device.index} keeps engines off it meanwhile"
+        elif seen and seen.throttled:
+            yield "warning", f"{name}: it is slowed down: {seen.throttled}", "look after its cooling and its power"
+        else:
+            yield "ok", f"{name}: {device.memory / (1 << 30):.0f}GiB", ""
+
+
+def _asked(host: Host) -> tuple[Devices, Sample] | None:
+    """The devices and a reading of them; None if they do not answer. A thread that hangs is left behind."""
+    answers: list[tuple[Devices, Sample]] = []
+
+    def ask() -> None:
+        devices = host.devices(Presence(host.root))
+        answers.append((devices, devices.sample() if devices.readable else Sample()))
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    return answers[0] if answers else None
+
+
+def _first_fields(file: Path) -> set[str]:
+    return {line.partition(":")[0] for line in _text(file).splitlines()}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,40 @@
+"""How the last start of each engine went: how long it took, and where that time went."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+MOST_ENGINES = 512  # whose last start is remembered
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """One start of an engine that came through. ``like``: what of the engine made it; another one compiles anew."""
+
+    seconds: float
+    phases: Mapping[str, float] = field(default_factory=dict)  # seconds; none where its beginning was not seen
+    like: str = ""
+
+    @classmethod
+    def read(cls, kept: Mapping[str, Any]) -> Start:
+        """One that was written down. Raises where it is none."""
+        phases = {str(phase): float(seconds) for phase, seconds in dict(kept.get("phases", {})).items()}
+        return cls(float(kept["seconds"]), phases, str(kept.get("like", "")))
+
+
+class Starts(dict[str, Start]):
+    """The last start of each engine that came through, by its id; the last ones of them all are kept."""
+
+    def note(self, engine: str, start: Start) -> None:
+        """Keep how a start went, and forget the oldest where there are too many."""
+        self.pop(engine, None)
+        self[engine] = start  # behind those that started before
+        while len(self) > MOST_ENGINES:
+            del self[next(iter(self))]
+
+
+def in_words(spent: Mapping[str, float]) -> str:
+    """``process 0.1 s, imports 8.2 s``: for the log; what took no time is left out."""
+    return ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in spent.items() if seconds >= 0.05)

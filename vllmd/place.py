@@ -1,0 +1,140 @@
+"""What this place has, as control groups and sysctls leave it.
+
+A container sees the whole machine's memory and CPUs, and may use less of them. What counts is the least of all limits:
+those of our own groups, ours within a container and all above, and those of the engines' slice.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+ENGINES = "vllmd.slice"  # the engines' own limits, where systemd runs
+
+
+@dataclass(frozen=True, slots=True)
+class Cpus:
+    """``count``: so many may be used at a time, at least 1. ``machine``: so many there are.
+
+    ``quota``: the limit in cores, which no program finds by itself; None: none but the CPUs themselves.
+    """
+
+    count: int
+    machine: int
+    quota: float | None = None
+
+    def within(self, quota: float | None) -> Cpus:
+        """The same under a further limit in cores."""
+        if quota is None:
+            return self
+        least = quota if self.quota is None else min(quota, self.quota)
+        return Cpus(max(1, min(self.count, math.floor(least))), self.machine, least)
+
+
+def cpus(root: Path = Path("/"), affinity: int | None = None) -> Cpus:
+    """The CPUs that the daemon's engines may use. ``affinity``: how many our own may (by the kernel, if not given)."""
+    ours = affinity if affinity is not None else len(os.sched_getaffinity(0))
+    sets = [len(list(_numbers(text))) for text in _values(root, "cpuset.cpus.effective", "cpuset") if text]
+    quotas = [cores for text in _values(root, "cpu.max", "cpu") if (cores := _cores(text))]
+    allowed = min([ours, *(size for size in sets if size)])
+    return Cpus(allowed, max(os.cpu_count() or 1, allowed)).within(min(quotas, default=None))
+
+
+def tasks(root: Path = Path("/")) -> int | None:
+    """Processes and threads that there may be at a time; None: no limit is set."""
+    limits = [int(text) for text in _values(root, "pids.max", "pids") if text.isdecimal()]
+    with suppress(OSError, ValueError):
+        limits.append(int((root / "proc/sys/kernel/threads-max").read_text()))
+    return min(limits, default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class PortLimits:
+    """``least``: below it only root may listen. ``outgoing``: from these the kernel takes for outgoing connections.
+
+    ``reserved``: of those the ones that it leaves alone.
+    """
+
+    least: int = 1
+    outgoing: tuple[int, int] = (0, 0)
+    reserved: frozenset[int] = frozenset()
+
+    def taken(self, port: int) -> bool:
+        """Whether an outgoing connection of anybody's may have it at any moment."""
+        return self.outgoing[0] <= port <= self.outgoing[1] and port not in self.reserved
+
+
+def port_limits(root: Path = Path("/")) -> PortLimits:
+    """As the sysctls of this network namespace say."""
+    folder = root / "proc/sys/net/ipv4"
+    words = _line(folder / "ip_local_port_range").split()
+    first, last = words if len(words) == 2 else ("0", "0")
+    try:
+        least = int(_line(folder / "ip_unprivileged_port_start") or 1)
+        return PortLimits(
+            least, (int(first), int(last)), frozenset(_numbers(_line(folder / "ip_local_reserved_ports")))
+        )
+    except ValueError:
+        return PortLimits()
+
+
+def host_memory(root: Path = Path("/")) -> int:
+    """Bytes of memory that the daemon's engines may use: the machine's, or the least limit that is set for them."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([machine, *_limits(root)])
+
+
+def _limits(root: Path) -> Iterator[int]:
+    """Bytes of each limit that is set."""
+    for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):
+        for text in _values(root, name, "memory"):
+            with suppress(ValueError):  # "max": none
+                yield int(text)
+
+
+def _values(root: Path, name: str, controller: str) -> Iterator[str]:
+    """What a file of that name has in each group that counts."""
+    top = root / "sys/fs/cgroup"
+    groups = [top / ENGINES]
+    for line in _line(root / "proc/self/cgroup").splitlines():
+        number, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if number == "0":  # version 2: one tree
+            groups += _upwards(top, path)
+        elif controller in controllers.split(","):
+            groups += _upwards(top / controller, path)
+    yield from (text for group in groups if (text := _line(group / name)))
+
+
+def _cores(text: str) -> float | None:
+    """Of ``cpu.max``: microseconds per period; None for "max"."""
+    share, _, period = text.partition(" ")
+    return int(share) / int(period or 100_000) if share.isdecimal() and int(share) else None
+
+
+def _numbers(text: str) -> Iterator[int]:
+    """Of a list such as ``0-3,8``; nothing of what is none."""
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if first.isdecimal() and (last or first).isdecimal():
+            yield from range(int(first), int(last or first) + 1)
+
+
+def _line(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _upwards(top: Path, path: str) -> Iterator[Path]:
+    """A group and all that it is in. A container's own is the top of what it sees."""
+    group = top / path.lstrip("/")
+    yield group
+    for parent in group.parents:
+        if not parent.is_relative_to(top):
+            return
+        yield parent
