@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from vllmd.admin.adapters import RuntimeAdapters
 from vllmd.admin.counters import Counters
 from vllmd.admin.runtime_models import RuntimeModels
 from vllmd.api import answers
@@ -300,3 +301,4 @@ class Control:
     store: Store
     records: Records
     keys: KeyStore
+    adapters: RuntimeAdapters

@@ -46,6 +46,7 @@ def expose_in_turns(
     Families come in pieces, each is written by itself, and what is said of a family is kept from its first piece.
     """
     encode, content_type = choose_encoder(accept)
+    counters.add_up()
     written: dict[str, list[bytes]] = {}
     for metric in ProcessCollector(registry=None).collect():
         written[metric.name] = [_text(encode, metric)]

@@ -559,6 +559,13 @@ MODEL = Group(
         Setting("variants", VARIANT, "Other names of it, with rules of their own.", many="map"),
         Setting("adapters", ADAPTER, "Its LoRA adapters, by name.", many="map", reload=Reload.ENGINE),
         Setting(
+            "runtime_adapters",
+            k.BOOL,
+            "Let keys of the scope admin load more of them while it runs, by POST /v1/load_lora_adapter. "
+            "An engine of the kind vllm is started with room for four of rank 64 unless extra_args says otherwise.",
+            reload=Reload.ENGINE,
+        ),
+        Setting(
             "options",
             k.MAP,
             "Settings of the engine kind, see ENGINES in vllmd.yaml(5).",

@@ -155,6 +155,7 @@ class ModelConfig:
     request: RequestRules = field(default_factory=RequestRules)
     variants: Mapping[str, VariantConfig] = field(default_factory=dict)
     adapters: Mapping[str, AdapterConfig] = field(default_factory=dict)
+    runtime_adapters: bool = False
     options: Mapping[str, object] = field(default_factory=dict, repr=False)  # the engine kind's own
     replicas: ReplicaConfig | None = None
     where: str = ""  # file:line, for errors

@@ -9,6 +9,7 @@ import enum
 from dataclasses import dataclass
 
 from vllmd.core.types import Decision, Placement
+from vllmd.frozen import frozen
 
 
 class Command:
@@ -104,7 +105,7 @@ class AddReplica(Command):
     device: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Admit(Command):
     """Relay the request to the replica's engine now."""
 

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vllmd.core.types import Device, Footprint, ModelSpec, Placement, Settings, State
+from vllmd.frozen import frozen
 
 
 class Event:
@@ -26,7 +27,7 @@ class Event:
     __slots__ = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RequestArrived(Event):
     """A client asked for ``model``. ``request`` is unique; ``key`` names the API key, for fairness.
 
@@ -42,7 +43,7 @@ class RequestArrived(Event):
     rank: tuple[int, int] = (0, 1)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RequestAnswered(Event):
     """The first byte of an admitted request's answer came. Told of requests to replicas only.
 
@@ -53,7 +54,7 @@ class RequestAnswered(Event):
     streamed: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RequestFinished(Event):
     """An admitted request ended, however it did. ``failed``: why its engine gave no answer, "" if it did."""
 
@@ -62,7 +63,7 @@ class RequestFinished(Event):
     failed: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RequestGone(Event):
     """The client of a waiting request left."""
 

@@ -70,7 +70,7 @@ class Scheduler:
         if now > engines.now:
             engines.now = now
         self._handlers[type(event)](event)
-        if core.timers.due <= engines.now:
+        if core.timers.none_before <= engines.now:
             self._expire()
         if core.for_review:
             self._settle()
@@ -101,6 +101,14 @@ class Scheduler:
         if core.balanced:
             due = min(due, self._scaling.due)
         return None if due == INFINITY else due
+
+    def wants_time_before(self, moment: float) -> bool:
+        """Whether ``next_timer`` may be earlier than that; cheap where only requests come and go."""
+        core = self._core
+        if not (core.waiting or core.balanced or self._operator.preload):
+            return core.timers.none_before < moment
+        due = self.next_timer()
+        return due is not None and due < moment
 
     def snapshot(self, now: float) -> Snapshot:
         """Everything worth showing, copied: models with their replicas, devices, decisions."""

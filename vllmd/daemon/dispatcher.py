@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -86,8 +87,8 @@ class Dispatcher:
         self._inbox: deque[events.Event] = deque()
         self._handling = False
         self._failed: events.Event | None = None  # the last one that the scheduler failed at
-        self._due: float | None = None  # when the core wants to hear that time has passed
-        self._timer: asyncio.TimerHandle | None = None  # then, or earlier
+        self._timer: asyncio.TimerHandle | None = None
+        self._wakes = math.inf  # when it does: when the core wants to hear that time has passed, or earlier
         self._loop = asyncio.get_running_loop()
         self._throttles: dict[str, Throttle] = {}  # of the log, by kind of decision
 
@@ -122,13 +123,10 @@ class Dispatcher:
                         log.exception("could not carry out %s", command)
         finally:
             self._handling = False
-        # 2. The timer. It is moved only when it would come too late: a request puts off what is due, and two new
-        #    timers would cost it 3 µs.
-        self._due = due = self._scheduler.next_timer()
-        if due is not None and (self._timer is None or self._timer.when() > due):
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer = self._loop.call_at(due, self._pass_time)
+        # 2. The timer. It is moved only when it would come too late: a request puts off what is due, and whoever comes
+        #    too early looks again.
+        if self._scheduler.wants_time_before(self._wakes):
+            self._set_timer()
         # 3. Those that follow what changes (``vllmctl watch``, the progress of a load).
         self._changed()
 
@@ -167,12 +165,22 @@ class Dispatcher:
         if answered:
             answered(command)
 
+    def _set_timer(self) -> None:
+        """Have ``_pass_time`` called when the core wants to hear that time has passed."""
+        due = self._scheduler.next_timer()
+        if due is None or due >= self._wakes:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer, self._wakes = self._loop.call_at(due, self._pass_time), due
+
     def _pass_time(self) -> None:
-        self._timer = None
-        if self._due is not None and self._due > self.now():
-            self._timer = self._loop.call_at(self._due, self._pass_time)
-        elif self._due is not None:
+        self._timer, self._wakes = None, math.inf
+        due = self._scheduler.next_timer()
+        if due is not None and due <= self.now():
             self.post(events.TimePassed())
+        else:
+            self._set_timer()
 
     def _record(self, command: commands.Record) -> None:
         decision = command.decision

@@ -183,7 +183,7 @@ def _fingerprint(model: ModelConfig, name: str) -> str:
 
 
 # Settings that 0.1.0 did not have, with the value that means what it did.
-_SINCE_0_1_0 = {"user": "", "adapters": {}, "engine_version": ""}
+_SINCE_0_1_0 = {"user": "", "adapters": {}, "engine_version": "", "runtime_adapters": False}
 _NO_RULES: dict[str, object] = {
     "strip": (),
     "set": {},

@@ -171,7 +171,7 @@ class Vllm(Plain):
         rpc = Path(str(model.options.get("rpc_dir", place.run_dir)))
         check_path(rpc / ("x" * (_IPC_NAME - 1)), model)
         env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_RPC_BASE_PATH": str(rpc), "VLLM_NO_USAGE_STATS": "1"}
-        if model.adapters and adapters.loads_late(model):
+        if adapters.takes_adapters(model) and adapters.loads_late(model):
             env[adapters.RUNTIME] = "1"
         if place.quota and not place.device_ids and not self._accelerator():
             env[vllm_cpu.BIND] = "nobind"  # else it has a thread for each CPU that it may be on, whatever the quota
