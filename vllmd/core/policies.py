@@ -13,7 +13,6 @@ from vllmd.core.fit import after_sleeps, can_move, fits, if_all_slept, if_the_id
 from vllmd.core.policy import (
     INFINITY,
     NOBODY,
-    HostClaim,
     Outlook,
     Plan,
     Policy,
@@ -22,7 +21,6 @@ from vllmd.core.policy import (
     Victim,
     Waiting,
     drain_time,
-    greedy_fill,
 )
 from vllmd.core.pricing import Prices, budgets, longest_drain, rate_of
 
@@ -155,6 +153,7 @@ class Lru:
 
     name = "lru"
     in_order = False
+    moves = True
 
     def choose(self, s: PolicyInput) -> Plan | None:
         """The first in turn gets its place; who waits longest can so never be overtaken for ever."""
@@ -177,14 +176,6 @@ class Lru:
         """The least recently used: they are drained as soon as the device is at rest."""
         w = _the(s, model)
         return w and outlook(s, w, oldest_first(s, w, s.on(w.devices)), 0.0, 0.0)
-
-    def tidy(self, s: PolicyInput) -> Plan | None:
-        """Models that are being used come to fit beside each other."""
-        return tidy(s)
-
-    def shallow(self, claims: Iterable[HostClaim], budget: int) -> frozenset[str]:
-        """As the adaptive one does: where sleepers are kept is not this policy's difference."""
-        return greedy_fill(claims, budget)
 
 
 def outlook(s: PolicyInput, w: Waiting, eviction: EvictionSet | None, patience: float, spared: float) -> Outlook | None:
@@ -272,6 +263,7 @@ class Adaptive:
 
     name = "adaptive"
     in_order = False
+    moves = True
 
     def choose(self, s: PolicyInput) -> Plan | None:
         """The first whose swap is due."""
@@ -294,14 +286,6 @@ class Adaptive:
         limits = [r.drain_limit - drain_time(r.service, r.running) for _, r, _ in candidates if r.running]
         patience = min(turns.deadline, max(limits, default=INFINITY)) - waited
         return outlook(s, w, eviction, max(0.0, patience), max(0.0, _known(w, candidates) - waited))
-
-    def tidy(self, s: PolicyInput) -> Plan | None:
-        """Models that are being used come to fit beside each other."""
-        return tidy(s)
-
-    def shallow(self, claims: Iterable[HostClaim], budget: int) -> frozenset[str]:
-        """Who keeps its weights in host memory: the greedy fill of the budget."""
-        return greedy_fill(claims, budget)
 
 
 class _Turns:

@@ -213,42 +213,18 @@ class Outlook(NamedTuple):
     why: str  # what it waits for, readable
 
 
-class HostClaim(NamedTuple):
-    """A model that could sleep at level 1, for the choice of who may."""
-
-    model: str
-    host: int  # bytes of host memory that it takes
-    gain: float  # seconds that a wake from 1 is shorter than one from 2 (or than a start where 2 is not supported)
-    rate: float  # arrivals per second over a long time (900 s)
-
-
 class Policy(Protocol):
     """What the scheduler asks of a policy."""
 
     name: str
     in_order: bool  # requests are admitted strictly in order of arrival over all models (a baseline's vice)
+    moves: bool  # models that are being used are moved to where they fit beside each other
 
     def choose(self, s: PolicyInput) -> Plan | None:
         """The next swap to begin (one without victims is a plain start or wake), or None: not yet."""
 
     def outlook(self, s: PolicyInput, model: str) -> Outlook | None:
         """What one of those who wait is waiting for; None: it cannot be said."""
-
-    def tidy(self, s: PolicyInput) -> Plan | None:
-        """Nobody waits: a move by which models that are being used come to fit beside each other, or None."""
-
-    def shallow(self, claims: Iterable[HostClaim], budget: int) -> frozenset[str]:
-        """The models that sleep at level 1 when they must sleep; the others sleep at 2 or stop."""
-
-
-def greedy_fill(claims: Iterable[HostClaim], budget: int) -> frozenset[str]:
-    """Host memory goes to those who save the most waiting per byte: arrival rate times the gain of a shallow sleep."""
-    chosen = set()
-    for claim in sorted(claims, key=lambda c: (-c.rate * c.gain / max(c.host, 1), c.model)):
-        if claim.host <= budget:
-            chosen.add(claim.model)
-            budget -= claim.host
-    return frozenset(chosen)
 
 
 def drain_time(service: float, running: int) -> float:

@@ -13,7 +13,6 @@ from vllmd.core.lifecycle import AWAKE
 from vllmd.core.model import INFINITY, Replica
 from vllmd.core.policy import (
     DeviceSupply,
-    HostClaim,
     Knobs,
     Move,
     OffloadOption,
@@ -89,8 +88,8 @@ class PolicyInputBuilder:
                 self._here[index][r] = now
                 self._astir.add(index)
 
-    def look(self, waiting: Iterable[Replica], shallow: frozenset[str]) -> PolicyInput:
-        """Everything as it is now; ``shallow``: who sleeps at level 1 if it must."""
+    def look(self, waiting: Iterable[Replica], deep: frozenset[str]) -> PolicyInput:
+        """Everything as it is now; ``deep``: who does not sleep at level 1."""
         engines = self._engines
         for r in self._changed:
             self._take(r)
@@ -104,12 +103,12 @@ class PolicyInputBuilder:
             self._waiting.clear()
             self._ends.clear()
             self._stale.update(dict.fromkeys(self._residents))
-        host = (engines.ledger.host_budget - engines.ledger.host_promised, shallow)
+        host = (engines.ledger.host_budget - engines.ledger.host_promised, deep)
         if host != self._host:  # who can sleep at which level depends on it
             self._host = host
             self._stale.update((r, None) for r, resident in self._residents.items() if not resident.asleep)
         for r in self._stale:
-            self._house(r, see_resident(engines, r, options(engines, r, shallow)))
+            self._house(r, see_resident(engines, r, options(engines, r, deep)))
         self._stale.clear()
         for index in self._astir:
             self._tenants[index] = Tenants.of(self._here[index].values())
@@ -271,7 +270,7 @@ def see_resident(engines: EngineTable, r: Replica, options: tuple[OffloadOption,
     )
 
 
-def options(engines: EngineTable, r: Replica, shallow: frozenset[str]) -> tuple[OffloadOption, ...]:
+def options(engines: EngineTable, r: Replica, deep: frozenset[str]) -> tuple[OffloadOption, ...]:
     """How it can leave its devices, the preferred way first, stopping last."""
     held = min(engines.ledger.held(r).values(), default=0)
     stop = OffloadOption(0, held, r.costs.sleep(0), r.costs.wake(0), r.costs.learnt("stop"))
@@ -279,16 +278,16 @@ def options(engines: EngineTable, r: Replica, shallow: frozenset[str]) -> tuple[
         return (stop,)
     rest = max(0, held - r.footprint.asleep)
     c = r.costs
-    naps = [OffloadOption(n, rest, c.sleep(n), c.wake(n), c.learnt(sleep_kind(n))) for n in levels(engines, r, shallow)]
+    naps = [OffloadOption(n, rest, c.sleep(n), c.wake(n), c.learnt(sleep_kind(n))) for n in levels(engines, r, deep)]
     return (*naps, stop)
 
 
-def levels(engines: EngineTable, r: Replica, shallow: frozenset[str]) -> list[int]:
+def levels(engines: EngineTable, r: Replica, deep: frozenset[str]) -> list[int]:
     """The sleep levels it can use now, the preferred one first."""
     usable = sleep_levels(r)
     if 1 in usable and engines.ledger.host_free_for(r) < r.footprint.host:
         usable -= {1}
-    return sorted(usable, reverse=r.id not in shallow)
+    return sorted(usable, reverse=r.id in deep)
 
 
 def sleep_levels(r: Replica) -> frozenset[int]:
@@ -310,12 +309,20 @@ def remaining(r: Replica, now: float) -> float:
     return max(SOON, ends(r) - now)
 
 
-def host_claims(engines: EngineTable, models: Iterable[Replica]) -> list[HostClaim]:
-    """Who could sleep at level 1, and what it would save."""
-    claims = []
-    for r in models:
+def sleep_deep(engines: EngineTable, replicas: Iterable[Replica], budget: int) -> frozenset[str]:
+    """Those that are not to sleep at level 1: host memory, ``budget`` bytes, goes to those that save most by it.
+
+    That is the arrival rate of hours times the seconds by which a wake from level 1 is shorter, per byte.
+    """
+    claims, deep = [], set()
+    for r in replicas:
         if 1 in r.spec.sleep_levels:
-            deep = r.costs.wake(2 if 2 in r.spec.sleep_levels else 0)
-            gain = max(0.0, deep - r.costs.wake(1))
-            claims.append(HostClaim(r.id, r.footprint.host, gain, r.costs.rate_long.read(engines.now)))
-    return claims
+            gain = max(0.0, r.costs.wake(2 if 2 in r.spec.sleep_levels else 0) - r.costs.wake(1))
+            size = r.footprint.host
+            claims.append((-r.costs.rate_long.read(engines.now) * gain / max(size, 1), r.id, size))
+    for _, name, size in sorted(claims):
+        if size <= budget:
+            budget -= size
+        else:
+            deep.add(name)
+    return frozenset(deep)
