@@ -277,6 +277,7 @@ async def in_effect(living: Living) -> dict[str, Any]:
         "names": [resolved(living, name) for name in ("m", "one", "two")],
         "cards": await living.front.status.models(),
         "launches": {name: launch(living, name) for name in living.front.current.engines},
+        "standbys": living.back.engines.standbys._count,
         "ports": living.back.engines._launch_planner._ports._range,
         "level": logging.getLogger().level,
         "replicas": {name: model.replicas and (model.replicas.probe, model.replicas.probe_route)

@@ -199,8 +199,21 @@ class Configuration(Answer):
 class HostMemory(Answer):
     """For models that sleep at level 1."""
 
+    sparse = frozenset({"standbys"})
+
     budget: int = 0
     promised: int = 0
+    standbys: Annotated[int | None, "what standbys hold; they are given up for whoever is promised it"] = None
+
+
+@answer
+class StandbyLine(Answer):
+    """An engine that has its imports done ahead of time, for the next model that is started."""
+
+    instance: str
+    program: str = ""
+    state: Annotated[str, "importing or waiting"] = ""
+    memory: Annotated[int, "bytes of the host's"] = 0
 
 
 @answer
@@ -283,6 +296,8 @@ class Removed(Answer):
 class Status(Answer):
     """How everything stands: the daemon, its devices, its models."""
 
+    sparse = frozenset({"standbys"})
+
     version: str
     pid: int = 0
     uptime: float = 0.0
@@ -298,6 +313,7 @@ class Status(Answer):
     models: tuple[ModelLine, ...] = ()
     host_memory: HostMemory = HostMemory()
     downloads: tuple[Download, ...] = ()
+    standbys: tuple[StandbyLine, ...] | None = None
 
 
 @answer

@@ -817,6 +817,13 @@ ENGINES = Group(
         Setting("home", k.PATH, "Engines' home directory, with the cache of models; without it that of the service."),
         Setting("port_start", k.count(1024, 65535), "First port for engines without Unix sockets."),
         Setting("port_end", k.count(1024, 65535), "Last port for engines without Unix sockets."),
+        Setting(
+            "standby",
+            k.count(0, 16, "auto"),
+            "How many engines are kept ready for models that are not loaded, see STANDBY ENGINES; auto is one, where "
+            "the machine has 16 GiB of memory or more and 4 GiB of it would stay available.",
+            reload=Reload.NOW,
+        ),
     ),
 )
 

@@ -236,6 +236,7 @@ class EngineDefaults:
     home: Path | None = None
     port_start: int = 33300
     port_end: int = 34300
+    standby: int | None = None  # processes that are kept ready; None: by the machine's memory
 
 
 @dataclass(frozen=True, slots=True)

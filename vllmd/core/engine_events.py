@@ -18,6 +18,7 @@ from vllmd.core.events import (
     FailureRemembered,
     FreezeProved,
     MemorySampled,
+    StandbysHeld,
     StartProgressed,
 )
 from vllmd.core.ledger import gib
@@ -119,6 +120,10 @@ class EngineEvents:
             core.engines.measured(core.replicas[name], share)
             core.mark_for_review(core.replicas[name])
         core.news_for_all = core.news_for_all or bool(core.waiting)
+
+    def standbys(self, e: StandbysHeld) -> None:
+        """Booked, and shown; what is promised to models does not depend on it."""
+        self._core.engines.ledger.standbys = max(0, e.size)
 
     # -- bad news
 

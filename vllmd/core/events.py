@@ -235,6 +235,13 @@ class MemorySampled(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class StandbysHeld(Event):
+    """Standby engines hold so many bytes of host memory, and are given up for whoever wants it: nobody waits for it."""
+
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class DevicesChanged(Event):
     """These are the devices from now on. ``unknown``: why nobody knows which there are, or what they hold; "": it is
     known. ``asking``: it may yet be known in a moment, so that who waits for one goes on waiting.

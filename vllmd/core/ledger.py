@@ -64,6 +64,7 @@ class Ledger:
         self.unknown = ""  # why nobody knows what devices there are or what they hold; "": it is known
         self.asking = False  # that may yet be known in a moment
         self.host_promised = 0
+        self.standbys = 0  # host bytes of processes that are given up for whoever is promised them
         self._held: dict[Hashable, dict[int, int]] = {}
         self._host: dict[Hashable, int] = {}
 

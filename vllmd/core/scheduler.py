@@ -178,6 +178,7 @@ class Scheduler:
             ev.ReplicaProbed: self._health.probed,
             ev.ProbeAsked: self._health.asked,
             ev.MemorySampled: self._engine_events.sampled,
+            ev.StandbysHeld: self._engine_events.standbys,
             ev.DevicesChanged: self._devices.changed,
             ev.DevicesTroubled: self._devices.troubled,
             ev.DeviceDrained: self._devices.drained,

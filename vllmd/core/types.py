@@ -295,6 +295,7 @@ class Snapshot:
     host_memory: int
     host_promised: int
     decisions: tuple[Decision, ...]
+    host_standbys: int = 0  # bytes of it that standby engines hold
 
     @property
     def replicas(self) -> list[ReplicaView]:

@@ -41,6 +41,7 @@ def snapshot(core: Core, planner: Planner, now: float, models: Iterable[Model]) 
         host_memory=engines.ledger.host_budget,
         host_promised=engines.ledger.host_promised,
         decisions=tuple(engines.decisions),
+        host_standbys=engines.ledger.standbys,
     )
 
 

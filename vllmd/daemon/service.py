@@ -169,6 +169,8 @@ class Daemon:
             if self._may_exit(seen):
                 log.info("nothing is loaded and nobody is connected: exiting until the next connection")
                 self.stop()
+            if back and seen:
+                self._tend_standbys(back, seen)
             now = time.monotonic()
             if back and seen and (news := failed(seen)) != bad:  # kept at once, whatever becomes of us
                 if bad is not None:
@@ -180,6 +182,14 @@ class Daemon:
                 self.side_task(self._sample(back, keep=keep))
             idle_exit = self.front.current.config.server.idle_exit
             await asyncio.sleep(min(STATUS_INTERVAL, max(idle_exit or 0.0, SHORTEST_TICK)))
+
+    def _tend_standbys(self, back: BackEnd, seen: Snapshot) -> None:
+        """They are begun when nothing starts and nobody waits, and given up where models are promised their memory."""
+        processes = back.engines.processes
+        busy = any(process.ready_after is None or process.task for process in processes.values())
+        busy = busy or any(view.waiting_for for view in seen.replicas)
+        over = seen.host_promised + seen.host_standbys - seen.host_memory if seen.host_standbys else 0
+        back.engines.standbys.look(busy=busy, running=processes, over=over)
 
     async def _sample(self, back: BackEnd, *, keep: bool) -> None:
         """A side task: neither a stuck driver nor a stuck launcher may hold up the watchdog.

@@ -31,6 +31,7 @@ from vllmd.daemon.front_end import FrontEnd
 from vllmd.daemon.launch_planner import LaunchPlanner
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.ports import PortPool
+from vllmd.daemon.standbys import Standbys
 from vllmd.errors import LauncherFailed
 from vllmd.gpu import Devices
 from vllmd.launcher.client import ExitReport, LauncherClient
@@ -85,10 +86,13 @@ async def back_end(front: FrontEnd) -> BackEnd:
     ports = PortPool(config.engines.port_start, config.engines.port_end)
     planner = LaunchPlanner(memory, expected.paths, front.resolver, ports, EngineKeys(runtime.cache))
     stir, usual = front.changes.stir, scheduler.costs.usual
+    standbys = Standbys(launcher, planner.standby_of, lambda size: report(events.StandbysHeld(size)))
+    launcher.on_waiting = standbys.waits
     engines = EngineManager(
-        launcher, report, memory, planner, runtime.logs, stir, look, usual, learnt.ended, learnt.starts
+        launcher, report, memory, planner, runtime.logs, stir, look, usual, learnt.ended, learnt.starts, standbys
     )
     engines.configure(expected.engines, expected.estimates)
+    standbys.configure(config.engines.standby, expected.engines.values())
     execute = executors(engines, front.gate, front.instances.add)
     dispatcher = Dispatcher(scheduler, execute, front.changes.decided, stir)
     readings = DeviceReadings(memory, engines, dispatcher)

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
-from vllmd.api.answers import ModelLine
+from vllmd.api.answers import ModelLine, Status
 from vllmd.cli import downloads, nothing, show
 from vllmd.cli.admin import Admin
 
@@ -36,9 +36,14 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         for text in nothing.advice(status):
             show.say(text)
-    for text in [] if arguments.json else downloads.under_way(status):
+    for text in [] if arguments.json else [*downloads.under_way(status), *standbys(status)]:
         show.say(text)
     return 0
+
+
+def standbys(status: Status) -> list[str]:
+    """A line for each engine that is kept ready."""
+    return [f"standby of {one.program}: {one.state}, {show.size(one.memory)}" for one in status.standbys or ()]
 
 
 def table(models: Sequence[ModelLine], *, power: bool = False) -> str:
