@@ -13,6 +13,8 @@ GiB = 1 << 30
 class State(enum.Enum):
     """The life of an engine; ``lifecycle.py`` holds the transition table."""
 
+    __hash__ = object.__hash__  # every event asks whether a state is one of several, and Enum's own is no built-in
+
     STOPPED = "stopped"
     STARTING = "starting"
     READY = "running"
