@@ -126,6 +126,7 @@ def check_kept(scheduler: Scheduler) -> None:
     assert core.timers.due == min((r.due for r in replicas), default=math.inf)
     active = {r for r in replicas if r.state is not State.STOPPED or r.demand}
     assert set(core.active) == active, "what the daemon looks at once a second"
+    assert all(r in core.active for r in replicas if engines.ledger.held(r)), "who holds memory"
     displaced = {r for r in replicas if r.displaced and r.state is State.SLEEPING}
     assert set(engines.displaced) == displaced, "who sleeps because another one needed his place"
     for r in replicas:

@@ -81,6 +81,8 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "models.NAME.preload": (False, True),
     "models.NAME.gpu_memory": ("10GiB", "20GiB"),
     "models.NAME.idle.level": (1, 2),
+    "idle.energy": ("7Wh", "8Wh"),
+    "models.NAME.idle.energy": ("7Wh", "8Wh"),
 }
 FILES = frozenset({"key_file", "hf_token_file"})
 WITH_KEY: dict[str, dict[str, str]] = {"key_file": {}}  # the setting that is a key's secret itself

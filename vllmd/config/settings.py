@@ -190,6 +190,12 @@ IDLE = Group(
         ),
         Setting("deepen_after", k.OR_NEVER, "From level 1 go on to level 2 when it has been unused for this time."),
         Setting("stop_after", k.OR_NEVER, "Stop the engine when it has been unused for this time."),
+        Setting(
+            "energy",
+            k.ENERGY,
+            "Put an unused model to sleep as soon as its share of what its devices draw has come to so much since its "
+            "last request, however short that took. Devices that do not tell their draw count as drawing nothing.",
+        ),
     ),
     never,
     "a mapping, or never",
