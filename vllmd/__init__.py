@@ -8,10 +8,11 @@ holds this table against the imports)::
     foreign     files that somebody else may write: one reader    nothing of ours
     place       what control groups and sysctls leave of this
                 machine: memory, CPUs, tasks, ports               imports nothing
-    core/       decides everything about models and memory: pure  core
+    frozen      values that are made at each request              nothing of ours
+    core/       decides everything about models and memory: pure  core, frozen
     api/        what daemon and clients tell each other, and
                 the table of operators' verbs                     errors
-    config/     one table of settings, the loader                 core.types, errors, foreign, text
+    config/     one table of settings, the loader                 core.types, errors, foreign, frozen, text
     gpu/        NVML, or the devices that the configuration says  core.types, config, errors, simengine
     hub         models in the Hugging Face cache                  foreign
     engines/    an engine kind: spec -> argv, probes, sleep calls,
@@ -21,7 +22,7 @@ holds this table against the imports)::
     systemd/    socket activation, notify, journal                errors, text
     launcher/   the privileged helper and its client; the only
                 package that knows pystemd                           systemd, errors, text
-    proxy/      h11 heads, byte relay, the accept loop            core.types, errors
+    proxy/      h11 heads, byte relay, the accept loop            core.types, errors, frozen
     ui/         the page: its files                               proxy's HTTP types
     records/    the last requests, use by hour, key and model,
                 arrivals, and their store                         api, proxy, errors

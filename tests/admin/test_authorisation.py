@@ -27,7 +27,7 @@ MODELS = """\
 devices: [{{memory: 80GiB, file: {folder}/gpu0}}]
 server: {{idle_exit: never}}
 models:
-  alpha: {{engine: sim, gpu_memory: 20GiB, options: {{load_time: 0.01s}}}}
+  alpha: {{engine: sim, gpu_memory: 20GiB, options: {{load_time: 0.01s}}, runtime_adapters: true}}
   beta: {{engine: sim, gpu_memory: 20GiB, options: {{load_time: 0.01s}}}}
 """
 KEYS = """\
@@ -75,7 +75,7 @@ BOUNDARY = "zz"
 
 def table() -> list[Route]:
     """Every row of the daemon's route table. Nothing of the daemon is needed to write it down."""
-    router, control = Router(), SimpleNamespace(guests=None, runtime_models=None, store=None)
+    router, control = Router(), SimpleNamespace(guests=None, runtime_models=None, store=None, adapters=None)
     add_public(router, control)  # type: ignore[arg-type]
     add_operator(router, control)  # type: ignore[arg-type]
     relay = Relay(FakeGate(Listen()), Limits())
@@ -103,7 +103,13 @@ def body_of(route: Route) -> tuple[bytes | None, str]:
     if route.scope == "models":
         asked = {"model": "alpha", "messages": [{"role": "user", "content": "x"}], "input": "x", "prompt": "x"}
         return json.dumps({**asked, "max_tokens": 1}).encode(), "application/json"
-    own = {"lease": {"lease": "l"}, "start": {"model_name": "alpha"}, "stop": {"model_name": "alpha"}}
+    own: dict[str, Any] = {"load_lora_adapter": {"lora_name": "l", "lora_path": "/l", "model": "alpha"}}
+    own |= {
+        "unload_lora_adapter": {"lora_name": "l"},
+        "lease": {"lease": "l"},
+        "start": {"model_name": "alpha"},
+        "stop": {"model_name": "alpha"},
+    }
     return json.dumps(own.get(route.pattern.rpartition("/")[2], {})).encode(), "application/json"
 
 
@@ -136,6 +142,7 @@ def wrong(route: Route, kind: Kind, status: int, text: str) -> str:
         if route.reach is Reach.MACHINE and status != 403:
             return "must be 403: it concerns all models"
         unknown = route.pattern.startswith(("/v1/models/{", "/v1/responses/{"))  # these do not tell what there is
+        unknown |= route.pattern == "/v1/unload_lora_adapter"
         unknown |= (route.method, route.pattern) == ("GET", "/admin/models/{model:path}")
         if route.reach is Reach.ONE and status != (404 if unknown else 403):
             return "must be refused: it is about alpha"

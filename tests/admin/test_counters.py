@@ -7,10 +7,11 @@ from dataclasses import fields, replace
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllmd.admin.control import Gauges
-from vllmd.admin.counters import Counters, Histogram
+from vllmd.admin.counters import AT_A_TIME, Counters, Histogram
 from vllmd.admin.exposition import expose
 from vllmd.core.types import Decision, DeviceView, ModelView, ReplicaView, Snapshot, State, View
 from vllmd.proxy.tokens import Tokens
+from vllmd.records.ring import Entry
 
 ENGINE = ReplicaView("m", State.SLEEPING, 1, (0,), 7 << 30, 2, 3, 1.5, None, 9.0, True, ("l",), "", "")
 
@@ -84,11 +85,49 @@ def test_what_is_counted_is_what_is_read() -> None:
     assert read["vllmd_ready{}"] == 0
 
 
+def test_requests_are_counted_together() -> None:
+    """Some at a time or when somebody looks, by what the record keeps of them: none is lost, none counted twice."""
+    counters = Counters()
+    for number in range(AT_A_TIME + 3):
+        failed = number % 2 == 1
+        counters.recorded(
+            entry(
+                status=502 if failed else 200,
+                error="UpstreamFailed" if failed else "",
+                first_byte=None if failed else 0.5,
+                seconds=2.0,
+                received=10,
+                sent=100,
+            )
+        )
+    assert counters.requests.total() == AT_A_TIME, "the rest waits for somebody to look"
+    read = samples(counters, Gauges(None))
+    number, failures = AT_A_TIME + 3, (AT_A_TIME + 3) // 2
+    of = "code={},method=POST,route=/v1/chat/completions"
+    assert read[f"vllmd_http_requests_total{{{of.format(200)}}}"] == number - failures
+    assert read[f"vllmd_http_requests_total{{{of.format(502)}}}"] == failures
+    assert read["vllmd_model_requests_total{code=200,model=m}"] == number - failures
+    assert read["vllmd_errors_total{kind=UpstreamFailed,model=m}"] == failures
+    assert read["vllmd_model_request_duration_seconds_sum{model=m}"] == 2.0 * number
+    assert read["vllmd_model_time_to_first_byte_seconds_count{model=m}"] == number - failures
+    assert read["vllmd_model_received_bytes_total{model=m}"] == 10 * number
+    assert read["vllmd_model_sent_bytes_total{model=m}"] == 100 * number
+    assert read["vllmd_key_requests_total{key=k}"] == number
+    again = samples(counters, Gauges(None))
+    assert [name for name in read if name.startswith("vllmd_") and again[name] != read[name]] == []
+
+
+def entry(**fields: object) -> Entry:
+    """What the record keeps of a request for ``m``."""
+    known: dict[str, object] = {"method": "POST", "route": "/v1/chat/completions", "model": "m", "key": "k"}
+    return Entry(**{**dict.fromkeys(Entry._fields), **known, **fields})  # type: ignore[arg-type]
+
+
 def test_how_things_stand() -> None:
     """States are one series each, memory is in bytes and per device."""
     devices = {"used": {0: 3 << 30}, "power": {0: 99.5}, "load": {0: 0.25}, "energy": {0: 7200.0},
                "throttled": {0: True}, "model_power": {"m": 60.5}, "model_energy": {"m": 3600.0},
-               "last_phases": {"m": {"compile": 12.5}}}  # fmt: skip
+               "unused_energy": {"m": 60.0}, "last_phases": {"m": {"compile": 12.5}}}  # fmt: skip
     read = samples(Counters(), Gauges(SNAPSHOT, 4, 5, **devices))  # type: ignore[arg-type]
     assert read["vllmd_model_state{model=m,state=sleeping_l1}"] == 1
     assert read["vllmd_model_state{model=m,state=running}"] == 0
@@ -101,6 +140,7 @@ def test_how_things_stand() -> None:
     assert read["vllmd_device_energy_joules_total{device=0}"] == 7200
     assert read["vllmd_device_throttled{device=0}"] == 1
     assert (read["vllmd_model_power_watts{model=m}"], read["vllmd_model_energy_joules_total{model=m}"]) == (60.5, 3600)
+    assert read["vllmd_model_unused_energy_joules_total{model=m}"] == 60
     assert read["vllmd_device_utilization_ratio{device=0}"] == 0.25
     assert read["vllmd_host_memory_promised_bytes{}"] == 5 << 30
     assert read["vllmd_connections{}"] == 4

@@ -50,6 +50,9 @@ class Wanting(Scheduler):
     def next_timer(self) -> float | None:
         return self.due
 
+    def wants_time_before(self, moment: float) -> bool:
+        return self.due is not None and self.due < moment
+
 
 Story = Callable[[StillLoop, Dispatcher, Wanting], Awaitable[None]]
 

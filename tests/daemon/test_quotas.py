@@ -129,6 +129,7 @@ def test_tokens_per_minute_are_charged_afterwards() -> None:
     assert act.refused() == 61
     act.clock.now += 61
     act.acquire()
+    act.counters.add_up()
     assert act.counters.key_tokens[("k",)] == act.counters.tokens[("m",)] == 120
 
 
@@ -152,6 +153,7 @@ def test_the_usage_puts_the_guess_of_the_prompt_right() -> None:
     act.acquire(body=PROMPT).release(Tokens(10, 0))
     act.acquire(body=PROMPT).release(Tokens(80, 0))
     assert act.refused() == 31
+    act.counters.add_up()
     assert act.counters.key_tokens[("k",)] == 10 + 80
 
 
@@ -198,6 +200,7 @@ def test_other_keys_are_not_limited() -> None:
     act = Act(requests_per_minute=1)
     for key in ("", "other", "", "other"):
         act.acquire(key).release(Tokens(5, 0))
+    act.counters.add_up()
     assert act.counters.tokens[("m",)] == 4 * 5
     assert act.counters.key_tokens == {("other",): 10}
 
@@ -216,6 +219,7 @@ def test_waits_are_told() -> None:
     """Also of those that did not have to."""
     act = Act(concurrency=5)
     act.acquire()
+    act.counters.add_up()
     assert sum(act.counters.waits[("m",)].counts) == 1
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from vllmd.admin.adapters import add_adapters
 from vllmd.admin.control import Control
 from vllmd.admin.instances import KILL, START, STOP, InstanceEndpoints
 from vllmd.admin.metrics import MetricsEndpoints
@@ -89,6 +90,7 @@ def add_operator(router: Router, control: Control) -> None:
         doc(streams("text/plain", "its lines"), takes(LOG)))  # fmt: skip
     _add_instances(router, InstanceEndpoints(control))
     add_guests(router, control.runtime_models, audited)
+    add_adapters(router, control.adapters, audited)
     add_store(router, control.store, audited)
     add_records(router, control)
 

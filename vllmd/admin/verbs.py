@@ -162,7 +162,8 @@ def audited(handler: LocalHandler) -> LocalHandler:
             known = isinstance(error, ConfigError) and request.path == "/admin/reload"  # the log has all of it already
             _record(request, f"refused: {'the configuration is invalid' if known else error.message.splitlines()[0]}")
             raise
-        _record(request, "done" if response.status == 200 and isinstance(response.body, bytes) else "begun")
+        done = "done" if response.status == 200 and isinstance(response.body, bytes) else "begun"
+        _record(request, done if response.status < 400 else f"failed: {response.status}")
         return response
 
     return handle

@@ -11,6 +11,7 @@ from vllmd.config.engine_kinds import ENGINE_KINDS, one_name
 from vllmd.config.types import Config, ModelConfig, PoolConfig
 
 LORA_MODULES = "--lora-modules"  # vLLM's
+LOAD_LATE = frozenset({"vllm", "sim"})
 WITH_ADAPTERS = frozenset({"vllm", "llama.cpp", "sim"})  # and plug-ins that say so
 
 
@@ -78,6 +79,9 @@ def _of_model(model: ModelConfig, owner: dict[str, str]) -> Iterator[tuple[str, 
     if model.adapters and kind in ENGINE_KINDS and kind not in WITH_ADAPTERS:
         what = f"the engine {kind} has no adapters here; {', '.join(sorted(WITH_ADAPTERS - {'sim'}))} have"
         yield model.name, f"models.{model.name}.adapters", what
+    if model.runtime_adapters and kind in ENGINE_KINDS and kind not in LOAD_LATE:
+        what = f"the engine {kind} loads no adapters while it runs; vllm does"
+        yield model.name, f"models.{model.name}.runtime_adapters", what
     for name, adapter in model.adapters.items():
         if not adapter.path or adapter.path.startswith("-"):
             what = (

@@ -17,7 +17,7 @@ from vllmd.errors import BadRequest
 # What could run a program or read a file of the caller's choice as the engines' user, whom all users' prompts reach.
 REFUSED = frozenset(
     {"command", "env", "hf_token_file", "limits", "options", "trust_remote_code", "api_key", "preload", "user"}
-    | {"adapters"}
+    | {"adapters", "runtime_adapters"}
 )
 # The flags of vLLM that cannot.
 _HARMLESS = """

@@ -155,6 +155,7 @@ class ModelConfig:
     request: RequestRules = field(default_factory=RequestRules)
     variants: Mapping[str, VariantConfig] = field(default_factory=dict)
     adapters: Mapping[str, AdapterConfig] = field(default_factory=dict)
+    runtime_adapters: bool = False
     options: Mapping[str, object] = field(default_factory=dict, repr=False)  # the engine kind's own
     replicas: ReplicaConfig | None = None
     where: str = ""  # file:line, for errors
@@ -235,6 +236,8 @@ class EngineDefaults:
     home: Path | None = None
     port_start: int = 33300
     port_end: int = 34300
+    read_ahead: bool = True  # weight files of who is next in line are read into the page cache
+    standby: int | None = None  # processes that are kept ready; None: by the machine's memory
 
 
 @dataclass(frozen=True, slots=True)

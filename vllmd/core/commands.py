@@ -9,6 +9,7 @@ import enum
 from dataclasses import dataclass
 
 from vllmd.core.types import Decision, Placement
+from vllmd.frozen import frozen
 
 
 class Command:
@@ -27,6 +28,24 @@ class StartEngine(Command):
     replica: str
     placement: Placement
     memory: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadAhead(Command):
+    """The replica is next in line: whoever makes room for it still drains or falls asleep. Its files will be read soon.
+
+    ``host_memory``: bytes that those who fall asleep take of the host's meanwhile. Nothing answers it.
+    """
+
+    replica: str
+    host_memory: int
+
+
+@dataclass(frozen=True, slots=True)
+class StopReadAhead(Command):
+    """The replica is not next in line any more, and was not started."""
+
+    replica: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +123,7 @@ class AddReplica(Command):
     device: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Admit(Command):
     """Relay the request to the replica's engine now."""
 

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vllmd.core.types import Device, Footprint, ModelSpec, Placement, Settings, State
+from vllmd.frozen import frozen
 
 
 class Event:
@@ -26,7 +27,7 @@ class Event:
     __slots__ = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RequestArrived(Event):
     """A client asked for ``model``. ``request`` is unique; ``key`` names the API key, for fairness.
 
@@ -42,7 +43,7 @@ class RequestArrived(Event):
     rank: tuple[int, int] = (0, 1)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RequestAnswered(Event):
     """The first byte of an admitted request's answer came. Told of requests to replicas only.
 
@@ -53,7 +54,7 @@ class RequestAnswered(Event):
     streamed: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RequestFinished(Event):
     """An admitted request ended, however it did. ``failed``: why its engine gave no answer, "" if it did."""
 
@@ -62,7 +63,7 @@ class RequestFinished(Event):
     failed: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RequestGone(Event):
     """The client of a waiting request left."""
 
@@ -231,6 +232,14 @@ class MemorySampled(Event):
     external: Mapping[int, int]
     replicas: Mapping[tuple[str, int], int]
     failed: Mapping[int, str] = field(default_factory=dict)  # devices that could not be read, and why
+    drawn: Mapping[str, float] = field(default_factory=dict)  # joules of each replica's engine since its last request
+
+
+@dataclass(frozen=True, slots=True)
+class StandbysHeld(Event):
+    """Standby engines hold so many bytes of host memory, and are given up for whoever wants it: nobody waits for it."""
+
+    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,10 +265,22 @@ class DevicesTroubled(Event):
 
 @dataclass(frozen=True, slots=True)
 class DeviceDrained(Event):
-    """An operator took the device out of use, or gave it back."""
+    """An operator took the device out of use, or gave it back. ``why``: another reason than maintenance."""
 
     device: int
     drained: bool = True
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MachineSlept(Event):
+    """The machine was suspended for so many seconds, in which the core's clock stood still.
+
+    Models were unused for so much longer, and what was promised until a time of day ends so much sooner. What is
+    measured, or waited for, is not touched: nothing happened meanwhile that anybody could have been late with.
+    """
+
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,7 @@ class Scheduler:
         if now > engines.now:
             engines.now = now
         self._handlers[type(event)](event)
-        if core.timers.due <= engines.now:
+        if core.timers.none_before <= engines.now:
             self._expire()
         if core.for_review:
             self._settle()
@@ -101,6 +101,14 @@ class Scheduler:
         if core.balanced:
             due = min(due, self._scaling.due)
         return None if due == INFINITY else due
+
+    def wants_time_before(self, moment: float) -> bool:
+        """Whether ``next_timer`` may be earlier than that; cheap where only requests come and go."""
+        core = self._core
+        if not (core.waiting or core.balanced or self._operator.preload):
+            return core.timers.none_before < moment
+        due = self.next_timer()
+        return due is not None and due < moment
 
     def snapshot(self, now: float) -> Snapshot:
         """Everything worth showing, copied: models with their replicas, devices, decisions."""
@@ -170,6 +178,7 @@ class Scheduler:
             ev.ReplicaProbed: self._health.probed,
             ev.ProbeAsked: self._health.asked,
             ev.MemorySampled: self._engine_events.sampled,
+            ev.StandbysHeld: self._engine_events.standbys,
             ev.DevicesChanged: self._devices.changed,
             ev.DevicesTroubled: self._devices.troubled,
             ev.DeviceDrained: self._devices.drained,
@@ -183,6 +192,7 @@ class Scheduler:
             ev.LeaseTaken: self._operator.lease,
             ev.LeaseReleased: self._operator.release,
             ev.KeptAlive: self._unloading.kept_alive,
+            ev.MachineSlept: self._unloading.slept,
             ev.ModelsChanged: self._operator.changed,
             ev.TimePassed: self._passed,
         }

@@ -31,6 +31,11 @@ class Timers:
             heapq.heappush(self._heap, (due, next(self._serial), r))
 
     @property
+    def none_before(self) -> float:
+        """A moment before which nothing is due, known without a look at what is stale; infinite if nothing ever is."""
+        return self._heap[0][0] if self._heap else INFINITY
+
+    @property
     def due(self) -> float:
         """The first moment of all; infinite if there is none."""
         heap = self._heap

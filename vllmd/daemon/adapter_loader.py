@@ -13,19 +13,20 @@ from collections.abc import Callable
 from vllmd.daemon.calls import call
 from vllmd.daemon.engine_process import EngineProcess, of
 from vllmd.engines.adapters import LOADED_ALREADY
+from vllmd.engines.base import Call
 from vllmd.errors import EngineFailed
 
 log = logging.getLogger("vllmd.engines")
 
 
-async def provide(process: EngineProcess, name: str, waits: Callable[[], None]) -> None:
+async def provide(process: EngineProcess, name: str, waits: Callable[[], None], load: Call | None = None) -> None:
     """Have the engine load the adapter called ``name``, unless it has it; ``waits`` is called if that takes its time.
 
-    Raises EngineFailed.
+    ``load``: how, for one that is not of the configuration. Raises EngineFailed.
     """
     loading = process.adapters.get(name)
     if loading is None:
-        loading = process.adapters[name] = asyncio.ensure_future(_load(process, name))
+        loading = process.adapters[name] = asyncio.ensure_future(_load(process, name, load))
     if not loading.done():
         waits()
     failure = await asyncio.shield(loading)  # a client that leaves takes nobody else's load along
@@ -35,12 +36,14 @@ async def provide(process: EngineProcess, name: str, waits: Callable[[], None]) 
         raise EngineFailed(f"the adapter {name!r} of {process.name} cannot be loaded: {failure}")
 
 
-async def _load(process: EngineProcess, name: str) -> str:
+async def _load(process: EngineProcess, name: str, load: Call | None) -> str:
     """Carry out its load call; what went wrong, or "" if it is loaded."""
-    adapter = process.engine.adapters(process.model).get(name)
-    if adapter is None or adapter.load is None:
-        return ""
-    failure = await call(process, adapter.load)
+    if load is None:
+        adapter = process.engine.adapters(process.model).get(name)
+        if adapter is None or adapter.load is None:
+            return ""
+        load = adapter.load
+    failure = await call(process, load)
     if not failure or LOADED_ALREADY in failure:
         log.info("%s: its adapter %s is loaded", process.name, name, extra=of(process))
         return ""

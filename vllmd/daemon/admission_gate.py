@@ -27,6 +27,7 @@ from typing import Protocol
 
 from vllmd import errors
 from vllmd.admin.counters import Counters
+from vllmd.config.offers import adapters_of as named_adapters
 from vllmd.config.types import ModelConfig, PoolConfig, RequestRules
 from vllmd.core import commands, events
 from vllmd.daemon.failure_text import for_clients
@@ -34,7 +35,7 @@ from vllmd.daemon.fitness import unfit
 from vllmd.daemon.names import Names
 from vllmd.daemon.offers import Offer, Offers
 from vllmd.daemon.quotas import Quotas, Use
-from vllmd.engines.base import Adapter, Engine, Listen
+from vllmd.engines.base import Adapter, Call, Engine, Listen
 from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.proxy.gate import Target, silent
 from vllmd.proxy.model_requests import unserved
@@ -58,6 +59,7 @@ async def _nothing(name: str) -> None:
     """The stand-in for fetching adapters: there is nothing to fetch."""
 
 
+NOWHERE = Listen()  # where a request goes that has not been admitted
 REACH_TRIES, REACH_PAUSE = 20, 0.1  # so often a request finds nobody listening, and seconds between
 
 
@@ -76,10 +78,10 @@ class BackEnd(Protocol):
     def unreached(self, replica: str) -> None:
         """No process listens where the replica's engine should."""
 
-    async def provide(self, replica: str, adapter: str, waits: Callable[[], None]) -> None:
+    async def provide(self, replica: str, adapter: str, waits: Callable[[], None], load: Call | None = None) -> None:
         """Have the replica's engine load the adapter, unless it has it; ``waits`` is called if that takes its time.
 
-        Raises EngineFailed.
+        ``load``: how, for one that is not of the configuration. Raises EngineFailed.
         """
 
     def ask(self, event: events.Asking, answered: Callable[[commands.Answer], None]) -> None:
@@ -124,6 +126,9 @@ class AdmissionGate:
         self._permits: dict[str, Permit] = {}  # by the core's name for a request
         self._numbers = itertools.count(1)
         self._empty = asyncio.Event()
+        self._runtime: dict[
+            str, Mapping[str, str]
+        ] = {}  # by model: adapters beside the configuration's, with their paths
         self._kinds: Mapping[str, str] = {}  # by engine, once their files have been read
         self.configure({}, {})
 
@@ -155,8 +160,31 @@ class AdmissionGate:
         self._models = dict(models)
         self._engines = dict(engines)
         self._firsts = {engine.replica_of or name: name for name, engine in reversed(list(engines.items()))}
-        self._offers = Offers(models, pools or {}, self._adapters)
-        self._names = Names(models.values(), self._offers)
+        self._pools = pools or {}
+        kept, self._runtime = self._runtime, {}
+        self._offer()
+        for name, adapters in kept.items():
+            if name in models and models[name].runtime_adapters:
+                free = {adapter: path for adapter, path in adapters.items() if adapter not in self._names}
+                self.offer_adapters(name, free)
+
+    def offer_adapters(self, model: str, adapters: Mapping[str, str]) -> None:
+        """Offer these of the model, name -> path, beside those of the configuration; no others of it."""
+        self._runtime = {**self._runtime, model: adapters}
+        self._offer()
+
+    def runtime_adapters(self, model: str) -> Mapping[str, str]:
+        """What ``offer_adapters`` was given for the model."""
+        return self._runtime.get(model, {})
+
+    def has(self, name: str) -> bool:
+        """Whether a model, an alias or another offer is called that."""
+        return name in self._names
+
+    def _offer(self) -> None:
+        """Draw up what is offered, and forget what names meant before."""
+        self._offers = Offers(self._models, self._pools, self._adapters)
+        self._names = Names(self._models.values(), self._offers)
         self._targets: dict[tuple[str, str], Target] = {}  # by engine (or its model), and adapter or variant
         self._resolved: dict[str, Target] = {}  # by names that clients use and that mean the same to everybody
 
@@ -236,8 +264,15 @@ class AdmissionGate:
 
     def _adapters(self, model: ModelConfig) -> Mapping[str, Adapter]:
         """The adapters of a model, as its first engine has them."""
+        if not named_adapters(model) and model.name not in self._runtime:
+            return {}  # only else is the engine's kind needed: the first client shall not wait for it
         config = self._engines[self._firsts[model.name]]
-        return self._engine_of(config).adapters(config)
+        return self._adapters_at(config, self._engine_of(config))
+
+    def _adapters_at(self, config: ModelConfig, kind: Engine) -> Mapping[str, Adapter]:
+        """The adapters of one engine: those of its kind and settings, and those of run time."""
+        more = self._runtime.get(config.replica_of or config.name, {})
+        return {**kind.adapters(config), **{name: Adapter(name, path, name) for name, path in more.items()}}
 
     def _target(self, name: str, engine: str, offer: Offer | None = None) -> Target:
         key = (name, offer.name if offer else "")
@@ -247,7 +282,7 @@ class AdmissionGate:
             served = kind.served_name(config)
             nature, others = unfit(config, self._kinds.get(engine, ""))
             routes = kind.routes(config) - others
-            adapters = kind.adapters(config)
+            adapters = self._adapters_at(config, kind)
             rules = config.request
             if "" in adapters:
                 rules = RequestRules(set=adapters[""].members).over(rules)
@@ -365,7 +400,12 @@ class AdmissionGate:
         if self._back is None or offer is None or not offer.is_adapter:
             return
         try:
-            await self._back.provide(permit.replica, offer.name, permit.waits)
+            load = None
+            if (late := self._runtime.get(offer.model, {}).get(offer.name)) is not None:
+                from vllmd.engines.adapters import load_call  # no client waits for this import
+
+                load = load_call(offer.name, late, inplace=True)
+            await self._back.provide(permit.replica, offer.name, permit.waits, load)
         except BaseException:
             permit.release()
             raise
@@ -541,7 +581,7 @@ class Permit:
         self.refusal: errors.VllmdError | None = None
         self.decided: asyncio.Future[None] | None = None  # while somebody waits
         self.replica = ""  # the one that it was admitted to
-        self.upstream = Listen()
+        self.upstream = NOWHERE
         self.target: Target | None = None
         self.fetched: Target | None = None  # what its model's name means, where that had to be fetched first
         self.called = offer or model  # what it is counted by

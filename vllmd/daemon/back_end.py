@@ -20,7 +20,7 @@ from vllmd.daemon.engine_manager import EngineManager
 from vllmd.daemon.failures import noted
 from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.memory import Memory
-from vllmd.engines.base import Listen
+from vllmd.engines.base import Call, Listen
 from vllmd.errors import EngineFailed
 from vllmd.launcher.client import LauncherClient
 
@@ -79,12 +79,12 @@ class BackEnd:
         process = self.engines.processes.get(replica)
         return process.listen if process else None
 
-    async def provide(self, replica: str, adapter: str, waits: Callable[[], None]) -> None:
+    async def provide(self, replica: str, adapter: str, waits: Callable[[], None], load: Call | None = None) -> None:
         """Have the replica's engine load the adapter, unless it has it. Raises EngineFailed."""
         process = self.engines.processes.get(replica)
         if process is None:
             raise EngineFailed(f"the engine of {replica} is gone")
-        await provide(process, adapter, waits)
+        await provide(process, adapter, waits, load)
 
     def unreached(self, replica: str) -> None:
         """Nobody listens where the replica's engine should."""

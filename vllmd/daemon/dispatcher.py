@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -23,6 +24,7 @@ from vllmd.core.scheduler import Scheduler
 from vllmd.core.types import Decision
 from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.engine_manager import EngineManager
+from vllmd.daemon.read_ahead import ReadAhead
 from vllmd.errors import InternalError
 from vllmd.systemd.throttle import Throttle
 
@@ -44,12 +46,26 @@ def _refusal(event: events.Event) -> list[commands.Command]:
 
 
 def executors(
-    engine_manager: EngineManager, admission_gate: AdmissionGate, add_replica: Callable[[commands.AddReplica], None]
+    engine_manager: EngineManager,
+    admission_gate: AdmissionGate,
+    add_replica: Callable[[commands.AddReplica], None],
+    read_ahead: ReadAhead,
 ) -> dict[type, Callable[[Any], None]]:
     """Who carries out what; each takes its own command."""
+
+    def start(command: commands.StartEngine) -> None:
+        read_ahead.starting(command)
+        engine_manager.start(command)
+
+    def wake(command: commands.WakeEngine) -> None:
+        read_ahead.starting(command)
+        engine_manager.wake(command)
+
     return {
-        commands.StartEngine: engine_manager.start,
-        commands.WakeEngine: engine_manager.wake,
+        commands.StartEngine: start,
+        commands.WakeEngine: wake,
+        commands.ReadAhead: read_ahead.begin,
+        commands.StopReadAhead: read_ahead.stop,
         commands.SleepEngine: engine_manager.sleep,
         commands.StopEngine: engine_manager.stop,
         commands.ProveFreeze: engine_manager.prove_freeze,
@@ -86,8 +102,8 @@ class Dispatcher:
         self._inbox: deque[events.Event] = deque()
         self._handling = False
         self._failed: events.Event | None = None  # the last one that the scheduler failed at
-        self._due: float | None = None  # when the core wants to hear that time has passed
-        self._timer: asyncio.TimerHandle | None = None  # then, or earlier
+        self._timer: asyncio.TimerHandle | None = None
+        self._wakes = math.inf  # when it does: when the core wants to hear that time has passed, or earlier
         self._loop = asyncio.get_running_loop()
         self._throttles: dict[str, Throttle] = {}  # of the log, by kind of decision
 
@@ -122,13 +138,10 @@ class Dispatcher:
                         log.exception("could not carry out %s", command)
         finally:
             self._handling = False
-        # 2. The timer. It is moved only when it would come too late: a request puts off what is due, and two new
-        #    timers would cost it 3 µs.
-        self._due = due = self._scheduler.next_timer()
-        if due is not None and (self._timer is None or self._timer.when() > due):
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer = self._loop.call_at(due, self._pass_time)
+        # 2. The timer. It is moved only when it would come too late: a request puts off what is due, and whoever comes
+        #    too early looks again.
+        if self._scheduler.wants_time_before(self._wakes):
+            self._set_timer()
         # 3. Those that follow what changes (``vllmctl watch``, the progress of a load).
         self._changed()
 
@@ -167,12 +180,22 @@ class Dispatcher:
         if answered:
             answered(command)
 
+    def _set_timer(self) -> None:
+        """Have ``_pass_time`` called when the core wants to hear that time has passed."""
+        due = self._scheduler.next_timer()
+        if due is None or due >= self._wakes:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer, self._wakes = self._loop.call_at(due, self._pass_time), due
+
     def _pass_time(self) -> None:
-        self._timer = None
-        if self._due is not None and self._due > self.now():
-            self._timer = self._loop.call_at(self._due, self._pass_time)
-        elif self._due is not None:
+        self._timer, self._wakes = None, math.inf
+        due = self._scheduler.next_timer()
+        if due is not None and due <= self.now():
             self.post(events.TimePassed())
+        else:
+            self._set_timer()
 
     def _record(self, command: commands.Record) -> None:
         decision = command.decision

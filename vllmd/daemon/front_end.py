@@ -33,6 +33,7 @@ from vllmd.daemon.plans import Plans
 from vllmd.daemon.previews import Previews
 from vllmd.daemon.quotas import Quotas
 from vllmd.daemon.records import Records
+from vllmd.daemon.runtime_adapters import RuntimeAdapters
 from vllmd.daemon.runtime_models import RuntimeModels, addresses
 from vllmd.daemon.status import Status
 from vllmd.daemon.store import ModelStore
@@ -128,11 +129,14 @@ def front_end(
     status = Status(current, runtime, resolver, gate, learnt, back, lambda: listeners.connections, store.lines)
     disabled = Disabled(runtime.disabled)
     disabled.load()
+    adapters = RuntimeAdapters(current, gate, back)
     commands = OperatorCommands(back, instances, disabled, current.engines_of, reload)
     following = Following(current, status, changes, back)
     previews = Previews(back, lambda: current.config)
     plans = Plans(current, back, records.arrivals, status.cache)
-    control = Control(counters, status, commands, previews, plans, following, runtime_models, store, records, key_store)
+    control = Control(
+        counters, status, commands, previews, plans, following, runtime_models, store, records, key_store, adapters
+    )
 
     def outcome(model: str, answered: int, failed: bool) -> None:
         """What became of a request; of several replicas the scheduler itself judges."""

@@ -41,6 +41,7 @@ from vllmd.proxy.models import add_model_routes
 from vllmd.proxy.peers import are_ours
 from vllmd.proxy.routing import Router
 from vllmd.proxy.server import Server
+from vllmd.records.ring import Entry
 
 log = logging.getLogger("vllmd.http")
 
@@ -62,13 +63,13 @@ class Listeners:
         limits: Limits,
         listeners: Mapping[str, Sequence[socket.socket]],
         outcome: Callable[[str, int, bool], None],
-        ended: Callable[[Exchange], None] = lambda exchange: None,
+        ended: Callable[[Exchange], Entry | None] = lambda exchange: None,
         sessions: Path | None = None,
     ) -> None:
         """``outcome`` is told of each request for a model: its name, the status, and whether the engine failed it.
 
-        ``ended`` is called at the end of every request. ``sessions``: the file in which those of the page outlive the
-        daemon; None: they do not.
+        ``ended`` is called at the end of every request, and says what is kept of it. ``sessions``: the file in which
+        those of the page outlive the daemon; None: they do not.
         """
         self._ui, self._tls = config.server.ui, config.server.tls
         self._sessions = PageSessions(time.time, lambda digest: self._keys.of_key(digest), sessions)
@@ -231,8 +232,11 @@ class Listeners:
         return self._gate.opens(name)
 
     def _note(self, exchange: Exchange) -> None:
-        self._control.counters.exchanged(exchange)
-        self._ended(exchange)
+        entry = self._ended(exchange)
+        if entry is None:
+            self._control.counters.exchanged(exchange)
+        else:
+            self._control.counters.recorded(entry)
         if exchange.model and exchange.status and (not exchange.error or exchange.error in ENGINES_FAULTS):
             self._outcome(exchange.model, exchange.status, bool(exchange.error))
         _log(exchange)

@@ -56,6 +56,9 @@ class Names:
                 self._suffixes.setdefault(suffix, set()).add(model_name)
                 self._folded_suffixes.setdefault(folded(suffix), set()).add(model_name)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._exact
+
     def resolve(self, name: str, visible: Callable[[str], bool] = lambda model: True) -> str:
         """The configured name, of a model or another offer. Raises UnknownModel, or BadRequest if it is missing or
         could be several.

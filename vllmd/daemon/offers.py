@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from vllmd.api.answers import Card
-from vllmd.config.offers import adapters_of as named_adapters
 from vllmd.config.types import ModelConfig, PoolConfig, RequestRules
 from vllmd.engines.base import Adapter
 
@@ -54,9 +53,7 @@ class Offers:
     ) -> None:
         self._offers: dict[str, Offer] = {}
         for model in models.values():
-            # Only then is the engine's kind needed: the first client shall not wait for it.
-            adapters = adapters_of(model) if named_adapters(model) else {}
-            for offer in (*_adapters(model, adapters), *_variants(model)):
+            for offer in (*_adapters(model, adapters_of(model)), *_variants(model)):
                 if offer.name not in models:
                     self._offers.setdefault(offer.name, offer)
         self._pools = dict(pools)

@@ -142,10 +142,10 @@ class Records:
 
     # -- what is heard
 
-    def ended(self, exchange: Exchange) -> None:
-        """Note a request that has ended, if it was one for a model or failed."""
+    def ended(self, exchange: Exchange) -> Entry | None:
+        """Note a request that has ended, if it was one for a model or failed, and return what is kept of it."""
         if not exchange.model and (exchange.status < 400 or MODELS not in exchange.request.caller.scopes):
-            return  # operators, probes and lists; and strangers, who could fill the ring with what was refused
+            return None  # operators, probes and lists; and strangers, who could fill the ring with what was refused
         account, config = exchange.account, self._config
         entry = self._ring.note(exchange)
         if account is not None and account.request is not None:
@@ -162,6 +162,7 @@ class Records:
             self._log(entry, config.access_log)
         for watcher in self._watchers:
             watcher.hear(entry)
+        return entry
 
     def _schedule(self) -> None:
         """Have what has gathered written soon; where requests come faster than that, add them up now."""

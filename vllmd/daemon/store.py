@@ -388,14 +388,14 @@ def _check(model: str, settings: Mapping[str, object]) -> None:
             f"engine {settings['engine']!r} cannot be added; right are {', '.join(MAY_BE)}", param="engine"
         )
     source = settings.get("model") or model  # what it is loaded from
-    if isinstance(source, str) and not _is_source(source):
+    if isinstance(source, str) and not is_source(source):
         what = "right are an absolute path without ~, and a repository as ORG/NAME or ORG/NAME:TAG"
         raise Forbidden(
             f"a model from {source!r} is for the administrator to say, in vllmd.yaml; {what}", param="model"
         )
 
 
-def _is_source(text: str) -> bool:
+def is_source(text: str) -> bool:
     """Whether it is a path of this machine or a repository, and to no engine an address or somebody's home."""
     if text.startswith("/"):
         return "~" not in text and "://" not in text

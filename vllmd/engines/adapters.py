@@ -85,10 +85,20 @@ def vllm_adapters(model: ModelConfig) -> dict[str, Adapter]:
     found = {}
     late = loads_late(model)
     for name, path in adapters_of(model).items():
-        body = {"lora_name": name, "lora_path": str(Path(path).expanduser()) if path.startswith("~") else path}
-        call = Call("POST", "/v1/load_lora_adapter", body, timeout=LOAD_LIMIT)
+        call = load_call(name, str(Path(path).expanduser()) if path.startswith("~") else path)
         found[name] = Adapter(name, path, name, load=call if late and name in model.adapters else None)
     return found
+
+
+def load_call(name: str, path: str, *, inplace: bool = False) -> Call:
+    """What has vLLM load an adapter; ``inplace``: also where it has another one of the name."""
+    body = {"lora_name": name, "lora_path": path, **({"load_inplace": True} if inplace else {})}
+    return Call("POST", "/v1/load_lora_adapter", body, timeout=LOAD_LIMIT)
+
+
+def takes_adapters(model: ModelConfig) -> bool:
+    """Whether its engine is started so that it takes any: of the configuration, or loaded while it runs."""
+    return bool(model.adapters) or model.runtime_adapters
 
 
 def loads_late(model: ModelConfig) -> bool:
@@ -101,14 +111,14 @@ def loads_late(model: ModelConfig) -> bool:
 
 def vllm_flags(model: ModelConfig, hub: Path | None) -> list[str]:
     """What vLLM is started with for the sake of the model's adapters; what its own arguments say is left out."""
-    if not model.adapters:
+    if not takes_adapters(model):
         return []
     flags = [] if argument(model, "enable-lora") else ["--enable-lora"]
     at_a_time, rank = slots(model), max_rank(model, hub)
     for flag, value in (("--max-loras", at_a_time), ("--max-lora-rank", rank), ("--max-cpu-loras", _kept(model))):
         if not argument(model, flag.lstrip("-")):
             flags += [flag, str(value)]
-    if not loads_late(model):
+    if model.adapters and not loads_late(model):
         # A flag given twice counts once, so those of the model's own arguments are said again; they come before ours.
         modules = adapters_of(model).items()
         flags += ["--lora-modules", *(json.dumps({"name": name, "path": path}) for name, path in modules)]
@@ -117,7 +127,9 @@ def vllm_flags(model: ModelConfig, hub: Path | None) -> list[str]:
 
 def slots(model: ModelConfig) -> int:
     """Adapters that vLLM has room for on the device."""
-    return whole(argument(model, "max-loras")) or max(1, min(MOST_AT_A_TIME, len(adapters_of(model))))
+    if told := whole(argument(model, "max-loras")):
+        return told
+    return MOST_AT_A_TIME if model.runtime_adapters else max(1, min(MOST_AT_A_TIME, len(adapters_of(model))))
 
 
 def _kept(model: ModelConfig) -> int:
@@ -130,13 +142,15 @@ def max_rank(model: ModelConfig, hub: Path | None) -> int:
     if told:
         return told
     ranks = [files_of(path, hub).rank or UNKNOWN_RANK for path in adapters_of(model).values()]
+    if model.runtime_adapters:
+        ranks.append(UNKNOWN_RANK)
     wanted = max(ranks, default=16)
     return next((rank for rank in RANKS if rank >= wanted), RANKS[-1])
 
 
 def vllm_memory(model: ModelConfig, hub: Path | None, weights: int) -> int:
     """Bytes per device for vLLM's adapters, of a model of ``weights`` bytes: two thin matrices a linear layer."""
-    if not adapters_of(model):
+    if not adapters_of(model) and not model.runtime_adapters:
         return 0
     rank = max_rank(model, hub)
     sides = _sides(model, hub)

@@ -38,7 +38,7 @@ FLAGS = (
     "fail_file",
 )
 LISTS = ("device_file", "cuda")
-SWITCHES = ("quiet", "enable_request_id_headers")
+SWITCHES = ("quiet", "read_weights", "enable_request_id_headers")
 
 
 class Sim(Vllm):
@@ -108,7 +108,7 @@ def _env(model: ModelConfig, place: Place) -> dict[str, str]:
     """
     root = str(Path(__file__).resolve().parents[2])
     devices = environment(model, place) if "cuda" in model.options else {}
-    late = {adapters.RUNTIME: "1"} if model.adapters and adapters.loads_late(model) else {}
+    late = {adapters.RUNTIME: "1"} if adapters.takes_adapters(model) and adapters.loads_late(model) else {}
     return {**({} if model.command else {"PYTHONPATH": root}), **devices, **late}
 
 

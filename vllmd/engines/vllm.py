@@ -37,6 +37,7 @@ from vllmd.engines import adapters, environments, ray_cluster, vllm_cpu, vllm_lo
 from vllmd.engines.base import Adapter, Call, Failure, Launch, Listen, Place, Progress
 from vllmd.engines.options import choice, size, unknown
 from vllmd.engines.plain import PROBE, Plain, environment
+from vllmd.engines.standby import Standby
 from vllmd.engines.vllm_cpu import has_accelerator
 from vllmd.errors import ConfigError
 
@@ -171,7 +172,7 @@ class Vllm(Plain):
         rpc = Path(str(model.options.get("rpc_dir", place.run_dir)))
         check_path(rpc / ("x" * (_IPC_NAME - 1)), model)
         env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_RPC_BASE_PATH": str(rpc), "VLLM_NO_USAGE_STATS": "1"}
-        if model.adapters and adapters.loads_late(model):
+        if adapters.takes_adapters(model) and adapters.loads_late(model):
             env[adapters.RUNTIME] = "1"
         if place.quota and not place.device_ids and not self._accelerator():
             env[vllm_cpu.BIND] = "nobind"  # else it has a thread for each CPU that it may be on, whatever the quota
@@ -196,6 +197,12 @@ class Vllm(Plain):
             Call("POST", "/wake_up?tags=kv_cache", timeout=_WAKE_TIMEOUT),
             Call("POST", "/reset_prefix_cache", timeout=30.0, optional=True),
         )
+
+    def standby(self, model: ModelConfig, launch: Launch) -> Standby | None:
+        """See ``vllm_standby``; none for a cluster, which is started by another program."""
+        from vllmd.engines import vllm_standby  # not before the first start
+
+        return vllm_standby.standby(model, launch, accelerator=self._accelerator())
 
     def asleep(self) -> Call | None:
         """``/is_sleeping``: at which level, it does not tell."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 from vllmd.errors import NotFound, Unavailable, VllmdError
+from vllmd.frozen import frozen
 from vllmd.proxy.exchange import LAST_CHUNK, Exchange, chunk
 from vllmd.proxy.framing import Chunked, Framing
 from vllmd.proxy.gate import Address, Target
@@ -43,7 +44,7 @@ MAX_ERROR = 1 << 20  # bytes of an error answer that becomes an event
 MAX_HELD = 1 << 20  # bytes of an answer kept whole for the sake of its length; a longer one goes out in chunks
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class UpstreamRequest:
     """A request ready to be sent: the model that it is for, its body, and its path at the engine."""
 

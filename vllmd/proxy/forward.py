@@ -17,9 +17,9 @@ The invariants:
 
 What a client sees of an engine's end: 502 before the answer began, a visible truncation in the middle of it.
 
-Each request is a task of its own. It costs two turns of the event loop that a callback would not (about 12
-microseconds, as much as 60 function calls): a coroutine that was run by hand, without them, was tried and given up for
-the rules that it brought (no time limit before the first wait, nothing after the last one).
+Each request is a task of its own, so that whatever is waited for has time limits and can be cancelled. Its first step
+is taken within the callback that read the request, its last one within the callback that read the answer
+(``proxy.loop``).
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from vllmd.proxy.heads import ResponseHead, forwardable, write_fields
 from vllmd.proxy.http import Request
 from vllmd.proxy.limits import Limits
 from vllmd.proxy.loading_heartbeat import Heartbeats, LoadingHeartbeat
+from vllmd.proxy.loop import resume
 from vllmd.proxy.model_requests import ModelRequests, StoredResponses
 from vllmd.proxy.peek import Parts
 from vllmd.proxy.routing import Handler
@@ -198,8 +199,8 @@ class AnswerRelay:
         self._heartbeats: Heartbeats | None = None  # while no byte of the body has come, and the client wants to know
         self._plain_events = False  # events that end with their last chunk or the connection: comments may precede them
         self._size = 0  # bytes of the body that came
-        self._tail = bytearray()  # the last of them, TAIL or more
-        self._opening = bytearray()  # the first of them, as long as a response's id is looked for there
+        self._tail: bytes | bytearray = b""  # the last of them, TAIL or more
+        self._opening = b""  # the first of them, as long as a response's id is looked for there
         self._responses = responses
         self._names_response = exchange.request.path == "/v1/responses"
         self.uncounted = False  # the engine is asked for the usage of a stream, and the client did not
@@ -249,7 +250,7 @@ class AnswerRelay:
         permit, self._permit = self._permit, None
         if permit is not None:
             failed = self._error.message if self._error is not None else ""
-            took, sent = tokens.told(bytes(self._tail[-TAIL:])), self._sent
+            took, sent = tokens.told(self._tail), self._sent
             if took is None and self._status == 200 and sent.route.endswith(tokens.COUNTED):  # untold, or broken off
                 took = tokens.reckoned(sent.route, sent.asked.body, self._size, stream=sent.asked.stream)
             if self.account is not None:
@@ -280,16 +281,18 @@ class AnswerRelay:
     def data(self, data: bytes) -> None:
         """More of the body has come, framing included: hand it on, and keep its end, where the usage is."""
         size = len(data)
-        if size and self._heartbeats is not None:
-            self._quiet()
         self._size += size
-        if size < TAIL:
-            tail = self._tail
-            tail += data
-            if len(tail) > MOST_TAIL:  # what is too old goes when there is much of it, not at each piece
-                del tail[:-TAIL]
+        if self._heartbeats is not None and size:
+            self._quiet()
+        tail = self._tail
+        if size >= TAIL or not tail:
+            self._tail = data[-TAIL:]
+        elif len(tail) > MOST_TAIL:  # what is too old goes when there is much of it, not at each piece
+            self._tail = tail[-TAIL:] + data
         else:
-            self._tail = bytearray(data[-TAIL:])
+            if not isinstance(tail, bytearray):
+                self._tail = tail = bytearray(tail)
+            tail += data
         if self._names_response:
             self._look_for_id(data)
         if self._tap is not None:
@@ -323,7 +326,7 @@ class AnswerRelay:
         if self._answer is not None:
             self._answer.end()
         if self._over is not None and not self._over.done():
-            self._over.set_result(None)
+            resume(self._over)
 
     def lost(self, reason: str, *, untouched: bool) -> None:
         """The engine's connection broke off."""

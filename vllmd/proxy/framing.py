@@ -14,10 +14,13 @@ SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e]{0,256})?\r\n")
 SIZE_LINE_PREFIX = re.compile(rb"[0-9A-Fa-f]{0,15}(?:(?<=[0-9A-Fa-f])(?:;[\t\x20-\x7e]{0,256})?\r?)?")
 TRAILER_LINE = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*")
 MAX_TRAILERS = 4096
+NO_RUN = re.compile(rb"(?!)")
 HEX = frozenset(b"0123456789abcdefABCDEF")
 SIZES_KEPT = 4096
 _sizes: dict[bytes, int] = {}  # what plain size lines, line end included, say; a stream has but a few of them
 _joints: dict[bytes, int] = {}  # the same lines behind the line end of the chunk before them
+_runs: dict[bytes, re.Pattern[bytes]] = {}  # what finds the end of several chunks that begin with the same joint
+LONGEST_IN_RUN, MOST_RUNS = 4096, 256  # bytes of a chunk, and sizes of chunks, of which runs are looked for
 
 
 class BadFraming(ValueError):
@@ -144,11 +147,12 @@ class Chunked:
         """Skip the chunks that lie whole in ``data``: the common case, in one loop.
 
         A stream's size lines are mostly as long as the one before, so the end of a chunk and the size line after it
-        are looked up together (``joint``): 0.1 microseconds per chunk instead of 0.35.
+        are looked up together (``joint``): 0.1 microseconds per chunk instead of 0.35. Several chunks of the same size
+        are a run, whose end a regular expression finds, in a tenth of that, where nobody wants the payload.
         """
         if self._step is not Chunked._size or pos < 0:
             return pos
-        sizes, joints, payload = _sizes, _joints, 0
+        sizes, joints, payload, runs = _sizes, _joints, 0, not self.keep
         while (start := data.find(b"\n", pos, pos + 18) + 1) > pos:
             line = data[pos:start]
             size, joint = sizes.get(line) or _plain_size(line), len(line) + 2
@@ -156,6 +160,11 @@ class Chunked:
                 break
             end = start + size
             while following := joints.get(data[end : end + joint]):
+                if runs and following == size and (run := _run(data[end : end + joint], size).match(data, end)):
+                    payload += (run.end() - end) // (joint + size) * size
+                    end = run.end()
+                    start = end - size
+                    continue
                 if self.keep:
                     self.pieces.append(data[start:end])
                 payload += size
@@ -222,6 +231,16 @@ class Chunked:
     def _hold(self, data: bytes, pos: int) -> int:
         self._held = data[pos:]
         return -1
+
+
+def _run(joint: bytes, size: int) -> re.Pattern[bytes]:
+    """What matches whole chunks of ``size`` bytes, as many as follow each other, each with ``joint`` before it."""
+    run = _runs.get(joint)
+    if run is None:
+        if size > LONGEST_IN_RUN or len(_runs) >= MOST_RUNS:
+            return NO_RUN
+        run = _runs[joint] = re.compile(b"(?s:%b.{%d})+" % (joint, size))
+    return run
 
 
 def _plain_size(line: bytes) -> int:

@@ -61,7 +61,7 @@ REFERRED = {
         ),
         _STATE,
     ),
-    **dict.fromkeys(("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/lora-adapters"), _ADAPTER),
+    "/lora-adapters": _ADAPTER,
     **dict.fromkeys(("/server_info", "/kv_event_sources", "/fault_tolerance/status", "/inference/v1/generate"), _OWN),
     "/load": "GET /metrics tells what runs and waits, vllmctl ps too",
     "/slots": _SLOTS,

@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
 from json.decoder import scanstring  # type: ignore[attr-defined]
 from typing import TypeVar
 
 from vllmd.errors import BadRequest
+from vllmd.frozen import frozen
 from vllmd.proxy.gate import LONGEST_NAME, TOO_LONG_A_NAME, Rules
 from vllmd.proxy.system_prompt import Prompt
 
@@ -52,7 +52,7 @@ Parts = tuple[bytes | memoryview, ...]  # of one body, in their order
 _scan_once = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Asked:
     """What a body asks for: ``model`` ("" if it names none) and whether the answer shall be streamed.
 

@@ -40,7 +40,7 @@ class RequestReader:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._heads = HeadMemo(parse_request_head)
-        self._data = bytearray()
+        self._data: bytes | bytearray = b""  # fed and not yet asked for: as it came, until more comes
         self._begun = False  # bytes of the next head have been seen
         self._scanned = 0  # bytes of an unfinished head already searched
         self._next: RequestHead | None = None  # the head whose body has not begun to be read
@@ -58,12 +58,38 @@ class RequestReader:
 
     def feed(self, data: bytes) -> None:
         """More bytes from the client."""
+        if not self._data:
+            self._data = data  # mostly a whole request, which need not be copied into a buffer
+            return
+        if isinstance(self._data, bytes):
+            self._data = bytearray(self._data)
         self._data += data
 
     def take_rest(self) -> bytes:
         """Give up the bytes that follow the last request: they are no longer HTTP."""
-        rest, self._data = bytes(self._data), bytearray()
+        rest, self._data = bytes(self._data), b""
         return rest
+
+    def _take(self, size: int) -> bytes:
+        """The first ``size`` bytes, no longer kept here."""
+        data = self._data
+        if isinstance(data, bytes):
+            taken, self._data = data[:size], data[size:]
+            return taken
+        with memoryview(data) as view:
+            taken = bytes(view[:size])
+        self._drop(size)
+        return taken
+
+    def _drop(self, size: int) -> None:
+        """Let go of the first ``size`` bytes."""
+        data = self._data
+        if size == len(data):
+            self._data = b""
+        elif isinstance(data, bytes):
+            self._data = data[size:]
+        else:
+            del data[:size]
 
     def head(self) -> RequestHead | None:
         """The next request's head; the length that it announces is the caller's to judge.
@@ -75,7 +101,8 @@ class RequestReader:
             if not data or data == b"\r":
                 return None
             if data[:2] == b"\r\n":  # one stray line end before a head is forgiven (RFC 9112, 2.2)
-                del data[:2]
+                self._drop(2)
+                data = self._data
             self._begun = True
         end = data.find(b"\r\n\r\n", max(0, self._scanned - 3))
         if end > self._limits.max_head or (
@@ -92,9 +119,8 @@ class RequestReader:
                 raise BadRequest(f"malformed request: no request line{tls}")
             self._scanned = len(data)
             return None
-        head = self._heads.read(bytes(data[: end + 4]))
         self.head_size = end + 4
-        del data[: end + 4]
+        head = self._heads.read(self._take(end + 4))
         self._scanned = 0
         self._begun = False
         self._next, self._framing, self._keep = head, None, True
@@ -128,22 +154,18 @@ class RequestReader:
             length = head.length
             if length is not None and length <= len(data) and length <= self._most:  # the common case: it came whole
                 self.received, self._next = length, None
-                body = b""
-                if self._keep:
-                    with memoryview(data) as view:
-                        body = bytes(view[:length])
-                del data[:length]
-                return body
+                body = self._take(length)
+                return body if self._keep else b""
             self._framing = framing = head.framing()
             framing.keep = self._keep
         end = -1
-        while data and end < 0:
+        while self._data and end < 0:
             piece = self._next_piece(framing)
             try:
                 end = framing.scan(piece)
             except BadFraming as error:
                 raise BadRequest(f"malformed request: {error}") from None
-            del data[: len(piece) if end < 0 else end]
+            self._drop(len(piece) if end < 0 else end)
             pieces = framing.pieces
             self.received = self.received + len(piece) if isinstance(framing, Length) else framing.payload
             self._check_size(framing, whole=end >= 0)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+
+from vllmd.frozen import frozen
 
 TAIL = 1024  # bytes at an answer's end in which its usage is looked for
 BYTES_PER_EVENT = 250  # of a stream: about one token's
@@ -16,7 +17,7 @@ GENERATES = ("completions", "/messages", "/responses", "/infill", "/completion")
 COUNTED = (*GENERATES, "/embeddings", "/rerank", "/score", "/pooling", "/classify")  # and of those that read text
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Tokens:
     """What a request took: of the ``prompt``, ``cached`` of it, of the ``answer``. ``estimated``: by size alone."""
 
@@ -31,7 +32,7 @@ class Tokens:
         return self.prompt + self.answer
 
 
-def told(tail: bytes) -> Tokens | None:
+def told(tail: bytes | bytearray) -> Tokens | None:
     """What the usage in the last bytes of an answer says, in the words of any of the APIs; None if there is none."""
     start = tail.rfind(b'"usage"', max(0, len(tail) - TAIL))
     if start < 0:

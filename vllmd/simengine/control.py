@@ -72,7 +72,7 @@ def _sleep_rows(level: int, name: str) -> list[str]:
 async def load_lora(context: Context, request: Request, out: Connection) -> None:
     """POST /v1/load_lora_adapter: an adapter is a folder with an ``adapter_config.json``."""
     name, path = _named(request)
-    if name in context.adapters:
+    if name in context.adapters and parse_json(request.body).get("load_inplace") is not True:
         raise Refused(400, f"The lora adapter '{name}' has already been loaded.", "InvalidUserInput")
     if not os.access(f"{path}/adapter_config.json", os.R_OK):
         raise Refused(404, f"Loading lora {name} failed: No adapter found for <path>", "NotFoundError")

@@ -21,6 +21,7 @@ import anthropic
 import openai
 
 HOW = json.loads(os.environ["VLLMD_TESTS"])
+KEY = "token-abc123-of-these-tests"
 START = 500.0  # seconds
 FLAGS = ["--enforce-eager", "--max-num-seqs", "8"]
 ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
@@ -29,7 +30,7 @@ ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"
 class RemoteOpenAIServer:
     """The part of its interface that the tests use."""
 
-    DUMMY_API_KEY = "token-abc123"
+    DUMMY_API_KEY = KEY
 
     def __init__(self, model: str, args: list[str], *, env_dict: dict[str, str] | None = None, **_: Any) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -48,9 +49,14 @@ class RemoteOpenAIServer:
         if HOW["through"]:
             one = {"engine": "vllm", "command": vllm, "model": folder, "env": {**ENV, **(env_dict or {})}}
             one |= {"local_devices": 0, "max_model_len": 2048, "extra_args": [*FLAGS, *without_length(args)]}
+            auth: dict[str, Any] = {}
+            if "VLLM_ALLOW_RUNTIME_LORA_UPDATING" in (env_dict or {}):  # which operators alone may do
+                one["runtime_adapters"] = True
+                auth = {"auth": {"keys": [{"name": "tests", "key": KEY, "scopes": ["models", "admin"]}]}}
             config = {"server": {"listen": [f"127.0.0.1:{self.port}"], "idle_exit": "never"}, "devices": []}
             file = Path(HOW["log"]) / f"{self.port}.yaml"
-            file.write_text(json.dumps({**config, "idle": "never", "models": {names[0]: one}}))
+            file.write_text(json.dumps({**config, "idle": "never", "models": {names[0]: one}, **auth}))
+            file.chmod(0o600)
             argv, env = (
                 [HOW["python"], "-m", "vllmd", "--config", str(file)],
                 {**os.environ, "PYTHONPATH": HOW["repository"]},
@@ -68,9 +74,8 @@ class RemoteOpenAIServer:
         deadline = time.monotonic() + START
         while True:
             try:
-                request = urllib.request.Request(
-                    self.url_for("v1/completions"), body, {"Content-Type": "application/json"}
-                )
+                fields = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+                request = urllib.request.Request(self.url_for("v1/completions"), body, fields)
                 urllib.request.urlopen(request, timeout=START).close()
                 return
             except OSError:
@@ -98,15 +103,15 @@ class RemoteOpenAIServer:
 
     def get_client(self, **more: Any) -> openai.OpenAI:
         return openai.OpenAI(
-            **{"base_url": self.url_for("v1"), "api_key": "none", "max_retries": 0, "timeout": 600, **more}
+            **{"base_url": self.url_for("v1"), "api_key": KEY, "max_retries": 0, "timeout": 600, **more}
         )
 
     def get_async_client(self, **more: Any) -> openai.AsyncOpenAI:
-        more = {"base_url": self.url_for("v1"), "api_key": "none", "max_retries": 0, "timeout": 600, **more}
+        more = {"base_url": self.url_for("v1"), "api_key": KEY, "max_retries": 0, "timeout": 600, **more}
         return openai.AsyncOpenAI(**more)
 
     def get_async_client_anthropic(self, **more: Any) -> anthropic.AsyncAnthropic:
-        more = {"base_url": self.url_root, "api_key": "none", "max_retries": 0, "timeout": 600, **more}
+        more = {"base_url": self.url_root, "api_key": KEY, "max_retries": 0, "timeout": 600, **more}
         return anthropic.AsyncAnthropic(**more)
 
 

@@ -1,0 +1,173 @@
+"""Adapters that an operator loads and unloads while a model serves, in the words of vLLM's own API.
+
+vLLM keeps such an adapter for as long as its process lives. Here it belongs to the model: it is listed, permitted and
+counted like one of the configuration, and an engine that is started again, or another replica, loads it at the first
+request for it. It is gone when it is unloaded, when a reload takes the model or its leave away, and with the daemon.
+
+What an adapter's path names is read, or fetched, by the engine as its own user. So a model must have
+``runtime_adapters``, the key the scope admin, and the path is what ``vllmctl add`` takes as well: an absolute path of
+this machine or a repository (``store.is_source``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from vllmd.daemon.admission_gate import AdmissionGate
+from vllmd.daemon.calls import ask
+from vllmd.daemon.current import Current, Later
+from vllmd.daemon.engine_process import EngineProcess, of
+from vllmd.daemon.store import is_source
+from vllmd.engines.base import Call, Listen
+from vllmd.errors import BadRequest, Conflict, Forbidden, NotFound, TooManyRequests, VllmdError
+from vllmd.proxy.access import Caller
+from vllmd.proxy.http import Response
+from vllmd.proxy.peek import model_name
+
+if TYPE_CHECKING:
+    from vllmd.daemon.back_end import BackEnd
+
+log = logging.getLogger("vllmd.engines")
+
+MOST = 1000  # of one model: a program in a loop must not fill the memory
+UNLOAD_LIMIT = 60.0  # seconds
+RIGHT = "right are an absolute path without ~, and a repository as ORG/NAME"
+OURS = frozenset({"model"})  # members of the request that an engine does not know
+
+
+class RuntimeAdapters:
+    """Implements ``vllmd.admin.adapters.RuntimeAdapters``."""
+
+    def __init__(self, current: Current, gate: AdmissionGate, back: Later[BackEnd]) -> None:
+        self._current, self._gate, self._back = current, gate, back
+        self._changing: dict[
+            str, asyncio.Lock
+        ] = {}  # by model: what its engine has and what is offered change together
+        self._loading: set[str] = set()  # names of adapters
+
+    async def load(self, asked: Mapping[str, Any], caller: Caller) -> Response:
+        """Have the model's engine load an adapter, and offer it once it has; the answer is the engine's.
+
+        Raises VllmdError for what the engine is not asked.
+        """
+        name, path = _text(asked, "lora_name"), _text(asked, "lora_path")
+        model = self._model(asked, caller)
+        if not is_source(path):
+            raise Forbidden(f"an adapter from {path!r} is not loaded: {RIGHT}", param="lora_path")
+        body = {key: value for key, value in asked.items() if key not in OURS}
+        async with self._changing.setdefault(model, asyncio.Lock()):
+            offered = self._gate.runtime_adapters(model)
+            if name not in offered:
+                self._check_free(name)
+                if len(offered) >= MOST:
+                    raise TooManyRequests(f"{model} has {MOST} such adapters; unload those that are not needed")
+            elif body.get("load_inplace") is not True:
+                raise BadRequest(f"the adapter {name!r} has already been loaded", param="lora_name")
+            self._loading.add(name)
+            try:
+                return await self._loaded(model, name, path, body, caller)
+            finally:
+                self._loading.discard(name)
+
+    async def _loaded(self, model: str, name: str, path: str, body: Mapping[str, Any], caller: Caller) -> Response:
+        """What the engine answers once it is awake; if it has the adapter then, it is offered."""
+        permit = await self._gate.acquire(model, caller.name)
+        try:
+            answer = await self._asked(permit.upstream, body)
+            if answer.status == 200:
+                await self._take(model, permit.replica, name, path)
+        finally:
+            permit.release()
+        return answer
+
+    async def unload(self, asked: Mapping[str, Any], caller: Caller) -> Response:
+        """Offer an adapter no more, and have the engines that have it drop it. Raises NotFound, Conflict, Forbidden."""
+        name = _text(asked, "lora_name")
+        offer = self._gate.offers.get(name)
+        model = offer.model if offer is not None and offer.is_adapter else ""
+        if not model or not caller.may_use(model):
+            raise NotFound(f"the adapter {name!r} cannot be found")
+        async with self._changing.setdefault(model, asyncio.Lock()):
+            adapters = self._gate.runtime_adapters(model)
+            if name not in adapters:
+                raise Conflict(f"{name!r} is an adapter of the configuration: remove it there, and reload")
+            self._gate.offer_adapters(model, {key: path for key, path in adapters.items() if key != name})
+            body = {key: value for key, value in asked.items() if key not in OURS}
+            for process in await self._processes(model):
+                await _drop(process, name, body)
+        return Response(200, f"Success: LoRA adapter '{name}' removed successfully.".encode(), "text/plain")
+
+    async def _asked(self, listen: Listen, body: Mapping[str, Any]) -> Response:
+        """What the engine answers to the load. What it has by a daemon before us, it loads anew."""
+        from vllmd.engines.adapters import LOAD_LIMIT, LOADED_ALREADY  # no client waits for this import
+
+        call = Call("POST", "/v1/load_lora_adapter", dict(body), timeout=LOAD_LIMIT)
+        status, fields, said = await ask(listen, call)
+        if status == 400 and LOADED_ALREADY.encode() in said:
+            status, fields, said = await ask(listen, replace(call, json={**body, "load_inplace": True}))
+        kind = next((value.decode("latin-1") for key, value in fields if key == b"content-type"), "text/plain")
+        return Response(status, said, kind)
+
+    async def _take(self, model: str, replica: str, name: str, path: str) -> None:
+        """The engine has it: offer it, and have every other replica load this one at its next request for it."""
+        self._gate.offer_adapters(model, {**self._gate.runtime_adapters(model), name: path})
+        for process in await self._processes(model):
+            process.adapters.pop(name, None)
+            if process.name == replica:
+                process.adapters[name] = asyncio.ensure_future(_well())
+
+    async def _processes(self, model: str) -> list[EngineProcess]:
+        processes = (await self._back.wait()).engines.processes
+        return [process for process in processes.values() if (process.model.replica_of or process.model.name) == model]
+
+    def _model(self, asked: Mapping[str, Any], caller: Caller) -> str:
+        """The model that an adapter is for: named, or the only one that takes any."""
+        may = [model for model in self._takers() if caller.may_use(model)]
+        name = model_name(asked.get("model"))
+        if not name:
+            if not may:
+                raise Forbidden("no model loads adapters while it runs: runtime_adapters is the setting that lets it")
+            if len(may) > 1:
+                raise BadRequest(f"say in model which it is for: {' or '.join(map(repr, may[:3]))}", param="model")
+            return may[0]
+        target = self._gate.resolve(name, caller)
+        caller.check(target.called, name)
+        if target.model not in may or target.offer:
+            what = "the model's setting runtime_adapters lets it; adapters of the configuration are in adapters"
+            raise Forbidden(f"{target.called!r} loads no adapters while it runs: {what}", param="model")
+        return target.model
+
+    def _takers(self) -> Iterator[str]:
+        return (name for name, model in self._current.config.models.items() if model.runtime_adapters)
+
+    def _check_free(self, name: str) -> None:
+        """Raise Conflict for a name that something else has: requests for that would be answered by the adapter."""
+        if self._gate.has(name) or name in self._loading:
+            raise Conflict(f"{name!r} is the name of something else that is served here", param="lora_name")
+
+
+async def _well() -> str:
+    """What a load that is over has found wrong: nothing."""
+    return ""
+
+
+async def _drop(process: EngineProcess, name: str, body: Mapping[str, Any]) -> None:
+    """Have the engine drop an adapter that it has. One that sleeps keeps it, and nobody can ask for it."""
+    if process.adapters.pop(name, None) is None or process.asleep or process.ending or process.exited.is_set():
+        return
+    try:
+        await ask(process.listen, Call("POST", "/v1/unload_lora_adapter", dict(body), timeout=UNLOAD_LIMIT))
+    except (OSError, VllmdError) as error:
+        log.warning("%s: its adapter %s is not unloaded: %s", process.name, name, error, extra=of(process))
+
+
+def _text(asked: Mapping[str, Any], name: str) -> str:
+    """A member that must be there. Raises BadRequest."""
+    value = asked.get(name)
+    if not isinstance(value, str) or not value:
+        raise BadRequest(f"{name} is missing: a text", param=name)
+    return model_name(value)
