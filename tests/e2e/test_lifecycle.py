@@ -18,6 +18,7 @@ pytestmark = pytest.mark.machine
 
 CONFIG = """
 server: {idle_exit: 2s}
+records: {access_log: journal}
 idle: {sleep_after: 3s, level: 1, deepen_after: never, stop_after: 6s}
 models:
   org/small: {engine: sim, aliases: [fast], options: {load_time: 0.3s}}
@@ -347,6 +348,16 @@ def test_every_decision_is_in_the_journal_with_its_fields(site: Site) -> None:
     ]
     assert records
     assert records[-1]["_SYSTEMD_UNIT"] == "vllmd.service"
+
+
+def test_every_request_is_in_the_journal_with_its_fields(site: Site) -> None:
+    """The access log, where it was asked for there: found by model, key or request, with the times of each."""
+    site.chat("org/small", "hi")
+    found = "journalctl -o json _SYSTEMD_UNIT=vllmd.service MODEL=org/small VLLMD_STATUS=200"
+    record = json.loads(site.machine.out(found).splitlines()[-1])
+    assert record["MESSAGE"].startswith("POST /v1/chat/completions org/small 200 ")
+    assert record["REQUEST_ID"] and float(record["VLLMD_SECONDS"]) > 0 and int(record["VLLMD_ANSWER_TOKENS"]) > 0
+    assert "hi" not in record["MESSAGE"].split()  # never what was said
 
 
 def test_the_engines_own_log_is_in_the_journal_under_its_unit(site: Site) -> None:

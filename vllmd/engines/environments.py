@@ -35,6 +35,7 @@ CURRENT = "current"
 PATH = "/usr/local/bin:/usr/bin:/bin"
 # The kinds that have environments, each with the program that is looked for in PATH before; "": none is.
 PROGRAMS: dict[str, str] = {"vllm": "vllm", "llama.cpp": "llama-server", "sglang": "", "transformers": "transformers"}
+_PYTHON = re.compile(r"#!\s*(/\S*/python[\d.]*)\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +119,16 @@ def program(model: ModelConfig, name: str) -> str:
 def in_path(model: ModelConfig, name: str) -> str | None:
     """Where the engine of a model finds a program, as its user and with its variables."""
     return shutil.which(name, path=str(model.env.get("PATH") or os.environ.get("PATH") or PATH))
+
+
+def interpreter_of(script: str | None) -> str:
+    """The Python that a script's first line names; "" for any other program."""
+    try:
+        with open(script or "", "rb") as file:
+            found = _PYTHON.match(file.readline(300).decode(errors="replace"))
+    except OSError:
+        return ""
+    return found[1] if found else ""
 
 
 def _folders(kind: Path) -> list[Path]:
