@@ -10,7 +10,8 @@ def at(model: str) -> dict[str, str]:
     return {
         "ANTHROPIC_BASE_URL": BASE, "ANTHROPIC_AUTH_TOKEN": "none", "ANTHROPIC_MODEL": model,
         "ANTHROPIC_SMALL_FAST_MODEL": model, "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": "64", "API_TIMEOUT_MS": str(round(AGENT_LIMIT * 1000)), "CLAUDE_CODE_MAX_RETRIES": "0",
+        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": "64", "CLAUDE_CODE_MAX_RETRIES": "0",
+        "API_TIMEOUT_MS": str(round(AGENT_LIMIT * 1000)),
     }  # fmt: skip
 
 
