@@ -44,9 +44,11 @@ function useRequests(filter) {
   useEffect(() => {
     const stop = new AbortController();
     const query = queryOf(filter);
+    setFound({ rows: [], underWay: [], error: null });
     const read = async () => {
       const answer = await call("GET", `/admin/requests?limit=200${query}`, undefined, { signal: stop.signal });
-      setFound({ rows: answer.requests, underWay: answer.under_way, error: null });
+      const last = answer.requests.at(-1)?.number ?? 0; // what is older is kept as it was
+      setFound((before) => ({ rows: [...answer.requests, ...before.rows.filter((entry) => entry.number < last)].slice(0, KEPT), underWay: answer.under_way, error: null }));
     };
     (async () => {
       try {
@@ -56,7 +58,7 @@ function useRequests(filter) {
           const more = fresh.reverse(), ended = new Set(more.map((entry) => entry.id));
           fresh = [];
           setFound((before) => ({
-            rows: [...more, ...before.rows].slice(0, KEPT),
+            rows: [...more.filter((entry) => entry.number > (before.rows[0]?.number ?? 0)), ...before.rows].slice(0, KEPT), // the list may have told of it
             underWay: before.underWay.filter((each) => !ended.has(each.id)),
             error: null,
           }));
