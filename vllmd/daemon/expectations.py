@@ -18,7 +18,7 @@ from vllmd.daemon.launch_planner import Paths
 from vllmd.daemon.preflight import Machine, look, say
 from vllmd.daemon.specs import model_spec, replica_spec
 from vllmd.engines.estimate import Estimate
-from vllmd.gpu import Devices, open_devices
+from vllmd.gpu import Devices, open_devices, the_cpu
 from vllmd.place import host_memory
 
 
@@ -46,13 +46,13 @@ async def expect(
     machine = Machine(tuple(devices), paths.homes, paths.run)
 
     def reckon() -> Expectations:
-        prospects = look(engines.values(), machine, resolver)
+        prospects, cpu = look(engines.values(), machine, resolver), the_cpu(machine.devices)
         say(prospects, machine)
         replicas: dict[str, list[ReplicaSpec]] = {}
         estimates: dict[str, Estimate] = {}
         for each in prospects:
             name = each.model.replica_of or each.model.name
-            replicas.setdefault(name, []).append(replica_spec(each.model, each.engine, each.told))
+            replicas.setdefault(name, []).append(replica_spec(each.model, each.engine, each.told, cpu))
             estimates[each.model.name] = each.told
         specs = tuple(model_spec(config.models[name], of) for name, of in replicas.items())
         return Expectations(paths, engines, specs, estimates, {each.model.name: each.kind for each in prospects})
