@@ -287,7 +287,8 @@ async def in_effect(living: Living) -> dict[str, Any]:
         # read each time when they are needed
         "keep_alive": living.front.gate._keep_alive_limit,
         "pull": living.config.pull,
-        "read": (server.idle_exit, server.drain_timeout, living.config.discover, living.config.auth.allow_anonymous),
+        "read": (server.idle_exit, server.drain_timeout, living.config.discover, living.config.auth.allow_anonymous,
+                 living.config.engines.read_ahead),
     }  # fmt: skip
 
 

@@ -824,6 +824,12 @@ ENGINES = Group(
         Setting("port_start", k.count(1024, 65535), "First port for engines without Unix sockets."),
         Setting("port_end", k.count(1024, 65535), "Last port for engines without Unix sockets."),
         Setting(
+            "read_ahead",
+            k.BOOL,
+            "Read the weight files of a model that is next in line, or starts, into the page cache, while others make "
+            "room for it and its engine does not read yet; never more than there is free memory for.",
+        ),
+        Setting(
             "standby",
             k.count(0, 16, "auto"),
             "How many engines are kept ready for models that are not loaded, see STANDBY ENGINES; auto is one, where "
