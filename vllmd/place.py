@@ -15,6 +15,7 @@ from pathlib import Path
 
 CACHE = ("inactive_file", "active_file")
 LIMITS = ("memory.max", "memory.high", "memory.limit_in_bytes")
+SERVICE = "vllmd.service"
 ENGINES = "vllmd.slice"  # the engines' own limits, where systemd runs
 
 
@@ -180,9 +181,13 @@ def _line(path: Path) -> str:
 
 
 def _upwards(top: Path, path: str) -> Iterator[Path]:
-    """A group and all that it is in. A container's own is the top of what it sees."""
+    """A group and all that it is in. A container's own is the top of what it sees.
+
+    What the daemon's own service may use is nothing to engines, which are not in it.
+    """
     group = top / path.lstrip("/")
-    yield group
+    if group.name != SERVICE:
+        yield group
     for parent in group.parents:
         if not parent.is_relative_to(top):
             return
