@@ -26,6 +26,7 @@ from tests.gpu.fake_nvml import (
 )
 from tests.gpu.trees import amd_card, fdinfo, intel_card, kfd_node, nvidia_card, write
 from vllmd.config.types import Config, DeviceConfig
+from vllmd.daemon.expectations import host_budget
 from vllmd.gpu import Devices, Presence, environment, gpus, open_devices
 from vllmd.gpu.nvml import NvmlDevices
 
@@ -139,6 +140,8 @@ def test_unified_memory_is_the_hosts(tmp_path: Path) -> None:
     gpu = Gpu(A, name="GB10", computing={7: 20 * GiB}, refuses={"memory": UNSUPPORTED, "power": UNSUPPORTED})
     devices = NvmlDevices(GiB, {}, FakeNvml(gpu), tmp_path / "proc", Presence(tmp_path))
     assert devices.inventory()[0].memory == 128 * GiB
+    budgets = [host_budget(Config(host_memory=size), devices.inventory()) for size in (None, 5 * GiB)]
+    assert budgets == [0, 5 * GiB]  # sleeping in the host's memory would free nothing
     sample = devices.sample().devices[0]
     assert (sample.used, sample.free, sample.processes, sample.power) == (28 * GiB, 100 * GiB, {7: 20 * GiB}, None)
     assert "shares the host's memory" in devices.note

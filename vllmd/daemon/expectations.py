@@ -66,16 +66,19 @@ def paths_of(config: Config, runtime: RuntimeEnvironment) -> Paths:
     return Paths(config.engines.run_dir or runtime.run_dir, homes)
 
 
-def settings_of(config: Config) -> Settings:
+def settings_of(config: Config, devices: Sequence[Device] = ()) -> Settings:
     """What the core is told of the machine's policy."""
-    return Settings(config.policy, host_budget(config), config.server.queue_limit)
+    return Settings(config.policy, host_budget(config, devices), config.server.queue_limit)
 
 
-def host_budget(config: Config) -> int:
-    """Bytes of host memory for level-1 sleepers: as configured, or half of what there is."""
+def host_budget(config: Config, devices: Sequence[Device] = ()) -> int:
+    """Bytes of host memory for level-1 sleepers: as configured, or half of what there is.
+
+    None where the devices' memory is the host's (GB10, Jetson): a model that slept at level 1 would free nothing.
+    """
     if config.host_memory is not None:
         return config.host_memory
-    return host_memory() // 2
+    return 0 if any(device.shared for device in devices) else host_memory() // 2
 
 
 def files_of(config: Config) -> dict[int, Path]:
