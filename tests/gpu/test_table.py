@@ -462,6 +462,25 @@ def test_power_of_a_driver_that_counts_joules(tmp_path: Path) -> None:
     assert "its sensor vram is at the critical 90" in devices.sample().devices[0].throttled
 
 
+def test_where_processes_cannot_be_seen_intels_use_is_not_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """xe has no figure for the whole device: nothing seen of others' processes is not nothing in use."""
+
+    def forbidden(folder: Path) -> Iterator[tuple[str, int]]:
+        raise PermissionError(13, "Permission denied")
+
+    for source, hides in ((Xe, True), (I915, True)):
+        here = source(tmp_path / source.__name__)
+        here.come()
+        write(here.root, "proc/4711/fdinfo/3")
+        devices = here.open()
+        assert not devices.sample().devices[0].hides_processes
+        with monkeypatch.context() as patch:
+            patch.setattr("vllmd.gpu.sysfs._of_process", forbidden)
+            assert devices.sample().devices[0].hides_processes is hides
+
+
 def test_amds_files_tell_of_memory_errors(tmp_path: Path) -> None:
     """Uncorrectable ones of the memory's controller make it unfit; corrected ones do not."""
     here = Amdgpu(tmp_path)
