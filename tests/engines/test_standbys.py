@@ -105,10 +105,12 @@ def test_models_share_standbys_where_what_is_read_at_import_is_equal(tmp_path: P
         {"command": (sys.executable, "-m", "vllm.entrypoints.openai.api_server")},
         {"command": ("/bin/sh", "-c", "vllm serve")},
         {"command": ("/no/such/vllm",)},
+        {"model": "openai/Whisper-large-v3"},
+        {"extra_args": ("--mm-tensor-ipc", "torch_shm")},
     ],
 )
 def test_what_is_special_is_started_as_ever(tmp_path: Path, settings: dict[str, Any]) -> None:
-    """Another user, another kind, somebody's own command."""
+    """Another user, another kind, somebody's own command, and what vLLM says cannot be forked."""
     assert of(tmp_path, **settings) is None
 
 
