@@ -187,16 +187,17 @@ def pid_of(site: Site, instance: str) -> int:
 def test_the_next_model_is_made_of_a_standby(tmp_path: Path) -> None:
     """The second start needs no imports, and shows them to be done; one that was killed costs an ordinary start.
 
-    What it holds is shown, and with the daemon it ends.
+    What it holds is shown. No idle exit waits for it, and with the daemon it ends.
     """
     path = os.pathsep.join([str(tmp_path / "lib"), str(REPOSITORY)])
     model = {"engine": "vllm", "command": [str(program(tmp_path))], "env": {"PYTHONPATH": path}, "gpu_memory": "8GiB"}
     config = {
         "engines": {**ports(), "standby": 1},
         "devices": [{"memory": "80GiB"}],
+        "server": {"idle_exit": "1s"},
         "models": {name: {**model, "model": f"org/{name}"} for name in ("a", "b", "c", "d")},
     }
-    with daemon(tmp_path / "site", config) as site:
+    with daemon(tmp_path / "site", config, ends=True) as site:
         site.answer("a")
         instance = until(lambda: waiting(site))
         shown = site.admin.get("/admin/status").json()
@@ -213,4 +214,9 @@ def test_the_next_model_is_made_of_a_standby(tmp_path: Path) -> None:
         site.answer("c")
         instance = until(lambda: waiting(site))
         pid = pid_of(site, instance)
-    assert not alive(pid)
+        for name in ("a", "b", "c"):
+            site.unload(name)
+        site.http.close()
+        site.admin.close()
+        assert site.process.wait(30) == 0
+        assert not alive(pid)
