@@ -18,6 +18,7 @@ from vllmd.daemon.engine_process import EngineProcess, environment_now, fingerpr
 from vllmd.daemon.homes import Homes, ordered_user
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.ports import PortPool
+from vllmd.engines import compile_caches, environments
 from vllmd.engines.base import Engine, Launch, Listen, Place
 from vllmd.engines.estimate import Estimate
 from vllmd.engines.standby import CanStandBy, Standby, early
@@ -152,7 +153,12 @@ class LaunchPlanner:
         return found and replace(found, env=early(self._variables(model, launch), found.late))
 
     def _variables(self, model: ModelConfig, launch: Launch) -> dict[str, str]:
-        return {**self._paths.homes.variables(model), **launch.env, **model.env}
+        try:
+            found = environments.chosen(model)
+        except ConfigError:  # which its start says
+            found = None
+        caches = compile_caches.variables(found, self._paths.homes.at(model))
+        return {**self._paths.homes.variables(model), **caches, **launch.env, **model.env}
 
     def needs(self, model: ModelConfig) -> int:
         """Bytes of host memory that its engine is expected to take."""
