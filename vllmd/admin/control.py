@@ -26,6 +26,7 @@ from vllmd.api.answers import (
     Killed,
     ModelLine,
     NewKey,
+    Plan,
     Preview,
     Probed,
     Progress,
@@ -36,6 +37,7 @@ from vllmd.api.answers import (
     RequestEntry,
     RequestInFull,
     Requests,
+    Suspended,
 )
 from vllmd.core.types import Snapshot
 from vllmd.proxy.access import ANYBODY, Caller
@@ -60,6 +62,7 @@ class Gauges:
     throttled: Mapping[int, bool] = field(default_factory=dict)
     model_power: Mapping[str, float] = field(default_factory=dict)  # watts
     model_energy: Mapping[str, float] = field(default_factory=dict)  # joules
+    unused_energy: Mapping[str, float] = field(default_factory=dict)  # of these the ones that were drawn unused
     unreadable: Sequence[int] = ()
     use_written: bool = True  # the record of use can be written
     traced: Mapping[str, int] = field(default_factory=dict)  # requests by what became of their spans
@@ -167,6 +170,9 @@ class Commands(Protocol):
     async def drain(self, device: int, drained: bool) -> Device:
         """Take a device out of use, or give it back; how it is then. Raises NotFound."""
 
+    async def suspend(self, suspended: bool) -> Suspended:
+        """Have engines leave the devices before the machine sleeps, or come back."""
+
     @property
     def reload(self) -> Callable[[], Awaitable[Reloaded]]:
         """Take the configuration anew. Raises ConfigError."""
@@ -180,6 +186,20 @@ class Previews(Protocol):
 
     async def of_device(self, device: int, action: str) -> Preview:
         """What draining a device, or giving it back, would do. Raises NotFound."""
+
+
+class Plans(Protocol):
+    """Computes what would be, beside what is."""
+
+    async def run(
+        self,
+        since: float | None,
+        devices: str | None,
+        policy: str | None,
+        host_memory: str | None,
+        models: Mapping[str, object],
+    ) -> Plan:
+        """The recorded traffic with something else. Raises BadRequest, NotFound, Conflict, TookTooLong."""
 
 
 class Following(Protocol):
@@ -296,6 +316,7 @@ class Control:
     status: Status
     commands: Commands
     previews: Previews
+    plans: Plans
     following: Following
     runtime_models: RuntimeModels
     store: Store

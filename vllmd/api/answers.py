@@ -142,6 +142,7 @@ class ModelLine(Answer):
     last_start_seconds: float | None = None
     start_phases: Phases = field(default_factory=dict)
     power: Annotated[float | None, "watts, its share of its devices"] = None
+    unused_energy: Annotated[float | None, "joules that it has drawn since its last request"] = None
     started_at: Annotated[float | None, "Unix time"] = None
     config: ModelSettings = ModelSettings()
     replica_of: Annotated[str, "the model of which it is one of several engines"] = ""
@@ -185,6 +186,40 @@ class Preview(Answer):
     action: str
     text: str = ""
     possible: bool = True
+
+
+@answer
+class PlanRun(Answer):
+    """One run of a plan: how the recorded requests would have fared. Times in seconds, memory in bytes."""
+
+    name: Annotated[str, "as it is, or with the change"]
+    policy: str = ""
+    devices: Annotated[tuple[int, ...], "memory of each"] = ()
+    length: float = 0.0
+    requests: int = 0
+    served: int = 0
+    failed: int = 0
+    swaps: Annotated[int, "starts and wakes"] = 0
+    wait: Annotated[Object, "mean, p50, p95, p99 and longest, from arrival until an engine works on it"] = field(
+        default_factory=dict
+    )
+    latency: Annotated[Object, "the same until its last token"] = field(default_factory=dict)
+    models: Annotated[Object, "the same figures by model"] = field(default_factory=dict)
+    busy: Annotated[Object, "share of the time that a device worked, by index"] = field(default_factory=dict)
+    memory: Annotated[Object, "mean share of a device's memory that was promised"] = field(default_factory=dict)
+    errors: Annotated[Object, "how many requests failed, by reason"] = field(default_factory=dict)
+    samples: Annotated[tuple[Object, ...], "at: seconds; queued; promised: bytes of each device"] = ()
+
+
+@answer
+class Plan(Answer):
+    """Recorded traffic, simulated. ``recorded``: how many requests there were; only the last ones are replayed."""
+
+    requests: int
+    since: Annotated[float, "when the first that is replayed came, in Unix time"] = 0.0
+    recorded: int = 0
+    left_out: Annotated[Mapping[str, str], "models, and why they are in no run"] = field(default_factory=dict)
+    runs: tuple[PlanRun, ...] = ()
 
 
 @answer
@@ -390,6 +425,15 @@ class Reloaded(Answer):
     changed: tuple[str, ...] = ()
     later: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+
+@answer
+class Suspended(Answer):
+    """Which devices engines have left for the machine's sleep, or have again."""
+
+    devices: tuple[int, ...] = ()
+    stopped: Annotated[tuple[str, ...], "the engines that were on them"] = ()
+    left: Annotated[tuple[str, ...], "those that would not end in time"] = ()
 
 
 @answer

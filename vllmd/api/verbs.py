@@ -28,6 +28,7 @@ from vllmd.api.answers import (
     Killed,
     ModelLine,
     NewKey,
+    Plan,
     Preview,
     Probed,
     Recordings,
@@ -36,6 +37,7 @@ from vllmd.api.answers import (
     RequestInFull,
     Requests,
     Status,
+    Suspended,
     Usage,
 )
 from vllmd.api.kinds import Choice, Count, Flag, JsonObject, Kind, ModelName, Moment, Seconds, StatusClass, Text, Word
@@ -199,6 +201,13 @@ def quoted(value: object) -> str:
     return quote(str(value), safe="")
 
 
+PLANNED = (
+    Param("since", Moment(), "with what came since then (default: seven days ago)", "body", None),
+    Param("devices", Text("sizes of devices", 2000), "on these devices instead, such as 80GiB,80GiB", "body", None),
+    Param("policy", Text("a policy"), "by this one instead", "body", None),
+    Param("host_memory", Text("a size"), "with so much host memory for sleepers instead", "body", None),
+    Param("models", JsonObject("an object"), "settings, by model, instead of its own", "body", default={}),
+)  # fmt: skip
 PREVIEWED_DRAIN = Param("action", Word(("drain", "undrain")), "which verb")
 PREVIEWED = Param("action", Word(("load", "sleep", "unload", "restart", "pin", "unpin", "lease", "release", "probe",
                                 "disable", "enable")), "which verb")  # fmt: skip
@@ -226,6 +235,7 @@ DEVICE = Param("device", Count(), "its number in vllmctl gpus", "path", metavar=
 NAMED = Param("model", Text("the name of a model"), "its name", "path", metavar="MODEL")
 FILES = Param("files", Flag(), "its files in the engines' cache as well", default=False, keyword=True)
 DRY = Param("dry", Flag(), "only say what would go", default=False, keyword=True)
+SUSPENDED = Param("suspended", Flag(), "whether it is about to sleep", "body", default=True)
 DRAINED = Param("drained", Flag(), "whether it is to be", "body", default=True)
 
 KEY = Param("name", Text("the name of a key"), "its name", "path", missing="there is no key {value!r}")
@@ -317,6 +327,11 @@ VERBS: tuple[Verb, ...] = (
     Verb("decisions", "GET", "/admin/decisions", "The last decisions and their numbers", Decisions,
          (Param("model", ModelName(), "of that model only", default=""),), does="status.decisions", scope="read",
          python=Method("decisions", "The last decisions with their numbers, oldest first.", "decisions")),
+    Verb("plan", "POST", "/admin/plan", "What the recorded traffic would have met with other devices, models or rules",
+         Plan, PLANNED, does="plans.run", patient=True, refuses=(404, 409, 504),
+         about="Simulated beside how it is, as vllmctl simulate --recorded does it, by a process of its own; one at a "
+               "time, with the last 20,000 requests at most.",
+         python=Method("plan", "What the recorded traffic would have met with other devices, models or rules.")),
     Verb("reload", "POST", "/admin/reload", "Take the configuration anew", Reloaded, does="commands.reload",
          python=Method("reload", "Take the configuration anew. Raises ConfigError if it is invalid; nothing changed.")),
     Verb("kill", "POST", "/admin/processes/{pid}/kill", "Kill the engine that has a process", Killed,
@@ -334,6 +349,14 @@ VERBS: tuple[Verb, ...] = (
                                 "vllmctl gpus shows what still runs there"),
                    Command("undrain", "Give drained GPUs back", fixed={"drained": False},
                            said="device {device} is in use again"))),
+    Verb("suspend", "POST", "/admin/suspend", "Have engines leave the GPUs before the machine sleeps, or come back",
+         Suspended, (SUSPENDED,), does="commands.suspend", patient=True,
+         about="Requests get five seconds, then they are cut; CPU models go on. vllmd-sleep.service asks for it.",
+         python=Method("suspend", "Have engines leave the GPUs, or come back; who was there."),
+         commands=(Command("suspend", "Have engines leave the GPUs, before the machine sleeps",
+                           fixed={"suspended": True}, said="no engine is on a GPU until vllmctl resume"),
+                   Command("resume", "Let engines use the GPUs again, after the machine's sleep",
+                           fixed={"suspended": False}, said="the GPUs are in use again"))),
     Verb("cached", "GET", "/admin/store", "What the engines' caches hold", Cached, does="store.contents", scope="read",
          python=Method("cached_models", "What the engines' caches hold, and which models are loaded from it.",
                        "cached")),

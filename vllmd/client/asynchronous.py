@@ -185,6 +185,19 @@ class AsyncClient:
         """The last decisions with their numbers, oldest first."""
         return (await self._told("decisions", answers.Decisions, model=model)).decisions
 
+    async def plan(
+        self,
+        since: float | None = None,
+        devices: str | None = None,
+        policy: str | None = None,
+        host_memory: str | None = None,
+        models: Mapping[str, object] = {},
+    ) -> answers.Plan:
+        """What the recorded traffic would have met with other devices, models or rules."""
+        return await self._told(
+            "plan", answers.Plan, since=since, devices=devices, policy=policy, host_memory=host_memory, models=models
+        )
+
     async def reload(self) -> answers.Reloaded:
         """Take the configuration anew. Raises ConfigError if it is invalid; nothing changed."""
         return await self._told("reload", answers.Reloaded)
@@ -196,6 +209,10 @@ class AsyncClient:
     async def drain_device(self, device: int, drained: bool = True) -> answers.Device:
         """Take a device out of use, or give it back; how it is then."""
         return await self._told("drain", answers.Device, device=device, drained=drained)
+
+    async def suspend(self, suspended: bool = True) -> answers.Suspended:
+        """Have engines leave the GPUs, or come back; who was there."""
+        return await self._told("suspend", answers.Suspended, suspended=suspended)
 
     async def cached_models(self) -> tuple[answers.CachedModel, ...]:
         """What the engines' caches hold, and which models are loaded from it."""

@@ -186,6 +186,19 @@ class Client:
         """The last decisions with their numbers, oldest first."""
         return (self._told("decisions", answers.Decisions, model=model)).decisions
 
+    def plan(
+        self,
+        since: float | None = None,
+        devices: str | None = None,
+        policy: str | None = None,
+        host_memory: str | None = None,
+        models: Mapping[str, object] = {},
+    ) -> answers.Plan:
+        """What the recorded traffic would have met with other devices, models or rules."""
+        return self._told(
+            "plan", answers.Plan, since=since, devices=devices, policy=policy, host_memory=host_memory, models=models
+        )
+
     def reload(self) -> answers.Reloaded:
         """Take the configuration anew. Raises ConfigError if it is invalid; nothing changed."""
         return self._told("reload", answers.Reloaded)
@@ -197,6 +210,10 @@ class Client:
     def drain_device(self, device: int, drained: bool = True) -> answers.Device:
         """Take a device out of use, or give it back; how it is then."""
         return self._told("drain", answers.Device, device=device, drained=drained)
+
+    def suspend(self, suspended: bool = True) -> answers.Suspended:
+        """Have engines leave the GPUs, or come back; who was there."""
+        return self._told("suspend", answers.Suspended, suspended=suspended)
 
     def cached_models(self) -> tuple[answers.CachedModel, ...]:
         """What the engines' caches hold, and which models are loaded from it."""
