@@ -22,7 +22,7 @@ holds this table against the imports)::
     systemd/    socket activation, notify, journal                errors, text
     launcher/   the privileged helper and its client; the only
                 package that knows pystemd                           systemd, errors, text
-    proxy/      h11 heads, byte relay, the accept loop            core.types, errors, frozen
+    proxy/      h11 heads, byte relay, the accept loop            config.types, core.types, errors, frozen
     ui/         the page: its files                               proxy's HTTP types
     records/    the last requests, use by hour, key and model,
                 arrivals, and their store                         api, proxy, errors
