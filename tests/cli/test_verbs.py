@@ -57,11 +57,12 @@ def test_V_ps_lists_every_model(daemon: FakeDaemon, capsys: pytest.CaptureFixtur
 
 def test_ps_shows_what_each_model_draws(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
     """Its share of its devices; of replicas the sum."""
-    pair = [model("m@1", "running", power=100.4), model("m@2", "running", power=50.3)]
+    pair = [model("m@1", "running", power=100.4, unused_energy=9000.0), model("m@2", "running", power=50.3)]
     daemon.answers["GET /admin/status"] = (200, status(model("m", "running", replicas=pair), model("n")))
     assert main(["ps", "--power"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[7] for line in (lines[0], lines[1], lines[-1])] == ["POWER", "151W", "-"]
+    seen = [line.split()[7:9] for line in (lines[0], lines[1], lines[-1])]
+    assert seen == [["POWER", "UNUSED"], ["151W", "2.5Wh"], ["-", "-"]]
 
 
 def test_ps_json_is_what_the_daemon_says(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:

@@ -142,6 +142,7 @@ class ModelLine(Answer):
     last_start_seconds: float | None = None
     start_phases: Phases = field(default_factory=dict)
     power: Annotated[float | None, "watts, its share of its devices"] = None
+    unused_energy: Annotated[float | None, "joules that it has drawn since its last request"] = None
     started_at: Annotated[float | None, "Unix time"] = None
     config: ModelSettings = ModelSettings()
     replica_of: Annotated[str, "the model of which it is one of several engines"] = ""
@@ -390,6 +391,15 @@ class Reloaded(Answer):
     changed: tuple[str, ...] = ()
     later: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+
+@answer
+class Suspended(Answer):
+    """Which devices engines have left for the machine's sleep, or have again."""
+
+    devices: tuple[int, ...] = ()
+    stopped: Annotated[tuple[str, ...], "the engines that were on them"] = ()
+    left: Annotated[tuple[str, ...], "those that would not end in time"] = ()
 
 
 @answer

@@ -31,6 +31,24 @@ class StartEngine(Command):
 
 
 @dataclass(frozen=True, slots=True)
+class ReadAhead(Command):
+    """The replica is next in line: whoever makes room for it still drains or falls asleep. Its files will be read soon.
+
+    ``host_memory``: bytes that those who fall asleep take of the host's meanwhile. Nothing answers it.
+    """
+
+    replica: str
+    host_memory: int
+
+
+@dataclass(frozen=True, slots=True)
+class StopReadAhead(Command):
+    """The replica is not next in line any more, and was not started."""
+
+    replica: str
+
+
+@dataclass(frozen=True, slots=True)
 class WakeEngine(Command):
     """Wake it from ``level``. Answered by EngineAwake or EngineWakeFailed."""
 

@@ -119,6 +119,11 @@ class EngineEvents:
         for name, share in shares.items():
             core.engines.measured(core.replicas[name], share)
             core.mark_for_review(core.replicas[name])
+        for name, joules in e.drawn.items():
+            r = core.replicas.get(name)
+            if r and r.spec.idle.energy is not None:
+                r.drawn = r.idle_since, joules
+                core.mark_for_review(r)
         core.news_for_all = core.news_for_all or bool(core.waiting)
 
     def standbys(self, e: StandbysHeld) -> None:

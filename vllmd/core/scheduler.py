@@ -192,6 +192,7 @@ class Scheduler:
             ev.LeaseTaken: self._operator.lease,
             ev.LeaseReleased: self._operator.release,
             ev.KeptAlive: self._unloading.kept_alive,
+            ev.MachineSlept: self._unloading.slept,
             ev.ModelsChanged: self._operator.changed,
             ev.TimePassed: self._passed,
         }

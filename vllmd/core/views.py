@@ -46,7 +46,9 @@ def snapshot(core: Core, planner: Planner, now: float, models: Iterable[Model]) 
 
 
 def _device(a: Account) -> DeviceView:
-    return DeviceView(a.device.index, a.device.memory, a.device.reserve, a.promised, a.external, a.wedged, a.drained)
+    return DeviceView(
+        a.device.index, a.device.memory, a.device.reserve, a.promised, a.external, a.wedged, bool(a.drained)
+    )
 
 
 def _model(core: Core, model: Model, now: float, outlook: Ask) -> ModelView:

@@ -26,6 +26,7 @@ from vllmd.daemon.failures import failed
 from vllmd.daemon.front_end import SHUTTING_DOWN, front_end
 from vllmd.daemon.idle_exit import IdleExit
 from vllmd.daemon.names import FIRST_MODEL
+from vllmd.daemon.suspension import SleptTime
 from vllmd.errors import ConfigError, Unavailable
 from vllmd.systemd.notify import Notifier
 
@@ -80,6 +81,7 @@ class Daemon:
         self._stopping, self._hurry = asyncio.Event(), asyncio.Event()
         self._idle_exit = IdleExit(time.monotonic())
         self._said = ""  # the status that systemd was told last
+        self._slept = SleptTime()
 
     # -- a life ----------------------------------------------------------------------------
 
@@ -170,6 +172,7 @@ class Daemon:
                 log.info("nothing is loaded and nobody is connected: exiting until the next connection")
                 self.stop()
             if back and seen:
+                self._count_sleep(back)
                 self._tend_standbys(back, seen)
             now = time.monotonic()
             if back and seen and (news := failed(seen)) != bad:  # kept at once, whatever becomes of us
@@ -190,6 +193,12 @@ class Daemon:
         busy = busy or any(view.waiting_for for view in seen.replicas)
         over = seen.host_promised + seen.host_standbys - seen.host_memory if seen.host_standbys else 0
         back.engines.standbys.look(busy=busy, running=processes, over=over)
+
+    def _count_sleep(self, back: BackEnd) -> None:
+        """The clock by which everything is measured stood still while the machine slept."""
+        if seconds := self._slept.passed():
+            log.info("the machine has slept for %.0f s", seconds)
+            back.post(events.MachineSlept(seconds))
 
     async def _sample(self, back: BackEnd, *, keep: bool) -> None:
         """A side task: neither a stuck driver nor a stuck launcher may hold up the watchdog.

@@ -118,6 +118,7 @@ def _line(
         since=since,
         last_start=seen.back.learnt.starts.get(engine),
         power=seen.back.memory.power.watts.get(engine),
+        unused=seen.back.memory.power.since_used.get(engine),
         replica_of=replica_of,
         replicas=replicas,
     )
@@ -278,6 +279,7 @@ class Status:
             throttled={index: bool(device.throttled) for index, device in devices.items()},
             model_power=self._by_model(memory.power.watts),
             model_energy=self._by_model(memory.power.joules),
+            unused_energy=self._by_model(memory.power.unused_joules),
         )
 
     def _by_model(self, values: Mapping[str, float]) -> dict[str, float]:

@@ -15,7 +15,12 @@ RIGHT = ("MEMORY", "ACTIVE", "QUEUED", "IDLE")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-p", "--power", action="store_true", help="show the watts of each one's share of its devices")
+    parser.add_argument(
+        "-p",
+        "--power",
+        action="store_true",
+        help="show watts, each one's share of its devices', and what it has drawn since its last request",
+    )
     parser.add_argument(
         "-s", "--starts", action="store_true", help="show where the time of each one's start goes or went"
     )
@@ -51,8 +56,8 @@ def table(models: Sequence[ModelLine], *, power: bool = False) -> str:
     lines = [line for model in models for line in (model, *replicas(model))]
     if not power:
         return show.table(HEAD, [row(line) for line in lines], RIGHT, names=("MODEL",))
-    rows = [(*cells[:-1], _watts(line), cells[-1]) for line in lines for cells in (row(line),)]
-    return show.table((*HEAD[:-1], "POWER", HEAD[-1]), rows, (*RIGHT, "POWER"), names=("MODEL",))
+    rows = [(*cells[:-1], _watts(line), _unused(line), cells[-1]) for line in lines for cells in (row(line),)]
+    return show.table((*HEAD[:-1], "POWER", "UNUSED", HEAD[-1]), rows, (*RIGHT, "POWER", "UNUSED"), names=("MODEL",))
 
 
 def starts(models: Sequence[ModelLine]) -> str:
@@ -67,6 +72,12 @@ def _watts(line: ModelLine) -> str:
     """Of a model with replicas their sum."""
     told = [each.power for each in line.replicas or (line,) if each.power is not None]
     return f"{sum(told):.0f}W" if told else show.EMPTY
+
+
+def _unused(line: ModelLine) -> str:
+    """Watt-hours that it has drawn since its last request; of a model with replicas their sum."""
+    told = [each.unused_energy for each in line.replicas or (line,) if each.unused_energy]
+    return f"{sum(told) / 3600:.1f}Wh" if told else show.EMPTY
 
 
 def replicas(model: ModelLine) -> list[ModelLine]:
