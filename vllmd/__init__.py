@@ -13,7 +13,7 @@ holds this table against the imports)::
     api/        what daemon and clients tell each other, and
                 the table of operators' verbs                     errors
     config/     one table of settings, the loader                 core.types, errors, foreign, frozen, text
-    gpu/        NVML, or the devices that the configuration says  core.types, config, errors, simengine
+    gpu/        NVML, or the devices that the configuration says  core.types, config, errors, place, simengine
     hub         models in the Hugging Face cache                  foreign
     engines/    an engine kind: spec -> argv, probes, sleep calls,
                 and what it will take of memory                   core.types, config, errors, hub, foreign, text
