@@ -161,7 +161,7 @@ class Tunnels:
     ) -> None:
         """Connect to the engine's ``path``, and pass on what either side says. ``opened`` is called in between."""
         try:
-            far = await connect(permit.upstream, self._relay.limits.connect_timeout, lambda: FarEnd(exchange))
+            far = await connect(permit.upstream, self._relay.limits.now.connect_timeout, lambda: FarEnd(exchange))
         except UpstreamFailed as error:  # which names an address of ours
             log.warning("%s: %s", target.model, error.message)
             raise UpstreamFailed(f"the engine of {target.model!r} cannot be reached") from None
