@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from sys import intern
 from typing import Any, NamedTuple
 
@@ -67,10 +66,13 @@ class Node:
         """The same, which nobody may quote, nor its entries; what is deeper within is quoted by nobody anyway."""
         value: Any = self.value
         if self.is_map:
-            value = {key: replace(node, secret=True) for key, node in self.value.items()}
+            value = {key: node._unquoted(node.value) for key, node in self.value.items()}
         elif self.is_list:
-            value = [replace(node, secret=True) for node in self.value]
-        return replace(self, value=value, secret=True)
+            value = [node._unquoted(node.value) for node in self.value]
+        return self._unquoted(value)
+
+    def _unquoted(self, value: Any) -> Node:
+        return Node(self.where, value, self.text, self.key, secret=True)
 
     def with_value(self, value: Any) -> Node:
         """The same place with another value."""

@@ -15,7 +15,7 @@ import functools
 import importlib
 import logging
 from importlib import metadata
-from typing import Any
+from typing import Any, cast
 
 from vllmd.config.types import ModelConfig
 from vllmd.engines.base import Bindable, Engine
@@ -51,7 +51,13 @@ def engine_of(model: ModelConfig) -> Engine:
     except ConfigError as error:
         where = f"{model.where}: " if model.where else ""
         raise ConfigError(f"{where}models.{model.name}.engine: {error.message}") from error
-    return kind.bind(model) if isinstance(kind, Bindable) else kind
+    return cast(Bindable, kind).bind(model) if _is_bindable(model.engine) else cast(Engine, kind)
+
+
+@functools.cache
+def _is_bindable(name: str) -> bool:
+    """Asked once of each kind: a protocol is slow to compare with."""
+    return isinstance(engine_kind(name), Bindable)
 
 
 @functools.cache

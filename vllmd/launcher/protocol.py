@@ -18,9 +18,10 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
+from vllmd.frozen import frozen
 from vllmd.text import control_character
 
 PROTOCOL = 3  # raised when a daemon needs what an older launcher cannot do; 1 is that of 0.1.0
@@ -77,7 +78,7 @@ class ProtocolError(Exception):
 # --- the nouns ---
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StartOrder:
     """What to run. Times in seconds; raises ProtocolError for what could never work.
 
@@ -131,7 +132,7 @@ class StartOrder:
             raise ProtocolError("timeout must be in (0, 600] and stop_timeout in (0, 3600] seconds")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Running:
     """An engine that was started, or found again. ``cgroup`` is a path, "" where it has none of its own.
 
@@ -148,7 +149,7 @@ class Running:
     uid: int = -1
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ExitReport:
     """An engine's end. ``status`` and ``signal`` are None where nobody can know them.
 
@@ -165,7 +166,7 @@ class ExitReport:
     log_tail: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LauncherInfo:
     """Which backend runs engines: ``systemd``, ``systemd-user`` or ``sessions``; which limits have effect there.
 
@@ -181,14 +182,14 @@ class LauncherInfo:
 # --- requests ---
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Start:
     """Start an engine. Answered by Started when the command has been executed, or Failed."""
 
     order: StartOrder
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Signal:
     """Send a signal to the main process only. Answered by Done."""
 
@@ -201,7 +202,7 @@ class Signal:
             raise ProtocolError(f"signal {self.signum} is not one of {', '.join(map(str, sorted(SIGNALS)))}")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Kill:
     """SIGKILL every process of the engine. Answered by Done; Exited follows."""
 
@@ -211,7 +212,7 @@ class Kill:
         check_instance(self.instance)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Annotate:
     """Set these keys of the metadata. Answered by Done."""
 
@@ -223,7 +224,7 @@ class Annotate:
         check_metadata(self.metadata)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Follow:
     """Send the last ``lines`` and all further ones as Logged. Answered by Done.
 
@@ -238,7 +239,7 @@ class Follow:
         check_lines(self.lines)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Unfollow:
     """End what Follow began: send no more lines of this engine. Answered by Done."""
 
@@ -248,7 +249,7 @@ class Unfollow:
         check_instance(self.instance)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Tail:
     """Ask for the last lines of a running or ended engine. Answered by Lines."""
 
@@ -260,12 +261,12 @@ class Tail:
         check_lines(self.lines)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class List:
     """Ask for every engine that runs. Answered by Engines."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Info:
     """Ask what this launcher is. Answered by LauncherInfo."""
 
@@ -273,12 +274,12 @@ class Info:
 # --- answers, and what comes unasked ---
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Done:
     """What was asked for has been done."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Failed:
     """What was asked for was refused or did not work. ``permanent``: trying again cannot help."""
 
@@ -286,14 +287,14 @@ class Failed:
     permanent: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Started:
     """The command has been executed."""
 
     engine: Running
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Engines:
     """A part of the list; ``more`` follows under the same number."""
 
@@ -301,7 +302,7 @@ class Engines:
     more: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Lines:
     """A part of the lines; ``more`` follows under the same number."""
 
@@ -309,14 +310,14 @@ class Lines:
     more: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Exited:
     """An engine has ended; sent unasked to every client."""
 
     report: ExitReport
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Logged:
     """A followed engine wrote these lines."""
 
