@@ -88,6 +88,27 @@ def host_memory(root: Path = Path("/")) -> int:
     return min([machine, *_limits(root)])
 
 
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes that can be had without taking from anybody but old pages of files; by the limits of our groups as well."""
+    words = [line.split() for line in _line(root / "proc/meminfo").splitlines() if line.startswith("MemAvailable:")]
+    free = [int(words[0][1]) << 10 if words else 0]
+    for line in _line(root / "proc/self/cgroup").splitlines():
+        if line.startswith("0::"):
+            free += [left for group in _upwards(root / "sys/fs/cgroup", line[3:]) for left in _left(group)]
+    return max(0, min(free))
+
+
+def _left(group: Path) -> Iterator[int]:
+    """What each limit of a group leaves; pages of files do not count, which it gives back when it must."""
+    counts = dict([*line.split(), ""][:2] for line in _line(group / "memory.stat").splitlines())
+    held = _line(group / "memory.current")
+    for name in ("memory.max", "memory.high"):
+        limit = _line(group / name)
+        if limit.isdecimal() and held.isdecimal():
+            files = sum(int(counts.get(kind) or 0) for kind in ("inactive_file", "active_file"))
+            yield int(limit) - int(held) + files
+
+
 def _limits(root: Path) -> Iterator[int]:
     """Bytes of each limit that is set."""
     for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):

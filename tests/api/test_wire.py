@@ -70,7 +70,7 @@ def sight(**over: Any) -> status.Sight:
     memory = SimpleNamespace(source="declared", trouble="", about=lambda view: DeviceNow(**asdict(view), **device_now),
                              power=SimpleNamespace(watts={"pair@1": 99.5}))  # fmt: skip
     back: Any = SimpleNamespace(
-        engines=SimpleNamespace(processes=processes), memory=memory,
+        engines=SimpleNamespace(processes=processes, standbys=SimpleNamespace(kept={})), memory=memory,
         learnt=SimpleNamespace(runs={}, starts={"org/alone": Start(44.0)}), launched_by="systemd",
     )  # fmt: skip
     snapshot = Snapshot(100.0, VIEWS, (DEVICE,), 64 * GiB, GiB, (DECISION,))

@@ -57,11 +57,12 @@ def test_V_ps_lists_every_model(daemon: FakeDaemon, capsys: pytest.CaptureFixtur
 
 def test_ps_shows_what_each_model_draws(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
     """Its share of its devices; of replicas the sum."""
-    pair = [model("m@1", "running", power=100.4), model("m@2", "running", power=50.3)]
+    pair = [model("m@1", "running", power=100.4, unused_energy=9000.0), model("m@2", "running", power=50.3)]
     daemon.answers["GET /admin/status"] = (200, status(model("m", "running", replicas=pair), model("n")))
     assert main(["ps", "--power"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[7] for line in (lines[0], lines[1], lines[-1])] == ["POWER", "151W", "-"]
+    seen = [line.split()[7:9] for line in (lines[0], lines[1], lines[-1])]
+    assert seen == [["POWER", "UNUSED"], ["151W", "2.5Wh"], ["-", "-"]]
 
 
 def test_ps_json_is_what_the_daemon_says(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
@@ -485,15 +486,38 @@ def test_bench_counts_tokens(daemon: FakeDaemon, capsys: pytest.CaptureFixture[s
     assert figures["tokens/s in all"] == pytest.approx(9 * figures["requests/s"])
 
 
-def test_ps_imports_little(daemon: FakeDaemon) -> None:
-    """Nobody waits for httpx or asyncio, nor for the other verbs."""
+def imported(*argv: str) -> set[str]:
+    """The modules that a process has after vllmctl was run in it."""
     code = (
-        "import sys; from vllmd.cli import main; main(['ps']);"
-        "print('imported', *sorted(sys.modules.keys() &"
-        " {'asyncio', 'httpx', 'yaml', 'h11', 'vllmd.cli.verbs.chat', 'vllmd.config'}))"
+        "import contextlib, io, json, sys; from vllmd.cli import main\n"
+        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
+        "    main(sys.argv[1:])\n"
+        "print(json.dumps([*sys.modules]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "imported"
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout))
+
+
+def test_ps_imports_little(daemon: FakeDaemon) -> None:
+    """Each module is time until its answer: none of ours but those that it needs, none of the library's large ones."""
+    found = imported("ps")
+    assert {name for name in found if name.startswith("vllmd.")} == {
+        *("vllmd.api", "vllmd.api.answers", "vllmd.api.codec", "vllmd.errors", "vllmd.text"),
+        *("vllmd.cli", "vllmd.cli.verbs", "vllmd.cli.verbs.ps"),
+        *(
+            f"vllmd.cli.{name}"
+            for name in ("admin", "arguments", "downloads", "failures", "nothing", "show", "terminal")
+        ),
+    }
+    assert not found & {"asyncio", "difflib", "getpass", "httpx", "logging", "pathlib", "subprocess", "yaml"}
+
+
+def test_help_imports_every_verb_and_little_else(daemon: FakeDaemon) -> None:
+    """Neither the configuration nor engines: what a verb needs for its work it imports when it does that."""
+    found = imported("--help")
+    packages = {name.split(".")[1] for name in found if name.startswith("vllmd.")}
+    assert packages == {"api", "cli", "errors", "text"}
+    assert not found & {"asyncio", "httpx", "yaml"}
 
 
 EVIL = "\x1b]0;owned\x07\x1b[31m\x9b\u202e"

@@ -21,7 +21,8 @@ SECTIONS = (
 )
 WHEN_FREE = "true, false, or a mapping"
 SHARES = "a mapping such as {0.95: 0.80, 0.85: 0.70}, or none"
-IDLE = "sleep_after, level, deepen_after, stop_after"
+ENERGY = "an energy above 0 with its unit, such as 5Wh; accepted: an energy such as 5Wh, 0.2kWh or 900J, or never"
+IDLE = "sleep_after, level, deepen_after, stop_after, energy"
 
 GOLDEN = [
     # ---- YAML itself
@@ -141,6 +142,8 @@ GOLDEN = [
         "vllmd.yaml:3: models.m.gpu_memory: 79GiB does not fit: 80GiB less the reserve of 2GiB leaves 78GiB",
     ),
     # ---- times
+    ("idle: {energy: 5}", f"vllmd.yaml:1: idle.energy: 5 is not {ENERGY}"),
+    ("idle: {energy: 0Wh}", f"vllmd.yaml:1: idle.energy: '0Wh' is not {ENERGY}"),
     ("idle: {sleep_after: -5}", f"vllmd.yaml:1: idle.sleep_after: -5 is negative; accepted: {NEVER}"),
     ("idle: {sleep_after: 0}", f"vllmd.yaml:1: idle.sleep_after: 0 is too short; accepted: {NEVER}"),
     ("idle: {sleep_after: 1000d}", f"vllmd.yaml:1: idle.sleep_after: 1000d is more than a year; accepted: {NEVER}"),

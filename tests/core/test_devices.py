@@ -114,6 +114,18 @@ def test_a_lost_device_takes_its_engine_along_with_the_reason() -> None:
     assert w.ask("r2", "m") == [StartEngine("m", Placement((1,)), 30 * GiB)]
 
 
+def test_before_the_machine_sleeps_devices_are_left_for_that_reason() -> None:
+    """Who waits reads it, and comes up once the machine is awake."""
+    w = World([model("m", 30)], [GPU])
+    w.load("m")
+    (stop,) = w.do(DeviceDrained(0, True, "the machine is about to sleep"))
+    assert isinstance(stop, StopEngine) and "about to sleep" in stop.reason
+    w.do(EngineStopped("m"))
+    assert w.ask("r1", "m") == []
+    assert "the machine is about to sleep" in w.seen.models[0].waiting_for
+    assert w.do(DeviceDrained(0, False)) == [StartEngine("m", Placement((0,)), 30 * GiB)]
+
+
 def test_a_drained_device_gets_nothing_until_it_is_given_back() -> None:
     """Maintenance: what runs there comes to its end, what comes waits or goes elsewhere."""
     w = World([model("m", 30)], [GPU])

@@ -25,7 +25,7 @@ class Machine:
     def __init__(self, devices: tuple[Device, ...] = PAIR) -> None:
         self.ledger = Ledger(devices, 0)
         self.replicas: dict[str, Replica] = {}
-        self.fit = Fit(self.ledger, self.replicas)
+        self.fit = Fit(self.ledger, self.replicas.values())
 
     def add(self, r: Replica, state: State = State.STOPPED, gib: int = 0, *devices: int) -> Replica:
         r.state, r.placement = state, Placement(devices)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.core.helpers import GPU, NEVER, PAIR, model
@@ -12,6 +14,9 @@ from vllmd.core.events import (
     EngineReady,
     EngineStopped,
     KeptAlive,
+    LeaseTaken,
+    MachineSlept,
+    MemorySampled,
     PinSet,
     StopAsked,
     TimePassed,
@@ -257,3 +262,55 @@ def test_a_sleeper_is_left_to_its_age() -> None:
     w.answer("m")
     w.do(KeptAlive("m", "ada", 9000.0))
     assert w.pass_time(900.0) == [WakeEngine("m", 1)]
+
+
+def test_the_time_that_the_machine_slept_counts_for_what_was_unused() -> None:
+    """Five minutes before and eight hours asleep: it is not kept for another 25 minutes."""
+    w = idle_world()
+    w.do(KeptAlive("m", "ada", 1000.0))
+    w.pass_time(200.0)
+    assert w.do(MachineSlept(500.0)) == []  # ada's wish ends at 500 now
+    assert w.pass_time(499.0) == []
+    assert w.pass_time(501.0) == [SleepEngine("m", 1)]
+    w.answer("m")
+    assert w.do(MachineSlept(28_800.0)) == [StopEngine("m", "unused for 29801 s")]
+
+
+def test_a_lease_ends_by_the_time_of_day() -> None:
+    """An hour is an hour, also of a machine that slept for half of it."""
+    w = idle_world()
+    w.do(LeaseTaken("l", "m", 3600.0))
+    w.pass_time(1700.0)
+    w.do(MachineSlept(1800.0))
+    assert w.pass_time(1799.0) == []
+    assert [type(command) for command in w.pass_time(1801.0)] == [StopEngine]
+
+
+def test_what_runs_or_waits_is_not_late_for_the_machines_sleep() -> None:
+    """Nothing could happen meanwhile: neither is a queue's patience over, nor a request cut."""
+    w = World([model("m", 60, drain_limit=10.0), model("n", 60, queue_timeout=100.0)], [GPU])
+    w.load("m")
+    w.ask("r1", "m")
+    w.ask("r2", "n")
+    assert w.do(MachineSlept(5000.0)) == []
+
+
+def test_a_model_that_has_drawn_enough_unused_sleeps_before_its_time() -> None:
+    """Counted from its last request on, and never what is older; a client's wish still holds it off."""
+    w = idle_world(idle=replace(RULES, sleep_after=1000.0, energy=18_000.0))
+    w.pass_time(100.0)
+    assert w.do(MemorySampled({}, {}, drawn={"m": 17_999.0})) == []
+    w.do(KeptAlive("m", "ada", 500.0))
+    assert w.do(MemorySampled({}, {}, drawn={"m": 18_001.0})) == []
+    w.ask("r1", "m")
+    w.finish("r1")
+    assert w.pass_time(350.0) == []  # what it drew before that request is not held against it
+    w.do(MemorySampled({}, {}, drawn={"m": 18_001.0}))
+    assert w.pass_time(599.0) == []  # ada's wish
+    assert w.pass_time(600.0) == [SleepEngine("m", 1)]
+
+
+def test_without_a_limit_of_energy_it_may_draw_what_it_likes() -> None:
+    """That is so by default."""
+    w = idle_world()
+    assert w.do(MemorySampled({}, {}, drawn={"m": 1e9, "unknown": 5.0})) == []

@@ -63,9 +63,10 @@ def waiting(rng: random.Random, name: str, devices: int) -> Waiting:
     span = rng.choice((1, 1, 1, min(2, devices)))
     where = tuple(sorted(rng.sample(range(devices), span))) if rng.random() < 0.8 else tuple(range(devices))
     stop = OffloadOption(0, 1, 3.0, 20.0)
-    move = Move(stop, 23.0, rng.choice((0.0, 23.0)), need, tuple(range(devices))) if rng.random() < 0.3 else None
+    moves = rng.random() < 0.3
+    learnt = rng.choice((0.0, 23.0)) if moves else 0.0
     load = rng.choice((0.5, 1.0, 30.0))
-    return Waiting(
+    here = Waiting(
         model=name,
         waiters=count,
         arrived=count * (NOW - age),
@@ -79,8 +80,9 @@ def waiting(rng: random.Random, name: str, devices: int) -> Waiting:
         priority=rng.choice((1.0, 1.0, 3.0)),
         impatient=rng.random() < 0.1,
         learnt=rng.choice((0.0, load)),
-        move=move if len(where) == span else None,
     )
+    there = here._replace(load=23.0, learnt=learnt, devices=tuple(range(devices)))
+    return here._replace(move=Move(stop, there)) if moves and len(where) == span else here
 
 
 def situation(rng: random.Random) -> PolicyInput:

@@ -6,8 +6,27 @@ import pytest
 
 from tests.core.helpers import GPU, PAIR, model
 from tests.core.world import World
-from vllmd.core.commands import Admit, SleepEngine, StartEngine, StopEngine, WakeEngine
-from vllmd.core.events import EngineAdopted, EngineAsleep, MemorySampled, ModelsChanged, SleepAsked, StopAsked
+from vllmd.core.commands import (
+    Admit,
+    Command,
+    ReadAhead,
+    SleepEngine,
+    StartEngine,
+    StopEngine,
+    StopReadAhead,
+    WakeEngine,
+)
+from vllmd.core.events import (
+    EngineAdopted,
+    EngineAsleep,
+    Event,
+    LoadAsked,
+    MemorySampled,
+    ModelsChanged,
+    RequestArrived,
+    SleepAsked,
+    StopAsked,
+)
 from vllmd.core.types import Footprint, GiB, Placement, Settings, State
 
 POLICIES = ("adaptive", "lru")
@@ -128,6 +147,34 @@ def test_what_sleeping_freed_gates_the_wake() -> None:
     w.pass_time(60.0)
     assert w.pending == {"b": SleepEngine("b", 1)}
     assert w.answer("b") == [WakeEngine("a", 1)]
+
+
+def hints(w: World, event: Event) -> list[Command]:
+    """What an event leads to that only saves time."""
+    w.do(event)
+    return [c for c in w.raw if isinstance(c, ReadAhead | StopReadAhead)]
+
+
+def test_who_is_next_in_line_has_its_files_read_meanwhile() -> None:
+    """From the moment the swap begins; what the sleeper takes of the host's memory is not for the files."""
+    asleep = Footprint(50 * GiB, 50 * GiB, GiB, 20 * GiB)
+    w = World([model("a", footprint=asleep), model("b")], [GPU])
+    w.load("a")
+    w.ask("kept", "a")
+    assert hints(w, RequestArrived("r", "b")) == []  # nothing is decided yet
+    assert hints(w, LoadAsked("b")) == [ReadAhead("b", 20 * GiB)]
+    assert hints(w, StopAsked("b")) == [StopReadAhead("b")]
+
+
+def test_what_wakes_from_host_memory_reads_no_file() -> None:
+    """At level 1 the weights are in memory; at level 2 they are read again."""
+    for level, wanted in ((1, []), (2, [ReadAhead("a", 0)])):
+        w = World([model("a"), model("b", sleep_levels=frozenset())], [GPU])
+        w.load("a")
+        w.do(SleepAsked("a", level))
+        w.do(EngineAsleep("a", level, {0: 49 * GiB}))
+        w.load("b")
+        assert hints(w, LoadAsked("a")) == wanted
 
 
 def test_sleepers_stop_when_their_remainders_are_in_the_way() -> None:

@@ -20,12 +20,14 @@ from vllmd.core.commands import (
     CutRequest,
     ProbeReplica,
     ProveFreeze,
+    ReadAhead,
     Record,
     Reject,
     RenameReplica,
     SleepEngine,
     StartEngine,
     StopEngine,
+    StopReadAhead,
     WakeEngine,
 )
 from vllmd.core.costs import CostBook
@@ -61,8 +63,8 @@ from vllmd.core.types import Device, GiB, ModelSpec, ReplicaSpec, ReplicaView, S
 
 
 def said(commands: Iterable[Command]) -> list[Command]:
-    """The commands without the journal's records."""
-    return [c for c in commands if not isinstance(c, Record)]
+    """The commands without the journal's records, and without what only saves time."""
+    return [c for c in commands if not isinstance(c, Record | ReadAhead | StopReadAhead)]
 
 
 def brief(spec: ModelSpec) -> str:
@@ -124,6 +126,7 @@ def check_kept(scheduler: Scheduler) -> None:
     assert core.timers.due == min((r.due for r in replicas), default=math.inf)
     active = {r for r in replicas if r.state is not State.STOPPED or r.demand}
     assert set(core.active) == active, "what the daemon looks at once a second"
+    assert all(r in core.active for r in replicas if engines.ledger.held(r)), "who holds memory"
     displaced = {r for r in replicas if r.displaced and r.state is State.SLEEPING}
     assert set(engines.displaced) == displaced, "who sleeps because another one needed his place"
     for r in replicas:
@@ -149,6 +152,7 @@ class World:
         self.configure(models)
         self.scheduler = Scheduler(models, self.devices.values(), self.settings, costs, policy)
         self.now = 0.0
+        self.raw: list[Command] = []  # that the last event led to
         self.script: list[str] = []
         self.pending: dict[str, Command] = {}  # model -> the command it has to answer
         self.engines: dict[str, str] = {}  # model -> "on", "asleep" or "moving"
@@ -185,7 +189,7 @@ class World:
         if isinstance(event, ModelDisabled | ModelEnabled):
             self._disable(event)
         self._before(event)
-        commands = self.scheduler.handle(event, self.now)
+        commands = self.raw = self.scheduler.handle(event, self.now)
         try:
             for command in commands:
                 self._execute(command)
@@ -369,7 +373,7 @@ class World:
             pass  # a test answers the first with ModelsChanged or ReplicaRefused, and reads the second
         elif isinstance(command, RenameReplica):
             self._rename(command.replica, command.now)
-        elif not isinstance(command, Record):
+        elif not isinstance(command, Record | ReadAhead | StopReadAhead):
             self._tell_engine(command)
 
     def _rename(self, was: str, now: str) -> None:

@@ -81,6 +81,8 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "models.NAME.preload": (False, True),
     "models.NAME.gpu_memory": ("10GiB", "20GiB"),
     "models.NAME.idle.level": (1, 2),
+    "idle.energy": ("7Wh", "8Wh"),
+    "models.NAME.idle.energy": ("7Wh", "8Wh"),
 }
 FILES = frozenset({"key_file", "hf_token_file"})
 WITH_KEY: dict[str, dict[str, str]] = {"key_file": {}}  # the setting that is a key's secret itself
@@ -277,6 +279,7 @@ async def in_effect(living: Living) -> dict[str, Any]:
         "names": [resolved(living, name) for name in ("m", "one", "two")],
         "cards": await living.front.status.models(),
         "launches": {name: launch(living, name) for name in living.front.current.engines},
+        "standbys": living.back.engines.standbys._count,
         "ports": living.back.engines._launch_planner._ports._range,
         "level": logging.getLogger().level,
         "replicas": {name: model.replicas and (model.replicas.probe, model.replicas.probe_route)
@@ -284,7 +287,8 @@ async def in_effect(living: Living) -> dict[str, Any]:
         # read each time when they are needed
         "keep_alive": living.front.gate._keep_alive_limit,
         "pull": living.config.pull,
-        "read": (server.idle_exit, server.drain_timeout, living.config.discover, living.config.auth.allow_anonymous),
+        "read": (server.idle_exit, server.drain_timeout, living.config.discover, living.config.auth.allow_anonymous,
+                 living.config.engines.read_ahead),
     }  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from vllmd.daemon.launch_planner import LaunchPlanner, Paths
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.preflight import Machine, look
 from vllmd.daemon.quotas import Quotas
+from vllmd.daemon.read_ahead import ReadAhead
 from vllmd.daemon.specs import model_spec, replica_spec
 from vllmd.engines.base import Listen
 from vllmd.gpu.nvml import NvmlDevices
@@ -51,7 +52,9 @@ class Site:
         self._gate.configure({"m": model}, {"m": model})
         (found,) = look([model], machine, EngineResolver())
         core = Scheduler([model_spec(model, [replica_spec(model, found.engine, found.told)])], machine.devices)
-        self.dispatcher = Dispatcher(core, executors(self._fleet, self._gate, lambda command: None))
+        self.dispatcher = Dispatcher(
+            core, executors(self._fleet, self._gate, lambda command: None, ReadAhead(lambda replica: []))
+        )
         self._gate.open(self)
 
     # -- what is behind the gate

@@ -385,3 +385,39 @@ def test_a_changed_file_is_taken_by_itself(site: Site) -> None:
         assert "polcy" in machine.run("journalctl -u vllmd-reload.service").stdout
     finally:
         machine.run("systemctl stop vllmd-reload.path; systemctl reset-failed vllmd-reload.service", check=False)
+
+
+HOLD = """
+[Unit]
+Requires=vllmd-sleep.service
+After=vllmd-sleep.service
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/bin/true
+"""
+
+
+def test_engines_leave_the_gpus_before_the_machine_sleeps(site: Site) -> None:
+    """As sleep.target would have it, which nobody may start by hand: up before it is reached, down once it is left."""
+    machine = site.machine
+    site.write_config(CONFIG.replace("devices: []", "devices: [{memory: 8GiB}]").replace(
+        "going: {engine: sim}", "going: {engine: sim, pin: true, options: {memory: 1GiB}}"))  # fmt: skip
+    wants = machine.out("systemctl show --property=Wants --value sleep.target")
+    assert "vllmd-sleep.service" in wants.split()
+    before = machine.out("systemctl show --property=Before --value vllmd-sleep.service")
+    assert {"sleep.target", "nvidia-suspend.service"} <= set(before.split())
+    machine.write("/run/systemd/system/hold.service", HOLD)
+    machine.run("systemctl daemon-reload")
+    machine.run("systemctl start hold.service")  # no daemon runs: it is not woken for that
+    assert site.active("vllmd.service") != "active"
+    machine.run("systemctl stop hold.service")
+    machine.run("vllmctl start going")
+    machine.run("systemctl start hold.service", timeout=60)
+    assert site.active("vllmd-sleep.service") == "active"
+    status = site.status()
+    assert [device["wedged"] for device in status["devices"]] == ["the machine is about to sleep"]
+    assert site.state("going") == "stopped"
+    machine.run("systemctl stop hold.service")
+    machine.wait_until(lambda: site.state("going") == "running")
+    assert machine.out("systemctl is-failed vllmd-sleep.service || true") != "failed"

@@ -125,7 +125,7 @@ def test_a_start_is_read_from_its_log(drive) -> None:
     """Phases in order, and the footprint that the log tells."""
     one = drive(sim(memory="20GiB", weights="12GiB")).wait_ready()
     phases = [found.phase for line in one.lines() if (found := one.engine.progress(line))]
-    wanted = ["configuring", "weights", "profiling", "compile", "profiling", "graphs", "warm-up", "serving"]
+    wanted = ["configuring", "workers", "weights", "profiling", "compile", "profiling", "graphs", "warm-up", "serving"]
     assert list(dict.fromkeys(phases)) == list(dict.fromkeys(wanted))
     footprint = one.engine.footprint(one.lines())
     assert footprint is not None

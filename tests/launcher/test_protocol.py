@@ -33,6 +33,7 @@ from vllmd.launcher.protocol import (
     StartOrder,
     Tail,
     Unfollow,
+    Waiting,
     decode,
     encode,
     instance_of,
@@ -60,6 +61,7 @@ MESSAGES = [
     LauncherInfo("systemd", "x", ("memory_max",)),
     Exited(ExitReport("m-1", None, 9, True, True, ("last",))),
     Logged("m-1", ("line",)),
+    Waiting("m-1", 7),
 ]
 
 

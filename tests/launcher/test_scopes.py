@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import socket
 import time
@@ -16,7 +17,7 @@ from tests.launcher.conftest import LAUNCHER, launcher_socket
 from tests.launcher.driver import Driver, connected, fresh, until
 from tests.machine.container import Machine
 from vllmd.launcher import client
-from vllmd.launcher.client import ExitReport, LauncherClient, LauncherFailed, StartOrder
+from vllmd.launcher.client import ExitReport, LauncherClient, LauncherFailed, Running, StartOrder
 from vllmd.launcher.protocol import unit_of
 
 pytestmark = pytest.mark.machine
@@ -41,6 +42,93 @@ def units(site: Machine) -> str:
 def kill_launcher(site: Machine) -> None:
     """As the OOM killer would."""
     site.run("systemctl kill --signal=KILL --kill-who=main vllmd-launcher.service")
+
+
+# --- standbys ---
+
+IMPORTED = "import os; BORN = os.getpid()"
+PROGRAM = """#!/usr/bin/python3
+import os, imported, socket, sys, time
+socket.socket(socket.AF_UNIX).bind("s")
+print(imported.BORN == os.getpid(), sys.argv[1:], os.getcwd(), os.environ["LATE"], flush=True)
+if os.fork() == 0:
+    time.sleep(1000)
+time.sleep(1000)
+"""
+
+
+async def standby(site: Machine, driver: Driver) -> Running:
+    """One that waits, for the program at /usr/local/lib/program."""
+    site.write("/usr/local/lib/imported.py", IMPORTED)
+    site.write("/usr/local/lib/program", PROGRAM, mode="755")
+    late = ["LATE", "VLLMD_INSTANCE"]
+    spec = {"program": "/usr/local/lib/program", "imports": ["imported"], "late": late, "ours": [], "set": {}}
+    argv = ("/usr/bin/python3", "/opt/vllmd/vllmd/engines/standby_main.py", json.dumps(spec))
+    waiting: dict[str, int] = {}
+    driver.client.on_waiting = waiting.__setitem__
+    found = await driver.client.start(StartOrder(fresh(), argv, waits=True, limits={"cpu_weight": 1}))
+    await until(lambda: found.instance in waiting)
+    return found
+
+
+def made_of(one: Running, word: str) -> StartOrder:
+    """An engine of that standby."""
+    instance = fresh()
+    run = f"/run/vllmd-engine/{instance}"
+    argv, env = ("/usr/local/lib/program", word), {"LATE": word}
+    limits = {"memory_max": 1 << 30}
+    return StartOrder(
+        instance, argv, env, run_dir=run, listen_uds=f"{run}/s", limits=limits, standby=one.instance, timeout=20
+    )
+
+
+async def test_a_standby_moves_into_the_scope_of_the_engine_that_it_becomes(site: Machine) -> None:
+    """With its forks, its limits, its log and its run directory as any other; of the standby's unit nothing stays."""
+    async with driving(site) as driver:
+        one = await standby(site, driver)
+        assert site.cgroup_pids(one.unit) == [one.pid]
+        engine = await driver.client.start(made_of(one, "hello"))
+        assert (engine.pid, engine.standby) == (one.pid, one.instance)
+        await driver.client.follow(engine.instance)
+        run = f"/run/vllmd-engine/{engine.instance}"
+        await driver.line(f"True ['hello'] {run} hello")
+        pids = await until(lambda: found if len(found := site.cgroup_pids(engine.unit)) == 2 else None)
+        assert engine.pid in pids
+        assert site.show(engine.unit, "MemoryMax") == "1073741824"
+        assert site.out(f"stat -c '%A %U:%G' {run} {run}/s").splitlines() == [
+            "drwxr-s--- vllmd-engine:vllmd-sockets",
+            "srwxrwx--- vllmd-engine:vllmd-sockets",
+        ]
+        await until(lambda: engine.unit in units(site) and one.unit not in units(site))
+        await driver.client.kill(engine.instance)
+        assert (await driver.exit()).instance == engine.instance
+        site.wait_until(f"test ! -e {run}", timeout=5)
+        assert units(site) == ""
+
+
+async def test_nothing_is_left_of_a_standby_that_nobody_can_use_any_more(site: Machine) -> None:
+    """Killed while it is being moved it costs an ordinary start; with the daemon, or the launcher, it ends."""
+    async with driving(site) as driver:
+        one = await standby(site, driver)
+        site.run(["kill", "-STOP", str(one.pid)])
+        starting = asyncio.ensure_future(driver.client.start(made_of(one, "again")))
+        await asyncio.sleep(0.03)
+        site.run(["kill", "-KILL", str(one.pid)])
+        engine = await starting
+        assert engine.standby == ""
+        await driver.client.follow(engine.instance)
+        await driver.line(f"True ['again'] /run/vllmd-engine/{engine.instance} again")
+        await driver.client.kill(engine.instance)
+        await driver.exit()
+        await until(lambda: units(site) == "")
+        one = await standby(site, driver)
+        kill_launcher(site)
+        await until(lambda: driver.lost.is_set() and units(site) == "")
+    async with driving(site) as driver:
+        one = await standby(site, driver)
+        await driver.client.close()
+        await until(lambda: units(site) == "")
+        driver.lost.set()
 
 
 # --- starting ---

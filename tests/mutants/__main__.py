@@ -180,7 +180,7 @@ MUTATIONS = (
         "pass",
         "core/test_views.py",
     ),
-    Mutation("the policy sees each request", "core/common.py", "self.changed[r] = None", "pass", ALL_CORE),
+    Mutation("the policy sees each request", "core/common.py", "self.used[r] = None", "pass", ALL_CORE),
     Mutation("one late answer is no outlier", "core/health.py", "if h.late >= ENOUGH and", "if", REPLICAS),
     Mutation(
         "two choices weigh what runs",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -45,9 +46,13 @@ def lines_of(piece: Piece = chat_piece, **how: Any) -> Lines:
     return Lines("asked", Reply(piece, Timing(Clock()), **how), now=lambda: "NOW")
 
 
-def told(lines: Lines, *pieces: bytes) -> list[dict[str, Any]]:
-    """What comes of a stream that arrives in these pieces, without the counts of the last line."""
-    out = b"".join([*map(lines.feed, pieces), lines.end()])
+def told(lines: Lines, *pieces: bytes, at_once: bool = False) -> list[dict[str, Any]]:
+    """What comes of a stream that arrives in these pieces, without the counts of the last line.
+
+    ``at_once``: each of them is several of the engine's, with a NUL between.
+    """
+    fed = lines.feed if not at_once else lambda piece: lines.feed_pieces(piece.split(b"\0"))
+    out = b"".join([*map(fed, pieces), lines.end()])
     return [json.loads(line) for line in out.splitlines()]
 
 
@@ -56,6 +61,21 @@ def text(content: str) -> dict[str, Any]:
 
 
 TEXTS = ["", "a", " b", '"quoted"', "back\\slash", "line\nend", "ä€😀", "\x7f", '","content":"trap', "}]}", "\u2028"]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 30])
+@pytest.mark.parametrize("odd", [None, 0, 5, -1])
+@pytest.mark.parametrize("shift", [0, 10])
+def test_pieces_mean_what_they_mean_together(number: int, odd: int | None, shift: int) -> None:
+    """However many come at once, whether each is an event or none is, and wherever one looks different."""
+    events = [*(chunk({"content": each}) for each in TEXTS[1:]), chunk({}, "stop"), usage(), DONE]
+    if odd is not None:
+        events.insert(odd, chunk({"content": "odd"}, created=2))
+    stream = b"".join(events)
+    cuts = [0, *(len(b"".join(events[:at])) - shift for at in range(1, len(events))), len(stream)]
+    pieces = [stream[start:end] for start, end in itertools.pairwise(cuts)]
+    together = [b"\0".join(pieces[at : at + number]) for at in range(0, len(pieces), number)]
+    assert told(lines_of(), *together, at_once=True) == told(lines_of(), stream)
 
 
 @pytest.mark.parametrize("size", [1, 7, 100, 2_900, 10_000])

@@ -265,6 +265,24 @@ def test_a_stream_that_breaks_off_is_reckoned() -> None:
     asyncio.run(play())
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_what_a_message_tells_at_its_start_counts(together: bool) -> None:
+    """Some tell the prompt's tokens there alone, and the answer's at the end alone."""
+    start = b'data: {"type":"message_start","message":{"usage":{"input_tokens":5,"cache_read_input_tokens":4}}}\n\n'
+    text = b'data: {"type":"content_block_delta","delta":{"text":"word"}}\n\n' * 40
+    stream = start + text + b'data: {"type":"message_delta","usage":{"output_tokens":3}}\n\n'
+
+    async def play() -> None:
+        pieces = [chunked(each + b"\n\n") for each in ([stream[:-2]] if together else stream[:-2].split(b"\n\n"))]
+        async with stage(raw(EVENTS, *pieces, LAST_CHUNK)) as act:
+            client = await act.client()
+            client.post("/v1/messages", b'{"model":"m","stream":true,"messages":[]}')
+            assert (await client.answer()).body == stream
+            assert act.gate.permits[0].tokens == Tokens(9, 3, 4)
+
+    asyncio.run(play())
+
+
 def test_what_is_told_in_each_api() -> None:
     """What was cached is a part of the prompt; Anthropic's words have it apart."""
     details = b'"prompt_tokens_details":{"cached_tokens":4}'

@@ -36,6 +36,7 @@ from vllmd.api.answers import (
     RequestEntry,
     RequestInFull,
     Requests,
+    Suspended,
 )
 from vllmd.core.types import Snapshot
 from vllmd.proxy.access import ANYBODY, Caller
@@ -60,6 +61,7 @@ class Gauges:
     throttled: Mapping[int, bool] = field(default_factory=dict)
     model_power: Mapping[str, float] = field(default_factory=dict)  # watts
     model_energy: Mapping[str, float] = field(default_factory=dict)  # joules
+    unused_energy: Mapping[str, float] = field(default_factory=dict)  # of these the ones that were drawn unused
     unreadable: Sequence[int] = ()
     use_written: bool = True  # the record of use can be written
     traced: Mapping[str, int] = field(default_factory=dict)  # requests by what became of their spans
@@ -166,6 +168,9 @@ class Commands(Protocol):
 
     async def drain(self, device: int, drained: bool) -> Device:
         """Take a device out of use, or give it back; how it is then. Raises NotFound."""
+
+    async def suspend(self, suspended: bool) -> Suspended:
+        """Have engines leave the devices before the machine sleeps, or come back."""
 
     @property
     def reload(self) -> Callable[[], Awaitable[Reloaded]]:

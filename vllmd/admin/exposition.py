@@ -245,6 +245,8 @@ def _devices(devices: tuple[DeviceView, ...], gauges: Gauges) -> Iterator[Metric
         ["model"],
         {(name,): watts for name, watts in gauges.model_power.items()},
     )
+    yield from _counter("model_unused_energy_joules", "What of it was drawn while no request ran in it.", ["model"],
+                   {(name,): joules for name, joules in gauges.unused_energy.items()})  # fmt: skip
     yield from _counter("model_energy_joules", "The same, summed up since the daemon's start.", ["model"],
                    {(name,): joules for name, joules in gauges.model_energy.items()})  # fmt: skip
     yield from read("utilization_ratio", "Share of time that it computed, as the driver says.", gauges.load)

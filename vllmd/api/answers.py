@@ -142,6 +142,7 @@ class ModelLine(Answer):
     last_start_seconds: float | None = None
     start_phases: Phases = field(default_factory=dict)
     power: Annotated[float | None, "watts, its share of its devices"] = None
+    unused_energy: Annotated[float | None, "joules that it has drawn since its last request"] = None
     started_at: Annotated[float | None, "Unix time"] = None
     config: ModelSettings = ModelSettings()
     replica_of: Annotated[str, "the model of which it is one of several engines"] = ""
@@ -199,8 +200,21 @@ class Configuration(Answer):
 class HostMemory(Answer):
     """For models that sleep at level 1."""
 
+    sparse = frozenset({"standbys"})
+
     budget: int = 0
     promised: int = 0
+    standbys: Annotated[int | None, "what standbys hold; they are given up for whoever is promised it"] = None
+
+
+@answer
+class StandbyLine(Answer):
+    """An engine that has its imports done ahead of time, for the next model that is started."""
+
+    instance: str
+    program: str = ""
+    state: Annotated[str, "importing or waiting"] = ""
+    memory: Annotated[int, "bytes of the host's"] = 0
 
 
 @answer
@@ -283,6 +297,8 @@ class Removed(Answer):
 class Status(Answer):
     """How everything stands: the daemon, its devices, its models."""
 
+    sparse = frozenset({"standbys"})
+
     version: str
     pid: int = 0
     uptime: float = 0.0
@@ -298,6 +314,7 @@ class Status(Answer):
     models: tuple[ModelLine, ...] = ()
     host_memory: HostMemory = HostMemory()
     downloads: tuple[Download, ...] = ()
+    standbys: tuple[StandbyLine, ...] | None = None
 
 
 @answer
@@ -374,6 +391,15 @@ class Reloaded(Answer):
     changed: tuple[str, ...] = ()
     later: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+
+@answer
+class Suspended(Answer):
+    """Which devices engines have left for the machine's sleep, or have again."""
+
+    devices: tuple[int, ...] = ()
+    stopped: Annotated[tuple[str, ...], "the engines that were on them"] = ()
+    left: Annotated[tuple[str, ...], "those that would not end in time"] = ()
 
 
 @answer

@@ -36,6 +36,7 @@ from vllmd.api.answers import (
     RequestInFull,
     Requests,
     Status,
+    Suspended,
     Usage,
 )
 from vllmd.api.kinds import Choice, Count, Flag, JsonObject, Kind, ModelName, Moment, Seconds, StatusClass, Text, Word
@@ -226,6 +227,7 @@ DEVICE = Param("device", Count(), "its number in vllmctl gpus", "path", metavar=
 NAMED = Param("model", Text("the name of a model"), "its name", "path", metavar="MODEL")
 FILES = Param("files", Flag(), "its files in the engines' cache as well", default=False, keyword=True)
 DRY = Param("dry", Flag(), "only say what would go", default=False, keyword=True)
+SUSPENDED = Param("suspended", Flag(), "whether it is about to sleep", "body", default=True)
 DRAINED = Param("drained", Flag(), "whether it is to be", "body", default=True)
 
 KEY = Param("name", Text("the name of a key"), "its name", "path", missing="there is no key {value!r}")
@@ -334,6 +336,14 @@ VERBS: tuple[Verb, ...] = (
                                 "vllmctl gpus shows what still runs there"),
                    Command("undrain", "Give drained GPUs back", fixed={"drained": False},
                            said="device {device} is in use again"))),
+    Verb("suspend", "POST", "/admin/suspend", "Have engines leave the GPUs before the machine sleeps, or come back",
+         Suspended, (SUSPENDED,), does="commands.suspend", patient=True,
+         about="Requests get five seconds, then they are cut; CPU models go on. vllmd-sleep.service asks for it.",
+         python=Method("suspend", "Have engines leave the GPUs, or come back; who was there."),
+         commands=(Command("suspend", "Have engines leave the GPUs, before the machine sleeps",
+                           fixed={"suspended": True}, said="no engine is on a GPU until vllmctl resume"),
+                   Command("resume", "Let engines use the GPUs again, after the machine's sleep",
+                           fixed={"suspended": False}, said="the GPUs are in use again"))),
     Verb("cached", "GET", "/admin/store", "What the engines' caches hold", Cached, does="store.contents", scope="read",
          python=Method("cached_models", "What the engines' caches hold, and which models are loaded from it.",
                        "cached")),

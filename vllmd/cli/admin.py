@@ -9,15 +9,17 @@ import socket
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlencode, urlsplit
 
 from vllmd.api.answers import Answer, Status
 from vllmd.api.codec import Unexpected, parse
-from vllmd.api.verbs import Verb
 from vllmd.cli.failures import EX_CONFIG, EX_SOFTWARE, EX_USAGE, Failure, of_answer, of_socket, of_url
 from vllmd.cli.terminal import Working
 from vllmd.text import printable_lines
+
+if TYPE_CHECKING:
+    from vllmd.api.verbs import Verb
 
 T = TypeVar("T", bound=Answer)
 

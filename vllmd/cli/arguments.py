@@ -4,7 +4,8 @@ A verb is a module there: its name is the file's (``_`` for ``-``), its help the
 first line of its docstring, the rest of the docstring its description; it has
 ``arguments(parser)`` and ``run(arguments)``, and may have ``ALIASES`` or, to
 read all its arguments itself, ``TAKES_ALL``. Only the verb that was asked for is
-imported; all of them for help and for the manual.
+imported; all of them for help and for the manual. So whatever most verbs can do
+without (the configuration, engines, the table) is imported where it is used.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from vllmd.cli import table
 from vllmd.cli.failures import EX_USAGE
+
+if TYPE_CHECKING:
+    from vllmd.cli.table import TableVerb
 
 PACKAGE = "vllmd.cli.verbs"
 FOLDER = os.path.join(os.path.dirname(__file__), "verbs")
@@ -74,15 +77,24 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 def verbs() -> list[str]:
     """The names of all verbs, sorted."""
+    from vllmd.cli import table
+
     files = (name[:-3] for name in os.listdir(FOLDER) if name.endswith(".py") and not name.startswith("_"))
     return sorted({*(name.replace("_", "-") for name in files), *table.commands()})
 
 
-def module(verb: str) -> ModuleType | table.TableVerb:
+def module(verb: str) -> ModuleType | TableVerb:
     """A verb's module, or what a row of the table has in its place."""
-    if found := table.commands().get(verb):
-        return found
-    return importlib.import_module(f"{PACKAGE}.{verb.replace('-', '_')}")
+    if _has_file(verb):
+        return importlib.import_module(f"{PACKAGE}.{verb.replace('-', '_')}")
+    from vllmd.cli import table
+
+    return table.commands()[verb]
+
+
+def _has_file(verb: str) -> bool:
+    name = verb.replace("-", "_")
+    return name.isidentifier() and not name.startswith("_") and os.path.exists(os.path.join(FOLDER, f"{name}.py"))
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -144,7 +156,7 @@ def _verb(argv: Sequence[str]) -> int:
 def wanted(argv: Sequence[str]) -> list[str]:
     """The verbs that must be imported to understand ``argv``."""
     verb = argv[_verb(argv) :][:1]
-    return list(verb) if verb and verb[0] in verbs() else verbs()
+    return list(verb) if verb and (_has_file(verb[0]) or verb[0] in verbs()) else verbs()
 
 
 def build(names: Sequence[str]) -> Parser:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import getpass
 from typing import Any
 
 EX_OK = 0
@@ -94,6 +93,8 @@ def of_socket(path: str, error: OSError) -> Failure:
             f"vllmd is not running: nobody listens on {path}; {systemctl} start vllmd-admin.socket", EX_UNAVAILABLE
         )
     if error.errno in (errno.EACCES, errno.EPERM):
+        import getpass
+
         return Failure(
             f"you may not use {path}, which is open to the group vllmd-admin (vllmd-read: to look on); "
             f"sudo usermod -aG vllmd-admin {getpass.getuser()}, then log in again",

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllmd.api.answers import ModelLine, Progress, Status
-from vllmd.api.verbs import Verb
 from vllmd.cli import show
 from vllmd.cli.admin import Admin, decoded, understood
 from vllmd.cli.failures import EX_DATAERR, EX_UNAVAILABLE, Failure
 from vllmd.cli.terminal import cut
+
+if TYPE_CHECKING:
+    from vllmd.api.verbs import Verb
 
 
 def argument(parser: argparse.ArgumentParser, many: bool = True, optional: bool = False) -> None:
@@ -38,6 +39,8 @@ def find(status: Status, name: str) -> ModelLine:
     if found:
         more = f" or {len(names) - 3} others" if len(names) > 3 else ""
         raise Failure(f"{name!r} could be {' or '.join(names[:3])}{more}; name one of them", EX_DATAERR)
+    import difflib
+
     near = difflib.get_close_matches(name, names, 3, 0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else "vllmctl models lists them"
     raise Failure(f"there is no model {name!r}; {hint}", EX_DATAERR)

@@ -197,6 +197,10 @@ class AsyncClient:
         """Take a device out of use, or give it back; how it is then."""
         return await self._told("drain", answers.Device, device=device, drained=drained)
 
+    async def suspend(self, suspended: bool = True) -> answers.Suspended:
+        """Have engines leave the GPUs, or come back; who was there."""
+        return await self._told("suspend", answers.Suspended, suspended=suspended)
+
     async def cached_models(self) -> tuple[answers.CachedModel, ...]:
         """What the engines' caches hold, and which models are loaded from it."""
         return (await self._told("cached", answers.Cached)).cached

@@ -198,6 +198,10 @@ class Client:
         """Take a device out of use, or give it back; how it is then."""
         return self._told("drain", answers.Device, device=device, drained=drained)
 
+    def suspend(self, suspended: bool = True) -> answers.Suspended:
+        """Have engines leave the GPUs, or come back; who was there."""
+        return self._told("suspend", answers.Suspended, suspended=suspended)
+
     def cached_models(self) -> tuple[answers.CachedModel, ...]:
         """What the engines' caches hold, and which models are loaded from it."""
         return (self._told("cached", answers.Cached)).cached

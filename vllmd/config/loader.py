@@ -410,7 +410,8 @@ def settle_idle(values: dict[str, Any]) -> IdleRules:
     """
     usual = IdleRules()
     if values.get("level") == 3:
-        return IdleRules(None, 1, None, values.get("sleep_after", usual.sleep_after))
+        energy = values.get("energy")
+        return IdleRules(None, 3 if energy else 1, None, values.get("sleep_after", usual.sleep_after), energy)
     rules = IdleRules(**values)
     later = (rules.sleep_after or 0.0) - (usual.sleep_after or 0.0)
     if later > 0:

@@ -190,6 +190,12 @@ IDLE = Group(
         ),
         Setting("deepen_after", k.OR_NEVER, "From level 1 go on to level 2 when it has been unused for this time."),
         Setting("stop_after", k.OR_NEVER, "Stop the engine when it has been unused for this time."),
+        Setting(
+            "energy",
+            k.ENERGY,
+            "Put an unused model to sleep as soon as its share of what its devices draw has come to so much since its "
+            "last request, however short that took. Devices that do not tell their draw count as drawing nothing.",
+        ),
     ),
     never,
     "a mapping, or never",
@@ -817,6 +823,19 @@ ENGINES = Group(
         Setting("home", k.PATH, "Engines' home directory, with the cache of models; without it that of the service."),
         Setting("port_start", k.count(1024, 65535), "First port for engines without Unix sockets."),
         Setting("port_end", k.count(1024, 65535), "Last port for engines without Unix sockets."),
+        Setting(
+            "read_ahead",
+            k.BOOL,
+            "Read the weight files of a model that is next in line, or starts, into the page cache, while others make "
+            "room for it and its engine does not read yet; never more than there is free memory for.",
+        ),
+        Setting(
+            "standby",
+            k.count(0, 16, "auto"),
+            "How many engines are kept ready for models that are not loaded, see STANDBY ENGINES; auto is one, where "
+            "the machine has 16 GiB of memory or more and 4 GiB of it would stay available.",
+            reload=Reload.NOW,
+        ),
     ),
 )
 

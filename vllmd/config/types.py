@@ -255,6 +255,8 @@ class EngineDefaults:
     home: Path | None = None
     port_start: int = 33300
     port_end: int = 34300
+    read_ahead: bool = True  # weight files of who is next in line are read into the page cache
+    standby: int | None = None  # processes that are kept ready; None: by the machine's memory
 
 
 @frozen

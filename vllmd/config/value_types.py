@@ -144,6 +144,23 @@ def parse_size(node: Node) -> int:
     return int(float(number) * base ** POWERS[prefix.lower()])
 
 
+ENERGIES = {"j": 1.0, "kj": 1e3, "mj": 1e6, "wh": 3600.0, "kwh": 3.6e6}
+
+
+def parse_energy(node: Node) -> float:
+    """Joules; ``5Wh`` are 18000 of them. A unit is asked for: nobody thinks in joules."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", node.text.strip(), re.I)
+    scale = ENERGIES.get(match[2].lower()) if match and not isinstance(node.value, bool | dict | list) else None
+    if match is None or scale is None or not float(match[1]):
+        raise wrong(node, "an energy above 0 with its unit, such as 5Wh")
+    return float(match[1]) * scale
+
+
+def show_energy(joules: float) -> str:
+    """Watt-hours, as they are written."""
+    return f"{joules / 3600:g}Wh"
+
+
 def sized_or_nothing(node: Node) -> int:
     """A size of memory, or 0."""
     return sized(node) if parse_size(node) else 0
@@ -501,6 +518,13 @@ UP_TO = Kind(
     {"type": ["number", "string", "null"]},
     show_duration,
     "unlimited",
+)
+ENERGY = Kind(
+    "an energy such as 5Wh, 0.2kWh or 900J, or never",
+    or_none(parse_energy, "never"),
+    {"type": ["string", "null"]},
+    show_energy,
+    "never",
 )
 OR_NEVER = Kind(
     "a duration such as 300, 5m or 1h30m, or never",

@@ -30,6 +30,24 @@ class StartEngine(Command):
 
 
 @frozen
+class ReadAhead(Command):
+    """The replica is next in line: whoever makes room for it still drains or falls asleep. Its files will be read soon.
+
+    ``host_memory``: bytes that those who fall asleep take of the host's meanwhile. Nothing answers it.
+    """
+
+    replica: str
+    host_memory: int
+
+
+@frozen
+class StopReadAhead(Command):
+    """The replica is not next in line any more, and was not started."""
+
+    replica: str
+
+
+@frozen
 class WakeEngine(Command):
     """Wake it from ``level``. Answered by EngineAwake or EngineWakeFailed."""
 

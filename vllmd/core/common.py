@@ -28,12 +28,13 @@ class Core:
         self.timers = Timers()
         self.models: dict[str, Model] = {}
         self.replicas: dict[str, Replica] = {}  # of all models, by id
-        self.fit = Fit(self.engines.ledger, self.replicas)
+        self.active: dict[Replica, None] = {}  # those that have an engine, had one that failed, or are wanted
+        self.fit = Fit(self.engines.ledger, self.active)
         self.swaps = Swaps(self.engines, self.replicas, self.fit)
         self.balanced: list[Model] = []  # those whose replicas share their requests by rules
         self.for_review: dict[Model, None] = {}  # changed; what follows from that is still to be found
-        self.active: dict[Replica, None] = {}  # those that have an engine, had one that failed, or are wanted
         self.changed: dict[Replica, None] = {}  # since the policy last looked
+        self.used: dict[Replica, None] = {}  # since then requests began or ended in these; that is no change of theirs
         self.for_upkeep: dict[Model, None] = {}  # whose health and number of replicas are to be looked at
         self.waiting: dict[Replica, None] = {}  # wanted, and neither on nor on their way
         self.news: dict[Replica, None] = {}  # what happened to these the policy should see at once
@@ -57,7 +58,7 @@ class Core:
         if not r.running and (r.spec.preempt or self.policy.in_order):  # freezing may be to be proved; others may wait
             self.for_review[model] = None
             return
-        self.changed[r] = None
+        self.used[r] = None
         self.timers.set(r, INFINITY if r.running or r.pinned else rules_due(r))
 
     def forgive(self, r: Replica) -> None:

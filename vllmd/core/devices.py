@@ -70,11 +70,13 @@ class Devices:
         account = self._core.engines.ledger.accounts.get(e.device)
         if account is None:
             return
-        account.drained = e.drained
-        self._core.engines.record("drain" if e.drained else "undrain", None, f"device {e.device}, by an operator",
-                                {"device": e.device})  # fmt: skip
+        account.drained = (e.why or "an operator drained it") if e.drained else ""
+        whose = e.why or "by an operator"
+        numbers = {"device": e.device}
+        self._core.engines.record("drain" if e.drained else "undrain", None, f"device {e.device}: {whose}", numbers)
         for r in self._on(e.device) if e.drained else ():
-            self._leave(r, f"device {e.device} is drained for maintenance", at_once=False)
+            why = e.why or "it is drained for maintenance"
+            self._leave(r, f"device {e.device}: {why}", at_once=False)
         self._core.news_for_all = True
 
     def _on(self, index: int) -> list[Replica]:

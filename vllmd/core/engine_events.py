@@ -18,6 +18,7 @@ from vllmd.core.events import (
     FailureRemembered,
     FreezeProved,
     MemorySampled,
+    StandbysHeld,
     StartProgressed,
 )
 from vllmd.core.ledger import gib
@@ -118,7 +119,16 @@ class EngineEvents:
         for name, share in shares.items():
             core.engines.measured(core.replicas[name], share)
             core.mark_for_review(core.replicas[name])
+        for name, joules in e.drawn.items():
+            r = core.replicas.get(name)
+            if r and r.spec.idle.energy is not None:
+                r.drawn = r.idle_since, joules
+                core.mark_for_review(r)
         core.news_for_all = core.news_for_all or bool(core.waiting)
+
+    def standbys(self, e: StandbysHeld) -> None:
+        """Booked, and shown; what is promised to models does not depend on it."""
+        self._core.engines.ledger.standbys = max(0, e.size)
 
     # -- bad news
 

@@ -18,6 +18,7 @@ from vllmd.core.commands import (
     CutRequest,
     ProbeReplica,
     ProveFreeze,
+    ReadAhead,
     Record,
     Reject,
     RejectReason,
@@ -25,6 +26,7 @@ from vllmd.core.commands import (
     SleepEngine,
     StartEngine,
     StopEngine,
+    StopReadAhead,
     WakeEngine,
 )
 from vllmd.core.jobs import merge, unwanted
@@ -107,6 +109,14 @@ class EngineTable:
     def add_replica(self, model: Model, device: int) -> None:
         """Have the model given one more replica, on that device."""
         self._out.append(AddReplica(model.name, device))
+
+    def read_ahead(self, r: Replica, host_memory: int) -> None:
+        """It is next in line: its files may be read while others make room."""
+        self._out.append(ReadAhead(r.id, host_memory))
+
+    def stop_read_ahead(self, r: Replica) -> None:
+        """It is not next in line any more."""
+        self._out.append(StopReadAhead(r.id))
 
     def rename(self, r: Replica, name: str) -> None:
         """It has another id from now on."""

@@ -232,6 +232,14 @@ class MemorySampled(Event):
     external: Mapping[int, int]
     replicas: Mapping[tuple[str, int], int]
     failed: Mapping[int, str] = field(default_factory=dict)  # devices that could not be read, and why
+    drawn: Mapping[str, float] = field(default_factory=dict)  # joules of each replica's engine since its last request
+
+
+@dataclass(frozen=True, slots=True)
+class StandbysHeld(Event):
+    """Standby engines hold so many bytes of host memory, and are given up for whoever wants it: nobody waits for it."""
+
+    size: int
 
 
 @frozen
@@ -257,10 +265,22 @@ class DevicesTroubled(Event):
 
 @frozen
 class DeviceDrained(Event):
-    """An operator took the device out of use, or gave it back."""
+    """An operator took the device out of use, or gave it back. ``why``: another reason than maintenance."""
 
     device: int
     drained: bool = True
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MachineSlept(Event):
+    """The machine was suspended for so many seconds, in which the core's clock stood still.
+
+    Models were unused for so much longer, and what was promised until a time of day ends so much sooner. What is
+    measured, or waited for, is not touched: nothing happened meanwhile that anybody could have been late with.
+    """
+
+    seconds: float
 
 
 @frozen

@@ -20,12 +20,12 @@ what one swap can give it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from vllmd.core.ledger import Account, Ledger, gib
 from vllmd.core.model import INFINITY, Replica
-from vllmd.core.policy import DeviceSupply, PolicyInput, Resident, Waiting
+from vllmd.core.policy import NOBODY, DeviceSupply, PolicyInput, Resident, Tenants, Waiting
 from vllmd.core.types import State
 
 Supply = Mapping[int, int]  # device index -> bytes
@@ -74,9 +74,10 @@ class Wait(NamedTuple):
 class Fit:
     """The supplies, and the questions about them, of the devices of one ledger."""
 
-    def __init__(self, ledger: Ledger, replicas: Mapping[str, Replica]) -> None:
+    def __init__(self, ledger: Ledger, active: Collection[Replica]) -> None:
+        """``active``: the replicas that hold anything are among these."""
         self._ledger = ledger
-        self._replicas = replicas
+        self._active = active
 
     # -- supplies
 
@@ -94,7 +95,7 @@ class Fit:
 
     def beside_kept(self, r: Replica | None) -> Supply:
         """Without what other programs, and the replicas that must stay, hold; -1 where the device is avoided."""
-        left = self.beside(other for other in self._replicas.values() if other.kept and other is not r)
+        left = self.beside(other for other in self._active if other.kept and other is not r)
         accounts = self._ledger.accounts
         return {i: -1 if accounts[i].avoided else size - accounts[i].external for i, size in left.items()}
 
@@ -185,7 +186,7 @@ class Fit:
         count = r.spec.device_count
         if not self._ledger.accounts or not count:
             return ""
-        pinned = [p for p in self._replicas.values() if p.pinned and p.loaded and p is not r]
+        pinned = [p for p in self._active if p.pinned and p.loaded and p is not r]
         if self.starts(r, self.beside(pinned)) >= count:
             return ""
         names = ", ".join(f"{p.id!r}" for p in pinned)
@@ -357,7 +358,17 @@ def unclaimed(s: PolicyInput, w: Waiting) -> list[DeviceSupply]:
 
 def after_sleeps(supplies: Iterable[DeviceSupply], w: Waiting) -> list[int]:
     """The devices on which it would be enough for ``w`` if all others slept."""
-    return [supply.device for supply in supplies if supply.sleepable >= w.need_on(supply.device)]
+    return [supply.device for supply in supplies if if_all_slept(supply, w)]
+
+
+def if_all_slept(supply: DeviceSupply, w: Waiting) -> bool:
+    """Whether the device has enough for ``w`` once all others there sleep."""
+    return supply.sleepable >= w.need_on(supply.device)
+
+
+def if_the_idle_slept(supply: DeviceSupply, there: Tenants, w: Waiting) -> bool:
+    """The same once those sleep that are idle."""
+    return supply.free + there.idle >= w.need_on(supply.device)
 
 
 def enough(w: Waiting, free: Mapping[int, int]) -> tuple[int, ...]:
@@ -366,17 +377,13 @@ def enough(w: Waiting, free: Mapping[int, int]) -> tuple[int, ...]:
     return tuple(sorted(good[: w.span])) if len(good) >= w.span else ()
 
 
-def room_for_all(s: PolicyInput, there: Waiting, devices: Sequence[int]) -> bool:
-    """Whether it has room beside all that are being used there, asleep or not: else it would only swap with those."""
-    asked = {o.model for o in s.waiting}
-    for index in devices:
-        free = s.supplies[index].free - there.need_on(index)
-        for r in s.on((index,)):
-            if r.asleep and r.model != there.model and (r.model in asked or s.now - r.used < s.knobs.used):
-                free -= max(0, r.need - r.options[-1].frees)
-        if free < 0:
-            return False
-    return True
+def spare(s: PolicyInput, index: int, but: str = "") -> int:
+    """Bytes of the device that would be free if all that are being used there were awake, ``but`` for that one."""
+    free, asked = s.supplies[index].free, {w.model for w in s.waiting}
+    for r in s.tenants.get(index, NOBODY).asleep:
+        if r.model != but and (r.model in asked or s.now - r.used < s.knobs.used):
+            free -= max(0, r.need - r.options[-1].frees)
+    return free
 
 
 def can_move(s: PolicyInput, r: Resident, devices: Sequence[int]) -> bool:

@@ -41,10 +41,18 @@ def rules_due(r: Replica) -> float:
     rules, since = r.spec.idle, r.idle_since
     stop = INFINITY if rules.stop_after is None else since + rules.stop_after
     if r.state is State.READY:
+        if _costly(r):
+            return _kept_alive(r, since)
         return _kept_alive(r, stop if rules.sleep_after is None else min(stop, since + rules.sleep_after))
     if r.state is State.SLEEPING:
         return min(stop, _deepen_due(r))
     return INFINITY
+
+
+def _costly(r: Replica) -> bool:
+    """4.4: it has drawn as much unused as it may; what was read before its last request does not count."""
+    energy, (since, joules) = r.spec.idle.energy, r.drawn
+    return energy is not None and since == r.idle_since and joules >= energy
 
 
 def _kept_alive(r: Replica, due: float) -> float:

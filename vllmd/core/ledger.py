@@ -28,7 +28,7 @@ class Account:
         self.missing = 0  # bytes that did not come back after a stop: the device is wedged
         self.ill = ""  # what its driver says against using it
         self.gone = False  # it is not there any more, but models still hold some of it
-        self.drained = False  # by an operator
+        self.drained = ""  # why an operator, or somebody else, has it left; "" if nobody has
 
     def redefine(self, device: Device) -> None:
         """The same device with another size or reserve, or again."""
@@ -47,7 +47,7 @@ class Account:
             return "it is not there any more"
         if self.missing and not self.ill:
             return f"{gib(self.missing)} did not come back after a stop"
-        return self.ill or ("an operator drained it" if self.drained else "")
+        return self.ill or self.drained
 
     @property
     def avoided(self) -> bool:
@@ -64,6 +64,7 @@ class Ledger:
         self.unknown = ""  # why nobody knows what devices there are or what they hold; "": it is known
         self.asking = False  # that may yet be known in a moment
         self.host_promised = 0
+        self.standbys = 0  # host bytes of processes that are given up for whoever is promised them
         self._held: dict[Hashable, dict[int, int]] = {}
         self._host: dict[Hashable, int] = {}
 

@@ -8,12 +8,13 @@ from vllmd.core.common import Core
 from vllmd.core.fit import fits
 from vllmd.core.lifecycle import Kind, Reason
 from vllmd.core.model import INFINITY, Job, Replica
+from vllmd.core.policies import tidy
 from vllmd.core.policy import Outlook, Plan, PolicyInput
-from vllmd.core.policy_input import PolicyInputBuilder, host_claims, levels, waited_since
+from vllmd.core.policy_input import PolicyInputBuilder, levels, sleep_deep, waited_since
 from vllmd.core.types import State
 
 TICK = 0.25  # seconds between two looks while anything waits
-FILL_AGE = 5.0  # seconds for which the choice of level-1 sleepers stands
+FILL_AGE = 15.0  # seconds for which the choice of level-1 sleepers stands; the rates it goes by fade in 900
 RECENT = 10.0  # seconds for which it is believed what others leave free, where nobody waits for it
 PRELOADED = "it is to be preloaded"
 RELOCATE_EVERY = 1.0  # seconds between two looks for sleepers that must move
@@ -24,11 +25,11 @@ class Planner:
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        self.builder = PolicyInputBuilder(core.engines, core.swaps, core.fit, core.changed)
+        self.builder = PolicyInputBuilder(core.engines, core.swaps, core.fit, core.changed, core.used)
         self._looked = -INFINITY
         self._filled = -INFINITY
         self._relocated = -INFINITY
-        self._shallow: frozenset[str] = frozenset()
+        self._deep: frozenset[str] = frozenset()  # those that do not sleep at level 1
         self.held_back: frozenset[Replica] = frozenset()  # who was recorded to wait for others to leave a device free
 
     @property
@@ -83,8 +84,8 @@ class Planner:
         core = self._core
         if not (core.news_for_all or core.news) or len(core.engines.ledger.accounts) < 2 or len(core.swaps):
             return
-        if core.engines.displaced:  # before all is looked at
-            plan = core.policy.tidy(self.look())
+        if core.engines.displaced and core.policy.moves:  # before all is looked at
+            plan = tidy(self.look())
             if plan:
                 self.begin(plan)
                 yield
@@ -175,13 +176,17 @@ class Planner:
 
     def look(self) -> PolicyInput:
         """What the policy sees now."""
-        core = self._core
-        if core.now >= self._filled + FILL_AGE:
-            self._filled = core.now
-            claims = host_claims(core.engines, core.replicas.values())
-            running = sum(r.spec.host_running for r in core.replicas.values() if core.engines.ledger.host_held(r))
-            self._shallow = core.policy.shallow(claims, core.settings.host_memory - running)
+        self._fill()
         return self.sight()
+
+    def _fill(self) -> None:
+        """Choose anew who sleeps at level 1, of those that have an engine or are wanted."""
+        core = self._core
+        if core.now < self._filled + FILL_AGE:
+            return
+        self._filled = core.now
+        running = sum(r.spec.host_running for r in core.active if core.engines.ledger.host_held(r))
+        self._deep = sleep_deep(core.engines, core.active, core.settings.host_memory - running)
 
     def outlook(self, r: Replica, s: PolicyInput | None = None) -> Outlook | None:
         """What one that is wanted and not on waits for, and how long; None where that cannot be said.
@@ -206,11 +211,12 @@ class Planner:
     def sight(self) -> PolicyInput:
         """What the policy would see; that somebody looks changes nothing."""
         begun = self._core.swaps.targets()
-        return self.builder.look([r for r in self._core.waiting if r not in begun], self._shallow)
+        return self.builder.look([r for r in self._core.waiting if r not in begun], self._deep)
 
     def level(self, r: Replica, wish: int) -> int:
         """The sleep level wished for, the other one where that cannot be, or 0: stop."""
-        usable = levels(self._core.engines, r, self._shallow)
+        self._fill()
+        usable = levels(self._core.engines, r, self._deep)
         if wish == 0 or wish in usable:
             return wish
         return usable[0] if usable else 0

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 from vllmd.core.assignment import Item, assign
 from vllmd.core.eviction import Candidate, EvictionSet, cheapest, oldest_first
-from vllmd.core.fit import after_sleeps, can_move, fits, room_for_all, unclaimed
+from vllmd.core.fit import after_sleeps, can_move, fits, if_all_slept, if_the_idle_slept, spare, unclaimed
 from vllmd.core.policy import (
     INFINITY,
     NOBODY,
-    HostClaim,
     Outlook,
     Plan,
     Policy,
@@ -22,7 +21,6 @@ from vllmd.core.policy import (
     Victim,
     Waiting,
     drain_time,
-    greedy_fill,
 )
 from vllmd.core.pricing import Prices, budgets, longest_drain, rate_of
 
@@ -67,16 +65,25 @@ def due_there(s: PolicyInput, w: Waiting) -> list[int]:
 # -- sleepers that serve elsewhere
 
 
-def moved(s: PolicyInput, w: Waiting, eviction: EvictionSet | None) -> Plan | None:
-    """The plan to stop a sleeper and start it on a device that has room, if it serves sooner there; else None.
+def elsewhere(s: PolicyInput, w: Waiting) -> tuple[int, ...] | None:
+    """Devices that have room for a sleeper beside all that are being used there, asleep or not; None: there are none.
+
+    On any others it would only swap with those.
+    """
+    if w.move is None:
+        return None
+    there = w.move.there
+    devices = fits(s, there)
+    beside = devices and all(spare(s, index, w.model) >= there.need_on(index) for index in devices)
+    return devices if beside else None
+
+
+def moved(s: PolicyInput, w: Waiting, eviction: EvictionSet | None, devices: tuple[int, ...] | None) -> Plan | None:
+    """The plan to stop a sleeper and start it on these ``devices``, if it serves sooner there; else None.
 
     ``eviction``: who would have to leave for it to wake where it sleeps; None: that cannot be just now.
     """
-    if w.move is None or w.move.load >= _until_it_wakes(s, w, eviction):
-        return None
-    there = w.elsewhere(w.move)
-    devices = fits(s, there)
-    if devices is None or not room_for_all(s, there, devices):
+    if w.move is None or devices is None or w.move.there.load >= _until_it_wakes(s, w, eviction):
         return None
     where = ", ".join(map(str, devices))
     why = f"it serves sooner on device {where}, which has room, than where it sleeps"
@@ -146,6 +153,7 @@ class Lru:
 
     name = "lru"
     in_order = False
+    moves = True
 
     def choose(self, s: PolicyInput) -> Plan | None:
         """The first in turn gets its place; who waits longest can so never be overtaken for ever."""
@@ -155,7 +163,7 @@ class Lru:
             if devices is not None:
                 return Plan(w.model, devices, why="it fits", numbers=numbers)
             eviction = oldest_first(s, w, s.on(w.devices))
-            move = moved(s, w, eviction)
+            move = moved(s, w, eviction, elsewhere(s, w))
             if move:
                 return move
             if eviction and not too_early(s, eviction, longest_drain(eviction.members)):
@@ -168,14 +176,6 @@ class Lru:
         """The least recently used: they are drained as soon as the device is at rest."""
         w = _the(s, model)
         return w and outlook(s, w, oldest_first(s, w, s.on(w.devices)), 0.0, 0.0)
-
-    def tidy(self, s: PolicyInput) -> Plan | None:
-        """Models that are being used come to fit beside each other."""
-        return tidy(s)
-
-    def shallow(self, claims: Iterable[HostClaim], budget: int) -> frozenset[str]:
-        """As the adaptive one does: where sleepers are kept is not this policy's difference."""
-        return greedy_fill(claims, budget)
 
 
 def outlook(s: PolicyInput, w: Waiting, eviction: EvictionSet | None, patience: float, spared: float) -> Outlook | None:
@@ -263,6 +263,7 @@ class Adaptive:
 
     name = "adaptive"
     in_order = False
+    moves = True
 
     def choose(self, s: PolicyInput) -> Plan | None:
         """The first whose swap is due."""
@@ -285,14 +286,6 @@ class Adaptive:
         limits = [r.drain_limit - drain_time(r.service, r.running) for _, r, _ in candidates if r.running]
         patience = min(turns.deadline, max(limits, default=INFINITY)) - waited
         return outlook(s, w, eviction, max(0.0, patience), max(0.0, _known(w, candidates) - waited))
-
-    def tidy(self, s: PolicyInput) -> Plan | None:
-        """Models that are being used come to fit beside each other."""
-        return tidy(s)
-
-    def shallow(self, claims: Iterable[HostClaim], budget: int) -> frozenset[str]:
-        """Who keeps its weights in host memory: the greedy fill of the budget."""
-        return greedy_fill(claims, budget)
 
 
 class _Turns:
@@ -321,6 +314,11 @@ class _Turns:
 
         return sorted(self.s.waiting, key=turn) if len(self.s.waiting) > 1 else self.s.waiting
 
+    @cached_property
+    def spare(self) -> int:
+        """The most bytes that any device at rest has beside all that are being used there."""
+        return max([spare(self.s, supply.device) for supply in self.supplies.values() if not supply.until], default=0)
+
     def closed(self, w: Waiting) -> bool:
         """No room is large enough as it is, and none of its devices free to begin a swap on."""
         return w.move is None and w.need > self.roomiest and w.span > 0 and self.begin.isdisjoint(w.devices)
@@ -332,15 +330,17 @@ class _Turns:
         if devices is not None:
             return Plan(w.model, devices, why="it fits", numbers=_waited(s, w))
         urgent = w.impatient or s.now - w.oldest > self.deadline
-        if not urgent and self.must_wait(w):
+        there = w.move and w.move.there
+        place = elsewhere(s, w) if there and (there.needs or there.need <= self.spare) else None
+        if not urgent and place is None and self.must_wait(w):
             if self.dear and self.begin.issuperset(w.devices):
                 self._hold(w.devices)
             return None
         if not unclaimed(s, w):
-            return moved(s, w, None)
+            return moved(s, w, None, place)
         residents = _may_leave(s, w, self._on(w))
         eviction = cheapest(s, w, residents, partial(self.prices.alone, w, urgent))
-        move = moved(s, w, eviction)
+        move = moved(s, w, eviction, place)
         if move:
             return move
         if eviction is None:
@@ -362,18 +362,18 @@ class _Turns:
         The case of most waiters on a crowded machine, told without a search: whatever set of victims the search would
         find, a busy one would be in it, or it would be too early for it. False: that needs a closer look.
         """
-        if len(w.devices) != 1 or (w.move and w.move.need <= self.roomiest):
+        if len(w.devices) != 1:
             return False
         supply, there = self.supplies.get(w.devices[0]), self.s.tenants.get(w.devices[0], NOBODY)
         if supply is None or supply.claimed:
             return True
-        if there.pressed or supply.sleepable < w.need:
+        if there.pressed or not if_all_slept(supply, w):
             return False
-        return supply.free + there.idle < w.need or there.takes + AHEAD < supply.until - self.s.now
+        return not if_the_idle_slept(supply, there, w) or there.takes + AHEAD < supply.until - self.s.now
 
     def _on(self, w: Waiting) -> Iterable[Resident]:
         """Each of the residents of its devices once; not the sleepers where it is enough if all others sleep."""
-        if len(w.devices) == 1 and self.supplies[w.devices[0]].sleepable >= w.need:
+        if len(w.devices) == 1 and if_all_slept(self.supplies[w.devices[0]], w):
             return self.s.tenants.get(w.devices[0], NOBODY).awake
         return self.s.on(w.devices)
 

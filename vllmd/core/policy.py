@@ -54,17 +54,6 @@ class Resident(NamedTuple):
     moved: float = -INFINITY  # when it was last moved to another device
 
 
-class Move(NamedTuple):
-    """How a sleeper could serve elsewhere: stopped where it is, and started there."""
-
-    stop: OffloadOption
-    load: float  # seconds for both
-    learnt: float  # of that, what was measured
-    need: int  # bytes on each device
-    devices: tuple[int, ...]  # where it could go
-    needs: tuple[int, ...] = ()  # the need on each of them where it already holds some
-
-
 class Waiting(NamedTuple):
     """A model that is wanted and not on. A load that an operator asked for counts as one request."""
 
@@ -85,11 +74,6 @@ class Waiting(NamedTuple):
     urged: bool = False  # an operator asked for it: not even those that were just loaded are spared
     move: Move | None = None  # of a sleeper that may serve elsewhere as well
 
-    def elsewhere(self, move: Move) -> Waiting:
-        """The same, as it would be if it were moved."""
-        m = move
-        return self._replace(load=m.load, learnt=m.learnt, need=m.need, devices=m.devices, needs=m.needs, move=None)
-
     def need_on(self, device: int) -> int:
         """Bytes that it needs on this one of its devices."""
         return self.needs[self.devices.index(device)] if self.needs else self.need
@@ -98,6 +82,13 @@ class Waiting(NamedTuple):
         """The same, not on these."""
         left = tuple(index for index in self.devices if index not in devices)
         return self._replace(devices=left, needs=tuple(map(self.need_on, left)) if self.needs else ())
+
+
+class Move(NamedTuple):
+    """How a sleeper could serve elsewhere: stopped where it is, and started there."""
+
+    stop: OffloadOption
+    there: Waiting  # the same, where it could go; ``load`` is then for both
 
 
 class DeviceSupply(NamedTuple):
@@ -222,42 +213,18 @@ class Outlook(NamedTuple):
     why: str  # what it waits for, readable
 
 
-class HostClaim(NamedTuple):
-    """A model that could sleep at level 1, for the choice of who may."""
-
-    model: str
-    host: int  # bytes of host memory that it takes
-    gain: float  # seconds that a wake from 1 is shorter than one from 2 (or than a start where 2 is not supported)
-    rate: float  # arrivals per second over a long time (900 s)
-
-
 class Policy(Protocol):
     """What the scheduler asks of a policy."""
 
     name: str
     in_order: bool  # requests are admitted strictly in order of arrival over all models (a baseline's vice)
+    moves: bool  # models that are being used are moved to where they fit beside each other
 
     def choose(self, s: PolicyInput) -> Plan | None:
         """The next swap to begin (one without victims is a plain start or wake), or None: not yet."""
 
     def outlook(self, s: PolicyInput, model: str) -> Outlook | None:
         """What one of those who wait is waiting for; None: it cannot be said."""
-
-    def tidy(self, s: PolicyInput) -> Plan | None:
-        """Nobody waits: a move by which models that are being used come to fit beside each other, or None."""
-
-    def shallow(self, claims: Iterable[HostClaim], budget: int) -> frozenset[str]:
-        """The models that sleep at level 1 when they must sleep; the others sleep at 2 or stop."""
-
-
-def greedy_fill(claims: Iterable[HostClaim], budget: int) -> frozenset[str]:
-    """Host memory goes to those who save the most waiting per byte: arrival rate times the gain of a shallow sleep."""
-    chosen = set()
-    for claim in sorted(claims, key=lambda c: (-c.rate * c.gain / max(c.host, 1), c.model)):
-        if claim.host <= budget:
-            chosen.add(claim.model)
-            budget -= claim.host
-    return frozenset(chosen)
 
 
 def drain_time(service: float, running: int) -> float:

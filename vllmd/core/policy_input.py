@@ -13,7 +13,6 @@ from vllmd.core.lifecycle import AWAKE
 from vllmd.core.model import INFINITY, Replica
 from vllmd.core.policy import (
     DeviceSupply,
-    HostClaim,
     Knobs,
     Move,
     OffloadOption,
@@ -32,9 +31,18 @@ SOON = 0.001  # a transfer that should have ended by now
 class PolicyInputBuilder:
     """Keeps the views of models that did not change, by device: a look costs what changed since the last one."""
 
-    def __init__(self, engines: EngineTable, swaps: Swaps, fit: Fit, changed: dict[Replica, None]) -> None:
+    def __init__(
+        self,
+        engines: EngineTable,
+        swaps: Swaps,
+        fit: Fit,
+        changed: dict[Replica, None],
+        used: dict[Replica, None],
+    ) -> None:
+        """``changed``, ``used``: those that changed since the last look, or only got or ended requests."""
         self._engines = engines
-        self._changed = changed  # since the last look; most changes need none
+        self._changed = changed
+        self._used = used
         self._fit = fit
         self._swaps = swaps
         self._waiting: dict[Replica, Waiting] = {}
@@ -80,23 +88,27 @@ class PolicyInputBuilder:
                 self._here[index][r] = now
                 self._astir.add(index)
 
-    def look(self, waiting: Iterable[Replica], shallow: frozenset[str]) -> PolicyInput:
-        """Everything as it is now; ``shallow``: who sleeps at level 1 if it must."""
+    def look(self, waiting: Iterable[Replica], deep: frozenset[str]) -> PolicyInput:
+        """Everything as it is now; ``deep``: who does not sleep at level 1."""
         engines = self._engines
         for r in self._changed:
             self._take(r)
+        for r in self._used:
+            if r not in self._changed and (before := self._residents.get(r)):
+                self._house(r, see_resident(engines, r, before.options))
         self._changed.clear()
+        self._used.clear()
         if engines.calibrations != self._calibrations:  # what is expected of engines that were never measured
             self._calibrations = engines.calibrations
             self._waiting.clear()
             self._ends.clear()
             self._stale.update(dict.fromkeys(self._residents))
-        host = (engines.ledger.host_budget - engines.ledger.host_promised, shallow)
+        host = (engines.ledger.host_budget - engines.ledger.host_promised, deep)
         if host != self._host:  # who can sleep at which level depends on it
             self._host = host
             self._stale.update((r, None) for r, resident in self._residents.items() if not resident.asleep)
         for r in self._stale:
-            self._house(r, see_resident(engines, r, shallow))
+            self._house(r, see_resident(engines, r, options(engines, r, deep)))
         self._stale.clear()
         for index in self._astir:
             self._tenants[index] = Tenants.of(self._here[index].values())
@@ -172,7 +184,7 @@ def see_waiting(engines: EngineTable, r: Replica) -> Waiting:
     frozen = len(r.running)
     asked = [r.start_asked] if r.start_asked is not None else []
     any_device = r.devices or tuple(engines.ledger.accounts)
-    return Waiting(
+    here = Waiting(
         model=r.id,
         waiters=r.demand,
         arrived=(r.model.queue.arrived if r.queued else 0.0) + frozen * r.changed + sum(asked),
@@ -187,8 +199,8 @@ def see_waiting(engines: EngineTable, r: Replica) -> Waiting:
         impatient=r.urged or r.model.spec.on_busy == "evict",
         urged=r.urged,
         learnt=r.costs.learnt(wake_kind(r.level if asleep else 0)),
-        move=see_move(engines, r) if asleep else None,
     )
+    return here._replace(move=see_move(engines, r, here)) if asleep else here
 
 
 def waited_since(r: Replica, now: float) -> float:
@@ -197,7 +209,7 @@ def waited_since(r: Replica, now: float) -> float:
     return min([t for t in since if t is not None], default=now)
 
 
-def see_move(engines: EngineTable, r: Replica) -> Move | None:
+def see_move(engines: EngineTable, r: Replica, here: Waiting) -> Move | None:
     """How a sleeper could serve elsewhere; None if it cannot: there is nowhere, or requests are frozen in it."""
     devices = elsewhere(engines, r)
     if not devices:
@@ -205,8 +217,14 @@ def see_move(engines: EngineTable, r: Replica) -> Move | None:
     c, held = r.costs, engines.ledger.held(r)
     stop = OffloadOption(0, min(held.values(), default=0), c.sleep(0), c.wake(0), c.learnt("stop"))
     needs = tuple(r.booking - held.get(index, 0) for index in devices)
-    learnt = c.learnt("stop") + c.learnt("start") if c.learnt("start") else 0.0
-    return Move(stop, stop.takes + stop.back, learnt, min(needs), devices, needs if held.keys() & set(devices) else ())
+    there = here._replace(
+        load=stop.takes + stop.back,
+        learnt=c.learnt("stop") + c.learnt("start") if c.learnt("start") else 0.0,
+        need=min(needs),
+        devices=devices,
+        needs=needs if held.keys() & set(devices) else (),
+    )
+    return Move(stop, there)
 
 
 def elsewhere(engines: EngineTable, r: Replica) -> tuple[int, ...]:
@@ -224,14 +242,14 @@ def device_count(engines: EngineTable, r: Replica) -> int:
     return r.spec.device_count if engines.ledger.accounts else 0
 
 
-def see_resident(engines: EngineTable, r: Replica, shallow: frozenset[str]) -> Resident:
-    """A model that could leave."""
+def see_resident(engines: EngineTable, r: Replica, options: tuple[OffloadOption, ...]) -> Resident:
+    """A model that could leave, by these ways."""
     rate = r.costs.rate
     return Resident(
         model=r.id,
         devices=r.placement.devices,
         asleep=r.state is State.SLEEPING,
-        options=options(engines, r, shallow),
+        options=options,
         since=r.ready_at,
         used=r.used,
         running=len(r.running),
@@ -252,7 +270,7 @@ def see_resident(engines: EngineTable, r: Replica, shallow: frozenset[str]) -> R
     )
 
 
-def options(engines: EngineTable, r: Replica, shallow: frozenset[str]) -> tuple[OffloadOption, ...]:
+def options(engines: EngineTable, r: Replica, deep: frozenset[str]) -> tuple[OffloadOption, ...]:
     """How it can leave its devices, the preferred way first, stopping last."""
     held = min(engines.ledger.held(r).values(), default=0)
     stop = OffloadOption(0, held, r.costs.sleep(0), r.costs.wake(0), r.costs.learnt("stop"))
@@ -260,16 +278,16 @@ def options(engines: EngineTable, r: Replica, shallow: frozenset[str]) -> tuple[
         return (stop,)
     rest = max(0, held - r.footprint.asleep)
     c = r.costs
-    naps = [OffloadOption(n, rest, c.sleep(n), c.wake(n), c.learnt(sleep_kind(n))) for n in levels(engines, r, shallow)]
+    naps = [OffloadOption(n, rest, c.sleep(n), c.wake(n), c.learnt(sleep_kind(n))) for n in levels(engines, r, deep)]
     return (*naps, stop)
 
 
-def levels(engines: EngineTable, r: Replica, shallow: frozenset[str]) -> list[int]:
+def levels(engines: EngineTable, r: Replica, deep: frozenset[str]) -> list[int]:
     """The sleep levels it can use now, the preferred one first."""
     usable = sleep_levels(r)
     if 1 in usable and engines.ledger.host_free_for(r) < r.footprint.host:
         usable -= {1}
-    return sorted(usable, reverse=r.id not in shallow)
+    return sorted(usable, reverse=r.id in deep)
 
 
 def sleep_levels(r: Replica) -> frozenset[int]:
@@ -291,12 +309,20 @@ def remaining(r: Replica, now: float) -> float:
     return max(SOON, ends(r) - now)
 
 
-def host_claims(engines: EngineTable, models: Iterable[Replica]) -> list[HostClaim]:
-    """Who could sleep at level 1, and what it would save."""
-    claims = []
-    for r in models:
+def sleep_deep(engines: EngineTable, replicas: Iterable[Replica], budget: int) -> frozenset[str]:
+    """Those that are not to sleep at level 1: host memory, ``budget`` bytes, goes to those that save most by it.
+
+    That is the arrival rate of hours times the seconds by which a wake from level 1 is shorter, per byte.
+    """
+    claims, deep = [], set()
+    for r in replicas:
         if 1 in r.spec.sleep_levels:
-            deep = r.costs.wake(2 if 2 in r.spec.sleep_levels else 0)
-            gain = max(0.0, deep - r.costs.wake(1))
-            claims.append(HostClaim(r.id, r.footprint.host, gain, r.costs.rate_long.read(engines.now)))
-    return claims
+            gain = max(0.0, r.costs.wake(2 if 2 in r.spec.sleep_levels else 0) - r.costs.wake(1))
+            size = r.footprint.host
+            claims.append((-r.costs.rate_long.read(engines.now) * gain / max(size, 1), r.id, size))
+    for _, name, size in sorted(claims):
+        if size <= budget:
+            budget -= size
+        else:
+            deep.add(name)
+    return frozenset(deep)

@@ -178,6 +178,7 @@ class Scheduler:
             ev.ReplicaProbed: self._health.probed,
             ev.ProbeAsked: self._health.asked,
             ev.MemorySampled: self._engine_events.sampled,
+            ev.StandbysHeld: self._engine_events.standbys,
             ev.DevicesChanged: self._devices.changed,
             ev.DevicesTroubled: self._devices.troubled,
             ev.DeviceDrained: self._devices.drained,
@@ -191,6 +192,7 @@ class Scheduler:
             ev.LeaseTaken: self._operator.lease,
             ev.LeaseReleased: self._operator.release,
             ev.KeptAlive: self._unloading.kept_alive,
+            ev.MachineSlept: self._unloading.slept,
             ev.ModelsChanged: self._operator.changed,
             ev.TimePassed: self._passed,
         }

@@ -65,6 +65,9 @@ class Swaps:
         self._by_target[target] = Swap(target, plan.devices, victims, now + plan.drain, now, plan.why, plan.unasked)
         if target in victims:
             target.moved = now
+        if (victims or self.engines.holder(plan.devices)) and (target.state is not State.SLEEPING or target.level == 2):
+            sleepers = [r for r, option in victims.items() if option.level == 1 and r.level != 1]
+            self.engines.read_ahead(target, sum([r.footprint.host for r in sleepers]))
         for r, option in victims.items():
             self.engines.ask(r, _job(r, target, option, plan, now))
 
@@ -77,6 +80,8 @@ class Swaps:
         """Nobody wants ``target`` any more: victims that have not left yet stay. Returns its victims."""
         swap = self._by_target.pop(target, None)
         back = list(swap.victims) if swap else []
+        if swap:
+            self.engines.stop_read_ahead(target)
         for r in back:
             self.engines.release(r)
         return back
@@ -102,6 +107,7 @@ class Swaps:
                 self.bring(r, swap.devices)
             else:
                 self.engines.record("replan", r, f"after the swap {self._fit.shortage(r, swap.devices)}")
+                self.engines.stop_read_ahead(r)
         return moved
 
     def bring(self, r: Replica, devices: tuple[int, ...]) -> None:

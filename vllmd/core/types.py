@@ -15,6 +15,8 @@ GiB = 1 << 30
 class State(enum.Enum):
     """The life of an engine; ``lifecycle.py`` holds the transition table."""
 
+    __hash__ = object.__hash__  # every event asks whether a state is one of several, and Enum's own is no built-in
+
     STOPPED = "stopped"
     STARTING = "starting"
     READY = "running"
@@ -71,12 +73,16 @@ class Device:
 
 @frozen
 class IdleRules:
-    """When an unused model sleeps and stops. ``None``: never. Ages count from the last request's end."""
+    """When an unused model sleeps and stops. ``None``: never. Ages count from the last request's end.
+
+    ``energy``: joules that its engine may draw unused before it sleeps, whatever its age.
+    """
 
     sleep_after: float | None = 300.0
     level: int = 1
     deepen_after: float | None = 900.0  # level 1 -> 2
     stop_after: float | None = 1800.0
+    energy: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +301,7 @@ class Snapshot:
     host_memory: int
     host_promised: int
     decisions: tuple[Decision, ...]
+    host_standbys: int = 0  # bytes of it that standby engines hold
 
     @property
     def replicas(self) -> list[ReplicaView]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vllmd.core.common import Core
-from vllmd.core.events import KeptAlive
+from vllmd.core.events import KeptAlive, MachineSlept
 from vllmd.core.idle import Rest, rest
 from vllmd.core.lifecycle import Kind, Reason
 from vllmd.core.model import Job, Replica
@@ -97,3 +97,18 @@ class Unloading:
         core = self._core
         claimed = not core.swaps.claims().keys().isdisjoint(r.placement.devices)
         return core.engines.free_to_move(r) and not claimed and core.fit.has_room(r)
+
+    def slept(self, e: MachineSlept) -> None:
+        """4.6: what was unused was so meanwhile, and leases and clients' wishes end by the time of day."""
+        for r in self._core.replicas.values():
+            if r.loaded:
+                r.idle_since -= e.seconds
+        for model in self._core.models.values():
+            wishes = model.keep_alive
+            wishes.until = {client: until - e.seconds for client, until in wishes.until.items()}
+            wishes.let_go -= e.seconds
+            for lease in model.leases.values():
+                lease.deadline -= e.seconds
+            if model.leases or wishes.until or any(r.loaded for r in model.replicas):
+                for r in model.replicas:
+                    self._core.mark_for_review(r)

@@ -41,11 +41,14 @@ def snapshot(core: Core, planner: Planner, now: float, models: Iterable[Model]) 
         host_memory=engines.ledger.host_budget,
         host_promised=engines.ledger.host_promised,
         decisions=tuple(engines.decisions),
+        host_standbys=engines.ledger.standbys,
     )
 
 
 def _device(a: Account) -> DeviceView:
-    return DeviceView(a.device.index, a.device.memory, a.device.reserve, a.promised, a.external, a.wedged, a.drained)
+    return DeviceView(
+        a.device.index, a.device.memory, a.device.reserve, a.promised, a.external, a.wedged, bool(a.drained)
+    )
 
 
 def _model(core: Core, model: Model, now: float, outlook: Ask) -> ModelView:

@@ -105,6 +105,8 @@ async def examine(
     model = _engine_of(noted.get("model", ""), models)
     if "pull" in noted:
         return Found(_stranger(running), None, why="it is a download; the next one goes on where it is")
+    if "standby" in noted:
+        return Found(_stranger(running), None, why="it is a standby; each daemon has its own")
     if model is None:
         return Found(_stranger(running), None, why="its model is no longer configured")
     try:

@@ -28,7 +28,8 @@ class DeviceReadings:
         memory, dispatcher = self._memory, self._dispatcher
         seen = dispatcher.scheduler.activity(dispatcher.now())
         expected = {(view.id, index): view.memory for view in seen.replicas for index in view.devices}
-        sampled = await memory.report(self._engines.processes, expected)
+        idle = {view.id: view.idle for view in seen.replicas if view.idle is not None}
+        sampled = await memory.report(self._engines.processes, expected, idle)
         if sampled is None and memory.readable:  # the driver hangs: nobody knows what others hold
             sampled = events.MemorySampled({}, {}, {device.index: "no answer" for device in memory.inventory})
         if sampled:

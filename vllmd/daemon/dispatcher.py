@@ -24,6 +24,7 @@ from vllmd.core.scheduler import Scheduler
 from vllmd.core.types import Decision
 from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.engine_manager import EngineManager
+from vllmd.daemon.read_ahead import ReadAhead
 from vllmd.errors import InternalError
 from vllmd.systemd.throttle import Throttle
 
@@ -45,12 +46,26 @@ def _refusal(event: events.Event) -> list[commands.Command]:
 
 
 def executors(
-    engine_manager: EngineManager, admission_gate: AdmissionGate, add_replica: Callable[[commands.AddReplica], None]
+    engine_manager: EngineManager,
+    admission_gate: AdmissionGate,
+    add_replica: Callable[[commands.AddReplica], None],
+    read_ahead: ReadAhead,
 ) -> dict[type, Callable[[Any], None]]:
     """Who carries out what; each takes its own command."""
+
+    def start(command: commands.StartEngine) -> None:
+        read_ahead.starting(command)
+        engine_manager.start(command)
+
+    def wake(command: commands.WakeEngine) -> None:
+        read_ahead.starting(command)
+        engine_manager.wake(command)
+
     return {
-        commands.StartEngine: engine_manager.start,
-        commands.WakeEngine: engine_manager.wake,
+        commands.StartEngine: start,
+        commands.WakeEngine: wake,
+        commands.ReadAhead: read_ahead.begin,
+        commands.StopReadAhead: read_ahead.stop,
         commands.SleepEngine: engine_manager.sleep,
         commands.StopEngine: engine_manager.stop,
         commands.ProveFreeze: engine_manager.prove_freeze,

@@ -23,13 +23,14 @@ from vllmd.core.types import Footprint, Placement, Source
 from vllmd.daemon import health
 from vllmd.daemon.boot_clock import moments
 from vllmd.daemon.calls import Look, answers, asked, call, complete, looked_at, next_line, within
-from vllmd.daemon.engine_process import EngineProcess, of
+from vllmd.daemon.engine_process import Anew, EngineProcess, of
 from vllmd.daemon.failure_text import how_it_ended, with_hint, with_last_lines, with_root
 from vllmd.daemon.last_starts import Start, Starts, in_words
 from vllmd.daemon.launch_planner import LaunchPlanner, Paths
 from vllmd.daemon.logfile import LogFile, forget_old_runs, forget_removed_models, path_of
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.sleeps import Sleeps, finish_work
+from vllmd.daemon.standbys import Standbys
 from vllmd.engines.base import Listen, Progress
 from vllmd.engines.estimate import Estimate
 from vllmd.engines.plain import PROBE
@@ -50,6 +51,8 @@ LOG_BACKLOG = 1000  # lines for a reader of the log that does not keep up; the r
 WATCH_FAILURES = 2  # looks at a server that is not ours that must fail before it counts as gone
 SILENCE = 5.0  # seconds that it may leave looks without an answer
 ENDS_KEPT = 256  # of engines that nobody here knows
+# Of one that is made of a standby: so many times as long as its starts usually take, but so many seconds at least.
+PATIENCE, SHORTEST_PATIENCE = 4.0, 120.0
 WHOLE_LOG = 1000  # lines asked for of an engine that has just begun: all of them
 
 Usual = Callable[[str, str], float]  # replica, kind of ``core.costs`` -> the seconds that it usually takes, 0: unknown
@@ -77,6 +80,7 @@ class EngineManager:
         usual: Usual = lambda model, kind: 0.0,
         ended: Callable[[str, str], None] = lambda engine, instance: None,
         starts: Starts | None = None,
+        standbys: Standbys | None = None,
     ) -> None:
         """``on_phase`` is called when a start has come further; ``look`` has the core told what the devices hold.
 
@@ -94,6 +98,8 @@ class EngineManager:
         self._memory = memory
         self._launch_planner = launch_planner
         self._logs = logs
+        self._usual = usual
+        self.standbys = standbys or Standbys(None, launch_planner.standby_of)
         self._sleeps = Sleeps(memory, self.annotate, usual)
         self._tasks: set[asyncio.Task[None]] = set()
         self._unnoted = Repeated(log)
@@ -136,6 +142,9 @@ class EngineManager:
             self._post(events.EngineStartFailed(command.replica, why))
             return
         self.processes[command.replica] = process
+        if order and (standby := self.standbys.take(process.standby, self._launch_planner.needs(process.model))):
+            order = replace(order, standby=standby)
+            process.anew = lambda: self._launch_planner.prepare(command)
         known = self._starts.get(process.name)
         process.first = known is None or known.like != process.like
         work = self._start(process, order) if order else self._reach(process)
@@ -207,7 +216,8 @@ class EngineManager:
             return events.EngineStartFailed(process.name, reason, permanent=getattr(error, "permanent", False))
         process.listen = replace(process.listen, owner=process.running.uid)
         pid, unit = process.running.pid, process.running.unit
-        log.info("%s: started as pid %d in %s", process.name, pid, unit, extra=of(process))
+        made = f", made of {process.running.standby}" if process.running.standby else ""
+        log.info("%s: started as pid %d in %s%s", process.name, pid, unit, made, extra=of(process))
         process.phases.come_to(Progress(first_phase(process.engine.kind)))
         self._watch_health(process)
         await self.follow(process)
@@ -253,7 +263,7 @@ class EngineManager:
 
     async def await_ready(self, process: EngineProcess) -> events.Event:
         """The rest of a start, from whenever it is taken up: ready, dead or out of time."""
-        limit = process.model.start_timeout
+        limit = self._longest_start(process)
         ready = asyncio.ensure_future(self._probe_until_ready(process))
         gone = asyncio.ensure_future(process.exited.wait())
         clock = asyncio.ensure_future(self._start_limit(process))
@@ -279,6 +289,8 @@ class EngineManager:
         process.ready_after, spent = time.monotonic() - process.started, process.phases.end()
         process.phases.now = READY
         self._starts.note(process.name, Start(process.ready_after, spent, process.like))
+        if process.running and process.running.standby and process.standby:
+            self.standbys.came_to(process.standby, good=True)
         if not process.file:
             with contextlib.suppress(LauncherFailed):
                 await self._launcher.unfollow(process.instance)
@@ -294,6 +306,9 @@ class EngineManager:
     async def _start_failed(self, process: EngineProcess, what: str) -> events.Event:
         lines = process.all_lines()
         failure = process.engine.failure(lines)
+        if process.anew and process.running and process.running.standby and not failure.memory:
+            log.warning("%s: made of a standby, it failed: %s", process.name, failure.reason, extra=of(process))
+            return await self._start_anew(process, process.anew)
         if process.phase.detail and "phase" not in what:
             what = f"{what} in its phase {process.phase.phase!r}"
         reason = with_last_lines(with_root(what, failure) if lines else what, lines, failure.reason)
@@ -308,6 +323,30 @@ class EngineManager:
             permanent=failure.permanent,
         )
 
+    def _longest_start(self, process: EngineProcess) -> float:
+        """Seconds. One that is made of a standby, and so could be started anew, is not waited for as long as others."""
+        longest, usual = process.model.start_timeout, self._usual(process.name, "start")
+        made = process.running and process.running.standby
+        return min(longest, max(SHORTEST_PATIENCE, PATIENCE * usual)) if made and usual else longest
+
+    async def _start_anew(self, process: EngineProcess, anew: Anew) -> events.Event:
+        """What it was made of may be at fault: the same start, as if there were no standbys."""
+        if process.standby:
+            self.standbys.came_to(process.standby, good=False)
+        self._part_with(process)
+        try:
+            fresh, order = anew()
+        except VllmdError as error:
+            fresh, order, why = process, None, error.message
+        if order is None:
+            self._forget(process)
+            return events.EngineStartFailed(process.name, why)
+        process.become(fresh)
+        event = await self._start(process, order)
+        if isinstance(event, events.EngineStartFailed) and process.standby:
+            self.standbys.came_to(process.standby, good=True)  # it was not the standby's fault
+        return event
+
     async def _probe_until_ready(self, process: EngineProcess) -> None:
         probe = process.engine.ready(process.model)
         # Another process gets ready: no event of ours could tell when.
@@ -316,9 +355,9 @@ class EngineManager:
 
     async def _start_limit(self, process: EngineProcess) -> None:
         """Sleep for the start's time limit; a download's time does not count."""
-        spent, then = 0.0, time.monotonic()
-        while spent < process.model.start_timeout:
-            await asyncio.sleep(min(1.0, process.model.start_timeout - spent))
+        spent, then, limit = 0.0, time.monotonic(), self._longest_start(process)
+        while spent < limit:
+            await asyncio.sleep(min(1.0, limit - spent))
             now = time.monotonic()
             spent += 0.0 if process.phase.phase == "download" else now - then
             then = now
@@ -428,6 +467,8 @@ class EngineManager:
 
     def on_exit(self, report: ExitReport) -> None:
         """An engine's whole cgroup is empty."""
+        if self.standbys.ended(report):
+            return
         process = self._by_instance(report.instance)
         if process is None:
             self._ended[report.instance] = report
@@ -604,6 +645,10 @@ class EngineManager:
     def _forget(self, process: EngineProcess) -> None:
         if self.processes.get(process.name) is process:
             del self.processes[process.name]
+        self._part_with(process)
+
+    def _part_with(self, process: EngineProcess) -> None:
+        """What a process that is gone leaves: its port, its watcher, its file."""
         self._launch_planner.release(process)
         if process.running:
             self._told_ended(process.name, process.instance)

@@ -8,7 +8,7 @@ import json
 import signal
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any
@@ -20,13 +20,15 @@ from vllmd.daemon.failure_text import how_it_ended, with_last_lines
 from vllmd.daemon.logfile import LogFile
 from vllmd.engines import environments
 from vllmd.engines.base import Engine, Listen, Progress
+from vllmd.engines.standby import Standby
 from vllmd.engines.start_phases import StartPhases
 from vllmd.errors import ConfigError
-from vllmd.launcher.client import ExitReport, Running
+from vllmd.launcher.client import ExitReport, Running, StartOrder
 
 LOG_LINES = 1000  # kept of a start: each of several worker processes tells its own traceback of the one root error
 LINES_AFTERWARDS = 50
 ERRORS = 3  # answers with 5xx in a row, after which an engine is in doubt
+Anew = Callable[[], "tuple[EngineProcess, StartOrder | None]"]
 
 
 @dataclass
@@ -74,6 +76,8 @@ class EngineProcess:
     self_managed: bool = False
     watch: float = 0.0  # Launch.watch
     environment: str | None = None  # that it was started in; "": it has none; None: an older version noted nothing
+    standby: Standby | None = None  # what a standby has to be to become it
+    anew: Anew | None = None  # writes its order once more, should the standby that it is made of be at fault
     first: bool = False  # no start of such an engine is known that came through
     ending: bool = False  # it was told to go
     asleep: bool = False
@@ -102,6 +106,14 @@ class EngineProcess:
     def name(self) -> str:
         """The id of its replica; it changes when the model gets replicas, or loses them: ask when you need it."""
         return self.model.name
+
+    def become(self, other: EngineProcess) -> None:
+        """Be that attempt instead, the one before being gone. The time that it took counts in this start."""
+        for name in ("model", "instance", "listen", "fingerprint", "environment", "stop", "stop_signal"):
+            setattr(self, name, getattr(other, name))
+        self.running = self.ordered = self.report = self.watcher = self.file = self.anew = None
+        self.exited, self.health, self.ending, self.verdict = asyncio.Event(), Health(), False, ""
+        self.lines.clear()
 
     def reason(self) -> str:
         """Why it is gone, with its last words where they are at hand."""

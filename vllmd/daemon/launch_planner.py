@@ -20,7 +20,8 @@ from vllmd.daemon.memory import Memory
 from vllmd.daemon.ports import PortPool
 from vllmd.engines.base import Engine, Launch, Listen, Place
 from vllmd.engines.estimate import Estimate
-from vllmd.errors import ConfigError
+from vllmd.engines.standby import CanStandBy, Standby, early
+from vllmd.errors import ConfigError, VllmdError
 from vllmd.gpu import environment
 from vllmd.launcher.client import StartOrder
 from vllmd.launcher.protocol import ProtocolError
@@ -95,6 +96,7 @@ class LaunchPlanner:
         process = EngineProcess(model, engine, instance, launch.listen, command.placement, fingerprint(model))
         process.stop, process.stop_signal, process.self_managed = launch.stop, launch.stop_signal, launch.self_managed
         process.watch, process.environment = launch.watch, environment_now(model)
+        process.standby = self._standby(model, engine, launch)
         try:
             return process, self._order(process, launch, run_dir) if launch.argv else None
         except ProtocolError as error:
@@ -119,6 +121,44 @@ class LaunchPlanner:
             key=self.keys.of(run_dir.name),
         )
 
+    def standby_of(self, model: ModelConfig) -> Standby | None:
+        """What a standby has to be for the model's engine, were it started now; None where there can be none."""
+        engine = self._engine_of(model)
+        if not isinstance(engine, CanStandBy):
+            return None
+        devices = self._memory.inventory[: engine.device_count(model)]
+        here = self._cpus(model, devices)
+        place = Place(
+            run_dir=self._paths.run / instance_name(model.name),
+            device_ids=tuple(device.id for device in devices),
+            port=1,
+            hub=self._paths.homes.hub(model),
+            visible=environment(devices),
+            cpus=here.count if here.count < here.machine else 0,
+            quota=here.quota is not None and here.count < here.machine,
+        )
+        try:
+            return self._standby(model, engine, engine.launch(model, place))
+        except VllmdError:  # its start will say
+            return None
+
+    def _standby(self, model: ModelConfig, engine: Engine, launch: Launch) -> Standby | None:
+        """None also for a user of its own: a standby is the shared user's. What a device can do is read at import."""
+        alike = len({device.name for device in self._memory.inventory}) <= 1
+        special = model.user or launch.cwd or launch.stop or not launch.argv
+        if special or not alike or not isinstance(engine, CanStandBy):
+            return None
+        found = engine.standby(model, launch)
+        return found and replace(found, env=early(self._variables(model, launch), found.late))
+
+    def _variables(self, model: ModelConfig, launch: Launch) -> dict[str, str]:
+        return {**self._paths.homes.variables(model), **launch.env, **model.env}
+
+    def needs(self, model: ModelConfig) -> int:
+        """Bytes of host memory that its engine is expected to take."""
+        told = self._estimates.get(model.name)
+        return told.host_running if told else 0
+
     def _cpus(self, model: ModelConfig, devices: Sequence[Device]) -> Cpus:
         here = cpus().within(model.limits.cpu_quota)
         near = near_cpus(model, devices)
@@ -130,7 +170,7 @@ class LaunchPlanner:
         return StartOrder(
             instance=process.instance,
             argv=launch.argv,
-            env={**self._paths.homes.variables(process.model), **launch.env, **process.model.env},
+            env=self._variables(process.model, launch),
             user=ordered_user(process.model),
             cwd=launch.cwd,
             run_dir=str(run_dir),

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from vllmd.api.answers import DeviceNow
 from vllmd.core import events
 from vllmd.core.types import Device, DeviceView, Placement
-from vllmd.daemon.power import Power
+from vllmd.daemon.power import NOBODY, Power
 from vllmd.gpu import Devices, Sample, attribute, in_thread, pids_of
 
 if TYPE_CHECKING:
@@ -136,18 +136,24 @@ class Memory:
             self._silent = why
 
     async def report(
-        self, processes: Mapping[str, EngineProcess], expected: Mapping[tuple[str, int], int]
+        self,
+        processes: Mapping[str, EngineProcess],
+        expected: Mapping[tuple[str, int], int],
+        idle: Mapping[str, float] = NOBODY,
     ) -> events.MemorySampled | None:
-        """A sample as the event that the core wants; ``expected``: what the ledger has each model at."""
+        """A sample as the event that the core wants.
+
+        ``expected``: what the ledger has each model at. ``idle``: seconds that each engine has been unused.
+        """
         sample = await self.sample()
         if sample is None:
             return None
         external, models = attribute(sample, {name: _pids(process) for name, process in processes.items()}, expected)
-        self.power.note(sample, models)
+        self.power.note(sample, models, idle)
         for (name, index), size in models.items():
             if name in processes and processes[name].self_managed:  # what it does not hold now it may take any time
                 models[name, index] = max(size, expected.get((name, index), 0))
-        return events.MemorySampled(external, models, dict(sample.failed))
+        return events.MemorySampled(external, models, dict(sample.failed), dict(self.power.since_used))
 
     async def held(self, process: EngineProcess) -> dict[int, int]:
         """Bytes per device index that the engine's processes hold now; empty if it cannot be known.

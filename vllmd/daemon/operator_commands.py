@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from vllmd.api.answers import Device, Killed, Probed, Reloaded
+from vllmd.api.answers import Device, Killed, Probed, Reloaded, Suspended
 from vllmd.core import events
 from vllmd.daemon.current import Later
 from vllmd.daemon.disabled import Disabled
@@ -14,6 +14,7 @@ from vllmd.daemon.probing import probe
 from vllmd.daemon.processes import kill
 from vllmd.daemon.serializers import UNLOADED
 from vllmd.daemon.serializers import device as device_of
+from vllmd.daemon.suspension import Suspension
 from vllmd.errors import Conflict, NotFound
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class OperatorCommands:
         self._back = back
         self._disabled = disabled
         self._engines_of = engines_of
+        self._suspension = Suspension()
 
     async def post(self, event: str, fields: Mapping[str, object]) -> None:
         """Have the core decide on an event of ``vllmd.core.events`` of that name. Raises InternalError."""
@@ -89,6 +91,11 @@ class OperatorCommands:
         """End the engine that has the process; with ``force`` any process on a GPU."""
         back = await self._back.wait()
         return Killed(pid, message=await kill(pid, back.engines, back.memory, force=force))
+
+    async def suspend(self, suspended: bool) -> Suspended:
+        """Have engines leave the devices before the machine sleeps, or give the devices back."""
+        back = await self._back.wait()
+        return await (self._suspension.begin(back) if suspended else self._suspension.end(back))
 
     async def drain(self, device: int, drained: bool) -> Device:
         """Take a device out of use, or give it back; how it is then. Raises NotFound."""

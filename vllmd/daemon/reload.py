@@ -57,6 +57,7 @@ async def take(front: FrontEnd, back: BackEnd, read: Config, unless_used: frozen
         front.accept(config)
         back.engines.relocate(expected.paths, config.engines.port_start, config.engines.port_end)
         back.engines.configure(engines, expected.estimates)
+        back.engines.standbys.configure(config.engines.standby, engines.values())
         front.gate.learn_kinds(expected.kinds)
         if devices:
             old = back.memory.devices

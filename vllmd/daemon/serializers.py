@@ -107,10 +107,12 @@ def line(
     since: float | None = None,
     last_start: Start | None = None,
     power: float | None = None,
+    unused: float | None = None,
     replica_of: str = "",
     replicas: tuple[ModelLine, ...] = (),
 ) -> ModelLine:
-    """A model, or a replica of one, for ``vllmctl``. ``power``: watts of its share of its devices.
+    """A model, or a replica of one, for ``vllmctl``. ``power``: watts of its share of its devices;
+    ``unused``: the joules of that since its last request.
 
     ``since``: seconds in its state, where the core does not know. ``process``: its engine, of a model with
     ``replicas`` that of the one which is as the model is.
@@ -145,6 +147,7 @@ def line(
         last_start_seconds=last_start.seconds if last_start else None,
         start_phases=_phases(process if starting else None, last_start),
         power=power,
+        unused_energy=unused,
         started_at=time.time() - (time.monotonic() - process.started) if process else None,
         config=config,
         replica_of=replica_of,

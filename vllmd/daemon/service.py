@@ -26,6 +26,7 @@ from vllmd.daemon.failures import failed
 from vllmd.daemon.front_end import SHUTTING_DOWN, front_end
 from vllmd.daemon.idle_exit import IdleExit
 from vllmd.daemon.names import FIRST_MODEL
+from vllmd.daemon.suspension import SleptTime
 from vllmd.errors import ConfigError, Unavailable
 from vllmd.systemd.notify import Notifier
 
@@ -80,6 +81,7 @@ class Daemon:
         self._stopping, self._hurry = asyncio.Event(), asyncio.Event()
         self._idle_exit = IdleExit(time.monotonic())
         self._said = ""  # the status that systemd was told last
+        self._slept = SleptTime()
 
     # -- a life ----------------------------------------------------------------------------
 
@@ -169,6 +171,9 @@ class Daemon:
             if self._may_exit(seen):
                 log.info("nothing is loaded and nobody is connected: exiting until the next connection")
                 self.stop()
+            if back and seen:
+                self._count_sleep(back)
+                self._tend_standbys(back, seen)
             now = time.monotonic()
             if back and seen and (news := failed(seen)) != bad:  # kept at once, whatever becomes of us
                 if bad is not None:
@@ -180,6 +185,20 @@ class Daemon:
                 self.side_task(self._sample(back, keep=keep))
             idle_exit = self.front.current.config.server.idle_exit
             await asyncio.sleep(min(STATUS_INTERVAL, max(idle_exit or 0.0, SHORTEST_TICK)))
+
+    def _tend_standbys(self, back: BackEnd, seen: Snapshot) -> None:
+        """They are begun when nothing starts and nobody waits, and given up where models are promised their memory."""
+        processes = back.engines.processes
+        busy = any(process.ready_after is None or process.task for process in processes.values())
+        busy = busy or any(view.waiting_for for view in seen.replicas)
+        over = seen.host_promised + seen.host_standbys - seen.host_memory if seen.host_standbys else 0
+        back.engines.standbys.look(busy=busy, running=processes, over=over)
+
+    def _count_sleep(self, back: BackEnd) -> None:
+        """The clock by which everything is measured stood still while the machine slept."""
+        if seconds := self._slept.passed():
+            log.info("the machine has slept for %.0f s", seconds)
+            back.post(events.MachineSlept(seconds))
 
     async def _sample(self, back: BackEnd, *, keep: bool) -> None:
         """A side task: neither a stuck driver nor a stuck launcher may hold up the watchdog.

@@ -25,12 +25,15 @@ from vllmd.daemon.device_watch import DeviceWatch
 from vllmd.daemon.dispatcher import Dispatcher, executors
 from vllmd.daemon.engine_keys import EngineKeys
 from vllmd.daemon.engine_manager import EngineManager
-from vllmd.daemon.expectations import expect, files_of, opener, settings_of
+from vllmd.daemon.expectations import expect, files_of, opener, paths_of, settings_of
 from vllmd.daemon.failures import remembered
 from vllmd.daemon.front_end import FrontEnd
 from vllmd.daemon.launch_planner import LaunchPlanner
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.ports import PortPool
+from vllmd.daemon.read_ahead import ReadAhead
+from vllmd.daemon.standbys import Standbys
+from vllmd.engines.weight_files import WeightFile, weight_files
 from vllmd.errors import LauncherFailed
 from vllmd.gpu import Devices
 from vllmd.launcher.client import ExitReport, LauncherClient
@@ -77,7 +80,12 @@ async def back_end(front: FrontEnd) -> BackEnd:
 
     # 4. The engines, and the dispatcher between them and the core.
     def report(event: events.Event) -> None:
+        ahead.heard(event)
         front.changes.engine_event(event, dispatcher)
+
+    def files_to_read(replica: str) -> list[WeightFile]:
+        model = front.current.engines.get(replica)
+        return weight_files(model, paths_of(front.current.config, runtime).homes.hub(model)) if model else []
 
     async def look() -> None:
         await readings.look()
@@ -85,11 +93,15 @@ async def back_end(front: FrontEnd) -> BackEnd:
     ports = PortPool(config.engines.port_start, config.engines.port_end)
     planner = LaunchPlanner(memory, expected.paths, front.resolver, ports, EngineKeys(runtime.cache))
     stir, usual = front.changes.stir, scheduler.costs.usual
+    standbys = Standbys(launcher, planner.standby_of, lambda size: report(events.StandbysHeld(size)))
+    launcher.on_waiting = standbys.waits
     engines = EngineManager(
-        launcher, report, memory, planner, runtime.logs, stir, look, usual, learnt.ended, learnt.starts
+        launcher, report, memory, planner, runtime.logs, stir, look, usual, learnt.ended, learnt.starts, standbys
     )
     engines.configure(expected.engines, expected.estimates)
-    execute = executors(engines, front.gate, front.instances.add)
+    ahead = ReadAhead(files_to_read, lambda: front.current.config.engines.read_ahead)
+    standbys.configure(config.engines.standby, expected.engines.values())
+    execute = executors(engines, front.gate, front.instances.add, ahead)
     dispatcher = Dispatcher(scheduler, execute, front.changes.decided, stir)
     readings = DeviceReadings(memory, engines, dispatcher)
     back = BackEnd(launched_by, launcher, dispatcher, engines, memory, devices, readings, learnt)

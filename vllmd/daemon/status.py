@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from vllmd.daemon.back_end import BackEnd
     from vllmd.daemon.engine_process import EngineProcess
     from vllmd.daemon.last_starts import Start
+    from vllmd.daemon.standbys import Kept
 
 AT_A_TIME = 100  # models that are told of in one turn of the loop
 SCRAPE_LIMIT = 5.0  # seconds for an engine to tell its metrics
@@ -74,9 +75,16 @@ def status(seen: Sight, started: float) -> answers.Status:
         source=memory.source,
         trouble=memory.trouble,
         devices=tuple(memory.about(device) for device in snapshot.devices),
-        host_memory=answers.HostMemory(snapshot.host_memory, snapshot.host_promised),
+        host_memory=answers.HostMemory(snapshot.host_memory, snapshot.host_promised, snapshot.host_standbys or None),
+        standbys=tuple(map(standby_line, seen.back.engines.standbys.kept.values())) or None,
         models=tuple([model_line(seen, view) for view in snapshot.models]),
     )
+
+
+def standby_line(one: Kept) -> answers.StandbyLine:
+    """A standby as operators are shown it."""
+    state = "waiting" if one.ready else "importing"
+    return answers.StandbyLine(one.instance, one.standby.program, state, one.memory)
 
 
 def model_line(seen: Sight, view: ModelView) -> ModelLine:
@@ -110,6 +118,7 @@ def _line(
         since=since,
         last_start=seen.back.learnt.starts.get(engine),
         power=seen.back.memory.power.watts.get(engine),
+        unused=seen.back.memory.power.since_used.get(engine),
         replica_of=replica_of,
         replicas=replicas,
     )
@@ -133,7 +142,7 @@ def of_caller(status: answers.Status, caller: Caller) -> answers.Status:
     lines = [line for line in status.models if caller.may_use(line.name)]
     own = tuple(replace(line, waiting_for=line.waiting_for and "room") for line in lines)  # it names who holds it
     error = status.configuration.error and "invalid"
-    return replace(status, models=own, configuration=replace(status.configuration, error=error))
+    return replace(status, standbys=None, models=own, configuration=replace(status.configuration, error=error))
 
 
 def concerns(decision: core.Decision, names: Set[str]) -> bool:
@@ -270,6 +279,7 @@ class Status:
             throttled={index: bool(device.throttled) for index, device in devices.items()},
             model_power=self._by_model(memory.power.watts),
             model_energy=self._by_model(memory.power.joules),
+            unused_energy=self._by_model(memory.power.unused_joules),
         )
 
     def _by_model(self, values: Mapping[str, float]) -> dict[str, float]:

@@ -57,6 +57,21 @@ def weights_of(path: Path, tag: str = "", root: Path | None = None) -> Weights:
     return Weights(other.sizes, other.how, found.notes + other.notes)
 
 
+def weight_names(path: Path, tag: str = "", root: Path | None = None) -> list[str]:
+    """The names of the weight files in a folder, or of a file's folder. Raises OSError, Unreadable.
+
+    ``root``: out of which no link may lead.
+    """
+    if path.is_file():
+        return _parts(Folder(path.parent, root), path.name)
+    folder = Folder(path, root)
+    names = folder.names()
+    found = list(_index(folder, names, ".safetensors.index.json").names or _loose(names))
+    if not found and (there := ggufs(folder, names)):
+        found = _gguf_files(folder, there, tag)
+    return found or list(_index(folder, names, ".bin.index.json").names) or _pytorch_files(names)
+
+
 def gguf_file(path: Path, tag: str = "", root: Path | None = None) -> Path | None:
     """The GGUF file (the first of a split one) that ``path`` means. Raises OSError, Unreadable."""
     if path.is_file():
@@ -198,9 +213,22 @@ def _pytorch(folder: Folder, names: Sequence[str]) -> Weights:
     index = _index(folder, names, ".bin.index.json")
     if index.total:
         return Weights({"": index.total}, f"total_size of {shown(index.file)}", index.notes)
-    found = [name for name in names if re.fullmatch(r"pytorch_model.*\.bin", name)]
-    found = found or [name for name in names if re.fullmatch(r"consolidated.*\.pth", name)]
+    found = _pytorch_files(names)
     return _sane(Weights({"": _sum(folder, found)}, f"size of {len(found)} PyTorch files", index.notes))
+
+
+def _parts(folder: Folder, name: str) -> list[str]:
+    """A file, or all parts of the split GGUF of which it is one."""
+    stem = _SPLIT.sub("", name.removesuffix(".gguf"))
+    if not name.endswith(".gguf") or stem == name.removesuffix(".gguf"):
+        return [name]
+    return [other for other in folder.names() if _SPLIT.sub("", other.removesuffix(".gguf")) == stem]
+
+
+def _pytorch_files(names: Sequence[str]) -> list[str]:
+    """PyTorch's files without an index."""
+    found = [name for name in names if re.fullmatch(r"pytorch_model.*\.bin", name)]
+    return found or [name for name in names if re.fullmatch(r"consolidated.*\.pth", name)]
 
 
 def _gguf_files(folder: Folder, names: Sequence[str], tag: str) -> list[str]:

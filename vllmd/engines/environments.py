@@ -34,6 +34,7 @@ CURRENT = "current"
 PATH = "/usr/local/bin:/usr/bin:/bin"
 # The kinds that have environments, each with the program that is looked for in PATH before; "": none is.
 PROGRAMS: dict[str, str] = {"vllm": "vllm", "llama.cpp": "llama-server", "sglang": "", "transformers": "transformers"}
+_PYTHON = re.compile(r"#!\s*(/\S*/python[\d.]*)\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,16 @@ def in_path(model: ModelConfig, name: str) -> str | None:
     import shutil  # and what it brings, archives of three kinds
 
     return shutil.which(name, path=str(model.env.get("PATH") or os.environ.get("PATH") or PATH))
+
+
+def interpreter_of(script: str | None) -> str:
+    """The Python that a script's first line names; "" for any other program."""
+    try:
+        with open(script or "", "rb") as file:
+            found = _PYTHON.match(file.readline(300).decode(errors="replace"))
+    except OSError:
+        return ""
+    return found[1] if found else ""
 
 
 def _folders(kind: Path) -> list[Path]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import pwd
-import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,7 +31,6 @@ _HAS_MODULE = (
     "import importlib.util, sys; name = sys.argv[1]; "
     "sys.exit(0 if importlib.util.find_spec(name) else f'No module named {name!r} ({sys.executable})')"
 )
-_PYTHON = re.compile(r"#!\s*(/\S*/python[\d.]*)\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,18 +106,8 @@ def _proof(kind: str, argv: Sequence[str], path: str) -> Iterator[str]:
         yield from (argv[0], "--version")
     elif program.startswith("python") and module:
         yield from (argv[0], "-c", _HAS_MODULE, module)
-    elif module and (interpreter := _interpreter(shutil.which(argv[0], path=path))):
+    elif module and (interpreter := environments.interpreter_of(shutil.which(argv[0], path=path))):
         yield from (interpreter, "-c", _HAS_MODULE, module)
-
-
-def _interpreter(script: str | None) -> str:
-    """The Python that a script's first line names; "" for any other program."""
-    try:
-        with open(script or "", "rb") as file:
-            found = _PYTHON.match(file.readline(300).decode(errors="replace"))
-    except OSError:
-        return ""
-    return found[1] if found else ""
 
 
 def _look(program: Program) -> str:

@@ -38,7 +38,7 @@ FLAGS = (
     "fail_file",
 )
 LISTS = ("device_file", "cuda")
-SWITCHES = ("quiet", "enable_request_id_headers")
+SWITCHES = ("quiet", "read_weights", "enable_request_id_headers")
 
 
 class Sim(Vllm):

@@ -37,6 +37,7 @@ from vllmd.engines import adapters, environments, ray_cluster, vllm_cpu, vllm_lo
 from vllmd.engines.base import Adapter, Call, Failure, Launch, Listen, Place, Progress
 from vllmd.engines.options import choice, size, unknown
 from vllmd.engines.plain import PROBE, Plain, environment
+from vllmd.engines.standby import Standby
 from vllmd.engines.vllm_cpu import has_accelerator
 from vllmd.errors import ConfigError
 
@@ -196,6 +197,12 @@ class Vllm(Plain):
             Call("POST", "/wake_up?tags=kv_cache", timeout=_WAKE_TIMEOUT),
             Call("POST", "/reset_prefix_cache", timeout=30.0, optional=True),
         )
+
+    def standby(self, model: ModelConfig, launch: Launch) -> Standby | None:
+        """See ``vllm_standby``; none for a cluster, which is started by another program."""
+        from vllmd.engines import vllm_standby  # not before the first start
+
+        return vllm_standby.standby(model, launch, accelerator=self._accelerator())
 
     def asleep(self) -> Call | None:
         """``/is_sleeping``: at which level, it does not tell."""

@@ -5,6 +5,7 @@ To read in this order::
     protocol   the messages, checked
     service    who may connect, what each message does
     engines    the life of an engine, from the order to the report of its end
+    handover   ... one that is made of a standby, whose imports are done
     spawn      the child: drop privileges, wait at the gate, execute
     backend    what a way of running engines offers
     scopes     ... with systemd

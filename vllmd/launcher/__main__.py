@@ -129,7 +129,9 @@ def _run_with_systemd(options: argparse.Namespace, users: Users) -> None:
     notifier, loop = Notifier(), Loop()
     backend = Scopes(loop, user=options.user_bus, stop_requested=lambda instance: supervisor.stop_requested(instance))
     service = Service(loop, backend, allowed_uids(options.client_user), options.idle_exit)
-    supervisor = service.supervisor = Supervisor(loop, backend, users, service.report, _roots(options))
+    supervisor = service.supervisor = Supervisor(
+        loop, backend, users, service.report, _roots(options), service.standby_waits
+    )
     loop.on_signals(dict.fromkeys((signal.SIGTERM, signal.SIGINT), loop.stop))
     supervisor.adopt()
     for listener in listeners:
@@ -145,7 +147,9 @@ def _run_privately(options: argparse.Namespace, users: Users) -> None:
     loop = Loop()
     backend = Sessions(loop, token=options.session or str(os.getpid()), use_cgroups=not options.no_cgroups)
     service = Service(loop, backend, ())
-    supervisor = service.supervisor = Supervisor(loop, backend, users, service.report, options.run_root)
+    supervisor = service.supervisor = Supervisor(
+        loop, backend, users, service.report, options.run_root, service.standby_waits
+    )
     finish = _finisher(loop, supervisor)
     loop.on_signals({signal.SIGTERM: finish, signal.SIGINT: lambda: None, signal.SIGCHLD: backend.reap_orphans})
     service.serve(socket.socket(fileno=options.fd), finish)

@@ -50,6 +50,7 @@ from vllmd.launcher.protocol import (
     StartOrder,
     Tail,
     Unfollow,
+    Waiting,
 )
 
 __all__ = ["ExitReport", "LauncherClient", "LauncherFailed", "LauncherInfo", "Running", "StartOrder"]
@@ -63,6 +64,7 @@ R = TypeVar("R", bound=Reply)
 OnExit = Callable[[ExitReport], None]
 OnLog = Callable[[str, list[str]], None]
 OnLost = Callable[[], None]
+OnWaiting = Callable[[str, int], None]
 
 
 class LauncherFailed(LauncherError):
@@ -82,6 +84,7 @@ class LauncherClient:
     """Made by ``connect`` or ``spawn_private``. All callbacks are called in the event loop, and must be quick."""
 
     def __init__(self, dial: Callable[[], socket.socket], on_exit: OnExit, on_log: OnLog, on_lost: OnLost) -> None:
+        self.on_waiting: OnWaiting = lambda instance, memory: None  # told of each standby that can be used
         self._dial = dial
         self._reap: Callable[[], None] | None = None
         self._on_exit, self._on_log, self._on_lost = on_exit, on_log, on_lost
@@ -314,6 +317,8 @@ class LauncherClient:
             case Logged(instance, lines):
                 if instance in self._followed:
                     self._on_log(instance, list(lines))
+            case Waiting(instance, memory):
+                self.on_waiting(instance, memory)
             case _:
                 self._answered(id, message)
 

@@ -15,6 +15,10 @@ Nothing is let through the gate unless the job's result was `done`, and unless
 what the next launcher has to know (the main process, the user, the run directory)
 is written on the control group, where only root writes.
 
+An order may name a standby, a process that has the engine's modules imported already
+(``handover``): then that process is what is placed, and it takes the order in the
+place of executing the command. Should that fail, the same order begins anew without it.
+
 We may be root, so what an engine is acted on by is checked each time anew: the
 run directory lies beneath one of ``roots`` and is tidied by the engine's user
 only (an engine whose user is not known is not tidied), and a main process found
@@ -34,8 +38,9 @@ from dataclasses import dataclass, field
 
 from vllmd.launcher.backend import Backend, Group, Placed
 from vllmd.launcher.cgroup import cgroup_of
+from vllmd.launcher.handover import LIMIT, READY, TAKEN, HandOver, Link, refusal, without_standby
 from vllmd.launcher.loop import Loop, Timer
-from vllmd.launcher.process import Ending, Process
+from vllmd.launcher.process import Ending, Process, memory_of
 from vllmd.launcher.protocol import (
     ExitReport,
     Failed,
@@ -48,7 +53,19 @@ from vllmd.launcher.protocol import (
     is_beneath,
     unit_of,
 )
-from vllmd.launcher.spawn import AGAIN, Child, User, Users, read_failure, spawn, sweep, tidy, unused
+from vllmd.launcher.spawn import (
+    AGAIN,
+    Child,
+    User,
+    Users,
+    environment,
+    prepare,
+    read_failure,
+    spawn,
+    sweep,
+    tidy,
+    unused,
+)
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +96,8 @@ class Phase(enum.Enum):
 class Engine:
     """What the launcher knows of one engine.
 
-    ``answer`` is owed to the client that ordered the engine, until it runs or is gone.
+    ``answer`` is owed to the client that ordered the engine, until it runs or is gone. ``link``: it is a standby.
+    ``handover``: it is being made of one.
     """
 
     instance: str
@@ -98,6 +116,9 @@ class Engine:
     told: bool = False  # its end has been reported; only systemd has not forgotten the unit yet
     successor: tuple[StartOrder, Answer] | None = None  # ordered meanwhile under the same name
     timer: Timer | None = None
+    link: Link | None = None
+    handover: HandOver | None = None
+    standby: str = ""  # the one that it was made of
 
     def running(self) -> Running:
         """The engine as the daemon is told of it."""
@@ -110,13 +131,15 @@ class Engine:
             dict(self.metadata),
             self.phase is Phase.ENDING,
             self.user.uid if self.user else -1,
+            self.standby,
         )
 
 
 class Supervisor:
     """Owns the engines. ``report`` is called once for every one that had run and is gone.
 
-    ``roots``: the directories beneath which run directories may lie; none: anywhere.
+    ``roots``: the directories beneath which run directories may lie; none: anywhere. ``waiting`` is called when a
+    standby has come so far that an engine can be made of it, with the bytes that it holds.
     """
 
     def __init__(
@@ -126,7 +149,9 @@ class Supervisor:
         users: Users,
         report: Callable[[ExitReport], None],
         roots: Sequence[str] = (),
+        waiting: Callable[[str, int], None] = lambda instance, memory: None,
     ) -> None:
+        self._waiting = waiting
         self._loop = loop
         self._backend = backend
         self._users = users
@@ -153,12 +178,20 @@ class Supervisor:
         try:
             user = self._users.ordered(order.user)
             self._check_place(order)
-            child = self._spawn(order, user)
+            standby = self._engines.get(order.standby)
+            if standby and standby.link and standby.link.ready and standby.user == user:
+                return self._take(order, user, standby, answer)
+            if standby and standby.link:  # it was given away for this, and is nobody's any more
+                self.kill(order.standby)
+            link = Link() if order.waits else None
+            child = self._spawn(order, user, link)
         except ValueError as error:
             return answer(Failed(str(error), permanent=True))
         except OSError as error:
             return answer(Failed(f"cannot start a process: {error.strerror}"))
-        engine = Engine(order.instance, Phase.PLACING, child.process, child=child, answer=answer)
+        engine = Engine(order.instance, Phase.PLACING, child.process, child=child, answer=answer, link=link)
+        if link:
+            self._loop.watch(link.fd, lambda: self._standby_spoke(engine))
         engine.metadata.update(order.metadata)
         engine.run_dir, engine.user = order.run_dir, user
         self._engines[order.instance] = engine
@@ -194,6 +227,13 @@ class Supervisor:
         """Send SIGKILL to every process of the engine. Raises KeyError if there is no such engine."""
         engine = self._engines[instance]
         engine.asked_to_end |= engine.phase is not Phase.ENDING
+        if engine.handover:
+            self._let_go(engine.handover.standby)
+            self._end_handover(engine)
+        if engine.successor:
+            _, answer = engine.successor
+            engine.successor = None
+            answer(Failed("it was killed before it was started"))
         if engine.process:
             engine.process.signal(signal.SIGKILL)
         if engine.group:
@@ -280,13 +320,22 @@ class Supervisor:
             return False
         return not self._roots or any(is_beneath(path, root) for root in self._roots)
 
-    def _spawn(self, order: StartOrder, user: User) -> Child:
+    def _spawn(self, order: StartOrder, user: User, link: Link | None) -> Child:
         output = self._backend.logs.open(order.instance)
+        theirs = link.theirs.fileno() if link else None
         try:
-            marked = dataclasses.replace(order, env={**order.env, **self._backend.marks})
-            return spawn(marked, user, output, die_with_us=self._backend.dies_with_us)
+            return spawn(self._marked(order), user, output, die_with_us=self._backend.dies_with_us, link=theirs)
+        except OSError:
+            if link:
+                link.close()
+            raise
         finally:
             os.close(output)
+            if link:
+                link.theirs.close()
+
+    def _marked(self, order: StartOrder) -> StartOrder:
+        return dataclasses.replace(order, env={**order.env, **self._backend.marks})
 
     def _warn_of_limits(self, order: StartOrder) -> None:
         if without := order.limits.keys() - set(self._backend.limits):
@@ -311,10 +360,126 @@ class Supervisor:
         engine.phase = Phase.EXECUTING
         return self._open_gate(engine)
 
+    # --- standbys ---
+
+    def _take(self, order: StartOrder, user: User, standby: Engine, answer: Answer) -> None:
+        """Make an engine of the standby, which is a part of nothing else from here on."""
+        assert standby.link and standby.process
+        process, link = standby.process, standby.link
+        standby.process, standby.link, standby.told, standby.asked_to_end = None, None, True, True
+        link.ready = False
+        engine = Engine(order.instance, Phase.PLACING, process, answer=answer, run_dir=order.run_dir, user=user)
+        engine.metadata.update(order.metadata)
+        engine.handover, engine.standby = HandOver(order, standby.instance, link), standby.instance
+        self._engines[order.instance] = engine
+        self._warn_of_limits(order)
+        for fd in (process.fd, link.fd):
+            self._loop.unwatch(fd)
+        self._loop.watch(process.fd, self._safely(engine, lambda: self._main_ended(engine)))
+        self._loop.watch(link.fd, self._safely(engine, lambda: self._standby_answered(engine)))
+        engine.timer = self._loop.later(LIMIT, lambda: self._fail(engine, Failed(f"nothing came of it in {LIMIT:g} s")))
+        self._safely(engine, lambda: self._prepare(engine, order, user))()
+
+    def _prepare(self, engine: Engine, order: StartOrder, user: User) -> None:
+        """Have the run directory made, then the scope."""
+        placed: Placed = lambda group, why: self._safely(engine, lambda: self._placed(engine, group, why))()  # noqa: E731
+        try:
+            child = prepare(order, user)
+        except OSError as error:
+            return self._fail(engine, Failed(f"cannot start a process: {error.strerror}"))
+
+        def done() -> None:
+            ending = child.ending()
+            self._loop.unwatch(child.fd)
+            child.close()
+            if engine.phase is not Phase.PLACING or engine.process is None:
+                return None
+            if ending != Ending(0):
+                return self._fail(engine, Failed("its run directory cannot be made"))
+            return self._backend.place(order, engine.process, placed)
+
+        return self._loop.watch(child.fd, self._safely(engine, done))
+
+    def _hand_over(self, engine: Engine, handover: HandOver) -> None:
+        """It is where it belongs: tell it what it is to be. What it has left behind as a standby ends."""
+        assert engine.user
+        self._let_go(handover.standby)
+        order = self._marked(handover.order)
+        try:
+            output = self._backend.logs.open(order.instance)
+            try:
+                handover.link.send(order, environment(order, engine.user), output)
+            finally:
+                os.close(output)
+        except OSError as error:
+            self._fail(engine, Failed(f"it cannot be told: {error.strerror or error}"))
+
+    def _standby_answered(self, engine: Engine) -> None:
+        handover = engine.handover
+        if handover is None or (said := handover.link.heard()) is None:
+            return None
+        if said != TAKEN or engine.phase is not Phase.EXECUTING:
+            return self._fail(engine, Failed(refusal(said)))
+        self._end_handover(engine)
+        engine.phase = Phase.RUNNING
+        _forget_start(self._loop, engine)
+        return _answer(engine, Started(engine.running()))
+
+    def _end_handover(self, engine: Engine) -> None:
+        assert engine.handover
+        self._loop.unwatch(engine.handover.link.fd)
+        engine.handover.link.close()
+        engine.handover = None
+
+    def _begin_anew(self, engine: Engine, handover: HandOver, why: Failed) -> None:
+        """The standby was of no use: when it is gone the order is carried out without it, under the same name."""
+        log.warning("%s: not made of %s, but started anew: %s", engine.instance, handover.standby, why.message)
+        self._end_handover(engine)
+        self._let_go(handover.standby)
+        if engine.answer:
+            engine.successor = (without_standby(handover.order), engine.answer)
+        engine.answer, engine.failure = None, why
+        engine.told = engine.asked_to_end = True
+        engine.run_dir = ""  # the successor's
+
+    def _let_go(self, instance: str) -> None:
+        """Its process is the engine's, or about to be killed; whatever else it has begun ends."""
+        standby = self._engines.get(instance)
+        if standby is None:
+            return None
+        standby.ending, standby.failure = Ending(), Failed("it has been used")
+        if standby.group and standby.group.location():
+            standby.group.kill()
+            return self._end(standby)
+        standby.phase = Phase.ENDING  # without a group of its own, the members are counted by their kin: the process
+        return self._retire(standby)
+
+    def _standby_spoke(self, engine: Engine) -> None:
+        """One that waits, or is still importing."""
+        link = engine.link
+        if link is None or (said := link.heard()) is None:
+            return
+        if said == READY and not link.ready:
+            link.ready = True
+            log.info("%s waits", engine.instance)
+            self._waiting(engine.instance, memory_of(engine.process.pid) if engine.process else 0)
+            return
+        if said:
+            log.warning("%s cannot be used: it said %r", engine.instance, said)
+        self._loop.unwatch(link.fd)
+        link.ready = False
+        if engine.process:
+            engine.process.signal(signal.SIGKILL)
+
+    # --- the gate ---
+
     def _open_gate(self, engine: Engine) -> None:
+        if engine.handover:
+            return self._hand_over(engine, engine.handover)
         assert engine.child
         with contextlib.suppress(BrokenPipeError):  # it died just now; its pidfd tells
             os.write(engine.child.gate, b"G")
+        return None
 
     def _child_spoke(self, engine: Engine) -> None:
         """Words: it failed. The end of the pipe: the command has been executed, or the child was killed."""
@@ -340,6 +505,8 @@ class Supervisor:
 
     def _fail(self, engine: Engine, failure: Failed) -> None:
         """A start failed: everything goes at once, then the answer."""
+        if engine.handover:
+            self._begin_anew(engine, engine.handover, failure)
         engine.failure = engine.failure or failure
         if engine.process:
             engine.process.signal(signal.SIGKILL)
@@ -353,15 +520,19 @@ class Supervisor:
         engine.ending = engine.process.ending()
         if engine.ending is None and tries:
             self._loop.later(STATUS_WAIT, lambda: self._main_ended(engine, tries - 1))
-            return
+            return None
         engine.ending = engine.ending or Ending()
+        if engine.handover:
+            self._standby_answered(engine)  # it may have taken the order, and have ended already
+            if engine.handover:
+                return self._fail(engine, Failed(refusal("")))
         if engine.group:
             engine.group.oom_killed()  # systemd removes the group soon: read it now
-        if engine.phase is Phase.EXECUTING:
+        if engine.phase is Phase.EXECUTING and engine.child:
             self._child_spoke(engine)  # its words, or the command was executed and has ended already
         elif engine.phase is Phase.PLACING and engine.child:
             engine.failure = _last_words(engine.child.errors, engine.ending)
-        self._end(engine)
+        return self._end(engine)
 
     def _group_changed(self, engine: Engine) -> None:
         if engine.group:
@@ -438,6 +609,9 @@ class Supervisor:
             engine.process.close()
         if engine.group:
             engine.group.close()
+        if engine.link:
+            self._loop.unwatch(engine.link.fd)
+            engine.link.close()
         self._backend.logs.forget(engine.instance)
         if engine.run_dir and engine.user and self._is_run_dir(engine.run_dir):
             self._tidy(engine.run_dir, engine.user)

@@ -87,6 +87,15 @@ def stat_of(pid: int) -> list[str]:
         return []
 
 
+def memory_of(pid: int) -> int:
+    """Bytes of memory that it holds, those that it shares with others included; 0 if it is gone."""
+    try:
+        with open(f"/proc/{pid}/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
 def prctl(option: int, argument: int) -> None:
     """Call prctl(2) with one argument. Raises OSError."""
     if ctypes.CDLL(None, use_errno=True).prctl(option, argument, 0, 0, 0):

@@ -89,6 +89,8 @@ class StartOrder:
     ``timeout``: for the scope to be made and the command executed. ``stop_timeout``: between SIGTERM
     and SIGKILL when systemd itself stops the scope. ``cpus``: those that it begins on, empty for all; ``node``: the
     NUMA node from which it takes memory while there is some, -1 for any.
+    ``waits``: it is a standby (``launcher.handover``), which ends with the connection that it was ordered on.
+    ``standby``: the instance of a standby that is to become this engine; started as ever where that does not work.
     """
 
     instance: str
@@ -104,9 +106,12 @@ class StartOrder:
     stop_timeout: float = 30.0
     cpus: tuple[int, ...] = ()
     node: int = -1
+    waits: bool = False
+    standby: str = ""
 
     def __post_init__(self) -> None:
         check_instance(self.instance)
+        check_standby(self)
         check_metadata(self.metadata)
         check_limits(self.limits)
         if not self.argv or not self.argv[0]:
@@ -137,7 +142,7 @@ class Running:
     """An engine that was started, or found again. ``cgroup`` is a path, "" where it has none of its own.
 
     ``ending``: its main process has ended (``pid`` may be 0 then); its Exited follows when the rest is gone.
-    ``uid``: the user id that it runs as; -1 if that is not known.
+    ``uid``: the user id that it runs as; -1 if that is not known. ``standby``: the one that it was made of.
     """
 
     instance: str
@@ -147,6 +152,7 @@ class Running:
     metadata: Mapping[str, str] = field(default_factory=dict)
     ending: bool = False
     uid: int = -1
+    standby: str = ""
 
 
 @frozen
@@ -325,9 +331,20 @@ class Logged:
     lines: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A standby has imported what it was told to, and waits for an order; sent unasked to every client.
+
+    ``memory``: bytes that it holds.
+    """
+
+    instance: str
+    memory: int = 0
+
+
 Request = Start | Signal | Kill | Annotate | Follow | Unfollow | Tail | List | Info
 Reply = Done | Failed | Started | Engines | Lines | LauncherInfo
-Message = Request | Reply | Exited | Logged
+Message = Request | Reply | Exited | Logged | Waiting
 _TYPES: dict[str, type[Any]] = {kind.__name__: kind for kind in typing.get_args(Message)}
 _BODIES = (*typing.get_args(Message), StartOrder, Running, ExitReport)
 _HINTS = {kind: typing.get_type_hints(kind) for kind in _BODIES}
@@ -415,6 +432,14 @@ def check_instance(instance: str) -> None:
         raise ProtocolError(
             f"instance {brief(instance)} must be 1 to 128 of a-z, 0-9, '.' and '-', the first a letter or digit"
         )
+
+
+def check_standby(order: StartOrder) -> None:
+    """Raises ProtocolError for a standby that no engine could be made of."""
+    if order.standby:
+        check_instance(order.standby)
+    if order.standby and (order.waits or order.standby == order.instance):
+        raise ProtocolError("a standby cannot be made of a standby, nor of itself")
 
 
 def check_lines(lines: int) -> None:

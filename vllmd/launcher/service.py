@@ -11,6 +11,7 @@ answers under way) is bounded, and so is what it can make us log.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import logging
@@ -51,6 +52,7 @@ from vllmd.launcher.protocol import (
     Started,
     Tail,
     Unfollow,
+    Waiting,
 )
 from vllmd.systemd.throttle import Throttle
 
@@ -106,6 +108,9 @@ class Service:
 
     def _left(self, client: Client) -> None:
         self._clients.remove(client)
+        for instance in client.standbys:
+            with contextlib.suppress(KeyError):  # it is gone, or has become an engine
+                self.supervisor.kill(instance)
         self.consider_idle()
 
     def report(self, report: ExitReport) -> None:
@@ -115,6 +120,11 @@ class Service:
             client.unfollow(report.instance)  # it writes no more; journalctl --follow would stay for ever
             client.send(Exited(_fitting(report)))
         self.consider_idle()
+
+    def standby_waits(self, instance: str, memory: int) -> None:
+        """Tell everybody that a standby can be used."""
+        for client in tuple(self._clients):
+            client.send(Waiting(instance, memory))
 
     @property
     def clients(self) -> int:
@@ -209,6 +219,8 @@ class Service:
             reply(outcome)
             self.consider_idle()
 
+        if order.waits:
+            client.standbys.add(order.instance)
         self.supervisor.start(order, answer)
         self.consider_idle()
 
@@ -225,6 +237,7 @@ class Client:
         malformed: Throttle,
     ) -> None:
         self.gone: Callable[[], None] | None = None
+        self.standbys: set[str] = set()  # that it has ordered; they end with it
         self._loop, self._connection, self._handle, self._left = loop, connection, handle, left
         self._malformed = malformed
         self._queue: deque[bytes] = deque()

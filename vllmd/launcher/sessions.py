@@ -87,7 +87,7 @@ class Sessions:
         except OSError as error:
             placed(None, f"cannot make a control group: {error}")
             return
-        placed(group or Family(order.instance, self._token, process, self._loop), "")
+        placed(group or Family(order.instance, self._token, process, self._loop, order.standby), "")
 
     def _make_cgroup(self, order: StartOrder, process: Process) -> WatchedCgroup | None:
         path = self._path(order.instance)
@@ -134,8 +134,9 @@ class Family:
     title; once seen, it is therefore remembered by number and start time.
     """
 
-    def __init__(self, instance: str, token: str, main: Process, loop: Loop) -> None:
-        self._marker = f"{MARKER}={instance}"
+    def __init__(self, instance: str, token: str, main: Process, loop: Loop, born: str = "") -> None:
+        """``born``: the standby that its main process was, whose marker the process keeps, and its forks."""
+        self._markers = tuple(f"{MARKER}={name}" for name in (instance, born) if name)
         self._session = f"{SESSION}={token}"
         self._main = main
         self._main_start = main.start_time
@@ -160,7 +161,8 @@ class Family:
 
     def _belongs(self, pid: int) -> bool:
         stat = stat_of(pid)
-        return bool(stat and int(stat[3]) == self._main.pid) or _marked(pid, self._marker, self._session)
+        in_session = bool(stat and int(stat[3]) == self._main.pid)
+        return in_session or any(_marked(pid, marker, self._session) for marker in self._markers)
 
     def empty(self) -> bool:
         """Whether no process of the session is alive."""

@@ -27,6 +27,8 @@ from vllmd.launcher.protocol import Failed, StartOrder, clip
 from vllmd.text import printable
 
 MARKER = "VLLMD_INSTANCE"
+LINK = "VLLMD_STANDBY_LINK"  # tells a standby which descriptor its end of the pair of sockets is
+NOT_DONE = 1  # status of a child that could not do what it was forked for
 AGAIN = 75  # status of a child that could not tidy up, and may later
 KEY_FILE = "vllmd-key.yaml"  # what an engine's command writes for it, see engines/sglang.py
 PATH = "/usr/local/bin:/usr/bin:/bin"
@@ -155,15 +157,18 @@ class Child:
     errors: int
 
 
-def spawn(order: StartOrder, user: User, output: int, *, die_with_us: bool) -> Child:
-    """Fork a child that becomes ``user``, writes to ``output``, and waits at its gate. Raises OSError."""
+def spawn(order: StartOrder, user: User, output: int, *, die_with_us: bool, link: int | None = None) -> Child:
+    """Fork a child that becomes ``user``, writes to ``output``, and waits at its gate. Raises OSError.
+
+    ``link``: a descriptor that its command inherits, and is told of as ``LINK``.
+    """
     gate_reader, gate_writer = os.pipe()
     error_reader, error_writer = os.pipe()
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         pid = os.fork()
         if pid == 0:
-            _become_engine(order, user, (gate_reader, error_writer, output), die_with_us)
+            _become_engine(order, user, (gate_reader, error_writer, output, link), die_with_us)
     except OSError:
         os.close(gate_writer)
         os.close(error_reader)
@@ -174,6 +179,14 @@ def spawn(order: StartOrder, user: User, output: int, *, die_with_us: bool) -> C
         os.close(error_writer)
     os.set_blocking(error_reader, False)
     return Child(Process(pid), gate_writer, error_reader)
+
+
+def prepare(order: StartOrder, user: User) -> Process:
+    """A child that, as the engine's user, makes what a start needs in the file system, as every start does.
+
+    It ends with 0 if that is done. For an engine that is there already, as a standby. Raises OSError.
+    """
+    return _in_child(user, lambda: _prepare_folders(order, user))
 
 
 def tidy(run_dir: str, user: User) -> Process:
@@ -219,7 +232,7 @@ def _in_child(user: User, work: Callable[[], None]) -> Process:
             _become(user, keeping=True)
             work()
         except OSError as error:
-            status = AGAIN if error.errno == errno.EROFS else 0
+            status = AGAIN if error.errno == errno.EROFS else NOT_DONE
         finally:
             os._exit(status)
     return Process(pid)
@@ -244,14 +257,14 @@ def read_failure(data: bytes) -> Failed:
 # --- in the child ---
 
 
-def _become_engine(order: StartOrder, user: User, fds: tuple[int, int, int], die_with_us: bool) -> NoReturn:
-    gate, errors, output = fds
+def _become_engine(order: StartOrder, user: User, fds: tuple[int, int, int, int | None], die_with_us: bool) -> NoReturn:
+    gate, errors, output, link = fds
     try:
         _reset_signals()
         if die_with_us:
             prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         os.setsid()
-        _redirect(output, keep={gate, errors})
+        _redirect(output, keep={gate, errors} | ({link} if link is not None else set()))
         _become(user, lambda: _prepare_folders(order, user))
         if order.cwd or order.run_dir:
             os.chdir(order.cwd or order.run_dir)
@@ -259,7 +272,11 @@ def _become_engine(order: StartOrder, user: User, fds: tuple[int, int, int], die
         if os.read(gate, 1) != b"G":
             os._exit(125)
         settle(order.cpus, order.node)  # only now: being moved into its group sets CPUs anew
-        _execute(order, environment(order, user))
+        told = environment(order, user)
+        if link is not None:
+            os.set_inheritable(link, True)
+            told[LINK] = str(link)
+        _execute(order, told)
     except BaseException as error:
         _report(errors, order, user, error)
     finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 from vllmd.errors import UpstreamFailed, VllmdError
@@ -66,9 +66,26 @@ class Inner(Exchange):
             self._opening = head.decode("latin-1").lower()
             events = self.status == 200 and "\r\ncontent-type: text/event-stream" in self._opening
             self._streams = events and self._lines is not None
+        self._take(data, None)
+
+    def start(self, status: int, head: bytes, pieces: Sequence[bytes] = ()) -> None:
+        """Take the head, and then what comes along with it as ``write_pieces`` does."""
+        super().start(status, head)
+        if pieces:
+            self.write_pieces(pieces)
+
+    def write_pieces(self, pieces: Sequence[bytes]) -> None:
+        """Take more of the body, cut as the engine cut it."""
+        if self._streams and not self.over:
+            self._take(b"", pieces)
+        else:
+            super().write_pieces(pieces)
+
+    def _take(self, data: bytes, pieces: Sequence[bytes] | None) -> None:
+        """Take more of the body: ``pieces``, or else ``data``."""
         try:
             if self._streams and self._lines is not None:
-                lines = self._lines.feed(data)
+                lines = self._lines.feed(data) if pieces is None else self._lines.feed_pieces(pieces)
                 if self._lines.over and lines and not self._closing:
                     # The engine's end of the answer mostly comes in the same read: then all goes out as one.
                     self._closing = lines

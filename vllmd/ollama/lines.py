@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from vllmd.errors import UpstreamFailed
@@ -84,6 +84,27 @@ class Lines:
         if texts:
             made.append(self._alike(texts, now))
         return b"".join(made)
+
+    def feed_pieces(self, pieces: Sequence[bytes]) -> bytes:
+        """The same of a stream that is cut as the engine cut it: mostly a piece is an event, the last one the end.
+
+        Nothing is put together then only to be taken apart again.
+        """
+        made = b""
+        if not self._held and len(pieces) > 1 and not self._is_alike(pieces[0]):
+            made, pieces = self.feed(pieces[0]), pieces[1:]  # a stream's first event, which tells what others look like
+        before, after = self._before, self._after + END
+        start, end = len(before), -len(after)
+        texts = [each[start:end] for each in pieces if each.startswith(before) and each.endswith(after)]
+        if self._held or len(pieces) - len(texts) > 1 or (len(texts) < len(pieces) and self._is_alike(pieces[-1])):
+            return made + self.feed(b"".join(pieces))
+        if texts:
+            made += self._alike(texts, self._now())
+        return made if len(texts) == len(pieces) else made + self.feed(pieces[-1])
+
+    def _is_alike(self, event: bytes) -> bool:
+        """Whether an event looks like the last one that was read."""
+        return event.startswith(self._before) and event.endswith(self._after + END)
 
     def _hold(self, data: bytes) -> None:
         self._held.append(data)

@@ -211,10 +211,19 @@ class Reframed:
         self._rewriter = rewriter
         self._status = status
         self._head = head
+        self._plainly = rewriter is None and not exchange.takes_chunks  # the payload goes on as it is
         framing.keep = True
 
     def more(self, data: bytes) -> None:
         """Take the payload out of ``data`` and pass it on."""
+        if self._plainly:
+            pieces, self._framing.pieces = self._framing.pieces, []
+            if self._head:
+                head, self._head = self._head, b""
+                self._exchange.start(self._status, head, pieces)
+            elif pieces:
+                self._exchange.write_pieces(pieces)
+            return
         payload = b"".join(self._framing.pieces)
         self._framing.pieces.clear()
         self._send(self._rewriter.feed(payload) if self._rewriter is not None else payload)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
 from vllmd.errors import VllmdError
@@ -76,10 +76,12 @@ class Exchange:
 
     # -- speaking
 
-    def start(self, status: int, head: bytes) -> None:
-        """Send the head (and whatever body bytes are in hand already)."""
+    def start(self, status: int, head: bytes, pieces: Sequence[bytes] = ()) -> None:
+        """Send the head, with whatever body bytes are in hand already: behind it, or in ``pieces``."""
         self.status = status
         self.first_byte = time.monotonic() - self.began
+        if pieces:
+            head = b"".join((head, *pieces))
         self.write(with_fields(head, self.request.answer_fields) if self.request.answer_fields else head)
 
     def write(self, data: bytes) -> None:
@@ -87,6 +89,10 @@ class Exchange:
         if not self.over:
             self.sent += len(data)
             self._send(data)
+
+    def write_pieces(self, pieces: Sequence[bytes]) -> None:
+        """Send what is in ``pieces``, cut as the engine cut it: whoever translates it may want to know."""
+        self.write(pieces[0] if len(pieces) == 1 else b"".join(pieces))
 
     def client_left(self) -> None:
         """The connection is gone: whatever is still said goes nowhere."""

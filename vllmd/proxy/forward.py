@@ -37,7 +37,7 @@ from vllmd.proxy.exchange import Exchange, chunk
 from vllmd.proxy.framing import Framing
 from vllmd.proxy.gate import Address, Gate, Permit
 from vllmd.proxy.heads import ResponseHead, forwardable, write_fields
-from vllmd.proxy.http import Request
+from vllmd.proxy.http import ANTHROPIC_PATH, Request
 from vllmd.proxy.limits import Limits
 from vllmd.proxy.loading_heartbeat import Heartbeats, LoadingHeartbeat
 from vllmd.proxy.loop import resume
@@ -59,7 +59,8 @@ KEPT_BACK_TRACED = KEPT_BACK | {b"traceparent"}  # which the engine has from us 
 RESPONSE_ID = re.compile(rb'"id"\s*:\s*"(resp_[\w-]{1,128})"')
 REFUSALS = frozenset({502, 503, 504})  # of a replica: another one may serve
 MOST_TAIL = 16 * TAIL
-OPENING = 8192  # bytes at an answer's beginning in which its id is looked for
+OPENING = 8192  # bytes at an answer's beginning in which its id or its first usage is looked for
+RESPONSES = "/v1/responses"
 LONGEST_ID = 256  # bytes of a response's id with its key
 
 Parse = Callable[[Exchange], Awaitable[UpstreamRequest | None]]
@@ -200,9 +201,9 @@ class AnswerRelay:
         self._plain_events = False  # events that end with their last chunk or the connection: comments may precede them
         self._size = 0  # bytes of the body that came
         self._tail: bytes | bytearray = b""  # the last of them, TAIL or more
-        self._opening = b""  # the first of them, as long as a response's id is looked for there
+        self._opening = b""  # the first of them, as long as they are of interest
         self._responses = responses
-        self._names_response = exchange.request.path == "/v1/responses"
+        self._looks = exchange.request.path in (RESPONSES, ANTHROPIC_PATH)  # at the opening
         self.uncounted = False  # the engine is asked for the usage of a stream, and the client did not
         self.refused = False  # the engine takes no such question
         self._status = 0
@@ -250,7 +251,8 @@ class AnswerRelay:
         permit, self._permit = self._permit, None
         if permit is not None:
             failed = self._error.message if self._error is not None else ""
-            took, sent = tokens.told(self._tail), self._sent
+            sent = self._sent
+            took = tokens.told(self._tail, self._opening if self._exchange.request.path == ANTHROPIC_PATH else b"")
             if took is None and self._status == 200 and sent.route.endswith(tokens.COUNTED):  # untold, or broken off
                 took = tokens.reckoned(sent.route, sent.asked.body, self._size, stream=sent.asked.stream)
             if self.account is not None:
@@ -293,23 +295,23 @@ class AnswerRelay:
             if not isinstance(tail, bytearray):
                 self._tail = tail = bytearray(tail)
             tail += data
-        if self._names_response:
-            self._look_for_id(data)
+        if self._looks:
+            self._look(data)
         if self._tap is not None:
             self._tap.more(data)
         if self._answer is not None:
             self._answer.more(data)
 
-    def _look_for_id(self, data: bytes) -> None:
-        """The id is at the answer's beginning, perhaps cut in two."""
+    def _look(self, data: bytes) -> None:
+        """At the beginning are a response's id, perhaps cut in two, and the tokens of the prompt of a message."""
         seen = len(self._opening)
         self._opening += data[: OPENING - seen]
-        named = RESPONSE_ID.search(self._opening, max(0, seen - LONGEST_ID))
-        if named:
-            self._names_response = False
-            self._responses.note(named[1].decode(), self._sent.target.model, self._sent.asked.model)
-        elif len(self._opening) >= OPENING:
-            self._names_response = False
+        self._looks = len(self._opening) < OPENING
+        if self._exchange.request.path == RESPONSES:
+            named = RESPONSE_ID.search(self._opening, max(0, seen - LONGEST_ID))
+            if named:
+                self._looks = False
+                self._responses.note(named[1].decode(), self._sent.target.model, self._sent.asked.model)
 
     def whole(self) -> None:
         """The answer is complete: the engine's connection is free again, and the client's request is over."""

@@ -32,12 +32,18 @@ class Tokens:
         return self.prompt + self.answer
 
 
-def told(tail: bytes | bytearray) -> Tokens | None:
-    """What the usage in the last bytes of an answer says, in the words of any of the APIs; None if there is none."""
+def told(tail: bytes | bytearray, opening: bytes = b"") -> Tokens | None:
+    """What the usage in the last bytes of an answer says, in the words of any of the APIs; None if there is none.
+
+    ``opening``: the first bytes of a stream of Anthropic's, whose first usage has what the last one leaves out.
+    """
     start = tail.rfind(b'"usage"', max(0, len(tail) - TAIL))
     if start < 0:
         return None
-    found = {name: int(number) for name, number in COUNTS.findall(tail, start)}
+    counts, first = COUNTS.findall(tail, start), opening.find(b'"usage"')
+    if first >= 0:
+        counts = [*COUNTS.findall(opening, first, first + TAIL), *counts]
+    found = {name: int(number) for name, number in counts}
     total = found.get(b"total")
     cached = found.get(b"cached", 0)
     if total is not None:

@@ -59,6 +59,7 @@ class Options:
     lora_modules: tuple[str, ...] = ()
     late_lora: bool = False  # adapters can be loaded while it runs
     dev_mode: bool = True
+    read_weights: bool = False  # the file, or the folder, that the model is called by
     quiet: bool = False
     fail: tuple[str, ...] = ()
     fail_file: str = ""
@@ -156,6 +157,7 @@ def _add_serving(parser: argparse.ArgumentParser) -> None:
 def _add_times(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--load-time", type=duration, help="from the start until it listens")
+    add("--read-weights", action="store_true", help="read the model's files, which --load-time comes on top of")
     add("--sleep-time", type=by_level, help="to fall asleep: one time, or LEVEL1,LEVEL2")
     add("--wake-time", type=by_level, help="to wake: one time, or LEVEL1,LEVEL2 (level 2: in reload_weights)")
     add("--tokens-per-second", type=float, help="of each request; 0: as fast as it can")

@@ -6,30 +6,23 @@ mechanism, the same memory ledger and the same one swap per device as ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from vllmd.core.eviction import oldest_first
 from vllmd.core.fit import fits
 from vllmd.core.policies import POLICIES, Lru, plain
-from vllmd.core.policy import HostClaim, Outlook, Plan, Policy, PolicyInput, Resident, Victim, Waiting, greedy_fill
+from vllmd.core.policy import Outlook, Plan, Policy, PolicyInput, Resident, Victim, Waiting
 
 
 class _Baseline:
-    """Where sleepers are kept is not what these differ in."""
+    """A sleeper wakes where it sleeps."""
 
     in_order = False
+    moves = False
 
     def outlook(self, s: PolicyInput, model: str) -> Outlook | None:
         """Always None: these rules promise no waiter a time."""
         return None
-
-    def tidy(self, s: PolicyInput) -> Plan | None:
-        """A sleeper wakes where it sleeps."""
-        return None
-
-    def shallow(self, claims: Iterable[HostClaim], budget: int) -> frozenset[str]:
-        """The same greedy fill for all."""
-        return greedy_fill(claims, budget)
 
 
 class LlamaSwap(_Baseline):

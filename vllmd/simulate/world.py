@@ -181,6 +181,9 @@ class World:
         self._where[c.replica] = c.placement.devices
         self._later(c.replica, "start", ev.EngineReady(c.replica))
 
+    def _pass_over(self, c: cmd.Command) -> None:
+        """Nothing is simulated of it."""
+
     def _wake(self, c: cmd.WakeEngine) -> None:
         self._later(c.replica, f"wake{c.level}", ev.EngineAwake(c.replica))
 
@@ -265,6 +268,8 @@ def freezing(specs: Sequence[ModelSpec]) -> list[ModelSpec]:
 
 _EXECUTE: dict[type, Callable[[World, Any], None]] = {
     cmd.StartEngine: World._start,
+    cmd.ReadAhead: World._pass_over,  # what it saves is in no trace
+    cmd.StopReadAhead: World._pass_over,
     cmd.WakeEngine: World._wake,
     cmd.SleepEngine: World._sleep,
     cmd.ProveFreeze: World._prove,

@@ -295,7 +295,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from ps' -l user -d 'the vllmd of
 complete -c vllmctl -n '__fish_seen_subcommand_from ps' -l url -r -d 'over HTTP, such as http://gpu1:33258; needs a key with the scope admin'
 complete -c vllmctl -n '__fish_seen_subcommand_from ps' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
 complete -c vllmctl -n '__fish_seen_subcommand_from ps' -l json -d 'print JSON instead of a table'
-complete -c vllmctl -n '__fish_seen_subcommand_from ps' -s p -l power -d 'show the watts of each ones share of its devices'
+complete -c vllmctl -n '__fish_seen_subcommand_from ps' -s p -l power -d 'show watts, each ones share of its devices, and what it has drawn since its last request'
 complete -c vllmctl -n '__fish_seen_subcommand_from ps' -s s -l starts -d 'show where the time of each ones start goes or went'
 complete -c vllmctl -n '__fish_seen_subcommand_from ps' -s r -l running -d 'leave out models that are stopped'
 complete -c vllmctl -n '__fish_seen_subcommand_from ps' -F
@@ -361,6 +361,14 @@ complete -c vllmctl -n '__fish_seen_subcommand_from restart' -l json -d 'print J
 complete -c vllmctl -n '__fish_seen_subcommand_from restart' -s f -l force -d 'break off running requests'
 complete -c vllmctl -n '__fish_seen_subcommand_from restart' -a '(vllmctl completion models 2>/dev/null)'
 complete -c vllmctl -n '__fish_seen_subcommand_from restart' -F
+complete -c vllmctl -n __fish_use_subcommand -a resume -d 'Let engines use the GPUs again, after the machines sleep'
+complete -c vllmctl -n '__fish_seen_subcommand_from resume' -s h -l help -d 'show this help message and exit'
+complete -c vllmctl -n '__fish_seen_subcommand_from resume' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
+complete -c vllmctl -n '__fish_seen_subcommand_from resume' -l user -d 'the vllmd of systemctl --user'
+complete -c vllmctl -n '__fish_seen_subcommand_from resume' -l url -r -d 'over HTTP, such as http://gpu1:33258; needs a key with the scope admin'
+complete -c vllmctl -n '__fish_seen_subcommand_from resume' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
+complete -c vllmctl -n '__fish_seen_subcommand_from resume' -l json -d 'print JSON instead of a table'
+complete -c vllmctl -n '__fish_seen_subcommand_from resume' -F
 complete -c vllmctl -n __fish_use_subcommand -a rm -d 'Serve models no more, and with --files remove what they were loaded from'
 complete -c vllmctl -n '__fish_seen_subcommand_from rm' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from rm' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
@@ -484,6 +492,14 @@ complete -c vllmctl -n '__fish_seen_subcommand_from unload' -s f -l force -d 'br
 complete -c vllmctl -n '__fish_seen_subcommand_from unload' -l no-wait -d 'ask for it and return'
 complete -c vllmctl -n '__fish_seen_subcommand_from unload' -a '(vllmctl completion models 2>/dev/null)'
 complete -c vllmctl -n '__fish_seen_subcommand_from unload' -F
+complete -c vllmctl -n __fish_use_subcommand -a suspend -d 'Have engines leave the GPUs, before the machine sleeps'
+complete -c vllmctl -n '__fish_seen_subcommand_from suspend' -s h -l help -d 'show this help message and exit'
+complete -c vllmctl -n '__fish_seen_subcommand_from suspend' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
+complete -c vllmctl -n '__fish_seen_subcommand_from suspend' -l user -d 'the vllmd of systemctl --user'
+complete -c vllmctl -n '__fish_seen_subcommand_from suspend' -l url -r -d 'over HTTP, such as http://gpu1:33258; needs a key with the scope admin'
+complete -c vllmctl -n '__fish_seen_subcommand_from suspend' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
+complete -c vllmctl -n '__fish_seen_subcommand_from suspend' -l json -d 'print JSON instead of a table'
+complete -c vllmctl -n '__fish_seen_subcommand_from suspend' -F
 complete -c vllmctl -n __fish_use_subcommand -a top -d 'Show the models and devices, again and again, until interrupted'
 complete -c vllmctl -n '__fish_seen_subcommand_from top' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from top' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'

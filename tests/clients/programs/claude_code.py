@@ -1,6 +1,6 @@
 """Anthropic's Claude Code, as docs/agents.md says. A model of 135 million parameters writes no code: it answers."""
 
-from common import BASE, NODE_MODULES, agent, interrupted, node_version, run, true
+from common import AGENT_LIMIT, BASE, NODE_MODULES, agent, interrupted, node_version, run, true
 
 version = node_version("@anthropic-ai/claude-code")
 PROGRAM = NODE_MODULES / ".bin/claude"
@@ -10,7 +10,8 @@ def at(model: str) -> dict[str, str]:
     return {
         "ANTHROPIC_BASE_URL": BASE, "ANTHROPIC_AUTH_TOKEN": "none", "ANTHROPIC_MODEL": model,
         "ANTHROPIC_SMALL_FAST_MODEL": model, "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": "64", "API_TIMEOUT_MS": "200000", "CLAUDE_CODE_MAX_RETRIES": "0",
+        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": "64", "CLAUDE_CODE_MAX_RETRIES": "0",
+        "API_TIMEOUT_MS": str(round(AGENT_LIMIT * 1000)),
     }  # fmt: skip
 
 

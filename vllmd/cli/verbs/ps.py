@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
-from vllmd.api.answers import ModelLine
+from vllmd.api.answers import ModelLine, Status
 from vllmd.cli import downloads, nothing, show
 from vllmd.cli.admin import Admin
 
@@ -15,7 +15,12 @@ RIGHT = ("MEMORY", "ACTIVE", "QUEUED", "IDLE")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-p", "--power", action="store_true", help="show the watts of each one's share of its devices")
+    parser.add_argument(
+        "-p",
+        "--power",
+        action="store_true",
+        help="show watts, each one's share of its devices', and what it has drawn since its last request",
+    )
     parser.add_argument(
         "-s", "--starts", action="store_true", help="show where the time of each one's start goes or went"
     )
@@ -36,9 +41,14 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         for text in nothing.advice(status):
             show.say(text)
-    for text in [] if arguments.json else downloads.under_way(status):
+    for text in [] if arguments.json else [*downloads.under_way(status), *standbys(status)]:
         show.say(text)
     return 0
+
+
+def standbys(status: Status) -> list[str]:
+    """A line for each engine that is kept ready."""
+    return [f"standby of {one.program}: {one.state}, {show.size(one.memory)}" for one in status.standbys or ()]
 
 
 def table(models: Sequence[ModelLine], *, power: bool = False) -> str:
@@ -46,8 +56,8 @@ def table(models: Sequence[ModelLine], *, power: bool = False) -> str:
     lines = [line for model in models for line in (model, *replicas(model))]
     if not power:
         return show.table(HEAD, [row(line) for line in lines], RIGHT, names=("MODEL",))
-    rows = [(*cells[:-1], _watts(line), cells[-1]) for line in lines for cells in (row(line),)]
-    return show.table((*HEAD[:-1], "POWER", HEAD[-1]), rows, (*RIGHT, "POWER"), names=("MODEL",))
+    rows = [(*cells[:-1], _watts(line), _unused(line), cells[-1]) for line in lines for cells in (row(line),)]
+    return show.table((*HEAD[:-1], "POWER", "UNUSED", HEAD[-1]), rows, (*RIGHT, "POWER", "UNUSED"), names=("MODEL",))
 
 
 def starts(models: Sequence[ModelLine]) -> str:
@@ -62,6 +72,12 @@ def _watts(line: ModelLine) -> str:
     """Of a model with replicas their sum."""
     told = [each.power for each in line.replicas or (line,) if each.power is not None]
     return f"{sum(told):.0f}W" if told else show.EMPTY
+
+
+def _unused(line: ModelLine) -> str:
+    """Watt-hours that it has drawn since its last request; of a model with replicas their sum."""
+    told = [each.unused_energy for each in line.replicas or (line,) if each.unused_energy]
+    return f"{sum(told) / 3600:.1f}Wh" if told else show.EMPTY
 
 
 def replicas(model: ModelLine) -> list[ModelLine]:

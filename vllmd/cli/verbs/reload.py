@@ -18,7 +18,6 @@ from vllmd.cli import show
 from vllmd.cli.admin import READ_SOCKET, SYSTEM_SOCKET, Admin, user_socket
 from vllmd.cli.failures import EX_CONFIG, EX_LATER, EX_NOPERM, Failure
 from vllmd.cli.verbs import config
-from vllmd.config.reload import LATER
 
 SYSTEMS = (SYSTEM_SOCKET, READ_SOCKET)
 SYSTEM_FILE = Path("/etc/vllmd/vllmd.yaml")
@@ -51,6 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
             show.say(line)
         for warning in answer.warnings:
             show.say(f"warning: {warning}")
+    from vllmd.config.reload import LATER
+
     return EX_LATER if LATER in later.values() else 0
 
 

@@ -11,7 +11,7 @@ import argparse
 import sys
 
 from vllmd.api.answers import ModelLine, Status
-from vllmd.cli import downloads, installing, models, show
+from vllmd.cli import downloads, models, show
 from vllmd.cli.admin import Admin
 from vllmd.cli.failures import Failure
 from vllmd.cli.verbs import chat
@@ -52,6 +52,8 @@ def here(admin: Admin, arguments: argparse.Namespace) -> str:
         return line.name
     kind = line.config.engine or ""
     if not admin.url and kind in INSTALLED:
+        from vllmd.cli import installing
+
         installing.ensure(arguments, kind)
     return line.name
 

@@ -1,0 +1,271 @@
+"""Standbys: kept while there is memory for them, and given away to the starts that they fit.
+
+One is begun when the machine is calm, for what was started last (``engines.standby``: what must be equal), as long as
+a model that it could become is not loaded. It is given away once; whatever goes wrong with it costs that start the
+seconds that it would have saved (``launcher.handover``), and what is known to go wrong is not tried again. It ends
+with the daemon's connection to the launcher, whoever ends that; an idle exit does not wait for it.
+
+Its memory is the host's. It is booked (``held``, the core's ledger) but promised to nobody: it is given up when the
+machine runs short, when an engine that is about to start needs it, and when level-1 sleepers do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllmd.config.names import instance_name
+from vllmd.config.types import ModelConfig
+from vllmd.core.types import GiB
+from vllmd.engines.standby import Standby
+from vllmd.errors import LauncherFailed
+from vllmd.launcher.client import ExitReport, LauncherClient, StartOrder
+from vllmd.place import host_memory
+
+log = logging.getLogger("vllmd.standby")
+
+CALM = 5.0  # seconds without a start or a waiting request before one is begun
+LOOK = 2.0  # seconds between looks
+IMPORT_LIMIT = 300.0  # seconds for its imports; a busy machine's disk may be slow
+EXPECTED = GiB  # bytes that one is expected to hold until it says
+SMALLEST_MACHINE = 16 * GiB  # on which `auto` keeps one
+SPARE, SPARE_AUTO = GiB, 4 * GiB  # bytes that stay available when one is begun; with half of that it is given up
+TRIES = 2  # failures in a row after which one is not tried again until the configuration is read anew
+REMEMBERED = 8  # kinds of standbys
+
+Find = Callable[[ModelConfig], Standby | None]
+
+
+def available(meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Bytes that the kernel could give away without harm to anybody; 0 if it does not say."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in meminfo.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name == "MemAvailable":
+                return int(value.split()[0]) << 10
+    return 0
+
+
+@dataclass
+class Kept:
+    """One that imports, or waits. ``memory``: bytes; ``since``: by ``time.monotonic``."""
+
+    instance: str
+    standby: Standby
+    since: float = field(default_factory=time.monotonic)
+    ready: bool = False
+    memory: int = EXPECTED
+
+
+class Standbys:
+    """Owns them. Nothing here waits: the work is in tasks of ``spawn``."""
+
+    def __init__(
+        self,
+        launcher: LauncherClient | None,
+        find: Find,
+        held: Callable[[int], None] = lambda size: None,
+        spare: Callable[[], int] = available,
+        machine: Callable[[], int] = host_memory,
+    ) -> None:
+        """``find``: what a standby has to be for a model now. ``held`` is told of the bytes of all, when they change.
+
+        ``spare``: bytes available now. ``machine``: bytes that engines may have in all.
+        """
+        self._launcher, self._find, self._tell_held = launcher, find, held
+        self._spare, self._machine = spare, machine
+        self.kept: dict[str, Kept] = {}
+        self._count: int | None = 0
+        self._models: Iterable[ModelConfig] = ()
+        self._recent = OrderedDict[Standby, int]()  # what was started, the last one last, and its failures in a row
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._busy_until = self._looked = 0.0
+        self._told = 0
+
+    def configure(self, count: int | None, models: Iterable[ModelConfig]) -> None:
+        """Keep so many from now on (None: as many as the machine's size allows), for these models' engines."""
+        self._count, self._models = count, models
+        for standby in self._recent:
+            self._recent[standby] = 0
+
+    @property
+    def held(self) -> int:
+        """Bytes of host memory that they hold together."""
+        return sum(one.memory for one in self.kept.values())
+
+    # -- starts
+
+    def take(self, standby: Standby | None, needs: int = 0) -> str:
+        """The instance of one that fits, which is nobody else's from now on; "" if there is none.
+
+        ``needs``: bytes of host memory that the start will take: others are given up for it.
+        """
+        self._busy_until = time.monotonic() + CALM
+        if standby is None or self._launcher is None or self._count == 0:
+            found = None
+        else:
+            self._recent.setdefault(standby, 0)
+            self._recent.move_to_end(standby)
+            while len(self._recent) > REMEMBERED:
+                self._recent.popitem(last=False)
+            found = next((one for one in self.kept.values() if one.ready and one.standby == standby), None)
+        if found:
+            del self.kept[found.instance]
+            self._say_held()
+        if needs:
+            self.make_room(needs + SPARE // 2)
+        return found.instance if found else ""
+
+    def make_room(self, wanted: int) -> None:
+        """Give up as many as it takes until ``wanted`` bytes are available."""
+        short = wanted - self._spare() if self.kept else 0
+        while short > 0 and self.kept:
+            one = next(iter(self.kept.values()))
+            short -= one.memory
+            self._give_up(one, "its memory is needed")
+
+    def came_to(self, standby: Standby, *, good: bool) -> None:
+        """An engine that was made of such a one has come up, or not."""
+        if good:
+            self._recent[standby] = 0
+        else:
+            log.warning("an engine made of a standby of %s failed; it is started anew, and no such standby is kept",
+                        standby.program)  # fmt: skip
+            self._recent[standby] = TRIES
+            for one in [one for one in self.kept.values() if one.standby == standby]:
+                self._give_up(one, "another one failed")
+
+    # -- what the launcher tells
+
+    def waits(self, instance: str, memory: int) -> None:
+        """One has imported everything: it can be given away."""
+        if one := self.kept.get(instance):
+            one.ready, one.memory = True, memory or EXPECTED
+            seconds = time.monotonic() - one.since
+            log.info("%s waits, after %.1f s, with %d MiB", instance, seconds, one.memory >> 20)
+            self._say_held()
+
+    def ended(self, report: ExitReport) -> bool:
+        """One has ended by itself. False if the report is about something else."""
+        one = self.kept.pop(report.instance, None)
+        if one is None:
+            return False
+        if report.status is None and report.signal is None:  # the launcher is gone, and they with it
+            self._say_held()
+            return True
+        why = report.log_tail[-1] if report.log_tail else "it said nothing"
+        self._failed(one, f"it ended by itself: {why}")
+        return True
+
+    # -- chores
+
+    def look(self, *, busy: bool, running: Iterable[str] = (), over: int = 0) -> None:
+        """Begin or end some, if it is time for that. ``busy``: something starts, or is waited for.
+
+        ``running``: the replicas that have an engine. ``over``: bytes of theirs that others have been promised.
+        """
+        now = time.monotonic()
+        if busy:
+            self._busy_until = now + CALM
+        if now < self._looked + LOOK or not (self._recent or self.kept):
+            return
+        self._looked = now
+        wanted = self._wanted(set(running))
+        for one in list(self.kept.values()):
+            if one.standby not in wanted:
+                self._give_up(one, "nothing could be made of it any more")
+            elif not one.ready and now > one.since + IMPORT_LIMIT:
+                self._failed(one, f"it has not imported everything in {IMPORT_LIMIT:g} s")
+                self._give_up(one, "it takes too long")
+            else:
+                wanted.remove(one.standby)
+        if self.kept and over > 0:
+            self._give_up(next(iter(self.kept.values())), "its memory is promised to models")
+        elif self.kept and self._spare() < self._reserve() // 2:
+            self._give_up(next(iter(self.kept.values())), "the machine is short of memory")
+        elif wanted and not busy and self._is_calm(now) and over <= 0 and self._spare() >= EXPECTED + self._reserve():
+            self._begin(wanted[0])
+
+    def _is_calm(self, now: float) -> bool:
+        return now >= self._busy_until and all(one.ready for one in self.kept.values())
+
+    def _reserve(self) -> int:
+        return SPARE_AUTO if self._count is None else SPARE
+
+    def _wanted(self, running: set[str]) -> list[Standby]:
+        """Those that there should be, by how lately such an engine was started; several alike where kinds are few."""
+        count = self._count
+        if count is None:
+            count = 1 if self._machine() >= SMALLEST_MACHINE else 0
+        if not count or self._launcher is None:
+            return []
+        idle = [self._find(model) for model in self._idle(running)]
+        kinds = [standby for standby in reversed(self._recent) if self._recent[standby] < TRIES and standby in idle]
+        return [kinds[number % len(kinds)] for number in range(count)] if kinds else []
+
+    def _idle(self, running: set[str]) -> Iterable[ModelConfig]:
+        """Models that could be started next; of very many the first are as good as all."""
+        found = 0
+        for model in self._models:
+            if model.name not in running and found < 32:
+                found += 1
+                yield model
+
+    def _begin(self, standby: Standby) -> None:
+        one = Kept(instance_name(f"standby-{Path(standby.program).name}"), standby)
+        self.kept[one.instance] = one
+        self._say_held()
+        order = StartOrder(
+            one.instance,
+            standby.argv(),
+            standby.variables(),
+            limits={"cpu_weight": 1},  # whatever is asked for meanwhile goes before it
+            metadata={"standby": "yes"},
+            waits=True,
+        )
+        self._spawn(self._start(one, order))
+
+    async def _start(self, one: Kept, order: StartOrder) -> None:
+        assert self._launcher
+        try:
+            await self._launcher.start(order)
+        except LauncherFailed as error:
+            if self.kept.pop(one.instance, None):
+                self._failed(one, error.message)
+
+    def _failed(self, one: Kept, why: str) -> None:
+        log.warning("%s: no standby: %s", one.instance, why)
+        if one.standby in self._recent:
+            self._recent[one.standby] += 1
+        self._say_held()
+
+    def _give_up(self, one: Kept, why: str) -> None:
+        del self.kept[one.instance]
+        log.info("%s is given up: %s", one.instance, why)
+        self._say_held()
+        self._spawn(self._kill(one.instance))
+
+    async def _kill(self, instance: str) -> None:
+        assert self._launcher
+        try:
+            await self._launcher.kill(instance)
+        except LauncherFailed as error:
+            if not getattr(error, "answered", False):
+                self._launcher.abandon(instance)
+
+    def _say_held(self) -> None:
+        if (held := self.held) != self._told:
+            self._told = held
+            self._tell_held(held)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

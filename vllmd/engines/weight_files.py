@@ -1,0 +1,48 @@
+"""The files that an engine will read when it loads its model, in the order in which it does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllmd.config.types import ModelConfig
+from vllmd.engines.checkpoint import weight_names
+from vllmd.engines.facts import argument
+from vllmd.engines.options import text
+from vllmd.foreign import Unreadable
+from vllmd.hub import locate
+
+# Kinds that read no such files, or of which it is not known which.
+_OTHERS = frozenset({"remote", "command", "comfyui", "triton"})
+_NUMBER = re.compile(r"(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFile:
+    """One of them. ``root``: out of which no link may lead."""
+
+    path: Path
+    root: Path | None = None
+
+
+def weight_files(model: ModelConfig, hub: Path) -> list[WeightFile]:
+    """Those that are here; none where that cannot be said. vLLM and SGLang read shards by their numbers."""
+    if model.engine in _OTHERS or argument(model, "load-format") == "dummy":
+        return []
+    try:
+        located = locate(model.source, hub, argument(model, "revision"))
+        if located.path is None:
+            return []
+        folder = located.path.parent if located.path.is_file() else located.path
+        found = [folder / name for name in natural(weight_names(located.path, located.tag, located.root))]
+    except (OSError, Unreadable):
+        return []
+    beside = [Path(projector)] if model.engine == "llama.cpp" and (projector := text(model, "mmproj")) else []
+    return [WeightFile(path, located.root) for path in found] + [WeightFile(path) for path in beside]
+
+
+def natural(names: Sequence[str]) -> list[str]:
+    """In the order of the numbers in them: 2 before 10."""
+    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in _NUMBER.split(name)])
