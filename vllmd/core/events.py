@@ -235,7 +235,7 @@ class MemorySampled(Event):
     drawn: Mapping[str, float] = field(default_factory=dict)  # joules of each replica's engine since its last request
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StandbysHeld(Event):
     """Standby engines hold so many bytes of host memory, and are given up for whoever wants it: nobody waits for it."""
 
@@ -272,7 +272,7 @@ class DeviceDrained(Event):
     why: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class MachineSlept(Event):
     """The machine was suspended for so many seconds, in which the core's clock stood still.
 

@@ -331,7 +331,7 @@ class Logged:
     lines: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Waiting:
     """A standby has imported what it was told to, and waits for an order; sent unasked to every client.
 
