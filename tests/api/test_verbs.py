@@ -28,6 +28,7 @@ from vllmd.cli.completion import script
 from vllmd.core import events
 from vllmd.daemon.key_store import KeyStore
 from vllmd.daemon.operator_commands import OperatorCommands
+from vllmd.daemon.plans import Plans
 from vllmd.daemon.previews import Previews
 from vllmd.daemon.records import Records
 from vllmd.daemon.status import Status
@@ -169,6 +170,7 @@ PLACES: dict[str, tuple[type, type]] = {
     "keys": (control.KeyStore, KeyStore),
     "store": (control.Store, ModelStore),
     "previews": (control.Previews, Previews),
+    "plans": (control.Plans, Plans),
     "records": (control.Records, Records),
 }
 

@@ -250,6 +250,28 @@ def test_usage_is_shown_and_taken_along(page: sync_api.Page, site: Site) -> None
     assert lines[0].startswith("model,requests,") and any(line.startswith('"alpha",') for line in lines)
 
 
+def test_a_plan_shows_what_one_more_gpu_would_change(page: sync_api.Page, site: Site) -> None:
+    for _ in range(3):
+        assert site.chat("alpha").status == site.chat("beta").status == 200
+    page.get_by_role("link", name="Plan").click()
+    page.get_by_role("button", name="Compute").click()
+    table = page.get_by_role("table", name="plan", exact=True)
+    table.get_by_role("columnheader", name="with the change").wait_for()
+
+    def figures(title: str) -> list[str]:
+        named = page.get_by_role("rowheader", name=title, exact=True)
+        return table.get_by_role("row").filter(has=named).get_by_role("cell").all_inner_texts()
+
+    assert figures("GPUs") == ["80 GiB", "80 GiB, 80 GiB"]
+    before, after = figures("longest wait")
+    assert before != after, "those for beta need not wait for alpha"
+    page.get_by_role("img", name="Requests that wait.").wait_for()
+    page.get_by_role("combobox", name="Model with other settings").select_option("alpha")
+    page.get_by_label("Its settings").fill("gpu_memroy: 1GiB")
+    page.get_by_role("button", name="Compute").click()
+    page.get_by_role("alert").get_by_text("gpu_memory").wait_for()
+
+
 def test_another_tab_signs_out_and_no_page_remembers(page: sync_api.Page) -> None:
     page.get_by_role("button", name="Sign out").click()
     page.get_by_role("heading", name="With a link").wait_for()
@@ -291,7 +313,7 @@ def test_none_and_many_models(browser: sync_api.Browser, tmp_path: Path, models:
             next(visits)
 
 
-@pytest.mark.parametrize("view", ["now", "why", "requests", "models", "models/alpha", "try", "usage"])
+@pytest.mark.parametrize("view", ["now", "why", "requests", "models", "models/alpha", "try", "usage", "plan"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_everybody_can_use_it(browser: sync_api.Browser, site: Site, view: str, scheme: str) -> None:
     """axe's rules: contrast, names of controls, order of headings and the like; in both colour schemes."""

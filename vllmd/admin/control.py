@@ -26,6 +26,7 @@ from vllmd.api.answers import (
     Killed,
     ModelLine,
     NewKey,
+    Plan,
     Preview,
     Probed,
     Progress,
@@ -187,6 +188,20 @@ class Previews(Protocol):
         """What draining a device, or giving it back, would do. Raises NotFound."""
 
 
+class Plans(Protocol):
+    """Computes what would be, beside what is."""
+
+    async def run(
+        self,
+        since: float | None,
+        devices: str | None,
+        policy: str | None,
+        host_memory: str | None,
+        models: Mapping[str, object],
+    ) -> Plan:
+        """The recorded traffic with something else. Raises BadRequest, NotFound, Conflict, TookTooLong."""
+
+
 class Following(Protocol):
     """Tells what happens, as it happens."""
 
@@ -301,6 +316,7 @@ class Control:
     status: Status
     commands: Commands
     previews: Previews
+    plans: Plans
     following: Following
     runtime_models: RuntimeModels
     store: Store

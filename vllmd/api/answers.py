@@ -189,6 +189,40 @@ class Preview(Answer):
 
 
 @answer
+class PlanRun(Answer):
+    """One run of a plan: how the recorded requests would have fared. Times in seconds, memory in bytes."""
+
+    name: Annotated[str, "as it is, or with the change"]
+    policy: str = ""
+    devices: Annotated[tuple[int, ...], "memory of each"] = ()
+    length: float = 0.0
+    requests: int = 0
+    served: int = 0
+    failed: int = 0
+    swaps: Annotated[int, "starts and wakes"] = 0
+    wait: Annotated[Object, "mean, p50, p95, p99 and longest, from arrival until an engine works on it"] = field(
+        default_factory=dict
+    )
+    latency: Annotated[Object, "the same until its last token"] = field(default_factory=dict)
+    models: Annotated[Object, "the same figures by model"] = field(default_factory=dict)
+    busy: Annotated[Object, "share of the time that a device worked, by index"] = field(default_factory=dict)
+    memory: Annotated[Object, "mean share of a device's memory that was promised"] = field(default_factory=dict)
+    errors: Annotated[Object, "how many requests failed, by reason"] = field(default_factory=dict)
+    samples: Annotated[tuple[Object, ...], "at: seconds; queued; promised: bytes of each device"] = ()
+
+
+@answer
+class Plan(Answer):
+    """Recorded traffic, simulated. ``recorded``: how many requests there were; only the last ones are replayed."""
+
+    requests: int
+    since: Annotated[float, "when the first that is replayed came, in Unix time"] = 0.0
+    recorded: int = 0
+    left_out: Annotated[Mapping[str, str], "models, and why they are in no run"] = field(default_factory=dict)
+    runs: tuple[PlanRun, ...] = ()
+
+
+@answer
 class Configuration(Answer):
     """Which files were read, and why they are not in force, if they are not."""
 

@@ -28,6 +28,7 @@ from vllmd.api.answers import (
     Killed,
     ModelLine,
     NewKey,
+    Plan,
     Preview,
     Probed,
     Recordings,
@@ -200,6 +201,13 @@ def quoted(value: object) -> str:
     return quote(str(value), safe="")
 
 
+PLANNED = (
+    Param("since", Moment(), "with what came since then (default: seven days ago)", "body", None),
+    Param("devices", Text("sizes of devices", 2000), "on these devices instead, such as 80GiB,80GiB", "body", None),
+    Param("policy", Text("a policy"), "by this one instead", "body", None),
+    Param("host_memory", Text("a size"), "with so much host memory for sleepers instead", "body", None),
+    Param("models", JsonObject("an object"), "settings, by model, instead of its own", "body", default={}),
+)  # fmt: skip
 PREVIEWED_DRAIN = Param("action", Word(("drain", "undrain")), "which verb")
 PREVIEWED = Param("action", Word(("load", "sleep", "unload", "restart", "pin", "unpin", "lease", "release", "probe",
                                 "disable", "enable")), "which verb")  # fmt: skip
@@ -319,6 +327,11 @@ VERBS: tuple[Verb, ...] = (
     Verb("decisions", "GET", "/admin/decisions", "The last decisions and their numbers", Decisions,
          (Param("model", ModelName(), "of that model only", default=""),), does="status.decisions", scope="read",
          python=Method("decisions", "The last decisions with their numbers, oldest first.", "decisions")),
+    Verb("plan", "POST", "/admin/plan", "What the recorded traffic would have met with other devices, models or rules",
+         Plan, PLANNED, does="plans.run", patient=True, refuses=(404, 409, 504),
+         about="Simulated beside how it is, as vllmctl simulate --recorded does it, by a process of its own; one at a "
+               "time, with the last 20,000 requests at most.",
+         python=Method("plan", "What the recorded traffic would have met with other devices, models or rules.")),
     Verb("reload", "POST", "/admin/reload", "Take the configuration anew", Reloaded, does="commands.reload",
          python=Method("reload", "Take the configuration anew. Raises ConfigError if it is invalid; nothing changed.")),
     Verb("kill", "POST", "/admin/processes/{pid}/kill", "Kill the engine that has a process", Killed,

@@ -186,6 +186,19 @@ class Client:
         """The last decisions with their numbers, oldest first."""
         return (self._told("decisions", answers.Decisions, model=model)).decisions
 
+    def plan(
+        self,
+        since: float | None = None,
+        devices: str | None = None,
+        policy: str | None = None,
+        host_memory: str | None = None,
+        models: Mapping[str, object] = {},
+    ) -> answers.Plan:
+        """What the recorded traffic would have met with other devices, models or rules."""
+        return self._told(
+            "plan", answers.Plan, since=since, devices=devices, policy=policy, host_memory=host_memory, models=models
+        )
+
     def reload(self) -> answers.Reloaded:
         """Take the configuration anew. Raises ConfigError if it is invalid; nothing changed."""
         return self._told("reload", answers.Reloaded)

@@ -56,6 +56,21 @@ def guest(name: str, settings: Mapping[str, Any], config: Config, *, trusted: bo
     return model
 
 
+def changed(name: str, settings: Mapping[str, Any], config: Config) -> ModelConfig:
+    """A configured model with these settings instead of its own, for a plan. Raises BadRequest with what is wrong."""
+    _refuse_settings(settings)
+    findings = Findings()
+    model, given = parse_model(name, _node(settings, Where("request")), findings)
+    found = [str(problem) for problem in findings.problems()]
+    if not found:
+        model = _over(config.models[name], model, given)
+        together = replace(config, models={**config.models, name: model})
+        found = [f"{path}: {what}" for _, path, what in check(together) if path.startswith(f"models.{name}")]
+    if found:
+        raise BadRequest("\n".join(found))
+    return model
+
+
 def _over(template: ModelConfig, model: ModelConfig, given: frozenset[str]) -> ModelConfig:
     """What was given before what ``defaults`` says; what is combined in files is combined here."""
     names = frozenset(_field(name) for name in given) - {""}

@@ -29,6 +29,7 @@ from vllmd.daemon.key_store import KeyStore
 from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.listeners import Listeners
 from vllmd.daemon.operator_commands import OperatorCommands
+from vllmd.daemon.plans import Plans
 from vllmd.daemon.previews import Previews
 from vllmd.daemon.quotas import Quotas
 from vllmd.daemon.records import Records
@@ -132,8 +133,9 @@ def front_end(
     commands = OperatorCommands(back, instances, disabled, current.engines_of, reload)
     following = Following(current, status, changes, back)
     previews = Previews(back, lambda: current.config)
+    plans = Plans(current, back, records.arrivals, status.cache)
     control = Control(
-        counters, status, commands, previews, following, runtime_models, store, records, key_store, adapters
+        counters, status, commands, previews, plans, following, runtime_models, store, records, key_store, adapters
     )
 
     def outcome(model: str, answered: int, failed: bool) -> None:

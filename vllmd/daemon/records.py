@@ -443,6 +443,23 @@ class Records:
             found.append({row.key or "": (row.prompt + row.answer, row.device_seconds) for row in rows})
         return found[0], found[1]
 
+    async def arrivals(self, since: float, most: int) -> tuple[deque[Arrival], int]:
+        """The last so many arrivals from then on (Unix time), and how many there were. Raises Unavailable, NotFound."""
+        store = self._the_store()
+        await self.flush()
+        from vllmd.records.store import StoreError
+
+        def read() -> tuple[deque[Arrival], int]:
+            last, number = deque[Arrival](maxlen=most), 0
+            for number, each in enumerate(store.arrivals(since), 1):  # noqa: B007
+                last.append(each._replace(model=self.base_of(each.model)))
+            return last, number
+
+        try:
+            return await asyncio.to_thread(read)
+        except StoreError as error:
+            raise Unavailable(error.message) from None
+
     async def trace(self, since: float | None, *, anonymised: bool) -> AsyncIterator[answers.Arrival]:
         """Arrivals from then on (Unix time), as ``vllmctl simulate`` reads them. Raises Unavailable, NotFound."""
         store = self._the_store()

@@ -338,7 +338,7 @@ class Supervisor:
         return dataclasses.replace(order, env={**order.env, **self._backend.marks})
 
     def _warn_of_limits(self, order: StartOrder) -> None:
-        if without := order.limits.keys() - set(self._backend.limits):
+        if (without := order.limits.keys() - set(self._backend.limits)) and not order.waits:
             log.warning("%s: no effect here: %s (%s)", order.instance, ", ".join(sorted(without)), self._backend.detail)
 
     def _placed(self, engine: Engine, group: Group | None, why: str) -> None:

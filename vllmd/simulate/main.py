@@ -19,7 +19,7 @@ from vllmd.simulate.planned import machine_of, names_of, read_config
 from vllmd.simulate.plot import plot
 from vllmd.simulate.report import Report
 from vllmd.simulate.show import as_json, text
-from vllmd.simulate.trace import TraceError, load_trace
+from vllmd.simulate.trace import TraceError, load_trace, of_these
 from vllmd.simulate.world import Machine, Warm, freezing, simulate
 
 EX_USAGE, EX_DATAERR, EX_UNAVAILABLE, EX_CONFIG = 64, 65, 69, 78
@@ -118,9 +118,7 @@ def _run(options: argparse.Namespace, path: str) -> list[Report]:
     if options.recorded is None:
         trace = load_trace(path, names)
     else:  # whoever was asked for then may be gone by now, or is not in this configuration yet
-        rows = load_trace(path)
-        trace = [replace(row, model=names[row.model]) for row in rows if row.model in names]
-        gone = sorted({row.model for row in rows} - names.keys())
+        trace, gone = of_these(load_trace(path), names)
         if gone:
             print(f"left out, for this configuration does not have them: {', '.join(gone)}", file=sys.stderr)
         if not trace:

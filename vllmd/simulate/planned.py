@@ -35,8 +35,13 @@ def read_config(path: str | None, devices: Sequence[str] = (), host_memory: str 
     return config
 
 
-def machine_of(config: Config, physics: Physics, warm: Warm, env: Mapping[str, str] = os.environ) -> Machine:
-    """Its models on its devices. Raises ConfigError if a model can never fit, or there is no device to plan for."""
+def machine_of(
+    config: Config, physics: Physics, warm: Warm, env: Mapping[str, str] = os.environ, cache: Path | None = None
+) -> Machine:
+    """Its models on its devices. ``cache``: the engines', if it is not the user's own.
+
+    Raises ConfigError if a model can never fit, or there is no device to plan for.
+    """
     devices = open_devices(config, env)
     try:
         inventory = devices.inventory()
@@ -44,7 +49,7 @@ def machine_of(config: Config, physics: Physics, warm: Warm, env: Mapping[str, s
         devices.close()
     if not inventory and config.devices is None:
         raise ConfigError(f"there is no device to plan for ({devices.note}); say which, for example: --devices 80GiB")
-    specs = [spec_of(model, inventory, cache_of(env)) for model in config.models.values()]
+    specs = [spec_of(model, inventory, cache or cache_of(env)) for model in config.models.values()]
     settings = Settings(config.policy, host_budget(config), config.server.queue_limit)
     return Machine(specs, inventory, settings, physics, warm)
 

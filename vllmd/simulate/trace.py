@@ -12,8 +12,8 @@ import csv
 import difflib
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,13 @@ def load_trace(path: str | Path, names: Mapping[str, str] | None = None) -> list
     if not rows:
         raise TraceError(f"{path}: the trace has no requests")
     return [Row(row.time - rows[0].time, row.model, row.prompt, row.output, row.key) for row in rows]
+
+
+def of_these(rows: Iterable[Row], names: Mapping[str, str]) -> tuple[list[Row], list[str]]:
+    """The requests for models of these names, by the names that are theirs; and which models were left out."""
+    every = list(rows)
+    known = [replace(row, model=names[row.model]) for row in every if row.model in names]
+    return known, sorted({row.model for row in every} - names.keys())
 
 
 Located = tuple[str, Mapping[str, Any]]  # "file:line", and the columns found there

@@ -7,13 +7,14 @@ import { currentSession, onSession, signOut } from "./api.js";
 import { follow, useLive } from "./live.js";
 import { Models } from "./models.js";
 import { Now } from "./now.js";
+import { Plan } from "./plan.js";
 import { Requests } from "./requests.js";
 import { SignIn, codeOf } from "./signin.js";
 import { Try } from "./try.js";
 import { Usage } from "./usage.js";
 import { Why } from "./why.js";
 
-const VIEWS = { now: ["Now", Now], why: ["Why", Why], requests: ["Requests", Requests], models: ["Models", Models], try: ["Try", Try], usage: ["Usage", Usage] };
+const VIEWS = { now: ["Now", Now], why: ["Why", Why], requests: ["Requests", Requests], models: ["Models", Models], try: ["Try", Try], usage: ["Usage", Usage], plan: ["Plan", Plan] };
 
 /** `#/models/NAME` is the view `models` with the name. */
 function placeOf(hash) {

@@ -64,6 +64,13 @@ export function Rows({ items, height, render, columns, label }) {
     <tbody>${gap(first)}${shown.map((item, at) => render(item, first + at))}${gap(after)}</tbody></table>`;
 }
 
+/** The axes of a curve, in the colours of the page. */
+export function axes() {
+  const style = getComputedStyle(document.documentElement), colour = (name) => style.getPropertyValue(name).trim();
+  const axis = { stroke: colour("--soft"), grid: { stroke: colour("--line"), width: 1 }, ticks: { stroke: colour("--line") } };
+  return [axis, { ...axis, size: 70 }];
+}
+
 /** Load something now, and again whenever `keys` change; `{value, error, again}`. */
 export function useLoaded(load, keys) {
   const [state, setState] = useState({ value: null, error: null });

@@ -5,7 +5,7 @@ import { useEffect, useRef, useState } from "./vendor/hooks.js";
 import uPlot from "./vendor/uplot.js";
 import { call } from "./api.js";
 import { count, seconds } from "./format.js";
-import { Command, Empty, Problem, useLoaded } from "./parts.js";
+import { Empty, Problem, axes, useLoaded } from "./parts.js";
 
 const TIMES = [["24h", "the last day"], ["7d", "the last week"], ["30d", "the last 30 days"], ["365d", "the last year"]];
 const WHAT = [
@@ -36,8 +36,7 @@ export function Usage() {
         <table class="rows" aria-label="usage"><thead><tr>${by.split(",").map((each) => html`<th scope="col">${each}</th>`)}${shown.map(([field, title]) => html`<th scope="col" class="number">${title}</th>`)}</tr></thead>
         <tbody>${rows.map((row) => html`<tr key=${by.split(",").map((each) => row[each]).join(" ")}>${by.split(",").map((each) => html`<th scope="row">${row[each] || "(no key)"}</th>`)}
           ${shown.map(([field, , format]) => html`<td class="number">${format(row[field])}</td>`)}</tr>`)}</tbody></table>
-        <h3>Plan</h3><p>How this week's requests would fare on other devices, with other models or another policy:</p>
-        <p><${Command} text="vllmctl simulate --recorded 7d" /></p>`}`;
+        <p>How they would fare on other devices, with other settings of models or another policy: <a href="#/plan">Plan</a>.</p>`}`;
 }
 
 export function csvOf(rows) {
@@ -67,9 +66,7 @@ function Curves({ rows, by, what }) {
   const names = Object.keys(totals).sort((first, second) => totals[second] - totals[first]).slice(0, MOST_CURVES);
   useEffect(() => {
     if (times.length < 2) return undefined;
-    const style = getComputedStyle(document.documentElement), colour = (name) => style.getPropertyValue(name).trim();
-    const axis = { stroke: colour("--soft"), grid: { stroke: colour("--line"), width: 1 }, ticks: { stroke: colour("--line") } };
-    const format = WHAT.find(([field]) => field === what)[2];
+    const [axis] = axes(), format = WHAT.find(([field]) => field === what)[2];
     const data = names.map((name) => times.map((at) => rows.filter((row) => timeOf(row) === at && nameOf(row) === name).reduce((sum, row) => sum + (row[what] || 0), 0)));
     const plot = new uPlot({ width: own.current.clientWidth, height: 200, axes: [axis, { ...axis, size: 80, values: (_, ticks) => ticks.map(format) }],
       series: [{}, ...names.map((name, at) => ({ label: name, stroke: `hsl(${(at * 67 + 210) % 360} 60% 50%)`, width: 2, value: (_, amount) => (amount === null ? "-" : format(amount)) }))] },

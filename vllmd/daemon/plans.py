@@ -1,0 +1,139 @@
+"""What this machine's own traffic would have met with other devices, models or rules: simulated beside how it is.
+
+It is computed by a process of its own (``simulate/what_if.py``), one at a time, with a bound on what it is given and on
+how long it takes: the loop that serves requests only waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import pickle
+import sys
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import vllmd
+from vllmd.api.answers import Plan, PlanRun
+from vllmd.api.codec import parse
+from vllmd.config.types import Config
+from vllmd.daemon.current import Current, Later
+from vllmd.errors import BadRequest, Conflict, NotFound, TookTooLong, Unavailable
+from vllmd.records.trace import Arrival
+
+if TYPE_CHECKING:
+    from vllmd.daemon.back_end import BackEnd
+
+log = logging.getLogger("vllmd")
+
+MOST_REQUESTS = 20_000  # a second of computing for each thousand, as a rule; the last ones count
+LIMIT = 240.0  # seconds for both runs
+SHOWN = 7 * 86400.0  # seconds back, where nothing else is said
+AS_IT_IS, CHANGED = "as it is", "with the change"
+
+
+class Plans:
+    """Implements ``vllmd.admin.control.Plans``."""
+
+    def __init__(
+        self,
+        current: Current,
+        back: Later[BackEnd],
+        arrivals: Callable[[float, int], Awaitable[tuple[deque[Arrival], int]]],
+        cache: Callable[[], Path],
+    ) -> None:
+        """``arrivals`` gives the last so many since then, models by their own names, and how many there were."""
+        self._current = current
+        self._back = back
+        self._arrivals = arrivals
+        self._cache = cache
+        self._runs = False
+
+    async def run(
+        self,
+        since: float | None,
+        devices: str | None,
+        policy: str | None,
+        host_memory: str | None,
+        models: Mapping[str, object],
+    ) -> Plan:
+        """Both runs. Raises BadRequest, UnknownModel, NotFound (nothing recorded), Conflict (one runs), TookTooLong."""
+        from vllmd.config.what_if import what_if, with_devices
+        from vllmd.simulate.baselines import ALL
+        from vllmd.simulate.what_if import Question
+
+        back = await self._back.wait()
+        present = [device.memory for device in back.memory.inventory]
+        if not present and not devices:
+            raise BadRequest("there is no device here to plan for; say which, such as 80GiB,80GiB", param="devices")
+        config = self._current.config
+        base = with_devices(config, present)
+        base = replace(base, host_memory=back.activity().host_memory)
+        asked = what_if(base, devices or "", policy or "", host_memory or "", models, list(ALL))
+        if self._runs:
+            raise Conflict("another plan is being computed; one runs at a time")
+        self._runs = True
+        try:
+            found, number = await self._arrivals(time.time() - SHOWN if since is None else since, MOST_REQUESTS)
+            if not found:
+                raise NotFound("nothing was recorded in that time that could be planned with")
+            cases = [(AS_IT_IS, base)] if present else []
+            cases += [(CHANGED, asked)] if asked != base or not present else []
+            cases, cache = [(name, _bare(each)) for name, each in cases], self._cache()
+            question = await asyncio.to_thread(lambda: pickle.dumps(Question(cases, rows_of(found), cache)))
+            told = await _answered(question)
+        finally:
+            self._runs = False
+        if "error" in told:
+            raise BadRequest(str(told["error"]))
+        runs = tuple(parse(PlanRun, each) for each in told["runs"])
+        if not runs:
+            raise NotFound(f"nothing that was recorded can be planned with: {told['left_out']}")
+        return Plan(told["requests"], min(a.at for a in found) / 1000, number, told["left_out"], runs)
+
+
+def rows_of(arrivals: deque[Arrival]) -> list[Any]:
+    """The trace, the first request at 0."""
+    from vllmd.simulate.trace import Row
+
+    ordered = sorted(arrivals)
+    return [Row((a.at - ordered[0].at) / 1000, a.model, a.prompt, a.answer, a.key) for a in ordered]
+
+
+def _bare(config: Config) -> Config:
+    """Without what is nobody else's business, and what a plan has no use for."""
+    return replace(config, auth=type(config.auth)(), origins={}, warnings=())
+
+
+async def _answered(question: bytes) -> dict[str, Any]:
+    """What the other process says. It ends with us, with its time, and when nobody waits for it any more."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(vllmd.__file__).parents[1])}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-m", "vllmd.simulate.what_if"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=environment,
+        limit=1 << 24,
+    )
+    try:
+        told, complaint = await asyncio.wait_for(process.communicate(question), LIMIT)
+    except TimeoutError:
+        raise TookTooLong(f"the plan was not computed within {LIMIT:.0f} s; ask for a shorter time") from None
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+    if process.returncode != 0:
+        log.error("a plan failed: %s", complaint.decode(errors="replace"))
+        raise Unavailable("the plan could not be computed; the daemon's log says why")
+    answer: dict[str, Any] = json.loads(told)
+    return answer
