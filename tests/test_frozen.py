@@ -30,8 +30,15 @@ class Other:
     y: int = 0
 
 
+@frozen
+class Nothing:
+    """It says all by its name."""
+
+
 def test_it_is_compared_by_its_fields() -> None:
     """Those of one class; what is not compared does not count, and what cannot be hashed cannot be."""
+    assert Nothing() == Nothing()
+    assert len({Nothing(), Nothing()}) == 1
     assert Point(1) == Point(1, 0, "told") != Point(2)
     assert Other(1) != Point(1)
     assert len({Other(1), Other(1), Other(2)}) == 2

@@ -22,8 +22,7 @@ def frozen(cls: type[T]) -> type[T]:
     made = dataclass(slots=True, eq=False, repr=False)(cls)
     compared = [each.name for each in fields(made) if each.compare]  # type: ignore[arg-type]
     shown = [each.name for each in fields(made) if each.repr]  # type: ignore[arg-type]
-    if compared:
-        _compare(made, attrgetter(*compared))
+    _compare(made, attrgetter(*compared) if compared else lambda self: ())
     if "__repr__" not in cls.__dict__:
         _show(made, shown)
     return made
