@@ -14,8 +14,9 @@ import pytest
 from tests.daemon.rig import ASLEEP, AWAKE, OK, FakeEngine, Rig, soon, tell
 from vllmd.core import commands, events
 from vllmd.core.types import GiB, Source
-from vllmd.daemon import engine_manager, memory, sleeps
+from vllmd.daemon import engine_manager, launch_planner, memory, sleeps
 from vllmd.daemon.ports import PortPool
+from vllmd.engines.environments import Environment
 from vllmd.errors import Unavailable
 from vllmd.gpu import Sample
 from vllmd.launcher.client import LauncherFailed
@@ -51,6 +52,22 @@ def test_a_start_orders_waits_and_measures(tmp_path: Path) -> None:
         assert (order.metadata["model"], order.metadata["devices"]) == ("m", "[0]")
         assert rig.launcher.notes[order.instance]["state"] == "ready"
         await rig.nothing_more()
+
+    tell(story, tmp_path)
+
+
+def test_an_engine_is_told_where_what_it_compiles_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its version, in the home that it sees; a variable of the model's own is left alone."""
+    found = Environment("vllm", "0.33.0", tmp_path)
+    monkeypatch.setattr(launch_planner.environments, "chosen", lambda model: found)
+
+    async def story(rig: Rig) -> None:
+        rig.configure(env={"HOME": "/h", "TRITON_CACHE_DIR": "/mine"})
+        await rig.start()
+        await rig.event()
+        (order,) = rig.launcher.launch_planner
+        assert order.env["VLLM_CACHE_ROOT"] == "/h/.cache/vllmd/vllm/0.33.0/vllm"
+        assert order.env["TRITON_CACHE_DIR"] == "/mine"
 
     tell(story, tmp_path)
 

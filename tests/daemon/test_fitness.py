@@ -11,7 +11,7 @@ import pytest
 from tests.daemon.test_quotas import Core
 from tests.estimate.files import LLAMA_8B, model
 from vllmd.admin.counters import Counters
-from vllmd.config.types import ModelConfig
+from vllmd.config.types import ModelConfig, ServerConfig
 from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.engine_resolver import EngineResolver
 from vllmd.daemon.fitness import kind_of
@@ -40,7 +40,9 @@ def gate_of(config: ModelConfig, folder: Path) -> AdmissionGate:
 def refusal(gate: AdmissionGate, route: str) -> str:
     """What a client hears that asks for this path; "" if it is let through."""
     try:
-        ModelRequests(gate, Limits()).target(Request("POST", route, route, "", Headers([]), caller=ANYBODY), "m", route)
+        ModelRequests(gate, Limits(ServerConfig())).target(
+            Request("POST", route, route, "", Headers([]), caller=ANYBODY), "m", route
+        )
     except NotFound as error:
         return error.message
     return ""
@@ -70,6 +72,15 @@ def test_what_it_is_for_is_let_through(tmp_path: Path, files: dict[str, Any], ro
     gate = gate_of(ModelConfig("m", model=str(source)), tmp_path)
     assert refusal(gate, route) == ""
     assert refusal(gate_of(ModelConfig("m", model=str(model(tmp_path / "b", LLAMA_8B, BF16=9))), tmp_path), HEAR) == ""
+
+
+@pytest.mark.parametrize("flags", [("--runner", "pooling"), ("--runner=pooling",)])
+def test_a_model_that_is_run_for_embeddings_does_not_chat(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    """Whatever its files would be good for."""
+    config = ModelConfig("m", model=str(model(tmp_path / "files", LLAMA_8B, BF16=1000)), extra_args=flags)
+    gate = gate_of(config, tmp_path)
+    assert "run for embeddings" in refusal(gate, CHAT)
+    assert refusal(gate, EMBED) == refusal(gate, "/v1/rerank") == ""
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits for a machine to be calm here."""
     monkeypatch.setattr(standbys, "CALM", 0.0)
     monkeypatch.setattr(standbys, "LOOK", 0.0)
+    monkeypatch.setattr(standbys, "SEEK", 0.0)
 
 
 class Launcher:
@@ -174,6 +175,29 @@ async def test_none_is_kept_for_models_that_are_all_loaded() -> None:
     await here.waiting()
     await here.look(running={"a", "b"})
     assert len(here.launcher.killed) == 1
+    assert here.keeper.held == 0
+
+
+@story
+async def test_models_are_not_looked_through_at_every_look() -> None:
+    """A daemon with ten thousand models looks every two seconds; a few are asked for, once something has changed."""
+    here = Place(1, **{f"m{number}": ONE if number == 20 else None for number in range(10_000)})
+    asked = 0
+
+    def find(model: ModelConfig) -> Standby | None:
+        nonlocal asked
+        asked += 1
+        return here.kinds[model.name]
+
+    here.keeper._find = find
+    standbys.SEEK = 60.0
+    await here.waiting()
+    assert asked == 21
+    for _ in range(9):
+        await here.look()
+    assert asked == 21
+    await here.look(running={"m20"})
+    assert asked == 21 + standbys.MODELS
     assert here.keeper.held == 0
 
 

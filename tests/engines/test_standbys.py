@@ -105,10 +105,12 @@ def test_models_share_standbys_where_what_is_read_at_import_is_equal(tmp_path: P
         {"command": (sys.executable, "-m", "vllm.entrypoints.openai.api_server")},
         {"command": ("/bin/sh", "-c", "vllm serve")},
         {"command": ("/no/such/vllm",)},
+        {"model": "openai/Whisper-large-v3"},
+        {"extra_args": ("--mm-tensor-ipc", "torch_shm")},
     ],
 )
 def test_what_is_special_is_started_as_ever(tmp_path: Path, settings: dict[str, Any]) -> None:
-    """Another user, another kind, somebody's own command."""
+    """Another user, another kind, somebody's own command, and what vLLM says cannot be forked."""
     assert of(tmp_path, **settings) is None
 
 
@@ -185,16 +187,17 @@ def pid_of(site: Site, instance: str) -> int:
 def test_the_next_model_is_made_of_a_standby(tmp_path: Path) -> None:
     """The second start needs no imports, and shows them to be done; one that was killed costs an ordinary start.
 
-    What it holds is shown, and with the daemon it ends.
+    What it holds is shown. No idle exit waits for it, and with the daemon it ends.
     """
     path = os.pathsep.join([str(tmp_path / "lib"), str(REPOSITORY)])
     model = {"engine": "vllm", "command": [str(program(tmp_path))], "env": {"PYTHONPATH": path}, "gpu_memory": "8GiB"}
     config = {
         "engines": {**ports(), "standby": 1},
         "devices": [{"memory": "80GiB"}],
+        "server": {"idle_exit": "1s"},
         "models": {name: {**model, "model": f"org/{name}"} for name in ("a", "b", "c", "d")},
     }
-    with daemon(tmp_path / "site", config) as site:
+    with daemon(tmp_path / "site", config, ends=True) as site:
         site.answer("a")
         instance = until(lambda: waiting(site))
         shown = site.admin.get("/admin/status").json()
@@ -211,4 +214,9 @@ def test_the_next_model_is_made_of_a_standby(tmp_path: Path) -> None:
         site.answer("c")
         instance = until(lambda: waiting(site))
         pid = pid_of(site, instance)
-    assert not alive(pid)
+        for name in ("a", "b", "c"):
+            site.unload(name)
+        site.http.close()
+        site.admin.close()
+        assert site.process.wait(30) == 0
+        assert not alive(pid)

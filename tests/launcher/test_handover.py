@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from tests.launcher.driver import Driver, fresh, private, until
 from tests.launcher.test_sessions import alive, children, launcher_of
 from vllmd.engines.standby import SCRIPT
 from vllmd.launcher import handover
-from vllmd.launcher.client import Running, StartOrder
+from vllmd.launcher.client import LauncherFailed, Running, StartOrder
 from vllmd.launcher.protocol import ProtocolError
 
 BOTH = pytest.mark.parametrize("options", [(), ("--no-cgroups",)], ids=["cgroups", "sessions"])
@@ -82,6 +83,7 @@ class Place:
         instance, name = fresh(), standby if isinstance(standby, str) else standby.instance
         env = more.pop("env", {"EARLY": "1", "LATE": instance})
         run = self.folder / "run" / instance
+        self.ordered = instance
         order = StartOrder(instance, (str(self.program), *argv), env, run_dir=str(run), standby=name, **more)
         return await self.driver.client.start(order)
 
@@ -197,6 +199,17 @@ async def test_an_environment_that_was_read_already_cannot_be_handed_over(
             await here.end(engine)
 
 
+@pytest.mark.parametrize("what", ["torch", "nothing"])
+async def test_one_whose_imports_have_opened_a_device_never_waits(tmp_path: Path, what: str) -> None:
+    """No fork of it could use the device, and it sees the one that was visible then."""
+    async with place(tmp_path) as here:
+        (tmp_path / "bin/torch.py").write_text("class cuda:\n    is_initialized = staticmethod(lambda: True)\n")
+        standby = await here.standby(imports=[what], wait=what == "nothing")
+        if what == "torch":
+            report = await here.driver.exit()
+            assert (report.instance, standby.instance in here.waiting) == (standby.instance, False)
+
+
 async def test_two_starts_at_once_get_one_each(tmp_path: Path) -> None:
     """The second starts as ever: a standby never serves two models."""
     async with place(tmp_path) as here:
@@ -255,14 +268,21 @@ async def test_it_ends_with_whoever_ordered_it(tmp_path: Path, options: tuple[st
     assert not alive(standby.pid)
 
 
-async def test_an_engine_is_killed_while_it_is_being_made(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["killed", "told to end"])
+async def test_an_engine_ends_while_it_is_being_made(tmp_path: Path, how: str) -> None:
     """Then nothing begins anew."""
     async with place(tmp_path) as here:
         standby = await here.standby()
         os.kill(standby.pid, signal.SIGSTOP)
         starting = asyncio.ensure_future(here.start(standby))
         await asyncio.sleep(0.05)
-        starting.cancel()
+        if how == "killed":
+            starting.cancel()
+        else:
+            await here.driver.client.signal(here.ordered, signal.SIGTERM)
+            os.kill(standby.pid, signal.SIGCONT)
+            with pytest.raises(LauncherFailed):
+                await starting
         await until(lambda: not alive(standby.pid))
         async with asyncio.timeout(20):
             while await here.driver.client.list():  # noqa: ASYNC110
@@ -281,7 +301,8 @@ async def test_hand_overs_in_a_row(tmp_path: Path) -> None:
             engine = await starting
             if number % 3 < 2:
                 assert engine.pid == standby.pid
-            await here.driver.client.kill(engine.instance)
+            with contextlib.suppress(LauncherFailed):  # the blow came just after the hand-over, and it has ended
+                await here.driver.client.kill(engine.instance)
             while (await here.driver.exit()).instance != engine.instance:
                 pass
         assert await here.driver.client.list() == []

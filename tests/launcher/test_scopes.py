@@ -124,11 +124,21 @@ async def test_nothing_is_left_of_a_standby_that_nobody_can_use_any_more(site: M
         one = await standby(site, driver)
         kill_launcher(site)
         await until(lambda: driver.lost.is_set() and units(site) == "")
-    async with driving(site) as driver:
-        one = await standby(site, driver)
-        await driver.client.close()
-        await until(lambda: units(site) == "")
-        driver.lost.set()
+    for ordered in (False, True):
+        async with driving(site) as driver:
+            one = await standby(site, driver)
+            if ordered:  # the daemon is killed while the engine is being made
+                site.run(["kill", "-STOP", str(one.pid)])
+                starting = asyncio.ensure_future(driver.client.start(made_of(one, "lost")))
+                await asyncio.sleep(0.03)
+                await driver.client.close()
+                with pytest.raises(LauncherFailed):
+                    await starting
+                site.run(f"kill -CONT {one.pid} || true")
+            else:
+                await driver.client.close()
+            await until(lambda: units(site) == "")
+            driver.lost.set()
 
 
 # --- starting ---

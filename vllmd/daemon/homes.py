@@ -60,6 +60,13 @@ class Homes:
         except KeyError:
             return None
 
+    def at(self, model: ModelConfig) -> Path | None:
+        """The home that its engine will see, as far as the daemon can tell."""
+        if told := model.env.get("HOME"):
+            return Path(told)
+        known, ours = self.of(model), self.environment.get("HOME")
+        return Path(ours) if known is None and ours and not model.user else known
+
     @cached_property
     def _shared_hub(self) -> Path:
         return cache_of(self.environment, self.shared)

@@ -18,11 +18,12 @@ from vllmd.daemon.engine_process import EngineProcess, environment_now, fingerpr
 from vllmd.daemon.homes import Homes, ordered_user
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.ports import PortPool
+from vllmd.engines import compile_caches, environments
 from vllmd.engines.base import Engine, Launch, Listen, Place
 from vllmd.engines.estimate import Estimate
 from vllmd.engines.standby import CanStandBy, Standby, early
 from vllmd.errors import ConfigError, VllmdError
-from vllmd.gpu import environment
+from vllmd.gpu import environment, gpus
 from vllmd.launcher.client import StartOrder
 from vllmd.launcher.protocol import ProtocolError
 from vllmd.place import Cpus, cpus
@@ -126,7 +127,7 @@ class LaunchPlanner:
         engine = self._engine_of(model)
         if not isinstance(engine, CanStandBy):
             return None
-        devices = self._memory.inventory[: engine.device_count(model)]
+        devices = gpus(self._memory.inventory)[: engine.device_count(model)]
         here = self._cpus(model, devices)
         place = Place(
             run_dir=self._paths.run / instance_name(model.name),
@@ -152,7 +153,12 @@ class LaunchPlanner:
         return found and replace(found, env=early(self._variables(model, launch), found.late))
 
     def _variables(self, model: ModelConfig, launch: Launch) -> dict[str, str]:
-        return {**self._paths.homes.variables(model), **launch.env, **model.env}
+        try:
+            found = environments.chosen(model)
+        except ConfigError:  # which its start says
+            found = None
+        caches = compile_caches.variables(found, self._paths.homes.at(model))
+        return {**self._paths.homes.variables(model), **caches, **launch.env, **model.env}
 
     def needs(self, model: ModelConfig) -> int:
         """Bytes of host memory that its engine is expected to take."""

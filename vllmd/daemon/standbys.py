@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
 from collections import OrderedDict
@@ -38,6 +39,8 @@ EXPECTED = GiB  # bytes that one is expected to hold until it says
 SMALLEST_MACHINE = 16 * GiB  # on which `auto` keeps one
 SPARE, SPARE_AUTO = GiB, 4 * GiB  # bytes that stay available when one is begun; with half of that it is given up
 TRIES = 2  # failures in a row after which one is not tried again until the configuration is read anew
+SEEK = 30.0  # seconds between looks through the models while nothing starts or ends; `engine use` may change them
+MODELS = 32  # that are looked through at a time
 REMEMBERED = 8  # kinds of standbys
 
 Find = Callable[[ModelConfig], Standby | None]
@@ -87,11 +90,14 @@ class Standbys:
         self._recent = OrderedDict[Standby, int]()  # what was started, the last one last, and its failures in a row
         self._tasks: set[asyncio.Task[None]] = set()
         self._busy_until = self._looked = 0.0
+        self._ran: frozenset[str] | None = None  # replicas with an engine, when the models were looked through
+        self._sought = 0.0  # when that was
+        self._useful: list[Standby] = []  # what there could be, by how lately such an engine was started
         self._told = 0
 
     def configure(self, count: int | None, models: Iterable[ModelConfig]) -> None:
         """Keep so many from now on (None: as many as the machine's size allows), for these models' engines."""
-        self._count, self._models = count, models
+        self._count, self._models, self._ran = count, models, None
         for standby in self._recent:
             self._recent[standby] = 0
 
@@ -113,6 +119,7 @@ class Standbys:
         else:
             self._recent.setdefault(standby, 0)
             self._recent.move_to_end(standby)
+            self._ran = None
             while len(self._recent) > REMEMBERED:
                 self._recent.popitem(last=False)
             found = next((one for one in self.kept.values() if one.ready and one.standby == standby), None)
@@ -177,7 +184,7 @@ class Standbys:
         if now < self._looked + LOOK or not (self._recent or self.kept):
             return
         self._looked = now
-        wanted = self._wanted(set(running))
+        wanted = self._wanted(frozenset(running), now)
         for one in list(self.kept.values()):
             if one.standby not in wanted:
                 self._give_up(one, "nothing could be made of it any more")
@@ -199,24 +206,28 @@ class Standbys:
     def _reserve(self) -> int:
         return SPARE_AUTO if self._count is None else SPARE
 
-    def _wanted(self, running: set[str]) -> list[Standby]:
-        """Those that there should be, by how lately such an engine was started; several alike where kinds are few."""
+    def _wanted(self, running: frozenset[str], now: float) -> list[Standby]:
+        """Those that there should be; several alike where kinds are few."""
         count = self._count
         if count is None:
             count = 1 if self._machine() >= SMALLEST_MACHINE else 0
         if not count or self._launcher is None:
             return []
-        idle = [self._find(model) for model in self._idle(running)]
-        kinds = [standby for standby in reversed(self._recent) if self._recent[standby] < TRIES and standby in idle]
+        if running != self._ran or now > self._sought + SEEK:
+            self._ran, self._sought, self._useful = running, now, self._sought_out(running, count)
+        kinds = [standby for standby in self._useful if self._recent.get(standby, TRIES) < TRIES]
         return [kinds[number % len(kinds)] for number in range(count)] if kinds else []
 
-    def _idle(self, running: set[str]) -> Iterable[ModelConfig]:
-        """Models that could be started next; of very many the first are as good as all."""
-        found = 0
-        for model in self._models:
-            if model.name not in running and found < 32:
-                found += 1
-                yield model
+    def _sought_out(self, running: frozenset[str], count: int) -> list[Standby]:
+        """What a model that is not loaded could be made of; of very many models the first are as good as all."""
+        lately, found = list(reversed(self._recent)), set[Standby]()
+        for model in itertools.islice((one for one in self._models if one.name not in running), MODELS):
+            standby = self._find(model)
+            if standby is not None and standby in self._recent:
+                found.add(standby)
+            if lately[:count] == [each for each in lately if each in found][:count]:
+                break
+        return [standby for standby in lately if standby in found]
 
     def _begin(self, standby: Standby) -> None:
         one = Kept(instance_name(f"standby-{Path(standby.program).name}"), standby)

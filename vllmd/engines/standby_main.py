@@ -58,7 +58,7 @@ class Refused(Exception):
 def main() -> int:
     """Import, wait, become the program."""
     fd, spec = int(os.environ.pop("VLLMD_STANDBY_LINK")), json.loads(sys.argv[1])
-    sys.path[0] = os.path.dirname(spec["program"])  # as for a script; and ours must not shadow the engine's modules
+    sys.path[0] = os.path.dirname(os.path.realpath(spec["program"]))  # as for a script; ours would shadow its modules
     link = socket.socket(fileno=fd)
     link.set_inheritable(False)
     born = dict(os.environ)
@@ -95,7 +95,17 @@ def import_all(names: Iterable[str]) -> None:
 
 
 def device_in_use() -> str:
-    """The device that an import has opened, after which no fork could use it; "" if none has."""
+    """The device that an import has opened, after which a fork could not use it, and we no other one; "" if none has.
+
+    The driver's own files tell also of what torch does not know of: opening a device reads which ones are visible.
+    """
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            file = os.readlink(f"/proc/self/fd/{fd}")
+        except OSError:
+            continue
+        if file in ("/dev/nvidia-uvm", "/dev/kfd"):
+            return file
     torch = sys.modules.get("torch")
     for kind in ("cuda", "xpu"):
         part = getattr(torch, kind, None)

@@ -16,7 +16,6 @@ Facts about 0.32 that shape this file (its source read, and run on a CPU):
 from __future__ import annotations
 
 import glob
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +29,7 @@ NVIDIA = Path("/dev/nvidiactl")
 METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 MAIN = "from vllm.entrypoints.cli.main import main"  # in the script that pip and uv make; any other is the user's own
 LARGEST = 2000  # bytes of such a script
+SPAWNED = ("whisper", "torch_shm")  # what vLLM says of: its forks may hang, or are refused
 LATE = frozenset(
     {
         *("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "HF_TOKEN", "VLLM_RPC_BASE_PATH", "VLLM_CPU_KVCACHE_SPACE"),
@@ -78,8 +78,9 @@ def standby(model: ModelConfig, launch: Launch, *, accelerator: bool) -> Standby
     """What a standby has to be for that engine; None where none can be: another program, another platform."""
     if accelerator and not NVIDIA.exists():
         return None  # ROCm reads its devices at import, and XPU does not fork
-    path = str(launch.env.get("PATH") or model.env.get("PATH") or environments.PATH)
-    program = shutil.which(launch.argv[0], path=path)
+    if any(word in argument.lower() for argument in launch.argv for word in SPAWNED):
+        return None
+    program = environments.in_path(model, launch.argv[0])
     python = environments.interpreter_of(program)
     if not program or not python or not _is_vllms(program):
         return None

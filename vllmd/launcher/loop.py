@@ -84,7 +84,9 @@ class Loop:
         while not self._stopped:
             for key, mask in self._selector.select(self._patience()):
                 for event, callback in tuple(key.data.items()):
-                    if mask & event and self._selector.get_map().get(key.fd) is not None:
+                    now = self._selector.get_map().get(key.fd)
+                    # A callback before this one may have unwatched it, or have given it to somebody else.
+                    if mask & event and now is not None and now.data is key.data:
                         _call(callback)
             self._ring()
 

@@ -28,18 +28,18 @@ EARLY_HEAD = (
 
 
 class LoadingHeartbeat:
-    """One request's wait at the gate for ``model``, which it called ``asked``. ``begun``: it has its 200 already."""
+    """What a client hears while its request waits for ``model``, which it called ``asked``."""
 
     def __init__(self, exchange: Exchange, model: str, asked: str, *, stream: bool, limits: Limits, gate: Gate) -> None:
-        self.begun = False
-        self.relaying = False  # the engine's own bytes have reached the client
+        self.head_sent = False  # the client has a head with status 200 from us, before any of an engine
+        self.answer_begun = False  # the client has bytes of the engine's answer
         self._exchange = exchange
         self._model = model
         self._asked = asked
         self._gate = gate
-        self._interval = limits.loading_comment_interval if stream else 0.0
+        self._interval = limits.now.loading_comment_interval if stream else 0.0
         self.wanted = self._interval > 0  # whether the client is to hear anything before its answer
-        self._as_reasoning = limits.loading_as_reasoning
+        self._as_reasoning = limits.now.loading_as_reasoning
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self) -> None:
@@ -64,10 +64,10 @@ class LoadingHeartbeat:
     def say(self, comment: bytes) -> None:
         """Send it, the first time behind a head. HTTP/1.0 has no chunks: there the answer ends with its connection."""
         exchange = self._exchange
-        if self.begun:
+        if self.head_sent:
             exchange.write(self._framed(comment))
             return
-        self.begun = True
+        self.head_sent = True
         if not exchange.takes_chunks:
             exchange.end_with_connection()
         extra = [("x-request-id", exchange.request.id)]
@@ -98,7 +98,7 @@ class LoadingHeartbeat:
     def fail(self, error: VllmdError) -> None:
         """Tell the client, in the way that is left."""
         self._exchange.error, self._exchange.message = type(error).__name__, error.message
-        if self.begun and not self.relaying and not self._exchange.over:
+        if self.head_sent and not self.answer_begun and not self._exchange.over:
             self.fail_with(json.dumps(error_body(error, self._exchange.request.path)).encode())
         else:
             self._exchange.fail(error)
@@ -133,7 +133,7 @@ class Heartbeats:
         """It waits from now on."""
         self._new.add(waiting)
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self._limits.loading_comment_interval, self._sweep)
+            self._timer = asyncio.get_running_loop().call_later(self._limits.now.loading_comment_interval, self._sweep)
 
     def discard(self, waiting: Waiting) -> None:
         """The stream's first byte has come, or its client has left: no more signs of life."""
@@ -146,8 +146,8 @@ class Heartbeats:
             waiting.beat()
         self._old |= self._new
         self._new.clear()
-        if self._old and self._limits.loading_comment_interval > 0:  # it may have been switched off meanwhile
-            self._timer = asyncio.get_running_loop().call_later(self._limits.loading_comment_interval, self._sweep)
+        if self._old and self._limits.now.loading_comment_interval > 0:  # it may have been switched off meanwhile
+            self._timer = asyncio.get_running_loop().call_later(self._limits.now.loading_comment_interval, self._sweep)
 
 
 def error_event(path: str, body: bytes) -> bytes:

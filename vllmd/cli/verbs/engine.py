@@ -96,7 +96,9 @@ def changed(arguments: argparse.Namespace, kind: str, version: str) -> int:
     """Do ``use``, ``rollback`` or ``remove``, and say what came of it."""
     from vllmd.cli import installing
 
+    there = _compiled_by(kind, version) if arguments.action == "remove" else []
     done = installing.perform(arguments, {"verb": arguments.action, "kind": kind, "version": version})
+    _forget_compiled(there, kind, version)
     if arguments.json:
         print(show.as_json(done))
     elif arguments.action == "remove":
@@ -106,6 +108,24 @@ def changed(arguments: argparse.Namespace, kind: str, version: str) -> int:
         _say_use(kind, done["version"], done["before"])
         _say_hidden(kind)
     return 0
+
+
+def _compiled_by(kind: str, version: str) -> list[Path]:
+    """The homes in which a version that is to be removed may have left what it compiled."""
+    from vllmd.engines import compile_caches, environments
+
+    found = environments.in_use(kind, version)
+    return compile_caches.homes(found.path.parent.parent) if found else []
+
+
+def _forget_compiled(homes: list[Path], kind: str, version: str) -> None:
+    """Remove what it compiled, which no other version uses."""
+    from vllmd.engines import compile_caches
+
+    for home in homes:
+        if why := compile_caches.remove(home, kind, version):
+            show.say(f"what it compiled is still there ({why}); as root: rm -r "
+                     f"{compile_caches.place(home, kind, version)}", sys.stderr)  # fmt: skip
 
 
 def _say_use(kind: str, version: str, before: str) -> None:
