@@ -65,7 +65,7 @@ class Scheduler:
     # -- the public face
 
     def handle(self, event: ev.Event, now: float) -> list[Command]:
-        """The commands that follow from ``event``. Raises LifecycleError, nothing changed, if it cannot have happened."""
+        """The commands that follow from ``event``. Raises LifecycleError, nothing changed, if it cannot be."""
         core, engines = self._core, self._core.engines
         if now > engines.now:
             engines.now = now
