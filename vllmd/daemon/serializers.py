@@ -44,6 +44,7 @@ BY_KIND = {
     "embed": frozenset({"embeddings", "score", "pooling", "tokenize"}),
     "rerank": frozenset({"rerank", "score", "classify", "pooling", "tokenize"}),
     "transcribe": frozenset({"transcription", "translation", "realtime"}),
+    "pool": frozenset({"embeddings", "rerank", "score", "classify", "pooling", "tokenize"}),
 }
 
 
@@ -68,6 +69,10 @@ def card(
         able &= served
     elif kind:
         able &= BY_KIND[kind]
+    if not model.capabilities and said and said.hears is False:
+        able -= {"transcription", "translation"}
+    if not model.capabilities and said and said.sees and "chat" in able:
+        able.add("vision")
     if not model.capabilities and "chat" in able and calls_tools(model, said):
         able.add("tools")
     return Card(
@@ -172,7 +177,7 @@ def about(model: ModelConfig | None) -> ModelSettings:
 def health(
     views: Iterable[ModelView], devices: Iterable[DeviceView], broken: str, trouble: str, *, ready: bool
 ) -> Health:
-    """Whether we are well, with devices and models as P's document has them. ``trouble``: why devices do not answer."""
+    """Whether we are well, with devices and models. ``trouble``: why devices do not answer."""
     views = list(views)
     return Health(
         status=_status(broken, trouble),
