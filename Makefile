@@ -6,7 +6,11 @@ PREFIX ?= /usr/local
 WORKERS ?= 4
 FAST   := not machine and not vllm and not gpu and not qemu and not clients and not images
 
+<<<<<<< HEAD
 .PHONY: help check unit lint generate fast mutants soak demo stopwatch images bench-start bench-standby standbys bench-proxy bench-cold bench-check bench-records bench-schedule clients vllm-tests gpu-check deb rpm install
+=======
+.PHONY: help check unit lint generate fast mutants soak demo stopwatch images bench-start bench-standby standbys bench-proxy bench-cold bench-records bench-schedule bench-scenes clients vllm-tests gpu-check deb rpm install
+>>>>>>> main
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
@@ -69,6 +73,9 @@ bench-check: ## does a request cost more than it did? in figures that hardly dep
 
 bench-schedule: ## the scheduling policies over traces
 	@$(SETUP) venv && $(PYTHON) -m tests.bench.schedule
+
+bench-scenes: ## waits for nothing that once were, played with the installed daemon
+	@$(SETUP) host venv tree build && $(PYTHON) -m tests.bench.scenes
 
 gpu-check: ## what we believe of a GPU, on a real NVIDIA one; needs torch and nvidia-ml-py for $GPU_PYTHON; 77 without
 	@$(or $(GPU_PYTHON),python3) tests/gpu/gpu_check.py

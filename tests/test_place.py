@@ -22,6 +22,7 @@ MACHINE = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "max\n"}, MACHINE),
         ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": f"{2 * GiB}\n"}, 2 * GiB),  # in a container
         ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/memory.high": f"{3 * GiB}\n"}, 3 * GiB),  # of one above
+        ({"proc/self/cgroup": "0::/s/vllmd.service\n", "sys/fs/cgroup/s/vllmd.service/memory.max": "1024\n"}, MACHINE),
         ({"sys/fs/cgroup/vllmd.slice/memory.max": f"{GiB}\n"}, GiB),  # an administrator's limit on all engines
         ({"proc/self/cgroup": "4:cpu:/x\n5:memory:/x\n", "sys/fs/cgroup/memory/x/memory.limit_in_bytes": "1024"}, 1024),
         ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": f"{1 << 60}\n"}, MACHINE),  # more than there is

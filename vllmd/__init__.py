@@ -13,7 +13,7 @@ holds this table against the imports)::
     api/        what daemon and clients tell each other, and
                 the table of operators' verbs                     errors
     config/     one table of settings, the loader                 core.types, errors, foreign, frozen, text
-    gpu/        NVML, or the devices that the configuration says  core.types, config, errors, simengine
+    gpu/        NVML, or the devices that the configuration says  core.types, config, errors, place, simengine
     hub         models in the Hugging Face cache                  foreign
     engines/    an engine kind: spec -> argv, probes, sleep calls,
                 and what it will take of memory                   core.types, config, errors, hub, foreign, text
@@ -22,7 +22,7 @@ holds this table against the imports)::
     systemd/    socket activation, notify, journal                errors, text
     launcher/   the privileged helper and its client; the only
                 package that knows pystemd                           systemd, errors, text
-    proxy/      h11 heads, byte relay, the accept loop            core.types, errors, frozen
+    proxy/      h11 heads, byte relay, the accept loop            config.types, core.types, errors, frozen
     ui/         the page: its files                               proxy's HTTP types
     records/    the last requests, use by hour, key and model,
                 arrivals, and their store                         api, proxy, errors

@@ -13,7 +13,25 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+CACHE = ("inactive_file", "active_file")
+LIMITS = ("memory.max", "memory.high", "memory.limit_in_bytes")
+SERVICE = "vllmd.service"
 ENGINES = "vllmd.slice"  # the engines' own limits, where systemd runs
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that could be had now without swapping, of the machine and of each group that counts; None: unknown.
+
+    Of a group the cache of files counts as free: the kernel drops it first.
+    """
+    found = [kib << 10 for name, kib in _table(root / "proc/meminfo") if name == "MemAvailable:"]
+    for group in _groups(root, "memory"):
+        limits = [int(text) for name in LIMITS if (text := _line(group / name)).isdecimal()]
+        used = _line(group / "memory.current") or _line(group / "memory.usage_in_bytes")
+        if limits and used.isdecimal():
+            cache = sum(size for name, size in _table(group / "memory.stat") if name in CACHE)
+            found.append(max(0, min(limits) - int(used) + cache))
+    return min(found, default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +129,7 @@ def _left(group: Path) -> Iterator[int]:
 
 def _limits(root: Path) -> Iterator[int]:
     """Bytes of each limit that is set."""
-    for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):
+    for name in LIMITS:
         for text in _values(root, name, "memory"):
             with suppress(ValueError):  # "max": none
                 yield int(text)
@@ -119,6 +137,10 @@ def _limits(root: Path) -> Iterator[int]:
 
 def _values(root: Path, name: str, controller: str) -> Iterator[str]:
     """What a file of that name has in each group that counts."""
+    yield from (text for group in _groups(root, controller) if (text := _line(group / name)))
+
+
+def _groups(root: Path, controller: str) -> list[Path]:
     top = root / "sys/fs/cgroup"
     groups = [top / ENGINES]
     for line in _line(root / "proc/self/cgroup").splitlines():
@@ -127,7 +149,14 @@ def _values(root: Path, name: str, controller: str) -> Iterator[str]:
             groups += _upwards(top, path)
         elif controller in controllers.split(","):
             groups += _upwards(top / controller, path)
-    yield from (text for group in groups if (text := _line(group / name)))
+    return groups
+
+
+def _table(path: Path) -> Iterator[tuple[str, int]]:
+    """Lines of a name and a number; what stands behind that does not matter."""
+    for words in map(str.split, _line(path).splitlines()):
+        if len(words) > 1 and words[1].isdecimal():
+            yield words[0], int(words[1])
 
 
 def _cores(text: str) -> float | None:
@@ -152,9 +181,13 @@ def _line(path: Path) -> str:
 
 
 def _upwards(top: Path, path: str) -> Iterator[Path]:
-    """A group and all that it is in. A container's own is the top of what it sees."""
+    """A group and all that it is in. A container's own is the top of what it sees.
+
+    What the daemon's own service may use is nothing to engines, which are not in it.
+    """
     group = top / path.lstrip("/")
-    yield group
+    if group.name != SERVICE:
+        yield group
     for parent in group.parents:
         if not parent.is_relative_to(top):
             return

@@ -15,6 +15,7 @@ import pytest
 from tests.admin.site import Site, running, until
 from tests.proxy.fakes import FakeGate
 from vllmd.admin.routes import add_operator, add_public
+from vllmd.config.types import ServerConfig
 from vllmd.engines.base import Listen
 from vllmd.ollama.endpoints import add_ollama_routes
 from vllmd.proxy.access import Reach
@@ -78,7 +79,7 @@ def table() -> list[Route]:
     router, control = Router(), SimpleNamespace(guests=None, runtime_models=None, store=None, adapters=None)
     add_public(router, control)  # type: ignore[arg-type]
     add_operator(router, control)  # type: ignore[arg-type]
-    relay = Relay(FakeGate(Listen()), Limits())
+    relay = Relay(FakeGate(Listen()), Limits(ServerConfig()))
     add_model_routes(router, relay)
     add_ollama_routes(router, relay, control)  # type: ignore[arg-type]
     return router.routes

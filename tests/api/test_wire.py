@@ -68,7 +68,7 @@ def sight(**over: Any) -> status.Sight:
     device_now: Any = {"name": "H200", "id": "GPU-1", "links": (1,), "node": None, "power": 120.5, "temperature": 40.0}
     processes = {"org/alone": process("alone", Listen(uds="/run/x/s")), "pair@1": process("pair", Listen(port=8001))}
     memory = SimpleNamespace(source="declared", trouble="", about=lambda view: DeviceNow(**asdict(view), **device_now),
-                             power=SimpleNamespace(watts={"pair@1": 99.5}))  # fmt: skip
+                             power=SimpleNamespace(watts={"pair@1": 99.5}, since_used={"pair@1": 7.5}))  # fmt: skip
     back: Any = SimpleNamespace(
         engines=SimpleNamespace(processes=processes, standbys=SimpleNamespace(kept={})), memory=memory,
         learnt=SimpleNamespace(runs={}, starts={"org/alone": Start(44.0)}), launched_by="systemd",

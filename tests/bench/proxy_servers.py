@@ -178,6 +178,7 @@ def _answers(port: int, process: subprocess.Popen[bytes], chat: bytes, limit: fl
 
 async def serve_relay(port: int, upstream_port: int) -> None:
     """vllmd's proxy with a gate that is always open, until killed."""
+    from vllmd.config.types import ServerConfig
     from vllmd.engines.base import Listen
     from vllmd.proxy.access import ANYBODY, Caller
     from vllmd.proxy.forward import Relay
@@ -211,7 +212,7 @@ async def serve_relay(port: int, upstream_port: int) -> None:
             """Never."""
             return ""
 
-    limits, router = Limits(), Router()
+    limits, router = Limits(ServerConfig()), Router()
     add_model_routes(router, Relay(OpenGate(), limits))
     listener = socket.create_server(("127.0.0.1", port), backlog=8192)
     Server(router, limits, [listener]).start()

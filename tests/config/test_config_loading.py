@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import subprocess
 import sys
@@ -22,7 +21,6 @@ from vllmd.config.types import (
     ModelConfig,
     PoolConfig,
     RequestRules,
-    ServerConfig,
     VariantConfig,
 )
 from vllmd.core.types import IdleRules, WhenFree
@@ -581,19 +579,6 @@ FLAGS = [
 def test_adapters_of_vllm_s_own_flags(argv: tuple[str, ...], found: dict[str, str]) -> None:
     """In each form that vLLM takes."""
     assert lora_modules(argv) == found
-
-
-def test_the_proxys_limits_are_settings(tmp_path: Path) -> None:
-    """Every limit of the HTTP side has a row of its own, and the same default."""
-    from vllmd.proxy.limits import Limits
-
-    assert Limits.of(ServerConfig()) == Limits()
-    assert not {field.name for field in dataclasses.fields(Limits)} - {
-        field.name for field in dataclasses.fields(ServerConfig)
-    }
-    assert Limits.of(of(tmp_path, "server: {upstream_idle: 2, request_timeout: 5m}").server) == Limits(
-        upstream_idle=2.0, request_timeout=300.0
-    )
 
 
 @pytest.mark.parametrize(

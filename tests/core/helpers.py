@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+from vllmd.core.policy import Resident, Tenants
 from vllmd.core.types import Device, Footprint, GiB, IdleRules, ModelSpec, ReplicaRules, single
 
 NEVER = IdleRules(None, 1, None, None)
@@ -15,6 +17,15 @@ def replicas(number: int, gib: int = 50, *, rules: ReplicaRules | None = None, *
     """``m`` with so many replicas: ``m@1``, ``m@2``, ``m@3``..."""
     engines = [model(f"m@{index + 1}", gib, **fields).replicas[0] for index in range(number)]
     return [ModelSpec("m", tuple(engines), rules or ReplicaRules(least=number))]
+
+
+def by_device(residents: Iterable[Resident]) -> dict[int, Tenants]:
+    """The residents as a policy's view has them."""
+    here: dict[int, list[Resident]] = {}
+    for r in residents:
+        for device in r.devices:
+            here.setdefault(device, []).append(r)
+    return {index: Tenants.of(there) for index, there in here.items()}
 
 
 def model(name: str, gib: int = 50, **fields: Any) -> ModelSpec:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.core.helpers import by_device
 from vllmd.core.eviction import Candidate, cover
 from vllmd.core.policies import Adaptive, Lru
 from vllmd.core.policy import (
@@ -18,9 +19,8 @@ from vllmd.core.policy import (
     PolicyInput,
     Resident,
     Waiting,
-    by_device,
 )
-from vllmd.simulate.baselines import ALL, InOrder, LlamaSwap, Ollama
+from vllmd.simulate.baselines import ALL, LlamaSwap, Ollama
 
 NOW = 1000.0
 NAP = OffloadOption(1, 10, 1.0, 1.0)  # frees 10 bytes, a second each way
@@ -227,12 +227,6 @@ def test_ollamas_head_of_the_queue_blocks_it() -> None:
     """Even for a model that would fit."""
     s = see([waiting("big", 99, need=50), waiting("little", 1, need=5)], [busy("busy")], supply(free=7))
     assert Ollama().choose(s) is None
-
-
-def test_in_order_has_everybody_leave() -> None:
-    """One model at a time."""
-    s = see([waiting("w")], [resident("a"), busy("b")], supply(free=5))
-    assert victims(InOrder().choose(s)) == ["a", "b"]
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -6,7 +6,6 @@ from tests.core.helpers import GPU, PAIR, model
 from tests.core.world import World
 from vllmd.core.commands import Admit, Reject, SleepEngine, StartEngine
 from vllmd.core.events import EngineAdopted, PinSet, RequestGone, SleepAsked
-from vllmd.core.policies import Lru
 from vllmd.core.types import GiB, Placement, Settings, State
 
 
@@ -185,23 +184,6 @@ def test_a_request_in_an_adopted_engine_needs_no_start() -> None:
     w = World([model("m")], [GPU])
     w.do(EngineAdopted("m", Placement((0,)), State.READY, idle=5.0))
     assert w.ask("r", "m") == [Admit("r", "m")]
-
-
-class InOrder(Lru):
-    """A baseline's vice: strictly first come, first served over all models."""
-
-    in_order = True
-
-
-def test_a_policy_may_insist_on_the_order_of_arrival() -> None:
-    """The simulator's one-at-a-time baseline: a loaded model's request waits behind an older one of another."""
-    w = World([model("a"), model("b")], [GPU], policy=InOrder())
-    w.load("a")
-    w.ask("stays", "a")
-    w.ask("older", "b")
-    assert w.ask("younger", "a") == []
-    w.settle()
-    assert not w.rejected
 
 
 def test_a_client_that_left_in_the_moment_of_admission_is_an_end_like_another() -> None:

@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import pytest
 
-from tests.core.helpers import PAIR, model
+from tests.core.helpers import PAIR, by_device, model
 from tests.core.world import World
 from vllmd.core.commands import SleepEngine
 from vllmd.core.policies import Adaptive, _Turns
@@ -22,7 +22,6 @@ from vllmd.core.policy import (
     PolicyInput,
     Resident,
     Waiting,
-    by_device,
 )
 
 NOW = 1000.0

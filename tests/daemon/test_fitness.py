@@ -11,7 +11,7 @@ import pytest
 from tests.daemon.test_quotas import Core
 from tests.estimate.files import LLAMA_8B, model
 from vllmd.admin.counters import Counters
-from vllmd.config.types import ModelConfig
+from vllmd.config.types import ModelConfig, ServerConfig
 from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.engine_resolver import EngineResolver
 from vllmd.daemon.fitness import kind_of
@@ -40,7 +40,9 @@ def gate_of(config: ModelConfig, folder: Path) -> AdmissionGate:
 def refusal(gate: AdmissionGate, route: str) -> str:
     """What a client hears that asks for this path; "" if it is let through."""
     try:
-        ModelRequests(gate, Limits()).target(Request("POST", route, route, "", Headers([]), caller=ANYBODY), "m", route)
+        ModelRequests(gate, Limits(ServerConfig())).target(
+            Request("POST", route, route, "", Headers([]), caller=ANYBODY), "m", route
+        )
     except NotFound as error:
         return error.message
     return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
@@ -176,5 +177,26 @@ def test_an_engine_without_devices_asks_no_driver() -> None:
         process = SimpleNamespace(placement=Placement(()), running=object())
         assert await subject.held(process) == {}  # type: ignore[arg-type]
         assert devices.reads == 0
+
+    told(story)
+
+
+@pytest.mark.parametrize(
+    ("reading", "held"),
+    [
+        (used(20 * GiB), {0: 0}),  # all is somebody else's
+        (used(20 * GiB, hides=True), {}),  # as in a container, and on the CPU
+        (used(20 * GiB, unsized=frozenset({os.getpid()})), {}),
+        (used(20 * GiB, unsized=frozenset({1})), {0: 0}),
+        (Sample(failed={0: "lost"}), {}),
+    ],
+)
+def test_what_is_hidden_is_not_taken_for_nothing(reading: Sample, held: dict[int, int]) -> None:
+    """Else a sleep seems to have freed nothing of what the ledger has, and the model sleeps as dear as it was awake."""
+
+    async def story() -> None:
+        running = SimpleNamespace(cgroup="", pid=os.getpid())
+        process = SimpleNamespace(placement=Placement((0,)), running=running, model=SimpleNamespace(name="m"))
+        assert await Memory(Scripted([reading])).held(process) == held  # type: ignore[arg-type]
 
     told(story)

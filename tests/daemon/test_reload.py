@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -254,13 +254,18 @@ def lives(config: Config, folder: Path, act: Act, *, activated: bool = False, le
             logging.getLogger().setLevel(level)
 
 
+# What the HTTP side reads of ServerConfig, each time that it needs it.
+SOURCES = [path.read_text() for path in (Path(__file__).resolve().parents[2] / "vllmd").rglob("*.py")]
+READ = {name for text in SOURCES for name in re.findall(r"limits\.now\.(\w+)", text)}
+
+
 async def in_effect(living: Living) -> dict[str, Any]:
     """Everything by which the daemon acts, read where it acts by it and not from the configuration."""
     listeners, core = living.front.listeners, living.back.dispatcher.scheduler._core
     server, records = living.config.server, living.front.records
     living.back.post(events.TimePassed())  # what is to be preloaded is looked at
     return {
-        "limits": asdict(listeners._limits) | {"buffered": listeners._memory.limit},
+        "limits": {each: getattr(listeners._limits.now, each) for each in READ} | {"buffered": listeners._memory.limit},
         "callers": [(digest, replace(caller, refusal=None)) for digest, caller in listeners._keys._callers],
         "stranger": replace(listeners._keys._stranger, refusal=None),
         "quotas": {name: quota.key for name, quota in listeners._quotas._quotas.items()},

@@ -26,7 +26,8 @@ from tests.gpu.fake_nvml import (
 )
 from tests.gpu.trees import amd_card, fdinfo, intel_card, kfd_node, nvidia_card, write
 from vllmd.config.types import Config, DeviceConfig
-from vllmd.gpu import Devices, Presence, environment, open_devices
+from vllmd.daemon.expectations import host_budget
+from vllmd.gpu import Devices, Presence, environment, gpus, open_devices
 from vllmd.gpu.nvml import NvmlDevices
 
 A, B = "GPU-aaaa0000", "GPU-bbbb0000"
@@ -48,7 +49,7 @@ def test_without_card_node_and_driver_there_are_none(
     if isinstance(error, ImportError):
         monkeypatch.setitem(sys.modules, "pynvml", None)
     devices = asked(tmp_path, None if isinstance(error, ImportError) else FakeNvml(broken=error))
-    assert (devices.source, devices.trouble, devices.inventory()) == ("none", None, ())
+    assert (devices.source, devices.trouble, gpus(devices.inventory())) == ("cpu", None, ())
     assert "engines run on the CPU" in devices.note
 
 
@@ -114,7 +115,7 @@ def test_hidden_on_purpose_is_none(tmp_path: Path) -> None:
     """CUDA_VISIBLE_DEVICES= is how somebody says: engines run on the CPU."""
     write(tmp_path, "dev/nvidiactl", "dev/nvidia0")
     devices = asked(tmp_path, FakeNvml(Gpu(A)), CUDA_VISIBLE_DEVICES="")
-    assert (devices.source, devices.trouble) == ("none", None)
+    assert (devices.source, devices.trouble) == ("cpu", None)
 
 
 def test_all_devices_failing_is_no_answer_and_one_failing_hides_no_other(tmp_path: Path) -> None:
@@ -139,6 +140,8 @@ def test_unified_memory_is_the_hosts(tmp_path: Path) -> None:
     gpu = Gpu(A, name="GB10", computing={7: 20 * GiB}, refuses={"memory": UNSUPPORTED, "power": UNSUPPORTED})
     devices = NvmlDevices(GiB, {}, FakeNvml(gpu), tmp_path / "proc", Presence(tmp_path))
     assert devices.inventory()[0].memory == 128 * GiB
+    budgets = [host_budget(Config(host_memory=size), devices.inventory()) for size in (None, 5 * GiB)]
+    assert budgets == [0, 5 * GiB]  # sleeping in the host's memory would free nothing
     sample = devices.sample().devices[0]
     assert (sample.used, sample.free, sample.processes, sample.power) == (28 * GiB, 100 * GiB, {7: 20 * GiB}, None)
     assert "shares the host's memory" in devices.note
@@ -258,7 +261,7 @@ def test_intels_integrated_graphics_is_none(tmp_path: Path) -> None:
     """Nearly every office machine has one, and no memory of its own in it."""
     intel_card(tmp_path, 0, "0000:00:02.0", "i915", total=None)
     devices = asked(tmp_path, FakeNvml(broken=NO_LIBRARY))
-    assert (devices.source, devices.trouble) == ("none", None)
+    assert (devices.source, devices.trouble) == ("cpu", None)
 
 
 def test_nvidia_goes_before_the_others(tmp_path: Path) -> None:

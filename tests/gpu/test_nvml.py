@@ -11,7 +11,7 @@ import pytest
 from tests.gpu.fake_nvml import NOT_AVAILABLE, FakeNvml, GiB, Gpu
 from vllmd.config.types import Config
 from vllmd.core.types import Device
-from vllmd.gpu import Sample, gpu_infos, open_devices
+from vllmd.gpu import Sample, gpu_infos, gpus, open_devices
 from vllmd.gpu.nvml import NvmlDevices
 
 A, B = "GPU-aaaa0000", "GPU-bbbb0000"
@@ -174,7 +174,7 @@ def test_gpu_infos_have_percent_watts_and_names() -> None:
 def test_without_a_usable_gpu_it_says_why(nvml: FakeNvml, says: str) -> None:
     """A daemon on a CPU-only machine starts, and an administrator who expected a GPU reads the reason."""
     devices = open_devices(Config(), {}, nvml)
-    assert (devices.source, devices.inventory(), devices.sample(), devices.readable) == ("none", (), Sample(), False)
+    assert (devices.source, gpus(devices.inventory())) == ("cpu", ())
     assert says in devices.note
     assert "engines run on the CPU" in devices.note
 

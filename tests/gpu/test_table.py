@@ -26,7 +26,7 @@ from vllmd.core.types import GiB
 from vllmd.daemon import device_watch, memory
 from vllmd.daemon.device_watch import DeviceWatch
 from vllmd.daemon.memory import Memory
-from vllmd.gpu import Devices, Presence, open_devices
+from vllmd.gpu import Devices, Presence, environment, gpus, open_devices
 from vllmd.simengine.device import make_device
 
 FIRST, SECOND = "0000:03:00.0", "0000:07:00.0"
@@ -255,7 +255,8 @@ def of(*sources: type[Machine]) -> Any:
 def test_absent_is_none(here: Machine) -> None:
     """No trouble, and the note says that engines run on the CPU."""
     devices = here.open()
-    assert (devices.source, devices.trouble, devices.inventory()) == ("none", None, ())
+    source = "none" if isinstance(here, Declared) else "cpu"
+    assert (devices.source, devices.trouble, gpus(devices.inventory())) == (source, None, ())
     assert "engines run on the CPU" in devices.note
 
 
@@ -368,7 +369,7 @@ def test_one_that_comes_late_is_found_at_the_kernels_word(here: Machine, monkeyp
         nonlocal spoken
         spoken = asyncio.Event()
         watch, taken = DeviceWatch(lambda known: here.open(dict(known))), asyncio.Queue[Devices]()
-        assert (await watch.begin()).inventory() == ()
+        assert gpus((await watch.begin()).inventory()) == ()
         run = asyncio.ensure_future(watch.run(taken.put))
         here.come()
         spoken.set()
@@ -461,6 +462,25 @@ def test_power_of_a_driver_that_counts_joules(tmp_path: Path) -> None:
     assert "its sensor vram is at the critical 90" in devices.sample().devices[0].throttled
 
 
+def test_where_processes_cannot_be_seen_intels_use_is_not_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """xe has no figure for the whole device: nothing seen of others' processes is not nothing in use."""
+
+    def forbidden(folder: Path) -> Iterator[tuple[str, int]]:
+        raise PermissionError(13, "Permission denied")
+
+    for source, hides in ((Xe, True), (I915, True)):
+        here = source(tmp_path / source.__name__)
+        here.come()
+        write(here.root, "proc/4711/fdinfo/3")
+        devices = here.open()
+        assert not devices.sample().devices[0].hides_processes
+        with monkeypatch.context() as patch:
+            patch.setattr("vllmd.gpu.sysfs._of_process", forbidden)
+            assert devices.sample().devices[0].hides_processes is hides
+
+
 def test_amds_files_tell_of_memory_errors(tmp_path: Path) -> None:
     """Uncorrectable ones of the memory's controller make it unfit; corrected ones do not."""
     here = Amdgpu(tmp_path)
@@ -487,12 +507,10 @@ def test_what_the_environment_leaves(
     tmp_path: Path, source: Callable[[Path], Machine], env: dict[str, str], left: dict[int, dict[str, str]]
 ) -> None:
     """Each maker's own variables, as its runtime reads them; engines are told what means the same to them."""
-    from vllmd.gpu import environment
-
     here = source(tmp_path)
     here.come()
     devices = open_devices(Config(reserve=GiB), env, here.nvml(), Presence(tmp_path), {}, here.smi())
-    assert {device.index: environment([device]) for device in devices.inventory()} == left
+    assert {device.index: environment([device]) for device in gpus(devices.inventory())} == left
     assert devices.trouble is None
     if not left:
         assert "hides every device" in devices.note

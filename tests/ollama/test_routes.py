@@ -16,7 +16,7 @@ import pytest
 from tests.ollama.test_answers import DONE, chunk, usage
 from tests.proxy.fakes import EVENTS, Answer, Asked, Engine, Script, Stage, chunked, raw, reply, soon, stage, until
 from vllmd.api.answers import Card, ModelLine
-from vllmd.config.types import RequestRules
+from vllmd.config.types import RequestRules, ServerConfig
 from vllmd.errors import EngineFailed, Unavailable
 from vllmd.ollama.endpoints import add_ollama_routes
 from vllmd.proxy.access import ANYBODY
@@ -238,7 +238,7 @@ def test_signs_of_life_while_it_loads_and_a_failure_after_them() -> None:
     """Lines without text; then the failure can only be a line, too."""
 
     async def play() -> None:
-        async with ollama(limits=Limits(loading_comment_interval=0.02)) as act:
+        async with ollama(limits=Limits(ServerConfig(loading_comment_interval=0.02))) as act:
             act.gate.opened.clear()
             client = await act.client()
             client.post("/api/chat", json.dumps(CHAT).encode())
@@ -396,7 +396,7 @@ def test_a_body_that_is_too_large_is_refused() -> None:
     """At its head."""
 
     async def play() -> None:
-        async with ollama(limits=Limits(max_body=1000)) as act:
+        async with ollama(limits=Limits(ServerConfig(max_body=1000))) as act:
             answer = await ask(act, "/api/chat", b" " * 1001)
             assert (answer.status, "at most 1000" in answer.json()["error"]) == (413, True)
 

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllmd.config.types import ServerConfig
 from vllmd.engines.base import Listen
 from vllmd.errors import UnknownModel, VllmdError
 from vllmd.proxy.access import ANYBODY, Caller
@@ -390,7 +391,7 @@ async def stage(script: Script | None = None, limits: Limits | None = None) -> A
     upstream = await asyncio.start_server(engine.serve, "127.0.0.1", 0)
     engine.listen = Listen(port=upstream.sockets[0].getsockname()[1])
     gate = FakeGate(engine.listen)
-    limits = limits or Limits()
+    limits = limits or Limits(ServerConfig())
     router, relay = Router(), Relay(gate, limits)
     for method in ("GET", "POST"):
         router.add(method, "/hello", hello, "open", doc={"requestBody": {}})

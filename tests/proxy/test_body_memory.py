@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllmd.config.types import ServerConfig
 from vllmd.proxy.body_memory import BodyMemory, place_of
 from vllmd.proxy.http import Peer
 from vllmd.proxy.limits import Limits
@@ -108,7 +109,7 @@ SIZE = 128 << 10
 )
 def test_a_body_takes_the_memory_that_it_brings(sent: bytes, piece: int) -> None:
     """However small its pieces: as a list of them, two bytes would take fifty."""
-    reader = RequestReader(Limits())
+    reader = RequestReader(Limits(ServerConfig()))
     pieces = [sent[at : at + piece] for at in range(0, len(sent), piece)]
     has_head = False
     tracemalloc.start(1)

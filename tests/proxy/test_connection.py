@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from tests.proxy.fakes import get, hello, post, reply, soon, stage, until
+from vllmd.config.types import ServerConfig
 from vllmd.proxy.http import Request, Response, event_stream
 from vllmd.proxy.limits import Limits
 
@@ -35,7 +36,7 @@ def test_a_flood_of_pipelined_requests_is_held_back() -> None:
     """What comes while a request is answered is read up to a limit; the rest waits with the client."""
 
     async def play() -> None:
-        async with stage(limits=Limits(pipeline=1000)) as act:
+        async with stage(limits=Limits(ServerConfig(pipeline=1000))) as act:
             act.gate.opened.clear()
             client = await act.client()
             client.post()
@@ -152,7 +153,7 @@ def test_an_idle_connection_expires() -> None:
     """After ``keepalive_timeout``, without a word."""
 
     async def play() -> None:
-        async with stage(limits=Limits(keepalive_timeout=0.1)) as act:
+        async with stage(limits=Limits(ServerConfig(keepalive_timeout=0.1))) as act:
             client = await act.client()
             client.send(get("/hello"))
             await client.answer()
@@ -165,7 +166,7 @@ def test_a_body_is_asked_for_only_if_it_will_be_taken() -> None:
     """Expect: 100-continue is answered by 100, or by the refusal."""
 
     async def play() -> None:
-        async with stage(reply(ANSWER), Limits(max_body=100)) as act:
+        async with stage(reply(ANSWER), Limits(ServerConfig(max_body=100))) as act:
             client = await act.client()
             head, _, body = post("/v1/completions", ANSWER, "Expect: 100-continue").partition(b"\r\n\r\n")
             client.send(head + b"\r\n\r\n")
@@ -219,7 +220,7 @@ def test_large_heads_take_of_the_same_memory() -> None:
     field = b"X-Large: " + b"a" * 20_000
 
     async def play() -> None:
-        async with stage(limits=Limits(max_buffered=70_000)) as act:
+        async with stage(limits=Limits(ServerConfig(max_buffered=70_000))) as act:
             memory = act.server.memory
             coming = [await act.client(), await act.client()]
             coming[0].send(b"GET /hello HTTP/1.1\r\nHost: a\r\n" + field)
@@ -253,7 +254,7 @@ def test_memory_for_bodies_is_bounded_over_all_connections() -> None:
     """The sum of what is held has a limit of its own; what was refused and what is over is given back."""
 
     async def play() -> None:
-        async with stage(limits=Limits(max_buffered=300)) as act:
+        async with stage(limits=Limits(ServerConfig(max_buffered=300))) as act:
             first, second, third = [await act.client() for _ in range(3)]
             first.send(post("/hello", b"x" * 120)[:-1])
             await until(lambda: act.server.buffered == 119)
@@ -274,7 +275,7 @@ def test_an_announced_body_takes_no_memory_before_it_comes() -> None:
     """Sixteen heads that announce everything there is keep nobody out: memory is taken by bytes, not by words."""
 
     async def play() -> None:
-        async with stage(reply(ANSWER), Limits(max_body=1000, max_buffered=3000)) as act:
+        async with stage(reply(ANSWER), Limits(ServerConfig(max_body=1000, max_buffered=3000))) as act:
             for _ in range(16):
                 slow = await act.client()
                 slow.send(post("/v1/completions", b"x" * 1000)[:-999])
@@ -290,7 +291,7 @@ def test_a_body_that_stops_is_given_up_however_fast_it_was() -> None:
     """What has come early buys no time: a body of 64 MiB would be held for hours for a byte that never comes."""
 
     async def play() -> None:
-        async with stage(limits=Limits(body_timeout=0.2, min_body_rate=1000)) as act:
+        async with stage(limits=Limits(ServerConfig(body_timeout=0.2, min_body_rate=1000))) as act:
             client = await act.client()
             client.send(post("/hello", b"x" * 500_000)[:-1])
             assert (await client.answer()).status == 408
@@ -303,7 +304,7 @@ def test_a_route_that_takes_no_body_holds_none() -> None:
     """What is sent along with a GET is dropped as it comes, and counts for nothing; a large one is refused unread."""
 
     async def play() -> None:
-        async with stage(limits=Limits(max_buffered=10)) as act:
+        async with stage(limits=Limits(ServerConfig(max_buffered=10))) as act:
             act.router.add("GET", "/plain", hello)
             client = await act.client()
             client.send(post("/plain", b"x" * 5000).replace(b"POST", b"GET") + get("/plain"))

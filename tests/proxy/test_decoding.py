@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.proxy.fakes import reply, stage
+from vllmd.config.types import ServerConfig
 from vllmd.errors import BadRequest, TooLarge
 from vllmd.proxy import decoding
 from vllmd.proxy.large import in_turns
@@ -112,7 +113,7 @@ def test_a_decoded_body_takes_its_room() -> None:
     """What comes out is counted like what came in: no way around the memory that bodies have."""
 
     async def play() -> None:
-        async with stage(reply(b"{}"), Limits(max_buffered=1 << 20)) as act:
+        async with stage(reply(b"{}"), Limits(ServerConfig(max_buffered=1 << 20))) as act:
             client = await act.client()
             body = gzip.compress(b'{"model":"m","x":"' + b"x" * (1 << 20) + b'"}')
             client.post("/v1/completions", body, "Content-Encoding: gzip")

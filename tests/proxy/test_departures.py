@@ -15,6 +15,7 @@ import pytest
 
 from tests.proxy.fakes import EVENTS, Client, Script, chunked, post, raw, reply, soon, stage, until
 from tests.proxy.test_relay import ANSWER, endless, silent
+from vllmd.config.types import ServerConfig
 from vllmd.proxy import departures, limits
 from vllmd.proxy.limits import KEEPALIVE, UNACKNOWLEDGED, Limits
 from vllmd.proxy.peers import is_held
@@ -54,7 +55,9 @@ def test_one_that_half_closes_and_waits_is_answered(version: str, stream: bool, 
     """``printf ... | nc``: at once, or after the model was loaded; whole, or as a stream with signs of life before."""
 
     async def play() -> None:
-        async with stage(STREAM if stream else reply(ANSWER), Limits(loading_comment_interval=0.02)) as act:
+        async with stage(
+            STREAM if stream else reply(ANSWER), Limits(ServerConfig(loading_comment_interval=0.02))
+        ) as act:
             if loading:
                 act.gate.opened.clear()
             client = await act.client()
@@ -117,7 +120,7 @@ def test_of_a_unix_socket_it_is_known(tmp_path: Path, closes: bool) -> None:
             with socket.socket(socket.AF_UNIX) as listener:
                 listener.bind(str(tmp_path / "s"))
                 listener.listen()
-                server = Server(act.router, Limits(), [listener], act.ended.append)
+                server = Server(act.router, Limits(ServerConfig()), [listener], act.ended.append)
                 server.start()
                 client = Client(*await asyncio.open_unix_connection(str(tmp_path / "s")))
                 client.send(asked("HTTP/1.0"))
@@ -205,7 +208,7 @@ def test_one_that_vanished_frees_its_place(
     async def play() -> None:
         async with stage(script) as act:
             with socket.create_server(("10.253.71.1", 0)) as listener:
-                server = Server(act.router, Limits(), [listener], act.ended.append)
+                server = Server(act.router, Limits(ServerConfig()), [listener], act.ended.append)
                 server.start()
                 argv = ["ip", "netns", "exec", name, sys.executable, "-c", CLIENT, str(listener.getsockname()[1])]
                 argv += [repr(asked("HTTP/1.1", stream=True))[2:-1], "begun" if begun else "silent"]

@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 
 from tests.proxy.fakes import get, post, reply, stage, until
 from tests.proxy.test_hostile import CASES
+from vllmd.config.types import ServerConfig
 from vllmd.errors import VllmdError
 from vllmd.proxy.framing import BadFraming
 from vllmd.proxy.heads import parse_response_head
 from vllmd.proxy.limits import Limits
 from vllmd.proxy.reader import RequestReader
 
-LIMITS = Limits(max_head=2000, max_body=3000)
+LIMITS = Limits(ServerConfig(max_head=2000, max_body=3000))
 SECONDS = float(os.environ.get("VLLMD_FUZZ_SECONDS", "60" if os.environ.get("CI") else "2"))
 QUICK = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 TOKENS = [

@@ -7,9 +7,10 @@ import asyncio
 import pytest
 
 from tests.proxy.fakes import get, post, stage
+from vllmd.config.types import ServerConfig
 from vllmd.proxy.limits import Limits
 
-LIMITS = Limits(max_head=2048, max_body=4096, head_timeout=0.3, body_timeout=0.3)
+LIMITS = Limits(ServerConfig(max_head=2048, max_body=4096, head_timeout=0.3, body_timeout=0.3))
 H = "Host: vllmd\r\n"
 JSON = "Content-Type: application/json\r\n"
 CHAT = "POST /v1/chat/completions HTTP/1.1\r\n" + H + JSON

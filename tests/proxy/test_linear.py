@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from vllmd.client import sse
+from vllmd.config.types import ServerConfig
 from vllmd.engines.base import Listen
 from vllmd.proxy import answer, forward, framing, heads, reader, response_heads, rewrite, tunnel, upstream
 from vllmd.proxy.limits import Limits
@@ -117,7 +118,7 @@ def work(feed: Callable[[bytes], object], data: bytes, size: int) -> int:
 
 def requests() -> Callable[[bytes], object]:
     """A client's connection."""
-    source = reader.RequestReader(Limits(max_head=2 * LUMPED))
+    source = reader.RequestReader(Limits(ServerConfig(max_head=2 * LUMPED)))
     waiting = [False]
 
     def feed(data: bytes) -> None:

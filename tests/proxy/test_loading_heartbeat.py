@@ -8,11 +8,12 @@ import json
 import pytest
 
 from tests.proxy.fakes import EVENTS, Asked, Client, Engine, chunked, post, raw, reply, soon, stage
+from vllmd.config.types import ServerConfig
 from vllmd.errors import EngineFailed
 from vllmd.proxy.gate import Target
 from vllmd.proxy.limits import Limits
 
-QUICK = Limits(loading_comment_interval=0.02)
+QUICK = Limits(ServerConfig(loading_comment_interval=0.02))
 STREAM = b'{"model":"m","stream":true}'
 COMMENT = chunked(b": loading m: weights\n\n")
 EVENT = b'data: {"model":"m"}\n\ndata: [DONE]\n\n'
@@ -135,7 +136,9 @@ def test_a_ready_model_gets_no_early_head() -> None:
     """Within the interval everything is as if there were none."""
 
     async def play() -> None:
-        async with stage(raw(EVENTS + chunked(EVENT) + b"0\r\n\r\n"), Limits(loading_comment_interval=5)) as act:
+        async with stage(
+            raw(EVENTS + chunked(EVENT) + b"0\r\n\r\n"), Limits(ServerConfig(loading_comment_interval=5))
+        ) as act:
             client = await act.client()
             client.post(body=STREAM)
             assert (await client.answer()).raw == chunked(EVENT) + b"0\r\n\r\n"
@@ -158,7 +161,7 @@ def test_a_client_that_leaves_ends_its_comments() -> None:
 
 def test_chat_clients_may_be_told_as_reasoning() -> None:
     """Where it is switched on: text that a chat window shows, in the form of the engine's own chunks."""
-    limits = Limits(loading_comment_interval=0.02, loading_as_reasoning=True)
+    limits = Limits(ServerConfig(loading_comment_interval=0.02, loading_as_reasoning=True))
 
     async def play() -> None:
         async with stage(raw(EVENTS + chunked(EVENT) + b"0\r\n\r\n"), limits) as act:

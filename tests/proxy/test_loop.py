@@ -8,6 +8,7 @@ import socket
 import threading
 
 from tests.proxy.fakes import BOUND, FakeGate, post, soon
+from vllmd.config.types import ServerConfig
 from vllmd.engines.base import Listen
 from vllmd.proxy.forward import Relay
 from vllmd.proxy.limits import Limits
@@ -146,7 +147,7 @@ def test_a_warm_request_takes_two_turns_of_the_loop() -> None:
     async def play() -> None:
         with socket.create_server(("127.0.0.1", 0)) as upstream, socket.create_server(("127.0.0.1", 0)) as listener:
             threading.Thread(target=engine, args=(upstream,), daemon=True).start()
-            router, limits = Router(), Limits()
+            router, limits = Router(), Limits(ServerConfig())
             relay = Relay(FakeGate(Listen(port=upstream.getsockname()[1])), limits)
             add_model_routes(router, relay)
             server = Server(router, limits, [listener])

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.proxy.engine_routes import LLAMA_SERVER_ROUTES, VLLM_ROUTES, table
 from vllmd.admin.routes import add_operator, add_public
+from vllmd.config.types import ServerConfig
 from vllmd.errors import Forbidden, MethodNotAllowed, NotFound, VllmdError
 from vllmd.ollama.endpoints import add_ollama_routes
 from vllmd.proxy.access import ADMIN, EVERYTHING, READ, Caller
@@ -43,7 +44,7 @@ def router() -> Router:
     found = Router(ByScope())
     add_public(found, Anything())  # type: ignore[arg-type]
     add_operator(found, Anything())  # type: ignore[arg-type]
-    relay = Relay(SimpleNamespace(), Limits())  # type: ignore[arg-type]
+    relay = Relay(SimpleNamespace(), Limits(ServerConfig()))  # type: ignore[arg-type]
     add_model_routes(found, relay)
     add_ollama_routes(found, relay, Anything())  # type: ignore[arg-type]
     return found

@@ -24,7 +24,7 @@ from tests.proxy.fakes import (
     stage,
     until,
 )
-from vllmd.config.types import RequestRules
+from vllmd.config.types import RequestRules, ServerConfig
 from vllmd.engines.base import Listen
 from vllmd.errors import Unavailable
 from vllmd.proxy.account import Trace
@@ -279,7 +279,7 @@ def test_a_kept_connection_expires() -> None:
     """Engines close theirs after 5 s; ours goes earlier, by itself."""
 
     async def play() -> None:
-        async with stage(reply(ANSWER), Limits(upstream_idle=0.05)) as act:
+        async with stage(reply(ANSWER), Limits(ServerConfig(upstream_idle=0.05))) as act:
             client = await act.client()
             client.post()
             await client.answer()
@@ -571,7 +571,7 @@ def test_a_client_that_takes_nothing_is_cut_off_in_the_end() -> None:
     """An engine is not held for ever by somebody who stopped reading."""
 
     async def play() -> None:
-        async with stage(endless, Limits(send_timeout=0.2)) as act:
+        async with stage(endless, Limits(ServerConfig(send_timeout=0.2))) as act:
             client = await act.client()
             client.writer.transport.pause_reading()  # type: ignore[attr-defined]
             client.post()
@@ -796,7 +796,7 @@ def test_a_rule_about_streaming_is_heeded_by_ourselves() -> None:
     """A request whose stream was switched off waits for its model in silence, as one that never asked."""
 
     async def play() -> None:
-        async with stage(reply(ANSWER), Limits(loading_comment_interval=0.01)) as act:
+        async with stage(reply(ANSWER), Limits(ServerConfig(loading_comment_interval=0.01))) as act:
             act.gate.target = Target("m", "m", rules=RequestRules(set={"stream": False}))
             act.gate.opened.clear()
             client = await act.client()
@@ -837,7 +837,7 @@ def test_a_request_that_takes_too_long_is_answered_504() -> None:
         await asyncio.Event().wait()
 
     async def play() -> None:
-        async with stage(never, Limits(request_timeout=0.1)) as act:
+        async with stage(never, Limits(ServerConfig(request_timeout=0.1))) as act:
             for shut in (True, False):
                 (act.gate.opened.clear if shut else act.gate.opened.set)()
                 client = await act.client()
@@ -859,7 +859,7 @@ def test_a_stream_that_takes_too_long_is_broken_off() -> None:
         await asyncio.Event().wait()
 
     async def play() -> None:
-        async with stage(endless, Limits(request_timeout=0.1)) as act:
+        async with stage(endless, Limits(ServerConfig(request_timeout=0.1))) as act:
             client = await act.client()
             client.post(body=b'{"model":"m","stream":true}')
             assert (await client.head())[0] == 200
@@ -872,7 +872,7 @@ def test_many_refused_requests_in_one_piece_are_answered_in_order() -> None:
     """Each is answered within the very call that read it; that must not pile up one upon the other."""
 
     async def play() -> None:
-        async with stage(reply(ANSWER), Limits(pipeline=1 << 20)) as act:
+        async with stage(reply(ANSWER), Limits(ServerConfig(pipeline=1 << 20))) as act:
             client = await act.client()
             client.send(post(body=b'{"model":"nobody"}') * 2000 + post())
             for _ in range(2000):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.proxy.fakes import EVENTS, Asked, Engine, Script, Stage, chunked, raw, reply, soon, stage
+from vllmd.config.types import ServerConfig
 from vllmd.engines.base import Listen
 from vllmd.proxy.gate import Target
 from vllmd.proxy.limits import Limits
@@ -24,7 +25,7 @@ BUSY = b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nc
 @contextlib.asynccontextmanager
 async def two(folder: Path, first: Script, second: Script, **limits: object) -> AsyncIterator[tuple[Stage, Engine]]:
     """A stage whose model has two replicas: one that does as ``first`` says, then one by ``second``."""
-    async with stage(first, limits=Limits(**limits)) as act:  # type: ignore[arg-type]
+    async with stage(first, limits=Limits(ServerConfig(**limits))) as act:  # type: ignore[arg-type]
         other = Engine(second)
         server = await asyncio.start_unix_server(other.serve, folder / "2.sock")
         act.gate.replicas = [(act.engine.listen, Target("m", "m")), (Listen(uds=str(folder / "2.sock")), HERS)]

@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 
 from tests.proxy.fakes import Client, get, hello, reply, soon, stage, until
+from vllmd.config.types import ServerConfig
 from vllmd.errors import Unauthorized
 from vllmd.proxy.access import EVERYTHING, Caller
 from vllmd.proxy.http import Request, Response, json_response
@@ -95,7 +96,7 @@ def test_too_many_connections_are_told_so() -> None:
     """Over the limit a client is answered 503 and closed; those before it are served on."""
 
     async def play() -> None:
-        async with stage(limits=Limits(max_connections=2)) as act:
+        async with stage(limits=Limits(ServerConfig(max_connections=2))) as act:
             first, second = [await act.client() for _ in range(2)]
             await until(lambda: act.server.connections == 2)
             third = await act.client()
@@ -114,7 +115,7 @@ def test_one_address_cannot_take_all_connections() -> None:
     """429 beyond its share."""
 
     async def play() -> None:
-        async with stage(limits=Limits(max_connections_per_address=1)) as act:
+        async with stage(limits=Limits(ServerConfig(max_connections_per_address=1))) as act:
             first = await act.client()
             await until(lambda: act.server.connections == 1)
             assert (await (await act.client()).answer()).status == 429
@@ -153,7 +154,7 @@ def test_running_out_of_file_descriptors_is_survived() -> None:
             listener = FullListener(real)
             router = Router()
             router.add("GET", "/hello", hello)
-            server = Server(router, Limits(), [listener])  # type: ignore[list-item]
+            server = Server(router, Limits(ServerConfig()), [listener])  # type: ignore[list-item]
             server.start()
             client = Client(*await soon(asyncio.open_connection(*real.getsockname())))
             client.send(get("/hello"))
@@ -180,7 +181,7 @@ def test_a_unix_socket_tells_who_is_there(tmp_path: Path) -> None:
             listener.listen()
             router = Router()
             router.add("GET", "/who", who)
-            server = Server(router, Limits(max_connections_per_address=1), [listener])
+            server = Server(router, Limits(ServerConfig(max_connections_per_address=1)), [listener])
             server.start()
             for _ in range(2):
                 client = Client(*await soon(asyncio.open_unix_connection(path)))
@@ -215,7 +216,7 @@ def test_a_client_without_a_key_is_refused_before_its_body_is_read() -> None:
             router = Router(OneKey())
             router.add("POST", "/closed/{id:path}/x", tell)
             router.add("GET", "/open", tell, "open")
-            server = Server(router, Limits(), [listener])
+            server = Server(router, Limits(ServerConfig()), [listener])
             server.start()
             client = Client(*await soon(asyncio.open_connection(*listener.getsockname())))
             client.send(get("/open") + b"POST /closed/a/b/x HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer good\r\n\r\n")

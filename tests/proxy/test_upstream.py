@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.proxy.fakes import EVENTS, Asked, Engine, chunked, raw, reply, soon, until
+from vllmd.config.types import ServerConfig
 from vllmd.engines.base import Listen
 from vllmd.errors import UpstreamFailed
 from vllmd.proxy.limits import Limits
@@ -150,7 +151,7 @@ def test_a_connection_that_was_paused_is_read_again_when_it_is_kept() -> None:
     """Its client took nothing, and the rest of the answer was on its way already: the next request must be answered."""
 
     async def play() -> None:
-        pool, wire, listen = Pool(Limits()), Wire(), Listen()
+        pool, wire, listen = Pool(Limits(ServerConfig())), Wire(), Listen()
         connection = Upstream(listen, pool)
         connection.connection_made(wire)
         connection.send("POST", b"head", (b"",), 0, _Collected(100))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vllmd.cli.examined import Finding, Host
-from vllmd.gpu import Devices, Presence, Sample
+from vllmd.gpu import Devices, Presence, Sample, gpus
 
 PATIENCE = 10.0  # seconds for a driver's answer: without persistence mode it takes some
 UNKNOWN = "dmesg says what it met; it comes back with a reset of the GPU, or a reboot"
@@ -131,10 +131,10 @@ def _answers(host: Host, *, quiet: bool) -> Iterator[Finding]:
     devices, sample = told
     if devices.trouble:
         yield "bad", devices.trouble.why, devices.trouble.cure or UNKNOWN
-    elif not devices.inventory() and quiet:
+    elif not gpus(devices.inventory()) and quiet:
         why = devices.note.partition(";")[0]
         yield "warning", f"there is no GPU with a driver ({why})", "devices may be declared (devices: in vllmd.yaml(5))"
-    for device in devices.inventory():
+    for device in gpus(devices.inventory()):
         name = f"device {device.index}, {device.name or device.id}"
         wrong = sample.lost.get(device.index) or sample.failed.get(device.index) or sample.ill.get(device.index)
         seen = sample.devices.get(device.index)

@@ -64,7 +64,7 @@ class Admission:
         if r is None:
             self._refuse(e, self._all_down(model))
             return
-        if chosen and not model.queue and not core.policy.in_order:  # 1.2
+        if chosen and not model.queue:  # 1.2
             self._admitted[e.request] = chosen
             core.engines.admit(chosen, e.request)
             core.mark_request(chosen)
@@ -154,10 +154,8 @@ class Admission:
 
     def serve(self, model: Model) -> None:
         """5.1: those with an open gate let in what waits; for the rest the replica is found that is to come up."""
-        queue, in_order = model.queue, self._core.policy.in_order
+        queue = model.queue
         while queue and (r := self._balancer.choose(model)):
-            if in_order and self._older_elsewhere(model):
-                break
             request, _ = queue.take()
             del self._queued[request]
             self._admit(r, request)
@@ -213,11 +211,6 @@ class Admission:
             message = f"{model.name!r} could not be served within {timeout:g} s"
             patience = self._patience(model.nominee) if model.nominee else 1.0
             self._core.engines.reject(request, RejectReason.UNAVAILABLE, message, patience)
-
-    def _older_elsewhere(self, model: Model) -> bool:
-        oldest = model.queue.oldest
-        others = (other.queue.oldest for other in self._core.models.values() if other is not model)
-        return any(other is not None and oldest is not None and other < oldest for other in others)
 
     # -- refusals
 

@@ -52,10 +52,8 @@ class Core:
         happen to it. Then only the policy sees that one more or less runs, and the idle rules that it is used or not.
         """
         model = r.model
-        if r.job or model.queue or model.leases or model.spec.balancing or r.state is not State.READY:
-            self.for_review[model] = None
-            return
-        if not r.running and (r.spec.preempt or self.policy.in_order):  # freezing may be to be proved; others may wait
+        proves = r.spec.preempt and not r.running  # it may be the moment for that
+        if r.job or model.queue or model.leases or model.spec.balancing or proves or r.state is not State.READY:
             self.for_review[model] = None
             return
         self.used[r] = None

@@ -30,6 +30,7 @@ class Devices:
         """
         core, ledger = self._core, self._core.engines.ledger
         before = ledger.unknown
+        was = {index: account.device.runtime for index, account in ledger.accounts.items()}
         ledger.take(e.devices)
         ledger.unknown, ledger.asking = e.unknown, e.asking
         for r in core.replicas.values():
@@ -39,9 +40,18 @@ class Devices:
             if e.unknown and r.spec.device_count:
                 self._put_off(r, e.unknown, told=not e.asking)
             core.mark_for_review(r)
+        for index, runtime in was.items():
+            if index in ledger.accounts and ledger.accounts[index].device.runtime != runtime:
+                self._replaced(index)
         if e.unknown != before:
             core.engines.record("devices", None, e.unknown or f"there are {len(e.devices)}, and they answer")
         core.news_for_all = True
+
+    def _replaced(self, index: int) -> None:
+        """A GPU has the number that the CPU had, or the other way round: what is there leaves, and starts anew."""
+        name = self._core.engines.ledger.accounts[index].device.name
+        for r in self._on(index):
+            self._leave(r, f"device {index} is another one now: {name}", at_once=False)
 
     def _put_off(self, r: Replica, why: str, *, told: bool) -> None:
         """It is not brought up now. Requests that wait for it go on waiting, or are told."""

@@ -152,7 +152,6 @@ class Lru:
     """The least recently used leave first, drained, for the waiter whose turn it is; nobody overtakes it."""
 
     name = "lru"
-    in_order = False
     moves = True
 
     def choose(self, s: PolicyInput) -> Plan | None:
@@ -262,7 +261,6 @@ class Adaptive:
     """
 
     name = "adaptive"
-    in_order = False
     moves = True
 
     def choose(self, s: PolicyInput) -> Plan | None:

@@ -12,7 +12,7 @@ microseconds.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 INFINITY = math.inf
@@ -158,15 +158,6 @@ class PolicyInput(NamedTuple):
 NOBODY = Tenants()
 
 
-def by_device(residents: Iterable[Resident]) -> dict[int, Tenants]:
-    """The residents as a view has them."""
-    here: dict[int, list[Resident]] = {}
-    for r in residents:
-        for device in r.devices:
-            here.setdefault(device, []).append(r)
-    return {index: Tenants.of(there) for index, there in here.items()}
-
-
 class Knobs(NamedTuple):
     """The numbers of the policy; ``design.md`` tells how they were found."""
 
@@ -217,7 +208,6 @@ class Policy(Protocol):
     """What the scheduler asks of a policy."""
 
     name: str
-    in_order: bool  # requests are admitted strictly in order of arrival over all models (a baseline's vice)
     moves: bool  # models that are being used are moved to where they fit beside each other
 
     def choose(self, s: PolicyInput) -> Plan | None:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from vllmd.core.costs import LONG, SHORT
 from vllmd.core.eviction import Candidate
 from vllmd.core.policy import INFINITY, Knobs, OffloadOption, PolicyInput, Resident, Waiting, drain_time
-
-SHORT, LONG = 60.0, 900.0  # seconds in which the two arrival rates fall by e
 
 
 def longest_drain(candidates: Sequence[Candidate], budget: float = INFINITY) -> float:

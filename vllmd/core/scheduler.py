@@ -242,7 +242,9 @@ class Scheduler:
         """Everything that follows, without the policy, for the models marked for review."""
         core = self._core
         while core.for_review:
-            self._review_marked()
+            while core.for_review:
+                model, _ = core.for_review.popitem()
+                self._review(model)
             if core.engines.leaving:
                 self._unloading.advance()
             if not len(core.swaps):
@@ -253,14 +255,6 @@ class Scheduler:
                     core.mark_for_review(r)
             for r in core.swaps.advance():
                 core.mark_news(r)
-
-    def _review_marked(self) -> None:
-        core = self._core
-        if core.policy.in_order:
-            core.for_review.update((model, None) for model in core.models.values() if model.queue)
-        while core.for_review:
-            model, _ = core.for_review.popitem()
-            self._review(model)
 
     def _review(self, model: Model) -> None:
         """Bring everything that hangs on the model's and its engines' state up to date."""

@@ -53,7 +53,8 @@ class Device:
     ``number``: what that runtime calls it, counting in the order of the PCI bus; None where that is not certain.
     ``links``: indices of the devices that it is joined with directly; ``node``: its NUMA node, None where not told.
     ``switch``: those with the same one talk through a PCIe switch of their own; "" where not told. ``cpus``: those of
-    its node, where the machine has more than one.
+    its node, where the machine has more than one. ``shared``: its memory is the host's, so that what sleeps in host
+    memory frees none of it.
     """
 
     index: int
@@ -67,6 +68,7 @@ class Device:
     node: int | None = None
     switch: str = ""
     cpus: tuple[int, ...] = ()
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 
-from vllmd.gpu import Devices, Trouble, Uevents, Unanswered, in_thread
+from vllmd.gpu import Devices, Trouble, Uevents, Unanswered, gpus, in_thread
 
 log = logging.getLogger("vllmd.devices")
 
@@ -130,7 +130,7 @@ class DeviceWatch:
 
     def _take(self, devices: Devices) -> None:
         self.current = devices
-        self._known |= {device.id: device.index for device in devices.inventory() if device.runtime}
+        self._known |= {device.id: device.index for device in gpus(devices.inventory()) if device.runtime}
 
 
 def _same(one: Devices, other: Devices) -> bool:

@@ -18,7 +18,7 @@ from vllmd.daemon.launch_planner import Paths
 from vllmd.daemon.preflight import Machine, look, say
 from vllmd.daemon.specs import model_spec, replica_spec
 from vllmd.engines.estimate import Estimate
-from vllmd.gpu import Devices, open_devices
+from vllmd.gpu import Devices, open_devices, the_cpu
 from vllmd.place import host_memory
 
 
@@ -46,13 +46,13 @@ async def expect(
     machine = Machine(tuple(devices), paths.homes, paths.run)
 
     def reckon() -> Expectations:
-        prospects = look(engines.values(), machine, resolver)
+        prospects, cpu = look(engines.values(), machine, resolver), the_cpu(machine.devices)
         say(prospects, machine)
         replicas: dict[str, list[ReplicaSpec]] = {}
         estimates: dict[str, Estimate] = {}
         for each in prospects:
             name = each.model.replica_of or each.model.name
-            replicas.setdefault(name, []).append(replica_spec(each.model, each.engine, each.told))
+            replicas.setdefault(name, []).append(replica_spec(each.model, each.engine, each.told, cpu))
             estimates[each.model.name] = each.told
         specs = tuple(model_spec(config.models[name], of) for name, of in replicas.items())
         return Expectations(paths, engines, specs, estimates, {each.model.name: each.kind for each in prospects})
@@ -66,16 +66,19 @@ def paths_of(config: Config, runtime: RuntimeEnvironment) -> Paths:
     return Paths(config.engines.run_dir or runtime.run_dir, homes)
 
 
-def settings_of(config: Config) -> Settings:
+def settings_of(config: Config, devices: Sequence[Device] = ()) -> Settings:
     """What the core is told of the machine's policy."""
-    return Settings(config.policy, host_budget(config), config.server.queue_limit)
+    return Settings(config.policy, host_budget(config, devices), config.server.queue_limit)
 
 
-def host_budget(config: Config) -> int:
-    """Bytes of host memory for level-1 sleepers: as configured, or half of what there is."""
+def host_budget(config: Config, devices: Sequence[Device] = ()) -> int:
+    """Bytes of host memory for level-1 sleepers: as configured, or half of what there is.
+
+    None where the devices' memory is the host's (GB10, Jetson): a model that slept at level 1 would free nothing.
+    """
     if config.host_memory is not None:
         return config.host_memory
-    return host_memory() // 2
+    return 0 if any(device.shared for device in devices) else host_memory() // 2
 
 
 def files_of(config: Config) -> dict[int, Path]:

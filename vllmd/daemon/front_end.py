@@ -117,7 +117,7 @@ def front_end(
     if broken:  # what is wrong there is for those who may read it: operators, and the log
         what = f"vllmd's configuration is invalid, tell its administrator: {places(broken)}"
         gate.refusal = Unavailable(what)
-    limits = Limits.of(config.server)
+    limits = Limits(config.server)
     relay = Relay(gate, limits)
     learnt = Learnt(runtime.learnt)
     records = Records(config.records, runtime.usage)

@@ -24,7 +24,7 @@ from vllmd.engines.base import Engine, Launch, Listen, Place
 from vllmd.engines.estimate import Estimate
 from vllmd.engines.standby import CanStandBy, Standby, early
 from vllmd.errors import ConfigError, VllmdError
-from vllmd.gpu import environment
+from vllmd.gpu import environment, gpus
 from vllmd.launcher.client import StartOrder
 from vllmd.launcher.protocol import ProtocolError
 from vllmd.place import Cpus, cpus
@@ -128,7 +128,7 @@ class LaunchPlanner:
         engine = self._engine_of(model)
         if not isinstance(engine, CanStandBy):
             return None
-        devices = self._memory.inventory[: engine.device_count(model)]
+        devices = gpus(self._memory.inventory)[: engine.device_count(model)]
         here = self._cpus(model, devices)
         place = Place(
             run_dir=self._paths.run / instance_name(model.name),

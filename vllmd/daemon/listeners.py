@@ -81,7 +81,7 @@ class Listeners:
         self._quotas = quotas
         self._cors = Cors(config.server.cors_origins)
         self._limits = limits
-        self._memory = BodyMemory(self._limits.max_buffered)  # one for all listeners
+        self._memory = BodyMemory(self._limits.now.max_buffered)  # one for all listeners
         self._relay = relay
         self._reachable: list[tuple[Router, list[str]]] = []  # those at addresses that strangers can reach
         self._outcome = outcome
@@ -151,8 +151,8 @@ class Listeners:
     def configure(self, config: Config) -> None:
         """Take what a changed configuration says of clients; connections stay."""
         self._ui = config.server.ui
-        self._limits.take(config.server)
-        self._memory.limit = self._limits.max_buffered
+        self._limits.now = config.server
+        self._memory.limit = self._limits.now.max_buffered
         self._keys.hosts.configure(config.server.hosts)
         self._keys.configure(config.auth, self._opens)
         self._quotas.configure(config.auth.keys)

@@ -19,7 +19,7 @@ from vllmd.api.answers import DeviceNow
 from vllmd.core import events
 from vllmd.core.types import Device, DeviceView, Placement
 from vllmd.daemon.power import NOBODY, Power
-from vllmd.gpu import Devices, Sample, attribute, in_thread, pids_of
+from vllmd.gpu import Devices, Sample, attribute, gpus, in_thread, pids_of
 
 if TYPE_CHECKING:
     from vllmd.daemon.engine_process import EngineProcess
@@ -79,8 +79,8 @@ class Memory:
         return f"{self._devices.source}: {self._devices.note}" if self._devices.note else self._devices.source
 
     def devices_of(self, placement: Placement) -> tuple[Device, ...]:
-        """The devices of a placement, in its order."""
-        return tuple(self._by_index[index] for index in placement.devices)
+        """The GPUs of a placement, in its order."""
+        return gpus([self._by_index[index] for index in placement.devices])
 
     def files_of(self, placement: Placement) -> tuple[str, ...]:
         """The files in which stand-ins keep who holds how much of these devices; none unless all have one."""
@@ -156,16 +156,24 @@ class Memory:
         return events.MemorySampled(external, models, dict(sample.failed), dict(self.power.since_used))
 
     async def held(self, process: EngineProcess) -> dict[int, int]:
-        """Bytes per device index that the engine's processes hold now; empty if it cannot be known.
+        """Bytes per device index that the engine's processes hold now, of those devices that tell it.
 
-        One that has no device asks none: a driver that hangs is nothing to it.
+        One that has no device asks none: a driver that hangs is nothing to it. What is hidden is not nothing: a sleep
+        would seem to have freed none of it.
         """
         sample = await self.sample() if process.placement.devices else None
         if sample is None or process.running is None:
             return {}
-        name = process.model.name
-        _, models = attribute(sample, {name: _pids(process)})
-        return {index: models.get((name, index), 0) for index in process.placement.devices}
+        name, pids = process.model.name, _pids(process)
+        _, models = attribute(sample, {name: pids})
+        found: dict[int, int] = {}
+        for index in process.placement.devices:
+            device = sample.devices.get(index)
+            if (name, index) in models:
+                found[index] = models[name, index]
+            elif device and not device.hides_processes and pids.isdisjoint(device.unsized):
+                found[index] = 0
+        return found
 
     async def settled(self, process: EngineProcess, before: Mapping[int, int]) -> dict[int, int]:
         """What it holds once that has fallen below ``before``, or after the limit; empty if it cannot be known."""

@@ -19,6 +19,7 @@ from vllmd.engines.base import Engine, Place
 from vllmd.engines.estimate import Estimate, estimate, overfull_pins, too_large
 from vllmd.engines.facts import size
 from vllmd.errors import ConfigError
+from vllmd.gpu import gpus
 from vllmd.place import host_memory
 
 log = logging.getLogger("vllmd")
@@ -40,11 +41,16 @@ class Prospect:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where models are to run."""
+    """Where models are to run. Sizes are held against ``gpus`` alone: what is too large for the CPU runs slowly."""
 
     devices: Sequence[Device]
     homes: Homes
     run_dir: Path
+
+    @property
+    def gpus(self) -> Sequence[Device]:
+        """Its devices less the CPU."""
+        return gpus(self.devices)
 
 
 def look(models: Iterable[ModelConfig], machine: Machine, engine_of: Callable[[ModelConfig], Engine]) -> list[Prospect]:
@@ -56,17 +62,17 @@ def look(models: Iterable[ModelConfig], machine: Machine, engine_of: Callable[[M
 def _prospect(
     model: ModelConfig, machine: Machine, engine_of: Callable[[ModelConfig], Engine], memory: int
 ) -> Prospect:
-    allowed = [device for device in machine.devices if not model.devices or device.index in model.devices]
+    allowed = [device for device in machine.gpus if not model.devices or device.index in model.devices]
     device_memory = min((device.memory for device in allowed), default=0)
     told = estimate(model, machine.homes.hub(model), device_memory, memory)
     engine = engine_of(model)
-    wrong = unknown_user(model) or _refusal(model, engine, machine) or too_large(model, told, machine.devices)
+    wrong = unknown_user(model) or _refusal(model, engine, machine) or too_large(model, told, machine.gpus)
     return Prospect(model, engine, told, wrong, kind_of(model, machine.homes.hub(model)))
 
 
 def _refusal(model: ModelConfig, engine: Engine, machine: Machine) -> str:
     """What its engine says against its settings, found by composing a start that is not carried out."""
-    devices = machine.devices[: engine.device_count(model)]
+    devices = machine.gpus[: engine.device_count(model)]
     place = Place(
         run_dir=machine.run_dir / "check-000000",
         device_ids=tuple(device.id for device in devices),
@@ -89,7 +95,7 @@ def wrong(prospects: Iterable[Prospect]) -> list[str]:
 def doubtful(prospects: Sequence[Prospect], machine: Machine) -> list[str]:
     """What works, but hardly as meant."""
     pinned = [(each.model, each.told) for each in prospects if each.model.pin]
-    overfull = overfull_pins(pinned, machine.devices)
+    overfull = overfull_pins(pinned, machine.gpus)
     notes = [f"{each.model.name}: {note}" for each in prospects for note in each.told.notes]
     return [*notes, *([overfull] if overfull else [])]
 

@@ -29,11 +29,11 @@ KILL_LIMIT = 10.0  # seconds for a killed engine's cgroup to become empty
 
 async def gpus(memory: Memory) -> list[GPUInfo]:
     """M's ``GPUInfo`` per device that can be read. Raises Unsupported, Unavailable."""
-    from vllmd.gpu import gpu_infos
+    from vllmd.gpu import gpu_infos, the_cpu
 
     if memory.devices.trouble:
         raise Unavailable(f"the devices do not answer: {memory.trouble}", retry_after=5)
-    if not memory.readable:
+    if not memory.readable or the_cpu(memory.inventory):
         raise Unsupported(f"the GPUs of this machine cannot be read: {memory.source}")
     sample = await memory.sample()
     if sample is None:

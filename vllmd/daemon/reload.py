@@ -66,7 +66,7 @@ async def take(front: FrontEnd, back: BackEnd, read: Config, unless_used: frozen
             say_devices(back.memory)
 
     now = events.DevicesChanged(inventory, str(devices.trouble or ""), devices.asking) if devices else None
-    settings = settings_of(config)
+    settings = settings_of(config, inventory)
     back.ask(events.ModelsChanged(expected.specs, frozenset(changed), now, settings, unless_used), answered)
     there = {*config.models, *engines}
     if not repaired:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from vllmd.config.types import ModelConfig, ReplicaConfig
-from vllmd.core.types import Balancing, ModelSpec, ReplicaRules, ReplicaSpec
+from vllmd.core.types import Balancing, Device, ModelSpec, ReplicaRules, ReplicaSpec
 from vllmd.daemon.engine_process import fingerprint
 from vllmd.engines.base import Engine
 from vllmd.engines.estimate import Estimate
@@ -26,8 +26,29 @@ def model_spec(model: ModelConfig, replicas: Sequence[ReplicaSpec]) -> ModelSpec
     )
 
 
-def replica_spec(model: ModelConfig, engine: Engine, told: Estimate) -> ReplicaSpec:
-    """The core's view of an engine. Its sizes are as configured or estimated; the core learns the real ones."""
+def replica_spec(model: ModelConfig, engine: Engine, told: Estimate, cpu: Device | None = None) -> ReplicaSpec:
+    """The core's view of an engine. Its sizes are as configured or estimated; the core learns the real ones.
+
+    ``cpu``: the device, where there is no other.
+    """
+    spec = _spec(model, engine, told)
+    return on_cpu(spec, cpu) if cpu else spec
+
+
+def on_cpu(spec: ReplicaSpec, cpu: Device) -> ReplicaSpec:
+    """The same on the CPU, where an engine's memory is the host's, however many parts it has.
+
+    One that is larger than all of it has it to itself: a file that is mapped may be, and is read again and again.
+    """
+    told = spec.footprint
+    size = min(max(told.awake, spec.host_running), cpu.memory - cpu.reserve)
+    if not spec.device_count and not size:
+        return spec  # it runs elsewhere
+    footprint = replace(told, starting=size, awake=size, asleep=min(told.asleep, size))
+    return replace(spec, footprint=footprint, device_count=1, devices=(), host_running=0)
+
+
+def _spec(model: ModelConfig, engine: Engine, told: Estimate) -> ReplicaSpec:
     return ReplicaSpec(
         id=model.name,
         footprint=told.footprint,

@@ -63,7 +63,9 @@ async def back_end(front: FrontEnd) -> BackEnd:
     with collector.paused():
         expected = await expect(config, runtime, memory.inventory, front.resolver)
         front.gate.learn_kinds(expected.kinds)
-        scheduler = Scheduler(expected.specs, memory.inventory, settings_of(config), CostBook.from_dict(learnt.costs))
+        scheduler = Scheduler(
+            expected.specs, memory.inventory, settings_of(config, memory.inventory), CostBook.from_dict(learnt.costs)
+        )
 
     # 3. The launcher. What it reports before there is anybody to hear it concerns engines that step 5 asks it for.
     def ended(report: ExitReport) -> None:
@@ -148,7 +150,8 @@ async def take_devices(front: FrontEnd, back: BackEnd, devices: Devices) -> None
             expected = await expect(config, front.runtime, devices.inventory(), front.resolver)
             back.engines.configure(expected.engines, expected.estimates)
             front.gate.learn_kinds(expected.kinds)
-            back.post(events.ModelsChanged(expected.specs))
+            settings = settings_of(config, devices.inventory())
+            back.post(events.ModelsChanged(expected.specs, settings=settings))
         back.post(events.DevicesChanged(devices.inventory(), str(devices.trouble or ""), devices.asking))
         await back.readings.look()
 

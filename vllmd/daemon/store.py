@@ -134,10 +134,11 @@ class ModelStore:
 
     async def meant(self, name: str) -> Wanted:
         """What is to be fetched. On a machine with a device and vLLM well-known names mean the files for that."""
+        from vllmd.gpu import gpus
         from vllmd.store.names import wanted
 
         back = await self._back.wait()
-        return wanted(name, device=bool(back.memory.inventory) and await asyncio.to_thread(_has_vllm))
+        return wanted(name, device=bool(gpus(back.memory.inventory)) and await asyncio.to_thread(_has_vllm))
 
     def stop(self, model: str) -> DownloadLine:
         """End a download. Raises NotFound."""

@@ -13,6 +13,7 @@
     topology     how near devices are to each other and to the CPUs
     visible      which devices the environment leaves to us (CUDA_VISIBLE_DEVICES and its like)
     visibility   how an engine is told which devices are its own
+    cpu          the CPU as a device, where there is no other
     declared     devices from the configuration; their usage from a stand-in's file
     attribution  whose memory it is: a model's by its processes, or external
     figures      a sample as the HTTP API shows it
@@ -25,6 +26,7 @@ time limit. One thread at a time: a ``Devices`` has no lock.
 """
 
 from vllmd.gpu.attribution import attribute, pids_of
+from vllmd.gpu.cpu import gpus, the_cpu
 from vllmd.gpu.figures import GpuInfo, GpuProcess, gpu_infos
 from vllmd.gpu.inventory import NoDevices, Unanswered
 from vllmd.gpu.sample import DeviceSample, Sample
@@ -48,7 +50,9 @@ __all__ = [
     "attribute",
     "environment",
     "gpu_infos",
+    "gpus",
     "in_thread",
     "open_devices",
     "pids_of",
+    "the_cpu",
 ]

@@ -205,7 +205,8 @@ class NvmlDevices(Inventory):
         root, name = self._here.root, self._name(found.handle)
         node = node_of(root, address)
         return Device(index, found.uuid, memory, reserve, name, "cuda", number,
-                      node=node, switch=switch_of(root, address), cpus=cpus_of(root, node))  # fmt: skip
+                      node=node, switch=switch_of(root, address), cpus=cpus_of(root, node),
+                      shared=index in self._unified)  # fmt: skip
 
     def _address(self, handle: Any) -> str:
         """On the PCI bus, as the kernel writes it; NVML has a domain of eight digits."""

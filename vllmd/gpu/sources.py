@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 
 from vllmd.config.types import Config
 from vllmd.core.types import Device
+from vllmd.gpu.cpu import CpuDevice
 from vllmd.gpu.declared import DeclaredDevices
 from vllmd.gpu.inventory import NoDevices, Unanswered
 from vllmd.gpu.nvml import HERE, NOTHING, NoNvml, NvmlDevices
@@ -20,7 +21,7 @@ class Devices(Protocol):
 
     @property
     def source(self) -> Literal["nvml", "declared", "none"] | str:
-        """``nvml``, ``amdgpu``, ``intel``, ``declared`` or ``none``."""
+        """``nvml``, ``amdgpu``, ``intel``, ``declared``, ``cpu`` or ``none``."""
 
     @property
     def readable(self) -> bool:
@@ -60,7 +61,7 @@ def open_devices(
     known: Mapping[str, int] = NOTHING,
     amdsmi: Any = None,
 ) -> Devices:
-    """The declared devices if there are any, else NVIDIA's, else AMD's, else Intel's, else none.
+    """The declared devices if there are any, else NVIDIA's, else AMD's, else Intel's, else the CPU.
 
     Three answers: these, none, or (``trouble``) something is there that does not answer. ``env`` is the daemon's own
     environment (CUDA_VISIBLE_DEVICES and its like). An empty list of declared devices means: none, do not ask.
@@ -84,7 +85,7 @@ def open_devices(
     for source in (_amd, _intel):
         if found := source(config.reserve, here, env, known, amdsmi):
             return found
-    return NoDevices(f"{why}{_without_driver(here)}; engines run on the CPU")
+    return CpuDevice(f"{why}{_without_driver(here)}; engines run on the CPU", config.reserve, here.root)
 
 
 def _amd(reserve: int, here: Presence, env: Mapping[str, str], known: Mapping[str, int], amdsmi: Any) -> Devices | None:

@@ -161,6 +161,10 @@ class SysfsDevices(Inventory):
         """Bytes in use; ``held``: by the processes that could be seen. Raises OSError, ValueError."""
         raise NotImplementedError
 
+    def tells_use(self, card: Card) -> bool:
+        """Whether ``used`` is a figure of the device's own: else it is what the processes hold that can be seen."""
+        return True
+
     def illness(self, card: Card) -> str:
         """What makes it unfit although it answers; "" if nothing does."""
         return ""
@@ -219,7 +223,7 @@ class SysfsDevices(Inventory):
         wrong = absurdity(total, used, max(0, total - used), device.memory)
         if wrong:
             raise ValueError(wrong)
-        hidden = blind and used > sum(held.values()) + (64 << 20)
+        hidden = blind and (not self.tells_use(card) or used > sum(held.values()) + (64 << 20))
         return DeviceSample(
             total, used, total - used, held, frozenset(), hidden, device.name, self.watts(device.index, card),
             self.busy(card), self.celsius(card), self.slowdown(card),
@@ -293,6 +297,9 @@ class IntelDevices(SysfsDevices):
             if any(_file(folder / f"{kind}_{reason}") for folder in names for kind in ("throttle_reason", "reason"))
         ]
         return ", ".join(told) or super().slowdown(card)
+
+    def tells_use(self, card: Card) -> bool:
+        return (card.folder / "lmem_avail_bytes").exists()
 
     def used(self, card: Card, held: int) -> int:
         total, free = _file(card.folder / "lmem_total_bytes"), _file(card.folder / "lmem_avail_bytes")

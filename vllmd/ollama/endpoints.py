@@ -164,8 +164,8 @@ class ModelRoutes:
         gate, request = self._relay.gate, exchange.request
         seconds = wish(request, _keeps(asked))
         if seconds != 0:
-            if self._relay.limits.request_timeout is not None:
-                exchange.expire(self._relay.limits.request_timeout)
+            if self._relay.limits.now.request_timeout is not None:
+                exchange.expire(self._relay.limits.now.request_timeout)
             permit = await gate.acquire(target.model, request.key, offer=target.offer)
             permit.release()
         if seconds is not None:

@@ -17,7 +17,7 @@ from vllmd.ollama.context import Turn, decoded
 from vllmd.ollama.fields import Fields, wrong
 from vllmd.ollama.files import Files
 from vllmd.ollama.options import translated
-from vllmd.proxy.peek import model_name
+from vllmd.proxy.peek import NO_NAME, model_name
 
 CHAT, COMPLETIONS, EMBEDDINGS, INFILL = "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/infill"
 EFFORTS = ("low", "medium", "high", "max")
@@ -114,7 +114,10 @@ def embeddings(members: Mapping[str, Any]) -> Translated:
 def model_of(members: Mapping[str, Any], *names: str) -> str:
     """The model's name, which older clients send as ``name``. Raises BadRequest."""
     request = Fields(members)
-    return model_name(next((request.get(name) for name in names or ("model", "name") if request.get(name)), None))
+    found = model_name(next((request.get(name) for name in names or ("model", "name") if request.get(name)), None))
+    if not found:
+        raise BadRequest(NO_NAME, param="model")
+    return found
 
 
 def _generated(

@@ -118,7 +118,7 @@ class Connection(asyncio.Protocol):
         self.peer = peer_of(transport)
         self._place = place_of(self.peer)
         self._host.joined(self)
-        self._expect(self._limits.head_timeout, self._close_quietly)
+        self._expect(self._limits.now.head_timeout, self._close_quietly)
 
     def data_received(self, data: bytes) -> None:
         """Called by asyncio with up to ``RECEIVE`` bytes: of a request, the next one, or what follows an upgrade."""
@@ -130,7 +130,7 @@ class Connection(asyncio.Protocol):
         self._reader.feed(data)
         if self._phase is not Phase.BUSY:
             self._advance()
-        elif self._reader.pending > self._limits.pipeline:
+        elif self._reader.pending > self._limits.now.pipeline:
             self._transport.pause_reading()
 
     def eof_received(self) -> bool:
@@ -161,7 +161,7 @@ class Connection(asyncio.Protocol):
     def pause_writing(self) -> None:
         """The client does not take its answer fast enough."""
         self._write_paused = True
-        self._expect(self._limits.send_timeout, self._abort_stalled)
+        self._expect(self._limits.now.send_timeout, self._abort_stalled)
         if self._exchange is not None:
             self._exchange.pause(True)
 
@@ -169,7 +169,7 @@ class Connection(asyncio.Protocol):
         """The client takes data again: its stall has no time limit any more, what it interrupted has."""
         self._write_paused = False
         if self._phase is Phase.HEAD:
-            self._expect(self._limits.keepalive_timeout, self._close_quietly)
+            self._expect(self._limits.now.keepalive_timeout, self._close_quietly)
         elif self._phase is Phase.BODY:
             self._expect_bytes()
         elif self._phase is not Phase.CLOSING:
@@ -190,7 +190,7 @@ class Connection(asyncio.Protocol):
                 if head is None:
                     if reader.pending and not self._in_head:
                         self._in_head = True
-                        self._expect(self._limits.head_timeout, self._head_late)
+                        self._expect(self._limits.now.head_timeout, self._head_late)
                     if reader.pending > SMALL_HEAD:
                         self._holder = self._place, ""
                         self._hold_head(reader.pending)
@@ -236,7 +236,7 @@ class Connection(asyncio.Protocol):
             self._holder = self._place, request.caller.name
             self._hold_head(self._reader.head_size)
         if head.length != 0:
-            length, most = head.length or 0, self._limits.max_body
+            length, most = head.length or 0, self._limits.now.max_body
             if request.max_body == 0:
                 most = DISCARDED
                 self._reader.discard(most)
@@ -256,11 +256,11 @@ class Connection(asyncio.Protocol):
         """Give the body time: so much for every so many bytes, so that one that stops is given up soon, however
         fast it was before."""
         self._body_mark = self._reader.received
-        self._expect(self._limits.body_timeout, self._body_late)
+        self._expect(self._limits.now.body_timeout, self._body_late)
 
     def _body_late(self) -> None:
         limits = self._limits
-        if self._reader.received - self._body_mark >= limits.body_timeout * limits.min_body_rate:
+        if self._reader.received - self._body_mark >= limits.now.body_timeout * limits.now.min_body_rate:
             self._expect_bytes()
         else:
             self._refuse(RequestTimeout("the request's body comes too slowly"))
@@ -334,7 +334,7 @@ class Connection(asyncio.Protocol):
             return
         self._phase = Phase.HEAD
         if not self._write_paused:
-            self._expect(self._limits.keepalive_timeout, self._close_quietly)
+            self._expect(self._limits.now.keepalive_timeout, self._close_quietly)
         if self._reader.pending:
             self._transport.resume_reading()
             self._advance()
@@ -358,7 +358,7 @@ class Connection(asyncio.Protocol):
             if reset:
                 reset_at_close(self._transport)
             self._transport.close()
-            self._expect(self._limits.send_timeout, self._transport.abort)
+            self._expect(self._limits.now.send_timeout, self._transport.abort)
 
     def tunnel(self, receive: Callable[[bytes], None]) -> None:
         """From now on the client's bytes are ``receive``'s, those included that are here already."""
@@ -456,7 +456,7 @@ class Connection(asyncio.Protocol):
             self._expect(LINGER, self._transport.abort)
         else:
             self._transport.close()
-            self._expect(self._limits.send_timeout, self._transport.abort)
+            self._expect(self._limits.now.send_timeout, self._transport.abort)
 
     def _close_quietly(self) -> None:
         self._phase = Phase.CLOSING
@@ -483,10 +483,10 @@ class Connection(asyncio.Protocol):
         late()
 
     def _head_late(self) -> None:
-        self._refuse(RequestTimeout(f"the request's head took longer than {self._limits.head_timeout:g} s"))
+        self._refuse(RequestTimeout(f"the request's head took longer than {self._limits.now.head_timeout:g} s"))
 
     def _abort_stalled(self) -> None:
-        log.info("%s took nothing for %g s: cut off", self.peer, self._limits.send_timeout)
+        log.info("%s took nothing for %g s: cut off", self.peer, self._limits.now.send_timeout)
         self._transport.abort()
 
 

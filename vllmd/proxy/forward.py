@@ -102,8 +102,8 @@ class Relay:
         offer = wanted.target.offer
         exchange.model, exchange.offer = model, offer
         account = exchange.account = self._account(wanted, request)
-        if self.limits.request_timeout is not None:
-            exchange.expire(self.limits.request_timeout)
+        if self.limits.now.request_timeout is not None:
+            exchange.expire(self.limits.now.request_timeout)
         heartbeat = LoadingHeartbeat(
             exchange, model, wanted.asked.model, stream=wanted.asked.stream, limits=self.limits, gate=self.gate
         )

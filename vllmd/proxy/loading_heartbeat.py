@@ -37,9 +37,9 @@ class LoadingHeartbeat:
         self._model = model
         self._asked = asked
         self._gate = gate
-        self._interval = limits.loading_comment_interval if stream else 0.0
+        self._interval = limits.now.loading_comment_interval if stream else 0.0
         self.wanted = self._interval > 0  # whether the client is to hear anything before its answer
-        self._as_reasoning = limits.loading_as_reasoning
+        self._as_reasoning = limits.now.loading_as_reasoning
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self) -> None:
@@ -133,7 +133,7 @@ class Heartbeats:
         """It waits from now on."""
         self._new.add(waiting)
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self._limits.loading_comment_interval, self._sweep)
+            self._timer = asyncio.get_running_loop().call_later(self._limits.now.loading_comment_interval, self._sweep)
 
     def discard(self, waiting: Waiting) -> None:
         """The stream's first byte has come, or its client has left: no more signs of life."""
@@ -146,8 +146,8 @@ class Heartbeats:
             waiting.beat()
         self._old |= self._new
         self._new.clear()
-        if self._old and self._limits.loading_comment_interval > 0:  # it may have been switched off meanwhile
-            self._timer = asyncio.get_running_loop().call_later(self._limits.loading_comment_interval, self._sweep)
+        if self._old and self._limits.now.loading_comment_interval > 0:  # it may have been switched off meanwhile
+            self._timer = asyncio.get_running_loop().call_later(self._limits.now.loading_comment_interval, self._sweep)
 
 
 def error_event(path: str, body: bytes) -> bytes:

@@ -225,7 +225,7 @@ class ModelRequests:
 
         The engine gets the plain body, and fields that say no more of what it was.
         """
-        request, most = exchange.request, self._limits.max_body
+        request, most = exchange.request, self._limits.now.max_body
         coding = request.headers.get("content-encoding")
         if coding and coding.lower() != "identity":
             coded = len(request.body)

@@ -46,7 +46,7 @@ class RequestReader:
         self._next: RequestHead | None = None  # the head whose body has not begun to be read
         self._keep = True  # whether its payload is wanted
         self._framing: Length | Chunked | None = None  # of a body that comes in pieces
-        self._most = limits.max_body  # payload bytes that the present body may have
+        self._most = limits.now.max_body  # payload bytes that the present body may have
         self._body = bytearray()  # what has come of a body that comes in several pieces
         self.received = 0  # payload bytes of the present body
         self.head_size = 0  # bytes of the present request's head
@@ -105,10 +105,10 @@ class RequestReader:
                 data = self._data
             self._begun = True
         end = data.find(b"\r\n\r\n", max(0, self._scanned - 3))
-        if end > self._limits.max_head or (
-            end < 0 and len(data) > self._limits.max_head + 3
+        if end > self._limits.now.max_head or (
+            end < 0 and len(data) > self._limits.now.max_head + 3
         ):  # its blank line may come
-            raise HeadTooLarge(f"the request's head is larger than {self._limits.max_head} bytes")
+            raise HeadTooLarge(f"the request's head is larger than {self._limits.now.max_head} bytes")
         if data[:2] == b"\r\n":
             raise BadRequest("malformed request: no request line")
         if end < 0:
@@ -124,7 +124,7 @@ class RequestReader:
         self._scanned = 0
         self._begun = False
         self._next, self._framing, self._keep = head, None, True
-        self._most = self._limits.max_body
+        self._most = self._limits.now.max_body
         self.received = 0
         return head
 

@@ -44,7 +44,7 @@ class Server:
         memory: BodyMemory | None = None,
     ) -> None:
         self.limits = limits
-        self.memory = memory or BodyMemory(limits.max_buffered)
+        self.memory = memory or BodyMemory(limits.now.max_buffered)
         self.draining = self.closing = False
         self.accepted = 0  # connections so far
         self.begin = router.begin
@@ -124,9 +124,9 @@ class Server:
         opening.add_done_callback(self._opened)
 
     def _too_many(self, address: object) -> VllmdError | None:
-        if self.connections >= self.limits.max_connections:
+        if self.connections >= self.limits.now.max_connections:
             return Unavailable("too many connections; come back later", retry_after=5)
-        most = self.limits.max_connections_per_address
+        most = self.limits.now.max_connections_per_address
         if most is not None and isinstance(address, tuple) and self._by_address[address[0]] >= most:
             return TooManyRequests(f"more than {most} connections from {address[0]}", retry_after=5)
         return None

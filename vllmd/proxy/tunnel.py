@@ -132,7 +132,7 @@ class Tunnels:
 
     async def _through(self, exchange: Exchange, permit: Permit, target: Target) -> None:
         try:
-            far = await connect(permit.upstream, self._relay.limits.connect_timeout, lambda: FarEnd(exchange))
+            far = await connect(permit.upstream, self._relay.limits.now.connect_timeout, lambda: FarEnd(exchange))
         except UpstreamFailed as error:  # which names an address of ours
             log.warning("%s: %s", target.model, error.message)
             raise UpstreamFailed(f"the engine of {target.model!r} cannot be reached") from None

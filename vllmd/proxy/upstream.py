@@ -275,7 +275,7 @@ class Pool:
     def take(self, address: Address) -> Upstream | None:
         """An idle connection to ``address``, if there is one young enough."""
         idle = self._idle.get(_key(address))
-        oldest = asyncio.get_running_loop().time() - self._limits.upstream_idle
+        oldest = asyncio.get_running_loop().time() - self._limits.now.upstream_idle
         while idle:
             connection = idle.pop()
             if connection.idle_since > oldest and connection.usable:
@@ -286,7 +286,7 @@ class Pool:
 
     async def connect(self, address: Address) -> Upstream:
         """A new connection. Raises UpstreamFailed."""
-        return await connect(address, self._limits.connect_timeout, lambda: Upstream(address, self))
+        return await connect(address, self._limits.now.connect_timeout, lambda: Upstream(address, self))
 
     def put(self, connection: Upstream) -> None:
         """Keep it for the next request."""
@@ -297,7 +297,7 @@ class Pool:
         connection.idle_since = loop.time()
         self._idle.setdefault(connection.key, []).append(connection)
         if self._timer is None:
-            self._timer = loop.call_later(self._limits.upstream_idle, self._sweep)
+            self._timer = loop.call_later(self._limits.now.upstream_idle, self._sweep)
 
     def forget(self, connection: Upstream) -> None:
         """Keep a connection no longer that has been closed."""
@@ -323,7 +323,7 @@ class Pool:
     def _sweep(self) -> None:
         """Drop what is too old; look again when the next one will be."""
         loop, self._timer = asyncio.get_running_loop(), None
-        oldest = loop.time() - self._limits.upstream_idle
+        oldest = loop.time() - self._limits.now.upstream_idle
         for address, connections in list(self._idle.items()):
             for connection in [c for c in connections if c.idle_since <= oldest]:
                 connections.remove(connection)
@@ -332,7 +332,7 @@ class Pool:
                 del self._idle[address]
         left = [c.idle_since for connections in self._idle.values() for c in connections]
         if left:
-            self._timer = loop.call_at(min(left) + self._limits.upstream_idle, self._sweep)
+            self._timer = loop.call_at(min(left) + self._limits.now.upstream_idle, self._sweep)
 
 
 P = TypeVar("P", bound=asyncio.BaseProtocol)

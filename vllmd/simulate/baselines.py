@@ -6,18 +6,17 @@ mechanism, the same memory ledger and the same one swap per device as ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from vllmd.core.eviction import oldest_first
 from vllmd.core.fit import fits
-from vllmd.core.policies import POLICIES, Lru, plain
-from vllmd.core.policy import Outlook, Plan, Policy, PolicyInput, Resident, Victim, Waiting
+from vllmd.core.policies import POLICIES, plain
+from vllmd.core.policy import Outlook, Plan, Policy, PolicyInput
 
 
 class _Baseline:
     """A sleeper wakes where it sleeps."""
 
-    in_order = False
     moves = False
 
     def outlook(self, s: PolicyInput, model: str) -> Outlook | None:
@@ -66,41 +65,5 @@ class Ollama(_Baseline):
         return None
 
 
-class InOrder(_Baseline):
-    """A naive script: one model at a time, whichever is asked for next; requests strictly in order of arrival."""
-
-    name = "in-order"
-    in_order = True
-
-    def choose(self, s: PolicyInput) -> Plan | None:
-        """Everything else leaves for the oldest request."""
-        for w in s.waiting[:1]:
-            awake = [r for r in s.residents if not r.asleep]
-            devices = fits(s, w)
-            if devices is not None and not awake:
-                return Plan(w.model, devices, why="it is next")
-            return self._swap(s, w, awake)
-        return None
-
-    def _swap(self, s: PolicyInput, w: Waiting, awake: Sequence[Resident]) -> Plan | None:
-        eviction = oldest_first(s, w, awake)
-        if eviction is None:
-            return None
-        where = set(eviction.devices)
-        leaving = tuple(Victim(r.model, r.options[0]) for r in awake if not where.isdisjoint(r.devices))
-        return Plan(w.model, eviction.devices, leaving, why="it is next")
-
-
-class EvictAtOnce(Lru):
-    """LRU that never drains: the victims' requests are frozen at once, where that is possible."""
-
-    name = "lru-at-once"
-
-    def choose(self, s: PolicyInput) -> Plan | None:
-        """As LRU does, with no time to drain."""
-        plan = super().choose(s)
-        return plan and plan._replace(drain=0.0)
-
-
-BASELINES: Mapping[str, Policy] = {p.name: p for p in (LlamaSwap(), Ollama(), InOrder(), EvictAtOnce())}
+BASELINES: Mapping[str, Policy] = {p.name: p for p in (LlamaSwap(), Ollama())}
 ALL: Mapping[str, Policy] = {**POLICIES, **BASELINES}

@@ -13,7 +13,7 @@ from vllmd.core.types import Device, ModelSpec, ReplicaSpec, Settings, single
 from vllmd.engines import engine_of
 from vllmd.engines.estimate import Estimate, estimate, too_large
 from vllmd.errors import ConfigError
-from vllmd.gpu import open_devices
+from vllmd.gpu import gpus, open_devices
 from vllmd.hub import cache_of
 from vllmd.simulate.physics import Physics
 from vllmd.simulate.world import Machine, Warm
@@ -44,7 +44,7 @@ def machine_of(
     """
     devices = open_devices(config, env)
     try:
-        inventory = devices.inventory()
+        inventory = gpus(devices.inventory())
     finally:
         devices.close()
     if not inventory and config.devices is None:
