@@ -74,6 +74,15 @@ def test_what_it_is_for_is_let_through(tmp_path: Path, files: dict[str, Any], ro
     assert refusal(gate_of(ModelConfig("m", model=str(model(tmp_path / "b", LLAMA_8B, BF16=9))), tmp_path), HEAR) == ""
 
 
+@pytest.mark.parametrize("flags", [("--runner", "pooling"), ("--runner=pooling",)])
+def test_a_model_that_is_run_for_embeddings_does_not_chat(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    """Whatever its files would be good for."""
+    config = ModelConfig("m", model=str(model(tmp_path / "files", LLAMA_8B, BF16=1000)), extra_args=flags)
+    gate = gate_of(config, tmp_path)
+    assert "run for embeddings" in refusal(gate, CHAT)
+    assert refusal(gate, EMBED) == refusal(gate, "/v1/rerank") == ""
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -14,7 +14,7 @@ import pytest
 from tests.proxy.fakes import Asked, Engine, until
 from vllmd.admin.models import ModelEndpoints
 from vllmd.config.types import ModelConfig
-from vllmd.daemon.self_description import Descriptions, SelfDescription, context_of, tools_of
+from vllmd.daemon.self_description import Descriptions, SelfDescription, context_of, modality, tools_of
 from vllmd.daemon.serializers import card
 from vllmd.engines.base import Listen
 from vllmd.engines.vllm import ROUTES
@@ -94,6 +94,16 @@ def test_what_an_engine_says_counts_more_than_its_files_and_a_setting_more_than_
     assert card(model, ROUTES, None, "generate", SelfDescription())["max_model_len"] == 100
     own = ModelConfig("m", capabilities=("vision", "chat"))
     assert card(own, ROUTES, None, "generate", said)["capabilities"] == ("chat", "vision")
+
+
+def test_what_a_model_sees_and_hears_is_its_engine_s_word() -> None:
+    """llama-server has the route for speech whatever its model is."""
+    routes, blind = [*ROUTES, "/v1/audio/transcriptions"], {"modalities": {"vision": False, "audio": False}}
+    for props, able in ((blind, set()), ({"modalities": {"vision": True, "audio": True}}, {"vision", "transcription"})):
+        said = SelfDescription(sees=modality(props, "vision"), hears=modality(props, "audio"))
+        found = card(ModelConfig("m", engine="llama.cpp"), routes, None, "", said)
+        assert {"vision", "transcription"} & set(found.capabilities) == able
+    assert modality({}, "audio") is modality(None, "audio") is None
 
 
 TEMPLATES = {"chat_template_caps": {"supports_tools": False}}

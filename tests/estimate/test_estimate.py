@@ -58,6 +58,12 @@ def test_vllm_s_adapters_are_thin_matrices_for_every_linear_layer(tmp_path: Path
     assert halved - told(llama, tensor_parallel_size=2).footprint.awake == more // 2
     flags = vllm_flags(ModelConfig("m", model=str(llama), adapters=adapters), None)
     assert flags == ["--enable-lora", "--max-loras", "2", "--max-lora-rank", "32", "--max-cpu-loras", "2"]
+    late = ModelConfig("m", model=str(llama), runtime_adapters=True)
+    assert vllm_flags(late, None) == [
+        "--enable-lora", "--max-loras", "4", "--max-lora-rank", "64", "--max-cpu-loras", "4"
+    ]  # fmt: skip
+    few = replace(late, extra_args=("--max-cpu-loras", "2"))  # vLLM refuses to have room for more than it keeps
+    assert vllm_flags(few, None) == ["--enable-lora", "--max-loras", "2", "--max-lora-rank", "64"]
 
 
 def test_llama_cpp_s_adapters_are_their_files(tmp_path: Path) -> None:

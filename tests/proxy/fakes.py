@@ -102,6 +102,10 @@ class FakeGate:
             raise UnknownModel(f"no model {name!r}; there is 'm'", param="model")
         return self.target
 
+    def serves(self, model: str) -> bool:
+        """Unless requests wait."""
+        return self.opened.is_set()
+
     async def retry(self, permit: FakePermit, error: VllmdError) -> FakePermit:
         """Where nobody listened, and to the other replicas one after another."""
         if self.replicas:

@@ -226,6 +226,8 @@ def test_a_route_that_the_engine_does_not_have_is_said_in_words(body: bytes) -> 
             assert answer.status == 404
             if b"Not" in body:
                 assert "the model 'm' does not serve /v1/" in answer.json()["error"]["message"]
+                client.send(get("/tokenizer_info?model=m"))
+                assert "enable-tokenizer-info-endpoint" in (await client.answer()).json()["error"]["message"]
             else:
                 assert answer.body == body
 

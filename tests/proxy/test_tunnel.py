@@ -76,6 +76,38 @@ def test_bytes_pass_both_ways_until_one_side_ends(end: str) -> None:
     asyncio.run(play())
 
 
+def test_a_pages_own_socket_is_no_request() -> None:
+    """It gets through as its path came, keeps no permit, and loads nothing."""
+
+    async def play() -> None:
+        echo = EchoEngine()
+        async with stage() as act:
+            server = await asyncio.start_server(echo.serve, "127.0.0.1", 0)
+            act.gate.upstream = Listen(port=server.sockets[0].getsockname()[1])
+            act.gate.target = Target("m", "served m", own_api=frozenset({"GET /ws"}))
+            client = await act.client()
+            client.send(get("/upstream/m/ws?clientId=a%20b&key=k", *UPGRADE))
+            assert (await client.head())[0] == 101
+            assert echo.asked[0].line == "GET /ws?clientId=a%20b&key=k HTTP/1.1"
+            await soon(act.gate.permits[0].over.wait())
+            client.send(b"still there")
+            assert await soon(client.reader.readexactly(16)) == b"hellostill there"
+            client.send(b"bye")
+            assert await client.closed()
+            act.gate.opened.clear()
+            for path, status in (("/upstream/m/ws", 503), ("/upstream/m/other", 403)):
+                client = await act.client()
+                client.send(get(path, *UPGRADE))
+                assert (await client.head())[0] == status
+                client.close()
+            assert act.gate.waiting == 0
+            act.gate.opened.set()
+            server.close()
+            await until(lambda: not act.server.connections)
+
+    asyncio.run(play())
+
+
 @pytest.mark.parametrize(
     ("script", "status"),
     [

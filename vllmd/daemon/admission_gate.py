@@ -75,6 +75,9 @@ class BackEnd(Protocol):
     def phase_of(self, model: str) -> str:
         """What clients who wait for the model are told; "" while nothing is done."""
 
+    def serves(self, model: str) -> bool:
+        """Whether an engine of the model is awake."""
+
     def unreached(self, replica: str) -> None:
         """No process listens where the replica's engine should."""
 
@@ -437,6 +440,10 @@ class AdmissionGate:
             permit.use.resume()
             again.use = permit.use
         return again
+
+    def serves(self, model: str) -> bool:
+        """Whether an engine of it is awake."""
+        return self._back is not None and self._back.serves(model)
 
     def loading(self, model: str) -> str:
         """What a waiting client may be told, such as ``loading weights``."""

@@ -90,6 +90,10 @@ class BackEnd:
         """Nobody listens where the replica's engine should."""
         self.engines.answered(replica, 0, failed=True)
 
+    def serves(self, model: str) -> bool:
+        """Whether an engine of the model is awake."""
+        return self.dispatcher.scheduler.foremost(model)[1] is State.READY
+
     def phase_of(self, model: str) -> str:
         """What clients who wait for the model are told: ``weights``, ``waking``, ...; "" while nothing is done."""
         replica, state = self.dispatcher.scheduler.foremost(model)

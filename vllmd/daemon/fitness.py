@@ -33,6 +33,7 @@ UNFIT: dict[str, tuple[str, frozenset[str]]] = {
     "rerank": ("a model that ranks or classifies", GENERATING | HEARING),
     "transcribe": ("a model that writes down speech", GENERATING | EMBEDDING | RANKING),
     "generate": ("a model that writes text", EMBEDDING),  # some of them hear, too
+    "pool": ("run for embeddings, ranks or classes", GENERATING | HEARING),  # by its flags, whatever its files are
 }
 ENGINES = frozenset({"vllm", "sglang", "transformers"})  # those that take a model by its architecture
 GGUF = "llama.cpp"  # its files may be for anything; of those that are for embeddings most are some BERT's
@@ -41,7 +42,11 @@ OTHERWISE = ("runner", "task", "convert", "is-embedding", "hf-overrides", "overr
 
 def kind_of(model: ModelConfig, hub: Path) -> str:
     """What the model's files are for, see ``hub.Found``; "" where that is not certain. Reads them."""
-    if model.engine not in {*ENGINES, GGUF} or any(argument(model, flag) for flag in OTHERWISE):
+    if model.engine not in {*ENGINES, GGUF}:
+        return ""
+    if argument(model, "runner") == "pooling" or argument(model, "is-embedding"):
+        return "pool"
+    if any(argument(model, flag) for flag in OTHERWISE):
         return ""
     try:
         return within(READING, lambda: _read(model, locate(model.source, hub, argument(model, "revision"))))

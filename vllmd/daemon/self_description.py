@@ -26,12 +26,15 @@ CONTEXT = ("max_model_len", "context_length", "context_window", "n_ctx")
 class SelfDescription:
     """``context`` in tokens, None if it was not told; ``routes``: the paths that it has, empty if that was not told.
 
-    ``tools``: whether its model's chat template takes tools, None if that was not told.
+    ``tools``: whether its model's chat template takes tools, None if that was not told; so are ``sees`` and ``hears``:
+    whether its model takes pictures and sounds.
     """
 
     context: int | None = None
     routes: frozenset[str] = frozenset()
     tools: bool | None = None
+    sees: bool | None = None
+    hears: bool | None = None
 
 
 async def describe_itself(process: EngineProcess) -> SelfDescription:
@@ -40,7 +43,8 @@ async def describe_itself(process: EngineProcess) -> SelfDescription:
     models, schema, props = await _asked(process)
     paths = schema.get("paths") if isinstance(schema, dict) else None
     routes = frozenset(paths) if isinstance(paths, dict) else frozenset()
-    return SelfDescription(context_of(models, model), routes, tools_of(props))
+    told = tools_of(props), modality(props, "vision"), modality(props, "audio")
+    return SelfDescription(context_of(models, model), routes, *told)
 
 
 async def _asked(process: EngineProcess) -> list[Any]:
@@ -56,6 +60,13 @@ def tools_of(props: Any) -> bool | None:
     caps = props.get("chat_template_caps") if isinstance(props, dict) else None
     told = caps.get("supports_tools") if isinstance(caps, dict) else None
     return told if isinstance(told, bool) else None
+
+
+def modality(props: Any, name: str) -> bool | None:
+    """Whether the model takes ``vision`` or ``audio``, in an answer to llama.cpp's ``GET /props``."""
+    told = props.get("modalities") if isinstance(props, dict) else None
+    found = told.get(name) if isinstance(told, dict) else None
+    return found if isinstance(found, bool) else None
 
 
 def context_of(models: Any, name: str) -> int | None:

@@ -44,6 +44,7 @@ BY_KIND = {
     "embed": frozenset({"embeddings", "score", "pooling", "tokenize"}),
     "rerank": frozenset({"rerank", "score", "classify", "pooling", "tokenize"}),
     "transcribe": frozenset({"transcription", "translation", "realtime"}),
+    "pool": frozenset({"embeddings", "rerank", "score", "classify", "pooling", "tokenize"}),
 }
 
 
@@ -68,6 +69,10 @@ def card(
         able &= served
     elif kind:
         able &= BY_KIND[kind]
+    if not model.capabilities and said and said.hears is False:
+        able -= {"transcription", "translation"}
+    if not model.capabilities and said and said.sees and "chat" in able:
+        able.add("vision")
     if not model.capabilities and "chat" in able and calls_tools(model, said):
         able.add("tools")
     return Card(

@@ -129,7 +129,10 @@ def slots(model: ModelConfig) -> int:
     """Adapters that vLLM has room for on the device."""
     if told := whole(argument(model, "max-loras")):
         return told
-    return MOST_AT_A_TIME if model.runtime_adapters else max(1, min(MOST_AT_A_TIME, len(adapters_of(model))))
+    most = whole(argument(model, "max-cpu-loras")) or MOST_AT_A_TIME  # vLLM refuses to have room for more than it keeps
+    if not model.runtime_adapters:
+        most = min(most, len(adapters_of(model)))
+    return max(1, min(MOST_AT_A_TIME, most))
 
 
 def _kept(model: ModelConfig) -> int:

@@ -55,7 +55,13 @@ _WRITTEN = (
 _FILES = ("assets", "cursor", "docs", "extensions", "fonts", "icons", "images", "lib", "scripts", "templates")
 _API = frozenset(
     {
-        *("GET /", "GET /{file:file}", *(f"GET /{folder}/{{rest:path}}" for folder in _FILES)),
+        *(
+            "GET /",
+            "GET /ws",
+            "GET /api/ws",
+            "GET /{file:file}",
+            *(f"GET /{folder}/{{rest:path}}" for folder in _FILES),
+        ),
         *(f"GET {prefix}{path}" for path in _READ for prefix in ("", "/api")),
         *(rule.replace(" ", f" {prefix}") for rule in _WRITTEN for prefix in ("", "/api")),
         *("GET /api/userdata/{file:path}", "GET /api/extensions/{rest:path}"),

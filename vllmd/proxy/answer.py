@@ -21,6 +21,7 @@ from vllmd.proxy.heads import BODYLESS, ResponseHead, forwardable, write_fields
 from vllmd.proxy.hosts import shares_the_page
 from vllmd.proxy.http import Headers, date_line, status_line
 from vllmd.proxy.loading_heartbeat import LoadingHeartbeat
+from vllmd.proxy.paths import INSTEAD
 from vllmd.proxy.peek import Asked
 from vllmd.proxy.rewrite import Rewriter
 from vllmd.proxy.upstream import host_field
@@ -297,7 +298,8 @@ class NoRoute(Kept):
         """Say so in the words of the API; anything else of that length is passed on."""
         if self.body == NO_ROUTE:
             path = self._exchange.request.path
-            self._exchange.fail(NotFound(f"the model {self._asked.target.model!r} does not serve {path}"))
+            told = f"the model {self._asked.target.model!r} does not serve {path}"
+            self._exchange.fail(NotFound(f"{told}; {INSTEAD[path]}" if path in INSTEAD else told))
             return
         self._exchange.start(404, opening(self._exchange, self._head, len(self.body), chunked=False) + self.body)
         self._exchange.finish()

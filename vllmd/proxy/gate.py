@@ -156,6 +156,9 @@ class Gate(Protocol):
         cancelled or failed ``acquire`` owes no ``release``.
         """
 
+    def serves(self, model: str) -> bool:
+        """Whether an engine of the model is awake, so that nothing has to be loaded for a request."""
+
     def loading(self, model: str) -> str:
         """What a waiting client may be told of the model's progress, such as ``weights``; "" for nothing."""
 

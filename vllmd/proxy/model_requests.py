@@ -24,18 +24,9 @@ from vllmd.proxy.http import Request, Response
 from vllmd.proxy.keep_alive import WITHOUT, wish
 from vllmd.proxy.large import LARGE, in_large, in_turns, ruled_large
 from vllmd.proxy.limits import Limits
+from vllmd.proxy.paths import INSTEAD
 from vllmd.proxy.peek import Asked, in_json, in_multipart, model_name, ruled
 
-# What to ask a model that does not serve a route that other engines have.
-INSTEAD = {
-    "/completion": "POST /v1/completions",
-    "/infill": "POST /v1/completions, with the model's own marks of prefix and suffix",
-    "/apply-template": "POST /v1/chat/completions/render, or /tokenize with messages",
-    "/v1/chat/completions/input_tokens": "POST /tokenize with messages counts them",
-    "/v1/responses/input_tokens": "POST /tokenize with messages counts them",
-    "/props": "GET /v1/models tells what there is to tell of a model",
-    "/tokenizer_info": "GET /v1/models tells what there is to tell of a model",
-}
 WELL_KNOWN = (
     *("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/rerank", "/rerank", "/v1/score", "/classify"),
     *("/pooling", "/v1/audio/transcriptions", "/v1/audio/translations", "/v1/audio/speech", "/v1/images/generations"),

@@ -133,10 +133,18 @@ def add_model_routes(router: Router, relay: Relay) -> None:
     for method, path in RESPONSE_PATHS:
         about = "relayed to the engine that made the response"
         add(method, path, requests.response, about, max_body=most(method))
-    for method in ("GET", "POST", "PUT", "DELETE"):
-        path, about = "/upstream/{rest:path}", "an engine's own API"
+    path, about = "/upstream/{rest:path}", "an engine's own API"
+    for method in ("POST", "PUT", "DELETE"):
         add(method, path, requests.upstream, about, scope="admin", max_body=most(method))
+    tunnels, plain = Tunnels(relay), relay.handler(requests.upstream)
+
+    async def own(exchange: Exchange) -> None:
+        """A WebSocket, or a GET like any other."""
+        await (tunnels.own if exchange.request.upgrade == "websocket" else plain)(exchange)
+
+    router.add_raw(Route("GET", path, own, scope="admin", summary=about, max_body=0))
     about, nothing = "refuses a WebSocket: POST is served", Reach.NOTHING
     router.add_raw(Route("GET", "/v1/responses", no_socket, summary=about, reach=nothing, max_body=0))
-    realtime = Tunnels(relay).realtime
-    router.add_raw(Route("GET", "/v1/realtime", realtime, summary="WebSocket to ?model=", doc=QUERY, max_body=0))
+    router.add_raw(
+        Route("GET", "/v1/realtime", tunnels.realtime, summary="WebSocket to ?model=", doc=QUERY, max_body=0)
+    )

@@ -72,6 +72,17 @@ REFERRED = {
     "/tools": "tools run in the client",
 }
 
+# What to ask a model that does not serve a route that other engines have.
+INSTEAD = {
+    "/completion": "POST /v1/completions",
+    "/infill": "POST /v1/completions, with the model's own marks of prefix and suffix",
+    "/apply-template": "POST /v1/chat/completions/render, or /tokenize with messages",
+    "/v1/chat/completions/input_tokens": "POST /tokenize with messages counts them",
+    "/v1/responses/input_tokens": "POST /tokenize with messages counts them",
+    "/props": "GET /v1/models tells what there is to tell of a model",
+    "/tokenizer_info": "vLLM has it with enable-tokenizer-info-endpoint in extra_args",
+}
+
 
 def meant(path: str) -> Iterator[str]:
     """What ``path`` may mean, the likeliest first; ``path`` itself is not among it."""

@@ -1,22 +1,26 @@
 """WebSockets (``/v1/realtime?model=NAME``): after the handshake, bytes both ways and nothing else.
 
 The model is the query's, as OpenAI has it; what the client says inside the socket is not looked at.
+
+An engine's own page has one, too (``/upstream/NAME/ws`` of ComfyUI): it hears there what becomes of its jobs, and is
+left open for days. So such a one is no request: it keeps no model from its rest, loads none when the page connects
+anew, and ends with its engine.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import cast
 from urllib.parse import parse_qsl, urlencode
 
-from vllmd.errors import BadRequest, EngineFailed, NotFound, UpstreamFailed, VllmdError
+from vllmd.errors import BadRequest, EngineFailed, NotFound, Unavailable, UpstreamFailed, VllmdError
 from vllmd.proxy.answer import OURS
 from vllmd.proxy.exchange import Exchange, with_fields
 from vllmd.proxy.forward import KEPT_BACK, Relay
 from vllmd.proxy.framing import BadFraming
-from vllmd.proxy.gate import Address, Permit, Target
+from vllmd.proxy.gate import Address, Permit, Target, silent
 from vllmd.proxy.heads import forwardable, parse_response_head, parse_upgrade_head, write_fields, write_request_head
 from vllmd.proxy.http import Request, Response, json_response
 from vllmd.proxy.limits import read_small
@@ -118,19 +122,44 @@ class Tunnels:
     async def realtime(self, exchange: Exchange) -> None:
         """``GET /v1/realtime``: a WebSocket to the engine of ``?model=``. Raises VllmdError if it is refused."""
         request = exchange.request
-        if request.method != "GET" or request.upgrade != "websocket" or not request.headers.get("sec-websocket-key"):
-            raise BadRequest(
-                "this is a WebSocket: 'Connection: Upgrade', 'Upgrade: websocket', 'Sec-WebSocket-Key: ...'"
-            )
+        _check(request)
         target = self._relay.requests.target(request, request.query.get("model", ""), request.path)
         exchange.model, exchange.offer = target.model, target.offer
         permit = await self._relay.gate.acquire(target.model, request.key, offer=target.offer)
         try:
-            await self._through(exchange, permit, permit.target or target)
+            at = permit.target or target
+            await self._through(exchange, permit, at, realtime_path(request, at))
         finally:
             permit.release(size=exchange.sent + exchange.received)
 
-    async def _through(self, exchange: Exchange, permit: Permit, target: Target) -> None:
+    async def own(self, exchange: Exchange) -> None:
+        """A WebSocket of an engine's own API, below ``/upstream``. Raises VllmdError if it is refused."""
+        wanted = await self._relay.requests.upstream(exchange)
+        if wanted is None:
+            return
+        _check(exchange.request)
+        exchange.model = model = wanted.target.model
+        if not self._relay.gate.serves(model):
+            raise Unavailable(f"{model!r} is not loaded, and a WebSocket of its page does not load it", retry_after=5)
+        permit = await self._relay.gate.acquire(model, exchange.request.key)
+        held = True
+
+        def opened() -> None:
+            """From now on it is no request: nothing waits for its end, nor does a shutdown."""
+            nonlocal held
+            held, exchange.model = False, ""
+            permit.release()
+
+        try:
+            await self._through(exchange, permit, permit.target or wanted.target, wanted.path, opened)
+        finally:
+            if held:
+                permit.release()
+
+    async def _through(
+        self, exchange: Exchange, permit: Permit, target: Target, path: str, opened: Callable[[], None] = silent
+    ) -> None:
+        """Connect to the engine's ``path``, and pass on what either side says. ``opened`` is called in between."""
         try:
             far = await connect(permit.upstream, self._relay.limits.now.connect_timeout, lambda: FarEnd(exchange))
         except UpstreamFailed as error:  # which names an address of ours
@@ -144,7 +173,7 @@ class Tunnels:
 
         try:
             permit.on_cut(on_cut)
-            far.send(handshake(exchange.request, target, permit.upstream))
+            far.send(handshake(exchange.request, target, permit.upstream, path))
             exchange.keep_alive = False
             agreed = await self._agreed(far, target.model)
             if isinstance(agreed, Response):
@@ -153,6 +182,7 @@ class Tunnels:
             exchange.start(101, with_fields(agreed, [("x-request-id", exchange.request.id)]))
             exchange.upgrade(far.take)
             far.open()
+            opened()
             await asyncio.wait([far.closed])
             exchange.finish()
         except UpstreamFailed as error:
@@ -192,11 +222,22 @@ def _refusal(far: FarEnd, model: str, why: BadFraming) -> Response:
     return json_response(error.to_openai(), head.status)
 
 
-def handshake(request: Request, target: Target, address: Address) -> bytes:
-    """The request for the engine, with its own name for the model."""
+def _check(request: Request) -> None:
+    """Raise BadRequest for what cannot become a WebSocket."""
+    if request.method != "GET" or request.upgrade != "websocket" or not request.headers.get("sec-websocket-key"):
+        raise BadRequest("this is a WebSocket: 'Connection: Upgrade', 'Upgrade: websocket', 'Sec-WebSocket-Key: ...'")
+
+
+def realtime_path(request: Request, target: Target) -> str:
+    """The path and query for the engine, with its own name for the model and without keys."""
     told = parse_qsl(request.query_string)
     query = [(key, value) for key, value in told if key != "model" and not KEY_IN_QUERY.match(f"{key}=")]
     query.append(("model", target.served_name))
+    return f"{request.path}?{urlencode(query)}"
+
+
+def handshake(request: Request, target: Target, address: Address, path: str) -> bytes:
+    """The request for the engine at ``path``."""
     fields = [
         (b"host", host_field(address).encode()),
         *UPGRADE_FIELDS,
@@ -206,7 +247,7 @@ def handshake(request: Request, target: Target, address: Address) -> bytes:
     fields.extend((name.lower().encode(), value.encode("latin-1")) for name, value in target.headers)
     if address.key:
         fields.append((b"authorization", b"Bearer " + address.key.encode()))
-    return write_request_head("GET", f"{address.prefix}{request.path}?{urlencode(query)}", fields)
+    return write_request_head("GET", address.prefix + path, fields)
 
 
 def _without_keys(fields: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:
