@@ -1,4 +1,7 @@
-"""What the documents promise, and what proves it: L the Python library, V, M, S and P the servers, P its client, too.
+"""What five documents promise, and what proves it.
+
+L is the Python library (ModelManager, ServerManager), V the Ollama-like manager of vLLM, M the API that starts, stops
+and watches models on GPUs, S the choice of the fastest server, P the on-demand proxy with keys and its client.
 
 Each row is a promise and the tests that prove it, as FILE::TEST. A row without a
 test, or with one that is not there any more, fails.

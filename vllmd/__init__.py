@@ -21,7 +21,7 @@ holds this table against the imports)::
                 removed; a service of its own                     engines, errors
     systemd/    socket activation, notify, journal                errors, text
     launcher/   the privileged helper and its client; the only
-                package that knows pystemd                           systemd, errors, text
+                package that knows pystemd                           systemd, errors, frozen, text
     proxy/      h11 heads, byte relay, the accept loop            config.types, core.types, errors, frozen
     ui/         the page: its files                               proxy's HTTP types
     records/    the last requests, use by hour, key and model,

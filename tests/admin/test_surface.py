@@ -1,4 +1,7 @@
-"""What clients and operators see of a real daemon with stand-in engines."""
+"""What clients and operators see of a real daemon with stand-in engines.
+
+V is the Ollama-like manager; M is the start/stop API; P is the on-demand proxy: CONTRIBUTING.md, The five documents.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The verbs that work on files: config, assign, import. Nothing is ever half written."""
+"""The verbs that work on files: config, assign, import. Nothing is ever half written.
+
+V is the Ollama-like manager; P is the on-demand proxy: CONTRIBUTING.md, The five documents.
+"""
 
 from __future__ import annotations
 

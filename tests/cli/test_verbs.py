@@ -1,4 +1,7 @@
-"""Every verb of vllmctl: what it asks of the daemon, what it prints, how it ends."""
+"""Every verb of vllmctl: what it asks of the daemon, what it prints, how it ends.
+
+V is the Ollama-like manager; S is the choice of the fastest server: CONTRIBUTING.md, The five documents.
+"""
 
 from __future__ import annotations
 

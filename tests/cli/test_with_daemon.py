@@ -1,4 +1,7 @@
-"""vllmctl against the real daemon, with stand-in engines: what the fakes promise is what happens."""
+"""vllmctl against the real daemon, with stand-in engines: what the fakes promise is what happens.
+
+V is the Ollama-like manager: CONTRIBUTING.md, The five documents.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +95,7 @@ def test_chat_and_bench_go_through_the_front_door(site: Site) -> None:
     assert "tokens/s in all" in site.ctl("bench", "t", "-n", "3", "-c", "2", "--max-tokens", "5")
 
 
-def test_V_a_start_is_measured_beside_the_engine_alone(site: Site) -> None:
+def test_a_start_is_measured_beside_the_engine_alone(site: Site) -> None:
     """Both pass through the same phases, and the model serves afterwards, from vllmd's own start."""
     measured = json.loads(site.ctl("bench", "--cold", "t", "--json"))
     assert site.state("org/tiny") == "running"

@@ -1,4 +1,7 @@
-"""The code of L's and P's documents, as it stands there but for the import."""
+"""The code of L's and P's documents, as it stands there but for the import.
+
+L is the Python library; P is the on-demand proxy: CONTRIBUTING.md, The five documents.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""L's VLLMEngineArgs: any argument of vLLM, by its right name and in its right form."""
+"""L's VLLMEngineArgs: any argument of vLLM, by its right name and in its right form.
+
+L is the Python library: CONTRIBUTING.md, The five documents.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""L's ModelManager: the offline engine in a process of its own, with a fake vLLM, and once with the real one."""
+"""L's ModelManager: the offline engine in a process of its own, with a fake vLLM, and once with the real one.
+
+L is the Python library: CONTRIBUTING.md, The five documents.
+"""
 
 from __future__ import annotations
 

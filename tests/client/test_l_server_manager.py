@@ -1,4 +1,7 @@
-"""L's ServerManager, row by row, at a real vllmd: the machine's, or a private one."""
+"""L's ServerManager, row by row, at a real vllmd: the machine's, or a private one.
+
+L is the Python library: CONTRIBUTING.md, The five documents.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Two people, two programs, one model: through the installed vllmd, on a booted systemd 252 with its own httpx."""
+"""Two people, two programs, one model: through the installed vllmd, on a booted systemd 252 with its own httpx.
+
+L is the Python library: CONTRIBUTING.md, The five documents.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""P's SDK, method by method, against a real daemon; and what its original got wrong."""
+"""P's SDK, method by method, against a real daemon; and what its original got wrong.
+
+V is the Ollama-like manager; P is the on-demand proxy: CONTRIBUTING.md, The five documents.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Models that programs bring along at run time: who may say what, and how long it holds."""
+"""Models that programs bring along at run time: who may say what, and how long it holds.
+
+L is the Python library: CONTRIBUTING.md, The five documents.
+"""
 
 from __future__ import annotations
 

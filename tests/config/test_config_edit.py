@@ -1,4 +1,7 @@
-"""Changing a setting in a file that a person wrote: everything else stays as it is, to the byte."""
+"""Changing a setting in a file that a person wrote: everything else stays as it is, to the byte.
+
+V is the Ollama-like manager: CONTRIBUTING.md, The five documents.
+"""
 
 from __future__ import annotations
 

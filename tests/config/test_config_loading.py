@@ -1,4 +1,7 @@
-"""The configuration as the daemon gets it: every section, every other system's name, precedence, merging."""
+"""The configuration as the daemon gets it: every section, every other system's name, precedence, merging.
+
+V is the Ollama-like manager; P is the on-demand proxy: CONTRIBUTING.md, The five documents.
+"""
 
 from __future__ import annotations
 

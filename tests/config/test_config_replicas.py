@@ -1,4 +1,7 @@
-"""Several engines of one model, as they are written down."""
+"""Several engines of one model, as they are written down.
+
+S is the choice of the fastest server: CONTRIBUTING.md, The five documents.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Several engines of one model: who gets a request, who is probed, set aside, ejected, brought up and let go."""
+"""Several engines of one model: who gets a request, who is probed, set aside, ejected, brought up and let go.
+
+S is the choice of the fastest server: CONTRIBUTING.md, The five documents.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A request is told to the core exactly twice, whatever happens in between."""
+"""A request is told to the core exactly twice, whatever happens in between.
+
+S is the choice of the fastest server: CONTRIBUTING.md, The five documents.
+"""
 
 from __future__ import annotations
 

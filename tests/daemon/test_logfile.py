@@ -1,4 +1,7 @@
-"""An engine's output in a file of its own."""
+"""An engine's output in a file of its own.
+
+V is the Ollama-like manager: CONTRIBUTING.md, The five documents.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""``when_free``: devices that others use, read by NVML or from a device file, until the start is ordered."""
+"""``when_free``: devices that others use, read by NVML or from a device file, until the start is ordered.
+
+S is the choice of the fastest server: CONTRIBUTING.md, The five documents.
+"""
 
 from __future__ import annotations
 

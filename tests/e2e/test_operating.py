@@ -1,4 +1,7 @@
-"""Operating vllmd, as its administrator and its users do: from the installed package, on a booted systemd 252."""
+"""Operating vllmd, as its administrator and its users do: from the installed package, on a booted systemd 252.
+
+V is the Ollama-like manager; P is the on-demand proxy: CONTRIBUTING.md, The five documents.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""M's Triton as M runs it, in a container: the kind ``command`` with a stop command, through the real daemon."""
+"""M's Triton as M runs it, in a container: the kind ``command`` with a stop command, through the real daemon.
+
+M is the start/stop API: CONTRIBUTING.md, The five documents.
+"""
 
 from __future__ import annotations
 

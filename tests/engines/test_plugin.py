@@ -1,4 +1,7 @@
-"""Third parties' engines: the example package of tests/plugin, installed, configured, used, and broken."""
+"""Third parties' engines: the example package of tests/plugin, installed, configured, used, and broken.
+
+M is the start/stop API: CONTRIBUTING.md, The five documents.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The other kinds through the real daemon: found, started, asked, put to sleep and stopped, with stand-ins for them."""
+"""The other kinds through the real daemon: found, started, asked, put to sleep and stopped, with stand-ins for them.
+
+M is the start/stop API: CONTRIBUTING.md, The five documents.
+"""
 
 from __future__ import annotations
 

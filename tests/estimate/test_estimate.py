@@ -1,4 +1,7 @@
-"""The estimate: exact where the files tell, said where it is guessed, and never an exception."""
+"""The estimate: exact where the files tell, said where it is guessed, and never an exception.
+
+P is the on-demand proxy: CONTRIBUTING.md, The five documents.
+"""
 
 from __future__ import annotations
 

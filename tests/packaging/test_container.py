@@ -1,6 +1,8 @@
 """The container images, as far as that goes without building them: read, and their steps run in a machine.
 
 `make images` builds both and runs them (test_images.py).
+
+P is the on-demand proxy: CONTRIBUTING.md, The five documents.
 """
 
 from __future__ import annotations

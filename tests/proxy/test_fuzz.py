@@ -88,12 +88,12 @@ def test_requests_do_not_depend_on_how_they_are_cut(data: bytes, step: int) -> N
     check_reading(data, step)
 
 
-@pytest.mark.parametrize("size", range(LIMITS.max_head, LIMITS.max_head + 8))
+@pytest.mark.parametrize("size", range(LIMITS.now.max_head, LIMITS.now.max_head + 8))
 def test_the_largest_head_is_taken_however_it_is_cut(size: int) -> None:
     """Its blank line does not count, whole or not."""
     start = b"GET /hello HTTP/1.1\r\nHost: vllmd\r\nX-A: "
     data = start + b"a" * (size - len(start) - 4) + b"\r\n\r\n"
-    assert len(read([data])[0]) == (size - 4 <= LIMITS.max_head)
+    assert len(read([data])[0]) == (size - 4 <= LIMITS.now.max_head)
     check_reading(data, 1)
 
 

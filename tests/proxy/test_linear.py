@@ -181,7 +181,7 @@ def renamed() -> Callable[[bytes], object]:
 def usage() -> Callable[[bytes], object]:
     """The meter of tokens."""
     passing = forward.AnswerRelay.__new__(forward.AnswerRelay)
-    passing._heartbeats, passing._answer, passing._tap, passing._names_response = None, None, None, False
+    passing._heartbeats, passing._answer, passing._recorded, passing._looks = None, None, None, False
     passing._size = 0
     passing._tail = CountingBuffer()
     return passing.data

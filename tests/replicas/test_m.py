@@ -1,4 +1,7 @@
-"""M's API with several instances of a model: what its document says of start, stop and status, at a real daemon."""
+"""M's API with several instances of a model: what its document says of start, stop and status, at a real daemon.
+
+M is the start/stop API: CONTRIBUTING.md, The five documents.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""S's rows of the list of features, named after them: its servers are replicas here."""
+"""S's rows of the list of features, named after them: its servers are replicas here.
+
+S is the choice of the fastest server: CONTRIBUTING.md, The five documents.
+"""
 
 from __future__ import annotations
 

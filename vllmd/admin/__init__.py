@@ -6,7 +6,7 @@
     routes      which path is whose, who may, and what /openapi.json says of it
     models      what any client may read: models, health, version
     verbs       the operator's verbs, each a row of vllmd.api.verbs; streams: logs and events
-    instances   M's API under /api/v1: GPUs, processes, models on GPUs
+    instances   the instances API, /api/v1: GPUs, processes, models on GPUs
     runtime_models  models that programs bring along
     counters    what is counted as it happens
     metrics     /metrics; exposition writes it for Prometheus, relabel the engines' own

@@ -1,4 +1,4 @@
-"""M's API under ``/api/v1``: GPUs, processes, and models as instances on GPUs.
+"""The instances API under ``/api/v1``: GPUs, processes, and models as instances on GPUs.
 
 An instance is an engine: of a model that has one, or one of its replicas. Whoever
 starts a model on a GPU gets the instance that is there, else one that is not loaded,

@@ -750,7 +750,7 @@ class Arrival(Answer):
     key: str | None = None
 
 
-# -- M's API
+# -- the instances API, /api/v1
 
 
 @answer

@@ -6,7 +6,7 @@ and completion (``vllmd.cli.table``), and its lines in the manual.
 
 What is done is either a core's event, by its name in ``vllmd.core.events``, whose fields are called as the parameters
 are; or a method of what ``vllmd.admin.control`` describes, which takes the parameters by their names. A test holds both
-to the row. What is no operator's verb has no row: streams (events, logs), health, metrics, M's API.
+to the row. What is no operator's verb has no row: streams (events, logs), health, metrics, the instances API.
 """
 
 from __future__ import annotations

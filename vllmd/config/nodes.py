@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from sys import intern
 from typing import Any, NamedTuple
 
 import yaml
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
+
+from vllmd.frozen import frozen
 
 Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -28,7 +32,7 @@ class Where(NamedTuple):
         return f"{self.source}:{self.line}" if self.line else self.source
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Node:
     """A value and its place. ``value`` is a scalar, a list of nodes, or a dict from key to node.
 
@@ -62,16 +66,22 @@ class Node:
         """The same, which nobody may quote, nor its entries; what is deeper within is quoted by nobody anyway."""
         value: Any = self.value
         if self.is_map:
-            value = {key: replace(node, secret=True) for key, node in self.value.items()}
+            value = {key: node._unquoted(node.value) for key, node in self.value.items()}
         elif self.is_list:
-            value = [replace(node, secret=True) for node in self.value]
-        return replace(self, value=value, secret=True)
+            value = [node._unquoted(node.value) for node in self.value]
+        return self._unquoted(value)
+
+    def _unquoted(self, value: Any) -> Node:
+        return Node(self.where, value, self.text, self.key, secret=True)
 
     def with_value(self, value: Any) -> Node:
         """The same place with another value."""
-        return replace(self, value=value)
+        return Node(self.where, value, self.text, self.key, self.secret)
 
 
+STRING = "tag:yaml.org,2002:str"
+LONGEST_KNOWN, MOST_KNOWN = 64, 1000  # characters of a plain scalar that is remembered, and how many are
+_new = tuple.__new__  # past the constructor, which costs as much again
 TAGS = {
     f"tag:yaml.org,2002:{tag}": what
     for tag, what in (("int", "a number"), ("float", "a number"), ("timestamp", "a date"), ("bool", "a yes or a no"))
@@ -83,11 +93,13 @@ Complain = Callable[[Where, str], None]
 
 def compose(text: str, source: str, complain: Complain) -> Node | None:
     """The root of a YAML document; None if it is empty or broken (which is complained of)."""
-    loader = Loader(text)
+    loader, found = Loader(text), list[tuple[Where, str]]()
     try:
-        root = loader.get_single_node()
-        return None if root is None else _Builder(loader, source, complain).build(root)
-    except yaml.YAMLError as error:
+        root = _Composer(loader, source, lambda where, what: found.append((where, what))).document()
+        for problem in found:
+            complain(*problem)
+        return root
+    except yaml.YAMLError as error:  # of a file that is none nothing else is said
         complain(*_broken(error, source))
     except RecursionError:
         complain(Where(source), "this is nested too deeply")
@@ -109,67 +121,139 @@ def _unquoted(said: str) -> str:
     return QUOTED.sub(lambda quote: quote[0] if MARK.fullmatch(quote[1] or "") else "what stands here", said)
 
 
-class _Builder:
-    """Turns PyYAML's nodes into ours."""
+class _Composer:
+    """Makes nodes of PyYAML's events as they come.
+
+    PyYAML's own nodes are three times as large as ours, and what they leave in memory is never given back: ten thousand
+    models would cost 40 MB that nobody uses any more.
+    """
 
     def __init__(self, loader: Any, source: str, complain: Complain) -> None:
         self.loader, self.source, self.complain = loader, source, complain
-        self.open: list[Any] = []
-        self.built: dict[int, Node] = {}
+        self.next: Callable[[], Any] = loader.get_event
+        self.anchors: dict[str, Node] = {}
+        self.open: dict[str, Where] = {}  # anchors of what is being composed
+        self.known: dict[str, tuple[str, Any]] = {}  # plain scalars: the text, one object for all, and what it means
 
-    def build(self, node: Any, key: Where | None = None) -> Node:
-        """Each YAML node once, however often it is referred to."""
-        if id(node) not in self.built:
-            self.built[id(node)] = self.convert_once(node, key)
-        known = self.built[id(node)]
-        return known if known.key is key else replace(known, key=key)
+    def document(self) -> Node | None:
+        """The only document's root; None if there is none. Raises YAMLError."""
+        self.next()  # the stream's start
+        event = self.next()
+        if type(event) is yaml.StreamEndEvent:
+            return None
+        root = self.node(self.next())
+        self.next()  # the document's end
+        event = self.next()
+        if type(event) is not yaml.StreamEndEvent:
+            what = "expected a single document in the stream"
+            raise ComposerError(what, None, "but found another document", event.start_mark)
+        return root
 
-    def convert_once(self, node: Any, key: Where | None) -> Node:
-        where = self.place(node)
-        if any(node is other for other in self.open):
+    def node(self, event: Any, key: Where | None = None) -> Node:
+        """What begins with ``event``; ``key``: the place of the mapping key that led here."""
+        kind, anchor = type(event), event.anchor
+        if kind is yaml.AliasEvent:
+            return self.alias(event, key)
+        where = self.place(event)
+        if anchor is not None:
+            if anchor in self.anchors or anchor in self.open:
+                what = "found duplicate anchor; first occurrence"
+                raise ComposerError(what, None, "second occurrence", event.start_mark)
+            self.open[anchor] = where
+        if kind is yaml.ScalarEvent:
+            text, value = self.scalar(event, where)
+            node = Node(where, value, text, key)
+        elif kind is yaml.MappingStartEvent:
+            node = Node(where, self.mapping(), "", key)
+        else:
+            node = Node(where, self.sequence(), "", key)
+        if anchor is not None:
+            del self.open[anchor]
+            self.anchors[anchor] = node
+        return node
+
+    def alias(self, event: Any, key: Where | None) -> Node:
+        """Each anchor's value once, however often it is referred to."""
+        if event.anchor in self.open:
+            where = self.open[event.anchor]
             self.complain(where, "this anchor contains itself")
             return Node(where, None, key=key)
-        self.open.append(node)
-        try:
-            return self.convert(node, where, key)
-        finally:
-            self.open.pop()
+        known = self.anchors.get(event.anchor)
+        if known is None:
+            raise ComposerError(None, None, "found undefined alias", event.start_mark)
+        return known if known.key is key else Node(known.where, known.value, known.text, key)
 
-    def convert(self, node: Any, where: Where, key: Where | None) -> Node:
-        if isinstance(node, yaml.MappingNode):
-            return Node(where, self.mapping(node), key=key)
-        if isinstance(node, yaml.SequenceNode):
-            return Node(where, [self.build(item) for item in node.value], key=key)
-        return Node(where, self.scalar(node, where), node.value, key)
+    def scalar(self, event: Any, where: Where) -> tuple[str, Any]:
+        """Its text, and what that means."""
+        text, plain = event.value, event.implicit[0]
+        if plain and text in self.known:
+            return self.known[text]
+        tag = event.tag
+        if tag is None or tag == "!":
+            tag = self.loader.resolve(yaml.ScalarNode, text, event.implicit)
+        value = text
+        if tag != STRING:
+            try:
+                value = self.loader.construct_object(yaml.ScalarNode(tag, text, event.start_mark, event.end_mark))
+            except (yaml.YAMLError, ValueError, LookupError, AttributeError):  # PyYAML's own trust what a tag says
+                self.complain(where, f"this cannot be read as {TAGS.get(tag, 'what its tag says')}")
+                return text, None
+        if plain and len(text) <= LONGEST_KNOWN and len(self.known) < MOST_KNOWN:
+            self.known[text] = text, value
+        return text, value
 
-    def scalar(self, node: Any, where: Where) -> Any:
-        try:
-            return self.loader.construct_object(node)
-        except (yaml.YAMLError, ValueError):
-            self.complain(where, f"this cannot be read as {TAGS.get(node.tag, 'what its tag says')}")
-            return None
+    def sequence(self) -> list[Node]:
+        items = []
+        while type(event := self.next()) is not yaml.SequenceEndEvent:
+            items.append(self.node(event))
+        return items
 
-    def mapping(self, node: Any) -> dict[str, Node]:
-        self.find_duplicates(node)
-        self.loader.flatten_mapping(node)
-        entries = {}
-        for key, value in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                entries[key.value] = self.build(value, self.place(key))
-            else:
-                self.complain(self.place(key), "a key must be plain text")
-        return entries
-
-    def find_duplicates(self, node: Any) -> None:
+    def mapping(self) -> dict[str, Node]:
+        entries: dict[str, Node] = {}
         seen: dict[str, Where] = {}
-        for key, _ in node.value:
-            name, place = str(key.value), self.place(key)
-            if name in seen and name != "<<":
-                self.complain(place, f"{name!r} is given twice, first on line {seen[name].line}; keep one of them")
-            seen.setdefault(name, place)
+        merged: list[Node] = []
+        while type(event := self.next()) is not yaml.MappingEndEvent:
+            key, told = self.key(event), self.next()
+            of_itself = type(told) is yaml.AliasEvent and told.anchor in self.open
+            value = self.node(told, key.where)
+            if key.is_map or key.is_list:
+                self.complain(key.where, "a key must be plain text")
+            elif key.text == "<<" and type(event) is yaml.ScalarEvent and event.implicit[0]:
+                merged += [] if of_itself else self.to_be_merged(value)
+            else:
+                first = seen.setdefault(key.text, key.where)
+                if first is not key.where:
+                    what = f"{key.text!r} is given twice, first on line {first.line}; keep one of them"
+                    self.complain(key.where, what)
+                entries[key.text] = value
+        if not merged:
+            return entries
+        under = {name: node for each in merged for name, node in each.value.items()}
+        return {**under, **entries}
 
-    def place(self, node: Any) -> Where:
-        return Where(self.source, node.start_mark.line + 1, node.start_mark.column + 1)
+    def key(self, event: Any) -> Node:
+        """A mapping's key: its own text, whatever YAML would take that for."""
+        if type(event) is yaml.ScalarEvent and event.anchor is None:
+            return Node(self.place(event), None, intern(event.value))
+        key = self.node(event)
+        return Node(self.place(event), key.value, key.text)
+
+    def to_be_merged(self, value: Node) -> list[Node]:
+        """The mappings that ``<<`` names, those that count first last. Raises YAMLError."""
+        if value.is_map:
+            return [value]
+        wrong = next((item for item in value.value if not item.is_map), None) if value.is_list else value
+        if wrong is not None:
+            kind = "sequence" if wrong.is_list else "scalar"
+            expected = "a mapping" if value.is_list else "a mapping or list of mappings"
+            mark = yaml.Mark(self.source, 0, wrong.where.line - 1, wrong.where.column - 1, None, 0)
+            what = f"expected {expected} for merging, but found {kind}"
+            raise ConstructorError("while constructing a mapping", None, what, mark)
+        return list(reversed(value.value))
+
+    def place(self, event: Any) -> Where:
+        mark = event.start_mark
+        return _new(Where, (self.source, mark.line + 1, mark.column + 1))
 
 
 def from_text(text: str, where: Where) -> Node:

@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from vllmd.config.engine_kinds import one_name
 from vllmd.core.types import Balancing, IdleRules, WhenFree
+from vllmd.frozen import frozen
 
 OWN_USER = "own"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ScopeLimits:
     """systemd properties of a model's scope. ``None``: systemd's default."""
 
@@ -28,7 +30,7 @@ class ScopeLimits:
     oom_policy: str | None = None  # continue | stop | kill
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RequestRules:
     """What becomes of the top-level members of a JSON request: first ``strip``, then ``set``, then ``default``."""
 
@@ -47,7 +49,7 @@ class RequestRules:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class AdapterConfig:
     """A LoRA adapter of a model. ``path``: its folder or file, or a repository id."""
 
@@ -57,7 +59,7 @@ class AdapterConfig:
     hidden: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class VariantConfig:
     """Another name of a model, with rules of its own for requests, over those of the model."""
 
@@ -67,7 +69,7 @@ class VariantConfig:
     hidden: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class PoolConfig:
     """A name for whichever of several models is loaded, the first ones before the others."""
 
@@ -95,7 +97,24 @@ class ReplicaConfig(Balancing):
     probe_route: str = "/v1/chat/completions"
 
 
-@dataclass(frozen=True, slots=True)
+# What most models have of their own is nothing: one object for all of them, of ten thousand as well.
+_NONE: Mapping[str, Any] = {}
+_NO_RULES, _USUAL = RequestRules(), IdleRules()
+
+
+def _none() -> Mapping[str, Any]:
+    return _NONE
+
+
+def _no_rules() -> RequestRules:
+    return _NO_RULES
+
+
+def _usual() -> IdleRules:
+    return _USUAL
+
+
+@frozen
 class ModelConfig:
     """One model as configured (defaults already applied), or one of its replicas (``replica_of``).
 
@@ -130,10 +149,10 @@ class ModelConfig:
     param_count: float | None = None  # in billions, for estimates
     precision: str | None = None
     extra_args: tuple[str, ...] = field(default=(), repr=False)  # already argv
-    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    env: Mapping[str, str] = field(default_factory=_none, repr=False)
     hf_token: str | None = field(default=None, repr=False)
     sleep_mode: bool | None = None  # None: where the platform has it
-    idle: IdleRules = field(default_factory=IdleRules)
+    idle: IdleRules = field(default_factory=_usual)
     pin: bool = False
     preload: bool = False
     warm_up: bool = False
@@ -152,11 +171,11 @@ class ModelConfig:
     log_file: bool = False
     limits: ScopeLimits = ScopeLimits()
     numa: bool = True
-    request: RequestRules = field(default_factory=RequestRules)
-    variants: Mapping[str, VariantConfig] = field(default_factory=dict)
-    adapters: Mapping[str, AdapterConfig] = field(default_factory=dict)
+    request: RequestRules = field(default_factory=_no_rules)
+    variants: Mapping[str, VariantConfig] = field(default_factory=_none)
+    adapters: Mapping[str, AdapterConfig] = field(default_factory=_none)
     runtime_adapters: bool = False
-    options: Mapping[str, object] = field(default_factory=dict, repr=False)  # the engine kind's own
+    options: Mapping[str, object] = field(default_factory=_none, repr=False)  # the engine kind's own
     replicas: ReplicaConfig | None = None
     where: str = ""  # file:line, for errors
 
@@ -176,7 +195,7 @@ class ModelConfig:
         return self.all_devices if self.local_devices is None else self.local_devices
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class DeviceConfig:
     """A declared device, for machines without NVML and for rehearsal.
 
@@ -188,7 +207,7 @@ class DeviceConfig:
     file: Path | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TlsConfig:
     """What shows clients whom they talk to: files in PEM, the certificate with those of its issuers behind it."""
 
@@ -196,7 +215,7 @@ class TlsConfig:
     key: Path | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ServerConfig:
     """The HTTP side. Sizes in bytes, times in seconds."""
 
@@ -228,7 +247,7 @@ class ServerConfig:
     cors_origins: tuple[str, ...] = ()  # pages of which origins may read our answers; "*": of any
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class EngineDefaults:
     """What holds for all engines. Where they run, and as which user, is the launcher's business."""
 
@@ -240,7 +259,7 @@ class EngineDefaults:
     standby: int | None = None  # processes that are kept ready; None: by the machine's memory
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class PullConfig:
     """Where models are fetched from, and whether a request may have one fetched. Sizes in bytes.
 
@@ -258,7 +277,7 @@ class PullConfig:
     token_file: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RecordsConfig:
     """What is kept of requests and of use. Sizes in bytes."""
 
@@ -272,7 +291,7 @@ class RecordsConfig:
     spans_share: float = 1.0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class KeyConfig:
     """One API key. Its text is not kept: ``digest`` is the SHA-256 of it in hex.
 
@@ -295,7 +314,7 @@ class KeyConfig:
     share: int = 1  # of the turns among keys of the same priority
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class AuthConfig:
     """The clients that may send requests. Without keys, every client that reaches the address may."""
 
@@ -304,7 +323,7 @@ class AuthConfig:
     allow_anonymous: bool = False  # listen beyond loopback without keys all the same
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Config:
     """Everything. ``warnings``: what was accepted, but should be looked at, each with its file:line."""
 

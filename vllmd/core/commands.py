@@ -6,7 +6,6 @@ An engine goes by the id of its replica.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
 
 from vllmd.core.types import Decision, Placement
 from vllmd.frozen import frozen
@@ -18,7 +17,7 @@ class Command:
     __slots__ = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StartEngine(Command):
     """Start the replica's engine on ``placement`` with ``memory`` bytes per device.
 
@@ -30,7 +29,7 @@ class StartEngine(Command):
     memory: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ReadAhead(Command):
     """The replica is next in line: whoever makes room for it still drains or falls asleep. Its files will be read soon.
 
@@ -41,14 +40,14 @@ class ReadAhead(Command):
     host_memory: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StopReadAhead(Command):
     """The replica is not next in line any more, and was not started."""
 
     replica: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class WakeEngine(Command):
     """Wake it from ``level``. Answered by EngineAwake or EngineWakeFailed."""
 
@@ -56,7 +55,7 @@ class WakeEngine(Command):
     level: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SleepEngine(Command):
     """Put it to sleep; ``freeze`` its running requests instead of having none.
 
@@ -68,7 +67,7 @@ class SleepEngine(Command):
     freeze: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StopEngine(Command):
     """Stop it: SIGTERM to its main process, then its cgroup; ``kill`` skips the polite part.
 
@@ -81,7 +80,7 @@ class StopEngine(Command):
     kill: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ProveFreeze(Command):
     """Show, with a request of the daemon's own, that a frozen request completes correctly after the wake.
 
@@ -92,7 +91,7 @@ class ProveFreeze(Command):
     replica: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ProbeReplica(Command):
     """Ask the replica a short question and take the time. Answered by ReplicaProbed.
 
@@ -104,7 +103,7 @@ class ProbeReplica(Command):
     limit: float
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RenameReplica(Command):
     """The replica has another id from now on: its model has got replicas, or lost them. Its engine goes on."""
 
@@ -112,7 +111,7 @@ class RenameReplica(Command):
     now: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class AddReplica(Command):
     """An operator wants the model on that device, and none of its replicas can be there: it is to have one more.
 
@@ -145,7 +144,7 @@ class RejectReason(enum.StrEnum):
     DEFECT = "InternalError"  # the core itself failed at it
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Reject(Command):
     """Answer the request with an error; nothing more is owed for it.
 
@@ -158,7 +157,7 @@ class Reject(Command):
     retry_after: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Answer(Command):
     """What becomes of what somebody asked, by the ``ask`` of the event. It comes before what follows from it.
 
@@ -171,7 +170,7 @@ class Answer(Command):
     error: RejectReason = RejectReason.CONFLICT
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class CutRequest(Command):
     """Break off an admitted request; RequestFinished is still owed for it.
 
@@ -183,7 +182,7 @@ class CutRequest(Command):
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Record(Command):
     """Write the decision to the journal."""
 

@@ -15,7 +15,7 @@ at the state first and then asks: what he saw may be over.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from vllmd.core.types import Device, Footprint, ModelSpec, Placement, Settings, State
 from vllmd.frozen import frozen
@@ -70,7 +70,7 @@ class RequestGone(Event):
     request: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class EngineReady(Event):
     """Answers ``StartEngine``: it serves. ``footprint`` if it was measured."""
 
@@ -78,7 +78,7 @@ class EngineReady(Event):
     footprint: Footprint | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class EngineStartFailed(Event):
     """Answers ``StartEngine``: it is gone, nothing is left of it.
 
@@ -93,7 +93,7 @@ class EngineStartFailed(Event):
     permanent: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class EngineAsleep(Event):
     """Answers ``SleepEngine``. ``freed``: bytes that came back per device index, if measured."""
 
@@ -102,7 +102,7 @@ class EngineAsleep(Event):
     freed: Mapping[int, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class EngineSleepFailed(Event):
     """Answers ``SleepEngine``: its state is unknown; the core stops it."""
 
@@ -110,14 +110,14 @@ class EngineSleepFailed(Event):
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class EngineAwake(Event):
     """Answers ``WakeEngine``: it serves again."""
 
     replica: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class EngineWakeFailed(Event):
     """Answers ``WakeEngine``: its state is unknown; the core stops it."""
 
@@ -125,7 +125,7 @@ class EngineWakeFailed(Event):
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class EngineStopped(Event):
     """Answers ``StopEngine``: every process is gone. ``missing``: bytes per device that did not come back."""
 
@@ -133,7 +133,7 @@ class EngineStopped(Event):
     missing: Mapping[int, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class EngineExited(Event):
     """The engine died unasked, in whatever state; every process of it is gone. It answers a pending command too."""
 
@@ -141,7 +141,7 @@ class EngineExited(Event):
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ServerSilent(Event):
     """A server elsewhere missed a look; it may only be slow. EngineExited follows if it does not answer again."""
 
@@ -149,7 +149,7 @@ class ServerSilent(Event):
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class EngineAdopted(Event):
     """A running engine was found when the daemon started.
 
@@ -165,7 +165,7 @@ class EngineAdopted(Event):
     since: float = 0.0  # seconds that it has been in that state
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class FailureRemembered(Event):
     """An earlier daemon saw its engine fail for ``reason``, ``since`` seconds ago, and nobody has cleared that."""
 
@@ -174,7 +174,7 @@ class FailureRemembered(Event):
     since: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StartProgressed(Event):
     """A start has come so far: ``share`` of the time that one usually takes lies behind it, by what its log says.
 
@@ -185,7 +185,7 @@ class StartProgressed(Event):
     share: float
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class FreezeProved(Event):
     """Answers ``ProveFreeze``: a frozen request completed correctly after the wake, and the engine serves.
 
@@ -196,7 +196,7 @@ class FreezeProved(Event):
     survived: bool
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ReplicaProbed(Event):
     """Answers ``ProbeReplica``: it took so many ``seconds``, or (None) failed, and why."""
 
@@ -205,7 +205,7 @@ class ReplicaProbed(Event):
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ProbeAsked(Event):
     """An operator has an engine asked its probe; ReplicaProbed follows. It tells the core nothing of it.
 
@@ -217,7 +217,7 @@ class ProbeAsked(Event):
     ask: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class PoolAsked(Event):
     """A request is to come for whichever of these models answers soonest; that one is chosen."""
 
@@ -225,7 +225,7 @@ class PoolAsked(Event):
     ask: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class MemorySampled(Event):
     """NVML's word, bytes: what other programs hold per device index, what its processes hold per (replica, index)."""
 
@@ -235,14 +235,14 @@ class MemorySampled(Event):
     drawn: Mapping[str, float] = field(default_factory=dict)  # joules of each replica's engine since its last request
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StandbysHeld(Event):
     """Standby engines hold so many bytes of host memory, and are given up for whoever wants it: nobody waits for it."""
 
     size: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class DevicesChanged(Event):
     """These are the devices from now on. ``unknown``: why nobody knows which there are, or what they hold; "": it is
     known. ``asking``: it may yet be known in a moment, so that who waits for one goes on waiting.
@@ -253,7 +253,7 @@ class DevicesChanged(Event):
     asking: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class DevicesTroubled(Event):
     """All devices that must not be used any more, with why: ``ill`` ones still work, ``lost`` ones took their engines
     along.
@@ -263,7 +263,7 @@ class DevicesTroubled(Event):
     lost: Mapping[int, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class DeviceDrained(Event):
     """An operator took the device out of use, or gave it back. ``why``: another reason than maintenance."""
 
@@ -272,7 +272,7 @@ class DeviceDrained(Event):
     why: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class MachineSlept(Event):
     """The machine was suspended for so many seconds, in which the core's clock stood still.
 
@@ -283,7 +283,7 @@ class MachineSlept(Event):
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LoadAsked(Event):
     """An operator wants the model loaded, or woken: one replica whatever it takes, the others where they fit.
 
@@ -297,7 +297,7 @@ class LoadAsked(Event):
     ask: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ReplicaRefused(Event):
     """Answers AddReplica: the model cannot have one more, for that ``reason``."""
 
@@ -306,7 +306,7 @@ class ReplicaRefused(Event):
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SleepAsked(Event):
     """An operator wants it asleep at level 1 or 2; 3 stops it. Drained first."""
 
@@ -314,7 +314,7 @@ class SleepAsked(Event):
     level: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StopAsked(Event):
     """An operator wants it stopped and a failure forgotten. Drained first unless ``force``.
 
@@ -326,7 +326,7 @@ class StopAsked(Event):
     device: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class PinSet(Event):
     """An operator pinned or unpinned the model."""
 
@@ -334,7 +334,7 @@ class PinSet(Event):
     pinned: bool
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ModelDisabled(Event):
     """An operator took the model, or one of its replicas, out of use. ``message``: what its clients are told."""
 
@@ -342,14 +342,14 @@ class ModelDisabled(Event):
     message: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ModelEnabled(Event):
     """An operator gave the model back, with all of its replicas, or one replica."""
 
     model: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LeaseTaken(Event):
     """Somebody keeps the model until ``deadline`` (in the core's clock; None: until released). Replaces its own."""
 
@@ -358,7 +358,7 @@ class LeaseTaken(Event):
     deadline: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LeaseReleased(Event):
     """The lease ended. ``stop``: the last one to go stops the model at once instead of by its idle rules."""
 
@@ -366,7 +366,7 @@ class LeaseReleased(Event):
     stop: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class KeptAlive(Event):
     """A client wants the model to be there for its next requests: no idle rule applies for so many ``seconds``.
 
@@ -379,7 +379,7 @@ class KeptAlive(Event):
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ModelsChanged(Event):
     """The configuration was reloaded. Replicas whose id is in ``restart`` or that are gone are drained and stopped.
 
@@ -399,6 +399,6 @@ class ModelsChanged(Event):
 Asking = ProbeAsked | PoolAsked | LoadAsked | ModelsChanged  # what is answered, if it has a name
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TimePassed(Event):
     """A moment that ``Scheduler.next_timer`` asked for has come."""

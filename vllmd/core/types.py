@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllmd.frozen import frozen
+
 GiB = 1 << 30
+CPU = "cpu"  # as a device's runtime
 
 
 class State(enum.Enum):
@@ -34,7 +37,7 @@ class Source(enum.IntEnum):
     MEASURED = 2
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Footprint:
     """What a model takes, in bytes: on each of its devices, and of the host when asleep at level 1."""
 
@@ -45,11 +48,12 @@ class Footprint:
     source: Source = Source.ESTIMATED
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Device:
     """A GPU. ``index`` is the number users write; ``id`` is NVML's UUID, or ``str(index)`` where declared.
 
-    ``runtime``: whose variable makes it visible to an engine: ``cuda``, ``hip``, ``xpu``; "" for one that is declared.
+    ``runtime``: whose variable makes it visible to an engine: ``cuda``, ``hip``, ``xpu``; "" for one that is declared,
+    CPU for the CPU where there is no other.
     ``number``: what that runtime calls it, counting in the order of the PCI bus; None where that is not certain.
     ``links``: indices of the devices that it is joined with directly; ``node``: its NUMA node, None where not told.
     ``switch``: those with the same one talk through a PCIe switch of their own; "" where not told. ``cpus``: those of
@@ -71,7 +75,7 @@ class Device:
     shared: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class IdleRules:
     """When an unused model sleeps and stops. ``None``: never. Ages count from the last request's end.
 
@@ -118,7 +122,7 @@ class ReplicaRules(Balancing):
     probe: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class WhenFree:
     """A start waits for devices that others leave free, and takes what is free enough to take.
 
@@ -134,7 +138,7 @@ class WhenFree:
         return self.shares[max(reached)] if (reached := [ratio for ratio in self.shares if ratio <= free]) else None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ReplicaSpec:
     """One engine of a model, as configured.
 
@@ -171,7 +175,7 @@ class ReplicaSpec:
     start_time: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ModelSpec:
     """What clients ask for: a name, one engine or several (``replicas``), and the rules of its queue.
 
@@ -204,14 +208,14 @@ def renamed(before: Sequence[str], after: Sequence[str]) -> tuple[str, str] | No
     return before[0], after[0]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Placement:
     """Where an engine runs: device indices, in tensor-parallel order."""
 
     devices: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Settings:
     """What the core is told about the machine's policy."""
 
@@ -220,7 +224,7 @@ class Settings:
     queue_limit: int = 4096  # waiting requests over all models
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Decision:
     """One decision with its numbers: a journal record, a line of ``vllmctl why``."""
 
@@ -278,7 +282,7 @@ class ModelView(View):
     degraded: bool  # one is down that ought to serve
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class DeviceView:
     """A snapshot of one device, bytes."""
 
@@ -291,7 +295,7 @@ class DeviceView:
     drained: bool = False  # by an operator
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Snapshot:
     """What the core shows others; never a reference into its state."""
 

@@ -32,7 +32,7 @@
     following        a model's progress, an engine's log, for as long as somebody listens
     operator_commands  what operators have done: each an event for the core
       probing          replicas are asked a short question by an operator: which answers first
-      instances        M's start on a GPU of the caller's choice
+      instances        a start on a GPU of the caller's choice
       runtime_models   models added over the API
     serializers      how models and devices are shown to clients and operators
     homes            whom an engine runs as, and where its home is

@@ -8,8 +8,9 @@ import json
 import signal
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from typing import Any
 
 from vllmd.config.settings import of_the_engine
@@ -184,21 +185,33 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _json(value: Any) -> str:
+    return json.dumps(_plain(value), sort_keys=True, default=str)
+
+
+@cache
+def _defaults() -> Mapping[str, tuple[Any, str]]:
+    """Of each setting the value of a model that does not give it, and that as JSON."""
+    model = ModelConfig("")
+    return {each.name: (value := getattr(model, each.name), _json(value)) for each in fields(model)}
+
+
 def _fingerprint(model: ModelConfig, name: str) -> str:
-    wanted = of_the_engine()
-    parts = {key: _plain(getattr(model, key)) for key in wanted}
-    parts |= {"name": name, "request": _NO_RULES}
-    parts["adapters"] = {adapter: told.path for adapter, told in model.adapters.items()}
-    for setting, default in _SINCE_0_1_0.items():
-        if parts[setting] == default:  # as if there were no such setting: an engine of an older version is kept
+    """Of the settings in JSON, in the order of their names. Most are nobody's own, and written once for all."""
+    parts = {"name": _json(name), "request": _NO_RULES}
+    parts["adapters"] = _json({adapter: told.path for adapter, told in model.adapters.items()})
+    for key in of_the_engine():
+        value, default = getattr(model, key), _defaults()[key]
+        if key not in parts:
+            parts[key] = default[1] if value is default[0] else _json(value)
+    for setting, default_then in _SINCE_0_1_0.items():
+        if parts[setting] == default_then:  # as if there were no such setting: an engine of an older version is kept
             del parts[setting]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    whole = ", ".join([f'"{key}": {parts[key]}' for key in sorted(parts)])
+    return hashlib.sha256(f"{{{whole}}}".encode()).hexdigest()[:16]
 
 
 # Settings that 0.1.0 did not have, with the value that means what it did.
-_SINCE_0_1_0 = {"user": "", "adapters": {}, "engine_version": "", "runtime_adapters": False}
-_NO_RULES: dict[str, object] = {
-    "strip": (),
-    "set": {},
-    "default": {},
-}  # 0.1.0 took the rules for requests for the engine's: engines without any are kept
+_SINCE_0_1_0 = {"user": '""', "adapters": "{}", "engine_version": '""', "runtime_adapters": "false"}
+# 0.1.0 took the rules for requests for the engine's: engines without any are kept.
+_NO_RULES = '{"default": {}, "set": {}, "strip": []}'

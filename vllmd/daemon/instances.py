@@ -1,4 +1,4 @@
-"""Where engines may be put, and further ones of a model, at run time: M's API. A reload forgets both."""
+"""Where engines may be put, and further ones of a model, at run time, for the instances API. A reload forgets both."""
 
 from __future__ import annotations
 

@@ -8,9 +8,7 @@ import contextlib
 import logging
 import os
 import resource
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -147,12 +145,16 @@ def runtime(environment: Mapping[str, str], *, activated: bool) -> Iterator[Runt
         )
     finally:
         if own:
+            import shutil
+
             shutil.rmtree(own, ignore_errors=True)
 
 
 def _private_folder() -> str:
     """Raises ConfigError, which says what to do, where no folder for temporary files can be written."""
     try:
+        import tempfile  # a daemon of a unit needs none
+
         return tempfile.mkdtemp(prefix="vllmd-")
     except OSError as error:
         what = "engines' sockets need a folder; TMPDIR or VLLMD_ENGINE_RUN_DIR names one that can be written"
@@ -162,8 +164,16 @@ def _private_folder() -> str:
 def _logs(environment: Mapping[str, str]) -> Path:
     """Where engines' log files go: the unit's LogsDirectory=, else the user's state folder."""
     given = environment.get("LOGS_DIRECTORY", "").split(":")[0]
-    state = environment.get("XDG_STATE_HOME") or f"{user_home(environment) or tempfile.gettempdir()}/.local/state"
-    return Path(given or f"{state}/vllmd/log")
+    if given:
+        return Path(given)
+    state = environment.get("XDG_STATE_HOME") or f"{user_home(environment) or _temporary()}/.local/state"
+    return Path(state) / "vllmd" / "log"
+
+
+def _temporary() -> str:
+    import tempfile
+
+    return tempfile.gettempdir()
 
 
 class Parser(argparse.ArgumentParser):

@@ -9,7 +9,6 @@ models is guessed.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -128,6 +127,8 @@ class Names:
         if len(lowered) > MOST_COMPARED:  # a comparison takes 50 microseconds, and everybody else waits
             alike = (known for known in lowered if known[:2] == name[:2].lower() and abs(len(known) - len(name)) < 4)
             lowered = {known: lowered[known] for known in itertools.islice(alike, MOST_COMPARED)}
+        import difflib  # for mistakes only
+
         close = [lowered[hit] for hit in difflib.get_close_matches(name.lower(), list(lowered), n=3, cutoff=0.5)]
         close += [known for known in seen if name and name.lower() in known.lower() and known not in close]
         if close:

@@ -28,7 +28,7 @@ KILL_LIMIT = 10.0  # seconds for a killed engine's cgroup to become empty
 
 
 async def gpus(memory: Memory) -> list[GPUInfo]:
-    """M's ``GPUInfo`` per device that can be read. Raises Unsupported, Unavailable."""
+    """A ``GPUInfo`` per device that can be read. Raises Unsupported, Unavailable."""
     from vllmd.gpu import gpu_infos, the_cpu
 
     if memory.devices.trouble:

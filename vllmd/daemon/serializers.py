@@ -177,7 +177,7 @@ def about(model: ModelConfig | None) -> ModelSettings:
 def health(
     views: Iterable[ModelView], devices: Iterable[DeviceView], broken: str, trouble: str, *, ready: bool
 ) -> Health:
-    """Whether we are well, with devices and models as P's document has them. ``trouble``: why devices do not answer."""
+    """Whether we are well, with devices and models. ``trouble``: why devices do not answer."""
     views = list(views)
     return Health(
         status=_status(broken, trouble),

@@ -109,7 +109,7 @@ class Daemon:
         try:
             startup = await asyncio.to_thread(importlib.import_module, "vllmd.daemon.startup")
             back: BackEnd = await startup.back_end(self.front)
-            collector.overlook(len(self.front.current.config.models))
+            collector.overlook()
             self.front.open(back)
             self.side_task(self._remember_use())
             self.side_task(back.devices.run(lambda devices: startup.take_devices(self.front, back, devices)))
@@ -331,7 +331,8 @@ class Daemon:
                 config = await meant_for_us(await asyncio.to_thread(self._read), self._runtime)
                 async with self.front.changing:
                     answer = await self.take(self.front.runtime_models.added_to(config))
-                collector.overlook(len(config.models))
+                if len(config.models) >= collector.MANY:
+                    collector.overlook()
                 return answer
         except ConfigError as error:
             log.error("not reloaded, the configuration is invalid:\n%s", error.message)

@@ -194,7 +194,7 @@ class Status:
         return replace(shown, downloads=tuple(self._downloads())) if caller.models is None else shown
 
     def health(self) -> answers.Health:
-        """Whether we are well, with devices and models as P's document has them."""
+        """Whether we are well, with devices and models."""
         seen = self.sight()
         views, devices = (seen.snapshot.models, seen.snapshot.devices) if seen.snapshot else ((), ())
         trouble = seen.back.memory.trouble if seen.back else ""
@@ -291,7 +291,7 @@ class Status:
         return sums
 
     async def gpus(self) -> list[GPUInfo]:
-        """M's ``GPUInfo`` of every device."""
+        """The ``GPUInfo`` of every device."""
         return await gpus((await self._back.wait()).memory)
 
     async def scrape(self, model: str) -> bytes:

@@ -10,17 +10,18 @@ the daemon down.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import logging
-from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from vllmd.config.types import ModelConfig
 from vllmd.engines.base import Bindable, Engine
 from vllmd.engines.guard import Guarded, GuardedKind, missing_methods
 from vllmd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from importlib import metadata
 
 GROUP = "vllmd.engines"
 BUILT_IN = {
@@ -51,7 +52,13 @@ def engine_of(model: ModelConfig) -> Engine:
     except ConfigError as error:
         where = f"{model.where}: " if model.where else ""
         raise ConfigError(f"{where}models.{model.name}.engine: {error.message}") from error
-    return kind.bind(model) if isinstance(kind, Bindable) else kind
+    return cast(Bindable, kind).bind(model) if _is_bindable(model.engine) else cast(Engine, kind)
+
+
+@functools.cache
+def _is_bindable(name: str) -> bool:
+    """Asked once of each kind: a protocol is slow to compare with."""
+    return isinstance(engine_kind(name), Bindable)
 
 
 @functools.cache
@@ -59,6 +66,8 @@ def engine_kind(name: str) -> Engine | Bindable:
     """The engine kind of that name, built in or a plug-in. Raises ConfigError naming close matches."""
     if name in BUILT_IN:
         return _built_in(BUILT_IN[name])
+    from importlib import metadata  # and what it brings, mail and archives, only where a kind is not built in
+
     for entry in metadata.entry_points(group=GROUP):
         if entry.name == name:
             return _plug_in(entry)
@@ -67,6 +76,8 @@ def engine_kind(name: str) -> Engine | Bindable:
 
 def engine_names() -> list[str]:
     """The names that ``engine:`` accepts here."""
+    from importlib import metadata
+
     return sorted({*BUILT_IN, *(entry.name for entry in metadata.entry_points(group=GROUP))})
 
 
@@ -102,6 +113,8 @@ def _made(entry: metadata.EntryPoint, found: Any) -> Any:
 
 
 def _unknown(name: str) -> str:
+    import difflib  # for mistakes only
+
     known = engine_names()
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""

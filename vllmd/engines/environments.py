@@ -20,7 +20,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +117,8 @@ def program(model: ModelConfig, name: str) -> str:
 
 def in_path(model: ModelConfig, name: str) -> str | None:
     """Where the engine of a model finds a program, as its user and with its variables."""
+    import shutil  # and what it brings, archives of three kinds
+
     return shutil.which(name, path=str(model.env.get("PATH") or os.environ.get("PATH") or PATH))
 
 

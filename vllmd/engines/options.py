@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Collection, Sequence
@@ -35,6 +34,8 @@ def unknown(model: ModelConfig, known: Collection[str]) -> None:
     """Raise ConfigError for an option that the kind does not know."""
     for name in model.options:
         if name not in known:
+            import difflib  # for mistakes only
+
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise wrong(model, name, f"unknown option{hint} (known: {', '.join(sorted(known))})")

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import glob
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -92,6 +91,8 @@ def _without(found: list[str], names: set[str]) -> list[str]:
 
 def lacks_for_compiling() -> str:
     """The package of what it would need to compile, and is not here; "" if all is."""
+    import shutil
+
     if not any(shutil.which(name) for name in COMPILERS):
         return "g++"
     return "" if glob.glob("/usr/include/python3*/Python.h") else "python3-dev"

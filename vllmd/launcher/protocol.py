@@ -18,9 +18,10 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
+from vllmd.frozen import frozen
 from vllmd.text import control_character
 
 PROTOCOL = 3  # raised when a daemon needs what an older launcher cannot do; 1 is that of 0.1.0
@@ -77,7 +78,7 @@ class ProtocolError(Exception):
 # --- the nouns ---
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StartOrder:
     """What to run. Times in seconds; raises ProtocolError for what could never work.
 
@@ -136,7 +137,7 @@ class StartOrder:
             raise ProtocolError("timeout must be in (0, 600] and stop_timeout in (0, 3600] seconds")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Running:
     """An engine that was started, or found again. ``cgroup`` is a path, "" where it has none of its own.
 
@@ -154,7 +155,7 @@ class Running:
     standby: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ExitReport:
     """An engine's end. ``status`` and ``signal`` are None where nobody can know them.
 
@@ -171,7 +172,7 @@ class ExitReport:
     log_tail: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LauncherInfo:
     """Which backend runs engines: ``systemd``, ``systemd-user`` or ``sessions``; which limits have effect there.
 
@@ -187,14 +188,14 @@ class LauncherInfo:
 # --- requests ---
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Start:
     """Start an engine. Answered by Started when the command has been executed, or Failed."""
 
     order: StartOrder
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Signal:
     """Send a signal to the main process only. Answered by Done."""
 
@@ -207,7 +208,7 @@ class Signal:
             raise ProtocolError(f"signal {self.signum} is not one of {', '.join(map(str, sorted(SIGNALS)))}")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Kill:
     """SIGKILL every process of the engine. Answered by Done; Exited follows."""
 
@@ -217,7 +218,7 @@ class Kill:
         check_instance(self.instance)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Annotate:
     """Set these keys of the metadata. Answered by Done."""
 
@@ -229,7 +230,7 @@ class Annotate:
         check_metadata(self.metadata)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Follow:
     """Send the last ``lines`` and all further ones as Logged. Answered by Done.
 
@@ -244,7 +245,7 @@ class Follow:
         check_lines(self.lines)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Unfollow:
     """End what Follow began: send no more lines of this engine. Answered by Done."""
 
@@ -254,7 +255,7 @@ class Unfollow:
         check_instance(self.instance)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Tail:
     """Ask for the last lines of a running or ended engine. Answered by Lines."""
 
@@ -266,12 +267,12 @@ class Tail:
         check_lines(self.lines)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class List:
     """Ask for every engine that runs. Answered by Engines."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Info:
     """Ask what this launcher is. Answered by LauncherInfo."""
 
@@ -279,12 +280,12 @@ class Info:
 # --- answers, and what comes unasked ---
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Done:
     """What was asked for has been done."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Failed:
     """What was asked for was refused or did not work. ``permanent``: trying again cannot help."""
 
@@ -292,14 +293,14 @@ class Failed:
     permanent: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Started:
     """The command has been executed."""
 
     engine: Running
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Engines:
     """A part of the list; ``more`` follows under the same number."""
 
@@ -307,7 +308,7 @@ class Engines:
     more: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Lines:
     """A part of the lines; ``more`` follows under the same number."""
 
@@ -315,14 +316,14 @@ class Lines:
     more: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Exited:
     """An engine has ended; sent unasked to every client."""
 
     report: ExitReport
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Logged:
     """A followed engine wrote these lines."""
 
@@ -330,7 +331,7 @@ class Logged:
     lines: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Waiting:
     """A standby has imported what it was told to, and waits for an order; sent unasked to every client.
 

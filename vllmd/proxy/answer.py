@@ -89,28 +89,28 @@ def answer_for(
     head: ResponseHead,
     framing: Framing,
     *,
-    uncounted: bool = False,
+    hides_usage: bool = False,
 ) -> Answer:
-    """The way that this answer has to go. ``uncounted``: without the usage, which the client did not ask for."""
+    """How this answer goes to the client; ``hides_usage``: less the usage, which the client did not ask for."""
     streamed = head.content_type.startswith(EVENT_STREAM)
-    if loading.begun and (head.status != 200 or not streamed):
+    if loading.head_sent and (head.status != 200 or not streamed):
         return ErrorEvent(loading, framing)
-    loading.relaying = True
-    plain = not (upstream_request.outside or loading.begun) and exchange.request.method != "HEAD"
+    loading.answer_begun = True
+    plain = not (upstream_request.outside or loading.head_sent) and exchange.request.method != "HEAD"
     if head.status == 404 and head.length == len(NO_ROUTE) and plain:
         return NoRoute(exchange, head, framing, upstream_request)
     names = _rewriter(upstream_request, head)
     rewriter: Rewriter | Both | None = names
     if exchange.request.method == "HEAD":
         return PassThrough(exchange, head.status, opening(exchange, head, None, chunked=head.chunked))
-    if uncounted and streamed and head.status == 200:
+    if hides_usage and streamed and head.status == 200:
         if rewriter is None and isinstance(framing, Chunked) and exchange.takes_chunks:
-            begun = b"" if loading.begun else opening(exchange, head, None, chunked=True)
+            begun = b"" if loading.head_sent else opening(exchange, head, None, chunked=True)
             return WithoutUsage(exchange, framing, begun)
         rewriter = Both(UsageFilter(), names)
-    if names is not None and head.length is not None and head.length <= MAX_HELD and not loading.begun:
+    if names is not None and head.length is not None and head.length <= MAX_HELD and not loading.head_sent:
         return Buffered(exchange, head, framing, names)
-    if loading.begun:
+    if loading.head_sent:
         if rewriter is None and head.chunked and exchange.takes_chunks:
             return PassThrough(exchange, 200, b"")
         return Reframed(exchange, framing, rewriter, 200, b"")
@@ -338,10 +338,10 @@ class OptionRefusal(Kept):
 
     def end(self) -> None:
         """Hand the refusal on to the client: it was not about an option of ours."""
-        if self._loading.begun:
+        if self._loading.head_sent:
             self._loading.fail_with(self.body)
             return
-        self._loading.relaying = True
+        self._loading.answer_begun = True
         head = opening(self._exchange, self._head, len(self._body), chunked=False)
         self._exchange.start(self._head.status, head + self.body)
         self._exchange.finish()

@@ -57,7 +57,7 @@ KEPT_BACK = frozenset(
 )
 KEPT_BACK_TRACED = KEPT_BACK | {b"traceparent"}  # which the engine has from us then
 RESPONSE_ID = re.compile(rb'"id"\s*:\s*"(resp_[\w-]{1,128})"')
-REFUSALS = frozenset({502, 503, 504})  # of a replica: another one may serve
+REPLICA_FAILURES = frozenset({502, 503, 504})  # statuses of one replica, instead of which another may serve
 MOST_TAIL = 16 * TAIL
 OPENING = 8192  # bytes at an answer's beginning in which its id or its first usage is looked for
 RESPONSES = "/v1/responses"
@@ -75,12 +75,12 @@ class Relay:
         self.gate = gate
         self.limits = limits
         self.heartbeats = Heartbeats(limits)
-        self.recorder: Recorder | None = None  # who decides whether bodies are noted
-        self.tracer: Tracer | None = None  # who decides which requests are traced
+        self.recorder: Recorder | None = None  # decides whether bodies are noted
+        self.tracer: Tracer | None = None  # decides which requests are traced
         self._not_asked: set[str] = set()  # engines that refuse to be asked for the usage of a stream
 
     def forget(self, engine: str) -> None:
-        """The engine has ended, and what it knew and could with it."""
+        """Forget what was noted of an engine that has ended: its stored responses, and what it refuses."""
         self.requests.responses.forget(engine)
         self._not_asked.discard(engine)
 
@@ -127,17 +127,18 @@ class Relay:
                     # 3. Connect, 4. send, 5. relay: the answer passes while this waits.
                     where = permit.upstream
                     connection = self.pool.take(where) or await self.pool.connect(where)
-                    # Once more if the engine had closed it meanwhile, or does not take our question for the usage.
+                    # A second time if the engine had closed the connection meanwhile, or refuses stream_options.
                     while not await answer.through(connection, *self._message(request, sent, where, answer)):
                         connection = await self.pool.connect(where)
                     return
                 except VllmdError as error:
-                    # What raised it may hold it, and its traceback holds the variables of every function on the way:
-                    # the request's body would stay in that circle, uncounted, until the cycle collector finds it.
+                    # What raised the error may hold it, and its traceback holds the variables of every function on the
+                    # way: in that cycle of references the request's body would stay, which body_memory no longer
+                    # counts, until the cycle collector finds it.
                     failure = error.with_traceback(None)
-                    if answer.begun or exchange.over:
+                    if answer.reached_client or exchange.over:
                         raise
-                    acquiring = permit.retry(failure)  # once this permit was given back; perhaps of another engine
+                    acquiring = permit.retry(failure)  # awaited once this permit is given back
                 finally:
                     # 6. Release, unless the answer's last byte has done so already.
                     answer.close(failure)
@@ -161,15 +162,15 @@ class Relay:
     ) -> tuple[bytes, Parts, int]:
         """The head and the body that the engine is sent, and the body's size.
 
-        ``answer`` is told if they ask for the usage unasked.
+        ``answer`` is told if the engine is asked for the usage of a stream, and the client did not ask for it.
         """
         target, asked = sent.target, sent.asked
-        if answer.refused:
+        if answer.usage_refused:
             self._not_asked.add(target.model)
-        answer.uncounted = (
+        answer.hides_usage = (
             asked.stream and usage.to_be_asked(asked, sent.route, target.rules) and target.model not in self._not_asked
         )
-        body = usage.asking(asked, target.served_name) if answer.uncounted else asked.renamed(target.served_name)
+        body = usage.asking(asked, target.served_name) if answer.hides_usage else asked.renamed(target.served_name)
         size = sum(map(len, body))
         account = answer.account
         return request_head(request, sent, where, size, account.trace if account else None), body, size
@@ -188,13 +189,13 @@ class AnswerRelay:
     ) -> None:
         self._exchange = exchange
         self.account = exchange.account
-        self._tap = exchange.account.answer if exchange.account is not None else None
+        self._recorded = exchange.account.answer if exchange.account is not None else None
         self._sent = sent
         self._heartbeat = heartbeat
         self._permit: Permit | None = permit  # None once it was given back
         self._over: asyncio.Future[None] | None = None
         self._error: VllmdError | None = None
-        self._again = False  # a kept connection was closed before a byte of the answer
+        self._resend = False  # a kept connection was closed before a byte of the answer
         self._upstream: Upstream | None = None
         self._answer: Answer | None = None
         self._heartbeats: Heartbeats | None = None  # while no byte of the body has come, and the client wants to know
@@ -204,22 +205,22 @@ class AnswerRelay:
         self._opening = b""  # the first of them, as long as they are of interest
         self._responses = responses
         self._looks = exchange.request.path in (RESPONSES, ANTHROPIC_PATH)  # at the opening
-        self.uncounted = False  # the engine is asked for the usage of a stream, and the client did not
-        self.refused = False  # the engine takes no such question
+        self.hides_usage = False  # the engine is asked for the usage of a stream, and the client did not
+        self.usage_refused = False  # the engine takes no such question
         self._status = 0
 
     @property
-    def begun(self) -> bool:
+    def reached_client(self) -> bool:
         """Whether the client has bytes of the engine's answer."""
-        return self._heartbeat.relaying
+        return self._heartbeat.answer_begun
 
     async def through(self, upstream: Upstream, head: bytes, body: Parts, size: int) -> bool:
         """Send the request, whose body has ``size`` bytes, and wait until the answer has passed.
 
-        False if nothing of it has: ``upstream`` was a kept connection, and is closed; or the request was ``refused``
-        for what was added to it. Raises VllmdError.
+        False if nothing of it has: ``upstream`` was a kept connection, and is closed; or ``usage_refused``. Raises
+        VllmdError.
         """
-        self._upstream, self._again, self.refused = upstream, False, False
+        self._upstream, self._resend, self.usage_refused = upstream, False, False
         if self._error is None:  # not cut off while it connected
             self._over = asyncio.get_running_loop().create_future()
             upstream.send(self._exchange.request.method, head, body, size, self)
@@ -229,7 +230,7 @@ class AnswerRelay:
             await self._over
         if self._error is not None:
             raise self._error
-        return not self._again
+        return not self._resend
 
     def close(self, failure: VllmdError | None) -> None:
         """Close and give back whatever still is not; nothing more reaches the client. ``failure``: why it failed."""
@@ -264,21 +265,21 @@ class AnswerRelay:
     def head(self, head: ResponseHead, framing: Framing) -> None:
         """The engine's head has come: decide how its body goes to the client (``answer_for``)."""
         self._status = head.status
-        if self._tap is not None:
-            self._tap.chunked = head.chunked
+        if self._recorded is not None:
+            self._recorded.chunked = head.chunked
         if self._permit is not None and self._permit.target is not None:
-            if head.status in REFUSALS:
+            if head.status in REPLICA_FAILURES:
                 self._answer = Refusal(head.status, framing)
                 return
             self._permit.answered(head.content_type.startswith(EVENT_STREAM))
         if head.has_location and self._permit is not None:
             head = relocated(head, self._permit.upstream, self._sent.outside)
         self._plain_events = head.status == 200 and head.length is None and head.content_type.startswith(EVENT_STREAM)
-        if self.uncounted and head.status in usage.REFUSALS:
+        if self.hides_usage and head.status in usage.UNKNOWN_MEMBER:
             self._answer = OptionRefusal(self._exchange, self._heartbeat, head, framing)
             return
         exchange, beat = self._exchange, self._heartbeat
-        self._answer = answer_for(exchange, self._sent, beat, head, framing, uncounted=self.uncounted)
+        self._answer = answer_for(exchange, self._sent, beat, head, framing, hides_usage=self.hides_usage)
 
     def data(self, data: bytes) -> None:
         """More of the body has come, framing included: hand it on, and keep its end, where the usage is."""
@@ -297,8 +298,8 @@ class AnswerRelay:
             tail += data
         if self._looks:
             self._look(data)
-        if self._tap is not None:
-            self._tap.more(data)
+        if self._recorded is not None:
+            self._recorded.more(data)
         if self._answer is not None:
             self._answer.more(data)
 
@@ -321,7 +322,7 @@ class AnswerRelay:
             self._settle(self._answer.error())
             return
         if isinstance(self._answer, OptionRefusal) and self._answer.ours:
-            self._answer, self._again, self.refused = None, True, True
+            self._answer, self._resend, self.usage_refused = None, True, True
             self._settle(None)
             return
         self._release()
@@ -332,9 +333,9 @@ class AnswerRelay:
 
     def lost(self, reason: str, *, untouched: bool) -> None:
         """The engine's connection broke off."""
-        self._again = untouched and self._upstream is not None and self._upstream.reused
+        self._resend = untouched and self._upstream is not None and self._upstream.reused
         self._upstream = None
-        self._settle(None if self._again else UpstreamFailed(f"the engine broke off: {reason}"))
+        self._settle(None if self._resend else UpstreamFailed(f"the engine broke off: {reason}"))
 
     def _settle(self, error: VllmdError | None) -> None:
         self._error = self._error or error

@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
 from typing import Any, cast
@@ -18,6 +17,9 @@ from vllmd.proxy.access import NOBODY, Caller
 
 Pairs = Sequence[tuple[str, str]]
 AT_A_TIME = 200  # members of a list that are written in one turn of the loop
+# Of HTTP's dates (RFC 9110, 5.6.7), whatever the language of this machine is.
+DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 ANTHROPIC_PATH = "/v1/messages"
 OLLAMA_PATH, OWN_PATH = "/api/", "/api/v1/"
 
@@ -226,7 +228,9 @@ def status_line(status: int) -> bytes:
 
 @lru_cache(maxsize=2)
 def _date_line(second: int) -> bytes:
-    return b"date: " + formatdate(second, usegmt=True).encode("ascii") + b"\r\n"
+    at = time.gmtime(second)
+    day, month = DAYS[at.tm_wday], MONTHS[at.tm_mon - 1]
+    return f"date: {day}, {at.tm_mday:02} {month} {at.tm_year} {time.strftime('%H:%M:%S', at)} GMT\r\n".encode("ascii")
 
 
 def date_line() -> bytes:

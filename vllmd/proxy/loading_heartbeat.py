@@ -28,11 +28,11 @@ EARLY_HEAD = (
 
 
 class LoadingHeartbeat:
-    """One request's wait at the gate for ``model``, which it called ``asked``. ``begun``: it has its 200 already."""
+    """What a client hears while its request waits for ``model``, which it called ``asked``."""
 
     def __init__(self, exchange: Exchange, model: str, asked: str, *, stream: bool, limits: Limits, gate: Gate) -> None:
-        self.begun = False
-        self.relaying = False  # the engine's own bytes have reached the client
+        self.head_sent = False  # the client has a head with status 200 from us, before any of an engine
+        self.answer_begun = False  # the client has bytes of the engine's answer
         self._exchange = exchange
         self._model = model
         self._asked = asked
@@ -64,10 +64,10 @@ class LoadingHeartbeat:
     def say(self, comment: bytes) -> None:
         """Send it, the first time behind a head. HTTP/1.0 has no chunks: there the answer ends with its connection."""
         exchange = self._exchange
-        if self.begun:
+        if self.head_sent:
             exchange.write(self._framed(comment))
             return
-        self.begun = True
+        self.head_sent = True
         if not exchange.takes_chunks:
             exchange.end_with_connection()
         extra = [("x-request-id", exchange.request.id)]
@@ -98,7 +98,7 @@ class LoadingHeartbeat:
     def fail(self, error: VllmdError) -> None:
         """Tell the client, in the way that is left."""
         self._exchange.error, self._exchange.message = type(error).__name__, error.message
-        if self.begun and not self.relaying and not self._exchange.over:
+        if self.head_sent and not self.answer_begun and not self._exchange.over:
             self.fail_with(json.dumps(error_body(error, self._exchange.request.path)).encode())
         else:
             self._exchange.fail(error)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 OPTION = b'"stream_options":{"include_usage":true},'
 ASKED_ON = frozenset({"/v1/chat/completions", "/v1/completions"})  # routes whose streams tell no usage unasked
-REFUSALS = frozenset({400, 422})  # how a server refuses a member that it does not know
+UNKNOWN_MEMBER = frozenset({400, 422})  # statuses of a server that refuses a member which it does not know
 LONGEST_USAGE = 4096  # bytes of the event that tells it
 EVENT_END = re.compile(rb"(?:\r?\n){2}")
 NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')

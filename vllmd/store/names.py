@@ -13,7 +13,6 @@ never becomes a path, an option or an address.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -86,6 +85,8 @@ def _hub(name: str) -> Hub:
     """The repository that a name means on the hub. Raises BadRequest for what is none."""
     parts = name.split("/")
     if len(parts) < 2:
+        import difflib  # for mistakes only
+
         near = difflib.get_close_matches(name.lower(), KNOWN, 3, 0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"well-known are {', '.join(KNOWN)}"
         raise BadRequest(f"{name!r} is no well-known name and no repository, which is ORG/NAME; {hint}", param="model")

@@ -1,0 +1,37 @@
+"""What a daemon has in memory when it answers its first client: nothing that this client does not need."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+# Each brings megabytes or milliseconds, and is imported where it is needed first.
+NOT_YET = (
+    *("bz2", "csv", "ctypes", "difflib", "email", "importlib.metadata", "lzma", "prometheus_client", "pystemd"),
+    *("shutil", "sqlite3", "tempfile", "zipfile", "xml", "urllib.request", "http.client", "unittest", "pydoc", "httpx"),
+    *("vllmd.cli", "vllmd.client", "vllmd.installer", "vllmd.simulate", "vllmd.launcher.service", "vllmd.store.fetch"),
+    *("vllmd.daemon.startup", "vllmd.daemon.back_end", "vllmd.records.store", "vllmd.admin.exposition"),
+    *("vllmd.config.tls", "vllmd.proxy.zstd", "vllmd.gpu", "vllmd.daemon.downloads", "vllmd.daemon.spans"),
+)
+SCRIPT = """
+import json, sys
+from vllmd.config.loader import load
+from vllmd.daemon.current import RuntimeEnvironment
+from vllmd.daemon import main, service
+from vllmd.daemon.front_end import front_end
+config = load(sys.argv[1], {}, {})
+print(json.dumps(sorted(sys.modules)))
+"""
+
+
+def test_what_the_first_client_does_not_need_is_not_imported(tmp_path: Path) -> None:
+    """All that is imported before the daemon listens, and a configuration of ten models."""
+    file = tmp_path / "vllmd.yaml"
+    models = "".join(f"  model-{n}: {{engine: vllm, model: org/model-{n}}}\n" for n in range(10))
+    file.write_text(f"models:\n{models}")
+    told = subprocess.run([sys.executable, "-I", "-S", "-c", f"import sys; sys.path[:] = {sys.path!r}\n{SCRIPT}", file],
+                          capture_output=True, text=True, timeout=60, check=True)  # fmt: skip
+    modules = json.loads(told.stdout)
+    assert [name for name in NOT_YET if name in modules] == []

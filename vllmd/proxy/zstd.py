@@ -1,0 +1,65 @@
+"""libzstd by ctypes: what is compressed by zstd, decompressed. Imported for the first body that is."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Iterator
+
+from vllmd.errors import BadRequest
+
+
+class _Buffer(ctypes.Structure):
+    """A ``ZSTD_inBuffer`` or ``ZSTD_outBuffer`` of libzstd: pointer, size, position."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("size", ctypes.c_size_t), ("pos", ctypes.c_size_t))
+
+
+@functools.cache
+def _libzstd() -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL("libzstd.so.1")
+    except OSError:
+        return None
+    library.ZSTD_createDStream.restype = ctypes.c_void_p
+    library.ZSTD_freeDStream.argtypes = [ctypes.c_void_p]
+    library.ZSTD_decompressStream.argtypes = [ctypes.c_void_p, ctypes.POINTER(_Buffer), ctypes.POINTER(_Buffer)]
+    library.ZSTD_decompressStream.restype = ctypes.c_size_t
+    library.ZSTD_DCtx_setParameter.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+    library.ZSTD_DCtx_setParameter.restype = ctypes.c_size_t
+    library.ZSTD_isError.argtypes = [ctypes.c_size_t]
+    library.ZSTD_isError.restype = ctypes.c_uint
+    library.ZSTD_getErrorName.argtypes = [ctypes.c_size_t]
+    library.ZSTD_getErrorName.restype = ctypes.c_char_p
+    return library
+
+
+WINDOW_LOG_MAX = 100  # ZSTD_d_windowLogMax
+LARGEST_WINDOW = 23  # 8 MiB, what RFC 8878 asks of everybody: a frame may ask for gigabytes
+
+
+def decompressed(body: bytes, most: int) -> Iterator[bytes]:
+    """The frames in ``body``, decompressed, in pieces of ``most`` bytes. Raises BadRequest."""
+    library = _libzstd()
+    if library is None:
+        raise BadRequest("zstd is not understood here, libzstd.so.1 is missing; send the body as it is, or gzip")
+    stream = library.ZSTD_createDStream()
+    try:
+        library.ZSTD_DCtx_setParameter(stream, WINDOW_LOG_MAX, LARGEST_WINDOW)
+        out = ctypes.create_string_buffer(most)
+        source = _Buffer(ctypes.cast(ctypes.c_char_p(body), ctypes.c_void_p), len(body), 0)
+        left = 1  # of a frame: 0 at its end
+        while True:
+            target = _Buffer(ctypes.cast(out, ctypes.c_void_p), most, 0)
+            left = library.ZSTD_decompressStream(stream, ctypes.byref(target), ctypes.byref(source))
+            if library.ZSTD_isError(left):
+                what = library.ZSTD_getErrorName(left).decode()
+                raise BadRequest(f"the body is not compressed as its Content-Encoding says: {what}")
+            if target.pos:
+                yield out.raw[: target.pos]
+            if source.pos == len(body) and target.pos < most:
+                break
+        if left:
+            raise BadRequest("the compressed body ends in the middle")
+    finally:
+        library.ZSTD_freeDStream(stream)
