@@ -7,9 +7,6 @@ WORKERS ?= 4
 FAST   := not machine and not vllm and not gpu and not qemu and not clients and not images
 
 .PHONY: help check unit lint generate fast mutants soak demo stopwatch images bench-start standbys bench-proxy bench-cold bench-check bench-records bench-schedule bench-scenes clients vllm-tests gpu-check deb rpm install
-=======
-.PHONY: help check unit lint generate fast mutants soak demo stopwatch images bench-start standbys bench-proxy bench-cold bench-records bench-schedule bench-scenes clients vllm-tests gpu-check deb rpm install
->>>>>>> main
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
