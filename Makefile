@@ -6,7 +6,7 @@ PREFIX ?= /usr/local
 WORKERS ?= 4
 FAST   := not machine and not vllm and not gpu and not qemu and not clients and not images
 
-.PHONY: help check unit lint generate fast mutants soak demo stopwatch images bench-start bench-standby standbys bench-proxy bench-cold bench-records bench-schedule bench-scenes clients vllm-tests gpu-check deb rpm install
+.PHONY: help check unit lint generate fast mutants soak demo stopwatch images bench-start standbys bench-proxy bench-cold bench-records bench-schedule bench-scenes clients vllm-tests gpu-check deb rpm install
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
@@ -34,9 +34,6 @@ demo: ## a real model, woken through the socket, in half a minute; MODEL=sim wit
 bench-start: ## what waking costs: sockets, daemon, scopes
 	@$(SETUP) all && $(PYTHON) -m tests.bench.start
 
-bench-standby: ## a cold vLLM: alone, through vllmd, with a standby; eager and compiled
-	@$(SETUP) venv vllm model && $(PYTHON) -m tests.bench.standby
-
 standbys: ## a thousand hand-overs, every third one cut short
 	@$(SETUP) venv && HAND_OVERS=1000 $(PYTHON) -m pytest -q -n 0 tests/launcher/test_handover.py -k in_a_row
 
@@ -61,8 +58,8 @@ images: ## build both container images with buildah, run each, ask a real model 
 vllm-tests: ## vLLM's own tests of LoRA, tokenizers and Anthropic's API, directly and through vllmd: tests/clients/vllm.md
 	@$(SETUP) venv vllm model vllm-tests && $(PYTHON) -m tests.clients.vllm_tests
 
-bench-cold: ## how long a model that is not loaded takes: swaps with and without reading ahead, vLLM alone and through vllmd
-	@$(SETUP) host venv vllm model && for what in "swap" "vllm" "vllm --cold" "vllm --compiled"; do $(PYTHON) -m tests.bench.cold $$what || exit; done
+bench-cold: ## how long a model that is not loaded takes: swaps with and without reading ahead, vLLM alone, through vllmd and of a standby
+	@$(SETUP) host venv vllm model && for what in "swap" "vllm --standby" "vllm --cold" "vllm --compiled --standby"; do $(PYTHON) -m tests.bench.cold $$what || exit; done
 
 bench-schedule: ## the scheduling policies over traces
 	@$(SETUP) venv && $(PYTHON) -m tests.bench.schedule

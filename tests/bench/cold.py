@@ -10,6 +10,7 @@ real file. That file's pages are dropped before each swap; with and without ``en
 
 ``vllm``: a real vLLM on the CPU with a tiny model. `vllm serve` alone, until its /health is 200 and a first answer has
 come, and the same through vllmd from the client's request on, by turns, so that the load of the machine falls on both.
+``--standby``: also with a standby that waits; what its imports took while nobody waited is told beside it.
 ``--cold`` drops the pages of vLLM's environment and of the model before each start. Beside the seconds stands the CPU
 time of all its processes, which hardly depends on who else is at work.
 
@@ -35,12 +36,15 @@ from pathlib import Path
 from typing import Any
 
 from tests.engines.installed import Site, daemon
+from tests.engines.test_real_standby import script
+from tests.engines.test_standbys import pid_of
 from tests.machine import container
 
 LIMIT = 900.0  # seconds for a start
 TICKS = os.sysconf("SC_CLK_TCK")
 VLLM_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1"}
 VLLM_ARGS = ("--max-model-len", "512", "--max-num-seqs", "8")
+STANDBY = "vllmd with a standby"
 QUESTION = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
 
 
@@ -128,7 +132,7 @@ def one_swap(site: Site, file: Path) -> float:
 def vllm(arguments: argparse.Namespace) -> None:
     """`vllm serve` alone, through vllmd, and through vllmd with a standby, by turns."""
     args = VLLM_ARGS if arguments.compiled else (*VLLM_ARGS, "--enforce-eager")
-    names = ["vllm serve alone", "vllmd", *(["vllmd with a standby"] if arguments.standby else [])]
+    names = ["vllm serve alone", "vllmd", *([STANDBY] if arguments.standby else [])]
     took: dict[str, list[Took]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory(prefix="vllmd-cold-", dir="/tmp") as folder, contextlib.ExitStack() as stack:
         home = Path(folder) / "home"  # of both: what is compiled is found by both
@@ -140,7 +144,7 @@ def vllm(arguments: argparse.Namespace) -> None:
         for _ in range(arguments.rounds):
             took[names[0]].append(alone(Path(folder), home, args, cold=arguments.cold))
             for name, site in sites.items():
-                took[name].append(through(site, cold=arguments.cold))
+                took[name].append(through(site, cold=arguments.cold, standby=name == STANDBY))
     what = "compiled, with a warm cache of it" if arguments.compiled else "--enforce-eager"
     cache = "none of its files in the page cache" if arguments.cold else "its files in the page cache"
     print(
@@ -161,7 +165,7 @@ def _environment(home: Path) -> dict[str, str]:
 
 def alone(folder: Path, home: Path, args: Sequence[str], *, cold: bool) -> Took:
     """`vllm serve` by itself."""
-    program, model = container.cache() / "vllm/bin/vllm", container.cache() / "tiny-model"
+    program, model = script(container.cache() / "vllm/bin/python", folder), container.cache() / "tiny-model"
     address = folder / "alone.sock"
     address.unlink(missing_ok=True)
     if cold:
@@ -190,24 +194,53 @@ def alone(folder: Path, home: Path, args: Sequence[str], *, cold: bool) -> Took:
 @contextlib.contextmanager
 def served(folder: Path, home: Path, args: Sequence[str], standby: bool) -> Iterator[Site]:
     """A daemon with the one model."""
-    program, model = container.cache() / "vllm/bin/vllm", container.cache() / "tiny-model"
+    folder.mkdir()
+    program, model = script(container.cache() / "vllm/bin/python", folder), container.cache() / "tiny-model"
     entry = {"engine": "vllm", "command": [str(program)], "model": str(model), "extra_args": list(args),
              "env": _environment(home), "start_timeout": LIMIT}  # fmt: skip
-    config = {"devices": [], "server": {"idle_exit": "never", "standby": 1} if standby else {"idle_exit": "never"}}
+    engines = {"port_start": 33440 + 20 * standby, "port_end": 33459 + 20 * standby, "standby": int(standby)}
+    config = {"devices": [], "server": {"idle_exit": "never"}, "engines": engines}
     with daemon(folder, {**config, "models": {"m": entry}}) as site:
         site.http.timeout = site.admin.timeout = LIMIT
         yield site
 
 
-def through(site: Site, *, cold: bool) -> Took:
-    """The same from a client's request on."""
+def through(site: Site, *, cold: bool, standby: bool) -> Took:
+    """The same from a client's request on; of a standby without what it did beforehand."""
     site.unload("m")
+    before = waiting_standby(site) if standby else 0.0
     if cold:
         drop(files_below(container.cache() / "vllm", container.cache() / "tiny-model"))
     began = time.monotonic()
     reply = site.http.post("/v1/chat/completions", json={**QUESTION, "model": "m"})
     assert reply.status_code == 200, reply.text
-    return Took(time.monotonic() - began, cpu_of(site.view("m")["pid"]))
+    wall, pid = time.monotonic() - began, site.view("m")["pid"]
+    assert not standby or f"pid {pid} " in made_of_standbys(site)
+    return Took(wall, cpu_of(pid) - before)
+
+
+def waiting_standby(site: Site) -> float:
+    """Wait until there is one, for which a first start has to tell what it is for; the CPU time that it took."""
+    if not made_of_standbys(site) and not kept(site):
+        assert site.http.post("/v1/chat/completions", json={**QUESTION, "model": "m"}).status_code == 200
+        site.unload("m")
+    deadline = time.monotonic() + LIMIT
+    while not (found := [one["instance"] for one in kept(site) if one["state"] == "waiting"]):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    took = cpu_of(pid_of(site, found[0]))
+    print(f"(a standby's imports beforehand: {took:.1f} s of CPU time)\n")
+    return took
+
+
+def kept(site: Site) -> list[dict[str, Any]]:
+    """The standbys that there are."""
+    return list(site.admin.get("/admin/status").json().get("standbys") or [])
+
+
+def made_of_standbys(site: Site) -> str:
+    """The lines of the log that tell of engines that were made of one."""
+    return "\n".join(line for line in site.log.read_text().splitlines() if "made of standby-" in line)
 
 
 # -- the machine

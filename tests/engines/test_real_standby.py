@@ -47,10 +47,10 @@ def worked(pid: int) -> float:
     return total / TICK
 
 
-def script(vllm: RealVllm, folder: Path) -> Path:
+def script(python: Path, folder: Path) -> Path:
     """vLLM's program as pip makes it."""
     path = folder / "vllm"
-    path.write_text(SCRIPT.format(python=vllm.command.parent / "python"))
+    path.write_text(SCRIPT.format(python=python))
     path.chmod(0o755)
     return path
 
@@ -64,7 +64,7 @@ def test_a_real_vllm_is_made_of_a_standby(real_vllm: RealVllm, tmp_path: Path) -
     env = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
     model = {
         "engine": "vllm",
-        "command": [str(script(real_vllm, tmp_path))],
+        "command": [str(script(real_vllm.command.parent / "python", tmp_path))],
         "model": str(real_vllm.model),
         "max_model_len": 512,
         "extra_args": ["--enforce-eager", "--max-num-seqs", "8"],

@@ -83,6 +83,7 @@ class Place:
         instance, name = fresh(), standby if isinstance(standby, str) else standby.instance
         env = more.pop("env", {"EARLY": "1", "LATE": instance})
         run = self.folder / "run" / instance
+        self.ordered = instance
         order = StartOrder(instance, (str(self.program), *argv), env, run_dir=str(run), standby=name, **more)
         return await self.driver.client.start(order)
 
@@ -267,14 +268,21 @@ async def test_it_ends_with_whoever_ordered_it(tmp_path: Path, options: tuple[st
     assert not alive(standby.pid)
 
 
-async def test_an_engine_is_killed_while_it_is_being_made(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["killed", "told to end"])
+async def test_an_engine_ends_while_it_is_being_made(tmp_path: Path, how: str) -> None:
     """Then nothing begins anew."""
     async with place(tmp_path) as here:
         standby = await here.standby()
         os.kill(standby.pid, signal.SIGSTOP)
         starting = asyncio.ensure_future(here.start(standby))
         await asyncio.sleep(0.05)
-        starting.cancel()
+        if how == "killed":
+            starting.cancel()
+        else:
+            await here.driver.client.signal(here.ordered, signal.SIGTERM)
+            os.kill(standby.pid, signal.SIGCONT)
+            with pytest.raises(LauncherFailed):
+                await starting
         await until(lambda: not alive(standby.pid))
         async with asyncio.timeout(20):
             while await here.driver.client.list():  # noqa: ASYNC110

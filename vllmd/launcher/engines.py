@@ -220,6 +220,8 @@ class Supervisor:
         engine = self._engines[instance]
         # systemd also asks us to stop a scope that it is retiring for us: that is not why the engine ended.
         engine.asked_to_end |= number in ENDING_SIGNALS and engine.phase is not Phase.ENDING
+        if number in ENDING_SIGNALS:
+            self._keep_from_beginning_anew(engine)
         if engine.process:
             engine.process.signal(number)
 
@@ -227,13 +229,7 @@ class Supervisor:
         """Send SIGKILL to every process of the engine. Raises KeyError if there is no such engine."""
         engine = self._engines[instance]
         engine.asked_to_end |= engine.phase is not Phase.ENDING
-        if engine.handover:
-            self._let_go(engine.handover.standby)
-            self._end_handover(engine)
-        if engine.successor:
-            _, answer = engine.successor
-            engine.successor = None
-            answer(Failed("it was killed before it was started"))
+        self._keep_from_beginning_anew(engine)
         if engine.process:
             engine.process.signal(signal.SIGKILL)
         if engine.group:
@@ -394,7 +390,7 @@ class Supervisor:
             child.close()
             if engine.phase is not Phase.PLACING or engine.process is None:
                 return None
-            if ending != Ending(0):
+            if ending not in (None, Ending(0)):  # None: another has reaped it; then the standby will say
                 return self._fail(engine, Failed("its run directory cannot be made"))
             return self._backend.place(order, engine.process, placed)
 
@@ -441,6 +437,16 @@ class Supervisor:
         engine.answer, engine.failure = None, why
         engine.told = engine.asked_to_end = True
         engine.run_dir = ""  # the successor's
+
+    def _keep_from_beginning_anew(self, engine: Engine) -> None:
+        """It is told to end: what a hand-over that fails, or the end of its namesake, would begin is not wanted."""
+        if engine.handover:
+            self._let_go(engine.handover.standby)
+            self._end_handover(engine)
+        if engine.successor:
+            _, answer = engine.successor
+            engine.successor = None
+            answer(Failed("it was ended before it was started"))
 
     def _let_go(self, instance: str) -> None:
         """Its process is the engine's, or about to be killed; whatever else it has begun ends."""
