@@ -6,7 +6,7 @@ PREFIX ?= /usr/local
 WORKERS ?= 4
 FAST   := not machine and not vllm and not gpu and not qemu and not clients and not images
 
-.PHONY: help check unit lint generate fast mutants soak demo stopwatch images bench-start standbys bench-proxy bench-cold bench-records bench-schedule bench-scenes clients vllm-tests gpu-check deb rpm install
+.PHONY: help check unit lint generate fast mutants soak demo stopwatch images bench-start standbys bench-proxy bench-cold bench-check bench-records bench-schedule bench-scenes clients vllm-tests gpu-check deb rpm install
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
@@ -60,6 +60,9 @@ vllm-tests: ## vLLM's own tests of LoRA, tokenizers and Anthropic's API, directl
 
 bench-cold: ## how long a model that is not loaded takes: swaps with and without reading ahead, vLLM alone, through vllmd and of a standby
 	@$(SETUP) host venv vllm model && for what in "swap" "vllm --standby" "vllm --cold" "vllm --compiled --standby"; do $(PYTHON) -m tests.bench.cold $$what || exit; done
+
+bench-check: ## does a request cost more than it did? in figures that hardly depend on who else is at work
+	@$(SETUP) host bench venv && $(PYTHON) -m tests.bench.check
 
 bench-schedule: ## the scheduling policies over traces
 	@$(SETUP) venv && $(PYTHON) -m tests.bench.schedule

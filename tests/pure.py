@@ -37,6 +37,7 @@ PURE = (
     "ollama/test_requests.py",
     "store/test_names.py",
     "proxy/test_framing.py",
+    "test_bench_check.py",
     "proxy/test_heads.py",
     "proxy/test_peek.py",
     "simengine/test_options.py",

@@ -5,6 +5,7 @@ holds this table against the imports)::
 
     errors      one tree of errors, each with its HTTP status     imports nothing
     text        text from outside, made fit to be shown           imports nothing
+    credentials who is at the other end of a Unix socket          imports nothing
     foreign     files that somebody else may write: one reader    nothing of ours
     place       what control groups and sysctls leave of this
                 machine: memory, CPUs, tasks, ports               imports nothing
@@ -18,11 +19,12 @@ holds this table against the imports)::
     engines/    an engine kind: spec -> argv, probes, sleep calls,
                 and what it will take of memory                   core.types, config, errors, hub, foreign, text
     installer/  engines' environments: installed by pip, chosen,
-                removed; a service of its own                     engines, errors
+                removed; a service of its own                     credentials, engines, errors
     systemd/    socket activation, notify, journal                errors, text
     launcher/   the privileged helper and its client; the only
-                package that knows pystemd                           systemd, errors, frozen, text
-    proxy/      h11 heads, byte relay, the accept loop            config.types, core.types, errors, frozen
+                package that knows pystemd                           credentials, systemd, errors, frozen, text
+    proxy/      h11 heads, byte relay, the accept loop            config.types, core.types, credentials, errors,
+                                                                  frozen
     ui/         the page: its files                               proxy's HTTP types
     records/    the last requests, use by hour, key and model,
                 arrivals, and their store                         api, proxy, errors

@@ -107,23 +107,25 @@ def host_memory(root: Path = Path("/")) -> int:
 
 
 def free_memory(root: Path = Path("/")) -> int:
-    """Bytes that can be had without taking from anybody but old pages of files; by the limits of our groups as well."""
-    words = [line.split() for line in _line(root / "proc/meminfo").splitlines() if line.startswith("MemAvailable:")]
-    free = [int(words[0][1]) << 10 if words else 0]
+    """Bytes that can be had without taking from anybody but old pages of files, by our own service's limits as well.
+
+    To it the pages are counted that we have read.
+    """
+    free = [kib << 10 for name, kib in _table(root / "proc/meminfo") if name == "MemAvailable:"] or [0]
+    top = root / "sys/fs/cgroup"
     for line in _line(root / "proc/self/cgroup").splitlines():
         if line.startswith("0::"):
-            free += [left for group in _upwards(root / "sys/fs/cgroup", line[3:]) for left in _left(group)]
+            path = line[3:]
+            free += [left for group in {top / path.lstrip("/"), *_upwards(top, path)} for left in _left(group)]
     return max(0, min(free))
 
 
 def _left(group: Path) -> Iterator[int]:
     """What each limit of a group leaves; pages of files do not count, which it gives back when it must."""
-    counts = dict([*line.split(), ""][:2] for line in _line(group / "memory.stat").splitlines())
+    files = sum(size for name, size in _table(group / "memory.stat") if name in ("inactive_file", "active_file"))
     held = _line(group / "memory.current")
-    for name in ("memory.max", "memory.high"):
-        limit = _line(group / name)
+    for limit in (_line(group / name) for name in ("memory.max", "memory.high")):
         if limit.isdecimal() and held.isdecimal():
-            files = sum(int(counts.get(kind) or 0) for kind in ("inactive_file", "active_file"))
             yield int(limit) - int(held) + files
 
 

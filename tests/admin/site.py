@@ -124,7 +124,9 @@ class Site:
 
 
 @contextlib.contextmanager
-def running(folder: Path, config: str, address: str = "127.0.0.1", names: str = "http:admin:read") -> Iterator[Site]:
+def running(
+    folder: Path, config: str, address: str = "127.0.0.1", names: str = "http:admin:read", limit: float = 20.0
+) -> Iterator[Site]:
     """A daemon with this configuration and these sockets, ready, until the end of the block."""
     (folder / "vllmd.yaml").write_text(config)
     (folder / "vllmd.yaml").chmod(0o640)
@@ -140,7 +142,7 @@ def running(folder: Path, config: str, address: str = "127.0.0.1", names: str = 
         process = subprocess.Popen(command, pass_fds=fds, stdout=log, stderr=log, cwd=REPOSITORY, env=environment)
     site = Site(folder, port, process)
     try:
-        until(lambda: site.ask("GET", "/health/ready", admin=True).status in (200, 503) and opened(site))
+        until(lambda: site.ask("GET", "/health/ready", admin=True).status in (200, 503) and opened(site), limit)
         yield site
     finally:
         process.send_signal(signal.SIGTERM)

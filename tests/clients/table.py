@@ -177,7 +177,9 @@ def configuration(cache: Path, place: Path) -> dict[str, Any]:
         EMBED_MODEL: {**vllm, "model": str(minilm), "extra_args": {**VLLM_ARGS, "runner": "pooling"}},
         IMAGES_MODEL: {"engine": "sim", "local_devices": 0, "max_model_len": 8192},
     }
-    models[AGENT_MODEL]["request"] = {"default": {"max_tokens": 64, "max_output_tokens": 64}}  # it would talk for ever
+    # It would talk for ever. Claude Code takes an answer that was cut off for a failure, so it ends with a sentence.
+    ending = {"max_tokens": 64, "max_output_tokens": 64, "stop_sequences": ["."]}
+    models[AGENT_MODEL]["request"] = {"default": ending}
     return {"devices": [], "server": {"idle_exit": "never"}, "idle": "never", "models": models}
 
 

@@ -56,6 +56,16 @@ def test_a_gpu_that_comes_late_is_none_that_engines_run_on_already() -> None:
     assert isinstance(stop, StopEngine) and "device 0 is another one now: H100" in stop.reason
 
 
+def test_a_device_that_was_declared_and_is_asked_for_now_stays_the_same() -> None:
+    """A reload with another word for it ends no engine."""
+    gpu = Device(0, "GPU-a", 80 * GiB, GiB, "H100", "cuda", 0)
+    w = World([ModelSpec("a", (ReplicaSpec("a", Footprint(8 * GiB, 8 * GiB)),))], [Device(0, "0", 80 * GiB, GiB)])
+    w.ask("r1", "a")
+    w.answer("a")
+    w.do(RequestFinished("r1"))
+    assert w.do(DevicesChanged((gpu,))) == []
+
+
 OWN, TOP = {"proc/self/cgroup": "0::/\n"}, "sys/fs/cgroup"
 MEMINFO = {"proc/meminfo": f"MemTotal: {64 << 20} kB\nMemFree: 1 kB\nMemAvailable: {3 << 20} kB\n"}
 CONTAINER = {

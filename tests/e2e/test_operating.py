@@ -358,9 +358,16 @@ def test_use_and_keys_are_kept_where_the_unit_says(site: Site) -> None:
         assert machine.run([*chat[:2], *chat[4:]], check=False).returncode == 22  # without the key
         (row,) = json.loads(machine.run(["vllmctl", "usage", "--json", "-k", "alice"]).stdout)["rows"]
         assert (row["requests"], row["answer"], row["estimated"]) == (1, 3, 0)
+        # A plan is computed by a process of the daemon's, in the daemon's sandbox.
+        asked = ["curl", "-s", "--unix-socket", "/run/vllmd/admin.sock", "-d", '{"devices": "80GiB,80GiB"}']
+        told = json.loads(machine.run([*asked, "http://localhost/admin/plan"], timeout=120).stdout)
+        assert {run["served"] for run in told.get("runs", [])} == {told.get("requests")}, told
+        machine.run(["vllmctl", "disable", "steady", "-m", "back on Monday"])
         machine.run("systemctl kill --signal=KILL --kill-whom=main vllmd.service")
         (row,) = json.loads(machine.run(["vllmctl", "usage", "--json", "-k", "alice"], timeout=60).stdout)["rows"]
         assert row["requests"] == 1
+        assert "back on Monday" in machine.run([*chat[:1], "-s", *chat[2:]], timeout=60).stdout, "over a kill as well"
+        machine.run("vllmctl enable steady")
         assert "[DONE]" in machine.run(chat, timeout=60).stdout
         owners = machine.run("stat -c '%U %a %n' /var/lib/vllmd /var/lib/vllmd/*").stdout
         assert "root 755 /var/lib/vllmd\n" in owners

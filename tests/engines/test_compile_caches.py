@@ -23,7 +23,8 @@ def test_each_version_has_a_folder_in_the_engines_home() -> None:
     assert set(found) == {"VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE"}
     assert {str(Path(path).parent) for path in found.values()} == {"/home/.cache/vllmd/vllm/0.33.0"}
     assert variables(Environment("llama.cpp", "1", Path("/x")), Path("/home")) == {}
-    assert variables(None, Path("/home")) == variables(VLLM, None) == {}
+    assert variables(None, Path("/home"), "vllm") == {"TORCHINDUCTOR_CACHE_DIR": "/home/.cache/vllmd/inductor"}
+    assert variables(None, Path("/home"), "sim") == variables(VLLM, None) == {}
 
 
 def test_the_home_is_that_which_the_engine_sees() -> None:

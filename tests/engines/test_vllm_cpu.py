@@ -46,6 +46,13 @@ def test_what_the_model_says_itself_stays() -> None:
     assert told(max_model_len=4096, gpu_memory=0.3) == ["--gpu-memory-utilization", "0.3"]
 
 
+def test_it_asks_the_cache_that_it_can_read() -> None:
+    """What vLLM 0.32 compiles ahead of time on a CPU it never loads again; a GPU's does."""
+    config = ModelConfig("m", model="/m")
+    assert Vllm(lambda: False).launch(config, Place(Path("/run/x"))).env["VLLM_USE_AOT_COMPILE"] == "0"
+    assert "VLLM_USE_AOT_COMPILE" not in Vllm(lambda: True).launch(config, Place(Path("/run/x"))).env
+
+
 def test_it_compiles_only_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a compiler, or Python's headers, it would end after a minute."""
     monkeypatch.setattr(vllm_cpu, "lacks_for_compiling", lambda: "g++")

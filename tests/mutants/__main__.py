@@ -131,8 +131,8 @@ MUTATIONS = (
     Mutation(
         "a request that was answered in part is not sent again",
         "proxy/forward.py",
-        "self._again = untouched and",
-        "self._again =",
+        "self._resend = untouched and",
+        "self._resend =",
         "proxy/test_relay.py",
     ),
     Mutation(

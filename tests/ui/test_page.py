@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -198,6 +202,64 @@ def test_embeddings_are_shown_by_their_beginning(page: sync_api.Page) -> None:
     page.get_by_text('"embedding": [').wait_for()
 
 
+def test_two_models_answer_side_by_side_and_the_command_is_the_same_request(page: sync_api.Page, site: Site) -> None:
+    """What is shown as curl and as Python asks the same: words of the message stay words."""
+    page.get_by_role("link", name="Try").click()
+    page.get_by_role("combobox", name="Model").select_option("beta")
+    page.get_by_role("combobox", name="Beside it").select_option("alpha")
+    page.get_by_label("Message").fill("say true, or null, it's false")
+    page.get_by_role("button", name="Send").click()
+    for name in ("alpha", "beta"):
+        page.get_by_role("article", name=f"answer of {name}").get_by_text("first word after").wait_for()
+    page.get_by_text("The same as a command").click()
+    curl, python = page.locator("details pre").all_inner_texts()
+    assert "it'\\''s false" in curl
+    calls: list[dict[str, Any]] = []
+
+    class Client:
+        def __init__(self, **how: object) -> None:
+            assert str(how["base_url"]).endswith(f":{site.port}/v1")
+            self.chat = self.completions = self
+
+        def create(self, **body: Any) -> Any:
+            calls.append(body)
+            return SimpleNamespace(choices=[SimpleNamespace(message=SimpleNamespace(content="x"))])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "openai", SimpleNamespace(OpenAI=Client))
+        exec(python, {})
+    assert calls == [{"model": "beta", "messages": [{"role": "user", "content": "say true, or null, it's false"}]}]
+    asked = subprocess.run(
+        ["sh", "-c", curl.replace("curl ", "printf '%s\\n' ", 1)], capture_output=True, text=True, check=True
+    )
+    assert json.loads(asked.stdout.splitlines()[-1]) == {**calls[0], "stream": True}
+
+
+def test_what_is_no_text_is_shown_too(page: sync_api.Page) -> None:
+    """A transcription by the stand-in; images and sound, which it does not make, by answers as engines give them."""
+    dot = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+    page.route("**/v1/images/generations", lambda route: route.fulfill(json={"data": [{"b64_json": dot}]}))
+    page.route("**/v1/audio/speech", lambda route: route.fulfill(body=b"RIFF", content_type="audio/wav"))
+    page.get_by_role("link", name="Try").click()
+    what, send = page.get_by_role("combobox", name="What"), page.get_by_role("button", name="Send")
+    what.select_option("transcription")
+    page.get_by_label("Sound").set_input_files([{"name": "a.wav", "mimeType": "audio/wav", "buffer": b"RIFF"}])
+    send.click()
+    page.get_by_text("heard 4 bytes of a.wav").wait_for()
+    what.select_option("images")
+    page.get_by_role("textbox", name="Text").fill("a dot")
+    send.click()
+    page.get_by_role("img", name="made by").wait_for()
+    what.select_option("speech")
+    send.click()
+    page.locator("audio[src^='blob:']").wait_for()
+    what.select_option("rerank")
+    page.get_by_role("textbox", name="Query").fill("x")
+    page.get_by_label("Documents").fill("one\ntwo")
+    send.click()
+    page.get_by_text("relevance_score").first.wait_for()
+
+
 def test_a_model_is_kept_probed_and_its_settings_have_an_origin(page: sync_api.Page, site: Site) -> None:
     assert site.chat("alpha").status == 200
     page.goto("/ui#/models/alpha")
@@ -209,6 +271,24 @@ def test_a_model_is_kept_probed_and_its_settings_have_an_origin(page: sync_api.P
     page.get_by_role("button", name="Keep it loaded").wait_for()
     page.get_by_role("button", name="Probe its engines").click()
     page.get_by_role("status").get_by_text("alpha: ").wait_for()
+
+
+def test_a_model_of_the_cache_is_served_and_what_cannot_be_fetched_is_said(page: sync_api.Page, site: Site) -> None:
+    """What is added is written as `vllmctl add` writes it."""
+    snapshot = site.folder / "hf" / "hub" / "models--acme--tiny" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
+    (snapshot / "model.safetensors").write_bytes(b"0" * 4096)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("1")
+    page.get_by_role("link", name="Models").click()
+    page.get_by_role("button", name="serve acme/tiny").click()
+    page.get_by_role("table", name="models").get_by_role("rowheader", name="acme/tiny").wait_for()
+    written = (site.folder / "models.d" / "acme-tiny.yaml").read_text()
+    assert "models:\n  acme/tiny:" in written
+    page.get_by_label("Name or repository").fill("no such name")
+    page.get_by_role("button", name="Fetch and serve").click()
+    page.get_by_role("group", name="download of no such name").get_by_role("alert").wait_for()
 
 
 def test_a_failed_request_of_last_night_is_found_and_looked_into(page: sync_api.Page, site: Site) -> None:
@@ -313,6 +393,44 @@ def test_none_and_many_models(browser: sync_api.Browser, tmp_path: Path, models:
             next(visits)
 
 
+MOST_NODES = 2500  # elements of a view, however many models there are
+
+
+def test_five_thousand_models_and_a_hundred_events_a_second(browser: sync_api.Browser, tmp_path: Path) -> None:
+    """Only what is in sight is in the document, and what happens is drawn as often as the screen is, not as often as
+    it happens; the last thing that happened is shown all the same.
+    """
+    names = {f"model-{number:04}": {"engine": "sim"} for number in range(5000)}
+    config = json.dumps({"server": {"idle_exit": "never"}, "devices": [], "models": names})
+    with running(tmp_path, config, limit=120.0) as site:
+        visits = visit(browser, site)
+        page = next(visits)
+        row(page, "model-0000").wait_for()
+        for view in ("now", "why", "requests", "models", "try", "plan"):
+            page.goto(f"/ui#/{view}")
+            page.locator("main h2").first.wait_for()
+            assert page.locator("*").count() < MOST_NODES, view
+        page.get_by_label("Model with other settings").fill("model-499")
+        assert page.locator("datalist option").count() == 10, "of many the name is typed"
+        page.goto("/ui#/now")
+        page.get_by_role("searchbox").fill("model-4999")
+        row(page, "model-4999").get_by_text("stopped").wait_for()
+        page.goto("/ui#/requests")
+        assert site.chat("model-4999").status == 200
+        for _ in range(200):
+            site.ask("POST", "/v1/completions", {"model": "model-4999", "prompt": "x", "max_tokens": 1})
+        page.get_by_role("row").filter(has_text="model-4999").nth(40).wait_for()
+        (last,) = site.operate("GET", "/admin/requests?limit=1&model=model-4999")["requests"]
+        page.locator(f"a[href='#/requests/{last['id']}']").wait_for()
+        assert page.locator(f"a[href='#/requests/{last['id']}']").count() == 1
+        assert page.locator("*").count() < MOST_NODES
+        page.goto("/ui#/now")
+        page.get_by_role("searchbox").fill("model-4999")
+        row(page, "model-4999").get_by_text("running").wait_for()
+        with pytest.raises(StopIteration):
+            next(visits)
+
+
 @pytest.mark.parametrize("view", ["now", "why", "requests", "models", "models/alpha", "try", "usage", "plan"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_everybody_can_use_it(browser: sync_api.Browser, site: Site, view: str, scheme: str) -> None:
@@ -330,11 +448,17 @@ def test_everybody_can_use_it(browser: sync_api.Browser, site: Site, view: str, 
         next(visits)
 
 
-def test_a_phone_shows_all_of_it(browser: sync_api.Browser, site: Site) -> None:
-    """Nothing is cut off at the right."""
-    visits = visit(browser, site, viewport={"width": 390, "height": 844})
+@pytest.mark.parametrize("width", [390, 800, 1100])
+def test_every_window_shows_all_of_it(browser: sync_api.Browser, site: Site, width: int) -> None:
+    """Nothing is cut off at the right: on a phone, in half a screen, on a small laptop."""
+    site.chat("broken")
+    assert site.chat("beta").status == 200
+    visits = visit(browser, site, viewport={"width": width, "height": 844})
     page = next(visits)
-    row(page, "alpha").wait_for()
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    row(page, "beta").get_by_text("running").wait_for()
+    for view in ("now", "why", "requests", "models", "models/alpha", "try", "usage", "plan"):
+        page.goto(f"/ui#/{view}")
+        page.locator("main h2").first.wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, view
     with pytest.raises(StopIteration):
         next(visits)

@@ -13,7 +13,7 @@ from vllmd.core.common import Core
 from vllmd.core.events import DeviceDrained, DevicesChanged, DevicesTroubled
 from vllmd.core.lifecycle import Kind, Reason
 from vllmd.core.model import Job, Replica
-from vllmd.core.types import State
+from vllmd.core.types import CPU, State
 
 
 class Devices:
@@ -41,7 +41,8 @@ class Devices:
                 self._put_off(r, e.unknown, told=not e.asking)
             core.mark_for_review(r)
         for index, runtime in was.items():
-            if index in ledger.accounts and ledger.accounts[index].device.runtime != runtime:
+            now = ledger.accounts[index].device.runtime if index in ledger.accounts else runtime
+            if now != runtime and CPU in (now, runtime):
                 self._replaced(index)
         if e.unknown != before:
             core.engines.record("devices", None, e.unknown or f"there are {len(e.devices)}, and they answer")

@@ -65,7 +65,7 @@ class Scheduler:
     # -- the public face
 
     def handle(self, event: ev.Event, now: float) -> list[Command]:
-        """What is to be done because of ``event``. Raises LifecycleError, nothing changed, if it cannot have been."""
+        """The commands that follow from ``event``. Raises LifecycleError, nothing changed, if it cannot be."""
         core, engines = self._core, self._core.engines
         if now > engines.now:
             engines.now = now
@@ -74,8 +74,9 @@ class Scheduler:
             self._expire()
         if core.for_review:
             self._settle()
-        wanted = core.waiting or core.balanced or self._operator.preload or self._planner.held_back
-        if wanted or (engines.displaced and (core.news_for_all or core.news)):
+        # Where no model waits, none has several replicas, none is to be preloaded or moved, there is nothing to begin.
+        someone = core.waiting or core.balanced or self._operator.preload or self._planner.held_back
+        if someone or (engines.displaced and (core.news_for_all or core.news)):
             for _ in self._steps():
                 self._settle()
         core.news_for_all = False
@@ -84,14 +85,14 @@ class Scheduler:
         return engines.collect()
 
     def _steps(self) -> Iterator[None]:
-        """What is begun on the core's own account (7, 8), one step after the other."""
+        """Begin swaps, preloads and replicas (7, 8), one by one; what each leads to is settled before the next."""
         yield from self._planner.plan()
         if self._operator.preload and self._operator.preloading:
             yield from self._planner.preload(self._operator.preload)
         yield from self._scaling.upkeep()
 
     def next_timer(self) -> float | None:
-        """When it wants ``TimePassed`` if nothing else happens before."""
+        """The moment at which the daemon is to post ``TimePassed`` if nothing else happens before; None: never."""
         if self._operator.preload and not self._operator.preloading:
             return self._core.now
         core = self._core
@@ -200,10 +201,11 @@ class Scheduler:
     # -- time (4)
 
     def _passed(self, _: ev.TimePassed) -> None:
-        """What is due is looked at after every event; only preloading begins here."""
+        """Models may be preloaded from now on. Timers that are due are looked at after every event, not only here."""
         self._operator.preloading = True
 
     def _expire(self) -> None:
+        """Act on each replica whose timer is due."""
         now = self._core.now
         for r in self._core.timers.expired(now):
             model = r.model
@@ -218,7 +220,7 @@ class Scheduler:
             self._unloading.age(r)  # 4.4
 
     def _due_of(self, r: Replica) -> float:
-        """When time alone next changes something for ``r``; what only waits for others is not in it."""
+        """The next moment at which time alone changes something for ``r``, whatever other replicas do."""
         due, model = idle_due(r), r.model
         if model.leases:
             due = min([due, *(lease.deadline for lease in model.leases.values())])
@@ -233,13 +235,14 @@ class Scheduler:
         return min(due, self._core.now + DEEPEN_RETRY) if deepens else due
 
     def _press_due(self, r: Replica, job: Job) -> float:
+        """The next moment at which requests in an engine that drains are frozen or cut."""
         limits = (job.cut_at, job.freeze_at if r.freezable else INFINITY)
         return min((limit for limit in limits if limit > self._core.now), default=INFINITY)
 
     # -- after every event (5)
 
     def _settle(self) -> None:
-        """Everything that follows, without the policy, for the models marked for review."""
+        """Review the models marked for it, let engines leave, and go on with swaps, until nothing is left to do."""
         core = self._core
         while core.for_review:
             while core.for_review:
@@ -257,7 +260,7 @@ class Scheduler:
                 core.mark_news(r)
 
     def _review(self, model: Model) -> None:
-        """Bring everything that hangs on the model's and its engines' state up to date."""
+        """5: serve the model's queue, and see to each of its replicas. One without replicas is forgotten."""
         model.unused_view = None
         if model.queue:
             self._admission.serve(model)
@@ -269,6 +272,7 @@ class Scheduler:
             del self._core.models[model.name]
 
     def _review_replica(self, r: Replica) -> None:
+        """Have it do what its state and its job allow, and note anew whether it waits, is active, and its timer."""
         if r.state is State.READY:
             self._do_for_itself(r)
         elif r.state is State.SLEEPING:
@@ -276,8 +280,8 @@ class Scheduler:
         if not r.loaded and r.removed:
             self._forget(r)
             return
-        wanted = r.demand and r.state in (State.STOPPED, State.SLEEPING) and not r.leaving
-        if not wanted:
+        waits = r.demand and r.state in (State.STOPPED, State.SLEEPING) and not r.leaving
+        if not waits:
             self._core.waiting.pop(r, None)
         elif r not in self._core.waiting:
             self._wait(r)
@@ -289,7 +293,7 @@ class Scheduler:
         self._core.timers.set(r, self._due_of(r))
 
     def _do_for_itself(self, r: Replica) -> None:
-        """One that serves may have something to do for itself, once it has let in what waits."""
+        """A replica that serves, and has let in what waits, drains for its job, or proves freezing."""
         engines, job = self._core.engines, r.job
         if job and job.yields and r.running:
             engines.call_off(r)
@@ -299,13 +303,13 @@ class Scheduler:
             engines.ask(r, Job(Kind.PROVE, Reason.PROOF, "freezing is to be proved", self._core.now))
 
     def _proof_is_due(self, r: Replica) -> bool:
-        """5.4: at the first moment when it is idle, nobody else moves there, and sleeping is something it can do."""
+        """5.4: whether its engine can sleep, is idle, and no other engine is being moved on its devices."""
         if not r.spec.preempt or r.freezes is not None or r.running or not sleep_levels(r):
             return False
         return self._core.engines.free_to_move(r)
 
     def _review_sleeper(self, r: Replica) -> None:
-        """5.3: a request calls off what a sleeper was to do for itself."""
+        """5.3: requests call off a sleeper's job; one that is to sleep deeper wakes for that once there is room."""
         engines = self._core.engines
         engines.thaw(r)
         if r.demand and r.job and (r.job.yields or r.job.kind is Kind.SLEEP):
@@ -314,7 +318,7 @@ class Scheduler:
             engines.wake(r)
 
     def _wait(self, r: Replica) -> None:
-        """5.2: it is wanted and not on; who can never be served is told so."""
+        """5.2: it waits for the policy from now on. If it can never fit, everybody who waits for it is told so."""
         core, unknown = self._core, self._core.fit.unknown(r)
         if unknown:  # 9.1
             if not core.engines.ledger.asking:
@@ -330,6 +334,7 @@ class Scheduler:
             core.news[r] = None
 
     def _forget(self, r: Replica) -> None:
+        """The configuration has the replica no more, and its engine is gone: nothing is left of it."""
         core = self._core
         r.model.retired.remove(r)
         r.model.nominee = None if r.model.nominee is r else r.model.nominee  # nothing leads back to it

@@ -10,6 +10,7 @@ from typing import Any
 from vllmd.frozen import frozen
 
 GiB = 1 << 30
+CPU = "cpu"  # as a device's runtime
 
 
 class State(enum.Enum):
@@ -51,7 +52,8 @@ class Footprint:
 class Device:
     """A GPU. ``index`` is the number users write; ``id`` is NVML's UUID, or ``str(index)`` where declared.
 
-    ``runtime``: whose variable makes it visible to an engine: ``cuda``, ``hip``, ``xpu``; "" for one that is declared.
+    ``runtime``: whose variable makes it visible to an engine: ``cuda``, ``hip``, ``xpu``; "" for one that is declared,
+    CPU for the CPU where there is no other.
     ``number``: what that runtime calls it, counting in the order of the PCI bus; None where that is not certain.
     ``links``: indices of the devices that it is joined with directly; ``node``: its NUMA node, None where not told.
     ``switch``: those with the same one talk through a PCIe switch of their own; "" where not told. ``cpus``: those of

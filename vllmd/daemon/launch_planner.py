@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from vllmd.config.engine_kinds import one_name
 from vllmd.config.names import instance_name
 from vllmd.config.types import ModelConfig
 from vllmd.core import commands
@@ -157,7 +158,7 @@ class LaunchPlanner:
             found = environments.chosen(model)
         except ConfigError:  # which its start says
             found = None
-        caches = compile_caches.variables(found, self._paths.homes.at(model))
+        caches = compile_caches.variables(found, self._paths.homes.at(model), one_name(model.engine))
         return {**self._paths.homes.variables(model), **caches, **launch.env, **model.env}
 
     def needs(self, model: ModelConfig) -> int:

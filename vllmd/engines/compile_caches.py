@@ -10,8 +10,8 @@ removes anything: a version that is gone leaves gigabytes behind. In a folder of
 (``vllmctl engine remove``), outlives upgrades of vllmd, reboots and cleaners of /tmp, and is shared by all models, by
 replicas and by standbys.
 
-Engines that are not ours (``command``, PATH) keep theirs where they always did. So does whoever sets one of the
-variables.
+Engines that are not ours (``command``, PATH) keep theirs where they always did, but for TorchInductor's, which would be
+in /tmp. So does whoever sets one of the variables.
 """
 
 from __future__ import annotations
@@ -41,10 +41,12 @@ def place(home: Path, kind: str, version: str) -> Path:
     return home / FOLDER / kind / version
 
 
-def variables(environment: Environment | None, home: Path | None) -> dict[str, str]:
-    """What an engine in this environment is told; nothing where it has none, or its home is not known."""
-    if environment is None or home is None:
+def variables(environment: Environment | None, home: Path | None, kind: str = "") -> dict[str, str]:
+    """What an engine in this environment is told, or one of that kind without any; nothing where no home is known."""
+    if home is None:
         return {}
+    if environment is None:
+        return {"TORCHINDUCTOR_CACHE_DIR": str(home / FOLDER / "inductor")} if kind in VARIABLES else {}
     folder = place(home, environment.kind, environment.version)
     return {name: str(folder / part) for name, part in VARIABLES.get(environment.kind, {}).items()}
 

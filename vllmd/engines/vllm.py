@@ -176,6 +176,8 @@ class Vllm(Plain):
             env[adapters.RUNTIME] = "1"
         if place.quota and not place.device_ids and not self._accelerator():
             env[vllm_cpu.BIND] = "nobind"  # else it has a thread for each CPU that it may be on, whatever the quota
+        if not place.device_ids and not self._accelerator():
+            env |= vllm_cpu.COMPILING
         return env | environment(model, place)
 
     def adapters(self, model: ModelConfig) -> Mapping[str, Adapter]:

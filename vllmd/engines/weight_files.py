@@ -16,6 +16,7 @@ from vllmd.hub import locate
 
 # Kinds that read no such files, or of which it is not known which.
 _OTHERS = frozenset({"remote", "command", "comfyui", "triton"})
+_OTHER_FORMATS = frozenset({"dummy", "ipc_cache", "modelexpress", "tensorizer"})  # of vLLM, which read none, or others
 _NUMBER = re.compile(r"(\d+)")
 
 
@@ -29,7 +30,7 @@ class WeightFile:
 
 def weight_files(model: ModelConfig, hub: Path) -> list[WeightFile]:
     """Those that are here; none where that cannot be said. vLLM and SGLang read shards by their numbers."""
-    if model.engine in _OTHERS or argument(model, "load-format") == "dummy":
+    if model.engine in _OTHERS or argument(model, "load-format") in _OTHER_FORMATS:
         return []
     try:
         located = locate(model.source, hub, argument(model, "revision"))

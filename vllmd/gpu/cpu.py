@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from vllmd.core.types import Device, GiB
+from vllmd.core.types import CPU, Device, GiB
 from vllmd.gpu.inventory import Inventory
 from vllmd.gpu.sample import DeviceSample, Sample
 from vllmd.place import available_memory, host_memory
 
-RUNTIME = "cpu"
 LEAST_RESERVE = GiB // 2
 
 
@@ -30,7 +29,7 @@ class CpuDevice(Inventory):
         self._root = root
         memory = host_memory(root)
         kept = min(max(reserve, memory // 20, LEAST_RESERVE), memory // 2)
-        super().__init__((Device(0, RUNTIME, memory, kept, "CPU", RUNTIME),), (why,))
+        super().__init__((Device(0, CPU, memory, kept, "CPU", CPU),), (why,))
 
     def sample(self) -> Sample:
         """What is in use, by anybody."""
@@ -44,9 +43,9 @@ class CpuDevice(Inventory):
 
 def gpus(devices: Sequence[Device]) -> tuple[Device, ...]:
     """Those of them that are not the CPU."""
-    return tuple(device for device in devices if device.runtime != RUNTIME)
+    return tuple(device for device in devices if device.runtime != CPU)
 
 
 def the_cpu(devices: Sequence[Device]) -> Device | None:
     """The CPU, where that is what engines run on."""
-    return next((device for device in devices if device.runtime == RUNTIME), None)
+    return next((device for device in devices if device.runtime == CPU), None)

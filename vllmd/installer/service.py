@@ -11,12 +11,12 @@ import os
 import pwd
 import signal
 import socket
-import struct
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
+from vllmd.credentials import credentials
 from vllmd.engines import environments
 from vllmd.errors import Forbidden, VllmdError
 from vllmd.installer import requests
@@ -37,7 +37,7 @@ def serve(root: Path = environments.SYSTEM) -> int:
 
         try:
             try:
-                peer = _peer(connection)
+                peer = credentials(connection).uid
                 _not_the_daemon(peer)
                 with connection.makefile("rb") as incoming:
                     request = requests.read(incoming.readline(requests.LONGEST))
@@ -58,12 +58,6 @@ def _variables() -> dict[str, str]:
     """For pip: what the unit and its drop-ins say. Nothing is kept in a cache, which would double what it takes."""
     wanted = ("PIP_", *requests.PROXIES, *requests.CERTIFICATES)
     return {"PIP_NO_CACHE_DIR": "1", **{key: value for key, value in os.environ.items() if key.startswith(wanted)}}
-
-
-def _peer(connection: socket.socket) -> int:
-    """The user at the other end."""
-    told = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return int(struct.unpack("3i", told)[1])
 
 
 def _not_the_daemon(peer: int) -> None:

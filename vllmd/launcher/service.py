@@ -18,11 +18,11 @@ import logging
 import os
 import pwd
 import socket
-import struct
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from typing import assert_never
 
+from vllmd.credentials import credentials
 from vllmd.launcher import protocol
 from vllmd.launcher.backend import Backend
 from vllmd.launcher.engines import Supervisor
@@ -99,7 +99,7 @@ class Service:
 
     def _accept(self, listener: socket.socket) -> None:
         connection, _ = listener.accept()
-        pid, uid, _ = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        pid, uid, _ = credentials(connection)
         if uid not in self._uids or len(self._clients) >= MAX_CLIENTS:
             self._refused.say(logging.WARNING, "refused a connection of process %d, user id %d", pid, uid)
             connection.close()

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable
 from typing import Protocol, cast
 
+from vllmd.credentials import credentials
 from vllmd.errors import BadRequest, RequestTimeout, TookTooLong, TooLarge, Unavailable, VllmdError
 from vllmd.proxy.body_memory import BodyMemory, Holder, place_of
 from vllmd.proxy.departures import CONTINUE, VANISHED, HalfClosed, has_vanished
@@ -500,8 +501,6 @@ def peer_of(transport: asyncio.BaseTransport) -> Peer:
     """Who is at the other end of ``transport``."""
     sock = transport.get_extra_info("socket")
     if sock is not None and sock.family == socket.AF_UNIX:
-        size = struct.calcsize("3i")
-        pid, uid, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
-        return Peer("", 0, pid, uid, gid)
+        return Peer("", 0, *credentials(sock))
     name = transport.get_extra_info("peername")
     return Peer(name[0], name[1]) if name else Peer()

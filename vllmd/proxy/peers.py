@@ -28,6 +28,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from vllmd.credentials import credentials
 from vllmd.errors import UpstreamFailed
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ async def _unix(path: str, owner: int) -> socket.socket:
         try:
             sock.setblocking(False)
             await asyncio.get_running_loop().sock_connect(sock, f"/proc/self/fd/{handle}")
-            _, uid, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            uid = credentials(sock).uid
             if uid == NOBODY:  # asyncio takes a full queue of connections for a connection
                 raise BlockingIOError(errno.EAGAIN, "its queue of connections is full")
             if uid != owner:

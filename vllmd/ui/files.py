@@ -17,11 +17,11 @@ TYPES = {
     ".css": "text/css; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-# Scripts and styles of our own files only, answers of our own address only. Images may be data: what somebody tries a
-# model with is shown from the page itself.
+# Scripts and styles of our own files only, answers of our own address only. Images may be data, and sound a blob: what
+# somebody tries a model with, and what it makes, is shown from the page itself.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "media-src blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 HEADERS: Pairs = (
     ("content-security-policy", POLICY),

@@ -72,8 +72,9 @@ export async function text(path, { signal } = {}) {
 }
 
 /** The lines of an answer as they come. */
-export async function* lines(path, { signal } = {}) {
-  const answer = await ask("GET", path, { signal });
+export async function* lines(path, { signal, method = "GET", body, accept } = {}) {
+  const headers = { ...(accept && { accept }), ...(body && { "content-type": "application/json" }) };
+  const answer = await ask(method, path, { signal, headers, body: body && JSON.stringify(body) });
   yield* splitLines(answer.body);
 }
 

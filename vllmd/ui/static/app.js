@@ -43,7 +43,7 @@ function App() {
   if (!session || codeOf(location.hash)) return html`<${SignIn} />`;
   const View = VIEWS[place.view][1];
   return html`<a class="skip" href="#main" onClick=${skip}>to the content</a>
-    <header><strong class="brand">vllmd</strong>
+    <header><strong class="brand">vllmd <${Version} /></strong>
       <nav aria-label="views">${Object.entries(VIEWS).map(([id, [title]]) => html`<a key=${id} href=${`#/${id}`} aria-current=${place.view === id ? "page" : undefined}>${title}</a>`)}</nav>
       <span class="who"><span class="soft">${session.name || "operator"}${session.scopes.includes("admin") ? "" : ", read only"}</span>
         <button type="button" class="small" onClick=${signOut}>Sign out</button></span></header>
@@ -54,6 +54,11 @@ function App() {
 function skip(event) {
   event.preventDefault();
   document.getElementById("main").focus();
+}
+
+function Version() {
+  const { status } = useLive();
+  return html`<span class="soft version">${status?.version}</span>`;
 }
 
 function Banner() {

@@ -49,4 +49,28 @@ export const shortState = (state) => (state.startsWith("sleeping") ? `asleep, le
 export const isAsleep = (state) => state.startsWith("sleeping");
 export const isMoving = (state) => ["starting", "draining", "falling_asleep", "waking", "stopping"].includes(state);
 
+/** Tokens per second of a request, while its prompt was read and while it was answered; null where that cannot be said. */
+export function speedsOf({ tokens, seconds: whole, first_byte_seconds: first, queue_seconds: queue, load_seconds: load, stream }) {
+  if (!tokens || !stream || first === null || first === undefined) return { prompt: null, answer: null };
+  const reading = first - (queue || 0) - (load || 0), writing = whole - first;
+  const per = (amount, time) => (amount > 1 && time > 0.01 ? amount / time : null);
+  return { prompt: per(tokens.prompt - (tokens.cached || 0), reading), answer: per(tokens.answer - 1, writing) };
+}
+
+/** A table for spreadsheets. */
+export function csvOf(rows) {
+  const fields = [...new Set(rows.flatMap((row) => Object.keys(row)))];
+  // A text that begins like a formula would be one in a spreadsheet.
+  const cell = (value) => (typeof value === "string" ? `"${value.replace(/^([=+\-@\t\r])/, "'$1").replaceAll('"', '""')}"` : (value ?? ""));
+  return [fields.join(","), ...rows.map((row) => fields.map((field) => cell(row[field])).join(","))].join("\r\n") + "\r\n";
+}
+
+export function save(name, text) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+}
+
 const trim = (value) => value.toFixed(value < 10 ? 1 : 0).replace(/\.0$/, "");

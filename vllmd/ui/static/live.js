@@ -9,6 +9,7 @@ import { call, currentSession, events, text } from "./api.js";
 import { isMoving } from "./format.js";
 
 const QUIET = 5000, MOVING = 1000, SHARE = 30; // ms, ms, and how much longer than a look the next one is waited for
+const LONGEST = 15000; // ms; a busy machine must not make it minutes
 const METRICS_EVERY = 5000; // ms
 const KEPT_SAMPLES = 3600, KEPT_DECISIONS = 2000;
 const FIRST_RETRY = 500, LAST_RETRY = 10000; // ms
@@ -88,7 +89,7 @@ async function keepReading(signal) {
       retry = Math.min(2 * retry, LAST_RETRY);
       continue;
     }
-    await until(() => wanted || performance.now() >= last + interval(), signal, took * SHARE);
+    await until(() => wanted || performance.now() >= last + interval(), signal, Math.min(took * SHARE, LONGEST));
     wanted = false;
   }
 }
@@ -105,6 +106,7 @@ async function keepListening(signal) {
       for await (const event of events("/admin/events", { signal })) {
         retry = FIRST_RETRY;
         live.decisions = [...live.decisions.slice(1 - KEPT_DECISIONS), event];
+        if (event.state) become(event.model, event.state);
         wanted = true;
         changed();
       }
@@ -114,6 +116,12 @@ async function keepListening(signal) {
     await pause(retry, signal);
     retry = Math.min(2 * retry, LAST_RETRY);
   }
+}
+
+/** An event says what became of a model; of thousands the status is read seldom, and this one need not wait for it. */
+function become(name, state) {
+  const line = live.status?.models.find((each) => each.name === name);
+  if (line) line.state = state;
 }
 
 /** Rates are differences of the metrics' counters. */
@@ -180,7 +188,7 @@ export function sharesOf(status, device) {
       shares.push({ name: line.name, state: line.state, memory: line.memory });
   const held = shares.reduce((sum, share) => sum + share.memory, 0);
   const free = Math.max(0, device.memory - device.reserve - device.external - held);
-  return { index: device.index, memory: device.memory, reserve: device.reserve, external: device.external, shares, held, free };
+  return { power: device.power, temperature: device.temperature, index: device.index, memory: device.memory, reserve: device.reserve, external: device.external, shares, held, free };
 }
 
 /** A line for every engine: a model's own, or those of its replicas. */

@@ -5,10 +5,14 @@ import { useEffect, useRef, useState } from "./vendor/hooks.js";
 import { call, lines, maySee, modelPath, text } from "./api.js";
 import { bytes, seconds } from "./format.js";
 import { refresh, useLive } from "./live.js";
-import { Empty, Problem, State, useLoaded } from "./parts.js";
+import { Empty, Problem, Rows, State, useLoaded } from "./parts.js";
+import { Requests } from "./requests.js";
+import { Store } from "./store.js";
 import { Why } from "./why.js";
 
 const KEPT_LINES = 2000;
+const ROW = 41; // pixels
+const COLUMNS = [["model"], ["state"], ["engine"], ["context", "number"], ["can", "wide"]];
 const LEASE = "page"; // the name of the leases that are made here
 
 export function Models({ name }) {
@@ -23,12 +27,17 @@ export function Models({ name }) {
 function List({ status }) {
   const { value, error } = useLoaded((signal) => call("GET", "/admin/models", undefined, { signal }), []);
   const cards = Object.fromEntries((value?.data || []).map((card) => [card.id, card]));
-  return html`<h2>Models</h2><${Problem} error=${error} />
-    <table class="rows" aria-label="models"><thead><tr><th scope="col">model</th><th scope="col">state</th><th scope="col">engine</th>
-      <th scope="col" class="number">context</th><th scope="col" class="wide">can</th></tr></thead>
-    <tbody>${status.models.map((line) => html`<tr key=${line.name}><th scope="row"><a href=${`#/models/${encodeURIComponent(line.name)}`}>${line.name}</a></th>
-      <td><${State} state=${line.state} /></td><td>${line.config.engine}</td><td class="number">${cards[line.name]?.max_model_len ?? ""}</td>
-      <td class="wide soft">${(cards[line.name]?.capabilities || []).join(", ")}</td></tr>`)}</tbody></table>`;
+  const [words, setWords] = useState("");
+  const others = (value?.data || []).filter((card) => card.members || card.parent);
+  const shown = words ? status.models.filter((line) => line.name.toLowerCase().includes(words.toLowerCase())) : status.models;
+  return html`${maySee("admin") && html`<${Store} />`}<h2>Models</h2><${Problem} error=${error} />
+    <div class="filters"><label>Name <input type="search" value=${words} onInput=${(event) => setWords(event.target.value)} /></label></div>
+    <${Rows} items=${shown} height=${ROW} columns=${COLUMNS} label="models" render=${(line) => html`<tr key=${line.name}><th scope="row"><a href=${`#/models/${encodeURIComponent(line.name)}`}>${line.name}</a></th>
+      <td><${State} state=${line.state} />${line.disabled && html` <span class="warn">disabled</span>`}</td><td>${line.config.engine}</td><td class="number">${cards[line.name]?.max_model_len ?? ""}</td>
+      <td class="wide soft">${(cards[line.name]?.capabilities || []).join(", ")}</td></tr>`} />
+    ${shown.length === 0 && html`<p class="soft">${words ? "No model is called so." : "No model is configured."}</p>`}
+    ${others.length > 0 && html`<h3>Other names</h3><${Rows} items=${others} height=${ROW} columns=${[["name"], ["what"]]} label="other names" render=${(card) => html`<tr key=${card.id}><th scope="row">${card.id}</th>
+      <td>${card.members ? `a pool of ${card.members.join(", ")}` : html`of <a href=${`#/models/${encodeURIComponent(card.parent)}`}>${card.parent}</a>`}</td></tr>`} />`}`;
 }
 
 function Lease({ line }) {
@@ -67,13 +76,13 @@ function Probe({ line }) {
 
 function Model({ line }) {
   const [tab, setTab] = useState("about");
-  const tabs = { about: "About", log: "Log", why: "Why", metrics: "Metrics" };
+  const tabs = { about: "About", log: "Log", why: "Why", requests: "Requests", metrics: "Metrics" };
   return html`<h2>${line.name} <${State} state=${line.state} /></h2>
     <div role="tablist" class="tabs" aria-label=${line.name}>${Object.entries(tabs).map(([id, title]) => html`<button type="button" role="tab" id=${`tab-${id}`}
       aria-selected=${tab === id} aria-controls="panel" onClick=${() => setTab(id)}>${title}</button>`)}</div>
     <div role="tabpanel" id="panel" aria-labelledby=${`tab-${tab}`}>
       ${tab === "about" && html`<${About} line=${line} />${maySee("admin") && html`<h3>Keep and probe</h3><${Lease} line=${line} /><${Probe} line=${line} />`}`}${tab === "log" && html`<${Log} name=${line.name} />`}
-      ${tab === "why" && html`<${Why} model=${line.name} />`}${tab === "metrics" && html`<${Metrics} line=${line} />`}</div>`;
+      ${tab === "why" && html`<${Why} model=${line.name} />`}${tab === "requests" && html`<${Requests} only=${line.name} />`}${tab === "metrics" && html`<${Metrics} line=${line} />`}</div>`;
 }
 
 function About({ line }) {
@@ -101,6 +110,7 @@ function About({ line }) {
 
 function Log({ name }) {
   const [shown, setShown] = useState([]);
+  const [words, setWords] = useState("");
   const [error, setError] = useState(null);
   const end = useRef(null);
   useEffect(() => {
@@ -126,7 +136,9 @@ function Log({ name }) {
     const box = end.current;
     if (box && box.scrollHeight - box.scrollTop - box.clientHeight < 200) box.scrollTop = box.scrollHeight;
   }, [shown]);
-  return html`<${Problem} error=${error} />${shown.length > 0 ? html`<pre class="log" ref=${end} tabindex="0" aria-label="log">${shown.join("\n")}</pre>` : !error && html`<p class="soft">Nothing has been written yet.</p>`}`;
+  const told = words ? shown.filter((line) => line.toLowerCase().includes(words.toLowerCase())) : shown;
+  return html`<${Problem} error=${error} /><div class="filters"><label>Only lines with <input type="search" value=${words} onInput=${(event) => setWords(event.target.value)} /></label></div>
+    ${shown.length > 0 ? html`<pre class="log" ref=${end} tabindex="0" aria-label="log">${told.join("\n")}</pre>` : !error && html`<p class="soft">Nothing has been written yet.</p>`}`;
 }
 
 function Metrics({ line }) {

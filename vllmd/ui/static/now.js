@@ -42,7 +42,7 @@ export function Now() {
 
 const GROUPS = ["waiting", "loaded", "asleep", "stopped", "failed", "disabled"];
 const COLUMNS = [["model"], ["state"], ["queue", "number"], ["running", "number"], ["tokens/s", "number wide"],
-  ["first byte", "number wide"], ["next", "wide"], [html`<span class="unseen">actions</span>`, "verbs"]]; // prettier-ignore
+  ["first byte", "number wide"], ["next", "wide roomy"], [html`<span class="unseen">actions</span>`, "verbs"]]; // prettier-ignore
 
 function groupOf(line) {
   if (line.disabled) return "disabled";
@@ -120,7 +120,7 @@ function Line({ line, rates, onAsk }) {
       ${line.state === "error" && html` <span class="bad-text" title=${line.failure}>${line.failure.split("\n")[0]}</span>`}</td>
     <td class="number">${line.queued || ""}</td><td class="number">${line.in_flight || ""}</td>
     <td class="number wide">${rate(rates?.tokens)}</td><td class="number wide">${seconds(rates?.firstByte)}</td>
-    <td class="wide soft">${nextOf(line)}</td>
+    <td class="wide roomy soft">${nextOf(line)}</td>
     <td class="verbs">${maySee("admin") && verbsOf(line).map((verb) => html`<button type="button" class="small" aria-label=${`${VERBS[verb].title} ${line.name}`}
       onClick=${() => onAsk({ verb, line })}>${VERBS[verb].title}</button>`)}
       ${maySee("admin") && html`<button type="button" class="small" aria-haspopup="dialog" aria-label=${`more for ${line.name}`} onClick=${() => onAsk({ verb: line.leases.includes(LEASE) ? "release" : "lease", line })}>more</button>`}</td></tr>`;

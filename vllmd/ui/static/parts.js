@@ -64,6 +64,25 @@ export function Rows({ items, height, render, columns, label }) {
     <tbody>${gap(first)}${shown.map((item, at) => render(item, first + at))}${gap(after)}</tbody></table>`;
 }
 
+const MOST_OPTIONS = 50; // of which one is picked; of more the name is typed
+
+/** Picks a model by its name. `none`: what stands for no model; "" where there must be one. */
+export function ModelPick({ label, names, value, none = "", onPick }) {
+  const [words, setWords] = useState(null); // what is typed, until it is a model's name
+  const id = useRef(`pick-${Math.random().toString(36).slice(2)}`);
+  if (names.length <= MOST_OPTIONS)
+    return html`<label>${label} <select value=${value} onChange=${(event) => onPick(event.target.value)}>${none && html`<option value="">${none}</option>`}${names.map((name) => html`<option value=${name}>${name}</option>`)}</select></label>`;
+  const typed = words ?? value;
+  const near = typed === value && words === null ? [] : names.filter((name) => name.toLowerCase().includes(typed.toLowerCase())).slice(0, MOST_OPTIONS);
+  const type = (event) => {
+    const text = event.target.value;
+    setWords(text);
+    if (names.includes(text) || (none && !text)) onPick(text);
+  };
+  return html`<label>${label} <input type="search" list=${id.current} value=${typed} placeholder=${none || "the name of a model"} onInput=${type} onBlur=${() => setWords(null)} />
+    <datalist id=${id.current}>${near.map((name) => html`<option value=${name}></option>`)}</datalist></label>`;
+}
+
 /** The axes of a curve, in the colours of the page. */
 export function axes() {
   const style = getComputedStyle(document.documentElement), colour = (name) => style.getPropertyValue(name).trim();

@@ -6,7 +6,7 @@ import uPlot from "./vendor/uplot.js";
 import { call, maySee } from "./api.js";
 import { bytes, clock, count, percent, plural, seconds } from "./format.js";
 import { useLive } from "./live.js";
-import { Command, Empty, Problem, axes } from "./parts.js";
+import { Command, Empty, ModelPick, Problem, axes } from "./parts.js";
 
 const TIMES = [[1, "the last day"], [7, "the last week"], [30, "the last 30 days"]];
 const POLICIES = ["adaptive", "lru"];
@@ -46,7 +46,7 @@ export function Plan() {
       <label>More GPUs <input type="number" min="0" max="16" value=${asked.more} onInput=${set("more")} /></label>
       <label>Memory of each, GiB <input type="number" min="1" step="any" value=${asked.size} placeholder=${largest ? Math.round(largest / 2 ** 30) : "80"} onInput=${set("size")} /></label>
       <label>Policy <select value=${asked.policy} onChange=${set("policy")}><option value="">${status.policy} (as it is)</option>${POLICIES.filter((each) => each !== status.policy).map((each) => html`<option>${each}</option>`)}</select></label>
-      <label>Model with other settings <select value=${asked.model} onChange=${set("model")}><option value="">none</option>${status.models.map((line) => html`<option>${line.name}</option>`)}</select></label></div>
+      <${ModelPick} label="Model with other settings" names=${status.models.map((line) => line.name)} value=${asked.model} none="none" onPick=${(model) => setAsked({ ...asked, model })} /></div>
       ${asked.model && html`<label class="block">Its settings, one a line, as in vllmd.yaml <textarea rows="3" value=${asked.settings} placeholder="gpu_memory: 30GiB" onInput=${set("settings")}></textarea></label>`}
       <div class="buttons"><button type="button" disabled=${!running} onClick=${() => running.abort()}>Stop</button><button type="submit" class="primary" disabled=${Boolean(running)}>Compute</button></div></form>
     <${Problem} error=${error} />

@@ -3,28 +3,29 @@
 import { html } from "./html.js";
 import { useEffect, useState } from "./vendor/hooks.js";
 import { call, events, maySee } from "./api.js";
-import { bytes, clock, count, plural, seconds } from "./format.js";
+import { bytes, clock, count, csvOf, plural, rate, save, seconds, speedsOf } from "./format.js";
 import { useLive } from "./live.js";
-import { Dialog, Empty, Problem, Rows, useLoaded } from "./parts.js";
+import { Dialog, Empty, ModelPick, Problem, Rows, useLoaded } from "./parts.js";
 
 const ROW = 41; // pixels
 const KEPT = 1000; // rows
 const COLUMNS = [["time"], ["model"], ["key", "wide"], ["status"], ["queue", "number wide"], ["load", "number wide"],
-  ["first byte", "number wide"], ["in all", "number"], ["tokens", "number"]]; // prettier-ignore
+  ["first byte", "number wide"], ["in all", "number"], ["tokens", "number"], ["tokens/s", "number wide"]]; // prettier-ignore
 
-export function Requests({ name }) {
+export function Requests({ name, only = "" }) {
   const { status } = useLive();
-  const [filter, setFilter] = useState({ model: "", key: "", status: "", failed: false });
+  const [filter, setFilter] = useState({ model: only, key: "", status: "", failed: false });
   const [recording, setRecording] = useState(false);
   const { rows, underWay, error } = useRequests(filter);
   const set = (field) => (event) => setFilter({ ...filter, [field]: event.target.type === "checkbox" ? event.target.checked : event.target.value });
   if (name) return html`<${One} id=${name} />`;
   return html`<section aria-labelledby="requests"><h2 id="requests">Requests</h2>
     <div class="filters">
-      <label>Model <select value=${filter.model} onChange=${set("model")}><option value="">all</option>${(status?.models || []).map((line) => html`<option value=${line.name}>${line.name}</option>`)}</select></label>
+      <${ModelPick} label="Model" names=${namesOf(status)} value=${filter.model} none="all" onPick=${(model) => setFilter({ ...filter, model })} />
       <label>Key <input type="search" value=${filter.key} onChange=${set("key")} placeholder="name, or - for none" /></label>
       <label>Status <select value=${filter.status} onChange=${set("status")}><option value="">all</option><option>2xx</option><option>4xx</option><option>429</option><option>5xx</option></select></label>
       <label class="check"><input type="checkbox" checked=${filter.failed} onChange=${set("failed")} /> only failed</label>
+      <button type="button" disabled=${!rows.length} onClick=${() => save("vllmd-requests.csv", csvOf(rows.map(flat)))}>Export as CSV</button>
       ${maySee("admin") && html`<button type="button" onClick=${() => setRecording(true)}>Record bodies</button>`}</div>
     <${Problem} error=${error} />
     ${rows.length + underWay.length === 0 && !error
@@ -33,25 +34,37 @@ export function Requests({ name }) {
     </section>${recording && html`<${Recording} onClose=${() => setRecording(false)} />`}`;
 }
 
+/** A request as a row of a spreadsheet. */
+const flat = ({ tokens, ...entry }) => ({ ...Object.fromEntries(Object.entries(entry).filter(([, value]) => typeof value !== "object" || value === null)),
+  prompt_tokens: tokens?.prompt, cached_tokens: tokens?.cached, answer_tokens: tokens?.answer, answer_tokens_per_second: speedsOf({ tokens, ...entry }).answer }); // prettier-ignore
+
 /** The last requests that a filter lets through, newest first, and what has come since. */
 function useRequests(filter) {
   const [found, setFound] = useState({ rows: [], underWay: [], error: null });
   useEffect(() => {
     const stop = new AbortController();
     const query = queryOf(filter);
+    setFound({ rows: [], underWay: [], error: null });
     const read = async () => {
       const answer = await call("GET", `/admin/requests?limit=200${query}`, undefined, { signal: stop.signal });
-      setFound({ rows: answer.requests, underWay: answer.under_way, error: null });
+      const last = answer.requests.at(-1)?.number ?? 0; // what is older is kept as it was
+      setFound((before) => ({ rows: [...answer.requests, ...before.rows.filter((entry) => entry.number < last)].slice(0, KEPT), underWay: answer.under_way, error: null }));
     };
     (async () => {
       try {
         await read();
-        for await (const entry of events(`/admin/events/requests?${query.slice(1)}`, { signal: stop.signal }))
+        let fresh = []; // those of this frame: a hundred a second are drawn as often as the screen is
+        const show = () => {
+          const more = fresh.reverse(), ended = new Set(more.map((entry) => entry.id));
+          fresh = [];
           setFound((before) => ({
-            rows: [entry, ...before.rows].slice(0, KEPT),
-            underWay: before.underWay.filter((each) => each.id !== entry.id),
+            rows: [...more.filter((entry) => entry.number > (before.rows[0]?.number ?? 0)), ...before.rows].slice(0, KEPT), // the list may have told of it
+            underWay: before.underWay.filter((each) => !ended.has(each.id)),
             error: null,
           }));
+        };
+        for await (const entry of events(`/admin/events/requests?${query.slice(1)}`, { signal: stop.signal }))
+          if (fresh.push(entry) === 1) requestAnimationFrame(show);
       } catch (error) {
         if (!stop.signal.aborted) setFound((before) => ({ ...before, error }));
       }
@@ -64,6 +77,8 @@ function useRequests(filter) {
   }, [JSON.stringify(filter)]);
   return found;
 }
+
+const namesOf = (status) => (status?.models || []).map((line) => line.name);
 
 export function queryOf(filter) {
   const wanted = Object.entries(filter).filter(([, value]) => value !== "" && value !== false);
@@ -86,7 +101,7 @@ function Line({ entry }) {
       ${entry.retries > 0 && html` <span class="tag">${plural(entry.retries, "retry").replace("retrys", "retries")}</span>`}</td>
     <td class="number wide">${seconds(entry.queue_seconds)}</td><td class="number wide">${seconds(entry.load_seconds)}</td>
     <td class="number wide">${seconds(entry.first_byte_seconds)}</td><td class="number">${seconds(entry.seconds)}</td>
-    <td class="number nowrap">${tokensOf(entry.tokens)}</td></tr>`;
+    <td class="number nowrap">${tokensOf(entry.tokens)}</td><td class="number wide">${rate(speedsOf(entry).answer)}</td></tr>`;
 }
 
 function One({ id }) {
@@ -97,6 +112,7 @@ function One({ id }) {
     ["came", clock(entry.at)], ["asked", `${entry.method} ${entry.path}`], ["model", entry.model], ["replica", entry.replica],
     ["key", entry.key || "none"], ["client", entry.client], ["status", statusOf(entry)], ["error", entry.message || entry.error],
     ["retries", entry.retries], ["tokens", entry.tokens && `${tokensOf(entry.tokens)}, ${count(entry.tokens.cached)} of the prompt from the cache`],
+    ["tokens per second", speedsOf(entry).answer && `${rate(speedsOf(entry).answer)} of the answer${speedsOf(entry).prompt ? `, ${rate(speedsOf(entry).prompt)} of the prompt` : ""}`],
     ["received", bytes(entry.received)], ["sent", bytes(entry.sent)],
   ]; // prettier-ignore
   return html`<h2>Request ${entry.id}</h2><${Times} entry=${entry} />
@@ -145,7 +161,7 @@ function Recording({ onClose }) {
     <${Problem} error=${failure || error} />
     ${(value?.recordings || []).map((each) => html`<p key=${each.number}>${each.model || "all models"}, ${each.key || "all keys"}: ${seconds(each.seconds_left)} left
       <button type="button" class="small" onClick=${() => act("DELETE", `/admin/recordings?number=${each.number}`)}>end</button></p>`)}
-    <form onSubmit=${begin}><div class="filters"><label>Model <select value=${model} onChange=${(event) => setModel(event.target.value)}><option value="">all</option>${(status?.models || []).map((line) => html`<option value=${line.name}>${line.name}</option>`)}</select></label>
+    <form onSubmit=${begin}><div class="filters"><${ModelPick} label="Model" names=${namesOf(status)} value=${model} none="all" onPick=${setModel} />
       <label>Key <input value=${key} onInput=${(event) => setKey(event.target.value)} placeholder="all" /></label>
       <label>Minutes <input type="number" min="1" max="10080" value=${minutes} onInput=${(event) => setMinutes(Number(event.target.value))} /></label></div>
       <div class="buttons"><button type="button" onClick=${onClose}>Close</button><button type="submit" class="primary">Record</button></div></form></${Dialog}>`;

@@ -4,7 +4,7 @@ import { html } from "./html.js";
 import { useEffect, useRef, useState } from "./vendor/hooks.js";
 import uPlot from "./vendor/uplot.js";
 import { call } from "./api.js";
-import { count, seconds } from "./format.js";
+import { count, csvOf, save, seconds } from "./format.js";
 import { Empty, Problem, axes, useLoaded } from "./parts.js";
 
 const TIMES = [["24h", "the last day"], ["7d", "the last week"], ["30d", "the last 30 days"], ["365d", "the last year"]];
@@ -37,21 +37,6 @@ export function Usage() {
         <tbody>${rows.map((row) => html`<tr key=${by.split(",").map((each) => row[each]).join(" ")}>${by.split(",").map((each) => html`<th scope="row">${row[each] || "(no key)"}</th>`)}
           ${shown.map(([field, , format]) => html`<td class="number">${format(row[field])}</td>`)}</tr>`)}</tbody></table>
         <p>How they would fare on other devices, with other settings of models or another policy: <a href="#/plan">Plan</a>.</p>`}`;
-}
-
-export function csvOf(rows) {
-  const fields = [...new Set(rows.flatMap((row) => Object.keys(row)))];
-  // A text that begins like a formula would be one in a spreadsheet.
-  const cell = (value) => (typeof value === "string" ? `"${value.replace(/^([=+\-@\t\r])/, "'$1").replaceAll('"', '""')}"` : (value ?? ""));
-  return [fields.join(","), ...rows.map((row) => fields.map((field) => cell(row[field])).join(","))].join("\r\n") + "\r\n";
-}
-
-function save(name, text) {
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
-  link.download = name;
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }
 
 const MOST_CURVES = 6;

@@ -5,7 +5,7 @@ import { useEffect, useRef, useState } from "./vendor/hooks.js";
 import uPlot from "./vendor/uplot.js";
 import { bytes, clock, seconds } from "./format.js";
 import { useLive } from "./live.js";
-import { Empty, Rows } from "./parts.js";
+import { Empty, ModelPick, Rows } from "./parts.js";
 
 const ROW = 41; // pixels
 const LEAST_SPAN = 60; // seconds
@@ -13,15 +13,16 @@ const LEAST_SPAN = 60; // seconds
 export function Why({ model: asked = "" }) {
   const { decisions, samples, status } = useLive();
   const [model, setModel] = useState(asked);
+  const [what, setWhat] = useState("held");
   const [open, setOpen] = useState(null);
   const names = [...new Set(decisions.map((decision) => decision.model))].filter(Boolean).sort();
   const shown = decisions.filter((decision) => !model || decision.model === model || victimsOf(decision).some(({ name }) => name === model)).reverse();
   return html`
-    <section aria-labelledby="curve"><h2 id="curve">Memory over time</h2>
-      ${status && status.devices.length > 0 ? html`<${Curve} samples=${samples} status=${status} />` : html`<p class="soft">There is no device whose memory could be drawn.</p>`}</section>
+    <section aria-labelledby="curve"><h2 id="curve">${CURVES[what].title} over time</h2>
+      ${status?.devices.some((device) => device.power !== null || device.temperature !== null) && html`<div class="filters"><label>Curve of <select value=${what} onChange=${(event) => setWhat(event.target.value)}>${Object.entries(CURVES).map(([id, { title }]) => html`<option value=${id}>${title.toLowerCase()}</option>`)}</select></label></div>`}
+      ${status && status.devices.length > 0 ? html`<${Curve} key=${what} what=${what} samples=${samples} status=${status} />` : html`<p class="soft">There is no device whose memory could be drawn.</p>`}</section>
     <section aria-labelledby="decisions"><h2 id="decisions">Decisions</h2>
-      <div class="filters"><label>Model <select value=${model} onChange=${(event) => setModel(event.target.value)}>
-        <option value="">all</option>${names.map((name) => html`<option value=${name}>${name}</option>`)}</select></label></div>
+      <div class="filters"><${ModelPick} label="Model" names=${names} value=${model} none="all" onPick=${setModel} /></div>
       ${shown.length === 0
         ? html`<${Empty} title="Nothing has been decided yet"><p>Each start, sleep, stop and failure stands here with its reason, also those of earlier runs of vllmd.</p></${Empty}>`
         : html`<${Rows} items=${shown} height=${ROW} columns=${[["time"], ["model"], ["what"], ["why"]]} label="decisions"
@@ -52,8 +53,15 @@ function Decision({ decision, open, onOpen }) {
         ${decision.why.includes("\n") && html`<pre>${decision.why}</pre>`}`}</td></tr>`;
 }
 
-/** Memory that engines hold, a line per device; what the page has seen since it was opened. */
-function Curve({ samples, status }) {
+const CURVES = {
+  held: { title: "Memory", told: bytes, about: "Memory held by engines" },
+  power: { title: "Power", told: (watts) => (watts === null ? "" : `${Math.round(watts)} W`), about: "Power" },
+  temperature: { title: "Temperature", told: (degrees) => (degrees === null ? "" : `${Math.round(degrees)} °C`), about: "Temperature" },
+};
+
+/** A line per device; what the page has seen since it was opened. */
+function Curve({ what, samples, status }) {
+  const { told, about } = CURVES[what];
   const own = useRef(null), plot = useRef(null);
   const style = getComputedStyle(document.documentElement);
   const count = status.devices.length;
@@ -62,11 +70,11 @@ function Curve({ samples, status }) {
     const axis = { stroke: colour("--soft"), grid: { stroke: colour("--line"), width: 1 }, ticks: { stroke: colour("--line") } };
     const largest = Math.max(...status.devices.map((device) => device.memory));
     const series = status.devices.map((device, at) => ({ label: `GPU ${device.index}`, stroke: `hsl(${(at * 67 + 210) % 360} 60% 50%)`, width: 2,
-      paths: uPlot.paths.stepped({ align: 1 }), value: (_, amount) => bytes(amount) || "-" }));
+      paths: uPlot.paths.stepped({ align: 1 }), value: (_, amount) => told(amount) || "-" }));
     plot.current = new uPlot(
-      { width: own.current.clientWidth, height: 180, series: [{}, ...series], axes: [axis, { ...axis, size: 70, splits: () => [0, 1, 2, 3, 4].map((part) => (part * largest) / 4), values: (_, ticks) => ticks.map(bytes) }],
-        scales: { x: { range: (_, first, last) => [Math.min(first, last - LEAST_SPAN), last] }, y: { range: [0, largest] } }, cursor: { y: false } },
-      dataOf(samples, count), own.current);
+      { width: own.current.clientWidth, height: 180, series: [{}, ...series], axes: [axis, { ...axis, size: 70, ...(what === "held" && { splits: () => [0, 1, 2, 3, 4].map((part) => (part * largest) / 4) }), values: (_, ticks) => ticks.map(told) }],
+        scales: { x: { range: (_, first, last) => [Math.min(first, last - LEAST_SPAN), last] }, y: what === "held" ? { range: [0, largest] } : {} }, cursor: { y: false } },
+      dataOf(samples, count, what), own.current);
     const resize = () => plot.current.setSize({ width: own.current.clientWidth, height: 180 });
     window.addEventListener("resize", resize);
     return () => {
@@ -74,13 +82,13 @@ function Curve({ samples, status }) {
       plot.current.destroy();
     };
   }, [count]);
-  useEffect(() => plot.current?.setData(dataOf(samples, count)), [samples]);
+  useEffect(() => plot.current?.setData(dataOf(samples, count, what)), [samples]);
   const last = samples.at(-1);
-  const said = last ? last.devices.map((device) => `GPU ${device.index}: ${bytes(device.held)} held`).join("; ") : "";
-  return html`<div ref=${own} class="curve" role="img" aria-label=${`Memory held by engines. ${said}`}></div>`;
+  const said = last ? last.devices.map((device) => `GPU ${device.index}: ${told(device[what])}`).join("; ") : "";
+  return html`<div ref=${own} class="curve" role="img" aria-label=${`${about}. ${said}`}></div>`;
 }
 
-function dataOf(samples, count) {
-  const devices = Array.from({ length: count }, (_, at) => samples.map((sample) => sample.devices[at]?.held ?? null));
+function dataOf(samples, count, what) {
+  const devices = Array.from({ length: count }, (_, at) => samples.map((sample) => sample.devices[at]?.[what] ?? null));
   return [samples.map((sample) => sample.at), ...devices];
 }
