@@ -166,7 +166,8 @@ def presented(request: Request) -> list[str]:
 
 def _bearer(value: str) -> str:
     """The key, with or without a word before it; "" for what is of another scheme, such as Negotiate."""
-    bare = BEARER.sub("", value).strip()
+    # A run of spaces is one: the look for the word would begin anew at each of them.
+    bare = BEARER.sub("", " ".join(value.split())).strip()
     return "" if " " in bare else bare
 
 

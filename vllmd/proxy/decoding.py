@@ -20,6 +20,7 @@ from vllmd.errors import BadRequest, TooLarge
 from vllmd.proxy.peek import Turns
 
 PIECE = 64 << 10  # bytes that come out between two turns
+MOST_MEMBERS = 10_000  # of a gzip file; of twenty bytes each, and nothing in them, millions would fit a body
 CODINGS = ("gzip", "x-gzip", "deflate", "zstd")
 CHARSET = re.compile(r';\s*charset\s*=\s*"?([A-Za-z0-9_-]+)"?', re.IGNORECASE)
 BOMS = (  # the longer ones first: UTF-32's begins like UTF-16's
@@ -74,19 +75,26 @@ def _zlib(body: bytes) -> Iterator[bytes]:
     view, bits = memoryview(body), 47  # 47: gzip or zlib, whichever it is
     if body[:2] != b"\x1f\x8b" and not (len(body) > 1 and body[0] & 15 == 8 and (body[0] << 8 | body[1]) % 31 == 0):
         bits = -15
-    while len(view):
+    pos = members = 0
+    while pos < len(view):
+        members += 1
+        if members > MOST_MEMBERS:
+            raise BadRequest(f"the compressed body has more than {MOST_MEMBERS} members")
         found = zlib.decompressobj(bits)
-        rest: bytes | memoryview = view
+        rest: bytes | memoryview = b""
         try:
             while not found.eof:
+                if not rest:
+                    rest = view[pos : pos + PIECE]  # what a member leaves over is copied: not all that follows it
+                    pos += len(rest)
                 piece = found.decompress(rest, PIECE)
-                if not piece and not found.unconsumed_tail and not found.eof:
+                if not piece and not found.unconsumed_tail and not found.eof and pos == len(view):
                     raise BadRequest("the compressed body ends in the middle")
                 rest = found.unconsumed_tail
                 yield piece
         except zlib.error as error:
             raise BadRequest(f"the body is not compressed as its Content-Encoding says: {error}") from None
-        view = view[len(view) - len(found.unused_data) :]
+        pos -= len(found.unused_data)
 
 
 def _zstd(body: bytes) -> Iterator[bytes]:

@@ -13,8 +13,7 @@ SLASHES = re.compile(r"/{2,}")
 V1_AGAIN = re.compile(r"/v1(?:/v1)+(?=/|$)")
 # Base URLs that people know from other servers: Groq's, OpenRouter's, LM Studio's, Google's, Docker's, Fireworks'.
 FOREIGN_ROOTS = ("/openai", "/api", "/api/v0", "/v1beta/openai", "/v1/openai", "/engines", "/inference", "/anthropic")
-# Whatever stands before the API's own root: what somebody else's reverse proxy would have taken away.
-TAIL = re.compile(r"/(?:v1|api)/(?!.*/v1/).*")
+ROOT = re.compile(r"/(?:v1|api)/")  # the API's own
 SYNONYMS = {
     "/reranking": "/rerank",
     "/v1/reranking": "/v1/rerank",
@@ -89,7 +88,7 @@ def meant(path: str) -> Iterator[str]:
     tidy = V1_AGAIN.sub("/v1", SLASHES.sub("/", path))
     if len(tidy) > 1:
         tidy = tidy.removesuffix("/")
-    tails = [found[0] for found in [TAIL.search(tidy, 1)] if found]
+    tails = list(_tail(tidy))
     roots = [tidy.removeprefix(root) for root in FOREIGN_ROOTS if tidy.startswith(root + "/")]
     for plain in (tidy, *tails):
         if plain != path:
@@ -99,6 +98,15 @@ def meant(path: str) -> Iterator[str]:
         for each in (plain, plain.removeprefix("/v1") if plain.startswith("/v1/") else "/v1" + plain):
             if each != path:
                 yield SYNONYMS.get(each, each)
+
+
+def _tail(path: str) -> Iterator[str]:
+    """From the API's own root on, without what somebody else's reverse proxy would have taken away from before it.
+
+    Of several roots it is the first behind which there is no ``/v1/``.
+    """
+    if found := ROOT.search(path, max(1, path.rfind("/v1/") - len("/api"))):
+        yield path[found.start() :]
 
 
 def referred(path: str) -> str:

@@ -43,7 +43,8 @@ CHARSET = re.compile(r";[ \t]*charset\*?=(?!\"?(?:utf-?8|us-ascii)\"?[ \t]*(?:;|
 EXTENDED_NAME = re.compile(rb"[; \t]name\*", re.IGNORECASE)  # RFC 8187's; forms do not have it (RFC 7578, 4.2)
 FIELD_OF_DISPOSITION = re.compile(rb'[; \t]name[ \t]*=[ \t]*(?:"([^"]*)"|([^"; \t]+))', re.IGNORECASE)
 # What stands in quotes, as the two kinds of reader see its end: a backslash escapes a quote, or it does not (WHATWG).
-QUOTED = (re.compile(rb'"(?:[^"\\]|\\.)*"'), re.compile(rb'"[^"]*"'))
+# What has no end is found to the end of the line, lest each quote in it is the beginning of one more look.
+QUOTED = (re.compile(rb'"(?:[^"\\]|\\.)*("|\\?\Z)'), re.compile(rb'"[^"]*("|\Z)'))
 
 T = TypeVar("T")
 Turns = Generator[None, None, T]  # yields where others may have their turn
@@ -309,10 +310,13 @@ def _find_in_turns(body: bytes, what: bytes, pos: int) -> Turns[int]:
 
 def _is_first_name(line: bytes, quoted: re.Pattern[bytes]) -> bool:
     """Whether a disposition has one name and its first ``name=`` is that: a file may be called ``a; name=model``."""
-    if EXTENDED_NAME.search(quoted.sub(b'""', line)):
+    inside = [found.span() for found in quoted.finditer(line) if found[1] == b'"']
+    veiled = bytearray(line)
+    for start, end in inside:
+        veiled[start + 1 : end - 1] = b"x" * (end - start - 2)
+    if EXTENDED_NAME.search(veiled):
         return False
-    bare = FIELD_OF_DISPOSITION.findall(quoted.sub(lambda found: b'"%b"' % (b"x" * (len(found[0]) - 2)), line))
-    first, inside = FIELD_OF_DISPOSITION.search(line), [found.span() for found in quoted.finditer(line)]
+    bare, first = FIELD_OF_DISPOSITION.findall(veiled), FIELD_OF_DISPOSITION.search(line)
     return len(bare) == 1 and first is not None and not any(start < first.start() < end for start, end in inside)
 
 

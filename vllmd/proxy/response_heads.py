@@ -24,11 +24,11 @@ INTERIM = tuple(b"HTTP/1.%d 1%b" % (minor, code) for minor in (0, 1) for code in
 
 IRREGULAR = re.compile(rb"(?<!\r)\n|\r(?!\n)|\r\n[ \t]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\n[^\r\n:]*[ \t]:")
 NO_PHRASE = re.compile(rb"HTTP/\d\.\d [0-9]{3}\r\n")
-SPACED = re.compile(rb"[ \t]*(HTTP/\d\.\d)[ \t]+([0-9]{3})(?:[ \t]+([^\r\n]*?))?[ \t]*\r\n")
+SPACED = re.compile(rb"(HTTP/\d\.\d)[ \t]+([0-9]{3})(?:[ \t]+(.*))?")
 PLAIN = re.compile(rb"HTTP/\d\.\d [0-9]{3} [^ \t]")
-FOLD = re.compile(rb"[ \t]*\n[ \t]+")
+FOLD = re.compile(rb"(?<![ \t])[ \t]*\n[ \t]+")
 CONTROL = re.compile(rb"[\x00-\x08\x0b-\x1f\x7f]")
-BEFORE_COLON = re.compile(rb"^([^:\n]*?)[ \t]+:", re.MULTILINE)
+NAME = re.compile(rb"^[^:\n]*(?=:)", re.MULTILINE)
 
 
 def head_end(data: bytes | bytearray, start: int = 0) -> int:
@@ -46,9 +46,12 @@ def tidied(head: bytes) -> bytes:
         text = head.replace(b"\r\n", b"\n").rstrip(b"\n")
         text = CONTROL.sub(b" ", FOLD.sub(b" ", text))
         status, _, fields = text.partition(b"\n")
-        head = (status + b"\n" + BEFORE_COLON.sub(rb"\1:", fields)).rstrip(b"\n").replace(b"\n", b"\r\n") + b"\r\n\r\n"
-    if not PLAIN.match(head) and (words := SPACED.match(head)) is not None:
-        head = b"%b %b %b\r\n%b" % (words[1], words[2], words[3] or b"", head[words.end() :])
+        fields = NAME.sub(lambda name: name[0].rstrip(b" \t"), fields)
+        head = (status + b"\n" + fields).rstrip(b"\n").replace(b"\n", b"\r\n") + b"\r\n\r\n"
+    if not PLAIN.match(head):
+        status, _, fields = head.partition(b"\r\n")
+        if (words := SPACED.fullmatch(status.strip(b" \t"))) is not None:
+            head = b"%b %b %b\r\n%b" % (words[1], words[2], words[3] or b"", fields)
     if NO_PHRASE.match(head):
         head = head.replace(b"\r\n", b" \r\n", 1)
     return head

@@ -35,11 +35,12 @@ def _libzstd() -> ctypes.CDLL | None:
 
 
 WINDOW_LOG_MAX = 100  # ZSTD_d_windowLogMax
+MOST_FRAMES = 10_000  # of nine bytes each, and nothing in them, millions would fit a body
 LARGEST_WINDOW = 23  # 8 MiB, what RFC 8878 asks of everybody: a frame may ask for gigabytes
 
 
 def decompressed(body: bytes, most: int) -> Iterator[bytes]:
-    """The frames in ``body``, decompressed, in pieces of ``most`` bytes. Raises BadRequest."""
+    """The frames in ``body``, decompressed, in pieces of up to ``most`` bytes; empty ones, too. Raises BadRequest."""
     library = _libzstd()
     if library is None:
         raise BadRequest("zstd is not understood here, libzstd.so.1 is missing; send the body as it is, or gzip")
@@ -48,15 +49,17 @@ def decompressed(body: bytes, most: int) -> Iterator[bytes]:
         library.ZSTD_DCtx_setParameter(stream, WINDOW_LOG_MAX, LARGEST_WINDOW)
         out = ctypes.create_string_buffer(most)
         source = _Buffer(ctypes.cast(ctypes.c_char_p(body), ctypes.c_void_p), len(body), 0)
-        left = 1  # of a frame: 0 at its end
+        left, frames = 1, 0  # of a frame: 0 at its end
         while True:
             target = _Buffer(ctypes.cast(out, ctypes.c_void_p), most, 0)
             left = library.ZSTD_decompressStream(stream, ctypes.byref(target), ctypes.byref(source))
             if library.ZSTD_isError(left):
                 what = library.ZSTD_getErrorName(left).decode()
                 raise BadRequest(f"the body is not compressed as its Content-Encoding says: {what}")
-            if target.pos:
-                yield out.raw[: target.pos]
+            yield bytes(memoryview(out)[: target.pos])
+            frames += not left
+            if frames > MOST_FRAMES:
+                raise BadRequest(f"the compressed body has more than {MOST_FRAMES} frames")
             if source.pos == len(body) and target.pos < most:
                 break
         if left:
