@@ -174,6 +174,28 @@ def test_why_shows_who_left_for_whom(page: sync_api.Page, site: Site) -> None:
     decision.get_by_text("waiting").first.wait_for()
 
 
+def test_the_hardware_and_how_busy_it_is(page: sync_api.Page, site: Site) -> None:
+    """The host's figures are this machine's; the device's, which a declared one does not tell, are put in."""
+
+    def measured(route: sync_api.Route) -> None:
+        told = site.operate("GET", "/admin/status")
+        for device in told["devices"]:
+            device |= {"utilisation": 87.4, "power": 310.0, "temperature": 61.0, "name": "H200", "node": 1}
+        route.fulfill(json=told)
+
+    page.route("**/admin/status", measured)
+    page.get_by_text("87 % busy").wait_for()
+    page.get_by_text("Hardware").click()
+    host = site.operate("GET", "/admin/status")["host"]
+    assert host["cpus"] > 0
+    assert 0 < host["available"] < host["memory"]
+    page.get_by_text(host["system"], exact=True).wait_for()
+    page.get_by_text("H200; 80 GiB; NUMA node 1").wait_for()
+    page.get_by_role("link", name="Why").click()
+    page.get_by_role("combobox", name="Curve of").select_option("utilisation")
+    page.get_by_role("img", name="Share of time that it computed. GPU 0: 87 %").wait_for()
+
+
 def test_a_failure_stands_where_one_looks_with_its_cause(page: sync_api.Page, site: Site) -> None:
     assert site.chat("broken").status >= 500
     row(page, "broken").get_by_text("failed", exact=True).wait_for()

@@ -79,6 +79,7 @@ function Device({ status, device, onAsk }) {
   return html`<div class="device">
     <div class="device-head"><strong>GPU ${device.index}</strong> <span class="soft">${device.name}</span>
       <span class="soft">${bytes(free)} free of ${bytes(device.memory)}</span>
+      ${told(device.utilisation) && html`<span class="soft">${Math.round(device.utilisation)} % busy</span>`}
       ${device.power !== null && html`<span class="soft">${Math.round(device.power)} W</span>`}
       ${device.temperature !== null && html`<span class="soft">${Math.round(device.temperature)} °C</span>`}
       ${device.throttled && html`<span class="warn">slowed down: ${device.throttled}</span>`}
@@ -95,7 +96,25 @@ function Device({ status, device, onAsk }) {
 
 function Host({ status }) {
   const { budget, promised } = status.host_memory;
-  return html`<p class="soft">Host memory for engines: ${bytes(promised)} of ${bytes(budget)} promised.</p>`;
+  return html`<p class="soft">Host memory for engines: ${bytes(promised)} of ${bytes(budget)} promised.</p>${status.host && html`<${Hardware} status=${status} host=${status.host} />`}`;
+}
+
+const told = (figure) => figure !== null && figure !== undefined;
+
+/** What the machine is made of; how busy it is stands in the line that is always in sight. */
+function Hardware({ status, host }) {
+  const facts = [["system", host.system], ["CPUs", host.cpus], ["memory", bytes(host.memory)], ["devices from", status.source]];
+  const now = [told(host.load) && `load ${host.load} on ${plural(host.cpus, "CPU")}`, told(host.available) && `${bytes(host.available)} of ${bytes(host.memory)} memory available`].filter(Boolean);
+  return html`<details class="hardware"><summary>Hardware <span class="soft">${now.join(", ")}</span></summary>
+    <dl class="facts">${facts.filter(([, value]) => value).map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${value}</dd></div>`)}
+      ${status.devices.map((device) => html`<div key=${device.index}><dt>GPU ${device.index}</dt><dd>${aboutDevice(device)}</dd></div>`)}</dl></details>`;
+}
+
+function aboutDevice(device) {
+  const { name, memory, id, node, cpus, links } = device;
+  const beside = links?.length > 0 && `linked to GPU ${links.join(", ")}`;
+  const near = told(node) && `NUMA node ${node}${cpus?.length ? ` with ${plural(cpus.length, "CPU")}` : ""}`;
+  return [name, bytes(memory), beside, near, id].filter(Boolean).join("; ");
 }
 
 /** A colour of its own for each name, the same every time. */
