@@ -106,6 +106,12 @@ def host_memory(root: Path = Path("/")) -> int:
     return min([machine, *_limits(root)])
 
 
+def memory_of_machine(root: Path = Path("/")) -> tuple[int, int | None]:
+    """Bytes that the whole machine has, and those that could be had of it without swapping (None: unknown)."""
+    told = {name: kib << 10 for name, kib in _table(root / "proc/meminfo")}
+    return told.get("MemTotal:", 0), told.get("MemAvailable:")
+
+
 def free_memory(root: Path = Path("/")) -> int:
     """Bytes that can be had without taking from anybody but old pages of files, by our own service's limits as well.
 

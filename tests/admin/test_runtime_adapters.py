@@ -21,6 +21,7 @@ auth:
     - {{name: base, key: c-secret, models: [tuned]}}
     - {{name: lawyer, key: l-secret, models: [legal]}}
     - {{name: narrow, key: n-secret, scopes: [models, admin], models: [other]}}
+    - {{name: tuner, key: t-secret, scopes: [models, admin], models: [tuned]}}
 models:
   tuned: {{runtime_adapters: true, adapters: {{own: {folder}/legal}}}}
   twins: {{runtime_adapters: true, replicas: 2}}
@@ -122,6 +123,8 @@ def test_only_operators_load_any_and_only_where_the_model_lets_them(site: Site) 
     assert (unnamed.status, "'tuned' or 'twins'" in unnamed.error) == (400, True)
     for name in ("tuned", "other", "own"):
         assert load(site, name, path).status == 409
+    for name in ("OTHER", "openai/twins"):  # what others' clients call others' models from habit
+        assert load(site, name, path, key="t-secret").status == 409
     assert load(site, "x\n", path).status == 400
     assert load(site, "", path).status == 400
     absent = load(site, "x", "/not/an/adapter")

@@ -136,6 +136,17 @@ def test_a_file_that_is_none_costs_nothing_but_itself(tmp_path: Path, disk: Disk
     assert disk.read == [("a", 0)]
 
 
+def test_a_file_that_has_become_shorter_ends_there(tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is its owner's, who may have it say any length: a thread that asked for each piece would hold the others."""
+    asked: list[int] = []
+    monkeypatch.setattr(read_ahead, "read_piece", lambda fd, start, length: asked.append(start) or 0)
+    found = files(tmp_path, "a", size=100 * PIECE)
+    ahead = ReadAhead(lambda replica: found, free=lambda: PLENTY)
+    ahead.begin(commands.ReadAhead("next", 0))
+    finished(ahead)
+    assert asked == [0]
+
+
 def test_what_was_read_is_in_the_page_cache(tmp_path: Path) -> None:
     """With a real file."""
     path = tmp_path / "real"

@@ -8,7 +8,10 @@ import pytest
 
 from tests.proxy.fakes import Asked, Engine, get, raw, soon, stage, until
 from vllmd.engines.base import Listen
+from vllmd.proxy import tunnel
+from vllmd.proxy.access import EVERYTHING, NOBODY, Caller
 from vllmd.proxy.gate import Target
+from vllmd.proxy.http import Request
 
 UPGRADE = (
     "Connection: keep-alive, Upgrade",
@@ -102,6 +105,36 @@ def test_a_pages_own_socket_is_no_request() -> None:
                 client.close()
             assert act.gate.waiting == 0
             act.gate.opened.set()
+            server.close()
+            await until(lambda: not act.server.connections)
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("models", [frozenset(), frozenset({"another"})])
+def test_a_pages_own_socket_ends_with_its_key(models: frozenset[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be open for days; a key that is revoked, or is for other models by now, has it no longer."""
+    monkeypatch.setattr(tunnel, "RECHECK", 0.01)
+    callers = [Caller("operator", EVERYTHING, frozenset({"m"}))]
+
+    class Keys:
+        def identify(self, request: Request) -> Caller:
+            return callers[-1]
+
+    async def play() -> None:
+        echo = EchoEngine()
+        async with stage() as act:
+            server = await asyncio.start_server(echo.serve, "127.0.0.1", 0)
+            act.router.authenticator = Keys()
+            act.gate.upstream = Listen(port=server.sockets[0].getsockname()[1])
+            act.gate.target = Target("m", "served m", own_api=frozenset({"GET /ws"}))
+            client = await act.client()
+            client.send(get("/upstream/m/ws", *UPGRADE))
+            assert (await client.head())[0] == 101
+            client.send(b"x")
+            assert await soon(client.reader.readexactly(6)) == b"hellox"
+            callers.append(Caller("operator", EVERYTHING, models) if models else NOBODY)
+            assert await client.closed()
             server.close()
             await until(lambda: not act.server.connections)
 

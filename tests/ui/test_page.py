@@ -112,6 +112,22 @@ def test_an_operator_reads_what_a_verb_does_before_it_does_it(page: sync_api.Pag
     row(page, "beta").get_by_text("stopped").wait_for()
 
 
+def test_all_models_are_stopped_after_it_was_read_what_that_does(page: sync_api.Page, site: Site) -> None:
+    """One button; each of them is named with what becomes of it, and nothing happens before."""
+    assert site.chat("alpha").status == site.chat("beta").status == 200
+    row(page, "alpha").get_by_text("asleep").wait_for()
+    page.get_by_role("button", name="stop all").click()
+    dialog = page.get_by_role("dialog", name="stop 2 models")
+    told = dialog.get_by_label("what it will do")
+    told.get_by_text("50.0 GiB on GPU 0 come free").wait_for()
+    assert told.locator("dt").all_inner_texts() == ["alpha", "beta"]
+    assert site.line("beta")["state"] == "running"
+    dialog.get_by_role("button", name="stop all").click()
+    for name in ("alpha", "beta"):
+        row(page, name).get_by_text("stopped").wait_for()
+    page.get_by_role("button", name="stop all").wait_for(state="detached")
+
+
 def test_a_load_says_who_leaves_for_it(page: sync_api.Page, site: Site) -> None:
     """The daemon's own words, from what decides it in earnest."""
     assert site.chat("beta").status == 200
@@ -172,6 +188,29 @@ def test_why_shows_who_left_for_whom(page: sync_api.Page, site: Site) -> None:
     decision.wait_for()
     decision.get_by_role("button").click()
     decision.get_by_text("waiting").first.wait_for()
+
+
+def test_the_hardware_and_how_busy_it_is(page: sync_api.Page, site: Site) -> None:
+    """The host's figures are this machine's; the device's, which a declared one does not tell, are put in."""
+
+    def measured(route: sync_api.Route) -> None:
+        told = site.operate("GET", "/admin/status") | {"backend": "systemd"}
+        for device in told["devices"]:
+            device |= {"utilisation": 87.4, "power": 310.0, "temperature": 61.0, "name": "H200", "node": 1}
+        route.fulfill(json=told)
+
+    page.route("**/admin/status", measured)
+    page.get_by_text("87 % busy").wait_for()
+    page.get_by_text("Hardware").click()
+    host = site.operate("GET", "/admin/status")["host"]
+    assert host["cpus"] > 0
+    assert 0 < host["available"] < host["memory"]
+    page.get_by_text(host["system"], exact=True).wait_for()
+    page.get_by_text("H200; 80 GiB; NUMA node 1").wait_for()
+    page.get_by_text("journalctl -u vllmd -f").wait_for()
+    page.get_by_role("link", name="Why").click()
+    page.get_by_role("combobox", name="Curve of").select_option("utilisation")
+    page.get_by_role("img", name="Share of time that it computed. GPU 0: 87 %").wait_for()
 
 
 def test_a_failure_stands_where_one_looks_with_its_cause(page: sync_api.Page, site: Site) -> None:

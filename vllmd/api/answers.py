@@ -176,6 +176,7 @@ class DeviceNow(Device):
     switch: Annotated[str, "the PCIe root port above it: those with the same one share a switch"] = ""
     power: Watts | None = None
     temperature: Annotated[float | None, "degrees Celsius"] = None
+    utilisation: Annotated[float | None, "per cent of the time that it computed, as the driver says"] = None
     throttled: Annotated[str, "why it is slowed down against its will"] = ""
 
 
@@ -239,6 +240,17 @@ class HostMemory(Answer):
     budget: int = 0
     promised: int = 0
     standbys: Annotated[int | None, "what standbys hold; they are given up for whoever is promised it"] = None
+
+
+@answer
+class Host(Answer):
+    """The machine around the devices. Null is what it does not tell."""
+
+    system: Annotated[str, "its kernel and architecture"] = ""
+    cpus: int = 0
+    load: Annotated[float | None, "processes that ran or wanted to, mean of the last minute"] = None
+    memory: int = 0
+    available: Annotated[int | None, "bytes of memory that could be had without swapping"] = None
 
 
 @answer
@@ -347,6 +359,7 @@ class Status(Answer):
     devices: tuple[DeviceNow, ...] = ()
     models: tuple[ModelLine, ...] = ()
     host_memory: HostMemory = HostMemory()
+    host: Host = Host()
     downloads: tuple[Download, ...] = ()
     standbys: tuple[StandbyLine, ...] | None = None
 

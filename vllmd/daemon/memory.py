@@ -100,6 +100,7 @@ class Memory:
             cpus=device.cpus if device else (),
             power=last.power if last else None,
             temperature=last.temperature if last else None,
+            utilisation=last.utilisation if last else None,
             throttled=last.throttled if last else "",
         )
 

@@ -145,8 +145,11 @@ class ReadAhead:
                             return
                         if is_cached(opened.fd, start, length):
                             work.cached += length
-                        else:
-                            work.read += read_piece(opened.fd, start, length)
+                            continue
+                        read = read_piece(opened.fd, start, length)
+                        work.read += read
+                        if read < length:  # it is shorter than it was: its owner may have said any length
+                            break
             except (OSError, Unreadable) as error:
                 log.debug("%s: %s is not read ahead: %s", work.replica, file.path.name, error)
 

@@ -23,7 +23,7 @@ from vllmd.daemon.current import Current, Later
 from vllmd.daemon.engine_process import EngineProcess, of
 from vllmd.daemon.store import is_source
 from vllmd.engines.base import Call, Listen
-from vllmd.errors import BadRequest, Conflict, Forbidden, NotFound, TooManyRequests, VllmdError
+from vllmd.errors import BadRequest, Conflict, Forbidden, NotFound, TooManyRequests, UnknownModel, VllmdError
 from vllmd.proxy.access import Caller
 from vllmd.proxy.http import Response
 from vllmd.proxy.peek import model_name
@@ -62,7 +62,7 @@ class RuntimeAdapters:
         async with self._changing.setdefault(model, asyncio.Lock()):
             offered = self._gate.runtime_adapters(model)
             if name not in offered:
-                self._check_free(name)
+                self._check_free(name, caller)
                 if len(offered) >= MOST:
                     raise TooManyRequests(f"{model} has {MOST} such adapters; unload those that are not needed")
             elif body.get("load_inplace") is not True:
@@ -144,10 +144,23 @@ class RuntimeAdapters:
     def _takers(self) -> Iterator[str]:
         return (name for name, model in self._current.config.models.items() if model.runtime_adapters)
 
-    def _check_free(self, name: str) -> None:
+    def _check_free(self, name: str, caller: Caller) -> None:
         """Raise Conflict for a name that something else has: requests for that would be answered by the adapter."""
-        if self._gate.has(name) or name in self._loading:
+        if self._gate.has(name) or name in self._loading or self._means_others(name, caller):
             raise Conflict(f"{name!r} is the name of something else that is served here", param="lora_name")
+
+    def _means_others(self, name: str, caller: Caller) -> bool:
+        """Whether clients reach by it, from habit (``names``), what an operator of some models has no say in."""
+        if caller.models is None:
+            return False
+        try:
+            called = self._gate.called(name)
+        except UnknownModel:
+            return False
+        except VllmdError:  # several things
+            return True
+        offer = self._gate.offers.get(called)
+        return not caller.may_use(offer.model if offer is not None else called)
 
 
 async def _well() -> str:

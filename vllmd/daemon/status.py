@@ -27,6 +27,7 @@ from vllmd.daemon.processes import gpus
 from vllmd.daemon.self_description import Descriptions
 from vllmd.daemon.serializers import about, card, decision, health, line, state_of
 from vllmd.errors import BadRequest, Conflict, Unavailable, UnknownModel, UpstreamFailed
+from vllmd.place import memory_of_machine
 from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.proxy.upstream import request
 
@@ -79,6 +80,17 @@ def status(seen: Sight, started: float) -> answers.Status:
         standbys=tuple(map(standby_line, seen.back.engines.standbys.kept.values())) or None,
         models=tuple([model_line(seen, view) for view in snapshot.models]),
     )
+
+
+def host(root: Path = Path("/")) -> answers.Host:
+    """The machine as a whole, whatever of it engines may use."""
+    machine = os.uname()
+    total, available = memory_of_machine(root)
+    load = None
+    with contextlib.suppress(OSError):
+        load = round(os.getloadavg()[0], 2)
+    system = f"{machine.sysname} {machine.release}, {machine.machine}"
+    return answers.Host(system, os.cpu_count() or 0, load, total, available)
 
 
 def standby_line(one: Kept) -> answers.StandbyLine:
@@ -190,7 +202,7 @@ class Status:
 
     def status(self, caller: Caller = ANYBODY) -> answers.Status:
         """Everything that ``vllmctl`` shows, of the models that the caller may use."""
-        shown = of_caller(status(self.sight(), self._started), caller)
+        shown = replace(of_caller(status(self.sight(), self._started), caller), host=host())
         return replace(shown, downloads=tuple(self._downloads())) if caller.models is None else shown
 
     def health(self) -> answers.Health:

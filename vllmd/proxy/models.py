@@ -136,7 +136,8 @@ def add_model_routes(router: Router, relay: Relay) -> None:
     path, about = "/upstream/{rest:path}", "an engine's own API"
     for method in ("POST", "PUT", "DELETE"):
         add(method, path, requests.upstream, about, scope="admin", max_body=most(method))
-    tunnels, plain = Tunnels(relay), relay.handler(requests.upstream)
+    tunnels = Tunnels(relay, lambda request: router.recheck(request, "admin", Reach.ONE))
+    plain = relay.handler(requests.upstream)
 
     async def own(exchange: Exchange) -> None:
         """A WebSocket, or a GET like any other."""

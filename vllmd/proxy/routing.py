@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import quote
 
-from vllmd.errors import MethodNotAllowed, NotFound
+from vllmd.errors import Forbidden, MethodNotAllowed, NotFound
 from vllmd.proxy import paths
 from vllmd.proxy.access import ADMIN, HEALTH, MODELS, OPEN, READ, Reach, authorise
 from vllmd.proxy.cors import Cors
@@ -87,7 +87,7 @@ class Router:
         async def respond(exchange: Exchange) -> None:
             response = await handler(exchange.request)
             if scope in OPERATORS and not isinstance(response.body, bytes):
-                still = partial(self._reauthorise, exchange.request, scope, reach)
+                still = partial(self.recheck, exchange.request, scope, reach)
                 response.body = while_allowed(response.body, still)
             await exchange.respond(response)
 
@@ -132,9 +132,12 @@ class Router:
             authorise(caller, route.scope, route.reach)
         return route.handler
 
-    def _reauthorise(self, request: Request, scope: str, reach: Reach) -> None:
-        """Raise what the request would be refused with if it came now."""
-        authorise(self.authenticator.identify(request), scope, reach)
+    def recheck(self, request: Request, scope: str, reach: Reach) -> None:
+        """Raise what the request would be refused with if it came now, and where its caller may use fewer models."""
+        now, before = self.authenticator.identify(request), request.caller.models
+        authorise(now, scope, reach)
+        if now.models is not None and (before is None or not before <= now.models):
+            raise Forbidden(f"the key {now.name!r} may not use all models any more that it could; ask anew")
 
     def _find(self, request: Request) -> dict[str, Route]:
         """The routes of the request's path; one that clients write otherwise by habit is put right first."""

@@ -4,7 +4,7 @@ The model is the query's, as OpenAI has it; what the client says inside the sock
 
 An engine's own page has one, too (``/upstream/NAME/ws`` of ComfyUI): it hears there what becomes of its jobs, and is
 left open for days. So such a one is no request: it keeps no model from its rest, loads none when the page connects
-anew, and ends with its engine.
+anew, and ends with its engine, or when its key opens it no more.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from vllmd.proxy.http import Request, Response, json_response
 from vllmd.proxy.limits import read_small
 from vllmd.proxy.model_requests import KEY_IN_QUERY
 from vllmd.proxy.response_heads import HeadCollector
+from vllmd.proxy.routing import RECHECK
 from vllmd.proxy.upstream import connect, host_field
 
 log = logging.getLogger(__name__)
@@ -116,8 +117,10 @@ class FarEnd(asyncio.Protocol):
 class Tunnels:
     """The handlers of the routes that are relayed to engines as WebSockets."""
 
-    def __init__(self, relay: Relay) -> None:
+    def __init__(self, relay: Relay, still: Callable[[Request], None] = lambda request: None) -> None:
+        """``still`` raises where who asked for an engine's own socket may not have it any more."""
         self._relay = relay
+        self._still = still
 
     async def realtime(self, exchange: Exchange) -> None:
         """``GET /v1/realtime``: a WebSocket to the engine of ``?model=``. Raises VllmdError if it is refused."""
@@ -151,15 +154,24 @@ class Tunnels:
             permit.release()
 
         try:
-            await self._through(exchange, permit, permit.target or wanted.target, wanted.path, opened)
+            await self._through(exchange, permit, permit.target or wanted.target, wanted.path, opened, self._still)
         finally:
             if held:
                 permit.release()
 
     async def _through(
-        self, exchange: Exchange, permit: Permit, target: Target, path: str, opened: Callable[[], None] = silent
+        self,
+        exchange: Exchange,
+        permit: Permit,
+        target: Target,
+        path: str,
+        opened: Callable[[], None] = silent,
+        still: Callable[[Request], None] | None = None,
     ) -> None:
-        """Connect to the engine's ``path``, and pass on what either side says. ``opened`` is called in between."""
+        """Connect to the engine's ``path``, and pass on what either side says. ``opened`` is called in between.
+
+        It ends when ``still`` raises, which is asked every ``RECHECK`` seconds.
+        """
         try:
             far = await connect(permit.upstream, self._relay.limits.now.connect_timeout, lambda: FarEnd(exchange))
         except UpstreamFailed as error:  # which names an address of ours
@@ -183,7 +195,10 @@ class Tunnels:
             exchange.upgrade(far.take)
             far.open()
             opened()
-            await asyncio.wait([far.closed])
+            while not far.closed.done():
+                await asyncio.wait([far.closed], timeout=RECHECK if still else None)
+                if still and not far.closed.done():
+                    still(exchange.request)
             exchange.finish()
         except UpstreamFailed as error:
             raise cut[0] if cut else error from None

@@ -65,6 +65,8 @@ def _notes(device: DeviceNow, all_devices: Sequence[DeviceNow]) -> Iterator[str]
     told = " ".join(f"{value:.0f}{unit}" for value, unit in figures if value is not None)
     if told:
         yield told
+    if device.utilisation is not None:
+        yield f"{device.utilisation:.0f}% busy"
     if device.links:
         yield f"linked to {show.numbers(device.links)}"
     beside = [other.index for other in all_devices if device.switch and other.switch == device.switch]

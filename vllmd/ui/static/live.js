@@ -188,7 +188,7 @@ export function sharesOf(status, device) {
       shares.push({ name: line.name, state: line.state, memory: line.memory });
   const held = shares.reduce((sum, share) => sum + share.memory, 0);
   const free = Math.max(0, device.memory - device.reserve - device.external - held);
-  return { power: device.power, temperature: device.temperature, index: device.index, memory: device.memory, reserve: device.reserve, external: device.external, shares, held, free };
+  return { power: device.power, temperature: device.temperature, utilisation: device.utilisation, index: device.index, memory: device.memory, reserve: device.reserve, external: device.external, shares, held, free };
 }
 
 /** A line for every engine: a model's own, or those of its replicas. */

@@ -14,6 +14,7 @@ export function Now() {
   const [words, setWords] = useState("");
   const [only, setOnly] = useState("all");
   const [asked, setAsked] = useState(null); // {verb, line} or {verb, device}, to be confirmed
+  const [emptying, setEmptying] = useState(false);
   if (!status) return html`<p class="soft">Reading the status.</p>`;
   if (status.configuration.error)
     return html`<${Empty} title="The configuration is invalid: no model is served">
@@ -33,12 +34,17 @@ export function Now() {
             <div role="group" aria-label="state">${["all", ...GROUPS].map(
               (group) => html`<button type="button" class="chip" aria-pressed=${only === group} onClick=${() => setOnly(group)}>
                 ${group} ${group === "all" ? status.models.length : counts[group]}</button>`,
-            )}</div></div>
+            )}</div>
+            ${maySee("admin") && status.models.some(isThere) && html`<button type="button" aria-haspopup="dialog" onClick=${() => setEmptying(true)}>stop all</button>`}</div>
           <${Rows} items=${shown} height=${ROW} columns=${COLUMNS} label="models"
             render=${(line) => html`<${Line} key=${line.name} line=${line} rates=${rates[line.name]} onAsk=${setAsked} />`} />
           ${shown.length === 0 && html`<p class="soft">No model is called so.</p>`}`}</section>
-    ${asked && html`<${Ask} ...${asked} line=${asked.line && (status.models.find((line) => line.name === asked.line.name) || asked.line)} onClose=${() => setAsked(null)} />`}`;
+    ${asked && html`<${Ask} ...${asked} line=${asked.line && (status.models.find((line) => line.name === asked.line.name) || asked.line)} onClose=${() => setAsked(null)} />`}
+    ${emptying && html`<${StopAll} lines=${status.models.filter(isThere)} onClose=${() => setEmptying(false)} />`}`;
 }
+
+/** Whether an engine of the model is there, or about to be. */
+const isThere = (line) => line.state !== "stopped" && line.state !== "error";
 
 const GROUPS = ["waiting", "loaded", "asleep", "stopped", "failed", "disabled"];
 const COLUMNS = [["model"], ["state"], ["queue", "number"], ["running", "number"], ["tokens/s", "number wide"],
@@ -79,6 +85,7 @@ function Device({ status, device, onAsk }) {
   return html`<div class="device">
     <div class="device-head"><strong>GPU ${device.index}</strong> <span class="soft">${device.name}</span>
       <span class="soft">${bytes(free)} free of ${bytes(device.memory)}</span>
+      ${told(device.utilisation) && html`<span class="soft">${Math.round(device.utilisation)} % busy</span>`}
       ${device.power !== null && html`<span class="soft">${Math.round(device.power)} W</span>`}
       ${device.temperature !== null && html`<span class="soft">${Math.round(device.temperature)} °C</span>`}
       ${device.throttled && html`<span class="warn">slowed down: ${device.throttled}</span>`}
@@ -95,7 +102,32 @@ function Device({ status, device, onAsk }) {
 
 function Host({ status }) {
   const { budget, promised } = status.host_memory;
-  return html`<p class="soft">Host memory for engines: ${bytes(promised)} of ${bytes(budget)} promised.</p>`;
+  return html`<p class="soft">Host memory for engines: ${bytes(promised)} of ${bytes(budget)} promised.</p>${status.host && html`<${Hardware} status=${status} host=${status.host} />`}`;
+}
+
+const told = (figure) => figure !== null && figure !== undefined;
+
+/** What the machine is made of; how busy it is stands in the line that is always in sight. */
+function Hardware({ status, host }) {
+  const facts = [["system", host.system], ["CPUs", host.cpus], ["memory", bytes(host.memory)], ["devices from", status.source]];
+  const now = [told(host.load) && `load ${host.load} on ${plural(host.cpus, "CPU")}`, told(host.available) && `${bytes(host.available)} of ${bytes(host.memory)} memory available`].filter(Boolean);
+  return html`<details class="hardware"><summary>Hardware <span class="soft">${now.join(", ")}</span></summary>
+    <dl class="facts">${facts.filter(([, value]) => value).map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${value}</dd></div>`)}
+      ${status.devices.map((device) => html`<div key=${device.index}><dt>GPU ${device.index}</dt><dd>${aboutDevice(device)}</dd></div>`)}</dl>
+    ${journalOf(status.backend) && html`<p>vllmd's own log: <${Command} text=${journalOf(status.backend)} /></p>`}</details>`;
+}
+
+/** The command that shows the daemon's own log, which only the journal keeps; "" where there is none. */
+function journalOf(backend) {
+  if (!backend.startsWith("systemd")) return "";
+  return `journalctl ${backend === "systemd-user" ? "--user " : ""}-u vllmd -f`;
+}
+
+function aboutDevice(device) {
+  const { name, memory, id, node, cpus, links } = device;
+  const beside = links?.length > 0 && `linked to GPU ${links.join(", ")}`;
+  const near = told(node) && `NUMA node ${node}${cpus?.length ? ` with ${plural(cpus.length, "CPU")}` : ""}`;
+  return [name, bytes(memory), beside, near, id].filter(Boolean).join("; ");
 }
 
 /** A colour of its own for each name, the same every time. */
@@ -124,6 +156,39 @@ function Line({ line, rates, onAsk }) {
     <td class="verbs">${maySee("admin") && verbsOf(line).map((verb) => html`<button type="button" class="small" aria-label=${`${VERBS[verb].title} ${line.name}`}
       onClick=${() => onAsk({ verb, line })}>${VERBS[verb].title}</button>`)}
       ${maySee("admin") && html`<button type="button" class="small" aria-haspopup="dialog" aria-label=${`more for ${line.name}`} onClick=${() => onAsk({ verb: line.leases.includes(LEASE) ? "release" : "lease", line })}>more</button>`}</td></tr>`;
+}
+
+const MOST_PREVIEWED = 30; // models; of more only the names are shown
+
+/** What stopping each of them will do, in the daemon's own words; then it is done for one after the other. */
+function StopAll({ lines, onClose }) {
+  const [names] = useState(() => lines.map((line) => line.name)); // what comes meanwhile was not shown, and is not stopped
+  const [left, setLeft] = useState(null); // how many are still to be asked, once it has begun
+  const [refused, setRefused] = useState([]);
+  const { value, error } = useLoaded((signal) => Promise.all(names.slice(0, MOST_PREVIEWED).map((name) => call("GET", `${modelPath(name, "preview")}?action=unload`, undefined, { signal }))), []);
+  const confirmed = async (event) => {
+    event.preventDefault();
+    const failed = [];
+    for (const [at, name] of names.entries()) {
+      setLeft(names.length - at);
+      try {
+        await post(name, "unload");
+      } catch (failure) {
+        failed.push(`${name}: ${failure.message}`);
+      }
+    }
+    refresh();
+    setLeft(0);
+    setRefused(failed);
+    if (failed.length === 0) onClose();
+  };
+  return html`<${Dialog} title=${`stop ${plural(names.length, "model")}`} onClose=${onClose}><form onSubmit=${confirmed}>
+    ${value ? html`<dl class="preview" aria-label="what it will do">${names.slice(0, MOST_PREVIEWED).map((name, at) => html`<dt key=${name}>${name}</dt><dd>${value[at].text}</dd>`)}</dl>` : html`<p class="preview">Asking vllmd what that would do.</p>`}
+    ${names.length > MOST_PREVIEWED && html`<p>And ${names.slice(MOST_PREVIEWED).join(", ")}.</p>`}
+    <p class="soft">The next request for a model loads it again; “drain” and “disable” keep them away.</p>
+    <${Problem} error=${error} />${refused.map((text) => html`<p class="problem" role="alert">${text}</p>`)}
+    <div class="buttons"><button type="button" onClick=${onClose}>${left === 0 ? "Close" : "Cancel"}</button>
+      <button type="submit" class="primary" disabled=${left !== null || !value}>stop all</button></div></form></${Dialog}>`;
 }
 
 function nextOf(line) {

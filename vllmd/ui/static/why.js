@@ -19,7 +19,7 @@ export function Why({ model: asked = "" }) {
   const shown = decisions.filter((decision) => !model || decision.model === model || victimsOf(decision).some(({ name }) => name === model)).reverse();
   return html`
     <section aria-labelledby="curve"><h2 id="curve">${CURVES[what].title} over time</h2>
-      ${status?.devices.some((device) => device.power !== null || device.temperature !== null) && html`<div class="filters"><label>Curve of <select value=${what} onChange=${(event) => setWhat(event.target.value)}>${Object.entries(CURVES).map(([id, { title }]) => html`<option value=${id}>${title.toLowerCase()}</option>`)}</select></label></div>`}
+      ${status?.devices.some((device) => ["power", "temperature", "utilisation"].some((figure) => typeof device[figure] === "number")) && html`<div class="filters"><label>Curve of <select value=${what} onChange=${(event) => setWhat(event.target.value)}>${Object.entries(CURVES).map(([id, { title }]) => html`<option value=${id}>${title.toLowerCase()}</option>`)}</select></label></div>`}
       ${status && status.devices.length > 0 ? html`<${Curve} key=${what} what=${what} samples=${samples} status=${status} />` : html`<p class="soft">There is no device whose memory could be drawn.</p>`}</section>
     <section aria-labelledby="decisions"><h2 id="decisions">Decisions</h2>
       <div class="filters"><${ModelPick} label="Model" names=${names} value=${model} none="all" onPick=${setModel} /></div>
@@ -55,6 +55,7 @@ function Decision({ decision, open, onOpen }) {
 
 const CURVES = {
   held: { title: "Memory", told: bytes, about: "Memory held by engines" },
+  utilisation: { title: "Utilisation", told: (share) => (share === null ? "" : `${Math.round(share)} %`), about: "Share of time that it computed" },
   power: { title: "Power", told: (watts) => (watts === null ? "" : `${Math.round(watts)} W`), about: "Power" },
   temperature: { title: "Temperature", told: (degrees) => (degrees === null ? "" : `${Math.round(degrees)} °C`), about: "Temperature" },
 };
