@@ -9,7 +9,7 @@ import pytest
 from tests.core.world import World
 from tests.gpu.trees import write
 from vllmd.core.commands import Admit, StartEngine, StopEngine
-from vllmd.core.events import DevicesChanged, EngineStopped, RequestFinished
+from vllmd.core.events import DevicesChanged, EngineStopped, MemorySampled, RequestFinished
 from vllmd.core.types import Device, Footprint, GiB, ModelSpec, Placement, ReplicaSpec
 from vllmd.daemon.specs import on_cpu
 from vllmd.gpu.cpu import CpuDevice
@@ -43,6 +43,25 @@ def test_one_that_is_larger_than_all_memory_has_it_to_itself() -> None:
     w = World([model("huge", 60), model("far", 0, count=0)], [CPU])
     assert w.ask("r1", "huge") == [StartEngine("huge", Placement((0,)), 15 * GiB)]
     assert isinstance(w.ask("r2", "far")[0], StartEngine)  # it runs elsewhere, and takes nothing here
+
+
+@pytest.mark.parametrize("size", [4, 60])
+def test_what_others_hold_keeps_no_model_from_running_alone(size: int) -> None:
+    """The machine's own programs hold some at all times; on a GPU one would wait for them, and here for ever."""
+    w = World([model("a", size), model("small", 2)], [CPU])
+    w.do(MemorySampled({0: 14 * GiB}, {}))
+    assert isinstance(w.ask("r1", "a")[0], StartEngine)
+
+
+def test_what_others_hold_counts_beside_it() -> None:
+    """Two that would fit the memory together do not fit what others leave of it: they take turns."""
+    w = World([model("a", 6), model("b", 6)], [CPU])
+    w.do(MemorySampled({0: 5 * GiB}, {}))
+    w.ask("r1", "a")
+    w.answer("a")
+    w.do(RequestFinished("r1"))
+    (stop,) = w.ask("r2", "b")
+    assert isinstance(stop, StopEngine) and stop.replica == "a"
 
 
 def test_a_gpu_that_comes_late_is_none_that_engines_run_on_already() -> None:

@@ -18,7 +18,6 @@ pytestmark = pytest.mark.machine
 
 CONFIG = """
 server: {idle_exit: 2s}
-records: {access_log: journal}
 idle: {sleep_after: 3s, level: 1, deepen_after: never, stop_after: 6s}
 models:
   org/small: {engine: sim, aliases: [fast], options: {load_time: 0.3s}}
@@ -26,6 +25,7 @@ models:
   family: {engine: sim, idle: *stays, options: {fail: [fork-grandchildren]}}
   broken: {engine: sim, options: {fail: [exit-at-start]}, max_restarts: 0}
   absent: {engine: sim, command: [/no/such/engine]}
+records: {access_log: journal}
 """
 
 

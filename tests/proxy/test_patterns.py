@@ -14,7 +14,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from vllmd.config.types import ModelConfig
 from vllmd.daemon import keys
+from vllmd.engines import engine_of
 from vllmd.errors import BadRequest
 from vllmd.proxy import decoding, paths, peek, response_heads
 from vllmd.proxy.large import in_turns
@@ -69,6 +71,13 @@ def test_the_disposition_of_a_forms_part(more: bytes) -> None:
 def test_an_engines_head(head: bytes) -> None:
     """Whatever the engine is; a remote one is a stranger's."""
     response_heads.tidied(head % (b" " * LONG))
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang", "transformers"])
+@pytest.mark.parametrize("more", [".bin", ".bin: 1% ", ".safetensors: "])
+def test_a_line_of_an_engines_log(kind: str, more: str) -> None:
+    """Many of them come, and a model's code may write whatever it likes."""
+    engine_of(ModelConfig("m", engine=kind)).progress(more * (LONG // len(more)))
 
 
 @pytest.mark.parametrize(("coding", "nothing"), [("zstd", EMPTY_FRAME), ("gzip", gzip.compress(b""))],

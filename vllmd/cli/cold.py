@@ -25,7 +25,7 @@ from typing import IO
 from vllmd.api.answers import ModelLine
 from vllmd.api.verbs import verb
 from vllmd.cli import models, show
-from vllmd.cli.admin import Admin, UnixConnection
+from vllmd.cli.admin import SYSTEM_SOCKET, Admin, UnixConnection
 from vllmd.cli.failures import EX_NOPERM, EX_UNAVAILABLE, EX_USAGE, Failure
 from vllmd.config.types import ModelConfig
 from vllmd.engines import engine_of
@@ -62,6 +62,10 @@ def measure(admin: Admin, name: str, told: Callable[[str], None]) -> dict[str, C
 
     ``told`` is called with what goes on.
     """
+    if admin.url:
+        raise Failure(
+            "--cold starts a command of this machine: it asks the daemon by its socket, not by --url", EX_USAGE
+        )
     line = models.find(admin.status(), name)
     if line.replicas:
         raise Failure(f"{line.name} has several engines, name one: {', '.join(each.name for each in line.replicas)}",
@@ -70,6 +74,9 @@ def measure(admin: Admin, name: str, told: Callable[[str], None]) -> dict[str, C
         told(f"starting {line.name} once, to see how")
         line = _through(admin, line.name)[0]
     command = read_command(line)
+    # Which process it is the daemon says, who is not trusted with root; its launcher runs no engine as root.
+    if command.uid == 0 and admin.path == SYSTEM_SOCKET:
+        raise Failure(f"process {line.pid} is root's, and so no engine: its command is not run", EX_NOPERM)
     engine = engine_of(ModelConfig(line.name, engine=line.config.engine or "", model=line.config.model or ""))
     _stopped(admin, line.name)
     told(f"starting {line.name} alone")

@@ -24,7 +24,7 @@ from vllmd.core.events import (
 from vllmd.core.ledger import gib
 from vllmd.core.lifecycle import Kind, LifecycleError, Reason, Step
 from vllmd.core.model import Job, Replica
-from vllmd.core.types import Footprint, State
+from vllmd.core.types import CPU, Footprint, State
 
 STABLE = 60.0  # seconds; an engine that served so long has put its failures behind it
 LONGEST_BACKOFF = 300.0
@@ -110,8 +110,11 @@ class EngineEvents:
     def sampled(self, e: MemorySampled) -> None:
         """NVML's word corrects the ledger; a device that could not be read keeps its last figures."""
         core = self._core
-        core.engines.ledger.external({i: size for i, size in e.external.items() if i not in e.failed}, core.now)
-        core.engines.ledger.unread(e.failed)
+        ledger, largest = core.engines.ledger, 0
+        if any(account.device.runtime == CPU for account in ledger.accounts.values()):
+            largest = max((r.booking for r in core.replicas.values() if r.spec.device_count), default=0)
+        ledger.external({i: size for i, size in e.external.items() if i not in e.failed}, core.now, largest)
+        ledger.unread(e.failed)
         shares: dict[str, dict[int, int]] = {}
         for (name, index), size in e.replicas.items():
             if size > 0 and name in core.replicas and index not in e.failed:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Mapping
 
-from vllmd.core.types import Device, GiB
+from vllmd.core.types import CPU, Device, GiB
 
 
 class Account:
@@ -128,13 +128,20 @@ class Ledger:
         """Host bytes that ``holder`` could have, what it keeps already included."""
         return self.host_budget - self.host_promised + self._host.get(holder, 0)
 
-    def external(self, held: Mapping[int, int], now: float) -> None:
-        """Take NVML's word for what strangers hold; what cannot be (negative, more than there is) is cut to size."""
+    def external(self, held: Mapping[int, int], now: float, largest: int = 0) -> None:
+        """Take NVML's word for what strangers hold; what cannot be (negative, more than there is) is cut to size.
+
+        What they hold of the CPU's memory never keeps an engine of ``largest`` bytes from running there alone: the
+        machine's own programs hold some at all times, and an engine that is short of it is slow and does not fail.
+        """
         for index, size in held.items():
             account = self.accounts.get(index)
             if account:
                 account.looked = now
-                account.external = min(max(0, size), account.device.memory)
+                most = account.device.memory
+                if account.device.runtime == CPU:
+                    most = max(0, account.capacity - largest)
+                account.external = min(max(0, size), most)
                 if account.external < account.missing // 2:
                     account.missing = 0
 

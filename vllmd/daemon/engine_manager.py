@@ -496,8 +496,7 @@ class EngineManager:
             for queue in process.listeners:
                 if not queue.full():
                     queue.put_nowait(line)
-            progress = process.engine.progress(line)
-            if progress and process.ready_after is None:
+            if process.ready_after is None and (progress := process.engine.progress(line)):
                 self._came_to(process, progress)
                 self._on_phase()
 

@@ -30,7 +30,7 @@ from vllmd.engines.vllm_cpu import has_accelerator
 # Phase -> what of its log (0.5.23) shows that it has begun. The first match counts.
 PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("configuring", re.compile(r"server_args=")),
-    ("download", re.compile(r"\.(?:safetensors|bin)[^|]*:\s+\d+%\|")),
+    ("download", re.compile(r"\.(?:safetensors|bin)[^|]{0,80}:\s{1,9}\d+%\|")),
     ("weights", re.compile(r"Load weight begin|Loading safetensors")),
     ("profiling", re.compile(r"Load weight end|Cache is allocated|Capture .*graph end|Capture .* end\. ")),
     ("compile", re.compile(r"DeepGEMM JIT Compiling|Compiling a graph|Dynamo bytecode transform")),

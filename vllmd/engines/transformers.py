@@ -20,7 +20,7 @@ from vllmd.engines.plain import DETAIL, Plain, environment
 
 # Phase -> what of its log shows that it has begun; it loads before it listens.
 PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("download", re.compile(r"Fetching \d+ files|\.(?:safetensors|bin)[^|]*:\s+\d+%\|")),
+    ("download", re.compile(r"Fetching \d+ files|\.(?:safetensors|bin)[^|]{0,80}:\s{1,9}\d+%\|")),
     ("serving", re.compile(r"Started server process|Application startup complete|Uvicorn running on")),
     ("weights", re.compile(r"\bLoading (?:weights|checkpoint shards|\S+$)")),
 )

@@ -26,7 +26,7 @@ PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("configuring", re.compile(r"non-default args:|Resolved architecture")),
     ("imports", re.compile(r"^Using max model len")),  # the engine core is a process of its own, and imports anew
     ("workers", re.compile(r"Initializing a V1 LLM engine")),  # likewise, where there are several devices, or none
-    ("download", re.compile(r"Downloading|Fetching \d+ files|\.(?:safetensors|bin|gguf)[^|]*:\s+\d+%\|")),
+    ("download", re.compile(r"Downloading|Fetching \d+ files|\.(?:safetensors|bin|gguf)[^|]{0,80}:\s{1,9}\d+%\|")),
     ("weights", re.compile(r"Starting to load model|Time spent downloading weights|Loading safetensors")),
     ("profiling", re.compile(r"Model loading took ([\d.]+) GiB")),
     (
