@@ -78,7 +78,7 @@ def test_a_request_can_be_looked_into(site: Site) -> None:
     assert told["tokens"]["estimated"] is False
     assert (told["stream"], told["retries"], told["bodies"], told["recorded"]) == (True, 0, False, None)
     fields = dict(map(tuple, told["headers"]))
-    assert fields["user-agent"] == "test/1"
+    assert fields["user-agent"] == told["agent"] == "test/1"
     assert fields["x-private-token"] == "(cut)"
     assert "authorization" not in fields
     assert ALICE not in json.dumps(told)
@@ -133,6 +133,7 @@ def begin(site: Site, request_id: str, **more: object) -> HTTPConnection:
     """A request to the model whose answers take for ever; it is sent, and its answer not waited for."""
     connection = site.connect()
     headers = {"Authorization": f"Bearer {ALICE}", "Content-Type": "application/json", "X-Request-Id": request_id}
+    headers["User-Agent"] = "mine/2 (x)"
     body = {"model": "endless", "prompt": WORDS, "max_tokens": 1000, "min_tokens": 1000, **more}
     connection.request("POST", "/v1/completions", json.dumps(body), headers)
     return connection
@@ -154,7 +155,10 @@ def test_one_request_is_cancelled_and_nothing_else(site: Site) -> None:
         assert answer.readline().startswith(b"data: ")
         refused = site.ask("DELETE", "/admin/requests/runs", key=LOOKER)
         assert refused.status == 403
-        assert set(under_way(site)) == {"runs", "waits"}
+        assert {each["id"]: each["agent"] for each in under_way(site).values()} == {
+            "runs": "mine/2 (x)",
+            "waits": "mine/2 (x)",
+        }
         told = site.ask("DELETE", "/admin/requests/waits", key=BOSS).json["cancelled"]
         assert [(each["id"], each["status"]) for each in told] == [("waits", 0)]
         error = waiting.getresponse()

@@ -127,6 +127,7 @@ USE = {"requests": 123456.0, "errors": 12.0, "prompt": 123456789.0, "cached": 1e
        "engine_seconds": 1e6, "device_seconds": 1e6, "memory_mib_seconds": 1e12}  # fmt: skip
 ANSWERS |= {
     "GET /admin/requests?limit=20": (200, {"requests": [REQUEST, {**REQUEST, "tokens": None}], "under_way": [REQUEST]}),
+    "DELETE /admin/requests/x": (200, {"cancelled": [REQUEST]}),
     "GET /admin/requests/x": (200, {**REQUEST, "headers": [["user-agent", "x" * 100]], "recorded": {
         "request": '{"model": "' + "x " * 200 + '"}', "answer": "y " * 200, "request_cut": False, "answer_cut": True}}),
     "GET /admin/usage?by=key%2Cmodel%2Cday&since=30d": (200, {"by": ["key", "model", "day"], "trouble": WHY, "rows": [
@@ -145,7 +146,7 @@ SCREENS = [
     f"start {FIRST}", f"start --no-wait {FIRST}", f"stop {FIRST}", f"sleep {FIRST}", f"wake-up {FIRST}", f"pin {FIRST}",
     f"unpin {FIRST}", f"lease {FIRST} --for 5m", f"probe {FIRST}", "drain 0", "undrain 0", "kill 99",
     "list", f"show {FIRST}", f"pull {FIRST}", f"run {FIRST}", f"add {FIRST}", "add", f"rm --files --yes {FIRST}",
-    "search qwen",
+    "search qwen", "cancel x",
     "status", f"status {FIRST}", "version", "help", f"restart {FIRST}", *(f"help {verb}" for verb in verbs()),
     "engine list", "engine install foo", "engine use vllm 1",
     f"start {MISSING}", f"why {MISSING}", "pss", f"logs a {MISSING}", f"lease {MISSING} --for {MISSING}",

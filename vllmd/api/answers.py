@@ -656,6 +656,7 @@ class RequestEntry(Answer):
     replica: str = ""
     key: str = ""
     client: Annotated[str, "its address, or the process on a Unix socket"] = ""
+    agent: Annotated[str, "which program it says that it is: its User-Agent"] = ""
     status: Annotated[int, "499 where the client left before an answer, 0 while there is none"] = 0
     error: Annotated[str, "the kind of error, if vllmd ended it with one"] = ""
     message: str = ""

@@ -496,7 +496,7 @@ def _unfinished(exchange: Exchange) -> Entry:
         exchange.offer or exchange.model, account.replica if account else "", request.caller.name, request.peer,
         exchange.status, "", "", account.stream if account else False, request.received, exchange.sent,
         None if admitted is None else admitted - exchange.began, 0.0, exchange.first_byte, elapsed,
-        account.sends if account else 0, None, b"",
+        account.sends if account else 0, None, request.headers.onward or ring.unsent(request),
     )  # fmt: skip
 
 

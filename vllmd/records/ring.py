@@ -17,11 +17,13 @@ from typing import NamedTuple
 from vllmd.api.answers import RequestEntry, RequestTokens
 from vllmd.proxy.access import Caller
 from vllmd.proxy.exchange import Exchange
+from vllmd.proxy.http import Request
 from vllmd.proxy.tokens import Tokens
 
 LONGEST_HEAD = 2048  # bytes that are kept of one
 SECRET = re.compile(r"key|token|secret|auth|passw|cookie|session|credential|signature", re.IGNORECASE)
 CUT = "(cut)"
+AGENT = re.compile(rb"^user-agent:[ \t]*([^\r\n]{1,200})", re.IGNORECASE | re.MULTILINE)
 _new = tuple.__new__
 GONE = 499  # the status, as it is counted, of a request whose client left before its answer
 
@@ -72,7 +74,7 @@ class Ring:
         """Note a request that has ended, and return what is kept of it."""
         request, account = exchange.request, exchange.account
         elapsed = time.monotonic() - exchange.began
-        head = request.headers.onward or b""
+        head = request.headers.onward or unsent(request)
         waited, loading, replica, stream, sends, tokens = None, 0.0, "", False, 0, None
         if account is not None:
             replica, stream, sends, tokens = account.replica, account.stream, account.sends, account.tokens
@@ -123,6 +125,12 @@ class Ring:
     def oldest(self) -> int:
         """The number of the oldest one, 0 if there is none."""
         return self._entries[0].number if self._entries else 0
+
+
+def unsent(request: Request) -> bytes:
+    """What is kept of the head of a request that no engine was sent: which program it says that it is of."""
+    agent = request.headers.get("user-agent")
+    return f"user-agent: {agent}".encode("latin-1", "replace") if agent else b""
 
 
 class Filter(NamedTuple):
@@ -182,6 +190,7 @@ def told(entry: Entry, *, bodies: bool = False) -> RequestEntry:
         replica=entry.replica,
         key=entry.key,
         client=str(entry.peer),
+        agent=found[1].decode("latin-1").strip() if (found := AGENT.search(entry.head)) else "",
         status=entry.status,
         error=entry.error,
         message=entry.message,

@@ -9,7 +9,7 @@ import { Dialog, Empty, ModelPick, Problem, Rows, useLoaded } from "./parts.js";
 
 const ROW = 41; // pixels
 const KEPT = 1000; // rows
-const COLUMNS = [["time"], ["model"], ["key", "wide"], ["status"], ["queue", "number wide"], ["load", "number wide"],
+const COLUMNS = [["time"], ["model"], ["key", "wide"], ["client", "wide roomy"], ["status"], ["queue", "number wide"], ["load", "number wide"],
   ["first byte", "number wide"], ["in all", "number"], ["tokens", "number"], ["tokens/s", "number wide"]]; // prettier-ignore
 
 export function Requests({ name, only = "" }) {
@@ -117,6 +117,7 @@ function Line({ entry, onCancel }) {
   return html`<tr class=${failed(entry) ? "failed" : ""}>
     <td class="nowrap"><a href=${`#/requests/${encodeURIComponent(entry.id)}`}>${clock(entry.at)}</a></td>
     <th scope="row">${entry.model || entry.path}</th><td class="wide">${entry.key || "-"}</td>
+    <td class="wide roomy soft" title=${`${entry.client} ${entry.agent}`}>${entry.agent?.split(" ")[0] || entry.client}</td>
     <td>${failed(entry) ? html`<span class="bad-text" title=${entry.message}>${statusOf(entry)} ${entry.error}</span>` : statusOf(entry)}
       ${entry.retries > 0 && html` <span class="tag">${plural(entry.retries, "retry").replace("retrys", "retries")}</span>`}
       ${isUnderWay(entry) && maySee("admin") && html` <button type="button" class="small" aria-haspopup="dialog" aria-label=${`cancel request ${entry.id}`} onClick=${() => onCancel(entry)}>cancel</button>`}</td>
@@ -131,7 +132,7 @@ function One({ id }) {
   if (!entry) return html`<p class="soft">Reading the request.</p>`;
   const facts = [
     ["came", clock(entry.at)], ["asked", `${entry.method} ${entry.path}`], ["model", entry.model], ["replica", entry.replica],
-    ["key", entry.key || "none"], ["client", entry.client], ["status", statusOf(entry)], ["error", entry.message || entry.error],
+    ["key", entry.key || "none"], ["client", entry.client], ["user agent", entry.agent], ["answer", entry.stream ? "as a stream" : "whole"], ["status", statusOf(entry)], ["error", entry.message || entry.error],
     ["retries", entry.retries], ["tokens", entry.tokens && `${tokensOf(entry.tokens)}, ${count(entry.tokens.cached)} of the prompt from the cache`],
     ["tokens per second", speedsOf(entry).answer && `${rate(speedsOf(entry).answer)} of the answer${speedsOf(entry).prompt ? `, ${rate(speedsOf(entry).prompt)} of the prompt` : ""}`],
     ["received", bytes(entry.received)], ["sent", bytes(entry.sent)],
