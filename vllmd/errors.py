@@ -78,6 +78,12 @@ class Forbidden(VllmdError):
     status, type, code = 403, "invalid_request_error", "insufficient_permissions"
 
 
+class RequestCancelled(VllmdError):
+    """An administrator has ended the request. Its status is one after which clients do not try again by themselves."""
+
+    status, type, code = 403, "invalid_request_error", "request_cancelled"
+
+
 class NotFound(VllmdError):
     """The path is no route of vllmd."""
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from http.client import IncompleteRead
+from http.client import HTTPConnection, IncompleteRead
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ records: {{access_log: {log}}}
 models:
   small: {{engine: sim, gpu_memory: 20GiB, aliases: [s], options: {{load_time: 0.3s}}}}
   slow: {{engine: sim, gpu_memory: 20GiB, options: {{load_time: 1s}}}}
+  endless: {{engine: sim, gpu_memory: 20GiB, concurrency: 1, options: {{load_time: 0.1s, tokens_per_second: 1}}}}
 """
 ALICE, BOB, LOOKER, BOSS = "a-secret-key-of-alice", "b-secret-key-of-bob", "looker-secret", "boss-secret"
 
@@ -126,6 +127,64 @@ def test_what_is_under_way_is_shown(site: Site) -> None:
     assert connection.getresponse().status == 200
     connection.close()
     assert one(site, "waits")["load_seconds"] > 0.5
+
+
+def begin(site: Site, request_id: str, **more: object) -> HTTPConnection:
+    """A request to the model whose answers take for ever; it is sent, and its answer not waited for."""
+    connection = site.connect()
+    headers = {"Authorization": f"Bearer {ALICE}", "Content-Type": "application/json", "X-Request-Id": request_id}
+    body = {"model": "endless", "prompt": WORDS, "max_tokens": 1000, "min_tokens": 1000, **more}
+    connection.request("POST", "/v1/completions", json.dumps(body), headers)
+    return connection
+
+
+def under_way(site: Site) -> dict[str, Any]:
+    """Those for that model, by id."""
+    told = site.ask("GET", "/admin/requests?model=endless", key=BOSS).json["under_way"]
+    return {each["id"]: each for each in told}
+
+
+def test_one_request_is_cancelled_and_nothing_else(site: Site) -> None:
+    """One whose answer has begun is broken off and its engine is free at once, so that the next one runs; one that
+    waits leaves its queue with an error that clients do not try again after. Whoever only looks on may not.
+    """
+    with closing(begin(site, "runs", stream=True)) as running, closing(begin_waiting(site, "runs", "waits")) as waiting:
+        answer = running.getresponse()
+        assert answer.status == 200
+        assert answer.readline().startswith(b"data: ")
+        refused = site.ask("DELETE", "/admin/requests/runs", key=LOOKER)
+        assert refused.status == 403
+        assert set(under_way(site)) == {"runs", "waits"}
+        told = site.ask("DELETE", "/admin/requests/waits", key=BOSS).json["cancelled"]
+        assert [(each["id"], each["status"]) for each in told] == [("waits", 0)]
+        error = waiting.getresponse()
+        assert (error.status, json.loads(error.read())["error"]["code"]) == (403, "request_cancelled")
+        assert set(under_way(site)) == {"runs"}
+        with closing(begin_waiting(site, "runs", "next", stream=True)) as after:
+            assert site.ask("DELETE", "/admin/requests/runs", key=BOSS).status == 200
+            with pytest.raises((IncompleteRead, ConnectionError)):
+                answer.read()
+            assert after.getresponse().status == 200, "the place of the one that was broken off is taken"
+            assert running_in_engine(site) == 1
+            assert site.ask("DELETE", "/admin/requests/next", key=BOSS).status == 200
+    until(lambda: not running_in_engine(site))
+    ended = one(site, "runs")
+    assert (ended["status"], ended["error"]) == (200, "RequestCancelled")
+    assert site.ask("DELETE", "/admin/requests/runs", key=BOSS).status == 404, "it is over"
+
+
+def begin_waiting(site: Site, first: str, request_id: str, **more: object) -> HTTPConnection:
+    """One that comes once the ``first`` has its place."""
+    until(lambda: under_way(site).get(first, {}).get("queue_seconds") is not None)
+    connection = begin(site, request_id, **more)
+    until(lambda: request_id in under_way(site))
+    return connection
+
+
+def running_in_engine(site: Site) -> float:
+    """How many requests the engine itself says that it answers."""
+    lines = site.ask("GET", "/metrics?model=endless", key=BOSS).text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_running"))
 
 
 def test_bodies_are_recorded_only_when_asked_for(site: Site) -> None:

@@ -142,6 +142,7 @@ VERBS = [
     (["wake_up", "big"], "POST /admin/models/big/wake?wait=true", None),
     (["pin", "big"], "POST /admin/models/big/pin", {"pinned": True}),
     (["drain", "0"], "POST /admin/devices/0/drain", {"drained": True}),
+    (["cancel", "a/b"], "DELETE /admin/requests/a%2Fb", None),
     (["undrain", "0"], "POST /admin/devices/0/drain", {"drained": False}),
     (["unpin", "big"], "POST /admin/models/big/pin", {"pinned": False}),
     (["lease", "big", "--name", "n", "--for", "5m"], "POST /admin/models/big/lease",

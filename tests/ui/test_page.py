@@ -37,6 +37,7 @@ models:
   alpha: {{gpu_memory: 50GiB, options: {{load_time: 0.2s}}}}
   beta: {{gpu_memory: 50GiB, options: {{load_time: 0.2s}}}}
   broken: {{gpu_memory: 10GiB, options: {{fail: exit-at-start}}}}
+  slow: {{gpu_memory: 5GiB, options: {{load_time: 0.2s, tokens_per_second: 1}}}}
 """
 
 
@@ -340,6 +341,24 @@ def test_a_failed_request_of_last_night_is_found_and_looked_into(page: sync_api.
     page.get_by_role("heading", name="Head").wait_for()
     page.get_by_text("/v1/chat/completions").wait_for()
     page.get_by_text("broken: the engine exited").wait_for()
+
+
+def test_a_request_under_way_is_cancelled(page: sync_api.Page, site: Site) -> None:
+    """It is said what that means; then its client is told, and it stands among those that have ended."""
+    connection = site.connect()
+    body = json.dumps({"model": "slow", "prompt": "x", "max_tokens": 1000, "min_tokens": 1000})
+    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json", "X-Request-Id": "endless"})
+    until(lambda: site.line("slow")["in_flight"] == 1)
+    page.get_by_role("link", name="Requests").click()
+    page.get_by_role("button", name="cancel request endless").click()
+    page.get_by_role("dialog").get_by_text("Its client gets status 403").wait_for()
+    assert site.line("slow")["in_flight"] == 1
+    page.get_by_role("button", name="Cancel the request").click()
+    assert connection.getresponse().status == 403
+    connection.close()
+    page.get_by_role("row").filter(has_text="slow").get_by_text("403 RequestCancelled").wait_for()
+    assert site.line("slow")["in_flight"] == 0
+    site.operate("POST", "/admin/models/slow/unload?wait=true")
 
 
 def test_bodies_are_seen_only_after_somebody_said_so(page: sync_api.Page, site: Site) -> None:

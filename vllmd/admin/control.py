@@ -14,6 +14,7 @@ from vllmd.api.answers import (
     Added,
     Arrival,
     Cached,
+    Cancelled,
     Card,
     Decision,
     Decisions,
@@ -241,6 +242,9 @@ class Records(Protocol):
 
     def request(self, request_id: str, caller: Caller) -> RequestInFull:
         """One with its head, and with bodies if the caller may change things. Raises NotFound."""
+
+    def cancel(self, request_id: str, caller: Caller) -> Cancelled:
+        """End those under way that have this id: what waits leaves its queue, what runs its engine. Raises NotFound."""
 
     def watch(self, wanted: Filter, caller: Caller) -> AsyncIterator[RequestEntry]:
         """Requests as they end, those that the filter lets through, until the caller stops."""

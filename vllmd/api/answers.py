@@ -680,6 +680,13 @@ class Requests(Answer):
 
 
 @answer
+class Cancelled(Answer):
+    """Requests that were under way and are cancelled, as they were then."""
+
+    cancelled: tuple[RequestEntry, ...] = ()
+
+
+@answer
 class RecordedBodies(Answer):
     """The bodies of a request and of its answer, files and secrets cut out. ``..._cut``: only the beginning is kept."""
 

@@ -20,6 +20,7 @@ from urllib.parse import quote
 from vllmd.api.answers import (
     Answer,
     Cached,
+    Cancelled,
     Decisions,
     Device,
     Download,
@@ -252,7 +253,7 @@ WANTED = (
     Param("failed", Flag(), "only those that failed", default=False),
     Param("slower", Seconds(LONGEST_LEASE), "only those that took so many seconds or more", default=None),
 )
-REQUEST_ID = Param("request_id", Text("the id of a request"), "its x-request-id", "path",
+REQUEST_ID = Param("request_id", Text("the id of a request"), "its x-request-id", "path", metavar="ID", many=True,
                    missing="there is no request {value!r}")  # fmt: skip
 
 PROBES = """\
@@ -387,6 +388,16 @@ VERBS: tuple[Verb, ...] = (
          (REQUEST_ID,), does="records.request", scope="read", each=True, refuses=(404,),
          about="With bodies, if they were recorded and the caller may change things.",
          python=Method("request", "One of the last requests. Raises NotFound.")),
+    Verb("cancel", "DELETE", "/admin/requests/{request_id}", "End a request that is under way", Cancelled,
+         (REQUEST_ID,), does="records.cancel", each=True, refuses=(404,),
+         about="One that waits leaves its queue, one that runs its engine. Its client gets status 403 with the code "
+               "request_cancelled, after which clients do not try again by themselves; where the answer has begun, it "
+               "is broken off.",
+         python=Method("cancel_request", "End one that waits or runs, as it was then. Raises NotFound.", "cancelled"),
+         commands=(Command("cancel", "End requests that are under way, by their ids in vllmctl requests",
+                           "Their clients get status 403 with the code request_cancelled, after which they do not try "
+                           "again by themselves; where an answer has begun, it is broken off. The engine is free at "
+                           "once; the model stays loaded.", said="request {request_id} is cancelled"),)),
     Verb("recordings", "GET", "/admin/recordings", "Whose bodies are recorded now", Recordings,
          does="records.recorded", scope="read",
          python=Method("recordings", "Whose bodies are recorded, and how much is kept.")),

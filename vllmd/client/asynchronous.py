@@ -269,6 +269,10 @@ class AsyncClient:
         """One of the last requests. Raises NotFound."""
         return await self._told("request", answers.RequestInFull, request_id=request_id)
 
+    async def cancel_request(self, request_id: str) -> tuple[answers.RequestEntry, ...]:
+        """End one that waits or runs, as it was then. Raises NotFound."""
+        return (await self._told("cancel", answers.Cancelled, request_id=request_id)).cancelled
+
     async def recordings(self) -> answers.Recordings:
         """Whose bodies are recorded, and how much is kept."""
         return await self._told("recordings", answers.Recordings)

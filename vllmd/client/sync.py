@@ -270,6 +270,10 @@ class Client:
         """One of the last requests. Raises NotFound."""
         return self._told("request", answers.RequestInFull, request_id=request_id)
 
+    def cancel_request(self, request_id: str) -> tuple[answers.RequestEntry, ...]:
+        """End one that waits or runs, as it was then. Raises NotFound."""
+        return (self._told("cancel", answers.Cancelled, request_id=request_id)).cancelled
+
     def recordings(self) -> answers.Recordings:
         """Whose bodies are recorded, and how much is kept."""
         return self._told("recordings", answers.Recordings)

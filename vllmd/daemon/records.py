@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllmd.api import answers
-from vllmd.api.answers import RequestEntry, RequestInFull, Requests, Usage
+from vllmd.api.answers import Cancelled, RequestEntry, RequestInFull, Requests, Usage
 from vllmd.api.codec import encoded
 from vllmd.config.checks import without_otlp
 from vllmd.config.types import RecordsConfig
 from vllmd.core.types import Snapshot
 from vllmd.daemon.current import state_file
-from vllmd.errors import BadRequest, NotFound, Unavailable
+from vllmd.errors import BadRequest, NotFound, RequestCancelled, Unavailable
 from vllmd.proxy.access import ADMIN, MODELS, Caller
 from vllmd.proxy.account import Account, Trace
 from vllmd.proxy.exchange import Exchange
@@ -347,6 +347,16 @@ class Records:
         kept = self._bodies.of(entry.number) if ADMIN in caller.scopes else None
         recorded = None if kept is None else bodies.told(kept)
         return RequestInFull(**vars(self._told(entry)), headers=ring.headers(entry), recorded=recorded)
+
+    def cancel(self, request_id: str, caller: Caller) -> Cancelled:
+        """End those under way that have this id, which a client may have chosen. Raises NotFound."""
+        live = ((exchange, _unfinished(exchange)) for exchange in self.live() if exchange.request.id == request_id)
+        found = [(exchange, entry) for exchange, entry in live if ring.may_see(caller, entry)]
+        if not found:
+            raise NotFound(f"no request {request_id[:100]!r} is under way; vllmctl requests shows those that are")
+        for exchange, _ in found:
+            exchange.cancel(RequestCancelled("an administrator has cancelled the request"))
+        return Cancelled(tuple(ring.told(entry) for _, entry in found))
 
     async def watch(self, wanted: Filter, caller: Caller) -> AsyncIterator[RequestEntry]:
         """Requests as they end, those that the filter lets through, until the caller stops.

@@ -384,11 +384,16 @@ class Connection(asyncio.Protocol):
             self._expect(max(0.0, self._expiry - self._loop.time()), self._expired)
 
     def _expired(self) -> None:
+        if self._exchange is not None:
+            self.end(TookTooLong(f"the request took longer than it may: {self._exchange.elapsed:.0f} s"))
+
+    def end(self, error: VllmdError) -> None:
+        """Answer the present exchange with the error, or break off where its answer has begun; cancel its handler."""
         exchange, running = self._exchange, self._running
         if exchange is None or running is None:
             return
         exchange.keep_alive = False
-        exchange.fail(TookTooLong(f"the request took longer than it may: {exchange.elapsed:.0f} s"))
+        exchange.fail(error)
         running.cancel()
 
     # -- ending

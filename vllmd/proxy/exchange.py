@@ -31,6 +31,9 @@ class Wire(Protocol):
     def expire(self, seconds: float) -> None:
         """Give the present exchange so long."""
 
+    def end(self, error: VllmdError) -> None:
+        """Answer the present exchange with the error, or break off where its answer has begun; cancel its handler."""
+
     def body_grew(self, size: int) -> None:
         """The request's body takes so many bytes of memory now. Raises Unavailable if there is no room for them."""
 
@@ -126,6 +129,11 @@ class Exchange:
     def expire(self, seconds: float) -> None:
         """If it is not over within ``seconds``, answer 504, or break off, and cancel the handler."""
         self._wire.expire(seconds)
+
+    def cancel(self, error: VllmdError) -> None:
+        """End it from outside, unless it is over: as ``expire`` does, at once and with this error."""
+        if not self.over:
+            self._wire.end(error)
 
     def body_grew(self, size: int) -> None:
         """Count ``size`` bytes for the request's body, which was decoded. Raises Unavailable if there is no room."""

@@ -41,6 +41,14 @@ complete -c vllmctl -n '__fish_seen_subcommand_from bench' -l cold -d 'measure i
 complete -c vllmctl -n '__fish_seen_subcommand_from bench' -l prompt -r -d 'what is asked'
 complete -c vllmctl -n '__fish_seen_subcommand_from bench' -a '(vllmctl completion models 2>/dev/null)'
 complete -c vllmctl -n '__fish_seen_subcommand_from bench' -F
+complete -c vllmctl -n __fish_use_subcommand -a cancel -d 'End requests that are under way, by their ids in vllmctl requests'
+complete -c vllmctl -n '__fish_seen_subcommand_from cancel' -s h -l help -d 'show this help message and exit'
+complete -c vllmctl -n '__fish_seen_subcommand_from cancel' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
+complete -c vllmctl -n '__fish_seen_subcommand_from cancel' -l user -d 'the vllmd of systemctl --user'
+complete -c vllmctl -n '__fish_seen_subcommand_from cancel' -l url -r -d 'over HTTP, such as http://gpu1:33258; needs a key with the scope admin'
+complete -c vllmctl -n '__fish_seen_subcommand_from cancel' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
+complete -c vllmctl -n '__fish_seen_subcommand_from cancel' -l json -d 'print JSON instead of a table'
+complete -c vllmctl -n '__fish_seen_subcommand_from cancel' -F
 complete -c vllmctl -n __fish_use_subcommand -a chat -d 'Talk with a model in the terminal'
 complete -c vllmctl -n '__fish_seen_subcommand_from chat' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from chat' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'

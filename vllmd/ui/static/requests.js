@@ -16,6 +16,7 @@ export function Requests({ name, only = "" }) {
   const { status } = useLive();
   const [filter, setFilter] = useState({ model: only, key: "", status: "", failed: false });
   const [recording, setRecording] = useState(false);
+  const [ending, setEnding] = useState(null); // a request under way, to be cancelled once that is confirmed
   const { rows, underWay, error } = useRequests(filter);
   const set = (field) => (event) => setFilter({ ...filter, [field]: event.target.type === "checkbox" ? event.target.checked : event.target.value });
   if (name) return html`<${One} id=${name} />`;
@@ -30,8 +31,8 @@ export function Requests({ name, only = "" }) {
     <${Problem} error=${error} />
     ${rows.length + underWay.length === 0 && !error
       ? html`<${Empty} title="No request yet"><p>The last requests stand here, with their times, as soon as there are some. The view <a href="#/try">Try</a> makes one.</p></${Empty}>`
-      : html`<${Rows} items=${[...underWay, ...rows]} height=${ROW} columns=${COLUMNS} label="requests" render=${(entry) => html`<${Line} key=${entry.id + entry.number} entry=${entry} />`} />`}
-    </section>${recording && html`<${Recording} onClose=${() => setRecording(false)} />`}`;
+      : html`<${Rows} items=${[...underWay, ...rows]} height=${ROW} columns=${COLUMNS} label="requests" render=${(entry) => html`<${Line} key=${entry.id + entry.number} entry=${entry} onCancel=${setEnding} />`} />`}
+    </section>${ending && html`<${Cancel} entry=${ending} onClose=${() => setEnding(null)} />`}${recording && html`<${Recording} onClose=${() => setRecording(false)} />`}`;
 }
 
 /** A request as a row of a spreadsheet. */
@@ -90,15 +91,35 @@ export function tokensOf(tokens) {
   return `${tokens.estimated ? "about " : ""}${count(tokens.prompt)} + ${count(tokens.answer)}`;
 }
 
-const statusOf = (entry) => (entry.status === 0 ? "under way" : entry.status === 499 ? "client left" : String(entry.status));
+const isUnderWay = (entry) => entry.number === 0;
+const statusOf = (entry) => (isUnderWay(entry) ? "under way" : entry.status === 499 ? "client left" : String(entry.status));
 const failed = (entry) => entry.status >= 400 || Boolean(entry.error);
 
-function Line({ entry }) {
+/** What it means to cancel a request, and then it is done. */
+function Cancel({ entry, onClose }) {
+  const [error, setError] = useState(null);
+  const confirmed = async (event) => {
+    event.preventDefault();
+    try {
+      await call("DELETE", `/admin/requests/${encodeURIComponent(entry.id)}`);
+      onClose();
+    } catch (refused) {
+      setError(refused);
+    }
+  };
+  return html`<${Dialog} title="cancel a request" onClose=${onClose}><form onSubmit=${confirmed}>
+    <p class="preview">It is for ${entry.model}, of ${entry.client}${entry.key && ` with the key ${entry.key}`}, and goes on for ${seconds(entry.seconds)}.
+      ${entry.status ? " Its answer has begun: it is broken off." : " Its client gets status 403 with the code request_cancelled."} The model stays loaded.</p>
+    <${Problem} error=${error} /><div class="buttons"><button type="button" onClick=${onClose}>Let it go on</button><button type="submit" class="primary">Cancel the request</button></div></form></${Dialog}>`;
+}
+
+function Line({ entry, onCancel }) {
   return html`<tr class=${failed(entry) ? "failed" : ""}>
     <td class="nowrap"><a href=${`#/requests/${encodeURIComponent(entry.id)}`}>${clock(entry.at)}</a></td>
     <th scope="row">${entry.model || entry.path}</th><td class="wide">${entry.key || "-"}</td>
     <td>${failed(entry) ? html`<span class="bad-text" title=${entry.message}>${statusOf(entry)} ${entry.error}</span>` : statusOf(entry)}
-      ${entry.retries > 0 && html` <span class="tag">${plural(entry.retries, "retry").replace("retrys", "retries")}</span>`}</td>
+      ${entry.retries > 0 && html` <span class="tag">${plural(entry.retries, "retry").replace("retrys", "retries")}</span>`}
+      ${isUnderWay(entry) && maySee("admin") && html` <button type="button" class="small" aria-haspopup="dialog" aria-label=${`cancel request ${entry.id}`} onClick=${() => onCancel(entry)}>cancel</button>`}</td>
     <td class="number wide">${seconds(entry.queue_seconds)}</td><td class="number wide">${seconds(entry.load_seconds)}</td>
     <td class="number wide">${seconds(entry.first_byte_seconds)}</td><td class="number">${seconds(entry.seconds)}</td>
     <td class="number nowrap">${tokensOf(entry.tokens)}</td><td class="number wide">${rate(speedsOf(entry).answer)}</td></tr>`;
