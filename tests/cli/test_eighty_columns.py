@@ -92,6 +92,8 @@ ANSWERS: dict[str, tuple[int, Any]] = {
     f"GET /admin/decisions?model={QUOTED}": (200, {"decisions": DECIDED}),
     f"POST /admin/models/{QUOTED}/load": (202, line(0)),
     f"POST /admin/models/{QUOTED}/pin": (200, line(0)),
+    **{f"POST /admin/models/{QUOTED}/{verb}": (200, {**line(0), "disabled": WHY}) for verb in ("disable", "enable")},
+    "POST /admin/suspend": (200, {"devices": list(range(8)), "stopped": [FIRST, LONG.format(1)], "left": [FIRST]}),
     f"POST /admin/models/{QUOTED}/lease": (200, line(0)),
     f"POST /admin/models/{QUOTED}/probe": (200, {"fastest": None, "replicas": [
         {"name": f"{FIRST}@1", "seconds": None, "message": WHY},
@@ -145,6 +147,7 @@ SCREENS = [
     "reload", "requests", "requests show x", "usage --by key,model,day", "record", "key list",
     f"start {FIRST}", f"start --no-wait {FIRST}", f"stop {FIRST}", f"sleep {FIRST}", f"wake-up {FIRST}", f"pin {FIRST}",
     f"unpin {FIRST}", f"lease {FIRST} --for 5m", f"probe {FIRST}", "drain 0", "undrain 0", "kill 99",
+    f"disable {FIRST} --message gone", f"enable {FIRST}", "suspend", "resume",
     "list", f"show {FIRST}", f"pull {FIRST}", f"run {FIRST}", f"add {FIRST}", "add", f"rm --files --yes {FIRST}",
     "search qwen", "cancel x",
     "status", f"status {FIRST}", "version", "help", f"restart {FIRST}", *(f"help {verb}" for verb in verbs()),

@@ -64,7 +64,7 @@ def test_ps_shows_what_each_model_draws(daemon: FakeDaemon, capsys: pytest.Captu
     daemon.answers["GET /admin/status"] = (200, status(model("m", "running", replicas=pair), model("n")))
     assert main(["ps", "--power"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    seen = [line.split()[7:9] for line in (lines[0], lines[1], lines[-1])]
+    seen = [line.split()[5:7] for line in (lines[0], lines[1], lines[-1])]
     assert seen == [["POWER", "UNUSED"], ["151W", "2.5Wh"], ["-", "-"]]
 
 

@@ -14,12 +14,15 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.proxy.fakes import get, reply, stage
 from vllmd.config.types import ModelConfig
 from vllmd.daemon import keys
 from vllmd.engines import engine_of
 from vllmd.errors import BadRequest
 from vllmd.proxy import decoding, paths, peek, response_heads
+from vllmd.proxy.access import ANYBODY
 from vllmd.proxy.large import in_turns
+from vllmd.proxy.model_requests import MOST_SEGMENTS
 
 LONG = 1 << 20
 PLENTY = 30.0  # seconds of the processor
@@ -96,3 +99,19 @@ def test_a_body_of_several_parts() -> None:
     text = bytes(range(256)) * 1000
     members = [gzip.compress(text[at : at + 999], 0) for at in range(0, len(text), 999)]
     assert asyncio.run(in_turns(decoding.decoded(b"".join(members), "gzip", LONG, lambda size: None))) == text
+
+
+def test_a_path_below_upstream_is_looked_up_so_many_times() -> None:
+    """Each of its segments might end a model's name: each look-up compares with every name that there is."""
+
+    async def play() -> None:
+        async with stage(reply(b"{}")) as act:
+            asked: list[str] = []
+            resolve = act.gate.resolve
+            act.gate.resolve = lambda name, caller=ANYBODY: (asked.append(name), resolve(name, caller))[1]  # type: ignore[method-assign]
+            client = await act.client()
+            client.send(get("/upstream/" + "a/" * 5000))
+            assert (await client.answer()).status == 404
+            assert len(asked) <= MOST_SEGMENTS
+
+    asyncio.run(play())

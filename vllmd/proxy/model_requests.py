@@ -32,6 +32,7 @@ WELL_KNOWN = (
     *("/pooling", "/v1/audio/transcriptions", "/v1/audio/translations", "/v1/audio/speech", "/v1/images/generations"),
 )
 RESPONSES_KEPT = 10_000
+MOST_SEGMENTS = 16  # of a path below /upstream that can be a model's name; each number of them is looked up
 JSON = "application/json"
 KEY_IN_QUERY = re.compile(r"(?:^|(?<=&))(?:api[-_]?key|key|access_token|token)=", re.IGNORECASE)
 
@@ -153,13 +154,14 @@ class ModelRequests:
         request = exchange.request
         path = request.target[request.target.index("/upstream/") :].partition("?")[0]
         segments = path.split("/")[2:]
-        if self._model(request, unquote("/".join(segments))):
+        most = min(len(segments), MOST_SEGMENTS)
+        if most == len(segments) and self._model(request, unquote("/".join(segments))):
             # Nothing more than a model: its page is one slash further, and the client is told so. Links in a page are
             # relative to the last slash: without one they would leave the engine's own paths.
             location = f"{path}/?{request.query_string}" if request.query_string else f"{path}/"
             await exchange.respond(Response(308, headers=(("location", location), ("cache-control", "no-store"))))
             return None
-        for cut in range(len(segments) - 1, 0, -1):
+        for cut in range(min(most, len(segments) - 1), 0, -1):
             name, rest = "/".join(segments[:cut]), segments[cut:]
             if len(name) > 4 * LONGEST_NAME or (target := self._model(request, unquote(name))) is None:
                 continue

@@ -52,12 +52,17 @@ def standbys(status: Status) -> list[str]:
 
 
 def table(models: Sequence[ModelLine], *, power: bool = False) -> str:
-    """A row for each model, and below it one for each of its replicas; with ``power`` also what they draw."""
+    """A row for each model, and below it one for each of its replicas; ``power``: what they draw, not their queues."""
     lines = [line for model in models for line in (model, *replicas(model))]
     if not power:
         return show.table(HEAD, [row(line) for line in lines], RIGHT, names=("MODEL",))
-    rows = [(*cells[:-1], _watts(line), _unused(line), cells[-1]) for line in lines for cells in (row(line),)]
-    return show.table((*HEAD[:-1], "POWER", "UNUSED", HEAD[-1]), rows, (*RIGHT, "POWER", "UNUSED"), names=("MODEL",))
+    head = (*HEAD[:4], "IDLE", "POWER", "UNUSED", "NOTE")  # all of them do not fit on a terminal
+    rows = [
+        (*cells[:4], show.age(line.idle), _watts(line), _unused(line), cells[-1])
+        for line in lines
+        for cells in (row(line),)
+    ]
+    return show.table(head, rows, ("MEMORY", "IDLE", "POWER", "UNUSED"), names=("MODEL",))
 
 
 def starts(models: Sequence[ModelLine]) -> str:
