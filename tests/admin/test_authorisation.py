@@ -111,7 +111,6 @@ def body_of(route: Route) -> tuple[bytes | None, str]:
         "suspend": {"suspended": False},  # else the routes behind it would wait for the machine's sleep to be over
         "start": {"model_name": "alpha"},
         "stop": {"model_name": "alpha"},
-        "suspend": {"suspended": False},  # or no engine is on a device after, and what is to be loaded waits for ever
     }
     return json.dumps(own.get(route.pattern.rpartition("/")[2], {})).encode(), "application/json"
 
