@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -212,6 +213,10 @@ def test_the_hardware_and_how_busy_it_is(page: sync_api.Page, site: Site) -> Non
     page.get_by_role("link", name="Why").click()
     page.get_by_role("combobox", name="Curve of").select_option("utilisation")
     page.get_by_role("img", name="Share of time that it computed. GPU 0: 87 %").wait_for()
+    page.get_by_role("combobox", name="Curve of").select_option("used")
+    page.get_by_role("img", name=re.compile(r"Host memory in use\. [\d.]+ [MGT]iB")).wait_for()
+    page.get_by_role("combobox", name="Curve of").select_option("load")
+    page.get_by_role("img", name=re.compile(r"Load of the CPUs\. \d+\.\d")).wait_for()
 
 
 def test_a_failure_stands_where_one_looks_with_its_cause(page: sync_api.Page, site: Site) -> None:

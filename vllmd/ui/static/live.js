@@ -17,7 +17,7 @@ const FIRST_RETRY = 500, LAST_RETRY = 10000; // ms
 export const live = {
   status: null,
   decisions: [], // oldest first
-  samples: [], // {at, devices: [{awake, asleep, external, reserve}]}, oldest first
+  samples: [], // {at, devices: what sharesOf tells of each, host: as in the status}, oldest first
   rates: {}, // model -> {tokens, requests, firstByte}; per second, and seconds
   trouble: "", // why there is no connection
 };
@@ -177,7 +177,7 @@ export function ratesBetween(before, now) {
 
 function remember(status) {
   const devices = status.devices.map((device) => sharesOf(status, device));
-  live.samples = [...live.samples.slice(1 - KEPT_SAMPLES), { at: Date.now() / 1000, devices }];
+  live.samples = [...live.samples.slice(1 - KEPT_SAMPLES), { at: Date.now() / 1000, devices, host: status.host }];
 }
 
 /** The engines that hold memory of a device, and what is left of it; bytes. */
