@@ -11,6 +11,7 @@ import pytest
 
 from vllmd.api.answers import Reloaded
 from vllmd.config.types import Config, ModelConfig, PullConfig
+from vllmd.core.types import Device
 from vllmd.daemon.current import Later
 from vllmd.daemon.store import MOST_REQUESTED, ModelStore
 from vllmd.errors import Forbidden
@@ -26,7 +27,7 @@ def store(folder: Path, **config: Any) -> ModelStore:
     runtime: Any = SimpleNamespace()
     changes: Any = SimpleNamespace(stir=lambda: None, tell=lambda decision: None)
     back: Any = Later()
-    back.set(SimpleNamespace(memory=SimpleNamespace(inventory=("a device",))))
+    back.set(SimpleNamespace(memory=SimpleNamespace(inventory=(Device(0, "GPU-a", 80 << 30, runtime="cuda"),))))
     return ModelStore(current, runtime, back, changes, reload)
 
 

@@ -167,7 +167,14 @@ def site(bench: Bench, name: str, config: Mapping[str, Any]) -> Iterator[Site]:
         port = free.getsockname()[1]
     folder = bench.folder / name
     folder.mkdir()
-    here = Site(bench, folder, {"server": {"listen": [f"127.0.0.1:{port}"]}, **config}, port)
+    engines = (
+        port + 1 if port < 65_000 else port - 500
+    )  # a range of its own: other daemons give theirs from the first on
+    plain = {
+        "server": {"listen": [f"127.0.0.1:{port}"]},
+        "engines": {"port_start": engines, "port_end": engines + 400},
+    }
+    here = Site(bench, folder, {**plain, **config}, port)
     try:
         here.open()
         yield here
