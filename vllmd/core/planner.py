@@ -14,7 +14,7 @@ from vllmd.core.policy_input import PolicyInputBuilder, levels, sleep_deep, wait
 from vllmd.core.types import State
 
 TICK = 0.25  # seconds between two looks while anything waits
-FILL_AGE = 15.0  # seconds for which the choice of level-1 sleepers stands; the rates it goes by fade in 900
+FILL_AGE = 5.0  # seconds for which the choice of level-1 sleepers stands; three times as long cost a tenth of the tail
 RECENT = 10.0  # seconds for which it is believed what others leave free, where nobody waits for it
 PRELOADED = "it is to be preloaded"
 RELOCATE_EVERY = 1.0  # seconds between two looks for sleepers that must move
