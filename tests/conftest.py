@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import subprocess
@@ -17,7 +16,6 @@ import pytest
 from tests import pure, side_by_side
 from tests.machine import container
 from tests.machine.container import CannotBoot, Machine
-from vllmd.proxy.loop import Loop
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -27,16 +25,6 @@ os.environ["VLLMD_USAGE"] = os.environ["VLLMD_KEYS"] = os.environ["VLLMD_DISABLE
 
 # Programs that tests start (python -m vllmd ...) find the package whatever their working directory.
 os.environ["PYTHONPATH"] = str(REPOSITORY)
-
-
-class OurLoops(asyncio.DefaultEventLoopPolicy):
-    """``asyncio.run`` with the daemon's event loop: what is tested runs as it does in the daemon."""
-
-    def new_event_loop(self) -> asyncio.AbstractEventLoop:
-        return Loop()
-
-
-asyncio.set_event_loop_policy(OurLoops())
 
 # How long an example takes says how busy the machine is, and nothing of what is tested.
 hypothesis.settings.register_profile(

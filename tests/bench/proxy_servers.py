@@ -220,7 +220,4 @@ async def serve_relay(port: int, upstream_port: int) -> None:
 
 
 if __name__ == "__main__":
-    from vllmd.proxy.loop import Loop
-
-    with asyncio.Runner(loop_factory=Loop) as runner:
-        runner.run(serve_relay(*map(int, sys.argv[1:])))
+    asyncio.run(serve_relay(*map(int, sys.argv[1:])))

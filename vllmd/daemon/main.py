@@ -26,7 +26,6 @@ from vllmd.daemon.listen import Listeners, listeners, told
 from vllmd.daemon.records import store_path
 from vllmd.daemon.service import Daemon, meant_for_us
 from vllmd.errors import ConfigError
-from vllmd.proxy.loop import Loop
 from vllmd.systemd.activation import take_listeners
 from vllmd.systemd.journal import setup_logging
 from vllmd.text import make_legible
@@ -91,8 +90,7 @@ def _serve(config: Config, broken: str, given: Listeners, reload: Any) -> int:
         except ConfigError as error:
             print(error.message, file=sys.stderr)
             return EX_CONFIG
-        with asyncio.Runner(loop_factory=Loop) as runner:
-            return runner.run(_live(config, broken, around, reload, sockets))
+        return asyncio.run(_live(config, broken, around, reload, sockets))
 
 
 def _raise_file_limit() -> None:

@@ -20,7 +20,6 @@ from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.heads import RequestHead
 from vllmd.proxy.http import Headers, Peer, Request
 from vllmd.proxy.limits import RECEIVE, Limits, read_small
-from vllmd.proxy.loop import begin
 from vllmd.proxy.reader import RequestReader
 from vllmd.proxy.routing import Handler
 
@@ -72,11 +71,11 @@ class Connection(asyncio.Protocol):
     The states are those of ``Phase``. Each has a time limit, and there is one timer for all of them (``_expect``): it
     is moved only when it would come too late, because most requests change the limit and few ever reach it.
 
-    A request's handler runs in a task, whose first step is taken at once, and writes to the transport through an
-    ``Exchange``. Three things end a request, and whichever comes first is the only one that counts: the answer is whole
-    (``finished``), the answer is broken off (``abort``), or the client leaves (``connection_lost``), which cancels the
-    task at once so that the engine stops generating. What arrives behind a request is kept, up to ``Limits.pipeline``
-    bytes, and then the client is not read any more until its answer is whole.
+    A request's handler runs in a task, and writes to the transport through an ``Exchange``. Three things end a request,
+    and whichever comes first is the only one that counts: the answer is whole (``finished``), the answer is broken off
+    (``abort``), or the client leaves (``connection_lost``), which cancels the task at once so that the engine stops
+    generating. What arrives behind a request is kept, up to ``Limits.pipeline`` bytes, and then the client is not read
+    any more until its answer is whole.
     """
 
     def __init__(self, host: Host) -> None:
@@ -302,9 +301,7 @@ class Connection(asyncio.Protocol):
         self._exchange = exchange = Exchange(request, self, self._transport.write, keep_alive=keep_alive)
         if self._write_paused:
             exchange.pause(True)
-        running = begin(self._loop, self._run(exchange, self._handler))
-        if self._exchange is exchange:  # not over already
-            self._running = running
+        self._running = self._loop.create_task(self._run(exchange, self._handler))
 
     async def _run(self, exchange: Exchange, handler: Handler) -> None:
         try:

@@ -17,9 +17,10 @@ The invariants:
 
 What a client sees of an engine's end: 502 before the answer began, a visible truncation in the middle of it.
 
-Each request is a task of its own, so that whatever is waited for has time limits and can be cancelled. Its first step
-is taken within the callback that read the request, its last one within the callback that read the answer
-(``proxy.loop``).
+Each request is a task of its own. It costs two turns of the event loop that a callback would not. Both ways around
+them were tried and given up: a coroutine that is run by hand brought rules (no time limit before the first wait,
+nothing after the last one), and a loop that begins and resumes tasks within the callback that read what they wait for
+gained nothing at 64 connections (0.97 of the requests per second), and 6 % at one.
 """
 
 from __future__ import annotations
@@ -40,7 +41,6 @@ from vllmd.proxy.heads import ResponseHead, forwardable, write_fields
 from vllmd.proxy.http import ANTHROPIC_PATH, Request
 from vllmd.proxy.limits import Limits
 from vllmd.proxy.loading_heartbeat import Heartbeats, LoadingHeartbeat
-from vllmd.proxy.loop import resume
 from vllmd.proxy.model_requests import ModelRequests, StoredResponses
 from vllmd.proxy.peek import Parts
 from vllmd.proxy.routing import Handler
@@ -329,7 +329,7 @@ class AnswerRelay:
         if self._answer is not None:
             self._answer.end()
         if self._over is not None and not self._over.done():
-            resume(self._over)
+            self._over.set_result(None)
 
     def lost(self, reason: str, *, untouched: bool) -> None:
         """The engine's connection broke off."""
