@@ -49,7 +49,7 @@ access_log = logging.getLogger("vllmd.access")
 FLUSH, RETRY = 2.0, 15.0  # seconds between writes, and after one that failed
 MOST_FRESH = 4000  # requests that wait to be added up by the thread that writes
 MOST_ARRIVALS = MOST_LINES = 20_000  # that wait to be written
-MOST_AT_ONCE, WATCH_PAUSE = 25, 0.25  # requests that a watcher is told, and the seconds until it is told more
+MOST_AT_ONCE, WATCH_PAUSE = 10, 0.25  # requests that a watcher is told, and the seconds until it is told more
 MiB = 1 << 20
 USAGE_SHOWN, TRACE_SHOWN = 30 * DAY, 7 * DAY  # seconds, where nothing else is asked for
 LONGEST_LOOK = 60.0  # seconds between two looks at the devices; after a longer time nobody knows who held what
