@@ -24,14 +24,10 @@ def available_memory(root: Path = Path("/")) -> int | None:
 
     Of a group the cache of files counts as free: the kernel drops it first.
     """
-    found = [kib << 10 for name, kib in _table(root / "proc/meminfo") if name == "MemAvailable:"]
-    for group in _groups(root, "memory"):
-        limits = [int(text) for name in LIMITS if (text := _line(group / name)).isdecimal()]
-        used = _line(group / "memory.current") or _line(group / "memory.usage_in_bytes")
-        if limits and used.isdecimal():
-            cache = sum(size for name, size in _table(group / "memory.stat") if name in CACHE)
-            found.append(max(0, min(limits) - int(used) + cache))
-    return min(found, default=None)
+    _, free = memory_of_machine(root)
+    found = [] if free is None else [free]
+    found += [left for group in _groups(root, "memory") for left in _left(group)]
+    return max(0, min(found)) if found else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +113,7 @@ def free_memory(root: Path = Path("/")) -> int:
 
     To it the pages are counted that we have read.
     """
-    free = [kib << 10 for name, kib in _table(root / "proc/meminfo") if name == "MemAvailable:"] or [0]
+    free = [memory_of_machine(root)[1] or 0]
     top = root / "sys/fs/cgroup"
     for line in _line(root / "proc/self/cgroup").splitlines():
         if line.startswith("0::"):
@@ -128,9 +124,9 @@ def free_memory(root: Path = Path("/")) -> int:
 
 def _left(group: Path) -> Iterator[int]:
     """What each limit of a group leaves; pages of files do not count, which it gives back when it must."""
-    files = sum(size for name, size in _table(group / "memory.stat") if name in ("inactive_file", "active_file"))
-    held = _line(group / "memory.current")
-    for limit in (_line(group / name) for name in ("memory.max", "memory.high")):
+    files = sum(size for name, size in _table(group / "memory.stat") if name in CACHE)
+    held = _line(group / "memory.current") or _line(group / "memory.usage_in_bytes")
+    for limit in (_line(group / name) for name in LIMITS):
         if limit.isdecimal() and held.isdecimal():
             yield int(limit) - int(held) + files
 

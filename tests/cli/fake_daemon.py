@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import socketserver
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
+
+from tests.loopback import serving
 
 
 @dataclass
@@ -57,14 +58,8 @@ def fake_daemon(answers: dict[str, tuple[int, Any]], path: Path | None = None) -
         address = f"http://127.0.0.1:{server.server_address[1]}"
     daemon = FakeDaemon(address, answers)
     server.RequestHandlerClass = type("Handler", (_Handler,), {"daemon": daemon})
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with serving(server):
         yield daemon
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 GiB = 1 << 30

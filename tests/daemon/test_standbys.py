@@ -245,8 +245,9 @@ async def test_what_fails_is_not_tried_for_ever() -> None:
 
 def test_what_is_available_is_the_kernels_word(tmp_path: Path) -> None:
     """Nothing, where it does not say."""
-    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   2048 kB\n")
-    assert available(tmp_path / "meminfo") == 2 << 20
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   2048 kB\n")
+    assert available(tmp_path) == 2 << 20
     assert available(tmp_path / "none") == 0
 
 

@@ -95,16 +95,17 @@ async def test_grandchildren_that_left_the_session_are_killed(options: tuple[str
         await driver.client.follow(engine.instance)
         await driver.line("escaped")
         launcher = launcher_of(driver.client)
-        everybody = await until(lambda: _descendants(launcher) if len(_descendants(launcher)) >= 3 else None)
+        everybody = await until(lambda: descendants(launcher) if len(descendants(launcher)) >= 3 else None)
         await driver.client.signal(engine.instance, signal.SIGKILL)
         assert (await driver.exit()).empty
         assert [pid for pid in everybody if alive(pid)] == []
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
+    """Those, theirs, and so on."""
     found = []
     for child in children(pid):
-        found += [child, *_descendants(child)]
+        found += [child, *descendants(child)]
     return found
 
 
@@ -129,7 +130,7 @@ async def test_everything_ends_with_the_connection(options: tuple[str, ...]) -> 
         await driver.client.follow(engine.instance)
         await driver.line("up")
         launcher = launcher_of(driver.client)
-        everybody = [launcher, *_descendants(launcher)]
+        everybody = [launcher, *descendants(launcher)]
         await driver.client.close()
         assert [pid for pid in everybody if alive(pid)] == []
 
@@ -142,7 +143,7 @@ async def test_a_killed_launcher_is_replaced_and_its_engines_are_gone(options: t
         await driver.client.follow(engine.instance)
         await driver.line("up")
         launcher = launcher_of(driver.client)
-        everybody = _descendants(launcher)
+        everybody = descendants(launcher)
         os.kill(launcher, signal.SIGKILL)
         assert await driver.exit() == ExitReport(engine.instance)
         assert [pid for pid in everybody if alive(pid)] == []

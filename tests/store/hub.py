@@ -16,6 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from tests.loopback import serving
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LARGE = 10_000  # bytes from which on a file is one of LFS here
 
@@ -142,15 +144,11 @@ def hub(repositories: dict[str, dict[str, bytes]], **over: Any) -> Iterator[Hub]
     it.gate.set()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": it}))
     it.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield it
-    finally:
-        it.gate.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with serving(server):
+        try:
+            yield it
+        finally:
+            it.gate.set()
 
 
 if __name__ == "__main__":  # in a container: PORT, then NAME=FILE of each repository's one file

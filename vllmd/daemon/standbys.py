@@ -12,7 +12,6 @@ machine runs short, when an engine that is about to start needs it, and when lev
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import time
@@ -28,7 +27,7 @@ from vllmd.core.types import GiB
 from vllmd.engines.standby import Standby
 from vllmd.errors import LauncherFailed
 from vllmd.launcher.client import ExitReport, LauncherClient, StartOrder
-from vllmd.place import host_memory
+from vllmd.place import host_memory, memory_of_machine
 
 log = logging.getLogger("vllmd.standby")
 
@@ -46,14 +45,9 @@ REMEMBERED = 8  # kinds of standbys
 Find = Callable[[ModelConfig], Standby | None]
 
 
-def available(meminfo: Path = Path("/proc/meminfo")) -> int:
+def available(root: Path = Path("/")) -> int:
     """Bytes that the kernel could give away without harm to anybody; 0 if it does not say."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in meminfo.read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name == "MemAvailable":
-                return int(value.split()[0]) << 10
-    return 0
+    return memory_of_machine(root)[1] or 0
 
 
 @dataclass

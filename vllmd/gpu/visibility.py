@@ -28,8 +28,3 @@ def environment(devices: Sequence[Device]) -> dict[str, str]:
     else:
         found = {IDS[runtime]: ",".join(device.id for device in devices)}
     return {**found, **dict([ORDER[runtime]] if runtime in ORDER else [])}
-
-
-def by_number(devices: Sequence[Device]) -> bool:
-    """Whether an engine on these is told numbers, which each version takes."""
-    return all(device.number is not None for device in devices)
