@@ -62,7 +62,7 @@ def play(story: Story) -> None:
 
     async def told(loop: StillLoop) -> None:
         core = Wanting()
-        dispatcher = Dispatcher(core, {})
+        dispatcher = Dispatcher(core, {}, clock=loop.time)
         await story(loop, dispatcher, core)
         dispatcher.close()
 

@@ -21,6 +21,7 @@ from vllmd.core.types import ModelView, ReplicaView, Snapshot, State
 from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.current import Current, Later, RuntimeEnvironment
 from vllmd.daemon.engine_resolver import EngineResolver
+from vllmd.daemon.event_loop import name_of
 from vllmd.daemon.failure_text import places
 from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.processes import gpus
@@ -60,6 +61,7 @@ def status(seen: Sight, started: float) -> answers.Status:
     shown = answers.Status(
         version=vllmd.__version__,
         pid=os.getpid(),
+        event_loop=name_of(asyncio.get_running_loop()),
         uptime=time.monotonic() - started,
         policy=seen.config.policy,
         opened=seen.snapshot is not None,
