@@ -236,9 +236,10 @@ class Supervisor:
             engine.group.kill()
 
     def kill_all(self) -> None:
-        """Send SIGKILL to every process of every engine."""
-        for instance in self._engines:
-            self.kill(instance)
+        """Send SIGKILL to every process of every engine; that of one that is being made of a standby ends the standby."""
+        for instance in tuple(self._engines):
+            with contextlib.suppress(KeyError):
+                self.kill(instance)
 
     def stop_requested(self, instance: str) -> None:
         """systemd is stopping the scope and leaves the polite part to us: SIGTERM to the main process alone."""
