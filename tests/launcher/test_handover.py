@@ -284,6 +284,21 @@ async def test_an_engine_ends_while_it_is_being_made(tmp_path: Path, how: str) -
                 await asyncio.sleep(0.01)
 
 
+@BOTH
+async def test_a_daemon_dies_while_one_is_being_made(
+    tmp_path: Path, options: tuple[str, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its launcher, which has only just read the order, ends all of it, and itself."""
+    async with place(tmp_path, options) as here:
+        os.kill((await here.standby()).pid, signal.SIGSTOP)
+        (standby,) = await here.driver.client.list()
+        starting = asyncio.ensure_future(here.start(standby))
+        await asyncio.sleep(0)  # it is sent
+    with pytest.raises(LauncherFailed):
+        await starting
+    assert "a callback of the launcher failed" not in capfd.readouterr().err
+
+
 async def test_hand_overs_in_a_row(tmp_path: Path) -> None:
     """Twenty, or as many as HAND_OVERS says (`make standbys`), most of them with something in their way."""
     (tmp_path / "lost").mkdir()
@@ -334,7 +349,7 @@ async def exit_of(driver: Driver, engine: Running) -> ExitReport:
 async def a_daemon_dies_in_mid_hand_over(folder: Path, after: float) -> None:
     """A launcher's client is gone so many seconds after its order: nobody is left, on neither side of the hand-over."""
     shutil.rmtree(folder)
-    folder.mkdir()
+    os.mkdir(folder)
     others = launchers()
     async with private() as driver:
         await driver.client.info()

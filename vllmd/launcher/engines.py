@@ -236,7 +236,7 @@ class Supervisor:
             engine.group.kill()
 
     def kill_all(self) -> None:
-        """Send SIGKILL to every process of every engine; that of one that is being made of a standby ends the standby."""
+        """Send SIGKILL to every process of every engine. One that is being made of a standby takes that one away."""
         for instance in tuple(self._engines):
             with contextlib.suppress(KeyError):
                 self.kill(instance)
