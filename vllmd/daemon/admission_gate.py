@@ -27,12 +27,12 @@ from typing import Protocol
 
 from vllmd import errors
 from vllmd.admin.counters import Counters
+from vllmd.api.names import Names
 from vllmd.config.offers import adapters_of as named_adapters
 from vllmd.config.types import ModelConfig, PoolConfig, RequestRules
 from vllmd.core import commands, events
 from vllmd.daemon.failure_text import for_clients
 from vllmd.daemon.fitness import unfit
-from vllmd.daemon.names import Names
 from vllmd.daemon.offers import Offer, Offers
 from vllmd.daemon.quotas import Quotas, Use
 from vllmd.engines.base import Adapter, Call, Engine, Listen
@@ -187,7 +187,7 @@ class AdmissionGate:
     def _offer(self) -> None:
         """Draw up what is offered, and forget what names meant before."""
         self._offers = Offers(self._models, self._pools, self._adapters)
-        self._names = Names(self._models.values(), self._offers)
+        self._names = Names(((model.name, model.aliases) for model in self._models.values()), self._offers)
         self._targets: dict[tuple[str, str], Target] = {}  # by engine (or its model), and adapter or variant
         self._resolved: dict[str, Target] = {}  # by names that clients use and that mean the same to everybody
 
@@ -224,13 +224,16 @@ class AdmissionGate:
 
     def resolve_engine(self, name: str, caller: Caller = ANYBODY) -> str:
         """The configured name of a model, or the id of a replica. Raises as ``resolve`` does."""
-        if self.refusal and not (name in self._engines and self._engines[name].replica_of):
+        if self.refusal and not self._is_replica(name):
             raise self.refusal.with_traceback(None)
-        found = self._names.with_replica(name, self._engines, caller.may_use)
+        found = self._names.with_replica(name, self._is_replica, caller.may_use)
         if (pool := self._offers.pool(found)) is not None:
             raise errors.BadRequest(f"{found!r} is a pool, name one of its models: {', '.join(pool)}", param="model")
         offer = self._offers.get(found)
         return offer.model if offer else found
+
+    def _is_replica(self, name: str) -> bool:
+        return name in self._engines and bool(self._engines[name].replica_of)
 
     def opens(self, name: str) -> frozenset[str]:
         """What a key with this name among its models may use. Raises as ``resolve`` does."""

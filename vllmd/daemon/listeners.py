@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from vllmd.addresses import is_loopback
 from vllmd.admin.control import Control
 from vllmd.admin.page_routes import PageEndpoints, add_page
 from vllmd.admin.page_sessions import PageSessions
 from vllmd.admin.routes import add_operator, add_public
 from vllmd.admin.verbs import audited
-from vllmd.config.checks import is_loopback
 from vllmd.config.types import AuthConfig, Config, TlsConfig
 from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.keys import ApiKeyAuth, DenyAll, PeerCredentialAuth
@@ -247,8 +247,9 @@ def reachable_at(listener: socket.socket) -> str:
     if listener.family not in (socket.AF_INET, socket.AF_INET6):
         return ""
     host, port = listener.getsockname()[:2]
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    return "" if is_loopback(address) else address
+    if is_loopback(host):
+        return ""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def anybody_can_connect(listener: socket.socket) -> bool:

@@ -37,6 +37,7 @@ from vllmd.records.bodies import KeptBodies, Recordings
 from vllmd.records.ring import Entry, Filter, Ring
 from vllmd.records.sums import DAY, Sums
 from vllmd.records.trace import Arrival, anonymous
+from vllmd.sizes import MiB
 from vllmd.systemd.throttle import Repeated
 
 if TYPE_CHECKING:
@@ -50,7 +51,6 @@ FLUSH, RETRY = 2.0, 15.0  # seconds between writes, and after one that failed
 MOST_FRESH = 4000  # requests that wait to be added up by the thread that writes
 MOST_ARRIVALS = MOST_LINES = 20_000  # that wait to be written
 MOST_AT_ONCE, WATCH_PAUSE = 10, 0.25  # requests that a watcher is told, and the seconds until it is told more
-MiB = 1 << 20
 USAGE_SHOWN, TRACE_SHOWN = 30 * DAY, 7 * DAY  # seconds, where nothing else is asked for
 LONGEST_LOOK = 60.0  # seconds between two looks at the devices; after a longer time nobody knows who held what
 
@@ -178,9 +178,7 @@ class Records:
         for entry in entries:
             tokens = entry.tokens
             engine = 0.0 if entry.waited is None else max(0.0, entry.seconds - entry.waited)
-            refused = entry.status >= 400 and entry.status != ring.GONE
-            failed = refused or entry.error not in ("", "ClientGone")
-            sums.request(entry.at, entry.key, entry.model, tokens, engine, failed=failed)
+            sums.request(entry.at, entry.key, entry.model, tokens, engine, failed=ring.failed(entry))
             prompt, answer = (tokens.prompt, tokens.answer) if tokens is not None else (0, 0)
             arrivals.append(Arrival(int(entry.at * 1000), entry.model, entry.key, prompt, answer))
         del arrivals[: max(0, len(arrivals) - MOST_ARRIVALS)]

@@ -93,7 +93,8 @@ export function tokensOf(tokens) {
 
 const isUnderWay = (entry) => entry.number === 0;
 const statusOf = (entry) => (isUnderWay(entry) ? "under way" : entry.status === 499 ? "client left" : String(entry.status));
-const failed = (entry) => entry.status >= 400 || Boolean(entry.error);
+// As vllmd.records.ring.failed has it.
+const failed = (entry) => !["", "ClientGone"].includes(entry.error || "") || (entry.status >= 400 && entry.status !== 499);
 
 /** What it means to cancel a request, and then it is done. */
 function Cancel({ entry, onClose }) {
