@@ -145,6 +145,21 @@ def test_no_files_import_each_other(room: str) -> None:
     assert circles(room) == []
 
 
+def untyped(path: Path) -> Iterator[str]:
+    """Where a container of ``Any`` is annotated: whoever reads such a value can write every key wrong unnoticed."""
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Subscript) and ast.unparse(node.value) in ("dict", "list", "Mapping"):
+            held = node.slice.elts[-1] if isinstance(node.slice, ast.Tuple) else node.slice
+            if ast.unparse(held) == "Any":
+                yield f"{path.relative_to(REPOSITORY)}:{node.lineno} {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize("room", ["admin", "daemon", "cli"])
+def test_what_is_told_has_a_type(room: str) -> None:
+    """An answer is a dataclass of ``api.answers``; an object whose form others decide is a ``ForeignJson``."""
+    assert [each for path in files_of(room) for each in untyped(path)] == []
+
+
 def run_tool(*argv: str) -> str:
     """What a checker complains of; empty when it is content."""
     done = subprocess.run([sys.executable, "-m", *argv], cwd=REPOSITORY, capture_output=True, text=True)

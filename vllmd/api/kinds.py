@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
-Schema = dict[str, object]
+from vllmd.api.json_types import Schema
 
 TRUE, FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off"})
 LONGEST_NAME = 200  # characters
