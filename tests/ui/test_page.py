@@ -355,6 +355,9 @@ def test_a_request_under_way_is_cancelled(page: sync_api.Page, site: Site) -> No
     connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json", "X-Request-Id": "endless"})
     until(lambda: site.line("slow")["in_flight"] == 1)
     page.get_by_role("link", name="Requests").click()
+    page.get_by_role("row").filter(has_text="under way").get_by_role("link").click()
+    page.get_by_text("so far").wait_for()
+    page.get_by_role("link", name="All requests").click()
     page.get_by_role("button", name="cancel request endless").click()
     page.get_by_role("dialog").get_by_text("Its client gets status 403").wait_for()
     assert site.line("slow")["in_flight"] == 1

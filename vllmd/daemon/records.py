@@ -16,7 +16,7 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -338,10 +338,17 @@ class Records:
         return Requests(tuple(map(self._told, islice(shown, limit))), tuple(map(ring.told, under_way)))
 
     def request(self, request_id: str, caller: Caller) -> RequestInFull:
-        """One with its head, and with recorded bodies, if the caller may change things. Raises NotFound."""
-        entry = self._ring.find(request_id)
-        if entry is None or not ring.may_see(caller, entry):
-            raise NotFound(f"no request {request_id[:100]!r} is among the last {self._config.requests}")
+        """One with its head, and with recorded bodies, if the caller may change things. Raises NotFound.
+
+        A client may have sent one id twice: the request under way is told before the one that has ended.
+        """
+        live = (_unfinished(exchange) for exchange in self.live() if exchange.request.id == request_id)
+        ended = (entry for entry in self._ring.newest() if entry.id == request_id)
+        entry = next((entry for entry in chain(live, ended) if ring.may_see(caller, entry)), None)
+        if entry is None:
+            raise NotFound(
+                f"no request {request_id[:100]!r} is under way or among the last {self._config.requests} that ended"
+            )
         kept = self._bodies.of(entry.number) if ADMIN in caller.scopes else None
         recorded = None if kept is None else bodies.told(kept)
         return RequestInFull(**vars(self._told(entry)), headers=ring.headers(entry), recorded=recorded)
