@@ -18,7 +18,6 @@ waits for ``Permit.decided``, which may have been cancelled in the same turn of 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -128,7 +127,6 @@ class AdmissionGate:
         self._opening: set[asyncio.Future[None]] = set()  # requests that wait for us to open; the core knows none yet
         self._permits: dict[str, Permit] = {}  # by the core's name for a request
         self._numbers = itertools.count(1)
-        self._empty = asyncio.Event()
         self._runtime: dict[
             str, Mapping[str, str]
         ] = {}  # by model: adapters beside the configuration's, with their paths
@@ -361,8 +359,6 @@ class AdmissionGate:
         finally:
             self._opening.discard(leave)
             fetching.cancel()
-            if not self.requests:
-                self._empty.set()
         target = self.resolve(permit.model)
         permit.model, permit.fetched = target.model, target
         self._check_served(permit.model, route)
@@ -376,8 +372,6 @@ class AdmissionGate:
             await waiting
         finally:
             self._opening.discard(waiting)
-            if not self.requests:
-                self._empty.set()
 
     def _arrive(self, permit: Permit) -> None:
         """Tell the core of the request, which may admit it at once. Raises VllmdError if it is refused at once."""
@@ -462,15 +456,6 @@ class AdmissionGate:
 
     # -- what the core says ----------------------------------------------------------------
 
-    async def emptied(self, limit: float) -> bool:
-        """Wait until no request is open, at most ``limit`` seconds."""
-        self._empty.clear()
-        if not self.requests:
-            return True
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._empty.wait(), limit)
-        return not self.requests
-
     def admit(self, command: commands.Admit) -> None:
         """Let it pass; an engine that is no longer there ends it at once."""
         permit, replica = self._permits[command.request], command.replica
@@ -532,10 +517,8 @@ class AdmissionGate:
 
     def ended(self, permit: Permit, tokens: Tokens | None, failed: str) -> None:
         """An admitted request is over."""
-        permits, told = self._permits, None
-        permits.pop(permit.request, None)
-        if not permits and not self._opening:
-            self._empty.set()
+        told = None
+        self._permits.pop(permit.request, None)
         if tokens is not None:
             self._counters.used(permit.called, permit.key, tokens)
             if permit.use is None and permit.key:  # it has no limits now; it may be given some today
@@ -544,10 +527,7 @@ class AdmissionGate:
         self._post(events.RequestFinished(permit.request, told, failed))
 
     def _drop(self, request: str) -> Permit | None:
-        permit = self._permits.pop(request, None)
-        if not self._permits and not self._opening:
-            self._empty.set()
-        return permit
+        return self._permits.pop(request, None)
 
 
 class Permit:
