@@ -208,9 +208,9 @@ def two(tmp_path: Path) -> Iterator[str]:
 
 
 NAMES = [
-    ("m", "vllmctl: 'm' could be a/m or b/m; name one of them"),
-    ("qwn", "vllmctl: there is no model 'qwn'; did you mean qwen?"),
-    ("zzz", "vllmctl: there is no model 'zzz'; vllmctl models lists them"),
+    ("m", "vllmctl: model 'm' could be 'a/m' or 'b/m'; name one of them"),
+    ("qwn", "vllmctl: model 'qwn' does not exist; did you mean 'qwen'?"),
+    ("zzz", "vllmctl: model 'zzz' does not exist; vllmctl models lists them"),
 ]
 
 

@@ -23,6 +23,7 @@ STATES = (
     *("stopped", "starting", "running", "draining", "falling_asleep"),
     *("sleeping_l1", "sleeping_l2", "waking", "stopping", "error"),
 )
+NO_ENGINE = frozenset({"stopped", "error"})  # of STATES: nothing runs
 State = Annotated[str, {"enum": list(STATES)}]
 Standing = Annotated[str, {"enum": ["", "new", "serving", "resting", "slow", "ejected"]}]
 Watts = Annotated[float, "watts"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+
+from vllmd.api.json_types import ForeignJson
 
 from vllmd.engines.start_phases import WEIGHTS
 
@@ -24,7 +25,7 @@ class Start:
     loader: str = ""
 
     @classmethod
-    def read(cls, kept: Mapping[str, Any]) -> Start:
+    def read(cls, kept: ForeignJson) -> Start:
         """One that was written down. Raises where it is none."""
         phases = {str(phase): float(seconds) for phase, seconds in dict(kept.get("phases", {})).items()}
         return cls(float(kept["seconds"]), phases, str(kept.get("like", "")), str(kept.get("loader", "")))

@@ -20,10 +20,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from vllmd.api.answers import Decision
 from vllmd.api.codec import parse, plain
+from vllmd.api.json_types import ForeignJson
 from vllmd.daemon.failures import Failure
 from vllmd.daemon.last_starts import Start, Starts
 from vllmd.engines.loaders import LoaderBook
@@ -40,7 +40,7 @@ class Learnt:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self.costs: dict[str, Any] = {}
+        self.costs: ForeignJson = {}  # in the form of ``core.costs``
         self.runs: dict[str, list[tuple[str, float]]] = {}  # engine -> its last instances, and when each ended
         self.decisions: dict[str, list[Decision]] = {}  # engine or model -> the last ones about it
         self.earlier: dict[str, list[Decision]] = {}  # those of them that an earlier daemon made

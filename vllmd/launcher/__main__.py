@@ -158,7 +158,7 @@ def _run_privately(options: argparse.Namespace, users: Users) -> None:
 
 
 def _finisher(loop: Loop, supervisor: Supervisor) -> Callback:
-    """Kills all engines and ends when the last one is gone, or after ``END_LIMIT``."""
+    """Kills all engines and ends when the last one and its run directory are gone, or after ``END_LIMIT``."""
 
     def finish() -> None:
         loop.later(END_LIMIT, loop.stop)
@@ -166,7 +166,7 @@ def _finisher(loop: Loop, supervisor: Supervisor) -> Callback:
         wait()
 
     def wait() -> None:
-        if len(supervisor):
+        if supervisor.busy:
             loop.later(0.01, wait)
         else:
             loop.stop()

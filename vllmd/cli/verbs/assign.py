@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from vllmd.api.answers import NO_ENGINE
 from vllmd.api.verbs import verb
 from vllmd.cli import files, models, show
 from vllmd.cli.admin import Admin
@@ -109,7 +110,7 @@ def place(name: str, read_files: tuple[Path, ...], main: Path) -> tuple[Path, bo
 
 def restart(admin: Admin, name: str) -> bool:
     """Reload, and start the model if it was loaded."""
-    loaded = models.find(admin.status(), name).state not in ("stopped", "error")
+    loaded = models.find(admin.status(), name).state not in NO_ENGINE
     admin.ask(verb("reload"), {})
     if loaded:
         admin.ask(verb("load"), {"model": name, "wait": True})
