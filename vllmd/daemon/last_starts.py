@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vllmd.api.json_types import ForeignJson
-
 from vllmd.engines.start_phases import WEIGHTS
 
 MOST_ENGINES = 512  # whose last start is remembered
