@@ -118,7 +118,7 @@ def _broken(error: yaml.YAMLError, source: str, text: str) -> tuple[Where, str]:
         return place, "this is not valid YAML: a tab stands before its first word; indent by spaces"
     if mark and mark.line >= len(lines) and "end" not in problem:
         problem += ", at the end of the file"
-    if context and began.line < mark.line:
+    if context and mark and began and began.line < mark.line:
         context += f" that begins on line {began.line + 1}"
     return place, f"this is not valid YAML: {_unquoted(problem)}" + (f" ({_unquoted(context)})" if context else "")
 
