@@ -227,10 +227,16 @@ class Plan(Answer):
 
 @answer
 class Configuration(Answer):
-    """Which files were read, and why they are not in force, if they are not."""
+    """Which files were read, and why they are not in force, if they are not.
+
+    ``error``: none is, so that no model is served. ``refused``: why the last reload was: an earlier one is in force.
+    """
+
+    sparse = frozenset({"refused"})
 
     files: tuple[str, ...] = ()
     error: str = ""
+    refused: str = ""
 
 
 @answer
