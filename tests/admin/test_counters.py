@@ -6,9 +6,9 @@ from dataclasses import fields, replace
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.admin.exposed import exposed
 from vllmd.admin.control import Gauges
 from vllmd.admin.counters import AT_A_TIME, Counters, Histogram
-from vllmd.admin.exposition import expose
 from vllmd.core.types import Decision, DeviceView, ModelView, ReplicaView, Snapshot, State, View
 from vllmd.proxy.tokens import Tokens
 from vllmd.records.ring import Entry
@@ -30,7 +30,7 @@ SNAPSHOT = Snapshot(0.0, (VIEW,), (DEVICE,), 64 << 30, 5 << 30, ())
 
 def samples(counters: Counters, gauges: Gauges) -> dict[str, float]:
     """``name{sorted labels}`` -> value, as Prometheus' own parser reads it."""
-    body, content_type = expose(counters, gauges, "text/plain")
+    body, content_type = exposed(counters, gauges, "text/plain")
     assert content_type.startswith("text/plain")
     families = text_string_to_metric_families(body.decode())
     return {
@@ -127,7 +127,8 @@ def test_how_things_stand() -> None:
     """States are one series each, memory is in bytes and per device."""
     devices = {"used": {0: 3 << 30}, "power": {0: 99.5}, "load": {0: 0.25}, "energy": {0: 7200.0},
                "throttled": {0: True}, "model_power": {"m": 60.5}, "model_energy": {"m": 3600.0},
-               "unused_energy": {"m": 60.0}, "last_phases": {"m": {"compile": 12.5}}}  # fmt: skip
+               "unused_energy": {"m": 60.0}, "last_phases": {"m": {"compile": 12.5}},
+               "last_loaders": {"m": "x"}}  # fmt: skip
     read = samples(Counters(), Gauges(SNAPSHOT, 4, 5, **devices))  # type: ignore[arg-type]
     assert read["vllmd_model_state{model=m,state=sleeping_l1}"] == 1
     assert read["vllmd_model_state{model=m,state=running}"] == 0
@@ -145,6 +146,7 @@ def test_how_things_stand() -> None:
     assert read["vllmd_host_memory_promised_bytes{}"] == 5 << 30
     assert read["vllmd_connections{}"] == 4
     assert read["vllmd_model_last_start_phase_seconds{model=m,phase=compile}"] == 12.5
+    assert read["vllmd_model_last_start_loader_info{loader=x,model=m}"] == 1
 
 
 def test_replicas_are_told_apart_beside_their_model() -> None:
@@ -165,7 +167,7 @@ def test_replicas_are_told_apart_beside_their_model() -> None:
 
 def test_openmetrics_for_those_who_ask() -> None:
     """Prometheus prefers it, and it must end as it must."""
-    body, content_type = expose(Counters(), Gauges(SNAPSHOT), "application/openmetrics-text; version=1.0.0")
+    body, content_type = exposed(Counters(), Gauges(SNAPSHOT), "application/openmetrics-text; version=1.0.0")
     assert content_type.startswith("application/openmetrics-text")
     assert body.endswith(b"# EOF\n")
 
@@ -173,7 +175,7 @@ def test_openmetrics_for_those_who_ask() -> None:
 def test_every_family_has_help_and_a_conventional_name() -> None:
     """promtool complains of a missing help text, of a unit that is no base unit, of a counter without _total."""
     counters = Counters()
-    body, _ = expose(counters, Gauges(SNAPSHOT), "")
+    body, _ = exposed(counters, Gauges(SNAPSHOT), "")
     for family in text_string_to_metric_families(body.decode()):
         assert family.documentation, family.name
         assert not family.name.endswith(("_ms", "_milliseconds", "_kb", "_mb", "_percent", "_total_total"))

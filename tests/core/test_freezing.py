@@ -61,3 +61,14 @@ def test_frozen_requests_go_on_after_the_wake() -> None:
     w.answer("m")
     assert w.state("m") is State.READY
     assert w.finish("inside") == []
+
+
+def test_a_proof_that_failed_is_seen_by_the_policy_at_once() -> None:
+    """The device is busy with the stop from now on, not with the proof that began long ago."""
+    w = World([model("m", preempt=True), model("other")], [GPU])
+    w.load("m")
+    w.ask("r", "other")
+    w.pass_time(400.0)
+    w.do(FreezeProved("m", survived=False))
+    supply = w.scheduler._planner.look().supplies[0]
+    assert supply.until > 400.0

@@ -78,13 +78,14 @@ def test_a_model_comes_from_the_hub_by_one_command_and_goes_again(site: Site) ->
     """Fetched as the engines' user, its file the daemon's, answering, removed; all by a member of vllmd-admin."""
     machine, name = site.machine, "org/SmolLM2-GGUF"
     machine.add_user("op", groups="vllmd-admin")
-    machine.copy_in(REPOSITORY / "tests/store/hub.py", "/srv/hub.py")
+    for program in ("tests/store/hub.py", "tests/loopback.py"):  # the first imports the second
+        machine.copy_in(REPOSITORY / program, f"/srv/hub/{program}")
     machine.run("ln -sf /srv/smollm2.gguf /srv/SmolLM2-Q4_1.gguf")
     machine.run(
-        f"systemd-run --unit=hub python3 /srv/hub.py 8099 {name}=/srv/SmolLM2-Q4_1.gguf && "
-        "timeout 20 sh -c 'until curl -s http://127.0.0.1:8099 || python3 -c \"import socket; "
-        'socket.create_connection((\\"127.0.0.1\\", 8099))"; do sleep 0.1; done\''
+        "systemd-run --unit=hub --working-directory=/srv/hub "
+        f"python3 -m tests.store.hub 8099 {name}=/srv/SmolLM2-Q4_1.gguf"
     )
+    machine.wait_until("curl -s http://127.0.0.1:8099 || ! systemctl is-active hub")
     said = machine.run(["vllmctl", "run", name, "--temperature", "0", *QUESTION.split()], user="op", check=False)
     assert said.stdout == "The capital of France is Paris.\n", said.stderr + machine.journal()[-3000:]
     assert "was fetched" in said.stderr

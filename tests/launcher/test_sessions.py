@@ -43,8 +43,13 @@ def children(pid: int) -> list[int]:
 
 def launcher_of(client: LauncherClient) -> int:
     """The private launcher's process."""
-    (pid,) = [pid for pid in children(os.getpid()) if b"vllmd.launcher" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    (pid,) = launchers()
     return pid
+
+
+def launchers() -> set[int]:
+    """All private launchers of this process."""
+    return {pid for pid in children(os.getpid()) if b"vllmd.launcher" in Path(f"/proc/{pid}/cmdline").read_bytes()}
 
 
 @BOTH
@@ -194,6 +199,17 @@ async def test_the_run_directory_goes_with_the_engine(tmp_path: Path) -> None:
             await until(lambda folder=folder: not (folder / "s").exists())
     await until(lambda: not (tmp_path / "litter").exists())
     assert (tmp_path / "data/f").exists()
+
+
+@BOTH
+async def test_the_launcher_ends_after_the_run_directory_is_gone(tmp_path: Path, options: tuple[str, ...]) -> None:
+    """A child of the launcher removes it, for a while here, and is not killed as a descendant that was left over."""
+    folder = tmp_path / "engine"
+    bind = "import socket, time; [socket.socket(socket.AF_UNIX).bind(f's{n}') for n in range(9000)]; time.sleep(987)"
+    async with private(*options) as driver:
+        await driver.start(sys.executable, "-c", bind, run_dir=str(folder))
+        await until((folder / "s8999").exists)
+    assert not folder.exists()
 
 
 async def test_what_cannot_work_is_said() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 from vllmd.admin.schemas import doc, streams, takes_object
+from vllmd.api.json_types import ForeignJson
 from vllmd.errors import BadRequest
 from vllmd.proxy.access import ADMIN, Caller
 from vllmd.proxy.http import Request, Response
@@ -20,10 +21,10 @@ SAID = streams("text/plain", "what was done, in words")
 class RuntimeAdapters(Protocol):
     """The daemon, as far as these endpoints need it."""
 
-    async def load(self, asked: Mapping[str, Any], caller: Caller) -> Response:
+    async def load(self, asked: ForeignJson, caller: Caller) -> Response:
         """Have an engine load an adapter, and offer it from then on; the engine's answer. Raises VllmdError."""
 
-    async def unload(self, asked: Mapping[str, Any], caller: Caller) -> Response:
+    async def unload(self, asked: ForeignJson, caller: Caller) -> Response:
         """Offer it no more. Raises NotFound, Conflict, BadRequest."""
 
 
@@ -42,7 +43,7 @@ class AdapterEndpoints:
         return await self._adapters.unload(_members(request), request.caller)
 
 
-def _members(request: Request) -> Mapping[str, Any]:
+def _members(request: Request) -> ForeignJson:
     members = request.json()
     if not isinstance(members, dict):
         raise BadRequest("the body must be a JSON object with lora_name, and lora_path to load one")

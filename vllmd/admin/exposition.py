@@ -25,25 +25,13 @@ STANDINGS = ("new", "serving", "resting", "slow", "ejected", "down")
 STATES = (*(state.value for state in State if state is not State.SLEEPING), "sleeping_l1", "sleeping_l2")
 
 
-def expose(counters: Counters, gauges: Gauges, accept: str, caller: Caller = ANYBODY) -> tuple[bytes, str]:
-    """The exposition and its content type, in the format that ``accept`` prefers.
-
-    Series of models and keys that the caller may not see are left out.
-    """
-    work = expose_in_turns(counters, gauges, accept, caller)
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
-
-
 def expose_in_turns(
     counters: Counters, gauges: Gauges, accept: str, caller: Caller = ANYBODY
 ) -> Generator[None, None, tuple[bytes, str]]:
-    """The same, yielding where others may have their turn: ten thousand models have two hundred thousand lines.
+    """The exposition and its content type, in the format that ``accept`` prefers, for ``proxy.large.in_turns``.
 
-    Families come in pieces, each is written by itself, and what is said of a family is kept from its first piece.
+    Series of models and keys that the caller may not see are left out. Ten thousand models have two hundred
+    thousand lines. Families come in pieces, each is written by itself; HELP and TYPE are kept of a family's first one.
     """
     encode, content_type = choose_encoder(accept)
     counters.add_up()
@@ -200,6 +188,8 @@ def _models(gauges: Gauges) -> Iterator[Metric]:
     yield from _gauge("model_last_start_phase_seconds", "And how long each phase of it: imports, weights, compile ...",
                  ["model", "phase"], {(name, phase): took for name, phases in gauges.last_phases.items()
                                       for phase, took in phases.items()})  # fmt: skip
+    yield from _gauge("model_last_start_loader_info", "What read its weights then, where it was not the engine's own.",
+                      ["model", "loader"], dict.fromkeys(gauges.last_loaders.items(), 1))  # fmt: skip
 
 
 def _replicas(gauges: Gauges) -> Iterator[Metric]:

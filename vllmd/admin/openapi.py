@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import cast
 
 import vllmd
 from vllmd.admin.page import PAGE
 from vllmd.admin.schemas import ERROR
 from vllmd.api.answers import Answer
 from vllmd.api.codec import components
+from vllmd.api.json_types import Schema
 from vllmd.proxy.http import Request, Response, json_response
 from vllmd.proxy.routing import Route, Router
 
@@ -27,7 +28,7 @@ SECURITY_HEADERS = (
     ("content-security-policy", "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"),
     ("x-content-type-options", "nosniff"),
 )
-ENGINES_OWN: Mapping[str, Any] = {
+ENGINES_OWN: Mapping[str, object] = {
     "responses": {"200": {"description": "the engine's answer"}, "default": ERROR},
     "description": "Relayed as it is; the engine's own documentation says what it takes.",
 }
@@ -38,7 +39,7 @@ class Documentation:
 
     def __init__(self, router: Router) -> None:
         self._router = router
-        self._document: dict[str, Any] = {}
+        self._document: Schema = {}
 
     async def schema(self, request: Request) -> Response:
         """``GET /openapi.json``: the route table as OpenAPI 3.1."""
@@ -50,9 +51,9 @@ class Documentation:
         return Response(200, PAGE.encode(), "text/html; charset=utf-8", SECURITY_HEADERS)
 
 
-def document(routes: Iterable[Route]) -> dict[str, Any]:
+def document(routes: Iterable[Route]) -> Schema:
     """The OpenAPI 3.1 document of a route table."""
-    paths: dict[str, dict[str, Any]] = {}
+    paths: dict[str, Schema] = {}
     for route in routes:
         path = PARAMETER.sub(r"{\1}", route.pattern)
         paths.setdefault(path, {})[route.method.lower()] = _operation(route)
@@ -82,13 +83,13 @@ def _all_below(kind: type[Answer]) -> Iterator[type[Answer]]:
         yield from _all_below(each)
 
 
-def _operation(route: Route) -> dict[str, Any]:
-    own = dict(route.doc) if _answered_here(route) else {**ENGINES_OWN, **route.doc}
-    about = " ".join(filter(None, (own.pop("description", ""), SCOPES[route.scope])))
-    told = own.pop("parameters", ())
-    known = {each["name"] for each in told if each["in"] == "path"}
-    parameters = [*(each for each in _path_parameters(route.pattern) if each["name"] not in known), *told]
-    operation = {
+def _operation(route: Route) -> Schema:
+    own: Schema = dict(route.doc) if _answered_here(route) else {**ENGINES_OWN, **route.doc}
+    about = f"{own.pop('description', '')} {SCOPES[route.scope]}".strip()
+    described = cast(list[Schema], own.pop("parameters", []))
+    known = {each["name"] for each in described if each["in"] == "path"}
+    parameters = [*(each for each in _path_parameters(route.pattern) if each["name"] not in known), *described]
+    operation: Schema = {
         "operationId": _identifier(route),
         "tags": [_tag(route)],
         "summary": route.summary,
@@ -99,7 +100,7 @@ def _operation(route: Route) -> dict[str, Any]:
     return {**operation, "security": []} if route.scope == "open" else operation
 
 
-def _path_parameters(pattern: str) -> list[dict[str, Any]]:
+def _path_parameters(pattern: str) -> list[Schema]:
     return [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
         for name, _ in PARAMETER.findall(pattern)

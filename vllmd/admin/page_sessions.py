@@ -17,11 +17,12 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from vllmd.api.json_types import ForeignJson
 from vllmd.errors import Unauthorized
 from vllmd.proxy.access import MODELS, OPEN, Caller
 from vllmd.proxy.http import Request
@@ -177,7 +178,7 @@ def _read(file: Path | None) -> list[Session]:
     return found
 
 
-def _session(told: Mapping[str, Any]) -> Session:
+def _session(told: ForeignJson) -> Session:
     models = told["models"]
     return Session(
         cookie=str(told["cookie"]),

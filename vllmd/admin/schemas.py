@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from vllmd.api import codec
 from vllmd.api.answers import Answer, Error
-from vllmd.api.codec import Schema
+from vllmd.api.json_types import Schema
 from vllmd.api.verbs import REQUIRED, Param
 
 ERROR: Schema = {"description": "what was wrong", "content": {"application/json": {"schema": codec.schema(Error)}}}

@@ -16,7 +16,8 @@ from vllmd.admin.control import Control
 from vllmd.admin.responses import json
 from vllmd.admin.schemas import doc, takes
 from vllmd.api import verbs
-from vllmd.api.codec import Schema, encoded
+from vllmd.api.codec import encoded
+from vllmd.api.json_types import Schema
 from vllmd.api.kinds import ModelName
 from vllmd.api.verbs import Param, Verb
 from vllmd.errors import BadRequest, ConfigError, EngineFailed, VllmdError

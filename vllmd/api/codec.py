@@ -9,9 +9,9 @@ from types import NoneType, UnionType
 from typing import Annotated, ClassVar, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from vllmd.api.answers import Answer
+from vllmd.api.json_types import Schema
 
 T = TypeVar("T", bound=Answer)
-Schema = dict[str, object]
 Reader = Callable[[object], object]
 
 MAPPING = get_origin(Mapping[str, object])

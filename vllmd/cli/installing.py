@@ -14,7 +14,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from vllmd.cli import show
 from vllmd.cli.admin import decoded
@@ -22,11 +22,14 @@ from vllmd.cli.failures import EX_NOPERM, EX_SOFTWARE, EX_UNAVAILABLE, EX_USAGE,
 from vllmd.engines import environments
 from vllmd.errors import VllmdError
 from vllmd.installer import requests
+from vllmd.installer.install import Installed
 from vllmd.installer.pip import Progress
+from vllmd.installer.requests import Chosen, Removed
 
 SOCKET = "/run/vllmd/installer.sock"
 SILENCE = 60.0  # seconds after which a service that says nothing is given up; it says something twice a second
 WORTH_A_LINE = 10**7  # bytes of a download that is told where no terminal is
+Done = TypeVar("Done", Installed, Chosen, Removed)
 CALLED = {"cpu": "for the CPU", "cuda": "for CUDA"}
 
 
@@ -44,8 +47,11 @@ def own_root(arguments: Namespace) -> Path:
     return environments.SYSTEM if os.geteuid() == 0 and not arguments.user and not told else first
 
 
-def perform(arguments: Namespace, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Have it done; the answer, see ``installer.requests``. Shows how far it is. Raises Failure."""
+def perform(arguments: Namespace, request: Mapping[str, object], answer: type[Done]) -> Done:
+    """Have a request of ``installer.requests`` done, and show how far it is. Raises Failure.
+
+    ``answer``: the class of its verb's answer.
+    """
     line = show.StatusLine(quiet=arguments.json)
 
     def told(progress: Progress) -> None:
@@ -58,10 +64,12 @@ def perform(arguments: Namespace, request: Mapping[str, Any]) -> dict[str, Any]:
 
     try:
         if by_service(arguments):
-            return _asked(request, told)
+            return _by_service(request, answer, told)
         logging.getLogger("vllmd.installer").setLevel(logging.ERROR)  # pip's many lines, of which a sentence is made
         own = {key: value for key, value in os.environ.items() if not key.startswith("VLLMD_")}
-        return requests.perform(request, own_root(arguments), told, own)
+        done = requests.perform(request, own_root(arguments), told, own)
+        assert isinstance(done, answer)
+        return done
     except VllmdError as error:
         raise Failure(error.message, STATUSES.get(error.status, EX_UNAVAILABLE)) from None
     finally:
@@ -78,18 +86,18 @@ def sentence(progress: Progress) -> str:
     return text
 
 
-def _asked(request: Mapping[str, Any], told: Callable[[Progress], None]) -> dict[str, Any]:
+def _by_service(request: Mapping[str, object], answer: type[Done], told: Callable[[Progress], None]) -> Done:
     """Ask the installer's service. Returns its last answer; raises Failure."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(SILENCE)
         try:
             connection.connect(SOCKET)
             connection.sendall(json.dumps(request).encode() + b"\n")
-            with connection.makefile("rb") as answer:
-                for line in answer:
+            with connection.makefile("rb") as lines:
+                for line in lines:
                     told_now = decoded(line)
                     if "done" in told_now:
-                        return dict(told_now["done"])
+                        return answer(**told_now["done"])
                     if "failed" in told_now:
                         status = STATUSES.get(told_now.get("status", 0), EX_UNAVAILABLE)
                         raise Failure(str(told_now["failed"]), status)
@@ -109,10 +117,10 @@ def environment() -> dict[str, str]:
     return {name: os.environ[name] for name in names if os.environ.get(name)} if os.geteuid() == 0 else {}
 
 
-def install(arguments: Namespace, kind: str, **more: Any) -> dict[str, Any]:
+def install(arguments: Namespace, kind: str, **more: str | bool) -> Installed:
     """Install an engine and use it. ``more``: version, build, index_url, offline, python, use."""
     request = {"verb": "install", "kind": kind, "env": environment(), **{k: v for k, v in more.items() if v != ""}}
-    return perform(arguments, request)
+    return perform(arguments, request, Installed)
 
 
 def ensure(arguments: Namespace, kind: str) -> None:
@@ -121,7 +129,7 @@ def ensure(arguments: Namespace, kind: str) -> None:
         return
     show.say(f"there is no {kind} here yet: installing it", sys.stderr)
     done = install(arguments, kind)
-    show.say(f"{kind} {done['version']}, {CALLED.get(done['build'], '')}, is installed", sys.stderr)
+    show.say(f"{kind} {done.version}, {CALLED.get(done.build, '')}, is installed", sys.stderr)
 
 
 def _in_path(program: str) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from typing import Any
 
+from vllmd.api.json_types import ForeignJson
 from vllmd.cli.admin import Admin, decoded
 from vllmd.cli.failures import EX_UNAVAILABLE, Failure
 from vllmd.text import printable
@@ -21,8 +21,8 @@ def client(arguments: Namespace) -> Admin:
 
 
 def stream(
-    http: Admin, request: dict[str, Any], told: Callable[[str], None] = lambda comment: None
-) -> Iterator[dict[str, Any]]:
+    http: Admin, request: ForeignJson, told: Callable[[str], None] = lambda comment: None
+) -> Iterator[ForeignJson]:
     """The chunks of a streamed chat completion. Raises Failure for an error in the stream, too.
 
     ``told`` gets what the server says of the wait for the first one.
@@ -40,7 +40,7 @@ def stream(
         yield chunk
 
 
-def delta(chunk: dict[str, Any]) -> tuple[str, str]:
+def delta(chunk: ForeignJson) -> tuple[str, str]:
     """The text that a chunk adds, and the reasoning."""
     choices = chunk.get("choices") or [{}]
     added = choices[0].get("delta") or {}

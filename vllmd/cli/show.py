@@ -16,6 +16,7 @@ from vllmd.cli.terminal import paint as paint
 from vllmd.cli.terminal import pairs as pairs
 from vllmd.cli.terminal import say as say
 from vllmd.cli.terminal import table as table
+from vllmd.sizes import in_words
 from vllmd.text import shortened as shortened
 from vllmd.text import width as width
 
@@ -52,18 +53,15 @@ def phase(line: ModelLine | Progress) -> str:
 
 
 def phases(line: ModelLine) -> str:
-    """Where the time of a start goes, or where that of the last one went: ``imports 8.2s, weights 3.1s``."""
-    return ", ".join(f"{phase} {age(seconds)}" for phase, seconds in line.start_phases.items() if seconds >= MOMENT)
+    """Where the time of a start goes, or where that of the last one went: ``imports 8.2s, weights 3.1s (LOADER)``."""
+    by = {"weights": f" ({line.loader})"} if line.loader else {}
+    return ", ".join(f"{phase} {age(seconds)}{by.get(phase, '')}" for phase, seconds in line.start_phases.items()
+                     if seconds >= MOMENT)  # fmt: skip
 
 
 def size(number: float | None) -> str:
     """An amount in bytes as tables show it: ``1.5GiB``."""
-    if not number:
-        return EMPTY
-    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if number >= 1024**power:
-            return f"{number / 1024**power:.4g}{unit}"
-    return f"{int(number)}B"
+    return in_words(number, gap="", digits=".4g") if number else EMPTY
 
 
 def age(seconds: float | None) -> str:

@@ -33,7 +33,7 @@ class TableVerb:
         """Do it for each thing named."""
         if self._verb.settles:
             return models.follow(arguments, self._verb, given(arguments, self._verb), self._command.said)
-        admin, answers = Admin(arguments), list[Any]()
+        admin, answers = Admin(arguments), list[object]()
         for values in self._each(arguments):
             answers.append(admin.ask(self._verb, values))
             if not arguments.json:

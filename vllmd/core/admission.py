@@ -174,7 +174,7 @@ class Admission:
         before, model.nominee = model.nominee, self._balancer.nominee(model)
         r = model.nominee
         if r and r is not before and r.state is State.FAILED and r.retry_at <= self._core.now:
-            self._core.forgive(r)
+            self._core.engines.forgive(r)
         return r
 
     def reject_waiters(self, r: Replica, error: RejectReason, message: str, retry_after: float | None = None) -> None:
@@ -241,7 +241,7 @@ class Admission:
         if left > 0 and r.given_up:  # 1.4
             return Refusal(RejectReason.ENGINE_FAILED, r.failure, left)
         if left <= 0:
-            self._core.forgive(r)
+            self._core.engines.forgive(r)
         return None
 
     def _unknown_devices(self, r: Replica) -> Refusal | None:

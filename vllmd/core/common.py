@@ -10,7 +10,7 @@ from vllmd.core.fit import Fit
 from vllmd.core.idle import rules_due
 from vllmd.core.ledger import Ledger
 from vllmd.core.lifecycle import LifecycleError, Reason
-from vllmd.core.model import INFINITY, Job, Model, Replica
+from vllmd.core.model import INFINITY, Model, Replica
 from vllmd.core.policy import Policy
 from vllmd.core.swaps import Swaps
 from vllmd.core.timers import Timers
@@ -32,7 +32,7 @@ class Core:
         self.fit = Fit(self.engines.ledger, self.active)
         self.swaps = Swaps(self.engines, self.replicas, self.fit)
         self.balanced: list[Model] = []  # those whose replicas share their requests by rules
-        self.for_review: dict[Model, None] = {}  # changed; what follows from that is still to be found
+        self.for_review = self.engines.for_review
         self.changed: dict[Replica, None] = {}  # since the policy last looked
         self.used: dict[Replica, None] = {}  # since then requests began or ended in these; that is no change of theirs
         self.for_upkeep: dict[Model, None] = {}  # whose health and number of replicas are to be looked at
@@ -58,11 +58,6 @@ class Core:
             return
         self.used[r] = None
         self.timers.set(r, INFINITY if r.running or r.pinned else rules_due(r))
-
-    def forgive(self, r: Replica) -> None:
-        """A failed one may be started again."""
-        self.engines.forgive(r)
-        self.mark_for_review(r)
 
     def mark_for_review(self, r: Replica) -> None:
         """Something about it, or about its model, changed: what follows from that is found before the event is over."""
@@ -101,16 +96,10 @@ class Core:
         """When requests still running in a drain that begins now are cut."""
         return INFINITY if r.spec.drain_limit is None else self.now + r.spec.drain_limit
 
-    def ask(self, r: Replica, job: Job) -> None:
-        """This is to happen to it, now or after what is under way."""
-        self.mark_for_review(r)
-        self.engines.ask(r, job)
-
     def stay(self, r: Replica) -> None:
         """It is to be kept: what would have made it leave, and can still be called off, is."""
         if r.job and r.job.target and r.job.reason is Reason.SWAP:
-            for victim in self.swaps.cancel(r.job.target):
-                self.mark_news(victim)
+            self.swaps.cancel(r.job.target)
         else:
             self.engines.call_off(r)
         self.mark_news(r)

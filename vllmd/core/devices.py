@@ -57,8 +57,7 @@ class Devices:
     def _put_off(self, r: Replica, why: str, *, told: bool) -> None:
         """It is not brought up now. Requests that wait for it go on waiting, or are told."""
         self._core.waiting.pop(r, None)
-        for other in self._core.swaps.cancel(r):
-            self._core.mark_for_review(other)
+        self._core.swaps.cancel(r)
         if told and r.at_rest:
             self._admission.reject_waiters(r, RejectReason.UNAVAILABLE, why, 5.0)
 
@@ -96,10 +95,10 @@ class Devices:
     def _leave(self, r: Replica, why: str, *, at_once: bool) -> None:
         core = self._core
         if not at_once:
-            core.ask(r, Job(Kind.STOP, Reason.DEVICE, why, core.now, cut_at=core.cut_at(r)))
+            core.engines.ask(r, Job(Kind.STOP, Reason.DEVICE, why, core.now, cut_at=core.cut_at(r)))
             return
         r.failure = why
         core.engines.cut(r, why)
         if r.state is not State.STOPPING:
             core.engines.record("stop", r, why)
-        core.ask(r, Job(Kind.STOP, Reason.DEVICE, why, core.now, force=True))
+        core.engines.ask(r, Job(Kind.STOP, Reason.DEVICE, why, core.now, force=True))

@@ -105,7 +105,6 @@ class EngineEvents:
         r = self._core.replica(e.replica)
         if r.state is State.STOPPED and r.job is None and not r.spec.preload:
             self._core.engines.remember_failure(r, e.reason, max(0.0, e.since))
-            self._core.mark_for_review(r)
 
     def sampled(self, e: MemorySampled) -> None:
         """NVML's word corrects the ledger; a device that could not be read keeps its last figures."""
@@ -121,7 +120,6 @@ class EngineEvents:
                 shares.setdefault(name, {})[index] = size
         for name, share in shares.items():
             core.engines.measured(core.replicas[name], share)
-            core.mark_for_review(core.replicas[name])
         for name, joules in e.drawn.items():
             r = core.replicas.get(name)
             if r and r.spec.idle.energy is not None:
@@ -230,7 +228,7 @@ class EngineEvents:
             self._give_up(r, reason)
             return
         left = self._failed(r, reason)
-        self._core.ask(r, Job(Kind.START, Reason.RESTART, reason, self._core.now))
+        self._core.engines.ask(r, Job(Kind.START, Reason.RESTART, reason, self._core.now))
         numbers = {"failures": r.failures, "retry_after": left, "waiting": r.queued}
         self._core.engines.record("crash", r, reason, numbers)
 
@@ -253,4 +251,3 @@ class EngineEvents:
             r.failure = why
             self._core.engines.record("stop", r, why)
             self._core.engines.broke(r, step, why)
-            self._core.mark_for_review(r)

@@ -62,6 +62,7 @@ class EngineTable:
         self.now = 0.0
         self.decisions: deque[Decision] = deque(maxlen=DECISIONS_KEPT)
         self._out: list[Command] = []
+        self.for_review: dict[Model, None] = {}  # changed; what follows from that is still to be found
         self.calibrations = 0  # how often a time that was learnt changed what is expected of other engines
         self._busy: dict[int, Replica] = {}  # device -> whose command runs there
         self.stirred: set[int] = set()  # devices on which an engine's state changed, during this event
@@ -131,6 +132,7 @@ class EngineTable:
         """Break off all that runs in the engine, or only these ``requests``."""
         if requests is None and r.job:
             r.job.cut_at = INFINITY  # once is enough
+            self.for_review[r.model] = None
         self._out += [CutRequest(request, why) for request in (r.running if requests is None else requests)]
 
     # -- devices
@@ -158,6 +160,7 @@ class EngineTable:
 
         Frozen requests are not lost: their engine wakes first, and drains.
         """
+        self.for_review[r.model] = None
         if not r.loaded:
             if asked.kind in UP:
                 self._set(r, merge(r.job, False, asked))
@@ -229,6 +232,8 @@ class EngineTable:
     def _set(self, r: Replica, job: Job | None) -> None:
         if job and job.kind in UP and r.state not in MOVING:
             job.kind = Kind.WAKE if r.state is State.SLEEPING else Kind.START
+        if r.job is not job:
+            self.for_review[r.model] = None
         r.job = job
         self._track(r)
 
@@ -414,6 +419,7 @@ class EngineTable:
             r.measured(self.most(r), asleep=max(seen.values()))
         else:
             seen = {index: max(size, held[index]) for index, size in seen.items()}
+        self.for_review[r.model] = None
         self.ledger.hold(r, seen)
 
     def too_late(self, r: Replica, step: Step) -> None:
@@ -433,6 +439,7 @@ class EngineTable:
     def _move(self, r: Replica, step: Step) -> None:
         r.state = follow(r.id, r.state, step)
         r.changed, r.untouched = self.now, False
+        self.for_review[r.model] = None
         self.displaced.pop(r, None)  # it is no sleeper any more, or has just become one
         self._track(r)
         devices = r.placement.devices

@@ -129,7 +129,7 @@ class HealthChecks:
         hangs = h.failed > self._rules(r).retries and r.spec.device_count
         if hangs and len(r.running) == len(h.unanswered):
             why = f"its engine hangs: {h.failed} probes in a row failed"
-            self._core.ask(r, Job(Kind.STOP, Reason.REPLICA, why, self._core.now, force=True))
+            self._core.engines.ask(r, Job(Kind.STOP, Reason.REPLICA, why, self._core.now, force=True))
 
     def _set_aside(
         self, r: Replica, h: Health, to: HealthStatus, why: str, numbers: Mapping[str, float] = NO_NUMBERS

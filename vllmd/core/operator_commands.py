@@ -104,13 +104,13 @@ class OperatorCommands:
         self._core.mark_news(r)
         self._scaling.resume(r)
         if r.state is State.FAILED:
-            self._core.forgive(r)
+            self._core.engines.forgive(r)
         if beside:
             self._scaling.wish(r)
             if r.job and r.job.reason in OWN | BY_HAND:
                 self._core.engines.call_off(r)
             return
-        self._core.ask(r, Job(Kind.START, Reason.OPERATOR, BY_OPERATOR, self._core.now))
+        self._core.engines.ask(r, Job(Kind.START, Reason.OPERATOR, BY_OPERATOR, self._core.now))
 
     def sleep(self, e: SleepAsked) -> None:
         """3.2: put each of the named replicas to sleep; level 3 stops it, and so does any for one that is disabled."""
@@ -120,7 +120,8 @@ class OperatorCommands:
                 continue
             self._scaling.halt(r)
             cut_at = self._core.cut_at(r)
-            self._core.ask(r, Job(Kind.SLEEP, Reason.OPERATOR, BY_OPERATOR, self._core.now, e.level, cut_at=cut_at))
+            job = Job(Kind.SLEEP, Reason.OPERATOR, BY_OPERATOR, self._core.now, e.level, cut_at=cut_at)
+            self._core.engines.ask(r, job)
 
     def stop(self, e: StopAsked) -> None:
         """3.3: who waits now is told; who comes later starts it anew. A failure is forgotten."""
@@ -141,12 +142,12 @@ class OperatorCommands:
         self._admission.reject_waiters(r, RejectReason.UNAVAILABLE, f"{r.id!r} was stopped by an operator", 1.0)
         r.failures, r.failure, r.sleep_failures = 0, "", 0
         if r.state is State.FAILED:
-            self._core.forgive(r)
+            self._core.engines.forgive(r)
         job = Job(Kind.STOP, Reason.OPERATOR, BY_OPERATOR, self._core.now, cut_at=self._core.cut_at(r))
         if force:  # at once if it is the one that moves; else as soon as its devices are at rest
             self._core.engines.cut(r, "the model was stopped by force")
             job = Job(Kind.STOP, Reason.OPERATOR, "an operator forced it", self._core.now, force=True)
-        self._core.ask(r, job)
+        self._core.engines.ask(r, job)
 
     # -- in use or not
 
@@ -229,7 +230,7 @@ class OperatorCommands:
         self._core.mark_news(r)
         if stop and not r.kept:
             why, cut_at = f"its last lease, {lease!r}, ended", self._core.cut_at(r)
-            self._core.ask(r, Job(Kind.STOP, Reason.LEASE, why, self._core.now, cut_at=cut_at))
+            self._core.engines.ask(r, Job(Kind.STOP, Reason.LEASE, why, self._core.now, cut_at=cut_at))
 
     # -- configuration
 
@@ -351,7 +352,7 @@ class OperatorCommands:
         self._leave(r, "it was removed from the configuration")
 
     def _leave(self, r: Replica, why: str) -> None:
-        self._core.ask(r, Job(Kind.STOP, Reason.CONFIG, why, self._core.now, cut_at=self._core.cut_at(r)))
+        self._core.engines.ask(r, Job(Kind.STOP, Reason.CONFIG, why, self._core.now, cut_at=self._core.cut_at(r)))
 
 
 def can_be_on(spec: ReplicaSpec, device: int) -> bool:

@@ -111,7 +111,7 @@ class Planner:
             return
         self._relocated = core.now
         for r, why in core.fit.stuck(sleepers).items():
-            core.ask(r, Job(Kind.STOP, Reason.MOVED, why, core.now))
+            core.engines.ask(r, Job(Kind.STOP, Reason.MOVED, why, core.now))
         yield
 
     def begin(self, plan: Plan) -> None:
@@ -129,8 +129,6 @@ class Planner:
             core.engines.record(verb, r, plan.why, numbers)
         core.swaps.begin(plan)
         core.mark_for_review(r)
-        for victim in plan.victims:
-            core.mark_for_review(core.replicas[victim.model])
 
     def bring(self, r: Replica, reason: Reason, why: str, since: float, but: frozenset[int] = frozenset()) -> bool:
         """Have it serve where it fits beside what is there; nobody leaves for it. Whether that could be begun.
@@ -143,7 +141,7 @@ class Planner:
         devices = fits(self.look(), self.builder.see_newcomer(r, since).without(but))
         if devices is None or self._core.fit.never(r):
             return False
-        self._core.ask(r, Job(Kind.START, reason, why, self._core.now))
+        self._core.engines.ask(r, Job(Kind.START, reason, why, self._core.now))
         self.begin(Plan(r.id, devices, why=why))
         return True
 
@@ -167,7 +165,7 @@ class Planner:
                 yield
             elif self._waits_for_others(r):
                 del todo[r]
-                core.ask(r, Job(Kind.START, Reason.PRELOAD, PRELOADED, core.now))
+                core.engines.ask(r, Job(Kind.START, Reason.PRELOAD, PRELOADED, core.now))
                 yield
                 yield from self.plan()
             elif not any(supply.until or supply.claimed for supply in self.look().supplies.values()):

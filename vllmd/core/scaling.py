@@ -113,7 +113,7 @@ class Scaling:
         number = max(scale.wanted, rules.least)
         for r in missing:
             if r.state is State.FAILED:
-                core.forgive(r)
+                core.engines.forgive(r)
             why = f"{model.name} is to have {number} replicas here" if r.spec.device_count else f"{model.name} is used"
             if self._planner.bring(r, Reason.REPLICA, why, core.now - RECENT, _taken(r)):
                 yield

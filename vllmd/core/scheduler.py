@@ -214,7 +214,7 @@ class Scheduler:
             for lease in [name for name, lease in model.leases.items() if lease.deadline <= now]:
                 self._operator.end_lease(model, lease, stop=True)  # 4.2
             if r.state is State.FAILED and r.retry_at <= now and r.demand:  # 4.3
-                self._core.forgive(r)
+                self._core.engines.forgive(r)
                 self._core.engines.record("restart", r, f"{r.demand} wait, and the back-off is over")
             self._scaling.share_age(r)
             self._unloading.age(r)  # 4.4
@@ -254,8 +254,7 @@ class Scheduler:
                 continue
             for target, why in core.swaps.lapsed().items():
                 core.engines.record("cancel", target, why)
-                for r in core.swaps.cancel(target):
-                    core.mark_for_review(r)
+                core.swaps.cancel(target)
             for r in core.swaps.advance():
                 core.mark_news(r)
 

@@ -76,15 +76,13 @@ class Swaps:
         for swap in self._by_target.values():
             swap.victims.pop(r, None)
 
-    def cancel(self, target: Replica) -> list[Replica]:
-        """Nobody wants ``target`` any more: victims that have not left yet stay. Returns its victims."""
+    def cancel(self, target: Replica) -> None:
+        """Nobody wants ``target`` any more: victims that have not left yet stay."""
         swap = self._by_target.pop(target, None)
-        back = list(swap.victims) if swap else []
         if swap:
             self.engines.stop_read_ahead(target)
-        for r in back:
-            self.engines.release(r)
-        return back
+            for r in swap.victims:
+                self.engines.release(r)
 
     def lapsed(self) -> dict[Replica, str]:
         """Targets whose swap is not to be, and why: nobody waits, they cannot start now, or a victim stays."""

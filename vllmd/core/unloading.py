@@ -42,15 +42,12 @@ class Unloading:
                 "freeze", r, job.why, {"frozen": len(r.running), "for": target, "cause": job.reason.value}
             )
             core.engines.sleep(r, level, freeze=True)
-            core.mark_for_review(r)
         elif core.now >= job.cut_at:  # 6.3
             core.engines.record("cut", r, "its drain limit has passed", {"cut": len(r.running)})
             core.engines.cut(r, "the model has to leave and its drain limit has passed")
-            core.mark_for_review(r)
 
     def _go(self, r: Replica, job: Job) -> None:
         core = self._core
-        core.mark_for_review(r)
         if job.kind is Kind.PROVE:
             core.engines.prove(r)
             return
@@ -74,11 +71,11 @@ class Unloading:
         action = rest(r, core.now)
         why = f"unused for {core.now - r.idle_since:.0f} s"
         if action is Rest.STOP:
-            core.ask(r, Job(Kind.STOP, Reason.IDLE, why, core.now))
+            core.engines.ask(r, Job(Kind.STOP, Reason.IDLE, why, core.now))
         elif action is Rest.SLEEP:
-            core.ask(r, Job(Kind.SLEEP, Reason.IDLE, why, core.now, r.spec.idle.level))
+            core.engines.ask(r, Job(Kind.SLEEP, Reason.IDLE, why, core.now, r.spec.idle.level))
         elif action is Rest.DEEPEN:  # as soon as there is room for it
-            core.ask(r, Job(Kind.SLEEP, Reason.DEEPEN, why, core.now, 2))
+            core.engines.ask(r, Job(Kind.SLEEP, Reason.DEEPEN, why, core.now, 2))
 
     def kept_alive(self, e: KeptAlive) -> None:
         """4.5: a client's wish replaces its own; the last one to need the model no more lets it go."""

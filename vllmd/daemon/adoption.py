@@ -14,7 +14,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from vllmd.config.types import ModelConfig
 from vllmd.core import events
@@ -182,7 +181,7 @@ async def _is_asleep(process: EngineProcess) -> object:
 
 
 def _member(running: Running, model: ModelConfig, engine: Engine, key_of: Callable[[str], str]) -> EngineProcess:
-    noted: Mapping[str, Any] = running.metadata
+    noted = running.metadata
     listen = Listen(**json.loads(noted["listen"]))
     process = EngineProcess(
         model=model,

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Iterable
 from dataclasses import replace
 from typing import Any
 
+from vllmd.api.json_types import ForeignJson
 from vllmd.config.types import ReplicaConfig
 from vllmd.daemon.engine_process import EngineProcess, of
 from vllmd.engines.base import Call, Listen
@@ -122,7 +123,7 @@ def _is_about_the_model(body: bytes) -> bool:
         return False
 
 
-def probe_body(route: str, model: str, message: str) -> dict[str, Any]:
+def probe_body(route: str, model: str, message: str) -> ForeignJson:
     """The shortest question of its kind."""
     if route.endswith("/chat/completions"):
         return {"model": model, "messages": [{"role": "user", "content": message}], "max_tokens": 1}
@@ -164,7 +165,7 @@ async def is_busy(process: EngineProcess, probe: Call) -> bool:
     return isinstance(answer, dict) and any(isinstance(value, list) and value for value in answer.values())
 
 
-async def complete(process: EngineProcess, body: dict[str, Any]) -> str | None:
+async def complete(process: EngineProcess, body: ForeignJson) -> str | None:
     """The text of a completion; None if it failed."""
     try:
         status, _, answer = await request(process.listen, "POST", "/v1/completions", body, timeout=COMPLETION_LIMIT)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
+from vllmd.api.json_types import ForeignJson
 from vllmd.config.types import ModelConfig
 from vllmd.core import events
 from vllmd.core.types import Snapshot, State
@@ -26,7 +26,7 @@ class Failure:
     fingerprint: str
 
     @classmethod
-    def read(cls, kept: Mapping[str, Any]) -> Failure:
+    def read(cls, kept: ForeignJson) -> Failure:
         """One that was kept. Raises KeyError, TypeError, ValueError for what is none."""
         return cls(str(kept["why"]), float(kept["at"]), str(kept["fingerprint"]))
 

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from vllmd.config.engine_kinds import one_name
 from vllmd.config.names import instance_name
@@ -40,7 +39,7 @@ class Paths:
     homes: Homes = field(default_factory=Homes)
 
 
-def noted(listen: Listen) -> dict[str, Any]:
+def noted(listen: Listen) -> dict[str, object]:
     """Where an engine listens, as others may read it: instead of its key only whether it has one."""
     return {**asdict(listen), "key": "yes" if listen.key else "", "owner": None}
 

@@ -18,10 +18,10 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import vllmd
-from vllmd.api.answers import Plan, PlanRun
+from vllmd.api.answers import Plan
 from vllmd.api.codec import parse
 from vllmd.config.types import Config
 from vllmd.daemon.current import Current, Later
@@ -30,6 +30,7 @@ from vllmd.records.trace import Arrival
 
 if TYPE_CHECKING:
     from vllmd.daemon.back_end import BackEnd
+    from vllmd.simulate.trace import Row
 
 log = logging.getLogger("vllmd")
 
@@ -88,20 +89,17 @@ class Plans:
             cases += [(CHANGED, asked)] if asked != base or not present else []
             cases, cache = [(name, _bare(each)) for name, each in cases], self._cache()
             question = await asyncio.to_thread(lambda: pickle.dumps(Question(cases, rows_of(found), cache)))
-            told = await _answered(question)
+            plan = await _simulated(question)
         finally:
             self._runs = False
-        if "error" in told:
-            raise BadRequest(str(told["error"]))
-        runs = tuple(parse(PlanRun, each) for each in told["runs"])
-        if not runs:
-            raise NotFound(f"nothing that was recorded can be planned with: {told['left_out']}")
-        return Plan(told["requests"], min(a.at for a in found) / 1000, number, told["left_out"], runs)
+        if not plan.runs:
+            raise NotFound(f"nothing that was recorded can be planned with: {plan.left_out}")
+        return replace(plan, since=min(a.at for a in found) / 1000, recorded=number)
 
 
-def rows_of(arrivals: deque[Arrival]) -> list[Any]:
+def rows_of(arrivals: deque[Arrival]) -> list[Row]:
     """The trace, the first request at 0."""
-    from vllmd.simulate.trace import Row
+    from vllmd.simulate.trace import Row  # the simulator is loaded once somebody plans
 
     ordered = sorted(arrivals)
     return [Row((a.at - ordered[0].at) / 1000, a.model, a.prompt, a.answer, a.key) for a in ordered]
@@ -112,8 +110,11 @@ def _bare(config: Config) -> Config:
     return replace(config, auth=type(config.auth)(), origins={}, warnings=())
 
 
-async def _answered(question: bytes) -> dict[str, Any]:
-    """What the other process says. It ends with us, with its time, and when nobody waits for it any more."""
+async def _simulated(question: bytes) -> Plan:
+    """Have another process simulate. It ends with the daemon, after ``LIMIT``, and when the client has gone.
+
+    Raises BadRequest for a configuration that cannot be, TookTooLong, Unavailable.
+    """
     environment = {**os.environ, "PYTHONPATH": str(Path(vllmd.__file__).parents[1])}
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", "-m", "vllmd.simulate.what_if"),
@@ -135,5 +136,7 @@ async def _answered(question: bytes) -> dict[str, Any]:
     if process.returncode != 0:
         log.error("a plan failed: %s", complaint.decode(errors="replace"))
         raise Unavailable("the plan could not be computed; the daemon's log says why")
-    answer: dict[str, Any] = json.loads(told)
-    return answer
+    answer = json.loads(told)
+    if "error" in answer:
+        raise BadRequest(str(answer["error"]))
+    return parse(Plan, answer)

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from vllmd.api.json_types import ForeignJson
 from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.calls import ask
 from vllmd.daemon.current import Current, Later
@@ -49,7 +50,7 @@ class RuntimeAdapters:
         ] = {}  # by model: what its engine has and what is offered change together
         self._loading: set[str] = set()  # names of adapters
 
-    async def load(self, asked: Mapping[str, Any], caller: Caller) -> Response:
+    async def load(self, asked: ForeignJson, caller: Caller) -> Response:
         """Have the model's engine load an adapter, and offer it once it has; the answer is the engine's.
 
         Raises VllmdError for what the engine is not asked.
@@ -73,7 +74,7 @@ class RuntimeAdapters:
             finally:
                 self._loading.discard(name)
 
-    async def _loaded(self, model: str, name: str, path: str, body: Mapping[str, Any], caller: Caller) -> Response:
+    async def _loaded(self, model: str, name: str, path: str, body: ForeignJson, caller: Caller) -> Response:
         """What the engine answers once it is awake; if it has the adapter then, it is offered."""
         permit = await self._gate.acquire(model, caller.name)
         try:
@@ -84,7 +85,7 @@ class RuntimeAdapters:
             permit.release()
         return answer
 
-    async def unload(self, asked: Mapping[str, Any], caller: Caller) -> Response:
+    async def unload(self, asked: ForeignJson, caller: Caller) -> Response:
         """Offer an adapter no more, and have the engines that have it drop it. Raises NotFound, Conflict, Forbidden."""
         name = _text(asked, "lora_name")
         offer = self._gate.offers.get(name)
@@ -101,7 +102,7 @@ class RuntimeAdapters:
                 await _drop(process, name, body)
         return Response(200, f"Success: LoRA adapter '{name}' removed successfully.".encode(), "text/plain")
 
-    async def _asked(self, listen: Listen, body: Mapping[str, Any]) -> Response:
+    async def _asked(self, listen: Listen, body: ForeignJson) -> Response:
         """What the engine answers to the load. What it has by a daemon before us, it loads anew."""
         from vllmd.engines.adapters import LOAD_LIMIT, LOADED_ALREADY  # no client waits for this import
 
@@ -124,7 +125,7 @@ class RuntimeAdapters:
         processes = (await self._back.wait()).engines.processes
         return [process for process in processes.values() if (process.model.replica_of or process.model.name) == model]
 
-    def _model(self, asked: Mapping[str, Any], caller: Caller) -> str:
+    def _model(self, asked: ForeignJson, caller: Caller) -> str:
         """The model that an adapter is for: named, or the only one that takes any."""
         may = [model for model in self._takers() if caller.may_use(model)]
         name = model_name(asked.get("model"))
@@ -174,7 +175,7 @@ async def _well() -> str:
     return ""
 
 
-async def _drop(process: EngineProcess, name: str, body: Mapping[str, Any]) -> None:
+async def _drop(process: EngineProcess, name: str, body: ForeignJson) -> None:
     """Have the engine drop an adapter that it has. One that sleeps keeps it, and nobody can ask for it."""
     if process.adapters.pop(name, None) is None or process.asleep or process.ending or process.exited.is_set():
         return
@@ -184,7 +185,7 @@ async def _drop(process: EngineProcess, name: str, body: Mapping[str, Any]) -> N
         log.warning("%s: its adapter %s is not unloaded: %s", process.name, name, error, extra=of(process))
 
 
-def _text(asked: Mapping[str, Any], name: str) -> str:
+def _text(asked: ForeignJson, name: str) -> str:
     """A member that must be there. Raises BadRequest."""
     value = asked.get(name)
     if not isinstance(value, str) or not value:

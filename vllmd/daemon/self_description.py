@@ -11,7 +11,6 @@ import asyncio
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from vllmd.daemon.calls import ask
 from vllmd.daemon.engine_process import EngineProcess
@@ -47,29 +46,29 @@ async def describe_itself(process: EngineProcess) -> SelfDescription:
     return SelfDescription(context_of(models, model), routes, *told)
 
 
-async def _asked(process: EngineProcess) -> list[Any]:
+async def _asked(process: EngineProcess) -> list[object]:
     questions = ["/v1/models", "/openapi.json"]
     if process.model.engine == "llama.cpp":
         questions.append("/props")
-    answers: list[Any] = await asyncio.gather(*(_json(process, path) for path in questions))
+    answers: list[object] = await asyncio.gather(*(_json(process, path) for path in questions))
     return [*answers, None][:3]
 
 
-def tools_of(props: Any) -> bool | None:
+def tools_of(props: object) -> bool | None:
     """Whether the chat template takes tools, in an answer to llama.cpp's ``GET /props``."""
     caps = props.get("chat_template_caps") if isinstance(props, dict) else None
     told = caps.get("supports_tools") if isinstance(caps, dict) else None
     return told if isinstance(told, bool) else None
 
 
-def modality(props: Any, name: str) -> bool | None:
+def modality(props: object, name: str) -> bool | None:
     """Whether the model takes ``vision`` or ``audio``, in an answer to llama.cpp's ``GET /props``."""
     told = props.get("modalities") if isinstance(props, dict) else None
     found = told.get(name) if isinstance(told, dict) else None
     return found if isinstance(found, bool) else None
 
 
-def context_of(models: Any, name: str) -> int | None:
+def context_of(models: object, name: str) -> int | None:
     """The context of the model ``name`` in an answer to ``GET /v1/models``, or of the only model in it."""
     data = models.get("data") if isinstance(models, dict) else None
     cards = [card for card in data if isinstance(card, dict)] if isinstance(data, list) else []
@@ -82,12 +81,12 @@ def context_of(models: Any, name: str) -> int | None:
     return None
 
 
-def _count(fields: Mapping[str, Any]) -> int | None:
+def _count(fields: Mapping[str, object]) -> int | None:
     told = (fields.get(name) for name in CONTEXT)
     return next((value for value in told if isinstance(value, int) and value > 0 and value is not True), None)
 
 
-async def _json(process: EngineProcess, path: str) -> Any:
+async def _json(process: EngineProcess, path: str) -> object:
     call = Call("GET", path, timeout=ASKED_FOR, headers=tuple(process.engine.headers()))
     try:
         status, _, body = await ask(process.listen, call)
@@ -96,7 +95,7 @@ async def _json(process: EngineProcess, path: str) -> Any:
         return None
 
 
-def json_of(body: bytes) -> Any:
+def json_of(body: bytes) -> object:
     """``body`` as JSON, None if it is none."""
     try:
         return json.loads(body)

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vllmd.errors import BadRequest, Forbidden
 from vllmd.installer import folders
-from vllmd.installer.install import Wanted, install
+from vllmd.installer.install import Installed, Wanted, install
 from vllmd.installer.pip import Say
 
 LONGEST = 65536  # bytes of a request
@@ -53,26 +53,43 @@ def allowed(request: Mapping[str, Any], *, trusted: bool) -> None:
                         "HTTPS_PROXY)")  # fmt: skip
 
 
-def perform(request: Mapping[str, Any], root: Path, say: Say, env: Mapping[str, str]) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Which version is in use from now on, and which was before; "" for none."""
+
+    kind: str
+    version: str
+    before: str
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """Which version was removed, and which is in use now; "" for none."""
+
+    kind: str
+    version: str
+    now: str
+
+
+def perform(request: Mapping[str, Any], root: Path, say: Say, env: Mapping[str, str]) -> Installed | Chosen | Removed:
     """Do it; ``env``: our own variables, for pip. Raises VllmdError."""
     kind, version = str(request.get("kind", "")), str(request.get("version", ""))
     match request.get("verb"):
         case "install":
             told = {name: request[name] for name in ("build", "index_url", "offline", "python") if request.get(name)}
             use = request.get("use", True) is True
-            done = install(Wanted(kind, version, env={**env, **request.get("env", {})}, use=use, **told), root, say)
-            return asdict(done)
+            return install(Wanted(kind, version, env={**env, **request.get("env", {})}, use=use, **told), root, say)
         case "use":
             with folders.changing(root, kind) as folder:
                 before = folders.use(folder, folders.known_version(version))
-            return {"kind": kind, "version": version, "before": before}
+            return Chosen(kind, version, before)
         case "rollback":
             with folders.changing(root, kind) as folder:
                 version, before = folders.rollback(folder)
-            return {"kind": kind, "version": version, "before": before}
+            return Chosen(kind, version, before)
         case "remove":
             with folders.changing(root, kind) as folder:
                 now = folders.remove(folder, folders.known_version(version))
-            return {"kind": kind, "version": version, "now": now}
+            return Removed(kind, version, now)
         case verb:
             raise BadRequest(f"the installer knows no verb {verb!r}")

@@ -42,7 +42,8 @@ def serve(root: Path = environments.SYSTEM) -> int:
                 with connection.makefile("rb") as incoming:
                     request = requests.read(incoming.readline(requests.LONGEST))
                 requests.allowed(request, trusted=peer in (0, os.geteuid()))
-                tell(done=requests.perform(request, root, lambda now: tell(progress=asdict(now)), _variables()))
+                done = requests.perform(request, root, lambda now: tell(progress=asdict(now)), _variables())
+                tell(done=asdict(done))
             except VllmdError as error:
                 tell(failed=error.message, status=error.status)
         except ConnectionError:

@@ -158,15 +158,15 @@ def _run_privately(options: argparse.Namespace, users: Users) -> None:
 
 
 def _finisher(loop: Loop, supervisor: Supervisor) -> Callback:
-    """Kills all engines and ends when the last one is gone, or after ``END_LIMIT``."""
+    """Kills all engines and ends when the last one and its run directory are gone, or after ``END_LIMIT``."""
 
     def finish() -> None:
-        supervisor.kill_all()
         loop.later(END_LIMIT, loop.stop)
+        supervisor.kill_all()
         wait()
 
     def wait() -> None:
-        if len(supervisor):
+        if supervisor.busy:
             loop.later(0.01, wait)
         else:
             loop.stop()

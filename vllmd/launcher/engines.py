@@ -159,9 +159,15 @@ class Supervisor:
         self._roots = tuple(roots)
         self._engines: dict[str, Engine] = {}
         self._unused: set[str] = set()  # run directories without an engine, at the last look
+        self._tidying = 0  # children that remove what engines have left
 
     def __len__(self) -> int:
         return len(self._engines)
+
+    @property
+    def busy(self) -> bool:
+        """Whether an engine is still there, or a child that removes what an engine has left in its run directory."""
+        return bool(self._engines or self._tidying)
 
     def has(self, instance: str) -> bool:
         """Whether the engine is starting or running, or its end is still to be reported."""
@@ -236,9 +242,10 @@ class Supervisor:
             engine.group.kill()
 
     def kill_all(self) -> None:
-        """Send SIGKILL to every process of every engine."""
-        for instance in self._engines:
-            self.kill(instance)
+        """Send SIGKILL to every process of every engine. One that is being made of a standby takes that one away."""
+        for instance in tuple(self._engines):
+            with contextlib.suppress(KeyError):
+                self.kill(instance)
 
     def stop_requested(self, instance: str) -> None:
         """systemd is stopping the scope and leaves the polite part to us: SIGTERM to the main process alone."""
@@ -637,8 +644,10 @@ class Supervisor:
             return
         if child is None:
             return
+        self._tidying += 1
 
         def reap() -> None:
+            self._tidying -= 1
             ending = child.ending()
             if ending and ending.status == AGAIN:  # its disk is read-only, for now
                 again()

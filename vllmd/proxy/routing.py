@@ -11,7 +11,6 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 from urllib.parse import quote
 
 from vllmd.errors import Forbidden, MethodNotAllowed, NotFound
@@ -48,7 +47,7 @@ class Route:
     handler: Handler
     scope: str = MODELS
     summary: str = ""
-    doc: Mapping[str, Any] = field(default_factory=dict)
+    doc: Mapping[str, object] = field(default_factory=dict)
     reach: Reach = Reach.ONE
     max_body: int | None = None
 
@@ -79,7 +78,7 @@ class Router:
         handler: LocalHandler,
         scope: str = MODELS,
         summary: str = "",
-        doc: Mapping[str, Any] | None = None,
+        doc: Mapping[str, object] | None = None,
         reach: Reach = Reach.ONE,
     ) -> None:
         """Have ``handler`` answer; a GET's answers HEAD too. It gets a body if ``doc`` says that it takes one."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
+from vllmd.api.json_types import Settings
 from vllmd.cli import show
 from vllmd.cli.admin import Admin
 from vllmd.cli.failures import EX_DATAERR, EX_NOINPUT, EX_USAGE, Failure
@@ -71,7 +71,7 @@ def offer(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def meant(admin: Admin, arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+def meant(admin: Admin, arguments: argparse.Namespace) -> tuple[str, Settings]:
     """What the model is to be called, and its settings. Raises Failure where there is no such thing."""
     from vllmd.store.elsewhere import own_path
 
@@ -96,7 +96,7 @@ def meant(admin: Admin, arguments: argparse.Namespace) -> tuple[str, dict[str, A
     return name, of_path(own)[1]
 
 
-def elsewhere(arguments: argparse.Namespace, name: str) -> tuple[str, dict[str, Any]]:
+def elsewhere(arguments: argparse.Namespace, name: str) -> tuple[str, Settings]:
     """A model of Ollama's or LM Studio's. Raises Failure."""
     from vllmd.store.elsewhere import everything
 
@@ -113,7 +113,7 @@ def elsewhere(arguments: argparse.Namespace, name: str) -> tuple[str, dict[str, 
     return arguments.name or short, {"engine": "llama.cpp", "model": str(found.path)}
 
 
-def of_path(path: Path) -> tuple[str, dict[str, Any]]:
+def of_path(path: Path) -> tuple[str, Settings]:
     """A GGUF file, or a folder that an engine loads. Raises Failure."""
     if path.is_file() and path.suffix == ".gguf":
         return path.stem, {"engine": "llama.cpp", "model": str(path)}

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from vllmd.api.json_types import ForeignJson
 from vllmd.cli import openai, show
 from vllmd.cli.admin import Admin
 from vllmd.cli.failures import EX_UNAVAILABLE, EX_USAGE, Failure
@@ -74,7 +75,7 @@ def _cold(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def shoot(http: Admin, request: dict[str, Any], told: Callable[[str], None] = lambda comment: None) -> Shot:
+def shoot(http: Admin, request: ForeignJson, told: Callable[[str], None] = lambda comment: None) -> Shot:
     """One request, timed; ``told`` gets what the server says of the wait."""
     began, first, tokens, chunks = time.monotonic(), 0.0, 0, 0
     for chunk in openai.stream(http, request, told):

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
 
+from vllmd.api.json_types import ForeignJson
 from vllmd.cli import openai, show
 from vllmd.cli.admin import Admin
 
@@ -66,7 +66,7 @@ class Talk:
         self.settings = {"model": arguments.model, "max_tokens": arguments.max_tokens}
         self.settings["temperature"] = arguments.temperature
         self.system = [{"role": "system", "content": arguments.system}] if arguments.system else []
-        self.messages: list[dict[str, Any]] = []
+        self.messages: list[ForeignJson] = []
 
     def forget(self) -> None:
         """Begin a new conversation, without what was said."""

@@ -14,14 +14,27 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from vllmd.cli import show
 from vllmd.cli.failures import EX_USAGE, Failure
 
 ALIASES = ("engines",)
 ACTIONS = ("install", "list", "use", "rollback", "remove", "serve")
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """An environment as ``engine list`` tells it. ``size`` in bytes; ``installed``: Unix time."""
+
+    engine: str
+    version: str
+    in_use: bool
+    build: str
+    size: int
+    installed: float
+    path: str
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,17 +90,17 @@ def install(arguments: argparse.Namespace, kind: str, version: str) -> int:
         use=not arguments.no_use,
     )
     if arguments.json:
-        print(show.as_json(done))
+        print(show.as_json(asdict(done)))
         return 0
-    build = installing.CALLED.get(done["build"], "")
-    is_ = "is installed" if done["fresh"] else "was installed already"
-    show.say(" ".join(filter(None, (kind, done["version"], build, is_, f"in {done['path']}"))))
-    if done["lacks"]:
-        show.say(f"without {done['lacks']}, which was not to be had: vllmctl pull finds nothing on the hub", sys.stderr)
-    if done["used"]:
-        _say_use(kind, done["version"], done["before"])
+    build = installing.CALLED.get(done.build, "")
+    is_ = "is installed" if done.fresh else "was installed already"
+    show.say(" ".join(filter(None, (kind, done.version, build, is_, f"in {done.path}"))))
+    if done.lacks:
+        show.say(f"without {done.lacks}, which was not to be had: vllmctl pull finds nothing on the hub", sys.stderr)
+    if done.used:
+        _say_use(kind, done.version, done.before)
     else:
-        show.say(f"vllmctl engine use {kind} {done['version']} lets models be started in it")
+        show.say(f"vllmctl engine use {kind} {done.version} lets models be started in it")
     _say_hidden(kind)
     return 0
 
@@ -95,17 +108,21 @@ def install(arguments: argparse.Namespace, kind: str, version: str) -> int:
 def changed(arguments: argparse.Namespace, kind: str, version: str) -> int:
     """Do ``use``, ``rollback`` or ``remove``, and say what came of it."""
     from vllmd.cli import installing
+    from vllmd.installer.requests import Chosen, Removed
 
     there = _compiled_by(kind, version) if arguments.action == "remove" else []
-    done = installing.perform(arguments, {"verb": arguments.action, "kind": kind, "version": version})
-    _forget_compiled(there, kind, version)
+    request = {"verb": arguments.action, "kind": kind, "version": version}
+    if arguments.action == "remove":
+        removed = installing.perform(arguments, request, Removed)
+        _forget_compiled(there, kind, version)
+        now = f"; {removed.now} is in use" if removed.now else f"; no {kind} is installed any more"
+        print(show.as_json(asdict(removed))) if arguments.json else show.say(f"{kind} {version} is removed{now}")
+        return 0
+    chosen = installing.perform(arguments, request, Chosen)
     if arguments.json:
-        print(show.as_json(done))
-    elif arguments.action == "remove":
-        now = f"; {done['now']} is in use" if done["now"] else f"; no {kind} is installed any more"
-        show.say(f"{kind} {version} is removed{now}")
+        print(show.as_json(asdict(chosen)))
     else:
-        _say_use(kind, done["version"], done["before"])
+        _say_use(kind, chosen.version, chosen.before)
         _say_hidden(kind)
     return 0
 
@@ -152,23 +169,22 @@ def listed(arguments: argparse.Namespace, kind: str) -> int:
     from vllmd.installer import folders
 
     kinds = [folders.known_kind(kind)] if kind else list(environments.PROGRAMS)
-    lines: list[dict[str, Any]] = []
+    lines: list[Line] = []
     for each in kinds:
         used = environments.in_use(each)
         for one in environments.installed(each):
             note = folders.noted(one)
-            told = {"build": note.build, "size": note.size, "installed": note.at, "path": str(one.path)}
-            is_used = used is not None and used.path == one.path
-            lines.append({"engine": each, "version": one.version, "in_use": is_used, **told})
+            in_use = used is not None and used.path == one.path
+            lines.append(Line(each, one.version, in_use, note.build, note.size, note.at, str(one.path)))
     if arguments.json:
-        print(show.as_json(lines))
+        print(show.as_json([asdict(line) for line in lines]))
     elif not lines:
         show.say(f"no engine is installed; vllmctl engine install {kind or 'llama.cpp'}")
     else:
         head = ("", "ENGINE", "VERSION", "BUILD", "SIZE", "PATH")
-        rows = [("*" if line["in_use"] else "", line["engine"], line["version"], line["build"] or show.EMPTY,
-                 show.size(line["size"]), line["path"]) for line in lines]  # fmt: skip
+        rows = [("*" if line.in_use else "", line.engine, line.version, line.build or show.EMPTY,
+                 show.size(line.size), line.path) for line in lines]  # fmt: skip
         print(show.table(head, rows, right=("SIZE",), beneath=("PATH",)))
-        for each in {line["engine"] for line in lines}:
+        for each in {line.engine for line in lines}:
             _say_hidden(each)
     return 0

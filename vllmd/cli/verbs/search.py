@@ -7,9 +7,9 @@ import http.client
 import os
 import urllib.error
 import urllib.request
-from typing import Any
 from urllib.parse import urlencode
 
+from vllmd.api.json_types import ForeignJson
 from vllmd.cli import show
 from vllmd.cli.admin import Admin, decoded
 from vllmd.cli.failures import EX_UNAVAILABLE, Failure
@@ -46,7 +46,7 @@ def told(arguments: argparse.Namespace) -> str:
         return ""
 
 
-def ask(hub: str, words: str, number: int, *, gguf: bool) -> list[dict[str, Any]]:
+def ask(hub: str, words: str, number: int, *, gguf: bool) -> list[ForeignJson]:
     """What the hub finds. Raises Failure where it cannot be reached."""
     query = {"search": words, "sort": "downloads", "direction": -1, "limit": max(1, min(100, number))}
     target = f"{hub}/api/models?{urlencode({**query, **({'filter': 'gguf'} if gguf else {})})}"
@@ -69,7 +69,7 @@ def without_hub() -> str:
     return f"Without a hub there are {names}, from the Python index, and vllmctl add for files that are here"
 
 
-def row(one: dict[str, Any]) -> tuple[str, ...]:
+def row(one: ForeignJson) -> tuple[str, ...]:
     """A line of the table."""
     return str(one["id"]), _short(one.get("downloads")), _short(one.get("likes")), str(one.get("pipeline_tag") or "-")
 

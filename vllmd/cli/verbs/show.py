@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 from urllib.parse import quote
 
 from vllmd.api.answers import Cached, CachedModel, ModelLine, Status
+from vllmd.api.json_types import ForeignJson
 from vllmd.api.verbs import verb
 from vllmd.cli import models, show
 from vllmd.cli.admin import Admin
@@ -48,7 +48,7 @@ def of_cache(name: str, cached: Sequence[CachedModel]) -> dict[str, object]:
     return {"model": name, "state": f"cached; vllmctl add {name} serves it", **_files([found])} if found else {}
 
 
-def of_model(line: ModelLine, card: Mapping[str, Any], cached: Sequence[CachedModel]) -> dict[str, object]:
+def of_model(line: ModelLine, card: ForeignJson, cached: Sequence[CachedModel]) -> dict[str, object]:
     """What there is to say of a configured one."""
     config = line.config
     return {
