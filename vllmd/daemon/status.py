@@ -55,6 +55,7 @@ class Sight:
     connections: int
     back: BackEnd | None
     snapshot: Snapshot | None
+    event_loop: str = ""
 
 
 def status(seen: Sight, started: float) -> answers.Status:
@@ -62,7 +63,7 @@ def status(seen: Sight, started: float) -> answers.Status:
     shown = answers.Status(
         version=vllmd.__version__,
         pid=os.getpid(),
-        event_loop=name_of(asyncio.get_running_loop()),
+        event_loop=seen.event_loop,
         uptime=time.monotonic() - started,
         policy=seen.config.policy,
         opened=seen.snapshot is not None,
@@ -197,9 +198,8 @@ class Status:
         current, back = self._current, self._back.now
         snapshot = back.snapshot() if back else None
         connections, requests = self._connections(), self._gate.requests
-        return Sight(
-            current.config, current.engines, current.broken, current.refused, requests, connections, back, snapshot
-        )
+        loop, counts = name_of(asyncio.get_running_loop()), (requests, connections)
+        return Sight(current.config, current.engines, current.broken, current.refused, *counts, back, snapshot, loop)
 
     async def opened(self) -> None:
         """Wait until devices and engines have been found."""
