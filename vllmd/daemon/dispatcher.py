@@ -202,7 +202,7 @@ class Dispatcher:
         numbers = {f"VLLMD_{key.upper()}": value for key, value in decision.numbers.items()}
         replica = {"VLLMD_REPLICA": decision.replica} if decision.replica else {}
         fields = {"MODEL": decision.model, "DECISION": decision.what, **replica, **numbers}
-        about = decision.replica or decision.model
+        about = decision.replica or decision.model or "vllmd"  # of no model's: a device is drained, say
         # Clients lead to many of them, refused requests above all: each kind has a rate of its own.
         throttle = self._throttles.setdefault(decision.what, Throttle(log, burst=DECISIONS, clock=self._loop.time))
         throttle.say(logging.INFO, "%s: %s: %s", about, decision.what, decision.why, fields=fields)
