@@ -5,26 +5,31 @@ holds this table against the imports)::
 
     errors      one tree of errors, each with its HTTP status     imports nothing
     text        text from outside, made fit to be shown           imports nothing
+    sizes       amounts of memory, written and read               imports nothing
+    addresses   which of them only this machine reaches           imports nothing
     credentials who is at the other end of a Unix socket          imports nothing
-    foreign     files that somebody else may write: one reader    nothing of ours
+    foreign     files that somebody else may write: one reader    sizes
     place       what control groups and sysctls leave of this
                 machine: memory, CPUs, tasks, ports               imports nothing
     frozen      values that are made at each request              nothing of ours
-    core/       decides everything about models and memory: pure  core, frozen
+    core/       decides everything about models and memory: pure  core, frozen, sizes
     api/        what daemon and clients tell each other, and
                 the table of operators' verbs                     errors
-    config/     one table of settings, the loader                 core.types, errors, foreign, frozen, text
-    gpu/        NVML, or the devices that the configuration says  core.types, config, errors, place, simengine
+    config/     one table of settings, the loader                 addresses, core.types, errors, foreign, frozen,
+                                                                  sizes, text
+    gpu/        NVML, or the devices that the configuration says  core.types, config, errors, place, simengine,
+                                                                  sizes
     hub         models in the Hugging Face cache                  foreign
     engines/    an engine kind: spec -> argv, probes, sleep calls,
-                and what it will take of memory                   core.types, config, errors, hub, foreign, text
+                and what it will take of memory                   core.types, config, errors, hub, foreign, sizes,
+                                                                  text
     installer/  engines' environments: installed by pip, chosen,
-                removed; a service of its own                     credentials, engines, errors
+                removed; a service of its own                     credentials, engines, errors, sizes
     systemd/    socket activation, notify, journal                errors, text
     launcher/   the privileged helper and its client; the only
                 package that knows pystemd                           credentials, systemd, errors, frozen, text
-    proxy/      h11 heads, byte relay, the accept loop            config.types, core.types, credentials, errors,
-                                                                  frozen
+    proxy/      h11 heads, byte relay, the accept loop            addresses, api.names, config.types, core.types,
+                                                                  credentials, errors, frozen
     ui/         the page: its files                               proxy's HTTP types
     records/    the last requests, use by hour, key and model,
                 arrivals, and their store                         api, proxy, errors
@@ -34,9 +39,9 @@ holds this table against the imports)::
                 that fetches, what other programs have            hub, engines, foreign, errors, text
     ollama/     Ollama's API, translated to the engines' own      api, proxy, admin.control, errors
     daemon/     the event queue; executes the core's commands     all but cli and client
-    client/     the Python library                                api, errors
+    client/     the Python library                                addresses, api, errors
     cli/        vllmctl, a row or a file per verb                 api, client, errors, config, engines, gpu, installer,
-                                                                  place, simulate, store, text
+                                                                  place, simulate, sizes, store, text
     simulate/   the core under a virtual clock over a trace       core, config, engines, gpu, hub, errors, text
     simengine   the stand-in engine                               nothing of ours
 

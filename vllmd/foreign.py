@@ -33,6 +33,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vllmd import sizes
+
 T = TypeVar("T")
 
 JSON_SIZE = 8 << 20  # bytes of a JSON file that is read whole
@@ -143,7 +145,7 @@ class Folder:
         with self.open(name) as file:
             data = file.read(limit + 1)
         if len(data) > limit:
-            raise Unreadable(f"{shown(name)} is larger than {_rough(limit)}")
+            raise Unreadable(f"{shown(name)} is larger than {sizes.in_words(limit)}")
         return data
 
     def json(self, name: str) -> dict[str, Any]:
@@ -342,7 +344,3 @@ def within(seconds: float, function: Callable[[], T]) -> T:
     if failed:
         raise failed[0]
     return came[0]
-
-
-def _rough(size: int) -> str:
-    return f"{size >> 20} MiB" if size >= 1 << 20 else f"{size} bytes"

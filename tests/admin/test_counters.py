@@ -6,9 +6,9 @@ from dataclasses import fields, replace
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.admin.exposed import exposed
 from vllmd.admin.control import Gauges
 from vllmd.admin.counters import AT_A_TIME, Counters, Histogram
-from vllmd.admin.exposition import expose
 from vllmd.core.types import Decision, DeviceView, ModelView, ReplicaView, Snapshot, State, View
 from vllmd.proxy.tokens import Tokens
 from vllmd.records.ring import Entry
@@ -30,7 +30,7 @@ SNAPSHOT = Snapshot(0.0, (VIEW,), (DEVICE,), 64 << 30, 5 << 30, ())
 
 def samples(counters: Counters, gauges: Gauges) -> dict[str, float]:
     """``name{sorted labels}`` -> value, as Prometheus' own parser reads it."""
-    body, content_type = expose(counters, gauges, "text/plain")
+    body, content_type = exposed(counters, gauges, "text/plain")
     assert content_type.startswith("text/plain")
     families = text_string_to_metric_families(body.decode())
     return {
@@ -165,7 +165,7 @@ def test_replicas_are_told_apart_beside_their_model() -> None:
 
 def test_openmetrics_for_those_who_ask() -> None:
     """Prometheus prefers it, and it must end as it must."""
-    body, content_type = expose(Counters(), Gauges(SNAPSHOT), "application/openmetrics-text; version=1.0.0")
+    body, content_type = exposed(Counters(), Gauges(SNAPSHOT), "application/openmetrics-text; version=1.0.0")
     assert content_type.startswith("application/openmetrics-text")
     assert body.endswith(b"# EOF\n")
 
@@ -173,7 +173,7 @@ def test_openmetrics_for_those_who_ask() -> None:
 def test_every_family_has_help_and_a_conventional_name() -> None:
     """promtool complains of a missing help text, of a unit that is no base unit, of a counter without _total."""
     counters = Counters()
-    body, _ = expose(counters, Gauges(SNAPSHOT), "")
+    body, _ = exposed(counters, Gauges(SNAPSHOT), "")
     for family in text_string_to_metric_families(body.decode()):
         assert family.documentation, family.name
         assert not family.name.endswith(("_ms", "_milliseconds", "_kb", "_mb", "_percent", "_total_total"))

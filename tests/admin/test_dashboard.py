@@ -10,9 +10,9 @@ from pathlib import Path
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.admin.exposed import exposed
 from vllmd.admin.control import Gauges
 from vllmd.admin.counters import Counters
-from vllmd.admin.exposition import expose
 from vllmd.core.types import DeviceView, ModelView, ReplicaView, Snapshot, State
 
 FOLDER = Path(__file__).resolve().parents[2] / "packaging/grafana"
@@ -29,7 +29,7 @@ SNAPSHOT = Snapshot(0.0, (VIEW,), (DeviceView(0, 1, 0, 0, 0, ""),), 0, 0, ())
 
 def known() -> set[str]:
     """The names of all families, and of the series that a histogram or counter has."""
-    body, _ = expose(Counters(), Gauges(SNAPSHOT), "")
+    body, _ = exposed(Counters(), Gauges(SNAPSHOT), "")
     names = set()
     for family in text_string_to_metric_families(body.decode()):
         suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(family.type, ("",))

@@ -12,8 +12,9 @@ import pytest
 from vllmd.config.secrets import digest
 from vllmd.config.types import AuthConfig, KeyConfig
 from vllmd.daemon.keys import ApiKeyAuth, DenyAll, PeerCredentialAuth
-from vllmd.daemon.listeners import anybody_can_connect, reachable_at
+from vllmd.daemon.listeners import anybody_can_connect
 from vllmd.daemon.logins import FailedLogins
+from vllmd.daemon.public_listeners import public_address
 from vllmd.errors import Forbidden, Misdirected, TooManyRequests, Unauthorized, Unavailable, UnknownModel, VllmdError
 from vllmd.proxy.access import Caller, Reach, authorise
 from vllmd.proxy.http import Headers, Peer, Request
@@ -363,7 +364,7 @@ def test_an_address_beyond_loopback_is_told_by_the_socket_itself(
     """systemd's sockets are bound before the configuration is read. (Bound here, never listened on.)"""
     with socket.socket(family) as sock:
         sock.bind((address, 0))
-        assert bool(reachable_at(sock)) is reachable
+        assert bool(public_address(sock)) is reachable
 
 
 def test_the_admin_sockets_mode_tells_who_can_connect(tmp_path: Path) -> None:

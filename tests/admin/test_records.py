@@ -124,6 +124,8 @@ def test_what_is_under_way_is_shown(site: Site) -> None:
 
     until(seen)
     assert (line["id"], line["key"], line["status"], line["queue_seconds"]) == ("waits", "alice", 0, None)
+    alone = site.ask("GET", "/admin/requests/waits", key=BOSS).json
+    assert (alone["number"], alone["recorded"]) == (0, None)
     assert connection.getresponse().status == 200
     connection.close()
     assert one(site, "waits")["load_seconds"] > 0.5
@@ -153,6 +155,7 @@ def test_one_request_is_cancelled_and_nothing_else(site: Site) -> None:
         answer = running.getresponse()
         assert answer.status == 200
         assert answer.readline().startswith(b"data: ")
+        assert dict(site.ask("GET", "/admin/requests/runs", key=LOOKER).json["headers"])["user-agent"] == "mine/2 (x)"
         refused = site.ask("DELETE", "/admin/requests/runs", key=LOOKER)
         assert refused.status == 403
         assert {each["id"]: each["agent"] for each in under_way(site).values()} == {

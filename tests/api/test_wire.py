@@ -75,7 +75,8 @@ def sight(**over: Any) -> status.Sight:
     )  # fmt: skip
     snapshot = Snapshot(100.0, VIEWS, (DEVICE,), 64 * GiB, GiB, (DECISION,))
     config = Config(models={"org/alone": ALONE, "pair": PAIR}, files=(Path("/etc/vllmd/vllmd.yaml"),))
-    told = {"config": config, "engines": ENGINES, "broken": "", "requests": 2, "connections": 3, "back": back}
+    told = {"config": config, "engines": ENGINES, "broken": "", "refused": "", "requests": 2, "connections": 3,
+            "back": back}  # fmt: skip
     return status.Sight(**{**told, "snapshot": snapshot, **over})
 
 

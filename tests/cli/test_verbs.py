@@ -506,7 +506,8 @@ def test_ps_imports_little(daemon: FakeDaemon) -> None:
     """Each module is time until its answer: none of ours but those that it needs, none of the library's large ones."""
     found = imported("ps")
     assert {name for name in found if name.startswith("vllmd.")} == {
-        *("vllmd.api", "vllmd.api.answers", "vllmd.api.codec", "vllmd.errors", "vllmd.text"),
+        *("vllmd.api", "vllmd.api.answers", "vllmd.api.codec", "vllmd.api.json_types"),
+        *("vllmd.errors", "vllmd.sizes", "vllmd.text"),
         *("vllmd.cli", "vllmd.cli.verbs", "vllmd.cli.verbs.ps"),
         *(
             f"vllmd.cli.{name}"
@@ -520,7 +521,7 @@ def test_help_imports_every_verb_and_little_else(daemon: FakeDaemon) -> None:
     """Neither the configuration nor engines: what a verb needs for its work it imports when it does that."""
     found = imported("--help")
     packages = {name.split(".")[1] for name in found if name.startswith("vllmd.")}
-    assert packages == {"api", "cli", "errors", "text"}
+    assert packages == {"api", "cli", "errors", "sizes", "text"}
     assert not found & {"asyncio", "httpx", "yaml"}
 
 

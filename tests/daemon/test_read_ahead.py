@@ -19,7 +19,7 @@ from vllmd.engines.weight_files import WeightFile, weight_files
 from vllmd.place import free_memory
 
 GiB = 1 << 30
-LIMIT = 20.0  # seconds
+LIMIT = 60.0  # seconds
 PLENTY = RESERVE + 100 * GiB
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import pytest
 
-LIMIT = 30.0  # seconds
+LIMIT = 60.0  # seconds
 BODY = {"model": "a", "prompt": "one two three four five six seven eight", "max_tokens": 16}
 # The leader of a session, as a shell is, with vllmd in the foreground of its terminal.
 SHELL = """

@@ -21,7 +21,7 @@ from vllmd.config.sources import default_file
 from vllmd.config.user_home import user_home
 from vllmd.daemon.main import learnt_of
 
-LIMIT = 30.0  # seconds
+LIMIT = 60.0  # seconds
 ENGINE = {"engine": "sim", "options": {"load_time": "0s", "tokens_per_second": 200}}
 
 

@@ -14,7 +14,7 @@ from vllmd.config.types import ModelConfig
 from vllmd.engines import engine_of
 from vllmd.engines.base import Call, Place
 
-LIMIT = 20.0  # seconds for anything that the stand-in does
+LIMIT = 60.0  # seconds for anything that the stand-in does
 
 
 class Driven:

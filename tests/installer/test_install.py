@@ -106,7 +106,7 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_fetched(
 ) -> None:
     """With what it takes and what there is."""
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 12_000_000})())
-    with pytest.raises(InstallFailed, match=r"vllm takes about 5\.0 GB, and .*/vllm has 12 MB free"):
+    with pytest.raises(InstallFailed, match=r"vllm takes about 4\.66 GiB, and .*/vllm has 11\.44 MiB free"):
         install(Wanted("vllm", build="cpu"), root, nothing)
 
 

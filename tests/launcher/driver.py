@@ -12,7 +12,7 @@ from typing import Any
 
 from vllmd.launcher.client import ExitReport, LauncherClient, LauncherFailed, Running, StartOrder
 
-LIMIT = 20.0
+LIMIT = 60.0
 _numbers = itertools.count()
 
 

@@ -287,7 +287,7 @@ class Machine:
         self.wait_until("systemctl --user is-system-running | grep -E 'running|degraded'", user=name)
         return self.uid(name)
 
-    def wait_until(self, condition: str | Callable[[], object], timeout: float = 30.0, *, user: str = "root") -> None:
+    def wait_until(self, condition: str | Callable[[], object], timeout: float = 60.0, *, user: str = "root") -> None:
         """Wait until a shell line succeeds, or a function returns something true."""
         end = time.monotonic() + timeout
         said: object = None

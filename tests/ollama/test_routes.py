@@ -385,7 +385,7 @@ def test_what_is_held_of_a_body_is_what_is_sent() -> None:
             client = await act.client()
             client.post("/api/chat", json.dumps({**CHAT, "stream": False}).encode() + b" " * (1 << 20))
             await until(lambda: act.engine.asked)
-            assert 0 < act.server.buffered < 1000
+            assert 0 < act.server.memory.held < 1000
             act.engine.go.set()
             assert (await client.answer()).status == 200
 

@@ -379,7 +379,7 @@ class Stage:
         await until(lambda: self.gate.waiting == 0)
         await until(lambda: all(permit.endings for permit in self.gate.permits))
         self.gate.check()
-        assert self.server.buffered == 0
+        assert self.server.memory.held == 0
 
 
 async def hello(request: Request) -> Response:

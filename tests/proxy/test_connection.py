@@ -257,7 +257,7 @@ def test_memory_for_bodies_is_bounded_over_all_connections() -> None:
         async with stage(limits=Limits(ServerConfig(max_buffered=300))) as act:
             first, second, third = [await act.client() for _ in range(3)]
             first.send(post("/hello", b"x" * 120)[:-1])
-            await until(lambda: act.server.buffered == 119)
+            await until(lambda: act.server.memory.held == 119)
             second.post("/hello", b"x" * 100)
             answer = await second.answer()
             assert (answer.status, "retry-after" in answer.headers) == (503, True)
@@ -266,7 +266,7 @@ def test_memory_for_bodies_is_bounded_over_all_connections() -> None:
             assert (await third.answer()).status == 503
             first.send(b"x")
             assert (await first.answer()).status == 200
-            assert act.server.buffered == 0
+            assert act.server.memory.held == 0
 
     asyncio.run(play())
 
@@ -279,7 +279,7 @@ def test_an_announced_body_takes_no_memory_before_it_comes() -> None:
             for _ in range(16):
                 slow = await act.client()
                 slow.send(post("/v1/completions", b"x" * 1000)[:-999])
-            await until(lambda: act.server.buffered == 16)
+            await until(lambda: act.server.memory.held == 16)
             client = await act.client()
             client.post("/v1/completions", ANSWER)
             assert (await client.answer()).status == 200
@@ -295,7 +295,7 @@ def test_a_body_that_stops_is_given_up_however_fast_it_was() -> None:
             client = await act.client()
             client.send(post("/hello", b"x" * 500_000)[:-1])
             assert (await client.answer()).status == 408
-            assert act.server.buffered == 0
+            assert act.server.memory.held == 0
 
     asyncio.run(play())
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.proxy.test_large import SteppedThrough
+from vllmd.api.names import LONGEST_NAME
 from vllmd.errors import BadRequest
 from vllmd.proxy import peek
-from vllmd.proxy.gate import LONGEST_NAME
 from vllmd.proxy.large import in_large, in_turns
 from vllmd.proxy.peek import Asked, in_json, in_multipart
 

@@ -22,7 +22,7 @@ import pytest
 
 PORT = 33258
 KEY = "front-secret-key-1"
-LIMIT = 30.0  # seconds
+LIMIT = 60.0  # seconds
 _numbers = itertools.count()
 
 

@@ -17,7 +17,7 @@ from vllmd.simengine.http import Connection
 from vllmd.simengine.options import Options
 from vllmd.simengine.state import EngineState
 
-LIMIT = 10.0  # seconds: no step of a test takes so long unless something hangs
+LIMIT = 60.0  # seconds: no step of a test takes so long unless something hangs
 HELLO = [{"role": "user", "content": "hello big world"}]
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from vllmd.simengine.device import FakeGpu, device_usage, make_device
 
-LIMIT = 20  # seconds
+LIMIT = 60.0  # seconds
 READY = "Application startup complete"
 CHAT = {"messages": [{"role": "user", "content": "a b c d e"}]}
 

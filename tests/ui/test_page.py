@@ -108,7 +108,7 @@ def test_an_operator_reads_what_a_verb_does_before_it_does_it(page: sync_api.Pag
     assert site.chat("beta").status == 200
     row(page, "beta").get_by_role("button", name="stop beta").click()
     dialog = page.get_by_role("dialog")
-    dialog.get_by_text("It answers nothing now. Its engine is stopped, and 50.0 GiB on GPU 0 come free.").wait_for()
+    dialog.get_by_text("It answers nothing now. Its engine is stopped, and 50 GiB on GPU 0 come free.").wait_for()
     assert site.line("beta")["state"] == "running", "nothing is done before it is confirmed"
     dialog.get_by_role("button", name="stop beta").click()
     row(page, "beta").get_by_text("stopped").wait_for()
@@ -121,7 +121,7 @@ def test_all_models_are_stopped_after_it_was_read_what_that_does(page: sync_api.
     page.get_by_role("button", name="stop all").click()
     dialog = page.get_by_role("dialog", name="stop 2 models")
     told = dialog.get_by_label("what it will do")
-    told.get_by_text("50.0 GiB on GPU 0 come free").wait_for()
+    told.get_by_text("50 GiB on GPU 0 come free").wait_for()
     assert told.locator("dt").all_inner_texts() == ["alpha", "beta"]
     assert site.line("beta")["state"] == "running"
     dialog.get_by_role("button", name="stop all").click()
@@ -355,6 +355,9 @@ def test_a_request_under_way_is_cancelled(page: sync_api.Page, site: Site) -> No
     connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json", "X-Request-Id": "endless"})
     until(lambda: site.line("slow")["in_flight"] == 1)
     page.get_by_role("link", name="Requests").click()
+    page.get_by_role("row").filter(has_text="under way").get_by_role("link").click()
+    page.get_by_text("so far").wait_for()
+    page.get_by_role("link", name="All requests").click()
     page.get_by_role("button", name="cancel request endless").click()
     page.get_by_role("dialog").get_by_text("Its client gets status 403").wait_for()
     assert site.line("slow")["in_flight"] == 1

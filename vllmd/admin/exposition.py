@@ -25,25 +25,13 @@ STANDINGS = ("new", "serving", "resting", "slow", "ejected", "down")
 STATES = (*(state.value for state in State if state is not State.SLEEPING), "sleeping_l1", "sleeping_l2")
 
 
-def expose(counters: Counters, gauges: Gauges, accept: str, caller: Caller = ANYBODY) -> tuple[bytes, str]:
-    """The exposition and its content type, in the format that ``accept`` prefers.
-
-    Series of models and keys that the caller may not see are left out.
-    """
-    work = expose_in_turns(counters, gauges, accept, caller)
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
-
-
 def expose_in_turns(
     counters: Counters, gauges: Gauges, accept: str, caller: Caller = ANYBODY
 ) -> Generator[None, None, tuple[bytes, str]]:
-    """The same, yielding where others may have their turn: ten thousand models have two hundred thousand lines.
+    """The exposition and its content type, in the format that ``accept`` prefers, for ``proxy.large.in_turns``.
 
-    Families come in pieces, each is written by itself, and what is said of a family is kept from its first piece.
+    Series of models and keys that the caller may not see are left out. Ten thousand models have two hundred
+    thousand lines. Families come in pieces, each is written by itself; HELP and TYPE are kept of a family's first one.
     """
     encode, content_type = choose_encoder(accept)
     counters.add_up()

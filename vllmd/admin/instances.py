@@ -17,14 +17,13 @@ from dataclasses import dataclass
 from vllmd.admin.control import Control
 from vllmd.admin.responses import json
 from vllmd.admin.verbs import into
-from vllmd.api.answers import Instance, ModelInstanceInfo, ModelLine, ModelStatusItem
+from vllmd.api.answers import NO_ENGINE, Instance, ModelInstanceInfo, ModelLine, ModelStatusItem
 from vllmd.api.kinds import Count, JsonObject, Text
 from vllmd.api.verbs import FORCE_KILL, PID, Param
 from vllmd.errors import BadRequest, Conflict, NotFound
 from vllmd.proxy.access import ADMIN, Reach, authorise
 from vllmd.proxy.http import Request, Response
 
-UNLOADED = frozenset({"stopped", "error"})
 NAME = Param("model_name", Text("the name of a model"), place="body")
 KIND = Param("model_type", Text("a kind of engine"), place="body", default=None)
 GPU = Param("gpu_id", Count(), place="body", default=None)
@@ -144,7 +143,7 @@ def is_on(line: ModelLine, gpu: int) -> bool:
 
 def instance(line: ModelLine, one: ModelLine | None = None) -> ModelInstanceInfo:
     """A model, from its line of the status; with the state of ``one`` of its instances."""
-    loaded = [each for each in engines(line) if each.state not in UNLOADED]
+    loaded = [each for each in engines(line) if each.state not in NO_ENGINE]
     gpus = sorted({gpu for each in loaded for gpu in each.devices})
     told = one if one and not one.replicas else next(iter(loaded), engines(line)[0])
     common = vars(_common(line, told))

@@ -23,6 +23,7 @@ STATES = (
     *("stopped", "starting", "running", "draining", "falling_asleep"),
     *("sleeping_l1", "sleeping_l2", "waking", "stopping", "error"),
 )
+NO_ENGINE = frozenset({"stopped", "error"})  # of STATES: nothing runs
 State = Annotated[str, {"enum": list(STATES)}]
 Standing = Annotated[str, {"enum": ["", "new", "serving", "resting", "slow", "ejected"]}]
 Watts = Annotated[float, "watts"]
@@ -225,10 +226,16 @@ class Plan(Answer):
 
 @answer
 class Configuration(Answer):
-    """Which files were read, and why they are not in force, if they are not."""
+    """Which files were read, and why they are not in force, if they are not.
+
+    ``error``: none is, so that no model is served. ``refused``: why the last reload was: an earlier one is in force.
+    """
+
+    sparse = frozenset({"refused"})
 
     files: tuple[str, ...] = ()
     error: str = ""
+    refused: str = ""
 
 
 @answer

@@ -15,7 +15,7 @@ from typing import ClassVar, Protocol
 from vllmd.api.json_types import Schema
 
 TRUE, FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off"})
-LONGEST_NAME = 200  # characters
+LONGEST_TEXT = 200  # characters
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 AGO = re.compile(r"(\d{1,9}(?:\.\d{1,3})?)(s|m|h|d|w)")
 STATUS = re.compile(r"[1-5]\d\d|[1-5]xx")
@@ -70,7 +70,7 @@ class Text:
     """A word or several, in printable characters. ``what`` it is, in words."""
 
     what: str = "a text"
-    longest: int = LONGEST_NAME
+    longest: int = LONGEST_TEXT
     annotation: ClassVar[str] = "str"
 
     @property

@@ -12,12 +12,12 @@ from pathlib import Path
 from vllmd.cli.examine_devices import driver
 from vllmd.cli.examined import Finding, Host
 from vllmd.place import cpus, port_limits, tasks
+from vllmd.sizes import GiB
 
 NEEDED = {"h11": "python3-h11", "yaml": "python3-yaml", "sdnotify": "python3-sdnotify", "pystemd": "python3-pystemd"}
 SOCKETS = ("vllmd.socket", "vllmd-admin.socket", "vllmd-read.socket", "vllmd-installer.socket")
 USERS_SOCKETS = ("vllmd.socket", "vllmd-admin.socket")  # of systemctl --user
 LAUNCHER = "vllmd-launcher.socket"  # static: it comes up with vllmd.service, and is down before the first start
-GiB = 1 << 30
 FEWEST_TASKS = 1024
 # A daemon of one's own beside the system's: one line that can be pasted.
 OWN_PORT = (

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from vllmd.cli.examined import Finding, Host
 from vllmd.gpu import Devices, Presence, Sample, gpus
+from vllmd.sizes import in_words
 
 PATIENCE = 10.0  # seconds for a driver's answer: without persistence mode it takes some
 UNKNOWN = "dmesg says what it met; it comes back with a reset of the GPU, or a reboot"
@@ -132,8 +133,7 @@ def _answers(host: Host, *, quiet: bool) -> Iterator[Finding]:
     if devices.trouble:
         yield "bad", devices.trouble.why, devices.trouble.cure or UNKNOWN
     elif not gpus(devices.inventory()) and quiet:
-        why = devices.note.partition(";")[0]
-        yield "warning", f"there is no GPU with a driver ({why})", "devices may be declared (devices: in vllmd.yaml(5))"
+        yield "warning", devices.note, "devices may be declared (devices: in vllmd.yaml(5))"
     for device in gpus(devices.inventory()):
         name = f"device {device.index}, {device.name or device.id}"
         wrong = sample.lost.get(device.index) or sample.failed.get(device.index) or sample.ill.get(device.index)
@@ -143,7 +143,7 @@ def _answers(host: Host, *, quiet: bool) -> Iterator[Finding]:
         elif seen and seen.throttled:
             yield "warning", f"{name}: it is slowed down: {seen.throttled}", "look after its cooling and its power"
         else:
-            yield "ok", f"{name}: {device.memory / (1 << 30):.0f}GiB", ""
+            yield "ok", f"{name}: {in_words(device.memory, gap='', digits='.0f')}", ""
 
 
 def _asked(host: Host) -> tuple[Devices, Sample] | None:

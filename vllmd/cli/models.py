@@ -14,6 +14,7 @@ from vllmd.cli import show
 from vllmd.cli.admin import Admin, decoded, understood
 from vllmd.cli.failures import EX_DATAERR, EX_UNAVAILABLE, Failure
 from vllmd.cli.terminal import cut
+from vllmd.errors import VllmdError
 
 if TYPE_CHECKING:
     from vllmd.api.verbs import Verb
@@ -29,21 +30,19 @@ def argument(parser: argparse.ArgumentParser, many: bool = True, optional: bool 
 
 
 def find(status: Status, name: str) -> ModelLine:
-    """The line of a model in the status, or of a replica, by name, alias or unique end."""
-    lines = list(every(status))
-    found = [line for line, names in lines if name in names]
-    found = found or [line for line, (full, *_) in lines if full.endswith(f"/{name}")]
-    if len(found) == 1:
-        return found[0]
-    names = [line.name for line in found or status.models]
-    if found:
-        more = f" or {len(names) - 3} others" if len(names) > 3 else ""
-        raise Failure(f"{name!r} could be {' or '.join(names[:3])}{more}; name one of them", EX_DATAERR)
-    import difflib
+    """The line of a model in the status, or of a replica, by a name that the daemon would take. Raises Failure."""
+    from vllmd.api.names import Names  # most verbs leave it to the daemon
 
-    near = difflib.get_close_matches(name, names, 3, 0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else "vllmctl models lists them"
-    raise Failure(f"there is no model {name!r}; {hint}", EX_DATAERR)
+    lines = {line.name: line for line in status.models}
+    replicas = {replica.name: replica for line in status.models for replica in line.replicas}
+    names = Names(((line.name, line.config.aliases or ()) for line in status.models), (), "vllmctl models lists them")
+    if not name:
+        raise Failure("a model's name is empty", EX_DATAERR)
+    try:
+        found = names.with_replica(name, replicas.__contains__)
+    except VllmdError as error:
+        raise Failure(error.message, EX_DATAERR) from None
+    return replicas.get(found) or lines[found]
 
 
 def every(status: Status) -> Iterator[tuple[ModelLine, list[str]]]:

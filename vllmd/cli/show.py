@@ -16,6 +16,7 @@ from vllmd.cli.terminal import paint as paint
 from vllmd.cli.terminal import pairs as pairs
 from vllmd.cli.terminal import say as say
 from vllmd.cli.terminal import table as table
+from vllmd.sizes import in_words
 from vllmd.text import shortened as shortened
 from vllmd.text import width as width
 
@@ -58,12 +59,7 @@ def phases(line: ModelLine) -> str:
 
 def size(number: float | None) -> str:
     """An amount in bytes as tables show it: ``1.5GiB``."""
-    if not number:
-        return EMPTY
-    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if number >= 1024**power:
-            return f"{number / 1024**power:.4g}{unit}"
-    return f"{int(number)}B"
+    return in_words(number, gap="", digits=".4g") if number else EMPTY
 
 
 def age(seconds: float | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -10,6 +9,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from vllmd.addresses import is_loopback
 from vllmd.api.answers import Answer
 from vllmd.api.codec import Unexpected, parse
 from vllmd.client.calls import Call
@@ -44,11 +44,7 @@ class Address:
     @property
     def direct(self) -> bool:
         """Whether no proxy of the environment may come between: it is on this machine."""
-        host = urlsplit(self.url).hostname or ""
-        try:
-            return bool(self.socket) or host == "localhost" or ipaddress.ip_address(host).is_loopback
-        except ValueError:
-            return False
+        return bool(self.socket) or is_loopback(urlsplit(self.url).hostname or "")
 
     def options(self, api_key: str | None, timeout: float | None) -> dict[str, Any]:
         """What both of httpx's clients take alike."""

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from vllmd.api.answers import ModelLine
+from vllmd.api.answers import NO_ENGINE, ModelLine
 from vllmd.client import locate
 from vllmd.client.address import Address
 from vllmd.client.engine_args import VLLMEngineArgs
@@ -35,7 +35,6 @@ MODES = ("delay", "never", "directly")
 LOOK = 0.1  # seconds between looks at a model that is on its way
 STOP_LIMIT = 60.0  # seconds for a model to be gone
 ANSWER = 30.0  # seconds for the daemon to answer what it need not wait for
-GONE = frozenset({"stopped", "error"})
 DELAY = 60.0  # seconds
 
 
@@ -123,7 +122,7 @@ class ServerManager:
         """Whether it is served at this moment, awake or asleep."""
         with self._lock:
             try:
-                return self._client is not None and self._line().state not in GONE
+                return self._client is not None and self._line().state not in NO_ENGINE
             except VllmdError:
                 return False
 
@@ -279,7 +278,7 @@ class ServerManager:
         """Wait until it is stopped, unless somebody else holds it."""
         while time.monotonic() < deadline:
             line = self._line()
-            if line.state in GONE or line.leases or line.pinned:
+            if line.state in NO_ENGINE or line.leases or line.pinned:
                 others = ", ".join(line.leases)
                 self._say(f"given up; it is {line.state}{others and f', held by {others}'}")
                 return

@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 from collections.abc import Iterator
 
+from vllmd.addresses import is_loopback
 from vllmd.config import offers, secrets
 from vllmd.config.engine_kinds import WITH_VERSIONS, one_name
 from vllmd.config.nodes import Where
@@ -154,25 +155,18 @@ def _keys(config: Config) -> Iterator[Finding]:
         seen.setdefault(key.digest, key.name)
     if not config.auth.keys and not config.auth.allow_anonymous:
         for address in config.server.listen:
-            if not is_loopback(address):
+            if not is_private(address):
                 what = (
-                    f"{address} can be reached by others and there is no key; add one to auth.keys, "
+                    f"{address} can be reached by others and auth.keys has no key; add one there, "
                     "or set auth.allow_anonymous if everybody may use it"
                 )
                 yield _auth(config), "server.listen", what
 
 
-def is_loopback(address: str) -> bool:
+def is_private(address: str) -> bool:
     """Whether only this machine reaches a listen address."""
     host = address.rpartition(":")[0].strip("[]")
-    if address.startswith("/") or host in ("", "localhost", "127.0.0.1", "::1"):
-        return True
-    import ipaddress  # 7 ms that only other addresses need
-
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return address.startswith("/") or not host or is_loopback(host)
 
 
 def _model(model: ModelConfig, config: Config) -> Iterator[Finding]:

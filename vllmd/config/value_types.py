@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vllmd import sizes
 from vllmd.config.nodes import Node
+from vllmd.sizes import GiB, MiB
 from vllmd.text import control_character
 
 Parse = Callable[[Node], Any]
 YEAR = 365 * 86400.0
-MiB = 1 << 20
 
 
 class Wrong(ValueError):
@@ -130,18 +131,12 @@ def real(low: float, high: float) -> Parse:
     return parse
 
 
-SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)(b?)", re.I)
-POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
-
-
 def parse_size(node: Node) -> int:
     """Bytes. ``GiB`` and ``G`` are powers of 1024 (as in systemd), ``GB`` of 1000; a bare number is bytes."""
-    match = SIZE.fullmatch(node.text.strip()) if not isinstance(node.value, bool | dict | list) else None
-    if not match:
+    size = sizes.parse(node.text) if not isinstance(node.value, bool | dict | list) else None
+    if size is None:
         raise wrong(node, "a size")
-    number, prefix, binary, byte = match.groups()
-    base = 1000 if byte and not binary else 1024
-    return int(float(number) * base ** POWERS[prefix.lower()])
+    return size
 
 
 ENERGIES = {"j": 1.0, "kj": 1e3, "mj": 1e6, "wh": 3600.0, "kwh": 3.6e6}
@@ -190,10 +185,10 @@ def reserve_size(node: Node) -> int:
 
 def show_size(size: int) -> str:
     """In the largest unit of which it is a whole number, or at least a round half; to a tenth of a GiB if in none."""
-    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if size and size * 2 % 1024**power == 0 and size >= 1024**power:
-            return f"{size / 1024**power:g}{unit}"
-    return f"{size / 1024**3:.1f}GiB" if size >= 1024**3 else str(size)
+    for unit, scale in sizes.UNITS:
+        if size >= scale and size * 2 % scale == 0:
+            return f"{size / scale:g}{unit}"
+    return f"{size / GiB:.1f}GiB" if size >= GiB else str(size)
 
 
 DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|sec|m|min|h|d|w|)\s*", re.I)
@@ -249,7 +244,7 @@ def parse_share(node: Node) -> float | int:
     try:
         return _fraction(node, text, 1.0)
     except Wrong:
-        if SIZE.fullmatch(text) and not text.replace(".", "").isdigit():
+        if sizes.parse(text) is not None and not text.replace(".", "").isdigit():
             return sized(node)
         raise
 

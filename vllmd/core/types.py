@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllmd.frozen import frozen
+from vllmd.sizes import GiB as GiB
 
-GiB = 1 << 30
 CPU = "cpu"  # as a device's runtime
 
 

@@ -8,7 +8,7 @@
     back_end         what is behind it, awaited once; startup builds it: devices, core, launcher, engines
       expectations     what a configuration means on this machine; reload: going on with another one
     listen           sockets of our own, where systemd gives none; identity: the user to become then
-    listeners        the listening sockets and their routes
+    listeners        the listening sockets and their routes; public_listeners: those that other machines reach
     keys             authentication: API keys, peer credentials on the operators' sockets; logins: wrong keys
     quotas           the limits of keys, and what each has used
     dispatcher       the inbox: events to the core, its commands to the parts that execute them
@@ -27,7 +27,6 @@
       power            watts and joules, shared out among the engines of a device
     host             the host's memory, as control groups leave it
     specs            configured models as the core sees them
-    names            what a client calls a model -> the model
     status           what is shown of one moment, by pure functions; changes: what changes, as it does
     following        a model's progress, an engine's log, for as long as somebody listens
     operator_commands  what operators have done: each an event for the core

@@ -18,7 +18,6 @@ waits for ``Permit.decided``, which may have been cancelled in the same turn of 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -27,12 +26,12 @@ from typing import Protocol
 
 from vllmd import errors
 from vllmd.admin.counters import Counters
+from vllmd.api.names import Names
 from vllmd.config.offers import adapters_of as named_adapters
 from vllmd.config.types import ModelConfig, PoolConfig, RequestRules
 from vllmd.core import commands, events
 from vllmd.daemon.failure_text import for_clients
 from vllmd.daemon.fitness import unfit
-from vllmd.daemon.names import Names
 from vllmd.daemon.offers import Offer, Offers
 from vllmd.daemon.quotas import Quotas, Use
 from vllmd.engines.base import Adapter, Call, Engine, Listen
@@ -128,7 +127,6 @@ class AdmissionGate:
         self._opening: set[asyncio.Future[None]] = set()  # requests that wait for us to open; the core knows none yet
         self._permits: dict[str, Permit] = {}  # by the core's name for a request
         self._numbers = itertools.count(1)
-        self._empty = asyncio.Event()
         self._runtime: dict[
             str, Mapping[str, str]
         ] = {}  # by model: adapters beside the configuration's, with their paths
@@ -187,7 +185,7 @@ class AdmissionGate:
     def _offer(self) -> None:
         """Draw up what is offered, and forget what names meant before."""
         self._offers = Offers(self._models, self._pools, self._adapters)
-        self._names = Names(self._models.values(), self._offers)
+        self._names = Names(((model.name, model.aliases) for model in self._models.values()), self._offers)
         self._targets: dict[tuple[str, str], Target] = {}  # by engine (or its model), and adapter or variant
         self._resolved: dict[str, Target] = {}  # by names that clients use and that mean the same to everybody
 
@@ -224,13 +222,16 @@ class AdmissionGate:
 
     def resolve_engine(self, name: str, caller: Caller = ANYBODY) -> str:
         """The configured name of a model, or the id of a replica. Raises as ``resolve`` does."""
-        if self.refusal and not (name in self._engines and self._engines[name].replica_of):
+        if self.refusal and not self._is_replica(name):
             raise self.refusal.with_traceback(None)
-        found = self._names.with_replica(name, self._engines, caller.may_use)
+        found = self._names.with_replica(name, self._is_replica, caller.may_use)
         if (pool := self._offers.pool(found)) is not None:
             raise errors.BadRequest(f"{found!r} is a pool, name one of its models: {', '.join(pool)}", param="model")
         offer = self._offers.get(found)
         return offer.model if offer else found
+
+    def _is_replica(self, name: str) -> bool:
+        return name in self._engines and bool(self._engines[name].replica_of)
 
     def opens(self, name: str) -> frozenset[str]:
         """What a key with this name among its models may use. Raises as ``resolve`` does."""
@@ -358,8 +359,6 @@ class AdmissionGate:
         finally:
             self._opening.discard(leave)
             fetching.cancel()
-            if not self.requests:
-                self._empty.set()
         target = self.resolve(permit.model)
         permit.model, permit.fetched = target.model, target
         self._check_served(permit.model, route)
@@ -373,8 +372,6 @@ class AdmissionGate:
             await waiting
         finally:
             self._opening.discard(waiting)
-            if not self.requests:
-                self._empty.set()
 
     def _arrive(self, permit: Permit) -> None:
         """Tell the core of the request, which may admit it at once. Raises VllmdError if it is refused at once."""
@@ -459,15 +456,6 @@ class AdmissionGate:
 
     # -- what the core says ----------------------------------------------------------------
 
-    async def emptied(self, limit: float) -> bool:
-        """Wait until no request is open, at most ``limit`` seconds."""
-        self._empty.clear()
-        if not self.requests:
-            return True
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._empty.wait(), limit)
-        return not self.requests
-
     def admit(self, command: commands.Admit) -> None:
         """Let it pass; an engine that is no longer there ends it at once."""
         permit, replica = self._permits[command.request], command.replica
@@ -529,10 +517,8 @@ class AdmissionGate:
 
     def ended(self, permit: Permit, tokens: Tokens | None, failed: str) -> None:
         """An admitted request is over."""
-        permits, told = self._permits, None
-        permits.pop(permit.request, None)
-        if not permits and not self._opening:
-            self._empty.set()
+        told = None
+        self._permits.pop(permit.request, None)
         if tokens is not None:
             self._counters.used(permit.called, permit.key, tokens)
             if permit.use is None and permit.key:  # it has no limits now; it may be given some today
@@ -541,10 +527,7 @@ class AdmissionGate:
         self._post(events.RequestFinished(permit.request, told, failed))
 
     def _drop(self, request: str) -> Permit | None:
-        permit = self._permits.pop(request, None)
-        if not self._permits and not self._opening:
-            self._empty.set()
-        return permit
+        return self._permits.pop(request, None)
 
 
 class Permit:

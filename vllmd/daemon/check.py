@@ -14,8 +14,8 @@ from vllmd.daemon.engine_resolver import EngineResolver
 from vllmd.daemon.expectations import find_devices
 from vllmd.daemon.homes import Homes
 from vllmd.daemon.preflight import Machine, doubtful, look, wrong
-from vllmd.engines.facts import size
 from vllmd.engines.programs import system_daemon_is_meant, troubles
+from vllmd.sizes import in_words as size
 
 EX_CONFIG = 78
 # As vllmd.service says.

@@ -204,7 +204,7 @@ class Dispatcher:
         fields = {"MODEL": decision.model, "DECISION": decision.what, **replica, **numbers}
         about = decision.replica or decision.model
         # Clients lead to many of them, refused requests above all: each kind has a rate of its own.
-        throttle = self._throttles.setdefault(decision.what, Throttle(log, burst=DECISIONS))
+        throttle = self._throttles.setdefault(decision.what, Throttle(log, burst=DECISIONS, clock=self._loop.time))
         throttle.say(logging.INFO, "%s: %s: %s", about, decision.what, decision.why, fields=fields)
         self._decided(decision, self._loop.time())
 

@@ -28,7 +28,7 @@ log = logging.getLogger("vllmd.keys")
 
 PREFIX = "sk-vllmd-"
 BITS = 256
-MOST_KEYS, LONGEST_NAME = 10_000, 64
+MOST_KEYS, LONGEST_KEY_NAME = 10_000, 64
 MOST = 2**53  # of a limit
 NOT_TOLD = frozenset({"name", "digest"})
 NUMBERS = ("concurrency", "requests_per_minute", "tokens_per_minute", "tokens_per_day", "tokens_per_month",
@@ -88,8 +88,8 @@ class KeyStore:
 
     def create(self, name: str, settings: Mapping[str, object]) -> NewKey:
         """Make one. Raises BadRequest, Conflict, Unavailable."""
-        if not 0 < len(name) <= LONGEST_NAME or not name.isprintable() or name != name.strip() or name == "-":
-            raise BadRequest(f"name must be 1 to {LONGEST_NAME} printable characters", param="name")
+        if not 0 < len(name) <= LONGEST_KEY_NAME or not name.isprintable() or name != name.strip() or name == "-":
+            raise BadRequest(f"name must be 1 to {LONGEST_KEY_NAME} printable characters", param="name")
         if name in self._keys or any(key.name == name for key in self.configured().keys):
             raise Conflict(f"there is a key called {name!r} already")
         if len(self._keys) >= MOST_KEYS:

@@ -1,7 +1,7 @@
 """The listeners: ``http`` for clients, ``admin`` and ``read`` for operators on this machine; all have the same routes.
 
-Who comes by an operators' socket is judged by the file system, who comes by any other
-by his key. An address that strangers can reach is not served without keys.
+At an operators' socket the file system decides who may connect; at any other listener a key does. What holds at
+addresses that other machines can reach is ``public_listeners``.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from vllmd.admin.page_routes import PageEndpoints, add_page
 from vllmd.admin.page_sessions import PageSessions
 from vllmd.admin.routes import add_operator, add_public
 from vllmd.admin.verbs import audited
-from vllmd.config.checks import is_loopback
-from vllmd.config.types import AuthConfig, Config, TlsConfig
+from vllmd.config.types import Config
 from vllmd.daemon.admission_gate import AdmissionGate
-from vllmd.daemon.keys import ApiKeyAuth, DenyAll, PeerCredentialAuth
+from vllmd.daemon.keys import ApiKeyAuth, PeerCredentialAuth
 from vllmd.daemon.logins import FailedLogins
+from vllmd.daemon.public_listeners import PublicListeners, public_address
 from vllmd.daemon.quotas import Quotas
 from vllmd.daemon.runtime_models import addresses
 from vllmd.errors import VllmdError
@@ -83,19 +83,17 @@ class Listeners:
         self._limits = limits
         self._memory = BodyMemory(self._limits.now.max_buffered)  # one for all listeners
         self._relay = relay
-        self._reachable: list[tuple[Router, list[str]]] = []  # those at addresses that strangers can reach
+        self._public = PublicListeners(self._keys)
         self._outcome = outcome
         self._ended = ended
         # Operators do not stand in the clients' line: their connections are counted apart.
         self._operators: list[Server] = []
-        self._far: list[Server] = []  # those at addresses that others can reach
         self._servers = [server for name, sockets in sorted(listeners.items()) for server in self._open(name, sockets)]
         self._clients = [server for server in self._servers if server not in self._operators]
-        self._shut_or_open(config.auth)
-        self._encrypt(config.server.tls)
+        self._public.configure(config)
 
     def _open(self, name: str, sockets: Sequence[socket.socket]) -> Iterable[Server]:
-        """The servers of a group of listeners: those that strangers can reach are apart.
+        """The servers of a group of listeners: those that other machines can reach are apart.
 
         Only a Unix socket is an operators' one, whatever a unit calls a TCP address.
         """
@@ -103,28 +101,28 @@ class Listeners:
         if operators:
             anybody = any(map(anybody_can_connect, operators))
             operator = PeerCredentialAuth(anybody_can_connect=anybody, read_only=name == READ)
-            self._operators.append(self._server(self._router(operator, near=True), operators))
+            self._operators.append(self._server(self._router(operator, public=False), operators))
             yield self._operators[-1]
         clients = [sock for sock in sockets if sock not in operators]
-        reachable = {sock.fileno(): address for sock in clients if (address := reachable_at(sock))}
-        near = [sock for sock in clients if sock.fileno() not in reachable]
-        far = [sock for sock in clients if sock.fileno() in reachable]
-        if near:
-            yield self._server(self._router(self._keys, near=True), near)
-        if far:
-            router = self._router(self._keys, near=False)
-            self._reachable.append((router, list(reachable.values())))
-            self._far.append(self._server(router, far))
-            yield self._far[-1]
+        addresses = {sock.fileno(): address for sock in clients if (address := public_address(sock))}
+        private = [sock for sock in clients if sock.fileno() not in addresses]
+        public = [sock for sock in clients if sock.fileno() in addresses]
+        if private:
+            yield self._server(self._router(self._keys, public=False), private)
+        if public:
+            router = self._router(self._keys, public=True)
+            server = self._server(router, public)
+            self._public.add(router, server, tuple(addresses.values()))
+            yield server
 
-    def _router(self, authenticator: Authenticator, *, near: bool) -> Router:
-        """``near``: only this machine can reach it, so that the page is served unless the configuration says no."""
+    def _router(self, authenticator: Authenticator, *, public: bool) -> Router:
+        """``public``: other machines can reach it, so that the page is served only where the configuration says so."""
         router = Router(authenticator, self._cors)
         page = PageEndpoints(
             self._sessions,
-            lambda: near if self._ui is None else self._ui,
-            near,
-            lambda: not near and self._tls is not None,
+            lambda: not public if self._ui is None else self._ui,
+            not public,
+            lambda: public and self._tls is not None,
             addresses(self._listeners.get("http", ())),
         )
         add_page(router, page)
@@ -150,39 +148,14 @@ class Listeners:
 
     def configure(self, config: Config) -> None:
         """Take what a changed configuration says of clients; connections stay."""
-        self._ui = config.server.ui
+        self._ui, self._tls = config.server.ui, config.server.tls
         self._limits.now = config.server
         self._memory.limit = self._limits.now.max_buffered
         self._keys.hosts.configure(config.server.hosts)
         self._keys.configure(config.auth, self._opens)
         self._quotas.configure(config.auth.keys)
         self._cors.configure(config.server.cors_origins)
-        self._shut_or_open(config.auth)
-        self._encrypt(config.server.tls)
-
-    def _encrypt(self, tls: TlsConfig | None) -> None:
-        """Speak TLS where others can reach us, with the files as they are now; ``config.checks`` has seen them."""
-        self._tls, made = tls, None
-        if tls is not None and tls.cert and tls.key and self._far:
-            from vllmd.config.tls import context
-
-            made = context(tls.cert, tls.key)
-        for server in self._far:
-            server.tls = made
-
-    def _shut_or_open(self, auth: AuthConfig) -> None:
-        """Serve addresses that strangers can reach only with keys, or where that was allowed."""
-        for router, places in self._reachable:
-            router.fenced = bool(self._ui)
-            if auth.keys or auth.allow_anonymous:
-                router.authenticator = self._keys
-                continue
-            why = (
-                f"vllmd does not serve {', '.join(places)}, which others can reach, without keys: "
-                "add one to auth.keys, or set auth.allow_anonymous if everybody may use it"
-            )
-            log.error("%s", why)
-            router.authenticator = DenyAll(why)
+        self._public.configure(config)
 
     @property
     def accepted(self) -> int:
@@ -240,15 +213,6 @@ class Listeners:
         if exchange.model and exchange.status and (not exchange.error or exchange.error in ENGINES_FAULTS):
             self._outcome(exchange.model, exchange.status, bool(exchange.error))
         _log(exchange)
-
-
-def reachable_at(listener: socket.socket) -> str:
-    """The address if anybody but this machine can reach it, else ""."""
-    if listener.family not in (socket.AF_INET, socket.AF_INET6):
-        return ""
-    host, port = listener.getsockname()[:2]
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    return "" if is_loopback(address) else address
 
 
 def anybody_can_connect(listener: socket.socket) -> bool:

@@ -17,10 +17,10 @@ from vllmd.daemon.fitness import kind_of
 from vllmd.daemon.homes import Homes, unknown_user
 from vllmd.engines.base import Engine, Place
 from vllmd.engines.estimate import Estimate, estimate, overfull_pins, too_large
-from vllmd.engines.facts import size
 from vllmd.errors import ConfigError
 from vllmd.gpu import gpus
 from vllmd.place import host_memory
+from vllmd.sizes import in_words as size
 
 log = logging.getLogger("vllmd")
 

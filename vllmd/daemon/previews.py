@@ -12,6 +12,7 @@ from vllmd.core.types import ModelView, ReplicaView, State
 from vllmd.daemon.current import Later
 from vllmd.errors import NotFound, UnknownModel
 from vllmd.proxy.access import ANYBODY, Caller
+from vllmd.sizes import in_words
 
 if TYPE_CHECKING:
     from vllmd.daemon.back_end import BackEnd
@@ -173,7 +174,7 @@ def _frees(each: Leaving) -> str:
     if not each.devices or not each.frees:
         return ""
     where = f"GPU {', '.join(map(str, each.devices))}"
-    return f", and {each.frees / 2**30:.1f} GiB on {'each of ' if len(each.devices) > 1 else ''}{where} come free"
+    return f", and {in_words(each.frees)} on {'each of ' if len(each.devices) > 1 else ''}{where} come free"
 
 
 def _refused(view: View) -> str:

@@ -31,13 +31,14 @@ from vllmd.core import commands, events
 from vllmd.engines.weight_files import WeightFile
 from vllmd.foreign import Folder, Unreadable
 from vllmd.place import free_memory
+from vllmd.sizes import GiB, in_words
 
 log = logging.getLogger("vllmd.engines")
 
 PIECE = 16 << 20  # bytes between two looks at whether it is still wanted
 AHEAD = 4 * PIECE  # that the kernel is told of before they are waited for: as many requests as loaders have under way
 PROBES = 1 << 20  # bytes between two pages that are looked for in the cache
-RESERVE = 1 << 30  # bytes of memory that are left alone
+RESERVE = GiB  # bytes of memory that are left alone
 LINGER = 1.0  # seconds for which the thread waits for more
 NICE = 15  # which lowers its priority on the disk as well
 
@@ -130,7 +131,7 @@ class ReadAhead:
         except Exception:  # a defect of ours; the engine reads them itself
             log.exception("%s: its files cannot be read ahead", work.replica)
         if work.read:
-            log.info("%s: %.2f GiB of its files were read ahead in %.1f s", work.replica, work.read / (1 << 30),
+            log.info("%s: %s of its files were read ahead in %.1f s", work.replica, in_words(work.read),
                      time.monotonic() - began, extra={"journal": {"MODEL": work.replica}})  # fmt: skip
 
     def _read(self, work: _Work) -> None:

@@ -16,7 +16,7 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +37,7 @@ from vllmd.records.bodies import KeptBodies, Recordings
 from vllmd.records.ring import Entry, Filter, Ring
 from vllmd.records.sums import DAY, Sums
 from vllmd.records.trace import Arrival, anonymous
+from vllmd.sizes import MiB
 from vllmd.systemd.throttle import Repeated
 
 if TYPE_CHECKING:
@@ -50,7 +51,6 @@ FLUSH, RETRY = 2.0, 15.0  # seconds between writes, and after one that failed
 MOST_FRESH = 4000  # requests that wait to be added up by the thread that writes
 MOST_ARRIVALS = MOST_LINES = 20_000  # that wait to be written
 MOST_AT_ONCE, WATCH_PAUSE = 10, 0.25  # requests that a watcher is told, and the seconds until it is told more
-MiB = 1 << 20
 USAGE_SHOWN, TRACE_SHOWN = 30 * DAY, 7 * DAY  # seconds, where nothing else is asked for
 LONGEST_LOOK = 60.0  # seconds between two looks at the devices; after a longer time nobody knows who held what
 
@@ -178,9 +178,7 @@ class Records:
         for entry in entries:
             tokens = entry.tokens
             engine = 0.0 if entry.waited is None else max(0.0, entry.seconds - entry.waited)
-            refused = entry.status >= 400 and entry.status != ring.GONE
-            failed = refused or entry.error not in ("", "ClientGone")
-            sums.request(entry.at, entry.key, entry.model, tokens, engine, failed=failed)
+            sums.request(entry.at, entry.key, entry.model, tokens, engine, failed=ring.failed(entry))
             prompt, answer = (tokens.prompt, tokens.answer) if tokens is not None else (0, 0)
             arrivals.append(Arrival(int(entry.at * 1000), entry.model, entry.key, prompt, answer))
         del arrivals[: max(0, len(arrivals) - MOST_ARRIVALS)]
@@ -340,10 +338,17 @@ class Records:
         return Requests(tuple(map(self._told, islice(shown, limit))), tuple(map(ring.told, under_way)))
 
     def request(self, request_id: str, caller: Caller) -> RequestInFull:
-        """One with its head, and with recorded bodies, if the caller may change things. Raises NotFound."""
-        entry = self._ring.find(request_id)
-        if entry is None or not ring.may_see(caller, entry):
-            raise NotFound(f"no request {request_id[:100]!r} is among the last {self._config.requests}")
+        """One with its head, and with recorded bodies, if the caller may change things. Raises NotFound.
+
+        A client may have sent one id twice: the request under way is told before the one that has ended.
+        """
+        live = (_unfinished(exchange) for exchange in self.live() if exchange.request.id == request_id)
+        ended = (entry for entry in self._ring.newest() if entry.id == request_id)
+        entry = next((entry for entry in chain(live, ended) if ring.may_see(caller, entry)), None)
+        if entry is None:
+            raise NotFound(
+                f"no request {request_id[:100]!r} is under way or among the last {self._config.requests} that ended"
+            )
         kept = self._bodies.of(entry.number) if ADMIN in caller.scopes else None
         recorded = None if kept is None else bodies.told(kept)
         return RequestInFull(**vars(self._told(entry)), headers=ring.headers(entry), recorded=recorded)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllmd.api.answers import Reloaded
+from vllmd.api.names import FIRST_MODEL
 from vllmd.config.replicas import is_this_host, meant_here
 from vllmd.config.types import Config
 from vllmd.core import events
@@ -25,7 +26,6 @@ from vllmd.daemon.discovery import with_discovered
 from vllmd.daemon.failures import failed
 from vllmd.daemon.front_end import SHUTTING_DOWN, front_end
 from vllmd.daemon.idle_exit import IdleExit
-from vllmd.daemon.names import FIRST_MODEL
 from vllmd.daemon.suspension import SleptTime
 from vllmd.errors import ConfigError, Unavailable
 from vllmd.systemd.notify import Notifier
@@ -336,6 +336,7 @@ class Daemon:
                 return answer
         except ConfigError as error:
             log.error("not reloaded, the configuration is invalid:\n%s", error.message)
+            self.front.current.refused = error.message
             raise
         finally:
             self._notify.ready()

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import vllmd
 from vllmd.proxy.account import Trace
 from vllmd.proxy.http import Request
-from vllmd.records.ring import Entry
+from vllmd.records.ring import Entry, failed
 from vllmd.systemd.throttle import Repeated
 
 if TYPE_CHECKING:
@@ -199,7 +199,9 @@ def spans_of(entry: Entry, trace: Trace, resource: Resource) -> Sequence[Readabl
         attributes |= {"gen_ai.usage.output_tokens": entry.tokens.answer}
     if entry.error:
         attributes["error.type"] = entry.error
-    failed = entry.status >= 500 or entry.error not in ("", "ClientGone")
+    is_error = (
+        failed(entry) and not 400 <= entry.status < 500
+    )  # OpenTelemetry: a client's mistake is none of a server's
     own = context(trace.span_id)
     whole = ReadableSpan(
         f"{entry.method} {entry.route}",
@@ -208,7 +210,7 @@ def spans_of(entry: Entry, trace: Trace, resource: Resource) -> Sequence[Readabl
         resource,
         {name: value for name, value in attributes.items() if value != ""},
         kind=SpanKind.SERVER,
-        status=Status(StatusCode.ERROR, entry.message) if failed else Status(),
+        status=Status(StatusCode.ERROR, entry.message) if is_error else Status(),
         start_time=at(0.0),
         end_time=at(entry.seconds),
     )

@@ -23,11 +23,11 @@ from typing import Any
 
 from vllmd.config.names import instance_name
 from vllmd.config.types import ModelConfig
-from vllmd.core.types import GiB
 from vllmd.engines.standby import Standby
 from vllmd.errors import LauncherFailed
 from vllmd.launcher.client import ExitReport, LauncherClient, StartOrder
 from vllmd.place import host_memory, memory_of_machine
+from vllmd.sizes import GiB
 
 log = logging.getLogger("vllmd.standby")
 

@@ -49,6 +49,7 @@ class Sight:
     config: Config
     engines: Mapping[str, ModelConfig]  # by id
     broken: str
+    refused: str
     requests: int
     connections: int
     back: BackEnd | None
@@ -63,7 +64,7 @@ def status(seen: Sight, started: float) -> answers.Status:
         uptime=time.monotonic() - started,
         policy=seen.config.policy,
         opened=seen.snapshot is not None,
-        configuration=answers.Configuration(tuple(map(str, seen.config.files)), seen.broken),
+        configuration=answers.Configuration(tuple(map(str, seen.config.files)), seen.broken, seen.refused),
         requests=seen.requests,
         connections=seen.connections,
     )
@@ -194,7 +195,9 @@ class Status:
         current, back = self._current, self._back.now
         snapshot = back.snapshot() if back else None
         connections, requests = self._connections(), self._gate.requests
-        return Sight(current.config, current.engines, current.broken, requests, connections, back, snapshot)
+        return Sight(
+            current.config, current.engines, current.broken, current.refused, requests, connections, back, snapshot
+        )
 
     async def opened(self) -> None:
         """Wait until devices and engines have been found."""

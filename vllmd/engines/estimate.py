@@ -31,11 +31,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vllmd.config.types import ModelConfig
-from vllmd.core.types import Device, Footprint, GiB, Source
+from vllmd.core.types import Device, Footprint, Source
 from vllmd.engines import adapters, llama_memory, options, vllm_cpu
 from vllmd.engines.architecture import Architecture
-from vllmd.engines.facts import Facts, argument, facts_of, is_wide, size, whole
+from vllmd.engines.facts import Facts, argument, facts_of, is_wide, whole
 from vllmd.errors import ConfigError
+from vllmd.sizes import GiB
+from vllmd.sizes import in_words as size
 
 USABLE = 0.9  # of a device: what a model of which nothing is known is given, and what a guess may take
 REQUESTS, REQUEST_TOKENS = 16, 2048  # rule 2

@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vllmd.config.types import ModelConfig
-from vllmd.core.types import GiB
 from vllmd.engines.architecture import Architecture, Odd, architecture
 from vllmd.engines.checkpoint import MAX_WEIGHTS, Weights, gguf_file, weights_of
 from vllmd.engines.gguf import config_of
 from vllmd.foreign import Unreadable, within
 from vllmd.hub import Located, locate, read_json
+from vllmd.sizes import GiB
+from vllmd.sizes import in_words as size
 
 log = logging.getLogger("vllmd.engines")
 
@@ -181,11 +182,3 @@ def whole(text: str) -> int:
     if hit is None:
         return 0
     return int(hit[1]) * {"": 1, "k": 1000, "K": 1024, "m": 1_000_000, "M": 1 << 20, "g": 10**9, "G": GiB}[hit[2]]
-
-
-def size(amount: float) -> str:
-    """An amount in bytes as people read it: ``1.5 GiB``, ``512 MiB``, ``12 B``."""
-    for unit, scale in (("GiB", GiB), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if abs(amount) >= scale:
-            return f"{amount / scale:.2f}".rstrip("0").rstrip(".") + f" {unit}"
-    return f"{amount:.0f} B"

@@ -30,12 +30,13 @@ from vllmd.engines import adapters, environments
 from vllmd.engines.base import Adapter, Failure, Launch, Listen, Place, Progress
 from vllmd.engines.checkpoint import gguf_file, projector_file
 from vllmd.engines.facts import argument
-from vllmd.engines.llama_memory import MiB, prompt_cache
+from vllmd.engines.llama_memory import prompt_cache
 from vllmd.engines.options import switch, text, unknown, whole
 from vllmd.engines.plain import Plain, environment, has_flag
 from vllmd.engines.vllm import check_path
 from vllmd.foreign import Unreadable, within
 from vllmd.hub import is_repository, locate
+from vllmd.sizes import MiB
 
 RANKING = frozenset({"/v1/rerank", "/rerank"})
 ALL_LAYERS = 999  # older versions do not know the word all

@@ -18,12 +18,11 @@ import math
 import os
 
 from vllmd.config.types import ModelConfig
-from vllmd.core.types import GiB
 from vllmd.engines import options
 from vllmd.engines.facts import argument
+from vllmd.sizes import GiB, MiB
 
 KINDS = frozenset({"llama.cpp", "llama-server"})
-MiB = 1 << 20
 SHORTEST = 512  # tokens of context: with less, a model is of no use
 PROGRAM = 52 * MiB
 PROMPT_CACHE = 512 * MiB  # llama-server's own default is 8 GiB

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Sequence
 
+from vllmd import sizes
 from vllmd.config.types import ModelConfig
 from vllmd.config.value_types import DURATION, SECONDS
 from vllmd.errors import ConfigError
@@ -16,7 +16,6 @@ UPSTREAM = (
     "what of its own API /upstream/NAME passes on beside its routes: a list of methods and paths such as GET /info, "
     "in which {x} stands for a segment and {x:path} for several"
 )
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.I)
 
 
 def wrong(model: ModelConfig, name: str, what: str) -> ConfigError:
@@ -54,11 +53,10 @@ def size(model: ModelConfig, name: str) -> int | None:
     value = model.options.get(name)
     if value is None:
         return None
-    match = _SIZE.fullmatch(str(value).strip())
-    if isinstance(value, bool) or not match:
+    size = None if isinstance(value, bool) else sizes.parse(str(value))
+    if size is None:
         raise wrong(model, name, "it must be a size such as 8GiB or 512MiB")
-    base = 1024 if match[3] else 1000
-    return round(float(match[1]) * math.pow(base, " kmgt".index(match[2].lower() or " ")))
+    return size
 
 
 def seconds(model: ModelConfig, name: str, default: float) -> float:

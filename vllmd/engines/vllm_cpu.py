@@ -28,7 +28,7 @@ from functools import cache
 from pathlib import Path
 
 from vllmd.config.types import ModelConfig
-from vllmd.core.types import GiB
+from vllmd.sizes import GiB
 
 COMPILING = {"VLLM_USE_AOT_COMPILE": "0"}
 ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd")  # CUDA, ROCm

@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from vllmd.core.types import Footprint, GiB, Source
+from vllmd.core.types import Footprint, Source
 from vllmd.engines.base import Failure, Progress
 from vllmd.engines.known_failures import known
+from vllmd.sizes import GiB
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _PREFIX = re.compile(r"^\([^)]*pid=\d+\)\s*(?:[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d (?:\.\d+ )?\[[^\]]*\]\s?)?")

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from vllmd.core.types import CPU, Device, GiB
+from vllmd.core.types import CPU, Device
 from vllmd.gpu.inventory import Inventory
 from vllmd.gpu.sample import DeviceSample, Sample
 from vllmd.place import available_memory, host_memory
+from vllmd.sizes import GiB
 
 LEAST_RESERVE = GiB // 2
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-GiB = 1 << 30
+from vllmd.sizes import in_words
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +57,11 @@ class Sample:
 
 def absurdity(total: int, used: int, free: int, known_total: int) -> str:
     """What is wrong with a device's figures; "" if they can be true."""
+    told = f"{in_words(used)} used and {in_words(free)} free of {in_words(total)}"
     if total <= 0 or used < 0 or free < 0:
-        return f"it reports impossible figures: {_gib(used)} used and {_gib(free)} free of {_gib(total)}"
+        return f"it reports impossible figures: {told}"
     if used > total or free > total:
-        return f"it reports more memory than it has: {_gib(used)} used and {_gib(free)} free of {_gib(total)}"
+        return f"it reports more memory than it has: {told}"
     if total != known_total:
-        return f"its size changed from {_gib(known_total)} to {_gib(total)} (MIG reconfigured?); restart vllmd"
+        return f"its size changed from {in_words(known_total)} to {in_words(total)} (MIG reconfigured?); restart vllmd"
     return ""
-
-
-def _gib(size: int) -> str:
-    return f"{size / GiB:.2f} GiB"

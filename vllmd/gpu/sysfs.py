@@ -16,13 +16,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-from vllmd.core.types import Device, GiB
+from vllmd.core.types import Device
 from vllmd.gpu.hwmon import Hwmon
 from vllmd.gpu.inventory import Inventory
 from vllmd.gpu.sample import DeviceSample, Sample, absurdity
 from vllmd.gpu.topology import cpus_of, kfd_links, kfd_nodes, node_of, switch_of
 from vllmd.gpu.trouble import Presence, Trouble
 from vllmd.gpu.visible import left_of
+from vllmd.sizes import GiB
 
 LEAST = 4 * GiB  # of memory of its own: what has less is a CPU's own graphics, which shares the host's
 _SIZE = re.compile(r"(\d+)\s*(KiB|MiB|GiB)?")

@@ -25,6 +25,7 @@ from vllmd.errors import BadRequest, InstallFailed
 from vllmd.installer import folders, pip, recipes
 from vllmd.installer.pip import Progress, Say
 from vllmd.installer.recipes import Recipe
+from vllmd.sizes import in_words
 
 log = logging.getLogger("vllmd.installer")
 PROOF_LIMIT = 600.0  # seconds in which an engine must have shown that it starts
@@ -105,12 +106,8 @@ def _used(folder: Path, version: str, wanted: Wanted, *, fresh: bool) -> Install
 def _room(folder: Path, recipe: Recipe, kind: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < recipe.space:
-        raise InstallFailed(f"{kind} takes about {_size(recipe.space)}, and {folder} has {_size(free)} free: "
+        raise InstallFailed(f"{kind} takes about {in_words(recipe.space)}, and {folder} has {in_words(free)} free: "
                             "free some, or give it a larger disk")  # fmt: skip
-
-
-def _size(number: int) -> str:
-    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number // 10**6} MB"
 
 
 class _Making:
@@ -216,7 +213,7 @@ class _Making:
             "machine": recipes.machine(python),
             "where": where,
             "root": str(self._folder),
-            "free": _size(shutil.disk_usage(self._folder).free),
+            "free": in_words(shutil.disk_usage(self._folder).free),
         }
 
     def _newest(self) -> str:
@@ -275,7 +272,7 @@ class _Making:
                 script.write_bytes(text.replace(old, new))
         site = str(self._site())
         argv = [self._python, "-I", "-m", "compileall", "-qq", "-j0", "-s", os.fsdecode(old), "-p", os.fsdecode(new)]
-        self._run([*argv, site], Progress("compiling", self._wanted.kind))  # what cannot be compiled is no program
+        self._run([*argv, site], Progress("byte-compiling", self._wanted.kind))  # what cannot be compiled is no program
         folders.note(self._env, self._build)
         os.sync()
         self._env.rename(self._folder / version)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Protocol, cast
 
 from vllmd.credentials import credentials
-from vllmd.errors import BadRequest, RequestTimeout, TookTooLong, TooLarge, Unavailable, VllmdError
+from vllmd.errors import BadRequest, InternalError, RequestTimeout, TookTooLong, TooLarge, Unavailable, VllmdError
 from vllmd.proxy.body_memory import BodyMemory, Holder, place_of
 from vllmd.proxy.departures import CONTINUE, VANISHED, HalfClosed, has_vanished
 from vllmd.proxy.exchange import Exchange
@@ -315,7 +315,7 @@ class Connection(asyncio.Protocol):
             exchange.abort()
         except Exception:
             log.exception("%s %s failed", exchange.request.method, exchange.request.path)
-            exchange.fail(VllmdError(f"internal error; the log has it under request {exchange.request.id}"))
+            exchange.fail(InternalError(f"vllmd failed at this; its log says why, under request {exchange.request.id}"))
         finally:
             self._host.ended(exchange)
 

@@ -15,9 +15,6 @@ from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.proxy.http import Request
 from vllmd.proxy.tokens import Tokens
 
-LONGEST_NAME = 256  # characters of a model's name; a longer one is refused before anything is compared with it
-TOO_LONG_A_NAME = f"a model's name has at most {LONGEST_NAME} characters"
-
 
 class Address(Protocol):
     """Where an upstream listens: a Unix socket path, or (when that is "") a host and port.

@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from urllib.parse import quote, unquote
 
+from vllmd.api.names import LONGEST_NAME
 from vllmd.errors import BadRequest, Forbidden, NotFound, UnknownModel
 from vllmd.proxy import system_prompt
 from vllmd.proxy.answer import UpstreamRequest
 from vllmd.proxy.decoding import charset_of, decoded, in_utf8
 from vllmd.proxy.engine_api import allows
 from vllmd.proxy.exchange import Exchange
-from vllmd.proxy.gate import LONGEST_NAME, Gate, Rules, Target
+from vllmd.proxy.gate import Gate, Rules, Target
 from vllmd.proxy.http import Request, Response
 from vllmd.proxy.keep_alive import WITHOUT, wish
 from vllmd.proxy.large import LARGE, in_large, in_turns, ruled_large
@@ -209,7 +210,7 @@ class ModelRequests:
             request.caller.check(target.called, name)
         if route and target.routes is not None and route not in target.routes:
             raise unserved(target, route)
-        if target.names and name not in target.names:  # found by habit (``daemon.names``): say what was found
+        if target.names and name not in target.names:  # found by habit (``api.names``): say what was found
             request.answer_fields = (*request.answer_fields, ("x-vllmd-model", quoted(target.called)))
         return target
 

@@ -13,9 +13,10 @@ from collections.abc import Generator, Iterator, Mapping
 from json.decoder import scanstring  # type: ignore[attr-defined]
 from typing import TypeVar
 
+from vllmd.api.names import LONGEST_NAME, TOO_LONG_A_NAME
 from vllmd.errors import BadRequest
 from vllmd.frozen import frozen
-from vllmd.proxy.gate import LONGEST_NAME, TOO_LONG_A_NAME, Rules
+from vllmd.proxy.gate import Rules
 from vllmd.proxy.system_prompt import Prompt
 
 # A body costs memory and time by its pieces, not its bytes: so many brackets and commas are taken, no more.

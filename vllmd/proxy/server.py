@@ -68,11 +68,6 @@ class Server:
         """The requests that are being answered now."""
         return [each.exchange for each in self._connections if each.exchange is not None]
 
-    @property
-    def buffered(self) -> int:
-        """Bytes of request bodies held now."""
-        return self.memory.held
-
     # -- accepting
 
     def start(self) -> None:

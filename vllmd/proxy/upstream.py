@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import ipaddress
 import json as json_codec
 import logging
 import os
@@ -18,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar, cast
 
+from vllmd.addresses import is_loopback
 from vllmd.errors import UpstreamFailed
 from vllmd.proxy.framing import BadFraming, Framing
 from vllmd.proxy.gate import Address
@@ -64,7 +64,7 @@ def _for_clients(address: Address) -> str:
 
 def host_field(address: Address) -> str:
     """The Host of a request: what a server elsewhere knows itself by, and ``localhost`` for one of our own."""
-    if address.uds or (not address.tls and _is_loopback(address.host)):
+    if address.uds or (not address.tls and is_loopback(address.host)):
         return "localhost"
     return _authority(address).removesuffix(":443" if address.tls else ":80")
 
@@ -72,14 +72,6 @@ def host_field(address: Address) -> str:
 def _authority(address: Address) -> str:
     host = f"[{address.host}]" if ":" in address.host else address.host
     return f"{host}:{address.port}"
-
-
-@functools.lru_cache(1000)
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 _Key = tuple[str, str, int, str, int | None]

@@ -167,8 +167,8 @@ def _has_status(status: int, wanted: str) -> bool:
 
 
 def failed(entry: Entry) -> bool:
-    """Whether the client got no answer, or an error."""
-    return bool(entry.error) or entry.status >= 400
+    """Whether the client got an error or no whole answer, though it waited; lists, use and spans count by this."""
+    return entry.error not in ("", "ClientGone") or (entry.status >= 400 and entry.status != GONE)
 
 
 def may_see(caller: Caller, entry: Entry) -> bool:

@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from vllmd.api.answers import NO_ENGINE
 from vllmd.api.verbs import verb
 from vllmd.cli import files, models, show
 from vllmd.cli.admin import Admin
@@ -33,8 +34,15 @@ def run(arguments: argparse.Namespace) -> int:
         print(show.as_json(said))
     else:
         show.say(f"{name}: {', '.join(f'{key}: {value}' for key, value in settings.items())} written to {path}")
-        print("it runs with that" if arguments.restart else "vllmctl reload puts it into force")
+        show.say(in_force(name, said.get("restarted")))
     return 0
+
+
+def in_force(name: str, restarted: object) -> str:
+    """``restarted``: whether it was loaded and is anew; None where nothing was asked of the daemon."""
+    if restarted is None:
+        return "vllmctl reload puts it into force"
+    return "it runs with that" if restarted else f"it is in force; {name} is not loaded, its next start goes by it"
 
 
 def wanted(devices: str | None, memory: str | None) -> dict[str, str]:
@@ -109,7 +117,7 @@ def place(name: str, read_files: tuple[Path, ...], main: Path) -> tuple[Path, bo
 
 def restart(admin: Admin, name: str) -> bool:
     """Reload, and start the model if it was loaded."""
-    loaded = models.find(admin.status(), name).state not in ("stopped", "error")
+    loaded = models.find(admin.status(), name).state not in NO_ENGINE
     admin.ask(verb("reload"), {})
     if loaded:
         admin.ask(verb("load"), {"model": name, "wait": True})

@@ -127,7 +127,8 @@ def closely(entry: RequestInFull) -> str:
         f"status {entry.status or 'none yet'}"
         + (f", {entry.error}: {entry.message}" if entry.error else ""),
         f"queue {seconds(entry.queue_seconds)}, load {seconds(entry.load_seconds)}, "
-        f"first byte {seconds(entry.first_byte_seconds)}, total {seconds(entry.seconds)}",
+        f"first byte {seconds(entry.first_byte_seconds)}, total {seconds(entry.seconds)}"
+        + ("" if entry.number else " so far"),
         f"received {entry.received} bytes, sent {entry.sent}{', as a stream' * entry.stream}",
     ]  # fmt: skip
     took = entry.tokens

@@ -93,7 +93,8 @@ export function tokensOf(tokens) {
 
 const isUnderWay = (entry) => entry.number === 0;
 const statusOf = (entry) => (isUnderWay(entry) ? "under way" : entry.status === 499 ? "client left" : String(entry.status));
-const failed = (entry) => entry.status >= 400 || Boolean(entry.error);
+// As vllmd.records.ring.failed has it.
+const failed = (entry) => !["", "ClientGone"].includes(entry.error || "") || (entry.status >= 400 && entry.status !== 499);
 
 /** What it means to cancel a request, and then it is done. */
 function Cancel({ entry, onClose }) {
@@ -127,7 +128,14 @@ function Line({ entry, onCancel }) {
 }
 
 function One({ id }) {
-  const { value: entry, error } = useLoaded((signal) => call("GET", `/admin/requests/${encodeURIComponent(id)}`, undefined, { signal }), [id]);
+  const { value: entry, error, again } = useLoaded((signal) => call("GET", `/admin/requests/${encodeURIComponent(id)}`, undefined, { signal }), [id]);
+  const [ending, setEnding] = useState(false);
+  const goesOn = Boolean(entry) && isUnderWay(entry);
+  useEffect(() => {
+    if (!goesOn) return;
+    const timer = setInterval(() => document.hidden || again(), 2000);
+    return () => clearInterval(timer);
+  }, [goesOn]);
   if (error) return html`<${Problem} error=${error} /><p><a href="#/requests">All requests</a></p>`;
   if (!entry) return html`<p class="soft">Reading the request.</p>`;
   const facts = [
@@ -138,10 +146,13 @@ function One({ id }) {
     ["received", bytes(entry.received)], ["sent", bytes(entry.sent)],
   ]; // prettier-ignore
   return html`<h2>Request ${entry.id}</h2><${Times} entry=${entry} />
+    ${goesOn && maySee("admin") && html`<p><button type="button" aria-haspopup="dialog" onClick=${() => setEnding(true)}>Cancel this request</button></p>`}
+    ${ending && html`<${Cancel} entry=${entry} onClose=${() => (setEnding(false), again())} />`}
     <dl class="facts">${facts.filter(([, value]) => value).map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${String(value)}</dd></div>`)}</dl>
     <h3>Head</h3><pre>${entry.headers.map(([name, value]) => `${name}: ${value}`).join("\n")}</pre>
     ${entry.recorded ? html`<h3>Request body${entry.recorded.request_cut ? ", its beginning" : ""}</h3><pre>${entry.recorded.request}</pre>
         <h3>Answer${entry.recorded.answer_cut ? ", its beginning" : ""}</h3><pre>${entry.recorded.answer}</pre>`
+      : goesOn ? html`<p class="soft">Bodies are shown when the request has ended.</p>`
       : html`<p class="soft">Its bodies were not recorded. ${maySee("admin") ? "“Record bodies” in the list of requests does that, for a time." : "An administrator can have that done."}</p>`}
     <p><a href="#/requests">All requests</a></p>`;
 }
@@ -155,7 +166,7 @@ function Times({ entry }) {
     ["the rest of the answer", Math.max(whole - queue - load - first, 0), 140]].filter(([, amount]) => amount > 0); // prettier-ignore
   return html`<div class="bar" role="img" aria-label=${parts.map(([what, amount]) => `${what}: ${seconds(amount)}`).join("; ")}>
       ${parts.map(([what, amount, hue]) => html`<span key=${what} class="share" style=${{ width: `${(100 * amount) / whole}%`, "--hue": hue }} title=${`${what}: ${seconds(amount)}`}></span>`)}</div>
-    <p class="soft">${parts.map(([what, amount]) => `${what} ${seconds(amount)}`).join(", ")}; ${seconds(entry.seconds)} in all</p>`;
+    <p class="soft">${parts.map(([what, amount]) => `${what} ${seconds(amount)}`).join(", ")}; ${seconds(entry.seconds)} ${isUnderWay(entry) ? "so far" : "in all"}</p>`;
 }
 
 function Recording({ onClose }) {

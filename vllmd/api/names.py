@@ -1,4 +1,4 @@
-"""What a client calls a model -> the model.
+"""The model that a name means: as clients send it to the daemon, and as it is typed after a verb of vllmctl.
 
 The exact name or alias first. What clients make of names by habit comes after it, one habit after another, and each
 only where it leads to one model: a tag ``:latest`` (Ollama's clients), other case or another Unicode form of the same
@@ -13,9 +13,10 @@ import itertools
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from vllmd.config.types import ModelConfig
 from vllmd.errors import BadRequest, UnknownModel
-from vllmd.proxy.gate import LONGEST_NAME, TOO_LONG_A_NAME
+
+LONGEST_NAME = 256  # characters of a model's name; a longer one is refused before anything is compared with it
+TOO_LONG_A_NAME = f"a model's name has at most {LONGEST_NAME} characters"
 
 MOST_TOLD = 3  # names in a message
 MOST_COMPARED = 500  # names that a wrong one is compared with
@@ -35,13 +36,22 @@ PREFIXES = tuple(
 
 
 class Names:
-    """The names of all configured models and their aliases, and of what else is offered (``offers``)."""
+    """The names of all models, and of what else is offered (``offers``).
 
-    def __init__(self, models: Iterable[ModelConfig], offers: Iterable[str] = ()) -> None:
+    ``models``: each model's name with its aliases. ``listed_by``: how a user gets a list of them, for messages.
+    """
+
+    def __init__(
+        self,
+        models: Iterable[tuple[str, Sequence[str]]],
+        offers: Iterable[str] = (),
+        listed_by: str = "GET /v1/models lists those that do",
+    ) -> None:
         self._exact: dict[str, str] = {}
-        for model in models:
-            for name in (model.name, *model.aliases):
-                self._exact[name] = model.name
+        self._listed_by = listed_by
+        for model, aliases in models:
+            for name in (model, *aliases):
+                self._exact[name] = model
         self._models = frozenset(self._exact.values())
         for name in offers:
             self._exact.setdefault(name, name)
@@ -80,19 +90,19 @@ class Names:
         raise UnknownModel(self._unknown(name, visible), param="model")
 
     def with_replica(
-        self, name: str, engines: Mapping[str, ModelConfig], visible: Callable[[str], bool] = lambda model: True
+        self, name: str, is_replica: Callable[[str], bool], visible: Callable[[str], bool] = lambda model: True
     ) -> str:
-        """The configured name of a model, or the id of a replica. ``engines``: all there are, by id.
+        """The configured name of a model, or the id of a replica. ``is_replica`` tells ids of replicas.
 
         A replica may also be called ``ALIAS@2``, or by the end of its model's name. Raises as ``resolve`` does.
         """
-        if name in engines and engines[name].replica_of:
+        if is_replica(name):
             return name
         short, _, label = name.rpartition("@")
         try:
             return self.resolve(name, visible)
         except UnknownModel:
-            if not short or (known := f"{self.resolve(short, visible)}@{label}") not in engines:
+            if not short or not is_replica(known := f"{self.resolve(short, visible)}@{label}"):
                 raise
             return known
 
@@ -133,7 +143,7 @@ class Names:
         close += [known for known in seen if name and name.lower() in known.lower() and known not in close]
         if close:
             return f"model {name!r} does not exist; did you mean {' or '.join(map(repr, close[:3]))}?"
-        return f"model {name!r} does not exist; GET /v1/models lists those that do"
+        return f"model {name!r} does not exist; {self._listed_by}"
 
 
 def _either(names: Sequence[str]) -> str:

@@ -2,19 +2,18 @@
 
 import pytest
 
-from vllmd.config.types import ModelConfig
-from vllmd.daemon.names import Names
+from vllmd.api.names import Names
 from vllmd.errors import BadRequest, UnknownModel
 
 NAMES = Names([
-    ModelConfig("Qwen/Qwen3-0.6B", aliases=("fast",)),
-    ModelConfig("meta/llama-3"),
-    ModelConfig("other/llama-3"),
-    ModelConfig("tagged:latest"),
-    ModelConfig("caf\u00e9"),
-    ModelConfig("openai/gpt-x"),
-    ModelConfig("two"),
-    ModelConfig("TWO"),
+    ("Qwen/Qwen3-0.6B", ("fast",)),
+    ("meta/llama-3", ()),
+    ("other/llama-3", ()),
+    ("tagged:latest", ()),
+    ("caf\u00e9", ()),
+    ("openai/gpt-x", ()),
+    ("two", ()),
+    ("TWO", ()),
 ])  # fmt: skip
 
 
@@ -69,7 +68,7 @@ def test_no_habit_is_a_guess(asked: str) -> None:
 
 def test_the_only_model_need_not_be_named() -> None:
     """llama.cpp's own clients know of one model and never name it."""
-    assert Names([ModelConfig("a", aliases=("b",))]).resolve("") == "a"
+    assert Names([("a", ("b",))]).resolve("") == "a"
 
 
 def test_a_long_name_is_compared_with_nothing() -> None:

@@ -1,0 +1,73 @@
+"""What holds at addresses that other machines can reach: TLS where it is configured, and no service without keys."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from dataclasses import dataclass
+
+from vllmd.addresses import is_loopback
+from vllmd.config.types import Config
+from vllmd.daemon.keys import ApiKeyAuth, DenyAll
+from vllmd.proxy.routing import Router
+from vllmd.proxy.server import Server
+
+log = logging.getLogger("vllmd.http")
+
+
+@dataclass(frozen=True)
+class _Public:
+    router: Router
+    server: Server
+    addresses: tuple[str, ...]
+
+
+class PublicListeners:
+    """The servers at such addresses."""
+
+    def __init__(self, keys: ApiKeyAuth) -> None:
+        self._keys = keys
+        self._servers: list[_Public] = []
+
+    def add(self, router: Router, server: Server, addresses: tuple[str, ...]) -> None:
+        """Have the rules hold for a server, from the next ``configure`` on."""
+        self._servers.append(_Public(router, server, addresses))
+
+    def configure(self, config: Config) -> None:
+        """Apply the rules of a configuration, with the certificate's files as they are now."""
+        for each in self._servers:
+            each.router.fenced = bool(config.server.ui)
+            self._require_keys(each, config)
+        self._encrypt(config)
+
+    def _require_keys(self, public: _Public, config: Config) -> None:
+        """Refuse every request while there are no keys, unless that was allowed."""
+        if config.auth.keys or config.auth.allow_anonymous:
+            public.router.authenticator = self._keys
+            return
+        why = (
+            f"vllmd does not serve {', '.join(public.addresses)}, which others can reach, without keys: "
+            "add one to auth.keys, or set auth.allow_anonymous if everybody may use it"
+        )
+        log.error("%s", why)
+        public.router.authenticator = DenyAll(why)
+
+    def _encrypt(self, config: Config) -> None:
+        """Speak TLS with new connections, or no longer; ``config.checks`` has seen the files."""
+        tls, context = config.server.tls, None
+        if tls is not None and tls.cert and tls.key and self._servers:
+            from vllmd.config.tls import context as made
+
+            context = made(tls.cert, tls.key)
+        for each in self._servers:
+            each.server.tls = context
+
+
+def public_address(listener: socket.socket) -> str:
+    """The address if other machines can reach it, else ""."""
+    if listener.family not in (socket.AF_INET, socket.AF_INET6):
+        return ""
+    host, port = listener.getsockname()[:2]
+    if is_loopback(host):
+        return ""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
