@@ -88,7 +88,7 @@ def test_a_busy_victim_that_may_be_frozen_leaves_earlier() -> None:
 
 
 def test_sleepers_that_start_quickly_are_stopped_rather_than_the_busy_waited_for() -> None:
-    """In a batch of twenty models their remainders took the third place; what starts slowly, or is waited for, stays."""
+    """In a batch of 20 models their remainders took a third place; who starts slowly, or is waited for, stays."""
     quick, slow = OffloadOption(0, 1, 0.1, 0.25), OffloadOption(0, 1, 3.0, 20.0)
     w, there = waiting("w", age=3.0, need=11), [busy("busy"), resident("idle")]
     for stop, leave in ((quick, ["idle", "rest"]), (slow, None), (STOP._replace(frees=1), None)):
