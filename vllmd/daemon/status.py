@@ -286,6 +286,7 @@ class Status:
             valid=not seen.broken,
             last_starts={model: start.seconds for model, start in starts.items()},
             last_phases={model: start.phases for model, start in starts.items()},
+            last_loaders={model: start.loader for model, start in starts.items() if start.loader},
             used={index: device.used for index, device in devices.items()},
             power={index: device.power for index, device in devices.items() if device.power is not None},
             load={i: device.utilisation / 100 for i, device in devices.items() if device.utilisation is not None},
