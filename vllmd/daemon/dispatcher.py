@@ -31,6 +31,7 @@ from vllmd.systemd.throttle import Throttle
 log = logging.getLogger("vllmd")
 
 DECISIONS = 300  # of a kind that are logged per minute
+FAILURES = ("fail", "crash")  # what nobody decided: journalctl -p err finds them in the morning
 FAILED = "vllmd could not do it; its log says why"
 
 
@@ -205,7 +206,8 @@ class Dispatcher:
         about = decision.replica or decision.model or "vllmd"  # of no model's: a device is drained, say
         # Clients lead to many of them, refused requests above all: each kind has a rate of its own.
         throttle = self._throttles.setdefault(decision.what, Throttle(log, burst=DECISIONS, clock=self._loop.time))
-        throttle.say(logging.INFO, "%s: %s: %s", about, decision.what, decision.why, fields=fields)
+        level = logging.ERROR if decision.what in FAILURES else logging.INFO
+        throttle.say(level, "%s: %s: %s", about, decision.what, decision.why, fields=fields)
         self._decided(decision, self._loop.time())
 
     def flush_log(self) -> None:
