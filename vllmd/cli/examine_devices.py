@@ -131,7 +131,7 @@ def _answers(host: Host, *, quiet: bool) -> Iterator[Finding]:
         return
     devices, sample = told
     if devices.trouble:
-        yield "bad", devices.trouble.why, devices.trouble.cure or UNKNOWN
+        yield "bad", devices.trouble.why, devices.trouble.remedy or UNKNOWN
     elif not gpus(devices.inventory()) and quiet:
         why = devices.note.partition(";")[0]
         yield "warning", f"there is no GPU with a driver ({why})", "devices may be declared (devices: in vllmd.yaml(5))"
