@@ -34,7 +34,7 @@ demo: ## a real model, woken through the socket, in half a minute; MODEL=sim wit
 bench-start: ## what waking costs: sockets, daemon, scopes
 	@$(SETUP) all && $(PYTHON) -m tests.bench.start
 
-standbys: ## a thousand hand-overs, every third one cut short
+standbys: ## a thousand hand-overs, five of six with something in their way
 	@$(SETUP) venv && HAND_OVERS=1000 $(PYTHON) -m pytest -q -n 0 tests/launcher/test_handover.py -k in_a_row
 
 soak: ## an hour of kills, stops and restarts from a seed, under load (SECONDS=3600 SEED=)

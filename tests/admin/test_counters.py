@@ -127,7 +127,8 @@ def test_how_things_stand() -> None:
     """States are one series each, memory is in bytes and per device."""
     devices = {"used": {0: 3 << 30}, "power": {0: 99.5}, "load": {0: 0.25}, "energy": {0: 7200.0},
                "throttled": {0: True}, "model_power": {"m": 60.5}, "model_energy": {"m": 3600.0},
-               "unused_energy": {"m": 60.0}, "last_phases": {"m": {"compile": 12.5}}}  # fmt: skip
+               "unused_energy": {"m": 60.0}, "last_phases": {"m": {"compile": 12.5}},
+               "last_loaders": {"m": "x"}}  # fmt: skip
     read = samples(Counters(), Gauges(SNAPSHOT, 4, 5, **devices))  # type: ignore[arg-type]
     assert read["vllmd_model_state{model=m,state=sleeping_l1}"] == 1
     assert read["vllmd_model_state{model=m,state=running}"] == 0
@@ -145,6 +146,7 @@ def test_how_things_stand() -> None:
     assert read["vllmd_host_memory_promised_bytes{}"] == 5 << 30
     assert read["vllmd_connections{}"] == 4
     assert read["vllmd_model_last_start_phase_seconds{model=m,phase=compile}"] == 12.5
+    assert read["vllmd_model_last_start_loader_info{loader=x,model=m}"] == 1
 
 
 def test_replicas_are_told_apart_beside_their_model() -> None:

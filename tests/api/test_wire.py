@@ -60,7 +60,7 @@ def process(name: str, listen: Listen) -> Any:
     running = SimpleNamespace(pid=77, unit=f"vllmd-model-{name}.scope")
     phases = SimpleNamespace(whole=True, spent=lambda at: {"imports": 8.0})
     return SimpleNamespace(instance=f"{name}#1", started=1.0, listen=listen, phase=phase, running=running,
-                           told="weights", phases=phases)  # fmt: skip
+                           told="weights", phases=phases, loader="")  # fmt: skip
 
 
 def status_input(**over: Any) -> status.StatusInput:
@@ -75,7 +75,8 @@ def status_input(**over: Any) -> status.StatusInput:
     )  # fmt: skip
     snapshot = Snapshot(100.0, VIEWS, (DEVICE,), 64 * GiB, GiB, (DECISION,))
     config = Config(models={"org/alone": ALONE, "pair": PAIR}, files=(Path("/etc/vllmd/vllmd.yaml"),))
-    told = {"config": config, "engines": ENGINES, "broken": "", "requests": 2, "connections": 3, "back": back}
+    told = {"config": config, "engines": ENGINES, "broken": "", "refused": "", "requests": 2, "connections": 3,
+            "back": back}  # fmt: skip
     return status.StatusInput(**{**told, "snapshot": snapshot, **over})
 
 

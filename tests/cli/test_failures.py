@@ -37,7 +37,7 @@ USAGE = [
     (["pss"], "vllmctl: there is no verb 'pss'; did you mean 'ps'?"),
     (["zzz"], "vllmctl: there is no verb 'zzz'; vllmctl --help lists them"),
     ([], "vllmctl: the following arguments are required: VERB"),
-    (["ps", "extra"], "vllmctl: unrecognized arguments: extra"),
+    (["ps", "extra"], "vllmctl ps: unrecognized arguments: extra"),
     (["start"], "vllmctl start: the following arguments are required: MODEL"),
     (["stop"], "vllmctl stop: the following arguments are required: MODEL"),
     (["sleep", "m", "--level", "4"], "vllmctl sleep: argument -l/--level: invalid choice: 4 (choose from 1, 2, 3)"),
@@ -45,7 +45,7 @@ USAGE = [
     (["lease", "m", "--for", "soon"], "vllmctl lease: argument --for: 'soon' is not a duration; "
      "accepted: a duration such as 0, 300, 5m or 1h30m"),
     (["lease", "m", "--for", "5m", "--release"], "vllmctl lease: argument --release: not allowed with argument --for"),
-    (["logs", "a", "b"], "vllmctl: unrecognized arguments: b"),
+    (["logs", "a", "b"], "vllmctl logs: unrecognized arguments: b"),
     (["logs", "a", "-n", "x"], "vllmctl logs: argument -n/--lines: invalid int value: 'x'"),
     (["kill"], "vllmctl kill: the following arguments are required: PID"),
     (["kill", "vllm"], "vllmctl kill: argument PID: 'vllm' is not the number of a process"),

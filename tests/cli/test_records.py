@@ -91,8 +91,13 @@ def test_keys_are_asked_for_in_the_apis_words(capsys: pytest.CaptureFixture[str]
     }
     given = {"scopes": ["read", "admin"], "tokens_per_day": 5}
     argv = ("key", "create", "a", "--scopes", "read,admin", "--tokens-per-day", "5")
-    assert ctl(answers, *argv)[1] == [("POST /admin/keys", {"name": "a", "settings": given})]
-    assert capsys.readouterr().out == "sk-1\n"
+    assert ctl(answers, *argv)[1][0] == ("POST /admin/keys", {"name": "a", "settings": given})
+    assert capsys.readouterr() == ("sk-1\n", "")
+    answers["GET /admin/keys"] = (200, {"keys": [line]})  # whoever made the first one locks out all who have none
+    assert ctl(answers, *argv)[0] == 0
+    told = capsys.readouterr()
+    assert (told.out, "from now on every request needs one" in told.err) == ("sk-1\n", True)
+    answers["GET /admin/keys"] = (200, {"keys": []})
     _, seen = ctl(answers, "key", "limit", "a/b", "--share", "2", "--tokens-per-month", "none")
     assert seen == [("POST /admin/keys/a%2Fb/limits", {"settings": {"tokens_per_month": None, "share": 2}})]
     assert ctl(answers, "key", "revoke", "a")[0] == 0

@@ -150,9 +150,11 @@ def test_reload_of_a_broken_file_changes_nothing(site: Site) -> None:
     try:
         assert f"{site.config}:7: polcy: there is no such setting" in site.ctl("reload", status=78)
         assert site.state("org/tiny") in ("running", "stopped", "sleeping_l1")
+        assert f"a restart would serve no model: {site.config}:7: polcy" in " ".join(site.ctl("status").split())
     finally:
         site.config.write_text(CONFIG)
     assert "the configuration is loaded" in site.ctl("reload")
+    assert "not in force" not in site.ctl("status")
 
 
 def test_reload_takes_what_it_says_that_it_takes(site: Site) -> None:
@@ -179,6 +181,9 @@ def test_V_assign_restart_of_a_running_model(site: Site) -> None:
     line = next(line for line in json.loads(site.ctl("ps", "--json")) if line["name"] == "org/tiny")
     assert line["state"] == "running"
     assert line["memory"] >= 30 << 30
+    site.ctl("stop", "t")
+    argv = ("assign", "t", "--gpu-memory", "20GiB", "--restart", "--config", str(site.config))
+    assert "org/tiny is not loaded, its next start goes by it" in site.ctl(*argv)
 
 
 def test_a_model_that_is_not_there(site: Site) -> None:

@@ -26,7 +26,15 @@ IDLE = "sleep_after, level, deepen_after, stop_after, energy"
 
 GOLDEN = [
     # ---- YAML itself
-    ("a: [1", "vllmd.yaml:2: this is not valid YAML: did not find expected ',' or ']' (while parsing a flow sequence)"),
+    (
+        "a: [1",
+        "vllmd.yaml:2: this is not valid YAML: did not find expected ',' or ']', at the end of the file "
+        "(while parsing a flow sequence that begins on line 1)",
+    ),
+    (
+        "models: {m: {}}\nidle:\n\tlevel: 2",
+        "vllmd.yaml:3: this is not valid YAML: a tab stands before its first word; indent by spaces",
+    ),
     ("- a", "vllmd.yaml:1: a list is not a mapping; accepted: a mapping of sections"),
     ("reserve: 1GiB\nreserve: 2GiB", "vllmd.yaml:2: 'reserve' is given twice, first on line 1; keep one of them"),
     ("models: &a {x: *a}", "vllmd.yaml:1: this anchor contains itself"),
@@ -202,8 +210,8 @@ GOLDEN = [
     ("server: {port: 1, listen: '2'}", "vllmd.yaml:1: server: give either listen or host and port, not both"),
     (
         "server:\n  listen: 0.0.0.0:8080",
-        "vllmd.yaml:2: server.listen: 0.0.0.0:8080 can be reached by others and there is no key; add one to "
-        "auth.keys, or set auth.allow_anonymous if everybody may use it",
+        "vllmd.yaml:2: server.listen: 0.0.0.0:8080 can be reached by others and auth.keys has no key; add one there, "
+        "or set auth.allow_anonymous if everybody may use it",
     ),
     (
         "engines: {port_start: 5000, port_end: 4000}",

@@ -293,7 +293,7 @@ async def in_effect(living: Living) -> dict[str, Any]:
         "keep_alive": living.front.gate._keep_alive_limit,
         "pull": living.config.pull,
         "read": (server.idle_exit, server.drain_timeout, living.config.discover, living.config.auth.allow_anonymous,
-                 living.config.engines.read_ahead),
+                 living.config.engines.read_ahead, living.config.engines.fast_loaders),
     }  # fmt: skip
 
 

@@ -48,6 +48,8 @@ def test_words_and_journal_fields() -> None:
     """Fields of the journal are capitals, digits and underscores."""
     spent = {"process": 0.01, "warm-up": 2.26, "first request": 0.1}
     assert in_words(spent) == "warm-up 2.3 s, first request 0.1 s"
+    assert in_words({"imports": 1.0, "weights": 2.0}, "x") == "imports 1.0 s, weights 2.0 s (x)"
+    assert fields({}, "x") == {"VLLMD_LOADER": "x"}
     assert fields(spent) == {
         "VLLMD_START_PROCESS": "0.010",
         "VLLMD_START_WARM_UP": "2.260",
@@ -136,9 +138,11 @@ def test_a_line_shows_the_start_under_way_before_the_last_one() -> None:
     """While it starts, nobody asks how it went yesterday."""
     view, settings = replica("m", State.STARTING), NO_SETTINGS
     process: Any = SimpleNamespace(phases=StartPhases(), phase=Progress("x"), told="x", running=None, instance="i",
-                                   listen=SimpleNamespace(uds="", host="h", port=1), started=0.0)  # fmt: skip
+                                   listen=SimpleNamespace(uds="", host="h", port=1), started=0.0,
+                                   loader="")  # fmt: skip
     assert list(line(view, settings, process, last_start=Start(9.0, {"weights": 1.0})).start_phases) == ["process"]
-    assert line(view, settings, None, last_start=Start(9.0, {"weights": 1.0})).start_phases == {"weights": 1.0}
+    last = line(view, settings, None, last_start=Start(9.0, {"weights": 1.0}, "", "x"))
+    assert (last.start_phases, last.loader) == ({"weights": 1.0}, "x")
 
 
 LINES = [

@@ -337,7 +337,7 @@ def test_an_invalid_configuration_is_told_to_the_administrator_and_to_clients(si
 def test_without_a_gpu_library_it_works_and_says_so(site: Site) -> None:
     """Most laptops have none."""
     site.chat("org/small", "hi")
-    assert "pynvml is not installed" in site.status()["source"]
+    assert site.status()["source"] == "cpu: there is no GPU with a driver; engines run on the CPU"
 
 
 def test_every_decision_is_in_the_journal_with_its_fields(site: Site) -> None:

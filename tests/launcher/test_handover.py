@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -17,10 +19,10 @@ from typing import Any
 import pytest
 
 from tests.launcher.driver import Driver, fresh, private, until
-from tests.launcher.test_sessions import alive, children, descendants, launcher_of
+from tests.launcher.test_sessions import alive, children, descendants, launcher_of, launchers
 from vllmd.engines.standby import SCRIPT
 from vllmd.launcher import handover
-from vllmd.launcher.client import LauncherFailed, Running, StartOrder
+from vllmd.launcher.client import ExitReport, LauncherFailed, Running, StartOrder
 from vllmd.launcher.protocol import ProtocolError
 
 BOTH = pytest.mark.parametrize("options", [(), ("--no-cgroups",)], ids=["cgroups", "sessions"])
@@ -282,23 +284,84 @@ async def test_an_engine_ends_while_it_is_being_made(tmp_path: Path, how: str) -
                 await asyncio.sleep(0.01)
 
 
+@BOTH
+async def test_a_daemon_dies_while_one_is_being_made(
+    tmp_path: Path, options: tuple[str, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its launcher, which has only just read the order, ends all of it, and itself."""
+    async with place(tmp_path, options) as here:
+        os.kill((await here.standby()).pid, signal.SIGSTOP)
+        (standby,) = await here.driver.client.list()
+        starting = asyncio.ensure_future(here.start(standby))
+        await asyncio.sleep(0)  # it is sent
+    with pytest.raises(LauncherFailed):
+        await starting
+    assert "a callback of the launcher failed" not in capfd.readouterr().err
+
+
 async def test_hand_overs_in_a_row(tmp_path: Path) -> None:
-    """Twenty, or as many as HAND_OVERS says (`make standbys`). Every third one is killed around its hand-over."""
+    """Twenty, or as many as HAND_OVERS says (`make standbys`), most of them with something in their way."""
+    (tmp_path / "lost").mkdir()
+    counted: Counter[str] = Counter()
     async with place(tmp_path) as here:
         for number in range(int(os.environ.get("HAND_OVERS", "20"))):
+            what = MISHAPS[number % len(MISHAPS)]
+            if what == "the daemon dies":
+                await a_daemon_dies_in_mid_hand_over(tmp_path / "lost", number % 11 / 1000)
+                counted[what] += 1
+                continue
             standby = await here.standby()
-            starting = asyncio.ensure_future(here.start(standby))
-            if number % 3 == 2:
+            orders = [here.start(standby, *MISHAP_ARGV.get(what, ()), **MISHAP_ORDER.get(what, {}))]
+            orders += [here.start(standby)] if what == "two at once" else []
+            starting = asyncio.gather(*orders)
+            if what == "killed":
                 await asyncio.sleep(number % 7 / 1000)
                 os.kill(standby.pid, signal.SIGKILL)
-            engine = await starting
-            if number % 3 < 2:
-                assert engine.pid == standby.pid
-            with contextlib.suppress(LauncherFailed):  # the blow came just after the hand-over, and it has ended
-                await here.driver.client.kill(engine.instance)
-            while (await here.driver.exit()).instance != engine.instance:
-                pass
+            engines = await starting
+            if what != "killed":
+                made = [engine.pid == standby.pid for engine in engines]
+                assert made == [what != "another environment", *([False] if what == "two at once" else [])]
+            for engine in engines:
+                if what == "wrong arguments":
+                    assert (await exit_of(here.driver, engine)).status == 7
+                    continue
+                with contextlib.suppress(LauncherFailed):  # the blow came just after the hand-over, and it has ended
+                    await here.driver.client.kill(engine.instance)
+                await exit_of(here.driver, engine)
+            assert not alive(standby.pid)
+            counted[what] += 1
         assert await here.driver.client.list() == []
+    print(dict(counted))
+
+
+MISHAPS = ("none", "two at once", "killed", "another environment", "wrong arguments", "the daemon dies")
+MISHAP_ARGV = {"wrong arguments": ("short",)}  # with which the program ends at once, with status 7
+MISHAP_ORDER = {"another environment": {"env": {"EARLY": "2"}}}  # which its imports have read already
+
+
+async def exit_of(driver: Driver, engine: Running) -> ExitReport:
+    """The report of its end; those of others are passed over."""
+    while (report := await driver.exit()).instance != engine.instance:
+        pass
+    return report
+
+
+async def a_daemon_dies_in_mid_hand_over(folder: Path, after: float) -> None:
+    """A launcher's client is gone so many seconds after its order: nobody is left, on neither side of the hand-over."""
+    shutil.rmtree(folder)
+    os.mkdir(folder)
+    others = launchers()
+    async with private() as driver:
+        await driver.client.info()
+        (launcher,), here = launchers() - others, Place(folder, driver)
+        standby = await here.standby()
+        starting = asyncio.ensure_future(here.start(standby))
+        await asyncio.sleep(after)
+        known = {standby.pid, *descendants(launcher)}
+    with contextlib.suppress(LauncherFailed):
+        await starting
+    await until(lambda: not any(alive(pid) for pid in known))
+    await until(lambda: not list((folder / "run").iterdir()))
 
 
 def test_an_order_that_makes_no_sense() -> None:

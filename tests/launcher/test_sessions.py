@@ -43,8 +43,13 @@ def children(pid: int) -> list[int]:
 
 def launcher_of(client: LauncherClient) -> int:
     """The private launcher's process."""
-    (pid,) = [pid for pid in children(os.getpid()) if b"vllmd.launcher" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    (pid,) = launchers()
     return pid
+
+
+def launchers() -> set[int]:
+    """All private launchers of this process."""
+    return {pid for pid in children(os.getpid()) if b"vllmd.launcher" in Path(f"/proc/{pid}/cmdline").read_bytes()}
 
 
 @BOTH

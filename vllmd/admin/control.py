@@ -55,6 +55,7 @@ class Gauges:
     valid: bool = True  # the configuration
     last_starts: Mapping[str, float] = field(default_factory=dict)  # model -> seconds
     last_phases: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # model -> phase -> seconds
+    last_loaders: Mapping[str, str] = field(default_factory=dict)  # model -> load format, where one was chosen for it
     used: Mapping[int, int] = field(default_factory=dict)
     power: Mapping[int, float] = field(default_factory=dict)
     load: Mapping[int, float] = field(default_factory=dict)

@@ -188,6 +188,8 @@ def _models(gauges: Gauges) -> Iterator[Metric]:
     yield from _gauge("model_last_start_phase_seconds", "And how long each phase of it: imports, weights, compile ...",
                  ["model", "phase"], {(name, phase): took for name, phases in gauges.last_phases.items()
                                       for phase, took in phases.items()})  # fmt: skip
+    yield from _gauge("model_last_start_loader_info", "What read its weights then, where it was not the engine's own.",
+                      ["model", "loader"], dict.fromkeys(gauges.last_loaders.items(), 1))  # fmt: skip
 
 
 def _replicas(gauges: Gauges) -> Iterator[Metric]:

@@ -142,6 +142,7 @@ class ModelLine(Answer):
     detail: str = ""
     last_start_seconds: float | None = None
     start_phases: Phases = field(default_factory=dict)
+    loader: Annotated[str, "what loads its weights; empty: its engine, as it does by itself"] = ""
     power: Annotated[float | None, "watts, its share of its devices"] = None
     unused_energy: Annotated[float | None, "joules that it has drawn since its last request"] = None
     started_at: Annotated[float | None, "Unix time"] = None
@@ -226,10 +227,16 @@ class Plan(Answer):
 
 @answer
 class Configuration(Answer):
-    """Which files were read, and why they are not in force, if they are not."""
+    """Which files were read, and why they are not in force, if they are not.
+
+    ``error``: none is, so that no model is served. ``refused``: why the last reload was: an earlier one is in force.
+    """
+
+    sparse = frozenset({"refused"})
 
     files: tuple[str, ...] = ()
     error: str = ""
+    refused: str = ""
 
 
 @answer

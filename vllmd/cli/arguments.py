@@ -104,10 +104,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         rest = list(argv[argv.index(names[0]) + 1 :])
         return argparse.Namespace(run=module(names[0]).run, rest=rest)
     parser = build(names)
-    arguments = parser.parse_args(in_order(parser, argv))
+    arguments, unknown = parser.parse_known_args(in_order(parser, argv))
+    if unknown:  # argparse would show how vllmctl is called, which is not what was asked
+        _verb_parser(parser, arguments.verb).error(f"unrecognized arguments: {' '.join(unknown)}")
     for name, value in (("socket", None), ("url", None), ("key", None), ("user", False), ("json", False)):
         arguments.__dict__.setdefault(name, value)
     return arguments
+
+
+def _verb_parser(parser: argparse.ArgumentParser, verb: str) -> argparse.ArgumentParser:
+    """The parser of a verb, or of one of its other names."""
+    for each in parser._actions:
+        if isinstance(each, argparse._SubParsersAction):
+            found: argparse.ArgumentParser = each.choices[verb]
+            return found
+    return parser
 
 
 def in_order(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:

@@ -133,8 +133,7 @@ def _answers(host: Host, *, quiet: bool) -> Iterator[Finding]:
     if devices.trouble:
         yield "bad", devices.trouble.why, devices.trouble.remedy or UNKNOWN
     elif not gpus(devices.inventory()) and quiet:
-        why = devices.note.partition(";")[0]
-        yield "warning", f"there is no GPU with a driver ({why})", "devices may be declared (devices: in vllmd.yaml(5))"
+        yield "warning", devices.note, "devices may be declared (devices: in vllmd.yaml(5))"
     for device in gpus(devices.inventory()):
         name = f"device {device.index}, {device.name or device.id}"
         wrong = sample.lost.get(device.index) or sample.failed.get(device.index) or sample.ill.get(device.index)

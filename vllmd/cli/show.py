@@ -53,8 +53,10 @@ def phase(line: ModelLine | Progress) -> str:
 
 
 def phases(line: ModelLine) -> str:
-    """Where the time of a start goes, or where that of the last one went: ``imports 8.2s, weights 3.1s``."""
-    return ", ".join(f"{phase} {age(seconds)}" for phase, seconds in line.start_phases.items() if seconds >= MOMENT)
+    """Where the time of a start goes, or where that of the last one went: ``imports 8.2s, weights 3.1s (LOADER)``."""
+    by = {"weights": f" ({line.loader})"} if line.loader else {}
+    return ", ".join(f"{phase} {age(seconds)}{by.get(phase, '')}" for phase, seconds in line.start_phases.items()
+                     if seconds >= MOMENT)  # fmt: skip
 
 
 def size(number: float | None) -> str:

@@ -157,7 +157,7 @@ def _keys(config: Config) -> Iterator[Finding]:
         for address in config.server.listen:
             if not is_private(address):
                 what = (
-                    f"{address} can be reached by others and there is no key; add one to auth.keys, "
+                    f"{address} can be reached by others and auth.keys has no key; add one there, "
                     "or set auth.allow_anonymous if everybody may use it"
                 )
                 yield _auth(config), "server.listen", what

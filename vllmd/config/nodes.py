@@ -100,7 +100,7 @@ def compose(text: str, source: str, complain: Complain) -> Node | None:
             complain(*problem)
         return root
     except yaml.YAMLError as error:  # of a file that is none nothing else is said
-        complain(*_broken(error, source))
+        complain(*_broken(error, source, text))
     except RecursionError:
         complain(Where(source), "this is nested too deeply")
     finally:
@@ -108,12 +108,23 @@ def compose(text: str, source: str, complain: Complain) -> Node | None:
     return None
 
 
-def _broken(error: yaml.YAMLError, source: str) -> tuple[Where, str]:
-    mark = getattr(error, "problem_mark", None)
+def _broken(error: yaml.YAMLError, source: str, text: str) -> tuple[Where, str]:
+    mark, lines = getattr(error, "problem_mark", None), text.splitlines()
     place = Where(source, mark.line + 1, mark.column + 1) if mark else Where(source)
     problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "it cannot be read"
     context = getattr(error, "context", None)
+    began = getattr(error, "context_mark", None) or mark
+    if mark and mark.line < len(lines) and "\t" in _indentation(lines[mark.line]):
+        return place, "this is not valid YAML: a tab stands before its first word; indent by spaces"
+    if mark and mark.line >= len(lines) and "end" not in problem:
+        problem += ", at the end of the file"
+    if context and mark and began and began.line < mark.line:
+        context += f" that begins on line {began.line + 1}"
     return place, f"this is not valid YAML: {_unquoted(problem)}" + (f" ({_unquoted(context)})" if context else "")
+
+
+def _indentation(line: str) -> str:
+    return line[: len(line) - len(line.lstrip())]
 
 
 def _unquoted(said: str) -> str:

@@ -830,6 +830,13 @@ ENGINES = Group(
             "room for it and its engine does not read yet; never more than there is free memory for.",
         ),
         Setting(
+            "fast_loaders",
+            k.BOOL,
+            "Where the engine's environment has another loader than its own (the Python packages runai-model-streamer, "
+            "fastsafetensors and instanttensor, for vLLM), try it at a start, and use it where it was faster; what "
+            "extra_args say of loading always holds.",
+        ),
+        Setting(
             "standby",
             k.count(0, 16, "auto"),
             "How many engines are kept ready for models that are not loaded, see STANDBY ENGINES; auto is one, where "

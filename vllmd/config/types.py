@@ -256,6 +256,7 @@ class EngineDefaults:
     port_start: int = 33300
     port_end: int = 34300
     read_ahead: bool = True  # weight files of who is next in line are read into the page cache
+    fast_loaders: bool = True  # another loader than the engine's own is tried, and used where it was faster
     standby: int | None = None  # processes that are kept ready; None: by the machine's memory
 
 

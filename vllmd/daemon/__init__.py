@@ -15,6 +15,7 @@
     admission_gate   the proxy's gate: one arrival and one ending per request, whatever happens between
     engine_manager   engines: start, wake, sleep, stop, each a task that posts its event
       launch_planner   what a start needs: place, launch, the order to the launcher
+      loaders          which loader reads the weights, chosen and measured
       engine_keys      the keys that engines on ports ask clients for
       sleeps           to sleep and awake again, by the engine's own calls
       health           whether a loaded engine still serves; one of no use is killed

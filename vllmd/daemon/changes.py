@@ -90,7 +90,7 @@ class Changes:
             now = _view(dispatcher, engine)
             what, why = f"{change} failed" if failed else change, getattr(event, "reason", "") or f"{change} done"
             if (start := self._start_of(event)) is not None:
-                words = in_words(start.phases)
+                words = in_words(start.phases, start.loader)
                 why = f"start done in {start.seconds:.1f} s{f': {words}' if words else ''}"
             state = state_of(now) if now else ""
             numbers = {phase: round(seconds, 3) for phase, seconds in start.phases.items()} if start else {}

@@ -48,12 +48,13 @@ class Current:
 
     def __init__(self, config: Config, broken: str = "") -> None:
         self.broken = broken  # why the configuration cannot be used, if it cannot
+        self.refused = ""  # why the last reload was refused: the files are not what is in force
         self.config = config
         self._take_engines(config)
 
     def take(self, config: Config) -> None:
         """This configuration is in force from now on."""
-        self.config, self.broken = config, ""
+        self.config, self.broken, self.refused = config, "", ""
         self._take_engines(config)
 
     def _take_engines(self, config: Config) -> None:

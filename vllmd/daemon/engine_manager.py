@@ -27,6 +27,7 @@ from vllmd.daemon.engine_process import Anew, EngineProcess, of
 from vllmd.daemon.failure_text import how_it_ended, with_hint, with_last_lines, with_root
 from vllmd.daemon.last_starts import Start, Starts, in_words
 from vllmd.daemon.launch_planner import LaunchPlanner, Paths
+from vllmd.daemon.loaders import Loaders
 from vllmd.daemon.logfile import LogFile, forget_old_runs, forget_removed_models, path_of
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.sleeps import Sleeps, finish_work
@@ -81,6 +82,7 @@ class EngineManager:
         ended: Callable[[str, str], None] = lambda engine, instance: None,
         starts: Starts | None = None,
         standbys: Standbys | None = None,
+        loaders: Loaders | None = None,
     ) -> None:
         """``on_phase`` is called when a start has come further; ``look`` has the core told what the devices hold.
 
@@ -100,6 +102,7 @@ class EngineManager:
         self._logs = logs
         self._usual = usual
         self.standbys = standbys or Standbys(None, launch_planner.standby_of)
+        self._loaders = loaders or Loaders()
         self._sleeps = Sleeps(memory, self.annotate, usual)
         self._tasks: set[asyncio.Task[None]] = set()
         self._annotate_trouble = Repeated(log)
@@ -144,10 +147,10 @@ class EngineManager:
         self.processes[command.replica] = process
         if order and (standby := self.standbys.claim(process.standby, self._launch_planner.needs(process.model))):
             order = replace(order, standby=standby)
-            process.anew = lambda: self._launch_planner.prepare(command)
+        process.anew = lambda: self._launch_planner.prepare(command)
         known = self._starts.get(process.name)
         process.first = known is None or known.like != process.like
-        work = self._start(process, order) if order else self._reach(process)
+        work = self._load_and_start(process, order, command.memory) if order else self._reach(process)
         self._run(process, work, lambda why: events.EngineStartFailed(process.name, why))
 
     def wake(self, command: commands.WakeEngine) -> None:
@@ -207,6 +210,15 @@ class EngineManager:
             self.spawn(self.annotate(process, model=command.now))
 
     # -- the tasks -----------------------------------------------------------------------
+
+    async def _load_and_start(self, process: EngineProcess, order: StartOrder, memory: int) -> events.Event:
+        """A start with the loader that is best for it. ``memory``: bytes per device promised to it."""
+
+        def room(weights: int) -> int:
+            return memory - weights // max(1, len(process.placement.devices))
+
+        chosen, process.loading = await self._loaders.choose(process.model, process.engine, order, room)
+        return await self._start(process, chosen)
 
     async def _start(self, process: EngineProcess, order: StartOrder) -> events.Event:
         process.ordered = asyncio.ensure_future(self._launcher.start(order))
@@ -290,7 +302,9 @@ class EngineManager:
         await self._warm_up(process)
         process.ready_after, spent = time.monotonic() - process.started, process.phases.end()
         process.phases.now = READY
-        self._starts.note(process.name, Start(process.ready_after, spent, process.like))
+        loader = process.loader
+        self._starts.note(process.name, Start(process.ready_after, spent, process.like, loader))
+        self._loaders.came_up(process.loading, spent)
         if process.running and process.running.standby and process.standby:
             self.standbys.note_outcome(process.standby, good=True)
         if not process.file:
@@ -298,8 +312,8 @@ class EngineManager:
                 await self._launcher.unfollow(process.instance)
         await self.annotate(process, state="ready", level="0")
         held = {} if process.self_managed else await self._memory.held(process)
-        where = f": {words}" if (words := in_words(spent)) else ""
-        extra = {"journal": {**of(process)["journal"], **fields(spent)}}
+        where = f": {words}" if (words := in_words(spent, loader)) else ""
+        extra = {"journal": {**of(process)["journal"], **fields(spent, loader)}}
         log.info("%s: ready after %.1f s%s", process.name, process.ready_after, where, extra=extra)
         measured = _measured(process.engine.footprint(list(process.lines)), held)
         process.forget_start()
@@ -308,8 +322,9 @@ class EngineManager:
     async def _start_failed(self, process: EngineProcess, what: str) -> events.Event:
         lines = process.all_lines()
         failure = process.engine.failure(lines)
-        if process.anew and process.running and process.running.standby and not failure.memory:
-            log.warning("%s: made of a standby, it failed: %s", process.name, failure.reason, extra=of(process))
+        if process.anew and process.is_special and (process.loader or not failure.memory):
+            made = f"with its weights loaded by {process.loader}" if process.loader else "made of a standby"
+            log.warning("%s: %s, it failed: %s", process.name, made, failure.reason, extra=of(process))
             return await self._start_anew(process, process.anew)
         if process.phase.detail and "phase" not in what:
             what = f"{what} in its phase {process.phase.phase!r}"
@@ -326,16 +341,20 @@ class EngineManager:
         )
 
     def _longest_start(self, process: EngineProcess) -> float:
-        """The limit of a start, in seconds; shorter for an engine made of a standby, which can be started again without
-        it.
-        """
+        """The limit of a start, in seconds; shorter where the engine could be started again in a plainer way."""
         longest, usual = process.model.start_timeout, self._usual(process.name, "start")
-        made = process.running and process.running.standby
-        return min(longest, max(SHORTEST_PATIENCE, PATIENCE * usual)) if made and usual else longest
+        special = process.is_special and process.anew
+        return min(longest, max(SHORTEST_PATIENCE, PATIENCE * usual)) if special and usual else longest
 
     async def _start_anew(self, process: EngineProcess, anew: Anew) -> events.Event:
-        """Start the engine again without a standby: the standby may have been at fault."""
-        if process.standby:
+        """Start the engine again without standby and fast loader, either of which may have been at fault.
+
+        Of the two the loader is suspected: the standby has already run.
+        """
+        loading = process.loading if process.loader else None
+        if loading:
+            self._loaders.failed(process.model.name, loading)
+        elif process.standby:
             self.standbys.note_outcome(process.standby, good=False)
         self._discard(process)
         try:
@@ -347,8 +366,11 @@ class EngineManager:
             return events.EngineStartFailed(process.name, why)
         process.become(fresh)
         event = await self._start(process, order)
-        if isinstance(event, events.EngineStartFailed) and process.standby:
-            self.standbys.note_outcome(process.standby, good=True)  # it was not the standby's fault
+        if isinstance(event, events.EngineStartFailed):  # it was not their fault
+            if loading:
+                self._loaders.failed_without(process.model.name, loading)
+            elif process.standby:
+                self.standbys.note_outcome(process.standby, good=True)
         return event
 
     async def _probe_until_ready(self, process: EngineProcess) -> None:

@@ -17,6 +17,7 @@ from vllmd.config.settings import of_the_engine
 from vllmd.config.types import ModelConfig
 from vllmd.core.types import Placement
 from vllmd.daemon.failure_text import how_it_ended, with_last_lines
+from vllmd.daemon.loaders import Loading
 from vllmd.daemon.logfile import LogFile
 from vllmd.engines import environments
 from vllmd.engines.base import Engine, Listen, Progress
@@ -77,7 +78,8 @@ class EngineProcess:
     watch: float = 0.0  # Launch.watch
     environment: str | None = None  # that it was started in; "": it has none; None: an older version noted nothing
     standby: Standby | None = None  # what a standby has to be to become it
-    anew: Anew | None = None  # writes its order once more, should the standby that it is made of be at fault
+    anew: Anew | None = None  # writes its order once more, should its standby or its loader be at fault
+    loading: Loading | None = None  # how its weights are read, where that is to be measured
     first: bool = False  # no start of such an engine is known that came through
     ending: bool = False  # it was told to go
     asleep: bool = False
@@ -98,6 +100,16 @@ class EngineProcess:
         return f"{self.phase.phase}, first time only" if self.phase.once and self.first else self.phase.phase
 
     @property
+    def loader(self) -> str:
+        """The load format that was chosen for it; "" where it loads as it would by itself."""
+        return self.loading.format if self.loading else ""
+
+    @property
+    def is_special(self) -> bool:
+        """Whether there is a plainer way to start it: without a standby, with the engine's own loader."""
+        return bool(self.running and (self.running.standby or self.loader))
+
+    @property
     def like(self) -> str:
         """What another start must have in common with this one to find what this one has compiled."""
         return f"{self.fingerprint} {self.environment or ''}".rstrip()
@@ -111,7 +123,7 @@ class EngineProcess:
         """Be that attempt instead, the one before being gone. The time that it took counts in this start."""
         for name in ("model", "instance", "listen", "fingerprint", "environment", "stop", "stop_signal"):
             setattr(self, name, getattr(other, name))
-        self.running = self.ordered = self.report = self.watcher = self.file = self.anew = None
+        self.running = self.ordered = self.report = self.watcher = self.file = self.anew = self.loading = None
         self.exited, self.health, self.ending, self.verdict = asyncio.Event(), Health(), False, ""
         self.lines.clear()
 

@@ -32,7 +32,7 @@ MOST_KEYS = 4  # that one request may bring; each is a guess
 PLACEHOLDERS = frozenset(
     ("none", "null", "empty", "dummy", "unused", "not-needed", "sk-no-key-required", "ollama", "lm-studio", "x")
 )
-NEED = "send 'Authorization: Bearer KEY'; administration needs one of the scope admin, or the admin socket"
+NEED = "send 'Authorization: Bearer KEY'; who runs this server makes keys (vllmctl key create NAME)"
 
 
 class ApiKeyAuth:

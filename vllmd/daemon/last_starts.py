@@ -6,23 +6,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vllmd.api.json_types import ForeignJson
+from vllmd.engines.start_phases import WEIGHTS
 
 MOST_ENGINES = 512  # whose last start is remembered
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """One start of an engine that came through. ``like``: what of the engine made it; another one compiles anew."""
+    """One start of an engine that came through. ``like``: what of the engine made it; another one compiles anew.
+
+    ``loader``: the load format that was chosen for it, "" for the engine's own.
+    """
 
     seconds: float
     phases: Mapping[str, float] = field(default_factory=dict)  # seconds; none where its beginning was not seen
     like: str = ""
+    loader: str = ""
 
     @classmethod
     def read(cls, kept: ForeignJson) -> Start:
         """One that was written down. Raises where it is none."""
         phases = {str(phase): float(seconds) for phase, seconds in dict(kept.get("phases", {})).items()}
-        return cls(float(kept["seconds"]), phases, str(kept.get("like", "")))
+        return cls(float(kept["seconds"]), phases, str(kept.get("like", "")), str(kept.get("loader", "")))
 
 
 class Starts(dict[str, Start]):
@@ -36,6 +41,8 @@ class Starts(dict[str, Start]):
             del self[next(iter(self))]
 
 
-def in_words(spent: Mapping[str, float]) -> str:
-    """``process 0.1 s, imports 8.2 s``: for the log; what took no time is left out."""
-    return ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in spent.items() if seconds >= 0.05)
+def in_words(spent: Mapping[str, float], loader: str = "") -> str:
+    """``process 0.1 s, weights 8.2 s (fastsafetensors)``: for the log; what took no time is left out."""
+    by = {WEIGHTS: f" ({loader})"} if loader else {}
+    return ", ".join(f"{phase} {seconds:.1f} s{by.get(phase, '')}" for phase, seconds in spent.items()
+                     if seconds >= 0.05)  # fmt: skip

@@ -1,14 +1,14 @@
 """Figures that were learnt, kept over restarts: a cache, safe to delete, never believed blindly.
 
 One JSON file in the service's cache directory, or for ``vllmd serve`` in the
-user's: ``{"costs": {...}, "runs": {...}, "decisions": {...}, "starts": {...}, "failures": {...}}``, the
-costs as ``vllmd.core.costs.CostBook`` has them; it forgets by itself what was measured
+user's: ``{"costs": {...}, "runs": {...}, "decisions": {...}, "starts": {...}, "failures": {...},
+"loaders": {...}}``, the costs as ``vllmd.core.costs.CostBook`` has them; it forgets by itself what was measured
 of a model that is now configured otherwise. ``runs`` are the last instances of each
 engine, so that what they wrote can be shown also to those who may not read the journal;
 ``decisions`` the last ones about each, as ``/admin/decisions`` has them: what is asked
 about a model outlives the daemon.
 ``starts`` tell of each engine's last start how long it took and where that time went: the daemon ends when it is idle.
-``failures`` are those that nobody has cleared (``failures.py``).
+``failures`` are those that nobody has cleared (``failures.py``). ``loaders``: how fast each was (``engines.loaders``).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from vllmd.api.codec import parse, plain
 from vllmd.api.json_types import ForeignJson
 from vllmd.daemon.failures import Failure
 from vllmd.daemon.last_starts import Start, Starts
+from vllmd.engines.loaders import LoaderBook
 from vllmd.foreign import Folder
 from vllmd.systemd.throttle import Repeated
 
@@ -45,6 +46,7 @@ class Learnt:
         self.earlier: dict[str, list[Decision]] = {}  # those of them that an earlier daemon made
         self.starts = Starts()
         self.failures: dict[str, Failure] = {}  # by engine
+        self.loaders = LoaderBook()
         self._written = ""
         self._trouble = Repeated(log)
 
@@ -81,13 +83,14 @@ class Learnt:
             starts = dict(told.get("starts", {})).items()
             self.starts = Starts((name, Start.read(kept)) for name, kept in starts)
             self.failures = {name: Failure.read(kept) for name, kept in dict(told.get("failures", {})).items()}
+            self.loaders = LoaderBook(told.get("loaders", {}))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error.__cause__, FileNotFoundError):  # nothing has been learnt yet
                 return
             what = "cannot be read" if isinstance(error.__cause__, OSError) else "is damaged"
             log.warning("ignoring %s, it %s (%s); figures are learnt anew", self._path, what, error)
             self.costs, self.runs, self.decisions, self.earlier, self.failures = {}, {}, {}, {}, {}
-            self.starts = Starts()
+            self.starts, self.loaders = Starts(), LoaderBook()
 
     def save(self) -> None:
         """Write it whole or not at all; a full disk is told and costs nothing but the figures."""
@@ -96,7 +99,7 @@ class Learnt:
         failures = {name: asdict(failure) for name, failure in self.failures.items()}
         starts = {name: asdict(start) for name, start in self.starts.items()}
         kept = {"costs": self.costs, "runs": dict(self.runs), "decisions": dict(self.decisions), "starts": starts}
-        kept["failures"] = failures
+        kept |= {"failures": failures, "loaders": self.loaders.plain()}
         text = json.dumps(kept, sort_keys=True, default=plain)
         if text == self._written:
             return

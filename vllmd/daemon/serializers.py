@@ -151,6 +151,7 @@ def line(
         detail=starting.detail if starting else "",
         last_start_seconds=last_start.seconds if last_start else None,
         start_phases=_phases(process if starting else None, last_start),
+        loader=_loader(process if starting else None, last_start),
         power=power,
         unused_energy=unused,
         started_at=time.time() - (time.monotonic() - process.started) if process else None,
@@ -167,6 +168,13 @@ def _phases(starting: EngineProcess | None, last_start: Start | None) -> Mapping
     if starting:
         return starting.phases.spent(time.monotonic()) if starting.phases.whole else {}
     return last_start.phases if last_start else {}
+
+
+def _loader(starting: EngineProcess | None, last_start: Start | None) -> str:
+    """What reads its weights in the start under way, else what did so in the last one."""
+    if starting:
+        return starting.loader
+    return last_start.loader if last_start else ""
 
 
 def about(model: ModelConfig | None) -> ModelSettings:

@@ -336,6 +336,7 @@ class Daemon:
                 return answer
         except ConfigError as error:
             log.error("not reloaded, the configuration is invalid:\n%s", error.message)
+            self.front.current.refused = error.message
             raise
         finally:
             self._notify.ready()

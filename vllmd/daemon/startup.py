@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from vllmd.core import events
+from vllmd.core import commands, events
 from vllmd.core.costs import CostBook
 from vllmd.core.scheduler import Scheduler
 from vllmd.daemon import collector
@@ -29,6 +29,7 @@ from vllmd.daemon.expectations import expect, files_of, opener, paths_of, settin
 from vllmd.daemon.failures import remembered
 from vllmd.daemon.front_end import FrontEnd
 from vllmd.daemon.launch_planner import LaunchPlanner
+from vllmd.daemon.loaders import Loaders
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.ports import PortPool
 from vllmd.daemon.read_ahead import ReadAhead
@@ -97,19 +98,16 @@ async def back_end(front: FrontEnd) -> BackEnd:
     mark_changed, usual = front.changes.mark_changed, scheduler.costs.usual
     standbys = Standbys(launcher, planner.standby_of, lambda size: report(events.StandbysHeld(size)))
     launcher.on_waiting = standbys.mark_ready
-    engines = EngineManager(
-        launcher,
-        report,
-        memory,
-        planner,
-        runtime.logs,
-        mark_changed,
-        look,
-        usual,
-        learnt.ended,
-        learnt.starts,
-        standbys,
+    loaders = Loaders(
+        learnt.loaders,
+        files_to_read,
+        lambda: front.current.config.engines.fast_loaders,
+        lambda replica: ahead.stop(commands.StopReadAhead(replica)),
     )
+    engines = EngineManager(
+        launcher, report, memory, planner, runtime.logs, mark_changed, look, usual, learnt.ended, learnt.starts,
+        standbys, loaders
+    )  # fmt: skip
     engines.configure(expected.engines, expected.estimates)
     ahead = ReadAhead(files_to_read, lambda: front.current.config.engines.read_ahead)
     standbys.configure(config.engines.standby, expected.engines.values())

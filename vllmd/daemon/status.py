@@ -49,6 +49,7 @@ class StatusInput:
     config: Config
     engines: Mapping[str, ModelConfig]  # by id
     broken: str
+    refused: str
     requests: int
     connections: int
     back: BackEnd | None
@@ -63,7 +64,7 @@ def status(seen: StatusInput, started: float) -> answers.Status:
         uptime=time.monotonic() - started,
         policy=seen.config.policy,
         opened=seen.snapshot is not None,
-        configuration=answers.Configuration(tuple(map(str, seen.config.files)), seen.broken),
+        configuration=answers.Configuration(tuple(map(str, seen.config.files)), seen.broken, seen.refused),
         requests=seen.requests,
         connections=seen.connections,
     )
@@ -194,7 +195,9 @@ class Status:
         current, back = self._current, self._back.now
         snapshot = back.snapshot() if back else None
         connections, requests = self._connections(), self._gate.requests
-        return StatusInput(current.config, current.engines, current.broken, requests, connections, back, snapshot)
+        return StatusInput(
+            current.config, current.engines, current.broken, current.refused, requests, connections, back, snapshot
+        )
 
     async def opened(self) -> None:
         """Wait until devices and engines have been found."""
@@ -283,6 +286,7 @@ class Status:
             valid=not seen.broken,
             last_starts={model: start.seconds for model, start in starts.items()},
             last_phases={model: start.phases for model, start in starts.items()},
+            last_loaders={model: start.loader for model, start in starts.items() if start.loader},
             used={index: device.used for index, device in devices.items()},
             power={index: device.power for index, device in devices.items() if device.power is not None},
             load={i: device.utilisation / 100 for i, device in devices.items() if device.utilisation is not None},

@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,6 +130,12 @@ def interpreter_of(script: str | None) -> str:
     except OSError:
         return ""
     return found[1] if found else ""
+
+
+def interpreter(model: ModelConfig, argv: Sequence[str]) -> str:
+    """The Python that runs this command of a model's engine; "" for any other program."""
+    program = in_path(model, argv[0]) if argv else None
+    return program if program and _PYTHON.fullmatch(f"#!{program}") else interpreter_of(program)
 
 
 def _folders(kind: Path) -> list[Path]:

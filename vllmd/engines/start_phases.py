@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from vllmd.engines.base import Progress
 
 PROCESS = "process"  # from the order to the launcher until the program runs
+WEIGHTS = "weights"  # reading them
 WARM_UP = "first request"  # ours, after it has answered its probe
 
 
@@ -52,7 +53,8 @@ class StartPhases:
         self._since = at
 
 
-def fields(spent: Mapping[str, float]) -> dict[str, str]:
-    """The journal fields of a start that has ended: ``VLLMD_START_IMPORTS=8.214``, in seconds."""
+def fields(spent: Mapping[str, float], loader: str = "") -> dict[str, str]:
+    """The journal fields of a start that has ended: ``VLLMD_START_IMPORTS=8.214``, in seconds; and who has loaded."""
     names = {phase: "".join(letter if letter.isalnum() else "_" for letter in phase.upper()) for phase in spent}
-    return {f"VLLMD_START_{names[phase]}": f"{seconds:.3f}" for phase, seconds in spent.items()}
+    by = {"VLLMD_LOADER": loader} if loader else {}
+    return {f"VLLMD_START_{names[phase]}": f"{seconds:.3f}" for phase, seconds in spent.items()} | by

@@ -35,6 +35,8 @@ from vllmd.config.types import ModelConfig
 from vllmd.core.types import Footprint
 from vllmd.engines import adapters, environments, ray_cluster, vllm_cpu, vllm_log
 from vllmd.engines.base import Adapter, Call, Failure, Launch, Listen, Place, Progress
+from vllmd.engines.facts import argument
+from vllmd.engines.loaders import Loader, there
 from vllmd.engines.options import choice, size, unknown
 from vllmd.engines.plain import PROBE, Plain, environment
 from vllmd.engines.standby import Standby
@@ -49,6 +51,10 @@ _WAKE_TIMEOUT = 600.0  # level 2 reads the weights from disk again
 
 INSTALL = "vllmctl engine install vllm, or name one that is installed in command, such as /opt/vllm/bin/vllm"
 _NO_RAY = ("No module named 'ray'", "Failed to import Ray")
+# Arguments that say how it loads, or may: a file of arguments, and a second model with files of its own.
+_LOADING = ("load-format", "model-loader-extra-config", "safetensors-load-strategy", "download-dir", "config",
+            "speculative-config", "spec-model", "model-weights")  # fmt: skip
+_OWN_LOADERS = ("bitsandbytes", "gguf", "torchao")  # quantizations that load in their own way
 _ABSENT = ("no command 'vllm'", "No module named 'vllm'", "No module named vllm")
 
 ROUTES = frozenset(
@@ -205,6 +211,17 @@ class Vllm(Plain):
         from vllmd.engines import vllm_standby  # not before the first start
 
         return vllm_standby.standby(model, launch, accelerator=self._accelerator())
+
+    def loaders(self, model: ModelConfig, argv: Sequence[str]) -> Sequence[Loader]:
+        """See ``loaders``; none where its arguments say how it loads, or another program starts it."""
+        if argument(model, *_LOADING) or argument(model, "quantization", "q") in _OWN_LOADERS:
+            return ()
+        python = environments.interpreter(model, argv)
+        return there(python, nvidia=os.path.exists(vllm_cpu.NVIDIA)) if python else ()
+
+    def load_with(self, argv: Sequence[str], load_format: str) -> tuple[str, ...]:
+        """The same command with ``--load-format``."""
+        return (*argv, "--load-format", load_format)
 
     def asleep(self) -> Call | None:
         """``/is_sleeping``: at which level, it does not tell."""

@@ -31,7 +31,8 @@ from vllmd.config.types import ModelConfig
 from vllmd.sizes import GiB
 
 COMPILING = {"VLLM_USE_AOT_COMPILE": "0"}
-ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd")  # CUDA, ROCm
+NVIDIA = "/dev/nvidiactl"
+ACCELERATORS = (NVIDIA, "/dev/kfd")  # CUDA, ROCm
 # Beside weights and cache: API server, engine core and worker, which each have imported all of PyTorch.
 OVERHEAD = GiB * 3 // 2
 BIND = "VLLM_CPU_OMP_THREADS_BIND"

@@ -76,7 +76,7 @@ def open_devices(
     except NoNvml as error:
         if error.trouble:
             return Unanswered("nvml", error.trouble)
-        why = f"{error} (no NVIDIA driver on this machine)"
+        why = "there is no GPU with a driver"  # so neither the library nor its Python module is missed
     else:
         if devices.inventory():
             return devices

@@ -272,7 +272,7 @@ class _Making:
                 script.write_bytes(text.replace(old, new))
         site = str(self._site())
         argv = [self._python, "-I", "-m", "compileall", "-qq", "-j0", "-s", os.fsdecode(old), "-p", os.fsdecode(new)]
-        self._run([*argv, site], Progress("compiling", self._wanted.kind))  # what cannot be compiled is no program
+        self._run([*argv, site], Progress("byte-compiling", self._wanted.kind))  # what cannot be compiled is no program
         folders.note(self._env, self._build)
         os.sync()
         self._env.rename(self._folder / version)

@@ -161,8 +161,8 @@ def _finisher(loop: Loop, supervisor: Supervisor) -> Callback:
     """Kills all engines and ends when the last one and its run directory are gone, or after ``END_LIMIT``."""
 
     def finish() -> None:
-        supervisor.kill_all()
         loop.later(END_LIMIT, loop.stop)
+        supervisor.kill_all()
         wait()
 
     def wait() -> None:

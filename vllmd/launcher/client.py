@@ -59,6 +59,7 @@ log = logging.getLogger(__name__)
 
 ANSWER_LIMIT = 30.0  # seconds: pystemd may freeze the launcher for 25 when PID 1 does not answer
 FIRST_RETRY, LAST_RETRY = 0.05, 2.0  # seconds between attempts to connect again
+PRIVATE_END = 30.0  # seconds that a private launcher may take to end its engines and itself
 
 R = TypeVar("R", bound=Reply)
 OnExit = Callable[[ExitReport], None]
@@ -469,9 +470,14 @@ class _PrivateLauncher:
         return ours
 
     def reap(self) -> None:
-        """Wait for it: it ends by itself when the connection is closed."""
+        """Wait for it: it ends by itself when the connection is closed. One that does not is killed."""
         if self._process:
-            self._process.wait()
+            try:
+                self._process.wait(PRIVATE_END)
+            except subprocess.TimeoutExpired:
+                log.error("the launcher has not ended %g s after its connection was closed, and is killed", PRIVATE_END)
+                self._process.kill()
+                self._process.wait()
 
 
 def _connect_path(path: str | Path) -> socket.socket:

@@ -242,9 +242,10 @@ class Supervisor:
             engine.group.kill()
 
     def kill_all(self) -> None:
-        """Send SIGKILL to every process of every engine."""
-        for instance in self._engines:
-            self.kill(instance)
+        """Send SIGKILL to every process of every engine. One that is being made of a standby takes that one away."""
+        for instance in tuple(self._engines):
+            with contextlib.suppress(KeyError):
+                self.kill(instance)
 
     def stop_requested(self, instance: str) -> None:
         """systemd is stopping the scope and leaves the polite part to us: SIGTERM to the main process alone."""

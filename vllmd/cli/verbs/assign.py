@@ -34,8 +34,15 @@ def run(arguments: argparse.Namespace) -> int:
         print(show.as_json(said))
     else:
         show.say(f"{name}: {', '.join(f'{key}: {value}' for key, value in settings.items())} written to {path}")
-        print("it runs with that" if arguments.restart else "vllmctl reload puts it into force")
+        show.say(in_force(name, said.get("restarted")))
     return 0
+
+
+def in_force(name: str, restarted: object) -> str:
+    """``restarted``: whether it was loaded and is anew; None where nothing was asked of the daemon."""
+    if restarted is None:
+        return "vllmctl reload puts it into force"
+    return "it runs with that" if restarted else f"it is in force; {name} is not loaded, its next start goes by it"
 
 
 def wanted(devices: str | None, memory: str | None) -> dict[str, str]:

@@ -43,4 +43,6 @@ def facts(status: Status, where: str) -> dict[str, object]:
     }
     if config.error:
         shown["configuration error"] = config.error
+    elif config.refused:
+        shown["not in force"] = f"the files as they are now; a restart would serve no model: {config.refused}"
     return shown

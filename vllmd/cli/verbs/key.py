@@ -9,6 +9,7 @@ Keys of the configuration are shown, and changed there.
 from __future__ import annotations
 
 import argparse
+import sys
 
 from vllmd.api.answers import KeyLine, Keys, NewKey
 from vllmd.api.verbs import verb
@@ -28,6 +29,7 @@ LIMITS = {  # option -> setting, and what it says
     "priority": "higher ones are served first where requests wait (default: 0)",
     "share": "turns to one of others of its priority (default: 1)",
 }
+FIRST = "this is the first key: from now on every request needs one, as 'Authorization: Bearer KEY'"
 HEAD = ("NAME", "SCOPES", "MODELS", "LIMITS", "NOTE")
 
 
@@ -59,8 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise Failure(f"key {word} takes no limits", EX_USAGE)
     if word == "create":
         made = admin.told(verb("create_key"), NewKey, {"name": name, "settings": given})
-        print(show.as_json(made) if arguments.json else made.key)
-        return 0
+        print(show.as_json(made) if arguments.json else made.key, flush=True)
+        return _tell_of_the_first(admin)
     if word == "limit":
         if not given:
             raise Failure("say what to change, such as --tokens-per-day 1000000", EX_USAGE)
@@ -79,6 +81,13 @@ def run(arguments: argparse.Namespace) -> int:
         )
     else:
         show.say("there are no keys: whoever reaches vllmd may use the models; vllmctl key create NAME makes one")
+    return 0
+
+
+def _tell_of_the_first(admin: Admin) -> int:
+    """Tell that the first key locks out every client without one, the administrator's own programs included."""
+    if len(admin.told(verb("keys"), Keys, {}).keys) == 1:
+        show.say(FIRST, sys.stderr)
     return 0
 
 

@@ -11,7 +11,7 @@ TAKES_ALL = True  # the simulator reads its arguments itself
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("rest", nargs="*", metavar="...", help="the simulator's own: vllmctl simulate --help")
+    parser.add_argument("rest", nargs="*", metavar="argument", help="the simulator's own: vllmctl simulate --help")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -94,7 +94,7 @@ function About({ line }) {
     ["memory held", line.memory > 0 && `${bytes(line.memory)} on GPU ${line.devices.join(", ")}`],
     ["requests at a time", card?.limits?.concurrency], ["longest queue", card?.limits?.queue],
     ["last start", seconds(line.last_start_seconds)],
-    ["of which", Object.entries(line.start_phases || {}).filter(([, took]) => took >= 0.05).map(([phase, took]) => `${phase} ${seconds(took)}`).join(", ")],
+    ["of which", Object.entries(line.start_phases || {}).filter(([, took]) => took >= 0.05).map(([phase, took]) => `${phase} ${seconds(took)}${phase === "weights" && line.loader ? ` (${line.loader})` : ""}`).join(", ")],
     ["unit", line.unit], ["process", line.pid],
     ["disabled", line.disabled], ["waits for", line.waiting_for], ["leases", line.leases.join(", ")],
   ]; // prettier-ignore
