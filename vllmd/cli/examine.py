@@ -156,7 +156,7 @@ def place(host: Host) -> Iterator[Finding]:
 
 
 def configuration(host: Host) -> Iterator[Finding]:
-    """It is valid, and the engines' programs and files are there."""
+    """Whether the configuration is valid, and the engines' programs and files are there."""
     from vllmd.cli.examine_engines import programs, vllm_on_cpu
     from vllmd.config.loader import read
 

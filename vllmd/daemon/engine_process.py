@@ -136,7 +136,7 @@ class EngineProcess:
         return with_last_lines(with_root(how, failure) if tells_error(failure.reason) else how, lines, failure.reason)
 
     def forget_start(self) -> None:
-        """It is ready: the many lines of its start are of no more use."""
+        """Drop the log lines of the start, once the engine is ready."""
         while len(self.lines) > LINES_AFTERWARDS:
             self.lines.popleft()
 
@@ -148,7 +148,7 @@ class EngineProcess:
         return read + end
 
     def last_lines(self) -> list[str]:
-        """Its last log lines; the launcher's own copy is the complete one."""
+        """The engine's last log lines; the launcher has them all."""
         if self.report and self.report.log_tail:
             return list(self.report.log_tail)
         return list(self.lines)

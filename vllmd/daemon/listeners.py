@@ -164,7 +164,7 @@ class Listeners:
 
     @property
     def clients(self) -> int:
-        """Those of ``connections`` that are not operators."""
+        """How many of ``connections`` are clients', not operators'."""
         return sum(server.connections for server in self._clients)
 
     def exchanges(self) -> Iterator[Exchange]:

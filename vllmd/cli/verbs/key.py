@@ -89,13 +89,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _tell_of_the_first(admin: Admin) -> None:
-    """It locks out whoever has none, programs of the same administrator included."""
+    """Tell that the first key locks out every client without one, the administrator's own programs included."""
     if len(admin.told(verb("keys"), Keys, {}).keys) == 1:
         show.say(FIRST, sys.stderr)
 
 
 def _tell_of_unknown(admin: Admin, given: Mapping[str, object]) -> int:
-    """A key may be for a model that is yet to come, but more often its name is misspelt: the key opens nothing then."""
+    """Warn of names that are no model's: a model may be yet to come, but more often its name is misspelt."""
     names = given.get("models")
     if isinstance(names, list) and names:
         with contextlib.suppress(Failure):  # the key is made, whatever becomes of this
