@@ -104,7 +104,7 @@ def test_at_rest_it_looks_only_when_the_watchdog_wants_it_or_something_happens(
         )
         daemon._notify = SimpleNamespace(watchdog=int, status=str, watchdog_interval=15.0)  # type: ignore[assignment]
         daemon._runtime, daemon._idle_exit = RuntimeEnvironment(activated=False), IdleExit(0.0)
-        daemon._said, daemon._slept = "", SimpleNamespace(passed=float)  # type: ignore[assignment]
+        daemon._last_status, daemon._slept_time = "", SimpleNamespace(passed=float)  # type: ignore[assignment]
         task, counts = asyncio.ensure_future(daemon._tick()), []
         for clock in (100.0, 101.0):
             await loop.until(clock)

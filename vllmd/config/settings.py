@@ -999,7 +999,7 @@ class Leaf:
 
     @property
     def variables(self) -> tuple[str, ...]:
-        """Its environment variables, the documents' own last."""
+        """The setting's environment variables, the documents' own last."""
         if "[]" in self.path or "NAME" in self.path or isinstance(self.row.kind, Group):
             return ()
         own = "VLLMD_" + self.path.upper().replace(".", "_")

@@ -507,7 +507,7 @@ class AdmissionGate:
             self._left(permit)
 
     def _left(self, permit: Permit) -> None:
-        """Its client is gone, or was sent away."""
+        """A waiting request's client is gone, or was refused."""
         if permit.admitted:
             permit.release()
         elif self._drop(permit.request):
@@ -585,7 +585,7 @@ class Permit:
         self._reason: str | None = None  # why it was cut
 
     def decide(self) -> None:
-        """It was admitted or refused: ``AdmissionGate.acquire`` goes on."""
+        """The request was admitted or refused: ``AdmissionGate.acquire`` goes on."""
         if self.decided is not None and not self.decided.done():
             self.decided.set_result(None)
 

@@ -25,7 +25,7 @@ from vllmd.daemon.event_loop import name_of, new_loop
 from vllmd.daemon.key_store import key_store_path
 from vllmd.daemon.listen import Listeners, listeners, told
 from vllmd.daemon.records import store_path
-from vllmd.daemon.service import Daemon, meant_for_us
+from vllmd.daemon.service import Daemon, for_this_host
 from vllmd.errors import ConfigError
 from vllmd.systemd.activation import take_listeners
 from vllmd.systemd.journal import setup_logging
@@ -105,7 +105,7 @@ def _raise_file_limit() -> None:
 
 async def _live(config: Config, broken: str, around: RuntimeEnvironment, reload: Any, sockets: Listeners) -> int:
     log.info("the event loop is %s", name_of(asyncio.get_running_loop()))
-    daemon = Daemon(await meant_for_us(config, around), around, reload, sockets, broken)
+    daemon = Daemon(await for_this_host(config, around), around, reload, sockets, broken)
     await daemon.run()
     return EX_SOFTWARE if daemon.failed else 0
 

@@ -26,7 +26,7 @@ OLLAMA_PATH, OWN_PATH = "/api/", "/api/v1/"
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Who is at the other end: an address and port, or on a Unix socket the process, user and group."""
+    """A client: an address and port, or on a Unix socket the process, user and group."""
 
     address: str = ""
     port: int = 0
