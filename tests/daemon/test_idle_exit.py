@@ -89,7 +89,7 @@ def test_at_rest_it_looks_only_when_the_watchdog_wants_it_or_something_happens(
     async def play() -> list[int]:
         changes = Changes(*[Idle()] * 4)
         server = SimpleNamespace(idle_exit=None)
-        standbys = SimpleNamespace(in_use=False, look=lambda **told: None)
+        standbys = SimpleNamespace(in_use=False, review=lambda **told: None)
         back = There(
             activity=lambda: seen.append(None) or SimpleNamespace(replicas=(), devices=(), host_standbys=0),
             engines=SimpleNamespace(processes={}, standbys=standbys),
