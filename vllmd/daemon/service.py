@@ -172,7 +172,7 @@ class Daemon:
             seen = back.activity() if back else None
             self._notify.watchdog()
             self._send_status(seen)
-            if self._may_exit(seen):
+            if self._may_exit(seen) and not self._stopping.is_set():  # a second time it would wait for nobody
                 log.info("nothing is loaded and nobody is connected: exiting until the next connection")
                 self.stop()
             if back and seen:
