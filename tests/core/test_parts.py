@@ -96,6 +96,16 @@ def test_the_first_observation_replaces_the_prior() -> None:
     assert costs.wake(0) == 5.0
 
 
+def test_who_starts_in_no_time_is_gone_in_no_time() -> None:
+    """Nobody has seen it stop: that takes no longer than its start did, until it is known."""
+    costs = Costs()
+    assert costs.sleep(0) == 3.0
+    costs.observe("start", 0.2)
+    assert costs.sleep(0) == 0.2
+    costs.observe("stop", 0.5)
+    assert costs.sleep(0) == 0.5
+
+
 @pytest.mark.parametrize("absurd", [-1.0, math.inf, math.nan])
 def test_absurd_times_teach_nothing(absurd: float) -> None:
     """A clock that jumped must not poison the figures."""

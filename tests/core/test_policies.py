@@ -87,6 +87,17 @@ def test_a_busy_victim_that_may_be_frozen_leaves_earlier() -> None:
     assert plan.drain < INFINITY
 
 
+def test_sleepers_that_start_quickly_are_stopped_rather_than_the_busy_waited_for() -> None:
+    """In a batch of 20 models their remainders took a third place; who starts slowly, or is waited for, stays."""
+    quick, slow = OffloadOption(0, 1, 0.1, 0.25), OffloadOption(0, 1, 3.0, 20.0)
+    w, there = waiting("w", age=3.0, need=11), [busy("busy"), resident("idle")]
+    for stop, leave in ((quick, ["idle", "rest"]), (slow, None), (STOP._replace(frees=1), None)):
+        rest = resident("rest", asleep=True, options=(stop,))
+        assert victims(Adaptive().choose(see([w], [*there, rest]))) == leave
+    asked = waiting("rest", age=1.0, need=200)  # which does not fit either
+    assert Adaptive().choose(see([w, asked], [*there, resident("rest", asleep=True, options=(quick,))])) is None
+
+
 def test_a_model_that_was_just_loaded_serves_its_time() -> None:
     """Else two busy models would only swap places."""
     assert Adaptive().choose(see([waiting("w", age=60)], [busy("new", since=NOW - 1)])) is None

@@ -180,6 +180,13 @@ MUTATIONS = (
         "pass",
         "core/test_views.py",
     ),
+    Mutation(
+        "what starts slowly is not stopped for room",
+        "core/policies.py",
+        "if anew >= min([s.knobs.deadline",
+        "if False and min([s.knobs.deadline",
+        "core/test_policies.py",
+    ),
     Mutation("the policy sees each request", "core/common.py", "self.used[r] = None", "pass", ALL_CORE),
     Mutation("one late answer is no outlier", "core/health.py", "if h.late >= ENOUGH and", "if", REPLICAS),
     Mutation(

@@ -123,6 +123,8 @@ class Costs:
     def seconds(self, kind: str) -> float:
         """The expected time of ``kind``, one of KINDS."""
         known = self._known.get(kind)
+        if known is None and kind == "stop":  # whoever starts in no time is gone in no time
+            return min(self._prior(kind) * self._calibration.factor(kind), self._known.get("start", math.inf))
         return self._prior(kind) * self._calibration.factor(kind) if known is None else known
 
     def learnt(self, kind: str) -> float:

@@ -53,6 +53,13 @@ def cheapest(s: PolicyInput, w: Waiting, residents: Sequence[Resident], price: P
     return None
 
 
+def cheapest_of(s: PolicyInput, w: Waiting, residents: Sequence[Resident], price: Price) -> EvictionSet | None:
+    """The cheapest of just these, asleep or not, each leaving in its preferred way; None: not even all are enough."""
+    supplies = unclaimed(s, w)
+    group = [Candidate(price(r, r.options[0]), r, r.options[0]) for r in residents]
+    return _jointly(w, supplies, group, s.knobs.victims) if supplies else None
+
+
 def groups(
     w: Waiting, supplies: Sequence[DeviceSupply], residents: Sequence[Resident], price: Price
 ) -> Iterator[list[Candidate]]:

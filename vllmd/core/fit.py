@@ -371,6 +371,11 @@ def if_the_idle_slept(supply: DeviceSupply, there: Tenants, w: Waiting) -> bool:
     return supply.free + there.idle >= w.need_on(supply.device)
 
 
+def if_the_light_left(supply: DeviceSupply, there: Tenants, w: Waiting) -> bool:
+    """The same once, besides, those sleepers have stopped that start quickly."""
+    return supply.free + there.idle + there.light >= w.need_on(supply.device)
+
+
 def enough(w: Waiting, free: Mapping[int, int]) -> tuple[int, ...]:
     """The roomiest devices that ``w`` needs, with so many bytes free on each; none if they are too few."""
     good = sorted([index for index in free if free[index] >= w.need_on(index)], key=lambda index: (-free[index], index))

@@ -8,8 +8,17 @@ from functools import cached_property, partial
 from typing import NamedTuple
 
 from vllmd.core.assignment import Item, assign
-from vllmd.core.eviction import Candidate, EvictionSet, cheapest, oldest_first
-from vllmd.core.fit import after_sleeps, can_move, fits, if_all_slept, if_the_idle_slept, spare, unclaimed
+from vllmd.core.eviction import Candidate, EvictionSet, cheapest, cheapest_of, oldest_first
+from vllmd.core.fit import (
+    after_sleeps,
+    can_move,
+    fits,
+    if_all_slept,
+    if_the_idle_slept,
+    if_the_light_left,
+    spare,
+    unclaimed,
+)
 from vllmd.core.policy import (
     INFINITY,
     NOBODY,
@@ -21,6 +30,7 @@ from vllmd.core.policy import (
     Victim,
     Waiting,
     drain_time,
+    light,
 )
 from vllmd.core.pricing import Prices, budgets, longest_drain, rate_of
 
@@ -244,7 +254,10 @@ class Adaptive:
     3. If all of them are idle, they leave at once. Only one that is expected
        back sooner than the swap takes is spared, and only for as long as the
        swap takes: then rent was paid for the price of buying. What nobody has
-       measured yet spares nobody.
+       measured yet spares nobody. If one is busy, the idle ones and sleepers that
+       nobody waits for leave instead, where the sleepers could start anew twice
+       before the busy ones will be idle: their remainders, a little each, must not
+       keep a whole engine out of its place while a batch waits for it.
     4. A busy one leaves when the queue has waited past the deadline, which is
        the longer the more there is to do for all who wait; or when else its
        configured drain limit could not be kept, which bounds the wait and not
@@ -342,23 +355,46 @@ class _Turns:
         if move:
             return move
         if eviction is None:
-            if urgent or self.dear:
+            rested = self._rested(w)
+            if rested is None and (urgent or self.dear):
                 self._hold(due_there(s, w))
-            return None
+            return rested
         offer = _offer(s, self.prices, w, eviction, urgent)
         why = self._due(w, offer, urgent)
         if why and not too_early(s, eviction, offer.cost - w.load - takes(eviction)):
             numbers = _numbers(w, offer, self.deadline)
             return Plan(w.model, eviction.devices, eviction.victims, offer.budget, why, numbers)
-        if urgent or self.dear:
+        rested = None if why else self._rested(w)
+        if rested is None and (urgent or self.dear):
             self._hold(eviction.devices)
-        return None
+        return rested
+
+    def _rested(self, w: Waiting) -> Plan | None:
+        """3: the plan without the busy ones: the idle leave, and sleepers stop that nobody waits for."""
+        s, asked = self.s, {each.model for each in self.s.waiting}
+        there = s.on(w.devices)
+        busy = [r for r in there if not r.asleep and (r.running or r.queued)]
+        if not busy or not any(light(r) for r in there):
+            return None
+        rested = [r for r in there if not (r.running or r.queued or r.model in asked) and (light(r) or not r.asleep)]
+        eviction = cheapest_of(s, w, rested, partial(self.prices.alone, w, False))
+        if eviction is None or too_early(s, eviction, 0.0):
+            return None
+        anew = sum([option.takes + 2.0 * option.back for _, r, option in eviction.members if r.asleep])
+        if anew >= min([s.knobs.deadline, *[_until_idle(s, r) for r in busy]]):
+            return None
+        cost = takes(eviction) + w.load
+        if not self._due(w, Offer(eviction, INFINITY, 0.0, cost, 0.0), urgent=False):
+            return None
+        why = "those that sleep there start anew sooner than the busy ones will be idle"
+        return Plan(w.model, eviction.devices, eviction.victims, why=why, numbers=_waited(s, w))
 
     def must_wait(self, w: Waiting) -> bool:
         """Whether its device is another's, or cannot be had without draining somebody who need not drain yet.
 
         The case of most waiters on a crowded machine, told without a search: whatever set of victims the search would
-        find, a busy one would be in it, or it would be too early for it. False: that needs a closer look.
+        find, a busy one would be in it, or it would be too early for it. False: that needs a closer look, also because
+        sleepers that start quickly may be stopped instead.
         """
         if len(w.devices) != 1:
             return False
@@ -367,7 +403,9 @@ class _Turns:
             return True
         if there.pressed or not if_all_slept(supply, w):
             return False
-        return not if_the_idle_slept(supply, there, w) or there.takes + AHEAD < supply.until - self.s.now
+        if if_the_idle_slept(supply, there, w):
+            return there.takes + AHEAD < supply.until - self.s.now
+        return not there.light or not if_the_light_left(supply, there, w)
 
     def _on(self, w: Waiting) -> Iterable[Resident]:
         """Each of the residents of its devices once; not the sleepers where it is enough if all others sleep."""

@@ -113,6 +113,7 @@ class Tenants(NamedTuple):
     idle: int = 0  # bytes that come free if all that are awake and idle sleep
     takes: float = 0.0  # seconds until these sleep, one after the other
     pressed: bool = False  # a busy one may have to leave before the deadline: it can be frozen, or has a drain limit
+    light: int = 0  # bytes that come free if those that sleep, and start quickly, stop
 
     @classmethod
     def of(cls, residents: Collection[Resident]) -> Tenants:
@@ -126,12 +127,20 @@ class Tenants(NamedTuple):
                 takes += r.options[0].takes
             elif r.freezable or r.drain_limit < INFINITY:
                 pressed = True
-        return cls(awake, asleep, frees, takes, pressed)
+        return cls(awake, asleep, frees, takes, pressed, sum([r.options[-1].frees for r in asleep if light(r)]))
 
     @property
     def all(self) -> tuple[Resident, ...]:
         """The replicas that hold memory of devices, awake or asleep."""
         return (*self.awake, *self.asleep)
+
+
+LIGHT = 30.0  # seconds: half of the deadline
+
+
+def light(r: Resident) -> bool:
+    """A sleeper that starts so quickly that it may be stopped rather than that a busy one is waited for."""
+    return r.asleep and r.options[-1].back < LIGHT
 
 
 class PolicyInput(NamedTuple):

@@ -81,5 +81,5 @@ def is_script_of(program: str, line: str) -> bool:
 
 
 def early(env: Mapping[str, str], late: frozenset[str]) -> tuple[tuple[str, str], ...]:
-    """Those of an order's variables that an import may read."""
+    """The variables of an order that an import may read."""
     return tuple(sorted((name, value) for name, value in env.items() if name not in late))

@@ -49,7 +49,7 @@ class Reach(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who sent a request, and what that opens.
+    """The sender of a request, and what the sender may do.
 
     ``name`` is the API key's, "" without one. ``models``: the only ones it may use, by their configured names;
     None: all. ``refusal`` makes what the caller is told of a scope that it lacks; None: that its key does not open it.
