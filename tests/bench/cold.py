@@ -12,8 +12,8 @@ real file. That file's pages are dropped before each swap; with and without ``en
 come, and the same through vllmd from the client's request on, by turns, so that the load of the machine falls on both.
 ``--standby``: also with a standby that waits; what its imports took while nobody waited is told beside it.
 ``--cold`` drops the pages of vLLM's environment and of the model before each start. Beside the seconds stands the CPU
-time of all its processes, which hardly depends on who else is at work, and that of vllmd's daemon and launcher, until the
-first token and until vLLM's program runs.
+time of all its processes, which hardly depends on who else is at work. That of vllmd's daemon and launcher is told, too:
+until the first token, and until vLLM's program runs.
 
 Pages are dropped file by file (POSIX_FADV_DONTNEED): that troubles nobody else on the machine, as drop_caches would.
 """
@@ -182,8 +182,8 @@ def table(took: Mapping[str, Sequence[Took]]) -> None:
     seen = [each for each in took["vllmd"] if each.program]
     if seen:
         until, program = (statistics.median(getattr(each, of) for each in seen) for of in ("until", "program"))
-        print(f"\nFrom the request until vLLM's program runs, without a standby: {1000 * program:.0f} ms, in which "
-              f"vllmd computes for {1000 * until:.0f} ms, {until / cpu:.4f} of what vLLM's start computes.")  # fmt: skip
+        print(f"\nFrom the request until vLLM's program runs, without a standby: {1000 * program:.0f} ms; meanwhile "
+              f"vllmd computes for {1000 * until:.0f} ms, {until / cpu:.4f} of what vLLM's start does.")  # fmt: skip
 
 
 def _environment(home: Path) -> dict[str, str]:
