@@ -12,7 +12,7 @@ real file. That file's pages are dropped before each swap; with and without ``en
 come, and the same through vllmd from the client's request on, by turns, so that the load of the machine falls on both.
 ``--standby``: also with a standby that waits; what its imports took while nobody waited is told beside it.
 ``--cold`` drops the pages of vLLM's environment and of the model before each start. Beside the seconds stands the CPU
-time of all its processes, which hardly depends on who else is at work. That of vllmd's daemon and launcher is told, too:
+time of all its processes, which hardly depends on who else is at work. That of vllmd's daemon and launcher is told:
 until the first token, and until vLLM's program runs.
 
 Pages are dropped file by file (POSIX_FADV_DONTNEED): that troubles nobody else on the machine, as drop_caches would.
