@@ -86,7 +86,7 @@ class TransformersOf(Plain):
         return (Call("POST", "/reset", timeout=120.0),)
 
     def standby(self, model: ModelConfig, launch: Launch) -> Standby | None:
-        """See ``transformers_standby``."""
+        """See ``transformers_standby``; none on a GPU that is not of NVIDIA's."""
         from vllmd.engines import transformers_standby  # not before the first start
 
         foreign = has_accelerator() and not os.path.exists(NVIDIA)
