@@ -62,7 +62,7 @@ def play(story: Story) -> None:
 
     async def told(loop: StillLoop) -> None:
         core = Wanting()
-        dispatcher = Dispatcher(core, {})
+        dispatcher = Dispatcher(core, {}, clock=loop.time)
         await story(loop, dispatcher, core)
         dispatcher.close()
 
@@ -182,7 +182,7 @@ def test_refusals_do_not_drown_the_log(caplog: pytest.LogCaptureFixture) -> None
 
     async def told(loop: StillLoop) -> None:
         decided = list[Decision]()
-        dispatcher = Dispatcher(Refusing(), {}, lambda decision, now: decided.append(decision))
+        dispatcher = Dispatcher(Refusing(), {}, lambda decision, now: decided.append(decision), clock=loop.time)
         for _ in range(10 * DECISIONS):
             dispatcher.post(ARRIVED)
         dispatcher.post(events.TimePassed())
