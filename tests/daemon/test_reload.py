@@ -76,6 +76,7 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "models.NAME.pipeline_parallel_size": (1, 2),
     "idle.level": (1, 2),
     "pull.endpoint": ("http://one.example", "http://two.example"),
+    "server.event_loop": ("asyncio", "uvloop"),
     "records.spans": ("http://one.example", "http://two.example"),
     "pull.index": ("http://one.example", "http://two.example"),
     "models.NAME.preload": (False, True),

@@ -357,6 +357,7 @@ class Status(Answer):
     pid: int = 0
     uptime: float = 0.0
     policy: str = ""
+    event_loop: Annotated[str, "asyncio, or uvloop with its version"] = ""
     opened: Annotated[bool, "devices and engines have been found"] = True
     configuration: Configuration = Configuration()
     requests: int = 0

@@ -128,6 +128,7 @@ def memory(host: Host) -> Iterator[Finding]:
     for path, least, why in (
         ("/dev/shm", GiB, "engines exchange tensors there"),
         ("/var/lib/vllmd-engine", 20 * GiB, "models are kept there"),
+        ("/var/lib/vllmd", GiB // 8, "keys, added models, disabled ones and who used what are kept there"),
     ):
         if not host.path(path).is_dir():
             continue

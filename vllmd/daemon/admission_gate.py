@@ -182,6 +182,10 @@ class AdmissionGate:
         """Whether a model, an alias or another offer is called that."""
         return name in self._names
 
+    def would_fetch(self, name: str) -> bool:
+        """Whether a request that names it may have a model fetched that is not here yet."""
+        return self._fetching.may(name)
+
     def _offer(self) -> None:
         """Draw up what is offered, and forget what names meant before."""
         self._offers = Offers(self._models, self._pools, self._adapters)

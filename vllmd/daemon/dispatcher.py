@@ -14,6 +14,7 @@ import asyncio
 import itertools
 import logging
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -31,6 +32,7 @@ from vllmd.systemd.throttle import Throttle
 log = logging.getLogger("vllmd")
 
 DECISIONS = 300  # of a kind that are logged per minute
+FAILURES = ("fail", "crash")  # what nobody decided: journalctl -p err finds them in the morning
 FAILED = "vllmd could not do it; its log says why"
 
 
@@ -87,6 +89,7 @@ class Dispatcher:
         execute: Mapping[type, Callable[[Any], None]],
         decided: Callable[[Decision, float], None] = _ignore_decision,
         changed: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``execute``: who carries out which kind of command (``executors``).
 
@@ -99,6 +102,7 @@ class Dispatcher:
         self._numbers = itertools.count(1)
         self._decided = decided
         self._changed = changed
+        self._clock = clock  # the loop's own may stand still for a turn (``event_loop``)
         self._inbox: deque[events.Event] = deque()
         self._handling = False
         self._failed: events.Event | None = None  # the last one that the scheduler failed at
@@ -114,7 +118,7 @@ class Dispatcher:
 
     def now(self) -> float:
         """The core's clock, in seconds."""
-        return self._loop.time()
+        return self._clock()
 
     def post(self, event: events.Event) -> None:
         """Take an event in; returns after its commands, and those of all it led to, were begun."""
@@ -127,7 +131,7 @@ class Dispatcher:
             while self._inbox:
                 event = self._inbox.popleft()
                 try:
-                    decided = self._scheduler.handle(event, self._loop.time())
+                    decided = self._scheduler.handle(event, self._clock())
                 except Exception:  # a defect: say so, and keep serving everybody else
                     log.exception("the scheduler could not handle %s", event)
                     self._failed, decided = event, _refusal(event)
@@ -187,7 +191,7 @@ class Dispatcher:
             return
         if self._timer is not None:
             self._timer.cancel()
-        self._timer, self._timer_due = self._loop.call_at(due, self._on_timer), due
+        self._timer, self._timer_due = self._loop.call_later(max(0.0, due - self.now()), self._on_timer), due
 
     def _on_timer(self) -> None:
         self._timer, self._timer_due = None, math.inf
@@ -202,11 +206,12 @@ class Dispatcher:
         numbers = {f"VLLMD_{key.upper()}": value for key, value in decision.numbers.items()}
         replica = {"VLLMD_REPLICA": decision.replica} if decision.replica else {}
         fields = {"MODEL": decision.model, "DECISION": decision.what, **replica, **numbers}
-        about = decision.replica or decision.model
+        about = decision.replica or decision.model or "vllmd"  # of no model's: a device is drained, say
         # Clients lead to many of them, refused requests above all: each kind has a rate of its own.
-        throttle = self._throttles.setdefault(decision.what, Throttle(log, burst=DECISIONS, clock=self._loop.time))
-        throttle.say(logging.INFO, "%s: %s: %s", about, decision.what, decision.why, fields=fields)
-        self._decided(decision, self._loop.time())
+        throttle = self._throttles.setdefault(decision.what, Throttle(log, burst=DECISIONS, clock=self._clock))
+        level = logging.ERROR if decision.what in FAILURES else logging.INFO
+        throttle.say(level, "%s: %s: %s", about, decision.what, decision.why, fields=fields)
+        self._decided(decision, self._clock())
 
     def flush_log(self) -> None:
         """Say how many decisions were not logged, if none came since that would have said so."""

@@ -16,7 +16,7 @@ from typing import Any
 from vllmd.config.settings import of_the_engine
 from vllmd.config.types import ModelConfig
 from vllmd.core.types import Placement
-from vllmd.daemon.failure_text import how_it_ended, with_last_lines
+from vllmd.daemon.failure_text import how_it_ended, tells_error, with_last_lines, with_root
 from vllmd.daemon.loaders import Loading
 from vllmd.daemon.logfile import LogFile
 from vllmd.engines import environments
@@ -130,7 +130,10 @@ class EngineProcess:
     def reason(self) -> str:
         """Why it is gone, with its last words where they are at hand."""
         lines, how = self.last_lines(), self.verdict or how_it_ended(self.report)
-        return with_last_lines(how, lines) if lines else how
+        if not lines:
+            return how
+        failure = self.engine.failure(lines)
+        return with_last_lines(with_root(how, failure) if tells_error(failure.reason) else how, lines, failure.reason)
 
     def forget_start(self) -> None:
         """Drop the log lines of the start, once the engine is ready."""

@@ -38,6 +38,7 @@ log = logging.getLogger("vllmd")
 SAMPLE_INTERVAL = 5.0  # seconds between looks at the devices while an engine is loaded
 WAIT_INTERVAL = 1.0  # the same while a model waits for room: strangers may leave any moment
 STATUS_INTERVAL, SHORTEST_TICK = 1.0, 0.05  # seconds
+REST = 60.0  # seconds between looks at rest, where no watchdog wants them sooner
 STOP_ENGINES_LIMIT = 60.0
 ANSWERS_LIMIT = 5.0  # for answers that clients are still taking
 NOTES_LIMIT = 2.0  # for notes that the next daemon can do without; a launcher that has died cannot take them
@@ -160,7 +161,10 @@ class Daemon:
     # -- chores ----------------------------------------------------------------------------
 
     async def _tick(self) -> None:
-        """Do the periodic chores: once a second, or as often as the idle exit wants."""
+        """Do the periodic chores: once a second, or as often as the idle exit wants.
+
+        At rest only as often as the watchdog wants, and when something happens.
+        """
         looked = kept = -SAMPLE_INTERVAL
         bad: frozenset[tuple[str, str]] | None = None  # what is in error, as kept last
         while True:
@@ -196,8 +200,27 @@ class Daemon:
                     keep, looked = now >= kept + SAMPLE_INTERVAL, now
                     kept = now if keep else kept
                     self.side_task(self._sample(back, keep=keep))
-            idle_exit = self.front.current.config.server.idle_exit
-            await asyncio.sleep(min(STATUS_INTERVAL, max(idle_exit or 0.0, SHORTEST_TICK)))
+            if back and seen and self._rests(back, seen):
+                await self.front.changes.changed(self._longest_rest())
+            else:
+                await asyncio.sleep(self._tick_interval())
+
+    def _tick_interval(self) -> float:
+        idle_exit = self.front.current.config.server.idle_exit
+        return STATUS_INTERVAL if idle_exit is None else min(STATUS_INTERVAL, max(idle_exit, SHORTEST_TICK))
+
+    def _rests(self, back: BackEnd, seen: Snapshot) -> bool:
+        """Whether nothing will be to do until somebody wants something, which changes what the core knows."""
+        front = self.front
+        in_use = front.listeners.connections or front.store.active or back.engines.standbys.in_use
+        return not in_use and self._look_interval(back, seen) == math.inf
+
+    def _longest_rest(self) -> float:
+        """Seconds until the watchdog wants a sign of life, or the idle exit is due."""
+        after, longest = self.front.current.config.server.idle_exit, self._notify.watchdog_interval or REST
+        if after is None or not self._runtime.activated:
+            return longest
+        return min(longest, max(self._idle_exit.left(time.monotonic(), after), SHORTEST_TICK))
 
     async def _sample(self, back: BackEnd, *, keep: bool) -> None:
         """A side task: neither a stuck driver nor a stuck launcher may hold up the watchdog.

@@ -100,6 +100,11 @@ class Standbys:
         """Bytes of host memory that they hold together."""
         return sum(one.memory for one in self.kept.values())
 
+    @property
+    def in_use(self) -> bool:
+        """Whether there is one, or may be one soon: then ``look`` wants to be called."""
+        return bool(self._recent or self.kept)
+
     # -- starts
 
     def claim(self, standby: Standby | None, needs: int = 0) -> str:
@@ -175,7 +180,7 @@ class Standbys:
         now = time.monotonic()
         if busy:
             self._busy_until = now + CALM
-        if now < self._reviewed_at + LOOK or not (self._recent or self.kept):
+        if now < self._reviewed_at + LOOK or not self.in_use:
             return
         self._reviewed_at = now
         wanted = self._wanted(frozenset(running), now)

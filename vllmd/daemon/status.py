@@ -21,6 +21,7 @@ from vllmd.core.types import ModelView, ReplicaView, Snapshot, State
 from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.current import Current, Later, RuntimeEnvironment
 from vllmd.daemon.engine_resolver import EngineResolver
+from vllmd.daemon.event_loop import name_of
 from vllmd.daemon.failure_text import places
 from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.processes import gpus
@@ -54,6 +55,7 @@ class StatusInput:
     connections: int
     back: BackEnd | None
     snapshot: Snapshot | None
+    event_loop: str = ""
 
 
 def status(seen: StatusInput, started: float) -> answers.Status:
@@ -61,6 +63,7 @@ def status(seen: StatusInput, started: float) -> answers.Status:
     shown = answers.Status(
         version=vllmd.__version__,
         pid=os.getpid(),
+        event_loop=seen.event_loop,
         uptime=time.monotonic() - started,
         policy=seen.config.policy,
         opened=seen.snapshot is not None,
@@ -195,9 +198,9 @@ class Status:
         current, back = self._current, self._back.now
         snapshot = back.snapshot() if back else None
         connections, requests = self._connections(), self._gate.requests
-        return StatusInput(
-            current.config, current.engines, current.broken, current.refused, requests, connections, back, snapshot
-        )
+        loop, counts = name_of(asyncio.get_running_loop()), (requests, connections)
+        known = current.config, current.engines, current.broken, current.refused
+        return StatusInput(*known, *counts, back, snapshot, loop)
 
     async def opened(self) -> None:
         """Wait until devices and engines have been found."""
