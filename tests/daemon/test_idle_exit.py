@@ -109,7 +109,7 @@ def test_at_rest_it_looks_only_when_the_watchdog_wants_it_or_something_happens(
         for clock in (100.0, 101.0):
             await loop.until(clock)
             counts.append(len(seen))
-        changes.stir()
+        changes.mark_changed()
         await loop.until(102.0)
         counts.append(len(seen))
         await loop.until(117.0)

@@ -48,17 +48,17 @@ def _uvloop() -> asyncio.AbstractEventLoop:
         import uvloop
     except ImportError as error:
         raise ImportError(f"cannot be imported: {error}") from error
-    if _numbers(uvloop.__version__) < LEAST:
-        raise ImportError(f"is of version {uvloop.__version__}, older than {'.'.join(map(str, LEAST))}")
+    version = _version("uvloop")
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < LEAST:
+        raise ImportError(f"is of version {version}, older than {'.'.join(map(str, LEAST))}")
     return cast(asyncio.AbstractEventLoop, uvloop.new_event_loop())
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(map(int, re.findall(r"\d+", version)[:2]))
+def _version(package: str) -> str:
+    return str(getattr(sys.modules.get(package), "__version__", ""))
 
 
 def name_of(loop: asyncio.AbstractEventLoop) -> str:
     """What people call it: ``uvloop 0.17.0``, ``asyncio``."""
     package = type(loop).__module__.partition(".")[0]
-    version = getattr(sys.modules.get(package), "__version__", "")
-    return f"{package} {version}".strip()
+    return f"{package} {_version(package)}".strip()
